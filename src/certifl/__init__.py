@@ -1,0 +1,69 @@
+"""Certified robustness in federated learning.
+
+The public names are loaded when first used, so that importing the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from certifl._version import __version__
+
+if TYPE_CHECKING:
+    from certifl import models
+    from certifl.certification import Certificates, certify, predict
+    from certifl.perturbations import (
+        Affine,
+        DenseFlow,
+        PixelNoise,
+        Rotation,
+        Scaling,
+        SmoothFlow,
+        Translation,
+    )
+
+__all__ = [
+    "Affine",
+    "Certificates",
+    "DenseFlow",
+    "PixelNoise",
+    "Rotation",
+    "Scaling",
+    "SmoothFlow",
+    "Translation",
+    "__version__",
+    "certify",
+    "models",
+    "predict",
+]
+
+_HOMES = {
+    "Certificates": "certifl.certification",
+    "certify": "certifl.certification",
+    "predict": "certifl.certification",
+    **dict.fromkeys(
+        (
+            "Affine",
+            "DenseFlow",
+            "PixelNoise",
+            "Rotation",
+            "Scaling",
+            "SmoothFlow",
+            "Translation",
+        ),
+        "certifl.perturbations",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "models":
+        return importlib.import_module("certifl.models")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'certifl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,17 @@
+"""Certificates of any classifier of images, by randomized smoothing."""
+
+from certifl.certification.api import certify, conditions, predict
+from certifl.certification.certificates import Certificates
+from certifl.certification.settings import ESTIMATORS, Settings
+from certifl.certification.verify import Finding, verify
+
+__all__ = [
+    "ESTIMATORS",
+    "Certificates",
+    "Finding",
+    "Settings",
+    "certify",
+    "conditions",
+    "predict",
+    "verify",
+]

@@ -1,0 +1,144 @@
+"""The record of what was certified: one row per image, and the conditions of all rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from certifl.errors import InputError
+from certifl.smoothing import curves
+
+__all__ = ["ABSTAINED", "UNLABELLED", "Certificates"]
+
+ABSTAINED = -1
+UNLABELLED = -1
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Certificates:
+    """Certificates of m images; every array has one row per image.
+
+    Guarantee: for each image separately, with probability at least 1 - alpha over its votes, the
+    smoothed classifier answers `predicted` at every parameter of norm at most `radius` (in
+    `conditions["norm"]` and `conditions["unit"]`). Rows with `predicted == -1` promise nothing.
+
+    Attributes:
+        client: (m,) the client whose test image it is; 0 outside a federation.
+        index: (m,) position of the image in its data set.
+        label: (m,) true class, -1 where unknown.
+        predicted: (m,) certified class of the smoothed classifier, -1 = abstained.
+        radius: (m,) certified radius, rounded down; 0 where abstained.
+        p_lower: (m,) lower confidence bound of the predicted class's probability.
+        p_upper: (m,) upper confidence bound of every other class's probability.
+        counts: (m, classes) estimation votes per class.
+        selection_counts: (m, classes) the n0 votes that chose the class; never part of `counts`.
+        looks: (m,) how many looks at the votes were taken.
+        level: (m,) confidence level spent on the look that decided.
+        seconds: (m,) computing time attributed to the image, in proportion to its votes.
+        interval: (m, 2) scan only: the two ends of the certified interval around 0.
+        conditions: what holds for all rows: family, sigma, law, norm, unit, threat model,
+            estimator, alpha, n0, n, seed, precision, device, fingerprints, versions.
+    """
+
+    client: Ints
+    index: Ints
+    label: Ints
+    predicted: Ints
+    radius: Floats
+    p_lower: Floats
+    p_upper: Floats
+    counts: Ints
+    selection_counts: Ints
+    looks: Ints
+    level: Floats
+    seconds: Floats
+    interval: Floats | None = None
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.predicted)
+
+    def __repr__(self) -> str:
+        family, sigma = self.conditions.get("family"), self.conditions.get("sigma")
+        return (
+            f"Certificates({len(self)} images, {family}, sigma={sigma}, "
+            f"{int(self.abstained.sum())} abstained)"
+        )
+
+    @property
+    def votes(self) -> Ints:
+        """(m,) estimation votes spent on each image."""
+        return self.counts.sum(axis=1)
+
+    @property
+    def abstained(self) -> NDArray[np.bool_]:
+        """(m,) where nothing could be certified."""
+        return self.predicted == ABSTAINED
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """(m,) where the certified class is the label; false where abstained or unlabelled."""
+        return (self.predicted == self.label) & ~self.abstained
+
+    def certified_accuracy(self, radii: Sequence[float] | Floats) -> Floats:
+        """Share of ALL images that are correct with radius >= R, for each R of `radii`."""
+        return curves.certified_accuracy(self.correct, self.radius, np.asarray(radii, float))
+
+    def average_certified_radius(self) -> float:
+        """Mean over all images of radius times correct (ACR, the area under the curve)."""
+        return float(curves.average_certified_radius(self.correct, self.radius))
+
+    def select(self, rows: NDArray[Any]) -> Certificates:
+        """The certificates of some rows, given as a mask or as positions."""
+        picked = {name: getattr(self, name)[rows] for name in _columns(self)}
+        return dataclasses.replace(self, **picked)
+
+    def of_client(self, client: int) -> Certificates:
+        """One client's rows."""
+        return self.select(self.client == client)
+
+    def same_results(self, other: Certificates) -> bool:
+        """Whether all columns but the computing time agree exactly."""
+        names = [name for name in _columns(self) if name != "seconds"]
+        return names == [name for name in _columns(other) if name != "seconds"] and all(
+            np.array_equal(getattr(self, n), getattr(other, n), equal_nan=n != "client")
+            for n in names
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write `.parquet` (everything) or `.tsv` (the layout of published code)."""
+        from certifl.certification import formats
+
+        formats.save(self, Path(path))
+
+    @staticmethod
+    def load(path: str | Path) -> Certificates:
+        """Read what `save` wrote, or a published TSV."""
+        from certifl.certification import formats
+
+        return formats.load(Path(path))
+
+    @staticmethod
+    def concatenate(parts: Sequence[Certificates]) -> Certificates:
+        """Put rows of equal conditions together; the conditions are those of the first part."""
+        if not parts:
+            raise InputError("There are no certificates to put together.")
+        joined = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in _columns(parts[0])
+        }
+        return dataclasses.replace(parts[0], **joined)
+
+
+def _columns(certificates: Certificates) -> list[str]:
+    names = [f.name for f in dataclasses.fields(certificates) if f.name != "conditions"]
+    return [name for name in names if getattr(certificates, name) is not None]

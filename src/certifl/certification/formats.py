@@ -1,0 +1,155 @@
+"""Certificates as files: Parquet with everything, tab-separated as in published code."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from certifl.certification.certificates import Certificates
+from certifl.errors import InputError
+from certifl.smoothing.rounding import floor_text
+
+__all__ = ["TSV_HEADER", "load", "save"]
+
+TSV_HEADER = ("idx", "label", "predict", "radius", "correct", "time")
+_KEY = b"certifl"
+_SCALARS = ("client", "index", "label", "predicted", "radius", "p_lower", "p_upper")
+_ENDING = ("looks", "level", "seconds")
+_LISTS = ("counts", "selection_counts")
+_TSV_DIGITS = 6
+
+
+def save(certificates: Certificates, path: Path) -> None:
+    """Write certificates whole or not at all; the ending chooses the format.
+
+    Raises:
+        InputError: the ending is neither .parquet nor .tsv.
+    """
+    writers = {".parquet": _write_parquet, ".tsv": _write_tsv}
+    writer = writers.get(path.suffix.lower())
+    if writer is None:
+        raise InputError(f"Cannot save certificates as {path.name!r}: use .parquet or .tsv.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        writer(certificates, part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load(path: Path) -> Certificates:
+    """Read certificates from .parquet or .tsv.
+
+    Raises:
+        InputError: the file is missing, damaged, or has other columns.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no certificate file at {path}.")
+    readers = {".parquet": _read_parquet, ".tsv": _read_tsv, ".txt": _read_tsv}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"Cannot read certificates from {path.name!r}: .parquet or .tsv.")
+    try:
+        return reader(path)
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise InputError(f"{path} holds no certificates this version can read: {error}") from error
+
+
+def _write_parquet(certificates: Certificates, path: Path) -> None:
+    columns: dict[str, Any] = {name: getattr(certificates, name) for name in _SCALARS}
+    columns["correct"] = certificates.correct
+    columns["votes"] = certificates.votes
+    columns.update({name: getattr(certificates, name) for name in _ENDING})
+    columns.update({name: _as_lists(getattr(certificates, name)) for name in _LISTS})
+    if certificates.interval is not None:
+        columns["interval_low"] = certificates.interval[:, 0]
+        columns["interval_high"] = certificates.interval[:, 1]
+    conditions = json.dumps(dict(certificates.conditions), sort_keys=True).encode()
+    table = pa.table(columns).replace_schema_metadata({_KEY: conditions})
+    pq.write_table(table, path)
+
+
+def _as_lists(counts: np.ndarray) -> pa.Array:
+    rows, classes = counts.shape
+    return (
+        pa.FixedSizeListArray.from_arrays(pa.array(counts.reshape(-1)), classes).cast(
+            pa.list_(pa.int64())
+        )
+        if rows
+        else pa.array([], pa.list_(pa.int64()))
+    )
+
+
+def _read_parquet(path: Path) -> Certificates:
+    # ParquetFile, not read_table: the latter would look for a data set in the path's folders.
+    table = pq.ParquetFile(path).read()
+    columns: dict[str, Any] = {n: table[n].to_numpy() for n in _SCALARS + _ENDING}
+    columns.update({name: _as_matrix(table[name]) for name in _LISTS})
+    if "interval_low" in table.column_names:
+        ends = (table["interval_low"].to_numpy(), table["interval_high"].to_numpy())
+        columns["interval"] = np.stack(ends, axis=1)
+    conditions = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
+    return Certificates(**columns, conditions=conditions)
+
+
+def _as_matrix(column: pa.ChunkedArray) -> np.ndarray:
+    rows = column.to_pylist()
+    return np.array(rows, dtype=np.int64).reshape(len(rows), -1)
+
+
+def _write_tsv(certificates: Certificates, path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(TSV_HEADER)
+        for row in range(len(certificates)):
+            writer.writerow(
+                (
+                    int(certificates.index[row]),
+                    int(certificates.label[row]),
+                    int(certificates.predicted[row]),
+                    floor_text(float(certificates.radius[row]), _TSV_DIGITS),
+                    int(certificates.correct[row]),
+                    f"{certificates.seconds[row]:.6f}",
+                )
+            )
+
+
+def _read_tsv(path: Path) -> Certificates:
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+        header = tuple(rows[0]) if rows else TSV_HEADER
+    if header[: len(TSV_HEADER)] != TSV_HEADER:
+        raise ValueError(f"the header must be {' '.join(TSV_HEADER)}")
+    m = len(rows)
+    nothing, unknown = np.zeros((m, 0), np.int64), np.full(m, np.nan)
+    return Certificates(
+        client=np.zeros(m, np.int64),
+        index=np.array([int(r["idx"]) for r in rows], np.int64),
+        label=np.array([int(r["label"]) for r in rows], np.int64),
+        predicted=np.array([int(r["predict"]) for r in rows], np.int64),
+        radius=np.array([float(r["radius"]) for r in rows], np.float64),
+        p_lower=unknown,
+        p_upper=unknown,
+        counts=nothing,
+        selection_counts=nothing,
+        looks=np.zeros(m, np.int64),
+        level=unknown,
+        seconds=np.array([_seconds(r["time"]) for r in rows], np.float64),
+        conditions={"source": path.name},
+    )
+
+
+def _seconds(text: str) -> float:
+    """Seconds from a plain number or from H:MM:SS.ffffff."""
+    total = 0.0
+    for field in text.split(":"):
+        total = total * 60 + float(field)
+    return total

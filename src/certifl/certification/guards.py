@@ -1,0 +1,146 @@
+"""What `certify` refuses before the first vote, because its certificate would not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from certifl.errors import InputError, ModelError
+
+__all__ = ["check_images", "check_labels", "check_model", "probe_classes"]
+
+Model = Callable[[Tensor], Tensor]
+_PROBE = 6
+
+
+def check_images(images: Tensor | np.ndarray) -> Tensor:
+    """Images as a float32 tensor (m, c, h, w) with values in [0, 1].
+
+    Raises:
+        InputError: wrong rank, no images, NaN, values outside [0, 1], or integers.
+    """
+    values = torch.as_tensor(images)
+    if values.ndim != 4:
+        raise InputError(
+            f"images must have four axes (images, channels, height, width); got shape "
+            f"{tuple(values.shape)}. One image x is images=x.unsqueeze(0)."
+        )
+    if values.shape[0] == 0 or 0 in values.shape:
+        raise InputError(f"There is nothing to certify: images has shape {tuple(values.shape)}.")
+    if not values.is_floating_point():
+        raise InputError(
+            f"images must be floating point in [0, 1]; got {values.dtype}. "
+            "Divide 8-bit images by 255 first."
+        )
+    values = values.detach().to(torch.float32)
+    if not bool(torch.isfinite(values).all()):
+        raise InputError("images holds NaN or infinity; a certificate needs a definite image.")
+    low, high = float(values.min()), float(values.max())
+    if low < 0.0 or high > 1.0:
+        raise InputError(
+            f"images must lie in [0, 1], found {low:.4g} to {high:.4g}: sigma and radius are in "
+            "units of that range. Put normalisation inside the model."
+        )
+    return values
+
+
+def check_labels(
+    labels: Tensor | np.ndarray | None, images: int, classes: int
+) -> np.ndarray | None:
+    """Labels as (m,) int64, or None.
+
+    Raises:
+        InputError: not one whole number in [0, classes) per image.
+    """
+    if labels is None:
+        return None
+    values = torch.as_tensor(labels).detach().cpu().numpy()
+    if values.shape != (images,):
+        raise InputError(
+            f"labels must have one number per image, ({images},); got {values.shape}."
+        )
+    if not np.issubdtype(values.dtype, np.integer):
+        raise InputError(f"labels must be whole numbers; got {values.dtype}.")
+    if values.min() < 0 or values.max() >= classes:
+        raise InputError(
+            f"labels must lie in 0 to {classes - 1}, the classes of the model; "
+            f"found {values.min()} to {values.max()}."
+        )
+    return values.astype(np.int64)
+
+
+def check_model(model: Model) -> None:
+    """Refuse a model whose vote on one noisy image would depend on the others in its batch.
+
+    Raises:
+        ModelError: a module in training mode, or normalisation by batch statistics.
+    """
+    if not callable(model):
+        raise ModelError(f"model must be callable on images (m, c, h, w); got {type(model)}.")
+    if not isinstance(model, nn.Module):
+        return
+    for name, module in model.named_modules():
+        place = f"module {name!r} ({type(module).__name__})" if name else "the model"
+        if module.training:
+            raise ModelError(
+                f"{place} is in training mode: dropout and batch statistics would make votes "
+                "random in a way the certificate does not cover. Call model.eval() first."
+            )
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ModelError(
+                f"{place} normalises with the statistics of its batch even in evaluation mode, so "
+                "the vote of one noisy image would depend on the others. Use "
+                "track_running_stats=True, or GroupNorm."
+            )
+
+
+def probe_classes(network: Model, images: Tensor) -> int:
+    """Number of classes, after checking that logits are finite, repeatable and row by row.
+
+    A few images go through the network twice, the second time in reversed order and among
+    strangers: the logits of an image must be the same up to rounding.
+
+    Raises:
+        ModelError: the answer is no (m, classes) matrix of finite logits, differs between two
+            calls, or depends on the rest of the batch.
+    """
+    generator = torch.Generator().manual_seed(0)
+    strangers = torch.rand((_PROBE, *images.shape[1:]), generator=generator).to(images.device)
+    probe = torch.cat([images[:1], strangers[1:]])
+    logits = _logits(network, probe)
+    repeated = _logits(network, probe)
+    if float((logits.float() - repeated.float()).abs().max()) > 1e-5 * (
+        1 + float(logits.abs().max())
+    ):
+        raise ModelError(
+            "The model answers differently when asked twice about the same images: something in "
+            "it is random. The only noise may be the perturbation that is certified."
+        )
+    again = _logits(network, torch.cat([strangers.flip(0), probe.flip(0)]))[_PROBE:].flip(0)
+    scale = float(logits.abs().max()) + 1.0
+    tolerance = (0.05 if logits.dtype in (torch.bfloat16, torch.float16) else 1e-3) * scale
+    if float((logits.float() - again.float()).abs().max()) > tolerance:
+        raise ModelError(
+            "The model answers differently when the same images lie in another batch, as if it "
+            "normalised over the batch; a certificate needs a function of one image."
+        )
+    return int(logits.shape[1])
+
+
+def _logits(network: Model, batch: Tensor) -> Tensor:
+    with torch.inference_mode():
+        logits = network(batch)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch.shape[0]:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(
+            f"The model must map images {tuple(batch.shape)} to logits ({batch.shape[0]}, "
+            f"classes); got {found}."
+        )
+    if logits.shape[1] < 2:
+        raise ModelError("The model answers with one class only: there is nothing to certify.")
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError("The model answers with NaN or infinite logits on images in [0, 1].")
+    return logits

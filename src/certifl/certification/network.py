@@ -1,0 +1,230 @@
+"""The base classifier made ready for many votes: the same function up to rounding, but fast.
+
+Folding BatchNorm into convolutions, channels-last memory and bfloat16 change the rounding of the
+network, never the noise: what is certified is the network as it is prepared here, and the record
+says in which precision.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from certifl.certification.guards import check_model, probe_classes
+from certifl.errors import InputError
+
+__all__ = ["PRECISIONS", "Network", "choose_device", "choose_precision", "prepare"]
+
+Model = Callable[[Tensor], Tensor]
+PRECISIONS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_log = logging.getLogger(__name__)
+
+# Bytes of the largest activation of one batch that still keep caches warm (CPU), and the share of
+# the memory that activations may take (GPU). Only the speed depends on them.
+_CPU_ACTIVATION_BYTES = 8 << 20
+_GPU_MEMORY_SHARE = 0.02
+_SMALLEST_BATCH, _LARGEST_BATCH = 16, 8192
+
+
+@dataclass(frozen=True)
+class Network:
+    """A base classifier ready to vote.
+
+    Attributes:
+        call: images (b, c, h, w) float32 -> logits (b, classes).
+        classes: number of classes.
+        device: where images and votes live.
+        precision: "float32" or "bfloat16", the arithmetic of the network.
+        folded: whether BatchNorm was folded into the convolutions.
+        batch_size: images per call; every call has exactly this many rows.
+    """
+
+    call: Model
+    classes: int
+    device: torch.device
+    precision: str
+    folded: bool
+    batch_size: int
+
+
+def prepare(
+    model: Model,
+    images: Tensor,
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+    batch_size: int | str = "auto",
+) -> Network:
+    """Prepare a model for voting on images like these; the model itself is left as it is.
+
+    Args:
+        model: callable from images (m, c, h, w) in [0, 1] to logits (m, classes). Modules are
+            copied; any other callable is used as it is, in its own precision and on its device.
+        images: (m, c, h, w); only shapes and one image as a probe are used.
+        device: "auto", or a torch device.
+        precision: "auto" (bfloat16 where the hardware computes in it), "float32" or "bfloat16".
+        batch_size: "auto", or a number of noisy images per call.
+
+    Raises:
+        ModelError: see `guards.check_model` and `guards.probe_classes`.
+        InputError: unknown device, precision or batch size.
+    """
+    check_model(model)
+    if device == "auto" and not isinstance(model, nn.Module):
+        device = images.device
+    place = choose_device(device)
+    chosen = choose_precision(precision, place)
+    probe = images[:1].to(place)
+    if not isinstance(model, nn.Module):
+        classes = probe_classes(model, probe)
+        return Network(model, classes, place, "float32", False, _batch(batch_size, probe, place))
+    plain = copy.deepcopy(model).to(place).requires_grad_(False)
+    probe_classes(plain, probe)
+    size = _batch(batch_size, probe, place, plain, PRECISIONS[chosen].itemsize)
+    folded = _folded(plain, probe)
+    ready = folded if folded is not None else plain
+    ready = ready.to(memory_format=torch.channels_last).to(PRECISIONS[chosen])
+    call = _Caller(ready, PRECISIONS[chosen])
+    classes = probe_classes(call, probe)
+    return Network(call, classes, place, chosen, folded is not None, size)
+
+
+@dataclass(frozen=True)
+class _Caller:
+    module: nn.Module
+    dtype: torch.dtype
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.module(images.to(self.dtype, memory_format=torch.channels_last))
+
+
+def choose_device(device: str | torch.device = "auto") -> torch.device:
+    """The device to compute on; "auto" takes a GPU where there is one.
+
+    Raises:
+        InputError: the device is unknown or absent.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"device {device!r} cannot be used here: {first}") from error
+    return place
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """The network's arithmetic; "auto" is bfloat16 where the hardware computes in it.
+
+    Raises:
+        InputError: unknown name.
+    """
+    if precision != "auto":
+        if precision not in PRECISIONS:
+            raise InputError(f"precision must be auto, float32 or bfloat16; got {precision!r}.")
+        return precision
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float32"
+    supported = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bfloat16" if supported else "float32"
+
+
+def _batch(
+    batch_size: int | str,
+    probe: Tensor,
+    device: torch.device,
+    module: nn.Module | None = None,
+    itemsize: int = 4,
+) -> int:
+    if batch_size != "auto":
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise InputError(
+                f"batch_size must be 'auto' or a positive number; got {batch_size!r}."
+            )
+        return batch_size
+    per_image = itemsize * (_largest_activation(module, probe) if module else probe.numel() * 16)
+    budget = _CPU_ACTIVATION_BYTES
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        budget = int(memory * _GPU_MEMORY_SHARE)
+    fitting = max(_SMALLEST_BATCH, min(_LARGEST_BATCH, budget // max(1, per_image)))
+    # A power of two that depends on shapes and the machine alone: the same votes at every run.
+    return 1 << (fitting.bit_length() - 1)
+
+
+def _largest_activation(module: nn.Module, probe: Tensor) -> int:
+    """Elements of the largest tensor that one image makes inside the network."""
+    largest = [probe.numel()]
+
+    def note(_module: nn.Module, _inputs: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            largest[0] = max(largest[0], output.numel())
+
+    hooks = [m.register_forward_hook(note) for m in module.modules()]
+    try:
+        with torch.inference_mode():
+            module(probe)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return largest[0]
+
+
+def _folded(module: nn.Module, probe: Tensor) -> nn.Module | None:
+    """A copy with every BatchNorm that follows a convolution folded into it, or None.
+
+    Only a module that can be traced is folded, and only if its logits stay the same up to float32
+    rounding on a probe; otherwise the network votes unfolded, which is slower and equally valid.
+    """
+    try:
+        graph = fx.symbolic_trace(copy.deepcopy(module))
+    except Exception as error:  # tracing runs the user's own forward: anything may be raised
+        _log.info("BatchNorm is not folded, the model cannot be traced: %s", error)
+        return None
+    modules = dict(graph.named_modules())
+    found = False
+    for node in list(graph.graph.nodes):
+        pair = _convolution_before(node, modules)
+        if pair is None:
+            continue
+        convolution, norm = pair
+        fused = fuse_conv_bn_eval(modules[convolution.target], modules[norm.target])
+        graph.set_submodule(convolution.target, fused)
+        modules[convolution.target] = fused
+        node.replace_all_uses_with(convolution)
+        graph.graph.erase_node(node)
+        found = True
+    if not found:
+        return None
+    graph.graph.lint()
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+    graph.eval()
+    with torch.inference_mode():
+        before, after = module(probe), graph(probe)
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * (1.0 + float(before.abs().max()))):
+        _log.warning("BatchNorm is not folded: it changed the logits beyond rounding.")
+        return None
+    return graph
+
+
+def _convolution_before(
+    node: fx.Node, modules: dict[str, nn.Module]
+) -> tuple[fx.Node, fx.Node] | None:
+    if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.BatchNorm2d):
+        return None
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
+        return None
+    if not isinstance(modules[str(source.target)], nn.Conv2d):
+        return None
+    # A convolution that is called twice is shared: folding one BatchNorm would change the other.
+    calls = [n for n in node.graph.nodes if n.op == "call_module" and n.target == source.target]
+    return (source, node) if len(calls) == 1 else None

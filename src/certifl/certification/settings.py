@@ -1,0 +1,97 @@
+"""How votes become a certificate: estimator, votes and levels, fixed before the first vote."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from certifl.errors import InputError
+from certifl.perturbations.base import Perturbation
+from certifl.smoothing import curves, sequential
+
+__all__ = ["ESTIMATORS", "GRID_POINTS", "Settings"]
+
+GRID_POINTS = 50
+_MOST_VOTES = 10**9
+
+# name -> (which bounds, whether votes are looked at on the way)
+ESTIMATORS: dict[str, tuple[str, bool]] = {
+    "top-class": ("top-class", False),
+    "runner-up": ("runner-up", False),
+    "sequential": ("runner-up", True),
+    "sequential-top-class": ("top-class", True),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `certify` was asked for; equal settings and equal votes give equal certificates.
+
+    Attributes:
+        estimator: a name in `ESTIMATORS`.
+        n0: votes that choose the class (selection).
+        n: fresh votes that bound its probability (estimation); for `sequential` the most it draws.
+        alpha: probability, per image, that a certificate claims too much.
+        radii: the radii that will be reported; `sequential` stops when none of them can be gained.
+            None stands for an even grid of 50 up to the largest radius that n votes can give.
+        label_aware: stop early on images whose label is known and whose chosen class is wrong.
+    """
+
+    estimator: str = "sequential"
+    n0: int = 100
+    n: int = 100_000
+    alpha: float = 1e-3
+    radii: tuple[float, ...] | None = None
+    label_aware: bool = True
+
+    def __post_init__(self) -> None:
+        if self.estimator not in ESTIMATORS:
+            known = ", ".join(ESTIMATORS)
+            raise InputError(f"estimator must be one of {known}; got {self.estimator!r}.")
+        for name in ("n0", "n"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+                raise InputError(f"{name} must be a whole number of votes; got {value!r}.")
+            if not 1 <= value <= _MOST_VOTES:
+                raise InputError(f"{name} must lie between 1 and {_MOST_VOTES}; got {value}.")
+        if not (isinstance(self.alpha, float) and 0.0 < self.alpha < 0.5):
+            raise InputError(
+                f"alpha is the probability of a wrong certificate and must lie between 0 and 0.5; "
+                f"got {self.alpha!r}."
+            )
+        if self.radii is not None:
+            object.__setattr__(self, "radii", _checked_radii(self.radii))
+
+    @property
+    def bounds(self) -> str:
+        """Which confidence bounds: "top-class" or "runner-up"."""
+        return ESTIMATORS[self.estimator][0]
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """Numbers of votes at which the counts are looked at; the last is n."""
+        return sequential.looks(self.n) if ESTIMATORS[self.estimator][1] else (self.n,)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Confidence level of each look; they sum to at most alpha."""
+        looks = self.looks
+        return sequential.levels(self.alpha, looks) if len(looks) > 1 else (self.alpha,)
+
+    def grid(self, perturbation: Perturbation) -> NDArray[np.float64]:
+        """The radii that will be reported, in the perturbation's unit."""
+        if self.radii is not None:
+            return np.array(self.radii, dtype=np.float64)
+        largest = perturbation.law.largest_radius(perturbation.sigma, self.n, self.alpha)
+        return curves.even_grid(float(largest), GRID_POINTS)
+
+
+def _checked_radii(radii: Sequence[float]) -> tuple[float, ...]:
+    values = tuple(sorted({float(r) for r in radii}))
+    if not values or not all(math.isfinite(r) and r >= 0.0 for r in values):
+        raise InputError("radii must be finite numbers of at least 0, and at least one of them.")
+    return values

@@ -1,0 +1,98 @@
+"""Recompute every radius from its votes: a stored certificate must follow from its counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from certifl.certification.certificates import ABSTAINED, Certificates
+from certifl.errors import InputError
+from certifl.smoothing.bounds import BOUNDS
+from certifl.smoothing.laws import LAWS
+
+__all__ = ["Finding", "verify"]
+
+_NEEDED = ("law", "sigma", "bounds", "alpha", "n0", "n", "look_votes", "look_levels")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row that does not follow from its votes.
+
+    Attributes:
+        client, index: which image.
+        problem: what is wrong, in words with both numbers.
+    """
+
+    client: int
+    index: int
+    problem: str
+
+
+def verify(certificates: Certificates) -> list[Finding]:
+    """All rows whose class or radius claims more than their votes give; empty when all is well.
+
+    Checked per row: n0 selection votes; a number of estimation votes that is one of the looks
+    fixed in advance; the level of that look; levels that sum to at most alpha; the class is the
+    most voted of the selection; the radius is at most the one recomputed from the counts.
+
+    Raises:
+        InputError: the certificates carry no votes (a published TSV, for instance).
+    """
+    facts = certificates.conditions
+    missing = [name for name in _NEEDED if name not in facts]
+    if missing or certificates.counts.shape[1] == 0:
+        raise InputError(
+            "These certificates carry no votes, so their radii cannot be recomputed"
+            + (f" (missing: {', '.join(missing)})." if missing else ".")
+        )
+    looks, levels = np.array(facts["look_votes"]), np.array(facts["look_levels"])
+    findings: list[Finding] = []
+
+    def report(rows: np.ndarray, problem: str) -> None:
+        for row in np.flatnonzero(rows):
+            client, index = int(certificates.client[row]), int(certificates.index[row])
+            findings.append(Finding(client, index, problem.format(row=row)))
+
+    everything = np.ones(len(certificates), np.bool_)
+    if levels.sum() > facts["alpha"] * (1 + 1e-12):
+        report(everything, f"the levels of the looks sum to more than alpha = {facts['alpha']}")
+    look = certificates.looks - 1
+    known = (look >= 0) & (look < len(looks))
+    look = np.where(known, look, 0)
+    report(~known, "its number of looks is not one that was fixed in advance")
+    report(certificates.votes != looks[look], "its number of votes is not that of its last look")
+    report(
+        certificates.selection_counts.sum(axis=1) != facts["n0"],
+        f"it has not n0 = {facts['n0']} selection votes",
+    )
+    report(
+        ~np.isclose(certificates.level, levels[look], rtol=1e-12), "its level is not its look's"
+    )
+    _check_claims(certificates, looks[look], levels[look], report)
+    return findings
+
+
+def _check_claims(certificates: Certificates, votes, levels, report) -> None:  # noqa: ANN001
+    facts = certificates.conditions
+    rows = np.arange(len(certificates))
+    selected = certificates.selection_counts.argmax(axis=1)
+    top = np.minimum(certificates.counts[rows, selected], votes)
+    others = certificates.counts.copy()
+    others[rows, selected] = -1
+    runner = np.minimum(others.max(axis=1), votes - top)
+    p_lower, p_upper = BOUNDS[facts["bounds"]](top, runner, votes, levels)
+    radius = np.where(
+        p_lower > p_upper, LAWS[facts["law"]].radius(facts["sigma"], p_lower, p_upper), 0.0
+    )
+    claimed = certificates.predicted != ABSTAINED
+    report(claimed & (certificates.predicted != selected), "its class is not the selected one")
+    report(claimed & (p_lower <= p_upper), "its votes certify nothing, yet it does not abstain")
+    for row in np.flatnonzero(~(certificates.radius <= radius)):
+        mask = rows == row
+        report(
+            mask,
+            f"its radius {certificates.radius[row]!r} is larger than {radius[row]!r}, "
+            "the radius its votes give",
+        )

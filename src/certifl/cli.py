@@ -1,0 +1,258 @@
+"""The command line: reads what was asked for, calls the room that does it, shows the result.
+
+Heavy imports happen inside the commands, so that help and errors of usage answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from certifl.errors import CertiflError, RequestError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="certifl",
+    help="Certified robustness in federated learning: train together, then prove how stable every "
+    "client's predictions are.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Out = Annotated[Path | None, typer.Option("--out", help="Folder for the results.")]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(help="Folder with data sets, <dir>/<name>/...; also the variable CERTIFL_DATA."),
+]
+Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1".')]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the spec; repeatable."),
+]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Family = Annotated[str, typer.Option(help="Perturbation family; `certifl list` names them.")]
+Sigma = Annotated[str, typer.Option(help="In the family's unit: 0.3, 0.1pi, 18deg.")]
+
+
+def main() -> None:
+    """Run a command; exit with 0, 1 (the work failed) or 2 (the request was wrong)."""
+    try:
+        app()
+    except RequestError as error:
+        typer.echo(f"certifl: {error}", err=True)
+        sys.exit(2)
+    except CertiflError as error:
+        typer.echo(f"certifl: {error}", err=True)
+        sys.exit(1)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(
+            "\nInterrupted. What is finished is kept; the same command goes on from there.",
+            err=True,
+        )
+        raise typer.Exit(130) from None
+
+
+def _command() -> str:
+    return " ".join(["certifl", *sys.argv[1:]])
+
+
+@app.command()
+def quickstart(
+    out: Out = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """The main job on embedded data: ten clients, rotation, four ways of training, a report."""
+    from certifl import terminal
+    from certifl.experiments import presets
+    from certifl.experiments.run import Options, run
+    from certifl.report import summary_rows, write_report
+
+    place = out or Path("runs/quickstart")
+    folders: list[Path] = []
+    with _interruptible(), terminal.Board() as board:
+        for regime, spec in presets.quickstart(seed).items():
+            board.stage(regime)
+            options = Options(
+                out=place / regime,
+                device=device,
+                overwrite=overwrite,
+                siblings=tuple(folders),
+                report=board.report,
+                command=_command(),
+            )
+            folders.append(run(spec, options).path)
+        page = write_report(folders, place / "report.html", title="Quickstart: handwritten digits")
+    terminal.show_summary(summary_rows(folders))
+    typer.echo(f"\nReport: {page.resolve()}\nFigures: {(page.parent / 'figures').resolve()}")
+
+
+@app.command()
+def run(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC.toml", help="What the study is.")],
+    set_: Settings = None,
+    out: Out = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Train, certify and report one study; the same command goes on after an interruption."""
+    from certifl import terminal
+    from certifl.experiments.run import Options
+    from certifl.experiments.run import run as run_study
+    from certifl.report import summary_rows, write_report
+    from certifl.spec import load
+
+    study = load(spec, set_ or [])
+    place = out or Path("runs") / f"{spec.stem}-{study.hash()[:8]}"
+    with _interruptible(), terminal.Board() as board:
+        board.stage(study.name)
+        options = Options(place, data_dir, device, overwrite, (), board.report, _command())
+        folder = run_study(study, options)
+        page = write_report([folder.path], folder.report, title=study.name)
+    terminal.show_summary(summary_rows([folder.path]))
+    typer.echo(f"\nRun: {folder.path.resolve()}\nReport: {page.resolve()}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished run folders.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The page to write.")] = None,
+) -> None:
+    """Write one page about one run, or about several side by side."""
+    from certifl import terminal
+    from certifl.report import summary_rows, write_report
+
+    target = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    page = write_report(runs, target)
+    terminal.show_summary(summary_rows(runs))
+    typer.echo(f"\nReport: {page.resolve()}")
+
+
+@app.command()
+def verify(runs: Annotated[list[Path], typer.Argument(metavar="RUN...")]) -> None:
+    """Recompute every radius from its votes; fails if a stored one claims more."""
+    from certifl.experiments.checking import verify_run
+
+    failed = False
+    for place in runs:
+        result = verify_run(place)
+        for problem in result.problems:
+            typer.echo(f"{place}: {problem}", err=True)
+        failed = failed or bool(result.problems)
+        if not result.problems:
+            typer.echo(f"{place}: {result.checked} certificates follow from their votes.")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def certify(
+    model: Annotated[
+        str | None, typer.Option(help="Your own network as module:function, or a model's name.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help=".safetensors, or .pt with weights.")
+    ] = None,
+    run: Annotated[Path | None, typer.Option(help="Take the model of a run instead.")] = None,
+    client: Annotated[int, typer.Option(min=0, help="Which client of the run.")] = 0,
+    data: Annotated[str | None, typer.Option(help="Data set whose test images are used.")] = None,
+    family: Family = "pixel",
+    sigma: Sigma = "0.25",
+    images: Annotated[int, typer.Option(min=1, help="Test images, a fixed random choice.")] = 100,
+    estimator: Annotated[str, typer.Option(help="`certifl list` names them.")] = "sequential",
+    n0: Annotated[int, typer.Option("--n0", help="Votes that choose the class.")] = 100,
+    n: Annotated[int, typer.Option("--n", help="Fresh votes that bound it.")] = 100_000,
+    alpha: Annotated[float, typer.Option(help="Probability of a wrong certificate.")] = 1e-3,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16.")] = "auto",
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option("--out", help=".parquet or .tsv")] = Path(
+        "certificates.parquet"
+    ),
+    overwrite: Overwrite = False,
+) -> None:
+    """Certify a model you already have, or the model a client of a run deploys."""
+    from certifl import terminal
+    from certifl.experiments.standalone import Request, certify_standalone
+
+    request = Request(
+        model=model,
+        weights=weights,
+        run=run,
+        client=client,
+        data=data,
+        family=family,
+        sigma=sigma,
+        images=images,
+        settings=(estimator, n0, n, alpha),
+        seed=seed,
+        precision=precision,
+        data_dir=data_dir,
+        device=device,
+        out=out,
+        overwrite=overwrite,
+    )
+    with _interruptible(), terminal.Board() as board:
+        board.stage("certify")
+        certificates = certify_standalone(request, board.report)
+    terminal.show_certificates(certificates)
+    typer.echo(f"\nCertificates: {out.resolve()}")
+
+
+@app.command()
+def predict(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG or JPEG file.")],
+    run: Annotated[Path, typer.Option(help="The run whose model answers.")],
+    client: Annotated[int, typer.Option(min=0, help="Which client asks.")] = 0,
+    n: Annotated[int | None, typer.Option("--n", help="Votes; the run's own by default.")] = None,
+    resize: Annotated[bool, typer.Option("--resize", help="Fit the image to the model.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Label of one image with its certified radius, or abstained, and what that means."""
+    from certifl import terminal
+    from certifl.experiments.standalone import certify_image
+
+    terminal.show_prediction(certify_image(image, run, client, n, resize, device))
+
+
+@app.command("list")
+def list_() -> None:
+    """What can stand in a spec: data, splits, models, algorithms, perturbations, estimators."""
+    from certifl import terminal
+
+    terminal.show_names()
+
+
+def _version(value: bool) -> None:
+    if value:
+        from certifl._version import __version__
+
+        typer.echo(f"certifl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version_flag: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show and exit.")
+    ] = False,
+) -> None:
+    """Options before any command."""

@@ -1,0 +1,29 @@
+"""Images, labels, and who holds which of them."""
+
+from __future__ import annotations
+
+from certifl.data.datasets import DATA_ENV, EMBEDDED, load
+from certifl.data.decode import read_image
+from certifl.data.manifest import ClientIndices, Partition, check, choose, label_checksum
+from certifl.data.partition import PARTITIONS, Splitter, make_splitter
+from certifl.data.splits import Dataset, ImageSplit, fingerprint, subset, to_float
+
+__all__ = [
+    "DATA_ENV",
+    "EMBEDDED",
+    "PARTITIONS",
+    "ClientIndices",
+    "Dataset",
+    "ImageSplit",
+    "Partition",
+    "Splitter",
+    "check",
+    "choose",
+    "fingerprint",
+    "label_checksum",
+    "load",
+    "make_splitter",
+    "read_image",
+    "subset",
+    "to_float",
+]

@@ -1,0 +1,112 @@
+"""Decoded data sets kept on disk, so that images are decoded once.
+
+A cache file is a safetensors file with the images and labels of both splits. Its name holds a key
+made of everything that decides the content: the source files' paths, sizes and times of change,
+the columns asked for, and the version of the decoding rules. What is read is checked against the
+fingerprint stored with it. The cache never makes a run fail: it is rebuilt or done without.
+
+A data set of the hub is kept under its name alone, so that it loads without network from then on;
+delete its file to fetch it anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from certifl.data.splits import Dataset, ImageSplit, fingerprint
+from certifl.errors import InputError
+
+__all__ = ["CACHE_ENV", "cache_folder", "cache_key", "cache_path", "read_cached", "write_cached"]
+
+CACHE_ENV = "CERTIFL_CACHE"
+_DECODING_RULES = "1"  # raise when pixels, labels or class names of the same files would differ
+
+logger = logging.getLogger(__name__)
+
+
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """The folder given, else the environment's CERTIFL_CACHE, else ~/.cache/certifl."""
+    chosen = cache_dir or os.environ.get(CACHE_ENV) or Path.home() / ".cache" / "certifl"
+    return Path(chosen).expanduser()
+
+
+def cache_key(files: Iterable[Path], *choices: str | None) -> str:
+    """A hash of the files' absolute paths, sizes, times of change, and the choices made.
+
+    The paths count: IDX files of different data sets agree in name and size, and archives may set
+    equal times.
+    """
+    digest = hashlib.sha256(json.dumps([_DECODING_RULES, *choices]).encode())
+    for file in files:
+        status = file.stat()
+        digest.update(f"\n{file.absolute()}\0{status.st_size}\0{status.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def cache_path(folder: Path, name: str, key: str) -> Path:
+    """The file of a data set; the readable part of its name is for people only."""
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(name).name).strip("-")[:40] or "data"
+    return folder / f"{readable}-{key[:20]}.safetensors"
+
+
+def read_cached(path: Path, name: str) -> Dataset | None:
+    """The data set in a cache file; None if there is none or it is damaged."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            about = file.metadata() or {}
+            train = ImageSplit(file.get_tensor("train.images"), file.get_tensor("train.labels"))
+            test = ImageSplit(file.get_tensor("test.images"), file.get_tensor("test.labels"))
+        class_names = tuple(json.loads(about["class_names"]))
+        found = fingerprint(train, test, class_names)
+        if found != about["fingerprint"]:
+            raise ValueError("its content does not match its fingerprint")
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, InputError, KeyError, ValueError, TypeError) as error:
+        logger.warning(
+            "The cache file %s is damaged (%s); the images are decoded again.", path, error
+        )
+        return None
+    return Dataset(name, train, test, class_names, found)
+
+
+def write_cached(path: Path, dataset: Dataset) -> None:
+    """Write a cache file, whole or not at all; if that fails, warn and go on without."""
+    unique = f"{os.getpid()}-{threading.get_ident()}"
+    part = path.with_name(f".{path.name}.{unique}.tmp")
+    tensors = {
+        "train.images": dataset.train.images.contiguous(),
+        "train.labels": dataset.train.labels.contiguous(),
+        "test.images": dataset.test.images.contiguous(),
+        "test.labels": dataset.test.labels.contiguous(),
+    }
+    about = {
+        "class_names": json.dumps(list(dataset.class_names)),
+        "fingerprint": dataset.fingerprint,
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, part, metadata=about)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        logger.warning(
+            "Cannot keep the decoded images in %s (%s); they are decoded again next time. "
+            "Set %s to a folder that can be written.",
+            path.parent,
+            error,
+            CACHE_ENV,
+        )
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)

@@ -1,0 +1,193 @@
+"""Data sets by name: embedded, from a folder, or from the Hugging Face hub.
+
+`load(name)` looks in this order: the embedded `digits`; the folder `name`, if it is written as a
+path; `<data_dir>/<name>`; the hub. The network is not touched unless all others have failed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from certifl.data.assemble import assemble
+from certifl.data.cache import cache_folder, cache_key, cache_path, read_cached, write_cached
+from certifl.data.embedded import read_digits
+from certifl.data.hub import HUB_NAMES, read_hub
+from certifl.data.layouts import Layout, find_layout
+from certifl.data.readers import READERS, ColumnNames, RawSplit
+from certifl.data.splits import Dataset
+from certifl.errors import DataUnavailable, InputError
+
+__all__ = ["DATA_ENV", "EMBEDDED", "load"]
+
+DATA_ENV = "CERTIFL_DATA"
+EMBEDDED: dict[str, Callable[[], tuple[RawSplit, RawSplit]]] = {"digits": read_digits}
+_KNOWN_NAMES = {
+    "fashionmnist": (
+        "T - shirt / top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ),
+}
+"""Class names of data sets in IDX files, which cannot say them; written as the hub writes them."""
+_LAYOUTS = (
+    "train-*.parquet and test-*.parquet, or train/CLASS/*.png and test/CLASS/*.png, or the IDX "
+    "files train-images-idx3-ubyte[.gz] and so on"
+)
+
+_Source = tuple[tuple[Path, ...], tuple[str | None, ...], Callable[[], tuple[RawSplit, RawSplit]]]
+"""Files whose change makes a cached copy stale, other choices that matter, and how to read."""
+
+
+def load(
+    name: str,
+    data_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    *,
+    label_column: str | None = None,
+    image_column: str | None = None,
+) -> Dataset:
+    """Load a data set, decoding its images once.
+
+    Args:
+        name: `digits` (embedded), `mnist`, `cifar10`, `fashion_mnist`, any name below `data_dir`
+            or on the hub ("owner/name"), or the path of a folder. "name[column]" chooses the label
+            column of a table.
+        data_dir: the folder that holds `<name>/`; None takes the environment's CERTIFL_DATA.
+        cache_dir: where decoded images are kept; None takes CERTIFL_CACHE, else ~/.cache/certifl.
+        label_column: the same choice as in "name[column]".
+        image_column: the image column of a table that has several.
+
+    Raises:
+        DataUnavailable: the data set is nowhere to be found, or has no test images.
+        InputError: its content cannot be used; the message says why.
+    """
+    base, columns = _parse(name, label_column, image_column)
+    files, choices, build = _source(base, data_dir, columns)
+    try:
+        key = cache_key(files, *choices)
+    except OSError as error:
+        raise InputError(
+            f"Cannot read the files of {name}: {error}. Check their rights."
+        ) from error
+    path = cache_path(cache_folder(cache_dir), name, key)
+    cached = read_cached(path, name)
+    if cached is not None:
+        return cached
+    train, test = build()
+    dataset = assemble(name, train, test)
+    write_cached(path, dataset)
+    return dataset
+
+
+def _source(base: str, data_dir: str | Path | None, columns: ColumnNames) -> _Source:
+    if base in EMBEDDED:
+        if columns != ColumnNames():
+            raise InputError(f"{base} has no columns to choose from. Write {base!r} alone.")
+        return (), ("embedded", base), EMBEDDED[base]
+    layout = _find(base, data_dir)
+    if layout is None:
+        choices = ("hub", base, columns.image, columns.label)
+        return (), choices, lambda: read_hub(base, columns, _ways(base))
+    files = (*layout.train, *layout.test)
+    known = _KNOWN_NAMES.get(_plain(base)) if layout.kind == "idx" else None
+    choices = (layout.kind, *(known or ()), columns.image, columns.label)
+    return files, choices, lambda: _read(layout, columns, known)
+
+
+def _read(
+    layout: Layout, columns: ColumnNames, known: tuple[str, ...] | None
+) -> tuple[RawSplit, RawSplit]:
+    read = READERS[layout.kind]
+    train, test = read(layout.train, columns), read(layout.test, columns)
+    return (replace(train, class_names=known), test) if known else (train, test)
+
+
+def _parse(
+    name: str, label_column: str | None, image_column: str | None
+) -> tuple[str, ColumnNames]:
+    match = re.fullmatch(r"(?P<base>[^\[\]]+)(\[(?P<column>[^\[\]]+)\])?", name.strip())
+    if match is None:
+        raise InputError(
+            f"{name!r} is no name of a data set. Write a name, a path, or NAME[LABEL_COLUMN]."
+        )
+    column = match["column"]
+    if column and label_column and column != label_column:
+        raise InputError(
+            f"The label column is {column!r} in {name!r} but {label_column!r} in label_column. "
+            "Give it once."
+        )
+    return match["base"], ColumnNames(image_column, column or label_column)
+
+
+def _find(base: str, data_dir: str | Path | None) -> Layout | None:
+    """The data set's files on this machine, or None if there is no folder of that name."""
+    for folder in _places(base, data_dir):
+        if folder.is_dir():
+            layout = find_layout(folder)
+            if layout is None:
+                raise DataUnavailable(
+                    f"The folder {folder} holds no data set in a layout known here: {_LAYOUTS}."
+                )
+            return layout
+    if _is_path(base):
+        raise DataUnavailable(f"There is no folder {base}. Name a folder with {_LAYOUTS}.")
+    data = _data_folder(data_dir)
+    if data is not None and _plain(data.absolute().name) == _plain(base):
+        raise DataUnavailable(
+            f"{data} holds no folder {base}, but has that name itself. Give the folder above it: "
+            f"{data.absolute().parent}."
+        )
+    return None
+
+
+def _places(base: str, data_dir: str | Path | None) -> list[Path]:
+    """Folders to look into; owner/name may lie under its name alone, and - may stand for _."""
+    own = [Path(base).expanduser()] if "/" in base or os.sep in base or base[0] in ".~" else []
+    data = None if _is_path(base) else _data_folder(data_dir)
+    if data is None:
+        return own
+    tail = base.rsplit("/", 1)[-1]
+    names = dict.fromkeys((base, tail, tail.replace("_", "-"), tail.replace("-", "_")))
+    return [*own, *(data / name for name in names)]
+
+
+def _is_path(base: str) -> bool:
+    """Whether a name can only be a path (the hub's names are `name` or `owner/name`)."""
+    return base[0] in ".~" or Path(base).is_absolute() or base.count("/") > 1
+
+
+def _data_folder(data_dir: str | Path | None) -> Path | None:
+    chosen = data_dir or os.environ.get(DATA_ENV)
+    if not chosen:
+        return None
+    folder = Path(chosen).expanduser()
+    if not folder.is_dir():
+        raise DataUnavailable(
+            f"The data folder {folder} does not exist. Correct --data-dir or {DATA_ENV}."
+        )
+    return folder
+
+
+def _plain(base: str) -> str:
+    return re.sub(r"[-_]", "", Path(base).name).lower()
+
+
+def _ways(base: str) -> str:
+    hub_id = HUB_NAMES.get(base, base)
+    return (
+        f"Three ways to get images: (1) put the files into a folder DIR/{base} ({_LAYOUTS}) and "
+        f"give --data-dir DIR or set {DATA_ENV}=DIR; (2) with network, install the extra "
+        f"`certifl[hub]`, which fetches {hub_id} from the Hugging Face hub; (3) use the embedded "
+        f"data set {', '.join(EMBEDDED)}."
+    )

@@ -1,0 +1,88 @@
+"""Data sets of the Hugging Face hub, by name; the only module that imports `datasets`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from certifl.data.layouts import choose_test
+from certifl.data.readers import ColumnNames, RawSplit
+from certifl.errors import DataUnavailable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["HUB_NAMES", "read_hub"]
+
+HUB_NAMES = {
+    "mnist": "ylecun/mnist",
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+    "fashion_mnist": "zalando-datasets/fashion_mnist",
+}
+_BATCH = 2048
+
+
+class _HubSplit(Protocol):
+    """What is used of a `datasets.Dataset`."""
+
+    features: Any
+
+    def select_columns(self, column_names: list[str]) -> _HubSplit: ...
+    def with_format(self, type: str) -> _HubSplit: ...
+    def iter(self, batch_size: int) -> Iterator[pa.Table]: ...
+
+
+def read_hub(name: str, columns: ColumnNames, ways: str) -> tuple[RawSplit, RawSplit]:
+    """Download (or take from the hub's own cache) and decode both splits.
+
+    Args:
+        name: a short name of `HUB_NAMES` or the hub's own, "owner/name".
+        columns: the image and the label column, or None for each to be found.
+        ways: what the user can do instead; ends the message if the hub does not help.
+
+    Raises:
+        DataUnavailable: `datasets` is not installed, or the hub did not give the data set.
+    """
+    splits = _download(HUB_NAMES.get(name, name), ways)
+    if "train" not in splits:
+        raise DataUnavailable(
+            f"{name} on the hub has the splits {', '.join(splits)}, but no train. {ways}"
+        )
+    test = choose_test(list(splits), f"{name} on the hub")
+    return _read(splits["train"], columns, f"{name}, train"), _read(
+        splits[test], columns, f"{name}, {test}"
+    )
+
+
+def _download(hub_id: str, ways: str) -> dict[str, _HubSplit]:
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]  # optional, slow to import
+    except ImportError as error:
+        raise DataUnavailable(
+            f"{hub_id} is not on this machine, and the package `datasets`, which fetches from the "
+            f"Hugging Face hub, is not installed. {ways}"
+        ) from error
+    try:
+        return dict(datasets.load_dataset(hub_id))
+    except Exception as error:  # the hub's client raises many unrelated types when it cannot help
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataUnavailable(
+            f"{hub_id} is not on this machine, and the Hugging Face hub did not give it "
+            f"({reason}). {ways}"
+        ) from error
+
+
+def _read(split: _HubSplit, columns: ColumnNames, where: str) -> RawSplit:
+    from certifl.data.columns import choose_columns  # pyarrow: see certifl.data.readers
+    from certifl.data.tables import read_rows
+
+    features = {
+        name: {"_type": type(feature).__name__, "names": getattr(feature, "names", None)}
+        for name, feature in split.features.items()
+    }
+    schema = split.features.arrow_schema
+    chosen = choose_columns(schema, features, columns.image, columns.label, where)
+    parts = split.select_columns([chosen.image, chosen.label]).with_format("arrow").iter(_BATCH)
+    return read_rows(((where, Path(), part) for part in parts), chosen)

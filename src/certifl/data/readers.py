@@ -1,0 +1,103 @@
+"""One reader for each layout of files: from a split's files to its images and labels."""
+
+from __future__ import annotations
+
+import gzip
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from certifl.data.decode import NamedImage, decode_all
+from certifl.errors import InputError
+
+__all__ = ["READERS", "ColumnNames", "RawSplit", "read_folder", "read_idx", "read_parquet"]
+
+
+@dataclass(frozen=True)
+class ColumnNames:
+    """The columns asked for in a table; None lets the reader find them."""
+
+    image: str | None = None
+    label: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RawSplit:
+    """A split as its files say it.
+
+    Args:
+        images: uint8, (n, c, h, w).
+        labels: (n,), integers, or texts where the files hold the names of classes.
+        class_names: names of the classes 0..K-1, or None where the files do not say them.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...] | None = None
+
+
+def read_parquet(files: tuple[Path, ...], columns: ColumnNames) -> RawSplit:
+    """Read parquet files in the hub's layout, in the order given."""
+    from certifl.data.tables import (
+        read_tables,
+    )  # pyarrow is slow to import; a cached load needs none
+
+    return read_tables(files, columns)
+
+
+def read_folder(files: tuple[Path, ...], columns: ColumnNames) -> RawSplit:
+    """Read `<class>/<image>` files; the class of an image is the name of its folder."""
+    _refuse_columns(columns, files[0].parent.parent)
+    labels = np.array([file.parent.name for file in files])
+    return RawSplit(decode_all(_named(files)), labels)
+
+
+def read_idx(files: tuple[Path, ...], columns: ColumnNames) -> RawSplit:
+    """Read an image file and a label file in the IDX format of MNIST, gzipped or not."""
+    images_file, labels_file = files
+    _refuse_columns(columns, images_file.parent)
+    images, labels = _idx_array(images_file, 3), _idx_array(labels_file, 1)
+    if len(images) != len(labels):
+        raise InputError(
+            f"{images_file} holds {len(images)} images, but {labels_file.name} {len(labels)} "
+            "labels. One of the two belongs to another data set or is incomplete; copy both again."
+        )
+    return RawSplit(images[:, None], labels.astype(np.int64))
+
+
+READERS: dict[str, Callable[[tuple[Path, ...], ColumnNames], RawSplit]] = {
+    "parquet": read_parquet,
+    "idx": read_idx,
+    "folder": read_folder,
+}
+
+
+def _named(files: tuple[Path, ...]) -> Iterator[NamedImage]:
+    for file in files:
+        yield file.__str__, file
+
+
+def _refuse_columns(columns: ColumnNames, where: Path) -> None:
+    if columns != ColumnNames():
+        raise InputError(
+            f"{where} is no table, so there is no column to choose. Leave out the column's name."
+        )
+
+
+def _idx_array(file: Path, rank: int) -> np.ndarray:
+    """IDX: two zero bytes, a type (8 = uint8), the rank, big-endian sizes, then the bytes."""
+    try:
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    except (OSError, EOFError) as error:
+        raise InputError(f"Cannot read {file}: {error}. Copy or download it again.") from error
+    header = 4 + 4 * rank
+    sizes = tuple(np.frombuffer(content[4:header], dtype=">u4").tolist())
+    if content[:4] != bytes((0, 0, 8, rank)) or len(content) != header + math.prod(sizes):
+        raise InputError(
+            f"{file} is no IDX file of bytes with {rank} dimension(s), or it is cut off. "
+            "Copy or download it again."
+        )
+    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(sizes).copy()

@@ -1,0 +1,142 @@
+"""What a data set is once it is read: images and labels of two splits, with a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from certifl.errors import InputError
+from certifl.streams import numpy_generator
+
+__all__ = ["SMALLEST_SIDE", "Dataset", "ImageSplit", "fingerprint", "subset", "to_float"]
+
+SMALLEST_SIDE = 8
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """Intensities in [0, 1]: float32 images x / 255 of uint8 images of any shape."""
+    if images.dtype != torch.uint8:
+        raise InputError(
+            f"to_float expects uint8 images, got {images.dtype}; pass ImageSplit.images."
+        )
+    return images.to(torch.float32) / 255
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSplit:
+    """Images and labels of one split.
+
+    Args:
+        images: uint8, (n, c, h, w), c = 1 (grey) or 3 (RGB).
+        labels: int64, (n,), classes counted from 0.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise InputError(
+                f"Images must be uint8 of shape (n, 1 or 3, h, w), got {images.dtype} "
+                f"{tuple(images.shape)}. Convert them before building a split."
+            )
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise InputError(
+                f"Labels must be int64 of shape ({images.shape[0]},), one for each image, got "
+                f"{labels.dtype} {tuple(labels.shape)}."
+            )
+
+    def __len__(self) -> int:
+        return int(self.labels.shape[0])
+
+    def take(self, indices: np.ndarray | torch.Tensor) -> ImageSplit:
+        """The images and labels at `indices`, in that order."""
+        where = torch.as_tensor(indices, dtype=torch.int64)
+        return ImageSplit(self.images[where], self.labels[where])
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set: two splits, the names of the classes, and a hash of its content.
+
+    Args:
+        name: as it was asked for.
+        train: training images.
+        test: test images, of the same number of channels and the same size.
+        class_names: one for each label 0..K-1.
+        fingerprint: see `fingerprint`; equal content has an equal one, whatever file it came from.
+    """
+
+    name: str
+    train: ImageSplit
+    test: ImageSplit
+    class_names: tuple[str, ...]
+    fingerprint: str
+
+    @property
+    def in_channels(self) -> int:
+        """1 for grey images, 3 for RGB."""
+        return int(self.train.images.shape[1])
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return int(self.train.images.shape[2]), int(self.train.images.shape[3])
+
+    @property
+    def num_classes(self) -> int:
+        """The number K of classes; labels are 0..K-1."""
+        return len(self.class_names)
+
+
+def fingerprint(train: ImageSplit, test: ImageSplit, class_names: tuple[str, ...]) -> str:
+    """SHA-256 over shapes, class names, and the bytes of images and labels of both splits.
+
+    The lengths come first, so that no two different data sets feed the hash the same bytes.
+    """
+    shapes = [list(split.images.shape) for split in (train, test)]
+    header = json.dumps({"shapes": shapes, "class_names": list(class_names)}, sort_keys=True)
+    digest = hashlib.sha256(header.encode() + b"\0")
+    for split in (train, test):
+        digest.update(split.images.contiguous().reshape(-1).numpy().data)
+        digest.update(split.labels.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def subset(
+    dataset: Dataset,
+    train_images: int | None = None,
+    test_images: int | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """A fixed random part of a data set, for small studies; images keep their order.
+
+    The choice depends on the seed and the number of images alone, and a larger part contains every
+    smaller one of the same seed. None keeps a split whole.
+
+    Raises:
+        InputError: fewer than 1 or more images are asked for than there are.
+    """
+    if train_images is None and test_images is None:
+        return dataset
+    train = _random_part(dataset.train, train_images, seed, "train")
+    test = _random_part(dataset.test, test_images, seed, "test")
+    made = fingerprint(train, test, dataset.class_names)
+    return Dataset(dataset.name, train, test, dataset.class_names, made)
+
+
+def _random_part(split: ImageSplit, count: int | None, seed: int, which: str) -> ImageSplit:
+    if count is None or count == len(split):
+        return split
+    if not 1 <= count <= len(split):
+        raise InputError(
+            f"{which}_images = {count}, but the {which} split has {len(split)} images. "
+            f"Choose a number from 1 to {len(split)}, or leave it out to take all."
+        )
+    order = numpy_generator(seed, "subset", which).permutation(len(split))
+    return split.take(np.sort(order[:count]))

@@ -1,0 +1,249 @@
+"""From a spec to a finished run folder: data, partition, training, certificates, in this order.
+
+Each step writes what it finished before the next begins, and a step that finds its result does not
+repeat it. The same call therefore starts a run, goes on with an interrupted one, and returns a
+finished one as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from certifl.data import Dataset, Partition, load
+from certifl.errors import StoreMismatch
+from certifl.experiments.certifying import certify_clients
+from certifl.experiments.machine import machine_facts, versions
+from certifl.experiments.parts import partition_of, random_part
+from certifl.federated import ClientData, LocalTraining, Personalized, train
+from certifl.federated.engine import Progress, deployed_model
+from certifl.models import build
+from certifl.spec import Spec
+from certifl.store.atomic import write_json
+from certifl.store.checkpoints import Checkpoints, StoredRound
+from certifl.store.runs import FINISHED, RUNNING, RunFolder
+
+__all__ = ["LABELS", "Options", "open_data", "run", "trained_model"]
+
+_log = logging.getLogger(__name__)
+
+Report = Callable[[str, int, int, str], None]
+"""Called with (what is under way, done, all, unit)."""
+
+LABELS = {
+    "local": "Local",
+    "fedavg": "FedAvg",
+    "personalized": "Personalised",
+    "mixture": "Mixture",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where and how a study is computed; nothing here changes what it is.
+
+    Attributes:
+        out: the run folder.
+        data_dir: folder of data sets. device: "auto" or a torch device.
+        overwrite: replace a run that lies in `out`.
+        siblings: run folders whose finished training may be taken over instead of repeated.
+        report: told about progress.
+        command: how the run was started, for the record.
+    """
+
+    out: Path
+    data_dir: Path | None = None
+    device: str = "auto"
+    overwrite: bool = False
+    siblings: tuple[Path, ...] = ()
+    report: Report | None = None
+    command: str = ""
+
+
+def run(spec: Spec, options: Options) -> RunFolder:
+    """Train, deploy and certify as the spec says; goes on where an earlier call was stopped.
+
+    Raises:
+        RequestError: the spec does not fit the data, or the folder holds something else.
+        TrainingDiverged: a client's training failed; finished rounds are kept.
+        StoreError: the folder cannot be written; what is there stays whole.
+    """
+    folder = RunFolder(options.out)
+    if folder.finished() and not options.overwrite:
+        folder.begin(spec.to_toml(), spec.hash())  # refuses another spec
+        return folder
+    dataset, partition = open_data(spec, options.data_dir)
+    with folder.locked():
+        folder.begin(spec.to_toml(), spec.hash(), options.overwrite)
+        _describe(folder, spec, dataset, options)
+        write_json(folder.partition, partition.to_manifest())
+        model = build(
+            spec.model.name,
+            dataset.in_channels,
+            dataset.num_classes,
+            spec.seed,
+            spec.model.options,
+        )
+        _train(folder, spec, model, dataset, partition, options)
+        certify_clients(
+            folder,
+            spec,
+            dataset,
+            partition,
+            lambda client: trained_model(folder, spec, model, client),
+            device=options.device,
+            report=options.report,
+        )
+        folder.update({"status": FINISHED, "finished": _now()})
+    return folder
+
+
+def open_data(spec: Spec, data_dir: Path | None) -> tuple[Dataset, Partition]:
+    """The data set and who holds which of its images; indices refer to the whole data set."""
+    dataset = load(spec.data.name, data_dir, label_column=spec.data.label_column)
+    train_part = random_part(len(dataset.train), spec.data.train_images, spec.seed, "train")
+    test_part = random_part(len(dataset.test), spec.data.test_images, spec.seed, "test")
+    partition = partition_of(dataset, spec.clients, spec.seed, train_part, test_part)
+    return dataset, partition
+
+
+def _describe(folder: RunFolder, spec: Spec, dataset: Dataset, options: Options) -> None:
+    algorithm = spec.build_algorithm()
+    known = folder.manifest()
+    before = known.get("data", {}).get("fingerprint", dataset.fingerprint)
+    if before != dataset.fingerprint:
+        raise StoreMismatch(
+            f"{folder.path} was begun with other images: the data set {dataset.name!r} changed "
+            "since. Give the data it was begun with, or choose another folder with --out."
+        )
+    folder.update(
+        {
+            "name": spec.name,
+            "regime": algorithm.name,
+            "label": LABELS.get(algorithm.name, algorithm.name),
+            "deploys": algorithm.deploys,
+            "status": RUNNING,
+            "seed": spec.seed,
+            "clients": spec.clients.count,
+            "model": spec.model.name,
+            "training_hash": spec.training_hash(),
+            "data": {
+                "name": dataset.name,
+                "fingerprint": dataset.fingerprint,
+                "in_channels": dataset.in_channels,
+                "image_size": list(dataset.image_size),
+                "num_classes": dataset.num_classes,
+                "class_names": list(dataset.class_names),
+                "train_images": spec.data.train_images or len(dataset.train),
+                "test_images": spec.data.test_images or len(dataset.test),
+            },
+            "machine": machine_facts(options.device),
+            "versions": versions(),
+            "command": known.get("command") or options.command,
+            "created": known.get("created") or _now(),
+        }
+    )
+
+
+def _train(
+    folder: RunFolder,
+    spec: Spec,
+    model: nn.Module,
+    dataset: Dataset,
+    partition: Partition,
+    options: Options,
+) -> None:
+    """Run the rounds that are missing, from a sibling's finished training where one fits."""
+    started = time.perf_counter()
+    federated, personal = spec.augmentations()
+    device = _training_device(options.device)
+    training = LocalTraining(
+        model,
+        spec.training.schedule(),
+        seed=spec.seed,
+        augmentation=federated,
+        finetuning_augmentation=personal,
+        device=device,
+    )
+    clients = [_client_data(dataset, partition, c) for c in range(len(partition.clients))]
+    last = train(
+        spec.build_algorithm(),
+        model,
+        clients,
+        training,
+        Checkpoints(folder.training),
+        progress=None if options.report is None else _rounds(options.report),
+        start_from=_sibling_training(spec, options.siblings),
+    )
+    folder.write_history([_by_client(entry) for entry in last.history])
+    spent = folder.manifest().get("training_seconds", 0.0) + time.perf_counter() - started
+    folder.update({"training_seconds": round(spent, 3)})
+
+
+def _rounds(report: Report) -> Callable[[Progress], None]:
+    def told(now: Progress) -> None:
+        done = now.round * now.participants + now.done
+        report("training", done, now.rounds * now.participants, "client rounds")
+
+    return told
+
+
+def _by_client(entry: dict[str, Any]) -> dict[str, Any]:
+    """A round of the history with its clients under their numbers."""
+    rows = {
+        str(row["client"]): {k: v for k, v in row.items() if k != "client"}
+        for row in entry["clients"]
+    }
+    return {**entry, "clients": rows}
+
+
+def _training_device(device: str) -> str:
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _client_data(dataset: Dataset, partition: Partition, client: int) -> ClientData:
+    part = dataset.train.take(partition.clients[client].train)
+    return ClientData(client, part.images, part.labels)
+
+
+def _sibling_training(spec: Spec, siblings: tuple[Path, ...]) -> StoredRound | None:
+    """A finished training that this one continues: the same, or the base it personalises."""
+    wanted = {spec.training_hash()}
+    if isinstance(spec.build_algorithm(), Personalized):
+        wanted.add(spec.training_hash(of_base=True))
+    for sibling in siblings:
+        other = RunFolder(sibling)
+        if other.finished() and other.manifest().get("training_hash") in wanted:
+            _log.info("taking over the training in %s", sibling)
+            return Checkpoints(other.training).latest()
+    return None
+
+
+def trained_model(folder: RunFolder, spec: Spec, model: nn.Module, client: int) -> nn.Module:
+    """The model that a client uses at test time, in evaluation mode, from the last checkpoint.
+
+    Args:
+        model: the architecture; its weights are replaced.
+
+    Raises:
+        StoreMismatch: the run has no trained model.
+    """
+    last = Checkpoints(folder.training).latest()
+    if last is None:
+        raise StoreMismatch(f"{folder.path} holds no trained model yet; finish the run first.")
+    model.load_state_dict(deployed_model(spec.build_algorithm(), last, client))
+    return model.eval()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

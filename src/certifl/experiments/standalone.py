@@ -1,0 +1,199 @@
+"""Certificates outside a study: for a model somebody already has, or for one image."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from certifl.certification import Certificates, certify
+from certifl.certification.network import prepare
+from certifl.data import Dataset, choose, load, read_image, to_float
+from certifl.errors import InputError, ModelError, StoreMismatch
+from certifl.experiments.certifying import Job, certify_job
+from certifl.experiments.run import open_data, trained_model
+from certifl.models import build
+from certifl.perturbations import Perturbation, from_description
+from certifl.spec import Certification, Spec, with_settings
+from certifl.store.runs import RunFolder
+
+__all__ = ["Answer", "Request", "certify_image", "certify_standalone"]
+
+Report = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `certifl certify` was asked for.
+
+    Attributes:
+        model, weights: a network and its weights; or
+        run, client: the model that a client of a run deploys.
+        data, data_dir: the data set whose test images are certified; a run brings its own.
+        family, sigma: the perturbation.
+        images: how many test images, a fixed random choice by `seed`.
+        settings: (estimator, n0, n, alpha).
+        precision, device, out, overwrite: as on the command line.
+    """
+
+    model: str | None
+    weights: Path | None
+    run: Path | None
+    client: int
+    data: str | None
+    family: str
+    sigma: str
+    images: int
+    settings: tuple[str, int, int, float]
+    seed: int
+    precision: str
+    data_dir: Path | None
+    device: str
+    out: Path
+    overwrite: bool
+
+
+def certify_standalone(request: Request, report: Report | None = None) -> Certificates:
+    """Certify test images; votes are kept beside `out` until it is written, so the call resumes.
+
+    Raises:
+        InputError: the options do not fit together. StoreMismatch: `out` exists already.
+    """
+    if request.out.exists() and not request.overwrite:
+        raise StoreMismatch(f"{request.out} exists already; give --overwrite to replace it.")
+    if request.out.suffix not in (".parquet", ".tsv"):
+        raise InputError(f"--out must end in .parquet or .tsv; got {request.out.name!r}.")
+    if (request.run is None) == (request.model is None):
+        raise InputError(
+            "Give either --run RUN (and --client), or --model module:function with --weights "
+            "and --data."
+        )
+    perturbation = from_description({"family": request.family, "sigma": request.sigma})
+    model, dataset, index = _from_run(request) if request.run else _from_model(request)
+    part = dataset.test.take(index)
+    saved = request.out.with_name(f".{request.out.name}.votes.safetensors")
+    job = Job(request.client, index, part.images, part.labels.numpy(), saved)
+    estimator, n0, n, alpha = request.settings
+    wanted = Certification(
+        perturbation={"family": request.family, "sigma": request.sigma},
+        estimator=estimator,
+        n0=n0,
+        n=n,
+        alpha=alpha,
+    )
+    network = prepare(model, to_float(part.images[:1]), request.device, request.precision)
+    told = None if report is None else lambda done, all_: report("certifying", done, all_, "votes")
+    made = certify_job(
+        job, model, network, perturbation, wanted, request.seed, dataset.fingerprint, told
+    )
+    made.save(request.out)
+    saved.unlink(missing_ok=True)
+    return made
+
+
+def _from_run(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:
+    assert request.run is not None
+    folder = RunFolder(request.run)
+    model, spec = _model_of(folder, request.client)
+    if request.data is not None and request.data != spec.data.name:
+        raise InputError(f"--run brings its own data ({spec.data.name}); leave out --data.")
+    dataset, partition = open_data(spec, request.data_dir)
+    held = partition.clients[request.client].test
+    return model, dataset, choose(held, request.images, request.seed, request.client)
+
+
+def _from_model(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:
+    assert request.model is not None
+    if request.data is None or request.weights is None:
+        raise InputError("--model needs --weights FILE and --data NAME.")
+    dataset = load(request.data, request.data_dir)
+    model = build(request.model, dataset.in_channels, dataset.num_classes, request.seed)
+    try:
+        model.load_state_dict(_weights(request.weights))
+    except RuntimeError as error:
+        raise ModelError(f"{request.weights} does not fit {request.model}: {error}") from error
+    everything = np.arange(len(dataset.test))
+    return model.eval(), dataset, choose(everything, request.images, request.seed, 0)
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"There are no weights at {path}.")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        # weights_only: a file of weights must never be able to run code.
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the file is, it is not a plain file of weights
+        raise InputError(
+            f"{path} is no plain file of weights ({type(error).__name__}). Save "
+            "model.state_dict() as .safetensors, or with torch.save."
+        ) from error
+    return held.get("state_dict", held)
+
+
+def _model_of(folder: RunFolder, client: int) -> tuple[nn.Module, Spec]:
+    if not folder.exists():
+        raise StoreMismatch(f"{folder.path} is no run folder.")
+    if not folder.finished():
+        raise StoreMismatch(f"{folder.path} is not finished; repeat the command that started it.")
+    spec = with_settings(tomllib.loads(folder.spec.read_text()))
+    if client >= spec.clients.count:
+        raise InputError(
+            f"--client {client}: the run has the clients 0 to {spec.clients.count - 1}."
+        )
+    data = folder.manifest()["data"]
+    model = build(
+        spec.model.name, data["in_channels"], data["num_classes"], spec.seed, spec.model.options
+    )
+    return trained_model(folder, spec, model, client), spec
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the smoothed classifier says of one image, and how sure.
+
+    Attributes:
+        certificates: one row. class_name: of the predicted class, "" where it abstained.
+        client: whose model answered. deploys: which model that is, in words.
+    """
+
+    certificates: Certificates
+    class_name: str
+    client: int
+    deploys: str
+
+
+def certify_image(
+    path: Path, run: Path, client: int, n: int | None, resize: bool, device: str
+) -> Answer:
+    """Certify one image with the model that a client of a run deploys."""
+    folder = RunFolder(run)
+    model, spec = _model_of(folder, client)
+    manifest = folder.manifest()
+    data = manifest["data"]
+    image = read_image(path, data["in_channels"], tuple(data["image_size"]), resize=resize)
+    wanted = spec.certification
+    perturbation: Perturbation = spec.perturbation()
+    made = certify(
+        model,
+        image,
+        perturbation,
+        n0=wanted.n0,
+        n=n or wanted.n,
+        alpha=wanted.alpha,
+        estimator=wanted.estimator,
+        radii=wanted.radii,
+        seed=spec.seed,
+        precision=wanted.precision,
+        device=device,
+    )
+    label = int(made.predicted[0])
+    name = data["class_names"][label] if label >= 0 else ""
+    return Answer(made, name, client, manifest["deploys"])

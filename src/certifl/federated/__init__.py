@@ -1,0 +1,116 @@
+"""Ways of training together: algorithms, a client's passes, the rounds in one process.
+
+`ALGORITHMS` is a literal table. A new algorithm is one file and one row, and the conformance suite
+in `tests/test_algorithms.py` then tests it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+from certifl.errors import SpecError
+from certifl.federated.base import (
+    Algorithm,
+    ClientData,
+    ClientState,
+    ModelState,
+    ServerState,
+    Update,
+    describe,
+    state_of,
+)
+from certifl.federated.batches import Augmentation
+from certifl.federated.client import LocalTraining, Trained
+from certifl.federated.engine import (
+    Progress,
+    client_state,
+    deployed_model,
+    server_state,
+    total_rounds,
+    train,
+)
+from certifl.federated.fedavg import FedAvg
+from certifl.federated.local import Local
+from certifl.federated.mixture import Mixture
+from certifl.federated.personalized import Personalized
+from certifl.federated.schedule import Schedule
+
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "Augmentation",
+    "ClientData",
+    "ClientState",
+    "FedAvg",
+    "Local",
+    "LocalTraining",
+    "Mixture",
+    "ModelState",
+    "Personalized",
+    "Progress",
+    "Schedule",
+    "ServerState",
+    "Trained",
+    "Update",
+    "client_state",
+    "deployed_model",
+    "describe",
+    "from_description",
+    "server_state",
+    "state_of",
+    "total_rounds",
+    "train",
+]
+
+ALGORITHMS: dict[str, type[Local | FedAvg | Personalized | Mixture]] = {
+    "local": Local,
+    "fedavg": FedAvg,
+    "personalized": Personalized,
+    "mixture": Mixture,
+}
+
+
+def from_description(description: Mapping[str, Any] | str) -> Algorithm:
+    """The algorithm that `describe` described, e.g. `{"name": "mixture", "personalization": 0.5}`.
+
+    A bare name stands for the algorithm with its defaults; `base` of `personalized` is described
+    in the same way.
+
+    Raises:
+        SpecError: an unknown algorithm or hyper-parameter, a missing one, or a value that is not
+            allowed; the message names the key and what is allowed.
+    """
+    table: dict[str, Any] = (
+        {"name": description} if isinstance(description, str) else {**description}
+    )
+    name = table.pop("name", None)
+    if not isinstance(name, str) or name not in ALGORITHMS:
+        raise SpecError(
+            f"algorithm name = {name!r} is unknown: choose one of {_list(ALGORITHMS)}."
+        )
+    options = {option.name: option for option in fields(ALGORITHMS[name])}
+    for key in table:
+        if key not in options:
+            allowed = _list(options) or "no hyper-parameters"
+            raise SpecError(f"{name} has no hyper-parameter {key!r}: it has {allowed}.")
+    for key, option in options.items():
+        if option.default is MISSING and key not in table:
+            raise SpecError(f"{name} needs the hyper-parameter {key!r}.")
+    if "base" in table:
+        table["base"] = _base(table["base"])
+    return ALGORITHMS[name](**table)
+
+
+def _base(description: object) -> Algorithm:
+    if not isinstance(description, Mapping | str):
+        raise SpecError(
+            f"base = {description!r} is not allowed: it must be an algorithm's name or a table "
+            "with its name and hyper-parameters."
+        )
+    return from_description(description)
+
+
+def _list(names: Mapping[str, object]) -> str:
+    return ", ".join(names)

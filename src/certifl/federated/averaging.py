@@ -1,0 +1,109 @@
+"""Averages of model states, one update at a time, with a policy per key.
+
+The paper's theta_bar = 1/n sum_i theta_i (Eq. 4). A model state holds more than theta, so every
+key has a policy:
+
+| policy | keys | result |
+|---|---|---|
+| average | floating tensors: weights, running means and variances | weighted mean in float64 |
+| maximum | integers and booleans: BatchNorm's `num_batches_tracked` | largest value, dtype kept |
+
+The mean is accumulated as deviations from the first model in float64. So averaging equal models
+gives them back bit for bit, whatever the weights and the dtype; and since updates arrive in client
+order, the rounding does not depend on who finished first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from certifl.errors import InputError
+from certifl.federated.base import ModelState, Update, check_choice
+
+__all__ = ["WEIGHTINGS", "average_models", "policy_of"]
+
+WEIGHTINGS = {
+    "uniform": "every client counts the same, the paper's 1/n",
+    "size": "clients count by their number of training images",
+}
+
+
+def policy_of(value: torch.Tensor) -> str:
+    """How a tensor of a model state is combined over clients: "average" or "maximum"."""
+    return "average" if value.is_floating_point() or value.is_complex() else "maximum"
+
+
+def average_models(updates: Iterable[Update], weighting: str = "uniform") -> ModelState | None:
+    """The average of the updates' models; None where no update has one.
+
+    Args:
+        updates: in client order; each is dropped before the next is asked for.
+        weighting: "uniform" (1/n) or "size" (by `Update.weight`).
+
+    Raises:
+        InputError: a client sent other keys or shapes than the first one; it is named.
+    """
+    check_choice("weighting", weighting, WEIGHTINGS)
+    mean: _RunningMean | None = None
+    for update in updates:
+        if update.model is None:
+            continue
+        weight = 1.0 if weighting == "uniform" else float(update.weight)
+        if mean is None:
+            mean = _RunningMean(update.model, weight)
+        else:
+            mean.add(update, weight)
+    return None if mean is None else mean.result()
+
+
+class _RunningMean:
+    """First model, float64 sum of weighted deviations from it, running maxima of counters."""
+
+    def __init__(self, first: ModelState, weight: float) -> None:
+        self._first = first
+        self._weight = weight
+        self._deviations: dict[str, torch.Tensor] = {}
+        self._maxima = {k: v for k, v in first.items() if policy_of(v) == "maximum"}
+
+    def add(self, update: Update, weight: float) -> None:
+        model = update.model or {}
+        self._check(update.client, model)
+        self._weight += weight
+        for name, value in model.items():
+            if name in self._maxima:
+                self._maxima[name] = torch.maximum(self._maxima[name], value)
+            else:
+                self._deviate(name, value, weight)
+
+    def _deviate(self, name: str, value: torch.Tensor, weight: float) -> None:
+        wide = torch.complex128 if value.is_complex() else torch.float64
+        deviation = value.to(wide).sub_(self._first[name])
+        if name in self._deviations:
+            self._deviations[name].add_(deviation, alpha=weight)
+        else:
+            self._deviations[name] = deviation.mul_(weight)
+
+    def result(self) -> ModelState:
+        return {name: self._combined(name, value) for name, value in self._first.items()}
+
+    def _combined(self, name: str, first: torch.Tensor) -> torch.Tensor:
+        if name in self._maxima:
+            return self._maxima[name].clone()
+        total = self._deviations.get(name)
+        if total is None:
+            return first.clone()
+        mean = (total / self._weight).add_(first).to(first.dtype)
+        # -0.0 + 0.0 is 0.0: without this, equal models would lose the sign of their zeros.
+        return torch.where(total == 0, first, mean)
+
+    def _check(self, client: int, model: ModelState) -> None:
+        shapes = {name: tuple(value.shape) for name, value in self._first.items()}
+        sent = {name: tuple(value.shape) for name, value in model.items()}
+        if sent != shapes:
+            wrong = sorted(k for k in shapes.keys() | sent.keys() if shapes.get(k) != sent.get(k))
+            raise InputError(
+                f"Client {client} sent a model of another architecture (first difference: "
+                f"{wrong[0]}). All clients of a federation must train the same network."
+            )

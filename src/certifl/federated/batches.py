@@ -1,0 +1,110 @@
+"""The stream of training batches of one client in one round, drawn on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+from certifl import streams
+from certifl.federated.base import ClientData
+
+__all__ = ["Augmentation", "BatchStream", "batch_bounds"]
+
+
+class Augmentation(Protocol):
+    """What training needs of a perturbation: draw parameters, apply them (`perturbations`)."""
+
+    def sample(
+        self, n: int, image_shape: tuple[int, int, int], generator: torch.Generator
+    ) -> torch.Tensor:
+        """Parameters for n images, on the generator's device."""
+        ...
+
+    def apply(self, images: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        """The images (m, c, h, w) in [0, 1], each with its own parameters."""
+        ...
+
+
+def batch_bounds(images: int, batch_size: int) -> list[tuple[int, int]]:
+    """Where the batches of an epoch begin and end; the last may be smaller.
+
+    A single image left over joins the batch before it (unless batches are of one image anyway),
+    because BatchNorm cannot normalise a batch of one. This holds for every network, so that two
+    architectures see the same batches.
+    """
+    starts = list(range(0, images, batch_size))
+    if batch_size > 1 and len(starts) > 1 and images - starts[-1] == 1:
+        starts.pop()
+    return list(zip(starts, [*starts[1:], images], strict=True))
+
+
+class BatchStream:
+    """Shuffled, augmented batches; its generators go on from epoch to epoch within the round.
+
+    Three streams, derived from (seed, purpose, client, round), so that switching one on or off
+    leaves the others as they are: "shuffle" (one permutation per epoch), "flip-crop", and
+    "augmentation" (one sample of the perturbation per image and step).
+    """
+
+    def __init__(
+        self,
+        data: ClientData,
+        *,
+        batch_size: int,
+        augmentation: Augmentation | None,
+        flip: bool,
+        crop: int,
+        seed: int,
+        round: int,
+    ) -> None:
+        self.client = data.client
+        self._images = data.images
+        self._labels = data.labels
+        self._bounds = batch_bounds(len(data), batch_size)
+        self._augmentation = augmentation
+        self._flip = flip
+        self._crop = crop
+        self._shuffle, self._geometry, self._noise = (
+            streams.generator(seed, purpose, data.client, round, device=data.images.device)
+            for purpose in ("shuffle", "flip-crop", "augmentation")
+        )
+
+    def epoch(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """One pass: batches of images in [0, 1] (before the perturbation) and their labels."""
+        device = self._images.device
+        order = torch.randperm(len(self._labels), generator=self._shuffle, device=device)
+        for start, stop in self._bounds:
+            chosen = order[start:stop]
+            yield self._prepared(self._images[chosen]), self._labels[chosen]
+
+    @torch.no_grad()
+    def _prepared(self, images: torch.Tensor) -> torch.Tensor:
+        if self._flip:
+            images = _random_flip(images, self._geometry)
+        if self._crop:
+            images = _random_crop(images, self._crop, self._geometry)
+        unit = images.to(torch.float32).div_(255)
+        if self._augmentation is None:
+            return unit
+        channels, height, width = unit.shape[1:]
+        params = self._augmentation.sample(len(unit), (channels, height, width), self._noise)
+        return self._augmentation.apply(unit, params)
+
+
+def _random_flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    coins = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
+    return torch.where(coins < 0.5, images.flip(-1), images)
+
+
+def _random_crop(images: torch.Tensor, margin: int, generator: torch.Generator) -> torch.Tensor:
+    n, _, height, width = images.shape
+    device = images.device
+    padded = torch.nn.functional.pad(images, (margin, margin, margin, margin))
+    shifts = torch.randint(2 * margin + 1, (2, n, 1), generator=generator, device=device)
+    rows = shifts[0] + torch.arange(height, device=device)
+    columns = shifts[1] + torch.arange(width, device=device)
+    which = torch.arange(n, device=device)
+    cut = padded[which[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return cut.permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,281 @@
+"""One client's passes over its own images: SGD over a stream of batches.
+
+Every random choice comes from a generator derived from (seed, purpose, client, round), so a
+client's round is a pure function of what it starts from: no order of clients, no interruption and
+no global generator can change it. Images stay uint8 on the device; shuffling, flipping, cropping
+and perturbing happen there, and nothing is brought back to the host within an epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from certifl import streams
+from certifl.errors import InputError, ModelError, TrainingDiverged
+from certifl.federated.base import ClientData, ModelState, Parts, state_of
+from certifl.federated.batches import Augmentation, BatchStream
+from certifl.federated.schedule import Schedule
+
+__all__ = ["GradientHook", "LocalTraining", "Schedule", "Trained"]
+
+GradientHook = Callable[[str, nn.Parameter], None]
+"""Called with every parameter that has a gradient, before the step; may change it in place."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a client's passes give.
+
+    Attributes:
+        state: the trained model.
+        momentum: SGD's buffers by parameter name; empty unless the schedule keeps them.
+        metrics: "loss" (mean) and "accuracy" over all images seen in training mode.
+    """
+
+    state: ModelState
+    momentum: ModelState
+    metrics: dict[str, float]
+
+    @property
+    def kept(self) -> Parts:
+        """The parts of a client's state that the optimiser asks for: momentum, or nothing."""
+        return {"momentum": self.momentum} if self.momentum else {}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Learning rate of each epoch, and what else differs from pass to pass."""
+
+    rates: tuple[float, ...]
+    weight_decay: float
+    augmentation: Augmentation | None
+    hook: GradientHook | None = None
+    momentum: ModelState = field(default_factory=dict)
+    keep: bool = False
+
+
+class LocalTraining:
+    """Everything a client's half needs besides states and data; the same object for all clients.
+
+    It holds one model object and reuses it for every client: whatever a client trains is loaded
+    into it first and copied out of it afterwards, so the memory of a federation does not grow with
+    its clients.
+
+    Args:
+        model: the architecture; a copy of it is used, its weights do not matter.
+        schedule: rounds, epochs and optimiser.
+        seed: all random streams are derived from it.
+        augmentation: perturbation sampled once per image and step in the schedule's rounds (the
+            one-sample estimate of Eq. 3); None = none.
+        finetuning_augmentation: the same for personalisation, which may differ; None = none.
+        device: where the passes run.
+
+    Raises:
+        ModelError: the model has nothing to train.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        *,
+        seed: int,
+        augmentation: Augmentation | None = None,
+        finetuning_augmentation: Augmentation | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.schedule = schedule
+        self.seed = seed
+        self.augmentation = augmentation
+        self.finetuning_augmentation = finetuning_augmentation
+        self.device = torch.device(device)
+        self._model = copy.deepcopy(model).to(self.device).train()
+        self._trainable = {
+            name: value for name, value in self._model.named_parameters() if value.requires_grad
+        }
+        if not self._trainable:
+            raise ModelError(
+                "The model has no parameter that requires a gradient: nothing to train."
+            )
+
+    def passes(
+        self,
+        start: ModelState,
+        data: ClientData,
+        round: int,
+        *,
+        momentum: ModelState | None = None,
+        hook: GradientHook | None = None,
+        weight_decay: float | None = None,
+    ) -> Trained:
+        """The schedule's passes of one round, from `start`; arguments are not changed.
+
+        Args:
+            start: the model to start from.
+            data: the client's images.
+            round: communication round, from 0; sets the learning rates and the random streams.
+            momentum: buffers the client kept; ignored where the schedule resets them.
+            hook: changes gradients before each step.
+            weight_decay: instead of the schedule's.
+
+        Raises:
+            TrainingDiverged: the loss or the weights stopped being finite.
+        """
+        schedule = self.schedule
+        first = round * schedule.local_epochs
+        plan = _Plan(
+            rates=tuple(schedule.lr_at(first + epoch) for epoch in range(schedule.local_epochs)),
+            weight_decay=schedule.weight_decay if weight_decay is None else weight_decay,
+            augmentation=self.augmentation,
+            hook=hook,
+            momentum=(momentum or {}) if schedule.keeps_momentum else {},
+            keep=schedule.keeps_momentum,
+        )
+        return self._train(start, data, round, plan)
+
+    def finetune(
+        self, start: ModelState, data: ClientData, round: int, *, epochs: int, lr: float | None
+    ) -> Trained:
+        """Passes of personalisation: its own augmentation, a constant rate, fresh momentum.
+
+        Args:
+            start: the model to start from.
+            data: the client's images.
+            round: number of the round, for the random streams.
+            epochs: passes over the images.
+            lr: learning rate; None = that of the schedule's last epoch.
+        """
+        schedule = self.schedule
+        rate = schedule.lr_at(schedule.epochs - 1) if lr is None else lr
+        plan = _Plan((rate,) * epochs, schedule.weight_decay, self.finetuning_augmentation)
+        return self._train(start, data, round, plan)
+
+    def on_device(self, state: ModelState) -> ModelState:
+        """A state's tensors where the passes run, for gradient hooks."""
+        return {name: value.to(self.device) for name, value in state.items()}
+
+    def _train(self, start: ModelState, data: ClientData, round: int, plan: _Plan) -> Trained:
+        if len(data) == 0:
+            raise InputError(
+                f"Client {data.client} has no training images: give it some or leave it out."
+            )
+        schedule = self.schedule
+        stream = BatchStream(
+            data.to(self.device),
+            batch_size=schedule.batch_size,
+            augmentation=plan.augmentation,
+            flip=schedule.flip,
+            crop=schedule.crop,
+            seed=self.seed,
+            round=round,
+        )
+        seed = streams.derive_seed(self.seed, "model", data.client, round)
+        with _own_randomness(self.device, seed):
+            self._model.load_state_dict(start)
+            optimizer = self._optimizer(plan)
+            sums = [self._epoch(optimizer, stream, rate, plan.hook, round) for rate in plan.rates]
+            state = self._finite_state(data.client, round)
+        momentum = self._momentum(optimizer) if plan.keep else {}
+        seen = len(data) * len(plan.rates)
+        metrics = {
+            "loss": math.fsum(loss for loss, _ in sums) / seen,
+            "accuracy": sum(correct for _, correct in sums) / seen,
+        }
+        return Trained(state, momentum, metrics)
+
+    def _epoch(
+        self,
+        optimizer: torch.optim.Optimizer,
+        stream: BatchStream,
+        rate: float,
+        hook: GradientHook | None,
+        round: int,
+    ) -> tuple[float, float]:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        losses: list[torch.Tensor] = []
+        correct: list[torch.Tensor] = []
+        for images, labels in stream.epoch():
+            logits = self._model(images)
+            loss = functional.cross_entropy(logits, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            if hook is not None:
+                self._adjust(hook)
+            optimizer.step()
+            with torch.no_grad():
+                losses.append(loss.detach() * len(labels))
+                correct.append((logits.argmax(1) == labels).sum())
+        # The epoch's only transfer to the host.
+        total = math.fsum(torch.stack(losses).tolist())
+        if not math.isfinite(total):
+            raise TrainingDiverged(stream.client, round, f"the loss became {total}")
+        return total, float(torch.stack(correct).sum())
+
+    def _adjust(self, hook: GradientHook) -> None:
+        with torch.no_grad():
+            for name, parameter in self._trainable.items():
+                if parameter.grad is not None:
+                    hook(name, parameter)
+
+    def _optimizer(self, plan: _Plan) -> torch.optim.SGD:
+        optimizer = torch.optim.SGD(
+            self._trainable.values(),
+            lr=plan.rates[0],
+            momentum=self.schedule.momentum,
+            weight_decay=plan.weight_decay,
+        )
+        for name, buffer in plan.momentum.items():
+            own = buffer.to(self.device, copy=True)
+            optimizer.state[self._trainable[name]]["momentum_buffer"] = own
+        return optimizer
+
+    def _momentum(self, optimizer: torch.optim.SGD) -> ModelState:
+        buffers = {
+            name: optimizer.state[parameter].get("momentum_buffer")
+            for name, parameter in self._trainable.items()
+        }
+        return {k: v.detach().to("cpu", copy=True) for k, v in buffers.items() if v is not None}
+
+    def _finite_state(self, client: int, round: int) -> ModelState:
+        state = state_of(self._model)
+        for name, value in state.items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise TrainingDiverged(client, round, f"{name} is not finite")
+        return state
+
+
+@contextlib.contextmanager
+def _own_randomness(device: torch.device, seed: int) -> Iterator[None]:
+    """Lets modules that draw from the global generator (dropout) draw from a derived one.
+
+    On CUDA, convolutions are held to their deterministic algorithms meanwhile, so that a resumed
+    run repeats the interrupted one.
+    """
+    cuda = device.type == "cuda"
+    index = [torch.cuda.current_device() if device.index is None else device.index] if cuda else []
+    cudnn = torch.backends.cudnn
+    exact = (
+        cudnn.flags(
+            enabled=cudnn.enabled,
+            benchmark=False,
+            deterministic=True,
+            allow_tf32=cudnn.allow_tf32,
+        )
+        if cuda
+        else contextlib.nullcontext()
+    )
+    with torch.random.fork_rng(devices=index), exact:
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(index[0]):
+                torch.cuda.manual_seed(seed)
+        yield

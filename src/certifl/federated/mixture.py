@@ -1,0 +1,110 @@
+"""A mixture of global and local models: clients are pulled towards the average."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import nn
+
+from certifl.federated.averaging import average_models
+from certifl.federated.base import (
+    ClientData,
+    ClientState,
+    ModelState,
+    ServerState,
+    Update,
+    check_number,
+)
+
+if TYPE_CHECKING:
+    from certifl.federated.client import GradientHook, LocalTraining
+
+__all__ = ["Mixture"]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Mixture of models: every client keeps its own theta_i and is pulled towards the average.
+
+    Each local step follows Eq. (5),
+
+      theta_i <- theta_i - gamma (lambda grad L_i(theta_i) + 2 (1 - lambda)(theta_i - theta_bar)),
+
+    with theta_bar = 1/n sum_i theta_i as broadcast, FIXED during the round's local steps. The
+    bracket is the gradient handed to SGD, so momentum applies to all of it. Weight decay belongs
+    to L_i (it adds decay/2 ||theta_i||^2 to it) and is scaled by lambda with it: lambda = 1 is
+    local training, bit for bit. lambda also scales the step taken on the loss: a small lambda
+    trains slowly as well as jointly. The pull alone is stable for gamma (1 - lambda) < 1.
+
+    Parameters are pulled; BatchNorm's running statistics are not, each client keeps its own, and
+    the average of them only travels along. With partial participation theta_bar is the average
+    over those who took part.
+
+    Deployed by client i: its own theta_i (the initial model where it never trained).
+
+    Attributes:
+        personalization: lambda in [0, 1]; 1 = local training, 0 = the pull alone.
+
+    Source: Hanzely and Richtarik, Federated Learning of a Mixture of Global and Local Models,
+    2020; the paper, Eq. (4) and (5).
+    """
+
+    personalization: float
+
+    name: ClassVar[str] = "mixture"
+    deploys: ClassVar[str] = "its own model, pulled towards the average of all"
+    keeps_client_state: ClassVar[bool] = True
+    extra_rounds: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        allowed = "a number from 0 (global) to 1 (local)"
+        check_number("personalization", self.personalization, allowed, low=0, high=1)
+
+    def init(self, model_state: ModelState) -> ServerState:
+        """All clients begin with the initial model, which is then their average."""
+        return ServerState(0, {"model": model_state})
+
+    def client_round(
+        self,
+        broadcast: ServerState,
+        client_state: ClientState,
+        data: ClientData,
+        training: LocalTraining,
+    ) -> tuple[Update, ClientState]:
+        """Take the round's steps of Eq. (5) from this client's own model, send the result."""
+        average = broadcast.parts["model"]
+        trained = training.passes(
+            client_state.parts.get("model", average),
+            data,
+            broadcast.round,
+            momentum=client_state.parts.get("momentum"),
+            hook=self._pull(training.on_device(average)),
+            weight_decay=self.personalization * training.schedule.weight_decay,
+        )
+        update = Update(data.client, len(data), trained.state, trained.metrics)
+        return update, ClientState({"model": trained.state, **trained.kept})
+
+    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
+        """theta_bar, the uniform average of the models that arrived (the old one: none did)."""
+        average = average_models(updates)
+        parts = server_state.parts if average is None else {"model": average}
+        return ServerState(server_state.round + 1, parts)
+
+    def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
+        """The client's own model."""
+        return client_state.parts.get("model", server_state.parts["model"])
+
+    def _pull(self, average: ModelState) -> GradientHook | None:
+        """Turns grad L_i into the bracket of Eq. (5); at lambda = 1 there is nothing to turn."""
+        if self.personalization == 1:
+            return None
+        pull = 2 * (1 - self.personalization)
+
+        def hook(name: str, parameter: nn.Parameter) -> None:
+            if parameter.grad is not None:
+                parameter.grad.mul_(self.personalization)
+                parameter.grad.add_(parameter - average[name], alpha=pull)
+
+        return hook

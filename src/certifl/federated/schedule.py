@@ -1,0 +1,82 @@
+"""How long and how fast the clients train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from certifl.federated.base import check_choice, check_number
+
+__all__ = ["MOMENTUM_BETWEEN_ROUNDS", "Schedule"]
+
+MOMENTUM_BETWEEN_ROUNDS = {
+    "reset": "every round starts with empty momentum buffers; clients keep nothing for it",
+    "keep": "every client keeps its momentum buffers from one of its rounds to the next",
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast: rounds of local epochs of SGD, with step decay over ALL epochs.
+
+    The optimiser's state never travels. What happens to a client's momentum buffers between its
+    rounds is `momentum_between_rounds`; the paper's published code keeps them.
+
+    Attributes:
+        rounds: communication rounds.
+        local_epochs: passes over the client's images in each round.
+        batch_size: images in a step. The last smaller batch of an epoch is trained on too, but a
+            single image left over joins the batch before it: BatchNorm cannot normalise one image.
+        lr: learning rate of the first epoch.
+        momentum: of SGD, 0 = none.
+        weight_decay: of SGD, coefficient of ||theta||^2 / 2 inside the client's loss L_i.
+        decay_every: epochs between decays of the learning rate, counted over the whole training
+            (round * local_epochs + epoch), None = no decay.
+        decay_factor: what the learning rate is multiplied with at each decay.
+        momentum_between_rounds: "reset" or "keep".
+        flip: mirror each image left to right with probability 1/2.
+        crop: pixels of zero padding of a random crop of the image's own size, 0 = none.
+    """
+
+    rounds: int
+    local_epochs: int
+    batch_size: int
+    lr: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    decay_every: int | None = None
+    decay_factor: float = 0.1
+    momentum_between_rounds: str = "reset"
+    flip: bool = False
+    crop: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("rounds", "local_epochs", "batch_size"):
+            check_number(key, getattr(self, key), "a whole number from 1", low=1, whole=True)
+        check_number("lr", self.lr, "a number above 0", low=0, open_low=True)
+        check_number("momentum", self.momentum, "a number from 0 up to 1", low=0, high=1)
+        check_number("weight_decay", self.weight_decay, "a number from 0", low=0)
+        if self.decay_every is not None:
+            allowed = "a whole number of epochs from 1"
+            check_number("decay_every", self.decay_every, allowed, low=1, whole=True)
+        check_number(
+            "decay_factor", self.decay_factor, "above 0, up to 1", low=0, high=1, open_low=True
+        )
+        check_number("crop", self.crop, "a whole number of pixels from 0", low=0, whole=True)
+        check_choice(
+            "momentum_between_rounds", self.momentum_between_rounds, MOMENTUM_BETWEEN_ROUNDS
+        )
+
+    @property
+    def epochs(self) -> int:
+        """Local epochs of the whole training."""
+        return self.rounds * self.local_epochs
+
+    @property
+    def keeps_momentum(self) -> bool:
+        """Whether clients carry momentum buffers from round to round."""
+        return self.momentum > 0 and self.momentum_between_rounds == "keep"
+
+    def lr_at(self, epoch: int) -> float:
+        """Learning rate of an epoch, counted from 0 over the whole training."""
+        decays = 0 if self.decay_every is None else epoch // self.decay_every
+        return self.lr * self.decay_factor**decays

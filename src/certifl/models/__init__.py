@@ -1,0 +1,20 @@
+"""Networks from images in [0, 1] to logits, and their states."""
+
+from __future__ import annotations
+
+from certifl.models.building import MODELS, build, check_logits
+from certifl.models.networks import Normalize, ResNet, resnet18, small_cnn, small_resnet
+from certifl.models.state import fingerprint, state_of
+
+__all__ = [
+    "MODELS",
+    "Normalize",
+    "ResNet",
+    "build",
+    "check_logits",
+    "fingerprint",
+    "resnet18",
+    "small_cnn",
+    "small_resnet",
+    "state_of",
+]

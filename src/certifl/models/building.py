@@ -1,0 +1,134 @@
+"""Models by name, with weights that depend on the seed alone."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from certifl.errors import ModelError
+from certifl.models.networks import resnet18, small_cnn, small_resnet
+from certifl.streams import derive_seed
+
+__all__ = ["MODELS", "build", "check_logits"]
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "resnet18": resnet18,
+    "small_resnet": small_resnet,
+    "small_cnn": small_cnn,
+}
+
+
+def build(
+    name: str,
+    in_channels: int,
+    num_classes: int,
+    seed: int,
+    options: Mapping[str, Any] | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> nn.Module:
+    """A network whose weights depend on the seed alone.
+
+    Torch's global generator is seeded for the duration of the call and put back as it was.
+
+    Args:
+        name: a name in `MODELS`, or `module:function` for one's own, called as
+            `function(in_channels=..., num_classes=..., **options)`.
+        in_channels: channels of the images.
+        num_classes: logits that must come out.
+        seed: the study's seed.
+        options: further arguments of the function.
+        image_size: (h, w); when given, one blank image is passed through to check the logits.
+
+    Raises:
+        ModelError: a name that is unknown or cannot be imported, something that is no function,
+            a call that fails, a result that is no torch module, or logits of the wrong shape.
+    """
+    function = MODELS[name] if name in MODELS else _users_function(name)
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: that would also seed the generators of all GPUs, for good.
+        torch.default_generator.manual_seed(derive_seed(seed, "model", name))
+        try:
+            model = function(
+                in_channels=in_channels, num_classes=num_classes, **dict(options or {})
+            )
+        except Exception as error:
+            raise ModelError(
+                f"Building the model {name!r} failed with {type(error).__name__}: {error}. It is "
+                f"called with in_channels={in_channels}, num_classes={num_classes} and the "
+                f"options {dict(options or {})}."
+            ) from error
+        if not isinstance(model, nn.Module):
+            raise ModelError(
+                f"The model {name!r} returned {type(model).__name__}, not a torch.nn.Module. "
+                "Return the network itself."
+            )
+        if image_size is not None:
+            check_logits(model, in_channels, num_classes, image_size)
+    return model
+
+
+def _users_function(name: str) -> Callable[..., Any]:
+    """The function behind `module:function`, or an error that says where it went wrong."""
+    module_name, colon, function_name = name.partition(":")
+    if not (colon and module_name and function_name):
+        raise ModelError(
+            f"There is no model {name!r}. Choose one of {', '.join(MODELS)}, or name your own as "
+            "module:function."
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ModelError(
+            f"The module of the model {name!r} cannot be imported "
+            f"({type(error).__name__}: {error}). Install it, or put its folder on PYTHONPATH."
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        found = "is not callable" if function is not None else "does not exist"
+        raise ModelError(
+            f"{function_name!r} in the module {module_name!r} {found}. Name a function that takes "
+            "in_channels and num_classes and returns a torch.nn.Module."
+        )
+    return function
+
+
+def check_logits(
+    model: nn.Module, in_channels: int, num_classes: int, image_size: tuple[int, int]
+) -> None:
+    """Pass one blank image through the model, in evaluation mode, and require its logits.
+
+    Args:
+        model: on any device; training or evaluation mode is put back afterwards.
+        in_channels: channels of the image.
+        num_classes: logits that must come out.
+        image_size: (h, w).
+
+    Raises:
+        ModelError: the model fails on such an image, or does not return (1, num_classes) floats.
+    """
+    first = next(model.parameters(), None)
+    device = torch.device("cpu") if first is None else first.device
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(torch.zeros(1, in_channels, *image_size, device=device))
+    except Exception as error:
+        raise ModelError(
+            f"The model fails on a blank image of shape (1, {in_channels}, {image_size[0]}, "
+            f"{image_size[1]}) with {type(error).__name__}: {error}. "
+            "It must take images (m, c, h, w)."
+        ) from error
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(
+            f"The model must return logits of shape (1, {num_classes}) for one image, got {got}. "
+            "Give its last layer num_classes outputs."
+        )

@@ -1,0 +1,163 @@
+"""Networks from images in [0, 1] to logits.
+
+Normalisation is the first layer of every network, so that sigma and intensities mean the same
+everywhere outside it.
+
+Source: He et al. 2016 (ResNet-18, in its usual form for 32 x 32 images, as in the study).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["BasicBlock", "Normalize", "ResNet", "resnet18", "small_cnn", "small_resnet"]
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std for every channel; constants that are never averaged or stored."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, in_channels: int, mean: float = 0.5, std: float = 0.25) -> None:
+        super().__init__()
+        shape = (1, in_channels, 1, 1)
+        self.register_buffer("mean", torch.full(shape, mean), persistent=False)
+        self.register_buffer("std", torch.full(shape, std), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalise images (m, c, h, w)."""
+        return (images - self.mean) / self.std
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions with BatchNorm and a shortcut, projected where the shape changes."""
+
+    def __init__(self, in_width: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_width, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_width != width:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_width, width, 1, stride, bias=False), nn.BatchNorm2d(width)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (m, in_width, h, w) to (m, width, h / stride, w / stride)."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """A residual network for small images: 3 x 3 stem, no early pooling, stages of BasicBlocks.
+
+    Args:
+        in_channels: channels of the images.
+        num_classes: logits that come out.
+        widths: channels of each stage; every stage but the first halves the size.
+        depths: blocks of each stage.
+        mean: subtracted from every intensity.
+        std: every intensity is divided by.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        widths: tuple[int, ...],
+        depths: tuple[int, ...],
+        mean: float = 0.5,
+        std: float = 0.25,
+    ) -> None:
+        super().__init__()
+        self.normalize = Normalize(in_channels, mean, std)
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(),
+        )
+        width, stages = widths[0], []
+        for stage, (next_width, depth) in enumerate(zip(widths, depths, strict=True)):
+            for block in range(depth):
+                stride = 2 if stage > 0 and block == 0 else 1
+                stages.append(BasicBlock(width, next_width, stride))
+                width = next_width
+        self.blocks = nn.Sequential(*stages)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (m, c, h, w) in [0, 1] to logits (m, num_classes)."""
+        features = self.blocks(self.stem(self.normalize(images)))
+        return self.head(self.pool(features).flatten(1))
+
+
+def resnet18(
+    in_channels: int, num_classes: int, mean: float = 0.5, std: float = 0.25
+) -> nn.Module:
+    """The study's network: ResNet-18 for 32 x 32 images, 11.2 million weights.
+
+    Args:
+        in_channels: channels of the images.
+        num_classes: logits that come out.
+        mean: subtracted from every intensity.
+        std: every intensity is divided by.
+    """
+    return ResNet(in_channels, num_classes, (64, 128, 256, 512), (2, 2, 2, 2), mean, std)
+
+
+def small_resnet(
+    in_channels: int, num_classes: int, mean: float = 0.5, std: float = 0.25
+) -> nn.Module:
+    """A ResNet-8 of about 78 000 weights: the paper's ingredients at a size for one core.
+
+    Args:
+        in_channels: channels of the images.
+        num_classes: logits that come out.
+        mean: subtracted from every intensity.
+        std: every intensity is divided by.
+    """
+    return ResNet(in_channels, num_classes, (16, 32, 64), (1, 1, 1), mean, std)
+
+
+def small_cnn(
+    in_channels: int, num_classes: int, mean: float = 0.5, std: float = 0.25
+) -> nn.Module:
+    """Three convolutions, about 26 000 weights, for images from 8 x 8 to 32 x 32.
+
+    GroupNorm, not BatchNorm: nothing but weights to average between clients, and batches may be as
+    small as a client's data. It trains with rates from 0.02 to 0.1, with and without momentum.
+
+    Args:
+        in_channels: channels of the images.
+        num_classes: logits that come out.
+        mean: subtracted from every intensity.
+        std: every intensity is divided by.
+    """
+    return nn.Sequential(
+        OrderedDict(
+            normalize=Normalize(in_channels, mean, std),
+            conv1=nn.Conv2d(in_channels, 16, 3, padding=1),
+            norm1=nn.GroupNorm(4, 16),
+            relu1=nn.ReLU(),
+            pool1=nn.MaxPool2d(2),
+            conv2=nn.Conv2d(16, 32, 3, padding=1),
+            norm2=nn.GroupNorm(4, 32),
+            relu2=nn.ReLU(),
+            pool2=nn.MaxPool2d(2),
+            conv3=nn.Conv2d(32, 64, 3, padding=1),
+            norm3=nn.GroupNorm(4, 64),
+            relu3=nn.ReLU(),
+            pool3=nn.AdaptiveAvgPool2d(2),
+            flatten=nn.Flatten(),
+            head=nn.Linear(64 * 4, num_classes),
+        )
+    )

@@ -1,0 +1,192 @@
+"""What every perturbation family promises, and the checks and draws they share.
+
+A perturbation T_phi changes an image by parameters phi. The same object draws phi from its law and
+applies it: training augments with one draw, certification votes over many, plots take its unit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from certifl.errors import InputError
+from certifl.smoothing.laws import Law
+
+__all__ = ["Perturbation", "check_image_shape", "draw", "image_shape_of", "matched", "one_of"]
+
+
+class Perturbation(Protocol):
+    """A perturbation family with its smoothing law: frozen, hashable, printable.
+
+    Adding a family: a frozen dataclass with these members in a file of its own, and a row in
+    `PERTURBATIONS`; the conformance tests then run on it.
+    """
+
+    @property
+    def family(self) -> str:
+        """Name in specs and records, e.g. "rotation"."""
+        ...
+
+    @property
+    def sigma(self) -> float:
+        """Scale of the law in `unit`: standard deviation (Gaussian) or half width (uniform)."""
+        ...
+
+    @property
+    def law(self) -> Law:
+        """Distribution of the parameters; gives the radius."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """Unit of sigma, parameters and radii."""
+        ...
+
+    @property
+    def norm(self) -> str:
+        """Norm of the parameters in which radii are measured: "l2" or "l1"."""
+        ...
+
+    @property
+    def dim(self) -> int | None:
+        """Number of parameters; None where it depends on the image."""
+        ...
+
+    @property
+    def threat(self) -> str:
+        """What a certificate covers and what it does not, in words."""
+        ...
+
+    def params_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
+        """Shape of one parameter set for an image of shape (c, h, w)."""
+        ...
+
+    def sample(
+        self, n: int, image_shape: tuple[int, int, int], generator: torch.Generator
+    ) -> Tensor:
+        """Draw n parameter sets from the law.
+
+        Args:
+            n: number of sets.
+            image_shape: (c, h, w).
+            generator: where the randomness comes from; it also decides the device.
+
+        Returns:
+            float32, shape (n, *params_shape(image_shape)), in `unit`, on the generator's device.
+        """
+        ...
+
+    def apply(self, images: Tensor, params: Tensor) -> Tensor:
+        """T_phi of every image. Zero parameters give the images back exactly.
+
+        Args:
+            images: (m, c, h, w), floating point, intensities in [0, 1].
+            params: (m, *params_shape), on the device of the images. One image with many parameter
+                sets, or one set with many images, is broadcast.
+
+        Returns:
+            (m, c, h, w), in float32 or better. Results of pixel noise are not clipped.
+
+        Raises:
+            InputError: shapes, types or devices that do not go together.
+        """
+        ...
+
+
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Refuse an option that is none of the allowed ones."""
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def check_image_shape(image_shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """The shape as (c, h, w), or an error."""
+    shape = tuple(image_shape)
+    if len(shape) != 3 or min(shape) < 1:
+        raise InputError(
+            f"image_shape must be (channels, height, width), all at least 1, got {shape}. "
+            "Leave the batch dimension out: images.shape[1:]."
+        )
+    return int(shape[0]), int(shape[1]), int(shape[2])
+
+
+def draw(law: Law, sigma: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Independent float32 draws of a law, on the generator's device.
+
+    Uniform draws never leave [-sigma, sigma]: sigma is taken down to the next float32 first.
+    """
+    if min(shape) < 1:
+        raise InputError(f"At least one parameter set must be drawn, got n = {shape[0]}.")
+    if law.name == "gaussian":
+        normal = torch.randn(
+            shape, generator=generator, device=generator.device, dtype=torch.float32
+        )
+        return normal.mul_(sigma)
+    if law.name == "uniform":
+        width = np.float32(sigma)
+        if float(width) > sigma:
+            width = np.nextafter(width, np.float32(0.0))
+        unit = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32)
+        return unit.mul_(2.0).sub_(1.0).mul_(float(width))
+    raise InputError(
+        f"No way to draw from the law {law.name!r}; known are 'gaussian' and 'uniform'."
+    )
+
+
+def matched(images: Tensor, params: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Images and parameters checked against each other, in one type of at least float32.
+
+    Args:
+        images: (m, c, h, w).
+        params: (m, *shape); for families of one parameter also (m,).
+        shape: what the family expects of one parameter set.
+
+    Raises:
+        InputError: anything that does not fit, with what was expected.
+    """
+    _check_tensor("params", params)
+    if shape == (1,) and params.ndim == 1:
+        params = params[:, None]
+    if tuple(params.shape[1:]) != shape or params.ndim != len(shape) + 1:
+        expected = ", ".join(["m", *map(str, shape)])
+        raise InputError(
+            f"params must have shape ({expected}) for images of shape {tuple(images.shape)}, "
+            f"got {tuple(params.shape)}. Draw them with sample(m, images.shape[1:], generator)."
+        )
+    counts = (images.shape[0], params.shape[0])
+    if 0 in counts or (counts[0] != counts[1] and 1 not in counts):
+        raise InputError(
+            f"Got {counts[0]} images and {counts[1]} parameter sets. Give as many sets as images, "
+            "or exactly one of either."
+        )
+    if images.device != params.device:
+        raise InputError(
+            f"Images are on {images.device} and params on {params.device}. Move one of them; the "
+            "generator's device decides where sample() draws."
+        )
+    kind = torch.promote_types(images.dtype, torch.float32)
+    return images.to(kind), params.to(kind)
+
+
+def image_shape_of(images: Tensor) -> tuple[int, int, int]:
+    """(c, h, w) of a batch of images, or an error that says what a batch is."""
+    _check_tensor("images", images)
+    if images.ndim != 4:
+        raise InputError(
+            f"images must have shape (m, channels, height, width), got {tuple(images.shape)}. "
+            "One image goes in as image[None]."
+        )
+    return check_image_shape(tuple(images.shape[1:]))
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+    if not value.is_floating_point():
+        raise InputError(
+            f"{name} must be floating point, got {value.dtype}. "
+            "8-bit images go in as images.float() / 255, between 0 and 1."
+        )

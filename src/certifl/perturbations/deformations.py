@@ -1,0 +1,246 @@
+"""Deformations that move every pixel by one formula: translation, rotation, scaling, affine.
+
+Convention (see `warp`): x to the right, y downwards, relative to the image centre; the output at p
+takes the input at p + nu_phi(p). One half-width is w / 2 pixels for x and h / 2 pixels for y.
+
+Source: the paper, Eq. (3) and section 3.2; Alfarra et al. 2022 (DeformRS).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from certifl.perturbations.base import check_image_shape, draw, image_shape_of, matched, one_of
+from certifl.perturbations.units import parse_sigma
+from certifl.perturbations.warp import GEOMETRIES, PADDINGS, Grid, grid_of, warp
+from certifl.smoothing.laws import GAUSSIAN, UNIFORM, Law
+
+__all__ = ["Affine", "Deformation", "Rotation", "Scaling", "Translation"]
+
+_ONE_INTERPOLATION = (
+    "The certificate is in parameter space: it promises the smoothed classifier of ONE "
+    "interpolation of the pristine image with the summed parameters. A system that receives an "
+    "already deformed image interpolates twice, which this does not cover{}."
+)
+
+
+@dataclass(frozen=True)
+class Deformation(ABC):
+    """A perturbation that moves pixels. Families fill in `params_shape` and `sources`.
+
+    Attributes:
+        sigma: scale of the law in the family's unit.
+        padding: what lies outside the image: "zeros" (the paper), "border" or "reflection".
+        geometry: "centre", or "deformrs" to reproduce published curves; see `warp`.
+    """
+
+    sigma: float
+    padding: str = "zeros"
+    geometry: str = "centre"
+
+    # Constants of a family, filled in by each class; no settings, so not part of the record.
+    family: str = field(init=False, repr=False, compare=False)
+    law: Law = field(init=False, repr=False, compare=False)
+    unit: str = field(init=False, repr=False, compare=False)
+    reach: str = field(init=False, repr=False, compare=False)
+    exception: str = field(init=False, repr=False, compare=False, default="")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sigma", parse_sigma(self.sigma, self.unit))
+        one_of("padding", self.padding, PADDINGS)
+        one_of("geometry", self.geometry, GEOMETRIES)
+
+    @property
+    def norm(self) -> str:
+        """The norm of the law."""
+        return self.law.norm
+
+    @property
+    def threat(self) -> str:
+        """What a certificate covers and what it does not."""
+        return f"{self.reach} {_ONE_INTERPOLATION.format(self.exception)}"
+
+    @property
+    @abstractmethod
+    def dim(self) -> int | None:
+        """Number of parameters; None where it depends on the image."""
+
+    @abstractmethod
+    def params_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
+        """Shape of one parameter set for an image of shape (c, h, w)."""
+
+    @abstractmethod
+    def sources(self, params: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Where each output pixel is read.
+
+        Args:
+            params: (m, *params_shape).
+            grid: coordinates of the pixels.
+
+        Returns:
+            Columns and rows in pixels, each broadcastable to (m, h, w).
+        """
+
+    def sample(
+        self, n: int, image_shape: tuple[int, int, int], generator: torch.Generator
+    ) -> Tensor:
+        """Draw n parameter sets, float32 (n, *params_shape); see `Perturbation.sample`."""
+        return draw(self.law, self.sigma, (n, *self.params_shape(image_shape)), generator)
+
+    def apply(self, images: Tensor, params: Tensor) -> Tensor:
+        """Deform the images (m, c, h, w); see `Perturbation.apply`."""
+        shape = self.params_shape(image_shape_of(images))
+        images, params = matched(images, params, shape)
+        x, y = self.sources(params, grid_of(images, self.geometry))
+        return warp(images, x, y, self.padding)
+
+
+@dataclass(frozen=True)
+class Translation(Deformation):
+    """Shift by (t_u, t_v): nu = (t_u, t_v), Gaussian.
+
+    Positive t_u reads to the right, so the picture moves to the left; positive t_v moves it up.
+    `t_u = 2 k / w` is a shift by k whole pixels.
+
+    Attributes:
+        sigma: standard deviation of either component, half-widths.
+    """
+
+    family = "translation"
+    law = GAUSSIAN
+    unit = "half-widths"
+    reach = (
+        "Translations (t_u, t_v) whose l2 length is at most the radius, in half-widths of the "
+        "image (half its width across, half its height down)."
+    )
+    exception = ", except that whole-pixel shifts away from the border are the same either way"
+
+    @property
+    def dim(self) -> int | None:
+        """Two: across and down."""
+        return 2
+
+    def params_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
+        """(t_u, t_v)."""
+        check_image_shape(image_shape)
+        return (2,)
+
+    def sources(self, params: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Shifted coordinates; x stays constant down a column and y along a row."""
+        t_u, t_v = params[:, :, None, None].unbind(1)
+        x = grid.columns + t_u * grid.half_width
+        y = grid.rows + t_v * grid.half_height
+        return x, y
+
+
+@dataclass(frozen=True)
+class Rotation(Deformation):
+    """Rotation by beta about the image centre, uniform on [-sigma, sigma].
+
+    u = x (cos beta - 1) - y sin beta,  v = x sin beta + y (cos beta - 1), in pixels, so images
+    that are not square rotate without shear. A quarter turn is `torch.rot90(image, 1, (-2, -1))`:
+    positive angles turn the picture counter-clockwise.
+
+    Attributes:
+        sigma: largest angle, radians; "18deg" and "0.1pi" are understood.
+    """
+
+    family = "rotation"
+    law = UNIFORM
+    unit = "radians"
+    reach = "Rotations about the image centre, either way, by an angle of at most the radius."
+
+    @property
+    def dim(self) -> int | None:
+        """One: the angle."""
+        return 1
+
+    def params_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
+        """(beta,)."""
+        check_image_shape(image_shape)
+        return (1,)
+
+    def sources(self, params: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Rotated coordinates."""
+        beta = params[:, :, None]
+        turn, shrink = beta.sin(), beta.cos() - 1
+        x = (grid.columns + grid.x * shrink) - grid.y * turn
+        y = (grid.rows + grid.y * shrink) + grid.x * turn
+        return x, y
+
+
+@dataclass(frozen=True)
+class Scaling(Deformation):
+    """Scaling of the sampling grid by 1 + s about the image centre, uniform on [-sigma, sigma].
+
+    nu = (s x, s y): positive s reads farther out, so the picture shrinks.
+
+    Attributes:
+        sigma: largest relative change.
+    """
+
+    family = "scaling"
+    law = UNIFORM
+    unit = "relative"
+    reach = (
+        "Scalings of the sampling grid about the image centre by a factor between 1 - radius and "
+        "1 + radius."
+    )
+
+    @property
+    def dim(self) -> int | None:
+        """One: the factor minus 1."""
+        return 1
+
+    def params_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
+        """(s,)."""
+        check_image_shape(image_shape)
+        return (1,)
+
+    def sources(self, params: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Scaled coordinates."""
+        s = params[:, :, None]
+        return grid.columns + grid.x * s, grid.rows + grid.y * s
+
+
+@dataclass(frozen=True)
+class Affine(Deformation):
+    """An affine map whose six numbers are ADDED to the identity's, Gaussian.
+
+    With X = x / (w / 2) and Y = y / (h / 2), both in half-widths, and phi = (a, b, c, d, e, f):
+    X' = (1 + a) X + b Y + c and Y' = d X + (1 + e) Y + f; nu = (X' - X, Y' - Y). Sums of
+    parameters are sums of matrices, not compositions of maps.
+
+    Attributes:
+        sigma: standard deviation of each of the six.
+    """
+
+    family = "affine"
+    law = GAUSSIAN
+    unit = "coefficients"
+    reach = (
+        "Affine maps whose six numbers, added to the identity's in half-width coordinates, have "
+        "an l2 length of at most the radius."
+    )
+
+    @property
+    def dim(self) -> int | None:
+        """Six."""
+        return 6
+
+    def params_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
+        """(a, b, c, d, e, f), row by row."""
+        check_image_shape(image_shape)
+        return (6,)
+
+    def sources(self, params: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Mapped coordinates."""
+        a, b, c, d, e, f = params[:, :, None, None].unbind(1)
+        wide, high = grid.half_width, grid.half_height
+        x = (grid.columns + (grid.x * a + c * wide)) + grid.y * (b * (wide / high))
+        y = (grid.rows + (grid.y * e + f * high)) + grid.x * (d * (high / wide))
+        return x, y

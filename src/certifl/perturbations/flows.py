@@ -1,0 +1,116 @@
+"""Deformations with a displacement of its own for every pixel: smooth and dense flows.
+
+Source: Alfarra et al. 2022 (DeformRS); conventions as in `deformations`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from certifl.errors import InputError
+from certifl.perturbations.base import check_image_shape
+from certifl.perturbations.deformations import Deformation
+from certifl.perturbations.warp import Grid
+from certifl.smoothing.laws import GAUSSIAN
+
+__all__ = ["DenseFlow", "SmoothFlow"]
+
+
+@dataclass(frozen=True)
+class SmoothFlow(Deformation):
+    """A smooth displacement field: a sum of k x k cosines (DCT-II, not normalised), Gaussian.
+
+    At row i and column j, for either component, in half-widths:
+    nu(i, j) = sum over a, b < k of phi[a, b] cos(pi a (2i + 1) / (2h)) cos(pi b (2j + 1) / (2w)).
+    With k = 1 this is translation.
+
+    Attributes:
+        sigma: standard deviation of each coefficient.
+        bases: k, cosines per axis.
+    """
+
+    bases: int = 2
+
+    family = "smooth_flow"
+    law = GAUSSIAN
+    unit = "coefficients"
+    reach = (
+        "Displacement fields made of the lowest cosines, whose coefficients have an l2 length of "
+        "at most the radius."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.bases, bool) or not isinstance(self.bases, int) or self.bases < 1:
+            raise InputError(f"bases must be a whole number of at least 1, got {self.bases!r}.")
+
+    @property
+    def dim(self) -> int | None:
+        """2 k^2 coefficients."""
+        return 2 * self.bases**2
+
+    def params_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
+        """(2, k, k): component (across, down), vertical frequency a, horizontal frequency b."""
+        check_image_shape(image_shape)
+        return (2, self.bases, self.bases)
+
+    def sources(self, params: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Coordinates displaced by the field.
+
+        Summed term by term, not as a matrix product: the result for one parameter set must not
+        depend on how many others stand in the batch.
+        """
+        across = _cosines(self.bases, grid.columns.numel(), params)
+        down = _cosines(self.bases, grid.rows.numel(), params)
+        coefficients = params[..., None]
+        waves = coefficients[:, :, :, 0] * across[0]
+        for b in range(1, self.bases):
+            waves = waves + coefficients[:, :, :, b] * across[b]
+        field = waves[:, :, 0, None, :] * down[0][:, None]
+        for a in range(1, self.bases):
+            field = field + waves[:, :, a, None, :] * down[a][:, None]
+        return grid.columns + field[:, 0] * grid.half_width, grid.rows + field[
+            :, 1
+        ] * grid.half_height
+
+
+@dataclass(frozen=True)
+class DenseFlow(Deformation):
+    """An independent displacement (u, v) for every pixel: nu(i, j) = phi[:, i, j], Gaussian.
+
+    Attributes:
+        sigma: standard deviation of each component of each pixel, half-widths.
+    """
+
+    family = "dense_flow"
+    law = GAUSSIAN
+    unit = "half-widths"
+    reach = (
+        "Displacement fields with any (u, v) at any pixel, whose l2 length over all pixels "
+        "together is at most the radius, in half-widths."
+    )
+
+    @property
+    def dim(self) -> int | None:
+        """Depends on the image: 2 h w."""
+        return None
+
+    def params_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
+        """(2, h, w): component (across, down), row, column."""
+        return (2, *check_image_shape(image_shape)[1:])
+
+    def sources(self, params: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Coordinates displaced pixel by pixel."""
+        u, v = params.unbind(1)
+        return grid.columns + u * grid.half_width, grid.rows + v * grid.half_height
+
+
+def _cosines(count: int, size: int, like: Tensor) -> Tensor:
+    """cos(pi a (2i + 1) / (2 size)) for a < count, i < size; shape (count, size)."""
+    centres = torch.arange(size, dtype=like.dtype, device=like.device) + 0.5
+    order = torch.arange(count, dtype=like.dtype, device=like.device)
+    return torch.cos(order[:, None] * centres * (math.pi / size))

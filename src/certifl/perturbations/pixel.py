@@ -1,0 +1,97 @@
+"""Pixel noise: the original randomized smoothing.
+
+Source: Cohen, Rosenfeld and Kolter 2019; the paper, Eq. (1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from certifl.perturbations.base import check_image_shape, draw, image_shape_of, matched
+from certifl.perturbations.units import parse_sigma
+from certifl.smoothing.laws import GAUSSIAN
+
+__all__ = ["PixelNoise"]
+
+_LEVELS = 255.0
+
+
+@dataclass(frozen=True)
+class PixelNoise:
+    """Gaussian noise added to every intensity, before the network normalises: T_phi(x) = x + phi.
+
+    One parameter per pixel and channel; results are not clipped to [0, 1].
+
+    With `exact`, noise lies on the grid of 8-bit intensities (multiples of 1/255) and the sum is
+    formed there: (round(255 x) + k) / 255. For an 8-bit image x the voted image is then a function
+    of the integers 255 x + k alone, and round(255 x + noise) = 255 x + round(noise), so the
+    certificate holds for every 8-bit image with no floating-point gap. Other images are rounded to
+    8 bits first.
+
+    Attributes:
+        sigma: standard deviation, intensity in [0, 1].
+        exact: noise on the 8-bit grid.
+    """
+
+    sigma: float
+    exact: bool = False
+
+    family = "pixel"
+    law = GAUSSIAN
+    unit = "intensity"
+    dim = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sigma", parse_sigma(self.sigma, self.unit))
+        object.__setattr__(self, "exact", bool(self.exact))
+
+    @property
+    def norm(self) -> str:
+        """The norm of the law."""
+        return self.law.norm
+
+    @property
+    def threat(self) -> str:
+        """What a certificate covers."""
+        reach = "Every 8-bit image" if self.exact else "Every image"
+        gap = (
+            "Voted images are functions of integers, so rounding opens no gap."
+            if self.exact
+            else "The noise is meant in real numbers; float32 rounding of the sum is not covered."
+        )
+        return (
+            f"{reach} whose intensities differ from this one's by at most the radius in l2, over "
+            "all pixels and channels together. The smoothed classifier votes around the image as "
+            f"received, so a system that is handed the changed image is covered. {gap}"
+        )
+
+    def params_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
+        """One parameter per pixel and channel: (c, h, w)."""
+        return check_image_shape(image_shape)
+
+    def sample(
+        self, n: int, image_shape: tuple[int, int, int], generator: torch.Generator
+    ) -> Tensor:
+        """Draw n noise images, (n, c, h, w) float32, as intensities; see `Perturbation.sample`."""
+        noise = draw(self.law, self.sigma, (n, *self.params_shape(image_shape)), generator)
+        return _from_levels(_to_levels(noise)) if self.exact else noise
+
+    def apply(self, images: Tensor, params: Tensor) -> Tensor:
+        """Add the noise; see `Perturbation.apply`."""
+        images, params = matched(images, params, image_shape_of(images))
+        if self.exact:
+            return _from_levels(_to_levels(images) + _to_levels(params))
+        return images + params
+
+
+def _to_levels(intensities: Tensor) -> Tensor:
+    return (intensities * _LEVELS).round_()
+
+
+def _from_levels(levels: Tensor) -> Tensor:
+    # A divisor on the device: GPUs turn division by a host number into a product with its rounded
+    # reciprocal, which is not k / 255.
+    return levels / torch.full((), _LEVELS, dtype=levels.dtype, device=levels.device)

@@ -1,0 +1,14 @@
+"""Reads stored results and shows them: figures, tables, one self-contained page."""
+
+from certifl.report.page import write_figures, write_report
+from certifl.report.results import RunResults, load_run, load_runs
+from certifl.report.table import summary_rows
+
+__all__ = [
+    "RunResults",
+    "load_run",
+    "load_runs",
+    "summary_rows",
+    "write_figures",
+    "write_report",
+]

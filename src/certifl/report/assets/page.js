@@ -1,0 +1,230 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("report-data").textContent);
+  const state = {
+    unit: 0, band: true, lines: false, radius: 0,
+    regimes: data.runs.map(() => true),
+    clients: new Set(data.clients),
+  };
+
+  // Drawing -----------------------------------------------------------------------------------
+  const NAMESPACE = "http://www.w3.org/2000/svg";
+  const shape = (parent, name, attributes, text) => {
+    const made = document.createElementNS(NAMESPACE, name);
+    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+    if (text !== undefined) made.textContent = text;
+    return parent.appendChild(made);
+  };
+  const trace = (xs, ys) => xs.map((x, i) => `${i ? "L" : "M"}${x.toFixed(1)} ${ys[i].toFixed(1)}`).join("");
+  const percent = (value) => `${(100 * value).toFixed(1)} %`;
+
+  function ticks(low, high, wanted) {
+    const raw = (high - low) / wanted;
+    if (!(raw > 0)) return [low];
+    const power = 10 ** Math.floor(Math.log10(raw));
+    const step = [1, 2, 2.5, 5, 10].map((n) => n * power).find((s) => s >= raw * 0.999);
+    const found = [];
+    for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-6; k++) found.push(k * step);
+    return found;
+  }
+  const tickText = (value) => String(Number(value.toPrecision(6)));
+
+  function board(container, height, margin) {
+    const width = Math.max(240, Math.floor(container.clientWidth));
+    container.replaceChildren();
+    const root = shape(container, "svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
+    return { root, width, height, left: margin.left, right: width - margin.right, top: margin.top, bottom: height - margin.bottom };
+  }
+
+  function axes(b, xRange, yRange, xTicks, yTicks, xLabel, xText, yText) {
+    const x = (v) => b.left + (v - xRange[0]) / (xRange[1] - xRange[0] || 1) * (b.right - b.left);
+    const y = (v) => b.bottom - (v - yRange[0]) / (yRange[1] - yRange[0] || 1) * (b.bottom - b.top);
+    for (const t of yTicks) {
+      shape(b.root, "line", { class: "grid", x1: b.left, x2: b.right, y1: y(t), y2: y(t) });
+      shape(b.root, "text", { x: b.left - 8, y: y(t) + 4, "text-anchor": "end" }, yText(t));
+    }
+    for (const t of xTicks) {
+      shape(b.root, "line", { class: "axis", x1: x(t), x2: x(t), y1: b.bottom, y2: b.bottom + 4 });
+      shape(b.root, "text", { x: x(t), y: b.bottom + 18, "text-anchor": "middle" }, xText(t));
+    }
+    shape(b.root, "line", { class: "axis", x1: b.left, x2: b.right, y1: b.bottom, y2: b.bottom });
+    shape(b.root, "text", { x: (b.left + b.right) / 2, y: b.height - 3, "text-anchor": "middle" }, xLabel);
+    return { x, y };
+  }
+
+  function series(root, run, xs, mean, low, high, band) {
+    const layer = shape(root, "g", { class: `series s${run.slot}`, "data-run": data.runs.indexOf(run) });
+    if (band) {
+      const back = [...xs].reverse(), under = [...low].reverse();
+      shape(layer, "path", { class: "band", d: `${trace(xs, high)}${trace(back, under).replace("M", "L")}Z` });
+    }
+    const line = shape(layer, "path", { class: "mean", d: trace(xs, mean) });
+    if (run.dash) line.setAttribute("stroke-dasharray", run.dash);
+    const every = Math.max(1, Math.floor(xs.length / 8)), first = Math.floor(run.slot * every / 4) % every;
+    for (let i = first; i < xs.length; i += every) marker(layer, run, xs[i], mean[i]);
+    return layer;
+  }
+  const marker = (parent, run, x, y) =>
+    shape(parent, "path", { class: "marker", d: run.marker, transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})` });
+
+  // Certified accuracy ------------------------------------------------------------------------
+  const curveChart = document.getElementById("curve-chart");
+  const slider = document.getElementById("radius");
+  const readout = document.getElementById("readout");
+  let scales = null, cursor = null;
+
+  function chosen(run) {
+    return run.curves.filter((_, i) => state.clients.has(run.clients[i]));
+  }
+  function summary(curves, at) {
+    let sum = 0, low = 1, high = 0;
+    for (const curve of curves) {
+      sum += curve[at]; low = Math.min(low, curve[at]); high = Math.max(high, curve[at]);
+    }
+    return { mean: sum / curves.length, low, high };
+  }
+
+  function drawCurves() {
+    const unit = data.units[state.unit], width = curveChart.clientWidth;
+    const height = Math.round(Math.min(440, Math.max(280, width * 0.62)));
+    const b = board(curveChart, height, { left: 48, right: 14, top: 10, bottom: 42 });
+    const end = data.radii[data.radii.length - 1], shown = ticks(0, end * unit.factor, width < 480 ? 4 : 8);
+    scales = axes(b, [0, end], [0, 1], shown.map((t) => t / unit.factor), [0, 0.2, 0.4, 0.6, 0.8, 1],
+      `radius in ${unit.name}`, (t) => tickText(t * unit.factor), (t) => `${Math.round(100 * t)} %`);
+    const xs = data.radii.map(scales.x);
+    data.runs.forEach((run, place) => {
+      const curves = chosen(run);
+      if (!state.regimes[place] || !curves.length) return;
+      const points = data.radii.map((_, i) => summary(curves, i));
+      const of = (key) => points.map((p) => scales.y(p[key]));
+      const layer = series(b.root, run, xs, of("mean"), of("low"), of("high"), state.band);
+      if (!state.lines) return;
+      for (const curve of curves) {
+        const line = shape(layer, "path", { class: "client", d: trace(xs, curve.map(scales.y)) });
+        if (run.dash) line.setAttribute("stroke-dasharray", run.dash);
+      }
+    });
+    cursor = shape(b.root, "line", { class: "cursor", y1: b.top, y2: b.bottom });
+    scales.root = b.root;
+    moveCursor();
+  }
+
+  function moveCursor() {
+    const x = scales.x(data.radii[state.radius]), text = data.units[state.unit].texts[state.radius];
+    cursor.setAttribute("x1", x);
+    cursor.setAttribute("x2", x);
+    slider.value = String(state.radius);
+    slider.setAttribute("aria-valuetext", text);
+    document.getElementById("radius-text").textContent = text;
+    const rows = data.runs.map((run, place) => {
+      const curves = chosen(run);
+      return state.regimes[place] && curves.length ? readoutRow(run, place, summary(curves, state.radius), curves.length) : null;
+    }).filter(Boolean);
+    if (!rows.length) {
+      const empty = document.createElement("p");
+      empty.textContent = "Choose at least one regime and one client.";
+      rows.push(empty);
+    }
+    readout.replaceChildren(...rows);
+  }
+
+  function readoutRow(run, place, values, clients) {
+    const row = document.createElement("div"), mean = document.createElement("b"), range = document.createElement("small");
+    row.append(document.querySelector(`[data-regime="${place}"] ~ .regime`).cloneNode(true), mean);
+    mean.textContent = percent(values.mean);
+    if (clients > 1) {
+      range.textContent = `${(100 * values.low).toFixed(1)} to ${(100 * values.high).toFixed(1)}`;
+      row.append(range);
+    }
+    return row;
+  }
+
+  function follow(event) {
+    const svg = curveChart.querySelector("svg"), box = svg.getBoundingClientRect();
+    const at = (event.clientX - box.left) * (svg.viewBox.baseVal.width / box.width);
+    let best = 0;
+    data.radii.forEach((radius, i) => {
+      if (Math.abs(scales.x(radius) - at) < Math.abs(scales.x(data.radii[best]) - at)) best = i;
+    });
+    if (best !== state.radius) { state.radius = best; moveCursor(); }
+  }
+
+  // Average certified radius ------------------------------------------------------------------
+  const acrChart = document.getElementById("acr-chart");
+  function drawAcr() {
+    const unit = data.units[state.unit], rowHeight = 58;
+    const b = board(acrChart, data.runs.length * rowHeight + 44, { left: 6, right: 14, top: 0, bottom: 40 });
+    const largest = Math.max(...data.runs.flatMap((run) => [...run.acr, run.mean, run.interval ? run.interval[1] : 0]));
+    const end = largest > 0 ? largest * 1.04 : data.radii[data.radii.length - 1];
+    const shown = ticks(0, end * unit.factor, b.width < 480 ? 4 : 8);
+    const { x } = axes(b, [0, end], [0, 1], shown.map((t) => t / unit.factor), [],
+      `average certified radius in ${unit.name}`, (t) => tickText(t * unit.factor), String);
+    data.runs.forEach((run, place) => {
+      const layer = shape(b.root, "g", { class: `s${run.slot}` }), y = place * rowHeight + 38;
+      shape(layer, "text", { class: "name", x: b.left, y: y - 22 }, `${run.label}: ${run.meanTexts[state.unit]}`);
+      shape(layer, "line", { class: "rail", x1: b.left, x2: b.right, y1: y, y2: y });
+      run.acr.forEach((radius, i) => {
+        const dot = marker(layer, run, x(radius), y + ((i * 0.618) % 1 - 0.5) * 16);
+        shape(dot, "title", {}, `client ${run.clients[i]}: ${run.acrTexts[state.unit][i]}`);
+      });
+      if (run.interval) shape(layer, "line", { class: "range", x1: x(run.interval[0]), x2: x(run.interval[1]), y1: y, y2: y });
+      shape(layer, "line", { class: "bar", x1: x(run.mean), x2: x(run.mean), y1: y - 13, y2: y + 13 });
+    });
+  }
+
+  // Training ----------------------------------------------------------------------------------
+  function drawHistory(container) {
+    const measure = data.history[Number(container.dataset.measure)];
+    const b = board(container, 250, { left: 48, right: 14, top: 8, bottom: 42 });
+    const rounds = measure.series.flatMap((s) => s.rounds);
+    const low = Math.min(...measure.series.flatMap((s) => s.low)), high = Math.max(...measure.series.flatMap((s) => s.high));
+    const yTicks = ticks(Math.min(0, low), high, 5);
+    const top = Math.max(high, yTicks[yTicks.length - 1]) || 1;
+    const from = Math.min(...rounds), to = Math.max(...rounds);
+    const whole = ticks(from, to, 6).filter(Number.isInteger);
+    const { x, y } = axes(b, [from, to], [Math.min(0, low), top], whole, yTicks, "round", tickText, tickText);
+    for (const s of measure.series) {
+      const of = (key) => s[key].map(y);
+      series(b.root, data.runs[s.run], s.rounds.map(x), of("mean"), of("low"), of("high"), true);
+    }
+    container.setAttribute("aria-label", `${measure.name} per round, one line per regime`);
+  }
+
+  // Controls ----------------------------------------------------------------------------------
+  const each = (selector, act) => document.querySelectorAll(selector).forEach(act);
+  const drawRadii = () => { drawCurves(); drawAcr(); };
+  function drawAll() {
+    drawRadii();
+    each("[data-measure]", drawHistory);
+  }
+  function showClients() {
+    each("[data-client]", (box) => { box.checked = state.clients.has(Number(box.dataset.client)); });
+    drawCurves();
+  }
+
+  each(".js-only", (part) => { part.hidden = false; });
+  slider.max = String(data.radii.length - 1);
+  slider.addEventListener("input", () => { state.radius = Number(slider.value); moveCursor(); });
+  curveChart.addEventListener("pointermove", follow);
+  curveChart.addEventListener("pointerdown", follow);
+  each("[data-regime]", (box) => box.addEventListener("change", () => {
+    state.regimes[Number(box.dataset.regime)] = box.checked;
+    drawCurves();
+  }));
+  each("[data-client]", (box) => box.addEventListener("change", () => {
+    state.clients[box.checked ? "add" : "delete"](Number(box.dataset.client));
+    drawCurves();
+  }));
+  each("#clients-all", (button) => button.addEventListener("click", () => { state.clients = new Set(data.clients); showClients(); }));
+  each("#clients-none", (button) => button.addEventListener("click", () => { state.clients = new Set(); showClients(); }));
+  each("[data-unit]", (radio) => radio.addEventListener("change", () => { state.unit = Number(radio.dataset.unit); drawRadii(); }));
+  each("#show-band", (box) => box.addEventListener("change", () => { state.band = box.checked; drawCurves(); }));
+  each("#show-clients", (box) => box.addEventListener("change", () => { state.lines = box.checked; drawCurves(); }));
+  let width = document.body.clientWidth;
+  new ResizeObserver(() => {
+    if (document.body.clientWidth !== width) { width = document.body.clientWidth; drawAll(); }
+  }).observe(document.body);
+  // A browser may have kept the boxes of an earlier visit; the page starts with all of them as written.
+  each("form, input", (box) => { if (box.type === "checkbox" || box.type === "radio") box.checked = box.defaultChecked; });
+  drawAll();
+})();

@@ -1,0 +1,79 @@
+"""Controls of the certified-accuracy chart: regimes, band, lines, unit and clients."""
+
+from __future__ import annotations
+
+from certifl.report.markup import Markup, el, join
+from certifl.report.story import Story, named
+
+__all__ = ["chart_controls"]
+
+
+def chart_controls(story: Story) -> Markup:
+    """Everything that can be switched; all of it native form controls, reachable by keyboard."""
+    regimes = el(
+        "fieldset",
+        {"class": "toggles", "id": "regime-toggles"},
+        el("legend", None, "Regimes"),
+        *(_toggle("regime", place, named(story, place)) for place in range(len(story.runs))),
+    )
+    show = el(
+        "fieldset",
+        {"class": "toggles"},
+        el("legend", None, "Show"),
+        _option("checkbox", "show-band", "Band: smallest to largest client", True),
+        _option("checkbox", "show-clients", "One line per client", False),
+    )
+    return join([regimes, show, _unit_switch(story), _client_toggles(story)])
+
+
+def _toggle(kind: str, value: int, label: str) -> Markup:
+    box = {"type": "checkbox", "checked": True, f"data-{kind}": str(value)}
+    return el("label", {"class": "toggle"}, el("input", box), label)
+
+
+def _option(kind: str, name: str, label: str, on: bool) -> Markup:
+    box: dict[str, str | bool] = {"type": kind, "id": name, "checked": on}
+    return el("label", {"class": "toggle"}, el("input", box), el("span", None, label))
+
+
+def _unit_switch(story: Story) -> Markup:
+    if len(story.units) < 2:
+        return Markup()
+    options = [
+        el(
+            "label",
+            {"class": "toggle"},
+            el(
+                "input",
+                {"type": "radio", "name": "unit", "data-unit": str(i), "checked": i == 0},
+            ),
+            el("span", None, unit.name),
+        )
+        for i, unit in enumerate(story.units)
+    ]
+    return el("fieldset", {"class": "toggles"}, el("legend", None, "Radius in"), *options)
+
+
+def _client_toggles(story: Story) -> Markup:
+    clients = sorted({int(c) for run in story.runs for c in run.clients})
+    if len(clients) < 2:
+        return Markup()
+    chips = [
+        el(
+            "label",
+            {"class": "chip"},
+            el("input", {"type": "checkbox", "checked": True, "data-client": str(client)}),
+            el("span", None, str(client)),
+        )
+        for client in clients
+    ]
+    buttons = [
+        el("button", {"type": "button", "id": f"clients-{word}"}, word) for word in ("all", "none")
+    ]
+    return el(
+        "fieldset",
+        {"class": "toggles clients"},
+        el("legend", None, "Clients in mean and band"),
+        el("div", {"class": "chips"}, *chips),
+        *buttons,
+    )

@@ -1,0 +1,87 @@
+"""Training history as curves: what was recorded each round, mean over clients with its band."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from certifl.report.results import RunResults
+
+__all__ = ["MeasureCurve", "measure_curves", "measures_of"]
+
+Floats = NDArray[np.float64]
+
+_FIRST = ("loss", "accuracy")
+_NO_MEASURES = ("client", "seconds")
+
+
+@dataclass(frozen=True, eq=False)
+class MeasureCurve:
+    """One measure over the rounds.
+
+    Attributes:
+        rounds: (r,) the rounds, counted from 1.
+        mean, low, high: (r,) over the clients that recorded the measure in that round.
+    """
+
+    rounds: Floats
+    mean: Floats
+    low: Floats
+    high: Floats
+
+    def columns(self) -> tuple[list[float], ...]:
+        """The four columns as plain lists."""
+        return tuple(c.tolist() for c in (self.rounds, self.mean, self.low, self.high))
+
+
+def measures_of(runs: Sequence[RunResults]) -> list[str]:
+    """Names of all recorded measures: loss and accuracy first, the others by name."""
+    found = {
+        str(name)
+        for run in runs
+        for entry in run.history
+        for measures in _clients(entry)
+        for name, value in measures.items()
+        if _number(value) is not None
+    }
+    return [n for n in _FIRST if n in found] + sorted(found.difference(_FIRST))
+
+
+def measure_curves(run: RunResults, measure: str) -> MeasureCurve | None:
+    """One measure of one run, or None where the run never recorded it."""
+    rows = []
+    for position, entry in enumerate(run.history):
+        numbers = [_number(measures.get(measure)) for measures in _clients(entry)]
+        known = [n for n in numbers if n is not None]
+        if known:
+            number = entry.get("round", position)
+            rows.append((float(number) + 1.0, float(np.mean(known)), min(known), max(known)))
+    if not rows:
+        return None
+    rounds, mean, low, high = np.array(rows, np.float64).T
+    return MeasureCurve(rounds, mean, low, high)
+
+
+def _clients(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The clients' measures of one round, from a list of rows or from a mapping by client."""
+    rows = entry.get("clients")
+    if isinstance(rows, Mapping):
+        rows = list(rows.values())
+    if not isinstance(rows, list):
+        return []
+    return [
+        {name: value for name, value in row.items() if name not in _NO_MEASURES}
+        for row in rows
+        if isinstance(row, Mapping)
+    ]
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)

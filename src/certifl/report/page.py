@@ -1,0 +1,190 @@
+"""One self-contained page about one run, or about several side by side.
+
+Everything is inside the file: style, script, numbers and fallback pictures. The page's own
+security policy forbids the browser to load anything or to run any script but this one.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from certifl._version import __version__
+from certifl.report import background, sections
+from certifl.report.compare import compare
+from certifl.report.controls import chart_controls
+from certifl.report.figures import (
+    Drawing,
+    average_radius_figure,
+    certified_accuracy_figure,
+    history_figure,
+    image_bytes,
+    per_client_figure,
+    save,
+)
+from certifl.report.markup import Markup, el, embedded_json, join
+from certifl.report.payload import payload
+from certifl.report.results import RunResults, load_runs
+from certifl.report.scale import family_words, scales
+from certifl.report.story import Story
+from certifl.report.summary import largest_radius
+from certifl.report.words import headline, recommendations
+from certifl.store.atomic import write_text
+
+__all__ = ["DIFFERENCES_SHOWN", "write_figures", "write_report"]
+
+DIFFERENCES_SHOWN = ("sigma", "law", "alpha", "n0", "n", "estimator", "precision", "seed")
+_ASSETS = "assets"
+
+
+def write_report(
+    run_folders: Sequence[str | Path | RunResults],
+    out_path: str | Path,
+    title: str | None = None,
+    figures: bool = True,
+) -> Path:
+    """Write the page, and the figures beside it.
+
+    Args:
+        run_folders: finished runs of the same data and perturbation, one per regime.
+        out_path: the page; figures go to the folder `figures` beside it.
+        title: the page's heading; the data and perturbation where None.
+        figures: whether the figures are written as files too.
+
+    Returns:
+        The page's path. Equal results give an equal page.
+
+    Raises:
+        StoreMismatch: a run that is missing or unfinished, or runs that cannot be compared.
+        StoreError: a run that is damaged, or a place that cannot be written.
+    """
+    runs = load_runs(run_folders)
+    page = Path(out_path)
+    if figures:
+        write_figures(runs, page.parent / "figures")
+    write_text(page, _page(_story(runs), page, title))
+    return page
+
+
+def write_figures(runs: Sequence[RunResults], folder: str | Path) -> list[Path]:
+    """Write all figures of some runs as PNG, PDF, SVG and CSV.
+
+    Returns:
+        The files: curves, clients, average_radius, and history where training was recorded.
+
+    Raises:
+        StoreMismatch: runs that cannot be compared. StoreError: the folder cannot be written.
+    """
+    drawings: dict[str, Drawing] = {
+        "curves": certified_accuracy_figure(runs),
+        "clients": per_client_figure(runs),
+        "average_radius": average_radius_figure(runs),
+    }
+    if any(run.history for run in runs):
+        drawings["history"] = history_figure(runs)
+    return [path for stem, drawn in drawings.items() for path in save(drawn, folder, stem)]
+
+
+def _story(runs: Sequence[RunResults]) -> Story:
+    units = scales(runs[0].conditions, largest_radius(runs))
+    return Story(tuple(runs), units, compare(runs))
+
+
+def _page(story: Story, page: Path, title: str | None) -> str:
+    style, script = _asset("page.css"), _asset("page.js")
+    found, support = headline(story.runs, story.comparison, story.scale)
+    heading = title if title is not None else _heading(story)
+    parts = {
+        "title": el("title", None, heading),
+        "policy": _policy(style, script),
+        "style": Markup(style),
+        "script": Markup(script),
+        "data": embedded_json("report-data", payload(story.runs, story.units)),
+        "eyebrow": join([_eyebrow(story)]),
+        "heading": join([heading]),
+        "headline": el("p", {"class": "headline"}, found),
+        "support": join(el("p", {"class": "support"}, sentence) for sentence in support),
+        "notices": _notices(story),
+        "facts": background.facts_list(story),
+        "recommendation": sections.recommendation_section(
+            story, recommendations(story.runs, story.comparison)
+        ),
+        "controls": chart_controls(story),
+        "curves_fallback": _fallback(
+            certified_accuracy_figure(story.runs), "Certified accuracy against the radius"
+        ),
+        "acr_fallback": _fallback(
+            average_radius_figure(story.runs), "Average certified radius per regime and client"
+        ),
+        "results": sections.results_section(story),
+        "comparison": sections.comparison_section(story),
+        "clients": sections.clients_section(story),
+        "training": sections.training_section(story),
+        "meaning": background.meaning_section(story),
+        "cost": background.cost_section(story),
+        "reproduce": background.reproduce_section(story, page),
+        "version": join([f"certifl {__version__}"]),
+    }
+    return Template(_asset("page.html")).substitute(parts)
+
+
+def _asset(name: str) -> str:
+    return (resources.files("certifl.report") / _ASSETS / name).read_text(encoding="utf-8")
+
+
+def _policy(style: str, script: str) -> Markup:
+    """Nothing may be loaded, and only the page's own script and style count."""
+    rules = [
+        "default-src 'none'",
+        f"script-src '{_digest(script)}'",
+        f"style-src '{_digest(style)}'",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+    name = "Content-Security-Policy"
+    return el("meta", {"http-equiv": name, "content": "; ".join(rules)})
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _heading(story: Story) -> str:
+    return f"Certified robustness to {family_words(story.runs[0].conditions)}"
+
+
+def _eyebrow(story: Story) -> str:
+    run = story.runs[0]
+    data: Any = run.manifest.get("data") or {}
+    regimes = f"{len(story.runs)} regimes" if len(story.runs) > 1 else run.label
+    clients = f"{len(run.clients)} client{'s' if len(run.clients) > 1 else ''}"
+    return f"{data.get('name', 'images')} · {clients} · {regimes}"
+
+
+def _notices(story: Story) -> Markup:
+    """Say plainly where the runs differ in more than the regime."""
+    differing = [
+        name
+        for name in DIFFERENCES_SHOWN
+        if len({str(run.conditions.get(name)) for run in story.runs}) > 1
+    ]
+    if not differing:
+        return Markup()
+    named = ", ".join(
+        f"{name} ({', '.join(str(run.conditions.get(name)) for run in story.runs)})"
+        for name in differing
+    )
+    text = f"The runs differ in more than the regime: {named}. Compare them with care."
+    return el("p", {"class": "notice", "role": "note"}, text)
+
+
+def _fallback(drawing: Drawing, words: str) -> Markup:
+    picture = base64.b64encode(image_bytes(drawing, "svg")).decode()
+    source = f"data:image/svg+xml;base64,{picture}"
+    return el("noscript", None, el("img", {"src": source, "alt": words, "class": "fallback"}))

@@ -1,0 +1,230 @@
+"""One finished run as stored: its manifest, certificates, training history and spec."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from certifl.certification.certificates import UNLABELLED, Certificates
+from certifl.errors import InputError, StoreError, StoreMismatch
+from certifl.store.atomic import read_json
+
+__all__ = ["RunResults", "check_comparable", "load_run", "load_runs"]
+
+Ints = NDArray[np.int64]
+
+_NEEDED_CONDITIONS = ("family", "sigma", "norm", "unit", "alpha")
+_MUST_AGREE = ("family", "norm", "unit")
+
+
+@dataclass(frozen=True, eq=False)
+class RunResults:
+    """What a finished run folder holds.
+
+    Attributes:
+        folder: the run folder, as it was given.
+        label: the regime's name for people, e.g. "FedAvg"; unique within a report.
+        manifest: `run.json`: regime, label, data, clients, machine, versions, times.
+        certificates: one row per certified test image, the rows of all clients.
+        history: one mapping per communication round; empty where nothing was trained.
+        spec: the text of `spec.toml`.
+    """
+
+    folder: Path
+    label: str
+    manifest: Mapping[str, Any]
+    certificates: Certificates
+    history: tuple[Mapping[str, Any], ...]
+    spec: str
+
+    @property
+    def regime(self) -> str:
+        """The regime's name in specs, e.g. "fedavg"."""
+        return str(self.manifest["regime"])
+
+    @property
+    def conditions(self) -> Mapping[str, Any]:
+        """What holds for all certificates: family, sigma, norm, unit, alpha, ..."""
+        return self.certificates.conditions
+
+    @property
+    def clients(self) -> Ints:
+        """Numbers of the clients that have certificates, in order."""
+        return np.unique(self.certificates.client)
+
+    def __repr__(self) -> str:
+        return f"RunResults({self.label!r}, {len(self.clients)} clients, {self.certificates!r})"
+
+
+def load_run(folder: str | Path) -> RunResults:
+    """Read a finished run folder.
+
+    Args:
+        folder: holds run.json, spec.toml, certificates.parquet and history.jsonl.
+
+    Raises:
+        StoreMismatch: the folder holds no run, or one that is not finished.
+        StoreError: a file of the run is missing or damaged.
+    """
+    place = Path(folder)
+    manifest = _manifest(place)
+    return RunResults(
+        folder=place,
+        label=str(manifest["label"]),
+        manifest=manifest,
+        certificates=_certificates(place),
+        history=_history(place / "history.jsonl"),
+        spec=_text(place / "spec.toml"),
+    )
+
+
+def load_runs(folders: Sequence[str | Path | RunResults]) -> list[RunResults]:
+    """Read the runs of one report; runs of equal label are told apart by name or by folder.
+
+    Args:
+        folders: run folders, or runs that were read before.
+
+    Raises:
+        StoreMismatch: a run that is missing or unfinished, or runs that cannot be compared.
+        StoreError: a run that is damaged.
+    """
+    runs = [f if isinstance(f, RunResults) else load_run(f) for f in folders]
+    check_comparable(runs)
+    labels = [run.label for run in runs]
+    if len(set(labels)) == len(labels):
+        return runs
+    for apart in (_study_name, _folder_name, _number(runs)):
+        candidates = [
+            f"{run.label} ({apart(run)})" if labels.count(run.label) > 1 else run.label
+            for run in runs
+        ]
+        if len(set(candidates)) == len(runs):
+            break
+    return [dataclasses.replace(r, label=c) for r, c in zip(runs, candidates, strict=True)]
+
+
+def _study_name(run: RunResults) -> str:
+    return str(run.manifest.get("name", ""))
+
+
+def _folder_name(run: RunResults) -> str:
+    return run.folder.resolve().name
+
+
+def _number(runs: Sequence[RunResults]) -> Callable[[RunResults], str]:
+    places = {id(run): str(position) for position, run in enumerate(runs, start=1)}
+    return lambda run: places[id(run)]
+
+
+def check_comparable(runs: Sequence[RunResults]) -> None:
+    """Refuse to put runs side by side whose radii or images mean different things.
+
+    Raises:
+        StoreMismatch: no run, or runs of different data, family, norm or unit.
+    """
+    if not runs:
+        raise StoreMismatch("A report needs at least one run folder.")
+    for run in runs[1:]:
+        for name in _MUST_AGREE:
+            _agree(runs[0], run, name, runs[0].conditions[name], run.conditions[name])
+        _agree(runs[0], run, "data", _data_name(runs[0]), _data_name(run))
+
+
+def _agree(first: RunResults, second: RunResults, name: str, one: object, other: object) -> None:
+    if one != other:
+        raise StoreMismatch(
+            f"{first.folder} and {second.folder} cannot stand in one report: their {name} differ "
+            f"({one} and {other}), so their radii cannot be compared. Report them separately."
+        )
+
+
+def _data_name(run: RunResults) -> str:
+    data = run.manifest.get("data")
+    return str(data.get("name", "")) if isinstance(data, Mapping) else ""
+
+
+def _manifest(place: Path) -> Mapping[str, Any]:
+    path = place / "run.json"
+    if not path.is_file():
+        raise StoreMismatch(
+            f"{place} holds no run: there is no run.json. "
+            "Give the folder that `certifl run` wrote."
+        )
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or not {"label", "regime", "status"} <= set(manifest):
+        raise StoreError(
+            f"{path} is damaged: it must name the run's label, regime and status. "
+            "Repeat the command that made the run."
+        )
+    if manifest["status"] != "finished":
+        command = manifest.get("command", "certifl run")
+        raise StoreMismatch(
+            f"The run in {place} is not finished (status: {manifest['status']}). "
+            f"Go on with `{command}`, then report."
+        )
+    return manifest
+
+
+def _certificates(place: Path) -> Certificates:
+    path = place / "certificates.parquet"
+    try:
+        certificates = Certificates.load(path)
+    except (InputError, OSError) as error:
+        raise StoreError(f"{error} Repeat the command that made the run in {place}.") from error
+    problem = _problem(certificates)
+    if problem:
+        raise StoreError(f"{path} cannot be reported: {problem}.")
+    return certificates
+
+
+def _problem(certificates: Certificates) -> str | None:
+    """Why these certificates cannot be summarised, or None."""
+    facts = certificates.conditions
+    missing = [name for name in _NEEDED_CONDITIONS if name not in facts]
+    if missing:
+        return f"its conditions do not name {', '.join(missing)}"
+    if len(certificates) == 0:
+        return "it holds no image"
+    if not np.all(np.isfinite(certificates.radius) & (certificates.radius >= 0)):
+        return "it holds a radius that is no finite number from 0 up"
+    if np.any(certificates.label == UNLABELLED):
+        return "some images have no label, so nothing can be called correct"
+    places = np.stack([certificates.client, certificates.index], axis=1)
+    if len(np.unique(places, axis=0)) != len(places):
+        return "the same image of a client appears twice"
+    if not math.isfinite(float(facts["sigma"])):
+        return "its sigma is no finite number"
+    return None
+
+
+def _history(path: Path) -> tuple[Mapping[str, Any], ...]:
+    """Every round's line; a run of a model that was trained elsewhere has none."""
+    if not path.is_file():
+        return ()
+    rounds = []
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise StoreError(f"{path}, line {number} is damaged: {error}.") from error
+        if not isinstance(entry, dict):
+            raise StoreError(f"{path}, line {number} is damaged: it is no JSON object.")
+        rounds.append(entry)
+    return tuple(rounds)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"Cannot read {path}: {error}. Is this a whole run folder?") from error

@@ -1,0 +1,118 @@
+"""Radii for people: in which unit they are shown, with how many digits, never rounded up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from certifl.smoothing.rounding import floor_text
+
+__all__ = ["FAMILY_WORDS", "RadiusScale", "family_words", "scales", "sigma_text"]
+
+FAMILY_WORDS = {
+    "pixel": "pixel noise",
+    "translation": "translation",
+    "rotation": "rotation",
+    "scaling": "scaling",
+    "affine": "affine deformation",
+    "smooth_flow": "smooth flow",
+    "dense_flow": "dense flow",
+}
+
+_SIGNIFICANT = 4
+# A conversion multiplies two floats with relative errors of at most 2**-53 each.
+_CONVERSION_ERROR = 2.0**-51
+
+
+@dataclass(frozen=True)
+class RadiusScale:
+    """One unit to show radii in.
+
+    Attributes:
+        name: the unit as an axis names it, e.g. "degrees".
+        suffix: what follows a number, e.g. "°" or " radians".
+        factor: shown = stored * factor; 1 for the unit in which radii are stored.
+        digits: decimals of a shown radius.
+    """
+
+    name: str
+    suffix: str
+    factor: float
+    digits: int
+
+    def shown(self, radius: float) -> float:
+        """The radius in this unit; never more than the stored radius."""
+        return radius * self.factor * (1.0 - self._slack)
+
+    def stored(self, shown: float) -> float:
+        """The stored radius that a shown one asks for; never less."""
+        return shown / self.factor * (1.0 + self._slack)
+
+    def number(self, radius: float) -> str:
+        """The radius as a decimal, rounded down."""
+        return floor_text(self.shown(radius), self.digits)
+
+    def text(self, radius: float) -> str:
+        """The radius with its unit, rounded down."""
+        return self.number(radius) + self.suffix
+
+    def interval(self, low: float, high: float) -> str:
+        """Two ends, each possibly negative, rounded outward, with the unit."""
+        return f"{self.down(low)} to {self.up(high)}{self.suffix}"
+
+    def down(self, value: float) -> str:
+        """A number that may be negative, rounded down."""
+        shown = value * self.factor
+        return floor_text(shown - abs(shown) * self._slack, self.digits)
+
+    def up(self, value: float) -> str:
+        """A number that may be negative, rounded up."""
+        mirrored = self.down(-value)
+        if not mirrored.strip("-0."):
+            return mirrored.lstrip("-")
+        return mirrored[1:] if mirrored.startswith("-") else f"-{mirrored}"
+
+    @property
+    def _slack(self) -> float:
+        return 0.0 if self.factor == 1.0 else _CONVERSION_ERROR
+
+    def threshold(self, shown: float) -> str:
+        """A radius somebody chose in this unit: written as chosen."""
+        return f"{shown:.6g}{self.suffix}"
+
+
+def scales(conditions: Mapping[str, Any], largest: float) -> tuple[RadiusScale, ...]:
+    """The units to show radii of these conditions in; the first is the one to read first.
+
+    Args:
+        conditions: of the certificates: `family` and `unit`.
+        largest: the largest radius that will be shown, in the stored unit; it sets the digits.
+    """
+    unit = str(conditions["unit"])
+    stored = RadiusScale(unit, f" {unit}", 1.0, _digits(largest))
+    if conditions["family"] != "rotation":
+        return (stored,)
+    factor = 180.0 / math.pi
+    return (RadiusScale("degrees", "°", factor, _digits(largest * factor)), stored)
+
+
+def _digits(largest: float) -> int:
+    if not largest > 0:
+        return _SIGNIFICANT - 1
+    return max(0, _SIGNIFICANT - 1 - math.floor(math.log10(largest)))
+
+
+def family_words(conditions: Mapping[str, Any]) -> str:
+    """The family's name in plain words."""
+    family = str(conditions["family"])
+    return FAMILY_WORDS.get(family, family)
+
+
+def sigma_text(conditions: Mapping[str, Any]) -> str:
+    """Sigma with its unit; rotation in degrees and in multiples of pi."""
+    sigma = float(conditions["sigma"])
+    if conditions["family"] == "rotation":
+        return f"{math.degrees(sigma):.4g}° ({sigma / math.pi:.4g} π {conditions['unit']})"
+    return f"{sigma:.4g} {conditions['unit']}"

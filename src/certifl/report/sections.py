@@ -1,0 +1,226 @@
+"""The parts of the page that speak of results: findings, charts, tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from certifl.report.compare import own_interval
+from certifl.report.history import measures_of
+from certifl.report.markup import Markup, el, join, table
+from certifl.report.story import Story, named
+from certifl.report.summary import (
+    accuracy_share,
+    client_acr,
+    client_curves,
+    selected_radii,
+    share,
+    spread,
+    vote_cost,
+)
+from certifl.report.words import (
+    NO_DIFFERENCE,
+    Recommendation,
+    by_margin,
+    client_list,
+    grouped,
+    listed,
+    percent,
+)
+
+__all__ = [
+    "clients_section",
+    "comparison_section",
+    "recommendation_section",
+    "results_section",
+    "training_section",
+]
+
+
+def recommendation_section(story: Story, found: Sequence[Recommendation]) -> Markup:
+    """Which regime each client should take, grouped by answer; nothing for a single run."""
+    if len(story.runs) < 2:
+        return Markup()
+    items = [_group(story, places, clients) for places, clients in grouped(found)]
+    rows = [_recommendation_row(story, one) for one in found]
+    head = ["Client", "Images", "Recommendation", "Its average certified radius"]
+    head += ["Over the next best", "Over training alone"]
+    whole = table("Recommendation for every client, from its own test images", head, rows)
+    return el(
+        "section",
+        {"id": "recommendation"},
+        el("h2", None, "Which regime for which client"),
+        el("p", None, _how_recommended(story)),
+        el("ul", {"class": "groups"}, *items),
+        el("details", None, el("summary", None, "Every client, with numbers"), whole),
+    )
+
+
+def _how_recommended(story: Story) -> str:
+    pairs = len(story.runs) * (len(story.runs) - 1) // 2
+    wide = f" (wide enough for all {pairs} comparisons of a client at once)" if pairs > 1 else ""
+    return (
+        "The regime with the largest average certified radius on the client's own test images. "
+        f"Where the 95 % interval of a paired difference{wide} contains 0, these images do not "
+        f"tell the regimes apart: {NO_DIFFERENCE}, and other reasons may decide."
+    )
+
+
+def _group(story: Story, places: tuple[int, ...], clients: list[int]) -> Markup:
+    names = [named(story, place) for place in places]
+    parts = [el("span", {"class": "choice"}, *names)]
+    if len(places) > 1:
+        parts.append(el("span", {"class": "verdict"}, NO_DIFFERENCE))
+    parts.append(el("span", {"class": "who"}, client_list(clients)))
+    return el("li", None, *parts)
+
+
+def _recommendation_row(story: Story, one: Recommendation) -> list[str]:
+    scale, labels = story.scale, [run.label for run in story.runs]
+    advice = labels[one.best]
+    if one.tied:
+        others = listed([labels[i] for i in sorted(one.tied)])
+        advice = f"{advice}; {NO_DIFFERENCE} from {others}"
+    return [
+        str(one.client),
+        str(one.images),
+        advice,
+        scale.text(one.acr),
+        by_margin(one.margin, scale) if one.margin else "–",
+        by_margin(one.alone, scale) if one.alone else "–",
+    ]
+
+
+def results_section(story: Story) -> Markup:
+    """Average certified radius and certified accuracies per regime, with intervals."""
+    radii = selected_radii(story.runs, story.scale)
+    head = ["Regime", "Average certified radius", "Best and worst client"]
+    head += [f"At {text}" for text, _ in radii] + ["Abstained", "Votes per image"]
+    rows = [_result_row(story, place, [r for _, r in radii]) for place in range(len(story.runs))]
+    return join(
+        [
+            table("Average certified radius and certified accuracy", head, rows),
+            el("p", {"class": "note"}, _result_note(story)),
+        ]
+    )
+
+
+def _result_row(story: Story, place: int, radii: Sequence[float]) -> list[str]:
+    run, scale = story.runs[place], story.scale
+    best, worst, gap = spread(run)
+    abstained = share(int(run.certificates.abstained.sum()), len(run.certificates))
+    shares = [accuracy_share(run, radius) for radius in radii]
+    ends = own_interval(run)
+    under = scale.interval(*ends) if ends else "too few images for an interval"
+    apart = _two(f"{scale.text(gap)} apart", f"client {best} and client {worst}")
+    return [
+        named(story, place),
+        _two(scale.text(float(client_acr(run).mean())), under),
+        apart if len(run.clients) > 1 else "–",
+        *(_two(percent(s.value), f"{100 * s.low:.1f} to {100 * s.high:.1f}") for s in shares),
+        _two(percent(abstained.value), f"{100 * abstained.low:.1f} to {100 * abstained.high:.1f}"),
+        f"{vote_cost(run).per_image:,.0f}",
+    ]
+
+
+def _two(first: str, second: str) -> Markup:
+    return join([el("b", None, first), el("small", None, second)])
+
+
+def _result_note(story: Story) -> str:
+    note = (
+        "Certified accuracy at a radius: share of all certified test images that are classified "
+        "correctly with at least that radius, with exact (Clopper-Pearson) 95 % limits over "
+        "images. Average certified radius: mean over clients of radius × correct, with a 95 % "
+        "interval over images (resampled within clients). The intervals speak of the choice of "
+        "test images, not of training again with another seed. Radii are rounded down."
+    )
+    sizes = {int((r.certificates.client == c).sum()) for r in story.runs for c in r.clients}
+    if len(sizes) > 1:
+        note += (
+            " The clients hold different numbers of test images: certified accuracies in this "
+            "table count every image once, the curves and average radii every client once."
+        )
+    if any(run.conditions.get("label_aware") for run in story.runs):
+        note += (
+            " Votes may have stopped early on images that were already seen to be classified "
+            "wrongly; some of those count as abstained."
+        )
+    return note
+
+
+def comparison_section(story: Story) -> Markup:
+    """All differences between regimes, image by image; nothing for a single run."""
+    if len(story.runs) < 2:
+        return Markup()
+    rows = []
+    for (_, second), pair in story.comparison.pairs.items():
+        ahead = pair if pair.estimate >= 0 else pair.seen_from(second)
+        verdict = NO_DIFFERENCE
+        if pair.shown:
+            verdict = f"{story.runs[ahead.first].label} is ahead"
+        names = f"{story.runs[ahead.first].label} minus {story.runs[ahead.second].label}"
+        rows.append([names, by_margin(ahead, story.scale), verdict])
+    note = (
+        f"Compared image by image on {story.comparison.images:,} test images; the 95 % intervals "
+        "hold for all rows together."
+    )
+    if not story.comparison.whole:
+        note += " Only images that every run certified are compared."
+    head = ["Difference", "Average certified radius (95 % interval)", "What the images show"]
+    return join(
+        [
+            el("h3", None, "Differences between regimes"),
+            table("Paired differences of the average certified radius", head, rows),
+            el("p", {"class": "note"}, note),
+        ]
+    )
+
+
+def clients_section(story: Story) -> Markup:
+    """Every client under every regime: average certified radius and accuracy at radius 0."""
+    clients = sorted({int(c) for run in story.runs for c in run.clients})
+    cells: dict[tuple[int, int], Markup] = {}
+    for place, run in enumerate(story.runs):
+        accuracies = client_curves(run, [0.0])[:, 0]
+        for client, radius, accuracy in zip(run.clients, client_acr(run), accuracies, strict=True):
+            at_zero = f"{percent(float(accuracy))} at 0"
+            cells[int(client), place] = _two(story.scale.text(float(radius)), at_zero)
+    places = range(len(story.runs))
+    rows = [[str(c), *(cells.get((c, place), Markup("–")) for place in places)] for c in clients]
+    head = ["Client", *(run.label for run in story.runs)]
+    caption = "Average certified radius and certified accuracy at radius 0, per client"
+    return el(
+        "details",
+        None,
+        el("summary", None, "Every client's average certified radius"),
+        table(caption, head, rows),
+    )
+
+
+def training_section(story: Story) -> Markup:
+    """Where the script draws the training history; a sentence where nothing was recorded."""
+    names = measures_of(story.runs)
+    if not names:
+        body = [el("p", None, "No training history was recorded.")]
+    else:
+        legend = [named(story, place) for place in range(len(story.runs))]
+        panels = [
+            el(
+                "figure",
+                None,
+                el("figcaption", None, f"{name} per round"),
+                el("div", {"class": "chart", "data-measure": str(position), "role": "img"}),
+            )
+            for position, name in enumerate(names)
+        ]
+        body = [
+            el(
+                "p",
+                None,
+                "What the clients measured on their own training data in every round: mean over "
+                "clients, and from the smallest to the largest client.",
+            ),
+            el("p", {"class": "legend"}, *legend),
+            el("div", {"class": "panels"}, *panels),
+        ]
+    return el("section", {"id": "training"}, el("h2", None, "Training"), *body)

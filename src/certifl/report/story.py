@@ -1,0 +1,52 @@
+"""What all sections of the page draw on, and how a regime is named on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from certifl.report.compare import Comparison
+from certifl.report.looks import Look, looks_of
+from certifl.report.markup import Markup, el
+from certifl.report.payload import MARKERS, dash_text
+from certifl.report.results import RunResults
+from certifl.report.scale import RadiusScale
+
+__all__ = ["Story", "named", "swatch"]
+
+
+@dataclass(frozen=True, eq=False)
+class Story:
+    """What all sections draw on.
+
+    Attributes:
+        runs: in the order of the report.
+        units: to show radii in, the first one first.
+        comparison: of all runs, image by image.
+    """
+
+    runs: tuple[RunResults, ...]
+    units: tuple[RadiusScale, ...]
+    comparison: Comparison
+
+    @property
+    def scale(self) -> RadiusScale:
+        """The unit of radii in text and tables."""
+        return self.units[0]
+
+
+def swatch(look: Look) -> Markup:
+    """A short piece of a regime's line with its marker."""
+    line = {"x1": "1", "y1": "7", "x2": "33", "y2": "7"}
+    if look.dash:
+        line["stroke-dasharray"] = dash_text(look)
+    shapes = el("line", line) + el(
+        "path", {"d": MARKERS[look.marker], "transform": "translate(17 7)"}
+    )
+    box = {"class": f"swatch s{look.slot}", "viewBox": "0 0 34 14", "aria-hidden": "true"}
+    return el("svg", box, Markup(shapes))
+
+
+def named(story: Story, place: int) -> Markup:
+    """A regime's name with its swatch."""
+    name = el("span", None, story.runs[place].label)
+    return el("span", {"class": "regime"}, swatch(looks_of(story.runs)[place]), name)

@@ -1,0 +1,186 @@
+"""What a run's certificates come to: curves per client, radii, shares, votes, with intervals.
+
+Two averages appear and are named wherever they are shown. Curves and average certified radii
+count every CLIENT once, as the paper does; certified accuracies in tables count every IMAGE once,
+so that an exact binomial interval belongs to them. With equally many images per client the two
+agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from certifl.certification.settings import GRID_POINTS
+from certifl.report.results import RunResults
+from certifl.report.scale import RadiusScale
+from certifl.smoothing import curves
+from certifl.smoothing.bounds import clopper_pearson_lower, clopper_pearson_upper
+from certifl.smoothing.laws import LAWS
+
+__all__ = [
+    "CONFIDENCE",
+    "Share",
+    "Votes",
+    "accuracy_share",
+    "client_acr",
+    "client_curves",
+    "gains",
+    "largest_radius",
+    "radius_grid",
+    "selected_radii",
+    "share",
+    "spread",
+    "vote_cost",
+]
+
+Floats = NDArray[np.float64]
+
+CONFIDENCE = 0.95
+_FINE_ENOUGH = 20
+_MOST_STEPS = 5
+_NICE = (1.0, 2.0, 2.5, 5.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of images with its 95 % interval.
+
+    Attributes:
+        value: the share of the images at hand.
+        low, high: exact (Clopper-Pearson) 95 % limits of the share among all images like these.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Votes:
+    """Votes of one run.
+
+    Attributes:
+        estimation: votes that bound probabilities.
+        selection: votes that chose classes.
+        fixed: what n0 + n votes on every image would have been; None where n is not recorded.
+        per_image: mean estimation votes of an image.
+    """
+
+    estimation: int
+    selection: int
+    fixed: int | None
+    per_image: float
+
+    @property
+    def spent(self) -> int:
+        """All votes."""
+        return self.estimation + self.selection
+
+    @property
+    def saved(self) -> float | None:
+        """Share of the votes of a fixed n that were not needed."""
+        return None if not self.fixed else 1.0 - self.spent / self.fixed
+
+
+def gains(run: RunResults) -> Floats:
+    """(m,) radius where correct, 0 elsewhere: the average certified radius is their mean."""
+    certificates = run.certificates
+    return np.where(certificates.correct, certificates.radius, 0.0)
+
+
+def client_acr(run: RunResults) -> Floats:
+    """(clients,) average certified radius of every client on its own test images."""
+    return np.array(
+        [run.certificates.of_client(c).average_certified_radius() for c in run.clients]
+    )
+
+
+def client_curves(run: RunResults, radii: Sequence[float] | Floats) -> Floats:
+    """(clients, radii) certified accuracy of every client on its own test images."""
+    return np.stack([run.certificates.of_client(c).certified_accuracy(radii) for c in run.clients])
+
+
+def spread(run: RunResults) -> tuple[int, int, float]:
+    """The client with the largest and with the smallest average certified radius, and the gap."""
+    radii = client_acr(run)
+    best, worst = int(radii.argmax()), int(radii.argmin())
+    return int(run.clients[best]), int(run.clients[worst]), float(radii[best] - radii[worst])
+
+
+def share(count: int, images: int) -> Share:
+    """A share with exact two-sided 95 % limits (Clopper and Pearson, 2.5 % at each end)."""
+    level = (1.0 - CONFIDENCE) / 2.0
+    low = float(clopper_pearson_lower(count, images, level))
+    high = float(clopper_pearson_upper(count, images, level))
+    return Share(count / images, low, high)
+
+
+def accuracy_share(run: RunResults, radius: float) -> Share:
+    """Certified accuracy at a radius over all images of all clients."""
+    held = run.certificates.correct & (run.certificates.radius >= radius)
+    return share(int(held.sum()), len(run.certificates))
+
+
+def vote_cost(run: RunResults) -> Votes:
+    """Votes spent, and what a fixed number of votes on every image would have cost."""
+    certificates, facts = run.certificates, run.conditions
+    estimation = int(certificates.counts.sum())
+    selection = int(certificates.selection_counts.sum())
+    fixed = None
+    if facts.get("n") and facts.get("n0") and estimation:
+        fixed = len(certificates) * (int(facts["n"]) + int(facts["n0"]))
+    return Votes(estimation, selection, fixed, estimation / len(certificates))
+
+
+def largest_radius(runs: Sequence[RunResults]) -> float:
+    """The end of the radius axis: what unanimous votes give, or the largest radius stored."""
+    ends = [float(run.certificates.radius.max()) for run in runs]
+    for run in runs:
+        facts = run.conditions
+        law = LAWS.get(str(facts.get("law")))
+        if law is not None and facts.get("n"):
+            ends.append(
+                law.largest_radius(float(facts["sigma"]), int(facts["n"]), float(facts["alpha"]))
+            )
+    end = max(ends)
+    return end if end > 0 else float(runs[0].conditions["sigma"])
+
+
+def radius_grid(runs: Sequence[RunResults]) -> Floats:
+    """Radii for curves, in the stored unit, from 0 up.
+
+    The radii the votes were spent for: those the runs name, if they are enough for a curve, or the
+    even grid that certification takes by default. Between two radii of that grid a certificate may
+    be smaller than more votes would have made it.
+    """
+    named = [run.conditions.get("radii") for run in runs]
+    if all(isinstance(radii, list) and len(radii) >= _FINE_ENOUGH for radii in named):
+        return np.unique(np.concatenate([[0.0], *[np.asarray(r, float) for r in named]]))
+    return curves.even_grid(largest_radius(runs), GRID_POINTS)
+
+
+def selected_radii(runs: Sequence[RunResults], scale: RadiusScale) -> list[tuple[str, float]]:
+    """A few round radii for tables: (text in the shown unit, radius in the stored unit).
+
+    They start at 0 and end at the largest round radius that some correct image reaches.
+    """
+    reached = scale.shown(max(float(gains(run).max()) for run in runs))
+    chosen = [(scale.threshold(0.0), 0.0)]
+    if reached <= 0:
+        return chosen
+    step = _nice_step(reached / _MOST_STEPS)
+    for multiple in range(1, math.floor(reached / step) + 1):
+        shown = multiple * step
+        chosen.append((scale.threshold(shown), scale.stored(shown)))
+    return chosen
+
+
+def _nice_step(smallest: float) -> float:
+    """The smallest of 1, 2, 2.5, 5 times a power of ten that is at least `smallest`."""
+    power = 10.0 ** math.floor(math.log10(smallest))
+    return next(nice * power for nice in _NICE if nice * power >= smallest * (1 - 1e-12))

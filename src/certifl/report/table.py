@@ -1,0 +1,77 @@
+"""The summary of some runs as rows, for a table on the terminal or for further work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from certifl.report.compare import own_interval
+from certifl.report.results import RunResults, load_runs
+from certifl.report.scale import scales
+from certifl.report.summary import (
+    accuracy_share,
+    client_acr,
+    largest_radius,
+    selected_radii,
+    spread,
+    vote_cost,
+)
+
+__all__ = ["summary_rows"]
+
+
+def summary_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]]:
+    """One row per run, the same numbers as on the page.
+
+    Args:
+        runs: run folders, or runs that were read before.
+
+    Returns:
+        Per run: `regime`, `label`, `images`, `clients`; `acr` (mean over clients, stored unit)
+        with `acr_low`, `acr_high` (95 % over images, None with too few) and `acr_text` (shown
+        unit, rounded down); `spread` between best and worst client and `spread_text`; `accuracy`,
+        a list of {`radius`, `radius_text`, `value`, `low`, `high`} with exact 95 % limits;
+        `abstained`; `votes_per_image`; `votes_saved` relative to a fixed number (None if not
+        recorded).
+
+    Raises:
+        StoreMismatch: a run that is missing or unfinished, or runs that cannot be compared.
+        StoreError: a run that is damaged.
+    """
+    loaded = load_runs(runs)
+    scale = scales(loaded[0].conditions, largest_radius(loaded))[0]
+    radii = selected_radii(loaded, scale)
+    rows = []
+    for run in loaded:
+        acr, gap, votes = float(client_acr(run).mean()), spread(run)[2], vote_cost(run)
+        low, high = own_interval(run) or (None, None)
+        shares = [(text, radius, accuracy_share(run, radius)) for text, radius in radii]
+        rows.append(
+            {
+                "regime": run.regime,
+                "label": run.label,
+                "images": len(run.certificates),
+                "clients": len(run.clients),
+                "acr": acr,
+                "acr_low": low,
+                "acr_high": high,
+                "acr_text": scale.text(acr),
+                "spread": gap,
+                "spread_text": scale.text(gap),
+                "accuracy": [
+                    {
+                        "radius": radius,
+                        "radius_text": text,
+                        "value": s.value,
+                        "low": s.low,
+                        "high": s.high,
+                    }
+                    for text, radius, s in shares
+                ],
+                "abstained": float(run.certificates.abstained.mean()),
+                "votes_per_image": votes.per_image,
+                "votes_saved": votes.saved,
+            }
+        )
+    return rows

@@ -1,0 +1,50 @@
+"""The mathematics of certificates: bounds, laws, sequential stopping, curves. No torch in here."""
+
+from __future__ import annotations
+
+from certifl.smoothing.bounds import (
+    BOUNDS,
+    BoundsRule,
+    clopper_pearson_lower,
+    clopper_pearson_upper,
+    runner_up_bounds,
+    top_class_bounds,
+    two_sided_sign_test,
+)
+from certifl.smoothing.curves import (
+    average_certified_radius,
+    certified_accuracy,
+    even_grid,
+    floor_to_grid,
+    mean_and_band,
+)
+from certifl.smoothing.laws import GAUSSIAN, LAWS, UNIFORM, Gaussian, Law, Uniform
+from certifl.smoothing.rounding import floor_text
+from certifl.smoothing.sequential import finished, grid_steps, levels, looks, reachable_radius
+
+__all__ = [
+    "BOUNDS",
+    "GAUSSIAN",
+    "LAWS",
+    "UNIFORM",
+    "BoundsRule",
+    "Gaussian",
+    "Law",
+    "Uniform",
+    "average_certified_radius",
+    "certified_accuracy",
+    "clopper_pearson_lower",
+    "clopper_pearson_upper",
+    "even_grid",
+    "finished",
+    "floor_text",
+    "floor_to_grid",
+    "grid_steps",
+    "levels",
+    "looks",
+    "mean_and_band",
+    "reachable_radius",
+    "runner_up_bounds",
+    "top_class_bounds",
+    "two_sided_sign_test",
+]

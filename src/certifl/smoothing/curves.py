@@ -1,0 +1,135 @@
+"""Curves of certificates: certified accuracy, average certified radius, grids and bands.
+
+Everything is counted over ALL certified test images: an abstention counts as not correct.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from certifl.errors import InputError
+
+__all__ = [
+    "average_certified_radius",
+    "certified_accuracy",
+    "even_grid",
+    "floor_to_grid",
+    "mean_and_band",
+]
+
+FloatArray = NDArray[np.float64]
+
+
+def certified_accuracy(correct: ArrayLike, radius: ArrayLike, radii: ArrayLike) -> FloatArray:
+    """Certified accuracy at R: the share of all images that are correct with radius >= R.
+
+    Args:
+        correct: (m,) whether the prediction equals the label; False where abstained.
+        radius: (m,) certified radii.
+        radii: R, a scalar or an array, in the unit of `radius`.
+
+    Returns:
+        float64 of the shape of `radii`, in [0, 1].
+
+    Raises:
+        InputError: no images, unequal lengths, or a radius or R that is negative or not a number.
+    """
+    right, reach = _images(correct, radius)
+    wanted = np.asarray(radii, dtype=np.float64)
+    if not np.all(wanted >= 0):
+        raise InputError("The radii of a curve must be numbers from 0 up.")
+    held = np.sort(reach[right])
+    short = np.searchsorted(held, wanted, side="left")  # correct images with radius < R
+    return ((held.size - short) / reach.size)[()]
+
+
+def average_certified_radius(correct: ArrayLike, radius: ArrayLike) -> float:
+    """ACR: the mean over ALL images of radius * correct.
+
+    Args:
+        correct: (m,) whether the prediction equals the label; False where abstained.
+        radius: (m,) certified radii.
+
+    Raises:
+        InputError: no images, unequal lengths, or a radius that is negative or not a number.
+
+    Source: Zhai et al. 2020 (MACER).
+    """
+    right, reach = _images(correct, radius)
+    return float(np.mean(np.where(right, reach, 0.0)))
+
+
+def floor_to_grid(radius: ArrayLike, grid: ArrayLike) -> FloatArray:
+    """The largest value of the grid that does not exceed the radius; 0.0 below the whole grid.
+
+    Args:
+        radius: certified radii, any shape.
+        grid: the radii that will be reported, in any order.
+
+    Raises:
+        InputError: an empty grid, or a value that is negative or not a number.
+    """
+    reach = np.asarray(radius, dtype=np.float64)
+    steps = np.unique(np.asarray(grid, dtype=np.float64))
+    if steps.size == 0 or not np.all(steps >= 0) or not np.all(reach >= 0):
+        raise InputError("A grid needs at least one value, and radii are numbers from 0 up.")
+    cell = np.searchsorted(steps, reach, side="right")
+    return np.concatenate([[0.0], steps])[cell]
+
+
+def even_grid(largest: float, count: int = 50) -> FloatArray:
+    """An even grid of `count` radii from 0 up to `largest`, both included.
+
+    Args:
+        largest: usually `law.largest_radius(sigma, n, alpha)`, or sigma of a uniform law.
+        count: number of radii, at least 2.
+
+    Raises:
+        InputError: `largest` not positive and finite, or fewer than 2 radii.
+    """
+    if not (np.isfinite(largest) and largest > 0):
+        raise InputError(
+            f"The largest radius of a grid must be positive and finite, not {largest}."
+        )
+    if count < 2:
+        raise InputError(f"A grid needs at least 2 radii, not {count}.")
+    return np.linspace(0.0, largest, count)
+
+
+def mean_and_band(curves: ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Mean, lowest and highest client at every radius.
+
+    Every client counts the same, however many images it holds (the paper's average over clients).
+
+    Args:
+        curves: (clients, radii), one certified-accuracy curve a row.
+
+    Returns:
+        (mean, low, high), each (radii,).
+
+    Raises:
+        InputError: no clients, rows of unequal length, or values that are not finite.
+    """
+    try:
+        table = np.asarray(curves, dtype=np.float64)
+    except ValueError as error:
+        raise InputError("The clients' curves must be computed on the same radii.") from error
+    if table.ndim != 2 or table.shape[0] == 0 or not np.all(np.isfinite(table)):
+        raise InputError(
+            "Give one finite curve a client, shape (clients, radii), of at least one client."
+        )
+    return table.mean(axis=0), table.min(axis=0), table.max(axis=0)
+
+
+def _images(correct: ArrayLike, radius: ArrayLike) -> tuple[NDArray[np.bool_], FloatArray]:
+    """Both columns as arrays of one length, or an error that says what to do."""
+    right = np.asarray(correct).astype(bool)
+    reach = np.asarray(radius, dtype=np.float64)
+    if right.ndim != 1 or right.shape != reach.shape or right.size == 0:
+        raise InputError(
+            "Give `correct` and `radius` for the same images, at least one, shape (m,)."
+        )
+    if not np.all(reach >= 0):
+        raise InputError("A certified radius is a number from 0 up; abstentions have radius 0.")
+    return right, reach

@@ -1,0 +1,1 @@
+"""Run folders and checkpoints: files that are whole or absent."""

@@ -1,0 +1,79 @@
+"""Randomness is derived, never advanced.
+
+A stream is a pure function of (seed, purpose, ids): the same arguments give the same generator in
+any process, in any order, after any interruption. Nothing here reads or sets a global generator.
+
+Votes need more care than training. The CPU generator of torch (mt19937) keeps only the low 32 bits
+of its seed, so a long study with one hashed seed per chunk would meet the same seed twice by the
+birthday bound. Within one image that would repeat votes that a certificate counts as
+independent. `vote_generator` therefore hashes the image once and COUNTS the chunks from there in
+the low 32 bits: all chunks of one image, of selection and of estimation, have different seeds by
+construction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+
+__all__ = ["derive_seed", "generator", "image_key", "numpy_generator", "vote_generator"]
+
+_LOW = 1 << 32
+_VOTE_SLOTS = {"selection": 0, "estimation": 1, "attack": 2, "predict": 3}
+_SLOT_WIDTH = _LOW // 4
+_MASK63 = (1 << 63) - 1
+
+
+def derive_seed(seed: int, purpose: str, *ids: int | str) -> int:
+    """A 63-bit seed that depends on every argument (BLAKE2b of their unambiguous text)."""
+    text = "\x1f".join([str(int(seed)), purpose, *(str(i) for i in ids)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") & _MASK63
+
+
+def generator(
+    seed: int, purpose: str, *ids: int | str, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """A torch generator for one purpose, e.g. `generator(seed, "shuffle", client, round)`."""
+    made = torch.Generator(device=device)
+    made.manual_seed(derive_seed(seed, purpose, *ids))
+    return made
+
+
+def numpy_generator(seed: int, purpose: str, *ids: int | str) -> np.random.Generator:
+    """A numpy generator for one purpose, for index shuffles and partitions."""
+    return np.random.default_rng(derive_seed(seed, purpose, *ids))
+
+
+def image_key(image: torch.Tensor) -> int:
+    """A 63-bit name of the content of one image (c, h, w); its votes depend on nothing else of it.
+
+    Certifying an image alone, inside any batch or after a resume therefore draws the same noise,
+    and two models certified on the same image with the same seed are compared on common noise.
+    """
+    pixels = image.detach().to("cpu", torch.float32).contiguous()
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(repr(tuple(pixels.shape)).encode())
+    digest.update(pixels.numpy().tobytes())
+    return int.from_bytes(digest.digest(), "big") & _MASK63
+
+
+def vote_generator(
+    seed: int, purpose: str, image: int, chunk: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """The generator of one chunk of votes of one image; chunks of an image never share a seed.
+
+    Args:
+        seed: the study's seed.
+        purpose: "selection", "estimation", "attack" or "predict"; their seeds are disjoint.
+        image: `image_key` of the image.
+        chunk: number of the chunk, from 0 to 2**30 - 1.
+    """
+    if not 0 <= chunk < _SLOT_WIDTH:
+        raise ValueError(f"chunk must lie in [0, {_SLOT_WIDTH}), got {chunk}")
+    base = derive_seed(seed, "votes", image)
+    slot = _VOTE_SLOTS[purpose] * _SLOT_WIDTH + chunk
+    made = torch.Generator(device=device)
+    made.manual_seed((base - base % _LOW) + (base + slot) % _LOW)
+    return made

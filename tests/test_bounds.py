@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+from fractions import Fraction
+from math import comb
+
+import mpmath
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from certifl.errors import InputError
+from certifl.smoothing import (
+    BOUNDS,
+    clopper_pearson_lower,
+    clopper_pearson_upper,
+    runner_up_bounds,
+    top_class_bounds,
+    two_sided_sign_test,
+)
+
+exact = settings(max_examples=50, deadline=None, derandomize=True)
+levels = st.floats(1e-7, 0.5)
+
+
+@st.composite
+def counts(draw, most=300):
+    n = draw(st.integers(1, most))
+    return draw(st.integers(0, n)), n
+
+
+def tail_at_least(k: int, n: int, p: float) -> Fraction:
+    """P(Binomial(n, p) >= k) for the very float p, in rational arithmetic."""
+    q = Fraction(p)
+    return sum(
+        (comb(n, i) * q**i * (1 - q) ** (n - i) for i in range(k, n + 1)), start=Fraction(0)
+    )
+
+
+@exact
+@given(counts(60), levels)
+def test_bounds_satisfy_the_inequality_that_defines_them_exactly(kn, level):
+    k, n = kn
+    low, high = clopper_pearson_lower(k, n, level), clopper_pearson_upper(k, n, level)
+    if k > 0:
+        assert tail_at_least(k, n, float(low)) <= Fraction(level)
+    if k < n:
+        assert 1 - tail_at_least(k + 1, n, float(high)) <= Fraction(level)
+
+
+def mp_tail(k: int, n: int, p: float) -> mpmath.mpf:
+    """P(Binomial(n, p) >= k) in 50 digits, summed upwards until the terms vanish."""
+    q = mpmath.mpf(float(p))
+    term = mpmath.binomial(n, k) * q**k * (1 - q) ** (n - k)
+    total = mpmath.mpf(0)
+    for i in range(k, n + 1):
+        total += term
+        if term < total * mpmath.mpf(10) ** -45:
+            break
+        term = term * (n - i) / (i + 1) * q / (1 - q)
+    return total
+
+
+@exact
+@given(st.sampled_from([1_000, 100_000, 10_000_000]), st.floats(0, 1), st.booleans(), levels)
+def test_large_counts_are_safe_and_tight_in_50_digits(n, share, near_one, level):
+    k = max(1, round(n * share)) if not near_one else max(1, n - round(1000 * share))
+    low = float(clopper_pearson_lower(k, n, level))
+    high = float(clopper_pearson_upper(n - k, n, level))  # by symmetry 1 - high is a lower limit
+    with mpmath.workdps(50):
+        reached = mp_tail(k, n, low)
+        mirrored = mp_tail(k, n, 0.0) if high == 1.0 else mp_tail_of_rest(k, n, high)
+        assert reached <= mpmath.mpf(level)
+        assert mirrored <= mpmath.mpf(level)
+        # Outward by no more than the margin and the spacing of floats near p (1e-16 n / k at most)
+        assert reached >= mpmath.mpf(level) * (1 - 3e-9 - 1e-14 * n)
+
+
+def mp_tail_of_rest(k: int, n: int, high: float) -> mpmath.mpf:
+    """P(Binomial(n, high) <= n - k) = P(Binomial(n, 1 - high) >= k), with 1 - high exact."""
+    q = 1 - mpmath.mpf(high)
+    term = mpmath.binomial(n, k) * q**k * (1 - q) ** (n - k)
+    total = mpmath.mpf(0)
+    for i in range(k, n + 1):
+        total += term
+        if term < total * mpmath.mpf(10) ** -45:
+            break
+        term = term * (n - i) / (i + 1) * q / (1 - q)
+    return total
+
+
+def test_unanimous_votes_have_a_closed_form():
+    low = clopper_pearson_lower(100_000, 100_000, 1e-3)
+    with mpmath.workdps(50):
+        root = mpmath.mpf(1e-3) ** (mpmath.mpf(1) / 100_000)
+        assert 0 <= root - mpmath.mpf(float(low)) < 1e-13
+    assert low == pytest.approx(0.99993092, abs=1e-8)
+
+
+def test_edges():
+    assert clopper_pearson_lower(0, 50, 0.01) == 0.0
+    assert clopper_pearson_upper(50, 50, 0.01) == 1.0
+    low, high = top_class_bounds(0, 50, 0.01)
+    assert (low, high) == (0.0, 1.0)
+
+
+@exact
+@given(counts(), levels)
+def test_bounds_bracket_the_share_and_mirror_each_other(kn, level):
+    k, n = kn
+    low, high = float(clopper_pearson_lower(k, n, level)), float(clopper_pearson_upper(k, n, level))
+    assert 0 <= low <= k / n + (level > 0.4) and k / n - (level > 0.4) <= high <= 1
+    assert high == pytest.approx(1 - float(clopper_pearson_lower(n - k, n, level)), abs=1e-9)
+
+
+@exact
+@given(counts(), levels)
+def test_bounds_grow_with_the_count_and_with_the_level(kn, level):
+    k, n = kn
+    lows = clopper_pearson_lower(np.arange(n + 1), n, level)
+    assert np.all(np.diff(lows) > 0)
+    assert clopper_pearson_lower(k, n, level / 10) <= lows[k]
+    assert np.all(np.diff(clopper_pearson_upper(np.arange(n + 1), n, level)) > 0)
+
+
+def test_arrays_equal_scalars_and_broadcast():
+    k, n, level = np.array([[3], [90]]), np.array([100, 1000, 90]), 1e-3
+    table = clopper_pearson_lower(k, n, level)
+    assert table.shape == (2, 3)
+    for i in range(2):
+        for j in range(3):
+            assert table[i, j] == clopper_pearson_lower(int(k[i, 0]), int(n[j]), level)
+
+
+@exact
+@given(counts(), levels)
+def test_one_minus_is_rounded_up(kn, level):
+    low, high = top_class_bounds(*kn, level)
+    assert Fraction(float(high)) >= 1 - Fraction(float(low)) or float(high) == 1.0
+    assert float(high) - (1 - float(low)) <= 1e-15
+
+
+@exact
+@given(counts(), st.floats(0, 1), levels)
+def test_runner_up_splits_the_level_nine_to_one(kn, share, level):
+    k, n = kn
+    runner = int((n - k) * share)
+    low, high = runner_up_bounds(k, runner, n, level)
+    assert low <= clopper_pearson_lower(k, n, 0.9 * level) <= low + 1e-9
+    assert high == min(clopper_pearson_upper(runner, n, 0.1 * level), top_class_upper(low))
+    assert high <= top_class_upper(low)
+
+
+def top_class_upper(low) -> float:
+    rest = 1.0 - float(low)
+    return rest if low >= 0.5 else min(1.0, float(np.nextafter(rest, 2.0)))
+
+
+def test_runner_up_certifies_below_one_half():
+    low, high = runner_up_bounds(40_000, 30_000, 100_000, 1e-3)
+    assert 0.3 < high < low < 0.5
+    low, high = top_class_bounds(40_000, 100_000, 1e-3)
+    assert low < high
+
+
+def test_rules_share_one_signature():
+    for rule in BOUNDS.values():
+        low, high = rule(np.array([90, 10]), np.array([5, 80]), 100, 0.01)
+        assert low.shape == high.shape == (2,)
+        assert low[0] > high[0]
+        assert low[1] < high[1]
+
+
+@exact
+@given(st.integers(0, 80), st.integers(0, 80))
+def test_sign_test_is_the_exact_two_sided_tail(first, second):
+    value = float(two_sided_sign_test(first, second))
+    total, most = first + second, max(first, second)
+    tail = 2 * Fraction(sum(comb(total, i) for i in range(most, total + 1)), 2**total)
+    want = min(Fraction(1), tail) if total else Fraction(1)
+    assert Fraction(value) >= want
+    assert value == pytest.approx(float(want), rel=1e-8)
+    assert value == two_sided_sign_test(second, first)
+
+
+def test_sign_test_takes_arrays():
+    values = two_sided_sign_test([10, 5, 0], [0, 5, 0])
+    assert values == pytest.approx([2 / 1024, 1.0, 1.0], rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "level"),
+    [
+        (-1, 10, 0.1),
+        (11, 10, 0.1),
+        (2.5, 10, 0.1),
+        (np.nan, 10, 0.1),
+        (0, 0, 0.1),
+        (1, 2.5, 0.1),
+        (1, 10, 0.0),
+        (1, 10, 1.0),
+        (1, 10, np.nan),
+        ([1, 2], [10, 10, 10], 0.1),
+        ("many", 10, 0.1),
+        (1, 10**12, 0.1),
+    ],
+)
+def test_bad_counts_and_levels_are_refused(k, n, level):
+    for bound in (clopper_pearson_lower, clopper_pearson_upper, top_class_bounds):
+        with pytest.raises(InputError):
+            bound(k, n, level)
+    with pytest.raises(InputError):
+        runner_up_bounds(k, 0, n, level)
+
+
+def test_more_votes_than_n_are_refused():
+    with pytest.raises(InputError, match="add up to more than n"):
+        runner_up_bounds(60, 50, 100, 0.01)
+    with pytest.raises(InputError):
+        two_sided_sign_test(-1, 3)

@@ -1,0 +1,136 @@
+"""What cannot be certified is refused before the first vote, with a message that says what to do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import certifl
+from certifl.errors import InputError, ModelError
+
+NOISE = certifl.PixelNoise(0.25)
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.flatten(1))
+
+
+def certify(model: object = None, images: object = None, **options: object) -> object:
+    model = Plain().eval() if model is None else model
+    images = torch.rand(2, 1, 8, 8) if images is None else images
+    return certifl.certify(model, images, NOISE, **{"n": 100, **options})
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        (torch.rand(1, 8, 8), "four axes"),
+        (torch.rand(0, 1, 8, 8), "nothing to certify"),
+        (torch.full((1, 1, 8, 8), float("nan")), "NaN"),
+        (torch.full((1, 1, 8, 8), float("inf")), "infinity"),
+        (torch.rand(1, 1, 8, 8) * 255, "units of that range"),
+        (torch.rand(1, 1, 8, 8) - 0.5, r"\[0, 1\]"),
+        (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "Divide 8-bit images by 255"),
+    ],
+)
+def test_images(images: Tensor, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        certify(images=images)
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        ([0], "one number per image"),
+        ([[0, 1]], "one number per image"),
+        ([0, 3], "0 to 2"),
+        ([-1, 0], "0 to 2"),
+        ([0.5, 1.0], "whole numbers"),
+    ],
+)
+def test_labels(labels: list, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        certify(labels=np.array(labels))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"n0": 0}, "n0 must lie between"),
+        ({"n": 0}, "n must lie between"),
+        ({"n": 10.5}, "whole number of votes"),
+        ({"n": True}, "whole number of votes"),
+        ({"alpha": 0.0}, "alpha"),
+        ({"alpha": 0.7}, "alpha"),
+        ({"alpha": float("nan")}, "alpha"),
+        ({"estimator": "best"}, "top-class, runner-up, sequential"),
+        ({"radii": []}, "radii"),
+        ({"radii": [-1.0]}, "radii"),
+        ({"precision": "float16"}, "bfloat16"),
+        ({"device": "quantum"}, "cannot be used here"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_settings(options: dict, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        certify(**options)
+
+
+def test_a_model_in_training_mode() -> None:
+    with pytest.raises(ModelError, match=r"model.eval\(\)"):
+        certify(Plain())
+
+
+def test_one_module_left_in_training_mode() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), Plain()).eval()
+    model[0].train()
+    with pytest.raises(ModelError, match="'0' .Dropout. is in training mode"):
+        certify(model)
+
+
+def test_batch_statistics_in_evaluation_mode() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False), Plain()).eval()
+    with pytest.raises(ModelError, match="statistics of its batch"):
+        certify(model)
+
+
+def test_a_callable_that_normalises_over_its_batch() -> None:
+    head = Plain().eval()
+    with pytest.raises(ModelError, match="another batch"):
+        certify(lambda x: head((x - x.mean(0)) / (x.std(0) + 1e-3)))
+
+
+def test_a_callable_with_noise_of_its_own() -> None:
+    head = Plain().eval()
+    own = torch.Generator().manual_seed(0)
+    with pytest.raises(ModelError, match="random"):
+        certify(lambda x: head(x + 0.01 * torch.randn(x.shape, generator=own)))
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (lambda x: x, "logits"),
+        (lambda x: torch.zeros(3), "logits"),
+        (lambda x: torch.zeros(len(x), 1), "one class"),
+        (lambda x: torch.full((len(x), 2), float("nan")), "NaN"),
+        (lambda x: "cat", "logits"),
+    ],
+)
+def test_answers_that_are_no_logits(answer: object, says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        certify(answer)
+
+
+def test_predict_refuses_the_same() -> None:
+    with pytest.raises(ModelError, match="training mode"):
+        certifl.predict(Plain(), torch.rand(1, 1, 8, 8), NOISE)
+    with pytest.raises(InputError, match="alpha"):
+        certifl.predict(Plain().eval(), torch.rand(1, 1, 8, 8), NOISE, alpha=2.0)

@@ -1,0 +1,361 @@
+"""One suite for every way of splitting a data set over clients, and what each promises besides."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError, fields
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from certifl.data.dealing import deal, quotas, shares
+from certifl.data.partition import (
+    PARTITIONS,
+    Balanced,
+    ClientIndices,
+    Dirichlet,
+    Partition,
+    Quantity,
+    Shards,
+    Uniform,
+    check,
+    choose,
+    label_checksum,
+    make_splitter,
+)
+from certifl.errors import InputError
+
+CLASSES = 10
+TRAIN = np.random.default_rng(0).integers(0, CLASSES, 3000)
+TEST = np.random.default_rng(1).integers(0, CLASSES, 600)
+
+
+def sizes(partition, which):
+    return np.array([getattr(client, which).size for client in partition.clients])
+
+
+def counts(partition, which, labels):
+    """Images of each class at each client, (clients, classes)."""
+    hands = [getattr(client, which) for client in partition.clients]
+    return np.stack([np.bincount(labels[hand], minlength=CLASSES) for hand in hands])
+
+
+def same(first, second):
+    return json.dumps(first.to_manifest()) == json.dumps(second.to_manifest())
+
+
+@pytest.mark.parametrize("name", PARTITIONS)
+class TestEveryPartition:
+    @pytest.mark.parametrize("clients", [1, 2, 7, 20])
+    def test_gives_every_image_to_exactly_one_client(self, name, clients):
+        made = PARTITIONS[name]().split(TRAIN, TEST, clients, seed=5)
+        assert len(made.clients) == clients
+        for which, labels in (("train", TRAIN), ("test", TEST)):
+            held = np.concatenate([getattr(client, which) for client in made.clients])
+            assert np.array_equal(np.sort(held), np.arange(labels.size))
+            assert sizes(made, which).min() >= 1
+        check(made, TRAIN, TEST)
+
+    def test_depends_on_the_seed_and_on_nothing_hidden(self, name):
+        splitter = PARTITIONS[name]()
+        first = splitter.split(TRAIN, TEST, 6, seed=1)
+        np.random.seed(0)  # noqa: NPY002  # the global state must not matter
+        torch.manual_seed(0)
+        again = splitter.split(torch.from_numpy(TRAIN), TEST.tolist(), 6, seed=1)
+        assert same(first, again)
+        other = splitter.split(TRAIN, TEST, 6, seed=2)
+        for which in ("train", "test"):
+            assert not all(
+                np.array_equal(getattr(a, which), getattr(b, which))
+                for a, b in zip(first.clients, other.clients, strict=True)
+            )
+
+    def test_leaves_the_global_generators_alone(self, name):
+        before = np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+        PARTITIONS[name]().split(TRAIN, TEST, 6, seed=1)
+        assert np.array_equal(before[0], np.random.get_state()[1])  # noqa: NPY002
+        assert torch.equal(before[1], torch.get_rng_state())
+
+    def test_test_images_follow_the_training_images(self, name):
+        made = PARTITIONS[name]().split(TRAIN, TEST, 6, seed=3)
+        of_train, of_test = counts(made, "train", TRAIN), counts(made, "test", TEST)
+        expected = of_train / np.bincount(TRAIN) * np.bincount(TEST)
+        # uniform draws labels freely: a hypergeometric count of mean 10 and standard deviation
+        # below 3, in either split; the others round shares to the nearest image
+        tolerance = 16 if name == "uniform" else 2
+        assert np.abs(of_test - expected).max() < tolerance
+
+    def test_manifest_round_trip(self, name):
+        made = PARTITIONS[name]().split(TRAIN, TEST, 6, seed=1)
+        text = json.dumps(made.to_manifest())
+        back = Partition.from_manifest(json.loads(text))
+        assert json.dumps(back.to_manifest()) == text
+        assert (back.split, back.seed) == (name, 1)
+        assert all(client.train.dtype == np.int64 for client in back.clients)
+        check(back, TRAIN, TEST)
+        remade = make_splitter(back.split, back.options).split(TRAIN, TEST, 6, back.seed)
+        assert same(remade, back)
+
+    def test_too_many_clients_is_a_clear_error(self, name):
+        with pytest.raises(InputError, match="fewer clients"):
+            PARTITIONS[name]().split(TRAIN, TEST[:5], 6, seed=1)
+
+    @pytest.mark.parametrize("clients", [0, -1, 2.0, True])
+    def test_the_number_of_clients_is_checked(self, name, clients):
+        with pytest.raises(InputError, match="number of clients"):
+            PARTITIONS[name]().split(TRAIN, TEST, clients, seed=1)
+
+    def test_labels_are_checked(self, name):
+        for wrong in (TRAIN - 1, TRAIN / 2, TRAIN[:, None]):
+            with pytest.raises(InputError, match="Labels must be integers"):
+                PARTITIONS[name]().split(wrong, TEST, 3, seed=1)
+
+    def test_is_a_frozen_printable_record(self, name):
+        splitter = PARTITIONS[name]()
+        assert splitter.name == name
+        assert splitter == PARTITIONS[name]()
+        assert hash(splitter) == hash(PARTITIONS[name]())
+        assert type(splitter).__name__ in repr(splitter)
+        for field in fields(splitter):
+            with pytest.raises(FrozenInstanceError):
+                setattr(splitter, field.name, 1)
+
+
+class TestWhatEachPromises:
+    @given(images=st.tuples(st.integers(20, 300), st.integers(20, 90)), clients=st.integers(1, 20))
+    @settings(max_examples=50, deadline=None)
+    def test_uniform_sizes_differ_by_at_most_one(self, images, clients):
+        made = Uniform().split(TRAIN[: images[0]], TEST[: images[1]], clients, seed=0)
+        assert np.ptp(sizes(made, "train")) <= 1
+        assert np.ptp(sizes(made, "test")) <= 1
+
+    @given(images=st.tuples(st.integers(20, 300), st.integers(20, 90)), clients=st.integers(1, 20))
+    @settings(max_examples=50, deadline=None)
+    def test_balanced_differs_by_at_most_one_in_every_class_and_in_all(self, images, clients):
+        train, test = TRAIN[: images[0]], TEST[: images[1]]
+        made = Balanced().split(train, test, clients, seed=0)
+        for which, labels in (("train", train), ("test", test)):
+            assert np.ptp(sizes(made, which)) <= 1
+            assert np.ptp(counts(made, which, labels), axis=0).max() <= 1
+
+    def test_dirichlet_goes_from_one_class_to_balance(self):
+        def largest_share(alpha):
+            made = Dirichlet(alpha, min_train=1, min_test=1).split(TRAIN, TEST, 5, seed=0)
+            held = counts(made, "train", TRAIN)
+            return (held.max(axis=0) / held.sum(axis=0)).mean()
+
+        shares_found = [largest_share(alpha) for alpha in (0.05, 0.5, 5.0, 1e6)]
+        assert shares_found == sorted(shares_found, reverse=True)
+        assert shares_found[0] > 0.8
+        assert shares_found[-1] == pytest.approx(0.2, abs=0.01)
+
+    def test_dirichlet_has_the_moments_of_its_law(self):
+        # p ~ Beta(a, (C-1) a), mean 1/C and variance (1/C)(1-1/C)/(C a + 1), for each class and
+        # client; 300 seeds x 10 classes give 3000 independent draws of client 0's share.
+        alpha, clients, draws = 1.0, 4, 300
+        found = np.concatenate(
+            [
+                counts(Dirichlet(alpha, 1, 1).split(TRAIN, TEST, clients, seed), "train", TRAIN)[0]
+                / np.bincount(TRAIN)
+                for seed in range(draws)
+            ]
+        )
+        variance = (1 / clients) * (1 - 1 / clients) / (clients * alpha + 1)
+        assert abs(found.mean() - 1 / clients) < 5 * np.sqrt(variance / found.size)
+        assert found.var() == pytest.approx(variance, rel=0.15)  # 5 standard errors at kurtosis 3
+
+    def test_dirichlet_keeps_its_minima(self):
+        for seed in range(5):
+            of_train = Dirichlet(0.3, min_train=150, min_test=1).split(TRAIN, TEST, 10, seed)
+            of_test = Dirichlet(0.3, min_train=1, min_test=30).split(TRAIN, TEST, 10, seed)
+            assert sizes(of_train, "train").min() >= 150
+            assert sizes(of_test, "test").min() >= 30
+
+    def test_dirichlet_gives_up_and_says_what_to_change(self):
+        with pytest.raises(InputError, match=r"Raise alpha, take fewer clients, or lower") as got:
+            Dirichlet(1e-3, min_train=50, retries=20).split(TRAIN, TEST, 30, seed=0)
+        assert "20 draws" in str(got.value)
+
+    @pytest.mark.parametrize("alpha", [1e-300, 1e-8, 1e9])
+    def test_dirichlet_is_stable_at_its_ends(self, alpha):
+        made = Dirichlet(alpha, min_train=1, min_test=1).split(TRAIN, TEST, 3, seed=0)
+        check(made, TRAIN, TEST)
+
+    @pytest.mark.parametrize("per_client", [1, 2, 4])
+    def test_shards_bound_the_classes_of_a_client(self, per_client):
+        made = Shards(per_client).split(TRAIN, TEST, 10, seed=0)
+        of_train, of_test = counts(made, "train", TRAIN), counts(made, "test", TEST)
+        # two whole classes are longer than a shard, so it meets at most three, in part
+        assert TRAIN.size / (10 * per_client) < 2 * np.bincount(TRAIN).min()
+        assert (of_train > 0).sum(axis=1).max() <= 3 * per_client
+        assert not of_test[of_train == 0].any()
+        assert np.ptp(sizes(made, "train")) <= per_client
+
+    def test_more_shards_than_images(self):
+        with pytest.raises(InputError, match="shards_per_client"):
+            Shards(400).split(TRAIN, TEST, 10, seed=0)
+
+    def test_quantity_follows_the_power_law_with_the_same_labels_everywhere(self):
+        made = Quantity(1.0).split(TRAIN, TEST, 4, seed=0)
+        weights = 1 / np.arange(1, 5)
+        for which, labels in (("train", TRAIN), ("test", TEST)):
+            expected = labels.size * weights / weights.sum()
+            assert np.abs(np.sort(sizes(made, which))[::-1] - expected).max() < 2
+            exact = np.outer(sizes(made, which) / labels.size, np.bincount(labels))
+            assert np.abs(counts(made, which, labels) - exact).max() < 2
+
+    def test_quantity_zero_is_equal_sizes(self):
+        assert np.ptp(sizes(Quantity(0.0).split(TRAIN, TEST, 7, seed=0), "train")) <= 1
+
+    def test_many_clients_still_have_test_images(self):
+        # 600 test images, 60 of a class: rounding classes apart would leave most clients without
+        for splitter in (Balanced(), Shards(2)):
+            assert sizes(splitter.split(TRAIN, TEST, 200, seed=0), "test").min() >= 1
+
+    @pytest.mark.parametrize(
+        ("build", "said"),
+        [
+            (lambda: Dirichlet(0.0), "alpha must"),
+            (lambda: Dirichlet(float("nan")), "alpha must"),
+            (lambda: Dirichlet(retries=0), "retries must"),
+            (lambda: Dirichlet(min_train=0), "min_train must"),
+            (lambda: Shards(0), "shards_per_client must"),
+            (lambda: Quantity(-1.0), "exponent must"),
+            (lambda: Quantity(float("inf")), "exponent must"),
+        ],
+    )
+    def test_options_are_checked(self, build, said):
+        with pytest.raises(InputError, match=said):
+            build()
+
+
+class TestMakeSplitter:
+    def test_options_override_the_defaults(self):
+        assert make_splitter("dirichlet", {"alpha": 0.3}) == Dirichlet(alpha=0.3)
+        assert make_splitter("uniform") == Uniform()
+
+    def test_wrong_names_are_refused_with_what_is_allowed(self):
+        with pytest.raises(InputError, match=r"no partition 'iid'.*uniform"):
+            make_splitter("iid")
+        with pytest.raises(InputError, match=r"no option 'beta'.*alpha"):
+            make_splitter("dirichlet", {"beta": 1})
+        with pytest.raises(InputError, match=r"no option 'alpha'.*none"):
+            make_splitter("uniform", {"alpha": 1})
+
+
+class TestDealing:
+    @given(
+        totals=st.lists(st.integers(0, 60), min_size=1, max_size=8),
+        clients=st.integers(1, 12),
+        alpha=st.sampled_from([0.01, 0.3, 1.0, 100.0]),
+        seed=st.integers(0, 1000),
+    )
+    @settings(max_examples=200, deadline=None)
+    def test_quotas_are_shares_rounded_up_or_down_with_none_lost(
+        self, totals, clients, alpha, seed
+    ):
+        draw = np.random.default_rng(seed)
+        proportions = draw.dirichlet(np.full(clients, alpha), size=len(totals))
+        found = quotas(np.array(totals), proportions, draw)
+        assert found.sum(axis=1).tolist() == totals
+        exact = np.array(totals)[:, None] * proportions
+        assert (found >= np.floor(exact - 1e-6)).all()
+        assert (found <= np.ceil(exact + 1e-6)).all()
+        assert not found[proportions == 0].any()
+
+    def test_rounding_errors_do_not_add_up_over_classes(self):
+        share = np.array([0.7, 0.1, 0.1, 0.1])
+        found = quotas(np.ones(30, dtype=int), np.tile(share, (30, 1)), np.random.default_rng(0))
+        assert np.abs(found.sum(axis=0) - 30 * share).max() <= 1
+
+    def test_whole_shares_are_given_exactly(self):
+        found = quotas(np.array([60, 30]), np.full((2, 10), 0.1), np.random.default_rng(0))
+        assert found.tolist() == [[6] * 10, [3] * 10]
+
+    def test_deal_gives_the_counts_asked_for(self):
+        table = np.array([[2, 1], [0, 3]])
+        labels = np.array([0, 1, 0, 1, 0, 1])
+        hands = deal(labels, table, np.random.default_rng(0))
+        found = [np.bincount(labels[hand], minlength=2).tolist() for hand in hands]
+        assert found == table.T.tolist()
+
+    def test_a_class_nobody_holds_is_shared_equally(self):
+        assert shares(np.array([[3, 1], [0, 0]])).tolist() == [[0.75, 0.25], [0.5, 0.5]]
+
+
+class TestCheck:
+    @pytest.fixture
+    def made(self):
+        return Uniform().split(TRAIN, TEST, 3, seed=0)
+
+    def test_other_labels_are_found(self, made):
+        changed = TRAIN.copy()
+        changed[17] = (changed[17] + 1) % CLASSES
+        with pytest.raises(InputError, match="other labels"):
+            check(made, changed, TEST)
+        with pytest.raises(InputError, match="other labels"):
+            check(made, TEST, TRAIN)
+
+    def test_a_changed_manifest_is_found(self, made):
+        for which, total in (("train", TRAIN.size), ("test", TEST.size)):
+            manifest = made.to_manifest()
+            first = manifest["clients"][0][which]
+            first.append(total)
+            with pytest.raises(InputError, match=f"there are only {total}"):
+                check(Partition.from_manifest(manifest), TRAIN, TEST)
+            first[-1] = manifest["clients"][1][which][0]
+            first.sort()
+            with pytest.raises(InputError, match=f"a {which} image to two clients"):
+                check(Partition.from_manifest(manifest), TRAIN, TEST)
+
+    def test_broken_manifests_are_refused(self, made):
+        manifest = made.to_manifest()
+        del manifest["seed"]
+        with pytest.raises(InputError, match="not complete"):
+            Partition.from_manifest(manifest)
+        for wrong in ([3, 3], [4, 2], [-1, 2]):
+            with pytest.raises(InputError, match="ascending"):
+                ClientIndices(np.array(wrong), np.array([0]))
+
+    def test_checksum_knows_where_the_splits_meet(self):
+        assert label_checksum([0, 1], [1]) != label_checksum([0], [1, 1])
+        assert label_checksum([0, 1], [1]) == label_checksum(torch.tensor([0, 1]), np.array([1]))
+
+    def test_indices_cannot_be_changed(self, made):
+        with pytest.raises(ValueError, match="read-only"):
+            made.clients[0].train[0] = 5
+
+
+class TestChoose:
+    def test_is_a_fixed_part_of_the_clients_own_images(self):
+        own = np.arange(100, 400, 3)
+        found = choose(own, 20, seed=0, client=4)
+        assert found.dtype == np.int64
+        assert found.size == 20
+        assert np.isin(found, own).all()
+        assert (np.diff(found) > 0).all()
+        assert np.array_equal(found, choose(own[::-1], 20, seed=0, client=4))
+        assert not np.array_equal(found, choose(own, 20, seed=1, client=4))
+        assert not np.array_equal(found, choose(own, 20, seed=0, client=5))
+
+    def test_more_contains_fewer(self):
+        own = np.arange(50)
+        assert np.isin(choose(own, 5, 0, 0), choose(own, 30, 0, 0)).all()
+
+    @pytest.mark.parametrize("count", [None, 50, 51])
+    def test_all(self, count):
+        assert np.array_equal(choose(np.arange(50), count, 0, 0), np.arange(50))
+
+    def test_none_at_all_is_refused(self):
+        with pytest.raises(InputError, match="at least 1"):
+            choose(np.arange(50), 0, 0, 0)
+
+    def test_every_image_is_chosen_equally_often(self):
+        times = np.zeros(20)
+        for client in range(2000):
+            times[choose(np.arange(20), 5, 0, client)] += 1
+        # binomial(2000, 1/4): standard deviation 19.4; 5 of them, for 20 images
+        assert np.abs(times - 500).max() < 97
