@@ -26,7 +26,9 @@ from certifl.certification.votes import VoteCounter
 from certifl.streams import image_key
 
 
-def straightforward(model: torch.nn.Module, image: torch.Tensor, sigma: float, votes: int) -> float:
+def straightforward(
+    model: torch.nn.Module, image: torch.Tensor, sigma: float, votes: int
+) -> float:
     """Seconds of the plain loop with batches of 400, as in published code."""
     side = image.shape[-1]
     started = time.perf_counter()
@@ -56,7 +58,9 @@ def ours(counter: VoteCounter, image: torch.Tensor, votes: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--votes", type=int, default=2400)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--model", default="resnet18")
@@ -67,25 +71,33 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     image = torch.rand((1, 3, 32, 32), generator=generator)
     rotation = certifl.Rotation("0.1pi")
-    print(f"# {platform.processor() or platform.machine()}, {options.threads} threads, torch "
-          f"{torch.__version__}, {options.model}, {options.votes} votes, {options.pairs} pairs")
-    print(f"{'precision':10} {'batch':>5} {'loop votes/s':>13} {'certifl votes/s':>16} "
-          f"{'ratio (median, min-max)':>26}")
+    print(
+        f"# {platform.processor() or platform.machine()}, {options.threads} threads, torch "
+        f"{torch.__version__}, {options.model}, {options.votes} votes, {options.pairs} pairs"
+    )
+    print(
+        f"{'precision':10} {'batch':>5} {'loop votes/s':>13} {'certifl votes/s':>16} "
+        f"{'ratio (median, min-max)':>26}"
+    )
     for precision in ("float32", "bfloat16"):
         network = prepare(model, image, precision=precision, device="cpu")
         counter = VoteCounter(network, rotation, 0)
         ours(counter, image, options.votes)
         straightforward(model, image, rotation.sigma, options.votes // 4)
         pairs = [
-            (straightforward(model, image, rotation.sigma, options.votes),
-             ours(counter, image, options.votes))
+            (
+                straightforward(model, image, rotation.sigma, options.votes),
+                ours(counter, image, options.votes),
+            )
             for _ in range(options.pairs)
         ]
         ratios = sorted(slow / fast for slow, fast in pairs)
         slow, fast = (statistics.median(p[k] for p in pairs) for k in (0, 1))
-        print(f"{precision:10} {network.batch_size:5d} {options.votes / slow:13.0f} "
-              f"{options.votes / fast:16.0f} {statistics.median(ratios):14.2f} "
-              f"({ratios[0]:.2f}-{ratios[-1]:.2f})")
+        print(
+            f"{precision:10} {network.batch_size:5d} {options.votes / slow:13.0f} "
+            f"{options.votes / fast:16.0f} {statistics.median(ratios):14.2f} "
+            f"({ratios[0]:.2f}-{ratios[-1]:.2f})"
+        )
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python benchmarks/votes_to_curve.py --golden cifar10_counts_sigma_0.25.txt
 
 The golden file holds, per image, vote counts that sum to n and then the label. Its shares are
-taken for the true vote probabilities; every repetition draws 100 selection votes, then n estimation
-votes in one path, on which fixed n (all votes at level alpha) and the sequential rule are compared.
-So both sides of a ratio come from the same votes. Per row of the table:
+taken for the true vote probabilities; every repetition draws 100 selection votes, then n
+estimation votes in one path, on which fixed n (all votes at level alpha) and the sequential rule
+are compared. So both sides of a ratio come from the same votes. Per row of the table:
 
     votes     mean votes an image of the sequential rule
     ratio     n / votes

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from certifl.certification.certificates import Certificates
+from certifl.report.results import RunResults
 from certifl.smoothing.bounds import top_class_bounds
 from certifl.smoothing.laws import LAWS
 
@@ -170,6 +171,14 @@ def write_run(
     (folder / "history.jsonl").write_text(lines)
     certificates.save(folder / "certificates.parquet")
     return folder
+
+
+def make_run(
+    certificates: Certificates, regime: str = "fedavg", label: str | None = None, **facts: Any
+) -> RunResults:
+    """A run that never was on disk."""
+    manifest = {**make_manifest(regime, label or regime), **facts}
+    return RunResults(Path("runs") / regime, label or regime, manifest, certificates, (), "")
 
 
 def write_study(

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from known_models import HalfSpace
 
 import certifl
 from certifl.certification import verify
 from certifl.errors import InputError
+from known_models import HalfSpace
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,7 @@ def test_tsv_times_in_both_published_forms(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["c.csv", "c.pt"])
-def test_other_endings_are_refused(
-    made: certifl.Certificates, tmp_path: Path, name: str
-) -> None:
+def test_other_endings_are_refused(made: certifl.Certificates, tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=r"\.parquet or \.tsv"):
         made.save(tmp_path / name)
 
@@ -80,7 +78,9 @@ def test_damaged_and_missing_files_are_refused(tmp_path: Path) -> None:
 
 def test_certified_accuracy_counts_all_images(made: certifl.Certificates) -> None:
     for radius in (0.0, 0.1, 0.3):
-        by_hand = np.mean([c and r >= radius for c, r in zip(made.correct, made.radius, strict=True)])
+        by_hand = np.mean(
+            [c and r >= radius for c, r in zip(made.correct, made.radius, strict=True)]
+        )
         assert made.certified_accuracy([radius])[0] == pytest.approx(by_hand)
     assert made.average_certified_radius() == pytest.approx((made.radius * made.correct).mean())
 
@@ -98,7 +98,9 @@ def test_honest_certificates_pass_verification(made: certifl.Certificates) -> No
     assert verify(made) == []
 
 
-def _changed(made: certifl.Certificates, name: str, row: int, value: object) -> certifl.Certificates:
+def _changed(
+    made: certifl.Certificates, name: str, row: int, value: object
+) -> certifl.Certificates:
     column = getattr(made, name).copy()
     column[row] = value
     return dataclasses.replace(made, **{name: column})

@@ -7,6 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
+import certifl
+from certifl.certification.engine import advance, conclude, fresh
+from certifl.certification.network import prepare
+from certifl.certification.settings import ESTIMATORS, Settings
+from certifl.certification.votes import CHUNK, Request, VoteCounter
+from certifl.streams import image_key, vote_generator
 from known_models import (
     HalfSpace,
     normal_cdf,
@@ -16,14 +24,6 @@ from known_models import (
     read_shift,
     votes_for,
 )
-from torch import nn
-
-import certifl
-from certifl.certification.engine import advance, conclude, fresh
-from certifl.certification.network import prepare
-from certifl.certification.settings import ESTIMATORS, Settings
-from certifl.certification.votes import CHUNK, Request, VoteCounter
-from certifl.streams import image_key, vote_generator
 
 
 def half_space(seed: int = 0, images: int = 12) -> tuple[HalfSpace, torch.Tensor]:
@@ -197,9 +197,7 @@ def test_label_aware_stopping_needs_labels_and_a_wrong_class() -> None:
     assert np.array_equal(right.votes, plain.votes)
     assert (wrong.votes == Settings(n=20_000).looks[0]).all()
     assert not wrong.correct.any()
-    patient = certifl.certify(
-        model, images, noise, n=20_000, labels=1 - chosen, label_aware=False
-    )
+    patient = certifl.certify(model, images, noise, n=20_000, labels=1 - chosen, label_aware=False)
     assert np.array_equal(patient.votes, plain.votes)
 
 

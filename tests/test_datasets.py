@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from certifl.data import Dataset, ImageSplit, fingerprint, load, subset, to_float
+from certifl.data import Dataset, ImageSplit, fingerprint, load, random_part, to_float
 from certifl.data.readers import ColumnNames, read_parquet
 from certifl.errors import DataUnavailable, InputError
 
@@ -423,17 +423,16 @@ class TestSplits:
         with pytest.raises(InputError, match="one for each image"):
             ImageSplit(good, torch.zeros(3, dtype=torch.int64))
 
-    def test_subset_is_fixed_nested_and_seeded(self):
-        digits = load("digits")
-        few, more = (subset(digits, n, 20, seed=3) for n in (50, 120))
-        assert (len(few.train), len(more.train), len(few.test)) == (50, 120, 20)
-        assert subset(digits, 50, 20, seed=3).fingerprint == few.fingerprint
-        assert subset(digits, 50, 20, seed=4).fingerprint != few.fingerprint
-        rows = {bytes(image.flatten().tolist()) for image in more.train.images}
-        assert all(bytes(image.flatten().tolist()) in rows for image in few.train.images)
-        assert subset(digits) is digits
+    def test_a_random_part_is_fixed_nested_and_seeded(self):
+        few, more = (random_part(400, n, 3, "test") for n in (50, 120))
+        assert (len(few), len(more)) == (50, 120)
+        assert set(few.tolist()) < set(more.tolist()) < set(range(400))
+        assert np.array_equal(random_part(400, 50, 3, "test"), few)
+        assert not np.array_equal(random_part(400, 50, 4, "test"), few)
+        assert not np.array_equal(random_part(400, 50, 3, "train"), few)
+        assert np.array_equal(random_part(400, None, 3, "test"), np.arange(400))
         with pytest.raises(InputError, match="from 1 to 400"):
-            subset(digits, test_images=401)
+            random_part(400, 401, 3, "test")
 
 
 @pytest.mark.shared

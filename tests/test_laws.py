@@ -89,7 +89,9 @@ def test_arrays_equal_scalars():
     for law in LAWS.values():
         rows = law.radius(0.25, low, high)
         assert rows.shape == (3,)
-        assert [float(law.radius(0.25, a, b)) for a, b in zip(low, high, strict=True)] == list(rows)
+        assert [float(law.radius(0.25, a, b)) for a, b in zip(low, high, strict=True)] == list(
+            rows
+        )
 
 
 def test_names_and_norms():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def test_looks_double_up_to_n():
 def test_looks_increase_in_whole_chunks_and_end_with_n(n, first, per_doubling):
     made = looks(n, first, per_doubling)
     assert made[-1] == n
-    assert all(a < b for a, b in zip(made, made[1:], strict=False))
+    assert all(a < b for a, b in pairwise(made))
     assert all(count % first == 0 for count in made[:-1])
 
 
@@ -62,19 +63,34 @@ def test_levels_of_the_paper_sized_run():
 
 
 def test_grid_steps_start_with_being_certified_at_all():
-    assert list(grid_steps([0.0, 1e-9, 0.25, 0.49, 5.0], [0.5, 0.0, 0.25, 0.25])) == [0, 1, 2, 2, 3]
+    assert list(grid_steps([0.0, 1e-9, 0.25, 0.49, 5.0], [0.5, 0.0, 0.25, 0.25])) == [
+        0,
+        1,
+        2,
+        2,
+        3,
+    ]
 
 
 def run(k, runner, look, rule="top-class", grid=GRID, law=GAUSSIAN, sigma=0.25, **options):
     schedule = looks(100_000)
     return finished(
-        k, runner, look, schedule, levels(1e-3, schedule), grid, law, sigma, BOUNDS[rule], **options
+        k,
+        runner,
+        look,
+        schedule,
+        levels(1e-3, schedule),
+        grid,
+        law,
+        sigma,
+        BOUNDS[rule],
+        **options,
     )
 
 
 def test_unanimous_images_stop_once_the_last_reachable_step_is_certified():
-    # 0.75 = 3 sigma needs p >= Phi(3); 2e-5 ** (1 / n) passes it from n = 8010 on; 1.0 needs 4 sigma,
-    # which 100 000 unanimous votes do not give.
+    # 0.75 = 3 sigma needs p >= Phi(3); 2e-5 ** (1 / n) passes it from n = 8010 on; 1.0 needs
+    # 4 sigma, which 100 000 unanimous votes do not give.
     unanimous = [bool(run([c], [0], j)[0]) for j, c in enumerate(looks(100_000))]
     assert unanimous == [False] * 7 + [True] * 4
 
@@ -102,7 +118,9 @@ def test_images_at_different_looks_are_answered_as_if_alone(rule):
     top = rng.binomial(spent, rng.uniform(0.3, 1.0, 300))
     runner = rng.binomial(spent - top, 0.7)
     together = run(top, runner, look, rule)
-    alone = [bool(run([a], [b], int(j), rule)[0]) for a, b, j in zip(top, runner, look, strict=True)]
+    alone = [
+        bool(run([a], [b], int(j), rule)[0]) for a, b, j in zip(top, runner, look, strict=True)
+    ]
     assert list(together) == alone
     assert 0 < together.sum() < 300
     assert together[spent == 100_000].all()
@@ -131,8 +149,9 @@ def test_reachable_radius_is_between_the_likely_and_the_best_case(law, rule, dat
 
 
 def test_an_image_that_would_reach_the_step_is_rarely_given_up():
-    # Given the counts after n votes, those at a look are hypergeometric. For images whose LAST look
-    # just reaches a step, the exact chance of being stopped before it must be near give_up * n_j / n.
+    # Given the counts after n votes, those at a look are hypergeometric. For images whose LAST
+    # look just reaches a step, the exact chance of being stopped short of it must be near
+    # give_up * n_j / n; 1.6 covers the Beta limit that stands in for the exact one.
     schedule, give_up = looks(100_000), 0.05
     level, n = levels(1e-3, schedule), schedule[-1]
     every = np.arange(n // 2, n + 1)

@@ -48,7 +48,7 @@ def test_toml_gives_the_same_spec_back(regime: str, tmp_path: Path) -> None:
 
 def test_settings_override_any_key_and_change_the_hash() -> None:
     spec = with_settings(SMALL)
-    changed = with_settings(SMALL, ["training.lr=0.05", "algorithm.name=mixture", "seed=3"])
+    changed = with_settings(SMALL, ["training.lr=0.05", "algorithm={name='mixture', personalization=0.5}", "seed=3"])
     assert (changed.training.lr, changed.algorithm["name"], changed.seed) == (0.05, "mixture", 3)
     assert changed.hash() != spec.hash()
     assert with_settings(SMALL, ["name=other"]).hash() == spec.hash()
@@ -85,8 +85,11 @@ def test_augmentation_of_personalisation_is_separate() -> None:
         (["training.momentum=1.0"], "training.momentum: .*less than 1"),
         (["training.rounds=2.5"], "training.rounds: .*integer"),
         (["clients.count=0"], "clients.count: .*greater than or equal to 1"),
-        (["clients.split=unifrom"], "clients.split: must be one of .*Did you mean 'uniform'"),
-        (["clients.options={alpha=1.0}"], "clients: options do not fit the split 'uniform'"),
+        (["clients.split=unifrom"], "clients: .*'unifrom'; choose one of uniform"),
+        (
+            ["clients.options={alpha=1.0}"],
+            "clients: The partition 'uniform' has no option 'alpha'",
+        ),
         (["model.name=resnet19"], "model.name: must be one of resnet18.*module:function"),
         (["algorithm.name=fedsgd"], "algorithm.*fedsgd.*fedavg"),
         (["algorithm={name='mixture', personalization=2.0}"], "personalization"),

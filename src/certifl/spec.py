@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from certifl.certification.settings import Settings
-from certifl.data.partition import PARTITIONS
+from certifl.data import Splitter, make_splitter
 from certifl.errors import InputError, SpecError
 from certifl.federated import Algorithm, Personalized, Schedule
 from certifl.federated import describe as describe_algorithm
@@ -104,22 +104,14 @@ class Clients(_Section):
     split: str = "uniform"
     options: dict[str, Any] = Field(default_factory=dict)
 
-    @field_validator("split")
-    @classmethod
-    def _known_split(cls, value: str) -> str:
-        return _one_of(value, PARTITIONS)
-
     @model_validator(mode="after")
-    def _options_fit(self) -> Clients:
+    def _splitter_exists(self) -> Clients:
         self.splitter()
         return self
 
-    def splitter(self) -> Any:
+    def splitter(self) -> Splitter:
         """The partition rule."""
-        try:
-            return PARTITIONS[self.split](**self.options)
-        except TypeError as error:
-            raise ValueError(f"options do not fit the split {self.split!r}: {error}") from error
+        return make_splitter(self.split, self.options)
 
 
 class Model(_Section):

@@ -156,4 +156,4 @@ def show_names() -> None:
         "estimators": list(ESTIMATORS),
     }
     for title, names in rows.items():
-        console.print(f"{title:14}{', '.join(names)}")
+        console.print(f"{title:14}{', '.join(names)}", soft_wrap=True)

@@ -20,8 +20,8 @@ from certifl.certification.network import Network, prepare
 from certifl.certification.settings import Settings
 from certifl.certification.votes import Request, VoteCounter
 from certifl.models import fingerprint
-from certifl.perturbations.base import Perturbation
 from certifl.perturbations import describe
+from certifl.perturbations.base import Perturbation
 from certifl.progress import Progress, bar
 from certifl.smoothing.bounds import two_sided_sign_test
 from certifl.streams import image_key

@@ -6,7 +6,7 @@ from certifl.data.datasets import DATA_ENV, EMBEDDED, load
 from certifl.data.decode import read_image
 from certifl.data.manifest import ClientIndices, Partition, check, choose, label_checksum
 from certifl.data.partition import PARTITIONS, Splitter, make_splitter
-from certifl.data.splits import Dataset, ImageSplit, fingerprint, subset, to_float
+from certifl.data.splits import Dataset, ImageSplit, fingerprint, random_part, to_float
 
 __all__ = [
     "DATA_ENV",
@@ -23,7 +23,7 @@ __all__ = [
     "label_checksum",
     "load",
     "make_splitter",
+    "random_part",
     "read_image",
-    "subset",
     "to_float",
 ]

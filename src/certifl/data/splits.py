@@ -12,7 +12,7 @@ import torch
 from certifl.errors import InputError
 from certifl.streams import numpy_generator
 
-__all__ = ["SMALLEST_SIDE", "Dataset", "ImageSplit", "fingerprint", "subset", "to_float"]
+__all__ = ["SMALLEST_SIDE", "Dataset", "ImageSplit", "fingerprint", "random_part", "to_float"]
 
 SMALLEST_SIDE = 8
 
@@ -108,35 +108,26 @@ def fingerprint(train: ImageSplit, test: ImageSplit, class_names: tuple[str, ...
     return digest.hexdigest()
 
 
-def subset(
-    dataset: Dataset,
-    train_images: int | None = None,
-    test_images: int | None = None,
-    seed: int = 0,
-) -> Dataset:
-    """A fixed random part of a data set, for small studies; images keep their order.
+def random_part(available: int, wanted: int | None, seed: int, which: str) -> np.ndarray:
+    """Ascending positions of a fixed random part of a split, for small studies.
 
-    The choice depends on the seed and the number of images alone, and a larger part contains every
-    smaller one of the same seed. None keeps a split whole.
+    The choice depends on the arguments alone, and a larger part contains every smaller one of the
+    same seed.
+
+    Args:
+        available: images of the split.
+        wanted: images to take; None takes all.
+        seed: the study's seed.
+        which: "train" or "test"; their choices are independent.
 
     Raises:
-        InputError: fewer than 1 or more images are asked for than there are.
+        InputError: more images are wanted than there are, or fewer than 1.
     """
-    if train_images is None and test_images is None:
-        return dataset
-    train = _random_part(dataset.train, train_images, seed, "train")
-    test = _random_part(dataset.test, test_images, seed, "test")
-    made = fingerprint(train, test, dataset.class_names)
-    return Dataset(dataset.name, train, test, dataset.class_names, made)
-
-
-def _random_part(split: ImageSplit, count: int | None, seed: int, which: str) -> ImageSplit:
-    if count is None or count == len(split):
-        return split
-    if not 1 <= count <= len(split):
+    if wanted is None:
+        return np.arange(available)
+    if not 1 <= wanted <= available:
         raise InputError(
-            f"{which}_images = {count}, but the {which} split has {len(split)} images. "
-            f"Choose a number from 1 to {len(split)}, or leave it out to take all."
+            f"{which}_images = {wanted}, but the {which} split has {available} images. "
+            f"Choose a number from 1 to {available}, or leave it out to take all."
         )
-    order = numpy_generator(seed, "subset", which).permutation(len(split))
-    return split.take(np.sort(order[:count]))
+    return np.sort(numpy_generator(seed, "part", which).permutation(available)[:wanted])

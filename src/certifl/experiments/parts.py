@@ -1,41 +1,41 @@
-"""Which images take part: a fixed random part of a split, dealt out to the clients."""
+"""Who holds which images: a part of the data set, dealt out to the clients."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
-import numpy as np
+from certifl.data import (
+    ClientIndices,
+    Dataset,
+    Partition,
+    label_checksum,
+    load,
+    random_part,
+)
+from certifl.spec import Spec
 
-from certifl.data import ClientIndices, Dataset, Partition, label_checksum
-from certifl.errors import SpecError
-from certifl.spec import Clients
-from certifl.streams import numpy_generator
-
-__all__ = ["partition_of", "random_part"]
+__all__ = ["open_data"]
 
 
-def random_part(available: int, wanted: int | None, seed: int, which: str) -> np.ndarray:
-    """Indices of a fixed random part of a split; a larger part contains every smaller one.
+def open_data(spec: Spec, data_dir: Path | None) -> tuple[Dataset, Partition]:
+    """The whole data set, and who holds which of its images by position.
 
     Raises:
-        SpecError: more images are wanted than there are.
+        DataUnavailable: the data set is not at hand. InputError: it is too small for the spec.
     """
-    if wanted is None:
-        return np.arange(available)
-    if wanted > available:
-        raise SpecError(
-            f"data.{which}_images: {wanted} are asked for, but there are only {available}. "
-            f"Choose a number up to {available}, or leave the key out to take all."
-        )
-    return np.sort(numpy_generator(seed, "part", which).permutation(available)[:wanted])
-
-
-def partition_of(
-    dataset: Dataset, clients: Clients, seed: int, train: np.ndarray, test: np.ndarray
-) -> Partition:
-    """Deal the chosen images out; the indices of the result refer to the whole data set."""
-    train_labels, test_labels = dataset.train.labels.numpy(), dataset.test.labels.numpy()
-    dealt = clients.splitter().split(train_labels[train], test_labels[test], clients.count, seed)
-    whole = tuple(ClientIndices(train[c.train], test[c.test]) for c in dealt.clients)
-    labels = label_checksum(train_labels, test_labels)
-    return dataclasses.replace(dealt, clients=whole, label_checksum=labels)
+    dataset = load(spec.data.name, data_dir, label_column=spec.data.label_column)
+    splits = (dataset.train, dataset.test)
+    wanted = (spec.data.train_images, spec.data.test_images)
+    train, test = (
+        random_part(len(split), count, spec.seed, which)
+        for split, count, which in zip(splits, wanted, ("train", "test"), strict=True)
+    )
+    labels = tuple(split.labels.numpy() for split in splits)
+    dealt = spec.clients.splitter().split(
+        labels[0][train], labels[1][test], spec.clients.count, spec.seed
+    )
+    clients = tuple(ClientIndices(train[c.train], test[c.test]) for c in dealt.clients)
+    # The splitter saw the part; the manifest names positions in, and labels of, the whole.
+    whole = label_checksum(*labels)
+    return dataset, dataclasses.replace(dealt, clients=clients, label_checksum=whole)

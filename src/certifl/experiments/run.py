@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from certifl.data import Dataset, Partition, load
+from certifl.data import Dataset, Partition
 from certifl.errors import StoreMismatch
 from certifl.experiments.certifying import certify_clients
 from certifl.experiments.machine import machine_facts, versions
-from certifl.experiments.parts import partition_of, random_part
+from certifl.experiments.parts import open_data
 from certifl.federated import ClientData, LocalTraining, Personalized, train
 from certifl.federated.engine import Progress, deployed_model
 from certifl.models import build
@@ -31,7 +31,7 @@ from certifl.store.atomic import write_json
 from certifl.store.checkpoints import Checkpoints, StoredRound
 from certifl.store.runs import FINISHED, RUNNING, RunFolder
 
-__all__ = ["LABELS", "Options", "open_data", "run", "trained_model"]
+__all__ = ["LABELS", "Options", "run", "trained_model"]
 
 _log = logging.getLogger(__name__)
 
@@ -104,15 +104,6 @@ def run(spec: Spec, options: Options) -> RunFolder:
         )
         folder.update({"status": FINISHED, "finished": _now()})
     return folder
-
-
-def open_data(spec: Spec, data_dir: Path | None) -> tuple[Dataset, Partition]:
-    """The data set and who holds which of its images; indices refer to the whole data set."""
-    dataset = load(spec.data.name, data_dir, label_column=spec.data.label_column)
-    train_part = random_part(len(dataset.train), spec.data.train_images, spec.seed, "train")
-    test_part = random_part(len(dataset.test), spec.data.test_images, spec.seed, "test")
-    partition = partition_of(dataset, spec.clients, spec.seed, train_part, test_part)
-    return dataset, partition
 
 
 def _describe(folder: RunFolder, spec: Spec, dataset: Dataset, options: Options) -> None:

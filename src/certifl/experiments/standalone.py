@@ -17,7 +17,8 @@ from certifl.certification.network import prepare
 from certifl.data import Dataset, choose, load, read_image, to_float
 from certifl.errors import InputError, ModelError, StoreMismatch
 from certifl.experiments.certifying import Job, certify_job
-from certifl.experiments.run import open_data, trained_model
+from certifl.experiments.parts import open_data
+from certifl.experiments.run import trained_model
 from certifl.models import build
 from certifl.perturbations import Perturbation, from_description
 from certifl.spec import Certification, Spec, with_settings

@@ -19,7 +19,6 @@ from certifl.federated.base import (
     ServerState,
     Update,
     describe,
-    state_of,
 )
 from certifl.federated.batches import Augmentation
 from certifl.federated.client import LocalTraining, Trained
@@ -36,6 +35,7 @@ from certifl.federated.local import Local
 from certifl.federated.mixture import Mixture
 from certifl.federated.personalized import Personalized
 from certifl.federated.schedule import Schedule
+from certifl.models import state_of
 
 __all__ = [
     "ALGORITHMS",

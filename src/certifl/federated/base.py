@@ -32,7 +32,6 @@ __all__ = [
     "check_choice",
     "check_number",
     "describe",
-    "state_of",
 ]
 
 ModelState = dict[str, torch.Tensor]
@@ -149,14 +148,6 @@ class Algorithm(Protocol):
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The model that the client holding `client_state` uses at test time."""
         ...
-
-
-def state_of(model: torch.nn.Module) -> ModelState:
-    """A module's state dict as detached CPU copies that share memory with nothing."""
-    return {
-        name: value.detach().to("cpu", copy=True).contiguous()
-        for name, value in model.state_dict().items()
-    }
 
 
 def describe(algorithm: Algorithm) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from torch.nn import functional
 
 from certifl import streams
 from certifl.errors import InputError, ModelError, TrainingDiverged
-from certifl.federated.base import ClientData, ModelState, Parts, state_of
+from certifl.federated.base import ClientData, ModelState, Parts
 from certifl.federated.batches import Augmentation, BatchStream
 from certifl.federated.schedule import Schedule
+from certifl.models import state_of
 
 __all__ = ["GradientHook", "LocalTraining", "Schedule", "Trained"]
 

@@ -25,10 +25,10 @@ from certifl.federated.base import (
     ServerState,
     Update,
     describe,
-    state_of,
 )
 from certifl.federated.batches import Augmentation
 from certifl.federated.client import LocalTraining
+from certifl.models import state_of
 from certifl.store.checkpoints import Checkpoints, PendingRound, StoredRound
 
 __all__ = [

@@ -38,9 +38,7 @@ def describe(perturbation: Perturbation) -> dict[str, Any]:
             f"{type(perturbation).__name__} is not a dataclass, so its settings cannot be "
             "recorded. Make it a frozen dataclass."
         )
-    fields = {
-        field.name: getattr(perturbation, field.name) for field in dataclasses.fields(perturbation)
-    }
+    fields = {name: getattr(perturbation, name) for name in _settings(perturbation)}
     return {"family": perturbation.family, **fields}
 
 

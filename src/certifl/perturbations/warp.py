@@ -102,7 +102,7 @@ def warp(images: Tensor, x: Tensor, y: Tensor, padding: str = "zeros") -> Tensor
     out = images.new_empty((m, *images.shape[1:]))
     for first in range(0, m, step):
         part = [t if t.shape[0] == 1 else t[first : first + step] for t in (images, x, y)]
-        out[first : first + step] = _sampled(*part, padding)
+        out[first : first + step] = _sampled(part[0], part[1], part[2], padding)
     return out
 
 

@@ -74,7 +74,8 @@ def meaning_section(story: Story) -> Markup:
     promise = (
         f"For each image by itself, with probability at least {sure} over the votes that were "
         f"cast, the smoothed classifier gives the certified class {reach.format(**words)}. "
-        f"Radii are measured in {facts['unit']}, norm {facts['norm']}."
+        f"Radii are measured in {facts['unit']}, norm {facts['norm']}"
+        + (f"; this page shows them in {story.scale.name} first." if len(story.units) > 1 else ".")
     )
     denials = [el("li", None, el("b", None, k), " ", v) for k, v in _limits(story, alpha)]
     return el(
@@ -157,6 +158,7 @@ def _cost_facts(run: RunResults) -> dict[str, str]:
         "Estimator": str(facts.get("estimator", "–")),
         "Votes that choose the class (n0)": _number(facts.get("n0")),
         "Votes that bound it, at most (n)": _number(facts.get("n")),
+        "Votes that bound it, per image": f"{votes.per_image:,.0f}",
         "Votes spent": f"{votes.spent:,}",
         "Votes of a fixed n": "–" if votes.fixed is None else f"{votes.fixed:,}",
         "Saved": saved,

@@ -101,7 +101,7 @@ def certified_accuracy_figure(runs: Sequence[RunResults], title: str | None = No
         rows += _curve_rows(run, radii, curves)
     _certified_axes(axes, runs, radii)
     _title(axes, title if title is not None else _default_title(runs[0]))
-    _legend(axes, len(runs))
+    _legend(axes, runs, loc="best", ncols=1 if len(runs) < 5 else 2)
     return Drawing(figure, ("regime", "client", "radius", "certified_accuracy"), tuple(rows))
 
 
@@ -121,24 +121,20 @@ def per_client_figure(runs: Sequence[RunResults], title: str | None = None) -> D
     columns = min(_COLUMNS, len(clients))
     lines = -(-len(clients) // columns)
     figure = Figure(figsize=(1.9 * columns + 1.2, 1.7 * lines + 1.3), layout="constrained")
-    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    # Not shared axes: matplotlib's time for those grows with the square of their number.
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
     rows: list[tuple[Any, ...]] = []
     for run, look in zip(runs, looks_of(runs), strict=True):
         curves = client_curves(run, radii)
         for client, curve in zip(run.clients, curves, strict=True):
             _line(panels[clients.index(int(client))], look, radii, curve, run.label)
         rows += _curve_rows(run, radii, curves)
-    for client, axes in zip(clients, panels, strict=False):
-        _frame(axes)
-        axes.set_title(f"client {client}", fontsize=9, color=_INK)
-        axes.set(xlim=(0, radii[-1]), ylim=(0, 1))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-        axes.xaxis.set_major_locator(MaxNLocator(3))
-        # Below the last panel of each column; a label of the whole figure would meet the legend.
-        if clients.index(client) + columns >= len(clients):
+    for place, (client, axes) in enumerate(zip(clients, panels, strict=False)):
+        lowest = place + columns >= len(clients)
+        _panel(axes, f"client {client}", radii[-1], left=place % columns == 0, lowest=lowest)
+        if lowest:
             unit = str(runs[0].conditions["unit"])
             axes.set_xlabel(f"radius in {unit}", fontsize=8, color=_INK, parse_math=False)
-            axes.tick_params(labelbottom=True)
     for axes in panels[len(clients) :]:
         axes.set_visible(False)
     figure.supylabel("certified accuracy", fontsize=10, color=_INK)
@@ -222,8 +218,16 @@ def image_bytes(drawing: Drawing, kind: str) -> bytes:
     """
     buffer = io.BytesIO()
     with mpl.rc_context(_STYLE):
+        _settle(drawing.figure)
         drawing.figure.savefig(buffer, format=kind, dpi=_DPI, metadata=_METADATA[kind])
     return buffer.getvalue()
+
+
+def _settle(figure: Figure) -> None:
+    """Place the panels once; doing it again for every file takes most of the time."""
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
 
 
 def save(drawing: Drawing, folder: str | Path, stem: str) -> list[Path]:
@@ -299,6 +303,16 @@ def _line(axes: Axes, look: Look, x: np.ndarray, y: np.ndarray, label: str) -> N
     )
 
 
+def _panel(axes: Axes, name: str, end: float, left: bool, lowest: bool) -> None:
+    """One small panel; only those at the edges are labelled."""
+    _frame(axes)
+    axes.set_title(name, fontsize=9, color=_INK)
+    axes.set(xlim=(0, end), ylim=(0, 1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    axes.xaxis.set_major_locator(MaxNLocator(3))
+    axes.tick_params(labelleft=left, labelbottom=lowest)
+
+
 def _certified_axes(axes: Axes, runs: Sequence[RunResults], radii: np.ndarray) -> None:
     _frame(axes)
     axes.set(xlim=(0, radii[-1]), ylim=(0, 1))
@@ -343,36 +357,27 @@ def _title(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=10.5, color=_INK, loc="left", parse_math=False)
 
 
-def _legend(axes: Axes, entries: int) -> None:
-    legend = axes.legend(
-        frameon=False, fontsize=9, handlelength=3.6, ncols=1 if entries < 5 else 2
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-        text.set_color(_INK)
-
-
 def _heading(figure: Figure, runs: Sequence[RunResults], title: str | None) -> None:
-    """A title and one legend above all panels."""
+    """A title and one legend for all panels."""
     text = title if title is not None else _default_title(runs[0]) if runs else ""
     if text:
         figure.suptitle(text, fontsize=10.5, color=_INK, parse_math=False)
-    handles = [_handle(look, run.label) for run, look in zip(runs, looks_of(runs), strict=True)]
-    if handles:
-        legend = figure.legend(
-            handles=handles,
-            loc="outside lower center",
-            frameon=False,
-            fontsize=9,
-            handlelength=3.6,
-            ncols=min(4, len(handles)),
-        )
-        for entry in legend.get_texts():
-            entry.set_parse_math(False)
+    if runs:
+        _legend(figure, runs, loc="outside lower center", ncols=min(4, len(runs)))
 
 
-def _handle(look: Look, label: str) -> Line2D:
-    line = Line2D([], [], color=look.colour, marker=look.marker, lw=1.7, ms=4.5, label=label)
+def _legend(place: Axes | Figure, runs: Sequence[RunResults], loc: str, ncols: int) -> None:
+    handles = [_handle(look) for look in looks_of(runs)]
+    numbers = [str(number) for number in range(len(runs))]
+    style: dict[str, Any] = {"frameon": False, "fontsize": 9, "handlelength": 3.6}
+    legend = place.legend(handles, numbers, loc=loc, ncols=ncols, **style)
+    # The names come last: as labels, those that begin with an underscore would be left out.
+    for text, run in zip(legend.get_texts(), runs, strict=True):
+        text.set(text=run.label, parse_math=False, color=_INK)
+
+
+def _handle(look: Look) -> Line2D:
+    line = Line2D([], [], color=look.colour, marker=look.marker, lw=1.7, ms=4.5)
     line.set_dashes(look.dash or (None, None))
     line.set(markeredgecolor="white", markeredgewidth=0.6)
     return line

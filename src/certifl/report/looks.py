@@ -6,6 +6,7 @@ blindness; dash and marker repeat the distinction for print in black and white.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,9 +57,15 @@ def looks_of(runs: Sequence[RunResults]) -> list[Look]:
     free = [slot for slot in order if slot not in taken]
     looks = []
     for position, slot in enumerate(taken):
-        looks.append(LOOKS[slot if slot is not None else _next(free, position)])
+        if slot is None and not free:
+            looks.append(_mixed(position))
+        else:
+            looks.append(LOOKS[slot if slot is not None else free.pop(0)])
     return looks
 
 
-def _next(free: list[int], position: int) -> int:
-    return free.pop(0) if free else position % len(LOOKS)
+def _mixed(position: int) -> Look:
+    """A ninth look and more: a colour again, with another dash and another marker."""
+    count = len(LOOKS)
+    dash, marker = LOOKS[(position + 3) % count].dash, LOOKS[(position + 5) % count].marker
+    return dataclasses.replace(LOOKS[position % count], dash=dash, marker=marker)

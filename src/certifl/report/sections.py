@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from certifl.report.compare import own_interval
 from certifl.report.history import measures_of
@@ -15,7 +16,6 @@ from certifl.report.summary import (
     selected_radii,
     share,
     spread,
-    vote_cost,
 )
 from certifl.report.words import (
     NO_DIFFERENCE,
@@ -35,12 +35,19 @@ __all__ = [
     "training_section",
 ]
 
+_MOST_GROUPS = 8
+
 
 def recommendation_section(story: Story, found: Sequence[Recommendation]) -> Markup:
     """Which regime each client should take, grouped by answer; nothing for a single run."""
     if len(story.runs) < 2:
         return Markup()
-    items = [_group(story, places, clients) for places, clients in grouped(found)]
+    groups = grouped(found)
+    items = [_group(story, places, clients) for places, clients in groups[:_MOST_GROUPS]]
+    rest = [client for _, clients in groups[_MOST_GROUPS:] for client in clients]
+    if rest:
+        others = el("span", {"class": "verdict"}, "Other answers, in the table below:")
+        items.append(el("li", None, others, el("span", {"class": "who"}, client_list(rest))))
     rows = [_recommendation_row(story, one) for one in found]
     head = ["Client", "Images", "Recommendation", "Its average certified radius"]
     head += ["Over the next best", "Over training alone"]
@@ -94,7 +101,7 @@ def results_section(story: Story) -> Markup:
     """Average certified radius and certified accuracies per regime, with intervals."""
     radii = selected_radii(story.runs, story.scale)
     head = ["Regime", "Average certified radius", "Best and worst client"]
-    head += [f"At {text}" for text, _ in radii] + ["Abstained", "Votes per image"]
+    head += [f"At {text}" for text, _ in radii] + ["Abstained"]
     rows = [_result_row(story, place, [r for _, r in radii]) for place in range(len(story.runs))]
     return join(
         [
@@ -118,7 +125,6 @@ def _result_row(story: Story, place: int, radii: Sequence[float]) -> list[str]:
         apart if len(run.clients) > 1 else "–",
         *(_two(percent(s.value), f"{100 * s.low:.1f} to {100 * s.high:.1f}") for s in shares),
         _two(percent(abstained.value), f"{100 * abstained.low:.1f} to {100 * abstained.high:.1f}"),
-        f"{vote_cost(run).per_image:,.0f}",
     ]
 
 
@@ -140,12 +146,17 @@ def _result_note(story: Story) -> str:
             " The clients hold different numbers of test images: certified accuracies in this "
             "table count every image once, the curves and average radii every client once."
         )
-    if any(run.conditions.get("label_aware") for run in story.runs):
+    if any(_stops_early_on_wrong(run.conditions) for run in story.runs):
         note += (
             " Votes may have stopped early on images that were already seen to be classified "
             "wrongly; some of those count as abstained."
         )
     return note
+
+
+def _stops_early_on_wrong(facts: Mapping[str, Any]) -> bool:
+    looks = facts.get("look_votes")
+    return bool(facts.get("label_aware")) and isinstance(looks, list) and len(looks) > 1
 
 
 def comparison_section(story: Story) -> Markup:

@@ -109,13 +109,13 @@ def _several(
     best = runs[place.best].label
     radius = scale.text(comparison.acr[place.best])
     behind = [i for i in _by_acr(comparison) if i not in (place.best, *place.tied)]
-    tied = listed([runs[i].label for i in place.tied])
     if not behind:
         low, high = min(comparison.acr), max(comparison.acr)
         finding = f"No difference shown between {listed([run.label for run in runs])}."
         support = [f"Their average certified radii lie between {scale.text(low)} and {radius}."]
         return finding, support if high > low else [f"All have {radius}."]
     if place.tied:
+        tied = listed([runs[i].label for i in place.tied])
         finding = (
             f"{best} has the largest average certified radius, {radius}; "
             f"{NO_DIFFERENCE} from {tied}."
@@ -126,7 +126,9 @@ def _several(
         f"{by_margin(_from(comparison, place.best, i), scale)} ahead of {runs[i].label}"
         for i in behind
     ]
-    return finding, [f"It is {listed(ahead)}."]
+    brackets = "In brackets: 95 % intervals over test images"
+    together = ", wide enough for all comparisons at once" if len(comparison.pairs) > 1 else ""
+    return finding, [f"It is {listed(ahead)}.", f"{brackets}{together}."]
 
 
 def _by_acr(comparison: Comparison) -> list[int]:
@@ -151,7 +153,7 @@ def percent(value: float) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """a, b and c."""
+    """a, b and c; at least one name."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 

@@ -140,17 +140,17 @@ def runner_up_bounds(
     Raises:
         InputError: as `clopper_pearson_lower`, or k_top + k_runner > n.
     """
-    tops, runners, total, levels = np.broadcast_arrays(k_top, k_runner, n, level)
-    k_checked, n_checked, level_checked = _checked(tops, total, levels)
-    m_checked, _, _ = _checked(runners, total, levels)
-    if np.any(k_checked + m_checked > n_checked):
+    tops, runners, totals, levels = _together(k_top, k_runner, n, level)
+    _checked(tops, totals, levels)
+    _checked(runners, totals, levels)
+    if np.any(tops + runners > totals):
         raise InputError(
             "The votes for the predicted class and its runner-up add up to more than n. "
             "Give counts of the same n votes, with the runner-up among the OTHER classes."
         )
-    top_level = level_checked * (1.0 - RUNNER_UP_SHARE) * (1.0 - TAIL_MARGIN)
-    p_lower = clopper_pearson_lower(k_checked, n_checked, top_level)
-    p_runner = clopper_pearson_upper(m_checked, n_checked, level_checked * RUNNER_UP_SHARE)
+    # Rounding of the two products is far below the margin each bound leaves of its level.
+    p_lower = clopper_pearson_lower(tops, totals, levels * (1.0 - RUNNER_UP_SHARE))
+    p_runner = clopper_pearson_upper(runners, totals, levels * RUNNER_UP_SHARE)
     return p_lower, np.minimum(p_runner, _one_minus_up(p_lower))
 
 
@@ -173,7 +173,7 @@ def two_sided_sign_test(k_first: ArrayLike, k_second: ArrayLike) -> FloatArray:
 
     Source: Hung and Fithian 2019; Cohen, Rosenfeld and Kolter 2019, PREDICT.
     """
-    first, second = np.broadcast_arrays(np.asarray(k_first, float), np.asarray(k_second, float))
+    first, second = _together(k_first, k_second)
     total = np.maximum(first + second, 1.0)
     _checked(first, total, 0.5)
     _checked(second, total, 0.5)
@@ -213,17 +213,22 @@ def _move_until(
     return np.where(holds(found), found, end)
 
 
-def _checked(
-    k: ArrayLike, n: ArrayLike, level: ArrayLike
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """The three arguments as float64 arrays of one shape, or an error that says what to do."""
+def _together(*values: ArrayLike) -> tuple[FloatArray, ...]:
+    """The values as float64 arrays of one shape, or an error that says what to do."""
     try:
-        arrays = [np.asarray(value, dtype=np.float64) for value in (k, n, level)]
-        counts, totals, levels = np.broadcast_arrays(*arrays)
+        arrays = [np.asarray(value, dtype=np.float64) for value in values]
+        return tuple(np.broadcast_arrays(*arrays))
     except (TypeError, ValueError) as error:
         raise InputError(
             f"Vote counts and levels must be numbers of matching shapes: {error}."
         ) from error
+
+
+def _checked(
+    k: ArrayLike, n: ArrayLike, level: ArrayLike
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """The three arguments as float64 arrays of one shape, or an error that says what to do."""
+    counts, totals, levels = _together(k, n, level)
     if not np.all((totals >= 1) & (totals <= _MOST_VOTES) & (totals == np.floor(totals))):
         raise InputError(f"n must be a whole number of votes between 1 and {_MOST_VOTES}.")
     if not np.all((counts >= 0) & (counts <= totals) & (counts == np.floor(counts))):

@@ -22,7 +22,7 @@ needs its own margin; and the best case (all votes to come are for c_A) caps it.
 
 Levels. Each early look gets alpha / 50. On CIFAR-10 vote distributions alpha / 20 saves 4 % of the
 votes and loses twice as many certificates, because the last look pays; two looks a doubling with
-the same early total (`per_doubling=2`, `early_share=0.01`) save 10 to 17 % and lose no more.
+the same early total (`per_doubling=2`, `early_share=0.01`) save 6 to 17 % and lose about as many.
 """
 
 from __future__ import annotations

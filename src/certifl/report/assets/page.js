@@ -2,7 +2,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("report-data").textContent);
   const state = {
-    unit: 0, band: true, lines: false, radius: 0,
+    unit: 0, band: true, lines: false, radius: Math.floor(data.radii.length / 4),
     regimes: data.runs.map(() => true),
     clients: new Set(data.clients),
   };

@@ -1,0 +1,336 @@
+"""Rounds in one process: order, history, resuming after a kill, mixing nothing up."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from certifl.errors import InputError, StoreMismatch, TrainingDiverged
+from certifl.federated import (
+    ClientState,
+    FedAvg,
+    Local,
+    LocalTraining,
+    Mixture,
+    Personalized,
+    Schedule,
+    server_state,
+    state_of,
+    total_rounds,
+    train,
+)
+from certifl.store.checkpoints import Checkpoints
+from tiny_federation import (
+    SCHEDULE,
+    Noise,
+    TinyNet,
+    assert_same,
+    client_data,
+    clients,
+    training,
+    without_seconds,
+)
+
+TESTS = Path(__file__).resolve().parent
+
+
+def run(folder, algorithm=None, data=None, local=None, **options):
+    return train(
+        FedAvg() if algorithm is None else algorithm,
+        TinyNet(),
+        clients() if data is None else data,
+        training() if local is None else local,
+        Checkpoints(folder),
+        **options,
+    )
+
+
+def test_rounds_are_broadcast_client_rounds_aggregate(tmp_path):
+    algorithm, local, data = Mixture(0.4), training(rounds=2), clients()
+    server, states = algorithm.init(state_of(TinyNet())), [ClientState()] * 3
+    for _ in range(2):
+        results = [algorithm.client_round(server, states[i], data[i], local) for i in range(3)]
+        server = algorithm.aggregate(server, [update for update, _ in results])
+        states = [state for _, state in results]
+    stored = run(tmp_path, algorithm, local=training(rounds=2))
+    assert stored.number == 2
+    assert_same(stored.server(), server.parts)
+    for client, state in enumerate(states):
+        assert_same(stored.client(client), state.parts)
+
+
+def test_the_initial_model_is_the_one_given(tmp_path):
+    model = TinyNet(seed=4)
+    before = state_of(model)
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(FedAvg(), model, clients(), training(), Checkpoints(tmp_path), progress=stop)
+    assert_same(Checkpoints(tmp_path).latest().server()["model"], before)
+    assert_same(state_of(model), before)
+
+
+def test_history_says_who_took_part_and_how_it_went(tmp_path):
+    stored = run(tmp_path, participation=lambda round: [2, 0] if round else [1])
+    assert stored.history == Checkpoints(tmp_path).history()
+    assert [entry["round"] for entry in stored.history] == [0, 1, 2]
+    assert [entry["participants"] for entry in stored.history] == [[1], [0, 2], [0, 2]]
+    for entry in stored.history:
+        assert [row["client"] for row in entry["clients"]] == entry["participants"]
+        assert 0 < sum(row["seconds"] for row in entry["clients"]) <= entry["seconds"]
+        for row in entry["clients"]:
+            assert row["loss"] > 0
+            assert 0 <= row["accuracy"] <= 1
+
+
+def test_the_order_in_which_clients_are_named_changes_nothing(tmp_path):
+    first = run(tmp_path / "1", participation=lambda _: [0, 1, 2])
+    second = run(tmp_path / "2", participation=lambda _: (2, 1, 0, 2))
+    assert_same(first.server(), second.server())
+    assert without_seconds(first.history) == without_seconds(second.history)
+
+
+def test_clients_may_be_loaded_when_asked_for(tmp_path):
+    class Lazy:
+        loaded = 0
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            Lazy.loaded += 1
+            return clients()[index]
+
+    stored = run(tmp_path / "lazy", data=Lazy())
+    assert Lazy.loaded == 3 * SCHEDULE.rounds
+    assert_same(stored.server(), run(tmp_path / "list").server())
+
+
+def test_progress_is_reported_after_every_client(tmp_path):
+    seen = []
+    run(tmp_path, Personalized(FedAvg(), epochs=1), progress=seen.append)
+    assert [(p.round, p.client, p.done) for p in seen] == [
+        (round, client, client + 1) for round in range(4) for client in range(3)
+    ]
+    assert {(p.rounds, p.participants) for p in seen} == {(4, 3)}
+    assert all(set(p.metrics) == {"loss", "accuracy"} for p in seen)
+
+
+def test_a_finished_training_returns_at_once(tmp_path):
+    first = run(tmp_path)
+    again = run(tmp_path, progress=lambda _: pytest.fail("a client was trained again"))
+    assert again.path == first.path
+    assert again.history == first.history
+    assert total_rounds(FedAvg(), training()) == again.number == server_state(again).round
+
+
+def test_the_same_training_twice_is_bit_identical(tmp_path):
+    first, second = run(tmp_path / "1", Mixture(0.5)), run(tmp_path / "2", Mixture(0.5))
+    for name in first.files:
+        assert (first.path / name).read_bytes() == (second.path / name).read_bytes()
+    assert first.files == second.files
+
+
+def test_a_damaged_round_is_trained_again(tmp_path, caplog):
+    whole = run(tmp_path)
+    files = whole.files
+    (whole.path / "server.safetensors").write_bytes(b"nothing")
+    with caplog.at_level(logging.WARNING):
+        again = run(tmp_path)
+    assert "damaged" in caplog.text
+    assert again.files == files
+    assert again.damage() is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"algorithm": Local()}, "algorithm: {'name': 'fedavg'"),
+        ({"data": clients(4)}, "clients: 3 there, 4 asked for"),
+        ({"local": training(lr=0.01)}, "schedule: .*'lr': 0.05"),
+        ({"local": training(augmentation=Noise(0.7))}, r"augmentation: Noise\(sigma=0.1\) there"),
+    ],
+    ids=["algorithm", "clients", "schedule", "augmentation"],
+)
+def test_a_folder_of_another_training_is_refused(changes, said, tmp_path):
+    run(tmp_path)
+    with pytest.raises(StoreMismatch, match=said):
+        run(tmp_path, **changes)
+    other_seed = training()
+    other_seed.seed = 6
+    with pytest.raises(StoreMismatch, match="seed: 5 there, 6 asked for"):
+        run(tmp_path, local=other_seed)
+
+
+def test_beginning_from_an_unrelated_training_is_refused(tmp_path):
+    run(tmp_path / "local", Local())
+    for algorithm in (FedAvg(), Personalized(FedAvg())):
+        with pytest.raises(StoreMismatch, match="cannot be gone on from"):
+            run(tmp_path / "new", algorithm, start_from=Checkpoints(tmp_path / "local"))
+        assert Checkpoints(tmp_path / "new").latest() is None
+
+
+def test_a_finished_training_can_be_taken_over_whole(tmp_path):
+    tuned = Personalized(Mixture(0.5), epochs=1)
+    first = run(tmp_path / "1", tuned)
+    taken = run(
+        tmp_path / "2",
+        tuned,
+        start_from=Checkpoints(tmp_path / "1"),
+        progress=lambda _: pytest.fail("a client was trained again"),
+    )
+    assert taken.files == first.files
+    assert taken.damage() is None
+    # Independent from then on, although files are linked.
+    (first.path / "server.safetensors").unlink()
+    assert taken.damage() is None
+
+
+def test_an_empty_origin_is_no_origin(tmp_path):
+    stored = run(tmp_path / "new", start_from=Checkpoints(tmp_path / "empty"))
+    assert_same(stored.server(), run(tmp_path / "plain").server())
+
+
+def test_a_diverging_client_stops_the_training_and_keeps_finished_rounds(tmp_path):
+    class Poisoned:
+        good = True
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return client_data(index)
+
+    class Spoiling(Noise):
+        def apply(self, images, params):
+            return images + params if Poisoned.good else images * float("nan")
+
+    def spoil_later(progress):
+        Poisoned.good = not (progress.round == 1 and progress.client == 0)
+
+    local = training(augmentation=Spoiling())
+    with pytest.raises(TrainingDiverged, match="client 1 in round 1"):
+        run(tmp_path, Local(), Poisoned(), local, progress=spoil_later)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["round-00000", "round-00001"]
+    Poisoned.good = True
+    resumed = run(tmp_path, Local(), Poisoned(), local)
+    whole = run(tmp_path / "whole", Local(), Poisoned(), training(augmentation=Spoiling()))
+    assert resumed.files == whole.files
+
+
+def test_wrong_clients_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"clients\[0\] is the data of client 1"):
+        run(tmp_path / "1", data=clients()[1:])
+    with pytest.raises(InputError, match=r"Round 0 asks for the clients \[7\]"):
+        run(tmp_path / "2", participation=lambda _: [0, 7])
+
+
+def test_memory_does_not_grow_with_clients(tmp_path):
+    """The peak of tensors alive, in models: the same for 4 clients and for 16."""
+    psutil = pytest.importorskip("psutil")
+    size = 1_000_000  # weights, 4 MB
+
+    def model():
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, size // 64), nn.Linear(size // 64, 3))
+
+    def peak(count):
+        process = psutil.Process()
+        most = 0
+
+        def watch(_):
+            nonlocal most
+            most = max(most, process.memory_info().rss)
+
+        data = [client_data(client, images=4) for client in range(count)]
+        schedule = Schedule(2, 1, 8, 0.01, momentum=0.9, momentum_between_rounds="keep")
+        local = LocalTraining(model(), schedule, seed=0)
+        folder = Checkpoints(tmp_path / f"{count}")
+        train(Mixture(0.5), model(), data, local, folder, progress=watch)
+        return most
+
+    peak(2)  # what is loaded on first use
+    few = peak(4)
+    # Twelve more clients with a model and momentum each would be 96 MB more.
+    assert peak(16) - few < 40e6
+
+
+KILLED = """
+import json, os, signal, sys, time
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from tiny_federation import TinyNet, clients, training
+from certifl.federated import Mixture, Personalized, train
+from certifl.store.checkpoints import Checkpoints
+
+reference, folder, fractions = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+
+def work(folder):
+    local = training(momentum_between_rounds="keep", rounds=6)
+    return train(Personalized(Mixture(0.5)), TinyNet(), clients(), local, Checkpoints(folder))
+
+work(reference.with_name("first"))  # loads what is loaded on first use
+started = time.perf_counter()
+work(reference)
+whole = time.perf_counter() - started
+
+kills = 0
+for fraction in fractions:  # each attempt is a process of its own, forked after the slow imports
+    child = os.fork()
+    if child == 0:
+        work(folder)
+        os._exit(0)
+    time.sleep(fraction * whole)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status):
+        break
+    kills += 1
+print(kills)
+work(folder)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
+    drawn = random.Random(1)
+    fractions = [drawn.uniform(0.02, 0.4) for _ in range(30)]
+    script = KILLED.format(tests=str(TESTS))
+    folders = [str(tmp_path / "whole"), str(tmp_path / "killed")]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *folders, json.dumps(fractions)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 3
+    whole, resumed = (Checkpoints(folder).latest() for folder in folders)
+    assert resumed.files == whole.files
+    assert without_seconds(resumed.history) == without_seconds(whole.history)
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [
+        "round-00006",
+        "round-00007",
+    ]
+
+
+def test_any_device_string_of_this_machine_works(tmp_path):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    local = LocalTraining(
+        TinyNet(), SCHEDULE, seed=5, augmentation=Noise(), device=torch.device(device)
+    )
+    data = [client.to(device) for client in clients()]
+    stored = run(tmp_path, Mixture(0.5), data, local)
+    assert {value.device.type for value in stored.server()["model"].values()} == {"cpu"}

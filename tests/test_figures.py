@@ -1,0 +1,166 @@
+"""Figures show the stored numbers, equal results give equal files, and nothing global changes."""
+
+from __future__ import annotations
+
+import csv
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.collections import FillBetweenPolyCollection
+from matplotlib.colors import to_hex
+
+from certifl.errors import StoreError, StoreMismatch
+from certifl.report import load_runs
+from certifl.report.figures import (
+    Drawing,
+    average_radius_figure,
+    certified_accuracy_figure,
+    history_figure,
+    image_bytes,
+    per_client_figure,
+    save,
+)
+from certifl.report.looks import looks_of
+from certifl.report.page import write_figures
+from certifl.report.summary import client_acr, client_curves, radius_grid
+from report_factory import PIXEL, make_certificates, make_run, write_study
+
+DRAWERS = (certified_accuracy_figure, per_client_figure, average_radius_figure, history_figure)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory):
+    return load_runs(write_study(tmp_path_factory.mktemp("study"), clients=3, images=20))
+
+
+def test_the_curves_are_the_means_with_their_bands(runs):
+    drawing = certified_accuracy_figure(runs)
+    axes, radii = drawing.figure.axes[0], radius_grid(runs)
+    bands = [c for c in axes.collections if isinstance(c, FillBetweenPolyCollection)]
+    for run, look, band in zip(runs, looks_of(runs), bands, strict=True):
+        curves = client_curves(run, radii)
+        (line,) = [drawn for drawn in axes.lines if drawn.get_label() == run.label]
+        assert np.array_equal(line.get_xdata(), radii)
+        assert np.array_equal(line.get_ydata(), curves.mean(axis=0))
+        assert to_hex(line.get_color()).upper() == look.colour
+        edge = band.get_paths()[0].vertices
+        assert edge[:, 1].min() == pytest.approx(curves.min())
+        assert edge[:, 1].max() == pytest.approx(curves.max())
+
+
+def test_the_radius_axis_has_the_unit_and_rotation_also_degrees(runs):
+    axes = certified_accuracy_figure(runs).figure.axes[0]
+    assert "radians" in axes.get_xlabel()
+    (above,) = axes.child_axes
+    assert above.get_xlabel() == "degrees"
+    pixel = make_run(make_certificates(0.8, 2, 12, PIXEL))
+    plain = certified_accuracy_figure([pixel]).figure.axes[0]
+    assert "intensity" in plain.get_xlabel()
+    assert not plain.child_axes
+
+
+def test_the_numbers_are_written_beside_the_picture(runs, tmp_path):
+    files = save(certified_accuracy_figure(runs), tmp_path, "curves")
+    assert [f.name for f in files] == ["curves.png", "curves.pdf", "curves.svg", "curves.csv"]
+    rows = list(csv.DictReader((tmp_path / "curves.csv").read_text().splitlines()))
+    assert list(rows[0]) == ["regime", "client", "radius", "certified_accuracy"]
+    run, radii = runs[1], radius_grid(runs)
+    curves = client_curves(run, radii)
+    expected = {"0": curves[0], "2": curves[2], "mean": curves.mean(0), "min": curves.min(0)}
+    for client, values in expected.items():
+        mine = [r for r in rows if r["regime"] == run.label and r["client"] == client]
+        assert [float(r["radius"]) for r in mine] == radii.tolist()
+        assert [float(r["certified_accuracy"]) for r in mine] == values.tolist()
+    assert len(rows) == len(runs) * (3 + 3) * len(radii)
+
+
+def test_average_radii_are_drawn_and_written(runs):
+    drawing = average_radius_figure(runs)
+    for place, run in enumerate(runs):
+        acr = client_acr(run)
+        means = [row[2] for row in drawing.rows if row[:2] == (run.label, "mean")]
+        assert means == [pytest.approx(acr.mean())]
+        assert drawing.figure.axes[0].patches[place].get_width() == pytest.approx(acr.mean())
+
+
+def test_every_client_has_a_panel_with_every_regime(runs):
+    axes = per_client_figure(runs).figure.axes
+    assert [a.get_title() for a in axes] == ["client 0", "client 1", "client 2"]
+    curves = client_curves(runs[2], radius_grid(runs))
+    assert np.array_equal(axes[1].lines[2].get_ydata(), curves[1])
+
+
+def test_training_history_is_drawn_and_its_absence_said(runs):
+    drawn = history_figure(runs)
+    assert [a.get_ylabel() for a in drawn.figure.axes] == ["loss", "accuracy"]
+    assert len(drawn.rows) == len(runs) * 2 * 12
+    nothing = history_figure([make_run(make_certificates(0.8, 2, 12))])
+    assert nothing.rows == ()
+    assert nothing.figure.axes[0].texts[0].get_text() == "no training history"
+
+
+@pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
+def test_equal_results_give_equal_files(runs, kind):
+    first, second = (image_bytes(certified_accuracy_figure(runs), kind) for _ in range(2))
+    assert first == second
+
+
+def test_saving_twice_gives_the_same_file(runs):
+    drawing = per_client_figure(runs[:2])
+    assert image_bytes(drawing, "svg") == image_bytes(drawing, "svg")
+
+
+def test_png_has_200_dots_per_inch(runs):
+    drawing = certified_accuracy_figure(runs)
+    width, height = struct.unpack(">II", image_bytes(drawing, "png")[16:24])
+    inches = drawing.figure.get_size_inches()
+    assert (width, height) == (round(inches[0] * 200), round(inches[1] * 200))
+
+
+def test_global_state_of_matplotlib_is_left_alone(runs):
+    before = dict(mpl.rcParams)
+    for draw in DRAWERS:
+        image_bytes(draw(runs), "svg")
+    assert dict(mpl.rcParams) == before
+
+
+def test_pyplot_is_never_imported():
+    code = "import certifl.report, sys; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_names_from_files_are_text_and_not_formulas(tmp_path):
+    certificates = make_certificates(0.8, 2, 12)
+    odd = [
+        make_run(certificates, "mixture", r"$\frac{1}{$ <b>"),
+        make_run(certificates, "local", "_hidden_"),
+    ]
+    for draw in DRAWERS:
+        drawing = draw(odd, r"100 $ & \alpha {")
+        assert isinstance(drawing, Drawing)
+        for kind in ("png", "pdf", "svg"):
+            assert image_bytes(drawing, kind)
+    legend = certified_accuracy_figure(odd).figure.axes[0].get_legend()
+    assert legend is not None
+    assert [t.get_text() for t in legend.get_texts()] == [run.label for run in odd]
+
+
+def test_runs_that_cannot_be_compared_are_not_drawn(runs):
+    pixel = make_run(make_certificates(0.8, 2, 12, PIXEL))
+    with pytest.raises(StoreMismatch):
+        certified_accuracy_figure([runs[0], pixel])
+
+
+def test_all_figures_are_written_or_the_place_is_named(runs, tmp_path):
+    files = write_figures(runs[:1], tmp_path / "figures")
+    names = {f.name for f in files}
+    assert names >= {"curves.csv", "clients.png", "average_radius.pdf", "history.svg"}
+    assert all(f.stat().st_size > 100 for f in files)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StoreError, match="Cannot write"):
+        save(average_radius_figure(runs[:1]), Path(tmp_path / "file" / "below"), "x")

@@ -1,0 +1,258 @@
+"""Networks: sizes, seeds, states, and a person's own model."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from certifl import models
+from certifl.errors import ModelError
+
+each = pytest.mark.parametrize("name", models.MODELS)
+
+
+def own(name):
+    return f"{__name__}:{name}"
+
+
+# --- functions named as module:function ---------------------------------------------------------
+
+
+def linear(in_channels, num_classes, size=8):
+    return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * size * size, num_classes))
+
+
+def broken(in_channels, num_classes):
+    raise RuntimeError("no such luck")
+
+
+def no_module(in_channels, num_classes):
+    return lambda images: images
+
+
+def ten_logits(in_channels, num_classes):
+    return linear(in_channels, 10)
+
+
+def two_results(in_channels, num_classes):
+    class Two(nn.Module):
+        def forward(self, images):
+            return images, images
+
+    return Two()
+
+
+not_a_function = 3
+
+
+# --- networks -----------------------------------------------------------------------------------
+
+
+@each
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (1, 28, 28), (2, 9, 13)])
+def test_images_in_logits_out(name, shape):
+    model = models.build(name, shape[0], 7, seed=0, image_size=shape[1:]).eval()
+    images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    logits = model(images)
+    assert logits.shape == (2, 7)
+    assert logits.isfinite().all()
+
+
+def test_the_studys_network_has_its_known_size():
+    # ResNet-18 with a 3 x 3 stem and ten classes: 11 173 962 weights
+    assert sum(p.numel() for p in models.resnet18(3, 10).parameters()) == 11_173_962
+
+
+def test_small_networks_are_small():
+    for name, most in [("small_resnet", 200_000), ("small_cnn", 30_000)]:
+        count = sum(p.numel() for p in models.MODELS[name](3, 10).parameters())
+        assert 5_000 < count <= most
+
+
+def test_resnet_halves_the_size_at_every_stage_but_the_first():
+    net = models.resnet18(3, 10).eval()
+    seen = []
+    for block in net.blocks:
+        block.register_forward_hook(lambda _, __, out: seen.append(tuple(out.shape[1:])))
+    net(torch.rand(1, 3, 32, 32))
+    assert seen == [(64, 32, 32)] * 2 + [(128, 16, 16)] * 2 + [(256, 8, 8)] * 2 + [(512, 4, 4)] * 2
+
+
+@each
+def test_normalisation_is_inside_and_is_no_state(name):
+    model = models.MODELS[name](in_channels=3, num_classes=10)
+    assert isinstance(model.normalize, models.Normalize)
+    assert not [key for key in model.state_dict() if "normalize" in key]
+    assert model.normalize(torch.full((1, 3, 2, 2), 0.75)).unique().item() == 1.0
+    other = models.build(name, 3, 10, seed=0, options={"mean": 0.0, "std": 1.0})
+    assert other.normalize(torch.full((1, 3, 2, 2), 0.75)).unique().item() == 0.75
+
+
+@each
+def test_one_images_logits_do_not_depend_on_the_others(name):
+    model = models.build(name, 1, 10, seed=0).eval()
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    together = model(images)
+    replaced = torch.cat([images[:1], 10 * images[1:]])
+    # kernels may sum in another order; a batch statistic would change the logits altogether
+    torch.testing.assert_close(model(replaced)[0], together[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "small_resnet"])
+@pytest.mark.parametrize(("lr", "momentum"), [(0.1, 0.0), (0.02, 0.9)])
+def test_small_networks_learn_digits(name, lr, momentum):
+    """Twelve passes over 1 400 digits; 0.9 is far from chance (0.1); about 0.97 is reached."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    labels = torch.tensor(digits.target)
+    model = models.build(name, 1, 10, seed=0)
+    sgd = torch.optim.SGD(model.parameters(), lr, momentum)
+    made = torch.Generator().manual_seed(0)
+    for _ in range(12):
+        for batch in torch.randperm(1400, generator=made).split(64):
+            sgd.zero_grad()
+            nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+            sgd.step()
+    model.eval()
+    assert (model(images[1400:]).argmax(1) == labels[1400:]).float().mean() > 0.9
+
+
+# --- seeds --------------------------------------------------------------------------------------
+
+
+@each
+def test_weights_depend_on_the_seed_alone(name):
+    torch.manual_seed(1)
+    first = models.fingerprint(models.build(name, 1, 10, seed=5))
+    torch.manual_seed(2)
+    assert models.fingerprint(models.build(name, 1, 10, seed=5)) == first
+    assert models.fingerprint(models.build(name, 1, 10, seed=6)) != first
+
+
+@pytest.mark.parametrize("name", [*models.MODELS, own("linear"), own("broken"), own("ten_logits")])
+def test_the_callers_generator_is_never_touched(name):
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    try:
+        models.build(name, 1, 7, seed=5, image_size=(8, 8))
+    except ModelError:
+        assert name in (own("broken"), own("ten_logits"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_generators_of_gpus_are_not_touched_either():
+    before = torch.cuda.get_rng_state()
+    models.build("small_cnn", 1, 10, seed=5)
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+# --- states -------------------------------------------------------------------------------------
+
+
+@each
+def test_a_state_is_a_copy_that_can_be_loaded(name):
+    model = models.build(name, 1, 10, seed=0)
+    state = models.state_of(model)
+    assert set(state) == set(model.state_dict())
+    assert all(t.device.type == "cpu" and not t.requires_grad for t in state.values())
+    before = models.fingerprint(state)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    assert models.fingerprint(state) == before
+    assert models.fingerprint(model) != before
+    model.load_state_dict(state)
+    assert models.fingerprint(model) == before
+
+
+def test_integer_buffers_stay_integers():
+    state = models.state_of(models.small_resnet(1, 10))
+    counters = [t for key, t in state.items() if key.endswith("num_batches_tracked")]
+    assert counters
+    assert all(t.dtype == torch.int64 for t in counters)
+
+
+def test_a_fingerprint_tells_states_apart():
+    state = {"a": torch.zeros(2, 3), "b": torch.ones((), dtype=torch.int64)}
+    same = {"b": torch.ones((), dtype=torch.int64), "a": torch.zeros(3, 2).T}
+    assert models.fingerprint(state) == models.fingerprint(same)
+    different = [
+        {"a": torch.zeros(3, 2), "b": state["b"]},
+        {"a": torch.zeros(2, 3, dtype=torch.float64), "b": state["b"]},
+        {"a": torch.zeros(2, 3, dtype=torch.int32), "b": state["b"]},
+        {"a": state["a"], "c": state["b"]},
+        {"a": state["a"]},
+        {"a": -torch.zeros(2, 3), "b": state["b"]},
+        {"a": torch.zeros(2, 3, dtype=torch.bfloat16), "b": state["b"]},
+    ]
+    prints = [models.fingerprint(s) for s in [state, *different]]
+    assert len(set(prints)) == len(prints)
+    assert all(len(p) == 64 for p in prints)
+
+
+def test_memory_layout_does_not_change_a_fingerprint():
+    model = models.build("small_resnet", 3, 10, seed=0)
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    assert models.fingerprint(last) == models.fingerprint(model)
+
+
+# --- a person's own -----------------------------------------------------------------------------
+
+
+def test_a_function_of_ones_own_is_called_with_its_options():
+    model = models.build(own("linear"), 2, 5, seed=0, options={"size": 9}, image_size=(9, 9))
+    assert model[1].weight.shape == (5, 2 * 81)
+    again = models.build(own("linear"), 2, 5, seed=0, options={"size": 9})
+    assert models.fingerprint(again) == models.fingerprint(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet19", "Choose one of resnet18"),
+        (":f", "module:function"),
+        ("m:", "module:function"),
+        ("no_such_module_anywhere:f", "cannot be imported.*PYTHONPATH"),
+        ("no.such:f", "cannot be imported"),
+        (own("missing"), "does not exist"),
+        (own("not_a_function"), "is not callable"),
+        (own("broken"), "RuntimeError: no such luck"),
+        (own("no_module"), r"returned function, not a torch\.nn\.Module"),
+        (own("ten_logits"), r"shape \(1, 7\) for one image, got \(1, 10\)"),
+        (own("two_results"), "got tuple"),
+    ],
+)
+def test_a_model_that_cannot_be_used_is_refused(name, message):
+    with pytest.raises(ModelError, match=message):
+        models.build(name, 1, 7, seed=0, image_size=(8, 8))
+
+
+def test_options_that_do_not_fit_are_refused():
+    with pytest.raises(ModelError, match=r"TypeError.*depth.*options"):
+        models.build("small_cnn", 1, 10, seed=0, options={"depth": 3})
+
+
+def test_a_module_that_fails_on_import_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "fails_on_import.py").write_text("raise KeyError('missing setting')\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with pytest.raises(ModelError, match="KeyError: 'missing setting'"):
+        models.build("fails_on_import:f", 1, 10, seed=0)
+
+
+def test_a_model_that_cannot_take_the_images_is_refused():
+    with pytest.raises(ModelError, match=r"blank image of shape \(1, 1, 12, 12\)"):
+        models.build(own("linear"), 1, 10, seed=0, image_size=(12, 12))
+
+
+def test_checking_leaves_modes_and_statistics_alone():
+    model = models.small_resnet(1, 10)
+    model.blocks[1].eval()
+    modes = [m.training for m in model.modules()]
+    before = models.fingerprint(model)
+    models.check_logits(model, 1, 10, (8, 8))
+    assert [m.training for m in model.modules()] == modes
+    assert models.fingerprint(model) == before
