@@ -50,7 +50,7 @@ class Page:
     def __init__(self, write: int, read: int) -> None:
         self._write, self._read = write, read
         self._buffer, self._number, self._session = b"", 0, ""
-        self._loaded = False
+        self._loaded, self._scripts = False, True
         self.messages: list[str] = []
         self.requests: list[str] = []
 
@@ -69,6 +69,7 @@ class Page:
         self._call("Emulation.setEmulatedMedia", {"features": [scheme]})
 
     def without_scripts(self) -> None:
+        self._scripts = False
         self._call("Emulation.setScriptExecutionDisabled", {"value": True})
 
     def open(self, path: Path) -> None:
@@ -81,9 +82,11 @@ class Page:
 
     def settle(self) -> None:
         """Wait until the browser has drawn twice."""
+        if not self._scripts:
+            time.sleep(0.3)
+            return
         wait = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
-        with contextlib.suppress(RuntimeError):  # refused where scripts are switched off
-            self._call("Runtime.evaluate", {"expression": wait, "awaitPromise": True})
+        self._call("Runtime.evaluate", {"expression": wait, "awaitPromise": True})
 
     def value(self, expression: str) -> Any:
         """What a JavaScript expression gives."""

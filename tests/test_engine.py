@@ -173,6 +173,12 @@ def test_a_folder_of_another_training_is_refused(changes, said, tmp_path):
         run(tmp_path, local=other_seed)
 
 
+def test_another_initial_model_is_another_training(tmp_path):
+    run(tmp_path)
+    with pytest.raises(StoreMismatch, match="initial_model: "):
+        train(FedAvg(), TinyNet(seed=1), clients(), training(), Checkpoints(tmp_path))
+
+
 def test_beginning_from_an_unrelated_training_is_refused(tmp_path):
     run(tmp_path / "local", Local())
     for algorithm in (FedAvg(), Personalized(FedAvg())):

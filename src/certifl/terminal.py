@@ -90,14 +90,25 @@ def _short(seconds: int) -> str:
 
 
 def show_summary(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The comparison of runs as a table; columns are the keys of the rows."""
-    console = Console()
-    table = Table()
-    for key in rows[0]:
-        table.add_column(str(key), justify="left" if key == "regime" else "right")
+    """The regimes side by side: the numbers of the report page, one line each."""
+    table = Table(caption="certified accuracy: share of all images, correct with at least that radius")
+    table.add_column("regime")
+    table.add_column("average radius (ACR), 95 %", justify="right")
+    for share in rows[0]["accuracy"]:
+        table.add_column(f"at {share['radius_text']}", justify="right")
+    for title in ("spread of clients", "abstained", "votes/image"):
+        table.add_column(title, justify="right")
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    console.print(table)
+        low, high = row["acr_low_text"], row["acr_high_text"]
+        table.add_row(
+            str(row["label"]),
+            f"{row['acr_text']} [{low}, {high}]" if low else str(row["acr_text"]),
+            *(f"{100 * share['value']:.1f} %" for share in row["accuracy"]),
+            str(row["spread_text"]),
+            f"{100 * row['abstained']:.1f} %",
+            f"{row['votes_per_image']:,.0f}",
+        )
+    Console().print(table)
 
 
 def show_certificates(certificates: Certificates) -> None:

@@ -28,7 +28,7 @@ from certifl.federated.engine import Progress, deployed_model
 from certifl.models import build
 from certifl.spec import Spec
 from certifl.store.atomic import write_json
-from certifl.store.checkpoints import Checkpoints, StoredRound
+from certifl.store.checkpoints import Checkpoints
 from certifl.store.runs import FINISHED, RUNNING, RunFolder
 
 __all__ = ["LABELS", "Options", "run", "trained_model"]
@@ -207,7 +207,7 @@ def _client_data(dataset: Dataset, partition: Partition, client: int) -> ClientD
     return ClientData(client, part.images, part.labels)
 
 
-def _sibling_training(spec: Spec, siblings: tuple[Path, ...]) -> StoredRound | None:
+def _sibling_training(spec: Spec, siblings: tuple[Path, ...]) -> Checkpoints | None:
     """A finished training that this one continues: the same, or the base it personalises."""
     wanted = {spec.training_hash()}
     if isinstance(spec.build_algorithm(), Personalized):
@@ -216,7 +216,7 @@ def _sibling_training(spec: Spec, siblings: tuple[Path, ...]) -> StoredRound | N
         other = RunFolder(sibling)
         if other.finished() and other.manifest().get("training_hash") in wanted:
             _log.info("taking over the training in %s", sibling)
-            return Checkpoints(other.training).latest()
+            return Checkpoints(other.training)
     return None
 
 

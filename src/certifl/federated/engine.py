@@ -28,7 +28,7 @@ from certifl.federated.base import (
 )
 from certifl.federated.batches import Augmentation
 from certifl.federated.client import LocalTraining
-from certifl.models import state_of
+from certifl.models import fingerprint, state_of
 from certifl.store.checkpoints import Checkpoints, PendingRound, StoredRound
 
 __all__ = [
@@ -106,7 +106,8 @@ def train(
         TrainingDiverged: a client's training did; finished rounds are kept.
         StoreError: a checkpoint could not be written; finished rounds are kept.
     """
-    rounds = _Rounds(algorithm, clients, training, checkpoints, progress, participation)
+    identity = _identity(algorithm, model, clients, training)
+    rounds = _Rounds(algorithm, clients, training, checkpoints, progress, participation, identity)
     checkpoints.clean()
     current = rounds.resumed() or rounds.begun(model, start_from)
     while current.number < rounds.total:
@@ -142,6 +143,7 @@ class _Rounds:
     checkpoints: Checkpoints
     progress: ProgressCallback | None
     participation: Participation | None
+    identity: dict[str, Any]
 
     @property
     def total(self) -> int:
@@ -149,25 +151,24 @@ class _Rounds:
 
     def resumed(self) -> StoredRound | None:
         latest = self.checkpoints.latest()
-        if latest is not None and latest.identity != self._identity():
+        if latest is not None and latest.identity != self.identity:
             raise StoreMismatch(
                 f"{self.checkpoints.folder} holds another training "
-                f"({_difference(latest.identity, self._identity())}). Ask for the "
+                f"({_difference(latest.identity, self.identity)}). Ask for the "
                 "training it holds, or choose another folder."
             )
         return latest
 
     def begun(self, model: nn.Module, start_from: Checkpoints | None) -> StoredRound:
-        identity = self._identity()
         origin = None if start_from is None else start_from.latest()
         if origin is None:
             with self.checkpoints.begin(0) as pending:
                 pending.put_server(self.algorithm.init(state_of(model)).parts)
-                return pending.commit(identity=identity, history=[])
+                return pending.commit(identity=self.identity, history=[])
         self._check_origin(origin)
         with self.checkpoints.begin(origin.number) as pending:
             pending.carry_all(origin)
-            return pending.commit(identity=identity, history=origin.history)
+            return pending.commit(identity=self.identity, history=origin.history)
 
     def next(self, current: StoredRound) -> StoredRound:
         started = time.perf_counter()
@@ -189,7 +190,7 @@ class _Rounds:
                 "clients": rows,
             }
             history = [*current.history, entry]
-            return pending.commit(identity=current.identity, history=history)
+            return pending.commit(identity=self.identity, history=history)
 
     def _updates(
         self,
@@ -236,23 +237,9 @@ class _Rounds:
             )
         return chosen
 
-    def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to be gone on from, as plain JSON."""
-        training = self.training
-        tuning = training.finetuning_augmentation if self.algorithm.extra_rounds else None
-        identity = {
-            "algorithm": describe(self.algorithm),
-            "clients": len(self.clients),
-            "seed": training.seed,
-            "schedule": asdict(training.schedule),
-            "augmentation": _printed(training.augmentation),
-            "finetuning_augmentation": _printed(tuning),
-        }
-        return json.loads(json.dumps(identity))
-
     def _check_origin(self, origin: StoredRound) -> None:
         """Rounds of the same training, or of the one it wraps, may be gone on from."""
-        own = self._identity()
+        own = self.identity
         base = {**own, "finetuning_augmentation": _printed(None)}
         base["algorithm"] = own["algorithm"].get("base", own["algorithm"])
         if origin.identity not in (own, base):
@@ -260,6 +247,23 @@ class _Rounds:
                 f"{origin.path} cannot be gone on from: it is a round of another training "
                 f"({_difference(origin.identity, base)})."
             )
+
+
+def _identity(
+    algorithm: Algorithm, model: nn.Module, clients: Clients, training: LocalTraining
+) -> dict[str, Any]:
+    """What a checkpoint must agree with to be gone on from, as plain JSON."""
+    tuning = training.finetuning_augmentation if algorithm.extra_rounds else None
+    identity = {
+        "algorithm": describe(algorithm),
+        "initial_model": fingerprint(model),
+        "clients": len(clients),
+        "seed": training.seed,
+        "schedule": asdict(training.schedule),
+        "augmentation": _printed(training.augmentation),
+        "finetuning_augmentation": _printed(tuning),
+    }
+    return json.loads(json.dumps(identity))
 
 
 def _printed(augmentation: Augmentation | None) -> str:

@@ -44,6 +44,7 @@ FORMATS = ("png", "pdf", "svg")
 _DPI = 200
 _MARKERS_PER_CURVE = 8
 _COLUMNS = 5
+_LONGEST_NAME, _LONGEST_TITLE = 32, 72
 _INK, _FAINT = "#222222", "#DDDDDD"
 # No dates and no program versions inside the files: the same results give the same bytes.
 _METADATA: dict[str, dict[str, Any]] = {
@@ -168,7 +169,7 @@ def average_radius_figure(runs: Sequence[RunResults], title: str | None = None) 
         rows.append((run.label, "mean", mean))
     _frame(axes)
     axes.grid(axis="y", visible=False)
-    axes.set_yticks(range(len(runs)), [run.label for run in runs], parse_math=False)
+    axes.set_yticks(range(len(runs)), [_short(run.label) for run in runs], parse_math=False)
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     _radius_axis(axes, runs, "average certified radius")
@@ -354,14 +355,16 @@ def _default_title(run: RunResults) -> str:
 
 
 def _title(axes: Axes, title: str) -> None:
-    axes.set_title(title, fontsize=10.5, color=_INK, loc="left", parse_math=False)
+    axes.set_title(
+        _short(title, _LONGEST_TITLE), fontsize=10.5, color=_INK, loc="left", parse_math=False
+    )
 
 
 def _heading(figure: Figure, runs: Sequence[RunResults], title: str | None) -> None:
     """A title and one legend for all panels."""
     text = title if title is not None else _default_title(runs[0]) if runs else ""
     if text:
-        figure.suptitle(text, fontsize=10.5, color=_INK, parse_math=False)
+        figure.suptitle(_short(text, _LONGEST_TITLE), fontsize=10.5, color=_INK, parse_math=False)
     if runs:
         _legend(figure, runs, loc="outside lower center", ncols=min(4, len(runs)))
 
@@ -373,7 +376,7 @@ def _legend(place: Axes | Figure, runs: Sequence[RunResults], loc: str, ncols: i
     legend = place.legend(handles, numbers, loc=loc, ncols=ncols, **style)
     # The names come last: as labels, those that begin with an underscore would be left out.
     for text, run in zip(legend.get_texts(), runs, strict=True):
-        text.set(text=run.label, parse_math=False, color=_INK)
+        text.set(text=_short(run.label), parse_math=False, color=_INK)
 
 
 def _handle(look: Look) -> Line2D:
@@ -381,6 +384,11 @@ def _handle(look: Look) -> Line2D:
     line.set_dashes(look.dash or (None, None))
     line.set(markeredgecolor="white", markeredgewidth=0.6)
     return line
+
+
+def _short(text: str, longest: int = _LONGEST_NAME) -> str:
+    """A name that leaves room for the axes; the numbers beside the figure hold it in full."""
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def _spread_out(count: int) -> np.ndarray:

@@ -22,8 +22,9 @@ FAMILY_WORDS = {
 }
 
 _SIGNIFICANT = 4
-# A conversion multiplies two floats with relative errors of at most 2**-53 each.
-_CONVERSION_ERROR = 2.0**-51
+# The factor, two products and the reading of the text are off by at most 2**-53 of the result
+# each; twice their sum is taken off.
+_CONVERSION_ERROR = 2.0**-50
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,8 @@ def summary_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]
                 "acr_low": low,
                 "acr_high": high,
                 "acr_text": scale.text(acr),
+                "acr_low_text": None if low is None else scale.text(low),
+                "acr_high_text": None if high is None else scale.text(high),
                 "spread": gap,
                 "spread_text": scale.text(gap),
                 "accuracy": [

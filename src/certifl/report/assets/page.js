@@ -161,7 +161,9 @@
       `average certified radius in ${unit.name}`, (t) => tickText(t * unit.factor), String);
     data.runs.forEach((run, place) => {
       const layer = shape(b.root, "g", { class: `s${run.slot}` }), y = place * rowHeight + 38;
-      shape(layer, "text", { class: "name", x: b.left, y: y - 22 }, `${run.label}: ${run.meanTexts[state.unit]}`);
+      const longest = Math.floor(b.width / 9) - 14, name = run.label;
+      const short = name.length > longest ? `${name.slice(0, longest - 1)}…` : name;
+      shape(layer, "text", { class: "name", x: b.left, y: y - 22 }, `${short}: ${run.meanTexts[state.unit]}`);
       shape(layer, "line", { class: "rail", x1: b.left, x2: b.right, y1: y, y2: y });
       run.acr.forEach((radius, i) => {
         const dot = marker(layer, run, x(radius), y + ((i * 0.618) % 1 - 0.5) * 16);
