@@ -134,3 +134,11 @@ def test_predict_refuses_the_same() -> None:
         certifl.predict(Plain(), torch.rand(1, 1, 8, 8), NOISE)
     with pytest.raises(InputError, match="alpha"):
         certifl.predict(Plain().eval(), torch.rand(1, 1, 8, 8), NOISE, alpha=2.0)
+
+
+def test_exact_noise_needs_8_bit_images() -> None:
+    exact = certifl.PixelNoise(0.25, exact=True)
+    images = torch.randint(0, 256, (1, 1, 8, 8)) / 255
+    assert len(certifl.certify(Plain().eval(), images, exact, n=100)) == 1
+    with pytest.raises(InputError, match="multiples of 1/255"):
+        certifl.certify(Plain().eval(), torch.rand(1, 1, 8, 8), exact, n=100)

@@ -18,6 +18,7 @@ from certifl.errors import StoreMismatch
 from certifl.report import load_runs, write_report
 from certifl.report.markup import Markup, el, embedded_json, table
 from certifl.report.summary import client_curves, radius_grid
+from certifl.report.words import percent, tenths
 from report_factory import PIXEL, REGIMES, make_certificates, make_manifest, write_run, write_study
 
 HOSTILE = "<script>document.title='broken'</script>\"'&$x ${y} </noscript><img src=x>"
@@ -121,7 +122,7 @@ def _data(page: Path) -> dict:
 def test_the_page_says_what_was_found_and_what_it_means(page):
     text = _words(page)
     assert "FedAvg has the largest average certified radius" in text
-    assert "no difference from Personalised" in text or "no difference shown from Pers" in text
+    assert "no difference shown from Personalised" in text
     assert "at least 99.9 % over the votes" in text
     assert "interpolated a second time" in text
     assert "The image is rotated about its centre" in text
@@ -249,7 +250,7 @@ def test_mean_and_band_follow_the_chosen_clients(shown, page):
     at = int(shown.value("document.getElementById('radius').value"))
     curves = data["runs"][0]["curves"]
     pair = sorted((curves[3][at], curves[7][at]))
-    expected = f"{100 * sum(pair) / 2:.1f} %{100 * pair[0]:.1f} to {100 * pair[1]:.1f}"
+    expected = f"{percent(sum(pair) / 2)}{tenths(pair[0])} to {tenths(pair[1])}"
     assert _text(shown, "#readout > div").endswith(expected)
     _click(shown, "#clients-all")
     assert _count(shown, "[data-client]:checked") == 10

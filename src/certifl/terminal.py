@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -91,22 +92,26 @@ def _short(seconds: int) -> str:
 
 def show_summary(rows: Sequence[Mapping[str, Any]]) -> None:
     """The regimes side by side: the numbers of the report page, one line each."""
-    table = Table(caption="certified accuracy: share of all images, correct with at least that radius")
-    table.add_column("regime")
-    table.add_column("average radius (ACR), 95 %", justify="right")
-    for share in rows[0]["accuracy"]:
-        table.add_column(f"at {share['radius_text']}", justify="right")
-    for title in ("spread of clients", "abstained", "votes/image"):
-        table.add_column(title, justify="right")
+    table = Table(
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption="Columns of radii: share of all images certified correct with at least that radius."
+        "\nACR: average certified radius, with a 95 % interval over images. Spread: best minus "
+        "worst client.",
+        caption_justify="left",
+    )
+    table.add_column("regime", no_wrap=True)
+    titles = ["ACR", "95 %", *(s["radius_text"] for s in rows[0]["accuracy"])]
+    for title in (*titles, "spread"):
+        table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         low, high = row["acr_low_text"], row["acr_high_text"]
         table.add_row(
             str(row["label"]),
-            f"{row['acr_text']} [{low}, {high}]" if low else str(row["acr_text"]),
-            *(f"{100 * share['value']:.1f} %" for share in row["accuracy"]),
+            str(row["acr_text"]),
+            f"{low}-{high}" if low else "",
+            *(share["text"].replace(" %", "%") for share in row["accuracy"]),
             str(row["spread_text"]),
-            f"{100 * row['abstained']:.1f} %",
-            f"{row['votes_per_image']:,.0f}",
         )
     Console().print(table)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from certifl._version import __version__
 from certifl.certification import engine
 from certifl.certification.certificates import ABSTAINED, Certificates
-from certifl.certification.guards import Model, check_images, check_labels
+from certifl.certification.guards import Model, check_exact, check_images, check_labels
 from certifl.certification.network import Network, prepare
 from certifl.certification.settings import Settings
 from certifl.certification.votes import Request, VoteCounter
@@ -85,6 +85,7 @@ def certify(
         estimator, n0, n, alpha, None if radii is None else tuple(radii), label_aware
     )
     values = check_images(images)
+    check_exact(values, perturbation)
     network = prepare(model, values, device, precision, batch_size)
     known = check_labels(labels, len(values), network.classes)
     counter = VoteCounter(network, perturbation, seed)
@@ -205,6 +206,7 @@ def predict(
     """
     Settings(n=n, alpha=alpha)  # the same ranges hold
     values = check_images(images)
+    check_exact(values, perturbation)
     network = prepare(model, values, device, precision, batch_size)
     counter = VoteCounter(network, perturbation, seed)
     answers = []

@@ -102,7 +102,7 @@ def _read_parquet(path: Path) -> Certificates:
 
 def _as_matrix(column: pa.ChunkedArray) -> np.ndarray:
     rows = column.to_pylist()
-    return np.array(rows, dtype=np.int64).reshape(len(rows), -1)
+    return np.array(rows, dtype=np.int64).reshape(len(rows), -1 if rows else 0)
 
 
 def _write_tsv(certificates: Certificates, path: Path) -> None:

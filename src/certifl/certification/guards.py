@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from certifl.errors import InputError, ModelError
+from certifl.perturbations.base import Perturbation
 
-__all__ = ["check_images", "check_labels", "check_model", "probe_classes"]
+__all__ = ["check_exact", "check_images", "check_labels", "check_model", "probe_classes"]
 
 Model = Callable[[Tensor], Tensor]
 _PROBE = 6
@@ -45,6 +46,21 @@ def check_images(images: Tensor | np.ndarray) -> Tensor:
             "units of that range. Put normalisation inside the model."
         )
     return values
+
+
+def check_exact(images: Tensor, perturbation: Perturbation) -> None:
+    """With `PixelNoise(exact=True)`, images must be 8-bit: whole multiples of 1/255.
+
+    Raises:
+        InputError: some intensity is no multiple of 1/255.
+    """
+    if getattr(perturbation, "exact", False):
+        levels = images.double() * 255
+        if float((levels - levels.round()).abs().max()) > 1e-3:
+            raise InputError(
+                "PixelNoise(exact=True) certifies 8-bit images, and these have intensities "
+                "between the 256 levels. Round them to multiples of 1/255, or use exact=False."
+            )
 
 
 def check_labels(

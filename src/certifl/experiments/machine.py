@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from certifl._version import __version__
 
-__all__ = ["machine_facts", "versions"]
+__all__ = ["machine_facts", "training_threads", "versions"]
 
+_SMALL_NETWORK = 1_000_000
 _RECORDED = ("torch", "numpy", "scipy")
 
 
@@ -43,3 +47,19 @@ def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     found = {name: metadata.version(name) for name in _RECORDED}
     return {"certifl": __version__, "python": platform.python_version(), **found}
+
+
+@contextlib.contextmanager
+def training_threads(model: nn.Module) -> Iterator[None]:
+    """Train small networks on one thread, for steps of a millisecond are not worth sharing.
+
+    On a machine with other work, threads that wait for each other at every step cost many times
+    what they gain. The choice depends on the model alone, so a resumed run repeats it.
+    """
+    before = torch.get_num_threads()
+    if sum(p.numel() for p in model.parameters()) < _SMALL_NETWORK:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

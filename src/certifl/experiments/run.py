@@ -21,7 +21,7 @@ from torch import nn
 from certifl.data import Dataset, Partition
 from certifl.errors import StoreMismatch
 from certifl.experiments.certifying import certify_clients
-from certifl.experiments.machine import machine_facts, versions
+from certifl.experiments.machine import machine_facts, training_threads, versions
 from certifl.experiments.parts import open_data
 from certifl.federated import ClientData, LocalTraining, Personalized, train
 from certifl.federated.engine import Progress, deployed_model
@@ -91,8 +91,10 @@ def run(spec: Spec, options: Options) -> RunFolder:
             dataset.num_classes,
             spec.seed,
             spec.model.options,
+            dataset.image_size,
         )
-        _train(folder, spec, model, dataset, partition, options)
+        with training_threads(model):
+            _train(folder, spec, model, dataset, partition, options)
         certify_clients(
             folder,
             spec,

@@ -114,7 +114,13 @@ def _from_model(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:
     if request.data is None or request.weights is None:
         raise InputError("--model needs --weights FILE and --data NAME.")
     dataset = load(request.data, request.data_dir)
-    model = build(request.model, dataset.in_channels, dataset.num_classes, request.seed)
+    model = build(
+        request.model,
+        dataset.in_channels,
+        dataset.num_classes,
+        request.seed,
+        image_size=dataset.image_size,
+    )
     try:
         model.load_state_dict(_weights(request.weights))
     except RuntimeError as error:

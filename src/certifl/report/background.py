@@ -43,15 +43,15 @@ def facts_list(story: Story) -> Markup:
     items = [
         ("Data", f"{data.get('name', 'not recorded')}, {_image_words(data)}"),
         ("Clients", _each(str(len(r.clients)) for r in story.runs)),
-        ("Test images certified", _each(f"{len(r.certificates):,}" for r in story.runs)),
-        ("Perturbation", f"{family_words(facts)}, σ = {sigma_text(facts)}"),
+        ("Test images", _each(f"{len(r.certificates):,}" for r in story.runs)),
+        ("Perturbation", f"{family_words(facts)}, σ\u00a0=\u00a0{sigma_text(facts)}"),
         ("Risk per image", f"α = {_each(_plain(r.conditions['alpha']) for r in story.runs)}"),
         ("Votes spent", count_text(sum(votes.spent for votes in spent))),
     ]
     if saved and max(saved) > 0.005:
         all_fixed = sum(votes.fixed or 0 for votes in spent)
         share = 1.0 - sum(votes.spent for votes in spent) / all_fixed
-        items.append(("Votes saved", f"{100 * share:.0f} % of a fixed number per image"))
+        items.append(("Saved against a fixed n", f"{100 * share:.0f} %"))
     pairs = [el("div", None, el("dt", None, k), el("dd", None, v)) for k, v in items]
     return el("dl", {"class": "facts"}, *pairs)
 
@@ -61,7 +61,7 @@ def _image_words(data: Mapping[str, Any]) -> str:
     if not isinstance(size, list) or len(size) != 2:
         return "image size not recorded"
     channels = {1: "grey", 3: "colour"}.get(data.get("in_channels", 0), "")
-    return f"{channels} {size[0]} × {size[1]}".strip()
+    return f"{channels} {size[0]}\u00a0×\u00a0{size[1]}".strip()
 
 
 def meaning_section(story: Story) -> Markup:

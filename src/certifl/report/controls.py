@@ -7,6 +7,9 @@ from certifl.report.story import Story, named
 
 __all__ = ["chart_controls"]
 
+# More bands on top of each other show nothing; they can be switched on.
+_MOST_BANDS = 5
+
 
 def chart_controls(story: Story) -> Markup:
     """Everything that can be switched; all of it native form controls, reachable by keyboard."""
@@ -16,11 +19,12 @@ def chart_controls(story: Story) -> Markup:
         el("legend", None, "Regimes"),
         *(_toggle("regime", place, named(story, place)) for place in range(len(story.runs))),
     )
+    bands = len(story.runs) <= _MOST_BANDS
     show = el(
         "fieldset",
         {"class": "toggles"},
         el("legend", None, "Show"),
-        _option("checkbox", "show-band", "Band: smallest to largest client", True),
+        _option("checkbox", "show-band", "Band: smallest to largest client", bands),
         _option("checkbox", "show-clients", "One line per client", False),
     )
     return join([regimes, show, _unit_switch(story), _client_toggles(story)])

@@ -10,6 +10,7 @@ from certifl.report.history import measures_of
 from certifl.report.markup import Markup, el, join, table
 from certifl.report.story import Story, named
 from certifl.report.summary import (
+    Share,
     accuracy_share,
     client_acr,
     client_curves,
@@ -25,6 +26,7 @@ from certifl.report.words import (
     grouped,
     listed,
     percent,
+    tenths,
 )
 
 __all__ = [
@@ -123,9 +125,13 @@ def _result_row(story: Story, place: int, radii: Sequence[float]) -> list[str]:
         named(story, place),
         _two(scale.text(float(client_acr(run).mean())), under),
         apart if len(run.clients) > 1 else "–",
-        *(_two(percent(s.value), f"{100 * s.low:.1f} to {100 * s.high:.1f}") for s in shares),
-        _two(percent(abstained.value), f"{100 * abstained.low:.1f} to {100 * abstained.high:.1f}"),
+        *(_with_limits(s) for s in shares),
+        _with_limits(abstained),
     ]
+
+
+def _with_limits(part: Share) -> Markup:
+    return _two(percent(part.value), f"{tenths(part.low)} to {tenths(part.high)}")
 
 
 def _two(first: str, second: str) -> Markup:

@@ -17,6 +17,7 @@ from certifl.report.summary import (
     spread,
     vote_cost,
 )
+from certifl.report.words import percent
 
 __all__ = ["summary_rows"]
 
@@ -29,11 +30,11 @@ def summary_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]
 
     Returns:
         Per run: `regime`, `label`, `images`, `clients`; `acr` (mean over clients, stored unit)
-        with `acr_low`, `acr_high` (95 % over images, None with too few) and `acr_text` (shown
-        unit, rounded down); `spread` between best and worst client and `spread_text`; `accuracy`,
-        a list of {`radius`, `radius_text`, `value`, `low`, `high`} with exact 95 % limits;
-        `abstained`; `votes_per_image`; `votes_saved` relative to a fixed number (None if not
-        recorded).
+        with `acr_low`, `acr_high` (95 % over images, None with too few), and all three as
+        `..._text` in the shown unit, rounded down and the interval outward; `spread` between best
+        and worst client and `spread_text`; `accuracy`, a list of {`radius`, `radius_text`,
+        `value`, `text`, `low`, `high`} with exact 95 % limits; `abstained`; `votes_per_image`;
+        `votes_saved` relative to a fixed number (None if not recorded).
 
     Raises:
         StoreMismatch: a run that is missing or unfinished, or runs that cannot be compared.
@@ -57,8 +58,8 @@ def summary_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]
                 "acr_low": low,
                 "acr_high": high,
                 "acr_text": scale.text(acr),
-                "acr_low_text": None if low is None else scale.text(low),
-                "acr_high_text": None if high is None else scale.text(high),
+                "acr_low_text": None if low is None else scale.down(low) + scale.suffix,
+                "acr_high_text": None if high is None else scale.up(high) + scale.suffix,
                 "spread": gap,
                 "spread_text": scale.text(gap),
                 "accuracy": [
@@ -66,6 +67,7 @@ def summary_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]
                         "radius": radius,
                         "radius_text": text,
                         "value": s.value,
+                        "text": percent(s.value),
                         "low": s.low,
                         "high": s.high,
                     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,9 +21,11 @@ __all__ = [
     "listed",
     "percent",
     "recommendations",
+    "tenths",
 ]
 
 NO_DIFFERENCE = "no difference shown"
+_MOST_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,10 @@ def _several(
         finding = f"{best} gives the largest average certified radius: {radius}."
     ahead = [
         f"{by_margin(_from(comparison, place.best, i), scale)} ahead of {runs[i].label}"
-        for i in behind
+        for i in behind[:_MOST_NAMED]
     ]
+    if len(behind) > _MOST_NAMED:
+        ahead.append(f"further ahead of the other {len(behind) - _MOST_NAMED}")
     brackets = "In brackets: 95 % intervals over test images"
     together = ", wide enough for all comparisons at once" if len(comparison.pairs) > 1 else ""
     return finding, [f"It is {listed(ahead)}.", f"{brackets}{together}."]
@@ -149,7 +154,12 @@ def by_margin(difference: Difference, scale: RadiusScale) -> str:
 
 def percent(value: float) -> str:
     """A share of images, to a tenth of a per cent."""
-    return f"{100 * value:.1f} %"
+    return f"{tenths(value)} %"
+
+
+def tenths(value: float) -> str:
+    """A share in per cent; halves go up, here and in the page's script, so that both agree."""
+    return f"{math.floor(1000 * value + 0.5 + 1e-9) / 10:.1f}"
 
 
 def listed(names: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("report-data").textContent);
   const state = {
-    unit: 0, band: true, lines: false, radius: Math.floor(data.radii.length / 4),
+    unit: 0, band: document.getElementById("show-band").defaultChecked, lines: false, radius: Math.floor(data.radii.length / 4),
     regimes: data.runs.map(() => true),
     clients: new Set(data.clients),
   };
@@ -16,7 +16,7 @@
     return parent.appendChild(made);
   };
   const trace = (xs, ys) => xs.map((x, i) => `${i ? "L" : "M"}${x.toFixed(1)} ${ys[i].toFixed(1)}`).join("");
-  const percent = (value) => `${(100 * value).toFixed(1)} %`;
+  const tenths = (value) => (Math.floor(1000 * value + 0.5 + 1e-9) / 10).toFixed(1);
 
   function ticks(low, high, wanted) {
     const raw = (high - low) / wanted;
@@ -131,9 +131,9 @@
   function readoutRow(run, place, values, clients) {
     const row = document.createElement("div"), mean = document.createElement("b"), range = document.createElement("small");
     row.append(document.querySelector(`[data-regime="${place}"] ~ .regime`).cloneNode(true), mean);
-    mean.textContent = percent(values.mean);
+    mean.textContent = `${tenths(values.mean)} %`;
     if (clients > 1) {
-      range.textContent = `${(100 * values.low).toFixed(1)} to ${(100 * values.high).toFixed(1)}`;
+      range.textContent = `${tenths(values.low)} to ${tenths(values.high)}`;
       row.append(range);
     }
     return row;
@@ -227,6 +227,6 @@
     if (document.body.clientWidth !== width) { width = document.body.clientWidth; drawAll(); }
   }).observe(document.body);
   // A browser may have kept the boxes of an earlier visit; the page starts with all of them as written.
-  each("form, input", (box) => { if (box.type === "checkbox" || box.type === "radio") box.checked = box.defaultChecked; });
+  each("input", (box) => { if (box.type === "checkbox" || box.type === "radio") box.checked = box.defaultChecked; });
   drawAll();
 })();
