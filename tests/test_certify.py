@@ -1,4 +1,4 @@
-"""`certify` on classifiers whose smoothed probabilities are known, and its promises of sameness."""
+"""`certify` on classifiers whose smoothed probabilities are known, and its promises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be certified is refused before the first vote, with a message that says what to do."""
+"""What cannot be certified is refused before the first vote, and the message helps."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_model_in_training_mode() -> None:
 def test_one_module_left_in_training_mode() -> None:
     model = nn.Sequential(nn.Dropout(0.5), Plain()).eval()
     model[0].train()
-    with pytest.raises(ModelError, match="'0' .Dropout. is in training mode"):
+    with pytest.raises(ModelError, match=r"'0' .Dropout. is in training mode"):
         certify(model)
 
 

@@ -48,7 +48,9 @@ def test_toml_gives_the_same_spec_back(regime: str, tmp_path: Path) -> None:
 
 def test_settings_override_any_key_and_change_the_hash() -> None:
     spec = with_settings(SMALL)
-    changed = with_settings(SMALL, ["training.lr=0.05", "algorithm={name='mixture', personalization=0.5}", "seed=3"])
+    changed = with_settings(
+        SMALL, ["training.lr=0.05", "algorithm={name='mixture', personalization=0.5}", "seed=3"]
+    )
     assert (changed.training.lr, changed.algorithm["name"], changed.seed) == (0.05, "mixture", 3)
     assert changed.hash() != spec.hash()
     assert with_settings(SMALL, ["name=other"]).hash() == spec.hash()

@@ -95,7 +95,7 @@ def show_summary(rows: Sequence[Mapping[str, Any]]) -> None:
     table = Table(
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-        caption="Columns of radii: share of all images certified correct with at least that radius."
+        caption="Columns of radii: share of all images, correct with at least that radius."
         "\nACR: average certified radius, with a 95 % interval over images. Spread: best minus "
         "worst client.",
         caption_justify="left",

@@ -128,7 +128,7 @@ def _shifted(
 
 
 def _fingerprint(images: Tensor) -> str:
-    return hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()
+    return hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()
 
 
 def conditions(

@@ -8,14 +8,13 @@ says in which precision.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor, nn
 
+from certifl.certification.folding import fold_batch_norm
 from certifl.certification.guards import check_model, probe_classes
 from certifl.errors import InputError
 
@@ -24,7 +23,6 @@ __all__ = ["PRECISIONS", "Network", "choose_device", "choose_precision", "prepar
 Model = Callable[[Tensor], Tensor]
 PRECISIONS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
-_log = logging.getLogger(__name__)
 
 # Bytes of the largest activation of one batch that still keep caches warm (CPU), and the share of
 # the memory that one activation may take (GPU). Only the speed depends on them.
@@ -87,11 +85,12 @@ def prepare(
         return Network(model, classes, place, "float32", False, _batch(batch_size, probe, place))
     plain = copy.deepcopy(model).to(place).requires_grad_(False)
     probe_classes(plain, probe)
-    folded = _folded(plain, probe)
+    folded = fold_batch_norm(plain, probe)
     ready = folded if folded is not None else plain
     chosen = choose_precision(precision, place, ready)
     size = _batch(batch_size, probe, place, plain, PRECISIONS[chosen].itemsize)
-    ready = ready.to(memory_format=torch.channels_last).to(PRECISIONS[chosen])
+    # basedpyright does not know the overload of Module.to that takes a memory format alone.
+    ready = ready.to(dtype=PRECISIONS[chosen], memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     call = _Caller(ready, PRECISIONS[chosen])
     classes = probe_classes(call, probe)
     return Network(call, classes, place, chosen, folded is not None, size)
@@ -183,56 +182,3 @@ def _largest_activation(module: nn.Module, probe: Tensor) -> int:
         for hook in hooks:
             hook.remove()
     return largest[0]
-
-
-def _folded(module: nn.Module, probe: Tensor) -> nn.Module | None:
-    """A copy with every BatchNorm that follows a convolution folded into it, or None.
-
-    Only a module that can be traced is folded, and only if its logits stay the same up to float32
-    rounding on a probe; otherwise the network votes unfolded, which is slower and equally valid.
-    """
-    try:
-        graph = fx.symbolic_trace(copy.deepcopy(module))
-    except Exception as error:  # tracing runs the user's own forward: anything may be raised
-        _log.info("BatchNorm is not folded, the model cannot be traced: %s", error)
-        return None
-    modules = dict(graph.named_modules())
-    found = False
-    for node in list(graph.graph.nodes):
-        pair = _convolution_before(node, modules)
-        if pair is None:
-            continue
-        convolution, norm = pair
-        fused = fuse_conv_bn_eval(modules[convolution.target], modules[norm.target])
-        graph.set_submodule(convolution.target, fused)
-        modules[convolution.target] = fused
-        node.replace_all_uses_with(convolution)
-        graph.graph.erase_node(node)
-        found = True
-    if not found:
-        return None
-    graph.graph.lint()
-    graph.delete_all_unused_submodules()
-    graph.recompile()
-    graph.eval()
-    with torch.inference_mode():
-        before, after = module(probe), graph(probe)
-    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * (1.0 + float(before.abs().max()))):
-        _log.warning("BatchNorm is not folded: it changed the logits beyond rounding.")
-        return None
-    return graph
-
-
-def _convolution_before(
-    node: fx.Node, modules: dict[str, nn.Module]
-) -> tuple[fx.Node, fx.Node] | None:
-    if node.op != "call_module" or not isinstance(modules[str(node.target)], nn.BatchNorm2d):
-        return None
-    source = node.args[0]
-    if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
-        return None
-    if not isinstance(modules[str(source.target)], nn.Conv2d):
-        return None
-    # A convolution that is called twice is shared: folding one BatchNorm would change the other.
-    calls = [n for n in node.graph.nodes if n.op == "call_module" and n.target == source.target]
-    return (source, node) if len(calls) == 1 else None

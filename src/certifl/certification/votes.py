@@ -91,7 +91,8 @@ class VoteCounter:
         return self.network.call(noisy).argmax(dim=1)
 
     def _chunks(self, images: Tensor, requests: Sequence[Request]) -> Iterator[_Votes]:
-        device, shape = self.network.device, tuple(images.shape[1:])
+        device = self.network.device
+        channels, height, width = images.shape[1:]
         for request in requests:
             for chunk in range(request.start // CHUNK, -(-request.stop // CHUNK)):
                 first = chunk * CHUNK
@@ -99,7 +100,7 @@ class VoteCounter:
                     self.seed, request.purpose, request.key, chunk, device=device
                 )
                 # Always the whole chunk, so that its votes do not depend on the part wanted.
-                params = self.perturbation.sample(CHUNK, shape, generator)
+                params = self.perturbation.sample(CHUNK, (channels, height, width), generator)
                 wanted = params[max(request.start - first, 0) : request.stop - first]
                 yield _Votes(request.image, request.slot, wanted)
 
