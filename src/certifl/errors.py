@@ -11,6 +11,7 @@ CertiflError
 └── WorkError               the work failed; the command line exits with 1
     ├── TrainingDiverged    a client's loss or weights stopped being finite
     ├── VerificationFailed  a stored certificate does not follow from its votes
+    ├── RandomSourceBroken  draws that do not repeat, do not differ or do not follow their law
     └── StoreError          a folder that cannot be read or written
 ```
 
@@ -24,6 +25,7 @@ __all__ = [
     "DataUnavailable",
     "InputError",
     "ModelError",
+    "RandomSourceBroken",
     "RequestError",
     "SpecError",
     "StoreError",
@@ -85,6 +87,10 @@ class TrainingDiverged(WorkError):
 
 class VerificationFailed(WorkError):
     """A stored certificate does not follow from its votes."""
+
+
+class RandomSourceBroken(WorkError):
+    """The self-test of the random source failed: certificates from its votes would not hold."""
 
 
 class StoreError(WorkError):

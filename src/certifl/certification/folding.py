@@ -1,4 +1,4 @@
-"""BatchNorm in evaluation mode is an affine map: folded into the convolution before it, it is free."""
+"""BatchNorm in evaluation mode is affine: folded into the convolution before it, it is free."""
 
 from __future__ import annotations
 

@@ -89,8 +89,8 @@ def prepare(
     ready = folded if folded is not None else plain
     chosen = choose_precision(precision, place, ready)
     size = _batch(batch_size, probe, place, plain, PRECISIONS[chosen].itemsize)
-    # basedpyright does not know the overload of Module.to that takes a memory format alone.
-    ready = ready.to(dtype=PRECISIONS[chosen], memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    ready = ready.to(PRECISIONS[chosen])
+    ready.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     call = _Caller(ready, PRECISIONS[chosen])
     classes = probe_classes(call, probe)
     return Network(call, classes, place, chosen, folded is not None, size)

@@ -3,13 +3,18 @@
 Votes come in chunks of 100. Chunk k of an image is drawn from its own stream, a function of
 (seed, purpose, image content, k), so the votes of an image do not depend on the other images, on
 how chunks are packed into batches, or on where an interruption fell. Batches are always filled to
-the same number of rows, because a network's rounding may differ between batch shapes.
+the same number of rows, because a network's rounding may differ between batch shapes. Where the
+memory is too small for them, votes are cast again, from the start of the call, in batches of half
+the size: counting is a pure function, so nothing is lost and nothing is counted twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +27,17 @@ from certifl.streams import vote_generator
 __all__ = ["CHUNK", "Request", "VoteCounter"]
 
 CHUNK = 100
+_log = logging.getLogger(__name__)
+
+# How torch and its libraries say that memory ran out, where they raise no type of its own.
+_NO_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "alloc_failed",
+)
+_Counted = TypeVar("_Counted")
 
 
 @dataclass(frozen=True)
@@ -48,8 +64,9 @@ class Request:
 class VoteCounter:
     """Counts votes of one network under one perturbation.
 
-    Args:
-        network: the prepared base classifier.
+    Attributes:
+        network: the prepared base classifier; its `batch_size` is the one in use, which is halved
+            when memory runs out.
         perturbation: draws parameters and applies them.
         seed: the study's seed.
     """
@@ -71,15 +88,71 @@ class VoteCounter:
             centre: (slots, *params_shape) added to the drawn parameters: the votes are then those
                 of g_delta, the smoothed classifier at a shifted parameter.
         """
-        network = self.network
-        totals = torch.zeros(slots * network.classes, dtype=torch.int64, device=network.device)
-        with torch.inference_mode():
-            for rows, slot, params in _batches(self._chunks(images, requests), network.batch_size):
-                shifted = params if centre is None else params + centre[slot]
-                classes = self._votes(images, rows, shifted)[: len(slot)]
-                ones = torch.ones_like(classes)
-                totals.scatter_add_(0, slot * network.classes + classes, ones)
-        return totals.view(slots, network.classes).cpu().numpy()
+
+        def counted() -> np.ndarray:
+            classes = self.network.classes
+            totals = torch.zeros(slots * classes, dtype=torch.int64, device=self.network.device)
+            for slot, _, voted in self._cast(images, requests, centre):
+                totals.scatter_add_(0, slot * classes + voted, torch.ones_like(voted))
+            return totals.view(slots, classes).cpu().numpy()
+
+        return self._within_memory(counted)
+
+    def lean(
+        self,
+        images: Tensor,
+        requests: Sequence[Request],
+        expected: Tensor,
+        centre: Tensor | None = None,
+    ) -> Tensor:
+        """Sums of the drawn parameters over the votes for other classes than expected.
+
+        For a Gaussian law this is, up to a positive factor, an unbiased estimate of the direction
+        in which the probability of the expected class falls fastest (Stein's lemma).
+
+        Args:
+            images, requests, centre: as in `count`; drawn parameters are counted without `centre`.
+            expected: (slots,) int64, a class per slot, on the network's device.
+
+        Returns:
+            (slots, *params_shape) float32 on the network's device.
+        """
+
+        def summed() -> Tensor:
+            shape = self.perturbation.params_shape(_chw(images))
+            sums = torch.zeros((len(expected), *shape), device=self.network.device)
+            for slot, params, voted in self._cast(images, requests, centre):
+                strayed = voted != expected[slot]
+                sums.index_add_(0, slot[strayed], params[strayed])
+            return sums
+
+        return self._within_memory(summed)
+
+    def _within_memory(self, work: Callable[[], _Counted]) -> _Counted:
+        """Do the work, from its start again in half the batch size whenever memory runs out."""
+        while True:
+            try:
+                with torch.inference_mode():
+                    return work()
+            except (RuntimeError, MemoryError) as error:
+                size = self.network.batch_size
+                if size == 1 or not _is_out_of_memory(error):
+                    raise
+                reason = str(error).partition("\n")[0]
+            # Outside the handler: the error would keep the tensors of its frames alive.
+            if self.network.device.type == "cuda":
+                torch.cuda.empty_cache()
+            _log.warning("Memory ran out at %d noisy images a batch: halved. (%s)", size, reason)
+            self.network = dataclasses.replace(self.network, batch_size=size // 2)
+
+    def _cast(
+        self, images: Tensor, requests: Sequence[Request], centre: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches of votes: the slots they belong to, the drawn parameters, the classes voted."""
+        chunks = self._chunks(images, requests)
+        for rows, slot, params in _batches(chunks, self.network.batch_size):
+            shifted = params if centre is None else params + centre[slot]
+            yield slot, params, self._votes(images, rows, shifted)[: len(slot)]
 
     def _votes(self, images: Tensor, rows: Tensor, params: Tensor) -> Tensor:
         """Predicted classes; the batch is filled with copies of its last row."""
@@ -91,8 +164,7 @@ class VoteCounter:
         return self.network.call(noisy).argmax(dim=1)
 
     def _chunks(self, images: Tensor, requests: Sequence[Request]) -> Iterator[_Votes]:
-        device = self.network.device
-        channels, height, width = images.shape[1:]
+        device, shape = self.network.device, _chw(images)
         for request in requests:
             for chunk in range(request.start // CHUNK, -(-request.stop // CHUNK)):
                 first = chunk * CHUNK
@@ -100,9 +172,21 @@ class VoteCounter:
                     self.seed, request.purpose, request.key, chunk, device=device
                 )
                 # Always the whole chunk, so that its votes do not depend on the part wanted.
-                params = self.perturbation.sample(CHUNK, (channels, height, width), generator)
+                params = self.perturbation.sample(CHUNK, shape, generator)
                 wanted = params[max(request.start - first, 0) : request.stop - first]
                 yield _Votes(request.image, request.slot, wanted)
+
+
+def _chw(images: Tensor) -> tuple[int, int, int]:
+    channels, height, width = images.shape[1:]
+    return channels, height, width
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return any(words in text for words in _NO_MEMORY)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class ImageSplit:
 
     def take(self, indices: np.ndarray | torch.Tensor) -> ImageSplit:
         """The images and labels at `indices`, in that order."""
-        where = torch.as_tensor(indices, dtype=torch.int64)
+        where = torch.from_numpy(np.array(indices, dtype=np.int64))
         return ImageSplit(self.images[where], self.labels[where])
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ from certifl.certification.engine import Votes
 from certifl.certification.network import Network, prepare
 from certifl.certification.votes import VoteCounter
 from certifl.data import Dataset, Partition, choose, to_float
+from certifl.errors import StoreError
 from certifl.models import fingerprint
 from certifl.perturbations import Perturbation
 from certifl.spec import Certification, Spec
@@ -28,7 +32,8 @@ __all__ = ["Job", "certify_clients", "certify_job"]
 
 Report = Callable[[str, int, int, str], None]
 _SECONDS_BETWEEN_SAVES = 15.0
-_SAME_VOTES = ("model_fingerprint", "precision", "batch_norm_folded", "batch_size", "device")
+_MAY_DIFFER = ("threads", "versions")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def certify_clients(
         for job, p in zip(jobs, parts, strict=True)
     }
     facts = {**together.conditions, "model_fingerprint": models}
-    dataclasses.replace(together, conditions=facts).save(folder.certificates)
+    folder.save_certificates(dataclasses.replace(together, conditions=facts))
 
 
 def _progress(report: Report | None, before: int, everything: int) -> engine.Progress | None:
@@ -115,11 +120,10 @@ def certify_job(
     """One client's certificates; votes already cast and saved are not cast again."""
     settings = wanted.settings()
     facts = conditions(perturbation, settings, network, seed, model, data)
-    # Votes of another network, precision or device are votes of another classifier.
-    key = json.dumps({name: facts[name] for name in _SAME_VOTES}, sort_keys=True)
-    votes = _saved_votes(job, key) or engine.fresh(len(job.index), network.classes)
-    saver = _Saver(job.saved, key)
+    saver = _Saver(job.saved, _votes_key(job, facts))
+    votes = saver.load() or engine.fresh(len(job.index), network.classes)
     if not votes.done.all():
+        saver.save(votes)  # a place that cannot be written shows before the votes are cast
         images = to_float(job.images).to(network.device)
         counter = VoteCounter(network, perturbation, seed)
         engine.count_all(counter, images, job.labels, settings, votes, saver.maybe, progress)
@@ -131,12 +135,12 @@ def certify_job(
     )
 
 
-def _saved_votes(job: Job, key: str) -> Votes | None:
-    """Votes of an earlier start, if the same network cast them."""
-    if not job.saved.is_file() or tensor_metadata(job.saved).get("network") != key:
-        return None
-    votes = Votes.from_tensors(load_tensors(job.saved))
-    return votes if len(votes.done) == len(job.index) else None
+def _votes_key(job: Job, facts: Mapping[str, Any]) -> str:
+    """A name of the votes asked for: another image, noise, network or look makes another."""
+    same = {name: value for name, value in facts.items() if name not in _MAY_DIFFER}
+    images = [job.index.tolist(), job.labels.tolist()]
+    text = json.dumps([same, images], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class _Saver:
@@ -146,12 +150,30 @@ class _Saver:
         self._path, self._key = path, key
         self._last = time.monotonic()
 
+    def load(self) -> Votes | None:
+        """Votes of an earlier start, if they were cast for the same question."""
+        if not self._path.is_file():
+            return None
+        try:
+            about, tensors = tensor_metadata(self._path), load_tensors(self._path)
+        except StoreError as error:
+            _log.warning("Votes are cast again: %s", error)
+            return None
+        if about.get("key") != self._key:
+            return None
+        if about.get("checksum") != fingerprint(tensors):
+            _log.warning("%s is damaged; its votes are cast again.", self._path)
+            return None
+        return Votes.from_tensors(tensors)
+
     def maybe(self, votes: Votes) -> None:
         if time.monotonic() - self._last > _SECONDS_BETWEEN_SAVES:
             self.save(votes)
 
     def save(self, votes: Votes) -> None:
-        save_tensors(self._path, votes.tensors(), {"network": self._key})
+        tensors = votes.tensors()
+        about = {"key": self._key, "checksum": fingerprint(tensors)}
+        save_tensors(self._path, tensors, about)
         self._last = time.monotonic()
 
 

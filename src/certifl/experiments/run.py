@@ -15,23 +15,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from certifl.data import Dataset, Partition
-from certifl.errors import StoreMismatch
+from certifl.certification.network import choose_device, prepare
+from certifl.data import Dataset, Partition, to_float
+from certifl.errors import ModelError, StoreError, StoreMismatch
 from certifl.experiments.certifying import certify_clients
 from certifl.experiments.machine import machine_facts, training_threads, versions
-from certifl.experiments.parts import open_data
+from certifl.experiments.parts import initial_model, open_data
 from certifl.federated import ClientData, LocalTraining, Personalized, train
 from certifl.federated.engine import Progress, deployed_model
-from certifl.models import build
 from certifl.spec import Spec
 from certifl.store.atomic import write_json
-from certifl.store.checkpoints import Checkpoints
+from certifl.store.checkpoints import Checkpoints, StoredRound
 from certifl.store.runs import FINISHED, RUNNING, RunFolder
 
-__all__ = ["LABELS", "Options", "run", "trained_model"]
+__all__ = ["LABELS", "Options", "deployed", "last_round", "run", "trained_model"]
 
 _log = logging.getLogger(__name__)
 
@@ -77,30 +76,26 @@ def run(spec: Spec, options: Options) -> RunFolder:
         StoreError: the folder cannot be written; what is there stays whole.
     """
     folder = RunFolder(options.out)
-    if folder.finished() and not options.overwrite:
-        folder.begin(spec.to_toml(), spec.hash())  # refuses another spec
+    folder.check(spec.hash(), options.overwrite)
+    if not options.overwrite and folder.complete():
         return folder
+    # Whatever the request can be refused for is found before anything is written.
+    device = choose_device(options.device)
     dataset, partition = open_data(spec, options.data_dir)
+    model = initial_model(spec, dataset)
+    prepare(model, to_float(dataset.test.images[:1]), device, spec.certification.precision)
     with folder.locked():
         folder.begin(spec.to_toml(), spec.hash(), options.overwrite)
         _describe(folder, spec, dataset, options)
         write_json(folder.partition, partition.to_manifest())
-        model = build(
-            spec.model.name,
-            dataset.in_channels,
-            dataset.num_classes,
-            spec.seed,
-            spec.model.options,
-            dataset.image_size,
-        )
         with training_threads(model):
-            _train(folder, spec, model, dataset, partition, options)
+            last = _train(folder, spec, model, dataset, partition, options, str(device))
         certify_clients(
             folder,
             spec,
             dataset,
             partition,
-            lambda client: trained_model(folder, spec, model, client),
+            lambda client: deployed(last, spec, model, client),
             device=options.device,
             report=options.report,
         )
@@ -153,11 +148,11 @@ def _train(
     dataset: Dataset,
     partition: Partition,
     options: Options,
-) -> None:
+    device: str,
+) -> StoredRound:
     """Run the rounds that are missing, from a sibling's finished training where one fits."""
     started = time.perf_counter()
     federated, personal = spec.augmentations()
-    device = _training_device(options.device)
     training = LocalTraining(
         model,
         spec.training.schedule(),
@@ -179,6 +174,7 @@ def _train(
     folder.write_history([_by_client(entry) for entry in last.history])
     spent = folder.manifest().get("training_seconds", 0.0) + time.perf_counter() - started
     folder.update({"training_seconds": round(spent, 3)})
+    return last
 
 
 def _rounds(report: Report) -> Callable[[Progress], None]:
@@ -196,12 +192,6 @@ def _by_client(entry: dict[str, Any]) -> dict[str, Any]:
         for row in entry["clients"]
     }
     return {**entry, "clients": rows}
-
-
-def _training_device(device: str) -> str:
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _client_data(dataset: Dataset, partition: Partition, client: int) -> ClientData:
@@ -222,20 +212,53 @@ def _sibling_training(spec: Spec, siblings: tuple[Path, ...]) -> Checkpoints | N
     return None
 
 
+def last_round(folder: RunFolder, spec: Spec) -> StoredRound:
+    """The final checkpoint of a finished training.
+
+    Raises:
+        StoreError: it is missing or damaged, so the trained models are not known.
+    """
+    last = Checkpoints(folder.training).latest()
+    wanted = spec.training.rounds + spec.build_algorithm().extra_rounds
+    if last is None or last.number != wanted:
+        raise StoreError(
+            f"The final checkpoint in {folder.training} is missing or damaged, so the trained "
+            "models are not known. Compute the run again with --overwrite."
+        )
+    return last
+
+
+def deployed(last: StoredRound, spec: Spec, model: nn.Module, client: int) -> nn.Module:
+    """The model that a client uses at test time, in evaluation mode.
+
+    Args:
+        last: the final checkpoint. spec: of the run.
+        model: the architecture; its weights are replaced.
+        client: number of the client.
+
+    Raises:
+        ModelError: the network is no longer the one that was trained.
+    """
+    try:
+        model.load_state_dict(deployed_model(spec.build_algorithm(), last, client))
+    except RuntimeError as error:
+        raise ModelError(
+            f"The trained weights in {last.path} do not fit the model {spec.model.name!r}: its "
+            "code must be the one that the run was trained with."
+        ) from error
+    return model.eval()
+
+
 def trained_model(folder: RunFolder, spec: Spec, model: nn.Module, client: int) -> nn.Module:
-    """The model that a client uses at test time, in evaluation mode, from the last checkpoint.
+    """The model that a client of a finished run uses at test time, in evaluation mode.
 
     Args:
         model: the architecture; its weights are replaced.
 
     Raises:
-        StoreMismatch: the run has no trained model.
+        StoreError: the final checkpoint is missing or damaged. ModelError: see `deployed`.
     """
-    last = Checkpoints(folder.training).latest()
-    if last is None:
-        raise StoreMismatch(f"{folder.path} holds no trained model yet; finish the run first.")
-    model.load_state_dict(deployed_model(spec.build_algorithm(), last, client))
-    return model.eval()
+    return deployed(last_round(folder, spec), spec, model, client)
 
 
 def _now() -> str:

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from certifl.certification.certificates import Certificates
-from certifl.errors import StoreError, StoreMismatch
+from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.store.atomic import read_json, write_json, write_text
 
 __all__ = ["FINISHED", "RUNNING", "RunFolder"]
 
 RUNNING, FINISHED = "running", "finished"
-_MARK = "run.json"
+_MARK, _LOCK = "run.json", ".lock"
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,24 @@ class RunFolder:
         """
         if not self.exists():
             raise StoreError(f"{self.path} is no run folder: it has no {_MARK}.")
-        return read_json(self.path / _MARK)
+        try:
+            held = read_json(self.path / _MARK)
+        except StoreError as error:
+            raise _damaged(self.path, str(error.__cause__)) from error
+        if not isinstance(held, dict):
+            raise _damaged(self.path, "it is no JSON object")
+        return held
+
+    def fact(self, name: str) -> Any:
+        """One fact of the manifest.
+
+        Raises:
+            StoreError: the manifest is damaged or does not hold it.
+        """
+        held = self.manifest()
+        if name not in held:
+            raise _damaged(self.path, f"it does not say {name!r}")
+        return held[name]
 
     def update(self, facts: Mapping[str, Any]) -> None:
         """Add facts to the manifest."""
@@ -96,30 +113,71 @@ class RunFolder:
         """Whether everything was computed."""
         return self.exists() and self.manifest().get("status") == FINISHED
 
-    def begin(self, spec_toml: str, spec_hash: str, overwrite: bool = False) -> None:
-        """Open the folder for one spec: new, or to go on with.
+    def complete(self) -> bool:
+        """Whether everything was computed and the certificates can still be read."""
+        if not self.finished():
+            return False
+        try:
+            return len(self.load_certificates()) > 0
+        except StoreError:
+            return False
+
+    def check(self, spec_hash: str, overwrite: bool = False) -> None:
+        """Refuse the folder if it is not free for one spec; nothing is written.
 
         Raises:
             StoreMismatch: the folder holds another study, or files that are no run.
         """
-        if overwrite and self.exists():
-            shutil.rmtree(self.path)
-        if self.exists():
+        if self.exists() and not overwrite:
             held = self.manifest().get("spec_hash")
             if held != spec_hash:
                 raise StoreMismatch(
                     f"{self.path} holds another study (spec {held}, asked for {spec_hash}). "
                     "Choose another folder with --out, or give --overwrite to replace it."
                 )
+        if self.exists() or not self.path.is_dir():
             return
-        strangers = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
-        if any(name not in (".lock", self.spec.name) for name in strangers):
+        entries = sorted(p.name for p in self.path.iterdir())
+        strangers = [n for n in entries if n not in (_LOCK, self.spec.name) and not _left_over(n)]
+        if strangers:
             raise StoreMismatch(
                 f"{self.path} holds files that are no run ({strangers[0]}, ...). "
                 "Choose an empty or new folder with --out."
             )
-        write_text(self.spec, spec_toml)
-        self.update({"spec_hash": spec_hash, "status": RUNNING})
+
+    def begin(self, spec_toml: str, spec_hash: str, overwrite: bool = False) -> None:
+        """Open the folder for one spec, new or to go on with; only while it is `locked`.
+
+        Raises:
+            StoreMismatch: the folder holds another study, or files that are no run.
+            StoreError: the folder cannot be written.
+        """
+        self.check(spec_hash, overwrite)
+        if overwrite and self.exists():
+            self._clear()
+        for name in (p.name for p in self.path.iterdir()):
+            if _left_over(name):
+                (self.path / name).unlink(missing_ok=True)
+        if not self.spec.is_file():
+            write_text(self.spec, spec_toml)
+        if not self.exists() or overwrite:
+            write_json(self.path / _MARK, {"spec_hash": spec_hash, "status": RUNNING})
+
+    def _clear(self) -> None:
+        """Remove all but lock and manifest; killed half-way, no run that looks finished is left."""
+        try:
+            held = self.manifest()
+        except StoreError:
+            held = {}
+        write_json(self.path / _MARK, {**held, "status": RUNNING})
+        try:
+            for entry in self.path.iterdir():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                elif entry.name not in (_MARK, _LOCK):
+                    entry.unlink()
+        except OSError as error:
+            raise StoreError(f"Cannot replace the run in {self.path}: {error}.") from error
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -131,7 +189,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = (self.path / ".lock").open("w")
+            handle = (self.path / _LOCK).open("a")
         except OSError as error:
             raise StoreError(
                 f"Cannot write to {self.path}: {error}. Choose another folder with --out."
@@ -152,5 +210,40 @@ class RunFolder:
         write_text(self.path / "history.jsonl", "".join(line + "\n" for line in lines))
 
     def load_certificates(self) -> Certificates:
-        """All clients' certificates."""
-        return Certificates.load(self.certificates)
+        """All clients' certificates.
+
+        Raises:
+            StoreError: there are none, or the file is damaged.
+        """
+        try:
+            return Certificates.load(self.certificates)
+        except (InputError, OSError) as error:
+            raise StoreError(
+                f"{error} Repeat the command that made the run: its votes are kept."
+            ) from error
+
+    def save_certificates(self, certificates: Certificates) -> None:
+        """Write all clients' certificates.
+
+        Raises:
+            StoreError: the folder cannot be written, or the disk is full.
+        """
+        try:
+            certificates.save(self.certificates)
+        except OSError as error:
+            raise StoreError(
+                f"Cannot write {self.certificates}: {error}. All votes are kept: free some "
+                "space, then repeat the command."
+            ) from error
+
+
+def _left_over(name: str) -> bool:
+    """Whether a file was being written when the process was killed."""
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def _damaged(path: Path, why: str) -> StoreError:
+    return StoreError(
+        f"{path / _MARK} is damaged ({why}). Choose another folder with --out, or give "
+        "--overwrite to compute the run again."
+    )
