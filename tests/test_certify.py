@@ -25,6 +25,9 @@ from known_models import (
     votes_for,
 )
 
+# The scan is no bound at delta = 0 alone; test_scan.py has its own cases.
+AT_ZERO = [name for name in ESTIMATORS if name != "scan"]
+
 
 def half_space(seed: int = 0, images: int = 12) -> tuple[HalfSpace, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
@@ -36,7 +39,7 @@ def half_space(seed: int = 0, images: int = 12) -> tuple[HalfSpace, torch.Tensor
     return model, x
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", AT_ZERO)
 def test_a_half_space_is_never_certified_beyond_its_true_radius(estimator: str) -> None:
     model, images = half_space()
     sigma = 0.5
@@ -69,7 +72,7 @@ def test_a_half_space_is_certified_up_to_nearly_its_true_radius() -> None:
     assert (made.radius[moderate] >= 0.97 * true[moderate]).all()
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", AT_ZERO)
 def test_rotation_follows_corollary_1_where_h_of_the_angle_is_known(estimator: str) -> None:
     # sigma = 1 and f right on |angle| <= 0.7: p_A = 0.7, Corollary 1 gives 0.4; the truth is 0.7.
     model = votes_for(lambda x: read_angle(x).abs() <= 0.7)
@@ -144,11 +147,11 @@ def test_fewer_votes_are_a_prefix_of_more() -> None:
 def test_selection_and_estimation_votes_never_share_a_stream() -> None:
     seeds = {
         vote_generator(3, purpose, 12345, chunk).initial_seed() % 2**32
-        for purpose in ("selection", "estimation", "attack", "predict")
+        for purpose in ("selection", "estimation", "attack", "predict", "scan")
         for chunk in range(2000)
     }
     # torch's CPU generator keeps 32 bits of its seed, so these 32 bits must differ.
-    assert len(seeds) == 8000
+    assert len(seeds) == 10_000
 
 
 def test_a_chunk_is_drawn_alike_however_much_of_it_is_wanted() -> None:

@@ -6,6 +6,7 @@ Heavy imports happen inside the commands, so that help and errors of usage answe
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,29 +47,35 @@ Sigma = Annotated[str, typer.Option(help="In the family's unit: 0.3, 0.1pi, 18de
 def main() -> None:
     """Run a command; exit with 0, 1 (the work failed) or 2 (the request was wrong)."""
     try:
-        app()
+        _find_code_in(Path.cwd())
+        app(prog_name="certifl")
     except RequestError as error:
         typer.echo(f"certifl: {error}", err=True)
         sys.exit(2)
-    except CertiflError as error:
+    except (CertiflError, OSError) as error:
         typer.echo(f"certifl: {error}", err=True)
         sys.exit(1)
 
 
+def _find_code_in(folder: Path) -> None:
+    """Let `module:function` name code in a folder; last in line, so that it replaces nothing."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
+def _interruptible(overwrite: bool = False) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(
-            "\nInterrupted. What is finished is kept; the same command goes on from there.",
-            err=True,
-        )
+        same = "the same command without --overwrite" if overwrite else "the same command"
+        told = f"\nInterrupted. What is finished is kept; {same} goes on from there."
+        typer.echo(told, err=True)
         raise typer.Exit(130) from None
 
 
 def _command() -> str:
-    return " ".join(["certifl", *sys.argv[1:]])
+    return shlex.join(["certifl", *sys.argv[1:]])
 
 
 @app.command()
@@ -83,10 +90,11 @@ def quickstart(
     from certifl.experiments import presets
     from certifl.experiments.run import Options, run
     from certifl.report import summary_rows, write_report
+    from certifl.store.runs import RunFolder
 
     place = out or Path("runs/quickstart")
-    folders: list[Path] = []
-    with _interruptible(), terminal.Board() as board:
+    page, folders, complete = place / "report.html", list[Path](), True
+    with _interruptible(overwrite), terminal.Board() as board:
         for regime, spec in presets.quickstart(seed).items():
             board.stage(regime)
             options = Options(
@@ -97,8 +105,10 @@ def quickstart(
                 report=board.report,
                 command=_command(),
             )
+            complete = complete and not overwrite and RunFolder(place / regime).finished()
             folders.append(run(spec, options).path)
-        page = write_report(folders, place / "report.html", title="Quickstart: handwritten digits")
+        if not (complete and page.is_file()):
+            write_report(folders, page, title="Quickstart: handwritten digits")
     terminal.show_summary(summary_rows(folders))
     typer.echo(f"\nReport: {page.resolve()}\nFigures: {(page.parent / 'figures').resolve()}")
 
@@ -118,16 +128,78 @@ def run(
     from certifl.experiments.run import run as run_study
     from certifl.report import summary_rows, write_report
     from certifl.spec import load
+    from certifl.store.runs import RunFolder
 
+    _find_code_in(spec.parent.resolve())
     study = load(spec, set_ or [])
     place = out or Path("runs") / f"{spec.stem}-{study.hash()[:8]}"
-    with _interruptible(), terminal.Board() as board:
+    with _interruptible(overwrite), terminal.Board() as board:
         board.stage(study.name)
-        options = Options(place, data_dir, device, overwrite, (), board.report, _command())
+        beside = tuple(sorted(p.parent for p in place.parent.glob("*/run.json")))
+        options = Options(place, data_dir, device, overwrite, beside, board.report, _command())
+        complete = not overwrite and RunFolder(place).finished()
         folder = run_study(study, options)
-        page = write_report([folder.path], folder.report, title=study.name)
+        if not (complete and folder.report.is_file()):
+            write_report([folder.path], folder.report, title=study.name)
     terminal.show_summary(summary_rows([folder.path]))
-    typer.echo(f"\nRun: {folder.path.resolve()}\nReport: {page.resolve()}")
+    typer.echo(f"\nRun: {folder.path.resolve()}\nReport: {folder.report.resolve()}")
+
+
+@app.command()
+def plan(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC.toml", help="What the study is.")],
+    set_: Settings = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+) -> None:
+    """Votes, time, memory and disk that a study will take here; measures for a few seconds."""
+    from certifl import terminal
+    from certifl.experiments.planning import plan as plan_study
+    from certifl.spec import load
+
+    _find_code_in(spec.parent.resolve())
+    study = load(spec, set_ or [])
+    terminal.show_plan(study.name, plan_study(study, data_dir, device))
+
+
+@app.command()
+def reproduce(
+    figure: Annotated[str, typer.Argument(metavar="FIGURE|all", help="figure1 to figure10.")],
+    scale: Annotated[str, typer.Option(help="smoke, laptop or paper.")] = "laptop",
+    out: Out = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what would run and how long; write nothing.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Compute figures of the paper; runs that they share are trained and certified once.
+
+    The same command goes on after an interruption; several processes may work in one folder.
+    """
+    from certifl import terminal
+    from certifl.experiments.costs import costs
+    from certifl.experiments.figures_of_the_paper import chosen_figures
+    from certifl.experiments.reproduce import make_plan
+    from certifl.experiments.reproduce import reproduce as compute
+    from certifl.experiments.run import Options
+    from certifl.experiments.scales import scale_named
+    from certifl.report import write_paper_figure
+    from certifl.report.reproduction import complete
+
+    size, figures = scale_named(scale), chosen_figures(figure)
+    study = make_plan(figures, size, out or Path("runs") / f"reproduce-{scale}")
+    if plan:
+        terminal.show_study(costs(study, device), size.name, size.words)
+        return
+    with _interruptible(overwrite), terminal.Board() as board:
+        options = Options(study.out, data_dir, device, overwrite, (), board.report, _command())
+        for folder, changed in compute(study, options, board.stage):
+            page = folder / "report.html"
+            if changed or not complete(folder):
+                page = write_paper_figure(folder)
+            typer.echo(f"{folder.name}: {page.resolve()}")
 
 
 @app.command()
@@ -159,6 +231,39 @@ def verify(runs: Annotated[list[Path], typer.Argument(metavar="RUN...")]) -> Non
         if not result.problems:
             typer.echo(f"{place}: {result.checked} certificates follow from their votes.")
     if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def attack(
+    run: RunDir,
+    images: Annotated[int, typer.Option(min=1, help="Certified test images per client.")] = 10,
+    client: Annotated[int | None, typer.Option(min=0, help="Only this client.")] = None,
+    directions: Annotated[
+        int, typer.Option(min=2, help="Parameters tried at first, per image.")
+    ] = 32,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+) -> None:
+    """Try to break a run's certificates, and measure what they do not cover; fails if one breaks.
+
+    Writes attack.json into the run; `certifl report` shows it beside the certificates.
+    """
+    from certifl import terminal
+    from certifl.experiments.attacking import Options, attack_run
+    from certifl.report import write_report
+    from certifl.store.runs import RunFolder
+
+    with _interruptible(), terminal.Board() as board:
+        board.stage("attack")
+        options = Options(images, client, directions, data_dir, device, board.report)
+        result = attack_run(run, options)
+    terminal.show_attack(result)
+    folder = RunFolder(run)
+    if folder.report.is_file():
+        write_report([run], folder.report, folder.manifest().get("name"), figures=False)
+    typer.echo(f"\nAttack: {folder.attack.resolve()}")
+    if result["parameters"]["violations"]:
         raise typer.Exit(1)
 
 
@@ -222,7 +327,9 @@ def predict(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG or JPEG file.")],
     run: Annotated[Path, typer.Option(help="The run whose model answers.")],
     client: Annotated[int, typer.Option(min=0, help="Which client asks.")] = 0,
-    n: Annotated[int | None, typer.Option("--n", help="Votes; the run's own by default.")] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="Votes; the run's own by default.")
+    ] = None,
     resize: Annotated[bool, typer.Option("--resize", help="Fit the image to the model.")] = False,
     device: Device = "auto",
 ) -> None:

@@ -7,6 +7,7 @@ everything that does not (folders, device, progress) is an option of the command
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -26,9 +27,10 @@ from pydantic import (
     model_validator,
 )
 
+from certifl.certification.scan import scan_of
 from certifl.certification.settings import Settings
 from certifl.data import Splitter, make_splitter
-from certifl.errors import InputError, SpecError
+from certifl.errors import InputError, SpecError, StoreError
 from certifl.federated import Algorithm, Personalized, Schedule
 from certifl.federated import describe as describe_algorithm
 from certifl.federated import from_description as algorithm_from
@@ -46,6 +48,7 @@ __all__ = [
     "Spec",
     "Training",
     "load",
+    "load_stored",
     "with_settings",
 ]
 
@@ -53,7 +56,7 @@ NONE, SAME = "none", "same"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _perturbation(*words: str) -> BeforeValidator:
@@ -195,7 +198,9 @@ class Certification(_Section):
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Certification:
-        self.settings()
+        settings = self.settings()
+        if settings.estimator == "scan":
+            scan_of(perturbation_from(self.perturbation), settings)
         return self
 
     def settings(self) -> Settings:
@@ -225,7 +230,10 @@ class Spec(_Section):
     @field_validator("algorithm")
     @classmethod
     def _known_algorithm(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return describe_algorithm(algorithm_from(value))
+        try:
+            return describe_algorithm(algorithm_from(value))
+        except SpecError as error:
+            raise ValueError(str(error)) from error  # pydantic then says which key it is
 
     @model_validator(mode="after")
     def _combinations(self) -> Spec:
@@ -312,15 +320,30 @@ def load(path: Path, settings: Sequence[str] = ()) -> Spec:
     try:
         values = tomllib.loads(path.read_text())
     except FileNotFoundError:
-        raise SpecError(f"There is no spec at {path}. `certifl list` shows what exists.") from None
+        raise SpecError(
+            f"There is no spec at {path}. Correct the path, or write one: README.md and the "
+            "folder examples show how."
+        ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SpecError(f"{path} cannot be read as a spec (TOML): {error}") from error
     return with_settings(values, settings)
 
 
+def load_stored(path: Path) -> Spec:
+    """Read the spec that a run wrote into its folder.
+
+    Raises:
+        StoreError: it is missing or no longer a spec, so the run is damaged.
+    """
+    try:
+        return load(path)
+    except SpecError as error:
+        raise StoreError(f"{path} is damaged: {error}") from error
+
+
 def with_settings(values: dict[str, Any], settings: Sequence[str] = ()) -> Spec:
     """A checked spec from plain values and `key=value` settings such as `training.lr=0.05`."""
-    merged = json.loads(json.dumps(values))
+    merged = copy.deepcopy(values)
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
@@ -360,9 +383,17 @@ def _message(error: ValidationError) -> str:
         reason = _unknown_key(first["loc"])
     elif first["type"] == "missing":
         reason = "this key is required"
+    elif first["type"] in ("model_type", "dict_type"):
+        reason = f"must be a table, {_example(key)}; got {first['input']!r}"
     elif first["type"] not in ("value_error",):
         reason = f"{reason}; got {first['input']!r}"
     return f"{key}: {reason}" if key else reason
+
+
+def _example(key: str) -> str:
+    """How a section or an inline table is written."""
+    inline = {"algorithm": 'such as algorithm = { name = "fedavg" }'}
+    return inline.get(key, f"written as a section [{key}] with its own keys")
 
 
 def _unknown_key(location: tuple[str | int, ...]) -> str:

@@ -14,12 +14,24 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from certifl.certification.certificates import Certificates
+from certifl.experiments.costs import Cost
+from certifl.experiments.planning import Plan
 from certifl.experiments.standalone import Answer
 from certifl.perturbations.units import format_amount
 
-__all__ = ["Board", "show_certificates", "show_names", "show_prediction", "show_summary"]
+__all__ = [
+    "Board",
+    "show_attack",
+    "show_certificates",
+    "show_names",
+    "show_plan",
+    "show_prediction",
+    "show_study",
+    "show_summary",
+]
 
 _QUIET_SECONDS = 10.0
+_WIDEST = 400
 
 
 class Board:
@@ -69,7 +81,8 @@ class Board:
         now = time.monotonic()
         if not self._console.is_terminal and (now - self._said > _QUIET_SECONDS or done == total):
             self._said = now
-            self._console.print(f"{self._stage}: {what} {detail} {left}".rstrip(), highlight=False)
+            line = f"{self._stage}: {what} {detail} {left}".rstrip()
+            self._console.print(line, highlight=False, soft_wrap=True)
 
     def _begin(self, what: str, done: int) -> None:
         self._what, self._first = what, done
@@ -92,28 +105,37 @@ def _short(seconds: int) -> str:
 
 def show_summary(rows: Sequence[Mapping[str, Any]]) -> None:
     """The regimes side by side: the numbers of the report page, one line each."""
+    unit = str(rows[0]["acr_text"]).partition(" ")[2]  # "" where a sign such as ° says it
+
+    def number(text: str) -> str:
+        return text.removesuffix(f" {unit}") if unit else text
+
     table = Table(
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-        caption="Columns of radii: share of all images, correct with at least that radius."
+        caption=(f"Radii in {unit}. " if unit else "")
+        + "Columns of radii: share of all images, correct with at least that radius."
         "\nACR: average certified radius, with a 95 % interval over images. Spread: best minus "
         "worst client.",
         caption_justify="left",
     )
     table.add_column("regime", no_wrap=True)
-    titles = ["ACR", "95 %", *(s["radius_text"] for s in rows[0]["accuracy"])]
+    titles = ["ACR", "95 %", *(number(s["radius_text"]) for s in rows[0]["accuracy"])]
     for title in (*titles, "spread"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         low, high = row["acr_low_text"], row["acr_high_text"]
         table.add_row(
             str(row["label"]),
-            str(row["acr_text"]),
-            f"{low}-{high}" if low else "",
+            number(row["acr_text"]),
+            f"{number(low)}-{number(high)}" if low else "",
             *(share["text"].replace(" %", "%") for share in row["accuracy"]),
-            str(row["spread_text"]),
+            number(row["spread_text"]),
         )
-    Console().print(table)
+    console = Console()
+    # A table wider than the terminal is wrapped by it; rich would cut names and numbers off.
+    needed = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
+    Console(width=max(console.width, needed)).print(table)
 
 
 def show_certificates(certificates: Certificates) -> None:
@@ -152,6 +174,102 @@ def _meaning(facts: Mapping[str, Any]) -> str:
         f"Each radius ({facts['norm']} norm, {facts['unit']}) is wrong with probability at most "
         f"{facts['alpha']}. {facts['threat']}"
     )
+
+
+def show_attack(result: Mapping[str, Any]) -> None:
+    """What attacks on certificates came to: inside their promise, and beyond it."""
+    inside, beyond = result["parameters"], result["deformed_first"]
+    console = Console(highlight=False, soft_wrap=True)
+    for case in inside["violations"]:
+        console.print(
+            f"WRONG  client {case['client']}, image {case['index']}: class {case['rival']} is "
+            f"likelier than class {case['predicted']} at length {case['length']:.6g}, inside the "
+            f"radius {case['radius']:.6g} ({case['votes']:,} votes, p = {case['p_value']:.2g})"
+        )
+    closest, of_all = inside["smallest_lead"], f"of {beyond['images']} images"
+    lines = {
+        "class changes inside certificates": f"{len(inside['violations'])} of {inside['images']} "
+        f"images ({inside['deltas']:,} parameters tried, {inside['votes']:,} votes)",
+        "smallest lead found": "none was attacked"
+        if closest is None
+        else f"{100 * closest['lead']:.1f} % of {closest['votes']:,} votes "
+        f"(client {closest['client']}, image {closest['index']})",
+        "certified correctly": f"{100 * beyond['certified']:.1f} % {of_all}",
+        "predicted correctly": f"{100 * beyond['clean']:.1f} %",
+        "deformed first, at random": f"{100 * beyond['random']:.1f} %",
+        f"deformed first, worst of {beyond['deltas']}": f"{100 * beyond['worst']:.1f} %",
+        "predictions changed by that": f"{beyond['changed']} of {beyond['promised']} certified",
+    }
+    for title, text in lines.items():
+        console.print(f"{title:35}{text}")
+    console.print(
+        "Certificates promise that no class changes inside them. An image that arrives deformed "
+        "and is smoothed then is interpolated twice: measured here, not promised.",
+        style="dim",
+    )
+
+
+def show_plan(name: str, plan: Plan) -> None:
+    """What a study will take, and what that rests on."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"Plan of {name}: nothing was trained or written.")
+    early = plan.votes_expected < plan.votes_at_most
+    at_most = f" (at most {_clock(plan.certification_seconds_at_most)})" if early else ""
+    lines = {
+        **plan.facts,
+        "votes at most": f"{plan.votes_at_most:,}",
+        "votes expected": f"{plan.votes_expected:,}",
+        "votes per second": f"{plan.votes_per_second:,.0f}",
+        "training": f"about {_clock(plan.training_seconds)}",
+        "certification": f"about {_clock(plan.certification_seconds)}{at_most}",
+        "peak memory": f"about {_bytes(plan.memory_bytes)}",
+        "disk": f"about {_bytes(plan.disk_bytes)}",
+    }
+    if plan.device_bytes:
+        lines["memory of the device"] = f"about {_bytes(plan.device_bytes)}"
+    for title, text in lines.items():
+        console.print(f"{title:26}{text}")
+    for sentence in plan.assumptions:
+        console.print(f"- {sentence}", style="dim")
+
+
+def show_study(costs: Mapping[str, Cost], scale: str, words: str) -> None:
+    """What figures will take: runs they share are counted in each, and once in the last line."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"Plan at the scale {scale}: nothing was computed or written.")
+    console.print(f"This scale is {words}.", style="dim")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("figure", no_wrap=True)
+    for title in ("runs", "done", "trainings left", "votes at most", "rough time"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, cost in costs.items():
+        table.add_row(
+            name,
+            f"{cost.runs}",
+            f"{cost.done}",
+            f"{cost.trainings}",
+            f"{cost.votes_at_most:,}",
+            _clock(cost.seconds) if cost.seconds else "finished",
+        )
+    needed = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
+    Console(width=max(console.width, needed)).print(table)
+    measured = next(reversed(costs.values())).measured
+    console.print(
+        f"Speeds are measured in finished runs of this study for {100 * measured:.0f} % of the "
+        "runs left, otherwise orders of magnitude. A figure's runs are counted in its line even "
+        "where it shares them; the time is that of one process on this machine.",
+        style="dim",
+    )
+
+
+def _clock(seconds: float) -> str:
+    whole = math.ceil(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours} h {minutes} min" if hours else _short(whole)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(0.1, count / 1e6):.1f} MB"
 
 
 def show_names() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
+import itertools
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from certifl._version import __version__
-from certifl.certification import engine
+from certifl.certification import engine, scan
 from certifl.certification.certificates import ABSTAINED, Certificates
 from certifl.certification.guards import Model, check_exact, check_images, check_labels
 from certifl.certification.network import Network, prepare
+from certifl.certification.selftest import check_random_source_once
 from certifl.certification.settings import Settings
 from certifl.certification.votes import Request, VoteCounter
+from certifl.errors import InputError
 from certifl.models import fingerprint
 from certifl.perturbations import describe
 from certifl.perturbations.base import Perturbation
@@ -31,13 +35,16 @@ __all__ = ["certify", "conditions", "predict"]
 # Images on the device at once; results do not depend on it.
 _BLOCK = 256
 
+Images = Tensor | np.ndarray | Iterable[Tensor | np.ndarray]
+Labels = Tensor | np.ndarray | Sequence[int] | Iterable[Tensor | np.ndarray | Sequence[int]] | None
+
 
 def certify(
     model: Model,
-    images: Tensor | np.ndarray,
+    images: Images,
     perturbation: Perturbation,
     *,
-    labels: Tensor | np.ndarray | None = None,
+    labels: Labels = None,
     n0: int = 100,
     n: int = 100_000,
     alpha: float = 1e-3,
@@ -49,6 +56,7 @@ def certify(
     batch_size: int | str = "auto",
     progress: bool | Progress = False,
     label_aware: bool = True,
+    reach: float | None = None,
 ) -> Certificates:
     """Certify the smoothed classifier of a model at some images.
 
@@ -59,21 +67,27 @@ def certify(
     Args:
         model: callable from images (m, c, h, w) in [0, 1] to logits (m, classes); modules must be
             in evaluation mode.
-        images: (m, c, h, w) floating point in [0, 1].
+        images: (m, c, h, w) floating point in [0, 1]; or blocks of such, as an iterable that may
+            read them one at a time, where they are more than memory holds.
         perturbation: for instance `certifl.Rotation(sigma="18deg")`; its sigma is in its own unit.
-        labels: (m,) true classes; they only mark which certificates are correct and, with
-            `sequential`, let votes stop early on wrong ones.
+        labels: (m,) true classes, or as many blocks of them as of images; they only mark which
+            certificates are correct and, with `sequential`, let votes stop early on wrong ones.
         n0: votes that choose the class. n: fresh votes that bound its probability (at most).
         alpha: probability of a wrong certificate, per image.
         estimator: "top-class" (Cohen et al. 2019), "runner-up", "sequential" (stops early;
-            valid by a union bound over looks fixed in advance), "sequential-top-class".
-        radii: the radii that will be reported, where `sequential` may stop; None stands for an
-            even grid of 50 up to the largest radius that n votes can give.
+            valid by a union bound over looks fixed in advance), "sequential-top-class"; "scan" for
+            rotation and scaling: votes along the whole axis certify an interval around 0, not
+            capped at sigma, in `interval`; it stops early too (see docs/scan.md).
+        radii: the radii that will be reported, where `sequential` and `scan` may stop; None stands
+            for an even grid of 50 up to the largest radius that n votes can give, and for `scan`
+            for ends known to a 50th of sigma.
         seed: votes are a function of (seed, image content), not of the position of an image.
         precision: arithmetic of the network: "auto", "float32", "bfloat16".
         device: "auto" or a torch device. batch_size: noisy images per call, or "auto".
         progress: True for a bar with the time left, or a function of (votes so far, at most).
-        label_aware: with labels and `sequential`, stop at the first look on wrong images.
+        label_aware: with labels, `sequential` and `scan` stop at the first look on wrong images.
+        reach: `scan` only: how far from 0 it looks, in the family's unit; None stands for all the
+            way round for rotation, and three times sigma for scaling.
 
     Raises:
         InputError: images, labels or settings that cannot be used.
@@ -82,30 +96,81 @@ def certify(
     Source: Cohen et al. 2019, algorithm CERTIFY; Alfarra et al. 2022, Corollary 1.
     """
     settings = Settings(
-        estimator, n0, n, alpha, None if radii is None else tuple(radii), label_aware
+        estimator, n0, n, alpha, None if radii is None else tuple(radii), label_aware, reach
     )
-    values = check_images(images)
-    check_exact(values, perturbation)
-    network = prepare(model, values, device, precision, batch_size)
-    known = check_labels(labels, len(values), network.classes)
+    if estimator == "scan":
+        scan.scan_of(perturbation, settings)  # refuses a family it is not for
+    blocks = _blocks(images, labels, perturbation)
+    first = next(blocks, None)
+    if first is None:
+        raise InputError("There is nothing to certify: images holds no block.")
+    network = prepare(model, first[0], device, precision, batch_size)
+    check_random_source_once(perturbation, tuple(first[0].shape[1:]), network.device)
     counter = VoteCounter(network, perturbation, seed)
-    facts = conditions(perturbation, settings, network, seed, model, _fingerprint(values))
-    parts: list[Certificates] = []
+    content, parts, done = hashlib.sha256(), list[Certificates](), 0
     with _reporting(progress) as report:
-        for start in range(0, len(values), _BLOCK):
-            rows = slice(start, start + _BLOCK)
-            block = values[rows].to(network.device)
-            block_labels = None if known is None else known[rows]
-            votes = engine.fresh(len(block), network.classes)
-            shifted = _shifted(report, start, len(values), settings)
-            engine.count_all(counter, block, block_labels, settings, votes, progress=shifted)
-            index = np.arange(start, start + len(block))
-            parts.append(
-                engine.conclude(
-                    votes, settings, perturbation, block_labels, index, conditions=facts
+        for values, given in itertools.chain([first], blocks):
+            known = check_labels(given, len(values), network.classes)
+            content.update(values.cpu().numpy().tobytes())
+            for start in range(0, len(values), _BLOCK):
+                rows = slice(start, start + _BLOCK)
+                shifted = _shifted(report, done + start, done + len(values), settings)
+                part = None if known is None else known[rows]
+                parts.append(
+                    _certified(counter, values[rows], part, settings, done + start, shifted)
                 )
+            done += len(values)
+    made = Certificates.concatenate(parts)
+    # Last, because the batch size may have been halved on the way.
+    facts = conditions(perturbation, settings, counter.network, seed, model, content.hexdigest())
+    return dataclasses.replace(made, conditions=facts)
+
+
+def _blocks(
+    images: Images, labels: Labels, perturbation: Perturbation
+) -> Iterator[tuple[Tensor, Any]]:
+    """Checked images and their labels as they were given, block by block.
+
+    Raises:
+        InputError: images that cannot be used, blocks of different shapes, or not as many blocks
+            of labels as of images.
+    """
+    if isinstance(images, (Tensor, np.ndarray)):
+        pairs = iter([(images, labels)])
+    else:
+        pairs = itertools.zip_longest(images, () if labels is None else labels)
+    shape = None
+    for number, (block, given) in enumerate(pairs):
+        if block is None or (given is None) != (labels is None):
+            raise InputError(
+                "There must be as many blocks of labels as of images, but there is only one of both "
+                f"for block {number}."
             )
-    return Certificates.concatenate(parts)
+        values = check_images(block)
+        check_exact(values, perturbation)
+        if shape is not None and values.shape[1:] != shape:
+            raise InputError(
+                f"All images must have one shape; block {number} has {tuple(values.shape[1:])}, "
+                f"those before it {tuple(shape)}."
+            )
+        shape = values.shape[1:]
+        yield values, given
+
+
+def _certified(
+    counter: VoteCounter,
+    images: Tensor,
+    labels: np.ndarray | None,
+    settings: Settings,
+    start: int,
+    progress: Progress | None,
+) -> Certificates:
+    """Certificates of images that are on the device together; `start` is the first one's index."""
+    votes = engine.fresh(len(images), counter.network.classes)
+    held = images.to(counter.network.device)
+    engine.count_all(counter, held, labels, settings, votes, progress=progress)
+    index = np.arange(start, start + len(images))
+    return engine.conclude(votes, settings, counter.perturbation, labels, index)
 
 
 @contextlib.contextmanager
@@ -127,10 +192,6 @@ def _shifted(
     return lambda done, _total: report(offset + done, everything)
 
 
-def _fingerprint(images: Tensor) -> str:
-    return hashlib.sha256(images.cpu().numpy().tobytes()).hexdigest()
-
-
 def conditions(
     perturbation: Perturbation,
     settings: Settings,
@@ -140,6 +201,12 @@ def conditions(
     data: str,
 ) -> dict[str, Any]:
     """What holds for all certificates of one call: printed beside every radius."""
+    looks, levels, scanned = settings.looks, settings.levels, {}
+    if settings.estimator == "scan":
+        stretch = scan.scan_of(perturbation, settings)
+        scanned = {"scan": scan.describe_scan(stretch)}
+        # One level for all looks: the scan may be read after any pass.
+        looks, levels = tuple(stretch.totals.tolist()), (settings.alpha,)
     return {
         "family": perturbation.family,
         "sigma": perturbation.sigma,
@@ -153,8 +220,9 @@ def conditions(
         "alpha": settings.alpha,
         "n0": settings.n0,
         "n": settings.n,
-        "look_votes": list(settings.looks),
-        "look_levels": list(settings.levels),
+        "look_votes": list(looks),
+        "look_levels": list(levels),
+        **scanned,
         "radii": None if settings.radii is None else list(settings.radii),
         "label_aware": settings.label_aware,
         "seed": seed,
@@ -208,6 +276,7 @@ def predict(
     values = check_images(images)
     check_exact(values, perturbation)
     network = prepare(model, values, device, precision, batch_size)
+    check_random_source_once(perturbation, tuple(values.shape[1:]), network.device)
     counter = VoteCounter(network, perturbation, seed)
     answers = []
     for start in range(0, len(values), _BLOCK):

@@ -39,7 +39,8 @@ class Effort:
     Attributes:
         directions: deltas tried first, per image.
         steps: rounds of refinement. proposals: deltas tried in each.
-        screen: votes per delta while looking. aim: votes for a direction of wrong votes.
+        screen: votes per delta while looking.
+        aim: votes for a direction of wrong votes; None takes four per parameter, 2000 to 20 000.
         finalists: worst deltas per image that are judged with fresh votes.
         confirm: votes per suspicious delta; ten times those of the certificate.
         level: probability of calling any violation where there is none.
@@ -49,7 +50,7 @@ class Effort:
     steps: int = 3
     proposals: int = 8
     screen: int = 400
-    aim: int = 2000
+    aim: int | None = None
     finalists: int = 2
     confirm: int = 1_000_000
     level: float = 1e-6
@@ -57,8 +58,9 @@ class Effort:
     def __post_init__(self) -> None:
         least = {"directions": 2, "steps": 0, "proposals": 5, "finalists": 1, "confirm": 1}
         for name, low in {**least, "screen": CHUNK, "aim": CHUNK}.items():
-            if getattr(self, name) < low:
-                raise InputError(f"{name} must be at least {low}; got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise InputError(f"{name} must be at least {low}; got {value}.")
         if not 0.0 < self.level < 1.0:
             raise InputError(f"level is a probability in (0, 1); got {self.level}.")
 
@@ -235,13 +237,15 @@ class _Hunt:
 
     def _lean(self, centre: Tensor) -> Tensor:
         """Sums of the noise of wrong votes at one delta per image, (m, *shape)."""
-        stop = self._next_vote + self._effort.aim
+        wanted = self._effort.aim or min(20_000, max(2000, 4 * self._reach.dim))
+        stop = self._next_vote + wanted
         requests = [
             Request(row, row, key, "attack", self._next_vote, stop)
             for row, key in enumerate(self._keys)
         ]
         found = self._counter.lean(self._images, requests, self._expected, centre[:, 0])
-        self._spend(self._effort.aim, len(requests))
+        self._next_vote = stop
+        self.votes += wanted * len(requests)
         return found
 
     def _leads(self, deltas: Tensor) -> np.ndarray:
@@ -264,10 +268,6 @@ class _Hunt:
         every = deltas.flatten(0, 1)
         self.votes += (stop - start) * len(requests)
         return self._counter.count(self._images, requests, len(every), every)
-
-    def _spend(self, votes: int, requests: int) -> None:
-        self._next_vote += votes
-        self.votes += votes * requests
 
 
 def _worst(deltas: Tensor, leads: np.ndarray, count: int) -> tuple[Tensor, np.ndarray]:

@@ -44,7 +44,9 @@ class Certificates:
         looks: (m,) how many looks at the votes were taken.
         level: (m,) confidence level spent on the look that decided.
         seconds: (m,) computing time attributed to the image, in proportion to its votes.
-        interval: (m, 2) scan only: the two ends of the certified interval around 0.
+        interval: (m, 2) scan only: the two ends [low, high] of the certified interval, low <= 0 <=
+            high; the radius is the shorter side. There p_lower and p_upper are unknown (NaN).
+        scan_votes: (m,) scan only: the classes voted for in order, packed; see docs/scan.md.
         conditions: what holds for all rows: family, sigma, law, norm, unit, threat model,
             estimator, alpha, n0, n, seed, precision, device, fingerprints, versions.
     """
@@ -62,6 +64,7 @@ class Certificates:
     level: Floats
     seconds: Floats
     interval: Floats | None = None
+    scan_votes: NDArray[np.object_] | None = None
     conditions: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -110,7 +113,7 @@ class Certificates:
         """Whether all columns but the computing time agree exactly."""
         names = [name for name in _columns(self) if name != "seconds"]
         return names == [name for name in _columns(other) if name != "seconds"] and all(
-            np.array_equal(getattr(self, n), getattr(other, n), equal_nan=n != "client")
+            np.array_equal(getattr(self, n), getattr(other, n), equal_nan=n not in ("scan_votes",))
             for n in names
         )
 

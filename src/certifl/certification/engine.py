@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from certifl.certification import scan
 from certifl.certification.certificates import ABSTAINED, UNLABELLED, Certificates
 from certifl.certification.settings import Settings
 from certifl.certification.votes import Request, VoteCounter
@@ -46,6 +47,8 @@ class Votes:
         looks: (m,) looks taken.
         done: (m,) no more votes are wanted.
         seconds: (m,) computing time attributed to the image.
+        path: (m, v) scan only: the class of every estimation vote, in order; v is as far as any
+            image has come.
     """
 
     selection: np.ndarray
@@ -53,10 +56,12 @@ class Votes:
     looks: np.ndarray
     done: np.ndarray
     seconds: np.ndarray
+    path: np.ndarray | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors, for a checkpoint."""
-        return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in vars(self).items()}
+        held = {name: a for name, a in vars(self).items() if a is not None}
+        return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in held.items()}
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor]) -> Votes:
@@ -102,8 +107,7 @@ def count_all(
 
 def _spent(votes: Votes, settings: Settings) -> int:
     # A finished image counts in full: the bar then measures the work that is left.
-    cast = votes.selection.sum(axis=1) + votes.estimation.sum(axis=1)
-    return int(np.where(votes.done, settings.n0 + settings.n, cast).sum())
+    return int(np.where(votes.done, settings.n0 + settings.n, _cast(votes)).sum())
 
 
 def advance(
@@ -117,14 +121,34 @@ def advance(
     """Cast one wave of votes, in place, and close the images that need no more."""
     started = time.perf_counter()
     wave = _BATCHES_PER_WAVE * counter.network.batch_size
+    before = _cast(votes)
+    if settings.estimator == "scan":
+        scan.cast(counter, images, keys, labels, settings, votes, wave)
+    else:
+        _count(counter, images, keys, settings, votes, wave)
+    added = _cast(votes) - before
+    votes.seconds += added * ((time.perf_counter() - started) / max(1, int(added.sum())))
+    if settings.estimator != "scan":
+        _look(votes, labels, settings, counter.perturbation)
+
+
+def _cast(votes: Votes) -> np.ndarray:
+    return votes.selection.sum(axis=1) + votes.estimation.sum(axis=1)
+
+
+def _count(
+    counter: VoteCounter,
+    images: Tensor,
+    keys: list[int],
+    settings: Settings,
+    votes: Votes,
+    wave: int,
+) -> None:
     requests = _requests(votes, keys, settings, wave)
     m = len(keys)
     counts = counter.count(images, requests, slots=2 * m)
     votes.selection += counts[:m]
     votes.estimation += counts[m:]
-    cast = counts[:m].sum(axis=1) + counts[m:].sum(axis=1)
-    votes.seconds += cast * ((time.perf_counter() - started) / max(1, int(cast.sum())))
-    _look(votes, labels, settings, counter.perturbation)
 
 
 def _requests(votes: Votes, keys: list[int], settings: Settings, wave: int) -> list[Request]:
@@ -208,25 +232,35 @@ def conclude(
     if not votes.done.all():
         raise InputError("Some images still need votes; certificates follow from finished counts.")
     m = len(votes.done)
-    looks, levels = np.array(settings.looks), np.array(settings.levels)
-    last = votes.looks - 1
-    top, runner = _tops(votes)
-    p_lower, p_upper = BOUNDS[settings.bounds](top, runner, looks[last], levels[last])
-    radius = perturbation.law.radius(perturbation.sigma, p_lower, p_upper)
-    certified = p_lower > p_upper
-    selected = votes.selection.argmax(axis=1)
+    claims = scan.claims if settings.estimator == "scan" else _claims
+    columns = claims(votes, settings, perturbation)
+    certified, selected = columns.pop("certified"), votes.selection.argmax(axis=1)
     return Certificates(
         client=np.full(m, client, np.int64),
         index=np.arange(m) if index is None else np.asarray(index, np.int64),
         label=np.full(m, UNLABELLED, np.int64) if labels is None else labels.astype(np.int64),
         predicted=np.where(certified, selected, ABSTAINED).astype(np.int64),
-        radius=np.where(certified, radius, 0.0),
-        p_lower=np.asarray(p_lower, np.float64),
-        p_upper=np.asarray(p_upper, np.float64),
         counts=votes.estimation,
         selection_counts=votes.selection,
         looks=votes.looks,
-        level=levels[last],
         seconds=votes.seconds,
         conditions=dict(conditions or {}),
+        **columns,
     )
+
+
+def _claims(votes: Votes, settings: Settings, perturbation: Perturbation) -> dict[str, Any]:
+    """What finished counts certify, as columns of `Certificates`, and which rows are certified."""
+    looks, levels = np.array(settings.looks), np.array(settings.levels)
+    last = votes.looks - 1
+    top, runner = _tops(votes)
+    p_lower, p_upper = BOUNDS[settings.bounds](top, runner, looks[last], levels[last])
+    radius = perturbation.law.radius(perturbation.sigma, p_lower, p_upper)
+    certified = np.asarray(p_lower > p_upper)
+    return {
+        "certified": certified,
+        "radius": np.where(certified, radius, 0.0),
+        "p_lower": np.asarray(p_lower, np.float64),
+        "p_upper": np.asarray(p_upper, np.float64),
+        "level": levels[last],
+    }

@@ -72,6 +72,8 @@ def _write_parquet(certificates: Certificates, path: Path) -> None:
     if certificates.interval is not None:
         columns["interval_low"] = certificates.interval[:, 0]
         columns["interval_high"] = certificates.interval[:, 1]
+    if certificates.scan_votes is not None:
+        columns["scan_votes"] = pa.array(certificates.scan_votes, pa.binary())
     conditions = json.dumps(dict(certificates.conditions), sort_keys=True).encode()
     table = pa.table(columns).replace_schema_metadata({_KEY: conditions})
     pq.write_table(table, path)
@@ -96,6 +98,8 @@ def _read_parquet(path: Path) -> Certificates:
     if "interval_low" in table.column_names:
         ends = (table["interval_low"].to_numpy(), table["interval_high"].to_numpy())
         columns["interval"] = np.stack(ends, axis=1)
+    if "scan_votes" in table.column_names:
+        columns["scan_votes"] = np.array(table["scan_votes"].to_pylist(), dtype=object)
     conditions = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
     return Certificates(**columns, conditions=conditions)
 

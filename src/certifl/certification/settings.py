@@ -24,6 +24,7 @@ ESTIMATORS: dict[str, tuple[str, bool]] = {
     "runner-up": ("runner-up", False),
     "sequential": ("runner-up", True),
     "sequential-top-class": ("top-class", True),
+    "scan": ("scan", False),
 }
 
 
@@ -39,6 +40,8 @@ class Settings:
         radii: the radii that will be reported; `sequential` stops when none of them can be gained.
             None stands for an even grid of 50 up to the largest radius that n votes can give.
         label_aware: stop early on images whose label is known and whose chosen class is wrong.
+        reach: `scan` only, how far from 0 it looks, in the family's unit; None stands for all the
+            way round for rotation, and three times sigma for scaling.
     """
 
     estimator: str = "sequential"
@@ -47,6 +50,7 @@ class Settings:
     alpha: float = 1e-3
     radii: tuple[float, ...] | None = None
     label_aware: bool = True
+    reach: float | None = None
 
     def __post_init__(self) -> None:
         if self.estimator not in ESTIMATORS:
@@ -65,10 +69,12 @@ class Settings:
             )
         if self.radii is not None:
             object.__setattr__(self, "radii", _checked_radii(self.radii))
+        if self.reach is not None:
+            object.__setattr__(self, "reach", _checked_reach(self.reach, self.estimator))
 
     @property
     def bounds(self) -> str:
-        """Which confidence bounds: "top-class" or "runner-up"."""
+        """Which confidence bounds: "top-class" or "runner-up"; "scan" has its own."""
         return ESTIMATORS[self.estimator][0]
 
     @property
@@ -95,3 +101,11 @@ def _checked_radii(radii: Sequence[float]) -> tuple[float, ...]:
     if not values or not all(math.isfinite(r) and r >= 0.0 for r in values):
         raise InputError("radii must be finite numbers of at least 0, and at least one of them.")
     return values
+
+
+def _checked_reach(reach: float, estimator: str) -> float:
+    if estimator != "scan":
+        raise InputError(f"reach is for the scan certificate alone, not for {estimator!r}.")
+    if not (math.isfinite(reach) and reach > 0.0):
+        raise InputError(f"reach must be a positive finite amount; got {reach!r}.")
+    return float(reach)

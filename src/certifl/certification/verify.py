@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from certifl.certification.certificates import ABSTAINED, Certificates
+from certifl.certification.scan import read_votes, scan_from, unpacked
 from certifl.errors import InputError
 from certifl.smoothing.bounds import BOUNDS
 from certifl.smoothing.laws import LAWS
@@ -35,7 +36,8 @@ def verify(certificates: Certificates) -> list[Finding]:
 
     Checked per row: n0 selection votes; a number of estimation votes that is one of the looks
     fixed in advance; the level of that look; levels that sum to at most alpha; the class is the
-    most voted of the selection; the radius is at most the one recomputed from the counts.
+    most voted of the selection; the radius is at most the one recomputed from the counts, and for
+    a scan the interval at most the one recomputed from the votes in their order.
 
     Raises:
         InputError: the certificates carry no votes (a published TSV, for instance).
@@ -47,6 +49,7 @@ def verify(certificates: Certificates) -> list[Finding]:
             "These certificates carry no votes, so their radii cannot be recomputed"
             + (f" (missing: {', '.join(missing)})." if missing else ".")
         )
+    scanned = facts.get("estimator") == "scan"
     looks, levels = np.array(facts["look_votes"]), np.array(facts["look_levels"])
     findings: list[Finding] = []
 
@@ -67,10 +70,12 @@ def verify(certificates: Certificates) -> list[Finding]:
         certificates.selection_counts.sum(axis=1) != facts["n0"],
         f"it has not n0 = {facts['n0']} selection votes",
     )
-    report(
-        ~np.isclose(certificates.level, levels[look], rtol=1e-12), "its level is not its look's"
-    )
-    _check_claims(certificates, looks[look], levels[look], report)
+    level = np.full(len(look), facts["alpha"]) if scanned else levels[look]
+    report(~np.isclose(certificates.level, level, rtol=1e-12), "its level is not its look's")
+    if scanned:
+        _check_intervals(certificates, looks[look], report)
+    else:
+        _check_claims(certificates, looks[look], level, report)
     return findings
 
 
@@ -96,3 +101,38 @@ def _check_claims(certificates: Certificates, votes, levels, report) -> None:  #
             f"its radius {certificates.radius[row]!r} is larger than {radius[row]!r}, "
             "the radius its votes give",
         )
+
+
+def _check_intervals(certificates: Certificates, votes, report) -> None:  # noqa: ANN001
+    facts, rows = certificates.conditions, np.arange(len(certificates))
+    scan, classes = scan_from(facts), certificates.counts.shape[1]
+    if not np.array_equal(scan.totals, facts["look_votes"]):
+        report(rows >= 0, "the looks are not the passes of its scan")
+    if certificates.interval is None or certificates.scan_votes is None:
+        raise InputError("These certificates carry no votes of a scan; verify the .parquet file.")
+    selected = certificates.selection_counts.argmax(axis=1)
+    claimed = certificates.predicted != ABSTAINED
+    report(claimed & (certificates.predicted != selected), "its class is not the selected one")
+    low, high = certificates.interval.T
+    report(
+        ~(certificates.radius <= np.minimum(-low, high)),
+        "its radius is larger than the shorter side of its interval",
+    )
+    for row in rows:
+        mask = rows == row
+        try:
+            path = unpacked(certificates.scan_votes[row], classes)
+            if not np.array_equal(np.bincount(path, minlength=classes), certificates.counts[row]):
+                raise ValueError("they are not those that were counted")
+            certified, ends = read_votes(scan, path, selected[row], facts["alpha"])
+        except (ValueError, InputError) as error:
+            report(mask, f"its votes cannot be read: {error}")
+            continue
+        if claimed[row] and not certified:
+            report(mask, "its votes certify nothing, yet it does not abstain")
+        if not (ends[0] <= low[row] <= 0 <= high[row] <= ends[1]):
+            report(
+                mask,
+                f"its interval {[low[row], high[row]]} is larger than {ends.tolist()}, "
+                "the interval its votes give",
+            )

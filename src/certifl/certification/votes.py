@@ -98,6 +98,26 @@ class VoteCounter:
 
         return self._within_memory(counted)
 
+    def classes(self, images: Tensor, rows: Tensor, params: Tensor) -> np.ndarray:
+        """The votes of given noisy copies one by one, (k,) int64.
+
+        Args:
+            images: as in `count`.
+            rows: (k,) which image. params: (k, *params_shape), whole parameters.
+        """
+
+        def voted() -> np.ndarray:
+            size, device = self.network.batch_size, self.network.device
+            parts = [
+                self._votes(images, row, param)[: len(row)]
+                for row, param in zip(
+                    rows.to(device).split(size), params.to(device).split(size), strict=True
+                )
+            ]
+            return torch.cat(parts).cpu().numpy()
+
+        return self._within_memory(voted)
+
     def lean(
         self,
         images: Tensor,
@@ -105,10 +125,11 @@ class VoteCounter:
         expected: Tensor,
         centre: Tensor | None = None,
     ) -> Tensor:
-        """Sums of the drawn parameters over the votes for other classes than expected.
+        """Which way the noise of votes for other classes than expected points, per slot.
 
-        For a Gaussian law this is, up to a positive factor, an unbiased estimate of the direction
-        in which the probability of the expected class falls fastest (Stein's lemma).
+        The sum over votes of phi (1[other class] - share of other classes), a multiple of the
+        covariance of noise and straying. For a Gaussian law its expectation is a multiple of the
+        gradient along which the expected class loses most probability (Stein's lemma).
 
         Args:
             images, requests, centre: as in `count`; drawn parameters are counted without `centre`.
@@ -120,11 +141,15 @@ class VoteCounter:
 
         def summed() -> Tensor:
             shape = self.perturbation.params_shape(_chw(images))
-            sums = torch.zeros((len(expected), *shape), device=self.network.device)
+            strayed = torch.zeros((len(expected), *shape), device=self.network.device)
+            drawn, count = torch.zeros_like(strayed), strayed.new_zeros((len(expected), 2))
             for slot, params, voted in self._cast(images, requests, centre):
-                strayed = voted != expected[slot]
-                sums.index_add_(0, slot[strayed], params[strayed])
-            return sums
+                other = (voted != expected[slot]).to(params.dtype)
+                drawn.index_add_(0, slot, params)
+                strayed.index_add_(0, slot, params * _like(other, params))
+                count.index_add_(0, slot, torch.stack([other, torch.ones_like(other)], dim=1))
+            share = count[:, 0] / count[:, 1].clamp(min=1)
+            return strayed - drawn * _like(share, drawn)
 
         return self._within_memory(summed)
 
@@ -180,6 +205,11 @@ class VoteCounter:
 def _chw(images: Tensor) -> tuple[int, int, int]:
     channels, height, width = images.shape[1:]
     return channels, height, width
+
+
+def _like(values: Tensor, params: Tensor) -> Tensor:
+    """One value per row, shaped to multiply parameters."""
+    return values.reshape(-1, *(1 for _ in params.shape[1:]))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

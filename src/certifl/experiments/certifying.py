@@ -19,12 +19,14 @@ from torch import nn
 from certifl.certification import Certificates, conditions, engine
 from certifl.certification.engine import Votes
 from certifl.certification.network import Network, prepare
+from certifl.certification.selftest import check_random_source_once
+from certifl.certification.settings import Settings
 from certifl.certification.votes import VoteCounter
 from certifl.data import Dataset, Partition, choose, to_float
 from certifl.errors import StoreError
 from certifl.models import fingerprint
 from certifl.perturbations import Perturbation
-from certifl.spec import Certification, Spec
+from certifl.spec import Spec
 from certifl.store.atomic import load_tensors, save_tensors, tensor_metadata
 from certifl.store.runs import RunFolder
 
@@ -64,9 +66,9 @@ def certify_clients(
     report: Report | None,
 ) -> None:
     """Certify all clients, one after the other, and put their certificates into one file."""
-    perturbation, wanted = spec.perturbation(), spec.certification
+    perturbation, settings = spec.perturbation(), spec.certification.settings()
     jobs = [_job(folder, spec, dataset, partition, c) for c in range(len(partition.clients))]
-    everything = engine.expected_votes(sum(len(j.index) for j in jobs), wanted.settings())
+    everything = engine.expected_votes(sum(len(j.index) for j in jobs), settings)
     parts: list[Certificates] = []
     before, ready = 0, None
     for job in jobs:
@@ -75,13 +77,14 @@ def certify_clients(
         name = fingerprint(model)
         if ready is None or ready[0] != name:
             probe = to_float(job.images[:1])
-            ready = (name, prepare(model, probe, device, wanted.precision))
+            ready = (name, prepare(model, probe, device, spec.certification.precision))
+            check_random_source_once(perturbation, tuple(probe.shape[1:]), ready[1].device)
         progress = _progress(report, before, everything)
         part = certify_job(
-            job, model, ready[1], perturbation, wanted, spec.seed, dataset.fingerprint, progress
+            job, model, ready[1], perturbation, settings, spec.seed, dataset.fingerprint, progress
         )
         parts.append(part)
-        before += engine.expected_votes(len(job.index), wanted.settings())
+        before += engine.expected_votes(len(job.index), settings)
     folder.update(_summary(parts))
     together = Certificates.concatenate(parts)
     models = {
@@ -112,13 +115,12 @@ def certify_job(
     model: nn.Module,
     network: Network,
     perturbation: Perturbation,
-    wanted: Certification,
+    settings: Settings,
     seed: int,
     data: str,
     progress: engine.Progress | None,
 ) -> Certificates:
     """One client's certificates; votes already cast and saved are not cast again."""
-    settings = wanted.settings()
     facts = conditions(perturbation, settings, network, seed, model, data)
     saver = _Saver(job.saved, _votes_key(job, facts))
     votes = saver.load() or engine.fresh(len(job.index), network.classes)
@@ -128,6 +130,7 @@ def certify_job(
         counter = VoteCounter(network, perturbation, seed)
         engine.count_all(counter, images, job.labels, settings, votes, saver.maybe, progress)
         saver.save(votes)
+        facts["batch_size"] = counter.network.batch_size
     elif progress is not None:
         progress(engine.expected_votes(len(job.index), settings), 0)
     return engine.conclude(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +9,11 @@ import numpy as np
 
 from certifl.certification import Certificates, verify
 from certifl.errors import StoreError
-from certifl.experiments.run import trained_model
-from certifl.models import build, fingerprint
-from certifl.spec import Spec, with_settings
+from certifl.experiments.networks import last_round
+from certifl.experiments.parts import finished_run, run_spec
+from certifl.federated.engine import deployed_model
+from certifl.models import fingerprint
+from certifl.spec import Spec
 from certifl.store.runs import RunFolder
 
 __all__ = ["Verification", "verify_run"]
@@ -37,19 +38,15 @@ def verify_run(place: Path) -> Verification:
         place: a run folder, or one certificate file (.parquet).
 
     Raises:
-        StoreError: the folder is no run, or is not finished.
+        StoreMismatch: the folder is no run, or is not finished.
+        StoreError: a file of the run is missing or damaged.
         InputError: the file holds no certificates, or none with votes.
     """
     if place.is_file():
         certificates = Certificates.load(place)
         return Verification(len(certificates), tuple(_from_votes(certificates)))
-    folder = RunFolder(place)
-    manifest = folder.manifest()
-    if not folder.finished():
-        raise StoreError(
-            f"{place} is not finished; repeat the command that started it, then verify."
-        )
-    spec = with_settings(tomllib.loads(folder.spec.read_text()))
+    folder = finished_run(place)
+    manifest, spec = folder.manifest(), run_spec(folder)
     certificates = folder.load_certificates()
     problems = [*_from_votes(certificates), *_as_asked(certificates, spec)]
     if spec.hash() != manifest.get("spec_hash"):
@@ -94,13 +91,15 @@ def _as_asked(certificates: Certificates, spec: Spec) -> list[str]:
 
 
 def _of_the_models(folder: RunFolder, spec: Spec, certificates: Certificates) -> list[str]:
-    data = folder.manifest()["data"]
-    model = build(
-        spec.model.name, data["in_channels"], data["num_classes"], spec.seed, spec.model.options
-    )
-    recorded = certificates.conditions.get("model_fingerprint", {})
+    # States alone, without the network: checking somebody's run must not run their code.
+    try:
+        last = last_round(folder, spec)
+    except StoreError as error:
+        return [str(error)]
+    algorithm = spec.build_algorithm()
+    recorded = certificates.conditions.get("model_fingerprint") or {}
     return [
         f"client {client}: the stored model is not the one that was certified"
         for client in range(spec.clients.count)
-        if fingerprint(trained_model(folder, spec, model, client)) != recorded.get(str(client))
+        if fingerprint(deployed_model(algorithm, last, client)) != recorded.get(str(client))
     ]

@@ -1,4 +1,4 @@
-"""Who holds which images: a part of the data set, dealt out to the clients."""
+"""What a study begins with, the images dealt out to the clients, and what is left of a run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from certifl.data import (
     load,
     random_part,
 )
-from certifl.spec import Spec
+from certifl.errors import StoreMismatch
+from certifl.spec import Spec, load_stored
+from certifl.store.runs import RunFolder
 
-__all__ = ["open_data"]
+__all__ = ["finished_run", "open_data", "run_spec"]
 
 
 def open_data(spec: Spec, data_dir: Path | None) -> tuple[Dataset, Partition]:
@@ -39,3 +41,28 @@ def open_data(spec: Spec, data_dir: Path | None) -> tuple[Dataset, Partition]:
     # The splitter saw the part; the manifest names positions in, and labels of, the whole.
     whole = label_checksum(*labels)
     return dataset, dataclasses.replace(dealt, clients=clients, label_checksum=whole)
+
+
+def finished_run(place: Path) -> RunFolder:
+    """A run folder in which everything was computed.
+
+    Raises:
+        StoreMismatch: it is no run, or not finished. StoreError: its manifest is damaged.
+    """
+    folder = RunFolder(place)
+    if not folder.exists():
+        raise StoreMismatch(f"{place} is no run folder: it holds no run.json.")
+    if not folder.finished():
+        raise StoreMismatch(
+            f"The run in {place} is not finished; repeat the command that started it."
+        )
+    return folder
+
+
+def run_spec(folder: RunFolder) -> Spec:
+    """The spec of a run, from its folder.
+
+    Raises:
+        StoreError: it is missing or damaged.
+    """
+    return load_stored(folder.spec)

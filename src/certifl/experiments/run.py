@@ -19,18 +19,20 @@ from torch import nn
 
 from certifl.certification.network import choose_device, prepare
 from certifl.data import Dataset, Partition, to_float
-from certifl.errors import ModelError, StoreError, StoreMismatch
+from certifl.errors import StoreMismatch
 from certifl.experiments.certifying import certify_clients
 from certifl.experiments.machine import machine_facts, training_threads, versions
-from certifl.experiments.parts import initial_model, open_data
+from certifl.experiments.networks import code_folder, deployed, initial_model
+from certifl.experiments.parts import open_data
 from certifl.federated import ClientData, LocalTraining, Personalized, train
-from certifl.federated.engine import Progress, deployed_model
+from certifl.federated.engine import Progress
+from certifl.perturbations import describe
 from certifl.spec import Spec
 from certifl.store.atomic import write_json
 from certifl.store.checkpoints import Checkpoints, StoredRound
 from certifl.store.runs import FINISHED, RUNNING, RunFolder
 
-__all__ = ["LABELS", "Options", "deployed", "last_round", "run", "trained_model"]
+__all__ = ["LABELS", "Options", "label_of", "run"]
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +67,27 @@ class Options:
     siblings: tuple[Path, ...] = ()
     report: Report | None = None
     command: str = ""
+
+
+def label_of(spec: Spec) -> str:
+    """The regime's name for people, with what sets it apart from others of its kind.
+
+    That is lambda, and what augmented training where it is not the perturbation certified:
+    "Mixture, λ = 0.1", "FedAvg (nominal)", "Personalised (affine start)".
+    """
+    algorithm, certified = spec.algorithm, spec.certification.perturbation
+    name = LABELS.get(algorithm["name"], algorithm["name"])
+    if "personalization" in algorithm:
+        name = f"{name}, λ = {algorithm['personalization']:g}"
+    trained, tuned = (None if p is None else describe(p) for p in spec.augmentations())
+    if trained == certified:
+        return name
+    if trained is None:
+        word = "nominal"
+    else:
+        other = trained["family"] != certified["family"]
+        word = trained["family"] if other else f"trained with σ = {trained['sigma']:.3g}"
+    return f"{name} ({word} start)" if tuned != trained else f"{name} ({word})"
 
 
 def run(spec: Spec, options: Options) -> RunFolder:
@@ -116,12 +139,13 @@ def _describe(folder: RunFolder, spec: Spec, dataset: Dataset, options: Options)
         {
             "name": spec.name,
             "regime": algorithm.name,
-            "label": LABELS.get(algorithm.name, algorithm.name),
+            "label": label_of(spec),
             "deploys": algorithm.deploys,
             "status": RUNNING,
             "seed": spec.seed,
             "clients": spec.clients.count,
             "model": spec.model.name,
+            "code": code_folder(spec.model.name),
             "training_hash": spec.training_hash(),
             "data": {
                 "name": dataset.name,
@@ -169,7 +193,7 @@ def _train(
         training,
         Checkpoints(folder.training),
         progress=None if options.report is None else _rounds(options.report),
-        start_from=_sibling_training(spec, options.siblings),
+        start_from=_sibling_training(folder, spec, options.siblings),
     )
     folder.write_history([_by_client(entry) for entry in last.history])
     spent = folder.manifest().get("training_seconds", 0.0) + time.perf_counter() - started
@@ -199,66 +223,27 @@ def _client_data(dataset: Dataset, partition: Partition, client: int) -> ClientD
     return ClientData(client, part.images, part.labels)
 
 
-def _sibling_training(spec: Spec, siblings: tuple[Path, ...]) -> Checkpoints | None:
-    """A finished training that this one continues: the same, or the base it personalises."""
-    wanted = {spec.training_hash()}
+def _sibling_training(
+    folder: RunFolder, spec: Spec, siblings: tuple[Path, ...]
+) -> Checkpoints | None:
+    """A finished training that this one continues: the same, or the base it personalises.
+
+    Only one of the same images, versions, processor and device is taken over: its bits are then
+    those that this run would compute.
+    """
+    own, wanted = folder.manifest(), {spec.training_hash()}
     if isinstance(spec.build_algorithm(), Personalized):
         wanted.add(spec.training_hash(of_base=True))
     for sibling in siblings:
         other = RunFolder(sibling)
-        if other.finished() and other.manifest().get("training_hash") in wanted:
+        if not other.finished():
+            continue
+        facts = other.manifest()
+        alike = all(facts.get(key) == own[key] for key in ("data", "machine", "versions"))
+        if alike and facts.get("training_hash") in wanted:
             _log.info("taking over the training in %s", sibling)
             return Checkpoints(other.training)
     return None
-
-
-def last_round(folder: RunFolder, spec: Spec) -> StoredRound:
-    """The final checkpoint of a finished training.
-
-    Raises:
-        StoreError: it is missing or damaged, so the trained models are not known.
-    """
-    last = Checkpoints(folder.training).latest()
-    wanted = spec.training.rounds + spec.build_algorithm().extra_rounds
-    if last is None or last.number != wanted:
-        raise StoreError(
-            f"The final checkpoint in {folder.training} is missing or damaged, so the trained "
-            "models are not known. Compute the run again with --overwrite."
-        )
-    return last
-
-
-def deployed(last: StoredRound, spec: Spec, model: nn.Module, client: int) -> nn.Module:
-    """The model that a client uses at test time, in evaluation mode.
-
-    Args:
-        last: the final checkpoint. spec: of the run.
-        model: the architecture; its weights are replaced.
-        client: number of the client.
-
-    Raises:
-        ModelError: the network is no longer the one that was trained.
-    """
-    try:
-        model.load_state_dict(deployed_model(spec.build_algorithm(), last, client))
-    except RuntimeError as error:
-        raise ModelError(
-            f"The trained weights in {last.path} do not fit the model {spec.model.name!r}: its "
-            "code must be the one that the run was trained with."
-        ) from error
-    return model.eval()
-
-
-def trained_model(folder: RunFolder, spec: Spec, model: nn.Module, client: int) -> nn.Module:
-    """The model that a client of a finished run uses at test time, in evaluation mode.
-
-    Args:
-        model: the architecture; its weights are replaced.
-
-    Raises:
-        StoreError: the final checkpoint is missing or damaged. ModelError: see `deployed`.
-    """
-    return deployed(last_round(folder, spec), spec, model, client)
 
 
 def _now() -> str:

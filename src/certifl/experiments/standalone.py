@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from certifl.certification import Certificates, certify
 from certifl.certification.network import prepare
+from certifl.certification.settings import Settings
 from certifl.data import Dataset, choose, load, read_image, to_float
-from certifl.errors import InputError, ModelError, StoreMismatch
+from certifl.errors import InputError, ModelError, StoreError, StoreMismatch
 from certifl.experiments.certifying import Job, certify_job
-from certifl.experiments.parts import open_data
-from certifl.experiments.run import trained_model
+from certifl.experiments.networks import trained_model
+from certifl.experiments.parts import finished_run, open_data, run_spec
 from certifl.models import build
 from certifl.perturbations import Perturbation, from_description
-from certifl.spec import Certification, Spec, with_settings
+from certifl.spec import Spec
+from certifl.store.atomic import load_tensors
 from certifl.store.runs import RunFolder
 
 __all__ = ["Answer", "Request", "certify_image", "certify_standalone"]
@@ -65,46 +65,60 @@ def certify_standalone(request: Request, report: Report | None = None) -> Certif
 
     Raises:
         InputError: the options do not fit together. StoreMismatch: `out` exists already.
+        StoreError: `out` cannot be written; the votes are kept.
     """
-    if request.out.exists() and not request.overwrite:
-        raise StoreMismatch(f"{request.out} exists already; give --overwrite to replace it.")
-    if request.out.suffix not in (".parquet", ".tsv"):
-        raise InputError(f"--out must end in .parquet or .tsv; got {request.out.name!r}.")
-    if (request.run is None) == (request.model is None):
-        raise InputError(
-            "Give either --run RUN (and --client), or --model module:function with --weights "
-            "and --data."
-        )
+    _check_options(request)
+    estimator, n0, n, alpha = request.settings
+    settings = Settings(estimator, n0, n, alpha)
     perturbation = from_description({"family": request.family, "sigma": request.sigma})
     model, dataset, index = _from_run(request) if request.run else _from_model(request)
     part = dataset.test.take(index)
     saved = request.out.with_name(f".{request.out.name}.votes.safetensors")
     job = Job(request.client, index, part.images, part.labels.numpy(), saved)
-    estimator, n0, n, alpha = request.settings
-    wanted = Certification(
-        perturbation={"family": request.family, "sigma": request.sigma},
-        estimator=estimator,
-        n0=n0,
-        n=n,
-        alpha=alpha,
-    )
     network = prepare(model, to_float(part.images[:1]), request.device, request.precision)
     told = None if report is None else lambda done, all_: report("certifying", done, all_, "votes")
     made = certify_job(
-        job, model, network, perturbation, wanted, request.seed, dataset.fingerprint, told
+        job, model, network, perturbation, settings, request.seed, dataset.fingerprint, told
     )
-    made.save(request.out)
+    try:
+        made.save(request.out)
+    except OSError as error:
+        raise StoreError(
+            f"Cannot write {request.out}: {error}. All votes are kept: free some space, then "
+            "repeat the command."
+        ) from error
     saved.unlink(missing_ok=True)
     return made
 
 
+def _check_options(request: Request) -> None:
+    if request.out.suffix not in (".parquet", ".tsv") or request.out.is_dir():
+        raise InputError(f"--out must be a file .parquet or .tsv; got {str(request.out)!r}.")
+    if request.out.exists() and not request.overwrite:
+        raise StoreMismatch(f"{request.out} exists already; give --overwrite to replace it.")
+    if (request.run is None) == (request.model is None):
+        raise InputError(
+            "Give either --run RUN (and --client), or --model module:function with --weights "
+            "and --data."
+        )
+    if request.run is not None and request.weights is not None:
+        raise InputError("--run brings its own weights; leave out --weights.")
+    if request.run is None and request.client:
+        raise InputError("--client names a client of a run, so it needs --run.")
+
+
 def _from_run(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:
     assert request.run is not None
-    folder = RunFolder(request.run)
+    folder = finished_run(request.run)
     model, spec = _model_of(folder, request.client)
     if request.data is not None and request.data != spec.data.name:
         raise InputError(f"--run brings its own data ({spec.data.name}); leave out --data.")
     dataset, partition = open_data(spec, request.data_dir)
+    if dataset.fingerprint != folder.fact("data")["fingerprint"]:
+        raise StoreMismatch(
+            f"The data set {spec.data.name!r} holds other images than the run in {folder.path} "
+            "was made with. Give --data-dir with the data it was made with."
+        )
     held = partition.clients[request.client].test
     return model, dataset, choose(held, request.images, request.seed, request.client)
 
@@ -124,7 +138,8 @@ def _from_model(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:
     try:
         model.load_state_dict(_weights(request.weights))
     except RuntimeError as error:
-        raise ModelError(f"{request.weights} does not fit {request.model}: {error}") from error
+        why = " ".join(str(error).split())[:300]
+        raise ModelError(f"{request.weights} does not fit {request.model}: {why}") from error
     everything = np.arange(len(dataset.test))
     return model.eval(), dataset, choose(everything, request.images, request.seed, 0)
 
@@ -133,7 +148,7 @@ def _weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"There are no weights at {path}.")
     if path.suffix == ".safetensors":
-        return load_file(path)
+        return load_tensors(path)
     try:
         # weights_only: a file of weights must never be able to run code.
         held = torch.load(path, map_location="cpu", weights_only=True)
@@ -142,24 +157,19 @@ def _weights(path: Path) -> dict[str, Tensor]:
             f"{path} is no plain file of weights ({type(error).__name__}). Save "
             "model.state_dict() as .safetensors, or with torch.save."
         ) from error
-    return held.get("state_dict", held)
+    state = held.get("state_dict", held) if isinstance(held, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"{path} holds no weights by name. Save model.state_dict() into it.")
+    return state
 
 
 def _model_of(folder: RunFolder, client: int) -> tuple[nn.Module, Spec]:
-    if not folder.exists():
-        raise StoreMismatch(f"{folder.path} is no run folder.")
-    if not folder.finished():
-        raise StoreMismatch(f"{folder.path} is not finished; repeat the command that started it.")
-    spec = with_settings(tomllib.loads(folder.spec.read_text()))
+    spec = run_spec(folder)
     if client >= spec.clients.count:
         raise InputError(
             f"--client {client}: the run has the clients 0 to {spec.clients.count - 1}."
         )
-    data = folder.manifest()["data"]
-    model = build(
-        spec.model.name, data["in_channels"], data["num_classes"], spec.seed, spec.model.options
-    )
-    return trained_model(folder, spec, model, client), spec
+    return trained_model(folder, spec, client), spec
 
 
 @dataclass(frozen=True)
@@ -181,10 +191,9 @@ def certify_image(
     path: Path, run: Path, client: int, n: int | None, resize: bool, device: str
 ) -> Answer:
     """Certify one image with the model that a client of a run deploys."""
-    folder = RunFolder(run)
+    folder = finished_run(run)
     model, spec = _model_of(folder, client)
-    manifest = folder.manifest()
-    data = manifest["data"]
+    data = folder.fact("data")
     image = read_image(path, data["in_channels"], tuple(data["image_size"]), resize=resize)
     wanted = spec.certification
     perturbation: Perturbation = spec.perturbation()
@@ -193,7 +202,7 @@ def certify_image(
         image,
         perturbation,
         n0=wanted.n0,
-        n=n or wanted.n,
+        n=wanted.n if n is None else n,
         alpha=wanted.alpha,
         estimator=wanted.estimator,
         radii=wanted.radii,
@@ -203,4 +212,4 @@ def certify_image(
     )
     label = int(made.predicted[0])
     name = data["class_names"][label] if label >= 0 else ""
-    return Answer(made, name, client, manifest["deploys"])
+    return Answer(made, name, client, folder.fact("deploys"))

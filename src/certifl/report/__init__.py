@@ -1,6 +1,7 @@
 """Reads stored results and shows them: figures, tables, one self-contained page."""
 
 from certifl.report.page import write_figures, write_report
+from certifl.report.reproduction import write_paper_figure
 from certifl.report.results import RunResults, load_run, load_runs
 from certifl.report.table import summary_rows
 
@@ -10,5 +11,6 @@ __all__ = [
     "load_runs",
     "summary_rows",
     "write_figures",
+    "write_paper_figure",
     "write_report",
 ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from certifl.report.results import RunResults
 
-__all__ = ["LOOKS", "Look", "looks_of"]
+__all__ = ["LOOKS", "Look", "look_number", "looks_of"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ def looks_of(runs: Sequence[RunResults]) -> list[Look]:
         else:
             looks.append(LOOKS[slot if slot is not None else free.pop(0)])
     return looks
+
+
+def look_number(position: int) -> Look:
+    """The look of the curve at a position, where curves are no regimes: the clients of one run."""
+    return LOOKS[position] if position < len(LOOKS) else _mixed(position)
 
 
 def _mixed(position: int) -> Look:

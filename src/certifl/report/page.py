@@ -33,6 +33,7 @@ from certifl.report.results import RunResults, load_runs
 from certifl.report.scale import family_words, scales
 from certifl.report.story import Story
 from certifl.report.summary import largest_radius
+from certifl.report.threats import threats_section
 from certifl.report.words import headline, recommendations
 from certifl.store.atomic import write_text
 
@@ -124,6 +125,7 @@ def _page(story: Story, page: Path, title: str | None) -> str:
         "results": sections.results_section(story),
         "comparison": sections.comparison_section(story),
         "clients": sections.clients_section(story),
+        "threats": threats_section(story),
         "training": sections.training_section(story),
         "meaning": background.meaning_section(story),
         "cost": background.cost_section(story),

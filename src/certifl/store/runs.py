@@ -2,7 +2,7 @@
 
 ```
 spec.toml  run.json  partition.json  history.jsonl  certificates.parquet
-checkpoints/training/  checkpoints/certification/  figures/  report.html
+checkpoints/training/  checkpoints/certification/  attack.json  figures/  report.html
 ```
 Every file is whole or absent, so a run can be interrupted at any moment and goes on with what is
 there. One process at a time works on a folder.
@@ -58,6 +58,11 @@ class RunFolder:
     def certificates(self) -> Path:
         """All clients' certificates."""
         return self.path / "certificates.parquet"
+
+    @property
+    def attack(self) -> Path:
+        """What attacks on the certificates came to; absent where none were tried."""
+        return self.path / "attack.json"
 
     @property
     def figures(self) -> Path:
@@ -164,7 +169,7 @@ class RunFolder:
             write_json(self.path / _MARK, {"spec_hash": spec_hash, "status": RUNNING})
 
     def _clear(self) -> None:
-        """Remove all but lock and manifest; killed half-way, no run that looks finished is left."""
+        """Remove all but lock and manifest; killed half-way, it leaves an unfinished run."""
         try:
             held = self.manifest()
         except StoreError:

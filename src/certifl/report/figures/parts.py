@@ -25,6 +25,7 @@ __all__ = [
     "heading",
     "legend",
     "line",
+    "named_legend",
     "panel",
     "radius_axis",
     "short_name",
@@ -148,13 +149,20 @@ def heading(figure: Figure, runs: Sequence[RunResults], title: str | None) -> No
 
 def legend(place: Axes | Figure, runs: Sequence[RunResults], loc: Any, ncols: int) -> None:
     """One entry per run, its name word for word; `loc` as matplotlib names places."""
-    handles = [_handle(look) for look in looks_of(runs)]
-    numbers = [str(number) for number in range(len(runs))]
+    named_legend(place, looks_of(runs), [run.label for run in runs], loc, ncols)
+
+
+def named_legend(
+    place: Axes | Figure, looks: Sequence[Look], names: Sequence[str], loc: Any, ncols: int
+) -> None:
+    """One entry per look; `loc` as matplotlib names places."""
+    handles = [_handle(look) for look in looks]
+    numbers = [str(number) for number in range(len(looks))]
     style: dict[str, Any] = {"frameon": False, "fontsize": 9, "handlelength": 3.6}
     legend = place.legend(handles, numbers, loc=loc, ncols=ncols, **style)
     # The names come last: as labels, those that begin with an underscore would be left out.
-    for text, run in zip(legend.get_texts(), runs, strict=True):
-        text.set(text=short_name(run.label), parse_math=False, color=INK)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set(text=short_name(name), parse_math=False, color=INK)
 
 
 def _handle(look: Look) -> Line2D:

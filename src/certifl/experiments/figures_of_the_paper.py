@@ -1,0 +1,262 @@
+"""The figures of the study as one table: figure -> rows of panels -> settings and regimes.
+
+The table holds no spec: a `Scale` turns a setting and a regime into one. Where the study leaves a
+choice open, docs/figures.md says what was chosen and why.
+
+Source: the paper, sections 4.1 to 4.4 and appendices A.1, A.2, A.3, A.5.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from certifl.errors import InputError
+
+__all__ = [
+    "EXTRA",
+    "FIGURES",
+    "Figure",
+    "Panel",
+    "Regime",
+    "Setting",
+    "chosen_figures",
+    "figure_named",
+]
+
+Trained = Literal["matching", "nominal", "affine"]
+Kind = Literal["curves", "clients", "mixture"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the clients are up against, in the study's own terms.
+
+    Attributes:
+        data: "cifar10" or "mnist".
+        clients: how many share the data.
+        family, sigma: of the perturbation that is certified.
+    """
+
+    data: str
+    clients: int
+    family: str
+    sigma: float | str
+
+    @property
+    def perturbation(self) -> dict[str, Any]:
+        """As a spec takes it."""
+        return {"family": self.family, "sigma": self.sigma}
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A way of training.
+
+    Attributes:
+        label: in the legend.
+        algorithm: its name; a personalised one fine-tunes what `fedavg` deploys.
+        trained: what augments federated (or local) training: the perturbation that is certified,
+            nothing, or affine deformations. Personalisation always takes the certified one.
+        personalization: lambda of Eq. (4); None for algorithms without one.
+        matched_steps: divide the learning rate by lambda, which Eq. (5) multiplies it with.
+    """
+
+    label: str
+    algorithm: str
+    trained: Trained = "matching"
+    personalization: float | None = None
+    matched_steps: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel.
+
+    Attributes:
+        kind: "curves": certified accuracy, mean and band, a curve per regime; "clients": the same
+            with a curve per client; "mixture": average certified radius against lambda.
+        settings: one, or for "mixture" those that are drawn together.
+        regimes: in the order of the legend.
+    """
+
+    kind: Kind
+    settings: tuple[Setting, ...]
+    regimes: tuple[Regime, ...]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure.
+
+    Attributes:
+        title: what it shows.
+        rows: of panels, from top to bottom.
+    """
+
+    title: str
+    rows: tuple[tuple[Panel, ...], ...] = field(repr=False)
+
+    @property
+    def panels(self) -> tuple[Panel, ...]:
+        """All panels, row by row."""
+        return tuple(panel for row in self.rows for panel in row)
+
+    def curves(self) -> Iterator[tuple[Setting, Regime]]:
+        """Every curve of every panel."""
+        for panel in self.panels:
+            for setting in panel.settings:
+                for regime in panel.regimes:
+                    yield setting, regime
+
+
+ROTATION = ("rotation", ("0.1pi", "0.5pi"))
+TRANSLATION = ("translation", (0.1, 0.5))
+PIXEL = ("pixel", (0.12, 0.5))
+SIX = (PIXEL, ROTATION, TRANSLATION)
+
+LOCAL = Regime("Local", "local")
+FEDAVG = Regime("FedAvg", "fedavg")
+PERSONALISED = Regime("Personalised", "personalized")
+NOMINAL = Regime("FedAvg (nominal)", "fedavg", "nominal")
+FROM_NOMINAL = Regime("Personalised (nominal start)", "personalized", "nominal")
+AFFINE = Regime("FedAvg (affine)", "fedavg", "affine")
+FROM_AFFINE = Regime("Personalised (affine start)", "personalized", "affine")
+LAMBDAS = (0.1, 0.5, 0.9)
+# lambda = 1 is local training bit for bit, so that run is shared with the other figures.
+ALONE = Regime("λ = 1.0 (local)", "local", personalization=1.0)
+MIXTURES = (
+    FEDAVG,
+    *(Regime(f"λ = {value}", "mixture", personalization=value) for value in LAMBDAS),
+    ALONE,
+)
+MATCHED = (
+    FEDAVG,
+    *(
+        Regime(f"λ = {value}, step / λ", "mixture", personalization=value, matched_steps=True)
+        for value in LAMBDAS
+    ),
+    ALONE,
+)
+
+Family = tuple[str, tuple[float | str, ...]]
+
+
+def _setting(clients: int, family: Family, place: int, data: str = "cifar10") -> Setting:
+    return Setting(data, clients, family[0], family[1][place])
+
+
+def _row(settings: Iterable[Setting], *regimes: Regime) -> tuple[Panel, ...]:
+    return tuple(Panel("curves", (setting,), regimes) for setting in settings)
+
+
+def _by_clients(family: Family, clients: tuple[int, ...]) -> tuple[tuple[Panel, ...], ...]:
+    """Small sigma above large sigma, client counts from left to right."""
+    return tuple(
+        _row([_setting(n, family, place) for n in clients], LOCAL, FEDAVG, PERSONALISED)
+        for place in (0, 1)
+    )
+
+
+def _by_family(
+    clients: int, families: tuple[Family, ...], *regimes: Regime
+) -> tuple[tuple[Panel, ...], ...]:
+    """Small sigma above large sigma, families from left to right."""
+    return tuple(
+        _row([_setting(clients, family, place) for family in families], *regimes)
+        for place in (0, 1)
+    )
+
+
+def _mixture(
+    family: Family, data: str = "cifar10", regimes: tuple[Regime, ...] = MIXTURES
+) -> tuple[Panel, ...]:
+    """Curves for both sigmas, then the average certified radius against lambda."""
+    settings = tuple(_setting(10, family, place, data) for place in (0, 1))
+    return (*_row(settings, *regimes), Panel("mixture", settings, regimes))
+
+
+def _every_client(clients: int) -> tuple[tuple[Panel, ...], ...]:
+    """Local training on the left, personalised on the right, a row per setting."""
+    settings = [_setting(clients, f, place) for f in (ROTATION, TRANSLATION) for place in (0, 1)]
+    return tuple(
+        tuple(Panel("clients", (setting,), (regime,)) for regime in (LOCAL, PERSONALISED))
+        for setting in settings
+    )
+
+
+FIGURES: Mapping[str, Figure] = {
+    "figure1": Figure(
+        "Local, federated and personalised training against rotation",
+        _by_clients(ROTATION, (4, 10, 20)),
+    ),
+    "figure2": Figure(
+        "Personalisation of a nominally trained model", _by_family(10, SIX, NOMINAL, FROM_NOMINAL)
+    ),
+    "figure3": Figure(
+        "Personalisation of a model trained with affine deformations",
+        _by_family(10, (ROTATION, TRANSLATION), AFFINE, FROM_AFFINE),
+    ),
+    "figure4": Figure(
+        "Personalised from a nominal model, or trained robustly alone",
+        (
+            *_by_family(10, SIX, LOCAL, FROM_NOMINAL),
+            _row([_setting(10, family, 1, "mnist") for family in SIX], LOCAL, FROM_NOMINAL),
+        ),
+    ),
+    "figure5": Figure(
+        "Mixtures of global and local models", (_mixture(ROTATION), _mixture(TRANSLATION))
+    ),
+    "figure6": Figure(
+        "Local, federated and personalised training against translation",
+        _by_clients(TRANSLATION, (4, 10)),
+    ),
+    "figure7": Figure(
+        "Nominal federated training, robust personalisation",
+        _by_family(100, SIX, LOCAL, NOMINAL, FROM_NOMINAL),
+    ),
+    "figure8": Figure("Every client by itself", _every_client(4)),
+    "figure9": Figure("Every client by itself", _every_client(10)),
+    "figure10": Figure(
+        "Mixtures of global and local models, further data and perturbations",
+        (
+            *(_mixture(family, "mnist") for family in (ROTATION, TRANSLATION, PIXEL)),
+            _mixture(PIXEL),
+        ),
+    ),
+}
+
+EXTRA: Mapping[str, Figure] = {
+    "figure5-matched": Figure(
+        "Mixtures with the learning rate divided by λ",
+        tuple(_mixture(family, regimes=MATCHED) for family in (ROTATION, TRANSLATION)),
+    )
+}
+"""Beyond the paper; not part of `all`."""
+
+
+def figure_named(name: str) -> Figure:
+    """A figure of the study by its name.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    known = {**FIGURES, **EXTRA}
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, list(known), 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise InputError(
+        f"There is no figure {name!r}.{hint} Choose one of {', '.join(known)}, or all."
+    )
+
+
+def chosen_figures(name: str) -> dict[str, Figure]:
+    """The figure of this name, or for "all" the study's ten.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    return dict(FIGURES) if name == "all" else {name: figure_named(name)}

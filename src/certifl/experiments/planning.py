@@ -1,0 +1,255 @@
+"""What a study will cost on this machine, from a few measured steps; no results are written.
+
+Votes are counted exactly (at most) or by a stated share (expected). Times are those of a round of
+one client and of a few batches of votes, on random images of the right shape, times how often the
+study does them. Nothing is downloaded; a folder of images that is not decoded yet is decoded into
+the cache that every command keeps.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from certifl.certification import engine
+from certifl.certification.network import Network, choose_device, prepare
+from certifl.certification.settings import ESTIMATORS
+from certifl.certification.votes import Request, VoteCounter
+from certifl.data import random_part
+from certifl.experiments.data_facts import Facts, data_facts
+from certifl.experiments.machine import machine_facts, training_threads
+from certifl.federated import ClientData, LocalTraining
+from certifl.federated.base import ClientState, Parts, ServerState
+from certifl.models import build, state_of
+from certifl.spec import Spec
+from certifl.streams import generator, image_key
+
+__all__ = ["EXPECTED_SHARE", "Plan", "plan"]
+
+EXPECTED_SHARE = 0.3
+"""Of the votes at most, where votes stop early: 0.08 to 0.45 was seen, fewer with few radii."""
+
+
+_SECONDS = 1.0  # of calls measured, and what one call may take before it is measured alone
+_BATCHES = 4
+_CHECKPOINTS = 3  # two are kept while the next is written
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study will take.
+
+    Attributes:
+        votes_at_most, votes_expected: of all clients together.
+        training_seconds: of all rounds.
+        certification_seconds_at_most, certification_seconds: of those votes.
+        votes_per_second: measured.
+        memory_bytes: peak of the process. device_bytes: peak on the GPU, 0 without one.
+        disk_bytes: checkpoints and certificates.
+        facts: what it was planned for, in words: device, precision, parameters, images.
+        assumptions: what the numbers rest on, in sentences.
+    """
+
+    votes_at_most: int
+    votes_expected: int
+    training_seconds: float
+    certification_seconds_at_most: float
+    certification_seconds: float
+    votes_per_second: float
+    memory_bytes: int
+    device_bytes: int
+    disk_bytes: int
+    facts: dict[str, str]
+    assumptions: tuple[str, ...]
+
+
+def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan:
+    """Measure a few steps of a study and say what all of it will take.
+
+    Args:
+        spec: the study.
+        data_dir: folder of data sets; not needed for those in `data_facts.KNOWN`.
+        device: "auto" or a torch device.
+
+    Raises:
+        DataUnavailable: a data set that is not known here and not at hand.
+        RequestError: a spec that does not fit the data, or a model that cannot be built.
+    """
+    place = choose_device(device)
+    data, assumed = data_facts(spec, data_dir)
+    train, test = _images_of_clients(spec, data)
+    certified = int(np.minimum(test, spec.certification.images or test.max()).sum())
+    model = build(
+        spec.model.name,
+        data.shape[0],
+        data.classes,
+        spec.seed,
+        spec.model.options,
+        (data.shape[1], data.shape[2]),
+    )
+    training, parts = _training_seconds(spec, model, data, train, place)
+    network = prepare(
+        model.eval(), _pixels(data, 1).float() / 255, place, spec.certification.precision
+    )
+    speed = _votes_per_second(spec, network, data)
+    settings = spec.certification.settings()
+    at_most = engine.expected_votes(certified, settings)
+    share = EXPECTED_SHARE if _stops_early(spec) else 1.0
+    expected = math.ceil(share * at_most)
+    images = (data.train + data.test) * math.prod(data.shape)
+    return Plan(
+        votes_at_most=at_most,
+        votes_expected=expected,
+        training_seconds=training,
+        certification_seconds_at_most=at_most / speed,
+        certification_seconds=expected / speed,
+        votes_per_second=speed,
+        memory_bytes=_peak_memory() + images,
+        device_bytes=_peak_on(place),
+        disk_bytes=_disk(spec, parts, certified, data.classes),
+        facts={
+            "device": str(machine_facts(str(place))["device"]),
+            "precision of votes": network.precision,
+            "noisy images per batch": f"{network.batch_size:,}",
+            "parameters of the model": f"{sum(p.numel() for p in model.parameters()):,}",
+            "clients": f"{len(train):,}",
+            "training images": f"{int(train.sum()):,}",
+            "images to certify": f"{certified:,}",
+        },
+        assumptions=(assumed, *_assumptions(spec, share)),
+    )
+
+
+def _stops_early(spec: Spec) -> bool:
+    estimator = spec.certification.estimator
+    return estimator == "scan" or ESTIMATORS[estimator][1]
+
+
+def _assumptions(spec: Spec, share: float) -> list[str]:
+    votes = (
+        f"Votes expected are {100 * share:.0f} % of those at most, a rough share: between 8 % and "
+        "45 % were seen on trained models. Fewer radii to report, fewer votes."
+        if _stops_early(spec)
+        else f"The estimator {spec.certification.estimator!r} casts all votes for every image."
+    )
+    return [
+        "Training time is that of one client's round, measured on random images, times clients "
+        "and rounds, without the writing of checkpoints.",
+        votes,
+        "Nothing else runs on the machine; memory is that of this process after the measured "
+        "steps, with all images of the data set held in it.",
+    ]
+
+
+def _images_of_clients(spec: Spec, data: Facts) -> tuple[np.ndarray, np.ndarray]:
+    """Training and test images per client, dealt out with labels in equal shares."""
+    splits = ((data.train, spec.data.train_images), (data.test, spec.data.test_images))
+    taken = [
+        random_part(available, wanted, spec.seed, which)
+        for (available, wanted), which in zip(splits, ("train", "test"), strict=True)
+    ]
+    labels = [part % data.classes for part in taken]
+    dealt = spec.clients.splitter().split(labels[0], labels[1], spec.clients.count, spec.seed)
+    train = np.array([len(client.train) for client in dealt.clients])
+    return train, np.array([len(client.test) for client in dealt.clients])
+
+
+def _pixels(data: Facts, count: int) -> Tensor:
+    drawn = generator(0, "plan", count)
+    return torch.randint(256, (count, *data.shape), generator=drawn, dtype=torch.uint8)
+
+
+def _training_seconds(
+    spec: Spec, model: nn.Module, data: Facts, train: np.ndarray, device: torch.device
+) -> tuple[float, tuple[Parts, Parts]]:
+    """Seconds of all rounds of all clients, and what server and client keep after one."""
+    schedule, algorithm = spec.training.schedule(), spec.build_algorithm()
+    federated, personal = spec.augmentations()
+    with training_threads(model):
+        training = LocalTraining(
+            model,
+            replace(schedule, rounds=1, local_epochs=1),
+            seed=spec.seed,
+            augmentation=federated,
+            finetuning_augmentation=personal,
+            device=device,
+        )
+        start, kept = algorithm.init(state_of(model)), ClientState()
+        size = max(2, min(math.ceil(train.mean()), schedule.batch_size))
+
+        def seconds_of(number: int) -> float:
+            labels = torch.arange(size) % data.classes
+            client = ClientData(0, _pixels(data, size), labels)
+            server = ServerState(number, start.parts)
+
+            def work() -> None:
+                nonlocal kept
+                _, kept = algorithm.client_round(server, kept, client, training)
+
+            return _measured(work, device)
+
+        epoch = seconds_of(0)
+        if epoch < _SECONDS / _BATCHES:
+            size = max(2, min(math.ceil(train.mean()), _BATCHES * schedule.batch_size))
+            epoch = seconds_of(0)
+        extra = sum(seconds_of(1) for _ in range(algorithm.extra_rounds))
+    passes = schedule.rounds * schedule.local_epochs
+    per_image = (epoch * passes + extra) / size
+    return per_image * float(train.sum()), (start.parts, kept.parts)
+
+
+def _votes_per_second(spec: Spec, network: Network, data: Facts) -> float:
+    counter = VoteCounter(network, spec.perturbation(), spec.seed)
+    images = (_pixels(data, 1).float() / 255).to(network.device)
+    key, votes = image_key(images[0]), 2 * network.batch_size
+
+    def work() -> None:
+        counter.count(images, [Request(0, 0, key, "estimation", 0, votes)], slots=1)
+
+    return votes / _measured(work, network.device)
+
+
+def _measured(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, over about a second of calls; the first one only if it takes that."""
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    started = clock()
+    work()
+    if (first := clock() - started) > _SECONDS:
+        return first
+    calls, started = 0, clock()
+    while calls == 0 or clock() - started < _SECONDS:
+        work()
+        calls += 1
+    return (clock() - started) / calls
+
+
+def _disk(spec: Spec, parts: tuple[Parts, Parts], images: int, classes: int) -> int:
+    """Bytes of checkpoints (server, and clients that keep something), votes and certificates."""
+    server, client = (
+        sum(value.nbytes for part in held.values() for value in part.values()) for held in parts
+    )
+    votes = images * (2 * classes + 8) * 8
+    return _CHECKPOINTS * (server + client * spec.clients.count) + 2 * votes
+
+
+def _peak_memory() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _peak_on(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

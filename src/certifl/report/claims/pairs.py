@@ -1,0 +1,189 @@
+"""Two ways of training on the same images, and how their difference changes with the clients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from certifl.report.claims import statistics
+from certifl.report.claims.comparing import (
+    Finding,
+    Found,
+    Partner,
+    common_seeds,
+    compared,
+    label,
+    panel,
+    partnerless,
+    per_seed,
+    present,
+    setting_key,
+    untested,
+)
+from certifl.report.claims.facts import ANOTHER_COUNT, ANOTHER_TRAINING, Facts
+from certifl.report.claims.pool import Cell, Pool, Role, Scope, names
+from certifl.report.claims.resampling import Sampler
+from certifl.report.claims.rules import Above, Rule
+from certifl.report.claims.statistics import QUANTITIES, Effect, Quantity
+
+__all__ = ["Growth", "Pairs"]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Two ways of training in every setting at hand.
+
+    Attributes:
+        first, second: the difference is first minus second.
+        scope: where the claim holds.
+        judged: quantities that decide, with their rule. told: quantities that are only told.
+        same_start: whether both must have been augmented alike during federated training.
+        together: whether all values of lambda of a setting are judged as one group.
+    """
+
+    first: Role
+    second: Role
+    scope: Scope
+    judged: tuple[tuple[str, Rule], ...]
+    told: tuple[str, ...] = ()
+    same_start: bool = False
+    together: bool = False
+
+    def findings(self, pool: Pool, sampler: Sampler) -> Found:
+        """All pairs."""
+        firsts, seconds = pool.of(self.first, self.scope), pool.of(self.second, self.scope)
+        found: list[Finding] = []
+        covered: set[tuple[str, str, int]] = set()
+        for first in firsts:
+            for second in pool.beside(first, self.second, ANOTHER_TRAINING):
+                pair = self._pair(sampler, first, second)
+                found += pair
+                covered |= {_where(first)} if pair else set()
+        # A run that has another step or tuning is not missed where its setting was compared.
+        lonely = [[c for c in cells if _where(c) not in covered] for cells in (firsts, seconds)]
+        both = f"{self.first.words} and {self.second.words}"
+        missing = (
+            *partnerless(pool, lonely[0], self.second),
+            *partnerless(pool, lonely[1], self.first),
+            *untested(self.scope, found, both),
+        )
+        return Found(tuple(found), missing)
+
+    def _pair(self, sampler: Sampler, first: Cell, second: Cell) -> list[Finding]:
+        if self.same_start and first.facts.federated != second.facts.federated:
+            return []
+        one, two = (
+            Partner(first, label(first, self.first)),
+            Partner(second, label(second, self.second)),
+        )
+        group = setting_key(first) if self.together else ""
+        rules = (*self.judged, *((name, None) for name in self.told))
+        return present(
+            compared(sampler, QUANTITIES[name], one, two, rule, group) for name, rule in rules
+        )
+
+
+def _where(cell: Cell) -> tuple[str, str, int]:
+    return cell.facts.data, cell.facts.certified.description, cell.facts.clients
+
+
+Pair = tuple[Cell, Cell]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Whether the difference of two ways of training grows with the number of clients.
+
+    Attributes:
+        first, second, scope: as in `Pairs`.
+        quantity: whose difference is taken. told: further ones.
+        from_at_most: the smaller number of clients is the largest one up to this, and the larger
+            the largest of all; None = the smallest and the largest at hand.
+    """
+
+    first: Role
+    second: Role
+    scope: Scope
+    quantity: str
+    told: tuple[str, ...] = ()
+    from_at_most: int | None = None
+
+    def findings(self, pool: Pool, sampler: Sampler) -> Found:
+        """One comparison for each set of runs that differ in the number of clients alone."""
+        found: list[Finding] = []
+        missing: list[str] = []
+        for pairs in self._series(pool, sampler).values():
+            ends = self._ends(pairs)
+            if ends is not None:
+                found += self._compare(sampler, *ends)
+                continue
+            counts = ", ".join(str(first.facts.clients) for first, _ in pairs)
+            missing.append(
+                f"{self.first.words} and {self.second.words}, another number of clients: "
+                f"{pairs[0][0].facts.setting} (at hand: {counts})"
+            )
+        what = f"{self.first.words} and {self.second.words} at two numbers of clients"
+        return Found(tuple(found), (*missing, *untested(self.scope, found, what)))
+
+    def _series(self, pool: Pool, sampler: Sampler) -> dict[str, list[Pair]]:
+        series: dict[str, list[Pair]] = {}
+        for first in pool.of(self.first, self.scope):
+            for second in pool.beside(first, self.second, ANOTHER_TRAINING):
+                if common_seeds(sampler, first, second):
+                    key = [first.facts.key(ANOTHER_COUNT), *map(_variant, (first, second))]
+                    series.setdefault(" ".join(key), []).append((first, second))
+        return series
+
+    def _ends(self, pairs: Sequence[Pair]) -> tuple[Pair, Pair] | None:
+        ordered = sorted(pairs, key=lambda pair: pair[0].facts.clients)
+        few, many = ordered[0], ordered[-1]
+        if self.from_at_most is not None:
+            below = [p for p in ordered if p[0].facts.clients <= self.from_at_most]
+            if not below or many[0].facts.clients <= self.from_at_most:
+                return None
+            few = below[-1]
+        return (few, many) if few[0].facts.clients < many[0].facts.clients else None
+
+    def _compare(self, sampler: Sampler, few: Pair, many: Pair) -> list[Finding]:
+        rules = ((self.quantity, Above()), *((name, None) for name in self.told))
+        return present(
+            self._change(sampler, QUANTITIES[name], few, many, rule) for name, rule in rules
+        )
+
+    def _change(
+        self, sampler: Sampler, quantity: Quantity, few: Pair, many: Pair, rule: Rule | None
+    ) -> Finding | None:
+        before, after = (per_seed(sampler, quantity, *pair) for pair in (few, many))
+        seeds = sorted(set(before) & set(after))
+        if not seeds:
+            return None
+        facts, start = many[0].facts, few[0].facts.clients
+        difference = f"{self.first.words} minus {self.second.words}"
+        first, last = (_mean(effects, seeds) for effects in (before, after))
+        return Finding(
+            setting=_series_setting(facts, start),
+            group=facts.key(ANOTHER_COUNT) + " ".join(map(_variant, many)),
+            panel=panel(many[0]),
+            difference=f"({difference}) at {facts.clients} clients less the same at {start}",
+            quantity=quantity.words,
+            effect=statistics.over_seeds([statistics.change(after[s], before[s]) for s in seeds]),
+            rule=rule,
+            runs=names((*few, *many)),
+            detail=f"{100 * first:+.1f} points at {start} clients, {100 * last:+.1f} at "
+            f"{facts.clients}",
+        )
+
+
+def _series_setting(facts: Facts, start: int) -> str:
+    words = facts.certified.words(facts.unit)
+    return f"{facts.data}, {words}, {start} and {facts.clients} clients"
+
+
+def _variant(cell: Cell) -> str:
+    """The algorithm's own parameters and the augmentation, which must agree along a series."""
+    chosen = ("algorithm.", "augmentation.")
+    return repr(sorted((k, v) for k, v in cell.facts.settings.items() if k.startswith(chosen)))
+
+
+def _mean(effects: Mapping[int, Effect], seeds: Sequence[int]) -> float:
+    return sum(effects[s].estimate for s in seeds) / len(seeds)

@@ -1,0 +1,290 @@
+"""Runs that are killed, interrupted, out of space or started twice, and then gone on with."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny_study as tiny
+from certifl.certification import engine
+from certifl.certification.certificates import Certificates
+from certifl.errors import StoreMismatch
+from certifl.experiments import certifying
+from certifl.experiments.checking import verify_run
+from certifl.experiments.run import Options, run
+from certifl.spec import Spec
+from certifl.store.runs import RunFolder
+
+# Long enough to be hit in the middle, in training and in certification.
+LONG = (
+    "training.rounds=8",
+    "clients.count=3",
+    "algorithm={name='personalized', base={name='mixture', personalization=0.5}, epochs=2}",
+    "training.momentum_between_rounds=keep",
+    "certification.estimator=top-class",
+    "certification.n=4000",
+)
+KILLS = 3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CERTIFL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def study() -> Spec:
+    return tiny.spec(*LONG)
+
+
+@pytest.fixture(scope="module")
+def reference(study: Spec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The study, uninterrupted."""
+    return run(study, Options(tmp_path_factory.mktemp("reference") / "run")).path
+
+
+def assert_same_run(found: Path, wanted: Path) -> None:
+    assert tiny.weights(found) == tiny.weights(wanted)
+    one, two = (RunFolder(place).load_certificates() for place in (found, wanted))
+    assert one.same_results(two)
+    assert dict(one.conditions) == dict(two.conditions)
+    for name in ("spec.toml", "partition.json"):
+        assert (found / name).read_bytes() == (wanted / name).read_bytes()
+    assert verify_run(found).problems == ()
+    assert not list(found.rglob("*.tmp"))
+
+
+def work(spec: Spec, place: Path) -> None:
+    """The study in a process of its own, with votes saved after every small wave."""
+    torch.set_num_threads(1)
+    certifying._SECONDS_BETWEEN_SAVES = 0.0
+    engine._BATCHES_PER_WAVE = 2
+    run(spec, Options(place))
+
+
+@pytest.fixture(scope="module")
+def start() -> Callable[[Spec, Path], BaseProcess]:
+    """Starts the study in a new process, forked from one that has torch loaded already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["certifl.experiments.run", "certifl.cli", "pytest"])
+
+    def begin(spec: Spec, place: Path) -> BaseProcess:
+        process = context.Process(target=work, args=(spec, place))
+        process.start()
+        return process
+
+    return begin
+
+
+def training_begun(place: Path) -> bool:
+    return any((place / "checkpoints" / "training").glob("round-*"))
+
+
+def certification_begun(place: Path) -> bool:
+    return any((place / "checkpoints" / "certification").glob("client-*"))
+
+
+def wait_for(process: BaseProcess, there: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while process.is_alive() and not there():
+        assert time.monotonic() < deadline, "the study did not get going"
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("phase", ["training", "certification"])
+def test_killed_at_random_moments_and_gone_on_with(
+    phase: str,
+    study: Spec,
+    reference: Path,
+    start: Callable[[Spec, Path], BaseProcess],
+    tmp_path: Path,
+) -> None:
+    moments, place, killed = random.Random(phase), tmp_path / "run", 0
+    begun = {"training": training_begun, "certification": certification_begun}[phase]
+    while killed < KILLS:
+        process = start(study, place)
+        wait_for(process, lambda: begun(place))
+        time.sleep(moments.uniform(0.0, 0.15))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:  # it was faster
+            break
+        assert process.exitcode == -signal.SIGKILL
+        killed += 1
+        assert not RunFolder(place).finished()
+    assert killed >= 1
+    last = start(study, place)
+    last.join()
+    assert last.exitcode == 0
+    assert_same_run(place, reference)
+
+
+def test_votes_of_a_killed_certification_are_not_cast_again(
+    study: Spec, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, real, waves = tmp_path / "run", engine.advance, []
+    monkeypatch.setattr(certifying, "_SECONDS_BETWEEN_SAVES", 0.0)
+
+    class Killed(BaseException):
+        """Stands for the end of the process."""
+
+    def dying(*given: object) -> None:
+        if len(waves) == 1:
+            raise Killed
+        waves.append(1)
+        real(*given)  # pyright: ignore
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "advance", dying)
+        with pytest.raises(Killed):
+            run(study, Options(place, device="cpu"))
+    kept = {name: held for name, held in tiny.files(place).items() if "round-" in name}
+    monkeypatch.setattr(engine, "advance", lambda *given: waves.append(real(*given)))
+    run(study, Options(place, device="cpu"))
+    after = {name: held for name, held in tiny.files(place).items() if "round-" in name}
+    assert after == kept  # nothing was trained again
+    assert_same_run(place, reference)
+    again = len(waves)
+    waves.clear()
+    run(study, Options(tmp_path / "whole", device="cpu"))
+    assert len(waves) == again
+
+
+def test_damaged_votes_are_cast_again(
+    study: Spec, reference: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = run(study, Options(tmp_path / "run"))
+    folder.certificates.unlink()
+    content = bytearray(folder.votes(1).read_bytes())
+    content[-4] ^= 1
+    folder.votes(1).write_bytes(bytes(content))
+    folder.votes(2).write_bytes(content[:50])
+    run(study, Options(tmp_path / "run"))
+    assert "client-00001.safetensors is damaged" in caplog.text
+    assert "client-00002.safetensors" in caplog.text
+    assert_same_run(folder.path, reference)
+
+
+def test_ctrl_c_says_how_to_go_on(study: Spec, reference: Path, tmp_path: Path) -> None:
+    file, place = tiny.write_spec(tmp_path, *LONG), tmp_path / "run"
+    command = [sys.executable, "-m", "certifl", "run", str(file), "--out", str(place)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=tiny.environment()
+    )
+    deadline = time.monotonic() + 60
+    while not training_begun(place) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert "the same command goes on" in told
+    assert "Traceback" not in told
+    assert not RunFolder(place).finished()
+    run(study, Options(place))
+    assert_same_run(place, reference)
+
+
+def test_ctrl_c_with_overwrite_does_not_promise_too_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "advance", interrupted)
+    asked = ("run", tiny.write_spec(tmp_path), "--out", tmp_path / "run")
+    plain, over = tiny.cli(*asked), tiny.cli(*asked, "--overwrite")
+    assert plain.code == over.code == 130
+    assert "the same command goes on" in plain.err
+    assert "without --overwrite" in over.err
+
+
+def test_a_second_process_on_one_folder_is_refused(tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    asked = ("run", tiny.write_spec(tmp_path), "--out", place)
+    with RunFolder(place).locked():
+        before = tiny.files(place)
+        tiny.process(*asked).refused("Another process", "--out")
+        with pytest.raises(StoreMismatch, match="Another process"):
+            run(tiny.spec(), Options(place))
+        assert tiny.files(place) == before
+    run(tiny.spec(), Options(place))
+
+
+def full_disk() -> None:
+    """For the new process: no file grows beyond 60 000 bytes, so no checkpoint fits."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+
+def test_a_full_disk_in_training_is_told_and_gone_on_from(tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    asked = ("run", tiny.write_spec(tmp_path), "--out", place)
+    full = tiny.process(*asked, preexec_fn=full_disk)
+    full.refused("Cannot write", "free some space", "repeat the command", code=1)
+    assert not list(place.rglob("*.tmp"))
+    finished_after(place, tmp_path)
+
+
+@pytest.mark.parametrize("room", [500, 1500, 4000, 110_000])
+def test_a_full_disk_at_any_point_is_told_and_gone_on_from(room: int, tmp_path: Path) -> None:
+    """From the first file of the folder to the report."""
+    place = tmp_path / "run"
+    asked = ("run", tiny.write_spec(tmp_path), "--out", place)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        full = tiny.cli(*asked)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    full.refused("Cannot write", code=1)
+    finished_after(place, tmp_path)
+
+
+def finished_after(place: Path, tmp_path: Path) -> None:
+    """The same study goes on in `place` and ends like one that was never disturbed."""
+    run(tiny.spec(), Options(place))
+    run(tiny.spec(), Options(tmp_path / "undisturbed"))
+    assert_same_run(place, tmp_path / "undisturbed")
+
+
+def test_a_damaged_checkpoint_is_trained_again(
+    study: Spec, reference: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = run(study, Options(tmp_path / "run"))
+    newest = max(folder.training.glob("round-*"))
+    state = newest / "clients" / "00001.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    folder.certificates.unlink()
+    run(study, Options(tmp_path / "run"))
+    assert f"{newest.name} is damaged" in caplog.text
+    assert_same_run(folder.path, reference)
+    assert os.path.getsize(state) > 0
+
+
+def test_progress_of_a_resumed_certification_ends_at_all_votes(tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    options = Options(
+        tmp_path / "run", report=lambda what, done, all_, _: told.append((what, done, all_))
+    )
+    folder = run(tiny.spec(), options)
+    first = [entry for entry in told if entry[0] == "certifying"]
+    assert first[-1][1] == first[-1][2]
+    folder.certificates.unlink()
+    told.clear()
+    run(tiny.spec(), options)
+    last = [entry for entry in told if entry[0] == "certifying"][-1]
+    assert last[1] == last[2]
+    assert len(Certificates.load(folder.certificates)) == 12

@@ -1,0 +1,222 @@
+"""Do scan certificates claim too much? Known functions of the axis, 20 000 runs a cell.
+
+A run over-claims when its interval reaches the first delta, on either side, at which c_A does not
+lead. The tolerance: of a procedure that errs with probability at most alpha = 0.05, the over-claims
+in 20 000 runs are bounded by Binomial(20 000, 0.05), with mean 1000 and standard deviation 30.8; an
+upper tail below 1e-3, 1096 over-claims and more (a share of 0.0548), is evidence against it. The
+planted defects at the end must give such evidence, or this harness would not notice them.
+
+Rough functions change sides a hundred times within a stratum, so that every vote of a stratum is a
+coin of the given bias: the least favourable case for votes in pairs. Smooth ones change once or
+twice, where the method gains most and where an error of geometry would show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from certifl.smoothing.scan import BETS, SHARES, log_weight, read_scan
+from certifl.smoothing.strata import Cells, Scan
+
+pytestmark = pytest.mark.statistical
+ALPHA, RUNS, BLOCK = 0.05, 20_000, 2000
+A, B, C = 0, 1, 2
+
+
+def rejected(overclaims: np.ndarray) -> bool:
+    assert overclaims.shape == (RUNS,)
+    return bool(binom.sf(int(overclaims.sum()) - 1, RUNS, ALPHA) < 1e-3)
+
+
+def coin(t: np.ndarray, *shares: float) -> np.ndarray:
+    """A comb of classes 0, 1, ... in these shares, with a thousand teeth per unit of t."""
+    place = (t * 1000.0) % 1.0
+    return np.searchsorted(np.cumsum(shares)[:-1], place, side="right").astype(np.int8)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A function of t and the first delta to either side where A does not lead (sigma = 1)."""
+
+    h: Callable[[np.ndarray], np.ndarray]
+    low: float
+    high: float
+
+
+def within(inside: Callable, outside: Callable, low: float, high: float) -> Callable:
+    return lambda t: np.where((t >= low) & (t <= high), inside(t), outside(t))
+
+
+def all_a(t: np.ndarray) -> np.ndarray:
+    return np.zeros(t.shape, np.int8)
+
+
+def all_b(t: np.ndarray) -> np.ndarray:
+    return np.ones(t.shape, np.int8)
+
+
+# Of three classes the lead over B is 0.22 up to |delta| = 0.5; a share x of the window outside
+# takes 0.28 x from A and gives 0.34 x to B.
+THREE = 0.5 + 2 * 0.22 / 0.62
+
+KNOWN = {
+    # The window around 0.7 covers [-0.3, 0.7] of A, one half.
+    "interval": Known(within(all_a, all_b, -0.7, 0.7), -0.7, 0.7),
+    "long interval": Known(within(all_a, all_b, -1.6, 1.6), -1.6, 1.6),
+    "asymmetric": Known(within(all_a, all_b, -0.4, 1.4), -0.4, 1.4),
+    # p_A is 0.8 up to |delta| = 0.5, from where it falls by 0.3 per unit.
+    "comb": Known(
+        within(lambda t: coin(t, 0.8, 0.2), lambda t: coin(t, 0.2, 0.8), -1.5, 1.5), -1.5, 1.5
+    ),
+    "three classes below one half": Known(
+        within(lambda t: coin(t, 0.48, 0.26, 0.26), lambda t: coin(t, 0.2, 0.6, 0.2), -1.5, 1.5),
+        -THREE,
+        THREE,
+    ),
+    "tie": Known(lambda t: coin(t, 0.5, 0.5), 0.0, 0.0),
+    "tie of three": Known(lambda t: coin(t, 1 / 3, 1 / 3, 1 / 3), 0.0, 0.0),
+    # Votes for A hardly ever fail inside, never come outside, and p_A(0) is exactly one half.
+    "nearly unanimous": Known(
+        within(lambda t: coin(t, 0.97, 0.03), all_b, -50 / 97, 50 / 97), 0.0, 0.0
+    ),
+}
+LINE = Scan(1.0, -3.0, 3.0, False, (80, 80, 160))
+CIRCLE = Scan(1.0, -np.pi, np.pi, True, (101, 80, 160))
+
+
+def cast(scan: Scan, known: Known, seed: int) -> Iterator[np.ndarray]:
+    """Votes of all runs, some runs at a time."""
+    rng = np.random.default_rng([20261, seed])
+    spent = int(scan.totals[-1])
+    for _ in range(RUNS // BLOCK):
+        yield known.h(scan.parameters(np.arange(spent), rng.random((BLOCK, spent))))
+
+
+def overclaims(scan: Scan, known: Known, votes: np.ndarray) -> np.ndarray:
+    made = read_scan(scan, votes, np.full(len(votes), A), ALPHA)
+    low, high = made.interval.T
+    return made.certified & ((low <= known.low) | (high >= known.high))
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_no_stopping_rule_makes_a_scan_claim_too_much(name: str) -> None:
+    """The worst rule of all: it knows the truth and stops after the first pass that over-claims."""
+    wrong = []
+    for votes in cast(LINE, KNOWN[name], 1):
+        after = [overclaims(LINE, KNOWN[name], votes[:, :total]) for total in LINE.totals]
+        wrong.append(np.any(after, axis=0))
+    assert not rejected(np.concatenate(wrong))
+
+
+@pytest.mark.parametrize("name", ["asymmetric", "comb", "tie"])
+def test_a_scan_of_a_circle_whose_strata_fit_nothing_claims_no_more(name: str) -> None:
+    wrong = [overclaims(CIRCLE, KNOWN[name], votes) for votes in cast(CIRCLE, KNOWN[name], 2)]
+    assert not rejected(np.concatenate(wrong))
+
+
+def test_a_scan_comes_close_to_the_truth() -> None:
+    """Without this, a scan that certifies nothing would pass all of the above."""
+    known = KNOWN["asymmetric"]
+    votes = next(cast(LINE, known, 3))
+    low, high = read_scan(LINE, votes, np.full(len(votes), A), ALPHA).interval.mean(axis=0)
+    assert known.low < low < known.low + 0.15
+    assert known.high - 0.15 < high < known.high
+
+
+# --- planted defects
+
+
+def tables(scan: Scan, votes: np.ndarray) -> tuple[Cells, np.ndarray, np.ndarray]:
+    """Cells, and sums over their windows of max(zX, zY) and of pairs that differ; two classes."""
+    cells = Cells(scan, len(scan.passes))
+    tops, twos = np.zeros((2, len(votes), len(cells.lows)), np.int64)
+    start = 0
+    for runs, first in zip(cells.runs, cells.starts, strict=True):
+        pairs = votes[:, start : start + 2 * runs.strata].reshape(len(votes), runs.strata, 2)
+        z = 1 - 2 * pairs
+        tops += runs.sums(first, z.max(axis=2))
+        twos += runs.sums(first, np.ptp(z, axis=2) == 2)
+        start += 2 * runs.strata
+    return cells, tops, twos
+
+
+def passed(scan: Scan, votes: np.ndarray, charge: bool = True) -> tuple[Cells, np.ndarray]:
+    """Which cells pass the test; without `charge`, pairs that differ cost no more than a tie."""
+    cells, tops, twos = tables(scan, votes)
+    total = np.zeros(tops.shape)
+    for bet, share in zip(BETS, SHARES, strict=True):
+        log = log_weight(bet, tops - cells.discrepancy, 0, twos)
+        if not charge:
+            log = bet * (tops - twos - cells.discrepancy)
+        total += share * np.exp(np.minimum(log, 100.0))
+    return cells, total >= 2 / ALPHA
+
+
+WIDE = Scan(1.0, -30.0, 30.0, False, (800, 800))
+# Right near 0, undecided everywhere else: no window beyond 1.7 holds more of A than of B.
+LOST = Known(within(all_a, lambda t: coin(t, 0.5, 0.5), -0.7, 0.7), -1.7, 1.7)
+# A and B in turn such that the lead is 1/4 at 0 and at 1/2, and 0 at 1/4.
+SPIKE_EDGES = np.array([-1.0, -0.75, -0.5, 0.5, 1.0, 1.25, 1.5])
+SPIKE_CLASS = np.array([B, A, B, A, B, B, A, B], np.int8)
+SPIKE = Known(lambda t: SPIKE_CLASS[np.searchsorted(SPIKE_EDGES, t)], -9.0, 0.25)
+
+
+def extended_over_failed_cells(votes: np.ndarray, scan: Scan = WIDE) -> np.ndarray:
+    """The interval ends at the last cell that passes and not before the first that fails."""
+    cells, good = passed(scan, votes)
+    reach = np.where(good, np.maximum(cells.highs, -cells.lows), 0.0).max(axis=1)
+    return reach > LOST.high
+
+
+def best_window_of_all(votes: np.ndarray) -> np.ndarray:
+    """Every window is tested at full level and the best one is reported, no order, no union."""
+    return passed(WIDE, votes)[1].any(axis=1)
+
+
+def no_charge_for_pairs_that_differ(votes: np.ndarray) -> np.ndarray:
+    cells, good = passed(LINE, votes, charge=False)
+    return good[:, cells.zero]
+
+
+def coarse_grid_without_loss(votes: np.ndarray) -> np.ndarray:
+    """Windows at 0, 1/2, 1, ... alone, each standing for a quarter to either side as it is."""
+    fine = Scan(1.0, -3.0, 3.0, False, (240,))
+    cells, tops, twos = tables(fine, votes)
+    at = [int(np.abs((cells.lows + cells.highs) / 2 - delta).argmin()) for delta in (0.0, 0.5)]
+    total = sum(
+        share * np.exp(np.minimum(log_weight(bet, tops[:, at], 0, twos[:, at]), 100.0))
+        for bet, share in zip(BETS, SHARES, strict=True)
+    )
+    return np.all(np.asarray(total) >= 2 / ALPHA, axis=1)  # then [0, 3/4] is claimed
+
+
+DEFECTS = {
+    "extended over failed cells": (extended_over_failed_cells, WIDE, LOST),
+    "best window of all": (best_window_of_all, WIDE, KNOWN["tie"]),
+    "no charge for pairs that differ": (no_charge_for_pairs_that_differ, LINE, KNOWN["tie"]),
+    "coarse grid without loss": (
+        coarse_grid_without_loss,
+        Scan(1.0, -3.0, 3.0, False, (240,)),
+        SPIKE,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_planted_defects_are_caught(name: str) -> None:
+    defect, scan, known = DEFECTS[name]
+    wrong = np.concatenate([defect(votes) for votes in cast(scan, known, 4)])
+    print(name, wrong.mean())
+    assert rejected(wrong)
+
+
+@pytest.mark.parametrize("name", ["extended over failed cells", "coarse grid without loss"])
+def test_the_sound_twins_of_the_defects_pass(name: str) -> None:
+    _, scan, known = DEFECTS[name]
+    wrong = np.concatenate([overclaims(scan, known, votes) for votes in cast(scan, known, 4)])
+    assert not rejected(wrong)
