@@ -75,6 +75,7 @@ def test_labels(labels: list, says: str) -> None:
         ({"radii": [-1.0]}, "radii"),
         ({"precision": "float16"}, "bfloat16"),
         ({"device": "quantum"}, "cannot be used here"),
+        ({"device": "meta"}, "choose cpu"),
         ({"batch_size": 0}, "batch_size"),
     ],
 )

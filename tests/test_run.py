@@ -282,6 +282,38 @@ def test_overwrite_replaces_and_nothing_else_does(tmp_path: Path) -> None:
     assert tiny.weights(tmp_path / "run") == tiny.weights(tmp_path / "new")
 
 
+def test_a_finished_training_beside_is_taken_over_only_if_it_is_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    first = run(tiny.spec(), Options(tmp_path / "first"))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "run.json").write_text("{")
+    beside = (tmp_path / "broken", tmp_path / "none", first.path)
+    for name, setting, taken in (
+        ("same", "certification.n=150", True),
+        ("other", "seed=1", False),
+    ):
+        caplog.clear()
+        run(tiny.spec(setting), Options(tmp_path / name, siblings=beside))
+        assert ("taking over" in caplog.text) is taken
+        run(tiny.spec(setting), Options(tmp_path / f"{name} alone"))
+        assert models(tmp_path / name) == models(tmp_path / f"{name} alone")
+
+
+@pytest.mark.usefixtures("_own_modules")
+def test_the_training_of_a_network_whose_code_may_have_changed_is_not_taken_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / "my_network.py").write_text(NETWORK)
+    sys.path.append(str(tmp_path))
+    own = ("model.name=my_network:make", "training.rounds=1")
+    first = run(tiny.spec(*own), Options(tmp_path / "first"))
+    run(tiny.spec(*own, "certification.n=150"), Options(tmp_path / "n", siblings=(first.path,)))
+    assert "taking over" not in caplog.text
+
+
 # The main job.
 
 

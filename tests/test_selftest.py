@@ -50,10 +50,10 @@ class Broken:
     ("change", "says"),
     [
         (torch.zeros_like, "draw the same numbers"),
-        (lambda x: x * 3.0, "variance"),
-        (lambda x: x + 2.0 * x.std(), "mean"),
+        (lambda x: x * 2.0, "the variance of .* standard errors"),
+        (lambda x: x + 2.0 * x.std(), "the mean of .* standard errors"),
         (lambda x: x * float("nan"), "the same seed gives other numbers"),
-        (lambda x: x.clamp(min=0.0), "mean"),
+        (lambda x: x.clamp(min=0.0), "standard errors"),
     ],
     ids=["constant", "too wide", "shifted", "NaN", "one-sided"],
 )

@@ -40,8 +40,11 @@ Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the spec; repeatable."),
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-Family = Annotated[str, typer.Option(help="Perturbation family; `certifl list` names them.")]
-Sigma = Annotated[str, typer.Option(help="In the family's unit: 0.3, 0.1pi, 18deg.")]
+Family = Annotated[
+    str | None,
+    typer.Option(help="Perturbation family; a run's own by default, else pixel with sigma 0.25."),
+]
+Sigma = Annotated[str | None, typer.Option(help="In the family's unit: 0.3, 0.1pi, 18deg.")]
 
 
 def main() -> None:
@@ -166,6 +169,7 @@ def plan(
 def reproduce(
     figure: Annotated[str, typer.Argument(metavar="FIGURE|all", help="figure1 to figure10.")],
     scale: Annotated[str, typer.Option(help="smoke, laptop or paper.")] = "laptop",
+    set_: Settings = None,
     out: Out = None,
     data_dir: DataDir = None,
     device: Device = "auto",
@@ -188,7 +192,7 @@ def reproduce(
     from certifl.report import write_paper_figure
     from certifl.report.reproduction import complete
 
-    size, figures = scale_named(scale), chosen_figures(figure)
+    size, figures = scale_named(scale, set_ or []), chosen_figures(figure)
     study = make_plan(figures, size, out or Path("runs") / f"reproduce-{scale}")
     if plan:
         terminal.show_study(costs(study, device), size.name, size.words)
@@ -215,6 +219,25 @@ def report(
     page = write_report(runs, target)
     terminal.show_summary(summary_rows(runs))
     typer.echo(f"\nReport: {page.resolve()}")
+
+
+@app.command()
+def claims(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of studies.")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="Write them as .json or .md.")] = None,
+) -> None:
+    """Put the paper's claims to the test: effect, 95 % interval and verdict of each."""
+    from certifl import terminal
+    from certifl.report import check_claims, claim_rows, explanation, write_claims
+
+    found = check_claims(runs)
+    if out is not None:
+        write_claims(found, out)
+    terminal.show_claims(claim_rows(found), explanation(found))
+    if out is not None:
+        typer.echo(f"\nClaims: {out.resolve()}")
 
 
 @app.command()
@@ -278,8 +301,8 @@ def certify(
     run: Annotated[Path | None, typer.Option(help="Take the model of a run instead.")] = None,
     client: Annotated[int, typer.Option(min=0, help="Which client of the run.")] = 0,
     data: Annotated[str | None, typer.Option(help="Data set whose test images are used.")] = None,
-    family: Family = "pixel",
-    sigma: Sigma = "0.25",
+    family: Family = None,
+    sigma: Sigma = None,
     images: Annotated[int, typer.Option(min=1, help="Test images, a fixed random choice.")] = 100,
     estimator: Annotated[str, typer.Option(help="`certifl list` names them.")] = "sequential",
     n0: Annotated[int, typer.Option("--n0", help="Votes that choose the class.")] = 100,

@@ -23,6 +23,7 @@ __all__ = [
     "Board",
     "show_attack",
     "show_certificates",
+    "show_claims",
     "show_names",
     "show_plan",
     "show_prediction",
@@ -138,6 +139,25 @@ def show_summary(rows: Sequence[Mapping[str, Any]]) -> None:
     Console(width=max(console.width, needed)).print(table)
 
 
+def show_claims(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
+    """A line for each claim with its verdict, then each verdict in words."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("claim", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for title in ("effect, points", "95 %", "images", "clients"):
+        table.add_column(title, justify="right")
+    keys = ("claim", "verdict", "effect", "interval", "images", "clients")
+    for row in rows:
+        table.add_row(*(str(row[key]) for key in keys))
+    console = Console(highlight=False)
+    console.print(table)
+    for row in rows:
+        console.print(f"{row['claim']}  {row['sentence']}", markup=False)
+        console.print(f"    {row['words']}\n", style="dim", markup=False)
+    for note in notes:
+        console.print(note, style="dim", markup=False)
+
+
 def show_certificates(certificates: Certificates) -> None:
     """A few lines about certificates."""
     facts, unit = certificates.conditions, str(certificates.conditions["unit"])
@@ -249,17 +269,21 @@ def show_study(costs: Mapping[str, Cost], scale: str, words: str) -> None:
             f"{cost.done}",
             f"{cost.trainings}",
             f"{cost.votes_at_most:,}",
-            _clock(cost.seconds) if cost.seconds else "finished",
+            _roughly(cost.seconds) if cost.seconds else "finished",
         )
     needed = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
     Console(width=max(console.width, needed)).print(table)
-    measured = next(reversed(costs.values())).measured
+    measured = list(costs.values())[-1].measured
     console.print(
         f"Speeds are measured in finished runs of this study for {100 * measured:.0f} % of the "
         "runs left, otherwise orders of magnitude. A figure's runs are counted in its line even "
         "where it shares them; the time is that of one process on this machine.",
         style="dim",
     )
+
+
+def _roughly(seconds: float) -> str:
+    return _clock(seconds) if seconds < 2 * 86_400 else f"{seconds / 86_400:,.0f} days"
 
 
 def _clock(seconds: float) -> str:

@@ -143,8 +143,8 @@ def _blocks(
     for number, (block, given) in enumerate(pairs):
         if block is None or (given is None) != (labels is None):
             raise InputError(
-                "There must be as many blocks of labels as of images, but there is only one of both "
-                f"for block {number}."
+                "There must be as many blocks of labels as of images, but there is only one of "
+                f"both for block {number}."
             )
         values = check_images(block)
         check_exact(values, perturbation)

@@ -22,6 +22,7 @@ __all__ = ["PRECISIONS", "Network", "choose_device", "choose_precision", "prepar
 
 Model = Callable[[Tensor], Tensor]
 PRECISIONS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DEVICES = ("cpu", "cuda", "xpu", "mps")
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
 
 # Bytes of the largest activation of one batch that still keep caches warm (CPU), and the share of
@@ -115,6 +116,8 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
+        if place.type not in _DEVICES:
+            raise InputError(f"device {device!r} cannot be used: choose {', '.join(_DEVICES)}.")
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]

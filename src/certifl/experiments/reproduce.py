@@ -1,4 +1,6 @@
-"""A study folder: the distinct runs of some figures, each computed once, and what each figure shows.
+"""A study folder: the distinct runs of some figures, and what each figure shows.
+
+Every run is trained and certified once, however many figures show it.
 
 ```
 <out>/runs/<spec hash>/       one run folder per distinct spec, shared by all figures of the study
@@ -134,11 +136,13 @@ def _finished_trainings(out: Path) -> set[str]:
 def _check_scale(out: Path, scale: Scale) -> None:
     for path in sorted(out.glob(f"*/{INDEX}")):
         held = read_json(path)
-        found = held.get("scale") if isinstance(held, dict) else None
-        if found != scale.name:
+        if not isinstance(held, dict):
+            raise StoreError(f"{path} is damaged: it is no JSON object. Delete it and repeat.")
+        found = (held.get("scale"), *held.get("settings", ()))
+        if found != (scale.name, *scale.settings):
             raise StoreMismatch(
-                f"{out} holds figures at the scale {found!r}, not {scale.name!r}. Choose another "
-                "folder with --out."
+                f"{out} holds figures at the scale {', '.join(map(str, found))}, not "
+                f"{', '.join((scale.name, *scale.settings))}. Choose another folder with --out."
             )
 
 
@@ -271,6 +275,7 @@ def figure_index(plan: Plan, name: str) -> dict[str, Any]:
     return {
         "figure": name,
         "scale": scale.name,
+        "settings": list(scale.settings),
         "title": figure.title,
         "panels": panels,
         "pages": _pages(figure, scale),

@@ -19,7 +19,7 @@ from torch import nn
 
 from certifl.certification.network import choose_device, prepare
 from certifl.data import Dataset, Partition, to_float
-from certifl.errors import StoreMismatch
+from certifl.errors import SpecError, StoreError, StoreMismatch
 from certifl.experiments.certifying import certify_clients
 from certifl.experiments.machine import machine_facts, training_threads, versions
 from certifl.experiments.networks import code_folder, deployed, initial_model
@@ -76,7 +76,7 @@ def label_of(spec: Spec) -> str:
     "Mixture, λ = 0.1", "FedAvg (nominal)", "Personalised (affine start)".
     """
     algorithm, certified = spec.algorithm, spec.certification.perturbation
-    name = LABELS.get(algorithm["name"], algorithm["name"])
+    name = str(LABELS.get(algorithm["name"], algorithm["name"]))
     if "personalization" in algorithm:
         name = f"{name}, λ = {algorithm['personalization']:g}"
     trained, tuned = (None if p is None else describe(p) for p in spec.augmentations())
@@ -105,6 +105,11 @@ def run(spec: Spec, options: Options) -> RunFolder:
     # Whatever the request can be refused for is found before anything is written.
     device = choose_device(options.device)
     dataset, partition = open_data(spec, options.data_dir)
+    if spec.training.crop >= min(dataset.image_size):
+        raise SpecError(
+            f"training.crop = {spec.training.crop} pads by more than the images have: it must be "
+            f"below {min(dataset.image_size)}, usually an eighth of it."
+        )
     model = initial_model(spec, dataset)
     prepare(model, to_float(dataset.test.images[:1]), device, spec.certification.precision)
     with folder.locked():
@@ -229,20 +234,24 @@ def _sibling_training(
     """A finished training that this one continues: the same, or the base it personalises.
 
     Only one of the same images, versions, processor and device is taken over: its bits are then
-    those that this run would compute.
+    those that this run would compute. A network of the user's own is always trained: its code may
+    have changed under the same name.
     """
+    if ":" in spec.model.name:
+        return None
     own, wanted = folder.manifest(), {spec.training_hash()}
     if isinstance(spec.build_algorithm(), Personalized):
         wanted.add(spec.training_hash(of_base=True))
     for sibling in siblings:
-        other = RunFolder(sibling)
-        if not other.finished():
+        try:
+            facts = RunFolder(sibling).manifest()
+        except StoreError:  # somebody else's trouble
             continue
-        facts = other.manifest()
         alike = all(facts.get(key) == own[key] for key in ("data", "machine", "versions"))
-        if alike and facts.get("training_hash") in wanted:
+        finished = facts.get("status") == FINISHED
+        if alike and finished and facts.get("training_hash") in wanted:
             _log.info("taking over the training in %s", sibling)
-            return Checkpoints(other.training)
+            return Checkpoints(RunFolder(sibling).training)
     return None
 
 

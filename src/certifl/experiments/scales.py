@@ -7,8 +7,8 @@ study's own numbers. docs/figures.md explains the choices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from certifl.errors import InputError
@@ -49,6 +49,7 @@ class Scale:
         training: section of the spec.
         finetuning: epochs and learning rate of personalisation.
         certification: section of the spec, without perturbation, images and n.
+        settings: `key=value`, applied to every spec last.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Scale:
     training: Mapping[str, Any]
     finetuning: Mapping[str, Any]
     certification: Mapping[str, Any]
+    settings: tuple[str, ...] = ()
 
     def spec(self, setting: Setting, regime: Regime) -> Spec:
         """One curve as a spec; equal curves of two figures are equal specs."""
@@ -81,7 +83,8 @@ class Scale:
                     "images": material.images[setting.clients],
                     "n": material.n,
                 },
-            }
+            },
+            self.settings,
         )
 
     def _name(self, setting: Setting, regime: Regime) -> str:
@@ -192,12 +195,12 @@ PAPER = Scale(
 SCALES: Mapping[str, Scale] = {scale.name: scale for scale in (SMOKE, LAPTOP, PAPER)}
 
 
-def scale_named(name: str) -> Scale:
-    """A scale by its name.
+def scale_named(name: str, settings: Sequence[str] = ()) -> Scale:
+    """A scale by its name, with `key=value` settings for all its specs.
 
     Raises:
         InputError: there is none of this name.
     """
     if name not in SCALES:
         raise InputError(f"There is no scale {name!r}. Choose one of {', '.join(SCALES)}.")
-    return SCALES[name]
+    return replace(SCALES[name], settings=tuple(settings))

@@ -19,7 +19,7 @@ from certifl.experiments.certifying import Job, certify_job
 from certifl.experiments.networks import trained_model
 from certifl.experiments.parts import finished_run, open_data, run_spec
 from certifl.models import build
-from certifl.perturbations import Perturbation, from_description
+from certifl.perturbations import Perturbation, PixelNoise, describe, from_description
 from certifl.spec import Spec
 from certifl.store.atomic import load_tensors
 from certifl.store.runs import RunFolder
@@ -27,6 +27,7 @@ from certifl.store.runs import RunFolder
 __all__ = ["Answer", "Request", "certify_image", "certify_standalone"]
 
 Report = Callable[[str, int, int, str], None]
+_DEFAULT_SIGMA = 0.25
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Request:
         model, weights: a network and its weights; or
         run, client: the model that a client of a run deploys.
         data, data_dir: the data set whose test images are certified; a run brings its own.
-        family, sigma: the perturbation.
+        family, sigma: the perturbation; without them the run's own, or pixel noise of 0.25.
         images: how many test images, a fixed random choice by `seed`.
         settings: (estimator, n0, n, alpha).
         precision, device, out, overwrite: as on the command line.
@@ -48,8 +49,8 @@ class Request:
     run: Path | None
     client: int
     data: str | None
-    family: str
-    sigma: str
+    family: str | None
+    sigma: str | None
     images: int
     settings: tuple[str, int, int, float]
     seed: int
@@ -70,7 +71,7 @@ def certify_standalone(request: Request, report: Report | None = None) -> Certif
     _check_options(request)
     estimator, n0, n, alpha = request.settings
     settings = Settings(estimator, n0, n, alpha)
-    perturbation = from_description({"family": request.family, "sigma": request.sigma})
+    perturbation = _perturbation(request)
     model, dataset, index = _from_run(request) if request.run else _from_model(request)
     part = dataset.test.take(index)
     saved = request.out.with_name(f".{request.out.name}.votes.safetensors")
@@ -105,6 +106,23 @@ def _check_options(request: Request) -> None:
         raise InputError("--run brings its own weights; leave out --weights.")
     if request.run is None and request.client:
         raise InputError("--client names a client of a run, so it needs --run.")
+
+
+def _perturbation(request: Request) -> Perturbation:
+    """The one asked for; what is not said is taken from the run, or is pixel noise of 0.25."""
+    if request.family is not None:
+        return from_description(
+            {
+                "family": request.family,
+                **({} if request.sigma is None else {"sigma": request.sigma}),
+            }
+        )
+    own: Perturbation = PixelNoise(_DEFAULT_SIGMA)
+    if request.run is not None:
+        own = run_spec(finished_run(request.run)).perturbation()
+    if request.sigma is None:
+        return own
+    return from_description({**describe(own), "sigma": request.sigma})
 
 
 def _from_run(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:

@@ -1,5 +1,6 @@
 """Reads stored results and shows them: figures, tables, one self-contained page."""
 
+from certifl.report.claims import check_claims, claim_rows, explanation, write_claims
 from certifl.report.page import write_figures, write_report
 from certifl.report.reproduction import write_paper_figure
 from certifl.report.results import RunResults, load_run, load_runs
@@ -7,9 +8,13 @@ from certifl.report.table import summary_rows
 
 __all__ = [
     "RunResults",
+    "check_claims",
+    "claim_rows",
+    "explanation",
     "load_run",
     "load_runs",
     "summary_rows",
+    "write_claims",
     "write_figures",
     "write_paper_figure",
     "write_report",

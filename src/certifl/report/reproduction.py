@@ -131,22 +131,24 @@ def _section(title: str, link: str, runs: list[RunResults]) -> Markup:
         for run in runs
     ]
     more = el("p", None, el("a", {"href": link}, "Curves, comparison and clients"))
-    return el("section", None, el("h2", None, title), table(title, head, rows), more)
+    return el("section", None, el("h2", None, title), table("Numbers at a glance", head, rows), more)
 
 
 def _page(index: Mapping[str, Any], picture: bytes, sections: list[Markup]) -> Markup:
     style = (resources.files("certifl.report") / "assets/page.css").read_text(encoding="utf-8")
     source = f"data:image/svg+xml;base64,{base64.b64encode(picture).decode()}"
     shown = el("img", {"src": source, "alt": str(index["title"]), "class": "fallback"})
-    name, scale = str(index["figure"]), str(index.get("scale", ""))
+    name = str(index["figure"])
+    scale = ", ".join([str(index.get("scale", "")), *map(str, index.get("settings", ()))])
     numbers = el("a", {"href": f"{name}.csv"}, f"{name}.csv")
     head = el(
         "head",
         None,
         Markup('<meta charset="utf-8">'),
         Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Markup('<meta name="color-scheme" content="light dark">'),
         el("title", None, f"{name}: {index['title']}"),
-        el("style", None, Markup(style)),
+        el("style", None, Markup(style + ".fallback { max-width: none; }")),
     )
     top = el(
         "header",

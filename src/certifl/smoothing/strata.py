@@ -185,7 +185,7 @@ class Cells:
         edges = edges[(edges > low + apart) & (edges < high - apart)]
         edges = np.concatenate([[low], edges[np.diff(edges, prepend=-np.inf) > apart], [high]])
         self.lows, self.highs = edges[:-1], edges[1:]
-        self.zero = int(np.searchsorted(self.highs, 0.0, side="right"))
+        self.zero = min(int(np.searchsorted(self.highs, 0.0, side="right")), len(self.highs) - 1)
         middles = (self.lows + self.highs) / 2
         self.starts = [runs.nearest(middles) for runs in self.runs]
         self.discrepancy = np.zeros(len(middles))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from certifl.report.claims import statistics
@@ -144,13 +144,12 @@ def partnerless(pool: Pool, cells: Sequence[Cell], wanted: Role) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def untested(scope: Scope, found: Sequence[Finding], what: str) -> list[str]:
-    """The paper's panels of which nothing was compared."""
-    tested = {finding.panel for finding in found}
+def untested(scope: Scope, known: Collection[tuple[str, str]], what: str) -> list[str]:
+    """The paper's panels of which nothing is known."""
     counts = " or ".join(str(count) for count in scope.counts.paper)
     texts = []
     for family, size in scope.panels():
-        if (family, size) not in tested:
+        if (family, size) not in known:
             noise = Noise(family, _PAPER_SIGMA[family][0 if size == SMALL else 1], "")
             texts.append(f"{what}: {noise.words(_UNITS[family])}, {counts} clients")
     return texts

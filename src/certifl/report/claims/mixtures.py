@@ -55,7 +55,8 @@ class Best:
                 f"(at hand: λ = {has})"
             )
         what = f"Mixture λ = {self.value:g} and others"
-        return Found(tuple(found), (*missing, *untested(self.scope, found, what)))
+        tested = {finding.panel for finding in found}
+        return Found(tuple(found), (*missing, *untested(self.scope, tested, what)))
 
     def _against(self, pool: Pool, sampler: Sampler, cell: Cell) -> list[Finding]:
         others = [
@@ -132,7 +133,8 @@ class Matched:
                     name = f"{label(plain, MIXTURE)} with training.lr = {step:.4g}"
                     missing.append(f"{name}: {plain.facts.setting}")
         what = "Mixture with lr and with lr / λ, and FedAvg with lr"
-        return Found(tuple(found), (*missing, *untested(self.scope, found, what)))
+        tested = {finding.panel for finding in found}
+        return Found(tuple(found), (*missing, *untested(self.scope, tested, what)))
 
 
 def _split(
@@ -161,7 +163,12 @@ def _split(
         )
         for one, two, words, rule in parts
     ]
-    return present(part and dataclasses.replace(part, difference=words) for part, words in found)
+    named = present(part and dataclasses.replace(part, difference=words) for part, words in found)
+    if len(named) < len(parts):
+        return []
+    pull, step, gain = (100 * finding.effect.estimate for finding in named[:3])
+    told = f"at {value}, of a gain of {gain:+.1f} points {pull:+.1f} are the pull and {step:+.1f} "
+    return [dataclasses.replace(named[0], detail=f"{told}the smaller step"), *named[1:]]
 
 
 def _lambda(cell: Cell) -> float:

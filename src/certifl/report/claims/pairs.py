@@ -59,13 +59,24 @@ class Pairs:
                 pair = self._pair(sampler, first, second)
                 found += pair
                 covered |= {_where(first)} if pair else set()
-        # A run that has another step or tuning is not missed where its setting was compared.
-        lonely = [[c for c in cells if _where(c) not in covered] for cells in (firsts, seconds)]
+        tested = {finding.panel for finding in found}
+        # A run that has another step or tuning is not missed where its setting was compared, nor
+        # one whose number of clients the paper does not have.
+        lonely = [
+            [
+                cell
+                for cell in cells
+                if _where(cell) not in covered
+                and (cell.facts.clients in self.scope.counts.paper or panel(cell) not in tested)
+            ]
+            for cells in (firsts, seconds)
+        ]
+        known = tested | {panel(cell) for cells in lonely for cell in cells}
         both = f"{self.first.words} and {self.second.words}"
         missing = (
             *partnerless(pool, lonely[0], self.second),
             *partnerless(pool, lonely[1], self.first),
-            *untested(self.scope, found, both),
+            *untested(self.scope, known, both),
         )
         return Found(tuple(found), missing)
 
@@ -123,7 +134,8 @@ class Growth:
                 f"{pairs[0][0].facts.setting} (at hand: {counts})"
             )
         what = f"{self.first.words} and {self.second.words} at two numbers of clients"
-        return Found(tuple(found), (*missing, *untested(self.scope, found, what)))
+        tested = {finding.panel for finding in found}
+        return Found(tuple(found), (*missing, *untested(self.scope, tested, what)))
 
     def _series(self, pool: Pool, sampler: Sampler) -> dict[str, list[Pair]]:
         series: dict[str, list[Pair]] = {}

@@ -100,14 +100,14 @@ class Scope:
     Attributes:
         families, sizes: of the certified perturbation and its sigma.
         counts: of clients.
-        whole: whether the claim speaks of all these families and sizes, so that it is supported
-            only where all were tested.
+        required: families that the claim speaks of as "all", so that it is supported only where
+            each of them was tested at each size of sigma.
     """
 
     families: tuple[str, ...]
     sizes: tuple[str, ...]
     counts: Counts
-    whole: bool = False
+    required: tuple[str, ...] = ()
 
     def __contains__(self, facts: Facts) -> bool:
         return (
@@ -182,8 +182,8 @@ class Pool:
             c
             for c in self.cells
             if role.fits(c.facts)
-            and (c.facts.data, c.facts.certified.family)
-            == (cell.facts.data, cell.facts.certified.family)
+            and c.facts.data == cell.facts.data
+            and c.facts.certified == cell.facts.certified
         ]
         reasons = sorted((_apart(cell, other) for other in candidates), key=len)
         return "; ".join(reasons[0][:3]) if reasons else ""

@@ -84,6 +84,8 @@ def verdict_words(result: ClaimResult) -> str:
         sentence = f"{result.verdict.capitalize()}: {_one(judged[0])}."
     else:
         sentence = f"{result.verdict.capitalize()}: {_several(judged)}."
+    if result.claim.telling:
+        sentence += _told(judged)
     if result.partly:
         sentence += f" Not all of the claim was tested. {_missing_words(result)}"
     return sentence
@@ -96,6 +98,14 @@ def _one(tested: Tested) -> str:
         f"{finding.difference} is {_points(finding.effect.estimate)} "
         f"({_interval(tested.together)}) of {finding.quantity}{why}"
     )
+
+
+def _told(judged: Sequence[Tested]) -> str:
+    """Details by setting."""
+    lines = dict.fromkeys(
+        f" {t.finding.setting}: {t.finding.detail}." for t in judged if t.finding.detail
+    )
+    return "".join(lines)
 
 
 def _several(judged: Sequence[Tested]) -> str:

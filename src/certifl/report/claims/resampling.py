@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from certifl.report.claims.facts import StudyRun
+from certifl.report.compare import FEWEST_IMAGES
 from certifl.report.summary import largest_radius
 from certifl.smoothing.laws import LAWS
 from certifl.streams import numpy_generator
@@ -64,7 +65,7 @@ class Layout:
     @property
     def enough(self) -> bool:
         """Whether the images can say anything: ten at least, and two of every client."""
-        return self.total >= 10 and min(self.sizes) >= 2
+        return self.total >= FEWEST_IMAGES and min(self.sizes) >= 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +173,12 @@ class Sampler:
         layout, reach = self.layout(run), _reach(run)
         held = (reach[:, None] >= shares * _largest(run)) & (reach[:, None] >= 0.0)
         return layout, _split(held.astype(np.float64), layout)
+
+    def differing(self, first: StudyRun, second: StudyRun, by_radius: bool) -> int:
+        """How many images have another certificate: by radius, or only correct or not."""
+        one, two = _reach(first), _reach(second)
+        apart = one != two if by_radius else (one >= 0.0) != (two >= 0.0)
+        return int(apart.sum())
 
     def _draw(self, wanted: StudyRun) -> None:
         if id(wanted) in self._acr:

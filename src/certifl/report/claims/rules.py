@@ -21,6 +21,7 @@ __all__ = [
     "Rule",
     "all_but_one",
     "every",
+    "some",
 ]
 
 SUPPORTED, NOT_SUPPORTED = "supported", "not supported"
@@ -140,6 +141,13 @@ def every(verdicts: Sequence[str]) -> str:
 def all_but_one(verdicts: Sequence[str]) -> str:
     """A claim about almost all settings: of three or more, one may fail."""
     return _tolerating(verdicts, 1 if len(verdicts) >= 3 else 0)
+
+
+def some(verdicts: Sequence[str]) -> str:
+    """A claim that something can happen: one supported setting is enough."""
+    if SUPPORTED in verdicts or not verdicts:
+        return SUPPORTED if verdicts else NOT_TESTED
+    return UNDECIDED if UNDECIDED in verdicts else NOT_SUPPORTED
 
 
 def _tolerating(verdicts: Sequence[str], failures: int) -> str:

@@ -7,6 +7,7 @@ one point.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from scipy import special
 from certifl.certification.settings import GRID_POINTS
 from certifl.report.claims.facts import StudyRun
 from certifl.report.claims.resampling import Sampled, Sampler, drawn_means
+from certifl.report.compare import FEWEST_IMAGES
 from certifl.streams import numpy_generator
 
 __all__ = [
@@ -43,7 +45,7 @@ class Effect:
         low_draws, high_draws: draws of which the ends of an interval are quantiles; the same but
             for suprema.
         effective: numbers of images, one of each independent sample, that limit how narrow an
-            interval can be.
+            interval can be; infinite where nothing does.
         images, clients: how many are behind it, of all samples.
         seeds: how many trainings.
         enough: whether there are enough images for any interval.
@@ -61,10 +63,10 @@ class Effect:
     def interval(self, error: float) -> tuple[float, float]:
         """The interval that misses the true value with probability about `error`.
 
-        Percentiles of the draws, taken outward; never closer to the estimate than what so many
-        images could have hidden. Images that all agree have draws without any scatter, but k of m
-        images with P((k = 0)) >= error / 2 may differ: their share is below
-        1 - (error / 2) ** (1 / m), and no value exceeds 1.
+        Percentiles of the draws, taken outward. Where nearly all images agree, draws have hardly
+        any scatter, and the interval is made no narrower than what m images could have hidden: if
+        none of them differs, a share of up to 1 - (error / 2) ** (1 / m) of all images may, and
+        no value exceeds 1.
         """
         if not self.enough:
             return -math.inf, math.inf
@@ -91,14 +93,20 @@ class Quantity:
 
 
 def _effect(
-    sampler: Sampler, run: StudyRun, estimate: float, low: Floats, high: Floats | None = None
+    sampler: Sampler,
+    runs: tuple[StudyRun, StudyRun],
+    estimate: float,
+    low: Floats,
+    high: Floats | None = None,
+    by_radius: bool = True,
 ) -> Effect:
-    layout = sampler.layout(run)
+    layout = sampler.layout(runs[0])
+    agree = sampler.differing(*runs, by_radius) < FEWEST_IMAGES
     return Effect(
         estimate=estimate,
         low_draws=low,
         high_draws=low if high is None else high,
-        effective=(layout.effective,),
+        effective=(layout.effective if agree else math.inf,),
         images=layout.total,
         clients=(len(layout.sizes),),
         seeds=1,
@@ -106,17 +114,19 @@ def _effect(
     )
 
 
-def _mean_difference(sampler: Sampler, run: StudyRun, one: Sampled, two: Sampled) -> Effect:
+def _mean_difference(one: Sampled, two: Sampled) -> tuple[float, Floats]:
     drawn = one.drawn.mean(axis=1, dtype=np.float64) - two.drawn.mean(axis=1, dtype=np.float64)
-    return _effect(sampler, run, float(one.means.mean() - two.means.mean()), drawn)
+    return float(one.means.mean() - two.means.mean()), drawn
 
 
 def _acr(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
-    return _mean_difference(sampler, first, sampler.acr(first), sampler.acr(second))
+    estimate, drawn = _mean_difference(sampler.acr(first), sampler.acr(second))
+    return _effect(sampler, (first, second), estimate, drawn)
 
 
 def _accuracy(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
-    return _mean_difference(sampler, first, sampler.accuracy(first), sampler.accuracy(second))
+    estimate, drawn = _mean_difference(sampler.accuracy(first), sampler.accuracy(second))
+    return _effect(sampler, (first, second), estimate, drawn, by_radius=False)
 
 
 def _largest_gain(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
@@ -137,7 +147,7 @@ def _largest_gain(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect
     moved = total / len(ahead) - curve / len(ahead)
     largest = float(curve.max() / len(ahead))
     low, high = largest - moved.max(axis=1), largest - moved.min(axis=1)
-    return _effect(sampler, first, largest, low, high)
+    return _effect(sampler, (first, second), largest, low, high)
 
 
 def _seen_spread(sampled: Sampled) -> float:
@@ -164,7 +174,11 @@ def spread_draws(sampled: Sampled) -> tuple[float, Floats]:
 def _spread(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
     one, one_drawn = spread_draws(sampler.acr(first))
     two, two_drawn = spread_draws(sampler.acr(second))
-    return _effect(sampler, first, one - two, one_drawn - two_drawn)
+    effect = _effect(sampler, (first, second), one - two, one_drawn - two_drawn)
+    # With fewer images of a client many have none or all correct, and no draw changes them.
+    return dataclasses.replace(
+        effect, enough=effect.enough and min(sampler.layout(first).sizes) >= FEWEST_IMAGES
+    )
 
 
 def _spread_detail(sampler: Sampler, first: StudyRun, second: StudyRun) -> str:
@@ -188,7 +202,9 @@ def _scatter(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
     whole = _spread(sampler, first, second)
     unit = expected_range(max(2, whole.clients[0]))
     drawn = whole.low_draws / unit
-    return _effect(sampler, first, whole.estimate / unit, drawn)
+    return dataclasses.replace(
+        whole, estimate=whole.estimate / unit, low_draws=drawn, high_draws=drawn
+    )
 
 
 _LISTED = (

@@ -16,7 +16,6 @@ from certifl.report.claims.rules import (
     SUPPORTED,
     UNDECIDED,
     Judged,
-    every,
 )
 from certifl.report.summary import CONFIDENCE
 
@@ -69,7 +68,8 @@ class Report:
     """All claims, and what else a reader must know.
 
     Attributes:
-        results: one for each claim. runs: how many were compared. seeds: trainings with other seeds.
+        results: one for each claim.
+        runs: how many could be compared. seeds: trainings with other seeds.
         draws: how often images were drawn again. notes: what was left out.
     """
 
@@ -149,4 +149,4 @@ def _verdict(claim: Claim, tested: Sequence[Tested]) -> str:
             groups.setdefault(one.finding.group, []).append(one.judged.verdict)
     if not groups:
         return NOT_TESTED
-    return every([claim.combination(group) for group in groups.values()])
+    return claim.across([claim.combination(group) for group in groups.values()])

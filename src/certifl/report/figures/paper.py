@@ -1,4 +1,4 @@
-"""Grids of panels as in the paper: certified accuracy, every client's curve, ACR against lambda."""
+"""Grids of panels as in the paper: certified accuracy, clients' curves, ACR against lambda."""
 
 from __future__ import annotations
 
@@ -97,11 +97,11 @@ def paper_figure(panels: Sequence[GridPanel], title: str) -> Drawing:
     return Drawing(figure, COLUMNS, tuple(numbers))
 
 
-def _leave_free(axes: np.ndarray, panels: Sequence[GridPanel]) -> None:
+def _leave_free(axes: Any, panels: Sequence[GridPanel]) -> None:
     taken = {(p.row, p.column) for p in panels}
-    for place in np.ndindex(axes.shape):
-        if place not in taken:
-            axes[place].set_visible(False)
+    for row, column in np.ndindex(*axes.shape):
+        if (row, column) not in taken:
+            axes[row, column].set_visible(False)
 
 
 def _panel_names(panels: Sequence[GridPanel]) -> list[str]:
@@ -251,9 +251,9 @@ def _sigma_legend(axes: Axes, styles: Sequence[tuple[Look, str]]) -> None:
     named_legend(axes, [s[0] for s in styles], [f"σ = {s[1]}" for s in styles], "upper left", 2)
     legend = axes.get_legend()
     if legend is not None:
-        legend.set_title("dotted: FedAvg", {"size": 7.5})
+        legend.set_title("dotted: FedAvg")
         legend.get_title().set_color(INK)
-        for text in legend.get_texts():
+        for text in (legend.get_title(), *legend.get_texts()):
             text.set_fontsize(7.5)
 
 

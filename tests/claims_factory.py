@@ -1,0 +1,182 @@
+"""Studies of made-up runs whose true effects are known.
+
+Image i of a study has a difficulty of its own that all runs of that study meet. A run is correct
+on it with probability `accuracy`, and then certifies a share of the largest possible radius, so
+that its mean ACR is the planted `acr` of the client, as a share of the largest radius.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+
+from certifl.certification.certificates import Certificates
+from certifl.report.claims.facts import StudyRun, read_run
+from certifl.report.results import RunResults
+from certifl.smoothing.laws import LAWS
+from report_factory import make_manifest
+
+ROTATION = {"family": "rotation", "sigma": 0.1 * math.pi}
+LARGE_ROTATION = {"family": "rotation", "sigma": 0.5 * math.pi}
+TRANSLATION = {"family": "translation", "sigma": 0.1}
+LARGE_TRANSLATION = {"family": "translation", "sigma": 0.5}
+PIXEL = {"family": "pixel", "sigma": 0.12}
+LARGE_PIXEL = {"family": "pixel", "sigma": 0.5}
+AFFINE = {"family": "affine", "sigma": 0.1}
+SIX = (ROTATION, LARGE_ROTATION, TRANSLATION, LARGE_TRANSLATION, PIXEL, LARGE_PIXEL)
+
+_KINDS = {
+    "rotation": ("uniform", "l1", "radians"),
+    "translation": ("gaussian", "l2", "half-widths"),
+    "pixel": ("gaussian", "l2", "intensity"),
+}
+LOCAL: dict[str, Any] = {"name": "local"}
+FEDAVG: dict[str, Any] = {"name": "fedavg"}
+PERSONALIZED: dict[str, Any] = {
+    "name": "personalized",
+    "base": {"name": "fedavg"},
+    "epochs": 4,
+    "lr": 0.01,
+}
+N, ALPHA = 1000, 0.001
+
+
+def mixture(value: float) -> dict[str, Any]:
+    return {"name": "mixture", "personalization": value}
+
+
+def spec(
+    algorithm: Mapping[str, Any],
+    certified: Mapping[str, Any] = ROTATION,
+    *,
+    federated: Mapping[str, Any] | str = "matching",
+    clients: int = 10,
+    seed: int = 0,
+    lr: float = 0.1,
+    data: str = "cifar10",
+    alpha: float = ALPHA,
+) -> dict[str, Any]:
+    """A whole spec as a run stores it."""
+    start = certified if federated == "matching" else federated
+    personal = "same" if federated == "matching" else certified
+    tuned = algorithm["name"] == "personalized"
+    return copy.deepcopy(
+        {
+            "name": f"{algorithm['name']} {clients}",
+            "seed": seed,
+            "data": {"name": data},
+            "clients": {"count": clients, "split": "uniform", "options": {}},
+            "model": {"name": "small_cnn", "options": {}},
+            "algorithm": dict(algorithm),
+            "training": {"rounds": 10, "local_epochs": 2, "lr": lr, "momentum": 0.9},
+            "augmentation": {"federated": start, "personalized": personal if tuned else "same"},
+            "certification": {
+                "perturbation": dict(certified),
+                "images": 40,
+                "n0": 100,
+                "n": N,
+                "alpha": alpha,
+                "precision": "auto",
+            },
+        }
+    )
+
+
+def run(
+    values: Mapping[str, Any],
+    acr: float | Sequence[float],
+    *,
+    accuracy: float = 0.9,
+    images: int = 40,
+    noise: float = 0.05,
+    first_image: int = 0,
+) -> StudyRun:
+    """A run with planted ACR (a share of the largest radius; one, or one for each client)."""
+    return read_run(results(values, acr, accuracy, images, noise, first_image))
+
+
+def results(
+    values: Mapping[str, Any],
+    acr: float | Sequence[float],
+    accuracy: float = 0.9,
+    images: int = 40,
+    noise: float = 0.05,
+    first_image: int = 0,
+) -> RunResults:
+    text = tomli_w.dumps(dict(values))
+    clients, seed = values["clients"]["count"], values["seed"]
+    own = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
+    planted = np.repeat(np.broadcast_to(np.asarray(acr, float), (clients,)), images)
+    perturbation = values["certification"]["perturbation"]
+    held = _certificates(planted, clients, seed, own, accuracy, noise, first_image, perturbation)
+    name = values["algorithm"]["name"]
+    manifest = {**make_manifest(name, name.title(), clients), "seed": seed}
+    manifest["data"] = {**manifest["data"], "name": values["data"]["name"], "fingerprint": "f00"}
+    certificates = Certificates(**held)
+    return RunResults(Path("runs") / f"{own:08x}", name, manifest, certificates, (), text)
+
+
+def _certificates(
+    planted: np.ndarray,
+    clients: int,
+    seed: int,
+    own: int,
+    accuracy: float,
+    noise: float,
+    first_image: int,
+    perturbation: Mapping[str, Any],
+) -> dict[str, Any]:
+    m = len(planted)
+    shared, private = np.random.default_rng([seed, clients]), np.random.default_rng(own)
+    label = shared.integers(0, 10, m)
+    luck, ease = shared.random(m), shared.normal(0.0, 0.1, m)
+    # Half of what decides is the image's, half the run's: paired runs agree, but not always.
+    flips = private.random(m) < 0.1
+    correct = np.where(flips, private.random(m), luck) < accuracy
+    share = np.clip(planted / accuracy + ease + private.normal(0.0, noise, m), 0.0, 1.0)
+    law, norm, unit = _KINDS[perturbation["family"]]
+    largest = LAWS[law].largest_radius(perturbation["sigma"], N, ALPHA)
+    empty = np.zeros((m, 10), np.int64)
+    return {
+        "client": np.repeat(np.arange(clients), m // clients),
+        "index": np.arange(m) + first_image,
+        "label": label,
+        "predicted": np.where(correct, label, (label + 1) % 10),
+        "radius": share * largest,
+        "p_lower": np.full(m, 0.9),
+        "p_upper": np.full(m, 0.1),
+        "counts": empty,
+        "selection_counts": empty,
+        "looks": np.ones(m, np.int64),
+        "level": np.full(m, ALPHA),
+        "seconds": np.full(m, 0.01),
+        "conditions": {
+            **perturbation,
+            "law": law,
+            "norm": norm,
+            "unit": unit,
+            "alpha": ALPHA,
+            "n": N,
+            "n0": 100,
+            "threat": "somebody moves the image",
+        },
+    }
+
+
+def write(place: Path, study: StudyRun, status: str = "finished") -> Path:
+    """The run as a folder."""
+    held = study.results
+    folder = place / "runs" / held.folder.name
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({**held.manifest, "status": status}))
+    (folder / "spec.toml").write_text(held.spec)
+    held.certificates.save(folder / "certificates.parquet")
+    return folder
