@@ -101,7 +101,7 @@ def test_no_effect_is_not_supported_where_there_are_images_enough_to_say_so():
 
 
 def test_few_images_leave_it_undecided():
-    assert claim(pair(0.47, 0.5, images=3), "4.1 (ii)").verdict == UNDECIDED
+    assert claim(pair(0.49, 0.5, images=3), "4.1 (ii)").verdict == UNDECIDED
     assert claim(pair(0.5, 0.5, clients=4, images=10), "4.1 (i)").verdict == UNDECIDED
 
 

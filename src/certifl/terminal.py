@@ -218,15 +218,17 @@ def show_attack(result: Mapping[str, Any]) -> None:
         "predicted correctly": f"{100 * beyond['clean']:.1f} %",
         "deformed first, at random": f"{100 * beyond['random']:.1f} %",
         f"deformed first, worst of {beyond['deltas']}": f"{100 * beyond['worst']:.1f} %",
-        "predictions changed by that": f"{beyond['changed']} of {beyond['promised']} certified",
+        "changed by that, beyond doubt": f"{beyond['changed']} of {beyond['promised']} certified",
     }
     for title, text in lines.items():
         console.print(f"{title:35}{text}")
-    console.print(
-        "Certificates promise that no class changes inside them. An image that arrives deformed "
-        "and is smoothed then is interpolated twice: measured here, not promised.",
-        style="dim",
+    second = (
+        "Changed pixels are covered on arrival, too."
+        if result["family"] == "pixel"
+        else "An image that arrives deformed and is smoothed then is interpolated twice: measured "
+        "here, not promised."
     )
+    console.print(f"Certificates promise that no class changes inside. {second}", style="dim")
 
 
 def show_plan(name: str, plan: Plan) -> None:

@@ -2,7 +2,7 @@
 
 ```
 format                1
-spec_hash             of the run that was attacked
+spec_hash, family     of the run that was attacked
 created, seconds      when, and how long it took
 device, precision     the votes' arithmetic; the precision is that of the certificates
 options               images per client, clients, directions, votes per deformed image

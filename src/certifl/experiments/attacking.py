@@ -93,6 +93,7 @@ def attack_run(place: Path, options: Options) -> dict[str, Any]:
         result = record_of(attacks, effort, options.images, clients)
         facts = {
             "format": FORMAT,
+            "family": certificates.conditions["family"],
             "spec_hash": folder.manifest().get("spec_hash"),
             "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
             "seconds": round(time.perf_counter() - started, 3),

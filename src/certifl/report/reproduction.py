@@ -131,7 +131,9 @@ def _section(title: str, link: str, runs: list[RunResults]) -> Markup:
         for run in runs
     ]
     more = el("p", None, el("a", {"href": link}, "Curves, comparison and clients"))
-    return el("section", None, el("h2", None, title), table("Numbers at a glance", head, rows), more)
+    return el(
+        "section", None, el("h2", None, title), table("Numbers at a glance", head, rows), more
+    )
 
 
 def _page(index: Mapping[str, Any], picture: bytes, sections: list[Markup]) -> Markup:

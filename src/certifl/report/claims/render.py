@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from certifl.errors import InputError
-from certifl.report.claims.rules import NOT_SUPPORTED, NOT_TESTED, SUPPORTED, UNDECIDED
+from certifl.report.claims.rules import (
+    NOT_SUPPORTED,
+    NOT_TESTED,
+    SUPPORTED,
+    TOO_FEW,
+    UNDECIDED,
+)
 from certifl.report.claims.testing import ClaimResult, Report, Tested
 from certifl.report.words import listed
 from certifl.store.atomic import write_text
@@ -101,11 +107,12 @@ def _one(tested: Tested) -> str:
 
 
 def _told(judged: Sequence[Tested]) -> str:
-    """Details by setting."""
-    lines = dict.fromkeys(
-        f" {t.finding.setting}: {t.finding.detail}." for t in judged if t.finding.detail
-    )
-    return "".join(lines)
+    """Details, each setting named once."""
+    lines: dict[str, dict[str, None]] = {}
+    for finding in (t.finding for t in judged):
+        if finding.detail:
+            lines.setdefault(finding.setting, {})[finding.detail] = None
+    return "".join(f" {setting}: {'; '.join(details)}." for setting, details in lines.items())
 
 
 def _several(judged: Sequence[Tested]) -> str:
@@ -117,7 +124,8 @@ def _several(judged: Sequence[Tested]) -> str:
     for verdict, group in by_verdict.items():
         if group:
             whys = sorted({t.judged.why for t in group if t.judged is not None and t.judged.why})
-            reasons = f": {'; '.join(whys)}" if whys and verdict == NOT_SUPPORTED else ""
+            telling = verdict == NOT_SUPPORTED or whys == [TOO_FEW]
+            reasons = f": {'; '.join(whys)}" if whys and telling else ""
             parts.append(f"{verdict} in {len(group)} ({_estimates(group)} points{reasons})")
     return f"of {len(judged)} comparisons, {listed(parts)}"
 

@@ -11,6 +11,7 @@ __all__ = [
     "NOT_SUPPORTED",
     "NOT_TESTED",
     "SUPPORTED",
+    "TOO_FEW",
     "UNDECIDED",
     "VERDICTS",
     "About",
@@ -29,6 +30,7 @@ UNDECIDED, NOT_TESTED = "undecided", "not tested"
 VERDICTS = (SUPPORTED, NOT_SUPPORTED, UNDECIDED, NOT_TESTED)
 
 MARGIN = 0.03
+TOO_FEW = "too few images for an interval"
 
 Combination = Callable[[Sequence[str]], str]
 """How the verdicts of one group of comparisons become one."""
@@ -126,7 +128,7 @@ def _points(share: float) -> str:
 
 def _width(low: float, high: float) -> str:
     if math.isinf(low) or math.isinf(high):
-        return "too few images for an interval"
+        return TOO_FEW
     return f"the interval is {100 * (high - low):.1f} points wide"
 
 
