@@ -75,7 +75,9 @@ def section(study: str, folders: list[Path]) -> list[str]:
         "",
         "```",
         *(
-            " ".join(f'"{word}"' if "{" in word else word for word in command(STUDIES[study][0], r))
+            " ".join(
+                f'"{word}"' if "{" in word else word for word in command(STUDIES[study][0], r)
+            )
             + " --data-dir DATA"
             for r in STUDIES[study][1]
         ),
@@ -88,6 +90,7 @@ def section(study: str, folders: list[Path]) -> list[str]:
 
 
 def main() -> None:
+    """Make what is missing, then the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -106,8 +109,8 @@ def main() -> None:
     machine, versions = facts["machine"], facts["versions"]
     lines += [
         f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB, "
-        f"no GPU; torch {versions['torch']}, certifl {versions['certifl']}. One thread, other work "
-        "on the machine: times are upper limits.",
+        f"no GPU; torch {versions['torch']}, certifl {versions['certifl']}. One thread, other "
+        "work on the machine: times are upper limits.",
         "",
     ]
     (HERE / "first_runs.md").write_text("\n".join(lines))
