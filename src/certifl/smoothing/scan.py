@@ -134,13 +134,15 @@ def read_scan(scan: Scan, votes: ArrayLike, chosen: ArrayLike, alpha: float) -> 
     cells = Cells(scan, _whole_passes(scan, classes))
     shape = (len(classes), len(cells.lows))
     passed, hopeful = np.ones(shape, np.bool_), np.ones(shape, np.bool_)
-    for rival in (None, *np.unique(classes)):
-        against = np.ones(len(classes), np.bool_) if rival is None else c_a != rival
-        if not against.any():
+    near = slice(0, shape[1])
+    for rival in _rivals(classes):
+        against = np.flatnonzero(np.ones(len(c_a), np.bool_) if rival is None else c_a != rival)
+        if len(against) == 0:
             continue
-        found = _evidence(cells, classes[against], c_a[against], rival)
-        passed[against] &= found.exceeds(cells.discrepancy, alpha)
-        hopeful[against] &= found.hopeful()
+        found = _evidence(cells, classes[against], c_a[against], rival, near)
+        passed[against, near] &= found.exceeds(cells.discrepancy[near], alpha)
+        hopeful[against, near] &= found.hopeful()
+        near = cells.around_zero(passed | hopeful)  # beyond, nothing can be connected with 0
     return Reading(
         certified=passed[:, cells.zero],
         interval=cells.connected(passed),
@@ -158,25 +160,36 @@ def _whole_passes(scan: Scan, classes: NDArray[np.integer]) -> int:
     return int(after[0]) + 1
 
 
+def _rivals(classes: NDArray[np.integer]) -> list[int | None]:
+    """The classes that got votes, most first; last a class that got none."""
+    found, counts = np.unique(classes, return_counts=True)
+    return [*found[np.argsort(-counts, kind="stable")].tolist(), None]
+
+
 def _evidence(
-    cells: Cells, votes: NDArray[np.integer], chosen: NDArray[np.integer], rival: int | None
+    cells: Cells,
+    votes: NDArray[np.integer],
+    chosen: NDArray[np.integer],
+    rival: int | None,
+    near: slice,
 ) -> _Evidence:
-    """The pairs in the windows of all cells, as they speak for c_A against one rival.
+    """The pairs in the windows of some cells, as they speak for c_A against one rival.
 
     Args:
         cells: from `read_scan`.
         votes: (m, v) classes.
         chosen: (m,) c_A.
         rival: the other class; None for a class that got no vote.
+        near: which cells.
     """
-    sums = [np.zeros((len(votes), len(cells.lows)), np.int64) for _ in range(3)]
+    sums = [np.zeros((len(votes), len(cells.lows[near])), np.int64) for _ in range(3)]
     for runs, start, pairs in zip(cells.runs, cells.starts, _pairs(cells, votes), strict=True):
         z = (pairs == chosen[:, None, None]).astype(np.int8)
         if rival is not None:
             z -= pairs == rival
         gap = np.abs(z[..., 0] - z[..., 1])
         for total, kind in zip(sums, (z.max(axis=2), gap == 1, gap == 2), strict=True):
-            total += runs.sums(start, kind)
+            total += runs.sums(start[near], kind)
     return _Evidence(*sums)
 
 

@@ -192,6 +192,13 @@ class Cells:
         for runs, start in zip(self.runs, self.starts, strict=True):
             self.discrepancy += runs.discrepancy(start, self.lows, self.highs)
 
+    def around_zero(self, good: BoolArray) -> slice:
+        """The cells that any image may still be connected with, given (images, cells)."""
+        some: BoolArray = np.logical_or.reduce(good, axis=0)
+        right = int(np.cumprod(some[self.zero :], dtype=np.int64).sum())
+        left = int(np.cumprod(some[self.zero :: -1], dtype=np.int64).sum())
+        return slice(max(0, self.zero - left), self.zero + right + 1)
+
     def connected(self, good: BoolArray) -> FloatArray:
         """Ends of the stretch of good cells around 0, rounded towards 0; zeros where 0 is bad."""
         right = np.cumprod(good[:, self.zero :], axis=1, dtype=np.int64).sum(axis=1)
