@@ -219,17 +219,18 @@ def _votes_per_second(spec: Spec, network: Network, data: Facts) -> float:
 
 
 def _measured(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, over about a second of calls; the first one only if it takes that."""
+    """Seconds of one call, over about a second of calls and at least one.
+
+    A call before them is not counted: libraries choose and compile their kernels in it, which can
+    take a hundred times what a call takes afterwards.
+    """
 
     def clock() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    started = clock()
     work()
-    if (first := clock() - started) > _SECONDS:
-        return first
     calls, started = 0, clock()
     while calls == 0 or clock() - started < _SECONDS:
         work()
