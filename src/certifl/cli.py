@@ -33,7 +33,9 @@ DataDir = Annotated[
     Path | None,
     typer.Option(help="Folder with data sets, <dir>/<name>/...; also the variable CERTIFL_DATA."),
 ]
-Device = Annotated[str, typer.Option(help='"auto", "cpu", "cuda", "cuda:1".')]
+Device = Annotated[
+    str, typer.Option(help='"auto", "cpu", "cuda:1"; run and reproduce: several, "cuda:0,cuda:1".')
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there.")]
 Settings = Annotated[
     list[str] | None,

@@ -18,6 +18,7 @@ from certifl.errors import StoreError
 from certifl.experiments.data_facts import KNOWN
 from certifl.experiments.planning import EXPECTED_SHARE
 from certifl.experiments.reproduce import Job, Plan
+from certifl.experiments.sharing import device_names
 from certifl.spec import Spec, load_stored
 from certifl.store.runs import RunFolder
 
@@ -75,7 +76,7 @@ def costs(plan: Plan, device: str) -> dict[str, Cost]:
     Raises:
         InputError: the device is unknown or absent.
     """
-    kind, known = choose_device(device).type, _measured(plan.out)
+    kind, known = choose_device(device_names(device)[0]).type, _measured(plan.out)
     parts = {name: plan.jobs_of(name) for name in plan.figures}
     done = {job.path: job.done() for job in plan.jobs}
     every = {**parts, "all": plan.jobs} if len(parts) > 1 else parts

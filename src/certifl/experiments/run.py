@@ -24,6 +24,7 @@ from certifl.experiments.certifying import certify_clients
 from certifl.experiments.machine import machine_facts, training_threads, versions
 from certifl.experiments.networks import code_folder, deployed, initial_model
 from certifl.experiments.parts import open_data
+from certifl.experiments.sharing import cast_votes, device_names
 from certifl.federated import ClientData, LocalTraining, Personalized, train
 from certifl.federated.engine import Progress
 from certifl.perturbations import describe
@@ -53,7 +54,8 @@ class Options:
 
     Attributes:
         out: the run folder.
-        data_dir: folder of data sets. device: "auto" or a torch device.
+        data_dir: folder of data sets. device: "auto", a torch device, or several of one kind,
+            "cuda:0,cuda:1": training takes the first, certification all, a process each.
         overwrite: replace a run that lies in `out`.
         siblings: run folders whose finished training may be taken over instead of repeated.
         report: told about progress.
@@ -103,7 +105,8 @@ def run(spec: Spec, options: Options) -> RunFolder:
     if not options.overwrite and folder.complete():
         return folder
     # Whatever the request can be refused for is found before anything is written.
-    device = choose_device(options.device)
+    devices = device_names(options.device)
+    device = choose_device(devices[0])
     dataset, partition = open_data(spec, options.data_dir)
     if spec.training.crop >= min(dataset.image_size):
         raise SpecError(
@@ -118,13 +121,15 @@ def run(spec: Spec, options: Options) -> RunFolder:
         write_json(folder.partition, partition.to_manifest())
         with training_threads(model):
             last = _train(folder, spec, model, dataset, partition, options, str(device))
+        if len(devices) > 1:
+            cast_votes(folder.path, options.data_dir, devices, options.report)
         certify_clients(
             folder,
             spec,
             dataset,
             partition,
             lambda client: deployed(last, spec, model, client),
-            device=options.device,
+            device=str(device),
             report=options.report,
         )
         folder.update({"status": FINISHED, "finished": _now()})
@@ -162,7 +167,7 @@ def _describe(folder: RunFolder, spec: Spec, dataset: Dataset, options: Options)
                 "train_images": spec.data.train_images or len(dataset.train),
                 "test_images": spec.data.test_images or len(dataset.test),
             },
-            "machine": machine_facts(options.device),
+            "machine": machine_facts(device_names(options.device)[0]),
             "versions": versions(),
             "command": known.get("command") or options.command,
             "created": known.get("created") or _now(),
