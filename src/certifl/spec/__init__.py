@@ -1,0 +1,30 @@
+"""What a study is: data, clients, model, algorithm, training, augmentation, certification, seed.
+
+A spec is a TOML file. It is checked as a whole before anything is read or written, it can be
+written back, and its hash names what was computed. Everything that changes a number stands in it;
+everything that does not (folders, device, progress) is an option of the command instead.
+"""
+
+from certifl.spec.reading import load, load_stored, with_settings
+from certifl.spec.sections import (
+    Augmentation,
+    Certification,
+    Clients,
+    Data,
+    Model,
+    Training,
+)
+from certifl.spec.study import Spec
+
+__all__ = [
+    "Augmentation",
+    "Certification",
+    "Clients",
+    "Data",
+    "Model",
+    "Spec",
+    "Training",
+    "load",
+    "load_stored",
+    "with_settings",
+]

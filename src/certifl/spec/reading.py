@@ -1,0 +1,114 @@
+"""Specs from files, plain values and `--set key=value`; one clear message for what is wrong."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from certifl.errors import InputError, SpecError, StoreError
+from certifl.spec.study import Spec
+
+__all__ = ["load", "load_stored", "with_settings"]
+
+
+def load(path: Path, settings: Sequence[str] = ()) -> Spec:
+    """Read a spec file and apply `key=value` settings to it.
+
+    Raises:
+        SpecError: the file is missing, is no TOML, or a key, type, range or combination is wrong.
+    """
+    try:
+        values = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise SpecError(
+            f"There is no spec at {path}. Correct the path, or write one: README.md and the "
+            "folder examples show how."
+        ) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SpecError(f"{path} cannot be read as a spec (TOML): {error}") from error
+    return with_settings(values, settings)
+
+
+def load_stored(path: Path) -> Spec:
+    """Read the spec that a run wrote into its folder.
+
+    Raises:
+        StoreError: it is missing or no longer a spec, so the run is damaged.
+    """
+    try:
+        return load(path)
+    except SpecError as error:
+        raise StoreError(f"{path} is damaged: {error}") from error
+
+
+def with_settings(values: dict[str, Any], settings: Sequence[str] = ()) -> Spec:
+    """A checked spec from plain values and `key=value` settings such as `training.lr=0.05`."""
+    merged = copy.deepcopy(values)
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key.strip():
+            raise SpecError(
+                f"--set takes key=value, for instance training.lr=0.05; got {setting!r}."
+            )
+        _place(merged, key.strip().split("."), _value(text.strip()), key.strip())
+    try:
+        return Spec.model_validate(merged)
+    except ValidationError as error:
+        raise SpecError(_message(error)) from error
+    except (InputError, SpecError) as error:
+        raise SpecError(str(error)) from error
+
+
+def _place(values: dict[str, Any], keys: list[str], value: Any, whole: str) -> None:
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise SpecError(f"--set {whole}: {key!r} is a value, not a section.")
+    values[keys[-1]] = value
+
+
+def _value(text: str) -> Any:
+    """A TOML value; what is no TOML is taken as text, so that quotes may be left out."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _message(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        reason = _unknown_key(first["loc"])
+    elif first["type"] == "missing":
+        reason = "this key is required"
+    elif first["type"] in ("model_type", "dict_type"):
+        reason = f"must be a table, {_example(key)}; got {first['input']!r}"
+    elif first["type"] not in ("value_error",):
+        reason = f"{reason}; got {first['input']!r}"
+    return f"{key}: {reason}" if key else reason
+
+
+def _example(key: str) -> str:
+    """How a section or an inline table is written."""
+    inline = {"algorithm": 'such as algorithm = { name = "fedavg" }'}
+    return inline.get(key, f"written as a section [{key}] with its own keys")
+
+
+def _unknown_key(location: tuple[str | int, ...]) -> str:
+    section: type[BaseModel] = Spec
+    for part in location[:-1]:
+        inner = section.model_fields[str(part)].annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        section = inner
+    near = difflib.get_close_matches(str(location[-1]), list(section.model_fields), 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"no such key.{hint} Allowed here: {', '.join(section.model_fields)}"

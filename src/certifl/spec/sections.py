@@ -1,0 +1,202 @@
+"""The sections of a spec, each checked on its own."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from certifl.certification.scan import scan_of
+from certifl.certification.settings import Settings
+from certifl.data import Splitter, make_splitter
+from certifl.federated import Schedule
+from certifl.models import MODELS
+from certifl.perturbations import describe as describe_perturbation
+from certifl.perturbations import from_description as perturbation_from
+
+__all__ = [
+    "NONE",
+    "SAME",
+    "Augmentation",
+    "Certification",
+    "Clients",
+    "Data",
+    "Model",
+    "Section",
+    "Training",
+]
+
+NONE, SAME = "none", "same"
+
+
+class Section(BaseModel):
+    """A table of a spec: no unknown keys, no conversions, unchangeable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _perturbation(*words: str) -> BeforeValidator:
+    """Accepts these words, or a perturbation, which is kept in its canonical description."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, str) and value in words:
+            return value
+        if not isinstance(value, dict):
+            also = "".join(f'"{word}", or ' for word in words)
+            raise ValueError(
+                f'must be {also}a table such as {{ family = "rotation", sigma = "18deg" }}; '
+                f"got {value!r}"
+            )
+        return describe_perturbation(perturbation_from(value))
+
+    return BeforeValidator(check)
+
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Data(Section):
+    """Which images.
+
+    Attributes:
+        name: digits, mnist, cifar10, fashion_mnist, a hub name, or a folder.
+        train_images, test_images: use a fixed random part of so many; absent = all.
+        label_column: which column is the label, where a data set has several.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    train_images: Positive | None = None
+    test_images: Positive | None = None
+    label_column: str | None = None
+
+
+class Clients(Section):
+    """Who takes part, and how the images are dealt out.
+
+    Attributes:
+        count: number of clients.
+        split: a name in `data.PARTITIONS`; training and test images of a client follow it alike.
+        options: the splitter's own options, for instance { alpha = 0.3 } for dirichlet.
+    """
+
+    count: Positive = 10
+    split: str = "uniform"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _splitter_exists(self) -> Clients:
+        self.splitter()
+        return self
+
+    def splitter(self) -> Splitter:
+        """The partition rule."""
+        return make_splitter(self.split, self.options)
+
+
+class Model(Section):
+    """The network.
+
+    Attributes:
+        name: resnet18, small_resnet, small_cnn, or your own as `module:function`.
+        options: further arguments of your own function.
+    """
+
+    name: str = "resnet18"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("name")
+    @classmethod
+    def _known_model(cls, value: str) -> str:
+        return value if ":" in value else _one_of(value, MODELS, "your own as module:function")
+
+
+class Training(Section):
+    """The schedule, the same for every algorithm; the defaults are the paper's.
+
+    Attributes:
+        rounds: communication rounds. local_epochs: passes of a client over its data per round.
+        batch_size, lr, momentum, weight_decay: stochastic gradient descent.
+        decay_every: local epochs, counted over the whole training, after which lr is multiplied by
+            `decay_factor`; 0 = never.
+        momentum_between_rounds: "reset", or "keep" (each client keeps its own buffers).
+        flip, crop: random mirror image, random crop after zero padding by so many pixels.
+    """
+
+    rounds: Positive = 45
+    local_epochs: Positive = 2
+    batch_size: Positive = 64
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    decay_every: Annotated[int, Field(ge=0)] = 30
+    decay_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    momentum_between_rounds: Literal["reset", "keep"] = "reset"
+    flip: bool = False
+    crop: Annotated[int, Field(ge=0)] = 0
+
+    def schedule(self) -> Schedule:
+        """As the federated rooms take it."""
+        values = self.model_dump()
+        return Schedule(**{**values, "decay_every": self.decay_every or None})
+
+
+class Augmentation(Section):
+    """One random parameter per image and step, drawn from a perturbation.
+
+    Attributes:
+        federated: during federated (or local) training; "none" or a perturbation.
+        personalized: while `personalized` fine-tunes; "same", "none" or a perturbation.
+    """
+
+    federated: Annotated[Any, _perturbation(NONE)] = NONE
+    personalized: Annotated[Any, _perturbation(NONE, SAME)] = SAME
+
+
+class Certification(Section):
+    """The certificates.
+
+    Attributes:
+        perturbation: what is certified, e.g. { family = "rotation", sigma = "0.1pi" }.
+        images: test images per client, a fixed random choice; absent = all.
+        estimator, n0, n, alpha, radii, label_aware: as in `certifl.certify`.
+        precision: arithmetic of the network: auto, float32, bfloat16.
+    """
+
+    perturbation: Annotated[dict[str, Any], _perturbation()]
+    images: Positive | None = 500
+    estimator: str = "sequential"
+    n0: int = 100
+    n: int = 100_000
+    alpha: float = 1e-3
+    radii: list[float] | None = None
+    label_aware: bool = True
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @model_validator(mode="after")
+    def _settings_fit(self) -> Certification:
+        settings = self.settings()
+        if settings.estimator == "scan":
+            scan_of(perturbation_from(self.perturbation), settings)
+        return self
+
+    def settings(self) -> Settings:
+        """As the certification room takes it."""
+        radii = None if self.radii is None else tuple(self.radii)
+        return Settings(self.estimator, self.n0, self.n, self.alpha, radii, self.label_aware)
+
+
+def _one_of(value: str, known: Any, also: str = "") -> str:
+    if value not in known:
+        near = difflib.get_close_matches(value, list(known), 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        more = f", or {also}" if also else ""
+        raise ValueError(f"must be one of {', '.join(known)}{more}; got {value!r}.{hint}")
+    return value
