@@ -28,10 +28,13 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix src tests examples benchmarks
 	$(BIN)/ruff format src tests examples benchmarks
 
+# GOLDEN names a file of published vote counts: ten counts an image, then the label.
 benchmark: $(VENV)/.dev
 	$(BIN)/python benchmarks/certification.py
 	$(BIN)/python benchmarks/training.py
-	$(BIN)/python benchmarks/votes_to_curve.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/scan.py
+	test -z "$(GOLDEN)" || $(BIN)/python benchmarks/votes_to_curve.py --golden $(GOLDEN) --repetitions 20
 
 clean:
 	rm -rf $(VENV) runs .cache build dist
