@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,9 @@ from certifl.smoothing.bounds import BOUNDS
 from certifl.smoothing.laws import LAWS
 
 __all__ = ["Finding", "verify"]
+
+Report = Callable[[np.ndarray, str], None]
+"""Called with a mask of rows and what is wrong with them."""
 
 _NEEDED = ("law", "sigma", "bounds", "alpha", "n0", "n", "look_votes", "look_levels")
 
@@ -72,14 +76,19 @@ def verify(certificates: Certificates) -> list[Finding]:
     )
     level = np.full(len(look), facts["alpha"]) if scanned else levels[look]
     report(~np.isclose(certificates.level, level, rtol=1e-12), "its level is not its look's")
+    selected = certificates.selection_counts.argmax(axis=1)
+    claimed = certificates.predicted != ABSTAINED
+    report(claimed & (certificates.predicted != selected), "its class is not the selected one")
     if scanned:
-        _check_intervals(certificates, looks[look], report)
+        _check_intervals(certificates, report)
     else:
         _check_claims(certificates, looks[look], level, report)
     return findings
 
 
-def _check_claims(certificates: Certificates, votes, levels, report) -> None:  # noqa: ANN001
+def _check_claims(
+    certificates: Certificates, votes: np.ndarray, levels: np.ndarray, report: Report
+) -> None:
     facts = certificates.conditions
     rows = np.arange(len(certificates))
     selected = certificates.selection_counts.argmax(axis=1)
@@ -92,7 +101,6 @@ def _check_claims(certificates: Certificates, votes, levels, report) -> None:  #
         p_lower > p_upper, LAWS[facts["law"]].radius(facts["sigma"], p_lower, p_upper), 0.0
     )
     claimed = certificates.predicted != ABSTAINED
-    report(claimed & (certificates.predicted != selected), "its class is not the selected one")
     report(claimed & (p_lower <= p_upper), "its votes certify nothing, yet it does not abstain")
     for row in np.flatnonzero(~(certificates.radius <= radius)):
         mask = rows == row
@@ -103,7 +111,7 @@ def _check_claims(certificates: Certificates, votes, levels, report) -> None:  #
         )
 
 
-def _check_intervals(certificates: Certificates, votes, report) -> None:  # noqa: ANN001
+def _check_intervals(certificates: Certificates, report: Report) -> None:
     facts, rows = certificates.conditions, np.arange(len(certificates))
     scan, classes = scan_from(facts), certificates.counts.shape[1]
     if not np.array_equal(scan.totals, facts["look_votes"]):
@@ -112,7 +120,6 @@ def _check_intervals(certificates: Certificates, votes, report) -> None:  # noqa
         raise InputError("These certificates carry no votes of a scan; verify the .parquet file.")
     selected = certificates.selection_counts.argmax(axis=1)
     claimed = certificates.predicted != ABSTAINED
-    report(claimed & (certificates.predicted != selected), "its class is not the selected one")
     low, high = certificates.interval.T
     report(
         ~(certificates.radius <= np.minimum(-low, high)),
