@@ -42,6 +42,7 @@ benchmark: $(VENV)/.dev benchmark-peers
 	$(BIN)/python benchmarks/training.py --workers 2 --rounds 6
 	$(BIN)/python benchmarks/participation.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/scan.py
 	test -z "$(GOLDEN)" || $(BIN)/python benchmarks/votes_to_curve.py --golden $(GOLDEN) --repetitions 20
 

@@ -4,7 +4,7 @@ Answers lie on disk until they are asked for, as they lie with Flower's SuperLin
 together from their pieces as Flower's grid does. Measured is how far the resident memory of the
 process that conducts the study rises above what it was before the round.
 
-    python benchmarks/deploy_memory.py [--clients 2 8]
+    python benchmarks/deploy_memory.py [--clients 2 8] [--algorithm fedadam] [--rounds 2]
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import contextlib
 import gc
 import json
 import os
-import pickle
 import sys
 import tempfile
 import threading
@@ -36,6 +35,7 @@ from flwr.supercore.inflatable.inflatable_utils import (  # noqa: E402
 from certifl.deploy.conduct import conduct  # noqa: E402
 from certifl.deploy.line import GridLine  # noqa: E402
 from certifl.deploy.messages import Content, encode, to_records  # noqa: E402
+from certifl.deploy.running import give_memory_back  # noqa: E402
 from certifl.errors import WorkError  # noqa: E402
 from certifl.models import build, fingerprint  # noqa: E402
 from certifl.spec import with_settings  # noqa: E402
@@ -53,12 +53,13 @@ class DiskGrid(MemoryGrid):
 
     def __init__(self, clients: int, folder: Path) -> None:
         super().__init__({})
-        self.clients, self.model = clients, folder / "model.pickle"
+        self.clients, self.folder = clients, folder
         self.orders: dict[str, tuple[int, dict]] = {}
         record = encode({"model": network().state_dict()})["model"]
-        held = get_all_nested_objects(record)
-        pieces = {name: value.deflate() for name, value in held.items()}
-        self.model.write_bytes(pickle.dumps((record.object_id, pieces)))
+        self.model = record.object_id
+        self.pieces = list(get_all_nested_objects(record))
+        for name, value in get_all_nested_objects(record).items():
+            (folder / name).write_bytes(value.deflate())
         self.initial = fingerprint(network())
 
     def get_nodes(self) -> Iterable[NodeInfo]:
@@ -108,9 +109,9 @@ class DiskGrid(MemoryGrid):
             "round": facts["round"],
             "started_from": facts["broadcast"],
         }
-        name, pieces = pickle.loads(self.model.read_bytes())
-        records = RecordDict({"part:model": inflate_object_from_contents(name, pieces)})
-        text = json.dumps({"format": 1, "parts": ["model"], "facts": told})
+        pieces = {name: (self.folder / name).read_bytes() for name in self.pieces}
+        records = RecordDict({"part:model": inflate_object_from_contents(self.model, pieces)})
+        text = json.dumps({"format": 2, "parts": ["model"], "facts": told})
         records["certifl"] = ConfigRecord({"json": text})
         return records
 
@@ -138,12 +139,18 @@ def highest() -> Iterator[list[int]]:
         thread.join()
 
 
-def measure(clients: int) -> None:
-    """One study of one round."""
-    settings = ['model.name="resnet18"', f"clients.count={clients}", "training.rounds=1"]
+def measure(clients: int, algorithm: str, rounds: int) -> None:
+    """One study of so many rounds."""
+    settings = [
+        'model.name="resnet18"',
+        f'algorithm={{name="{algorithm}"}}',
+        f"clients.count={clients}",
+        f"training.rounds={rounds}",
+    ]
     study = with_settings(VALUES, settings)
     size = sum(v.numel() * v.element_size() for v in network().state_dict().values())
     with tempfile.TemporaryDirectory() as place:
+        give_memory_back()  # as `certifl deploy run` does
         grid = DiskGrid(clients, Path(place))
         gc.collect()
         before = resident()
@@ -151,12 +158,16 @@ def measure(clients: int) -> None:
             conduct(study, GridLine(grid), options(Path(place) / "run"))
     rose = seen[0] - before
     print(
-        f"{clients} clients: {rose / 1e6:.0f} MB = {rose / size:.1f} models of {size / 1e6:.0f} MB"
+        f"{algorithm}, {clients} clients: {rose / 1e6:.0f} MB = "
+        f"{rose / size:.1f} models of {size / 1e6:.0f} MB"
     )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[2, 8])
-    for count in parser.parse_args().clients:
-        measure(count)
+    parser.add_argument("--algorithm", default="fedavg")
+    parser.add_argument("--rounds", type=int, default=1)
+    asked = parser.parse_args()
+    for count in asked.clients:
+        measure(count, asked.algorithm, asked.rounds)

@@ -107,6 +107,24 @@ class Page:
         self._call("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": x, "y": y})
         self.settle()
 
+    def drag(self, *points: tuple[float, float]) -> None:
+        """Press the mouse at the first point, move over the others, let go at the last."""
+        steps = [("mousePressed", points[0]), *(("mouseMoved", point) for point in points[1:])]
+        for kind, (x, y) in [*steps, ("mouseReleased", points[-1])]:
+            facts = {"type": kind, "x": x, "y": y, "button": "left", "clickCount": 1}
+            pressed = 0 if kind == "mouseReleased" else 1
+            self._call("Input.dispatchMouseEvent", {**facts, "buttons": pressed})
+        self.settle()
+
+    def touch(self, *points: tuple[float, float]) -> None:
+        """The same with a finger."""
+        steps = [("touchStart", points[0]), *(("touchMove", point) for point in points[1:])]
+        for kind, (x, y) in steps:
+            event = {"type": kind, "touchPoints": [{"x": x, "y": y}]}
+            self._call("Input.dispatchTouchEvent", event)
+        self._call("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+        self.settle()
+
     def screenshot(self, path: Path, whole: bool = True) -> None:
         """Write a picture of the page."""
         how = {"format": "png", "captureBeyondViewport": whole}

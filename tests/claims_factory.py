@@ -20,6 +20,7 @@ import tomli_w
 
 from certifl.certification.certificates import Certificates
 from certifl.report.claims.facts import StudyRun, read_run
+from certifl.report.claims.testing import ClaimResult, check_runs
 from certifl.report.results import RunResults
 from certifl.smoothing.laws import LAWS
 from report_factory import make_manifest
@@ -47,6 +48,7 @@ PERSONALIZED: dict[str, Any] = {
     "lr": 0.01,
 }
 N, ALPHA = 1000, 0.001
+DRAWS = 2000
 
 
 def mixture(value: float) -> dict[str, Any]:
@@ -90,17 +92,9 @@ def spec(
     )
 
 
-def run(
-    values: Mapping[str, Any],
-    acr: float | Sequence[float],
-    *,
-    accuracy: float = 0.9,
-    images: int = 40,
-    noise: float = 0.05,
-    first_image: int = 0,
-) -> StudyRun:
+def run(values: Mapping[str, Any], acr: float | Sequence[float], **planted: Any) -> StudyRun:
     """A run with planted ACR (a share of the largest radius; one, or one for each client)."""
-    return read_run(results(values, acr, accuracy, images, noise, first_image))
+    return read_run(results(values, acr, **planted))
 
 
 def results(
@@ -180,3 +174,19 @@ def write(place: Path, study: StudyRun, status: str = "finished") -> Path:
     (folder / "spec.toml").write_text(held.spec)
     held.certificates.save(folder / "certificates.parquet")
     return folder
+
+
+def claim(runs: Sequence[StudyRun], name: str) -> ClaimResult:
+    """The result of one claim about these runs."""
+    report = check_runs(list(runs), DRAWS)
+    return next(result for result in report.results if result.claim.name == name)
+
+
+def pair(
+    local: float, fedavg: float, clients: int = 10, images: int = 40, **more: Any
+) -> list[StudyRun]:
+    """Local training and federated averaging with these ACRs, alike in all else."""
+    return [
+        run(spec(LOCAL, clients=clients), local, images=images, **more),
+        run(spec(FEDAVG, clients=clients), fedavg, images=images, **more),
+    ]

@@ -3,9 +3,39 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
 
+import tiny_study as tiny
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of images that the tests of one file share and nobody else sees; no data folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CERTIFL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("CERTIFL_DATA", raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the tiny study with its report, which no test changes."""
+    folder = tmp_path_factory.mktemp("study")
+    done = tiny.cli("run", tiny.write_spec(folder), "--out", folder / "run")
+    done.fine("FedAvg", "ACR", "Report:")
+    return folder / "run"
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """The same run, to be tampered with."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))

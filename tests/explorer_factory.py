@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from certifl.certification.certificates import Certificates
+from certifl.certification.groups import of_client
 
 STEPS, SIZE, VOTES = 31, 8, 100
 TURN = {
@@ -45,7 +46,8 @@ def write_explorer(
 
 def _image(certificates: Certificates, row: int, way: Mapping[str, str]) -> dict[str, Any]:
     """The class holds up to the certified radius and half of it again, then it is another one."""
-    sigma, half = float(certificates.conditions["sigma"]), STEPS // 2
+    conditions = of_client(certificates.conditions, int(certificates.client[row]))
+    sigma, half = float(conditions["sigma"]), STEPS // 2
     values = np.arange(-half, half + 1) * (2 * sigma / half)
     label, predicted = int(certificates.label[row]), int(certificates.predicted[row])
     kept = predicted if predicted >= 0 else label

@@ -44,8 +44,8 @@ def hostile_page(place: Path) -> Path:
     return write_report(folders, place / "report.html", title=HOSTILE, figures=False)
 
 
-def data_of(page: Path) -> dict[str, Any]:
-    """The numbers inside a page."""
+def data_of(page: Path, at: int = 0) -> dict[str, Any]:
+    """The numbers inside a page, of one of its perturbations."""
     pattern = r'<script type="application/json" id="report-data">(.*?)</script>'
     (found,) = re.findall(pattern, page.read_text(), re.S)
-    return json.loads(found)
+    return json.loads(found)["groups"][at]

@@ -19,7 +19,7 @@ from certifl.federated.aggregation import RULES, Clip, Krum, Mean, Median, Trimm
 from certifl.federated.averaging import average_models
 from certifl.store.checkpoints import Checkpoints
 from tiny_federation import TinyNet, assert_same, clients, training
-from tiny_updates import EMPTY, result, updates
+from tiny_updates import EMPTY, most_alive, result, updates
 
 ROBUST = {
     "median": Median(),
@@ -148,28 +148,9 @@ def test_clipping_needs_a_broadcast_model():
 
 
 def test_the_mean_and_clipping_hold_one_update_at_a_time():
-    alive, most = 0, 0
-
-    class Watched(dict):
-        def __init__(self, *args):
-            super().__init__(*args)
-            nonlocal alive
-            alive += 1
-
-        def __del__(self):
-            nonlocal alive
-            alive -= 1
-
-    def sent():
-        nonlocal most
-        for client in range(20):
-            yield Update(client, 1.0, Watched({"w": torch.ones(3) * client}), {})
-            most = max(most, alive)
-
     broadcast = ServerState(0, {"model": {"w": torch.zeros(3)}})
     for rule in (Mean(), Clip(1.0), Clip(100.0)):
-        average_models(rule(broadcast, sent()))
-    assert most <= 3
+        assert most_alive(lambda sent, rule=rule: average_models(rule(broadcast, sent))) <= 3
 
 
 # What all rules leave alone.

@@ -29,6 +29,7 @@ from tiny_federation import (
     client_data,
     clients,
     differ,
+    in_pieces,
     without_seconds,
 )
 
@@ -135,22 +136,8 @@ def test_a_resumed_training_is_the_uninterrupted_one(algorithm, momentum, tmp_pa
         return train(algorithm, TinyNet(), data, local, Checkpoints(folder), progress=progress)
 
     whole = run(tmp_path / "whole")
-    seen = 0
-
-    def interrupt(progress):
-        nonlocal seen
-        seen += 1
-        if seen % 3 == 0:
-            raise KeyboardInterrupt
-
-    interruptions = 0
-    while True:
-        try:
-            resumed = run(tmp_path / "resumed", interrupt)
-            break
-        except KeyboardInterrupt:
-            interruptions += 1
-    assert interruptions >= 1
+    resumed, stops = in_pieces(3, lambda stop: run(tmp_path / "resumed", stop))
+    assert stops >= 1
     assert_same(resumed.server(), whole.server())
     for client in range(2):
         assert_same(resumed.client(client), whole.client(client))

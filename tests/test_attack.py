@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,14 +16,10 @@ from certifl.certification.contest import lead_of, sign_test_against
 from certifl.certification.network import prepare
 from certifl.certification.reach import lengths, reach_of
 from certifl.certification.votes import VoteCounter
-from certifl.errors import InputError, StoreMismatch
-from certifl.experiments.attacking import Options, attack_run
+from certifl.errors import InputError
 from certifl.perturbations import PERTURBATIONS
 from certifl.perturbations.base import Perturbation
-from certifl.report import write_report
-from certifl.store.runs import RunFolder
 from known_models import HalfSpace, ramps, read_angle, read_shift, votes_for
-from tiny_study import cli, write_spec
 
 SIGMA = 0.5
 QUICK = Effort(screen=200, confirm=40_000)
@@ -306,101 +298,3 @@ def test_without_a_deformation_the_votes_are_those_of_the_image() -> None:
     assert (votes == votes[:, :1]).all()
     other = deformed_first(counter, images, torch.full((2, 1, 1, 8, 8), 0.3), 300)
     assert not np.array_equal(other[:, 0], votes[:, 0])
-
-
-# A run -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("attack")
-    cli("run", write_spec(place, "certification.n=1000"), "--out", place / "run").fine()
-    return place / "run"
-
-
-@pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy to do anything with."""
-    shutil.copytree(finished, tmp_path / "run")
-    return tmp_path / "run"
-
-
-def test_a_run_is_attacked_and_the_report_shows_it(run: Path) -> None:
-    certificates = RunFolder(run).load_certificates()
-    done = cli("attack", run, "--images", "3", "--directions", "8")
-    done.fine("class changes inside certificates 0 of", "deformed first, worst of 8")
-    held = json.loads((run / "attack.json").read_text())
-    inside, beyond = held["parameters"], held["deformed_first"]
-    assert inside["violations"] == []
-    assert inside["confirm"] == 10 * 1000
-    assert inside["deltas"] == inside["images"] * (8 + 3 * 8)
-    assert beyond["images"] == 6
-    assert beyond["worst"] <= beyond["random"] <= 1
-    assert 0 <= beyond["changed"] <= beyond["promised"] == inside["images"] <= 6
-    assert [row["client"] for row in held["clients"]] == [0, 1]
-    weighted = [row["clean"] * row["images"] for row in held["clients"]]
-    assert beyond["clean"] == pytest.approx(sum(weighted) / 6)
-    closest = inside["smallest_lead"]
-    row = (certificates.client == closest["client"]) & (certificates.index == closest["index"])
-    assert closest["length"] <= closest["radius"] == certificates.radius[row][0]
-    assert len(closest["delta"]) == 1
-    page = (run / "report.html").read_text()
-    assert "Under attack" in page
-    assert f"0 of {inside['images']}" in page
-
-
-def test_one_client_and_the_same_result_again(run: Path) -> None:
-    options = Options(images=2, client=1, directions=4)
-    first, second = attack_run(run, options), attack_run(run, options)
-    for result in (first, second):
-        result.pop("created")
-        result.pop("seconds")
-    assert first == second
-    assert [row["client"] for row in first["clients"]] == [1]
-
-
-def test_a_false_certificate_in_a_run_makes_the_command_fail(run: Path) -> None:
-    folder = RunFolder(run)
-    made = folder.load_certificates()
-    # Nobody reads digits turned by half a circle: with such a radius some class must change.
-    planted = dataclasses.replace(made, radius=np.where(made.abstained, 0.0, math.pi))
-    planted.save(folder.certificates)
-    done = cli("attack", run, "--images", "4", "--directions", "16")
-    assert done.code == 1
-    assert "WRONG" in done.out
-    cases = json.loads(folder.attack.read_text())["parameters"]["violations"]
-    assert cases
-    assert all(case["rival"] != case["predicted"] for case in cases)
-    assert all(case["p_value"] < 1e-6 for case in cases)
-    assert "These certificates are wrong" in folder.report.read_text()
-
-
-def test_what_cannot_be_attacked(run: Path, tmp_path: Path) -> None:
-    cli("attack", tmp_path / "nothing").refused("no run folder")
-    cli("attack", run, "--client", "7").refused("--client 7", "0 to 1")
-    folder = RunFolder(run)
-    made = folder.load_certificates()
-    other = {**made.conditions, "model_fingerprint": {"0": "x", "1": "y"}}
-    dataclasses.replace(made, conditions=other).save(folder.certificates)
-    with pytest.raises(StoreMismatch, match="not the one that was certified"):
-        attack_run(run, Options(images=1))
-    other = {**made.conditions, "data_fingerprint": "x"}
-    dataclasses.replace(made, conditions=other).save(folder.certificates)
-    with pytest.raises(StoreMismatch, match="other images than were certified"):
-        attack_run(run, Options(images=1))
-    with pytest.raises(InputError, match="at least 1 image"):
-        attack_run(run, Options(images=0))
-    assert not folder.attack.exists()
-
-
-def test_an_old_or_damaged_record_is_not_shown(run: Path) -> None:
-    attack_run(run, Options(images=1, directions=2))
-    path = run / "attack.json"
-    held = json.loads(path.read_text())
-    page = run / "report.html"
-    for changed in ({**held, "spec_hash": "another"}, {**held, "format": 99}):
-        path.write_text(json.dumps(changed))
-        write_report([run], page, figures=False)
-        assert "Under attack" not in page.read_text()
-    path.write_text(json.dumps({**held, "parameters": {}}))
-    cli("report", run).refused("attack.json", "damaged", code=1)

@@ -11,6 +11,7 @@ from certifl.federated.averaging import average_models
 from certifl.federated.running import average_parts, moved
 from certifl.store.checkpoints import Checkpoints
 from tiny_federation import TinyNet, assert_same, clients, training
+from tiny_updates import most_alive
 
 
 def test_equal_models_are_given_back_bit_for_bit_whatever_weights_and_dtype():
@@ -49,28 +50,9 @@ def test_sums_do_not_lose_small_numbers():
 
 
 def test_updates_are_consumed_one_at_a_time():
-    alive = 0
-
-    class Watched(dict):
-        def __init__(self, *args):
-            super().__init__(*args)
-            nonlocal alive
-            alive += 1
-
-        def __del__(self):
-            nonlocal alive
-            alive -= 1
-
-    most = 0
-
-    def updates():
-        nonlocal most
-        for client in range(20):
-            yield Update(client, 1.0, Watched({"w": torch.ones(3) * client}), {})
-            most = max(most, alive)
-
-    average_models(updates())
-    assert most <= 3  # the first, the one just added, and the one on its way
+    # When the next one is asked for, only the first is left, from which the others deviate.
+    assert most_alive(average_models) == 1
+    assert most_alive(average_parts) == 1
 
 
 def test_another_architecture_is_refused_by_name_of_the_client():

@@ -48,16 +48,15 @@ def test_bounds_satisfy_the_inequality_that_defines_them_exactly(kn, level):
         assert 1 - tail_at_least(k + 1, n, float(high)) <= Fraction(level)
 
 
-def mp_tail(k: int, n: int, p: float) -> mpmath.mpf:
+def mp_tail(k: int, n: int, p: mpmath.mpf) -> mpmath.mpf:
     """P(Binomial(n, p) >= k) in 50 digits, summed upwards until the terms vanish."""
-    q = mpmath.mpf(float(p))
-    term = mpmath.binomial(n, k) * q**k * (1 - q) ** (n - k)
+    term = mpmath.binomial(n, k) * p**k * (1 - p) ** (n - k)
     total = mpmath.mpf(0)
     for i in range(k, n + 1):
         total += term
         if term < total * mpmath.mpf(10) ** -45:
             break
-        term = term * (n - i) / (i + 1) * q / (1 - q)
+        term = term * (n - i) / (i + 1) * p / (1 - p)
     return total
 
 
@@ -68,25 +67,13 @@ def test_large_counts_are_safe_and_tight_in_50_digits(n, share, near_one, level)
     low = float(clopper_pearson_lower(k, n, level))
     high = float(clopper_pearson_upper(n - k, n, level))  # by symmetry 1 - high is a lower limit
     with mpmath.workdps(50):
-        reached = mp_tail(k, n, low)
-        mirrored = mp_tail(k, n, 0.0) if high == 1.0 else mp_tail_of_rest(k, n, high)
+        reached = mp_tail(k, n, mpmath.mpf(low))
+        # P(Binomial(n, high) <= n - k) = P(Binomial(n, 1 - high) >= k), with 1 - high exact.
+        mirrored = mp_tail(k, n, 1 - mpmath.mpf(high))
         assert reached <= mpmath.mpf(level)
         assert mirrored <= mpmath.mpf(level)
         # Outward by no more than the margin and the spacing of floats near p (1e-16 n / k at most)
         assert reached >= mpmath.mpf(level) * (1 - 3e-9 - 1e-14 * n)
-
-
-def mp_tail_of_rest(k: int, n: int, high: float) -> mpmath.mpf:
-    """P(Binomial(n, high) <= n - k) = P(Binomial(n, 1 - high) >= k), with 1 - high exact."""
-    q = 1 - mpmath.mpf(high)
-    term = mpmath.binomial(n, k) * q**k * (1 - q) ** (n - k)
-    total = mpmath.mpf(0)
-    for i in range(k, n + 1):
-        total += term
-        if term < total * mpmath.mpf(10) ** -45:
-            break
-        term = term * (n - i) / (i + 1) * q / (1 - q)
-    return total
 
 
 def test_unanimous_votes_have_a_closed_form():

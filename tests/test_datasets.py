@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import json
-import logging
-import os
 import struct
 import sys
 from pathlib import Path
@@ -19,9 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from certifl.data import Dataset, ImageSplit, fingerprint, load, random_part, to_float
+from certifl.data import load
 from certifl.data.readers import ColumnNames, read_parquet
 from certifl.errors import DataUnavailable, InputError
+from image_sets import pixels_for, png, write_idx, write_set, write_table
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 OFFICIAL_MNIST = {  # MD5 of the four unpacked files as published
@@ -39,41 +37,6 @@ def _own_cache(tmp_path, monkeypatch):
 def needs_shared(name):
     if not (SHARED / name).is_dir():
         pytest.skip("the shared data folder is not beside the checkout")
-
-
-def png(pixels):
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
-
-
-def pixels_for(count, shape, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
-
-
-def write_table(file, images, columns, features=None):
-    """A parquet file as the hub writes it: an image column, other columns, feature metadata."""
-    values = [{"bytes": png(image), "path": None} for image in images]
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    table = pa.table({"image": pa.array(values, kind), **columns})
-    if features:
-        text = json.dumps({"info": {"features": {"image": {"_type": "Image"}, **features}}})
-        table = table.replace_schema_metadata({"huggingface": text})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, file)
-
-
-def write_set(
-    folder, shape=(9, 12), count=12, test="test", features=None, columns=None, classes=3
-):
-    for split, seed in (("train", 0), (test, 1)):
-        labels = {"label": np.arange(count) % classes}
-        write_table(
-            folder / f"{split}-00000-of-00001.parquet",
-            pixels_for(count, shape, seed),
-            labels if columns is None else columns,
-            features,
-        )
 
 
 class TestDigits:
@@ -191,15 +154,6 @@ class TestFolders:
         file.write_bytes(file.read_bytes()[:-1])
         with pytest.raises(InputError, match="t10k-images-idx3-ubyte is no IDX file"):
             load("x", tmp_path)
-
-
-def write_idx(folder, split, end, count):
-    folder.mkdir(parents=True, exist_ok=True)
-    opened = gzip.open if end else open
-    with opened(folder / f"{split}-images-idx3-ubyte{end}", "wb") as file:
-        file.write(struct.pack(">IIII", 0x803, count, 9, 8) + pixels_for(count, (9, 8)).tobytes())
-    with opened(folder / f"{split}-labels-idx1-ubyte{end}", "wb") as file:
-        file.write(struct.pack(">II", 0x801, count) + bytes(i % 10 for i in range(count)))
 
 
 class TestColumns:
@@ -321,118 +275,6 @@ class TestUnavailable:
         write_set(tmp_path / "bugs", features=features)
         raw = read_hub(str(tmp_path / "bugs"), ColumnNames(), "")
         assert assemble("bugs", *raw).fingerprint == load("bugs", tmp_path).fingerprint
-
-
-class TestCache:
-    def test_images_are_decoded_once(self, tmp_path, monkeypatch):
-        write_set(tmp_path / "bugs")
-        first = load("bugs", tmp_path)
-
-        def fail(*_args):
-            raise RuntimeError("decoded again")
-
-        monkeypatch.setattr("certifl.data.datasets.assemble", fail)
-        second = load("bugs", tmp_path)
-        assert torch.equal(first.train.images, second.train.images)
-        assert torch.equal(first.test.labels, second.test.labels)
-        assert (first.class_names, first.fingerprint) == (second.class_names, second.fingerprint)
-
-    def test_a_changed_file_of_the_same_size_is_read_again(self, tmp_path):
-        for split in ("train", "t10k"):
-            write_idx(tmp_path / "x", split, "", 10)
-        first = load("x", tmp_path)
-        file = tmp_path / "x" / "train-images-idx3-ubyte"
-        before = file.stat()
-        file.write_bytes(file.read_bytes()[:-1] + b"\x00")
-        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-        assert file.stat().st_size == before.st_size
-        assert load("x", tmp_path).fingerprint != first.fingerprint
-
-    def test_equal_names_sizes_and_times_elsewhere_are_not_mixed_up(self, tmp_path):
-        for name, seed in (("a", 3), ("b", 4)):
-            write_idx(tmp_path / name, "train", "", 10)
-            write_idx(tmp_path / name, "t10k", "", 10)
-            file = tmp_path / name / "train-images-idx3-ubyte"
-            file.write_bytes(file.read_bytes()[:16] + pixels_for(10, (9, 8), seed).tobytes())
-            for each in (tmp_path / name).iterdir():
-                os.utime(each, ns=(1, 1))
-        assert load("a", tmp_path).fingerprint != load("b", tmp_path).fingerprint
-
-    @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
-    def test_a_damaged_file_is_rebuilt(self, tmp_path, caplog, damage):
-        write_set(tmp_path / "bugs")
-        first = load("bugs", tmp_path)
-        (file,) = (tmp_path / "cache").iterdir()
-        good = file.read_bytes()
-        flipped = bytearray(good)
-        flipped[-1] ^= 1
-        file.write_bytes({"cut": good[:-9], "flip": bytes(flipped), "empty": b""}[damage])
-        with caplog.at_level(logging.WARNING):
-            assert load("bugs", tmp_path).fingerprint == first.fingerprint
-        assert "damaged" in caplog.text
-        caplog.clear()
-        assert load("bugs", tmp_path).fingerprint == first.fingerprint
-        assert not caplog.text
-
-    def test_a_cache_that_cannot_be_written_is_done_without(self, tmp_path, caplog):
-        (tmp_path / "cache").write_text("a file where the folder should be")
-        write_set(tmp_path / "bugs")
-        with caplog.at_level(logging.WARNING):
-            assert len(load("bugs", tmp_path).train) == 12
-        assert "Cannot keep the decoded images" in caplog.text
-        assert "CERTIFL_CACHE" in caplog.text
-
-    def test_nothing_half_written_stays(self, tmp_path):
-        load("digits", cache_dir=tmp_path / "elsewhere")
-        names = [file.suffix for file in (tmp_path / "elsewhere").iterdir()]
-        assert names == [".safetensors"]
-
-
-def small(images=None, labels=None, names=("a", "b")):
-    images = pixels_for(6, (1, 8, 8)) if images is None else images
-    split = ImageSplit(torch.from_numpy(images), torch.tensor(labels or [0, 1] * 3))
-    return Dataset("small", split, split, names, fingerprint(split, split, names))
-
-
-class TestSplits:
-    def test_fingerprint_depends_on_pixels_labels_names_and_shape(self):
-        images = pixels_for(6, (1, 8, 8))
-        changed = images.copy()
-        changed[5, 0, 7, 7] ^= 1
-        prints = {
-            small().fingerprint,
-            small(changed).fingerprint,
-            small(labels=[0, 1, 0, 1, 1, 0]).fingerprint,
-            small(names=("a", "c")).fingerprint,
-            small(images.reshape(6, 1, 4, 16)).fingerprint,
-        }
-        assert len(prints) == 5
-        assert small(images.copy()).fingerprint == small().fingerprint
-
-    def test_to_float_is_exact_at_the_ends(self):
-        made = to_float(torch.tensor([[0, 51, 255]], dtype=torch.uint8))
-        assert made.dtype == torch.float32
-        assert made.tolist() == [[0.0, pytest.approx(0.2), 1.0]]
-        with pytest.raises(InputError, match="uint8"):
-            to_float(made)
-
-    def test_splits_refuse_what_they_are_not(self):
-        good = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
-        with pytest.raises(InputError, match="uint8"):
-            ImageSplit(good.float(), torch.zeros(2, dtype=torch.int64))
-        with pytest.raises(InputError, match="one for each image"):
-            ImageSplit(good, torch.zeros(3, dtype=torch.int64))
-
-    def test_a_random_part_is_fixed_nested_and_seeded(self):
-        few, more = (random_part(400, n, 3, "test") for n in (50, 120))
-        assert (len(few), len(more)) == (50, 120)
-        assert set(few.tolist()) < set(more.tolist()) < set(range(400))
-        assert np.array_equal(random_part(400, 50, 3, "test"), few)
-        assert not np.array_equal(random_part(400, 50, 4, "test"), few)
-        assert not np.array_equal(random_part(400, 50, 3, "train"), few)
-        assert np.array_equal(random_part(400, None, 3, "test"), np.arange(400))
-        with pytest.raises(InputError, match="from 1 to 400"):
-            random_part(400, 401, 3, "test")
 
 
 @pytest.mark.shared

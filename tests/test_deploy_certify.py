@@ -29,7 +29,7 @@ from certifl.store.checkpoints import Checkpoints
 from certifl.work.parts import open_data
 from deploy_factory import MemoryGrid, carried, options, parties
 from tiny_federation import assert_same
-from tiny_study import spec
+from tiny_study import cli, spec
 
 STUDY = spec("certification.images=8", "training.rounds=1", "training.lr=0.02")
 
@@ -71,8 +71,11 @@ def test_a_curve_comes_to_the_same_numbers(own, tmp_path):
     page = write_report([folder.path], tmp_path / "page.html", figures=False).read_text()
     assert "told, for each radius" in page
     assert "not told" in page
-    with pytest.raises(StoreMismatch, match="image by image"):
-        write_report([folder.path, own.path], tmp_path / "both.html")
+    both = write_report([folder.path, own.path], tmp_path / "both.html", figures=False)
+    assert "compared image by image" in both.read_text()
+    answer = cli("verify", folder.path)
+    assert answer.code == 2
+    assert "2 curves agree with the spec and are possible" in answer.err.replace("\n", " ")
 
 
 def test_only_what_was_agreed_leaves_a_client(own, tmp_path):

@@ -87,8 +87,8 @@ def test_an_update_arrives_whole_and_a_clients_state_does_not_travel():
     assert update_from(from_records(to_records(silent)))[0].model is None
 
 
-def raw(array: Array, name: str = "tensors") -> RecordDict:
-    facts = {"format": 1, "parts": ["model"], "facts": {}}
+def raw(array: Array, name: str = "tensors-0") -> RecordDict:
+    facts = {"format": 2, "parts": ["model"], "facts": {}}
     return RecordDict(
         {
             "certifl": ConfigRecord({"json": json.dumps(facts)}),
@@ -102,6 +102,13 @@ GOOD = save({"a": torch.ones(4)})
 HUGE = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
 
 
+def raws(*contents: bytes) -> RecordDict:
+    record = raw(packed(contents[0]))
+    for number, content in enumerate(contents[1:], 1):
+        record.array_records["part:model"][f"tensors-{number}"] = packed(content)
+    return record
+
+
 def packed(content: bytes, kind: str = KIND) -> Array:
     return Array("uint8", (len(content),), kind, content)
 
@@ -110,6 +117,9 @@ def packed(content: bytes, kind: str = KIND) -> Array:
     ("records", "word"),
     [
         (raw(packed(GOOD), "other"), "none of ours"),
+        (raw(packed(GOOD), "tensors-1"), "none of ours"),
+        (raws(GOOD, GOOD), "a tensor twice"),
+        (raws(GOOD, GOOD[:-1]), "not whole"),
         (raw(packed(GOOD, "numpy.ndarray")), "unknown here"),
         (raw(packed(GOOD[:-1])), "not whole"),
         (raw(packed(GOOD + b"x")), "not whole"),
@@ -122,6 +132,16 @@ def packed(content: bytes, kind: str = KIND) -> Array:
 def test_garbled_parts_are_refused_before_memory_is_taken(records, word):
     with pytest.raises(Garbled, match=word):
         from_records(records)
+
+
+def test_a_large_part_travels_in_pieces_of_whole_tensors(monkeypatch):
+    monkeypatch.setattr("certifl.deploy.messages._PIECE", 40)
+    parts = {"model": {f"w{i}": torch.randn(i) for i in (3, 4, 30, 1, 0, 2)}}
+    records = to_records(Content({}, parts))
+    assert len(records.array_records["part:model"]) == 3
+    back = from_records(records)
+    assert_same(back.parts, parts)
+    assert not records.array_records["part:model"]  # one copy is enough
 
 
 @given(st.binary(max_size=200))
@@ -137,8 +157,8 @@ def test_no_bytes_are_ever_believed(content):
         {"certifl": ConfigRecord({"json": "no json"})},
         {"certifl": ConfigRecord({"json": "[]"})},
         {"certifl": ConfigRecord({"json": '{"format": 99, "parts": [], "facts": {}}'})},
-        {"certifl": ConfigRecord({"json": '{"format": 1, "parts": [], "facts": []}'})},
-        {"certifl": ConfigRecord({"json": '{"format": 1, "parts": ["a"], "facts": {}}'})},
+        {"certifl": ConfigRecord({"json": '{"format": 2, "parts": [], "facts": []}'})},
+        {"certifl": ConfigRecord({"json": '{"format": 2, "parts": ["a"], "facts": {}}'})},
     ],
 )
 def test_other_messages_are_refused(held):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
@@ -141,6 +143,27 @@ def test_a_server_killed_at_any_answer_goes_on_to_the_same_models(at_answer, tmp
     again = parties(tmp_path)  # the clients were started again, too
     folder = conduct(study, GridLine(MemoryGrid(again)), options(tmp_path / "run"))
     same_training(study, tmp_path / "own", folder, again)
+
+
+@pytest.mark.parametrize("case", ["fedadam", "personalized-fedadam", "scaffold"])
+def test_clients_are_sent_the_parts_they_need(case, tmp_path):
+    study = described(case.rpartition("-")[2])
+    if case.startswith("personalized"):
+        values = study.model_dump(exclude_none=True)
+        base = values["algorithm"]
+        algorithm = {"name": "personalized", "base": base, "epochs": 1}
+        study = Spec.model_validate({**values, "algorithm": algorithm})
+    at = parties(tmp_path)
+    grid = MemoryGrid(at)
+    folder = conduct(study, GridLine(grid), options(tmp_path / "run"))
+    same_training(study, tmp_path / "own", folder, at)
+    orders = [order for _, order in grid.sent if order.metadata.group_id == "1"]
+    asked = [json.loads(order.content["certifl"]["json"])["parts"] for order in orders]
+    wanted = ["control", "known", "model"] if case == "scaffold" else ["model"]
+    assert [sorted(parts) for parts in asked] == [wanted] * 2
+    held = Checkpoints(folder.training).latest()
+    assert held is not None
+    assert len(held.server()) == 3
 
 
 def test_answers_are_taken_in_client_order_one_at_a_time(tmp_path):

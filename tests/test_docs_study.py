@@ -40,11 +40,7 @@ STUDIES = {block.split("\n", 1)[0].removeprefix("# "): block for block in blocks
 COMMANDS = [shlex.split(line) for block in blocks("") for line in block.splitlines()]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CERTIFL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

@@ -30,20 +30,10 @@ from tiny_federation import (
     assert_same,
     client_data,
     clients,
+    federate,
     training,
     without_seconds,
 )
-
-
-def run(folder, algorithm=None, data=None, local=None, **options):
-    return train(
-        FedAvg() if algorithm is None else algorithm,
-        TinyNet(),
-        clients() if data is None else data,
-        training() if local is None else local,
-        Checkpoints(folder),
-        **options,
-    )
 
 
 def test_rounds_are_broadcast_client_rounds_aggregate(tmp_path):
@@ -53,7 +43,7 @@ def test_rounds_are_broadcast_client_rounds_aggregate(tmp_path):
         results = [algorithm.client_round(server, states[i], data[i], local) for i in range(3)]
         server = algorithm.aggregate(server, [update for update, _ in results])
         states = [state for _, state in results]
-    stored = run(tmp_path, algorithm, local=training(rounds=2))
+    stored = federate(tmp_path, algorithm, local=training(rounds=2))
     assert stored.number == 2
     assert_same(stored.server(), server.parts)
     for client, state in enumerate(states):
@@ -74,7 +64,7 @@ def test_the_initial_model_is_the_one_given(tmp_path):
 
 
 def test_history_says_who_took_part_and_how_it_went(tmp_path):
-    stored = run(tmp_path, participation=lambda round: [2, 0] if round else [1])
+    stored = federate(tmp_path, participation=lambda round: [2, 0] if round else [1])
     assert stored.history == Checkpoints(tmp_path).history()
     assert [entry["round"] for entry in stored.history] == [0, 1, 2]
     assert [entry["participants"] for entry in stored.history] == [[1], [0, 2], [0, 2]]
@@ -87,8 +77,8 @@ def test_history_says_who_took_part_and_how_it_went(tmp_path):
 
 
 def test_the_order_in_which_clients_are_named_changes_nothing(tmp_path):
-    first = run(tmp_path / "1", participation=lambda _: [0, 1, 2])
-    second = run(tmp_path / "2", participation=lambda _: (2, 1, 0, 2))
+    first = federate(tmp_path / "1", participation=lambda _: [0, 1, 2])
+    second = federate(tmp_path / "2", participation=lambda _: (2, 1, 0, 2))
     assert_same(first.server(), second.server())
     assert without_seconds(first.history) == without_seconds(second.history)
 
@@ -104,14 +94,14 @@ def test_clients_may_be_loaded_when_asked_for(tmp_path):
             Lazy.loaded += 1
             return clients()[index]
 
-    stored = run(tmp_path / "lazy", data=Lazy())
+    stored = federate(tmp_path / "lazy", data=Lazy())
     assert Lazy.loaded == 3 * SCHEDULE.rounds
-    assert_same(stored.server(), run(tmp_path / "list").server())
+    assert_same(stored.server(), federate(tmp_path / "list").server())
 
 
 def test_progress_is_reported_after_every_client(tmp_path):
     seen = []
-    run(tmp_path, Personalized(FedAvg(), epochs=1), progress=seen.append)
+    federate(tmp_path, Personalized(FedAvg(), epochs=1), progress=seen.append)
     assert [(p.round, p.client, p.done) for p in seen] == [
         (round, client, client + 1) for round in range(4) for client in range(3)
     ]
@@ -120,26 +110,26 @@ def test_progress_is_reported_after_every_client(tmp_path):
 
 
 def test_a_finished_training_returns_at_once(tmp_path):
-    first = run(tmp_path)
-    again = run(tmp_path, progress=lambda _: pytest.fail("a client was trained again"))
+    first = federate(tmp_path)
+    again = federate(tmp_path, progress=lambda _: pytest.fail("a client was trained again"))
     assert again.path == first.path
     assert again.history == first.history
     assert total_rounds(FedAvg(), training()) == again.number == server_state(again).round
 
 
 def test_the_same_training_twice_is_bit_identical(tmp_path):
-    first, second = run(tmp_path / "1", Mixture(0.5)), run(tmp_path / "2", Mixture(0.5))
+    first, second = federate(tmp_path / "1", Mixture(0.5)), federate(tmp_path / "2", Mixture(0.5))
     for name in first.files:
         assert (first.path / name).read_bytes() == (second.path / name).read_bytes()
     assert first.files == second.files
 
 
 def test_a_damaged_round_is_trained_again(tmp_path, caplog):
-    whole = run(tmp_path)
+    whole = federate(tmp_path)
     files = whole.files
     (whole.path / "server.safetensors").write_bytes(b"nothing")
     with caplog.at_level(logging.WARNING):
-        again = run(tmp_path)
+        again = federate(tmp_path)
     assert "damaged" in caplog.text
     assert again.files == files
     assert again.damage() is None
@@ -156,33 +146,33 @@ def test_a_damaged_round_is_trained_again(tmp_path, caplog):
     ids=["algorithm", "clients", "schedule", "augmentation"],
 )
 def test_a_folder_of_another_training_is_refused(changes, said, tmp_path):
-    run(tmp_path)
+    federate(tmp_path)
     with pytest.raises(StoreMismatch, match=said):
-        run(tmp_path, **changes)
+        federate(tmp_path, **changes)
     other_seed = training()
     other_seed.seed = 6
     with pytest.raises(StoreMismatch, match="seed: 5 there, 6 asked for"):
-        run(tmp_path, local=other_seed)
+        federate(tmp_path, local=other_seed)
 
 
 def test_another_initial_model_is_another_training(tmp_path):
-    run(tmp_path)
+    federate(tmp_path)
     with pytest.raises(StoreMismatch, match="initial_model: "):
         train(FedAvg(), TinyNet(seed=1), clients(), training(), Checkpoints(tmp_path))
 
 
 def test_beginning_from_an_unrelated_training_is_refused(tmp_path):
-    run(tmp_path / "local", Local())
+    federate(tmp_path / "local", Local())
     for algorithm in (FedAvg(), Personalized(FedAvg())):
         with pytest.raises(StoreMismatch, match="cannot be gone on from"):
-            run(tmp_path / "new", algorithm, start_from=Checkpoints(tmp_path / "local"))
+            federate(tmp_path / "new", algorithm, start_from=Checkpoints(tmp_path / "local"))
         assert Checkpoints(tmp_path / "new").latest() is None
 
 
 def test_a_finished_training_can_be_taken_over_whole(tmp_path):
     tuned = Personalized(Mixture(0.5), epochs=1)
-    first = run(tmp_path / "1", tuned)
-    taken = run(
+    first = federate(tmp_path / "1", tuned)
+    taken = federate(
         tmp_path / "2",
         tuned,
         start_from=Checkpoints(tmp_path / "1"),
@@ -196,8 +186,8 @@ def test_a_finished_training_can_be_taken_over_whole(tmp_path):
 
 
 def test_an_empty_origin_is_no_origin(tmp_path):
-    stored = run(tmp_path / "new", start_from=Checkpoints(tmp_path / "empty"))
-    assert_same(stored.server(), run(tmp_path / "plain").server())
+    stored = federate(tmp_path / "new", start_from=Checkpoints(tmp_path / "empty"))
+    assert_same(stored.server(), federate(tmp_path / "plain").server())
 
 
 def test_a_diverging_client_stops_the_training_and_keeps_finished_rounds(tmp_path):
@@ -219,19 +209,19 @@ def test_a_diverging_client_stops_the_training_and_keeps_finished_rounds(tmp_pat
 
     local = training(augmentation=Spoiling())
     with pytest.raises(TooFewClients, match=r"Round 1 .*client 1 \(its training diverged"):
-        run(tmp_path, Local(), Poisoned(), local, progress=spoil_later, min_clients=2)
+        federate(tmp_path, Local(), Poisoned(), local, progress=spoil_later, min_clients=2)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["round-00000", "round-00001"]
     Poisoned.good = True
-    resumed = run(tmp_path, Local(), Poisoned(), local)
-    whole = run(tmp_path / "whole", Local(), Poisoned(), training(augmentation=Spoiling()))
+    resumed = federate(tmp_path, Local(), Poisoned(), local)
+    whole = federate(tmp_path / "whole", Local(), Poisoned(), training(augmentation=Spoiling()))
     assert resumed.files == whole.files
 
 
 def test_wrong_clients_are_named(tmp_path):
     with pytest.raises(InputError, match=r"clients\[0\] is the data of client 1"):
-        run(tmp_path / "1", data=clients()[1:])
+        federate(tmp_path / "1", data=clients()[1:])
     with pytest.raises(InputError, match=r"Round 0 asks for the clients \[7\]"):
-        run(tmp_path / "2", participation=lambda _: [0, 7])
+        federate(tmp_path / "2", participation=lambda _: [0, 7])
 
 
 def test_memory_does_not_grow_with_clients(tmp_path):
@@ -269,5 +259,5 @@ def test_any_device_string_of_this_machine_works(tmp_path):
         TinyNet(), SCHEDULE, seed=5, augmentation=Noise(), device=torch.device(device)
     )
     data = [client.to(device) for client in clients()]
-    stored = run(tmp_path, Mixture(0.5), data, local)
+    stored = federate(tmp_path, Mixture(0.5), data, local)
     assert {value.device.type for value in stored.server()["model"].values()} == {"cpu"}

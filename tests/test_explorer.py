@@ -246,9 +246,10 @@ def test_every_client_is_explored_under_its_own_perturbation(tmp_path):
     }
     assert walks == {0: ["turn"], 1: ["across", "down"]}
     page = write_report([tmp_path / "run"], tmp_path / "report.html", figures=False)
-    for place, client in ((page, 0), (page.with_name("report-translation.html"), 1)):
-        images = data_of(place)["explorer"]["images"]
+    for client in (0, 1):
+        images = data_of(page, client)["explorer"]["images"]
         assert {image["client"] for image in images} == {client}
+        assert all((image["plane"] is not None) == (client == 1) for image in images)
 
 
 def test_exploring_goes_on_where_it_was_stopped(explored, monkeypatch):

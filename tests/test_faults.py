@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import pytest
@@ -22,7 +23,6 @@ from certifl.federated import (
     Personalized,
     ServerState,
     state_of,
-    train,
 )
 from certifl.federated.faults import attempt, needed
 from certifl.store.checkpoints import Checkpoints
@@ -34,21 +34,13 @@ from tiny_federation import (
     client_data,
     clients,
     differ,
+    federate,
+    in_pieces,
     training,
     without_seconds,
 )
 
-
-def run(folder, algorithm, count=4, local=None, data=None, **options):
-    return train(
-        algorithm,
-        TinyNet(),
-        clients(count) if data is None else data,
-        training(rounds=2) if local is None else local,
-        Checkpoints(folder),
-        **options,
-    )
-
+run = functools.partial(federate, count=4, rounds=2)
 
 FAULTS = {
     "raises": "it raised RuntimeError: the camera is broken",
@@ -278,21 +270,10 @@ def test_a_training_with_faults_resumes_to_the_same_bytes(tmp_path):
     algorithm = Misbehaving({"1/0": "nan", "2/2": "raises"}, base=Mixture(0.5))
     local = training(momentum_between_rounds="keep", rounds=3)
     whole = run(tmp_path / "whole", algorithm, local=local)
-    seen = 0
-
-    def interrupt(_):
-        nonlocal seen
-        seen += 1
-        if seen % 6 == 0:
-            raise KeyboardInterrupt
-
-    while True:
-        try:
-            resumed = run(tmp_path / "resumed", algorithm, local=local, progress=interrupt)
-            break
-        except KeyboardInterrupt:
-            pass
-    assert seen > 12
+    resumed, stops = in_pieces(
+        6, lambda stop: run(tmp_path / "resumed", algorithm, local=local, progress=stop)
+    )
+    assert stops >= 2
     assert resumed.files == whole.files
     assert without_seconds(resumed.history) == without_seconds(whole.history)
 

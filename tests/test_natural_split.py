@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,15 +21,10 @@ from certifl.experiments.run import Options, run
 from certifl.report import load_run
 from certifl.spec import Spec, with_settings
 from certifl.work.parts import open_data
+from image_sets import png
 
 # (hospital, training images, test images)
 HELD = (("Basel", 30, 8), ("Aarau", 12, 4), ("Chur", 12, 4), ("Davos", 20, 0), ("Olten", 0, 5))
-
-
-def png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "png")
-    return buffer.getvalue()
 
 
 def write_split(file: Path, columns: dict[str, Any], **metadata: str) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +38,7 @@ from certifl.work.networks import trained_model
 from certifl.work.parts import open_data, run_spec
 from own_study import OWN, spec
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CERTIFL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +251,7 @@ def test_plain_predictions_are_checked_too(copied: Path) -> None:
 # --- what else reads a run
 
 
-def test_the_report_has_a_panel_and_a_page_for_each_perturbation(copied: Path) -> None:
+def test_the_report_has_a_panel_for_each_perturbation(copied: Path) -> None:
     held = RunFolder(copied).load_certificates()
     result = attack_run(copied, AttackOptions(images=2, directions=4))
     assert [(part["family"], part["clients"]) for part in result["perturbations"]] == [
@@ -267,15 +262,24 @@ def test_the_report_has_a_panel_and_a_page_for_each_perturbation(copied: Path) -
     assert result["parameters"]["images"] == sum(attacked)
     assert result["deformed_first"] is None
     page = write_report([copied], copied / "report.html", figures=False)
-    pages = [page.read_text(), (copied / "report-pixel.html").read_text()]
-    assert 'href="report-pixel.html"' in pages[0]
-    assert 'href="report.html"' in pages[1]
-    for client, text in enumerate(pages):
-        assert "Clients that certify nothing" in text
-        assert f"0 of {attacked[client]}" in text.split('id="threats"')[1]
-        shown = json.loads(text.split('id="report-data">')[1].split("</script>")[0])
-        assert shown["clients"] == [client]
-        assert shown["runs"][0]["mean"] == held.of_client(client).average_certified_radius()
+    text = page.read_text()
+    shown = json.loads(text.split('id="report-data">')[1].split("</script>")[0])["groups"]
+    panels = text.split('<div class="panel"')[1:]
+    assert len(panels) == len(shown) == 2
+    for client, (panel, numbers) in enumerate(zip(panels, shown, strict=True)):
+        assert f'href="#perturbation-{client + 1}"' in text
+        assert f'id="perturbation-{client + 1}"' in panel
+        assert f"0 of {attacked[client]}" in panel
+        assert numbers["clients"] == [client]
+        assert numbers["runs"][0]["mean"] == held.of_client(client).average_certified_radius()
+        assert [unit["name"] for unit in numbers["units"]] == [
+            *(["degrees", "radians"] if client == 0 else ["intensity"]),
+            "% of σ",
+        ]
+    assert "Clients that certify nothing" in text
+    assert "degree" not in panels[1].split("<section id=")[0]
+    names = re.findall(r' id="([^"]*)"', text)
+    assert len(names) == len(set(names))
 
 
 def test_figures_of_each_perturbation_have_a_folder(

@@ -138,6 +138,17 @@ def test_an_image_without_a_finite_gradient_counts_as_none(poison):
     assert length_of(minus(poisoned, clean)) <= 0.3 * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_no_image_makes_a_training_fail_by_its_loss(together):
+    """Whether a client fails is seen by others, and no noise is added to it."""
+    model, batch = PlainNet().train(), batch_of(8)
+    batch.images[-1] = math.nan
+    objective = Augmented() if together else Consistency(copies=2)
+    parameters = dict(model.named_parameters())
+    _, outcome = clipping.clipped_sum(model, parameters, objective, batch, 0.3)
+    assert bool(outcome.loss.isfinite())
+
+
 def test_no_image_gives_noise_alone():
     model = PlainNet().train()
     passes = PrivatePasses(images=20, steps=4, max_norm=0.5, std=2.0, key=KEY)

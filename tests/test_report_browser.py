@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from browser import Page, find_chromium, opened
+from browsing import click, count, some_browser, tab_to, text
 from certifl.report.words import percent, tenths
 from report_factory import REGIMES
 from report_pages import HOSTILE, data_of, hostile_page, study_page, study_runs
@@ -29,13 +29,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return hostile_page(tmp_path_factory.mktemp("hostile"))
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Page]:
-    chromium = find_chromium()
-    if chromium is None:
-        pytest.skip("no Chromium on this machine: the page is not tried in a real browser")
-    with opened(chromium) as shown:
-        yield shown
+browser = pytest.fixture(scope="module")(some_browser)
 
 
 @pytest.fixture
@@ -47,28 +41,6 @@ def shown(browser: Page, page: Path) -> Page:
     return browser
 
 
-def _count(shown: Page, selector: str) -> int:
-    return shown.value(f"document.querySelectorAll({json.dumps(selector)}).length")
-
-
-def _text(shown: Page, selector: str) -> str:
-    return shown.value(f"document.querySelector({json.dumps(selector)}).textContent")
-
-
-def _click(shown: Page, selector: str) -> None:
-    shown.value(f"document.querySelector({json.dumps(selector)}).click()")
-    shown.settle()
-
-
-def _tab_to(shown: Page, selector: str) -> None:
-    """Walk there with the Tab key alone."""
-    for _ in range(60):
-        shown.press("Tab", 9)
-        if shown.value(f"document.activeElement.matches({json.dumps(selector)})"):
-            return
-    raise AssertionError(f"the Tab key never reaches {selector}")
-
-
 def test_the_page_loads_without_complaint_and_without_network(shown, page):
     assert shown.messages == []
     outside = [asked for asked in shown.requests if not asked.startswith("data:")]
@@ -76,55 +48,55 @@ def test_the_page_loads_without_complaint_and_without_network(shown, page):
 
 
 def test_charts_are_drawn(shown):
-    assert _count(shown, "#curve-chart path.mean") == len(REGIMES)
-    assert _count(shown, "#curve-chart path.band") == len(REGIMES)
-    assert _count(shown, "#acr-chart path.marker") == len(REGIMES) * 10
-    assert _count(shown, "[data-measure] path.mean") == len(REGIMES) * 2
+    assert count(shown, "#curve-chart path.mean") == len(REGIMES)
+    assert count(shown, "#curve-chart path.band") == len(REGIMES)
+    assert count(shown, "#acr-chart path.marker") == len(REGIMES) * 10
+    assert count(shown, "[data-measure] path.mean") == len(REGIMES) * 2
     outlines = "[...document.querySelectorAll('svg path')].map(p => p.getAttribute('d'))"
     assert not any("NaN" in outline for outline in shown.value(outlines))
 
 
 def test_regimes_lines_and_bands_can_be_switched(shown):
-    _click(shown, '[data-regime="2"]')
-    assert _count(shown, "#curve-chart path.mean") == len(REGIMES) - 1
-    assert _count(shown, '#curve-chart [data-run="2"]') == 0
-    assert "Personalised" not in _text(shown, "#readout")
-    _click(shown, '[data-regime="2"]')
-    assert _count(shown, '#curve-chart [data-run="2"]') == 1
-    _click(shown, "#show-band")
-    assert _count(shown, "#curve-chart path.band") == 0
-    _click(shown, "#show-clients")
-    assert _count(shown, "#curve-chart path.client") == len(REGIMES) * 10
+    click(shown, '[data-regime="2"]')
+    assert count(shown, "#curve-chart path.mean") == len(REGIMES) - 1
+    assert count(shown, '#curve-chart [data-run="2"]') == 0
+    assert "Personalised" not in text(shown, "#readout")
+    click(shown, '[data-regime="2"]')
+    assert count(shown, '#curve-chart [data-run="2"]') == 1
+    click(shown, "#show-band")
+    assert count(shown, "#curve-chart path.band") == 0
+    click(shown, "#show-clients")
+    assert count(shown, "#curve-chart path.client") == len(REGIMES) * 10
 
 
 def test_mean_and_band_follow_the_chosen_clients(shown, page):
     data = data_of(page)
-    _click(shown, "#clients-none")
-    assert "at least one regime and one client" in _text(shown, "#readout")
-    _click(shown, '[data-client="3"]')
-    _click(shown, '[data-client="7"]')
+    click(shown, "#clients-none")
+    assert "at least one regime and one client" in text(shown, "#readout")
+    click(shown, '[data-client="3"]')
+    click(shown, '[data-client="7"]')
     at = int(shown.value("document.getElementById('radius').value"))
     curves = data["runs"][0]["curves"]
     pair = sorted((curves[3][at], curves[7][at]))
     expected = f"{percent(sum(pair) / 2)}{tenths(pair[0])} to {tenths(pair[1])}"
-    assert _text(shown, "#readout > div").endswith(expected)
-    _click(shown, "#clients-all")
-    assert _count(shown, "[data-client]:checked") == 10
+    assert text(shown, "#readout > div").endswith(expected)
+    click(shown, "#clients-all")
+    assert count(shown, "[data-client]:checked") == 10
 
 
 def test_the_keyboard_reaches_and_works_the_controls(shown):
-    _tab_to(shown, "#radius")
-    before = _text(shown, "#radius-text")
+    tab_to(shown, "#radius")
+    before = text(shown, "#radius-text")
     shown.press("ArrowRight", 39)
-    assert _text(shown, "#radius-text") != before
+    assert text(shown, "#radius-text") != before
     spoken = "document.getElementById('radius').getAttribute('aria-valuetext')"
-    assert shown.value(spoken) == _text(shown, "#radius-text")
-    _tab_to(shown, '[data-regime="0"]')
+    assert shown.value(spoken) == text(shown, "#radius-text")
+    tab_to(shown, '[data-regime="0"]')
     outline = "getComputedStyle(document.activeElement).outlineStyle"
     assert shown.value(outline) == "solid"
     shown.press(" ", 32, text=" ")
-    assert _count(shown, '#curve-chart [data-run="0"]') == 0
-    _tab_to(shown, "[data-client]")
+    assert count(shown, '#curve-chart [data-run="0"]') == 0
+    tab_to(shown, "[data-client]")
     chip = "getComputedStyle(document.activeElement.nextElementSibling).outlineStyle"
     assert shown.value(chip) == "solid"
 
@@ -138,18 +110,18 @@ def test_the_pointer_reads_values_off_the_chart(shown):
     readings = []
     for share in (0.3, 0.9):
         shown.move_mouse(box[0] + share * box[2], box[1] + box[3] / 2)
-        readings.append(float(_text(shown, "#radius-text").rstrip("°")))
+        readings.append(float(text(shown, "#radius-text").rstrip("°")))
     assert readings[0] < readings[1]
     assert 4 < readings[0] < 6
     assert 15 < readings[1] < 17
 
 
 def test_the_unit_can_be_changed_everywhere(shown):
-    assert "degrees" in _text(shown, "#curve-chart svg")
-    _click(shown, '[data-unit="1"]')
-    assert "radius in radians" in _text(shown, "#curve-chart svg")
-    assert "radius in radians" in _text(shown, "#acr-chart svg")
-    assert _text(shown, "#radius-text").endswith(" radians")
+    assert "degrees" in text(shown, "#curve-chart svg")
+    click(shown, '[data-unit="1"]')
+    assert "radius in radians" in text(shown, "#curve-chart svg")
+    assert "radius in radians" in text(shown, "#acr-chart svg")
+    assert text(shown, "#radius-text").endswith(" radians")
 
 
 @pytest.mark.parametrize("width", [320, 375, 768, 1280])
@@ -172,7 +144,7 @@ def test_charts_fit_again_when_the_window_changes(shown):
     shown.settle()
     width = "document.querySelector('#curve-chart svg').viewBox.baseVal.width"
     assert shown.value(width) <= 375
-    assert _count(shown, "#curve-chart path.mean") == len(REGIMES)
+    assert count(shown, "#curve-chart path.mean") == len(REGIMES)
 
 
 def test_light_and_dark_follow_the_reader(shown, page):
@@ -199,7 +171,7 @@ def test_what_is_shown_has_a_name_for_screen_readers(shown):
     )
     assert shown.value(unnamed) == []
     assert shown.value("document.documentElement.lang") == "en"
-    assert _count(shown, "h1") == 1
+    assert count(shown, "h1") == 1
 
 
 def test_hostile_names_stay_text(browser, hostile):
@@ -208,8 +180,8 @@ def test_hostile_names_stay_text(browser, hostile):
     browser.open(hostile)
     assert browser.messages == []
     assert browser.value("document.title") == HOSTILE
-    assert HOSTILE in _text(browser, "#curves .regime span")
-    assert _count(browser, "#curve-chart path.mean") == 2
+    assert HOSTILE in text(browser, "#curves .regime span")
+    assert count(browser, "#curve-chart path.mean") == 2
 
 
 def test_without_scripts_the_pictures_are_there(page):
@@ -277,31 +249,31 @@ def test_an_accepted_accuracy_rules_regimes_out(shown, page, least):
 
 
 def test_the_keyboard_says_which_accuracy_is_accepted(shown):
-    _tab_to(shown, "#accepted")
+    tab_to(shown, "#accepted")
     for _ in range(3):
         shown.press("ArrowRight", 39)
-    assert _text(shown, "#accepted-text") == "3 %"
+    assert text(shown, "#accepted-text") == "3 %"
     assert shown.value("document.activeElement.getAttribute('aria-valuetext')") == "3 %"
 
 
 def test_radii_as_a_share_of_sigma_and_accuracies_as_shares(shown, page):
-    _click(shown, '[data-unit="2"]')
-    assert "radius in % of σ" in _text(shown, "#curve-chart svg")
+    click(shown, '[data-unit="2"]')
+    assert "radius in % of σ" in text(shown, "#curve-chart svg")
     data = data_of(page)
     _set(shown, "#radius", len(data["radii"]) - 1)
-    assert float(_text(shown, "#radius-text").split()[0]) == pytest.approx(100, rel=0.02)
+    assert float(text(shown, "#radius-text").split()[0]) == pytest.approx(100, rel=0.02)
     _set(shown, "#radius", 0)
-    percents = float(_text(shown, "#readout b").split()[0])
-    _click(shown, '[data-accuracy="1"]')
-    assert float(_text(shown, "#readout b")) == pytest.approx(percents / 100)
-    assert "80 %" not in _text(shown, "#curve-chart svg")
+    percents = float(text(shown, "#readout b").split()[0])
+    click(shown, '[data-accuracy="1"]')
+    assert float(text(shown, "#readout b")) == pytest.approx(percents / 100)
+    assert "80 %" not in text(shown, "#curve-chart svg")
 
 
 # The explorer ------------------------------------------------------------------------------------
 
 
 def _says(shown: Page, place: int) -> str:
-    return _text(shown, f'[data-walker="{place}"] .walker-says')
+    return text(shown, f'[data-walker="{place}"] .walker-says')
 
 
 def test_the_explorer_shows_the_picture_of_the_step(shown):
@@ -332,17 +304,17 @@ def test_the_explorer_says_whether_the_step_is_certified(shown, page):
 
 
 def test_the_keyboard_picks_an_image_and_deforms_it(shown):
-    _tab_to(shown, '#pictures input[name="picture"]')
-    before = _text(shown, "#picture-words")
+    tab_to(shown, '#pictures input[name="picture"]')
+    before = text(shown, "#picture-words")
     shown.press("ArrowRight", 39)
-    assert _text(shown, "#picture-words") != before
-    _tab_to(shown, "#step")
+    assert text(shown, "#picture-words") != before
+    tab_to(shown, "#step")
     shown.press("ArrowRight", 39)
     spoken = "document.activeElement.getAttribute('aria-valuetext')"
     assert shown.value(spoken).startswith("2.4° counter-clockwise. ")
     shown.press("ArrowLeft", 37)
     shown.press("ArrowLeft", 37)
-    assert _text(shown, "#step-text") == "2.4° clockwise"
+    assert text(shown, "#step-text") == "2.4° clockwise"
 
 
 def test_a_click_on_a_strip_takes_the_reader_there(shown):
@@ -370,7 +342,7 @@ def test_the_certified_range_is_drawn_to_scale(shown, page):
     for seen in image["runs"]:
         bar = f'[data-walker="{seen["run"]}"] .held'
         if seen["ends"] is None:
-            assert _count(shown, bar) == 0
+            assert count(shown, bar) == 0
             continue
         x, width, whole = shown.value(
             f"(b => [Number(b.getAttribute('x')), Number(b.getAttribute('width')),"

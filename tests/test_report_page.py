@@ -15,7 +15,8 @@ import pytest
 
 import claims_factory
 from certifl.errors import StoreError, StoreMismatch
-from certifl.report import explorer, load_runs, page_beside, write_report
+from certifl.report import explored, load_runs, page_beside, write_report
+from certifl.report import page as page_module
 from certifl.report.claims import claim_rows
 from certifl.report.claims.facts import read_run
 from certifl.report.claims.testing import check_runs
@@ -230,10 +231,10 @@ def test_explored_images_are_held_against_their_certificates(study, page):
 def test_too_close_to_call_is_a_sign_test():
     votes = [[[3, 80], [1, 20]], [[3, 55], [1, 45]], [[3, 100]]]
     walk = {"values": [-1, 0, 1], "lengths": [1, 0, 1], "winners": votes}
-    assert explorer._walk(walk, 0.5, (-0.5, 0.5))["close"] == "010"
-    assert explorer._walk(walk, 0.5, (-0.5, 0.5))["inside"] == "010"
-    assert explorer._walk(walk, 0.5, (-0.5, 2.0))["inside"] == "011"
-    assert explorer._walk(walk, 0.0, None)["inside"] == "000"
+    assert explored._walk(walk, 0.5, (-0.5, 0.5))["close"] == "010"
+    assert explored._walk(walk, 0.5, (-0.5, 0.5))["inside"] == "010"
+    assert explored._walk(walk, 0.5, (-0.5, 2.0))["inside"] == "011"
+    assert explored._walk(walk, 0.0, None)["inside"] == "000"
 
 
 def test_another_runs_exploration_is_not_shown(study, tmp_path):
@@ -255,7 +256,7 @@ def test_another_runs_exploration_is_not_shown(study, tmp_path):
 
 def test_a_page_takes_no_more_pictures_than_it_may(study, tmp_path, monkeypatch):
     size = len(strip(range(31)))
-    monkeypatch.setattr(explorer, "_MOST_PICTURES", 2 * size)
+    monkeypatch.setattr(page_module, "MOST_PICTURES", 2 * size)
     page = write_report(study, tmp_path / "report.html", figures=False)
     images = data_of(page)["explorer"]["images"]
     assert [len(image["runs"]) for image in images] == [3, 3]

@@ -20,14 +20,6 @@ QUICK = ("--images", "7", "--n", "300")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("study")
-    place = folder / "run"
-    tiny.cli("run", tiny.write_spec(folder), "--out", place).fine()
-    return place
-
-
-@pytest.fixture(scope="module")
 def shards(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("shards")
     files = [folder / f"{number}.parquet" for number in (1, 2, 3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import pickle
 from pathlib import Path
@@ -24,6 +25,7 @@ from tiny_federation import (
     assert_same,
     client_data,
     clients,
+    federate,
     training,
     without_seconds,
 )
@@ -31,15 +33,7 @@ from tiny_federation import (
 PATIENCE = 5.0  # seconds; clients here take some hundredths of one
 
 
-def run(folder, algorithm, count=6, data=None, local=None, **options):
-    return train(
-        algorithm,
-        TinyNet(),
-        clients(count) if data is None else data,
-        training(rounds=2) if local is None else local,
-        Checkpoints(folder),
-        **options,
-    )
+run = functools.partial(federate, count=6, rounds=2)
 
 
 class Lazy:

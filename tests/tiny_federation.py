@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from certifl import streams
-from certifl.federated import ClientData, LocalTraining, ModelState, Schedule
+from certifl.federated import (
+    Algorithm,
+    ClientData,
+    FedAvg,
+    LocalTraining,
+    ModelState,
+    Progress,
+    Schedule,
+    train,
+)
+from certifl.store.checkpoints import Checkpoints, StoredRound
 
 CLASSES = 3
 SCHEDULE = Schedule(
@@ -77,6 +88,46 @@ def training(**changes: Any) -> LocalTraining:
         augmentation=augmentation,
         finetuning_augmentation=Noise(0.3),
     )
+
+
+def federate(
+    folder: Path,
+    algorithm: Algorithm | None = None,
+    data: Sequence[ClientData] | None = None,
+    local: LocalTraining | None = None,
+    *,
+    count: int = 3,
+    rounds: int = SCHEDULE.rounds,
+    **options: Any,
+) -> StoredRound:
+    """The tiny network, trained by a federation into a folder: FedAvg unless told otherwise."""
+    return train(
+        FedAvg() if algorithm is None else algorithm,
+        TinyNet(),
+        clients(count) if data is None else data,
+        training(rounds=rounds) if local is None else local,
+        Checkpoints(folder),
+        **options,
+    )
+
+
+def in_pieces(
+    every: int, work: Callable[[Callable[[Progress], None]], StoredRound]
+) -> tuple[StoredRound, int]:
+    """Work that is stopped at every so many reports of progress until it ends; number of stops."""
+    seen = stops = 0
+
+    def stop(_: Progress) -> None:
+        nonlocal seen
+        seen += 1
+        if seen % every == 0:
+            raise KeyboardInterrupt
+
+    while True:
+        try:
+            return work(stop), stops
+        except KeyboardInterrupt:
+            stops += 1
 
 
 def assert_same(left: Mapping[str, Any], right: Mapping[str, Any]) -> None:

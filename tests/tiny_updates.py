@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -24,3 +24,27 @@ def result(rule: Rule, sent: Iterable[Update], broadcast: ServerState = EMPTY) -
     model = average_models(rule(broadcast, sent))
     assert model is not None
     return model["w"]
+
+
+def most_alive(consume: Callable[[Iterator[Update]], object]) -> int:
+    """How many of twenty models live at the same time, at the most, while they are consumed."""
+    alive = most = 0
+
+    class Watched(dict[str, torch.Tensor]):
+        def __init__(self, value: torch.Tensor) -> None:
+            super().__init__(w=value)
+            nonlocal alive
+            alive += 1
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    def sent() -> Iterator[Update]:
+        nonlocal most
+        for client in range(20):
+            yield Update(client, 1.0, Watched(torch.ones(3) * client), {})
+            most = max(most, alive)
+
+    consume(sent())
+    return most

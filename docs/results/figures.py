@@ -26,7 +26,7 @@ from verdict_words import figure_claims, overview, tally
 HERE = Path(__file__).resolve().parent
 OTHERS = {
     "first_runs.md": "First runs on MNIST and CIFAR-10",
-    "algorithms.md": "All algorithms on MNIST against rotation",
+    "algorithms.md": "All algorithms on MNIST",
 }
 
 

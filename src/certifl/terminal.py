@@ -373,8 +373,9 @@ def show_facts(facts: Sequence[Fact]) -> None:
 def show_names() -> None:
     """Everything that has a name in a spec."""
     from certifl.certification import ESTIMATORS
-    from certifl.data import EMBEDDED, PARTITIONS
+    from certifl.data import EMBEDDED, SPLITS
     from certifl.federated import ALGORITHMS
+    from certifl.federated.aggregation import RULES
     from certifl.federated.objectives import OBJECTIVES
     from certifl.models import MODELS
     from certifl.perturbations import PERTURBATIONS
@@ -382,10 +383,11 @@ def show_names() -> None:
     console = Console(highlight=False)
     rows = {
         "data sets": [*EMBEDDED, "mnist", "cifar10", "fashion_mnist", "owner/name", "a folder"],
-        "splits": list(PARTITIONS),
+        "splits": list(SPLITS),
         "models": [*MODELS, "module:function"],
         "algorithms": list(ALGORITHMS),
         "objectives": list(OBJECTIVES),
+        "rules": list(RULES),
         "perturbations": list(PERTURBATIONS),
         "estimators": list(ESTIMATORS),
     }

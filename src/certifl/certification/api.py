@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from certifl._version import __version__
 from certifl.certification import engine, scan
 from certifl.certification.certificates import ABSTAINED, Certificates
-from certifl.certification.guards import Model, check_exact, check_images, check_labels
+from certifl.certification.guards import (
+    Model,
+    check_exact,
+    check_images,
+    check_labels,
+    check_perturbation,
+    check_seed,
+)
 from certifl.certification.network import Network, prepare
 from certifl.certification.selftest import check_random_source_once
 from certifl.certification.settings import Settings
@@ -73,7 +80,8 @@ def certify(
         perturbation: for instance `certifl.Rotation(sigma="18deg")`; its sigma is in its own unit.
         labels: (m,) true classes, or as many blocks of them as of images; they only mark which
             certificates are correct and, with `sequential`, let votes stop early on wrong ones.
-        n0: votes that choose the class. n: fresh votes that bound its probability (at most).
+        n0: votes that choose the class.
+        n: fresh votes that bound its probability (at most).
         alpha: probability of a wrong certificate, per image.
         estimator: "top-class" (Cohen et al. 2019), "runner-up", "sequential" (stops early;
             valid by a union bound over looks fixed in advance), "sequential-top-class"; "scan" for
@@ -84,7 +92,8 @@ def certify(
             for ends known to a 50th of sigma.
         seed: votes are a function of (seed, image content), not of the position of an image.
         precision: arithmetic of the network: "auto", "float32", "bfloat16".
-        device: "auto" or a torch device. batch_size: noisy images per call, or "auto".
+        device: "auto" or a torch device.
+        batch_size: noisy images per call, or "auto".
         progress: True for a bar with the time left, or a function of (votes so far, at most).
         label_aware: with labels, `sequential` and `scan` stop at the first look on wrong images.
         reach: `scan` only: how far from 0 it looks, in the family's unit; None stands for all the
@@ -92,17 +101,23 @@ def certify(
         keep: what `sequential` keeps while stopping early: "certificates" (of what n votes would
             give), or the "curve" of certified accuracies, for about half the votes or fewer.
 
+    Returns:
+        A row for each image, in their order, with its votes, radius in the perturbation's unit
+        (rounded down) and class (-1 = abstained); what holds for all of them is in `conditions`.
+
     Raises:
         InputError: images, labels or settings that cannot be used.
         ModelError: a model that is no function of one image, see `guards`.
 
     Source: Cohen et al. 2019, algorithm CERTIFY; Alfarra et al. 2022, Corollary 1.
     """
-    settings = Settings(
-        estimator, n0, n, alpha, None if radii is None else tuple(radii), label_aware, reach, keep
-    )
+    check_perturbation(perturbation)
+    check_seed(seed)
+    settings = Settings(estimator, n0, n, alpha, radii, label_aware, reach, keep)
     if estimator == "scan":
         scan.scan_of(perturbation, settings)  # refuses a family it is not for
+    else:
+        settings.grid(perturbation)  # refuses so few votes that none could be certified
     blocks = _blocks(images, labels, perturbation)
     first = next(blocks, None)
     if first is None:
@@ -140,6 +155,11 @@ def _blocks(
     """
     if isinstance(images, (Tensor, np.ndarray)):
         pairs = iter([(images, labels)])
+    elif not isinstance(images, Iterable) or isinstance(images, str):
+        raise InputError(
+            f"images must be a tensor or an array (m, c, h, w), or an iterable of such; got "
+            f"{images!r:.80}."
+        )
     else:
         pairs = itertools.zip_longest(images, () if labels is None else labels)
     shape = None
@@ -203,7 +223,16 @@ def conditions(
     model: Model,
     data: str,
 ) -> dict[str, Any]:
-    """What holds for all certificates of one call: printed beside every radius."""
+    """What holds for all certificates of one call: printed beside every radius.
+
+    Args:
+        perturbation: what was certified.
+        settings: what was asked for.
+        network: the network as it voted: its precision, device and batch size.
+        seed: of the votes.
+        model: as it was given, for its fingerprint.
+        data: fingerprint of the images.
+    """
     looks, levels, scanned = settings.looks, settings.levels, {}
     if settings.estimator == "scan":
         stretch = scan.scan_of(perturbation, settings)
@@ -276,6 +305,8 @@ def predict(
 
     Source: Cohen et al. 2019, algorithm PREDICT (test of Hung and Fithian).
     """
+    check_perturbation(perturbation)
+    check_seed(seed)
     Settings(n=n, alpha=alpha)  # the same ranges hold
     values = check_images(images)
     check_exact(values, perturbation)

@@ -177,7 +177,11 @@ class Certificates:
 
     @staticmethod
     def concatenate(parts: Sequence[Certificates]) -> Certificates:
-        """Put rows together; facts other than the perturbation's are those of the first part."""
+        """Put rows together; facts other than the perturbation's are those of the first part.
+
+        Raises:
+            InputError: there are no parts.
+        """
         if not parts:
             raise InputError("There are no certificates to put together.")
         described = [

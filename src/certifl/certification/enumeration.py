@@ -92,8 +92,13 @@ def certify_shifts(
         largest: pixels either way, at least 1 and less than the shorter side of the image.
         padding: beyond the image: "zeros", or "border" for its nearest pixel.
 
+    Returns:
+        A row for each image, in their order. No probability is involved: every shift within the
+        radius was tried.
+
     Raises:
-        InputError: images, labels or options that cannot be used. ModelError: see `guards`.
+        InputError: images, labels or options that cannot be used.
+        ModelError: a model that is no function of one image, see `guards`.
     """
     values = check_images(images)
     _check_options(values, largest, padding)

@@ -135,10 +135,12 @@ def _write_tsv(certificates: Certificates, path: Path) -> None:
 
 def _read_tsv(path: Path) -> Certificates:
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
-        header = tuple(rows[0]) if rows else TSV_HEADER
+        reader = csv.DictReader(file, delimiter="\t")
+        rows, header = list(reader), tuple(reader.fieldnames or ())
     if header[: len(TSV_HEADER)] != TSV_HEADER:
         raise ValueError(f"the header must be {' '.join(TSV_HEADER)}")
+    if any(value is None for row in rows for value in row.values()):
+        raise ValueError("a row is shorter than the header")
     m = len(rows)
     nothing, unknown = np.zeros((m, 0), np.int64), np.full(m, np.nan)
     return Certificates(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,15 @@ from torch import Tensor, nn
 from certifl.errors import InputError, ModelError
 from certifl.perturbations.base import Perturbation
 
-__all__ = ["check_exact", "check_images", "check_labels", "check_model", "probe_classes"]
+__all__ = [
+    "check_exact",
+    "check_images",
+    "check_labels",
+    "check_model",
+    "check_perturbation",
+    "check_seed",
+    "probe_classes",
+]
 
 Model = Callable[[Tensor], Tensor]
 _PROBE = 6
@@ -21,9 +30,9 @@ def check_images(images: Tensor | np.ndarray) -> Tensor:
     """Images as a float32 tensor (m, c, h, w) with values in [0, 1].
 
     Raises:
-        InputError: wrong rank, no images, NaN, values outside [0, 1], or integers.
+        InputError: no array, wrong rank, no images, NaN, values outside [0, 1], or integers.
     """
-    values = torch.as_tensor(images)
+    values = _tensor("images", images)
     if values.ndim != 4:
         raise InputError(
             f"images must have four axes (images, channels, height, width); got shape "
@@ -46,6 +55,29 @@ def check_images(images: Tensor | np.ndarray) -> Tensor:
             "units of that range. Put normalisation inside the model."
         )
     return values
+
+
+def check_perturbation(perturbation: Any) -> None:
+    """Refuse what is no perturbation: a name, or a family without its sigma.
+
+    Raises:
+        InputError: it cannot draw and apply parameters.
+    """
+    if isinstance(perturbation, type) or not hasattr(perturbation, "sample"):
+        raise InputError(
+            "perturbation must be an object with its sigma, such as "
+            f'certifl.Rotation(sigma="18deg"); got {perturbation!r}.'
+        )
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse a seed that is no whole number, before it is silently cut to one.
+
+    Raises:
+        InputError: it is none.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise InputError(f"seed must be a whole number such as 0; got {seed!r}.")
 
 
 def check_exact(images: Tensor, perturbation: Perturbation) -> None:
@@ -73,7 +105,7 @@ def check_labels(
     """
     if labels is None:
         return None
-    values = torch.as_tensor(labels).detach().cpu().numpy()
+    values = _tensor("labels", labels).detach().cpu().numpy()
     if values.shape != (images,):
         raise InputError(
             f"labels must have one number per image, ({images},); got {values.shape}."
@@ -86,6 +118,16 @@ def check_labels(
             f"found {values.min()} to {values.max()}."
         )
     return values.astype(np.int64)
+
+
+def _tensor(name: str, values: Any) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{name} must be a tensor or an array of numbers; got {type(values).__name__} "
+            f"({str(error).splitlines()[0]})."
+        ) from error
 
 
 def check_model(model: Model) -> None:
@@ -120,8 +162,8 @@ def probe_classes(network: Model, images: Tensor) -> int:
     strangers: the logits of an image must be the same up to rounding.
 
     Raises:
-        ModelError: the answer is no (m, classes) matrix of finite logits, differs between two
-            calls, or depends on the rest of the batch.
+        ModelError: the model fails on these images, its answer is no (m, classes) matrix of finite
+            logits, differs between two calls, or depends on the rest of the batch.
     """
     generator = torch.Generator().manual_seed(0)
     strangers = torch.rand((_PROBE, *images.shape[1:]), generator=generator).to(images.device)
@@ -147,8 +189,18 @@ def probe_classes(network: Model, images: Tensor) -> int:
 
 
 def _logits(network: Model, batch: Tensor) -> Tensor:
-    with torch.inference_mode():
-        logits = network(batch)
+    try:
+        with torch.inference_mode():
+            logits = network(batch)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # the model's own code: anything may be raised
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(
+            f"The model fails on images {tuple(batch.shape)}, {batch.dtype} on {batch.device}: "
+            f"{type(error).__name__}: {first}. Give images of the size and channels it was made "
+            "for, and leave them and the model on one device."
+        ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch.shape[0]:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(

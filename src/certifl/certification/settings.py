@@ -68,13 +68,16 @@ class Settings:
         keep: `sequential` only, what stopping early keeps. "certificates": every grid step that n
             votes would reach, but for about one image in a thousand. "curve": the certified
             accuracies to a fraction of a point on average, at about half the votes or fewer.
+
+    Raises:
+        InputError: a value that is not allowed, or two that do not go together; it says which.
     """
 
     estimator: str = "sequential"
     n0: int = 100
     n: int = 100_000
     alpha: float = 1e-3
-    radii: tuple[float, ...] | None = None
+    radii: Sequence[float] | None = None
     label_aware: bool = True
     reach: float | None = None
     keep: str = "certificates"
@@ -132,15 +135,28 @@ class Settings:
         return thrift.price * max(1, np.unique(grid[grid > 0]).size if thrift.of_curve else 1)
 
     def grid(self, perturbation: Perturbation) -> NDArray[np.float64]:
-        """The radii that will be reported, in the perturbation's unit."""
+        """The radii that will be reported, in the perturbation's unit.
+
+        Raises:
+            InputError: so few votes that none of them could certify anything, all agreeing.
+        """
         if self.radii is not None:
             return np.array(self.radii, dtype=np.float64)
         largest = perturbation.law.largest_radius(perturbation.sigma, self.n, self.alpha)
+        if not largest > 0.0:
+            least = math.floor(-math.log2(self.alpha)) + 2
+            raise InputError(
+                f"n = {self.n} votes can certify nothing at alpha = {self.alpha}, even where they "
+                f"all agree: take n = {least} or more; 1000 and more are usual."
+            )
         return curves.even_grid(float(largest), GRID_POINTS)
 
 
 def _checked_radii(radii: Sequence[float]) -> tuple[float, ...]:
-    values = tuple(sorted({float(r) for r in radii}))
+    try:
+        values = tuple(sorted({float(r) for r in radii}))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"radii must be a list such as [0.0, 0.1]; got {radii!r}.") from error
     if not values or not all(math.isfinite(r) and r >= 0.0 for r in values):
         raise InputError("radii must be finite numbers of at least 0, and at least one of them.")
     return values
@@ -149,6 +165,6 @@ def _checked_radii(radii: Sequence[float]) -> tuple[float, ...]:
 def _checked_reach(reach: float, estimator: str) -> float:
     if estimator != "scan":
         raise InputError(f"reach is for the scan certificate alone, not for {estimator!r}.")
-    if not (math.isfinite(reach) and reach > 0.0):
+    if not (isinstance(reach, (int, float)) and math.isfinite(reach) and reach > 0.0):
         raise InputError(f"reach must be a positive finite amount; got {reach!r}.")
     return float(reach)

@@ -46,6 +46,9 @@ def verify(certificates: Certificates) -> list[Finding]:
     most voted of the selection; the radius is at most the one recomputed from the counts, and for
     a scan the interval at most the one recomputed from the votes in their order.
 
+    Returns:
+        A finding for each promise that is broken, with the row's client, index and problem.
+
     Raises:
         InputError: the certificates carry no votes (a published TSV, for instance), or do not say
             for which clients which perturbation holds.

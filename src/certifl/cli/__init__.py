@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+import typer.core
 
 from certifl.cli import machine, results, single, studies
 from certifl.cli.common import find_code_in
@@ -14,6 +16,11 @@ from certifl.cli.deploy import deploy
 from certifl.errors import CertiflError, RequestError
 
 __all__ = ["app", "main"]
+
+# Typer up to 0.20, which Flower holds to, escapes the brackets of "[default: ...]" for rich even
+# where help is plain text, and shows the escapes.
+if hasattr(typer.core, "HAS_RICH"):
+    setattr(typer.core, "HAS_RICH", False)  # noqa: B010 - newer ones have no such name
 
 app = typer.Typer(
     name="certifl",
@@ -25,21 +32,26 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-app.command()(studies.quickstart)
-app.command()(studies.run)
-app.command()(studies.plan)
-app.command()(studies.reproduce)
-app.command()(results.report)
-app.command()(results.claims)
-app.command()(results.verify)
-app.command()(results.attack)
-app.command()(results.explore)
-app.command()(single.certify)
-app.command()(single.merge)
-app.command()(single.predict)
-app.command()(machine.doctor)
-app.command("list")(machine.list_)
-app.add_typer(deploy, name="deploy")
+# What `certifl --help` says of each, whole: longer texts would be cut there.
+_COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "quickstart": (studies.quickstart, "The main job on embedded data, with a report."),
+    "run": (studies.run, "Train, certify and report one study."),
+    "plan": (studies.plan, "Votes, time and memory a study will take here."),
+    "reproduce": (studies.reproduce, "Compute figures of the paper."),
+    "report": (results.report, "One page about a run, or several side by side."),
+    "claims": (results.claims, "Put the paper's claims to the test."),
+    "verify": (results.verify, "Recompute every radius from its votes."),
+    "attack": (results.attack, "Try to break a run's certificates."),
+    "explore": (results.explore, "Deform test images, for readers of the report."),
+    "certify": (single.certify, "Certify a model you already have."),
+    "merge": (single.merge, "Put the shards of one certification together."),
+    "predict": (single.predict, "Label of one image, with its certified radius."),
+    "doctor": (machine.doctor, "What this machine has, and what is missing."),
+    "list": (machine.list_, "Everything that has a name in a spec."),
+}
+for _name, (_command, _short) in _COMMANDS.items():
+    app.command(_name, short_help=_short)(_command)
+app.add_typer(deploy, name="deploy", short_help="Real federations, over Flower.")
 
 
 def main() -> None:

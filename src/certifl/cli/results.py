@@ -26,12 +26,19 @@ def report(
         Path | None,
         typer.Option("--out", help="The page to write; else in the run, or beside the first."),
     ] = None,
+    images: Annotated[
+        bool | None,
+        typer.Option(
+            "--images/--no-images",
+            help="Show test images, or leave every pixel out (private data); else as before.",
+        ),
+    ] = None,
 ) -> None:
     """Write one page about one run, or about several side by side."""
     from certifl import terminal
     from certifl.report import page_beside, summary_rows, write_report
 
-    page = write_report(runs, out or page_beside(runs))
+    page = write_report(runs, out or page_beside(runs), images=images)
     terminal.show_summary(summary_rows(runs))
     typer.echo(f"\nReport: {page.resolve()}\nFigures: {(page.parent / 'figures').resolve()}")
 
@@ -55,19 +62,26 @@ def claims(
 
 
 def verify(runs: Annotated[list[Path], typer.Argument(metavar="RUN...")]) -> None:
-    """Recompute every radius from its votes; fails if a stored one claims more."""
+    """Recompute every radius from its votes; fails if a stored one claims more.
+
+    Ends with 2 where a run's clients kept their certificates: only they can verify them.
+    """
     from certifl.experiments.checking import verify_run
 
-    failed = False
+    code = 0
     for place in runs:
         result = verify_run(place)
         for problem in result.problems:
             typer.echo(f"{place}: {problem}", err=True)
-        failed = failed or bool(result.problems)
-        if not result.problems:
+        if result.problems:
+            code = 1
+        elif result.checked or not result.kept:
             typer.echo(f"{place}: {result.checked} certificates follow from their votes.")
-    if failed:
-        raise typer.Exit(1)
+        if result.kept:
+            typer.echo(result.kept, err=True)
+            code = code or 2
+    if code:
+        raise typer.Exit(code)
 
 
 def attack(

@@ -70,6 +70,9 @@ def load(
         image_column: the image column of a table that has several.
         keep_column: a further column of a table to keep, such as the writer of each image.
 
+    Returns:
+        Both splits as uint8 (n, c, h, w), of one size; the same content from whatever file.
+
     Raises:
         DataUnavailable: the data set is nowhere to be found, or has no test images.
         InputError: its content cannot be used; the message says why.

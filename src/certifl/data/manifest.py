@@ -35,6 +35,9 @@ class ClientIndices:
     Args:
         train: int64, ascending, unique.
         test: int64, ascending, unique.
+
+    Raises:
+        InputError: positions that are negative, not ascending or not unique.
     """
 
     train: np.ndarray
@@ -114,7 +117,11 @@ class Partition:
 
 
 def label_checksum(train_labels: Labels, test_labels: Labels) -> str:
-    """SHA-256 over the numbers of images and the labels of both splits, in order."""
+    """SHA-256 over the numbers of images and the labels of both splits, in order.
+
+    Args:
+        train_labels, test_labels: (n,) whole numbers.
+    """
     train, test = as_labels(train_labels), as_labels(test_labels)
     digest = hashlib.sha256(f"{train.size} {test.size}\n".encode())
     digest.update(train.astype("<i8").tobytes())
@@ -124,6 +131,10 @@ def label_checksum(train_labels: Labels, test_labels: Labels) -> str:
 
 def check(partition: Partition, train_labels: Labels, test_labels: Labels) -> None:
     """Make sure that a partition belongs to a data set and gives no image twice.
+
+    Args:
+        partition: of its images over clients.
+        train_labels, test_labels: (n,) of the whole data set, in its order.
 
     Raises:
         InputError: the labels are others than the partition was made for, an index is out of

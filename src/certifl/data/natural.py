@@ -30,6 +30,9 @@ class Column:
         column: its name in the data set's table.
         min_train: least number of training images of a client.
         min_test: least number of test images of a client.
+
+    Raises:
+        InputError: no name, or a number below 1.
     """
 
     column: str

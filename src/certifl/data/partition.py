@@ -68,6 +68,14 @@ class Splitter(Protocol):
     ) -> Partition:
         """Split both splits over `clients` clients.
 
+        Args:
+            train_labels, test_labels: (n,) classes, in the order of the data set.
+            clients: how many.
+            seed: of what is drawn; equal arguments give equal partitions.
+
+        Returns:
+            Positions of every client's images; no image is given twice.
+
         Raises:
             InputError: there are too few images for that many clients or these options.
         """
@@ -252,6 +260,10 @@ SPLITS: dict[str, type[Splitter] | type[Column]] = {**PARTITIONS, "column": Colu
 def make_splitter(name: str, options: Mapping[str, Any] | None = None) -> Splitter | Column:
     """The splitter of that name with these options, others as by default.
 
+    Args:
+        name: a name in `SPLITS`.
+        options: the splitter's own settings.
+
     Raises:
         InputError: no such splitter or option, or a value out of range.
     """
@@ -286,6 +298,9 @@ def deal_out(
         labels: of the training and of the test images.
         columns: the same of the column that was kept; None without one.
         clients, seed: as in `Splitter.split`.
+
+    Returns:
+        The partition, with the checksum of the labels it was made for.
 
     Raises:
         InputError: there are too few images, or values of the column, for that many clients.

@@ -18,7 +18,11 @@ SMALLEST_SIDE = 8
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
-    """Intensities in [0, 1]: float32 images x / 255 of uint8 images of any shape."""
+    """Intensities in [0, 1]: float32 images x / 255 of uint8 images of any shape.
+
+    Raises:
+        InputError: the images are not uint8.
+    """
     if images.dtype != torch.uint8:
         raise InputError(
             f"to_float expects uint8 images, got {images.dtype}; pass ImageSplit.images."
@@ -35,6 +39,9 @@ class ImageSplit:
         labels: int64, (n,), classes counted from 0.
         column: (n,), integers or texts of one further column of the data set, such as the writer
             or the hospital; None where none was asked for.
+
+    Raises:
+        InputError: another type or shape, or not as many labels or values as images.
     """
 
     images: torch.Tensor
@@ -108,6 +115,10 @@ def fingerprint(train: ImageSplit, test: ImageSplit, class_names: tuple[str, ...
 
     A column that was asked for counts, too: who holds which image follows from it. The lengths
     come first, so that no two different data sets feed the hash the same bytes.
+
+    Args:
+        train, test: both splits.
+        class_names: one for each label.
     """
     shapes = [list(split.images.shape) for split in (train, test)]
     header = json.dumps({"shapes": shapes, "class_names": list(class_names)}, sort_keys=True)
@@ -131,6 +142,9 @@ def random_part(available: int, wanted: int | None, seed: int, which: str) -> np
         wanted: images to take; None takes all.
         seed: the study's seed.
         which: "train" or "test"; their choices are independent.
+
+    Returns:
+        int64, (wanted,), ascending and unique.
 
     Raises:
         InputError: more images are wanted than there are, or fewer than 1.

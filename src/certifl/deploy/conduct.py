@@ -6,6 +6,7 @@ server can be stopped at any moment, and the same call goes on from the last com
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 import uuid
@@ -23,15 +24,15 @@ from certifl.deploy.line import Line
 from certifl.deploy.remote import Away, Patience, Remote
 from certifl.errors import WorkError
 from certifl.federated import LocalTraining, train
+from certifl.federated.base import needed_by_clients
 from certifl.federated.engine import Progress
 from certifl.federated.faults import needed
 from certifl.models import build, fingerprint
 from certifl.spec import Spec
 from certifl.store.checkpoints import Checkpoints, StoredRound
 from certifl.store.runs import FINISHED, RUNNING, RunFolder
-from certifl.work.labels import label_of
 from certifl.work.machine import machine_facts, versions
-from certifl.work.networks import code_folder
+from certifl.work.parts import study_facts
 from certifl.work.private import Protection, protection, spent, training_key
 from certifl.work.training import by_client, local_training, participation
 
@@ -76,6 +77,18 @@ class _Reference:
     clients: int
     spec: Spec
     model: nn.Module | None = None
+    named: str = ""
+
+    def build(self, facts: Mapping[str, Any]) -> None:
+        """The initial network, once."""
+        if self.model is None:
+            self.model = _built(self.spec, facts)
+            self.named = fingerprint(self.model)
+
+    def release(self) -> None:
+        """Let go of the initial weights: the first round is stored, and has its own."""
+        if self.model is not None:
+            self.model.to("meta")
 
     def problem(self, told: Mapping[str, Any]) -> str | None:
         """Why a client's facts do not fit, or None."""
@@ -85,17 +98,13 @@ class _Reference:
             shapes = {name: told[name] for name in _SHAPES}
             dealt = {name: told[name] for name in ("name", "fingerprint") if name in told}
             facts, model = {**shapes, **dealt}, str(told["initial_model"])
-            if self.facts is None:
-                self.model = _built(self.spec, facts)
-            elif self.model is None:
-                self.model = _built(self.spec, self.facts)
+            self.build(facts if self.facts is None else self.facts)
         except (KeyError, TypeError, ValueError) as error:
             return f"what it says of its images cannot be used ({type(error).__name__})"
         for name in facts if self.facts is None else self.facts:
             if self.facts is not None and facts.get(name) != self.facts[name]:
                 return f"its {name} is {facts.get(name)!r}, others have {self.facts[name]!r}"
-        assert self.model is not None
-        if model != fingerprint(self.model):
+        if model != self.named:
             return (
                 "its initial network differs from the server's: it must have the same code and "
                 "the same version of torch"
@@ -140,7 +149,7 @@ def conduct(spec: Spec, line: Line, options: Options) -> RunFolder:
         assert reference.facts is not None
         sizes = _sizes(folder, crowd, spec)
         _describe(folder, spec, reference, options)
-        last = _train(folder, spec, reference.model, crowd, sizes, options)
+        last = _train(folder, spec, reference, crowd, sizes, options)
         asked = Asked(options.share, options.piece, options.patience, options.report)
         gather(folder, spec, crowd, last, asked)
         folder.update({"status": FINISHED, "finished": _now()})
@@ -190,20 +199,12 @@ def _sizes(folder: RunFolder, crowd: Crowd, spec: Spec) -> list[int]:
 
 
 def _describe(folder: RunFolder, spec: Spec, reference: _Reference, options: Options) -> None:
-    algorithm, known, facts = spec.build_algorithm(), folder.manifest(), reference.facts or {}
+    known, facts = folder.manifest(), reference.facts or {}
     sizes = known["deployment"]["train_images"]
     folder.update(
         {
-            "name": spec.name,
-            "regime": algorithm.name,
-            "label": label_of(spec),
-            "deploys": algorithm.deploys,
+            **study_facts(spec),
             "status": RUNNING,
-            "seed": spec.seed,
-            "clients": spec.clients.count,
-            "model": spec.model.name,
-            "code": code_folder(spec.model.name),
-            "training_hash": spec.training_hash(),
             "deployment": {**known["deployment"], "facts": facts, "share": options.share},
             "data": {
                 "name": facts.get("name", spec.data.name),
@@ -226,17 +227,18 @@ def _describe(folder: RunFolder, spec: Spec, reference: _Reference, options: Opt
 def _train(
     folder: RunFolder,
     spec: Spec,
-    model: nn.Module,
+    reference: _Reference,
     crowd: Crowd,
     sizes: list[int],
     options: Options,
 ) -> StoredRound:
-    started = time.perf_counter()
+    started, model, algorithm = time.perf_counter(), reference.model, spec.build_algorithm()
+    assert model is not None
     private: Protection = protection(spec, model, sizes, training_key(spec, folder.path))
     # Nothing is trained here: without a device it takes no memory, and says what is trained.
     training: LocalTraining = local_training(spec, model, "meta", private)
     last = train(
-        spec.build_algorithm(),
+        algorithm,
         model,
         Away(spec.clients.count),
         training,
@@ -246,7 +248,12 @@ def _train(
         rule=private.client or spec.aggregation.build(),
         min_clients=spec.clients.min_clients,
         ledger=private.ledger,
-        runner=Remote(crowd, options.patience),
+        runner=Remote(
+            crowd,
+            options.patience,
+            needed=functools.partial(needed_by_clients, algorithm),
+            begins=reference.release,
+        ),
     )
     folder.write_history([by_client(entry) for entry in last.history])
     seconds = folder.manifest().get("training_seconds", 0.0) + time.perf_counter() - started

@@ -22,7 +22,7 @@ from certifl.deploy.remote import Patience, fault_of, last_counted
 from certifl.deploy.settings import SHARES
 from certifl.errors import InputError, WorkError
 from certifl.federated import ServerState
-from certifl.federated.base import ClientState
+from certifl.federated.base import ClientState, needed_by_clients
 from certifl.models import fingerprint
 from certifl.perturbations import describe
 from certifl.spec import Spec
@@ -103,6 +103,7 @@ class _Gathering:
             return
         parts = self.last.server()
         self._common = self._common_model(parts)
+        parts = needed_by_clients(self.spec.build_algorithm(), parts)
         self._broadcast = fingerprint_of(parts), encode(parts)
         del parts
         heard = time.monotonic()

@@ -87,6 +87,10 @@ share = "curve"      # the most that leaves of its certificates:
 # perturbation = {{ family = "rotation", sigma = "9deg" }}   # its own, where the study allows it
 networks = []        # networks as module:function that a study may name; code runs here
 
+# max_epsilon = 8.0  # the most it spends of its images' privacy, all studies together; studies
+                     #   in which clients add no noise are refused then
+# delta = 1e-5       # at which that is counted; left out: the study's
+
 device = "auto"      # or "cpu", "cuda:0"
 threads = 1          # of torch; 0 = as torch chooses. One gives the same bits everywhere
 """

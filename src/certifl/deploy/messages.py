@@ -1,8 +1,9 @@
 """What travels between the server and the clients, as Flower's records.
 
 A message is a few facts (`ConfigRecord`, one JSON text) and named parts of tensors
-(`ArrayRecord`s). All tensors of a part travel as one array in the safetensors format: Flower
-moves every array with requests of its own, several times on each way, and a network has hundreds.
+(`ArrayRecord`s). The tensors of a part travel in arrays of some megabytes, each in the safetensors
+format: Flower moves every array with requests of its own, several times on each way, and a network
+has hundreds of tensors; but it puts an array together from copies, so they are not too large.
 What comes in is checked against its own size by that format; nothing is ever unpickled.
 """
 
@@ -33,11 +34,12 @@ __all__ = [
     "update_to",
 ]
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a message changes its meaning; both sides must have the same."""
 
 _FACTS, _PART = "certifl", "part:"
-_PACKED, _KIND = "tensors", "certifl.safetensors"
+_PACKED, _KIND = "tensors-{}", "certifl.safetensors"
+_PIECE = 1 << 22
 
 
 class Garbled(WorkError):
@@ -55,7 +57,7 @@ class Content:
 
 def encode(parts: Parts) -> dict[str, ArrayRecord]:
     """Parts as they travel, once for many messages (`Content.encoded`)."""
-    return {part: ArrayRecord({_PACKED: _packed(held)}) for part, held in parts.items()}
+    return {part: _packed(held) for part, held in parts.items()}
 
 
 def to_records(content: Content) -> RecordDict:
@@ -96,23 +98,46 @@ def from_records(records: RecordDict) -> Content:
     return Content(facts, parts)
 
 
-def _packed(held: ModelState) -> Array:
-    plain = {name: value.detach().to("cpu").contiguous() for name, value in held.items()}
-    content = save(plain)
+def _packed(held: ModelState) -> ArrayRecord:
+    """A part in arrays of whole tensors; at least one, so that an empty part is one too."""
+    pieces: list[list[str]] = [[]]
+    size = 0
+    for name, value in held.items():
+        size += value.numel() * value.element_size()
+        if pieces[-1] and size > _PIECE:
+            pieces.append([])
+            size = value.numel() * value.element_size()
+        pieces[-1].append(name)
+    return ArrayRecord({_PACKED.format(i): _array(held, names) for i, names in enumerate(pieces)})
+
+
+def _array(held: ModelState, names: list[str]) -> Array:
+    content = save({name: held[name].detach().to("cpu").contiguous() for name in names})
     return Array("uint8", (len(content),), _KIND, content)
 
 
 def _unpacked(part: str, record: ArrayRecord) -> ModelState:
-    """The tensors of a part, which are taken out of the record: one copy is enough."""
-    packed = record.pop(_PACKED, None)
-    if packed is None or record:
+    """The tensors of a part; its arrays are dropped one by one, so one copy is enough."""
+    count = len(record)
+    tensors: ModelState = {}
+    for number in range(count):
+        packed = record.pop(_PACKED.format(number), None)
+        if packed is None:
+            raise Garbled(f"its part {part!r} is none of ours")
+        if packed.stype != _KIND:
+            raise Garbled(
+                f"its part {part!r} is written as {packed.stype!r}, which is unknown here"
+            )
+        try:
+            found = load(packed.data)
+        except (KeyError, SafetensorError, TypeError, ValueError) as error:
+            raise Garbled(f"its part {part!r} is not whole ({error})") from error
+        if tensors.keys() & found.keys():
+            raise Garbled(f"its part {part!r} holds a tensor twice")
+        tensors |= found
+    if not count:
         raise Garbled(f"its part {part!r} is none of ours")
-    if packed.stype != _KIND:
-        raise Garbled(f"its part {part!r} is written as {packed.stype!r}, which is unknown here")
-    try:
-        return load(packed.data)
-    except (KeyError, SafetensorError, TypeError, ValueError) as error:
-        raise Garbled(f"its part {part!r} is not whole ({error})") from error
+    return tensors
 
 
 def update_to(update: Update) -> Content:

@@ -13,12 +13,13 @@ Whatever goes wrong is told to the server in general words; details stay in the 
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +28,35 @@ from torch import nn
 
 from certifl._version import __version__
 from certifl.certification.network import choose_device
+from certifl.deploy.allowance import check_own_limit, limit_of, planned
+from certifl.deploy.book import Book
 from certifl.deploy.certifying import Certifier
 from certifl.deploy.holdings import Holdings, open_holdings
 from certifl.deploy.keeping import Kept
 from certifl.deploy.messages import Content, fingerprint_of, update_to
+from certifl.deploy.refusing import Refusal
 from certifl.deploy.settings import Settings
+from certifl.deploy.spending import Spender
 from certifl.errors import CertiflError, StoreError
-from certifl.federated import Algorithm, LocalTraining, ServerState, Update
+from certifl.federated import (
+    Algorithm,
+    ClientState,
+    LocalTraining,
+    ModelState,
+    ServerState,
+    Update,
+)
+from certifl.federated.base import Parts
 from certifl.federated.faults import Fault, attempt
+from certifl.federated.privacy import ExampleLedger
 from certifl.models import build, fingerprint
 from certifl.spec import Spec, with_settings
-from certifl.work.private import protection, training_key
+from certifl.work.private import Protection, protection, training_key
 from certifl.work.training import local_training
 
 __all__ = ["Party", "Refusal", "Study"]
 
 _log = logging.getLogger(__name__)
-
-
-class Refusal(CertiflError):
-    """What a client does not do; its text is told to the server and holds nothing private."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ class Study:
     Attributes:
         spec: with the client's own perturbation, where it has one. holdings: its images.
         model: the initial network. training: its half of a round. algorithm: of the study.
-        kept: its folder.
+        kept: its folder. spender: its ledger of privacy, where clients add the noise.
     """
 
     spec: Spec
@@ -65,6 +75,7 @@ class Study:
     training: LocalTraining
     algorithm: Algorithm
     kept: Kept
+    spender: Spender | None = None
 
 
 class Party:
@@ -167,9 +178,26 @@ class Party:
         # Of the sizes only its own counts here: the noise of a client follows from its own.
         sizes = [len(holdings.train)] * spec.clients.count
         private = protection(spec, model, sizes, training_key(spec, kept.folder))
+        check_own_limit(settings, spec, len(holdings.train))
+        spender = self._spender(spec, holdings, private, kept)
+        if spender is not None and private.example is not None:
+            private = replace(private, example=spender.watched(private.example))
         device = str(choose_device(settings.device))
         training = local_training(spec, model, device, private)
-        return Study(spec, holdings, model, training, spec.build_algorithm(), kept)
+        return Study(spec, holdings, model, training, spec.build_algorithm(), kept, spender)
+
+    def _spender(
+        self, spec: Spec, holdings: Holdings, private: Protection, kept: Kept
+    ) -> Spender | None:
+        """The ledger of a study whose clients add the noise."""
+        if not isinstance(private.ledger, ExampleLedger):
+            return None
+        plan, delta = planned(spec, private.ledger, self.settings.client), spec.privacy.delta
+        images = {"images": holdings.train.images, "labels": holdings.train.labels}
+        limit = limit_of(self.settings, plan, delta)
+        book, of = Book(self._folder), fingerprint(images)
+        id, name = kept.folder.name, spec.name
+        return Spender(book, id, name, delta, of, plan, limit, kept.folder)
 
     def _join(self, order: Content, study: Study) -> Content:
         self._told(f"joins the study {study.spec.name!r}")
@@ -197,22 +225,42 @@ class Party:
             raise Refusal(
                 f"what it kept after round {counted} is lost; it can begin again with a new run"
             ) from error
-        broadcast = ServerState(round, order.parts)
-
-        def trained() -> Any:
-            return study.algorithm.client_round(
-                broadcast, before, study.holdings.train, study.training
-            )
-
-        result = attempt(self.settings.client, trained)
+        if study.spender is not None:
+            names = (study.spec.hash(), started_from, fingerprint_of(before.parts))
+            study.spender.begin(round, *names)
+        result = self._trained(study, ServerState(round, order.parts), before)
         if isinstance(result, Fault):
             return self._fault(result.kind, _general(result), result.reason)
         update, state = result
-        study.kept.keep(state, round, counted)
-        self._told(f"round {round + 1}: {_metrics(update)}")
         answer = update_to(update)
+        spent = ""
+        if study.spender is not None:
+            output = fingerprint_of({**answer.parts, **_kept(state), "facts": _facts(answer)})
+            spent = "; " + study.spender.answered(output, bool(answer.parts))
+        study.kept.keep(state, round, counted)
+        self._told(f"round {round + 1}: {_metrics(update)}{spent}")
         answer.facts.update(started_from=started_from, round=round)
         return answer
+
+    def _trained(
+        self, study: Study, broadcast: ServerState, before: ClientState
+    ) -> tuple[Update, ClientState] | Fault:
+        """The client's half of a round; that it failed is in the ledger before it is told."""
+        failed = True
+
+        def trained() -> tuple[Update, ClientState]:
+            data = study.holdings.train
+            return study.algorithm.client_round(broadcast, before, data, study.training)
+
+        try:
+            result = attempt(self.settings.client, trained)
+            failed = isinstance(result, Fault)
+        finally:
+            if failed and study.spender is not None:
+                study.spender.answered("", sent=True)
+        if isinstance(result, Fault) and isinstance(result.error, Refusal):
+            raise result.error
+        return result
 
     def _certify(self, order: Content, study: Study) -> Content:
         facts = order.facts
@@ -266,6 +314,16 @@ def _general(fault: Fault) -> str:
     if fault.kind == "raised" and fault.error is not None:
         return f"it raised {type(fault.error).__name__}; its own log says more"
     return fault.reason
+
+
+def _kept(state: ClientState) -> Parts:
+    return {f"kept:{part}": held for part, held in state.parts.items()}
+
+
+def _facts(answer: Content) -> ModelState:
+    """What an answer says beside its tensors, as a tensor, to be named with them."""
+    text = json.dumps(answer.facts, sort_keys=True).encode()
+    return {"json": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
 
 def _metrics(update: Update) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from certifl.deploy.line import Lost, Node
 from certifl.deploy.messages import Content, Garbled, encode, fingerprint_of, update_from
 from certifl.errors import InputError
 from certifl.federated import ClientData
+from certifl.federated.base import Parts
 from certifl.federated.faults import Answer, Fault
 from certifl.store.checkpoints import StoredRound
 
@@ -70,14 +71,19 @@ class Remote:
 
     Attributes:
         crowd: who is there. patience: how long to wait.
+        needed: of the server's parts those that clients need.
+        begins: called before each round.
     """
 
     crowd: Crowd
     patience: Patience
+    needed: Callable[[Parts], Parts]
+    begins: Callable[[], None]
     _absent: set[int] = field(default_factory=set)
 
     def work(self, current: StoredRound, participants: Sequence[int]) -> Iterator[Answer]:
         """An answer from every participant, in the order given, one at a time."""
+        self.begins()
         wanted = set(participants)
         missing = self.crowd.wait_for(wanted - self._absent, self.patience.absent)
         self._absent = (missing | (self._absent & wanted)) - self.crowd.members.keys()
@@ -94,6 +100,7 @@ class _Round:
 
     def __init__(self, remote: Remote, current: StoredRound) -> None:
         self._crowd, self._patience = remote.crowd, remote.patience
+        self._needed = remote.needed
         self._current = current
         self._encoded: Mapping[str, ArrayRecord] | None = None
         self._named = ""
@@ -124,7 +131,7 @@ class _Round:
 
     def _broadcast(self) -> Mapping[str, ArrayRecord]:
         if self._encoded is None:
-            parts = self._current.server()
+            parts = self._needed(self._current.server())
             self._named = self._named or fingerprint_of(parts)
             self._encoded = encode(parts)
         return self._encoded

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from certifl.deploy.conduct import Options, conduct
 from certifl.deploy.line import GridLine
+from certifl.deploy.running import give_memory_back
 from certifl.errors import InputError
 from certifl.spec import load
 
@@ -34,5 +35,6 @@ def main(grid: Grid, context: Context) -> None:
             "Name a study and a run folder on the server's machine: --run-config "
             '\'spec="/path/study.toml" out="/path/run"\'.'
         )
+    give_memory_back()
     options = Options(Path(asked["out"]), share=asked.get("share", "curve"), command="flwr run")
     conduct(load(Path(asked["spec"])), GridLine(grid), options)

@@ -40,6 +40,9 @@ class Settings(Section):
         perturbation: certify this instead of the study's, where the study allows it.
         networks: networks of one's own, as module:function, that a study may name; code of no
             other module is loaded because a server says so.
+        max_epsilon: the most that is spent of its images' privacy, over all studies; a study
+            without noise of the party's own is refused then. None = what each study planned.
+        delta: at which that is counted; None = each study's.
         device: "auto" or a torch device. threads: of torch; 0 = as torch chooses.
     """
 
@@ -51,6 +54,8 @@ class Settings(Section):
     share: Literal["none", "curve", "rows"] = "curve"
     perturbation: Any = None
     networks: list[str] = Field(default_factory=list)
+    max_epsilon: Annotated[float, Field(gt=0)] | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     device: str = "auto"
     threads: Annotated[int, Field(ge=0)] = 1
 

@@ -11,8 +11,10 @@ from certifl.deploy.flowerruns import opened_run
 from certifl.deploy.keys import check_certificate, reach
 from certifl.deploy.kit import load_connection
 from certifl.deploy.line import GridLine
-from certifl.deploy.running import quiet
+from certifl.deploy.running import give_memory_back, quiet
 from certifl.deploy.serving import admitted, here, keys_of
+from certifl.deploy.settings import load_settings
+from certifl.deploy.spending import spending_lines
 from certifl.errors import CertiflError
 from certifl.spec import Spec
 from certifl.store.runs import RunFolder
@@ -38,6 +40,7 @@ def run_study(spec: Spec, kit: Path, options: Options) -> RunFolder:
         return folder
     place = here(kit)
     quiet(kit / "flower")
+    give_memory_back()
     name = hashlib.sha256(str(options.out.resolve()).encode()).hexdigest()[:16]
     with opened_run(place, kit / "flower" / f"run-{name}.txt") as grid:
         return conduct(spec, GridLine(grid), dataclasses.replace(options, keys=keys_of(kit)))
@@ -65,8 +68,16 @@ def status_lines(folder: Path) -> tuple[list[str], bool]:
     except CertiflError as error:
         lines.append(str(error))
         fine = False
-    kept = sorted((folder / "studies").glob("*")) if not is_server else []
+    if is_server:
+        return lines, fine
+    kept = sorted((folder / "studies").glob("*"))
     lines += [f"Kept of study {place.name}: {_kept(place)}" for place in kept]
+    try:
+        settings = load_settings(folder / "client.toml")
+        lines += spending_lines(folder, settings.max_epsilon, settings.delta)
+    except CertiflError as error:
+        lines.append(str(error))
+        fine = False
     return lines, fine
 
 

@@ -13,6 +13,12 @@ from certifl.certification import Certificates, verify
 from certifl.certification.groups import entries
 from certifl.certification.predictions import Predictions
 from certifl.errors import InputError, StoreError
+from certifl.experiments.checking_curves import (
+    curves_of,
+    impossible,
+    kept_words,
+    shared_rows,
+)
 from certifl.federated.engine import deployed_model
 from certifl.models import fingerprint
 from certifl.perturbations import Perturbation, from_description
@@ -30,10 +36,13 @@ class Verification:
 
     Attributes:
         checked: number of certificates. problems: one sentence each; empty when all is well.
+        kept: why certificates of the run could not be verified here, and who can; empty where
+            all of them were.
     """
 
     checked: int
     problems: tuple[str, ...]
+    kept: str = ""
 
 
 def verify_run(place: Path) -> Verification:
@@ -52,6 +61,8 @@ def verify_run(place: Path) -> Verification:
         return Verification(len(certificates), tuple(_from_votes(certificates)))
     folder = finished_run(place)
     manifest, spec = folder.manifest(), run_spec(folder)
+    if folder.curves.is_file() and not folder.certificates.is_file():
+        return _of_curves(folder, spec)
     certificates = folder.load_certificates()
     problems = [*_from_votes(certificates), *_as_asked(certificates, spec)]
     predictions = folder.load_predictions() if None in spec.perturbations() else None
@@ -60,6 +71,31 @@ def verify_run(place: Path) -> Verification:
         problems.append("spec.toml was changed after the run was begun")
     problems += _of_the_models(folder, spec, certificates, predictions)
     return Verification(len(certificates), tuple(problems))
+
+
+def _of_curves(folder: RunFolder, spec: Spec) -> Verification:
+    """A federation whose clients kept their certificates: what they told, as far as it goes."""
+    problems: list[str] = []
+    if spec.hash() != folder.manifest().get("spec_hash"):
+        problems.append("spec.toml was changed after the run was begun")
+    curves, checked = curves_of(folder), 0
+    for client, curve in curves.items():
+        problems += impossible(client, curve, spec)
+        problems += _told_as_asked(client, curve.get("conditions"), spec)
+    for path in shared_rows(folder):
+        rows = Certificates.load(path)
+        problems += _from_votes(rows)
+        checked += len(rows)
+    return Verification(checked, tuple(problems), kept_words(folder.path, len(curves)))
+
+
+def _told_as_asked(client: int, facts: Any, spec: Spec) -> list[str]:
+    """A client may certify a perturbation of its own; everything else is the study's."""
+    try:
+        perturbation = from_description(facts["description"])
+        return _other_facts(facts, spec, perturbation, f"of client {client} ")
+    except (InputError, KeyError, TypeError, AttributeError) as error:
+        return [f"client {client}: what it certified is damaged ({error!r})"]
 
 
 def _from_votes(certificates: Certificates) -> list[str]:

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
 from certifl.certification import Certificates
 from certifl.certification.network import Network, prepare
-from certifl.certification.votes import VoteCounter
+from certifl.certification.planes import Plane, plane_of, vote_on
+from certifl.certification.votes import CHUNK, VoteCounter
 from certifl.certification.walks import STEPS, Walk, Walked, walk_along, walks_of
 from certifl.data import Dataset, to_float
 from certifl.errors import StoreMismatch
@@ -36,7 +38,7 @@ class Bench:
     Attributes:
         spec: of the run. dataset: its images. certificates: of all its clients.
         deployed: the model a client uses at test time. device: where it votes.
-        votes: at each step.
+        votes: at each step. planes: whether shifts are sampled in both directions at once too.
     """
 
     spec: Spec
@@ -45,6 +47,7 @@ class Bench:
     deployed: Callable[[int], nn.Module]
     device: str
     votes: int
+    planes: bool = True
     _networks: dict[str, Network] = field(default_factory=dict, repr=False)
 
     def image(self, row: int) -> dict[str, Any]:
@@ -64,12 +67,14 @@ class Bench:
         steps = STEPS[len(walks)]
         walked = [walk_along(counter, walk, image, other, steps, self.votes) for walk in walks]
         height, width = _tile(walked[0].frames[0]).shape[1:]
+        plane = plane_of(perturbation) if self.planes else None
         return {
             "client": client,
             "index": int(self.certificates.index[row]),
             "label": int(self.certificates.label[row]),
             "tile": [height, width],
             "walks": [_seen(*one) for one in zip(walks, walked, strict=True)],
+            "plane": None if plane is None else _sampled(counter, plane, image),
         }
 
     def _picture(self, row: int) -> Tensor:
@@ -107,11 +112,6 @@ class Bench:
 
 
 def _seen(walk: Walk, walked: Walked) -> dict[str, Any]:
-    order = np.argsort(-walked.counts, axis=1, kind="stable")[:, :_WINNERS]
-    winners = [
-        [[int(c), int(row[c])] for c in best if row[c] > 0]
-        for row, best in zip(walked.counts, order, strict=True)
-    ]
     return {
         "name": walk.name,
         "words": walk.words,
@@ -119,9 +119,31 @@ def _seen(walk: Walk, walked: Walked) -> dict[str, Any]:
         "backward": walk.backward,
         "values": walked.values.tolist(),
         "lengths": walked.lengths.tolist(),
-        "winners": winners,
+        "winners": _winners(walked.counts, _WINNERS),
         "strip": base64.b64encode(_strip(walked.frames)).decode(),
     }
+
+
+def _sampled(counter: VoteCounter, plane: Plane, image: Tensor) -> dict[str, Any]:
+    """The plane as its record: where it was sampled, what won there, the image as it is."""
+    voted, perturbation = vote_on(counter, plane, image, CHUNK), counter.perturbation
+    return {
+        "values": plane.values.tolist(),
+        "lengths": voted.lengths.tolist(),
+        "winners": _winners(voted.counts, 2),
+        "picture": base64.b64encode(_strip(image[None].cpu())).decode(),
+        "padding": getattr(perturbation, "padding", "zeros"),
+        "geometry": getattr(perturbation, "geometry", "centre"),
+    }
+
+
+def _winners(counts: NDArray[np.int64], most: int) -> list[list[list[int]]]:
+    """The classes with most votes at every step, with their votes."""
+    order = np.argsort(-counts, axis=1, kind="stable")[:, :most]
+    return [
+        [[int(c), int(row[c])] for c in best if row[c] > 0]
+        for row, best in zip(counts, order, strict=True)
+    ]
 
 
 def _tile(frame: Tensor) -> Tensor:

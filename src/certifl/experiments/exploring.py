@@ -5,6 +5,7 @@
 format, key       of the file; what its numbers depend on
 spec_hash         of the run
 votes             at each step, of one smoothed classifier
+plane_votes       at each point of a plane; null where none was sampled
 skipped           null, or why nothing was explored
 images            in the order they were chosen:
     client, index, label, tile      tile: [height, width] of one picture in the strips
@@ -14,7 +15,15 @@ images            in the order they were chosen:
         lengths   its norm, to hold against a certified radius
         winners   at every step, the classes with most votes: [[class, votes], ...]
         strip     PNG, the deformed pictures side by side, base64
+    plane         null, or for a translation the shifts in both directions at once:
+        values    of the points along either axis; the points lie row by row, the first parameter
+                  changes fastest
+        lengths, winners    at every point, as on a walk
+        picture   PNG of the image as it is, base64
+        padding, geometry   how it is shifted, see `perturbations.warp`
 ```
+Format 2 had no planes; the report opens it still.
+
 The first images are chosen without looking at results, so runs on the same test images show the
 same ones side by side.
 """
@@ -35,6 +44,7 @@ import torch
 from torch import nn
 
 from certifl.certification import Certificates
+from certifl.certification.planes import SIDE, plane_of
 from certifl.certification.votes import CHUNK
 from certifl.certification.walks import STEPS, walks_of
 from certifl.data import Dataset
@@ -48,7 +58,7 @@ from certifl.work.parts import finished_run, load_data, run_spec
 
 __all__ = ["FORMAT", "Explored", "explore", "explore_run"]
 
-FORMAT = 2
+FORMAT = 3
 Report = Callable[[str, int, int, str], None]
 
 _MOST_IMAGES, _SHARED_IMAGES = 8, 6
@@ -132,8 +142,13 @@ def explore(
     per_image = walks * STEPS[walks]
     budget = _budget(certificates, weights) if limited else None
     images, votes = _size(per_image, budget)
-    spec_hash = folder.manifest().get("spec_hash")
-    facts = {"format": FORMAT, "spec_hash": spec_hash, "votes": votes}
+    planes = _planes(spec, budget, images, per_image * votes)
+    facts = {
+        "format": FORMAT,
+        "spec_hash": folder.manifest().get("spec_hash"),
+        "votes": votes,
+        "plane_votes": CHUNK if planes else None,
+    }
     if images == 0:
         reason = (
             f"One image would have taken {per_image * CHUNK:,} votes, more than this run has to "
@@ -141,20 +156,20 @@ def explore(
         )
         write_json(folder.explorer, {**facts, "key": "", "images": [], "skipped": reason})
         return Explored(0, votes, reason)
-    key = _key(certificates, votes, device)
+    key = _key(certificates, votes, planes, device)
     record = {**facts, "key": key, "skipped": None, "images": _before(folder, key)}
-    bench = Bench(spec, dataset, certificates, deployed, device, votes)
+    bench = Bench(spec, dataset, certificates, deployed, device, votes, planes)
     rows = _chosen(certificates, images)
     _go(folder, bench, record, rows, report)
     return Explored(len(rows), votes)
 
 
-def _key(certificates: Certificates, votes: int, device: str) -> str:
+def _key(certificates: Certificates, votes: int, planes: bool, device: str) -> str:
     """A name of everything that pictures and votes depend on."""
     facts = certificates.conditions
     names = ("model_fingerprint", "data_fingerprint", "precision", "seed")
     same = {name: facts.get(name) for name in (*names, "description", "perturbations")}
-    text = json.dumps([FORMAT, same, votes, torch.__version__, device], sort_keys=True)
+    text = json.dumps([FORMAT, same, votes, planes, torch.__version__, device], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -192,6 +207,13 @@ def _size(per_image: int, budget: int | None) -> tuple[int, int]:
     images = min(_MOST_IMAGES, budget // (per_image * CHUNK))
     chunks = budget // (per_image * CHUNK * max(1, images))
     return images, min(_MOST_VOTES, max(1, chunks) * CHUNK)
+
+
+def _planes(spec: Spec, budget: int | None, images: int, votes_of_walks: int) -> bool:
+    """Whether there are planes, and the walks leave enough of the budget for them."""
+    if not any(p is not None and plane_of(p) is not None for p in spec.perturbations()):
+        return False
+    return budget is None or images * (votes_of_walks + SIDE * SIDE * CHUNK) <= budget
 
 
 def _chosen(certificates: Certificates, count: int) -> list[int]:

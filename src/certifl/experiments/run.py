@@ -19,7 +19,7 @@ from torch import nn
 
 from certifl.certification.network import choose_device, prepare
 from certifl.data import Dataset, Partition, to_float
-from certifl.errors import SpecError, StoreError, StoreMismatch
+from certifl.errors import InputError, SpecError, StoreError, StoreMismatch
 from certifl.experiments.certifying import certify_clients
 from certifl.experiments.exploring import explore
 from certifl.experiments.sharing import cast_votes, device_names
@@ -38,8 +38,8 @@ from certifl.work.machine import (
     training_threads,
     versions,
 )
-from certifl.work.networks import code_folder, deployed, initial_model
-from certifl.work.parts import open_data
+from certifl.work.networks import deployed, initial_model
+from certifl.work.parts import open_data, study_facts
 from certifl.work.private import Protection, protection, spent, training_key
 from certifl.work.training import by_client, local_training, participation
 
@@ -67,6 +67,7 @@ class Options:
         workers: processes that train clients beside this one, one thread each; 0 = none. Networks
             of a million weights and more then round as on one thread.
         answer_within: seconds after which a client is left out of a round; needs workers.
+        explore: deform test images for readers of the report; `exploring.explore` does so later.
     """
 
     out: Path
@@ -79,6 +80,7 @@ class Options:
     track: tuple[str, ...] = ()
     workers: int = 0
     answer_within: float | None = None
+    explore: bool = True
 
 
 def run(spec: Spec, options: Options) -> RunFolder:
@@ -97,6 +99,11 @@ def run(spec: Spec, options: Options) -> RunFolder:
         track_finished(options.track, folder)
         return folder
     # Whatever the request can be refused for is found before anything is written.
+    if options.answer_within is not None and not options.workers:
+        raise InputError(
+            "--answer-within needs --workers: a client that is trained in this very process "
+            "cannot be given up on."
+        )
     devices = device_names(options.device)
     device = choose_device(devices[0])
     dataset, partition = open_data(spec, options.data_dir)
@@ -131,7 +138,8 @@ def run(spec: Spec, options: Options) -> RunFolder:
             )
             news()
         network = partial(deployed, last, spec, model)
-        explore(folder, spec, dataset, network, str(device), options.report)
+        if options.explore:
+            explore(folder, spec, dataset, network, str(device), options.report)
         folder.update({"status": FINISHED, "finished": _now()})
     return folder
 
@@ -139,7 +147,6 @@ def run(spec: Spec, options: Options) -> RunFolder:
 def _describe(
     folder: RunFolder, spec: Spec, model: nn.Module, dataset: Dataset, options: Options
 ) -> None:
-    algorithm = spec.build_algorithm()
     known = folder.manifest()
     before = known.get("data", {}).get("fingerprint", dataset.fingerprint)
     if before != dataset.fingerprint:
@@ -149,16 +156,8 @@ def _describe(
         )
     folder.update(
         {
-            "name": spec.name,
-            "regime": algorithm.name,
-            "label": label_of(spec),
-            "deploys": algorithm.deploys,
+            **study_facts(spec),
             "status": RUNNING,
-            "seed": spec.seed,
-            "clients": spec.clients.count,
-            "model": spec.model.name,
-            "code": code_folder(spec.model.name),
-            "training_hash": spec.training_hash(),
             "data": {
                 "name": dataset.name,
                 "fingerprint": dataset.fingerprint,

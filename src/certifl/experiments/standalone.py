@@ -192,7 +192,13 @@ def _weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"There are no weights at {path}.")
     if path.suffix == ".safetensors":
-        return load_tensors(path)
+        try:
+            return load_tensors(path)
+        except StoreError as error:
+            raise InputError(
+                f"{error} It is no whole file of weights: save model.state_dict() anew with "
+                "safetensors.torch.save_file."
+            ) from error
     try:
         # weights_only: a file of weights must never be able to run code.
         held = torch.load(path, map_location="cpu", weights_only=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from certifl.federated.averaging import WEIGHTINGS, average_models
+from certifl.federated.averaging import WEIGHTINGS
 from certifl.federated.base import (
     ClientData,
     ClientState,
@@ -21,6 +21,8 @@ from certifl.federated.base import (
 )
 from certifl.federated.batches import Batch
 from certifl.federated.bench import Bench, Outcome
+from certifl.federated.global_model import averaged
+from certifl.federated.layers import divided
 
 if TYPE_CHECKING:
     from certifl.federated.client import LocalTraining
@@ -52,6 +54,9 @@ class APFL:
             0 = federated averaging and 1 = local training, both bit for bit.
         adaptive: whether alpha_i is learned.
         weighting: of the global average: "uniform" (1/n) or "size" (by number of training images).
+
+    Raises:
+        SpecError: a hyper-parameter outside its range.
 
     Source: Deng, Kamani, Mahdavi, Adaptive Personalized Federated Learning, 2020, Algorithm 1 and
     the update of alpha in its section on adaptively learning the mixing parameter.
@@ -96,10 +101,10 @@ class APFL:
             shared, data, broadcast.round, momentum=kept.get("momentum"), step=step
         )
         personal = training.concluded(own, data.client, broadcast.round)
-        weights = frozenset(training.trainable)
+        weights, statistics = divided(personal.state, frozenset(training.trainable))
         parts = {
-            "own": {n: value for n, value in personal.state.items() if n in weights},
-            "statistics": {n: value for n, value in personal.state.items() if n not in weights},
+            "own": weights,
+            "statistics": statistics,
             "mix": {"alpha": torch.tensor(step.alpha, dtype=torch.float64)},
             "own_momentum": personal.momentum,
             **trained.kept,
@@ -110,9 +115,7 @@ class APFL:
 
     def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
         """The average of the models that arrived; the old model where none did."""
-        average = average_models(updates, self.weighting)
-        parts = server_state.parts if average is None else {"model": average}
-        return ServerState(server_state.round + 1, parts)
+        return averaged(server_state, updates, self.weighting)
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The mixture of the client's own model and the global one."""

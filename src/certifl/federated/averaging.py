@@ -55,6 +55,7 @@ def average_models(updates: Iterable[Update], weighting: str = "uniform") -> Mod
             mean = RunningMean(update.model, weight)
         else:
             mean.add(update, weight)
+        del update  # or it would be held while the next one arrives
     return None if mean is None else mean.result()
 
 
@@ -87,18 +88,23 @@ class RunningMean:
             self._deviations[name] = deviation.mul_(weight)
 
     def result(self) -> ModelState:
-        """The weighted mean of the models so far."""
-        return {name: self._combined(name, value) for name, value in self._first.items()}
+        """The weighted mean of the models so far; nothing can be added any more.
+
+        Each sum is dropped with its mean, so the means take no memory beside the sums.
+        """
+        first, self._first = self._first, {}
+        return {name: self._combined(name, value) for name, value in first.items()}
 
     def _combined(self, name: str, first: torch.Tensor) -> torch.Tensor:
         if name in self._maxima:
             return self._maxima[name].clone()
-        total = self._deviations.get(name)
+        total = self._deviations.pop(name, None)
         if total is None:
             return first.clone()
-        mean = (total / self._weight).add_(first).to(first.dtype)
+        same = total == 0
+        mean = total.div_(self._weight).add_(first).to(first.dtype)
         # -0.0 + 0.0 is 0.0: without this, equal models would lose the sign of their zeros.
-        return torch.where(total == 0, first, mean)
+        return torch.where(same, first, mean)
 
 
 def check_alike(first: ModelState, client: int, model: ModelState) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 
@@ -34,6 +34,7 @@ __all__ = [
     "check_number",
     "describe",
     "named_record",
+    "needed_by_clients",
 ]
 
 ModelState = dict[str, torch.Tensor]
@@ -42,7 +43,12 @@ Parts = dict[str, ModelState]
 
 @dataclass(frozen=True)
 class ServerState:
-    """What the server holds after `round` finished rounds, and broadcasts before the next one."""
+    """What the server holds after `round` finished rounds, and broadcasts before the next one.
+
+    Attributes:
+        round: finished rounds, from 0.
+        parts: named dicts of CPU tensors; the global model, where there is one, is "model".
+    """
 
     round: int
     parts: Parts
@@ -50,7 +56,11 @@ class ServerState:
 
 @dataclass(frozen=True)
 class ClientState:
-    """What one client keeps between rounds; no parts at all is a client that has not trained."""
+    """What one client keeps between rounds; no parts at all is a client that has not trained.
+
+    Attributes:
+        parts: named dicts of CPU tensors, such as "model" or "momentum".
+    """
 
     parts: Parts = field(default_factory=dict)
 
@@ -82,6 +92,9 @@ class ClientData:
         client: number of the client; its random streams are derived from it.
         images: uint8, (n, c, h, w).
         labels: int64, (n,).
+
+    Raises:
+        InputError: images of another type or shape, or not as many labels as images.
     """
 
     client: int
@@ -137,7 +150,17 @@ class Algorithm(Protocol):
         data: ClientData,
         training: LocalTraining,
     ) -> tuple[Update, ClientState]:
-        """One client's round: what it sends, and what it keeps."""
+        """One client's round: what it sends, and what it keeps.
+
+        Args:
+            broadcast: the server's state; its `round` counts from 0.
+            client_state: what this client kept from the last round it took part in.
+            data: the client's images.
+            training: the schedule's passes over them.
+
+        Raises:
+            TrainingDiverged: the loss or the weights stopped being finite.
+        """
         ...
 
     def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
@@ -146,12 +169,50 @@ class Algorithm(Protocol):
         Updates are consumed one at a time, so memory does not grow with the number of clients.
         An update without a model contributes nothing, and a round in which no model arrives
         leaves the parts as they are.
+
+        Args:
+            server_state: the one that was broadcast.
+            updates: of the clients that took part.
+
+        Raises:
+            InputError: a client sent other keys or shapes than the first one; it is named.
         """
         ...
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
-        """The model that the client holding `client_state` uses at test time."""
+        """The model that the client holding `client_state` uses at test time.
+
+        Args:
+            server_state: after the last round.
+            client_state: what the client keeps; no parts where it never trained.
+
+        Returns:
+            All entries of the network's state, on the CPU.
+        """
         ...
+
+
+@runtime_checkable
+class _Sparing(Protocol):
+    """An algorithm that says which of the server's parts its clients' halves look at.
+
+    Attributes:
+        client_needs: their names; None = all of them.
+    """
+
+    @property
+    def client_needs(self) -> tuple[str, ...] | None: ...
+
+
+def needed_by_clients(algorithm: object, parts: Parts) -> Parts:
+    """What of the server's parts has to be sent to clients, and is enough for them.
+
+    Args:
+        algorithm: one that names no `client_needs` needs everything.
+        parts: of the server's state.
+    """
+    needs = algorithm.client_needs if isinstance(algorithm, _Sparing) else None
+    return parts if needs is None else {part: parts[part] for part in needs if part in parts}
 
 
 def describe(algorithm: Algorithm) -> dict[str, Any]:

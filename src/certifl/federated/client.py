@@ -8,11 +8,10 @@ and perturbing happen there, and nothing is brought back to the host within an e
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,10 +20,12 @@ from torch import nn
 from certifl import streams
 from certifl.errors import InputError, ModelError, SpecError, TrainingDiverged
 from certifl.federated.augmentations import PerClient, augmentation_of
-from certifl.federated.base import ClientData, ModelState, Parts
+from certifl.federated.base import ClientData, ModelState, Parts, check_choice
 from certifl.federated.batches import Augmentation, BatchStream
 from certifl.federated.bench import Bench, GradientHook, Outcome, Step, plain_step
+from certifl.federated.captured import STEPS, CapturedBench, Recordings
 from certifl.federated.objectives import Augmented, Objective
+from certifl.federated.precision import TRAINING_PRECISIONS, InBfloat16
 from certifl.federated.privacy.example import (
     NO_SECOND_GRADIENT,
     ExampleLevel,
@@ -32,6 +33,7 @@ from certifl.federated.privacy.example import (
     PrivatePasses,
 )
 from certifl.federated.privacy.networks import check_network
+from certifl.federated.randomness import own_randomness
 from certifl.federated.schedule import Schedule
 from certifl.models import state_of
 
@@ -104,9 +106,12 @@ class LocalTraining:
         objective: what is minimised on a batch; the paper's Eq. (3) unless told otherwise.
         privacy: makes every client's gradients noisy and its batches random in size; None = none.
         device: where the passes run.
+        steps: a name in `STEPS`: "captured" records a step and replays it, for a GPU.
+        precision: a name in `TRAINING_PRECISIONS`.
 
     Raises:
         ModelError: the model has nothing to train, or cannot be trained with privacy.
+        SpecError: unknown steps or precision, or privacy with other than the plain ones.
     """
 
     def __init__(
@@ -120,7 +125,12 @@ class LocalTraining:
         objective: Objective | None = None,
         privacy: ExampleLevel | None = None,
         device: torch.device | str = "cpu",
+        steps: str = "plain",
+        precision: str = "float32",
     ) -> None:
+        check_choice("steps", steps, STEPS)
+        check_choice("precision", precision, TRAINING_PRECISIONS)
+        self.steps, self.precision = steps, precision
         self.schedule = schedule
         self.seed = seed
         self.augmentation = augmentation
@@ -128,6 +138,11 @@ class LocalTraining:
         self.objective = Augmented() if objective is None else objective
         self.privacy = privacy
         if privacy is not None:
+            if (steps, precision) != ("plain", "float32"):
+                raise SpecError(
+                    'privacy.kind = "example" clips the gradient of every image: it needs '
+                    'training.steps = "plain" and training.precision = "float32".'
+                )
             check_network(model, privacy.kind)
         self.device = torch.device(device)
         self._model = copy.deepcopy(model).to(self.device).train()
@@ -136,6 +151,12 @@ class LocalTraining:
             raise ModelError(
                 "The model has no parameter that requires a gradient: nothing to train."
             )
+        if precision == "bfloat16":
+            # What is fast in it; the order of a tensor in memory is not part of its state.
+            self._model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self._recordings = (
+            Recordings(self._model, self._trainable) if steps == "captured" else None
+        )
 
     @property
     def network(self) -> nn.Module:
@@ -237,7 +258,7 @@ class LocalTraining:
         kept = (momentum or {}) if self.schedule.keeps_momentum else {}
         plan = _Plan((self.schedule.lr,), weight_decay, None, momentum=kept)
         parameters = _trainable(model)
-        return Bench(model, parameters, self._optimizer(parameters, plan), self.objective, None)
+        return Bench(model, parameters, self._optimizer(parameters, plan), self._judge(), None)
 
     def concluded(self, bench: Bench, client: int, round: int) -> Trained:
         """What a bench holds: model, and momentum where the schedule keeps it; no metrics.
@@ -273,10 +294,10 @@ class LocalTraining:
             positions=None if private is None else private.positions,
         )
         seed = streams.derive_seed(self.seed, plan.stream + "model", data.client, round)
-        with _own_randomness(self.device, seed):
+        with own_randomness(self.device, seed):
             self._model.load_state_dict(start)
             optimizer = self._optimizer(self._trainable, plan)
-            bench = self._bench(optimizer, plan.hook, private)
+            bench = self._bench(optimizer, plan, private)
             sums = [
                 self._epoch(bench, stream, rate, batches, plan.step, round)
                 for rate, batches in plan.pieces(len(stream))
@@ -285,14 +306,20 @@ class LocalTraining:
         metrics = _metrics(sums) if private is None else private.metrics()
         return Trained(state, bench.momentum() if plan.keep else {}, metrics)
 
+    def _judge(self) -> Objective:
+        """The objective in the arithmetic of this training."""
+        return InBfloat16(self.objective) if self.precision == "bfloat16" else self.objective
+
     def _bench(
-        self,
-        optimizer: torch.optim.Optimizer,
-        hook: GradientHook | None,
-        private: PrivatePasses | None,
+        self, optimizer: torch.optim.Optimizer, plan: _Plan, private: PrivatePasses | None
     ) -> Bench:
-        what = self._model, self._trainable, optimizer, self.objective, hook
-        return Bench(*what) if private is None else PrivateBench(*what, private)
+        what = self._model, self._trainable, optimizer, self._judge(), plan.hook
+        if private is not None:
+            return PrivateBench(*what, private)
+        if self._recordings is None:
+            return Bench(*what)
+        whole = plan.hook is None and plan.step is plain_step
+        return CapturedBench(*what, self._recordings, self.schedule.batch_size, whole)
 
     def _epoch(
         self, bench: Bench, stream: BatchStream, rate: float, batches: int, step: Step, round: int
@@ -344,31 +371,3 @@ def _finite_state(model: nn.Module, client: int, round: int) -> ModelState:
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise TrainingDiverged(client, round, f"{name} is not finite")
     return state
-
-
-@contextlib.contextmanager
-def _own_randomness(device: torch.device, seed: int) -> Iterator[None]:
-    """Lets modules that draw from the global generator (dropout) draw from a derived one.
-
-    On CUDA, convolutions are held to their deterministic algorithms meanwhile, so that a resumed
-    run repeats the interrupted one.
-    """
-    cuda = device.type == "cuda"
-    index = [torch.cuda.current_device() if device.index is None else device.index] if cuda else []
-    cudnn = torch.backends.cudnn
-    exact = (
-        cudnn.flags(
-            enabled=cudnn.enabled,
-            benchmark=False,
-            deterministic=True,
-            allow_tf32=cudnn.allow_tf32,
-        )
-        if cuda
-        else contextlib.nullcontext()
-    )
-    with torch.random.fork_rng(devices=index), exact:
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            with torch.cuda.device(index[0]):
-                torch.cuda.manual_seed(seed)
-        yield

@@ -6,9 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from torch import nn
-
-from certifl.federated.averaging import WEIGHTINGS, average_models
+from certifl.federated.averaging import WEIGHTINGS
 from certifl.federated.base import (
     ClientData,
     ClientState,
@@ -18,9 +16,10 @@ from certifl.federated.base import (
     check_choice,
     check_number,
 )
+from certifl.federated.global_model import averaged, held_near
 
 if TYPE_CHECKING:
-    from certifl.federated.client import GradientHook, LocalTraining
+    from certifl.federated.client import LocalTraining
 
 __all__ = ["Ditto"]
 
@@ -43,6 +42,9 @@ class Ditto:
         mu: lambda of the source, from 0: how much v_i is held near the global model; 0 = local
             training, bit for bit.
         weighting: of the global average: "uniform" (1/n) or "size" (by number of training images).
+
+    Raises:
+        SpecError: a hyper-parameter outside its range.
 
     Source: Li, Hu, Beirami, Smith, Ditto: Fair and Robust Federated Learning Through
     Personalization, 2021, Algorithm 1.
@@ -79,7 +81,7 @@ class Ditto:
             data,
             broadcast.round,
             momentum=kept.get("own_momentum"),
-            hook=self._pull(training.on_device(start)),
+            hook=held_near(training.on_device(start), self.mu),
         )
         metrics = {**own.metrics, **{f"global_{k}": v for k, v in shared.metrics.items()}}
         parts = {"model": own.state, **shared.kept}
@@ -89,21 +91,8 @@ class Ditto:
 
     def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
         """The average of the models that arrived; the old model where none did."""
-        average = average_models(updates, self.weighting)
-        parts = server_state.parts if average is None else {"model": average}
-        return ServerState(server_state.round + 1, parts)
+        return averaged(server_state, updates, self.weighting)
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The client's own model."""
         return client_state.parts.get("model", server_state.parts["model"])
-
-    def _pull(self, centre: ModelState) -> GradientHook | None:
-        """Adds mu (v_i - theta_bar) to the gradient; nothing to add at mu = 0."""
-        if self.mu == 0:
-            return None
-
-        def hook(name: str, parameter: nn.Parameter) -> None:
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter - centre[name], alpha=self.mu)
-
-        return hook

@@ -141,7 +141,12 @@ def train(
 
 
 def total_rounds(algorithm: Algorithm, training: LocalTraining) -> int:
-    """The schedule's rounds and the algorithm's extra ones."""
+    """The schedule's rounds and the algorithm's extra ones.
+
+    Args:
+        algorithm: its `extra_rounds` come last, without communication.
+        training: holds the schedule.
+    """
     return training.schedule.rounds + algorithm.extra_rounds
 
 
@@ -235,6 +240,10 @@ def _identity(
     }
     if training.objective != Augmented():
         identity["objective"] = _printed(training.objective)
+    if training.steps != "plain":
+        identity["steps"] = training.steps
+    if training.precision != "float32":
+        identity["precision"] = training.precision
     if isinstance(participation, RandomShare) and participation.share < 1:
         identity["participation"] = asdict(participation)
     if training.privacy is not None:

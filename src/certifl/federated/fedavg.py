@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from certifl.federated.averaging import WEIGHTINGS, average_models
+from certifl.federated.averaging import WEIGHTINGS
 from certifl.federated.base import (
     ClientData,
     ClientState,
@@ -15,6 +15,7 @@ from certifl.federated.base import (
     Update,
     check_choice,
 )
+from certifl.federated.global_model import averaged, trained_and_sent
 
 if TYPE_CHECKING:
     from certifl.federated.client import LocalTraining
@@ -35,6 +36,9 @@ class FedAvg:
 
     Attributes:
         weighting: "uniform" (w_i = 1/n, the paper's) or "size" (by number of training images).
+
+    Raises:
+        SpecError: a hyper-parameter outside its range.
 
     Source: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized
     Data, 2017; the paper, section 3.3, "Federated Training".
@@ -62,18 +66,11 @@ class FedAvg:
         training: LocalTraining,
     ) -> tuple[Update, ClientState]:
         """Train from the global model, send the result."""
-        momentum = client_state.parts.get("momentum")
-        trained = training.passes(
-            broadcast.parts["model"], data, broadcast.round, momentum=momentum
-        )
-        update = Update(data.client, len(data), trained.state, trained.metrics)
-        return update, ClientState(trained.kept)
+        return trained_and_sent(broadcast, client_state, data, training)
 
     def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
         """The average of the models that arrived; the old model where none did."""
-        average = average_models(updates, self.weighting)
-        parts = server_state.parts if average is None else {"model": average}
-        return ServerState(server_state.round + 1, parts)
+        return averaged(server_state, updates, self.weighting)
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The global model."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from certifl.federated.averaging import WEIGHTINGS, average_models
+from certifl.federated.averaging import WEIGHTINGS
 from certifl.federated.base import (
     ClientData,
     ClientState,
@@ -15,7 +15,8 @@ from certifl.federated.base import (
     Update,
     check_choice,
 )
-from certifl.federated.layers import NORMALIZATIONS, norm_entries
+from certifl.federated.global_model import averaged
+from certifl.federated.layers import NORMALIZATIONS, kept_back, norm_entries
 
 if TYPE_CHECKING:
     from certifl.federated.client import LocalTraining
@@ -38,6 +39,9 @@ class FedBN:
     Attributes:
         layers: "batch" (BatchNorm, the source's) or "all" (every normalisation layer).
         weighting: "uniform" (1/n) or "size" (by number of training images).
+
+    Raises:
+        SpecError: a hyper-parameter outside its range.
 
     Source: Li, Jiang, Zhang, Kamp, Dou, FedBN: Federated Learning on Non-IID Features via Local
     Batch Normalization, 2021, Algorithm 1.
@@ -67,7 +71,6 @@ class FedBN:
         training: LocalTraining,
     ) -> tuple[Update, ClientState]:
         """Train the global model with the own layers in it; send all but these."""
-        shared = broadcast.parts["model"]
         trained = training.passes(
             self.deployed(broadcast, client_state),
             data,
@@ -75,16 +78,14 @@ class FedBN:
             momentum=client_state.parts.get("momentum"),
         )
         private = norm_entries(training.network, self.layers)
-        sent = {n: shared[n] if n in private else value for n, value in trained.state.items()}
-        parts = {"layers": {n: trained.state[n] for n in private}} if private else {}
+        sent, own = kept_back(trained.state, broadcast.parts["model"], private)
+        parts = {"layers": own} if own else {}
         update = Update(data.client, len(data), sent, trained.metrics)
         return update, ClientState({**parts, **trained.kept})
 
     def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
         """The average of the models that arrived; the old model where none did."""
-        average = average_models(updates, self.weighting)
-        parts = server_state.parts if average is None else {"model": average}
-        return ServerState(server_state.round + 1, parts)
+        return averaged(server_state, updates, self.weighting)
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The global model with the client's own layers."""

@@ -19,6 +19,7 @@ from certifl.federated.base import (
     check_choice,
     check_number,
 )
+from certifl.federated.global_model import trained_and_sent
 from certifl.federated.running import change
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class _ServerOptimizer:
     keeps_client_state: ClassVar[bool] = False
     extra_rounds: ClassVar[int] = 0
     deploys: ClassVar[str] = "the global model of the last round"
+    client_needs: ClassVar[tuple[str, ...]] = ("model",)
     weighting: str
 
     def init(self, model_state: ModelState) -> ServerState:
@@ -51,12 +53,7 @@ class _ServerOptimizer:
         training: LocalTraining,
     ) -> tuple[Update, ClientState]:
         """Train from the global model, send the result."""
-        momentum = client_state.parts.get("momentum")
-        trained = training.passes(
-            broadcast.parts["model"], data, broadcast.round, momentum=momentum
-        )
-        update = Update(data.client, len(data), trained.state, trained.metrics)
-        return update, ClientState(trained.kept)
+        return trained_and_sent(broadcast, client_state, data, training)
 
     def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
         """The server's step along the average change; nothing where no model arrived."""
@@ -64,9 +61,9 @@ class _ServerOptimizer:
         number = server_state.round + 1
         if average is None:
             return ServerState(number, server_state.parts)
-        old, made = server_state.parts, dict[str, ModelState]()
-        model = dict(average)
-        for name, value in average.items():
+        old, made, model = server_state.parts, dict[str, ModelState](), average
+        for name in list(model):
+            value = model[name]
             if not value.is_floating_point() or is_statistic(name):
                 continue
             delta = change(old["model"][name], value)
@@ -104,6 +101,9 @@ class FedAvgM(_ServerOptimizer):
         server_lr: its learning rate, above 0; with beta = 0 and server_lr = 1 this is federated
             averaging, bit for bit.
         weighting: "uniform" (1/n) or "size" (by number of training images).
+
+    Raises:
+        SpecError: a hyper-parameter outside its range.
 
     Source: Hsu, Qi, Brown, Measuring the Effects of Non-Identical Data Distribution for Federated
     Visual Classification, 2019, section 4.2.
@@ -143,6 +143,9 @@ class FedAdam(_ServerOptimizer):
         tau: degree of adaptivity, above 0; the larger, the nearer to FedAvgM.
         weighting: "uniform" (1/n) or "size" (by number of training images).
 
+    Raises:
+        SpecError: a hyper-parameter outside its range.
+
     Source: Reddi, Charles, Zaheer, Garrett, Rush, Konecny, Kumar, McMahan, Adaptive Federated
     Optimization, 2021, Algorithm 2 (FedAdam).
     """
@@ -179,6 +182,9 @@ class FedYogi(_ServerOptimizer):
         tau: degree of adaptivity, above 0.
         weighting: "uniform" (1/n) or "size" (by number of training images).
 
+    Raises:
+        SpecError: a hyper-parameter outside its range.
+
     Source: Reddi et al., Adaptive Federated Optimization, 2021, Algorithm 2 (FedYogi).
     """
 
@@ -211,6 +217,9 @@ class FedAdagrad(_ServerOptimizer):
         beta1: momentum, from 0 to below 1; 0 in the source's experiments.
         tau: degree of adaptivity, above 0.
         weighting: "uniform" (1/n) or "size" (by number of training images).
+
+    Raises:
+        SpecError: a hyper-parameter outside its range.
 
     Source: Reddi et al., Adaptive Federated Optimization, 2021, Algorithm 2 (FedAdagrad).
     """

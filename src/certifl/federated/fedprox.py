@@ -6,9 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from torch import nn
-
-from certifl.federated.averaging import WEIGHTINGS, average_models
+from certifl.federated.averaging import WEIGHTINGS
 from certifl.federated.base import (
     ClientData,
     ClientState,
@@ -18,9 +16,10 @@ from certifl.federated.base import (
     check_choice,
     check_number,
 )
+from certifl.federated.global_model import averaged, held_near, trained_and_sent
 
 if TYPE_CHECKING:
-    from certifl.federated.client import GradientHook, LocalTraining
+    from certifl.federated.client import LocalTraining
 
 __all__ = ["FedProx"]
 
@@ -44,6 +43,9 @@ class FedProx:
     Attributes:
         mu: weight of the proximal term, from 0; 0 = federated averaging, bit for bit.
         weighting: "uniform" (1/n) or "size" (by number of training images).
+
+    Raises:
+        SpecError: a hyper-parameter outside its range.
 
     Source: Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith, Federated Optimization in Heterogeneous
     Networks, 2020, Algorithm 2 and Eq. (2).
@@ -73,35 +75,15 @@ class FedProx:
         training: LocalTraining,
     ) -> tuple[Update, ClientState]:
         """Train from the global model, held near it; send the result."""
-        start = broadcast.parts["model"]
-        trained = training.passes(
-            start,
-            data,
-            broadcast.round,
-            momentum=client_state.parts.get("momentum"),
-            hook=self._proximal(training.on_device(start)),
-        )
-        update = Update(data.client, len(data), trained.state, trained.metrics)
-        return update, ClientState(trained.kept)
+        centre = training.on_device(broadcast.parts["model"])
+        near = held_near(centre, self.mu)
+        return trained_and_sent(broadcast, client_state, data, training, hook=near)
 
     def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
         """The average of the models that arrived; the old model where none did."""
-        average = average_models(updates, self.weighting)
-        parts = server_state.parts if average is None else {"model": average}
-        return ServerState(server_state.round + 1, parts)
+        return averaged(server_state, updates, self.weighting)
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The global model."""
         del client_state
         return server_state.parts["model"]
-
-    def _proximal(self, centre: ModelState) -> GradientHook | None:
-        """Adds mu (theta - theta_bar) to the gradient; nothing to add at mu = 0."""
-        if self.mu == 0:
-            return None
-
-        def hook(name: str, parameter: nn.Parameter) -> None:
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter - centre[name], alpha=self.mu)
-
-        return hook

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from certifl.errors import SpecError
-from certifl.federated.averaging import WEIGHTINGS, average_models
+from certifl.federated.averaging import WEIGHTINGS
 from certifl.federated.base import (
     ClientData,
     ClientState,
@@ -19,7 +19,8 @@ from certifl.federated.base import (
     check_choice,
     check_number,
 )
-from certifl.federated.layers import head_entries
+from certifl.federated.global_model import averaged
+from certifl.federated.layers import head_entries, kept_back
 
 if TYPE_CHECKING:
     from certifl.federated.client import GradientHook, LocalTraining
@@ -49,6 +50,10 @@ class FedRep:
             layer with weights; "" = nothing.
         head_epochs: passes of the head in each round, from 1.
         weighting: "uniform" (1/n) or "size" (by number of training images).
+
+    Raises:
+        SpecError: a hyper-parameter outside its range; in a round, a `head` that the
+            network does not have.
 
     Source: Collins, Hassani, Mokhtari, Shakkottai, Exploiting Shared Representations for
     Personalized Federated Learning, 2021, Algorithm 1.
@@ -84,7 +89,7 @@ class FedRep:
         training: LocalTraining,
     ) -> tuple[Update, ClientState]:
         """Train the head, then the representation; send the representation, keep the head."""
-        shared, start = broadcast.parts["model"], self.deployed(broadcast, client_state)
+        start = self.deployed(broadcast, client_state)
         head = head_entries(training.network, self.head)
         if head:
             start = training.passes(
@@ -102,16 +107,14 @@ class FedRep:
             momentum=client_state.parts.get("momentum"),
             hook=_still(head, but=()),
         )
-        sent = {n: shared[n] if n in head else value for n, value in trained.state.items()}
-        parts = {"head": {n: trained.state[n] for n in head}} if head else {}
+        sent, own = kept_back(trained.state, broadcast.parts["model"], head)
+        parts = {"head": own} if own else {}
         update = Update(data.client, len(data), sent, trained.metrics)
         return update, ClientState({**parts, **trained.kept})
 
     def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
         """The average of the models that arrived; the old model where none did."""
-        average = average_models(updates, self.weighting)
-        parts = server_state.parts if average is None else {"model": average}
-        return ServerState(server_state.round + 1, parts)
+        return averaged(server_state, updates, self.weighting)
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The shared representation with the client's own head."""

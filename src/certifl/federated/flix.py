@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from certifl.federated.averaging import WEIGHTINGS, average_models
+from certifl.federated.averaging import WEIGHTINGS
 from certifl.federated.base import (
     ClientData,
     ClientState,
@@ -21,6 +21,8 @@ from certifl.federated.base import (
 )
 from certifl.federated.batches import Batch
 from certifl.federated.bench import Bench, Outcome, Step
+from certifl.federated.global_model import averaged
+from certifl.federated.layers import divided
 
 if TYPE_CHECKING:
     from certifl.federated.client import LocalTraining
@@ -48,6 +50,9 @@ class FLIX:
         personalization: lambda in [0, 1], 1 - alpha_i of the source, equal for all clients:
             0 = federated averaging, 1 = local training, both bit for bit.
         weighting: "uniform" (1/n) or "size" (by number of training images).
+
+    Raises:
+        SpecError: a hyper-parameter outside its range.
 
     Source: Gasanov, Khaled, Horvath, Richtarik, FLIX: A Simple and Communication-Efficient
     Alternative to Local Methods in Federated Learning, 2022, the FLIX formulation and Algorithm 1.
@@ -99,9 +104,7 @@ class FLIX:
 
     def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
         """The average of the models that arrived; the old model where none did."""
-        average = average_models(updates, self.weighting)
-        parts = server_state.parts if average is None else {"model": average}
-        return ServerState(server_state.round + 1, parts)
+        return averaged(server_state, updates, self.weighting)
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The mixture of the global model and the client's own."""
@@ -140,9 +143,6 @@ def _alone(
         trained = training.passes(start, data, round, momentum=momentum)
         start, momentum = trained.state, trained.momentum
     assert trained is not None
-    weights = set(training.trainable)
-    parts = {
-        "own": {n: value for n, value in start.items() if n in weights},
-        "statistics": {n: value for n, value in start.items() if n not in weights},
-    }
+    weights, statistics = divided(start, set(training.trainable))
+    parts = {"own": weights, "statistics": statistics}
     return {part: held for part, held in parts.items() if held}, trained.metrics

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from certifl import streams
-from certifl.federated.averaging import average_models
 from certifl.federated.base import (
     ClientData,
     ClientState,
@@ -16,6 +15,7 @@ from certifl.federated.base import (
     Update,
     check_number,
 )
+from certifl.federated.global_model import averaged
 
 if TYPE_CHECKING:
     from certifl.federated.client import LocalTraining
@@ -53,6 +53,9 @@ class L2GD:
     Attributes:
         personalization: lambda in (0, 1]; 1 = local training with L steps a round.
         probability: p in (0, 1).
+
+    Raises:
+        SpecError: a hyper-parameter outside its range.
 
     Source: Hanzely and Richtarik, Federated Learning of a Mixture of Global and Local Models,
     2020, Algorithm 1 and section 4; Eq. (4) and (5) of the paper.
@@ -112,9 +115,7 @@ class L2GD:
 
     def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
         """The average of the models that arrived; the old one where none did."""
-        average = average_models(updates)
-        parts = server_state.parts if average is None else {"model": average}
-        return ServerState(server_state.round + 1, parts)
+        return averaged(server_state, updates)
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The client's own model."""
@@ -125,7 +126,12 @@ class L2GD:
         return rate * 2 * (1 - self.personalization) / self.probability
 
     def coins(self, seed: int, round: int) -> tuple[int, int]:
-        """How many heads and then tails came up in a round, each at least 1; for all clients."""
+        """How many heads and then tails came up in a round, each at least 1; for all clients.
+
+        Args:
+            seed: the training's; the same for all clients, so all throw the same coins.
+            round: from 0.
+        """
         thrown = streams.numpy_generator(seed, "l2gd coins", round)
         return int(thrown.geometric(1 - self.probability)), int(thrown.geometric(self.probability))
 

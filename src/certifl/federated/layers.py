@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 
 from certifl.errors import SpecError
+from certifl.federated.base import ModelState
 
-__all__ = ["NORMALIZATIONS", "entries_of", "head_entries", "norm_entries"]
+__all__ = [
+    "NORMALIZATIONS",
+    "divided",
+    "entries_of",
+    "head_entries",
+    "kept_back",
+    "norm_entries",
+]
 
 NORMALIZATIONS = {
     "batch": "BatchNorm layers, the source's",
@@ -58,3 +68,27 @@ def head_entries(network: nn.Module, head: str | None) -> frozenset[str]:
             f"{modules}."
         )
     return found
+
+
+def divided(state: ModelState, names: Collection[str]) -> tuple[ModelState, ModelState]:
+    """The state's entries of these names, and all others."""
+    inside = {name: value for name, value in state.items() if name in names}
+    return inside, {name: value for name, value in state.items() if name not in names}
+
+
+def kept_back(
+    trained: ModelState, broadcast: ModelState, names: Collection[str]
+) -> tuple[ModelState, ModelState]:
+    """What a client sends and what it keeps to itself of the entries of these names.
+
+    Args:
+        trained: the client's model after its passes.
+        broadcast: the model it started from.
+        names: entries that are personal.
+
+    Returns:
+        The model, in which these entries are as they were broadcast, and the trained entries: so
+        nothing of them leaves the client, and their average at the server never changes.
+    """
+    sent = {n: broadcast[n] if n in names else value for n, value in trained.items()}
+    return sent, divided(trained, names)[0]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from certifl.federated.averaging import average_models
 from certifl.federated.base import (
     ClientData,
     ClientState,
@@ -17,6 +16,7 @@ from certifl.federated.base import (
     Update,
     check_number,
 )
+from certifl.federated.global_model import averaged
 
 if TYPE_CHECKING:
     from certifl.federated.client import GradientHook, LocalTraining
@@ -46,6 +46,9 @@ class Mixture:
 
     Attributes:
         personalization: lambda in [0, 1]; 1 = local training, 0 = the pull alone.
+
+    Raises:
+        SpecError: a hyper-parameter outside its range.
 
     Source: Hanzely and Richtarik, Federated Learning of a Mixture of Global and Local Models,
     2020; the paper, Eq. (4) and (5).
@@ -88,9 +91,7 @@ class Mixture:
 
     def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
         """theta_bar, the uniform average of the models that arrived (the old one: none did)."""
-        average = average_models(updates)
-        parts = server_state.parts if average is None else {"model": average}
-        return ServerState(server_state.round + 1, parts)
+        return averaged(server_state, updates)
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The client's own model."""

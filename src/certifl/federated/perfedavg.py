@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from certifl.federated.averaging import WEIGHTINGS, average_models
+from certifl.federated.averaging import WEIGHTINGS
 from certifl.federated.base import (
     ClientData,
     ClientState,
@@ -21,6 +21,7 @@ from certifl.federated.base import (
 )
 from certifl.federated.batches import Batch
 from certifl.federated.bench import Bench, Outcome
+from certifl.federated.global_model import averaged, trained_and_sent
 
 if TYPE_CHECKING:
     from certifl.federated.client import LocalTraining
@@ -62,6 +63,9 @@ class PerFedAvg:
         approximation: "first-order" or "hessian-free".
         weighting: "uniform" (1/n) or "size" (by number of training images).
 
+    Raises:
+        SpecError: a hyper-parameter outside its range.
+
     Source: Fallah, Mokhtari, Ozdaglar, Personalized Federated Learning with Theoretical
     Guarantees: A Model-Agnostic Meta-Learning Approach, 2020, Algorithm 1 and its two
     approximations in section 5.
@@ -93,20 +97,14 @@ class PerFedAvg:
         training: LocalTraining,
     ) -> tuple[Update, ClientState]:
         """Train the global model for its step; after the schedule's rounds, take the step."""
-        start = broadcast.parts["model"]
         if broadcast.round >= training.schedule.rounds:
-            return self._adapted(start, data, broadcast.round, training)
-        momentum = client_state.parts.get("momentum")
+            return self._adapted(broadcast.parts["model"], data, broadcast.round, training)
         step = None if self.inner_lr == 0 else self._step
-        trained = training.passes(start, data, broadcast.round, momentum=momentum, step=step)
-        update = Update(data.client, len(data), trained.state, trained.metrics)
-        return update, ClientState(trained.kept)
+        return trained_and_sent(broadcast, client_state, data, training, step=step)
 
     def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
         """The average of the models that arrived; the old model where none did."""
-        average = average_models(updates, self.weighting)
-        parts = server_state.parts if average is None else {"model": average}
-        return ServerState(server_state.round + 1, parts)
+        return averaged(server_state, updates, self.weighting)
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The adapted model."""

@@ -39,6 +39,9 @@ class Personalized:
         epochs: passes of fine-tuning over the client's images.
         lr: learning rate of fine-tuning, constant; None = that of the schedule's last epoch.
 
+    Raises:
+        SpecError: a hyper-parameter outside its range, or a `base` that is personalised already.
+
     Source: Yu et al., Salvaging Federated Learning by Local Adaptation, 2020; the paper,
     section 3.3, "Personalized Training".
     """
@@ -62,6 +65,11 @@ class Personalized:
             check_number("lr", self.lr, "a number above 0", low=0, open_low=True)
         # After the base's own extra rounds: they belong to what it deploys.
         object.__setattr__(self, "extra_rounds", self.base.extra_rounds + 1)
+
+    @property
+    def client_needs(self) -> tuple[str, ...] | None:
+        """The base's."""
+        return getattr(self.base, "client_needs", None)
 
     def init(self, model_state: ModelState) -> ServerState:
         """The base's beginning."""

@@ -26,7 +26,14 @@ _log = logging.getLogger(__name__)
 class Progress:
     """Where a training stands: `done` of the `participants` of `round` (from 0) of `rounds`.
 
-    `left_out` says why this client was left out of the round; None = it was not.
+    Attributes:
+        round: the one that is worked on.
+        rounds: of the whole training, with the algorithm's extra ones.
+        done: clients of this round that have answered.
+        participants: clients that were asked in this round.
+        client: the one that answered last.
+        metrics: of this client; empty where it was left out.
+        left_out: why this client was left out of the round; None = it was not.
     """
 
     round: int
@@ -101,6 +108,7 @@ class Rounds:
             server = self.algorithm.aggregate(broadcast, heard)
             for _ in updates:  # an algorithm may stop listening; its clients still train
                 pass
+            del broadcast, heard  # the new state is enough from here on
             if (sick := not_finite(server.parts)) is not None:
                 raise TrainingDiverged(None, current.number, f"{sick} is not finite")
             # Whoever was left out keeps what it had.
@@ -165,6 +173,7 @@ class _Gathered:
             self.rows.append(row)
             self._tell(answer.client, update.metrics, None)
             yield update
+            del answer, update, state  # or they would be held while the next one arrives
 
     def record(self) -> dict[str, Any]:
         """The round's part of the history: a row for each client that trained, and who did not."""

@@ -45,6 +45,8 @@ def average_parts(updates: Iterable[Update], weighting: str = "uniform") -> Part
                 means[part].add(replace(update, model=held), weight)
             else:
                 means[part] = RunningMean(held, weight)
+            del held
+        del update  # or it would be held while the next one arrives
     return {part: mean.result() for part, mean in means.items()}
 
 

@@ -53,6 +53,9 @@ class Scaffold:
     Attributes:
         server_lr: step of the server towards the average, above 0; 1 = the average itself.
 
+    Raises:
+        SpecError: a hyper-parameter outside its range.
+
     Source: Karimireddy, Kale, Mohri, Reddi, Stich, Suresh, SCAFFOLD: Stochastic Controlled
     Averaging for Federated Learning, 2020, Algorithm 1 and Eq. (3) to (5).
     """
@@ -162,6 +165,7 @@ def _noted(updates: Iterable[Update], controlled: list[int]) -> Iterable[Update]
         if "control_step" in update.extra:
             controlled.append(update.client)
         yield update
+        del update  # or it would be held while the next one arrives
 
 
 def _controls(

@@ -35,6 +35,9 @@ class Schedule:
         momentum_between_rounds: "reset" or "keep".
         flip: mirror each image left to right with probability 1/2.
         crop: pixels of zero padding of a random crop of the image's own size, 0 = none.
+
+    Raises:
+        SpecError: a value outside its range; it is named, with what is allowed.
     """
 
     rounds: int

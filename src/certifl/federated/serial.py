@@ -60,3 +60,4 @@ class Serial:
                 yield Answer(client, seconds, None, result)
             else:
                 yield Answer(client, seconds, result)
+            del result  # or it would be held while the next client trains

@@ -14,10 +14,27 @@ def server_state(stored: StoredRound) -> ServerState:
 
 
 def client_state(stored: StoredRound, client: int) -> ClientState:
-    """A client's state in a committed round."""
+    """A client's state in a committed round.
+
+    Args:
+        stored: the round, as `Checkpoints.latest` gives it.
+        client: its number, from 0.
+
+    Raises:
+        StoreError: its file is damaged.
+    """
     return ClientState(stored.client(client))
 
 
 def deployed_model(algorithm: Algorithm, stored: StoredRound, client: int) -> ModelState:
-    """The model that client `client` uses at test time, as of a committed round."""
+    """The model that client `client` uses at test time, as of a committed round.
+
+    Args:
+        algorithm: the one that trained it.
+        stored: usually the last round.
+        client: its number, from 0.
+
+    Raises:
+        StoreError: a file of the round is damaged.
+    """
     return algorithm.deployed(server_state(stored), client_state(stored, client))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from certifl.models.building import MODELS, build, check_logits
+from certifl.models.code import code_fingerprint
 from certifl.models.networks import Normalize, ResNet, resnet18, small_cnn, small_resnet
 from certifl.models.state import fingerprint, state_of
 
@@ -12,6 +13,7 @@ __all__ = [
     "ResNet",
     "build",
     "check_logits",
+    "code_fingerprint",
     "fingerprint",
     "resnet18",
     "small_cnn",

@@ -43,6 +43,9 @@ def build(
         options: further arguments of the function.
         image_size: (h, w); when given, one blank image is passed through to check the logits.
 
+    Returns:
+        The network as the function made it, from images (m, c, h, w) to logits.
+
     Raises:
         ModelError: a name that is unknown or cannot be imported, something that is no function,
             a call that fails, a result that is no torch module, or logits of the wrong shape.

@@ -22,7 +22,13 @@ __all__ = ["BasicBlock", "Normalize", "ResNet", "resnet18", "small_cnn", "small_
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std for every channel; constants that are never averaged or stored."""
+    """(x - mean) / std for every channel; constants that are never averaged or stored.
+
+    Args:
+        in_channels: channels of the images (m, c, h, w).
+        mean: subtracted from every intensity.
+        std: every intensity is divided by.
+    """
 
     mean: Tensor
     std: Tensor
@@ -166,6 +172,9 @@ def small_cnn(
         std: every intensity is divided by.
         width: channels of the first convolution, a multiple of 4; the others have 2 and 4 times as
             many. The noise of privacy grows with the number of weights: 4 leaves about 2 200.
+
+    Raises:
+        ModelError: a width that is no multiple of 4.
     """
     if width < 4 or width % 4:
         raise ModelError(f"width = {width!r} is not allowed: it must be a multiple of 4.")

@@ -36,6 +36,9 @@ class Deformation(ABC):
         sigma: scale of the law in the family's unit.
         padding: what lies outside the image: "zeros" (the paper), "border" or "reflection".
         geometry: "centre", or "deformrs" to reproduce published curves; see `warp`.
+
+    Raises:
+        InputError: a sigma that is no positive amount in the family's unit, or another option.
     """
 
     sigma: float
@@ -108,6 +111,7 @@ class Translation(Deformation):
 
     Attributes:
         sigma: standard deviation of either component, half-widths.
+        padding, geometry: as in `Deformation`.
     """
 
     family = "translation"
@@ -147,6 +151,7 @@ class Rotation(Deformation):
 
     Attributes:
         sigma: largest angle, radians; "18deg" and "0.1pi" are understood.
+        padding, geometry: as in `Deformation`.
     """
 
     family = "rotation"
@@ -181,6 +186,7 @@ class Scaling(Deformation):
 
     Attributes:
         sigma: largest relative change.
+        padding, geometry: as in `Deformation`.
     """
 
     family = "scaling"
@@ -217,6 +223,7 @@ class Affine(Deformation):
 
     Attributes:
         sigma: standard deviation of each of the six.
+        padding, geometry: as in `Deformation`.
     """
 
     family = "affine"

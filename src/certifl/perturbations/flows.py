@@ -31,6 +31,10 @@ class SmoothFlow(Deformation):
     Attributes:
         sigma: standard deviation of each coefficient.
         bases: k, cosines per axis.
+        padding, geometry: as in `Deformation`.
+
+    Raises:
+        InputError: as `Deformation`; bases that are no whole number from 1.
     """
 
     bases: int = 2
@@ -84,6 +88,7 @@ class DenseFlow(Deformation):
 
     Attributes:
         sigma: standard deviation of each component of each pixel, half-widths.
+        padding, geometry: as in `Deformation`.
     """
 
     family = "dense_flow"

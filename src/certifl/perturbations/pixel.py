@@ -34,6 +34,9 @@ class PixelNoise:
     Attributes:
         sigma: standard deviation, intensity in [0, 1].
         exact: noise on the 8-bit grid.
+
+    Raises:
+        InputError: a sigma that is no positive number.
     """
 
     sigma: float

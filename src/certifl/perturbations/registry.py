@@ -51,6 +51,9 @@ def from_description(description: Mapping[str, Any]) -> Perturbation:
     Args:
         description: "family", "sigma" and the family's options; the rest by default.
 
+    Returns:
+        A perturbation that equals the one described.
+
     Raises:
         InputError: an unknown family or option, a missing sigma, or a value that is out of range.
     """

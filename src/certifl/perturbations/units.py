@@ -33,6 +33,9 @@ def parse_sigma(value: float | str, unit: str | None = None) -> float:
         unit: unit of the family; the two ways of writing an angle are refused unless it is
             "radians" or None.
 
+    Returns:
+        A finite number above 0; angles in radians.
+
     Raises:
         InputError: text that is none of these, an angle for a family without one, or a sigma that
             is not finite and positive.
@@ -78,6 +81,9 @@ def format_amount(value: float, unit: str, digits: int = 3) -> str:
         value: amount in `unit`.
         unit: "intensity", "half-widths", "radians", "relative" or "coefficients".
         digits: decimals; angles carry degrees with one decimal beside them.
+
+    Raises:
+        InputError: a value that is not a number.
     """
     if unit == "radians":
         return f"{floor_text(value, digits)} rad ({floor_text(math.degrees(value), 1)} deg)"

@@ -56,8 +56,8 @@ def _accuracies(runs: Sequence[RunResults]) -> list[_Accuracies]:
 
 
 def advice_payload(story: Story) -> dict[str, Any] | None:
-    """What the script needs to advise at another accuracy; None for a single run."""
-    if len(story.runs) < 2:
+    """What the script needs to advise at another accuracy; None where there is no advice."""
+    if len(story.runs) < 2 or not story.comparison.paired:
         return None
     clients = zip(story.comparison.clients, _accuracies(story.runs), strict=True)
     return {
@@ -95,7 +95,7 @@ def _share_text(found: Share) -> str:
 
 def advice_section(story: Story, found: Sequence[Recommendation]) -> Markup:
     """Which regime each client should take, grouped by answer; nothing for a single run."""
-    if len(story.runs) < 2:
+    if len(story.runs) < 2 or not story.comparison.paired:
         return Markup()
     groups = grouped(found)
     items = [_group(story, places, clients) for places, clients in groups[:MOST_GROUPS]]

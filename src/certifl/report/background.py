@@ -31,6 +31,11 @@ _REACH = {
 _REACH_OF_OTHERS = (
     "for every {family} whose parameters have {norm} norm at most the radius, in {unit}"
 )
+_RECOMPUTE = "Recompute every radius from the stored votes:"
+_ONLY_THERE = (
+    "Clients that told curves kept their votes: each verifies its own certificates where they "
+    "are, with certifl verify."
+)
 _PLACES = (("images", "data"), ("clients", "clients"))
 
 
@@ -187,7 +192,8 @@ def _unless_kept(run: RunResults, text: str) -> str:
 def reproduce_section(story: Story, page: Path) -> Markup:
     """Commands that check and repeat the runs, and every run's spec, word for word."""
     shown = [(run, _shown_path(run.folder, page)) for run in story.runs]
-    verify = "\n".join(f"certifl verify {shlex.quote(path)}" for _, path in shown)
+    held = [path for run, path in shown if not run.told]
+    verify = "\n".join(f"certifl verify {shlex.quote(path)}" for path in held)
     repeat = "\n".join(
         dict.fromkeys(str(run.manifest.get("command") or "certifl run") for run in story.runs)
     )
@@ -204,8 +210,12 @@ def reproduce_section(story: Story, page: Path) -> Markup:
         "section",
         {"id": "reproduce"},
         el("h2", None, "Check it, repeat it"),
-        el("p", None, "Recompute every radius from the stored votes:"),
-        _code(verify, "Commands to verify the runs"),
+        *(
+            [el("p", None, _RECOMPUTE), _code(verify, "Commands to verify the runs")]
+            if held
+            else []
+        ),
+        el("p", None, _ONLY_THERE) if len(held) < len(shown) else Markup(),
         el("p", None, "Repeat the runs with the same spec and seed:"),
         _code(repeat, "Commands to repeat the runs"),
         *specs,

@@ -107,6 +107,8 @@ class Comparison:
         acr: (runs,) mean over clients of the average certified radius.
         pairs: differences of the mean over clients; all of them hold together with 95 %.
         clients: the same for every client by itself; for one client all pairs hold together.
+        paired: whether images were compared one by one. Where clients kept their certificates
+            they cannot be: differences then have no intervals, and no client has an answer.
     """
 
     images: int
@@ -114,6 +116,7 @@ class Comparison:
     acr: tuple[float, ...]
     pairs: Pairs
     clients: tuple[ClientComparison, ...]
+    paired: bool = True
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,11 @@ def compare(runs: Sequence[RunResults], draws: int = DRAWS) -> Comparison:
         (Bonferroni), since the leader is picked after looking.
 
     Raises:
-        StoreMismatch: the runs have no test image in common, or disagree about a label.
+        StoreMismatch: the runs have no test image (clients who told curves alone: no client) in
+            common, or disagree about a label.
     """
+    if len(runs) > 1 and any(run.told for run in runs):
+        return _of_curves(runs)
     clients, values = paired_gains(runs)
     drawn = [
         resampled_means(rows, draws, client) for client, rows in zip(clients, values, strict=True)
@@ -162,6 +168,35 @@ def compare(runs: Sequence[RunResults], draws: int = DRAWS) -> Comparison:
             _client(int(client), values[i], means[i], drawn[i]) for i, client in enumerate(clients)
         ),
     )
+
+
+def _of_curves(runs: Sequence[RunResults]) -> Comparison:
+    """Average radii side by side where single images are not known: numbers without intervals.
+
+    Which image is which was not told, so nothing can be drawn again for all runs alike, and rows
+    made from curves must never be paired.
+    """
+    shared = sorted(set.intersection(*(set(run.clients.tolist()) for run in runs)))
+    if not shared:
+        raise StoreMismatch(
+            "The runs have no client in common, so they cannot be compared. Report them "
+            "separately."
+        )
+    radii = [[_own_acr(run, client) for client in shared] for run in runs]
+    means: Floats = np.asarray(radii, np.float64).mean(axis=1)
+    none = np.empty((0, len(runs)))
+    return Comparison(
+        images=0,
+        whole=all(len(run.clients) == len(shared) for run in runs),
+        acr=tuple(float(mean) for mean in means),
+        pairs=_pairs(means, none, enough=False),
+        clients=(),
+        paired=False,
+    )
+
+
+def _own_acr(run: RunResults, client: int) -> float:
+    return run.certificates.of_client(client).average_certified_radius()
 
 
 def own_interval(run: RunResults, draws: int = DRAWS) -> tuple[float, float] | None:

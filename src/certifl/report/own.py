@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from pathlib import Path
 
 from certifl.report.compare import own_interval
 from certifl.report.figures import certified_accuracy_figure, image_bytes
@@ -14,7 +13,7 @@ from certifl.report.scale import family_words, scales, sigma_text
 from certifl.report.summary import accuracy_share, client_acr, largest_radius, share, spread
 from certifl.report.words import client_list, percent, tenths
 
-__all__ = ["noise_words", "overview", "plain_rows", "slugs"]
+__all__ = ["noise_words", "overview", "panel_id", "plain_rows", "slugs"]
 
 Groups = Sequence[Sequence[RunResults]]
 
@@ -39,21 +38,21 @@ def plain_rows(runs: Sequence[RunResults]) -> list[tuple[str, int, int, int]]:
     ]
 
 
-def overview(groups: Groups, shown: int, pages: Sequence[Path]) -> Markup:
+def panel_id(at: int) -> str:
+    """Name of a perturbation's panel on the page, for links."""
+    return f"perturbation-{at + 1}"
+
+
+def overview(groups: Groups) -> Markup:
     """What each client certifies, and how well; nothing where all clients certify the same.
 
     Args:
         groups: the runs once for every perturbation.
-        shown: which group this page is about.
-        pages: the page of every group.
     """
     plain = plain_rows(groups[0])
     if len(groups) == 1 and not plain:
         return Markup()
-    panels = [
-        _panel(runs, at == shown, page)
-        for at, (runs, page) in enumerate(zip(groups, pages, strict=True))
-    ]
+    panels = [_panel(runs, at) for at, runs in enumerate(groups)]
     return el(
         "section",
         {"id": "own"},
@@ -81,7 +80,7 @@ def _explained(groups: Groups) -> str:
     return (
         "Radii of different perturbations have different meanings, so nothing is averaged over "
         "them: curves, means, bands and comparisons are those of the clients that certify the "
-        "same. This page tells one of them in full; the panels lead to the others."
+        "same. Below, one of them is told in full at a time, in its own unit; the tabs switch."
     )
 
 
@@ -116,15 +115,15 @@ def _two(first: str, second: str) -> Markup:
     return join([el("b", None, first), el("small", None, second)])
 
 
-def _panel(runs: Sequence[RunResults], here: bool, page: Path) -> Markup:
-    """The curves of one perturbation, with the way to its page."""
+def _panel(runs: Sequence[RunResults], at: int) -> Markup:
+    """The curves of one perturbation, with the way to its panel."""
     who = client_list(sorted({int(c) for r in runs for c in r.clients}))
     name = f"{noise_words(runs)}: {who}"
     drawing = certified_accuracy_figure(runs, title=who)
     picture = base64.b64encode(image_bytes(drawing, "svg")).decode()
     source = f"data:image/svg+xml;base64,{picture}"
     image = el("img", {"src": source, "alt": f"Certified accuracy, {name}", "class": "fallback"})
-    way = "this page" if here else el("a", {"href": page.name}, "on its own page")
+    way = el("a", {"href": f"#{panel_id(at)}"}, "in full")
     return el("figure", None, el("figcaption", None, name, " (", way, ")"), image)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from certifl.report.compare import own_interval
+from certifl.report.compare import Difference, own_interval
 from certifl.report.history import left_out_words, measures_of
 from certifl.report.markup import Markup, el, join, table
 from certifl.report.story import Story, named
@@ -18,14 +18,53 @@ from certifl.report.summary import (
     share,
     spread,
 )
-from certifl.report.words import NO_DIFFERENCE, by_margin, percent, tenths
+from certifl.report.words import NO_DIFFERENCE, NOT_PAIRED, by_margin, listed, percent, tenths
 
 __all__ = [
+    "DIFFERENCES_SHOWN",
     "clients_section",
     "comparison_section",
+    "notices",
     "results_section",
     "training_section",
 ]
+
+DIFFERENCES_SHOWN = ("sigma", "law", "alpha", "n0", "n", "estimator", "precision", "seed")
+
+
+def notices(story: Story) -> Markup:
+    """Say plainly where the runs differ in more than the regime, and what was not told."""
+    said = [_differences(story)]
+    if any(run.told for run in story.runs):
+        said.append(_kept(story))
+    return join(el("p", {"class": "notice", "role": "note"}, text) for text in said if text)
+
+
+def _differences(story: Story) -> str:
+    differing = [
+        name
+        for name in DIFFERENCES_SHOWN
+        if len({str(run.conditions.get(name)) for run in story.runs}) > 1
+    ]
+    if not differing:
+        return ""
+    named = ", ".join(
+        f"{name} ({', '.join(str(run.conditions.get(name)) for run in story.runs)})"
+        for name in differing
+    )
+    return f"The runs differ in more than the regime: {named}. Compare them with care."
+
+
+def _kept(story: Story) -> str:
+    """That single images are not known here, and of which runs."""
+    kept = [run.label for run in story.runs if run.told]
+    of = "" if len(kept) == len(story.runs) else f" of {listed(kept)}"
+    return (
+        f"The clients{of} certified on their own machines and told, for each radius of a fixed "
+        "grid, how many of their test images are certified correct, and their average radius. "
+        "Radii, votes and abstentions of single images stayed with them; intervals over images "
+        "take each radius to be where it lies in its step of the grid on average."
+    )
 
 
 def results_section(story: Story) -> Markup:
@@ -98,27 +137,45 @@ def comparison_section(story: Story) -> Markup:
     """All differences between regimes, image by image; nothing for a single run."""
     if len(story.runs) < 2:
         return Markup()
-    rows = []
-    for (_, second), pair in story.comparison.pairs.items():
-        ahead = pair if pair.estimate >= 0 else pair.seen_from(second)
-        verdict = NO_DIFFERENCE
-        if pair.shown:
-            verdict = f"{story.runs[ahead.first].label} is ahead"
-        names = f"{story.runs[ahead.first].label} minus {story.runs[ahead.second].label}"
-        rows.append([names, by_margin(ahead, story.scale), verdict])
+    paired = story.comparison.paired
+    rows = [_difference_row(story, pair) for pair in story.comparison.pairs.values()]
+    head = ["Difference", "Average certified radius (95 % interval)", "What the images show"]
+    if not paired:
+        head = ["Difference", "Average certified radius"]
+        rows = [row[:2] for row in rows]
+    kind = "Paired differences" if paired else "Differences"
+    return join(
+        [
+            el("h3", None, "Differences between regimes"),
+            table(f"{kind} of the average certified radius", head, rows),
+            el("p", {"class": "note"}, _paired_note(story) if paired else _unpaired_note(story)),
+        ]
+    )
+
+
+def _difference_row(story: Story, pair: Difference) -> list[str]:
+    ahead = pair if pair.estimate >= 0 else pair.seen_from(pair.second)
+    names = f"{story.runs[ahead.first].label} minus {story.runs[ahead.second].label}"
+    if not story.comparison.paired:
+        return [names, story.scale.down(ahead.estimate) + story.scale.suffix, ""]
+    verdict = f"{story.runs[ahead.first].label} is ahead" if pair.shown else NO_DIFFERENCE
+    return [names, by_margin(ahead, story.scale), verdict]
+
+
+def _paired_note(story: Story) -> str:
     note = (
         f"Compared image by image on {story.comparison.images:,} test images; the 95 % intervals "
         "hold for all rows together."
     )
     if not story.comparison.whole:
         note += " Only images that every run certified are compared."
-    head = ["Difference", "Average certified radius (95 % interval)", "What the images show"]
-    return join(
-        [
-            el("h3", None, "Differences between regimes"),
-            table("Paired differences of the average certified radius", head, rows),
-            el("p", {"class": "note"}, note),
-        ]
+    return note
+
+
+def _unpaired_note(story: Story) -> str:
+    own = "The interval of every regime by itself is in the table above."
+    return f"{NOT_PAIRED} {own}" + (
+        "" if story.comparison.whole else " Only clients that all runs have are compared."
     )
 
 

@@ -33,7 +33,7 @@ def verdicts_section(runs: Sequence[RunResults]) -> Markup:
     A claim is shown as soon as one comparison of it could be made. What of it was not tested is
     said beside its verdict.
     """
-    if len(runs) < 2 or any(map(has_own_perturbations, runs)):
+    if len(runs) < 2 or any(run.told or has_own_perturbations(run) for run in runs):
         return Markup()
     try:
         report = check_runs([read_run(run) for run in runs])

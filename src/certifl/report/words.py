@@ -12,6 +12,7 @@ from certifl.report.scale import RadiusScale
 from certifl.report.summary import accuracy_share, client_acr, spread
 
 __all__ = [
+    "NOT_PAIRED",
     "NO_DIFFERENCE",
     "Recommendation",
     "by_margin",
@@ -25,6 +26,12 @@ __all__ = [
 ]
 
 NO_DIFFERENCE = "no difference shown"
+NOT_PAIRED = (
+    "Regimes are compared image by image, on the same test images; clients that told only curves "
+    "kept the certificates of theirs. So this page has no interval of a difference, no "
+    "recommendation and no claim put to the test. Clients that share rows make them possible "
+    '(`share = "rows"`).'
+)
 _MOST_NAMED = 3
 
 
@@ -86,6 +93,8 @@ def headline(
     runs: Sequence[RunResults], comparison: Comparison, scale: RadiusScale
 ) -> tuple[str, list[str]]:
     """The finding in one sentence, and the sentences that support it."""
+    if not comparison.paired:
+        return _side_by_side(runs, comparison, scale)
     return _one_run(runs[0], scale) if len(runs) == 1 else _several(runs, comparison, scale)
 
 
@@ -134,6 +143,16 @@ def _several(
     brackets = "In brackets: 95 % intervals over test images"
     together = ", wide enough for all comparisons at once" if len(comparison.pairs) > 1 else ""
     return finding, [f"It is {listed(ahead)}.", f"{brackets}{together}."]
+
+
+def _side_by_side(
+    runs: Sequence[RunResults], comparison: Comparison, scale: RadiusScale
+) -> tuple[str, list[str]]:
+    """Average radii of regimes that cannot be told apart image by image."""
+    order = _by_acr(comparison)
+    radii = [f"{runs[i].label} {scale.text(comparison.acr[i])}" for i in order]
+    largest = f"The largest average certified radius at hand is that of {runs[order[0]].label}"
+    return f"{largest}: {listed(radii)}.", [NOT_PAIRED]
 
 
 def _by_acr(comparison: Comparison) -> list[int]:

@@ -51,6 +51,9 @@ def average_certified_radius(correct: ArrayLike, radius: ArrayLike) -> float:
         correct: (m,) whether the prediction equals the label; False where abstained.
         radius: (m,) certified radii.
 
+    Returns:
+        The mean, in the unit of the radii.
+
     Raises:
         InputError: no images, unequal lengths, or a radius that is negative or not a number.
 

@@ -52,17 +52,40 @@ class Law(Protocol):
         ...
 
     def radius(self, sigma: ArrayLike, p_lower: ArrayLike, p_upper: ArrayLike) -> FloatArray:
-        """The certified radius, rounded down; 0.0 where p_lower <= p_upper."""
+        """The certified radius, rounded down; 0.0 where p_lower <= p_upper.
+
+        Args:
+            sigma: scale of the noise in the family's unit, positive.
+            p_lower: lower bound(s) on the probability of c_A, in [0, 1].
+            p_upper: upper bound(s) on the probability of any other class, in [0, 1].
+
+        Returns:
+            float64 in the unit of sigma, in the norm `norm`.
+
+        Raises:
+            InputError: sigma not positive and finite, or a probability outside [0, 1].
+        """
         ...
 
     def largest_radius(self, sigma: float, n: int, alpha: float) -> float:
-        """The radius of n unanimous votes at level alpha: no certificate of n votes exceeds it."""
+        """The radius of n unanimous votes at level alpha: no certificate of n votes exceeds it.
+
+        Args:
+            sigma: scale of the noise in the family's unit, positive.
+            n: votes.
+            alpha: level, in (0, 1).
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Independent normal noise of standard deviation sigma on every parameter; radii in l2."""
+    """Independent normal noise of standard deviation sigma on every parameter; radii in l2.
+
+    Attributes:
+        name: as in specs and records.
+        norm: of parameters, in which radii are measured.
+    """
 
     name: str = "gaussian"
     norm: str = "l2"
@@ -115,7 +138,12 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Independent noise, uniform on [-sigma, sigma], on every parameter; radii in l1."""
+    """Independent noise, uniform on [-sigma, sigma], on every parameter; radii in l1.
+
+    Attributes:
+        name: as in specs and records.
+        norm: of parameters, in which radii are measured.
+    """
 
     name: str = "uniform"
     norm: str = "l1"

@@ -25,6 +25,9 @@ def floor_text(value: float, digits: int = 3) -> str:
         value: usually a radius, in any unit.
         digits: decimals, 0 to 1000.
 
+    Returns:
+        The decimal as text; "inf" and "-inf" stay what they are.
+
     Raises:
         InputError: a value that is not a number, or digits out of range.
     """

@@ -21,6 +21,10 @@ __all__ = ["load", "load_stored", "with_settings"]
 def load(path: Path, settings: Sequence[str] = ()) -> Spec:
     """Read a spec file and apply `key=value` settings to it.
 
+    Args:
+        path: a TOML file.
+        settings: such as `training.lr=0.05`; later ones win.
+
     Raises:
         SpecError: the file is missing, is no TOML, or a key, type, range or combination is wrong.
     """
@@ -49,7 +53,15 @@ def load_stored(path: Path) -> Spec:
 
 
 def with_settings(values: dict[str, Any], settings: Sequence[str] = ()) -> Spec:
-    """A checked spec from plain values and `key=value` settings such as `training.lr=0.05`."""
+    """A checked spec from plain values and `key=value` settings such as `training.lr=0.05`.
+
+    Args:
+        values: as a TOML file holds them; they are not changed.
+        settings: later ones win.
+
+    Raises:
+        SpecError: a key, type, range or combination is wrong; the message names the key.
+    """
     merged = copy.deepcopy(values)
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -106,12 +118,18 @@ def _how_to_give(key: str) -> str:
 
 def _plainly(error: ErrorDetails) -> str:
     """What is wrong with a value, in the words of TOML."""
-    kinds = {"float_type": "a number", "int_type": "a whole number"}
+    kinds = {
+        "float_type": "a number",
+        "int_type": "a whole number",
+        "bool_type": "true or false",
+        "list_type": "a list, written in [ ]",
+        "string_type": "a string, in quotes",
+    }
     if error["type"] in kinds:
         given = error["input"]
         quoted = isinstance(given, str) and isinstance(_value(given), int | float)
         return f"must be {kinds[error['type']]}{', without quotes' if quoted else ''}"
-    return error["msg"].removeprefix("Value error, ")
+    return error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
 
 
 def _example(key: str) -> str:

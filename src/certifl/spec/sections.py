@@ -155,6 +155,8 @@ class Training(Section):
             `decay_factor`; 0 = never.
         momentum_between_rounds: "reset", or "keep" (each client keeps its own buffers).
         flip, crop: random mirror image, random crop after zero padding by so many pixels.
+        steps: "plain", or "captured" (a step is recorded once and replayed, for a GPU).
+        precision: "float32", or "bfloat16" (the network's arithmetic; weights stay in float32).
     """
 
     rounds: Positive = 45
@@ -168,10 +170,12 @@ class Training(Section):
     momentum_between_rounds: Literal["reset", "keep"] = "reset"
     flip: bool = False
     crop: Annotated[int, Field(ge=0)] = 0
+    steps: Literal["plain", "captured"] = "plain"
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def schedule(self) -> Schedule:
         """As the federated rooms take it."""
-        values = self.model_dump()
+        values = self.model_dump(exclude={"steps", "precision"})
         return Schedule(**{**values, "decay_every": self.decay_every or None})
 
 
@@ -271,8 +275,10 @@ class Certification(Section):
             raise ValueError(f"own names client {twice[0]} twice; a client has one perturbation")
         for client in (None, *(own.clients[0] for own in self.own or ())):
             described, settings = self.of(client), self.settings(client)
-            if settings.estimator == "scan" and described != NONE:
+            if described != NONE and settings.estimator == "scan":
                 scan_of(perturbation_from(described), settings)
+            elif described != NONE:
+                settings.grid(perturbation_from(described))  # refuses too few votes for any
         return self
 
     def of(self, client: int | None = None) -> Any:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from certifl.errors import StoreError
 
 __all__ = [
+    "flush",
     "load_tensors",
     "read_json",
     "replacing",
@@ -42,9 +43,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
-        _flush(part)
+        flush(part)
         os.replace(part, path)
-        _flush(path.parent)
+        flush(path.parent)
     except (OSError, SafetensorError) as error:
         raise StoreError(
             f"Cannot write {path}: {error}. What was there before is unchanged; "
@@ -55,7 +56,8 @@ def replacing(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """What was written to a file, or the names in a folder, is on the disk when this returns."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

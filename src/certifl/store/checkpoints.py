@@ -35,7 +35,7 @@ import torch
 from safetensors.torch import save
 
 from certifl.errors import StoreError
-from certifl.store.atomic import load_tensors
+from certifl.store.atomic import flush, load_tensors
 
 __all__ = ["Checkpoints", "PendingRound", "StoredRound"]
 
@@ -174,11 +174,11 @@ class PendingRound:
         try:
             _flush_all(self._unflushed)
             for folder in (self._path / "clients", self._path):
-                _flush(folder)
+                flush(folder)
             if final.exists():  # a damaged round that was trained again
                 shutil.rmtree(final)
             os.rename(self._path, final)
-            _flush(self._folder)
+            flush(self._folder)
         except OSError as error:
             raise _cannot_write(final, error) from error
         _prune(self._folder, self._number)
@@ -292,12 +292,16 @@ def _client_file(client: int) -> str:
 
 
 def _flatten(parts: Parts) -> dict[str, torch.Tensor]:
-    """Named tensors that share no memory, which the format demands."""
-    return {
-        f"{part}/{name}": value.detach().to("cpu", copy=True).contiguous()
-        for part, tensors in parts.items()
-        for name, value in tensors.items()
-    }
+    """Named tensors that share no memory, which the format demands; copied where they do."""
+    flat: dict[str, torch.Tensor] = {}
+    taken: set[int] = set()
+    for part, tensors in parts.items():
+        for name, value in tensors.items():
+            plain = value.detach().to("cpu").contiguous()
+            place = plain.untyped_storage().data_ptr()
+            flat[f"{part}/{name}"] = plain.clone() if place in taken else plain
+            taken.add(place)
+    return flat
 
 
 def _unflatten(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
@@ -316,14 +320,6 @@ def _size_and_checksum(path: Path) -> list[int]:
     return [size, checksum]
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _flush_all(paths: list[Path]) -> None:
     """Flush files together: a disk that is asked for a hundred at once writes them in a few goes.
 
@@ -331,7 +327,7 @@ def _flush_all(paths: list[Path]) -> None:
     with a hundred participants.
     """
     with ThreadPoolExecutor(_FLUSHED_TOGETHER) as threads:
-        for _ in threads.map(_flush, paths):  # raises what a thread raised
+        for _ in threads.map(flush, paths):  # raises what a thread raised
             pass
 
 

@@ -156,7 +156,7 @@ class RunFolder:
             if self.manifest().get("plain"):
                 self.load_predictions()
             return len(self.load_certificates()) > 0
-        except StoreError:
+        except (StoreError, StoreMismatch):
             return False
 
     def check(self, spec_hash: str, overwrite: bool = False) -> None:
@@ -250,8 +250,15 @@ class RunFolder:
         """All clients' certificates.
 
         Raises:
-            StoreError: there are none, or the file is damaged.
+            StoreMismatch: the clients kept theirs. StoreError: there are none, or the file is
+                damaged.
         """
+        if self.curves.is_file() and not self.certificates.is_file():
+            raise StoreMismatch(
+                f"{self.path} holds no certificates: its clients certified on their own machines "
+                "and kept them. This can be done where they are, or with clients that share rows "
+                '(`share = "rows"`); `certifl report` shows what was told.'
+            )
         try:
             return Certificates.load(self.certificates)
         except (InputError, OSError) as error:

@@ -23,7 +23,7 @@ from certifl.certification.settings import Settings
 from certifl.certification.votes import VoteCounter
 from certifl.data import to_float
 from certifl.errors import StoreError
-from certifl.models import fingerprint
+from certifl.models import code_fingerprint, fingerprint
 from certifl.perturbations import Perturbation
 from certifl.store.atomic import load_tensors, save_tensors, tensor_metadata
 
@@ -145,7 +145,7 @@ def _certified(
 ) -> Certificates:
     perturbation, settings = question.perturbation, question.settings
     facts = conditions(perturbation, settings, network, question.seed, model, question.data)
-    saver = _Saver(job.saved, _votes_key(job, facts))
+    saver = _Saver(job.saved, _votes_key(job, facts, code_fingerprint(model)))
     votes = saver.load() or engine.fresh(len(job.index), network.classes)
 
     def after_wave(votes: Votes) -> None:
@@ -168,10 +168,16 @@ def _certified(
     )
 
 
-def _votes_key(job: Job, facts: Mapping[str, Any]) -> str:
-    """A name of the votes asked for: another image, noise, network or look makes another."""
+def _votes_key(job: Job, facts: Mapping[str, Any], code: str) -> str:
+    """A name of the votes asked for: another image, noise, network or look makes another.
+
+    Votes of two functions must never be counted together, and a network of somebody's own may
+    change with its code while its weights stay: so its code is part of the name.
+    """
     same = {name: value for name, value in facts.items() if name not in _MAY_DIFFER}
     same["torch"] = facts["versions"]["torch"]  # another version may round the network otherwise
+    if code:
+        same["code"] = code
     images = [job.index.tolist(), job.labels.tolist()]
     text = json.dumps([same, images], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from certifl.data import (
     ClientIndices,
@@ -19,8 +20,10 @@ from certifl.data.readers import ColumnNames
 from certifl.errors import StoreMismatch
 from certifl.spec import Spec, load_stored
 from certifl.store.runs import RunFolder
+from certifl.work.labels import label_of
+from certifl.work.networks import code_folder
 
-__all__ = ["asked_columns", "finished_run", "load_data", "open_data", "run_spec"]
+__all__ = ["asked_columns", "finished_run", "load_data", "open_data", "run_spec", "study_facts"]
 
 
 def asked_columns(spec: Spec) -> ColumnNames:
@@ -94,3 +97,19 @@ def run_spec(folder: RunFolder) -> Spec:
         StoreError: it is missing or damaged.
     """
     return load_stored(folder.spec)
+
+
+def study_facts(spec: Spec) -> dict[str, Any]:
+    """What the record of a run says about its study, wherever the clients are."""
+    algorithm = spec.build_algorithm()
+    return {
+        "name": spec.name,
+        "regime": algorithm.name,
+        "label": label_of(spec),
+        "deploys": algorithm.deploys,
+        "seed": spec.seed,
+        "clients": spec.clients.count,
+        "model": spec.model.name,
+        "code": code_folder(spec.model.name),
+        "training_hash": spec.training_hash(),
+    }

@@ -10,14 +10,32 @@ docs/privacy.md says what is not protected.
 
 from __future__ import annotations
 
-from certifl.federated.privacy.accounting import ACCOUNTANT, epsilon, noise_for
-from certifl.federated.privacy.allowed import SENDS_NOTHING, base_of, check_algorithm
+from certifl.federated.privacy.accounting import (
+    ACCOUNTANT,
+    composed,
+    epsilon,
+    noise_for,
+    steps_per_epoch,
+)
+from certifl.federated.privacy.allowed import (
+    SENDS_NOTHING,
+    base_of,
+    check_algorithm,
+    finetuning_epochs,
+)
 from certifl.federated.privacy.clients import ClientLevel
-from certifl.federated.privacy.example import ExampleLevel
+from certifl.federated.privacy.example import ExampleLevel, PrivatePasses
 from certifl.federated.privacy.ledger import ClientLedger, ExampleLedger, Ledger
 from certifl.federated.privacy.networks import check_network
 from certifl.federated.privacy.noise import derived_key
 from certifl.federated.privacy.plan import Budget, plan_clients, plan_examples
+from certifl.federated.privacy.releases import (
+    Pass,
+    Release,
+    conflict,
+    released_epsilon,
+    released_steps,
+)
 
 __all__ = [
     "ACCOUNTANT",
@@ -28,12 +46,21 @@ __all__ = [
     "ExampleLedger",
     "ExampleLevel",
     "Ledger",
+    "Pass",
+    "PrivatePasses",
+    "Release",
     "base_of",
     "check_algorithm",
     "check_network",
+    "composed",
+    "conflict",
     "derived_key",
     "epsilon",
+    "finetuning_epochs",
     "noise_for",
     "plan_clients",
     "plan_examples",
+    "released_epsilon",
+    "released_steps",
+    "steps_per_epoch",
 ]

@@ -19,6 +19,7 @@ import functools
 import importlib
 import math
 import warnings
+from collections.abc import Mapping
 from types import ModuleType
 
 import numpy as np
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from certifl.errors import SpecError
 from certifl.federated.batches import batch_bounds
 
-__all__ = ["ACCOUNTANT", "epsilon", "grad_sample", "noise_for", "steps_per_epoch"]
+__all__ = ["ACCOUNTANT", "composed", "epsilon", "grad_sample", "noise_for", "steps_per_epoch"]
 
 ACCOUNTANT = "rdp"
 # Where the minimum over orders is looked for: every order gives a bound that holds.
@@ -77,16 +78,32 @@ def epsilon(noise_multiplier: float, rate: float, steps: int, delta: float) -> f
     Returns:
         An upper bound, exact to about the distance between the orders it is minimised over.
     """
-    if steps == 0:
+    return composed({(noise_multiplier, rate): steps}, delta)
+
+
+def composed(steps: Mapping[tuple[float, float], int], delta: float) -> float:
+    """The loss of privacy after steps of several kinds, whose divergences add up.
+
+    Args:
+        steps: how many, by (noise multiplier z, sampling rate q); every step has a sample and
+            noise of its own.
+        delta: probability of the guarantee to fail.
+
+    Returns:
+        An upper bound on epsilon; infinity where a step had no noise.
+    """
+    taken = {kind: count for kind, count in steps.items() if count}
+    if not taken:
         return 0.0
-    if noise_multiplier == 0:
+    if any(noise_multiplier == 0 for noise_multiplier, _ in taken):
         return math.inf
     analysis = _opacus("opacus.accountants.analysis.rdp")
+    kinds = [count * _divergences(*kind) for kind, count in taken.items()]
     with warnings.catch_warnings():
         # At either end of the orders the bound could be smaller, and holds as it is.
         warnings.filterwarnings("ignore", message="Optimal order is the")
         spent, _ = analysis.get_privacy_spent(
-            orders=_ORDERS, rdp=steps * _divergences(noise_multiplier, rate), delta=delta
+            orders=_ORDERS, rdp=functools.reduce(np.add, kinds), delta=delta
         )
     return max(0.0, float(spent))
 

@@ -13,7 +13,14 @@ from typing import Any
 
 from certifl.errors import SpecError
 
-__all__ = ["ALLOWED", "SENDS_NOTHING", "base_of", "check_algorithm", "epochs_per_round"]
+__all__ = [
+    "ALLOWED",
+    "SENDS_NOTHING",
+    "base_of",
+    "check_algorithm",
+    "epochs_per_round",
+    "finetuning_epochs",
+]
 
 SENDS_NOTHING = ("local",)
 
@@ -75,3 +82,8 @@ def epochs_per_round(algorithm: Mapping[str, Any], local_epochs: int) -> int:
     if base["name"] == "fedrep" and base.get("head") != "":
         return base["head_epochs"] + local_epochs
     return local_epochs
+
+
+def finetuning_epochs(algorithm: Mapping[str, Any]) -> int:
+    """How many passes a client takes after the schedule, for a model that stays with it."""
+    return algorithm["epochs"] if algorithm["name"] == "personalized" else 0

@@ -94,6 +94,7 @@ class ClientLevel:
         for update in updates:
             for name, change in self._clipped(update, start).items():
                 total[name] += change
+            del update  # or it would be held while the next one arrives
         std = self.noise_multiplier * self.max_norm
         noisy = add_noise(total, std, self.key, "round", broadcast.round)
         expected = self.rate * self.clients

@@ -46,7 +46,8 @@ def clipped_sum(
         max_norm: C; infinity = no clipping.
 
     Returns:
-        The sum by parameter, and how the batch went.
+        The sum by parameter, and how the batch went; a loss that is not finite counts as zero, or
+        one image could make the training fail, which others see.
     """
     some = next(iter(parameters.values()))
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
@@ -124,4 +125,6 @@ def _of_one(
 
 def _outcome(loss: torch.Tensor, logits: torch.Tensor, batch: Batch) -> Outcome:
     with torch.no_grad():
-        return Outcome(loss.detach() * len(batch), (logits.argmax(1) == batch.labels).sum())
+        total = loss.detach() * len(batch)
+        total = torch.where(total.isfinite(), total, torch.zeros_like(total))
+        return Outcome(total, (logits.argmax(1) == batch.labels).sum())

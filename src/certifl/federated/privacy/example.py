@@ -32,7 +32,7 @@ from certifl.federated.privacy.clipping import clipped_sum
 from certifl.federated.privacy.noise import add_noise, derived_key
 from certifl.models import fingerprint
 
-__all__ = ["NO_SECOND_GRADIENT", "ExampleLevel", "PrivateBench", "PrivatePasses"]
+__all__ = ["NO_SECOND_GRADIENT", "ExampleLevel", "PrivateBench", "PrivatePasses", "Watch"]
 
 NO_SECOND_GRADIENT = (
     'privacy.kind = "example" allows one gradient per batch, and this algorithm takes another: '
@@ -52,11 +52,13 @@ class ExampleLevel:
         max_norm: C, the length to which each image's gradient is clipped.
         noise_multiplier: z, one for all clients, or one for each.
         key: secret of the draws; whoever has it can take the noise away.
+        watch: is told of all passes before they look at an image, and may refuse them by raising.
     """
 
     max_norm: float
     noise_multiplier: float | tuple[float, ...]
     key: bytes = field(repr=False)
+    watch: Watch | None = field(default=None, repr=False, compare=False)
 
     kind: ClassVar[str] = "example"
 
@@ -91,8 +93,11 @@ class ExampleLevel:
         """
         key = derived_key(self.key, data.client, round, names, fingerprint(start))
         steps = steps_per_epoch(len(data), batch_size)
-        std = self.multiplier(data.client) * self.max_norm
-        return PrivatePasses(len(data), steps, self.max_norm, std, key)
+        multiplier = self.multiplier(data.client)
+        made = PrivatePasses(len(data), steps, self.max_norm, multiplier * self.max_norm, key)
+        if self.watch is not None:
+            self.watch(derived_key(key, "name").hex(), multiplier, made)
+        return made
 
 
 class PrivatePasses:
@@ -119,6 +124,11 @@ class PrivatePasses:
             inside = self._drawn.random(self._images) < 1 / self.steps
             yield torch.from_numpy(inside.nonzero()[0]).to(device)
 
+    @property
+    def sums(self) -> int:
+        """How many noisy sums were taken so far."""
+        return self._sums
+
     def metrics(self) -> dict[str, float]:
         """What may be told: how many noisy sums were taken. Loss and accuracy may not."""
         return {"private_steps": self._sums}
@@ -141,6 +151,11 @@ class PrivatePasses:
         self._taken, self._sums = self._batches, self._sums + 1
         expected = self._images / self.steps
         return {name: value / expected for name, value in noisy.items()}, outcome
+
+
+Watch = Callable[[str, float, PrivatePasses], None]
+"""Called with the name of the passes' draws (which tells nothing of their key), z, and the passes.
+Passes of one name have one sample, and one noise for equal sums."""
 
 
 class PrivateBench(Bench):

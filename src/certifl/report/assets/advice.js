@@ -1,6 +1,6 @@
 // Which regime for which client, at the accuracy that a client accepts. The numbers, intervals and
 // texts come with the page; only the choice among the regimes that reach the accuracy is made here.
-(() => {
+parts.push((data) => {
   const { regime, put } = drawing;
   const advice = data.advice;
   if (!advice) return;
@@ -99,4 +99,4 @@
   }
   slider.value = "0";
   slider.addEventListener("input", show);
-})();
+});

@@ -1,5 +1,7 @@
 "use strict";
-const data = JSON.parse(document.getElementById("report-data").textContent);
+const report = JSON.parse(document.getElementById("report-data").textContent);
+// Begun once for every panel, with its numbers and a way to ask to be drawn anew in another width.
+const parts = [];
 
 // Shapes and axes that all charts of the page are made of.
 const drawing = (() => {

@@ -1,5 +1,5 @@
 // Curves, average certified radii and training, with everything that can be switched.
-(() => {
+parts.push((data, fit) => {
   const { shape, trace, tenths, ticks, tickText, board, axes, regime, each } = drawing;
   const state = {
     unit: 0, shares: false, band: document.getElementById("show-band").defaultChecked, lines: false, radius: Math.floor(data.radii.length / 4),
@@ -180,11 +180,8 @@
   each("[data-accuracy]", (radio) => radio.addEventListener("change", () => { state.shares = radio.dataset.accuracy === "1"; drawCurves(); }));
   each("#show-band", (box) => box.addEventListener("change", () => { state.band = box.checked; drawCurves(); }));
   each("#show-clients", (box) => box.addEventListener("change", () => { state.lines = box.checked; drawCurves(); }));
-  let width = document.body.clientWidth;
-  new ResizeObserver(() => {
-    if (document.body.clientWidth !== width) { width = document.body.clientWidth; drawAll(); }
-  }).observe(document.body);
+  fit(drawAll);
   // A browser may have kept the boxes of an earlier visit; the page starts with all of them as written.
   each("input", (box) => { if (box.type === "checkbox" || box.type === "radio") box.checked = box.defaultChecked; });
   drawAll();
-})();
+});

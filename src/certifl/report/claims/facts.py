@@ -167,6 +167,9 @@ def find_runs(places: Iterable[str | Path]) -> tuple[list[StudyRun], list[str]]:
                     f"{folder} was left out: its clients certify perturbations of their own."
                 )
                 continue
+            if not named and results.told:
+                notes.append(f"{folder} was left out: its clients told curves, no single images.")
+                continue
             runs.append(read_run(results))
     return runs, notes
 
@@ -201,7 +204,7 @@ def read_run(results: RunResults) -> StudyRun:
     """A run with its facts.
 
     Raises:
-        StoreMismatch: its clients certify perturbations of their own.
+        StoreMismatch: its clients certify perturbations of their own, or told curves alone.
         StoreError: the stored spec is no TOML, or does not say what a run is.
     """
     if has_own_perturbations(results):
@@ -209,6 +212,12 @@ def read_run(results: RunResults) -> StudyRun:
             f"{results.folder} cannot be held against the paper's claims: its clients certify "
             "perturbations of their own, and the claims are about one perturbation for all. Leave "
             "this run out; `certifl report` shows it."
+        )
+    if results.told:
+        raise StoreMismatch(
+            f"{results.folder} cannot be held against the paper's claims: they are tested image "
+            "by image, and its clients told curves and kept the certificates of their images. "
+            'Leave this run out, or repeat it with clients that share rows (`share = "rows"`).'
         )
     try:
         spec = tomllib.loads(results.spec)

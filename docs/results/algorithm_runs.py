@@ -1,0 +1,66 @@
+"""One run of docs/results/algorithms.md, made where it is missing."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from algorithm_study import BASELINE, Study
+from certifl.data import to_float
+from certifl.experiments.run import Options, run
+from certifl.spec import Spec
+from certifl.store.atomic import write_json
+from certifl.store.runs import RunFolder
+from certifl.work.networks import trained_model
+from certifl.work.parts import open_data
+
+__all__ = ["CLEAN", "SECONDS", "compute", "ready"]
+
+CLEAN = "clean.json"
+SECONDS = "processor_seconds"
+
+
+def ready(study: Study, runs: Path) -> bool:
+    """Whether a run is finished, with its accuracy on undisturbed images.
+
+    Raises:
+        StoreMismatch: its folder holds something else.
+    """
+    folder = RunFolder(study.place(runs))
+    folder.check(study.spec().hash())
+    return folder.finished() and (folder.path / CLEAN).exists()
+
+
+def compute(study: Study, runs: Path, data_dir: Path) -> None:
+    """The run, and beside it how often its deployed networks are right on images as they are.
+
+    A run made in one go also tells its seconds of processor time, which other work on the machine
+    hardly changes.
+    """
+    started = time.process_time()
+    folder, spec = study.place(runs), study.spec()
+    base = Study(study.perturbation, BASELINE, study.split, study.seed).place(runs)
+    whole = not folder.exists()
+    siblings = (base,) if study.algorithm == "personalized" else ()
+    options = Options(folder, data_dir, device="cpu", siblings=siblings, explore=False)
+    finished = run(spec, options)
+    if not (folder / CLEAN).exists():
+        right, images = _clean(finished, spec, data_dir)
+        spent = {SECONDS: round(time.process_time() - started, 3)} if whole else {}
+        write_json(folder / CLEAN, {"right": right, "images": images, **spent})
+
+
+@torch.no_grad()
+def _clean(folder: RunFolder, spec: Spec, data_dir: Path) -> tuple[int, int]:
+    """Test images, undisturbed, that the clients' networks classify correctly, and all of them."""
+    dataset, partition = open_data(spec, data_dir)
+    right = images = 0
+    for client, part in enumerate(partition.clients):
+        if len(part.test):
+            test = dataset.test.take(part.test)
+            logits = trained_model(folder, spec, client)(to_float(test.images))
+            right += int((logits.argmax(1) == test.labels).sum())
+            images += len(test.labels)
+    return right, images

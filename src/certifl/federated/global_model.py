@@ -1,0 +1,85 @@
+"""What algorithms with a global model share: a client's round from it, its average, a pull to it.
+
+An algorithm composes these and says in its own file what is special about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from certifl.federated.averaging import average_models
+from certifl.federated.base import ClientData, ClientState, ModelState, ServerState, Update
+
+if TYPE_CHECKING:
+    from certifl.federated.client import GradientHook, LocalTraining, Step
+
+__all__ = ["averaged", "held_near", "trained_and_sent"]
+
+
+def trained_and_sent(
+    broadcast: ServerState,
+    client_state: ClientState,
+    data: ClientData,
+    training: LocalTraining,
+    *,
+    hook: GradientHook | None = None,
+    step: Step | None = None,
+) -> tuple[Update, ClientState]:
+    """A client's round of federated averaging: train the global model and send the result.
+
+    Args:
+        broadcast: its part "model" is where the client starts.
+        client_state: momentum that the client kept, or nothing.
+        data: the client's images.
+        training: the schedule's passes.
+        hook: changes gradients before each step.
+        step: what is done with each batch; None = gradient, hook, optimiser.
+
+    Returns:
+        The update with the whole model and weight n; momentum to keep where the schedule says so.
+    """
+    trained = training.passes(
+        broadcast.parts["model"],
+        data,
+        broadcast.round,
+        momentum=client_state.parts.get("momentum"),
+        hook=hook,
+        step=step,
+    )
+    update = Update(data.client, len(data), trained.state, trained.metrics)
+    return update, ClientState(trained.kept)
+
+
+def averaged(
+    server_state: ServerState, updates: Iterable[Update], weighting: str = "uniform"
+) -> ServerState:
+    """The next round's global model: the average of those that arrived, the old one if none did.
+
+    Args:
+        server_state: before the round.
+        updates: in client order; each is dropped before the next is asked for.
+        weighting: "uniform" (1/n) or "size" (by number of training images).
+    """
+    average = average_models(updates, weighting)
+    parts = server_state.parts if average is None else {"model": average}
+    return ServerState(server_state.round + 1, parts)
+
+
+def held_near(centre: ModelState, mu: float) -> GradientHook | None:
+    """Adds mu (theta - centre) to the gradient of theta; nothing to add at mu = 0.
+
+    Args:
+        centre: on the device of the passes (`LocalTraining.on_device`).
+        mu: weight of the proximal term mu/2 ||theta - centre||^2.
+    """
+    if mu == 0:
+        return None
+
+    def hook(name: str, parameter: nn.Parameter) -> None:
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter - centre[name], alpha=mu)
+
+    return hook

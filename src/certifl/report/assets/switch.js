@@ -1,0 +1,68 @@
+// One panel for each perturbation of the page. Panels name their parts alike, so only the panel that
+// is shown is in the document; its charts are made when it is first shown, and kept.
+(() => {
+  const panels = [...document.querySelectorAll("[data-panel]")], tabs = [...document.querySelectorAll("[role=tab]")];
+  const fits = panels.map(() => null), drawnAt = panels.map(() => 0);
+  let shown = 0;
+
+  panels.forEach((panel, place) => {
+    if (!place) return;
+    const bare = (name) => panel.querySelectorAll(`[${name}]`).forEach((part) => part.setAttribute(name, part.getAttribute(name).replace(/--\d+$/, "")));
+    ["id", "for", "aria-describedby"].forEach(bare);
+    panel.remove();
+  });
+
+  function draw(place) {
+    if (!fits[place]) {
+      fits[place] = [];
+      parts.forEach((begin) => begin(report.groups[place], (act) => fits[place].push(act)));
+    } else if (drawnAt[place] !== document.body.clientWidth) fits[place].forEach((act) => act());
+    drawnAt[place] = document.body.clientWidth;
+  }
+  // Whoever switches while reading a section reads on in the same section of the other panel.
+  function reading() {
+    const sections = [...panels[shown].querySelectorAll("section[id]")].filter((one) => one.getBoundingClientRect().top < innerHeight / 2);
+    return sections.length ? sections[sections.length - 1] : null;
+  }
+  function show(place) {
+    const before = reading(), top = before ? before.getBoundingClientRect().top : 0, from = shown;
+    tabs.forEach((tab, at) => {
+      tab.setAttribute("aria-selected", String(at === place));
+      tab.tabIndex = at === place ? 0 : -1;
+      if (at === place) tab.setAttribute("aria-controls", panels[place].id);
+      else tab.removeAttribute("aria-controls");
+    });
+    if (place === from) return;
+    panels[from].replaceWith(panels[place]);
+    shown = place;
+    draw(place);
+    tabs[place].scrollIntoView({ block: "nearest", inline: "nearest" });
+    const after = before && panels[place].querySelector(`#${before.id}`);
+    if (after) scrollBy(0, after.getBoundingClientRect().top - top);
+  }
+  const named = () => panels.findIndex((panel) => panel.id && `#${panel.id}` === location.hash);
+
+  tabs.forEach((tab, place) => {
+    tab.addEventListener("click", () => show(place));
+    tab.addEventListener("keydown", (event) => {
+      const last = tabs.length - 1;
+      const to = { ArrowRight: place + 1, ArrowLeft: place - 1, Home: 0, End: last }[event.key];
+      if (to === undefined) return;
+      event.preventDefault();
+      const next = (to + tabs.length) % tabs.length;
+      show(next);
+      tabs[next].focus();
+    });
+  });
+  addEventListener("hashchange", () => {
+    if (named() < 0) return;
+    show(named());
+    panels[shown].scrollIntoView();
+  });
+  document.querySelectorAll(".tabs").forEach((bar) => { bar.hidden = false; });
+  draw(0);
+  show(Math.max(0, named()));
+  new ResizeObserver(() => {
+    if (drawnAt[shown] !== document.body.clientWidth) draw(shown);
+  }).observe(document.body);
+})();

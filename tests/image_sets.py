@@ -1,0 +1,57 @@
+"""Data sets on disk, in the layouts that are read."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import struct
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+
+def png(pixels):
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def pixels_for(count, shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
+
+
+def write_table(file, images, columns, features=None):
+    """A parquet file as the hub writes it: an image column, other columns, feature metadata."""
+    values = [{"bytes": png(image), "path": None} for image in images]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({"image": pa.array(values, kind), **columns})
+    if features:
+        text = json.dumps({"info": {"features": {"image": {"_type": "Image"}, **features}}})
+        table = table.replace_schema_metadata({"huggingface": text})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, file)
+
+
+def write_set(
+    folder, shape=(9, 12), count=12, test="test", features=None, columns=None, classes=3
+):
+    for split, seed in (("train", 0), (test, 1)):
+        labels = {"label": np.arange(count) % classes}
+        write_table(
+            folder / f"{split}-00000-of-00001.parquet",
+            pixels_for(count, shape, seed),
+            labels if columns is None else columns,
+            features,
+        )
+
+
+def write_idx(folder, split, end, count):
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = gzip.open if end else open
+    with opened(folder / f"{split}-images-idx3-ubyte{end}", "wb") as file:
+        file.write(struct.pack(">IIII", 0x803, count, 9, 8) + pixels_for(count, (9, 8)).tobytes())
+    with opened(folder / f"{split}-labels-idx1-ubyte{end}", "wb") as file:
+        file.write(struct.pack(">II", 0x801, count) + bytes(i % 10 for i in range(count)))

@@ -1,0 +1,107 @@
+"""Claims about run folders: what is read, refused, written and shown."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from certifl.cli import app
+from certifl.errors import InputError, StoreError, StoreMismatch
+from certifl.report import check_claims, write_claims
+from certifl.report.claims import CLAIMS
+from certifl.report.claims.render import as_json, as_markdown, claim_rows, explanation
+from claims_factory import (
+    DRAWS,
+    pair,
+    write,
+)
+
+# Folders and files -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    place = tmp_path_factory.mktemp("study")
+    for one in pair(0.4, 0.55):
+        write(place, one)
+    return place
+
+
+def test_a_study_folder_and_its_runs_give_the_same_report(study):
+    whole = as_json(check_claims([study], DRAWS))
+    named = as_json(check_claims(sorted((study / "runs").iterdir()), DRAWS))
+    assert whole == named
+    assert whole["runs"] == 2
+    again = as_json(check_claims([study, study], DRAWS))
+    assert again == whole  # a run that is named twice counts once, and nothing is random
+
+
+def test_unfinished_runs_of_a_study_are_left_out_and_named(tmp_path):
+    one, two = pair(0.4, 0.55)
+    write(tmp_path, one)
+    place = write(tmp_path, two, status="running")
+    report = check_claims([tmp_path], DRAWS)
+    assert report.runs == 1
+    assert any(str(place) in note for note in report.notes)
+    with pytest.raises(StoreMismatch, match="not finished"):
+        check_claims([place], DRAWS)
+
+
+def test_a_folder_without_runs_and_a_damaged_spec_are_refused(tmp_path):
+    with pytest.raises(StoreMismatch, match="holds no run"):
+        check_claims([tmp_path])
+    place = write(tmp_path, pair(0.4, 0.5)[0])
+    (place / "spec.toml").write_text("seed = 0\n")
+    with pytest.raises(StoreError, match="does not say what the run was"):
+        check_claims([place])
+
+
+def test_json_and_markdown_hold_every_claim(study, tmp_path):
+    report = check_claims([study], DRAWS)
+    held = json.loads(write_claims(report, tmp_path / "claims.json").read_text())
+    assert [one["claim"] for one in held["claims"]] == [one.name for one in CLAIMS]
+    text = write_claims(report, tmp_path / "claims.md").read_text()
+    assert text == as_markdown(report)
+    assert all(f"## {one.name}: " in text for one in CLAIMS)
+    tested = next(one for one in held["claims"] if one["claim"] == "4.1 (ii)")
+    comparison = tested["comparisons"][0]
+    assert comparison["low"] < comparison["estimate"] < comparison["high"]
+    assert comparison["verdict"] == "supported"
+    with pytest.raises(InputError, match=r"\.json or \.md"):
+        write_claims(report, tmp_path / "claims.txt")
+
+
+def test_rows_say_how_sure_and_how_many(study):
+    report = check_claims([study], DRAWS)
+    row = next(r for r in claim_rows(report) if r["claim"] == "4.1 (ii)")
+    assert (row["images"], row["clients"], row["comparisons"]) == ("400", "10", 1)
+    assert row["words"].startswith("Supported: FedAvg minus Local is +")
+    assert "say nothing about training again" in " ".join(explanation(report))
+
+
+def test_printed_intervals_hold_the_numbers_they_stand_for(study):
+    report = check_claims([study], DRAWS)
+    for row, result in zip(claim_rows(report), report.results, strict=True):
+        if len(result.judged) == 1:
+            low, high = (float(end) / 100 for end in row["interval"].split(" to "))
+            assert low <= result.judged[0].together[0] + 1e-9
+            assert high >= result.judged[0].together[1] - 1e-9
+
+
+def test_the_command_shows_verdicts_and_writes_them(study, tmp_path):
+    target = tmp_path / "claims.json"
+    done = CliRunner().invoke(app, ["claims", str(study), "--out", str(target)])
+    assert done.exit_code == 0, done.output
+    assert "4.1 (ii)" in done.output
+    assert "supported" in done.output
+    assert json.loads(target.read_text())["runs"] == 2
+
+
+def test_every_claim_says_what_it_measures_and_when_it_holds():
+    assert len({one.name for one in CLAIMS}) == len(CLAIMS) == 17
+    for one in CLAIMS:
+        assert one.sentence
+        assert one.hypothesis
+        assert one.rule.startswith("supported if")

@@ -1,0 +1,204 @@
+"""Commands about a finished run: the same again, report, verify, damage of every kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tiny_study as tiny
+from certifl.certification import Certificates
+from certifl.experiments.run import Options, run
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+# A finished run.
+
+
+def test_the_same_command_again_returns_at_once_and_changes_nothing(finished: Path) -> None:
+    before = tiny.files(finished)
+    again = tiny.cli("run", finished.parent / "tiny.toml", "--out", finished)
+    again.fine("FedAvg", "ACR", "Report:")
+    assert "training" not in again.err
+    assert tiny.files(finished) == before
+
+
+def test_another_spec_is_refused_and_changes_nothing(finished: Path) -> None:
+    before = tiny.files(finished)
+    spec = finished.parent / "tiny.toml"
+    other = tiny.cli("run", spec, "--out", finished, "--set", "seed=1")
+    other.refused("another study", "--out", "--overwrite")
+    assert tiny.files(finished) == before
+
+
+def test_everything_is_on_record(finished: Path) -> None:
+    manifest = json.loads((finished / "run.json").read_text())
+    assert manifest["status"] == "finished"
+    assert manifest["command"].startswith("certifl run ")
+    assert {"torch", "certifl", "python"} <= set(manifest["versions"])
+    assert manifest["data"]["image_size"] == [8, 8]
+    for name in ("spec.toml", "partition.json", "history.jsonl", "report.html"):
+        assert (finished / name).stat().st_size > 0
+    figures = {path.suffix for path in (finished / "figures").iterdir()}
+    assert {".png", ".pdf"} <= figures
+    assert not list(finished.rglob("*.tmp"))
+
+
+def test_a_lost_report_is_written_again_by_the_same_command(copied: Path) -> None:
+    (copied / "report.html").unlink()
+    tiny.cli("run", copied.parent / "tiny.toml", "--out", copied).refused("no spec")
+    spec = tiny.write_spec(copied.parent)
+    tiny.cli("run", spec, "--out", copied).fine("Report:")
+    assert (copied / "report.html").is_file()
+
+
+def test_report_on_several_runs(finished: Path, tmp_path: Path) -> None:
+    again = shutil.copytree(finished, tmp_path / "again")
+    page = tmp_path / "pages" / "both.html"
+    tiny.cli("report", finished, again, "--out", page).fine("Report:", "FedAvg")
+    text = page.read_text()
+    assert "http://" not in text.replace("http://www.w3.org", "")
+    assert "https://" not in text
+
+
+def test_report_on_what_is_no_finished_run(copied: Path, tmp_path: Path) -> None:
+    tiny.cli("report", tmp_path / "none").refused("holds no run")
+    manifest = json.loads((copied / "run.json").read_text())
+    (copied / "run.json").write_text(json.dumps({**manifest, "status": "running"}))
+    tiny.cli("report", copied).refused("not finished", "certifl run")
+    tiny.cli("verify", copied).refused("not finished")
+
+
+def test_list_names_what_exists() -> None:
+    tiny.cli("list").fine("digits", "small_cnn", "mixture", "smooth_flow", "sequential")
+
+
+# Verify.
+
+
+def test_verify_passes_on_an_honest_run(finished: Path) -> None:
+    tiny.cli("verify", finished).fine("12 certificates follow from their votes")
+    tiny.cli("verify", finished / "certificates.parquet").fine("12 certificates")
+
+
+def raise_a_radius(run: Path) -> None:
+    file = run / "certificates.parquet"
+    held = Certificates.load(file)
+    row = int(np.argmax(~held.abstained))
+    radius = held.radius.copy()
+    radius[row] = np.nextafter(radius[row], 1.0) if radius[row] else 0.01
+    dataclasses.replace(held, radius=radius).save(file)
+
+
+def move_a_vote(run: Path) -> None:
+    file = run / "certificates.parquet"
+    held = Certificates.load(file)
+    row = int(np.argmax(held.radius))
+    counts = held.counts.copy()
+    counts[row, held.predicted[row]] -= 1
+    counts[row, (held.predicted[row] + 1) % counts.shape[1]] += 1
+    dataclasses.replace(held, counts=counts).save(file)
+
+
+def edit_the_spec(run: Path) -> None:
+    text = (run / "spec.toml").read_text()
+    (run / "spec.toml").write_text(text.replace("lr = 0.05", "lr = 0.06"))
+
+
+def loosen_alpha(run: Path) -> None:
+    text = (run / "spec.toml").read_text()
+    (run / "spec.toml").write_text(text.replace("alpha = 0.001", "alpha = 0.01"))
+
+
+def drop_a_client(run: Path) -> None:
+    file = run / "certificates.parquet"
+    held = Certificates.load(file)
+    held.of_client(0).save(file)
+
+
+def break_the_certificates(run: Path) -> None:
+    content = (run / "certificates.parquet").read_bytes()
+    (run / "certificates.parquet").write_bytes(content[: len(content) // 2])
+
+
+def lose_the_certificates(run: Path) -> None:
+    (run / "certificates.parquet").unlink()
+
+
+def break_the_spec(run: Path) -> None:
+    (run / "spec.toml").write_text("seed = = 1")
+
+
+def break_the_manifest(run: Path) -> None:
+    (run / "run.json").write_text('{"status": "fin')
+
+
+def empty_the_manifest(run: Path) -> None:
+    (run / "run.json").write_text("[]")
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (raise_a_radius, "larger than"),
+        (move_a_vote, "larger than"),
+        (edit_the_spec, "spec.toml was changed"),
+        (loosen_alpha, "alpha = 0.001"),
+        (tiny.replace_a_checkpoint, "damaged"),
+        (drop_a_client, "some clients have no certificates"),
+        (break_the_certificates, "certificates.parquet"),
+        (lose_the_certificates, "certificates.parquet"),
+        (break_the_spec, "spec.toml is damaged"),
+        (break_the_manifest, "run.json is damaged"),
+        (empty_the_manifest, "run.json is damaged"),
+    ],
+)
+def test_verify_fails_on_a_run_that_was_tampered_with(harm, says: str, copied: Path) -> None:
+    harm(copied)
+    answer = tiny.cli("verify", copied)
+    assert answer.code == 1
+    assert says in answer.err
+    assert "follow from their votes" not in answer.out
+
+
+def test_a_checkpoint_replaced_together_with_its_checksum_is_noticed(copied: Path) -> None:
+    """Somebody puts a whole committed round of another training into the folder."""
+    run(tiny.spec("training.lr=0.04"), Options(copied.parent / "other"))
+    training = copied / "checkpoints" / "training"
+    shutil.rmtree(training)
+    shutil.copytree(copied.parent / "other" / "checkpoints" / "training", training)
+    answer = tiny.cli("verify", copied)
+    assert answer.code == 1
+    assert "client 1: the stored model is not the one that was certified" in answer.err
+
+
+def test_verify_tells_of_every_run_it_is_given(finished: Path, copied: Path) -> None:
+    raise_a_radius(copied)
+    answer = tiny.cli("verify", copied, finished)
+    assert answer.code == 1
+    assert f"{finished}: 12 certificates" in answer.out
+
+
+@pytest.mark.parametrize("harm", [break_the_certificates, lose_the_certificates])
+def test_lost_certificates_come_back_from_the_votes(harm, finished: Path, copied: Path) -> None:
+    harm(copied)
+    votes = {k: v for k, v in tiny.files(copied).items() if "certification" in k}
+    tiny.cli("run", tiny.write_spec(copied.parent), "--out", copied).fine("ACR")
+    again = Certificates.load(copied / "certificates.parquet")
+    assert again.same_results(Certificates.load(finished / "certificates.parquet"))
+    assert {k: v for k, v in tiny.files(copied).items() if "certification" in k} == votes
+
+
+def test_a_damaged_manifest_stops_the_run_until_asked_to_overwrite(copied: Path) -> None:
+    break_the_manifest(copied)
+    spec = tiny.write_spec(copied.parent)
+    tiny.cli("run", spec, "--out", copied).refused("run.json is damaged", "--overwrite", code=1)
+    (copied / "old.txt").write_text("of the run that is replaced")
+    run(tiny.spec(), Options(copied, overwrite=True))
+    assert not (copied / "old.txt").exists()
+    tiny.cli("verify", copied).fine("12 certificates")

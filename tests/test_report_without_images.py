@@ -1,0 +1,116 @@
+"""Pages of private data: no pixel of a test image is in the file, and the page says so."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tiny_study as tiny
+from browser import Page
+from browsing import click, count, some_browser, tab_to, text
+from certifl.report import write_report
+from plane_factory import plane_runs
+from report_pages import data_of
+
+SAYS = "Test images are left out"
+# How files of pictures begin: PNG, JPEG, GIF, BMP, WebP.
+PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return plane_runs(tmp_path_factory.mktemp("private"))
+
+
+@pytest.fixture(scope="module")
+def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("page") / "report.html"
+    return write_report(runs, place, figures=False, images=False)
+
+
+browser = pytest.fixture(scope="module")(some_browser)
+
+
+def pictures_in(page: Path) -> list[bytes]:
+    """Everything in base64 that decodes to the beginning of a picture, or holds one."""
+    found = []
+    for block in re.findall(r"[A-Za-z0-9+/]{60,}={0,2}", page.read_text()):
+        bare = block.rstrip("=")
+        content = base64.b64decode(bare[: len(bare) // 4 * 4])
+        if content.startswith(PICTURES) or b"<image" in content or b"data:image" in content:
+            found.append(content[:20])
+    return found
+
+
+def held(run: Path) -> Iterator[str]:
+    """Every picture of a run's exploration, in base64."""
+    for image in json.loads((run / "explorer.json").read_text())["images"]:
+        yield from (walk["strip"] for walk in image["walks"])
+        if image.get("plane"):
+            yield image["plane"]["picture"]
+
+
+def test_no_pixel_of_an_image_is_in_the_file(runs, page, tmp_path):
+    shown = write_report(runs, tmp_path / "shown.html", figures=False)
+    assert len(pictures_in(shown)) >= 6  # they would be found
+    assert pictures_in(page) == []
+    content = page.read_text()
+    for picture in (one for run in runs for one in held(run)):
+        assert picture not in content
+        assert picture[40:100] not in content
+    assert not re.search(r"data:image/(?!svg\+xml)", content.split("<script>")[0])
+    names = set(re.findall(r'"(strip|picture|tile)":', content))
+    assert names == set()
+
+
+def test_the_page_says_so_and_keeps_what_was_voted(page):
+    assert SAYS in page.read_text()
+    explorer = data_of(page)["explorer"]
+    assert explorer["pictures"] is False
+    assert len(explorer["images"]) == 3
+    assert all(run["walks"][0]["winners"] for run in explorer["images"][0]["runs"])
+
+
+def test_whoever_writes_the_page_again_leaves_them_out_again(runs, page, tmp_path):
+    place = tmp_path / "report.html"
+    shutil.copy(page, place)
+    write_report(runs, place, figures=False)
+    assert place.read_bytes() == page.read_bytes()
+    write_report(runs, place, figures=False, images=True)
+    assert SAYS not in place.read_text()
+    assert len(pictures_in(place)) >= 6
+
+
+def test_the_explorer_works_without_pictures(browser: Page, page: Path) -> None:
+    browser.messages.clear()
+    browser.view(390, phone=True)
+    browser.open(page)
+    assert count(browser, "#explorer canvas") == 0
+    assert SAYS in text(browser, "#explorer")
+    click(browser, "#pictures label:nth-of-type(2) input")
+    before = text(browser, '[data-walker="1"] .walker-says')
+    browser.value(
+        "(s => { s.value = 0; s.dispatchEvent(new Event('input')); })"
+        "(document.getElementById('step'))"
+    )
+    assert text(browser, '[data-walker="1"] .walker-says') != before
+    click(browser, 'input[name="walk"][value="2"]')
+    tab_to(browser, "#pad")
+    browser.press("ArrowUp", 38)
+    assert text(browser, "#shift-text").startswith("0.1 up")
+    assert browser.value("document.documentElement.scrollWidth") == 390
+    assert browser.messages == []
+
+
+def test_the_command_leaves_them_out(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    tiny.cli("report", run, "--no-images").fine("Report:")
+    assert SAYS in (run / "report.html").read_text()
+    assert pictures_in(run / "report.html") == []
