@@ -199,3 +199,20 @@ def test_certify_goes_on_where_it_was_stopped_and_only_with_the_same_question(
     assert Certificates.load(out).same_results(Certificates.load(tmp_path / "narrow.parquet"))
     assert len(spent) < 4 * 6000 / 2048  # fewer waves than from the beginning
     assert not kept.exists()
+
+
+def test_votes_of_a_network_whose_code_changed_are_cast_again(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = ("--model", "small_cnn", "--weights", weights / "net.pt", "--data", "digits")
+    asked = ("certify", *net, "--images", "2", "--n", "200", "--device", "cpu")
+    kept: list[str] = []
+
+    def key_of(code: str) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(certifying, "code_fingerprint", lambda _: code)
+            patch.setattr(certifying._Saver, "save", lambda saver, _: kept.append(saver._key))
+            tiny.cli(*asked, "--out", tmp_path / f"{len(kept)}.parquet").fine()
+        return kept[-1]
+
+    assert key_of("") == key_of("") != key_of("another")

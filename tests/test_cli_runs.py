@@ -66,6 +66,18 @@ def test_report_on_several_runs(finished: Path, tmp_path: Path) -> None:
     assert "https://" not in text
 
 
+@pytest.mark.parametrize("page", ["page.pdf", "folder.html"])
+def test_a_report_is_a_file_html(finished: Path, tmp_path: Path, page: str) -> None:
+    (tmp_path / "folder.html").mkdir()
+    tiny.cli("report", finished, "--out", tmp_path / page).refused("a file .html", page)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.html"]
+
+
+def test_a_run_is_not_compared_with_itself(finished: Path, tmp_path: Path) -> None:
+    same = finished / ".." / finished.name
+    tiny.cli("report", finished, same, "--out", tmp_path / "p.html").refused("named twice")
+
+
 def test_report_on_what_is_no_finished_run(copied: Path, tmp_path: Path) -> None:
     tiny.cli("report", tmp_path / "none").refused("holds no run")
     manifest = json.loads((copied / "run.json").read_text())

@@ -1,7 +1,9 @@
 """Networks: sizes, seeds, states, and a person's own model."""
 
 import copy
+import importlib
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -256,3 +258,31 @@ def test_checking_leaves_modes_and_statistics_alone():
     models.check_logits(model, 1, 10, (8, 8))
     assert [m.training for m in model.modules()] == modes
     assert models.fingerprint(model) == before
+
+
+def _network(module: str) -> torch.nn.Module:
+    importlib.invalidate_caches()
+    sys.modules.pop(module, None)
+    return importlib.import_module(module).make()
+
+
+def test_the_code_of_a_network_is_seen_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    source = """
+import torch
+class Own(torch.nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.flatten(1)) * {}
+def make():
+    return Own(torch.nn.Linear(64, 10, bias=False))
+"""
+    file = tmp_path / "certifl_own_network.py"
+    prints = []
+    for factor in ("+1", "-1", "+1"):
+        file.write_text(source.format(factor))
+        prints.append(models.code_fingerprint(_network(file.stem)))
+    assert prints[0] == prints[2] != prints[1]
+    assert len(prints[0]) == 64
+    assert models.code_fingerprint(models.build("small_resnet", 3, 10, seed=0)) == ""
+    monkeypatch.delitem(sys.modules, file.stem)

@@ -25,8 +25,10 @@ from verdict_words import figure_claims, overview, tally
 
 HERE = Path(__file__).resolve().parent
 OTHERS = {
-    "first_runs.md": "First runs on MNIST and CIFAR-10",
     "algorithms.md": "All algorithms on MNIST",
+    "objectives.md": "Training objectives beside each other",
+    "privacy.md": "What privacy costs in certified accuracy",
+    "first_runs.md": "First runs on MNIST and CIFAR-10",
 }
 
 

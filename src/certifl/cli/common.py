@@ -15,6 +15,7 @@ __all__ = [
     "AnswerWithin",
     "DataDir",
     "Device",
+    "Devices",
     "Family",
     "Out",
     "Overwrite",
@@ -33,8 +34,9 @@ DataDir = Annotated[
     Path | None,
     typer.Option(help="Folder with data sets, <dir>/<name>/...; also the variable CERTIFL_DATA."),
 ]
-Device = Annotated[
-    str, typer.Option(help='"auto", "cpu", "cuda:1"; run and reproduce: several, "cuda:0,cuda:1".')
+Device = Annotated[str, typer.Option(help='"auto", "cpu" or one GPU, "cuda:1".')]
+Devices = Annotated[
+    str, typer.Option("--device", help='"auto", "cpu", "cuda:1", or several: "cuda:0,cuda:1".')
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there.")]
 Settings = Annotated[

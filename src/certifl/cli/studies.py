@@ -14,6 +14,7 @@ from certifl.cli.common import (
     AnswerWithin,
     DataDir,
     Device,
+    Devices,
     Out,
     Overwrite,
     Settings,
@@ -66,7 +67,7 @@ def run(
     set_: Settings = None,
     out: Out = None,
     data_dir: DataDir = None,
-    device: Device = "auto",
+    device: Devices = "auto",
     overwrite: Overwrite = False,
     track: Track = None,
     workers: Workers = 0,
@@ -128,7 +129,7 @@ def reproduce(
     set_: Settings = None,
     out: Out = None,
     data_dir: DataDir = None,
-    device: Device = "auto",
+    device: Devices = "auto",
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what would run and how long; write nothing.")
     ] = False,

@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Template
 
 from certifl._version import __version__
+from certifl.errors import InputError
 from certifl.report import background
 from certifl.report.compare import compare
 from certifl.report.explored import MOST_PICTURES
@@ -83,17 +84,29 @@ def write_report(
         The page's path. Equal results give an equal page.
 
     Raises:
+        InputError: the page is no .html file, or a run is named twice.
         StoreMismatch: a run that is missing or unfinished, or runs that cannot be compared.
         StoreError: a run that is damaged, or a place that cannot be written.
     """
+    page = Path(out_path)
+    _check_request(run_folders, page)
     runs = load_runs(run_folders)
-    page, groups = Path(out_path), apart(runs)
+    groups = apart(runs)
     if images is None:
         images = not _without_images(page)
     if figures:
         write_figures(runs, page.parent / "figures")
     write_text(page, _page(groups, page, title, images))
     return page
+
+
+def _check_request(runs: Sequence[str | Path | RunResults], page: Path) -> None:
+    if page.suffix.lower() not in (".html", ".htm") or page.is_dir():
+        raise InputError(f"A report is a file .html; got {str(page)!r}.")
+    folders = [Path(run).resolve() for run in runs if isinstance(run, str | Path)]
+    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
+    if twice is not None:
+        raise InputError(f"{twice} is named twice: compare a run with others.")
 
 
 def _without_images(page: Path) -> bool:

@@ -229,7 +229,8 @@ class RunFolder:
             handle = (self.path / _LOCK).open("a")
         except OSError as error:
             raise StoreError(
-                f"Cannot write to {self.path}: {error}. Choose another folder with --out."
+                f"Cannot write to {self.path}: {error}. Make it writable; commands that compute a "
+                "run also take another folder with --out."
             ) from error
         with handle:
             try:
@@ -313,6 +314,6 @@ def _left_over(name: str) -> bool:
 
 def _damaged(path: Path, why: str) -> StoreError:
     return StoreError(
-        f"{path / _MARK} is damaged ({why}). Choose another folder with --out, or give "
-        "--overwrite to compute the run again."
+        f"{path / _MARK} is damaged ({why}). The command that computed the run makes "
+        "it again with --overwrite, or elsewhere with --out."
     )
