@@ -28,7 +28,6 @@ OTHERS = {
     "algorithms.md": "All algorithms on MNIST",
     "objectives.md": "Training objectives beside each other",
     "privacy.md": "What privacy costs in certified accuracy",
-    "first_runs.md": "First runs on MNIST and CIFAR-10",
 }
 
 
