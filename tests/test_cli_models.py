@@ -139,21 +139,19 @@ def test_certify_refuses_what_cannot_be_meant(
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "code"),
+    ("name", "words"),
     [
-        ("none.pt", ["no weights at"], 2),
-        ("whole.pt", ["no plain file of weights", "state_dict"], 2),
-        ("list.pt", ["state_dict"], 2),
-        ("colour.safetensors", ["does not fit small_cnn", "size mismatch"], 2),
-        ("cut.safetensors", ["Cannot read"], 1),
+        ("none.pt", ["no weights at"]),
+        ("whole.pt", ["no plain file of weights", "state_dict"]),
+        ("list.pt", ["state_dict"]),
+        ("colour.safetensors", ["does not fit small_cnn", "size mismatch"]),
+        ("cut.safetensors", ["Cannot read", "save_file"]),
     ],
 )
-def test_weights_that_are_none(
-    name: str, words: list[str], code: int, weights: Path, tmp_path: Path
-) -> None:
+def test_weights_that_are_none(name: str, words: list[str], weights: Path, tmp_path: Path) -> None:
     given = ("--model", "small_cnn", "--weights", weights / name, "--data", "digits")
     out = tmp_path / "c.parquet"
-    tiny.cli("certify", *given, *QUICK, "--out", out).refused(*words, code=code)
+    tiny.cli("certify", *given, *QUICK, "--out", out).refused(*words)
     assert not list(tmp_path.iterdir())
 
 
