@@ -19,7 +19,8 @@ import torch
 from torch.nn import functional
 
 import certifl
-from certifl.certification.engine import advance, fresh
+from certifl.certification.counts import fresh
+from certifl.certification.engine import advance
 from certifl.certification.network import PRECISIONS, prepare
 from certifl.certification.settings import Settings
 from certifl.certification.votes import VoteCounter

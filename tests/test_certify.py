@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import certifl
-from certifl.certification.engine import advance, conclude, fresh
+from certifl.certification.counts import fresh
+from certifl.certification.engine import advance, conclude
 from certifl.certification.network import prepare
 from certifl.certification.settings import ESTIMATORS, Settings
 from certifl.certification.votes import CHUNK, Request, VoteCounter

@@ -13,7 +13,8 @@ from scipy.stats import binom
 import certifl
 import tiny_study as tiny
 from certifl.certification import Certificates
-from certifl.certification.engine import Votes, conclude
+from certifl.certification.counts import Votes
+from certifl.certification.engine import conclude
 from certifl.certification.network import prepare
 from certifl.certification.settings import Settings
 from certifl.data import to_float

@@ -18,7 +18,8 @@ from torch import Tensor
 import certifl
 import tiny_study as tiny
 from certifl.certification import engine, verify
-from certifl.certification.engine import Votes, advance, conclude, fresh
+from certifl.certification.counts import Votes, fresh
+from certifl.certification.engine import advance, conclude
 from certifl.certification.network import prepare
 from certifl.certification.scan import scan_of, unpacked
 from certifl.certification.settings import Settings

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from certifl._version import __version__
-from certifl.certification import engine, scan
+from certifl.certification import counts, engine, scan
 from certifl.certification.certificates import ABSTAINED, Certificates
 from certifl.certification.guards import (
     Model,
@@ -189,7 +189,7 @@ def _certified(
     progress: Progress | None,
 ) -> Certificates:
     """Certificates of images that are on the device together; `start` is the first one's index."""
-    votes = engine.fresh(len(images), counter.network.classes)
+    votes = counts.fresh(len(images), counter.network.classes)
     held = images.to(counter.network.device)
     engine.count_all(counter, held, labels, settings, votes, progress=progress)
     index = np.arange(start, start + len(images))

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from certifl.certification import scan
 from certifl.certification.certificates import ABSTAINED, UNLABELLED, Certificates
+from certifl.certification.counts import Votes
 from certifl.certification.settings import Settings
 from certifl.certification.votes import Request, VoteCounter
 from certifl.errors import InputError
@@ -26,7 +25,7 @@ from certifl.smoothing.bounds import BOUNDS
 from certifl.smoothing.sequential import finished
 from certifl.streams import image_key
 
-__all__ = ["Progress", "Votes", "advance", "conclude", "count_all", "expected_votes", "fresh"]
+__all__ = ["Progress", "advance", "conclude", "count_all", "expected_votes"]
 
 Progress = Callable[[int, int], None]
 """Called with (votes cast so far, votes at most) of what is being certified."""
@@ -35,50 +34,6 @@ Progress = Callable[[int, int], None]
 # enough for progress and checkpoints, rare enough that fetching the counts costs nothing.
 _BATCHES_PER_WAVE = 32
 _VOTES_PER_TURN = 3200
-
-
-@dataclass
-class Votes:
-    """The votes cast so far on m images: all that must survive an interruption.
-
-    Attributes:
-        selection: (m, classes) votes that choose the class.
-        estimation: (m, classes) votes that bound its probability.
-        looks: (m,) looks taken.
-        done: (m,) no more votes are wanted.
-        seconds: (m,) computing time attributed to the image.
-        path: (m, v) scan only: the class of every estimation vote, in order; v is as far as any
-            image has come.
-    """
-
-    selection: np.ndarray
-    estimation: np.ndarray
-    looks: np.ndarray
-    done: np.ndarray
-    seconds: np.ndarray
-    path: np.ndarray | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """As named tensors, for a checkpoint."""
-        held = {name: a for name, a in vars(self).items() if a is not None}
-        return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in held.items()}
-
-    @staticmethod
-    def from_tensors(tensors: Mapping[str, Tensor]) -> Votes:
-        """From named tensors of a checkpoint."""
-        return Votes(**{name: value.numpy() for name, value in tensors.items()})
-
-
-def fresh(images: int, classes: int) -> Votes:
-    """No votes yet."""
-    nothing = np.zeros((images, classes), np.int64)
-    return Votes(
-        selection=nothing,
-        estimation=nothing.copy(),
-        looks=np.zeros(images, np.int64),
-        done=np.zeros(images, np.bool_),
-        seconds=np.zeros(images, np.float64),
-    )
 
 
 def expected_votes(images: int, settings: Settings) -> int:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from certifl.certification.counts import Votes
 from certifl.certification.settings import GRID_POINTS, Settings
 from certifl.certification.votes import CHUNK, Request, VoteCounter
 from certifl.errors import InputError
@@ -23,9 +24,6 @@ from certifl.smoothing.scan import Reading, read_scan
 from certifl.smoothing.sequential import grid_steps
 from certifl.smoothing.strata import Scan, passes_of
 from certifl.streams import vote_generator
-
-if TYPE_CHECKING:
-    from certifl.certification.engine import Votes
 
 __all__ = [
     "cast",

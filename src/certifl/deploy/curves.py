@@ -18,7 +18,7 @@ from certifl.certification import Certificates
 from certifl.certification.settings import Settings
 from certifl.deploy.messages import Garbled
 from certifl.errors import InputError
-from certifl.federated.base import ModelState
+from certifl.federated.states import ModelState
 from certifl.perturbations import Perturbation
 
 __all__ = ["curve_of", "rows_from", "rows_of", "told_conditions"]

@@ -22,7 +22,8 @@ from certifl.deploy.remote import Patience, fault_of, last_counted
 from certifl.deploy.settings import SHARES
 from certifl.errors import InputError, WorkError
 from certifl.federated import ServerState
-from certifl.federated.base import ClientState, needed_by_clients
+from certifl.federated.base import needed_by_clients
+from certifl.federated.states import ClientState
 from certifl.models import fingerprint
 from certifl.perturbations import describe
 from certifl.spec import Spec

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from certifl.errors import StoreError
-from certifl.federated.base import ClientState, ModelState, Parts
+from certifl.federated.states import ClientState, ModelState, Parts
 from certifl.models import fingerprint
 from certifl.store.atomic import load_tensors, save_tensors, tensor_metadata
 

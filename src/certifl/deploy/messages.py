@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from certifl.errors import WorkError
-from certifl.federated.base import ClientState, ModelState, Parts, Update
+from certifl.federated.states import ClientState, ModelState, Parts, Update
 from certifl.models import fingerprint
 
 __all__ = [

@@ -46,9 +46,9 @@ from certifl.federated import (
     ServerState,
     Update,
 )
-from certifl.federated.base import Parts
 from certifl.federated.faults import Fault, attempt
 from certifl.federated.privacy import ExampleLedger
+from certifl.federated.states import Parts
 from certifl.models import build, fingerprint
 from certifl.spec import Spec, with_settings
 from certifl.work.private import Protection, protection, training_key

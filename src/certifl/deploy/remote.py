@@ -15,8 +15,8 @@ from certifl.deploy.line import Lost, Node
 from certifl.deploy.messages import Content, Garbled, encode, fingerprint_of, update_from
 from certifl.errors import InputError
 from certifl.federated import ClientData
-from certifl.federated.base import Parts
 from certifl.federated.faults import Answer, Fault
+from certifl.federated.states import Parts
 from certifl.store.checkpoints import StoredRound
 
 __all__ = ["Away", "Patience", "Remote", "fault_of", "last_counted"]

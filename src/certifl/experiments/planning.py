@@ -28,7 +28,7 @@ from certifl.data import Column, Partition, random_part
 from certifl.experiments.data_facts import Facts, data_facts
 from certifl.federated import Algorithm, ClientData, LocalTraining
 from certifl.federated.augmentations import augmentation_of, together
-from certifl.federated.base import ClientState, Parts, ServerState
+from certifl.federated.states import ClientState, Parts, ServerState
 from certifl.models import build, state_of
 from certifl.perturbations import Perturbation
 from certifl.spec import Spec

@@ -11,16 +11,7 @@ from typing import Any
 
 from certifl.errors import SpecError
 from certifl.federated.apfl import APFL
-from certifl.federated.base import (
-    Algorithm,
-    ClientData,
-    ClientState,
-    ModelState,
-    ServerState,
-    Update,
-    describe,
-    named_record,
-)
+from certifl.federated.base import Algorithm, describe
 from certifl.federated.batches import Augmentation
 from certifl.federated.client import LocalTraining, Trained
 from certifl.federated.ditto import Ditto
@@ -43,8 +34,10 @@ from certifl.federated.local import Local
 from certifl.federated.mixture import Mixture
 from certifl.federated.perfedavg import PerFedAvg
 from certifl.federated.personalized import Personalized
+from certifl.federated.records import named_record
 from certifl.federated.scaffold import Scaffold
 from certifl.federated.schedule import Schedule
+from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 from certifl.models import state_of
 
 __all__ = [

@@ -9,20 +9,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from certifl.federated.averaging import WEIGHTINGS
-from certifl.federated.base import (
-    ClientData,
-    ClientState,
-    ModelState,
-    ServerState,
-    Update,
-    check_choice,
-    check_flag,
-    check_number,
-)
 from certifl.federated.batches import Batch
 from certifl.federated.bench import Bench, Outcome
 from certifl.federated.global_model import averaged
 from certifl.federated.layers import divided
+from certifl.federated.records import check_choice, check_flag, check_number
+from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 
 if TYPE_CHECKING:
     from certifl.federated.client import LocalTraining

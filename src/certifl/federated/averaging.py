@@ -20,7 +20,8 @@ from collections.abc import Iterable
 import torch
 
 from certifl.errors import InputError
-from certifl.federated.base import ModelState, Update, check_choice
+from certifl.federated.records import check_choice
+from certifl.federated.states import ModelState, Update
 
 __all__ = ["WEIGHTINGS", "RunningMean", "average_models", "check_alike", "policy_of"]
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from certifl import streams
-from certifl.federated.base import ClientData
+from certifl.federated.states import ClientData
 
 __all__ = ["Augmentation", "Batch", "BatchStream", "Positions", "batch_bounds"]
 

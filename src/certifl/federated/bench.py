@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from certifl.federated.base import ModelState
 from certifl.federated.batches import Batch
 from certifl.federated.objectives import Objective
+from certifl.federated.states import ModelState
 
 __all__ = ["Bench", "GradientHook", "Outcome", "Step", "plain_step"]
 

@@ -25,11 +25,11 @@ import torch
 from torch import nn
 
 from certifl.errors import WorkError
-from certifl.federated.base import ModelState
 from certifl.federated.batches import Augmentation, Batch
 from certifl.federated.bench import Bench, GradientHook, Outcome
 from certifl.federated.objectives import Objective
 from certifl.federated.replay import Recorded, record
+from certifl.federated.states import ModelState
 
 __all__ = ["STEPS", "CapturedBench", "Recordings"]
 

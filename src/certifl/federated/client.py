@@ -20,7 +20,6 @@ from torch import nn
 from certifl import streams
 from certifl.errors import InputError, ModelError, SpecError, TrainingDiverged
 from certifl.federated.augmentations import PerClient, augmentation_of
-from certifl.federated.base import ClientData, ModelState, Parts, check_choice
 from certifl.federated.batches import Augmentation, BatchStream
 from certifl.federated.bench import Bench, GradientHook, Outcome, Step, plain_step
 from certifl.federated.captured import STEPS, CapturedBench, Recordings
@@ -34,7 +33,9 @@ from certifl.federated.privacy.example import (
 )
 from certifl.federated.privacy.networks import check_network
 from certifl.federated.randomness import own_randomness
+from certifl.federated.records import check_choice
 from certifl.federated.schedule import Schedule
+from certifl.federated.states import ClientData, ModelState, Parts
 from certifl.models import state_of
 
 __all__ = ["GradientHook", "LocalTraining", "Schedule", "Step", "Trained"]

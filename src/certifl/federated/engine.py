@@ -19,7 +19,7 @@ from torch import nn
 from certifl.errors import InputError, StoreMismatch
 from certifl.federated.aggregation import Rule
 from certifl.federated.augmentations import PerClient
-from certifl.federated.base import Algorithm, check_number, describe
+from certifl.federated.base import Algorithm, describe
 from certifl.federated.batches import Augmentation
 from certifl.federated.client import LocalTraining
 from certifl.federated.objectives import Augmented, Objective
@@ -27,6 +27,7 @@ from certifl.federated.participation import Participation, RandomShare
 from certifl.federated.privacy.clients import ClientLevel
 from certifl.federated.privacy.ledger import Ledger
 from certifl.federated.privacy.networks import check_network
+from certifl.federated.records import check_number
 from certifl.federated.rounds import Progress, ProgressCallback, Rounds, Runner
 from certifl.federated.serial import Clients, Serial
 from certifl.federated.stored import client_state, deployed_model, server_state

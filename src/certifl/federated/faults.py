@@ -28,7 +28,7 @@ from certifl.errors import (
     TrainingDiverged,
     WorkError,
 )
-from certifl.federated.base import ClientState, ModelState, Parts, ServerState, Update
+from certifl.federated.states import ClientState, ModelState, Parts, ServerState, Update
 
 __all__ = ["Answer", "Fault", "Inspection", "advice", "attempt", "needed", "not_finite"]
 

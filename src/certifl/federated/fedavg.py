@@ -7,15 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from certifl.federated.averaging import WEIGHTINGS
-from certifl.federated.base import (
-    ClientData,
-    ClientState,
-    ModelState,
-    ServerState,
-    Update,
-    check_choice,
-)
 from certifl.federated.global_model import averaged, trained_and_sent
+from certifl.federated.records import check_choice
+from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 
 if TYPE_CHECKING:
     from certifl.federated.client import LocalTraining

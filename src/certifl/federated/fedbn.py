@@ -7,16 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from certifl.federated.averaging import WEIGHTINGS
-from certifl.federated.base import (
-    ClientData,
-    ClientState,
-    ModelState,
-    ServerState,
-    Update,
-    check_choice,
-)
 from certifl.federated.global_model import averaged
 from certifl.federated.layers import NORMALIZATIONS, kept_back, norm_entries
+from certifl.federated.records import check_choice
+from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 
 if TYPE_CHECKING:
     from certifl.federated.client import LocalTraining

@@ -10,17 +10,10 @@ import torch
 
 from certifl.federated.aggregation.base import is_statistic
 from certifl.federated.averaging import WEIGHTINGS, average_models
-from certifl.federated.base import (
-    ClientData,
-    ClientState,
-    ModelState,
-    ServerState,
-    Update,
-    check_choice,
-    check_number,
-)
 from certifl.federated.global_model import trained_and_sent
+from certifl.federated.records import check_choice, check_number
 from certifl.federated.running import change
+from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 
 if TYPE_CHECKING:
     from certifl.federated.client import LocalTraining

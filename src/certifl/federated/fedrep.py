@@ -10,17 +10,10 @@ from torch import nn
 
 from certifl.errors import SpecError
 from certifl.federated.averaging import WEIGHTINGS
-from certifl.federated.base import (
-    ClientData,
-    ClientState,
-    ModelState,
-    ServerState,
-    Update,
-    check_choice,
-    check_number,
-)
 from certifl.federated.global_model import averaged
 from certifl.federated.layers import head_entries, kept_back
+from certifl.federated.records import check_choice, check_number
+from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 
 if TYPE_CHECKING:
     from certifl.federated.client import GradientHook, LocalTraining

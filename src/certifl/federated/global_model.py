@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from certifl.federated.averaging import average_models
-from certifl.federated.base import ClientData, ClientState, ModelState, ServerState, Update
+from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 
 if TYPE_CHECKING:
     from certifl.federated.client import GradientHook, LocalTraining, Step

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from torch import nn
 
 from certifl.errors import SpecError
-from certifl.federated.base import ModelState
+from certifl.federated.states import ModelState
 
 __all__ = [
     "NORMALIZATIONS",

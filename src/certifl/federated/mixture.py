@@ -8,15 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from certifl.federated.base import (
-    ClientData,
-    ClientState,
-    ModelState,
-    ServerState,
-    Update,
-    check_number,
-)
 from certifl.federated.global_model import averaged
+from certifl.federated.records import check_number
+from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 
 if TYPE_CHECKING:
     from certifl.federated.client import GradientHook, LocalTraining

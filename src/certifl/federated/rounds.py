@@ -10,10 +10,11 @@ from typing import Any, Protocol
 
 from certifl.errors import InputError, TooFewClients, TrainingDiverged
 from certifl.federated.aggregation import Rule
-from certifl.federated.base import Algorithm, ClientState, ModelState, Update
+from certifl.federated.base import Algorithm
 from certifl.federated.faults import Answer, Fault, Inspection, advice, needed, not_finite
 from certifl.federated.participation import Participation
 from certifl.federated.privacy.ledger import Ledger
+from certifl.federated.states import ClientState, ModelState, Update
 from certifl.federated.stored import server_state
 from certifl.store.checkpoints import Checkpoints, PendingRound, StoredRound
 

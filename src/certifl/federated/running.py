@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 
 from certifl.federated.averaging import WEIGHTINGS, RunningMean, policy_of
-from certifl.federated.base import ModelState, Parts, Update, check_choice
+from certifl.federated.records import check_choice
+from certifl.federated.states import ModelState, Parts, Update
 
 __all__ = ["MODEL", "average_parts", "change", "moved", "sent_parts"]
 

@@ -9,15 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
-from certifl.federated.base import (
-    ClientData,
-    ClientState,
-    ModelState,
-    ServerState,
-    Update,
-    check_number,
-)
+from certifl.federated.records import check_number
 from certifl.federated.running import average_parts, moved
+from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 
 if TYPE_CHECKING:
     from certifl.federated.client import LocalTraining

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from certifl.errors import InputError
-from certifl.federated.base import Algorithm, ClientData
+from certifl.federated.base import Algorithm
 from certifl.federated.client import LocalTraining
 from certifl.federated.faults import Answer, Fault, attempt
+from certifl.federated.states import ClientData
 from certifl.federated.stored import client_state, server_state
 from certifl.store.checkpoints import StoredRound
 

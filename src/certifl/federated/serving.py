@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from certifl.errors import CertiflError
-from certifl.federated.base import Algorithm, ClientData, ServerState
+from certifl.federated.base import Algorithm
 from certifl.federated.client import LocalTraining
 from certifl.federated.faults import Fault, attempt
+from certifl.federated.states import ClientData, ServerState
 from certifl.federated.stored import client_state, server_state
 from certifl.store.checkpoints import StoredRound
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from certifl.federated.base import Algorithm, ClientState, ModelState, ServerState
+from certifl.federated.base import Algorithm
+from certifl.federated.states import ClientState, ModelState, ServerState
 from certifl.store.checkpoints import StoredRound
 
 __all__ = ["client_state", "deployed_model", "server_state"]

@@ -15,9 +15,10 @@ from multiprocessing import connection
 from types import TracebackType
 
 from certifl.errors import InputError, WorkError
-from certifl.federated.base import Algorithm, check_number
+from certifl.federated.base import Algorithm
 from certifl.federated.client import LocalTraining
 from certifl.federated.faults import Answer, Fault, attempt
+from certifl.federated.records import check_number
 from certifl.federated.serial import Clients, data_of
 from certifl.federated.serving import Message, pack, serve, unpack
 from certifl.store.checkpoints import StoredRound

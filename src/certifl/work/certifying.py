@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from certifl.certification import Certificates, conditions, engine
-from certifl.certification.engine import Votes
+from certifl.certification import Certificates, conditions, counts, engine
+from certifl.certification.counts import Votes
 from certifl.certification.network import Network, prepare
 from certifl.certification.predictions import Predictions, predict_plain
 from certifl.certification.settings import Settings
@@ -146,7 +146,7 @@ def _certified(
     perturbation, settings = question.perturbation, question.settings
     facts = conditions(perturbation, settings, network, question.seed, model, question.data)
     saver = _Saver(job.saved, _votes_key(job, facts, code_fingerprint(model)))
-    votes = saver.load() or engine.fresh(len(job.index), network.classes)
+    votes = saver.load() or counts.fresh(len(job.index), network.classes)
 
     def after_wave(votes: Votes) -> None:
         saver.maybe(votes)

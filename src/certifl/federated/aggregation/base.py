@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from certifl.federated.averaging import check_alike, policy_of
-from certifl.federated.base import ModelState, Parts, ServerState, Update, check_number
+from certifl.federated.records import check_number
+from certifl.federated.states import ModelState, Parts, ServerState, Update
 
 __all__ = [
     "Rule",

@@ -18,7 +18,8 @@ from certifl.federated.aggregation.base import (
     with_parts,
 )
 from certifl.federated.averaging import policy_of
-from certifl.federated.base import ModelState, ServerState, Update, check_number
+from certifl.federated.records import check_number
+from certifl.federated.states import ModelState, ServerState, Update
 
 __all__ = ["Clip", "Mean"]
 

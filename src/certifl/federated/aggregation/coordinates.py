@@ -18,7 +18,7 @@ from certifl.federated.aggregation.base import (
     largest_counters,
     share_of,
 )
-from certifl.federated.base import ModelState, ServerState, Update
+from certifl.federated.states import ModelState, ServerState, Update
 
 __all__ = ["Median", "TrimmedMean"]
 

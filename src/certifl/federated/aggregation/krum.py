@@ -18,7 +18,8 @@ from certifl.federated.aggregation.base import (
     share_of,
 )
 from certifl.federated.averaging import average_models, policy_of
-from certifl.federated.base import ModelState, ServerState, Update, check_number
+from certifl.federated.records import check_number
+from certifl.federated.states import ModelState, ServerState, Update
 
 __all__ = ["Krum"]
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from certifl.federated.base import named_record
 from certifl.federated.objectives.augmented import Augmented
 from certifl.federated.objectives.base import Objective
 from certifl.federated.objectives.consistency import Consistency
 from certifl.federated.objectives.macer import Macer
 from certifl.federated.objectives.smoothadv import SmoothAdv
 from certifl.federated.objectives.stability import Stability
+from certifl.federated.records import named_record
 
 __all__ = ["OBJECTIVES", "describe_objective", "objective_from"]
 

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional
 
 from certifl.errors import InputError
-from certifl.federated.base import check_number
 from certifl.federated.batches import Batch
 from certifl.federated.objectives.base import Smoothing, smoothing_of
 from certifl.federated.objectives.copies import by_copy, log_mean_exp, noisy_copies, single
+from certifl.federated.records import check_number
 
 __all__ = ["Macer", "soft_margins"]
 

@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn import functional
 
 from certifl.errors import InputError
-from certifl.federated.base import check_number
 from certifl.federated.batches import Batch
 from certifl.federated.objectives.base import smoothing_of
 from certifl.federated.objectives.copies import by_copy, log_mean_exp, single
+from certifl.federated.records import check_number
 from certifl.perturbations import PixelNoise
 
 __all__ = ["SmoothAdv"]

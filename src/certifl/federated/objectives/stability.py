@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from certifl.federated.base import check_number
 from certifl.federated.batches import Batch
 from certifl.federated.objectives.copies import by_copy
+from certifl.federated.records import check_number
 
 __all__ = ["Stability"]
 

@@ -23,8 +23,9 @@ import torch
 
 from certifl import streams
 from certifl.errors import InputError
-from certifl.federated.base import ModelState, ServerState, Update, check_number
 from certifl.federated.privacy.noise import add_noise, derived_key
+from certifl.federated.records import check_number
+from certifl.federated.states import ModelState, ServerState, Update
 
 __all__ = ["ClientLevel"]
 

@@ -23,13 +23,14 @@ from torch import nn
 
 from certifl import streams
 from certifl.errors import SpecError
-from certifl.federated.base import ClientData, ModelState, check_number
 from certifl.federated.batches import Batch
 from certifl.federated.bench import Bench, GradientHook, Outcome
 from certifl.federated.objectives import Objective
 from certifl.federated.privacy.accounting import steps_per_epoch
 from certifl.federated.privacy.clipping import clipped_sum
 from certifl.federated.privacy.noise import add_noise, derived_key
+from certifl.federated.records import check_number
+from certifl.federated.states import ClientData, ModelState
 from certifl.models import fingerprint
 
 __all__ = ["NO_SECOND_GRADIENT", "ExampleLevel", "PrivateBench", "PrivatePasses", "Watch"]
