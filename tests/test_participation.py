@@ -156,7 +156,7 @@ def test_training_in_which_all_diverge_ends_with_advice(tmp_path: Path) -> None:
 def test_answer_within_needs_workers(tmp_path: Path) -> None:
     file = tiny.write_spec(tmp_path)
     asked = ("run", file, "--out", tmp_path / "run", "--answer-within", "10")
-    tiny.cli(*asked).refused("answer_within needs workers", code=2)
+    tiny.cli(*asked).refused("--answer-within needs --workers")
 
 
 # What a reader sees of clients that failed.
