@@ -38,7 +38,8 @@ def work(job):
     time.sleep(300)
 """
 STARTER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit none
 sys.path[:0] = [{results!r}, {folder!r}]
 from algorithm_pool import work_off
 from sleeper import work
