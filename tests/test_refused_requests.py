@@ -118,6 +118,20 @@ def test_answer_within_without_workers_leaves_no_folder_in_the_way(tmp_path: Pat
     assert not out.exists()
 
 
+def test_a_file_in_the_place_of_a_folder_is_a_wrong_request(tmp_path: Path) -> None:
+    spec = tiny.write_spec(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    for asked in (("run", spec, "--out"), ("deploy", "init")):
+        tiny.cli(*asked, tmp_path / "file").refused("is a file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_clients_share_is_refused_before_any_of_them_is_asked(tmp_path: Path) -> None:
+    spec = tiny.write_spec(tmp_path)
+    asked = ("deploy", "run", spec, "--kit", tmp_path / "none", "--share", "everything")
+    tiny.cli(*asked).refused("share must be one of none, curve, rows")
+
+
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
 def test_weights_that_are_none_are_a_wrong_request(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("no weights")

@@ -22,6 +22,7 @@ from certifl.deploy.crowd import Crowd
 from certifl.deploy.gathering import Asked, gather
 from certifl.deploy.line import Line
 from certifl.deploy.remote import Away, Patience, Remote
+from certifl.deploy.settings import check_share
 from certifl.errors import WorkError
 from certifl.federated import LocalTraining, train
 from certifl.federated.base import needed_by_clients
@@ -56,6 +57,9 @@ class Options:
         patience: how long is waited. piece: seconds of certification per order.
         keys: public keys by client; a node must then have its client's key.
         report: told about progress. command: how the run was started, for the record.
+
+    Raises:
+        InputError: share is no such name.
     """
 
     out: Path
@@ -67,6 +71,9 @@ class Options:
     keys: Mapping[int, bytes] = field(default_factory=dict)
     report: Report | None = None
     command: str = ""
+
+    def __post_init__(self) -> None:
+        check_share(self.share)  # here, not after days of training
 
 
 @dataclass

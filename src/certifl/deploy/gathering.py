@@ -19,8 +19,8 @@ from certifl.deploy.curves import curve_of, rows_from
 from certifl.deploy.line import Lost, Node
 from certifl.deploy.messages import Content, Garbled, encode, fingerprint_of
 from certifl.deploy.remote import Patience, fault_of, last_counted
-from certifl.deploy.settings import SHARES
-from certifl.errors import InputError, WorkError
+from certifl.deploy.settings import check_share
+from certifl.errors import WorkError
 from certifl.federated import ServerState
 from certifl.federated.base import needed_by_clients
 from certifl.federated.states import ClientState
@@ -52,8 +52,7 @@ class Asked:
     report: Report | None = None
 
     def __post_init__(self) -> None:
-        if self.share not in SHARES:
-            raise InputError(f"share must be one of {', '.join(SHARES)}; got {self.share!r}.")
+        check_share(self.share)
 
 
 def gather(folder: RunFolder, spec: Spec, crowd: Crowd, last: StoredRound, asked: Asked) -> None:

@@ -105,9 +105,12 @@ def init(
         The parties' folders, the server's first.
 
     Raises:
-        InputError: the address is none. StoreMismatch: the folder holds something.
+        InputError: the address is none, or the folder a file. StoreMismatch: the folder holds
+            something.
     """
     connection = Connection.parse(server, insecure)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: give a new folder.")
     if folder.is_dir() and any(folder.iterdir()):
         raise StoreMismatch(
             f"{folder} is not empty. Choose a new folder: keys that parties have are not replaced."

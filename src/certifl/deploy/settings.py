@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import Field, ValidationError, field_validator
 
-from certifl.errors import CertiflError, SpecError
+from certifl.errors import CertiflError, InputError, SpecError
 from certifl.perturbations import describe as describe_perturbation
 from certifl.perturbations import from_description as perturbation_from
 from certifl.spec.sections import Section
 from certifl.store.atomic import write_text
 
-__all__ = ["SHARES", "Settings", "less", "load_settings", "save_settings"]
+__all__ = ["SHARES", "Settings", "check_share", "less", "load_settings", "save_settings"]
 
 SHARES = {
     "none": "the server learns only that the client has finished",
@@ -70,6 +70,16 @@ class Settings(Section):
             return describe_perturbation(perturbation_from(value))
         except CertiflError as error:
             raise ValueError(str(error)) from error
+
+
+def check_share(name: str) -> None:
+    """Refuse a name that is not in `SHARES`.
+
+    Raises:
+        InputError: it is not.
+    """
+    if name not in SHARES:
+        raise InputError(f"share must be one of {', '.join(SHARES)}; got {name!r}.")
 
 
 def less(one: str, other: str) -> str:
