@@ -131,10 +131,9 @@ def main() -> None:
     if options.inside:
         inside(options.inside[0], int(options.inside[1]))
         return
-    print(f"# {platform.processor() or platform.machine()}, {options.threads} threads, {MODEL}, ")
-    print(
-        f"# Python {platform.python_version()}, torch {torch.__version__}, {options.turns} turns"
-    )
+    machine = platform.processor() or platform.machine()
+    print(f"# {machine}, {options.threads} threads, {MODEL}, {options.turns} turns")
+    print(f"# Python {platform.python_version()}, torch {torch.__version__}")
     for what in GROWTHS:
         table(what, options.turns, options.threads)
 
