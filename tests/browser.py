@@ -130,6 +130,11 @@ class Page:
         how = {"format": "png", "captureBeyondViewport": whole}
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", how)["data"]))
 
+    def print(self) -> bytes:
+        """The page on A4 paper, as PDF."""
+        how = {"paperWidth": 8.27, "paperHeight": 11.69}
+        return base64.b64decode(self._call("Page.printToPDF", how)["data"])
+
     def close(self) -> None:
         self._session = ""
         with contextlib.suppress(OSError, RuntimeError, TimeoutError):

@@ -17,6 +17,12 @@ import tiny_study as tiny
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Weights that a test leaves to chance are the same in every order of tests."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of images that the tests of one file share and nobody else sees; no data folder."""

@@ -81,8 +81,9 @@ def minus(left: dict, right: dict) -> dict:
     "make", [PlainNet, lambda: small_cnn(1, 3), lambda: small_resnet(1, 3, norm="group")]
 )
 def test_clipped_sums_are_those_of_a_loop_over_images(norm, make, monkeypatch):
-    model, batch = make().train(), batch_of(11, Noise())
-    images = batch.again().draw()
+    # In float32 a unit near its kink may switch between the batch and the single image.
+    model, batch = make().train().double(), batch_of(11, Noise())
+    images = batch.again().draw().double()
     wanted = oracle(model, batch, images, norm)
     for at_once in (1 << 26, 4 * sum(p.numel() for p in model.parameters())):
         monkeypatch.setattr(clipping, "_NUMBERS_AT_ONCE", at_once)
@@ -90,7 +91,7 @@ def test_clipped_sums_are_those_of_a_loop_over_images(norm, make, monkeypatch):
         whole = Batch(images, batch.labels, None, batch.noise)
         found = clipped(model, whole, norm)
         for name, value in wanted.items():
-            torch.testing.assert_close(found[name], value, rtol=2e-4, atol=2e-5)
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_the_noise_on_images_is_drawn_once_for_all_of_them():

@@ -156,6 +156,34 @@ def test_nothing_is_wider_than_the_window(shown, width):
         assert drawn <= width
 
 
+def test_paper_shows_every_panel_and_the_page_is_as_it_was(shown):
+    click(shown, _tab(2))
+    click(shown, '[data-unit="1"]')
+    before = shown.value("document.querySelector('main').innerHTML")
+    shown.value(
+        "addEventListener('beforeprint', () => { window.onPaper ="
+        " [...document.querySelectorAll('[role=tabpanel]')].map(panel => ({"
+        "   words: panel.textContent, height: panel.offsetHeight,"
+        "   chart: panel.querySelector('#curve-chart svg').textContent,"
+        "   unfolded: panel.querySelector('details').open })); })"
+    )
+    assert shown.print().startswith(b"%PDF")
+    turned, shifted = shown.value("window.onPaper")
+    for panel, axis, here, away in (
+        (turned, "radius in degrees", "°", "half-widths"),
+        (shifted, "radius in % of σ", "half-widths", "°"),
+    ):
+        assert axis in panel["chart"]
+        assert here in panel["words"]
+        assert away not in panel["words"]
+        assert panel["height"] > 1000
+        assert panel["unfolded"]
+    assert shown.value("document.querySelector('main').innerHTML") == before
+    assert shown.value("document.querySelector('[data-unit=\"1\"]').checked") is True
+    assert count(shown, "[role=tabpanel]") == 1
+    assert shown.messages == []
+
+
 def test_without_scripts_all_panels_are_there(page):
     chromium = find_chromium()
     if chromium is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -23,7 +24,10 @@ from certifl.certification.certificates import Certificates
 from certifl.errors import StoreMismatch
 from certifl.experiments.checking import verify_run
 from certifl.experiments.run import Options, run
+from certifl.federated import rounds
+from certifl.federated.states import ServerState
 from certifl.spec import Spec
+from certifl.store.checkpoints import StoredRound
 from certifl.store.runs import RunFolder
 from certifl.work import certifying
 
@@ -208,6 +212,29 @@ def test_ctrl_c_with_overwrite_does_not_promise_too_much(
     assert plain.code == over.code == 130
     assert "the same command goes on" in plain.err
     assert "without --overwrite" in over.err
+
+
+@pytest.mark.parametrize("struck", [True, False])
+def test_ctrl_c_made_into_another_error_is_still_ctrl_c(
+    struck: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries in C may clear the KeyboardInterrupt that strikes in them and raise their own."""
+
+    def reading(_: StoredRound) -> ServerState:
+        with contextlib.suppress(KeyboardInterrupt):
+            if struck:
+                signal.raise_signal(signal.SIGINT)
+        raise ValueError("could not determine the shape")
+
+    monkeypatch.setattr(rounds, "server_state", reading)
+    asked = ("run", tiny.write_spec(tmp_path), "--out", tmp_path / "run")
+    if struck:
+        told = tiny.cli(*asked)
+        assert told.code == 130
+        assert "the same command goes on" in told.err
+    else:
+        with pytest.raises(ValueError, match="the shape"):
+            tiny.cli(*asked)
 
 
 def test_a_second_process_on_one_folder_is_refused(tmp_path: Path) -> None:

@@ -42,8 +42,10 @@ _WIDEST = 400
 class Board:
     """Progress of a command on the error stream: a bar on a terminal, rare lines elsewhere.
 
-    Ctrl-C is remembered until the next report, because code of other libraries may swallow the
-    KeyboardInterrupt it raises (while torch imports parts of itself, for instance).
+    Ctrl-C is remembered, because code of other libraries may swallow the KeyboardInterrupt it
+    raises (while torch imports parts of itself, for instance) or make another error of it (while
+    a tensor is read). The next report raises it again, and an error that comes out after it is
+    taken for what became of it.
     """
 
     def __init__(self) -> None:
@@ -80,6 +82,8 @@ class Board:
         self._bars.stop()
         if self._handler_before is not None:
             signal.signal(signal.SIGINT, self._handler_before)
+        if self._interrupted and isinstance(error, Exception):
+            raise KeyboardInterrupt from error
 
     def _interrupt(self, *_: object) -> None:
         self._interrupted = True

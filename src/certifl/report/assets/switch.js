@@ -40,6 +40,29 @@
     const after = before && panels[place].querySelector(`#${before.id}`);
     if (after) scrollBy(0, after.getBoundingClientRect().top - top);
   }
+  // Paper has no tabs and nothing to unfold: every panel is printed, the others as copies.
+  const copies = [], unfolded = [];
+  function copyOf(place) {
+    show(place);
+    const copy = panels[place].cloneNode(true);
+    copy.querySelectorAll("[name]").forEach((box) => box.removeAttribute("name")); // or the page's own would be unchosen
+    return copy;
+  }
+  addEventListener("beforeprint", () => {
+    if (unfolded.length || copies.length) return;
+    const here = shown;
+    panels.forEach((_, place) => copies.push(place === here ? null : copyOf(place)));
+    show(here);
+    panels[here].before(...copies.slice(0, here));
+    panels[here].after(...copies.slice(here + 1));
+    unfolded.push(...document.querySelectorAll("details:not([open])"));
+    unfolded.forEach((part) => { part.open = true; });
+  });
+  addEventListener("afterprint", () => {
+    copies.splice(0).forEach((copy) => copy && copy.remove());
+    unfolded.splice(0).forEach((part) => { part.open = false; });
+  });
+
   const named = () => panels.findIndex((panel) => panel.id && `#${panel.id}` === location.hash);
 
   tabs.forEach((tab, place) => {
@@ -63,6 +86,6 @@
   draw(0);
   show(Math.max(0, named()));
   new ResizeObserver(() => {
-    if (drawnAt[shown] !== document.body.clientWidth) draw(shown);
+    if (!copies.length && drawnAt[shown] !== document.body.clientWidth) draw(shown);
   }).observe(document.body);
 })();
