@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing.connection import wait
 from typing import TypeVar
+
+from certifl.work.processes import follow_parent
 
 __all__ = ["work_off"]
 
@@ -55,7 +54,7 @@ def _processes(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that are ended with the block, whatever they are at if it is left early."""
     before = signal.signal(signal.SIGTERM, _leave)
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=follow_parent)
     try:
         yield pool
     except BaseException:
@@ -70,16 +69,3 @@ def _processes(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 def _leave(number: int, _frame: object) -> None:
     raise SystemExit(128 + number)
-
-
-def _begin() -> None:
-    """In a process: Ctrl-C is left to the parent, and so is life."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)

@@ -343,7 +343,7 @@ def show_study(costs: Mapping[str, Cost], scale: str, words: str) -> None:
     console.print(
         f"Speeds are measured in finished runs of this study for {100 * measured:.0f} % of the "
         "runs left, otherwise orders of magnitude. A figure's runs are counted in its line even "
-        "where it shares them; the time is that of one process on this machine.",
+        "where it shares them; the time is that of one run after the other (--jobs).",
         style="dim",
     )
 

@@ -135,6 +135,14 @@ def reproduce(
     ] = False,
     overwrite: Overwrite = False,
     workers: Workers = 0,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Runs side by side, a process each. If not given: at laptop scale on a CPU one "
+            "per core, up to 4; otherwise 1.",
+        ),
+    ] = None,
 ) -> None:
     """Compute figures of the paper; runs that they share are trained and certified once.
 
@@ -147,6 +155,7 @@ def reproduce(
     from certifl.experiments.reproduce import reproduce as compute
     from certifl.experiments.run import Options
     from certifl.experiments.scales import scale_named
+    from certifl.experiments.side_by_side import helped, jobs_here
     from certifl.report import write_paper_figure
     from certifl.report.reproduction import complete
 
@@ -155,6 +164,7 @@ def reproduce(
     if plan:
         terminal.show_study(costs(study, device), size.name, size.words)
         return
+    at_once = jobs_here(jobs, study, device, overwrite)
     with interruptible(overwrite), terminal.Board() as board:
         options = Options(
             study.out,
@@ -165,8 +175,9 @@ def reproduce(
             command=command_line(),
             workers=workers,
         )
-        for folder, changed in compute(study, options, board.stage):
-            page = folder / "report.html"
-            if changed or not complete(folder):
-                page = write_paper_figure(folder)
-            typer.echo(f"{folder.name}: {page.resolve()}")
+        with helped(study, options, at_once):
+            for folder, changed in compute(study, options, board.stage):
+                page = folder / "report.html"
+                if changed or not complete(folder):
+                    page = write_paper_figure(folder)
+                typer.echo(f"{folder.name}: {page.resolve()}")

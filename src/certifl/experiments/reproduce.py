@@ -27,7 +27,7 @@ from certifl.spec import Spec
 from certifl.store.atomic import read_json, write_json
 from certifl.store.runs import RunFolder
 
-__all__ = ["INDEX", "Job", "Plan", "figure_index", "make_plan", "reproduce"]
+__all__ = ["INDEX", "Job", "Plan", "compute_free", "figure_index", "make_plan", "reproduce"]
 
 INDEX = "figure.json"
 _SECONDS_BETWEEN_LOOKS = 2.0
@@ -171,6 +171,15 @@ def reproduce(
         _compute(pending, options, renewed, told)
         changed = _write_index(plan, name, options.command)
         yield plan.out / name, changed or bool(pending) or options.overwrite
+
+
+def compute_free(plan: Plan, options: Options) -> None:
+    """Compute the plan's runs beside another process that works on it, and write nothing else.
+
+    Raises:
+        CertiflError: a run failed; the rest is left to the other process.
+    """
+    _compute([job for job in plan.jobs if not job.done()], options, [], None)
 
 
 def _prefixed(stage: Callable[[str], None], name: str) -> Callable[[str], None]:

@@ -49,6 +49,7 @@ class Scale:
         training: section of the spec.
         finetuning: epochs and learning rate of personalisation.
         certification: section of the spec, without perturbation, images and n.
+        jobs: runs side by side that a CPU is trusted with by default, a core each.
         settings: `key=value`, applied to every spec last.
     """
 
@@ -60,6 +61,7 @@ class Scale:
     training: Mapping[str, Any]
     finetuning: Mapping[str, Any]
     certification: Mapping[str, Any]
+    jobs: int = 1
     settings: tuple[str, ...] = ()
 
     def spec(self, setting: Setting, regime: Regime) -> Spec:
@@ -167,6 +169,7 @@ LAPTOP = Scale(
     },
     finetuning={"epochs": 5, "lr": 0.01},
     certification={"estimator": "sequential", "n0": 100, "alpha": 0.001},
+    jobs=4,
 )
 
 PAPER = Scale(

@@ -1,0 +1,128 @@
+"""Runs of a study side by side: the same results, no process left behind, failures told."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from certifl.errors import InputError
+from certifl.experiments.figures_of_the_paper import FIGURES, Figure, Panel, Regime, Setting
+from certifl.experiments.reproduce import Plan, compute_free, make_plan
+from certifl.experiments.run import Options
+from certifl.experiments.scales import SCALES
+from certifl.experiments.side_by_side import helped, jobs_here
+from certifl.store.runs import RunFolder
+from tiny_study import cli, environment
+
+SMOKE = SCALES["smoke"]
+SETTINGS = tuple(Setting("cifar10", 4, "rotation", sigma) for sigma in ("0.1pi", "0.5pi"))
+REGIMES = (Regime("Local", "local"), Regime("FedAvg", "fedavg"))
+TUNED = Regime("Personalised", "personalized")
+STUDY = {"study": Figure("Study", ((Panel("curves", SETTINGS, (*REGIMES, TUNED)),),))}
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def options(out: Path) -> Options:
+    return Options(out, device="cpu", explore=False)
+
+
+def study(out: Path) -> Plan:
+    return make_plan(STUDY, SMOKE, out)
+
+
+def test_helpers_do_the_whole_study_with_the_same_results(tmp_path):
+    alone, together = study(tmp_path / "alone"), study(tmp_path / "together")
+    compute_free(alone, options(alone.out))
+    before = torch.get_num_threads()
+    with helped(together, options(together.out), jobs=3):
+        assert len(multiprocessing.active_children()) == 2
+        deadline = time.monotonic() + 120
+        while not all(job.done() for job in together.jobs):
+            assert multiprocessing.active_children()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert not multiprocessing.active_children()
+    assert torch.get_num_threads() == before
+    assert len(alone.jobs) == 6
+    for mine, theirs in zip(alone.jobs, together.jobs, strict=True):
+        wanted, found = (RunFolder(job.path).load_certificates() for job in (mine, theirs))
+        assert np.array_equal(found.counts, wanted.counts)
+        assert np.array_equal(found.radius, wanted.radius)
+
+
+def test_leaving_early_ends_the_helpers_and_loses_nothing(tmp_path):
+    plan = study(tmp_path)
+
+    def leave() -> None:
+        with helped(plan, options(tmp_path), jobs=2):
+            deadline = time.monotonic() + 120
+            while not plan.jobs[0].path.is_dir():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        leave()
+    assert not multiprocessing.active_children()
+    compute_free(plan, options(tmp_path))
+    assert all(job.done() for job in plan.jobs)
+
+
+def test_killed_nobody_is_left_behind(tmp_path):
+    psutil = pytest.importorskip("psutil")
+    asked = ("reproduce", "figure1", "--scale", "smoke", "--out", str(tmp_path), "--jobs", "3")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "certifl", *asked],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+    )
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("runs/*/spec.toml"))) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    helpers = psutil.Process(process.pid).children(recursive=True)
+    assert len(helpers) >= 2
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    _, left = psutil.wait_procs(helpers, timeout=60)
+    assert not left
+
+
+def test_what_a_helper_fails_at_is_told_by_the_command(tmp_path):
+    asked = ("reproduce", "figure1", "--scale", "smoke", "--out", tmp_path)
+    plan = make_plan({"figure1": FIGURES["figure1"]}, SMOKE, tmp_path)
+    first = plan.jobs[0].path
+    first.mkdir(parents=True)
+    (first / "notes.txt").write_text("mine")
+    cli(*asked, "--jobs", "2").refused("notes.txt")
+    assert not multiprocessing.active_children()
+    assert (first / "notes.txt").read_text() == "mine"
+
+
+def test_how_many_by_default(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    plans = {name: dataclasses.replace(study(tmp_path), scale=SCALES[name]) for name in SCALES}
+    assert {name: jobs_here(None, plan, "cpu", False) for name, plan in plans.items()} == {
+        "smoke": 1,
+        "laptop": 4,
+        "paper": 1,
+    }
+    assert jobs_here(None, plans["laptop"], "cuda:0", False) == 1
+    assert jobs_here(None, plans["laptop"], "cpu", True) == 1
+    assert jobs_here(3, plans["paper"], "cuda", False) == 3
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert jobs_here(None, plans["laptop"], "auto", False) == 2
+    with pytest.raises(InputError, match="one after the other"):
+        jobs_here(2, plans["laptop"], "cpu", True)
