@@ -128,8 +128,8 @@ def _sides(found: Sequence[tuple[Row, Paired]]) -> str:
         "above": [LABELS[row.algorithm] for row, acr in found if acr.estimate > 0],
         "below": [LABELS[row.algorithm] for row, acr in found if acr.estimate < 0],
     }
-    told = [f", {side}: {', '.join(names)}" for side, names in sides.items() if names]
-    return ";".join(told) or ": none"
+    told = [f"{side}: {', '.join(names)}" for side, names in sides.items() if names]
+    return f", {'; '.join(told)}" if told else ": none"
 
 
 def _spreads(one: Section) -> str:
