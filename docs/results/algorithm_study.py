@@ -148,7 +148,6 @@ class Study:
                     "perturbation": dict(disturbance.spec),
                     "images": 10,
                     "n": 1000,
-                    "radii": [radius * disturbance.size for radius in (0.0, *disturbance.radii)],
                 },
             }
         )
