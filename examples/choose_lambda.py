@@ -55,7 +55,7 @@ def recommended(lambdas: Sequence[float], acr: Sequence[float], pairs: Pairs) ->
         return f"{best} is better than all others."
     tied = ", ".join(f"{lambdas[i]:g}" for i in who.tied)
     rest = len(lambdas) - 1 - len(who.tied)
-    told = " It is better than the rest." if rest else " Any will do, or certify more images."
+    told = " It is better than the rest." if rest else " These images cannot tell; more would."
     return f"{best} is ahead; no difference shown to {tied}.{told}"
 
 

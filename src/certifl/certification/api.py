@@ -99,7 +99,7 @@ def certify(
         reach: `scan` only: how far from 0 it looks, in the family's unit; None stands for all the
             way round for rotation, and three times sigma for scaling.
         keep: what `sequential` keeps while stopping early: "certificates" (of what n votes would
-            give), or the "curve" of certified accuracies, for about half the votes or fewer.
+            give), or the "curve" of certified accuracies, for a third to two thirds of the votes.
 
     Returns:
         A row for each image, in their order, with its votes, radius in the perturbation's unit

@@ -136,8 +136,10 @@ def _accepted() -> Markup:
 
 
 def _how(story: Story) -> str:
-    pairs = len(story.runs) * (len(story.runs) - 1) // 2
-    wide = f" (wide enough for all {pairs} comparisons of a client at once)" if pairs > 1 else ""
+    clients = len(story.comparison.clients)
+    pairs = clients * len(story.runs) * (len(story.runs) - 1) // 2
+    wide = f" (wide enough for all {pairs} comparisons of all clients at once)"
+    wide = wide if pairs > 1 else ""
     return (
         "The regime with the largest average certified radius on the client's own test images, "
         "among those that reach the accuracy it accepts (correct with a certificate). "

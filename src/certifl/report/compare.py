@@ -1,15 +1,10 @@
 """Which regime is better, and whether the images at hand can tell: paired comparisons of ACR.
 
-Regimes are certified on the same test images, so they are compared image by image. Images are
-drawn again with replacement within every client, the SAME draw for all regimes, and the mean over
-clients of the average certified radius (ACR) is taken anew; the spread of the differences is what
-another choice of test images would have done to them. It says nothing about training again with
-another seed.
-
-A client with m images gives m - 1 of them to each draw, which makes the variance of a stratum's
-mean unbiased where m draws would make it too small by the factor (m - 1) / m.
-
-Source: Efron and Tibshirani 1993, chapter 13; Rao and Wu 1988 (strata of few units).
+Regimes are certified on the same test images, so they are compared image by image: what counts is
+the mean over clients of the difference between two average certified radii (ACR), and how the
+differences of single images scatter around it within a client. The intervals say what another
+choice of test images would have done, and nothing about training again with another seed. See
+`intervals` for how they are made, and docs/mathematics.md for why.
 """
 
 from __future__ import annotations
@@ -22,12 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from certifl.errors import StoreMismatch
+from certifl.report.intervals import mean_interval
 from certifl.report.results import RunResults
-from certifl.report.summary import CONFIDENCE, gains
-from certifl.streams import numpy_generator
+from certifl.report.summary import CONFIDENCE, gains, largest_radius
 
 __all__ = [
-    "DRAWS",
     "FEWEST_IMAGES",
     "ClientComparison",
     "Comparison",
@@ -37,17 +31,13 @@ __all__ = [
     "own_interval",
     "paired_gains",
     "paired_values",
-    "resampled_means",
     "standing",
 ]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-DRAWS = 5000
 FEWEST_IMAGES = 10
-_DRAWS_AT_ONCE = 500
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -106,7 +96,7 @@ class Comparison:
         images: how many they are. whole: whether these are all images of every run.
         acr: (runs,) mean over clients of the average certified radius.
         pairs: differences of the mean over clients; all of them hold together with 95 %.
-        clients: the same for every client by itself; for one client all pairs hold together.
+        clients: the same for every client by itself; all pairs of all clients hold together.
         paired: whether images were compared one by one. Where clients kept their certificates
             they cannot be: differences then have no intervals, and no client has an answer.
     """
@@ -134,16 +124,17 @@ class Standing:
     margin: Difference | None
 
 
-def compare(runs: Sequence[RunResults], draws: int = DRAWS) -> Comparison:
+def compare(runs: Sequence[RunResults]) -> Comparison:
     """Compare the average certified radius of runs, image by image.
 
     Args:
         runs: in the order of the report.
-        draws: how often the images are drawn again.
 
     Returns:
         Differences with intervals at 95 % together: each of the p pairs is given 1 - 0.05 / p
-        (Bonferroni), since the leader is picked after looking.
+        (Bonferroni), since the leader is picked after looking; and each pair of each of the c
+        clients 1 - 0.05 / (p c), since readers look for the clients that differ. They are infinite
+        where there are fewer than ten images, or one image of a client.
 
     Raises:
         StoreMismatch: the runs have no test image (clients who told curves alone: no client) in
@@ -152,20 +143,21 @@ def compare(runs: Sequence[RunResults], draws: int = DRAWS) -> Comparison:
     if len(runs) > 1 and any(run.told for run in runs):
         return _of_curves(runs)
     clients, values = paired_gains(runs)
-    drawn = [
-        resampled_means(rows, draws, client) for client, rows in zip(clients, values, strict=True)
-    ]
     means = np.stack([rows.mean(axis=0) for rows in values])
-    total = sum(len(rows) for rows in values)
-    together = np.mean(drawn, axis=0)
-    enough = total >= FEWEST_IMAGES
+    total, scale = sum(len(rows) for rows in values), largest_radius(runs)
     return Comparison(
         images=total,
         whole=all(total == len(run.certificates) for run in runs),
         acr=tuple(float(a) for a in means.mean(axis=0)),
-        pairs=_pairs(means.mean(axis=0), together, enough),
+        pairs=_pairs(values, scale),
         clients=tuple(
-            _client(int(client), values[i], means[i], drawn[i]) for i, client in enumerate(clients)
+            ClientComparison(
+                client=int(client),
+                images=len(rows),
+                acr=tuple(float(a) for a in own),
+                pairs=_pairs([rows], scale, families=len(clients)),
+            )
+            for client, rows, own in zip(clients, values, means, strict=True)
         ),
     )
 
@@ -173,8 +165,7 @@ def compare(runs: Sequence[RunResults], draws: int = DRAWS) -> Comparison:
 def _of_curves(runs: Sequence[RunResults]) -> Comparison:
     """Average radii side by side where single images are not known: numbers without intervals.
 
-    Which image is which was not told, so nothing can be drawn again for all runs alike, and rows
-    made from curves must never be paired.
+    Which image is which was not told, and rows made from curves must never be paired.
     """
     shared = sorted(set.intersection(*(set(run.clients.tolist()) for run in runs)))
     if not shared:
@@ -184,12 +175,11 @@ def _of_curves(runs: Sequence[RunResults]) -> Comparison:
         )
     radii = [[_own_acr(run, client) for client in shared] for run in runs]
     means: Floats = np.asarray(radii, np.float64).mean(axis=1)
-    none = np.empty((0, len(runs)))
     return Comparison(
         images=0,
         whole=all(len(run.clients) == len(shared) for run in runs),
         acr=tuple(float(mean) for mean in means),
-        pairs=_pairs(means, none, enough=False),
+        pairs=_unknown_pairs(means),
         clients=(),
         paired=False,
     )
@@ -199,17 +189,19 @@ def _own_acr(run: RunResults, client: int) -> float:
     return run.certificates.of_client(client).average_certified_radius()
 
 
-def own_interval(run: RunResults, draws: int = DRAWS) -> tuple[float, float] | None:
+def own_interval(run: RunResults) -> tuple[float, float] | None:
     """95 % interval over images of one run's average certified radius, the mean over clients.
 
     Returns:
-        The two ends, or None where there are too few images for an interval.
+        The two ends, not outside of what an average radius can be; None where there are too few
+        images for an interval.
     """
-    clients, values = paired_gains([run])
-    if len(run.certificates) < FEWEST_IMAGES:
+    _, values = paired_gains([run])
+    if not _enough(values):
         return None
-    drawn = [resampled_means(v, draws, client) for client, v in zip(clients, values, strict=True)]
-    return _interval(np.mean(drawn, axis=0)[:, 0], 1.0 - CONFIDENCE, enough=True)
+    scale = largest_radius([run])
+    low, high = mean_interval([rows[:, 0] for rows in values], 1.0 - CONFIDENCE, scale)
+    return max(0.0, low), min(scale, high)
 
 
 def standing(acr: Sequence[float], pairs: Pairs) -> Standing:
@@ -267,50 +259,33 @@ def _rows_by_image(run: RunResults) -> dict[tuple[int, int], int]:
     return {image: row for row, image in enumerate(images)}
 
 
-def resampled_means(values: Floats, draws: int, client: int) -> Floats:
-    """Means of images drawn again with replacement, the same draws for every run.
+def _enough(values: Sequence[Floats]) -> bool:
+    """Whether there are images for an interval: ten of all clients, and two of each."""
+    sizes = [len(rows) for rows in values]
+    return sum(sizes) >= FEWEST_IMAGES and min(sizes) >= 2
+
+
+def _pairs(values: Sequence[Floats], scale: float, families: int = 1) -> Pairs:
+    """All differences first - second, first < second, at a level that makes them hold together.
 
     Args:
-        values: (images, runs) of one client.
-        draws: how often.
-        client: names the stream of the draws, so that clients are drawn independently.
-
-    Returns:
-        (draws, runs). A single image has no spread: all its draws are equal.
+        values: of each client (its images, runs).
+        scale: how far one image can lie from another.
+        families: how many such sets of pairs hold together.
     """
-    images = len(values)
-    if images == 1:
-        return np.repeat(values, draws, axis=0)
-    stream = numpy_generator(_SEED, "report-images", int(client))
-    means = np.empty((draws, values.shape[1]))
-    for start in range(0, draws, _DRAWS_AT_ONCE):
-        stop = min(start + _DRAWS_AT_ONCE, draws)
-        picked = stream.integers(0, images, size=(stop - start, images - 1), dtype=np.int32)
-        for run in range(values.shape[1]):
-            means[start:stop, run] = values[:, run][picked].mean(axis=1)
-    return means
-
-
-def _client(client: int, values: Floats, means: Floats, drawn: Floats) -> ClientComparison:
-    pairs = _pairs(means, drawn, len(values) >= FEWEST_IMAGES)
-    return ClientComparison(client, len(values), tuple(float(m) for m in means), pairs)
-
-
-def _pairs(means: Floats, drawn: Floats, enough: bool) -> dict[tuple[int, int], Difference]:
-    """All differences first - second, first < second, at a level that makes them hold together."""
-    couples = list(itertools.combinations(range(len(means)), 2))
-    error = (1.0 - CONFIDENCE) / max(1, len(couples))
+    runs = values[0].shape[1]
+    couples = list(itertools.combinations(range(runs), 2))
+    error = (1.0 - CONFIDENCE) / (max(1, len(couples)) * families)
     found = {}
     for i, j in couples:
-        low, high = _interval(drawn[:, i] - drawn[:, j], error, enough)
-        found[i, j] = Difference(i, j, float(means[i] - means[j]), low, high)
+        apart = [rows[:, i] - rows[:, j] for rows in values]
+        ends = mean_interval(apart, error, scale) if _enough(values) else (-np.inf, np.inf)
+        found[i, j] = Difference(i, j, float(np.mean([part.mean() for part in apart])), *ends)
     return found
 
 
-def _interval(drawn: Floats, error: float, enough: bool) -> tuple[float, float]:
-    """Percentiles of the draws, taken outward; everything is possible with too few images."""
-    if not enough:
-        return -np.inf, np.inf
-    low = np.quantile(drawn, error / 2.0, method="lower")
-    high = np.quantile(drawn, 1.0 - error / 2.0, method="higher")
-    return float(low), float(high)
+def _unknown_pairs(means: Floats) -> Pairs:
+    return {
+        (i, j): Difference(i, j, float(means[i] - means[j]), -np.inf, np.inf)
+        for i, j in itertools.combinations(range(len(means)), 2)
+    }

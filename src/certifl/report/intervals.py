@@ -29,7 +29,7 @@ def hidden_share(images: float, error: float) -> float:
 
 
 def even_images(sizes: Sequence[int]) -> float:
-    """As many images, spread evenly over the clients, would bound the mean over clients as well."""
+    """As many images, spread evenly over the clients, would bound their mean as well."""
     return len(sizes) ** 2 / sum(1.0 / size for size in sizes)
 
 

@@ -111,7 +111,7 @@ def _result_note(story: Story) -> str:
         "Certified accuracy at a radius: share of all certified test images that are classified "
         "correctly with at least that radius, with exact (Clopper-Pearson) 95 % limits over "
         "images. Average certified radius: mean over clients of radius × correct, with a 95 % "
-        "interval over images (resampled within clients). The intervals speak of the choice of "
+        "interval over images. The intervals speak of the choice of "
         "test images, not of training again with another seed. Radii are rounded down."
     )
     sizes = {int((r.certificates.client == c).sum()) for r in story.runs for c in r.clients}
