@@ -10,6 +10,11 @@ perturbation and number of SGD steps, on random images of CIFAR-10's shape:
 - captured: the engine with `steps = "captured"`.
 - bfloat16: the same with `precision = "bfloat16"`.
 
+All begin with images on the host: the loader's are copied batch by batch, the engine's at the
+beginning of each client's round, which is part of the time of either. `--loader-workers` is for
+each client: its DataLoader has workers of its own that stay alive, but only one client's work at a
+time.
+
 One round of all after the other, as often as `--pairs` says, so that a drift of the machine
 cancels; medians with their range. The first round of each, which captures, is timed apart. At the
 end it says whether captured and plain steps gave the same bits. `--full` then measures the study's
@@ -61,7 +66,7 @@ PERTURBATIONS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained, the same for all."""
+    """What is trained, the same for all; the clients' images are on the host."""
 
     clients: Sequence[ClientData]
     model: nn.Module
@@ -278,7 +283,12 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--perturbation", default="rotation", choices=PERTURBATIONS)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--loader-workers", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument(
+        "--loader-workers",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        help="of the loader loop, for each client",
+    )
     parser.add_argument("--only", nargs="+", default=CONTESTANTS, choices=CONTESTANTS)
     parser.add_argument("--at-once", type=int, default=0, help="worker processes on the device")
     parser.add_argument("--full", action="store_true", help="measure 45 rounds x 2 epochs")
@@ -291,7 +301,7 @@ def options_of() -> argparse.Namespace:
 
 
 def setting_of(options: argparse.Namespace) -> Setting:
-    """Random images, dealt out evenly."""
+    """Random images on the host, dealt out evenly."""
     drawn = torch.Generator().manual_seed(0)
     each, more = divmod(options.images, options.clients)
     clients = []
@@ -299,7 +309,7 @@ def setting_of(options: argparse.Namespace) -> Setting:
         count = each + (client < more)
         images = torch.randint(256, (count, *SHAPE), generator=drawn, dtype=torch.uint8)
         labels = torch.randint(CLASSES, (count,), generator=drawn)
-        clients.append(ClientData(client, images, labels).to(options.device))
+        clients.append(ClientData(client, images, labels))
     described = PERTURBATIONS[options.perturbation]
     return Setting(
         clients,
@@ -318,11 +328,11 @@ def main() -> None:
     print(
         f"# {where}, torch {torch.__version__}, {options.model}, {options.clients} clients, "
         f"{options.images} images, batch {options.batch}, {options.perturbation}, "
-        f"{options.loader_workers} loader workers of {os.cpu_count()} cores, {options.pairs} pairs"
+        f"{options.loader_workers} loader workers per client, {os.cpu_count()} cores, "
+        f"{options.pairs} pairs"
     )
-    host = replace(setting, clients=[data.to("cpu") for data in setting.clients])
     contestants: dict[str, Callable[[], None]] = {
-        "loader": LoaderLoop(host, options.loader_workers),
+        "loader": LoaderLoop(setting, options.loader_workers),
         "plain": Engine(setting, "plain"),
         "captured": Engine(setting, "captured"),
         "bfloat16": Engine(setting, "captured", "bfloat16"),

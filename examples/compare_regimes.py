@@ -1,8 +1,8 @@
 """Is one way of training better than another? Paired statistics over images and seeds.
 
-    python examples/compare_regimes.py                             # fedavg against local, 3 seeds
+    python examples/compare_regimes.py                          # fedavg, local; 3 seeds: minutes
     python examples/compare_regimes.py mixture fedavg --seeds 5
-    python examples/compare_regimes.py --quick                     # at a size of seconds
+    python examples/compare_regimes.py --quick                  # at a size of seconds
 
 Within a seed both regimes share clients, test images and noise, so they are compared image by
 image. Over the seeds, Student's t of the scatter between trainings is added: an interval with one
@@ -46,6 +46,7 @@ def trained(regime: str, seeds: int, out: Path, quick: bool) -> list[StudyRun]:
     for seed in range(seeds):
         options = Options(out / f"{regime}-{seed}")
         folders.append(run(study(regime, seed, quick), options).path)
+        print(f"{regime}, seed {seed}: {folders[-1]}", flush=True)
     runs, _ = find_runs(folders)
     return sorted(runs, key=lambda found: found.facts.seed)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -245,6 +247,23 @@ def test_many_perturbations_do_not_fill_the_memory():
         local.passes(state_of(TinyNet()), data, 0)
     kinds = [step.kind.augmentation.sigma for step in recordings(local)]
     assert kinds == [0.01 * n for n in range(3, captured_module._MOST_RECORDINGS + 3)]
+
+
+def test_what_is_recorded_goes_with_its_training(recorder):
+    """At once, not when cycles are looked for: on a GPU it is most of the memory."""
+    local = make("captured", momentum_between_rounds="keep")
+    local.passes(state_of(TinyNet()), client_data(0), 0)
+    step, held = recordings(local)[0], local._recordings
+    assert held is not None
+    kept = [*local.network.parameters(), *held.weights.momentum.values(), *step.gradients]
+    gone = [weakref.ref(one) for one in (local.network, step, held, *kept)]
+    gc.collect()
+    gc.disable()
+    try:
+        del local, step, held, kept
+        assert [ref() for ref in gone] == [None] * len(gone)
+    finally:
+        gc.enable()
 
 
 def test_a_diverging_client_does_not_harm_the_next(recorder):

@@ -15,6 +15,7 @@ from certifl.certification.engine import advance, conclude
 from certifl.certification.network import prepare
 from certifl.certification.settings import ESTIMATORS, Settings
 from certifl.certification.votes import CHUNK, Request, VoteCounter
+from certifl.errors import InputError
 from certifl.streams import image_key, vote_generator
 from known_models import (
     HalfSpace,
@@ -316,3 +317,24 @@ def test_progress_is_reported_up_to_the_end() -> None:
     )
     assert seen[-1] == (3 * 600, 3 * 600)
     assert seen == sorted(seen)
+
+
+def test_radii_of_another_unit_are_refused_before_a_vote() -> None:
+    with pytest.raises(InputError, match=r"in radians \(5 degrees are 0\.0873\).*from 5 up"):
+        certifl.certify(
+            certifl.models.build("small_cnn", 1, 2, seed=0).eval(),
+            torch.zeros(1, 1, 8, 8),
+            certifl.Rotation("18deg"),
+            n=1000,
+            radii=[0, 5, 10],
+        )
+
+
+def test_nobody_takes_unlabelled_images_for_wrong_ones() -> None:
+    noise = certifl.PixelNoise(0.25)
+    model = certifl.models.build("small_cnn", 1, 2, seed=0).eval()
+    made = certifl.certify(model, torch.zeros(2, 1, 8, 8), noise, n0=10, n=100)
+    assert len(made.radius) == 2
+    for ask in (made.average_certified_radius, lambda: made.certified_accuracy([0.0])):
+        with pytest.raises(InputError, match=r"2 of 2 certificates have no label.*give labels"):
+            ask()

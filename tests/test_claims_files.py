@@ -11,7 +11,15 @@ from certifl.cli import app
 from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.report import check_claims, write_claims
 from certifl.report.claims import CLAIMS
-from certifl.report.claims.render import as_json, as_markdown, claim_rows, explanation
+from certifl.report.claims.render import (
+    COMPARISON_HEAD,
+    as_json,
+    as_markdown,
+    claim_rows,
+    comparison_row,
+    explanation,
+)
+from certifl.report.claims.testing import check_runs
 from claims_factory import (
     DRAWS,
     pair,
@@ -71,6 +79,30 @@ def test_json_and_markdown_hold_every_claim(study, tmp_path):
     assert comparison["verdict"] == "supported"
     with pytest.raises(InputError, match=r"\.json or \.md"):
         write_claims(report, tmp_path / "claims.txt")
+
+
+def test_an_interval_that_holds_alone_is_marked_as_that(tmp_path):
+    both = [*pair(0.4, 0.5), *pair(0.4, 0.5, clients=20)]
+    report = check_runs(both, DRAWS)
+    result = next(one for one in report.results if one.claim.name == "4.1 (ii)")
+    assert [one.told for one in result.comparisons] == [False, True, False, True]
+    ends = COMPARISON_HEAD.index("95 % together")
+    for one in result.comparisons:
+        assert comparison_row(one)[ends].endswith(" (alone)") == one.told
+    assert "marked (alone)" in " ".join(explanation(report))
+    held = next(one for one in as_json(report)["claims"] if one["claim"] == "4.1 (ii)")
+    for one in held["comparisons"]:
+        told = one["verdict"] is None
+        assert one["low_and_high_hold"] == ("alone" if told else "together")
+        assert (one["low"] == one["low_alone"]) == told
+
+
+def test_too_few_images_of_some_comparisons_are_told_in_the_verdict():
+    runs = [*pair(0.4, 0.5, images=40), *pair(0.4, 0.5, clients=20, images=10)]
+    report = check_runs(runs, DRAWS)
+    rows = {row["claim"]: row["words"] for row in claim_rows(report)}
+    assert "undecided in 2" in rows["4.1 (iv) spread"]
+    assert "1 with too few images for an interval" in rows["4.1 (iv) spread"]
 
 
 def test_rows_say_how_sure_and_how_many(study):

@@ -22,6 +22,7 @@ ERRORS = [
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:75] not enough memory: you tried to allocate"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
     MemoryError(),
 ]
 

@@ -36,7 +36,7 @@ def test_parameters_add_up(size):
 
 
 def test_quarter_turns_add_up():
-    images, turn = pictures(2, 1, 9, 9), Rotation(4.0)
+    images, turn = pictures(2, 1, 9, 9), Rotation("180deg")
     quarter = torch.tensor([math.pi / 2])
     twice = turn.apply(turn.apply(images, quarter), quarter)
     torch.testing.assert_close(twice, turn.apply(images, 2 * quarter), atol=2e-5, rtol=0)

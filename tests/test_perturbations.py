@@ -156,7 +156,7 @@ def test_parameters_are_independent(p):
     assert np.abs(seen).max() < 0.06
 
 
-@pytest.mark.parametrize("sigma", [0.1 * math.pi, 0.1, 1 / 3, 1.0, 1e-6, 7.7])
+@pytest.mark.parametrize("sigma", [0.1 * math.pi, 0.1, 1 / 3, 1.0, 1e-6, 0.77])
 def test_uniform_samples_never_leave_their_interval(sigma):
     for family in (Rotation, Scaling):
         drawn = family(sigma).sample(200_000, IMAGE, rng(4)).double()
@@ -164,7 +164,7 @@ def test_uniform_samples_never_leave_their_interval(sigma):
         assert drawn.abs().max().item() > 0.9999 * sigma
 
 
-@pytest.mark.parametrize("sigma", [0.1 * math.pi, 0.1, 1 / 3, 7.7])
+@pytest.mark.parametrize("sigma", [0.1 * math.pi, 0.1, 1 / 3, 2.7])
 def test_even_the_most_extreme_uniform_draw_stays_inside(sigma, monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.zeros(shape))
     lowest = Rotation(sigma).sample(1, IMAGE, rng()).double().item()
@@ -287,6 +287,20 @@ def test_a_gpu_gives_the_same_images(p):
 
 
 # --- errors -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "sigma", "says"),
+    [
+        (Rotation, 18, '1031 degrees.*"18deg"'),
+        (Rotation, "400deg", "400 degrees, more than a half turn"),
+        (Scaling, 3, "turns over"),
+    ],
+)
+def test_a_sigma_in_another_unit_is_noticed_where_it_can_be(family, sigma, says):
+    with pytest.raises(InputError, match=says):
+        family(sigma)
+    assert Rotation("180deg").sigma == math.pi
 
 
 @pytest.mark.parametrize("family", PERTURBATIONS.values())

@@ -123,7 +123,7 @@ def _last(estimator: str) -> list[int]:
         {"settings": dataclasses.replace(SETTINGS, alpha=0.01)},
         {"settings": dataclasses.replace(SETTINGS, n=800)},
         {"settings": dataclasses.replace(SETTINGS, n0=60)},
-        {"settings": dataclasses.replace(SETTINGS, radii=(0.0, 5.0))},
+        {"settings": dataclasses.replace(SETTINGS, radii=(0.0, 0.3))},
         {"settings": dataclasses.replace(SETTINGS, label_aware=False)},
         {"settings": dataclasses.replace(SETTINGS, estimator="top-class")},
     ],
@@ -161,7 +161,6 @@ def test_abstaining_from_an_image_without_a_label_is_not_being_right() -> None:
     unlabelled = dataclasses.replace(made, label=np.full(1, -1, np.int64))
     assert unlabelled.abstained.all()
     assert not unlabelled.correct.any()
-    assert unlabelled.certified_accuracy([0.0])[0] == 0
 
 
 @pytest.mark.parametrize(

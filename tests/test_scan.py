@@ -351,7 +351,6 @@ def test_a_study_that_scans_resumes_verifies_and_is_reported(
     [
         (certifl.PixelNoise(0.5), {}, "families of one uniform parameter"),
         (certifl.Translation(0.5), {}, "translation is none"),
-        (certifl.Rotation(3.2), {}, "more than a half turn"),
         (certifl.Scaling(1.0), {}, "factors down to 0"),
         (certifl.Rotation(1.0), {"reach": -1.0}, "reach must be a positive"),
         (certifl.Rotation(1.0), {"n": 1}, "at least 2"),

@@ -78,28 +78,37 @@ def _words(result: ClaimResult, comparisons: tuple[Tested, ...]) -> str:
 
 def _reach(judged: Sequence[Tested]) -> str:
     """Where the intervals of some comparisons lie, and from how many images they are."""
-    images = range_words(tested.finding.effect.images for tested in judged)
-    low, high = min(t.together[0] for t in judged), max(t.together[1] for t in judged)
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return f"({images} images: too few for an interval.)"
-    each = "Intervals lie" if len(judged) > 1 else "The interval lies"
+    known = _with_interval(judged)
+    images = range_words(tested.finding.effect.images for tested in known or judged)
+    if not known:
+        return f"({images} images: too few of a client for an interval.)"
+    low, high = min(t.together[0] for t in known), max(t.together[1] for t in known)
+    each = "Intervals lie" if len(known) > 1 else "The interval lies"
     ends = math.floor(1000 * low + 1e-9) / 10 + 0.0, math.ceil(1000 * high - 1e-9) / 10 + 0.0
-    return f"{each} between {ends[0]:+.1f} and {ends[1]:+.1f} points ({images} images)."
+    told = f"{each} between {ends[0]:+.1f} and {ends[1]:+.1f} points ({images} images)"
+    few = len(judged) - len(known)
+    return f"{told}; for {few} there are too few images." if few else f"{told}."
+
+
+def _with_interval(tested: Sequence[Tested]) -> list[Tested]:
+    return [one for one in tested if math.isfinite(one.together[0] - one.together[1])]
 
 
 def _open(judged: Sequence[Tested]) -> str:
     """Why comparisons are open: how wide their intervals are, and from how many images."""
     still = [t for t in judged if t.judged is not None and t.judged.verdict == UNDECIDED]
-    widths = [100 * (t.together[1] - t.together[0]) for t in still]
-    known = [width for width in widths if math.isfinite(width)]
+    known = _with_interval(still)
     if not known:
         return ""
-    images = range_words(tested.finding.effect.images for tested in still)
+    widths = [100 * (t.together[1] - t.together[0]) for t in known]
+    images = range_words(tested.finding.effect.images for tested in known)
+    few = len(still) - len(known)
+    none = f" For {few} of them a client has too few images for an interval." if few else ""
     return (
         f"Undecided are {len(still)} of {len(judged)} comparisons: from {images} images come "
-        f"intervals {min(known):.1f} to {max(known):.1f} points wide, where "
-        f"{100 * MARGIN:g} points count as a difference. More images would decide them; another "
-        "reading of these would not."
+        f"intervals {min(widths):.1f} to {max(widths):.1f} points wide, where "
+        f"{100 * MARGIN:g} points, or less near 0, count as a difference.{none} More images would "
+        "decide them; another reading of these would not."
     )
 
 

@@ -21,6 +21,7 @@ from certifl.experiments.doctor import Fact
 from certifl.experiments.planning import Plan
 from certifl.experiments.standalone import Answer
 from certifl.perturbations.units import format_amount
+from certifl.report.claims.rules import NOT_TESTED
 
 __all__ = [
     "Board",
@@ -207,9 +208,15 @@ def show_claims(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None
         table.add_row(*(str(row[key]) for key in keys))
     console = Console(highlight=False)
     console.print(table)
-    for row in rows:
+    tested = [row for row in rows if row["verdict"] != NOT_TESTED]
+    for row in tested:
         console.print(f"{row['claim']}  {row['sentence']}", markup=False)
         console.print(f"    {row['words']}\n", style="dim", markup=False)
+    if left := len(rows) - len(tested):
+        console.print(
+            f"{left} of {len(rows)} claims were not tested: each compares runs that are not among "
+            "these. --out claims.md names them.\n"
+        )
     for note in notes:
         console.print(note, style="dim", markup=False)
 
@@ -219,11 +226,10 @@ def show_certificates(certificates: Certificates) -> None:
     facts, unit = certificates.conditions, str(certificates.conditions["unit"])
     console = Console(highlight=False)
     acr = certificates.average_certified_radius()
+    accuracy = certificates.certified_accuracy([0.0])[0]
     console.print(f"images              {len(certificates)}")
     console.print(f"abstained           {int(certificates.abstained.sum())}")
-    console.print(
-        f"certified accuracy  {certificates.certified_accuracy([0.0])[0]:.3f} at radius 0"
-    )
+    console.print(f"certified accuracy  {accuracy:.3f} at radius 0")
     console.print(f"average radius      {format_amount(acr, unit)} (ACR)")
     mean, most = certificates.votes.mean(), int(facts["n"])
     console.print(f"votes per image     {mean:,.0f} of at most {most:,}")

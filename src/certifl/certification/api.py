@@ -25,7 +25,7 @@ from certifl.certification.guards import (
     check_perturbation,
     check_seed,
 )
-from certifl.certification.network import Network, prepare
+from certifl.certification.network import PRECISIONS, Network, prepare, tf32_state
 from certifl.certification.selftest import check_random_source_once
 from certifl.certification.settings import Settings
 from certifl.certification.votes import Request, VoteCounter
@@ -260,6 +260,7 @@ def conditions(
         "keep": settings.keep,
         "seed": seed,
         "precision": network.precision,
+        **_rounding(network),
         "batch_norm_folded": network.folded,
         "batch_size": network.batch_size,
         "device": _device_name(network.device),
@@ -272,6 +273,13 @@ def conditions(
             "python": platform.python_version(),
         },
     }
+
+
+def _rounding(network: Network) -> dict[str, Any]:
+    """What else decides how a network rounds: float32 is not one arithmetic on a GPU."""
+    if network.device.type != "cuda" or PRECISIONS[network.precision] is not torch.float32:
+        return {}
+    return {"tf32": tf32_state()}
 
 
 def _device_name(device: torch.device) -> str:

@@ -101,8 +101,10 @@ class Certificates:
         """Share of ALL images that are correct with radius >= R, for each R of `radii`.
 
         Raises:
-            InputError: the radii mean different things (clients with perturbations of their own).
+            InputError: no image has a label, or the radii mean different things (clients with
+                perturbations of their own).
         """
+        self._require_labels()
         self._require_one_kind()
         return curves.certified_accuracy(self.correct, self.radius, np.asarray(radii, float))
 
@@ -110,8 +112,9 @@ class Certificates:
         """Mean over all images of radius times correct (ACR, the area under the curve).
 
         Raises:
-            InputError: the radii mean different things (clients with perturbations of their own).
+            InputError: as `certified_accuracy`.
         """
+        self._require_labels()
         self._require_one_kind()
         return float(curves.average_certified_radius(self.correct, self.radius))
 
@@ -141,6 +144,14 @@ class Certificates:
             return (self,)
         found = (self.select(np.isin(self.client, part or [])) for part in parts)
         return tuple(part for part in found if len(part))
+
+    def _require_labels(self) -> None:
+        unknown = int((self.label == UNLABELLED).sum())
+        if unknown:
+            raise InputError(
+                f"{unknown} of {len(self)} certificates have no label, so nobody knows whether "
+                "they are correct: give labels to certify(...), or look at .radius and .abstained."
+            )
 
     def _require_one_kind(self) -> None:
         if len(groups.kinds(self.conditions)) > 1:

@@ -18,7 +18,7 @@ from certifl.certification import scan
 from certifl.certification.certificates import ABSTAINED, UNLABELLED, Certificates
 from certifl.certification.counts import Votes
 from certifl.certification.settings import Settings
-from certifl.certification.votes import Request, VoteCounter
+from certifl.certification.votes import Request, VoteCounter, votes_per_turn
 from certifl.errors import InputError
 from certifl.perturbations.base import Perturbation
 from certifl.smoothing.bounds import BOUNDS
@@ -30,10 +30,9 @@ __all__ = ["Progress", "advance", "conclude", "count_all", "expected_votes"]
 Progress = Callable[[int, int], None]
 """Called with (votes cast so far, votes at most) of what is being certified."""
 
-# A wave fills this many batches, and no image takes more than this many votes of one wave: often
+# A wave fills this many batches, and no image takes more votes of it than its turn gives: often
 # enough for progress and checkpoints, rare enough that fetching the counts costs nothing.
 _BATCHES_PER_WAVE = 32
-_VOTES_PER_TURN = 3200
 
 
 def expected_votes(images: int, settings: Settings) -> int:
@@ -99,15 +98,18 @@ def _count(
     votes: Votes,
     wave: int,
 ) -> None:
-    requests = _requests(votes, keys, settings, wave)
+    turn = votes_per_turn(counter.network.batch_size)
+    requests = _requests(votes, keys, settings, wave, turn)
     m = len(keys)
     counts = counter.count(images, requests, slots=2 * m)
     votes.selection += counts[:m]
     votes.estimation += counts[m:]
 
 
-def _requests(votes: Votes, keys: list[int], settings: Settings, wave: int) -> list[Request]:
-    """The next votes of as many unfinished images, in order, as fill a wave."""
+def _requests(
+    votes: Votes, keys: list[int], settings: Settings, wave: int, turn: int
+) -> list[Request]:
+    """The next votes of as many unfinished images, in order, as fill a wave; `turn` of each."""
     m, looks = len(keys), settings.looks
     requests: list[Request] = []
     asked = 0
@@ -118,10 +120,10 @@ def _requests(votes: Votes, keys: list[int], settings: Settings, wave: int) -> l
         # Selection votes may be cast in the wave of the first estimation votes: the class is
         # chosen from the former alone, so the latter stay fresh.
         if chosen < settings.n0:
-            stop = min(settings.n0, chosen + _VOTES_PER_TURN)
+            stop = min(settings.n0, chosen + turn)
             requests.append(Request(int(row), int(row), keys[row], "selection", chosen, stop))
             asked += stop - chosen
-        stop = min(looks[votes.looks[row]], have + _VOTES_PER_TURN)
+        stop = min(looks[votes.looks[row]], have + turn)
         if stop > have:
             requests.append(Request(m + int(row), int(row), keys[row], "estimation", have, stop))
             asked += stop - have

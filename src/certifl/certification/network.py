@@ -15,11 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from certifl.certification.compiled import Compiled
 from certifl.certification.folding import fold_batch_norm
 from certifl.certification.guards import check_model, probe_classes
+from certifl.convolutions import exact_convolutions
 from certifl.errors import InputError, ModelError
 
-__all__ = ["PRECISIONS", "Network", "choose_device", "choose_precision", "prepare"]
+__all__ = [
+    "PRECISIONS",
+    "Network",
+    "choose_device",
+    "choose_precision",
+    "prepare",
+    "tf32_state",
+]
 
 Model = Callable[[Tensor], Tensor]
 # Compiled code rounds in another order, so it is another f and has a name of its own.
@@ -89,7 +98,14 @@ def prepare(
     if device == "auto" and not isinstance(model, nn.Module):
         device = images.device
     place = choose_device(device)
-    probe = images[:1].to(place)
+    with exact_convolutions(place):
+        return _prepared(model, images[:1].to(place), place, precision, batch_size)
+
+
+def _prepared(
+    model: Model, probe: Tensor, place: torch.device, precision: str, batch_size: int | str
+) -> Network:
+    """The network, probed and compared on one image, under the conditions it votes under."""
     if not isinstance(model, nn.Module):
         choose_precision(precision, place)
         classes = probe_classes(model, probe)
@@ -119,17 +135,12 @@ class _Caller:
 
 
 def _compiled(call: Model, images: Tensor) -> Model:
-    """The same network as compiled code for batches of exactly this shape.
-
-    Weights become constants of the code; on CUDA the kernels are captured as one graph.
-    """
-    options: dict[str, Any] = {"freezing": True}
-    if images.device.type == "cuda":
-        options["triton.cudagraphs"] = True
-    made = torch.compile(call, dynamic=False, options=options)
+    """The same network as compiled code, after its answers on these images were compared."""
+    made = Compiled(call, images.device)
     try:
-        with torch.no_grad():
-            logits, plain = made(images).float(), call(images).float()
+        with torch.inference_mode():
+            # A copy: on CUDA the answer lies where the next one will be written.
+            logits, plain = made(images).float().clone(), call(images).float()
     except Exception as error:  # whatever the compiler's tools raise
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
@@ -142,6 +153,26 @@ def _compiled(call: Model, images: Tensor) -> Model:
             "broken. Leave -compiled out of the precision."
         )
     return made
+
+
+def tf32_state() -> dict[str, bool]:
+    """Whether torch now rounds the factors of float32 convolutions and products to TF32.
+
+    It is a setting of the whole process and only GPUs follow it. Since torch 2.9 it has another
+    name, and the older one raises an error where a program has used the newer.
+    """
+    backends: Any = torch.backends
+    return {
+        "convolutions": _is_tf32(getattr(backends.cudnn, "conv", None), backends.cudnn),
+        "products": _is_tf32(backends.cuda.matmul, backends.cuda.matmul),
+    }
+
+
+def _is_tf32(newer: Any, older: Any) -> bool:
+    try:
+        return newer.fp32_precision == "tf32"
+    except AttributeError:  # before torch 2.9
+        return bool(older.allow_tf32)
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from certifl.certification.network import Network
+from certifl.convolutions import exact_convolutions
 from certifl.errors import InputError
 
 __all__ = ["Predictions", "predict_plain"]
@@ -117,7 +118,7 @@ def predict_plain(network: Network, images: Tensor) -> Ints:
     for part in images.to(network.device).split(network.batch_size):
         # Every call has the same number of rows, as in voting; what fills it up is not looked at.
         filled = part[torch.arange(network.batch_size, device=part.device) % len(part)]
-        with torch.inference_mode():
+        with torch.inference_mode(), exact_convolutions(network.device):
             logits = network.call(filled)[: len(part)]
         answers.append(logits.argmax(dim=1).cpu().numpy())
     return np.concatenate(answers).astype(np.int64)

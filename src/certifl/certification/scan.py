@@ -17,7 +17,7 @@ from torch import Tensor
 
 from certifl.certification.counts import Votes
 from certifl.certification.settings import GRID_POINTS, Settings
-from certifl.certification.votes import CHUNK, Request, VoteCounter
+from certifl.certification.votes import CHUNK, Request, VoteCounter, votes_per_turn
 from certifl.errors import InputError
 from certifl.perturbations.base import Perturbation
 from certifl.smoothing.scan import Reading, read_scan
@@ -35,7 +35,6 @@ __all__ = [
     "unpacked",
 ]
 
-_VOTES_PER_TURN = 3200
 # Images read at once; a reading holds a few numbers per image, rival and cell.
 _BLOCK = 16
 # A scaling parameter of -1 shrinks the sampling grid to a point.
@@ -63,11 +62,6 @@ def scan_of(perturbation: Perturbation, settings: Settings) -> Scan:
 
 def _turn(sigma: float, reach: float | None) -> tuple[float, float, bool]:
     """Rotation: once round, or less where that is enough for the reach."""
-    if sigma > math.pi:
-        raise InputError(
-            f"sigma = {sigma} is more than a half turn, so the window of a scan would overlap "
-            "itself. Use a sigma up to 180deg."
-        )
     if reach is None or sigma + reach >= math.pi:
         return -math.pi, math.pi, True
     return -sigma - reach, sigma + reach, False
@@ -129,7 +123,7 @@ def cast(
     if missing.any():
         _select(counter, images, keys, settings, votes, wave)
         return
-    turns = list(_turns(votes, scan, wave))
+    turns = list(_turns(votes, scan, wave, votes_per_turn(counter.network.batch_size)))
     rows = np.repeat([row for row, _, _ in turns], [stop - start for _, start, stop in turns])
     numbers = [np.arange(start, stop) for _, start, stop in turns]
     drawn = [_uniforms(counter.seed, keys[row], start, stop) for row, start, stop in turns]
@@ -150,23 +144,23 @@ def _select(
 ) -> None:
     """Votes of the law at delta = 0 that choose c_A; the scan's own votes are others."""
     requests: list[Request] = []
-    asked = 0
+    asked, turn = 0, votes_per_turn(counter.network.batch_size)
     for row, have in enumerate(votes.selection.sum(axis=1)):
         if have < settings.n0 and asked < wave:
-            stop = min(settings.n0, int(have) + _VOTES_PER_TURN)
+            stop = min(settings.n0, int(have) + turn)
             requests.append(Request(row, row, keys[row], "selection", int(have), stop))
             asked += stop - int(have)
     votes.selection += counter.count(images, requests, slots=len(keys))
 
 
-def _turns(votes: Votes, scan: Scan, wave: int) -> Iterator[tuple[int, int, int]]:
+def _turns(votes: Votes, scan: Scan, wave: int, turn: int) -> Iterator[tuple[int, int, int]]:
     """(row, first vote, one past the last) of as many unfinished images as fill a wave."""
     asked = 0
     for row in np.flatnonzero(~votes.done):
         if asked >= wave:
             return
         have = int(votes.estimation[row].sum())
-        stop = min(int(scan.totals[votes.looks[row]]), have + _VOTES_PER_TURN)
+        stop = min(int(scan.totals[votes.looks[row]]), have + turn)
         yield int(row), have, stop
         asked += stop - have
 

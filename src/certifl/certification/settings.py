@@ -48,7 +48,11 @@ KEEPS = {
     "certificates": _Thrift(per_doubling=1, early_share=0.02, price=0.01, of_curve=False),
     "curve": _Thrift(per_doubling=4, early_share=0.005, price=0.2, of_curve=True),
 }
-"""What stopping early must keep."""
+"""What stopping early must keep.
+
+`verify` makes the looks and levels of a record anew from these numbers. Whoever changes them gives
+the changed ones a name of their own, for certificates made before must still verify.
+"""
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,8 @@ class Settings:
             way round for rotation, and three times sigma for scaling.
         keep: `sequential` only, what stopping early keeps. "certificates": every grid step that n
             votes would reach, but for about one image in a thousand. "curve": the certified
-            accuracies to about half a point on average over the radii, at a third (rotation) to two
-            thirds (pixel noise) of these votes.
+            accuracies to about half a point on average over the radii, at a third (rotation) to
+            two thirds (pixel noise) of these votes.
 
     Raises:
         InputError: a value that is not allowed, or two that do not go together; it says which.
@@ -139,11 +143,13 @@ class Settings:
         """The radii that will be reported, in the perturbation's unit.
 
         Raises:
-            InputError: so few votes that none of them could certify anything, all agreeing.
+            InputError: so few votes that none of them could certify anything, all agreeing; or
+                radii of which n votes can certify none.
         """
-        if self.radii is not None:
-            return np.array(self.radii, dtype=np.float64)
         largest = perturbation.law.largest_radius(perturbation.sigma, self.n, self.alpha)
+        if self.radii is not None:
+            _check_reachable(self.radii, float(largest), perturbation.unit, self.n)
+            return np.array(self.radii, dtype=np.float64)
         if not largest > 0.0:
             least = math.floor(-math.log2(self.alpha)) + 2
             raise InputError(
@@ -161,6 +167,16 @@ def _checked_radii(radii: Sequence[float]) -> tuple[float, ...]:
     if not values or not all(math.isfinite(r) and r >= 0.0 for r in values):
         raise InputError("radii must be finite numbers of at least 0, and at least one of them.")
     return values
+
+
+def _check_reachable(radii: Sequence[float], largest: float, unit: str, n: int) -> None:
+    smallest = min((radius for radius in radii if radius > 0.0), default=0.0)
+    if 0.0 < largest < smallest:
+        degrees = " (5 degrees are 0.0873)" if unit == "radians" else ""
+        raise InputError(
+            f"radii are in {unit}{degrees}, and n = {n} votes certify {largest:.4g} at most, so "
+            f"none of yours, from {smallest:g} up, can be reached."
+        )
 
 
 def _checked_reach(reach: float, estimator: str) -> float:

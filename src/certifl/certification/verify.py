@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from certifl.certification.certificates import ABSTAINED, Certificates
 from certifl.certification.groups import PERTURBATIONS, masks
 from certifl.certification.scan import read_votes, scan_from, unpacked
+from certifl.certification.settings import Settings
 from certifl.errors import InputError
 from certifl.smoothing.bounds import BOUNDS
 from certifl.smoothing.laws import LAWS
+from certifl.smoothing.strata import passes_of
 
 __all__ = ["Finding", "verify"]
 
 Report = Callable[[np.ndarray, str], None]
 """Called with a mask of rows and what is wrong with them."""
 
-_NEEDED = ("law", "sigma", "bounds", "alpha", "n0", "n", "look_votes", "look_levels")
+_NEEDED = (
+    *("law", "sigma", "estimator", "bounds", "alpha", "n0", "n"),
+    *("look_votes", "look_levels"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,10 +48,12 @@ def verify(certificates: Certificates) -> list[Finding]:
 
     Where clients certify perturbations of their own, every row is held against its client's.
 
-    Checked per row: n0 selection votes; a number of estimation votes that is one of the looks
-    fixed in advance; the level of that look; levels that sum to at most alpha; the class is the
-    most voted of the selection; the radius is at most the one recomputed from the counts, and for
-    a scan the interval at most the one recomputed from the votes in their order.
+    Checked for all rows: the looks and their levels are those that estimator, n, alpha and `keep`
+    give, to the last bit. Who could choose them after the votes, could choose where they lie well.
+    Checked per row: n0 selection votes; a number of estimation votes that is one of the looks;
+    the level of that look; the class is the most voted of the selection; the radius is at most the
+    one recomputed from the counts, and for a scan the interval at most the one recomputed from
+    the votes in their order.
 
     Returns:
         A finding for each promise that is broken, with the row's client, index and problem.
@@ -83,18 +92,21 @@ def _verified(certificates: Certificates) -> list[Finding]:
             "These certificates carry no votes, so their radii cannot be recomputed"
             + (f" (missing: {', '.join(missing)})." if missing else ".")
         )
-    scanned = facts.get("estimator") == "scan"
-    looks, levels = np.array(facts["look_votes"]), np.array(facts["look_levels"])
+    scanned = facts["estimator"] == "scan"
     findings: list[Finding] = []
 
     def report(rows: np.ndarray, problem: str) -> None:
         for row in np.flatnonzero(rows):
             client, index = int(certificates.client[row]), int(certificates.index[row])
-            findings.append(Finding(client, index, problem.format(row=row)))
+            findings.append(Finding(client, index, problem))
 
     everything = np.ones(len(certificates), np.bool_)
-    if levels.sum() > facts["alpha"] * (1 + 1e-12):
-        report(everything, f"the levels of the looks sum to more than alpha = {facts['alpha']}")
+    problem = _schedule_problem(facts, scanned)
+    if problem is not None:
+        # Bounds at levels that were not fixed in advance bound nothing: no row is read further.
+        report(everything, problem)
+        return findings
+    looks, levels = np.array(facts["look_votes"]), np.array(facts["look_levels"])
     look = certificates.looks - 1
     known = (look >= 0) & (look < len(looks))
     look = np.where(known, look, 0)
@@ -114,6 +126,63 @@ def _verified(certificates: Certificates) -> list[Finding]:
     else:
         _check_claims(certificates, looks[look], level, report)
     return findings
+
+
+def _schedule_problem(facts: Mapping[str, Any], scanned: bool) -> str | None:
+    """Why looks and levels may not have been fixed before the first vote; None where they were."""
+    looks, levels, alpha = facts["look_votes"], facts["look_levels"], facts["alpha"]
+    if not _rising(looks):
+        return f"the looks {looks} are not numbers of votes that rise"
+    if len(levels) != (1 if scanned else len(looks)):
+        return f"there are {len(levels)} levels for {len(looks)} looks"
+    if not all(_number(level) and level > 0.0 for level in levels):
+        return f"a level of its looks is no positive number: {levels}"
+    if math.fsum(levels) > alpha:
+        return f"the levels of the looks sum to more than alpha = {alpha}"
+    return _scan_problem(facts) if scanned else _settings_problem(facts)
+
+
+def _rising(looks: list[Any]) -> bool:
+    whole = all(isinstance(votes, (int, np.integer)) and votes > 0 for votes in looks)
+    return bool(looks) and whole and sorted(set(looks)) == list(looks)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _settings_problem(facts: Mapping[str, Any]) -> str | None:
+    """Where bounds, looks or levels are not those that the other settings give."""
+    keep = facts.get("keep", "certificates")  # records older than the choice do not name it
+    try:
+        settings = Settings(facts["estimator"], facts["n0"], facts["n"], facts["alpha"], keep=keep)
+    except (TypeError, InputError) as error:
+        return f"its settings are none that could be asked for: {error}"
+    made = {
+        "bounds": settings.bounds,
+        "look_votes": list(settings.looks),
+        "look_levels": list(settings.levels),
+    }
+    for name, value in made.items():
+        if facts[name] != value:
+            return f"its {name} {facts[name]} are not those of its settings, {value}"
+    return None
+
+
+def _scan_problem(facts: Mapping[str, Any]) -> str | None:
+    """Where the passes of a scan, after each of which it was read, are not those of its n."""
+    scan = scan_from(facts)
+    try:
+        passes = passes_of(facts["n"], scan.sigma, scan.width)
+    except (TypeError, InputError) as error:
+        return f"its settings are none that could be asked for: {error}"
+    if scan.passes != passes:
+        return f"the passes {list(scan.passes)} are not those of its settings, {list(passes)}"
+    if list(facts["look_votes"]) != scan.totals.tolist():
+        return "the looks are not the passes of its scan"
+    if list(facts["look_levels"]) != [facts["alpha"]]:
+        return f"its level {facts['look_levels']} is not alpha = {facts['alpha']}"
+    return None
 
 
 def _check_claims(
@@ -144,8 +213,6 @@ def _check_claims(
 def _check_intervals(certificates: Certificates, report: Report) -> None:
     facts, rows = certificates.conditions, np.arange(len(certificates))
     scan, classes = scan_from(facts), certificates.counts.shape[1]
-    if not np.array_equal(scan.totals, facts["look_votes"]):
-        report(rows >= 0, "the looks are not the passes of its scan")
     if certificates.interval is None or certificates.scan_votes is None:
         raise InputError("These certificates carry no votes of a scan; verify the .parquet file.")
     selected = certificates.selection_counts.argmax(axis=1)

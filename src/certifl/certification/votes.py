@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from certifl.certification.network import Network
+from certifl.convolutions import exact_convolutions
 from certifl.perturbations.base import Perturbation
 from certifl.streams import vote_generator
 
-__all__ = ["CHUNK", "Request", "VoteCounter"]
+__all__ = ["CHUNK", "Request", "VoteCounter", "votes_per_turn"]
 
 CHUNK = 100
 _log = logging.getLogger(__name__)
@@ -36,7 +37,10 @@ _NO_MEMORY = (
     "can't allocate memory",
     "cannot allocate memory",
     "alloc_failed",
+    "unable to find an engine",  # cuDNN, where none fits into what memory is left
 )
+_VOTES_PER_TURN = 3200
+_BATCHES_PER_TURN = 4
 _Counted = TypeVar("_Counted")
 
 
@@ -59,6 +63,16 @@ class Request:
     purpose: str
     start: int
     stop: int
+
+
+def votes_per_turn(batch_size: int) -> int:
+    """The most votes that one image is asked for at once: whole chunks, and some batches full.
+
+    A last image that is alone would leave most of a large batch empty with fewer. Where the votes
+    are cut changes none of them.
+    """
+    chunks = -(-_BATCHES_PER_TURN * batch_size // CHUNK)
+    return max(_VOTES_PER_TURN, chunks * CHUNK)
 
 
 class VoteCounter:
@@ -145,9 +159,9 @@ class VoteCounter:
             drawn, count = torch.zeros_like(strayed), strayed.new_zeros((len(expected), 2))
             for slot, params, voted in self._cast(images, requests, centre):
                 other = (voted != expected[slot]).to(params.dtype)
-                drawn.index_add_(0, slot, params)
-                strayed.index_add_(0, slot, params * _like(other, params))
-                count.index_add_(0, slot, torch.stack([other, torch.ones_like(other)], dim=1))
+                _add_rows(drawn, slot, params)
+                _add_rows(strayed, slot, params * _like(other, params))
+                _add_rows(count, slot, torch.stack([other, torch.ones_like(other)], dim=1))
             share = count[:, 0] / count[:, 1].clamp(min=1)
             return strayed - drawn * _like(share, drawn)
 
@@ -157,7 +171,8 @@ class VoteCounter:
         """Do the work, from its start again in half the batch size whenever memory runs out."""
         while True:
             try:
-                with torch.inference_mode():
+                # Held to one way of adding up, so that the same votes are cast at every run.
+                with torch.inference_mode(), exact_convolutions(self.network.device):
                     return work()
             except (RuntimeError, MemoryError) as error:
                 size = self.network.batch_size
@@ -212,6 +227,15 @@ def _like(values: Tensor, params: Tensor) -> Tensor:
     return values.reshape(-1, *(1 for _ in params.shape[1:]))
 
 
+def _add_rows(totals: Tensor, slot: Tensor, rows: Tensor) -> None:
+    """totals[slot[i]] += rows[i] for all i, in an order of adding that is the same every time."""
+    if totals.device.type == "cuda":
+        # `index_add_` adds there in whatever order its threads come; this sorts by slot first.
+        totals.index_put_((slot,), rows, accumulate=True)
+    else:
+        totals.index_add_(0, slot, rows)
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
@@ -259,7 +283,14 @@ def _split(chunks: list[_Votes], votes: int) -> tuple[list[_Votes], list[_Votes]
 def _packed(chunks: list[_Votes]) -> tuple[Tensor, Tensor, Tensor]:
     params = torch.cat([chunk.params for chunk in chunks])
     lengths = [len(chunk.params) for chunk in chunks]
-    rows = np.repeat([chunk.image for chunk in chunks], lengths)
-    slots = np.repeat([chunk.slot for chunk in chunks], lengths)
-    device = params.device
-    return torch.as_tensor(rows, device=device), torch.as_tensor(slots, device=device), params
+    of_chunks = np.array([[chunk.image, chunk.slot] for chunk in chunks], np.int64)
+    rows, slots = _on_device(np.repeat(of_chunks, lengths, axis=0).T.copy(), params.device)
+    return rows, slots, params
+
+
+def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """Values copied to the device, without waiting there for the work that is under way."""
+    host = torch.from_numpy(values)
+    if device.type == "cuda":
+        host = host.pin_memory()  # a copy from other memory would wait
+    return host.to(device, non_blocking=True)

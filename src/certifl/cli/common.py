@@ -19,6 +19,7 @@ __all__ = [
     "Family",
     "Out",
     "Overwrite",
+    "OverwriteFile",
     "RunDir",
     "Settings",
     "Sigma",
@@ -29,16 +30,25 @@ __all__ = [
     "interruptible",
 ]
 
-Out = Annotated[Path | None, typer.Option("--out", help="Folder for the results.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder for the results; else one in runs/ that is told."),
+]
 DataDir = Annotated[
     Path | None,
-    typer.Option(help="Folder with data sets, <dir>/<name>/...; also the variable CERTIFL_DATA."),
+    typer.Option(
+        help="Folder with data sets, <dir>/<name>/...; also the variable CERTIFL_DATA. A finished "
+        "run remembers its own."
+    ),
 ]
 Device = Annotated[str, typer.Option(help='"auto", "cpu" or one GPU, "cuda:1".')]
 Devices = Annotated[
     str, typer.Option("--device", help='"auto", "cpu", "cuda:1", or several: "cuda:0,cuda:1".')
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there.")]
+OverwriteFile = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the file that is there.")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the spec; repeatable."),

@@ -14,7 +14,7 @@ from certifl.cli.common import (
     DataDir,
     Device,
     Family,
-    Overwrite,
+    OverwriteFile,
     Sigma,
     interruptible,
 )
@@ -24,7 +24,10 @@ __all__ = ["certify", "merge", "predict"]
 
 def certify(
     model: Annotated[
-        str | None, typer.Option(help="Your own network as module:function, or a model's name.")
+        str | None,
+        typer.Option(
+            help="Your own network as module:function, or a model's name; needs --weights, --data."
+        ),
     ] = None,
     weights: Annotated[
         Path | None, typer.Option(help=".safetensors, or .pt with weights.")
@@ -42,7 +45,7 @@ def certify(
     keep: Annotated[
         str, typer.Option(help="What stopping early keeps: certificates, or (cheaper) the curve.")
     ] = "certificates",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise and the choice of images.")] = 0,
     precision: Annotated[
         str, typer.Option(help="auto, float32, bfloat16, or either with -compiled.")
     ] = "auto",
@@ -51,7 +54,7 @@ def certify(
     out: Annotated[Path, typer.Option("--out", help=".parquet or .tsv")] = Path(
         "certificates.parquet"
     ),
-    overwrite: Overwrite = False,
+    overwrite: OverwriteFile = False,
     shard: Annotated[
         str, typer.Option(help="i/n: every n-th image from the i-th; `certifl merge` joins them.")
     ] = "1/1",
@@ -94,7 +97,7 @@ def merge(
     out: Annotated[Path, typer.Option("--out", help=".parquet or .tsv")] = Path(
         "certificates.parquet"
     ),
-    overwrite: Overwrite = False,
+    overwrite: OverwriteFile = False,
 ) -> None:
     """Put the shards of one certification together: the same file, however the work was cut."""
     from certifl import terminal

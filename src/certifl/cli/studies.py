@@ -30,7 +30,7 @@ __all__ = ["plan", "quickstart", "reproduce", "run"]
 
 def quickstart(
     out: Out = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of images, weights and noise.")] = 0,
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
@@ -124,7 +124,10 @@ def plan(
 
 
 def reproduce(
-    figure: Annotated[str, typer.Argument(metavar="FIGURE|all", help="figure1 to figure10.")],
+    figure: Annotated[
+        str,
+        typer.Argument(metavar="FIGURE|all", help="figure1 to figure10, figure5-matched, or all."),
+    ],
     scale: Annotated[str, typer.Option(help="smoke, laptop or paper.")] = "laptop",
     set_: Settings = None,
     out: Out = None,

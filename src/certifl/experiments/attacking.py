@@ -30,7 +30,7 @@ from certifl.store.atomic import write_json
 from certifl.store.runs import RunFolder
 from certifl.streams import generator, image_key
 from certifl.work.networks import deployed, last_round, run_model
-from certifl.work.parts import finished_run, load_data, run_spec
+from certifl.work.parts import data_folder, finished_run, load_data, run_spec
 
 __all__ = ["Options", "attack_run"]
 
@@ -79,7 +79,7 @@ def attack_run(place: Path, options: Options) -> dict[str, Any]:
     folder = finished_run(place)
     spec, certificates = run_spec(folder), folder.load_certificates()
     clients = _clients(certificates, options.client)
-    dataset = load_data(spec, options.data_dir)
+    dataset = load_data(spec, data_folder(folder, options.data_dir))
     if dataset.fingerprint != certificates.conditions["data_fingerprint"]:
         raise StoreMismatch(
             f"The data set {spec.data.name!r} holds other images than were certified in {place}. "

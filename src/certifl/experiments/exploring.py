@@ -54,7 +54,7 @@ from certifl.spec import Spec
 from certifl.store.atomic import read_json, write_json
 from certifl.store.runs import RunFolder
 from certifl.work.networks import deployed, last_round, run_model
-from certifl.work.parts import finished_run, load_data, run_spec
+from certifl.work.parts import data_folder, finished_run, load_data, run_spec
 
 __all__ = ["FORMAT", "Explored", "explore", "explore_run"]
 
@@ -98,7 +98,7 @@ def explore_run(
     """
     folder = finished_run(place)
     spec, certificates = run_spec(folder), folder.load_certificates()
-    dataset = load_data(spec, data_dir)
+    dataset = load_data(spec, data_folder(folder, data_dir))
     if dataset.fingerprint != certificates.conditions["data_fingerprint"]:
         raise StoreMismatch(
             f"The data set {spec.data.name!r} holds other images than were certified in {place}. "

@@ -141,9 +141,13 @@ def _check_scale(out: Path, scale: Scale) -> None:
         found = (held.get("scale"), *held.get("settings", ()))
         if found != (scale.name, *scale.settings):
             raise StoreMismatch(
-                f"{out} holds figures at the scale {', '.join(map(str, found))}, not "
-                f"{', '.join((scale.name, *scale.settings))}. Choose another folder with --out."
+                f"{out} holds figures at the scale {_scale_words(*found)}; asked for is "
+                f"{_scale_words(scale.name, *scale.settings)}. Choose another folder with --out."
             )
+
+
+def _scale_words(name: object, *settings: object) -> str:
+    return f"{name} {' '.join(f'--set {setting}' for setting in settings) or 'without --set'}"
 
 
 def reproduce(

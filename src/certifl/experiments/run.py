@@ -33,13 +33,14 @@ from certifl.store.runs import FINISHED, RUNNING, RunFolder
 from certifl.tracking import check_trackers
 from certifl.work.labels import LABELS, label_of
 from certifl.work.machine import (
+    give_back_memory,
     machine_facts,
     threads_of_workers,
     training_threads,
     versions,
 )
 from certifl.work.networks import deployed, initial_model
-from certifl.work.parts import open_data, study_facts
+from certifl.work.parts import DATA_DIR, open_data, study_facts
 from certifl.work.private import Protection, protection, spent, training_key
 from certifl.work.training import by_client, local_training, participation
 
@@ -124,6 +125,7 @@ def run(spec: Spec, options: Options) -> RunFolder:
         with tracked(options.track, folder) as news:
             with training_threads(model):
                 last = _train(folder, spec, model, dataset, partition, options, str(device), news)
+            give_back_memory()  # training is over: certification may need all there is
             news()
             if len(devices) > 1:
                 cast_votes(folder.path, options.data_dir, devices, options.report)
@@ -154,9 +156,11 @@ def _describe(
             f"{folder.path} was begun with other images: the data set {dataset.name!r} changed "
             "since. Give the data it was begun with, or choose another folder with --out."
         )
+    place = options.data_dir
     folder.update(
         {
             **study_facts(spec),
+            **({} if place is None else {DATA_DIR: str(place.resolve())}),
             "status": RUNNING,
             "data": {
                 "name": dataset.name,

@@ -24,11 +24,12 @@ from certifl.store.atomic import load_tensors
 from certifl.store.runs import RunFolder
 from certifl.work.certifying import Job, certify_job
 from certifl.work.networks import trained_model
-from certifl.work.parts import finished_run, open_data, run_spec
+from certifl.work.parts import data_folder, finished_run, open_data, run_spec
 
 __all__ = ["Answer", "Request", "certify_image", "certify_standalone"]
 
 Report = Callable[[str, int, int, str], None]
+_PARALLEL = "module."  # what DataParallel puts before every name
 _DEFAULT_SIGMA = 0.25
 
 
@@ -157,7 +158,7 @@ def _from_run(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:
     model, spec = _model_of(folder, request.client)
     if request.data is not None and request.data != spec.data.name:
         raise InputError(f"--run brings its own data ({spec.data.name}); leave out --data.")
-    dataset, partition = open_data(spec, request.data_dir)
+    dataset, partition = open_data(spec, data_folder(folder, request.data_dir))
     if dataset.fingerprint != folder.fact("data")["fingerprint"]:
         raise StoreMismatch(
             f"The data set {spec.data.name!r} holds other images than the run in {folder.path} "
@@ -179,13 +180,28 @@ def _from_model(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:
         request.seed,
         image_size=dataset.image_size,
     )
-    try:
-        model.load_state_dict(_weights(request.weights))
-    except RuntimeError as error:
-        why = " ".join(str(error).split())[:300]
-        raise ModelError(f"{request.weights} does not fit {request.model}: {why}") from error
+    _load(model, _weights(request.weights), f"{request.weights} does not fit {request.model}")
     everything = np.arange(len(dataset.test))
     return model.eval(), dataset, choose(everything, request.images, request.seed, 0)
+
+
+def _load(model: nn.Module, weights: dict[str, Tensor], what: str) -> None:
+    """Load weights by name, or say in a line what of them is missing, too much or too large."""
+    own = model.state_dict()
+    if all(name.startswith(_PARALLEL) and name not in own for name in weights):
+        weights = {name.removeprefix(_PARALLEL): value for name, value in weights.items()}
+    faults = [f"it has no {name}" for name in own if name not in weights]
+    faults += [f"{name} is none of the network's" for name in weights if name not in own]
+    faults += [
+        f"{name} is {tuple(weights[name].shape)} where the network for these data has "
+        f"{tuple(value.shape)}"
+        for name, value in own.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    if faults:
+        more = f", and {len(faults) - 2} more" if len(faults) > 2 else ""
+        raise ModelError(f"{what}: {'; '.join(faults[:2])}{more}.")
+    model.load_state_dict(weights)
 
 
 def _weights(path: Path) -> dict[str, Tensor]:

@@ -8,21 +8,33 @@ gradients, the optimiser's move.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
+from certifl.federated import together
 from certifl.federated.batches import Batch
 from certifl.federated.objectives import Objective
 from certifl.federated.states import ModelState
 
-__all__ = ["Bench", "GradientHook", "Outcome", "Step", "plain_step"]
+__all__ = ["Bench", "GradientHook", "JointHook", "Outcome", "Step", "gradients_of", "plain_step"]
 
 GradientHook = Callable[[str, nn.Parameter], None]
 """Called with every parameter that has a gradient, before the step; may change it in place, or set
-it to None so that the step leaves the parameter alone."""
+it to None so that the step leaves the parameter alone. One that is a `JointHook` as well is asked
+for all of them at once."""
+
+
+@runtime_checkable
+class JointHook(Protocol):
+    """A gradient hook that can change all gradients together, in fewer launches on a GPU."""
+
+    def together(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """What calls with each of these parameters, which all have a gradient, would do."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +98,7 @@ class Bench:
         """Let the hook change the gradients, then the optimiser moves the weights."""
         if self._hook is not None:
             with torch.no_grad():
-                for name, parameter in self.parameters.items():
-                    if parameter.grad is not None:
-                        self._hook(name, parameter)
+                _call(self._hook, self.parameters)
         self._optimizer.step()
 
     @contextlib.contextmanager
@@ -105,17 +115,17 @@ class Bench:
 
     @torch.no_grad()
     def _put(self, weights: Mapping[str, torch.Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(weights[name])
+        places = self.parameters
+        together.copy(list(places.values()), [weights[name] for name in places])
 
     @torch.no_grad()
     def scale_gradients(self, factor: float, weight_decay: float = 0.0) -> None:
         """Each gradient becomes factor (gradient + weight_decay times the present weight)."""
-        for parameter in self.parameters.values():
-            if parameter.grad is not None:
-                if weight_decay != 0:
-                    parameter.grad.add_(parameter, alpha=weight_decay)
-                parameter.grad.mul_(factor)
+        reached = list(_reached(self.parameters).values())
+        gradients = gradients_of(reached)
+        if weight_decay != 0:
+            together.add(gradients, reached, weight_decay)
+        together.scale(gradients, factor)
 
     def taken_gradients(self) -> ModelState:
         """Copies of the gradients; zero for a weight that none reached."""
@@ -127,9 +137,8 @@ class Bench:
     @torch.no_grad()
     def put_gradients(self, gradients: Mapping[str, torch.Tensor]) -> None:
         """Gradients for `advance` to follow, where there are any."""
-        for name, parameter in self.parameters.items():
-            if parameter.grad is not None:
-                parameter.grad.copy_(gradients[name])
+        reached = _reached(self.parameters)
+        together.copy(gradients_of(reached.values()), [gradients[name] for name in reached])
 
     def same_draws(self) -> contextlib.AbstractContextManager[None]:
         """What layers draw within this context (dropout), they draw once more after it."""
@@ -145,6 +154,24 @@ class Bench:
         states = self._optimizer.state
         buffers = {n: states[p].get("momentum_buffer") for n, p in self.parameters.items()}
         return {n: b.detach().to("cpu", copy=True) for n, b in buffers.items() if b is not None}
+
+
+def _call(hook: GradientHook, parameters: Mapping[str, nn.Parameter]) -> None:
+    if isinstance(hook, JointHook):
+        hook.together(_reached(parameters))
+        return
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            hook(name, parameter)
+
+
+def _reached(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    return {name: value for name, value in parameters.items() if value.grad is not None}
+
+
+def gradients_of(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+    """The gradients of these parameters, without those that have none."""
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 Step = Callable[[Bench, Batch], Outcome]

@@ -19,19 +19,20 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
 from certifl.errors import WorkError
+from certifl.federated import together
 from certifl.federated.batches import Augmentation, Batch
 from certifl.federated.bench import Bench, GradientHook, Outcome
+from certifl.federated.faults import out_of_memory
 from certifl.federated.objectives import Objective
-from certifl.federated.replay import Recorded, record
+from certifl.federated.replay import Recorded, failed_capture, record
 from certifl.federated.states import ModelState
 
-__all__ = ["STEPS", "CapturedBench", "Recordings"]
+__all__ = ["STEPS", "CapturedBench", "Recordings", "Weights"]
 
 STEPS = {
     "plain": "every operation of a step is launched by itself",
@@ -40,8 +41,6 @@ STEPS = {
 
 # A recording keeps the memory of a step. Clients with perturbations of their own have one each.
 _MOST_RECORDINGS = 16
-# One launch for many tensors, as in torch.optim.SGD on a GPU; torch has no public name for it.
-_lists: Any = torch
 
 
 class _Unfit(WorkError):
@@ -85,74 +84,8 @@ class _Kind:
     whole: tuple[float, float] | None
 
 
-class _Step:
-    """One recorded step: where its batch goes in, and where its outcome comes out."""
-
-    def __init__(self, owner: Recordings, kind: _Kind, batch: Batch) -> None:
-        self.kind = kind
-        self._owner = owner
-        self._images, self._labels = batch.images.clone(), batch.labels.clone()
-        # For nobody to draw from; made here, for none can be made while a graph is captured.
-        self._idle = torch.Generator(device=batch.images.device)
-        self._params = self._draws(batch)
-        self.reached: tuple[str, ...] = ()
-        self._recorded: Recorded = record(self._work, batch.images.device)
-
-    def __call__(self, batch: Batch) -> Outcome:
-        """Replay on this batch: what it leaves is in `gradients`, or in the momentum."""
-        for place in self._params:
-            drawn = batch.params()
-            assert drawn is not None
-            place.copy_(drawn)
-        self._images.copy_(batch.images)
-        self._labels.copy_(batch.labels)
-        self._recorded.repeat()
-        loss, correct = self._recorded.results[:2]
-        return Outcome(loss.clone(), correct.clone())
-
-    @property
-    def gradients(self) -> Sequence[torch.Tensor]:
-        """Of the weights in `reached`; with weight decay where the recording is of whole steps."""
-        return self._recorded.results[2:]
-
-    def _work(self) -> list[torch.Tensor]:
-        owner, batch = self._owner, self._batch(iter(self._params))
-        for parameter in owner.parameters.values():
-            parameter.grad = None
-        loss, logits = self.kind.objective(owner.model, batch)
-        loss.backward()
-        with torch.no_grad():
-            outcome = [loss.detach() * len(batch), (logits.argmax(1) == batch.labels).sum()]
-            gradients = owner.taken()
-            self.reached = tuple(gradients)
-            if self.kind.whole is not None:
-                gradients = owner.directions(gradients, *self.kind.whole)
-                if self.kind.whole[0] != 0:
-                    return outcome  # the directions are the momentum, which stays where it is
-            return [*outcome, *gradients.values()]
-
-    def _batch(self, given: Iterator[torch.Tensor]) -> Batch:
-        return _Fed(self._images, self._labels, self.kind.augmentation, self._idle, given)
-
-    def _draws(self, batch: Batch) -> list[torch.Tensor]:
-        """Places for the parameters that one call of the objective draws, found by calling it."""
-        drawn: list[torch.Tensor] = []
-        same = batch.again()
-
-        def noted() -> Iterator[torch.Tensor]:
-            while (params := same.params()) is not None:
-                drawn.append(params)
-                yield params
-
-        before = self._idle.get_state()
-        self.kind.objective(self._owner.model, self._batch(noted()))
-        if not torch.equal(self._idle.get_state(), before):
-            raise _Unfit("the objective draws from the batch's generator itself")
-        return drawn
-
-
-class Recordings:
-    """The recorded steps of one network, and the momentum that they work on.
+class Weights:
+    """The weights of one network and their momentum, which recorded steps work on.
 
     Args:
         model: its weights stay where they are in memory.
@@ -163,12 +96,6 @@ class Recordings:
         self.model = model
         self.parameters = parameters
         self.momentum: ModelState = {}
-        self._steps: list[_Step] = []
-        self._unfit: list[_Kind] = []
-
-    def __reduce__(self) -> tuple[object, ...]:
-        # What is recorded belongs to this process and this memory.
-        return Recordings, (self.model, self.parameters)
 
     def reset(self, kept: Mapping[str, torch.Tensor]) -> None:
         """Momentum as it was kept, and none for the other weights."""
@@ -180,27 +107,6 @@ class Recordings:
             else:
                 # m (-0.0) + g is g to the last bit for every g, as a first step of SGD has it.
                 self.momentum[name].fill_(-0.0)
-
-    def step(self, kind: _Kind, batch: Batch) -> _Step | None:
-        """The recorded step of this kind, recorded now if need be; None if it cannot be."""
-        found = next((step for step in self._steps if step.kind == kind), None)
-        if found is not None or kind in self._unfit:
-            return found
-        try:
-            with self._untouched(batch.images.device):
-                made = _Step(self, kind, batch)
-        except (RuntimeError, _Unfit) as error:
-            self._unfit.append(kind)
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            warnings.warn(
-                f"This training's steps cannot be recorded ({reason}), so they are launched one "
-                'by one: the same results, more slowly. Choose steps = "plain" to say so.',
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return None
-        self._steps = [*self._steps[1 - _MOST_RECORDINGS :], made]
-        return made
 
     def taken(self) -> ModelState:
         """The gradients as they are, of the weights that have one."""
@@ -217,21 +123,149 @@ class Recordings:
         """
         names, values = list(gradients), list(gradients.values())
         if weight_decay != 0:
-            weights = [self.parameters[name] for name in names]
-            values = list(_lists._foreach_add(values, weights, alpha=weight_decay))
+            values = together.sums(values, [self.parameters[n] for n in names], weight_decay)
         if momentum != 0:
             buffers = [self.momentum[name] for name in names]
-            _lists._foreach_mul_(buffers, momentum)
-            _lists._foreach_add_(buffers, values, alpha=1)
+            together.scale(buffers, momentum)
+            together.add(buffers, values)
             values = buffers
         return dict(zip(names, values, strict=True))
+
+
+class _Work:
+    """What is recorded: one step on a batch that lies always in the same place.
+
+    It knows the weights and not the recordings, and a recording knows it and not the reverse:
+    without a cycle all their memory is given back as soon as a training is dropped.
+    """
+
+    def __init__(self, weights: Weights, kind: _Kind, batch: Batch) -> None:
+        self._weights, self._kind = weights, kind
+        self.images, self.labels = batch.images.clone(), batch.labels.clone()
+        # For nobody to draw from; made here, for none can be made while a graph is captured.
+        self._idle = torch.Generator(device=batch.images.device)
+        self.params = self._draws(batch)
+        self.reached: tuple[str, ...] = ()
+
+    def __call__(self) -> list[torch.Tensor]:
+        """Loss, correct predictions, and the gradients unless they went into the momentum."""
+        weights, batch = self._weights, self._batch(iter(self.params))
+        for parameter in weights.parameters.values():
+            parameter.grad = None
+        loss, logits = self._kind.objective(weights.model, batch)
+        loss.backward()
+        with torch.no_grad():
+            outcome = [loss.detach() * len(batch), (logits.argmax(1) == batch.labels).sum()]
+            gradients = weights.taken()
+            self.reached = tuple(gradients)
+            if self._kind.whole is not None:
+                gradients = weights.directions(gradients, *self._kind.whole)
+                if self._kind.whole[0] != 0:
+                    return outcome  # the directions are the momentum, which stays where it is
+            return [*outcome, *gradients.values()]
+
+    def _batch(self, given: Iterator[torch.Tensor]) -> Batch:
+        return _Fed(self.images, self.labels, self._kind.augmentation, self._idle, given)
+
+    def _draws(self, batch: Batch) -> list[torch.Tensor]:
+        """Places for the parameters that one call of the objective draws, found by calling it."""
+        drawn: list[torch.Tensor] = []
+        same = batch.again()
+
+        def noted() -> Iterator[torch.Tensor]:
+            while (params := same.params()) is not None:
+                drawn.append(params)
+                yield params
+
+        before = self._idle.get_state()
+        self._kind.objective(self._weights.model, self._batch(noted()))
+        if not torch.equal(self._idle.get_state(), before):
+            raise _Unfit("the objective draws from the batch's generator itself")
+        return drawn
+
+
+class _Step:
+    """One recorded step: where its batch goes in, and where its outcome comes out."""
+
+    def __init__(self, weights: Weights, kind: _Kind, batch: Batch) -> None:
+        self.kind = kind
+        self._work = _Work(weights, kind, batch)
+        self._recorded: Recorded = record(self._work, batch.images.device)
+
+    def __call__(self, batch: Batch) -> Outcome:
+        """Replay on this batch: what it leaves is in `gradients`, or in the momentum."""
+        for place in self._work.params:
+            drawn = batch.params()
+            assert drawn is not None
+            place.copy_(drawn)
+        self._work.images.copy_(batch.images)
+        self._work.labels.copy_(batch.labels)
+        self._recorded.repeat()
+        loss, correct = self._recorded.results[:2]
+        return Outcome(loss.clone(), correct.clone())
+
+    @property
+    def reached(self) -> tuple[str, ...]:
+        """Names of the weights that the loss has a gradient for."""
+        return self._work.reached
+
+    @property
+    def gradients(self) -> Sequence[torch.Tensor]:
+        """Of the weights in `reached`; with weight decay where the recording is of whole steps."""
+        return self._recorded.results[2:]
+
+
+class Recordings:
+    """The recorded steps of one network.
+
+    Args:
+        model, parameters: as of `Weights`.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.weights = Weights(model, parameters)
+        self._steps: list[_Step] = []
+        self._unfit: list[_Kind] = []
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # What is recorded belongs to this process and this memory.
+        return Recordings, (self.weights.model, self.weights.parameters)
+
+    def step(self, kind: _Kind, batch: Batch) -> _Step | None:
+        """The recorded step of this kind, recorded now if need be; None if it cannot be.
+
+        Raises:
+            CaptureFailed: torch began to record and broke off; nothing can be done here any more.
+            RuntimeError: memory ran out, which says nothing about the step.
+        """
+        found = next((step for step in self._steps if step.kind == kind), None)
+        if found is not None or kind in self._unfit:
+            return found
+        try:
+            with self._untouched(batch.images.device):
+                made = _Step(self.weights, kind, batch)
+        except (RuntimeError, _Unfit) as error:
+            if out_of_memory(error) or failed_capture(error) is not None:
+                raise
+            self._unfit.append(kind)
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            warnings.warn(
+                f"This training's steps cannot be recorded ({reason}), so they are launched one "
+                'by one: the same results, more slowly. Choose steps = "plain" to say so.',
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
+        self._steps = [*self._steps[1 - _MOST_RECORDINGS :], made]
+        return made
 
     @contextmanager
     def _untouched(self, device: torch.device) -> Iterator[None]:
         """Weights, buffers, momentum and generators are afterwards what they were."""
-        held = [*self.model.parameters(), *self.model.buffers(), *self.momentum.values()]
+        model, momentum = self.weights.model, self.weights.momentum
+        held = [*model.parameters(), *model.buffers(), *momentum.values()]
         before = [value.detach().clone() for value in held]
-        gradients = [(value, value.grad) for value in self.parameters.values()]
+        gradients = [(value, value.grad) for value in self.weights.parameters.values()]
         try:
             with torch.random.fork_rng([] if device.type == "cpu" else [device]):
                 yield
@@ -278,7 +312,7 @@ class CapturedBench(Bench):
             kept = super().momentum()
             self._moved = dict.fromkeys(kept)
             if group["momentum"] != 0:
-                recordings.reset(kept)
+                recordings.weights.reset(kept)
 
     def gradients(self, batch: Batch) -> Outcome:
         """Replay; or, for a batch of another size, the plain work."""
@@ -292,7 +326,8 @@ class CapturedBench(Bench):
             for name, parameter in self.parameters.items():
                 parameter.grad = held.get(name)
         elif self._sgd[0] != 0:
-            self._directions = {name: self._recordings.momentum[name] for name in step.reached}
+            momentum = self._recordings.weights.momentum
+            self._directions = {name: momentum[name] for name in step.reached}
         else:
             self._directions = held
         return outcome
@@ -304,17 +339,18 @@ class CapturedBench(Bench):
             return
         directions = self._directions
         if directions is None:
-            directions = self._recordings.directions(self._recordings.taken(), *self._sgd)
+            held = self._recordings.weights
+            directions = held.directions(held.taken(), *self._sgd)
         self._moved.update(dict.fromkeys(directions))
         weights = [self.parameters[name] for name in directions]
         with torch.no_grad():
-            _lists._foreach_add_(weights, list(directions.values()), alpha=-self.rate)
+            together.add(weights, list(directions.values()), -self.rate)
 
     def momentum(self) -> ModelState:
         """The momentum buffers on the CPU, by parameter."""
         if self._sgd is None or self._sgd[0] == 0:
             return super().momentum()
-        held = self._recordings.momentum
+        held = self._recordings.weights.momentum
         return {n: held[n].to("cpu", copy=True) for n in self.parameters if n in self._moved}
 
     def _recorded(self, batch: Batch) -> _Step | None:

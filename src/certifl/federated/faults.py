@@ -8,7 +8,7 @@ on with the others while enough of them remain (`needed`).
 | it raises, its training diverges | the request is wrong (`RequestError`: no images) |
 | NaN or infinity in what it sends or keeps | a checkpoint cannot be written (`StoreError`) |
 | wrong keys, shapes, dtypes, numbers | memory ran out: this machine's fault |
-| no answer in time, its process ends | Ctrl-C |
+| no answer in time, its process ends | Ctrl-C; a capture on a GPU that broke off |
 """
 
 from __future__ import annotations
@@ -28,14 +28,30 @@ from certifl.errors import (
     TrainingDiverged,
     WorkError,
 )
+from certifl.federated.replay import failed_capture
 from certifl.federated.states import ClientState, ModelState, Parts, ServerState, Update
 
-__all__ = ["Answer", "Fault", "Inspection", "advice", "attempt", "needed", "not_finite"]
+__all__ = [
+    "Answer",
+    "Fault",
+    "Inspection",
+    "advice",
+    "attempt",
+    "needed",
+    "not_finite",
+    "out_of_memory",
+]
 
 Result = TypeVar("Result")
 
 _STOP = (RequestError, StoreError, RandomSourceBroken)
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "alloc_failed",
+    "unable to find an engine",  # cuDNN, without room for its workspace
+)
 _ADVICE = {
     "diverged": "Lower training.lr or training.momentum.",
     "raised": "See to what they raised.",
@@ -75,7 +91,7 @@ def attempt(client: int, work: Callable[[], Result]) -> Result | Fault:
     """What a client's work gives, or its fault.
 
     Raises:
-        RequestError, StoreError: not the client's fault (see the table above).
+        RequestError, StoreError, CaptureFailed: not the client's fault (see the table above).
         WorkError: memory ran out.
     """
     try:
@@ -85,7 +101,9 @@ def attempt(client: int, work: Callable[[], Result]) -> Result | Fault:
     except TrainingDiverged as error:
         return Fault("diverged", f"its training diverged, {error.reason}", error)
     except Exception as error:
-        if _out_of_memory(error):
+        if (broken := failed_capture(error)) is not None:
+            raise broken from error.__cause__
+        if out_of_memory(error):
             raise WorkError(
                 f"Memory ran out while client {client} trained ({_first_line(error)}). Make "
                 "training.batch_size or the number of workers smaller, or free memory; rounds "
@@ -94,7 +112,8 @@ def attempt(client: int, work: Callable[[], Result]) -> Result | Fault:
         return Fault("raised", f"it raised {type(error).__name__}: {_first_line(error)}", error)
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the device or of the machine."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()

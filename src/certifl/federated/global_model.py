@@ -5,12 +5,15 @@ An algorithm composes these and says in its own file what is special about it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from certifl.federated import together
 from certifl.federated.averaging import average_models
+from certifl.federated.bench import gradients_of
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 
 if TYPE_CHECKING:
@@ -68,18 +71,33 @@ def averaged(
     return ServerState(server_state.round + 1, parts)
 
 
-def held_near(centre: ModelState, mu: float) -> GradientHook | None:
-    """Adds mu (theta - centre) to the gradient of theta; nothing to add at mu = 0.
+def held_near(centre: ModelState, mu: float, loss_weight: float = 1.0) -> GradientHook | None:
+    """The gradient of theta becomes loss_weight times itself plus mu (theta - centre).
 
     Args:
         centre: on the device of the passes (`LocalTraining.on_device`).
-        mu: weight of the proximal term mu/2 ||theta - centre||^2.
+        mu: weight of the proximal term mu/2 ||theta - centre||^2; at 0 there is nothing to hold,
+            and no hook.
+        loss_weight: of the loss beside it.
     """
-    if mu == 0:
-        return None
+    return None if mu == 0 else _Held(centre, mu, loss_weight)
 
-    def hook(name: str, parameter: nn.Parameter) -> None:
-        if parameter.grad is not None:
-            parameter.grad.add_(parameter - centre[name], alpha=mu)
 
-    return hook
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """The hook of `held_near`."""
+
+    centre: ModelState
+    mu: float
+    loss_weight: float
+
+    def __call__(self, name: str, parameter: nn.Parameter) -> None:
+        self.together({name: parameter})
+
+    def together(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        gradients = gradients_of(parameters.values())
+        if self.loss_weight != 1:
+            together.scale(gradients, self.loss_weight)
+        centres = [self.centre[name] for name in parameters]
+        apart = together.differences(list(parameters.values()), centres)
+        together.add(gradients, apart, self.mu)

@@ -6,9 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from torch import nn
-
-from certifl.federated.global_model import averaged
+from certifl.federated.global_model import averaged, held_near
 from certifl.federated.records import check_number
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 
@@ -93,13 +91,4 @@ class Mixture:
 
     def _pull(self, average: ModelState) -> GradientHook | None:
         """Turns grad L_i into the bracket of Eq. (5); at lambda = 1 there is nothing to turn."""
-        if self.personalization == 1:
-            return None
-        pull = 2 * (1 - self.personalization)
-
-        def hook(name: str, parameter: nn.Parameter) -> None:
-            if parameter.grad is not None:
-                parameter.grad.mul_(self.personalization)
-                parameter.grad.add_(parameter - average[name], alpha=pull)
-
-        return hook
+        return held_near(average, 2 * (1 - self.personalization), self.personalization)

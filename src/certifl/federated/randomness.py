@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
+from certifl.convolutions import exact_convolutions
+
 __all__ = ["own_randomness"]
 
 
@@ -19,18 +21,7 @@ def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
     """
     cuda = device.type == "cuda"
     index = [torch.cuda.current_device() if device.index is None else device.index] if cuda else []
-    cudnn = torch.backends.cudnn
-    exact = (
-        cudnn.flags(
-            enabled=cudnn.enabled,
-            benchmark=False,
-            deterministic=True,
-            allow_tf32=cudnn.allow_tf32,
-        )
-        if cuda
-        else contextlib.nullcontext()
-    )
-    with torch.random.fork_rng(devices=index), exact:
+    with torch.random.fork_rng(devices=index), exact_convolutions(device):
         torch.default_generator.manual_seed(seed)
         if cuda:
             with torch.cuda.device(index[0]):

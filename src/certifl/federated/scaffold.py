@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
 
+from certifl.federated import together
+from certifl.federated.bench import gradients_of
 from certifl.federated.records import check_number
 from certifl.federated.running import average_parts, moved
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
@@ -119,16 +121,24 @@ class _MeanGradient:
         self._counts: dict[str, int] = {}
 
     def __call__(self, name: str, parameter: nn.Parameter) -> None:
-        gradient = parameter.grad
-        if gradient is None:
-            return
-        self._counts[name] = self._counts.get(name, 0) + 1
-        if name in self._sums:
-            self._sums[name].add_(gradient)
-        else:
-            self._sums[name] = gradient.clone()
-        if name in self._correction:
-            gradient.add_(self._correction[name])
+        if parameter.grad is not None:
+            self.together({name: parameter})
+
+    def together(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        gradients = dict(zip(parameters, gradients_of(parameters.values()), strict=True))
+        self._count(gradients)
+        corrected = [name for name in gradients if name in self._correction]
+        together.add(
+            [gradients[name] for name in corrected], [self._correction[n] for n in corrected]
+        )
+
+    def _count(self, gradients: ModelState) -> None:
+        known = [name for name in gradients if name in self._sums]
+        together.add([self._sums[name] for name in known], [gradients[name] for name in known])
+        for name, gradient in gradients.items():
+            self._counts[name] = self._counts.get(name, 0) + 1
+            if name not in self._sums:
+                self._sums[name] = gradient.clone()
 
     def result(self, like: ModelState, names: Iterable[str]) -> ModelState:
         """The means on the CPU; zero for a weight that no gradient reached."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from certifl.errors import ModelError
 
@@ -127,6 +127,39 @@ class ResNet(nn.Module):
         return self.head(self.pool(features).flatten(1))
 
 
+class QuarterMeans(nn.AdaptiveAvgPool2d):
+    """AdaptiveAvgPool2d(2), whose gradient is the same bits every time, also on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Features (m, c, h, w) to the means of their quarters, (m, c, 2, 2)."""
+        return _quarter_means(input)
+
+
+# Which way it takes hangs on shape and device, which nobody knows while a network is traced.
+@fx.wrap
+def _quarter_means(x: Tensor) -> Tensor:
+    """Means over quarters, which have rows and columns in common where a side is odd.
+
+    On a GPU the gradients of common ones are added atomically, in any order, by torch's own
+    pooling. Means of slices are added in one order.
+    """
+    common = x.shape[-2] % 2 == 1 or x.shape[-1] % 2 == 1
+    return _means_of_slices(x) if common and x.is_cuda else F.adaptive_avg_pool2d(x, 2)
+
+
+def _means_of_slices(x: Tensor) -> Tensor:
+    (top, bottom), (left, right) = _halves(x.shape[-2]), _halves(x.shape[-1])
+    means = [x[..., row, col].mean((-2, -1)) for row in (top, bottom) for col in (left, right)]
+    return torch.stack(means, -1).unflatten(-1, (2, 2))
+
+
+def _halves(side: int) -> tuple[slice, slice]:
+    return slice(0, (side + 1) // 2), slice(side // 2, side)
+
+
 def resnet18(
     in_channels: int, num_classes: int, mean: float = 0.5, std: float = 0.25, norm: str = "batch"
 ) -> nn.Module:
@@ -192,7 +225,7 @@ def small_cnn(
             conv3=nn.Conv2d(2 * width, 4 * width, 3, padding=1),
             norm3=nn.GroupNorm(4, 4 * width),
             relu3=nn.ReLU(),
-            pool3=nn.AdaptiveAvgPool2d(2),
+            pool3=QuarterMeans(),
             flatten=nn.Flatten(),
             head=nn.Linear(4 * width * 4, num_classes),
         )

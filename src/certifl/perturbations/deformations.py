@@ -8,12 +8,14 @@ Source: the paper, Eq. (3) and section 3.2; Alfarra et al. 2022 (DeformRS).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from certifl.errors import InputError
 from certifl.perturbations.base import check_image_shape, draw, image_shape_of, matched, one_of
 from certifl.perturbations.units import parse_sigma
 from certifl.perturbations.warp import GEOMETRIES, PADDINGS, Grid, grid_of, warp
@@ -150,7 +152,7 @@ class Rotation(Deformation):
     positive angles turn the picture counter-clockwise.
 
     Attributes:
-        sigma: largest angle, radians; "18deg" and "0.1pi" are understood.
+        sigma: largest angle, radians, at most pi; "18deg" and "0.1pi" are understood.
         padding, geometry: as in `Deformation`.
     """
 
@@ -158,6 +160,14 @@ class Rotation(Deformation):
     law = UNIFORM
     unit = "radians"
     reach = "Rotations about the image centre, either way, by an angle of at most the radius."
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sigma > math.pi:
+            raise InputError(
+                f"sigma = {self.sigma:g} radians is {math.degrees(self.sigma):.0f} degrees, more "
+                'than a half turn either way. An angle in degrees is written "18deg".'
+            )
 
     @property
     def dim(self) -> int | None:
@@ -185,7 +195,7 @@ class Scaling(Deformation):
     nu = (s x, s y): positive s reads farther out, so the picture shrinks.
 
     Attributes:
-        sigma: largest relative change.
+        sigma: largest relative change, at most 1.
         padding, geometry: as in `Deformation`.
     """
 
@@ -196,6 +206,14 @@ class Scaling(Deformation):
         "Scalings of the sampling grid about the image centre by a factor between 1 - radius and "
         "1 + radius."
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sigma > 1.0:
+            raise InputError(
+                f"sigma = {self.sigma:g} is a relative change, and beyond 1 the image turns over. "
+                "Write 0.2 for up to a fifth larger or smaller."
+            )
 
     @property
     def dim(self) -> int | None:

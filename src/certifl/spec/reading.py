@@ -35,6 +35,8 @@ def load(path: Path, settings: Sequence[str] = ()) -> Spec:
             f"There is no spec at {path}. Correct the path, or write one: README.md and the "
             "folder examples show how."
         ) from None
+    except IsADirectoryError:
+        raise SpecError(f"{path} is a folder. Name the .toml file of the study.") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SpecError(f"{path} cannot be read as a spec (TOML): {error}") from error
     return with_settings(values, settings)

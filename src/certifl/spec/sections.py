@@ -246,7 +246,8 @@ class Certification(Section):
         own: what some clients certify instead: tables { clients = [1], perturbation = ... }, where
             the perturbation may be "none", with radii and reach of their own unit.
         images: test images per client, a fixed random choice; absent = all.
-        estimator, n0, n, alpha, radii, label_aware, reach, keep: as in `certifl.certify`.
+        estimator, n0, n, alpha, label_aware, keep: as in `certifl.certify`.
+        radii, reach: likewise, in the perturbation's unit, which is radians for rotation.
         precision: arithmetic of the network: auto, or a name in `certification.PRECISIONS`.
     """
 

@@ -224,8 +224,9 @@ class RunFolder:
             StoreMismatch: another process is at work here, or this is a file.
             StoreError: the folder cannot be written.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise StoreMismatch(f"{self.path} is a file. Choose a folder with --out.")
+        for place in (self.path, *self.path.parents):
+            if place.exists() and not place.is_dir():
+                raise StoreMismatch(f"{place} is a file. Choose a folder with --out.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = (self.path / _LOCK).open("a")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from certifl.federated.augmentations import PerClient, together
+from certifl.perturbations import Perturbation
 from certifl.spec import Spec
 from certifl.work.private import private_label
 
@@ -65,8 +68,14 @@ def label_of(spec: Spec) -> str:
     else:
         alone = None if isinstance(certified, PerClient) else certified
         same = alone is not None and alone.family == trained.family
-        word = f"trained with σ = {trained.sigma:.3g}" if same else trained.family
+        word = f"trained with σ = {_sigma(trained)}" if same else trained.family
     return f"{name} ({word} start)" if tuned != trained else f"{name} ({word})"
+
+
+def _sigma(perturbation: Perturbation) -> str:
+    if perturbation.unit == "radians":
+        return f"{math.degrees(perturbation.sigma):.3g}°"
+    return f"{perturbation.sigma:.3g}"
 
 
 def _conditions(spec: Spec) -> list[str]:

@@ -15,23 +15,34 @@ from torch import nn
 
 from certifl._version import __version__
 
-__all__ = ["machine_facts", "threads_of_workers", "training_threads", "versions"]
+__all__ = [
+    "give_back_memory",
+    "machine_facts",
+    "threads_of_workers",
+    "training_threads",
+    "versions",
+]
 
 _SMALL_NETWORK = 1_000_000
 _RECORDED = ("torch", "numpy", "scipy")
 
 
 def machine_facts(device: str) -> dict[str, Any]:
-    """Processor, cores, memory and the device asked for."""
+    """Processor, cores, memory and the device asked for; of several, the first."""
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "device": _gpu(device) if on_gpu else "cpu",
         "threads": torch.get_num_threads(),
         "system": platform.platform(terse=True),
     }
+
+
+def _gpu(device: str) -> str:
+    first = device.partition(",")[0].strip()
+    return torch.cuda.get_device_name(None if first == "auto" else first)
 
 
 def _processor() -> str:
@@ -75,3 +86,13 @@ def training_threads(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def give_back_memory() -> None:
+    """Hand back what torch keeps of a GPU's memory without using it.
+
+    The memory of dropped graphs and models can then be had by other processes on the same GPU, and
+    in pieces of other sizes by this one.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

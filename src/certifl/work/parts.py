@@ -23,7 +23,18 @@ from certifl.store.runs import RunFolder
 from certifl.work.labels import label_of
 from certifl.work.networks import code_folder
 
-__all__ = ["asked_columns", "finished_run", "load_data", "open_data", "run_spec", "study_facts"]
+__all__ = [
+    "DATA_DIR",
+    "asked_columns",
+    "data_folder",
+    "finished_run",
+    "load_data",
+    "open_data",
+    "run_spec",
+    "study_facts",
+]
+
+DATA_DIR = "data_dir"  # in run.json
 
 
 def asked_columns(spec: Spec) -> ColumnNames:
@@ -72,6 +83,17 @@ def open_data(spec: Spec, data_dir: Path | None) -> tuple[Dataset, Partition]:
     # The splitter saw the part; the manifest names positions in, and labels of, the whole.
     whole = label_checksum(*labels)
     return dataset, dataclasses.replace(dealt, clients=clients, label_checksum=whole)
+
+
+def data_folder(folder: RunFolder, asked: Path | None) -> Path | None:
+    """The folder of data sets as it is asked for, or else where the run found its data.
+
+    It may lie elsewhere by now: whoever reads it compares fingerprints.
+    """
+    if asked is not None:
+        return asked
+    before = folder.manifest().get(DATA_DIR)
+    return Path(before) if before is not None and Path(before).is_dir() else None
 
 
 def finished_run(place: Path) -> RunFolder:

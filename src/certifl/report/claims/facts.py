@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from certifl.certification.groups import PERTURBATIONS
-from certifl.errors import StoreError, StoreMismatch
+from certifl.errors import InputError, StoreError, StoreMismatch
+from certifl.report.claims.radii import largest_radius
 from certifl.report.results import RunResults, load_run
 from certifl.report.scale import family_words, sigma_text
 from certifl.store.atomic import read_json
@@ -162,16 +163,31 @@ def find_runs(places: Iterable[str | Path]) -> tuple[list[StudyRun], list[str]]:
                 notes.append(f"{folder} is not finished and was left out.")
                 continue
             results = load_run(folder)
-            if not named and has_own_perturbations(results):
-                notes.append(
-                    f"{folder} was left out: its clients certify perturbations of their own."
-                )
-                continue
-            if not named and results.told:
-                notes.append(f"{folder} was left out: its clients told curves, no single images.")
+            unfit = "" if named else _unfit(results)
+            if unfit:
+                notes.append(f"{folder} was left out: {unfit}.")
                 continue
             runs.append(read_run(results))
     return runs, notes
+
+
+def _unfit(results: RunResults) -> str:
+    """Why a run cannot be compared with others; empty where it can."""
+    if has_own_perturbations(results):
+        return "its clients certify perturbations of their own"
+    if results.told:
+        return "its clients told curves, no single images"
+    lost = "its certificates are of a scan and do not say where it looked"
+    return lost if _has_no_scale(results) else ""
+
+
+def _has_no_scale(results: RunResults) -> bool:
+    """Whether radii are shares of nothing: it is unknown how large they can be."""
+    try:
+        largest_radius(results)
+    except InputError:
+        return True
+    return False
 
 
 def has_own_perturbations(results: RunResults) -> bool:
@@ -204,7 +220,7 @@ def read_run(results: RunResults) -> StudyRun:
     """A run with its facts.
 
     Raises:
-        StoreMismatch: its clients certify perturbations of their own, or told curves alone.
+        StoreMismatch: a run whose radii or images cannot be compared with those of others.
         StoreError: the stored spec is no TOML, or does not say what a run is.
     """
     if has_own_perturbations(results):
@@ -218,6 +234,11 @@ def read_run(results: RunResults) -> StudyRun:
             f"{results.folder} cannot be held against the paper's claims: they are tested image "
             "by image, and its clients told curves and kept the certificates of their images. "
             'Leave this run out, or repeat it with clients that share rows (`share = "rows"`).'
+        )
+    if _has_no_scale(results):
+        raise StoreMismatch(
+            f"{results.folder} cannot be held against the paper's claims: its certificates are of "
+            "a scan and do not say where it looked. Leave this run out, or certify again."
         )
     try:
         spec = tomllib.loads(results.spec)

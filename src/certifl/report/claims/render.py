@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from certifl.errors import InputError
+from certifl.report.claims.numbers import change_words, interval_words, range_words
 from certifl.report.claims.rules import (
     NOT_SUPPORTED,
     NOT_TESTED,
@@ -77,7 +78,7 @@ def claim_rows(report: Report) -> list[dict[str, Any]]:
             "effect": _estimates(result.judged),
             "interval": _hull(result.judged),
             "comparisons": len(result.judged),
-            "images": _range([t.finding.effect.images for t in result.judged]),
+            "images": range_words([t.finding.effect.images for t in result.judged]),
             "clients": _clients(result.judged),
             "words": verdict_words(result),
         }
@@ -100,7 +101,8 @@ def explanation(report: Report) -> list[str]:
         "accuracy over all radii), and 1 % of the images for a certified accuracy.",
         f"Intervals: 95 %, paired over images within clients ({report.draws:,} draws), wide "
         "enough for all judged comparisons of one claim at once; claims are not corrected for "
-        "each other.",
+        "each other. A comparison that is told, not judged, has its own 95 % interval, marked "
+        "(alone).",
         training,
         *report.notes,
     ]
@@ -126,8 +128,8 @@ def _one(tested: Tested) -> str:
     finding, judged = tested.finding, tested.judged
     why = f" ({judged.why})" if judged is not None and judged.why else ""
     return (
-        f"{finding.difference} is {_points(finding.effect.estimate)} "
-        f"({_interval(tested.together)}) of {finding.quantity}{why}"
+        f"{finding.difference} is {change_words(finding.effect.estimate)} "
+        f"({interval_words(tested.together)}) of {finding.quantity}{why}"
     )
 
 
@@ -149,8 +151,10 @@ def _several(judged: Sequence[Tested]) -> str:
     for verdict, group in by_verdict.items():
         if group:
             whys = sorted({t.judged.why for t in group if t.judged is not None and t.judged.why})
-            telling = verdict == NOT_SUPPORTED or whys == [TOO_FEW]
-            reasons = f": {'; '.join(whys)}" if whys and telling else ""
+            reasons = f": {'; '.join(whys)}" if whys and verdict == NOT_SUPPORTED else ""
+            few = sum(t.judged is not None and t.judged.why == TOO_FEW for t in group)
+            if few:
+                reasons = f": {f'{few} with ' if few < len(group) else ''}{TOO_FEW}"
             parts.append(f"{verdict} in {len(group)} ({_estimates(group)} points{reasons})")
     return f"of {len(judged)} comparisons, {listed(parts)}"
 
@@ -163,40 +167,20 @@ def _missing_words(result: ClaimResult) -> str:
     return f"Missing: {shown}{f'; and {more} more' if more > 0 else ''}."
 
 
-def _points(share: float) -> str:
-    return f"{100 * share:+.1f} points"
-
-
-def _number(share: float, upward: bool) -> str:
-    """In points, rounded outward to a tenth."""
-    if math.isinf(share):
-        return "−∞" if share < 0 else "∞"
-    step = 1000 * share
-    tenth = math.ceil(step - 1e-9) if upward else math.floor(step + 1e-9)
-    return f"{tenth / 10 + 0.0:+.1f}"
-
-
-def _interval(ends: tuple[float, float]) -> str:
-    return f"{_number(ends[0], upward=False)} to {_number(ends[1], upward=True)}"
-
-
 def _estimates(judged: Sequence[Tested]) -> str:
     values = sorted({f"{100 * t.finding.effect.estimate:+.1f}" for t in judged}, key=float)
     return "" if not values else values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
 
 
 def _hull(judged: Sequence[Tested]) -> str:
+    """Where the intervals lie that could be given, and how many these are."""
     if not judged:
         return ""
-    low, high = min(t.together[0] for t in judged), max(t.together[1] for t in judged)
-    return _interval((low, high))
-
-
-def _range(values: Sequence[int]) -> str:
-    if not values:
-        return ""
-    low, high = min(values), max(values)
-    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+    known = [t.together for t in judged if math.isfinite(t.together[0])]
+    if not known:
+        return TOO_FEW
+    hull = interval_words((min(low for low, _ in known), max(high for _, high in known)))
+    return hull if len(known) == len(judged) else f"{hull} (of {len(known)} of {len(judged)})"
 
 
 def _clients(judged: Sequence[Tested]) -> str:
@@ -238,11 +222,13 @@ def _comparison(tested: Tested) -> dict[str, Any]:
         "estimate": effect.estimate,
         "low": _finite(tested.together[0]),
         "high": _finite(tested.together[1]),
+        "low_and_high_hold": "alone" if tested.told else "together",
         "low_alone": _finite(tested.alone[0]),
         "high_alone": _finite(tested.alone[1]),
         "images": effect.images,
         "clients": list(effect.clients),
         "seeds": effect.seeds,
+        "level": _finite(effect.level),
         "verdict": None if judged is None else judged.verdict,
         "why": None if judged is None else judged.why,
         "detail": finding.detail,
@@ -294,7 +280,7 @@ def comparison_row(tested: Tested) -> list[str]:
         finding.difference,
         finding.quantity,
         f"{100 * finding.effect.estimate:+.1f}",
-        _interval(tested.together),
+        f"{interval_words(tested.together)}{' (alone)' if tested.told else ''}",
         f"{finding.effect.images:,}",
         f"{verdict}{why}{detail}",
     ]

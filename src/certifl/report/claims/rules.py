@@ -6,10 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from certifl.report.claims.numbers import point_words
+
 __all__ = [
     "MARGIN",
     "NOT_SUPPORTED",
     "NOT_TESTED",
+    "QUARTER",
     "SUPPORTED",
     "TOO_FEW",
     "UNDECIDED",
@@ -30,6 +33,10 @@ UNDECIDED, NOT_TESTED = "undecided", "not tested"
 VERDICTS = (SUPPORTED, NOT_SUPPORTED, UNDECIDED, NOT_TESTED)
 
 MARGIN = 0.03
+# Runs that certify next to nothing differ by little, however they were trained: where the better
+# one has 4 points, 3 are most of it. A margin is therefore never more than this share.
+QUARTER = 0.25
+_NEAR_ZERO = "(a quarter of the better run's ACR or accuracy where that is less)"
 TOO_FEW = "too few images for an interval"
 
 Combination = Callable[[Sequence[str]], str]
@@ -54,18 +61,20 @@ class About:
     def words(self) -> str:
         """The rule in words."""
         return (
-            f"supported if the whole interval lies within {_points(self.margin)} of 0, not "
-            "supported if it lies entirely outside, else undecided"
+            f"supported if the whole interval lies within {_size(self.margin)} of 0 {_NEAR_ZERO}, "
+            "not supported if it lies entirely outside, else undecided"
         )
 
-    def judge(self, low: float, high: float) -> Judged:
-        """The verdict of an interval."""
-        if -self.margin < low and high < self.margin:
-            return Judged(SUPPORTED)
-        if low > self.margin or high < -self.margin:
+    def judge(self, low: float, high: float, level: float = math.inf) -> Judged:
+        """The verdict of an interval, at the level of the better run."""
+        margin = _margin_at(self.margin, level)
+        if _within(low, high, margin):
+            less = margin < self.margin
+            return Judged(SUPPORTED, f"within {_fraction(margin, level)}" if less else "")
+        if low > margin or high < -margin:
             way = "ahead" if low > 0 else "behind"
-            return Judged(NOT_SUPPORTED, f"{way} by more than {_points(self.margin)}")
-        return Judged(UNDECIDED, _width(low, high))
+            return Judged(NOT_SUPPORTED, f"{way} by more than {_size(margin, upward=False)}")
+        return Judged(UNDECIDED, _open(low, high, self.margin, level))
 
 
 @dataclass(frozen=True)
@@ -79,51 +88,76 @@ class Above:
         """The rule in words."""
         return (
             "supported if the whole interval lies above 0; not supported if it lies entirely "
-            f"below 0 (the other way), or contains 0 and lies within {_points(self.margin)} of it "
-            "(no difference larger than that); else undecided"
+            f"below 0 (the other way), or contains 0 and lies within {_size(self.margin)} of it "
+            f"{_NEAR_ZERO} (no difference larger than that); else undecided"
         )
 
-    def judge(self, low: float, high: float) -> Judged:
-        """The verdict of an interval."""
+    def judge(self, low: float, high: float, level: float = math.inf) -> Judged:
+        """The verdict of an interval, at the level of the better run."""
+        margin = _margin_at(self.margin, level)
+        size = _fraction(margin, level) if margin < self.margin else _size(margin)
         if low > 0.0:
-            small = high < self.margin
-            return Judged(SUPPORTED, f"but less than {_points(self.margin)}" if small else "")
+            return Judged(SUPPORTED, f"but less than {size}" if high < margin else "")
         if high < 0.0:
             return Judged(NOT_SUPPORTED, "the other way")
-        if -self.margin < low and high < self.margin:
-            return Judged(NOT_SUPPORTED, f"no difference larger than {_points(self.margin)}")
-        return Judged(UNDECIDED, _width(low, high))
+        if _within(low, high, margin):
+            return Judged(NOT_SUPPORTED, f"no difference larger than {size}")
+        return Judged(UNDECIDED, _open(low, high, self.margin, level))
 
 
 @dataclass(frozen=True)
 class Beyond:
-    """Hypothesis: the difference is larger than a threshold."""
+    """Hypothesis: the difference is larger than a threshold, which the claim itself names."""
 
     threshold: float
 
     @property
     def words(self) -> str:
         """The rule in words."""
-        limit = _points(self.threshold)
+        limit = _size(self.threshold)
         return (
             f"supported if the whole interval lies above {limit}, not supported if it lies "
             "entirely below, else undecided"
         )
 
-    def judge(self, low: float, high: float) -> Judged:
-        """The verdict of an interval."""
+    def judge(self, low: float, high: float, level: float = math.inf) -> Judged:
+        """The verdict of an interval, the same at every level."""
         if low > self.threshold:
             return Judged(SUPPORTED)
         if high < self.threshold:
-            return Judged(NOT_SUPPORTED, f"less than {_points(self.threshold)}")
+            return Judged(NOT_SUPPORTED, f"less than {_size(self.threshold)}")
         return Judged(UNDECIDED, _width(low, high))
 
 
 Rule = About | Above | Beyond
 
 
-def _points(share: float) -> str:
-    return f"{100 * share:g} points"
+def _margin_at(margin: float, level: float) -> float:
+    return min(margin, QUARTER * level)
+
+
+def _within(low: float, high: float, margin: float) -> bool:
+    return -margin < low and high < margin
+
+
+def _size(share: float, upward: bool = True) -> str:
+    return point_words(share, upward)
+
+
+def _fraction(margin: float, level: float) -> str:
+    """A margin that is smaller for being next to 0."""
+    return f"{_size(margin)}, a quarter of the {_size(level)} at hand"
+
+
+def _open(low: float, high: float, margin: float, level: float) -> str:
+    """Why an interval decides nothing."""
+    here = _margin_at(margin, level)
+    if here == margin or not _within(low, high, margin):
+        return _width(low, high)
+    return (
+        f"{_width(low, high)} and lies within {_size(margin)} of 0, but so near 0 only "
+        f"{_fraction(here, level)}, count as no difference"
+    )
 
 
 def _width(low: float, high: float) -> str:

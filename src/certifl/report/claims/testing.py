@@ -30,7 +30,7 @@ class Tested:
         finding: what was compared.
         alone: its 95 % interval.
         together: wide enough for all judged comparisons of the claim to hold at once with 95 %;
-            the verdict rests on it.
+            the verdict rests on it. Of a comparison that is told it is `alone` again.
         judged: the verdict; None where the comparison is told, not judged.
     """
 
@@ -38,6 +38,11 @@ class Tested:
     alone: tuple[float, float]
     together: tuple[float, float]
     judged: Judged | None
+
+    @property
+    def told(self) -> bool:
+        """Whether it decides nothing, so that its interval holds alone."""
+        return self.judged is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +144,7 @@ def _test(finding: Finding, error: float) -> Tested:
     if finding.rule is None:
         return Tested(finding, alone, alone, None)
     together = finding.effect.interval(error)
-    return Tested(finding, alone, together, finding.rule.judge(*together))
+    return Tested(finding, alone, together, finding.rule.judge(*together, finding.effect.level))
 
 
 def _verdict(claim: Claim, tested: Sequence[Tested]) -> str:

@@ -1,0 +1,183 @@
+"""Looks and levels that were chosen after the votes are found, however well they add up."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import certifl
+from certifl.certification import verify
+from certifl.certification.settings import ESTIMATORS, KEEPS
+from certifl.errors import InputError
+from certifl.smoothing.bounds import BOUNDS
+from certifl.smoothing.laws import LAWS
+from known_models import HalfSpace
+
+
+def certified(
+    estimator: str,
+    keep: str = "certificates",
+    n: int = 2000,
+    radii: Sequence[float] | None = None,
+) -> certifl.Certificates:
+    g = torch.Generator().manual_seed(0)
+    images = torch.rand((8, 1, 8, 8), generator=g)
+    model = HalfSpace(torch.randn(64, generator=g), 0.0).eval()
+    noise = certifl.Rotation(0.2 * math.pi) if estimator == "scan" else certifl.PixelNoise(0.5)
+    return certifl.certify(model, images, noise, n=n, estimator=estimator, keep=keep, radii=radii)
+
+
+@pytest.fixture(scope="module")
+def made() -> certifl.Certificates:
+    return certified("sequential")
+
+
+def rewritten(made: certifl.Certificates, **facts: Any) -> certifl.Certificates:
+    """Other conditions, with level, bounds and radius of every row as they follow from them."""
+    known = {**made.conditions, **facts}
+    looks, levels = np.array(known["look_votes"]), np.array(known["look_levels"], float)
+    rows, last = np.arange(len(made)), np.minimum(made.looks, len(looks)) - 1
+    level = levels[np.minimum(last, len(levels) - 1)]
+    selected = made.selection_counts.argmax(axis=1)
+    top, others = made.counts[rows, selected], made.counts.copy()
+    others[rows, selected] = -1
+    # No level at all counts as much as the most that a bound can be asked for.
+    asked = np.where((level > 0) & (level < 0.5), level, 0.49)
+    lower, upper = BOUNDS[known["bounds"]](top, others.max(axis=1), made.votes, asked)
+    radius = LAWS[known["law"]].radius(known["sigma"], lower, upper)
+    return dataclasses.replace(
+        made,
+        level=level,
+        p_lower=lower,
+        p_upper=upper,
+        radius=np.where(lower > upper, radius, 0.0),
+        predicted=np.where(lower > upper, selected, -1),
+        conditions=known,
+    )
+
+
+def test_levels_of_which_one_is_negative_are_found() -> None:
+    """They sum to less than alpha, and every radius follows from a level of one in five."""
+    made = certified("sequential", radii=[0.1])
+    count = len(made.conditions["look_votes"])
+    made = made.select(made.looks < count)  # where the negative level was not asked
+    assert len(made) > 2
+    levels = [0.2] * (count - 1) + [-0.2 * (count - 1) + 0.0009]
+    assert sum(levels) <= made.conditions["alpha"]
+    tampered = rewritten(made, look_levels=levels)
+    assert (tampered.radius > made.radius).any()
+    assert (tampered.radius >= made.radius).all()
+    findings = verify(tampered)
+    assert {f.index for f in findings} == set(made.index.tolist())
+    assert "positive" in findings[0].problem
+
+
+def last_alone(levels: list[float]) -> list[float]:
+    """All of alpha for the look at which most images stopped; next to nothing for the others."""
+    return [sum(levels) - 1e-12 * len(levels), *[1e-12] * (len(levels) - 1)]
+
+
+def test_levels_chosen_after_the_votes_are_found(made: certifl.Certificates) -> None:
+    levels = last_alone(made.conditions["look_levels"])
+    findings = verify(rewritten(made, look_levels=levels))
+    assert len(findings) == len(made)
+    assert "look_levels" in findings[0].problem
+
+
+def test_looks_chosen_after_the_votes_are_found(made: certifl.Certificates) -> None:
+    looks, levels = made.conditions["look_votes"], made.conditions["look_levels"]
+    alpha = made.conditions["alpha"]
+    planted = {
+        "look_votes": [
+            {"look_votes": [*looks[:-1], looks[-1] + 100]},
+            {"look_votes": looks[:3], "look_levels": [alpha / 3] * 3},
+            {"look_votes": [looks[0]], "look_levels": [alpha]},
+            {"n": 1000},
+        ],
+        "rise": [
+            {"look_votes": [looks[1], looks[0], *looks[2:]]},
+            {"look_votes": [looks[0], looks[0], *looks[2:]]},
+            {"look_votes": [-1, *looks[1:]]},
+        ],
+        "levels for": [
+            {"look_levels": levels[:-1]},
+            {"look_levels": [*levels, 0.0]},
+        ],
+        "positive": [
+            {"look_levels": [0.0, *levels[1:]]},
+            {"look_levels": [*levels[:-1], float("nan")]},
+            {"look_levels": [*levels[:-1], None]},
+        ],
+        "more than alpha": [{"look_levels": [10 * level for level in levels]}],
+        "look_levels": [{"keep": "curve", "look_votes": looks}],
+        "settings": [{"keep": "everything"}, {"alpha": 0.9}, {"n0": -100}, {"estimator": "none"}],
+        "bounds": [{"bounds": "top-class"}],
+    }
+    for says, changes in planted.items():
+        for change in changes:
+            tampered = dataclasses.replace(made, conditions={**made.conditions, **change})
+            findings = verify(tampered)
+            assert len(findings) >= len(made), change
+            if "keep" not in change:
+                assert any(says in f.problem for f in findings), (change, findings[0])
+
+
+def test_what_names_no_estimator_cannot_be_verified(made: certifl.Certificates) -> None:
+    facts = {k: v for k, v in made.conditions.items() if k != "estimator"}
+    with pytest.raises(InputError, match="estimator"):
+        verify(dataclasses.replace(made, conditions=facts))
+
+
+def test_passes_of_a_scan_chosen_after_the_votes_are_found() -> None:
+    made = certified("scan", n=3000)
+    scan, facts = made.conditions["scan"], made.conditions
+    assert verify(made) == []
+    for change in (
+        {"scan": {**scan, "passes": [1000, 500]}, "look_votes": [2000, 3000]},
+        {"scan": {**scan, "passes": [500]}, "look_votes": [1000]},
+        {"look_levels": [facts["alpha"] / 2]},
+        {"look_levels": [facts["alpha"], 0.0]},
+        {"look_votes": facts["look_votes"][::-1]},
+        {"n": 1000},
+    ):
+        assert len(verify(dataclasses.replace(made, conditions={**facts, **change}))) >= 8, change
+
+
+@pytest.mark.parametrize(
+    ("estimator", "keep"),
+    [
+        (estimator, keep)
+        for estimator, keep in itertools.product(ESTIMATORS, KEEPS)
+        if keep == "certificates" or ESTIMATORS[estimator][1]
+    ],
+)
+@pytest.mark.parametrize("n", [100, 130, 3000])
+def test_honest_schedules_pass_also_after_a_file(
+    estimator: str, keep: str, n: int, tmp_path: Path
+) -> None:
+    made = certified(estimator, keep, n)
+    made.save(tmp_path / "c.parquet")
+    assert verify(made) == verify(certifl.Certificates.load(tmp_path / "c.parquet")) == []
+
+
+def test_numbers_of_numpy_are_numbers_too() -> None:
+    made = certified("sequential", n=np.int64(300))  # pyright: ignore[reportArgumentType]
+    assert verify(made) == []
+
+
+def test_records_older_than_the_choice_of_what_to_keep_still_verify(
+    made: certifl.Certificates,
+) -> None:
+    facts = {k: v for k, v in made.conditions.items() if k != "keep"}
+    assert verify(dataclasses.replace(made, conditions=facts)) == []
+    curve = certified("sequential", "curve")
+    hidden = {k: v for k, v in curve.conditions.items() if k != "keep"}
+    assert len(verify(dataclasses.replace(curve, conditions=hidden))) == len(curve)

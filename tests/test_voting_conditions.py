@@ -1,0 +1,206 @@
+"""How votes are cast: in how many rows, held to which algorithms, and under which name."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import certifl
+from certifl.certification import (
+    api,
+    certify_shifts,
+    engine,
+    enumeration,
+    network,
+    predictions,
+    scan,
+    votes,
+)
+from certifl.certification.network import Network, prepare, tf32_state
+from certifl.certification.predictions import predict_plain
+from certifl.certification.settings import Settings
+from certifl.certification.votes import CHUNK, Request, VoteCounter, votes_per_turn
+from certifl.work.certifying import Job, _votes_key
+from known_models import HalfSpace
+
+G = torch.Generator().manual_seed(0)
+IMAGES = torch.rand((3, 1, 8, 8), generator=G)
+MODEL = HalfSpace(torch.randn(64, generator=G), 0.0).eval()
+NOISE = certifl.PixelNoise(0.5)
+
+
+# --- turns
+
+
+def test_batches_of_a_processor_keep_the_turn_they_had() -> None:
+    assert {votes_per_turn(1 << k) for k in range(10)} == {3200}  # 512 is the largest there
+
+
+@pytest.mark.parametrize("batch_size", [801, 1000, 4096, 8192])
+def test_a_turn_is_whole_chunks_and_fills_some_batches(batch_size: int) -> None:
+    turn = votes_per_turn(batch_size)
+    assert turn % CHUNK == 0
+    assert 4 * batch_size <= turn < 4 * batch_size + CHUNK
+
+
+@pytest.mark.parametrize("estimator", ["top-class", "sequential", "scan"])
+def test_votes_are_the_same_whatever_the_turn(
+    estimator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made() -> certifl.Certificates:
+        noise = certifl.Rotation(0.2 * math.pi) if estimator == "scan" else NOISE
+        return certifl.certify(
+            MODEL, IMAGES, noise, n0=700, n=4000, estimator=estimator, batch_size=64
+        )
+
+    expected = made()
+    for turn in (100, 130, 900, 6400):
+        for module in (engine, scan):
+            monkeypatch.setattr(module, "votes_per_turn", lambda _size, turn=turn: turn)
+        assert made().same_results(expected), turn
+
+
+def test_a_last_image_that_is_alone_fills_large_batches() -> None:
+    rows = 0
+
+    def call(batch: Tensor) -> Tensor:
+        nonlocal rows
+        rows += len(batch)
+        with torch.no_grad():
+            return MODEL(batch)
+
+    made = certifl.certify(
+        call, IMAGES[:1], NOISE, n=100_000, estimator="top-class", batch_size=8192
+    )
+    assert rows < 1.4 * made.votes.sum()  # 2.6 in turns of 3200
+
+
+# --- what runs
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """The devices that are held to exact convolutions just now."""
+    now: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def noted(device: torch.device) -> Iterator[None]:
+        now.append(device)
+        try:
+            yield
+        finally:
+            now.pop()
+
+    for module in (network, votes, predictions, enumeration):
+        monkeypatch.setattr(module, "exact_convolutions", noted)
+    return now
+
+
+def test_every_call_of_a_network_is_held_to_exact_convolutions(held: list[torch.device]) -> None:
+    """Also the calls that look at it first: one that differs between calls would be refused."""
+    seen: list[bool] = []
+
+    def call(batch: Tensor) -> Tensor:
+        seen.append(held == [torch.device("cpu")])
+        with torch.no_grad():
+            return MODEL(batch)
+
+    certifl.certify(call, IMAGES, NOISE, n=300)
+    certifl.predict(call, IMAGES, NOISE, n=200)
+    certify_shifts(call, IMAGES, largest=1)
+    predict_plain(prepare(call, IMAGES, batch_size=2), IMAGES)
+    counter = VoteCounter(prepare(call, IMAGES, batch_size=50), NOISE, 0)
+    counter.lean(IMAGES, [Request(0, 0, 1, "attack", 0, 100)], torch.tensor([0]))
+    assert len(seen) > 20
+    assert all(seen)
+    assert held == []
+
+
+def test_rows_and_slots_reach_the_device_as_they_were_asked_for() -> None:
+    parts = [votes._Votes(k % 3, k, torch.full((k + 1, 2), float(k))) for k in range(4)]
+    rows, slots, params = votes._packed(parts)
+    assert rows.tolist() == [0, 1, 1, 2, 2, 2, 0, 0, 0, 0]
+    assert slots.tolist() == [0, 1, 1, 2, 2, 2, 3, 3, 3, 3]
+    assert params[:, 0].tolist() == [float(s) for s in slots]
+    assert {rows.dtype, slots.dtype} == {torch.int64}
+
+
+def test_sums_of_rows_are_those_of_index_add() -> None:
+    slot = torch.randint(0, 5, (200,), generator=G)
+    rows = torch.randn((200, 3), generator=G)
+    totals = torch.zeros(5, 3)
+    votes._add_rows(totals, slot, rows)
+    assert torch.equal(totals, torch.zeros(5, 3).index_add_(0, slot, rows))  # bit for bit
+    put = torch.zeros(5, 3).index_put_((slot,), rows, accumulate=True)  # what a GPU is asked for
+    torch.testing.assert_close(put, totals)
+
+
+# --- under which name
+
+
+def network_of(device: str, precision: str) -> Network:
+    return Network(MODEL, 2, torch.device(device), precision, False, 64)
+
+
+@contextlib.contextmanager
+def convolutions_in(precision: str) -> Iterator[None]:
+    settings: Any = torch.backends.cudnn
+    if not hasattr(settings, "conv"):
+        pytest.skip("this torch has no fp32_precision")
+    before = settings.conv.fp32_precision
+    settings.conv.fp32_precision = precision
+    try:
+        yield
+    finally:
+        settings.conv.fp32_precision = before
+
+
+def test_tf32_is_told_where_it_decides_about_votes() -> None:
+    assert "tf32" in api._rounding(network_of("cuda", "float32"))
+    assert "tf32" in api._rounding(network_of("cuda:1", "float32-compiled"))
+    assert api._rounding(network_of("cuda", "bfloat16")) == {}
+    assert api._rounding(network_of("cpu", "float32")) == {}
+    assert "tf32" not in certifl.certify(MODEL, IMAGES, NOISE, n=100).conditions
+
+
+def test_tf32_is_read_also_after_its_newer_name_was_used() -> None:
+    with convolutions_in("ieee"):
+        with pytest.raises(RuntimeError, match="TF32"):
+            _ = torch.backends.cudnn.allow_tf32  # why it must not be asked for by its older name
+        assert tf32_state()["convolutions"] is False
+    with convolutions_in("tf32"):
+        assert tf32_state()["convolutions"] is True
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_tf32_is_read_by_its_older_name_before_torch_2_9(on: bool) -> None:
+    older = types.SimpleNamespace(allow_tf32=on)
+    assert network._is_tf32(None, older) is on
+    assert network._is_tf32(older, older) is on
+
+
+def test_votes_of_another_tf32_are_not_counted_with_these(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(api, "_device_name", str)
+    job = Job(0, np.arange(3), (IMAGES * 255).byte(), np.zeros(3, np.int64), tmp_path / "votes")
+
+    def key(device: str, precision: str = "float32") -> str:
+        ready = network_of(device, precision)
+        facts = api.conditions(NOISE, Settings(), ready, 0, MODEL, "data")
+        return _votes_key(job, facts, "")
+
+    devices = ("cuda", "cpu")
+    by_default = [key(device) for device in devices] + [key("cuda", "bfloat16")]
+    with convolutions_in("ieee"):
+        exact = [key(device) for device in devices] + [key("cuda", "bfloat16")]
+    assert [a == b for a, b in zip(by_default, exact, strict=True)] == [False, True, True]
