@@ -33,7 +33,7 @@ format: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/python docs/make_algorithms.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # GOLDEN names a file of published vote counts: ten counts an image, then the label.
 benchmark: $(VENV)/.dev benchmark-peers

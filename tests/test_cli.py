@@ -112,7 +112,9 @@ def test_more_clients_than_training_images(tmp_path: Path) -> None:
 
 def test_a_wrong_device_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     spec = tiny.write_spec(tmp_path)
-    tiny.cli("run", spec, "--out", tmp_path / "r", "--device", "warp9").refused("'warp9'")
+    tiny.cli("run", spec, "--out", tmp_path / "r", "--device", "warp9").refused(
+        "'warp9'", "cuda:1"
+    )
     assert not (tmp_path / "r").exists()
 
 

@@ -248,6 +248,8 @@ def show_prediction(answer: Answer) -> None:
         console.print(f"label   {answer.class_name} (class {int(certificates.predicted[0])})")
         console.print(f"radius  {radius} in {facts['norm']} norm, {facts['family']}")
     console.print(f"model   client {answer.client} uses {answer.deploys}")
+    if answer.changed:
+        console.print(f"image   {answer.changed}: the certificate is about the image so changed")
     console.print(_meaning(facts), style="dim")
 
 

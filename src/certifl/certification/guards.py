@@ -71,13 +71,13 @@ def check_perturbation(perturbation: Any) -> None:
 
 
 def check_seed(seed: Any) -> None:
-    """Refuse a seed that is no whole number, before it is silently cut to one.
+    """Refuse a seed that is no whole number from 0, before it is silently cut to one.
 
     Raises:
         InputError: it is none.
     """
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-        raise InputError(f"seed must be a whole number such as 0; got {seed!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise InputError(f"seed must be a whole number from 0; got {seed!r}.")
 
 
 def check_exact(images: Tensor, perturbation: Perturbation) -> None:

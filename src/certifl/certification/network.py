@@ -183,10 +183,13 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(device, str) and device.partition(":")[0] not in _DEVICES:
+        raise InputError(
+            f"device {device!r} cannot be used: choose auto, {', '.join(_DEVICES)}, or one of "
+            "several as cuda:1."
+        )
     try:
         place = torch.device(device)
-        if place.type not in _DEVICES:
-            raise InputError(f"device {device!r} cannot be used: choose {', '.join(_DEVICES)}.")
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]

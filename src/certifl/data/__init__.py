@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from certifl.data.datasets import DATA_ENV, EMBEDDED, load
-from certifl.data.decode import read_image
+from certifl.data.decode import changes_of, read_image
 from certifl.data.manifest import ClientIndices, Partition, check, choose, label_checksum
 from certifl.data.partition import (
     PARTITIONS,
@@ -26,6 +26,7 @@ __all__ = [
     "ImageSplit",
     "Partition",
     "Splitter",
+    "changes_of",
     "check",
     "choose",
     "deal_out",

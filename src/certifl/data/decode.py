@@ -23,7 +23,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from certifl.data.splits import SMALLEST_SIDE, to_float
 from certifl.errors import InputError
 
-__all__ = ["IMAGE_SUFFIXES", "NamedImage", "decode_all", "read_image", "size_text"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "NamedImage",
+    "changes_of",
+    "decode_all",
+    "read_image",
+    "size_text",
+]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF")
@@ -99,6 +106,19 @@ def read_image(
             )
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     return to_float(torch.from_numpy(_stack([np.asarray(image)])))
+
+
+def changes_of(path: str | Path, in_channels: int, image_size: tuple[int, int]) -> str:
+    """How `read_image` changes a file's pixels for the model, in words; "" = not at all."""
+    file = Path(path)
+    image = _open(lambda: str(file), file)
+    height, width = image_size
+    told = []
+    if (len(image.getbands()) == 1) != (in_channels == 1):
+        told.append("converted to grey" if in_channels == 1 else "grey repeated in three channels")
+    if image.size != (width, height):
+        told.append(f"resized from {size_text((image.height, image.width))}")
+    return ", ".join(told)
 
 
 def _open(name: Callable[[], str], source: bytes | Path) -> Image.Image:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from certifl.certification import Certificates, certify
 from certifl.certification.network import prepare
 from certifl.certification.settings import Settings
-from certifl.data import Dataset, choose, load, read_image, to_float
+from certifl.data import Dataset, changes_of, choose, load, read_image, to_float
 from certifl.errors import InputError, ModelError, StoreError, StoreMismatch
 from certifl.experiments.shards import WHOLE, Shard
 from certifl.models import build
@@ -245,12 +245,14 @@ class Answer:
     Attributes:
         certificates: one row. class_name: of the predicted class, "" where it abstained.
         client: whose model answered. deploys: which model that is, in words.
+        changed: what was done to the file's pixels before, in words; "" = nothing.
     """
 
     certificates: Certificates
     class_name: str
     client: int
     deploys: str
+    changed: str = ""
 
 
 def certify_image(
@@ -260,7 +262,8 @@ def certify_image(
     folder = finished_run(run)
     model, spec = _model_of(folder, client)
     data = folder.fact("data")
-    image = read_image(path, data["in_channels"], tuple(data["image_size"]), resize=resize)
+    channels, size = data["in_channels"], tuple(data["image_size"])
+    image = read_image(path, channels, size, resize=resize)
     wanted = spec.certification
     perturbation, settings = _certified_by(spec, client), wanted.settings(client)
     made = certify(
@@ -280,4 +283,5 @@ def certify_image(
     )
     label = int(made.predicted[0])
     name = data["class_names"][label] if label >= 0 else ""
-    return Answer(made, name, client, folder.fact("deploys"))
+    changed = changes_of(path, channels, size)
+    return Answer(made, name, client, folder.fact("deploys"), changed)

@@ -89,8 +89,13 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise StoreError(f"Cannot read {path}: {error}. Is this a run folder?") from error
+    except ValueError as error:
+        raise StoreError(
+            f"{path} is damaged: it is no JSON ({error}). The command that made it makes it again "
+            "with --overwrite."
+        ) from error
 
 
 def save_tensors(
