@@ -62,7 +62,7 @@ def test_comparing_regimes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     compare = example("compare_regimes")
     compare.main(["fedavg", "local", "--quick", "--seeds", "2", "--out", str(tmp_path)])
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 4
+    assert len(said) == 4 + 4  # a line for every run, then the comparison
     folders = {path.parent.name for path in tmp_path.rglob("run.json")}
     assert folders == {"fedavg-0", "fedavg-1", "local-0", "local-1"}
     acr = {
@@ -70,7 +70,7 @@ def test_comparing_regimes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         for name in folders
     }
     gain = sum(acr[f"fedavg-{seed}"] - acr[f"local-{seed}"] for seed in range(2))
-    words = said[1].split()
+    words = said[5].split()
     shown = float(next(word for word in words if word[0] in "+-"))
     assert shown == 0.0 or (shown > 0) == (gain > 0)
     low, high = said[1].split("[")[1].split("]")[0].split(", ")

@@ -188,7 +188,7 @@ def test_labels_name_a_training_with_another_sigma():
     spec = next(iter(specs("smoke", "figure1").values()))
     values = spec.model_dump(exclude_none=True)
     values["augmentation"]["federated"] = {"family": "rotation", "sigma": 0.25}
-    assert label_of(with_settings(values)) == "Local (trained with σ = 0.25)"
+    assert label_of(with_settings(values)) == "Local (trained with σ = 14.3°)"
 
 
 @pytest.mark.parametrize("name", [*EVERY, "all"])
