@@ -13,6 +13,7 @@ next to nothing (one degree of freedom); take three or more.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def line(quantity: Quantity, pairs: Sequence[tuple[StudyRun, StudyRun]], compare
     sampler = Sampler([one for pair in pairs for one in pair])
     effect = over_seeds([quantity.of(sampler, first, second) for first, second in pairs])
     low, high = effect.interval(ERROR / compared)
+    if not math.isfinite(high - low):
+        return f"{quantity.words:45s} {effect.estimate:+.3f}  too few images for an interval"
     verdict = "no difference shown"
     if low > 0.0 or high < 0.0:
         verdict = f"the {'first' if low > 0.0 else 'second'} is larger"

@@ -73,7 +73,8 @@ def test_comparing_regimes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     words = said[5].split()
     shown = float(next(word for word in words if word[0] in "+-"))
     assert shown == 0.0 or (shown > 0) == (gain > 0)
-    low, high = said[1].split("[")[1].split("]")[0].split(", ")
+    low, high = said[5].split("[")[1].split("]")[0].split(", ")
     assert float(low) <= shown <= float(high)
     zero = float(low) <= 0.0 <= float(high)
-    assert said[1].endswith("no difference shown") == zero
+    assert said[5].endswith("no difference shown") == zero
+    assert said[7].endswith("too few images for an interval")
