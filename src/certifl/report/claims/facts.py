@@ -16,6 +16,7 @@ from typing import Any
 
 from certifl.certification.groups import PERTURBATIONS
 from certifl.errors import InputError, StoreError, StoreMismatch
+from certifl.report.claims.decisive import decisive_settings
 from certifl.report.claims.radii import largest_radius
 from certifl.report.results import RunResults, load_run
 from certifl.report.scale import family_words, sigma_text
@@ -92,7 +93,7 @@ class Facts:
         personal: augmentation of fine-tuning; None = without, or no fine-tuning.
         personalization: lambda of Eq. (4) where the algorithm has one.
         lr: learning rate of the first epoch.
-        settings: the whole spec, flat, with the fingerprint of the data.
+        settings: all of the spec but defaults, flat, with the fingerprint of the data.
     """
 
     regime: str
@@ -275,7 +276,7 @@ def _facts(spec: Mapping[str, Any], results: RunResults) -> Facts:
         personal=None if base is None else personal,
         personalization=inner.get("personalization"),
         lr=float(spec["training"]["lr"]),
-        settings={**_flat(spec), "data.fingerprint": fingerprint},
+        settings={**decisive_settings(spec), "data.fingerprint": fingerprint},
     )
 
 
@@ -287,13 +288,3 @@ def _noise(described: Any) -> Noise | None:
         float(described["sigma"]),
         json.dumps(described, sort_keys=True),
     )
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{before}{key}."))
-        else:
-            flat[f"{before}{key}"] = value
-    return flat

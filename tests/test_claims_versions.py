@@ -1,0 +1,24 @@
+"""Runs of an older version stand beside newer ones, whose specs have keys that came later."""
+
+from __future__ import annotations
+
+from certifl.report.claims.decisive import decisive_settings
+from certifl.spec import with_settings
+from tiny_study import spec
+
+
+def test_a_key_that_came_later_tells_no_two_runs_apart() -> None:
+    newer = spec().model_dump(exclude_none=True)
+    older = {**newer, "training": dict(newer["training"])}
+    for added in ("steps", "precision"):
+        assert older["training"].pop(added) is not None
+    assert decisive_settings(older) == decisive_settings(newer)
+
+
+def test_what_was_chosen_still_tells_runs_apart() -> None:
+    plain = spec().model_dump(exclude_none=True)
+    for choice in ("training.precision=bfloat16", "training.lr=0.007", "certification.n=999"):
+        other = with_settings(plain, [choice]).model_dump(exclude_none=True)
+        key, _, value = choice.partition("=")
+        assert str(decisive_settings(other)[key]) == value
+        assert decisive_settings(other) != decisive_settings(plain)
