@@ -1,27 +1,23 @@
-"""What of a stored spec can tell two runs apart: all that is not a default."""
+"""What of a stored spec can tell two runs apart."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pydantic import BaseModel
+__all__ = ["LATER", "decisive_settings"]
 
-from certifl.spec import Spec
-
-__all__ = ["decisive_settings"]
+# Keys that specs of older runs lack, which were computed as these values have it.
+LATER: Mapping[str, Any] = {"training.steps": "plain", "training.precision": "float32"}
 
 
 def decisive_settings(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a spec by "section.key", without those that have their default.
+    """The settings of a spec by "section.key".
 
-    A version that adds a key writes it into every spec; a run of before, which lacks it, was
-    computed as the key's default has it, and is still the same.
+    Where a key that came later says what every run was before, it is left out, so that runs of
+    older versions stand beside newer ones.
     """
-    defaults = dict(_defaults(Spec))
-    return {
-        key: value for key, value in _flat(spec) if key not in defaults or value != defaults[key]
-    }
+    return {key: value for key, value in _flat(spec) if key not in LATER or value != LATER[key]}
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
@@ -30,12 +26,3 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{before}{key}.")
         else:
             yield f"{before}{key}", value
-
-
-def _defaults(section: type[BaseModel], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, field in section.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from _defaults(inner, f"{before}{key}.")
-        elif not field.is_required() and field.default_factory is None:
-            yield f"{before}{key}", field.default

@@ -93,7 +93,7 @@ class Facts:
         personal: augmentation of fine-tuning; None = without, or no fine-tuning.
         personalization: lambda of Eq. (4) where the algorithm has one.
         lr: learning rate of the first epoch.
-        settings: all of the spec but defaults, flat, with the fingerprint of the data.
+        settings: the whole spec, flat, with the fingerprint of the data.
     """
 
     regime: str
