@@ -382,26 +382,8 @@ def show_facts(facts: Sequence[Fact]) -> None:
             console.print(f"  {fact.topic}: {fact.missing}", soft_wrap=True, markup=False)
 
 
-def show_names() -> None:
-    """Everything that has a name in a spec."""
-    from certifl.certification import ESTIMATORS
-    from certifl.data import EMBEDDED, SPLITS
-    from certifl.federated import ALGORITHMS
-    from certifl.federated.aggregation import RULES
-    from certifl.federated.objectives import OBJECTIVES
-    from certifl.models import MODELS
-    from certifl.perturbations import PERTURBATIONS
-
+def show_names(rows: Mapping[str, Sequence[str]]) -> None:
+    """What can stand in a spec, a line for each kind."""
     console = Console(highlight=False)
-    rows = {
-        "data sets": [*EMBEDDED, "mnist", "cifar10", "fashion_mnist", "owner/name", "a folder"],
-        "splits": list(SPLITS),
-        "models": [*MODELS, "module:function"],
-        "algorithms": list(ALGORITHMS),
-        "objectives": list(OBJECTIVES),
-        "rules": list(RULES),
-        "perturbations": list(PERTURBATIONS),
-        "estimators": list(ESTIMATORS),
-    }
     for title, names in rows.items():
         console.print(f"{title:14}{', '.join(names)}", soft_wrap=True)
