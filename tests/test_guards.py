@@ -74,8 +74,9 @@ def test_labels(labels: list, says: str) -> None:
         ({"radii": []}, "radii"),
         ({"radii": [-1.0]}, "radii"),
         ({"precision": "float16"}, "bfloat16"),
-        ({"device": "quantum"}, "cannot be used here"),
-        ({"device": "meta"}, "choose cpu"),
+        ({"device": "quantum"}, "choose auto, cpu"),
+        ({"device": "meta"}, "choose auto, cpu"),
+        ({"device": "cuda:99"}, "cannot be used here"),
         ({"batch_size": 0}, "batch_size"),
     ],
 )
