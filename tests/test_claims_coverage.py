@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from certifl.report.claims import resampling, statistics
+from certifl.report import intervals
+from certifl.report.claims import statistics
 from certifl.report.claims.facts import StudyRun, read_run
 from certifl.report.claims.radii import largest_radius
 from certifl.report.claims.resampling import Sampler
@@ -76,7 +77,7 @@ def rare_losses(gain: float) -> list[Effect]:
 def test_a_gain_of_nearly_all_images_does_not_hide_the_few_that_lose(gain, monkeypatch):
     true = (1.0 - RARE) * gain - RARE * LOSS
     assert misses(rare_losses(gain), true) < 0.10 * STUDIES
-    monkeypatch.setattr(resampling, "ALIKE", 0.0)  # the last digits alone make images unlike
+    monkeypatch.setattr(intervals, "ALIKE", 0.0)  # the last digits alone make images unlike
     assert misses(rare_losses(gain), true) > 0.12 * STUDIES
 
 

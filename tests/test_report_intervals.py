@@ -64,7 +64,7 @@ def test_intervals_miss_as_rarely_as_they_say(draw: Draw, sizes: tuple[int, ...]
 
 @pytest.mark.statistical
 def test_scatter_alone_says_nothing_of_what_was_not_met(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intervals, "_FEW_UNLIKE", 0)
+    monkeypatch.setattr(intervals, "FEWEST_UNLIKE", 0)
     assert too_often(misses(saturated, (30,), 300), 300)
 
 
@@ -75,7 +75,7 @@ def test_last_digits_make_no_image_unlike_another(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setitem(MEANS, with_digits, MEANS[a_rare_loss])
     assert not too_often(misses(with_digits, (40,) * 4))
-    monkeypatch.setattr(intervals, "_UNLIKE", 0.0)
+    monkeypatch.setattr(intervals, "ALIKE", 0.0)
     assert too_often(misses(with_digits, (40,) * 4, 300), 300)
 
 

@@ -9,12 +9,21 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-__all__ = ["even_images", "hidden_share", "mean_interval"]
+__all__ = [
+    "FEWEST_UNLIKE",
+    "even_images",
+    "hidden_share",
+    "mean_interval",
+    "unlike_images",
+]
 
 Floats = NDArray[np.float64]
 
-_UNLIKE = 0.05  # of the scale: last digits of radii make no image unlike another
-_FEW_UNLIKE = 10
+# As a share of the scale. Differences of a few points, however many, make a narrow interval, while
+# an image that is not at hand may lose its whole radius, twenty times as much: only larger ones
+# show that such images would have been met.
+ALIKE = 0.05
+FEWEST_UNLIKE = 10  # with so many, the scatter itself tells how far a mean may be off
 
 
 def hidden_share(images: float, error: float) -> float:
@@ -26,6 +35,14 @@ def hidden_share(images: float, error: float) -> float:
     Source: Hanley and Lippman-Hand, If nothing goes wrong, is everything all right?, 1983.
     """
     return 1.0 - (error / 2.0) ** (1.0 / images)
+
+
+def unlike_images(values: Floats, scale: float) -> int:
+    """How many values lie farther from that of most images than last digits and small gains do.
+
+    What nearly all images share, however large, says nothing of the few that may lose.
+    """
+    return int((np.abs(values - np.median(values)) > ALIKE * scale).sum())
 
 
 def even_images(sizes: Sequence[int]) -> float:
@@ -59,8 +76,7 @@ def mean_interval(values: Sequence[Floats], error: float, scale: float) -> tuple
         scatter = math.sqrt(within.sum()) / len(parts)
         half = scatter * -float(special.stdtrit(freedom, error / 2.0))
     together = np.concatenate(parts)
-    unlike = np.abs(together - np.median(together)) > _UNLIKE * scale
-    if unlike.sum() < _FEW_UNLIKE:
+    if unlike_images(together, scale) < FEWEST_UNLIKE:
         half = max(half, hidden_share(even_images(sizes.tolist()), error) * scale)
     mean = float(np.mean([part.mean() for part in parts]))
     return mean - half, mean + half

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from certifl.report.claims.facts import StudyRun
 from certifl.report.claims.radii import largest_radius
-from certifl.report.intervals import even_images
+from certifl.report.intervals import even_images, unlike_images
 from certifl.streams import numpy_generator
 
-__all__ = ["ALIKE", "DRAWS", "Layout", "Sampled", "Sampler", "drawn_means", "layout_of"]
+__all__ = ["DRAWS", "Layout", "Sampled", "Sampler", "drawn_means", "layout_of"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -39,10 +39,6 @@ _FEWEST_OF_A_CLIENT = 2
 # Images beyond one of each client. With fewer the tails of the draws are too short: intervals for
 # several comparisons at once miss more than twice as often as they say (docs/claims.md).
 _FEWEST_BEYOND = 30
-# As a share of the largest radius. Differences of a few points, however many, make a narrow
-# interval, while an image that is not at hand may lose its whole radius, twenty times as much:
-# only larger ones show that such images would have been met.
-ALIKE = 0.05
 
 
 @dataclass(frozen=True)
@@ -190,13 +186,11 @@ class Sampler:
     def differing(self, first: StudyRun, second: StudyRun, by_radius: bool) -> int:
         """How many images are unlike: correct or not, or by radius.
 
-        By radius those count whose difference is more than `ALIKE` away from that of most images:
-        a gain that nearly all share, however large, says nothing of the few that may lose.
+        By radius those count that `unlike_images` counts, of differences in shares.
         """
         if not by_radius:
             return int(((_reach(first) >= 0.0) != (_reach(second) >= 0.0)).sum())
-        apart = _gain(first) - _gain(second)
-        return int((np.abs(apart - np.median(apart)) > ALIKE).sum())
+        return unlike_images(_gain(first) - _gain(second), scale=1.0)
 
     def _draw(self, wanted: StudyRun) -> None:
         if id(wanted) in self._acr:

@@ -19,7 +19,7 @@ from scipy import special
 from certifl.certification.settings import GRID_POINTS
 from certifl.report.claims.facts import StudyRun
 from certifl.report.claims.resampling import Sampled, Sampler, drawn_means
-from certifl.report.intervals import hidden_share
+from certifl.report.intervals import FEWEST_UNLIKE, hidden_share
 from certifl.streams import numpy_generator
 
 __all__ = [
@@ -35,8 +35,6 @@ __all__ = [
 
 Floats = NDArray[np.float64]
 
-# With so many unlike images the draws themselves tell how far a difference may be off.
-_FEWEST_UNLIKE = 10
 # With ten images of each of 20 clients a 95 % interval of spreads misses 15 % of the time: many
 # clients have none or all correct, and no draw changes them. With twenty it misses 2 to 6 %.
 _FEWEST_FOR_A_SPREAD = 20
@@ -111,7 +109,7 @@ def _effect(
     level: float = math.inf,
 ) -> Effect:
     layout = sampler.layout(runs[0])
-    agree = sampler.differing(*runs, by_radius) < _FEWEST_UNLIKE
+    agree = sampler.differing(*runs, by_radius) < FEWEST_UNLIKE
     return Effect(
         estimate=estimate,
         low_draws=low,
