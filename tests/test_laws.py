@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from certifl.errors import InputError
 from certifl.smoothing import GAUSSIAN, LAWS, UNIFORM, floor_text, top_class_bounds
+from certifl.smoothing.laws import drawn_width
 
 exact = settings(max_examples=50, deadline=None, derandomize=True)
 probability = st.one_of(
@@ -52,9 +53,20 @@ def test_uniform_radius_is_never_above_the_formula_and_close_to_it(sigma, first,
     low, high = max(first, second), min(first, second)
     radius = float(UNIFORM.radius(sigma, low, high))
     with mpmath.workdps(400):
-        formula = mpmath.mpf(sigma) * (mpmath.mpf(low) - mpmath.mpf(high))
+        width = mpmath.mpf(float(drawn_width(sigma)))
+        formula = width * (mpmath.mpf(low) - mpmath.mpf(high))
         assert radius <= formula
-        assert formula - radius <= formula * 1e-14 + mpmath.mpf(5e-324)
+        assert formula - radius <= formula * 1e-14 + 3 * mpmath.mpf(5e-324)
+
+
+@exact
+@given(st.floats(1e-30, 1e300))
+def test_the_drawn_width_is_the_largest_float32_not_above_sigma(sigma):
+    width = np.float32(drawn_width(sigma))
+    assert float(width) == drawn_width(sigma) <= sigma
+    assert (
+        width == np.finfo(np.float32).max or float(np.nextafter(width, np.float32(np.inf))) > sigma
+    )
 
 
 @pytest.mark.parametrize("law", LAWS.values(), ids=list(LAWS))

@@ -184,12 +184,21 @@ def test_exact_noise_is_rounded_gaussian_noise():
     assert stats.chisquare(counts, share * whole.numel()).pvalue > 1e-6
 
 
-def test_exact_noise_is_the_plain_noise_rounded():
-    plain = PixelNoise(0.3).sample(6, IMAGE, rng(6))
+def test_exact_noise_is_double_precision_noise_rounded():
+    drawn = torch.randn((6, *IMAGE), generator=rng(6), dtype=torch.float64) * 0.3
     exact = PixelNoise(0.3, exact=True).sample(6, IMAGE, rng(6))
-    assert torch.equal((exact * 255).round(), (plain * 255).round())
+    assert exact.dtype == torch.float32
+    assert torch.equal((exact * 255).round().double(), (drawn * 255).round())
     # params stay intensities, off by at most half a level (and one float rounding)
-    assert (exact - plain).abs().max() <= 0.5 / 255 + 1e-6
+    assert (exact - drawn).abs().max() <= 0.5 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("sigma", [0.1 * math.pi, 0.1, 0.25, 1 / 3])
+def test_uniform_radii_use_the_width_on_which_noise_is_drawn(sigma, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.zeros(shape))
+    width = -Rotation(sigma).sample(1, IMAGE, rng()).double().item()
+    assert sigma * (1 - 2**-23) <= width <= sigma
+    assert UNIFORM.radius(sigma, 1.0, 0.0) <= width
 
 
 # --- applying ---------------------------------------------------------------------------------

@@ -7,6 +7,9 @@ prediction stays. With p_lower <= p_A(0) and p_upper >= p_B(0), the largest safe
     Gaussian, l2:  R = sigma / 2 (PhiInv(p_lower) - PhiInv(p_upper))
     uniform on [-sigma, sigma], l1:  R = sigma (p_lower - p_upper)
 
+Uniform noise is drawn in float32 on [-w, w], w the largest float32 that is not above sigma
+(`drawn_width`), so the radius of the uniform law is w (p_lower - p_upper).
+
 Radii are rounded DOWN: the float returned is at most the exact value of the formula for the floats
 given. How far is said at each law.
 
@@ -26,7 +29,7 @@ from scipy import special
 from certifl.errors import InputError
 from certifl.smoothing.bounds import top_class_bounds
 
-__all__ = ["GAUSSIAN", "LAWS", "UNIFORM", "Gaussian", "Law", "Uniform"]
+__all__ = ["GAUSSIAN", "LAWS", "UNIFORM", "Gaussian", "Law", "Uniform", "drawn_width"]
 
 FloatArray = NDArray[np.float64]
 
@@ -36,6 +39,7 @@ _QUANTILE_ERROR = 2.0**-48
 # Each of the few float operations after that is off by at most 2**-53 of its result, five of them
 # by less than 2**-50; 2**-49 covers them twice.
 _ARITHMETIC_ERROR = 2.0**-49
+_SMALLEST = 2.0**-1074
 
 
 class Law(Protocol):
@@ -136,9 +140,22 @@ class Gaussian:
         return float(self.radius(sigma, *top_class_bounds(n, n, alpha)))
 
 
+def drawn_width(sigma: ArrayLike) -> FloatArray:
+    """Half the width on which uniform noise is drawn: sigma rounded down to float32.
+
+    At most 1.2e-7 of sigma is lost. Radii that used sigma itself would be too large by as much.
+    """
+    scale = np.minimum(np.asarray(sigma, np.float64), np.finfo(np.float32).max)
+    width = scale.astype(np.float32)
+    below = np.nextafter(width, np.float32(0.0))
+    return np.where(width > scale, below, width).astype(np.float64)[()]
+
+
 @dataclass(frozen=True)
 class Uniform:
     """Independent noise, uniform on [-sigma, sigma], on every parameter; radii in l1.
+
+    The noise is drawn on [-w, w] with w = `drawn_width(sigma)`, and radii are those of w.
 
     Attributes:
         name: as in specs and records.
@@ -149,10 +166,10 @@ class Uniform:
     norm: str = "l1"
 
     def radius(self, sigma: ArrayLike, p_lower: ArrayLike, p_upper: ArrayLike) -> FloatArray:
-        """Certified l1 radius, R = sigma (p_lower - p_upper), rounded down.
+        """Certified l1 radius, R = w (p_lower - p_upper) with w the drawn width, rounded down.
 
         Difference and product are off by at most 2**-53 of the result each; 2**-49 of it is taken
-        off. A positive difference of two floats is never rounded to zero.
+        off, and the smallest positive float, which is the error of results below 1e-307.
 
         Args:
             sigma: half the width of the noise in the family's unit, positive.
@@ -169,11 +186,11 @@ class Uniform:
         Source: the paper, Corollary 1; Yang et al. 2020.
         """
         scale, low, high = _checked(sigma, p_lower, p_upper)
-        found = scale * ((low - high) * (1.0 - _ARITHMETIC_ERROR))
-        return np.where(low > high, found, 0.0)[()]
+        found = drawn_width(scale) * ((low - high) * (1.0 - _ARITHMETIC_ERROR))
+        return np.where(low > high, np.maximum(0.0, found - _SMALLEST), 0.0)[()]
 
     def largest_radius(self, sigma: float, n: int, alpha: float) -> float:
-        """The radius of n unanimous votes: sigma (2 alpha ** (1 / n) - 1), rounded down.
+        """The radius of n unanimous votes: w (2 alpha ** (1 / n) - 1), rounded down.
 
         Args:
             sigma: half the width of the noise in the family's unit.
