@@ -80,8 +80,8 @@ def test_hyper_parameters_are_checked(kind, options, word):
     [
         ({"name": "mixup"}, "objective: objective name = 'mixup' is unknown: choose one of aug"),
         ({"weight": 1.0}, "objective name = None"),
-        ({"name": "macer", "lambda": 1.0}, "no hyper-parameter 'lambda': it has copies, weight"),
-        ({"name": "augmented", "copies": 1}, "it has no hyper-parameters"),
+        ({"name": "macer", "lambda": 1.0}, "no parameter 'lambda': it has copies, weight"),
+        ({"name": "augmented", "copies": 1}, "it has no parameters"),
         ("macer", "objective: must be a table, such as objective = { name"),
     ],
 )

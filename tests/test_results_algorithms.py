@@ -22,7 +22,6 @@ from scipy import stats
 import report_factory as factory
 from certifl.errors import StoreMismatch
 from certifl.federated import ALGORITHMS
-from certifl.work.labels import LABELS
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 NAMES = ("intervals", "numbers", "page", "study", "pool")
@@ -169,7 +168,7 @@ def write(runs: Path, scripts: Scripts, qualities: dict[str, float], seed: int) 
     for number, (algorithm, quality) in enumerate(qualities.items()):
         study = scripts["study"].Study("rotation", algorithm, "uniform", seed)
         certificates = factory.make_certificates(quality, images=10, seed=100 * seed + number)
-        facts = factory.make_manifest(algorithm, LABELS[algorithm]) | {
+        facts = factory.make_manifest(algorithm, ALGORITHMS.rows[algorithm].label) | {
             "spec_hash": study.spec().hash()
         }
         folder = factory.write_run(study.place(runs), certificates, facts)

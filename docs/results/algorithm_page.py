@@ -19,9 +19,9 @@ from algorithm_study import (
     label,
     studies,
 )
+from certifl.federated import ALGORITHMS
 from certifl.store.atomic import read_json
 from certifl.store.runs import RunFolder
-from certifl.work.labels import LABELS
 from paging import duration, machine_words, table
 from study_numbers import cost_of, manifest
 
@@ -78,6 +78,11 @@ scales its step by lambda, the adaptive server optimisers warm up) may not be do
 """
 
 
+def label_of(row: Row) -> str:
+    """The algorithm's name for people."""
+    return ALGORITHMS.rows[row.algorithm].label
+
+
 def page(runs: Path) -> str:
     """The whole page.
 
@@ -113,11 +118,14 @@ def verdict(one: Section) -> str:
             (row, acr) for row, acr in compared if acr.apart and not row.acr_shown
         ],
     }
-    first, last = LABELS[one.rows[0].algorithm], LABELS[one.rows[-1].algorithm]
+    first, last = (
+        label_of(one.rows[0]),
+        label_of(one.rows[-1]),
+    )
     said = [f"- **{heading(one)}**, {len(one.seeds)} seeds. Mean ACR is largest for {first}"]
     said[0] += f" and smallest for {last}. Other than FedAvg's,"
     said += [f"    - {words}{_sides(found)};" for words, found in groups.items()]
-    rest = [LABELS[row.algorithm] for row, acr in compared if not (acr.apart or row.acr_shown)]
+    rest = [label_of(row) for row, acr in compared if not (acr.apart or row.acr_shown)]
     said.append(f"    - no difference shown: {', '.join(rest) or 'none'}.")
     return "\n".join([*said, f"    - {_spreads(one)}"])
 
@@ -125,8 +133,8 @@ def verdict(one: Section) -> str:
 def _sides(found: Sequence[tuple[Row, Paired]]) -> str:
     """Names, those above the baseline apart from those below."""
     sides = {
-        "above": [LABELS[row.algorithm] for row, acr in found if acr.estimate > 0],
-        "below": [LABELS[row.algorithm] for row, acr in found if acr.estimate < 0],
+        "above": [label_of(row) for row, acr in found if acr.estimate > 0],
+        "below": [label_of(row) for row, acr in found if acr.estimate < 0],
     }
     told = [f"{side}: {', '.join(names)}" for side, names in sides.items() if names]
     return f", {'; '.join(told)}" if told else ": none"
@@ -173,7 +181,7 @@ def _cells(row: Row, disturbance: Disturbance) -> list[str]:
 
     chance = statistics.mean(scale * run.chance for run in row.runs)
     return [
-        LABELS[row.algorithm],
+        label_of(row),
         mean(lambda run: run.clean),
         *(mean(lambda run, i=i: run.certified[i]) for i in range(len(disturbance.radii))),
         mean(lambda run: run.acr, scale, digits),

@@ -10,7 +10,6 @@ from typing import Any
 
 from certifl.federated import ALGORITHMS
 from certifl.spec import Spec
-from certifl.work.labels import LABELS
 
 __all__ = [
     "BASELINE",
@@ -187,4 +186,5 @@ def jobs(wanted: Sequence[Study]) -> list[tuple[Study, ...]]:
 def label(algorithm: str) -> str:
     """The algorithm for people, with its own hyper-parameters."""
     options = ", ".join(f"{key} = {value}" for key, value in OPTIONS.get(algorithm, {}).items())
-    return f"{LABELS[algorithm]} ({options})" if options else LABELS[algorithm]
+    label = ALGORITHMS.rows[algorithm].label
+    return f"{label} ({options})" if options else label

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from certifl.deploy.refusing import Refusal
 from certifl.deploy.settings import Settings
 from certifl.federated.privacy import (
-    SENDS_NOTHING,
     ExampleLedger,
     Pass,
-    base_of,
     composed,
     finetuning_epochs,
+    sends_nothing,
 )
 from certifl.spec import Spec
 
@@ -78,7 +77,7 @@ def planned(spec: Spec, ledger: ExampleLedger, client: int) -> Planned:
         rounds=ledger.rounds,
         steps=ledger.planned[client],
         tuning=finetuning_epochs(spec.algorithm) * batches,
-        sends=base_of(spec.algorithm)["name"] not in SENDS_NOTHING,
+        sends=not sends_nothing(spec.algorithm),
     )
 
 

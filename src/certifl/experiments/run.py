@@ -31,7 +31,7 @@ from certifl.store.atomic import write_json
 from certifl.store.checkpoints import Checkpoints, StoredRound
 from certifl.store.runs import FINISHED, RUNNING, RunFolder
 from certifl.tracking import check_trackers
-from certifl.work.labels import LABELS, label_of
+from certifl.work.labels import label_of
 from certifl.work.machine import (
     give_back_memory,
     machine_facts,
@@ -44,7 +44,7 @@ from certifl.work.parts import DATA_DIR, open_data, study_facts
 from certifl.work.private import Protection, protection, spent, training_key
 from certifl.work.training import by_client, local_training, participation
 
-__all__ = ["LABELS", "Options", "label_of", "run"]
+__all__ = ["Options", "label_of", "run"]
 
 _log = logging.getLogger(__name__)
 

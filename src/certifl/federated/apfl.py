@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from certifl.federated.averaging import WEIGHTINGS
+from certifl.federated.base import GlobalModel
 from certifl.federated.batches import Batch
 from certifl.federated.bench import Bench, Outcome
-from certifl.federated.global_model import averaged
+from certifl.federated.client import LocalTraining
 from certifl.federated.layers import divided
-from certifl.federated.records import check_choice, check_flag, check_number
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-
-if TYPE_CHECKING:
-    from certifl.federated.client import LocalTraining
-
-__all__ = ["APFL"]
 
 
 @dataclass(frozen=True)
-class APFL:
+class APFL(GlobalModel):
     """APFL: with every batch a client takes a step on the global model and one on its own.
 
       theta <- theta - gamma grad L_i(theta)
@@ -58,20 +50,9 @@ class APFL:
     adaptive: bool = True
     weighting: str = "uniform"
 
-    name: ClassVar[str] = "apfl"
-    deploys: ClassVar[str] = "the global model mixed with its own, in proportions it learned"
-    keeps_client_state: ClassVar[bool] = True
-    extra_rounds: ClassVar[int] = 0
-
-    def __post_init__(self) -> None:
-        allowed = "a number from 0 (global) to 1 (local)"
-        check_number("alpha", self.alpha, allowed, low=0, high=1)
-        check_flag("adaptive", self.adaptive)
-        check_choice("weighting", self.weighting, WEIGHTINGS)
-
-    def init(self, model_state: ModelState) -> ServerState:
-        """The global model is the initial one."""
-        return ServerState(0, {"model": model_state})
+    name = "apfl"
+    deploys = "the global model mixed with its own, in proportions it learned"
+    keeps_client_state = True
 
     def client_round(
         self,
@@ -104,10 +85,6 @@ class APFL:
         metrics = {**trained.metrics, "alpha": step.alpha}
         update = Update(data.client, len(data), trained.state, metrics)
         return update, ClientState({part: held for part, held in parts.items() if held})
-
-    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
-        """The average of the models that arrived; the old model where none did."""
-        return averaged(server_state, updates, self.weighting)
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The mixture of the client's own model and the global one."""

@@ -20,8 +20,8 @@ from collections.abc import Iterable
 import torch
 
 from certifl.errors import InputError
-from certifl.federated.records import check_choice
 from certifl.federated.states import ModelState, Update
+from certifl.registry import check_choice
 
 __all__ = ["WEIGHTINGS", "RunningMean", "average_models", "check_alike", "policy_of"]
 

@@ -8,10 +8,11 @@ what it starts from, the server builds a new state, and whoever drives the round
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
-from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+from typing import ClassVar, Protocol
 
-from certifl.federated.client import LocalTraining
+from certifl.federated.algorithm_table import ALGORITHMS
+from certifl.federated.client import GradientHook, LocalTraining
+from certifl.federated.global_model import averaged, trained_and_sent
 from certifl.federated.states import (
     ClientData,
     ClientState,
@@ -20,8 +21,6 @@ from certifl.federated.states import (
     ServerState,
     Update,
 )
-
-__all__ = ["Algorithm", "describe", "needed_by_clients"]
 
 
 class Algorithm(Protocol):
@@ -35,12 +34,18 @@ class Algorithm(Protocol):
         keeps_client_state: whether clients own a model between rounds, so that deployed models
             differ from client to client. (Momentum buffers that a client keeps do not count.)
         extra_rounds: rounds without communication after the schedule's; every client takes part.
+        client_needs: the server's parts that clients read; None = all of them.
     """
 
     name: ClassVar[str]
     deploys: ClassVar[str]
     keeps_client_state: ClassVar[bool]
     extra_rounds: ClassVar[int]
+
+    @property
+    def client_needs(self) -> tuple[str, ...] | None:
+        """See the class."""
+        ...
 
     def init(self, model_state: ModelState) -> ServerState:
         """The server's state before the first round, from the initial model."""
@@ -95,41 +100,61 @@ class Algorithm(Protocol):
         ...
 
 
-@runtime_checkable
-class _Sparing(Protocol):
-    """An algorithm that says which of the server's parts its clients' halves look at.
+class GlobalModel:
+    """Base of algorithms that average a global model; a subclass says only what differs.
+
+    All clients train the broadcast model and send it, the server averages what arrives, and every
+    client deploys the global model, or its own where `own_part` names one.
 
     Attributes:
-        client_needs: their names; None = all of them.
+        own_part: the part of a client's state that it deploys; None = the global model.
+        weighting: "uniform" (1/n) or "size" (by number of training images).
+
+    Raises:
+        SpecError: a parameter outside its range, which the algorithm's row in `ALGORITHMS` says.
     """
 
-    @property
-    def client_needs(self) -> tuple[str, ...] | None: ...
+    name: ClassVar[str]
+    deploys: ClassVar[str] = "the global model of the last round"
+    keeps_client_state: ClassVar[bool] = False
+    extra_rounds: ClassVar[int] = 0
+    client_needs: ClassVar[tuple[str, ...] | None] = None
+    own_part: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        ALGORITHMS.check_component(self)
+
+    def init(self, model_state: ModelState) -> ServerState:
+        """The global model is the initial one."""
+        return ServerState(0, {"model": model_state})
+
+    def client_round(
+        self,
+        broadcast: ServerState,
+        client_state: ClientState,
+        data: ClientData,
+        training: LocalTraining,
+    ) -> tuple[Update, ClientState]:
+        """Train from the global model, send the result."""
+        hook = self.hook(broadcast, training)
+        return trained_and_sent(broadcast, client_state, data, training, hook=hook)
+
+    def hook(self, broadcast: ServerState, training: LocalTraining) -> GradientHook | None:
+        """What changes gradients before each local step; None = nothing."""
+        del broadcast, training
+        return None
+
+    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
+        """The average of the models that arrived; the old model where none did."""
+        return averaged(server_state, updates, getattr(self, "weighting", "uniform"))
+
+    def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
+        """The client's own model where it has one; else the global model."""
+        shared = server_state.parts["model"]
+        return shared if self.own_part is None else client_state.parts.get(self.own_part, shared)
 
 
-def needed_by_clients(algorithm: object, parts: Parts) -> Parts:
-    """What of the server's parts has to be sent to clients, and is enough for them.
-
-    Args:
-        algorithm: one that names no `client_needs` needs everything.
-        parts: of the server's state.
-    """
-    needs = algorithm.client_needs if isinstance(algorithm, _Sparing) else None
+def needed_by_clients(algorithm: Algorithm, parts: Parts) -> Parts:
+    """What of the server's parts has to be sent to clients, and is enough for them."""
+    needs = algorithm.client_needs
     return parts if needs is None else {part: parts[part] for part in needs if part in parts}
-
-
-def describe(algorithm: Algorithm) -> dict[str, Any]:
-    """An algorithm as a plain table: its name, its hyper-parameters, nested where it wraps one.
-
-    Hyper-parameters that are None are left out, so that the table can be written as TOML;
-    `from_description` gives the equal algorithm back.
-    """
-    options: Any = algorithm  # a dataclass, which the protocol cannot say
-    table: dict[str, Any] = {"name": algorithm.name}
-    for option in fields(options):
-        value = getattr(algorithm, option.name)
-        if value is not None:
-            table[option.name] = (
-                describe(cast("Algorithm", value)) if is_dataclass(value) else value
-            )
-    return table

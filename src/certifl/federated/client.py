@@ -33,10 +33,10 @@ from certifl.federated.privacy.example import (
 )
 from certifl.federated.privacy.networks import check_network
 from certifl.federated.randomness import own_randomness
-from certifl.federated.records import check_choice
 from certifl.federated.schedule import Schedule
 from certifl.federated.states import ClientData, ModelState, Parts
 from certifl.models import state_of
+from certifl.registry import check_choice
 
 __all__ = ["GradientHook", "LocalTraining", "Schedule", "Step", "Trained"]
 

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
-from certifl.federated.averaging import WEIGHTINGS
-from certifl.federated.global_model import averaged, held_near
-from certifl.federated.records import check_choice, check_number
-from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-
-if TYPE_CHECKING:
-    from certifl.federated.client import LocalTraining
-
-__all__ = ["Ditto"]
+from certifl.federated.base import GlobalModel
+from certifl.federated.client import LocalTraining
+from certifl.federated.global_model import pull_towards
+from certifl.federated.states import ClientData, ClientState, ServerState, Update
 
 
 @dataclass(frozen=True)
-class Ditto:
+class Ditto(GlobalModel):
     """Ditto: clients take part in federated averaging and each trains a model v_i of its own.
 
       v_i <- v_i - gamma (grad L_i(v_i) + mu (v_i - theta_bar)),
@@ -46,18 +39,10 @@ class Ditto:
     mu: float
     weighting: str = "uniform"
 
-    name: ClassVar[str] = "ditto"
-    deploys: ClassVar[str] = "its own model, held near the global model"
-    keeps_client_state: ClassVar[bool] = True
-    extra_rounds: ClassVar[int] = 0
-
-    def __post_init__(self) -> None:
-        check_number("mu", self.mu, "a number from 0", low=0)
-        check_choice("weighting", self.weighting, WEIGHTINGS)
-
-    def init(self, model_state: ModelState) -> ServerState:
-        """The global model is the initial one."""
-        return ServerState(0, {"model": model_state})
+    name = "ditto"
+    deploys = "its own model, held near the global model"
+    keeps_client_state = True
+    own_part = "model"
 
     def client_round(
         self,
@@ -74,18 +59,10 @@ class Ditto:
             data,
             broadcast.round,
             momentum=kept.get("own_momentum"),
-            hook=held_near(training.on_device(start), self.mu),
+            hook=pull_towards(training.on_device(start), self.mu),
         )
         metrics = {**own.metrics, **{f"global_{k}": v for k, v in shared.metrics.items()}}
         parts = {"model": own.state, **shared.kept}
         if own.momentum:
             parts["own_momentum"] = own.momentum
         return Update(data.client, len(data), shared.state, metrics), ClientState(parts)
-
-    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
-        """The average of the models that arrived; the old model where none did."""
-        return averaged(server_state, updates, self.weighting)
-
-    def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
-        """The client's own model."""
-        return client_state.parts.get("model", server_state.parts["model"])

@@ -18,8 +18,9 @@ from torch import nn
 
 from certifl.errors import InputError, StoreMismatch
 from certifl.federated.aggregation import Rule
+from certifl.federated.algorithm_table import describe
 from certifl.federated.augmentations import PerClient
-from certifl.federated.base import Algorithm, describe
+from certifl.federated.base import Algorithm
 from certifl.federated.batches import Augmentation
 from certifl.federated.client import LocalTraining
 from certifl.federated.objectives import Augmented, Objective
@@ -27,12 +28,12 @@ from certifl.federated.participation import Participation, RandomShare
 from certifl.federated.privacy.clients import ClientLevel
 from certifl.federated.privacy.ledger import Ledger
 from certifl.federated.privacy.networks import check_network
-from certifl.federated.records import check_number
 from certifl.federated.rounds import Progress, ProgressCallback, Rounds, Runner
 from certifl.federated.serial import Clients, Serial
 from certifl.federated.stored import client_state, deployed_model, server_state
 from certifl.federated.workers import Pool
 from certifl.models import fingerprint, state_of
+from certifl.registry import check_number
 from certifl.store.checkpoints import Checkpoints, StoredRound
 
 __all__ = [

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
-from certifl.federated.averaging import WEIGHTINGS
-from certifl.federated.global_model import averaged
-from certifl.federated.layers import NORMALIZATIONS, kept_back, norm_entries
-from certifl.federated.records import check_choice
+from certifl.federated.base import GlobalModel
+from certifl.federated.client import LocalTraining
+from certifl.federated.layers import kept_back, norm_entries
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-
-if TYPE_CHECKING:
-    from certifl.federated.client import LocalTraining
-
-__all__ = ["FedBN"]
 
 
 @dataclass(frozen=True)
-class FedBN:
+class FedBN(GlobalModel):
     """FedBN: every client keeps its own BatchNorm layers, all other weights are averaged.
 
     Affine weights, running statistics and counters of these layers stay with the client; in what
@@ -44,18 +36,9 @@ class FedBN:
     layers: str = "batch"
     weighting: str = "uniform"
 
-    name: ClassVar[str] = "fedbn"
-    deploys: ClassVar[str] = "the global model with its own normalisation layers"
-    keeps_client_state: ClassVar[bool] = True
-    extra_rounds: ClassVar[int] = 0
-
-    def __post_init__(self) -> None:
-        check_choice("layers", self.layers, NORMALIZATIONS)
-        check_choice("weighting", self.weighting, WEIGHTINGS)
-
-    def init(self, model_state: ModelState) -> ServerState:
-        """The global model is the initial one."""
-        return ServerState(0, {"model": model_state})
+    name = "fedbn"
+    deploys = "the global model with its own normalisation layers"
+    keeps_client_state = True
 
     def client_round(
         self,
@@ -76,10 +59,6 @@ class FedBN:
         parts = {"layers": own} if own else {}
         update = Update(data.client, len(data), sent, trained.metrics)
         return update, ClientState({**parts, **trained.kept})
-
-    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
-        """The average of the models that arrived; the old model where none did."""
-        return averaged(server_state, updates, self.weighting)
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The global model with the client's own layers."""

@@ -2,85 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from certifl.federated.aggregation.base import is_statistic
-from certifl.federated.averaging import WEIGHTINGS, average_models
-from certifl.federated.global_model import trained_and_sent
-from certifl.federated.records import check_choice, check_number
+from certifl.federated.averaging import average_models
+from certifl.federated.base import GlobalModel
 from certifl.federated.running import change
-from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
+from certifl.federated.states import ModelState, ServerState, Update
 
-if TYPE_CHECKING:
-    from certifl.federated.client import LocalTraining
-
-__all__ = ["FedAdagrad", "FedAdam", "FedAvgM", "FedYogi"]
+Step = Callable[[torch.Tensor, ModelState], tuple[torch.Tensor, ModelState]]
 
 
-class _ServerOptimizer:
-    """Federated averaging whose server moves by Delta = average - theta, in a way of its own.
+def _stepped(
+    server_state: ServerState, updates: Iterable[Update], weighting: str, step: Step
+) -> ServerState:
+    """The server's next state: theta moved along Delta = average - theta by a server optimizer.
 
-    The server moves weights. BatchNorm's running statistics (told by their names) and counters are
-    averaged: a step of Adam could make a variance negative.
+    The server moves weights. BatchNorm's running statistics (recognized by their names) and
+    counters are averaged: a step of Adam could make a variance negative.
+
+    Args:
+        server_state: before the round.
+        updates: in client order.
+        weighting: of the average.
+        step: (Delta, the optimizer's state) of one tensor -> (what is added to theta, its next
+            state), all in float64.
     """
-
-    keeps_client_state: ClassVar[bool] = False
-    extra_rounds: ClassVar[int] = 0
-    deploys: ClassVar[str] = "the global model of the last round"
-    client_needs: ClassVar[tuple[str, ...]] = ("model",)
-    weighting: str
-
-    def init(self, model_state: ModelState) -> ServerState:
-        """The global model is the initial one; the optimiser has seen nothing yet."""
-        return ServerState(0, {"model": model_state})
-
-    def client_round(
-        self,
-        broadcast: ServerState,
-        client_state: ClientState,
-        data: ClientData,
-        training: LocalTraining,
-    ) -> tuple[Update, ClientState]:
-        """Train from the global model, send the result."""
-        return trained_and_sent(broadcast, client_state, data, training)
-
-    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
-        """The server's step along the average change; nothing where no model arrived."""
-        average = average_models(updates, self.weighting)
-        number = server_state.round + 1
-        if average is None:
-            return ServerState(number, server_state.parts)
-        old, made, model = server_state.parts, dict[str, ModelState](), average
-        for name in list(model):
-            value = model[name]
-            if not value.is_floating_point() or is_statistic(name):
-                continue
-            delta = change(old["model"][name], value)
-            held = {p: kept[name].to(torch.float64) for p, kept in old.items() if name in kept}
-            step, states = self._step(delta, held)
-            # Exact where the step is the change itself, and where there is none.
-            new = (value.to(torch.float64) + (step - delta)).to(value.dtype)
-            model[name] = torch.where(step == delta, value, new)
-            for part, state in states.items():
-                made.setdefault(part, {})[name] = state.to(value.dtype)
-        return ServerState(number, {"model": model, **made})
-
-    def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
-        """The global model."""
-        del client_state
-        return server_state.parts["model"]
-
-    def _step(self, delta: torch.Tensor, held: ModelState) -> tuple[torch.Tensor, ModelState]:
-        """What is added to theta, and what the optimiser remembers, all in float64."""
-        raise NotImplementedError
+    average = average_models(updates, weighting)
+    number = server_state.round + 1
+    if average is None:
+        return ServerState(number, server_state.parts)
+    old, made, model = server_state.parts, dict[str, ModelState](), average
+    for name in list(model):
+        value = model[name]
+        if not value.is_floating_point() or is_statistic(name):
+            continue
+        delta = change(old["model"][name], value)
+        before = {p: part[name].to(torch.float64) for p, part in old.items() if name in part}
+        moved, states = step(delta, before)
+        # Exact where the step is the change itself, and where there is none.
+        new = (value.to(torch.float64) + (moved - delta)).to(value.dtype)
+        model[name] = torch.where(moved == delta, value, new)
+        for part, state in states.items():
+            made.setdefault(part, {})[name] = state.to(value.dtype)
+    return ServerState(number, {"model": model, **made})
 
 
 @dataclass(frozen=True)
-class FedAvgM(_ServerOptimizer):
+class FedAvgM(GlobalModel):
     """FedAvgM: federated averaging with momentum on the server.
 
       v <- beta v + Delta,      theta <- theta + server_lr v.
@@ -106,11 +78,12 @@ class FedAvgM(_ServerOptimizer):
     server_lr: float = 1.0
     weighting: str = "uniform"
 
-    name: ClassVar[str] = "fedavgm"
+    name = "fedavgm"
+    client_needs = ("model",)
 
-    def __post_init__(self) -> None:
-        _check_share("beta", self.beta)
-        _check_common(self.server_lr, self.weighting)
+    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
+        """The server's step along the average change; nothing where no model arrived."""
+        return _stepped(server_state, updates, self.weighting, self._step)
 
     def _step(self, delta: torch.Tensor, held: ModelState) -> tuple[torch.Tensor, ModelState]:
         velocity = delta + self.beta * held["velocity"] if "velocity" in held else delta
@@ -118,7 +91,7 @@ class FedAvgM(_ServerOptimizer):
 
 
 @dataclass(frozen=True)
-class FedAdam(_ServerOptimizer):
+class FedAdam(GlobalModel):
     """FedAdam: the server takes steps of Adam along the average change Delta.
 
       m <- beta1 m + (1 - beta1) Delta,      v <- beta2 v + (1 - beta2) Delta^2,
@@ -149,11 +122,12 @@ class FedAdam(_ServerOptimizer):
     tau: float = 1e-3
     weighting: str = "uniform"
 
-    name: ClassVar[str] = "fedadam"
+    name = "fedadam"
+    client_needs = ("model",)
 
-    def __post_init__(self) -> None:
-        _check_adaptive(self)
-        _check_share("beta2", self.beta2)
+    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
+        """The server's step along the average change; nothing where no model arrived."""
+        return _stepped(server_state, updates, self.weighting, self._step)
 
     def _step(self, delta: torch.Tensor, held: ModelState) -> tuple[torch.Tensor, ModelState]:
         square, second = delta.square(), _second(self, delta, held)
@@ -161,7 +135,7 @@ class FedAdam(_ServerOptimizer):
 
 
 @dataclass(frozen=True)
-class FedYogi(_ServerOptimizer):
+class FedYogi(GlobalModel):
     """FedYogi: as FedAdam, with a scale that grows and shrinks at the same pace.
 
       v <- v - (1 - beta2) Delta^2 sign(v - Delta^2).
@@ -187,11 +161,12 @@ class FedYogi(_ServerOptimizer):
     tau: float = 1e-3
     weighting: str = "uniform"
 
-    name: ClassVar[str] = "fedyogi"
+    name = "fedyogi"
+    client_needs = ("model",)
 
-    def __post_init__(self) -> None:
-        _check_adaptive(self)
-        _check_share("beta2", self.beta2)
+    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
+        """The server's step along the average change; nothing where no model arrived."""
+        return _stepped(server_state, updates, self.weighting, self._step)
 
     def _step(self, delta: torch.Tensor, held: ModelState) -> tuple[torch.Tensor, ModelState]:
         square, second = delta.square(), _second(self, delta, held)
@@ -200,7 +175,7 @@ class FedYogi(_ServerOptimizer):
 
 
 @dataclass(frozen=True)
-class FedAdagrad(_ServerOptimizer):
+class FedAdagrad(GlobalModel):
     """FedAdagrad: as FedAdam, with a scale that only grows: v <- v + Delta^2.
 
     Deployed by client i: the global model of the last round, the same for all.
@@ -222,10 +197,12 @@ class FedAdagrad(_ServerOptimizer):
     tau: float = 1e-3
     weighting: str = "uniform"
 
-    name: ClassVar[str] = "fedadagrad"
+    name = "fedadagrad"
+    client_needs = ("model",)
 
-    def __post_init__(self) -> None:
-        _check_adaptive(self)
+    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
+        """The server's step along the average change; nothing where no model arrived."""
+        return _stepped(server_state, updates, self.weighting, self._step)
 
     def _step(self, delta: torch.Tensor, held: ModelState) -> tuple[torch.Tensor, ModelState]:
         return _adaptive(self, delta, held, _second(self, delta, held) + delta.square())
@@ -250,18 +227,3 @@ def _adaptive(
         first += options.beta1 * held["first"]
     step = options.server_lr * first / (second.sqrt() + options.tau)
     return step, {"first": first, "second": second}
-
-
-def _check_common(server_lr: float, weighting: str) -> None:
-    check_number("server_lr", server_lr, "a number above 0", low=0, open_low=True)
-    check_choice("weighting", weighting, WEIGHTINGS)
-
-
-def _check_adaptive(options: FedAdam | FedYogi | FedAdagrad) -> None:
-    _check_common(options.server_lr, options.weighting)
-    _check_share("beta1", options.beta1)
-    check_number("tau", options.tau, "a number above 0", low=0, open_low=True)
-
-
-def _check_share(key: str, value: float) -> None:
-    check_number(key, value, "a number from 0 to below 1", low=0, high=1, open_high=True)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
-from certifl.federated.averaging import WEIGHTINGS
-from certifl.federated.global_model import averaged, held_near, trained_and_sent
-from certifl.federated.records import check_choice, check_number
-from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-
-if TYPE_CHECKING:
-    from certifl.federated.client import LocalTraining
-
-__all__ = ["FedProx"]
+from certifl.federated.base import GlobalModel
+from certifl.federated.client import GradientHook, LocalTraining
+from certifl.federated.global_model import pull_towards
+from certifl.federated.states import ServerState
 
 
 @dataclass(frozen=True)
-class FedProx:
+class FedProx(GlobalModel):
     """FedProx: in its local steps every client minimises its loss and a proximal term.
 
       L_i(theta) + mu/2 ||theta - theta_bar||^2        (Eq. 2 of the source)
@@ -47,36 +40,9 @@ class FedProx:
     mu: float
     weighting: str = "uniform"
 
-    name: ClassVar[str] = "fedprox"
-    deploys: ClassVar[str] = "the global model, the average of the last round"
-    keeps_client_state: ClassVar[bool] = False
-    extra_rounds: ClassVar[int] = 0
+    name = "fedprox"
+    deploys = "the global model, the average of the last round"
 
-    def __post_init__(self) -> None:
-        check_number("mu", self.mu, "a number from 0", low=0)
-        check_choice("weighting", self.weighting, WEIGHTINGS)
-
-    def init(self, model_state: ModelState) -> ServerState:
-        """The global model is the initial one."""
-        return ServerState(0, {"model": model_state})
-
-    def client_round(
-        self,
-        broadcast: ServerState,
-        client_state: ClientState,
-        data: ClientData,
-        training: LocalTraining,
-    ) -> tuple[Update, ClientState]:
-        """Train from the global model, held near it; send the result."""
-        centre = training.on_device(broadcast.parts["model"])
-        near = held_near(centre, self.mu)
-        return trained_and_sent(broadcast, client_state, data, training, hook=near)
-
-    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
-        """The average of the models that arrived; the old model where none did."""
-        return averaged(server_state, updates, self.weighting)
-
-    def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
-        """The global model."""
-        del client_state
-        return server_state.parts["model"]
+    def hook(self, broadcast: ServerState, training: LocalTraining) -> GradientHook | None:
+        """The gradient of the proximal term."""
+        return pull_towards(training.on_device(broadcast.parts["model"]), self.mu)

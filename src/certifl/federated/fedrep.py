@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from certifl.errors import SpecError
-from certifl.federated.averaging import WEIGHTINGS
-from certifl.federated.global_model import averaged
+from certifl.federated.base import GlobalModel
+from certifl.federated.client import GradientHook, LocalTraining
 from certifl.federated.layers import head_entries, kept_back
-from certifl.federated.records import check_choice, check_number
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-
-if TYPE_CHECKING:
-    from certifl.federated.client import GradientHook, LocalTraining
-
-__all__ = ["FedRep"]
 
 
 @dataclass(frozen=True)
-class FedRep:
+class FedRep(GlobalModel):
     """FedRep: a representation that all clients train, and a head of its own for each.
 
     In a round every client first trains its head with the representation held still, then the
@@ -56,23 +48,9 @@ class FedRep:
     head_epochs: int = 1
     weighting: str = "uniform"
 
-    name: ClassVar[str] = "fedrep"
-    deploys: ClassVar[str] = "the shared representation with its own head"
-    keeps_client_state: ClassVar[bool] = True
-    extra_rounds: ClassVar[int] = 0
-
-    def __post_init__(self) -> None:
-        if self.head is not None and not isinstance(self.head, str):
-            raise SpecError(
-                f"head = {self.head!r} is not allowed: it must be the name of a part of the "
-                "network, or left out for its last layer."
-            )
-        check_number("head_epochs", self.head_epochs, "a whole number from 1", low=1, whole=True)
-        check_choice("weighting", self.weighting, WEIGHTINGS)
-
-    def init(self, model_state: ModelState) -> ServerState:
-        """The global model is the initial one."""
-        return ServerState(0, {"model": model_state})
+    name = "fedrep"
+    deploys = "the shared representation with its own head"
+    keeps_client_state = True
 
     def client_round(
         self,
@@ -104,10 +82,6 @@ class FedRep:
         parts = {"head": own} if own else {}
         update = Update(data.client, len(data), sent, trained.metrics)
         return update, ClientState({**parts, **trained.kept})
-
-    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
-        """The average of the models that arrived; the old model where none did."""
-        return averaged(server_state, updates, self.weighting)
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The shared representation with the client's own head."""

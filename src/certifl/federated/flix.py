@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from certifl.federated.averaging import WEIGHTINGS
+from certifl.federated.base import GlobalModel
 from certifl.federated.batches import Batch
 from certifl.federated.bench import Bench, Outcome, Step
-from certifl.federated.global_model import averaged
+from certifl.federated.client import LocalTraining
 from certifl.federated.layers import divided
-from certifl.federated.records import check_choice, check_number
 from certifl.federated.states import (
     ClientData,
     ClientState,
@@ -23,14 +20,9 @@ from certifl.federated.states import (
     Update,
 )
 
-if TYPE_CHECKING:
-    from certifl.federated.client import LocalTraining
-
-__all__ = ["FLIX"]
-
 
 @dataclass(frozen=True)
-class FLIX:
+class FLIX(GlobalModel):
     """FLIX: one global model is trained for how good its mixtures with local models are.
 
       min over theta of mean_i L_i(T_i(theta)),  T_i(theta) = (1 - lambda) theta + lambda theta_i.
@@ -60,19 +52,9 @@ class FLIX:
     personalization: float
     weighting: str = "uniform"
 
-    name: ClassVar[str] = "flix"
-    deploys: ClassVar[str] = "the global model mixed with its own, which it trained alone"
-    keeps_client_state: ClassVar[bool] = True
-    extra_rounds: ClassVar[int] = 0
-
-    def __post_init__(self) -> None:
-        allowed = "a number from 0 (global) to 1 (local)"
-        check_number("personalization", self.personalization, allowed, low=0, high=1)
-        check_choice("weighting", self.weighting, WEIGHTINGS)
-
-    def init(self, model_state: ModelState) -> ServerState:
-        """The global model is the initial one."""
-        return ServerState(0, {"model": model_state})
+    name = "flix"
+    deploys = "the global model mixed with its own, which it trained alone"
+    keeps_client_state = True
 
     def client_round(
         self,
@@ -100,10 +82,6 @@ class FLIX:
             kept["statistics"] = {n: trained.state[n] for n in kept["statistics"]}
         update = Update(data.client, len(data), trained.state, trained.metrics)
         return update, ClientState({**kept, **trained.kept})
-
-    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
-        """The average of the models that arrived; the old model where none did."""
-        return averaged(server_state, updates, self.weighting)
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The mixture of the global model and the client's own."""

@@ -19,7 +19,7 @@ from certifl.federated.states import ClientData, ClientState, ModelState, Server
 if TYPE_CHECKING:
     from certifl.federated.client import GradientHook, LocalTraining, Step
 
-__all__ = ["averaged", "held_near", "trained_and_sent"]
+__all__ = ["averaged", "pull_towards", "trained_and_sent"]
 
 
 def trained_and_sent(
@@ -71,23 +71,23 @@ def averaged(
     return ServerState(server_state.round + 1, parts)
 
 
-def held_near(centre: ModelState, mu: float, loss_weight: float = 1.0) -> GradientHook | None:
-    """The gradient of theta becomes loss_weight times itself plus mu (theta - centre).
+def pull_towards(center: ModelState, mu: float, loss_weight: float = 1.0) -> GradientHook | None:
+    """The gradient of theta becomes loss_weight times itself plus mu (theta - center).
 
     Args:
-        centre: on the device of the passes (`LocalTraining.on_device`).
-        mu: weight of the proximal term mu/2 ||theta - centre||^2; at 0 there is nothing to hold,
+        center: on the device of the passes (`LocalTraining.on_device`).
+        mu: weight of the proximal term mu/2 ||theta - center||^2; at 0 there is nothing to hold,
             and no hook.
         loss_weight: of the loss beside it.
     """
-    return None if mu == 0 else _Held(centre, mu, loss_weight)
+    return None if mu == 0 else _Pull(center, mu, loss_weight)
 
 
 @dataclass(frozen=True, eq=False)
-class _Held:
-    """The hook of `held_near`."""
+class _Pull:
+    """The hook of `pull_towards`."""
 
-    centre: ModelState
+    center: ModelState
     mu: float
     loss_weight: float
 
@@ -98,6 +98,6 @@ class _Held:
         gradients = gradients_of(parameters.values())
         if self.loss_weight != 1:
             together.scale(gradients, self.loss_weight)
-        centres = [self.centre[name] for name in parameters]
-        apart = together.differences(list(parameters.values()), centres)
+        centers = [self.center[name] for name in parameters]
+        apart = together.differences(list(parameters.values()), centers)
         together.add(gradients, apart, self.mu)

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 from certifl import streams
-from certifl.federated.global_model import averaged
-from certifl.federated.records import check_number
+from certifl.federated.base import GlobalModel
+from certifl.federated.client import LocalTraining
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-
-if TYPE_CHECKING:
-    from certifl.federated.client import LocalTraining
-
-__all__ = ["L2GD"]
 
 
 @dataclass(frozen=True)
-class L2GD:
+class L2GD(GlobalModel):
     """Loopless local gradient descent: for every step one coin, thrown for all clients together.
 
     Heads (probability p), everybody moves towards the average; tails, everybody takes a step on
@@ -58,30 +52,10 @@ class L2GD:
     personalization: float
     probability: float = 0.1
 
-    name: ClassVar[str] = "l2gd"
-    deploys: ClassVar[str] = "its own model, pulled towards the average at random times"
-    keeps_client_state: ClassVar[bool] = True
-    extra_rounds: ClassVar[int] = 0
-
-    def __post_init__(self) -> None:
-        allowed = "a number above 0 up to 1 (local)"
-        check_number(
-            "personalization", self.personalization, allowed, low=0, high=1, open_low=True
-        )
-        allowed = "a probability above 0 and below 1"
-        check_number(
-            "probability",
-            self.probability,
-            allowed,
-            low=0,
-            high=1,
-            open_low=True,
-            open_high=True,
-        )
-
-    def init(self, model_state: ModelState) -> ServerState:
-        """All clients begin with the initial model, which is then their average."""
-        return ServerState(0, {"model": model_state})
+    name = "l2gd"
+    deploys = "its own model, pulled towards the average at random times"
+    keeps_client_state = True
+    own_part = "model"
 
     def client_round(
         self,
@@ -106,14 +80,6 @@ class L2GD:
         )
         update = Update(data.client, len(data), trained.state, trained.metrics)
         return update, ClientState({"model": trained.state, **trained.kept})
-
-    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
-        """The average of the models that arrived; the old one where none did."""
-        return averaged(server_state, updates)
-
-    def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
-        """The client's own model."""
-        return client_state.parts.get("model", server_state.parts["model"])
 
     def pull(self, rate: float) -> float:
         """Share of the way to the average that one step towards it goes, at a learning rate."""

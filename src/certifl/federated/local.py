@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
-from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-
-if TYPE_CHECKING:
-    from certifl.federated.client import LocalTraining
-
-__all__ = ["Local"]
+from certifl.federated.base import GlobalModel
+from certifl.federated.client import LocalTraining
+from certifl.federated.states import ClientData, ClientState, ServerState, Update
 
 
 @dataclass(frozen=True)
-class Local:
+class Local(GlobalModel):
     """Local training: each client minimises its own loss L_i(theta_i), Eq. (4) with lambda = 1.
 
     All clients begin with the same initial model. Rounds only cut the training into the same
@@ -26,14 +21,10 @@ class Local:
     Source: the paper, section 3.3, "Local Training".
     """
 
-    name: ClassVar[str] = "local"
-    deploys: ClassVar[str] = "its own model, trained on its own images alone"
-    keeps_client_state: ClassVar[bool] = True
-    extra_rounds: ClassVar[int] = 0
-
-    def init(self, model_state: ModelState) -> ServerState:
-        """The server only remembers the initial model."""
-        return ServerState(0, {"model": model_state})
+    name = "local"
+    deploys = "its own model, trained on its own images alone"
+    keeps_client_state = True
+    own_part = "model"
 
     def client_round(
         self,
@@ -48,13 +39,3 @@ class Local:
         trained = training.passes(start, data, broadcast.round, momentum=momentum)
         update = Update(data.client, len(data), None, trained.metrics)
         return update, ClientState({"model": trained.state, **trained.kept})
-
-    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
-        """Nothing arrives: only the round is counted."""
-        for _ in updates:
-            pass
-        return ServerState(server_state.round + 1, server_state.parts)
-
-    def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
-        """The client's own model."""
-        return client_state.parts.get("model", server_state.parts["model"])

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
-from certifl.federated.global_model import averaged, held_near
-from certifl.federated.records import check_number
-from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-
-if TYPE_CHECKING:
-    from certifl.federated.client import GradientHook, LocalTraining
-
-__all__ = ["Mixture"]
+from certifl.federated.base import GlobalModel
+from certifl.federated.client import GradientHook, LocalTraining
+from certifl.federated.global_model import pull_towards
+from certifl.federated.states import ClientData, ClientState, ServerState, Update
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(GlobalModel):
     """Mixture of models: every client keeps its own theta_i and is pulled towards the average.
 
     Each local step follows Eq. (5),
@@ -48,18 +42,10 @@ class Mixture:
 
     personalization: float
 
-    name: ClassVar[str] = "mixture"
-    deploys: ClassVar[str] = "its own model, pulled towards the average of all"
-    keeps_client_state: ClassVar[bool] = True
-    extra_rounds: ClassVar[int] = 0
-
-    def __post_init__(self) -> None:
-        allowed = "a number from 0 (global) to 1 (local)"
-        check_number("personalization", self.personalization, allowed, low=0, high=1)
-
-    def init(self, model_state: ModelState) -> ServerState:
-        """All clients begin with the initial model, which is then their average."""
-        return ServerState(0, {"model": model_state})
+    name = "mixture"
+    deploys = "its own model, pulled towards the average of all"
+    keeps_client_state = True
+    own_part = "model"
 
     def client_round(
         self,
@@ -75,20 +61,13 @@ class Mixture:
             data,
             broadcast.round,
             momentum=client_state.parts.get("momentum"),
-            hook=self._pull(training.on_device(average)),
+            hook=self.hook(broadcast, training),
             weight_decay=self.personalization * training.schedule.weight_decay,
         )
         update = Update(data.client, len(data), trained.state, trained.metrics)
         return update, ClientState({"model": trained.state, **trained.kept})
 
-    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
-        """theta_bar, the uniform average of the models that arrived (the old one: none did)."""
-        return averaged(server_state, updates)
-
-    def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
-        """The client's own model."""
-        return client_state.parts.get("model", server_state.parts["model"])
-
-    def _pull(self, average: ModelState) -> GradientHook | None:
-        """Turns grad L_i into the bracket of Eq. (5); at lambda = 1 there is nothing to turn."""
-        return held_near(average, 2 * (1 - self.personalization), self.personalization)
+    def hook(self, broadcast: ServerState, training: LocalTraining) -> GradientHook | None:
+        """Turns grad L_i into the bracket of Eq. (5); None at lambda = 1."""
+        center = training.on_device(broadcast.parts["model"])
+        return pull_towards(center, 2 * (1 - self.personalization), self.personalization)

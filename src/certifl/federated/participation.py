@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from certifl import streams
-from certifl.federated.records import check_number
+from certifl.registry import check_number
 
 __all__ = ["Participation", "RandomShare"]
 

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from certifl.federated.averaging import WEIGHTINGS
+from certifl.federated.base import GlobalModel
 from certifl.federated.batches import Batch
 from certifl.federated.bench import Bench, Outcome
-from certifl.federated.global_model import averaged, trained_and_sent
-from certifl.federated.records import check_choice, check_number
+from certifl.federated.client import LocalTraining
+from certifl.federated.global_model import trained_and_sent
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-
-if TYPE_CHECKING:
-    from certifl.federated.client import LocalTraining
-
-__all__ = ["PerFedAvg"]
 
 _HESSIANS = {
     "first-order": "Per-FedAvg (FO): the Hessian is left out",
@@ -30,7 +23,7 @@ _FEWEST = 2
 
 
 @dataclass(frozen=True)
-class PerFedAvg:
+class PerFedAvg(GlobalModel):
     """Per-FedAvg: federated averaging of what is good AFTER a step of personalisation.
 
       min over theta of mean_i L_i(theta - alpha grad L_i(theta)),    alpha = inner_lr.
@@ -68,19 +61,11 @@ class PerFedAvg:
     approximation: str = "first-order"
     weighting: str = "uniform"
 
-    name: ClassVar[str] = "perfedavg"
-    deploys: ClassVar[str] = "the global model after one gradient step on its own images"
-    keeps_client_state: ClassVar[bool] = True
-    extra_rounds: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        check_number("inner_lr", self.inner_lr, "a number from 0", low=0)
-        check_choice("approximation", self.approximation, _HESSIANS)
-        check_choice("weighting", self.weighting, WEIGHTINGS)
-
-    def init(self, model_state: ModelState) -> ServerState:
-        """The global model is the initial one."""
-        return ServerState(0, {"model": model_state})
+    name = "perfedavg"
+    deploys = "the global model after one gradient step on its own images"
+    keeps_client_state = True
+    own_part = "adapted"
+    extra_rounds = 1
 
     def client_round(
         self,
@@ -94,14 +79,6 @@ class PerFedAvg:
             return self._adapted(broadcast.parts["model"], data, broadcast.round, training)
         step = None if self.inner_lr == 0 else self._step
         return trained_and_sent(broadcast, client_state, data, training, step=step)
-
-    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
-        """The average of the models that arrived; the old model where none did."""
-        return averaged(server_state, updates, self.weighting)
-
-    def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
-        """The adapted model."""
-        return client_state.parts.get("adapted", server_state.parts["model"])
 
     def _step(self, bench: Bench, batch: Batch) -> Outcome:
         first = self.approximation == "first-order"

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
-from certifl.errors import SpecError
+from certifl.federated.algorithm_table import ALGORITHMS
 from certifl.federated.base import Algorithm
-from certifl.federated.records import check_number
+from certifl.federated.client import LocalTraining
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-
-if TYPE_CHECKING:
-    from certifl.federated.client import LocalTraining
-
-__all__ = ["Personalized"]
 
 
 @dataclass(frozen=True)
@@ -44,26 +38,20 @@ class Personalized:
     epochs: int = 2
     lr: float | None = None
 
-    name: ClassVar[str] = "personalized"
-    deploys: ClassVar[str] = "its own fine-tuned copy of the model that the base deploys"
-    keeps_client_state: ClassVar[bool] = True
-    extra_rounds: ClassVar[int] = 1
+    name = "personalized"
+    deploys = "its own fine-tuned copy of the model that the base deploys"
+    keeps_client_state = True
+    extra_rounds = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.base, Personalized):
-            raise SpecError(
-                "base = personalized is not allowed: fine-tune once, with more epochs."
-            )
-        check_number("epochs", self.epochs, "a whole number from 1", low=1, whole=True)
-        if self.lr is not None:
-            check_number("lr", self.lr, "a number above 0", low=0, open_low=True)
+        ALGORITHMS.check_component(self)
         # After the base's own extra rounds: they belong to what it deploys.
         object.__setattr__(self, "extra_rounds", self.base.extra_rounds + 1)
 
     @property
     def client_needs(self) -> tuple[str, ...] | None:
         """The base's."""
-        return getattr(self.base, "client_needs", None)
+        return self.base.client_needs
 
     def init(self, model_state: ModelState) -> ServerState:
         """The base's beginning."""

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 
 from certifl.federated.averaging import WEIGHTINGS, RunningMean, policy_of
-from certifl.federated.records import check_choice
 from certifl.federated.states import ModelState, Parts, Update
+from certifl.registry import check_choice
 
 __all__ = ["MODEL", "average_parts", "change", "moved", "sent_parts"]
 

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
 
 from certifl.federated import together
+from certifl.federated.base import GlobalModel
 from certifl.federated.bench import gradients_of
-from certifl.federated.records import check_number
+from certifl.federated.client import LocalTraining
 from certifl.federated.running import average_parts, moved
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 
-if TYPE_CHECKING:
-    from certifl.federated.client import LocalTraining
-
-__all__ = ["Scaffold"]
-
 
 @dataclass(frozen=True)
-class Scaffold:
+class Scaffold(GlobalModel):
     """SCAFFOLD: every local step is corrected by how the client differs from all others.
 
       y_i <- y_i - gamma (g_i(y_i) - c_i + c),
@@ -58,17 +53,8 @@ class Scaffold:
 
     server_lr: float = 1.0
 
-    name: ClassVar[str] = "scaffold"
-    deploys: ClassVar[str] = "the global model of the last round"
-    keeps_client_state: ClassVar[bool] = False
-    extra_rounds: ClassVar[int] = 0
-
-    def __post_init__(self) -> None:
-        check_number("server_lr", self.server_lr, "a number above 0", low=0, open_low=True)
-
-    def init(self, model_state: ModelState) -> ServerState:
-        """The global model is the initial one; no control variate is the zero one."""
-        return ServerState(0, {"model": model_state})
+    name = "scaffold"
+    deploys = "the global model of the last round"
 
     def client_round(
         self,
@@ -105,11 +91,6 @@ class Scaffold:
             names = parts.get("control", average["model"])
             parts["model"] = moved(old["model"], average["model"], self.server_lr, names)
         return ServerState(server_state.round + 1, parts)
-
-    def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
-        """The global model."""
-        del client_state
-        return server_state.parts["model"]
 
 
 class _MeanGradient:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from certifl.federated.records import check_choice, check_number
+from certifl.registry import check_choice, check_number
 
 __all__ = ["MOMENTUM_BETWEEN_ROUNDS", "Schedule"]
 

@@ -18,9 +18,9 @@ from certifl.errors import InputError, WorkError
 from certifl.federated.base import Algorithm
 from certifl.federated.client import LocalTraining
 from certifl.federated.faults import Answer, Fault, attempt
-from certifl.federated.records import check_number
 from certifl.federated.serial import Clients, data_of
 from certifl.federated.serving import Message, pack, serve, unpack
+from certifl.registry import check_number
 from certifl.store.checkpoints import StoredRound
 
 __all__ = ["Pool"]

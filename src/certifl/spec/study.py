@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import tomli_w
 from pydantic import Field, field_validator, model_validator
 
 from certifl.errors import SpecError
-from certifl.federated import Algorithm, Personalized
-from certifl.federated import describe as describe_algorithm
-from certifl.federated import from_description as algorithm_from
+from certifl.federated.algorithm_table import ALGORITHMS
 from certifl.federated.augmentations import PerClient, together
-from certifl.federated.objectives import Objective, describe_objective, objective_from
+from certifl.federated.base import Algorithm
+from certifl.federated.objectives import OBJECTIVES
+from certifl.federated.objectives.base import Objective
 from certifl.perturbations import Perturbation
 from certifl.perturbations import from_description as perturbation_from
 from certifl.spec.privacy import Privacy, check_privacy
@@ -69,7 +68,7 @@ class Spec(Section):
     @classmethod
     def _known_algorithm(cls, value: dict[str, Any]) -> dict[str, Any]:
         try:
-            return describe_algorithm(algorithm_from(value))
+            return ALGORITHMS.check(value)
         except SpecError as error:
             raise ValueError(str(error)) from error  # pydantic then says which key it is
 
@@ -77,19 +76,21 @@ class Spec(Section):
     @classmethod
     def _known_objective(cls, value: dict[str, Any]) -> dict[str, Any]:
         try:
-            return describe_objective(objective_from(value))
+            return OBJECTIVES.check(value)
         except SpecError as error:
             raise ValueError(str(error)) from error
 
     @model_validator(mode="after")
     def _combinations(self) -> Spec:
-        personal = isinstance(self.build_algorithm(), Personalized)
+        personal = self.algorithm["name"] == "personalized"
         if self.augmentation.personalized != SAME and not personal:
             raise ValueError(
                 f"augmentation.personalized has no effect with {self.algorithm['name']!r}: "
                 'remove it, or choose name = "personalized"'
             )
-        overshoots = _overshoots(self.algorithm, self.training.lr, self.training.momentum)
+        trained = self.algorithm.get("base", self.algorithm)
+        row = ALGORITHMS.rows[trained["name"]]
+        overshoots = row.overshoots(trained, self.training.lr, self.training.momentum)
         if overshoots is not None:
             raise ValueError(f"training.lr = {self.training.lr} makes {overshoots}")
         tests, clients = self.data.test_images, self.clients.count
@@ -144,11 +145,11 @@ class Spec(Section):
 
     def build_algorithm(self) -> Algorithm:
         """The algorithm as an object."""
-        return algorithm_from(self.algorithm)
+        return ALGORITHMS.build(self.algorithm)
 
     def build_objective(self) -> Objective:
         """The objective as an object."""
-        return objective_from(self.objective)
+        return OBJECTIVES.build(self.objective)
 
     def perturbation(self) -> Perturbation:
         """The perturbation that all clients certify that have none of their own."""
@@ -216,31 +217,6 @@ def _decisive(values: dict[str, Any]) -> dict[str, Any]:
     clients = {k: v for k, v in values.get("clients", {}).items() if k != "min_clients"}
     rest = {key: value for key, value in values.items() if key != "clients"}
     return {**rest, "clients": clients} if clients else rest
-
-
-def _overshoots(algorithm: Mapping[str, Any], lr: float, momentum: float) -> str | None:
-    """Why a pull towards a shared model would overshoot for ever; None where it does not.
-
-    Steps of SGD with momentum on a penalty of curvature a shrink it while lr a < 2 (1 + momentum).
-    """
-    inner = algorithm.get("base", algorithm)
-    name, bound = inner["name"], 2.0 * (1.0 + momentum)
-    if name == "mixture" and 2.0 * (1.0 - inner["personalization"]) * lr >= bound:
-        return (
-            "the pull of Eq. (5) overshoot for ever: lr (1 - personalization) must stay below "
-            "1 + momentum"
-        )
-    if name in ("fedprox", "ditto") and inner["mu"] * lr >= bound:
-        return (
-            "the pull of mu overshoot for ever: lr mu must stay below 2 (1 + momentum), so lower "
-            "one of them"
-        )
-    if name == "l2gd" and (1.0 - inner["personalization"]) * lr >= inner["probability"]:
-        return (
-            "a step towards the average overshoot for ever: lr (1 - personalization) must stay "
-            "below probability"
-        )
-    return None
 
 
 def _built(description: Any) -> Perturbation | None:

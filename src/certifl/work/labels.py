@@ -4,39 +4,14 @@ from __future__ import annotations
 
 import math
 
+from certifl.federated import ALGORITHMS
 from certifl.federated.augmentations import PerClient, together
+from certifl.federated.objectives import OBJECTIVES
 from certifl.perturbations import Perturbation
 from certifl.spec import Spec
 from certifl.work.private import private_label
 
-__all__ = ["LABELS", "OBJECTIVE_LABELS", "label_of"]
-
-LABELS = {
-    "local": "Local",
-    "fedavg": "FedAvg",
-    "personalized": "Personalised",
-    "mixture": "Mixture",
-    "fedprox": "FedProx",
-    "scaffold": "SCAFFOLD",
-    "fedavgm": "FedAvgM",
-    "fedadam": "FedAdam",
-    "fedyogi": "FedYogi",
-    "fedadagrad": "FedAdagrad",
-    "l2gd": "L2GD",
-    "ditto": "Ditto",
-    "flix": "FLIX",
-    "apfl": "APFL",
-    "fedbn": "FedBN",
-    "fedrep": "FedRep",
-    "perfedavg": "Per-FedAvg",
-}
-
-OBJECTIVE_LABELS = {
-    "consistency": "consistency",
-    "smoothadv": "SmoothAdv",
-    "macer": "MACER",
-    "stability": "stability training",
-}
+__all__ = ["label_of"]
 
 
 def label_of(spec: Spec) -> str:
@@ -44,19 +19,19 @@ def label_of(spec: Spec) -> str:
 
     That is lambda, the objective where it is not the paper's, privacy, and what augmented training
     where it is not the perturbation certified: "Mixture, λ = 0.1, MACER", "FedAvg (nominal)",
-    "Personalised (affine start)".
+    "Personalized (affine start)".
     """
     algorithm, certified = spec.algorithm, together(spec.perturbations())
-    name = str(LABELS.get(algorithm["name"], algorithm["name"]))
+    name = ALGORITHMS.rows[algorithm["name"]].label
     base = algorithm.get("base", {"name": "fedavg"})["name"]
     if base != "fedavg":
-        name = f"{name} {LABELS.get(base, base)}"
+        name = f"{name} {ALGORITHMS.rows[base].label}"
     if "personalization" in algorithm:
         name = f"{name}, λ = {algorithm['personalization']:g}"
     if "mu" in algorithm:
         name = f"{name}, μ = {algorithm['mu']:g}"
     if spec.objective["name"] != "augmented":
-        name = f"{name}, {OBJECTIVE_LABELS.get(spec.objective['name'], spec.objective['name'])}"
+        name = f"{name}, {OBJECTIVES.rows[spec.objective['name']].label}"
     name = ", ".join([name, *_conditions(spec)])
     if spec.privacy.kind != "none":
         name = f"{name}, {private_label(spec)}"

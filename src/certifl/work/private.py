@@ -14,16 +14,15 @@ from torch import nn
 from certifl.errors import StoreError
 from certifl.federated.privacy import (
     ACCOUNTANT,
-    SENDS_NOTHING,
     ClientLedger,
     ClientLevel,
     ExampleLedger,
     ExampleLevel,
-    base_of,
     check_network,
     derived_key,
     plan_clients,
     plan_examples,
+    sends_nothing,
 )
 from certifl.spec import Spec
 from certifl.store.atomic import replacing
@@ -134,7 +133,7 @@ def spent(
     if ledger is None:
         return {}
     clients, sent = spec.clients.count, history[: spec.training.rounds]
-    if base_of(spec.algorithm)["name"] in SENDS_NOTHING:
+    if sends_nothing(spec.algorithm):
         sent = []
     if isinstance(ledger, ExampleLedger):
         noise, total, public = list(ledger.multipliers), ledger.spent(history), ledger.spent(sent)

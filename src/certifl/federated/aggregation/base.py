@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from certifl.federated.averaging import check_alike, policy_of
-from certifl.federated.records import check_number
 from certifl.federated.states import ModelState, Parts, ServerState, Update
+from certifl.registry import check_number
 
 __all__ = [
     "Rule",

@@ -18,8 +18,8 @@ from certifl.federated.aggregation.base import (
     share_of,
 )
 from certifl.federated.averaging import average_models, policy_of
-from certifl.federated.records import check_number
 from certifl.federated.states import ModelState, ServerState, Update
+from certifl.registry import check_number
 
 __all__ = ["Krum"]
 

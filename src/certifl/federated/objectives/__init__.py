@@ -1,27 +1,78 @@
-"""What a client minimises on a batch: the training objectives, for every algorithm alike.
+"""What a client minimizes on a batch: one row each. A new objective is one file and one row.
 
-`OBJECTIVES` is a literal table (`described.py`): a new objective is one file and one row.
+Nothing here imports torch: an objective's class is loaded when it is first built.
 """
 
 from __future__ import annotations
 
-from certifl.federated.objectives.augmented import Augmented
-from certifl.federated.objectives.base import Objective, Smoothing
-from certifl.federated.objectives.consistency import Consistency
-from certifl.federated.objectives.described import OBJECTIVES, describe_objective, objective_from
-from certifl.federated.objectives.macer import Macer
-from certifl.federated.objectives.smoothadv import SmoothAdv
-from certifl.federated.objectives.stability import Stability
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-__all__ = [
-    "OBJECTIVES",
-    "Augmented",
-    "Consistency",
-    "Macer",
-    "Objective",
-    "SmoothAdv",
-    "Smoothing",
-    "Stability",
-    "describe_objective",
-    "objective_from",
-]
+from pydantic import Field
+
+from certifl.registry import (
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Registry,
+    Row,
+    lazy_names,
+    parameters,
+)
+
+_Sigmas = Annotated[float, Field(ge=0, description="a number of sigmas from 0")]
+
+OBJECTIVES: Registry[Row] = Registry(
+    "objective",
+    {
+        "augmented": Row("certifl.federated.objectives.augmented:Augmented", parameters(), ""),
+        "consistency": Row(
+            "certifl.federated.objectives.consistency:Consistency",
+            parameters(
+                copies=(PositiveInt, 2), weight=(NonNegative, 10.0), entropy=(NonNegative, 0.5)
+            ),
+            "consistency",
+        ),
+        "smoothadv": Row(
+            "certifl.federated.objectives.smoothadv:SmoothAdv",
+            parameters(copies=(PositiveInt, 2), epsilon=(_Sigmas, 1.0), steps=(PositiveInt, 2)),
+            "SmoothAdv",
+        ),
+        "macer": Row(
+            "certifl.federated.objectives.macer:Macer",
+            parameters(
+                copies=(PositiveInt, 4),
+                weight=(NonNegative, 1.0),
+                gamma=(Positive, 8.0),
+                beta=(Positive, 4.0),
+            ),
+            "MACER",
+        ),
+        "stability": Row(
+            "certifl.federated.objectives.stability:Stability",
+            parameters(weight=(NonNegative, 2.0)),
+            "stability training",
+        ),
+    },
+)
+
+
+def describe_objective(objective: Any) -> dict[str, Any]:
+    """An objective as a table: its name and parameters; `objective_from` gives it back."""
+    return OBJECTIVES.describe(objective)
+
+
+def objective_from(description: Mapping[str, Any] | str) -> Any:
+    """The objective described, e.g. `{"name": "consistency", "copies": 2}`, or a bare name.
+
+    Raises:
+        SpecError: an unknown objective or parameter, or a value that is not allowed; the message
+            names the key and what is allowed.
+    """
+    return OBJECTIVES.build(description)
+
+
+_BASE = "certifl.federated.objectives.base"
+_CLASSES = {row.attribute: row.module for row in OBJECTIVES.rows.values()}
+
+__getattr__ = lazy_names(__name__, {**_CLASSES, "Objective": _BASE, "Smoothing": _BASE})

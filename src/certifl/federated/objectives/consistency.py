@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from certifl.federated.batches import Batch
+from certifl.federated.objectives import OBJECTIVES
 from certifl.federated.objectives.copies import by_copy, log_mean_exp, noisy_copies, single
-from certifl.federated.records import check_number
 
 __all__ = ["Consistency"]
 
@@ -47,9 +47,7 @@ class Consistency:
     name: ClassVar[str] = "consistency"
 
     def __post_init__(self) -> None:
-        check_number("copies", self.copies, "a whole number from 1", low=1, whole=True)
-        check_number("weight", self.weight, "a number from 0", low=0)
-        check_number("entropy", self.entropy, "a number from 0", low=0)
+        OBJECTIVES.check_component(self)
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss above as a mean over the batch; judged by the first copy."""

@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from certifl.errors import InputError
 from certifl.federated.batches import Batch
+from certifl.federated.objectives import OBJECTIVES
 from certifl.federated.objectives.base import Smoothing, smoothing_of
 from certifl.federated.objectives.copies import by_copy, log_mean_exp, noisy_copies, single
-from certifl.federated.records import check_number
 
 __all__ = ["Macer", "soft_margins"]
 
@@ -65,10 +65,7 @@ class Macer:
     name: ClassVar[str] = "macer"
 
     def __post_init__(self) -> None:
-        check_number("copies", self.copies, "a whole number from 1", low=1, whole=True)
-        check_number("weight", self.weight, "a number from 0", low=0)
-        for key in ("gamma", "beta"):
-            check_number(key, getattr(self, key), "a number above 0", low=0, open_low=True)
+        OBJECTIVES.check_component(self)
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss above as a mean over the batch; judged by the first copy.

@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from certifl.errors import InputError
 from certifl.federated.batches import Batch
+from certifl.federated.objectives import OBJECTIVES
 from certifl.federated.objectives.base import smoothing_of
 from certifl.federated.objectives.copies import by_copy, log_mean_exp, single
-from certifl.federated.records import check_number
 from certifl.perturbations import PixelNoise
 
 __all__ = ["SmoothAdv"]
@@ -65,9 +65,7 @@ class SmoothAdv:
     name: ClassVar[str] = "smoothadv"
 
     def __post_init__(self) -> None:
-        for key in ("copies", "steps"):
-            check_number(key, getattr(self, key), "a whole number from 1", low=1, whole=True)
-        check_number("epsilon", self.epsilon, "a number of sigmas from 0", low=0)
+        OBJECTIVES.check_component(self)
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss above as a mean over the batch; judged by the first attacked copy.

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from certifl.federated.batches import Batch
+from certifl.federated.objectives import OBJECTIVES
 from certifl.federated.objectives.copies import by_copy
-from certifl.federated.records import check_number
 
 __all__ = ["Stability"]
 
@@ -39,7 +39,7 @@ class Stability:
     name: ClassVar[str] = "stability"
 
     def __post_init__(self) -> None:
-        check_number("weight", self.weight, "a number from 0", low=0)
+        OBJECTIVES.check_component(self)
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss above as a mean over the batch; judged by the clean images."""

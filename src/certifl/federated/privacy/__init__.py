@@ -18,10 +18,9 @@ from certifl.federated.privacy.accounting import (
     steps_per_epoch,
 )
 from certifl.federated.privacy.allowed import (
-    SENDS_NOTHING,
-    base_of,
     check_algorithm,
     finetuning_epochs,
+    sends_nothing,
 )
 from certifl.federated.privacy.clients import ClientLevel
 from certifl.federated.privacy.example import ExampleLevel, PrivatePasses
@@ -39,7 +38,6 @@ from certifl.federated.privacy.releases import (
 
 __all__ = [
     "ACCOUNTANT",
-    "SENDS_NOTHING",
     "Budget",
     "ClientLedger",
     "ClientLevel",
@@ -49,7 +47,6 @@ __all__ = [
     "Pass",
     "PrivatePasses",
     "Release",
-    "base_of",
     "check_algorithm",
     "check_network",
     "composed",
@@ -62,5 +59,6 @@ __all__ = [
     "plan_examples",
     "released_epsilon",
     "released_steps",
+    "sends_nothing",
     "steps_per_epoch",
 ]

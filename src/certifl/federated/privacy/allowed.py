@@ -1,10 +1,4 @@
-"""Which algorithms each kind of privacy has been argued through for.
-
-Example level: everything that a client sends or keeps must be a function of noisy sums, of which
-every batch gives at most one (`PrivatePasses` sees to the second part). Client level: the server
-must send nothing but functions of the models' private average, so clients may send nothing else.
-An algorithm that stands in neither table is refused: nobody has looked.
-"""
+"""Which algorithms each kind of privacy has been argued through for, as their rows say it."""
 
 from __future__ import annotations
 
@@ -12,36 +6,38 @@ from collections.abc import Mapping
 from typing import Any
 
 from certifl.errors import SpecError
+from certifl.federated.algorithm_table import ALGORITHMS, AlgorithmRow
 
 __all__ = [
-    "ALLOWED",
-    "SENDS_NOTHING",
+    "allowed",
     "base_of",
     "check_algorithm",
     "epochs_per_round",
     "finetuning_epochs",
+    "row_of",
+    "sends_nothing",
 ]
-
-SENDS_NOTHING = ("local",)
-
-_AVERAGED = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "mixture")
-ALLOWED = {
-    "example": ("local", *_AVERAGED, "scaffold", "ditto", "fedbn", "fedrep"),
-    "client": (*_AVERAGED, "l2gd", "ditto", "flix", "apfl", "fedbn", "fedrep", "perfedavg"),
-}
-_REASONS = {
-    ("example", "l2gd"): "its steps are as many as coins say, and are not accounted for",
-    ("example", "flix"): "it trains models beforehand whose steps are not accounted for",
-    ("example", "apfl"): "it takes two gradients of one batch",
-    ("example", "perfedavg"): "it takes several gradients of one batch",
-    ("client", "local"): "its clients send nothing, so there is nothing to protect",
-    ("client", "scaffold"): "its clients send control variates, which are not protected",
-}
 
 
 def base_of(algorithm: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a description trains together: itself, or what `personalized` wraps."""
-    return algorithm["base"] if algorithm["name"] == "personalized" else algorithm
+    wraps = ALGORITHMS.rows[algorithm["name"]].wraps
+    return algorithm if wraps is None else algorithm[wraps]
+
+
+def row_of(algorithm: Mapping[str, Any]) -> AlgorithmRow:
+    """The row of what a description trains together."""
+    return ALGORITHMS.rows[base_of(algorithm)["name"]]
+
+
+def sends_nothing(algorithm: Mapping[str, Any]) -> bool:
+    """Whether clients keep all they train to themselves."""
+    return row_of(algorithm).sends_nothing
+
+
+def allowed(kind: str) -> list[str]:
+    """Names of the algorithms that may be trained with "example" or "client" privacy."""
+    return [name for name, row in ALGORITHMS.rows.items() if _reason(row, kind) is None]
 
 
 def check_algorithm(algorithm: Mapping[str, Any], kind: str) -> None:
@@ -54,19 +50,21 @@ def check_algorithm(algorithm: Mapping[str, Any], kind: str) -> None:
     Raises:
         SpecError: it may not be trained with this kind of privacy.
     """
-    base = base_of(algorithm)
-    name, allowed = base["name"], ALLOWED[kind]
-    if name not in allowed:
-        reason = _REASONS.get((kind, name), "nobody has shown that all it sends is protected")
+    base, reason = base_of(algorithm), _reason(row_of(algorithm), kind)
+    if reason is not None:
         raise SpecError(
-            f'privacy.kind = "{kind}" cannot be had with {name!r}: {reason}. '
-            f"Choose one of {', '.join(allowed)}, or personalized with one of them as base."
+            f'privacy.kind = "{kind}" is not available with {base["name"]!r}: {reason}. '
+            f"Choose one of {', '.join(allowed(kind))}, or personalized with one of them as base."
         )
     if kind == "client" and base.get("weighting", "uniform") != "uniform":
         raise SpecError(
             'privacy.kind = "client" averages all clients alike, with a fixed denominator: '
             'remove algorithm.weighting = "size".'
         )
+
+
+def _reason(row: AlgorithmRow, kind: str) -> str | None:
+    return row.no_example_privacy if kind == "example" else row.no_client_privacy
 
 
 def epochs_per_round(algorithm: Mapping[str, Any], local_epochs: int) -> int:
@@ -76,12 +74,7 @@ def epochs_per_round(algorithm: Mapping[str, Any], local_epochs: int) -> int:
         algorithm: as described by `federated.describe`; one that example level allows.
         local_epochs: of the schedule.
     """
-    base = base_of(algorithm)
-    if base["name"] == "ditto":
-        return 2 * local_epochs
-    if base["name"] == "fedrep" and base.get("head") != "":
-        return base["head_epochs"] + local_epochs
-    return local_epochs
+    return row_of(algorithm).epochs(base_of(algorithm), local_epochs)
 
 
 def finetuning_epochs(algorithm: Mapping[str, Any]) -> int:

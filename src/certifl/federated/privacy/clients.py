@@ -24,8 +24,8 @@ import torch
 from certifl import streams
 from certifl.errors import InputError
 from certifl.federated.privacy.noise import add_noise, derived_key
-from certifl.federated.records import check_number
 from certifl.federated.states import ModelState, ServerState, Update
+from certifl.registry import check_number
 
 __all__ = ["ClientLevel"]
 

@@ -29,9 +29,9 @@ from certifl.federated.objectives import Objective
 from certifl.federated.privacy.accounting import steps_per_epoch
 from certifl.federated.privacy.clipping import clipped_sum
 from certifl.federated.privacy.noise import add_noise, derived_key
-from certifl.federated.records import check_number
 from certifl.federated.states import ClientData, ModelState
 from certifl.models import fingerprint
+from certifl.registry import check_number
 
 __all__ = ["NO_SECOND_GRADIENT", "ExampleLevel", "PrivateBench", "PrivatePasses", "Watch"]
 
