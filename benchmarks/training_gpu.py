@@ -1,4 +1,4 @@
-"""Training on a GPU: `certifl`'s engine, captured and plain, against a DataLoader loop.
+"""Training on a GPU: `certifl`'s training against a DataLoader loop.
 
 All train the same clients by federated averaging with the same network, batch size, flips, crops,
 perturbation and number of SGD steps, on random images of CIFAR-10's shape:
@@ -6,8 +6,7 @@ perturbation and number of SGD steps, on random images of CIFAR-10's shape:
 - loader: per image on the host: crop, flip, division by 255; then batches, copied to the device,
   where the perturbation is added and the step taken. As such loops are written, with worker
   processes that stay alive, pinned memory and torch's own settings.
-- plain: the engine, every operation launched by itself, checkpoints on disk included.
-- captured: the engine with `steps = "captured"`.
+- float32: certifl, checkpoints on disk included.
 - bfloat16: the same with `precision = "bfloat16"`.
 
 All begin with images on the host: the loader's are copied batch by batch, the engine's at the
@@ -16,9 +15,8 @@ each client: its DataLoader has workers of its own that stay alive, but only one
 time.
 
 One round of all after the other, as often as `--pairs` says, so that a drift of the machine
-cancels; medians with their range. The first round of each, which captures, is timed apart. At the
-end it says whether captured and plain steps gave the same bits. `--full` then measures the study's
-45 rounds of 2 epochs; without it they are projected. `--at-once 2` adds the engine with so many
+cancels; medians with their range. The first round of each is timed apart. `--full` then measures
+the study's 45 rounds of 2 epochs; without it they are projected. `--at-once 2` adds the engine with so many
 worker processes on the device (their rounds follow each other and do not alternate with others).
 
 It needs torch, numpy, scipy and safetensors, no GPU for a small size, and no installation:
@@ -49,14 +47,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from certifl import models
 from certifl.federated import ClientData, FedAvg, LocalTraining, Schedule, state_of, train
-from certifl.models import fingerprint
 from certifl.perturbations import Perturbation
 from certifl.perturbations import from_description as perturbation_from
 from certifl.store.checkpoints import Checkpoints
 
 SHAPE, CLASSES = (3, 32, 32), 10
 PAPER_ROUNDS, PAPER_EPOCHS, PAPER_IMAGES = 45, 2, 50_000
-CONTESTANTS = ("loader", "plain", "captured", "bfloat16")
+CONTESTANTS = ("loader", "float32", "bfloat16")
 PERTURBATIONS = {
     "none": None,
     "pixel": {"family": "pixel", "sigma": 0.12},
@@ -161,29 +158,25 @@ class LoaderLoop:
 
 
 class Engine:
-    """One round in the engine at a time; what is captured is kept from round to round."""
+    """One round of certifl at a time."""
 
-    def __init__(self, setting: Setting, steps: str, precision: str = "float32") -> None:
+    def __init__(self, setting: Setting, precision: str) -> None:
         self.setting = setting
-        self.training = trainer(setting, 1, steps, precision)
-        self.last = ""
+        self.training = trainer(setting, 1, precision)
 
     def __call__(self) -> None:
         """One round, with its checkpoints on disk."""
         with tempfile.TemporaryDirectory() as folder:
-            done = train(
+            train(
                 FedAvg(),
                 self.setting.model,
                 self.setting.clients,
                 self.training,
                 Checkpoints(Path(folder)),
             )
-            self.last = fingerprint(done.server()["model"])
 
 
-def trainer(
-    setting: Setting, rounds: int, steps: str, precision: str = "float32"
-) -> LocalTraining:
+def trainer(setting: Setting, rounds: int, precision: str = "float32") -> LocalTraining:
     """A client's half in the engine."""
     return LocalTraining(
         setting.model,
@@ -191,7 +184,6 @@ def trainer(
         seed=0,
         augmentation=setting.perturbation,
         device=setting.device,
-        steps=steps,
         precision=precision,
     )
 
@@ -220,7 +212,7 @@ def compare(setting: Setting, contestants: Mapping[str, Callable[[], None]], pai
     for name, seconds in taken.items():
         print(f"{name:10} {first[name]:15.2f}   {rate(setting.images, seconds)}")
     for name in [name for name in taken if name != "loader"]:
-        for base in [base for base in ("loader", "plain") if base in taken and base != name]:
+        for base in [base for base in ("loader", "float32") if base in taken and base != name]:
             ratios = sorted(b / own for b, own in zip(taken[base], taken[name], strict=True))
             print(
                 f"{name} / {base}: {statistics.median(ratios):.2f} times the images/s "
@@ -232,15 +224,11 @@ def compare(setting: Setting, contestants: Mapping[str, Callable[[], None]], pai
         print(
             f"projected, {PAPER_ROUNDS} rounds x {PAPER_EPOCHS} epochs, {name}: {projected:.0f} s"
         )
-    made = {n: work.last for n, work in contestants.items() if isinstance(work, Engine)}
-    if {"plain", "captured"} <= made.keys():
-        same = made["plain"] == made["captured"]
-        print(f"captured and plain steps give the same bits: {'yes' if same else 'NO'}")
 
 
 def at_once(setting: Setting, processes: int, rounds: int) -> None:
     """The engine with worker processes on the same device; rounds once they are running."""
-    training = trainer(setting, rounds + 1, "captured")
+    training = trainer(setting, rounds + 1)
     with tempfile.TemporaryDirectory() as folder:
         done = train(
             FedAvg(),
@@ -251,7 +239,7 @@ def at_once(setting: Setting, processes: int, rounds: int) -> None:
             workers=processes,
         )
     seconds = [entry["seconds"] for entry in done.history[1:]]
-    print(f"{processes} clients at once, captured: {rate(setting.images, seconds)} images/s")
+    print(f"{processes} clients at once: {rate(setting.images, seconds)} images/s")
 
 
 def full(setting: Setting, precision: str) -> None:
@@ -259,7 +247,7 @@ def full(setting: Setting, precision: str) -> None:
     whole = replace(
         setting, schedule=replace(setting.schedule, local_epochs=PAPER_EPOCHS, decay_every=30)
     )
-    training = trainer(whole, PAPER_ROUNDS, "captured", precision)
+    training = trainer(whole, PAPER_ROUNDS, precision)
 
     def work() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -267,7 +255,7 @@ def full(setting: Setting, precision: str) -> None:
 
     print(
         f"measured, {PAPER_ROUNDS} rounds x {PAPER_EPOCHS} epochs of "
-        f"{sum(map(len, whole.clients))} images, captured, {precision}: {seconds_of(work):.0f} s"
+        f"{sum(map(len, whole.clients))} images, {precision}: {seconds_of(work):.0f} s"
     )
 
 
@@ -333,14 +321,9 @@ def main() -> None:
     )
     contestants: dict[str, Callable[[], None]] = {
         "loader": LoaderLoop(setting, options.loader_workers),
-        "plain": Engine(setting, "plain"),
-        "captured": Engine(setting, "captured"),
-        "bfloat16": Engine(setting, "captured", "bfloat16"),
+        "float32": Engine(setting, "float32"),
+        "bfloat16": Engine(setting, "bfloat16"),
     }
-    if options.images // options.clients < options.batch:
-        print(
-            "# a client has fewer images than a batch: its steps are plain ones in all contestants"
-        )
     compare(setting, {name: contestants[name] for name in options.only}, options.pairs)
     if options.at_once:
         at_once(setting, options.at_once, options.pairs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -12,29 +12,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from algorithm_cases import CASES, all_rounds, deployed, light
 from certifl.errors import TrainingDiverged
-from certifl.federated import Mixture, bench
-from certifl.federated.bench import Bench, GradientHook, JointHook
-from certifl.federated.global_model import held_near
+from certifl.federated import Mixture
+from certifl.federated.bench import Bench, GradientHook
+from certifl.federated.global_model import pull_towards
 from certifl.federated.objectives import Augmented
 from certifl.federated.scaffold import _MeanGradient
-from certifl.federated.states import ModelState
+from certifl.federated.states import ModelState, ServerState
 from tape import HostReads
 from tiny_federation import assert_same, training
 
 SCHEDULE = {"momentum_between_rounds": "keep", "weight_decay": 1e-3}
 
 
-def one_by_one(hook: GradientHook, parameters: dict[str, nn.Parameter]) -> None:
-    for name, parameter in parameters.items():
-        if parameter.grad is not None:
-            hook(name, parameter)
+def advance_one_by_one(on: Bench) -> None:
+    hook = on._hook
+    if hook is not None:
+        with torch.no_grad():
+            for name, parameter in on.parameters.items():
+                if parameter.grad is not None:
+                    hook({name: parameter})
+    on._optimizer.step()
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_algorithm_is_the_same_weight_by_weight(name, monkeypatch):
     algorithm, order = CASES[name], [0, 1, 2]
     joint = all_rounds(algorithm, order, light(**SCHEDULE))
-    monkeypatch.setattr(bench, "_call", one_by_one)
+    monkeypatch.setattr(Bench, "advance", advance_one_by_one)
     single = all_rounds(algorithm, order, light(**SCHEDULE))
     for one, other in zip(*(deployed(algorithm, *r) for r in (joint, single)), strict=True):
         assert_same(one, other)
@@ -74,9 +78,10 @@ def corrected(name: str, parameter: nn.Parameter) -> None:
         parameter.grad.add_(CORRECTION[name])
 
 
-HOOKS: dict[str, tuple[Callable[[], GradientHook | None], GradientHook]] = {
-    "mixture": (lambda: Mixture(0.3)._pull(CENTRE), pulled),
-    "held near": (lambda: held_near(CENTRE, 0.7), near),
+Formula = Callable[[str, nn.Parameter], None]
+HOOKS: dict[str, tuple[Callable[[], GradientHook | None], Formula]] = {
+    "mixture": (lambda: Mixture(0.3).hook(ServerState(0, {"model": CENTRE}), training()), pulled),
+    "held near": (lambda: pull_towards(CENTRE, 0.7), near),
     "scaffold": (lambda: _MeanGradient(CORRECTION), corrected),
 }
 
@@ -151,18 +156,18 @@ def test_the_mean_of_scaffold_counts_each_weight_by_itself():
         assert torch.equal(result[name], mean)
 
 
-def test_a_plain_function_is_still_asked_weight_by_weight():
+def test_a_hook_is_called_with_the_weights_that_have_a_gradient():
     asked, parameters = [], weights()
 
-    def hook(name: str, parameter: nn.Parameter) -> None:
-        asked.append(name)
-        parameter.grad = None
+    def hook(reached: Mapping[str, nn.Parameter]) -> None:
+        asked.extend(reached)
+        for parameter in reached.values():
+            parameter.grad = None
 
-    assert not isinstance(hook, JointHook)
     bench_of(parameters, hook).advance()
     assert asked == ["w1", "w2", "w3"]
     assert all(parameter.grad is None for parameter in parameters.values())
-    bench_of(parameters, held_near(CENTRE, 0.7)).advance()  # no gradient is left, and none is made
+    bench_of(parameters, pull_towards(CENTRE, 0.7)).advance()
     assert all(parameter.grad is None for parameter in parameters.values())
 
 

@@ -66,7 +66,7 @@ def test_training_is_gone_before_certification_begins(tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "local_training", noted)
     monkeypatch.setattr(run_module, "give_back_memory", given_back)
     monkeypatch.setattr(run_module, "certify_clients", certified)
-    spec = tiny.spec('training.steps="captured"', "training.rounds=1")
+    spec = tiny.spec("training.rounds=1")
     gc.disable()
     try:
         run_module.run(spec, run_module.Options(tmp_path / "run", explore=False))

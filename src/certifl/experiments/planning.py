@@ -200,7 +200,6 @@ def _training_seconds(
             finetuning_augmentation=personal,
             objective=spec.build_objective(),
             device=device,
-            steps=spec.training.steps,
             precision=spec.training.precision,
         )
         bench = _Rounds(algorithm, training, algorithm.init(state_of(model)), data)

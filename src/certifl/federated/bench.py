@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -20,21 +19,9 @@ from certifl.federated.batches import Batch
 from certifl.federated.objectives import Objective
 from certifl.federated.states import ModelState
 
-__all__ = ["Bench", "GradientHook", "JointHook", "Outcome", "Step", "gradients_of", "plain_step"]
-
-GradientHook = Callable[[str, nn.Parameter], None]
-"""Called with every parameter that has a gradient, before the step; may change it in place, or set
-it to None so that the step leaves the parameter alone. One that is a `JointHook` as well is asked
-for all of them at once."""
-
-
-@runtime_checkable
-class JointHook(Protocol):
-    """A gradient hook that can change all gradients together, in fewer launches on a GPU."""
-
-    def together(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """What calls with each of these parameters, which all have a gradient, would do."""
-        ...
+GradientHook = Callable[[Mapping[str, nn.Parameter]], None]
+"""Called before the step with the parameters that have a gradient, by name. May change gradients
+in place, or set one to None so that the step leaves the parameter alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +85,7 @@ class Bench:
         """Let the hook change the gradients, then the optimiser moves the weights."""
         if self._hook is not None:
             with torch.no_grad():
-                _call(self._hook, self.parameters)
+                self._hook(_reached(self.parameters))
         self._optimizer.step()
 
     @contextlib.contextmanager
@@ -154,15 +141,6 @@ class Bench:
         states = self._optimizer.state
         buffers = {n: states[p].get("momentum_buffer") for n, p in self.parameters.items()}
         return {n: b.detach().to("cpu", copy=True) for n, b in buffers.items() if b is not None}
-
-
-def _call(hook: GradientHook, parameters: Mapping[str, nn.Parameter]) -> None:
-    if isinstance(hook, JointHook):
-        hook.together(_reached(parameters))
-        return
-    for name, parameter in parameters.items():
-        if parameter.grad is not None:
-            hook(name, parameter)
 
 
 def _reached(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:

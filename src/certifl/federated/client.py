@@ -22,7 +22,6 @@ from certifl.errors import InputError, ModelError, SpecError, TrainingDiverged
 from certifl.federated.augmentations import PerClient, augmentation_of
 from certifl.federated.batches import Augmentation, BatchStream
 from certifl.federated.bench import Bench, GradientHook, Outcome, Step, plain_step
-from certifl.federated.captured import STEPS, CapturedBench, Recordings
 from certifl.federated.objectives import Augmented, Objective
 from certifl.federated.precision import TRAINING_PRECISIONS, InBfloat16
 from certifl.federated.privacy.example import (
@@ -107,12 +106,11 @@ class LocalTraining:
         objective: what is minimised on a batch; the paper's Eq. (3) unless told otherwise.
         privacy: makes every client's gradients noisy and its batches random in size; None = none.
         device: where the passes run.
-        steps: a name in `STEPS`: "captured" records a step and replays it, for a GPU.
         precision: a name in `TRAINING_PRECISIONS`.
 
     Raises:
         ModelError: the model has nothing to train, or cannot be trained with privacy.
-        SpecError: unknown steps or precision, or privacy with other than the plain ones.
+        SpecError: an unknown precision, or privacy with another one than float32.
     """
 
     def __init__(
@@ -126,12 +124,10 @@ class LocalTraining:
         objective: Objective | None = None,
         privacy: ExampleLevel | None = None,
         device: torch.device | str = "cpu",
-        steps: str = "plain",
         precision: str = "float32",
     ) -> None:
-        check_choice("steps", steps, STEPS)
         check_choice("precision", precision, TRAINING_PRECISIONS)
-        self.steps, self.precision = steps, precision
+        self.precision = precision
         self.schedule = schedule
         self.seed = seed
         self.augmentation = augmentation
@@ -139,10 +135,10 @@ class LocalTraining:
         self.objective = Augmented() if objective is None else objective
         self.privacy = privacy
         if privacy is not None:
-            if (steps, precision) != ("plain", "float32"):
+            if precision != "float32":
                 raise SpecError(
                     'privacy.kind = "example" clips the gradient of every image: it needs '
-                    'training.steps = "plain" and training.precision = "float32".'
+                    'training.precision = "float32".'
                 )
             check_network(model, privacy.kind)
         self.device = torch.device(device)
@@ -155,9 +151,6 @@ class LocalTraining:
         if precision == "bfloat16":
             # What is fast in it; the order of a tensor in memory is not part of its state.
             self._model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self._recordings = (
-            Recordings(self._model, self._trainable) if steps == "captured" else None
-        )
 
     @property
     def network(self) -> nn.Module:
@@ -315,12 +308,7 @@ class LocalTraining:
         self, optimizer: torch.optim.Optimizer, plan: _Plan, private: PrivatePasses | None
     ) -> Bench:
         what = self._model, self._trainable, optimizer, self._judge(), plan.hook
-        if private is not None:
-            return PrivateBench(*what, private)
-        if self._recordings is None:
-            return Bench(*what)
-        whole = plan.hook is None and plan.step is plain_step
-        return CapturedBench(*what, self._recordings, self.schedule.batch_size, whole)
+        return Bench(*what) if private is None else PrivateBench(*what, private)
 
     def _epoch(
         self, bench: Bench, stream: BatchStream, rate: float, batches: int, step: Step, round: int

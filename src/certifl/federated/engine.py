@@ -242,8 +242,6 @@ def _identity(
     }
     if training.objective != Augmented():
         identity["objective"] = _printed(training.objective)
-    if training.steps != "plain":
-        identity["steps"] = training.steps
     if training.precision != "float32":
         identity["precision"] = training.precision
     if isinstance(participation, RandomShare) and participation.share < 1:

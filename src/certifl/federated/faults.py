@@ -28,7 +28,6 @@ from certifl.errors import (
     TrainingDiverged,
     WorkError,
 )
-from certifl.federated.replay import failed_capture
 from certifl.federated.states import ClientState, ModelState, Parts, ServerState, Update
 
 __all__ = [
@@ -101,8 +100,6 @@ def attempt(client: int, work: Callable[[], Result]) -> Result | Fault:
     except TrainingDiverged as error:
         return Fault("diverged", f"its training diverged, {error.reason}", error)
     except Exception as error:
-        if (broken := failed_capture(error)) is not None:
-            raise broken from error.__cause__
         if out_of_memory(error):
             raise WorkError(
                 f"Memory ran out while client {client} trained ({_first_line(error)}). Make "

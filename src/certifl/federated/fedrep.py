@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -94,8 +94,8 @@ def _still(names: Collection[str], but: Collection[str]) -> GradientHook | None:
     if not held:
         return None
 
-    def hook(name: str, parameter: nn.Parameter) -> None:
-        if name in held:
-            parameter.grad = None
+    def hook(parameters: Mapping[str, nn.Parameter]) -> None:
+        for name in held & parameters.keys():
+            parameters[name].grad = None
 
     return hook

@@ -91,10 +91,7 @@ class _Pull:
     mu: float
     loss_weight: float
 
-    def __call__(self, name: str, parameter: nn.Parameter) -> None:
-        self.together({name: parameter})
-
-    def together(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __call__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         gradients = gradients_of(parameters.values())
         if self.loss_weight != 1:
             together.scale(gradients, self.loss_weight)

@@ -101,11 +101,7 @@ class _MeanGradient:
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
 
-    def __call__(self, name: str, parameter: nn.Parameter) -> None:
-        if parameter.grad is not None:
-            self.together({name: parameter})
-
-    def together(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __call__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         gradients = dict(zip(parameters, gradients_of(parameters.values()), strict=True))
         self._count(gradients)
         corrected = [name for name in gradients if name in self._correction]

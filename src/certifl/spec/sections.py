@@ -155,7 +155,6 @@ class Training(Section):
             `decay_factor`; 0 = never.
         momentum_between_rounds: "reset", or "keep" (each client keeps its own buffers).
         flip, crop: random mirror image, random crop after zero padding by so many pixels.
-        steps: "plain", or "captured" (a step is recorded once and replayed, for a GPU).
         precision: "float32", or "bfloat16" (the network's arithmetic; weights stay in float32).
     """
 
@@ -170,12 +169,21 @@ class Training(Section):
     momentum_between_rounds: Literal["reset", "keep"] = "reset"
     flip: bool = False
     crop: Annotated[int, Field(ge=0)] = 0
-    steps: Literal["plain", "captured"] = "plain"
     precision: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_steps(cls, values: Any) -> Any:
+        """Specs of 0.1.0 name `steps`, of which only "plain" is left."""
+        if not isinstance(values, dict) or "steps" not in values:
+            return values
+        if values["steps"] != "plain":
+            raise ValueError('steps = "captured" was removed in 0.2.0: remove the key')
+        return {key: value for key, value in values.items() if key != "steps"}
 
     def schedule(self) -> Schedule:
         """As the federated rooms take it."""
-        values = self.model_dump(exclude={"steps", "precision"})
+        values = self.model_dump(exclude={"precision"})
         return Schedule(**{**values, "decay_every": self.decay_every or None})
 
 

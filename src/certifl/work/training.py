@@ -28,7 +28,6 @@ def local_training(
         objective=spec.build_objective(),
         privacy=private.example,
         device=device,
-        steps=spec.training.steps,
         precision=spec.training.precision,
     )
 
