@@ -16,8 +16,8 @@ time.
 
 One round of all after the other, as often as `--pairs` says, so that a drift of the machine
 cancels; medians with their range. The first round of each is timed apart. `--full` then measures
-the study's 45 rounds of 2 epochs; without it they are projected. `--at-once 2` adds the engine with so many
-worker processes on the device (their rounds follow each other and do not alternate with others).
+the study's 45 rounds of 2 epochs; without it they are projected. `--at-once 2` adds so many
+worker processes on the device (their rounds do not alternate with others).
 
 It needs torch, numpy, scipy and safetensors, no GPU for a small size, and no installation:
 

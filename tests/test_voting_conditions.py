@@ -17,9 +17,7 @@ from torch import Tensor
 import certifl
 from certifl.certification import (
     api,
-    certify_shifts,
     engine,
-    enumeration,
     network,
     predictions,
     scan,
@@ -100,7 +98,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
         finally:
             now.pop()
 
-    for module in (network, votes, predictions, enumeration):
+    for module in (network, votes, predictions):
         monkeypatch.setattr(module, "exact_convolutions", noted)
     return now
 
@@ -116,7 +114,6 @@ def test_every_call_of_a_network_is_held_to_exact_convolutions(held: list[torch.
 
     certifl.certify(call, IMAGES, NOISE, n=300)
     certifl.predict(call, IMAGES, NOISE, n=200)
-    certify_shifts(call, IMAGES, largest=1)
     predict_plain(prepare(call, IMAGES, batch_size=2), IMAGES)
     counter = VoteCounter(prepare(call, IMAGES, batch_size=50), NOISE, 0)
     counter.lean(IMAGES, [Request(0, 0, 1, "attack", 0, 100)], torch.tensor([0]))

@@ -12,7 +12,7 @@ from certifl._version import __version__
 
 if TYPE_CHECKING:
     from certifl import models
-    from certifl.certification import Certificates, certify, certify_shifts, predict
+    from certifl.certification import Certificates, certify, predict
     from certifl.perturbations import (
         Affine,
         DenseFlow,
@@ -34,7 +34,6 @@ __all__ = [
     "Translation",
     "__version__",
     "certify",
-    "certify_shifts",
     "models",
     "predict",
 ]
@@ -42,7 +41,6 @@ __all__ = [
 _HOMES = {
     "Certificates": "certifl.certification",
     "certify": "certifl.certification",
-    "certify_shifts": "certifl.certification",
     "predict": "certifl.certification",
     **dict.fromkeys(
         (

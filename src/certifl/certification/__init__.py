@@ -2,7 +2,6 @@
 
 from certifl.certification.api import certify, conditions, predict
 from certifl.certification.certificates import Certificates
-from certifl.certification.enumeration import ShiftCertificates, certify_shifts
 from certifl.certification.settings import ESTIMATORS, Settings
 from certifl.certification.verify import Finding, verify
 
@@ -11,9 +10,7 @@ __all__ = [
     "Certificates",
     "Finding",
     "Settings",
-    "ShiftCertificates",
     "certify",
-    "certify_shifts",
     "conditions",
     "predict",
     "verify",
