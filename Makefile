@@ -6,7 +6,7 @@ export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
 
 PEERS := build/peers
 
-.PHONY: quickstart test lint types contracts format check docs benchmark benchmark-peers clean
+.PHONY: quickstart test lint types contracts format check docs measure benchmark benchmark-peers clean
 
 quickstart: $(VENV)/.package
 	$(BIN)/certifl quickstart --out runs/quickstart
@@ -34,6 +34,9 @@ docs: $(VENV)/.dev
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/python docs/make_algorithms.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+measure: $(VENV)/.dev
+	$(BIN)/python benchmarks/code.py
 
 # GOLDEN names a file of published vote counts: ten counts an image, then the label.
 benchmark: $(VENV)/.dev benchmark-peers
