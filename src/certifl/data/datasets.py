@@ -120,8 +120,10 @@ def _read(
     layout: Layout, columns: ColumnNames, known: tuple[str, ...] | None
 ) -> tuple[RawSplit, RawSplit]:
     read = READERS[layout.kind]
-    train, test = read(layout.train, columns), read(layout.test, columns)
-    return (replace(train, class_names=known), test) if known else (train, test)
+    train, test = (read(files, columns, layout.root) for files in (layout.train, layout.test))
+    if known:
+        train, test = (replace(split, class_names=known) for split in (train, test))
+    return train, test
 
 
 def _parse(
