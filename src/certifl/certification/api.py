@@ -183,7 +183,8 @@ def _pairs(images: Images, labels: Labels) -> Iterator[tuple[Any, Any]]:
     if not isinstance(images, Iterable) or isinstance(images, (str, Mapping)):
         raise InputError(
             f"images must be a tensor or an array (m, c, h, w), or an iterable of such; got "
-            f"{images!r:.80}."
+            f"{images!r:.80}. From a data set of pairs, make loader = DataLoader(data, 256) and "
+            "give images=(x for x, _ in loader)."
         )
     if isinstance(images, (tuple, list)):  # at hand, so refused before the first vote
         for block in images:

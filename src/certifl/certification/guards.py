@@ -71,8 +71,8 @@ def check_images(images: Tensor | np.ndarray) -> Tensor:
 def _into_range(low: float, high: float) -> str:
     if low >= -_OVERSHOOT and high <= 1.0 + _OVERSHOOT:
         return (
-            "Rounding and bicubic resampling leave it by a little: give images.clamp(0, 1). If the "
-            "images are normalized, put normalization inside the model instead."
+            "Rounding and bicubic resampling leave it by a little: give images.clamp(0, 1). If "
+            "the images are normalized, put normalization inside the model instead."
         )
     return "Put normalisation inside the model."
 
@@ -82,8 +82,8 @@ def _refuse_pairs(images: Any) -> None:
     if isinstance(images, Mapping):
         key = next((name for name in ("image", "img", "pixel_values") if name in images), "image")
         raise InputError(
-            f"images must be a tensor or an array; got a dictionary of {', '.join(map(str, images))}."
-            f" Give its images alone: (b[{key!r}] for b in loader), and the labels likewise as "
+            f"images must be a tensor or an array; got a dictionary of "
+            f"{', '.join(map(str, images))}. Give its images alone: (b[{key!r}] for b in loader), and the labels likewise as "
             "labels=, from a loader that does not shuffle."
         )
     parts = images if isinstance(images, (tuple, list)) else ()
@@ -103,8 +103,8 @@ def _refuse_pairs(images: Any) -> None:
     is_array = isinstance(images, _ARRAYS) or hasattr(images, "__array__")
     if isinstance(images, Iterable) and not is_array:
         raise InputError(
-            f"images must be one tensor or array here; got {type(images).__name__}. torch.cat makes "
-            "one of blocks: torch.cat([x for x, _ in loader])."
+            f"images must be one tensor or array here; got {type(images).__name__}. torch.cat "
+            "makes one of blocks: torch.cat([x for x, _ in loader])."
         )
 
 
@@ -174,8 +174,8 @@ def check_labels(
         )
     if not np.issubdtype(values.dtype, np.integer):
         raise InputError(
-            f"labels must be whole numbers; got {values.dtype}. Numbers of classes that are stored "
-            "otherwise become whole with labels.long(), or of an array labels.astype(int)."
+            f"labels must be whole numbers; got {values.dtype}. Numbers of classes that are "
+            "stored otherwise become whole with labels.long(), or of an array labels.astype(int)."
         )
     if values.min() < 0 or values.max() >= classes:
         raise InputError(

@@ -72,7 +72,9 @@ def choose_columns(
         InputError: a column asked for is not there, or it is not clear which one is meant.
     """
     image = _found("image", schema, features, where) if image_column is None else image_column
-    label = _found("label", schema, features, where, kept) if label_column is None else label_column
+    label = (
+        _found("label", schema, features, where, kept) if label_column is None else label_column
+    )
     for asked in (image_column, label_column):
         if asked is not None and asked not in schema.names:
             raise InputError(

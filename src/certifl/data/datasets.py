@@ -105,9 +105,7 @@ def load(
     return dataset
 
 
-def hub_choices(
-    base: str, columns: ColumnNames, test_split: str | None
-) -> tuple[str | None, ...]:
+def hub_choices(base: str, columns: ColumnNames, test_split: str | None) -> tuple[str | None, ...]:
     """What the cache of a data set of the hub is named by."""
     return ("hub", base, *columns.choices, *_chosen_split(test_split))
 
@@ -122,12 +120,14 @@ def _say_order(dataset: Dataset) -> None:
     in_numbers = sorted(names, key=_by_number)
     if names == sorted(names) and names != in_numbers:
         _log.warning(
-            "The classes of %s are ordered as texts (%s%s), so class number %d, counted from 0, is "
-            "%r: outputs of a network must be in this order.",
+            "The classes of %s are ordered as texts (%s%s), so class number %d, counted from 0, "
+            "is %r: outputs of a network must be in this order.",
             dataset.name,
             ", ".join(names[:5]),
             " ..." if len(names) > 5 else "",
-            *next((i, a) for i, (a, b) in enumerate(zip(names, in_numbers, strict=True)) if a != b),
+            *next(
+                (i, a) for i, (a, b) in enumerate(zip(names, in_numbers, strict=True)) if a != b
+            ),
         )
 
 

@@ -201,7 +201,7 @@ def _depth(image: Image.Image) -> str:
     """
     if image.mode in _DEEP_MODES:
         return f"mode {image.mode}"
-    for codec, _, _, options in image.tile:
+    for codec, _, _, options in getattr(image, "tile", ()):
         given = options if isinstance(options, tuple) else (options,)
         for one in given:
             if isinstance(one, str) and _DEEP_STORAGE.search(one):
@@ -237,9 +237,9 @@ def _converted(image: Image.Image, name: Callable[[], str]) -> Image.Image:
 
 
 def _without_alpha(image: Image.Image, mode: str) -> Image.Image:
-    lowest = image.getchannel("A").getextrema()[0]
+    alpha = np.asarray(image.getchannel("A"))
     made = image.convert(mode)
-    made.info[_TRANSPARENT] = lowest < 255
+    made.info[_TRANSPARENT] = bool(alpha.min() < 255)
     return made
 
 

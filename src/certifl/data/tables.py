@@ -94,8 +94,8 @@ def _require_same_names(file: Path, table: pq.ParquetFile, first: Path, chosen: 
         found = None if column is None else class_names_of(features, column)
         if found != names:
             raise InputError(
-                f"In {file}, {_first_difference(found or (), names or ())} in {first.name}: column "
-                f"{column!r} has other names for its numbers there. Export all files of a split "
+                f"In {file}, {_first_difference(found or (), names or ())} in {first.name}: "
+                f"column {column!r} has other names for its numbers there. Export all files of a split "
                 "with the same names in the same order."
             )
 
@@ -163,13 +163,13 @@ def _kept(column: pa.Array | pa.ChunkedArray, chosen: Chosen, where: str) -> np.
     values = _integers_or_texts(column)
     if values is None:
         raise InputError(
-            f"Column {chosen.kept!r} of {where} holds {column.type}; clients are named by integers "
-            "or texts. Choose another column, or store this one as text."
+            f"Column {chosen.kept!r} of {where} holds {column.type}; clients are named by "
+            "integers or texts. Choose another column, or store this one as text."
         )
     names = np.array(chosen.kept_names or (), dtype=np.str_)
     if not names.size or values.dtype.kind == "U":
         return values
-    if values.size and not (0 <= values.min() and values.max() < names.size):
+    if values.size and not (values.min() >= 0 and values.max() < names.size):
         raise InputError(
             f"Column {chosen.kept!r} of {where} holds numbers without a name: its names are for 0 "
             f"to {names.size - 1}. Correct the values or the names."
