@@ -63,8 +63,8 @@ def load(path: Path) -> Certificates:
         if reader is None:
             raise InputError(
                 f"Cannot read certificates from {path.name!r}: .parquet or .tsv. If it is a log "
-                f"of published code, it must begin with {' '.join(TSV_HEADER)}, separated by tabs; "
-                "otherwise rename it by what it is."
+                f"of published code, it must begin with {' '.join(TSV_HEADER)}, separated by "
+                "tabs; otherwise rename it by what it is."
             )
         return reader(path)
     except InputError:

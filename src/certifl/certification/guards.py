@@ -82,9 +82,9 @@ def _refuse_pairs(images: Any) -> None:
     if isinstance(images, Mapping):
         key = next((name for name in ("image", "img", "pixel_values") if name in images), "image")
         raise InputError(
-            f"images must be a tensor or an array; got a dictionary of "
-            f"{', '.join(map(str, images))}. Give its images alone: (b[{key!r}] for b in loader), and the labels likewise as "
-            "labels=, from a loader that does not shuffle."
+            "images must be a tensor or an array; got a dictionary of "
+            f"{', '.join(map(str, images))}. Give its images alone: (b[{key!r}] for b in loader), "
+            "and the labels likewise as labels=, from a loader that does not shuffle."
         )
     parts = images if isinstance(images, (tuple, list)) else ()
     shapes = [np.shape(part) for part in parts if isinstance(part, (Tensor, np.ndarray))]

@@ -95,8 +95,8 @@ def _require_same_names(file: Path, table: pq.ParquetFile, first: Path, chosen: 
         if found != names:
             raise InputError(
                 f"In {file}, {_first_difference(found or (), names or ())} in {first.name}: "
-                f"column {column!r} has other names for its numbers there. Export all files of a split "
-                "with the same names in the same order."
+                f"column {column!r} has other names for its numbers there. Export all files of a "
+                "split with the same names in the same order."
             )
 
 
