@@ -108,7 +108,8 @@ def _numbered(
         raise InputError(
             f"{name} has test images of classes without training images: "
             f"{', '.join(extra[:10]) or 'the labels differ in type'}. Both splits need the same "
-            "classes, written the same way."
+            "classes, written the same way; where test images have no labels, data.test_split "
+            "takes another split."
         )
     numbers = (train_numbers.astype(np.int64), np.searchsorted(values, test).astype(np.int64))
     return tuple(str(value) for value in values), numbers
