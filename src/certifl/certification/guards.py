@@ -197,8 +197,9 @@ def _refuse_blocks_of_labels(labels: Any) -> None:
     is_text = isinstance(labels, np.ndarray) and labels.dtype.kind in "USO"
     if is_text or any(isinstance(part, str) for part in parts):
         raise InputError(
-            "labels must be the numbers of classes, and these are texts or objects. Give "
-            "[names.index(y) for y in labels], with the names in the order of the model's outputs."
+            "labels must be a tensor or an array of numbers of classes; got texts or objects. "
+            "Give [names.index(y) for y in labels], with the names in the order of the model's "
+            "outputs."
         )
 
 
