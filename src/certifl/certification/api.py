@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -153,17 +153,8 @@ def _blocks(
         InputError: images that cannot be used, blocks of different shapes, or not as many blocks
             of labels as of images.
     """
-    if isinstance(images, (Tensor, np.ndarray)):
-        pairs = iter([(images, labels)])
-    elif not isinstance(images, Iterable) or isinstance(images, str):
-        raise InputError(
-            f"images must be a tensor or an array (m, c, h, w), or an iterable of such; got "
-            f"{images!r:.80}."
-        )
-    else:
-        pairs = itertools.zip_longest(images, () if labels is None else labels)
     shape = None
-    for number, (block, given) in enumerate(pairs):
+    for number, (block, given) in enumerate(_pairs(images, labels)):
         if block is None or (given is None) != (labels is None):
             raise InputError(
                 "There must be as many blocks of labels as of images, but there is only one of "
@@ -178,6 +169,36 @@ def _blocks(
             )
         shape = values.shape[1:]
         yield values, given
+
+
+def _pairs(images: Images, labels: Labels) -> Iterator[tuple[Any, Any]]:
+    """Blocks of images and of labels, as they were given.
+
+    Raises:
+        InputError: images or labels come in no blocks, as far as that is seen without reading.
+    """
+    if isinstance(images, (Tensor, np.ndarray)):
+        yield images, labels
+        return
+    if not isinstance(images, Iterable) or isinstance(images, (str, Mapping)):
+        raise InputError(
+            f"images must be a tensor or an array (m, c, h, w), or an iterable of such; got "
+            f"{images!r:.80}. From a data set of pairs, make loader = DataLoader(data, 256) and "
+            "give images=(x for x, _ in loader)."
+        )
+    if isinstance(images, (tuple, list)):  # at hand, so refused before the first vote
+        for block in images:
+            if getattr(block, "ndim", 4) != 4:
+                check_images(block)
+    if labels is not None and not isinstance(labels, Iterable):
+        raise InputError(f"labels must be numbers of classes, one per image; got {labels!r:.80}.")
+    for block, given in itertools.zip_longest(images, () if labels is None else labels):
+        if isinstance(given, (int, float, np.number)) or getattr(given, "ndim", 1) == 0:
+            raise InputError(
+                "images come in blocks, so labels must, too: a block of labels for each block of "
+                "images, such as labels=y.split([len(x) for x in blocks]) for one tensor y."
+            )
+        yield block, given
 
 
 def _certified(

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 
 from certifl.certification.certificates import Certificates
 from certifl.certification.groups import kinds
+from certifl.certification.published import TSV_HEADER, is_log, read_log
 from certifl.errors import InputError
 from certifl.smoothing.rounding import floor_text
 
 __all__ = ["TSV_HEADER", "load", "save"]
 
-TSV_HEADER = ("idx", "label", "predict", "radius", "correct", "time")
 _KEY = b"certifl"
 _SCALARS = ("client", "index", "label", "predicted", "radius", "p_lower", "p_upper")
 _ENDING = ("looks", "level", "seconds")
@@ -48,20 +48,28 @@ def save(certificates: Certificates, path: Path) -> None:
 
 
 def load(path: Path) -> Certificates:
-    """Read certificates from .parquet or .tsv.
+    """Read certificates from .parquet or .tsv, or a published log under any name.
 
     Raises:
         InputError: the file is missing, damaged, or has other columns.
     """
     if not path.is_file():
         raise InputError(f"There is no certificate file at {path}.")
-    readers = {".parquet": _read_parquet, ".tsv": _read_tsv, ".txt": _read_tsv}
+    readers = {".parquet": _read_parquet, ".tsv": read_log, ".txt": read_log}
     reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise InputError(f"Cannot read certificates from {path.name!r}: .parquet or .tsv.")
     try:
+        if reader is None and is_log(path):  # published logs are named sigma_0.25, for instance
+            reader = read_log
+        if reader is None:
+            raise InputError(
+                f"Cannot read certificates from {path.name!r}: .parquet or .tsv. If it is a log "
+                f"of published code, it must begin with {' '.join(TSV_HEADER)}, separated by "
+                "tabs; otherwise rename it by what it is."
+            )
         return reader(path)
-    except (pa.ArrowException, KeyError, ValueError) as error:
+    except InputError:
+        raise
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise InputError(f"{path} holds no certificates this version can read: {error}") from error
 
 
@@ -131,38 +139,3 @@ def _write_tsv(certificates: Certificates, path: Path) -> None:
                     f"{certificates.seconds[row]:.6f}",
                 )
             )
-
-
-def _read_tsv(path: Path) -> Certificates:
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t")
-        rows, header = list(reader), tuple(reader.fieldnames or ())
-    if header[: len(TSV_HEADER)] != TSV_HEADER:
-        raise ValueError(f"the header must be {' '.join(TSV_HEADER)}")
-    if any(value is None for row in rows for value in row.values()):
-        raise ValueError("a row is shorter than the header")
-    m = len(rows)
-    nothing, unknown = np.zeros((m, 0), np.int64), np.full(m, np.nan)
-    return Certificates(
-        client=np.zeros(m, np.int64),
-        index=np.array([int(r["idx"]) for r in rows], np.int64),
-        label=np.array([int(r["label"]) for r in rows], np.int64),
-        predicted=np.array([int(r["predict"]) for r in rows], np.int64),
-        radius=np.array([float(r["radius"]) for r in rows], np.float64),
-        p_lower=unknown,
-        p_upper=unknown,
-        counts=nothing,
-        selection_counts=nothing,
-        looks=np.zeros(m, np.int64),
-        level=unknown,
-        seconds=np.array([_seconds(r["time"]) for r in rows], np.float64),
-        conditions={"source": path.name},
-    )
-
-
-def _seconds(text: str) -> float:
-    """Seconds from a plain number or from H:MM:SS.ffffff."""
-    total = 0.0
-    for field in text.split(":"):
-        total = total * 60 + float(field)
-    return total

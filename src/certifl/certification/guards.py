@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from certifl.certification.certificates import UNLABELLED
 from certifl.errors import InputError, ModelError
 from certifl.perturbations.base import Perturbation
 
@@ -24,6 +25,13 @@ __all__ = [
 
 Model = Callable[[Tensor], Tensor]
 _PROBE = 6
+_ARRAYS = (Tensor, np.ndarray, tuple, list, str)
+_CHANNELS = (1, 3, 4)
+_HIDDEN = (
+    " A label of -1 usually marks an image whose label is not known: certify such images apart, "
+    "without labels."
+)
+_OVERSHOOT = 0.25  # how far resampling may leave [0, 1]; normalized images leave it farther
 
 
 def check_images(images: Tensor | np.ndarray) -> Tensor:
@@ -32,12 +40,15 @@ def check_images(images: Tensor | np.ndarray) -> Tensor:
     Raises:
         InputError: no array, wrong rank, no images, NaN, values outside [0, 1], or integers.
     """
+    _refuse_pairs(images)
     values = _tensor("images", images)
     if values.ndim != 4:
         raise InputError(
             f"images must have four axes (images, channels, height, width); got shape "
-            f"{tuple(values.shape)}. One image x is images=x.unsqueeze(0)."
+            f"{tuple(values.shape)}. One image x is images=x.unsqueeze(0); labels are given as "
+            "labels=."
         )
+    _refuse_channels_last(tuple(values.shape))
     if values.shape[0] == 0 or 0 in values.shape:
         raise InputError(f"There is nothing to certify: images has shape {tuple(values.shape)}.")
     if not values.is_floating_point():
@@ -51,10 +62,59 @@ def check_images(images: Tensor | np.ndarray) -> Tensor:
     low, high = float(values.min()), float(values.max())
     if low < 0.0 or high > 1.0:
         raise InputError(
-            f"images must lie in [0, 1], found {low:.4g} to {high:.4g}: sigma and radius are in "
-            "units of that range. Put normalisation inside the model."
+            f"images must lie in [0, 1], found {low:.9g} to {high:.9g}: sigma and radius are in "
+            f"units of that range. {_into_range(low, high)}"
         )
     return values
+
+
+def _into_range(low: float, high: float) -> str:
+    if low >= -_OVERSHOOT and high <= 1.0 + _OVERSHOOT:
+        return (
+            "Rounding and bicubic resampling leave it by a little: give images.clamp(0, 1). If "
+            "the images are normalized, put normalization inside the model instead."
+        )
+    return "Put normalisation inside the model."
+
+
+def _refuse_pairs(images: Any) -> None:
+    """Refuse what loaders of (images, labels) give, and say how to give each alone."""
+    if isinstance(images, Mapping):
+        key = next((name for name in ("image", "img", "pixel_values") if name in images), "image")
+        raise InputError(
+            "images must be a tensor or an array; got a dictionary of "
+            f"{', '.join(map(str, images))}. Give its images alone: (b[{key!r}] for b in loader), "
+            "and the labels likewise as labels=, from a loader that does not shuffle."
+        )
+    parts = images if isinstance(images, (tuple, list)) else ()
+    shapes = [np.shape(part) for part in parts if isinstance(part, (Tensor, np.ndarray))]
+    if shapes and (len(shapes) < len(parts) or len(set(shapes)) > 1):
+        raise InputError(
+            "images must be a tensor or an array; got a pair or a longer tuple, such as a loader "
+            "of (images, labels) gives. Give images=(x for x, _ in loader) and labels=(y for _, y "
+            "in loader), from a loader that does not shuffle; where a function takes one tensor, "
+            "torch.cat makes it of blocks."
+        )
+    if shapes:
+        raise InputError(
+            f"images must be one tensor or array; got a {type(images).__name__} of {len(shapes)}. "
+            "torch.stack makes one tensor of single images, torch.cat of blocks."
+        )
+    is_array = isinstance(images, _ARRAYS) or hasattr(images, "__array__")
+    if isinstance(images, Iterable) and not is_array:
+        raise InputError(
+            f"images must be one tensor or array here; got {type(images).__name__}. torch.cat "
+            "makes one of blocks: torch.cat([x for x, _ in loader])."
+        )
+
+
+def _refuse_channels_last(shape: tuple[int, ...]) -> None:
+    if shape[3] in _CHANNELS and shape[1] not in _CHANNELS:
+        raise InputError(
+            f"images of shape {shape} have their channels last, as in numpy or TensorFlow; here "
+            "they come after the first axis, (images, channels, height, width). Give "
+            "images.permute(0, 3, 1, 2), or of an array images.transpose(0, 3, 1, 2)."
+        )
 
 
 def check_perturbation(perturbation: Any) -> None:
@@ -105,19 +165,51 @@ def check_labels(
     """
     if labels is None:
         return None
+    _refuse_blocks_of_labels(labels)
     values = _tensor("labels", labels).detach().cpu().numpy()
     if values.shape != (images,):
         raise InputError(
             f"labels must have one number per image, ({images},); got {values.shape}."
+            f"{_as_numbers(values.shape, images)}"
         )
     if not np.issubdtype(values.dtype, np.integer):
-        raise InputError(f"labels must be whole numbers; got {values.dtype}.")
+        raise InputError(
+            f"labels must be whole numbers; got {values.dtype}. Numbers of classes that are "
+            "stored otherwise become whole with labels.long(), or of an array labels.astype(int)."
+        )
     if values.min() < 0 or values.max() >= classes:
         raise InputError(
             f"labels must lie in 0 to {classes - 1}, the classes of the model; "
             f"found {values.min()} to {values.max()}."
+            f"{_HIDDEN if values.min() == UNLABELLED else ''}"
         )
     return values.astype(np.int64)
+
+
+def _refuse_blocks_of_labels(labels: Any) -> None:
+    parts = labels if isinstance(labels, (tuple, list)) else ()
+    arrays = [part for part in parts if isinstance(part, (Tensor, np.ndarray)) and part.ndim]
+    if arrays or isinstance(labels, Iterator):
+        raise InputError(
+            "labels of one tensor of images must be one tensor or array, too; got a "
+            f"{type(labels).__name__} of blocks. torch.cat makes one of them."
+        )
+    is_text = isinstance(labels, np.ndarray) and labels.dtype.kind in "USO"
+    if is_text or any(isinstance(part, str) for part in parts):
+        raise InputError(
+            "labels must be a tensor or an array of numbers of classes; got texts or objects. "
+            "Give [names.index(y) for y in labels], with the names in the order of the model's "
+            "outputs."
+        )
+
+
+def _as_numbers(shape: tuple[int, ...], images: int) -> str:
+    """What to do with labels that are a matrix."""
+    if len(shape) != 2 or shape[0] != images:
+        return ""
+    if shape[1] == 1:
+        return " A column of numbers becomes that with labels[:, 0]."
+    return " One-hot rows become numbers with labels.argmax(1)."
 
 
 def _tensor(name: str, values: Any) -> Tensor:

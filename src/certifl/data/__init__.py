@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from certifl.data.datasets import DATA_ENV, EMBEDDED, load
+from certifl.data.datasets import DATA_ENV, EMBEDDED, load, named_folder
 from certifl.data.decode import changes_of, read_image
 from certifl.data.manifest import ClientIndices, Partition, check, choose, label_checksum
 from certifl.data.partition import (
@@ -34,6 +34,7 @@ __all__ = [
     "label_checksum",
     "load",
     "make_splitter",
+    "named_folder",
     "random_part",
     "read_image",
     "to_float",

@@ -12,6 +12,16 @@ from certifl.errors import InputError
 
 __all__ = ["assemble"]
 
+_INSTEAD = {
+    "training": "Remove those images, from test or validation images too.",
+    "test": (
+        "If there is a validation split with labels, certify its images: data.test_split = "
+        '"validation" (from Python test_split="validation"), or move the test files elsewhere, so '
+        "that validation serves as test. Else remove those images."
+    ),
+}
+"""What to do where images of a split have no label."""
+
 
 def assemble(name: str, train: RawSplit, test: RawSplit) -> Dataset:
     """Check two splits against each other and build the data set.
@@ -68,6 +78,12 @@ def _classes(
     name: str, train: RawSplit, test: RawSplit
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[str, ...]]:
     """Labels of both splits as 0..K-1, and the K names."""
+    if train.class_names != test.class_names:
+        raise InputError(
+            f"The two splits of {name} name their classes differently"
+            f"{'' if train.class_names and test.class_names else ' (one of them not at all)'}. "
+            "Export them with the same class names in the same order."
+        )
     if train.class_names is None:
         names, both = _numbered(name, train.labels, test.labels)
     else:
@@ -83,13 +99,17 @@ def _classes(
 def _numbered(
     name: str, train: np.ndarray, test: np.ndarray
 ) -> tuple[tuple[str, ...], tuple[np.ndarray, np.ndarray]]:
+    for which, labels in (("training", train), ("test", test)):
+        if labels.dtype.kind == "i" and labels.min() < 0:
+            raise InputError(_hidden(name, which, int(labels.min())))
     values, train_numbers = np.unique(train, return_inverse=True)
     if train.dtype.kind != test.dtype.kind or not np.isin(test, values).all():
         extra = sorted(set(map(str, np.unique(test))) - set(map(str, values)))
         raise InputError(
             f"{name} has test images of classes without training images: "
             f"{', '.join(extra[:10]) or 'the labels differ in type'}. Both splits need the same "
-            "classes, written the same way."
+            "classes, written the same way; where test images have no labels, data.test_split "
+            "takes another split."
         )
     numbers = (train_numbers.astype(np.int64), np.searchsorted(values, test).astype(np.int64))
     return tuple(str(value) for value in values), numbers
@@ -97,20 +117,24 @@ def _numbered(
 
 def _require_named(name: str, train: RawSplit, test: RawSplit) -> None:
     names = train.class_names or ()
-    if test.class_names not in (None, names):
-        raise InputError(
-            f"The two splits of {name} name their classes differently. Export them with the same "
-            "class names in the same order."
-        )
     for which, labels in (("training", train.labels), ("test", test.labels)):
         if labels.dtype.kind != "i":
             raise InputError(
                 f"{name} names its classes, but its {which} labels are texts. Store class numbers."
             )
-        if labels.min() < 0 or labels.max() >= len(names):
-            wrong = int(labels.min() if labels.min() < 0 else labels.max())
+        if labels.min() < 0:
+            raise InputError(_hidden(name, which, int(labels.min())))
+        if labels.max() >= len(names):
             raise InputError(
-                f"{name} has the {which} label {wrong}, but its classes are numbered 0 to "
-                f"{len(names) - 1}. A label of -1 usually marks images without a public label: "
-                "choose a data set or a split with labels."
+                f"{name} has the {which} label {labels.max()}, but its {len(names)} classes are "
+                f"numbered 0 to {len(names) - 1}. Correct the labels or the names of the classes."
             )
+
+
+def _hidden(name: str, which: str, label: int) -> str:
+    """What a label below 0 means, and what to do."""
+    means = "usually marks images whose label is not public" if label == -1 else "is no class"
+    return (
+        f"{name} has the {which} label {label}, which {means}. {_INSTEAD[which]} If {label} is a "
+        "class of yours, store the labels as texts."
+    )

@@ -33,7 +33,7 @@ from certifl.errors import InputError
 __all__ = ["CACHE_ENV", "cache_folder", "cache_key", "cache_path", "read_cached", "write_cached"]
 
 CACHE_ENV = "CERTIFL_CACHE"
-_DECODING_RULES = "1"  # raise when pixels, labels or class names of the same files would differ
+_DECODING_RULES = "2"  # raise when pixels, labels or class names of the same files would differ
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,15 @@ import pyarrow as pa
 
 from certifl.errors import InputError
 
-__all__ = ["Chosen", "choose_columns", "features_of"]
+__all__ = ["Chosen", "choose_columns", "class_names_of", "features_of", "is_text", "plain_type"]
 
 _USUAL_NAMES = {"image": ("image", "img"), "label": ("label", "labels")}
+_TYPES = {"image": "Image", "label": "ClassLabel"}
+_STORED = {
+    "image": "Store the bytes of image files, alone or as a struct with `bytes`.",
+    "label": "Store labels as integers or texts.",
+}
+_STRING_VIEW = pa.string_view() if hasattr(pa, "string_view") else None
 
 Features = Mapping[str, Mapping[str, object]]
 """Column name -> the hub's feature, e.g. {"_type": "ClassLabel", "names": [...]}."""
@@ -65,50 +71,55 @@ def choose_columns(
     Raises:
         InputError: a column asked for is not there, or it is not clear which one is meant.
     """
-    typed = [name for name in schema.names if features.get(name, {}).get("_type") == "Image"]
-    stored = [field.name for field in schema if _may_hold_images(field.type)]
-    image = _choose("image", image_column, schema, typed or stored, where)
-    typed = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
-    stored = [field.name for field in schema if _may_hold_labels(field.type)]
-    typed, stored = ([name for name in found if name != kept] for found in (typed, stored))
-    label = _choose("label", label_column, schema, typed or stored, where)
+    image = _found("image", schema, features, where) if image_column is None else image_column
+    label = (
+        _found("label", schema, features, where, kept) if label_column is None else label_column
+    )
+    for asked in (image_column, label_column):
+        if asked is not None and asked not in schema.names:
+            raise InputError(
+                f"{where} has no column {asked!r}; its columns are {', '.join(schema.names)}."
+            )
     if kept is not None and kept not in schema.names:
         raise InputError(
             f"{where} has no column {kept!r} to split by; its columns are "
             f"{', '.join(schema.names)}."
         )
-    named = None if kept is None else _names(features, kept)
-    return Chosen(image, label, _names(features, label), kept, named)
+    named = None if kept is None else class_names_of(features, kept)
+    return Chosen(image, label, class_names_of(features, label), kept, named)
 
 
-def _names(features: Features, column: str) -> tuple[str, ...] | None:
+def class_names_of(features: Features, column: str) -> tuple[str, ...] | None:
+    """What the numbers of a column stand for, where the metadata says it."""
     names = features.get(column, {}).get("names")
     return tuple(map(str, names)) if isinstance(names, list) else None
 
 
-def _choose(
-    role: str,
-    asked: str | None,
-    schema: pa.Schema,
-    candidates: list[str],
-    where: str,
+def _found(
+    role: str, schema: pa.Schema, features: Features, where: str, kept: str | None = None
 ) -> str:
-    if asked is not None:
-        if asked not in schema.names:
-            raise InputError(
-                f"{where} has no column {asked!r}; its columns are {', '.join(schema.names)}."
-            )
-        return asked
-    if len(candidates) == 1:
-        return candidates[0]
-    usual = [name for name in _USUAL_NAMES[role] if name in candidates]
+    """The one column that can be meant: by feature type, else by storage type and name."""
+    fields = [field for field in schema if field.name != kept]
+    typed = [f.name for f in fields if features.get(f.name, {}).get("_type") == _TYPES[role]]
+    usual_names = _USUAL_NAMES[role]
+    stored = [f.name for f in fields if _may_hold(role, f.type, f.name in usual_names)]
+    candidates = typed or stored
+    usual = [name for name in usual_names if name in candidates]
     if len(usual) == 1:
         return usual[0]
+    unusable = [f for f in fields if f.name in usual_names and f.name not in candidates]
+    if candidates and unusable and not typed and not usual:
+        raise InputError(
+            f"Column {unusable[0].name!r} of {where} holds {unusable[0].type}, from which no "
+            f"{role}s are read. {_STORED[role]} If another column holds the {role}s: "
+            f"{_how_to_choose(role, candidates[0])}"
+        )
+    if len(candidates) == 1:
+        return candidates[0]
     if not candidates:
         raise InputError(
             f"{where} has no column that could hold the {role}s; its columns are "
-            f"{', '.join(f'{field.name} ({field.type})' for field in schema)}. "
-            f"{_how_to_choose(role, 'COLUMN')}"
+            f"{', '.join(f'{field.name} ({field.type})' for field in schema)}. {_STORED[role]}"
         )
     raise InputError(
         f"{where} has several columns that could hold the {role}s: {', '.join(candidates)}. "
@@ -122,11 +133,21 @@ def _how_to_choose(role: str, example: str) -> str:
     return f"Choose one with image_column={example!r}."
 
 
-def _may_hold_images(kind: pa.DataType) -> bool:
+def _may_hold(role: str, kind: pa.DataType, usual: bool) -> bool:
+    """Whether a column's type fits; yes and no only by its name, as in a column `occluded`."""
+    if role == "label":
+        kind = plain_type(kind)
+        return is_text(kind) or pa.types.is_integer(kind) or (usual and pa.types.is_boolean(kind))
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _may_hold_labels(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type of a column's values, also where it is stored by number (a categorical column)."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column's values are texts."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == _STRING_VIEW

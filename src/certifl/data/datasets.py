@@ -6,6 +6,7 @@ path; `<data_dir>/<name>`; the hub. The network is not touched unless all others
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -16,12 +17,14 @@ from certifl.data.assemble import assemble
 from certifl.data.cache import cache_folder, cache_key, cache_path, read_cached, write_cached
 from certifl.data.embedded import read_digits
 from certifl.data.hub import HUB_NAMES, read_hub
-from certifl.data.layouts import Layout, find_layout
+from certifl.data.layouts import TEST_NAMES, Layout, find_layout
 from certifl.data.readers import READERS, ColumnNames, RawSplit
 from certifl.data.splits import Dataset
 from certifl.errors import DataUnavailable, InputError
 
-__all__ = ["DATA_ENV", "EMBEDDED", "load"]
+__all__ = ["DATA_ENV", "EMBEDDED", "hub_choices", "load", "named_folder"]
+
+_log = logging.getLogger(__name__)
 
 DATA_ENV = "CERTIFL_DATA"
 EMBEDDED: dict[str, Callable[[], tuple[RawSplit, RawSplit]]] = {"digits": read_digits}
@@ -57,6 +60,7 @@ def load(
     label_column: str | None = None,
     image_column: str | None = None,
     keep_column: str | None = None,
+    test_split: str | None = None,
 ) -> Dataset:
     """Load a data set, decoding its images once.
 
@@ -69,6 +73,8 @@ def load(
         label_column: the same choice as in "name[column]".
         image_column: the image column of a table that has several.
         keep_column: a further column of a table to keep, such as the writer of each image.
+        test_split: the split whose images are certified, of "test", "validation", "valid" and
+            "val"; None takes the first of them that is there.
 
     Returns:
         Both splits as uint8 (n, c, h, w), of one size; the same content from whatever file.
@@ -79,7 +85,11 @@ def load(
     """
     base, columns = _parse(name, label_column, image_column)
     columns = replace(columns, kept=keep_column)
-    files, choices, build = _source(base, data_dir, columns)
+    if test_split not in (None, *TEST_NAMES):
+        raise InputError(
+            f"test_split = {test_split!r} must be one of {', '.join(TEST_NAMES)}, or left out."
+        )
+    files, choices, build = _source(base, data_dir, columns, test_split)
     try:
         key = cache_key(files, *choices)
     except OSError as error:
@@ -87,17 +97,55 @@ def load(
             f"Cannot read the files of {name}: {error}. Check their rights."
         ) from error
     path = cache_path(cache_folder(cache_dir), name, key)
-    cached = read_cached(path, name)
-    if cached is not None:
-        return cached
-    train, test = build()
-    dataset = assemble(name, train, test)
-    write_cached(path, dataset)
+    dataset = read_cached(path, name)
+    if dataset is None:
+        dataset = assemble(name, *build())
+        write_cached(path, dataset)
+    _say_order(dataset)
     return dataset
 
 
-def _source(base: str, data_dir: str | Path | None, columns: ColumnNames) -> _Source:
+def hub_choices(base: str, columns: ColumnNames, test_split: str | None) -> tuple[str | None, ...]:
+    """What the cache of a data set of the hub is named by."""
+    return ("hub", base, *columns.choices, *_chosen_split(test_split))
+
+
+def _chosen_split(test_split: str | None) -> tuple[str, ...]:
+    return () if test_split is None else ("test", test_split)
+
+
+def _say_order(dataset: Dataset) -> None:
+    """Say that classes whose names hold numbers are ordered as texts: 10 comes before 2."""
+    names = list(dataset.class_names)
+    in_numbers = sorted(names, key=_by_number)
+    if names == sorted(names) and names != in_numbers:
+        _log.warning(
+            "The classes of %s are ordered as texts (%s%s), so class number %d, counted from 0, "
+            "is %r: outputs of a network must be in this order.",
+            dataset.name,
+            ", ".join(names[:5]),
+            " ..." if len(names) > 5 else "",
+            *next(
+                (i, a) for i, (a, b) in enumerate(zip(names, in_numbers, strict=True)) if a != b
+            ),
+        )
+
+
+def _by_number(name: str) -> list[tuple[int, int, str]]:
+    """A key that sorts the numbers in a name by their size."""
+    parts = re.split(r"([0-9]{1,18})", name)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
+
+
+def _source(
+    base: str, data_dir: str | Path | None, columns: ColumnNames, test_split: str | None
+) -> _Source:
     if base in EMBEDDED:
+        if test_split not in (None, "test"):
+            raise InputError(
+                f"{base} has no split {test_split!r}; its images are split into train and test. "
+                "Remove data.test_split."
+            )
         if columns.kept is not None:
             raise InputError(
                 f"{base} is no table, so it has no column {columns.kept!r} to split by. Choose "
@@ -106,10 +154,10 @@ def _source(base: str, data_dir: str | Path | None, columns: ColumnNames) -> _So
         if columns != ColumnNames():
             raise InputError(f"{base} has no columns to choose from. Write {base!r} alone.")
         return (), ("embedded", base), EMBEDDED[base]
-    layout = _find(base, data_dir)
+    layout = _find(base, data_dir, test_split)
     if layout is None:
-        choices = ("hub", base, *columns.choices)
-        return (), choices, lambda: read_hub(base, columns, _ways(base))
+        choices = hub_choices(base, columns, test_split)
+        return (), choices, lambda: read_hub(base, columns, _ways(base), test_split)
     files = (*layout.train, *layout.test)
     known = _KNOWN_NAMES.get(_plain(base)) if layout.kind == "idx" else None
     choices = (layout.kind, *(known or ()), *columns.choices)
@@ -120,8 +168,10 @@ def _read(
     layout: Layout, columns: ColumnNames, known: tuple[str, ...] | None
 ) -> tuple[RawSplit, RawSplit]:
     read = READERS[layout.kind]
-    train, test = read(layout.train, columns), read(layout.test, columns)
-    return (replace(train, class_names=known), test) if known else (train, test)
+    train, test = (read(files, columns, layout.root) for files in (layout.train, layout.test))
+    if known:
+        train, test = (replace(split, class_names=known) for split in (train, test))
+    return train, test
 
 
 def _parse(
@@ -141,11 +191,11 @@ def _parse(
     return match["base"], ColumnNames(image_column, column or label_column)
 
 
-def _find(base: str, data_dir: str | Path | None) -> Layout | None:
+def _find(base: str, data_dir: str | Path | None, test_split: str | None) -> Layout | None:
     """The data set's files on this machine, or None if there is no folder of that name."""
     for folder in _places(base, data_dir):
         if folder.is_dir():
-            layout = find_layout(folder)
+            layout = find_layout(folder, test_split)
             if layout is None:
                 raise DataUnavailable(
                     f"The folder {folder} holds no data set in a layout known here: {_LAYOUTS}. "
@@ -179,12 +229,15 @@ def _is_path(base: str) -> bool:
     return base[0] in ".~" or Path(base).is_absolute() or base.count("/") > 1
 
 
-def _data_folder(data_dir: str | Path | None) -> Path | None:
+def named_folder(data_dir: str | Path | None) -> Path | None:
+    """The folder of data sets: the one given, else the environment's, else none."""
     chosen = data_dir or os.environ.get(DATA_ENV)
-    if not chosen:
-        return None
-    folder = Path(chosen).expanduser()
-    if not folder.is_dir():
+    return Path(chosen).expanduser() if chosen else None
+
+
+def _data_folder(data_dir: str | Path | None) -> Path | None:
+    folder = named_folder(data_dir)
+    if folder is not None and not folder.is_dir():
         raise DataUnavailable(
             f"The data folder {folder} does not exist. Correct --data-dir or {DATA_ENV}."
         )

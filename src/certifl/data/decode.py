@@ -1,20 +1,25 @@
 """From image files to uint8 pixels: one rule for all sources, applied by a pool of threads.
 
 Convention: 8-bit grey stays one channel. Everything else (RGB, palettes, CMYK, ...) becomes RGB.
-An alpha channel is dropped, a recorded camera orientation is applied, and of an animation the
-first frame is taken. Greyscale with more than 8 bits is refused, because there is no one right way
-to bring it to [0, 255]. If one image of a set is RGB, the grey ones get three equal channels.
+An alpha channel is dropped and a recorded camera orientation is applied. If one image of a set is
+RGB, the grey ones get three equal channels. Whatever would lose part of an image is refused: more
+than 8 bits per channel, because there is no one right way to bring them to [0, 255], and files
+with several frames or pages, because only one of them can be the image. (The second image that
+cameras put into a JPEG is a preview of the first, which alone is read.)
 """
 
 from __future__ import annotations
 
 import io
+import logging
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,12 +37,27 @@ __all__ = [
     "size_text",
 ]
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF")
-_DEEP_GREY = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_ENDINGS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "BMP": (".bmp", ".dib"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+}
+IMAGE_SUFFIXES = tuple(ending for endings in _ENDINGS.values() for ending in endings)
+_FORMATS = tuple(_ENDINGS)
+_DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_DEEP_STORAGE = re.compile(r";(1[0-9]|32|64)[A-Z]+$")
+"""How Pillow names more than 8 bits per channel: RGB;16B, but not BGR;16, which is 5 + 6 + 5."""
+_BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL = 258, 277  # tags of TIFF
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_TRANSPARENT = "certifl_transparent"
 _BATCH = 2048
 _GROUP = 64
+
+_log = logging.getLogger(__name__)
 
 NamedImage = tuple[Callable[[], str], "bytes | Path"]
 """How an error would name the image, and its encoded bytes or its file."""
@@ -53,20 +73,30 @@ def decode_all(items: Iterable[NamedImage]) -> np.ndarray:
 
     Raises:
         InputError: an image cannot be decoded, differs in size from the first, is smaller than
-            8 x 8, or has more than 8 bits of grey; the message names the image.
+            8 x 8, has more than 8 bits per channel or several frames; the message names the image.
     """
     Image.init()  # registers the formats once: doing so from several threads would race
     done: list[np.ndarray] = []
+    clear: list[Callable[[], str]] = []
     first: tuple[str, tuple[int, ...]] | None = None
     with ThreadPoolExecutor(_workers()) as pool:
         for batch in _chunks(iter(items), _BATCH):
             groups = [batch[i : i + _GROUP] for i in range(0, len(batch), _GROUP)]
-            decoded = [image for group in pool.map(_decode_group, groups) for image in group]
+            opened = [image for group in pool.map(_decode_group, groups) for image in group]
+            decoded = [pixels for pixels, _ in opened]
+            clear += [name for (name, _), (_, see) in zip(batch, opened, strict=True) if see]
             first = first or (batch[0][0](), decoded[0].shape)
             _require_one_size(batch, decoded, first)
             done.append(_stack(decoded))
     if not done:
         raise InputError("There is no image to decode. Check that the files are not empty.")
+    if clear:
+        _log.warning(
+            "%s has transparent pixels%s: transparency is dropped, and the colours that the file "
+            "stores below it are read.",
+            clear[0](),
+            f", as {len(clear) - 1} more images have" if len(clear) > 1 else "",
+        )
     return _join(done)
 
 
@@ -79,14 +109,15 @@ def read_image(
     0.299 R + 0.587 G + 0.114 B (ITU-R BT.601) where the model wants one channel.
 
     Args:
-        path: a PNG, JPEG, BMP, WebP, GIF or TIFF file.
+        path: a PNG, JPEG, BMP, WebP, GIF, TIFF or PPM file.
         in_channels: 1 or 3.
         image_size: height and width in pixels.
         resize: resample an image of another size (bilinear, antialiased). A certificate then
             speaks of the resampled image, not of the file.
 
     Raises:
-        InputError: no such file, no image, more than 8 bits of grey, or another size.
+        InputError: no such file, no image, more than 8 bits per channel, several frames, or
+            another size.
     """
     if in_channels not in (1, 3):
         raise InputError(f"in_channels must be 1 (grey) or 3 (RGB), got {in_channels}.")
@@ -113,7 +144,7 @@ def changes_of(path: str | Path, in_channels: int, image_size: tuple[int, int]) 
     file = Path(path)
     image = _open(lambda: str(file), file)
     height, width = image_size
-    told = []
+    told = ["transparency dropped"] if image.info.get(_TRANSPARENT) else []
     if (len(image.getbands()) == 1) != (in_channels == 1):
         told.append("converted to grey" if in_channels == 1 else "grey repeated in three channels")
     if image.size != (width, height):
@@ -126,35 +157,100 @@ def _open(name: Callable[[], str], source: bytes | Path) -> Image.Image:
     try:
         content = source if isinstance(source, bytes) else source.read_bytes()
         image = Image.open(io.BytesIO(content), formats=_FORMATS)
-        image.load()
+        lost = _would_lose(image)
+        if not lost:
+            image.load()
+            image = ImageOps.exif_transpose(image)
     except _DAMAGED as error:
         reason = "it is no image in a format known here" if _unknown(error) else str(error)
         raise InputError(
             f"Cannot decode {name()}: {reason}. Readable are {', '.join(_FORMATS)}; "
             "remove or replace the file."
         ) from error
-    if image.mode in _DEEP_GREY:
-        raise InputError(
-            f"{name()} has more than 8 bits of grey (mode {image.mode}), which has no one right "
-            "conversion. Convert the images to 8 bits first."
+    if lost:
+        raise InputError(f"{name()} {lost}")
+    return _converted(image, name)
+
+
+def _would_lose(image: Image.Image) -> str:
+    """What of an opened image decoding would lose, and what to do; "" = nothing."""
+    if depth := _depth(image):
+        return (
+            f"has more than 8 bits per channel ({depth}), which has no one right conversion. "
+            "Convert the images to 8 bits first."
         )
-    if "exif" in image.info:
-        image = ImageOps.exif_transpose(image)
-    if image.mode in ("L", "RGB"):
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        return (
+            "holds several frames or pages, and nothing says which of them is the image. Save the "
+            "one that is meant in a file of its own."
+        )
+    stored, read = _tag(image, _SAMPLES_PER_PIXEL, 1), len(image.getbands())
+    if stored > read:
+        return (
+            f"has {stored} channels, of which {read} would be read. Save the channels that are "
+            "meant as grey or RGB."
+        )
+    return ""
+
+
+def _depth(image: Image.Image) -> str:
+    """How an image stores more than 8 bits per channel, in Pillow's words; "" = it does not.
+
+    The mode alone does not say it: Pillow cuts 16-bit colour down to mode RGB while loading, so
+    this looks at what is to be loaded.
+    """
+    if image.mode in _DEEP_MODES:
+        return f"mode {image.mode}"
+    for codec, _, _, options in getattr(image, "tile", ()):
+        given = options if isinstance(options, tuple) else (options,)
+        for one in given:
+            if isinstance(one, str) and _DEEP_STORAGE.search(one):
+                return f"stored as {one}"
+            if codec.startswith("ppm") and isinstance(one, int) and one > 255:
+                return f"levels up to {one}"
+    bits = max(_tag(image, _BITS_PER_SAMPLE, (8,)))
+    return f"{bits} bits" if bits > 8 else ""
+
+
+def _tag(image: Image.Image, number: int, default: Any) -> Any:
+    """A tag of a TIFF file; the default for every other format."""
+    return default if image.format != "TIFF" else getattr(image, "tag_v2", {}).get(number, default)
+
+
+def _converted(image: Image.Image, name: Callable[[], str]) -> Image.Image:
+    """An 8-bit image as mode L or RGB; `info` notes whether transparency was dropped."""
+    if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image
-    if image.mode in ("1", "LA"):
+    if image.mode == "1":
         return image.convert("L")
-    if image.mode in ("P", "PA"):  # by way of RGBA, since palettes may carry transparency
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+    try:
+        if image.mode in ("L", "La", "LA"):
+            return _without_alpha(image.convert("LA"), "L")
+        if image.mode in ("P", "PA", "RGB", "RGBa", "RGBA"):  # palettes may carry transparency
+            return _without_alpha(image.convert("RGBA"), "RGB")
+        return image.convert("RGB")
+    except ValueError as error:  # colours that Pillow cannot bring to RGB, such as CIE L*a*b*
+        raise InputError(
+            f"{name()} has colours of mode {image.mode}, which cannot be converted here. Save it "
+            "as RGB."
+        ) from error
+
+
+def _without_alpha(image: Image.Image, mode: str) -> Image.Image:
+    alpha = np.asarray(image.getchannel("A"))
+    made = image.convert(mode)
+    made.info[_TRANSPARENT] = bool(alpha.min() < 255)
+    return made
 
 
 def _unknown(error: Exception) -> bool:
     return isinstance(error, UnidentifiedImageError)  # its own text shows a memory address
 
 
-def _decode_group(group: list[NamedImage]) -> list[np.ndarray]:
-    return [np.asarray(_open(name, source)) for name, source in group]
+def _decode_group(group: list[NamedImage]) -> list[tuple[np.ndarray, bool]]:
+    """Pixels of images, and whether transparency was dropped from each."""
+    images = [_open(name, source) for name, source in group]
+    return [(np.asarray(image), image.info.get(_TRANSPARENT, False)) for image in images]
 
 
 def _require_one_size(

@@ -34,13 +34,16 @@ class _HubSplit(Protocol):
     def iter(self, batch_size: int) -> Iterator[pa.Table]: ...
 
 
-def read_hub(name: str, columns: ColumnNames, ways: str) -> tuple[RawSplit, RawSplit]:
+def read_hub(
+    name: str, columns: ColumnNames, ways: str, test_split: str | None = None
+) -> tuple[RawSplit, RawSplit]:
     """Download (or take from the hub's own cache) and decode both splits.
 
     Args:
         name: a short name of `HUB_NAMES` or the hub's own, "owner/name".
         columns: the image and the label column, or None for each to be found.
         ways: what the user can do instead; ends the message if the hub does not help.
+        test_split: the split whose images are certified; None = the first there is of TEST_NAMES.
 
     Raises:
         DataUnavailable: `datasets` is not installed, or the hub did not give the data set.
@@ -50,7 +53,7 @@ def read_hub(name: str, columns: ColumnNames, ways: str) -> tuple[RawSplit, RawS
         raise DataUnavailable(
             f"{name} on the hub has the splits {', '.join(splits)}, but no train. {ways}"
         )
-    test = choose_test(list(splits), f"{name} on the hub")
+    test = choose_test([one for one in splits if one != "train"], f"{name} on the hub", test_split)
     return _read(splits["train"], columns, f"{name}, train"), _read(
         splits[test], columns, f"{name}, {test}"
     )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from certifl.data.decode import IMAGE_SUFFIXES
+from certifl.data.folders import class_images, has_class_folders, subfolders
 from certifl.errors import DataUnavailable, InputError
 
 __all__ = ["TEST_NAMES", "Layout", "choose_test", "find_layout"]
@@ -37,22 +36,37 @@ class Layout:
     test: tuple[Path, ...]
 
 
-def find_layout(root: Path) -> Layout | None:
+def find_layout(root: Path, test_split: str | None = None) -> Layout | None:
     """Recognise the data set in a folder; None if the folder holds none of the layouts.
 
-    Raises:
-        DataUnavailable: training images without test images.
-        InputError: several data sets in one folder.
-    """
-    return _find_parquet(root) or _find_idx(root) or _find_folder(root)
-
-
-def choose_test(available: list[str], where: str) -> str:
-    """The split that serves as test: `test`, else a validation split.
+    Args:
+        root: the folder.
+        test_split: the split whose images are certified; None = the first there is of TEST_NAMES.
 
     Raises:
-        DataUnavailable: none of them is there.
+        DataUnavailable: training images without test images, or without the split asked for.
+        InputError: several data sets in one folder, or a file that would be lost.
     """
+    return (
+        _find_parquet(root, test_split)
+        or _find_idx(root, test_split)
+        or _find_folder(root, test_split)
+    )
+
+
+def choose_test(available: list[str], where: str, asked: str | None = None) -> str:
+    """The split that serves as test: as asked for, else `test`, else a validation split.
+
+    Raises:
+        DataUnavailable: it is not there, or none of them is.
+    """
+    if asked is not None:
+        if asked in available:
+            return asked
+        raise DataUnavailable(
+            f"{where} has no split {asked!r} to certify images of; it has "
+            f"{', '.join(available) or 'none'}. Correct or remove data.test_split."
+        )
     for name in TEST_NAMES:
         if name in available:
             return name
@@ -63,12 +77,13 @@ def choose_test(available: list[str], where: str) -> str:
     )
 
 
-def _find_parquet(root: Path) -> Layout | None:
+def _find_parquet(root: Path, test_split: str | None) -> Layout | None:
     folder = _parquet_folder(root)
     if folder is None:
         return None
     splits = {name: _parquet_files(folder, name) for name in ("train", *TEST_NAMES)}
-    test = choose_test([name for name, files in splits.items() if files], str(folder))
+    available = [name for name in TEST_NAMES if splits[name]]
+    test = choose_test(available, str(folder), test_split)
     return Layout("parquet", root, splits["train"], splits[test])
 
 
@@ -77,7 +92,7 @@ def _parquet_folder(root: Path) -> Path | None:
     for folder in (root, root / "data"):
         if _parquet_files(folder, "train"):
             return folder
-    below = [folder for folder in _folders(root) if _parquet_files(folder, "train")]
+    below = [folder for folder in subfolders(root) if _parquet_files(folder, "train")]
     if len(below) > 1:
         names = ", ".join(folder.name for folder in below)
         raise InputError(
@@ -90,7 +105,13 @@ def _parquet_folder(root: Path) -> Path | None:
 def _parquet_files(folder: Path, split: str) -> tuple[Path, ...]:
     """Files `train-*.parquet`, `train.parquet` or `train/*.parquet`, complete and in order."""
     named = (*folder.glob(f"{split}-*.parquet"), *folder.glob(f"{split}.parquet"))
-    files = tuple(sorted(named)) or tuple(sorted((folder / split).glob("*.parquet")))
+    inside = tuple(sorted((folder / split).glob("*.parquet")))
+    if named and inside:
+        raise InputError(
+            f"{folder} holds files of the split {split!r} in two places, {min(named).name} and "
+            f"{split}/{inside[0].name}. Move them into one place, or one of them elsewhere."
+        )
+    files = tuple(sorted(named)) or inside
     for total in {_parts_of(file) for file in files} - {None}:
         if total != len(files):
             raise InputError(
@@ -106,13 +127,12 @@ def _parts_of(file: Path) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def _find_idx(root: Path) -> Layout | None:
+def _find_idx(root: Path, test_split: str | None) -> Layout | None:
     for folder in (root, root / "raw"):
         train = _idx_pair(folder, "train")
         test = _idx_pair(folder, "test")
         if train:
-            if not test:
-                choose_test([], str(folder))
+            choose_test(["test"] if test else [], str(folder), test_split)
             return Layout("idx", root, train, test)
     return None
 
@@ -125,28 +145,10 @@ def _idx_pair(folder: Path, split: str) -> tuple[Path, ...]:
     return tuple(file for file in found if file) if all(found) else ()
 
 
-def _find_folder(root: Path) -> Layout | None:
-    train = _class_images(root / "train")
-    if not train:
+def _find_folder(root: Path, test_split: str | None) -> Layout | None:
+    if not has_class_folders(root / "train"):
         return None
-    splits = {name: _class_images(root / name) for name in TEST_NAMES}
-    test = choose_test([name for name, files in splits.items() if files], str(root))
-    return Layout("folder", root, train, splits[test])
-
-
-def _class_images(folder: Path) -> tuple[Path, ...]:
-    """All `<class>/<image>` below a split's folder, by class, then by name."""
-    found: list[Path] = []
-    for below in _folders(folder):
-        images = sorted(file for file in _visible(below) if file.suffix.lower() in IMAGE_SUFFIXES)
-        found.extend(images)
-    return tuple(found)
-
-
-def _folders(root: Path) -> list[Path]:
-    return sorted(folder for folder in _visible(root) if folder.is_dir())
-
-
-def _visible(folder: Path) -> Iterator[Path]:
-    if folder.is_dir():
-        yield from (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    available = [name for name in TEST_NAMES if has_class_folders(root / name)]
+    test = choose_test(available, str(root), test_split)
+    train = class_images(root / "train", may_be_empty=False)
+    return Layout("folder", root, train, class_images(root / test, may_be_empty=True))

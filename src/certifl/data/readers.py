@@ -62,10 +62,10 @@ def read_parquet(files: tuple[Path, ...], columns: ColumnNames) -> RawSplit:
     return read_tables(files, columns)
 
 
-def read_folder(files: tuple[Path, ...], columns: ColumnNames) -> RawSplit:
-    """Read `<class>/<image>` files; the class of an image is the name of its folder."""
-    _refuse_columns(columns, files[0].parent.parent)
-    labels = np.array([file.parent.name for file in files])
+def read_folder(files: tuple[Path, ...], columns: ColumnNames, root: Path) -> RawSplit:
+    """Read the images `root/<split>/<class>/...`, however deep below the folder of their class."""
+    _refuse_columns(columns, root)
+    labels = np.array([file.relative_to(root).parts[1] for file in files])
     return RawSplit(decode_all(_named(files)), labels)
 
 
@@ -82,11 +82,12 @@ def read_idx(files: tuple[Path, ...], columns: ColumnNames) -> RawSplit:
     return RawSplit(images[:, None], labels.astype(np.int64))
 
 
-READERS: dict[str, Callable[[tuple[Path, ...], ColumnNames], RawSplit]] = {
-    "parquet": read_parquet,
-    "idx": read_idx,
+READERS: dict[str, Callable[[tuple[Path, ...], ColumnNames, Path], RawSplit]] = {
+    "parquet": lambda files, columns, _root: read_parquet(files, columns),
+    "idx": lambda files, columns, _root: read_idx(files, columns),
     "folder": read_folder,
 }
+"""How each layout is read: a split's files, the columns asked for, the data set's folder."""
 
 
 def _named(files: tuple[Path, ...]) -> Iterator[NamedImage]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from certifl.data.columns import Chosen, choose_columns, features_of
+from certifl.data.columns import (
+    Chosen,
+    choose_columns,
+    class_names_of,
+    features_of,
+    is_text,
+    plain_type,
+)
 from certifl.data.decode import NamedImage, decode_all
 from certifl.data.readers import ColumnNames, RawSplit
 from certifl.errors import InputError
@@ -24,10 +32,11 @@ TableRows = Iterator[tuple[str, Path, pa.RecordBatch | pa.Table]]
 
 
 def read_tables(files: tuple[Path, ...], columns: ColumnNames) -> RawSplit:
-    """Read parquet files that all have the columns of the first.
+    """Read parquet files that all have the columns of the first, with the same names of classes.
 
     Raises:
-        InputError: a file is damaged, columns are unclear, or an image or label is unusable.
+        InputError: a file is damaged, columns are unclear, files differ in what their numbers
+            stand for, or an image or label is unusable.
     """
     schema = _opened(files[0]).schema_arrow
     chosen = choose_columns(
@@ -41,8 +50,18 @@ def read_rows(rows: TableRows, chosen: Chosen) -> RawSplit:
     labels: list[np.ndarray] = []
     kept: list[np.ndarray] = []
     images = decode_all(_images(rows, chosen, labels, kept))
-    column = np.concatenate(kept) if kept else None
-    return RawSplit(images, np.concatenate(labels), chosen.class_names, column)
+    column = _joined(kept, chosen.kept or "") if kept else None
+    return RawSplit(images, _joined(labels, chosen.label), chosen.class_names, column)
+
+
+def _joined(parts: list[np.ndarray], name: str) -> np.ndarray:
+    """The values of all parts; numpy alone would make texts of integers beside texts."""
+    if len({part.dtype.kind for part in parts if part.size}) > 1:
+        raise InputError(
+            f"Column {name!r} holds integers in one file and texts in another. Files of one split "
+            "must store their values alike."
+        )
+    return np.concatenate([part for part in parts if part.size] or parts)
 
 
 def _opened(file: Path) -> pq.ParquetFile:
@@ -60,11 +79,32 @@ def _rows(files: tuple[Path, ...], chosen: Chosen) -> TableRows:
                 f"{file} has no column {', '.join(sorted(missing))}, unlike the files before it. "
                 "Files of one split must have the same columns."
             )
+        _require_same_names(file, table, files[0], chosen)
         try:
             for batch in table.iter_batches(_BATCH, columns=chosen.read):
                 yield str(file), file.parent, batch
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"Cannot read {file}: {error}. Copy or download it again.") from error
+
+
+def _require_same_names(file: Path, table: pq.ParquetFile, first: Path, chosen: Chosen) -> None:
+    """Refuse a file whose numbers stand for other names: each site may have exported its own."""
+    features = features_of(table.schema_arrow)
+    for column, names in ((chosen.label, chosen.class_names), (chosen.kept, chosen.kept_names)):
+        found = None if column is None else class_names_of(features, column)
+        if found != names:
+            raise InputError(
+                f"In {file}, {_first_difference(found or (), names or ())} in {first.name}: "
+                f"column {column!r} has other names for its numbers there. Export all files of a "
+                "split with the same names in the same order."
+            )
+
+
+def _first_difference(found: tuple[str, ...], names: tuple[str, ...]) -> str:
+    pairs = enumerate(itertools.zip_longest(found, names))
+    number, (here, there) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+    words = ["no name" if one is None else repr(one) for one in (here, there)]
+    return f"number {number} stands for {words[0]}, but for {words[1]}"
 
 
 def _images(
@@ -97,35 +137,59 @@ def _encoded(value: object, folder: Path, name: Callable[[], str]) -> bytes | Pa
 
 
 def _labels(column: pa.Array | pa.ChunkedArray, name: str, where: str) -> np.ndarray:
-    if column.null_count:
+    column = _plain(column)
+    if pa.types.is_boolean(column.type):
+        column = pa.array([None if v is None else str(v) for v in column.to_pylist()], pa.string())
+    values = _integers_or_texts(column)
+    if column.null_count or (values is not None and values.dtype.kind == "U" and "" in values):
         raise InputError(f"Column {name!r} of {where} has missing labels. Remove those rows.")
-    if pa.types.is_integer(column.type):
-        return np.asarray(column).astype(np.int64)
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return np.array(column.to_pylist(), dtype=np.str_)
-    raise InputError(
-        f"Column {name!r} of {where} holds {column.type}; labels are integers or texts. "
-        "Choose another column by writing it behind the data set's name, as in NAME[COLUMN]."
-    )
+    if values is None:
+        raise InputError(
+            f"Column {name!r} of {where} holds {column.type}; labels are integers or texts. Store "
+            "them as such, or choose another column by writing it behind the data set's name, as "
+            "in NAME[COLUMN]."
+        )
+    return values
 
 
 def _kept(column: pa.Array | pa.ChunkedArray, chosen: Chosen, where: str) -> np.ndarray:
     """Values of the column that is kept: integers, or texts (also where numbers have names)."""
+    column = _plain(column)
     if column.null_count:
         raise InputError(
             f"Column {chosen.kept!r} of {where} has missing values, so it does not say whose "
             "those images are. Fill them in, or remove those rows."
         )
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    values = column.to_pylist()
+    values = _integers_or_texts(column)
+    if values is None:
+        raise InputError(
+            f"Column {chosen.kept!r} of {where} holds {column.type}; clients are named by "
+            "integers or texts. Choose another column, or store this one as text."
+        )
+    names = np.array(chosen.kept_names or (), dtype=np.str_)
+    if not names.size or values.dtype.kind == "U":
+        return values
+    if values.size and not (values.min() >= 0 and values.max() < names.size):
+        raise InputError(
+            f"Column {chosen.kept!r} of {where} holds numbers without a name: its names are for 0 "
+            f"to {names.size - 1}. Correct the values or the names."
+        )
+    return names[values]
+
+
+def _plain(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """The values themselves, where a categorical column stores numbers of them."""
+    kind = plain_type(column.type)
+    return column if kind == column.type else column.cast(kind)
+
+
+def _integers_or_texts(column: pa.Array | pa.ChunkedArray) -> np.ndarray | None:
+    """(n,) int64 or texts, without what is missing; None for columns of other types."""
     if pa.types.is_integer(column.type):
-        names = chosen.kept_names or ()
-        named = all(0 <= value < len(names) for value in values)
-        return np.array([names[v] for v in values] if named else values)
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return np.array(values, dtype=np.str_)
-    raise InputError(
-        f"Column {chosen.kept!r} of {where} holds {column.type}; clients are named by integers or "
-        "texts. Choose another column, or store this one as text."
-    )
+        try:
+            return np.asarray(column.drop_null().cast(pa.int64()))
+        except pa.ArrowInvalid:  # beyond 64 bits with a sign
+            return None
+    if is_text(column.type):
+        return np.array(column.drop_null().to_pylist(), dtype=np.str_)
+    return None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from certifl.data import DATA_ENV
+from certifl.data import named_folder
 from certifl.data.cache import cache_folder, cache_key, cache_path
+from certifl.data.datasets import hub_choices
 from certifl.data.readers import ColumnNames
 from certifl.errors import DataUnavailable
 from certifl.spec import Spec
@@ -47,11 +47,11 @@ def data_facts(spec: Spec, data_dir: Path | None) -> tuple[Facts, str]:
     Raises:
         DataUnavailable: it is neither known here nor at hand.
     """
-    name, columns = spec.data.name, asked_columns(spec)
-    if name in KNOWN and columns == ColumnNames():
+    name, columns, test = spec.data.name, asked_columns(spec), spec.data.test_split
+    if name in KNOWN and columns == ColumnNames() and test is None:
         facts = KNOWN[name]
         return facts, f"Measured on random images of the shape of {name}; it was not read."
-    if not _at_hand(name, data_dir, columns):
+    if not _at_hand(name, data_dir, columns, test):
         raise DataUnavailable(
             f"A plan needs the size of the images of {name!r}, which is not on this machine, and "
             "it downloads nothing. Put it into a folder and give --data-dir (or a path as "
@@ -63,14 +63,14 @@ def data_facts(spec: Spec, data_dir: Path | None) -> tuple[Facts, str]:
     return facts, f"Measured on random images; numbers and shape are those of {name}."
 
 
-def _at_hand(name: str, data_dir: Path | None, columns: ColumnNames) -> bool:
+def _at_hand(name: str, data_dir: Path | None, columns: ColumnNames, test: str | None) -> bool:
     """Whether loading finds a folder, or images decoded before, and needs no network."""
     base = name.partition("[")[0].strip()
     folders = [Path(base).expanduser()] if "/" in base or base[:1] in (".", "~") else []
-    held = data_dir or os.environ.get(DATA_ENV)
-    if held:
+    held = named_folder(data_dir)
+    if held is not None:
         tail = base.rsplit("/", 1)[-1]
         names = {base, tail, tail.replace("_", "-"), tail.replace("-", "_")}
-        folders += [Path(held).expanduser() / one for one in names]
-    decoded = cache_path(cache_folder(), name, cache_key((), "hub", base, *columns.choices))
+        folders += [held / one for one in names]
+    decoded = cache_path(cache_folder(), name, cache_key((), *hub_choices(base, columns, test)))
     return decoded.is_file() or any(folder.is_dir() for folder in folders)

@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import nn
 
 from certifl.certification.network import choose_device, prepare
-from certifl.data import Dataset, Partition, to_float
+from certifl.data import Dataset, Partition, named_folder, to_float
 from certifl.errors import InputError, SpecError, StoreError, StoreMismatch
 from certifl.experiments.certifying import certify_clients
 from certifl.experiments.exploring import explore
@@ -156,7 +156,7 @@ def _describe(
             f"{folder.path} was begun with other images: the data set {dataset.name!r} changed "
             "since. Give the data it was begun with, or choose another folder with --out."
         )
-    place = options.data_dir
+    place = named_folder(options.data_dir)
     folder.update(
         {
             **study_facts(spec),

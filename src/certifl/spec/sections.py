@@ -77,12 +77,15 @@ class Data(Section):
         name: digits, mnist, cifar10, fashion_mnist, a hub name, or a folder.
         train_images, test_images: use a fixed random part of so many; absent = all.
         label_column: which column is the label, where a data set has several.
+        test_split: test, validation, valid or val: the split whose images are certified, for a
+            data set whose test images have no public labels; absent = the first of these there is.
     """
 
     name: Annotated[str, Field(min_length=1)]
     train_images: Positive | None = None
     test_images: Positive | None = None
     label_column: str | None = None
+    test_split: Literal["test", "validation", "valid", "val"] | None = None
 
 
 class Clients(Section):

@@ -51,7 +51,13 @@ def load_data(spec: Spec, data_dir: Path | None) -> Dataset:
         DataUnavailable: the data set is not at hand. InputError: it has no such column.
     """
     columns = asked_columns(spec)
-    return load(spec.data.name, data_dir, label_column=columns.label, keep_column=columns.kept)
+    return load(
+        spec.data.name,
+        data_dir,
+        label_column=columns.label,
+        keep_column=columns.kept,
+        test_split=spec.data.test_split,
+    )
 
 
 def open_data(spec: Spec, data_dir: Path | None) -> tuple[Dataset, Partition]:
