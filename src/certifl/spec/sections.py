@@ -20,7 +20,8 @@ from certifl.certification.settings import Settings
 from certifl.data import Column, Splitter, make_splitter
 from certifl.errors import SpecError
 from certifl.federated import Schedule
-from certifl.federated.aggregation import Rule, make_rule
+from certifl.federated.aggregation import RULES, check_rule, make_rule
+from certifl.federated.aggregation.base import Rule
 from certifl.federated.participation import RandomShare
 from certifl.models import MODELS
 from certifl.perturbations import describe as describe_perturbation
@@ -209,15 +210,25 @@ class Aggregation(Section):
     @model_validator(mode="after")
     def _rule_exists(self) -> Aggregation:
         try:
-            self.build()
+            check_rule(self.rule, self._options(), self.clip)
         except SpecError as error:
             raise ValueError(str(error)) from error  # pydantic then says which section it is
         return self
 
+    def _options(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"rule", "clip"}, exclude_none=True)
+
+    def check(self, participants: int) -> None:
+        """Refuse a rule that so few clients cannot give what it promises.
+
+        Raises:
+            SpecError: with so many participants in a round, its options make no sense.
+        """
+        RULES.rows[self.rule].check(self._options(), participants)
+
     def build(self) -> Rule | None:
         """The rule as an object; None for the plain mean."""
-        options = self.model_dump(exclude={"rule", "clip"}, exclude_none=True)
-        return make_rule(self.rule, options, self.clip)
+        return make_rule(self.rule, self._options(), self.clip)
 
 
 class Augmentation(Section):

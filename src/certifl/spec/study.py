@@ -121,12 +121,10 @@ class Spec(Section):
 
     def _check_rule(self) -> None:
         """The rule of aggregation can do what it promises with the clients of a round."""
-        rule = self.aggregation.build()
-        if rule is not None:
-            try:
-                rule.check(self.clients.participants)
-            except SpecError as error:
-                raise ValueError(f"aggregation: {error}") from error
+        try:
+            self.aggregation.check(self.clients.participants)
+        except SpecError as error:
+            raise ValueError(f"aggregation: {error}") from error
 
     def _check_own(self) -> None:
         """Own perturbations are those of clients that exist, and somebody certifies something."""

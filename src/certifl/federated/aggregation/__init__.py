@@ -1,8 +1,8 @@
 """Rules of aggregation: what the server does with updates that may be malicious.
 
-`RULES` is a literal table. A rule stands between the clients and the algorithm and works with
-every algorithm (`base.Rule`); a client that sends what no honest program would (NaN, other shapes)
-never reaches it (`federated.faults`).
+A rule stands between the clients and the algorithm and works with every algorithm (`base.Rule`); a
+client that sends what no honest program would (NaN, other shapes) never reaches it
+(`federated.faults`). Nothing here imports torch: a rule's class is loaded when it is first built.
 
 | rule | holds against | memory |
 |---|---|---|
@@ -18,42 +18,141 @@ treated like an attack: the more their data differ, the more it costs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import MISSING, fields
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from certifl.errors import SpecError
-from certifl.federated.aggregation.base import Rule
-from certifl.federated.aggregation.clipping import Clip, Mean
-from certifl.federated.aggregation.coordinates import Median, TrimmedMean
-from certifl.federated.aggregation.krum import Krum
+from certifl.registry import (
+    PositiveInt,
+    Registry,
+    Row,
+    check_number,
+    check_parameters,
+    lazy_names,
+    parameters,
+)
 
-__all__ = ["RULES", "Clip", "Krum", "Mean", "Median", "Rule", "TrimmedMean", "make_rule"]
-
-RULES: dict[str, type[Mean | Median | TrimmedMean | Krum]] = {
-    "mean": Mean,
-    "median": Median,
-    "trimmed-mean": TrimmedMean,
-    "krum": Krum,
-}
+_ROUNDING = 1e-9
+_Minority = Annotated[
+    float,
+    Field(ge=0, lt=0.5, description="a share of the clients, from 0 up to (not including) 0.5"),
+]
 
 
-def make_rule(name: str, options: Mapping[str, Any], clip: float | None = None) -> Rule | None:
-    """A rule by name, after clipping where a norm is given; None for the plain mean.
+def _any_number(options: Mapping[str, Any], participants: int) -> None:
+    del options, participants
+
+
+@dataclass(frozen=True)
+class RuleRow(Row):
+    """A rule.
+
+    Attributes:
+        check: (options, participants of a round) -> refuses what so few clients cannot give.
+    """
+
+    check: Callable[[Mapping[str, Any], int], None] = _any_number
+
+
+def share_of(share: float, count: int) -> int:
+    """A share of some clients as a whole number, rounded up (0.07 of 100 are 7)."""
+    return math.ceil(share * count - _ROUNDING)
+
+
+def _check_trimmed_mean(options: Mapping[str, Any], participants: int) -> None:
+    dropped = share_of(options["trim"], participants)
+    if 2 * dropped >= participants:
+        raise SpecError(
+            f"trim = {options['trim']} drops {dropped} of {participants} values at each end and "
+            "leaves none: lower it, or let more clients take part in a round."
+        )
+
+
+def _check_krum(options: Mapping[str, Any], participants: int) -> None:
+    share, keep = options["malicious"], options.get("keep", 1)
+    wrong = share_of(share, participants)
+    if participants < 2 * wrong + 3:
+        raise SpecError(
+            f"krum with malicious = {share} of {participants} clients means {wrong} malicious "
+            f"ones and needs at least {2 * wrong + 3} clients in a round: lower it, or let more "
+            "clients take part."
+        )
+    if keep > participants - wrong:
+        raise SpecError(
+            f"keep = {keep} would keep malicious updates: with malicious = {share}, at most "
+            f"{participants - wrong} of {participants} can be kept."
+        )
+
+
+RULES: Registry[RuleRow] = Registry(
+    "rule",
+    {
+        "mean": RuleRow("certifl.federated.aggregation.clipping:Mean", parameters(), "mean"),
+        "median": RuleRow(
+            "certifl.federated.aggregation.coordinates:Median", parameters(), "median"
+        ),
+        "trimmed-mean": RuleRow(
+            "certifl.federated.aggregation.coordinates:TrimmedMean",
+            parameters(trim=_Minority),
+            "trimmed mean",
+            check=_check_trimmed_mean,
+        ),
+        "krum": RuleRow(
+            "certifl.federated.aggregation.krum:Krum",
+            parameters(malicious=_Minority, keep=(PositiveInt, 1)),
+            "krum",
+            check=_check_krum,
+        ),
+    },
+)
+
+_CLASSES = {row.attribute: row.module for row in RULES.rows.values()}
+__getattr__ = lazy_names(
+    __name__,
+    {
+        **_CLASSES,
+        "Clip": "certifl.federated.aggregation.clipping",
+        "Rule": "certifl.federated.aggregation.base",
+    },
+)
+
+
+def check_rule(name: str, options: Mapping[str, Any], clip: float | None = None) -> None:
+    """Refuse a rule that `make_rule` could not make.
 
     Raises:
         SpecError: an unknown rule or option, a missing one, or a value that is not allowed.
     """
     if name not in RULES:
         raise SpecError(f"rule = {name!r} is unknown: choose one of {', '.join(RULES)}.")
-    known = {option.name: option for option in fields(RULES[name])}
+    model = RULES.rows[name].parameters
     for key in options:
-        if key not in known:
+        if key not in model.model_fields:
             raise SpecError(f"{key} has no effect with rule = {name!r}: remove it.")
-    for key, option in known.items():
-        if option.default is MISSING and key not in options:
+    for key, field in model.model_fields.items():
+        if field.is_required() and key not in options:
             raise SpecError(f"rule = {name!r} needs {key}: the share that may be malicious.")
-    rule = RULES[name](**options)
+    check_parameters(name, model, options)
     if clip is not None:
-        return Clip(clip, rule)
-    return None if isinstance(rule, Mean) else rule
+        check_number("clip", clip, "a number above 0", low=0, open_low=True)
+
+
+def make_rule(name: str, options: Mapping[str, Any], clip: float | None = None) -> Any:
+    """A rule by name, after clipping where a norm is given; None for the plain mean.
+
+    Raises:
+        SpecError: as `check_rule`.
+    """
+    check_rule(name, options, clip)
+    if name == "mean" and clip is None:
+        return None
+    rule = RULES[name](**options)
+    if clip is None:
+        return rule
+    from certifl.federated.aggregation.clipping import Clip
+
+    return Clip(clip, rule)

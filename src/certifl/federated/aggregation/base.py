@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import ClassVar, Protocol
@@ -13,22 +12,8 @@ from numpy.typing import NDArray
 
 from certifl.federated.averaging import check_alike, policy_of
 from certifl.federated.states import ModelState, Parts, ServerState, Update
-from certifl.registry import check_number
-
-__all__ = [
-    "Rule",
-    "blocks",
-    "check_share",
-    "combined",
-    "is_statistic",
-    "largest_counters",
-    "parts_of",
-    "share_of",
-    "with_parts",
-]
 
 _COORDINATES = 1 << 16
-_ROUNDING = 1e-9
 
 
 class Rule(Protocol):
@@ -120,14 +105,3 @@ def blocks(values: Sequence[torch.Tensor]) -> Iterator[NDArray[np.float64]]:
     for start in range(0, flat[0].numel(), _COORDINATES):
         rows = [row[start : start + _COORDINATES].to(torch.float64) for row in flat]
         yield torch.stack(rows).numpy()
-
-
-def check_share(key: str, value: float) -> None:
-    """Refuse a share of malicious clients that is no number from 0 up to 1/2."""
-    allowed = "a share of the clients, from 0 up to (not including) 0.5"
-    check_number(key, value, allowed, low=0, high=0.5, open_high=True)
-
-
-def share_of(share: float, count: int) -> int:
-    """A share of some clients as a whole number, rounded up (0.07 of 100 are 7)."""
-    return math.ceil(share * count - _ROUNDING)

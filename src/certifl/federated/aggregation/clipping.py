@@ -21,8 +21,6 @@ from certifl.federated.averaging import policy_of
 from certifl.federated.states import ModelState, ServerState, Update
 from certifl.registry import check_number
 
-__all__ = ["Clip", "Mean"]
-
 
 @dataclass(frozen=True)
 class Mean:

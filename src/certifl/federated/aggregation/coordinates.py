@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from certifl.errors import SpecError
+from certifl.federated.aggregation import RULES, share_of
 from certifl.federated.aggregation.base import (
     blocks,
-    check_share,
     combined,
     largest_counters,
-    share_of,
 )
 from certifl.federated.states import ModelState, ServerState, Update
-
-__all__ = ["Median", "TrimmedMean"]
 
 Floats = NDArray[np.float64]
 
@@ -75,7 +71,7 @@ class TrimmedMean:
     name: ClassVar[str] = "trimmed-mean"
 
     def __post_init__(self) -> None:
-        check_share("trim", self.trim)
+        RULES.check_component(self)
 
     def __call__(self, broadcast: ServerState, updates: Iterable[Update]) -> Iterator[Update]:
         """Every update with the trimmed mean of all in it."""
@@ -84,12 +80,7 @@ class TrimmedMean:
 
     def check(self, participants: int) -> None:
         """Something must be left between what is dropped at both ends."""
-        dropped = share_of(self.trim, participants)
-        if 2 * dropped >= participants:
-            raise SpecError(
-                f"trim = {self.trim} drops {dropped} of {participants} values at each end and "
-                "leaves none: lower it, or let more clients take part in a round."
-            )
+        RULES.rows[self.name].check(asdict(self), participants)
 
     def _mean(self, values: Floats) -> Floats:
         """Means of the columns of (n, coordinates), which are sorted."""

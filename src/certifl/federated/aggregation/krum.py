@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from certifl.errors import SpecError
+from certifl.federated.aggregation import RULES, share_of
 from certifl.federated.aggregation.base import (
     blocks,
-    check_share,
     combined,
     is_statistic,
-    share_of,
 )
 from certifl.federated.averaging import average_models, policy_of
 from certifl.federated.states import ModelState, ServerState, Update
-from certifl.registry import check_number
-
-__all__ = ["Krum"]
 
 Floats = NDArray[np.float64]
 
@@ -59,8 +54,7 @@ class Krum:
     name: ClassVar[str] = "krum"
 
     def __post_init__(self) -> None:
-        check_share("malicious", self.malicious)
-        check_number("keep", self.keep, "a whole number from 1", low=1, whole=True)
+        RULES.check_component(self)
 
     def __call__(self, broadcast: ServerState, updates: Iterable[Update]) -> Iterator[Update]:
         """Every update with the chosen one, or the mean of the chosen ones, in it."""
@@ -69,18 +63,7 @@ class Krum:
 
     def check(self, participants: int) -> None:
         """Enough clients for f malicious ones, n >= 2 f + 3, and no more than n - f kept."""
-        wrong = share_of(self.malicious, participants)
-        if participants < 2 * wrong + 3:
-            raise SpecError(
-                f"krum with malicious = {self.malicious} of {participants} clients means "
-                f"{wrong} malicious ones and needs at least {2 * wrong + 3} clients in a round: "
-                "lower it, or let more clients take part."
-            )
-        if self.keep > participants - wrong:
-            raise SpecError(
-                f"keep = {self.keep} would keep malicious updates: with malicious = "
-                f"{self.malicious}, at most {participants - wrong} of {participants} can be kept."
-            )
+        RULES.rows[self.name].check(asdict(self), participants)
 
     def _chosen(self, tables: Sequence[ModelState]) -> ModelState:
         count = len(tables)
