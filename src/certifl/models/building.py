@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from certifl.errors import ModelError
+from certifl.models.copies import format_advice
 from certifl.models.networks import resnet18, small_cnn, small_resnet
 from certifl.streams import derive_seed
 
-__all__ = ["MODELS", "build", "check_logits"]
+__all__ = ["MODELS", "answer_in_words", "build", "check_logits"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
@@ -125,14 +126,29 @@ def check_logits(
         raise ModelError(
             f"The model fails on a blank image of shape (1, {in_channels}, {image_size[0]}, "
             f"{image_size[1]}) with {type(error).__name__}: {error}. "
-            "It must take images (m, c, h, w)."
+            f"{format_advice(model) or 'It must take images (m, c, h, w).'}"
         ) from error
     finally:
         for module, training in modes:
             module.training = training
     if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(
-            f"The model must return logits of shape (1, {num_classes}) for one image, got {got}. "
-            "Give its last layer num_classes outputs."
+            f"The model must return logits of shape (1, {num_classes}) for one image, got "
+            f"{answer_in_words(logits)} Give its last layer num_classes outputs."
         )
+
+
+def answer_in_words(answer: object) -> str:
+    """What a model returned in place of logits, and how to get at them; for messages."""
+    if isinstance(answer, Tensor):
+        return f"{tuple(answer.shape)}."
+    name, take = type(answer).__name__, ""
+    if hasattr(answer, "logits"):
+        take = ".logits"
+    elif isinstance(answer, Mapping):
+        take = f"[{next(iter(answer), 'logits')!r}]"
+    elif isinstance(answer, (tuple, list)):
+        take = "[0]"
+    if not take:
+        return f"{name}."
+    return f"{name}. Wrap it in a module whose forward(x) returns model(x){take} alone."
