@@ -86,7 +86,7 @@ def _plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     `spectral_norm`, `weight_norm`, pruning and other parametrizations compute the weight at every
     call, by a hook or a subclass, and would overwrite a folded one. They stay as they are.
     """
-    if type(module) is not kind or _hooked(module):
+    if module is None or type(module) is not kind or _hooked(module):
         return False
     return all(name in module._parameters for name in ("weight", "bias"))
 
