@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from certifl.copies import answer_in_words, any_lazy, in_training_mode
 from certifl.errors import InputError, ModelError
-from certifl.models.building import answer_in_words
-from certifl.models.copies import any_lazy, in_training_mode
 from certifl.perturbations.base import Perturbation
 
 __all__ = [

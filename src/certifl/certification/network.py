@@ -25,8 +25,8 @@ from certifl.certification.guards import (
     writes_into_its_input,
 )
 from certifl.convolutions import exact_convolutions
+from certifl.copies import copy_of, foreign_formats, format_advice, to_format, unwrapped
 from certifl.errors import InputError, ModelError
-from certifl.models.copies import copy_of, foreign_formats, format_advice, to_format, unwrapped
 
 __all__ = [
     "PRECISIONS",

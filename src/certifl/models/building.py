@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from certifl.copies import answer_in_words, format_advice
 from certifl.errors import ModelError
-from certifl.models.copies import format_advice
 from certifl.models.networks import resnet18, small_cnn, small_resnet
 from certifl.streams import derive_seed
 
-__all__ = ["MODELS", "answer_in_words", "build", "check_logits"]
+__all__ = ["MODELS", "build", "check_logits"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
@@ -136,19 +136,3 @@ def check_logits(
             f"The model must return logits of shape (1, {num_classes}) for one image, got "
             f"{answer_in_words(logits)} Give its last layer num_classes outputs."
         )
-
-
-def answer_in_words(answer: object) -> str:
-    """What a model returned in place of logits, and how to get at them; for messages."""
-    if isinstance(answer, Tensor):
-        return f"{tuple(answer.shape)}."
-    name, take = type(answer).__name__, ""
-    if hasattr(answer, "logits"):
-        take = ".logits"
-    elif isinstance(answer, Mapping):
-        take = f"[{next(iter(answer), 'logits')!r}]"
-    elif isinstance(answer, (tuple, list)):
-        take = "[0]"
-    if not take:
-        return f"{name}."
-    return f"{name}. Wrap it in a module whose forward(x) returns model(x){take} alone."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,6 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from certifl.errors import ModelError
 
 __all__ = [
+    "answer_in_words",
     "any_lazy",
     "copy_of",
     "foreign_formats",
@@ -133,6 +134,22 @@ def to_format(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     Unlike `module.to(dtype)` it leaves complex numbers complex.
     """
     return module._apply(lambda value: value.to(dtype) if value.is_floating_point() else value)
+
+
+def answer_in_words(answer: object) -> str:
+    """What a model returned in place of logits, and how to get at them; for messages."""
+    if isinstance(answer, Tensor):
+        return f"{tuple(answer.shape)}."
+    name, take = type(answer).__name__, ""
+    if hasattr(answer, "logits"):
+        take = ".logits"
+    elif isinstance(answer, Mapping):
+        take = f"[{next(iter(answer), 'logits')!r}]"
+    elif isinstance(answer, (tuple, list)):
+        take = "[0]"
+    if not take:
+        return f"{name}."
+    return f"{name}. Wrap it in a module whose forward(x) returns model(x){take} alone."
 
 
 def _values(module: nn.Module) -> Iterator[Tensor]:
