@@ -18,7 +18,7 @@ from certifl.federated.batches import Batch
 from certifl.federated.objectives import Augmented, Consistency, Objective, Stability
 from certifl.federated.privacy import check_network, clipping
 from certifl.federated.states import ServerState
-from certifl.models import state_of
+from certifl.models import check_logits, state_of
 from private_federation import PlainNet
 from tiny_federation import SCHEDULE, Noise, assert_same, client_data, federate, training
 
@@ -135,7 +135,41 @@ def _no_state():
     return ClientState()
 
 
-# Networks whose weights are computed.
+# Wrapped networks, and networks whose weights are computed.
+
+
+def test_names_of_weights_stay_as_they_are_in_training() -> None:
+    net = nn.DataParallel(PlainNet())
+    local = LocalTraining(net, SCHEDULE, seed=5)
+    trained = local.passes(state_of(net), client_data(0, 20), 0)
+    net.load_state_dict(trained.state)
+    plain = LocalTraining(PlainNet(), SCHEDULE, seed=5)
+    alone = plain.passes(state_of(PlainNet()), client_data(0, 20), 0)
+    assert_same({f"module.{name}": v for name, v in alone.state.items()}, trained.state)
+
+
+def test_lazy_layers_must_have_seen_an_image() -> None:
+    lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
+    with pytest.raises(ModelError, match="Pass one batch of images through it"):
+        LocalTraining(lazy, SCHEDULE, seed=5)
+
+
+def test_programs_can_be_built_but_what_is_frozen_is_not_trained() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 3)).eval()
+    batch = torch.export.Dim("batch")
+    given = (torch.rand(2, 1, 6, 6),)
+    program = torch.export.export(net, given, dynamic_shapes=({0: batch},)).module()
+    check_logits(program, 1, 3, (6, 6))
+    with pytest.warns(DeprecationWarning):
+        frozen = torch.jit.freeze(torch.jit.script(net))
+    check_logits(frozen, 1, 3, (6, 6))
+    with pytest.raises(ModelError, match="nothing to train"):
+        LocalTraining(frozen, SCHEDULE, seed=5)
+
+
+def test_a_network_in_another_format_says_what_to_do_when_it_is_built() -> None:
+    with pytest.raises(ModelError, match=r"float16.*call model.float\(\)"):
+        check_logits(PlainNet().half(), 1, 3, (6, 6))
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")

@@ -14,13 +14,20 @@ from certifl.errors import ModelError
 __all__ = [
     "answer_in_words",
     "any_lazy",
+    "bare_copy_of",
     "copy_of",
+    "evaluating",
     "foreign_formats",
     "format_advice",
     "in_training_mode",
     "to_format",
     "unwrapped",
 ]
+
+LAZY = (
+    "The model has lazy layers without weights yet. Pass one batch of images through it, or load "
+    "its weights, first."
+)
 
 # The attribute of each wrapper that holds the network itself.
 _WRAPPERS = {DataParallel: "module", DistributedDataParallel: "module"}
@@ -38,19 +45,21 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def copy_of(module: nn.Module) -> nn.Module:
-    """A deep copy without wrappers, at every level; the module itself is left as it is.
+    """A deep copy; the module itself is left as it is.
 
     `copy.deepcopy` refuses tensors with a gradient history. `weight_norm`, `spectral_norm` and
     pruning keep their latest result as such a tensor and compute it again at every call, so the
     copy gets its value alone.
 
     Raises:
-        ModelError: some attribute cannot be copied, such as a lock or an open file.
+        ModelError: a weight has no shape yet, or some attribute cannot be copied, such as a lock.
     """
+    if any_lazy(module):
+        raise ModelError(LAZY)
     known = {id(value): value.detach().clone() for value in _derived(module)}
     try:
         with torch.no_grad():  # copies of scripted weights would otherwise have a history
-            made = copy.deepcopy(unwrapped(module), known)
+            made = copy.deepcopy(module, known)
     except Exception as error:  # whatever an attribute of the user's own module raises
         first = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(
@@ -59,8 +68,36 @@ def copy_of(module: nn.Module) -> nn.Module:
         ) from error
     for value, original in zip(made.parameters(), module.parameters(), strict=True):
         value.requires_grad_(original.requires_grad)
+    return made
+
+
+def bare_copy_of(module: nn.Module) -> nn.Module:
+    """A deep copy without wrappers, at every level; its weights may have other names.
+
+    Raises:
+        ModelError: as `copy_of`.
+    """
+    made = unwrapped(copy_of(module))
     _unwrap_children(made)
     return made
+
+
+def evaluating(module: nn.Module) -> nn.Module:
+    """The module, set to evaluation mode in place.
+
+    A program of `torch.export` and a frozen TorchScript module stay in the mode they were made in.
+    """
+    try:
+        return module.eval()
+    except (NotImplementedError, RuntimeError, AttributeError) as error:
+        if not (_exported(module) or isinstance(module, torch.jit.ScriptModule)):
+            raise ModelError(f"The model cannot be set to evaluation mode: {error}") from error
+        return module
+
+
+def _exported(module: nn.Module) -> bool:
+    """Whether it is a program of `torch.export`, which replaces `train` and `eval` by errors."""
+    return isinstance(module, fx.GraphModule) and "eval" in vars(module)
 
 
 def _derived(module: nn.Module) -> Iterator[Tensor]:
@@ -98,7 +135,7 @@ def in_training_mode(module: nn.Module) -> str | None:
     """
     skipped: tuple[str, ...] = ()
     for name, part in module.named_modules():
-        if isinstance(part, fx.GraphModule) and "eval" in vars(part):
+        if _exported(part):
             skipped = (*skipped, name)
         inside = any(own in ("", name) or name.startswith(f"{own}.") for own in skipped)
         if not inside and _inside(part) is None and getattr(part, "training", False):

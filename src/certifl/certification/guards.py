@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from certifl.copies import answer_in_words, any_lazy, in_training_mode
+from certifl.copies import LAZY, answer_in_words, any_lazy, in_training_mode
 from certifl.errors import InputError, ModelError
 from certifl.perturbations.base import Perturbation
 
@@ -147,10 +147,7 @@ def check_model(model: Model) -> None:
     if not isinstance(model, nn.Module):
         return
     if any_lazy(model):
-        raise ModelError(
-            "The model has lazy layers without weights yet. Pass one batch of images through it, "
-            "or load its weights, first."
-        )
+        raise ModelError(LAZY)
     training = in_training_mode(model)
     if training is not None:
         raise ModelError(
@@ -302,7 +299,7 @@ def _logits(network: Model, batch: Tensor) -> Tensor:
         first = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(
             f"The model fails on images {tuple(batch.shape)}, {batch.dtype} on {batch.device}: "
-            f"{type(error).__name__}: {first}. {_advice(first)}"
+            f"{type(error).__name__}: {first.rstrip('.')}. {_advice(first)}"
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch.shape[0]:
         raise ModelError(

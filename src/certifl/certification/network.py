@@ -25,7 +25,7 @@ from certifl.certification.guards import (
     writes_into_its_input,
 )
 from certifl.convolutions import exact_convolutions
-from certifl.copies import copy_of, foreign_formats, format_advice, to_format, unwrapped
+from certifl.copies import bare_copy_of, foreign_formats, format_advice, to_format, unwrapped
 from certifl.errors import InputError, ModelError
 
 __all__ = [
@@ -123,7 +123,7 @@ def _copied(model: Model) -> nn.Module | None:
     if not isinstance(model, nn.Module):
         return None
     try:
-        return copy_of(model)
+        return bare_copy_of(model)
     except ModelError as error:
         _log.info("The model votes as it is, in float32 and where it lies: %s", error)
         return None
@@ -173,9 +173,7 @@ def _prepared(
     constants are neither weights nor buffers.
     """
     advice = format_advice(plain)
-    plain = to_format(plain.to(place), torch.float32)
-    for value in plain.parameters():
-        value.requires_grad_(False)
+    plain = _moved(plain, place)
     try:
         call = _own_input(plain, probe)
         probe_classes(call, probe)
@@ -193,11 +191,22 @@ def _prepared(
         if precision != "auto" or chosen == "float32":
             raise
         _log.info("The network votes in float32, since it fails in %s: %s", chosen, error)
-        return _prepared(model, copy_of(model), probe, place, "float32", batch_size)
+        return _prepared(model, bare_copy_of(model), probe, place, "float32", batch_size)
     size = _batch(batch_size, place, largest * PRECISIONS[chosen].itemsize)
     if chosen.endswith(_COMPILED):
         call = _compiled(call, probe.expand(size, *probe.shape[1:]))
     return Network(call, classes, place, chosen, folded is not None, size)
+
+
+def _moved(plain: nn.Module, place: torch.device) -> nn.Module:
+    """The copy on its device, in float32."""
+    try:
+        made = to_format(plain.to(place), torch.float32)
+    except NotImplementedError as error:  # weights on the device "meta" have no values
+        raise ModelError(f"The model cannot be moved to {place}: {error}") from error
+    for value in made.parameters():
+        value.requires_grad_(False)
+    return made
 
 
 def _called(ready: nn.Module, dtype: torch.dtype, probe: Tensor) -> tuple[Model, int]:

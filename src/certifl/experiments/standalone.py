@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from certifl.certification import Certificates, certify
 from certifl.certification.network import prepare
 from certifl.certification.settings import Settings
+from certifl.copies import evaluating
 from certifl.data import Dataset, changes_of, choose, load, read_image, to_float
 from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.experiments.shards import WHOLE, Shard
@@ -186,7 +187,7 @@ def _from_model(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:
     if change := load_weights(model, _weights(request.weights), misfit):
         _log.warning("%s: %s", request.weights, change)
     everything = np.arange(len(dataset.test))
-    return model.eval(), dataset, choose(everything, request.images, request.seed, 0)
+    return evaluating(model), dataset, choose(everything, request.images, request.seed, 0)
 
 
 def _weights(path: Path) -> Mapping[str, Tensor]:

@@ -158,7 +158,7 @@ class LocalTraining:
                 )
             check_network(model, privacy.kind)
         self.device = torch.device(device)
-        self._model = copy_of(model).to(self.device).train()
+        self._model = _training(copy_of(model).to(self.device))
         check_batches(self._model, schedule.batch_size)
         self._trainable = _trainable(self._model)
         if not self._trainable:
@@ -366,6 +366,16 @@ class LocalTraining:
             own = buffer.to(self.device, copy=True)
             optimizer.state[parameters[name]]["momentum_buffer"] = own
         return optimizer
+
+
+def _training(model: nn.Module) -> nn.Module:
+    try:
+        return model.train()
+    except (NotImplementedError, RuntimeError) as error:
+        raise ModelError(
+            f"The model cannot be trained ({error}): give the network itself, not a program "
+            "exported or frozen from it, which can only be certified."
+        ) from error
 
 
 def check_images(model: nn.Module, sizes: Mapping[int, int]) -> None:

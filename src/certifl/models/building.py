@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certifl.copies import answer_in_words, format_advice
+from certifl.copies import answer_in_words, evaluating, format_advice
 from certifl.errors import ModelError
 from certifl.models.networks import resnet18, small_cnn, small_resnet
 from certifl.streams import derive_seed
@@ -117,8 +117,8 @@ def check_logits(
     """
     first = next(model.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    modes = [(m, m.training) for m in model.modules() if hasattr(m, "training")]
+    evaluating(model)
     try:
         with torch.no_grad():
             logits = model(torch.zeros(1, in_channels, *image_size, device=device))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from certifl.copies import evaluating
 from certifl.data import Dataset
 from certifl.errors import ModelError, StoreError, StoreMismatch, WorkError
 from certifl.federated.engine import deployed_model
@@ -24,14 +25,15 @@ def initial_model(spec: Spec, dataset: Dataset) -> nn.Module:
     Raises:
         ModelError: a user's network that cannot be built or does not fit the images.
     """
-    return build(
+    model = build(
         spec.model.name,
         dataset.in_channels,
         dataset.num_classes,
         spec.seed,
         spec.model.options,
         dataset.image_size,
-    ).eval()
+    )
+    return evaluating(model)
 
 
 def code_folder(name: str) -> str | None:
