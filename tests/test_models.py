@@ -298,7 +298,7 @@ def test_a_fingerprint_takes_in_what_is_no_tensor() -> None:
             return self.note
 
     notes = ({"a": (1, torch.ones(2))}, {"a": (1, torch.zeros(2))}, 3, "text")
-    made = [fingerprint(Extra(note)) for note in notes]
+    made = [models.fingerprint(Extra(note)) for note in notes]
     assert len(set(made)) == len(made)
-    assert fingerprint(Extra({"a": (1, torch.ones(2))})) == made[0]
-    assert fingerprint(Extra(object())) == fingerprint(Extra(object()))
+    assert models.fingerprint(Extra({"a": (1, torch.ones(2))})) == made[0]
+    assert models.fingerprint(Extra(object())) == models.fingerprint(Extra(object()))

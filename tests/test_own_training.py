@@ -160,7 +160,7 @@ def test_programs_can_be_built_but_what_is_frozen_is_not_trained() -> None:
     given = (torch.rand(2, 1, 6, 6),)
     program = torch.export.export(net, given, dynamic_shapes=({0: batch},)).module()
     check_logits(program, 1, 3, (6, 6))
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
         frozen = torch.jit.freeze(torch.jit.script(net))
     check_logits(frozen, 1, 3, (6, 6))
     with pytest.raises(ModelError, match="nothing to train"):
