@@ -286,3 +286,19 @@ def make():
     assert len(prints[0]) == 64
     assert models.code_fingerprint(models.build("small_resnet", 3, 10, seed=0)) == ""
     monkeypatch.delitem(sys.modules, file.stem)
+
+
+def test_a_fingerprint_takes_in_what_is_no_tensor() -> None:
+    class Extra(nn.Module):
+        def __init__(self, note: object) -> None:
+            super().__init__()
+            self.note = note
+
+        def get_extra_state(self) -> object:
+            return self.note
+
+    notes = ({"a": (1, torch.ones(2))}, {"a": (1, torch.zeros(2))}, 3, "text")
+    made = [models.fingerprint(Extra(note)) for note in notes]
+    assert len(set(made)) == len(made)
+    assert models.fingerprint(Extra({"a": (1, torch.ones(2))})) == made[0]
+    assert models.fingerprint(Extra(object())) == models.fingerprint(Extra(object()))

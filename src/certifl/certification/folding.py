@@ -25,9 +25,26 @@ def fold_batch_norm(module: nn.Module, probe: Tensor) -> nn.Module | None:
         probe: (m, c, h, w) images to compare the two on.
     """
     try:
-        graph = fx.symbolic_trace(copy.deepcopy(module))
+        graph = _folded(module)
+        if graph is None:
+            return None
+        with torch.inference_mode():
+            # Clones, for either may write into its input.
+            before, after = module(probe.clone()), graph(probe.clone())
     except Exception as error:  # tracing runs the model's own forward: anything may be raised
         _log.info("BatchNorm is not folded, the model cannot be traced: %s", error)
+        return None
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * (1.0 + float(before.abs().max()))):
+        _log.warning("BatchNorm is not folded: it changed the logits beyond rounding.")
+        return None
+    return graph
+
+
+def _folded(module: nn.Module) -> fx.GraphModule | None:
+    """The traced network with its BatchNorm folded; None where there is nothing to fold."""
+    graph = fx.symbolic_trace(copy.deepcopy(module))
+    if _loses_hooks(module, graph):
+        _log.info("BatchNorm is not folded: tracing would leave out hooks of the model.")
         return None
     pairs = [pair for node in graph.graph.nodes if (pair := _pair(node, graph)) is not None]
     if not pairs:
@@ -38,26 +55,50 @@ def fold_batch_norm(module: nn.Module, probe: Tensor) -> nn.Module | None:
     graph.delete_all_unused_submodules()
     graph.recompile()
     graph.eval()
-    with torch.inference_mode():
-        before, after = module(probe), graph(probe)
-    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * (1.0 + float(before.abs().max()))):
-        _log.warning("BatchNorm is not folded: it changed the logits beyond rounding.")
-        return None
     return graph
+
+
+def _loses_hooks(module: nn.Module, graph: fx.GraphModule) -> bool:
+    """Whether a layer has hooks and is not called as a whole in the traced network."""
+    called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+    return any(_hooked(part) and name not in called for name, part in module.named_modules())
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _pair(node: fx.Node, graph: fx.GraphModule) -> tuple[fx.Node, fx.Node] | None:
     """The convolution and the BatchNorm that reads it alone, where `node` is such a BatchNorm."""
-    if not isinstance(_called(node, graph), nn.BatchNorm2d):
+    if not _plain(_called(node, graph), nn.BatchNorm2d):
         return None
-    source = node.args[0]
+    source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or len(source.users) != 1:
         return None
-    if not isinstance(_called(source, graph), nn.Conv2d):
+    if not _plain(_called(source, graph), nn.Conv2d) or _used_elsewhere(source, graph):
         return None
-    # A convolution that is called twice is shared: folding one BatchNorm would change the other.
-    calls = [n for n in graph.graph.nodes if n.op == "call_module" and n.target == source.target]
-    return (source, node) if len(calls) == 1 else None
+    return source, node
+
+
+def _plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether a layer is exactly of this kind and computes with the weights that it stores.
+
+    `spectral_norm`, `weight_norm`, pruning and other parametrizations compute the weight at every
+    call, by a hook or a subclass, and would overwrite a folded one. They stay as they are.
+    """
+    if module is None or type(module) is not kind or _hooked(module):
+        return False
+    return all(name in module._parameters for name in ("weight", "bias"))
+
+
+def _used_elsewhere(source: fx.Node, graph: fx.GraphModule) -> bool:
+    """Whether the convolution, or one of its weights, serves another part of the network too."""
+    own = f"{source.target}."
+    return any(
+        (node.op == "call_module" and node.target == source.target and node is not source)
+        or (node.op == "get_attr" and str(node.target).startswith(own))
+        for node in graph.graph.nodes
+    )
 
 
 def _called(node: fx.Node, graph: fx.GraphModule) -> nn.Module | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from certifl.certification.certificates import UNLABELLED
+from certifl.copies import LAZY, answer_in_words, any_lazy, in_training_mode
 from certifl.errors import InputError, ModelError
 from certifl.perturbations.base import Perturbation
 
@@ -20,7 +21,10 @@ __all__ = [
     "check_model",
     "check_perturbation",
     "check_seed",
+    "depends_on_its_past",
     "probe_classes",
+    "probe_of",
+    "writes_into_its_input",
 ]
 
 Model = Callable[[Tensor], Tensor]
@@ -32,6 +36,8 @@ _HIDDEN = (
     "without labels."
 )
 _OVERSHOOT = 0.25  # how far resampling may leave [0, 1]; normalized images leave it farther
+# A state that moves a little at every call has moved this many times as far after some votes.
+_FAR = 1e4
 
 
 def check_images(images: Tensor | np.ndarray) -> Tensor:
@@ -232,19 +238,106 @@ def check_model(model: Model) -> None:
         raise ModelError(f"model must be callable on images (m, c, h, w); got {type(model)}.")
     if not isinstance(model, nn.Module):
         return
+    if any_lazy(model):
+        raise ModelError(LAZY)
+    training = in_training_mode(model)
+    if training is not None:
+        raise ModelError(
+            f"{_place(training, model)} is in training mode: dropout and batch statistics would "
+            "make votes random in a way the certificate does not cover. Call model.eval() first."
+        )
     for name, module in model.named_modules():
-        place = f"module {name!r} ({type(module).__name__})" if name else "the model"
-        if module.training:
-            raise ModelError(
-                f"{place} is in training mode: dropout and batch statistics would make votes "
-                "random in a way the certificate does not cover. Call model.eval() first."
-            )
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise ModelError(
-                f"{place} normalises with the statistics of its batch even in evaluation mode, so "
-                "the vote of one noisy image would depend on the others. Use "
+                f"{_place(name, model)} normalises with the statistics of its batch even in "
+                "evaluation mode, so the vote of one noisy image would depend on the others. Use "
                 "track_running_stats=True, or GroupNorm."
             )
+
+
+def _place(name: str, model: nn.Module) -> str:
+    """A layer in words."""
+    layer = type(dict(model.named_modules())[name]).__name__
+    return f"module {name!r} ({layer})" if name else "the model"
+
+
+def probe_of(images: Tensor) -> Tensor:
+    """A few images to try a network on: the first of these, and strangers."""
+    return torch.cat([images[:1], _strangers(images, 0)[1:]])
+
+
+def _strangers(images: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand((_PROBE, *images.shape[1:]), generator=generator).to(images.device)
+
+
+def writes_into_its_input(network: Model, images: Tensor) -> bool:
+    """Whether a network changes the batch it is given, such as by `x.sub_(mean)`.
+
+    Raises:
+        ModelError: it fails on these images.
+    """
+    batch = probe_of(images)
+    before = batch.clone()
+    _logits(network, batch)
+    return not torch.equal(batch, before)
+
+
+def depends_on_its_past(network: Model, module: nn.Module, images: Tensor) -> bool:
+    """Whether calls change buffers or weights of a network; refused where that changes answers.
+
+    Averages that go on in evaluation mode may move so slowly that two calls agree up to rounding,
+    and still far over many votes. So what moved is moved much further, and the answers compared. A
+    counter of calls that nothing reads is harmless.
+
+    Args:
+        network: the call, given batches of its own.
+        module: whose state is looked at; it is put back.
+        images: (m, c, h, w); the first one is tried, among strangers.
+
+    Raises:
+        ModelError: answers depend on what the network was asked before.
+    """
+    probe = probe_of(images)
+    before = {name: value.detach().clone() for name, value in _state(module)}
+    logits = _logits(network, probe.clone())
+    moved = {n: v for n, v in _state(module) if n in before and not _same(v, before[n])}
+    if not moved:
+        return False
+    with torch.inference_mode():
+        for name, value in moved.items():
+            value.copy_(_far(value, before[name]))
+        try:
+            same = _agree(logits, _logits(network, probe.clone()), 1e-5)
+        except ModelError:  # no longer finite
+            same = False
+        for name, value in _state(module):
+            if name in moved:
+                value.copy_(before[name])
+    if not same:
+        raise ModelError(
+            f"The model changes its own {next(iter(moved))} at every call in evaluation mode, and "
+            "its answers depend on it, so that a vote would depend on earlier ones. Let it change "
+            "only while self.training is true."
+        )
+    return True
+
+
+def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _far(value: Tensor, was: Tensor) -> Tensor:
+    return was + (value - was) * _FAR if value.is_floating_point() else value + _FAR
+
+
+def _same(value: Tensor, was: Tensor) -> bool:
+    return bool(torch.equal(value, was) or (value.isnan() & was.isnan() | (value == was)).all())
+
+
+def _agree(first: Tensor, second: Tensor, tolerance: float) -> bool:
+    first, second = first.double(), second.double()
+    return float((first - second).abs().max()) <= tolerance * (1 + float(first.abs().max()))
 
 
 def probe_classes(network: Model, images: Tensor) -> int:
@@ -257,27 +350,35 @@ def probe_classes(network: Model, images: Tensor) -> int:
         ModelError: the model fails on these images, its answer is no (m, classes) matrix of finite
             logits, differs between two calls, or depends on the rest of the batch.
     """
-    generator = torch.Generator().manual_seed(0)
-    strangers = torch.rand((_PROBE, *images.shape[1:]), generator=generator).to(images.device)
-    probe = torch.cat([images[:1], strangers[1:]])
-    logits = _logits(network, probe)
-    repeated = _logits(network, probe)
-    if float((logits.float() - repeated.float()).abs().max()) > 1e-5 * (
-        1 + float(logits.abs().max())
-    ):
+    probe = probe_of(images)
+    logits = _logits(network, probe.clone())
+    if not _agree(logits, _logits(network, probe.clone()), 1e-5):
         raise ModelError(
             "The model answers differently when asked twice about the same images: something in "
             "it is random. The only noise may be the perturbation that is certified."
         )
-    again = _logits(network, torch.cat([strangers.flip(0), probe.flip(0)]))[_PROBE:].flip(0)
-    scale = float(logits.abs().max()) + 1.0
-    tolerance = (0.05 if logits.dtype in (torch.bfloat16, torch.float16) else 1e-3) * scale
-    if float((logits.float() - again.float()).abs().max()) > tolerance:
+    mixed = torch.cat([_strangers(images, 1), probe.flip(0)])
+    again = _logits(network, mixed)[_PROBE:].flip(0)
+    tolerance = 0.05 if logits.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    if not _agree(logits, again, tolerance):
         raise ModelError(
             "The model answers differently when the same images lie in another batch, as if it "
             "normalised over the batch; a certificate needs a function of one image."
         )
     return int(logits.shape[1])
+
+
+def _advice(reason: str) -> str:
+    """What to do about a model that fails on images, from what it raised."""
+    if "Guard failed" in reason:
+        return (
+            "It was exported for batches of one size: export it with dynamic_shapes={0: "
+            'torch.export.Dim("batch")} for its images.'
+        )
+    return (
+        "Give images of the size and channels it was made for, and leave them and the model on "
+        "one device."
+    )
 
 
 def _logits(network: Model, batch: Tensor) -> Tensor:
@@ -290,17 +391,18 @@ def _logits(network: Model, batch: Tensor) -> Tensor:
         first = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(
             f"The model fails on images {tuple(batch.shape)}, {batch.dtype} on {batch.device}: "
-            f"{type(error).__name__}: {first}. Give images of the size and channels it was made "
-            "for, and leave them and the model on one device."
+            f"{type(error).__name__}: {first.rstrip('.')}. {_advice(first)}"
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch.shape[0]:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(
             f"The model must map images {tuple(batch.shape)} to logits ({batch.shape[0]}, "
-            f"classes); got {found}."
+            f"classes); got {answer_in_words(logits)}"
         )
     if logits.shape[1] < 2:
-        raise ModelError("The model answers with one class only: there is nothing to certify.")
+        found = "one class only" if logits.shape[1] == 1 else "no class at all"
+        raise ModelError(f"The model answers with {found}: there is nothing to certify.")
+    if logits.dtype is torch.bool or logits.is_complex():
+        raise ModelError(f"The model answers with {logits.dtype}: logits are real numbers.")
     if not bool(torch.isfinite(logits).all()):
         raise ModelError("The model answers with NaN or infinite logits on images in [0, 1].")
     return logits

@@ -7,7 +7,7 @@ says in which precision.
 
 from __future__ import annotations
 
-import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +17,15 @@ from torch import Tensor, nn
 
 from certifl.certification.compiled import Compiled
 from certifl.certification.folding import fold_batch_norm
-from certifl.certification.guards import check_model, probe_classes
+from certifl.certification.guards import (
+    check_model,
+    depends_on_its_past,
+    probe_classes,
+    probe_of,
+    writes_into_its_input,
+)
 from certifl.convolutions import exact_convolutions
+from certifl.copies import bare_copy_of, foreign_formats, format_advice, to_format, unwrapped
 from certifl.errors import InputError, ModelError
 
 __all__ = [
@@ -31,6 +38,7 @@ __all__ = [
 ]
 
 Model = Callable[[Tensor], Tensor]
+_log = logging.getLogger(__name__)
 # Compiled code rounds in another order, so it is another f and has a name of its own.
 PRECISIONS: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -47,6 +55,7 @@ _CPU_ACTIVATION_BYTES = 4 << 20
 _GPU_MEMORY_SHARE = 0.02
 _SMALLEST_BATCH = 16
 _COMPILED = "-compiled"
+_UNSEEN = 16  # how many times larger than its input that activation is guessed to be
 _LARGEST_BATCH = {"cpu": 512, "cuda": 8192}
 
 
@@ -82,7 +91,8 @@ def prepare(
 
     Args:
         model: callable from images (m, c, h, w) in [0, 1] to logits (m, classes). Modules are
-            copied; any other callable is used as it is, in its own precision and on its device.
+            copied; any other callable, and a module that cannot be copied, is used as it is, in
+            its own precision and on its device.
         images: (m, c, h, w); only shapes and one image as a probe are used.
         device: "auto", or a torch device.
         precision: "auto" (bfloat16 where the hardware computes in it), "float32", "bfloat16", or
@@ -94,44 +104,153 @@ def prepare(
         ModelError: see `guards.check_model` and `guards.probe_classes`; or it cannot be compiled.
         InputError: unknown device, precision or batch size.
     """
+    if isinstance(model, nn.Module):
+        model = unwrapped(model)
     check_model(model)
-    if device == "auto" and not isinstance(model, nn.Module):
-        device = images.device
+    copied = _copied(model)
+    if device == "auto" and copied is None:
+        device = _own_device(model, images)
     place = choose_device(device)
+    probe = images[:1].to(place, copy=True)  # a copy, for a network may write into it
     with exact_convolutions(place):
-        return _prepared(model, images[:1].to(place), place, precision, batch_size)
+        if copied is None or not isinstance(model, nn.Module):
+            return _as_it_is(model, probe, place, precision, batch_size)
+        return _prepared(model, copied, probe, place, precision, batch_size)
+
+
+def _copied(model: Model) -> nn.Module | None:
+    """A copy to prepare; None where a model must be called as it is."""
+    if not isinstance(model, nn.Module):
+        return None
+    try:
+        return bare_copy_of(model)
+    except ModelError as error:
+        _log.info("The model votes as it is, in float32 and where it lies: %s", error)
+        return None
+
+
+def _own_device(model: Model, images: Tensor) -> torch.device:
+    values = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+    return values[0].device if values else images.device
+
+
+def _as_it_is(
+    model: Model, probe: Tensor, place: torch.device, precision: str, batch_size: int | str
+) -> Network:
+    """A network that cannot be changed: a function, or a module that cannot be copied."""
+    choose_precision(precision, place)
+    if isinstance(model, nn.Module):
+        _check_as_it_is(model, precision)
+    call = _own_input(model, probe)
+    classes = probe_classes(call, probe)
+    if isinstance(model, nn.Module):
+        depends_on_its_past(call, model, probe)
+    size = _batch(batch_size, place, _UNSEEN * 4 * probe.numel())
+    return Network(call, classes, place, "float32", False, size)
+
+
+def _check_as_it_is(model: nn.Module, precision: str) -> None:
+    if foreign_formats(model):
+        raise ModelError(f"{format_advice(model)} certifl cannot copy this model to do so.")
+    if precision not in ("auto", "float32"):
+        raise ModelError(
+            f"The model cannot be copied, so it cannot vote in {precision}: choose the precision "
+            "auto or float32, or keep locks, generators and open files out of its attributes."
+        )
 
 
 def _prepared(
-    model: Model, probe: Tensor, place: torch.device, precision: str, batch_size: int | str
+    model: nn.Module,
+    plain: nn.Module,
+    probe: Tensor,
+    place: torch.device,
+    precision: str,
+    batch_size: int | str,
 ) -> Network:
-    """The network, probed and compared on one image, under the conditions it votes under."""
-    if not isinstance(model, nn.Module):
-        choose_precision(precision, place)
-        classes = probe_classes(model, probe)
-        return Network(model, classes, place, "float32", False, _batch(batch_size, probe, place))
-    plain = copy.deepcopy(model).to(place).requires_grad_(False)
-    probe_classes(plain, probe)
-    folded = fold_batch_norm(plain, probe)
+    """A copy of a model, probed on a few images under the conditions it votes under.
+
+    "auto" falls back to float32 where a network fails in bfloat16, as it does if some of its
+    constants are neither weights nor buffers.
+    """
+    advice = format_advice(plain)
+    plain = _moved(plain, place)
+    try:
+        call = _own_input(plain, probe)
+        probe_classes(call, probe)
+        changes = depends_on_its_past(call, plain, probe)
+    except ModelError as error:
+        raise (ModelError(f"{error} {advice}") if advice else error) from error
+    # Tracing would leave out what a network writes into its own state.
+    folded = None if changes else fold_batch_norm(plain, probe_of(probe))
     ready = folded if folded is not None else plain
+    largest = _largest_activation(plain, probe)  # before its weights are rounded
     chosen = choose_precision(precision, place, ready)
-    size = _batch(batch_size, probe, place, plain, PRECISIONS[chosen].itemsize)
-    ready = ready.to(PRECISIONS[chosen])
-    ready.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    call: Model = _Caller(ready, PRECISIONS[chosen])
-    classes = probe_classes(call, probe)
+    try:
+        call, classes = _called(ready, PRECISIONS[chosen], probe)
+    except ModelError as error:
+        if precision != "auto" or chosen == "float32":
+            raise
+        _log.info("The network votes in float32, since it fails in %s: %s", chosen, error)
+        return _prepared(model, bare_copy_of(model), probe, place, "float32", batch_size)
+    size = _batch(batch_size, place, largest * PRECISIONS[chosen].itemsize)
     if chosen.endswith(_COMPILED):
         call = _compiled(call, probe.expand(size, *probe.shape[1:]))
     return Network(call, classes, place, chosen, folded is not None, size)
+
+
+def _moved(plain: nn.Module, place: torch.device) -> nn.Module:
+    """The copy on its device, in float32."""
+    try:
+        made = to_format(plain.to(place), torch.float32)
+    except NotImplementedError as error:  # weights on the device "meta" have no values
+        raise ModelError(f"The model cannot be moved to {place}: {error}") from error
+    for value in made.parameters():
+        value.requires_grad_(False)
+    return made
+
+
+def _called(ready: nn.Module, dtype: torch.dtype, probe: Tensor) -> tuple[Model, int]:
+    """The network in this arithmetic, in the first layout of memory that it works in.
+
+    Convolutions are fastest in channels-last, but a network that flattens by `view` fails in it.
+    """
+    ready = to_format(ready, dtype)
+    try:
+        return _laid_out(ready, dtype, torch.channels_last, probe)
+    except ModelError:
+        return _laid_out(ready, dtype, torch.contiguous_format, probe)
+
+
+def _laid_out(
+    ready: nn.Module, dtype: torch.dtype, layout: torch.memory_format, probe: Tensor
+) -> tuple[Model, int]:
+    ready.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+    call = _own_input(_Caller(ready, dtype, layout), probe)
+    return call, probe_classes(call, probe)
 
 
 @dataclass(frozen=True)
 class _Caller:
     module: nn.Module
     dtype: torch.dtype
+    layout: torch.memory_format
 
     def __call__(self, images: Tensor) -> Tensor:
-        return self.module(images.to(self.dtype, memory_format=torch.channels_last))
+        return self.module(images.to(self.dtype, memory_format=self.layout))
+
+
+@dataclass(frozen=True)
+class _OwnInput:
+    """A network that writes into its input, given a batch of its own at every call."""
+
+    call: Model
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.call(images.clone())
+
+
+def _own_input(call: Model, probe: Tensor) -> Model:
+    return _OwnInput(call) if writes_into_its_input(call, probe) else call
 
 
 def _compiled(call: Model, images: Tensor) -> Model:
@@ -221,20 +340,14 @@ def choose_precision(precision: str, device: torch.device, module: nn.Module | N
     return "bfloat16" if supported and not normalises else "float32"
 
 
-def _batch(
-    batch_size: int | str,
-    probe: Tensor,
-    device: torch.device,
-    module: nn.Module | None = None,
-    itemsize: int = 4,
-) -> int:
+def _batch(batch_size: int | str, device: torch.device, per_image: int) -> int:
+    """Noisy images per call; `per_image` bytes has the largest activation of one."""
     if batch_size != "auto":
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise InputError(
                 f"batch_size must be 'auto' or a positive number; got {batch_size!r}."
             )
         return batch_size
-    per_image = itemsize * (_largest_activation(module, probe) if module else probe.numel() * 16)
     budget = _CPU_ACTIVATION_BYTES
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -253,10 +366,12 @@ def _largest_activation(module: nn.Module, probe: Tensor) -> int:
         if isinstance(output, Tensor):
             largest[0] = max(largest[0], output.numel())
 
+    if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
+        return _UNSEEN * largest[0]  # it takes no hooks
     hooks = [m.register_forward_hook(note) for m in module.modules()]
     try:
         with torch.inference_mode():
-            module(probe)
+            module(probe.clone())
     finally:
         for hook in hooks:
             hook.remove()

@@ -46,6 +46,7 @@ from certifl.federated import (
     ServerState,
     Update,
 )
+from certifl.federated.client import check_images
 from certifl.federated.faults import Fault, attempt
 from certifl.federated.privacy import ExampleLedger
 from certifl.federated.states import Parts
@@ -174,6 +175,7 @@ class Party:
             spec.model.options,
             data.image_size,
         ).eval()
+        check_images(model, {settings.client: len(holdings.train)})
         kept.folder.mkdir(parents=True, exist_ok=True)
         # Of the sizes only its own counts here: the noise of a client follows from its own.
         sizes = [len(holdings.train)] * spec.clients.count

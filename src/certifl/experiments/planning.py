@@ -28,6 +28,7 @@ from certifl.data import Column, Partition, random_part
 from certifl.experiments.data_facts import Facts, data_facts
 from certifl.federated import Algorithm, ClientData, LocalTraining
 from certifl.federated.augmentations import augmentation_of, together
+from certifl.federated.client import check_images
 from certifl.federated.states import ClientState, Parts, ServerState
 from certifl.models import build, state_of
 from certifl.perturbations import Perturbation
@@ -102,6 +103,7 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
         spec.model.options,
         (data.shape[1], data.shape[2]),
     )
+    check_images(model, dict(enumerate(train.tolist())))
     training, parts = _training_seconds(spec, model, data, train, place)
     network = prepare(
         model.eval(), _pixels(data, 1).float() / 255, place, spec.certification.precision

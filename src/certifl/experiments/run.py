@@ -42,7 +42,7 @@ from certifl.work.machine import (
 from certifl.work.networks import deployed, initial_model
 from certifl.work.parts import DATA_DIR, open_data, study_facts
 from certifl.work.private import Protection, protection, spent, training_key
-from certifl.work.training import by_client, local_training, participation
+from certifl.work.training import by_client, check_training, local_training, participation
 
 __all__ = ["Options", "label_of", "run"]
 
@@ -116,6 +116,8 @@ def run(spec: Spec, options: Options) -> RunFolder:
     model = initial_model(spec, dataset)
     prepare(model, to_float(dataset.test.images[:1]), device, spec.certification.precision)
     protection(spec, model, _sizes(partition), b"not the key")
+    image_shape = (dataset.in_channels, *dataset.image_size)
+    check_training(spec, model, _sizes(partition), image_shape)
     with folder.locked():
         folder.begin(spec.to_toml(), spec.hash(), options.overwrite)
         _describe(folder, spec, model, dataset, options)

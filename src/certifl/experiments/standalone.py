@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from certifl.certification import Certificates, certify
 from certifl.certification.network import prepare
 from certifl.certification.settings import Settings
+from certifl.copies import evaluating
 from certifl.data import Dataset, changes_of, choose, load, read_image, to_float
-from certifl.errors import InputError, ModelError, StoreError, StoreMismatch
+from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.experiments.shards import WHOLE, Shard
 from certifl.models import build
+from certifl.models.weights import load_weights, read_checkpoint, weights_in
 from certifl.perturbations import Perturbation, PixelNoise, describe, from_description
 from certifl.spec import Spec
 from certifl.store.atomic import load_tensors
@@ -28,8 +30,9 @@ from certifl.work.parts import data_folder, finished_run, open_data, run_spec
 
 __all__ = ["Answer", "Request", "certify_image", "certify_standalone"]
 
+_log = logging.getLogger(__name__)
+
 Report = Callable[[str, int, int, str], None]
-_PARALLEL = "module."  # what DataParallel puts before every name
 _DEFAULT_SIGMA = 0.25
 
 
@@ -180,31 +183,14 @@ def _from_model(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:
         request.seed,
         image_size=dataset.image_size,
     )
-    _load(model, _weights(request.weights), f"{request.weights} does not fit {request.model}")
+    misfit = f"{request.weights} does not fit {request.model}"
+    if change := load_weights(model, _weights(request.weights), misfit):
+        _log.warning("%s: %s", request.weights, change)
     everything = np.arange(len(dataset.test))
-    return model.eval(), dataset, choose(everything, request.images, request.seed, 0)
+    return evaluating(model), dataset, choose(everything, request.images, request.seed, 0)
 
 
-def _load(model: nn.Module, weights: dict[str, Tensor], what: str) -> None:
-    """Load weights by name, or say in a line what of them is missing, too much or too large."""
-    own = model.state_dict()
-    if all(name.startswith(_PARALLEL) and name not in own for name in weights):
-        weights = {name.removeprefix(_PARALLEL): value for name, value in weights.items()}
-    faults = [f"it has no {name}" for name in own if name not in weights]
-    faults += [f"{name} is none of the network's" for name in weights if name not in own]
-    faults += [
-        f"{name} is {tuple(weights[name].shape)} where the network for these data has "
-        f"{tuple(value.shape)}"
-        for name, value in own.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
-    if faults:
-        more = f", and {len(faults) - 2} more" if len(faults) > 2 else ""
-        raise ModelError(f"{what}: {'; '.join(faults[:2])}{more}.")
-    model.load_state_dict(weights)
-
-
-def _weights(path: Path) -> dict[str, Tensor]:
+def _weights(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise InputError(f"There are no weights at {path}.")
     if path.suffix == ".safetensors":
@@ -215,18 +201,7 @@ def _weights(path: Path) -> dict[str, Tensor]:
                 f"{error} It is no whole file of weights: save model.state_dict() anew with "
                 "safetensors.torch.save_file."
             ) from error
-    try:
-        # weights_only: a file of weights must never be able to run code.
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the file is, it is not a plain file of weights
-        raise InputError(
-            f"{path} is no plain file of weights ({type(error).__name__}). Save "
-            "model.state_dict() as .safetensors, or with torch.save."
-        ) from error
-    state = held.get("state_dict", held) if isinstance(held, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"{path} holds no weights by name. Save model.state_dict() into it.")
-    return state
+    return weights_in(read_checkpoint(path), str(path))
 
 
 def _model_of(folder: RunFolder, client: int) -> tuple[nn.Module, Spec]:

@@ -68,10 +68,14 @@ class Batch:
         return self.augmentation.sample(len(self.images), shape, self.noise)
 
     def applied(self, params: torch.Tensor | None) -> torch.Tensor:
-        """The images under these parameters; gradients flow through both."""
+        """The images under these parameters, in memory of their own; gradients flow through both.
+
+        The batch may be looked at again, and a network may write into what it is given.
+        """
         if self.augmentation is None or params is None:
-            return self.images
-        return self.augmentation.apply(self.images, params)
+            return self.images.clone()
+        made = self.augmentation.apply(self.images, params)
+        return made.clone() if made is self.images else made
 
     @torch.no_grad()
     def draw(self) -> torch.Tensor:

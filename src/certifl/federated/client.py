@@ -8,7 +8,6 @@ and perturbing happen there, and nothing is brought back to the host within an e
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from certifl import streams
+from certifl.copies import copy_of
 from certifl.errors import InputError, ModelError, SpecError, TrainingDiverged
 from certifl.federated.augmentations import PerClient, augmentation_of
 from certifl.federated.batches import Augmentation, BatchStream
@@ -37,7 +37,18 @@ from certifl.federated.states import ClientData, ModelState, Parts
 from certifl.models import state_of
 from certifl.registry import check_choice
 
-__all__ = ["GradientHook", "LocalTraining", "Schedule", "Step", "Trained"]
+__all__ = [
+    "GradientHook",
+    "LocalTraining",
+    "Schedule",
+    "Step",
+    "Trained",
+    "check_batches",
+    "check_images",
+]
+
+
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,8 @@ class LocalTraining:
         precision: a name in `TRAINING_PRECISIONS`.
 
     Raises:
-        ModelError: the model has nothing to train, or cannot be trained with privacy.
+        ModelError: the model has nothing to train, cannot be copied, needs larger batches, or
+            cannot be trained with privacy.
         SpecError: an unknown precision, or privacy with another one than float32.
     """
 
@@ -142,7 +154,8 @@ class LocalTraining:
                 )
             check_network(model, privacy.kind)
         self.device = torch.device(device)
-        self._model = copy.deepcopy(model).to(self.device).train()
+        self._model = _training(copy_of(model).to(self.device))
+        check_batches(self._model, schedule.batch_size)
         self._trainable = _trainable(self._model)
         if not self._trainable:
             raise ModelError(
@@ -194,6 +207,7 @@ class LocalTraining:
 
         Raises:
             TrainingDiverged: the loss or the weights stopped being finite.
+            ModelError: the model normalises over batches, and the client has one image.
         """
         schedule = self.schedule
         first = round * schedule.local_epochs
@@ -247,7 +261,7 @@ class LocalTraining:
         """
         if self.privacy is not None:
             raise SpecError(NO_SECOND_GRADIENT)
-        model = copy.deepcopy(self._model)
+        model = copy_of(self._model)
         model.load_state_dict(start)
         kept = (momentum or {}) if self.schedule.keeps_momentum else {}
         plan = _Plan((self.schedule.lr,), weight_decay, None, momentum=kept)
@@ -272,6 +286,7 @@ class LocalTraining:
             raise InputError(
                 f"Client {data.client} has no training images: give it some or leave it out."
             )
+        check_images(self._model, {data.client: len(data)})
         schedule = self.schedule
         private = None
         if self.privacy is not None:
@@ -339,6 +354,61 @@ class LocalTraining:
             own = buffer.to(self.device, copy=True)
             optimizer.state[parameters[name]]["momentum_buffer"] = own
         return optimizer
+
+
+def _training(model: nn.Module) -> nn.Module:
+    try:
+        return model.train()
+    except (NotImplementedError, RuntimeError) as error:
+        raise ModelError(
+            f"The model cannot be trained ({error}): give the network itself, not a program "
+            "exported or frozen from it, which can only be certified."
+        ) from error
+
+
+def check_images(model: nn.Module, sizes: Mapping[int, int]) -> None:
+    """Refuse clients with one image for a network that normalises over batches.
+
+    With the statistics of a single image BatchNorm fails, where one pixel is left of it, or learns
+    from nothing but that image; such a client would stay untrained and be certified all the same.
+
+    Args:
+        model: the network.
+        sizes: number of training images by client.
+
+    Raises:
+        ModelError: names the layer and the clients.
+    """
+    layer = _batch_norm(model)
+    alone = [client for client, size in sizes.items() if size == 1]
+    if layer is None or not alone:
+        return
+    shown = ", ".join(map(str, alone[:_SHOWN])) + (" and more" if len(alone) > _SHOWN else "")
+    who = f"Client {shown} has" if len(alone) == 1 else f"Clients {shown} have"
+    raise ModelError(
+        f"{who} one training image, and the network's BatchNorm ({layer}) needs at least two at a "
+        "time. Give each client two images or more, take fewer clients, or a network with "
+        'GroupNorm, such as model.name = "small_cnn" or model.options = { norm = "group" }.'
+    )
+
+
+def check_batches(model: nn.Module, batch_size: int) -> None:
+    """Refuse batches of one image for a network that normalises over batches.
+
+    Raises:
+        ModelError: names the layer.
+    """
+    layer = _batch_norm(model)
+    if layer is not None and batch_size == 1:
+        raise ModelError(
+            f"training.batch_size = 1, and the network's BatchNorm ({layer}) needs at least two "
+            "images at a time. Take larger batches, or a network with GroupNorm."
+        )
+
+
+def _batch_norm(model: nn.Module) -> str | None:
+    kind = nn.modules.batchnorm._BatchNorm
+    return next((name for name, part in model.named_modules() if isinstance(part, kind)), None)
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

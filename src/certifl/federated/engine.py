@@ -22,7 +22,7 @@ from certifl.federated.algorithm_table import describe
 from certifl.federated.augmentations import PerClient
 from certifl.federated.base import Algorithm
 from certifl.federated.batches import Augmentation
-from certifl.federated.client import LocalTraining
+from certifl.federated.client import LocalTraining, check_images
 from certifl.federated.objectives import Augmented, Objective
 from certifl.federated.participation import Participation, RandomShare
 from certifl.federated.privacy.clients import ClientLevel
@@ -109,6 +109,8 @@ def train(
         StoreError: a checkpoint could not be written; finished rounds are kept.
     """
     _check(len(clients), min_clients, workers, answer_within)
+    if isinstance(clients, (list, tuple)):  # others may read a client's images when asked for it
+        check_images(training.network, {data.client: len(data) for data in clients})
     participation = _drawn(rule, participation, model)
     identity = _identity(algorithm, model, clients, training, participation, rule)
     current = _resumed(checkpoints, identity)

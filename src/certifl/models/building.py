@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from certifl.copies import answer_in_words, evaluating, format_advice
 from certifl.errors import ModelError
 from certifl.models.networks import resnet18, small_cnn, small_resnet
 from certifl.streams import derive_seed
@@ -116,8 +117,8 @@ def check_logits(
     """
     first = next(model.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    modes = [(m, m.training) for m in model.modules() if hasattr(m, "training")]
+    evaluating(model)
     try:
         with torch.no_grad():
             logits = model(torch.zeros(1, in_channels, *image_size, device=device))
@@ -125,14 +126,13 @@ def check_logits(
         raise ModelError(
             f"The model fails on a blank image of shape (1, {in_channels}, {image_size[0]}, "
             f"{image_size[1]}) with {type(error).__name__}: {error}. "
-            "It must take images (m, c, h, w)."
+            f"{format_advice(model) or 'It must take images (m, c, h, w).'}"
         ) from error
     finally:
         for module, training in modes:
             module.training = training
     if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(
-            f"The model must return logits of shape (1, {num_classes}) for one image, got {got}. "
-            "Give its last layer num_classes outputs."
+            f"The model must return logits of shape (1, {num_classes}) for one image, got "
+            f"{answer_in_words(logits)} Give its last layer num_classes outputs."
         )

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from torch import nn
 
+from certifl.copies import evaluating
 from certifl.data import Dataset
-from certifl.errors import ModelError, StoreError, StoreMismatch
+from certifl.errors import ModelError, StoreError, StoreMismatch, WorkError
 from certifl.federated.engine import deployed_model
-from certifl.models import build
+from certifl.models import build, fingerprint
 from certifl.spec import Spec
 from certifl.store.checkpoints import Checkpoints, StoredRound
 from certifl.store.runs import RunFolder
@@ -24,14 +25,15 @@ def initial_model(spec: Spec, dataset: Dataset) -> nn.Module:
     Raises:
         ModelError: a user's network that cannot be built or does not fit the images.
     """
-    return build(
+    model = build(
         spec.model.name,
         dataset.in_channels,
         dataset.num_classes,
         spec.seed,
         spec.model.options,
         dataset.image_size,
-    ).eval()
+    )
+    return evaluating(model)
 
 
 def code_folder(name: str) -> str | None:
@@ -99,9 +101,17 @@ def deployed(last: StoredRound, spec: Spec, model: nn.Module, client: int) -> nn
 
     Raises:
         ModelError: the network is no longer the one that was trained.
+        WorkError: it never was: a certificate of initial weights would mean nothing.
     """
+    state = deployed_model(spec.build_algorithm(), last, client)
+    if fingerprint(state) == last.identity.get("initial_model"):
+        raise WorkError(
+            f"Client {client} would deploy the network with the weights it began with: it failed "
+            f"in every round, or took no step. The history in {last.path.parent} says why it was "
+            "left out; see to that, and compute the run again with --overwrite."
+        )
     try:
-        model.load_state_dict(deployed_model(spec.build_algorithm(), last, client))
+        model.load_state_dict(state)
     except RuntimeError as error:
         raise ModelError(
             f"The trained weights in {last.path} do not fit the model {spec.model.name!r}: its "

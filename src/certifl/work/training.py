@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from certifl.federated import LocalTraining
+from certifl.federated.client import check_batches, check_images
 from certifl.federated.engine import Participation, RandomShare
+from certifl.federated.privacy.clipping import try_clipping
 from certifl.spec import Spec
 from certifl.work.private import Protection
 
-__all__ = ["by_client", "local_training", "participation"]
+__all__ = ["by_client", "check_training", "local_training", "participation"]
 
 
 def local_training(
@@ -30,6 +33,27 @@ def local_training(
         device=device,
         precision=spec.training.precision,
     )
+
+
+def check_training(
+    spec: Spec, model: nn.Module, sizes: Sequence[int], image_shape: tuple[int, int, int]
+) -> None:
+    """Refuse, before anything is written, a network that these clients cannot train.
+
+    Args:
+        spec: of the study.
+        model: the network; it stays as it is.
+        sizes: number of training images of each client.
+        image_shape: (c, h, w).
+
+    Raises:
+        ModelError: BatchNorm and a client or batches of one image, or a network that has no
+            gradients of single images where privacy needs them.
+    """
+    check_batches(model, spec.training.batch_size)
+    check_images(model, dict(enumerate(sizes)))
+    if spec.privacy.kind == "example":
+        try_clipping(model, image_shape)
 
 
 def participation(spec: Spec, clients: int) -> Participation | None:

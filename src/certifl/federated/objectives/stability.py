@@ -44,7 +44,7 @@ class Stability:
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss above as a mean over the batch; judged by the clean images."""
         if batch.augmentation is None or self.weight == 0:
-            logits = model(batch.images)
+            logits = model(batch.images.clone())  # the network may write into it
             return functional.cross_entropy(logits, batch.labels), logits
         both = model(torch.cat([batch.images, batch.draw()]))
         clean, noisy = by_copy(both, 2)

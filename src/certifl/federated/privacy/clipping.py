@@ -13,12 +13,14 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from certifl.copies import copy_of
+from certifl.errors import ModelError
 from certifl.federated.batches import Batch
 from certifl.federated.bench import Outcome
 from certifl.federated.objectives import Augmented, Objective
 from certifl.federated.privacy.accounting import grad_sample
 
-__all__ = ["clipped_sum"]
+__all__ = ["clipped_sum", "try_clipping"]
 
 Gradients = dict[str, torch.Tensor]
 
@@ -59,6 +61,26 @@ def clipped_sum(
     return total, Outcome(loss, correct)
 
 
+def try_clipping(model: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    """Take the gradients of two blank images, to find out before the first round what cannot be.
+
+    Args:
+        model: stays as it is.
+        image_shape: (c, h, w).
+
+    Raises:
+        ModelError: the network cannot be trained with gradients of single images.
+    """
+    tried = copy_of(model).train()
+    parameters = {name: value for name, value in tried.named_parameters() if value.requires_grad}
+    device = next(iter(parameters.values())).device
+    images = torch.zeros(2, *image_shape, device=device)
+    labels = torch.zeros(2, dtype=torch.int64, device=device)
+    batch = Batch(images, labels, None, torch.Generator(device=device))
+    with torch.random.fork_rng(devices=[]):  # dropout draws
+        clipped_sum(tried, parameters, Augmented(), batch, max_norm=1.0)
+
+
 @torch.no_grad()
 def _clipped(gradients: Gradients, max_norm: float) -> Gradients:
     lengths = [value.flatten(1).norm(dim=1) for value in gradients.values()]
@@ -96,12 +118,21 @@ def _of_batch(
 ) -> tuple[Gradients, Outcome]:
     hooks = grad_sample().GradSampleHooks(model)
     # Hooks on modules whose input needs no gradient make torch warn.
-    handle = model.register_forward_pre_hook(lambda _, inputs: inputs[0].requires_grad_())
+    # The clone is for networks that write into their input, which they may not with a leaf.
+    handle = model.register_forward_pre_hook(lambda _, inputs: inputs[0].requires_grad_().clone())
     try:
         loss, logits = objective(model, batch)
         loss.backward()
         found = {n: getattr(p, "grad_sample", None) for n, p in parameters.items()}
         gradients = {name: value for name, value in found.items() if value is not None}
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+        raise ModelError(
+            'privacy.kind = "example" needs the output of each layer as it was, and the network '
+            f"writes over one ({str(error).splitlines()[0]}). Leave operations such as x += y, "
+            "x.relu_() and inplace=True out of its forward."
+        ) from error
     finally:
         handle.remove()
         hooks.cleanup()

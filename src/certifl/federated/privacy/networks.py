@@ -26,7 +26,8 @@ def check_network(model: nn.Module, kind: str) -> None:
         kind: "example" or "client".
 
     Raises:
-        ModelError: it has BatchNorm, or a state beside its parameters.
+        ModelError: it has BatchNorm, a state beside its parameters, or (example level) layers that
+            write their result over their input.
         SpecError: opacus is not installed.
     """
     grad_sample()
@@ -41,9 +42,22 @@ def check_network(model: nn.Module, kind: str) -> None:
                 f'privacy.kind = "{kind}" cannot train this network: its BatchNorm ({name}) '
                 f"{reason}. {_ADVICE}"
             )
+    if kind == "example":
+        _check_in_place(model)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if others := sorted(model.state_dict().keys() - parameters):
         raise ModelError(
             f'privacy.kind = "{kind}" protects parameters only, and this network\'s state also '
             f"holds {others[0]}: register it with persistent=False if it never changes. {_ADVICE}"
+        )
+
+
+def _check_in_place(model: nn.Module) -> None:
+    """Refuse `inplace=True`: gradients of single images follow from what it would write over."""
+    found = {n: m for n, m in model.named_modules() if getattr(m, "inplace", False) is True}
+    if found:
+        layers = ", ".join(f"{name} ({type(layer).__name__})" for name, layer in found.items())
+        raise ModelError(
+            'privacy.kind = "example" needs the output of each layer as it was, and these write '
+            f"over it: {layers}. Build them with inplace=False."
         )
