@@ -21,7 +21,7 @@ from certifl.federated.states import (
     Update,
 )
 
-__all__ = ["Algorithm", "describe", "needed_by_clients"]
+__all__ = ["Algorithm", "describe", "needed_by_clients", "sent_by_clients"]
 
 
 class Algorithm(Protocol):
@@ -116,6 +116,26 @@ def needed_by_clients(algorithm: object, parts: Parts) -> Parts:
     """
     needs = algorithm.client_needs if isinstance(algorithm, _Sparing) else None
     return parts if needs is None else {part: parts[part] for part in needs if part in parts}
+
+
+@runtime_checkable
+class _Telling(Protocol):
+    """An algorithm whose clients do not send just a model in every round."""
+
+    def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
+        """Names of the parts in an update of a round; `scheduled` rounds have a schedule."""
+        ...
+
+
+def sent_by_clients(algorithm: object, round: int, scheduled: int) -> tuple[str, ...]:
+    """Which parts a client's update of a round has: "model", unless the algorithm says otherwise.
+
+    Args:
+        algorithm: may have a method `sends`.
+        round: counted from 0.
+        scheduled: rounds of the schedule; extra ones come after them.
+    """
+    return algorithm.sends(round, scheduled) if isinstance(algorithm, _Telling) else ("model",)
 
 
 def describe(algorithm: Algorithm) -> dict[str, Any]:

@@ -70,6 +70,11 @@ class FLIX:
         check_number("personalization", self.personalization, allowed, low=0, high=1)
         check_choice("weighting", self.weighting, WEIGHTINGS)
 
+    def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
+        """The model, unless nothing of it is shared."""
+        del round, scheduled
+        return () if self.personalization == 1 else ("model",)
+
     def init(self, model_state: ModelState) -> ServerState:
         """The global model is the initial one."""
         return ServerState(0, {"model": model_state})

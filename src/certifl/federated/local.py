@@ -31,6 +31,11 @@ class Local:
     keeps_client_state: ClassVar[bool] = True
     extra_rounds: ClassVar[int] = 0
 
+    def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
+        """Nothing: models stay where they are."""
+        del round, scheduled
+        return ()
+
     def init(self, model_state: ModelState) -> ServerState:
         """The server only remembers the initial model."""
         return ServerState(0, {"model": model_state})

@@ -78,6 +78,10 @@ class PerFedAvg:
         check_choice("approximation", self.approximation, _HESSIANS)
         check_choice("weighting", self.weighting, WEIGHTINGS)
 
+    def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
+        """The model in the rounds of the schedule; the adapted one stays with the client."""
+        return ("model",) if round < scheduled else ()
+
     def init(self, model_state: ModelState) -> ServerState:
         """The global model is the initial one."""
         return ServerState(0, {"model": model_state})

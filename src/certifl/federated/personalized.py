@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from certifl.errors import SpecError
-from certifl.federated.base import Algorithm
+from certifl.federated.base import Algorithm, sent_by_clients
 from certifl.federated.records import check_number
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 
@@ -64,6 +64,12 @@ class Personalized:
     def client_needs(self) -> tuple[str, ...] | None:
         """The base's."""
         return getattr(self.base, "client_needs", None)
+
+    def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
+        """The base's parts; the fine-tuned model stays with the client."""
+        if round < scheduled + self.base.extra_rounds:
+            return sent_by_clients(self.base, round, scheduled)
+        return ()
 
     def init(self, model_state: ModelState) -> ServerState:
         """The base's beginning."""

@@ -66,6 +66,11 @@ class Scaffold:
     def __post_init__(self) -> None:
         check_number("server_lr", self.server_lr, "a number above 0", low=0, open_low=True)
 
+    def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
+        """The model and the change of the control variate."""
+        del round, scheduled
+        return "model", "control_step"
+
     def init(self, model_state: ModelState) -> ServerState:
         """The global model is the initial one; no control variate is the zero one."""
         return ServerState(0, {"model": model_state})
