@@ -283,7 +283,7 @@ def _undecided(came: Mapping[int, Joined]) -> str:
 def _too_few(crowd: Crowd, everyone: set[int], enough: int, options: Options) -> CertiflError:
     """Too few clients: of those that came, or of those that match."""
     missing, here = everyone - crowd.members.keys(), len(crowd.members)
-    if crowd.unfit:
+    if crowd.mismatched:
         matching = f"those that match: --min-clients {here}" if here else "others"
         return RequestError(
             f"The study does not start: {here} of {len(everyone)} clients match, and {enough} "

@@ -22,6 +22,8 @@ POLL = 0.3
 UNKNOWN = -1
 """Stands for the number of a node that cannot be told to be any client's."""
 _AGAIN = 10.0
+_FAILED, _MISMATCHED, _STRANGER = "failed", "mismatched", "stranger"
+"""Why a node is refused: it says it cannot, what it says does not fit, it is somebody else."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,9 @@ class Crowd:
         keys: public keys by client, where they are known: then a node is whose key it has.
         within: seconds in which a node must answer that it joins.
         members: by client.
-        refused: why a client is not among them. unfit: those of them whose answer or properties
-            do not fit the study; the others said themselves that they cannot take part.
+        refused: why a client is not among them; some said themselves that they cannot take part.
+        unfit: those whose answer cannot be. mismatched: of these, those whose properties or answer
+            do not fit the study, whoever they are.
     """
 
     line: Line
@@ -58,6 +61,7 @@ class Crowd:
     members: dict[int, Member] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     unfit: set[int] = field(default_factory=set)
+    mismatched: set[int] = field(default_factory=set)
     _asked: dict[int, tuple[Node, str, float]] = field(default_factory=dict)
     _known: dict[int, Node] = field(default_factory=dict)
     _again: dict[int, float] = field(default_factory=dict)
@@ -110,12 +114,12 @@ class Crowd:
             problem = self.accepts(member.joined)
             if problem is not None:
                 del self.members[client]
-                self._refuse(client, problem, unfit=True)
+                self._refuse(client, problem, _MISMATCHED)
 
     def _joins(self, node: Node, answer: Content | Lost) -> None:
         if isinstance(answer, Lost):
             if answer.garbled:
-                self._refuse(self._who(node, None), answer.reason, unfit=True)
+                self._refuse(self._who(node, None), answer.reason, _MISMATCHED)
             else:
                 _log.warning("Node %d does not join: %s.", node.id, answer.reason)
                 self._again[node.id] = time.monotonic() + _AGAIN
@@ -124,19 +128,22 @@ class Crowd:
         try:
             reply = checked(Reply, answer.facts, "no answer to an order")
             if reply.fault is not None:
-                self._refuse(who, reply.fault.reason)
+                self._refuse(who, reply.fault.reason, _FAILED)
                 return
             joined = checked(Joined, answer.facts.get("joined"), "no answer to join")
+            if joined.client != reply.client:
+                raise Garbled(f"it says it is client {joined.client}, and client {reply.client}")
         except Garbled as error:
-            self._refuse(who, f"its answer is garbled, {error}", unfit=True)
+            self._refuse(who, f"its answer is garbled, {error}", _MISMATCHED)
             return
         stranger = self._problem(joined.client, node)
         problem = stranger or self.accepts(joined)
         if problem is not None:
-            self._refuse(who, problem, unfit=stranger is None)
+            self._refuse(who, problem, _MISMATCHED if stranger is None else _STRANGER)
             return
         self.refused.pop(who, None)
         self.unfit.discard(who)
+        self.mismatched.discard(who)
         self.members[joined.client] = Member(joined.client, node, joined)
         _log.info("Client %d is here.", joined.client)
 
@@ -158,13 +165,17 @@ class Crowd:
             return f"client {client} is here already, on another node: every client has one number"
         return None
 
-    def _refuse(self, client: int, why: str, unfit: bool = False) -> None:
+    def _refuse(self, client: int, why: str, kind: str) -> None:
         shown = one_line(why, 700)
         who = f"Client {client}" if client != UNKNOWN else "A node"
         _log.warning("%s is not taken: %s.", who, shown)
         if client in self.members:  # it was somebody else who said that he is this client
             return
         self.refused[client] = shown
-        self.unfit.discard(client)
-        if unfit:
-            self.unfit.add(client)
+        for group, kinds in (
+            (self.unfit, (_MISMATCHED, _STRANGER)),
+            (self.mismatched, (_MISMATCHED,)),
+        ):
+            group.discard(client)
+            if kind in kinds:
+                group.add(client)

@@ -100,7 +100,8 @@ class Asking:
 
     Attributes:
         spec: of the study. client: its number.
-        images: how many test images it certifies at most; None = that is not known.
+        images: how many test images it certifies; None = that is not known.
+        exact: whether `images` is what it said itself; otherwise it may have fewer.
         classes: of the study. own: whether it may certify a perturbation of its own.
     """
 
@@ -109,6 +110,7 @@ class Asking:
     images: int | None
     classes: int
     own: bool = False
+    exact: bool = False
 
     def curve(self, told: Curve) -> dict[str, Any]:
         """A curve as it may be stored; what follows from the study is not taken from the client.
@@ -121,7 +123,7 @@ class Asking:
         radii = _grid(settings, perturbation)
         if told.radii != radii:
             raise Garbled("its curve has other radii than the study's grid")
-        self._few_enough(told.images)
+        self._as_many(told.images)
         largest = _largest(perturbation, settings)
         problem = impossible_curve(radii, told.correct, told.images, told.acr, largest)
         if problem is not None:
@@ -154,7 +156,7 @@ class Asking:
         self._conditions(rows.conditions, perturbation, settings)
         if not len(rows) or set(rows.client.tolist()) != {self.client}:
             raise Garbled("its rows are of another client")
-        self._few_enough(len(rows))
+        self._as_many(len(rows))
         if len(set(rows.index.tolist())) < len(rows) or int(rows.index.min()) < 0:
             raise Garbled("its rows have an image twice, or one that cannot be")
         for name, low in (("label", 0), ("predicted", -1)):
@@ -173,14 +175,17 @@ class Asking:
         """A number of test images as it may be stored.
 
         Raises:
-            Garbled: the client has fewer.
+            Garbled: the client certifies another number.
         """
-        self._few_enough(images)
+        self._as_many(images)
         return images
 
-    def _few_enough(self, images: int) -> None:
-        if self.images is not None and images > self.images:
-            raise Garbled(f"it has {images} test images, and certifies {self.images} at most")
+    def _as_many(self, images: int) -> None:
+        if self.images is None or images == self.images:
+            return
+        if self.exact or images > self.images:
+            most = "" if self.exact else " at most"
+            raise Garbled(f"it counts {images} test images, and certifies {self.images}{most}")
 
     def _settings(self) -> Settings:
         return self.spec.certification.settings(self.client)

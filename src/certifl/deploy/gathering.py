@@ -319,7 +319,8 @@ class _Gathering:
         asked = self.spec.certification.images
         images = min((n for n in (said, asked) if n is not None), default=None)
         own = self.crowd.study.get("own_perturbation") is True
-        return Asking(self.spec, client, images, manifest["data"]["num_classes"], own)
+        classes = manifest["data"]["num_classes"]
+        return Asking(self.spec, client, images, classes, own, exact=said is not None)
 
     def _progress(self) -> None:
         if self.asked.report is not None:
