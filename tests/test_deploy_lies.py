@@ -248,7 +248,7 @@ ROUND = [
     tensor(lambda value: value * math.nan),
     tensor(lambda value: value + math.inf),
     tensor(lambda value: value + 1e30),
-    tensor(lambda value: value.reshape(-1)),
+    tensor(lambda value: value[None]),
     tensor(lambda value: value.to(torch.float64)),
     tensor(lambda value: value.to(torch.float8_e4m3fn)),
     lambda content: Error(2, ESCAPES),
