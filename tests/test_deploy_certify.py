@@ -219,7 +219,7 @@ def other_model(content):
         (lambda content: content.facts.pop("certified"), "none of this client"),
     ],
 )
-def test_an_impossible_curve_stops_with_its_client_named(trick, word, tmp_path):
+def test_an_impossible_curve_leaves_its_client_out_by_name(trick, word, own, tmp_path, caplog):
     def plays(node, order, reply):
         if order.metadata.message_type != "query.certify" or node != 101:
             return reply
@@ -227,14 +227,41 @@ def test_an_impossible_curve_stops_with_its_client_named(trick, word, tmp_path):
         trick(content)
         return reply_to(order, content)
 
-    with pytest.raises(WorkError, match=rf"1 of 2.*client 1 \(.*{word}"):
-        federation(tmp_path, change=plays)
-    # The others' part is kept, and the same call goes on.
-    again = MemoryGrid(parties(tmp_path))
-    folder = conduct(STUDY, GridLine(again), options(tmp_path / "run"))
-    assert folder.finished()
+    folder, grid = federation(tmp_path, change=plays)
+    assert folder.complete()
+    left_out = folder.manifest()["deployment"]["left_out"]
+    assert left_out.keys() == {"1"}
+    assert word in left_out["1"]
+    assert "Client 1 is left out of the certificates" in caplog.text
+    asked = [n for n, order in grid.sent if order.metadata.message_type == "query.certify"]
+    assert asked == [100, 101, 101, 101]
+    # The other's part is the one of a run without a liar.
+    there = load_run(folder.path).certificates
+    assert set(there.client.tolist()) == {0}
+    honest = own.load_certificates().of_client(0)
+    assert there.average_certified_radius() == pytest.approx(honest.average_certified_radius())
+    write_report([folder.path], tmp_path / "page.html", figures=False)
+
+
+def test_where_most_certificates_cannot_be_the_run_stops_and_resumes(tmp_path):
+    lies = [True]
+
+    def plays(node, order, reply):
+        if order.metadata.message_type != "query.certify" or not lies or node == 100:
+            return reply
+        content = from_records(carried(reply).content)
+        content.facts["certified"]["curve"]["acr"] = 1000.0
+        return reply_to(order, content)
+
+    study = spec("clients.count=3", "certification.images=4", "training.rounds=1")
+    at = parties(tmp_path, 3)
+    with pytest.raises(WorkError, match=r"2 of 3.*client 1 \(.*1000 does not go.*client 2"):
+        conduct(study, GridLine(MemoryGrid(at, plays)), options(tmp_path / "run"))
+    lies.clear()
+    again = MemoryGrid(at, plays)
+    assert conduct(study, GridLine(again), options(tmp_path / "run")).complete()
     asked = [n for n, order in again.sent if order.metadata.message_type == "query.certify"]
-    assert asked == [101]
+    assert asked == [101, 102]
 
 
 def test_a_party_that_fails_says_so_without_its_secrets(tmp_path):

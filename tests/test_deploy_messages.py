@@ -77,7 +77,7 @@ def test_facts_arrive_exactly(facts):
 
 def test_an_update_arrives_whole_and_a_clients_state_does_not_travel():
     model, extra = {"w": torch.randn(3)}, {"control": {"w": torch.randn(3)}}
-    sent = Update(3, 17.0, model, {"loss": 0.1, "accuracy": math.nan}, extra)
+    sent = Update(3, 17.0, model, {"loss": 0.1, "accuracy": 0.5}, extra)
     back, state = update_from(from_records(to_records(update_to(sent))))
     assert (back.client, back.weight, repr(back.metrics)) == (3, 17.0, repr(sent.metrics))
     assert_same(back.model, model)

@@ -119,8 +119,17 @@ def test_truth_about_failure_and_late_clients(federation, tmp_path):
     """A study of three clients: the third is not there, then comes late."""
     settings = ("clients.count=3", "clients.min_clients=2", "certification.images=2")
     path, place = write_spec(tmp_path, *settings, "training.rounds=1"), tmp_path / "run"
-    shy = federation.study(path, place, "--wait", "8", "--absent", "0", "--answer-within", "60")
-    outcome = shy.result()
+    few = ("--wait", "8", "--absent", "0", "--answer-within", "60")
+    outcome = federation.study(path, place, *few).result()
+    outcome.refused("2 of 3", "client 2 is not there", "--min-clients", code=1)
+    kit = federation.kit / "server"
+    checked = cli("deploy", "check", path, "--kit", kit, "--wait", "5")
+    checked.refused("client 2 is not there")
+    assert "client 1: certifl" in checked.out
+    cli("deploy", "check", path, "--kit", kit, "--wait", "5", "--min-clients", "2").fine(
+        "would start"
+    )
+    outcome = federation.study(path, place, *few, "--min-clients", "2").result()
     outcome.refused("1 of 3 clients have not certified", "client 2 (it is not there)", code=1)
     kit = federation.kit
     shutil.copytree(kit / "client-1", kit / "client-2", ignore=shutil.ignore_patterns("studies"))
@@ -272,8 +281,8 @@ def test_a_kit_holds_what_each_needs_and_no_more(tmp_path):
         "server/server.key",
         "server/superexec.secret",
     ]
-    for name in keys:
-        assert (kit / name).stat().st_mode & 0o077 == 0
+    for path in (kit, *kit.rglob("*")):
+        assert path.stat().st_mode & 0o077 == 0, path
     assert "dependencies = []" in (kit / "server/app/pyproject.toml").read_text()
     assert "fl.example.org:9901" in (kit / "README.md").read_text()
     cli("deploy", "init", kit).refused("not empty")

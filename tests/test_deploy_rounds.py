@@ -205,7 +205,7 @@ def test_a_client_that_comes_late_takes_part_from_then_on(tmp_path):
         return reply
 
     grid = MemoryGrid(at, comes)
-    folder = conduct(study, GridLine(grid), options(tmp_path / "run"))
+    folder = conduct(study, GridLine(grid), options(tmp_path / "run", min_clients=2))
     history = Checkpoints(folder.training).history()
     counted = [[row["client"] for row in entry["clients"]] for entry in history]
     assert counted == [[0, 1], [0, 1, 2], [0, 1, 2]]

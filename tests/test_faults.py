@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
+from dataclasses import replace
 
 import pytest
 
@@ -22,9 +24,10 @@ from certifl.federated import (
     Mixture,
     Personalized,
     ServerState,
+    Update,
     state_of,
 )
-from certifl.federated.faults import attempt, needed
+from certifl.federated.faults import Fault, Inspection, attempt, needed
 from certifl.store.checkpoints import Checkpoints
 from faulty_clients import Misbehaving
 from tiny_federation import (
@@ -285,3 +288,34 @@ def test_the_reference_is_what_was_broadcast_not_the_first_answer(tmp_path):
     assert [fault["client"] for fault in stored.history[0]["left_out"]] == [0]
     others = run(tmp_path / "2", FedAvg(), local=local, participation=lambda _: [1, 2, 3])
     assert_same(stored.server(), others.server())
+
+
+SICK = {
+    "a metric in another's name": {"metrics": {"client": 2}},
+    "time of its own": {"metrics": {"seconds": -1.0}},
+    "privacy that nobody spent": {"metrics": {"epsilon": 0.0}},
+    "too large a whole number": {"metrics": {"loss": 10**400}},
+    "no number": {"metrics": {"loss": True}},
+    "ten thousand metrics": {"metrics": {f"m{i}": 1.0 for i in range(10_000)}},
+    "a weight beyond all": {"weight": 10**400},
+    "an infinite weight": {"weight": math.inf},
+    "another client": {"client": True},
+    "huge values": {"model": {name: v * 0 + 1e30 for name, v in state_of(TinyNet()).items()}},
+}
+
+
+@pytest.mark.parametrize("changes", SICK.values(), ids=SICK.keys())
+def test_an_inspection_finds_what_would_be_written_or_averaged(changes):
+    model = state_of(TinyNet())
+    inspection = Inspection(ServerState(0, {"model": model}), model)
+    update = Update(1, 3.0, model, {"loss": 1.0})
+    assert inspection.problem(1, (update, ClientState())) is None
+    fault = inspection.problem(1, (replace(update, **changes), ClientState()))
+    assert fault is not None
+    assert len(fault.reason) <= 500
+
+
+def test_a_reason_is_one_line_that_can_be_printed():
+    fault = Fault("raised", "\x1b[2Jfirst\nsecond\u202e" + "x" * 10_000)
+    assert fault.reason.startswith("[2Jfirst second x")
+    assert len(fault.reason) == 500

@@ -37,9 +37,25 @@ __all__ = [
     "TrainingDiverged",
     "VerificationFailed",
     "WorkError",
+    "one_line",
 ]
 
 _SHOWN = 5
+
+
+def one_line(text: object, most: int = 300) -> str:
+    """Text of somebody else, safe to print and to log: one line, no control characters, short.
+
+    Escape sequences could rewrite what a terminal shows, line breaks could forge lines of a log.
+
+    Args:
+        text: from a client, a file or a network.
+        most: characters after which it is cut.
+    """
+    shown = str(text)[: 8 * most]  # enough to fill a line, however many of them are dropped
+    kept = "".join(c if c.isprintable() else " " for c in shown)
+    line = " ".join(kept.split())
+    return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
 class CertiflError(Exception):

@@ -254,6 +254,30 @@ def conditions(
         model: as it was given, for its fingerprint.
         data: fingerprint of the images.
     """
+    return {
+        **asked_conditions(perturbation, settings, seed),
+        "precision": network.precision,
+        **_rounding(network),
+        "batch_norm_folded": network.folded,
+        "batch_size": network.batch_size,
+        "device": _device_name(network.device),
+        "threads": torch.get_num_threads(),
+        "model_fingerprint": fingerprint(model) if isinstance(model, nn.Module) else None,
+        "data_fingerprint": data,
+        "versions": {
+            "certifl": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def asked_conditions(perturbation: Perturbation, settings: Settings, seed: int) -> dict[str, Any]:
+    """The conditions that follow from what was asked for, whoever computes.
+
+    Args:
+        perturbation: what is certified. settings: what was asked for. seed: of the votes.
+    """
     looks, levels, scanned = settings.looks, settings.levels, {}
     if settings.estimator == "scan":
         stretch = scan.scan_of(perturbation, settings)
@@ -280,19 +304,6 @@ def conditions(
         "label_aware": settings.label_aware,
         "keep": settings.keep,
         "seed": seed,
-        "precision": network.precision,
-        **_rounding(network),
-        "batch_norm_folded": network.folded,
-        "batch_size": network.batch_size,
-        "device": _device_name(network.device),
-        "threads": torch.get_num_threads(),
-        "model_fingerprint": fingerprint(model) if isinstance(model, nn.Module) else None,
-        "data_fingerprint": data,
-        "versions": {
-            "certifl": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
     }
 
 

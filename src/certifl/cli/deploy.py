@@ -31,6 +31,19 @@ Names = Annotated[
     list[str] | None,
     typer.Option("--name", help="Further name or address of the server; repeatable."),
 ]
+SpecFile = Annotated[Path, typer.Argument(metavar="SPEC.toml", help="What the study is.")]
+Kit = Annotated[Path, typer.Option("--kit", help="The server's folder.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec."),
+]
+OwnPerturbation = Annotated[
+    bool, typer.Option("--own-perturbation", help="Clients may certify one of their own.")
+]
+MinClients = Annotated[
+    int | None,
+    typer.Option(min=1, help="Start with so many clients that match; by default with all."),
+]
 
 
 @contextlib.contextmanager
@@ -119,25 +132,21 @@ def client(
 
 @deploy.command()
 def run(
-    spec: Annotated[Path, typer.Argument(metavar="SPEC.toml", help="What the study is.")],
-    kit: Annotated[Path, typer.Option("--kit", help="The server's folder.")] = Path("server"),
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec."),
-    ] = None,
+    spec: SpecFile,
+    kit: Kit = Path("server"),
+    set_: Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the results.")] = None,
     share: Annotated[
         str, typer.Option(help="The most asked of certificates: curve, rows, none.")
     ] = "curve",
-    own_perturbation: Annotated[
-        bool, typer.Option("--own-perturbation", help="Clients may certify one of their own.")
-    ] = False,
+    own_perturbation: OwnPerturbation = False,
     answer_within: Annotated[
         float, typer.Option(min=1.0, help="Seconds after which a client is left out of a round.")
     ] = 3600.0,
     wait: Annotated[
         float, typer.Option(min=0.0, help="Seconds to wait for clients at the beginning.")
     ] = 300.0,
+    min_clients: MinClients = None,
     absent: Annotated[
         float, typer.Option(min=0.0, help="Seconds to wait for a client that is not there.")
     ] = 60.0,
@@ -156,6 +165,7 @@ def run(
         from certifl import terminal
         from certifl.deploy.conduct import Options
         from certifl.deploy.remote import Patience
+        from certifl.deploy.running import private_files
         from certifl.deploy.studies import run_study
         from certifl.spec import load
 
@@ -172,9 +182,46 @@ def run(
                 piece=piece,
                 report=board.report,
                 command=shlex.join(["certifl", *sys.argv[1:]]),
+                min_clients=min_clients,
+                told=_told,
             )
             folder = run_study(study, kit, options)
-        _reported(folder.path, study.name)
+        with private_files():
+            _reported(folder.path, study.name)
+
+
+@deploy.command()
+def check(
+    spec: SpecFile,
+    kit: Kit = Path("server"),
+    set_: Overrides = None,
+    own_perturbation: OwnPerturbation = False,
+    wait: Annotated[
+        float, typer.Option(min=0.0, help="Seconds to wait for clients that are not there.")
+    ] = 30.0,
+    min_clients: MinClients = None,
+) -> None:
+    """List the connected clients and whether a study would start with them; train nothing.
+
+    It ends with 0 if `certifl deploy run` would start the study with these clients.
+    """
+    with _flower():
+        from certifl.deploy.conduct import Options
+        from certifl.deploy.remote import Patience
+        from certifl.deploy.studies import check_study
+        from certifl.spec import load
+
+        options = Options(
+            out=Path(),
+            own_perturbation=own_perturbation,
+            patience=Patience(start=wait),
+            min_clients=min_clients,
+            told=typer.echo,
+        )
+        problem = check_study(load(spec, set_ or []), kit, options)
+        if problem is not None:
+            raise RequestError(problem)
+        typer.echo("The study would start.")
 
 
 def _reported(place: Path, title: str) -> None:
@@ -183,6 +230,8 @@ def _reported(place: Path, title: str) -> None:
     from certifl.store.runs import RunFolder
 
     folder = RunFolder(place)
+    for client, why in folder.manifest()["deployment"].get("left_out", {}).items():
+        typer.echo(f"Warning: client {client} is left out of the certificates: {why}.", err=True)
     if folder.told_nothing():
         typer.echo(f"\nRun: {place.resolve()}\nEvery client keeps its certificates to itself.")
         return

@@ -34,6 +34,7 @@ clientapp = "certifl_app.client:app"
 spec = ""
 out = ""
 share = "curve"
+min-clients = 0
 """
 
 

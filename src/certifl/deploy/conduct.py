@@ -10,25 +10,29 @@ import functools
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from torch import nn
-
+from certifl.deploy.assembling import (
+    Options,
+    Reference,
+    Report,
+    assemble,
+    check_start,
+    crowd_of,
+    known_sizes,
+    survey,
+)
 from certifl.deploy.crowd import Crowd
 from certifl.deploy.gathering import Asked, gather
 from certifl.deploy.line import Line
-from certifl.deploy.remote import Away, Patience, Remote
-from certifl.deploy.settings import check_share
-from certifl.errors import WorkError
+from certifl.deploy.remote import Away, Remote
+from certifl.deploy.running import private_files
 from certifl.federated import LocalTraining, train
 from certifl.federated.base import needed_by_clients
 from certifl.federated.engine import Progress
-from certifl.federated.faults import needed
-from certifl.models import build, fingerprint
+from certifl.federated.privacy import ExampleLedger
 from certifl.spec import Spec
 from certifl.store.checkpoints import Checkpoints, StoredRound
 from certifl.store.runs import FINISHED, RUNNING, RunFolder
@@ -37,107 +41,19 @@ from certifl.work.parts import study_facts
 from certifl.work.private import Protection, protection, spent, training_key
 from certifl.work.training import by_client, local_training, participation
 
-__all__ = ["Options", "conduct"]
+__all__ = ["Options", "conduct", "survey"]
 
 _log = logging.getLogger(__name__)
-_SHAPES = ("in_channels", "image_size", "class_names")
-
-Report = Callable[[str, int, int, str], None]
-"""Called with (what is under way, done, all, unit)."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a federation is conducted; nothing here changes what is trained.
-
-    Attributes:
-        out: the run folder. overwrite: replace a run that is there.
-        share: the most that clients are asked for, a name in `settings.SHARES`.
-        own_perturbation: clients may certify a perturbation of their own.
-        patience: how long is waited. piece: seconds of certification per order.
-        keys: public keys by client; a node must then have its client's key.
-        report: told about progress. command: how the run was started, for the record.
-
-    Raises:
-        InputError: share is no such name.
-    """
-
-    out: Path
-    overwrite: bool = False
-    share: str = "curve"
-    own_perturbation: bool = False
-    patience: Patience = field(default_factory=Patience)
-    piece: float = 60.0
-    keys: Mapping[int, bytes] = field(default_factory=dict)
-    report: Report | None = None
-    command: str = ""
-
-    def __post_init__(self) -> None:
-        check_share(self.share)  # here, not after days of training
-
-
-@dataclass
-class _Reference:
-    """What all clients must agree on: the first one's word, or what the run folder knows."""
-
-    facts: dict[str, Any] | None
-    clients: int
-    spec: Spec
-    model: nn.Module | None = None
-    named: str = ""
-
-    def build(self, facts: Mapping[str, Any]) -> None:
-        """The initial network, once."""
-        if self.model is None:
-            self.model = _built(self.spec, facts)
-            self.named = fingerprint(self.model)
-
-    def release(self) -> None:
-        """Let go of the initial weights: the first round is stored, and has its own."""
-        if self.model is not None:
-            self.model.to("meta")
-
-    def problem(self, told: Mapping[str, Any]) -> str | None:
-        """Why a client's facts do not fit, or None."""
-        if not 0 <= int(told["client"]) < self.clients:
-            return f"the study has {self.clients} clients, counted from 0"
-        try:
-            shapes = {name: told[name] for name in _SHAPES}
-            dealt = {name: told[name] for name in ("name", "fingerprint") if name in told}
-            facts, model = {**shapes, **dealt}, str(told["initial_model"])
-            self.build(facts if self.facts is None else self.facts)
-        except (KeyError, TypeError, ValueError) as error:
-            return f"what it says of its images cannot be used ({type(error).__name__})"
-        for name in facts if self.facts is None else self.facts:
-            if self.facts is not None and facts.get(name) != self.facts[name]:
-                return f"its {name} is {facts.get(name)!r}, others have {self.facts[name]!r}"
-        if model != self.named:
-            return (
-                "its initial network differs from the server's: it must have the same code and "
-                "the same version of torch"
-            )
-        self.facts = facts
-        return None
-
-
-def _built(spec: Spec, facts: Mapping[str, Any]) -> nn.Module:
-    height, width = facts["image_size"]
-    classes = len(facts["class_names"])
-    return build(
-        spec.model.name,
-        int(facts["in_channels"]),
-        classes,
-        spec.seed,
-        spec.model.options,
-        (int(height), int(width)),
-    ).eval()
+_FINE_TUNING = 1000
+"""An extra round may have so many times the steps of one of the schedule."""
 
 
 def conduct(spec: Spec, line: Line, options: Options) -> RunFolder:
     """Train and certify with clients elsewhere; goes on where an earlier call was stopped.
 
     Raises:
-        RequestError: the folder holds something else. StoreError: it cannot be written.
+        RequestError: the folder holds something else, or clients do not match.
+        StoreError: it cannot be written.
         TooFewClients, TrainingDiverged: training cannot go on; finished rounds are kept.
         WorkError: too few clients came, or one did not certify; the same command goes on.
     """
@@ -145,16 +61,18 @@ def conduct(spec: Spec, line: Line, options: Options) -> RunFolder:
     folder.check(spec.hash(), options.overwrite)
     if not options.overwrite and folder.complete():
         return folder
-    with folder.locked():
+    check_start(spec, options)
+    with private_files(), folder.locked():
         folder.begin(spec.to_toml(), spec.hash(), options.overwrite)
-        known = folder.manifest()
-        id = known.get("deployment", {}).get("id") or uuid.uuid4().hex
-        folder.update({"deployment": {**known.get("deployment", {}), "id": id}})
-        reference = _Reference(known.get("deployment", {}).get("facts"), spec.clients.count, spec)
-        crowd = _assembled(spec, line, options, id, reference)
+        known = folder.manifest().get("deployment", {})
+        id = known.get("id") or uuid.uuid4().hex
+        folder.update({"deployment": {**known, "id": id}})
+        reference = Reference(known.get("facts"), spec, known_sizes(known))
+        crowd = crowd_of(spec, line, options, id, reference)
+        assemble(crowd, reference, options)
         assert reference.model is not None
         assert reference.facts is not None
-        sizes = _sizes(folder, crowd, spec)
+        sizes = _sizes(folder, crowd, spec, reference)
         _describe(folder, spec, reference, options)
         last = _train(folder, spec, reference, crowd, sizes, options)
         asked = Asked(options.share, options.piece, options.patience, options.report)
@@ -163,49 +81,20 @@ def conduct(spec: Spec, line: Line, options: Options) -> RunFolder:
     return folder
 
 
-def _assembled(spec: Spec, line: Line, options: Options, id: str, reference: _Reference) -> Crowd:
-    """The clients that have come; enough for a round."""
-    study = {
-        "id": id,
-        "spec": spec.to_toml(),
-        "hash": spec.hash(),
-        "own_perturbation": options.own_perturbation,
-    }
-    crowd = Crowd(line, study, reference.problem, options.keys)
-    everyone = set(range(spec.clients.count))
-    missing = crowd.wait_for(everyone, options.patience.start)
-    enough = needed(spec.clients.participants, spec.clients.min_clients)
-    if spec.privacy.kind == "example":
-        enough = len(everyone)  # how much noise each adds follows from what it tells
-    if len(everyone - missing) < enough:
-        raise WorkError(
-            f"Too few clients came within {options.patience.start:g} seconds: "
-            f"{len(everyone - missing)} of {len(everyone)}, and at least {enough} are needed. "
-            f"{_absent(crowd, missing)}. Start them with `certifl deploy client`, then repeat the "
-            "command."
-        )
-    return crowd
-
-
-def _absent(crowd: Crowd, missing: set[int]) -> str:
-    told = []
-    for client in sorted(missing | (crowd.refused.keys() - crowd.members.keys())):
-        why = crowd.refused.get(client)
-        who = f"client {client}" if client >= 0 else "a node"
-        told.append(f"{who} is not there" if why is None else f"{who} was not taken, {why}")
-    return "; ".join(told)
-
-
-def _sizes(folder: RunFolder, crowd: Crowd, spec: Spec) -> list[int]:
-    """Training images of every client as told when it first came; 1 where it never has."""
-    known = dict(folder.manifest()["deployment"].get("train_images", {}))
+def _sizes(folder: RunFolder, crowd: Crowd, spec: Spec, reference: Reference) -> list[int]:
+    """Training images of every client as it said when it first came; 1 where it never has."""
+    known, deployment = reference.sizes, folder.manifest()["deployment"]
+    tests = dict(deployment.get("test_images", {}))
     for client, member in crowd.members.items():
-        known.setdefault(str(client), int(member.facts.get("train_images", 1)))
-    folder.update({"deployment": {**folder.manifest()["deployment"], "train_images": known}})
-    return [max(1, known.get(str(client), 1)) for client in range(spec.clients.count)]
+        known.setdefault(client, member.joined.train_images)
+        if member.joined.test_images is not None:
+            tests.setdefault(str(client), member.joined.test_images)
+    stored = {"train_images": {str(c): size for c, size in known.items()}, "test_images": tests}
+    folder.update({"deployment": {**deployment, **stored}})
+    return [max(1, known.get(client, 1)) for client in range(spec.clients.count)]
 
 
-def _describe(folder: RunFolder, spec: Spec, reference: _Reference, options: Options) -> None:
+def _describe(folder: RunFolder, spec: Spec, reference: Reference, options: Options) -> None:
     known, facts = folder.manifest(), reference.facts or {}
     sizes = known["deployment"]["train_images"]
     folder.update(
@@ -234,7 +123,7 @@ def _describe(folder: RunFolder, spec: Spec, reference: _Reference, options: Opt
 def _train(
     folder: RunFolder,
     spec: Spec,
-    reference: _Reference,
+    reference: Reference,
     crowd: Crowd,
     sizes: list[int],
     options: Options,
@@ -260,6 +149,9 @@ def _train(
             options.patience,
             needed=functools.partial(needed_by_clients, algorithm),
             begins=reference.release,
+            sends=lambda round: algorithm.sends(round, spec.training.rounds),
+            steps=functools.partial(_most_steps, private.ledger),
+            extra={name: model.state_dict()[name].to("meta") for name in training.trainable},
         ),
     )
     folder.write_history([by_client(entry) for entry in last.history])
@@ -269,6 +161,14 @@ def _train(
         facts["privacy"] = spent(spec, private, last.history)
     folder.update(facts)
     return last
+
+
+def _most_steps(ledger: object, client: int, round: int) -> int:
+    """The most private steps that a client's answer to a round can have taken."""
+    if not isinstance(ledger, ExampleLedger):
+        return 0
+    planned = ledger.planned[client]
+    return planned if round < ledger.rounds else _FINE_TUNING * max(1, planned)
 
 
 def _rounds(spec: Spec, report: Report | None) -> Callable[[Progress], None]:

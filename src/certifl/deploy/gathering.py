@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,17 +14,18 @@ from flwr.app import ArrayRecord
 
 from certifl.certification import Certificates
 from certifl.deploy.crowd import POLL, Crowd
-from certifl.deploy.curves import curve_of, rows_from
+from certifl.deploy.curves import Asking, curve_of
 from certifl.deploy.line import Lost, Node
-from certifl.deploy.messages import Content, Garbled, encode, fingerprint_of
+from certifl.deploy.messages import Content, encode, fingerprint_of
 from certifl.deploy.remote import Patience, fault_of, last_counted
-from certifl.deploy.settings import check_share
-from certifl.errors import WorkError
+from certifl.deploy.schemas import Certified, Garbled, Reply, checked
+from certifl.deploy.settings import check_share, less
+from certifl.errors import WorkError, one_line
 from certifl.federated import ServerState
 from certifl.federated.base import needed_by_clients
+from certifl.federated.faults import needed
 from certifl.federated.states import ClientState
 from certifl.models import fingerprint
-from certifl.perturbations import describe
 from certifl.spec import Spec
 from certifl.store.atomic import read_json, write_json
 from certifl.store.checkpoints import StoredRound
@@ -33,8 +33,15 @@ from certifl.store.runs import RunFolder
 
 __all__ = ["Asked", "gather", "store_told"]
 
+_log = logging.getLogger(__name__)
 Report = Callable[[str, int, int, str], None]
 _ATTEMPTS = 3
+_STANDSTILLS = 20
+"""So many answers in a row without a vote more, and a client is not waited for any longer."""
+_MOST_PIECES = 20_000
+"""A client whose votes come so slowly that more pieces would be needed is not waited for."""
+_SOON = 5.0
+"""Seconds; an unfinished piece that was to take longer comes back no sooner than this."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,19 @@ class Asked:
 
 
 def gather(folder: RunFolder, spec: Spec, crowd: Crowd, last: StoredRound, asked: Asked) -> None:
-    """Let every client certify its own test images, and store what it tells.
+    """Let every client certify its own test images, and store what it shares.
+
+    A client whose answers cannot be is left out, by name and reason; so is one that does not fit
+    the study.
 
     Raises:
-        WorkError: a client did not finish; what others told is kept, the same command goes on.
+        WorkError: a client did not finish, or too few are left; what others shared is kept, and
+            the same command resumes.
     """
-    _Gathering(folder, spec, crowd, last, asked).run()
+    left_out = _Gathering(folder, spec, crowd, last, asked).run()
+    deployment = folder.manifest()["deployment"]
+    told = {str(client): why for client, why in left_out.items()}
+    folder.update({"deployment": {**deployment, "left_out": told}})
     store_told(folder, spec)
 
 
@@ -75,11 +89,51 @@ def _rows(folder: RunFolder, client: int) -> Path:
 
 @dataclass(frozen=True)
 class _Order:
-    """An order under way: the name of its answer, until when it is waited for, on which node."""
+    """An order under way.
+
+    Attributes:
+        name: of its answer. until: when it is given up. node: whom it went to. since: when.
+    """
 
     name: str
     until: float
     node: Node
+    since: float
+
+
+@dataclass
+class _Standing:
+    """How far a client's certification is, as its answers say.
+
+    Attributes:
+        cast, at_most: votes. pieces: answers so far. idle: in a row that cast no vote more.
+    """
+
+    cast: int = -1
+    at_most: int = 0
+    pieces: int = 0
+    idle: int = 0
+
+    def advance(self, told: Certified, took: float, piece: float) -> None:
+        """Take an answer that is not the last one.
+
+        Args:
+            told: it. took: seconds from order to answer. piece: seconds that were asked for.
+
+        Raises:
+            Garbled: at this pace it never ends, or it cannot be true.
+        """
+        if told.cast is None or told.at_most is None or told.cast > told.at_most:
+            raise Garbled("it says not how many votes it has cast, or more than all")
+        if took < min(piece / 2, _SOON):
+            raise Garbled(f"it stopped after {took:.1f} of {piece:g} seconds with votes to cast")
+        self.pieces += 1
+        self.idle = 0 if told.cast > self.cast else self.idle + 1
+        self.cast, self.at_most = max(self.cast, told.cast), told.at_most
+        if self.idle >= _STANDSTILLS:
+            raise Garbled(f"its certification is at a standstill at {self.cast} votes")
+        if self.pieces > _STANDSTILLS and self.cast * _MOST_PIECES < told.at_most * self.pieces:
+            raise Garbled(f"its certification would not end within {_MOST_PIECES} pieces")
 
 
 @dataclass
@@ -89,18 +143,23 @@ class _Gathering:
     crowd: Crowd
     last: StoredRound
     asked: Asked
-    _cast: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _standing: dict[int, _Standing] = field(default_factory=dict)
     _failed: dict[int, list[str]] = field(default_factory=dict)
+    _wrong: set[int] = field(default_factory=set)
     _under_way: dict[int, _Order] = field(default_factory=dict)
     _common: str | None = None
     _broadcast: tuple[str, Mapping[str, ArrayRecord]] | None = None
 
-    def run(self) -> None:
-        """Ask until everybody has finished, or nobody who has not will."""
+    def run(self) -> dict[int, str]:
+        """Ask until everybody has finished, or nobody who has not will.
+
+        Returns:
+            Why clients are left out, by number.
+        """
         everyone = range(self.spec.clients.count)
         remaining = {c for c in everyone if not _told(self.folder, c).is_file()}
         if not remaining:
-            return
+            return {}
         parts = self.last.server()
         self._common = self._common_model(parts)
         parts = needed_by_clients(self.spec.build_algorithm(), parts)
@@ -113,6 +172,8 @@ class _Gathering:
                 self._ask(client)
             if self._under_way:
                 heard = time.monotonic()
+            elif remaining <= self._unusable(remaining):
+                return self._left_out(remaining)
             elif time.monotonic() - heard > self.asked.patience.absent:
                 raise WorkError(self._missing(remaining))
             before = len(self._under_way)
@@ -121,6 +182,31 @@ class _Gathering:
                     remaining.discard(client)
             if len(self._under_way) == before:
                 time.sleep(POLL)
+        return {}
+
+    def _unusable(self, clients: set[int]) -> set[int]:
+        """Those whose answers cannot be, again and again, or who do not fit the study."""
+        given_up = {c for c in self._wrong if len(self._failed.get(c, ())) >= _ATTEMPTS}
+        absent = self.crowd.unfit - self.crowd.members.keys()
+        return clients & (given_up | absent)
+
+    def _left_out(self, clients: set[int]) -> dict[int, str]:
+        """Why clients are left out, if enough remain.
+
+        Raises:
+            WorkError: too few do.
+        """
+        count = self.spec.clients.count
+        if count - len(clients) < needed(count, None):
+            raise WorkError(self._missing(clients))
+        reasons = {client: self._reason(client) for client in sorted(clients)}
+        for client, why in reasons.items():
+            _log.warning("Client %d is left out of the certificates: %s.", client, why)
+        return reasons
+
+    def _reason(self, client: int) -> str:
+        refused = self.crowd.refused.get(client)
+        return self._failed.get(client, [refused or "it is not there"])[-1]
 
     def _ask(self, client: int) -> None:
         member = self.crowd.members.get(client)
@@ -131,7 +217,8 @@ class _Gathering:
         order = Content(self._order(client, named), encoded=encoded)
         patience = self.asked.patience.answer
         name = self.crowd.line.send(member.node.id, order, patience)
-        self._under_way[client] = _Order(name, time.monotonic() + patience, member.node)
+        now = time.monotonic()
+        self._under_way[client] = _Order(name, now + patience, member.node, now)
 
     def _finished_or_failed(self, client: int, order: _Order) -> bool:
         """Whether a client has finished; one that failed or was restarted is asked again."""
@@ -139,10 +226,10 @@ class _Gathering:
         member = self.crowd.members.get(client)
         if answer is not None:
             del self._under_way[client]
-            return self._take(client, answer)
+            return self._take(client, answer, time.monotonic() - order.since)
         if time.monotonic() > order.until:
             del self._under_way[client]
-            self._fail(client, "no answer came in time")
+            self._fail(client, "no answer came in time", wrong=False)
         elif member is not None and member.node != order.node:
             del self._under_way[client]
         return False
@@ -167,62 +254,90 @@ class _Gathering:
         state = ServerState(self.last.number, parts)
         return fingerprint(algorithm.deployed(state, ClientState()))
 
-    def _take(self, client: int, answer: Content | Lost) -> bool:
+    def _take(self, client: int, answer: Content | Lost, took: float) -> bool:
         """Whether a client has finished."""
         if isinstance(answer, Lost):
-            self._fail(client, answer.reason)
-            return False
-        fault = fault_of(answer)
-        if fault is not None:
-            self._fail(client, fault.reason)
+            self._fail(client, answer.reason, wrong=answer.garbled)
             return False
         try:
-            return self._finished(client, answer)
+            reply = checked(Reply, answer.facts, "no answer to certify")
+            if reply.client != client:
+                raise Garbled(f"it answered as client {reply.client}")
+            fault = fault_of(reply)
+            if fault is None:
+                return self._finished(client, answer, took)
+            self._fail(client, fault.reason, wrong=False)
         except Garbled as error:
-            self._fail(client, str(error))
-            return False
+            self._fail(client, f"its answer is garbled, {error}", wrong=True)
+        return False
 
-    def _finished(self, client: int, answer: Content) -> bool:
-        facts = answer.facts.get("certified")
-        if not isinstance(facts, dict) or answer.facts.get("client") != client:
-            raise Garbled("its answer is none of this client's certification")
-        if self._common is not None and facts.get("model") != self._common:
+    def _finished(self, client: int, answer: Content, took: float) -> bool:
+        what = "none of this client's certification"
+        told = checked(Certified, answer.facts.get("certified"), what)
+        if self._common is not None and told.model != self._common:
             raise Garbled("it certified another model than the one it was sent (fingerprint)")
-        self._progress(client, facts)
-        if facts.get("done") is not True:
+        if less(told.share, self.asked.share) != told.share:
+            raise Garbled(f"it shares {told.share}, and {self.asked.share} was asked for")
+        if not told.done:
+            standing = self._standing.setdefault(client, _Standing())
+            standing.advance(told, took, self.asked.piece)
+            self._progress()
             return False
-        told: dict[str, Any] = {"share": facts.get("share"), "client": client}
-        if "plain" in facts:
-            told["plain"] = _checked_plain(facts["plain"])
-        elif facts.get("share") == "curve":
-            told["curve"] = _checked_curve(facts.get("curve"), self.spec, client)
-        elif facts.get("share") == "rows":
-            rows = rows_from(answer.parts.get("rows", {}))
-            if set(rows.client.tolist()) != {client}:
-                raise Garbled("its rows are of another client")
+        self._store(client, told, answer)
+        most = told.at_most or 0
+        self._standing[client] = _Standing(min(told.cast or 0, most), most)
+        self._progress()
+        return True
+
+    def _store(self, client: int, told: Certified, answer: Content) -> None:
+        """Keep what a client shares at the end, once it is known to be possible."""
+        asking = self._asking(client)
+        kept: dict[str, Any] = {"share": told.share, "client": client}
+        if self.spec.perturbations()[client] is None and not asking.own:
+            if told.plain is not None:
+                if told.plain.correct > told.plain.images:
+                    raise Garbled("its accuracy is impossible")
+                kept["plain"] = {
+                    "images": asking.images_of(told.plain.images),
+                    "correct": told.plain.correct,
+                }
+        elif told.share == "curve":
+            if told.curve is None:
+                raise Garbled("its curve is missing")
+            kept["curve"] = asking.curve(told.curve)
+        elif told.share == "rows":
+            rows = asking.rows(answer.parts.get("rows", {}), told.model)
             path = _rows(self.folder, client)
             path.parent.mkdir(parents=True, exist_ok=True)
             rows.save(path)
-        write_json(_told(self.folder, client), told)
-        return True
+        write_json(_told(self.folder, client), kept)
 
-    def _progress(self, client: int, facts: Mapping[str, Any]) -> None:
-        cast, at_most = facts.get("cast"), facts.get("at_most")
-        if isinstance(cast, int) and isinstance(at_most, int):
-            self._cast[client] = (cast, at_most)
-        if self.asked.report is not None and self._cast:
-            sums = [sum(part) for part in zip(*self._cast.values(), strict=True)]
-            share = self.spec.clients.count / len(self._cast)
-            self.asked.report("certifying", sums[0], int(sums[1] * share), "votes at most")
+    def _asking(self, client: int) -> Asking:
+        """What is known of a client's certificates: of its images, what it said as it joined."""
+        manifest = self.folder.manifest()
+        said = manifest["deployment"].get("test_images", {}).get(str(client))
+        asked = self.spec.certification.images
+        images = min((n for n in (said, asked) if n is not None), default=None)
+        own = self.crowd.study.get("own_perturbation") is True
+        classes = manifest["data"]["num_classes"]
+        return Asking(self.spec, client, images, classes, own, exact=said is not None)
 
-    def _fail(self, client: int, why: str) -> None:
-        self._failed.setdefault(client, []).append(why)
+    def _progress(self) -> None:
+        if self.asked.report is not None:
+            known = [one for one in self._standing.values() if one.at_most]
+            if known:
+                share = self.spec.clients.count / len(known)
+                at_most = int(sum(one.at_most for one in known) * share)
+                cast = sum(max(one.cast, 0) for one in known)
+                self.asked.report("certifying", cast, at_most, "votes at most")
+
+    def _fail(self, client: int, why: str, wrong: bool) -> None:
+        self._failed.setdefault(client, []).append(one_line(why, 500))
+        if wrong:
+            self._wrong.add(client)
 
     def _missing(self, open_: set[int]) -> str:
-        reasons = [
-            f"client {client} ({self._failed.get(client, ['it is not there'])[-1]})"
-            for client in sorted(open_)
-        ]
+        reasons = [f"client {client} ({self._reason(client)})" for client in sorted(open_)]
         return (
             f"{len(open_)} of {self.spec.clients.count} clients have not certified: "
             f"{'; '.join(reasons)}. Training is finished, and what the others told is kept. See "
@@ -230,53 +345,16 @@ class _Gathering:
         )
 
 
-def _checked_plain(told: Any) -> dict[str, int]:
-    try:
-        images, correct = int(told["images"]), int(told["correct"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise Garbled("its accuracy is garbled") from error
-    if not 0 <= correct <= images or images < 1:
-        raise Garbled("its accuracy is impossible")
-    return {"images": images, "correct": correct}
-
-
-def _checked_curve(told: Any, spec: Spec, client: int) -> dict[str, Any]:
-    """A curve that can be one: falling counts on the study's grid, a possible ACR."""
-    try:
-        radii = [float(r) for r in told["radii"]]
-        counts = [int(c) for c in told["correct"]]
-        images, acr = int(told["images"]), float(told["acr"])
-        conditions = dict(told["conditions"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise Garbled(f"its curve is garbled ({type(error).__name__})") from error
-    perturbation = spec.perturbations()[client]
-    if perturbation is not None and conditions.get("description") == describe(perturbation):
-        grid = spec.certification.settings(client).grid(perturbation)
-        if radii != [float(r) for r in grid]:
-            raise Garbled("its curve has other radii than the study's grid")
-    falling = all(a >= b for a, b in itertools.pairwise(counts))
-    if not (falling and images >= 1 and counts and counts[0] <= images and counts[-1] >= 0):
-        raise Garbled("its curve is impossible: counts must fall from at most all images")
-    if len(counts) != len(radii) or not (math.isfinite(acr) and acr >= 0):
-        raise Garbled("its curve is impossible")
-    return {
-        "radii": radii,
-        "correct": counts,
-        "images": images,
-        "acr": acr,
-        "conditions": conditions,
-    }
-
-
 def store_told(folder: RunFolder, spec: Spec) -> None:
     """Rows of everybody as certificates; or else the curves that were told."""
-    told = {client: read_json(_told(folder, client)) for client in range(spec.clients.count)}
+    clients = [c for c in range(spec.clients.count) if _told(folder, c).is_file()]
+    told = {client: read_json(_told(folder, client)) for client in clients}
     plain = {str(c): t["plain"] for c, t in told.items() if "plain" in t}
     certifying = {c: t for c, t in told.items() if "plain" not in t}
     shares = {str(c): t["share"] for c, t in told.items()}
     known = folder.manifest()["deployment"]
     folder.update({"deployment": {**known, "shares": shares, "plain": plain}})
-    if all(t["share"] == "rows" for t in certifying.values()):
+    if certifying and all(t["share"] == "rows" for t in certifying.values()):
         parts = [Certificates.load(_rows(folder, c)) for c in certifying]
         together = Certificates.concatenate(parts)
         models = {str(int(p.client[0])): p.conditions["model_fingerprint"] for p in parts}

@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 _AUTHORITY_DAYS, _SERVER_DAYS = 3650, 825
+_LONGEST_KEY = 1 << 14  # bytes of a file with one public key
 
 
 def write_secret(path: Path, content: bytes) -> None:
@@ -179,8 +181,10 @@ def public_key_bytes(path: Path) -> bytes:
     from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
     try:
+        if not path.is_file() or path.stat().st_size > _LONGEST_KEY:
+            raise ValueError(f"it is no file of at most {_LONGEST_KEY} bytes")
         key = serialization.load_ssh_public_key(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, UnsupportedAlgorithm, ValueError) as error:
         raise InputError(f"{path} is no public key: {error}.") from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise InputError(f"{path} is no elliptic-curve key: make one with ecdsa, 384 bits.")

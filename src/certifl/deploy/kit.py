@@ -14,6 +14,7 @@ import tomli_w
 from certifl.deploy import kittexts
 from certifl.deploy.apps import app_files
 from certifl.deploy.keys import Authority, node_key, write_secret
+from certifl.deploy.running import private_files
 from certifl.errors import InputError, SpecError, StoreMismatch
 from certifl.store.atomic import write_bytes, write_text
 
@@ -117,7 +118,14 @@ def init(
         )
     if clients < 1:
         raise InputError("A federation needs at least one client: --clients 2.")
-    home = folder / "server"
+    with private_files():  # certificates, keys, and later states and votes lie here
+        return _written(folder, clients, connection, names)
+
+
+def _written(
+    folder: Path, clients: int, connection: Connection, names: Sequence[str]
+) -> list[Path]:
+    home, insecure = folder / "server", connection.insecure
     parties = [home, *(folder / client_name(client) for client in range(clients))]
     for party in parties:
         party.mkdir(parents=True, exist_ok=True)
@@ -158,7 +166,7 @@ def _server(home: Path, connection: Connection) -> None:
 def _scripts(place: Path, command: str, name: str) -> None:
     script = place / "start.sh"
     write_text(script, kittexts.start_script(command))
-    script.chmod(0o755)
+    script.chmod(0o700)
     text = kittexts.unit(command, name, shlex.quote(str(place.resolve())))
     write_text(place / f"certifl-{name}.service", text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,9 +11,11 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from certifl.deploy.messages import Content, Garbled, from_records, to_records
+from certifl.errors import one_line
 
 __all__ = ["GridLine", "Line", "Lost", "Node"]
 
+_log = logging.getLogger(__name__)
 _GONE = 5  # Flower's NODE_UNAVAILABLE
 
 TYPES = {"join": "query.join", "round": "train", "certify": "query.certify"}
@@ -36,10 +39,16 @@ class Node:
 
 @dataclass(frozen=True)
 class Lost:
-    """There will be no answer, and why."""
+    """There will be no answer, and why.
+
+    Attributes:
+        reason: in words. gone: whether the client's machine is not there any more.
+        garbled: whether something came that is no answer.
+    """
 
     reason: str
     gone: bool = False
+    garbled: bool = False
 
 
 class Line(Protocol):
@@ -84,10 +93,19 @@ class GridLine:
         for message in self._grid.pull_messages([name]):
             if message.has_error():
                 gone = message.error.code == _GONE
-                why = "its machine is gone" if gone else f"no answer came ({message.error.reason})"
-                return Lost(why, gone)
-            try:
-                return from_records(message.content)
-            except Garbled as error:
-                return Lost(f"its answer is garbled, {error}")
+                said = one_line(message.error.reason)
+                return Lost("its machine is gone" if gone else f"no answer came ({said})", gone)
+            return _read(message)
         return None
+
+
+def _read(message: Message) -> Content | Lost:
+    """What a client sent, or why it cannot be read; whatever it is, it ends nothing here."""
+    try:
+        return from_records(message.content)
+    except Garbled as error:
+        return Lost(f"its answer is garbled, {error}", garbled=True)
+    except Exception as error:  # of the libraries that read it, which nobody foresaw
+        _log.debug("An answer that cannot be read.", exc_info=True)
+        why = f"its answer is garbled, it cannot be read ({type(error).__name__})"
+        return Lost(why, garbled=True)

@@ -4,7 +4,8 @@ A message is a few facts (`ConfigRecord`, one JSON text) and named parts of tens
 (`ArrayRecord`s). The tensors of a part travel in arrays of some megabytes, each in the safetensors
 format: Flower moves every array with requests of its own, several times on each way, and a network
 has hundreds of tensors; but it puts an array together from copies, so they are not too large.
-What comes in is checked against its own size by that format; nothing is ever unpickled.
+What comes in is checked against its own size by that format; nothing is ever unpickled. What the
+facts say is checked by `schemas`, by whoever receives them.
 """
 
 from __future__ import annotations
@@ -14,11 +15,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pydantic_core
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from certifl.errors import WorkError
+from certifl.deploy.schemas import (
+    CertifyOrder,
+    Garbled,
+    JoinOrder,
+    RoundOrder,
+    Trained,
+    checked,
+)
 from certifl.federated.states import ClientState, ModelState, Parts, Update
 from certifl.models import fingerprint
 
@@ -29,6 +38,7 @@ __all__ = [
     "encode",
     "fingerprint_of",
     "from_records",
+    "order_from",
     "to_records",
     "update_from",
     "update_to",
@@ -40,10 +50,9 @@ FORMAT = 2
 _FACTS, _PART = "certifl", "part:"
 _PACKED, _KIND = "tensors-{}", "certifl.safetensors"
 _PIECE = 1 << 22
-
-
-class Garbled(WorkError):
-    """A message that is none of ours, or damaged."""
+_LONGEST = 1 << 21  # characters of a message's facts
+_DEEPEST = 12
+_MOST_PARTS, _LONGEST_NAME = 32, 200
 
 
 @dataclass(frozen=True)
@@ -76,8 +85,24 @@ def from_records(records: RecordDict) -> Content:
     Raises:
         Garbled: it is none of ours, or not whole.
     """
+    names, facts = _facts_of(records)
+    arrays = records.array_records
+    parts: Parts = {}
+    for part in names:
+        record = arrays.get(_PART + part)
+        if record is None:
+            raise Garbled(f"its part {part!r} is missing")
+        parts[part] = _unpacked(part, record)
+    return Content(facts, parts)
+
+
+def _facts_of(records: RecordDict) -> tuple[list[str], dict[str, Any]]:
+    """Names of the parts, and the facts, neither larger nor deeper than a message needs."""
     try:
-        held = json.loads(str(records.config_records[_FACTS]["json"]))
+        text = records.config_records[_FACTS]["json"]
+        if not isinstance(text, str) or len(text) > _LONGEST:
+            raise Garbled(f"its facts are no text of at most {_LONGEST} characters")
+        held = pydantic_core.from_json(text)  # bounds depth and the length of numbers
         version, names, facts = held["format"], held["parts"], held["facts"]
     except (KeyError, TypeError, ValueError) as error:
         raise Garbled(f"it holds no facts ({type(error).__name__})") from error
@@ -88,14 +113,45 @@ def from_records(records: RecordDict) -> Content:
         )
     if not (isinstance(facts, dict) and isinstance(names, list)):
         raise Garbled("its facts are no table")
-    arrays = records.array_records
-    parts: Parts = {}
-    for part in names:
-        record = arrays.get(_PART + str(part))
-        if record is None:
-            raise Garbled(f"its part {part!r} is missing")
-        parts[str(part)] = _unpacked(str(part), record)
-    return Content(facts, parts)
+    if len(names) > _MOST_PARTS or len(set(map(str, names))) < len(names):
+        raise Garbled(f"it names more than {_MOST_PARTS} parts, or one of them twice")
+    if not all(isinstance(name, str) and len(name) <= _LONGEST_NAME for name in names):
+        raise Garbled("it names a part by something else than a short text")
+    if _deeper(facts, _DEEPEST):
+        raise Garbled(f"its facts are nested deeper than {_DEEPEST} levels")
+    return names, facts
+
+
+def _deeper(held: object, levels: int) -> bool:
+    """Whether tables and lists lie in each other beyond so many levels."""
+    if not isinstance(held, (dict, list)):
+        return False
+    inner = held.values() if isinstance(held, dict) else held
+    return levels == 0 or any(_deeper(value, levels - 1) for value in inner)
+
+
+Order = JoinOrder | RoundOrder | CertifyOrder
+_ORDERS: dict[str, type[Order]] = {
+    "join": JoinOrder,
+    "round": RoundOrder,
+    "certify": CertifyOrder,
+}
+
+
+def order_from(content: Content) -> Order:
+    """What the server asks for, as a client may take it.
+
+    Raises:
+        Garbled: it is no order, or one that cannot be meant.
+    """
+    kind = content.facts.get("order")
+    schema = _ORDERS.get(kind) if isinstance(kind, str) else None
+    if schema is None:
+        raise Garbled(f"the order {kind!r} is unknown")
+    order = checked(schema, content.facts, f"no order to {kind}")
+    if not isinstance(order, JoinOrder) and order.counted >= order.round:
+        raise Garbled(f"it says that round {order.counted} came before round {order.round}")
+    return order
 
 
 def _packed(held: ModelState) -> ArrayRecord:
@@ -160,19 +216,17 @@ def update_from(content: Content) -> tuple[Update, ClientState]:
     Raises:
         Garbled: it is no update.
     """
-    try:
-        facts: Mapping[str, Any] = content.facts["update"]
-        model: ModelState | None = content.parts["model"] if facts["model"] else None
-        metrics = {str(name): value for name, value in facts["metrics"].items()}
-        client, weight = facts["client"], facts["weight"]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise Garbled(f"it is no update ({type(error).__name__})") from error
+    told = checked(Trained, content.facts, "no update").update
+    if told.model != ("model" in content.parts):
+        raise Garbled("it says that it carries a model and carries none, or the other way round")
+    model = content.parts.get("model")
+    metrics = told.metrics.model_dump(exclude_none=True)
     extra = {
         part.removeprefix("extra:"): held
         for part, held in content.parts.items()
         if part.startswith("extra:")
     }
-    return Update(client, weight, model, metrics, extra), ClientState()
+    return Update(told.client, told.weight, model, metrics, extra), ClientState()
 
 
 def fingerprint_of(parts: Parts) -> str:

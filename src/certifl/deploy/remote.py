@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from flwr.app import ArrayRecord
 
 from certifl.deploy.crowd import POLL, Crowd
 from certifl.deploy.keeping import NEVER
 from certifl.deploy.line import Lost, Node
-from certifl.deploy.messages import Content, Garbled, encode, fingerprint_of, update_from
+from certifl.deploy.messages import Content, encode, fingerprint_of, update_from
+from certifl.deploy.schemas import Garbled, Reply, checked
 from certifl.errors import InputError
 from certifl.federated import ClientData
-from certifl.federated.faults import Answer, Fault
-from certifl.federated.states import Parts
+from certifl.federated.faults import Answer, Fault, misfit
+from certifl.federated.states import ModelState, Parts, Update
 from certifl.store.checkpoints import StoredRound
 
 __all__ = ["Away", "Patience", "Remote", "fault_of", "last_counted"]
@@ -54,9 +54,10 @@ class Patience:
 
 @dataclass
 class _Asked:
-    """An order under way."""
+    """An order under way; `images` is how many the client trains on, as it joined."""
 
     node: Node
+    images: int
     name: str
     until: float
     looked: float
@@ -73,12 +74,18 @@ class Remote:
         crowd: who is there. patience: how long to wait.
         needed: of the server's parts those that clients need.
         begins: called before each round.
+        sends: names of the parts that clients send in a round.
+        steps: the most private steps that a client can take in a round.
+        extra: what every part beside the model is like (it has an entry per trained weight).
     """
 
     crowd: Crowd
     patience: Patience
     needed: Callable[[Parts], Parts]
     begins: Callable[[], None]
+    sends: Callable[[int], tuple[str, ...]]
+    steps: Callable[[int, int], int]
+    extra: ModelState
     _absent: set[int] = field(default_factory=set)
 
     def work(self, current: StoredRound, participants: Sequence[int]) -> Iterator[Answer]:
@@ -100,7 +107,9 @@ class _Round:
 
     def __init__(self, remote: Remote, current: StoredRound) -> None:
         self._crowd, self._patience = remote.crowd, remote.patience
-        self._needed = remote.needed
+        self._needed, self._extra = remote.needed, remote.extra
+        self._steps = remote.steps
+        self._sends = set(remote.sends(current.number))
         self._current = current
         self._encoded: Mapping[str, ArrayRecord] | None = None
         self._named = ""
@@ -122,8 +131,9 @@ class _Round:
         encoded = self._broadcast()
         order = Content({**facts, "broadcast": self._named}, encoded=encoded)
         name = self._crowd.line.send(member.node.id, order, self._patience.answer)
-        now = time.monotonic()
-        self._asked[client] = _Asked(member.node, name, now + self._patience.answer, now)
+        now, images = time.monotonic(), member.joined.train_images
+        until = now + self._patience.answer
+        self._asked[client] = _Asked(member.node, images, name, until, now)
 
     def release(self) -> None:
         """Let go of the broadcast: it is read again should it be needed."""
@@ -151,7 +161,7 @@ class _Round:
                     asked = again
                     continue
             if content is not None:
-                return self._read(client, content)
+                return self._read(client, asked.images, content)
             now = time.monotonic()
             if now > asked.until:
                 return self._fault(client, "late", "no answer came in time")
@@ -175,46 +185,67 @@ class _Round:
             self.ask(client)
             self.release()
             again = self._asked.pop(client)
-            return _Asked(again.node, again.name, asked.until, again.looked)
-        return _Asked(asked.node, asked.name, asked.until, time.monotonic())
+            return replace(again, until=asked.until)
+        return replace(asked, looked=time.monotonic())
 
-    def _read(self, client: int, content: Content | Lost) -> Answer:
+    def _read(self, client: int, images: int, content: Content | Lost) -> Answer:
         if isinstance(content, Lost):
             return self._fault(client, "ended" if content.gone else "wrong", content.reason)
-        seconds = content.facts.get("seconds", 0.0)
-        if not isinstance(seconds, int | float):
-            seconds = 0.0
-        fault = fault_of(content) or self._problem(client, content)
-        if fault is not None:
-            return Answer(client, float(seconds), None, fault)
         try:
-            return Answer(client, float(seconds), update_from(content))
+            reply = checked(Reply, content.facts, "no answer to a round")
+            # No longer than it was waited for, whatever the client's clock says.
+            seconds = min(reply.seconds, time.perf_counter() - self._began)
+            fault = fault_of(reply) or self._problem(client, reply)
+            if fault is not None:
+                return Answer(client, seconds, None, fault)
+            update, state = update_from(content)
         except Garbled as error:
             return self._fault(client, "wrong", f"its answer is garbled, {error}")
+        fault = self._unlike(client, images, update)
+        return Answer(client, seconds, None if fault is not None else (update, state), fault)
 
-    def _problem(self, client: int, content: Content) -> Fault | None:
-        facts = content.facts
-        if facts.get("client") != client:
-            return Fault("wrong", f"it answered as client {facts.get('client')!r}")
-        if facts.get("round") != self._current.number:
-            return Fault("wrong", f"it answered round {facts.get('round')!r}")
-        if facts.get("started_from") != self._named:
+    def _problem(self, client: int, reply: Reply) -> Fault | None:
+        if reply.client != client:
+            return Fault("wrong", f"it answered as client {reply.client}")
+        if reply.round != self._current.number:
+            return Fault("wrong", f"it answered round {reply.round}")
+        if reply.started_from != self._named:
             return Fault("wrong", "it trained from another model than it was sent (fingerprint)")
+        return None
+
+    def _unlike(self, client: int, images: int, update: Update) -> Fault | None:
+        """What an update says that this client, in this round, cannot say."""
+        if update.weight != images:
+            said = f"its weight is {update.weight:g}"
+            return Fault("wrong", f"{said}, and it has {images} training images as it joined")
+        most, steps = (
+            self._steps(client, self._current.number),
+            update.metrics.get("private_steps"),
+        )
+        if steps is not None and steps > most:
+            return Fault(
+                "wrong", f"it counts {steps} private steps, and at most {most} were asked"
+            )
+        sent = set(update.extra) | ({"model"} if update.model is not None else set())
+        if sent != self._sends:
+            listed = [", ".join(sorted(names)) or "no parts" for names in (sent, self._sends)]
+            return Fault("wrong", f"it sent {listed[0]}, and this round asks for {listed[1]}")
+        for part, held in update.extra.items():
+            differs = misfit(self._extra, held)
+            if differs is not None:
+                return Fault("wrong", f"its {part} does not fit, {differs}")
         return None
 
     def _fault(self, client: int, kind: str, reason: str) -> Answer:
         return Answer(client, time.perf_counter() - self._began, None, Fault(kind, reason))
 
 
-def fault_of(content: Content) -> Fault | None:
+def fault_of(reply: Reply) -> Fault | None:
     """What a client says has failed."""
-    told: Any = content.facts.get("fault")
+    told = reply.fault
     if told is None:
         return None
-    if not isinstance(told, dict):
-        return Fault("wrong", "its answer is garbled")
-    kind, reason = str(told.get("kind")), str(told.get("reason"))[:500]
-    return Fault(kind if kind in _KINDS else "raised", reason)
+    return Fault(told.kind if told.kind in _KINDS else "raised", told.reason)
 
 
 def last_counted(current: StoredRound, client: int) -> int:

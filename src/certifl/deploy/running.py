@@ -25,6 +25,7 @@ __all__ = [
     "free_port",
     "give_memory_back",
     "patient",
+    "private_files",
     "quiet",
     "tail",
 ]
@@ -37,6 +38,19 @@ _QUIET = {
 }
 _TERM_SECONDS = 10.0
 _MMAP_THRESHOLD, _LARGE = -3, 1 << 18  # glibc's M_MMAP_THRESHOLD, in bytes
+
+
+@contextlib.contextmanager
+def private_files() -> Iterator[None]:
+    """Files and folders made meanwhile, also by processes started here, are their owner's alone.
+
+    They are so from their beginning: permissions taken away afterwards come too late.
+    """
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def environment(home: Path) -> dict[str, str]:

@@ -36,5 +36,13 @@ def main(grid: Grid, context: Context) -> None:
             '\'spec="/path/study.toml" out="/path/run"\'.'
         )
     give_memory_back()
-    options = Options(Path(asked["out"]), share=asked.get("share", "curve"), command="flwr run")
+    enough = asked.get("min-clients", "0")
+    if not (enough.isascii() and enough.isdigit()):
+        raise InputError(f"min-clients must be a whole number; got {enough!r}.")
+    options = Options(
+        Path(asked["out"]),
+        share=asked.get("share", "curve"),
+        command="flwr run",
+        min_clients=int(enough) or None,
+    )
     conduct(load(Path(asked["spec"])), GridLine(grid), options)

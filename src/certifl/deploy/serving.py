@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from certifl.deploy.keys import check_certificate, public_key_bytes, reach, writ
 from certifl.deploy.kit import Connection, load_connection
 from certifl.deploy.node import work
 from certifl.deploy.party import Party
-from certifl.deploy.running import Child, free_port, quiet, tail
+from certifl.deploy.running import Child, free_port, private_files, quiet, tail
 from certifl.deploy.settings import Settings
 from certifl.errors import InputError, StoreMismatch, WorkError
 from certifl.federated.serving import load_what_a_step_needs
 
-__all__ = ["admitted", "here", "keys_of", "serve", "take_part", "with_data"]
+__all__ = ["KeyFolder", "admitted", "here", "keys_of", "serve", "take_part", "with_data"]
 
 Told = Callable[[str], None]
 _log = logging.getLogger(__name__)
@@ -48,14 +48,50 @@ def here(folder: Path) -> Place:
     return Place(f"{local}:{connection.port}", authority, secret.read_bytes())
 
 
-def keys_of(folder: Path) -> dict[int, bytes]:
-    """Public keys of a server's clients, by number."""
+def keys_of(folder: Path, told: Told | None = None) -> dict[int, bytes]:
+    """Public keys of a server's clients, by number.
+
+    A file that holds no key (yet: it may be half copied) is left out; it is read again next time.
+
+    Args:
+        folder: the server's. told: called with a line about each file that is left out.
+    """
     keys: dict[int, bytes] = {}
     for path in sorted((folder / "clients").glob("client-*.pub")):
         number = path.stem.removeprefix("client-")
-        if number.isdigit():
-            keys[int(number)] = public_key_bytes(path)
+        try:
+            if not (number.isascii() and number.isdigit()):
+                raise InputError(f"{path} names no client: call it client-3.pub, for instance.")
+            key = public_key_bytes(path)
+            if key in keys.values() or int(number) in keys:
+                raise InputError(f"{path} is the key of another client too, or of the same twice.")
+            keys[int(number)] = key
+        except InputError as error:
+            (told or _log.warning)(f"{error} It is left out, and read again.")
     return keys
+
+
+class KeyFolder(Mapping[int, bytes]):
+    """The public keys in a server's folder as they are now: some come while a study runs.
+
+    It counts as filled where the federation has keys at all, also while none can be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._secure = not load_connection(folder).insecure
+
+    def __bool__(self) -> bool:
+        return self._secure
+
+    def __getitem__(self, client: int) -> bytes:
+        return keys_of(self._folder)[client]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(keys_of(self._folder))
+
+    def __len__(self) -> int:
+        return len(keys_of(self._folder))
 
 
 def admitted(folder: Path) -> list[dict[str, Any]]:
@@ -78,8 +114,8 @@ def serve(folder: Path, told: Told) -> None:
         check_certificate(folder / "server.crt")
         check_certificate(folder / "ca.crt")
     home, log = folder / "flower", folder / "log" / "server.log"
-    quiet(home)
-    with _held(folder), _stopped() as stop:
+    with private_files(), _held(folder), _stopped() as stop:
+        quiet(home)
         child = Child("certifl.deploy.superlink:main", _superlink(folder, connection), log, home)
         try:
             _wait_until_up(child, place, log)
@@ -117,17 +153,50 @@ def _wait_until_up(child: Child, place: Place, log: Path) -> None:
 
 def _watch(folder: Path, place: Place, child: Child, stop: threading.Event, told: Told) -> None:
     """Admit keys, also those that come later, until the server ends."""
-    seen: dict[int, bytes] = {}
+    admitting = _Admitting(folder, place, told)
     while not stop.is_set():
-        keys = keys_of(folder)
-        if keys != seen:
-            named = [(f"client-{client}", key) for client, key in sorted(keys.items())]
-            flowerruns.register(place, named)
-            told(f"{len(keys)} clients may connect.")
-            seen = keys
+        admitting.look()
         if child.ended is not None:
             raise WorkError(f"The server ended by itself; its log says:\n{tail(child.log)}")
         stop.wait(1.0)
+
+
+class _Admitting:
+    """Lets the clients connect whose keys are in a server's folder.
+
+    A key that cannot be read or registered is named once, and tried again; it ends nothing.
+    """
+
+    def __init__(self, folder: Path, place: Place, told: Told) -> None:
+        self._folder, self._place, self._told = folder, place, told
+        self._seen: dict[int, bytes] | None = None
+        self._said: set[str] = set()
+        self._next = 0.0
+
+    def look(self) -> None:
+        """See whether there are new keys."""
+        keys = keys_of(self._folder, self._once)
+        if keys == self._seen or time.monotonic() < self._next:
+            return
+        problems = [self._registered(client, key) for client, key in sorted(keys.items())]
+        self._told(f"{problems.count(None)} clients may connect.")
+        if all(problem is None for problem in problems):
+            self._seen = keys
+        else:
+            self._next = time.monotonic() + _AGAIN_SECONDS
+
+    def _registered(self, client: int, key: bytes) -> str | None:
+        try:
+            flowerruns.register(self._place, [(f"client-{client}", key)])
+        except WorkError as error:
+            self._once(f"The key of client {client} is not admitted, and tried again: {error}")
+            return str(error)
+        return None
+
+    def _once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self._told(line)
 
 
 def take_part(folder: Path, settings: Settings, told: Told) -> None:

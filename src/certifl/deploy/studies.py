@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
-from certifl.deploy.conduct import Options, conduct
+from certifl.deploy.conduct import Options, conduct, survey
 from certifl.deploy.flowerruns import opened_run
 from certifl.deploy.keys import check_certificate, reach
 from certifl.deploy.kit import load_connection
 from certifl.deploy.line import GridLine
-from certifl.deploy.running import give_memory_back, quiet
-from certifl.deploy.serving import admitted, here, keys_of
+from certifl.deploy.running import give_memory_back, private_files, quiet
+from certifl.deploy.serving import KeyFolder, admitted, here
 from certifl.deploy.settings import load_settings
 from certifl.deploy.spending import spending_lines
 from certifl.errors import CertiflError
 from certifl.spec import Spec
 from certifl.store.runs import RunFolder
 
-__all__ = ["run_study", "status_lines"]
+__all__ = ["check_study", "run_study", "status_lines"]
 
 
 def run_study(spec: Spec, kit: Path, options: Options) -> RunFolder:
@@ -38,12 +40,36 @@ def run_study(spec: Spec, kit: Path, options: Options) -> RunFolder:
     folder.check(spec.hash(), options.overwrite)
     if not options.overwrite and folder.complete():
         return folder
+    name = hashlib.sha256(str(options.out.resolve()).encode()).hexdigest()[:16]
+    with _line(kit, f"run-{name}.txt") as line:
+        return conduct(spec, line, dataclasses.replace(options, keys=KeyFolder(kit)))
+
+
+def check_study(spec: Spec, kit: Path, options: Options) -> str | None:
+    """Ask the clients of a running server who would take part in a study, and train nothing.
+
+    Args:
+        spec, kit, options: as for `run_study`; `options.told` gets the list of clients.
+
+    Returns:
+        Why the study would not start; None where it would.
+
+    Raises:
+        RequestError: the study or the kit are not what they should be.
+        WorkError: the server is not there.
+    """
+    with _line(kit, "check.txt") as line:
+        return survey(spec, line, dataclasses.replace(options, keys=KeyFolder(kit)))
+
+
+@contextlib.contextmanager
+def _line(kit: Path, notes: str) -> Iterator[GridLine]:
+    """The way to the clients of a running server."""
     place = here(kit)
     quiet(kit / "flower")
     give_memory_back()
-    name = hashlib.sha256(str(options.out.resolve()).encode()).hexdigest()[:16]
-    with opened_run(place, kit / "flower" / f"run-{name}.txt") as grid:
-        return conduct(spec, GridLine(grid), dataclasses.replace(options, keys=keys_of(kit)))
+    with private_files(), opened_run(place, kit / "flower" / notes) as grid:
+        yield GridLine(grid)
 
 
 def status_lines(folder: Path) -> tuple[list[str], bool]:

@@ -18,6 +18,7 @@ from certifl.errors import StoreError
 from certifl.spec import Spec
 from certifl.store.atomic import read_json
 from certifl.store.runs import RunFolder
+from certifl.work.curves import possible_averages
 
 __all__ = ["curves_of", "impossible", "kept_words", "shared_rows"]
 
@@ -52,25 +53,13 @@ def impossible(client: int, curve: Mapping[str, Any], spec: Spec) -> list[str]:
     asked = spec.certification.images
     if asked is not None and images > asked:
         found.append(f"client {client}: {images} images, but the spec certifies {asked}")
-    low, high = _possible_averages(np.array(radii), np.array(counts), images)
+    low, high = possible_averages(np.array(radii), np.array(counts), images)
     if not low - _ROUNDING <= acr <= high + _ROUNDING:
         found.append(
             f"client {client}: an average certified radius of {acr:.6g} does not go with its "
             f"curve, which allows {low:.6g} to {high:.6g}"
         )
     return found
-
-
-def _possible_averages(radii: np.ndarray, counts: np.ndarray, images: int) -> tuple[float, float]:
-    """Every image lies somewhere in its step; those of the last step as far out as one likes.
-
-    Images that are not counted at the first radius may be certified correct below it.
-    """
-    in_step = counts - np.append(counts[1:], 0)
-    ends = np.append(radii[1:], np.inf if in_step[-1] else radii[-1])
-    low, high = (in_step * radii).sum(), (in_step[in_step != 0] * ends[in_step != 0]).sum()
-    below = (images - counts[0]) * radii[0]
-    return float(low / images), float((high + below) / images)
 
 
 def shared_rows(folder: RunFolder) -> list[Path]:

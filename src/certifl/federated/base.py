@@ -51,6 +51,15 @@ class Algorithm(Protocol):
         """The server's state before the first round, from the initial model."""
         ...
 
+    def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
+        """Names of the parts that a client's update of a round has.
+
+        Args:
+            round: from 0.
+            scheduled: rounds of the schedule; extra ones come after them.
+        """
+        ...
+
     def client_round(
         self,
         broadcast: ServerState,
@@ -127,6 +136,11 @@ class GlobalModel:
     def init(self, model_state: ModelState) -> ServerState:
         """The global model is the initial one."""
         return ServerState(0, {"model": model_state})
+
+    def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
+        """The model."""
+        del round, scheduled
+        return ("model",)
 
     def client_round(
         self,

@@ -27,15 +27,18 @@ from certifl.errors import (
     StoreError,
     TrainingDiverged,
     WorkError,
+    one_line,
 )
 from certifl.federated.states import ClientState, ModelState, Parts, ServerState, Update
 
 __all__ = [
+    "RESERVED",
     "Answer",
     "Fault",
     "Inspection",
     "advice",
     "attempt",
+    "misfit",
     "needed",
     "not_finite",
     "out_of_memory",
@@ -43,6 +46,13 @@ __all__ = [
 
 Result = TypeVar("Result")
 
+_LONGEST_REASON = 500
+_LARGEST = 1e18
+"""Beyond every weight that training gives; its square is still finite in float32, so that a
+server's optimizer cannot be made to overflow."""
+RESERVED = frozenset({"client", "seconds", "reason", "round", "epsilon", "participants"})
+"""What the server itself writes into the history; no client's metric has such a name."""
+_MOST_METRICS = 32
 _STOP = (RequestError, StoreError, RandomSourceBroken)
 _NO_MEMORY = (
     "out of memory",
@@ -67,13 +77,17 @@ class Fault:
 
     Attributes:
         kind: "diverged", "raised", "wrong" (what it sent), "late" or "ended" (its process).
-        reason: in words, to follow "client 3:".
+        reason: in words, to follow "client 3:"; made safe to print, for a client may have a say
+            in it.
         error: what was raised, where it is known.
     """
 
     kind: str
     reason: str
     error: Exception | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", one_line(self.reason, _LONGEST_REASON))
 
 
 @dataclass(frozen=True)
@@ -181,6 +195,9 @@ class Inspection:
         sick = not_finite(sent) or not_finite(own)
         if sick is not None:
             return Fault("diverged", f"{sick} is not finite")
+        huge = _beyond(sent)
+        if huge is not None:
+            return Fault("diverged", f"{huge} is larger than {_LARGEST:g}")
         for part, held in sent.items():
             self._wanted.setdefault(part, _signature(held))
         return None
@@ -210,19 +227,42 @@ def not_finite(parts: Parts) -> str | None:
     return None
 
 
+def _beyond(parts: Parts) -> str | None:
+    """The first tensor with a value beyond `_LARGEST`, in words."""
+    for part, held in parts.items():
+        for name, value in held.items():
+            if value.is_floating_point() and bool((value.abs() > _LARGEST).any()):
+                return f"{name} of its {part}"
+    return None
+
+
+def misfit(wanted: ModelState, found: ModelState) -> str | None:
+    """The first key in which two tables of tensors differ in shape or type; None where none."""
+    return _difference(_signature(wanted), _signature(found))
+
+
 def _wrong_numbers(client: int, update: Update) -> str | None:
-    if update.client != client:
-        return f"it answered as client {update.client}"
+    if isinstance(update.client, bool) or update.client != client:
+        return f"it answered as client {update.client!r}"
     if not (_is_finite_number(update.weight) and update.weight > 0):
         return f"its weight is {update.weight!r}"
+    if len(update.metrics) > _MOST_METRICS:
+        return f"it sends {len(update.metrics)} metrics; at most {_MOST_METRICS} are taken"
     for name, value in update.metrics.items():
+        if name in RESERVED:
+            return f"its metric {name!r} has a name that the history keeps for itself"
         if not _is_finite_number(value):
             return f"its {name} is {value!r}"
     return None
 
 
 def _is_finite_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 def _signature(held: ModelState) -> Signature:

@@ -56,6 +56,11 @@ class FLIX(GlobalModel):
     deploys = "the global model mixed with its own, which it trained alone"
     keeps_client_state = True
 
+    def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
+        """The model, unless nothing of it is shared."""
+        del round, scheduled
+        return () if self.personalization == 1 else ("model",)
+
     def client_round(
         self,
         broadcast: ServerState,

@@ -26,6 +26,11 @@ class Local(GlobalModel):
     keeps_client_state = True
     own_part = "model"
 
+    def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
+        """Nothing."""
+        del round, scheduled
+        return ()
+
     def client_round(
         self,
         broadcast: ServerState,

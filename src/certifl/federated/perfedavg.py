@@ -67,6 +67,10 @@ class PerFedAvg(GlobalModel):
     own_part = "adapted"
     extra_rounds = 1
 
+    def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
+        """The model; the adapted one stays with the client."""
+        return ("model",) if round < scheduled else ()
+
     def client_round(
         self,
         broadcast: ServerState,

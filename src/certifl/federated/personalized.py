@@ -57,6 +57,11 @@ class Personalized:
         """The base's beginning."""
         return self.base.init(model_state)
 
+    def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
+        """The base's parts; the fine-tuned model stays with the client."""
+        shared = round < scheduled + self.base.extra_rounds
+        return self.base.sends(round, scheduled) if shared else ()
+
     def client_round(
         self,
         broadcast: ServerState,

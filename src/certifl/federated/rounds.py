@@ -170,7 +170,8 @@ class _Gathered:
                 continue
             update, state = _whole(answer.result)
             self.pending.put_client(answer.client, state.parts)
-            row = {"client": answer.client, "seconds": answer.seconds, **update.metrics}
+            # Who it was and how long it took come last: no metric can write them.
+            row = {**update.metrics, "client": answer.client, "seconds": answer.seconds}
             self.rows.append(row)
             self._tell(answer.client, update.metrics, None)
             yield update

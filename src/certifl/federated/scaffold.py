@@ -56,6 +56,11 @@ class Scaffold(GlobalModel):
     name = "scaffold"
     deploys = "the global model of the last round"
 
+    def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
+        """The model and the change of the control variate."""
+        del round, scheduled
+        return "model", "control_step"
+
     def client_round(
         self,
         broadcast: ServerState,

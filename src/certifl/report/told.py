@@ -25,6 +25,7 @@ from certifl.store.atomic import read_json
 __all__ = ["CURVES", "TOLD", "implied", "told_certificates"]
 
 CURVES, TOLD = "curves.json", "told"
+_MOST_IMAGES = 10**7
 
 Floats = NDArray[np.float64]
 
@@ -45,7 +46,7 @@ def told_certificates(place: Path) -> Certificates:
             )
         parts = [implied(client, clients[client]) for client in sorted(clients)]
         return Certificates.concatenate(parts)
-    except (AttributeError, InputError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, InputError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, StoreMismatch):
             raise
         raise StoreError(f"{place / CURVES} is damaged: {error!r}.") from error
@@ -55,9 +56,10 @@ def implied(client: int, curve: Mapping[str, Any]) -> Certificates:
     """One client's rows; `curve` holds radii, correct, images, acr and conditions."""
     grid = np.asarray(curve["radii"], np.float64)
     counts = np.asarray(curve["correct"], np.int64)
-    images = int(curve["images"])
+    images, acr = int(curve["images"]), float(curve["acr"])
+    _check(grid, counts, images, acr)
     in_step = counts - np.append(counts[1:], 0)
-    reach = _within(grid, in_step, images * float(curve["acr"]))
+    reach = _within(grid, in_step, images * acr)
     right = len(reach)
     radius = np.zeros(images)
     radius[:right] = reach
@@ -80,6 +82,22 @@ def implied(client: int, curve: Mapping[str, Any]) -> Certificates:
     )
     conditions = {**curve["conditions"], TOLD: "curve"}
     return dataclasses.replace(made, conditions=conditions)
+
+
+def _check(grid: Floats, counts: NDArray[np.int64], images: int, acr: float) -> None:
+    """Refuse numbers that no certificates come to, before memory is taken for them.
+
+    Raises:
+        ValueError: they are such numbers.
+    """
+    if grid.ndim != 1 or grid.shape != counts.shape or not len(grid):
+        raise ValueError(f"{counts.size} counts for {grid.size} radii")
+    falling = counts[0] <= images and counts[-1] >= 0 and bool((np.diff(counts) <= 0).all())
+    rising = bool(np.isfinite(grid).all()) and grid[0] >= 0 and bool((np.diff(grid) >= 0).all())
+    if not (1 <= images <= _MOST_IMAGES and falling and rising):
+        raise ValueError("counts must fall from at most all images, at radii that rise")
+    if not (np.isfinite(acr) and acr >= 0):
+        raise ValueError(f"an average certified radius of {acr}")
 
 
 def _within(grid: Floats, in_step: NDArray[np.int64], total: float) -> Floats:

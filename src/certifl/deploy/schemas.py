@@ -1,0 +1,266 @@
+"""What each message of a federation may say: one schema per message, for both directions.
+
+Whoever receives a message checks it here before anything is done with it. A schema bounds every
+type, size and range; keys that it does not name are ignored. Numbers that the receiver knows (who
+is asked, in which round) are compared with its own record afterwards, by whoever has that record.
+
+| message | schema |
+|---|---|
+| order to join, to train a round, to certify | `JoinOrder`, `RoundOrder`, `CertifyOrder` |
+| any answer | `Reply` |
+| answer to join | `Joined` |
+| answer to a round | `Trained` |
+| answer to certify | `Certified` |
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from certifl.errors import WorkError, one_line
+
+__all__ = [
+    "Certified",
+    "CertifyOrder",
+    "Curve",
+    "Garbled",
+    "JoinOrder",
+    "Joined",
+    "Metrics",
+    "Plain",
+    "Reply",
+    "RoundOrder",
+    "Told",
+    "Trained",
+    "checked",
+]
+
+
+class Garbled(WorkError):
+    """A message that is none of ours, damaged, or says what cannot be."""
+
+    def __init__(self, why: object) -> None:
+        super().__init__(one_line(why, 500))
+
+
+class _Message(BaseModel):
+    """Strict types, nothing infinite, unchangeable; unknown keys are not looked at."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _plain_text(value: str) -> str:
+    """Refuse characters that no name has: controls, halves of pairs, line separators."""
+    for character in value:
+        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
+            raise ValueError("it holds a character that cannot be printed")
+    return value
+
+
+def _different(value: list[str]) -> list[str]:
+    if len(set(value)) < len(value):
+        raise ValueError("a name stands there twice")
+    return value
+
+
+_MOST_IMAGES = 10**8
+_Number = Annotated[int, Field(ge=0, lt=10**6)]
+_Count = Annotated[int, Field(ge=0, le=_MOST_IMAGES)]
+_Votes = Annotated[int, Field(ge=0, le=10**17)]
+_Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{1,128}$")]
+_Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_plain_text)]
+_Side = Annotated[int, Field(ge=1, le=2**14)]
+_Share = Literal["none", "curve", "rows"]
+_Seconds = Annotated[float, Field(ge=0, le=1e9)]
+_Metric = Annotated[float, Field(ge=-1e30, le=1e30)]
+_Share01 = Annotated[float, Field(ge=0, le=1)]
+_Any = Annotated[float, Field(allow_inf_nan=True)]
+
+
+class Told(_Message):
+    """What an order says of the study.
+
+    Attributes:
+        id: of the run on the server. spec: its text. hash: of the spec.
+        own_perturbation: whether clients may certify a perturbation of their own.
+    """
+
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
+    spec: Annotated[str, Field(max_length=1 << 18)]
+    hash: _Hex
+    own_perturbation: bool
+
+
+class JoinOrder(_Message):
+    """Who are you, and what have you got?"""
+
+    order: Literal["join"]
+    study: Told
+
+
+class RoundOrder(_Message):
+    """Train one round.
+
+    Attributes:
+        round: from 0. counted: the round after which the client was counted last; -1 = never.
+        broadcast: fingerprint of the parts that come along.
+    """
+
+    order: Literal["round"]
+    study: Told
+    client: _Number
+    round: _Number
+    counted: Annotated[int, Field(ge=-1, lt=10**6)]
+    broadcast: _Hex
+
+
+class CertifyOrder(_Message):
+    """Certify for some seconds.
+
+    Attributes:
+        piece: seconds. share: the most that the server asks for. Others: as `RoundOrder`.
+    """
+
+    order: Literal["certify"]
+    study: Told
+    client: _Number
+    round: _Number
+    counted: Annotated[int, Field(ge=-1, lt=10**6)]
+    broadcast: _Hex
+    piece: Annotated[float, Field(gt=0, le=1e6)]
+    share: _Share
+
+
+class Joined(_Message):
+    """A client's properties.
+
+    Attributes:
+        client: its number, as it says.
+        in_channels, image_size, class_names: of its images.
+        train_images: how many it trains on. test_images: how many it certifies, if it says so.
+        initial_model: fingerprint of the network that the study begins with.
+        name, fingerprint: of a data set that all clients have, where the study deals its images.
+        versions: of certifl and torch.
+    """
+
+    client: _Number
+    in_channels: Annotated[int, Field(ge=1, le=1024)]
+    image_size: Annotated[list[_Side], Field(min_length=2, max_length=2)]
+    class_names: Annotated[
+        list[_Name], Field(min_length=1, max_length=1 << 15), AfterValidator(_different)
+    ]
+    train_images: _Count
+    test_images: _Count | None = None
+    initial_model: _Hex
+    name: _Name | None = None
+    fingerprint: _Name | None = None
+    versions: Annotated[dict[_Name, _Name], Field(max_length=16)] = Field(default_factory=dict)
+
+
+class Metrics(_Message):
+    """What a client measured in a round: the metrics of all algorithms, and no others."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    loss: _Metric | None = None
+    accuracy: _Share01 | None = None
+    global_loss: _Metric | None = None
+    global_accuracy: _Share01 | None = None
+    alpha: _Share01 | None = None
+    private_steps: Annotated[int, Field(ge=0, le=10**9)] | None = None
+
+
+class _Update(_Message):
+    client: _Number
+    weight: Annotated[float, Field(ge=0, le=_MOST_IMAGES)]
+    model: bool
+    metrics: Metrics
+
+
+class Trained(_Message):
+    """The answer to a round; its tensors are in the message's parts."""
+
+    update: _Update
+
+
+class Curve(_Message):
+    """Certified images at each radius; whether the numbers can be is checked elsewhere."""
+
+    radii: Annotated[list[_Any], Field(min_length=1, max_length=10_000)]
+    correct: Annotated[
+        list[Annotated[int, Field(ge=-_MOST_IMAGES, le=_MOST_IMAGES)]],
+        Field(min_length=1, max_length=10_000),
+    ]
+    images: Annotated[int, Field(ge=0, le=_MOST_IMAGES)]
+    acr: _Any
+    conditions: Annotated[dict[_Name, Any], Field(max_length=64)]
+
+
+class Plain(_Message):
+    """Accuracy of a client that certifies nothing."""
+
+    images: Annotated[int, Field(ge=1, le=_MOST_IMAGES)]
+    correct: _Count
+
+
+class Certified(_Message):
+    """How far a client's certification is, and at the end what it shares.
+
+    Attributes:
+        share: how much it shares. model: fingerprint of what it certified.
+        done: whether this is the end. cast, at_most: votes so far, and at most.
+    """
+
+    share: _Share
+    model: _Hex
+    done: bool
+    cast: _Votes | None = None
+    at_most: _Votes | None = None
+    plain: Plain | None = None
+    curve: Curve | None = None
+
+
+class _Fault(_Message):
+    kind: Annotated[str, Field(max_length=40)]
+    reason: Annotated[str, Field(max_length=10_000)]
+
+
+class Reply(_Message):
+    """What every answer says: who it is from, how long it took, and what failed.
+
+    Attributes:
+        round, started_from: of an answer to a round.
+    """
+
+    client: _Number
+    seconds: _Seconds = 0.0
+    fault: _Fault | None = None
+    round: _Number | None = None
+    started_from: _Hex | None = None
+
+
+_Schema = TypeVar("_Schema", bound=BaseModel)
+
+
+def checked(schema: type[_Schema], facts: object, what: str) -> _Schema:
+    """A message's facts as its schema has them.
+
+    Args:
+        schema: one of this module. facts: as they came in.
+        what: names the message in the refusal, to follow "it is".
+
+    Raises:
+        Garbled: they do not fit; it says where first.
+    """
+    if not isinstance(facts, Mapping):
+        raise Garbled(f"it is {what}")
+    try:
+        return schema.model_validate(dict(facts))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = one_line(".".join(map(str, first["loc"])), 80)
+        raise Garbled(f"it is {what}: {where}: {one_line(first['msg'], 160)}") from error
