@@ -102,7 +102,7 @@ class Sample:
     earlier: Sample | None = None
 
     @classmethod
-    def of(cls, values: Sequence[Floats], images: Sequence[Ints] | None = None) -> Sample:
+    def of(cls, values: Sequence[NDArray[Any]], images: Sequence[Ints] | None = None) -> Sample:
         """A sample of one quantity; images without numbers belong to this sample alone."""
         columns = [np.asarray(own, np.float64) for own in values]
         columns = [own[:, None] if own.ndim == 1 else own for own in columns]
