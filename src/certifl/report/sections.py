@@ -200,7 +200,10 @@ def _difference_row(story: Story, pair: Difference) -> list[str]:
 def _paired_note(story: Story) -> str:
     stated = [pair for pair in story.comparison.pairs.values() if pair.stated]
     if not stated:
-        return "A handful of common images supports no statement."
+        return (
+            "Regimes are compared within a seed, on the images that both runs of it certified; a "
+            "handful of images supports no statement."
+        )
     seeds = range_of([pair.seeds for pair in stated])
     within = f" within each seed ({seeds} seeds)" if len(story.trained) > len(story.runs) else ""
     note = (

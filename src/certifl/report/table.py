@@ -38,13 +38,13 @@ def summary_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]
         runs: run folders, or runs that were read before.
 
     Returns:
-        Per row: `regime`, `label`, `seeds` (of its runs), `images`, `clients`; `acr` (mean over clients,
-        stored unit) with `acr_low`, `acr_high` (95 % over images and seeds, None with too few), and all
-        three as `..._text` in the shown unit, rounded down and the interval outward; `spread` between best
-        and worst client and `spread_text`; `accuracy`, a list of {`radius`, `radius_text`,
-        `value`, `text`, `low`, `high`} with 95 % limits, exact for one seed; `abstained` (None
-        where not reported); `votes_per_image`; `votes_saved` relative to a fixed number (None if
-        not recorded); `left_out`, which clients
+        Per row: `regime`, `label`, `seeds` (of its runs), `images`, `clients`; `acr` (mean over
+        clients, stored unit) with `acr_low`, `acr_high` (95 % over images and seeds, None with too
+        few), and all three as `..._text` in the shown unit, rounded down and the interval outward;
+        `spread` between best and worst client and `spread_text`; `accuracy`, a list of {`radius`,
+        `radius_text`, `value`, `text`, `low`, `high`} with 95 % limits, exact for one seed;
+        `abstained` (None where not reported); `votes_per_image`; `votes_saved` relative to a fixed
+        number (None if not recorded); `left_out`, which clients
         failed in training, in words (None if none did); `privacy`, what training spent of it, in
         words (None without privacy). Where clients certify perturbations of
         their own, `perturbation`, in words, and `of_clients`, who certifies it, else None.
