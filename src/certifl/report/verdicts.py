@@ -71,7 +71,9 @@ def _card(result: ClaimResult, row: Mapping[str, Any]) -> Markup:
     claim, verdict = result.claim, result.verdict
     badge = el("span", {"class": f"badge {_KINDS[verdict]}"}, f"{_SIGNS[verdict]} {verdict}")
     numbers = el("b", None, f"{row['effect']} points" if row["effect"] else "no number")
-    many = f"{len(result.judged)} comparisons, " if len(result.judged) > 1 else ""
+    count, decide = len(result.judged), row["deciding"]
+    many = f"{count} comparisons, " if count == decide else f"{decide} of {count} comparisons, "
+    many = many if count > 1 else ""
     ends = el("small", None, f"{many}95 %: {row['interval']}" if row["interval"] else "")
     head = el(
         "summary",
