@@ -25,11 +25,14 @@ __all__ = [
     "FEWEST_OF_A_CLIENT",
     "FEWEST_UNLIKE",
     "Sample",
+    "Scatter",
     "even_images",
+    "fewest_floors",
     "hidden_reach",
     "hidden_share",
     "interval_over_seeds",
     "mean_interval",
+    "scatter_of",
     "too_few",
     "unlike_images",
 ]
@@ -184,29 +187,76 @@ def interval_over_seeds(
     Returns:
         (low, high), each (columns,).
     """
+    found = scatter_of(samples, scale)
+    half = found.reach(error)
+    return found.mean - half, found.mean + half
+
+
+@dataclass(frozen=True, eq=False)
+class Scatter:
+    """What an interval of a mean over seeds is made of; every array is (columns,).
+
+    Attributes:
+        mean: the estimate. seeds: how many.
+        images: variance from the choice of images. common: the part that seeds have in common.
+        freedom: degrees of freedom of both.
+        between: standard error from the scatter between seeds; 0 for one seed.
+        floors: of every independent set of images (sets, columns), how many limit the interval.
+        scale: how far one image can lie from another.
+    """
+
+    mean: Floats
+    seeds: int
+    images: Floats
+    common: Floats
+    freedom: Floats
+    between: Floats
+    floors: Floats
+    scale: float
+
+    def reach(self, error: float) -> Floats:
+        """Half the width of the interval that misses with probability about `error`."""
+        quantile = -special.stdtrit(self.freedom, error / 2.0)
+        half = np.sqrt(self.images) * quantile
+        if self.seeds > 1:
+            between = self.between * -float(special.stdtrit(self.seeds - 1, error / 2.0))
+            half = np.maximum(half, np.hypot(between, np.sqrt(self.common) * quantile))
+        return np.maximum(half, hidden_reach([self.floors], error) * self.scale)
+
+
+def scatter_of(samples: Sequence[Sample], scale: float) -> Scatter:
+    """Everything that widens the interval of a mean over seeds; see `interval_over_seeds`."""
     means = np.stack([sample.means for sample in samples])
+    seeds, none = len(samples), np.zeros(means.shape[1])
     variance, common, freedom = _of_images(samples)
-    quantile = -special.stdtrit(freedom, error / 2.0)
-    half = np.sqrt(variance) * quantile
-    seeds = len(samples)
-    if seeds > 1:
-        between = means.std(axis=0, ddof=1) / math.sqrt(seeds)
-        between = between * -float(special.stdtrit(seeds - 1, error / 2.0))
-        half = np.maximum(half, np.hypot(between, np.sqrt(common) * quantile))
-    half = np.maximum(half, hidden_reach([s.floors(scale) for s in samples], error) * scale)
-    mean = means.mean(axis=0)
-    return mean - half, mean + half
+    return Scatter(
+        mean=means.mean(axis=0),
+        seeds=seeds,
+        images=variance,
+        common=common,
+        freedom=freedom,
+        between=means.std(axis=0, ddof=1) / math.sqrt(seeds) if seeds > 1 else none,
+        floors=fewest_floors([sample.floors(scale) for sample in samples]),
+        scale=scale,
+    )
+
+
+def fewest_floors(floors: Sequence[Floats]) -> Floats:
+    """Over seeds the smallest number of images counts.
+
+    One seed with many unlike images says nothing of what another one did not meet.
+    """
+    return np.min(floors, axis=0)
 
 
 def hidden_reach(floors: Sequence[Floats], error: float) -> Floats:
     """How far images that were not met may move a mean over seeds, as a share of the scale.
 
     Args:
-        floors: of each seed, as `Sample.floors` gives them. The smallest number counts: one seed
-            with many unlike images says nothing of what another one did not meet.
+        floors: of each seed, as `Sample.floors` gives them.
         error: probability of missing the true mean.
     """
-    return np.sqrt((hidden_share(np.min(floors, axis=0), error) ** 2).sum(axis=0))
+    return np.sqrt((hidden_share(fewest_floors(floors), error) ** 2).sum(axis=0))
 
 
 def _of_images(samples: Sequence[Sample]) -> tuple[Floats, Floats, Floats]:
