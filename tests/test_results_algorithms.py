@@ -106,7 +106,7 @@ def test_intervals_cover_where_images_alone_differ(scripts: Scripts) -> None:
 @pytest.mark.statistical
 def test_holm_is_wrong_about_any_of_sixteen_in_at_most_five_percent(scripts: Scripts) -> None:
     paired, holm = (getattr(scripts["intervals"], name) for name in ("paired", "holm"))
-    rng, repeats = np.random.default_rng(6), 400
+    rng, repeats = np.random.default_rng(6), 200
     corrected = alone = 0
     for _ in range(repeats):
         base = studies(rng, 5, 1.0, 0.5, 10)

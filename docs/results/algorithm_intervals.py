@@ -12,7 +12,7 @@ Source: Student's paired t; Holm, A Simple Sequentially Rejective Multiple Test 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from scipy.optimize import brentq
 from certifl.report.intervals import (
     FEWEST_UNLIKE,
     Sample,
+    Scatter,
     hidden_reach,
     scatter_of,
     unlike_images,
@@ -96,12 +97,9 @@ def paired(
     found, floors = scatter_of(samples, scale), [_floor(one, scale) for one in seeds]
     estimate = float(found.mean[0])
 
-    def reach(level: float) -> float:
-        return max(float(found.reach(level)[0]), float(hidden_reach(floors, level)[0]) * scale)
-
-    half = reach(error)
+    half = max(float(found.reach(error)[0]), float(hidden_reach(floors, error)[0]) * scale)
     low, high = max(-scale, estimate - half), min(scale, estimate + half)
-    return Paired(estimate, low, high, _largest_error(reach, abs(estimate)))
+    return Paired(estimate, low, high, _largest_error(found, floors, abs(estimate)))
 
 
 def _observed(one: Observed | Floats, seed: int) -> Observed:
@@ -117,13 +115,18 @@ def _floor(one: Observed, scale: float) -> Floats:
     return np.array([[math.inf if shown else len(one.values)]])
 
 
-def _largest_error(reach: Callable[[float], float], size: float) -> float:
+def _largest_error(found: Scatter, floors: Sequence[Floats], size: float) -> float:
     """At which error an interval just reaches 0; it is narrower the larger the error."""
-    if size <= reach(1.0):
+
+    def beyond(log: float) -> float:
+        error = math.exp(log)
+        hidden = float(hidden_reach(floors, error)[0]) * found.scale
+        return max(float(found.reach(error)[0]), hidden) - size
+
+    if beyond(0.0) >= 0.0:
         return 1.0
-    if size >= reach(_LEAST):
-        return _LEAST
-    return math.exp(brentq(lambda log: reach(math.exp(log)) - size, math.log(_LEAST), 0.0))
+    least = math.log(_LEAST)
+    return _LEAST if beyond(least) <= 0.0 else math.exp(brentq(beyond, least, 0.0))
 
 
 def holm(p: Sequence[float], error: float = ERROR) -> list[bool]:
