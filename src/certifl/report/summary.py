@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -188,7 +189,7 @@ def abstained_share(row: Row) -> Share:
     return shares_over_seeds(held, [image_numbers(run) for run in row.runs])
 
 
-def image_numbers(run: RunResults) -> Ints:
+def image_numbers(run: RunResults) -> NDArray[Any]:
     """(m,) equal numbers in two runs of one data set are the same image.
 
     The index in the data, whichever client holds it; where two clients of a run have images of
