@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +71,10 @@ class Paired:
     high: float
     p: float
 
+    def within(self, scale: float) -> Paired:
+        """The same with ends that are possible: no difference exceeds the scale."""
+        return replace(self, low=max(-scale, self.low), high=min(scale, self.high))
+
     @property
     def apart(self) -> bool:
         """Whether the interval, by itself, excludes 0."""
@@ -98,8 +103,8 @@ def paired(
     estimate = float(found.mean[0])
 
     half = max(float(found.reach(error)[0]), float(hidden_reach(floors, error)[0]) * scale)
-    low, high = max(-scale, estimate - half), min(scale, estimate + half)
-    return Paired(estimate, low, high, _largest_error(found, floors, abs(estimate)))
+    p = _largest_error(found, floors, abs(estimate))
+    return Paired(estimate, estimate - half, estimate + half, p)
 
 
 def _observed(one: Observed | Floats, seed: int) -> Observed:
@@ -126,7 +131,7 @@ def _largest_error(found: Scatter, floors: Sequence[Floats], size: float) -> flo
     if beyond(0.0) >= 0.0:
         return 1.0
     least = math.log(_LEAST)
-    return _LEAST if beyond(least) <= 0.0 else math.exp(brentq(beyond, least, 0.0))
+    return _LEAST if beyond(least) <= 0.0 else math.exp(cast(float, brentq(beyond, least, 0.0)))
 
 
 def holm(p: Sequence[float], error: float = ERROR) -> list[bool]:

@@ -149,8 +149,8 @@ def _compared(found: dict[str, tuple[Numbers, ...]], middle: float) -> list[Row]
     for couples in pairs.values():
         drawn = [differences(one.run, base.run, middle) for one, base in couples]
         scale = largest_radius([run.run for couple in couples for run in couple])
-        acr.append(paired([gained for gained, _ in drawn], scale=scale))
-        share.append(paired([held for _, held in drawn]))
+        acr.append(paired([gained for gained, _ in drawn], scale=scale).within(scale))
+        share.append(paired([held for _, held in drawn]).within(1.0))
     marks = zip(holm([one.p for one in acr]), holm([one.p for one in share]), strict=True)
     rows = [
         Row(a, found[a], *columns, *mark)
