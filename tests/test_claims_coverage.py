@@ -81,20 +81,12 @@ def test_a_gain_of_nearly_all_images_does_not_hide_the_few_that_lose(gain, monke
     assert misses(rare_losses(gain), true) > 0.12 * STUDIES
 
 
-def test_images_are_unlike_by_more_than_a_few_points_from_what_most_show():
-    base = np.full((2, 20), 0.5)
-    ahead = base.copy()
-    ahead[0, :3] += 0.2
-    ahead[1, :4] += 0.049
-
-    def unlike(shift: float, by_radius: bool = True) -> int:
-        one, two = run_of(LOCAL, ahead + shift), run_of(FEDAVG, base)
-        return Sampler([one, two], 10).differing(one, two, by_radius)
-
-    assert unlike(0.0) == unlike(0.25) == 3
-    assert unlike(0.0, by_radius=False) == 0
-    ahead[0, :2] = -1.0
-    assert (unlike(0.0), unlike(0.0, by_radius=False)) == (3, 2)
+def test_images_are_unlike_by_a_quarter_from_what_most_of_their_client_show():
+    values = [np.full(20, 0.5), np.full(20, -0.5)]
+    values[0][:3] += 0.26
+    values[1][:4] += 0.24
+    assert intervals.unlike_images(values, 1.0) == 3
+    assert intervals.unlike_images([own + 0.25 for own in values], 1.0) == 3
 
 
 # Few images --------------------------------------------------------------------------------------

@@ -28,11 +28,13 @@ from certifl.report.claims.rules import (
 from certifl.report.claims.statistics import (
     QUANTITIES,
     Effect,
+    Means,
     change,
     expected_range,
     over_seeds,
     spread_draws,
 )
+from certifl.report.intervals import Sample
 from claims_factory import (
     FEDAVG,
     LOCAL,
@@ -62,14 +64,35 @@ def test_seeds_that_disagree_widen_the_interval():
     assert unlike.finding.effect.images == 1200
 
 
-def test_the_interval_over_seeds_is_at_least_students():
-    values = (0.10, 0.14, 0.09, 0.13)
-    still = np.zeros(20_000)
-    parts = [Effect(v, v + still, v + still, (1e9,), 400, (10,), 1, True) for v in values]
-    low, high = over_seeds(parts).interval(0.05)
-    mean, error = np.mean(values), np.std(values, ddof=1) / 2
-    expected = stats.t.interval(0.95, 3, mean, error)
-    assert (low, high) == pytest.approx(expected, abs=1e-3)
+def test_the_interval_over_seeds_is_students():
+    values, rng = (0.10, 0.34, 0.05, 0.23), np.random.default_rng(0)
+    noise = [rng.choice([-0.5, 0.5], (40, 4)) for _ in values]
+    means = [float(v + one.mean()) for v, one in zip(values, noise, strict=True)]
+    parts = [effect_of_means(list((v + one).T)) for v, one in zip(values, noise, strict=True)]
+    found = over_seeds(parts)
+    expected = stats.t.interval(0.95, 3, np.mean(means), np.std(means, ddof=1) / 2)
+    assert found.interval(0.05) == pytest.approx(expected)
+    assert found.seeds == 4
+
+
+@pytest.mark.parametrize("name", list(QUANTITIES))
+def test_no_interval_is_wider_than_what_is_possible(name):
+    gains = (0.6, -0.2)
+    runs = [
+        (
+            run(spec(LOCAL, seed=seed), 0.2, images=20),
+            run(spec(FEDAVG, seed=seed), 0.3 + gain, images=20),
+        )
+        for seed, gain in enumerate(gains)
+    ]
+    sampler = Sampler([one for pair in runs for one in pair], 100)
+    effects = [QUANTITIES[name].of(sampler, two, one) for one, two in runs]
+    both = over_seeds(effects)
+    low, high = both.interval(0.005)  # with two seeds Student's t alone is much wider
+    assert -both.limit <= low <= both.estimate <= high <= both.limit
+    assert both.limit <= 1.0
+    moved = over_seeds([change(one, one) for one in effects])
+    assert max(abs(end) for end in moved.interval(0.005)) <= 2.0 * both.limit
 
 
 # Coverage ----------------------------------------------------------------------------------------
@@ -90,24 +113,33 @@ def not_too_often(hits: int) -> bool:
     return hits <= stats.binom.ppf(1 - 1e-4, REPEATS, 0.975)
 
 
-def effect_of(values: list[np.ndarray], study: int, draws: int = 400) -> Effect:
-    """Mean over clients of column 0 minus column 1, each client's images drawn again."""
-    drawn = np.stack([drawn_means(v, draws, study, c) for c, v in enumerate(values)], axis=1)
-    means = np.stack([v.mean(axis=0) for v in values])
-    estimate = float((means[:, 0] - means[:, 1]).mean())
-    total = sum(len(v) for v in values)
-    both = (drawn[:, :, 0] - drawn[:, :, 1]).mean(axis=1)
-    agree = all(np.array_equal(v[:, 0], v[:, 1]) for v in values)
-    limit = total if agree else math.inf
-    return Effect(estimate, both, both, (limit,), total, (len(values),), 1, True)
+def effect_of_means(differences: list[np.ndarray]) -> Effect:
+    sizes = [len(own) for own in differences]
+    source = Means((Sample.of(differences, new_images(sizes)),))
+    return Effect(source, sum(sizes), (len(sizes),), 1, True)
+
+
+_TAKEN = [0]
+
+
+def new_images(sizes: list[int]) -> list[np.ndarray]:
+    """Images that no other effect has."""
+    first = _TAKEN[0]
+    _TAKEN[0] += sum(sizes)
+    return np.split(np.arange(first, _TAKEN[0]), np.cumsum(sizes)[:-1])
+
+
+def effect_of(values: list[np.ndarray], _study: int = 0) -> Effect:
+    """Mean over clients of column 0 minus column 1."""
+    return effect_of_means([v[:, 0] - v[:, 1] for v in values])
 
 
 def images_of(
     rng: np.random.Generator, clients: int, images: int, gain: float
 ) -> list[np.ndarray]:
-    """Paired gains in [0, 1]: an image is as hard for one run as for the other."""
-    hard = rng.normal(0.5, 0.2, (clients, images))
-    own = rng.normal(0.0, 0.1, (2, clients, images))
+    """Paired gains: an image is as hard for one run as for the other."""
+    hard = rng.normal(0.5, 0.6, (clients, images))
+    own = rng.normal(0.0, 0.3, (2, clients, images))
     one, two = hard + gain / 2 + own[0], hard - gain / 2 + own[1]
     return list(np.stack([one, two], axis=2))
 

@@ -94,9 +94,14 @@ def told_apart(studies: int) -> int:
 def test_no_client_is_told_a_difference_where_there_is_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(intervals, "FEWEST_UNLIKE", 0)  # the floor alone would hide the mistake
     assert not too_often(told_apart(80), 80)
-    whole = comparing._pairs
-    monkeypatch.setattr(comparing, "_pairs", lambda values, scale, **_: whole(values, scale))
+    whole = comparing._difference
+    monkeypatch.setattr(
+        comparing,
+        "_difference",
+        lambda at, couple, _, scale, client=None: whole(at, couple, ERROR, scale, client),
+    )
     assert too_often(told_apart(80), 80)
 
 

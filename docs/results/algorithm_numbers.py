@@ -10,14 +10,14 @@ from statistics import mean
 import numpy as np
 from numpy.typing import NDArray
 
-from algorithm_intervals import Paired, holm, paired
+from algorithm_intervals import Observed, Paired, holm, paired
 from algorithm_runs import CLEAN, ready
 from algorithm_study import BASELINE, PERTURBATIONS, SEEDS, Study
 from certifl.errors import StoreMismatch
 from certifl.federated import ALGORITHMS
 from certifl.report import RunResults, load_run
 from certifl.report.compare import paired_values
-from certifl.report.summary import client_acr, gains
+from certifl.report.summary import client_acr, gains, image_numbers, largest_radius
 from certifl.store.atomic import read_json
 from certifl.streams import numpy_generator
 
@@ -148,8 +148,9 @@ def _compared(found: dict[str, tuple[Numbers, ...]], middle: float) -> list[Row]
     acr, share = [], []
     for couples in pairs.values():
         drawn = [differences(one.run, base.run, middle) for one, base in couples]
-        acr.append(paired([gained for gained, _ in drawn]))
-        share.append(paired([held for _, held in drawn]))
+        scale = largest_radius([run.run for couple in couples for run in couple])
+        acr.append(paired([gained for gained, _ in drawn], scale=scale).within(scale))
+        share.append(paired([held for _, held in drawn]).within(1.0))
     marks = zip(holm([one.p for one in acr]), holm([one.p for one in share]), strict=True)
     rows = [
         Row(a, found[a], *columns, *mark)
@@ -158,7 +159,7 @@ def _compared(found: dict[str, tuple[Numbers, ...]], middle: float) -> list[Row]
     return [*rows, Row(BASELINE, found[BASELINE])]
 
 
-def differences(one: RunResults, base: RunResults, radius: float) -> tuple[Floats, Floats]:
+def differences(one: RunResults, base: RunResults, radius: float) -> tuple[Observed, Observed]:
     """Image by image, radius gained and certified at `radius` (1 or 0), minus the baseline's.
 
     Raises:
@@ -169,11 +170,11 @@ def differences(one: RunResults, base: RunResults, radius: float) -> tuple[Float
         certificates = run.certificates
         return (certificates.correct & (certificates.radius >= radius)).astype(np.float64)
 
-    columns = []
-    for value in (gains, held):
-        _, values = paired_values([one, base], value)
-        both = np.concatenate(values)
-        if not len(both) == len(one.certificates) == len(base.certificates):
-            raise StoreMismatch(f"{one.folder} and {base.folder} certified different images.")
-        columns.append(both[:, 0] - both[:, 1])
-    return columns[0], columns[1]
+    clients, numbers = paired_values([one, base], image_numbers)
+    owners = np.repeat(clients, [len(own) for own in numbers])
+    images = np.concatenate(numbers)[:, 0].astype(np.int64)
+    if not len(images) == len(one.certificates) == len(base.certificates):
+        raise StoreMismatch(f"{one.folder} and {base.folder} certified different images.")
+    columns = [np.concatenate(paired_values([one, base], value)[1]) for value in (gains, held)]
+    gained, kept = (Observed(both[:, 0] - both[:, 1], owners, images) for both in columns)
+    return gained, kept

@@ -63,9 +63,10 @@ the split, the first weights and the noise anew, so the interval is about repeat
 with another seed, on other images of MNIST dealt out in the same way; it says nothing about other
 data, other schedules or other hyper-parameters. Seeds are the only repetition, hence few degrees
 of freedom and wide intervals; an interval is never made narrower than the scatter of the images
-alone would make it. It supposes that the differences of the seeds scatter about like a normal law,
-which cannot be checked with so few, and is least to be trusted for an algorithm that fails with
-some seeds.
+alone would make it, nor than images of a kind that was not met could move the mean
+([mathematics](../mathematics.md)). It supposes that the differences of the seeds scatter about
+like a normal law, which cannot be checked with so few, and is least to be trusted for an algorithm
+that fails with some seeds.
 
 Each interval is at 95 % by itself, and each table compares 16 algorithms: an interval that
 excludes 0 is no more than a hint. **Bold** differences are those shown after Holm's correction for

@@ -13,8 +13,15 @@ from typing import Any
 
 from certifl.report import RunResults, load_run
 from certifl.report.compare import own_interval
+from certifl.report.results import Row, by_seed
 from certifl.report.scale import RadiusScale, family_words, scales, sigma_text
-from certifl.report.summary import client_acr, client_curves, largest_radius, selected_radii
+from certifl.report.summary import (
+    client_acr,
+    client_curves,
+    largest_radius,
+    mean_acr,
+    selected_radii,
+)
 from certifl.report.words import percent
 from certifl.store.atomic import read_json
 from paging import duration, range_words, table
@@ -109,7 +116,7 @@ def comparison_tables(place: Path, index: Mapping[str, Any]) -> list[str]:
             dataclasses.replace(load_run(place / one["run"]), label=str(one["label"]))
             for one in page["runs"]
         ]
-        parts += [f"### {_heading(runs[0])}", _table(runs)]
+        parts += [f"### {_heading(runs[0])}", _table(by_seed(runs))]
     return parts
 
 
@@ -118,7 +125,7 @@ def _heading(run: RunResults) -> str:
     return f"{run.manifest['data']['name']}, {len(run.clients)} clients, {what}"
 
 
-def _table(runs: Sequence[RunResults]) -> str:
+def _table(runs: Sequence[Row]) -> str:
     scale = scales(runs[0].conditions, largest_radius(runs))[0]
     radii = selected_radii(runs, scale)
     head = ["regime", "ACR", "95 %", "clients, smallest to largest"]
@@ -126,11 +133,11 @@ def _table(runs: Sequence[RunResults]) -> str:
     return table(head, [_row(run, scale, [radius for _, radius in radii]) for run in runs])
 
 
-def _row(run: RunResults, scale: RadiusScale, radii: Sequence[float]) -> list[str]:
+def _row(run: Row, scale: RadiusScale, radii: Sequence[float]) -> list[str]:
     acr, interval = client_acr(run), own_interval(run)
     return [
         run.label,
-        scale.text(float(acr.mean())),
+        scale.text(mean_acr(run)),
         "too few images" if interval is None else scale.interval(*interval),
         f"{scale.number(float(acr.min()))} to {scale.text(float(acr.max()))}",
         *(percent(float(share)) for share in client_curves(run, radii).mean(axis=0)),

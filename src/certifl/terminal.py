@@ -173,8 +173,8 @@ def _show_table(rows: Sequence[Mapping[str, Any]]) -> None:
         padding=(0, 1, 0, 0),
         caption=(f"Radii in {unit}. " if unit else "")
         + "Columns of radii: share of all images, correct with at least that radius."
-        "\nACR: average certified radius, with a 95 % interval over images. Spread: best minus "
-        "worst client.",
+        "\nACR: average certified radius, with a 95 % interval over images, and over seeds where "
+        "a row has several.\nSpread: best minus worst client.",
         caption_justify="left",
     )
     table.add_column("regime", no_wrap=True)
@@ -184,7 +184,7 @@ def _show_table(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         low, high = row["acr_low_text"], row["acr_high_text"]
         table.add_row(
-            str(row["label"]),
+            _label(row),
             number(row["acr_text"]),
             f"{number(low)}-{number(high)}" if low else "",
             *(share["text"].replace(" %", "%") for share in row["accuracy"]),
@@ -194,6 +194,11 @@ def _show_table(rows: Sequence[Mapping[str, Any]]) -> None:
     # A table wider than the terminal is wrapped by it; rich would cut names and numbers off.
     needed = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
     Console(width=max(console.width, needed)).print(table)
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    seeds = len(row["seeds"])
+    return f"{row['label']}, {seeds} seeds" if seeds > 1 else str(row["label"])
 
 
 def show_claims(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from certifl.report.compare import ClientComparison, paired_values
+from certifl.report.compare import ClientComparison, ranking
 from certifl.report.markup import Markup, el, table
-from certifl.report.results import RunResults
+from certifl.report.results import Row
 from certifl.report.story import Story, named
-from certifl.report.summary import Share, share
+from certifl.report.summary import Share, image_numbers, shares_over_seeds
 from certifl.report.words import (
     NO_DIFFERENCE,
     Recommendation,
@@ -20,11 +21,13 @@ from certifl.report.words import (
     listed,
     percent,
     tenths,
+    why_clients_are_open,
 )
 
 __all__ = ["MOST_GROUPS", "advice_payload", "advice_section"]
 
 MOST_GROUPS = 8
+NO_ADVICE = "No recommendation, for want of images in common"
 _HEAD = (
     "Client",
     "Images",
@@ -41,55 +44,76 @@ class _Accuracies:
     """Certified accuracy at radius 0 of every regime on one client's images."""
 
     client: int
-    shares: tuple[Share, ...]
+    shares: tuple[Share | None, ...]
 
 
-def _accuracies(runs: Sequence[RunResults]) -> list[_Accuracies]:
-    """On the images that all regimes certified, as in the comparison of radii."""
-    clients, values = paired_values(runs, lambda run: run.certificates.correct.astype(float))
+def _accuracies(story: Story) -> list[_Accuracies]:
+    """Of every client that is compared, on its own images under each regime."""
     return [
-        _Accuracies(
-            int(client), tuple(share(int(right), len(own)) for right in own.sum(axis=0).tolist())
-        )
-        for client, own in zip(clients, values, strict=True)
+        _Accuracies(part.client, tuple(_share(row, part.client) for row in story.runs))
+        for part in story.comparison.clients
     ]
+
+
+def _share(row: Row, client: int) -> Share | None:
+    """A client's certified accuracy at radius 0; None where it has no certificates."""
+    own = [(run, run.certificates.client == client) for run in row.runs]
+    own = [(run, at) for run, at in own if at.any()]
+    if not own:
+        return None
+    held = [run.certificates.correct[at] for run, at in own]
+    return shares_over_seeds(held, [image_numbers(run)[at] for run, at in own])
 
 
 def advice_payload(story: Story) -> dict[str, Any] | None:
     """What the script needs to advise at another accuracy; None where there is no advice."""
-    if len(story.runs) < 2 or not story.comparison.paired:
+    parts = story.comparison.clients
+    if len(story.runs) < 2 or not any(p.stated for one in parts for p in one.pairs.values()):
         return None
-    clients = zip(story.comparison.clients, _accuracies(story.runs), strict=True)
+    clients = zip(story.comparison.clients, _accuracies(story), strict=True)
     return {
         "local": _local(story.runs),
         "most": MOST_GROUPS,
         "none": NO_DIFFERENCE,
+        "few": f"{NO_ADVICE}:",
         "clients": [_client(story, part, found) for part, found in clients],
     }
 
 
-def _local(runs: Sequence[RunResults]) -> int | None:
+def _local(runs: Sequence[Row]) -> int | None:
     return next((place for place, run in enumerate(runs) if run.regime == "local"), None)
 
 
 def _client(story: Story, part: ClientComparison, found: _Accuracies) -> dict[str, Any]:
-    order = sorted(range(len(part.acr)), key=lambda i: (-part.acr[i], i))
+    order = ranking(part.acr, part.pairs)
+    whys = [pair.why for pair in part.pairs.values()]
     pairs = {}
     for rank, ahead in enumerate(order):
         for behind in order[rank + 1 :]:
             pair = part.pairs[min(ahead, behind), max(ahead, behind)].seen_from(ahead)
-            pairs[f"{ahead}-{behind}"] = [by_margin(pair, story.scale), int(pair.shown)]
+            known = int(pair.shown) if pair.stated else None
+            pairs[f"{ahead}-{behind}"] = [by_margin(pair, story.scale), known]
     return {
         "client": part.client,
         "images": str(part.images),
+        "why": whys[0] if all(whys) else "",
         "order": order,
-        "acr": [story.scale.text(radius) for radius in part.acr],
-        "accuracy": [[s.value, s.low, s.high, _share_text(s)] for s in found.shares],
+        "acr": ["–" if math.isnan(radius) else story.scale.text(radius) for radius in part.acr],
+        "accuracy": [_share_numbers(one) for one in found.shares],
         "pairs": pairs,
     }
 
 
-def _share_text(found: Share) -> str:
+def _share_numbers(found: Share | None) -> list[Any]:
+    """For the script; no accuracy that a client accepts is as small as that of no certificates."""
+    if found is None:
+        return [-1.0, -1.0, -1.0, _share_text(found)]
+    return [found.value, found.low, found.high, _share_text(found)]
+
+
+def _share_text(found: Share | None) -> str:
+    if found is None:
+        return "–"
     return f"{percent(found.value)} ({tenths(found.low)} to {tenths(found.high)})"
 
 
@@ -97,20 +121,24 @@ def advice_section(story: Story, found: Sequence[Recommendation]) -> Markup:
     """Which regime each client should take, grouped by answer; nothing for a single run."""
     if len(story.runs) < 2 or not story.comparison.paired:
         return Markup()
+    if not found or all(one.why for one in found):
+        return _no_advice(story)
     groups = grouped(found)
     items = [_group(story, places, clients) for places, clients in groups[:MOST_GROUPS]]
     rest = [client for _, clients in groups[MOST_GROUPS:] for client in clients]
     if rest:
         others = el("span", {"class": "verdict"}, "Other answers, in the table below:")
         items.append(el("li", None, others, el("span", {"class": "who"}, client_list(rest))))
-    accuracies = _accuracies(story.runs)
+    accuracies = _accuracies(story)
     rows = [_row(story, one, own) for one, own in zip(found, accuracies, strict=True)]
+    open_words = why_clients_are_open(story.runs, story.comparison, found)
     caption = "Recommendation for every client, from its own test images"
     return el(
         "section",
         {"id": "recommendation"},
         el("h2", None, "Which regime for which client"),
         el("p", None, _how(story)),
+        *([] if open_words is None else [el("p", None, open_words)]),
         _accepted(),
         el("ul", {"class": "groups", "id": "advice"}, *items),
         el("p", {"class": "note js-only", "id": "advice-told", "role": "status", "hidden": True}),
@@ -121,6 +149,15 @@ def advice_section(story: Story, found: Sequence[Recommendation]) -> Markup:
             table(caption, _HEAD, rows, {"id": "advice-table"}),
         ),
     )
+
+
+def _no_advice(story: Story) -> Markup:
+    """That no client gets a recommendation, and why."""
+    pairs = [p for part in story.comparison.clients for p in part.pairs.values()]
+    whys = dict.fromkeys(p.why for p in pairs or story.comparison.pairs.values() if p.why)
+    heading = el("h2", None, "Which regime for which client")
+    said = el("p", None, f"No recommendation for any client: {'; '.join(whys)}.")
+    return el("section", {"id": "recommendation"}, heading, said)
 
 
 def _accepted() -> Markup:
@@ -149,6 +186,9 @@ def _how(story: Story) -> str:
 
 
 def _group(story: Story, places: tuple[int, ...], clients: list[int]) -> Markup:
+    if not places:
+        told = el("span", {"class": "verdict"}, f"{NO_ADVICE}:")
+        return el("li", None, told, el("span", {"class": "who"}, client_list(clients)))
     names = [named(story, place) for place in places]
     parts = [el("span", {"class": "choice"}, *names)]
     if len(places) > 1:
@@ -158,6 +198,8 @@ def _group(story: Story, places: tuple[int, ...], clients: list[int]) -> Markup:
 
 
 def _row(story: Story, one: Recommendation, own: _Accuracies) -> list[str]:
+    if one.why:
+        return [str(one.client), str(one.images), f"none: {one.why}", *["–"] * 4]
     scale, labels = story.scale, [run.label for run in story.runs]
     advice = labels[one.best]
     if one.tied:

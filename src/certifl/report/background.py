@@ -11,7 +11,7 @@ from typing import Any
 from certifl.report.markup import Markup, el, table
 from certifl.report.results import RunResults
 from certifl.report.scale import family_words, sigma_text
-from certifl.report.story import Story, named
+from certifl.report.story import Story, named_run
 from certifl.report.summary import vote_cost
 
 __all__ = [
@@ -43,14 +43,14 @@ def facts_list(story: Story) -> Markup:
     """The study at a glance."""
     run = story.runs[0]
     facts, data = run.conditions, _mapping(run.manifest, "data")
-    spent = [vote_cost(r) for r in story.runs]
+    spent = [vote_cost(r) for r in story.trained]
     saved = [votes.saved for votes in spent if votes.saved is not None]
     items = [
         ("Data", f"{data.get('name', 'not recorded')}, {_image_words(data)}"),
-        ("Clients", _each(str(len(r.clients)) for r in story.runs)),
-        ("Test images", _each(f"{len(r.certificates):,}" for r in story.runs)),
+        ("Clients", _each(str(len(r.clients)) for r in story.trained)),
+        ("Test images", _each(f"{len(r.certificates):,}" for r in story.trained)),
         ("Perturbation", f"{family_words(facts)}, σ\u00a0=\u00a0{sigma_text(facts)}"),
-        ("Risk per image", f"α = {_each(_plain(r.conditions['alpha']) for r in story.runs)}"),
+        ("Risk per image", f"α = {_each(_plain(r.conditions['alpha']) for r in story.trained)}"),
         ("Votes spent", _votes_words(story, sum(votes.spent for votes in spent))),
     ]
     if saved and max(saved) > 0.005:
@@ -62,7 +62,7 @@ def facts_list(story: Story) -> Markup:
 
 
 def _votes_words(story: Story, votes: int) -> str:
-    return "not told" if any(run.told for run in story.runs) else count_text(votes)
+    return "not told" if any(run.told for run in story.trained) else count_text(votes)
 
 
 def _image_words(data: Mapping[str, Any]) -> str:
@@ -76,7 +76,7 @@ def _image_words(data: Mapping[str, Any]) -> str:
 def meaning_section(story: Story) -> Markup:
     """What a certificate promises, under which threat model, and what it does not promise."""
     facts = story.runs[0].conditions
-    alpha = max(float(run.conditions["alpha"]) for run in story.runs)
+    alpha = max(float(run.conditions["alpha"]) for run in story.trained)
     sure = f"{100 * (1 - alpha):.6g} %"
     reach = _REACH.get(str(facts["family"]), _REACH_OF_OTHERS)
     words = {k: str(facts[k]) for k in ("norm", "unit")} | {"family": family_words(facts)}
@@ -102,7 +102,7 @@ def meaning_section(story: Story) -> Markup:
 
 def _limits(story: Story, alpha: float) -> list[tuple[str, str]]:
     facts = story.runs[0].conditions
-    images = max(len(run.certificates) for run in story.runs)
+    images = max(len(run.certificates) for run in story.trained)
     limits = [
         (
             "It is about the smoothed classifier.",
@@ -136,7 +136,9 @@ def _limits(story: Story, alpha: float) -> list[tuple[str, str]]:
                 "measure the accuracy under such an attack before relying on it.",
             ),
         )
-    precision = _each(str(run.conditions.get("precision", "not recorded")) for run in story.runs)
+    precision = _each(
+        str(run.conditions.get("precision", "not recorded")) for run in story.trained
+    )
     limits.append(
         ("The network is certified as it was run.", f"Arithmetic of the network: {precision}.")
     )
@@ -145,8 +147,8 @@ def _limits(story: Story, alpha: float) -> list[tuple[str, str]]:
 
 def cost_section(story: Story) -> Markup:
     """Votes, time, hardware and versions of every run."""
-    head = ["", *(run.label for run in story.runs)]
-    lines = [_cost_facts(run) for run in story.runs]
+    head = ["", *(run.label for run in story.trained)]
+    lines = [_cost_facts(run) for run in story.trained]
     names = list(dict.fromkeys(name for facts in lines for name in facts))
     rows = [[name, *(facts.get(name, "–") for facts in lines)] for name in names]
     return el(
@@ -191,20 +193,20 @@ def _unless_kept(run: RunResults, text: str) -> str:
 
 def reproduce_section(story: Story, page: Path) -> Markup:
     """Commands that check and repeat the runs, and every run's spec, word for word."""
-    shown = [(run, _shown_path(run.folder, page)) for run in story.runs]
+    shown = [(run, _shown_path(run.folder, page)) for run in story.trained]
     held = [path for run, path in shown if not run.told]
     verify = "\n".join(f"certifl verify {shlex.quote(path)}" for path in held)
     repeat = "\n".join(
-        dict.fromkeys(str(run.manifest.get("command") or "certifl run") for run in story.runs)
+        dict.fromkeys(str(run.manifest.get("command") or "certifl run") for run in story.trained)
     )
     specs = [
         el(
             "details",
             None,
-            el("summary", None, "Spec of ", named(story, place)),
+            el("summary", None, "Spec of ", named_run(story, run)),
             _code(run.spec, f"Spec of {run.label}"),
         )
-        for place, run in enumerate(story.runs)
+        for run in story.trained
     ]
     return el(
         "section",

@@ -1,14 +1,16 @@
 """Which regime is better, and whether the images at hand can tell: paired comparisons of ACR.
 
-Regimes are certified on the same test images, so they are compared image by image: what counts is
-the mean over clients of the difference between two average certified radii (ACR), and how the
-differences of single images scatter around it within a client. The intervals say what another
-choice of test images would have done, and nothing about training again with another seed. See
-`intervals` for how they are made, and docs/mathematics.md for why.
+A regime may have been trained with several seeds. Two regimes are compared within a seed, image by
+image, on the test images that both runs of that seed certified; what counts is the mean over
+clients of the difference between two average certified radii (ACR), and its mean over the seeds
+that both have. With one seed an interval says what another choice of test images would have done,
+with several also what training again with another seed would have. See `intervals` for how they
+are made, and docs/mathematics.md for why.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from certifl.errors import StoreMismatch
-from certifl.report.intervals import mean_interval
-from certifl.report.results import RunResults
-from certifl.report.summary import CONFIDENCE, gains, largest_radius
+from certifl.report.intervals import FEWEST_IMAGES, Sample, interval_over_seeds, too_few
+from certifl.report.results import Row, RunResults, flat
+from certifl.report.summary import (
+    CONFIDENCE,
+    client_acr,
+    gains,
+    image_numbers,
+    largest_radius,
+    mean_acr,
+)
 
 __all__ = [
     "FEWEST_IMAGES",
@@ -28,26 +37,30 @@ __all__ = [
     "Difference",
     "Standing",
     "compare",
+    "few_words",
     "own_interval",
     "paired_gains",
     "paired_values",
+    "ranking",
     "standing",
 ]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-FEWEST_IMAGES = 10
+_NO_SEED = "they have no seed in common"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Average certified radius of one run minus that of another, on the same images.
+    """Average certified radius of one regime minus that of another, on the same images.
 
     Attributes:
-        first, second: positions of the two runs.
-        estimate: the difference on the images at hand.
-        low, high: its interval; infinite where there are too few images to give one.
+        first, second: positions of the two.
+        estimate: the difference on the images at hand; not a number where none is stated.
+        low, high: its interval; infinite where there is none.
+        images: how many images were compared, over all seeds. seeds: how many trainings.
+        why: why no difference is stated; empty where one is.
     """
 
     first: int
@@ -55,6 +68,14 @@ class Difference:
     estimate: float
     low: float
     high: float
+    images: int = 0
+    seeds: int = 1
+    why: str = ""
+
+    @property
+    def stated(self) -> bool:
+        """Whether there are images enough to state a difference."""
+        return not self.why
 
     @property
     def shown(self) -> bool:
@@ -65,7 +86,14 @@ class Difference:
         """The same difference as `run` minus the other one."""
         if run == self.first:
             return self
-        return Difference(self.second, self.first, -self.estimate, -self.high, -self.low)
+        return dataclasses.replace(
+            self,
+            first=self.second,
+            second=self.first,
+            estimate=-self.estimate,
+            low=-self.high,
+            high=-self.low,
+        )
 
 
 Pairs = Mapping[tuple[int, int], Difference]
@@ -77,8 +105,8 @@ class ClientComparison:
 
     Attributes:
         client: number of the client.
-        images: how many of its images all runs certified.
-        acr: (runs,) average certified radius.
+        images: how many of its images were compared; the fewest of all pairs.
+        acr: (regimes,) its own average certified radius; not a number without certificates.
         pairs: differences, keyed by positions (first < second).
     """
 
@@ -90,11 +118,12 @@ class ClientComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The regimes on the test images that all of them certified.
+    """Regimes compared two at a time, on the test images that both of them certified.
 
     Attributes:
-        images: how many they are. whole: whether these are all images of every run.
-        acr: (runs,) mean over clients of the average certified radius.
+        images: how many they are; the fewest of all pairs of which a difference is stated.
+        whole: whether these are all images of every run, with all seeds.
+        acr: (regimes,) mean over clients and seeds of the average certified radius.
         pairs: differences of the mean over clients; all of them hold together with 95 %.
         clients: the same for every client by itself; all pairs of all clients hold together.
         paired: whether images were compared one by one. Where clients kept their certificates
@@ -114,55 +143,169 @@ class Standing:
     """Who leads, and who cannot be told from the leader.
 
     Attributes:
-        best: position of the run with the largest average certified radius.
-        tied: the other runs of which no difference to it is shown.
-        margin: to the next best run; None where there is no other.
+        best: position of the leader: the largest average certified radius among those of which
+            some difference is stated and that no other is shown to exceed.
+        tied: the others of which no difference to the leader is shown.
+        margin: to the next best; None where there is none.
+        unknown: the others of which no difference to the leader is stated.
     """
 
     best: int
     tied: tuple[int, ...]
     margin: Difference | None
+    unknown: tuple[int, ...] = ()
 
 
-def compare(runs: Sequence[RunResults]) -> Comparison:
-    """Compare the average certified radius of runs, image by image.
+@dataclass(frozen=True, eq=False)
+class _Couple:
+    """Two regimes on the images that both certified: of each seed the clients and differences."""
+
+    samples: tuple[tuple[Ints, Sample], ...]
+    images: int
+    whole: bool
+    why: str
+
+
+def compare(runs: Sequence[Row]) -> Comparison:
+    """Compare average certified radii, image by image within each seed.
 
     Args:
-        runs: in the order of the report.
+        runs: in the order of the report; what `by_seed` puts together is one regime.
 
     Returns:
         Differences with intervals at 95 % together: each of the p pairs is given 1 - 0.05 / p
         (Bonferroni), since the leader is picked after looking; and each pair of each of the c
-        clients 1 - 0.05 / (p c), since readers look for the clients that differ. They are infinite
-        where there are fewer than ten images, or one image of a client.
+        clients 1 - 0.05 / (p c), since readers look for the clients that differ. Fewer than ten
+        common images, or fewer than two of a client, support no statement: then none is made.
 
     Raises:
-        StoreMismatch: the runs have no test image (clients who told curves alone: no client) in
-            common, or disagree about a label.
+        StoreMismatch: no two of several runs have a test image (where clients told curves alone:
+            a client) in common although their seeds agree, or two disagree about a label.
     """
-    if len(runs) > 1 and any(run.told for run in runs):
+    if len(runs) > 1 and any(run.told for run in flat(runs)):
         return _of_curves(runs)
-    clients, values = paired_gains(runs)
-    means = np.stack([rows.mean(axis=0) for rows in values])
-    total, scale = sum(len(rows) for rows in values), largest_radius(runs)
+    places = list(itertools.combinations(range(len(runs)), 2))
+    couples = {(i, j): _couple(runs[i], runs[j]) for i, j in places}
+    if places and not any(c.images or c.why == _NO_SEED for c in couples.values()):
+        raise StoreMismatch(
+            "The runs certified no test image in common, so they cannot be compared image by "
+            "image. Report them separately, or run them with the same data, clients and seed."
+        )
+    scale = largest_radius(runs)
+    error = (1.0 - CONFIDENCE) / max(1, len(places))
+    pairs = {at: _difference(at, couple, error, scale) for at, couple in couples.items()}
+    stated = [pair.images for pair in pairs.values() if pair.stated]
+    alone = len(runs[0].runs[0].certificates) if len(runs) == 1 else 0
     return Comparison(
-        images=total,
-        whole=all(total == len(run.certificates) for run in runs),
-        acr=tuple(float(a) for a in means.mean(axis=0)),
-        pairs=_pairs(values, scale),
-        clients=tuple(
-            ClientComparison(
-                client=int(client),
-                images=len(rows),
-                acr=tuple(float(a) for a in own),
-                pairs=_pairs([rows], scale, families=len(clients)),
-            )
-            for client, rows, own in zip(clients, values, means, strict=True)
-        ),
+        images=min(stated, default=alone),
+        whole=all(couple.whole for couple in couples.values()),
+        acr=tuple(mean_acr(run) for run in runs),
+        pairs=pairs,
+        clients=_by_client(runs, couples, error, scale),
     )
 
 
-def _of_curves(runs: Sequence[RunResults]) -> Comparison:
+def _couple(first: Row, second: Row) -> _Couple:
+    """Pair two regimes within every seed that both have."""
+    ones = {run.seed: run for run in first.runs}
+    twos = {run.seed: run for run in second.runs}
+    common = [seed for seed in ones if seed in twos]
+    if not common:
+        return _Couple((), 0, False, _NO_SEED)
+    paired = [_paired(ones[seed], twos[seed]) for seed in common]
+    usable = [(c, s) for c, s in paired if len(c) and not too_few([len(v) for v in s.values])]
+    sizes = [len(v) for _, sample in paired for v in sample.values]
+    runs = [*first.runs, *second.runs]
+    whole = len(ones) == len(twos) == len(usable) and 2 * sum(sizes) == sum(
+        len(run.certificates) for run in runs
+    )
+    why = "" if usable else few_words(sum(sizes), min(sizes, default=0))
+    return _Couple(tuple(usable), sum(sizes), whole, why)
+
+
+def few_words(images: int, fewest: int) -> str:
+    """Why so many common images, of the client with the fewest, support no statement."""
+    least = f", {fewest} of some client" if images >= FEWEST_IMAGES else ""
+    return (
+        f"too few images in common ({images}{least}; a statement needs {FEWEST_IMAGES}, and two "
+        "of every client)"
+    )
+
+
+def _paired(first: RunResults, second: RunResults) -> tuple[Ints, Sample]:
+    """Clients, and differences of gains on the images that two runs of one seed certified."""
+    tables = [_rows_by_image(run) for run in (first, second)]
+    common = sorted(set(tables[0]).intersection(tables[1]))
+    one, two = (np.array([t[image] for image in common], np.int64) for t in tables)
+    _check_labels(first, second, one, two)
+    apart, numbers = gains(first)[one] - gains(second)[two], image_numbers(first)[one]
+    owner = first.certificates.client[one]
+    clients = np.intersect1d(first.clients, second.clients)  # of each, two images at least count
+    values = [apart[owner == client] for client in clients]
+    return clients, Sample.of(values, [numbers[owner == client] for client in clients])
+
+
+def _check_labels(first: RunResults, second: RunResults, one: Ints, two: Ints) -> None:
+    if np.any(first.certificates.label[one] != second.certificates.label[two]):
+        raise StoreMismatch(
+            "The runs give the same test image different labels: they were made from different "
+            "data. Report them separately."
+        )
+
+
+def _difference(
+    at: tuple[int, int], couple: _Couple, error: float, scale: float, client: int | None = None
+) -> Difference:
+    """The difference of two regimes, of one client where one is named."""
+    samples = [sample for _, sample in couple.samples]
+    why = couple.why
+    if client is not None:
+        samples = [_of_client(*found, client) for found in couple.samples if client in found[0]]
+        sizes = [len(sample.values[0]) for sample in samples]
+        samples = [s for s, size in zip(samples, sizes, strict=True) if not too_few([size])]
+        why = why or ("" if samples else few_words(sum(sizes), sum(sizes)))
+    if why:
+        return Difference(*at, np.nan, -np.inf, np.inf, couple.images, len(samples), why)
+    low, high = interval_over_seeds(samples, error, scale)
+    return Difference(
+        *at,
+        estimate=float(np.mean([sample.means[0] for sample in samples])),
+        low=max(-scale, float(low[0])),
+        high=min(scale, float(high[0])),
+        images=sum(len(own) for sample in samples for own in sample.values),
+        seeds=len(samples),
+    )
+
+
+def _of_client(clients: Ints, sample: Sample, client: int) -> Sample:
+    place = int(np.flatnonzero(clients == client)[0])
+    return Sample((sample.values[place],), (sample.images[place],))
+
+
+def _by_client(
+    runs: Sequence[Row], couples: Mapping[tuple[int, int], _Couple], error: float, scale: float
+) -> tuple[ClientComparison, ...]:
+    """Every client that some pair of regimes has in common, or of the only one all."""
+    found = [c.tolist() for couple in couples.values() for c, _ in couple.samples]
+    clients = sorted({client for own in found for client in own})
+    if len(runs) == 1:
+        clients = runs[0].clients.tolist()
+    radii = [
+        dict(zip(run.clients.tolist(), client_acr(run).tolist(), strict=True)) for run in runs
+    ]
+    parts = []
+    for client in clients:
+        pairs = {
+            at: _difference(at, couple, error / len(clients), scale, client)
+            for at, couple in couples.items()
+        }
+        images = min((p.images for p in pairs.values() if p.stated), default=0)
+        acr = tuple(own.get(client, np.nan) for own in radii)
+        parts.append(ClientComparison(client, images, acr, pairs))
+    return tuple(parts)
+
+
+def _of_curves(runs: Sequence[Row]) -> Comparison:
     """Average radii side by side where single images are not known: numbers without intervals.
 
     Which image is which was not told, and rows made from curves must never be paired.
@@ -173,44 +316,79 @@ def _of_curves(runs: Sequence[RunResults]) -> Comparison:
             "The runs have no client in common, so they cannot be compared. Report them "
             "separately."
         )
-    radii = [[_own_acr(run, client) for client in shared] for run in runs]
-    means: Floats = np.asarray(radii, np.float64).mean(axis=1)
+    means = [
+        float(
+            np.mean([r for c, r in zip(run.clients, client_acr(run), strict=True) if c in shared])
+        )
+        for run in runs
+    ]
+    places = itertools.combinations(range(len(runs)), 2)
     return Comparison(
         images=0,
         whole=all(len(run.clients) == len(shared) for run in runs),
-        acr=tuple(float(mean) for mean in means),
-        pairs=_unknown_pairs(means),
+        acr=tuple(means),
+        pairs={(i, j): _apart(i, j, runs, means) for i, j in places},
         clients=(),
         paired=False,
     )
 
 
-def _own_acr(run: RunResults, client: int) -> float:
-    return run.certificates.of_client(client).average_certified_radius()
+def _apart(i: int, j: int, runs: Sequence[Row], means: Sequence[float]) -> Difference:
+    """The difference of two mean radii of curves; none without a seed in common."""
+    seeds = [{run.seed for run in runs[place].runs} for place in (i, j)]
+    if not seeds[0] & seeds[1]:
+        return Difference(i, j, np.nan, -np.inf, np.inf, why=_NO_SEED)
+    return Difference(i, j, means[i] - means[j], -np.inf, np.inf)
 
 
-def own_interval(run: RunResults) -> tuple[float, float] | None:
-    """95 % interval over images of one run's average certified radius, the mean over clients.
+def own_interval(row: Row) -> tuple[float, float] | None:
+    """95 % interval of a regime's own average certified radius, the mean over clients and seeds.
 
     Returns:
         The two ends, not outside of what an average radius can be; None where there are too few
         images for an interval.
     """
-    _, values = paired_gains([run])
-    if not _enough(values):
+    samples = [_own_sample(run) for run in row.runs]
+    if any(too_few([len(own) for own in sample.values]) for sample in samples):
         return None
-    scale = largest_radius([run])
-    low, high = mean_interval([rows[:, 0] for rows in values], 1.0 - CONFIDENCE, scale)
-    return max(0.0, low), min(scale, high)
+    scale = largest_radius([row])
+    low, high = interval_over_seeds(samples, 1.0 - CONFIDENCE, scale)
+    return max(0.0, float(low[0])), min(scale, float(high[0]))
+
+
+def _own_sample(run: RunResults) -> Sample:
+    owner, own, numbers = run.certificates.client, gains(run), image_numbers(run)
+    parts = [owner == client for client in run.clients]
+    return Sample.of([own[at] for at in parts], [numbers[at] for at in parts])
+
+
+def ranking(acr: Sequence[float], pairs: Pairs) -> list[int]:
+    """Positions, the best first.
+
+    By average certified radius, but none before another that the images show to be ahead of it,
+    which radii of different images may hide; last those of which no difference is stated.
+    """
+
+    def rank(i: int) -> tuple[bool, int, float, int]:
+        own = [pair.seen_from(i) for at, pair in pairs.items() if i in at]
+        beaten = sum(pair.high < 0.0 for pair in own)
+        unknown = bool(own) and not any(pair.stated for pair in own)
+        return unknown, beaten, np.inf if np.isnan(acr[i]) else -acr[i], i
+
+    return sorted(range(len(acr)), key=rank)
 
 
 def standing(acr: Sequence[float], pairs: Pairs) -> Standing:
-    """The leader of some runs, those tied with it, and its margin over the next best."""
-    order = sorted(range(len(acr)), key=lambda i: (-acr[i], i))
-    best = order[0]
-    to_others = {i: pairs[min(best, i), max(best, i)].seen_from(best) for i in order[1:]}
-    tied = tuple(i for i in order[1:] if not to_others[i].shown)
-    return Standing(best, tied, to_others[order[1]] if len(order) > 1 else None)
+    """The leader of some regimes, those tied with it, and its margin over the next best."""
+    best, *others = ranking(acr, pairs)
+    to_others = {i: pairs[min(best, i), max(best, i)].seen_from(best) for i in others}
+    stated = [i for i in others if to_others[i].stated]
+    return Standing(
+        best,
+        tuple(i for i in stated if not to_others[i].shown),
+        to_others[stated[0]] if stated else None,
+        tuple(i for i in others if not to_others[i].stated),
+    )
 
 
 def paired_gains(runs: Sequence[RunResults]) -> tuple[Ints, list[Floats]]:
@@ -241,12 +419,8 @@ def paired_values(
             "image. Report them separately, or run them with the same data, clients and seed."
         )
     rows = [np.array([table[image] for image in common]) for table in tables]
-    labels = np.stack([r.certificates.label[at] for r, at in zip(runs, rows, strict=True)])
-    if np.any(labels != labels[0]):
-        raise StoreMismatch(
-            "The runs give the same test image different labels: they were made from different "
-            "data. Report them separately."
-        )
+    for run, at in zip(runs[1:], rows[1:], strict=True):
+        _check_labels(runs[0], run, rows[0], at)
     values = np.stack([value(r)[at] for r, at in zip(runs, rows, strict=True)], axis=1)
     owner = np.array([client for client, _ in common], np.int64)
     clients = np.unique(owner)
@@ -257,35 +431,3 @@ def _rows_by_image(run: RunResults) -> dict[tuple[int, int], int]:
     certificates = run.certificates
     images = zip(certificates.client.tolist(), certificates.index.tolist(), strict=True)
     return {image: row for row, image in enumerate(images)}
-
-
-def _enough(values: Sequence[Floats]) -> bool:
-    """Whether there are images for an interval: ten of all clients, and two of each."""
-    sizes = [len(rows) for rows in values]
-    return sum(sizes) >= FEWEST_IMAGES and min(sizes) >= 2
-
-
-def _pairs(values: Sequence[Floats], scale: float, families: int = 1) -> Pairs:
-    """All differences first - second, first < second, at a level that makes them hold together.
-
-    Args:
-        values: of each client (its images, runs).
-        scale: how far one image can lie from another.
-        families: how many such sets of pairs hold together.
-    """
-    runs = values[0].shape[1]
-    couples = list(itertools.combinations(range(runs), 2))
-    error = (1.0 - CONFIDENCE) / (max(1, len(couples)) * families)
-    found = {}
-    for i, j in couples:
-        apart = [rows[:, i] - rows[:, j] for rows in values]
-        ends = mean_interval(apart, error, scale) if _enough(values) else (-np.inf, np.inf)
-        found[i, j] = Difference(i, j, float(np.mean([part.mean() for part in apart])), *ends)
-    return found
-
-
-def _unknown_pairs(means: Floats) -> Pairs:
-    return {
-        (i, j): Difference(i, j, float(means[i] - means[j]), -np.inf, np.inf)
-        for i, j in itertools.combinations(range(len(means)), 2)
-    }

@@ -56,7 +56,7 @@ def explorer_payload(
         alike = [_without_words(i) for i in found if _words_of(i) == _words_of(found[0])]
         return {
             "walks": walks,
-            "names": _class_names(story.runs[0]),
+            "names": _class_names(story.runs[0].runs[0]),
             "pictures": pictures,
             "votes": {str(place): record["votes"] for place, record in records.items()},
             "planeVotes": {
@@ -73,10 +73,21 @@ def explorer_payload(
         ) from error
 
 
+def explored_runs(story: Story) -> list[RunResults]:
+    """Of each row the run whose images are shown: all of one seed, as far as they have it.
+
+    Each seed deals images and trains networks anew, so only runs of one seed see the same image.
+    """
+    counts: dict[int | None, int] = {}
+    for run in story.trained:
+        counts[run.seed] = counts.get(run.seed, 0) + 1
+    return [max(row.runs, key=lambda run: counts[run.seed]) for row in story.runs]
+
+
 def explored_records(story: Story) -> list[tuple[int, Record]]:
     """Records that belong to the runs they lie in, by place, with the images of their clients."""
     found: list[tuple[int, Record]] = []
-    for place, run in enumerate(story.runs):
+    for place, run in enumerate(explored_runs(story)):
         path = run.folder / _FILE
         record = read_json(path) if path.is_file() else None
         if not isinstance(record, dict) or record.get("format") not in _FORMATS:
@@ -187,7 +198,7 @@ def _number(value: float, scale: RadiusScale) -> str:
 
 def _explored(story: Story, place: int, image: Record, plane: Record | None) -> dict[str, Any]:
     """What one run says of an image: its certificate, and its votes on the way."""
-    certificates = story.runs[place].certificates
+    certificates = explored_runs(story)[place].certificates
     row = np.flatnonzero(
         (certificates.client == image["client"]) & (certificates.index == image["index"])
     )

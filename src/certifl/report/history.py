@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from certifl.report.results import RunResults
+from certifl.report.results import Row, RunResults, flat
 
 __all__ = ["MeasureCurve", "left_out_words", "measure_curves", "measures_of"]
 
@@ -40,11 +40,11 @@ class MeasureCurve:
         return tuple(c.tolist() for c in (self.rounds, self.mean, self.low, self.high))
 
 
-def measures_of(runs: Sequence[RunResults]) -> list[str]:
+def measures_of(rows: Sequence[Row]) -> list[str]:
     """Names of all recorded measures: loss and accuracy first, the others by name."""
     found = {
         str(name)
-        for run in runs
+        for run in flat(rows)
         for entry in run.history
         for measures in _clients(entry)
         for name, value in measures.items()
@@ -53,15 +53,15 @@ def measures_of(runs: Sequence[RunResults]) -> list[str]:
     return [n for n in _FIRST if n in found] + sorted(found.difference(_FIRST))
 
 
-def measure_curves(run: RunResults, measure: str) -> MeasureCurve | None:
-    """One measure of one run, or None where the run never recorded it."""
-    rows = []
-    for position, entry in enumerate(run.history):
-        numbers = [_number(measures.get(measure)) for measures in _clients(entry)]
-        known = [n for n in numbers if n is not None]
-        if known:
-            number = entry.get("round", position)
-            rows.append((float(number) + 1.0, float(np.mean(known)), min(known), max(known)))
+def measure_curves(row: Row, measure: str) -> MeasureCurve | None:
+    """One measure, over the clients of all seeds; None where it was never recorded."""
+    known: dict[float, list[float]] = {}
+    for run in row.runs:
+        for position, entry in enumerate(run.history):
+            numbers = [_number(measures.get(measure)) for measures in _clients(entry)]
+            number = float(entry.get("round", position)) + 1.0
+            known.setdefault(number, []).extend(n for n in numbers if n is not None)
+    rows = [(n, float(np.mean(v)), min(v), max(v)) for n, v in sorted(known.items()) if v]
     if not rows:
         return None
     rounds, mean, low, high = np.array(rows, np.float64).T

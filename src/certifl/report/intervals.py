@@ -1,32 +1,56 @@
-"""Intervals of means of few images, from several clients with images of their own."""
+"""How far a mean over clients, images and trainings may be off: for report pages and for claims.
+
+One set of rules for everything that is a mean of one number per image: average certified radii,
+certified accuracies, and differences of these between two trainings on the same images. Three
+things widen an interval: the scatter of the images within their clients, the scatter between
+trainings with different seeds, and kinds of images that are too rare to have been met.
+docs/mathematics.md derives the rules, and tests/test_coverage.py repeats them on studies of known
+truth.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
 __all__ = [
+    "ALIKE",
+    "FEWEST_IMAGES",
+    "FEWEST_OF_A_CLIENT",
     "FEWEST_UNLIKE",
+    "Sample",
+    "Scatter",
     "even_images",
+    "fewest_floors",
+    "hidden_reach",
     "hidden_share",
+    "interval_over_seeds",
     "mean_interval",
+    "scatter_of",
+    "too_few",
     "unlike_images",
 ]
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
-# As a share of the scale. Differences of a few points, however many, make a narrow interval, while
-# an image that is not at hand may lose its whole radius, twenty times as much: only larger ones
-# show that such images would have been met.
-ALIKE = 0.05
-FEWEST_UNLIKE = 10  # with so many, the scatter itself tells how far a mean may be off
+# As a share of the scale. An image counts as unlike the others of its client only if it is so far
+# away that it shows what a rare image can do. Images that differ by a few points, however many,
+# say nothing about images that lose nearly all of their radius.
+ALIKE = 0.25
+FEWEST_UNLIKE = 10  # with so many, the scatter itself shows how far a mean may be off
+# Fewer images than these support no statement at all.
+FEWEST_IMAGES = 10
+FEWEST_OF_A_CLIENT = 2
 
 
-def hidden_share(images: float, error: float) -> float:
+def hidden_share(images: float | Floats, error: float) -> Any:
     """Largest share of all images that may be unlike every one of those at hand.
 
     With probability error / 2 or more, none of `images` drawn is of a kind whose share is at most
@@ -37,12 +61,23 @@ def hidden_share(images: float, error: float) -> float:
     return 1.0 - (error / 2.0) ** (1.0 / images)
 
 
-def unlike_images(values: Floats, scale: float) -> int:
-    """How many values lie farther from that of most images than last digits and small gains do.
+def unlike_images(values: Sequence[Floats] | Floats, scale: float) -> int:
+    """How many images lie far from the median of THEIR client.
 
-    What nearly all images share, however large, says nothing of the few that may lose.
+    Clients that differ from each other, each alike within, must not count: none of their images
+    shows what a rare one can do.
+
+    Args:
+        values: of each client, of its own images (m,).
+        scale: how far one image can lie from another.
     """
-    return int((np.abs(values - np.median(values)) > ALIKE * scale).sum())
+    return int(_unlike([np.atleast_1d(own) for own in values], scale))
+
+
+def _unlike(values: Sequence[Floats], scale: float) -> Ints:
+    """The same for every column; of each client (its images, ...)."""
+    far = [np.abs(own - np.median(own, axis=0)) > ALIKE * scale for own in values]
+    return np.sum([own.sum(axis=0) for own in far], axis=0)
 
 
 def even_images(sizes: Sequence[int]) -> float:
@@ -50,12 +85,74 @@ def even_images(sizes: Sequence[int]) -> float:
     return len(sizes) ** 2 / sum(1.0 / size for size in sizes)
 
 
+def too_few(sizes: Sequence[int]) -> bool:
+    """Whether the images of the clients, so many of each, support no statement."""
+    return sum(sizes) < FEWEST_IMAGES or min(sizes) < FEWEST_OF_A_CLIENT
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """What the images of one training say: some numbers of every image.
+
+    Attributes:
+        values: of each client, (its images, columns). Every column is a quantity of its own.
+        images: of each client, (its images,). Equal numbers in two samples are the same image.
+        earlier: a sample of other clients whose mean is subtracted: a difference of differences.
+    """
+
+    values: tuple[Floats, ...]
+    images: tuple[Ints, ...]
+    earlier: Sample | None = None
+
+    @classmethod
+    def of(cls, values: Sequence[NDArray[Any]], images: Sequence[Ints] | None = None) -> Sample:
+        """A sample of one quantity; images without numbers belong to this sample alone."""
+        columns = [np.asarray(own, np.float64) for own in values]
+        columns = [own[:, None] if own.ndim == 1 else own for own in columns]
+        if images is None:
+            images = np.split(np.arange(sum(map(len, columns))), np.cumsum([*map(len, columns)]))
+        return cls(tuple(columns), tuple(images[: len(columns)]))
+
+    @property
+    def means(self) -> Floats:
+        """(columns,) mean over clients of each client's mean."""
+        own = np.mean([part.mean(axis=0) for part in self.values], axis=0)
+        return own if self.earlier is None else own - self.earlier.means
+
+    def spans(self) -> list[tuple[Floats, int]]:
+        """Of each client: (columns,) its part of the variance of the mean, and its images."""
+        count = len(self.values)
+        own = [(v.var(axis=0, ddof=1) / len(v) / count**2, len(v)) for v in self.values]
+        return own if self.earlier is None else own + self.earlier.spans()
+
+    def floors(self, scale: float) -> Floats:
+        """(independent sets of images, columns): how many images limit how narrow an interval is.
+
+        Infinite where so many are unlike that their scatter says how far the mean may be off.
+        """
+        shown = _unlike(self.values, scale) >= FEWEST_UNLIKE
+        own = np.where(shown, np.inf, even_images([len(v) for v in self.values]))[None]
+        return own if self.earlier is None else np.concatenate([own, self.earlier.floors(scale)])
+
+    def weights(self) -> tuple[Ints, Floats]:
+        """Every image and (images, columns) how far it moves the mean; squares sum to `spans`."""
+        count = len(self.values)
+        moved = [
+            (v - v.mean(axis=0)) / (count * math.sqrt(len(v) * (len(v) - 1))) for v in self.values
+        ]
+        images, moves = np.concatenate(self.images), np.concatenate(moved)
+        if self.earlier is None:
+            return images, moves
+        # The two sets of images are taken as independent, within a seed and between seeds.
+        before, taken = self.earlier.weights()
+        return np.concatenate([images, -1 - before]), np.concatenate([moves, -taken])
+
+
 def mean_interval(values: Sequence[Floats], error: float, scale: float) -> tuple[float, float]:
     """Interval of the mean over clients of each client's mean over all its images.
 
-    Student's t with the variances within clients and Welch and Satterthwaite's degrees of freedom.
-    Where hardly any image is unlike the others, their scatter says nothing about kinds that were
-    not met; then the interval is no narrower than what those could have moved.
+    Student's t with the variances within clients and Welch and Satterthwaite's degrees of freedom,
+    no narrower than what images of a kind that was not met could have moved.
 
     Args:
         values: of each client, of its own images (m,), m >= 2.
@@ -67,16 +164,130 @@ def mean_interval(values: Sequence[Floats], error: float, scale: float) -> tuple
 
     Source: Welch 1947; Satterthwaite 1946.
     """
-    parts = [np.asarray(part, np.float64) for part in values]
-    sizes = np.array([len(part) for part in parts])
-    within = np.array([part.var(ddof=1) for part in parts]) / sizes
-    half = 0.0
-    if within.sum() > 0.0:
-        freedom = within.sum() ** 2 / float((within**2 / (sizes - 1)).sum())
-        scatter = math.sqrt(within.sum()) / len(parts)
-        half = scatter * -float(special.stdtrit(freedom, error / 2.0))
-    together = np.concatenate(parts)
-    if unlike_images(together, scale) < FEWEST_UNLIKE:
-        half = max(half, hidden_share(even_images(sizes.tolist()), error) * scale)
-    mean = float(np.mean([part.mean() for part in parts]))
-    return mean - half, mean + half
+    low, high = interval_over_seeds([Sample.of(values)], error, scale)
+    return float(low[0]), float(high[0])
+
+
+def interval_over_seeds(
+    samples: Sequence[Sample], error: float, scale: float
+) -> tuple[Floats, Floats]:
+    """Interval of the mean over trainings with different seeds.
+
+    One sample: an interval over images, about the models trained. Several: Student's t of the
+    means of the seeds, which carry the scatter of their own images already; images that several
+    seeds certified are not new ones each time, so what these have in common is added. The interval
+    is no narrower than the images alone make it, nor than images that were not met could move it;
+    for these the seed with the fewest images counts.
+
+    Args:
+        samples: one of each seed; every client of each has two images at least.
+        error: probability, about, of missing the true mean.
+        scale: how far one image can lie from another.
+
+    Returns:
+        (low, high), each (columns,).
+    """
+    found = scatter_of(samples, scale)
+    half = found.reach(error)
+    return found.mean - half, found.mean + half
+
+
+@dataclass(frozen=True, eq=False)
+class Scatter:
+    """What an interval of a mean over seeds is made of; every array is (columns,).
+
+    Attributes:
+        mean: the estimate. seeds: how many.
+        images: variance from the choice of images. common: the part that seeds have in common.
+        freedom: degrees of freedom of both.
+        between: standard error from the scatter between seeds; 0 for one seed.
+        floors: of every independent set of images (sets, columns), how many limit the interval.
+        scale: how far one image can lie from another.
+    """
+
+    mean: Floats
+    seeds: int
+    images: Floats
+    common: Floats
+    freedom: Floats
+    between: Floats
+    floors: Floats
+    scale: float
+
+    def reach(self, error: float) -> Floats:
+        """Half the width of the interval that misses with probability about `error`."""
+        quantile = -special.stdtrit(self.freedom, error / 2.0)
+        half = np.sqrt(self.images) * quantile
+        if self.seeds > 1:
+            between = self.between * -float(special.stdtrit(self.seeds - 1, error / 2.0))
+            half = np.maximum(half, np.hypot(between, np.sqrt(self.common) * quantile))
+        return np.maximum(half, hidden_reach([self.floors], error) * self.scale)
+
+
+def scatter_of(samples: Sequence[Sample], scale: float) -> Scatter:
+    """Everything that widens the interval of a mean over seeds; see `interval_over_seeds`."""
+    means = np.stack([sample.means for sample in samples])
+    seeds, none = len(samples), np.zeros(means.shape[1])
+    variance, common, freedom = _of_images(samples)
+    return Scatter(
+        mean=means.mean(axis=0),
+        seeds=seeds,
+        images=variance,
+        common=common,
+        freedom=freedom,
+        between=means.std(axis=0, ddof=1) / math.sqrt(seeds) if seeds > 1 else none,
+        floors=fewest_floors([sample.floors(scale) for sample in samples]),
+        scale=scale,
+    )
+
+
+def fewest_floors(floors: Sequence[Floats]) -> Floats:
+    """Over seeds the smallest number of images counts.
+
+    One seed with many unlike images says nothing of what another one did not meet.
+    """
+    return np.min(floors, axis=0)
+
+
+def hidden_reach(floors: Sequence[Floats], error: float) -> Floats:
+    """How far images that were not met may move a mean over seeds, as a share of the scale.
+
+    Args:
+        floors: of each seed, as `Sample.floors` gives them.
+        error: probability of missing the true mean.
+    """
+    return np.sqrt((hidden_share(fewest_floors(floors), error) ** 2).sum(axis=0))
+
+
+def _of_images(samples: Sequence[Sample]) -> tuple[Floats, Floats, Floats]:
+    """What the choice of images adds to the variance of a mean over seeds.
+
+    Returns:
+        The whole, the part that images common to two seeds have in both (the mean covariance of
+        two seeds, at least 0), and the degrees of freedom of the seed that has the fewest.
+    """
+    own, freedom = zip(*(_welch(sample) for sample in samples), strict=True)
+    seeds = len(samples)
+    common = np.zeros_like(own[0])
+    if seeds > 1:
+        moved = [sample.weights() for sample in samples]
+        pairs = [_covariance(moved[i], moved[j]) for j in range(seeds) for i in range(j)]
+        common = np.maximum(np.mean(pairs, axis=0), 0.0)
+    whole = np.sum(own, axis=0) / seeds**2 + common * (seeds - 1) / seeds
+    return whole, common, np.min(freedom, axis=0)
+
+
+def _welch(sample: Sample) -> tuple[Floats, Floats]:
+    """Variance of the mean over images, and its degrees of freedom."""
+    parts = sample.spans()
+    spans, sizes = np.stack([span for span, _ in parts]), np.array([size for _, size in parts])
+    total, squares = spans.sum(axis=0), (spans**2 / (sizes - 1)[:, None]).sum(axis=0)
+    most = float((sizes - 1).sum())
+    ratio = np.divide(total**2, squares, out=np.full_like(total, most), where=squares > 0.0)
+    return total, ratio
+
+
+def _covariance(first: tuple[Ints, Floats], second: tuple[Ints, Floats]) -> Floats:
+    """Covariance of two seeds' means, by the images that both of them certified."""
+    _, one, two = np.intersect1d(first[0], second[0], return_indices=True)
+    return (first[1][one] * second[1][two]).sum(axis=0)

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from certifl.report.results import RunResults
+from certifl.report.results import Row
 
 __all__ = ["LOOKS", "Look", "look_number", "looks_of"]
 
@@ -46,7 +46,7 @@ LOOKS = (
 _OWN_SLOT = {"local": 0, "fedavg": 1, "personalized": 2, "mixture": 3}
 
 
-def looks_of(runs: Sequence[RunResults]) -> list[Look]:
+def looks_of(runs: Sequence[Row]) -> list[Look]:
     """One look per run: a regime keeps its own wherever it appears; others take what is free."""
     taken: list[int | None] = []
     for run in runs:

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from certifl.report.compare import own_interval
 from certifl.report.figures import certified_accuracy_figure, image_bytes
 from certifl.report.markup import Markup, el, join, table
-from certifl.report.results import RunResults
+from certifl.report.results import Row, RunResults, flat
 from certifl.report.scale import family_words, scales, sigma_text
-from certifl.report.summary import accuracy_share, client_acr, largest_radius, share, spread
+from certifl.report.summary import accuracy_share, largest_radius, mean_acr, share, spread
 from certifl.report.words import client_list, percent, tenths
 
 __all__ = ["noise_words", "overview", "panel_id", "plain_rows", "slugs"]
 
-Groups = Sequence[Sequence[RunResults]]
+Groups = Sequence[Sequence[Row]]
 
 
 def slugs(groups: Groups) -> list[str]:
@@ -27,11 +27,11 @@ def slugs(groups: Groups) -> list[str]:
     ]
 
 
-def plain_rows(runs: Sequence[RunResults]) -> list[tuple[str, int, int, int]]:
+def plain_rows(rows: Sequence[Row]) -> list[tuple[str, int, int, int]]:
     """(label, client, images, correct) of every client that certifies nothing."""
     return [
         (run.label, client, int((run.plain.client == client).sum()), int(hits.sum()))
-        for run in runs
+        for run in flat(rows)
         if run.plain is not None
         for client in run.plain.clients
         for hits in [run.plain.correct[run.plain.client == client]]
@@ -60,7 +60,7 @@ def overview(groups: Groups) -> Markup:
         el("p", None, _explained(groups)),
         table("What the clients certify", _HEAD, [row for runs in groups for row in _rows(runs)]),
         el("div", {"class": "panels"}, *panels) if len(groups) > 1 else Markup(),
-        _plain(groups[0][0], plain) if plain else Markup(),
+        _plain(groups[0][0].runs[0], plain) if plain else Markup(),
     )
 
 
@@ -84,26 +84,27 @@ def _explained(groups: Groups) -> str:
     )
 
 
-def noise_words(runs: Sequence[RunResults]) -> str:
+def noise_words(runs: Sequence[Row]) -> str:
     """The perturbation of a group and its sigma."""
     facts = runs[0].conditions
     return f"{family_words(facts)}, σ = {sigma_text(facts)}"
 
 
-def _rows(runs: Sequence[RunResults]) -> list[list[str]]:
+def _rows(runs: Sequence[Row]) -> list[list[str]]:
     scale = scales(runs[0].conditions, largest_radius(runs))[0]
     rows = []
     for run in runs:
         ends, (best, worst, gap) = own_interval(run), spread(run)
         at_zero = accuracy_share(run, 0.0)
         under = scale.interval(*ends) if ends else "too few images for an interval"
-        apart = _two(f"{scale.text(gap)} apart", f"client {best} and client {worst}")
+        who = f"client {best} and client {worst}" if len(run.runs) == 1 else "mean over seeds"
+        apart = _two(f"{scale.text(gap)} apart", who)
         rows.append(
             [
                 noise_words(runs),
                 client_list(run.clients.tolist()),
                 run.label,
-                _two(scale.text(float(client_acr(run).mean())), under),
+                _two(scale.text(mean_acr(run)), under),
                 _two(percent(at_zero.value), f"{tenths(at_zero.low)} to {tenths(at_zero.high)}"),
                 apart if len(run.clients) > 1 else "–",
             ]
@@ -115,7 +116,7 @@ def _two(first: str, second: str) -> Markup:
     return join([el("b", None, first), el("small", None, second)])
 
 
-def _panel(runs: Sequence[RunResults], at: int) -> Markup:
+def _panel(runs: Sequence[Row], at: int) -> Markup:
     """The curves of one perturbation, with the way to its panel."""
     who = client_list(sorted({int(c) for r in runs for c in r.clients}))
     name = f"{noise_words(runs)}: {who}"

@@ -28,7 +28,7 @@ from certifl.report.figures import (
 from certifl.report.markup import Markup, el, embedded_json, join
 from certifl.report.own import overview, slugs
 from certifl.report.panels import Frame, asset, eyebrow, panel_of, switch, tab_frame
-from certifl.report.results import RunResults, apart, load_runs
+from certifl.report.results import Row, RunResults, apart, by_seed, flat, load_runs
 from certifl.report.scale import family_words, scales, share_of_sigma
 from certifl.report.story import Story
 from certifl.report.summary import largest_radius
@@ -73,7 +73,8 @@ def write_report(
     of which is shown at a time.
 
     Args:
-        run_folders: finished runs of the same data and perturbation, one per regime.
+        run_folders: finished runs of the same data and perturbation; those that differ in their
+            seed alone are one regime.
         out_path: the page; figures go to the folder `figures` beside it.
         title: the page's heading; the data and perturbation where None.
         figures: whether the figures are written as files too.
@@ -91,7 +92,7 @@ def write_report(
     page = Path(out_path)
     _check_request(run_folders, page)
     runs = load_runs(run_folders)
-    groups = apart(runs)
+    groups = [by_seed(group) for group in apart(runs)]
     if images is None:
         images = not _without_images(page)
     if figures:
@@ -129,28 +130,27 @@ def write_figures(runs: Sequence[RunResults], folder: str | Path) -> list[Path]:
     if len(groups) > 1:
         inside = zip(groups, slugs(groups), strict=True)
         return [path for part, name in inside for path in write_figures(part, Path(folder) / name)]
+    rows = by_seed(runs)
     drawings: dict[str, Drawing] = {
-        "curves": certified_accuracy_figure(runs),
-        "clients": per_client_figure(runs),
-        "average_radius": average_radius_figure(runs),
+        "curves": certified_accuracy_figure(rows),
+        "clients": per_client_figure(rows),
+        "average_radius": average_radius_figure(rows),
     }
     if any(run.history for run in runs):
-        drawings["history"] = history_figure(runs)
+        drawings["history"] = history_figure(rows)
     return [path for stem, drawn in drawings.items() for path in save(drawn, folder, stem)]
 
 
-def _story(runs: Sequence[RunResults]) -> Story:
+def _story(runs: Sequence[Row]) -> Story:
     largest = largest_radius(runs)
     units = scales(runs[0].conditions, largest)
-    sigmas = {float(run.conditions["sigma"]) for run in runs}
+    sigmas = {float(run.conditions["sigma"]) for run in flat(runs)}
     if len(sigmas) == 1 and min(sigmas) > 0:
         units = (*units, share_of_sigma(sigmas.pop(), largest))
     return Story(tuple(runs), units, compare(runs))
 
 
-def _page(
-    groups: Sequence[Sequence[RunResults]], page: Path, title: str | None, images: bool
-) -> str:
+def _page(groups: Sequence[Sequence[Row]], page: Path, title: str | None, images: bool) -> str:
     stories = [_story(group) for group in groups]
     frames, above = _frames(groups, stories, title)
     most = MOST_PICTURES // len(stories)
@@ -175,7 +175,7 @@ def _page(
 
 
 def _frames(
-    groups: Sequence[Sequence[RunResults]], stories: Sequence[Story], title: str | None
+    groups: Sequence[Sequence[Row]], stories: Sequence[Story], title: str | None
 ) -> tuple[list[Frame], Markup]:
     """What stands around every panel, and above all of them where there are several."""
     heading = el("h1", None, _heading(stories) if title is None else title)

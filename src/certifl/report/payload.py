@@ -8,9 +8,9 @@ from typing import Any
 from certifl.report.compare import own_interval
 from certifl.report.history import measure_curves, measures_of
 from certifl.report.looks import Look, looks_of
-from certifl.report.results import RunResults
+from certifl.report.results import Row
 from certifl.report.scale import RadiusScale
-from certifl.report.summary import client_acr, client_curves, radius_grid
+from certifl.report.summary import client_acr, client_curves, mean_acr, radius_grid
 
 __all__ = ["MARKERS", "dash_text", "payload"]
 
@@ -36,7 +36,7 @@ def dash_text(look: Look) -> str:
     return " ".join(f"{length * _LINE_WIDTH:g}" for length in look.dash)
 
 
-def payload(runs: Sequence[RunResults], units: Sequence[RadiusScale]) -> dict[str, Any]:
+def payload(runs: Sequence[Row], units: Sequence[RadiusScale]) -> dict[str, Any]:
     """Everything the page draws, ready for JSON.
 
     Radii come with their texts, rounded down in every unit, so that the script prints no radius
@@ -63,7 +63,7 @@ def _unit(unit: RadiusScale, radii: list[float]) -> dict[str, Any]:
     }
 
 
-def _run(run: RunResults, look: Look, radii: Any, units: Sequence[RadiusScale]) -> dict[str, Any]:
+def _run(run: Row, look: Look, radii: Any, units: Sequence[RadiusScale]) -> dict[str, Any]:
     acr = client_acr(run)
     return {
         "label": run.label,
@@ -74,13 +74,13 @@ def _run(run: RunResults, look: Look, radii: Any, units: Sequence[RadiusScale]) 
         "curves": client_curves(run, radii).round(_SHARE_DIGITS).tolist(),
         "acr": acr.tolist(),
         "acrTexts": [[unit.text(float(radius)) for radius in acr] for unit in units],
-        "mean": float(acr.mean()),
-        "meanTexts": [unit.text(float(acr.mean())) for unit in units],
+        "mean": mean_acr(run),
+        "meanTexts": [unit.text(mean_acr(run)) for unit in units],
         "interval": own_interval(run),
     }
 
 
-def _measure(runs: Sequence[RunResults], name: str) -> dict[str, Any]:
+def _measure(runs: Sequence[Row], name: str) -> dict[str, Any]:
     series = []
     for place, run in enumerate(runs):
         curve = measure_curves(run, name)

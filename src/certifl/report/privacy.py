@@ -8,7 +8,7 @@ from typing import Any
 
 from certifl.report.markup import Markup, el, table
 from certifl.report.results import RunResults
-from certifl.report.story import Story, named
+from certifl.report.story import Story, named_run
 
 __all__ = ["privacy_section", "privacy_words"]
 
@@ -42,7 +42,7 @@ def privacy_words(run: RunResults) -> str | None:
 
 def privacy_section(story: Story) -> Markup:
     """A row for each run that was trained with privacy; nothing where none was."""
-    rows = [_row(story, place) for place, run in enumerate(story.runs) if _facts(run)]
+    rows = [_row(story, run) for run in story.trained if _facts(run)]
     if not rows:
         return Markup()
     head = ["Regime", "Protects one", "ε of what is sent", "ε with fine-tuning", "δ"]
@@ -56,10 +56,10 @@ def privacy_section(story: Story) -> Markup:
     )
 
 
-def _row(story: Story, place: int) -> list[Any]:
-    facts = _facts(story.runs[place])
+def _row(story: Story, run: RunResults) -> list[Any]:
+    facts = _facts(run)
     return [
-        named(story, place),
+        named_run(story, run),
         _OF[facts["kind"]],
         _up(max(facts["epsilon_sent"])),
         _up(max(facts["epsilon"])),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,25 @@ from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.report.told import CURVES, TOLD, told_certificates
 from certifl.store.atomic import read_json
 
-__all__ = ["RunResults", "apart", "check_comparable", "load_run", "load_runs"]
+__all__ = [
+    "Row",
+    "RunResults",
+    "Trainings",
+    "apart",
+    "by_seed",
+    "check_comparable",
+    "flat",
+    "load_run",
+    "load_runs",
+]
 
 Ints = NDArray[np.int64]
 
 _NEEDED_CONDITIONS = ("family", "sigma", "norm", "unit", "alpha")
 _MUST_AGREE = ("family", "norm", "unit")
+# Keys of a spec in which runs of one row may differ, and conditions in which they may not.
+_NO_SETTINGS = ("seed", "name", "certification.precision")
+_DECISIVE = ("family", "sigma", "law", "norm", "alpha", "n0", "n", "estimator")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +84,17 @@ class RunResults:
         """Whether the clients told curves alone and kept their certificates to themselves."""
         return TOLD in self.conditions
 
+    @property
+    def seed(self) -> int | None:
+        """The seed of the study; None where the run does not say it."""
+        seed = self.manifest.get("seed")
+        return seed if isinstance(seed, int) and not isinstance(seed, bool) else None
+
+    @property
+    def runs(self) -> tuple[RunResults, ...]:
+        """The run itself, so that it can stand where `Trainings` do."""
+        return (self,)
+
     def name_of(self, client: int) -> str:
         """A client's number, and what it is called where the split of the data knows it."""
         names = self.manifest.get("client_names")
@@ -79,6 +104,67 @@ class RunResults:
 
     def __repr__(self) -> str:
         return f"RunResults({self.label!r}, {len(self.clients)} clients, {self.certificates!r})"
+
+
+@dataclass(frozen=True, eq=False)
+class Trainings:
+    """Runs that differ in their seed alone: one row of a page.
+
+    Attributes:
+        label: the algorithm's name for people; unique within a report.
+        runs: one of each seed, in the order of the seeds.
+    """
+
+    label: str
+    runs: tuple[RunResults, ...]
+
+    @property
+    def regime(self) -> str:
+        """The algorithm's name in specs."""
+        return self.runs[0].regime
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """`run.json` of the first seed; the others agree in everything but the seed."""
+        return self.runs[0].manifest
+
+    @property
+    def conditions(self) -> Mapping[str, Any]:
+        """What holds for the certificates of the first seed."""
+        return self.runs[0].conditions
+
+    @property
+    def folder(self) -> Path:
+        """Of the first seed."""
+        return self.runs[0].folder
+
+    @property
+    def clients(self) -> Ints:
+        """Numbers of the clients that have certificates with any seed, in order."""
+        return np.unique(np.concatenate([run.clients for run in self.runs]))
+
+    @property
+    def told(self) -> bool:
+        """Whether some of the runs know curves alone."""
+        return any(run.told for run in self.runs)
+
+    @property
+    def seeds(self) -> tuple[int | None, ...]:
+        """Of the runs."""
+        return tuple(run.seed for run in self.runs)
+
+    def name_of(self, client: int) -> str:
+        """A client's number, and what it is called where the split of the data knows it."""
+        return self.runs[0].name_of(client)
+
+
+Row = RunResults | Trainings
+"""What a page shows in one row: runs of several seeds, or one run."""
+
+
+def flat(rows: Sequence[Row]) -> list[RunResults]:
+    """All runs of some rows."""
+    return [run for row in rows for run in row.runs]
 
 
 def load_run(folder: str | Path) -> RunResults:
@@ -105,7 +191,10 @@ def load_run(folder: str | Path) -> RunResults:
 
 
 def load_runs(folders: Sequence[str | Path | RunResults]) -> list[RunResults]:
-    """Read the runs of one report; runs of equal label are told apart by name or by folder.
+    """Read the runs of one report.
+
+    Runs of equal label are distinguished by their seed where they differ in nothing else, by name
+    or by folder otherwise.
 
     Args:
         folders: run folders, or runs that were read before.
@@ -116,17 +205,68 @@ def load_runs(folders: Sequence[str | Path | RunResults]) -> list[RunResults]:
     """
     runs = [f if isinstance(f, RunResults) else load_run(f) for f in folders]
     check_comparable(runs)
-    labels = [run.label for run in runs]
+    rows = by_seed(runs)
+    labels = {
+        id(run): row.label if len(row.runs) == 1 else f"{row.label}, seed {run.seed}"
+        for row in rows
+        for run in row.runs
+    }
+    return [dataclasses.replace(run, label=labels[id(run)]) for run in runs]
+
+
+def by_seed(runs: Sequence[RunResults]) -> list[Trainings]:
+    """The rows of a page: runs that differ in their seed alone are put together.
+
+    A second run of one seed is a row of its own, for nothing says which of the two counts. Runs
+    that differ in any other setting are rows of their own as well.
+    """
+    found: dict[str, list[dict[int | None, RunResults]]] = {}
+    order: list[dict[int | None, RunResults]] = []
+    for run in runs:
+        groups = found.setdefault(_apart_from_seed(run), [])
+        free = [group for group in groups if run.seed not in group and None not in group]
+        if not free or run.seed is None:
+            free = [{}]
+            groups += free
+            order += free
+        free[0][run.seed] = run
+    members = [tuple(group[seed] for seed in sorted(group, key=_seed_order)) for group in order]
+    return [Trainings(label, own) for label, own in zip(_labels(members), members, strict=True)]
+
+
+def _seed_order(seed: int | None) -> int:
+    return -1 if seed is None else seed
+
+
+def _apart_from_seed(run: RunResults) -> str:
+    """Equal for runs that differ in their seed, their name and their machine alone."""
+    from certifl.report.claims.decisive import decisive_settings  # the claims import this module
+
+    try:
+        settings = decisive_settings(tomllib.loads(run.spec))
+    except tomllib.TOMLDecodeError:
+        settings = {"spec": run.spec}
+    left = {k: v for k, v in settings.items() if k not in _NO_SETTINGS}
+    decisive = {name: run.conditions.get(name) for name in _DECISIVE}
+    names = (run.regime, str(run.manifest["label"]), _data_name(run))
+    return json.dumps([names, left, decisive], sort_keys=True, default=str)
+
+
+def _labels(members: Sequence[tuple[RunResults, ...]]) -> list[str]:
+    """A name for each row, by what distinguishes the first runs where labels are equal."""
+    firsts = [own[0] for own in members]
+    labels = [own[0].label if len(own) == 1 else str(own[0].manifest["label"]) for own in members]
     if len(set(labels)) == len(labels):
-        return runs
-    for apart in (_study_name, _folder_name, _number(runs)):
+        return labels
+    candidates = labels
+    for apart in (_study_name, _folder_name, _number(firsts)):
         candidates = [
-            f"{run.label} ({apart(run)})" if labels.count(run.label) > 1 else run.label
-            for run in runs
+            f"{label} ({apart(run)})" if labels.count(label) > 1 else label
+            for label, run in zip(labels, firsts, strict=True)
         ]
-        if len(set(candidates)) == len(runs):
+        if len(set(candidates)) == len(candidates):
             break
-    return [dataclasses.replace(r, label=c) for r, c in zip(runs, candidates, strict=True)]
+    return candidates
 
 
 def _study_name(run: RunResults) -> str:
@@ -158,7 +298,7 @@ def apart(runs: Sequence[RunResults]) -> list[list[RunResults]]:
     ]
 
 
-def check_comparable(runs: Sequence[RunResults]) -> None:
+def check_comparable(runs: Sequence[Row]) -> None:
     """Refuse to put runs side by side whose radii or images mean different things.
 
     Raises:
@@ -175,7 +315,7 @@ def check_comparable(runs: Sequence[RunResults]) -> None:
         _agree(runs[0], run, "data", _data_name(runs[0]), _data_name(run))
 
 
-def _agree(first: RunResults, second: RunResults, name: str, one: object, other: object) -> None:
+def _agree(first: Row, second: Row, name: str, one: object, other: object) -> None:
     if one != other:
         raise StoreMismatch(
             f"{first.folder} and {second.folder} cannot stand in one report: they differ in "
@@ -184,7 +324,7 @@ def _agree(first: RunResults, second: RunResults, name: str, one: object, other:
         )
 
 
-def _own_perturbations(run: RunResults) -> dict[str, str] | None:
+def _own_perturbations(run: Row) -> dict[str, str] | None:
     """By client what it certifies; None where all certify one perturbation."""
     if PERTURBATIONS not in run.conditions:
         return None
@@ -195,7 +335,7 @@ def _own_perturbations(run: RunResults) -> dict[str, str] | None:
     }
 
 
-def _data_name(run: RunResults) -> str:
+def _data_name(run: Row) -> str:
     data = run.manifest.get("data")
     return str(data.get("name", "")) if isinstance(data, Mapping) else ""
 

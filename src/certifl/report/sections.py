@@ -11,14 +11,23 @@ from certifl.report.markup import Markup, el, join, table
 from certifl.report.story import Story, named
 from certifl.report.summary import (
     Share,
+    abstained_share,
     accuracy_share,
     client_acr,
     client_curves,
+    mean_acr,
     selected_radii,
-    share,
     spread,
 )
-from certifl.report.words import NO_DIFFERENCE, NOT_PAIRED, by_margin, listed, percent, tenths
+from certifl.report.words import (
+    NO_DIFFERENCE,
+    NOT_PAIRED,
+    by_margin,
+    listed,
+    percent,
+    range_of,
+    tenths,
+)
 
 __all__ = [
     "DIFFERENCES_SHOWN",
@@ -44,12 +53,13 @@ def _differences(story: Story) -> str:
     differing = [
         name
         for name in DIFFERENCES_SHOWN
-        if len({str(run.conditions.get(name)) for run in story.runs}) > 1
+        if len({str(run.conditions.get(name)) for run in story.trained}) > 1
+        and not (name == "seed" and len(story.trained) > len(story.runs))
     ]
     if not differing:
         return ""
     named = ", ".join(
-        f"{name} ({', '.join(str(run.conditions.get(name)) for run in story.runs)})"
+        f"{name} ({', '.join(str(run.conditions.get(name)) for run in story.trained)})"
         for name in differing
     )
     return f"The runs differ in more than the regime: {named}. Compare them with care."
@@ -57,8 +67,8 @@ def _differences(story: Story) -> str:
 
 def _kept(story: Story) -> str:
     """That single images are not known here, and of which runs."""
-    kept = [run.label for run in story.runs if run.told]
-    of = "" if len(kept) == len(story.runs) else f" of {listed(kept)}"
+    kept = [run.label for run in story.trained if run.told]
+    of = "" if len(kept) == len(story.trained) else f" of {listed(kept)}"
     return (
         f"The clients{of} certified on their own machines and told, for each radius of a fixed "
         "grid, how many of their test images are certified correct, and their average radius. "
@@ -84,18 +94,29 @@ def results_section(story: Story) -> Markup:
 def _result_row(story: Story, place: int, radii: Sequence[float]) -> list[str]:
     run, scale = story.runs[place], story.scale
     best, worst, gap = spread(run)
-    abstained = share(int(run.certificates.abstained.sum()), len(run.certificates))
+    abstained = abstained_share(run)
     shares = [accuracy_share(run, radius) for radius in radii]
     ends = own_interval(run)
     under = scale.interval(*ends) if ends else "too few images for an interval"
-    apart = _two(f"{scale.text(gap)} apart", f"client {best} and client {worst}")
+    who = f"client {best} and client {worst}" if len(run.runs) == 1 else "mean over seeds"
+    apart = _two(f"{scale.text(gap)} apart", who)
     return [
-        named(story, place),
-        _two(scale.text(float(client_acr(run).mean())), under),
+        _named_with_seeds(story, place),
+        _two(scale.text(mean_acr(run)), under),
         apart if len(run.clients) > 1 else "–",
         *(_with_limits(s) for s in shares),
         "not told" if run.told else _with_limits(abstained),
     ]
+
+
+def _named_with_seeds(story: Story, place: int) -> Markup:
+    """A regime's name, and its seeds where some row has several."""
+    name = named(story, place)
+    if len(story.trained) == len(story.runs):
+        return name
+    seeds = story.runs[place].runs
+    words = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(str(run.seed) for run in seeds)}"
+    return join([name, el("small", None, words)])
 
 
 def _with_limits(part: Share) -> Markup:
@@ -111,21 +132,35 @@ def _result_note(story: Story) -> str:
         "Certified accuracy at a radius: share of all certified test images that are classified "
         "correctly with at least that radius, with exact (Clopper-Pearson) 95 % limits over "
         "images. Average certified radius: mean over clients of radius × correct, with a 95 % "
-        "interval over images. The intervals speak of the choice of "
-        "test images, not of training again with another seed. Radii are rounded down."
+        f"interval over images. {_seeds_note(story)} Radii are rounded down."
     )
-    sizes = {int((r.certificates.client == c).sum()) for r in story.runs for c in r.clients}
+    sizes = {int((r.certificates.client == c).sum()) for r in story.trained for c in r.clients}
     if len(sizes) > 1:
         note += (
             " The clients hold different numbers of test images: certified accuracies in this "
             "table count every image once, the curves and average radii every client once."
         )
-    if any(_stops_early_on_wrong(run.conditions) for run in story.runs):
+    if any(_stops_early_on_wrong(run.conditions) for run in story.trained):
         note += (
             " Votes may have stopped early on images that were already seen to be classified "
             "wrongly; some of those count as abstained."
         )
     return note
+
+
+def _seeds_note(story: Story) -> str:
+    """What the intervals say of training again."""
+    if len(story.trained) == len(story.runs):
+        return (
+            "The intervals speak of the choice of test images, not of training again with another "
+            "seed."
+        )
+    return (
+        "A row of several seeds has their means, and its intervals contain the scatter between "
+        "seeds as well as that of images (Student's t with one degree of freedom less than "
+        "seeds, wide where these are few; then its accuracies have no exact limits). A row of one "
+        "seed has intervals over images alone."
+    )
 
 
 def _stops_early_on_wrong(facts: Mapping[str, Any]) -> bool:
@@ -154,21 +189,29 @@ def comparison_section(story: Story) -> Markup:
 
 
 def _difference_row(story: Story, pair: Difference) -> list[str]:
-    ahead = pair if pair.estimate >= 0 else pair.seen_from(pair.second)
+    ahead = pair.seen_from(pair.second) if pair.estimate < 0 else pair
     names = f"{story.runs[ahead.first].label} minus {story.runs[ahead.second].label}"
-    if not story.comparison.paired:
+    if not story.comparison.paired and ahead.stated:
         return [names, story.scale.down(ahead.estimate) + story.scale.suffix, ""]
     verdict = f"{story.runs[ahead.first].label} is ahead" if pair.shown else NO_DIFFERENCE
-    return [names, by_margin(ahead, story.scale), verdict]
+    return [names, by_margin(ahead, story.scale), verdict if pair.stated else "nothing"]
 
 
 def _paired_note(story: Story) -> str:
+    stated = [pair for pair in story.comparison.pairs.values() if pair.stated]
+    if not stated:
+        return (
+            "Regimes are compared within a seed, on the images that both runs of it certified; a "
+            "handful of images supports no statement."
+        )
+    seeds = range_of([pair.seeds for pair in stated])
+    within = f" within each seed ({seeds} seeds)" if len(story.trained) > len(story.runs) else ""
     note = (
-        f"Compared image by image on {story.comparison.images:,} test images; the 95 % intervals "
-        "hold for all rows together."
+        f"Compared image by image{within} on {range_of([pair.images for pair in stated])} test "
+        "images; the 95 % intervals hold for all rows together."
     )
     if not story.comparison.whole:
-        note += " Only images that every run certified are compared."
+        note += " Only images and seeds that both of two regimes have are compared."
     return note
 
 
@@ -190,7 +233,7 @@ def clients_section(story: Story) -> Markup:
             cells[int(client), place] = _two(story.scale.text(float(radius)), at_zero)
     places = range(len(story.runs))
     rows = [
-        [story.runs[0].name_of(c), *(cells.get((c, place), Markup("–")) for place in places)]
+        [_name_of(story, c), *(cells.get((c, place), Markup("–")) for place in places)]
         for c in clients
     ]
     head = ["Client", *(run.label for run in story.runs)]
@@ -201,6 +244,12 @@ def clients_section(story: Story) -> Markup:
         el("summary", None, "Every client's average certified radius"),
         table(caption, head, rows),
     )
+
+
+def _name_of(story: Story, client: int) -> str:
+    """A client's name; with several seeds its number alone, unless all seeds agree on a name."""
+    names = {run.name_of(client) for run in story.trained}
+    return names.pop() if len(names) == 1 else str(client)
 
 
 def training_section(story: Story) -> Markup:
@@ -229,7 +278,7 @@ def training_section(story: Story) -> Markup:
             el("p", {"class": "legend"}, *legend),
             el("div", {"class": "panels"}, *panels),
         ]
-    failed = [(run.label, left_out_words(run)) for run in story.runs]
+    failed = [(run.label, left_out_words(run)) for run in story.trained]
     warned = [
         el("p", {"class": "notice", "role": "note"}, f"{label}: {words}")
         for label, words in failed

@@ -8,10 +8,10 @@ from certifl.report.compare import Comparison
 from certifl.report.looks import Look, looks_of
 from certifl.report.markup import Markup, el
 from certifl.report.payload import MARKERS, dash_text
-from certifl.report.results import RunResults
+from certifl.report.results import Row, RunResults, flat
 from certifl.report.scale import RadiusScale
 
-__all__ = ["Story", "named", "swatch"]
+__all__ = ["Story", "named", "named_run", "swatch"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,12 +19,12 @@ class Story:
     """What all sections draw on.
 
     Attributes:
-        runs: in the order of the report.
+        runs: the rows of the page in the order of the report, each of one or several seeds.
         units: to show radii in, the first one first.
         comparison: of all runs, image by image.
     """
 
-    runs: tuple[RunResults, ...]
+    runs: tuple[Row, ...]
     units: tuple[RadiusScale, ...]
     comparison: Comparison
 
@@ -32,6 +32,15 @@ class Story:
     def scale(self) -> RadiusScale:
         """The unit of radii in text and tables."""
         return self.units[0]
+
+    @property
+    def trained(self) -> tuple[RunResults, ...]:
+        """Every run by itself: those of a row differ in their seed."""
+        return tuple(flat(self.runs))
+
+    def place_of(self, run: RunResults) -> int:
+        """The row in which a run stands."""
+        return next(at for at, row in enumerate(self.runs) if any(one is run for one in row.runs))
 
 
 def swatch(look: Look) -> Markup:
@@ -48,5 +57,14 @@ def swatch(look: Look) -> Markup:
 
 def named(story: Story, place: int) -> Markup:
     """A regime's name with its swatch."""
-    name = el("span", None, story.runs[place].label)
-    return el("span", {"class": "regime"}, swatch(looks_of(story.runs)[place]), name)
+    return _with_swatch(story, place, story.runs[place].label)
+
+
+def named_run(story: Story, run: RunResults) -> Markup:
+    """A run's name, with the swatch of its row."""
+    return _with_swatch(story, story.place_of(run), run.label)
+
+
+def _with_swatch(story: Story, place: int, label: str) -> Markup:
+    look = looks_of(story.runs)[place]
+    return el("span", {"class": "regime"}, swatch(look), el("span", None, label))

@@ -3,20 +3,22 @@
 Two averages appear and are named wherever they are shown. Curves and average certified radii
 count every CLIENT once, as the paper does; certified accuracies in tables count every IMAGE once,
 so that an exact binomial interval belongs to them. With equally many images per client the two
-agree.
+agree. A row of several seeds has the mean over its seeds, each seed counted once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from certifl.certification.settings import GRID_POINTS
-from certifl.report.results import RunResults
+from certifl.report.intervals import Sample, interval_over_seeds, too_few
+from certifl.report.results import Row, RunResults, flat
 from certifl.report.scale import RadiusScale
 from certifl.smoothing import curves
 from certifl.smoothing.bounds import clopper_pearson_lower, clopper_pearson_upper
@@ -26,19 +28,26 @@ __all__ = [
     "CONFIDENCE",
     "Share",
     "Votes",
+    "abstained_share",
     "accuracy_share",
     "client_acr",
     "client_curves",
     "gains",
+    "image_numbers",
     "largest_radius",
+    "mean_acr",
     "radius_grid",
     "selected_radii",
     "share",
+    "shares_over_seeds",
     "spread",
     "vote_cost",
 ]
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_CLIENT_STEP = 2**40
 
 CONFIDENCE = 0.95
 _FINE_ENOUGH = 20
@@ -93,23 +102,54 @@ def gains(run: RunResults) -> Floats:
     return np.where(certificates.correct, certificates.radius, 0.0)
 
 
-def client_acr(run: RunResults) -> Floats:
-    """(clients,) average certified radius of every client on its own test images."""
+def client_acr(row: Row) -> Floats:
+    """(clients,) average certified radius of every client on its own test images.
+
+    Over several seeds the mean of those in which the client has certificates.
+    """
+    return _over_seeds(row, _own_acr)
+
+
+def client_curves(row: Row, radii: Sequence[float] | Floats) -> Floats:
+    """(clients, radii) certified accuracy of every client on its own test images."""
+    return _over_seeds(row, lambda run: _own_curves(run, radii))
+
+
+def _own_acr(run: RunResults) -> Floats:
     return np.array(
         [run.certificates.of_client(c).average_certified_radius() for c in run.clients]
     )
 
 
-def client_curves(run: RunResults, radii: Sequence[float] | Floats) -> Floats:
-    """(clients, radii) certified accuracy of every client on its own test images."""
+def _own_curves(run: RunResults, radii: Sequence[float] | Floats) -> Floats:
     return np.stack([run.certificates.of_client(c).certified_accuracy(radii) for c in run.clients])
 
 
-def spread(run: RunResults) -> tuple[int, int, float]:
-    """The client with the largest and with the smallest average certified radius, and the gap."""
-    radii = client_acr(run)
+def _over_seeds(row: Row, value: Callable[[RunResults], Floats]) -> Floats:
+    """(clients, ...) mean over seeds of what each run gives for each of its clients."""
+    found = [(run.clients.tolist(), value(run)) for run in row.runs]
+    of_client = [
+        [values[clients.index(client)] for clients, values in found if client in clients]
+        for client in row.clients.tolist()
+    ]
+    return np.stack([np.mean(values, axis=0) for values in of_client])
+
+
+def mean_acr(row: Row) -> float:
+    """Mean over clients of the average certified radius, and over seeds."""
+    return float(np.mean([_own_acr(run).mean() for run in row.runs]))
+
+
+def spread(row: Row) -> tuple[int, int, float]:
+    """The client with the largest and with the smallest average certified radius, and the gap.
+
+    Over several seeds the gap is the mean of the seeds' own: with another seed another client is
+    the best, and averaging each client first would make clients more alike than they ever were.
+    """
+    radii = client_acr(row)
     best, worst = int(radii.argmax()), int(radii.argmin())
-    return int(run.clients[best]), int(run.clients[worst]), float(radii[best] - radii[worst])
+    gap = float(np.mean([np.ptp(_own_acr(run)) for run in row.runs]))
+    return int(row.clients[best]), int(row.clients[worst]), gap
 
 
 def share(count: int, images: int) -> Share:
@@ -120,14 +160,64 @@ def share(count: int, images: int) -> Share:
     return Share(count / images, low, high)
 
 
-def accuracy_share(run: RunResults, radius: float) -> Share:
+def shares_over_seeds(held: Sequence[NDArray[np.bool_]], images: Sequence[Ints]) -> Share:
+    """Mean over seeds of a share of images, with an interval over images and seeds.
+
+    Args:
+        held: of each seed, (its images,).
+        images: of each seed, which these are.
+    """
+    samples = [Sample.of([own], [which]) for own, which in zip(held, images, strict=True)]
+    if len(held) == 1:
+        return share(int(held[0].sum()), len(held[0]))
+    value = float(np.mean([own.mean() for own in held]))
+    if any(too_few([len(own)]) for own in held):
+        return Share(value, 0.0, 1.0)
+    low, high = interval_over_seeds(samples, 1.0 - CONFIDENCE, 1.0)
+    return Share(value, max(0.0, float(low[0])), min(1.0, float(high[0])))
+
+
+def accuracy_share(row: Row, radius: float) -> Share:
     """Certified accuracy at a radius over all images of all clients."""
-    held = run.certificates.correct & (run.certificates.radius >= radius)
-    return share(int(held.sum()), len(run.certificates))
+    held = [r.certificates.correct & (r.certificates.radius >= radius) for r in row.runs]
+    return shares_over_seeds(held, [image_numbers(run) for run in row.runs])
 
 
-def vote_cost(run: RunResults) -> Votes:
-    """Votes spent, and what a fixed number of votes on every image would have cost."""
+def abstained_share(row: Row) -> Share:
+    """Share of all images without a certificate."""
+    held = [run.certificates.abstained for run in row.runs]
+    return shares_over_seeds(held, [image_numbers(run) for run in row.runs])
+
+
+def image_numbers(run: RunResults) -> NDArray[Any]:
+    """(m,) equal numbers in two runs of one data set are the same image.
+
+    The index in the data, whichever client holds it; where two clients of a run have images of
+    the same index, each has data of its own, and the client belongs to the number.
+    """
+    certificates = run.certificates
+    index = certificates.index.astype(np.int64)
+    if len(np.unique(index)) == len(index):
+        return index
+    return (certificates.client.astype(np.int64) + 1) * _CLIENT_STEP + index
+
+
+def vote_cost(row: Row) -> Votes:
+    """Votes spent, and what a fixed number of votes on every image would have cost.
+
+    Of several seeds the sum, and votes per image over all of their images.
+    """
+    spent = [_vote_cost(run) for run in row.runs]
+    fixed = [one.fixed for one in spent if one.fixed is not None]
+    return Votes(
+        sum(one.estimation for one in spent),
+        sum(one.selection for one in spent),
+        sum(fixed) if len(fixed) == len(spent) else None,
+        sum(one.estimation for one in spent) / sum(len(run.certificates) for run in row.runs),
+    )
+
+
+def _vote_cost(run: RunResults) -> Votes:
     certificates, facts = run.certificates, run.conditions
     estimation = int(certificates.counts.sum())
     selection = int(certificates.selection_counts.sum())
@@ -137,8 +227,9 @@ def vote_cost(run: RunResults) -> Votes:
     return Votes(estimation, selection, fixed, estimation / len(certificates))
 
 
-def largest_radius(runs: Sequence[RunResults]) -> float:
+def largest_radius(rows: Sequence[Row]) -> float:
     """The end of the radius axis: what unanimous votes give, or the largest radius stored."""
+    runs = flat(rows)
     ends = [float(run.certificates.radius.max()) for run in runs]
     for run in runs:
         facts = run.conditions
@@ -151,25 +242,26 @@ def largest_radius(runs: Sequence[RunResults]) -> float:
     return end if end > 0 else float(runs[0].conditions["sigma"])
 
 
-def radius_grid(runs: Sequence[RunResults]) -> Floats:
+def radius_grid(rows: Sequence[Row]) -> Floats:
     """Radii for curves, in the stored unit, from 0 up.
 
     The radii the votes were spent for: those the runs name, if they are enough for a curve, or the
     even grid that certification takes by default. Between two radii of that grid a certificate may
     be smaller than more votes would have made it.
     """
+    runs = flat(rows)
     named = [run.conditions.get("radii") for run in runs]
     if all(isinstance(radii, list) and len(radii) >= _FINE_ENOUGH for radii in named):
         return np.unique(np.concatenate([[0.0], *[np.asarray(r, float) for r in named]]))
     return curves.even_grid(largest_radius(runs), GRID_POINTS)
 
 
-def selected_radii(runs: Sequence[RunResults], scale: RadiusScale) -> list[tuple[str, float]]:
+def selected_radii(rows: Sequence[Row], scale: RadiusScale) -> list[tuple[str, float]]:
     """A few round radii for tables: (text in the shown unit, radius in the stored unit).
 
     They start at 0 and end at the largest round radius that some correct image reaches.
     """
-    reached = scale.shown(max(float(gains(run).max()) for run in runs))
+    reached = scale.shown(max(float(gains(run).max()) for run in flat(rows)))
     chosen = [(scale.threshold(0.0), 0.0)]
     if reached <= 0:
         return chosen

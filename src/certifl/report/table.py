@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ from certifl.report.compare import own_interval
 from certifl.report.history import left_out_words
 from certifl.report.own import noise_words, plain_rows
 from certifl.report.privacy import privacy_words
-from certifl.report.results import RunResults, apart, load_runs
+from certifl.report.results import Row, RunResults, apart, by_seed, load_runs
 from certifl.report.scale import scales
 from certifl.report.summary import (
+    abstained_share,
     accuracy_share,
-    client_acr,
     largest_radius,
+    mean_acr,
     selected_radii,
     spread,
     vote_cost,
@@ -26,7 +27,10 @@ __all__ = ["summary_rows"]
 
 
 def summary_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]]:
-    """One row per run, the same numbers as on the page.
+    """One row per algorithm and setting, the same numbers as on the page.
+
+    Runs that differ in their seed alone are one row: means over the seeds, with intervals that
+    contain the scatter between them.
 
     Where clients certify perturbations of their own, one row per perturbation and run.
 
@@ -34,13 +38,13 @@ def summary_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]
         runs: run folders, or runs that were read before.
 
     Returns:
-        Per run: `regime`, `label`, `images`, `clients`; `acr` (mean over clients, stored unit)
-        with `acr_low`, `acr_high` (95 % over images, None with too few), and all three as
-        `..._text` in the shown unit, rounded down and the interval outward; `spread` between best
-        and worst client and `spread_text`; `accuracy`, a list of {`radius`, `radius_text`,
-        `value`, `text`, `low`, `high`} with exact 95 % limits; `abstained` (None where not
-        told); `votes_per_image`; `votes_saved` relative to a fixed number (None if not
-        recorded); `left_out`, which clients
+        Per row: `regime`, `label`, `seeds` (of its runs), `images`, `clients`; `acr` (mean over
+        clients, stored unit) with `acr_low`, `acr_high` (95 % over images and seeds, None with too
+        few), and all three as `..._text` in the shown unit, rounded down and the interval outward;
+        `spread` between best and worst client and `spread_text`; `accuracy`, a list of {`radius`,
+        `radius_text`, `value`, `text`, `low`, `high`} with 95 % limits, exact for one seed;
+        `abstained` (None where not reported); `votes_per_image`; `votes_saved` relative to a fixed
+        number (None if not recorded); `left_out`, which clients
         failed in training, in words (None if none did); `privacy`, what training spent of it, in
         words (None without privacy). Where clients certify perturbations of
         their own, `perturbation`, in words, and `of_clients`, who certifies it, else None.
@@ -52,23 +56,24 @@ def summary_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]
         StoreError: a run that is damaged.
     """
     groups = apart(load_runs(runs))
-    return [row for group in groups for row in _rows(group, len(groups) > 1)]
+    return [row for group in groups for row in _rows(by_seed(group), len(groups) > 1)]
 
 
-def _rows(loaded: Sequence[RunResults], own: bool) -> list[dict[str, Any]]:
+def _rows(loaded: Sequence[Row], own: bool) -> list[dict[str, Any]]:
     """Rows about the clients that certify one perturbation."""
     scale = scales(loaded[0].conditions, largest_radius(loaded))[0]
     radii = selected_radii(loaded, scale)
     rows = []
     for run in loaded:
-        acr, gap, votes = float(client_acr(run).mean()), spread(run)[2], vote_cost(run)
+        acr, gap, votes = mean_acr(run), spread(run)[2], vote_cost(run)
         low, high = own_interval(run) or (None, None)
         shares = [(text, radius, accuracy_share(run, radius)) for text, radius in radii]
         rows.append(
             {
                 "regime": run.regime,
                 "label": run.label,
-                "images": len(run.certificates),
+                "seeds": [one.seed for one in run.runs],
+                "images": sum(len(one.certificates) for one in run.runs),
                 "clients": len(run.clients),
                 "acr": acr,
                 "acr_low": low,
@@ -89,11 +94,11 @@ def _rows(loaded: Sequence[RunResults], own: bool) -> list[dict[str, Any]]:
                     }
                     for text, radius, s in shares
                 ],
-                "abstained": None if run.told else float(run.certificates.abstained.mean()),
+                "abstained": None if run.told else abstained_share(run).value,
                 "votes_per_image": votes.per_image,
                 "votes_saved": votes.saved,
-                "left_out": left_out_words(run),
-                "privacy": privacy_words(run),
+                "left_out": _of_runs(run, left_out_words),
+                "privacy": _of_runs(run, privacy_words),
                 "perturbation": noise_words(loaded) if own else None,
                 "of_clients": run.clients.tolist() if own else None,
                 "plain": [
@@ -103,3 +108,12 @@ def _rows(loaded: Sequence[RunResults], own: bool) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _of_runs(row: Row, words: Callable[[RunResults], str | None]) -> str | None:
+    """What is to say of the runs of a row; of several seeds, which one it is said of."""
+    found = [(run.seed, words(run)) for run in row.runs]
+    told = [(seed, said) for seed, said in found if said is not None]
+    if len({said for _, said in told}) <= 1 and len(told) in (0, len(found)):
+        return told[0][1] if told else None
+    return "; ".join(f"seed {seed}: {said}" for seed, said in told)

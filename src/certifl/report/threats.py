@@ -9,7 +9,7 @@ from certifl.errors import StoreError
 from certifl.report.background import count_text
 from certifl.report.markup import Markup, el, join, table
 from certifl.report.results import RunResults
-from certifl.report.story import Story, named
+from certifl.report.story import Story, named_run
 from certifl.report.words import percent
 from certifl.store.atomic import read_json
 
@@ -26,8 +26,8 @@ def threats_section(story: Story) -> Markup:
     Raises:
         StoreError: a run's record of attacks is damaged.
     """
-    found = [(place, _record(run)) for place, run in enumerate(story.runs)]
-    known = [(place, record) for place, record in found if record is not None]
+    found = [(run, _record(run)) for run in story.trained]
+    known = [(run, record) for run, record in found if record is not None]
     if not known:
         return Markup()
     try:
@@ -39,15 +39,15 @@ def threats_section(story: Story) -> Markup:
         ) from error
 
 
-def _section(story: Story, known: Sequence[tuple[int, Mapping[str, Any]]]) -> Markup:
+def _section(story: Story, known: Sequence[tuple[RunResults, Mapping[str, Any]]]) -> Markup:
     head = ["Regime", "Class changed inside", "Certified correct", "Predicted correct"]
     head += ["Deformed first, at random", "Deformed first, worst", "Changed by it"]
-    rows = [_row(story, place, record) for place, record in known]
+    rows = [_row(story, run, record) for run, record in known]
     return el(
         "section",
         {"id": "threats"},
         el("h2", None, "Under attack"),
-        *_warnings(story, known),
+        *_warnings(known),
         el("p", None, _what(story, [record for _, record in known])),
         table("Attacks on certified images, and accuracy on deformed ones", head, rows),
         el("p", {"class": "note"}, _how([record for _, record in known])),
@@ -72,14 +72,14 @@ def _record(run: RunResults) -> Mapping[str, Any] | None:
     return {**record, **fitting[0]} if fitting else None
 
 
-def _row(story: Story, place: int, record: Mapping[str, Any]) -> list[str]:
+def _row(story: Story, run: RunResults, record: Mapping[str, Any]) -> list[str]:
     inside, beyond = record["parameters"], record["deformed_first"]
     changes = _two(
         f"{len(inside['violations'])} of {inside['images']}",
         f"{count_text(inside['deltas'])} parameters tried",
     )
     return [
-        named(story, place),
+        named_run(story, run),
         changes,
         percent(beyond["certified"]),
         percent(beyond["clean"]),
@@ -93,10 +93,10 @@ def _two(first: str, second: str) -> Markup:
     return join([el("b", None, first), el("small", None, second)])
 
 
-def _warnings(story: Story, known: Sequence[tuple[int, Mapping[str, Any]]]) -> list[Markup]:
+def _warnings(known: Sequence[tuple[RunResults, Mapping[str, Any]]]) -> list[Markup]:
     """Every image whose class changed where a certificate said that it does not."""
     warnings = []
-    for place, record in known:
+    for run, record in known:
         cases = record["parameters"]["violations"]
         if cases:
             named_ones = ", ".join(
@@ -104,7 +104,7 @@ def _warnings(story: Story, known: Sequence[tuple[int, Mapping[str, Any]]]) -> l
             )
             more = f" and {len(cases) - _MOST_NAMED} more" if len(cases) > _MOST_NAMED else ""
             text = (
-                f"{story.runs[place].label}: the attack found another class inside the certified "
+                f"{run.label}: the attack found another class inside the certified "
                 f"radius of {named_ones}{more}. These certificates are wrong."
             )
             warnings.append(el("p", {"class": "notice", "role": "note"}, text))

@@ -18,7 +18,7 @@ from certifl.report.claims.render import (
 from certifl.report.claims.rules import NOT_SUPPORTED, NOT_TESTED, SUPPORTED, UNDECIDED
 from certifl.report.claims.testing import ClaimResult, Report, check_runs
 from certifl.report.markup import Markup, el, join, table
-from certifl.report.results import RunResults
+from certifl.report.results import Row, flat
 
 __all__ = ["verdicts_section"]
 
@@ -27,12 +27,13 @@ _KINDS = {SUPPORTED: "held", NOT_SUPPORTED: "refuted", UNDECIDED: "open"}
 _WIDTH, _LINE, _MOST_LINES = 150.0, 9.0, 12
 
 
-def verdicts_section(runs: Sequence[RunResults]) -> Markup:
+def verdicts_section(rows: Sequence[Row]) -> Markup:
     """The claims that these runs can be held against; nothing where there are none.
 
     A claim is shown as soon as one comparison of it could be made. What of it was not tested is
     said beside its verdict.
     """
+    runs = flat(rows)
     if len(runs) < 2 or any(run.told or has_own_perturbations(run) for run in runs):
         return Markup()
     try:
@@ -43,8 +44,8 @@ def verdicts_section(runs: Sequence[RunResults]) -> Markup:
     tested = [result for result in report.results if result.verdict != NOT_TESTED]
     if not tested:
         return Markup()
-    rows = {row["claim"]: row for row in claim_rows(report)}
-    cards = [_card(one, rows[one.claim.name]) for one in tested]
+    told = {row["claim"]: row for row in claim_rows(report)}
+    cards = [_card(one, told[one.claim.name]) for one in tested]
     known = el("ul", {"class": "limits"}, *(el("li", None, line) for line in explanation(report)))
     behind = el("details", None, el("summary", None, "What the numbers mean"), known)
     return _section([el("p", None, _summary(report, tested)), *cards, behind])
@@ -70,7 +71,9 @@ def _card(result: ClaimResult, row: Mapping[str, Any]) -> Markup:
     claim, verdict = result.claim, result.verdict
     badge = el("span", {"class": f"badge {_KINDS[verdict]}"}, f"{_SIGNS[verdict]} {verdict}")
     numbers = el("b", None, f"{row['effect']} points" if row["effect"] else "no number")
-    many = f"{len(result.judged)} comparisons, " if len(result.judged) > 1 else ""
+    count, decide = len(result.judged), row["deciding"]
+    many = f"{count} comparisons, " if count == decide else f"{decide} of {count} comparisons, "
+    many = many if count > 1 else ""
     ends = el("small", None, f"{many}95 %: {row['interval']}" if row["interval"] else "")
     head = el(
         "summary",

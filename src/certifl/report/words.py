@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from certifl.report.compare import Comparison, Difference, standing
-from certifl.report.results import RunResults
+from certifl.report.compare import Comparison, Difference, Standing, ranking, standing
+from certifl.report.results import Row
 from certifl.report.scale import RadiusScale
-from certifl.report.summary import accuracy_share, client_acr, spread
+from certifl.report.summary import accuracy_share, mean_acr, spread
 
 __all__ = [
     "NOT_PAIRED",
@@ -21,8 +21,10 @@ __all__ = [
     "headline",
     "listed",
     "percent",
+    "range_of",
     "recommendations",
     "tenths",
+    "why_clients_are_open",
 ]
 
 NO_DIFFERENCE = "no difference shown"
@@ -46,6 +48,7 @@ class Recommendation:
         acr: the leader's average certified radius.
         margin: leader minus the next best run.
         alone: leader minus training alone; None where that was not run or leads itself.
+        why: why there is no recommendation; empty where there is one.
     """
 
     client: int
@@ -55,13 +58,14 @@ class Recommendation:
     acr: float
     margin: Difference | None
     alone: Difference | None
+    why: str = ""
 
 
-def recommendations(runs: Sequence[RunResults], comparison: Comparison) -> list[Recommendation]:
+def recommendations(runs: Sequence[Row], comparison: Comparison) -> list[Recommendation]:
     """One recommendation per client, from its own test images alone."""
     local = next((i for i, run in enumerate(runs) if run.regime == "local"), None)
     found = []
-    for part in comparison.clients:
+    for part in comparison.clients if len(runs) > 1 else ():
         place = standing(part.acr, part.pairs)
         alone = None
         if local is not None and local != place.best:
@@ -76,21 +80,26 @@ def recommendations(runs: Sequence[RunResults], comparison: Comparison) -> list[
                 part.acr[place.best],
                 place.margin,
                 alone,
+                "" if place.margin else next(iter(part.pairs.values())).why,
             )
         )
     return found
 
 
 def grouped(found: Sequence[Recommendation]) -> list[tuple[tuple[int, ...], list[int]]]:
-    """Clients with one answer: (runs that cannot be told apart, clients), most clients first."""
+    """Clients with one answer: (regimes that cannot be told apart, clients), most clients first.
+
+    Clients without a recommendation are a group without regimes.
+    """
     groups: dict[tuple[int, ...], list[int]] = {}
     for one in found:
-        groups.setdefault(tuple(sorted((one.best, *one.tied))), []).append(one.client)
+        places = () if one.why else tuple(sorted((one.best, *one.tied)))
+        groups.setdefault(places, []).append(one.client)
     return sorted(groups.items(), key=lambda item: (-len(item[1]), len(item[0]), item[0]))
 
 
 def headline(
-    runs: Sequence[RunResults], comparison: Comparison, scale: RadiusScale
+    runs: Sequence[Row], comparison: Comparison, scale: RadiusScale
 ) -> tuple[str, list[str]]:
     """The finding in one sentence, and the sentences that support it."""
     if not comparison.paired:
@@ -98,55 +107,130 @@ def headline(
     return _one_run(runs[0], scale) if len(runs) == 1 else _several(runs, comparison, scale)
 
 
-def _one_run(run: RunResults, scale: RadiusScale) -> tuple[str, list[str]]:
+def _one_run(run: Row, scale: RadiusScale) -> tuple[str, list[str]]:
     at_zero = accuracy_share(run, 0.0)
-    radius = scale.text(float(client_acr(run).mean()))
+    radius = scale.text(mean_acr(run))
     best, worst, gap = spread(run)
     finding = f"{run.label} certifies {percent(at_zero.value)} of the test images correctly"
+    over = f"{len(run.clients)} {'clients' if len(run.clients) > 1 else 'client'}"
+    seeds = len(run.runs)
     support = [
-        f"The average certified radius is {radius}, the mean over "
-        f"{len(run.clients)} {'clients' if len(run.clients) > 1 else 'client'}."
+        f"The average certified radius is {radius}, the mean over {over}"
+        f"{f' and {seeds} seeds' if seeds > 1 else ''}."
     ]
     if len(run.clients) > 1:
-        support.append(
-            f"Between the best client ({best}) and the worst ({worst}) lie {scale.text(gap)}."
-        )
+        ends = (" and the worst", "") if seeds > 1 else (f" ({best}) and the worst", f" ({worst})")
+        support.append(f"Between the best client{ends[0]}{ends[1]} lie {scale.text(gap)}.")
     return f"{finding}.", support
 
 
 def _several(
-    runs: Sequence[RunResults], comparison: Comparison, scale: RadiusScale
+    runs: Sequence[Row], comparison: Comparison, scale: RadiusScale
 ) -> tuple[str, list[str]]:
     place = standing(comparison.acr, comparison.pairs)
-    best = runs[place.best].label
-    radius = scale.text(comparison.acr[place.best])
-    behind = [i for i in _by_acr(comparison) if i not in (place.best, *place.tied)]
-    if not behind:
-        low, high = min(comparison.acr), max(comparison.acr)
-        finding = f"No difference shown between {listed([run.label for run in runs])}."
-        support = [f"Their average certified radii lie between {scale.text(low)} and {radius}."]
-        return finding, support if high > low else [f"All have {radius}."]
+    if place.margin is None:
+        return _not_compared(runs, comparison)
+    ranked = ranking(comparison.acr, comparison.pairs)
+    stated = [i for i in ranked if i not in place.unknown]
+    behind = [i for i in stated if i not in (place.best, *place.tied)]
+    finding, support = _finding(runs, comparison, scale, place)
+    if behind:
+        support = [_lead(runs, comparison, scale, place.best, behind), _brackets(comparison)]
+    return finding, [*support, *_left_apart(runs, comparison, place)]
+
+
+def _finding(
+    runs: Sequence[Row], comparison: Comparison, scale: RadiusScale, place: Standing
+) -> tuple[str, list[str]]:
+    """Who leads; where nobody does, between which values the radii lie."""
+    labels = [run.label for run in runs]
+    best, radius = labels[place.best], scale.text(comparison.acr[place.best])
+    among = "Of those compared, " if place.unknown else ""
+    if len(place.tied) + len(place.unknown) == len(runs) - 1:
+        level = sorted((place.best, *place.tied))
+        low, high = (end(comparison.acr[i] for i in level) for end in (min, max))
+        finding = f"No difference shown between {listed([labels[i] for i in level])}."
+        between = f"lie between {scale.text(low)} and {scale.text(high)}"
+        said = f"Their average certified radii {between}." if high > low else f"All have {radius}."
+        return finding, [said]
     if place.tied:
-        tied = listed([runs[i].label for i in place.tied])
-        finding = (
-            f"{best} has the largest average certified radius, {radius}; "
-            f"{NO_DIFFERENCE} from {tied}."
-        )
+        tied = listed([labels[i] for i in place.tied])
+        said = f"has the largest average certified radius, {radius}; {NO_DIFFERENCE} from {tied}."
     else:
-        finding = f"{best} gives the largest average certified radius: {radius}."
+        said = f"gives the largest average certified radius: {radius}."
+    return f"{among}{best} {said}", []
+
+
+def _lead(
+    runs: Sequence[Row], comparison: Comparison, scale: RadiusScale, best: int, behind: list[int]
+) -> str:
+    """How far the leader is ahead of those that the images show to be behind."""
     ahead = [
-        f"{by_margin(_from(comparison, place.best, i), scale)} ahead of {runs[i].label}"
+        f"{by_margin(_from(comparison, best, i), scale)} ahead of {runs[i].label}"
         for i in behind[:_MOST_NAMED]
     ]
     if len(behind) > _MOST_NAMED:
         ahead.append(f"further ahead of the other {len(behind) - _MOST_NAMED}")
-    brackets = "In brackets: 95 % intervals over test images"
+    return f"It is {listed(ahead)}."
+
+
+def _brackets(comparison: Comparison) -> str:
+    seeds = any(pair.seeds > 1 for pair in comparison.pairs.values())
+    over = "test images and seeds" if seeds else "test images"
     together = ", wide enough for all comparisons at once" if len(comparison.pairs) > 1 else ""
-    return finding, [f"It is {listed(ahead)}.", f"{brackets}{together}."]
+    return f"In brackets: 95 % intervals over {over}{together}."
+
+
+def _left_apart(runs: Sequence[Row], comparison: Comparison, place: Standing) -> list[str]:
+    """Which regimes the leader is not compared with, and why."""
+    best = runs[place.best].label
+    return [
+        f"{runs[i].label} is not compared with {best}: {_from(comparison, place.best, i).why}."
+        for i in place.unknown
+    ]
+
+
+def _not_compared(runs: Sequence[Row], comparison: Comparison) -> tuple[str, list[str]]:
+    """That no difference and no leader is stated, and why."""
+    whys = list(dict.fromkeys(pair.why for pair in comparison.pairs.values()))
+    names = listed([run.label for run in runs])
+    none = "No two of " if len(runs) > 2 else ""
+    finding = f"{none}{names} are {'' if none else 'not '}compared: {'; '.join(whys)}."
+    return finding, ["So no radius, difference or recommendation is stated here."]
+
+
+def why_clients_are_open(
+    runs: Sequence[Row], comparison: Comparison, found: Sequence[Recommendation]
+) -> str | None:
+    """Why the mean shows a difference that single clients do not; None where none is open.
+
+    A reader who sees "ahead" above and "no difference shown" below takes one of them for wrong.
+    """
+    if not found or not comparison.paired:
+        return None
+    place = standing(comparison.acr, comparison.pairs)
+    ahead = [i for i in range(len(runs)) if i not in (place.best, *place.tied, *place.unknown)]
+    both = [one for one in found if not one.why and place.best in (one.best, *one.tied)]
+    still = [one for one in both if any(i in (one.best, *one.tied) for i in ahead)]
+    if not still:
+        return None
+    images = range_of([one.images for one in still])
+    return (
+        f"{runs[place.best].label} is ahead of {listed([runs[i].label for i in ahead])} on "
+        f"average over all clients, and yet {NO_DIFFERENCE} is what {len(still)} of {len(found)} "
+        f"clients see of them: a client has {images} test images of its own, the mean over "
+        f"clients rests on {comparison.images:,}, and fewer images tell only larger differences."
+    )
+
+
+def range_of(counts: Sequence[int]) -> str:
+    """Smallest to largest count."""
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _side_by_side(
-    runs: Sequence[RunResults], comparison: Comparison, scale: RadiusScale
+    runs: Sequence[Row], comparison: Comparison, scale: RadiusScale
 ) -> tuple[str, list[str]]:
     """Average radii of regimes that cannot be told apart image by image."""
     order = _by_acr(comparison)
@@ -165,6 +249,8 @@ def _from(comparison: Comparison, run: int, other: int) -> Difference:
 
 def by_margin(difference: Difference, scale: RadiusScale) -> str:
     """A difference with its interval; the estimate is rounded down, the interval outward."""
+    if not difference.stated:
+        return f"not stated: {difference.why}"
     if not (difference.low > -float("inf") and difference.high < float("inf")):
         return f"{scale.down(difference.estimate)}{scale.suffix} (too few images for an interval)"
     interval = scale.interval(difference.low, difference.high)

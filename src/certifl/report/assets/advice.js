@@ -9,11 +9,12 @@ parts.push((data) => {
   const listed = (names) => names.length === 1 ? names[0] : `${names.slice(0, -1).join(", ")} and ${names[names.length - 1]}`;
 
   function advise(client, least) {
+    if (client.why) return { client, reach: [], tied: [], why: client.why };
     const reach = client.order.filter((place) => client.accuracy[place][0] >= least - 1e-9);
     const best = reach[0];
     if (best === undefined) return { client, reach };
     const pair = (other) => client.pairs[`${best}-${other}`];
-    const tied = reach.slice(1).filter((place) => !pair(place)[1]).sort((a, b) => a - b);
+    const tied = reach.slice(1).filter((place) => pair(place)[1] === 0).sort((a, b) => a - b);
     const alone = advice.local === null || advice.local === best ? undefined : pair(advice.local);
     const sure = client.accuracy[best][1] >= least - 1e-9;
     return { client, reach, best, tied, sure, next: reach.length > 1 ? pair(reach[1]) : undefined, alone };
@@ -33,8 +34,8 @@ parts.push((data) => {
   function groups(found) {
     const answers = new Map();
     for (const one of found) {
-      const places = one.best === undefined ? [] : [one.best, ...one.tied].sort((a, b) => a - b), key = places.join();
-      if (!answers.has(key)) answers.set(key, { places, numbers: [] });
+      const places = one.best === undefined ? [] : [one.best, ...one.tied].sort((a, b) => a - b), key = one.why ? "few" : places.join();
+      if (!answers.has(key)) answers.set(key, { places, numbers: [], few: Boolean(one.why) });
       answers.get(key).numbers.push(one.client.client);
     }
     const before = (a, b) => { const at = a.findIndex((place, i) => place !== b[i]); return at < 0 ? 0 : a[at] - b[at]; };
@@ -44,8 +45,14 @@ parts.push((data) => {
   function showGroups(found) {
     const list = document.getElementById("advice"), answers = groups(found);
     list.replaceChildren();
-    for (const { places, numbers } of answers.slice(0, advice.most)) {
-      const item = put(list, "li"), choice = put(item, "span", undefined, "choice");
+    for (const { places, numbers, few } of answers.slice(0, advice.most)) {
+      const item = put(list, "li");
+      if (few) {
+        put(item, "span", advice.few, "verdict");
+        put(item, "span", clients(numbers), "who");
+        continue;
+      }
+      const choice = put(item, "span", undefined, "choice");
       choice.append(...places.map(regime));
       if (!places.length) choice.textContent = "No regime reaches this accuracy";
       if (places.length > 1) put(item, "span", advice.none, "verdict");
@@ -58,12 +65,12 @@ parts.push((data) => {
     put(item, "span", clients(rest), "who");
   }
 
-  function showRow(row, { client, best, tied, sure, next, alone }, least) {
+  function showRow(row, { client, best, tied, sure, next, alone, why }, least) {
     const [images, choice, radius, accuracy, ahead, over] = row.querySelectorAll("td");
     images.textContent = client.images;
     if (best === undefined) {
       const top = client.accuracy.reduce((a, b) => b[0] > a[0] ? b : a);
-      choice.textContent = `none: the best reaches ${top[3]}`;
+      choice.textContent = why ? `none: ${why}` : `none: the best reaches ${top[3]}`;
       for (const cell of [radius, accuracy, ahead, over]) cell.textContent = "–";
       return;
     }

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["change_words", "interval_words", "point_words", "range_words"]
+__all__ = ["TOO_FEW", "change_words", "interval_words", "point_words", "range_words"]
+
+
+TOO_FEW = "too few images for an interval"
 
 
 def change_words(share: float) -> str:
@@ -20,7 +23,9 @@ def point_words(share: float, upward: bool) -> str:
 
 
 def interval_words(ends: tuple[float, float]) -> str:
-    """An interval in points, rounded outward."""
+    """An interval in points, rounded outward; why there is none where it has no end."""
+    if not math.isfinite(ends[1] - ends[0]):
+        return TOO_FEW
     return f"{_end(ends[0], upward=False)} to {_end(ends[1], upward=True)}"
 
 
@@ -33,8 +38,6 @@ def range_words(values: Sequence[int]) -> str:
 
 
 def _end(share: float, upward: bool) -> str:
-    if math.isinf(share):
-        return "−∞" if share < 0 else "∞"
     return f"{_tenths(share, upward) / 10 + 0.0:+.1f}"
 
 

@@ -9,13 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from certifl.errors import InputError
-from certifl.report.claims.numbers import change_words, interval_words, range_words
+from certifl.report.claims.numbers import (
+    TOO_FEW,
+    change_words,
+    interval_words,
+    point_words,
+    range_words,
+)
 from certifl.report.claims.rules import (
     NOT_SUPPORTED,
     NOT_TESTED,
     SUPPORTED,
-    TOO_FEW,
     UNDECIDED,
+    Beyond,
+    some,
 )
 from certifl.report.claims.testing import ClaimResult, Report, Tested
 from certifl.report.words import listed
@@ -27,6 +34,7 @@ __all__ = [
     "as_markdown",
     "claim_rows",
     "comparison_row",
+    "deciding",
     "explanation",
     "verdict_words",
     "write_claims",
@@ -75,15 +83,27 @@ def claim_rows(report: Report) -> list[dict[str, Any]]:
             "claim": result.claim.name,
             "sentence": result.claim.sentence,
             "verdict": result.verdict,
-            "effect": _estimates(result.judged),
-            "interval": _hull(result.judged),
+            "effect": _estimates(deciding(result)),
+            "interval": _hull(deciding(result)),
             "comparisons": len(result.judged),
+            "deciding": len(deciding(result)),
             "images": range_words([t.finding.effect.images for t in result.judged]),
             "clients": _clients(result.judged),
             "words": verdict_words(result),
         }
         for result in report.results
     ]
+
+
+def deciding(result: ClaimResult) -> tuple[Tested, ...]:
+    """The comparisons on which a verdict rests.
+
+    Of a claim that something can happen the supported ones: the intervals of the others may reach
+    far below what is claimed, and shown together with them would seem to contradict the verdict.
+    """
+    if result.claim.across is some and result.verdict == SUPPORTED:
+        return tuple(t for t in result.judged if t.judged and t.judged.verdict == SUPPORTED)
+    return result.judged
 
 
 def explanation(report: Report) -> list[str]:
@@ -99,7 +119,8 @@ def explanation(report: Report) -> list[str]:
     return [
         "1 point is 1 % of the largest possible radius for ACR (the mean of the certified "
         "accuracy over all radii), and 1 % of the images for a certified accuracy.",
-        f"Intervals: 95 %, paired over images within clients ({report.draws:,} draws), wide "
+        "Intervals: 95 %, Student's t, paired over images within clients, no narrower than what "
+        f"images that were not met could hide (spreads: {report.draws:,} draws of images), wide "
         "enough for all judged comparisons of one claim at once; claims are not corrected for "
         "each other. A comparison that is told, not judged, has its own 95 % interval, marked "
         "(alone).",
@@ -117,11 +138,28 @@ def verdict_words(result: ClaimResult) -> str:
         sentence = f"{result.verdict.capitalize()}: {_one(judged[0])}."
     else:
         sentence = f"{result.verdict.capitalize()}: {_several(judged)}."
+    sentence += _threshold_words(result)
     if result.claim.telling:
         sentence += _told(judged)
     if result.partly:
         sentence += f" Not all of the claim was tested. {_missing_words(result)}"
     return sentence
+
+
+def _threshold_words(result: ClaimResult) -> str:
+    """What a claim about a threshold rests on: the whole interval, not the estimate."""
+    rule, found = result.claim.judged_by, deciding(result)
+    if not isinstance(rule, Beyond) or result.verdict != SUPPORTED or not found:
+        return ""
+    limit, enough = point_words(rule.threshold, upward=True), "this" if len(found) == 1 else "one"
+    told = (
+        f" In {len(found)} of {len(result.judged)} comparisons the whole interval lies above "
+        f"{limit} ({_hull(found)}): not the estimate but the lower limit was tested. The claim is "
+        f"that it can happen, so {enough} is enough"
+    )
+    others = [tested for tested in result.judged if tested not in found]
+    smaller = f"; elsewhere the interval contains smaller values too ({_hull(others)})"
+    return f"{told}{smaller if others else ''}."
 
 
 def _one(tested: Tested) -> str:

@@ -1,10 +1,9 @@
-"""Test images drawn again: what another choice of images would have done to each client's mean.
+"""What is compared on a study's images, and clients' means on images drawn again.
 
-Images are drawn with replacement within every client, and runs that certified the same images get
-the SAME draw, so a difference between two runs is paired image by image. Draws of another number
-of clients or of another seed are independent; where two such runs share images all the same, their
-differences usually go up and down together, and the change from one to the other varies less than
-the draws say. Its interval is then too wide; if they went opposite ways it would be too narrow.
+Means and their differences have intervals of `report.intervals`. What the best and the worst
+client are is no mean, so spreads take images drawn again: with replacement within every client,
+and the SAME draw for runs that certified the same images, so that a difference between two runs is
+paired image by image.
 
 A client with m images gives m - 1 of them to each draw, which makes the variance of a stratum's
 mean unbiased where m draws would make it too small by the factor (m - 1) / m.
@@ -23,7 +22,8 @@ from numpy.typing import NDArray
 
 from certifl.report.claims.facts import StudyRun
 from certifl.report.claims.radii import largest_radius
-from certifl.report.intervals import even_images, unlike_images
+from certifl.report.intervals import Sample, too_few
+from certifl.report.summary import image_numbers
 from certifl.streams import numpy_generator
 
 __all__ = ["DRAWS", "Layout", "Sampled", "Sampler", "drawn_means", "layout_of"]
@@ -34,10 +34,8 @@ Ints = NDArray[np.int64]
 DRAWS = 10_000
 _DRAWS_AT_ONCE = 2_000
 _SEED = 0
-_FEWEST_IMAGES = 10
-_FEWEST_OF_A_CLIENT = 2
-# Images beyond one of each client. With fewer the tails of the draws are too short: intervals for
-# several comparisons at once miss more than twice as often as they say (docs/claims.md).
+# Images beyond one of each client. A claim makes several comparisons at once, at levels so strict
+# that fewer images have too little scatter too often (docs/claims.md).
 _FEWEST_BEYOND = 30
 
 
@@ -62,14 +60,9 @@ class Layout:
         return sum(self.sizes)
 
     @property
-    def effective(self) -> float:
-        """As many images, spread evenly over the clients, would bound the mean as well."""
-        return even_images(self.sizes)
-
-    @property
     def enough(self) -> bool:
         """Whether the images can say anything: ten at least, and two of every client."""
-        return self.total >= _FEWEST_IMAGES and min(self.sizes) >= _FEWEST_OF_A_CLIENT
+        return not too_few(self.sizes)
 
     @property
     def enough_for_intervals(self) -> bool:
@@ -131,7 +124,7 @@ def drawn_means(values: Floats, draws: int, *ids: int) -> Floats:
     return np.concatenate([w @ values for w in _weights(stream, len(values), draws)])
 
 
-def _split(values: Floats, layout: Layout) -> list[Floats]:
+def _split(values: NDArray[Any], layout: Layout) -> list[NDArray[Any]]:
     return np.split(values, np.cumsum(layout.sizes)[:-1])
 
 
@@ -150,7 +143,6 @@ class Sampler:
         for run in runs:
             self._together.setdefault(self._layouts[id(run)], []).append(run)
         self._acr: dict[int, Sampled] = {}
-        self._accuracy: dict[int, Sampled] = {}
 
     def layout(self, run: StudyRun) -> Layout:
         """Which images a run certified."""
@@ -168,47 +160,46 @@ class Sampler:
         self._draw(run)
         return self._acr[id(run)]
 
-    def accuracy(self, run: StudyRun) -> Sampled:
-        """Certified accuracy at radius 0."""
-        self._draw(run)
-        return self._accuracy[id(run)]
+    def gains(self, first: StudyRun, second: StudyRun) -> Sample:
+        """Radius times correct of one run minus that of another, in shares of the largest."""
+        return self._sample(first, _gain(first) - _gain(second))
 
-    def curves(self, run: StudyRun, shares: Floats) -> tuple[Layout, list[Floats]]:
-        """Per client, (images, radii): correct with at least these shares of the largest radius.
+    def corrects(self, first: StudyRun, second: StudyRun) -> Sample:
+        """Correct with a certificate in one run minus the same in another."""
+        return self._sample(first, _held(first, np.zeros(1)) - _held(second, np.zeros(1)))
+
+    def curves(self, first: StudyRun, second: StudyRun, shares: Floats) -> Sample:
+        """The same at radii that are these shares of the largest, a column for each.
 
         The shares are taken of the radius itself, so equal shares are equal radii in runs of equal
         perturbation, votes and alpha.
         """
-        layout, reach = self.layout(run), _reach(run)
-        held = (reach[:, None] >= shares * largest_radius(run.results)) & (reach[:, None] >= 0.0)
-        return layout, _split(held.astype(np.float64), layout)
+        return self._sample(first, _held(first, shares) - _held(second, shares))
 
-    def differing(self, first: StudyRun, second: StudyRun, by_radius: bool) -> int:
-        """How many images are unlike: correct or not, or by radius.
+    def level(self, first: StudyRun, second: StudyRun, accuracy: bool) -> float:
+        """Mean over clients of the better run: its certified accuracy, or ACR as a share."""
+        values = [_held(r, np.zeros(1))[:, 0] if accuracy else _gain(r) for r in (first, second)]
+        return max(float(self._sample(first, own).means[0]) for own in values)
 
-        By radius those count that `unlike_images` counts, of differences in shares.
-        """
-        if not by_radius:
-            return int(((_reach(first) >= 0.0) != (_reach(second) >= 0.0)).sum())
-        return unlike_images(_gain(first) - _gain(second), scale=1.0)
+    def _sample(self, run: StudyRun, values: Floats) -> Sample:
+        layout = self.layout(run)
+        numbers = image_numbers(run.results)[_order(run)]
+        return Sample.of(_split(values, layout), _split(numbers, layout))
 
     def _draw(self, wanted: StudyRun) -> None:
         if id(wanted) in self._acr:
             return
         layout = self.layout(wanted)
         runs = self._together[layout]
-        columns = [c for run in runs for c in (_gain(run), (_reach(run) >= 0.0).astype(float))]
-        parts = _split(np.stack(columns, axis=1), layout)
+        parts = _split(np.stack([_gain(run) for run in runs], axis=1), layout)
         means = np.stack([part.mean(axis=0) for part in parts])
         # Single precision halves the memory; an interval needs no more than seven digits.
-        drawn = np.empty((self.draws, len(parts), len(columns)), np.float32)
+        drawn = np.empty((self.draws, len(parts), len(runs)), np.float32)
         for client, part in enumerate(parts):
             ids = (layout.seed, layout.clients, client)
             drawn[:, client] = drawn_means(part, self.draws, *ids)
         for place, run in enumerate(runs):
-            one, two = 2 * place, 2 * place + 1
-            self._acr[id(run)] = Sampled(means[:, one], drawn[:, :, one])
-            self._accuracy[id(run)] = Sampled(means[:, two], drawn[:, :, two])
+            self._acr[id(run)] = Sampled(means[:, place], drawn[:, :, place])
 
 
 def _reach(run: StudyRun) -> Floats:
@@ -219,3 +210,9 @@ def _reach(run: StudyRun) -> Floats:
 
 def _gain(run: StudyRun) -> Floats:
     return np.maximum(_reach(run), 0.0) / largest_radius(run.results)
+
+
+def _held(run: StudyRun, shares: Floats) -> Floats:
+    """(m, radii) 1 where correct with at least these shares of the largest radius, else 0."""
+    reach = _reach(run)[:, None]
+    return ((reach >= shares * largest_radius(run.results)) & (reach >= 0.0)).astype(np.float64)

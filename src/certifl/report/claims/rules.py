@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from certifl.report.claims.numbers import point_words
+from certifl.report.claims.numbers import TOO_FEW, point_words
 
 __all__ = [
     "MARGIN",
@@ -37,7 +37,6 @@ MARGIN = 0.03
 # one has 4 points, 3 are most of it. A margin is therefore never more than this share.
 QUARTER = 0.25
 _NEAR_ZERO = "(a quarter of the better run's ACR or accuracy where that is less)"
-TOO_FEW = "too few images for an interval"
 
 Combination = Callable[[Sequence[str]], str]
 """How the verdicts of one group of comparisons become one."""
@@ -126,7 +125,9 @@ class Beyond:
             return Judged(SUPPORTED)
         if high < self.threshold:
             return Judged(NOT_SUPPORTED, f"less than {_size(self.threshold)}")
-        return Judged(UNDECIDED, _width(low, high))
+        if math.isinf(low) or math.isinf(high):
+            return Judged(UNDECIDED, TOO_FEW)
+        return Judged(UNDECIDED, f"the interval contains {_size(self.threshold)}")
 
 
 Rule = About | Above | Beyond

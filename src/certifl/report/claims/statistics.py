@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +19,14 @@ from scipy import special
 
 from certifl.certification.settings import GRID_POINTS
 from certifl.report.claims.facts import StudyRun
-from certifl.report.claims.resampling import Sampled, Sampler, drawn_means
-from certifl.report.intervals import FEWEST_UNLIKE, hidden_share
-from certifl.streams import numpy_generator
+from certifl.report.claims.resampling import Sampled, Sampler
+from certifl.report.intervals import Sample, hidden_reach, interval_over_seeds
 
 __all__ = [
     "QUANTITIES",
+    "Drawn",
     "Effect",
+    "Means",
     "Quantity",
     "change",
     "expected_range",
@@ -41,46 +43,143 @@ _FEWEST_FOR_A_SPREAD = 20
 
 
 @dataclass(frozen=True, eq=False)
+class Means:
+    """A mean of one number per image, or the largest of several; one sample of each seed."""
+
+    samples: tuple[Sample, ...]
+
+    @property
+    def estimate(self) -> float:
+        """Mean over seeds; of several columns the largest."""
+        return float(np.mean([sample.means for sample in self.samples], axis=0).max())
+
+    def ends(self, error: float) -> tuple[float, float]:
+        """Of several columns the intervals hold together (Bonferroni), and so for the largest.
+
+        If every true value lies in [low, high], the largest one lies in [max low, max high].
+        """
+        columns = self.samples[0].values[0].shape[1]
+        low, high = interval_over_seeds(self.samples, error / columns, 1.0)
+        return float(low.max()), float(high.max())
+
+    def over_seeds(self, others: Sequence[Means]) -> Means:
+        """The mean over these and other seeds."""
+        return Means((*self.samples, *(one for other in others for one in other.samples)))
+
+    def minus(self, earlier: Means) -> Means:
+        """The change from an earlier one, seed by seed."""
+        pairs = zip(self.samples, earlier.samples, strict=True)
+        return Means(tuple(dataclasses.replace(one, earlier=before) for one, before in pairs))
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A statistic of clients' means that is no mean itself, on images drawn again.
+
+    Attributes:
+        values: of each seed, on the images at hand.
+        draws: of each seed, those of every independent part with its sign.
+        samples: of each seed, the differences that tell what was not met.
+        unit: what one unit of the statistic is in shares.
+    """
+
+    values: tuple[float, ...]
+    draws: tuple[tuple[tuple[float, Floats], ...], ...]
+    samples: tuple[Sample, ...]
+    unit: float = 1.0
+
+    @property
+    def estimate(self) -> float:
+        """Mean over seeds."""
+        return float(np.mean(self.values))
+
+    def ends(self, error: float) -> tuple[float, float]:
+        """Percentiles of the draws; parts, and seeds beside images, add as squares.
+
+        The scatter between seeds is Student's t. Images count as if all seeds had been tested on
+        the same ones, which makes the interval too wide rather than too narrow.
+
+        Source: Zou and Donner 2008 (limits of a difference from limits of its parts).
+        """
+        seeds, between = len(self.values), 0.0
+        if seeds > 1:
+            scatter = float(np.std(self.values, ddof=1)) / math.sqrt(seeds)
+            between = -float(special.stdtrit(seeds - 1, error / 2.0)) * scatter
+        sides = [[_reaches(parts, error)[side] for parts in self.draws] for side in (0, 1)]
+        hidden = float(hidden_reach([s.floors(1.0) for s in self.samples], error)[0]) / self.unit
+        down, up = (
+            max(hidden, math.hypot(between, math.sqrt(float(np.mean(np.square(side))))))
+            for side in sides
+        )
+        return self.estimate - down, self.estimate + up
+
+    def over_seeds(self, others: Sequence[Drawn]) -> Drawn:
+        """The mean over these and other seeds."""
+        every = (self, *others)
+        return Drawn(
+            tuple(value for one in every for value in one.values),
+            tuple(parts for one in every for parts in one.draws),
+            tuple(sample for one in every for sample in one.samples),
+            self.unit,
+        )
+
+    def minus(self, earlier: Drawn) -> Drawn:
+        """The change from an earlier one of independent images, seed by seed."""
+        values = tuple(a - b for a, b in zip(self.values, earlier.values, strict=True))
+        draws = tuple(
+            (*later, *((-sign, drawn) for sign, drawn in before))
+            for later, before in zip(self.draws, earlier.draws, strict=True)
+        )
+        pairs = zip(self.samples, earlier.samples, strict=True)
+        samples = tuple(dataclasses.replace(one, earlier=before) for one, before in pairs)
+        return Drawn(values, draws, samples, min(self.unit, earlier.unit))
+
+
+def _reaches(parts: Sequence[tuple[float, Floats]], error: float) -> tuple[float, float]:
+    """How far below and above the value of one seed its interval over images reaches."""
+    down, up = [], []
+    for sign, drawn in parts:  # draws are deviations from the value at hand
+        low = -float(np.quantile(drawn, error / 2.0, method="lower"))
+        high = float(np.quantile(drawn, 1.0 - error / 2.0, method="higher"))
+        low, high = max(low, 0.0), max(high, 0.0)
+        down.append(low if sign > 0 else high)
+        up.append(high if sign > 0 else low)
+    return math.hypot(*down), math.hypot(*up)
+
+
+@dataclass(frozen=True, eq=False)
 class Effect:
     """An estimate and how far it may be off.
 
     Attributes:
-        estimate: on the images at hand.
-        low_draws, high_draws: draws of which the ends of an interval are quantiles; the same but
-            for suprema.
-        effective: numbers of images, one of each independent sample, that limit how narrow an
-            interval can be; infinite where nothing does.
+        source: where its interval comes from.
         images, clients: how many are behind it, of all samples.
         seeds: how many trainings.
         enough: whether there are enough images for any interval.
         level: of the better run, in what is compared or in what it is a spread of; next to a small
             one every difference is small. Infinite where there is none.
+        limit: no value lies farther from 0; intervals end there.
     """
 
-    estimate: float
-    low_draws: Floats
-    high_draws: Floats
-    effective: tuple[float, ...]
+    source: Means | Drawn
     images: int
     clients: tuple[int, ...]
     seeds: int
     enough: bool
     level: float = math.inf
+    limit: float = 1.0
+
+    @property
+    def estimate(self) -> float:
+        """On the images at hand."""
+        return self.source.estimate
 
     def interval(self, error: float) -> tuple[float, float]:
-        """The interval that misses the true value with probability about `error`.
-
-        Percentiles of the draws, taken outward. Where nearly all images agree, draws have hardly
-        any scatter, and the interval is made no narrower than what m images could have hidden: if
-        none of them is unlike, a share of up to `hidden_share` of all images may be, and no value
-        exceeds 1.
-        """
+        """The interval that misses the true value with probability about `error`."""
         if not self.enough:
             return -math.inf, math.inf
-        hidden = math.hypot(*(hidden_share(m, error) for m in self.effective))
-        low = float(np.quantile(self.low_draws, error / 2.0, method="lower"))
-        high = float(np.quantile(self.high_draws, 1.0 - error / 2.0, method="higher"))
-        return min(low, self.estimate - hidden), max(high, self.estimate + hidden)
+        low, high = self.source.ends(error)
+        return max(low, -self.limit), min(high, self.limit)
 
 
 @dataclass(frozen=True)
@@ -100,21 +199,11 @@ class Quantity:
 
 
 def _effect(
-    sampler: Sampler,
-    runs: tuple[StudyRun, StudyRun],
-    estimate: float,
-    low: Floats,
-    high: Floats | None = None,
-    by_radius: bool = True,
-    level: float = math.inf,
+    sampler: Sampler, run: StudyRun, source: Means | Drawn, level: float = math.inf
 ) -> Effect:
-    layout = sampler.layout(runs[0])
-    agree = sampler.differing(*runs, by_radius) < FEWEST_UNLIKE
+    layout = sampler.layout(run)
     return Effect(
-        estimate=estimate,
-        low_draws=low,
-        high_draws=low if high is None else high,
-        effective=(layout.effective if agree else math.inf,),
+        source=source,
         images=layout.total,
         clients=(len(layout.sizes),),
         seeds=1,
@@ -123,47 +212,20 @@ def _effect(
     )
 
 
-def _mean_difference(one: Sampled, two: Sampled) -> tuple[float, Floats]:
-    drawn = one.drawn.mean(axis=1, dtype=np.float64) - two.drawn.mean(axis=1, dtype=np.float64)
-    return float(one.means.mean() - two.means.mean()), drawn
-
-
-def _level(one: Sampled, two: Sampled) -> float:
-    return max(float(one.means.mean()), float(two.means.mean()))
-
-
 def _acr(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
-    one, two = sampler.acr(first), sampler.acr(second)
-    estimate, drawn = _mean_difference(one, two)
-    return _effect(sampler, (first, second), estimate, drawn, level=_level(one, two))
+    source = Means((sampler.gains(first, second),))
+    return _effect(sampler, first, source, sampler.level(first, second, accuracy=False))
 
 
 def _accuracy(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
-    one, two = sampler.accuracy(first), sampler.accuracy(second)
-    estimate, drawn = _mean_difference(one, two)
-    level = _level(one, two)
-    return _effect(sampler, (first, second), estimate, drawn, by_radius=False, level=level)
+    source = Means((sampler.corrects(first, second),))
+    return _effect(sampler, first, source, sampler.level(first, second, accuracy=True))
 
 
 def _largest_gain(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
-    """Largest difference of mean certified accuracy over all radii, from a band around the curve.
-
-    With probability 1 - error the whole true curve of differences lies in the band
-    [D(R) - c, D(R) + c'], so its largest value lies in [max D - c, max D + c'].
-    """
+    """Largest difference of mean certified accuracy over all radii, which are all tested."""
     shares = np.linspace(0.0, 1.0, GRID_POINTS)
-    layout, ahead = sampler.curves(first, shares)
-    _, behind = sampler.curves(second, shares)
-    total = np.zeros((sampler.draws, len(shares)))
-    curve = np.zeros(len(shares))
-    for client, (one, two) in enumerate(zip(ahead, behind, strict=True)):
-        ids = (layout.seed, layout.clients, client)
-        total += drawn_means(one - two, sampler.draws, *ids)
-        curve += (one - two).mean(axis=0)
-    moved = total / len(ahead) - curve / len(ahead)
-    largest = float(curve.max() / len(ahead))
-    low, high = largest - moved.max(axis=1), largest - moved.min(axis=1)
-    return _effect(sampler, (first, second), largest, low, high)
+    return _effect(sampler, first, Means((sampler.curves(first, second, shares),)))
 
 
 def _seen_spread(sampled: Sampled) -> float:
@@ -188,12 +250,15 @@ def spread_draws(sampled: Sampled) -> tuple[float, Floats]:
 
 
 def _spread(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
-    ahead, behind = sampler.acr(first), sampler.acr(second)
-    (one, one_drawn), (two, two_drawn) = spread_draws(ahead), spread_draws(behind)
+    (one, one_drawn), (two, two_drawn) = (
+        spread_draws(sampler.acr(run)) for run in (first, second)
+    )
+    deviations = one_drawn - two_drawn - (one - two)
+    samples = (sampler.gains(first, second),)
+    source = Drawn((one - two,), (((1.0, deviations),),), samples)
     # Clients whose ACRs are all near 0 lie close together for that reason alone. A spread near 0
     # is no such reason: clients may be alike at any ACR.
-    level = _level(ahead, behind)
-    effect = _effect(sampler, (first, second), one - two, one_drawn - two_drawn, level=level)
+    effect = _effect(sampler, first, source, sampler.level(first, second, accuracy=False))
     few = min(sampler.layout(first).sizes) < _FEWEST_FOR_A_SPREAD
     return dataclasses.replace(effect, enough=effect.enough and not few)
 
@@ -218,13 +283,14 @@ def _scatter(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
     """The spread in units of what so many equally scattered clients have."""
     whole = _spread(sampler, first, second)
     unit = expected_range(max(2, whole.clients[0]))
-    drawn = whole.low_draws / unit
+    spread = cast(Drawn, whole.source)
+    values = tuple(value / unit for value in spread.values)
+    draws = tuple(tuple((s, drawn / unit) for s, drawn in parts) for parts in spread.draws)
     return dataclasses.replace(
         whole,
-        estimate=whole.estimate / unit,
-        low_draws=drawn,
-        high_draws=drawn,
+        source=Drawn(values, draws, spread.samples, unit),
         level=whole.level / unit,
+        limit=1.0 / unit,
     )
 
 
@@ -239,54 +305,38 @@ QUANTITIES: dict[str, Quantity] = {quantity.name: quantity for quantity in _LIST
 
 
 def change(later: Effect, earlier: Effect) -> Effect:
-    """One effect minus another of independent draws: a difference of differences.
+    """One effect minus another of independent images: a difference of differences.
 
     Its level is the lower one: where one difference can only be small, so may be the change.
     """
-    # Draws of two independent samples are paired by chance.
-    shift = numpy_generator(0, "claims-change").permutation(len(earlier.low_draws))
     return Effect(
-        estimate=later.estimate - earlier.estimate,
-        low_draws=later.low_draws - earlier.high_draws[shift],
-        high_draws=later.high_draws - earlier.low_draws[shift],
-        effective=later.effective + earlier.effective,
+        source=later.source.minus(cast(Any, earlier.source)),
         images=later.images + earlier.images,
         clients=earlier.clients + later.clients,
         seeds=min(later.seeds, earlier.seeds),
         enough=later.enough and earlier.enough,
         level=min(later.level, earlier.level),
+        limit=later.limit + earlier.limit,
     )
 
 
 def over_seeds(effects: Sequence[Effect]) -> Effect:
     """The mean over trainings with different seeds.
 
-    One seed: the interval holds for the models trained, over images. Several: Student's t of the
-    scatter between the seeds, with one degree of freedom less than seeds, is added to the draws of
-    images, as if all seeds were tested on the same images, which makes the interval too wide
-    rather than too narrow.
+    One seed: the interval holds for the models trained, over images. Several: it contains the
+    scatter between the seeds too, by Student's t with one degree of freedom less than seeds.
     """
-    if len(effects) == 1:
-        return effects[0]
-    values = np.array([effect.estimate for effect in effects])
-    mean, seeds = float(values.mean()), len(effects)
-    draws = len(effects[0].low_draws)
-    levels = (numpy_generator(0, "claims-seeds").permutation(draws) + 0.5) / draws
-    between = values.std(ddof=1) / math.sqrt(seeds) * special.stdtrit(seeds - 1, levels)
-    turn = np.arange(draws) % seeds
-    low = np.stack([e.low_draws - e.estimate for e in effects])[turn, np.arange(draws)]
-    high = np.stack([e.high_draws - e.estimate for e in effects])[turn, np.arange(draws)]
-    samples = zip(*(effect.effective for effect in effects), strict=True)
+    first, *others = effects
+    if not others:
+        return first
     return Effect(
-        estimate=mean,
-        low_draws=mean + between + low,
-        high_draws=mean + between + high,
-        effective=tuple(float(np.mean(sample)) for sample in samples),
+        source=first.source.over_seeds(cast(Any, [effect.source for effect in others])),
         images=sum(effect.images for effect in effects),
-        clients=effects[0].clients,
-        seeds=seeds,
+        clients=first.clients,
+        seeds=len(effects),
         enough=all(effect.enough for effect in effects),
         level=float(np.mean([effect.level for effect in effects])),
+        limit=first.limit,
     )
 
 

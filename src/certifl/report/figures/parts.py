@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from certifl.report.looks import Look, looks_of
-from certifl.report.results import RunResults
+from certifl.report.results import Row
 from certifl.report.scale import RadiusScale, family_words, scales, sigma_text
 from certifl.report.summary import largest_radius
 
@@ -72,7 +72,7 @@ def line(axes: Axes, look: Look, x: np.ndarray, y: np.ndarray, label: str) -> No
     )
 
 
-def certified_axes(axes: Axes, runs: Sequence[RunResults], radii: np.ndarray) -> None:
+def certified_axes(axes: Axes, runs: Sequence[Row], radii: np.ndarray) -> None:
     """Axes of certified accuracy against the radius."""
     frame(axes)
     axes.set(xlim=(0, radii[-1]), ylim=(0, 1))
@@ -91,7 +91,7 @@ def panel(axes: Axes, name: str, end: float, left: bool, lowest: bool) -> None:
     axes.tick_params(labelleft=left, labelbottom=lowest)
 
 
-def radius_axis(axes: Axes, runs: Sequence[RunResults], what: str) -> None:
+def radius_axis(axes: Axes, runs: Sequence[Row], what: str) -> None:
     """The radius in the family's unit below; rotation also in degrees above."""
     facts = runs[0].conditions
     units = scales(facts, largest_radius(runs))
@@ -124,7 +124,7 @@ def frame(axes: Axes) -> None:
     axes.tick_params(labelsize=8, colors=INK, length=3)
 
 
-def default_title(run: RunResults) -> str:
+def default_title(run: Row) -> str:
     """The perturbation and its sigma."""
     return f"{family_words(run.conditions)}, σ = {sigma_text(run.conditions)}"
 
@@ -136,7 +136,7 @@ def title_above(axes: Axes, title: str) -> None:
     )
 
 
-def heading(figure: Figure, runs: Sequence[RunResults], title: str | None) -> None:
+def heading(figure: Figure, runs: Sequence[Row], title: str | None) -> None:
     """A title and one legend for all panels."""
     text = title if title is not None else default_title(runs[0]) if runs else ""
     if text:
@@ -147,7 +147,7 @@ def heading(figure: Figure, runs: Sequence[RunResults], title: str | None) -> No
         legend(figure, runs, loc="outside lower center", ncols=min(4, len(runs)))
 
 
-def legend(place: Axes | Figure, runs: Sequence[RunResults], loc: Any, ncols: int) -> None:
+def legend(place: Axes | Figure, runs: Sequence[Row], loc: Any, ncols: int) -> None:
     """One entry per run, its name word for word; `loc` as matplotlib names places."""
     named_legend(place, looks_of(runs), [run.label for run in runs], loc, ncols)
 

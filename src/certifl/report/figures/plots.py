@@ -27,8 +27,8 @@ from certifl.report.figures.parts import (
 )
 from certifl.report.history import measure_curves, measures_of
 from certifl.report.looks import looks_of
-from certifl.report.results import RunResults, check_comparable
-from certifl.report.summary import client_acr, client_curves, radius_grid
+from certifl.report.results import Row, check_comparable
+from certifl.report.summary import client_acr, client_curves, mean_acr, radius_grid
 from certifl.smoothing.curves import mean_and_band
 
 __all__ = [
@@ -41,7 +41,7 @@ __all__ = [
 _COLUMNS = 5
 
 
-def certified_accuracy_figure(runs: Sequence[RunResults], title: str | None = None) -> Drawing:
+def certified_accuracy_figure(runs: Sequence[Row], title: str | None = None) -> Drawing:
     """The paper's plot: certified accuracy against the radius, one curve per regime.
 
     The line is the mean over clients, the shaded band reaches from the smallest to the largest
@@ -70,7 +70,7 @@ def certified_accuracy_figure(runs: Sequence[RunResults], title: str | None = No
     return Drawing(figure, ("regime", "client", "radius", "certified_accuracy"), tuple(rows))
 
 
-def per_client_figure(runs: Sequence[RunResults], title: str | None = None) -> Drawing:
+def per_client_figure(runs: Sequence[Row], title: str | None = None) -> Drawing:
     """Certified accuracy of every client, a small panel each, one curve per regime.
 
     Args:
@@ -107,7 +107,7 @@ def per_client_figure(runs: Sequence[RunResults], title: str | None = None) -> D
     return Drawing(figure, ("regime", "client", "radius", "certified_accuracy"), tuple(rows))
 
 
-def average_radius_figure(runs: Sequence[RunResults], title: str | None = None) -> Drawing:
+def average_radius_figure(runs: Sequence[Row], title: str | None = None) -> Drawing:
     """Average certified radius (ACR) per regime: every client a dot, the mean over clients a bar.
 
     Args:
@@ -123,7 +123,7 @@ def average_radius_figure(runs: Sequence[RunResults], title: str | None = None) 
     rows: list[tuple[Any, ...]] = []
     for place, (run, look) in enumerate(zip(runs, looks_of(runs), strict=True)):
         radii = client_acr(run)
-        mean = float(radii.mean())
+        mean = mean_acr(run)
         axes.barh(place, mean, height=0.62, color=look.colour, alpha=0.22, linewidth=0)
         axes.plot([mean, mean], [place - 0.31, place + 0.31], color=look.colour, lw=2.2)
         offsets = spread_out(len(radii))
@@ -141,7 +141,7 @@ def average_radius_figure(runs: Sequence[RunResults], title: str | None = None) 
     return Drawing(figure, ("regime", "client", "average_certified_radius"), tuple(rows))
 
 
-def history_figure(runs: Sequence[RunResults], title: str | None = None) -> Drawing:
+def history_figure(runs: Sequence[Row], title: str | None = None) -> Drawing:
     """Training: each recorded measure against the round, mean over clients with its band.
 
     Args:
@@ -174,7 +174,7 @@ def history_figure(runs: Sequence[RunResults], title: str | None = None) -> Draw
     return Drawing(figure, ("regime", "measure", "round", "mean", "min", "max"), tuple(rows))
 
 
-def _curve_rows(run: RunResults, radii: np.ndarray, curves: np.ndarray) -> list[tuple[Any, ...]]:
+def _curve_rows(run: Row, radii: np.ndarray, curves: np.ndarray) -> list[tuple[Any, ...]]:
     named: list[tuple[Any, np.ndarray]] = [
         (int(client), curve) for client, curve in zip(run.clients, curves, strict=True)
     ]
