@@ -269,10 +269,10 @@ def certify_image(
         n: votes; None = the run's own. resize: fit the image to the model. device: as elsewhere.
     """
     model, spec, about = _deployed_by(run, client)
-    client, channels, size = about["client"], about["in_channels"], about["image_size"]
+    own, channels, size = int(about["client"]), about["in_channels"], about["image_size"]
     image = read_image(path, channels, size, resize=resize)
     wanted = spec.certification
-    perturbation, settings = _certified_by(spec, client), wanted.settings(client)
+    perturbation, settings = _certified_by(spec, own), wanted.settings(own)
     made = certify(
         model,
         image,
@@ -291,7 +291,7 @@ def certify_image(
     label = int(made.predicted[0])
     name = about["class_names"][label] if label >= 0 else ""
     changed = changes_of(path, channels, size)
-    return Answer(made, name, client, about["deploys"], changed)
+    return Answer(made, name, own, about["deploys"], changed)
 
 
 def _deployed_by(run: Path, asked: int | None) -> tuple[nn.Module, Spec, dict[str, Any]]:
