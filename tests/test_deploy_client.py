@@ -1,4 +1,4 @@
-"""What a server may ask of a client, what leaves its machine, what it can do with what it keeps."""
+"""What a server may ask of a client, what leaves its machine, what it does with what it keeps."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ import os
 import shutil
 import signal
 import socket
-import stat
 import ssl
+import stat
 import threading
 from pathlib import Path
 

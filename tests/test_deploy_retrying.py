@@ -68,10 +68,12 @@ def test_what_was_accepted_is_remembered_for_this_key_alone(tmp_path):
     assert not Accepted(tmp_path).before()
 
 
-def test_only_a_missing_key_is_final():
+def test_only_a_missing_key_and_another_release_of_flower_are_final():
     connection = Connection("127.0.0.1", 9900)
     assert _refused("x [code: 2004] Failed to activate SuperNode.", connection)
     assert not _refused("all is well", connection)
+    with pytest.raises(WorkError, match="another minor release of Flower"):
+        _refused("SuperLink version 1.42.0 detected a runtime version mismatch: ...", connection)
     with pytest.raises(WorkError, match="keys alone"):
         _refused("[code: 2001] SuperNode authentication is enabled.", connection)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import logging
 import os
@@ -13,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from certifl.deploy.kit import Connection, load_connection
 from certifl.deploy.node import work
 from certifl.deploy.party import Party
 from certifl.deploy.retrying import Accepted, Retry
-from certifl.deploy.running import Child, free_port, quiet, tail
+from certifl.deploy.running import Child, direct, free_port, quiet, tail
 from certifl.deploy.settings import Settings
 from certifl.errors import InputError, StoreMismatch, WorkError
 from certifl.federated.serving import load_what_a_step_needs
@@ -48,8 +50,11 @@ def here(folder: Path) -> Place:
     if not secret.is_file():
         raise InputError(f"{folder} is no server's folder: it has no {secret.name}.")
     authority = None if connection.insecure else folder / "ca.crt"
-    local = connection.listen if connection.listen not in ("0.0.0.0", "::") else "127.0.0.1"
-    return Place(f"{local}:{connection.port}", authority, secret.read_bytes())
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+    local = everywhere.get(connection.listen, connection.listen)
+    direct(local)
+    address = dataclasses.replace(connection, host=local).address
+    return Place(address, authority, secret.read_bytes())
 
 
 def keys_of(folder: Path) -> dict[int, bytes]:
@@ -108,6 +113,7 @@ def _superlink(folder: Path, connection: Connection) -> list[str]:
 def _wait_until_up(child: Child, place: Place, log: Path) -> None:
     host, _, port = place.address.rpartition(":")
     ends = time.monotonic() + _START_SECONDS
+    host = host.strip("[]")
     while reach(host, int(port), place.authority) is not None or child.ended is not None:
         if child.ended is not None:
             raise WorkError(
@@ -149,6 +155,7 @@ def take_part(folder: Path, settings: Settings, told: Told) -> None:
     if authority is not None:
         check_certificate(authority)
     quiet(folder / "flower")
+    direct(connection.host)
     load_what_a_step_needs()  # not in the first round's time
     party = Party(settings, folder, told)
     retry = Retry(connection.address, settings.client, told)
@@ -261,8 +268,15 @@ def _refused(log: str, connection: Connection) -> bool:
     """Whether the server did not accept this client, by what its SuperNode wrote.
 
     Raises:
-        WorkError: it takes clients with keys alone, whatever is repeated.
+        WorkError: it takes clients with keys alone, or of its own release of Flower, whatever is
+            repeated.
     """
+    if "runtime version mismatch" in log:
+        raise WorkError(
+            f"The server {connection.address} has another minor release of Flower than this "
+            f"machine ({version('flwr')}): install the server's, for instance with pip install "
+            '"flwr==1.42.*".'
+        )
     if "[code: 2001]" in log:
         raise WorkError(
             f"The server {connection.address} takes clients with keys alone, and this folder has "
