@@ -82,7 +82,7 @@ data = ""            # its images: a folder with train and test parts (or --data
 # label_column = "finding"   # which column is the label, where the images are a table with several
 # dealt = true       # data is a whole data set that all have; the study deals out shares of it
 # classes = ["cat", "dog", "horse"]   # all classes of the study, in order. The server gets these
-#                    names; without them it gets numbers, and what is in the images' files stays here
+#                    names; without them it gets numbers, and names in the images' files stay here
 
 share = "curve"      # the most that leaves of its certificates:
                      #   "none": only that it has finished
@@ -123,8 +123,8 @@ runs `ssh-keygen -t ecdsa -b 384 -N "" -f node.key` and sends `node.key.pub`, wh
 ## Who runs what
 
 1. Everybody installs the same version of certifl. No package index serves it yet: whoever runs the
-   server makes a wheel in a checkout, `pip wheel --no-deps --wheel-dir dist .`, and hands it over with
-   each folder. There: `pip install "certifl-{version}-py3-none-any.whl[flower]"`.
+   server makes a wheel in a checkout, `pip wheel --no-deps --wheel-dir dist .`, and hands it over
+   with each folder. There: `pip install "certifl-{version}-py3-none-any.whl[flower]"`.
 2. The server: `certifl deploy server server/`.
 3. Every party: `certifl deploy client client-N/ --data IMAGES` (or `data` in `client.toml`).
 4. On the server's machine: `certifl deploy run study.toml --kit server/`.
@@ -143,8 +143,8 @@ All clients count equally in an average, however many images each has, unless th
 - What leaves a party each round: its model (unless the algorithm keeps it: `local`, fine-tuning),
   the number of its training images, loss and accuracy on its training images. A model tells
   something of the images it was trained on; `[privacy]` in the study bounds how much.
-- When it joins, a party says how large its images are and how many it trains on. Names of classes leave
-  it only where it lists them as `classes` in its `client.toml`.
+- When it joins, a party says how large its images are and how many it trains on. Names of classes
+  leave it only where it lists them as `classes` in its `client.toml`.
 - What leaves a party at the end: with `share = "curve"` numbers of certified test images at fixed
   radii and their average radius; with "none" only that it has finished.
 - A server cannot bring code to a client: messages are answered by the certifl installed there.
