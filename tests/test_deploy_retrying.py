@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import stat
+
 import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
 
 from certifl.deploy import serving
-from certifl.deploy.kit import Connection, init
+from certifl.deploy.kit import Connection, init, load_connection
 from certifl.deploy.retrying import Accepted, Retry
-from certifl.deploy.serving import _refused
+from certifl.deploy.serving import _refused, here
 from certifl.errors import WorkError
 from deploy_network import free_port
 
@@ -59,6 +62,27 @@ def test_an_unreachable_server_and_short_connections_are_said_once_in_a_while():
     assert at.retry.ended(60.0) == 2.0  # one that lasted: begin anew
 
 
+def test_the_federation_s_own_connections_ask_no_proxy(monkeypatch):
+    from certifl.deploy.running import direct
+
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "example.net")
+    direct("fl.example.org")
+    direct("fl.example.org")
+    for name in ("NO_PROXY", "no_proxy"):
+        assert os.environ[name] == "example.net,localhost,127.0.0.1,::1,fl.example.org"
+
+
+def test_a_server_on_an_ipv6_address_listens_there_and_is_found_by_its_own_machine(tmp_path):
+    init(tmp_path / "kit", 1, "[2001:db8::1]:9900", insecure=False)
+    assert load_connection(tmp_path / "kit" / "server").listen == "::"
+    assert load_connection(tmp_path / "kit" / "client-0").address == "[2001:db8::1]:9900"
+    assert here(tmp_path / "kit" / "server").address == "[::1]:9900"
+    assert "[::1]:9900" in (tmp_path / "kit/server/flower/config.toml").read_text()
+    for name in ("server", "client-0"):
+        assert stat.S_IMODE((tmp_path / "kit" / name).stat().st_mode) == 0o700
+
+
 def test_what_was_accepted_is_remembered_for_this_key_alone(tmp_path):
     (tmp_path / "node.key").write_text("one")
     assert not Accepted(tmp_path).before()
@@ -73,7 +97,7 @@ def test_only_a_missing_key_and_another_release_of_flower_are_final():
     assert _refused("x [code: 2004] Failed to activate SuperNode.", connection)
     assert not _refused("all is well", connection)
     with pytest.raises(WorkError, match="another minor release of Flower"):
-        _refused("SuperLink version 1.42.0 detected a runtime version mismatch: ...", connection)
+        _refused("[code: 1001] Runtime version compatibility check failed.", connection)
     with pytest.raises(WorkError, match="keys alone"):
         _refused("[code: 2001] SuperNode authentication is enabled.", connection)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Holdings:
             facts |= {"name": self.dataset.name, "fingerprint": self.dataset.fingerprint}
         return facts
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Names the training images and labels."""
         return fingerprint({"images": self.train.images, "labels": self.train.labels})

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from certifl.deploy.messages import Content
+from certifl.deploy.refusing import plain
 from certifl.errors import StoreError
 
 __all__ = ["SENT", "Sent", "sent_lines"]
@@ -140,7 +141,7 @@ def _stored(path: Path) -> Iterator[str]:
 def _entry_lines(entry: dict[str, Any], before: dict[str, Any]) -> Iterator[str]:
     kind, study, number = entry["kind"], entry["study"], entry["round"]
     which = "" if number is None else f" {number}"
-    of = f"  study {study[:8]}" if study else ""
+    of = f"  study {plain(study[:8])}" if study else ""
     yield f"{entry['time']}  {kind}{which}{of}  {entry['bytes']:,} bytes"
     yield f"    says: {', '.join(entry['says'])}"
     for part, tensors in entry["parts"].items():

@@ -271,7 +271,7 @@ def _refused(log: str, connection: Connection) -> bool:
         WorkError: it takes clients with keys alone, or of its own release of Flower, whatever is
             repeated.
     """
-    if "runtime version mismatch" in log:
+    if "[code: 1001]" in log:
         raise WorkError(
             f"The server {connection.address} has another minor release of Flower than this "
             f"machine ({version('flwr')}): install the server's, for instance with pip install "
