@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,7 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl
 from certifl.deploy import serving
 from certifl.deploy.kit import Connection, init, load_connection
 from certifl.deploy.retrying import Accepted, Retry
-from certifl.deploy.serving import _refused, here
+from certifl.deploy.serving import Place, _not_started, _refused, here
 from certifl.errors import WorkError
 from deploy_network import free_port
 
@@ -81,6 +82,13 @@ def test_a_server_on_an_ipv6_address_listens_there_and_is_found_by_its_own_machi
     assert "[::1]:9900" in (tmp_path / "kit/server/flower/config.toml").read_text()
     for name in ("server", "client-0"):
         assert stat.S_IMODE((tmp_path / "kit" / name).stat().st_mode) == 0o700
+
+
+def test_a_state_of_a_later_flower_is_named():
+    place, log = Place("127.0.0.1:9900", None, b""), Path("server.log")
+    end = "alembic.util.exc.CommandError: Can't locate revision identified by 'd9bd9d502cf9'"
+    assert "later release of Flower" in _not_started(place, end, log)
+    assert "Is another program listening" in _not_started(place, "address in use", log)
 
 
 def test_what_was_accepted_is_remembered_for_this_key_alone(tmp_path):

@@ -116,13 +116,24 @@ def _wait_until_up(child: Child, place: Place, log: Path) -> None:
     host = host.strip("[]")
     while reach(host, int(port), place.authority) is not None or child.ended is not None:
         if child.ended is not None:
-            raise WorkError(
-                f"The server did not start. Is another program listening on {place.address}? "
-                f"Its log {log} ends with:\n{tail(log)}"
-            )
+            raise WorkError(_not_started(place, tail(log), log))
         if time.monotonic() > ends:
             raise WorkError(f"The server did not start in time; its log is {log}.")
         time.sleep(0.2)
+
+
+def _not_started(place: Place, end: str, log: Path) -> str:
+    """Why a server ended at once, by the end of its log."""
+    if "Can't locate revision" in end:
+        return (
+            f"The server did not start: its state.db was written by a later release of Flower than "
+            f"{version('flwr')}. Install that release again; or move state.db aside, and clients "
+            "are admitted anew from their keys in clients/."
+        )
+    return (
+        f"The server did not start. Is another program listening on {place.address}? "
+        f"Its log {log} ends with:\n{end}"
+    )
 
 
 def _watch(folder: Path, place: Place, child: Child, stop: threading.Event, told: Told) -> None:
