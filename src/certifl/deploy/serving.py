@@ -126,7 +126,7 @@ def _not_started(place: Place, end: str, log: Path) -> str:
     """Why a server ended at once, by the end of its log."""
     if "Can't locate revision" in end:
         return (
-            f"The server did not start: its state.db was written by a later release of Flower than "
+            "The server did not start: its state.db was written by a later release of Flower than "
             f"{version('flwr')}. Install that release again; or move state.db aside, and clients "
             "are admitted anew from their keys in clients/."
         )
