@@ -251,6 +251,13 @@ def test_an_id_stands_for_one_study_and_a_lost_record_is_not_begun_anew(tmp_path
     assert "lost or damaged" in reason(ask(dealt(tmp_path), asked))
 
 
+def test_a_client_may_change_its_own_settings_within_a_study(tmp_path):
+    asked, allowed = spec(*LIGHT), study_of(spec(*LIGHT), own_perturbation=True)
+    first = ask(dealt(tmp_path), asked, study=allowed)
+    own_one = dealt(tmp_path, perturbation={"family": "pixel", "sigma": 0.2})
+    assert_same(ask(own_one, asked, study=allowed).parts, first.parts)
+
+
 def test_one_deployed_model_is_certified(tmp_path):
     asked, party = spec(*LIGHT, "training.rounds=1"), dealt(tmp_path)
     assert "after the last" in reason(certify(party, asked, round=0))

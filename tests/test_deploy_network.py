@@ -142,21 +142,22 @@ def test_truth_about_failure_and_late_clients(federation, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_client_killed_with_its_supernode_waits_until_it_is_accepted(federation):
-    """Flower counts it as connected for a minute; then the server must take it without a word."""
+def test_a_client_that_is_counted_as_connected_waits_until_it_is_accepted(federation, tmp_path):
+    """As one that was killed with its SuperNode and started again: Flower's answer is the same."""
     client = next(r for r in reversed(federation.running) if r.log.stem == "client-1")
+    again = tmp_path / "client-1"
+    unneeded = shutil.ignore_patterns("studies", "log", ".lock")
+    shutil.copytree(federation.kit / "client-1", again, ignore=unneeded)
+    waiting = federation.start("waiting", "client", again, "--data", "digits", "--dealt")
+    waiting.says("does not accept this client yet, as it did before", 180)
+    assert "key" not in waiting.said
     supernode = children(client.process.pid)
     for pid in (client.process.pid, *supernode):
         os.kill(pid, signal.SIGKILL)
-    until(lambda: not any(map(alive, supernode)), 20)
     client.process.wait()
-    client.log.unlink()
-    again = federation.client(1)
-    again.says("does not accept this client yet, as it did before")
-    assert "key" not in again.said
-    again.says("has accepted this client", 120)
-    for pid in children(again.process.pid):  # nothing that is left behind keeps it waiting
-        assert alive(pid)
+    waiting.says("has accepted this client", 180)
+    waiting.stop()
+    federation.client(1).says("has accepted this client", 180)
 
 
 def test_a_client_that_is_refused_ends_when_asked_and_names_its_key(federation, tmp_path):
@@ -165,16 +166,16 @@ def test_a_client_that_is_refused_ends_when_asked_and_names_its_key(federation, 
     shutil.copytree(kit / "client-0", stranger, ignore=shutil.ignore_patterns("studies", "log"))
     node_key(stranger / "node.key", tmp_path / "unknown.pub")
     wrong = federation.start("stranger", "client", stranger, "--data", "digits", "--dealt")
-    wrong.says("does not know this client's key")
+    wrong.says("does not know this client's key", 180)
     assert "clients/client-0.pub" in wrong.said
     assert wrong.process.poll() is None
     wrong.process.send_signal(signal.SIGINT)
     wrong.process.wait(20)
     # Its key is admitted later: it is accepted.
     again = federation.start("stranger-2", "client", stranger, "--data", "digits", "--dealt")
-    again.says("does not know this client's key")
+    again.says("does not know this client's key", 180)
     shutil.copy(tmp_path / "unknown.pub", kit / "server" / "clients" / "client-7.pub")
-    again.says("has accepted this client")
+    again.says("has accepted this client", 180)
     again.stop()
     (kit / "server" / "clients" / "client-7.pub").unlink()
 

@@ -155,7 +155,7 @@ class Party:
         return self._studies[named]
 
     def _opened(self, id: str, spec: Spec, own_allowed: bool) -> Study:
-        settings = self.settings
+        settings, named = self.settings, spec.hash()
         if settings.client >= spec.clients.count:
             raise Refusal(f"the study has only {spec.clients.count} clients, counted from 0")
         check_study(spec, settings)
@@ -178,9 +178,9 @@ class Party:
             kept = Kept(self._folder / "studies", id)
         except StoreError as error:
             raise Refusal("the study has no usable id") from error
-        return self._made(spec, kept)
+        return self._made(spec, kept, named)
 
-    def _made(self, spec: Spec, kept: Kept) -> Study:
+    def _made(self, spec: Spec, kept: Kept, named: str) -> Study:
         settings, holdings = self.settings, open_holdings(spec, self.settings)
         data = holdings.dataset
         check_network_size(spec, data.in_channels, data.num_classes)
@@ -193,7 +193,7 @@ class Party:
             data.image_size,
         ).eval()
         kept.begin()
-        answered = Answered(kept.folder, spec.hash())
+        answered = Answered(kept.folder, named)
         answered.begin()
         KeptStudy(kept.folder).describe(spec, settings.client, _shapes(data))
         # Of the sizes only its own counts here: the noise of a client follows from its own.
