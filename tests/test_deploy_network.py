@@ -41,7 +41,7 @@ def federation(tmp_path_factory):
         made.server().says("2 clients may connect")
         clients = [made.client(number) for number in range(2)]
         for client in clients:
-            client.says("connects to")
+            client.says("has accepted this client", 180)
         yield made
 
 
@@ -135,7 +135,7 @@ def test_truth_about_failure_and_late_clients(federation, tmp_path):
     node_key(kit / "client-2" / "node.key", kit / "server" / "clients" / "client-2.pub")
     text = (kit / "client-2" / "client.toml").read_text().replace("client = 1 ", "client = 2 ")
     (kit / "client-2" / "client.toml").write_text(text)
-    federation.client(2).says("connects to")
+    federation.client(2).says("has accepted this client", 180)
     federation.study(path, place, *PATIENT).result().fine("Report:")
     history = Checkpoints(place / "checkpoints/training").history()
     assert [len(entry["clients"]) for entry in history] == [2]
