@@ -129,7 +129,7 @@ def test_the_first_federation_word_by_word(tmp_path):
             server = first.start(serve, "server.out")
             says(server, "2 clients may connect")
             for party in (first.start(first_party, "0.out"), second.start(second_party, "1.out")):
-                says(party, "connects to")
+                says(party, "has accepted this client")
             until(lambda: first.run(status).count("online") == 2, 60)
             assert "Report:" in first.run(study)
             folder = RunFolder(first.home / "first")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import socket
 import ssl
+import stat
 import threading
 from pathlib import Path
 
@@ -38,7 +41,7 @@ def federation(tmp_path_factory):
         made.server().says("2 clients may connect")
         clients = [made.client(number) for number in range(2)]
         for client in clients:
-            client.says("connects to")
+            client.says("has accepted this client", 180)
         yield made
 
 
@@ -76,6 +79,11 @@ def test_training_and_certificates_are_those_of_one_process(federation, tmp_path
     assert len(own) == len(told.certificates)
     assert cli("deploy", "status", federation.kit / "server").out.count("online") == 2
     cli("deploy", "status", federation.kit / "client-0").fine("It answers", "certificates")
+    cli("deploy", "log", federation.kit / "client-0").fine("round 1", "certified.curve.correct")
+    for name in ("client-0/studies", "client-0/log", "client-0/flower", "server/log"):
+        assert stat.S_IMODE((federation.kit / name).stat().st_mode) == 0o700, name
+    for name in ("server/state.db", "client-0/sent.jsonl", "client-0/log/supernode.log"):
+        assert stat.S_IMODE((federation.kit / name).stat().st_mode) == 0o600, name
     cli("predict", "x.png", "--run", place).refused("with its clients")
 
 
@@ -136,19 +144,55 @@ def test_truth_about_failure_and_late_clients(federation, tmp_path):
     node_key(kit / "client-2" / "node.key", kit / "server" / "clients" / "client-2.pub")
     text = (kit / "client-2" / "client.toml").read_text().replace("client = 1 ", "client = 2 ")
     (kit / "client-2" / "client.toml").write_text(text)
-    federation.client(2).says("connects to")
+    federation.client(2).says("has accepted this client", 180)
     federation.study(path, place, *PATIENT).result().fine("Report:")
     history = Checkpoints(place / "checkpoints/training").history()
     assert [len(entry["clients"]) for entry in history] == [2]
 
 
-def test_a_wrong_key_and_a_wrong_authority_are_refused(federation, tmp_path):
+@pytest.mark.slow
+def test_a_client_that_is_counted_as_connected_waits_until_it_is_accepted(federation, tmp_path):
+    """As one that was killed with its SuperNode and started again: Flower's answer is the same."""
+    client = next(r for r in reversed(federation.running) if r.log.stem == "client-1")
+    again = tmp_path / "client-1"
+    unneeded = shutil.ignore_patterns("studies", "log", ".lock")
+    shutil.copytree(federation.kit / "client-1", again, ignore=unneeded)
+    waiting = federation.start("waiting", "client", again, "--data", "digits", "--dealt")
+    waiting.says("does not accept this client yet, as it did before", 180)
+    assert "key" not in waiting.said
+    supernode = children(client.process.pid)
+    for pid in (client.process.pid, *supernode):
+        os.kill(pid, signal.SIGKILL)
+    client.process.wait()
+    waiting.says("has accepted this client", 180)
+    waiting.stop()
+    federation.client(1).says("has accepted this client", 180)
+
+
+def test_a_client_that_is_refused_ends_when_asked_and_names_its_key(federation, tmp_path):
     kit = federation.kit
     stranger = tmp_path / "client-0"
     shutil.copytree(kit / "client-0", stranger, ignore=shutil.ignore_patterns("studies", "log"))
     node_key(stranger / "node.key", tmp_path / "unknown.pub")
     wrong = federation.start("stranger", "client", stranger, "--data", "digits", "--dealt")
-    wrong.result(60).refused("does not know this client's key", code=1)
+    wrong.says("does not know this client's key", 180)
+    assert "clients/client-0.pub" in wrong.said
+    assert wrong.process.poll() is None
+    wrong.process.send_signal(signal.SIGINT)
+    wrong.process.wait(20)
+    # Its key is admitted later: it is accepted.
+    again = federation.start("stranger-2", "client", stranger, "--data", "digits", "--dealt")
+    again.says("does not know this client's key", 180)
+    shutil.copy(tmp_path / "unknown.pub", kit / "server" / "clients" / "client-7.pub")
+    again.says("has accepted this client", 180)
+    again.stop()
+    (kit / "server" / "clients" / "client-7.pub").unlink()
+
+
+def test_a_wrong_authority_is_refused(federation, tmp_path):
+    kit = federation.kit
+    stranger = tmp_path / "client-0"
+    shutil.copytree(kit / "client-0", stranger, ignore=shutil.ignore_patterns("studies", "log"))
     other = Authority.new()
     other.save(tmp_path / "other.key", stranger / "ca.crt")
     lost = federation.start("lost", "client", stranger, "--data", "digits", "--dealt")

@@ -131,6 +131,18 @@ def client(
 
 
 @deploy.command()
+def log(folder: Party = Path(".")) -> None:
+    """What left a client's machine: when, what for, which keys, shapes, how many bytes."""
+    with _flower():
+        from certifl.deploy.sent import SENT, sent_lines
+
+        if not any((folder / name).is_file() for name in ("client.toml", SENT)):
+            raise RequestError(f"{folder} is no client's folder: it has no client.toml.")
+        for line in sent_lines(folder):
+            typer.echo(line)
+
+
+@deploy.command()
 def run(
     spec: SpecFile,
     kit: Kit = Path("server"),

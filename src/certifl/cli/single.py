@@ -110,8 +110,15 @@ def merge(
 
 def predict(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG or JPEG file.")],
-    run: Annotated[Path, typer.Option(help="The run whose model answers.")],
-    client: Annotated[int, typer.Option(min=0, help="Which client asks.")] = 0,
+    run: Annotated[
+        Path,
+        typer.Option(
+            help="The run whose model answers, or a client's own folder CLIENT/studies/ID."
+        ),
+    ],
+    client: Annotated[
+        int | None, typer.Option(min=0, help="Which client asks; 0 where a run has several.")
+    ] = None,
     n: Annotated[
         int | None, typer.Option("--n", min=1, help="Votes; the run's own by default.")
     ] = None,

@@ -24,6 +24,10 @@ from certifl.work.certifying import Bench, Job, Question, certify_piece, predict
 
 __all__ = ["Certifier"]
 
+_SHORTEST, _LONGEST = 1.0, 3600.0
+"""Seconds of a piece, whatever the server asks for."""
+_STEPS = 10
+
 
 class Certifier:
     """Certifies the images of one client with the model it deploys.
@@ -51,13 +55,13 @@ class Certifier:
         Args:
             network: the architecture; its weights are as they were afterwards.
             model: what the client deploys.
-            seconds: after which votes are saved and the piece ends.
+            seconds: within a second and an hour, after which votes are saved and the piece ends.
             share: how much the server asks for; the party's own setting may be less.
         """
         before = {name: value.clone() for name, value in network.state_dict().items()}
         try:
             network.load_state_dict(model)
-            return self._piece(network, model, seconds, share)
+            return self._piece(network, model, min(max(seconds, _SHORTEST), _LONGEST), share)
         except RuntimeError as error:
             raise ModelError("The deployed model does not fit the study's network.") from error
         finally:
@@ -73,7 +77,9 @@ class Certifier:
         bench = Bench(self._settings.device, spec.certification.precision)
         ready = bench.network(network, job)
         shared = less(share, self._settings.share)
-        facts: dict[str, Any] = {"share": shared, "model": fingerprint(model), "done": True}
+        facts: dict[str, Any] = {"share": shared, "done": True}
+        if shared == "rows" or not spec.build_algorithm().keeps_client_state:
+            facts["model"] = fingerprint(model)  # else it is one that the server does not have
         if perturbation is None:
             found = predicted(job, ready, bench.name, self._holdings.dataset.fingerprint)
             if shared != "none":
@@ -90,7 +96,9 @@ class Certifier:
         made = certify_piece(
             job, network, ready, question, progress, lambda: time.monotonic() > ends
         )
-        facts |= {"at_most": at_most, "cast": at_most if made is not None else standing[0]}
+        if shared != "none":
+            cast = at_most if made is not None else _coarse(standing[0], at_most)
+            facts |= {"at_most": at_most, "cast": cast}
         if made is None:
             self._told(f"certifying: {standing[0]:,} of at most {at_most:,} votes")
             return Content({"certified": {**facts, "done": False}})
@@ -119,3 +127,9 @@ class Certifier:
         part = self._holdings.dataset.test.take(index)
         client = self._settings.client
         return Job(client, index, part.images, part.labels.numpy(), self._kept.votes)
+
+
+def _coarse(cast: int, at_most: int) -> int:
+    """Progress in steps of a tenth: exact numbers would tell how many votes each image took."""
+    step = max(1, at_most // _STEPS)
+    return cast // step * step

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from certifl.data import Dataset, ImageSplit, choose, load
 from certifl.deploy.settings import Settings
 from certifl.errors import InputError
 from certifl.federated import ClientData
+from certifl.models import fingerprint
 from certifl.spec import Spec, with_settings
 from certifl.work.parts import open_data
 
@@ -28,15 +32,17 @@ class Holdings:
         dataset: where they come from. train: those it trains on.
         test: positions of its test images in the data set.
         dealt: whether the data set is a whole one that all parties have.
+        told_classes: names of the classes as the server gets them.
     """
 
     dataset: Dataset
     train: ClientData
     test: np.ndarray
     dealt: bool
+    told_classes: tuple[str, ...]
 
     def described(self) -> dict[str, Any]:
-        """What the server must know of them: shapes, names of classes, number of images.
+        """What the server must know of them: shapes, classes, number of training images.
 
         Of a data set that all parties have also its name and fingerprint, so that they can be
         compared; of a party's own neither.
@@ -44,12 +50,17 @@ class Holdings:
         facts: dict[str, Any] = {
             "in_channels": self.dataset.in_channels,
             "image_size": list(self.dataset.image_size),
-            "class_names": list(self.dataset.class_names),
+            "class_names": list(self.told_classes),
             "train_images": len(self.train),
         }
         if self.dealt:
             facts |= {"name": self.dataset.name, "fingerprint": self.dataset.fingerprint}
         return facts
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Names the training images and labels."""
+        return fingerprint({"images": self.train.images, "labels": self.train.labels})
 
     def tests(self, spec: Spec) -> np.ndarray:
         """Positions of the test images that are certified."""
@@ -70,10 +81,24 @@ def open_holdings(spec: Spec, settings: Settings) -> Holdings:
     folder = None if settings.data_dir is None else Path(settings.data_dir)
     if settings.dealt:
         return _dealt(spec, settings, folder)
-    whole = load(settings.data, folder, label_column=spec.data.label_column)
+    whole = load(settings.data, folder, label_column=settings.label_column)
     dataset = whole if settings.classes is None else _renamed(whole, settings.classes)
+    told = dataset.class_names if settings.classes else _unnamed(dataset.class_names)
     train = ClientData(settings.client, dataset.train.images, dataset.train.labels)
-    return Holdings(dataset, train, np.arange(len(dataset.test)), dealt=False)
+    return Holdings(dataset, train, np.arange(len(dataset.test)), False, told)
+
+
+def _unnamed(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names that say how many classes there are, and whether two clients have the same ones.
+
+    What stands in the images' files or folders as the name of a class may be anything, a patient's
+    name if the wrong column was chosen. So it is not sent unless `classes` of client.toml says so.
+    """
+    numbers = tuple(str(number) for number in range(len(names)))
+    if names == numbers:
+        return numbers
+    digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
+    return tuple(f"class {number} ({digest})" for number in numbers)
 
 
 def _dealt(spec: Spec, settings: Settings, folder: Path | None) -> Holdings:
@@ -84,12 +109,16 @@ def _dealt(spec: Spec, settings: Settings, folder: Path | None) -> Holdings:
             f"client {settings.client}."
         )
     values = spec.model_dump(exclude_none=True)
-    here = with_settings({**values, "data": {**values["data"], "name": settings.data}})
+    data = {k: v for k, v in values["data"].items() if k != "label_column"}
+    data |= {"name": settings.data}
+    if settings.label_column is not None:
+        data["label_column"] = settings.label_column
+    here = with_settings({**values, "data": data})
     dataset, partition = open_data(here, folder)
     own = partition.clients[settings.client]
     part = dataset.train.take(own.train)
     train = ClientData(settings.client, part.images, part.labels)
-    return Holdings(dataset, train, own.test, dealt=True)
+    return Holdings(dataset, train, own.test, True, dataset.class_names)
 
 
 def _renamed(dataset: Dataset, classes: list[str]) -> Dataset:

@@ -6,7 +6,11 @@ studies/<id>/
   state-00008.safetensors   after round 8, of which it does not know whether the server counted it
   deployed.safetensors      the model that it uses at test time
   votes.safetensors  certificates.parquet
+  answered.json             which rounds it answered, and which model it certified
+  study.json  spec.toml     what the deployed model is used with: `certifl predict --run`
 ```
+
+All of it is readable by its owner alone.
 
 The server says after which round it counted the client last, and the client goes on from there. So
 a round that the server asks for twice (it was killed before it committed the answer) gives the
@@ -15,8 +19,11 @@ same answer twice.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,12 +33,43 @@ from certifl.federated.states import ClientState, ModelState, Parts
 from certifl.models import fingerprint
 from certifl.store.atomic import load_tensors, save_tensors, tensor_metadata
 
-__all__ = ["NEVER", "Kept"]
+__all__ = ["NEVER", "Kept", "owner_only", "private_folder"]
 
 NEVER = -1
 """Stands for the round before a client's first."""
 
 _STATE = "state-{:05d}.safetensors"
+
+
+@contextlib.contextmanager
+def owner_only() -> Iterator[None]:
+    """What this process creates meanwhile is readable and writable by its owner alone.
+
+    That holds from the moment a file appears, also for files that libraries and processes started
+    meanwhile write, and for those that are written beside their place first.
+    """
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def private_folder(folder: Path) -> None:
+    """Make a folder for its owner alone, also one that others could read until now.
+
+    Raises:
+        StoreError: it cannot be made, or belongs to somebody else.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if folder.stat().st_mode & 0o077:
+            folder.chmod(0o700)
+    except OSError as error:
+        raise StoreError(
+            f"{folder} cannot be made readable by its owner alone: {error}. It must belong to the "
+            "user that starts the client."
+        ) from error
 
 
 class Kept:
@@ -49,6 +87,15 @@ class Kept:
         if not re.fullmatch(r"[0-9a-f]{8,64}", study):
             raise StoreError(f"{study!r} is no id of a study.")
         self.folder = root / study
+
+    def begin(self) -> None:
+        """Make the folder, for its owner alone.
+
+        Raises:
+            StoreError: it cannot be made.
+        """
+        private_folder(self.folder.parent)
+        private_folder(self.folder)
 
     @property
     def votes(self) -> Path:

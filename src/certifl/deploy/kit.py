@@ -13,6 +13,7 @@ import tomli_w
 
 from certifl.deploy import kittexts
 from certifl.deploy.apps import app_files
+from certifl.deploy.keeping import private_folder
 from certifl.deploy.keys import Authority, node_key, write_secret
 from certifl.deploy.running import private_files
 from certifl.errors import InputError, SpecError, StoreMismatch
@@ -20,7 +21,7 @@ from certifl.store.atomic import write_bytes, write_text
 
 __all__ = ["Connection", "client_name", "init", "load_connection", "renew"]
 
-_LOCAL = ("localhost", "127.0.0.1")
+_LOCAL = ("localhost", "127.0.0.1", "::1")
 _FILE = "connection.toml"
 
 
@@ -58,7 +59,7 @@ class Connection:
             raise InputError(
                 f"--server must be HOST:PORT, such as fl.example.org:9900; got {text!r}."
             )
-        return Connection(host, int(port), insecure)
+        return Connection(host, int(port), insecure, "::" if ":" in host else "0.0.0.0")
 
     def save(self, folder: Path) -> None:
         """Write it into a party's folder."""
@@ -128,7 +129,7 @@ def _written(
     home, insecure = folder / "server", connection.insecure
     parties = [home, *(folder / client_name(client) for client in range(clients))]
     for party in parties:
-        party.mkdir(parents=True, exist_ok=True)
+        private_folder(party)
         connection.save(party)
         write_text(party / "flower.env", kittexts.environment_file())
     (home / "clients").mkdir()
@@ -159,7 +160,8 @@ def _server(home: Path, connection: Connection) -> None:
         write_bytes(home / "app" / name, content)
     flower = home / "flower"
     authority = None if connection.insecure else (home / "ca.crt").resolve()
-    write_text(flower / "config.toml", kittexts.flower_connection(connection.port, authority))
+    local = f"{'[::1]' if connection.listen == '::' else '127.0.0.1'}:{connection.port}"
+    write_text(flower / "config.toml", kittexts.flower_connection(local, authority))
     _scripts(home, "server", "server")
 
 

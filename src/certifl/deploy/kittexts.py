@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from certifl._version import __version__
+
 __all__ = [
     "client_settings",
     "environment_file",
@@ -24,14 +26,14 @@ def environment_file() -> str:
     )
 
 
-def flower_connection(port: int, authority: Path | None) -> str:
+def flower_connection(local: str, authority: Path | None) -> str:
     """For Flower's own command line, on the server's machine."""
     secured = "insecure = true" if authority is None else f'root-certificates = "{authority}"'
     return (
         "[superlink]\n"
         'default = "certifl"\n\n'
         "[superlink.certifl]\n"
-        f'address = "127.0.0.1:{port}"\n'
+        f'address = "{local}"\n'
         f"{secured}\n"
     )
 
@@ -77,8 +79,10 @@ def client_settings(client: int) -> str:
 
 client = {client}           # its number in the study
 data = ""            # its images: a folder with train and test parts (or --data PATH)
+# label_column = "finding"   # which column is the label, where the images are a table with several
 # dealt = true       # data is a whole data set that all have; the study deals out shares of it
-# classes = ["cat", "dog", "horse"]   # all classes of the study, where the own images lack some
+# classes = ["cat", "dog", "horse"]   # all classes of the study, in order. The server gets these
+#                    names; without them it gets numbers, and names in the images' files stay here
 
 share = "curve"      # the most that leaves of its certificates:
                      #   "none": only that it has finished
@@ -99,7 +103,7 @@ threads = 1          # of torch; 0 = as torch chooses. One gives the same bits e
 def readme(address: str, clients: int, insecure: bool) -> str:
     """The page for everybody."""
     return (_README_INSECURE if insecure else _README).format(
-        address=address, clients=clients, last=clients - 1
+        address=address, clients=clients, last=clients - 1, version=__version__
     )
 
 
@@ -118,13 +122,18 @@ runs `ssh-keygen -t ecdsa -b 384 -N "" -f node.key` and sends `node.key.pub`, wh
 
 ## Who runs what
 
-1. Everybody: `pip install "certifl[flower]"`, the same version.
+1. Everybody installs the same version of certifl. No package index serves it yet: whoever runs the
+   server makes a wheel in a checkout, `pip wheel --no-deps --wheel-dir dist .`, and hands it over
+   with each folder. There: `pip install "certifl-{version}-py3-none-any.whl[flower]"`.
 2. The server: `certifl deploy server server/`.
 3. Every party: `certifl deploy client client-N/ --data IMAGES` (or `data` in `client.toml`).
 4. On the server's machine: `certifl deploy run study.toml --kit server/`.
 
 `start.sh` does 2 and 3; `certifl-*.service` is a systemd unit for it. Clients call the server, so
 only the server needs an open port. `certifl deploy status server/` says who is there.
+
+All clients count equally in an average, however many images each has, unless the study says
+`weighting = "size"` in `[algorithm]`.
 
 ## What never leaves whose machine
 
@@ -134,10 +143,13 @@ only the server needs an open port. `certifl deploy status server/` says who is 
 - What leaves a party each round: its model (unless the algorithm keeps it: `local`, fine-tuning),
   the number of its training images, loss and accuracy on its training images. A model tells
   something of the images it was trained on; `[privacy]` in the study bounds how much.
+- When it joins, a party says how large its images are and how many it trains on. Names of classes
+  leave it only where it lists them as `classes` in its `client.toml`.
 - What leaves a party at the end: with `share = "curve"` numbers of certified test images at fixed
   radii and their average radius; with "none" only that it has finished.
 - A server cannot bring code to a client: messages are answered by the certifl installed there.
   Runs are started, and keys admitted, on the server's own machine alone.
+- It answers each round of a study once. `certifl deploy log client-N/` lists all that has left it.
 
 The server's certificate ends after 825 days: `certifl deploy renew THIS_FOLDER` writes a new
 `server/server.crt` and `server.key` with the authority's key; clients need nothing new.
@@ -150,7 +162,9 @@ Anybody on the network can read all models, and can join as any client or pose a
 {address}. For trying out on one machine only. `certifl deploy init` without `--insecure` writes
 a safe one.
 
-1. Everybody: `pip install "certifl[flower]"`, the same version.
+1. Everybody installs the same version of certifl: a wheel made in a checkout with
+   `pip wheel --no-deps --wheel-dir dist .`, then
+   `pip install "certifl-{version}-py3-none-any.whl[flower]"`.
 2. The server: `certifl deploy server server/`.
 3. Every party, 0 to {last}: `certifl deploy client client-N/ --data IMAGES`.
 4. On the server's machine: `certifl deploy run study.toml --kit server/`.

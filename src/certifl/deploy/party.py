@@ -28,13 +28,19 @@ from torch import nn
 
 from certifl._version import __version__
 from certifl.certification.network import choose_device
+from certifl.data import Dataset
 from certifl.deploy.allowance import check_own_limit, limit_of, planned
+from certifl.deploy.answered import Answered
+from certifl.deploy.asked import check_network_size, check_study
 from certifl.deploy.book import Book
 from certifl.deploy.certifying import Certifier
 from certifl.deploy.holdings import Holdings, open_holdings
-from certifl.deploy.keeping import Kept
-from certifl.deploy.messages import Content, fingerprint_of, update_to
-from certifl.deploy.refusing import Refusal
+from certifl.deploy.keeping import Kept, owner_only
+from certifl.deploy.messages import Content, fingerprint_of, order_from, update_to
+from certifl.deploy.orders import check_parts
+from certifl.deploy.refusing import Refusal, plain
+from certifl.deploy.schemas import CertifyOrder, Garbled, JoinOrder, RoundOrder, Told
+from certifl.deploy.sent import Sent
 from certifl.deploy.settings import Settings
 from certifl.deploy.spending import Spender
 from certifl.errors import CertiflError, StoreError
@@ -52,8 +58,9 @@ from certifl.federated.privacy import ExampleLedger
 from certifl.federated.states import Parts
 from certifl.models import build, fingerprint
 from certifl.spec import Spec, with_settings
+from certifl.work.kept import KeptStudy
 from certifl.work.private import Protection, protection, training_key
-from certifl.work.training import local_training
+from certifl.work.training import local_training, participation
 
 __all__ = ["Party", "Refusal", "Study"]
 
@@ -67,7 +74,8 @@ class Study:
     Attributes:
         spec: with the client's own perturbation, where it has one. holdings: its images.
         model: the initial network. training: its half of a round. algorithm: of the study.
-        kept: its folder. spender: its ledger of privacy, where clients add the noise.
+        kept: its folder. answered: which rounds it answered, and which model it certified.
+        spender: its ledger of privacy, where clients add the noise.
     """
 
     spec: Spec
@@ -76,7 +84,13 @@ class Study:
     training: LocalTraining
     algorithm: Algorithm
     kept: Kept
+    answered: Answered
     spender: Spender | None = None
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds its plan has."""
+        return self.spec.training.rounds + self.algorithm.extra_rounds
 
 
 class Party:
@@ -94,13 +108,14 @@ class Party:
         self.settings = settings
         self._folder = folder
         self._told = told or _log.info
+        self.sent = Sent(folder)
         self._studies: dict[tuple[str, str], Study] = {}
 
     def answer(self, order: Content) -> Content:
         """What the server gets for an order; a fault where it cannot be done."""
         started = time.perf_counter()
         try:
-            with _threads(self.settings.threads):
+            with owner_only(), _threads(self.settings.threads):
                 answer = self._answer(order)
         except Refusal as refusal:
             answer = self._fault("wrong", f"it refuses: {refusal}", str(refusal))
@@ -114,35 +129,37 @@ class Party:
         return answer
 
     def _fault(self, kind: str, told: str, known: str) -> Content:
-        _log.error("The server is told that this client failed: %s", known)
-        return Content({"fault": {"kind": kind, "reason": told}})
+        _log.error("The server is told that this client failed: %s", plain(known))
+        return Content({"fault": {"kind": kind, "reason": plain(told)}})
 
     def _answer(self, order: Content) -> Content:
-        facts = order.facts
-        doing = {"join": self._join, "round": self._round, "certify": self._certify}
-        kind = facts.get("order")
-        if kind not in doing:
-            raise Refusal(f"the order {kind!r} is unknown to certifl {__version__}")
-        if kind != "join" and facts.get("client") != self.settings.client:
-            raise Refusal(f"the order is for client {facts.get('client')!r}")
-        return doing[kind](order, self._study(facts))
-
-    def _study(self, facts: dict[str, Any]) -> Study:
         try:
-            asked = facts["study"]
-            id, text, hash = str(asked["id"]), str(asked["spec"]), str(asked["hash"])
-            own_allowed = asked["own_perturbation"] is True
-        except (KeyError, TypeError) as error:
-            raise Refusal("the order names no study") from error
-        if (id, hash) not in self._studies:
-            spec = _checked(text, hash)
-            self._studies = {(id, hash): self._opened(id, spec, own_allowed)}
-        return self._studies[id, hash]
+            asked = order_from(order)
+        except Garbled as error:
+            raise Refusal(
+                f"{error}; the server needs certifl {__version__}, as this client has"
+            ) from error
+        if not isinstance(asked, JoinOrder) and asked.client != self.settings.client:
+            raise Refusal("the order is for another client")
+        study = self._study(asked.study)
+        if isinstance(asked, JoinOrder):
+            return self._join(study)
+        if isinstance(asked, RoundOrder):
+            return self._round(order.parts, asked, study)
+        return self._certify(order.parts, asked, study)
+
+    def _study(self, asked: Told) -> Study:
+        named = (asked.id, asked.hash)
+        if named not in self._studies:
+            spec = _checked(asked.spec, asked.hash)
+            self._studies = {named: self._opened(asked.id, spec, asked.own_perturbation)}
+        return self._studies[named]
 
     def _opened(self, id: str, spec: Spec, own_allowed: bool) -> Study:
-        settings = self.settings
+        settings, named = self.settings, spec.hash()
         if settings.client >= spec.clients.count:
             raise Refusal(f"the study has only {spec.clients.count} clients, counted from 0")
+        check_study(spec, settings)
         if ":" in spec.model.name and spec.model.name not in settings.networks:
             raise Refusal(
                 f"the study's network {spec.model.name!r} is code that this party has not "
@@ -162,11 +179,12 @@ class Party:
             kept = Kept(self._folder / "studies", id)
         except StoreError as error:
             raise Refusal("the study has no usable id") from error
-        return self._made(spec, kept)
+        return self._made(spec, kept, named)
 
-    def _made(self, spec: Spec, kept: Kept) -> Study:
+    def _made(self, spec: Spec, kept: Kept, named: str) -> Study:
         settings, holdings = self.settings, open_holdings(spec, self.settings)
         data = holdings.dataset
+        check_network_size(spec, data.in_channels, data.num_classes)
         model = build(
             spec.model.name,
             data.in_channels,
@@ -176,7 +194,10 @@ class Party:
             data.image_size,
         ).eval()
         check_images(model, {settings.client: len(holdings.train)})
-        kept.folder.mkdir(parents=True, exist_ok=True)
+        kept.begin()
+        answered = Answered(kept.folder, named)
+        answered.begin()
+        KeptStudy(kept.folder).describe(spec, settings.client, _shapes(data))
         # Of the sizes only its own counts here: the noise of a client follows from its own.
         sizes = [len(holdings.train)] * spec.clients.count
         private = protection(spec, model, sizes, training_key(spec, kept.folder))
@@ -186,7 +207,8 @@ class Party:
             private = replace(private, example=spender.watched(private.example))
         device = str(choose_device(settings.device))
         training = local_training(spec, model, device, private)
-        return Study(spec, holdings, model, training, spec.build_algorithm(), kept, spender)
+        algorithm = spec.build_algorithm()
+        return Study(spec, holdings, model, training, algorithm, kept, answered, spender)
 
     def _spender(
         self, spec: Spec, holdings: Holdings, private: Protection, kept: Kept
@@ -195,42 +217,36 @@ class Party:
         if not isinstance(private.ledger, ExampleLedger):
             return None
         plan, delta = planned(spec, private.ledger, self.settings.client), spec.privacy.delta
-        images = {"images": holdings.train.images, "labels": holdings.train.labels}
         limit = limit_of(self.settings, plan, delta)
-        book, of = Book(self._folder), fingerprint(images)
+        book, of = Book(self._folder), holdings.fingerprint
         id, name = kept.folder.name, spec.name
         return Spender(book, id, name, delta, of, plan, limit, kept.folder)
 
-    def _join(self, order: Content, study: Study) -> Content:
-        self._told(f"joins the study {study.spec.name!r}")
+    def _join(self, study: Study) -> Content:
+        self._told(f"joins the study {plain(study.spec.name)!r} of {study.rounds} rounds")
         joined = {
             **study.holdings.described(),
             "client": self.settings.client,
             "initial_model": fingerprint(study.model),
             "versions": {"certifl": __version__, "torch": torch.__version__},
         }
+        if self.settings.share != "none":
+            joined["test_images"] = len(study.holdings.tests(study.spec))
         return Content({"joined": joined})
 
-    def _round(self, order: Content, study: Study) -> Content:
-        facts = order.facts
-        try:
-            round, counted, named = int(facts["round"]), int(facts["counted"]), facts["broadcast"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise Refusal("the order names no round") from error
-        started_from = fingerprint_of(order.parts)
-        if started_from != named:
-            raise Refusal("the model that arrived is not the one that was sent")
-        try:
-            before = study.kept.state(counted)
-        except StoreError as error:
-            _log.error("%s", error)
-            raise Refusal(
-                f"what it kept after round {counted} is lost; it can begin again with a new run"
-            ) from error
+    def _round(self, parts: Parts, asked: RoundOrder, study: Study) -> Content:
+        round, counted = asked.round, asked.counted
+        started_from = _arrived(parts, asked, study)
+        before = _state(study, counted)
+        past = fingerprint_of(before.parts)
         if study.spender is not None:
-            names = (study.spec.hash(), started_from, fingerprint_of(before.parts))
-            study.spender.begin(round, *names)
-        result = self._trained(study, ServerState(round, order.parts), before)
+            study.spender.begin(round, study.spec.hash(), started_from, past)
+        self._check_planned(study, asked)
+        if study.spender is None:
+            study.answered.round(round, started_from, past, study.holdings.fingerprint)
+        else:  # it refuses other states and images itself, by the samples drawn from them
+            study.answered.round(round, started_from)
+        result = self._trained(study, ServerState(round, parts), before)
         if isinstance(result, Fault):
             return self._fault(result.kind, _general(result), result.reason)
         update, state = result
@@ -243,6 +259,17 @@ class Party:
         self._told(f"round {round + 1}: {_metrics(update)}{spent}")
         answer.facts.update(started_from=started_from, round=round)
         return answer
+
+    def _check_planned(self, study: Study, asked: RoundOrder) -> None:
+        """Refuse a round that is not in the study's plan, or in which others were drawn."""
+        spec, round = study.spec, asked.round
+        if round >= study.rounds:
+            raise Refusal(f"the study has {study.rounds} rounds, counted from 0")
+        drawn = participation(spec, spec.clients.count)
+        if drawn is None or round >= spec.training.rounds:
+            return
+        if self.settings.client not in set(drawn(round)):
+            raise Refusal(f"it is not drawn for round {round}")
 
     def _trained(
         self, study: Study, broadcast: ServerState, before: ClientState
@@ -264,31 +291,52 @@ class Party:
             raise result.error
         return result
 
-    def _certify(self, order: Content, study: Study) -> Content:
-        facts = order.facts
-        try:
-            rounds, counted = int(facts["round"]), int(facts["counted"])
-            seconds, share = float(facts["piece"]), str(facts["share"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise Refusal("the order says not what to certify") from error
-        if fingerprint_of(order.parts) != facts.get("broadcast"):
-            raise Refusal("the model that arrived is not the one that was sent")
-        try:
-            state = study.kept.state(counted)
-        except StoreError as error:
-            _log.error("%s", error)
-            raise Refusal(f"what it kept after round {counted} is lost") from error
-        model = study.algorithm.deployed(ServerState(rounds, order.parts), state)
+    def _certify(self, parts: Parts, asked: CertifyOrder, study: Study) -> Content:
+        if asked.round != study.rounds:
+            raise Refusal(f"it certifies after the last of {study.rounds} rounds alone")
+        _arrived(parts, asked, study)
+        state = _state(study, asked.counted)
+        model = study.algorithm.deployed(ServerState(asked.round, parts), state)
+        study.answered.deployed(fingerprint(model))
         certifier = Certifier(self.settings, study.spec, study.holdings, study.kept, self._told)
-        return certifier.piece(study.model, model, seconds, share)
+        return certifier.piece(study.model, model, asked.piece, asked.share)
+
+
+def _arrived(parts: Parts, asked: RoundOrder | CertifyOrder, study: Study) -> str:
+    """Fingerprint of what an order brought: whole, and of the study's network."""
+    found = fingerprint_of(parts)
+    if found != asked.broadcast:
+        raise Refusal("the model that arrived is not the one that was sent")
+    check_parts(parts, study.model.state_dict(), study.spec.clients.count)
+    return found
+
+
+def _state(study: Study, counted: int) -> ClientState:
+    """What the client kept after the round that it was last counted in."""
+    try:
+        return study.kept.state(counted)
+    except StoreError as error:
+        _log.error("%s", error)
+        raise Refusal(
+            f"what it kept after round {counted} is lost; it can begin again with a new run"
+        ) from error
+
+
+def _shapes(data: Dataset) -> dict[str, Any]:
+    """What a model depends on of the images it is used with."""
+    return {
+        "in_channels": data.in_channels,
+        "image_size": list(data.image_size),
+        "class_names": list(data.class_names),
+    }
 
 
 def _checked(text: str, hash: str) -> Spec:
     """The study as the server wrote it, checked as a file of one's own would be."""
     try:
         spec = with_settings(tomllib.loads(text))
-    except (CertiflError, tomllib.TOMLDecodeError) as error:
-        raise Refusal(f"the study's spec is not accepted here: {error}") from error
+    except (CertiflError, RecursionError, ValueError) as error:
+        raise Refusal(f"the study's spec is not accepted here: {plain(str(error))}") from error
     if spec.hash() != hash:
         raise Refusal(
             "the study's spec means something else here: install the same version of certifl"
@@ -308,7 +356,10 @@ def _with_own(spec: Spec, settings: Settings) -> Spec:
     try:
         return with_settings(values)
     except CertiflError as error:
-        raise Refusal(f"its own perturbation does not fit the study: {error}") from error
+        _log.error("%s", error)
+        raise Refusal("its own perturbation does not fit the study; its own log says why") from (
+            error
+        )
 
 
 def _general(fault: Fault) -> str:

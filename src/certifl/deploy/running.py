@@ -21,6 +21,7 @@ from certifl.errors import WorkError
 __all__ = [
     "Beat",
     "Child",
+    "direct",
     "environment",
     "free_port",
     "give_memory_back",
@@ -36,6 +37,7 @@ _QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 _TERM_SECONDS = 10.0
 _MMAP_THRESHOLD, _LARGE = -3, 1 << 18  # glibc's M_MMAP_THRESHOLD, in bytes
 
@@ -61,6 +63,18 @@ def environment(home: Path) -> dict[str, str]:
 def quiet(home: Path) -> None:
     """Give this very process that environment, before Flower is used."""
     os.environ.update(environment(home))
+    direct()
+
+
+def direct(*hosts: str) -> None:
+    """Reach these hosts, and this machine itself, past any proxy of the environment.
+
+    A proxy would be asked for the processes on this very machine, and told their secrets; and the
+    server's certificate is checked on a direct connection before anything is sent.
+    """
+    for name in ("NO_PROXY", "no_proxy"):
+        known = [host for host in os.environ.get(name, "").split(",") if host.strip()]
+        os.environ[name] = ",".join(dict.fromkeys([*known, *_THIS_MACHINE, *hosts]))
 
 
 def give_memory_back() -> None:

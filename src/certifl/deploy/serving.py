@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import logging
+import os
+import re
 import secrets
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from certifl.deploy import flowerruns
 from certifl.deploy.flowerruns import Place
+from certifl.deploy.keeping import owner_only, private_folder
 from certifl.deploy.keys import check_certificate, public_key_bytes, reach, write_secret
 from certifl.deploy.kit import Connection, load_connection
 from certifl.deploy.node import work
 from certifl.deploy.party import Party
-from certifl.deploy.running import Child, free_port, private_files, quiet, tail
+from certifl.deploy.retrying import Accepted, Retry
+from certifl.deploy.running import Child, direct, free_port, private_files, quiet, tail
 from certifl.deploy.settings import Settings
 from certifl.errors import InputError, StoreMismatch, WorkError
 from certifl.federated.serving import load_what_a_step_needs
@@ -30,8 +36,9 @@ __all__ = ["KeyFolder", "admitted", "here", "keys_of", "serve", "take_part", "wi
 Told = Callable[[str], None]
 _log = logging.getLogger(__name__)
 _START_SECONDS = 60.0
-_AGAIN_SECONDS = 5.0
+_LONGEST_LOG = 4 << 20
 _LOCAL_PATIENCE = 3.0
+_AGAIN_SECONDS = 5.0
 INSECURE = (
     "WITHOUT ENCRYPTION AND WITHOUT KEYS: anybody on the network can read all models and join."
 )
@@ -44,8 +51,11 @@ def here(folder: Path) -> Place:
     if not secret.is_file():
         raise InputError(f"{folder} is no server's folder: it has no {secret.name}.")
     authority = None if connection.insecure else folder / "ca.crt"
-    local = connection.listen if connection.listen not in ("0.0.0.0", "::") else "127.0.0.1"
-    return Place(f"{local}:{connection.port}", authority, secret.read_bytes())
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+    local = everywhere.get(connection.listen, connection.listen)
+    direct(local)
+    address = dataclasses.replace(connection, host=local).address
+    return Place(address, authority, secret.read_bytes())
 
 
 def keys_of(folder: Path, told: Told | None = None) -> dict[int, bytes]:
@@ -140,15 +150,27 @@ def _superlink(folder: Path, connection: Connection) -> list[str]:
 def _wait_until_up(child: Child, place: Place, log: Path) -> None:
     host, _, port = place.address.rpartition(":")
     ends = time.monotonic() + _START_SECONDS
+    host = host.strip("[]")
     while reach(host, int(port), place.authority) is not None or child.ended is not None:
         if child.ended is not None:
-            raise WorkError(
-                f"The server did not start. Is another program listening on {place.address}? "
-                f"Its log {log} ends with:\n{tail(log)}"
-            )
+            raise WorkError(_not_started(place, tail(log), log))
         if time.monotonic() > ends:
             raise WorkError(f"The server did not start in time; its log is {log}.")
         time.sleep(0.2)
+
+
+def _not_started(place: Place, end: str, log: Path) -> str:
+    """Why a server ended at once, by the end of its log."""
+    if "Can't locate revision" in end:
+        return (
+            "The server did not start: its state.db was written by a later release of Flower than "
+            f"{version('flwr')}. Install that release again; or move state.db aside, and clients "
+            "are admitted anew from their keys in clients/."
+        )
+    return (
+        f"The server did not start. Is another program listening on {place.address}? "
+        f"Its log {log} ends with:\n{end}"
+    )
 
 
 def _watch(folder: Path, place: Place, child: Child, stop: threading.Event, told: Told) -> None:
@@ -200,10 +222,10 @@ class _Admitting:
 
 
 def take_part(folder: Path, settings: Settings, told: Told) -> None:
-    """Run a client until it is stopped.
+    """Run a client until it is stopped; one that is refused waits and tries again.
 
     Raises:
-        WorkError: the server is not who it should be, or does not accept this client.
+        WorkError: the server is not who it should be, or takes clients with keys alone.
         RequestError: the folder or its settings are wrong.
     """
     connection = load_connection(folder)
@@ -214,23 +236,40 @@ def take_part(folder: Path, settings: Settings, told: Told) -> None:
     if authority is not None:
         check_certificate(authority)
     quiet(folder / "flower")
+    direct(connection.host)
     load_what_a_step_needs()  # not in the first round's time
     party = Party(settings, folder, told)
+    retry = Retry(connection.address, settings.client, told)
+    private_folder(folder)
+    told(f"Client {settings.client} connects to {connection.address}; logs in {folder / 'log'}.")
     with _held(folder), _stopped() as stop:
         while not stop.is_set():
             problem = reach(connection.host, connection.port, authority)
             if problem is not None:
-                told(f"Waits for the server: {problem}.")
-                stop.wait(_AGAIN_SECONDS)
+                stop.wait(retry.unreachable(problem))
                 continue
-            _connected(folder, connection, party, stop, told)
-            if not stop.is_set():
-                told("The connection ended; connects again.")
-                stop.wait(1.0)
+            stop.wait(_until_ended(folder, connection, party, stop, retry))
+
+
+def _until_ended(
+    folder: Path, connection: Connection, party: Party, stop: threading.Event, retry: Retry
+) -> float:
+    """Work for the server until that ends; how many seconds to wait before the next attempt."""
+    known, began = Accepted(folder), time.monotonic()
+
+    def accepted() -> None:
+        known.note()
+        retry.connected()
+
+    served = _connected(folder, connection, party, stop, accepted)
+    if stop.is_set():
+        return 0.0
+    lasted = time.monotonic() - began
+    return retry.ended(lasted) if served else retry.refused(known.before())
 
 
 def _check_data(settings: Settings) -> None:
-    path = Path(settings.data).expanduser()
+    path = Path(re.sub(r"\[[^\[\]]+\]$", "", settings.data)).expanduser()
     if not settings.data:
         raise InputError(
             "This client has no data: give --data FOLDER, or write data into client.toml."
@@ -240,37 +279,48 @@ def _check_data(settings: Settings) -> None:
 
 
 def _connected(
-    folder: Path, connection: Connection, party: Party, stop: threading.Event, told: Told
-) -> None:
-    """Work for the server until the SuperNode ends.
+    folder: Path,
+    connection: Connection,
+    party: Party,
+    stop: threading.Event,
+    accepted: Callable[[], None],
+) -> bool:
+    """Work for the server until the SuperNode ends; False where the server refused it.
 
     Raises:
-        WorkError: it ended because the server does not accept this client.
+        WorkError: the server takes clients with keys alone, and this one has none.
     """
     port, secret = free_port(), secrets.token_bytes(32)
     write_secret(folder / "flower" / "supernode.secret", secret)
     log = folder / "log" / "supernode.log"
+    _begin_anew(log)
     arguments = _supernode(folder, connection, port)
     start = log.stat().st_size if log.is_file() else 0
     child = Child("flwr.supernode.cli:flower_supernode", arguments, log, folder / "flower")
     try:
         _wait_for_port(child, port, stop)
-        told(f"Client {party.settings.client} connects to {connection.address}; log in {log}.")
         place = Place(f"127.0.0.1:{port}", None, secret, _LOCAL_PATIENCE)
-        with _watched(child, start):
+        with _watched(child, start, accepted):
             work(place, party, lambda: child.ended is None and not stop.is_set())
     finally:
         child.stop()
     with log.open("rb") as file:
         file.seek(start)
-        _refused(file.read().decode(errors="replace"), connection)
+        return not _refused(file.read().decode(errors="replace"), connection)
+
+
+def _begin_anew(log: Path) -> None:
+    """Put a log that has grown long aside, in place of the one before; attempts add to it."""
+    if log.is_file() and log.stat().st_size > _LONGEST_LOG:
+        os.replace(log, log.with_suffix(".log.1"))
 
 
 @contextlib.contextmanager
-def _watched(child: Child, start: int) -> Iterator[None]:
-    """End a SuperNode that dropped an order which it had already handed over to be worked on.
+def _watched(child: Child, start: int, accepted: Callable[[], None]) -> Iterator[None]:
+    """Read along in a SuperNode's log: it was accepted, or it dropped an order.
 
-    It would wait for the answer to that order, and take every answer for the one before.
+    One that dropped an order which it had already handed over to be worked on is ended: it would
+    wait for the answer to that order, and take every answer for the one before.
     """
     over = threading.Event()
 
@@ -281,6 +331,8 @@ def _watched(child: Child, start: int) -> Iterator[None]:
                 log.seek(position)
                 new = log.read()
             position += new.rfind(b"\n") + 1
+            if b"SuperNode ID: " in new:
+                accepted()
             if b"Ignoring message" in new:
                 child.stop()
 
@@ -293,15 +345,25 @@ def _watched(child: Child, start: int) -> Iterator[None]:
         thread.join(timeout=2.0)
 
 
-def _refused(log: str, connection: Connection) -> None:
-    """Raise where the server does not want this client, whatever it repeats."""
-    for code in ("[code: 2004]", "[code: 2001]"):
-        if code in log:
-            raise WorkError(
-                f"The server {connection.address} does not know this client's key, or it is used "
-                "already. node.key must be the private half of clients/client-N.pub in the "
-                "server's folder; whoever runs the server can put it there."
-            )
+def _refused(log: str, connection: Connection) -> bool:
+    """Whether the server did not accept this client, by what its SuperNode wrote.
+
+    Raises:
+        WorkError: it takes clients with keys alone, or of its own release of Flower, whatever is
+            repeated.
+    """
+    if "[code: 1001]" in log:
+        raise WorkError(
+            f"The server {connection.address} has another minor release of Flower than this "
+            f"machine ({version('flwr')}): install the server's, for instance with pip install "
+            '"flwr==1.42.*".'
+        )
+    if "[code: 2001]" in log:
+        raise WorkError(
+            f"The server {connection.address} takes clients with keys alone, and this folder has "
+            "none. Ask whoever runs the server for a folder of `certifl deploy init`."
+        )
+    return "[code: 2004]" in log
 
 
 def _supernode(folder: Path, connection: Connection, port: int) -> list[str]:
@@ -325,8 +387,8 @@ def _wait_for_port(child: Child, port: int, stop: threading.Event) -> None:
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """Hold a party's folder for one process."""
-    with (folder / ".lock").open("a") as handle:
+    """Hold a party's folder for one process; what it writes is its owner's alone."""
+    with owner_only(), (folder / ".lock").open("a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

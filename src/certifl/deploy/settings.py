@@ -34,8 +34,10 @@ class Settings(Section):
         dealt: `data` is a whole data set that every party has; the study's split says which
             images are this client's. For trying a federation out.
         data_dir: where named data sets lie.
-        classes: the names of all classes of the study, in order, where the own images show only
-            some of them.
+        label_column: which column of its images is the label, where they are a table; a server
+            has no say in it.
+        classes: the names of all classes of the study, in order. They are sent to the server;
+            names found in the images never are.
         share: the most that leaves of its certificates, a name in `SHARES`.
         perturbation: certify this instead of the study's, where the study allows it.
         networks: networks of one's own, as module:function, that a study may name; code of no
@@ -50,6 +52,7 @@ class Settings(Section):
     data: str = ""
     dealt: bool = False
     data_dir: str | None = None
+    label_column: str | None = None
     classes: list[str] | None = None
     share: Literal["none", "curve", "rows"] = "curve"
     perturbation: Any = None

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from certifl.spec import Spec
 from certifl.store.atomic import load_tensors
 from certifl.store.runs import RunFolder
 from certifl.work.certifying import Job, certify_job
+from certifl.work.kept import KeptStudy
 from certifl.work.networks import trained_model
 from certifl.work.parts import data_folder, finished_run, open_data, run_spec
 
@@ -231,16 +233,21 @@ class Answer:
 
 
 def certify_image(
-    path: Path, run: Path, client: int, n: int | None, resize: bool, device: str
+    path: Path, run: Path, client: int | None, n: int | None, resize: bool, device: str
 ) -> Answer:
-    """Certify one image with the model that a client of a run deploys."""
-    folder = finished_run(run)
-    model, spec = _model_of(folder, client)
-    data = folder.fact("data")
-    channels, size = data["in_channels"], tuple(data["image_size"])
+    """Certify one image with the model that a client of a run deploys.
+
+    Args:
+        path: the image.
+        run: a finished run, or a client's own folder of a study, `CLIENT/studies/ID`.
+        client: whose model answers; None = client 0 of a run, or the one whose folder it is.
+        n: votes; None = the run's own. resize: fit the image to the model. device: as elsewhere.
+    """
+    model, spec, about = _deployed_by(run, client)
+    own, channels, size = int(about["client"]), about["in_channels"], about["image_size"]
     image = read_image(path, channels, size, resize=resize)
     wanted = spec.certification
-    perturbation, settings = _certified_by(spec, client), wanted.settings(client)
+    perturbation, settings = _certified_by(spec, own), wanted.settings(own)
     made = certify(
         model,
         image,
@@ -257,6 +264,20 @@ def certify_image(
         keep=wanted.keep,
     )
     label = int(made.predicted[0])
-    name = data["class_names"][label] if label >= 0 else ""
+    name = about["class_names"][label] if label >= 0 else ""
     changed = changes_of(path, channels, size)
-    return Answer(made, name, client, folder.fact("deploys"), changed)
+    return Answer(made, name, own, about["deploys"], changed)
+
+
+def _deployed_by(run: Path, asked: int | None) -> tuple[nn.Module, Spec, dict[str, Any]]:
+    """A client's model, its study, and what it is used with."""
+    kept = KeptStudy(run)
+    if kept.exists():
+        spec, about = kept.spec(), kept.about(asked)
+        return kept.model(spec, about), spec, about
+    folder, client = finished_run(run), asked or 0
+    model, spec = _model_of(folder, client)
+    data = folder.fact("data")
+    about = {name: data[name] for name in ("in_channels", "class_names")}
+    about |= {"client": client, "deploys": folder.fact("deploys")}
+    return model, spec, {**about, "image_size": tuple(data["image_size"])}
