@@ -4,7 +4,7 @@ from certifl.certification.api import certify, conditions, predict
 from certifl.certification.certificates import Certificates
 from certifl.certification.enumeration import ShiftCertificates, certify_shifts
 from certifl.certification.settings import ESTIMATORS, Settings
-from certifl.certification.verify import Finding, verify
+from certifl.certification.verify import Finding, unverified, verify
 
 __all__ = [
     "ESTIMATORS",
@@ -16,5 +16,6 @@ __all__ = [
     "certify_shifts",
     "conditions",
     "predict",
+    "unverified",
     "verify",
 ]

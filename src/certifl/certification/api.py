@@ -37,7 +37,7 @@ from certifl.progress import Progress, bar
 from certifl.smoothing.bounds import two_sided_sign_test
 from certifl.streams import image_key
 
-__all__ = ["certify", "conditions", "predict"]
+__all__ = ["asked_conditions", "certify", "conditions", "predict"]
 
 # Images on the device at once; results do not depend on it.
 _BLOCK = 256
@@ -233,10 +233,36 @@ def conditions(
         model: as it was given, for its fingerprint.
         data: fingerprint of the images.
     """
+    return {
+        **asked_conditions(perturbation, settings, seed),
+        "precision": network.precision,
+        **_rounding(network),
+        "batch_norm_folded": network.folded,
+        "batch_size": network.batch_size,
+        "device": _device_name(network.device),
+        "threads": torch.get_num_threads(),
+        "model_fingerprint": fingerprint(model) if isinstance(model, nn.Module) else None,
+        "data_fingerprint": data,
+        "versions": {
+            "certifl": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def asked_conditions(perturbation: Perturbation, settings: Settings, seed: int) -> dict[str, Any]:
+    """The conditions that follow from what was asked for, before any network is known.
+
+    `verify` compares a record with these, so they must depend on the arguments alone.
+
+    Args:
+        perturbation, settings, seed: as in `conditions`.
+    """
     looks, levels, scanned = settings.looks, settings.levels, {}
     if settings.estimator == "scan":
         stretch = scan.scan_of(perturbation, settings)
-        scanned = {"scan": scan.describe_scan(stretch)}
+        scanned = {"scan": scan.describe_scan(stretch), "reach": settings.reach}
         # One level for all looks: the scan may be read after any pass.
         looks, levels = tuple(stretch.totals.tolist()), (settings.alpha,)
     return {
@@ -259,19 +285,6 @@ def conditions(
         "label_aware": settings.label_aware,
         "keep": settings.keep,
         "seed": seed,
-        "precision": network.precision,
-        **_rounding(network),
-        "batch_norm_folded": network.folded,
-        "batch_size": network.batch_size,
-        "device": _device_name(network.device),
-        "threads": torch.get_num_threads(),
-        "model_fingerprint": fingerprint(model) if isinstance(model, nn.Module) else None,
-        "data_fingerprint": data,
-        "versions": {
-            "certifl": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
     }
 
 

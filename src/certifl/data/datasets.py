@@ -57,6 +57,7 @@ def load(
     label_column: str | None = None,
     image_column: str | None = None,
     keep_column: str | None = None,
+    offline: bool = False,
 ) -> Dataset:
     """Load a data set, decoding its images once.
 
@@ -69,6 +70,7 @@ def load(
         label_column: the same choice as in "name[column]".
         image_column: the image column of a table that has several.
         keep_column: a further column of a table to keep, such as the writer of each image.
+        offline: never ask the network; a copy decoded before is still read.
 
     Returns:
         Both splits as uint8 (n, c, h, w), of one size; the same content from whatever file.
@@ -80,6 +82,7 @@ def load(
     base, columns = _parse(name, label_column, image_column)
     columns = replace(columns, kept=keep_column)
     files, choices, build = _source(base, data_dir, columns)
+    remote = choices[0] == "hub"
     try:
         key = cache_key(files, *choices)
     except OSError as error:
@@ -90,6 +93,8 @@ def load(
     cached = read_cached(path, name)
     if cached is not None:
         return cached
+    if remote and offline:
+        raise DataUnavailable(f"{name} is not on this machine. {_ways(base)}")
     train, test = build()
     dataset = assemble(name, train, test)
     write_cached(path, dataset)

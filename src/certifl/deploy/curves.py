@@ -39,6 +39,7 @@ _TOLD = (
     "look_votes",
     "look_levels",
     "scan",
+    "reach",
     "radii",
     "label_aware",
     "keep",
