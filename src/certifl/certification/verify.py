@@ -77,7 +77,7 @@ def verify(certificates: Certificates) -> list[Finding]:
         return _verified(certificates)
     try:
         held = masks(certificates.conditions, certificates.client)
-        owners = np.sum(held, axis=0)
+        owners = np.sum([np.zeros(len(certificates), np.int64), *held], axis=0)
         known = certificates.select(owners == 1).by_perturbation()
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(

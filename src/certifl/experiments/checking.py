@@ -306,14 +306,14 @@ def _other_facts(
     """Where the conditions of certificates differ from what the spec asks of a client."""
     settings = spec.certification.settings(client)
     wanted = asked_conditions(perturbation, settings, spec.seed)
-    # Records of 0.1.0 name neither; the range of a scan is compared all the same.
-    older = {"keep": "certificates", "reach": wanted.get("reach")}
+    # Records of 0.1.0 may name neither; the range of a scan is compared all the same.
+    held = {"keep": "certificates", "reach": wanted.get("reach"), **facts}
     problems = [
-        f"the certificates {who}say {key} = {facts.get(key)!r:.80}, the spec {value!r:.80}"
+        f"the certificates {who}say {key} = {held.get(key)!r:.80}, the spec {value!r:.80}"
         for key, value in wanted.items()
         if key not in left_out
-        and known_words(key, facts)
-        and differs(facts.get(key, older.get(key)), value)
+        and known_words(key, held)
+        and (key not in held or differs(held[key], value))
     ]
     asked, told = spec.certification.precision, facts.get("precision")
     allowed = [asked] if asked != "auto" else [p for p in PRECISIONS if "-" not in p]

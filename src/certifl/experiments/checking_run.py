@@ -288,9 +288,7 @@ def _of_the_conditions(
         problems += _unlike(f"the file of {what}", rows.conditions, both, "run.json")
     told = certificates.conditions.get("versions")
     if isinstance(versions, Mapping) and isinstance(told, Mapping):
-        known = {
-            name: versions[name] for name in ("certifl", "torch", "python") if name in versions
-        }
+        known = {name: versions.get(name) for name in ("certifl", "torch", "python")}
         problems += _unlike("the file of certificates", told, known, "run.json")
     elif differs(type(versions).__name__, type(told).__name__):
         problems.append("run.json and certificates do not both say the versions they were made by")
