@@ -16,7 +16,7 @@ from certifl.certification.network import PRECISIONS
 from certifl.certification.predictions import Predictions
 from certifl.certification.recorded import differs, known_words
 from certifl.data import Dataset
-from certifl.errors import InputError, StoreError
+from certifl.errors import InputError, SpecError, StoreError
 from certifl.experiments.checking_curves import (
     curves_of,
     impossible,
@@ -32,6 +32,7 @@ from certifl.experiments.checking_run import (
     label_problems,
     manifest_problems,
     partition_problems,
+    privacy_problems,
     read_partition,
 )
 from certifl.federated.engine import deployed_model
@@ -107,6 +108,7 @@ class _OfRun:
     def __init__(self, folder: RunFolder, spec: Spec, images: Images) -> None:
         self.folder, self.spec, self.images = folder, spec, images
         self.manifest = folder.manifest()
+        self.notes: list[str] = []
         self.local = "deployment" not in self.manifest
         self.certificates = folder.load_certificates()
         certifies = spec.perturbations()
@@ -194,7 +196,23 @@ class _OfRun:
             return [str(error)]
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             return [f"the final checkpoint cannot be read ({error!r})"]
-        return models + history_problems(self.folder, last)
+        return models + history_problems(self.folder, last) + self._privacy(last)
+
+    def _privacy(self, last: StoredRound) -> list[str]:
+        """What of the images' privacy was spent; networks of a user's own are not built here."""
+        if self.spec.privacy.kind == "none":
+            stray = "privacy" in self.manifest
+            return ["run.json says what privacy was spent, but none was asked for"] * stray
+        dataset = self._dataset()
+        if not self.local or dataset is None or ":" in self.spec.model.name:
+            self.notes.append("the privacy spent")
+            return []
+        try:
+            partition = read_partition(self.folder)
+            return privacy_problems(self.folder, self.spec, partition, last, dataset)
+        except (SpecError, StoreError) as error:  # a damaged partition is a finding already
+            self.notes.append(f"the privacy spent: {str(error).partition('. ')[0]}")
+            return []
 
     def _models(self, last: StoredRound) -> list[str]:
         # States alone, without the network: checking somebody's run must not run their code.
@@ -232,7 +250,7 @@ class _OfRun:
             unchecked.append("which images of theirs the clients certified")
         if self.predictions is not None:
             unchecked.append("plain predictions")
-        return tuple(compared), (*unchecked, _VOTES)
+        return tuple(compared), (*unchecked, *self.notes, _VOTES)
 
 
 def _of_curves(folder: RunFolder, spec: Spec) -> Verification:

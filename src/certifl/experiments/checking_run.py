@@ -22,11 +22,13 @@ from certifl.certification.predictions import Predictions
 from certifl.certification.recorded import differs
 from certifl.data import Dataset, Partition, check, choose
 from certifl.errors import CertiflError, InputError, StoreError
+from certifl.models import build
 from certifl.spec import Spec
 from certifl.store.atomic import read_json
 from certifl.store.checkpoints import StoredRound
 from certifl.store.runs import RunFolder
 from certifl.work.parts import DATA_DIR, load_data, partition_of, study_facts
+from certifl.work.private import protection, spent
 from certifl.work.training import by_client
 
 __all__ = [
@@ -38,12 +40,14 @@ __all__ = [
     "label_problems",
     "manifest_problems",
     "partition_problems",
+    "privacy_problems",
     "read_partition",
     "shortened",
 ]
 
 _WORDS = ("label", "deploys")  # another version may say the same otherwise
 _SHOWN = 5
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -217,6 +221,37 @@ def history_problems(folder: RunFolder, last: StoredRound) -> list[str]:
         if differs(told, made)
     ]
     return [f"history.jsonl: round {n} is not as the checkpoint recorded it" for n in wrong]
+
+
+def privacy_problems(
+    folder: RunFolder, spec: Spec, partition: Partition, last: StoredRound, dataset: Dataset
+) -> list[str]:
+    """Where run.json says that another privacy was spent than spec, data and history give.
+
+    Raises:
+        SpecError: opacus, which accounts for it, is not installed.
+    """
+    told = folder.manifest().get("privacy")
+    sizes = [len(client.train) for client in partition.clients]
+    model = build(spec.model.name, dataset.in_channels, dataset.num_classes, spec.seed)
+    made = spent(spec, protection(spec, model, sizes, b"not the key"), last.history)
+    if not isinstance(told, Mapping):
+        return ["run.json does not say what privacy was spent"]
+    return [
+        f"run.json says privacy: {name} = {told.get(name)!r:.80}, spec and history {value!r:.80}"
+        for name, value in made.items()
+        if name != "accountant" and not _alike(told.get(name), value)
+    ]
+
+
+def _alike(told: Any, made: Any) -> bool:
+    """Equal; numbers up to the rounding of another version of the accountant."""
+    if isinstance(made, list):
+        same = isinstance(told, list) and len(told) == len(made)
+        return same and all(_alike(*pair) for pair in zip(told, made, strict=True))
+    if isinstance(made, float) and isinstance(told, float):
+        return math.isclose(told, made, rel_tol=_ROUNDING)
+    return not differs(told, made)
 
 
 def manifest_problems(
