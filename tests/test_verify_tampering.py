@@ -630,3 +630,19 @@ def test_data_inside_the_run_folder_are_not_believed(altered: Callable[[str], Pa
     (place / "data").mkdir(exist_ok=True)
     _write(place, "run.json", {**_json(place, "run.json"), "data_dir": str(place / "data")})
     assert _remembered(RunFolder(place)) is None
+
+
+def test_privacy_that_was_not_spent_so_is_found(tmp_path: Path) -> None:
+    pytest.importorskip("opacus")
+    private = ("privacy.kind=example", "privacy.noise_multiplier=1.0", "training.rounds=1")
+    study = tiny.spec("certification.n=100", "certification.images=3", *private)
+    folder = run(study, Options(tmp_path / "run", explore=False))
+    passes(folder.path)
+    honest = _json(folder.path, "run.json")
+    told = honest["privacy"]
+    for key, value in told.items():
+        other = [0.5 * v for v in value] if isinstance(value, list) else _twice(value)
+        _write(folder.path, "run.json", {**honest, "privacy": {**told, key: other}})
+        assert _agrees(folder.path) is (key == "accountant"), key
+    _write(folder.path, "run.json", {k: v for k, v in honest.items() if k != "privacy"})
+    found(folder.path, "privacy")

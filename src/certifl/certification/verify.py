@@ -15,6 +15,7 @@ from certifl.certification.settings import ESTIMATORS
 from certifl.errors import InputError
 from certifl.smoothing.bounds import BOUNDS
 from certifl.smoothing.laws import LAWS
+from certifl.smoothing.scan import Reading
 from certifl.smoothing.sequential import grid_steps, reachable_radius
 
 __all__ = ["Finding", "unverified", "verify"]
@@ -317,21 +318,33 @@ def _check_intervals(certificates: Certificates, record: Record, report: Report)
     )
     known = np.isfinite(certificates.p_lower) | np.isfinite(certificates.p_upper)
     report(known, "it has bounds of a probability, which a scan has not")
-    certified = np.zeros(len(certificates), np.bool_)
+    certified, early = certificates.predicted != ABSTAINED, np.zeros(len(certificates), np.bool_)
     for row in range(len(rows)):
-        certified[row] = _check_interval(
+        reading = _read(
             certificates, record, row, lambda problem, row=row: report(rows == row, problem)
         )
+        if reading is not None:
+            certified[row] = reading.certified[0]
+            early[row] = not _stops(certificates, record, row, reading)
+    wrong = _wrong(certificates, record)
+    report(wrong & (certificates.looks > 1), _STOPPED_LATE)
+    report(early & ~wrong, _STOPPED_EARLY)
     _check_class(certificates, certified, report)
 
 
-def _check_interval(
+def _stops(certificates: Certificates, record: Record, row: int, reading: Reading) -> bool:
+    """Whether the votes of one image could end where they did, were its class right."""
+    assert record.scan is not None
+    assert record.settings is not None
+    last = certificates.looks[row] == len(record.scan.passes)
+    return bool(last) or settled(reading, record.scan, record.settings)
+
+
+def _read(
     certificates: Certificates, record: Record, row: int, report: Callable[[str], None]
-) -> bool:
-    """Whether the votes of one image certify its class; what does not follow is reported."""
-    scan, settings = record.scan, record.settings
-    assert scan is not None
-    assert settings is not None
+) -> Reading | None:
+    """What the votes of one image certify; what does not follow from them is reported."""
+    assert record.scan is not None
     assert certificates.scan_votes is not None
     assert certificates.interval is not None
     counts = certificates.counts[row]
@@ -340,22 +353,16 @@ def _check_interval(
         if not np.array_equal(np.bincount(path, minlength=len(counts)), counts):
             raise ValueError("they are not those that were counted")
         selected = int(certificates.selection_counts[row].argmax())
-        reading = read_votes(scan, path, selected, settings.alpha)
+        reading = read_votes(record.scan, path, selected, record.facts["alpha"])
     except (ValueError, InputError) as error:
         report(f"its votes cannot be read: {error}")
-        return bool(certificates.predicted[row] != ABSTAINED)
+        return None
     (low, high), ends = certificates.interval[row], reading.interval[0]
     if not (ends[0] <= low <= 0 <= high <= ends[1]):
         report(_not_the(certificates.interval[row], "larger", ends))
     elif not np.allclose([low, high], ends, rtol=_ALIKE, atol=_ALIKE):
         report(_not_the(certificates.interval[row], "smaller", ends))
-    wrong = bool(_wrong(certificates, record)[row])
-    if wrong and certificates.looks[row] > 1:
-        report(_STOPPED_LATE)
-    more_to_come = certificates.looks[row] < len(scan.passes)
-    if more_to_come and not wrong and not settled(reading, scan, settings):
-        report(_STOPPED_EARLY)
-    return bool(reading.certified[0])
+    return reading
 
 
 def _not_the(interval: np.ndarray, how: str, ends: np.ndarray) -> str:

@@ -48,6 +48,7 @@ __all__ = ["Verification", "verify_run"]
 
 _SHOWN = 4  # images that are named where the same is wrong with many
 _BY_AMOUNT = ("radii", "scan", "reach", "look_votes", "look_levels")
+_MODELS = "models, which are with the clients"
 _VOTES = "the votes themselves (--recast K casts some of them again)"
 
 
@@ -225,6 +226,9 @@ class _OfRun:
         algorithm, clients = self.spec.build_algorithm(), range(self.spec.clients.count)
         if not self.local:  # who only told its accuracy told no model
             clients = self.certifying
+            if algorithm.keeps_client_state:
+                self.notes.append(_MODELS)
+                return []
         problems = [
             f"client {client}: the stored model is not the one that was certified"
             for client in clients
@@ -236,7 +240,9 @@ class _OfRun:
 
     def _extent(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """What is compared, and what is not."""
-        compared = ["spec", "run.json", "models", "history"]
+        compared = ["spec", "run.json", "history"]
+        if _MODELS not in self.notes:
+            compared.append("models")
         unchecked = ["batch size, device, threads, seconds"]
         if self.spec.certification.precision == "auto":
             unchecked.insert(0, "precision (auto)")
