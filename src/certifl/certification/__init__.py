@@ -3,7 +3,7 @@
 from certifl.certification.api import certify, conditions, predict
 from certifl.certification.certificates import Certificates
 from certifl.certification.settings import ESTIMATORS, Settings
-from certifl.certification.verify import Finding, verify
+from certifl.certification.verify import Finding, unverified, verify
 
 __all__ = [
     "ESTIMATORS",
@@ -13,5 +13,6 @@ __all__ = [
     "certify",
     "conditions",
     "predict",
+    "unverified",
     "verify",
 ]

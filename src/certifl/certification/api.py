@@ -37,7 +37,7 @@ from certifl.progress import Progress, bar
 from certifl.smoothing.bounds import two_sided_sign_test
 from certifl.streams import image_key
 
-__all__ = ["certify", "conditions", "predict"]
+__all__ = ["asked_conditions", "certify", "conditions", "predict"]
 
 # Images on the device at once; results do not depend on it.
 _BLOCK = 256
@@ -273,15 +273,17 @@ def conditions(
 
 
 def asked_conditions(perturbation: Perturbation, settings: Settings, seed: int) -> dict[str, Any]:
-    """The conditions that follow from what was asked for, whoever computes.
+    """The conditions that follow from what was asked for, before any network is known.
+
+    `verify` compares a record with these, so they must depend on the arguments alone.
 
     Args:
-        perturbation: what is certified. settings: what was asked for. seed: of the votes.
+        perturbation, settings, seed: as in `conditions`.
     """
     looks, levels, scanned = settings.looks, settings.levels, {}
     if settings.estimator == "scan":
         stretch = scan.scan_of(perturbation, settings)
-        scanned = {"scan": scan.describe_scan(stretch)}
+        scanned = {"scan": scan.describe_scan(stretch), "reach": settings.reach}
         # One level for all looks: the scan may be read after any pass.
         looks, levels = tuple(stretch.totals.tolist()), (settings.alpha,)
     return {

@@ -49,6 +49,7 @@ _OF_A_PERTURBATION = (
     "threat",
     "radii",
     "scan",
+    "reach",
     "look_votes",
     "look_levels",
 )

@@ -29,9 +29,11 @@ __all__ = [
     "cast",
     "claims",
     "describe_scan",
+    "parameters",
     "read_votes",
     "scan_from",
     "scan_of",
+    "settled",
     "unpacked",
 ]
 
@@ -102,7 +104,7 @@ def scan_from(conditions: Mapping[str, Any]) -> Scan:
         ends = float(conditions["sigma"]), float(facts["low"]), float(facts["high"])
         passes = tuple(int(strata) for strata in facts["passes"])
         return Scan(*ends, periodic=bool(facts["periodic"]), passes=passes)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"These certificates do not say how they were scanned: {error}"
         ) from error
@@ -126,12 +128,19 @@ def cast(
     turns = list(_turns(votes, scan, wave, votes_per_turn(counter.network.batch_size)))
     rows = np.repeat([row for row, _, _ in turns], [stop - start for _, start, stop in turns])
     numbers = [np.arange(start, stop) for _, start, stop in turns]
-    drawn = [_uniforms(counter.seed, keys[row], start, stop) for row, start, stop in turns]
-    t = scan.parameters(np.concatenate(numbers), np.concatenate(drawn))
-    params = torch.from_numpy(t).to(torch.float32)[:, None]
+    params = torch.cat(
+        [parameters(scan, counter.seed, keys[row], start, stop) for row, start, stop in turns]
+    )
     classes = counter.classes(images, torch.from_numpy(rows), params)
     _keep(votes, rows, np.concatenate(numbers), classes)
     _settle(votes, scan, labels, settings)
+
+
+def parameters(scan: Scan, seed: int, key: int, start: int, stop: int) -> Tensor:
+    """The parameters of the votes start to stop of one image: (stop - start, 1) float32."""
+    drawn = _uniforms(seed, key, start, stop)
+    t = scan.parameters(np.arange(start, stop), drawn)
+    return torch.from_numpy(t).to(torch.float32)[:, None]
 
 
 def _select(
@@ -263,27 +272,42 @@ def _packed(path: np.ndarray) -> bytes:
     return zlib.compress(path.astype(path.dtype.newbyteorder("<")).tobytes(), level=9)
 
 
-def unpacked(packed: bytes, classes: int) -> np.ndarray:
+def unpacked(packed: bytes, classes: int, most: int | None = None) -> np.ndarray:
     """Votes in order, from `Certificates.scan_votes`.
+
+    Args:
+        packed: as stored. classes: of the classifier.
+        most: votes at most, so that a few bytes cannot fill the memory.
 
     Raises:
         ValueError: not what was written.
     """
+    kind = np.dtype(np.uint8 if classes <= 256 else "<i4")
+    limit = 0 if most is None else most * kind.itemsize + 1  # 0 = no limit
+    stream = zlib.decompressobj()
     try:
-        raw = zlib.decompress(packed)
-    except zlib.error as error:
+        raw = stream.decompress(packed, limit)
+    except (zlib.error, TypeError) as error:
         raise ValueError(str(error)) from error
-    path = np.frombuffer(raw, np.uint8 if classes <= 256 else np.dtype("<i4"))
+    if limit and len(raw) == limit:
+        raise ValueError("there are more of them than were counted")
+    if not stream.eof:
+        raise ValueError("they end too early")
+    path = np.frombuffer(raw, kind)
     if len(path) and not 0 <= path.min() <= path.max() < classes:
         raise ValueError("a vote for a class there is not")
     return path
 
 
-def read_votes(scan: Scan, path: np.ndarray, chosen: int, alpha: float) -> tuple[bool, np.ndarray]:
-    """(certified, interval) of one image from its stored votes.
+def read_votes(scan: Scan, path: np.ndarray, chosen: int, alpha: float) -> Reading:
+    """What one image's stored votes certify; one row.
 
     Raises:
         InputError: votes that end within a pass.
     """
-    reading = read_scan(scan, path[None], np.array([chosen]), alpha)
-    return bool(reading.certified[0]), reading.interval[0]
+    return read_scan(scan, path[None], np.array([chosen]), alpha)
+
+
+def settled(reading: Reading, scan: Scan, settings: Settings) -> bool:
+    """Whether one image's votes could stop here, wherever its passes end."""
+    return bool(_enough(reading, scan, settings)[0])

@@ -6,7 +6,7 @@ Heavy imports happen inside the commands, so that help and errors of usage answe
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from certifl.cli.common import (
     RunDir,
     interruptible,
 )
+
+if TYPE_CHECKING:
+    from certifl.experiments.recasting import Options
 
 __all__ = ["attack", "claims", "explore", "report", "verify"]
 
@@ -61,27 +64,66 @@ def claims(
         typer.echo(f"\nClaims: {out.resolve()}")
 
 
-def verify(runs: Annotated[list[Path], typer.Argument(metavar="RUN...")]) -> None:
-    """Recompute every radius from its votes; fails if a stored one claims more.
+_FINDINGS = 20  # as many as a screen shows
 
-    Ends with 2 where a run's clients kept their certificates: only they can verify them.
+
+def verify(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...")],
+    recast: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="K", help="Cast the votes of K random images per client again."
+        ),
+    ] = None,
+    recast_seed: Annotated[
+        int | None, typer.Option(min=0, help="Choose these images by a seed; else by chance.")
+    ] = None,
+    code: Annotated[
+        Path | None,
+        typer.Option("--code", help="Folder with the network's own code, which --recast runs."),
+    ] = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+) -> None:
+    """Recompute every certificate from its votes, and compare all that a run says of itself.
+
+    Ends with 1 where something does not agree, and with 2 where a run's clients kept their
+    certificates: only they can verify them.
     """
-    from certifl.experiments.checking import verify_run
+    from certifl.experiments.recasting import Options
 
-    code = 0
-    for place in runs:
-        result = verify_run(place)
-        for problem in result.problems:
-            typer.echo(f"{place}: {problem}", err=True)
-        if result.problems:
-            code = 1
-        elif result.checked or not result.kept:
-            typer.echo(f"{place}: {result.checked} certificates follow from their votes.")
-        if result.kept:
-            typer.echo(result.kept, err=True)
-            code = code or 2
-    if code:
-        raise typer.Exit(code)
+    options = None
+    if recast is not None:
+        options = Options(recast, recast_seed, code, data_dir, device)
+    codes = [_verified(place, data_dir, options) for place in runs]
+    worst = 1 if 1 in codes else max(codes)
+    if worst:
+        raise typer.Exit(worst)
+
+
+def _verified(place: Path, data_dir: Path | None, options: Options | None) -> int:
+    """Verify one run, and say what came of it; gives the exit status."""
+    from certifl.experiments.checking import verify_run
+    from certifl.experiments.checking_run import shortened
+    from certifl.experiments.recasting import recast_run
+
+    result = verify_run(place, data_dir)
+    problems, again = result.problems, None
+    if options is not None and not problems:
+        again = recast_run(place, options)
+        problems = again.problems
+    for problem in shortened(problems, _FINDINGS):
+        typer.echo(f"{place}: {problem}", err=True)
+    if not problems and (result.checked or not result.kept):
+        typer.echo(f"{place}: {result.checked} certificates follow from their votes.")
+        for name, told in (("compared", result.compared), ("not checked", result.unchecked)):
+            if told:
+                typer.echo(f"  {name}: {'; '.join(told)}")
+    if again is not None:
+        typer.echo(f"  recast: {again}", err=bool(problems))
+    if result.kept:
+        typer.echo(result.kept, err=True)
+    return 1 if problems else 2 if result.kept else 0
 
 
 def attack(

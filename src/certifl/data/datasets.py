@@ -61,6 +61,7 @@ def load(
     image_column: str | None = None,
     keep_column: str | None = None,
     test_split: str | None = None,
+    offline: bool = False,
 ) -> Dataset:
     """Load a data set, decoding its images once.
 
@@ -75,6 +76,7 @@ def load(
         keep_column: a further column of a table to keep, such as the writer of each image.
         test_split: the split whose images are certified, of "test", "validation", "valid" and
             "val"; None takes the first of them that is there.
+        offline: never ask the network; a copy decoded before is still read.
 
     Returns:
         Both splits as uint8 (n, c, h, w), of one size; the same content from whatever file.
@@ -99,6 +101,8 @@ def load(
     path = cache_path(cache_folder(cache_dir), name, key)
     dataset = read_cached(path, name)
     if dataset is None:
+        if offline and choices[0] == "hub":
+            raise DataUnavailable(f"{name} is not on this machine. {_ways(base)}")
         dataset = assemble(name, *build())
         write_cached(path, dataset)
     _say_order(dataset)

@@ -50,6 +50,7 @@ _TOLD = (
     "look_votes",
     "look_levels",
     "scan",
+    "reach",
     "radii",
     "label_aware",
     "keep",

@@ -30,7 +30,8 @@ from certifl.store.atomic import load_tensors, save_tensors, tensor_metadata
 __all__ = ["Bench", "Job", "Question", "certify_job", "certify_piece", "predicted"]
 
 _SECONDS_BETWEEN_SAVES = 15.0
-_MAY_DIFFER = ("threads", "versions")
+# The reach decides nothing beyond the scan that it gives, which is part of the name.
+_MAY_DIFFER = ("threads", "versions", "reach")
 _log = logging.getLogger(__name__)
 
 

@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 _SMALL_NETWORK = 1_000_000
+_ROUNDING = ("avx", "amx", "fma", "sse4", "asimd", "bf16", "sve", "i8mm")
 _RECORDED = ("torch", "numpy", "scipy")
 
 
@@ -32,6 +33,7 @@ def machine_facts(device: str) -> dict[str, Any]:
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     return {
         "processor": _processor(),
+        "instructions": _instructions(),
         "cores": os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "device": _gpu(device) if on_gpu else "cpu",
@@ -46,12 +48,23 @@ def _gpu(device: str) -> str:
 
 
 def _processor() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _instructions() -> str:
+    """The instructions that decide how a network rounds; processors of one name may differ."""
+    flags = f"{_cpuinfo('flags')} {_cpuinfo('Features')}".split()
+    return " ".join(sorted({flag for flag in flags if flag.startswith(_ROUNDING)}))
+
+
+def _cpuinfo(field: str) -> str:
+    """A field of the first processor, "" where there is none."""
     listing = Path("/proc/cpuinfo")
     if listing.is_file():
         for line in listing.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+            if line.startswith(field):
+                return line.partition(":")[2].strip()
+    return ""
 
 
 def versions() -> dict[str, str]:

@@ -30,6 +30,7 @@ __all__ = [
     "finished_run",
     "load_data",
     "open_data",
+    "partition_of",
     "run_spec",
     "study_facts",
 ]
@@ -44,8 +45,12 @@ def asked_columns(spec: Spec) -> ColumnNames:
     return ColumnNames(label=spec.data.label_column, kept=kept)
 
 
-def load_data(spec: Spec, data_dir: Path | None) -> Dataset:
+def load_data(spec: Spec, data_dir: Path | None, *, offline: bool = False) -> Dataset:
     """The data set of a study, with the column that it is split by.
+
+    Args:
+        spec: of the study. data_dir: folder of data sets.
+        offline: never ask the network.
 
     Raises:
         DataUnavailable: the data set is not at hand. InputError: it has no such column.
@@ -57,6 +62,7 @@ def load_data(spec: Spec, data_dir: Path | None) -> Dataset:
         label_column=columns.label,
         keep_column=columns.kept,
         test_split=spec.data.test_split,
+        offline=offline,
     )
 
 
@@ -67,6 +73,15 @@ def open_data(spec: Spec, data_dir: Path | None) -> tuple[Dataset, Partition]:
         DataUnavailable: the data set is not at hand. InputError: it is too small for the spec.
     """
     dataset = load_data(spec, data_dir)
+    return dataset, partition_of(spec, dataset)
+
+
+def partition_of(spec: Spec, dataset: Dataset) -> Partition:
+    """Who holds which images of the whole data set: a function of spec and data alone.
+
+    Raises:
+        InputError: the data set is too small for the spec.
+    """
     splits = (dataset.train, dataset.test)
     wanted = (spec.data.train_images, spec.data.test_images)
     train, test = (
@@ -88,7 +103,7 @@ def open_data(spec: Spec, data_dir: Path | None) -> tuple[Dataset, Partition]:
     clients = tuple(ClientIndices(train[c.train], test[c.test]) for c in dealt.clients)
     # The splitter saw the part; the manifest names positions in, and labels of, the whole.
     whole = label_checksum(*labels)
-    return dataset, dataclasses.replace(dealt, clients=clients, label_checksum=whole)
+    return dataclasses.replace(dealt, clients=clients, label_checksum=whole)
 
 
 def data_folder(folder: RunFolder, asked: Path | None) -> Path | None:

@@ -1,0 +1,648 @@
+"""Whatever is altered in a finished run is found by `verify`, or stands in a list of what is not.
+
+Every case begins with an honest run, alters one thing consistently with all that nobody can
+recompute, and expects exit status 1 with words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import own_study
+import tiny_study as tiny
+from certifl.certification import Certificates
+from certifl.certification.predictions import Predictions
+from certifl.certification.scan import unpacked
+from certifl.errors import WorkError
+from certifl.experiments.checking import verify_run
+from certifl.experiments.run import Options, run
+from certifl.spec import Spec
+from certifl.store.runs import RunFolder
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+STUDIES: dict[str, Callable[[], Spec]] = {
+    "sequential": lambda: tiny.spec("clients.count=3", "certification.n=800"),
+    "runner-up": lambda: tiny.spec("certification.estimator=runner-up"),
+    "top-class": lambda: tiny.spec("certification.estimator=top-class"),
+    "scan": lambda: tiny.spec("certification.estimator=scan", "certification.n=3000"),
+    "own": lambda: own_study.spec(),
+}
+"""`label_aware` is on in all of them, as by default."""
+
+NOT_CHECKED = ("batch_size", "device", "threads", "batch_norm_folded", "tf32")
+"""Conditions that follow from nothing; docs/certificates.md names them."""
+OLDER = ("keep", "reach")
+"""Conditions that records of 0.1.0 leave out."""
+
+
+@pytest.fixture(scope="module")
+def runs(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One finished run of each study, which no test changes."""
+    place = tmp_path_factory.mktemp("honest")
+    options = {name: Options(place / name, explore=False) for name in STUDIES}
+    return {name: run(study(), options[name]).path for name, study in STUDIES.items()}
+
+
+@pytest.fixture(scope="module")
+def copies(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("copies")
+    return {name: Path(shutil.copytree(path, place / name)) for name, path in runs.items()}
+
+
+@pytest.fixture
+def altered(runs: dict[str, Path], copies: dict[str, Path]) -> Iterator[Callable[[str], Path]]:
+    """A copy to be altered; what stands in its folder itself is put back afterwards."""
+    used: list[str] = []
+
+    def copy(name: str) -> Path:
+        used.append(name)
+        return copies[name]
+
+    yield copy
+    for name in used:
+        for file in runs[name].iterdir():
+            if file.is_file():
+                shutil.copy(file, copies[name] / file.name)
+
+
+def found(place: Path, *words: str) -> None:
+    """`verify` ends with 1, and says why in words."""
+    answer = tiny.cli("verify", place)
+    assert answer.code == 1, (answer.code, answer.out, answer.err)
+    assert "Traceback" not in answer.err
+    assert len(answer.err) > 20
+    assert "follow from their votes" not in answer.out
+    for word in words:
+        assert word in answer.err, answer.err
+
+
+def passes(place: Path) -> str:
+    answer = tiny.cli("verify", place)
+    assert answer.code == 0, answer.err
+    return answer.out
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_honest_runs_pass_and_say_what_was_not_checked(name: str, runs: dict[str, Path]) -> None:
+    out = passes(runs[name])
+    assert "partition.json" in out
+    assert "images and labels of digits" in out
+    assert "the votes themselves" in out
+    assert len(out.splitlines()) == 3
+    passes(runs[name] / "certificates.parquet")
+
+
+# Rows.
+
+
+def _taken(made: Certificates, rows: Any) -> Certificates:
+    return made.select(np.asarray(rows))
+
+
+def _with(made: Certificates, **columns: Any) -> Certificates:
+    return dataclasses.replace(made, **columns)
+
+
+def _moved(made: Certificates, name: str, row: int, value: Any) -> Certificates:
+    column = np.array(getattr(made, name))
+    column[row] = value
+    return _with(made, **{name: column})
+
+
+def _best(made: Certificates) -> int:
+    return int(made.radius.argmax())
+
+
+def _dropped(made: Certificates) -> Certificates:
+    return _taken(made, np.arange(len(made)) != 2)
+
+
+def _wrong_dropped(made: Certificates) -> Certificates:
+    """What a better certified accuracy needs: the wrong rows are gone."""
+    kept = made.correct.copy()
+    kept[0] = True
+    return _taken(made, kept if not kept.all() else np.arange(1, len(made)))
+
+
+def _doubled(made: Certificates) -> Certificates:
+    return _taken(made, [*range(len(made)), 0])
+
+
+def _under_another_index(made: Certificates) -> Certificates:
+    return _moved(_doubled(made), "index", len(made), int(made.index.max()) + 1)
+
+
+def _overwritten(made: Certificates) -> Certificates:
+    """A right row in the place of another, under the other's index."""
+    rows = np.arange(len(made))
+    rows[1] = 0
+    return _with(_taken(made, rows), index=made.index.copy())
+
+
+def _overwritten_whole(made: Certificates) -> Certificates:
+    rows = np.arange(len(made))
+    rows[1] = 0
+    return _taken(made, rows)
+
+
+def _beyond(made: Certificates) -> Certificates:
+    return _moved(_doubled(made), "index", len(made), 10**6)
+
+
+def _exchanged(made: Certificates) -> Certificates:
+    """Two clients exchange a row each."""
+    client = made.client.copy()
+    last = len(made) - 1
+    client[[0, last]] = client[[last, 0]]
+    order = np.arange(len(made))
+    order[[0, last]] = [last, 0]
+    return _taken(_with(made, client=client), order)
+
+
+def _all_exchanged(made: Certificates) -> Certificates:
+    owners = np.unique(made.client)
+    return _with(made, client=owners[::-1][np.searchsorted(owners, made.client)])
+
+
+def _index_exchanged(made: Certificates) -> Certificates:
+    index = made.index.copy()
+    index[[0, 1]] = index[[1, 0]]
+    return _with(made, index=index)
+
+
+def _reordered(made: Certificates) -> Certificates:
+    return _taken(made, [1, 0, *range(2, len(made))])
+
+
+def _interleaved(made: Certificates) -> Certificates:
+    return _taken(made, np.argsort(made.index, kind="stable"))
+
+
+def _clients_reversed(made: Certificates) -> Certificates:
+    return _taken(made, np.argsort(-made.client, kind="stable"))
+
+
+ROWS: dict[str, Callable[[Certificates], Certificates]] = {
+    "a row dropped": _dropped,
+    "wrong rows dropped": _wrong_dropped,
+    "all but one row dropped": lambda made: _taken(made, [0]),
+    "a client dropped": lambda made: made.of_client(int(made.client[0])),
+    "a row twice": _doubled,
+    "a row again under another index": _under_another_index,
+    "a row overwritten by a right one": _overwritten,
+    "a row overwritten, index and all": _overwritten_whole,
+    "an index beyond the data set": _beyond,
+    "a negative index": lambda made: _moved(made, "index", 0, -1),
+    "a client beyond": lambda made: _moved(made, "client", 0, 99),
+    "a negative client": lambda made: _moved(made, "client", 0, -1),
+    "rows exchanged between clients": _exchanged,
+    "clients exchanged": _all_exchanged,
+    "indexes exchanged": _index_exchanged,
+    "rows reordered": _reordered,
+    "rows interleaved": _interleaved,
+    "clients in another order": _clients_reversed,
+    "labels rolled": lambda made: _with(made, label=np.roll(made.label, 1)),
+    "labels shifted": lambda made: _with(made, label=(made.label + 1) % made.counts.shape[1]),
+    "labels as predicted": lambda made: _with(
+        made, label=np.where(made.correct, made.label, made.selection_counts.argmax(axis=1))
+    ),
+    "a label beyond": lambda made: _moved(made, "label", 0, 10**6),
+    "no labels": lambda made: _with(made, label=np.full_like(made.label, -1)),
+    "all radii doubled": lambda made: _with(made, radius=2 * made.radius),
+    "all radii halved": lambda made: _with(made, radius=made.radius / 2),
+    "a radius one bit larger": lambda made: _moved(
+        made, "radius", _best(made), np.nextafter(made.radius.max(), 9)
+    ),
+    "a negative radius": lambda made: _moved(made, "radius", _best(made), -0.1),
+    "a radius that is not a number": lambda made: _moved(made, "radius", 0, np.nan),
+    "an infinite radius": lambda made: _moved(made, "radius", 0, np.inf),
+    "p_lower raised": lambda made: _with(made, p_lower=np.where(made.p_lower > 0, 0.999, 0.5)),
+    "p_lower lowered": lambda made: _with(made, p_lower=np.full_like(made.p_lower, 1e-4)),
+    "p_upper lowered": lambda made: _with(made, p_upper=np.zeros_like(made.p_upper)),
+    "p_upper beyond 1": lambda made: _moved(made, "p_upper", 0, 1.5),
+    "another level": lambda made: _with(made, level=made.level * 2),
+    "another number of looks": lambda made: _with(made, looks=made.looks + 1),
+    "no looks": lambda made: _with(made, looks=np.zeros_like(made.looks)),
+    "an abstention": lambda made: _moved(
+        _moved(made, "predicted", _best(made), -1), "radius", _best(made), 0.0
+    ),
+    "another class": lambda made: _with(made, predicted=(made.predicted + 1) % 10),
+    "a class beyond": lambda made: _moved(made, "predicted", 0, 10**6),
+    "a vote moved": lambda made: _with(made, counts=_vote_moved(made.counts, _best(made))),
+    "a selection vote moved": lambda made: _with(
+        made, selection_counts=np.roll(made.selection_counts, 1, axis=1)
+    ),
+    "negative votes that add up": lambda made: _with(made, counts=_negative(made.counts)),
+    "seconds that are none": lambda made: _moved(made, "seconds", 0, np.nan),
+    "other seconds": lambda made: _with(made, seconds=made.seconds + 10.0),
+}
+
+
+def _vote_moved(counts: np.ndarray, row: int) -> np.ndarray:
+    moved, top = counts.copy(), int(counts[row].argmax())
+    moved[row, [top, (top + 1) % counts.shape[1]]] += [-1, 1]
+    return moved
+
+
+def _negative(counts: np.ndarray) -> np.ndarray:
+    moved, top = counts.copy(), counts.argmax(axis=1)
+    rows = np.arange(len(counts))
+    moved[rows, top] += 50
+    moved[rows, (top + 1) % counts.shape[1]] -= 50
+    return moved
+
+
+@pytest.mark.parametrize("change", ROWS)
+@pytest.mark.parametrize("name", ["sequential", "scan", "own"])
+def test_altered_rows_are_found(name: str, change: str, altered: Callable[[str], Path]) -> None:
+    place = altered(name)
+    file = place / "certificates.parquet"
+    made = Certificates.load(file)
+    ROWS[change](made).save(file)
+    found(place)
+
+
+@pytest.mark.parametrize("change", ["all radii doubled", "p_lower raised", "labels rolled"])
+@pytest.mark.parametrize("name", ["runner-up", "top-class"])
+def test_altered_rows_of_fixed_votes_are_found(
+    name: str, change: str, altered: Callable[[str], Path]
+) -> None:
+    place = altered(name)
+    file = place / "certificates.parquet"
+    ROWS[change](Certificates.load(file)).save(file)
+    found(place)
+
+
+@pytest.mark.parametrize("column", ["correct", "votes"])
+def test_columns_for_other_readers_are_compared(
+    column: str, altered: Callable[[str], Path]
+) -> None:
+    """certifl makes them again when it reads; others would believe them."""
+    place = altered("sequential")
+    file = place / "certificates.parquet"
+    table = pq.ParquetFile(file).read()
+    values = [not v if column == "correct" else v + 1 for v in table[column].to_pylist()]
+    at = table.column_names.index(column)
+    pq.write_table(table.set_column(at, column, [values]), file)
+    found(place, f"the column {column}")
+    found(file, f"the column {column}")
+
+
+def test_a_negative_radius_is_a_finding_of_its_image(altered: Callable[[str], Path]) -> None:
+    place = altered("sequential")
+    file = place / "certificates.parquet"
+    made = Certificates.load(file)
+    row = _best(made)
+    _moved(made, "radius", row, -0.1).save(file)
+    found(place, f"client {made.client[row]}, image {made.index[row]}: its radius -0.1 is smaller")
+
+
+# Conditions.
+
+
+def _others(value: Any) -> list[Any]:
+    """Values of the same kind and of others."""
+    strange: list[Any] = [None, "x", 10**30, {"x": [1]}]
+    if isinstance(value, bool):
+        strange.append(not value)
+    elif isinstance(value, (int, float)):
+        strange += [value * 2, -value, str(value)]
+    elif isinstance(value, str):
+        strange += [value + "x", ""]
+    elif isinstance(value, list):
+        strange += [value[:-1], [*value, 1], value[::-1]]
+    elif isinstance(value, Mapping):
+        strange += [{k: o for k, o in value.items() if k != name} for name in value]
+        strange += [{**value, k: _twice(v)} for k, v in value.items()]
+    return [other for other in strange if json.dumps(other) != json.dumps(value)]
+
+
+def _twice(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value * 2 + 1
+    return "another" if isinstance(value, str) else [value]
+
+
+def _agrees(place: Path) -> bool:
+    """As `found` and `passes`, without the command line: there are hundreds of these."""
+    try:
+        return not verify_run(place).problems
+    except WorkError:
+        return False
+
+
+@pytest.mark.parametrize("name", ["sequential", "scan", "own"])
+def test_altered_conditions_are_found(name: str, altered: Callable[[str], Path]) -> None:
+    place = altered(name)
+    file = place / "certificates.parquet"
+    made = Certificates.load(file)
+    for key, value in made.conditions.items():
+        if name == "own" and key != "perturbations":
+            continue
+        for other in _others(value):
+            if key == "perturbations" and other == value[::-1]:
+                continue  # which of them stands first says nothing
+            _with(made, conditions={**made.conditions, key: other}).save(file)
+            assert _agrees(place) is (key in NOT_CHECKED), (key, other)
+        _with(made, conditions={k: v for k, v in made.conditions.items() if k != key}).save(file)
+        assert _agrees(place) is (key in (*NOT_CHECKED, *OLDER)), key
+
+
+@pytest.mark.parametrize("own", [[], [{}], [5], [{"clients": "x"}], [{"clients": [0, 1, 1]}]])
+def test_garbled_perturbations_of_clients_are_found(
+    own: Any, altered: Callable[[str], Path]
+) -> None:
+    place = altered("own")
+    file = place / "certificates.parquet"
+    made = Certificates.load(file)
+    for groups in (own, [{**g, "clients": [0, 1]} for g in made.conditions["perturbations"]]):
+        _with(made, conditions={**made.conditions, "perturbations": groups}).save(file)
+        found(place)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"unit": "degrees"},
+        {"norm": "l2"},
+        {"threat": "everything"},
+        {"family": "scaling"},
+        {"law": "gaussian"},
+        {"sigma": 0.4},
+        {"label_aware": False},
+        {"bounds": "top-class"},
+        {"alpha": 0.01},
+        {"description": {"family": "rotation", "sigma": 0.1 * np.pi, "padding": "border"}},
+    ],
+)
+def test_a_file_alone_contradicts_itself(
+    changes: dict[str, Any], runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Without the run, what the conditions say of each other and of the votes is compared."""
+    made = Certificates.load(runs["sequential"] / "certificates.parquet")
+    file = tmp_path / "c.parquet"
+    _with(made, conditions={**made.conditions, **changes}).save(file)
+    if "description" in changes:
+        passes(file)  # another padding is another question, answered by other votes
+    else:
+        found(file)
+
+
+def _longer(made: Certificates, factor: float = 2.0) -> Certificates:
+    """The scan looked twice as far: every interval and radius is twice as long."""
+    facts = dict(made.conditions)
+    scan = {**facts["scan"], "low": factor * facts["scan"]["low"]}
+    scan["high"] = factor * facts["scan"]["high"]
+    assert made.interval is not None
+    return _with(
+        made,
+        radius=factor * made.radius,
+        interval=factor * made.interval,
+        conditions={**facts, "scan": scan},
+    )
+
+
+@pytest.mark.parametrize("reach", ["as recorded", "doubled", "left out"])
+@pytest.mark.parametrize("where", ["run", "file"])
+def test_a_longer_scan_is_found(reach: str, where: str, altered: Callable[[str], Path]) -> None:
+    place = altered("scan")
+    file = place / "certificates.parquet"
+    longer = _longer(Certificates.load(file))
+    facts = dict(longer.conditions)
+    assert facts["reach"] is None
+    if reach == "doubled":
+        facts["reach"] = 2 * np.pi
+    elif reach == "left out":
+        del facts["reach"]
+    _with(longer, conditions=facts).save(file)
+    found(place if where == "run" else file, "scan")
+
+
+def test_a_scan_recorded_without_its_reach_is_still_verified(
+    altered: Callable[[str], Path],
+) -> None:
+    place = altered("scan")
+    file = place / "certificates.parquet"
+    made = Certificates.load(file)
+    _with(made, conditions={k: v for k, v in made.conditions.items() if k != "reach"}).save(file)
+    assert "12 certificates follow" in passes(place)
+    assert "how far the scan was asked to look" in passes(file)
+
+
+def test_votes_of_a_scan_in_another_order_are_found(altered: Callable[[str], Path]) -> None:
+    place = altered("scan")
+    file = place / "certificates.parquet"
+    made = Certificates.load(file)
+    assert made.scan_votes is not None
+    for packed in (None, b"", made.scan_votes[0][:-4], made.scan_votes[0] + b"x" * 0):
+        votes = made.scan_votes.copy()
+        votes[_best(made)] = packed
+        _with(made, scan_votes=votes).save(file)
+        if _best(made) or packed != made.scan_votes[0]:
+            found(place)
+    assert len(unpacked(made.scan_votes[0], 10)) == made.votes[0]
+
+
+# The other files of a run.
+
+
+def _json(place: Path, name: str) -> Any:
+    return json.loads((place / name).read_text())
+
+
+def _write(place: Path, name: str, value: Any) -> None:
+    (place / name).write_text(json.dumps(value))
+
+
+FREE = {
+    *("code", "command", "created", "finished", "machine", "training_seconds", "data_dir"),
+    *("privacy", "explorer"),
+}
+"""Keys of run.json that follow from nothing, and those this study does not have."""
+
+
+@pytest.mark.parametrize("name", ["sequential", "own"])
+def test_an_altered_manifest_is_found(name: str, altered: Callable[[str], Path]) -> None:
+    place = altered(name)
+    honest = _json(place, "run.json")
+    for key, value in honest.items():
+        if key in FREE or key == "status":
+            continue
+        for other in _others(value):
+            _write(place, "run.json", {**honest, key: other})
+            libraries = key == "versions" and _only_libraries(value, other)
+            assert _agrees(place) is libraries, (key, other)
+    _write(place, "run.json", {**honest, "status": "running"})
+    assert tiny.cli("verify", place).code == 2
+
+
+def _only_libraries(value: Mapping[str, Any], other: Any) -> bool:
+    """numpy and scipy decide no certificate, and are recorded in one place alone."""
+    named = ("certifl", "torch", "python")
+    return isinstance(other, Mapping) and all(other.get(n) == value[n] for n in named)
+
+
+def _first_to_second(split: Any) -> Any:
+    first, second = split["clients"][:2]
+    first["test"], moved = first["test"][1:], first["test"][0]
+    second["test"] = sorted([*second["test"], moved])
+    return split
+
+
+def _exchange(split: Any) -> Any:
+    split["clients"][0], split["clients"][1] = split["clients"][1], split["clients"][0]
+    return split
+
+
+def _drop_last(split: Any) -> Any:
+    split["clients"][0]["train"].pop()
+    return split
+
+
+PARTITIONS: dict[str, Callable[[Any], Any]] = {
+    "an image moved": _first_to_second,
+    "clients exchanged": _exchange,
+    "a training image dropped": _drop_last,
+    "a client dropped": lambda split: {**split, "clients": split["clients"][:-1]},
+    "another seed": lambda split: {**split, "seed": 7},
+    "another split": lambda split: {**split, "split": "dirichlet"},
+    "other options": lambda split: {**split, "options": {"alpha": 0.1}},
+    "another checksum": lambda split: {**split, "label_checksum": "0" * 64},
+    "names": lambda split: {**split, "names": ["a", "b", "c"]},
+    "negative": lambda split: {**split, "clients": [{"train": [-1], "test": [0]}] * 3},
+    "texts": lambda split: {**split, "clients": [{"train": ["a"], "test": ["b"]}] * 3},
+    "nested": lambda split: {**split, "clients": [{"train": [[0]], "test": [[1]]}] * 3},
+    "numbers of 400 digits": lambda split: {
+        **split,
+        "clients": [{"train": [10**400], "test": [1]}] * 3,
+    },
+    "no clients": lambda split: {**split, "clients": None},
+    "a number": lambda split: 5,
+    "a list": lambda split: [split],
+}
+
+
+@pytest.mark.parametrize("change", PARTITIONS)
+def test_an_altered_partition_is_found(change: str, altered: Callable[[str], Path]) -> None:
+    place = altered("sequential")
+    _write(place, "partition.json", PARTITIONS[change](_json(place, "partition.json")))
+    found(place, "partition")
+
+
+def test_a_partition_that_is_missing_or_cut_is_found(altered: Callable[[str], Path]) -> None:
+    place = altered("sequential")
+    content = (place / "partition.json").read_text()
+    (place / "partition.json").write_text(content[: len(content) // 2])
+    found(place, "partition.json")
+    (place / "partition.json").unlink()
+    found(place, "partition.json")
+
+
+def _other_loss(line: str) -> str:
+    entry = json.loads(line)
+    entry["clients"]["0"] = dict.fromkeys(entry["clients"]["0"], 0.0)
+    return json.dumps(entry)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: lines[:-1],
+        lambda lines: lines[::-1],
+        lambda lines: [_other_loss(lines[0]), *lines[1:]],
+        lambda lines: ["{", *lines[1:]],
+        lambda lines: ["[" * 100_000, *lines[1:]],
+        lambda lines: [],
+    ],
+)
+def test_an_altered_history_is_found(
+    change: Callable[[list[str]], list[str]], altered: Callable[[str], Path]
+) -> None:
+    place = altered("sequential")
+    lines = change((place / "history.jsonl").read_text().splitlines())
+    (place / "history.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    found(place, "history.jsonl")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda made: dataclasses.replace(made, label=np.roll(made.label, 1)),
+        lambda made: dataclasses.replace(made, label=made.predicted),
+        lambda made: dataclasses.replace(made, index=made.index + 1),
+        lambda made: dataclasses.replace(made, client=made.client - 1),
+        lambda made: dataclasses.replace(
+            made, conditions={**made.conditions, "data_fingerprint": "0"}
+        ),
+        lambda made: dataclasses.replace(made, conditions={**made.conditions, "precision": "x"}),
+        lambda made: dataclasses.replace(made, conditions={}),
+    ],
+)
+def test_altered_plain_predictions_are_found(
+    change: Callable[[Predictions], Predictions], altered: Callable[[str], Path]
+) -> None:
+    place = altered("own")
+    folder = RunFolder(place)
+    change(folder.load_predictions()).save(folder.predictions)
+    found(place)
+
+
+# Images that are not at hand.
+
+
+def test_without_the_images_labels_are_not_checked(
+    altered: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from certifl.errors import DataUnavailable
+    from certifl.experiments import checking_run
+
+    def nowhere(*_: Any, **__: Any) -> None:
+        raise DataUnavailable("digits is not on this machine. Three ways to get images.")
+
+    monkeypatch.setattr(checking_run, "load_data", nowhere)
+    place = altered("runner-up")
+    assert "labels not checked: digits is not on this machine" in passes(place)
+    file = place / "certificates.parquet"
+    made = Certificates.load(file)
+    _dropped(made).save(file)
+    found(place, "missing")
+    _reordered(made).save(file)
+    found(place, "another order")
+
+
+def test_data_inside_the_run_folder_are_not_believed(altered: Callable[[str], Path]) -> None:
+    """A run folder may be somebody else's, with labels that suit its certificates."""
+    from certifl.experiments.checking_run import _remembered
+
+    place = altered("sequential")
+    (place / "data").mkdir(exist_ok=True)
+    _write(place, "run.json", {**_json(place, "run.json"), "data_dir": str(place / "data")})
+    assert _remembered(RunFolder(place)) is None
+
+
+def test_privacy_that_was_not_spent_so_is_found(tmp_path: Path) -> None:
+    pytest.importorskip("opacus")
+    private = ("privacy.kind=example", "privacy.noise_multiplier=1.0", "training.rounds=1")
+    study = tiny.spec("certification.n=100", "certification.images=3", *private)
+    folder = run(study, Options(tmp_path / "run", explore=False))
+    passes(folder.path)
+    honest = _json(folder.path, "run.json")
+    told = honest["privacy"]
+    for key, value in told.items():
+        other = [0.5 * v for v in value] if isinstance(value, list) else _twice(value)
+        _write(folder.path, "run.json", {**honest, "privacy": {**told, key: other}})
+        assert _agrees(folder.path) is (key == "accountant"), key
+    _write(folder.path, "run.json", {k: v for k, v in honest.items() if k != "privacy"})
+    found(folder.path, "privacy")
