@@ -11,10 +11,12 @@ from typing import Annotated
 import typer
 
 from certifl.cli.common import (
+    Code,
     DataDir,
     Device,
     RunDir,
     interruptible,
+    say,
 )
 
 __all__ = ["attack", "claims", "explore", "report", "verify"]
@@ -40,7 +42,7 @@ def report(
 
     page = write_report(runs, out or page_beside(runs), images=images)
     terminal.show_summary(summary_rows(runs))
-    typer.echo(f"\nReport: {page.resolve()}\nFigures: {(page.parent / 'figures').resolve()}")
+    say(f"\nReport: {page.resolve()}\nFigures: {(page.parent / 'figures').resolve()}")
 
 
 def claims(
@@ -58,7 +60,7 @@ def claims(
         write_claims(found, out)
     terminal.show_claims(claim_rows(found), explanation(found))
     if out is not None:
-        typer.echo(f"\nClaims: {out.resolve()}")
+        say(f"\nClaims: {out.resolve()}")
 
 
 def verify(runs: Annotated[list[Path], typer.Argument(metavar="RUN...")]) -> None:
@@ -72,13 +74,13 @@ def verify(runs: Annotated[list[Path], typer.Argument(metavar="RUN...")]) -> Non
     for place in runs:
         result = verify_run(place)
         for problem in result.problems:
-            typer.echo(f"{place}: {problem}", err=True)
+            say(f"{place}: {problem}", err=True)
         if result.problems:
             code = 1
         elif result.checked or not result.kept:
-            typer.echo(f"{place}: {result.checked} certificates follow from their votes.")
+            say(f"{place}: {result.checked} certificates follow from their votes.")
         if result.kept:
-            typer.echo(result.kept, err=True)
+            say(result.kept, err=True)
             code = code or 2
     if code:
         raise typer.Exit(code)
@@ -93,6 +95,7 @@ def attack(
     ] = 32,
     data_dir: DataDir = None,
     device: Device = "auto",
+    code: Code = None,
 ) -> None:
     """Try to break a run's certificates, and measure what they do not cover; fails if one breaks.
 
@@ -105,13 +108,13 @@ def attack(
 
     with interruptible(), terminal.Board() as board:
         board.stage("attack")
-        options = Options(images, client, directions, data_dir, device, board.report)
+        options = Options(images, client, directions, data_dir, device, board.report, code)
         result = attack_run(run, options)
     terminal.show_attack(result)
     folder = RunFolder(run)
     if folder.report.is_file():
         write_report([run], folder.report, folder.manifest().get("name"), figures=False)
-    typer.echo(f"\nAttack: {folder.attack.resolve()}")
+    say(f"\nAttack: {folder.attack.resolve()}")
     if result["parameters"]["violations"]:
         raise typer.Exit(1)
 
@@ -120,6 +123,7 @@ def explore(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished run folders.")],
     data_dir: DataDir = None,
     device: Device = "auto",
+    code: Code = None,
 ) -> None:
     """Take a few test images of each run through the deformations, for readers of its report."""
     from certifl import terminal
@@ -130,9 +134,9 @@ def explore(
     with interruptible(), terminal.Board() as board:
         for run in runs:
             board.stage(f"explore {run.name}")
-            seen = explore_run(run, data_dir, device, board.report)
+            seen = explore_run(run, data_dir, device, board.report, code)
             folder = RunFolder(run)
             if folder.report.is_file():
                 write_report([run], folder.report, folder.manifest().get("name"), figures=False)
             told = f"{run}: {seen.images} images, {seen.votes:,} votes at each deformation."
-            typer.echo(f"{told} `certifl report` shows them.")
+            say(f"{told} `certifl report` shows them.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import shlex
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from certifl.deploy import kittexts
 from certifl.deploy.apps import app_files
 from certifl.deploy.keys import Authority, node_key, write_secret
 from certifl.errors import InputError, SpecError, StoreMismatch
+from certifl.outside import read_toml
 from certifl.store.atomic import write_bytes, write_text
 
 __all__ = ["Connection", "client_name", "init", "load_connection", "renew"]
@@ -72,7 +72,7 @@ def load_connection(folder: Path) -> Connection:
         SpecError: the folder is none of a party's, or its file is wrong.
     """
     try:
-        held = tomllib.loads((folder / _FILE).read_text())
+        held = read_toml(folder / _FILE)
         made = Connection.parse(str(held["server"]), held.get("insecure", False) is True)
         return Connection(made.host, made.port, made.insecure, str(held.get("listen", "0.0.0.0")))
     except FileNotFoundError:
@@ -80,7 +80,7 @@ def load_connection(folder: Path) -> Connection:
             f"{folder} is no party's folder: it has no {_FILE}. Give a folder that "
             "`certifl deploy init` wrote."
         ) from None
-    except (OSError, KeyError, InputError, tomllib.TOMLDecodeError) as error:
+    except (OSError, KeyError, InputError) as error:
         raise SpecError(f"{folder / _FILE} is wrong: {error}") from error
 
 

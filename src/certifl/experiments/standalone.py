@@ -46,6 +46,7 @@ class Request:
         settings: how votes become certificates.
         precision, device, out, overwrite: as on the command line.
         shard: which part of the images.
+        code: the folder that holds a run's own network, which its user trusts.
     """
 
     model: str | None
@@ -64,6 +65,7 @@ class Request:
     out: Path
     overwrite: bool
     shard: Shard = WHOLE
+    code: Path | None = None
 
 
 def certify_standalone(request: Request, report: Report | None = None) -> Certificates:
@@ -120,6 +122,10 @@ def _check_options(request: Request) -> None:
         )
     if request.run is not None and request.weights is not None:
         raise InputError("--run brings its own weights; leave out --weights.")
+    if request.run is None and request.code is not None:
+        raise InputError(
+            "--code says where a run's own network is; --model is found where you are."
+        )
     if request.run is None and request.client:
         raise InputError("--client names a client of a run, so it needs --run.")
 
@@ -155,7 +161,7 @@ def _certified_by(spec: Spec, client: int) -> Perturbation:
 def _from_run(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:
     assert request.run is not None
     folder = finished_run(request.run)
-    model, spec = _model_of(folder, request.client)
+    model, spec = _model_of(folder, request.client, request.code)
     if request.data is not None and request.data != spec.data.name:
         raise InputError(f"--run brings its own data ({spec.data.name}); leave out --data.")
     dataset, partition = open_data(spec, data_folder(folder, request.data_dir))
@@ -229,13 +235,13 @@ def _weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _model_of(folder: RunFolder, client: int) -> tuple[nn.Module, Spec]:
+def _model_of(folder: RunFolder, client: int, code: Path | None) -> tuple[nn.Module, Spec]:
     spec = run_spec(folder)
     if client >= spec.clients.count:
         raise InputError(
             f"--client {client}: the run has the clients 0 to {spec.clients.count - 1}."
         )
-    return trained_model(folder, spec, client), spec
+    return trained_model(folder, spec, client, code), spec
 
 
 @dataclass(frozen=True)
@@ -256,11 +262,17 @@ class Answer:
 
 
 def certify_image(
-    path: Path, run: Path, client: int, n: int | None, resize: bool, device: str
+    path: Path,
+    run: Path,
+    client: int,
+    n: int | None,
+    resize: bool,
+    device: str,
+    code: Path | None = None,
 ) -> Answer:
     """Certify one image with the model that a client of a run deploys."""
     folder = finished_run(run)
-    model, spec = _model_of(folder, client)
+    model, spec = _model_of(folder, client, code)
     data = folder.fact("data")
     channels, size = data["in_channels"], tuple(data["image_size"])
     image = read_image(path, channels, size, resize=resize)
