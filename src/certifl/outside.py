@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DATA_BYTES",
+    "MALFORMED",
     "SPEC_BYTES",
     "TEXT_BYTES",
     "open_parquet",
@@ -50,6 +51,9 @@ TEXT_BYTES = 1 << 27
 """The most that another text may hold: records, histories, partitions."""
 DATA_BYTES = 1 << 30
 """The most that a file of images may hold, and expand to where it is compressed."""
+
+MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What a record of another shape makes the code raise that reads it part by part."""
 
 _SPACES = "\n\t\u00a0\u202f"  # not printable in Python's sense, and harmless
 _DEPTH = 48
@@ -162,7 +166,7 @@ def parse_json(text: str | bytes) -> Any:
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(f"it is not JSON ({error})") from error
+        raise InputError(f"it is no JSON ({error})") from error
 
 
 def read_toml(path: Path, most: int = SPEC_BYTES) -> dict[str, Any]:

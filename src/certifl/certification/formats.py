@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from certifl.certification.certificates import Certificates
@@ -146,17 +145,14 @@ def column_of_numbers(table: pa.Table, name: str) -> np.ndarray:
 
 def _as_matrix(table: pa.Table, name: str) -> np.ndarray:
     """A column of lists of one length: what is missing or longer elsewhere cannot be votes."""
-    column = table[name].combine_chunks()
-    if isinstance(column, pa.ChunkedArray):  # older pyarrow keeps one chunk in it
-        column = pa.concat_arrays(column.chunks) if column.num_chunks else column.type
     if table.num_rows == 0:
         return np.zeros((0, 0), np.int64)
-    lengths = column.value_lengths()
-    values = column.flatten()
+    column = pa.concat_arrays(table[name].chunks)
+    lengths, values = column.value_lengths(), column.flatten()
     if column.null_count or values.null_count:
         raise ValueError(f"the column {name!r} has rows without a value")
     width = lengths[0].as_py()
-    if not pc.all(pc.equal(lengths, width)).as_py():
+    if not np.all(lengths.to_numpy() == width):
         raise ValueError(f"the column {name!r} has rows of different length")
     return values.cast(pa.int64()).to_numpy().reshape(table.num_rows, width)
 

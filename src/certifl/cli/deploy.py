@@ -209,7 +209,8 @@ def _reported(place: Path, title: str) -> None:
     if folder.told_nothing():
         say(f"\nRun: {place.resolve()}\nEvery client keeps its certificates to itself.")
         return
-    write_report([place], folder.report, title=title)
+    with folder.locked():
+        write_report([place], folder.report, title=title)
     terminal.show_summary(summary_rows([place]))
     say(f"\nRun: {place.resolve()}\nReport: {folder.report.resolve()}")
 

@@ -39,8 +39,11 @@ def report(
     """Write one page about one run, or about several side by side."""
     from certifl import terminal
     from certifl.report import page_beside, summary_rows, write_report
+    from certifl.store.runs import locked_for
 
-    page = write_report(runs, out or page_beside(runs), images=images)
+    place = out or page_beside(runs)
+    with locked_for(place):
+        page = write_report(runs, place, images=images)
     terminal.show_summary(summary_rows(runs))
     say(f"\nReport: {page.resolve()}\nFigures: {(page.parent / 'figures').resolve()}")
 
@@ -113,7 +116,8 @@ def attack(
     terminal.show_attack(result)
     folder = RunFolder(run)
     if folder.report.is_file():
-        write_report([run], folder.report, folder.manifest().get("name"), figures=False)
+        with folder.locked():
+            write_report([run], folder.report, folder.manifest().get("name"), figures=False)
     say(f"\nAttack: {folder.attack.resolve()}")
     if result["parameters"]["violations"]:
         raise typer.Exit(1)
@@ -137,6 +141,9 @@ def explore(
             seen = explore_run(run, data_dir, device, board.report, code)
             folder = RunFolder(run)
             if folder.report.is_file():
-                write_report([run], folder.report, folder.manifest().get("name"), figures=False)
+                with folder.locked():
+                    write_report(
+                        [run], folder.report, folder.manifest().get("name"), figures=False
+                    )
             told = f"{run}: {seen.images} images, {seen.votes:,} votes at each deformation."
             say(f"{told} `certifl report` shows them.")

@@ -39,12 +39,13 @@ def quickstart(
     from certifl.experiments import presets
     from certifl.experiments.run import Options, run
     from certifl.report import summary_rows, write_report
-    from certifl.store.runs import RunFolder
+    from certifl.store.runs import RunFolder, require_own_folder
 
-    place = out or Path("runs/quickstart")
+    place, specs = out or Path("runs/quickstart"), presets.quickstart(seed)
     page, folders, complete = place / "report.html", list[Path](), True
+    require_own_folder(place, list(specs), (page.name, "figures"))
     with interruptible(overwrite), terminal.Board() as board:
-        for regime, spec in presets.quickstart(seed).items():
+        for regime, spec in specs.items():
             board.stage(regime)
             options = Options(
                 out=place / regime,
@@ -103,7 +104,11 @@ def run(
         complete = not overwrite and RunFolder(place).finished()
         folder = run_study(study, options)
         if not (complete and folder.report.is_file()):
-            write_report([folder.path], folder.report, title=study.name)
+            with folder.locked():
+                write_report([folder.path], folder.report, title=study.name)
+        elif folder.left_over():
+            with folder.locked():
+                folder.clean()
     terminal.show_summary(summary_rows([folder.path]))
     say(f"\nRun: {folder.path.resolve()}\nReport: {folder.report.resolve()}")
 

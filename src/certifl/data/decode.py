@@ -11,8 +11,11 @@ from __future__ import annotations
 import io
 import os
 import struct
+import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from certifl.data.splits import SMALLEST_SIDE, to_float
 from certifl.errors import InputError
+from certifl.outside import read_bytes
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -35,7 +39,21 @@ __all__ = [
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF")
 _DEEP_GREY = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    OverflowError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_IMAGE_BYTES = 1 << 28
+_PIXELS, _SMALL = 1 << 25, 1 << 16
 _BATCH = 2048
 _GROUP = 64
 
@@ -58,11 +76,16 @@ def decode_all(items: Iterable[NamedImage]) -> np.ndarray:
     Image.init()  # registers the formats once: doing so from several threads would race
     done: list[np.ndarray] = []
     first: tuple[str, tuple[int, ...]] | None = None
+    most = _PIXELS
     with ThreadPoolExecutor(_workers()) as pool:
         for batch in _chunks(iter(items), _BATCH):
             groups = [batch[i : i + _GROUP] for i in range(0, len(batch), _GROUP)]
-            decoded = [image for group in pool.map(_decode_group, groups) for image in group]
-            first = first or (batch[0][0](), decoded[0].shape)
+            if first is None:
+                first = (batch[0][0](), _decode_group(batch[:1], _PIXELS)[0].shape)
+                # All have one size, and what is larger need not be decoded to be refused.
+                most = max(first[1][0] * first[1][1], _SMALL)
+            work = partial(_decode_group, most=most)
+            decoded = [image for group in pool.map(work, groups) for image in group]
             _require_one_size(batch, decoded, first)
             done.append(_stack(decoded))
     if not done:
@@ -121,11 +144,11 @@ def changes_of(path: str | Path, in_channels: int, image_size: tuple[int, int]) 
     return ", ".join(told)
 
 
-def _open(name: Callable[[], str], source: bytes | Path) -> Image.Image:
-    """Decode to mode L or RGB by the module's convention."""
+def _open(name: Callable[[], str], source: bytes | Path, most: int = _PIXELS) -> Image.Image:
+    """Decode to mode L or RGB by the module's convention, if it has at most so many pixels."""
     try:
-        content = source if isinstance(source, bytes) else source.read_bytes()
-        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        content = source if isinstance(source, bytes) else read_bytes(source, _IMAGE_BYTES)
+        image = _small(io.BytesIO(content), most)
         image.load()
     except _DAMAGED as error:
         reason = "it is no image in a format known here" if _unknown(error) else str(error)
@@ -149,12 +172,25 @@ def _open(name: Callable[[], str], source: bytes | Path) -> Image.Image:
     return image.convert("RGB")
 
 
+def _small(content: io.BytesIO, most: int) -> Image.Image:
+    """An image whose size is read, but not yet its pixels; one too large to be honest is refused.
+
+    A few kilobytes can declare any number of pixels.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
+        image = Image.open(content, formats=_FORMATS)
+    if image.width * image.height > most:
+        raise InputError(f"it is {size_text((image.height, image.width))}, too large to be read")
+    return image
+
+
 def _unknown(error: Exception) -> bool:
     return isinstance(error, UnidentifiedImageError)  # its own text shows a memory address
 
 
-def _decode_group(group: list[NamedImage]) -> list[np.ndarray]:
-    return [np.asarray(_open(name, source)) for name, source in group]
+def _decode_group(group: list[NamedImage], most: int) -> list[np.ndarray]:
+    return [np.asarray(_open(name, source, most)) for name, source in group]
 
 
 def _require_one_size(

@@ -165,7 +165,7 @@ def _from_run(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:
     if request.data is not None and request.data != spec.data.name:
         raise InputError(f"--run brings its own data ({spec.data.name}); leave out --data.")
     dataset, partition = open_data(spec, data_folder(folder, request.data_dir))
-    if dataset.fingerprint != folder.fact("data")["fingerprint"]:
+    if dataset.fingerprint != folder.data()["fingerprint"]:
         raise StoreMismatch(
             f"The data set {spec.data.name!r} holds other images than the run in {folder.path} "
             "was made with. Give --data-dir with the data it was made with."
@@ -273,7 +273,7 @@ def certify_image(
     """Certify one image with the model that a client of a run deploys."""
     folder = finished_run(run)
     model, spec = _model_of(folder, client, code)
-    data = folder.fact("data")
+    data = folder.data()
     channels, size = data["in_channels"], tuple(data["image_size"])
     image = read_image(path, channels, size, resize=resize)
     wanted = spec.certification

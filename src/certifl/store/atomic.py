@@ -43,7 +43,8 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.unlink(missing_ok=True)  # a link of that name could lead anywhere
+        if part.is_symlink():  # somebody else's: it could lead anywhere
+            part.unlink()
         yield part
         flush(part)
         os.replace(part, path)

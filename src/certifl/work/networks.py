@@ -96,7 +96,7 @@ def run_model(folder: RunFolder, spec: Spec, code: Path | None = None) -> nn.Mod
             f"The models of {folder.path} are with its clients: {spec.algorithm['name']} gives "
             "each its own, in deployed.safetensors of its folder."
         )
-    data = folder.fact("data")
+    data = folder.data()
     load_code(folder, spec, code)
     return build(
         spec.model.name, data["in_channels"], data["num_classes"], spec.seed, spec.model.options

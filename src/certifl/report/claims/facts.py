@@ -15,7 +15,7 @@ from typing import Any
 
 from certifl.certification.groups import PERTURBATIONS
 from certifl.errors import InputError, StoreError, StoreMismatch
-from certifl.outside import parse_toml
+from certifl.outside import MALFORMED, parse_toml
 from certifl.report.claims.decisive import decisive_settings
 from certifl.report.claims.radii import largest_radius
 from certifl.report.results import RunResults, load_run
@@ -245,7 +245,7 @@ def read_run(results: RunResults) -> StudyRun:
     try:
         spec = parse_toml(results.spec)
         return StudyRun(_facts(spec, results), results)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except MALFORMED as error:
         raise StoreError(
             f"{results.folder / 'spec.toml'} is damaged: it does not say what the run was "
             f"({type(error).__name__}: {error}). Repeat the command that made the run."
