@@ -6,7 +6,7 @@ Heavy imports happen inside the commands, so that help and errors of usage answe
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,9 @@ from certifl.cli.common import (
     interruptible,
     say,
 )
+
+if TYPE_CHECKING:
+    from certifl.store.runs import RunFolder
 
 __all__ = ["attack", "claims", "explore", "report", "verify"]
 
@@ -106,7 +109,6 @@ def attack(
     """
     from certifl import terminal
     from certifl.experiments.attacking import Options, attack_run
-    from certifl.report import write_report
     from certifl.store.runs import RunFolder
 
     with interruptible(), terminal.Board() as board:
@@ -115,12 +117,21 @@ def attack(
         result = attack_run(run, options)
     terminal.show_attack(result)
     folder = RunFolder(run)
-    if folder.report.is_file():
-        with folder.locked():
-            write_report([run], folder.report, folder.manifest().get("name"), figures=False)
+    _renew_page(folder)
     say(f"\nAttack: {folder.attack.resolve()}")
     if result["parameters"]["violations"]:
         raise typer.Exit(1)
+
+
+def _renew_page(folder: RunFolder) -> None:
+    """Show what is new on the run's page, where it has one."""
+    from certifl.report import write_report
+
+    if folder.report.is_file():
+        with folder.locked():
+            write_report(
+                [folder.path], folder.report, folder.manifest().get("name"), figures=False
+            )
 
 
 def explore(
@@ -132,18 +143,12 @@ def explore(
     """Take a few test images of each run through the deformations, for readers of its report."""
     from certifl import terminal
     from certifl.experiments.exploring import explore_run
-    from certifl.report import write_report
     from certifl.store.runs import RunFolder
 
     with interruptible(), terminal.Board() as board:
         for run in runs:
             board.stage(f"explore {run.name}")
             seen = explore_run(run, data_dir, device, board.report, code)
-            folder = RunFolder(run)
-            if folder.report.is_file():
-                with folder.locked():
-                    write_report(
-                        [run], folder.report, folder.manifest().get("name"), figures=False
-                    )
+            _renew_page(RunFolder(run))
             told = f"{run}: {seen.images} images, {seen.votes:,} votes at each deformation."
             say(f"{told} `certifl report` shows them.")

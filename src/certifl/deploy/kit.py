@@ -14,7 +14,7 @@ from certifl.deploy import kittexts
 from certifl.deploy.apps import app_files
 from certifl.deploy.keys import Authority, node_key, write_secret
 from certifl.errors import InputError, SpecError, StoreMismatch
-from certifl.outside import read_toml
+from certifl.outside import SPEC_BYTES, read_bytes, read_toml
 from certifl.store.atomic import write_bytes, write_text
 
 __all__ = ["Connection", "client_name", "init", "load_connection", "renew"]
@@ -131,7 +131,7 @@ def init(
         hosts = list(dict.fromkeys([connection.host, *names, *_LOCAL]))
         authority.server(hosts, home / "server.key", home / "server.crt")
         for party in parties:
-            write_bytes(party / "ca.crt", (folder / "ca.crt").read_bytes())
+            write_bytes(party / "ca.crt", read_bytes(folder / "ca.crt", SPEC_BYTES))
     for client in range(clients):
         _client(folder / client_name(client), client, home, insecure)
     _server(home, connection)

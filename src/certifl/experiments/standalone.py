@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,6 +222,7 @@ def _weights(path: Path) -> dict[str, Tensor]:
                 f"{error} It is no whole file of weights: save model.state_dict() anew with "
                 "safetensors.torch.save_file."
             ) from error
+    _require_plain(path)
     try:
         # weights_only: a file of weights must never be able to run code.
         held = torch.load(path, map_location="cpu", weights_only=True)
@@ -230,9 +232,24 @@ def _weights(path: Path) -> dict[str, Tensor]:
             "model.state_dict() as .safetensors, or with torch.save."
         ) from error
     state = held.get("state_dict", held) if isinstance(held, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise InputError(f"{path} holds no weights by name. Save model.state_dict() into it.")
     return state
+
+
+def _require_plain(path: Path) -> None:
+    """Refuse a file of weights that expands: torch writes them without compression."""
+    try:
+        with zipfile.ZipFile(path) as packed:
+            inside = sum(entry.file_size for entry in packed.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return  # older files of torch are no archive; what is damaged is refused when it is read
+    if inside > path.stat().st_size:
+        raise InputError(
+            f"{path} would expand to {inside:,} bytes. Save model.state_dict() with torch.save."
+        )
 
 
 def _model_of(folder: RunFolder, client: int, code: Path | None) -> tuple[nn.Module, Spec]:
