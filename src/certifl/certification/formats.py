@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from certifl.certification.certificates import Certificates
-from certifl.certification.groups import kinds
+from certifl.certification.groups import kinds, require_groups
 from certifl.errors import InputError
 from certifl.outside import open_parquet, parse_json, read_text
 from certifl.smoothing.rounding import floor_text
@@ -112,6 +112,7 @@ def _read_parquet(path: Path) -> Certificates:
     conditions = parse_json((table.schema.metadata or {}).get(_KEY, b"{}"))
     if not isinstance(conditions, dict):
         raise ValueError("its conditions are not an object")
+    require_groups(conditions)
     return Certificates(**columns, conditions=conditions)
 
 
