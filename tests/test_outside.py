@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 import tiny_study as tiny
-from certifl import outside
+from certifl import PixelNoise, outside
 from certifl.certification import Certificates
 from certifl.data import load, read_image
 from certifl.deploy.keys import public_key_bytes
@@ -330,3 +330,13 @@ def test_a_key_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "key.pub")
     with pytest.raises(InputError, match="pipe"):
         public_key_bytes(tmp_path / "key.pub")
+
+
+@pytest.mark.parametrize("sigma", ["1e300", "1e40", "5e-324"])
+@pytest.mark.parametrize("family", ["pixel", "translation", "affine", "dense_flow"])
+def test_a_sigma_that_no_number_can_follow_is_refused_in_the_spec(family: str, sigma: str) -> None:
+    setting = f"certification.perturbation={{family='{family}', sigma={sigma}}}"
+    with pytest.raises(SpecError, match="beyond what numbers"):
+        with_settings(tiny.VALUES, [setting, "certification.n=100"])
+    with pytest.raises(InputError, match="finite"):
+        PixelNoise(10**400)
