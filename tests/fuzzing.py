@@ -454,24 +454,24 @@ CHECKPOINT = "checkpoints/training/round-00001/"
 KINDS: tuple[Kind, ...] = (
     Kind("run", "spec.toml", 180, library(_spec), (*TEXT, as_toml, as_toml, as_toml)),
     Kind("run", "spec.toml", 40, any_of(VERIFY, CLAIMS, PREDICT), (*TEXT, as_toml)),
-    Kind("run", "run.json", 130, ABOUT, (*TEXT, as_json, as_json, as_json)),
+    Kind("run", "run.json", 90, ABOUT, (*TEXT, as_json, as_json, as_json)),
     Kind("run", "partition.json", 40, ABOUT, (*TEXT, as_json)),
-    Kind("run", "history.jsonl", 60, any_of(REPORT, CLAIMS), (*TEXT, as_lines, as_lines)),
+    Kind("run", "history.jsonl", 40, any_of(REPORT, CLAIMS), (*TEXT, as_lines, as_lines)),
     Kind(
         "run",
         "certificates.parquet",
-        150,
+        100,
         any_of(VERIFY, REPORT, CLAIMS),
         (as_bytes, as_other, as_table, as_table, as_table, as_long_table),
     ),
-    Kind("own", "predictions.parquet", 50, any_of(VERIFY, REPORT), (as_bytes, as_other, as_table)),
-    Kind("own", "certificates.parquet", 50, any_of(VERIFY, REPORT), (as_table, as_bytes)),
+    Kind("own", "predictions.parquet", 30, any_of(VERIFY, REPORT), (as_bytes, as_other, as_table)),
+    Kind("own", "certificates.parquet", 30, any_of(VERIFY, REPORT), (as_table, as_bytes)),
     Kind("own", "run.json", 20, any_of(VERIFY, REPORT), (as_json,)),
-    Kind("run", "explorer.json", 50, REPORT, (*TEXT, as_json, as_json, as_json)),
-    Kind("run", "attack.json", 50, REPORT, (*TEXT, as_json, as_json, as_json)),
-    Kind("told", "curves.json", 60, any_of(VERIFY, REPORT), (*TEXT, as_json, as_json, as_json)),
+    Kind("run", "explorer.json", 30, REPORT, (*TEXT, as_json, as_json, as_json)),
+    Kind("run", "attack.json", 30, REPORT, (*TEXT, as_json, as_json, as_json)),
+    Kind("told", "curves.json", 40, any_of(VERIFY, REPORT), (*TEXT, as_json, as_json, as_json)),
     Kind(
-        "run", CHECKPOINT + "round.json", 50, any_of(VERIFY, PREDICT), (*TEXT, as_round, as_round)
+        "run", CHECKPOINT + "round.json", 30, any_of(VERIFY, PREDICT), (*TEXT, as_round, as_round)
     ),
     Kind(
         "run",
