@@ -26,6 +26,7 @@ from certifl import PixelNoise, outside
 from certifl.certification import Certificates
 from certifl.data import load, read_image
 from certifl.deploy.keys import public_key_bytes
+from certifl.deploy.kit import Connection
 from certifl.errors import InputError, SpecError, StoreError, StoreMismatch
 from certifl.experiments import presets
 from certifl.experiments.run import Options, run
@@ -340,3 +341,19 @@ def test_a_sigma_that_no_number_can_follow_is_refused_in_the_spec(family: str, s
         with_settings(tiny.VALUES, [setting, "certification.n=100"])
     with pytest.raises(InputError, match="finite"):
         PixelNoise(10**400)
+
+
+def test_a_checkpoint_of_a_terabyte_of_nothing_is_not_read(tmp_path: Path) -> None:
+    folder = run(tiny.spec(*SHORT), Options(tmp_path / "run"))
+    newest = max(folder.training.glob("round-*"))
+    with (newest / "server.safetensors").open("r+b") as file:
+        file.truncate(1 << 40)
+    told = tiny.cli("verify", folder.path)
+    assert told.code == 1
+    assert "checkpoint" in told.err
+
+
+@pytest.mark.parametrize("port", ["9" * 5000, "²", "0", "65536", ""])
+def test_a_port_that_is_none(port: str) -> None:
+    with pytest.raises(InputError, match="HOST:PORT"):
+        Connection.parse(f"localhost:{port}", True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import shlex
 from collections.abc import Sequence
@@ -53,11 +54,12 @@ class Connection:
         """
         host, _, port = text.rpartition(":")
         host = host.removeprefix("[").removesuffix("]")
-        if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
+        number = int(port) if re.fullmatch(r"[0-9]{1,5}", port) else 0
+        if not host or not 1 <= number <= 65535:
             raise InputError(
                 f"--server must be HOST:PORT, such as fl.example.org:9900; got {text!r}."
             )
-        return Connection(host, int(port), insecure)
+        return Connection(host, number, insecure)
 
     def save(self, folder: Path) -> None:
         """Write it into a party's folder."""
