@@ -220,15 +220,19 @@ def test_a_network_beside_the_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     tiny.cli("run", spec, "--out", "run").fine("FedAvg")
     tiny.cli("verify", "run").fine("12 certificates")
-    # The run remembers where the code was, also for another process in another place.
+    # Another process runs that code only if it is told where: a run folder may be anybody's.
     Image.new("L", (8, 8), 90).save("grey.png")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    tiny.process("predict", "../grey.png", "--run", "../run", cwd=elsewhere).fine("client 0")
+    asked = ("predict", "../grey.png", "--run", "../run")
+    tiny.process(*asked, cwd=elsewhere).refused("--code DIR", str(home))
+    tiny.process(*asked, cwd=home).refused("--code DIR")
+    tiny.process(*asked, "--code", ".", cwd=elsewhere).refused("holds no module 'my_network'")
+    tiny.process(*asked, "--code", home, cwd=elsewhere).fine("client 0")
     # Checking a run does not run its code.
     (home / "my_network.py").write_text("raise RuntimeError('this ran')")
     tiny.process("verify", "../run", cwd=elsewhere).fine("12 certificates")
-    broken = tiny.process("predict", "../grey.png", "--run", "../run", cwd=elsewhere)
+    broken = tiny.process(*asked, "--code", home, cwd=elsewhere)
     broken.refused("my_network:make", "this ran")
 
 
@@ -240,8 +244,9 @@ def test_a_network_that_changed_since_is_refused(tmp_path: Path) -> None:
     folder = run(study, Options(tmp_path / "run"))
     sys.modules["changing"].make = sys.modules["changing"].by_batch  # pyright: ignore
     Image.new("L", (8, 8), 90).save(tmp_path / "grey.png")
-    answer = tiny.cli("predict", tmp_path / "grey.png", "--run", folder.path)
-    answer.refused("do not fit", "changing:make")
+    asked = ("predict", tmp_path / "grey.png", "--run", folder.path)
+    tiny.cli(*asked).refused("--code DIR", "changing:make")
+    tiny.cli(*asked, "--code", tmp_path).refused("do not fit", "changing:make")
 
 
 @pytest.mark.usefixtures("_own_modules")

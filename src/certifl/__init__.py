@@ -3,12 +3,18 @@
 The public names are loaded when first used, so that importing the package costs next to nothing.
 """
 
-from __future__ import annotations
+import sys
 
-import importlib
-from typing import TYPE_CHECKING, Any
+_RUN_AS_MODULE = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].endswith("certifl")
+if _RUN_AS_MODULE and not sys.flags.safe_path:
+    # `python -m certifl` puts the working directory, which may be a folder that somebody sent,
+    # in front of the import path. Nothing is taken from there, the imports below included.
+    del sys.path[0]
 
-from certifl._version import __version__
+import importlib  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+from certifl._version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
     from certifl import models

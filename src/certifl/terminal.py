@@ -20,6 +20,7 @@ from certifl.experiments.costs import Cost
 from certifl.experiments.doctor import Fact
 from certifl.experiments.planning import Plan
 from certifl.experiments.standalone import Answer
+from certifl.outside import visible
 from certifl.perturbations.units import format_amount
 from certifl.report.claims.rules import NOT_TESTED
 
@@ -125,6 +126,20 @@ class Board:
         return f"about {hours} h {minutes} min left" if hours else f"about {_short(seconds)} left"
 
 
+def _console(*, soft_wrap: bool = False, width: int | None = None) -> Console:
+    """Where results are printed; names in square brackets are text, not markup."""
+    return Console(highlight=False, soft_wrap=soft_wrap, width=width, markup=False, emoji=False)
+
+
+def _printable(value: Any) -> Any:
+    """Rows as they come, with the control characters of names escaped."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, Mapping):
+        return {key: _printable(inner) for key, inner in value.items()}
+    return [_printable(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 def _short(seconds: int) -> str:
     return f"{seconds // 60} min {seconds % 60} s" if seconds >= 60 else f"{seconds} s"
 
@@ -134,12 +149,12 @@ def show_summary(rows: Sequence[Mapping[str, Any]]) -> None:
 
     Where clients certify perturbations of their own, a table for each of these.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    rows, console = _printable(list(rows)), _console(soft_wrap=True)
     for noise in dict.fromkeys(row["perturbation"] for row in rows):
         part = [row for row in rows if row["perturbation"] == noise]
         if noise is not None:
             told = f"{noise}, certified by {_clients(part[0]['of_clients'])}"
-            console.print(told, style="bold", markup=False)
+            console.print(told, style="bold")
         _show_table(part)
     for told in dict.fromkeys(
         f"{row['label']}, client {one['client']} certifies nothing: plain accuracy "
@@ -147,15 +162,15 @@ def show_summary(rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows
         for one in row["plain"]
     ):
-        console.print(told, markup=False)
+        console.print(told)
     for told in dict.fromkeys(
         f"{row['label']}: {row['privacy']}" for row in rows if row.get("privacy")
     ):
-        console.print(told, markup=False)
+        console.print(told)
     for warning in dict.fromkeys(
         f"Warning: {row['label']}: {row['left_out']}" for row in rows if row.get("left_out")
     ):
-        console.print(warning, markup=False)
+        console.print(warning)
 
 
 def _clients(numbers: Sequence[int]) -> str:
@@ -190,10 +205,10 @@ def _show_table(rows: Sequence[Mapping[str, Any]]) -> None:
             *(share["text"].replace(" %", "%") for share in row["accuracy"]),
             number(row["spread_text"]),
         )
-    console = Console()
+    console = _console()
     # A table wider than the terminal is wrapped by it; rich would cut names and numbers off.
     needed = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
-    Console(width=max(console.width, needed)).print(table)
+    _console(width=max(console.width, needed)).print(table)
 
 
 def _label(row: Mapping[str, Any]) -> str:
@@ -203,6 +218,7 @@ def _label(row: Mapping[str, Any]) -> str:
 
 def show_claims(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
     """A line for each claim with its verdict, then each verdict in words."""
+    rows = _printable(list(rows))
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("claim", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -211,25 +227,25 @@ def show_claims(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None
     keys = ("claim", "verdict", "effect", "interval", "images", "clients")
     for row in rows:
         table.add_row(*(str(row[key]) for key in keys))
-    console = Console(highlight=False)
+    console = _console()
     console.print(table)
     tested = [row for row in rows if row["verdict"] != NOT_TESTED]
     for row in tested:
-        console.print(f"{row['claim']}  {row['sentence']}", markup=False)
-        console.print(f"    {row['words']}\n", style="dim", markup=False)
+        console.print(f"{row['claim']}  {row['sentence']}")
+        console.print(f"    {row['words']}\n", style="dim")
     if left := len(rows) - len(tested):
         console.print(
             f"{left} of {len(rows)} claims were not tested: each compares runs that are not among "
             "these. --out claims.md names them.\n"
         )
     for note in notes:
-        console.print(note, style="dim", markup=False)
+        console.print(note, style="dim")
 
 
 def show_certificates(certificates: Certificates) -> None:
     """A few lines about certificates."""
     facts, unit = certificates.conditions, str(certificates.conditions["unit"])
-    console = Console(highlight=False)
+    console = _console()
     acr = certificates.average_certified_radius()
     accuracy = certificates.certified_accuracy([0.0])[0]
     console.print(f"images              {len(certificates)}")
@@ -243,14 +259,16 @@ def show_certificates(certificates: Certificates) -> None:
 
 def show_prediction(answer: Answer) -> None:
     """Label or abstention, radius and what they mean."""
-    certificates, console = answer.certificates, Console(highlight=False)
+    certificates, console = answer.certificates, _console()
     facts = certificates.conditions
     unit = str(facts["unit"])
     if certificates.abstained[0]:
         console.print("abstained: the votes do not single out a class")
     else:
         radius = format_amount(float(certificates.radius[0]), unit)
-        console.print(f"label   {answer.class_name} (class {int(certificates.predicted[0])})")
+        console.print(
+            f"label   {visible(answer.class_name)} (class {int(certificates.predicted[0])})"
+        )
         console.print(f"radius  {radius} in {facts['norm']} norm, {facts['family']}")
     console.print(f"model   client {answer.client} uses {answer.deploys}")
     if answer.changed:
@@ -267,16 +285,17 @@ def _meaning(facts: Mapping[str, Any]) -> str:
 
 def show_attack(result: Mapping[str, Any]) -> None:
     """What attacks on certificates came to: inside their promise, and beyond it."""
+    result = _printable(result)
     for part in result.get("perturbations", [result]):
         if part is not result:
             told = f"{part['family']}, certified by {_clients(part['clients'])}"
-            Console(highlight=False).print(told, style="bold")
+            _console().print(told, style="bold")
         _show_attack(part)
 
 
 def _show_attack(result: Mapping[str, Any]) -> None:
     inside, beyond = result["parameters"], result["deformed_first"]
-    console = Console(highlight=False, soft_wrap=True)
+    console = _console(soft_wrap=True)
     for case in inside["violations"]:
         console.print(
             f"WRONG  client {case['client']}, image {case['index']}: class {case['rival']} is "
@@ -310,8 +329,8 @@ def _show_attack(result: Mapping[str, Any]) -> None:
 
 def show_plan(name: str, plan: Plan) -> None:
     """What a study will take, and what that rests on."""
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"Plan of {name}: nothing was trained or written.")
+    console = _console(soft_wrap=True)
+    console.print(f"Plan of {visible(name)}: nothing was trained or written.")
     early = plan.votes_expected < plan.votes_at_most
     at_most = f" (at most {_clock(plan.certification_seconds_at_most)})" if early else ""
     lines = {
@@ -334,7 +353,7 @@ def show_plan(name: str, plan: Plan) -> None:
 
 def show_study(costs: Mapping[str, Cost], scale: str, words: str) -> None:
     """What figures will take: runs they share are counted in each, and once in the last line."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = _console(soft_wrap=True)
     console.print(f"Plan at the scale {scale}: nothing was computed or written.")
     console.print(f"This scale is {words}.", style="dim")
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -351,7 +370,7 @@ def show_study(costs: Mapping[str, Cost], scale: str, words: str) -> None:
             _roughly(cost.seconds) if cost.seconds else "finished",
         )
     needed = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
-    Console(width=max(console.width, needed)).print(table)
+    _console(width=max(console.width, needed)).print(table)
     measured = list(costs.values())[-1].measured
     console.print(
         f"Speeds are measured in finished runs of this study for {100 * measured:.0f} % of the "
@@ -377,18 +396,18 @@ def _bytes(count: int) -> str:
 
 def show_facts(facts: Sequence[Fact]) -> None:
     """What `certifl doctor` found, and what is missing for what."""
-    console = Console(highlight=False)
+    console = _console()
     for fact in facts:
-        console.print(f"{fact.topic:18}{fact.found}", soft_wrap=True, markup=False)
+        console.print(f"{fact.topic:18}{fact.found}", soft_wrap=True)
     missing = [fact for fact in facts if fact.missing]
     if missing:
         console.print("\nNot possible here:")
         for fact in missing:
-            console.print(f"  {fact.topic}: {fact.missing}", soft_wrap=True, markup=False)
+            console.print(f"  {fact.topic}: {fact.missing}", soft_wrap=True)
 
 
 def show_names(rows: Mapping[str, Sequence[str]]) -> None:
     """What can stand in a spec, a line for each kind."""
-    console = Console(highlight=False)
+    console = _console()
     for title, names in rows.items():
         console.print(f"{title:14}{', '.join(names)}", soft_wrap=True)

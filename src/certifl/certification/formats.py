@@ -13,18 +13,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from certifl.certification.certificates import Certificates
-from certifl.certification.groups import kinds
+from certifl.certification.groups import kinds, require_groups
 from certifl.certification.published import TSV_HEADER, is_log, read_log
 from certifl.errors import InputError
+from certifl.outside import open_parquet, parse_json
 from certifl.smoothing.rounding import floor_text
 
-__all__ = ["TSV_HEADER", "load", "save"]
+__all__ = ["TSV_HEADER", "column_of_numbers", "load", "save"]
 
 _KEY = b"certifl"
 _SCALARS = ("client", "index", "label", "predicted", "radius", "p_lower", "p_upper")
 _ENDING = ("looks", "level", "seconds")
 _LISTS = ("counts", "selection_counts")
 _TSV_DIGITS = 6
+_FLOATS = ("radius", "p_lower", "p_upper", "level", "seconds")
+_INTERVAL, _PACKED = ("interval_low", "interval_high"), "scan_votes"
 
 
 def save(certificates: Certificates, path: Path) -> None:
@@ -69,7 +72,7 @@ def load(path: Path) -> Certificates:
         return reader(path)
     except InputError:
         raise
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, OverflowError) as error:
         raise InputError(f"{path} holds no certificates this version can read: {error}") from error
 
 
@@ -101,22 +104,65 @@ def _as_lists(counts: np.ndarray) -> pa.Array:
 
 
 def _read_parquet(path: Path) -> Certificates:
-    # ParquetFile, not read_table: the latter would look for a data set in the path's folders.
-    table = pq.ParquetFile(path).read()
-    columns: dict[str, Any] = {n: table[n].to_numpy() for n in _SCALARS + _ENDING}
-    columns.update({name: _as_matrix(table[name]) for name in _LISTS})
-    if "interval_low" in table.column_names:
-        ends = (table["interval_low"].to_numpy(), table["interval_high"].to_numpy())
-        columns["interval"] = np.stack(ends, axis=1)
-    if "scan_votes" in table.column_names:
-        columns["scan_votes"] = np.array(table["scan_votes"].to_pylist(), dtype=object)
-    conditions = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
+    file = open_parquet(path, _SCALARS + _ENDING + _LISTS)
+    names = file.schema_arrow.names
+    ends = [name for name in _INTERVAL if name in names]
+    packed = [name for name in (_PACKED,) if name in names]
+    _require_types(file.schema_arrow, ends, packed)
+    table = file.read([*_SCALARS, *_ENDING, *_LISTS, *ends, *packed])
+    columns = {name: column_of_numbers(table, name) for name in _SCALARS + _ENDING}
+    columns.update({name: _as_matrix(table, name) for name in _LISTS})
+    if ends:
+        columns["interval"] = np.stack([column_of_numbers(table, n) for n in _INTERVAL], axis=1)
+    if packed:
+        columns["scan_votes"] = np.array(table[_PACKED].to_pylist(), dtype=object)
+    conditions = parse_json((table.schema.metadata or {}).get(_KEY, b"{}"))
+    if not isinstance(conditions, dict):
+        raise ValueError("its conditions are not an object")
+    require_groups(conditions)
     return Certificates(**columns, conditions=conditions)
 
 
-def _as_matrix(column: pa.ChunkedArray) -> np.ndarray:
-    rows = column.to_pylist()
-    return np.array(rows, dtype=np.int64).reshape(len(rows), -1 if rows else 0)
+def _require_types(schema: pa.Schema, ends: list[str], packed: list[str]) -> None:
+    """Refuse columns of other types before they are read: a text expands to any size."""
+    floats = {*_FLOATS, *ends}
+    for name in (*_SCALARS, *_ENDING, *ends):
+        fits = pa.types.is_floating if name in floats else pa.types.is_integer
+        if not fits(schema.field(name).type):
+            raise ValueError(f"the column {name!r} holds {schema.field(name).type}")
+    for name in _LISTS:
+        kind = schema.field(name).type
+        if not (pa.types.is_list(kind) and pa.types.is_integer(kind.value_type)):
+            raise ValueError(f"the column {name!r} holds {kind}")
+    if packed and not pa.types.is_binary(schema.field(_PACKED).type):
+        raise ValueError(f"the column {_PACKED!r} holds {schema.field(_PACKED).type}")
+
+
+def column_of_numbers(table: pa.Table, name: str) -> np.ndarray:
+    """A column of numbers without gaps.
+
+    Raises:
+        ValueError: a number is missing, or does not fit into 64 bits.
+    """
+    column = table[name]
+    if column.null_count:
+        raise ValueError(f"the column {name!r} has rows without a value")
+    kind = pa.int64() if pa.types.is_integer(column.type) else pa.float64()
+    return column.cast(kind).to_numpy()
+
+
+def _as_matrix(table: pa.Table, name: str) -> np.ndarray:
+    """A column of lists of one length: what is missing or longer elsewhere cannot be votes."""
+    if table.num_rows == 0:
+        return np.zeros((0, 0), np.int64)
+    column = pa.concat_arrays(table[name].chunks)
+    lengths, values = column.value_lengths(), column.flatten()
+    if column.null_count or values.null_count:
+        raise ValueError(f"the column {name!r} has rows without a value")
+    width = lengths[0].as_py()
+    if not np.all(lengths.to_numpy() == width):
+        raise ValueError(f"the column {name!r} has rows of different length")
+    return values.cast(pa.int64()).to_numpy().reshape(table.num_rows, width)
 
 
 def _write_tsv(certificates: Certificates, path: Path) -> None:

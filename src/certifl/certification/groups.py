@@ -34,6 +34,7 @@ __all__ = [
     "masks",
     "narrowed",
     "of_client",
+    "require_groups",
 ]
 
 PERTURBATIONS = "perturbations"
@@ -53,6 +54,24 @@ _OF_A_PERTURBATION = (
     "look_votes",
     "look_levels",
 )
+
+
+def require_groups(conditions: Conditions) -> None:
+    """Refuse conditions, as a file says them, that cannot be told apart by client.
+
+    Raises:
+        InputError: the perturbations are not objects that name their clients.
+    """
+    groups = conditions.get(PERTURBATIONS)
+    if groups is None:
+        return
+    if not isinstance(groups, list) or not groups or not all(map(_names_clients, groups)):
+        raise InputError("its conditions do not say which client certifies which perturbation")
+
+
+def _names_clients(group: object) -> bool:
+    clients = group.get("clients") if isinstance(group, dict) else None
+    return isinstance(clients, list) and all(type(client) is int for client in clients)
 
 
 def joined(parts: Sequence[tuple[int, Conditions]]) -> dict[str, Any]:

@@ -21,9 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from certifl.certification.formats import column_of_numbers
 from certifl.certification.network import Network
 from certifl.convolutions import exact_convolutions
 from certifl.errors import InputError
+from certifl.outside import open_parquet, parse_json
 
 __all__ = ["Predictions", "predict_plain"]
 
@@ -96,11 +98,17 @@ class Predictions:
         if not path.is_file():
             raise InputError(f"There are no plain predictions at {path}.")
         try:
-            table = pq.ParquetFile(path).read()
-            columns = {name: table[name].to_numpy() for name in _COLUMNS}
-            conditions = json.loads((table.schema.metadata or {}).get(_KEY, b"{}"))
-        except (pa.ArrowException, KeyError, ValueError, OSError) as error:
-            raise InputError(f"{path} holds no plain predictions: {error}") from error
+            file = open_parquet(path, _COLUMNS)
+            schema = file.schema_arrow
+            if not all(pa.types.is_integer(schema.field(name).type) for name in _COLUMNS):
+                raise ValueError("a column does not hold integers")
+            table = file.read(list(_COLUMNS))
+            columns = {name: column_of_numbers(table, name) for name in _COLUMNS}
+            conditions = parse_json((table.schema.metadata or {}).get(_KEY, b"{}"))
+            if not isinstance(conditions, dict):
+                raise ValueError("its conditions are not an object")
+        except (pa.ArrowException, KeyError, ValueError, TypeError, OSError) as error:
+            raise InputError(f"{path} holds no plain predictions: {error}.") from error
         return Predictions(**columns, conditions=conditions)
 
 

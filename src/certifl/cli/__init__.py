@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated
 
 import typer
 import typer.core
 
 from certifl.cli import machine, results, single, studies
-from certifl.cli.common import find_code_in
+from certifl.cli.common import safe_path, say, unforeseen
 from certifl.cli.deploy import deploy
 from certifl.errors import CertiflError, RequestError
 
@@ -57,13 +56,23 @@ app.add_typer(deploy, name="deploy", short_help="Real federations, over Flower."
 def main() -> None:
     """Run a command; exit with 0, 1 (the work failed) or 2 (the request was wrong)."""
     try:
-        find_code_in(Path.cwd())
-        app(prog_name="certifl")
+        with safe_path():
+            app(prog_name="certifl")
     except RequestError as error:
-        typer.echo(f"certifl: {error}", err=True)
+        say(f"certifl: {error}", err=True)
         sys.exit(2)
     except (CertiflError, OSError) as error:
-        typer.echo(f"certifl: {error}", err=True)
+        say(f"certifl: {error}", err=True)
+        sys.exit(1)
+    except MemoryError:
+        say(
+            "certifl: memory ran out. Ask for less at once (fewer images, clients, processes), or "
+            "use a machine with more; what is finished is kept.",
+            err=True,
+        )
+        sys.exit(1)
+    except Exception as error:  # what nobody foresaw ends in one line, too
+        say(f"certifl: {unforeseen(error)}", err=True)
         sys.exit(1)
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from certifl.outside import visible
+
 __all__ = [
     "AnswerWithin",
+    "Code",
     "DataDir",
     "Device",
     "Devices",
@@ -26,9 +32,14 @@ __all__ = [
     "Track",
     "Workers",
     "command_line",
-    "find_code_in",
     "interruptible",
+    "safe_path",
+    "say",
+    "unforeseen",
 ]
+
+_SAFE_PATH = "PYTHONSAFEPATH"
+_LONGEST_REASON = 200
 
 Out = Annotated[
     Path | None,
@@ -70,12 +81,50 @@ Family = Annotated[
     typer.Option(help="Perturbation family; a run's own by default, else pixel with sigma 0.25."),
 ]
 Sigma = Annotated[str | None, typer.Option(help="In the family's unit: 0.3, 0.1pi, 18deg.")]
+Code = Annotated[
+    Path | None,
+    typer.Option(
+        "--code", metavar="DIR", help="Folder with the run's own network; only if you trust it."
+    ),
+]
 
 
-def find_code_in(folder: Path) -> None:
-    """Let `module:function` name code in a folder; last in line, so that it replaces nothing."""
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
+def say(text: str, err: bool = False) -> None:
+    """Print a line; control characters of names in it are shown, not obeyed."""
+    typer.echo(visible(text), err=err)
+
+
+def unforeseen(error: Exception) -> str:
+    """One line about an error that is a fault of certifl itself; the rest goes into a file."""
+    told = f"{type(error).__name__}: {error}".splitlines()[0][:_LONGEST_REASON]
+    log = "".join(traceback.format_exception(error))
+    try:
+        handle, path = tempfile.mkstemp(prefix="certifl-", suffix=".log")
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{command_line()}\n\n{log}")
+    except OSError as failed:
+        return f"an error that was not foreseen ({told}); its log cannot be written: {failed}."
+    return (
+        f"an error that was not foreseen ({told}). Finished files are whole. {path} says more; "
+        "please report it together with that file."
+    )
+
+
+@contextlib.contextmanager
+def safe_path() -> Iterator[None]:
+    """Keep the working directory off the import path of every Python process started meanwhile.
+
+    It may be a folder that somebody sent, with a `multiprocessing.py` of its own.
+    """
+    before = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_SAFE_PATH, None)
+        else:
+            os.environ[_SAFE_PATH] = before
 
 
 @contextlib.contextmanager
@@ -86,7 +135,7 @@ def interruptible(overwrite: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         same = "the same command without --overwrite" if overwrite else "the same command"
         told = f"\nInterrupted. What is finished is kept; {same} goes on from there."
-        typer.echo(told, err=True)
+        say(told, err=True)
         raise typer.Exit(130) from None
 
 

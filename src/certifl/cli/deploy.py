@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from certifl.cli.common import say
 from certifl.errors import RequestError, WorkError
 
 __all__ = ["deploy"]
@@ -58,12 +59,12 @@ def _flower() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         told = "\nInterrupted. What is finished is kept; the same command goes on from there."
-        typer.echo(told, err=True)
+        say(told, err=True)
         raise typer.Exit(130) from None
 
 
 def _told(line: str) -> None:
-    typer.echo(line, err=True)
+    say(line, err=True)
 
 
 @deploy.command("init")
@@ -83,9 +84,9 @@ def init_(
 
         parties = init(folder, clients, server, insecure, name or [])
     if insecure:
-        typer.echo(INSECURE, err=True)
-    typer.echo("\n".join(f"{place}/" for place in parties))
-    typer.echo(f"\nWho runs what, and what never leaves whose machine: {folder / 'README.md'}")
+        say(INSECURE, err=True)
+    say("\n".join(f"{place}/" for place in parties))
+    say(f"\nWho runs what, and what never leaves whose machine: {folder / 'README.md'}")
 
 
 @deploy.command()
@@ -97,7 +98,7 @@ def renew(
     with _flower():
         from certifl.deploy.kit import renew as renewed
 
-        typer.echo(f"{renewed(folder, name or [])} (with its key beside it)")
+        say(f"{renewed(folder, name or [])} (with its key beside it)")
 
 
 @deploy.command()
@@ -119,15 +120,35 @@ def client(
         bool,
         typer.Option("--dealt", help="DATA is a whole data set; the study deals a share of it."),
     ] = False,
+    code: Annotated[
+        Path | None,
+        typer.Option(
+            "--code", metavar="DIR", help="Folder with the networks that client.toml allows."
+        ),
+    ] = None,
 ) -> None:
     """Take part with one's own images until stopped."""
     with _flower():
         from certifl.deploy.serving import take_part, with_data
         from certifl.deploy.settings import load_settings
 
-        sys.path.append(str(folder.resolve()))  # for networks that client.toml allows
         settings = with_data(load_settings(folder / "client.toml"), data, dealt)
+        _find_networks(settings.networks, code)
         take_part(folder, settings, _told)
+
+
+def _find_networks(names: list[str], code: Path | None) -> None:
+    """Let the networks that the party allows be found where it says that their code is."""
+    from certifl.models import require_code
+
+    own = [name for name in names if ":" in name]
+    if own and code is None:
+        raise RequestError(
+            f"networks of client.toml allows {own[0]!r}, which is code: name the folder that "
+            "holds it with --code DIR."
+        )
+    for name in own:
+        require_code(name, code or Path())
 
 
 @deploy.command()
@@ -179,9 +200,11 @@ def run(
         from certifl.deploy.remote import Patience
         from certifl.deploy.running import private_files
         from certifl.deploy.studies import run_study
+        from certifl.models import allow_code
         from certifl.spec import load
 
         study = load(spec, set_ or [])
+        allow_code(study.model.name, spec.parent, Path.cwd())
         place = out or Path("runs") / f"{spec.stem}-{study.hash()[:8]}"
         with terminal.Board() as board:
             board.stage(study.name)
@@ -245,11 +268,12 @@ def _reported(place: Path, title: str) -> None:
     for client, why in folder.manifest()["deployment"].get("left_out", {}).items():
         typer.echo(f"Warning: client {client} is left out of the certificates: {why}.", err=True)
     if folder.told_nothing():
-        typer.echo(f"\nRun: {place.resolve()}\nEvery client keeps its certificates to itself.")
+        say(f"\nRun: {place.resolve()}\nEvery client keeps its certificates to itself.")
         return
-    write_report([place], folder.report, title=title)
+    with folder.locked():
+        write_report([place], folder.report, title=title)
     terminal.show_summary(summary_rows([place]))
-    typer.echo(f"\nRun: {place.resolve()}\nReport: {folder.report.resolve()}")
+    say(f"\nRun: {place.resolve()}\nReport: {folder.report.resolve()}")
 
 
 @deploy.command()
@@ -259,6 +283,6 @@ def status(folder: Party = Path(".")) -> None:
         from certifl.deploy.studies import status_lines
 
         lines, fine = status_lines(folder)
-    typer.echo("\n".join(lines))
+    say("\n".join(lines))
     if not fine:
         raise WorkError("Not everything is as it should be; see above.")

@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from certifl.cli.common import (
+    Code,
     DataDir,
     Device,
     RunDir,
     interruptible,
+    say,
 )
 
 if TYPE_CHECKING:
     from certifl.experiments.recasting import Options
+    from certifl.store.runs import RunFolder
 
 __all__ = ["attack", "claims", "explore", "report", "verify"]
 
@@ -40,10 +43,13 @@ def report(
     """Write one page about one run, or about several side by side."""
     from certifl import terminal
     from certifl.report import page_beside, summary_rows, write_report
+    from certifl.store.runs import locked_for
 
-    page = write_report(runs, out or page_beside(runs), images=images)
+    place = out or page_beside(runs)
+    with locked_for(place):
+        page = write_report(runs, place, images=images)
     terminal.show_summary(summary_rows(runs))
-    typer.echo(f"\nReport: {page.resolve()}\nFigures: {(page.parent / 'figures').resolve()}")
+    say(f"\nReport: {page.resolve()}\nFigures: {(page.parent / 'figures').resolve()}")
 
 
 def claims(
@@ -61,7 +67,7 @@ def claims(
         write_claims(found, out)
     terminal.show_claims(claim_rows(found), explanation(found))
     if out is not None:
-        typer.echo(f"\nClaims: {out.resolve()}")
+        say(f"\nClaims: {out.resolve()}")
 
 
 _FINDINGS = 20  # as many as a screen shows
@@ -113,16 +119,16 @@ def _verified(place: Path, data_dir: Path | None, options: Options | None) -> in
         again = recast_run(place, options)
         problems = again.problems
     for problem in shortened(problems, _FINDINGS):
-        typer.echo(f"{place}: {problem}", err=True)
+        say(f"{place}: {problem}", err=True)
     if not problems and (result.checked or not result.kept):
-        typer.echo(f"{place}: {result.checked} certificates follow from their votes.")
+        say(f"{place}: {result.checked} certificates follow from their votes.")
         for name, told in (("compared", result.compared), ("not checked", result.unchecked)):
             if told:
-                typer.echo(f"  {name}: {'; '.join(told)}")
+                say(f"  {name}: {'; '.join(told)}")
     if again is not None:
-        typer.echo(f"  recast: {again}", err=bool(problems))
+        say(f"  recast: {again}", err=bool(problems))
     if result.kept:
-        typer.echo(result.kept, err=True)
+        say(result.kept, err=True)
     return 1 if problems else 2 if result.kept else 0
 
 
@@ -135,6 +141,7 @@ def attack(
     ] = 32,
     data_dir: DataDir = None,
     device: Device = "auto",
+    code: Code = None,
 ) -> None:
     """Try to break a run's certificates, and measure what they do not cover; fails if one breaks.
 
@@ -142,39 +149,46 @@ def attack(
     """
     from certifl import terminal
     from certifl.experiments.attacking import Options, attack_run
-    from certifl.report import write_report
     from certifl.store.runs import RunFolder
 
     with interruptible(), terminal.Board() as board:
         board.stage("attack")
-        options = Options(images, client, directions, data_dir, device, board.report)
+        options = Options(images, client, directions, data_dir, device, board.report, code)
         result = attack_run(run, options)
     terminal.show_attack(result)
     folder = RunFolder(run)
-    if folder.report.is_file():
-        write_report([run], folder.report, folder.manifest().get("name"), figures=False)
-    typer.echo(f"\nAttack: {folder.attack.resolve()}")
+    _renew_page(folder)
+    say(f"\nAttack: {folder.attack.resolve()}")
     if result["parameters"]["violations"]:
         raise typer.Exit(1)
+
+
+def _renew_page(folder: RunFolder) -> None:
+    """Show what is new on the run's page, where it has one."""
+    from certifl.report import write_report
+
+    if folder.report.is_file():
+        with folder.locked():
+            write_report(
+                [folder.path], folder.report, folder.manifest().get("name"), figures=False
+            )
 
 
 def explore(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished run folders.")],
     data_dir: DataDir = None,
     device: Device = "auto",
+    code: Code = None,
 ) -> None:
     """Take a few test images of each run through the deformations, for readers of its report."""
     from certifl import terminal
     from certifl.experiments.exploring import explore_run
-    from certifl.report import write_report
     from certifl.store.runs import RunFolder
 
     with interruptible(), terminal.Board() as board:
         for run in runs:
             board.stage(f"explore {run.name}")
-            seen = explore_run(run, data_dir, device, board.report)
-            folder = RunFolder(run)
-            if folder.report.is_file():
-                write_report([run], folder.report, folder.manifest().get("name"), figures=False)
+            seen = explore_run(run, data_dir, device, board.report, code)
+            _renew_page(RunFolder(run))
             told = f"{run}: {seen.images} images, {seen.votes:,} votes at each deformation."
-            typer.echo(f"{told} `certifl report` shows them.")
+            say(f"{told} `certifl report` shows them.")

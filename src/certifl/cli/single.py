@@ -11,12 +11,14 @@ from typing import Annotated
 import typer
 
 from certifl.cli.common import (
+    Code,
     DataDir,
     Device,
     Family,
     OverwriteFile,
     Sigma,
     interruptible,
+    say,
 )
 
 __all__ = ["certify", "merge", "predict"]
@@ -58,12 +60,14 @@ def certify(
     shard: Annotated[
         str, typer.Option(help="i/n: every n-th image from the i-th; `certifl merge` joins them.")
     ] = "1/1",
+    code: Code = None,
 ) -> None:
     """Certify a model you already have, or the model a client of a run deploys."""
     from certifl import terminal
     from certifl.certification.settings import Settings
     from certifl.experiments.shards import read_shard
     from certifl.experiments.standalone import Request, certify_standalone
+    from certifl.models import allow_code
 
     request = Request(
         model=model,
@@ -82,12 +86,15 @@ def certify(
         out=out,
         overwrite=overwrite,
         shard=read_shard(shard),
+        code=code,
     )
+    if model is not None:
+        allow_code(model, Path.cwd())
     with interruptible(), terminal.Board() as board:
         board.stage("certify")
         certificates = certify_standalone(request, board.report)
     terminal.show_certificates(certificates)
-    typer.echo(f"\nCertificates: {out.resolve()}")
+    say(f"\nCertificates: {out.resolve()}")
 
 
 def merge(
@@ -105,7 +112,7 @@ def merge(
 
     certificates = save_merged(merge_shards(shards), out, overwrite)
     terminal.show_certificates(certificates)
-    typer.echo(f"\nCertificates: {out.resolve()}")
+    say(f"\nCertificates: {out.resolve()}")
 
 
 def predict(
@@ -124,9 +131,10 @@ def predict(
     ] = None,
     resize: Annotated[bool, typer.Option("--resize", help="Fit the image to the model.")] = False,
     device: Device = "auto",
+    code: Code = None,
 ) -> None:
     """Label of one image with its certified radius, or abstained, and what that means."""
     from certifl import terminal
     from certifl.experiments.standalone import certify_image
 
-    terminal.show_prediction(certify_image(image, run, client, n, resize, device))
+    terminal.show_prediction(certify_image(image, run, client, n, resize, device, code))

@@ -21,8 +21,8 @@ from certifl.cli.common import (
     Track,
     Workers,
     command_line,
-    find_code_in,
     interruptible,
+    say,
 )
 
 __all__ = ["plan", "quickstart", "reproduce", "run"]
@@ -39,12 +39,13 @@ def quickstart(
     from certifl.experiments import presets
     from certifl.experiments.run import Options, run
     from certifl.report import summary_rows, write_report
-    from certifl.store.runs import RunFolder
+    from certifl.store.runs import RunFolder, require_own_folder
 
-    place = out or Path("runs/quickstart")
+    place, specs = out or Path("runs/quickstart"), presets.quickstart(seed)
     page, folders, complete = place / "report.html", list[Path](), True
+    require_own_folder(place, list(specs), (page.name, "figures"))
     with interruptible(overwrite), terminal.Board() as board:
-        for regime, spec in presets.quickstart(seed).items():
+        for regime, spec in specs.items():
             board.stage(regime)
             options = Options(
                 out=place / regime,
@@ -59,7 +60,7 @@ def quickstart(
         if not (complete and page.is_file()):
             write_report(folders, page, title="Quickstart: handwritten digits")
     terminal.show_summary(summary_rows(folders))
-    typer.echo(f"\nReport: {page.resolve()}\nFigures: {(page.parent / 'figures').resolve()}")
+    say(f"\nReport: {page.resolve()}\nFigures: {(page.parent / 'figures').resolve()}")
 
 
 def run(
@@ -77,12 +78,13 @@ def run(
     from certifl import terminal
     from certifl.experiments.run import Options
     from certifl.experiments.run import run as run_study
+    from certifl.models import allow_code
     from certifl.report import summary_rows, write_report
     from certifl.spec import load
     from certifl.store.runs import RunFolder
 
-    find_code_in(spec.parent.resolve())
     study = load(spec, set_ or [])
+    allow_code(study.model.name, spec.parent, Path.cwd())
     place = out or Path("runs") / f"{spec.stem}-{study.hash()[:8]}"
     with interruptible(overwrite), terminal.Board() as board:
         board.stage(study.name)
@@ -102,9 +104,13 @@ def run(
         complete = not overwrite and RunFolder(place).finished()
         folder = run_study(study, options)
         if not (complete and folder.report.is_file()):
-            write_report([folder.path], folder.report, title=study.name)
+            with folder.locked():
+                write_report([folder.path], folder.report, title=study.name)
+        elif folder.left_over():
+            with folder.locked():
+                folder.clean()
     terminal.show_summary(summary_rows([folder.path]))
-    typer.echo(f"\nRun: {folder.path.resolve()}\nReport: {folder.report.resolve()}")
+    say(f"\nRun: {folder.path.resolve()}\nReport: {folder.report.resolve()}")
 
 
 def plan(
@@ -116,10 +122,11 @@ def plan(
     """Votes, time, memory and disk that a study will take here; measures for a few seconds."""
     from certifl import terminal
     from certifl.experiments.planning import plan as plan_study
+    from certifl.models import allow_code
     from certifl.spec import load
 
-    find_code_in(spec.parent.resolve())
     study = load(spec, set_ or [])
+    allow_code(study.model.name, spec.parent, Path.cwd())
     terminal.show_plan(study.name, plan_study(study, data_dir, device))
 
 
@@ -183,4 +190,4 @@ def reproduce(
                 page = folder / "report.html"
                 if changed or not complete(folder):
                     page = write_paper_figure(folder)
-                typer.echo(f"{folder.name}: {page.resolve()}")
+                say(f"{folder.name}: {page.resolve()}")

@@ -15,8 +15,11 @@ import logging
 import os
 import re
 import struct
+import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from certifl.data.splits import SMALLEST_SIDE, to_float
 from certifl.errors import InputError
+from certifl.outside import read_bytes
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -52,7 +56,21 @@ _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _DEEP_STORAGE = re.compile(r";(1[0-9]|32|64)[A-Z]+$")
 """How Pillow names more than 8 bits per channel: RGB;16B, but not BGR;16, which is 5 + 6 + 5."""
 _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL = 258, 277  # tags of TIFF
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    OverflowError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_IMAGE_BYTES = 1 << 28
+_PIXELS, _SMALL = 1 << 25, 1 << 16
 _TRANSPARENT = "certifl_transparent"
 _BATCH = 2048
 _GROUP = 64
@@ -79,13 +97,18 @@ def decode_all(items: Iterable[NamedImage]) -> np.ndarray:
     done: list[np.ndarray] = []
     clear: list[Callable[[], str]] = []
     first: tuple[str, tuple[int, ...]] | None = None
+    most = _PIXELS
     with ThreadPoolExecutor(_workers()) as pool:
         for batch in _chunks(iter(items), _BATCH):
             groups = [batch[i : i + _GROUP] for i in range(0, len(batch), _GROUP)]
-            opened = [image for group in pool.map(_decode_group, groups) for image in group]
+            if first is None:
+                first = (batch[0][0](), _decode_group(batch[:1], _PIXELS)[0][0].shape)
+                # All have one size, and what is larger need not be decoded to be refused.
+                most = max(first[1][0] * first[1][1], _SMALL)
+            work = partial(_decode_group, most=most)
+            opened = [image for group in pool.map(work, groups) for image in group]
             decoded = [pixels for pixels, _ in opened]
             clear += [name for (name, _), (_, see) in zip(batch, opened, strict=True) if see]
-            first = first or (batch[0][0](), decoded[0].shape)
             _require_one_size(batch, decoded, first)
             done.append(_stack(decoded))
     if not done:
@@ -152,11 +175,11 @@ def changes_of(path: str | Path, in_channels: int, image_size: tuple[int, int]) 
     return ", ".join(told)
 
 
-def _open(name: Callable[[], str], source: bytes | Path) -> Image.Image:
-    """Decode to mode L or RGB by the module's convention."""
+def _open(name: Callable[[], str], source: bytes | Path, most: int = _PIXELS) -> Image.Image:
+    """Decode to mode L or RGB by the module's convention, if it has at most so many pixels."""
     try:
-        content = source if isinstance(source, bytes) else source.read_bytes()
-        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        content = source if isinstance(source, bytes) else read_bytes(source, _IMAGE_BYTES)
+        image = _small(io.BytesIO(content), most)
         lost = _would_lose(image)
         if not lost:
             image.load()
@@ -243,13 +266,26 @@ def _without_alpha(image: Image.Image, mode: str) -> Image.Image:
     return made
 
 
+def _small(content: io.BytesIO, most: int) -> Image.Image:
+    """An image whose size is read, but not yet its pixels; one too large to be honest is refused.
+
+    A few kilobytes can declare any number of pixels.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
+        image = Image.open(content, formats=_FORMATS)
+    if image.width * image.height > most:
+        raise InputError(f"it is {size_text((image.height, image.width))}, too large to be read")
+    return image
+
+
 def _unknown(error: Exception) -> bool:
     return isinstance(error, UnidentifiedImageError)  # its own text shows a memory address
 
 
-def _decode_group(group: list[NamedImage]) -> list[tuple[np.ndarray, bool]]:
+def _decode_group(group: list[NamedImage], most: int) -> list[tuple[np.ndarray, bool]]:
     """Pixels of images, and whether transparency was dropped from each."""
-    images = [_open(name, source) for name, source in group]
+    images = [_open(name, source, most) for name, source in group]
     return [(np.asarray(image), image.info.get(_TRANSPARENT, False)) for image in images]
 
 

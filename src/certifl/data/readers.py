@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy as np
 
 from certifl.data.decode import NamedImage, decode_all
 from certifl.errors import InputError
+from certifl.outside import read_bytes, read_gzip
 
 __all__ = ["READERS", "ColumnNames", "RawSplit", "read_folder", "read_idx", "read_parquet"]
 
@@ -109,15 +109,20 @@ def _refuse_columns(columns: ColumnNames, where: Path) -> None:
 
 def _idx_array(file: Path, rank: int) -> np.ndarray:
     """IDX: two zero bytes, a type (8 = uint8), the rank, big-endian sizes, then the bytes."""
-    try:
-        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (OSError, EOFError) as error:
-        raise InputError(f"Cannot read {file}: {error}. Copy or download it again.") from error
     header = 4 + 4 * rank
-    sizes = tuple(np.frombuffer(content[4:header], dtype=">u4").tolist())
-    if content[:4] != bytes((0, 0, 8, rank)) or len(content) != header + math.prod(sizes):
+    try:
+        pieces = read_gzip(file, header) if file.suffix == ".gz" else iter([read_bytes(file)])
+        content = bytearray(next(pieces, b""))
+        sizes = tuple(np.frombuffer(content[4:header], dtype=">u4").tolist())
+        whole = len(content) >= header and content[:4] == bytes((0, 0, 8, rank))
+        most = header + math.prod(sizes) if whole else -1
+        while len(content) <= most and (piece := next(pieces, b"")):
+            content += piece
+    except (OSError, InputError) as error:
+        raise InputError(f"Cannot read {file}: {error}. Copy or download it again.") from error
+    if len(content) != most:
         raise InputError(
             f"{file} is no IDX file of bytes with {rank} dimension(s), or it is cut off. "
             "Copy or download it again."
         )
-    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(sizes).copy()
+    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(sizes)

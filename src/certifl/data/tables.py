@@ -22,6 +22,7 @@ from certifl.data.columns import (
 from certifl.data.decode import NamedImage, decode_all
 from certifl.data.readers import ColumnNames, RawSplit
 from certifl.errors import InputError
+from certifl.outside import open_parquet
 
 __all__ = ["TableRows", "read_rows", "read_tables"]
 
@@ -66,8 +67,8 @@ def _joined(parts: list[np.ndarray], name: str) -> np.ndarray:
 
 def _opened(file: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file)
-    except (OSError, pa.ArrowException) as error:
+        return open_parquet(file)
+    except (OSError, InputError) as error:
         raise InputError(f"Cannot read {file}: {error}. Copy or download it again.") from error
 
 
@@ -128,12 +129,24 @@ def _encoded(value: object, folder: Path, name: Callable[[], str]) -> bytes | Pa
     if isinstance(content, bytes):
         return content
     path = value.get("path") if isinstance(value, dict) else None
-    if isinstance(path, str) and (folder / path).is_file():
-        return folder / path
+    if isinstance(path, str) and (file := _beside(folder, path)) is not None:
+        return file
     raise InputError(
-        f"{name()} holds neither the bytes of an image nor the path of a file that is here. "
+        f"{name()} holds neither the bytes of an image nor the path of a file in {folder}. "
         "Export the data set with its images embedded."
     )
+
+
+def _beside(folder: Path, path: str) -> Path | None:
+    """The file of a data set that a row names; None if there is none below the table's folder.
+
+    A table may come from anybody, so it cannot have other files of this machine read.
+    """
+    try:
+        inside = (folder / path).resolve().is_relative_to(folder.resolve())
+        return folder / path if inside and (folder / path).is_file() else None
+    except (OSError, ValueError, RuntimeError):  # too long, a circle of links, a NUL character
+        return None
 
 
 def _labels(column: pa.Array | pa.ChunkedArray, name: str, where: str) -> np.ndarray:

@@ -21,8 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from certifl.errors import StoreError
+from certifl.errors import InputError, StoreError
 from certifl.federated.privacy import Pass, Release
+from certifl.outside import parse_json, read_text
 from certifl.store.atomic import write_text
 
 __all__ = ["LEDGER", "Book", "Entry"]
@@ -66,16 +67,16 @@ class Book:
             StoreError: it cannot be read, or is not what was written.
         """
         try:
-            content = self.path.read_text()
+            content = read_text(self.path)
         except FileNotFoundError:
             return []
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, InputError) as error:
             raise self._damaged(str(error)) from error
         seal, _, lines = content.partition("\n")
         if seal != _seal(lines):
             raise self._damaged("its checksum is another")
         try:
-            return [_entry(json.loads(line)) for line in lines.splitlines()]
+            return [_entry(parse_json(line)) for line in lines.splitlines()]
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged(f"a line is none of ours ({type(error).__name__})") from error
 

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from certifl.errors import InputError, WorkError
+from certifl.outside import SPEC_BYTES, read_bytes
 from certifl.store.atomic import replacing, write_bytes
 
 __all__ = [
@@ -84,8 +85,8 @@ class Authority:
             InputError: they cannot be read.
         """
         try:
-            held = serialization.load_pem_private_key(key.read_bytes(), None)
-            signed = x509.load_pem_x509_certificate(certificate.read_bytes())
+            held = serialization.load_pem_private_key(read_bytes(key, SPEC_BYTES), None)
+            signed = x509.load_pem_x509_certificate(read_bytes(certificate, SPEC_BYTES))
         except (OSError, ValueError) as error:
             raise InputError(f"{key} and {certificate} are no authority: {error}.") from error
         if not isinstance(held, ec.EllipticCurvePrivateKey):
@@ -181,9 +182,7 @@ def public_key_bytes(path: Path) -> bytes:
     from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
     try:
-        if not path.is_file() or path.stat().st_size > _LONGEST_KEY:
-            raise ValueError(f"it is no file of at most {_LONGEST_KEY} bytes")
-        key = serialization.load_ssh_public_key(path.read_bytes())
+        key = serialization.load_ssh_public_key(read_bytes(path, _LONGEST_KEY))
     except (OSError, UnsupportedAlgorithm, ValueError) as error:
         raise InputError(f"{path} is no public key: {error}.") from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
@@ -198,7 +197,7 @@ def check_certificate(path: Path) -> None:
         WorkError: it has expired or is not valid yet. InputError: it cannot be read.
     """
     try:
-        held = x509.load_pem_x509_certificate(path.read_bytes())
+        held = x509.load_pem_x509_certificate(read_bytes(path, SPEC_BYTES))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is no certificate: {error}.") from error
     now = datetime.now(UTC)

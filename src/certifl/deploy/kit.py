@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import shlex
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from certifl.deploy.keeping import private_folder
 from certifl.deploy.keys import Authority, node_key, write_secret
 from certifl.deploy.running import private_files
 from certifl.errors import InputError, SpecError, StoreMismatch
+from certifl.outside import SPEC_BYTES, read_bytes, read_toml
 from certifl.store.atomic import write_bytes, write_text
 
 __all__ = ["Connection", "client_name", "init", "load_connection", "renew"]
@@ -55,11 +56,12 @@ class Connection:
         """
         host, _, port = text.rpartition(":")
         host = host.removeprefix("[").removesuffix("]")
-        if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
+        number = int(port) if re.fullmatch(r"[0-9]{1,5}", port) else 0
+        if not host or not 1 <= number <= 65535:
             raise InputError(
                 f"--server must be HOST:PORT, such as fl.example.org:9900; got {text!r}."
             )
-        return Connection(host, int(port), insecure, "::" if ":" in host else "0.0.0.0")
+        return Connection(host, number, insecure, "::" if ":" in host else "0.0.0.0")
 
     def save(self, folder: Path) -> None:
         """Write it into a party's folder."""
@@ -74,7 +76,7 @@ def load_connection(folder: Path) -> Connection:
         SpecError: the folder is none of a party's, or its file is wrong.
     """
     try:
-        held = tomllib.loads((folder / _FILE).read_text())
+        held = read_toml(folder / _FILE)
         made = Connection.parse(str(held["server"]), held.get("insecure", False) is True)
         return Connection(made.host, made.port, made.insecure, str(held.get("listen", "0.0.0.0")))
     except FileNotFoundError:
@@ -82,7 +84,7 @@ def load_connection(folder: Path) -> Connection:
             f"{folder} is no party's folder: it has no {_FILE}. Give a folder that "
             "`certifl deploy init` wrote."
         ) from None
-    except (OSError, KeyError, InputError, tomllib.TOMLDecodeError) as error:
+    except (OSError, KeyError, InputError) as error:
         raise SpecError(f"{folder / _FILE} is wrong: {error}") from error
 
 
@@ -140,7 +142,7 @@ def _written(
         hosts = list(dict.fromkeys([connection.host, *names, *_LOCAL]))
         authority.server(hosts, home / "server.key", home / "server.crt")
         for party in parties:
-            write_bytes(party / "ca.crt", (folder / "ca.crt").read_bytes())
+            write_bytes(party / "ca.crt", read_bytes(folder / "ca.crt", SPEC_BYTES))
     for client in range(clients):
         _client(folder / client_name(client), client, home, insecure)
     _server(home, connection)

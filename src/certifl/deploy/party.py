@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -57,6 +56,7 @@ from certifl.federated.faults import Fault, attempt
 from certifl.federated.privacy import ExampleLedger
 from certifl.federated.states import Parts
 from certifl.models import build, fingerprint
+from certifl.outside import parse_toml
 from certifl.spec import Spec, with_settings
 from certifl.work.kept import KeptStudy
 from certifl.work.private import Protection, protection, training_key
@@ -334,8 +334,8 @@ def _shapes(data: Dataset) -> dict[str, Any]:
 def _checked(text: str, hash: str) -> Spec:
     """The study as the server wrote it, checked as a file of one's own would be."""
     try:
-        spec = with_settings(tomllib.loads(text))
-    except (CertiflError, RecursionError, ValueError) as error:
+        spec = with_settings(parse_toml(text))
+    except CertiflError as error:
         raise Refusal(f"the study's spec is not accepted here: {plain(str(error))}") from error
     if spec.hash() != hash:
         raise Refusal(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +9,7 @@ import tomli_w
 from pydantic import Field, ValidationError, field_validator
 
 from certifl.errors import CertiflError, InputError, SpecError
+from certifl.outside import read_toml
 from certifl.perturbations import describe as describe_perturbation
 from certifl.perturbations import from_description as perturbation_from
 from certifl.spec.sections import Section
@@ -98,14 +98,12 @@ def load_settings(path: Path) -> Settings:
         SpecError: the file is missing, is no TOML, or holds a wrong key or value.
     """
     try:
-        return Settings.model_validate(tomllib.loads(path.read_text()))
+        return Settings.model_validate(read_toml(path))
     except FileNotFoundError:
         raise SpecError(
             f"There is no {path}. It is written by `certifl deploy init`; give the folder of "
             "this client, as in `certifl deploy client FOLDER`."
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SpecError(f"{path} cannot be read as TOML: {error}.") from error
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
@@ -114,6 +112,8 @@ def load_settings(path: Path) -> Settings:
         if first["type"] == "extra_forbidden":
             reason = f"no such key; allowed here: {allowed}"
         raise SpecError(f"{path}: {key}: {reason}.") from error
+    except (OSError, InputError) as error:
+        raise SpecError(f"{path} cannot be read as TOML: {error}.") from error
 
 
 def save_settings(path: Path, settings: Settings) -> None:

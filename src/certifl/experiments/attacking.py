@@ -49,6 +49,7 @@ class Options:
         directions: deltas tried at first per image, and deltas an image is deformed by.
         data_dir: folder of data sets. device: "auto" or a torch device.
         report: told about progress.
+        code: the folder that holds a run's own network, which its user trusts.
     """
 
     images: int = 10
@@ -57,6 +58,7 @@ class Options:
     data_dir: Path | None = None
     device: str = "auto"
     report: Report | None = None
+    code: Path | None = None
 
 
 def attack_run(place: Path, options: Options) -> dict[str, Any]:
@@ -127,7 +129,7 @@ def _attacks(
     effort: Effort,
     options: Options,
 ) -> list[Attack]:
-    model, last = run_model(folder, spec), last_round(folder, spec)
+    model, last = run_model(folder, spec, options.code), last_round(folder, spec)
     perturbations = spec.perturbations()
     promised = [_promised(part) for part in chosen]
     everything, done, attacks = sum(map(len, chosen)), 0, []

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from certifl.errors import StoreError
+from certifl.outside import MALFORMED
 from certifl.spec import Spec
 from certifl.store.atomic import read_json
 from certifl.store.runs import RunFolder
@@ -34,7 +35,7 @@ def curves_of(folder: RunFolder) -> dict[int, Mapping[str, Any]]:
     held = read_json(folder.curves)
     try:
         return {int(client): dict(curve) for client, curve in held["clients"].items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise StoreError(f"{folder.curves} is damaged: {error!r}.") from error
 
 
@@ -43,7 +44,7 @@ def impossible(client: int, curve: Mapping[str, Any], spec: Spec) -> list[str]:
     try:
         radii, counts = [float(r) for r in curve["radii"]], [int(c) for c in curve["correct"]]
         images, acr = int(curve["images"]), float(curve["acr"])
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         return [f"client {client}: its curve is damaged ({error!r})"]
     if len(radii) != len(counts) or not radii:
         return [f"client {client}: its curve has {len(counts)} counts for {len(radii)} radii"]

@@ -7,7 +7,6 @@ them, which is rough: another machine may be several times faster or slower.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from certifl.experiments.data_facts import KNOWN
 from certifl.experiments.planning import EXPECTED_SHARE
 from certifl.experiments.reproduce import Job, Plan
 from certifl.experiments.sharing import device_names
+from certifl.outside import parse_json, read_text
 from certifl.spec import Spec, load_stored
 from certifl.store.runs import RunFolder
 
@@ -150,7 +150,7 @@ def _measured(out: Path) -> dict[tuple[str, str], Speed]:
             own[2] += facts["votes"]
             own[3] += facts["certification_seconds"]
             own[4] += _votes_at_most(spec)
-        except (KeyError, StoreError):
+        except (KeyError, TypeError, ValueError, OSError, StoreError):
             continue  # a plan is no place to stumble over a damaged run
     return {
         name: Speed(images / trained, votes / certified, votes / at_most)
@@ -161,5 +161,5 @@ def _measured(out: Path) -> dict[tuple[str, str], Speed]:
 
 def _round_seconds(folder: Path) -> Iterable[float]:
     """Seconds of every round, also of those another run of the study computed."""
-    for line in (folder / "history.jsonl").read_text().splitlines():
-        yield float(json.loads(line)["seconds"])
+    for line in read_text(folder / "history.jsonl").splitlines():
+        yield float(parse_json(line)["seconds"])

@@ -90,8 +90,15 @@ def explore_run(
     data_dir: Path | None = None,
     device: str = "auto",
     report: Report | None = None,
+    code: Path | None = None,
 ) -> Explored:
     """Explore a finished run, whatever it costs; what was explored before is kept.
+
+    Args:
+        place: the run folder.
+        data_dir: folder of data sets. device: "auto" or a torch device.
+        report: told about progress.
+        code: the folder that holds a run's own network, which its user trusts.
 
     Raises:
         StoreMismatch: no finished run, or other data or models than were certified.
@@ -104,7 +111,7 @@ def explore_run(
             f"The data set {spec.data.name!r} holds other images than were certified in {place}. "
             "Give --data-dir with the data it was made with."
         )
-    model, last = run_model(folder, spec), last_round(folder, spec)
+    model, last = run_model(folder, spec, code), last_round(folder, spec)
     with folder.locked():
         return explore(
             folder,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import stats
-from torch import Tensor, nn
+from torch import Tensor
 
 from certifl._version import __version__
 from certifl.certification import Certificates
@@ -28,14 +27,13 @@ from certifl.certification.recorded import Record, read_record
 from certifl.certification.scan import parameters, unpacked
 from certifl.certification.votes import Request, VoteCounter
 from certifl.data import Dataset, to_float
-from certifl.errors import DataUnavailable, InputError, ModelError, StoreMismatch
+from certifl.errors import DataUnavailable, InputError, StoreMismatch
 from certifl.experiments.checking_run import images_at_hand
-from certifl.models import build
 from certifl.spec import Spec
 from certifl.store.runs import RunFolder
 from certifl.streams import image_key
 from certifl.work.machine import machine_facts
-from certifl.work.networks import deployed, last_round
+from certifl.work.networks import deployed, last_round, run_model
 from certifl.work.parts import finished_run, run_spec
 
 __all__ = ["EXACT", "FRESH", "ROUNDING", "Options", "Recast", "flips_problems", "recast_run"]
@@ -106,9 +104,9 @@ def recast_run(place: Path, options: Options) -> Recast:
     """Cast the votes of some random images of each client again, and compare them.
 
     Raises:
-        InputError: nothing is asked for, or the run's network has code of its own and `code` is
-            not given. StoreMismatch: not a finished run, one whose images are with its clients, or
-            other data. DataUnavailable: the data set is not at hand.
+        InputError: nothing is asked for. ModelError: the run's network has code of its own and
+            `code` is not given. StoreMismatch: not a finished run, one whose images are with its
+            clients, or other data. DataUnavailable: the data set is not at hand.
     """
     folder = _with_images(place, options)
     spec, certificates = run_spec(folder), folder.load_certificates()
@@ -191,7 +189,7 @@ class _Caster:
         self._folder, self._spec, self._dataset = folder, spec, dataset
         self._options = options
         self._last = last_round(folder, spec)
-        self._model = _initial(spec, dataset, options.code)
+        self._model = run_model(folder, spec, options.code).eval()
 
     def cast(self, part: Certificates) -> _Cast:
         """The votes of one client's images again, in the recorded arithmetic."""
@@ -250,54 +248,6 @@ class _Caster:
         assert record.scan is not None
         params = parameters(record.scan, counter.seed, keys[row], 0, votes)
         return counter.classes(images, torch.full((votes,), row), params)
-
-
-def _initial(spec: Spec, dataset: Dataset, code: Path | None) -> nn.Module:
-    """The study's network; code of its own is run only from the folder that was named."""
-    own = ":" in spec.model.name
-    if own and code is None:
-        raise InputError(
-            f"The network {spec.model.name!r} is code that came with the run's study. Look at it, "
-            "then name its folder with --code DIR: casting votes again runs it."
-        )
-    with _importable(code if own else None):
-        model = build(
-            spec.model.name,
-            dataset.in_channels,
-            dataset.num_classes,
-            spec.seed,
-            spec.model.options,
-            dataset.image_size,
-        )
-    if own and code is not None:
-        _check_origin(spec.model.name, code)
-    return model.eval()
-
-
-@contextlib.contextmanager
-def _importable(code: Path | None) -> Iterator[None]:
-    """Let the network's module be found in a folder, before all others, while it is imported."""
-    if code is None:
-        yield
-        return
-    if not code.is_dir():
-        raise InputError(f"--code {code} is not a folder.")
-    before = list(sys.path)
-    sys.path.insert(0, str(code.resolve()))
-    try:
-        yield
-    finally:
-        sys.path[:] = before
-
-
-def _check_origin(name: str, code: Path) -> None:
-    module = sys.modules.get(name.partition(":")[0])
-    file = getattr(module, "__file__", None)
-    if file is not None and not Path(file).resolve().is_relative_to(code.resolve()):
-        raise ModelError(
-            f"The network {name!r} was found in {file}, not in {code}. Name the folder that holds "
-            "its module with --code DIR."
-        )
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from certifl.certification.network import choose_device
 from certifl.errors import CertiflError, InputError, WorkError
 from certifl.experiments.certifying import certify_clients
 from certifl.store.runs import RunFolder
-from certifl.work.networks import deployed, last_round, run_model
+from certifl.work.networks import code_folder, deployed, last_round, run_model
 from certifl.work.parts import open_data, run_spec
 
 __all__ = ["cast_votes", "device_names"]
@@ -37,6 +37,7 @@ class _Share:
     number: int
     of: int
     threads: int
+    code: Path | None
 
 
 def device_names(text: str) -> tuple[str, ...]:
@@ -73,8 +74,10 @@ def cast_votes(
     context = multiprocessing.get_context("spawn")
     messages: Any = context.Queue()
     threads = torch.get_num_threads()
+    found = code_folder(run_spec(RunFolder(place)).model.name)
+    code = None if found is None else Path(found)
     shares = [
-        _Share(place, data_dir, name, number, len(devices), threads)
+        _Share(place, data_dir, name, number, len(devices), threads, code)
         for number, name in enumerate(devices)
     ]
     processes = [context.Process(target=_cast, args=(share, messages)) for share in shares]
@@ -126,7 +129,7 @@ def _cast(share: _Share, messages: Any) -> None:
         folder = RunFolder(share.place)
         spec = run_spec(folder)
         dataset, partition = open_data(spec, share.data_dir)
-        model, last = run_model(folder, spec), last_round(folder, spec)
+        model, last = run_model(folder, spec, share.code), last_round(folder, spec)
         certify_clients(
             folder,
             spec,

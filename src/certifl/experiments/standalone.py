@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,7 @@ class Request:
         settings: how votes become certificates.
         precision, device, out, overwrite: as on the command line.
         shard: which part of the images.
+        code: the folder that holds a run's own network, which its user trusts.
     """
 
     model: str | None
@@ -69,6 +71,7 @@ class Request:
     out: Path
     overwrite: bool
     shard: Shard = WHOLE
+    code: Path | None = None
 
 
 def certify_standalone(request: Request, report: Report | None = None) -> Certificates:
@@ -125,6 +128,10 @@ def _check_options(request: Request) -> None:
         )
     if request.run is not None and request.weights is not None:
         raise InputError("--run brings its own weights; leave out --weights.")
+    if request.run is None and request.code is not None:
+        raise InputError(
+            "--code says where a run's own network is; --model is found where you are."
+        )
     if request.run is None and request.client:
         raise InputError("--client names a client of a run, so it needs --run.")
 
@@ -160,11 +167,11 @@ def _certified_by(spec: Spec, client: int) -> Perturbation:
 def _from_run(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:
     assert request.run is not None
     folder = finished_run(request.run)
-    model, spec = _model_of(folder, request.client)
+    model, spec = _model_of(folder, request.client, request.code)
     if request.data is not None and request.data != spec.data.name:
         raise InputError(f"--run brings its own data ({spec.data.name}); leave out --data.")
     dataset, partition = open_data(spec, data_folder(folder, request.data_dir))
-    if dataset.fingerprint != folder.fact("data")["fingerprint"]:
+    if dataset.fingerprint != folder.data()["fingerprint"]:
         raise StoreMismatch(
             f"The data set {spec.data.name!r} holds other images than the run in {folder.path} "
             "was made with. Give --data-dir with the data it was made with."
@@ -203,16 +210,30 @@ def _weights(path: Path) -> Mapping[str, Tensor]:
                 f"{error} It is no whole file of weights: save model.state_dict() anew with "
                 "safetensors.torch.save_file."
             ) from error
+    _require_plain(path)
     return weights_in(read_checkpoint(path), str(path))
 
 
-def _model_of(folder: RunFolder, client: int) -> tuple[nn.Module, Spec]:
+def _require_plain(path: Path) -> None:
+    """Refuse a file of weights that expands: torch writes them without compression."""
+    try:
+        with zipfile.ZipFile(path) as packed:
+            inside = sum(entry.file_size for entry in packed.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return  # older files of torch are no archive; what is damaged is refused when it is read
+    if inside > path.stat().st_size:
+        raise InputError(
+            f"{path} would expand to {inside:,} bytes. Save model.state_dict() with torch.save."
+        )
+
+
+def _model_of(folder: RunFolder, client: int, code: Path | None) -> tuple[nn.Module, Spec]:
     spec = run_spec(folder)
     if client >= spec.clients.count:
         raise InputError(
             f"--client {client}: the run has the clients 0 to {spec.clients.count - 1}."
         )
-    return trained_model(folder, spec, client), spec
+    return trained_model(folder, spec, client, code), spec
 
 
 @dataclass(frozen=True)
@@ -233,7 +254,13 @@ class Answer:
 
 
 def certify_image(
-    path: Path, run: Path, client: int | None, n: int | None, resize: bool, device: str
+    path: Path,
+    run: Path,
+    client: int | None,
+    n: int | None,
+    resize: bool,
+    device: str,
+    code: Path | None = None,
 ) -> Answer:
     """Certify one image with the model that a client of a run deploys.
 
@@ -242,8 +269,9 @@ def certify_image(
         run: a finished run, or a client's own folder of a study, `CLIENT/studies/ID`.
         client: whose model answers; None = client 0 of a run, or the one whose folder it is.
         n: votes; None = the run's own. resize: fit the image to the model. device: as elsewhere.
+        code: folder with the network's own code.
     """
-    model, spec, about = _deployed_by(run, client)
+    model, spec, about = _deployed_by(run, client, code)
     own, channels, size = int(about["client"]), about["in_channels"], about["image_size"]
     image = read_image(path, channels, size, resize=resize)
     wanted = spec.certification
@@ -269,14 +297,16 @@ def certify_image(
     return Answer(made, name, own, about["deploys"], changed)
 
 
-def _deployed_by(run: Path, asked: int | None) -> tuple[nn.Module, Spec, dict[str, Any]]:
+def _deployed_by(
+    run: Path, asked: int | None, code: Path | None
+) -> tuple[nn.Module, Spec, dict[str, Any]]:
     """A client's model, its study, and what it is used with."""
     kept = KeptStudy(run)
     if kept.exists():
         spec, about = kept.spec(), kept.about(asked)
-        return kept.model(spec, about), spec, about
+        return kept.model(spec, about, code), spec, about
     folder, client = finished_run(run), asked or 0
-    model, spec = _model_of(folder, client)
+    model, spec = _model_of(folder, client, code)
     data = folder.fact("data")
     about = {name: data[name] for name in ("in_channels", "class_names")}
     about |= {"client": client, "deploys": folder.fact("deploys")}

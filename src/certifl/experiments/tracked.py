@@ -8,13 +8,12 @@ therefore told in full, and nothing twice.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from certifl.certification import Certificates
+from certifl.outside import parse_json, read_text, read_toml
 from certifl.smoothing.laws import LAWS
 from certifl.store.checkpoints import Checkpoints
 from certifl.store.runs import RunFolder
@@ -50,7 +49,7 @@ def tracked(names: Sequence[str], folder: RunFolder) -> Iterator[News]:
         for name in dict.fromkeys(names)
     ]
     if followers:
-        spec, facts = tomllib.loads(folder.spec.read_text()), _facts(folder)
+        spec, facts = read_toml(folder.spec), _facts(folder)
         for follower in followers:
             follower.begin(spec, facts)
     try:
@@ -108,8 +107,8 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
 def _history(folder: RunFolder) -> list[dict[str, Any]]:
     """All committed rounds, with their clients under their numbers."""
     if folder.history.is_file():
-        lines = folder.history.read_text().splitlines()
-        return [_numbers(entry, entry["clients"]) for entry in map(json.loads, lines)]
+        lines = read_text(folder.history).splitlines()
+        return [_numbers(entry, entry["clients"]) for entry in map(parse_json, lines)]
     rounds = Checkpoints(folder.training).history()
     return [_numbers(e, {str(row["client"]): row for row in e["clients"]}) for e in rounds]
 

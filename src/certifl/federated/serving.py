@@ -18,6 +18,7 @@ from certifl.federated.client import LocalTraining
 from certifl.federated.faults import Fault, attempt
 from certifl.federated.states import ClientData, ServerState
 from certifl.federated.stored import client_state, server_state
+from certifl.models import adopt_code
 from certifl.store.checkpoints import StoredRound
 
 __all__ = ["Message", "Question", "load_what_a_step_needs", "pack", "serve", "unpack"]
@@ -78,7 +79,9 @@ def serve(line: Connection, payload: bytes) -> None:
     # Ctrl-C reaches all processes of a terminal; the one that asked decides what follows.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    algorithm, training = pickle.loads(payload)
+    code, work = pickle.loads(payload)
+    adopt_code(code)
+    algorithm, training = pickle.loads(work)
     broadcast: ServerState | None = None
     load_what_a_step_needs()
     line.send_bytes(pack(Message("ready")))

@@ -20,6 +20,7 @@ from certifl.federated.client import LocalTraining
 from certifl.federated.faults import Answer, Fault, attempt
 from certifl.federated.serial import Clients, data_of
 from certifl.federated.serving import Message, pack, serve, unpack
+from certifl.models import allowed_code
 from certifl.registry import check_number
 from certifl.store.checkpoints import StoredRound
 
@@ -241,7 +242,8 @@ def _read(client: int, seconds: float, message: object) -> Answer:
 
 def _payload(algorithm: Algorithm, training: LocalTraining) -> bytes:
     try:
-        return pickle.dumps((algorithm, training))
+        # Apart, because the code must be allowed before the rest can be read.
+        return pickle.dumps((allowed_code(), pickle.dumps((algorithm, training))))
     except Exception as error:
         raise InputError(
             f"This training cannot be sent to worker processes ({type(error).__name__}: {error}). "

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from certifl.models.building import MODELS, build, check_logits
-from certifl.models.code import code_fingerprint
+from certifl.models.code import (
+    adopt_code,
+    allow_code,
+    allowed_code,
+    code_fingerprint,
+    require_code,
+)
 from certifl.models.networks import Normalize, ResNet, resnet18, small_cnn, small_resnet
 from certifl.models.state import fingerprint, state_of
 
@@ -11,10 +17,14 @@ __all__ = [
     "MODELS",
     "Normalize",
     "ResNet",
+    "adopt_code",
+    "allow_code",
+    "allowed_code",
     "build",
     "check_logits",
     "code_fingerprint",
     "fingerprint",
+    "require_code",
     "resnet18",
     "small_cnn",
     "small_resnet",

@@ -89,7 +89,8 @@ def _users_function(name: str) -> Callable[..., Any]:
         raise ModelError(
             f"The module of the model {name!r} cannot be imported "
             f"({type(error).__name__}: {error}). Install it, or put it beside the spec, into the "
-            "working directory or on PYTHONPATH."
+            "working directory or on PYTHONPATH. Modules that it imports must be installed, on "
+            "PYTHONPATH, or in one package with it."
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):

@@ -17,6 +17,7 @@ __all__ = ["format_amount", "parse_sigma"]
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _TEXT = re.compile(rf"\s*(?P<number>{_NUMBER})\s*(?P<unit>\*?\s*pi|deg)?\s*")
+_SMALLEST, _LARGEST = 1e-12, 1e9  # float32 holds their squares, and sums of those
 _WAYS = 'Write a positive number such as 0.25; for angles also "0.1pi", "0.1*pi" or "18deg".'
 
 
@@ -43,7 +44,7 @@ def parse_sigma(value: float | str, unit: str | None = None) -> float:
     if isinstance(value, str):
         sigma = _parse_text(value, unit)
     elif isinstance(value, numbers.Real) and not isinstance(value, bool):
-        sigma = float(value)
+        sigma = _as_float(value)
     else:
         raise InputError(f"sigma cannot be {value!r} of type {type(value).__name__}. {_WAYS}")
     if not (math.isfinite(sigma) and sigma > 0):
@@ -51,7 +52,19 @@ def parse_sigma(value: float | str, unit: str | None = None) -> float:
             f"sigma is the scale of the noise and must be finite and above 0, got "
             f"{value!r}. {_WAYS}"
         )
+    if not _SMALLEST <= sigma <= _LARGEST:
+        raise InputError(
+            f"sigma = {value!r} is beyond what numbers in images can follow: give one from "
+            f"{_SMALLEST:g} to {_LARGEST:g}. {_WAYS}"
+        )
     return sigma
+
+
+def _as_float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf
 
 
 def _parse_text(text: str, unit: str | None) -> float:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from certifl.errors import StoreError
+from certifl.outside import MALFORMED
 from certifl.report.results import RunResults
 from certifl.report.scale import RadiusScale
 from certifl.report.story import Story
@@ -66,7 +67,7 @@ def explorer_payload(
             },
             "images": alike if pictures else [_without_pixels(image) for image in alike],
         }
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except MALFORMED as error:
         raise StoreError(
             f"The {_FILE} of one of the runs is damaged ({type(error).__name__}: {error}). "
             "Remove it, or repeat `certifl explore`."

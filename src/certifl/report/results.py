@@ -18,6 +18,7 @@ from certifl.certification.certificates import UNLABELLED, Certificates
 from certifl.certification.groups import PERTURBATIONS, entries, masks
 from certifl.certification.predictions import Predictions
 from certifl.errors import InputError, StoreError, StoreMismatch
+from certifl.outside import parse_json, read_text
 from certifl.report.told import CURVES, TOLD, told_certificates
 from certifl.store.atomic import read_json
 
@@ -418,17 +419,37 @@ def _history(path: Path) -> tuple[Mapping[str, Any], ...]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            rounds.append(_round(parse_json(line)))
         except ValueError as error:
             raise StoreError(f"{path}, line {number} is damaged: {error}.") from error
-        if not isinstance(entry, dict):
-            raise StoreError(f"{path}, line {number} is damaged: it is no JSON object.")
-        rounds.append(entry)
     return tuple(rounds)
+
+
+def _round(entry: Any) -> Mapping[str, Any]:
+    """A round as it was recorded: what the page computes with is of the type that it takes."""
+    if not isinstance(entry, dict):
+        raise InputError("it is not a JSON object")
+    if not isinstance(entry.get("round", 0), int):
+        raise InputError("its round is not a number")
+    clients, left_out = entry.get("clients", {}), entry.get("left_out", [])
+    rows = list(clients.values()) if isinstance(clients, dict) else clients
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError("its clients are not objects")
+    if not isinstance(left_out, list) or not all(_is_fault(fault) for fault in left_out):
+        raise InputError("it does not say which client was left out, and why")
+    return entry
+
+
+def _is_fault(fault: object) -> bool:
+    return (
+        isinstance(fault, dict)
+        and isinstance(fault.get("client"), int)
+        and isinstance(fault.get("reason"), str)
+    )
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path)
+    except (OSError, InputError) as error:
         raise StoreError(f"Cannot read {path}: {error}. Is this a whole run folder?") from error

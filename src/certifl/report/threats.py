@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from certifl.errors import StoreError
+from certifl.outside import MALFORMED
 from certifl.report.background import count_text
 from certifl.report.markup import Markup, el, join, table
 from certifl.report.results import RunResults
@@ -26,13 +27,11 @@ def threats_section(story: Story) -> Markup:
     Raises:
         StoreError: a run's record of attacks is damaged.
     """
-    found = [(run, _record(run)) for run in story.trained]
-    known = [(run, record) for run, record in found if record is not None]
-    if not known:
-        return Markup()
     try:
-        return _section(story, known)
-    except (KeyError, TypeError, ValueError) as error:
+        found = [(run, _record(run)) for run in story.trained]
+        known = [(run, record) for run, record in found if record is not None]
+        return _section(story, known) if known else Markup()
+    except MALFORMED as error:
         raise StoreError(
             f"The {_FILE} of one of the runs is damaged ({type(error).__name__}: {error}). "
             "Remove it, or repeat `certifl attack`."

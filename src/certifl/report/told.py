@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from certifl.certification.certificates import ABSTAINED, Certificates
-from certifl.errors import InputError, StoreError, StoreMismatch
+from certifl.errors import StoreError, StoreMismatch
+from certifl.outside import MALFORMED
 from certifl.store.atomic import read_json
 
 __all__ = ["CURVES", "TOLD", "implied", "told_certificates"]
@@ -46,7 +47,7 @@ def told_certificates(place: Path) -> Certificates:
             )
         parts = [implied(client, clients[client]) for client in sorted(clients)]
         return Certificates.concatenate(parts)
-    except (ArithmeticError, AttributeError, InputError, KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         if isinstance(error, StoreMismatch):
             raise
         raise StoreError(f"{place / CURVES} is damaged: {error!r}.") from error

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from certifl.errors import InputError, SpecError, StoreError
+from certifl.outside import parse_toml, read_toml
 from certifl.spec.study import Spec
 
 __all__ = ["load", "load_stored", "with_settings"]
@@ -29,16 +30,16 @@ def load(path: Path, settings: Sequence[str] = ()) -> Spec:
         SpecError: the file is missing, is no TOML, or a key, type, range or combination is wrong.
     """
     try:
-        values = tomllib.loads(path.read_text())
+        values = read_toml(path)
     except FileNotFoundError:
         raise SpecError(
             f"There is no spec at {path}. Correct the path, or write one: README.md and the "
             "folder examples show how."
         ) from None
-    except IsADirectoryError:
-        raise SpecError(f"{path} is a folder. Name the .toml file of the study.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SpecError(f"{path} cannot be read as a spec (TOML): {error}") from error
+    except (OSError, InputError) as error:
+        if path.is_dir():
+            raise SpecError(f"{path} is a folder. Name the .toml file of the study.") from None
+        raise SpecError(f"{path} cannot be read as a spec (TOML): {error}.") from error
     return with_settings(values, settings)
 
 
@@ -91,9 +92,11 @@ def _place(values: dict[str, Any], keys: list[str], value: Any, whole: str) -> N
 def _value(text: str) -> Any:
     """A TOML value; what is no TOML is taken as text, so that quotes may be left out."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+        return parse_toml(f"value = {text}")["value"]
+    except InputError as error:
+        if isinstance(error.__cause__, tomllib.TOMLDecodeError):
+            return text
+        raise SpecError(f"--set: the value {text[:30]!r}... cannot be taken: {error}.") from error
 
 
 def _message(error: ValidationError) -> str:

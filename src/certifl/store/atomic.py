@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from certifl.errors import StoreError
+from certifl import outside
+from certifl.errors import InputError, StoreError
 
 __all__ = [
     "flush",
@@ -42,6 +43,8 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if part.is_symlink():  # somebody else's: it could lead anywhere
+            part.unlink()
         yield part
         flush(part)
         os.replace(part, path)
@@ -88,12 +91,12 @@ def read_json(path: Path) -> Any:
         StoreError: the file is missing or is no JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return outside.read_json(path)
     except OSError as error:
         raise StoreError(f"Cannot read {path}: {error}. Is this a run folder?") from error
-    except ValueError as error:
+    except InputError as error:
         raise StoreError(
-            f"{path} is damaged: it is no JSON ({error}). The command that made it makes it again "
+            f"{path} is damaged: {error}. The command that made it makes it again "
             "with --overwrite."
         ) from error
 
@@ -126,7 +129,8 @@ def tensor_metadata(path: Path) -> dict[str, str]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
+        outside.require_regular(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise StoreError(f"Cannot read {path}: {error}.") from error

@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -34,7 +35,8 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from certifl.errors import StoreError
+from certifl.errors import InputError, StoreError
+from certifl.outside import TEXT_BYTES, open_regular, parse_json, read_bytes
 from certifl.store.atomic import flush, load_tensors
 
 __all__ = ["Checkpoints", "PendingRound", "StoredRound"]
@@ -43,6 +45,7 @@ _FORMAT = 1
 _KEPT = 2
 _PIECE = 1 << 20
 _FLUSHED_TOGETHER = 8
+_FILE_NAME = re.compile(r"server\.safetensors|clients/\d{5,9}\.safetensors", re.ASCII)
 _log = logging.getLogger(__name__)
 
 Parts = Mapping[str, Mapping[str, torch.Tensor]]
@@ -99,8 +102,8 @@ class StoredRound:
         """What is wrong with the files; None when every size and checksum is right."""
         for name, (size, checksum) in self.files.items():
             try:
-                found = _size_and_checksum(self.path / name)
-            except OSError as error:
+                found = _size_and_checksum(self.path / name, size)
+            except (OSError, InputError) as error:
                 return f"{name} cannot be read ({error})"
             if found != [size, checksum]:
                 return f"{name} is not what was written (size or checksum differ)"
@@ -246,7 +249,8 @@ class Checkpoints:
 
 def _open(path: Path) -> tuple[StoredRound | None, str | None]:
     try:
-        record = _unsealed((path / "round.json").read_bytes())
+        record = _unsealed(read_bytes(path / "round.json", TEXT_BYTES))
+        _require_record(record)
     except (OSError, ValueError) as error:
         return None, f"round.json cannot be read ({error})"
     stored = StoredRound(path, record)
@@ -265,10 +269,25 @@ def _unsealed(content: bytes) -> dict[str, Any]:
     text = rest[:-2]
     if first != b'{"checksum": %d' % zlib.crc32(text):
         raise ValueError("it is not what was written")
-    record = json.loads(text)
-    if record["format"] != _FORMAT:
+    record = parse_json(text)
+    if not isinstance(record, dict) or record.get("format") != _FORMAT:
         raise ValueError("it was written by another version of certifl")
     return record
+
+
+def _require_record(record: Mapping[str, Any]) -> None:
+    """Refuse a record that certifl cannot have written; its names of files decide what is read."""
+    kinds = {"number": int, "identity": dict, "history": list, "files": dict}
+    for name, kind in kinds.items():
+        if not isinstance(record.get(name), kind):
+            raise ValueError(f"{name} is missing or of another type")
+    if not all(isinstance(entry, dict) for entry in record["history"]):
+        raise ValueError("history holds something else than rounds")
+    for name, told in record["files"].items():
+        if not _FILE_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is not a file of a round")
+        if not (isinstance(told, list) and len(told) == 2 and isinstance(told[0], int)):
+            raise ValueError(f"{name} has no size and checksum")
 
 
 def _rounds(folder: Path) -> list[Path]:
@@ -312,9 +331,9 @@ def _unflatten(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch
     return parts
 
 
-def _size_and_checksum(path: Path) -> list[int]:
+def _size_and_checksum(path: Path, most: int) -> list[int]:
     size, checksum = 0, 0
-    with open(path, "rb") as file:
+    with open_regular(path, most) as file:  # a larger one need not be read to be another
         while piece := file.read(_PIECE):
             size, checksum = size + len(piece), zlib.crc32(piece, checksum)
     return [size, checksum]

@@ -14,21 +14,24 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from certifl.certification.certificates import Certificates
 from certifl.certification.predictions import Predictions
 from certifl.errors import InputError, StoreError, StoreMismatch
+from certifl.outside import MALFORMED, SPEC_BYTES, read_text
 from certifl.store.atomic import read_json, write_json, write_text
 
-__all__ = ["FINISHED", "RUNNING", "RunFolder"]
+__all__ = ["FINISHED", "RUNNING", "RunFolder", "locked_for", "require_own_folder"]
 
 RUNNING, FINISHED = "running", "finished"
 _MARK, _LOCK = "run.json", ".lock"
+_MOST = 100_000  # pixels of a side, channels, classes
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,25 @@ class RunFolder:
             raise _damaged(self.path, f"it does not say {name!r}")
         return held[name]
 
+    def data(self) -> dict[str, Any]:
+        """What the manifest says about the images: name, fingerprint, shape and classes.
+
+        Raises:
+            StoreError: the manifest is damaged or does not hold it.
+        """
+        held = self.fact("data")
+        try:
+            size, names = held["image_size"], held["class_names"]
+            numbers = [held["in_channels"], held["num_classes"], *size]
+            right = len(size) == 2 and len(names) == held["num_classes"]
+            right = right and all(isinstance(n, int) and 0 < n <= _MOST for n in numbers)
+            right = right and all(isinstance(held[n], str) for n in ("name", "fingerprint"))
+        except MALFORMED:
+            right = False
+        if not right:
+            raise _damaged(self.path, "it does not say what the images are")
+        return held
+
     def update(self, facts: Mapping[str, Any]) -> None:
         """Add facts to the manifest."""
         known = self.manifest() if self.exists() else {}
@@ -192,13 +214,29 @@ class RunFolder:
         self.check(spec_hash, overwrite)
         if overwrite and self.exists():
             self._clear()
-        for name in (p.name for p in self.path.iterdir()):
-            if _left_over(name):
-                (self.path / name).unlink(missing_ok=True)
-        if not self.spec.is_file():
+        self.clean()
+        if self._stored_spec() != spec_toml:  # missing, or damaged: it is known what it must be
             write_text(self.spec, spec_toml)
         if not self.exists() or overwrite:
             write_json(self.path / _MARK, {"spec_hash": spec_hash, "status": RUNNING})
+
+    def _stored_spec(self) -> str | None:
+        try:
+            return read_text(self.spec, SPEC_BYTES)
+        except (OSError, InputError):
+            return None
+
+    def left_over(self) -> list[Path]:
+        """Files that were being written when a process was killed."""
+        places = (self.path, self.figures, self.training.parent, self.votes(0).parent)
+        there = [place for place in places if place.is_dir() and not place.is_symlink()]
+        found = (path for place in there for path in place.iterdir() if _left_over(path.name))
+        return [path for path in found if path.is_symlink() or not path.is_dir()]
+
+    def clean(self) -> None:
+        """Remove what a killed process left behind; only while it is `locked`."""
+        for path in self.left_over():
+            path.unlink(missing_ok=True)
 
     def _clear(self) -> None:
         """Remove all but lock and manifest; killed half-way, it leaves an unfinished run."""
@@ -229,7 +267,7 @@ class RunFolder:
                 raise StoreMismatch(f"{place} is a file. Choose a folder with --out.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = (self.path / _LOCK).open("a")
+            handle = _opened_lock(self.path / _LOCK)
         except OSError as error:
             raise StoreError(
                 f"Cannot write to {self.path}: {error}. Make it writable; commands that compute a "
@@ -308,6 +346,50 @@ class RunFolder:
                 f"Cannot write {self.certificates}: {error}. All votes are kept: free some "
                 "space, then repeat the command."
             ) from error
+
+
+def _opened_lock(path: Path) -> TextIO:
+    """The file that is locked, made if need be; a link or a pipe in its place is not followed."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    return os.fdopen(os.open(path, flags, 0o666), "w")
+
+
+@contextlib.contextmanager
+def locked_for(page: Path) -> Iterator[None]:
+    """Lock the run folder that a page is written into; nothing where that is no run folder.
+
+    Raises:
+        StoreMismatch: another process is at work in the run folder.
+    """
+    folder = RunFolder(page.parent)
+    with folder.locked() if folder.exists() else contextlib.nullcontext():
+        yield
+
+
+def require_own_folder(place: Path, runs: Sequence[str], others: Sequence[str]) -> None:
+    """Refuse a folder that holds something else than some runs and what is made of them.
+
+    Args:
+        place: where runs and their page are written.
+        runs: names of the run folders in it.
+        others: what is written beside them, once there are runs.
+
+    Raises:
+        StoreMismatch: it is a file, or holds something else.
+    """
+    if not place.exists():
+        return
+    if not place.is_dir():
+        raise StoreMismatch(f"{place} is a file. Choose a folder with --out.")
+    begun = any(RunFolder(place / name).exists() for name in runs)
+    known = {*runs, *(others if begun else ())}
+    names = sorted(path.name for path in place.iterdir() if not _left_over(path.name))
+    strangers = [name for name in names if name not in known]
+    if strangers:
+        raise StoreMismatch(
+            f"{place} holds something else ({strangers[0]}, ...). Choose an empty or new folder "
+            "with --out."
+        )
 
 
 def _left_over(name: str) -> bool:

@@ -21,6 +21,7 @@ from certifl.errors import InputError, ModelError, StoreError, StoreMismatch
 from certifl.models import build
 from certifl.spec import Spec, load_stored
 from certifl.store.atomic import load_tensors, read_json, write_json, write_text
+from certifl.work.networks import load_code
 
 __all__ = ["KeptStudy"]
 
@@ -92,12 +93,13 @@ class KeptStudy:
             )
         return found
 
-    def model(self, spec: Spec, about: Mapping[str, Any]) -> nn.Module:
+    def model(self, spec: Spec, about: Mapping[str, Any], code: Path | None = None) -> nn.Module:
         """The model that the client uses at test time, in evaluation mode.
 
         Raises:
             StoreMismatch: the client has not certified in this study yet.
-            StoreError: the file is damaged. ModelError: it does not fit the network.
+            StoreError: the file is damaged. ModelError: it does not fit the network, or the
+                network has code of its own and `code` does not name its folder.
         """
         path = self.folder / _MODEL
         if not path.is_file():
@@ -105,6 +107,7 @@ class KeptStudy:
                 f"{self.folder} holds no deployed model yet: a client keeps it when the study "
                 "comes to certification."
             )
+        load_code(self.folder, spec, code)
         model = build(
             spec.model.name,
             about["in_channels"],

@@ -11,12 +11,20 @@ from certifl.copies import evaluating
 from certifl.data import Dataset
 from certifl.errors import ModelError, StoreError, StoreMismatch, WorkError
 from certifl.federated.engine import deployed_model
-from certifl.models import build, fingerprint
+from certifl.models import build, fingerprint, require_code
 from certifl.spec import Spec
 from certifl.store.checkpoints import Checkpoints, StoredRound
 from certifl.store.runs import RunFolder
 
-__all__ = ["code_folder", "deployed", "initial_model", "last_round", "run_model", "trained_model"]
+__all__ = [
+    "code_folder",
+    "deployed",
+    "initial_model",
+    "last_round",
+    "load_code",
+    "run_model",
+    "trained_model",
+]
 
 
 def initial_model(spec: Spec, dataset: Dataset) -> nn.Module:
@@ -46,14 +54,42 @@ def code_folder(name: str) -> str | None:
     return str(place.parent.parent if place.stem == "__init__" else place.parent)
 
 
-def run_model(folder: RunFolder, spec: Spec) -> nn.Module:
-    """The network of a run, with initial weights.
+def load_code(folder: Path, spec: Spec, code: Path | None, before: object = None) -> None:
+    """Make a run's own network importable from a folder that the user names; does nothing else.
 
-    A user's network is looked for where Python looks, then where the run found it. Code is never
-    taken from the run folder itself, which may be somebody else's.
+    A run folder may come from anybody, so it never decides what code runs: neither its spec nor
+    the place it recorded is followed unless the user says where that code is.
+
+    Args:
+        folder: of the run. spec: of the run.
+        code: the folder that holds the network's module; None = the user named none.
+        before: where it was when the run was made, for the message.
 
     Raises:
-        ModelError: a user's network that cannot be found or built any more.
+        ModelError: the run has code of its own and `code` is not given, or does not hold it.
+    """
+    name = spec.model.name
+    if ":" not in name:
+        return
+    if code is None:
+        known = f"; it was in {before} when the run was made" if isinstance(before, str) else ""
+        raise ModelError(
+            f"The run in {folder} uses code of its own, {name!r}. Code is not run because a "
+            "run folder names it: if you trust that code, name the folder that holds it with "
+            f"--code DIR{known}."
+        )
+    require_code(name, code)
+
+
+def run_model(folder: RunFolder, spec: Spec, code: Path | None = None) -> nn.Module:
+    """The network of a run, with initial weights.
+
+    Args:
+        folder: of the run. spec: of the run.
+        code: the folder that holds the module of a network of the user's; see `load_code`.
+
+    Raises:
+        ModelError: a user's network whose code was not named, or that cannot be built any more.
         StoreError: the run's manifest is damaged.
         StoreMismatch: a federation's clients have models of their own, which are with them.
     """
@@ -62,16 +98,11 @@ def run_model(folder: RunFolder, spec: Spec) -> nn.Module:
             f"The models of {folder.path} are with its clients: {spec.algorithm['name']} gives "
             "each its own, in deployed.safetensors of its folder."
         )
-    data, code = folder.fact("data"), folder.manifest().get("code")
-    if isinstance(code, str) and code not in sys.path and _elsewhere(Path(code), folder.path):
-        sys.path.append(code)
+    data = folder.data()
+    load_code(folder.path, spec, code, folder.manifest().get("code"))
     return build(
         spec.model.name, data["in_channels"], data["num_classes"], spec.seed, spec.model.options
     )
-
-
-def _elsewhere(code: Path, run: Path) -> bool:
-    return code.is_absolute() and not code.resolve().is_relative_to(run.resolve())
 
 
 def last_round(folder: RunFolder, spec: Spec) -> StoredRound:
@@ -120,11 +151,13 @@ def deployed(last: StoredRound, spec: Spec, model: nn.Module, client: int) -> nn
     return model.eval()
 
 
-def trained_model(folder: RunFolder, spec: Spec, client: int) -> nn.Module:
+def trained_model(
+    folder: RunFolder, spec: Spec, client: int, code: Path | None = None
+) -> nn.Module:
     """The model that a client of a finished run uses at test time, in evaluation mode.
 
     Raises:
         StoreError: the final checkpoint is missing or damaged.
         ModelError: a user's network that cannot be found, or was changed since.
     """
-    return deployed(last_round(folder, spec), spec, run_model(folder, spec), client)
+    return deployed(last_round(folder, spec), spec, run_model(folder, spec, code), client)

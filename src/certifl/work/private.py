@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from certifl.errors import StoreError
+from certifl.errors import InputError, StoreError
 from certifl.federated.privacy import (
     ACCOUNTANT,
     ClientLedger,
@@ -24,6 +24,7 @@ from certifl.federated.privacy import (
     plan_examples,
     sends_nothing,
 )
+from certifl.outside import SPEC_BYTES, read_bytes
 from certifl.spec import Spec
 from certifl.store.atomic import replacing
 
@@ -110,8 +111,8 @@ def _secret(path: Path) -> bytes:
             with open(handle, "wb") as file:
                 file.write(os.urandom(_KEY_BYTES))
     try:
-        held = path.read_bytes()
-    except OSError as error:
+        held = read_bytes(path, SPEC_BYTES)
+    except (OSError, InputError) as error:
         raise StoreError(f"{path} cannot be read: {error}. Give back its permissions.") from error
     if len(held) != _KEY_BYTES:
         raise StoreError(

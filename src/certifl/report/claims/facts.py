@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from certifl.certification.groups import PERTURBATIONS
 from certifl.errors import InputError, StoreError, StoreMismatch
+from certifl.outside import MALFORMED, parse_toml
 from certifl.report.claims.decisive import decisive_settings
 from certifl.report.claims.radii import largest_radius
 from certifl.report.results import RunResults, load_run
@@ -194,10 +194,11 @@ def _has_no_scale(results: RunResults) -> bool:
 def has_own_perturbations(results: RunResults) -> bool:
     """Whether clients of a run certify, or leave uncertified, what each of them chose."""
     try:
-        asked = tomllib.loads(results.spec).get("certification", {})
-    except tomllib.TOMLDecodeError:
+        asked = parse_toml(results.spec).get("certification", {})
+    except InputError:
         return False  # what is damaged is told when its facts are read
-    return PERTURBATIONS in results.conditions or bool(asked.get("own"))
+    own = asked.get("own") if isinstance(asked, dict) else None
+    return PERTURBATIONS in results.conditions or bool(own)
 
 
 def _folders(place: Path) -> list[tuple[Path, bool]]:
@@ -242,9 +243,9 @@ def read_run(results: RunResults) -> StudyRun:
             "a scan and do not say where it looked. Leave this run out, or certify again."
         )
     try:
-        spec = tomllib.loads(results.spec)
+        spec = parse_toml(results.spec)
         return StudyRun(_facts(spec, results), results)
-    except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise StoreError(
             f"{results.folder / 'spec.toml'} is damaged: it does not say what the run was "
             f"({type(error).__name__}: {error}). Repeat the command that made the run."
