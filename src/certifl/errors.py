@@ -17,6 +17,7 @@ CertiflError
 ```
 
 A message says what is wrong, why, and what to do. Abstaining is a result, never an error.
+`UnusualValue` is a warning: the value is allowed, and most likely not what was meant.
 """
 
 from __future__ import annotations
@@ -35,11 +36,16 @@ __all__ = [
     "StoreMismatch",
     "TooFewClients",
     "TrainingDiverged",
+    "UnusualValue",
     "VerificationFailed",
     "WorkError",
 ]
 
 _SHOWN = 5
+
+
+class UnusualValue(UserWarning):
+    """A value that is allowed but hardly meant, such as an angle in degrees read as radians."""
 
 
 class CertiflError(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,7 @@ import typer.core
 from certifl.cli import machine, results, single, studies
 from certifl.cli.common import find_code_in
 from certifl.cli.deploy import deploy
-from certifl.errors import CertiflError, RequestError
+from certifl.errors import CertiflError, RequestError, UnusualValue
 
 __all__ = ["app", "main"]
 
@@ -58,13 +59,24 @@ def main() -> None:
     """Run a command; exit with 0, 1 (the work failed) or 2 (the request was wrong)."""
     try:
         find_code_in(Path.cwd())
-        app(prog_name="certifl")
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UnusualValue)
+            warnings.showwarning = _shown_plainly
+            app(prog_name="certifl")
     except RequestError as error:
         typer.echo(f"certifl: {error}", err=True)
         sys.exit(2)
     except (CertiflError, OSError) as error:
         typer.echo(f"certifl: {error}", err=True)
         sys.exit(1)
+
+
+def _shown_plainly(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object
+) -> None:
+    """A warning in one line; where it comes from matters to programmers alone."""
+    place = "" if issubclass(category, UnusualValue) else f"{filename}:{lineno}: "
+    typer.echo(f"certifl: {place}{message}", err=True)
 
 
 def _version(value: bool) -> None:

@@ -28,6 +28,8 @@ __all__ = [
     "command_line",
     "find_code_in",
     "interruptible",
+    "positive",
+    "whole",
 ]
 
 Out = Annotated[
@@ -70,6 +72,35 @@ Family = Annotated[
     typer.Option(help="Perturbation family; a run's own by default, else pixel with sigma 0.25."),
 ]
 Sigma = Annotated[str | None, typer.Option(help="In the family's unit: 0.3, 0.1pi, 18deg.")]
+
+
+def whole(value: str | int) -> int:
+    """A whole number as a person writes it: 10000, 10_000 or 1e4.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    try:
+        return int(value)
+    except ValueError:
+        pass
+    with contextlib.suppress(ValueError):
+        number = float(value)
+        if number.is_integer():
+            return int(number)
+    raise typer.BadParameter(f"{value!r} is not a whole number.")
+
+
+def positive(value: str | int) -> int:
+    """A whole number of at least 1.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    number = whole(value)
+    if number < 1:
+        raise typer.BadParameter(f"{number} is not at least 1.")
+    return number
 
 
 def find_code_in(folder: Path) -> None:

@@ -17,6 +17,8 @@ from certifl.cli.common import (
     OverwriteFile,
     Sigma,
     interruptible,
+    positive,
+    whole,
 )
 
 __all__ = ["certify", "merge", "predict"]
@@ -37,10 +39,20 @@ def certify(
     data: Annotated[str | None, typer.Option(help="Data set whose test images are used.")] = None,
     family: Family = None,
     sigma: Sigma = None,
-    images: Annotated[int, typer.Option(min=1, help="Test images, a fixed random choice.")] = 100,
+    images: Annotated[
+        int,
+        typer.Option(
+            parser=positive, metavar="NUMBER", help="Test images, a fixed random choice."
+        ),
+    ] = 100,
     estimator: Annotated[str, typer.Option(help="`certifl list` names them.")] = "sequential",
-    n0: Annotated[int, typer.Option("--n0", help="Votes that choose the class.")] = 100,
-    n: Annotated[int, typer.Option("--n", help="Fresh votes that bound it.")] = 100_000,
+    n0: Annotated[
+        int,
+        typer.Option("--n0", parser=whole, metavar="VOTES", help="Votes that choose the class."),
+    ] = 100,
+    n: Annotated[
+        int, typer.Option("--n", parser=whole, metavar="VOTES", help="Fresh votes that bound it.")
+    ] = 100_000,
     alpha: Annotated[float, typer.Option(help="Probability of a wrong certificate.")] = 1e-3,
     keep: Annotated[
         str, typer.Option(help="What stopping early keeps: certificates, or (cheaper) the curve.")
@@ -113,7 +125,10 @@ def predict(
     run: Annotated[Path, typer.Option(help="The run whose model answers.")],
     client: Annotated[int, typer.Option(min=0, help="Which client asks.")] = 0,
     n: Annotated[
-        int | None, typer.Option("--n", min=1, help="Votes; the run's own by default.")
+        int | None,
+        typer.Option(
+            "--n", parser=positive, metavar="VOTES", help="Votes; the run's own by default."
+        ),
     ] = None,
     resize: Annotated[bool, typer.Option("--resize", help="Fit the image to the model.")] = False,
     device: Device = "auto",

@@ -21,7 +21,7 @@ from certifl.experiments.checking_curves import (
 )
 from certifl.federated.engine import deployed_model
 from certifl.models import fingerprint
-from certifl.perturbations import Perturbation, from_description
+from certifl.perturbations import Perturbation, from_record
 from certifl.spec import Spec
 from certifl.store.runs import RunFolder
 from certifl.work.networks import last_round
@@ -92,7 +92,7 @@ def _of_curves(folder: RunFolder, spec: Spec) -> Verification:
 def _told_as_asked(client: int, facts: Any, spec: Spec) -> list[str]:
     """A client may certify a perturbation of its own; everything else is the study's."""
     try:
-        perturbation = from_description(facts["description"])
+        perturbation = from_record(facts["description"])
         return _other_facts(facts, spec, perturbation, f"of client {client} ")
     except (InputError, KeyError, TypeError, AttributeError) as error:
         return [f"client {client}: what it certified is damaged ({error!r})"]
@@ -153,7 +153,7 @@ def _other_facts(
 
 def _same(described: Any, perturbation: Perturbation) -> bool:
     try:
-        return from_description(described) == perturbation
+        return from_record(described) == perturbation
     except (InputError, TypeError, AttributeError):
         return False
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from certifl.certification.certificates import Certificates
 from certifl.certification.settings import GRID_POINTS
 from certifl.report.results import RunResults
 from certifl.report.scale import RadiusScale
@@ -102,7 +103,14 @@ def client_acr(run: RunResults) -> Floats:
 
 def client_curves(run: RunResults, radii: Sequence[float] | Floats) -> Floats:
     """(clients, radii) certified accuracy of every client on its own test images."""
-    return np.stack([run.certificates.of_client(c).certified_accuracy(radii) for c in run.clients])
+    return np.stack([_curve(run.certificates.of_client(c), radii) for c in run.clients])
+
+
+def _curve(certificates: Certificates, radii: Sequence[float] | Floats) -> Floats:
+    """One grid serves all runs of a page, so it may pass what the votes of one could certify."""
+    return curves.certified_accuracy(
+        certificates.correct, certificates.radius, np.asarray(radii, np.float64)
+    )
 
 
 def spread(run: RunResults) -> tuple[int, int, float]:

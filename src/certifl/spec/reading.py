@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from certifl.errors import InputError, SpecError, StoreError
+from certifl.perturbations.units import from_records, quotes_missing
 from certifl.spec.study import Spec
 
 __all__ = ["load", "load_stored", "with_settings"]
@@ -28,8 +29,10 @@ def load(path: Path, settings: Sequence[str] = ()) -> Spec:
     Raises:
         SpecError: the file is missing, is no TOML, or a key, type, range or combination is wrong.
     """
+    text = ""
     try:
-        values = tomllib.loads(path.read_text())
+        text = path.read_text()
+        values = tomllib.loads(text)
     except FileNotFoundError:
         raise SpecError(
             f"There is no spec at {path}. Correct the path, or write one: README.md and the "
@@ -38,7 +41,9 @@ def load(path: Path, settings: Sequence[str] = ()) -> Spec:
     except IsADirectoryError:
         raise SpecError(f"{path} is a folder. Name the .toml file of the study.") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SpecError(f"{path} cannot be read as a spec (TOML): {error}") from error
+        raise SpecError(
+            f"{path} cannot be read as a spec (TOML): {error}.{quotes_missing(text)}"
+        ) from error
     return with_settings(values, settings)
 
 
@@ -49,7 +54,8 @@ def load_stored(path: Path) -> Spec:
         StoreError: it is missing or no longer a spec, so the run is damaged.
     """
     try:
-        return load(path)
+        with from_records():
+            return load(path)
     except SpecError as error:
         raise StoreError(f"{path} is damaged: {error}") from error
 

@@ -17,7 +17,7 @@ from certifl.federated import from_description as algorithm_from
 from certifl.federated.augmentations import PerClient, together
 from certifl.federated.objectives import Objective, describe_objective, objective_from
 from certifl.perturbations import Perturbation
-from certifl.perturbations import from_description as perturbation_from
+from certifl.perturbations import from_record as perturbation_from
 from certifl.spec.privacy import Privacy, check_privacy
 from certifl.spec.sections import (
     NONE,
