@@ -88,7 +88,7 @@ def whole(value: str | int) -> int:
         number = float(value)
         if number.is_integer():
             return int(number)
-    raise typer.BadParameter(f"{value!r} is not a whole number.")
+    raise typer.BadParameter(f"{value!r} is not a valid integer.")
 
 
 def positive(value: str | int) -> int:

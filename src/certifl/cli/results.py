@@ -16,6 +16,7 @@ from certifl.cli.common import (
     RunDir,
     interruptible,
 )
+from certifl.requests import check_data_folder, check_run, check_study
 
 __all__ = ["attack", "claims", "explore", "report", "verify"]
 
@@ -35,6 +36,8 @@ def report(
     ] = None,
 ) -> None:
     """Write one page about one run, or about several side by side."""
+    for run in runs:
+        check_run(run)
     from certifl import terminal
     from certifl.report import page_beside, summary_rows, write_report
 
@@ -50,6 +53,8 @@ def claims(
     out: Annotated[Path | None, typer.Option("--out", help="Write them as .json or .md.")] = None,
 ) -> None:
     """Put the paper's claims to the test: effect, 95 % interval and verdict of each."""
+    for run in runs:
+        check_study(run)
     from certifl import terminal
     from certifl.report import check_claims, claim_rows, explanation, write_claims
 
@@ -66,6 +71,9 @@ def verify(runs: Annotated[list[Path], typer.Argument(metavar="RUN...")]) -> Non
 
     Ends with 2 where a run's clients kept their certificates: only they can verify them.
     """
+    for run in runs:
+        if not run.is_file():
+            check_run(run)
     from certifl.experiments.checking import verify_run
 
     code = 0
@@ -98,6 +106,8 @@ def attack(
 
     Writes attack.json into the run; `certifl report` shows it beside the certificates.
     """
+    check_run(run)
+    check_data_folder(data_dir)
     from certifl import terminal
     from certifl.experiments.attacking import Options, attack_run
     from certifl.report import write_report
@@ -122,6 +132,9 @@ def explore(
     device: Device = "auto",
 ) -> None:
     """Take a few test images of each run through the deformations, for readers of its report."""
+    for run in runs:
+        check_run(run)
+    check_data_folder(data_dir)
     from certifl import terminal
     from certifl.experiments.exploring import explore_run
     from certifl.report import write_report

@@ -20,6 +20,15 @@ from certifl.cli.common import (
     positive,
     whole,
 )
+from certifl.requests import (
+    IMAGE,
+    SHARD,
+    WEIGHTS,
+    check_certificate_file,
+    check_data_folder,
+    check_file,
+    check_run,
+)
 
 __all__ = ["certify", "merge", "predict"]
 
@@ -72,6 +81,12 @@ def certify(
     ] = "1/1",
 ) -> None:
     """Certify a model you already have, or the model a client of a run deploys."""
+    check_certificate_file(out, overwrite)
+    check_data_folder(data_dir)
+    if weights is not None:
+        check_file(weights, WEIGHTS)
+    if run is not None:
+        check_run(run)
     from certifl import terminal
     from certifl.certification.settings import Settings
     from certifl.experiments.shards import read_shard
@@ -112,6 +127,9 @@ def merge(
     overwrite: OverwriteFile = False,
 ) -> None:
     """Put the shards of one certification together: the same file, however the work was cut."""
+    check_certificate_file(out, overwrite)
+    for shard in shards:
+        check_file(shard, SHARD)
     from certifl import terminal
     from certifl.experiments.shards import merge_shards, save_merged
 
@@ -134,6 +152,8 @@ def predict(
     device: Device = "auto",
 ) -> None:
     """Label of one image with its certified radius, or abstained, and what that means."""
+    check_run(run)
+    check_file(image, IMAGE)
     from certifl import terminal
     from certifl.experiments.standalone import certify_image
 

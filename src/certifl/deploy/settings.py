@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator
 from certifl.errors import CertiflError, InputError, SpecError
 from certifl.perturbations import describe as describe_perturbation
 from certifl.perturbations import from_description as perturbation_from
-from certifl.perturbations.units import quotes_missing
+from certifl.requests import check_party_settings, quotes_missing
 from certifl.spec.sections import Section
 from certifl.store.atomic import write_text
 
@@ -95,15 +95,11 @@ def load_settings(path: Path) -> Settings:
     Raises:
         SpecError: the file is missing, is no TOML, or holds a wrong key or value.
     """
+    check_party_settings(path)
     text = ""
     try:
         text = path.read_text()
         return Settings.model_validate(tomllib.loads(text))
-    except FileNotFoundError:
-        raise SpecError(
-            f"There is no {path}. It is written by `certifl deploy init`; give the folder of "
-            "this client, as in `certifl deploy client FOLDER`."
-        ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SpecError(
             f"{path} cannot be read as TOML: {error}.{quotes_missing(text)}"

@@ -19,6 +19,7 @@ from certifl.errors import InputError, ModelError, StoreError, StoreMismatch
 from certifl.experiments.shards import WHOLE, Shard
 from certifl.models import build
 from certifl.perturbations import Perturbation, PixelNoise, describe, from_description
+from certifl.requests import WEIGHTS, check_certificate_file, check_file
 from certifl.spec import Spec
 from certifl.store.atomic import load_tensors
 from certifl.store.runs import RunFolder
@@ -107,12 +108,9 @@ def certify_standalone(request: Request, report: Report | None = None) -> Certif
 
 
 def _check_options(request: Request) -> None:
-    if request.out.suffix not in (".parquet", ".tsv") or request.out.is_dir():
-        raise InputError(f"--out must be a file .parquet or .tsv; got {str(request.out)!r}.")
+    check_certificate_file(request.out, request.overwrite)
     if request.shard != WHOLE and request.out.suffix != ".parquet":
         raise InputError("--shard needs an --out file .parquet: `certifl merge` reads no other.")
-    if request.out.exists() and not request.overwrite:
-        raise StoreMismatch(f"{request.out} exists already; give --overwrite to replace it.")
     if (request.run is None) == (request.model is None):
         raise InputError(
             "Give either --run RUN (and --client), or --model module:function with --weights "
@@ -205,8 +203,7 @@ def _load(model: nn.Module, weights: dict[str, Tensor], what: str) -> None:
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise InputError(f"There are no weights at {path}.")
+    check_file(path, WEIGHTS)
     if path.suffix == ".safetensors":
         try:
             return load_tensors(path)

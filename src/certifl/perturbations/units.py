@@ -24,13 +24,11 @@ __all__ = [
     "parse_amount",
     "parse_amounts",
     "parse_sigma",
-    "quotes_missing",
     "warn_beyond",
 ]
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _TEXT = re.compile(rf"\s*(?P<number>{_NUMBER})\s*(?P<unit>\*?\s*(?:pi|π)|deg|°)?\s*")
-_UNQUOTED = re.compile(rf"[=,\[]\s*(?P<amount>{_NUMBER}[ \t]*(?:\*?[ \t]*(?:pi|π)|deg|°))")
 _WAYS = 'Write a positive number such as 0.25; for angles also "0.1pi", "0.1*pi" or "18deg".'
 _ANGLE = "radians"
 _recorded: ContextVar[bool] = ContextVar("recorded", default=False)
@@ -133,12 +131,6 @@ def from_records() -> Iterator[None]:
         yield
     finally:
         _recorded.reset(before)
-
-
-def quotes_missing(toml: str) -> str:
-    """What to do about an amount without quotes in a text that is no TOML; "" if there is none."""
-    found = _UNQUOTED.search(toml)
-    return "" if found is None else f' Write {found["amount"]!r} in quotes: "{found["amount"]}".'
 
 
 def _unit_of(text: str) -> str | None:

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from certifl.errors import InputError, SpecError, StoreError
-from certifl.perturbations.units import from_records, quotes_missing
+from certifl.perturbations.units import from_records
+from certifl.requests import read_spec_file
 from certifl.spec.study import Spec
 
 __all__ = ["load", "load_stored", "with_settings"]
@@ -29,22 +30,7 @@ def load(path: Path, settings: Sequence[str] = ()) -> Spec:
     Raises:
         SpecError: the file is missing, is no TOML, or a key, type, range or combination is wrong.
     """
-    text = ""
-    try:
-        text = path.read_text()
-        values = tomllib.loads(text)
-    except FileNotFoundError:
-        raise SpecError(
-            f"There is no spec at {path}. Correct the path, or write one: README.md and the "
-            "folder examples show how."
-        ) from None
-    except IsADirectoryError:
-        raise SpecError(f"{path} is a folder. Name the .toml file of the study.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SpecError(
-            f"{path} cannot be read as a spec (TOML): {error}.{quotes_missing(text)}"
-        ) from error
-    return with_settings(values, settings)
+    return with_settings(read_spec_file(path), settings)
 
 
 def load_stored(path: Path) -> Spec:
