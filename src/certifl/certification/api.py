@@ -272,7 +272,7 @@ def conditions(
         "batch_norm_folded": network.folded,
         "batch_size": network.batch_size,
         "device": _device_name(network.device),
-        "threads": torch.get_num_threads(),
+        "threads": network.threads,
         "model_fingerprint": fingerprint(model) if isinstance(model, nn.Module) else None,
         "data_fingerprint": data,
         "versions": {

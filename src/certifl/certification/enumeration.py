@@ -21,6 +21,7 @@ from certifl.certification.guards import Model, check_images, check_labels
 from certifl.certification.network import Network, prepare
 from certifl.convolutions import exact_convolutions
 from certifl.errors import InputError
+from certifl.threads import one_thread
 
 __all__ = ["ShiftCertificates", "certify_shifts"]
 
@@ -168,7 +169,11 @@ def _classes(
     """Answers on shifted images; batches are filled, as rounding may differ between shapes."""
     size, classes = network.batch_size, []
     offsets = np.broadcast_to(shifts, (len(rows), 2))
-    with torch.inference_mode(), exact_convolutions(network.device):
+    with (
+        torch.inference_mode(),
+        exact_convolutions(network.device),
+        one_thread(network.threads == 1),
+    ):
         for start in range(0, len(rows), size):
             row, offset = rows[start : start + size], offsets[start : start + size]
             missing = size - len(row)

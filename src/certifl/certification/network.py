@@ -20,6 +20,7 @@ from certifl.certification.folding import fold_batch_norm
 from certifl.certification.guards import check_model, probe_classes
 from certifl.convolutions import exact_convolutions
 from certifl.errors import InputError, ModelError
+from certifl.threads import is_small, one_thread, threads_in_use
 
 __all__ = [
     "PRECISIONS",
@@ -61,6 +62,7 @@ class Network:
         precision: a name in `PRECISIONS`, the arithmetic of the network.
         folded: whether BatchNorm was folded into the convolutions.
         batch_size: images per call; every call has exactly this many rows.
+        small: whether it has so few weights that it votes on one thread, see `threads`.
     """
 
     call: Model
@@ -69,6 +71,12 @@ class Network:
     precision: str
     folded: bool
     batch_size: int
+    small: bool = False
+
+    @property
+    def threads(self) -> int:
+        """The threads that its votes are cast with."""
+        return threads_in_use(self.small)
 
 
 def prepare(
@@ -98,7 +106,8 @@ def prepare(
     if device == "auto" and not isinstance(model, nn.Module):
         device = images.device
     place = choose_device(device)
-    with exact_convolutions(place):
+    small = isinstance(model, nn.Module) and is_small(model)
+    with exact_convolutions(place), one_thread(threads_in_use(small) == 1):
         return _prepared(model, images[:1].to(place), place, precision, batch_size)
 
 
@@ -122,7 +131,7 @@ def _prepared(
     classes = probe_classes(call, probe)
     if chosen.endswith(_COMPILED):
         call = _compiled(call, probe.expand(size, *probe.shape[1:]))
-    return Network(call, classes, place, chosen, folded is not None, size)
+    return Network(call, classes, place, chosen, folded is not None, size, is_small(plain))
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ from certifl.federated.privacy import ExampleLedger
 from certifl.federated.states import Parts
 from certifl.models import build, fingerprint
 from certifl.spec import Spec, with_settings
+from certifl.threads import threads_asked
 from certifl.work.private import Protection, protection, training_key
 from certifl.work.training import local_training
 
@@ -333,10 +334,5 @@ def _metrics(update: Update) -> str:
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
-    try:
+    with threads_asked(count):
         yield
-    finally:
-        torch.set_num_threads(before)
