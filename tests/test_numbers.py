@@ -214,7 +214,7 @@ def test_whole_numbers_may_be_written_as_powers_of_ten(tmp_path: Path) -> None:
     tiny.cli(*weights, "--n", "1e4").refused("no weights")
     outcome = tiny.cli(*weights, "--n", "1.5")
     assert outcome.code == 2
-    assert "not a whole number" in outcome.err
+    assert "not a valid integer" in outcome.err
 
 
 @pytest.mark.parametrize("amount", ["18deg", "18°", "0.1pi", "0.1*pi"])
