@@ -56,7 +56,8 @@ def _has_plane(found: Mapping[str, Any]) -> bool:
 
 def _what(story: Story, found: Mapping[str, Any]) -> str:
     shown = _shown(found)
-    several = " under every regime" if len(shown) > 1 else ""
+    which = "every regime" if len(shown) == len(story.runs) else "each regime named below"
+    several = f" under {which}" if len(shown) > 1 else ""
     missing = [run.label for place, run in enumerate(story.runs) if place not in shown]
     left_out = (
         f" Not shown: {listed(missing)}, which explored other images or none; `certifl explore` "
