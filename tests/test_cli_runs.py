@@ -32,7 +32,13 @@ def test_another_spec_is_refused_and_changes_nothing(finished: Path) -> None:
     before = tiny.files(finished)
     spec = finished.parent / "tiny.toml"
     other = tiny.cli("run", spec, "--out", finished, "--set", "seed=1")
-    other.refused("another study", "--out", "--overwrite")
+    other.refused("another study", "--out", "--overwrite", "seed is 0 there and 1 here")
+    several = ("--set", "training.lr=0.01", "--set", "certification.radii=['5deg']")
+    found = tiny.cli("run", spec, "--out", finished, *several, "--set", "name=mine")
+    found.refused(
+        "training.lr is 0.05 there and 0.01 here", "certification.radii is not set there"
+    )
+    assert "name is" not in found.err
     assert tiny.files(finished) == before
 
 

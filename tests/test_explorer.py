@@ -106,7 +106,7 @@ def test_votes_are_those_of_one_interpolation_with_the_summed_parameter(image):
 def test_walks_reach_beyond_what_certificates_usually_do():
     (turn,) = walks_of(Rotation(sigma=0.1 * math.pi))
     assert turn.reach == pytest.approx(0.2 * math.pi)
-    assert walks_of(Rotation(sigma=0.9 * math.pi))[0].reach == math.pi
+    assert walks_of(Rotation(sigma="0.9pi"))[0].reach == math.pi
     assert walks_of(Scaling(sigma=0.8))[0].reach == 0.9
     across, down = walks_of(Translation(sigma=0.1))
     assert (across.axis, down.axis, across.reach) == (0, 1, pytest.approx(0.3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import struct
 import subprocess
 import sys
@@ -53,11 +54,19 @@ def test_the_curves_are_the_means_with_their_bands(runs):
         assert edge[:, 1].max() == pytest.approx(curves.max())
 
 
-def test_the_radius_axis_has_the_unit_and_rotation_also_degrees(runs):
-    axes = certified_accuracy_figure(runs).figure.axes[0]
-    assert "radians" in axes.get_xlabel()
-    (above,) = axes.child_axes
-    assert above.get_xlabel() == "degrees"
+def test_rotation_is_read_in_degrees_first_and_in_radians_above(runs):
+    for make in (certified_accuracy_figure, average_radius_figure):
+        axes = make(runs).figure.axes[0]
+        assert "degrees" in axes.get_xlabel()
+        (above,) = axes.child_axes
+        assert above.get_xlabel() == "radians"
+    clients = per_client_figure(runs).figure.axes[0]
+    assert "degrees" in clients.get_xlabel()
+    for axes in (certified_accuracy_figure(runs).figure.axes[0], clients):
+        ticks = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+        marks = {text.get_text(): math.degrees(at) for at, text in ticks}
+        assert all(float(text) == pytest.approx(at) for text, at in marks.items())
+        assert len(marks) > 1
     pixel = make_run(make_certificates(0.8, 2, 12, PIXEL))
     plain = certified_accuracy_figure([pixel]).figure.axes[0]
     assert "intensity" in plain.get_xlabel()

@@ -8,6 +8,7 @@ import html
 import html.parser
 import re
 import shutil
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from certifl.report.claims import claim_rows
 from certifl.report.claims.facts import read_run
 from certifl.report.claims.testing import check_runs
 from certifl.report.compare import compare
+from certifl.report.looks import LOOKS
 from certifl.report.markup import Markup, el, embedded_json, table
 from certifl.report.summary import client_curves, radius_grid
 from certifl.report.words import percent
@@ -274,3 +276,39 @@ def test_markup_escapes_whatever_is_not_markup():
     assert "<h>" not in table("c", ["<h>"], [["<r>"]])
     sealed = embedded_json("x", "</script><!--")
     assert sealed.count("<") == 2
+
+
+def test_every_image_is_shown_under_every_run_that_is_named(study, tmp_path):
+    runs = [Path(shutil.copytree(run, tmp_path / run.name)) for run in study]
+    for number, run in enumerate(runs):
+        write_explorer(run, [0, 45, 90 + number])
+    write_explorer(runs[2], [130])
+    page = write_report(runs, tmp_path / "page.html", figures=False)
+    explorer = data_of(page)["explorer"]
+    named = {int(place) for place in explorer["votes"]}
+    assert named == {0, 1, 3}
+    assert len(explorer["images"]) == 2
+    assert all({run["run"] for run in image["runs"]} == named for image in explorer["images"])
+    assert re.findall(r'data-walker="(\d)"', page.read_text()) == ["0", "1", "3"]
+    assert "which explored other images or none" in page.read_text()
+
+
+def test_no_series_has_the_color_of_too_close_to_call():
+    style = files("certifl.report").joinpath("assets", "page.css").read_text()
+    shades = re.findall(r"\.s\d \{ --c: (#\w{6});", style) + [look.colour for look in LOOKS]
+    assert len(shades) == 3 * len(LOOKS)
+    for shade in shades:
+        parts = [int(shade[i : i + 2], 16) for i in (1, 3, 5)]
+        assert max(parts) - min(parts) > 40  # what is undecided is grey
+
+
+def test_numbers_stay_on_one_line_with_their_signs(page):
+    shown = page.read_text().partition('id="report-data"')[0]
+    assert "95\N{NO-BREAK SPACE}%" in shown
+    assert not re.search(r"\d %", re.sub(r"<(style|code|pre).*?</\1>", "", shown, flags=re.S))
+    assert str(el("p", None, "λ = 0.5")) == "<p>λ\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}0.5</p>"
+    assert str(el("code", None, "lambda = 0.5")) == "<code>lambda = 0.5</code>"
+
+
+def test_tables_say_that_radii_of_a_uniform_law_stay_below_sigma(page):
+    assert "stay below σ (Corollary 1)" in page.read_text()

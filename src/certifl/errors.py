@@ -17,6 +17,7 @@ CertiflError
 ```
 
 A message says what is wrong, why, and what to do. Abstaining is a result, never an error.
+`UnusualValue` is a warning: the value is allowed, and most likely not what was meant.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ __all__ = [
     "StoreMismatch",
     "TooFewClients",
     "TrainingDiverged",
+    "UnusualValue",
     "VerificationFailed",
     "WorkError",
     "one_line",
@@ -56,6 +58,10 @@ def one_line(text: object, most: int = 300) -> str:
     kept = "".join(c if c.isprintable() else " " for c in shown)
     line = " ".join(kept.split())
     return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
+class UnusualValue(UserWarning):
+    """A value that is allowed but hardly meant, such as an angle in degrees read as radians."""
 
 
 class CertiflError(Exception):

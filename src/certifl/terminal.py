@@ -276,10 +276,17 @@ def show_prediction(answer: Answer) -> None:
     console.print(_meaning(facts), style="dim")
 
 
+def _limit(facts: Mapping[str, Any]) -> str:
+    """Why no radius of a uniform law reaches sigma."""
+    if facts["law"] != "uniform" or facts["estimator"] == "scan":
+        return ""
+    return "Radii of this law stay below sigma; the scan estimator has no such limit. "
+
+
 def _meaning(facts: Mapping[str, Any]) -> str:
     return (
         f"Each radius ({facts['norm']} norm, {facts['unit']}) is wrong with probability at most "
-        f"{facts['alpha']}. {facts['threat']}"
+        f"{facts['alpha']}. {_limit(facts)}{facts['threat']}"
     )
 
 

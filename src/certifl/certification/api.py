@@ -27,12 +27,13 @@ from certifl.certification.guards import (
 )
 from certifl.certification.network import PRECISIONS, Network, prepare, tf32_state
 from certifl.certification.selftest import check_random_source_once
-from certifl.certification.settings import Settings
+from certifl.certification.settings import Settings, least_that, too_few_votes
 from certifl.certification.votes import Request, VoteCounter
 from certifl.errors import InputError
 from certifl.models import fingerprint
 from certifl.perturbations import describe
 from certifl.perturbations.base import Perturbation
+from certifl.perturbations.units import parse_amount, parse_amounts
 from certifl.progress import Progress, bar
 from certifl.smoothing.bounds import two_sided_sign_test
 from certifl.streams import image_key
@@ -56,14 +57,14 @@ def certify(
     n: int = 100_000,
     alpha: float = 1e-3,
     estimator: str = "sequential",
-    radii: Sequence[float] | None = None,
+    radii: Sequence[float | str] | None = None,
     seed: int = 0,
     precision: str = "auto",
     device: str | torch.device = "auto",
     batch_size: int | str = "auto",
     progress: bool | Progress = False,
     label_aware: bool = True,
-    reach: float | None = None,
+    reach: float | str | None = None,
     keep: str = "certificates",
 ) -> Certificates:
     """Certify the smoothed classifier of a model at some images.
@@ -71,6 +72,12 @@ def certify(
     Guarantee: for each image separately, with probability at least 1 - alpha over the votes, the
     smoothed classifier g_delta(x) = E[onehot(argmax f(T_{delta+eps} x))] has the same most likely
     class for all ||delta|| <= radius. See `perturbation.threat` for what this does not cover.
+
+    That holds for ONE call per image. Another call with other n, alpha or estimator under the same
+    seed draws the same votes again: keeping the best of k such certificates of an image costs up
+    to k alpha, and alpha / k each keeps alpha in all.
+
+    Radii of uniform laws (rotation, scaling) stay below sigma, unless the estimator is "scan".
 
     Args:
         model: callable from images (m, c, h, w) in [0, 1] to logits (m, classes); modules must be
@@ -87,16 +94,17 @@ def certify(
             valid by a union bound over looks fixed in advance), "sequential-top-class"; "scan" for
             rotation and scaling: votes along the whole axis certify an interval around 0, not
             capped at sigma, in `interval`; it stops early too (see docs/scan.md).
-        radii: the radii that will be reported, where `sequential` and `scan` may stop; None stands
-            for an even grid of 50 up to the largest radius that n votes can give, and for `scan`
-            for ends known to a 50th of sigma.
+        radii: the radii that will be reported, where `sequential` and `scan` may stop: in the
+            perturbation's unit, for angles also "5deg". None stands for an even grid of 50 up to
+            the largest radius that n votes can give, and for `scan` for ends known to a 50th of
+            sigma.
         seed: votes are a function of (seed, image content), not of the position of an image.
         precision: arithmetic of the network: "auto", "float32", "bfloat16".
         device: "auto" or a torch device.
         batch_size: noisy images per call, or "auto".
         progress: True for a bar with the time left, or a function of (votes so far, at most).
         label_aware: with labels, `sequential` and `scan` stop at the first look on wrong images.
-        reach: `scan` only: how far from 0 it looks, in the family's unit; None stands for all the
+        reach: `scan` only: how far from 0 it looks, as `radii` are given; None stands for all the
             way round for rotation, and three times sigma for scaling.
         keep: what `sequential` keeps while stopping early: "certificates" (of what n votes would
             give), or the "curve" of certified accuracies, for a third to two thirds of the votes.
@@ -113,11 +121,11 @@ def certify(
     """
     check_perturbation(perturbation)
     check_seed(seed)
-    settings = Settings(estimator, n0, n, alpha, radii, label_aware, reach, keep)
-    if estimator == "scan":
-        scan.scan_of(perturbation, settings)  # refuses a family it is not for
-    else:
-        settings.grid(perturbation)  # refuses so few votes that none could be certified
+    unit = perturbation.unit
+    asked = None if radii is None else parse_amounts(radii, unit)
+    far = None if reach is None else parse_amount(reach, unit, "reach")
+    settings = Settings(estimator, n0, n, alpha, asked, label_aware, far, keep)
+    scan.check_votes(perturbation, settings)
     blocks = _blocks(images, labels, perturbation)
     first = next(blocks, None)
     if first is None:
@@ -261,7 +269,7 @@ def conditions(
         "batch_norm_folded": network.folded,
         "batch_size": network.batch_size,
         "device": _device_name(network.device),
-        "threads": torch.get_num_threads(),
+        "threads": network.threads,
         "model_fingerprint": fingerprint(model) if isinstance(model, nn.Module) else None,
         "data_fingerprint": data,
         "versions": {
@@ -345,11 +353,15 @@ def predict(
     Returns:
         (m,) int64.
 
+    Raises:
+        InputError: as `certify`; n so small that the answer could only be -1.
+
     Source: Cohen et al. 2019, algorithm PREDICT (test of Hung and Fithian).
     """
     check_perturbation(perturbation)
     check_seed(seed)
-    Settings(n=n, alpha=alpha)  # the same ranges hold
+    n = Settings(n=n, alpha=alpha).n  # the same ranges hold
+    _check_decides(n, alpha)
     values = check_images(images)
     check_exact(values, perturbation)
     network = prepare(model, values, device, precision, batch_size)
@@ -363,6 +375,16 @@ def predict(
         ]
         answers.append(_decided(counter.count(block, requests, slots=len(block)), alpha))
     return np.concatenate(answers)
+
+
+def _check_decides(n: int, alpha: float) -> None:
+    """Refuse so few votes that the test could not decide even where they all agree."""
+
+    def decides(votes: int) -> bool:
+        return bool(two_sided_sign_test(votes, 0) <= alpha)
+
+    if not decides(n):
+        raise too_few_votes(n, alpha, least_that(decides))
 
 
 def _decided(counts: np.ndarray, alpha: float) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from certifl.certification import groups
-from certifl.errors import InputError
+from certifl.errors import InputError, UnusualValue
+from certifl.perturbations.units import parse_amount, parse_amounts
 from certifl.smoothing import curves
 
 __all__ = ["ABSTAINED", "UNLABELLED", "Certificates"]
@@ -97,16 +99,55 @@ class Certificates:
         """(m,) where the certified class is the label; false where abstained or unlabelled."""
         return (self.predicted == self.label) & ~self.abstained
 
-    def certified_accuracy(self, radii: Sequence[float] | Floats) -> Floats:
+    def certified_accuracy(self, radii: Sequence[float | str] | Floats) -> Floats:
         """Share of ALL images that are correct with radius >= R, for each R of `radii`.
 
+        Args:
+            radii: in the unit of the certificates; angles also as "5deg".
+
+        Warns:
+            UnusualValue: radii beyond all that these votes could certify, where the share is 0
+                whatever the model.
+
         Raises:
-            InputError: no image has a label, or the radii mean different things (clients with
-                perturbations of their own).
+            InputError: no image has a label, the radii mean different things (clients with
+                perturbations of their own), or an amount is not in their unit.
         """
         self._require_labels()
         self._require_one_kind()
-        return curves.certified_accuracy(self.correct, self.radius, np.asarray(radii, float))
+        asked = self._amounts(radii)
+        self._warn_beyond(asked)
+        return curves.certified_accuracy(self.correct, self.radius, asked)
+
+    def _amounts(self, radii: Any) -> Floats:
+        """Radii as they are stored; one alone stays one."""
+        unit = str(self._facts().get("unit", "a unit that the file does not name"))
+        if isinstance(radii, (str, float, int)):
+            return np.asarray(parse_amount(radii, unit, "a radius"), np.float64)
+        if isinstance(radii, np.ndarray) and radii.dtype.kind in "fiu":
+            return radii.astype(np.float64)
+        return np.asarray(parse_amounts(radii, unit), np.float64)
+
+    def _facts(self) -> Mapping[str, Any]:
+        """What holds for the radii of one kind, taken from the largest sigma."""
+        facts = [entry for _, entry in groups.entries(self.conditions)]
+        return max(facts, key=lambda entry: float(entry.get("sigma") or 0.0))
+
+    def _warn_beyond(self, asked: Floats) -> None:
+        from certifl.certification.scan import largest_radius
+
+        facts = self._facts()
+        largest = max(largest_radius(facts), float(self.radius.max(initial=0.0)))
+        if asked.size and asked.max() > largest:
+            unit = facts.get("unit")
+            degrees = ' An angle in degrees is written "5deg".' if unit == "radians" else ""
+            warnings.warn(
+                f"Radii are in {unit}, and none above {largest:.4g} can be certified here (sigma "
+                f"= {facts.get('sigma'):.4g}, n = {facts.get('n')}), so at {asked.max():g} the "
+                f"certified accuracy is 0 whatever the model.{degrees}",
+                UnusualValue,
+                stacklevel=3,
+            )
 
     def average_certified_radius(self) -> float:
         """Mean over all images of radius times correct (ACR, the area under the curve).

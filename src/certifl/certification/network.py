@@ -27,6 +27,7 @@ from certifl.certification.guards import (
 from certifl.convolutions import exact_convolutions
 from certifl.copies import bare_copy_of, foreign_formats, format_advice, to_format, unwrapped
 from certifl.errors import InputError, ModelError
+from certifl.threads import is_small, one_thread, threads_in_use
 
 __all__ = [
     "PRECISIONS",
@@ -70,6 +71,7 @@ class Network:
         precision: a name in `PRECISIONS`, the arithmetic of the network.
         folded: whether BatchNorm was folded into the convolutions.
         batch_size: images per call; every call has exactly this many rows.
+        small: whether it has so few weights that it votes on one thread, see `threads`.
     """
 
     call: Model
@@ -78,6 +80,12 @@ class Network:
     precision: str
     folded: bool
     batch_size: int
+    small: bool = False
+
+    @property
+    def threads(self) -> int:
+        """The threads that its votes are cast with."""
+        return threads_in_use(self.small)
 
 
 def prepare(
@@ -112,7 +120,8 @@ def prepare(
         device = _own_device(model, images)
     place = choose_device(device)
     probe = images[:1].to(place, copy=True)  # a copy, for a network may write into it
-    with exact_convolutions(place):
+    small = isinstance(model, nn.Module) and is_small(model)
+    with exact_convolutions(place), one_thread(threads_in_use(small) == 1):
         if copied is None or not isinstance(model, nn.Module):
             return _as_it_is(model, probe, place, precision, batch_size)
         return _prepared(model, copied, probe, place, precision, batch_size)
@@ -195,7 +204,7 @@ def _prepared(
     size = _batch(batch_size, place, largest * PRECISIONS[chosen].itemsize)
     if chosen.endswith(_COMPILED):
         call = _compiled(call, probe.expand(size, *probe.shape[1:]))
-    return Network(call, classes, place, chosen, folded is not None, size)
+    return Network(call, classes, place, chosen, folded is not None, size, is_small(plain))
 
 
 def _moved(plain: nn.Module, place: torch.device) -> nn.Module:

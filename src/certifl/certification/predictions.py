@@ -26,6 +26,7 @@ from certifl.certification.network import Network
 from certifl.convolutions import exact_convolutions
 from certifl.errors import InputError
 from certifl.outside import open_parquet, parse_json
+from certifl.threads import one_thread
 
 __all__ = ["Predictions", "predict_plain"]
 
@@ -126,7 +127,11 @@ def predict_plain(network: Network, images: Tensor) -> Ints:
     for part in images.to(network.device).split(network.batch_size):
         # Every call has the same number of rows, as in voting; what fills it up is not looked at.
         filled = part[torch.arange(network.batch_size, device=part.device) % len(part)]
-        with torch.inference_mode(), exact_convolutions(network.device):
+        with (
+            torch.inference_mode(),
+            exact_convolutions(network.device),
+            one_thread(network.threads == 1),
+        ):
             logits = network.call(filled)[: len(part)]
         answers.append(logits.argmax(dim=1).cpu().numpy())
     return np.concatenate(answers).astype(np.int64)

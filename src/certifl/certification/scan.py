@@ -16,19 +16,28 @@ import torch
 from torch import Tensor
 
 from certifl.certification.counts import Votes
-from certifl.certification.settings import GRID_POINTS, Settings
+from certifl.certification.settings import (
+    GRID_POINTS,
+    Settings,
+    check_reachable,
+    least_that,
+    too_few_votes,
+)
 from certifl.certification.votes import CHUNK, Request, VoteCounter, votes_per_turn
 from certifl.errors import InputError
 from certifl.perturbations.base import Perturbation
-from certifl.smoothing.scan import Reading, read_scan
+from certifl.smoothing.laws import LAWS
+from certifl.smoothing.scan import BETS, SHARES, Reading, read_scan
 from certifl.smoothing.sequential import grid_steps
 from certifl.smoothing.strata import Scan, passes_of
 from certifl.streams import vote_generator
 
 __all__ = [
     "cast",
+    "check_votes",
     "claims",
     "describe_scan",
+    "largest_radius",
     "parameters",
     "read_votes",
     "scan_from",
@@ -60,6 +69,52 @@ def scan_of(perturbation: Perturbation, settings: Settings) -> Scan:
     low, high, periodic = _STRETCHES[perturbation.family](perturbation.sigma, settings.reach)
     passes = passes_of(settings.n, perturbation.sigma, high - low)
     return Scan(perturbation.sigma, low, high, periodic, passes)
+
+
+def check_votes(perturbation: Perturbation, settings: Settings) -> None:
+    """Refuse settings with which votes that all agree certify nothing, or none of the radii.
+
+    Raises:
+        InputError: as `Settings.grid`, and for "scan" as `scan_of`.
+    """
+    if settings.estimator != "scan":
+        settings.grid(perturbation)
+        return
+    scan = scan_of(perturbation, settings)
+    if not _decides(scan, settings.alpha):
+        least = _sufficient_votes(scan, settings.alpha)
+        raise too_few_votes(settings.n, settings.alpha, least)
+    if settings.radii is not None:
+        farthest = min(-scan.ends[0], scan.ends[1])
+        check_reachable(settings.radii, farthest, perturbation.unit, settings.n)
+
+
+def _decides(scan: Scan, alpha: float) -> bool:
+    """Whether votes that all agree certify the class at 0."""
+    agreed = np.zeros((1, int(scan.totals[-1])), np.uint8)
+    return bool(read_scan(scan, agreed, np.zeros(1, np.int64), alpha).certified[0])
+
+
+def _sufficient_votes(scan: Scan, alpha: float) -> int:
+    """A number of votes from which on the class at 0 is certified where all agree.
+
+    Which strata stand for a window depends on how the stretch is cut, so a few smaller numbers
+    may do as well. k agreeing pairs less 2 strata, the most that a window's run is off, are
+    enough; a window of k pairs takes k + 1 strata.
+    """
+    pairs = least_that(lambda k: 2.0 / alpha < float(SHARES @ np.exp(BETS * (k - 2.0))))
+    return 2 * math.ceil((pairs + 1) * scan.width / (2.0 * scan.sigma))
+
+
+def largest_radius(conditions: Mapping[str, Any]) -> float:
+    """The largest radius that certificates of these conditions can have; infinity if unknown."""
+    if "scan" in conditions:
+        low, high = scan_from(conditions).ends
+        return min(-low, high)
+    law = LAWS.get(str(conditions.get("law")))
+    if law is None or not {"sigma", "n", "alpha"} <= conditions.keys():
+        return math.inf
+    return law.largest_radius(conditions["sigma"], conditions["n"], conditions["alpha"])
 
 
 def _turn(sigma: float, reach: float | None) -> tuple[float, float, bool]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +13,17 @@ from numpy.typing import NDArray
 from certifl.errors import InputError
 from certifl.perturbations.base import Perturbation
 from certifl.smoothing import curves, sequential
+from certifl.smoothing.bounds import BOUNDS
 
-__all__ = ["ESTIMATORS", "GRID_POINTS", "KEEPS", "Settings"]
+__all__ = [
+    "ESTIMATORS",
+    "GRID_POINTS",
+    "KEEPS",
+    "Settings",
+    "check_reachable",
+    "least_that",
+    "too_few_votes",
+]
 
 GRID_POINTS = 50
 _MOST_VOTES = 10**9
@@ -92,11 +102,7 @@ class Settings:
             known = ", ".join(ESTIMATORS)
             raise InputError(f"estimator must be one of {known}; got {self.estimator!r}.")
         for name in ("n0", "n"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-                raise InputError(f"{name} must be a whole number of votes; got {value!r}.")
-            if not 1 <= value <= _MOST_VOTES:
-                raise InputError(f"{name} must lie between 1 and {_MOST_VOTES}; got {value}.")
+            object.__setattr__(self, name, _checked_votes(name, getattr(self, name)))
         if not (isinstance(self.alpha, float) and 0.0 < self.alpha < 0.5):
             raise InputError(
                 f"alpha is the probability of a wrong certificate and must lie between 0 and 0.5; "
@@ -146,17 +152,52 @@ class Settings:
             InputError: so few votes that none of them could certify anything, all agreeing; or
                 radii of which n votes can certify none.
         """
+        if self.bounds in BOUNDS and not self.decides():
+            raise too_few_votes(self.n, self.alpha, self.least_votes())
         largest = perturbation.law.largest_radius(perturbation.sigma, self.n, self.alpha)
         if self.radii is not None:
-            _check_reachable(self.radii, float(largest), perturbation.unit, self.n)
+            check_reachable(self.radii, float(largest), perturbation.unit, self.n)
             return np.array(self.radii, dtype=np.float64)
-        if not largest > 0.0:
-            least = math.floor(-math.log2(self.alpha)) + 2
-            raise InputError(
-                f"n = {self.n} votes can certify nothing at alpha = {self.alpha}, even where they "
-                f"all agree: take n = {least} or more; 1000 and more are usual."
-            )
         return curves.even_grid(float(largest), GRID_POINTS)
+
+    def decides(self) -> bool:
+        """Whether n votes that all agree certify anything; not for "scan", see `scan`.
+
+        The last look has the most votes and the highest level, so it decides.
+        """
+        low, high = BOUNDS[self.bounds](self.n, 0, self.n, self.levels[-1])
+        return bool(low > high)
+
+    def least_votes(self) -> int:
+        """The least n at which votes that all agree certify anything, at this alpha."""
+        return least_that(lambda n: replace(self, n=n, radii=None).decides())
+
+
+def least_that(decides: Callable[[int], bool]) -> int:
+    """The least n that decides, where every larger one does too."""
+    high = 1
+    while not decides(high):
+        high *= 2
+    return bisect.bisect_left(range(high), True, lo=1, key=decides)
+
+
+def too_few_votes(n: int, alpha: float, least: int) -> InputError:
+    """The refusal of votes that could decide nothing, even where they all agree."""
+    return InputError(
+        f"n = {n} votes can decide nothing at alpha = {alpha:g}, even where they all agree: take "
+        f"n = {least} or more; 1000 and more are usual."
+    )
+
+
+def _checked_votes(name: str, value: object) -> int:
+    """A number of votes; 1e4 is one, though a float."""
+    if isinstance(value, (float, np.floating)) and float(value).is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise InputError(f"{name} must be a whole number of votes; got {value!r}.")
+    if not 1 <= value <= _MOST_VOTES:
+        raise InputError(f"{name} must lie between 1 and {_MOST_VOTES}; got {value}.")
+    return int(value)
 
 
 def _checked_radii(radii: Sequence[float]) -> tuple[float, ...]:
@@ -169,13 +210,19 @@ def _checked_radii(radii: Sequence[float]) -> tuple[float, ...]:
     return values
 
 
-def _check_reachable(radii: Sequence[float], largest: float, unit: str, n: int) -> None:
+def check_reachable(radii: Sequence[float], largest: float, unit: str, n: int) -> None:
+    """Refuse radii of which n votes can certify none.
+
+    Raises:
+        InputError: all positive ones lie beyond the largest that n votes certify.
+    """
     smallest = min((radius for radius in radii if radius > 0.0), default=0.0)
-    if 0.0 < largest < smallest:
+    if largest < smallest:
         degrees = " (5 degrees are 0.0873)" if unit == "radians" else ""
+        ways = ' An angle in degrees is written "5deg".' if unit == "radians" else ""
         raise InputError(
             f"radii are in {unit}{degrees}, and n = {n} votes certify {largest:.4g} at most, so "
-            f"none of yours, from {smallest:g} up, can be reached."
+            f"none of yours, from {smallest:g} up, can be reached.{ways}"
         )
 
 

@@ -24,6 +24,7 @@ from certifl.certification.network import Network
 from certifl.convolutions import exact_convolutions
 from certifl.perturbations.base import Perturbation
 from certifl.streams import vote_generator
+from certifl.threads import one_thread
 
 __all__ = ["CHUNK", "Request", "VoteCounter", "votes_per_turn"]
 
@@ -172,7 +173,11 @@ class VoteCounter:
         while True:
             try:
                 # Held to one way of adding up, so that the same votes are cast at every run.
-                with torch.inference_mode(), exact_convolutions(self.network.device):
+                with (
+                    torch.inference_mode(),
+                    exact_convolutions(self.network.device),
+                    one_thread(self.network.threads == 1),
+                ):
                     return work()
             except (RuntimeError, MemoryError) as error:
                 size = self.network.batch_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Annotated
 
@@ -12,7 +13,7 @@ import typer.core
 from certifl.cli import machine, results, single, studies
 from certifl.cli.common import safe_path, say, unforeseen
 from certifl.cli.deploy import deploy
-from certifl.errors import CertiflError, RequestError
+from certifl.errors import CertiflError, RequestError, UnusualValue
 
 __all__ = ["app", "main"]
 
@@ -56,7 +57,9 @@ app.add_typer(deploy, name="deploy", short_help="Real federations, over Flower."
 def main() -> None:
     """Run a command; exit with 0, 1 (the work failed) or 2 (the request was wrong)."""
     try:
-        with safe_path():
+        with safe_path(), warnings.catch_warnings():
+            warnings.simplefilter("default", UnusualValue)
+            warnings.showwarning = _shown_plainly
             app(prog_name="certifl")
     except RequestError as error:
         say(f"certifl: {error}", err=True)
@@ -74,6 +77,14 @@ def main() -> None:
     except Exception as error:  # what nobody foresaw ends in one line, too
         say(f"certifl: {unforeseen(error)}", err=True)
         sys.exit(1)
+
+
+def _shown_plainly(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object
+) -> None:
+    """A warning in one line; where it comes from matters to programmers alone."""
+    place = "" if issubclass(category, UnusualValue) else f"{filename}:{lineno}: "
+    typer.echo(f"certifl: {place}{message}", err=True)
 
 
 def _version(value: bool) -> None:

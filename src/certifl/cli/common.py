@@ -33,9 +33,11 @@ __all__ = [
     "Workers",
     "command_line",
     "interruptible",
+    "positive",
     "safe_path",
     "say",
     "unforeseen",
+    "whole",
 ]
 
 _SAFE_PATH = "PYTHONSAFEPATH"
@@ -125,6 +127,35 @@ def safe_path() -> Iterator[None]:
             os.environ.pop(_SAFE_PATH, None)
         else:
             os.environ[_SAFE_PATH] = before
+
+
+def whole(value: str | int) -> int:
+    """A whole number as a person writes it: 10000, 10_000 or 1e4.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    try:
+        return int(value)
+    except ValueError:
+        pass
+    with contextlib.suppress(ValueError):
+        number = float(value)
+        if number.is_integer():
+            return int(number)
+    raise typer.BadParameter(f"{value!r} is not a valid integer.")
+
+
+def positive(value: str | int) -> int:
+    """A whole number of at least 1.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    number = whole(value)
+    if number < 1:
+        raise typer.BadParameter(f"{number} is not at least 1.")
+    return number
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import typer
 
 from certifl.cli.common import say
 from certifl.errors import RequestError, WorkError
+from certifl.requests import check_party, check_party_settings, read_spec_file
 
 __all__ = ["deploy"]
 
@@ -95,6 +96,7 @@ def renew(
     name: Names = None,
 ) -> None:
     """Write a new certificate for the server; clients need nothing new."""
+    check_party(folder / "server")
     with _flower():
         from certifl.deploy.kit import renew as renewed
 
@@ -104,6 +106,7 @@ def renew(
 @deploy.command()
 def server(folder: Party = Path(".")) -> None:
     """Run the server until it is stopped."""
+    check_party(folder)
     with _flower():
         from certifl.deploy.serving import serve
 
@@ -128,6 +131,7 @@ def client(
     ] = None,
 ) -> None:
     """Take part with one's own images until stopped."""
+    check_party_settings(folder / "client.toml")
     with _flower():
         from certifl.deploy.serving import take_part, with_data
         from certifl.deploy.settings import load_settings
@@ -194,6 +198,7 @@ def run(
 
     Give it on the server's machine. It ends with 0 only if everything was done.
     """
+    read_spec_file(spec)
     with _flower():
         from certifl import terminal
         from certifl.deploy.conduct import Options
@@ -279,6 +284,7 @@ def _reported(place: Path, title: str) -> None:
 @deploy.command()
 def status(folder: Party = Path(".")) -> None:
     """Who is connected, on the server's machine; whether the server answers, on a client's."""
+    check_party(folder)
     with _flower():
         from certifl.deploy.studies import status_lines
 

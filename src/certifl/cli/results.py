@@ -18,6 +18,7 @@ from certifl.cli.common import (
     interruptible,
     say,
 )
+from certifl.requests import check_data_folder, check_run, check_study
 
 if TYPE_CHECKING:
     from certifl.experiments.recasting import Options
@@ -41,6 +42,8 @@ def report(
     ] = None,
 ) -> None:
     """Write one page about one run, or about several side by side."""
+    for run in runs:
+        check_run(run)
     from certifl import terminal
     from certifl.report import page_beside, summary_rows, write_report
     from certifl.store.runs import locked_for
@@ -59,6 +62,8 @@ def claims(
     out: Annotated[Path | None, typer.Option("--out", help="Write them as .json or .md.")] = None,
 ) -> None:
     """Put the paper's claims to the test: effect, 95 % interval and verdict of each."""
+    for run in runs:
+        check_study(run)
     from certifl import terminal
     from certifl.report import check_claims, claim_rows, explanation, write_claims
 
@@ -96,6 +101,9 @@ def verify(
     Ends with 1 where something does not agree, and with 2 where a run's clients kept their
     certificates: only they can verify them.
     """
+    for run in runs:
+        if not run.is_file():
+            check_run(run)
     from certifl.experiments.recasting import Options
 
     options = None
@@ -147,6 +155,8 @@ def attack(
 
     Writes attack.json into the run; `certifl report` shows it beside the certificates.
     """
+    check_run(run)
+    check_data_folder(data_dir)
     from certifl import terminal
     from certifl.experiments.attacking import Options, attack_run
     from certifl.store.runs import RunFolder
@@ -181,6 +191,9 @@ def explore(
     code: Code = None,
 ) -> None:
     """Take a few test images of each run through the deformations, for readers of its report."""
+    for run in runs:
+        check_run(run)
+    check_data_folder(data_dir)
     from certifl import terminal
     from certifl.experiments.exploring import explore_run
     from certifl.store.runs import RunFolder

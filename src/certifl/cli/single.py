@@ -18,7 +18,18 @@ from certifl.cli.common import (
     OverwriteFile,
     Sigma,
     interruptible,
+    positive,
     say,
+    whole,
+)
+from certifl.requests import (
+    IMAGE,
+    SHARD,
+    WEIGHTS,
+    check_certificate_file,
+    check_data_folder,
+    check_file,
+    check_run,
 )
 
 __all__ = ["certify", "merge", "predict"]
@@ -39,10 +50,20 @@ def certify(
     data: Annotated[str | None, typer.Option(help="Data set whose test images are used.")] = None,
     family: Family = None,
     sigma: Sigma = None,
-    images: Annotated[int, typer.Option(min=1, help="Test images, a fixed random choice.")] = 100,
+    images: Annotated[
+        int,
+        typer.Option(
+            parser=positive, metavar="NUMBER", help="Test images, a fixed random choice."
+        ),
+    ] = 100,
     estimator: Annotated[str, typer.Option(help="`certifl list` names them.")] = "sequential",
-    n0: Annotated[int, typer.Option("--n0", help="Votes that choose the class.")] = 100,
-    n: Annotated[int, typer.Option("--n", help="Fresh votes that bound it.")] = 100_000,
+    n0: Annotated[
+        int,
+        typer.Option("--n0", parser=whole, metavar="VOTES", help="Votes that choose the class."),
+    ] = 100,
+    n: Annotated[
+        int, typer.Option("--n", parser=whole, metavar="VOTES", help="Fresh votes that bound it.")
+    ] = 100_000,
     alpha: Annotated[float, typer.Option(help="Probability of a wrong certificate.")] = 1e-3,
     keep: Annotated[
         str, typer.Option(help="What stopping early keeps: certificates, or (cheaper) the curve.")
@@ -63,6 +84,12 @@ def certify(
     code: Code = None,
 ) -> None:
     """Certify a model you already have, or the model a client of a run deploys."""
+    check_certificate_file(out, overwrite)
+    check_data_folder(data_dir)
+    if weights is not None:
+        check_file(weights, WEIGHTS)
+    if run is not None:
+        check_run(run)
     from certifl import terminal
     from certifl.certification.settings import Settings
     from certifl.experiments.shards import read_shard
@@ -107,6 +134,9 @@ def merge(
     overwrite: OverwriteFile = False,
 ) -> None:
     """Put the shards of one certification together: the same file, however the work was cut."""
+    check_certificate_file(out, overwrite)
+    for shard in shards:
+        check_file(shard, SHARD)
     from certifl import terminal
     from certifl.experiments.shards import merge_shards, save_merged
 
@@ -127,13 +157,18 @@ def predict(
         int | None, typer.Option(min=0, help="Which client asks; 0 where a run has several.")
     ] = None,
     n: Annotated[
-        int | None, typer.Option("--n", min=1, help="Votes; the run's own by default.")
+        int | None,
+        typer.Option(
+            "--n", parser=positive, metavar="VOTES", help="Votes; the run's own by default."
+        ),
     ] = None,
     resize: Annotated[bool, typer.Option("--resize", help="Fit the image to the model.")] = False,
     device: Device = "auto",
     code: Code = None,
 ) -> None:
     """Label of one image with its certified radius, or abstained, and what that means."""
+    check_run(run)
+    check_file(image, IMAGE)
     from certifl import terminal
     from certifl.experiments.standalone import certify_image
 

@@ -24,6 +24,7 @@ from certifl.cli.common import (
     interruptible,
     say,
 )
+from certifl.requests import check_data_folder, read_spec_file
 
 __all__ = ["plan", "quickstart", "reproduce", "run"]
 
@@ -75,6 +76,8 @@ def run(
     answer_within: AnswerWithin = None,
 ) -> None:
     """Train, certify and report one study; the same command goes on after an interruption."""
+    read_spec_file(spec)
+    check_data_folder(data_dir)
     from certifl import terminal
     from certifl.experiments.run import Options
     from certifl.experiments.run import run as run_study
@@ -120,6 +123,8 @@ def plan(
     device: Device = "auto",
 ) -> None:
     """Votes, time, memory and disk that a study will take here; measures for a few seconds."""
+    read_spec_file(spec)
+    check_data_folder(data_dir)
     from certifl import terminal
     from certifl.experiments.planning import plan as plan_study
     from certifl.models import allow_code
@@ -158,6 +163,7 @@ def reproduce(
 
     The same command goes on after an interruption; several processes may work in one folder.
     """
+    check_data_folder(data_dir)
     from certifl import terminal
     from certifl.experiments.costs import costs
     from certifl.experiments.figures_of_the_paper import chosen_figures

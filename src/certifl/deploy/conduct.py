@@ -58,7 +58,7 @@ def conduct(spec: Spec, line: Line, options: Options) -> RunFolder:
         WorkError: too few clients came, or one did not certify; the same command goes on.
     """
     folder = RunFolder(options.out)
-    folder.check(spec.hash(), options.overwrite)
+    folder.check(spec.hash(), options.overwrite, spec.to_toml())
     if not options.overwrite and folder.complete():
         return folder
     check_start(spec, options)

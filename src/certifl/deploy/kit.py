@@ -18,12 +18,13 @@ from certifl.deploy.keys import Authority, node_key, write_secret
 from certifl.deploy.running import private_files
 from certifl.errors import InputError, SpecError, StoreMismatch
 from certifl.outside import SPEC_BYTES, read_bytes, read_toml
+from certifl.requests import CONNECTION, check_party
 from certifl.store.atomic import write_bytes, write_text
 
 __all__ = ["Connection", "client_name", "init", "load_connection", "renew"]
 
 _LOCAL = ("localhost", "127.0.0.1", "::1")
-_FILE = "connection.toml"
+_FILE = CONNECTION
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,11 @@ def load_connection(folder: Path) -> Connection:
     Raises:
         SpecError: the folder is none of a party's, or its file is wrong.
     """
+    check_party(folder)
     try:
         held = read_toml(folder / _FILE)
         made = Connection.parse(str(held["server"]), held.get("insecure", False) is True)
         return Connection(made.host, made.port, made.insecure, str(held.get("listen", "0.0.0.0")))
-    except FileNotFoundError:
-        raise SpecError(
-            f"{folder} is no party's folder: it has no {_FILE}. Give a folder that "
-            "`certifl deploy init` wrote."
-        ) from None
     except (OSError, KeyError, InputError) as error:
         raise SpecError(f"{folder / _FILE} is wrong: {error}") from error
 

@@ -58,6 +58,7 @@ from certifl.federated.states import Parts
 from certifl.models import build, fingerprint
 from certifl.outside import parse_toml
 from certifl.spec import Spec, with_settings
+from certifl.threads import threads_asked
 from certifl.work.kept import KeptStudy
 from certifl.work.private import Protection, protection, training_key
 from certifl.work.training import local_training, participation
@@ -386,10 +387,5 @@ def _metrics(update: Update) -> str:
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
-    try:
+    with threads_asked(count):
         yield
-    finally:
-        torch.set_num_threads(before)

@@ -9,9 +9,10 @@ import tomli_w
 from pydantic import Field, ValidationError, field_validator
 
 from certifl.errors import CertiflError, InputError, SpecError
-from certifl.outside import read_toml
+from certifl.outside import SPEC_BYTES, parse_toml, read_text
 from certifl.perturbations import describe as describe_perturbation
 from certifl.perturbations import from_description as perturbation_from
+from certifl.requests import check_party_settings, quotes_missing
 from certifl.spec.sections import Section
 from certifl.store.atomic import write_text
 
@@ -97,13 +98,17 @@ def load_settings(path: Path) -> Settings:
     Raises:
         SpecError: the file is missing, is no TOML, or holds a wrong key or value.
     """
+    check_party_settings(path)
+    text = ""
     try:
-        return Settings.model_validate(read_toml(path))
-    except FileNotFoundError:
+        text = read_text(path, SPEC_BYTES)
+        values = parse_toml(text)
+    except (OSError, InputError) as error:
         raise SpecError(
-            f"There is no {path}. It is written by `certifl deploy init`; give the folder of "
-            "this client, as in `certifl deploy client FOLDER`."
-        ) from None
+            f"{path} cannot be read as TOML: {error}.{quotes_missing(text)}"
+        ) from error
+    try:
+        return Settings.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
@@ -112,8 +117,6 @@ def load_settings(path: Path) -> Settings:
         if first["type"] == "extra_forbidden":
             reason = f"no such key; allowed here: {allowed}"
         raise SpecError(f"{path}: {key}: {reason}.") from error
-    except (OSError, InputError) as error:
-        raise SpecError(f"{path} cannot be read as TOML: {error}.") from error
 
 
 def save_settings(path: Path, settings: Settings) -> None:

@@ -37,7 +37,7 @@ def run_study(spec: Spec, kit: Path, options: Options) -> RunFolder:
         WorkError: the server is not there, or the study failed; the same call goes on.
     """
     folder = RunFolder(options.out)
-    folder.check(spec.hash(), options.overwrite)
+    folder.check(spec.hash(), options.overwrite, spec.to_toml())
     if not options.overwrite and folder.complete():
         return folder
     name = hashlib.sha256(str(options.out.resolve()).encode()).hexdigest()[:16]

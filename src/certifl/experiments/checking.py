@@ -37,7 +37,7 @@ from certifl.experiments.checking_run import (
 )
 from certifl.federated.engine import deployed_model
 from certifl.models import fingerprint
-from certifl.perturbations import Perturbation, from_description
+from certifl.perturbations import Perturbation, from_record
 from certifl.spec import Spec
 from certifl.store.checkpoints import StoredRound
 from certifl.store.runs import RunFolder
@@ -278,7 +278,7 @@ def _of_curves(folder: RunFolder, spec: Spec) -> Verification:
 def _told_as_asked(client: int, facts: Any, spec: Spec) -> list[str]:
     """A client may certify a perturbation of its own; everything else is the study's."""
     try:
-        perturbation = from_description(facts["description"])
+        perturbation = from_record(facts["description"])
         own = perturbation != spec.perturbations()[client]
         left_out = _BY_AMOUNT if own else ()
         return _other_facts(facts, spec, client, perturbation, f"of client {client} ", left_out)

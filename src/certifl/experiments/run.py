@@ -94,7 +94,7 @@ def run(spec: Spec, options: Options) -> RunFolder:
         StoreError: the folder cannot be written; what is there stays whole.
     """
     folder = RunFolder(options.out)
-    folder.check(spec.hash(), options.overwrite)
+    folder.check(spec.hash(), options.overwrite, spec.to_toml())
     check_trackers(options.track)
     if not options.overwrite and folder.complete():
         track_finished(options.track, folder)

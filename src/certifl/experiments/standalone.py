@@ -23,6 +23,7 @@ from certifl.experiments.shards import WHOLE, Shard
 from certifl.models import build
 from certifl.models.weights import load_weights, read_checkpoint, weights_in
 from certifl.perturbations import Perturbation, PixelNoise, describe, from_description
+from certifl.requests import WEIGHTS, check_certificate_file, check_file
 from certifl.spec import Spec
 from certifl.store.atomic import load_tensors
 from certifl.store.runs import RunFolder
@@ -115,12 +116,9 @@ def certify_standalone(request: Request, report: Report | None = None) -> Certif
 
 
 def _check_options(request: Request) -> None:
-    if request.out.suffix not in (".parquet", ".tsv") or request.out.is_dir():
-        raise InputError(f"--out must be a file .parquet or .tsv; got {str(request.out)!r}.")
+    check_certificate_file(request.out, request.overwrite)
     if request.shard != WHOLE and request.out.suffix != ".parquet":
         raise InputError("--shard needs an --out file .parquet: `certifl merge` reads no other.")
-    if request.out.exists() and not request.overwrite:
-        raise StoreMismatch(f"{request.out} exists already; give --overwrite to replace it.")
     if (request.run is None) == (request.model is None):
         raise InputError(
             "Give either --run RUN (and --client), or --model module:function with --weights "
@@ -200,8 +198,7 @@ def _from_model(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:
 
 
 def _weights(path: Path) -> Mapping[str, Tensor]:
-    if not path.is_file():
-        raise InputError(f"There are no weights at {path}.")
+    check_file(path, WEIGHTS)
     if path.suffix == ".safetensors":
         try:
             return load_tensors(path)

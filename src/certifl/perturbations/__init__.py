@@ -17,7 +17,7 @@ from certifl.perturbations.base import Perturbation
 from certifl.perturbations.deformations import Affine, Rotation, Scaling, Translation
 from certifl.perturbations.flows import DenseFlow, SmoothFlow
 from certifl.perturbations.pixel import PixelNoise
-from certifl.perturbations.registry import PERTURBATIONS, describe, from_description
+from certifl.perturbations.registry import PERTURBATIONS, describe, from_description, from_record
 from certifl.perturbations.units import format_amount, parse_sigma
 
 __all__ = [
@@ -33,5 +33,6 @@ __all__ = [
     "describe",
     "format_amount",
     "from_description",
+    "from_record",
     "parse_sigma",
 ]

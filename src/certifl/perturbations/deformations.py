@@ -17,7 +17,7 @@ from torch import Tensor
 
 from certifl.errors import InputError
 from certifl.perturbations.base import check_image_shape, draw, image_shape_of, matched, one_of
-from certifl.perturbations.units import parse_sigma
+from certifl.perturbations.units import parse_sigma, warn_beyond
 from certifl.perturbations.warp import GEOMETRIES, PADDINGS, Grid, grid_of, warp
 from certifl.smoothing.laws import GAUSSIAN, UNIFORM, Law
 
@@ -27,6 +27,10 @@ _ONE_INTERPOLATION = (
     "The certificate is in parameter space: it promises the smoothed classifier of ONE "
     "interpolation of the pristine image with the summed parameters. A system that receives an "
     "already deformed image interpolates twice, which this does not cover{}."
+)
+_LEAVES = (
+    "the image leaves the frame in many draws. 1 is a shift by half the image; a shift by k "
+    "pixels of w is 2 k / w."
 )
 
 
@@ -53,11 +57,24 @@ class Deformation(ABC):
     unit: str = field(init=False, repr=False, compare=False)
     reach: str = field(init=False, repr=False, compare=False)
     exception: str = field(init=False, repr=False, compare=False, default="")
+    # The largest sigma that passes without a warning, and what a larger one does.
+    usual: float = field(init=False, repr=False, compare=False, default=1.0)
+    beyond: str = field(init=False, repr=False, compare=False, default=_LEAVES)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sigma", parse_sigma(self.sigma, self.unit))
+        given = self.sigma
+        object.__setattr__(self, "sigma", parse_sigma(given, self.unit))
         one_of("padding", self.padding, PADDINGS)
         one_of("geometry", self.geometry, GEOMETRIES)
+        self.check()
+        warn_beyond(given, self.sigma, self.usual, self.unit, self.beyond)
+
+    def check(self) -> None:  # noqa: B027 - most families have nothing to add
+        """Refuse settings that the family has no meaning for.
+
+        Raises:
+            InputError: there is none.
+        """
 
     @property
     def norm(self) -> str:
@@ -147,12 +164,15 @@ class Translation(Deformation):
 class Rotation(Deformation):
     """Rotation by beta about the image centre, uniform on [-sigma, sigma].
 
+    Radii of Corollary 1 stay below sigma: to certify 18 degrees, sigma must be larger. The "scan"
+    estimator has no such limit.
+
     u = x (cos beta - 1) - y sin beta,  v = x sin beta + y (cos beta - 1), in pixels, so images
     that are not square rotate without shear. A quarter turn is `torch.rot90(image, 1, (-2, -1))`:
     positive angles turn the picture counter-clockwise.
 
     Attributes:
-        sigma: largest angle, radians, at most pi; "18deg" and "0.1pi" are understood.
+        sigma: largest angle drawn, radians, at most pi; "18deg", "18°" and "0.1pi" are understood.
         padding, geometry: as in `Deformation`.
     """
 
@@ -160,9 +180,14 @@ class Rotation(Deformation):
     law = UNIFORM
     unit = "radians"
     reach = "Rotations about the image centre, either way, by an angle of at most the radius."
+    usual = math.pi / 2
+    beyond = (
+        "angles are in radians, and this one turns images upside down. An angle in degrees is "
+        'written "18deg"; one that is meant, such as "120deg", likewise.'
+    )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """At most a half turn."""
         if self.sigma > math.pi:
             raise InputError(
                 f"sigma = {self.sigma:g} radians is {math.degrees(self.sigma):.0f} degrees, more "
@@ -192,6 +217,8 @@ class Rotation(Deformation):
 class Scaling(Deformation):
     """Scaling of the sampling grid by 1 + s about the image centre, uniform on [-sigma, sigma].
 
+    Radii of Corollary 1 stay below sigma; the "scan" estimator has no such limit.
+
     nu = (s x, s y): positive s reads farther out, so the picture shrinks.
 
     Attributes:
@@ -207,8 +234,8 @@ class Scaling(Deformation):
         "1 + radius."
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """At most 1, where the image shrinks to a point or turns over."""
         if self.sigma > 1.0:
             raise InputError(
                 f"sigma = {self.sigma:g} is a relative change, and beyond 1 the image turns over. "

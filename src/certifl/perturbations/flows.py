@@ -47,8 +47,8 @@ class SmoothFlow(Deformation):
         "at most the radius."
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """At least one cosine an axis."""
         if isinstance(self.bases, bool) or not isinstance(self.bases, int) or self.bases < 1:
             raise InputError(f"bases must be a whole number of at least 1, got {self.bases!r}.")
 

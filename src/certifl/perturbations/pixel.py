@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from certifl.perturbations.base import check_image_shape, draw, image_shape_of, matched
-from certifl.perturbations.units import parse_sigma
+from certifl.perturbations.units import parse_sigma, warn_beyond
 from certifl.smoothing.laws import GAUSSIAN
 
 __all__ = ["PixelNoise"]
 
 _LEVELS = 255.0
+_LARGEST_USUAL = 2.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,13 @@ class PixelNoise:
     dim = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sigma", parse_sigma(self.sigma, self.unit))
+        given = self.sigma
+        object.__setattr__(self, "sigma", parse_sigma(given, self.unit))
+        meaning = (
+            "intensities lie between 0 and 1, so the image is lost in such noise. A sigma on the "
+            f"scale of 0 to 255 is divided by 255: {self.sigma / _LEVELS:.3g}."
+        )
+        warn_beyond(given, self.sigma, _LARGEST_USUAL, self.unit, meaning)
         object.__setattr__(self, "exact", bool(self.exact))
 
     @property

@@ -11,8 +11,9 @@ from certifl.perturbations.base import Perturbation
 from certifl.perturbations.deformations import Affine, Rotation, Scaling, Translation
 from certifl.perturbations.flows import DenseFlow, SmoothFlow
 from certifl.perturbations.pixel import PixelNoise
+from certifl.perturbations.units import from_records
 
-__all__ = ["PERTURBATIONS", "describe", "from_description"]
+__all__ = ["PERTURBATIONS", "describe", "from_description", "from_record"]
 
 PERTURBATIONS: dict[str, type[Perturbation]] = {
     "pixel": PixelNoise,
@@ -74,6 +75,16 @@ def from_description(description: Mapping[str, Any]) -> Perturbation:
     if "sigma" not in description:
         raise InputError(f"{family} needs a sigma, the scale of its noise, in {made.unit}.")
     return made(**{name: description[name] for name in known if name in description})
+
+
+def from_record(description: Mapping[str, Any]) -> Perturbation:
+    """The perturbation that `describe` wrote down; an unusual sigma is not warned of again.
+
+    Raises:
+        InputError: as `from_description`.
+    """
+    with from_records():
+        return from_description(description)
 
 
 def _settings(perturbation: Any) -> list[str]:

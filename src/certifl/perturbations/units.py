@@ -6,19 +6,33 @@ written in other ways: the study's sigma 0.1 for rotation means 0.1 pi radians, 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any
 
-from certifl.errors import InputError
+from certifl.errors import InputError, UnusualValue
 from certifl.smoothing.rounding import floor_text
 
-__all__ = ["format_amount", "parse_sigma"]
+__all__ = [
+    "format_amount",
+    "from_records",
+    "parse_amount",
+    "parse_amounts",
+    "parse_sigma",
+    "warn_beyond",
+]
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-_TEXT = re.compile(rf"\s*(?P<number>{_NUMBER})\s*(?P<unit>\*?\s*pi|deg)?\s*")
 _SMALLEST, _LARGEST = 1e-12, 1e9  # float32 holds their squares, and sums of those
+_TEXT = re.compile(rf"\s*(?P<number>{_NUMBER})\s*(?P<unit>\*?\s*(?:pi|π)|deg|°)?\s*")
 _WAYS = 'Write a positive number such as 0.25; for angles also "0.1pi", "0.1*pi" or "18deg".'
+_ANGLE = "radians"
+_recorded: ContextVar[bool] = ContextVar("recorded", default=False)
 
 
 def parse_sigma(value: float | str, unit: str | None = None) -> float:
@@ -26,7 +40,7 @@ def parse_sigma(value: float | str, unit: str | None = None) -> float:
 
     >>> parse_sigma(" 0.3 ")
     0.3
-    >>> parse_sigma("18deg") == parse_sigma("0.1pi") == parse_sigma("0.1*pi")
+    >>> parse_sigma("18deg") == parse_sigma("18°") == parse_sigma("0.1pi") == parse_sigma("0.1*pi")
     True
 
     Args:
@@ -42,7 +56,7 @@ def parse_sigma(value: float | str, unit: str | None = None) -> float:
             is not finite and positive.
     """
     if isinstance(value, str):
-        sigma = _parse_text(value, unit)
+        sigma = _parse_text(value, unit, "sigma")
     elif isinstance(value, numbers.Real) and not isinstance(value, bool):
         sigma = _as_float(value)
     else:
@@ -67,19 +81,89 @@ def _as_float(value: float) -> float:
         return math.inf
 
 
-def _parse_text(text: str, unit: str | None) -> float:
+def parse_amount(value: float | str, unit: str | None, name: str) -> float:
+    """A radius or reach as a float in a family's unit: a number, or an angle with its unit.
+
+    >>> parse_amount("45deg", "radians", "reach") == math.pi / 4
+    True
+
+    Args:
+        value: any real number, of which the caller knows the range; or text such as "5deg".
+        unit: of the family.
+        name: what the amount is, for the message.
+
+    Raises:
+        InputError: neither of the two, or an angle for a family without one.
+    """
+    if isinstance(value, str) and _unit_of(value) is not None:
+        return _parse_text(value, unit, name)
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
+    angle = ', or an angle with its unit such as "5deg"' if unit == _ANGLE else f" in {unit}"
+    raise InputError(f"{name} must be a positive number{angle}; got {value!r}.")
+
+
+def parse_amounts(values: Any, unit: str | None, name: str = "radii") -> tuple[float, ...]:
+    """Several amounts, as `parse_amount` reads each.
+
+    Raises:
+        InputError: no list of amounts, or one of them cannot be read.
+    """
+    example = '["5deg", "10deg"]' if unit == _ANGLE else "[0.0, 0.1]"
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise InputError(f"{name} must be a list such as {example}; got {values!r}.")
+    try:
+        return tuple(parse_amount(value, unit, name) for value in values)
+    except InputError as error:
+        raise InputError(f"{name} must be a list such as {example}: {error}") from error
+
+
+def warn_beyond(given: float | str, sigma: float, limit: float, unit: str, meaning: str) -> None:
+    """Warn that a sigma given as a plain number is larger than anybody is likely to mean.
+
+    An angle with its unit written out was meant, and a sigma from a record was warned of before.
+
+    Args:
+        given: as it was written.
+        sigma: as it was read.
+        limit: the largest that passes without a word.
+        unit: of the family.
+        meaning: what such a sigma does to an image, and what was perhaps meant.
+    """
+    written_out = isinstance(given, str) and _unit_of(given) is not None
+    if sigma > limit and not written_out and not _recorded.get():
+        # The level of whoever calls the constructor: this, __post_init__, __init__, the call.
+        warnings.warn(f"sigma = {sigma:g} {unit}: {meaning}", UnusualValue, stacklevel=4)
+
+
+@contextlib.contextmanager
+def from_records() -> Iterator[None]:
+    """While perturbations are made from records, no sigma is warned of a second time."""
+    before = _recorded.set(True)
+    try:
+        yield
+    finally:
+        _recorded.reset(before)
+
+
+def _unit_of(text: str) -> str | None:
+    found = _TEXT.fullmatch(text)
+    return None if found is None else found["unit"]
+
+
+def _parse_text(text: str, unit: str | None, name: str) -> float:
     found = _TEXT.fullmatch(text)
     if found is None:
-        raise InputError(f"sigma cannot be read from {text!r}. {_WAYS}")
+        raise InputError(f"{name} cannot be read from {text!r}. {_WAYS}")
     number, suffix = float(found["number"]), found["unit"]
     if suffix is None:
         return number
-    if unit not in (None, "radians"):
+    if unit not in (None, _ANGLE):
         raise InputError(
-            f"{text!r} is an angle, but sigma of this family is measured in {unit}. "
+            f"{text!r} is an angle, but {name} of this family is measured in {unit}. "
             "Write a plain number in that unit."
         )
-    return math.radians(number) if suffix == "deg" else number * math.pi
+    return math.radians(number) if suffix in ("deg", "°") else number * math.pi
 
 
 def format_amount(value: float, unit: str, digits: int = 3) -> str:

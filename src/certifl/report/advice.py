@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from certifl.report.compare import ClientComparison, ranking
-from certifl.report.markup import Markup, el, table
+from certifl.report.markup import Markup, el, table, verbatim
 from certifl.report.results import Row
 from certifl.report.story import Story, named
 from certifl.report.summary import Share, image_numbers, shares_over_seeds
@@ -208,7 +208,7 @@ def _row(story: Story, one: Recommendation, own: _Accuracies) -> list[str]:
     return [
         str(one.client),
         str(one.images),
-        advice,
+        verbatim(advice),
         scale.text(one.acr),
         _share_text(own.shares[one.best]),
         by_margin(one.margin, scale) if one.margin else "–",

@@ -54,16 +54,19 @@ def explorer_payload(
         found = _images(story, records, most)
         # One perturbation has the same walks in every run; a run that took others is left out.
         walks = [{name: walk[name] for name in _WAY} for walk in found[0]["walks"]]
-        alike = [_without_words(i) for i in found if _words_of(i) == _words_of(found[0])]
+        alike = _seen_by_all(
+            [_without_words(i) for i in found if _words_of(i) == _words_of(found[0])]
+        )
+        shown = {run["run"] for run in alike[0]["runs"]}
         return {
             "walks": walks,
             "names": _class_names(story.runs[0].runs[0]),
             "pictures": pictures,
-            "votes": {str(place): record["votes"] for place, record in records.items()},
+            "votes": {str(p): record["votes"] for p, record in records.items() if p in shown},
             "planeVotes": {
                 str(place): record["plane_votes"]
                 for place, record in records.items()
-                if record.get("plane_votes")
+                if record.get("plane_votes") and place in shown
             },
             "images": alike if pictures else [_without_pixels(image) for image in alike],
         }
@@ -102,6 +105,24 @@ def explored_records(story: Story) -> list[tuple[int, Record]]:
 
 def _words_of(image: Record) -> list[list[str]]:
     return [[walk[name] for name in _WAY] for walk in image["walks"]]
+
+
+def _seen_by_all(images: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The images that the same runs explored, as many runs as there is an image for.
+
+    What stands beside one picture must not be missing beside the next.
+    """
+    sets = [frozenset(run["run"] for run in image["runs"]) for image in images]
+    candidates = [*sets, frozenset.intersection(*sets)]
+    shared = max(candidates, key=lambda runs: (len(runs), sum(runs <= seen for seen in sets)))
+    return [
+        _under(shared, image) for image, seen in zip(images, sets, strict=True) if shared <= seen
+    ]
+
+
+def _under(places: frozenset[int], image: dict[str, Any]) -> dict[str, Any]:
+    """An image under some runs alone."""
+    return {**image, "runs": [run for run in image["runs"] if run["run"] in places]}
 
 
 def _without_words(image: dict[str, Any]) -> dict[str, Any]:

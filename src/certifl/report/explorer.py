@@ -11,6 +11,7 @@ from typing import Any
 from certifl.report.explored import explored_records
 from certifl.report.markup import Markup, el
 from certifl.report.story import Story, named
+from certifl.report.words import listed
 
 __all__ = ["explorer_section"]
 
@@ -28,11 +29,7 @@ def explorer_section(story: Story, found: Mapping[str, Any] | None) -> Markup:
             return Markup()
         body: list[str] = [el("p", None, f"No images to explore. {r}") for r in sorted(reasons)]
         return el("section", {"id": "explorer"}, el("h2", None, "Images"), *body)
-    rows = [
-        _row(story, place)
-        for place in range(len(story.runs))
-        if any(run["run"] == place for image in found["images"] for run in image["runs"])
-    ]
+    rows = [_row(story, place) for place in range(len(story.runs)) if place in _shown(found)]
     needs = "The explorer needs JavaScript, which this file brings along; it is switched off here."
     shown = el("div", {"class": "walkers", "id": "walkers"}, *rows)
     live = (_picker(found), _stage(found), shown, _legend(found))
@@ -48,18 +45,32 @@ def explorer_section(story: Story, found: Mapping[str, Any] | None) -> Markup:
     )
 
 
+def _shown(found: Mapping[str, Any]) -> set[int]:
+    """The runs under which every image is shown."""
+    return {run["run"] for run in found["images"][0]["runs"]}
+
+
 def _has_plane(found: Mapping[str, Any]) -> bool:
     return any(image["plane"] for image in found["images"])
 
 
 def _what(story: Story, found: Mapping[str, Any]) -> str:
-    several = " under every regime" if len(story.runs) > 1 else ""
+    shown = _shown(found)
+    which = "every regime" if len(shown) == len(story.runs) else "each regime named below"
+    several = f" under {which}" if len(shown) > 1 else ""
+    missing = [run.label for place, run in enumerate(story.runs) if place not in shown]
+    left_out = (
+        f" Not shown: {listed(missing)}, which explored other images or none; `certifl explore` "
+        "takes them."
+        if missing
+        else ""
+    )
     both = ", or shift it in both directions at once" if _has_plane(found) else ""
     pictured = "the picture is deformed, and " if found["pictures"] else ""
     return (
         f"Pick a test image and move the slider{both}: {pictured}the smoothed classifier votes on "
         f"the deformed image{several}. The thick bar is the certified range"
-        f"{', the disc the same in all directions' if both else ''}."
+        f"{', the disc the same in all directions' if both else ''}.{left_out}"
     )
 
 

@@ -1,7 +1,8 @@
 """How a regime looks everywhere: one colour, dash and marker, the same in figures and on the page.
 
 Colours are those of Okabe and Ito (2008), chosen to be told apart with any common colour
-blindness; dash and marker repeat the distinction for print in black and white.
+blindness, and two more in place of black and grey: grey stands for "too close to call". Dash and
+marker repeat the distinction for print in black and white.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ LOOKS = (
     Look(3, "#B4588F", (6.0, 1.8, 1.2, 1.8), "D"),
     Look(4, "#E69F00", (1.0, 1.2), "v"),
     Look(5, "#56B4E9", (8.0, 2.5), "P"),
-    Look(6, "#1A1A1A", (3.5, 1.2, 1.0, 1.2, 1.0, 1.2), "X"),
-    Look(7, "#7A7A7A", (1.2, 3.0), "*"),
+    Look(6, "#5B2C83", (3.5, 1.2, 1.0, 1.2, 1.0, 1.2), "X"),
+    Look(7, "#7A5C2E", (1.2, 3.0), "*"),
 )
 
 _OWN_SLOT = {"local": 0, "fedavg": 1, "personalized": 2, "mixture": 3}

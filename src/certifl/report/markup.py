@@ -7,10 +7,14 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["Attributes", "Markup", "el", "embedded_json", "join", "table"]
+from certifl.report.characters import unbroken
+
+__all__ = ["Attributes", "Markup", "el", "embedded_json", "join", "table", "verbatim"]
 
 Attributes = Mapping[str, str | bool]
 
+# Text that is copied out of the page, so not a character of it may change.
+_VERBATIM = frozenset({"code", "pre", "kbd"})
 _VOID = frozenset({"br", "img", "input", "meta", "line", "path"})
 
 
@@ -31,12 +35,23 @@ def el(name: str, attributes: Attributes | None = None, *children: str) -> Marku
     shown = "".join(_attribute(key, value) for key, value in (attributes or {}).items())
     if name in _VOID:
         return Markup(f"<{name}{shown}>" if name not in ("line", "path") else f"<{name}{shown}/>")
+    if name in _VERBATIM:
+        children = tuple(c if isinstance(c, Markup) else verbatim(c) for c in children)
     return Markup(f"<{name}{shown}>{join(children)}</{name}>")
 
 
 def join(parts: Iterable[str]) -> Markup:
-    """Parts one after the other; plain text is escaped."""
-    return Markup("".join(p if isinstance(p, Markup) else html.escape(p) for p in parts))
+    """Parts one after the other; plain text is escaped, and numbers stay with their signs."""
+    return Markup("".join(map(_text, parts)))
+
+
+def verbatim(text: str) -> Markup:
+    """Escaped text of which no character changes: the page's script writes the same."""
+    return Markup(html.escape(text))
+
+
+def _text(part: str) -> str:
+    return part if isinstance(part, Markup) else html.escape(unbroken(part))
 
 
 def _attribute(key: str, value: str | bool) -> str:

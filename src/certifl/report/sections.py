@@ -140,6 +140,8 @@ def _result_note(story: Story) -> str:
             " The clients hold different numbers of test images: certified accuracies in this "
             "table count every image once, the curves and average radii every client once."
         )
+    if any(_capped_at_sigma(run.conditions) for run in story.trained):
+        note += " Radii of this uniform law stay below σ (Corollary 1); a scan has no such limit."
     if any(_stops_early_on_wrong(run.conditions) for run in story.trained):
         note += (
             " Votes may have stopped early on images that were already seen to be classified "
@@ -161,6 +163,10 @@ def _seeds_note(story: Story) -> str:
         "seeds, wide where these are few; then its accuracies have no exact limits). A row of one "
         "seed has intervals over images alone."
     )
+
+
+def _capped_at_sigma(facts: Mapping[str, Any]) -> bool:
+    return facts.get("law") == "uniform" and facts.get("estimator") != "scan"
 
 
 def _stops_early_on_wrong(facts: Mapping[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from certifl.certification.certificates import Certificates
 from certifl.certification.settings import GRID_POINTS
 from certifl.report.intervals import Sample, interval_over_seeds, too_few
 from certifl.report.results import Row, RunResults, flat
@@ -122,7 +123,14 @@ def _own_acr(run: RunResults) -> Floats:
 
 
 def _own_curves(run: RunResults, radii: Sequence[float] | Floats) -> Floats:
-    return np.stack([run.certificates.of_client(c).certified_accuracy(radii) for c in run.clients])
+    return np.stack([_curve(run.certificates.of_client(c), radii) for c in run.clients])
+
+
+def _curve(certificates: Certificates, radii: Sequence[float] | Floats) -> Floats:
+    """One grid serves all runs of a page, so it may pass what the votes of one could certify."""
+    return curves.certified_accuracy(
+        certificates.correct, certificates.radius, np.asarray(radii, np.float64)
+    )
 
 
 def _over_seeds(row: Row, value: Callable[[RunResults], Floats]) -> Floats:

@@ -20,9 +20,10 @@ class Privacy(Section):
     """Differential privacy of training; docs/privacy.md says what it covers and what not.
 
     Attributes:
-        kind: "none", "example" (one image of a client more or less; every client adds noise to its
-            own steps) or "client" (one client more or less; the server adds noise to the average,
-            and `clients.participation` is the probability of each client to take part in a round).
+        kind: "none", "example" (one image of a client replaced by nothing; every client adds noise
+            to its own steps) or "client" (one client more or less; the server adds noise to the
+            average, and `clients.participation` is the probability of each client to take part in
+            a round).
         noise_multiplier: noise in units of `max_norm`; or
         target_epsilon: what the schedule's rounds may spend, from which the multiplier is found.
         max_norm: Euclidean length to which every image's gradient, or the change of every client's

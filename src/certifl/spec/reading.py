@@ -13,7 +13,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from certifl.errors import InputError, SpecError, StoreError
-from certifl.outside import parse_toml, read_toml
+from certifl.outside import parse_toml
+from certifl.perturbations.units import from_records
+from certifl.requests import read_spec_file
 from certifl.spec.study import Spec
 
 __all__ = ["load", "load_stored", "with_settings"]
@@ -29,18 +31,7 @@ def load(path: Path, settings: Sequence[str] = ()) -> Spec:
     Raises:
         SpecError: the file is missing, is no TOML, or a key, type, range or combination is wrong.
     """
-    try:
-        values = read_toml(path)
-    except FileNotFoundError:
-        raise SpecError(
-            f"There is no spec at {path}. Correct the path, or write one: README.md and the "
-            "folder examples show how."
-        ) from None
-    except (OSError, InputError) as error:
-        if path.is_dir():
-            raise SpecError(f"{path} is a folder. Name the .toml file of the study.") from None
-        raise SpecError(f"{path} cannot be read as a spec (TOML): {error}.") from error
-    return with_settings(values, settings)
+    return with_settings(read_spec_file(path), settings)
 
 
 def load_stored(path: Path) -> Spec:
@@ -50,7 +41,8 @@ def load_stored(path: Path) -> Spec:
         StoreError: it is missing or no longer a spec, so the run is damaged.
     """
     try:
-        return load(path)
+        with from_records():
+            return load(path)
     except SpecError as error:
         raise StoreError(f"{path} is damaged: {error}") from error
 

@@ -10,12 +10,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from certifl.certification.network import PRECISIONS
-from certifl.certification.scan import scan_of
+from certifl.certification.scan import check_votes
 from certifl.certification.settings import Settings
 from certifl.data import Column, Splitter, make_splitter
 from certifl.errors import SpecError
@@ -25,7 +26,9 @@ from certifl.federated.aggregation.base import Rule
 from certifl.federated.participation import RandomShare
 from certifl.models import MODELS
 from certifl.perturbations import describe as describe_perturbation
-from certifl.perturbations import from_description as perturbation_from
+from certifl.perturbations import from_description as perturbation_asked
+from certifl.perturbations import from_record as perturbation_from
+from certifl.perturbations.units import parse_amount, parse_amounts
 
 __all__ = [
     "NONE",
@@ -63,12 +66,26 @@ def _perturbation(*words: str) -> BeforeValidator:
                 f'must be {also}a table such as {{ family = "rotation", sigma = "18deg" }}; '
                 f"got {value!r}"
             )
-        return describe_perturbation(perturbation_from(value))
+        return describe_perturbation(perturbation_asked(value))
 
     return BeforeValidator(check)
 
 
-Positive = Annotated[int, Field(ge=1)]
+def _whole(value: Any) -> Any:
+    """1e4 is a float in TOML, and a whole number to whoever writes it."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+
+
+def _in_unit(value: Any, name: str, described: Any) -> Any:
+    """Radii or a reach as floats in the unit of what is certified; "5deg" is an amount too."""
+    if value is None or not isinstance(described, dict):
+        return value  # the perturbation is refused, or there is nothing to certify
+    unit = perturbation_from(described).unit
+    return parse_amount(value, unit, name) if name == "reach" else [*parse_amounts(value, unit)]
 
 
 class Data(Section):
@@ -259,6 +276,11 @@ class OwnPerturbation(Section):
     radii: list[float] | None = None
     reach: float | None = None
 
+    @field_validator("radii", "reach", mode="before")
+    @classmethod
+    def _amounts(cls, value: Any, info: ValidationInfo) -> Any:
+        return _in_unit(value, str(info.field_name), info.data.get("perturbation"))
+
 
 class Certification(Section):
     """The certificates.
@@ -269,15 +291,16 @@ class Certification(Section):
             the perturbation may be "none", with radii and reach of their own unit.
         images: test images per client, a fixed random choice; absent = all.
         estimator, n0, n, alpha, label_aware, keep: as in `certifl.certify`.
-        radii, reach: likewise, in the perturbation's unit, which is radians for rotation.
+        radii, reach: likewise, in the perturbation's unit, which is radians for rotation, where
+            "5deg" is understood as well.
         precision: arithmetic of the network: auto, or a name in `certification.PRECISIONS`.
     """
 
     perturbation: Annotated[dict[str, Any], _perturbation()]
     images: Positive | None = 500
     estimator: str = "sequential"
-    n0: int = 100
-    n: int = 100_000
+    n0: Whole = 100
+    n: Whole = 100_000
     alpha: float = 1e-3
     radii: list[float] | None = None
     label_aware: bool = True
@@ -285,6 +308,11 @@ class Certification(Section):
     keep: str = "certificates"
     precision: str = "auto"
     own: list[OwnPerturbation] | None = None
+
+    @field_validator("radii", "reach", mode="before")
+    @classmethod
+    def _amounts(cls, value: Any, info: ValidationInfo) -> Any:
+        return _in_unit(value, str(info.field_name), info.data.get("perturbation"))
 
     @field_validator("precision")
     @classmethod
@@ -298,10 +326,8 @@ class Certification(Section):
             raise ValueError(f"own names client {twice[0]} twice; a client has one perturbation")
         for client in (None, *(own.clients[0] for own in self.own or ())):
             described, settings = self.of(client), self.settings(client)
-            if described != NONE and settings.estimator == "scan":
-                scan_of(perturbation_from(described), settings)
-            elif described != NONE:
-                settings.grid(perturbation_from(described))  # refuses too few votes for any
+            if described != NONE:
+                check_votes(perturbation_from(described), settings)
         return self
 
     def of(self, client: int | None = None) -> Any:

@@ -16,7 +16,7 @@ from certifl.federated.base import Algorithm
 from certifl.federated.objectives import OBJECTIVES
 from certifl.federated.objectives.base import Objective
 from certifl.perturbations import Perturbation
-from certifl.perturbations import from_description as perturbation_from
+from certifl.perturbations import from_record as perturbation_from
 from certifl.spec.privacy import Privacy, check_privacy
 from certifl.spec.sections import (
     NONE,

@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import shutil
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = ["FINISHED", "RUNNING", "RunFolder", "locked_for", "require_own_folder
 RUNNING, FINISHED = "running", "finished"
 _MARK, _LOCK = "run.json", ".lock"
 _MOST = 100_000  # pixels of a side, channels, classes
+_MOST_KEYS = 6
 
 
 @dataclass(frozen=True)
@@ -181,8 +183,13 @@ class RunFolder:
         except (StoreError, StoreMismatch):
             return False
 
-    def check(self, spec_hash: str, overwrite: bool = False) -> None:
+    def check(self, spec_hash: str, overwrite: bool = False, spec_toml: str = "") -> None:
         """Refuse the folder if it is not free for one spec; nothing is written.
+
+        Args:
+            spec_hash: of the spec.
+            overwrite: whether a run that is there may be replaced.
+            spec_toml: the spec as text; with it a refusal names the keys that differ.
 
         Raises:
             StoreMismatch: the folder holds another study, or files that are no run.
@@ -191,7 +198,8 @@ class RunFolder:
             held = self.manifest().get("spec_hash")
             if held != spec_hash:
                 raise StoreMismatch(
-                    f"{self.path} holds another study (spec {held}, asked for {spec_hash}). "
+                    f"{self.path} holds another study (spec {held}, asked for {spec_hash})"
+                    f"{self._differing(spec_toml)}. "
                     "Choose another folder with --out, or give --overwrite to replace it."
                 )
         if self.exists() or not self.path.is_dir():
@@ -204,6 +212,27 @@ class RunFolder:
                 "Choose an empty or new folder with --out."
             )
 
+    def _differing(self, spec_toml: str) -> str:
+        """Which keys of the stored spec have other values in this one, in words."""
+        if not spec_toml:
+            return ""
+        try:
+            stored, asked = (
+                _flat(tomllib.loads(text)) for text in (self.spec.read_text(), spec_toml)
+            )
+        except (OSError, ValueError):
+            return ""  # a damaged spec is reported where it is read
+        differing = [key for key in {**stored, **asked} if stored.get(key) != asked.get(key)]
+        keys = [key for key in differing if key != "name"]  # a name changes no result
+        if not keys:
+            return ""
+        shown = [
+            f"{key} is {_value(stored, key)} there and {_value(asked, key)} here"
+            for key in keys[:_MOST_KEYS]
+        ]
+        more = len(keys) - _MOST_KEYS
+        return ": " + "; ".join([*shown, *([f"and {more} more"] if more > 0 else [])])
+
     def begin(self, spec_toml: str, spec_hash: str, overwrite: bool = False) -> None:
         """Open the folder for one spec, new or to go on with; only while it is `locked`.
 
@@ -211,7 +240,7 @@ class RunFolder:
             StoreMismatch: the folder holds another study, or files that are no run.
             StoreError: the folder cannot be written.
         """
-        self.check(spec_hash, overwrite)
+        self.check(spec_hash, overwrite, spec_toml)
         if overwrite and self.exists():
             self._clear()
         self.clean()
@@ -402,3 +431,16 @@ def _damaged(path: Path, why: str) -> StoreError:
         f"{path / _MARK} is damaged ({why}). The command that computed the run makes "
         "it again with --overwrite, or elsewhere with --out."
     )
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Tables in tables as keys such as training.lr."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = value if isinstance(value, Mapping) else None
+        found.update({before + key: value} if inner is None else _flat(inner, f"{before}{key}."))
+    return found
+
+
+def _value(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key], default=str) if key in values else "not set"

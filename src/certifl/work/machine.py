@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from certifl._version import __version__
+from certifl.threads import is_small, one_thread
 
 __all__ = [
     "give_back_memory",
@@ -23,7 +24,6 @@ __all__ = [
     "versions",
 ]
 
-_SMALL_NETWORK = 1_000_000
 _ROUNDING = ("avx", "amx", "fma", "sse4", "asimd", "bf16", "sve", "i8mm")
 _RECORDED = ("torch", "numpy", "scipy")
 
@@ -78,27 +78,17 @@ def threads_of_workers(model: nn.Module, workers: int) -> dict[str, Any]:
 
     A worker has one thread. Sums of larger networks round differently on several.
     """
-    return {"training_threads": 1} if workers and not _small(model) else {}
-
-
-def _small(model: nn.Module) -> bool:
-    return sum(p.numel() for p in model.parameters()) < _SMALL_NETWORK
+    return {"training_threads": 1} if workers and not is_small(model) else {}
 
 
 @contextlib.contextmanager
 def training_threads(model: nn.Module) -> Iterator[None]:
     """Train small networks on one thread, for steps of a millisecond are not worth sharing.
 
-    On a machine with other work, threads that wait for each other at every step cost many times
-    what they gain. The choice depends on the model alone, so a resumed run repeats it.
+    The choice depends on the model alone, whatever is asked for, so a resumed run repeats it.
     """
-    before = torch.get_num_threads()
-    if _small(model):
-        torch.set_num_threads(1)
-    try:
+    with one_thread(is_small(model)):
         yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def give_back_memory() -> None:

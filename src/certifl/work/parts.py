@@ -18,6 +18,7 @@ from certifl.data import (
 )
 from certifl.data.readers import ColumnNames
 from certifl.errors import StoreMismatch
+from certifl.requests import check_run
 from certifl.spec import Spec, load_stored
 from certifl.store.runs import RunFolder
 from certifl.work.labels import label_of
@@ -124,8 +125,7 @@ def finished_run(place: Path) -> RunFolder:
         StoreMismatch: it is no run, or not finished. StoreError: its manifest is damaged.
     """
     folder = RunFolder(place)
-    if not folder.exists():
-        raise StoreMismatch(f"{place} is no run folder: it holds no run.json.")
+    check_run(place)
     if not folder.finished():
         raise StoreMismatch(
             f"The run in {place} is not finished; repeat the command that started it."

@@ -6,7 +6,8 @@ noise of standard deviation z C is added. Its Renyi divergences compose by addit
 
     epsilon(delta) = min_a [ T rho_a(q, z) - (ln delta + ln a) / (a - 1) + ln((a - 1) / a) ]
 
-after T steps is an upper bound for datasets that differ in one record more or less.
+after T steps is an upper bound for data sets of which one has nothing in the place of a record of
+the other. Their size is public and sets q, so it is the same in both.
 
 Source: Mironov, Talwar, Zhang, Renyi Differential Privacy of the Sampled Gaussian Mechanism, 2019
 (rho_a); Balle et al., Hypothesis Testing Interpretations and Renyi Differential Privacy, 2020,

@@ -37,8 +37,8 @@ def clipped_sum(
 ) -> tuple[Gradients, Outcome]:
     """sum_j g_j min(1, C / ||g_j||), g_j the gradient of image j over all parameters together.
 
-    One image more or less changes the sum by at most C, whatever the image is: a gradient that is
-    not finite counts as zero.
+    One image replaced by nothing changes the sum by at most C, whatever the image is: a gradient
+    that is not finite counts as zero.
 
     Args:
         model: in training mode; its `.grad` are cleared.

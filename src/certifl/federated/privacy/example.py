@@ -43,11 +43,13 @@ NO_SECOND_GRADIENT = (
 
 @dataclass(frozen=True)
 class ExampleLevel:
-    """Example-level differential privacy: one image more or less hardly shows.
+    """Example-level differential privacy: one image replaced by nothing hardly shows.
 
     The law of everything that a client sends hardly depends on any one of its images. It holds
     against everybody, the server included, for the noise is added by the client. Two datasets are
-    neighbours if one has an image more; the number of images itself is public.
+    neighbors if one image of the one is replaced by nothing in the other: its place stays, is
+    drawn as before, and adds nothing to the sum. The number of images is public and the same in
+    both, for it sets the sampling rate and what sums are divided by.
 
     Attributes:
         max_norm: C, the length to which each image's gradient is clipped.

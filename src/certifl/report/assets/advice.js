@@ -77,19 +77,19 @@ parts.push((data) => {
     const others = tied.length ? `; ${advice.none} from ${listed(tied.map(label))}` : "";
     choice.textContent = `${label(best)}${others}`;
     radius.textContent = client.acr[best];
-    accuracy.textContent = client.accuracy[best][3] + (least > 0 && !sure ? ", may be less" : "");
+    accuracy.textContent = client.accuracy[best][3].replace(/ %/g, "\u00a0%") + (least > 0 && !sure ? ", may be less" : "");
     ahead.textContent = next ? next[0] : "–";
     over.textContent = alone ? alone[0] : "–";
   }
 
   function told(found, least) {
     if (!least) return "";
-    const unsure = found.filter((one) => one.best !== undefined && !one.sure).length, share = `${Math.round(100 * least)} %`;
+    const unsure = found.filter((one) => one.best !== undefined && !one.sure).length, share = `${Math.round(100 * least)}\u00a0%`;
     const over = found.filter((one) => one.best !== undefined && one.reach.length < data.runs.length);
     const close = over.filter(({ client }) => client.accuracy.some(([value, , high]) => value < least - 1e-9 && high >= least)).length;
     const parts = [];
     if (over.length) parts.push(`for ${over.length} of ${found.length} clients some regime measures below ${share} and is left out${close ? ` (for ${close} of them not beyond doubt)` : ""}`);
-    if (unsure) parts.push(`for ${unsure} it is not certain that the recommended regime reaches it: the 95 % interval of its accuracy begins below`);
+    if (unsure) parts.push(`for ${unsure} it is not certain that the recommended regime reaches it: the 95\u00a0% interval of its accuracy begins below`);
     const text = parts.join("; ");
     return text ? `${text[0].toUpperCase()}${text.slice(1)}.` : `Every regime reaches ${share} for every client, beyond doubt where recommended.`;
   }

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from certifl.report.characters import unbroken
 from certifl.report.looks import Look, looks_of
 from certifl.report.results import Row
 from certifl.report.scale import RadiusScale, family_words, scales, sigma_text
@@ -21,6 +22,7 @@ __all__ = [
     "band",
     "certified_axes",
     "default_title",
+    "first_unit",
     "frame",
     "heading",
     "legend",
@@ -30,6 +32,7 @@ __all__ = [
     "radius_axis",
     "short_name",
     "spread_out",
+    "ticks_in",
     "title_above",
 ]
 
@@ -77,7 +80,7 @@ def certified_axes(axes: Axes, runs: Sequence[Row], radii: np.ndarray) -> None:
     frame(axes)
     axes.set(xlim=(0, radii[-1]), ylim=(0, 1))
     axes.set_ylabel("certified accuracy", color=INK)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol="\N{NO-BREAK SPACE}%"))
     radius_axis(axes, runs, "radius")
 
 
@@ -86,31 +89,38 @@ def panel(axes: Axes, name: str, end: float, left: bool, lowest: bool) -> None:
     frame(axes)
     axes.set_title(name, fontsize=9, color=INK)
     axes.set(xlim=(0, end), ylim=(0, 1))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol="\N{NO-BREAK SPACE}%"))
     axes.xaxis.set_major_locator(MaxNLocator(3))
     axes.tick_params(labelleft=left, labelbottom=lowest)
 
 
+def first_unit(runs: Sequence[Row]) -> RadiusScale:
+    """The unit that is read first, as on the page: degrees for angles."""
+    return scales(runs[0].conditions, largest_radius(runs))[0]
+
+
 def radius_axis(axes: Axes, runs: Sequence[Row], what: str) -> None:
-    """The radius in the family's unit below; rotation also in degrees above."""
+    """The radius in the unit that is read first below; angles also in radians above."""
     facts = runs[0].conditions
-    units = scales(facts, largest_radius(runs))
-    axes.set_xlabel(f"{what} in {facts['unit']} ({facts['norm']})", color=INK, parse_math=False)
-    if len(units) > 1:
-        _second_axis(axes, units[0])
+    first, *others = scales(facts, largest_radius(runs))
+    axes.set_xlabel(f"{what} in {first.name} ({facts['norm']})", color=INK, parse_math=False)
+    ticks_in(axes, first, 8)
+    for other in others:
+        above = axes.secondary_xaxis("top")
+        above.set_xlabel(other.name, color=INK, fontsize=9)
+        above.tick_params(labelsize=8, colors=INK, length=3)
+        above.spines["top"].set_color(_FAINT)
 
 
-def _second_axis(axes: Axes, unit: RadiusScale) -> None:
-    def there(radius: Any) -> Any:
-        return radius * unit.factor
-
-    def back(shown: Any) -> Any:
-        return shown / unit.factor
-
-    above = axes.secondary_xaxis("top", functions=(there, back))
-    above.set_xlabel(unit.name, color=INK, fontsize=9)
-    above.tick_params(labelsize=8, colors=INK, length=3)
-    above.spines["top"].set_color(_FAINT)
+def ticks_in(axes: Axes, unit: RadiusScale, most: int) -> None:
+    """Ticks at round numbers of a unit, on an axis of stored radii that begins at 0."""
+    if unit.factor == 1.0:
+        return
+    end = axes.get_xlim()[1] * unit.factor
+    marks = [
+        t for t in MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(0, end) if t <= end
+    ]
+    axes.set_xticks([mark / unit.factor for mark in marks], [f"{mark:g}" for mark in marks])
 
 
 def frame(axes: Axes) -> None:
@@ -174,7 +184,7 @@ def _handle(look: Look) -> Line2D:
 
 def short_name(text: str, longest: int = _LONGEST_NAME) -> str:
     """A name that leaves room for the axes; the numbers beside the figure hold it in full."""
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+    return unbroken(text if len(text) <= longest else text[: longest - 1] + "…")
 
 
 def spread_out(count: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from certifl.report.figures.parts import (
     band,
     certified_axes,
     default_title,
+    first_unit,
     frame,
     heading,
     legend,
@@ -23,6 +24,7 @@ from certifl.report.figures.parts import (
     radius_axis,
     short_name,
     spread_out,
+    ticks_in,
     title_above,
 )
 from certifl.report.history import measure_curves, measures_of
@@ -84,7 +86,7 @@ def per_client_figure(runs: Sequence[Row], title: str | None = None) -> Drawing:
     radii = radius_grid(runs)
     clients = sorted({int(c) for run in runs for c in run.clients})
     columns = min(_COLUMNS, len(clients))
-    lines = -(-len(clients) // columns)
+    lines, unit = -(-len(clients) // columns), first_unit(runs)
     figure = Figure(figsize=(1.9 * columns + 1.2, 1.7 * lines + 1.3), layout="constrained")
     # Not shared axes: matplotlib's time for those grows with the square of their number.
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
@@ -97,9 +99,9 @@ def per_client_figure(runs: Sequence[Row], title: str | None = None) -> Drawing:
     for place, (client, axes) in enumerate(zip(clients, panels, strict=False)):
         lowest = place + columns >= len(clients)
         panel(axes, f"client {client}", radii[-1], left=place % columns == 0, lowest=lowest)
+        ticks_in(axes, unit, 3)
         if lowest:
-            unit = str(runs[0].conditions["unit"])
-            axes.set_xlabel(f"radius in {unit}", fontsize=8, color=INK, parse_math=False)
+            axes.set_xlabel(f"radius in {unit.name}", fontsize=8, color=INK, parse_math=False)
     for axes in panels[len(clients) :]:
         axes.set_visible(False)
     figure.supylabel("certified accuracy", fontsize=10, color=INK)
