@@ -13,8 +13,9 @@ import pytest
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-__all__ = ["PHONE", "Windows", "tab_to"]
+__all__ = ["NO_CHROMIUM", "PHONE", "Windows", "tab_to"]
 
+NO_CHROMIUM = "no Chromium on this machine: pages are not tried in a real browser"
 PHONE = 500
 """Windows narrower than this are those of a phone: with a touch screen, scaled as phones do."""
 
@@ -29,7 +30,7 @@ def find_chromium() -> str | None:
 def chromium() -> Iterator[Browser]:
     path = find_chromium()
     if path is None:
-        pytest.skip("no Chromium on this machine: pages are not tried in a real browser")
+        pytest.skip(NO_CHROMIUM)
     from playwright.sync_api import sync_playwright  # takes half a second: not for other tests
 
     with sync_playwright() as playwright, playwright.chromium.launch(executable_path=path) as one:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
 from pathlib import Path
 
@@ -12,40 +10,14 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from browser import tab_to
-from certifl.certification.certificates import Certificates
-from certifl.report import write_report
-from explorer_factory import TURN
-from plane_factory import TRANSLATION, write_planes
-from report_factory import ROTATION, make_certificates, make_manifest, write_run
-from report_pages import data_of
+from report_pages import data_of, own_page
 
 UNITS = ("degrees", "half-widths")
 
 
-def two_perturbations(quality: float, seed: int) -> Certificates:
-    """Clients 0 and 1 certify rotations, 2 and 3 translations."""
-    parts = []
-    for first, perturbation in ((0, ROTATION), (2, TRANSLATION)):
-        made = make_certificates(quality, 2, 12, perturbation, seed=seed)
-        client, index = made.client + first, made.index + 12 * first
-        parts.append(dataclasses.replace(made, client=client, index=index))
-    return Certificates.concatenate(parts)
-
-
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("own")
-    folders = []
-    for number, regime in enumerate(("local", "fedavg")):
-        certificates = two_perturbations(0.7 + 0.2 * number, number)
-        manifest = make_manifest(regime, regime.capitalize(), 4, 48)
-        folder = write_run(place / regime, certificates, manifest)
-        folders.append(folder)
-        record = json.loads(write_planes(folder, (0, 12, 24, 36)).read_text())
-        for image in record["images"][:2]:
-            image["walks"], image["plane"] = [{**image["walks"][0], **TURN}], None
-        (folder / "explorer.json").write_text(json.dumps(record))
-    return write_report(folders, place / "report.html", figures=False)
+    return own_page(tmp_path_factory.mktemp("own"))
 
 
 def test_there_is_one_file_with_a_panel_for_each(report):

@@ -145,7 +145,7 @@ def _limits(story: Story, alpha: float) -> list[tuple[str, str]]:
 
 def cost_section(story: Story) -> Markup:
     """Votes, time, hardware and versions of every run."""
-    head = ["", *(run.label for run in story.runs)]
+    head = ["Property", *(run.label for run in story.runs)]
     lines = [_cost_facts(run) for run in story.runs]
     names = list(dict.fromkeys(name for facts in lines for name in facts))
     rows = [[name, *(facts.get(name, "–") for facts in lines)] for name in names]
