@@ -16,6 +16,8 @@ import tiny_study as tiny
 
 torch.set_num_threads(1)
 
+pytest_plugins = ("browser", "required")
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:

@@ -173,6 +173,26 @@ def write_run(
     return folder
 
 
+def keep_to_themselves(folder: Path, certificates: Certificates) -> Path:
+    """What is left of a run when its clients tell curves alone."""
+    end = float(certificates.radius.max())
+    radii = np.linspace(0.0, end, 50)
+    clients = {}
+    for client in np.unique(certificates.client).tolist():
+        own = certificates.of_client(client)
+        counts = [int((own.correct & (own.radius >= radius)).sum()) for radius in radii]
+        clients[str(client)] = {
+            "radii": radii.tolist(),
+            "correct": counts,
+            "images": len(own),
+            "acr": own.average_certified_radius(),
+            "conditions": dict(own.conditions),
+        }
+    (folder / "curves.json").write_text(json.dumps({"format": 1, "clients": clients}))
+    (folder / "certificates.parquet").unlink()
+    return folder
+
+
 def make_run(
     certificates: Certificates, regime: str = "fedavg", label: str | None = None, **facts: Any
 ) -> RunResults:

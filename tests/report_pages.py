@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from certifl.certification.certificates import Certificates
 from certifl.report import write_report
-from explorer_factory import write_explorer
-from report_factory import PIXEL, make_certificates, make_manifest, write_run, write_study
+from explorer_factory import TURN, write_explorer
+from plane_factory import TRANSLATION, write_planes
+from report_factory import (
+    PIXEL,
+    ROTATION,
+    make_certificates,
+    make_manifest,
+    write_run,
+    write_study,
+)
 
-__all__ = ["HOSTILE", "data_of", "hostile_page", "study_page", "study_runs"]
+__all__ = ["HOSTILE", "data_of", "hostile_page", "own_page", "study_page", "study_runs"]
 
 HOSTILE = "<script>document.title='broken'</script>\"'&$x ${y} </noscript><img src=x>"
 
@@ -42,6 +52,31 @@ def hostile_page(place: Path) -> Path:
         ways: dict[str, str] = dict.fromkeys(("name", "words", "forward", "backward"), HOSTILE)
         write_explorer(folder, [0, 13], ways)
     return write_report(folders, place / "report.html", title=HOSTILE, figures=False)
+
+
+def two_perturbations(quality: float, seed: int) -> Certificates:
+    """Clients 0 and 1 certify rotations, 2 and 3 translations."""
+    parts = []
+    for first, perturbation in ((0, ROTATION), (2, TRANSLATION)):
+        made = make_certificates(quality, 2, 12, perturbation, seed=seed)
+        client, index = made.client + first, made.index + 12 * first
+        parts.append(dataclasses.replace(made, client=client, index=index))
+    return Certificates.concatenate(parts)
+
+
+def own_page(place: Path) -> Path:
+    """A page with a panel for each of two perturbations, all clients explored."""
+    folders = []
+    for number, regime in enumerate(("local", "fedavg")):
+        certificates = two_perturbations(0.7 + 0.2 * number, number)
+        manifest = make_manifest(regime, regime.capitalize(), 4, 48)
+        folder = write_run(place / regime, certificates, manifest)
+        folders.append(folder)
+        record = json.loads(write_planes(folder, (0, 12, 24, 36)).read_text())
+        for image in record["images"][:2]:
+            image["walks"], image["plane"] = [{**image["walks"][0], **TURN}], None
+        (folder / "explorer.json").write_text(json.dumps(record))
+    return write_report(folders, place / "report.html", figures=False)
 
 
 def data_of(page: Path, at: int = 0) -> dict[str, Any]:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Locator, Page, expect
 
-from browser import Page, find_chromium, opened
-from browsing import click, count, some_browser, tab_to, text
+from browser import tab_to
 from certifl.report.words import percent, tenths
 from report_factory import REGIMES
 from report_pages import HOSTILE, data_of, hostile_page, study_page, study_runs
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return study_runs(tmp_path_factory.mktemp("study"))
-
-
-@pytest.fixture(scope="module")
-def page(study: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return study_page(study, tmp_path_factory.mktemp("page"))
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("study")
+    return study_page(study_runs(place), place)
 
 
 @pytest.fixture(scope="module")
@@ -29,213 +24,159 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return hostile_page(tmp_path_factory.mktemp("hostile"))
 
 
-browser = pytest.fixture(scope="module")(some_browser)
+def test_the_page_loads_without_complaint_and_without_network(page, windows, report):
+    assert windows.complaints == []
+    outside = [asked for asked in windows.requests if not asked.startswith("data:")]
+    assert outside == [report.resolve().as_uri()]
 
 
-@pytest.fixture
-def shown(browser: Page, page: Path) -> Page:
-    browser.messages.clear()
-    browser.requests.clear()
-    browser.view(1280)
-    browser.open(page)
-    return browser
+def test_charts_are_drawn(page):
+    expect(page.locator("#curve-chart path.mean")).to_have_count(len(REGIMES))
+    expect(page.locator("#curve-chart path.band")).to_have_count(len(REGIMES))
+    expect(page.locator("#acr-chart path.marker")).to_have_count(len(REGIMES) * 10)
+    expect(page.locator("[data-measure] path.mean")).to_have_count(len(REGIMES) * 2)
+    expect(page.locator("svg path[d*=NaN]")).to_have_count(0)
 
 
-def test_the_page_loads_without_complaint_and_without_network(shown, page):
-    assert shown.messages == []
-    outside = [asked for asked in shown.requests if not asked.startswith("data:")]
-    assert outside == [page.resolve().as_uri()]
+def test_regimes_lines_and_bands_can_be_switched(page):
+    chart = page.locator("#curve-chart")
+    page.locator('[data-regime="2"]').uncheck()
+    expect(chart.locator("path.mean")).to_have_count(len(REGIMES) - 1)
+    expect(chart.locator('[data-run="2"]')).to_have_count(0)
+    expect(page.locator("#readout")).not_to_contain_text("Personalised")
+    page.locator('[data-regime="2"]').check()
+    expect(chart.locator('[data-run="2"]')).to_have_count(1)
+    page.get_by_label("Band: smallest to largest client").uncheck()
+    expect(chart.locator("path.band")).to_have_count(0)
+    page.get_by_label("One line per client").check()
+    expect(chart.locator("path.client")).to_have_count(len(REGIMES) * 10)
 
 
-def test_charts_are_drawn(shown):
-    assert count(shown, "#curve-chart path.mean") == len(REGIMES)
-    assert count(shown, "#curve-chart path.band") == len(REGIMES)
-    assert count(shown, "#acr-chart path.marker") == len(REGIMES) * 10
-    assert count(shown, "[data-measure] path.mean") == len(REGIMES) * 2
-    outlines = "[...document.querySelectorAll('svg path')].map(p => p.getAttribute('d'))"
-    assert not any("NaN" in outline for outline in shown.value(outlines))
-
-
-def test_regimes_lines_and_bands_can_be_switched(shown):
-    click(shown, '[data-regime="2"]')
-    assert count(shown, "#curve-chart path.mean") == len(REGIMES) - 1
-    assert count(shown, '#curve-chart [data-run="2"]') == 0
-    assert "Personalised" not in text(shown, "#readout")
-    click(shown, '[data-regime="2"]')
-    assert count(shown, '#curve-chart [data-run="2"]') == 1
-    click(shown, "#show-band")
-    assert count(shown, "#curve-chart path.band") == 0
-    click(shown, "#show-clients")
-    assert count(shown, "#curve-chart path.client") == len(REGIMES) * 10
-
-
-def test_mean_and_band_follow_the_chosen_clients(shown, page):
-    data = data_of(page)
-    click(shown, "#clients-none")
-    assert "at least one regime and one client" in text(shown, "#readout")
-    click(shown, '[data-client="3"]')
-    click(shown, '[data-client="7"]')
-    at = int(shown.value("document.getElementById('radius').value"))
+def test_mean_and_band_follow_the_chosen_clients(page, report):
+    data, readout = data_of(report), page.locator("#readout")
+    page.locator("#clients-none").click()
+    expect(readout).to_contain_text("at least one regime and one client")
+    page.locator('[data-client="3"]').check()
+    page.locator('[data-client="7"]').check()
+    at = int(page.locator("#radius").input_value())
     curves = data["runs"][0]["curves"]
     pair = sorted((curves[3][at], curves[7][at]))
-    expected = f"{percent(sum(pair) / 2)}{tenths(pair[0])} to {tenths(pair[1])}"
-    assert text(shown, "#readout > div").endswith(expected)
-    click(shown, "#clients-all")
-    assert count(shown, "[data-client]:checked") == 10
+    first = readout.locator("> div").first
+    expect(first.locator("b")).to_have_text(percent(sum(pair) / 2))
+    expect(first.locator("small")).to_have_text(f"{tenths(pair[0])} to {tenths(pair[1])}")
+    page.locator("#clients-all").click()
+    expect(page.locator("[data-client]:checked")).to_have_count(10)
 
 
-def test_the_keyboard_reaches_and_works_the_controls(shown):
-    tab_to(shown, "#radius")
-    before = text(shown, "#radius-text")
-    shown.press("ArrowRight", 39)
-    assert text(shown, "#radius-text") != before
-    spoken = "document.getElementById('radius').getAttribute('aria-valuetext')"
-    assert shown.value(spoken) == text(shown, "#radius-text")
-    tab_to(shown, '[data-regime="0"]')
-    outline = "getComputedStyle(document.activeElement).outlineStyle"
-    assert shown.value(outline) == "solid"
-    shown.press(" ", 32, text=" ")
-    assert count(shown, '#curve-chart [data-run="0"]') == 0
-    tab_to(shown, "[data-client]")
-    chip = "getComputedStyle(document.activeElement.nextElementSibling).outlineStyle"
-    assert shown.value(chip) == "solid"
+def test_the_keyboard_reaches_and_works_the_controls(page):
+    said, focus = page.locator("#radius-text"), page.locator(":focus")
+    tab_to(page, "#radius")
+    before = said.inner_text()
+    page.keyboard.press("ArrowRight")
+    expect(said).not_to_have_text(before)
+    expect(focus).to_have_attribute("aria-valuetext", said.inner_text())
+    tab_to(page, '[data-regime="0"]')
+    expect(focus).to_have_css("outline-style", "solid")
+    page.keyboard.press("Space")
+    expect(page.locator('#curve-chart [data-run="0"]')).to_have_count(0)
+    tab_to(page, "[data-client]")
+    expect(page.locator(":focus + span")).to_have_css("outline-style", "solid")
 
 
-def test_the_pointer_reads_values_off_the_chart(shown):
-    shown.value("document.getElementById('curve-chart').scrollIntoView()")
-    box = shown.value(
-        "(b => [b.x, b.y, b.width, b.height])(document.querySelector('#curve-chart svg')"
-        ".getBoundingClientRect())"
-    )
+def test_the_pointer_reads_values_off_the_chart(page):
+    chart = page.locator("#curve-chart svg")
+    box = chart.bounding_box()
     readings = []
     for share in (0.3, 0.9):
-        shown.move_mouse(box[0] + share * box[2], box[1] + box[3] / 2)
-        readings.append(float(text(shown, "#radius-text").rstrip("°")))
-    assert readings[0] < readings[1]
+        chart.hover(position={"x": share * box["width"], "y": box["height"] / 2})
+        readings.append(float(page.locator("#radius-text").inner_text().rstrip("°")))
     assert 4 < readings[0] < 6
     assert 15 < readings[1] < 17
 
 
-def test_the_unit_can_be_changed_everywhere(shown):
-    assert "degrees" in text(shown, "#curve-chart svg")
-    click(shown, '[data-unit="1"]')
-    assert "radius in radians" in text(shown, "#curve-chart svg")
-    assert "radius in radians" in text(shown, "#acr-chart svg")
-    assert text(shown, "#radius-text").endswith(" radians")
+def test_the_unit_can_be_changed_everywhere(page):
+    expect(page.locator("#curve-chart svg")).to_contain_text("degrees")
+    page.get_by_label("radians", exact=True).check()
+    expect(page.locator("#curve-chart svg")).to_contain_text("radius in radians")
+    expect(page.locator("#acr-chart svg")).to_contain_text("radius in radians")
+    expect(page.locator("#radius-text")).to_contain_text(" radians")
 
 
 @pytest.mark.parametrize("width", [320, 375, 768, 1280])
-@pytest.mark.parametrize("which", ["page", "hostile"])
-def test_nothing_is_wider_than_the_window(browser, request, width, which):
-    browser.view(width, phone=width < 500)
-    browser.open(request.getfixturevalue(which))
-    browser.value("document.querySelectorAll('details').forEach(d => { d.open = true; })")
-    browser.settle()
-    assert browser.value("document.documentElement.scrollWidth") == width
+@pytest.mark.parametrize("which", ["report", "hostile"])
+def test_nothing_is_wider_than_the_window(windows, request, width, which):
+    page = windows(request.getfixturevalue(which), width)
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
     outside = (
         "[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll, svg, .chips')"
         " && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"
     )
-    assert browser.value(outside) == []
+    assert page.evaluate(outside) == []
 
 
-def test_charts_fit_again_when_the_window_changes(shown):
-    shown.view(375, phone=True)
-    shown.settle()
-    width = "document.querySelector('#curve-chart svg').viewBox.baseVal.width"
-    assert shown.value(width) <= 375
-    assert count(shown, "#curve-chart path.mean") == len(REGIMES)
+def test_charts_fit_again_when_the_window_changes(page):
+    page.set_viewport_size({"width": 375, "height": 900})
+    page.wait_for_function(
+        "document.querySelector('#curve-chart svg').viewBox.baseVal.width <= 375"
+    )
+    expect(page.locator("#curve-chart path.mean")).to_have_count(len(REGIMES))
 
 
-def test_light_and_dark_follow_the_reader(shown, page):
+def test_light_and_dark_follow_the_reader(page):
     contrast = (
         "(s => [s.backgroundColor, s.color].map(c => c.match(/\\d+/g).map(Number)"
         ".reduce((a, b) => a + b)))(getComputedStyle(document.body))"
     )
-    paper, ink = shown.value(contrast)
-    assert paper > 600 > 150 > ink
-    shown.view(1280, dark=True)
-    paper, ink = shown.value(contrast)
-    assert paper < 150 < 600 < ink
     line = "getComputedStyle(document.querySelector('#curve-chart path.mean')).stroke"
-    dark = shown.value(line)
-    shown.view(1280)
-    assert shown.value(line) != dark
+    paper, ink = page.evaluate(contrast)
+    assert paper > 600 > 150 > ink
+    light = page.evaluate(line)
+    page.emulate_media(color_scheme="dark")
+    paper, ink = page.evaluate(contrast)
+    assert paper < 150 < 600 < ink
+    assert page.evaluate(line) != light
 
 
-def test_what_is_shown_has_a_name_for_screen_readers(shown):
-    unnamed = (
-        "[...document.querySelectorAll('input, [role=img], [role=region], button')].filter(e =>"
-        " !(e.getAttribute('aria-label') || e.textContent.trim() || (e.labels && e.labels.length))"
-        ").map(e => e.outerHTML)"
-    )
-    assert shown.value(unnamed) == []
-    assert shown.value("document.documentElement.lang") == "en"
-    assert count(shown, "h1") == 1
+def test_hostile_names_stay_text(windows, hostile):
+    page = windows(hostile)
+    expect(page).to_have_title(HOSTILE)
+    expect(page.locator("#curves .regime span").first).to_contain_text(HOSTILE)
+    expect(page.locator("#curve-chart path.mean")).to_have_count(2)
 
 
-def test_hostile_names_stay_text(browser, hostile):
-    browser.messages.clear()
-    browser.view(1280)
-    browser.open(hostile)
-    assert browser.messages == []
-    assert browser.value("document.title") == HOSTILE
-    assert HOSTILE in text(browser, "#curves .regime span")
-    assert count(browser, "#curve-chart path.mean") == 2
-
-
-def test_without_scripts_the_pictures_are_there(page):
-    chromium = find_chromium()
-    if chromium is None:
-        pytest.skip("no Chromium on this machine: the page is not tried in a real browser")
-    with opened(chromium) as plain:
-        plain.view(1280)
-        plain.without_scripts()
-        plain.open(page)
-        wide = "[...document.querySelectorAll('img.fallback')].map(i => i.naturalWidth)"
-        assert all(width > 300 for width in plain.value(wide))
-        assert len(plain.value(wide)) == 2
-        assert (
-            plain.value("getComputedStyle(document.querySelector('.controls')).display") == "none"
-        )
-        assert plain.messages == []
+def test_without_scripts_the_pictures_are_there(windows, report):
+    page = windows(report, scripts=False)
+    pictures = page.locator("img.fallback")
+    expect(pictures).to_have_count(2)
+    assert min(pictures.evaluate_all("all => all.map(image => image.naturalWidth)")) > 300
+    expect(page.locator(".controls")).to_be_hidden()
 
 
 # Advice, units, claims --------------------------------------------------------------------------
 
 
-def _set(shown: Page, selector: str, value: int) -> None:
-    """Move a slider as a reader does, with its event."""
-    name = json.dumps(selector)
-    shown.value(
-        f"(s => {{ s.value = {value}; s.dispatchEvent(new Event('input')); }})"
-        f"(document.querySelector({name}))"
-    )
-    shown.settle()
+def _advice(page: Page) -> list[list[str]]:
+    """Cells of the table, row by row."""
+    cells = "rows => rows.map(row => [...row.children].map(cell => cell.textContent))"
+    return page.locator("#advice-table tbody tr").evaluate_all(cells)
 
 
-def _rows(shown: Page) -> list[list[str]]:
-    cells = "[...row.children].map(cell => cell.textContent)"
-    return shown.value(
-        f"[...document.querySelectorAll('#advice-table tbody tr')].map(row => {cells})"
-    )
-
-
-def test_the_advice_at_no_accuracy_is_the_one_written_down(shown):
-    groups = "document.getElementById('advice').innerText"
-    written = _rows(shown), shown.value(groups)
-    _set(shown, "#accepted", 100)
-    assert (_rows(shown), shown.value(groups)) != written
-    _set(shown, "#accepted", 0)
-    assert (_rows(shown), shown.value(groups)) == written
+def test_the_advice_at_no_accuracy_is_the_one_written_down(page):
+    accepted, groups = page.locator("#accepted"), page.locator("#advice")
+    written = _advice(page), groups.inner_text()
+    accepted.fill("100")
+    assert (_advice(page), groups.inner_text()) != written
+    accepted.fill("0")
+    assert (_advice(page), groups.inner_text()) == written
 
 
 @pytest.mark.parametrize("least", [60, 85, 95])
-def test_an_accepted_accuracy_rules_regimes_out(shown, page, least):
-    _set(shown, "#accepted", least)
-    data = data_of(page)
+def test_an_accepted_accuracy_rules_regimes_out(page, report, least):
+    page.locator("#accepted").fill(str(least))
+    data = data_of(report)
     labels = [run["label"] for run in data["runs"]]
-    for cells, client in zip(_rows(shown), data["advice"]["clients"], strict=True):
+    for cells, client in zip(_advice(page), data["advice"]["clients"], strict=True):
         reach = [i for i in client["order"] if 100 * client["accuracy"][i][0] >= least - 1e-7]
         if not reach:
             assert cells[2].startswith("none: the best reaches")
@@ -248,49 +189,58 @@ def test_an_accepted_accuracy_rules_regimes_out(shown, page, least):
         assert not any(name in cells[2] for name in out)
 
 
-def test_the_keyboard_says_which_accuracy_is_accepted(shown):
-    tab_to(shown, "#accepted")
+def test_the_keyboard_says_which_accuracy_is_accepted(page):
+    tab_to(page, "#accepted")
     for _ in range(3):
-        shown.press("ArrowRight", 39)
-    assert text(shown, "#accepted-text") == "3 %"
-    assert shown.value("document.activeElement.getAttribute('aria-valuetext')") == "3 %"
+        page.keyboard.press("ArrowRight")
+    expect(page.locator("#accepted-text")).to_have_text("3 %")
+    expect(page.locator(":focus")).to_have_attribute("aria-valuetext", "3 %")
 
 
-def test_radii_as_a_share_of_sigma_and_accuracies_as_shares(shown, page):
-    click(shown, '[data-unit="2"]')
-    assert "radius in % of σ" in text(shown, "#curve-chart svg")
-    data = data_of(page)
-    _set(shown, "#radius", len(data["radii"]) - 1)
-    assert float(text(shown, "#radius-text").split()[0]) == pytest.approx(100, rel=0.02)
-    _set(shown, "#radius", 0)
-    percents = float(text(shown, "#readout b").split()[0])
-    click(shown, '[data-accuracy="1"]')
-    assert float(text(shown, "#readout b")) == pytest.approx(percents / 100)
-    assert "80 %" not in text(shown, "#curve-chart svg")
+def test_radii_as_a_share_of_sigma_and_accuracies_as_shares(page, report):
+    page.locator('[data-unit="2"]').check()
+    expect(page.locator("#curve-chart svg")).to_contain_text("radius in % of σ")
+    radius, value = page.locator("#radius"), page.locator("#readout b").first
+    radius.fill(str(len(data_of(report)["radii"]) - 1))
+    share = float(page.locator("#radius-text").inner_text().split()[0])
+    assert share == pytest.approx(100, rel=0.02)
+    radius.fill("0")
+    percents = float(value.inner_text().split()[0])
+    page.locator('[data-accuracy="1"]').check()
+    assert float(value.inner_text()) == pytest.approx(percents / 100)
+    expect(page.locator("#curve-chart svg")).not_to_contain_text("80 %")
 
 
 # The explorer ------------------------------------------------------------------------------------
 
 
-def _says(shown: Page, place: int) -> str:
-    return text(shown, f'[data-walker="{place}"] .walker-says')
+def _says(page: Page, run: int) -> Locator:
+    return page.locator(f'[data-walker="{run}"] .walker-says')
 
 
-def test_the_explorer_shows_the_picture_of_the_step(shown):
-    at = "document.getElementById('picture').getContext('2d').getImageData(9, 9, 1, 1).data[0]"
-    shown.value("document.getElementById('explorer').scrollIntoView()")
+def _pick(page: Page, number: int) -> None:
+    page.locator("#pictures input").nth(number).check()
+
+
+def test_the_explorer_shows_the_picture_of_the_step(page):
     for step in (15, 4, 30):
-        _set(shown, "#step", step)
-        assert shown.value(at) == 8 * step  # as the made-up strip has it
+        page.locator("#step").fill(str(step))
+        grey = 8 * step  # as the made-up strip has it
+        page.wait_for_function(
+            "grey => { const pen = new OffscreenCanvas(1, 1).getContext('2d');"
+            " pen.drawImage(document.getElementById('picture'), 9, 9, 1, 1, 0, 0, 1, 1);"
+            " return pen.getImageData(0, 0, 1, 1).data[0] === grey; }",
+            arg=grey,
+        )
 
 
-def test_the_explorer_says_whether_the_step_is_certified(shown, page):
-    image = next(i for i in data_of(page)["explorer"]["images"] if len(i["runs"]) == 3)
-    shown.value("document.querySelectorAll('#pictures input')[0].click()")
+def test_the_explorer_says_whether_the_step_is_certified(page, report):
+    image = next(i for i in data_of(report)["explorer"]["images"] if len(i["runs"]) == 3)
+    _pick(page, 0)
     for step in (15, 17, 21, 0):
-        _set(shown, "#step", step)
+        page.locator("#step").fill(str(step))
         for seen in image["runs"]:
-            said, walk = _says(shown, seen["run"]), seen["walks"][0]
+            said, walk = _says(page, seen["run"]).inner_text(), seen["walks"][0]
             if seen["ends"] is None:
                 assert "nothing is certified" in said
                 continue
@@ -303,51 +253,45 @@ def test_the_explorer_says_whether_the_step_is_certified(shown, page):
             assert ("right" if label == image["label"] else "wrong") in said
 
 
-def test_the_keyboard_picks_an_image_and_deforms_it(shown):
-    tab_to(shown, '#pictures input[name="picture"]')
-    before = text(shown, "#picture-words")
-    shown.press("ArrowRight", 39)
-    assert text(shown, "#picture-words") != before
-    tab_to(shown, "#step")
-    shown.press("ArrowRight", 39)
-    spoken = "document.activeElement.getAttribute('aria-valuetext')"
-    assert shown.value(spoken).startswith("2.4° counter-clockwise. ")
-    shown.press("ArrowLeft", 37)
-    shown.press("ArrowLeft", 37)
-    assert text(shown, "#step-text") == "2.4° clockwise"
+def test_the_keyboard_picks_an_image_and_deforms_it(page):
+    words = page.locator("#picture-words")
+    tab_to(page, '#pictures input[name="picture"]')
+    before = words.inner_text()
+    page.keyboard.press("ArrowRight")
+    expect(words).not_to_have_text(before)
+    tab_to(page, "#step")
+    page.keyboard.press("ArrowRight")
+    spoken = page.locator(":focus").get_attribute("aria-valuetext")
+    assert spoken.startswith("2.4° counter-clockwise. ")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#step-text")).to_have_text("2.4° clockwise")
 
 
-def test_a_click_on_a_strip_takes_the_reader_there(shown):
-    shown.value("document.querySelector('.walker:not([hidden]) .strip').scrollIntoView()")
-    shown.value(
-        "(s => { const b = s.getBoundingClientRect(); s.dispatchEvent(new MouseEvent('click',"
-        " { clientX: b.right - 10, clientY: b.top + 5 })); })"
-        "(document.querySelector('.walker:not([hidden]) .strip svg'))"
-    )
-    assert shown.value("document.getElementById('step').value") == "30"
+def test_a_click_on_a_strip_takes_the_reader_there(page):
+    strip = page.locator(".walker:not([hidden]) .strip svg").first
+    strip.click(position={"x": strip.bounding_box()["width"] - 10, "y": 5})
+    expect(page.locator("#step")).to_have_value("30")
 
 
-def test_only_regimes_that_explored_an_image_speak_of_it(shown, page):
-    images = data_of(page)["explorer"]["images"]
-    for number, image in enumerate(images):
-        shown.value(f"document.querySelectorAll('#pictures input')[{number}].click()")
-        visible = "[...document.querySelectorAll('[data-walker]')].filter(r => !r.hidden)"
-        places = shown.value(f"{visible}.map(r => Number(r.dataset.walker))")
-        assert places == [seen["run"] for seen in image["runs"]]
+def test_only_regimes_that_explored_an_image_speak_of_it(page, report):
+    for number, image in enumerate(data_of(report)["explorer"]["images"]):
+        _pick(page, number)
+        runs = "all => all.map(walker => Number(walker.dataset.walker))"
+        visible = page.locator("[data-walker]:visible").evaluate_all(runs)
+        assert visible == [seen["run"] for seen in image["runs"]]
 
 
-def test_the_certified_range_is_drawn_to_scale(shown, page):
-    shown.value("document.querySelectorAll('#pictures input')[0].click()")
-    image = data_of(page)["explorer"]["images"][0]
+def test_the_certified_range_is_drawn_to_scale(page, report):
+    _pick(page, 0)
+    image = data_of(report)["explorer"]["images"][0]
     for seen in image["runs"]:
-        bar = f'[data-walker="{seen["run"]}"] .held'
+        bar = page.locator(f'[data-walker="{seen["run"]}"] .held')
         if seen["ends"] is None:
-            assert count(shown, bar) == 0
+            expect(bar).to_have_count(0)
             continue
-        x, width, whole = shown.value(
-            f"(b => [Number(b.getAttribute('x')), Number(b.getAttribute('width')),"
-            f" b.ownerSVGElement.viewBox.baseVal.width])(document.querySelector('{bar}'))"
-        )
+        x, width = (float(bar.get_attribute(name)) for name in ("x", "width"))
+        whole = bar.evaluate("b => b.ownerSVGElement.viewBox.baseVal.width")
         values = image["walks"][0]["values"]
         wide = (whole - 20) * (seen["ends"][1] - seen["ends"][0]) / (values[-1] - values[0])
         assert width == pytest.approx(max(2, wide), abs=0.5)

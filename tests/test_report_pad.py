@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from playwright.sync_api import Page
 
-from browser import Page
-from browsing import box_of, click, count, some_browser, tab_to, text
+from browser import Windows, tab_to
 from certifl.certification.planes import SIDE
 from certifl.report import load_runs, write_report
 from plane_factory import LOOKS, pixels_at, plane_runs
@@ -31,18 +30,54 @@ def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(runs, place, figures=False)
 
 
-browser = pytest.fixture(scope="module")(some_browser)
-
-
 @pytest.fixture
-def shown(browser: Page, page: Path) -> Iterator[Page]:
-    browser.messages.clear()
-    browser.view(1280)
-    browser.open(page)
-    click(browser, "#pictures label:nth-of-type(1) input")
-    click(browser, BOTH)
-    yield browser
-    assert browser.messages == []
+def shown(windows: Windows, page: Path) -> Page:
+    shown = windows(page)
+    open_pad(shown)
+    return shown
+
+
+def open_pad(shown: Page) -> None:
+    click(shown, "#pictures label:nth-of-type(1) input")
+    click(shown, BOTH)
+
+
+def click(shown: Page, selector: str) -> None:
+    shown.locator(selector).click()
+
+
+def count(shown: Page, selector: str) -> int:
+    return shown.locator(selector).count()
+
+
+def text(shown: Page, selector: str) -> str:
+    return shown.locator(selector).text_content() or ""
+
+
+def box_of(shown: Page, selector: str) -> tuple[float, float, float, float]:
+    """Left, top, width and height in the window, after scrolling there."""
+    return shown.locator(selector).evaluate(
+        "e => { e.scrollIntoView({ block: 'center' }); const b = e.getBoundingClientRect();"
+        " return [b.x, b.y, b.width, b.height]; }"
+    )
+
+
+def drag(shown: Page, *points: tuple[float, float]) -> None:
+    shown.mouse.move(*points[0])
+    shown.mouse.down()
+    for point in points[1:]:
+        shown.mouse.move(*point)
+    shown.mouse.up()
+
+
+def touch(shown: Page, *points: tuple[float, float]) -> None:
+    """The same with a finger."""
+    session = shown.context.new_cdp_session(shown)
+    for number, (x, y) in enumerate(points):
+        kind = "touchMove" if number else "touchStart"
+        event = {"type": kind, "touchPoints": [{"x": x, "y": y}]}
+        session.send("Input.dispatchTouchEvent", event)
+    session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
 
 
 def spot(shown: Page, right: int, down: int) -> tuple[float, float]:
@@ -58,46 +93,48 @@ def point(right: int, down: int) -> int:
 
 
 def at(shown: Page) -> int:
-    return int(shown.value("document.getElementById('pad').getAttribute('aria-valuenow')"))
+    return int(shown.evaluate("document.getElementById('pad').getAttribute('aria-valuenow')"))
 
 
 def test_a_drag_shifts_the_image_both_ways(shown, page):
     assert at(shown) == MIDDLE
     assert text(shown, "#shift-text") == "none"
-    shown.drag(spot(shown, 0, 0), spot(shown, 1, 1), spot(shown, 4, -3))
+    drag(shown, spot(shown, 0, 0), spot(shown, 1, 1), spot(shown, 4, -3))
     assert at(shown) == point(4, -3)
     assert text(shown, "#shift-text") == "0.4 to the right, 0.3 up; length 0.5 half-widths"
     plane = data_of(page)["explorer"]["images"][0]["plane"]
     assert plane["texts"][SIDE // 2 - 4] == "0.4"
-    shown.move_mouse(*spot(shown, -5, 5))  # let go: the pointer alone moves nothing
+    shown.mouse.move(*spot(shown, -5, 5))  # let go: the pointer alone moves nothing
     assert at(shown) == point(4, -3)
-    shown.drag(spot(shown, -2, 0))
+    drag(shown, spot(shown, -2, 0))
     assert text(shown, "#shift-text") == "0.2 to the left; length 0.2 half-widths"
 
 
-def test_a_finger_shifts_it_without_moving_the_page(shown):
-    shown.view(390, 844, phone=True)
-    shown.settle()
+def test_a_finger_shifts_it_without_moving_the_page(windows, page):
+    shown = windows(page, 390)
+    open_pad(shown)
     before = spot(shown, 0, 0)
-    scrolled = shown.value("scrollY")
-    shown.touch(before, spot(shown, -1, 2), spot(shown, -6, 6))
+    scrolled = shown.evaluate("scrollY")
+    touch(shown, before, spot(shown, -1, 2), spot(shown, -6, 6))
     assert at(shown) == point(-6, 6)
-    assert shown.value("scrollY") == scrolled
+    assert shown.evaluate("scrollY") == scrolled
 
 
 def test_the_keyboard_reaches_the_pad_and_shifts(shown):
     tab_to(shown, "#pad")
-    assert shown.value("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    for key, code in (("ArrowRight", 39), ("ArrowRight", 39), ("ArrowDown", 40)):
-        shown.press(key, code)
+    assert shown.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
+        shown.keyboard.press(key)
     assert at(shown) == point(2, 1)
     told = "document.activeElement.getAttribute('aria-valuetext')"
-    assert shown.value(told).startswith("0.2 to the right, 0.1 down; length 0.224 half-widths. ")
-    assert "Fedavg: class" in shown.value(told)
+    assert shown.evaluate(told).startswith(
+        "0.2 to the right, 0.1 down; length 0.224 half-widths. "
+    )
+    assert "Fedavg: class" in shown.evaluate(told)
     for _ in range(9):
-        shown.press("ArrowLeft", 37)
+        shown.keyboard.press("ArrowLeft")
     assert at(shown) == point(-6, 1)  # it ends at the border
-    shown.press("Home", 36)
+    shown.keyboard.press("Home")
     assert at(shown) == MIDDLE
 
 
@@ -105,8 +142,8 @@ def test_the_keyboard_reaches_the_pad_and_shifts(shown):
 def test_the_picture_is_the_librarys_own_interpolation(shown, number):
     click(shown, f"#pictures label:nth-of-type({number + 1}) input")
     for right, down in ((0, 0), (1, 0), (3, -4), (-6, 6)):
-        shown.drag(spot(shown, right, down))
-        drawn = shown.value(
+        drag(shown, spot(shown, right, down))
+        drawn = shown.evaluate(
             "(s => { const c = s.cloneNode(), n = c.width / 8, out = [], pen = c.getContext('2d');"
             " pen.drawImage(s, 0, 0); const all = pen.getImageData(0, 0, c.width, c.height).data;"
             " for (let y = 0; y < 8; y++) for (let x = 0; x < 8; x++) {"
@@ -122,9 +159,9 @@ def test_every_regime_says_what_is_certified_and_what_only_predicted(shown, page
     image = data_of(page)["explorer"]["images"][0]
     seen = {run["run"]: run for run in image["runs"]}
     assert seen[2]["plane"] is None
-    assert shown.value("document.querySelector('[data-walker=\"2\"]').hidden")
+    assert shown.evaluate("document.querySelector('[data-walker=\"2\"]').hidden")
     for right, down in ((0, 0), (1, 1), (2, -2), (6, 6)):
-        shown.drag(spot(shown, right, down))
+        drag(shown, spot(shown, right, down))
         for place in (0, 1):
             said = text(shown, f'[data-walker="{place}"] .walker-says')
             run, here = seen[place], point(right, down)
@@ -154,10 +191,10 @@ def test_flags_of_the_plane_are_those_of_the_stored_radius(runs, page):
 
 def test_the_certified_disc_is_drawn_to_scale(shown, page):
     image = data_of(page)["explorer"]["images"][0]
-    wide = shown.value("document.querySelector('#pad svg').viewBox.baseVal.width")
+    wide = shown.evaluate("document.querySelector('#pad svg').viewBox.baseVal.width")
     step = image["plane"]["values"][1] - image["plane"]["values"][0]
     radii = [run["ends"][1] for run in image["runs"][:2] if run["ends"]]
-    drawn = shown.value(
+    drawn = shown.evaluate(
         "[...document.querySelectorAll('#pad .disc')].map(d => Number(d.getAttribute('r')))"
     )
     assert drawn == pytest.approx([radius / step * wide / SIDE for radius in radii])
@@ -167,26 +204,26 @@ def test_the_certified_disc_is_drawn_to_scale(shown, page):
 
 def test_a_click_on_a_map_goes_there(shown):
     x, y, width, _ = box_of(shown, '[data-walker="1"] .strip svg')
-    shown.drag((x + width - 2, y + 2))
+    drag(shown, (x + width - 2, y + 2))
     assert at(shown) == point(6, -6)
 
 
 def test_the_axes_are_there_as_before(shown):
     click(shown, 'input[name="walk"][value="1"]')
-    assert shown.value("document.getElementById('both').hidden")
-    assert not shown.value("document.getElementById('along').hidden")
-    assert not shown.value("document.querySelector('[data-walker=\"2\"]').hidden")
+    assert shown.evaluate("document.getElementById('both').hidden")
+    assert not shown.evaluate("document.getElementById('along').hidden")
+    assert not shown.evaluate("document.querySelector('[data-walker=\"2\"]').hidden")
     assert count(shown, ".strip .held") >= 1
     click(shown, BOTH)
-    assert shown.value("document.getElementById('along').hidden")
+    assert shown.evaluate("document.getElementById('along').hidden")
 
 
 @pytest.mark.parametrize("width", [320, 390, 1280])
-def test_pad_and_maps_fit_the_window(shown, width):
-    shown.view(width, phone=width < 500)
-    shown.settle()
-    assert shown.value("document.documentElement.scrollWidth") == width
-    assert shown.value("document.querySelector('#pad').getBoundingClientRect().right") <= width
+def test_pad_and_maps_fit_the_window(windows, page, width):
+    shown = windows(page, width)
+    open_pad(shown)
+    assert shown.evaluate("document.documentElement.scrollWidth") == width
+    assert shown.evaluate("document.querySelector('#pad').getBoundingClientRect().right") <= width
 
 
 def test_the_disc_is_seen_in_light_and_dark(shown):
@@ -194,9 +231,9 @@ def test_the_disc_is_seen_in_light_and_dark(shown):
         "(s => [s.stroke, s.fill, getComputedStyle(document.getElementById('pad'))"
         ".backgroundColor])(getComputedStyle(document.querySelector('#pad .disc')))"
     )
-    light = shown.value(look)
-    shown.view(1280, dark=True)
-    dark = shown.value(look)
+    light = shown.evaluate(look)
+    shown.emulate_media(color_scheme="dark")
+    dark = shown.evaluate(look)
     for stroke, fill, paper in (light, dark):
         assert stroke == fill
         assert math.dist(_colour(stroke), _colour(paper)) > 150

@@ -24,28 +24,8 @@ from certifl.report import check_claims, load_runs, summary_rows, write_report
 from certifl.report.compare import compare
 from certifl.report.summary import client_acr, client_curves, radius_grid
 from certifl.store.runs import RunFolder
-from report_factory import make_certificates, make_manifest, write_run
+from report_factory import keep_to_themselves, make_certificates, make_manifest, write_run
 from report_pages import data_of
-
-
-def keep_to_themselves(folder: Path, certificates: Certificates) -> Path:
-    """What is left of a run when its clients tell curves alone."""
-    end = float(certificates.radius.max())
-    radii = np.linspace(0.0, end, 50)
-    clients = {}
-    for client in np.unique(certificates.client).tolist():
-        own = certificates.of_client(client)
-        counts = [int((own.correct & (own.radius >= radius)).sum()) for radius in radii]
-        clients[str(client)] = {
-            "radii": radii.tolist(),
-            "correct": counts,
-            "images": len(own),
-            "acr": own.average_certified_radius(),
-            "conditions": dict(own.conditions),
-        }
-    (folder / "curves.json").write_text(json.dumps({"format": 1, "clients": clients}))
-    (folder / "certificates.parquet").unlink()
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import expect
 
 import tiny_study as tiny
-from browser import Page
-from browsing import click, count, some_browser, tab_to, text
+from browser import Windows, tab_to
 from certifl.report import write_report
 from plane_factory import plane_runs
 from report_pages import data_of
@@ -32,9 +32,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("page") / "report.html"
     return write_report(runs, place, figures=False, images=False)
-
-
-browser = pytest.fixture(scope="module")(some_browser)
 
 
 def pictures_in(page: Path) -> list[bytes]:
@@ -87,25 +84,21 @@ def test_whoever_writes_the_page_again_leaves_them_out_again(runs, page, tmp_pat
     assert len(pictures_in(place)) >= 6
 
 
-def test_the_explorer_works_without_pictures(browser: Page, page: Path) -> None:
-    browser.messages.clear()
-    browser.view(390, phone=True)
-    browser.open(page)
-    assert count(browser, "#explorer canvas") == 0
-    assert SAYS in text(browser, "#explorer")
-    click(browser, "#pictures label:nth-of-type(2) input")
-    before = text(browser, '[data-walker="1"] .walker-says')
-    browser.value(
-        "(s => { s.value = 0; s.dispatchEvent(new Event('input')); })"
-        "(document.getElementById('step'))"
-    )
-    assert text(browser, '[data-walker="1"] .walker-says') != before
-    click(browser, 'input[name="walk"][value="2"]')
-    tab_to(browser, "#pad")
-    browser.press("ArrowUp", 38)
-    assert text(browser, "#shift-text").startswith("0.1 up")
-    assert browser.value("document.documentElement.scrollWidth") == 390
-    assert browser.messages == []
+def test_the_explorer_works_without_pictures(windows: Windows, page: Path) -> None:
+    shown = windows(page, 390)
+    explorer = shown.locator("#explorer")
+    expect(explorer.locator("canvas")).to_have_count(0)
+    expect(explorer).to_contain_text(SAYS)
+    explorer.locator("#pictures input").nth(1).check()
+    says = explorer.locator('[data-walker="1"] .walker-says')
+    before = says.inner_text()
+    explorer.locator("#step").fill("0")
+    expect(says).not_to_have_text(before)
+    explorer.locator('input[name="walk"][value="2"]').check()
+    tab_to(shown, "#pad")
+    shown.keyboard.press("ArrowUp")
+    expect(explorer.locator("#shift-text")).to_contain_text("0.1 up")
+    assert shown.evaluate("document.documentElement.scrollWidth") == 390
 
 
 def test_the_command_leaves_them_out(runs, tmp_path):

@@ -147,7 +147,7 @@ def _limits(story: Story, alpha: float) -> list[tuple[str, str]]:
 
 def cost_section(story: Story) -> Markup:
     """Votes, time, hardware and versions of every run."""
-    head = ["", *(run.label for run in story.trained)]
+    head = ["Property", *(run.label for run in story.trained)]
     lines = [_cost_facts(run) for run in story.trained]
     names = list(dict.fromkeys(name for facts in lines for name in facts))
     rows = [[name, *(facts.get(name, "–") for facts in lines)] for name in names]
