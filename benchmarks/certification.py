@@ -20,12 +20,12 @@ import torch
 from torch.nn import functional
 
 import certifl
+from certifl.certification.adaptive import advance
 from certifl.certification.counts import fresh
-from certifl.certification.engine import advance
 from certifl.certification.network import PRECISIONS, choose_device, prepare
+from certifl.certification.sampling import VoteCounter
 from certifl.certification.settings import Settings
-from certifl.certification.votes import VoteCounter
-from certifl.streams import image_key
+from certifl.rng import image_key
 
 
 def clock(device: torch.device) -> float:

@@ -81,7 +81,7 @@ def main(grid, context):
 
 def stock(place: Path) -> list[float]:
     """Seconds of each round of stock Flower with clients that do nothing."""
-    from certifl.deploy.running import environment
+    from certifl.deploy.transport.flower_processes import environment
     from deploy_network import free_port, until
 
     app, port = place / "app", free_port()
@@ -136,7 +136,7 @@ def processes(commands: list[list[str]], env: dict[str, str], log: Path) -> Iter
 
 def ours(place: Path) -> list[float]:
     """Seconds of each round of certifl."""
-    from certifl.store.checkpoints import Checkpoints
+    from certifl.runs.checkpoints import Checkpoints
     from deploy_network import Federation
     from tiny_study import write_spec
 

@@ -32,10 +32,10 @@ from flwr.supercore.inflatable.inflatable_utils import (  # noqa: E402
     inflate_object_from_contents,
 )
 
-from certifl.deploy.conduct import conduct  # noqa: E402
-from certifl.deploy.line import GridLine  # noqa: E402
-from certifl.deploy.messages import Content, encode, to_records  # noqa: E402
-from certifl.deploy.running import give_memory_back  # noqa: E402
+from certifl.deploy.server.coordinator import conduct  # noqa: E402
+from certifl.deploy.transport.flower_processes import give_memory_back  # noqa: E402
+from certifl.deploy.transport.messages import Content, encode, to_records  # noqa: E402
+from certifl.deploy.transport.transport import GridLine  # noqa: E402
 from certifl.errors import WorkError  # noqa: E402
 from certifl.models import build, fingerprint  # noqa: E402
 from certifl.spec import with_settings  # noqa: E402

@@ -27,7 +27,7 @@ import torch
 
 import certifl
 from certifl.federated import ClientData, FedAvg, LocalTraining, Schedule, train
-from certifl.store.checkpoints import Checkpoints
+from certifl.runs.checkpoints import Checkpoints
 
 MODEL, SIDE, SIGMA = "small_resnet", 32, "0.1pi"
 

@@ -19,7 +19,7 @@ import torch
 
 import certifl
 from certifl.federated import ClientData, LocalTraining, Schedule, from_description, train
-from certifl.store.checkpoints import Checkpoints
+from certifl.runs.checkpoints import Checkpoints
 
 ALGORITHMS = {"mixture": {"name": "mixture", "personalization": 0.5}}
 

@@ -24,8 +24,8 @@ import torch
 
 import certifl
 from certifl.federated import ClientData, LocalTraining, Schedule, from_description, train
-from certifl.federated.engine import RandomShare
-from certifl.store.checkpoints import Checkpoints
+from certifl.federated.trainer import RandomShare
+from certifl.runs.checkpoints import Checkpoints
 
 ALGORITHMS = {"mixture": {"name": "mixture", "personalization": 0.5}}
 IMAGES = 32

@@ -27,7 +27,7 @@ from torch.nn import functional
 
 import certifl
 from certifl.federated import ClientData, FedAvg, LocalTraining, Schedule, train
-from certifl.store.checkpoints import Checkpoints
+from certifl.runs.checkpoints import Checkpoints
 
 
 def bare(model: nn.Module, clients: list[ClientData], schedule: Schedule) -> float:

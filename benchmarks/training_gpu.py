@@ -49,7 +49,7 @@ from certifl import models
 from certifl.federated import ClientData, FedAvg, LocalTraining, Schedule, state_of, train
 from certifl.perturbations import Perturbation
 from certifl.perturbations import from_description as perturbation_from
-from certifl.store.checkpoints import Checkpoints
+from certifl.runs.checkpoints import Checkpoints
 
 SHAPE, CLASSES = (3, 32, 32), 10
 PAPER_ROUNDS, PAPER_EPOCHS, PAPER_IMAGES = 45, 2, 50_000

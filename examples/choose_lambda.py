@@ -15,8 +15,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from certifl.experiments.presets import quickstart
 from certifl.experiments.run import Options, run
+from certifl.paper.scales import quickstart
 from certifl.report import load_runs
 from certifl.report.compare import Comparison, Pairs, compare, standing
 from certifl.spec import Spec, with_settings

@@ -17,12 +17,12 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from certifl.experiments.presets import REGIMES, quickstart
 from certifl.experiments.run import Options, run
-from certifl.report.claims import find_runs
-from certifl.report.claims.facts import StudyRun
-from certifl.report.claims.resampling import Sampler
-from certifl.report.claims.statistics import QUANTITIES, Quantity, over_seeds
+from certifl.paper.claims import find_runs
+from certifl.paper.claims.bootstrap import Sampler
+from certifl.paper.claims.effects import QUANTITIES, Quantity, over_seeds
+from certifl.paper.claims.runs import StudyRun
+from certifl.paper.scales import REGIMES, quickstart
 from certifl.spec import Spec, with_settings
 
 ERROR = 0.05

@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
-from certifl.streams import generator, image_key, numpy_generator, vote_generator
+from certifl.rng import generator, image_key, numpy_generator, vote_generator
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ import numpy as np
 import tomli_w
 
 from certifl.certification.certificates import Certificates
-from certifl.report.claims.facts import StudyRun, read_run
-from certifl.report.claims.testing import ClaimResult, check_runs
+from certifl.paper.claims.runs import StudyRun, read_run
+from certifl.paper.claims.testing import ClaimResult, check_runs
 from certifl.report.results import RunResults
 from certifl.smoothing.laws import LAWS
 from report_factory import make_manifest

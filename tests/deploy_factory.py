@@ -20,11 +20,11 @@ from flwr.supercore.inflatable.inflatable_utils import (  # noqa: E402
 )
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
-from certifl.deploy.client import respond  # noqa: E402
-from certifl.deploy.conduct import Options  # noqa: E402
-from certifl.deploy.party import Party  # noqa: E402
-from certifl.deploy.remote import Patience  # noqa: E402
-from certifl.deploy.settings import Settings  # noqa: E402
+from certifl.deploy.client.client import Party  # noqa: E402
+from certifl.deploy.client.settings import Settings  # noqa: E402
+from certifl.deploy.client_app import respond  # noqa: E402
+from certifl.deploy.server.coordinator import Options  # noqa: E402
+from certifl.deploy.server.remote_runner import Patience  # noqa: E402
 
 IMPATIENT = Patience(answer=60.0, start=0.0, absent=0.0)
 

@@ -75,7 +75,7 @@ class Federation:
     """A kit, its server and its clients."""
 
     def __init__(self, place: Path, clients: int, *options: str) -> None:
-        from certifl.deploy.kit import init
+        from certifl.deploy.provision.kit import init
 
         self.place, self.kit = place, place / "kit"
         self.port = free_port()

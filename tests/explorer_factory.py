@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from certifl.certification.certificates import Certificates
-from certifl.certification.groups import of_client
+from certifl.certification.metadata import of_client
 
 STEPS, SIZE, VOTES = 31, 8, 100
 TURN = {

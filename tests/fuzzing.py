@@ -35,16 +35,17 @@ from PIL import Image
 
 from certifl.cli import common, main
 from certifl.data import load as load_data
-from certifl.deploy.kit import load_connection
-from certifl.deploy.settings import load_settings
+from certifl.deploy.client.settings import load_settings
+from certifl.deploy.provision.kit import load_connection
 from certifl.errors import CertiflError
-from certifl.report import page, summary_rows
-from certifl.report.explored import explorer_payload
-from certifl.report.history import left_out_words, measure_curves, measures_of
+from certifl.report import summary_rows
+from certifl.report.page import page
+from certifl.report.page.attacks import threats_section
+from certifl.report.page.explorer import explorer_payload
 from certifl.report.results import apart, load_runs
-from certifl.report.threats import threats_section
+from certifl.report.summary import left_out_words, measure_curves, measures_of
 from certifl.spec import load as load_spec
-from certifl.work.parts import open_data
+from certifl.study.opened_run import open_data
 
 __all__ = ["CASES", "KINDS", "SECONDS", "Kind", "Wrong", "prepare"]
 

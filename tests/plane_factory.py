@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from certifl.certification.certificates import Certificates
-from certifl.certification.planes import plane_of
+from certifl.certification.sweeps import plane_of
 from certifl.perturbations import Translation
 from explorer_factory import write_explorer
 from report_factory import make_certificates, make_manifest, write_run

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from certifl import streams
+from certifl import rng as streams
 from certifl.federated import (
     Algorithm,
     FedAvg,
@@ -22,7 +22,7 @@ from certifl.federated import (
     train,
 )
 from certifl.federated.privacy import Budget, plan_clients, plan_examples
-from certifl.store.checkpoints import Checkpoints, StoredRound
+from certifl.runs.checkpoints import Checkpoints, StoredRound
 from tiny_federation import CLASSES, clients
 
 SCHEDULE = Schedule(rounds=3, local_epochs=2, batch_size=8, lr=0.05, momentum=0.9)

@@ -9,15 +9,10 @@ import pytest
 import torch
 
 from certifl.errors import InputError, SpecError
-from certifl.federated import (
-    FedAvg,
-    ServerState,
-    Update,
-    train,
-)
+from certifl.federated import FedAvg, ServerState, Update, train
 from certifl.federated.aggregation import RULES, Clip, Krum, Mean, Median, TrimmedMean, make_rule
 from certifl.federated.averaging import average_models
-from certifl.store.checkpoints import Checkpoints
+from certifl.runs.checkpoints import Checkpoints
 from tiny_federation import TinyNet, assert_same, clients, training
 from tiny_updates import EMPTY, most_alive, result, updates
 

@@ -20,7 +20,7 @@ from certifl.federated import (
     total_rounds,
     train,
 )
-from certifl.store.checkpoints import Checkpoints
+from certifl.runs.checkpoints import Checkpoints
 from tiny_federation import (
     TinyNet,
     assert_same,

@@ -12,10 +12,10 @@ from torch import Tensor
 
 import certifl
 from certifl.certification.attack import Effort, Found, deformed_first, search
-from certifl.certification.contest import lead_of, sign_test_against
+from certifl.certification.certified_sets import lengths, reach_of
+from certifl.certification.counts import lead_of, sign_test_against
 from certifl.certification.network import prepare
-from certifl.certification.reach import lengths, reach_of
-from certifl.certification.votes import VoteCounter
+from certifl.certification.sampling import VoteCounter
 from certifl.errors import InputError
 from certifl.perturbations import PERTURBATIONS
 from certifl.perturbations.base import Perturbation

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from certifl.errors import InputError, StoreMismatch
-from certifl.experiments.attacking import Options, attack_run
+from certifl.experiments.attack import Options, attack_run
 from certifl.report import write_report
-from certifl.store.runs import RunFolder
+from certifl.runs.folder import RunFolder
 from tiny_study import cli, write_spec
 
 

@@ -7,9 +7,8 @@ import torch
 
 from certifl.errors import InputError
 from certifl.federated import FedAvg, Update, train
-from certifl.federated.averaging import average_models
-from certifl.federated.running import average_parts, moved
-from certifl.store.checkpoints import Checkpoints
+from certifl.federated.averaging import average_models, average_parts, moved
+from certifl.runs.checkpoints import Checkpoints
 from tiny_federation import TinyNet, assert_same, clients, training
 from tiny_updates import most_alive
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import certifl
+from certifl.certification.adaptive import advance, conclude
 from certifl.certification.counts import fresh
-from certifl.certification.engine import advance, conclude
 from certifl.certification.network import prepare
+from certifl.certification.sampling import CHUNK, Request, VoteCounter
 from certifl.certification.settings import ESTIMATORS, Settings
-from certifl.certification.votes import CHUNK, Request, VoteCounter
 from certifl.errors import InputError
-from certifl.streams import image_key, vote_generator
+from certifl.rng import image_key, vote_generator
 from known_models import (
     HalfSpace,
     normal_cdf,

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from certifl.errors import StoreError
-from certifl.store import checkpoints as module
-from certifl.store.checkpoints import Checkpoints
+from certifl.runs import checkpoints as module
+from certifl.runs.checkpoints import Checkpoints
 from tiny_federation import assert_same
 
 IDENTITY = {"algorithm": {"name": "fedavg"}, "seed": 3}

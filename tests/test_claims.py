@@ -7,14 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from certifl.report.claims.facts import read_run
-from certifl.report.claims.rules import (
-    NOT_SUPPORTED,
-    NOT_TESTED,
-    SUPPORTED,
-    UNDECIDED,
-)
-from certifl.report.claims.testing import check_runs
+from certifl.paper.claims.rules import NOT_SUPPORTED, NOT_TESTED, SUPPORTED, UNDECIDED
+from certifl.paper.claims.runs import read_run
+from certifl.paper.claims.testing import check_runs
 from claims_factory import (
     AFFINE,
     DRAWS,

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
+from certifl.paper.claims import effects as statistics
+from certifl.paper.claims.bootstrap import Sampler
+from certifl.paper.claims.effects import QUANTITIES, Effect, change
+from certifl.paper.claims.radii import largest_radius
+from certifl.paper.claims.runs import StudyRun, read_run
 from certifl.report import intervals
-from certifl.report.claims import statistics
-from certifl.report.claims.facts import StudyRun, read_run
-from certifl.report.claims.radii import largest_radius
-from certifl.report.claims.resampling import Sampler
-from certifl.report.claims.statistics import QUANTITIES, Effect, change
 from certifl.report.results import RunResults
 from claims_factory import FEDAVG, LOCAL, results, spec
 

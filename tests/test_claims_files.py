@@ -9,9 +9,8 @@ from typer.testing import CliRunner
 
 from certifl.cli import app
 from certifl.errors import InputError, StoreError, StoreMismatch
-from certifl.report import check_claims, write_claims
-from certifl.report.claims import CLAIMS
-from certifl.report.claims.render import (
+from certifl.paper.claims import CLAIMS, check_claims, write_claims
+from certifl.paper.claims.render import (
     COMPARISON_HEAD,
     as_json,
     as_markdown,
@@ -19,7 +18,7 @@ from certifl.report.claims.render import (
     comparison_row,
     explanation,
 )
-from certifl.report.claims.testing import check_runs
+from certifl.paper.claims.testing import check_runs
 from claims_factory import (
     DRAWS,
     pair,

@@ -11,9 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from certifl.report.claims.facts import read_run
-from certifl.report.claims.resampling import Sampled, Sampler, drawn_means
-from certifl.report.claims.rules import (
+from certifl.paper.claims.bootstrap import Sampled, Sampler, drawn_means
+from certifl.paper.claims.effects import (
+    QUANTITIES,
+    Effect,
+    Means,
+    change,
+    expected_range,
+    over_seeds,
+    spread_draws,
+)
+from certifl.paper.claims.rules import (
     NOT_SUPPORTED,
     NOT_TESTED,
     SUPPORTED,
@@ -25,15 +33,7 @@ from certifl.report.claims.rules import (
     every,
     some,
 )
-from certifl.report.claims.statistics import (
-    QUANTITIES,
-    Effect,
-    Means,
-    change,
-    expected_range,
-    over_seeds,
-    spread_draws,
-)
+from certifl.paper.claims.runs import read_run
 from certifl.report.intervals import Sample
 from claims_factory import (
     FEDAVG,

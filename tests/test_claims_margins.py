@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from certifl.report.claims.facts import StudyRun
-from certifl.report.claims.paper import CLAIMS
-from certifl.report.claims.resampling import Sampler
-from certifl.report.claims.rules import (
+from certifl.paper.claims.bootstrap import Sampler
+from certifl.paper.claims.catalogue import CLAIMS
+from certifl.paper.claims.effects import QUANTITIES, Effect, change, over_seeds
+from certifl.paper.claims.rules import (
     MARGIN,
     NOT_SUPPORTED,
     SUPPORTED,
@@ -21,7 +21,7 @@ from certifl.report.claims.rules import (
     Above,
     Beyond,
 )
-from certifl.report.claims.statistics import QUANTITIES, Effect, change, over_seeds
+from certifl.paper.claims.runs import StudyRun
 from claims_factory import FEDAVG, LOCAL, claim, pair, run, spec
 
 NEAR_ZERO, HALFWAY, NARROW = 0.042, 0.5, (-0.025, 0.02)

@@ -11,11 +11,11 @@ import pytest
 
 from certifl.certification.scan import scan_from
 from certifl.errors import InputError, StoreMismatch
-from certifl.report import check_claims
-from certifl.report.claims.facts import StudyRun, find_runs, read_run
-from certifl.report.claims.radii import largest_radius
-from certifl.report.claims.resampling import Sampler
-from certifl.report.claims.testing import check_runs
+from certifl.paper.claims import check_claims
+from certifl.paper.claims.bootstrap import Sampler
+from certifl.paper.claims.radii import largest_radius
+from certifl.paper.claims.runs import StudyRun, find_runs, read_run
+from certifl.paper.claims.testing import check_runs
 from certifl.smoothing.laws import LAWS
 from claims_factory import ALPHA, DRAWS, FEDAVG, LOCAL, ROTATION, N, results, spec, write
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from certifl.report.claims.decisive import LATER, decisive_settings
+from certifl.report.results import LATER, decisive_settings
 from certifl.spec import with_settings
 from tiny_study import spec
 

@@ -11,11 +11,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import tiny_study as tiny
-from certifl.certification import Certificates, engine
+from certifl.certification import Certificates
+from certifl.certification import adaptive as engine
 from certifl.data import load
 from certifl.models import build, state_of
-from certifl.store.atomic import load_tensors
-from certifl.work import certifying
+from certifl.runs.atomic import load_tensors
+from certifl.study import certify as certifying
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

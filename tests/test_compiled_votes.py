@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 import certifl
-from certifl.certification import compiled
+from certifl.certification import inference as compiled
+from certifl.certification.certificates import predict_plain
 from certifl.certification.network import Network, prepare
-from certifl.certification.predictions import predict_plain
-from certifl.certification.votes import Request, VoteCounter
+from certifl.certification.sampling import Request, VoteCounter
 from certifl.errors import ModelError
 
 IMAGES = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from certifl.convolutions import exact_convolutions
-from certifl.federated.randomness import own_randomness
+from certifl.federated.training.precision import own_randomness
+from certifl.torch_env import exact_convolutions
 
 CUDA = torch.device("cuda:0")
 

@@ -17,11 +17,11 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
+from certifl.paper.claims.bootstrap import Sampler
+from certifl.paper.claims.effects import QUANTITIES, over_seeds
+from certifl.paper.claims.radii import largest_radius
+from certifl.paper.claims.runs import StudyRun, read_run
 from certifl.report import intervals
-from certifl.report.claims.facts import StudyRun, read_run
-from certifl.report.claims.radii import largest_radius
-from certifl.report.claims.resampling import Sampler
-from certifl.report.claims.statistics import QUANTITIES, over_seeds
 from certifl.report.compare import compare
 from certifl.report.intervals import Sample, interval_over_seeds, mean_interval
 from certifl.report.results import RunResults, by_seed

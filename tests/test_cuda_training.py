@@ -18,7 +18,7 @@ from certifl.federated import (
     Scaffold,
     state_of,
 )
-from certifl.models.networks import QuarterMeans
+from certifl.models.architectures import QuarterMeans
 from certifl.perturbations import Rotation
 from tiny_federation import (
     SCHEDULE,

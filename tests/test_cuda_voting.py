@@ -12,7 +12,7 @@ import torch
 
 import certifl
 from certifl.certification.network import prepare
-from certifl.certification.votes import Request, VoteCounter
+from certifl.certification.sampling import Request, VoteCounter
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

@@ -28,7 +28,7 @@ class TestCache:
         def fail(*_args):
             raise RuntimeError("decoded again")
 
-        monkeypatch.setattr("certifl.data.datasets.assemble", fail)
+        monkeypatch.setattr("certifl.data.loading.assemble", fail)
         second = load("bugs", tmp_path)
         assert torch.equal(first.train.images, second.train.images)
         assert torch.equal(first.test.labels, second.test.labels)

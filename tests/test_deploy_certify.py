@@ -13,20 +13,20 @@ import torch
 from flwr.app import ConfigRecord, Message
 
 from certifl.certification import Certificates
-from certifl.deploy.conduct import conduct
-from certifl.deploy.holdings import open_holdings
-from certifl.deploy.line import GridLine
-from certifl.deploy.messages import from_records, to_records
-from certifl.deploy.party import Party
-from certifl.deploy.settings import Settings
+from certifl.deploy.client.client import Party
+from certifl.deploy.client.data import open_holdings
+from certifl.deploy.client.settings import Settings
+from certifl.deploy.server.coordinator import conduct
+from certifl.deploy.transport.messages import from_records, to_records
+from certifl.deploy.transport.transport import GridLine
 from certifl.errors import InputError, StoreMismatch, WorkError
 from certifl.experiments.run import Options as Here
 from certifl.experiments.run import run
 from certifl.report import summary_rows, write_report
 from certifl.report.results import load_run
 from certifl.report.summary import client_acr, client_curves, radius_grid
-from certifl.store.checkpoints import Checkpoints
-from certifl.work.parts import open_data
+from certifl.runs.checkpoints import Checkpoints
+from certifl.study.opened_run import open_data
 from deploy_factory import MemoryGrid, carried, options, parties
 from tiny_federation import assert_same
 from tiny_study import cli, spec

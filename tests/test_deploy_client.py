@@ -16,14 +16,14 @@ import torch
 from PIL import Image
 from pydantic import BaseModel
 
-from certifl.deploy.asked import DECISIONS
-from certifl.deploy.conduct import conduct
-from certifl.deploy.keeping import NEVER
-from certifl.deploy.line import GridLine
-from certifl.deploy.messages import Content, fingerprint_of, from_records
-from certifl.deploy.party import Party
-from certifl.deploy.sent import SENT, sent_lines
-from certifl.deploy.settings import Settings
+from certifl.deploy.client.client import Party
+from certifl.deploy.client.sent_log import SENT, sent_lines
+from certifl.deploy.client.settings import Settings
+from certifl.deploy.client.spec_policy import DECISIONS
+from certifl.deploy.client.state import NEVER
+from certifl.deploy.server.coordinator import conduct
+from certifl.deploy.transport.messages import Content, fingerprint_of, from_records
+from certifl.deploy.transport.transport import GridLine
 from certifl.federated import deployed_model
 from certifl.spec import Spec
 from deploy_factory import MemoryGrid, carried, options, parties
@@ -139,7 +139,7 @@ def test_a_data_set_that_all_have_is_read_by_the_column_that_the_client_chose(tm
 
 
 def test_a_folder_with_a_column_behind_its_name_is_found(tmp_path):
-    from certifl.deploy.serving import _check_data
+    from certifl.deploy.processes import _check_data
 
     _check_data(Settings(client=0, data=f"{patients(tmp_path / 'images')}[label]"))
 
@@ -268,7 +268,7 @@ def test_one_deployed_model_is_certified(tmp_path):
 
 
 def test_only_rounds_that_a_client_is_drawn_for_are_answered(tmp_path):
-    from certifl.work.training import participation
+    from certifl.study.setup import participation
 
     asked = spec(*LIGHT, "clients.count=4", "clients.participation=0.5", "training.rounds=6")
     drawn = participation(asked, 4)
@@ -407,7 +407,7 @@ def test_with_share_none_a_server_learns_that_a_client_has_finished(case, tmp_pa
 
 
 def test_pieces_do_not_tell_how_many_votes_each_image_took(tmp_path, monkeypatch):
-    monkeypatch.setattr("certifl.deploy.certifying._SHORTEST", 0.0)
+    monkeypatch.setattr("certifl.deploy.client.certify._SHORTEST", 0.0)
     asked = spec("certification.images=8", "training.rounds=1", "certification.n=2000")
     heard, _ = listened(tmp_path, asked, "curve", piece=1e-9)
     told = [a.facts["certified"] for kind, a in heard if kind == "query.certify"]
@@ -443,8 +443,8 @@ def test_what_left_the_machine_stands_in_the_log_before_it_leaves(tmp_path):
 def test_faults_stand_in_the_log_and_nothing_leaves_that_does_not(tmp_path):
     from flwr.app import Message
 
-    from certifl.deploy.client import respond
-    from certifl.deploy.messages import to_records
+    from certifl.deploy.client_app import respond
+    from certifl.deploy.transport.messages import to_records
 
     party = dealt(tmp_path / "client")
     MemoryGrid({})  # gives messages a run
@@ -498,7 +498,7 @@ def test_a_client_predicts_with_what_it_keeps(case, tmp_path, picture):
 
 
 def test_what_it_predicts_with_is_the_deployed_model_of_its_own_study(tmp_path, picture):
-    from certifl.work.kept import KeptStudy
+    from certifl.study.client_study import KeptStudy
     from test_deploy_rounds import in_process
 
     study = described("mixture")

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
 
-from certifl.store.runs import RunFolder
+from certifl.runs.folder import RunFolder
 from deploy_network import until
 from tiny_study import environment
 

@@ -20,16 +20,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
 from safetensors.torch import save
 
-from certifl.deploy.conduct import conduct
-from certifl.deploy.gathering import _Standing
-from certifl.deploy.line import GridLine
-from certifl.deploy.messages import Content, Garbled, from_records, to_records
-from certifl.deploy.schemas import Certified
+from certifl.deploy.server.collect import _Standing
+from certifl.deploy.server.coordinator import conduct
+from certifl.deploy.transport.messages import Content, Garbled, from_records, to_records
+from certifl.deploy.transport.schemas import Certified
+from certifl.deploy.transport.transport import GridLine
 from certifl.errors import WorkError
 from certifl.report import write_report
-from certifl.store.atomic import read_json
-from certifl.store.checkpoints import Checkpoints
-from certifl.store.runs import RunFolder
+from certifl.runs.atomic import read_json
+from certifl.runs.checkpoints import Checkpoints
+from certifl.runs.folder import RunFolder
 from deploy_factory import MemoryGrid, carried, options, parties
 from test_deploy_messages import packed
 from tiny_federation import assert_same

@@ -17,13 +17,13 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl
 
 import torch
 
-from certifl.deploy.keys import Authority, check_certificate, node_key, reach
-from certifl.deploy.kit import Connection
-from certifl.deploy.superlink import allowed
+from certifl.deploy.provision.keys import Authority, check_certificate, node_key, reach
+from certifl.deploy.provision.kit import Connection
+from certifl.deploy.transport.flower_processes import allowed
 from certifl.errors import InputError, WorkError
 from certifl.experiments.run import Options, run
-from certifl.store.checkpoints import Checkpoints
-from certifl.store.runs import RunFolder
+from certifl.runs.checkpoints import Checkpoints
+from certifl.runs.folder import RunFolder
 from deploy_network import Federation, alive, children, free_port, until
 from test_deploy_rounds import same_training
 from tiny_study import cli, spec, write_spec

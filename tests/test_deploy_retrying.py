@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
 
-from certifl.deploy import serving
-from certifl.deploy.kit import Connection, init, load_connection
-from certifl.deploy.retrying import Accepted, Retry
-from certifl.deploy.serving import Place, _not_started, _refused, here
+from certifl.deploy import processes as serving
+from certifl.deploy.client.retry import Accepted, Retry
+from certifl.deploy.processes import Place, _not_started, _refused, here
+from certifl.deploy.provision.kit import Connection, init, load_connection
 from certifl.errors import WorkError
 from deploy_network import free_port
 
@@ -64,7 +64,7 @@ def test_an_unreachable_server_and_short_connections_are_said_once_in_a_while():
 
 
 def test_the_federation_s_own_connections_ask_no_proxy(monkeypatch):
-    from certifl.deploy.running import direct
+    from certifl.deploy.transport.flower_processes import direct
 
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "example.net")
@@ -125,7 +125,7 @@ def test_a_refused_client_tries_until_it_is_accepted_and_ends_when_asked(tmp_pat
 
     monkeypatch.setattr(serving, "_connected", connected)
     monkeypatch.setattr(serving, "reach", lambda *_: None)
-    monkeypatch.setattr("certifl.deploy.retrying._FIRST", 0.01)
+    monkeypatch.setattr("certifl.deploy.client.retry._FIRST", 0.01)
     settings = serving.Settings(client=0, data="digits", dealt=True)
     serving.take_part(folder, settings, lines.append)
     said = "\n".join(lines)

@@ -10,22 +10,21 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl
 
 import torch
 
-from certifl.deploy.conduct import conduct
-from certifl.deploy.keeping import Kept
-from certifl.deploy.line import GridLine
-from certifl.deploy.party import Party, Refusal
-from certifl.deploy.remote import last_counted
-from certifl.deploy.settings import Settings
+from certifl.deploy.client.client import Party, Refusal
+from certifl.deploy.client.settings import Settings
+from certifl.deploy.client.state import Kept
+from certifl.deploy.server.coordinator import conduct
+from certifl.deploy.server.remote_runner import last_counted
+from certifl.deploy.transport.transport import GridLine
 from certifl.errors import StoreMismatch, TooFewClients, WorkError
 from certifl.federated import ALGORITHMS, ClientData, client_state, deployed_model, describe, train
+from certifl.runs.atomic import load_tensors
+from certifl.runs.checkpoints import Checkpoints
+from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
-from certifl.store.atomic import load_tensors
-from certifl.store.checkpoints import Checkpoints
-from certifl.store.runs import RunFolder
-from certifl.work.networks import initial_model
-from certifl.work.parts import open_data
-from certifl.work.private import protection, training_key
-from certifl.work.training import local_training, participation
+from certifl.study.opened_run import initial_model, open_data
+from certifl.study.privacy import protection, training_key
+from certifl.study.setup import local_training, participation
 from deploy_factory import MemoryGrid, options, parties
 from test_algorithms import CASES
 from tiny_federation import assert_same, without_seconds
@@ -176,7 +175,7 @@ def test_answers_are_taken_in_client_order_one_at_a_time(tmp_path):
 
 
 def test_a_node_started_again_in_a_round_is_asked_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("certifl.deploy.remote._BETWEEN_LOOKS", 0.1)
+    monkeypatch.setattr("certifl.deploy.server.remote_runner._BETWEEN_LOOKS", 0.1)
     study, at = described("mixture"), parties(tmp_path)
     lost = []
 

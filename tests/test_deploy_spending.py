@@ -12,18 +12,19 @@ pytest.importorskip("opacus", reason="accounting needs opacus: pip install certi
 
 import torch
 
-from certifl.deploy.book import LEDGER, Book
-from certifl.deploy.conduct import conduct
-from certifl.deploy.holdings import open_holdings
-from certifl.deploy.keeping import NEVER, Kept
-from certifl.deploy.kit import init
-from certifl.deploy.line import GridLine
-from certifl.deploy.messages import Content, fingerprint_of
-from certifl.deploy.party import Party
-from certifl.deploy.settings import Settings
-from certifl.deploy.spending import spending_lines
-from certifl.deploy.studies import status_lines
-from certifl.federated.privacy import clipping, epsilon, example
+from certifl.deploy.client.client import Party
+from certifl.deploy.client.data import open_holdings
+from certifl.deploy.client.privacy_budget import LEDGER, Book, spending_lines
+from certifl.deploy.client.settings import Settings
+from certifl.deploy.client.state import NEVER, Kept
+from certifl.deploy.provision.kit import init
+from certifl.deploy.server.coordinator import conduct
+from certifl.deploy.server.run import status_lines
+from certifl.deploy.transport.messages import Content, fingerprint_of
+from certifl.deploy.transport.transport import GridLine
+from certifl.federated.privacy import epsilon
+from certifl.federated.privacy import example_level as example
+from certifl.federated.privacy import mechanism as clipping
 from certifl.models import build
 from certifl.spec import Spec
 from deploy_factory import MemoryGrid, options, parties
@@ -202,7 +203,7 @@ def test_one_sample_answers_one_question(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert spent(tmp_path) == worth(2 * STEPS, 2)
     # So do images that changed in between.
-    monkeypatch.setattr("certifl.deploy.party.open_holdings", other_images)
+    monkeypatch.setattr("certifl.deploy.client.client.open_holdings", other_images)
     changed = party(tmp_path)
     refused(ask(changed, spec, 1, counted=0), words)
     fine(ask(changed, spec, 2, counted=1))

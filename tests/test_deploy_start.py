@@ -10,16 +10,16 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
 
-from certifl.deploy import flowerruns
-from certifl.deploy.conduct import conduct, survey
-from certifl.deploy.flowerruns import Place
-from certifl.deploy.keys import node_key
-from certifl.deploy.kit import init
-from certifl.deploy.line import GridLine
-from certifl.deploy.messages import Content, Garbled, order_from
-from certifl.deploy.serving import KeyFolder, _Admitting, keys_of
+from certifl.deploy.processes import KeyFolder, _Admitting, keys_of
+from certifl.deploy.provision.keys import node_key
+from certifl.deploy.provision.kit import init
+from certifl.deploy.server.coordinator import conduct, survey
+from certifl.deploy.transport import flower_runs as flowerruns
+from certifl.deploy.transport.flower_runs import Place
+from certifl.deploy.transport.messages import Content, Garbled, order_from
+from certifl.deploy.transport.transport import GridLine
 from certifl.errors import RequestError, WorkError
-from certifl.store.checkpoints import Checkpoints
+from certifl.runs.checkpoints import Checkpoints
 from deploy_factory import options
 from test_deploy_lies import KEYS, STUDY, Replayed, honest, put
 from tiny_study import spec
@@ -178,7 +178,7 @@ def test_a_key_that_is_not_admitted_is_tried_again(tmp_path, monkeypatch):
             raise WorkError("The server refused: busy")
 
     monkeypatch.setattr(flowerruns, "register", register)
-    monkeypatch.setattr("certifl.deploy.serving._AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr("certifl.deploy.processes._AGAIN_SECONDS", 0.05)
     server = tmp_path / "kit" / "server"
     admitting = _Admitting(server, Place("127.0.0.1:1", None, b""), said.append)
     admitting.look()

@@ -22,7 +22,7 @@ from certifl.federated import (
     total_rounds,
     train,
 )
-from certifl.store.checkpoints import Checkpoints
+from certifl.runs.checkpoints import Checkpoints
 from tiny_federation import (
     SCHEDULE,
     Noise,

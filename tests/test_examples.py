@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from certifl.report.compare import Difference
-from certifl.store.runs import RunFolder
+from certifl.runs.folder import RunFolder
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

@@ -15,15 +15,16 @@ import torch
 from PIL import Image
 
 import tiny_study as tiny
-from certifl import streams
+from certifl import rng as streams
 from certifl.certification import Certificates
 from certifl.certification.network import prepare
-from certifl.certification.votes import CHUNK, VoteCounter
-from certifl.certification.walks import STEPS, Walk, walk_along, walks_of
+from certifl.certification.sampling import CHUNK, VoteCounter
+from certifl.certification.sweeps import STEPS, Walk, walk_along, walks_of
 from certifl.data import load, to_float
 from certifl.errors import StoreMismatch
-from certifl.experiments import explored_images, exploring
-from certifl.experiments.exploring import explore_run
+from certifl.experiments import explore as explored_images
+from certifl.experiments import explore as exploring
+from certifl.experiments.explore import explore_run
 from certifl.experiments.run import Options
 from certifl.experiments.run import run as run_study
 from certifl.perturbations import (
@@ -35,7 +36,7 @@ from certifl.perturbations import (
     from_description,
 )
 from certifl.report import write_report
-from certifl.store.runs import RunFolder
+from certifl.runs.folder import RunFolder
 from report_factory import make_certificates
 from report_pages import data_of
 

@@ -13,21 +13,21 @@ import torch
 from PIL import Image
 
 import tiny_study as tiny
-from certifl import streams
+from certifl import rng as streams
 from certifl.certification import Certificates
 from certifl.certification.network import prepare
-from certifl.certification.planes import SIDE, plane_of, vote_on
-from certifl.certification.votes import CHUNK, VoteCounter
-from certifl.certification.walks import walks_of
+from certifl.certification.sampling import CHUNK, VoteCounter
+from certifl.certification.sweeps import SIDE, plane_of, vote_on, walks_of
 from certifl.data import load
-from certifl.experiments import exploring
-from certifl.experiments.exploring import explore_run
+from certifl.experiments import explore as exploring
+from certifl.experiments.explore import explore_run
 from certifl.experiments.run import Options
 from certifl.experiments.run import run as run_study
 from certifl.perturbations import PERTURBATIONS, Translation, from_description
-from certifl.report import explored, write_report
-from certifl.report import page as page_module
-from certifl.store.runs import RunFolder
+from certifl.report import write_report
+from certifl.report.page import explorer as explored
+from certifl.report.page import page as page_module
+from certifl.runs.folder import RunFolder
 from plane_factory import plane_runs
 from report_pages import data_of
 

@@ -28,7 +28,7 @@ from certifl.federated import (
     state_of,
 )
 from certifl.federated.faults import Fault, Inspection, attempt, needed
-from certifl.store.checkpoints import Checkpoints
+from certifl.runs.checkpoints import Checkpoints
 from faulty_clients import Misbehaving
 from tiny_federation import (
     Noise,

@@ -26,8 +26,8 @@ from certifl.report.figures import (
     per_client_figure,
     save,
 )
-from certifl.report.looks import looks_of
-from certifl.report.page import write_figures
+from certifl.report.page.page import write_figures
+from certifl.report.style import looks_of
 from certifl.report.summary import client_acr, client_curves, radius_grid
 from report_factory import PIXEL, make_certificates, make_run, write_study
 

@@ -26,10 +26,10 @@ import fuzzing
 import own_study
 import tiny_study as tiny
 from certifl.certification import Certificates
-from certifl.deploy.kit import Connection
-from certifl.deploy.settings import Settings, save_settings
-from certifl.experiments.attacking import Options as AttackOptions
-from certifl.experiments.attacking import attack_run
+from certifl.deploy.client.settings import Settings, save_settings
+from certifl.deploy.provision.kit import Connection
+from certifl.experiments.attack import Options as AttackOptions
+from certifl.experiments.attack import attack_run
 from certifl.experiments.run import Options, run
 from certifl.models import build
 from test_report_told import keep_to_themselves

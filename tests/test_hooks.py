@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from algorithm_cases import CASES, all_rounds, deployed, light
 from certifl.errors import TrainingDiverged
 from certifl.federated import Mixture
-from certifl.federated.bench import Bench, GradientHook
-from certifl.federated.global_model import pull_towards
+from certifl.federated.algorithms.common import pull_towards
+from certifl.federated.algorithms.scaffold import _MeanGradient
 from certifl.federated.objectives import Augmented
-from certifl.federated.scaffold import _MeanGradient
 from certifl.federated.states import ModelState, ServerState
+from certifl.federated.training.steps import Bench, GradientHook
 from tape import HostReads
 from tiny_federation import assert_same, training
 

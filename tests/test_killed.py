@@ -16,7 +16,7 @@ import pytest
 
 from certifl.errors import StoreError
 from certifl.federated import Mixture, Personalized, train
-from certifl.store.checkpoints import Checkpoints
+from certifl.runs.checkpoints import Checkpoints
 from tiny_federation import TinyNet, clients, training, without_seconds
 
 TESTS = Path(__file__).resolve().parent
@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from tiny_federation import TinyNet, clients, training
 from certifl.federated import Mixture, Personalized, train
-from certifl.store.checkpoints import Checkpoints
+from certifl.runs.checkpoints import Checkpoints
 
 def work(folder, **options):
     local = training(momentum_between_rounds="keep", rounds=6)

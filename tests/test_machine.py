@@ -12,8 +12,8 @@ import torch
 import tiny_study as tiny
 from certifl.experiments import run as run_module
 from certifl.federated import LocalTraining
-from certifl.work import machine
-from certifl.work.machine import machine_facts
+from certifl.study import environment as machine
+from certifl.study.environment import machine_facts
 
 GPUS = {None: "the current one", "cuda": "the current one", "cuda:0": "small", "cuda:1": "large"}
 

@@ -11,18 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algorithm_cases import CASES
-from certifl.federated import (
-    ClientState,
-    FedAvg,
-    Local,
-    Mixture,
-    Personalized,
-    state_of,
-    train,
-)
+from certifl.federated import ClientState, FedAvg, Local, Mixture, Personalized, state_of, train
 from certifl.federated.aggregation import Clip, Krum, Mean, Median, TrimmedMean
 from certifl.federated.averaging import average_models
-from certifl.store.checkpoints import Checkpoints
+from certifl.runs.checkpoints import Checkpoints
 from tiny_federation import TinyNet, assert_same, clients, differ, training, without_seconds
 from tiny_updates import result, updates
 

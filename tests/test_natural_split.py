@@ -16,11 +16,11 @@ from PIL import Image
 import tiny_study as tiny
 from certifl.data import Column, Partition, check, deal_out, load, make_splitter
 from certifl.errors import InputError
-from certifl.experiments.data_facts import data_facts
+from certifl.experiments.plan import data_facts
 from certifl.experiments.run import Options, run
 from certifl.report import load_run
 from certifl.spec import Spec, with_settings
-from certifl.work.parts import open_data
+from certifl.study.opened_run import open_data
 from image_sets import png
 
 # (hospital, training images, test images)

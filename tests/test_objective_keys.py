@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from certifl import streams
+from certifl import rng as streams
 from certifl.errors import InputError, SpecError, StoreMismatch
 from certifl.experiments.run import label_of
 from certifl.federated import FedAvg, LocalTraining, train
-from certifl.federated.batches import Batch
 from certifl.federated.objectives import (
     OBJECTIVES,
     Consistency,
@@ -22,10 +21,11 @@ from certifl.federated.objectives import (
     describe_objective,
     objective_from,
 )
+from certifl.federated.training.batches import Batch
 from certifl.perturbations import PixelNoise
+from certifl.runs.checkpoints import Checkpoints
 from certifl.smoothing.laws import UNIFORM, Law
 from certifl.spec import load, with_settings
-from certifl.store.checkpoints import Checkpoints
 from tiny_federation import SCHEDULE, Noise, TinyNet, client_data
 from tiny_study import VALUES, cli, spec, write_spec
 

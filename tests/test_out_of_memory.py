@@ -11,8 +11,8 @@ from torch import Tensor
 
 import certifl
 from certifl.certification.network import prepare
-from certifl.certification.votes import Request, VoteCounter
-from certifl.streams import image_key
+from certifl.certification.sampling import Request, VoteCounter
+from certifl.rng import image_key
 from known_models import HalfSpace
 
 NOISE = certifl.PixelNoise(0.5)

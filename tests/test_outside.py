@@ -22,19 +22,20 @@ import torch
 from PIL import Image
 
 import tiny_study as tiny
-from certifl import PixelNoise, outside
+from certifl import PixelNoise
+from certifl import safe_io as outside
 from certifl.certification import Certificates
 from certifl.data import load, read_image
-from certifl.deploy.keys import public_key_bytes
-from certifl.deploy.kit import Connection
+from certifl.deploy.provision.keys import public_key_bytes
+from certifl.deploy.provision.kit import Connection
 from certifl.errors import InputError, SpecError, StoreError, StoreMismatch
-from certifl.experiments import presets
 from certifl.experiments.run import Options, run
+from certifl.paper import scales as presets
 from certifl.report import write_report
+from certifl.runs.atomic import read_json, write_text
+from certifl.runs.folder import RunFolder
 from certifl.spec import load as load_spec
 from certifl.spec import with_settings
-from certifl.store.atomic import read_json, write_text
-from certifl.store.runs import RunFolder
 
 SHORT = ("training.rounds=1", "certification.n=100", "certification.images=2")
 
@@ -297,7 +298,7 @@ def test_what_nobody_foresaw_ends_in_one_line_with_a_log(tmp_path: Path) -> None
     def broken(_: object) -> None:
         raise ZeroDivisionError("a secret\x1b[2J of\nmany lines")
 
-    with mock.patch("certifl.experiments.checking.verify_run", broken):
+    with mock.patch("certifl.experiments.verify.verify_run", broken):
         told = tiny.cli("verify", tmp_path)
     told.refused("not foreseen", "ZeroDivisionError", "\\x1b[2J", code=1)
     log = Path(re.findall(r"\S+\.log", told.err)[0])
@@ -308,7 +309,7 @@ def test_what_nobody_foresaw_ends_in_one_line_with_a_log(tmp_path: Path) -> None
 
 
 def test_exhausted_memory_is_told(tmp_path: Path) -> None:
-    with mock.patch("certifl.experiments.checking.verify_run", side_effect=MemoryError):
+    with mock.patch("certifl.experiments.verify.verify_run", side_effect=MemoryError):
         tiny.cli("verify", tmp_path).refused("memory ran out", code=1)
 
 

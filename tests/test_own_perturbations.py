@@ -16,26 +16,25 @@ from PIL import Image
 import certifl
 import tiny_federation
 import tiny_study as tiny
-from certifl.certification.predictions import Predictions
+from certifl.certification.certificates import Predictions
+from certifl.cli.terminal import show_summary
 from certifl.data import to_float
 from certifl.errors import InputError, StoreMismatch
-from certifl.experiments import planning
-from certifl.experiments.attacking import Options as AttackOptions
-from certifl.experiments.attacking import attack_run
-from certifl.experiments.checking import verify_run
+from certifl.experiments import plan as planning
+from certifl.experiments.attack import Options as AttackOptions
+from certifl.experiments.attack import attack_run
 from certifl.experiments.run import Options, run
-from certifl.federated.augmentations import PerClient, augmentation_of, together
-from certifl.federated.engine import train
+from certifl.experiments.verify import verify_run
+from certifl.federated.trainer import train
+from certifl.federated.training.batches import PerClient, augmentation_of, together
+from certifl.paper.claims.runs import find_runs
 from certifl.report import load_run, summary_rows, write_figures, write_report
-from certifl.report import page as page_module
-from certifl.report.claims.facts import find_runs
 from certifl.report.figures import Drawing
+from certifl.report.page import page as page_module
 from certifl.report.results import apart, check_comparable
-from certifl.store.checkpoints import Checkpoints
-from certifl.store.runs import RunFolder
-from certifl.terminal import show_summary
-from certifl.work.networks import trained_model
-from certifl.work.parts import open_data, run_spec
+from certifl.runs.checkpoints import Checkpoints
+from certifl.runs.folder import RunFolder
+from certifl.study.opened_run import open_data, run_spec, trained_model
 from own_study import OWN, spec
 
 pytestmark = pytest.mark.usefixtures("own_cache")

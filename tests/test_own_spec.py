@@ -9,7 +9,7 @@ import pytest
 import tiny_study as tiny
 from certifl.errors import SpecError
 from certifl.experiments.run import label_of
-from certifl.federated.augmentations import PerClient
+from certifl.federated.training.batches import PerClient
 from certifl.spec import with_settings
 from own_study import OWN, PIXEL, spec
 

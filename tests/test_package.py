@@ -77,7 +77,7 @@ def test_a_wheel_works_from_any_folder(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("certifl-*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
-        "import certifl, pathlib; from certifl.report.page import __file__ as page;"
+        "import certifl, pathlib; from certifl.report.page.page import __file__ as page;"
         "assets = pathlib.Path(page).parent / 'assets';"
         "print(certifl.__file__, sorted(p.suffix for p in assets.iterdir()))"
     )

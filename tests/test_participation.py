@@ -11,20 +11,19 @@ from pathlib import Path
 import pytest
 
 import tiny_study as tiny
-from certifl import terminal
+from certifl.cli import terminal
 from certifl.errors import SpecError
 from certifl.experiments.run import Options, label_of, run
 from certifl.federated import FedAvg, Personalized, train
 from certifl.federated.aggregation import Clip, TrimmedMean
-from certifl.federated.engine import RandomShare
+from certifl.federated.trainer import RandomShare
 from certifl.report import load_run, load_runs, summary_rows
 from certifl.report.compare import compare
-from certifl.report.history import left_out_words
-from certifl.report.scale import scales
-from certifl.report.sections import training_section
-from certifl.report.story import Story
-from certifl.report.summary import largest_radius
-from certifl.store.checkpoints import Checkpoints
+from certifl.report.page.context import Story
+from certifl.report.page.results import training_section
+from certifl.report.summary import largest_radius, left_out_words
+from certifl.report.units import scales
+from certifl.runs.checkpoints import Checkpoints
 from report_factory import make_certificates, make_history, make_manifest, write_run
 from tiny_federation import TinyNet, clients, training
 

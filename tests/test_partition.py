@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from certifl.data.dealing import deal, quotas, shares
-from certifl.data.partition import (
+from certifl.data.allocation import deal, quotas, shares
+from certifl.data.splitters import (
     PARTITIONS,
     Balanced,
     ClientIndices,

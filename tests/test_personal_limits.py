@@ -23,7 +23,7 @@ from certifl.federated import (
     ServerState,
     state_of,
 )
-from certifl.federated.layers import norm_entries
+from certifl.federated.algorithms.common import norm_entries
 from quadratics import BEST, CENTRES, CURVATURES, value
 from tiny_federation import TinyNet, assert_same, client_data, clients, differ, training
 

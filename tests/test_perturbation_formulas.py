@@ -7,13 +7,7 @@ import math
 import pytest
 import torch
 
-from certifl.perturbations import (
-    DenseFlow,
-    PixelNoise,
-    Rotation,
-    SmoothFlow,
-    Translation,
-)
+from certifl.perturbations import DenseFlow, PixelNoise, Rotation, SmoothFlow, Translation
 from pictures import IMAGE, pictures, rng
 
 

@@ -12,9 +12,8 @@ from PIL import Image
 
 from certifl.data import load
 from certifl.errors import DataUnavailable, InputError, ModelError
-from certifl.experiments import planning
-from certifl.experiments.data_facts import KNOWN
-from certifl.experiments.planning import EXPECTED_SHARE, Plan, plan
+from certifl.experiments import plan as planning
+from certifl.experiments.plan import EXPECTED_SHARE, KNOWN, Plan, plan
 from tiny_study import cli, files, spec, write_spec
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"

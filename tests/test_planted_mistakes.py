@@ -13,16 +13,16 @@ from scipy.stats import binom
 import certifl
 import tiny_study as tiny
 from certifl.certification import Certificates
+from certifl.certification.adaptive import conclude
 from certifl.certification.counts import Votes
-from certifl.certification.engine import conclude
 from certifl.certification.network import prepare
 from certifl.certification.settings import Settings
 from certifl.data import to_float
 from certifl.perturbations import Perturbation
+from certifl.rng import vote_generator
 from certifl.smoothing.bounds import BOUNDS
 from certifl.smoothing.laws import GAUSSIAN
-from certifl.streams import vote_generator
-from certifl.work.certifying import Bench, Job, certify_job
+from certifl.study.certify import Bench, Job, certify_job
 from known_models import HalfSpace
 
 NOISE = certifl.PixelNoise(0.5)

@@ -12,8 +12,8 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import certifl
-from certifl.models import networks
-from certifl.models.networks import QuarterMeans
+from certifl.models import architectures as networks
+from certifl.models.architectures import QuarterMeans
 
 SIZES = list(product((1, 2, 3, 7, 8), repeat=2))
 

@@ -9,15 +9,10 @@ from pathlib import Path
 import pytest
 
 from certifl.errors import InputError, SpecError
-from certifl.experiments.figures_of_the_paper import (
-    EXTRA,
-    FIGURES,
-    chosen_figures,
-    figure_named,
-)
-from certifl.experiments.reproduce import figure_index, make_plan
 from certifl.experiments.run import label_of
-from certifl.experiments.scales import SCALES, base_spec, scale_named
+from certifl.paper.figures import EXTRA, FIGURES, chosen_figures, figure_named
+from certifl.paper.reproduce import figure_index, make_plan
+from certifl.paper.scales import SCALES, base_spec, scale_named
 from certifl.spec import with_settings
 
 EVERY = {**FIGURES, **EXTRA}

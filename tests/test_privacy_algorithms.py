@@ -15,10 +15,10 @@ from certifl.federated import (
     server_state,
     state_of,
 )
-from certifl.federated.algorithm_table import UNKNOWN
+from certifl.federated.algorithms import UNKNOWN
 from certifl.federated.privacy import ExampleLevel, check_algorithm, plan_examples
-from certifl.federated.privacy.allowed import allowed
-from certifl.federated.privacy.example import PrivatePasses
+from certifl.federated.privacy.compatibility import allowed
+from certifl.federated.privacy.example_level import PrivatePasses
 from private_federation import BUDGET, KEY, SCHEDULE, PlainNet, client_training, example_training
 from tiny_federation import assert_same, client_data, differ
 

@@ -23,7 +23,7 @@ from certifl.federated import (
     train,
 )
 from certifl.federated.privacy import Budget, ClientLevel, check_algorithm
-from certifl.store.checkpoints import Checkpoints
+from certifl.runs.checkpoints import Checkpoints
 from private_federation import (
     KEY,
     SCHEDULE,

@@ -12,21 +12,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from certifl import streams
+from certifl import rng as streams
 from certifl.errors import ModelError, SpecError
-from certifl.federated import (
-    FedAvg,
-    Local,
-    LocalTraining,
-    Mixture,
-    Personalized,
-    state_of,
-)
-from certifl.federated.batches import Batch
+from certifl.federated import FedAvg, Local, LocalTraining, Mixture, Personalized, state_of
 from certifl.federated.objectives import Augmented, Consistency
-from certifl.federated.privacy import Budget, ExampleLevel, check_algorithm, clipping
-from certifl.federated.privacy.example import PrivatePasses
-from certifl.federated.privacy.noise import add_noise
+from certifl.federated.privacy import Budget, ExampleLevel, check_algorithm
+from certifl.federated.privacy import mechanism as clipping
+from certifl.federated.privacy.example_level import PrivatePasses
+from certifl.federated.privacy.mechanism import add_noise
+from certifl.federated.training.batches import Batch
 from certifl.models import resnet18, small_cnn, small_resnet
 from private_federation import (
     BUDGET,

@@ -14,10 +14,10 @@ import pytest
 from certifl.errors import ModelError, SpecError, StoreError, StoreMismatch
 from certifl.experiments.run import Options, label_of, run
 from certifl.federated.privacy import epsilon
-from certifl.report.page import write_report
+from certifl.report.page.page import write_report
 from certifl.report.table import summary_rows
+from certifl.runs.folder import RunFolder
 from certifl.spec import load, with_settings
-from certifl.store.runs import RunFolder
 from tiny_study import VALUES, spec, weights
 
 pytest.importorskip("opacus", reason="needs the extra [dp]")

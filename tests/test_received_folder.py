@@ -13,13 +13,13 @@ from PIL import Image
 
 import tiny_study as tiny
 from certifl.errors import ModelError
-from certifl.experiments.attacking import Options as AttackOptions
-from certifl.experiments.attacking import attack_run
-from certifl.experiments.exploring import explore_run
+from certifl.experiments.attack import Options as AttackOptions
+from certifl.experiments.attack import attack_run
+from certifl.experiments.explore import explore_run
 from certifl.experiments.run import Options, run
 from certifl.models import allow_code, build, require_code
-from certifl.store.runs import RunFolder
-from certifl.work.networks import trained_model
+from certifl.runs.folder import RunFolder
+from certifl.study.opened_run import trained_model
 
 # What torch and others import if they find it, what Python's own start imports, and packages.
 HOSTILE = [

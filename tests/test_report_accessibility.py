@@ -12,7 +12,8 @@ from playwright.sync_api import Page, expect
 
 import claims_factory as claims
 from certifl.certification.certificates import Certificates
-from certifl.report import write_paper_figure, write_report
+from certifl.paper.pages import write_paper_figure
+from certifl.report import write_report
 from explorer_factory import write_explorer
 from plane_factory import plane_runs
 from report_factory import keep_to_themselves, write_study

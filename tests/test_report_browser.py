@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from browser import tab_to
-from certifl.report.words import percent, tenths
+from certifl.report.wording import percent, tenths
 from report_factory import REGIMES
 from report_pages import HOSTILE, data_of, hostile_page, study_page, study_runs
 

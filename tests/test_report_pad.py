@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Page
 
 from browser import Windows, tab_to
-from certifl.certification.planes import SIDE
+from certifl.certification.sweeps import SIDE
 from certifl.report import load_runs, write_report
 from plane_factory import LOOKS, pixels_at, plane_runs
 from report_pages import data_of

@@ -16,16 +16,17 @@ import pytest
 
 import claims_factory
 from certifl.errors import StoreError, StoreMismatch
-from certifl.report import explored, load_runs, page_beside, write_report
-from certifl.report import page as page_module
-from certifl.report.claims import claim_rows
-from certifl.report.claims.facts import read_run
-from certifl.report.claims.testing import check_runs
+from certifl.paper.claims import claim_rows
+from certifl.paper.claims.runs import read_run
+from certifl.paper.claims.testing import check_runs
+from certifl.report import load_runs, page_beside, write_report
 from certifl.report.compare import compare
-from certifl.report.looks import LOOKS
-from certifl.report.markup import Markup, el, embedded_json, table
+from certifl.report.page import explorer as explored
+from certifl.report.page import page as page_module
+from certifl.report.page.html import Markup, el, embedded_json, table
+from certifl.report.style import LOOKS
 from certifl.report.summary import client_curves, radius_grid
-from certifl.report.words import percent
+from certifl.report.wording import percent
 from explorer_factory import strip, write_explorer
 from report_factory import make_certificates, make_manifest, write_run
 from report_pages import data_of, hostile_page, study_page, study_runs

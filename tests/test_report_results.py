@@ -14,20 +14,21 @@ from scipy import stats
 from certifl.errors import StoreError, StoreMismatch
 from certifl.report import load_run, load_runs, summary_rows
 from certifl.report.compare import compare, own_interval, standing
-from certifl.report.history import measure_curves, measures_of
-from certifl.report.looks import LOOKS, looks_of
-from certifl.report.scale import scales
+from certifl.report.style import LOOKS, looks_of
 from certifl.report.summary import (
     accuracy_share,
     client_acr,
     client_curves,
     largest_radius,
+    measure_curves,
+    measures_of,
     radius_grid,
     selected_radii,
     spread,
     vote_cost,
 )
-from certifl.report.words import client_list, grouped, headline, percent, recommendations
+from certifl.report.units import scales
+from certifl.report.wording import client_list, grouped, headline, percent, recommendations
 from report_factory import (
     PIXEL,
     REGIMES,
@@ -326,7 +327,7 @@ def test_too_few_images_show_nothing():
 
 def _sentences(runs) -> list[str]:
     found = compare(runs)
-    from certifl.report.words import by_margin
+    from certifl.report.wording import by_margin
 
     return [by_margin(pair, DEGREES) for pair in found.pairs.values()]
 

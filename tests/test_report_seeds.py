@@ -14,7 +14,7 @@ from certifl.report import summary_rows, write_report
 from certifl.report.compare import compare
 from certifl.report.results import RunResults, by_seed, load_runs
 from certifl.report.summary import client_acr, largest_radius
-from certifl.report.words import headline, recommendations, why_clients_are_open
+from certifl.report.wording import headline, recommendations, why_clients_are_open
 from report_factory import make_certificates, make_run
 from test_report_results import DEGREES
 

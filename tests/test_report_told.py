@@ -16,14 +16,14 @@ import claims_factory
 import tiny_study as tiny
 from certifl.certification import Certificates
 from certifl.errors import StoreMismatch
-from certifl.experiments.checking import verify_run
-from certifl.experiments.checking_curves import impossible
 from certifl.experiments.run import Options
 from certifl.experiments.run import run as run_study
-from certifl.report import check_claims, load_runs, summary_rows, write_report
+from certifl.experiments.verify import impossible, verify_run
+from certifl.paper.claims import check_claims
+from certifl.report import load_runs, summary_rows, write_report
 from certifl.report.compare import compare
 from certifl.report.summary import client_acr, client_curves, radius_grid
-from certifl.store.runs import RunFolder
+from certifl.runs.folder import RunFolder
 from report_factory import keep_to_themselves, make_certificates, make_manifest, write_run
 from report_pages import data_of
 

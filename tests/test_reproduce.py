@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 
 from certifl.errors import StoreMismatch
-from certifl.experiments import reproduce as module
-from certifl.experiments.costs import costs
-from certifl.experiments.figures_of_the_paper import FIGURES, Figure, Panel, Regime, Setting
-from certifl.experiments.reproduce import make_plan, reproduce
 from certifl.experiments.run import Options
-from certifl.experiments.scales import SCALES
-from certifl.report import load_run, write_paper_figure
-from certifl.report.figures.paper import COLUMNS
-from certifl.report.reproduction import complete
+from certifl.paper import reproduce as module
+from certifl.paper.costs import costs
+from certifl.paper.drawing import COLUMNS
+from certifl.paper.figures import FIGURES, Figure, Panel, Regime, Setting
+from certifl.paper.pages import complete, write_paper_figure
+from certifl.paper.reproduce import make_plan, reproduce
+from certifl.paper.scales import SCALES
+from certifl.report import load_run
 from certifl.report.summary import client_acr, client_curves
-from certifl.store.runs import RunFolder
+from certifl.runs.folder import RunFolder
 from tiny_study import cli, files
 
 SMOKE = SCALES["smoke"]

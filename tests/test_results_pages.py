@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 import claims_factory as factory
+from certifl.paper.claims import CLAIMS
 from certifl.report import load_run
-from certifl.report.claims import CLAIMS
-from certifl.report.scale import scales
 from certifl.report.summary import client_acr, client_curves, largest_radius
+from certifl.report.units import scales
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 REGIMES = (("Local", factory.LOCAL, 0.3), ("FedAvg", factory.FEDAVG, 0.6))

@@ -19,11 +19,11 @@ from PIL import Image
 import tiny_study as tiny
 from certifl.certification import Certificates
 from certifl.errors import ModelError, StoreMismatch
-from certifl.experiments import presets
-from certifl.experiments.checking import verify_run
 from certifl.experiments.run import Options, run
+from certifl.experiments.verify import verify_run
+from certifl.paper import scales as presets
+from certifl.runs.folder import RunFolder
 from certifl.spec import load, with_settings
-from certifl.store.runs import RunFolder
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TRANSLATION = {"family": "translation", "sigma": 0.1}

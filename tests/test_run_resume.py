@@ -19,17 +19,17 @@ import pytest
 import torch
 
 import tiny_study as tiny
-from certifl.certification import engine
+from certifl.certification import adaptive as engine
 from certifl.certification.certificates import Certificates
 from certifl.errors import StoreMismatch
-from certifl.experiments.checking import verify_run
 from certifl.experiments.run import Options, run
+from certifl.experiments.verify import verify_run
 from certifl.federated import rounds
 from certifl.federated.states import ServerState
+from certifl.runs.checkpoints import StoredRound
+from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
-from certifl.store.checkpoints import StoredRound
-from certifl.store.runs import RunFolder
-from certifl.work import certifying
+from certifl.study import certify as certifying
 
 # Long enough to be hit in the middle, in training and in certification.
 LONG = (

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import certifl
-from certifl.certification import selftest
-from certifl.certification.selftest import check_random_source
+from certifl.certification import rng_check as selftest
+from certifl.certification.rng_check import check_random_source
 from certifl.errors import RandomSourceBroken, WorkError
 from certifl.perturbations import PERTURBATIONS
-from certifl.streams import vote_generator
+from certifl.rng import vote_generator
 
 CPU = torch.device("cpu")
 SHAPE = (1, 12, 10)

@@ -13,7 +13,7 @@ import pytest
 import tiny_study as tiny
 from certifl.certification import Certificates
 from certifl.errors import InputError
-from certifl.experiments.shards import Shard, read_shard
+from certifl.experiments.standalone import Shard, read_shard
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "cluster"
 QUICK = ("--images", "7", "--n", "300")

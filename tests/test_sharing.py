@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from certifl.errors import InputError, WorkError
+from certifl.experiments.multi_gpu import cast_votes, device_names
 from certifl.experiments.run import Options, run
-from certifl.experiments.sharing import cast_votes, device_names
 from tiny_study import spec
 
 

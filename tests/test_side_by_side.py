@@ -15,12 +15,11 @@ import pytest
 import torch
 
 from certifl.errors import InputError
-from certifl.experiments.figures_of_the_paper import FIGURES, Figure, Panel, Regime, Setting
-from certifl.experiments.reproduce import Plan, compute_free, make_plan
 from certifl.experiments.run import Options
-from certifl.experiments.scales import SCALES
-from certifl.experiments.side_by_side import helped, jobs_here
-from certifl.store.runs import RunFolder
+from certifl.paper.figures import FIGURES, Figure, Panel, Regime, Setting
+from certifl.paper.reproduce import Plan, compute_free, helped, jobs_here, make_plan
+from certifl.paper.scales import SCALES
+from certifl.runs.folder import RunFolder
 from tiny_study import cli, environment
 
 SMOKE = SCALES["smoke"]

@@ -25,7 +25,7 @@ from certifl.federated import (
     train,
 )
 from certifl.perturbations import Rotation
-from certifl.store.checkpoints import Checkpoints
+from certifl.runs.checkpoints import Checkpoints
 
 TWIN = Path(__file__).resolve().parents[1] / "examples" / "paper_in_one_file.py"
 

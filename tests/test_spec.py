@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from certifl.errors import SpecError
-from certifl.experiments.presets import REGIMES, quickstart
+from certifl.paper.scales import REGIMES, quickstart
 from certifl.spec import Spec, load, with_settings
 
 ROTATION = {"family": "rotation", "sigma": "18deg"}

@@ -16,7 +16,7 @@ import torch
 
 from certifl.certification import Certificates
 from certifl.errors import StoreError, StoreMismatch
-from certifl.store.atomic import (
+from certifl.runs.atomic import (
     load_tensors,
     read_json,
     save_tensors,
@@ -25,7 +25,7 @@ from certifl.store.atomic import (
     write_json,
     write_text,
 )
-from certifl.store.runs import FINISHED, RunFolder
+from certifl.runs.folder import FINISHED, RunFolder
 
 SPEC, HASH = 'name = "x"\n', "abc"
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import certifl
 import tiny_study as tiny
-from certifl.certification.votes import VoteCounter
-from certifl.threads import threads_asked
-from certifl.work.machine import training_threads
+from certifl.certification.sampling import VoteCounter
+from certifl.study.environment import training_threads
+from certifl.torch_env import threads_asked
 
 IMAGES = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 seen: set[int] = set()

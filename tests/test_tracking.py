@@ -15,8 +15,8 @@ import pytest
 import certifl.report
 import tiny_study as tiny
 from certifl.experiments.run import Options, run
+from certifl.runs.folder import RunFolder
 from certifl.smoothing.laws import LAWS
-from certifl.store.runs import RunFolder
 from certifl.tracking import TRACKERS
 from certifl.tracking.base import certified_numbers, round_numbers
 

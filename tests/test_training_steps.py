@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from certifl import streams
+from certifl import rng as streams
 from certifl.errors import InputError, ModelError, TrainingDiverged
 from certifl.federated import ClientData, FedAvg, LocalTraining, state_of, train
-from certifl.federated.batches import BatchStream, batch_bounds
-from certifl.store.checkpoints import Checkpoints
+from certifl.federated.training.batches import BatchStream, batch_bounds
+from certifl.runs.checkpoints import Checkpoints
 from tiny_federation import (
     SCHEDULE,
     Noise,

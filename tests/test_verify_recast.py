@@ -16,17 +16,18 @@ import torch
 
 import own_study
 import tiny_study as tiny
-from certifl.certification import Certificates, engine
+from certifl.certification import Certificates
+from certifl.certification import adaptive as engine
 from certifl.certification.counts import Votes
 from certifl.certification.scan import scan_of
 from certifl.errors import InputError
-from certifl.experiments import recasting
-from certifl.experiments.checking import verify_run
-from certifl.experiments.recasting import EXACT, FRESH, ROUNDING, Options, recast_run
+from certifl.experiments import recast as recasting
+from certifl.experiments.recast import EXACT, FRESH, ROUNDING, Options, recast_run
 from certifl.experiments.run import Options as RunOptions
 from certifl.experiments.run import run
+from certifl.experiments.verify import verify_run
+from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
-from certifl.store.runs import RunFolder
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -20,13 +20,13 @@ import pytest
 import own_study
 import tiny_study as tiny
 from certifl.certification import Certificates
-from certifl.certification.predictions import Predictions
+from certifl.certification.certificates import Predictions
 from certifl.certification.scan import unpacked
 from certifl.errors import WorkError
-from certifl.experiments.checking import verify_run
 from certifl.experiments.run import Options, run
+from certifl.experiments.verify import verify_run
+from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
-from certifl.store.runs import RunFolder
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -606,7 +606,7 @@ def test_without_the_images_labels_are_not_checked(
     altered: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from certifl.errors import DataUnavailable
-    from certifl.experiments import checking_run
+    from certifl.experiments import verify_run as checking_run
 
     def nowhere(*_: Any, **__: Any) -> None:
         raise DataUnavailable("digits is not on this machine. Three ways to get images.")
@@ -624,7 +624,7 @@ def test_without_the_images_labels_are_not_checked(
 
 def test_data_inside_the_run_folder_are_not_believed(altered: Callable[[str], Path]) -> None:
     """A run folder may be somebody else's, with labels that suit its certificates."""
-    from certifl.experiments.checking_run import _remembered
+    from certifl.experiments.verify_run import _remembered
 
     place = altered("sequential")
     (place / "data").mkdir(exist_ok=True)

@@ -15,19 +15,16 @@ import torch
 from torch import Tensor
 
 import certifl
-from certifl.certification import (
-    api,
-    engine,
-    network,
-    predictions,
-    scan,
-    votes,
-)
+from certifl.certification import adaptive as engine
+from certifl.certification import certificates as predictions
+from certifl.certification import certify as api
+from certifl.certification import network, scan
+from certifl.certification import sampling as votes
+from certifl.certification.certificates import predict_plain
 from certifl.certification.network import Network, prepare, tf32_state
-from certifl.certification.predictions import predict_plain
+from certifl.certification.sampling import CHUNK, Request, VoteCounter, votes_per_turn
 from certifl.certification.settings import Settings
-from certifl.certification.votes import CHUNK, Request, VoteCounter, votes_per_turn
-from certifl.work.certifying import Job, _votes_key
+from certifl.study.certify import Job, _votes_key
 from known_models import HalfSpace
 
 G = torch.Generator().manual_seed(0)

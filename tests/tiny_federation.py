@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from certifl import streams
+from certifl import rng as streams
 from certifl.federated import (
     Algorithm,
     ClientData,
@@ -21,7 +21,7 @@ from certifl.federated import (
     Schedule,
     train,
 )
-from certifl.store.checkpoints import Checkpoints, StoredRound
+from certifl.runs.checkpoints import Checkpoints, StoredRound
 
 CLASSES = 3
 SCHEDULE = Schedule(

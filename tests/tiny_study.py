@@ -14,8 +14,8 @@ from typing import Any
 from unittest import mock
 
 from certifl.cli import main
+from certifl.runs.atomic import load_tensors, save_tensors
 from certifl.spec import Spec, with_settings
-from certifl.store.atomic import load_tensors, save_tensors
 
 ROTATION = {"family": "rotation", "sigma": "0.1pi"}
 VALUES: dict[str, Any] = {

@@ -23,9 +23,9 @@ from torch.nn import functional
 
 import certifl
 from certifl.data import load
-from certifl.data.splits import ImageSplit
+from certifl.data.dataset import ImageSplit
 from certifl.federated import ClientData, FedAvg, LocalTraining, Schedule, train
-from certifl.store.checkpoints import Checkpoints
+from certifl.runs.checkpoints import Checkpoints
 
 SIGMA, ALPHA, N0 = 0.25, 1e-3, 100
 JOBS = {"resnet18": (3, 32, 4, 1000), "small_cnn": (1, 28, 20, 2000)}  # channels, side, images, n

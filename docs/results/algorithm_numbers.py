@@ -18,8 +18,8 @@ from certifl.federated import ALGORITHMS
 from certifl.report import RunResults, load_run
 from certifl.report.compare import paired_values
 from certifl.report.summary import client_acr, gains, image_numbers, largest_radius
-from certifl.store.atomic import read_json
-from certifl.streams import numpy_generator
+from certifl.rng import numpy_generator
+from certifl.runs.atomic import read_json
 
 __all__ = ["Numbers", "Row", "Section", "section"]
 

@@ -20,8 +20,8 @@ from algorithm_study import (
     studies,
 )
 from certifl.federated import ALGORITHMS
-from certifl.store.atomic import read_json
-from certifl.store.runs import RunFolder
+from certifl.runs.atomic import read_json
+from certifl.runs.folder import RunFolder
 from paging import duration, machine_words, table
 from study_numbers import cost_of, manifest
 

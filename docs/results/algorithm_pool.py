@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TypeVar
 
-from certifl.work.processes import follow_parent
+from certifl.torch_env import follow_parent
 
 __all__ = ["work_off"]
 

@@ -10,11 +10,10 @@ import torch
 from algorithm_study import BASELINE, Study
 from certifl.data import to_float
 from certifl.experiments.run import Options, run
+from certifl.runs.atomic import write_json
+from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
-from certifl.store.atomic import write_json
-from certifl.store.runs import RunFolder
-from certifl.work.networks import trained_model
-from certifl.work.parts import open_data
+from certifl.study.opened_run import open_data, trained_model
 
 __all__ = ["CLEAN", "SECONDS", "compute", "ready"]
 

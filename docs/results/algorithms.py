@@ -22,7 +22,7 @@ from algorithm_pool import work_off
 from algorithm_runs import compute, ready
 from algorithm_study import SEEDS, Study, jobs, studies
 from certifl.errors import CertiflError
-from certifl.store.atomic import write_text
+from certifl.runs.atomic import write_text
 
 HERE = Path(__file__).resolve().parent
 

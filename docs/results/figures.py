@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from certifl.report import check_claims, explanation
-from certifl.report.claims import Report
-from certifl.store.atomic import read_json, write_text
+from certifl.paper.claims import Report, check_claims, explanation
+from certifl.runs.atomic import read_json, write_text
 from paging import command_words, machine_words, picture, table
 from study_numbers import COUNTED, Cost, comparison_tables, cost_of, manifest, setting_words
 from verdict_words import figure_claims, overview, tally

@@ -19,10 +19,9 @@ from typing import Any
 import certifl
 from certifl.experiments.run import Options, run
 from certifl.federated import ClientData, LocalTraining, state_of
+from certifl.runs.folder import RunFolder
 from certifl.spec import Spec, with_settings
-from certifl.store.runs import RunFolder
-from certifl.work.networks import initial_model
-from certifl.work.parts import open_data
+from certifl.study.opened_run import initial_model, open_data
 
 HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)

@@ -17,8 +17,8 @@ from typing import Any
 from certifl.experiments.run import Options, run
 from certifl.models import small_cnn
 from certifl.report import summary_rows
+from certifl.runs.folder import RunFolder
 from certifl.spec import load
-from certifl.store.runs import RunFolder
 from paging import machine_words, table
 
 HERE = Path(__file__).resolve().parent

@@ -14,7 +14,6 @@ from typing import Any
 from certifl.report import RunResults, load_run
 from certifl.report.compare import own_interval
 from certifl.report.results import Row, by_seed
-from certifl.report.scale import RadiusScale, family_words, scales, sigma_text
 from certifl.report.summary import (
     client_acr,
     client_curves,
@@ -22,8 +21,9 @@ from certifl.report.summary import (
     mean_acr,
     selected_radii,
 )
-from certifl.report.words import percent
-from certifl.store.atomic import read_json
+from certifl.report.units import RadiusScale, family_words, scales, sigma_text
+from certifl.report.wording import percent
+from certifl.runs.atomic import read_json
 from paging import duration, range_words, table
 
 __all__ = ["COUNTED", "Cost", "comparison_tables", "cost_of", "manifest", "setting_words"]

@@ -8,10 +8,10 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from certifl.report.claims import ClaimResult, Report, claim_rows
-from certifl.report.claims.render import COMPARISON_HEAD, comparison_row, verdict_words
-from certifl.report.claims.rules import MARGIN, NOT_TESTED, UNDECIDED, VERDICTS
-from certifl.report.claims.testing import Tested
+from certifl.paper.claims import ClaimResult, Report, claim_rows
+from certifl.paper.claims.render import COMPARISON_HEAD, comparison_row, verdict_words
+from certifl.paper.claims.rules import MARGIN, NOT_TESTED, UNDECIDED, VERDICTS
+from certifl.paper.claims.testing import Tested
 from paging import range_words, table
 
 __all__ = ["bears_on", "figure_claims", "overview", "tally"]

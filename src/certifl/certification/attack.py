@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from certifl.certification.contest import lead_of, sign_test_against
-from certifl.certification.reach import Reach, lengths, reach_of
-from certifl.certification.votes import CHUNK, Request, VoteCounter
+from certifl.certification.certified_sets import Reach, lengths, reach_of
+from certifl.certification.counts import lead_of, sign_test_against
+from certifl.certification.sampling import CHUNK, Request, VoteCounter
 from certifl.errors import InputError
-from certifl.streams import generator, image_key
+from certifl.rng import generator, image_key
 
 __all__ = ["Effort", "Found", "deformed_first", "search"]
 

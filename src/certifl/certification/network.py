@@ -15,19 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certifl.certification.compiled import Compiled
-from certifl.certification.folding import fold_batch_norm
-from certifl.certification.guards import (
+from certifl.certification.checks import (
     check_model,
     depends_on_its_past,
     probe_classes,
     probe_of,
     writes_into_its_input,
 )
-from certifl.convolutions import exact_convolutions
-from certifl.copies import bare_copy_of, foreign_formats, format_advice, to_format, unwrapped
+from certifl.certification.inference import Compiled, fold_batch_norm
 from certifl.errors import InputError, ModelError
-from certifl.threads import is_small, one_thread, threads_in_use
+from certifl.module_copies import (
+    bare_copy_of,
+    foreign_formats,
+    format_advice,
+    to_format,
+    unwrapped,
+)
+from certifl.torch_env import exact_convolutions, is_small, one_thread, threads_in_use
 
 __all__ = [
     "PRECISIONS",

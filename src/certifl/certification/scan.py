@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from certifl.certification.counts import Votes
+from certifl.certification.sampling import CHUNK, Request, VoteCounter, votes_per_turn
 from certifl.certification.settings import (
     GRID_POINTS,
     Settings,
@@ -23,14 +24,13 @@ from certifl.certification.settings import (
     least_that,
     too_few_votes,
 )
-from certifl.certification.votes import CHUNK, Request, VoteCounter, votes_per_turn
 from certifl.errors import InputError
 from certifl.perturbations.base import Perturbation
+from certifl.rng import vote_generator
 from certifl.smoothing.laws import LAWS
 from certifl.smoothing.scan import BETS, SHARES, Reading, read_scan
 from certifl.smoothing.sequential import grid_steps
 from certifl.smoothing.strata import Scan, passes_of
-from certifl.streams import vote_generator
 
 __all__ = [
     "cast",

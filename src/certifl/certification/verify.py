@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from certifl.certification.certificates import ABSTAINED, UNLABELLED, Certificates
-from certifl.certification.groups import PERTURBATIONS, masks
-from certifl.certification.recorded import Record, read_record
+from certifl.certification.metadata import PERTURBATIONS, masks
+from certifl.certification.record import Record, read_record
 from certifl.certification.scan import read_votes, settled, unpacked
 from certifl.certification.settings import ESTIMATORS
 from certifl.errors import InputError

@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 import typer.core
 
-from certifl.cli import machine, results, single, studies
+from certifl.cli import results, studies
+from certifl.cli import results as single
+from certifl.cli import studies as machine
 from certifl.cli.common import safe_path, say, unforeseen
 from certifl.cli.deploy import deploy
 from certifl.errors import CertiflError, RequestError, UnusualValue

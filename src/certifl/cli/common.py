@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from certifl.outside import visible
+from certifl.safe_io import visible
 
 __all__ = [
     "AnswerWithin",

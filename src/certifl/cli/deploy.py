@@ -15,7 +15,7 @@ import typer
 
 from certifl.cli.common import say
 from certifl.errors import RequestError, WorkError
-from certifl.requests import check_party, check_party_settings, read_spec_file
+from certifl.path_checks import check_party, check_party_settings, read_spec_file
 
 __all__ = ["deploy"]
 
@@ -80,8 +80,8 @@ def init_(
 ) -> None:
     """Write what each party needs: certificates, keys, settings, scripts, a page to read."""
     with _flower():
-        from certifl.deploy.kit import init
-        from certifl.deploy.serving import INSECURE
+        from certifl.deploy.processes import INSECURE
+        from certifl.deploy.provision.kit import init
 
         parties = init(folder, clients, server, insecure, name or [])
     if insecure:
@@ -98,7 +98,7 @@ def renew(
     """Write a new certificate for the server; clients need nothing new."""
     check_party(folder / "server")
     with _flower():
-        from certifl.deploy.kit import renew as renewed
+        from certifl.deploy.provision.kit import renew as renewed
 
         say(f"{renewed(folder, name or [])} (with its key beside it)")
 
@@ -108,7 +108,7 @@ def server(folder: Party = Path(".")) -> None:
     """Run the server until it is stopped."""
     check_party(folder)
     with _flower():
-        from certifl.deploy.serving import serve
+        from certifl.deploy.processes import serve
 
         serve(folder, _told)
 
@@ -133,8 +133,8 @@ def client(
     """Take part with one's own images until stopped."""
     check_party_settings(folder / "client.toml")
     with _flower():
-        from certifl.deploy.serving import take_part, with_data
-        from certifl.deploy.settings import load_settings
+        from certifl.deploy.client.settings import load_settings
+        from certifl.deploy.processes import take_part, with_data
 
         settings = with_data(load_settings(folder / "client.toml"), data, dealt)
         _find_networks(settings.networks, code)
@@ -159,7 +159,7 @@ def _find_networks(names: list[str], code: Path | None) -> None:
 def log(folder: Party = Path(".")) -> None:
     """What left a client's machine: when, what for, which keys, shapes, how many bytes."""
     with _flower():
-        from certifl.deploy.sent import SENT, sent_lines
+        from certifl.deploy.client.sent_log import SENT, sent_lines
 
         if not any((folder / name).is_file() for name in ("client.toml", SENT)):
             raise RequestError(f"{folder} is no client's folder: it has no client.toml.")
@@ -200,11 +200,11 @@ def run(
     """
     read_spec_file(spec)
     with _flower():
-        from certifl import terminal
-        from certifl.deploy.conduct import Options
-        from certifl.deploy.remote import Patience
-        from certifl.deploy.running import private_files
-        from certifl.deploy.studies import run_study
+        from certifl.cli import terminal
+        from certifl.deploy.server.coordinator import Options
+        from certifl.deploy.server.remote_runner import Patience
+        from certifl.deploy.server.run import run_study
+        from certifl.deploy.transport.flower_processes import private_files
         from certifl.models import allow_code
         from certifl.spec import load
 
@@ -246,9 +246,9 @@ def check(
     It ends with 0 if `certifl deploy run` would start the study with these clients.
     """
     with _flower():
-        from certifl.deploy.conduct import Options
-        from certifl.deploy.remote import Patience
-        from certifl.deploy.studies import check_study
+        from certifl.deploy.server.coordinator import Options
+        from certifl.deploy.server.remote_runner import Patience
+        from certifl.deploy.server.run import check_study
         from certifl.spec import load
 
         options = Options(
@@ -265,9 +265,9 @@ def check(
 
 
 def _reported(place: Path, title: str) -> None:
-    from certifl import terminal
+    from certifl.cli import terminal
     from certifl.report import summary_rows, write_report
-    from certifl.store.runs import RunFolder
+    from certifl.runs.folder import RunFolder
 
     folder = RunFolder(place)
     for client, why in folder.manifest()["deployment"].get("left_out", {}).items():
@@ -286,7 +286,7 @@ def status(folder: Party = Path(".")) -> None:
     """Who is connected, on the server's machine; whether the server answers, on a client's."""
     check_party(folder)
     with _flower():
-        from certifl.deploy.studies import status_lines
+        from certifl.deploy.server.run import status_lines
 
         lines, fine = status_lines(folder)
     say("\n".join(lines))

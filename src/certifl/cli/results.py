@@ -14,17 +14,29 @@ from certifl.cli.common import (
     Code,
     DataDir,
     Device,
+    Family,
+    OverwriteFile,
     RunDir,
+    Sigma,
     interruptible,
+    positive,
     say,
+    whole,
 )
-from certifl.requests import check_data_folder, check_run, check_study
+from certifl.path_checks import (
+    IMAGE,
+    SHARD,
+    WEIGHTS,
+    check_certificate_file,
+    check_data_folder,
+    check_file,
+    check_run,
+    check_study,
+)
 
 if TYPE_CHECKING:
-    from certifl.experiments.recasting import Options
-    from certifl.store.runs import RunFolder
-
-__all__ = ["attack", "claims", "explore", "report", "verify"]
+    from certifl.experiments.recast import Options
+    from certifl.runs.folder import RunFolder
 
 
 def report(
@@ -44,13 +56,14 @@ def report(
     """Write one page about one run, or about several side by side."""
     for run in runs:
         check_run(run)
-    from certifl import terminal
+    from certifl.cli import terminal
+    from certifl.paper.claims.section import verdicts_section
     from certifl.report import page_beside, summary_rows, write_report
-    from certifl.store.runs import locked_for
+    from certifl.runs.folder import locked_for
 
     place = out or page_beside(runs)
     with locked_for(place):
-        page = write_report(runs, place, images=images)
+        page = write_report(runs, place, images=images, claims=verdicts_section)
     terminal.show_summary(summary_rows(runs))
     say(f"\nReport: {page.resolve()}\nFigures: {(page.parent / 'figures').resolve()}")
 
@@ -64,8 +77,8 @@ def claims(
     """Put the paper's claims to the test: effect, 95 % interval and verdict of each."""
     for run in runs:
         check_study(run)
-    from certifl import terminal
-    from certifl.report import check_claims, claim_rows, explanation, write_claims
+    from certifl.cli import terminal
+    from certifl.paper.claims import check_claims, claim_rows, explanation, write_claims
 
     found = check_claims(runs)
     if out is not None:
@@ -104,7 +117,7 @@ def verify(
     for run in runs:
         if not run.is_file():
             check_run(run)
-    from certifl.experiments.recasting import Options
+    from certifl.experiments.recast import Options
 
     options = None
     if recast is not None:
@@ -117,9 +130,9 @@ def verify(
 
 def _verified(place: Path, data_dir: Path | None, options: Options | None) -> int:
     """Verify one run, and say what came of it; gives the exit status."""
-    from certifl.experiments.checking import verify_run
-    from certifl.experiments.checking_run import shortened
-    from certifl.experiments.recasting import recast_run
+    from certifl.experiments.recast import recast_run
+    from certifl.experiments.verify import verify_run
+    from certifl.experiments.verify_run import shortened
 
     result = verify_run(place, data_dir)
     problems, again = result.problems, None
@@ -157,9 +170,9 @@ def attack(
     """
     check_run(run)
     check_data_folder(data_dir)
-    from certifl import terminal
-    from certifl.experiments.attacking import Options, attack_run
-    from certifl.store.runs import RunFolder
+    from certifl.cli import terminal
+    from certifl.experiments.attack import Options, attack_run
+    from certifl.runs.folder import RunFolder
 
     with interruptible(), terminal.Board() as board:
         board.stage("attack")
@@ -194,9 +207,9 @@ def explore(
     for run in runs:
         check_run(run)
     check_data_folder(data_dir)
-    from certifl import terminal
-    from certifl.experiments.exploring import explore_run
-    from certifl.store.runs import RunFolder
+    from certifl.cli import terminal
+    from certifl.experiments.explore import explore_run
+    from certifl.runs.folder import RunFolder
 
     with interruptible(), terminal.Board() as board:
         for run in runs:
@@ -205,3 +218,147 @@ def explore(
             _renew_page(RunFolder(run))
             told = f"{run}: {seen.images} images, {seen.votes:,} votes at each deformation."
             say(f"{told} `certifl report` shows them.")
+
+
+# Commands about one model or one image: certify, merge, predict.
+#
+# Heavy imports happen inside the commands, so that help and errors of usage answer at once.
+
+
+def certify(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Your own network as module:function, or a model's name; needs --weights, --data."
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help=".safetensors, or .pt with weights.")
+    ] = None,
+    run: Annotated[Path | None, typer.Option(help="Take the model of a run instead.")] = None,
+    client: Annotated[int, typer.Option(min=0, help="Which client of the run.")] = 0,
+    data: Annotated[str | None, typer.Option(help="Data set whose test images are used.")] = None,
+    family: Family = None,
+    sigma: Sigma = None,
+    images: Annotated[
+        int,
+        typer.Option(
+            parser=positive, metavar="NUMBER", help="Test images, a fixed random choice."
+        ),
+    ] = 100,
+    estimator: Annotated[str, typer.Option(help="`certifl list` names them.")] = "sequential",
+    n0: Annotated[
+        int,
+        typer.Option("--n0", parser=whole, metavar="VOTES", help="Votes that choose the class."),
+    ] = 100,
+    n: Annotated[
+        int, typer.Option("--n", parser=whole, metavar="VOTES", help="Fresh votes that bound it.")
+    ] = 100_000,
+    alpha: Annotated[float, typer.Option(help="Probability of a wrong certificate.")] = 1e-3,
+    keep: Annotated[
+        str, typer.Option(help="What stopping early keeps: certificates, or (cheaper) the curve.")
+    ] = "certificates",
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise and the choice of images.")] = 0,
+    precision: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16, or either with -compiled.")
+    ] = "auto",
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option("--out", help=".parquet or .tsv")] = Path(
+        "certificates.parquet"
+    ),
+    overwrite: OverwriteFile = False,
+    shard: Annotated[
+        str, typer.Option(help="i/n: every n-th image from the i-th; `certifl merge` joins them.")
+    ] = "1/1",
+    code: Code = None,
+) -> None:
+    """Certify a model you already have, or the model a client of a run deploys."""
+    check_certificate_file(out, overwrite)
+    check_data_folder(data_dir)
+    if weights is not None:
+        check_file(weights, WEIGHTS)
+    if run is not None:
+        check_run(run)
+    from certifl.certification.settings import Settings
+    from certifl.cli import terminal
+    from certifl.experiments.standalone import Request, certify_standalone, read_shard
+    from certifl.models import allow_code
+
+    request = Request(
+        model=model,
+        weights=weights,
+        run=run,
+        client=client,
+        data=data,
+        family=family,
+        sigma=sigma,
+        images=images,
+        settings=Settings(estimator, n0, n, alpha, keep=keep),
+        seed=seed,
+        precision=precision,
+        data_dir=data_dir,
+        device=device,
+        out=out,
+        overwrite=overwrite,
+        shard=read_shard(shard),
+        code=code,
+    )
+    if model is not None:
+        allow_code(model, Path.cwd())
+    with interruptible(), terminal.Board() as board:
+        board.stage("certify")
+        certificates = certify_standalone(request, board.report)
+    terminal.show_certificates(certificates)
+    say(f"\nCertificates: {out.resolve()}")
+
+
+def merge(
+    shards: Annotated[
+        list[Path], typer.Argument(metavar="SHARD...", help="All files of `certify --shard i/n`.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help=".parquet or .tsv")] = Path(
+        "certificates.parquet"
+    ),
+    overwrite: OverwriteFile = False,
+) -> None:
+    """Put the shards of one certification together: the same file, however the work was cut."""
+    check_certificate_file(out, overwrite)
+    for shard in shards:
+        check_file(shard, SHARD)
+    from certifl.cli import terminal
+    from certifl.experiments.standalone import merge_shards, save_merged
+
+    certificates = save_merged(merge_shards(shards), out, overwrite)
+    terminal.show_certificates(certificates)
+    say(f"\nCertificates: {out.resolve()}")
+
+
+def predict(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG or JPEG file.")],
+    run: Annotated[
+        Path,
+        typer.Option(
+            help="The run whose model answers, or a client's own folder CLIENT/studies/ID."
+        ),
+    ],
+    client: Annotated[
+        int | None, typer.Option(min=0, help="Which client asks; 0 where a run has several.")
+    ] = None,
+    n: Annotated[
+        int | None,
+        typer.Option(
+            "--n", parser=positive, metavar="VOTES", help="Votes; the run's own by default."
+        ),
+    ] = None,
+    resize: Annotated[bool, typer.Option("--resize", help="Fit the image to the model.")] = False,
+    device: Device = "auto",
+    code: Code = None,
+) -> None:
+    """Label of one image with its certified radius, or abstained, and what that means."""
+    check_run(run)
+    check_file(image, IMAGE)
+    from certifl.cli import terminal
+    from certifl.experiments.standalone import certify_image
+
+    terminal.show_prediction(certify_image(image, run, client, n, resize, device, code))

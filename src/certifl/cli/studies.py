@@ -24,9 +24,7 @@ from certifl.cli.common import (
     interruptible,
     say,
 )
-from certifl.requests import check_data_folder, read_spec_file
-
-__all__ = ["plan", "quickstart", "reproduce", "run"]
+from certifl.path_checks import check_data_folder, read_spec_file
 
 
 def quickstart(
@@ -36,11 +34,11 @@ def quickstart(
     overwrite: Overwrite = False,
 ) -> None:
     """The main job on embedded data: ten clients, rotation, four ways of training, a report."""
-    from certifl import terminal
-    from certifl.experiments import presets
+    from certifl.cli import terminal
     from certifl.experiments.run import Options, run
+    from certifl.paper import scales as presets
     from certifl.report import summary_rows, write_report
-    from certifl.store.runs import RunFolder, require_own_folder
+    from certifl.runs.folder import RunFolder, require_own_folder
 
     place, specs = out or Path("runs/quickstart"), presets.quickstart(seed)
     page, folders, complete = place / "report.html", list[Path](), True
@@ -78,13 +76,13 @@ def run(
     """Train, certify and report one study; the same command goes on after an interruption."""
     read_spec_file(spec)
     check_data_folder(data_dir)
-    from certifl import terminal
+    from certifl.cli import terminal
     from certifl.experiments.run import Options
     from certifl.experiments.run import run as run_study
     from certifl.models import allow_code
     from certifl.report import summary_rows, write_report
+    from certifl.runs.folder import RunFolder
     from certifl.spec import load
-    from certifl.store.runs import RunFolder
 
     study = load(spec, set_ or [])
     allow_code(study.model.name, spec.parent, Path.cwd())
@@ -125,8 +123,8 @@ def plan(
     """Votes, time, memory and disk that a study will take here; measures for a few seconds."""
     read_spec_file(spec)
     check_data_folder(data_dir)
-    from certifl import terminal
-    from certifl.experiments.planning import plan as plan_study
+    from certifl.cli import terminal
+    from certifl.experiments.plan import plan as plan_study
     from certifl.models import allow_code
     from certifl.spec import load
 
@@ -164,16 +162,14 @@ def reproduce(
     The same command goes on after an interruption; several processes may work in one folder.
     """
     check_data_folder(data_dir)
-    from certifl import terminal
-    from certifl.experiments.costs import costs
-    from certifl.experiments.figures_of_the_paper import chosen_figures
-    from certifl.experiments.reproduce import make_plan
-    from certifl.experiments.reproduce import reproduce as compute
+    from certifl.cli import terminal
     from certifl.experiments.run import Options
-    from certifl.experiments.scales import scale_named
-    from certifl.experiments.side_by_side import helped, jobs_here
-    from certifl.report import write_paper_figure
-    from certifl.report.reproduction import complete
+    from certifl.paper.costs import costs
+    from certifl.paper.figures import chosen_figures
+    from certifl.paper.pages import complete, write_paper_figure
+    from certifl.paper.reproduce import helped, jobs_here, make_plan
+    from certifl.paper.reproduce import reproduce as compute
+    from certifl.paper.scales import scale_named
 
     size, figures = scale_named(scale, set_ or []), chosen_figures(figure)
     study = make_plan(figures, size, out or Path("runs") / f"reproduce-{scale}")
@@ -197,3 +193,48 @@ def reproduce(
                 if changed or not complete(folder):
                     page = write_paper_figure(folder)
                 say(f"{folder.name}: {page.resolve()}")
+
+
+# Commands about what there is: doctor, list.
+#
+# Heavy imports happen inside the commands, so that help and errors of usage answer at once.
+
+
+def doctor(data_dir: DataDir = None) -> None:
+    """What this machine has (devices, memory, data, extras), and what is missing for what."""
+    from certifl.cli import terminal
+    from certifl.experiments.doctor import examine
+
+    terminal.show_facts(examine(data_dir))
+
+
+def list_() -> None:
+    """What can stand in a spec: data, splits, models, algorithms, perturbations, estimators."""
+    from certifl.certification import ESTIMATORS
+    from certifl.cli import terminal
+    from certifl.data import EMBEDDED, SPLITS
+    from certifl.federated.aggregation import RULES
+    from certifl.federated.algorithms import ALGORITHMS
+    from certifl.federated.objectives import OBJECTIVES
+    from certifl.models import MODELS
+    from certifl.perturbations import PERTURBATIONS
+
+    terminal.show_names(
+        {
+            "data sets": [
+                *EMBEDDED,
+                "mnist",
+                "cifar10",
+                "fashion_mnist",
+                "owner/name",
+                "a folder",
+            ],
+            "splits": list(SPLITS),
+            "models": [*MODELS, "module:function"],
+            "algorithms": list(ALGORITHMS),
+            "objectives": list(OBJECTIVES),
+            "rules": list(RULES),
+            "perturbations": list(PERTURBATIONS),
+            "estimators": list(ESTIMATORS),
+        }
+    )

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from certifl.data.datasets import DATA_ENV, EMBEDDED, load, named_folder
+from certifl.data.dataset import Dataset, ImageSplit, fingerprint, random_part, to_float
 from certifl.data.decode import changes_of, read_image
-from certifl.data.manifest import ClientIndices, Partition, check, choose, label_checksum
-from certifl.data.partition import (
-    PARTITIONS,
-    SPLITS,
-    Column,
-    Splitter,
-    deal_out,
-    make_splitter,
-)
-from certifl.data.splits import Dataset, ImageSplit, fingerprint, random_part, to_float
+from certifl.data.loading import DATA_ENV, EMBEDDED, load, named_folder
+from certifl.data.partition import ClientIndices, Partition, check, choose, label_checksum
+from certifl.data.splitters import PARTITIONS, SPLITS, Column, Splitter, deal_out, make_splitter
 
 __all__ = [
     "DATA_ENV",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from certifl.data.dataset import SMALLEST_SIDE, Dataset, ImageSplit, fingerprint
 from certifl.data.decode import size_text
 from certifl.data.readers import RawSplit
-from certifl.data.splits import SMALLEST_SIDE, Dataset, ImageSplit, fingerprint
 from certifl.errors import InputError
 
 __all__ = ["assemble"]

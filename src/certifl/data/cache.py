@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from certifl.data.splits import Dataset, ImageSplit, fingerprint
+from certifl.data.dataset import Dataset, ImageSplit, fingerprint
 from certifl.errors import InputError
 
 __all__ = ["CACHE_ENV", "cache_folder", "cache_key", "cache_path", "read_cached", "write_cached"]

@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from certifl.data.splits import SMALLEST_SIDE, to_float
+from certifl.data.dataset import SMALLEST_SIDE, to_float
 from certifl.errors import InputError
-from certifl.outside import read_bytes
+from certifl.safe_io import read_bytes
 
 __all__ = [
     "IMAGE_SUFFIXES",

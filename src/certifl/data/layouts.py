@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from certifl.data.folders import class_images, has_class_folders, subfolders
+from certifl.data.image_folders import class_images, has_class_folders, subfolders
 from certifl.errors import DataUnavailable, InputError
 
 __all__ = ["TEST_NAMES", "Layout", "choose_test", "find_layout"]

@@ -1,372 +1,228 @@
-"""Splitting a data set over clients: training and test images together, in the same proportions.
-
-Every splitter in `PARTITIONS` gives every image of both splits to exactly one client, is a
-function of the labels, the number of clients and the seed, and never leaves a client without
-training or test images: it raises an error that says what to change. `Column` follows a column of
-the data set instead.
-"""
+"""Which client holds which images, as a record that can be stored and checked."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, ClassVar, Protocol
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 
-from certifl.data.dealing import (
-    class_counts,
-    deal,
-    number_of_classes,
-    quotas,
-    shares,
-    shuffled_by_class,
-)
-from certifl.data.manifest import (
-    ClientIndices,
-    Labels,
-    Partition,
-    check,
-    choose,
-    label_checksum,
-    labels_for,
-    require_count,
-)
-from certifl.data.natural import Column
 from certifl.errors import InputError
-from certifl.streams import numpy_generator
+from certifl.rng import numpy_generator
 
 __all__ = [
-    "PARTITIONS",
-    "SPLITS",
-    "Balanced",
     "ClientIndices",
-    "Column",
-    "Dirichlet",
+    "Labels",
     "Partition",
-    "Quantity",
-    "Shards",
-    "Splitter",
-    "Uniform",
+    "as_labels",
     "check",
     "choose",
-    "deal_out",
     "label_checksum",
-    "make_splitter",
+    "labels_for",
+    "require_count",
 ]
 
+Labels = np.ndarray | torch.Tensor | Sequence[int]
 
-class Splitter(Protocol):
-    """A frozen record of options that splits labels over clients."""
 
-    name: ClassVar[str]
+@dataclass(frozen=True, eq=False)
+class ClientIndices:
+    """One client's images: positions in the training and in the test split.
 
-    def split(
-        self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
-    ) -> Partition:
-        """Split both splits over `clients` clients.
+    Args:
+        train: int64, ascending, unique.
+        test: int64, ascending, unique.
 
-        Args:
-            train_labels, test_labels: (n,) classes, in the order of the data set.
-            clients: how many.
-            seed: of what is drawn; equal arguments give equal partitions.
+    Raises:
+        InputError: positions that are negative, not ascending or not unique.
+    """
 
-        Returns:
-            Positions of every client's images; no image is given twice.
+    train: np.ndarray
+    test: np.ndarray
+
+    def __post_init__(self) -> None:
+        for name in ("train", "test"):
+            made = np.array(getattr(self, name), dtype=np.int64)
+            if made.ndim != 1 or (made.size and made[0] < 0) or (np.diff(made) <= 0).any():
+                raise InputError(
+                    f"The {name} indices of a client must be one ascending list of different "
+                    "positions, counted from 0. The manifest was changed; make a new partition."
+                )
+            made.setflags(write=False)
+            object.__setattr__(self, name, made)
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """A split of a data set over clients.
+
+    Args:
+        clients: one entry for each client, by number.
+        split: name of the splitter, a key of SPLITS.
+        options: the splitter's own settings.
+        seed: the seed it was drawn with.
+        label_checksum: `label_checksum` of the labels it was made for.
+        names: what the clients are called, where the split knows it: the values of a column.
+    """
+
+    clients: tuple[ClientIndices, ...]
+    split: str
+    options: Mapping[str, Any]
+    seed: int
+    label_checksum: str
+    names: tuple[str, ...] = ()
+
+    def to_manifest(self) -> dict[str, Any]:
+        """The partition as plain lists, numbers and strings, for JSON."""
+        return {
+            "split": self.split,
+            "options": dict(self.options),
+            "seed": self.seed,
+            "label_checksum": self.label_checksum,
+            **({"names": list(self.names)} if self.names else {}),
+            "clients": [
+                {"train": client.train.tolist(), "test": client.test.tolist()}
+                for client in self.clients
+            ],
+        }
+
+    @staticmethod
+    def from_manifest(manifest: Mapping[str, Any]) -> Partition:
+        """The partition of a manifest.
 
         Raises:
-            InputError: there are too few images for that many clients or these options.
+            InputError: an entry is missing or of the wrong type.
         """
-        ...
-
-
-@dataclass(frozen=True)
-class Uniform:
-    """At random, whatever the labels: sizes differ by at most one image, as in the paper."""
-
-    name: ClassVar[str] = "uniform"
-
-    def split(
-        self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
-    ) -> Partition:
-        """Cut a random order of each split into equal parts."""
-        train, test = labels_for(train_labels, test_labels, clients)
-        parts = [
-            np.array_split(_stream(self, seed, which).permutation(labels.size), clients)
-            for which, labels in (("train", train), ("test", test))
-        ]
-        return _partition(self, parts[0], parts[1], train, test, seed)
-
-
-@dataclass(frozen=True)
-class Balanced:
-    """Every client gets the same number of images of every class, to the nearest image.
-
-    Of each class and in total, numbers differ by at most one image.
-    """
-
-    name: ClassVar[str] = "balanced"
-
-    def split(
-        self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
-    ) -> Partition:
-        """Deal each class in equal parts."""
-        train, test = labels_for(train_labels, test_labels, clients)
-        proportions = np.full((number_of_classes(train, test), clients), 1 / clients)
-        return _dealt(self, proportions, train, test, seed)
-
-
-@dataclass(frozen=True)
-class Dirichlet:
-    """Label skew: class k goes to the clients in proportions p_k ~ Dirichlet(alpha, ..., alpha).
-
-    Training and test images follow the same drawn proportions. A small alpha gives clients with
-    few classes, a large one the balanced split. A draw that leaves a client with fewer images than
-    asked for is repeated, but only `retries` times.
-
-    Args:
-        alpha: concentration, > 0.
-        min_train: least number of training images of a client.
-        min_test: least number of test images of a client.
-        retries: draws before giving up.
-
-    Source: Yurochkin et al., Bayesian Nonparametric Federated Learning of Neural Networks (2019).
-    """
-
-    alpha: float = 0.5
-    min_train: int = 10
-    min_test: int = 2
-    retries: int = 1000
-    name: ClassVar[str] = "dirichlet"
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise InputError(f"alpha must be a finite number > 0, got {self.alpha}.")
-        for option in ("min_train", "min_test", "retries"):
-            require_count(option, getattr(self, option))
-
-    def split(
-        self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
-    ) -> Partition:
-        """Draw proportions until every client has enough images, then deal."""
-        train, test = labels_for(train_labels, test_labels, clients)
-        classes = number_of_classes(train, test)
-        draw = _stream(self, seed, "proportions")
-        for attempt in range(self.retries):
-            proportions = draw.dirichlet(np.full(clients, self.alpha), size=classes)
-            if self._enough(proportions, train, test, seed, attempt):
-                return _dealt(self, proportions, train, test, seed, attempt)
-        raise InputError(
-            f"In {self.retries} draws of Dirichlet({self.alpha:g}) over {clients} clients, one "
-            f"always had fewer than {self.min_train} training or {self.min_test} test images (of "
-            f"{train.size} and {test.size} in all). Raise alpha, take fewer clients, or lower "
-            "min_train or min_test."
-        )
-
-    def _enough(
-        self, proportions: np.ndarray, train: np.ndarray, test: np.ndarray, seed: int, attempt: int
-    ) -> bool:
-        counts = _counts(self, proportions, train, test, seed, attempt)
-        smallest = [int(count.sum(axis=0).min()) for count in counts]
-        return smallest[0] >= self.min_train and smallest[1] >= self.min_test
-
-
-@dataclass(frozen=True)
-class Shards:
-    """Label skew: training images sorted by label, cut into shards; each client gets a few.
-
-    The test images of a class go to the clients in proportion to its training images there, so a
-    client is tested on the classes it trains on.
-
-    Args:
-        shards_per_client: shards of a client; it bounds how many classes most clients see.
-
-    Source: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized
-    Data (2017).
-    """
-
-    shards_per_client: int = 2
-    name: ClassVar[str] = "shards"
-
-    def __post_init__(self) -> None:
-        require_count("shards_per_client", self.shards_per_client)
-
-    def split(
-        self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
-    ) -> Partition:
-        """Give each client random shards, then test images of the same classes."""
-        train, test = labels_for(train_labels, test_labels, clients)
-        total = clients * self.shards_per_client
-        if total > train.size:
-            raise InputError(
-                f"{clients} clients with {self.shards_per_client} shards each need {total} "
-                f"shards, but there are {train.size} training images. Take fewer clients or a "
-                "smaller shards_per_client."
+        try:
+            clients = tuple(
+                ClientIndices(np.array(client["train"]), np.array(client["test"]))
+                for client in manifest["clients"]
             )
-        classes = number_of_classes(train, test)
-        draw = _stream(self, seed, "train")
-        shards = np.array_split(np.concatenate(shuffled_by_class(train, classes, draw)), total)
-        order = draw.permutation(total).reshape(clients, self.shards_per_client)
-        hands = [np.concatenate([shards[number] for number in row]) for row in order]
-        held = np.stack([class_counts(train[hand], classes) for hand in hands], axis=1)
-        counts = quotas(class_counts(test, classes), shares(held), _stream(self, seed, "quotas"))
-        tests = deal(test, counts, _stream(self, seed, "test"))
-        return _partition(self, hands, tests, train, test, seed)
+            return Partition(
+                clients,
+                str(manifest["split"]),
+                dict(manifest["options"]),
+                int(manifest["seed"]),
+                str(manifest["label_checksum"]),
+                tuple(map(str, manifest.get("names", ()))),
+            )
+        except (KeyError, TypeError, OverflowError) as error:
+            raise InputError(
+                f"The partition's manifest is not complete ({type(error).__name__}: {error}). "
+                "It was changed or cut off; make the partition again."
+            ) from error
 
 
-@dataclass(frozen=True)
-class Quantity:
-    """Size skew: sizes follow the power law rank^(-exponent), labels are alike everywhere.
-
-    Which client has which rank is drawn. Training and test images follow the same sizes, and every
-    client has each class in the same proportion, to the nearest image.
+def label_checksum(train_labels: Labels, test_labels: Labels) -> str:
+    """SHA-256 over the numbers of images and the labels of both splits, in order.
 
     Args:
-        exponent: 0 gives equal sizes; 1 makes the second client half as large as the first.
+        train_labels, test_labels: (n,) whole numbers.
     """
-
-    exponent: float = 1.0
-    name: ClassVar[str] = "quantity"
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.exponent) and self.exponent >= 0):
-            raise InputError(f"exponent must be a finite number >= 0, got {self.exponent}.")
-
-    def split(
-        self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
-    ) -> Partition:
-        """Deal each class in the drawn order of sizes."""
-        train, test = labels_for(train_labels, test_labels, clients)
-        weights = (1.0 + _stream(self, seed, "ranks").permutation(clients)) ** -self.exponent
-        proportions = np.tile(weights / weights.sum(), (number_of_classes(train, test), 1))
-        return _dealt(self, proportions, train, test, seed)
+    train, test = as_labels(train_labels), as_labels(test_labels)
+    digest = hashlib.sha256(f"{train.size} {test.size}\n".encode())
+    digest.update(train.astype("<i8").tobytes())
+    digest.update(test.astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
-PARTITIONS: dict[str, type[Splitter]] = {
-    "uniform": Uniform,
-    "balanced": Balanced,
-    "dirichlet": Dirichlet,
-    "shards": Shards,
-    "quantity": Quantity,
-}
-
-
-SPLITS: dict[str, type[Splitter] | type[Column]] = {**PARTITIONS, "column": Column}
-"""All ways to split: those that look at the labels alone, and the one by a column."""
-
-
-def make_splitter(name: str, options: Mapping[str, Any] | None = None) -> Splitter | Column:
-    """The splitter of that name with these options, others as by default.
+def check(partition: Partition, train_labels: Labels, test_labels: Labels) -> None:
+    """Make sure that a partition belongs to a data set and gives no image twice.
 
     Args:
-        name: a name in `SPLITS`.
-        options: the splitter's own settings.
+        partition: of its images over clients.
+        train_labels, test_labels: (n,) of the whole data set, in its order.
 
     Raises:
-        InputError: no such splitter or option, or a value out of range.
+        InputError: the labels are others than the partition was made for, an index is out of
+            range, or two clients hold the same image.
     """
-    if name not in SPLITS:
-        raise InputError(f"There is no partition {name!r}; choose one of {', '.join(SPLITS)}.")
-    kind, given = SPLITS[name], dict(options or {})
-    known = fields(kind)  # pyright: ignore[reportArgumentType]
-    allowed = [field.name for field in known]
-    if unknown := [option for option in given if option not in allowed]:
+    if label_checksum(train_labels, test_labels) != partition.label_checksum:
         raise InputError(
-            f"The partition {name!r} has no option {', '.join(map(repr, unknown))}; "
-            f"its options are {', '.join(allowed) or 'none'}."
+            "The partition was made for other labels than the data set has. The data set was "
+            "changed or is another one: load the one the partition was made for, or make the "
+            "partition again in a new run."
         )
-    needed = [field.name for field in known if field.default is MISSING]
-    if missing := [option for option in needed if option not in given]:
-        raise InputError(f"The partition {name!r} needs the option {', '.join(missing)}.")
-    build: Callable[..., Splitter | Column] = kind
-    return build(**given)
+    for name, total in (("train", len(train_labels)), ("test", len(test_labels))):
+        held = np.concatenate([getattr(client, name) for client in partition.clients])
+        if held.size and held.max() >= total:
+            raise InputError(
+                f"The partition names {name} image {held.max()}, but there are only {total}. "
+                "The manifest was changed; make the partition again."
+            )
+        if np.unique(held).size != held.size:
+            raise InputError(
+                f"The partition gives a {name} image to two clients. The manifest was changed; "
+                "make the partition again."
+            )
 
 
-def deal_out(
-    splitter: Splitter | Column,
-    labels: tuple[Labels, Labels],
-    columns: tuple[np.ndarray | None, ...],
-    clients: int,
-    seed: int,
-) -> Partition:
-    """Split a data set over clients: by its labels, or by the column that the splitter names.
+def choose(indices: np.ndarray, count: int | None, seed: int, client: int) -> np.ndarray:
+    """The test images of one client that are certified: a fixed random part of its own.
+
+    Depends on nothing but the arguments. A larger count of the same seed contains a smaller one,
+    so a study can be extended without losing certificates.
 
     Args:
-        splitter: how.
-        labels: of the training and of the test images.
-        columns: the same of the column that was kept; None without one.
-        clients, seed: as in `Splitter.split`.
+        indices: the client's test images.
+        count: how many; None, or as many as there are, takes all.
+        seed: the study's seed.
+        client: the client's number.
 
     Returns:
-        The partition, with the checksum of the labels it was made for.
+        int64, ascending.
 
     Raises:
-        InputError: there are too few images, or values of the column, for that many clients.
+        InputError: count is less than 1.
     """
-    if not isinstance(splitter, Column):
-        return splitter.split(*labels, clients, seed)
-    train, test = columns
-    if train is None or test is None:
+    own = np.sort(np.asarray(indices, dtype=np.int64))
+    if count is None or count >= own.size:
+        return own
+    if count < 1:
         raise InputError(
-            f"The data set was read without its column {splitter.column!r}; load it with "
-            f"keep_column={splitter.column!r}."
+            f"The number of certified test images must be at least 1, got {count}. "
+            "Leave it out to certify all."
         )
-    checksum = label_checksum(*labels)
-    return dataclasses.replace(splitter.split(train, test, clients, seed), label_checksum=checksum)
+    order = numpy_generator(seed, "certified test images", client).permutation(own.size)
+    return np.sort(own[order[:count]])
 
 
-def _dealt(
-    splitter: Splitter,
-    proportions: np.ndarray,
-    train: np.ndarray,
-    test: np.ndarray,
-    seed: int,
-    attempt: int = 0,
-) -> Partition:
-    """Deal both splits by the same proportions (classes, clients)."""
-    of_train, of_test = _counts(splitter, proportions, train, test, seed, attempt)
-    hands = deal(train, of_train, _stream(splitter, seed, "train"))
-    tests = deal(test, of_test, _stream(splitter, seed, "test"))
-    return _partition(splitter, hands, tests, train, test, seed)
+def as_labels(labels: Labels) -> np.ndarray:
+    """Labels as int64 (n,).
+
+    Raises:
+        InputError: they are no non-negative integers in one dimension.
+    """
+    made = np.asarray(labels)
+    if made.ndim != 1 or made.dtype.kind not in "iu" or (made.size and made.min() < 0):
+        raise InputError(
+            f"Labels must be integers from 0 up in one dimension, got {made.dtype} {made.shape}."
+        )
+    return made.astype(np.int64)
 
 
-def _counts(
-    splitter: Splitter,
-    proportions: np.ndarray,
-    train: np.ndarray,
-    test: np.ndarray,
-    seed: int,
-    attempt: int,
+def labels_for(
+    train_labels: Labels, test_labels: Labels, clients: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    draw = _stream(splitter, seed, "quotas", attempt)
-    classes = proportions.shape[0]
-    of_train = quotas(class_counts(train, classes), proportions, draw)
-    return of_train, quotas(class_counts(test, classes), proportions, draw)
+    """Both splits' labels, checked to be enough for that many clients.
+
+    Raises:
+        InputError: labels are unusable, or there are more clients than images of a split.
+    """
+    train, test = as_labels(train_labels), as_labels(test_labels)
+    require_count("The number of clients", clients)
+    if clients > min(train.size, test.size):
+        raise InputError(
+            f"{clients} clients cannot each have an image of {train.size} training and "
+            f"{test.size} test images. Take fewer clients or more images."
+        )
+    return train, test
 
 
-def _partition(
-    splitter: Splitter,
-    hands: list[np.ndarray],
-    tests: list[np.ndarray],
-    train: np.ndarray,
-    test: np.ndarray,
-    seed: int,
-) -> Partition:
-    for which, parts in (("training", hands), ("test", tests)):
-        empty = sum(part.size == 0 for part in parts)
-        if empty:
-            raise InputError(
-                f"The split {splitter.name!r} leaves {empty} of {len(parts)} clients without "
-                f"{which} images. Take fewer clients, more images, or a less skewed split."
-            )
-    clients = tuple(
-        ClientIndices(np.sort(hand), np.sort(own)) for hand, own in zip(hands, tests, strict=True)
-    )
-    options = asdict(splitter)  # pyright: ignore[reportArgumentType]  # splitters are dataclasses
-    return Partition(clients, splitter.name, options, seed, label_checksum(train, test))
-
-
-def _stream(splitter: Splitter, seed: int, *ids: int | str) -> np.random.Generator:
-    return numpy_generator(seed, "partition", splitter.name, *ids)
+def require_count(name: str, value: int) -> None:
+    """Refuse what is no integer from 1 up; `name` opens the message."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} must be an integer >= 1, got {value!r}.")

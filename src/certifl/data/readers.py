@@ -11,7 +11,7 @@ import numpy as np
 
 from certifl.data.decode import NamedImage, decode_all
 from certifl.errors import InputError
-from certifl.outside import read_bytes, read_gzip
+from certifl.safe_io import read_bytes, read_gzip
 
 __all__ = ["READERS", "ColumnNames", "RawSplit", "read_folder", "read_idx", "read_parquet"]
 
@@ -55,9 +55,7 @@ class RawSplit:
 
 def read_parquet(files: tuple[Path, ...], columns: ColumnNames) -> RawSplit:
     """Read parquet files in the hub's layout, in the order given."""
-    from certifl.data.tables import (
-        read_tables,
-    )  # pyarrow is slow to import; a cached load needs none
+    from certifl.data.tables import read_tables
 
     return read_tables(files, columns)
 

@@ -16,8 +16,8 @@ from certifl._version import __version__
 from certifl.certification.network import choose_precision
 from certifl.data import EMBEDDED
 from certifl.data.cache import cache_folder
-from certifl.data.datasets import DATA_ENV
-from certifl.work.machine import machine_facts, versions
+from certifl.data.loading import DATA_ENV
+from certifl.study.environment import machine_facts, versions
 
 __all__ = ["Fact", "examine"]
 

@@ -20,29 +20,28 @@ from torch import nn
 from certifl.certification.network import choose_device, prepare
 from certifl.data import Dataset, Partition, named_folder, to_float
 from certifl.errors import InputError, SpecError, StoreError, StoreMismatch
-from certifl.experiments.certifying import certify_clients
-from certifl.experiments.exploring import explore
-from certifl.experiments.sharing import cast_votes, device_names
-from certifl.experiments.tracked import News, track_finished, tracked
-from certifl.federated import ClientData, Personalized, train
-from certifl.federated.engine import Progress
+from certifl.experiments.explore import explore
+from certifl.experiments.multi_gpu import cast_votes, device_names
+from certifl.federated.algorithms.personalized import Personalized
+from certifl.federated.states import ClientData
+from certifl.federated.trainer import Progress, train
+from certifl.runs.atomic import write_json
+from certifl.runs.checkpoints import Checkpoints, StoredRound
+from certifl.runs.folder import FINISHED, RUNNING, RunFolder
 from certifl.spec import Spec
-from certifl.store.atomic import write_json
-from certifl.store.checkpoints import Checkpoints, StoredRound
-from certifl.store.runs import FINISHED, RUNNING, RunFolder
-from certifl.tracking import check_trackers
-from certifl.work.labels import label_of
-from certifl.work.machine import (
+from certifl.study.certify import certify_clients
+from certifl.study.environment import (
     give_back_memory,
     machine_facts,
     threads_of_workers,
     training_threads,
     versions,
 )
-from certifl.work.networks import deployed, initial_model
-from certifl.work.parts import DATA_DIR, open_data, study_facts
-from certifl.work.private import Protection, protection, spent, training_key
-from certifl.work.training import by_client, check_training, local_training, participation
+from certifl.study.opened_run import DATA_DIR, deployed, initial_model, open_data, study_facts
+from certifl.study.privacy import Protection, protection, spent, training_key
+from certifl.study.setup import by_client, check_training, label_of, local_training, participation
+from certifl.tracking import check_trackers
+from certifl.tracking.run_tracker import News, track_finished, tracked
 
 __all__ = ["Options", "label_of", "run"]
 

@@ -8,17 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from certifl import rng as streams
 from certifl.errors import InputError, TooFewClients, TrainingDiverged
 from certifl.federated.aggregation import Rule
-from certifl.federated.base import Algorithm
+from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.faults import Answer, Fault, Inspection, advice, needed, not_finite
-from certifl.federated.participation import Participation
 from certifl.federated.privacy.ledger import Ledger
-from certifl.federated.states import ClientState, ModelState, Update
-from certifl.federated.stored import server_state
-from certifl.store.checkpoints import Checkpoints, PendingRound, StoredRound
-
-__all__ = ["Progress", "ProgressCallback", "Rounds", "Runner"]
+from certifl.federated.states import ClientState, ModelState, ServerState, Update
+from certifl.registry import check_number
+from certifl.runs.checkpoints import Checkpoints, PendingRound, StoredRound
 
 _log = logging.getLogger(__name__)
 
@@ -210,3 +208,79 @@ def _whole(result: object) -> tuple[Update, ClientState]:
     """The result of an answer that was inspected."""
     assert isinstance(result, tuple)
     return result[0], result[1]
+
+
+# States as a committed round holds them.
+
+
+def server_state(stored: StoredRound) -> ServerState:
+    """The server's state in a committed round."""
+    return ServerState(stored.number, stored.server())
+
+
+def client_state(stored: StoredRound, client: int) -> ClientState:
+    """A client's state in a committed round.
+
+    Args:
+        stored: the round, as `Checkpoints.latest` gives it.
+        client: its number, from 0.
+
+    Raises:
+        StoreError: its file is damaged.
+    """
+    return ClientState(stored.client(client))
+
+
+def deployed_model(algorithm: Algorithm, stored: StoredRound, client: int) -> ModelState:
+    """The model that client `client` uses at test time, as of a committed round.
+
+    Args:
+        algorithm: the one that trained it.
+        stored: usually the last round.
+        client: its number, from 0.
+
+    Raises:
+        StoreError: a file of the round is damaged.
+    """
+    return algorithm.deployed(server_state(stored), client_state(stored, client))
+
+
+# Who takes part in a round: everyone, or a random share that a resumed training repeats.
+
+
+Participation = Callable[[int], Sequence[int]]
+"""Which clients take part in a round; of the round alone, so that resuming repeats it."""
+
+
+@dataclass(frozen=True)
+class RandomShare:
+    """max(1, round(share n)) of the n clients, chosen anew in every round, without replacement.
+
+    The choice is a function of (seed, round) alone.
+
+    Attributes:
+        share: in (0, 1]; 1 = everyone.
+        clients: n, how many there are.
+        seed: the study's seed.
+
+    Source: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized
+    Data, 2017, Algorithm 1 (the fraction C).
+    """
+
+    share: float
+    clients: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        allowed = "a number above 0, up to 1"
+        check_number("participation", self.share, allowed, low=0, high=1, open_low=True)
+
+    @property
+    def size(self) -> int:
+        """How many clients take part in a round."""
+        return max(1, round(self.share * self.clients))
+
+    def __call__(self, round: int) -> list[int]:
+        """The participants of a round, in client order."""
+        drawn = streams.numpy_generator(self.seed, "participation", round)
+        return sorted(drawn.choice(self.clients, self.size, replace=False).tolist())

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from certifl.models.architectures import Normalize, ResNet, resnet18, small_cnn, small_resnet
 from certifl.models.building import MODELS, build, check_logits
-from certifl.models.code import (
+from certifl.models.state import (
     adopt_code,
     allow_code,
     allowed_code,
     code_fingerprint,
+    fingerprint,
     require_code,
+    state_of,
 )
-from certifl.models.networks import Normalize, ResNet, resnet18, small_cnn, small_resnet
-from certifl.models.state import fingerprint, state_of
 
 __all__ = [
     "MODELS",

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certifl.copies import answer_in_words, evaluating, format_advice
 from certifl.errors import ModelError
-from certifl.models.networks import resnet18, small_cnn, small_resnet
-from certifl.streams import derive_seed
+from certifl.models.architectures import resnet18, small_cnn, small_resnet
+from certifl.module_copies import answer_in_words, evaluating, format_advice
+from certifl.rng import derive_seed
 
 __all__ = ["MODELS", "build", "check_logits"]
 

@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from certifl.report.compare import own_interval
-from certifl.report.history import left_out_words
-from certifl.report.own import noise_words, plain_rows
-from certifl.report.privacy import privacy_words
+from certifl.report.page.perturbations import noise_words, plain_rows
+from certifl.report.page.privacy import privacy_words
 from certifl.report.results import Row, RunResults, apart, by_seed, load_runs
-from certifl.report.scale import scales
 from certifl.report.summary import (
     abstained_share,
     accuracy_share,
     largest_radius,
+    left_out_words,
     mean_acr,
     selected_radii,
     spread,
     vote_cost,
 )
-from certifl.report.words import percent
+from certifl.report.units import scales
+from certifl.report.wording import percent
 
 __all__ = ["summary_rows"]
 

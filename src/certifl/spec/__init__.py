@@ -5,7 +5,6 @@ written back, and its hash names what was computed. Everything that changes a nu
 everything that does not (folders, device, progress) is an option of the command instead.
 """
 
-from certifl.spec.privacy import Privacy
 from certifl.spec.reading import load, load_stored, with_settings
 from certifl.spec.sections import (
     Augmentation,
@@ -13,6 +12,7 @@ from certifl.spec.sections import (
     Clients,
     Data,
     Model,
+    Privacy,
     Training,
 )
 from certifl.spec.study import Spec

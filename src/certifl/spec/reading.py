@@ -13,9 +13,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from certifl.errors import InputError, SpecError, StoreError
-from certifl.outside import parse_toml
+from certifl.path_checks import read_spec_file
 from certifl.perturbations.units import from_records
-from certifl.requests import read_spec_file
+from certifl.safe_io import parse_toml
 from certifl.spec.study import Spec
 
 __all__ = ["load", "load_stored", "with_settings"]

@@ -10,14 +10,13 @@ import tomli_w
 from pydantic import Field, field_validator, model_validator
 
 from certifl.errors import SpecError
-from certifl.federated.algorithm_table import ALGORITHMS
-from certifl.federated.augmentations import PerClient, together
-from certifl.federated.base import Algorithm
+from certifl.federated.algorithms import ALGORITHMS
+from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.objectives import OBJECTIVES
 from certifl.federated.objectives.base import Objective
+from certifl.federated.training.batches import PerClient, together
 from certifl.perturbations import Perturbation
 from certifl.perturbations import from_record as perturbation_from
-from certifl.spec.privacy import Privacy, check_privacy
 from certifl.spec.sections import (
     NONE,
     OWN,
@@ -28,8 +27,10 @@ from certifl.spec.sections import (
     Clients,
     Data,
     Model,
+    Privacy,
     Section,
     Training,
+    check_privacy,
 )
 
 __all__ = ["Choice", "Spec"]

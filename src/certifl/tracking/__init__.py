@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from certifl.errors import RequestError
+from certifl.tracking.backends import MLflow, TensorBoard, WeightsAndBiases
 from certifl.tracking.base import Tracker, TrackerFactory
 from certifl.tracking.follower import Follower
-from certifl.tracking.mlflow import MLflow
-from certifl.tracking.tensorboard import TensorBoard
-from certifl.tracking.wandb import WeightsAndBiases
 
 __all__ = ["TRACKERS", "Follower", "Tracker", "check_trackers"]
 

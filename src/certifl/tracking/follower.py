@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from certifl.errors import StoreError
-from certifl.store.atomic import read_json, write_json
+from certifl.runs.atomic import read_json, write_json
 from certifl.tracking.base import Tracker, TrackerFactory
 
 __all__ = ["Follower"]

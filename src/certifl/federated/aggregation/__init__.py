@@ -92,17 +92,15 @@ RULES: Registry[RuleRow] = Registry(
     "rule",
     {
         "mean": RuleRow("certifl.federated.aggregation.clipping:Mean", parameters(), "mean"),
-        "median": RuleRow(
-            "certifl.federated.aggregation.coordinates:Median", parameters(), "median"
-        ),
+        "median": RuleRow("certifl.federated.aggregation.robust:Median", parameters(), "median"),
         "trimmed-mean": RuleRow(
-            "certifl.federated.aggregation.coordinates:TrimmedMean",
+            "certifl.federated.aggregation.robust:TrimmedMean",
             parameters(trim=_Minority),
             "trimmed mean",
             check=_check_trimmed_mean,
         ),
         "krum": RuleRow(
-            "certifl.federated.aggregation.krum:Krum",
+            "certifl.federated.aggregation.robust:Krum",
             parameters(malicious=_Minority, keep=(PositiveInt, 1)),
             "krum",
             check=_check_krum,

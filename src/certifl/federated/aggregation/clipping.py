@@ -10,13 +10,7 @@ from typing import ClassVar
 import torch
 
 from certifl.errors import InputError
-from certifl.federated.aggregation.base import (
-    Rule,
-    blocks,
-    is_statistic,
-    parts_of,
-    with_parts,
-)
+from certifl.federated.aggregation.base import Rule, blocks, is_statistic, parts_of, with_parts
 from certifl.federated.averaging import policy_of
 from certifl.federated.states import ModelState, ServerState, Update
 from certifl.registry import check_number

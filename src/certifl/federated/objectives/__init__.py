@@ -25,7 +25,7 @@ _Sigmas = Annotated[float, Field(ge=0, description="a number of sigmas from 0")]
 OBJECTIVES: Registry[Row] = Registry(
     "objective",
     {
-        "augmented": Row("certifl.federated.objectives.augmented:Augmented", parameters(), ""),
+        "augmented": Row("certifl.federated.objectives.simple:Augmented", parameters(), ""),
         "consistency": Row(
             "certifl.federated.objectives.consistency:Consistency",
             parameters(
@@ -49,7 +49,7 @@ OBJECTIVES: Registry[Row] = Registry(
             "MACER",
         ),
         "stability": Row(
-            "certifl.federated.objectives.stability:Stability",
+            "certifl.federated.objectives.simple:Stability",
             parameters(weight=(NonNegative, 2.0)),
             "stability training",
         ),

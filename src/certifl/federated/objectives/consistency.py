@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from certifl.federated.batches import Batch
 from certifl.federated.objectives import OBJECTIVES
-from certifl.federated.objectives.copies import by_copy, log_mean_exp, noisy_copies, single
+from certifl.federated.objectives.base import by_copy, log_mean_exp, noisy_copies, single
+from certifl.federated.training.batches import Batch
 
 __all__ = ["Consistency"]
 

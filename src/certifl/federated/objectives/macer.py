@@ -11,10 +11,16 @@ from torch import nn
 from torch.nn import functional
 
 from certifl.errors import InputError
-from certifl.federated.batches import Batch
 from certifl.federated.objectives import OBJECTIVES
-from certifl.federated.objectives.base import Smoothing, smoothing_of
-from certifl.federated.objectives.copies import by_copy, log_mean_exp, noisy_copies, single
+from certifl.federated.objectives.base import (
+    Smoothing,
+    by_copy,
+    log_mean_exp,
+    noisy_copies,
+    single,
+    smoothing_of,
+)
+from certifl.federated.training.batches import Batch
 
 __all__ = ["Macer", "soft_margins"]
 

@@ -17,24 +17,26 @@ from certifl.federated.privacy.accounting import (
     noise_for,
     steps_per_epoch,
 )
-from certifl.federated.privacy.allowed import (
+from certifl.federated.privacy.budget import Budget, plan_clients, plan_examples
+from certifl.federated.privacy.client_level import ClientLevel
+from certifl.federated.privacy.compatibility import (
     check_algorithm,
+    check_network,
     finetuning_epochs,
     sends_nothing,
 )
-from certifl.federated.privacy.clients import ClientLevel
-from certifl.federated.privacy.example import ExampleLevel, PrivatePasses
-from certifl.federated.privacy.ledger import ClientLedger, ExampleLedger, Ledger
-from certifl.federated.privacy.networks import check_network
-from certifl.federated.privacy.noise import derived_key
-from certifl.federated.privacy.plan import Budget, plan_clients, plan_examples
-from certifl.federated.privacy.releases import (
+from certifl.federated.privacy.example_level import ExampleLevel, PrivatePasses
+from certifl.federated.privacy.ledger import (
+    ClientLedger,
+    ExampleLedger,
+    Ledger,
     Pass,
     Release,
     conflict,
     released_epsilon,
     released_steps,
 )
+from certifl.federated.privacy.mechanism import derived_key
 
 __all__ = [
     "ACCOUNTANT",

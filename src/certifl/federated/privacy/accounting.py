@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from certifl.errors import SpecError
-from certifl.federated.batches import batch_bounds
+from certifl.federated.training.batches import batch_bounds
 
 __all__ = ["ACCOUNTANT", "composed", "epsilon", "grad_sample", "noise_for", "steps_per_epoch"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from certifl.store.atomic import write_bytes, write_text
+from certifl.runs.atomic import write_bytes, write_text
 
 __all__ = ["FORMATS", "Drawing", "image_bytes", "save"]
 

@@ -1,0 +1,395 @@
+"""`certify` and `predict`: certificates for any classifier of images."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from certifl._version import __version__
+from certifl.certification import adaptive as engine
+from certifl.certification import counts, scan
+from certifl.certification.certificates import ABSTAINED, Certificates
+from certifl.certification.checks import (
+    Model,
+    check_exact,
+    check_images,
+    check_labels,
+    check_perturbation,
+    check_seed,
+)
+from certifl.certification.network import PRECISIONS, Network, prepare, tf32_state
+from certifl.certification.rng_check import check_random_source_once
+from certifl.certification.sampling import Request, VoteCounter
+from certifl.certification.settings import Settings, least_that, too_few_votes
+from certifl.errors import InputError
+from certifl.models import fingerprint
+from certifl.perturbations import describe
+from certifl.perturbations.base import Perturbation
+from certifl.perturbations.units import parse_amount, parse_amounts
+from certifl.progress import Progress, bar
+from certifl.rng import image_key
+from certifl.smoothing.bounds import two_sided_sign_test
+
+__all__ = ["asked_conditions", "certify", "conditions", "predict"]
+
+# Images on the device at once; results do not depend on it.
+_BLOCK = 256
+
+Images = Tensor | np.ndarray | Iterable[Tensor | np.ndarray]
+Labels = Tensor | np.ndarray | Sequence[int] | Iterable[Tensor | np.ndarray | Sequence[int]] | None
+
+
+def certify(
+    model: Model,
+    images: Images,
+    perturbation: Perturbation,
+    *,
+    labels: Labels = None,
+    n0: int = 100,
+    n: int = 100_000,
+    alpha: float = 1e-3,
+    estimator: str = "sequential",
+    radii: Sequence[float | str] | None = None,
+    seed: int = 0,
+    precision: str = "auto",
+    device: str | torch.device = "auto",
+    batch_size: int | str = "auto",
+    progress: bool | Progress = False,
+    label_aware: bool = True,
+    reach: float | str | None = None,
+    keep: str = "certificates",
+) -> Certificates:
+    """Certify the smoothed classifier of a model at some images.
+
+    Guarantee: for each image separately, with probability at least 1 - alpha over the votes, the
+    smoothed classifier g_delta(x) = E[onehot(argmax f(T_{delta+eps} x))] has the same most likely
+    class for all ||delta|| <= radius. See `perturbation.threat` for what this does not cover.
+
+    That holds for ONE call per image. Another call with other n, alpha or estimator under the same
+    seed draws the same votes again: keeping the best of k such certificates of an image costs up
+    to k alpha, and alpha / k each keeps alpha in all.
+
+    Radii of uniform laws (rotation, scaling) stay below sigma, unless the estimator is "scan".
+
+    Args:
+        model: callable from images (m, c, h, w) in [0, 1] to logits (m, classes); modules must be
+            in evaluation mode.
+        images: (m, c, h, w) floating point in [0, 1]; or blocks of such, as an iterable that may
+            read them one at a time, where they are more than memory holds.
+        perturbation: for instance `certifl.Rotation(sigma="18deg")`; its sigma is in its own unit.
+        labels: (m,) true classes, or as many blocks of them as of images; they only mark which
+            certificates are correct and, with `sequential`, let votes stop early on wrong ones.
+        n0: votes that choose the class.
+        n: fresh votes that bound its probability (at most).
+        alpha: probability of a wrong certificate, per image.
+        estimator: "top-class" (Cohen et al. 2019), "runner-up", "sequential" (stops early;
+            valid by a union bound over looks fixed in advance), "sequential-top-class"; "scan" for
+            rotation and scaling: votes along the whole axis certify an interval around 0, not
+            capped at sigma, in `interval`; it stops early too (see docs/scan.md).
+        radii: the radii that will be reported, where `sequential` and `scan` may stop: in the
+            perturbation's unit, for angles also "5deg". None stands for an even grid of 50 up to
+            the largest radius that n votes can give, and for `scan` for ends known to a 50th of
+            sigma.
+        seed: votes are a function of (seed, image content), not of the position of an image.
+        precision: arithmetic of the network: "auto", "float32", "bfloat16".
+        device: "auto" or a torch device.
+        batch_size: noisy images per call, or "auto".
+        progress: True for a bar with the time left, or a function of (votes so far, at most).
+        label_aware: with labels, `sequential` and `scan` stop at the first look on wrong images.
+        reach: `scan` only: how far from 0 it looks, as `radii` are given; None stands for all the
+            way round for rotation, and three times sigma for scaling.
+        keep: what `sequential` keeps while stopping early: "certificates" (of what n votes would
+            give), or the "curve" of certified accuracies, for a third to two thirds of the votes.
+
+    Returns:
+        A row for each image, in their order, with its votes, radius in the perturbation's unit
+        (rounded down) and class (-1 = abstained); what holds for all of them is in `conditions`.
+
+    Raises:
+        InputError: images, labels or settings that cannot be used.
+        ModelError: a model that is no function of one image, see `guards`.
+
+    Source: Cohen et al. 2019, algorithm CERTIFY; Alfarra et al. 2022, Corollary 1.
+    """
+    check_perturbation(perturbation)
+    check_seed(seed)
+    unit = perturbation.unit
+    asked = None if radii is None else parse_amounts(radii, unit)
+    far = None if reach is None else parse_amount(reach, unit, "reach")
+    settings = Settings(estimator, n0, n, alpha, asked, label_aware, far, keep)
+    scan.check_votes(perturbation, settings)
+    blocks = _blocks(images, labels, perturbation)
+    first = next(blocks, None)
+    if first is None:
+        raise InputError("There is nothing to certify: images holds no block.")
+    network = prepare(model, first[0], device, precision, batch_size)
+    check_random_source_once(perturbation, tuple(first[0].shape[1:]), network.device)
+    counter = VoteCounter(network, perturbation, seed)
+    content, parts, done = hashlib.sha256(), list[Certificates](), 0
+    with _reporting(progress) as report:
+        for values, given in itertools.chain([first], blocks):
+            known = check_labels(given, len(values), network.classes)
+            content.update(values.cpu().numpy().tobytes())
+            for start in range(0, len(values), _BLOCK):
+                rows = slice(start, start + _BLOCK)
+                shifted = _shifted(report, done + start, done + len(values), settings)
+                part = None if known is None else known[rows]
+                parts.append(
+                    _certified(counter, values[rows], part, settings, done + start, shifted)
+                )
+            done += len(values)
+    made = Certificates.concatenate(parts)
+    # Last, because the batch size may have been halved on the way.
+    facts = conditions(perturbation, settings, counter.network, seed, model, content.hexdigest())
+    return dataclasses.replace(made, conditions=facts)
+
+
+def _blocks(
+    images: Images, labels: Labels, perturbation: Perturbation
+) -> Iterator[tuple[Tensor, Any]]:
+    """Checked images and their labels as they were given, block by block.
+
+    Raises:
+        InputError: images that cannot be used, blocks of different shapes, or not as many blocks
+            of labels as of images.
+    """
+    shape = None
+    for number, (block, given) in enumerate(_pairs(images, labels)):
+        if block is None or (given is None) != (labels is None):
+            raise InputError(
+                "There must be as many blocks of labels as of images, but there is only one of "
+                f"both for block {number}."
+            )
+        values = check_images(block)
+        check_exact(values, perturbation)
+        if shape is not None and values.shape[1:] != shape:
+            raise InputError(
+                f"All images must have one shape; block {number} has {tuple(values.shape[1:])}, "
+                f"those before it {tuple(shape)}."
+            )
+        shape = values.shape[1:]
+        yield values, given
+
+
+def _pairs(images: Images, labels: Labels) -> Iterator[tuple[Any, Any]]:
+    """Blocks of images and of labels, as they were given.
+
+    Raises:
+        InputError: images or labels come in no blocks, as far as that is seen without reading.
+    """
+    if isinstance(images, (Tensor, np.ndarray)):
+        yield images, labels
+        return
+    if not isinstance(images, Iterable) or isinstance(images, (str, Mapping)):
+        raise InputError(
+            f"images must be a tensor or an array (m, c, h, w), or an iterable of such; got "
+            f"{images!r:.80}. From a data set of pairs, make loader = DataLoader(data, 256) and "
+            "give images=(x for x, _ in loader)."
+        )
+    if isinstance(images, (tuple, list)):  # at hand, so refused before the first vote
+        for block in images:
+            if getattr(block, "ndim", 4) != 4:
+                check_images(block)
+    if labels is not None and not isinstance(labels, Iterable):
+        raise InputError(f"labels must be numbers of classes, one per image; got {labels!r:.80}.")
+    for block, given in itertools.zip_longest(images, () if labels is None else labels):
+        if isinstance(given, (int, float, np.number)) or getattr(given, "ndim", 1) == 0:
+            raise InputError(
+                "images come in blocks, so labels must, too: a block of labels for each block of "
+                "images, such as labels=y.split([len(x) for x in blocks]) for one tensor y."
+            )
+        yield block, given
+
+
+def _certified(
+    counter: VoteCounter,
+    images: Tensor,
+    labels: np.ndarray | None,
+    settings: Settings,
+    start: int,
+    progress: Progress | None,
+) -> Certificates:
+    """Certificates of images that are on the device together; `start` is the first one's index."""
+    votes = counts.fresh(len(images), counter.network.classes)
+    held = images.to(counter.network.device)
+    engine.count_all(counter, held, labels, settings, votes, progress=progress)
+    index = np.arange(start, start + len(images))
+    return engine.conclude(votes, settings, counter.perturbation, labels, index)
+
+
+@contextlib.contextmanager
+def _reporting(progress: bool | Progress) -> Iterator[Progress | None]:
+    if progress is True:
+        with bar("certifying", "votes") as report:
+            yield report
+    else:
+        yield progress or None
+
+
+def _shifted(
+    report: Progress | None, before: int, images: int, settings: Settings
+) -> Progress | None:
+    if report is None:
+        return None
+    offset = engine.expected_votes(before, settings)
+    everything = engine.expected_votes(images, settings)
+    return lambda done, _total: report(offset + done, everything)
+
+
+def conditions(
+    perturbation: Perturbation,
+    settings: Settings,
+    network: Network,
+    seed: int,
+    model: Model,
+    data: str,
+) -> dict[str, Any]:
+    """What holds for all certificates of one call: printed beside every radius.
+
+    Args:
+        perturbation: what was certified.
+        settings: what was asked for.
+        network: the network as it voted: its precision, device and batch size.
+        seed: of the votes.
+        model: as it was given, for its fingerprint.
+        data: fingerprint of the images.
+    """
+    return {
+        **asked_conditions(perturbation, settings, seed),
+        "precision": network.precision,
+        **_rounding(network),
+        "batch_norm_folded": network.folded,
+        "batch_size": network.batch_size,
+        "device": _device_name(network.device),
+        "threads": network.threads,
+        "model_fingerprint": fingerprint(model) if isinstance(model, nn.Module) else None,
+        "data_fingerprint": data,
+        "versions": {
+            "certifl": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def asked_conditions(perturbation: Perturbation, settings: Settings, seed: int) -> dict[str, Any]:
+    """The conditions that follow from what was asked for, before any network is known.
+
+    `verify` compares a record with these, so they must depend on the arguments alone.
+
+    Args:
+        perturbation, settings, seed: as in `conditions`.
+    """
+    looks, levels, scanned = settings.looks, settings.levels, {}
+    if settings.estimator == "scan":
+        stretch = scan.scan_of(perturbation, settings)
+        scanned = {"scan": scan.describe_scan(stretch), "reach": settings.reach}
+        # One level for all looks: the scan may be read after any pass.
+        looks, levels = tuple(stretch.totals.tolist()), (settings.alpha,)
+    return {
+        "family": perturbation.family,
+        "sigma": perturbation.sigma,
+        "description": describe(perturbation),
+        "law": perturbation.law.name,
+        "norm": perturbation.norm,
+        "unit": perturbation.unit,
+        "threat": perturbation.threat,
+        "estimator": settings.estimator,
+        "bounds": settings.bounds,
+        "alpha": settings.alpha,
+        "n0": settings.n0,
+        "n": settings.n,
+        "look_votes": list(looks),
+        "look_levels": list(levels),
+        **scanned,
+        "radii": None if settings.radii is None else list(settings.radii),
+        "label_aware": settings.label_aware,
+        "keep": settings.keep,
+        "seed": seed,
+    }
+
+
+def _rounding(network: Network) -> dict[str, Any]:
+    """What else decides how a network rounds: float32 is not one arithmetic on a GPU."""
+    if network.device.type != "cuda" or PRECISIONS[network.precision] is not torch.float32:
+        return {}
+    return {"tf32": tf32_state()}
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def predict(
+    model: Model,
+    images: Tensor | np.ndarray,
+    perturbation: Perturbation,
+    *,
+    n: int = 1000,
+    alpha: float = 1e-3,
+    seed: int = 0,
+    precision: str = "auto",
+    device: str | torch.device = "auto",
+    batch_size: int | str = "auto",
+) -> np.ndarray:
+    """The smoothed classifier's class of each image, or -1 where the votes do not decide.
+
+    Guarantee: for each image, with probability at least 1 - alpha, the answer is -1 or the most
+    likely class of the smoothed classifier. No radius is certified.
+
+    Args:
+        model, images, perturbation, seed, precision, device, batch_size: as in `certify`.
+        n: votes per image.
+        alpha: level of the two-sided binomial test between the two most frequent classes.
+
+    Returns:
+        (m,) int64.
+
+    Raises:
+        InputError: as `certify`; n so small that the answer could only be -1.
+
+    Source: Cohen et al. 2019, algorithm PREDICT (test of Hung and Fithian).
+    """
+    check_perturbation(perturbation)
+    check_seed(seed)
+    n = Settings(n=n, alpha=alpha).n  # the same ranges hold
+    _check_decides(n, alpha)
+    values = check_images(images)
+    check_exact(values, perturbation)
+    network = prepare(model, values, device, precision, batch_size)
+    check_random_source_once(perturbation, tuple(values.shape[1:]), network.device)
+    counter = VoteCounter(network, perturbation, seed)
+    answers = []
+    for start in range(0, len(values), _BLOCK):
+        block = values[start : start + _BLOCK].to(network.device)
+        requests = [
+            Request(row, row, image_key(image), "predict", 0, n) for row, image in enumerate(block)
+        ]
+        answers.append(_decided(counter.count(block, requests, slots=len(block)), alpha))
+    return np.concatenate(answers)
+
+
+def _check_decides(n: int, alpha: float) -> None:
+    """Refuse so few votes that the test could not decide even where they all agree."""
+
+    def decides(votes: int) -> bool:
+        return bool(two_sided_sign_test(votes, 0) <= alpha)
+
+    if not decides(n):
+        raise too_few_votes(n, alpha, least_that(decides))
+
+
+def _decided(counts: np.ndarray, alpha: float) -> np.ndarray:
+    order = np.argsort(-counts, axis=1, kind="stable")[:, :2]
+    first, second = np.take_along_axis(counts, order, axis=1).T
+    certain = np.asarray(two_sided_sign_test(first, second)) <= alpha
+    return np.where(certain, order[:, 0], ABSTAINED).astype(np.int64)

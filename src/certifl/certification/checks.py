@@ -1,0 +1,408 @@
+"""What `certify` refuses before the first vote, because its certificate would not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from certifl.certification.certificates import UNLABELLED
+from certifl.errors import InputError, ModelError
+from certifl.module_copies import LAZY, answer_in_words, any_lazy, in_training_mode
+from certifl.perturbations.base import Perturbation
+
+__all__ = [
+    "check_exact",
+    "check_images",
+    "check_labels",
+    "check_model",
+    "check_perturbation",
+    "check_seed",
+    "depends_on_its_past",
+    "probe_classes",
+    "probe_of",
+    "writes_into_its_input",
+]
+
+Model = Callable[[Tensor], Tensor]
+_PROBE = 6
+_ARRAYS = (Tensor, np.ndarray, tuple, list, str)
+_CHANNELS = (1, 3, 4)
+_HIDDEN = (
+    " A label of -1 usually marks an image whose label is not known: certify such images apart, "
+    "without labels."
+)
+_OVERSHOOT = 0.25  # how far resampling may leave [0, 1]; normalized images leave it farther
+# A state that moves a little at every call has moved this many times as far after some votes.
+_FAR = 1e4
+
+
+def check_images(images: Tensor | np.ndarray) -> Tensor:
+    """Images as a float32 tensor (m, c, h, w) with values in [0, 1].
+
+    Raises:
+        InputError: no array, wrong rank, no images, NaN, values outside [0, 1], or integers.
+    """
+    _refuse_pairs(images)
+    values = _tensor("images", images)
+    if values.ndim != 4:
+        raise InputError(
+            f"images must have four axes (images, channels, height, width); got shape "
+            f"{tuple(values.shape)}. One image x is images=x.unsqueeze(0); labels are given as "
+            "labels=."
+        )
+    _refuse_channels_last(tuple(values.shape))
+    if values.shape[0] == 0 or 0 in values.shape:
+        raise InputError(f"There is nothing to certify: images has shape {tuple(values.shape)}.")
+    if not values.is_floating_point():
+        raise InputError(
+            f"images must be floating point in [0, 1]; got {values.dtype}. "
+            "Divide 8-bit images by 255 first."
+        )
+    values = values.detach().to(torch.float32)
+    if not bool(torch.isfinite(values).all()):
+        raise InputError("images holds NaN or infinity; a certificate needs a definite image.")
+    low, high = float(values.min()), float(values.max())
+    if low < 0.0 or high > 1.0:
+        raise InputError(
+            f"images must lie in [0, 1], found {low:.9g} to {high:.9g}: sigma and radius are in "
+            f"units of that range. {_into_range(low, high)}"
+        )
+    return values
+
+
+def _into_range(low: float, high: float) -> str:
+    if low >= -_OVERSHOOT and high <= 1.0 + _OVERSHOOT:
+        return (
+            "Rounding and bicubic resampling leave it by a little: give images.clamp(0, 1). If "
+            "the images are normalized, put normalization inside the model instead."
+        )
+    return "Put normalisation inside the model."
+
+
+def _refuse_pairs(images: Any) -> None:
+    """Refuse what loaders of (images, labels) give, and say how to give each alone."""
+    if isinstance(images, Mapping):
+        key = next((name for name in ("image", "img", "pixel_values") if name in images), "image")
+        raise InputError(
+            "images must be a tensor or an array; got a dictionary of "
+            f"{', '.join(map(str, images))}. Give its images alone: (b[{key!r}] for b in loader), "
+            "and the labels likewise as labels=, from a loader that does not shuffle."
+        )
+    parts = images if isinstance(images, (tuple, list)) else ()
+    shapes = [np.shape(part) for part in parts if isinstance(part, (Tensor, np.ndarray))]
+    if shapes and (len(shapes) < len(parts) or len(set(shapes)) > 1):
+        raise InputError(
+            "images must be a tensor or an array; got a pair or a longer tuple, such as a loader "
+            "of (images, labels) gives. Give images=(x for x, _ in loader) and labels=(y for _, y "
+            "in loader), from a loader that does not shuffle; where a function takes one tensor, "
+            "torch.cat makes it of blocks."
+        )
+    if shapes:
+        raise InputError(
+            f"images must be one tensor or array; got a {type(images).__name__} of {len(shapes)}. "
+            "torch.stack makes one tensor of single images, torch.cat of blocks."
+        )
+    is_array = isinstance(images, _ARRAYS) or hasattr(images, "__array__")
+    if isinstance(images, Iterable) and not is_array:
+        raise InputError(
+            f"images must be one tensor or array here; got {type(images).__name__}. torch.cat "
+            "makes one of blocks: torch.cat([x for x, _ in loader])."
+        )
+
+
+def _refuse_channels_last(shape: tuple[int, ...]) -> None:
+    if shape[3] in _CHANNELS and shape[1] not in _CHANNELS:
+        raise InputError(
+            f"images of shape {shape} have their channels last, as in numpy or TensorFlow; here "
+            "they come after the first axis, (images, channels, height, width). Give "
+            "images.permute(0, 3, 1, 2), or of an array images.transpose(0, 3, 1, 2)."
+        )
+
+
+def check_perturbation(perturbation: Any) -> None:
+    """Refuse what is no perturbation: a name, or a family without its sigma.
+
+    Raises:
+        InputError: it cannot draw and apply parameters.
+    """
+    if isinstance(perturbation, type) or not hasattr(perturbation, "sample"):
+        raise InputError(
+            "perturbation must be an object with its sigma, such as "
+            f'certifl.Rotation(sigma="18deg"); got {perturbation!r}.'
+        )
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse a seed that is no whole number from 0, before it is silently cut to one.
+
+    Raises:
+        InputError: it is none.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise InputError(f"seed must be a whole number from 0; got {seed!r}.")
+
+
+def check_exact(images: Tensor, perturbation: Perturbation) -> None:
+    """With `PixelNoise(exact=True)`, images must be 8-bit: whole multiples of 1/255.
+
+    Raises:
+        InputError: some intensity is no multiple of 1/255.
+    """
+    if getattr(perturbation, "exact", False):
+        levels = images.double() * 255
+        if float((levels - levels.round()).abs().max()) > 1e-3:
+            raise InputError(
+                "PixelNoise(exact=True) certifies 8-bit images, and these have intensities "
+                "between the 256 levels. Round them to multiples of 1/255, or use exact=False."
+            )
+
+
+def check_labels(
+    labels: Tensor | np.ndarray | None, images: int, classes: int
+) -> np.ndarray | None:
+    """Labels as (m,) int64, or None.
+
+    Raises:
+        InputError: not one whole number in [0, classes) per image.
+    """
+    if labels is None:
+        return None
+    _refuse_blocks_of_labels(labels)
+    values = _tensor("labels", labels).detach().cpu().numpy()
+    if values.shape != (images,):
+        raise InputError(
+            f"labels must have one number per image, ({images},); got {values.shape}."
+            f"{_as_numbers(values.shape, images)}"
+        )
+    if not np.issubdtype(values.dtype, np.integer):
+        raise InputError(
+            f"labels must be whole numbers; got {values.dtype}. Numbers of classes that are "
+            "stored otherwise become whole with labels.long(), or of an array labels.astype(int)."
+        )
+    if values.min() < 0 or values.max() >= classes:
+        raise InputError(
+            f"labels must lie in 0 to {classes - 1}, the classes of the model; "
+            f"found {values.min()} to {values.max()}."
+            f"{_HIDDEN if values.min() == UNLABELLED else ''}"
+        )
+    return values.astype(np.int64)
+
+
+def _refuse_blocks_of_labels(labels: Any) -> None:
+    parts = labels if isinstance(labels, (tuple, list)) else ()
+    arrays = [part for part in parts if isinstance(part, (Tensor, np.ndarray)) and part.ndim]
+    if arrays or isinstance(labels, Iterator):
+        raise InputError(
+            "labels of one tensor of images must be one tensor or array, too; got a "
+            f"{type(labels).__name__} of blocks. torch.cat makes one of them."
+        )
+    is_text = isinstance(labels, np.ndarray) and labels.dtype.kind in "USO"
+    if is_text or any(isinstance(part, str) for part in parts):
+        raise InputError(
+            "labels must be a tensor or an array of numbers of classes; got texts or objects. "
+            "Give [names.index(y) for y in labels], with the names in the order of the model's "
+            "outputs."
+        )
+
+
+def _as_numbers(shape: tuple[int, ...], images: int) -> str:
+    """What to do with labels that are a matrix."""
+    if len(shape) != 2 or shape[0] != images:
+        return ""
+    if shape[1] == 1:
+        return " A column of numbers becomes that with labels[:, 0]."
+    return " One-hot rows become numbers with labels.argmax(1)."
+
+
+def _tensor(name: str, values: Any) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{name} must be a tensor or an array of numbers; got {type(values).__name__} "
+            f"({str(error).splitlines()[0]})."
+        ) from error
+
+
+def check_model(model: Model) -> None:
+    """Refuse a model whose vote on one noisy image would depend on the others in its batch.
+
+    Raises:
+        ModelError: a module in training mode, or normalisation by batch statistics.
+    """
+    if not callable(model):
+        raise ModelError(f"model must be callable on images (m, c, h, w); got {type(model)}.")
+    if not isinstance(model, nn.Module):
+        return
+    if any_lazy(model):
+        raise ModelError(LAZY)
+    training = in_training_mode(model)
+    if training is not None:
+        raise ModelError(
+            f"{_place(training, model)} is in training mode: dropout and batch statistics would "
+            "make votes random in a way the certificate does not cover. Call model.eval() first."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ModelError(
+                f"{_place(name, model)} normalises with the statistics of its batch even in "
+                "evaluation mode, so the vote of one noisy image would depend on the others. Use "
+                "track_running_stats=True, or GroupNorm."
+            )
+
+
+def _place(name: str, model: nn.Module) -> str:
+    """A layer in words."""
+    layer = type(dict(model.named_modules())[name]).__name__
+    return f"module {name!r} ({layer})" if name else "the model"
+
+
+def probe_of(images: Tensor) -> Tensor:
+    """A few images to try a network on: the first of these, and strangers."""
+    return torch.cat([images[:1], _strangers(images, 0)[1:]])
+
+
+def _strangers(images: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand((_PROBE, *images.shape[1:]), generator=generator).to(images.device)
+
+
+def writes_into_its_input(network: Model, images: Tensor) -> bool:
+    """Whether a network changes the batch it is given, such as by `x.sub_(mean)`.
+
+    Raises:
+        ModelError: it fails on these images.
+    """
+    batch = probe_of(images)
+    before = batch.clone()
+    _logits(network, batch)
+    return not torch.equal(batch, before)
+
+
+def depends_on_its_past(network: Model, module: nn.Module, images: Tensor) -> bool:
+    """Whether calls change buffers or weights of a network; refused where that changes answers.
+
+    Averages that go on in evaluation mode may move so slowly that two calls agree up to rounding,
+    and still far over many votes. So what moved is moved much further, and the answers compared. A
+    counter of calls that nothing reads is harmless.
+
+    Args:
+        network: the call, given batches of its own.
+        module: whose state is looked at; it is put back.
+        images: (m, c, h, w); the first one is tried, among strangers.
+
+    Raises:
+        ModelError: answers depend on what the network was asked before.
+    """
+    probe = probe_of(images)
+    before = {name: value.detach().clone() for name, value in _state(module)}
+    logits = _logits(network, probe.clone())
+    moved = {n: v for n, v in _state(module) if n in before and not _same(v, before[n])}
+    if not moved:
+        return False
+    with torch.inference_mode():
+        for name, value in moved.items():
+            value.copy_(_far(value, before[name]))
+        try:
+            same = _agree(logits, _logits(network, probe.clone()), 1e-5)
+        except ModelError:  # no longer finite
+            same = False
+        for name, value in _state(module):
+            if name in moved:
+                value.copy_(before[name])
+    if not same:
+        raise ModelError(
+            f"The model changes its own {next(iter(moved))} at every call in evaluation mode, and "
+            "its answers depend on it, so that a vote would depend on earlier ones. Let it change "
+            "only while self.training is true."
+        )
+    return True
+
+
+def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _far(value: Tensor, was: Tensor) -> Tensor:
+    return was + (value - was) * _FAR if value.is_floating_point() else value + _FAR
+
+
+def _same(value: Tensor, was: Tensor) -> bool:
+    return bool(torch.equal(value, was) or (value.isnan() & was.isnan() | (value == was)).all())
+
+
+def _agree(first: Tensor, second: Tensor, tolerance: float) -> bool:
+    first, second = first.double(), second.double()
+    return float((first - second).abs().max()) <= tolerance * (1 + float(first.abs().max()))
+
+
+def probe_classes(network: Model, images: Tensor) -> int:
+    """Number of classes, after checking that logits are finite, repeatable and row by row.
+
+    A few images go through the network twice, the second time in reversed order and among
+    strangers: the logits of an image must be the same up to rounding.
+
+    Raises:
+        ModelError: the model fails on these images, its answer is no (m, classes) matrix of finite
+            logits, differs between two calls, or depends on the rest of the batch.
+    """
+    probe = probe_of(images)
+    logits = _logits(network, probe.clone())
+    if not _agree(logits, _logits(network, probe.clone()), 1e-5):
+        raise ModelError(
+            "The model answers differently when asked twice about the same images: something in "
+            "it is random. The only noise may be the perturbation that is certified."
+        )
+    mixed = torch.cat([_strangers(images, 1), probe.flip(0)])
+    again = _logits(network, mixed)[_PROBE:].flip(0)
+    tolerance = 0.05 if logits.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    if not _agree(logits, again, tolerance):
+        raise ModelError(
+            "The model answers differently when the same images lie in another batch, as if it "
+            "normalised over the batch; a certificate needs a function of one image."
+        )
+    return int(logits.shape[1])
+
+
+def _advice(reason: str) -> str:
+    """What to do about a model that fails on images, from what it raised."""
+    if "Guard failed" in reason:
+        return (
+            "It was exported for batches of one size: export it with dynamic_shapes={0: "
+            'torch.export.Dim("batch")} for its images.'
+        )
+    return (
+        "Give images of the size and channels it was made for, and leave them and the model on "
+        "one device."
+    )
+
+
+def _logits(network: Model, batch: Tensor) -> Tensor:
+    try:
+        with torch.inference_mode():
+            logits = network(batch)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # the model's own code: anything may be raised
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(
+            f"The model fails on images {tuple(batch.shape)}, {batch.dtype} on {batch.device}: "
+            f"{type(error).__name__}: {first.rstrip('.')}. {_advice(first)}"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch.shape[0]:
+        raise ModelError(
+            f"The model must map images {tuple(batch.shape)} to logits ({batch.shape[0]}, "
+            f"classes); got {answer_in_words(logits)}"
+        )
+    if logits.shape[1] < 2:
+        found = "one class only" if logits.shape[1] == 1 else "no class at all"
+        raise ModelError(f"The model answers with {found}: there is nothing to certify.")
+    if logits.dtype is torch.bool or logits.is_complex():
+        raise ModelError(f"The model answers with {logits.dtype}: logits are real numbers.")
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError("The model answers with NaN or infinite logits on images in [0, 1].")
+    return logits

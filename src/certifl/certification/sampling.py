@@ -1,0 +1,300 @@
+"""Votes: the predictions of the base classifier on noisy copies, counted per image and class.
+
+Votes come in chunks of 100. Chunk k of an image is drawn from its own stream, a function of
+(seed, purpose, image content, k), so the votes of an image do not depend on the other images, on
+how chunks are packed into batches, or on where an interruption fell. Batches are always filled to
+the same number of rows, because a network's rounding may differ between batch shapes. Where the
+memory is too small for them, votes are cast again, from the start of the call, in batches of half
+the size: counting is a pure function, so nothing is lost and nothing is counted twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from certifl.certification.network import Network
+from certifl.perturbations.base import Perturbation
+from certifl.rng import vote_generator
+from certifl.torch_env import exact_convolutions, one_thread
+
+__all__ = ["CHUNK", "Request", "VoteCounter", "votes_per_turn"]
+
+CHUNK = 100
+_log = logging.getLogger(__name__)
+
+# How torch and its libraries say that memory ran out, where they raise no type of its own.
+_NO_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "alloc_failed",
+    "unable to find an engine",  # cuDNN, where none fits into what memory is left
+)
+_VOTES_PER_TURN = 3200
+_BATCHES_PER_TURN = 4
+_Counted = TypeVar("_Counted")
+
+
+@dataclass(frozen=True)
+class Request:
+    """Votes wanted: numbers `start` to `stop` of one image's votes of one purpose.
+
+    Attributes:
+        slot: the row of the result that counts them.
+        image: the row of the images.
+        key: `streams.image_key` of that image.
+        purpose: "selection", "estimation", "attack", "predict" or "explore".
+        start: first vote, counted from 0 over the image's votes of this purpose.
+        stop: one past the last vote.
+    """
+
+    slot: int
+    image: int
+    key: int
+    purpose: str
+    start: int
+    stop: int
+
+
+def votes_per_turn(batch_size: int) -> int:
+    """The most votes that one image is asked for at once: whole chunks, and some batches full.
+
+    A last image that is alone would leave most of a large batch empty with fewer. Where the votes
+    are cut changes none of them.
+    """
+    chunks = -(-_BATCHES_PER_TURN * batch_size // CHUNK)
+    return max(_VOTES_PER_TURN, chunks * CHUNK)
+
+
+class VoteCounter:
+    """Counts votes of one network under one perturbation.
+
+    Attributes:
+        network: the prepared base classifier; its `batch_size` is the one in use, which is halved
+            when memory runs out.
+        perturbation: draws parameters and applies them.
+        seed: the study's seed.
+    """
+
+    def __init__(self, network: Network, perturbation: Perturbation, seed: int) -> None:
+        self.network = network
+        self.perturbation = perturbation
+        self.seed = seed
+
+    def count(
+        self, images: Tensor, requests: Sequence[Request], slots: int, centre: Tensor | None = None
+    ) -> np.ndarray:
+        """Votes per slot and class, (slots, classes) int64.
+
+        Args:
+            images: (m, c, h, w) float32 on the network's device.
+            requests: which votes of which images.
+            slots: number of rows of the result.
+            centre: (slots, *params_shape) added to the drawn parameters: the votes are then those
+                of g_delta, the smoothed classifier at a shifted parameter.
+        """
+
+        def counted() -> np.ndarray:
+            classes = self.network.classes
+            totals = torch.zeros(slots * classes, dtype=torch.int64, device=self.network.device)
+            for slot, _, voted in self._cast(images, requests, centre):
+                totals.scatter_add_(0, slot * classes + voted, torch.ones_like(voted))
+            return totals.view(slots, classes).cpu().numpy()
+
+        return self._within_memory(counted)
+
+    def classes(self, images: Tensor, rows: Tensor, params: Tensor) -> np.ndarray:
+        """The votes of given noisy copies one by one, (k,) int64.
+
+        Args:
+            images: as in `count`.
+            rows: (k,) which image. params: (k, *params_shape), whole parameters.
+        """
+
+        def voted() -> np.ndarray:
+            size, device = self.network.batch_size, self.network.device
+            parts = [
+                self._votes(images, row, param)[: len(row)]
+                for row, param in zip(
+                    rows.to(device).split(size), params.to(device).split(size), strict=True
+                )
+            ]
+            return torch.cat(parts).cpu().numpy()
+
+        return self._within_memory(voted)
+
+    def lean(
+        self,
+        images: Tensor,
+        requests: Sequence[Request],
+        expected: Tensor,
+        centre: Tensor | None = None,
+    ) -> Tensor:
+        """Which way the noise of votes for other classes than expected points, per slot.
+
+        The sum over votes of phi (1[other class] - share of other classes), a multiple of the
+        covariance of noise and straying. For a Gaussian law its expectation is a multiple of the
+        gradient along which the expected class loses most probability (Stein's lemma).
+
+        Args:
+            images, requests, centre: as in `count`; drawn parameters are counted without `centre`.
+            expected: (slots,) int64, a class per slot, on the network's device.
+
+        Returns:
+            (slots, *params_shape) float32 on the network's device.
+        """
+
+        def summed() -> Tensor:
+            shape = self.perturbation.params_shape(_chw(images))
+            strayed = torch.zeros((len(expected), *shape), device=self.network.device)
+            drawn, count = torch.zeros_like(strayed), strayed.new_zeros((len(expected), 2))
+            for slot, params, voted in self._cast(images, requests, centre):
+                other = (voted != expected[slot]).to(params.dtype)
+                _add_rows(drawn, slot, params)
+                _add_rows(strayed, slot, params * _like(other, params))
+                _add_rows(count, slot, torch.stack([other, torch.ones_like(other)], dim=1))
+            share = count[:, 0] / count[:, 1].clamp(min=1)
+            return strayed - drawn * _like(share, drawn)
+
+        return self._within_memory(summed)
+
+    def _within_memory(self, work: Callable[[], _Counted]) -> _Counted:
+        """Do the work, from its start again in half the batch size whenever memory runs out."""
+        while True:
+            try:
+                # Held to one way of adding up, so that the same votes are cast at every run.
+                with (
+                    torch.inference_mode(),
+                    exact_convolutions(self.network.device),
+                    one_thread(self.network.threads == 1),
+                ):
+                    return work()
+            except (RuntimeError, MemoryError) as error:
+                size = self.network.batch_size
+                if size == 1 or not _is_out_of_memory(error):
+                    raise
+                reason = str(error).partition("\n")[0]
+            # Outside the handler: the error would keep the tensors of its frames alive.
+            if self.network.device.type == "cuda":
+                torch.cuda.empty_cache()
+            _log.warning("Memory ran out at %d noisy images a batch: halved. (%s)", size, reason)
+            self.network = dataclasses.replace(self.network, batch_size=size // 2)
+
+    def _cast(
+        self, images: Tensor, requests: Sequence[Request], centre: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches of votes: the slots they belong to, the drawn parameters, the classes voted."""
+        chunks = self._chunks(images, requests)
+        for rows, slot, params in _batches(chunks, self.network.batch_size):
+            shifted = params if centre is None else params + centre[slot]
+            yield slot, params, self._votes(images, rows, shifted)[: len(slot)]
+
+    def _votes(self, images: Tensor, rows: Tensor, params: Tensor) -> Tensor:
+        """Predicted classes; the batch is filled with copies of its last row."""
+        missing = self.network.batch_size - len(rows)
+        if missing:
+            rows = torch.cat([rows, rows[-1:].expand(missing)])
+            params = torch.cat([params, params[-1:].expand(missing, *params.shape[1:])])
+        noisy = self.perturbation.apply(images[rows], params)
+        return self.network.call(noisy).argmax(dim=1)
+
+    def _chunks(self, images: Tensor, requests: Sequence[Request]) -> Iterator[_Votes]:
+        device, shape = self.network.device, _chw(images)
+        for request in requests:
+            for chunk in range(request.start // CHUNK, -(-request.stop // CHUNK)):
+                first = chunk * CHUNK
+                generator = vote_generator(
+                    self.seed, request.purpose, request.key, chunk, device=device
+                )
+                # Always the whole chunk, so that its votes do not depend on the part wanted.
+                params = self.perturbation.sample(CHUNK, shape, generator)
+                wanted = params[max(request.start - first, 0) : request.stop - first]
+                yield _Votes(request.image, request.slot, wanted)
+
+
+def _chw(images: Tensor) -> tuple[int, int, int]:
+    channels, height, width = images.shape[1:]
+    return channels, height, width
+
+
+def _like(values: Tensor, params: Tensor) -> Tensor:
+    """One value per row, shaped to multiply parameters."""
+    return values.reshape(-1, *(1 for _ in params.shape[1:]))
+
+
+def _add_rows(totals: Tensor, slot: Tensor, rows: Tensor) -> None:
+    """totals[slot[i]] += rows[i] for all i, in an order of adding that is the same every time."""
+    if totals.device.type == "cuda":
+        # `index_add_` adds there in whatever order its threads come; this sorts by slot first.
+        totals.index_put_((slot,), rows, accumulate=True)
+    else:
+        totals.index_add_(0, slot, rows)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return any(words in text for words in _NO_MEMORY)
+
+
+@dataclass(frozen=True)
+class _Votes:
+    image: int
+    slot: int
+    params: Tensor
+
+
+def _batches(chunks: Iterator[_Votes], batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Pack chunks of many images into batches of (image rows, slots, parameters)."""
+    waiting: list[_Votes] = []
+    size = 0
+    for chunk in chunks:
+        waiting.append(chunk)
+        size += len(chunk.params)
+        while size >= batch_size:
+            taken, waiting = _split(waiting, batch_size)
+            size -= batch_size
+            yield _packed(taken)
+    if waiting:
+        yield _packed(waiting)
+
+
+def _split(chunks: list[_Votes], votes: int) -> tuple[list[_Votes], list[_Votes]]:
+    taken: list[_Votes] = []
+    for position, chunk in enumerate(chunks):
+        length = len(chunk.params)
+        if length > votes:
+            taken.append(_Votes(chunk.image, chunk.slot, chunk.params[:votes]))
+            rest = _Votes(chunk.image, chunk.slot, chunk.params[votes:])
+            return taken, [rest, *chunks[position + 1 :]]
+        taken.append(chunk)
+        votes -= length
+        if votes == 0:
+            return taken, chunks[position + 1 :]
+    return taken, []
+
+
+def _packed(chunks: list[_Votes]) -> tuple[Tensor, Tensor, Tensor]:
+    params = torch.cat([chunk.params for chunk in chunks])
+    lengths = [len(chunk.params) for chunk in chunks]
+    of_chunks = np.array([[chunk.image, chunk.slot] for chunk in chunks], np.int64)
+    rows, slots = _on_device(np.repeat(of_chunks, lengths, axis=0).T.copy(), params.device)
+    return rows, slots, params
+
+
+def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """Values copied to the device, without waiting there for the work that is under way."""
+    host = torch.from_numpy(values)
+    if device.type == "cuda":
+        host = host.pin_memory()  # a copy from other memory would wait
+    return host.to(device, non_blocking=True)

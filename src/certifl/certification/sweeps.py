@@ -1,0 +1,226 @@
+"""Walks through the parameters of a perturbation: deformations in a row, votes at each of them.
+
+A certificate speaks of all parameters up to its radius, a walk of one line through them. What is
+seen on the way is the smoothed classifier g_delta: votes of the network on ONE interpolation of
+the original image with the summed parameter delta + noise, which is what certificates are about.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from certifl.certification.certified_sets import lengths
+from certifl.certification.sampling import Request, VoteCounter
+from certifl.perturbations import Perturbation
+from certifl.rng import generator, image_key
+
+STEPS = {1: 31, 2: 21}
+"""Parameters on each walk, by the number of walks; odd, so that 0 is one of them."""
+
+_LEVELS = 255.0
+# How far to go, in multiples of sigma: certificates of uniform laws end at sigma, those of
+# Gaussian ones seldom reach three.
+_SIGMAS = {"uniform": 2.0, "gaussian": 3.0}
+_SIGMAS_OF_INTERVALS = 4.0
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A line of parameters from 0 outward.
+
+    Attributes:
+        name: of the walk. words: what happens to the image on the way.
+        forward, backward: which way positive and negative steps go; `backward` is empty where
+            there are none.
+        axis: number of the parameter that changes; None for a direction drawn for the image.
+        reach: length of the longest parameter, in the family's unit; None = up to another image.
+    """
+
+    name: str
+    words: str
+    forward: str
+    backward: str
+    axis: int | None
+    reach: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Walked:
+    """What was seen on a walk of v steps.
+
+    Attributes:
+        values: (v,) signed lengths along the walk, 0 for the image as it is.
+        lengths: (v,) norms of the parameters, to hold against a radius.
+        counts: (v, classes) votes of g_delta, on the same noise at every step.
+        frames: (v, c, h, w) float32 the image deformed by delta alone, clipped to [0, 1].
+    """
+
+    values: np.ndarray
+    lengths: np.ndarray
+    counts: np.ndarray
+    frames: Tensor
+
+
+def walks_of(perturbation: Perturbation, intervals: bool = False) -> tuple[Walk, ...]:
+    """The walks of a family: its one parameter, two axes of a translation, else drawn lines.
+
+    Args:
+        intervals: whether certificates are intervals of a scan, which do not end at sigma.
+    """
+    sigmas = _SIGMAS_OF_INTERVALS if intervals else _SIGMAS[perturbation.law.name]
+    reach = sigmas * perturbation.sigma
+    match perturbation.family:
+        case "rotation":
+            turn = "turned about its centre"
+            ends = min(reach, math.pi)
+            return (Walk("turn", turn, "counter-clockwise", "clockwise", 0, ends),)
+        case "scaling":
+            # At -1 nothing is left of the sampling grid.
+            ends = min(reach, 0.9)
+            return (Walk("scale", "scaled about its centre", "smaller", "larger", 0, ends),)
+        case "translation":
+            return (
+                Walk("across", "shifted across", "to the left", "to the right", 0, reach),
+                Walk("down", "shifted up and down", "up", "down", 1, reach),
+            )
+        case "pixel":
+            drawn = "with one drawn noise image added or taken away"
+            towards = "blended into another picture"
+            return (
+                Walk("noise", drawn, "added", "taken away", None, reach),
+                Walk("towards", towards, "of the way there", "", None, None),
+            )
+        case _:
+            words = "deformed along one drawn direction"
+            return (Walk("drawn", words, "along it", "against it", None, reach),)
+
+
+def walk_along(
+    counter: VoteCounter, walk: Walk, image: Tensor, other: Tensor, steps: int, votes: int
+) -> Walked:
+    """Go along a walk and let the network vote at every step.
+
+    Args:
+        counter: the prepared network, the perturbation and the seed.
+        image: (c, h, w) float32 on the network's device.
+        other: another picture of the same shape, for the walk that leads to it.
+        steps: parameters on the walk, odd. votes: at each of them.
+    """
+    perturbation = counter.perturbation
+    values, deltas = _deltas(walk, perturbation, image, other, steps, counter.seed)
+    batch, key = image[None], image_key(image)
+    requests: Sequence[Request] = [
+        Request(step, 0, key, "explore", 0, votes) for step in range(len(deltas))
+    ]
+    counts = counter.count(batch, requests, len(deltas), deltas)
+    axes = deltas.ndim - 1
+    return Walked(
+        values=values,
+        lengths=lengths(deltas, perturbation.norm, axes).cpu().numpy(),
+        counts=counts,
+        frames=perturbation.apply(batch, deltas).clamp(0.0, 1.0).cpu(),
+    )
+
+
+def _deltas(
+    walk: Walk, perturbation: Perturbation, image: Tensor, other: Tensor, steps: int, seed: int
+) -> tuple[np.ndarray, Tensor]:
+    """Signed lengths (v,) and parameters (v, *params_shape) on the image's device."""
+    channels, height, width = image.shape
+    shape = perturbation.params_shape((channels, height, width))
+    if walk.reach is None:
+        line = (other - image).cpu().double()
+        ends = float(line.norm())
+    elif walk.axis is not None:
+        line = torch.zeros(math.prod(shape), dtype=torch.float64)
+        line[walk.axis], ends = 1.0, walk.reach
+    else:
+        stream = generator(seed, "explore", image_key(image), walk.name)
+        line, ends = torch.randn(shape, generator=stream, dtype=torch.float64), walk.reach
+    line = line.reshape(shape) / line.norm().clamp(min=1e-12)
+    half = steps // 2
+    numbers = np.arange(steps) / (steps - 1) if not walk.backward else np.arange(-half, half + 1)
+    values = numbers * (ends if not walk.backward else ends / half)
+    deltas = (torch.as_tensor(values).reshape(-1, *(1 for _ in shape)) * line).float()
+    if getattr(perturbation, "exact", False):
+        deltas = (deltas * _LEVELS).trunc() / _LEVELS  # noise on the grid of 8-bit intensities
+    return values, deltas.to(image.device)
+
+
+# Planes of parameters: an even grid over both shifts of a translation, votes at each point.
+#
+# A walk (see `walks`) shows one direction; shifts go in all of them. What is sampled is
+# g_delta, as
+# on a walk: votes of the network on ONE interpolation of the original image with delta + noise.
+# Between two points nothing was asked. A certificate needs no points: it speaks of every parameter
+# up to its radius, which is a disc of this plane.
+
+
+SIDE = 13
+"""Points along either axis: odd, so that the image as it is lies in the middle."""
+
+
+@dataclass(frozen=True)
+class Plane:
+    """An even grid of SIDE x SIDE parameters around 0.
+
+    Attributes:
+        reach: largest value on either axis, in the family's unit.
+    """
+
+    reach: float
+
+    @property
+    def values(self) -> np.ndarray:
+        """(SIDE,) values on either axis, from -reach to reach; 0 is exactly among them."""
+        half = SIDE // 2
+        return np.arange(-half, half + 1) * (self.reach / half)
+
+    @property
+    def deltas(self) -> Tensor:
+        """(SIDE * SIDE, 2) float32, row by row: the first parameter changes fastest."""
+        down, across = np.meshgrid(self.values, self.values, indexing="ij")
+        both = np.stack([across.ravel(), down.ravel()], axis=1)
+        return torch.as_tensor(both, dtype=torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Voted:
+    """What was voted on a plane.
+
+    Attributes:
+        lengths: (SIDE * SIDE,) norms of the parameters, to hold against a radius.
+        counts: (SIDE * SIDE, classes) votes of g_delta, on the same noise at every point.
+    """
+
+    lengths: np.ndarray
+    counts: np.ndarray
+
+
+def plane_of(perturbation: Perturbation) -> Plane | None:
+    """The plane that the two walks of a translation span; None for every other family."""
+    if perturbation.family != "translation":
+        return None
+    reach = walks_of(perturbation)[0].reach
+    return None if reach is None else Plane(reach)
+
+
+def vote_on(counter: VoteCounter, plane: Plane, image: Tensor, votes: int) -> Voted:
+    """Let the network vote at every point of a plane.
+
+    Args:
+        counter: the prepared network, the perturbation and the seed.
+        image: (c, h, w) float32 on the network's device.
+        votes: at each point.
+    """
+    deltas, key = plane.deltas.to(image.device), image_key(image)
+    requests = [Request(point, 0, key, "explore", 0, votes) for point in range(len(deltas))]
+    counts = counter.count(image[None], requests, len(deltas), deltas)
+    norms = lengths(deltas, counter.perturbation.norm, 1).cpu().numpy()
+    return Voted(lengths=norms, counts=counts)

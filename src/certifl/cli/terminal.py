@@ -1,0 +1,420 @@
+"""What the command line shows: progress, tables, one prediction."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from certifl.certification.certificates import Certificates
+from certifl.experiments.doctor import Fact
+from certifl.experiments.plan import Plan
+from certifl.experiments.standalone import Answer
+from certifl.paper.claims.rules import NOT_TESTED
+from certifl.paper.costs import Cost
+from certifl.perturbations.units import format_amount
+from certifl.safe_io import visible
+
+__all__ = [
+    "Board",
+    "show_attack",
+    "show_certificates",
+    "show_claims",
+    "show_facts",
+    "show_names",
+    "show_plan",
+    "show_prediction",
+    "show_study",
+    "show_summary",
+]
+
+_QUIET_SECONDS = 10.0
+_WIDEST = 400
+
+
+class Board:
+    """Progress of a command on the error stream: a bar on a terminal, rare lines elsewhere.
+
+    Ctrl-C is remembered, because code of other libraries may swallow the KeyboardInterrupt it
+    raises (while torch imports parts of itself, for instance) or make another error of it (while
+    a tensor is read). The next report raises it again, and an error that comes out after it is
+    taken for what became of it.
+    """
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._stage, self._what = "", ""
+        self._task: TaskID | None = None
+        self._started = self._said = 0.0
+        self._first = 0
+        self._interrupted = False
+        self._handler_before: Any = None
+
+    def __enter__(self) -> Board:
+        self._bars.start()
+        if threading.current_thread() is threading.main_thread():
+            self._handler_before = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+        if self._handler_before is not None:
+            signal.signal(signal.SIGINT, self._handler_before)
+        if self._interrupted and isinstance(error, Exception):
+            raise KeyboardInterrupt from error
+
+    def _interrupt(self, *_: object) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
+
+    def stage(self, name: str) -> None:
+        """What the next reports belong to."""
+        self._stage, self._what = name, ""
+
+    def report(self, what: str, done: int, total: int, unit: str) -> None:
+        """Progress of one piece of work, with the time left as its pace so far suggests."""
+        if self._interrupted:
+            raise KeyboardInterrupt
+        if what != self._what:
+            self._begin(what, done)
+        left = self._time_left(done, total)
+        detail = f"{done:,}/{total:,} {unit}"
+        if self._task is not None:
+            self._bars.update(self._task, completed=done, total=total, detail=detail, left=left)
+        now = time.monotonic()
+        if not self._console.is_terminal and (now - self._said > _QUIET_SECONDS or done == total):
+            self._said = now
+            line = f"{self._stage}: {what} {detail} {left}".rstrip()
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+    def _begin(self, what: str, done: int) -> None:
+        self._what, self._first = what, done
+        self._started = self._said = time.monotonic()
+        title = f"{self._stage}: {what}"
+        self._task = self._bars.add_task(title, total=None, detail="", left="")
+
+    def _time_left(self, done: int, total: int) -> str:
+        spent, gone = time.monotonic() - self._started, done - self._first
+        if gone <= 0 or done >= total:
+            return ""
+        seconds = math.ceil(spent * (total - done) / gone)
+        hours, minutes = seconds // 3600, seconds // 60 % 60
+        return f"about {hours} h {minutes} min left" if hours else f"about {_short(seconds)} left"
+
+
+def _console(*, soft_wrap: bool = False, width: int | None = None) -> Console:
+    """Where results are printed; names in square brackets are text, not markup."""
+    return Console(highlight=False, soft_wrap=soft_wrap, width=width, markup=False, emoji=False)
+
+
+def _printable(value: Any) -> Any:
+    """Rows as they come, with the control characters of names escaped."""
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, Mapping):
+        return {key: _printable(inner) for key, inner in value.items()}
+    return [_printable(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _short(seconds: int) -> str:
+    return f"{seconds // 60} min {seconds % 60} s" if seconds >= 60 else f"{seconds} s"
+
+
+def show_summary(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The regimes side by side: the numbers of the report page, one line each.
+
+    Where clients certify perturbations of their own, a table for each of these.
+    """
+    rows, console = _printable(list(rows)), _console(soft_wrap=True)
+    for noise in dict.fromkeys(row["perturbation"] for row in rows):
+        part = [row for row in rows if row["perturbation"] == noise]
+        if noise is not None:
+            told = f"{noise}, certified by {_clients(part[0]['of_clients'])}"
+            console.print(told, style="bold")
+        _show_table(part)
+    for told in dict.fromkeys(
+        f"{row['label']}, client {one['client']} certifies nothing: plain accuracy "
+        f"{100 * one['correct'] / one['images']:.1f} % of {one['images']} images"
+        for row in rows
+        for one in row["plain"]
+    ):
+        console.print(told)
+    for told in dict.fromkeys(
+        f"{row['label']}: {row['privacy']}" for row in rows if row.get("privacy")
+    ):
+        console.print(told)
+    for warning in dict.fromkeys(
+        f"Warning: {row['label']}: {row['left_out']}" for row in rows if row.get("left_out")
+    ):
+        console.print(warning)
+
+
+def _clients(numbers: Sequence[int]) -> str:
+    return f"client{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def _show_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    unit = str(rows[0]["acr_text"]).partition(" ")[2]  # "" where a sign such as ° says it
+
+    def number(text: str) -> str:
+        return text.removesuffix(f" {unit}") if unit else text
+
+    table = Table(
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption=(f"Radii in {unit}. " if unit else "")
+        + "Columns of radii: share of all images, correct with at least that radius."
+        "\nACR: average certified radius, with a 95 % interval over images, and over seeds where "
+        "a row has several.\nSpread: best minus worst client.",
+        caption_justify="left",
+    )
+    table.add_column("regime", no_wrap=True)
+    titles = ["ACR", "95 %", *(number(s["radius_text"]) for s in rows[0]["accuracy"])]
+    for title in (*titles, "spread"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        low, high = row["acr_low_text"], row["acr_high_text"]
+        table.add_row(
+            _label(row),
+            number(row["acr_text"]),
+            f"{number(low)}-{number(high)}" if low else "",
+            *(share["text"].replace(" %", "%") for share in row["accuracy"]),
+            number(row["spread_text"]),
+        )
+    console = _console()
+    # A table wider than the terminal is wrapped by it; rich would cut names and numbers off.
+    needed = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
+    _console(width=max(console.width, needed)).print(table)
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    seeds = len(row["seeds"])
+    return f"{row['label']}, {seeds} seeds" if seeds > 1 else str(row["label"])
+
+
+def show_claims(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
+    """A line for each claim with its verdict, then each verdict in words."""
+    rows = _printable(list(rows))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("claim", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for title in ("effect, points", "95 %", "images", "clients"):
+        table.add_column(title, justify="right")
+    keys = ("claim", "verdict", "effect", "interval", "images", "clients")
+    for row in rows:
+        table.add_row(*(str(row[key]) for key in keys))
+    console = _console()
+    console.print(table)
+    tested = [row for row in rows if row["verdict"] != NOT_TESTED]
+    for row in tested:
+        console.print(f"{row['claim']}  {row['sentence']}")
+        console.print(f"    {row['words']}\n", style="dim")
+    if left := len(rows) - len(tested):
+        console.print(
+            f"{left} of {len(rows)} claims were not tested: each compares runs that are not among "
+            "these. --out claims.md names them.\n"
+        )
+    for note in notes:
+        console.print(note, style="dim")
+
+
+def show_certificates(certificates: Certificates) -> None:
+    """A few lines about certificates."""
+    facts, unit = certificates.conditions, str(certificates.conditions["unit"])
+    console = _console()
+    acr = certificates.average_certified_radius()
+    accuracy = certificates.certified_accuracy([0.0])[0]
+    console.print(f"images              {len(certificates)}")
+    console.print(f"abstained           {int(certificates.abstained.sum())}")
+    console.print(f"certified accuracy  {accuracy:.3f} at radius 0")
+    console.print(f"average radius      {format_amount(acr, unit)} (ACR)")
+    mean, most = certificates.votes.mean(), int(facts["n"])
+    console.print(f"votes per image     {mean:,.0f} of at most {most:,}")
+    console.print(_meaning(facts), style="dim")
+
+
+def show_prediction(answer: Answer) -> None:
+    """Label or abstention, radius and what they mean."""
+    certificates, console = answer.certificates, _console()
+    facts = certificates.conditions
+    unit = str(facts["unit"])
+    if certificates.abstained[0]:
+        console.print("abstained: the votes do not single out a class")
+    else:
+        radius = format_amount(float(certificates.radius[0]), unit)
+        console.print(
+            f"label   {visible(answer.class_name)} (class {int(certificates.predicted[0])})"
+        )
+        console.print(f"radius  {radius} in {facts['norm']} norm, {facts['family']}")
+    console.print(f"model   client {answer.client} uses {answer.deploys}")
+    if answer.changed:
+        console.print(f"image   {answer.changed}: the certificate is about the image so changed")
+    console.print(_meaning(facts), style="dim")
+
+
+def _limit(facts: Mapping[str, Any]) -> str:
+    """Why no radius of a uniform law reaches sigma."""
+    if facts["law"] != "uniform" or facts["estimator"] == "scan":
+        return ""
+    return "Radii of this law stay below sigma; the scan estimator has no such limit. "
+
+
+def _meaning(facts: Mapping[str, Any]) -> str:
+    return (
+        f"Each radius ({facts['norm']} norm, {facts['unit']}) is wrong with probability at most "
+        f"{facts['alpha']}. {_limit(facts)}{facts['threat']}"
+    )
+
+
+def show_attack(result: Mapping[str, Any]) -> None:
+    """What attacks on certificates came to: inside their promise, and beyond it."""
+    result = _printable(result)
+    for part in result.get("perturbations", [result]):
+        if part is not result:
+            told = f"{part['family']}, certified by {_clients(part['clients'])}"
+            _console().print(told, style="bold")
+        _show_attack(part)
+
+
+def _show_attack(result: Mapping[str, Any]) -> None:
+    inside, beyond = result["parameters"], result["deformed_first"]
+    console = _console(soft_wrap=True)
+    for case in inside["violations"]:
+        console.print(
+            f"WRONG  client {case['client']}, image {case['index']}: class {case['rival']} is "
+            f"likelier than class {case['predicted']} at length {case['length']:.6g}, inside the "
+            f"radius {case['radius']:.6g} ({case['votes']:,} votes, p = {case['p_value']:.2g})"
+        )
+    closest, of_all = inside["smallest_lead"], f"of {beyond['images']} images"
+    lines = {
+        "class changes inside certificates": f"{len(inside['violations'])} of {inside['images']} "
+        f"images ({inside['deltas']:,} parameters tried, {inside['votes']:,} votes)",
+        "smallest lead found": "none was attacked"
+        if closest is None
+        else f"{100 * closest['lead']:.1f} % of {closest['votes']:,} votes "
+        f"(client {closest['client']}, image {closest['index']})",
+        "certified correctly": f"{100 * beyond['certified']:.1f} % {of_all}",
+        "predicted correctly": f"{100 * beyond['clean']:.1f} %",
+        "deformed first, at random": f"{100 * beyond['random']:.1f} %",
+        f"deformed first, worst of {beyond['deltas']}": f"{100 * beyond['worst']:.1f} %",
+        "changed by that, beyond doubt": f"{beyond['changed']} of {beyond['promised']} certified",
+    }
+    for title, text in lines.items():
+        console.print(f"{title:35}{text}")
+    second = (
+        "Changed pixels are covered on arrival, too."
+        if result["family"] == "pixel"
+        else "An image that arrives deformed and is smoothed then is interpolated twice: measured "
+        "here, not promised."
+    )
+    console.print(f"Certificates promise that no class changes inside. {second}", style="dim")
+
+
+def show_plan(name: str, plan: Plan) -> None:
+    """What a study will take, and what that rests on."""
+    console = _console(soft_wrap=True)
+    console.print(f"Plan of {visible(name)}: nothing was trained or written.")
+    early = plan.votes_expected < plan.votes_at_most
+    at_most = f" (at most {_clock(plan.certification_seconds_at_most)})" if early else ""
+    lines = {
+        **plan.facts,
+        "votes at most": f"{plan.votes_at_most:,}",
+        "votes expected": f"{plan.votes_expected:,}",
+        "votes per second": f"{plan.votes_per_second:,.0f}",
+        "training": f"about {_clock(plan.training_seconds)}",
+        "certification": f"about {_clock(plan.certification_seconds)}{at_most}",
+        "peak memory": f"about {_bytes(plan.memory_bytes)}",
+        "disk": f"about {_bytes(plan.disk_bytes)}",
+    }
+    if plan.device_bytes:
+        lines["memory of the device"] = f"about {_bytes(plan.device_bytes)}"
+    for title, text in lines.items():
+        console.print(f"{title:26}{text}")
+    for sentence in plan.assumptions:
+        console.print(f"- {sentence}", style="dim")
+
+
+def show_study(costs: Mapping[str, Cost], scale: str, words: str) -> None:
+    """What figures will take: runs they share are counted in each, and once in the last line."""
+    console = _console(soft_wrap=True)
+    console.print(f"Plan at the scale {scale}: nothing was computed or written.")
+    console.print(f"This scale is {words}.", style="dim")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("figure", no_wrap=True)
+    for title in ("runs", "done", "trainings left", "votes at most", "rough time"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, cost in costs.items():
+        table.add_row(
+            name,
+            f"{cost.runs}",
+            f"{cost.done}",
+            f"{cost.trainings}",
+            f"{cost.votes_at_most:,}",
+            _roughly(cost.seconds) if cost.seconds else "finished",
+        )
+    needed = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
+    _console(width=max(console.width, needed)).print(table)
+    measured = list(costs.values())[-1].measured
+    console.print(
+        f"Speeds are measured in finished runs of this study for {100 * measured:.0f} % of the "
+        "runs left, otherwise orders of magnitude. A figure's runs are counted in its line even "
+        "where it shares them; the time is that of one run after the other (--jobs).",
+        style="dim",
+    )
+
+
+def _roughly(seconds: float) -> str:
+    return _clock(seconds) if seconds < 2 * 86_400 else f"{seconds / 86_400:,.0f} days"
+
+
+def _clock(seconds: float) -> str:
+    whole = math.ceil(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours} h {minutes} min" if hours else _short(whole)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(0.1, count / 1e6):.1f} MB"
+
+
+def show_facts(facts: Sequence[Fact]) -> None:
+    """What `certifl doctor` found, and what is missing for what."""
+    console = _console()
+    for fact in facts:
+        console.print(f"{fact.topic:18}{fact.found}", soft_wrap=True)
+    missing = [fact for fact in facts if fact.missing]
+    if missing:
+        console.print("\nNot possible here:")
+        for fact in missing:
+            console.print(f"  {fact.topic}: {fact.missing}", soft_wrap=True)
+
+
+def show_names(rows: Mapping[str, Sequence[str]]) -> None:
+    """What can stand in a spec, a line for each kind."""
+    console = _console()
+    for title, names in rows.items():
+        console.print(f"{title:14}{', '.join(names)}", soft_wrap=True)

@@ -1,0 +1,159 @@
+"""What a data set is once it is read: images and labels of two splits, with a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from certifl.errors import InputError
+from certifl.rng import numpy_generator
+
+__all__ = ["SMALLEST_SIDE", "Dataset", "ImageSplit", "fingerprint", "random_part", "to_float"]
+
+SMALLEST_SIDE = 8
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """Intensities in [0, 1]: float32 images x / 255 of uint8 images of any shape.
+
+    Raises:
+        InputError: the images are not uint8.
+    """
+    if images.dtype != torch.uint8:
+        raise InputError(
+            f"to_float expects uint8 images, got {images.dtype}; pass ImageSplit.images."
+        )
+    return images.to(torch.float32) / 255
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSplit:
+    """Images and labels of one split.
+
+    Args:
+        images: uint8, (n, c, h, w), c = 1 (grey) or 3 (RGB).
+        labels: int64, (n,), classes counted from 0.
+        column: (n,), integers or texts of one further column of the data set, such as the writer
+            or the hospital; None where none was asked for.
+
+    Raises:
+        InputError: another type or shape, or not as many labels or values as images.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    column: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise InputError(
+                f"Images must be uint8 of shape (n, 1 or 3, h, w), got {images.dtype} "
+                f"{tuple(images.shape)}. Convert them before building a split."
+            )
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise InputError(
+                f"Labels must be int64 of shape ({images.shape[0]},), one for each image, got "
+                f"{labels.dtype} {tuple(labels.shape)}."
+            )
+        if self.column is not None and self.column.shape != labels.shape:
+            raise InputError(
+                f"A column must have one value for each of {len(labels)} images, got shape "
+                f"{self.column.shape}."
+            )
+
+    def __len__(self) -> int:
+        return int(self.labels.shape[0])
+
+    def take(self, indices: np.ndarray | torch.Tensor) -> ImageSplit:
+        """The images and labels at `indices`, in that order."""
+        where = torch.from_numpy(np.array(indices, dtype=np.int64))
+        column = None if self.column is None else self.column[where.numpy()]
+        return ImageSplit(self.images[where], self.labels[where], column)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set: two splits, the names of the classes, and a hash of its content.
+
+    Args:
+        name: as it was asked for.
+        train: training images.
+        test: test images, of the same number of channels and the same size.
+        class_names: one for each label 0..K-1.
+        fingerprint: see `fingerprint`; equal content has an equal one, whatever file it came from.
+    """
+
+    name: str
+    train: ImageSplit
+    test: ImageSplit
+    class_names: tuple[str, ...]
+    fingerprint: str
+
+    @property
+    def in_channels(self) -> int:
+        """1 for grey images, 3 for RGB."""
+        return int(self.train.images.shape[1])
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return int(self.train.images.shape[2]), int(self.train.images.shape[3])
+
+    @property
+    def num_classes(self) -> int:
+        """The number K of classes; labels are 0..K-1."""
+        return len(self.class_names)
+
+
+def fingerprint(train: ImageSplit, test: ImageSplit, class_names: tuple[str, ...]) -> str:
+    """SHA-256 over shapes, class names, and the bytes of images and labels of both splits.
+
+    A column that was asked for counts, too: who holds which image follows from it. The lengths
+    come first, so that no two different data sets feed the hash the same bytes.
+
+    Args:
+        train, test: both splits.
+        class_names: one for each label.
+    """
+    shapes = [list(split.images.shape) for split in (train, test)]
+    header = json.dumps({"shapes": shapes, "class_names": list(class_names)}, sort_keys=True)
+    digest = hashlib.sha256(header.encode() + b"\0")
+    for split in (train, test):
+        digest.update(split.images.contiguous().reshape(-1).numpy().data)
+        digest.update(split.labels.numpy().astype("<i8").tobytes())
+        if split.column is not None:
+            digest.update(json.dumps(split.column.tolist()).encode())
+    return digest.hexdigest()
+
+
+def random_part(available: int, wanted: int | None, seed: int, which: str) -> np.ndarray:
+    """Ascending positions of a fixed random part of a split, for small studies.
+
+    The choice depends on the arguments alone, and a larger part contains every smaller one of the
+    same seed.
+
+    Args:
+        available: images of the split.
+        wanted: images to take; None takes all.
+        seed: the study's seed.
+        which: "train" or "test"; their choices are independent.
+
+    Returns:
+        int64, (wanted,), ascending and unique.
+
+    Raises:
+        InputError: more images are wanted than there are, or fewer than 1.
+    """
+    if wanted is None:
+        return np.arange(available)
+    if not 1 <= wanted <= available:
+        raise InputError(
+            f"{which}_images = {wanted}, but the {which} split has {available} images. "
+            f"Choose a number from 1 to {available}, or leave it out to take all."
+        )
+    return np.sort(numpy_generator(seed, "part", which).permutation(available)[:wanted])

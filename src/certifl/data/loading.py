@@ -1,0 +1,261 @@
+"""Data sets by name: embedded, from a folder, or from the Hugging Face hub.
+
+`load(name)` looks in this order: the embedded `digits`; the folder `name`, if it is written as a
+path; `<data_dir>/<name>`; the hub. The network is not touched unless all others have failed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from certifl.data.assemble import assemble
+from certifl.data.cache import cache_folder, cache_key, cache_path, read_cached, write_cached
+from certifl.data.dataset import Dataset
+from certifl.data.layouts import TEST_NAMES, Layout, find_layout
+from certifl.data.readers import READERS, ColumnNames, RawSplit
+from certifl.data.sources import HUB_NAMES, read_digits, read_hub
+from certifl.errors import DataUnavailable, InputError
+
+__all__ = ["DATA_ENV", "EMBEDDED", "hub_choices", "load", "named_folder"]
+
+_log = logging.getLogger(__name__)
+
+DATA_ENV = "CERTIFL_DATA"
+EMBEDDED: dict[str, Callable[[], tuple[RawSplit, RawSplit]]] = {"digits": read_digits}
+_KNOWN_NAMES = {
+    "fashionmnist": (
+        "T - shirt / top",
+        "Trouser",
+        "Pullover",
+        "Dress",
+        "Coat",
+        "Sandal",
+        "Shirt",
+        "Sneaker",
+        "Bag",
+        "Ankle boot",
+    ),
+}
+"""Class names of data sets in IDX files, which cannot say them; written as the hub writes them."""
+_LAYOUTS = (
+    "train-*.parquet and test-*.parquet, or train/CLASS/*.png and test/CLASS/*.png, or the IDX "
+    "files train-images-idx3-ubyte[.gz] and so on"
+)
+
+_Source = tuple[tuple[Path, ...], tuple[str | None, ...], Callable[[], tuple[RawSplit, RawSplit]]]
+"""Files whose change makes a cached copy stale, other choices that matter, and how to read."""
+
+
+def load(
+    name: str,
+    data_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    *,
+    label_column: str | None = None,
+    image_column: str | None = None,
+    keep_column: str | None = None,
+    test_split: str | None = None,
+    offline: bool = False,
+) -> Dataset:
+    """Load a data set, decoding its images once.
+
+    Args:
+        name: `digits` (embedded), `mnist`, `cifar10`, `fashion_mnist`, any name below `data_dir`
+            or on the hub ("owner/name"), or the path of a folder. "name[column]" chooses the label
+            column of a table.
+        data_dir: the folder that holds `<name>/`; None takes the environment's CERTIFL_DATA.
+        cache_dir: where decoded images are kept; None takes CERTIFL_CACHE, else ~/.cache/certifl.
+        label_column: the same choice as in "name[column]".
+        image_column: the image column of a table that has several.
+        keep_column: a further column of a table to keep, such as the writer of each image.
+        test_split: the split whose images are certified, of "test", "validation", "valid" and
+            "val"; None takes the first of them that is there.
+        offline: never ask the network; a copy decoded before is still read.
+
+    Returns:
+        Both splits as uint8 (n, c, h, w), of one size; the same content from whatever file.
+
+    Raises:
+        DataUnavailable: the data set is nowhere to be found, or has no test images.
+        InputError: its content cannot be used; the message says why.
+    """
+    base, columns = _parse(name, label_column, image_column)
+    columns = replace(columns, kept=keep_column)
+    if test_split not in (None, *TEST_NAMES):
+        raise InputError(
+            f"test_split = {test_split!r} must be one of {', '.join(TEST_NAMES)}, or left out."
+        )
+    files, choices, build = _source(base, data_dir, columns, test_split)
+    try:
+        key = cache_key(files, *choices)
+    except OSError as error:
+        raise InputError(
+            f"Cannot read the files of {name}: {error}. Check their rights."
+        ) from error
+    path = cache_path(cache_folder(cache_dir), name, key)
+    dataset = read_cached(path, name)
+    if dataset is None:
+        if offline and choices[0] == "hub":
+            raise DataUnavailable(f"{name} is not on this machine. {_ways(base)}")
+        dataset = assemble(name, *build())
+        write_cached(path, dataset)
+    _say_order(dataset)
+    return dataset
+
+
+def hub_choices(base: str, columns: ColumnNames, test_split: str | None) -> tuple[str | None, ...]:
+    """What the cache of a data set of the hub is named by."""
+    return ("hub", base, *columns.choices, *_chosen_split(test_split))
+
+
+def _chosen_split(test_split: str | None) -> tuple[str, ...]:
+    return () if test_split is None else ("test", test_split)
+
+
+def _say_order(dataset: Dataset) -> None:
+    """Say that classes whose names hold numbers are ordered as texts: 10 comes before 2."""
+    names = list(dataset.class_names)
+    in_numbers = sorted(names, key=_by_number)
+    if names == sorted(names) and names != in_numbers:
+        _log.warning(
+            "The classes of %s are ordered as texts (%s%s), so class number %d, counted from 0, "
+            "is %r: outputs of a network must be in this order.",
+            dataset.name,
+            ", ".join(names[:5]),
+            " ..." if len(names) > 5 else "",
+            *next(
+                (i, a) for i, (a, b) in enumerate(zip(names, in_numbers, strict=True)) if a != b
+            ),
+        )
+
+
+def _by_number(name: str) -> list[tuple[int, int, str]]:
+    """A key that sorts the numbers in a name by their size."""
+    parts = re.split(r"([0-9]{1,18})", name)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
+
+
+def _source(
+    base: str, data_dir: str | Path | None, columns: ColumnNames, test_split: str | None
+) -> _Source:
+    if base in EMBEDDED:
+        if test_split not in (None, "test"):
+            raise InputError(
+                f"{base} has no split {test_split!r}; its images are split into train and test. "
+                "Remove data.test_split."
+            )
+        if columns.kept is not None:
+            raise InputError(
+                f"{base} is no table, so it has no column {columns.kept!r} to split by. Choose "
+                "another split, or a data set in parquet files with such a column."
+            )
+        if columns != ColumnNames():
+            raise InputError(f"{base} has no columns to choose from. Write {base!r} alone.")
+        return (), ("embedded", base), EMBEDDED[base]
+    layout = _find(base, data_dir, test_split)
+    if layout is None:
+        choices = hub_choices(base, columns, test_split)
+        return (), choices, lambda: read_hub(base, columns, _ways(base), test_split)
+    files = (*layout.train, *layout.test)
+    known = _KNOWN_NAMES.get(_plain(base)) if layout.kind == "idx" else None
+    choices = (layout.kind, *(known or ()), *columns.choices)
+    return files, choices, lambda: _read(layout, columns, known)
+
+
+def _read(
+    layout: Layout, columns: ColumnNames, known: tuple[str, ...] | None
+) -> tuple[RawSplit, RawSplit]:
+    read = READERS[layout.kind]
+    train, test = (read(files, columns, layout.root) for files in (layout.train, layout.test))
+    if known:
+        train, test = (replace(split, class_names=known) for split in (train, test))
+    return train, test
+
+
+def _parse(
+    name: str, label_column: str | None, image_column: str | None
+) -> tuple[str, ColumnNames]:
+    match = re.fullmatch(r"(?P<base>[^\[\]]+)(\[(?P<column>[^\[\]]+)\])?", name.strip())
+    if match is None:
+        raise InputError(
+            f"{name!r} is no name of a data set. Write a name, a path, or NAME[LABEL_COLUMN]."
+        )
+    column = match["column"]
+    if column and label_column and column != label_column:
+        raise InputError(
+            f"The label column is {column!r} in {name!r} but {label_column!r} in label_column. "
+            "Give it once."
+        )
+    return match["base"], ColumnNames(image_column, column or label_column)
+
+
+def _find(base: str, data_dir: str | Path | None, test_split: str | None) -> Layout | None:
+    """The data set's files on this machine, or None if there is no folder of that name."""
+    for folder in _places(base, data_dir):
+        if folder.is_dir():
+            layout = find_layout(folder, test_split)
+            if layout is None:
+                raise DataUnavailable(
+                    f"The folder {folder} holds no data set in a layout known here: {_LAYOUTS}. "
+                    "Arrange its files in one of these ways, or name the folder that has one."
+                )
+            return layout
+    if _is_path(base):
+        raise DataUnavailable(f"There is no folder {base}. Name a folder with {_LAYOUTS}.")
+    data = _data_folder(data_dir)
+    if data is not None and _plain(data.absolute().name) == _plain(base):
+        raise DataUnavailable(
+            f"{data} holds no folder {base}, but has that name itself. Give the folder above it: "
+            f"{data.absolute().parent}."
+        )
+    return None
+
+
+def _places(base: str, data_dir: str | Path | None) -> list[Path]:
+    """Folders to look into; owner/name may lie under its name alone, and - may stand for _."""
+    own = [Path(base).expanduser()] if "/" in base or os.sep in base or base[0] in ".~" else []
+    data = None if _is_path(base) else _data_folder(data_dir)
+    if data is None:
+        return own
+    tail = base.rsplit("/", 1)[-1]
+    names = dict.fromkeys((base, tail, tail.replace("_", "-"), tail.replace("-", "_")))
+    return [*own, *(data / name for name in names)]
+
+
+def _is_path(base: str) -> bool:
+    """Whether a name can only be a path (the hub's names are `name` or `owner/name`)."""
+    return base[0] in ".~" or Path(base).is_absolute() or base.count("/") > 1
+
+
+def named_folder(data_dir: str | Path | None) -> Path | None:
+    """The folder of data sets: the one given, else the environment's, else none."""
+    chosen = data_dir or os.environ.get(DATA_ENV)
+    return Path(chosen).expanduser() if chosen else None
+
+
+def _data_folder(data_dir: str | Path | None) -> Path | None:
+    folder = named_folder(data_dir)
+    if folder is not None and not folder.is_dir():
+        raise DataUnavailable(
+            f"The data folder {folder} does not exist. Correct --data-dir or {DATA_ENV}."
+        )
+    return folder
+
+
+def _plain(base: str) -> str:
+    return re.sub(r"[-_]", "", Path(base).name).lower()
+
+
+def _ways(base: str) -> str:
+    hub_id = HUB_NAMES.get(base, base)
+    return (
+        f"Three ways to get images: (1) put the files into a folder DIR/{base} ({_LAYOUTS}) and "
+        f"give --data-dir DIR or set {DATA_ENV}=DIR; (2) with network, install the extra "
+        f"`certifl[hub]`, which fetches {hub_id} from the Hugging Face hub; (3) use the embedded "
+        f"data set {', '.join(EMBEDDED)}."
+    )

@@ -1,0 +1,1 @@
+"""A client of a federation: its images, decisions, state, ledger and answers."""

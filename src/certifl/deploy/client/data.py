@@ -1,0 +1,140 @@
+"""A party's own images, as a study sees them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from certifl.data import Dataset, ImageSplit, choose, load
+from certifl.deploy.client.settings import Settings
+from certifl.errors import InputError
+from certifl.federated.states import ClientData
+from certifl.models import fingerprint
+from certifl.spec import Spec, with_settings
+from certifl.study.opened_run import open_data
+
+__all__ = ["Holdings", "open_holdings"]
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """One client's images.
+
+    Attributes:
+        dataset: where they come from. train: those it trains on.
+        test: positions of its test images in the data set.
+        dealt: whether the data set is a whole one that all parties have.
+        told_classes: names of the classes as the server gets them.
+    """
+
+    dataset: Dataset
+    train: ClientData
+    test: np.ndarray
+    dealt: bool
+    told_classes: tuple[str, ...]
+
+    def described(self) -> dict[str, Any]:
+        """What the server must know of them: shapes, classes, number of training images.
+
+        Of a data set that all parties have also its name and fingerprint, so that they can be
+        compared; of a party's own neither.
+        """
+        facts: dict[str, Any] = {
+            "in_channels": self.dataset.in_channels,
+            "image_size": list(self.dataset.image_size),
+            "class_names": list(self.told_classes),
+            "train_images": len(self.train),
+        }
+        if self.dealt:
+            facts |= {"name": self.dataset.name, "fingerprint": self.dataset.fingerprint}
+        return facts
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Names the training images and labels."""
+        return fingerprint({"images": self.train.images, "labels": self.train.labels})
+
+    def tests(self, spec: Spec) -> np.ndarray:
+        """Positions of the test images that are certified."""
+        return choose(self.test, spec.certification.images, spec.seed, self.train.client)
+
+
+def open_holdings(spec: Spec, settings: Settings) -> Holdings:
+    """A party's images for a study.
+
+    Raises:
+        DataUnavailable: they are not at hand. InputError: they do not fit the study.
+    """
+    if not settings.data:
+        raise InputError(
+            "This client has no data: give its folder of images with --data, or write data into "
+            "client.toml."
+        )
+    folder = None if settings.data_dir is None else Path(settings.data_dir)
+    if settings.dealt:
+        return _dealt(spec, settings, folder)
+    whole = load(settings.data, folder, label_column=settings.label_column)
+    dataset = whole if settings.classes is None else _renamed(whole, settings.classes)
+    told = dataset.class_names if settings.classes else _unnamed(dataset.class_names)
+    train = ClientData(settings.client, dataset.train.images, dataset.train.labels)
+    return Holdings(dataset, train, np.arange(len(dataset.test)), False, told)
+
+
+def _unnamed(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names that say how many classes there are, and whether two clients have the same ones.
+
+    What stands in the images' files or folders as the name of a class may be anything, a patient's
+    name if the wrong column was chosen. So it is not sent unless `classes` of client.toml says so.
+    """
+    numbers = tuple(str(number) for number in range(len(names)))
+    if names == numbers:
+        return numbers
+    digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]
+    return tuple(f"class {number} ({digest})" for number in numbers)
+
+
+def _dealt(spec: Spec, settings: Settings, folder: Path | None) -> Holdings:
+    """The share of a whole data set that the study deals to this client."""
+    if settings.client >= spec.clients.count:
+        raise InputError(
+            f"The study deals images to {spec.clients.count} clients, counted from 0; there is no "
+            f"client {settings.client}."
+        )
+    values = spec.model_dump(exclude_none=True)
+    data = {k: v for k, v in values["data"].items() if k != "label_column"}
+    data |= {"name": settings.data}
+    if settings.label_column is not None:
+        data["label_column"] = settings.label_column
+    here = with_settings({**values, "data": data})
+    dataset, partition = open_data(here, folder)
+    own = partition.clients[settings.client]
+    part = dataset.train.take(own.train)
+    train = ClientData(settings.client, part.images, part.labels)
+    return Holdings(dataset, train, own.test, True, dataset.class_names)
+
+
+def _renamed(dataset: Dataset, classes: list[str]) -> Dataset:
+    """The data set with labels counted along a longer list of classes."""
+    unknown = [name for name in dataset.class_names if name not in classes]
+    if unknown or len(set(classes)) != len(classes):
+        what = f"does not name {unknown[0]!r}" if unknown else "names a class twice"
+        raise InputError(f"classes in client.toml {what}: list every class of the study once.")
+    place = torch.tensor([classes.index(name) for name in dataset.class_names])
+
+    def renumbered(split: ImageSplit) -> ImageSplit:
+        return dataclasses.replace(split, labels=place[split.labels])
+
+    return dataclasses.replace(
+        dataset,
+        train=renumbered(dataset.train),
+        test=renumbered(dataset.test),
+        class_names=tuple(classes),
+    )

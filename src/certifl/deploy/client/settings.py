@@ -1,0 +1,124 @@
+"""What a party decides for itself: `client.toml`, beside its data, wins over the server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import Field, ValidationError, field_validator
+
+from certifl.errors import CertiflError, InputError, SpecError
+from certifl.path_checks import check_party_settings, quotes_missing
+from certifl.perturbations import describe as describe_perturbation
+from certifl.perturbations import from_description as perturbation_from
+from certifl.runs.atomic import write_text
+from certifl.safe_io import SPEC_BYTES, parse_toml, read_text
+from certifl.spec.sections import Section
+
+__all__ = ["SHARES", "Settings", "check_share", "less", "load_settings", "save_settings"]
+
+SHARES = {
+    "none": "the server learns only that the client has finished",
+    "curve": "numbers of certified images at fixed radii, and the average certified radius",
+    "rows": "every test image's certificate: class, radius, votes, label, position",
+}
+"""How much of its certificates a client lets go, least first."""
+
+
+class Settings(Section):
+    """A party's own settings.
+
+    Attributes:
+        client: its number in the study, from 0.
+        data: its images: a folder with train and test parts, or a data set's name.
+        dealt: `data` is a whole data set that every party has; the study's split says which
+            images are this client's. For trying a federation out.
+        data_dir: where named data sets lie.
+        label_column: which column of its images is the label, where they are a table; a server
+            has no say in it.
+        classes: the names of all classes of the study, in order. They are sent to the server;
+            names found in the images never are.
+        share: the most that leaves of its certificates, a name in `SHARES`.
+        perturbation: certify this instead of the study's, where the study allows it.
+        networks: networks of one's own, as module:function, that a study may name; code of no
+            other module is loaded because a server says so.
+        max_epsilon: the most that is spent of its images' privacy, over all studies; a study
+            without noise of the party's own is refused then. None = what each study planned.
+        delta: at which that is counted; None = each study's.
+        device: "auto" or a torch device. threads: of torch; 0 = as torch chooses.
+    """
+
+    client: Annotated[int, Field(ge=0)]
+    data: str = ""
+    dealt: bool = False
+    data_dir: str | None = None
+    label_column: str | None = None
+    classes: list[str] | None = None
+    share: Literal["none", "curve", "rows"] = "curve"
+    perturbation: Any = None
+    networks: list[str] = Field(default_factory=list)
+    max_epsilon: Annotated[float, Field(gt=0)] | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    device: str = "auto"
+    threads: Annotated[int, Field(ge=0)] = 1
+
+    @field_validator("perturbation")
+    @classmethod
+    def _known_perturbation(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise ValueError('must be a table such as { family = "rotation", sigma = "18deg" }')
+        try:
+            return describe_perturbation(perturbation_from(value))
+        except CertiflError as error:
+            raise ValueError(str(error)) from error
+
+
+def check_share(name: str) -> None:
+    """Refuse a name that is not in `SHARES`.
+
+    Raises:
+        InputError: it is not.
+    """
+    if name not in SHARES:
+        raise InputError(f"share must be one of {', '.join(SHARES)}; got {name!r}.")
+
+
+def less(one: str, other: str) -> str:
+    """Of two names in `SHARES` the one that lets less go."""
+    order = list(SHARES)
+    return order[min(order.index(one), order.index(other))]
+
+
+def load_settings(path: Path) -> Settings:
+    """Read a party's settings.
+
+    Raises:
+        SpecError: the file is missing, is no TOML, or holds a wrong key or value.
+    """
+    check_party_settings(path)
+    text = ""
+    try:
+        text = read_text(path, SPEC_BYTES)
+        values = parse_toml(text)
+    except (OSError, InputError) as error:
+        raise SpecError(
+            f"{path} cannot be read as TOML: {error}.{quotes_missing(text)}"
+        ) from error
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        allowed = ", ".join(Settings.model_fields)
+        reason = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            reason = f"no such key; allowed here: {allowed}"
+        raise SpecError(f"{path}: {key}: {reason}.") from error
+
+
+def save_settings(path: Path, settings: Settings) -> None:
+    """Write a party's settings, what is not set left out."""
+    write_text(path, tomli_w.dumps(settings.model_dump(exclude_none=True)))

@@ -1,0 +1,172 @@
+"""What a server may ask of a client's own images and machine, key by key of the spec.
+
+A spec comes from the server. Each of its keys has one of these decisions here, which
+docs/deploy.md shows as a table; a key that has none fails a test.
+
+| decision | what a client with images of its own does |
+|---|---|
+| refused | refuses the study where the key selects something |
+| unused | leaves it unread: `client.toml` decides |
+| done | does as it says, within the limit that is stated |
+| server | has nothing to do with it |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from certifl.data import Column
+from certifl.deploy.client.rejected import Refusal
+from certifl.deploy.client.settings import Settings
+from certifl.errors import ModelError
+from certifl.models import MODELS, build
+from certifl.spec import Spec
+
+__all__ = ["DECISIONS", "Decision", "check_network_size", "check_study"]
+
+_MOST_CLIENTS = 100_000
+_MOST_RADII = 200
+_LARGEST_NETWORK = 4 << 30
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a client does with a key of the spec.
+
+    Attributes:
+        what: refused, unused, done or server. why: in words, with its limit.
+    """
+
+    what: str
+    why: str
+
+
+_TRAINS = Decision("done", "how it trains; it costs time alone")
+_SERVER = Decision("server", "the server's part of a round")
+_NOISE = Decision("done", "counted by the client's own ledger; see privacy.md")
+_VOTES = Decision("done", "how it certifies; it costs time alone")
+
+DECISIONS: dict[str, Decision] = {
+    "name": Decision("done", "shown to people, without control characters"),
+    "seed": Decision("done", "random draws, and which of its test images it certifies"),
+    "data.name": Decision("unused", 'its own `data`; refused as "name[column]"'),
+    "data.train_images": Decision("unused", "it trains on all its training images"),
+    "data.test_images": Decision("unused", "`certification.images` of all its test images"),
+    "data.test_split": Decision("refused", "its own test images, as `data` has them"),
+    "data.label_column": Decision("refused", "`label_column` of `client.toml` alone"),
+    "clients.count": Decision("done", f"at most {_MOST_CLIENTS:,}"),
+    "clients.split": Decision("unused", 'its images are its own; refused as "column"'),
+    "clients.options": Decision("unused", "as `clients.split`"),
+    "clients.participation": Decision("done", "it answers only rounds that it is drawn for"),
+    "clients.min_clients": _SERVER,
+    "model.name": Decision("done", "one of certifl's, or one in `networks` of `client.toml`"),
+    "model.options": Decision("done", f"networks of at most {_LARGEST_NETWORK >> 30} GiB"),
+    "algorithm": Decision("done", "one of certifl's"),
+    "objective": Decision("done", "one of certifl's"),
+    "training.rounds": Decision("done", "each of so many rounds is answered once"),
+    "training.local_epochs": _TRAINS,
+    "training.batch_size": _TRAINS,
+    "training.lr": _TRAINS,
+    "training.momentum": _TRAINS,
+    "training.weight_decay": _TRAINS,
+    "training.decay_every": _TRAINS,
+    "training.decay_factor": _TRAINS,
+    "training.momentum_between_rounds": _TRAINS,
+    "training.flip": _TRAINS,
+    "training.crop": _TRAINS,
+    "training.precision": _TRAINS,
+    "aggregation.rule": _SERVER,
+    "aggregation.clip": _SERVER,
+    "aggregation.trim": _SERVER,
+    "aggregation.malicious": _SERVER,
+    "aggregation.keep": _SERVER,
+    "privacy.kind": Decision("done", '"example" alone where the client has a `max_epsilon`'),
+    "privacy.noise_multiplier": _NOISE,
+    "privacy.target_epsilon": _NOISE,
+    "privacy.max_norm": _NOISE,
+    "privacy.delta": _NOISE,
+    "privacy.noise_key": Decision("refused", '"seed": everybody could compute the noise'),
+    "augmentation.federated": _TRAINS,
+    "augmentation.personalized": _TRAINS,
+    "certification.perturbation": Decision("done", "or the client's own, if the study allows it"),
+    "certification.images": Decision("done", "a few images make a curve that tells of each"),
+    "certification.estimator": _VOTES,
+    "certification.n0": _VOTES,
+    "certification.n": _VOTES,
+    "certification.alpha": _VOTES,
+    "certification.radii": Decision("done", f"at most {_MOST_RADII}: a finer grid is as rows"),
+    "certification.label_aware": _VOTES,
+    "certification.reach": _VOTES,
+    "certification.keep": _VOTES,
+    "certification.precision": _VOTES,
+    "certification.own": Decision("done", "as `certification.perturbation` and `radii`"),
+}
+
+
+def check_study(spec: Spec, settings: Settings) -> None:
+    """Refuse a study that asks for what is the client's own choice, or for too much.
+
+    Raises:
+        Refusal: it does; the reason names the key.
+    """
+    if spec.clients.count > _MOST_CLIENTS:
+        raise Refusal(f"clients.count is more than {_MOST_CLIENTS:,}")
+    _check_selection(spec, settings)
+    if not settings.dealt:
+        _check_grid(spec, settings)
+
+
+def _check_selection(spec: Spec, settings: Settings) -> None:
+    """What is read of a client's images is chosen in its `client.toml` alone."""
+    column = spec.data.label_column
+    if column is not None and not (settings.dealt and column == settings.label_column):
+        raise Refusal(
+            "data.label_column asks for a column of its images: which column is the label is the "
+            "client's choice alone, label_column in client.toml. Leave the key out of the spec"
+            + ("" if not settings.dealt else ", or let all clients choose the same column")
+        )
+    if settings.dealt:
+        return
+    if spec.data.test_split is not None:
+        raise Refusal(
+            "data.test_split asks for a split of its images: which images are for testing is the "
+            "client's choice alone. Leave the key out of the spec"
+        )
+    if "[" in spec.data.name:
+        raise Refusal("data.name asks for a column of its images: name the data set alone")
+    if isinstance(spec.clients.splitter(), Column):
+        raise Refusal(
+            'clients.split = "column" asks for a column of its images, which are its own already: '
+            "leave the key out of the spec"
+        )
+
+
+def _check_grid(spec: Spec, settings: Settings) -> None:
+    radii = spec.certification.settings(settings.client).radii
+    if radii is not None and len(radii) > _MOST_RADII:
+        raise Refusal(
+            f"certification.radii are more than {_MOST_RADII}, which would tell single images"
+        )
+
+
+def check_network_size(spec: Spec, channels: int, classes: int) -> None:
+    """Refuse a network of certifl's that would not fit into the machine.
+
+    Its shapes are found without memory. A network of the client's own is its own choice.
+
+    Raises:
+        Refusal: it is too large, or cannot be built.
+    """
+    name = spec.model.name
+    if name not in MODELS:
+        return
+    try:
+        with torch.device("meta"):
+            model = build(name, channels, classes, spec.seed, spec.model.options)
+    except ModelError as error:
+        raise Refusal("the study's network cannot be built with model.options") from error
+    size = sum(v.numel() * v.element_size() for v in model.state_dict().values())
+    if size > _LARGEST_NETWORK:
+        raise Refusal(f"the study's network takes more than {_LARGEST_NETWORK >> 30} GiB")

@@ -1,0 +1,1 @@
+"""What every participant of a federation is given: keys, certificates, scripts."""

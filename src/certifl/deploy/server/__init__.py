@@ -1,0 +1,1 @@
+"""The server of a federation: who takes part, rounds, what comes back."""

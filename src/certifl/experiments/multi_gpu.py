@@ -1,0 +1,151 @@
+"""Certification shared over several devices of one machine, a process each.
+
+Votes do not depend on where the work is cut, so a process takes every k-th client, casts its votes
+and saves them as a single process would. The run then concludes from the saved votes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from certifl.certification.network import choose_device
+from certifl.errors import CertiflError, InputError, WorkError
+from certifl.runs.folder import RunFolder
+from certifl.study.certify import certify_clients
+from certifl.study.opened_run import (
+    code_folder,
+    deployed,
+    last_round,
+    open_data,
+    run_model,
+    run_spec,
+)
+
+__all__ = ["cast_votes", "device_names"]
+
+Report = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True)
+class _Share:
+    place: Path
+    data_dir: Path | None
+    device: str
+    number: int
+    of: int
+    threads: int
+    code: Path | None
+
+
+def device_names(text: str) -> tuple[str, ...]:
+    """Devices named in one option, "cuda:0,cuda:1"; all must be of one kind.
+
+    Raises:
+        InputError: no device, one that is not here, or devices of different kinds, whose votes
+            would be votes of differently rounding networks.
+    """
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise InputError("device is empty; give auto, cpu, cuda, or several as cuda:0,cuda:1.")
+    kinds = {_kind(choose_device(name)) for name in names}
+    if len(kinds) > 1:
+        raise InputError(
+            f"The devices {text} are of different kinds ({', '.join(sorted(kinds))}); the clients "
+            "of one study are certified on one kind."
+        )
+    return names
+
+
+def _kind(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def cast_votes(
+    place: Path, data_dir: Path | None, devices: Sequence[str], report: Report | None
+) -> None:
+    """Cast and save the votes of all clients of a trained run, one process per device.
+
+    Raises:
+        WorkError: a process failed; the votes saved so far are kept.
+    """
+    context = multiprocessing.get_context("spawn")
+    messages: Any = context.Queue()
+    threads = torch.get_num_threads()
+    found = code_folder(run_spec(RunFolder(place)).model.name)
+    code = None if found is None else Path(found)
+    shares = [
+        _Share(place, data_dir, name, number, len(devices), threads, code)
+        for number, name in enumerate(devices)
+    ]
+    processes = [context.Process(target=_cast, args=(share, messages)) for share in shares]
+    with _running(processes):
+        _listen(processes, messages, report)
+    if any(process.exitcode for process in processes):
+        raise WorkError(
+            "A process that cast votes ended early. The votes saved so far are kept; repeat the "
+            "command, with fewer devices if memory ran out."
+        )
+
+
+@contextlib.contextmanager
+def _running(processes: Sequence[BaseProcess]) -> Iterator[None]:
+    for process in processes:
+        process.start()
+    try:
+        yield
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+            process.join()
+
+
+def _listen(processes: Sequence[BaseProcess], messages: Any, report: Report | None) -> None:
+    """Pass progress on until all processes have ended, or one has failed."""
+    standing: dict[int, tuple[int, int]] = {}
+    while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
+        with contextlib.suppress(queue.Empty):
+            number, done, total, failure = messages.get(timeout=0.2)
+            if failure:
+                raise WorkError(failure)
+            standing[number] = (done, total)
+            if report is not None and len(standing) == len(processes):
+                sums = [sum(part) for part in zip(*standing.values(), strict=True)]
+                report("certifying", sums[0], sums[1], "votes at most")
+
+
+def _cast(share: _Share, messages: Any) -> None:
+    """One process: the votes of every client whose number falls to this share."""
+    torch.set_num_threads(share.threads)
+    messages.put((share.number, 0, 0, ""))  # a share of clients that certify nothing says no more
+
+    def tell(_what: str, done: int, total: int, _unit: str) -> None:
+        messages.put((share.number, done, total, ""))
+
+    try:
+        folder = RunFolder(share.place)
+        spec = run_spec(folder)
+        dataset, partition = open_data(spec, share.data_dir)
+        model, last = run_model(folder, spec, share.code), last_round(folder, spec)
+        certify_clients(
+            folder,
+            spec,
+            dataset,
+            partition,
+            lambda client: deployed(last, spec, model, client),
+            device=share.device,
+            report=tell,
+            share=(share.number, share.of),
+        )
+    except CertiflError as error:
+        messages.put((share.number, 0, 0, str(error)))
+        raise SystemExit(1) from error

@@ -1,0 +1,382 @@
+"""What a study will cost on this machine, from a few measured steps; no results are written.
+
+Votes are counted exactly (at most) or by a stated share (expected). Times are those of a round of
+one client and of a few batches of votes, on random images of the right shape, times how often the
+study does them. Nothing is downloaded; a folder of images that is not decoded yet is decoded into
+the cache that every command keeps.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from certifl.certification import adaptive as engine
+from certifl.certification.network import Network, choose_device, prepare
+from certifl.certification.sampling import Request, VoteCounter
+from certifl.certification.settings import ESTIMATORS
+from certifl.data import Column, Partition, named_folder, random_part
+from certifl.data.cache import cache_folder, cache_key, cache_path
+from certifl.data.loading import hub_choices
+from certifl.data.readers import ColumnNames
+from certifl.errors import DataUnavailable
+from certifl.federated.algorithms.base import Algorithm
+from certifl.federated.states import ClientData, ClientState, Parts, ServerState
+from certifl.federated.training.batches import augmentation_of, together
+from certifl.federated.training.local_training import LocalTraining, check_images
+from certifl.models import build, state_of
+from certifl.perturbations import Perturbation
+from certifl.rng import generator, image_key
+from certifl.spec import Spec
+from certifl.spec.study import Choice
+from certifl.study.environment import machine_facts, training_threads
+from certifl.study.opened_run import asked_columns, load_data, open_data
+
+EXPECTED_SHARE = 0.3
+"""Of the votes at most, where votes stop early: 0.08 to 0.45 was seen, fewer with few radii."""
+
+
+_SECONDS = 1.0  # of calls measured, and what one call may take before it is measured alone
+_BATCHES = 4
+_CHECKPOINTS = 3  # two are kept while the next is written
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study will take.
+
+    Attributes:
+        votes_at_most, votes_expected: of all clients together.
+        training_seconds: of all rounds.
+        certification_seconds_at_most, certification_seconds: of those votes.
+        votes_per_second: measured.
+        memory_bytes: peak of the process. device_bytes: peak on the GPU, 0 without one.
+        disk_bytes: checkpoints and certificates.
+        facts: what it was planned for, in words: device, precision, parameters, images.
+        assumptions: what the numbers rest on, in sentences.
+    """
+
+    votes_at_most: int
+    votes_expected: int
+    training_seconds: float
+    certification_seconds_at_most: float
+    certification_seconds: float
+    votes_per_second: float
+    memory_bytes: int
+    device_bytes: int
+    disk_bytes: int
+    facts: dict[str, str]
+    assumptions: tuple[str, ...]
+
+
+def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan:
+    """Measure a few steps of a study and say what all of it will take.
+
+    Args:
+        spec: the study.
+        data_dir: folder of data sets; not needed for those in `data_facts.KNOWN`.
+        device: "auto" or a torch device.
+
+    Raises:
+        DataUnavailable: a data set that is not known here and not at hand.
+        RequestError: a spec that does not fit the data, or a model that cannot be built.
+    """
+    place = choose_device(device)
+    data, assumed = data_facts(spec, data_dir)
+    train, test = _images_of_clients(spec, data, data_dir)
+    images_of = np.minimum(test, spec.certification.images or test.max())
+    images_of[[one is None for one in spec.perturbations()]] = 0  # nothing to certify
+    certified = int(images_of.sum())
+    model = build(
+        spec.model.name,
+        data.shape[0],
+        data.classes,
+        spec.seed,
+        spec.model.options,
+        (data.shape[1], data.shape[2]),
+    )
+    check_images(model, dict(enumerate(train.tolist())))
+    training, parts = _training_seconds(spec, model, data, train, place)
+    network = prepare(
+        model.eval(), _pixels(data, 1).float() / 255, place, spec.certification.precision
+    )
+    speed = _votes_per_second(spec, network, data, images_of)
+    settings = spec.certification.settings()
+    at_most = engine.expected_votes(certified, settings)
+    share = EXPECTED_SHARE if _stops_early(spec) else 1.0
+    expected = math.ceil(share * at_most)
+    images = (data.train + data.test) * math.prod(data.shape)
+    return Plan(
+        votes_at_most=at_most,
+        votes_expected=expected,
+        training_seconds=training,
+        certification_seconds_at_most=at_most / speed,
+        certification_seconds=expected / speed,
+        votes_per_second=speed,
+        memory_bytes=_peak_memory() + images,
+        device_bytes=_peak_on(place),
+        disk_bytes=_disk(spec, parts, certified, data.classes),
+        facts={
+            "device": str(machine_facts(str(place))["device"]),
+            "precision of votes": network.precision,
+            "noisy images per batch": f"{network.batch_size:,}",
+            "parameters of the model": f"{sum(p.numel() for p in model.parameters()):,}",
+            "clients": f"{len(train):,}",
+            "training images": f"{int(train.sum()):,}",
+            "images to certify": f"{certified:,}",
+        },
+        assumptions=(assumed, *_assumptions(spec, share)),
+    )
+
+
+def _stops_early(spec: Spec) -> bool:
+    estimator = spec.certification.estimator
+    return estimator == "scan" or ESTIMATORS[estimator][1]
+
+
+def _assumptions(spec: Spec, share: float) -> list[str]:
+    votes = (
+        f"Votes expected are {100 * share:.0f} % of those at most, a rough share: between 8 % and "
+        "45 % were seen on trained models. Fewer radii to report, fewer votes."
+        if _stops_early(spec)
+        else f"The estimator {spec.certification.estimator!r} casts all votes for every image."
+    )
+    return [
+        "Training time is that of one client's round, measured on random images, times clients "
+        "and rounds, without the writing of checkpoints.",
+        votes,
+        "Nothing else runs on the machine; memory is that of this process after the measured "
+        "steps, with all images of the data set held in it.",
+    ]
+
+
+def _images_of_clients(
+    spec: Spec, data: Facts, data_dir: Path | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Training and test images per client, dealt out with labels in equal shares.
+
+    Where the clients follow from a column of the data set, its own.
+    """
+    splitter = spec.clients.splitter()
+    if isinstance(splitter, Column):
+        return _numbers(open_data(spec, data_dir)[1])
+    splits = ((data.train, spec.data.train_images), (data.test, spec.data.test_images))
+    taken = [
+        random_part(available, wanted, spec.seed, which)
+        for (available, wanted), which in zip(splits, ("train", "test"), strict=True)
+    ]
+    labels = [part % data.classes for part in taken]
+    return _numbers(splitter.split(labels[0], labels[1], spec.clients.count, spec.seed))
+
+
+def _numbers(dealt: Partition) -> tuple[np.ndarray, np.ndarray]:
+    train = np.array([len(client.train) for client in dealt.clients])
+    return train, np.array([len(client.test) for client in dealt.clients])
+
+
+def _pixels(data: Facts, count: int) -> Tensor:
+    drawn = generator(0, "plan", count)
+    return torch.randint(256, (count, *data.shape), generator=drawn, dtype=torch.uint8)
+
+
+def _training_seconds(
+    spec: Spec, model: nn.Module, data: Facts, train: np.ndarray, device: torch.device
+) -> tuple[float, tuple[Parts, Parts]]:
+    """Seconds of all rounds of all clients, and what server and client keep after one."""
+    schedule, algorithm = spec.training.schedule(), spec.build_algorithm()
+    federated, personal = spec.augmentations()
+    with training_threads(model):
+        training = LocalTraining(
+            model,
+            replace(schedule, rounds=1, local_epochs=1),
+            seed=spec.seed,
+            augmentation=federated,
+            finetuning_augmentation=personal,
+            objective=spec.build_objective(),
+            device=device,
+            precision=spec.training.precision,
+        )
+        bench = _Rounds(algorithm, training, algorithm.init(state_of(model)), data)
+        few, more = (
+            max(2, min(math.ceil(train.mean()), batches * schedule.batch_size))
+            for batches in (1, _BATCHES)
+        )
+        taking_part = spec.clients.participants / spec.clients.count
+        passes, seconds = taking_part * schedule.rounds * schedule.local_epochs, 0.0
+        for client, images in _alike(spec.augmentations(), train).values():
+            size, epoch = few, bench.seconds(client, 0, few)
+            if epoch < _SECONDS / _BATCHES:
+                size, epoch = more, bench.seconds(client, 0, more)
+            extra = sum(bench.seconds(client, 1, size) for _ in range(algorithm.extra_rounds))
+            seconds += (epoch * passes + extra) / size * images
+    return seconds, (bench.start.parts, bench.kept.parts)
+
+
+class _Rounds:
+    """Rounds of one client at a time, to be measured; what the client keeps is passed on."""
+
+    def __init__(
+        self, algorithm: Algorithm, training: LocalTraining, start: ServerState, data: Facts
+    ) -> None:
+        self._algorithm, self._training, self._data = algorithm, training, data
+        self.start, self.kept = start, ClientState()
+
+    def seconds(self, client: int, number: int, size: int) -> float:
+        """Seconds of round `number` of a client with so many images."""
+        labels = torch.arange(size) % self._data.classes
+        held = ClientData(client, _pixels(self._data, size), labels)
+        server = ServerState(number, self.start.parts)
+
+        def work() -> None:
+            _, self.kept = self._algorithm.client_round(server, self.kept, held, self._training)
+
+        return _measured(work, self._training.device)
+
+
+def _alike(
+    choices: Sequence[Choice], images: np.ndarray
+) -> dict[tuple[str, ...], tuple[int, float]]:
+    """Clients that work alike, by families: one of them, and the images of all."""
+    groups: dict[tuple[str, ...], tuple[int, float]] = {}
+    for client, count in enumerate(images.tolist()):
+        own = [augmentation_of(choice, client) for choice in choices]
+        key = tuple(getattr(one, "family", "") for one in own)
+        first, before = groups.get(key, (client, 0.0))
+        groups[key] = (first, before + count)
+    return groups
+
+
+def _votes_per_second(spec: Spec, network: Network, data: Facts, images: np.ndarray) -> float:
+    """Of all certified images together, which may be of several perturbations."""
+    perturbations = spec.perturbations()
+    groups = _alike([together(perturbations)], images).values()
+    parts = [(perturbations[client], count) for client, count in groups]
+    seconds = sum(
+        count / _pace(perturbation, spec.seed, network, data)
+        for perturbation, count in parts
+        if perturbation is not None
+    )
+    return float(images.sum()) / seconds
+
+
+def _pace(perturbation: Perturbation, seed: int, network: Network, data: Facts) -> float:
+    counter = VoteCounter(network, perturbation, seed)
+    images = (_pixels(data, 1).float() / 255).to(network.device)
+    key, votes = image_key(images[0]), 2 * network.batch_size
+
+    def work() -> None:
+        counter.count(images, [Request(0, 0, key, "estimation", 0, votes)], slots=1)
+
+    return votes / _measured(work, network.device)
+
+
+def _measured(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, the fastest in about a second of calls and at least one.
+
+    The fastest, because other work on the machine only ever adds. A call before them is not
+    counted: libraries choose and compile their kernels in it, which can take a hundred times what
+    a call takes afterwards.
+    """
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    work()
+    taken, begun = math.inf, clock()
+    while math.isinf(taken) or clock() - begun < _SECONDS:
+        started = clock()
+        work()
+        taken = min(taken, clock() - started)
+    return taken
+
+
+def _disk(spec: Spec, parts: tuple[Parts, Parts], images: int, classes: int) -> int:
+    """Bytes of checkpoints (server, and clients that keep something), votes and certificates."""
+    server, client = (
+        sum(value.nbytes for part in held.values() for value in part.values()) for held in parts
+    )
+    votes = images * (2 * classes + 8) * 8
+    return _CHECKPOINTS * (server + client * spec.clients.count) + 2 * votes
+
+
+def _peak_memory() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _peak_on(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+# Numbers and shapes of data sets, without reading those that everybody knows.
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What must be known of a data set to plan with it.
+
+    Attributes:
+        train, test: numbers of images.
+        shape: (c, h, w). classes: number of classes.
+    """
+
+    train: int
+    test: int
+    shape: tuple[int, int, int]
+    classes: int
+
+
+KNOWN = {
+    "digits": Facts(1397, 400, (1, 8, 8), 10),
+    "mnist": Facts(60_000, 10_000, (1, 28, 28), 10),
+    "fashion_mnist": Facts(60_000, 10_000, (1, 28, 28), 10),
+    "cifar10": Facts(50_000, 10_000, (3, 32, 32), 10),
+    "cifar100": Facts(50_000, 10_000, (3, 32, 32), 100),
+}
+"""Data sets that are planned for without being read."""
+
+
+def data_facts(spec: Spec, data_dir: Path | None) -> tuple[Facts, str]:
+    """Sizes of a spec's data set, and a sentence on where they come from.
+
+    Raises:
+        DataUnavailable: it is neither known here nor at hand.
+    """
+    name, columns, test = spec.data.name, asked_columns(spec), spec.data.test_split
+    if name in KNOWN and columns == ColumnNames() and test is None:
+        facts = KNOWN[name]
+        return facts, f"Measured on random images of the shape of {name}; it was not read."
+    if not _at_hand(name, data_dir, columns, test):
+        raise DataUnavailable(
+            f"A plan needs the size of the images of {name!r}, which is not on this machine, and "
+            "it downloads nothing. Put it into a folder and give --data-dir (or a path as "
+            f"data.name), or plan with one of {', '.join(KNOWN)}."
+        )
+    whole = load_data(spec, data_dir)
+    shape = (whole.in_channels, *whole.image_size)
+    facts = Facts(len(whole.train), len(whole.test), shape, whole.num_classes)
+    return facts, f"Measured on random images; numbers and shape are those of {name}."
+
+
+def _at_hand(name: str, data_dir: Path | None, columns: ColumnNames, test: str | None) -> bool:
+    """Whether loading finds a folder, or images decoded before, and needs no network."""
+    base = name.partition("[")[0].strip()
+    folders = [Path(base).expanduser()] if "/" in base or base[:1] in (".", "~") else []
+    held = named_folder(data_dir)
+    if held is not None:
+        tail = base.rsplit("/", 1)[-1]
+        names = {base, tail, tail.replace("_", "-"), tail.replace("-", "_")}
+        folders += [held / one for one in names]
+    decoded = cache_path(cache_folder(), name, cache_key((), *hub_choices(base, columns, test)))
+    return decoded.is_file() or any(folder.is_dir() for folder in folders)

@@ -1,0 +1,408 @@
+"""Votes of a finished run cast again: the only way to see votes that were invented.
+
+Votes depend on seed, image, network and arithmetic alone. On the same kind of machine they come
+out the same to the last one. Elsewhere a network rounds otherwise, and a vote whose two best
+classes are nearly equal may flip; or the noise itself is another, on another kind of device. What
+is compared then, and how sure a finding is, stands at `_compared`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from certifl._version import __version__
+from certifl.certification import Certificates
+from certifl.certification.network import Network, choose_device, prepare, tf32_state
+from certifl.certification.record import Record, read_record
+from certifl.certification.sampling import Request, VoteCounter
+from certifl.certification.scan import parameters, unpacked
+from certifl.data import Dataset, to_float
+from certifl.errors import DataUnavailable, InputError, StoreMismatch
+from certifl.experiments.verify_run import images_at_hand
+from certifl.rng import image_key
+from certifl.runs.folder import RunFolder
+from certifl.spec import Spec
+from certifl.study.environment import machine_facts
+from certifl.study.opened_run import deployed, finished_run, last_round, run_model, run_spec
+
+__all__ = ["EXACT", "FRESH", "ROUNDING", "Options", "Recast", "flips_problems", "recast_run"]
+
+EXACT, ROUNDING, FRESH = "exact", "rounding", "fresh"
+LEVEL = 1e-6
+"""Chance that an honest run has a finding, where votes need not be the same."""
+
+# Share of votes that rounding may flip: over all images, and of one. Arithmetic with 8 to 11 bits
+# flips more. benchmarks: docs/certificates.md says what was measured.
+_FLIPS = {"float32": (0.001, 0.01), "reduced": (0.01, 0.05)}
+_LARGEST_BATCH = 8192
+_MOST_THREADS = 1024
+_WORDS = {
+    EXACT: "on the same kind of machine",
+    ROUNDING: "on another kind of machine, where rounding may flip some",
+    FRESH: "with other noise, as another device or version draws it",
+}
+
+Report = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which votes are cast again, and where.
+
+    Attributes:
+        images: images of each client. seed: of their choice; None draws a secure one.
+        code: folder of the network's own code; needed where the run has a network of its own.
+        data_dir: folder of data sets. device: "auto" takes the recorded kind where there is one.
+        report: called with progress.
+    """
+
+    images: int
+    seed: int | None = None
+    code: Path | None = None
+    data_dir: Path | None = None
+    device: str = "auto"
+    report: Report | None = None
+
+
+@dataclass(frozen=True)
+class Recast:
+    """What came of it.
+
+    Attributes:
+        images, votes: cast again. differing: votes that are not as recorded, at least.
+        how: EXACT, ROUNDING or FRESH. seed: of the choice of images.
+        problems: one sentence each.
+    """
+
+    images: int
+    votes: int
+    differing: int
+    how: str
+    seed: int
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        same = "all as recorded" if not self.differing else f"{self.differing:,} differ"
+        return (
+            f"{self.images} images, {self.votes:,} votes cast again {_WORDS[self.how]}: {same} "
+            f"(--recast-seed {self.seed} repeats the choice)"
+        )
+
+
+def recast_run(place: Path, options: Options) -> Recast:
+    """Cast the votes of some random images of each client again, and compare them.
+
+    Raises:
+        InputError: nothing is asked for. ModelError: the run's network has code of its own and
+            `code` is not given. StoreMismatch: not a finished run, one whose images are with its
+            clients, or other data. DataUnavailable: the data set is not at hand.
+    """
+    folder = _with_images(place, options)
+    spec, certificates = run_spec(folder), folder.load_certificates()
+    dataset = _dataset(folder, spec, certificates, options)
+    seed = secrets.randbits(63) if options.seed is None else options.seed
+    chosen = _chosen(certificates, options.images, seed)
+    caster = _Caster(folder, spec, dataset, options)
+    again = []
+    for number, part in enumerate(chosen):
+        again.append(caster.cast(part))
+        if options.report is not None:
+            options.report("casting votes again", number + 1, len(chosen), "clients")
+    return _compared(chosen, again, seed)
+
+
+def _with_images(place: Path, options: Options) -> RunFolder:
+    if options.images < 1:
+        raise InputError(f"--recast must be at least 1 image per client, got {options.images}.")
+    if place.is_file():
+        raise InputError(
+            f"{place} is a file: --recast needs the run folder, with its models and spec."
+        )
+    folder = finished_run(place)
+    if "deployment" in folder.manifest():
+        raise StoreMismatch(
+            f"The votes of {place} cannot be cast again here: its images are with its clients, "
+            "where `certifl verify studies/ID/certificates.parquet` checks what follows from them."
+        )
+    return folder
+
+
+def _dataset(
+    folder: RunFolder, spec: Spec, certificates: Certificates, options: Options
+) -> Dataset:
+    images = images_at_hand(folder, spec, options.data_dir)
+    if images.dataset is None:
+        raise DataUnavailable(
+            f"--recast needs the images of {spec.data.name!r}: {images.why}. Give --data-dir."
+        )
+    if images.dataset.fingerprint != certificates.conditions.get("data_fingerprint"):
+        raise StoreMismatch(
+            f"The data set {spec.data.name!r} holds other images than were certified in "
+            f"{folder.path}. Give --data-dir with the data it was made with."
+        )
+    return images.dataset
+
+
+def _chosen(certificates: Certificates, images: int, seed: int) -> list[Certificates]:
+    """So many random images of each client, which nobody could know before."""
+    rng = np.random.default_rng(seed)
+    parts = []
+    for client in np.unique(certificates.client):
+        rows = np.flatnonzero(certificates.client == client)
+        picked = rng.choice(rows, size=min(images, len(rows)), replace=False)
+        parts.append(certificates.select(np.sort(picked)))
+    return parts
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """The votes of one client's images, recorded and cast again.
+
+    Attributes:
+        how: how they may be compared. selection, estimation: (m, classes) counts.
+        paths: the scan's votes in order, one array for each image; empty for other estimators.
+        flips: shares of votes that rounding may flip, over all images and of one.
+    """
+
+    how: str
+    selection: np.ndarray
+    estimation: np.ndarray
+    paths: tuple[np.ndarray, ...]
+    flips: tuple[float, float]
+
+
+class _Caster:
+    """Casts the recorded numbers of votes of clients of one run."""
+
+    def __init__(self, folder: RunFolder, spec: Spec, dataset: Dataset, options: Options) -> None:
+        self._folder, self._spec, self._dataset = folder, spec, dataset
+        self._options = options
+        self._last = last_round(folder, spec)
+        self._model = run_model(folder, spec, options.code).eval()
+
+    def cast(self, part: Certificates) -> _Cast:
+        """The votes of one client's images again, in the recorded arithmetic."""
+        record = read_record(part.conditions)
+        perturbation = self._spec.perturbations()[int(part.client[0])]
+        assert perturbation is not None, "rows of clients that certify nothing were a finding"
+        images = to_float(self._dataset.test.take(part.index).images)
+        with _threads(record.facts.get("threads")):
+            network = self._network(part, record.facts, images)
+            counter = VoteCounter(network, perturbation, self._spec.seed)
+            return self._cast(counter, part, record, images.to(network.device))
+
+    def _network(self, part: Certificates, facts: Mapping[str, Any], images: Tensor) -> Network:
+        model = deployed(self._last, self._spec, self._model, int(part.client[0]))
+        size: Any = facts.get("batch_size")
+        if type(size) is not int or not 1 <= size <= _LARGEST_BATCH:
+            size = "auto"
+        device = _device(self._options.device, facts)
+        return prepare(model, images[:1], device, facts["precision"], size)
+
+    def _cast(
+        self, counter: VoteCounter, part: Certificates, record: Record, images: Tensor
+    ) -> _Cast:
+        m, keys = len(part), [image_key(image) for image in images]
+        totals = {"selection": part.selection_counts.sum(axis=1)}
+        if record.scan is None:
+            totals["estimation"] = part.votes
+        requests = [
+            Request(place * m + row, row, keys[row], purpose, 0, int(wanted[row]))
+            for place, (purpose, wanted) in enumerate(totals.items())
+            for row in range(m)
+        ]
+        counted = counter.count(images, requests, slots=2 * m)
+        paths = (
+            ()
+            if record.scan is None
+            else tuple(
+                self._path(counter, record, images, keys, row, int(part.votes[row]))
+                for row in range(m)
+            )
+        )
+        how = _comparison(self._folder.manifest(), record.facts, counter.network)
+        reduced = "bfloat16" in counter.network.precision or any(_tf32(record.facts).values())
+        flips = _FLIPS["reduced" if reduced else "float32"]
+        return _Cast(how, counted[:m], counted[m:], paths, flips)
+
+    def _path(
+        self,
+        counter: VoteCounter,
+        record: Record,
+        images: Tensor,
+        keys: list[int],
+        row: int,
+        votes: int,
+    ) -> np.ndarray:
+        assert record.scan is not None
+        params = parameters(record.scan, counter.seed, keys[row], 0, votes)
+        return counter.classes(images, torch.full((votes,), row), params)
+
+
+@contextlib.contextmanager
+def _threads(recorded: Any) -> Iterator[None]:
+    """Compute with as many threads as were recorded: sums may round differently otherwise."""
+    before = torch.get_num_threads()
+    if type(recorded) is int and 1 <= recorded <= _MOST_THREADS:
+        torch.set_num_threads(recorded)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _kind(device: Any) -> str:
+    """cpu, mps or xpu as they are recorded; GPUs are recorded by their names."""
+    known = str(device).partition(":")[0]
+    return known if known in ("cpu", "mps", "xpu") else "cuda"
+
+
+def _device(asked: str, facts: Mapping[str, Any]) -> torch.device:
+    if asked != "auto":
+        return choose_device(asked)
+    try:
+        return choose_device(_kind(facts.get("device")))
+    except InputError:
+        return choose_device("auto")
+
+
+def _tf32(facts: Mapping[str, Any]) -> dict[str, Any]:
+    held = facts.get("tf32")
+    return held if isinstance(held, dict) else {}
+
+
+def _comparison(manifest: Mapping[str, Any], facts: Mapping[str, Any], network: Network) -> str:
+    """How votes cast here can be compared with the recorded ones."""
+    versions = facts.get("versions")
+    told = versions if isinstance(versions, Mapping) else {}
+    if told.get("certifl") != __version__ or told.get("torch") != torch.__version__:
+        return FRESH
+    if _kind(facts.get("device")) != network.device.type:
+        return FRESH
+    return EXACT if _same_machine(manifest, facts, network) else ROUNDING
+
+
+def _same_machine(manifest: Mapping[str, Any], facts: Mapping[str, Any], network: Network) -> bool:
+    recorded = manifest.get("machine")
+    if not isinstance(recorded, Mapping) or network.batch_size != facts.get("batch_size"):
+        return False
+    if network.folded != facts.get("batch_norm_folded"):
+        return False
+    if network.device.type == "cuda":
+        name = torch.cuda.get_device_name(network.device)
+        return name == facts.get("device") and tf32_state() == _tf32(facts)
+    here = machine_facts(network.device.type)
+    same = ("processor", "instructions")
+    threads = torch.get_num_threads() == facts.get("threads")
+    return threads and all(recorded.get(k) == here[k] for k in same)
+
+
+def _compared(chosen: list[Certificates], again: list[_Cast], seed: int) -> Recast:
+    """Recorded votes against those cast again.
+
+    EXACT: any difference is a finding. ROUNDING: the noise is the same, and a vote differs only
+    where rounding flips it. Noise is independent from vote to vote, so flips are independent too.
+    With a mean chance of at most q they number t or more with a chance of at most that of a
+    binomial of chance q, whatever the chances of single images (Hoeffding 1956, for t above the
+    mean). Counts that differ by d show at least d flips. FRESH: both counts are independent draws
+    of one distribution, and Fisher's exact test compares them, after flips were granted.
+    In the last two all tests together find something in an honest run with a chance below LEVEL.
+    """
+    images = sum(map(len, chosen))
+    differing, votes, problems = 0, 0, list[str]()
+    for part, cast in zip(chosen, again, strict=True):
+        level = LEVEL / (2 * len(chosen))
+        flipped, total = _flipped(part, cast)
+        differing, votes = differing + int(flipped.sum()), votes + int(total.sum())
+        problems += flips_problems(part, cast, flipped, total, level)
+    hows = {cast.how for cast in again}
+    how = next(how for how in (FRESH, ROUNDING, EXACT) if how in hows)
+    return Recast(images, votes, differing, how, seed, tuple(problems))
+
+
+def _flipped(part: Certificates, cast: _Cast) -> tuple[np.ndarray, np.ndarray]:
+    """(votes that differ at least, votes), for each image."""
+    pairs = [(part.selection_counts, cast.selection)]
+    total = part.selection_counts.sum(axis=1) + part.votes
+    found = np.zeros(len(part), np.int64)
+    if cast.paths:
+        found += _path_flips(part, cast)
+    else:
+        pairs.append((part.counts, cast.estimation))
+    for stored, made in pairs:
+        found += np.abs(stored - made).sum(axis=1) // 2
+    return found, total
+
+
+def _path_flips(part: Certificates, cast: _Cast) -> np.ndarray:
+    """Votes of a scan that are not those recorded, in their order."""
+    assert part.scan_votes is not None
+    classes = part.counts.shape[1]
+    stored = (unpacked(packed, classes) for packed in part.scan_votes)
+    pairs = zip(stored, cast.paths, strict=True)
+    return np.array([int((path != made).sum()) for path, made in pairs], np.int64)
+
+
+def flips_problems(
+    part: Certificates, cast: _Cast, flipped: np.ndarray, total: np.ndarray, level: float
+) -> list[str]:
+    """Differences that rounding and chance do not explain, at this level for one client.
+
+    Args:
+        part: one client's rows. cast: their votes again.
+        flipped, total: votes that differ, and all votes, for each image. level: of all tests.
+    """
+    who, most, of_one = int(part.client[0]), *cast.flips
+    if cast.how == EXACT:
+        wrong = flipped > 0
+    elif cast.how == ROUNDING:
+        chance = stats.binom.sf(flipped - 1, total, of_one)
+        wrong = chance < level / (2 * len(part))
+        everything = stats.binom.sf(int(flipped.sum()) - 1, int(total.sum()), most)
+        if not wrong.any() and everything < level / 2:
+            return [
+                f"client {who}: {int(flipped.sum())} of {int(total.sum())} votes are others when "
+                f"cast again, more than the {most:.1%} that rounding may flip"
+            ]
+    else:
+        wrong = _unlike(part, cast, of_one, level / len(part))
+    return [
+        f"client {who}, image {part.index[row]}: {flipped[row]} of its {total[row]} votes are "
+        "others when cast again"
+        for row in np.flatnonzero(wrong)
+    ]
+
+
+def _unlike(part: Certificates, cast: _Cast, granted: float, level: float) -> np.ndarray:
+    """Images whose counts are not two draws of one distribution, after granted flips."""
+    pairs = [(part.selection_counts, cast.selection)]
+    wrong = np.zeros(len(part), np.bool_)
+    if cast.paths:  # the scan draws its own votes alike on every device
+        total, flips = part.votes, _path_flips(part, cast)
+        wrong |= stats.binom.sf(flips - 1, total, granted) < level / 2
+    else:
+        pairs.append((part.counts, cast.estimation))
+    for stored, made in pairs:
+        for row in range(len(part)):
+            wrong[row] |= _p_value(stored[row], made[row], granted) < level / 2
+    return wrong
+
+
+def _p_value(stored: np.ndarray, made: np.ndarray, granted: float) -> float:
+    """Of Fisher's exact test between the most frequent class and all others."""
+    top, total = int(stored.argmax()), int(stored.sum())
+    flips = int(np.ceil(granted * total))
+    first, second = int(stored[top]), int(made[top])
+    second += int(np.clip(first - second, -flips, flips))
+    found: Any = stats.fisher_exact([[first, total - first], [second, total - second]])
+    return float(found.pvalue)

@@ -1,0 +1,278 @@
+"""All algorithms: one row each. A new algorithm is one file and one row.
+
+Nothing here imports torch: specs are checked against these rows, and an algorithm's class is
+loaded when it is first built. A row also says what each kind of privacy needs to know; an
+algorithm that says nothing is refused there, because nobody has shown that all it sends is
+protected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from certifl.registry import (
+    Flag,
+    Fraction,
+    NonNegative,
+    Parameters,
+    Positive,
+    PositiveInt,
+    Registry,
+    Row,
+    Share,
+    Weighting,
+    parameters,
+)
+
+Table = Mapping[str, Any]
+UNKNOWN = "nobody has shown that all it sends is protected"
+
+
+def _never(table: Table, lr: float, momentum: float) -> str | None:
+    del table, lr, momentum
+    return None
+
+
+def _once(table: Table, local_epochs: int) -> int:
+    del table
+    return local_epochs
+
+
+@dataclass(frozen=True)
+class AlgorithmRow(Row):
+    """An algorithm.
+
+    Attributes:
+        sends_nothing: whether clients keep everything to themselves.
+        no_example_privacy: why example-level privacy is not available; None = it is. Everything
+            that a client sends or keeps must be a function of noisy sums, of which every batch
+            gives at most one.
+        no_client_privacy: the same of client-level privacy. The server must send nothing but
+            functions of the models' private average, so clients may send nothing else.
+        epochs: (its table, the schedule's local epochs) -> passes over its images that a client
+            takes in a round.
+        overshoots: (its table, learning rate, momentum) -> why its pull would overshoot for ever;
+            None = it does not. SGD with momentum shrinks a penalty of curvature a while
+            lr a < 2 (1 + momentum).
+    """
+
+    sends_nothing: bool = False
+    no_example_privacy: str | None = UNKNOWN
+    no_client_privacy: str | None = UNKNOWN
+    epochs: Callable[[Table, int], int] = _once
+    overshoots: Callable[[Table, float, float], str | None] = _never
+
+
+def _private(
+    home: str,
+    parameters: type[Parameters],
+    label: str,
+    epochs: Callable[[Table, int], int] = _once,
+    overshoots: Callable[[Table, float, float], str | None] = _never,
+) -> AlgorithmRow:
+    """An algorithm that may be trained with either kind of privacy."""
+    return AlgorithmRow(
+        home,
+        parameters,
+        label,
+        no_example_privacy=None,
+        no_client_privacy=None,
+        epochs=epochs,
+        overshoots=overshoots,
+    )
+
+
+def _mixture_overshoots(table: Table, lr: float, momentum: float) -> str | None:
+    if lr * (1.0 - table["personalization"]) < 1.0 + momentum:
+        return None
+    return (
+        "the pull of Eq. (5) overshoot for ever: lr (1 - personalization) must stay below "
+        "1 + momentum"
+    )
+
+
+def _proximal_overshoots(table: Table, lr: float, momentum: float) -> str | None:
+    if lr * table["mu"] < 2.0 * (1.0 + momentum):
+        return None
+    return (
+        "the pull of mu overshoot for ever: lr mu must stay below 2 (1 + momentum), so lower "
+        "one of them"
+    )
+
+
+def _l2gd_overshoots(table: Table, lr: float, momentum: float) -> str | None:
+    del momentum  # acts on local steps alone
+    if lr * (1.0 - table["personalization"]) < table["probability"]:
+        return None
+    return (
+        "a step towards the average overshoot for ever: lr (1 - personalization) must stay "
+        "below probability"
+    )
+
+
+def _ditto_epochs(table: Table, local_epochs: int) -> int:
+    del table
+    return 2 * local_epochs
+
+
+def _fedrep_epochs(table: Table, local_epochs: int) -> int:
+    return local_epochs if table.get("head") == "" else table["head_epochs"] + local_epochs
+
+
+_UNIFORM = (Weighting, "uniform")
+_SERVER_LR = (Positive, 0.01)
+_TAU = (Positive, 1e-3)
+
+_Probability = Annotated[float, Field(gt=0, lt=1, description="a probability above 0 and below 1")]
+_SomeShare = Annotated[float, Field(gt=0, le=1, description="a number above 0 up to 1 (local)")]
+_Rate = Annotated[float | None, Field(gt=0, description="a number above 0")]
+_Head = Annotated[
+    str | None,
+    Field(description="the name of a part of the network, or left out for its last layer"),
+]
+
+ALGORITHMS: Registry[AlgorithmRow] = Registry(
+    "algorithm",
+    {
+        "local": AlgorithmRow(
+            "certifl.federated.algorithms.local:Local",
+            parameters(),
+            "Local",
+            sends_nothing=True,
+            no_example_privacy=None,
+            no_client_privacy="its clients send nothing, so there is nothing to protect",
+        ),
+        "fedavg": _private(
+            "certifl.federated.algorithms.fedavg:FedAvg", parameters(weighting=_UNIFORM), "FedAvg"
+        ),
+        "personalized": AlgorithmRow(
+            "certifl.federated.algorithms.personalized:Personalized",
+            parameters(base=Any, epochs=(PositiveInt, 2), lr=(_Rate, None)),
+            "Personalised",
+            wraps="base",
+        ),
+        "mixture": _private(
+            "certifl.federated.algorithms.mixture:Mixture",
+            parameters(personalization=Share),
+            "Mixture",
+            overshoots=_mixture_overshoots,
+        ),
+        "fedprox": _private(
+            "certifl.federated.algorithms.fedprox:FedProx",
+            parameters(mu=NonNegative, weighting=_UNIFORM),
+            "FedProx",
+            overshoots=_proximal_overshoots,
+        ),
+        "scaffold": AlgorithmRow(
+            "certifl.federated.algorithms.scaffold:Scaffold",
+            parameters(server_lr=(Positive, 1.0)),
+            "SCAFFOLD",
+            no_example_privacy=None,
+            no_client_privacy="its clients send control variates, which are not protected",
+        ),
+        "fedavgm": _private(
+            "certifl.federated.algorithms.fedopt:FedAvgM",
+            parameters(beta=(Fraction, 0.9), server_lr=(Positive, 1.0), weighting=_UNIFORM),
+            "FedAvgM",
+        ),
+        "fedadam": _private(
+            "certifl.federated.algorithms.fedopt:FedAdam",
+            parameters(
+                server_lr=_SERVER_LR,
+                beta1=(Fraction, 0.9),
+                beta2=(Fraction, 0.99),
+                tau=_TAU,
+                weighting=_UNIFORM,
+            ),
+            "FedAdam",
+        ),
+        "fedyogi": _private(
+            "certifl.federated.algorithms.fedopt:FedYogi",
+            parameters(
+                server_lr=_SERVER_LR,
+                beta1=(Fraction, 0.9),
+                beta2=(Fraction, 0.99),
+                tau=_TAU,
+                weighting=_UNIFORM,
+            ),
+            "FedYogi",
+        ),
+        "fedadagrad": _private(
+            "certifl.federated.algorithms.fedopt:FedAdagrad",
+            parameters(server_lr=_SERVER_LR, beta1=(Fraction, 0.0), tau=_TAU, weighting=_UNIFORM),
+            "FedAdagrad",
+        ),
+        "l2gd": AlgorithmRow(
+            "certifl.federated.algorithms.l2gd:L2GD",
+            parameters(personalization=_SomeShare, probability=(_Probability, 0.1)),
+            "L2GD",
+            no_example_privacy="its steps are as many as coins say, and are not accounted for",
+            no_client_privacy=None,
+            overshoots=_l2gd_overshoots,
+        ),
+        "ditto": _private(
+            "certifl.federated.algorithms.ditto:Ditto",
+            parameters(mu=NonNegative, weighting=_UNIFORM),
+            "Ditto",
+            epochs=_ditto_epochs,
+            overshoots=_proximal_overshoots,
+        ),
+        "flix": AlgorithmRow(
+            "certifl.federated.algorithms.flix:FLIX",
+            parameters(personalization=Share, weighting=_UNIFORM),
+            "FLIX",
+            no_example_privacy="it trains models beforehand whose steps are not accounted for",
+            no_client_privacy=None,
+        ),
+        "apfl": AlgorithmRow(
+            "certifl.federated.algorithms.apfl:APFL",
+            parameters(alpha=(Share, 0.5), adaptive=(Flag, True), weighting=_UNIFORM),
+            "APFL",
+            no_example_privacy="it takes two gradients of one batch",
+            no_client_privacy=None,
+        ),
+        "fedbn": _private(
+            "certifl.federated.algorithms.fedbn:FedBN",
+            parameters(layers=(Literal["batch", "all"], "batch"), weighting=_UNIFORM),
+            "FedBN",
+        ),
+        "fedrep": _private(
+            "certifl.federated.algorithms.fedrep:FedRep",
+            parameters(head=(_Head, None), head_epochs=(PositiveInt, 1), weighting=_UNIFORM),
+            "FedRep",
+            epochs=_fedrep_epochs,
+        ),
+        "perfedavg": AlgorithmRow(
+            "certifl.federated.algorithms.perfedavg:PerFedAvg",
+            parameters(
+                inner_lr=(NonNegative, 0.01),
+                approximation=(Literal["first-order", "hessian-free"], "first-order"),
+                weighting=_UNIFORM,
+            ),
+            "Per-FedAvg",
+            no_example_privacy="it takes several gradients of one batch",
+            no_client_privacy=None,
+        ),
+    },
+)
+
+
+def describe(algorithm: Any) -> dict[str, Any]:
+    """An algorithm as a plain table, nested where it wraps one; see `Registry.describe`."""
+    return ALGORITHMS.describe(algorithm)
+
+
+def from_description(description: Table | str) -> Any:
+    """The algorithm described, e.g. `{"name": "mixture", "personalization": 0.5}`, or a bare name.
+
+    `base` of `personalized` is described in the same way.
+
+    Raises:
+        SpecError: an unknown algorithm or parameter, a missing one, or a value that is not
+            allowed; the message names the key and what is allowed.
+    """
+    return ALGORITHMS.build(description)

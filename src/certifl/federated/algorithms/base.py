@@ -1,0 +1,174 @@
+"""What an algorithm is: a frozen record of hyper-parameters; state goes in and comes out.
+
+The client half (`client_round`) and the server half (`init`, `aggregate`) are apart, so the same
+object runs in one process and over a network. Nothing here is ever mutated: a client round copies
+what it starts from, the server builds a new state, and whoever drives the rounds keeps the states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar, Protocol
+
+from certifl.federated.algorithms import ALGORITHMS
+from certifl.federated.algorithms.common import averaged, trained_and_sent
+from certifl.federated.states import (
+    ClientData,
+    ClientState,
+    ModelState,
+    Parts,
+    ServerState,
+    Update,
+)
+from certifl.federated.training.local_training import GradientHook, LocalTraining
+
+
+class Algorithm(Protocol):
+    """A way of training together, as a frozen record of its hyper-parameters.
+
+    Every method is pure: arguments are never mutated, results depend on the arguments alone.
+
+    Attributes:
+        name: its key in `ALGORITHMS`.
+        deploys: which model client i uses at test time, in words, for reports.
+        keeps_client_state: whether clients own a model between rounds, so that deployed models
+            differ from client to client. (Momentum buffers that a client keeps do not count.)
+        extra_rounds: rounds without communication after the schedule's; every client takes part.
+        client_needs: the server's parts that clients read; None = all of them.
+    """
+
+    name: ClassVar[str]
+    deploys: ClassVar[str]
+    keeps_client_state: ClassVar[bool]
+    extra_rounds: ClassVar[int]
+
+    @property
+    def client_needs(self) -> tuple[str, ...] | None:
+        """See the class."""
+        ...
+
+    def init(self, model_state: ModelState) -> ServerState:
+        """The server's state before the first round, from the initial model."""
+        ...
+
+    def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
+        """Names of the parts that a client's update of a round has.
+
+        Args:
+            round: from 0.
+            scheduled: rounds of the schedule; extra ones come after them.
+        """
+        ...
+
+    def client_round(
+        self,
+        broadcast: ServerState,
+        client_state: ClientState,
+        data: ClientData,
+        training: LocalTraining,
+    ) -> tuple[Update, ClientState]:
+        """One client's round: what it sends, and what it keeps.
+
+        Args:
+            broadcast: the server's state; its `round` counts from 0.
+            client_state: what this client kept from the last round it took part in.
+            data: the client's images.
+            training: the schedule's passes over them.
+
+        Raises:
+            TrainingDiverged: the loss or the weights stopped being finite.
+        """
+        ...
+
+    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
+        """The server's next state from the updates, which arrive in client order.
+
+        Updates are consumed one at a time, so memory does not grow with the number of clients.
+        An update without a model contributes nothing, and a round in which no model arrives
+        leaves the parts as they are.
+
+        Args:
+            server_state: the one that was broadcast.
+            updates: of the clients that took part.
+
+        Raises:
+            InputError: a client sent other keys or shapes than the first one; it is named.
+        """
+        ...
+
+    def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
+        """The model that the client holding `client_state` uses at test time.
+
+        Args:
+            server_state: after the last round.
+            client_state: what the client keeps; no parts where it never trained.
+
+        Returns:
+            All entries of the network's state, on the CPU.
+        """
+        ...
+
+
+class GlobalModel:
+    """Base of algorithms that average a global model; a subclass says only what differs.
+
+    All clients train the broadcast model and send it, the server averages what arrives, and every
+    client deploys the global model, or its own where `own_part` names one.
+
+    Attributes:
+        own_part: the part of a client's state that it deploys; None = the global model.
+        weighting: "uniform" (1/n) or "size" (by number of training images).
+
+    Raises:
+        SpecError: a parameter outside its range, which the algorithm's row in `ALGORITHMS` says.
+    """
+
+    name: ClassVar[str]
+    deploys: ClassVar[str] = "the global model of the last round"
+    keeps_client_state: ClassVar[bool] = False
+    extra_rounds: ClassVar[int] = 0
+    client_needs: ClassVar[tuple[str, ...] | None] = None
+    own_part: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        ALGORITHMS.check_component(self)
+
+    def init(self, model_state: ModelState) -> ServerState:
+        """The global model is the initial one."""
+        return ServerState(0, {"model": model_state})
+
+    def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
+        """The model."""
+        del round, scheduled
+        return ("model",)
+
+    def client_round(
+        self,
+        broadcast: ServerState,
+        client_state: ClientState,
+        data: ClientData,
+        training: LocalTraining,
+    ) -> tuple[Update, ClientState]:
+        """Train from the global model, send the result."""
+        hook = self.hook(broadcast, training)
+        return trained_and_sent(broadcast, client_state, data, training, hook=hook)
+
+    def hook(self, broadcast: ServerState, training: LocalTraining) -> GradientHook | None:
+        """What changes gradients before each local step; None = nothing."""
+        del broadcast, training
+        return None
+
+    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
+        """The average of the models that arrived; the old model where none did."""
+        return averaged(server_state, updates, getattr(self, "weighting", "uniform"))
+
+    def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
+        """The client's own model where it has one; else the global model."""
+        shared = server_state.parts["model"]
+        return shared if self.own_part is None else client_state.parts.get(self.own_part, shared)
+
+
+def needed_by_clients(algorithm: Algorithm, parts: Parts) -> Parts:
+    """What of the server's parts has to be sent to clients, and is enough for them."""
+    needs = algorithm.client_needs
+    return parts if needs is None else {part: parts[part] for part in needs if part in parts}

@@ -1,0 +1,101 @@
+"""FedRep: a shared representation, and a head of its own for every client."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from certifl.federated.algorithms.base import GlobalModel
+from certifl.federated.algorithms.common import head_entries, kept_back
+from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
+from certifl.federated.training.local_training import GradientHook, LocalTraining
+
+
+@dataclass(frozen=True)
+class FedRep(GlobalModel):
+    """FedRep: a representation that all clients train, and a head of its own for each.
+
+    In a round every client first trains its head with the representation held still, then the
+    representation with its head held still, and sends the representation.
+
+    The head's passes take `head_epochs` at the round's learning rate with fresh momentum and
+    random streams of their own; those of the representation are the schedule's. In what a client
+    sends the head is as it was broadcast, so nothing of it leaves. BatchNorm's running statistics
+    of the representation follow both kinds of passes and are averaged.
+
+    Without a head (`head = ""`) this is federated averaging, bit for bit.
+
+    Deployed by client i: the shared representation with its own head (the initial one where it
+    never trained).
+
+    Attributes:
+        head: name of the part of the network that is personal, such as "head"; None = its last
+            layer with weights; "" = nothing.
+        head_epochs: passes of the head in each round, from 1.
+        weighting: "uniform" (1/n) or "size" (by number of training images).
+
+    Raises:
+        SpecError: a hyper-parameter outside its range; in a round, a `head` that the
+            network does not have.
+
+    Source: Collins, Hassani, Mokhtari, Shakkottai, Exploiting Shared Representations for
+    Personalized Federated Learning, 2021, Algorithm 1.
+    """
+
+    head: str | None = None
+    head_epochs: int = 1
+    weighting: str = "uniform"
+
+    name = "fedrep"
+    deploys = "the shared representation with its own head"
+    keeps_client_state = True
+
+    def client_round(
+        self,
+        broadcast: ServerState,
+        client_state: ClientState,
+        data: ClientData,
+        training: LocalTraining,
+    ) -> tuple[Update, ClientState]:
+        """Train the head, then the representation; send the representation, keep the head."""
+        start = self.deployed(broadcast, client_state)
+        head = head_entries(training.network, self.head)
+        if head:
+            start = training.passes(
+                start,
+                data,
+                broadcast.round,
+                hook=_still(training.trainable, but=head),
+                stream="head-",
+                epochs=self.head_epochs,
+            ).state
+        trained = training.passes(
+            start,
+            data,
+            broadcast.round,
+            momentum=client_state.parts.get("momentum"),
+            hook=_still(head, but=()),
+        )
+        sent, own = kept_back(trained.state, broadcast.parts["model"], head)
+        parts = {"head": own} if own else {}
+        update = Update(data.client, len(data), sent, trained.metrics)
+        return update, ClientState({**parts, **trained.kept})
+
+    def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
+        """The shared representation with the client's own head."""
+        return {**server_state.parts["model"], **client_state.parts.get("head", {})}
+
+
+def _still(names: Collection[str], but: Collection[str]) -> GradientHook | None:
+    """Takes the gradients of these weights away, so that no step moves them."""
+    held = frozenset(names).difference(but)
+    if not held:
+        return None
+
+    def hook(parameters: Mapping[str, nn.Parameter]) -> None:
+        for name in held & parameters.keys():
+            parameters[name].grad = None
+
+    return hook

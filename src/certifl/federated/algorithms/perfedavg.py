@@ -1,0 +1,147 @@
+"""Per-FedAvg: a global model that is good after one gradient step on a client's own images."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+
+from certifl.federated.algorithms.base import GlobalModel
+from certifl.federated.algorithms.common import trained_and_sent
+from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
+from certifl.federated.training.batches import Batch
+from certifl.federated.training.local_training import LocalTraining
+from certifl.federated.training.steps import Bench, Outcome
+
+_HESSIANS = {
+    "first-order": "Per-FedAvg (FO): the Hessian is left out",
+    "hessian-free": "Per-FedAvg (HF): its product with a vector is a difference of gradients",
+}
+_DELTA = 1e-3
+_FEWEST = 2
+
+
+@dataclass(frozen=True)
+class PerFedAvg(GlobalModel):
+    """Per-FedAvg: federated averaging of what is good AFTER a step of personalisation.
+
+      min over theta of mean_i L_i(theta - alpha grad L_i(theta)),    alpha = inner_lr.
+
+    Each local step, with disjoint parts D, D', D'' of its batch:
+
+      u = theta - alpha grad L_i(theta; D),      g = grad L_i(u; D')
+      theta <- theta - gamma (g - alpha H g),    H the Hessian of L_i at theta on D''.
+
+    "first-order" leaves H g out and halves the batch. "hessian-free" cuts it into three and takes
+    H g = (grad L_i(theta + delta g) - grad L_i(theta - delta g)) / (2 delta), for twice the work.
+    Batches too small to be cut serve as all of the parts. Weight decay acts on theta; the inner
+    step has none.
+
+    After the schedule's rounds every client takes the step it was trained for, with the gradient
+    over all its images (one pass), in one extra round without communication. BatchNorm's running
+    statistics follow that pass.
+
+    Deployed by client i: theta - alpha grad L_i(theta) (theta until the extra round).
+
+    Attributes:
+        inner_lr: alpha, from 0; 0 = federated averaging, bit for bit.
+        approximation: "first-order" or "hessian-free".
+        weighting: "uniform" (1/n) or "size" (by number of training images).
+
+    Raises:
+        SpecError: a hyper-parameter outside its range.
+
+    Source: Fallah, Mokhtari, Ozdaglar, Personalized Federated Learning with Theoretical
+    Guarantees: A Model-Agnostic Meta-Learning Approach, 2020, Algorithm 1 and its two
+    approximations in section 5.
+    """
+
+    inner_lr: float = 0.01
+    approximation: str = "first-order"
+    weighting: str = "uniform"
+
+    name = "perfedavg"
+    deploys = "the global model after one gradient step on its own images"
+    keeps_client_state = True
+    own_part = "adapted"
+    extra_rounds = 1
+
+    def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
+        """The model; the adapted one stays with the client."""
+        return ("model",) if round < scheduled else ()
+
+    def client_round(
+        self,
+        broadcast: ServerState,
+        client_state: ClientState,
+        data: ClientData,
+        training: LocalTraining,
+    ) -> tuple[Update, ClientState]:
+        """Train the global model for its step; after the schedule's rounds, take the step."""
+        if broadcast.round >= training.schedule.rounds:
+            return self._adapted(broadcast.parts["model"], data, broadcast.round, training)
+        step = None if self.inner_lr == 0 else self._step
+        return trained_and_sent(broadcast, client_state, data, training, step=step)
+
+    def _step(self, bench: Bench, batch: Batch) -> Outcome:
+        first = self.approximation == "first-order"
+        inner, outer, *curved = _parts(batch, 2 if first else 3)
+        bench.gradients(inner)
+        weights = bench.weights()
+        with bench.at(_ahead(weights, bench.taken_gradients(), -self.inner_lr)):
+            outcome = bench.gradients(outer)
+        if not first:
+            gradient = bench.taken_gradients()
+            bent = _curvature(bench, curved[0], weights, gradient)
+            bench.put_gradients(_ahead(gradient, bent, -self.inner_lr))
+        bench.advance()
+        return replace(outcome, images=len(outer))
+
+    def _adapted(
+        self, start: ModelState, data: ClientData, round: int, training: LocalTraining
+    ) -> tuple[Update, ClientState]:
+        """One gradient step over all images of the client."""
+        if self.inner_lr == 0:
+            return Update(data.client, len(data), None, {}), ClientState()
+        total: ModelState = {}
+
+        def step(bench: Bench, batch: Batch) -> Outcome:
+            outcome = bench.gradients(batch)
+            for name, gradient in bench.taken_gradients().items():
+                share = gradient * (len(batch) / len(data))
+                total[name] = total[name] + share if name in total else share
+            return outcome
+
+        seen = training.passes(start, data, round, step=step, epochs=1)
+        gradient = {name: value.to("cpu") for name, value in total.items()}
+        adapted = {**seen.state, **_ahead(start, gradient, -self.inner_lr)}
+        update = Update(data.client, len(data), None, seen.metrics)
+        return update, ClientState({"adapted": adapted})
+
+
+def _parts(batch: Batch, count: int) -> list[Batch]:
+    """Disjoint parts of about the same size; the batch itself where they would be too small."""
+    size = len(batch) // count
+    if size < _FEWEST:
+        return [batch] * count
+    cuts = [*range(0, size * count, size), len(batch)]
+    return [batch.part(start, stop) for start, stop in itertools.pairwise(cuts)]
+
+
+def _ahead(weights: ModelState, along: ModelState, far: float) -> ModelState:
+    """The weights, moved along something."""
+    return {name: torch.add(weights[name], value, alpha=far) for name, value in along.items()}
+
+
+def _curvature(
+    bench: Bench, batch: Batch, weights: ModelState, gradient: ModelState
+) -> ModelState:
+    """The product of the Hessian and a vector: a central difference of gradients."""
+    with bench.same_draws(), bench.at(_ahead(weights, gradient, _DELTA)):
+        bench.gradients(batch.again())
+        above = bench.taken_gradients()
+    with bench.at(_ahead(weights, gradient, -_DELTA)):
+        bench.gradients(batch)
+        below = bench.taken_gradients()
+    return {name: (value - below[name]) / (2 * _DELTA) for name, value in above.items()}

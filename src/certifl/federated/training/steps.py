@@ -1,0 +1,163 @@
+"""Where a client takes its steps: model, optimiser and objective, one batch at a time.
+
+An algorithm that needs another step than plain SGD gives `LocalTraining.passes` its own `Step`,
+which works with the bench: gradients of a batch at the present weights, changes to weights or
+gradients, the optimiser's move.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from certifl.federated.objectives import Objective
+from certifl.federated.states import ModelState
+from certifl.federated.training import foreach as together
+from certifl.federated.training.batches import Batch
+
+GradientHook = Callable[[Mapping[str, nn.Parameter]], None]
+"""Called before the step with the parameters that have a gradient, by name. May change gradients
+in place, or set one to None so that the step leaves the parameter alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """How a batch went, still on the device.
+
+    Attributes:
+        loss: summed over the images. correct: number of correct predictions.
+        images: how many images these are of; None = all of the batch.
+    """
+
+    loss: torch.Tensor
+    correct: torch.Tensor
+    images: int | None = None
+
+
+class Bench:
+    """One model under training: what a step may use.
+
+    Args:
+        model: in training mode, its weights where the client stands.
+        parameters: the trainable ones, by name.
+        optimizer: over exactly these.
+        objective: the loss of a batch.
+        hook: changes gradients before the optimiser moves.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        objective: Objective,
+        hook: GradientHook | None,
+    ) -> None:
+        self.model = model
+        self.parameters = parameters
+        self._optimizer = optimizer
+        self._objective = objective
+        self._hook = hook
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of this epoch."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    @rate.setter
+    def rate(self, rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+
+    def gradients(self, batch: Batch) -> Outcome:
+        """Put the gradients of the batch's loss at the present weights into `.grad`."""
+        loss, logits = self._objective(self.model, batch)
+        self._optimizer.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            return Outcome(loss.detach() * len(batch), (logits.argmax(1) == batch.labels).sum())
+
+    def advance(self) -> None:
+        """Let the hook change the gradients, then the optimiser moves the weights."""
+        if self._hook is not None:
+            with torch.no_grad():
+                self._hook(_reached(self.parameters))
+        self._optimizer.step()
+
+    @contextlib.contextmanager
+    def at(self, point: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Within this context the trainable weights are those of `point`, afterwards their own.
+
+        Gradients that are computed meanwhile stay where they are, for `advance`. Running
+        statistics of BatchNorm follow the network as it was used.
+        """
+        own = self.weights()
+        self._put(point)
+        yield
+        self._put(own)
+
+    @torch.no_grad()
+    def _put(self, weights: Mapping[str, torch.Tensor]) -> None:
+        places = self.parameters
+        together.copy(list(places.values()), [weights[name] for name in places])
+
+    @torch.no_grad()
+    def scale_gradients(self, factor: float, weight_decay: float = 0.0) -> None:
+        """Each gradient becomes factor (gradient + weight_decay times the present weight)."""
+        reached = list(_reached(self.parameters).values())
+        gradients = gradients_of(reached)
+        if weight_decay != 0:
+            together.add(gradients, reached, weight_decay)
+        together.scale(gradients, factor)
+
+    def taken_gradients(self) -> ModelState:
+        """Copies of the gradients; zero for a weight that none reached."""
+        return {
+            name: torch.zeros_like(value) if value.grad is None else value.grad.clone()
+            for name, value in self.parameters.items()
+        }
+
+    @torch.no_grad()
+    def put_gradients(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """Gradients for `advance` to follow, where there are any."""
+        reached = _reached(self.parameters)
+        together.copy(gradients_of(reached.values()), [gradients[name] for name in reached])
+
+    def same_draws(self) -> contextlib.AbstractContextManager[None]:
+        """What layers draw within this context (dropout), they draw once more after it."""
+        device = next(iter(self.parameters.values())).device
+        return torch.random.fork_rng([] if device.type == "cpu" else [device])
+
+    def weights(self) -> ModelState:
+        """The trainable weights as copies, where they are."""
+        return {name: value.detach().clone() for name, value in self.parameters.items()}
+
+    def momentum(self) -> ModelState:
+        """The optimiser's momentum buffers on the CPU, by parameter."""
+        states = self._optimizer.state
+        buffers = {n: states[p].get("momentum_buffer") for n, p in self.parameters.items()}
+        return {n: b.detach().to("cpu", copy=True) for n, b in buffers.items() if b is not None}
+
+
+def _reached(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    return {name: value for name, value in parameters.items() if value.grad is not None}
+
+
+def gradients_of(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+    """The gradients of these parameters, without those that have none."""
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+Step = Callable[[Bench, Batch], Outcome]
+"""What is done with one batch."""
+
+
+def plain_step(bench: Bench, batch: Batch) -> Outcome:
+    """SGD: the gradient of the batch, the hook, the optimiser's move."""
+    outcome = bench.gradients(batch)
+    bench.advance()
+    return outcome

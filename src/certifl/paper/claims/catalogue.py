@@ -1,0 +1,273 @@
+"""The paper's claims as data: what it says, which runs show it, what is measured, when it holds.
+
+Words: "robust" is trained with the perturbation that is certified, "nominal" without augmentation.
+A small sigma is like the paper's smaller one of the family, a large one like its larger one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from certifl.paper.claims.designs import Growth, Pairs
+from certifl.paper.claims.matching import (
+    AFFINE_FEDAVG,
+    FEDAVG,
+    FROM_AFFINE,
+    FROM_NOMINAL,
+    FROM_ROBUST,
+    LOCAL,
+    MIXTURE,
+    NOMINAL_FEDAVG,
+    Counts,
+    Scope,
+)
+from certifl.paper.claims.mixture_designs import Best, Matched
+from certifl.paper.claims.rules import About, Above, Beyond, Combination, all_but_one, every, some
+from certifl.paper.claims.runs import LARGE, SMALL
+
+__all__ = ["CLAIMS", "Claim", "Design"]
+
+Design = Pairs | Growth | Best | Matched
+
+_MOST_SEVERAL = 50
+FEW = Counts(2, 5, (4,))
+SEVERAL = Counts(6, _MOST_SEVERAL, (10, 20))
+NOT_MANY = Counts(2, _MOST_SEVERAL, (10,))
+ANY = Counts(2, math.inf, (10,))
+ALL = Counts(2, math.inf, (4, 10, 20))
+MANY = Counts(_MOST_SEVERAL + 1, math.inf, (100,))
+
+_BOTH = (SMALL, LARGE)
+_MOVES = ("rotation", "translation")
+_THREE = ("pixel", "rotation", "translation")
+
+_FEW = Scope(_MOVES, _BOTH, FEW)
+_SEVERAL = Scope(_MOVES, _BOTH, SEVERAL)
+_FIGURE_1 = Scope(_MOVES, _BOTH, ALL)
+_FIGURE_2 = Scope(_THREE, _BOTH, ANY, required=_THREE)
+_FIGURE_3 = Scope(_MOVES, _BOTH, ANY, required=_MOVES)
+_FIGURE_4_SMALL = Scope(_THREE, (SMALL,), NOT_MANY)
+_FIGURE_4_LARGE = Scope(_THREE, (LARGE,), NOT_MANY)
+_ANY_SMALL = Scope(_THREE, (SMALL,), Counts(2, math.inf, (10, 100)))
+_FIGURE_5 = Scope(_THREE, _BOTH, ANY)
+_FIGURE_5_ALL = Scope(_THREE, _BOTH, ANY, required=_MOVES)
+_FIGURE_7 = Scope(_THREE, _BOTH, MANY)
+_FIGURES_4_AND_7 = Scope(_THREE, _BOTH, Counts(2, math.inf, (10, 100)))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence of the paper that can be wrong.
+
+    Attributes:
+        name: section and number. figure: where the paper shows it.
+        sentence: the claim in our words. hypothesis: the same as a statement about numbers.
+        designs: which runs are compared, and what is measured on them.
+        combination: how the verdicts of one group, for instance of all values of lambda, become
+            one. across: how those of all groups do.
+        telling: whether the details of the comparisons belong to the verdict's words.
+    """
+
+    name: str
+    figure: str
+    sentence: str
+    hypothesis: str
+    designs: tuple[Design, ...]
+    combination: Combination = every
+    across: Combination = every
+    telling: bool = False
+
+    @property
+    def rule(self) -> str:
+        """When the claim counts as supported, in words."""
+        joined = _SOME if self.across is some else _EVERY
+        if self.combination is all_but_one:
+            joined = _ALL_BUT_ONE
+        return f"{self.judged_by.words}; {joined}"
+
+    @property
+    def judged_by(self) -> About | Above | Beyond:
+        """The rule of every judged comparison."""
+        design = self.designs[0]
+        return design.judged[0][1] if isinstance(design, Pairs) else Above()
+
+    @property
+    def needs(self) -> frozenset[tuple[str, str]]:
+        """Families and sizes of sigma without which the claim cannot be supported."""
+        scopes = [design.scope for design in self.designs]
+        return frozenset(
+            (family, size) for s in scopes for family in s.required for size in s.sizes
+        )
+
+
+_EVERY = "all comparisons must be supported, one that is not supported refutes the claim"
+_SOME = "one supported comparison is enough, since the claim is that it can happen"
+_ALL_BUT_ONE = (
+    "of three or more values of λ one may fail; all settings must be supported, one that is not "
+    "supported refutes the claim"
+)
+
+_AHEAD = (("acr", Above()),)
+_SPREAD = (("spread", Above()),)
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        "4.1 (i)",
+        "figures 1 and 6",
+        "With few clients (4), each with much data, training alone is about as good as FedAvg, in "
+        "accuracy and in robustness.",
+        "ACR and accuracy of Local and of FedAvg differ by less than 3 points and by less than a "
+        "quarter of the larger one.",
+        (Pairs(LOCAL, FEDAVG, _FEW, (("acr", About()), ("accuracy", About()))),),
+    ),
+    Claim(
+        "4.1 (ii)",
+        "figures 1 and 6",
+        "With more clients (10 or 20), each with little data, FedAvg is more robust than training "
+        "alone.",
+        "The ACR of FedAvg is larger than that of Local.",
+        (Pairs(FEDAVG, LOCAL, _SEVERAL, _AHEAD, told=("accuracy",)),),
+    ),
+    Claim(
+        "4.1 (ii) by over 20 points",
+        "figures 1 and 6",
+        "With more clients (10 or 20), FedAvg can certify over 20 points more of the images than "
+        "training alone.",
+        "At some radius the certified accuracy of FedAvg exceeds that of Local by over 20 points.",
+        (Pairs(FEDAVG, LOCAL, _SEVERAL, (("largest gain", Beyond(0.20)),)),),
+        across=some,
+    ),
+    Claim(
+        "4.1 (iii)",
+        "figures 1 and 6",
+        "Where federated training was robust, personalised models are about as good as the global "
+        "one.",
+        "ACR and accuracy of Personalised and of FedAvg differ by less than 3 points and by less "
+        "than a quarter of the larger one.",
+        (Pairs(FROM_ROBUST, FEDAVG, _FIGURE_1, (("acr", About()), ("accuracy", About()))),),
+    ),
+    Claim(
+        "4.1 (iv) spread",
+        "figures 1, 6, 8 and 9",
+        "Best and worst client lie further apart with training alone than with FedAvg.",
+        "Best minus worst client, in ACR, is larger for Local than for FedAvg.",
+        (Pairs(LOCAL, FEDAVG, _FIGURE_1, _SPREAD),),
+    ),
+    Claim(
+        "4.1 (iv) growth",
+        "figures 1 and 6",
+        "The more clients, the more the spread of training alone exceeds that of FedAvg.",
+        "The difference of the two spreads is larger with many clients than with few. Spreads of "
+        "more clients are larger by chance alone; the scatter is told beside it.",
+        (Growth(LOCAL, FEDAVG, _FIGURE_1, "spread", told=("scatter",)),),
+        telling=True,
+    ),
+    Claim(
+        "4.2 from nominal",
+        "figure 2",
+        "Robust personalisation of a nominally trained model makes it more robust, for all three "
+        "perturbations and both sigmas.",
+        "The ACR of Personalised from nominal is larger than that of the nominal FedAvg.",
+        (Pairs(FROM_NOMINAL, NOMINAL_FEDAVG, _FIGURE_2, _AHEAD, told=("accuracy",)),),
+    ),
+    Claim(
+        "4.2 from affine",
+        "figure 3",
+        "Robust personalisation of a model that was trained with affine deformations makes it "
+        "more robust, to rotations and to translations.",
+        "The ACR of Personalised from affine is larger than that of the affine FedAvg.",
+        (
+            Pairs(
+                FROM_AFFINE,
+                AFFINE_FEDAVG,
+                _FIGURE_3,
+                _AHEAD,
+                told=("accuracy",),
+                same_start=True,
+            ),
+        ),
+    ),
+    Claim(
+        "4.3 (i)",
+        "figure 4",
+        "At a small sigma, a nominal model that was robustly personalised beats robust training "
+        "alone.",
+        "The ACR of Personalised from nominal is larger than that of Local.",
+        (Pairs(FROM_NOMINAL, LOCAL, _FIGURE_4_SMALL, _AHEAD, told=("accuracy",)),),
+    ),
+    Claim(
+        "4.3 (i) growth",
+        "figure 4",
+        "At a small sigma, the advantage of robustly personalising a nominal model over robust "
+        "training alone grows with the number of clients.",
+        "The difference of ACR is larger with many clients than with few.",
+        (Growth(FROM_NOMINAL, LOCAL, _ANY_SMALL, "acr"),),
+        telling=True,
+    ),
+    Claim(
+        "4.3 (ii)",
+        "figure 4",
+        "At a large sigma, a nominal model that was robustly personalised is about as robust as "
+        "robust training alone.",
+        "The ACR of Personalised from nominal and of Local differ by less than 3 points and by "
+        "less than a quarter of the larger one.",
+        (Pairs(FROM_NOMINAL, LOCAL, _FIGURE_4_LARGE, (("acr", About()),), told=("accuracy",)),),
+    ),
+    Claim(
+        "A.2",
+        "figure 7",
+        "With 100 clients, robust personalisation of a nominal model beats robust training alone.",
+        "The ACR of Personalised from nominal is larger than that of Local.",
+        (Pairs(FROM_NOMINAL, LOCAL, _FIGURE_7, _AHEAD, told=("accuracy",)),),
+    ),
+    Claim(
+        "A.2 growth",
+        "figures 4 and 7",
+        "With 100 clients, robust personalisation of a nominal model is farther ahead of robust "
+        "training alone than with few.",
+        "The difference of ACR is larger with 100 clients than with the most that are not many.",
+        (Growth(FROM_NOMINAL, LOCAL, _FIGURES_4_AND_7, "acr", from_at_most=_MOST_SEVERAL),),
+        telling=True,
+    ),
+    Claim(
+        "4.4 (i)",
+        "figures 5 and 10",
+        "The mixture is more robust than FedAvg for almost every λ, against every deformation and "
+        "with both sigmas.",
+        "The ACR of the mixture is larger than that of FedAvg, for all 0 < λ < 1 but one.",
+        (Pairs(MIXTURE, FEDAVG, _FIGURE_5_ALL, _AHEAD, together=True),),
+        all_but_one,
+    ),
+    Claim(
+        "4.4 (i) best",
+        "figures 5 and 10",
+        "λ = 0.1, the least personalised mixture, is the most robust one.",
+        "The ACR of λ = 0.1 is larger than that of every other λ.",
+        (Best(0.1, _FIGURE_5),),
+        telling=True,
+    ),
+    Claim(
+        "4.4 (i) matched steps",
+        "figure 5, with further runs",
+        "The mixture beats FedAvg because of the pull to the mean, not because a small λ is also "
+        "a small learning rate.",
+        "The ACR of the mixture with learning rate lr / λ is larger than that of FedAvg with lr, "
+        "for all 0 < λ < 1 but one.",
+        (Matched(_FIGURE_5),),
+        all_but_one,
+        telling=True,
+    ),
+    Claim(
+        "4.4 (ii)",
+        "figures 4 and 5",
+        "The clients of the mixture lie closer together than those of training alone and of "
+        "personalisation.",
+        "Best minus worst client, in ACR, is larger for Local, and for Personalised from nominal, "
+        "than for the mixture.",
+        (
+            Pairs(LOCAL, MIXTURE, _FIGURE_5, _SPREAD),
+            Pairs(FROM_NOMINAL, MIXTURE, _FIGURE_5, _SPREAD),
+        ),
+    ),
+)

@@ -1,0 +1,321 @@
+"""Two ways of training on the same images, and how their difference changes with the clients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from certifl.paper.claims import effects as statistics
+from certifl.paper.claims.bootstrap import Sampler
+from certifl.paper.claims.effects import QUANTITIES, Effect, Quantity
+from certifl.paper.claims.matching import Cell, Pool, Role, Scope, names
+from certifl.paper.claims.rules import Above, Rule
+from certifl.paper.claims.runs import ANOTHER_COUNT, ANOTHER_TRAINING, SMALL, Facts, Noise
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Two ways of training in every setting at hand.
+
+    Attributes:
+        first, second: the difference is first minus second.
+        scope: where the claim holds.
+        judged: quantities that decide, with their rule. told: quantities that are only told.
+        same_start: whether both must have been augmented alike during federated training.
+        together: whether all values of lambda of a setting are judged as one group.
+    """
+
+    first: Role
+    second: Role
+    scope: Scope
+    judged: tuple[tuple[str, Rule], ...]
+    told: tuple[str, ...] = ()
+    same_start: bool = False
+    together: bool = False
+
+    def findings(self, pool: Pool, sampler: Sampler) -> Found:
+        """All pairs."""
+        firsts, seconds = pool.of(self.first, self.scope), pool.of(self.second, self.scope)
+        found: list[Finding] = []
+        covered: set[tuple[str, str, int]] = set()
+        for first in firsts:
+            for second in pool.beside(first, self.second, ANOTHER_TRAINING):
+                pair = self._pair(sampler, first, second)
+                found += pair
+                covered |= {_where(first)} if pair else set()
+        tested = {finding.panel for finding in found}
+        # A run that has another step or tuning is not missed where its setting was compared, nor
+        # one whose number of clients the paper does not have.
+        lonely = [
+            [
+                cell
+                for cell in cells
+                if _where(cell) not in covered
+                and (cell.facts.clients in self.scope.counts.paper or panel(cell) not in tested)
+            ]
+            for cells in (firsts, seconds)
+        ]
+        known = tested | {panel(cell) for cells in lonely for cell in cells}
+        both = f"{self.first.words} and {self.second.words}"
+        missing = (
+            *partnerless(pool, lonely[0], self.second),
+            *partnerless(pool, lonely[1], self.first),
+            *untested(self.scope, known, both),
+        )
+        return Found(tuple(found), missing)
+
+    def _pair(self, sampler: Sampler, first: Cell, second: Cell) -> list[Finding]:
+        if self.same_start and first.facts.federated != second.facts.federated:
+            return []
+        one, two = (
+            Partner(first, label(first, self.first)),
+            Partner(second, label(second, self.second)),
+        )
+        group = setting_key(first) if self.together else ""
+        rules = (*self.judged, *((name, None) for name in self.told))
+        return present(
+            compared(sampler, QUANTITIES[name], one, two, rule, group) for name, rule in rules
+        )
+
+
+def _where(cell: Cell) -> tuple[str, str, int]:
+    return cell.facts.data, cell.facts.certified.description, cell.facts.clients
+
+
+Pair = tuple[Cell, Cell]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Whether the difference of two ways of training grows with the number of clients.
+
+    Attributes:
+        first, second, scope: as in `Pairs`.
+        quantity: whose difference is taken. told: further ones.
+        from_at_most: the smaller number of clients is the largest one up to this, and the larger
+            the largest of all; None = the smallest and the largest at hand.
+    """
+
+    first: Role
+    second: Role
+    scope: Scope
+    quantity: str
+    told: tuple[str, ...] = ()
+    from_at_most: int | None = None
+
+    def findings(self, pool: Pool, sampler: Sampler) -> Found:
+        """One comparison for each set of runs that differ in the number of clients alone."""
+        found: list[Finding] = []
+        missing: list[str] = []
+        for pairs in self._series(pool, sampler).values():
+            ends = self._ends(pairs)
+            if ends is not None:
+                found += self._compare(sampler, *ends)
+                continue
+            counts = ", ".join(str(first.facts.clients) for first, _ in pairs)
+            missing.append(
+                f"{self.first.words} and {self.second.words}, another number of clients: "
+                f"{pairs[0][0].facts.setting} (at hand: {counts})"
+            )
+        what = f"{self.first.words} and {self.second.words} at two numbers of clients"
+        tested = {finding.panel for finding in found}
+        return Found(tuple(found), (*missing, *untested(self.scope, tested, what)))
+
+    def _series(self, pool: Pool, sampler: Sampler) -> dict[str, list[Pair]]:
+        series: dict[str, list[Pair]] = {}
+        for first in pool.of(self.first, self.scope):
+            for second in pool.beside(first, self.second, ANOTHER_TRAINING):
+                if common_seeds(sampler, first, second):
+                    key = [first.facts.key(ANOTHER_COUNT), *map(_variant, (first, second))]
+                    series.setdefault(" ".join(key), []).append((first, second))
+        return series
+
+    def _ends(self, pairs: Sequence[Pair]) -> tuple[Pair, Pair] | None:
+        ordered = sorted(pairs, key=lambda pair: pair[0].facts.clients)
+        few, many = ordered[0], ordered[-1]
+        if self.from_at_most is not None:
+            below = [p for p in ordered if p[0].facts.clients <= self.from_at_most]
+            if not below or many[0].facts.clients <= self.from_at_most:
+                return None
+            few = below[-1]
+        return (few, many) if few[0].facts.clients < many[0].facts.clients else None
+
+    def _compare(self, sampler: Sampler, few: Pair, many: Pair) -> list[Finding]:
+        rules = ((self.quantity, Above()), *((name, None) for name in self.told))
+        return present(
+            self._change(sampler, QUANTITIES[name], few, many, rule) for name, rule in rules
+        )
+
+    def _change(
+        self, sampler: Sampler, quantity: Quantity, few: Pair, many: Pair, rule: Rule | None
+    ) -> Finding | None:
+        before, after = (per_seed(sampler, quantity, *pair) for pair in (few, many))
+        seeds = sorted(set(before) & set(after))
+        if not seeds:
+            return None
+        facts, start = many[0].facts, few[0].facts.clients
+        difference = f"{self.first.words} minus {self.second.words}"
+        first, last = (_mean(effects, seeds) for effects in (before, after))
+        return Finding(
+            setting=_series_setting(facts, start),
+            group=facts.key(ANOTHER_COUNT) + " ".join(map(_variant, many)),
+            panel=panel(many[0]),
+            difference=f"({difference}) at {facts.clients} clients less the same at {start}",
+            quantity=quantity.words,
+            effect=statistics.over_seeds([statistics.change(after[s], before[s]) for s in seeds]),
+            rule=rule,
+            runs=names((*few, *many)),
+            detail=f"{100 * first:+.1f} points at {start} clients, {100 * last:+.1f} at "
+            f"{facts.clients}",
+        )
+
+
+def _series_setting(facts: Facts, start: int) -> str:
+    words = facts.certified.words(facts.unit)
+    return f"{facts.data}, {words}, {start} and {facts.clients} clients"
+
+
+def _variant(cell: Cell) -> str:
+    """The algorithm's own parameters and the augmentation, which must agree along a series."""
+    chosen = ("algorithm.", "augmentation.")
+    return repr(sorted((k, v) for k, v in cell.facts.settings.items() if k.startswith(chosen)))
+
+
+def _mean(effects: Mapping[int, Effect], seeds: Sequence[int]) -> float:
+    return sum(effects[s].estimate for s in seeds) / len(seeds)
+
+
+# One comparison of runs, and which runs were missing for others.
+
+
+_PAPER_SIGMA = {
+    "rotation": (0.1 * math.pi, 0.5 * math.pi),
+    "translation": (0.1, 0.5),
+    "pixel": (0.12, 0.5),
+}
+_UNITS = {"rotation": "radians", "translation": "half-widths", "pixel": "intensity"}
+
+
+@dataclass(frozen=True, eq=False)
+class Finding:
+    """One comparison.
+
+    Attributes:
+        setting: data, perturbation, clients. group: findings that are judged as one setting.
+        panel: family and size of sigma.
+        difference: what minus what. quantity: of what, in words.
+        effect: how large. rule: how it is judged; None = it is told, not judged.
+        runs: folders. detail: further words.
+    """
+
+    setting: str
+    group: str
+    panel: tuple[str, str]
+    difference: str
+    quantity: str
+    effect: Effect
+    rule: Rule | None
+    runs: tuple[str, ...]
+    detail: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Comparisons that could be made, and runs without which others could not."""
+
+    findings: tuple[Finding, ...]
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Partner:
+    """A cell and how a claim calls it."""
+
+    cell: Cell
+    words: str
+
+
+def label(cell: Cell, role: Role) -> str:
+    """The role, with lambda where there is one."""
+    value = cell.facts.personalization
+    return role.words if value is None else f"{role.words} λ = {value:g}"
+
+
+def panel(cell: Cell) -> tuple[str, str]:
+    """Family and size of sigma."""
+    return cell.facts.certified.family, cell.facts.certified.size
+
+
+def common_seeds(sampler: Sampler, first: Cell, second: Cell) -> list[int]:
+    """Seeds for which both cells certified the same images."""
+    common = sorted(set(first.runs) & set(second.runs))
+    return [s for s in common if sampler.paired(first.runs[s], second.runs[s])]
+
+
+def per_seed(sampler: Sampler, quantity: Quantity, first: Cell, second: Cell) -> dict[int, Effect]:
+    """The quantity's difference for each training seed."""
+    return {
+        seed: quantity.of(sampler, first.runs[seed], second.runs[seed])
+        for seed in common_seeds(sampler, first, second)
+    }
+
+
+def compared(
+    sampler: Sampler,
+    quantity: Quantity,
+    first: Partner,
+    second: Partner,
+    rule: Rule | None,
+    group: str = "",
+) -> Finding | None:
+    """First minus second; None where they share no images."""
+    one, two = first.cell, second.cell
+    effects = per_seed(sampler, quantity, one, two)
+    if not effects:
+        return None
+    seed = min(effects)
+    told = quantity.detail
+    return Finding(
+        setting=one.facts.setting,
+        group=group or f"{one.facts.key(())} {two.facts.key(())}",
+        panel=panel(one),
+        difference=f"{first.words} minus {second.words}",
+        quantity=quantity.words,
+        effect=statistics.over_seeds(list(effects.values())),
+        rule=rule,
+        runs=names((one, two)),
+        detail=told(sampler, one.runs[seed], two.runs[seed]) if told else "",
+    )
+
+
+def present(found: Iterable[Finding | None]) -> list[Finding]:
+    """Those that could be made."""
+    return [finding for finding in found if finding is not None]
+
+
+def partnerless(pool: Pool, cells: Sequence[Cell], wanted: Role) -> list[str]:
+    """The runs that these cells would be compared with, if only they were there."""
+    found = []
+    for cell in cells:
+        near = pool.nearest(cell, wanted)
+        why = f" (the closest one differs in {near})" if near else ""
+        seeds = ", ".join(str(seed) for seed in sorted(cell.runs))
+        found.append(f"{wanted.words}: {cell.facts.setting}, seed {seeds}{why}")
+    return list(dict.fromkeys(found))
+
+
+def untested(scope: Scope, known: Collection[tuple[str, str]], what: str) -> list[str]:
+    """The paper's panels of which nothing is known."""
+    counts = " or ".join(str(count) for count in scope.counts.paper)
+    texts = []
+    for family, size in scope.panels():
+        if (family, size) not in known:
+            noise = Noise(family, _PAPER_SIGMA[family][0 if size == SMALL else 1], "")
+            texts.append(f"{what}: {noise.words(_UNITS[family])}, {counts} clients")
+    return texts
+
+
+def setting_key(cell: Cell) -> str:
+    """Equal for runs that agree in all but the way of training."""
+    return cell.facts.key(ANOTHER_TRAINING)

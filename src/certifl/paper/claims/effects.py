@@ -1,0 +1,347 @@
+"""Effects with intervals: differences between two runs, and differences of those.
+
+Everything is in shares of 1: an average certified radius (ACR) counts as its share of the largest
+possible radius, which is the mean of the certified accuracy over all radii up to that one. 0.01 is
+one point.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+from certifl.certification.settings import GRID_POINTS
+from certifl.paper.claims.bootstrap import Sampled, Sampler
+from certifl.paper.claims.runs import StudyRun
+from certifl.report.intervals import Sample, hidden_reach, interval_over_seeds
+
+__all__ = [
+    "QUANTITIES",
+    "Drawn",
+    "Effect",
+    "Means",
+    "Quantity",
+    "change",
+    "expected_range",
+    "leads",
+    "over_seeds",
+    "spread_draws",
+]
+
+Floats = NDArray[np.float64]
+
+# With ten images of each of 20 clients a 95 % interval of spreads misses 15 % of the time: many
+# clients have none or all correct, and no draw changes them. With twenty it misses 2 to 6 %.
+_FEWEST_FOR_A_SPREAD = 20
+
+
+@dataclass(frozen=True, eq=False)
+class Means:
+    """A mean of one number per image, or the largest of several; one sample of each seed."""
+
+    samples: tuple[Sample, ...]
+
+    @property
+    def estimate(self) -> float:
+        """Mean over seeds; of several columns the largest."""
+        return float(np.mean([sample.means for sample in self.samples], axis=0).max())
+
+    def ends(self, error: float) -> tuple[float, float]:
+        """Of several columns the intervals hold together (Bonferroni), and so for the largest.
+
+        If every true value lies in [low, high], the largest one lies in [max low, max high].
+        """
+        columns = self.samples[0].values[0].shape[1]
+        low, high = interval_over_seeds(self.samples, error / columns, 1.0)
+        return float(low.max()), float(high.max())
+
+    def over_seeds(self, others: Sequence[Means]) -> Means:
+        """The mean over these and other seeds."""
+        return Means((*self.samples, *(one for other in others for one in other.samples)))
+
+    def minus(self, earlier: Means) -> Means:
+        """The change from an earlier one, seed by seed."""
+        pairs = zip(self.samples, earlier.samples, strict=True)
+        return Means(tuple(dataclasses.replace(one, earlier=before) for one, before in pairs))
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A statistic of clients' means that is no mean itself, on images drawn again.
+
+    Attributes:
+        values: of each seed, on the images at hand.
+        draws: of each seed, those of every independent part with its sign.
+        samples: of each seed, the differences that tell what was not met.
+        unit: what one unit of the statistic is in shares.
+    """
+
+    values: tuple[float, ...]
+    draws: tuple[tuple[tuple[float, Floats], ...], ...]
+    samples: tuple[Sample, ...]
+    unit: float = 1.0
+
+    @property
+    def estimate(self) -> float:
+        """Mean over seeds."""
+        return float(np.mean(self.values))
+
+    def ends(self, error: float) -> tuple[float, float]:
+        """Percentiles of the draws; parts, and seeds beside images, add as squares.
+
+        The scatter between seeds is Student's t. Images count as if all seeds had been tested on
+        the same ones, which makes the interval too wide rather than too narrow.
+
+        Source: Zou and Donner 2008 (limits of a difference from limits of its parts).
+        """
+        seeds, between = len(self.values), 0.0
+        if seeds > 1:
+            scatter = float(np.std(self.values, ddof=1)) / math.sqrt(seeds)
+            between = -float(special.stdtrit(seeds - 1, error / 2.0)) * scatter
+        sides = [[_reaches(parts, error)[side] for parts in self.draws] for side in (0, 1)]
+        hidden = float(hidden_reach([s.floors(1.0) for s in self.samples], error)[0]) / self.unit
+        down, up = (
+            max(hidden, math.hypot(between, math.sqrt(float(np.mean(np.square(side))))))
+            for side in sides
+        )
+        return self.estimate - down, self.estimate + up
+
+    def over_seeds(self, others: Sequence[Drawn]) -> Drawn:
+        """The mean over these and other seeds."""
+        every = (self, *others)
+        return Drawn(
+            tuple(value for one in every for value in one.values),
+            tuple(parts for one in every for parts in one.draws),
+            tuple(sample for one in every for sample in one.samples),
+            self.unit,
+        )
+
+    def minus(self, earlier: Drawn) -> Drawn:
+        """The change from an earlier one of independent images, seed by seed."""
+        values = tuple(a - b for a, b in zip(self.values, earlier.values, strict=True))
+        draws = tuple(
+            (*later, *((-sign, drawn) for sign, drawn in before))
+            for later, before in zip(self.draws, earlier.draws, strict=True)
+        )
+        pairs = zip(self.samples, earlier.samples, strict=True)
+        samples = tuple(dataclasses.replace(one, earlier=before) for one, before in pairs)
+        return Drawn(values, draws, samples, min(self.unit, earlier.unit))
+
+
+def _reaches(parts: Sequence[tuple[float, Floats]], error: float) -> tuple[float, float]:
+    """How far below and above the value of one seed its interval over images reaches."""
+    down, up = [], []
+    for sign, drawn in parts:  # draws are deviations from the value at hand
+        low = -float(np.quantile(drawn, error / 2.0, method="lower"))
+        high = float(np.quantile(drawn, 1.0 - error / 2.0, method="higher"))
+        low, high = max(low, 0.0), max(high, 0.0)
+        down.append(low if sign > 0 else high)
+        up.append(high if sign > 0 else low)
+    return math.hypot(*down), math.hypot(*up)
+
+
+@dataclass(frozen=True, eq=False)
+class Effect:
+    """An estimate and how far it may be off.
+
+    Attributes:
+        source: where its interval comes from.
+        images, clients: how many are behind it, of all samples.
+        seeds: how many trainings.
+        enough: whether there are enough images for any interval.
+        level: of the better run, in what is compared or in what it is a spread of; next to a small
+            one every difference is small. Infinite where there is none.
+        limit: no value lies farther from 0; intervals end there.
+    """
+
+    source: Means | Drawn
+    images: int
+    clients: tuple[int, ...]
+    seeds: int
+    enough: bool
+    level: float = math.inf
+    limit: float = 1.0
+
+    @property
+    def estimate(self) -> float:
+        """On the images at hand."""
+        return self.source.estimate
+
+    def interval(self, error: float) -> tuple[float, float]:
+        """The interval that misses the true value with probability about `error`."""
+        if not self.enough:
+            return -math.inf, math.inf
+        low, high = self.source.ends(error)
+        return max(low, -self.limit), min(high, self.limit)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """Something to compare two runs of the same images by.
+
+    Attributes:
+        name: for files. words: for people.
+        of: (sampler, first, second) -> first minus second.
+        detail: further words about one pair.
+    """
+
+    name: str
+    words: str
+    of: Callable[[Sampler, StudyRun, StudyRun], Effect]
+    detail: Callable[[Sampler, StudyRun, StudyRun], str] | None = None
+
+
+def _effect(
+    sampler: Sampler, run: StudyRun, source: Means | Drawn, level: float = math.inf
+) -> Effect:
+    layout = sampler.layout(run)
+    return Effect(
+        source=source,
+        images=layout.total,
+        clients=(len(layout.sizes),),
+        seeds=1,
+        enough=layout.enough_for_intervals,
+        level=level,
+    )
+
+
+def _acr(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
+    source = Means((sampler.gains(first, second),))
+    return _effect(sampler, first, source, sampler.level(first, second, accuracy=False))
+
+
+def _accuracy(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
+    source = Means((sampler.corrects(first, second),))
+    return _effect(sampler, first, source, sampler.level(first, second, accuracy=True))
+
+
+def _largest_gain(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
+    """Largest difference of mean certified accuracy over all radii, which are all tested."""
+    shares = np.linspace(0.0, 1.0, GRID_POINTS)
+    return _effect(sampler, first, Means((sampler.curves(first, second, shares),)))
+
+
+def _seen_spread(sampled: Sampled) -> float:
+    return float(np.ptp(sampled.means))
+
+
+def spread_draws(sampled: Sampled) -> tuple[float, Floats]:
+    """Best minus worst client, without what the choice of few images adds to it.
+
+    Noise of the clients' means makes the largest larger and the smallest smaller. With
+    S^2 the squared spread seen and E[S*^2] that of images drawn again, which carry the noise a
+    second time, 2 S^2 - E[S*^2] is free of it where the noise is like the scatter of the clients.
+    Without this a regime whose images vary more would seem to treat its clients less alike.
+
+    Returns:
+        (estimate, draws), both at least 0.
+    """
+    seen = _seen_spread(sampled) ** 2
+    drawn = np.ptp(sampled.drawn, axis=1).astype(np.float64) ** 2
+    noise = float(drawn.mean()) - seen
+    return math.sqrt(max(seen - noise, 0.0)), np.sqrt(np.maximum(drawn - 2.0 * noise, 0.0))
+
+
+def _spread(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
+    (one, one_drawn), (two, two_drawn) = (
+        spread_draws(sampler.acr(run)) for run in (first, second)
+    )
+    deviations = one_drawn - two_drawn - (one - two)
+    samples = (sampler.gains(first, second),)
+    source = Drawn((one - two,), (((1.0, deviations),),), samples)
+    # Clients whose ACRs are all near 0 lie close together for that reason alone. A spread near 0
+    # is no such reason: clients may be alike at any ACR.
+    effect = _effect(sampler, first, source, sampler.level(first, second, accuracy=False))
+    few = min(sampler.layout(first).sizes) < _FEWEST_FOR_A_SPREAD
+    return dataclasses.replace(effect, enough=effect.enough and not few)
+
+
+def _spread_detail(sampler: Sampler, first: StudyRun, second: StudyRun) -> str:
+    a, b = sampler.acr(first), sampler.acr(second)
+    seen = f"{100 * _seen_spread(a):.1f} and {100 * _seen_spread(b):.1f} points seen"
+    return (
+        f"{seen}, {100 * spread_draws(a)[0]:.1f} and {100 * spread_draws(b)[0]:.1f} beyond chance"
+    )
+
+
+def expected_range(clients: int) -> float:
+    """Largest minus smallest of so many independent standard normal values, on average."""
+    grid = np.linspace(-9.0, 9.0, 20_001)
+    below = special.ndtr(grid)
+    inside = 1.0 - below**clients - (1.0 - below) ** clients
+    return float(inside.sum() * (grid[1] - grid[0]))
+
+
+def _scatter(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
+    """The spread in units of what so many equally scattered clients have."""
+    whole = _spread(sampler, first, second)
+    unit = expected_range(max(2, whole.clients[0]))
+    spread = cast(Drawn, whole.source)
+    values = tuple(value / unit for value in spread.values)
+    draws = tuple(tuple((s, drawn / unit) for s, drawn in parts) for parts in spread.draws)
+    return dataclasses.replace(
+        whole,
+        source=Drawn(values, draws, spread.samples, unit),
+        level=whole.level / unit,
+        limit=1.0 / unit,
+    )
+
+
+_LISTED = (
+    Quantity("acr", "ACR, share of the largest radius", _acr),
+    Quantity("accuracy", "certified accuracy at radius 0", _accuracy),
+    Quantity("largest gain", "largest gain in certified accuracy at any radius", _largest_gain),
+    Quantity("spread", "best minus worst client, ACR", _spread, _spread_detail),
+    Quantity("scatter", "best minus worst client over what chance scatter gives", _scatter),
+)
+QUANTITIES: dict[str, Quantity] = {quantity.name: quantity for quantity in _LISTED}
+
+
+def change(later: Effect, earlier: Effect) -> Effect:
+    """One effect minus another of independent images: a difference of differences.
+
+    Its level is the lower one: where one difference can only be small, so may be the change.
+    """
+    return Effect(
+        source=later.source.minus(cast(Any, earlier.source)),
+        images=later.images + earlier.images,
+        clients=earlier.clients + later.clients,
+        seeds=min(later.seeds, earlier.seeds),
+        enough=later.enough and earlier.enough,
+        level=min(later.level, earlier.level),
+        limit=later.limit + earlier.limit,
+    )
+
+
+def over_seeds(effects: Sequence[Effect]) -> Effect:
+    """The mean over trainings with different seeds.
+
+    One seed: the interval holds for the models trained, over images. Several: it contains the
+    scatter between the seeds too, by Student's t with one degree of freedom less than seeds.
+    """
+    first, *others = effects
+    if not others:
+        return first
+    return Effect(
+        source=first.source.over_seeds(cast(Any, [effect.source for effect in others])),
+        images=sum(effect.images for effect in effects),
+        clients=first.clients,
+        seeds=len(effects),
+        enough=all(effect.enough for effect in effects),
+        level=float(np.mean([effect.level for effect in effects])),
+        limit=first.limit,
+    )
+
+
+def leads(sampler: Sampler, run: StudyRun, others: Sequence[StudyRun]) -> float:
+    """Share of the draws in which a run has the largest ACR of all."""
+    mine = sampler.acr(run).drawn.mean(axis=1)
+    best = np.max([sampler.acr(other).drawn.mean(axis=1) for other in others], axis=0)
+    return float((mine > best).mean())

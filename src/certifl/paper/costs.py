@@ -1,0 +1,164 @@
+"""What is left to do in a study, and roughly how long it takes.
+
+Speeds are those of finished runs of the same study: images trained and votes cast in a second, and
+the share of votes that early stopping left. Where there are none yet, a small table stands in for
+them, which is rough: another machine may be several times faster or slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from certifl.certification.adaptive import expected_votes
+from certifl.certification.network import choose_device
+from certifl.errors import StoreError
+from certifl.experiments.multi_gpu import device_names
+from certifl.experiments.plan import EXPECTED_SHARE, KNOWN
+from certifl.paper.reproduce import Job, Plan
+from certifl.runs.folder import RunFolder
+from certifl.safe_io import parse_json, read_text
+from certifl.spec import Spec, load_stored
+
+__all__ = ["ROUGH", "Cost", "Speed", "costs"]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast one network works.
+
+    Attributes:
+        images: trained in a second. votes: cast in a second.
+        share: of the votes at most, that were cast.
+    """
+
+    images: float
+    votes: float
+    share: float | None = None
+
+
+ROUGH: Mapping[tuple[str, str], Speed] = {
+    ("small_cnn", "cpu"): Speed(2_000, 5_000),
+    ("small_resnet", "cpu"): Speed(600, 3_000),
+    ("resnet18", "cpu"): Speed(40, 150),
+    ("small_cnn", "cuda"): Speed(20_000, 200_000),
+    ("small_resnet", "cuda"): Speed(15_000, 100_000),
+    ("resnet18", "cuda"): Speed(5_000, 30_000),
+}
+"""By network and kind of device, for images up to 32 x 32; orders of magnitude only."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What some runs take.
+
+    Attributes:
+        runs: distinct ones. done: how many are finished.
+        trainings: that are left to do, fine-tuning not counted.
+        votes_at_most: that are left to cast.
+        seconds: rough time that is left.
+        measured: share of the runs left whose speed is known from finished runs here.
+    """
+
+    runs: int
+    done: int
+    trainings: int
+    votes_at_most: int
+    seconds: float
+    measured: float
+
+
+def costs(plan: Plan, device: str) -> dict[str, Cost]:
+    """Per figure what it would take by itself, and under "all" what all take together.
+
+    Raises:
+        InputError: the device is unknown or absent.
+    """
+    kind, known = choose_device(device_names(device)[0]).type, _measured(plan.out)
+    parts = {name: plan.jobs_of(name) for name in plan.figures}
+    done = {job.path: job.done() for job in plan.jobs}
+    every = {**parts, "all": plan.jobs} if len(parts) > 1 else parts
+    return {name: _cost(jobs, done, known, kind) for name, jobs in every.items()}
+
+
+def _cost(
+    jobs: Sequence[Job],
+    done: Mapping[Path, bool],
+    known: Mapping[tuple[str, str], Speed],
+    kind: str,
+) -> Cost:
+    left = [job.spec for job in jobs if not done[job.path]]
+    trained = {job.spec.training_hash() for job in jobs if done[job.path]}
+    trainings = votes = 0
+    seconds, measured = 0.0, 0
+    for spec in left:
+        speed = known.get(_material(spec))
+        measured += speed is not None
+        speed = speed or ROUGH.get((spec.model.name, kind), ROUGH["resnet18", kind])
+        at_most = _votes_at_most(spec)
+        votes += at_most
+        seconds += at_most * _share(spec, speed) / speed.votes
+        if spec.training_hash() not in trained:
+            trained.add(spec.training_hash())
+            trainings += "base" not in spec.algorithm
+            seconds += _images_trained(spec) / speed.images
+    share = measured / len(left) if left else 1.0
+    return Cost(len(jobs), len(jobs) - len(left), trainings, votes, seconds, share)
+
+
+def _material(spec: Spec) -> tuple[str, str]:
+    return spec.model.name, spec.data.name
+
+
+def _share(spec: Spec, speed: Speed) -> float:
+    if len(spec.certification.settings().looks) == 1:
+        return 1.0
+    return EXPECTED_SHARE if speed.share is None else speed.share
+
+
+def _votes_at_most(spec: Spec) -> int:
+    held = (spec.data.test_images or KNOWN[spec.data.name].test) // spec.clients.count
+    certified = sum(perturbation is not None for perturbation in spec.perturbations())
+    images = certified * min(held, spec.certification.images or held)
+    return expected_votes(images, spec.certification.settings())
+
+
+def _images_trained(spec: Spec) -> int:
+    """Images seen in training; what a personalised run continues is another run's work."""
+    images = spec.data.train_images or KNOWN[spec.data.name].train
+    if "base" in spec.algorithm:
+        return images * spec.algorithm["epochs"]
+    taking_part = spec.clients.participants / spec.clients.count
+    return round(images * spec.training.rounds * spec.training.local_epochs * taking_part)
+
+
+def _measured(out: Path) -> dict[tuple[str, str], Speed]:
+    """Speeds of the finished runs of a study, by network and data."""
+    totals: dict[tuple[str, str], list[float]] = {}
+    for mark in sorted(out.glob("runs/*/run.json")):
+        folder = RunFolder(mark.parent)
+        try:
+            if not folder.finished():
+                continue
+            spec, facts = load_stored(folder.spec), folder.manifest()
+            own = totals.setdefault(_material(spec), [0.0] * 5)
+            if "base" not in spec.algorithm:
+                own[0] += _images_trained(spec)
+                own[1] += sum(_round_seconds(folder.path))
+            own[2] += facts["votes"]
+            own[3] += facts["certification_seconds"]
+            own[4] += _votes_at_most(spec)
+        except (KeyError, TypeError, ValueError, OSError, StoreError):
+            continue  # a plan is no place to stumble over a damaged run
+    return {
+        name: Speed(images / trained, votes / certified, votes / at_most)
+        for name, (images, trained, votes, certified, at_most) in totals.items()
+        if min(images, trained, votes, certified) > 0
+    }
+
+
+def _round_seconds(folder: Path) -> Iterable[float]:
+    """Seconds of every round, also of those another run of the study computed."""
+    for line in read_text(folder / "history.jsonl").splitlines():
+        yield float(parse_json(line)["seconds"])

@@ -1,0 +1,270 @@
+"""Grids of panels as in the paper: certified accuracy, clients' curves, ACR against lambda."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from certifl.errors import StoreMismatch
+from certifl.report.figures.files import Drawing
+from certifl.report.figures.plots import INK, band, frame, line, named_legend, panel, short_name
+from certifl.report.results import RunResults, check_comparable
+from certifl.report.style import LOOKS, Look, look_number, looks_of
+from certifl.report.summary import client_acr, client_curves, largest_radius, radius_grid
+from certifl.report.units import RadiusScale, family_words, scales, sigma_text
+from certifl.smoothing.curves import mean_and_band
+
+__all__ = ["COLUMNS", "Curve", "GridPanel", "paper_figure"]
+
+COLUMNS = ("panel", "measure", "regime", "client", "x", "value", "unit")
+_WIDTH, _HEIGHT = 3.0, 2.35
+_LEGEND_COLUMNS = 5
+# Sigmas of one panel are told apart by shade, dash and marker, in their order.
+_SIGMA_LOOKS = (LOOKS[3], LOOKS[6], LOOKS[4])
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """One run in one panel.
+
+    Attributes:
+        run: finished; its label is the one in the legend.
+        personalization: lambda of Eq. (4); None for regimes without one.
+    """
+
+    run: RunResults
+    personalization: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class GridPanel:
+    """One panel and its place.
+
+    Attributes:
+        kind: "curves": a mean with its band per run; "clients": a curve per client of one run;
+            "mixture": average certified radius against lambda, a line per sigma.
+        row, column: from the top left, counted from 0.
+        curves: what it shows.
+    """
+
+    kind: Literal["curves", "clients", "mixture"]
+    row: int
+    column: int
+    curves: tuple[Curve, ...]
+
+    @property
+    def runs(self) -> tuple[RunResults, ...]:
+        """The runs in it."""
+        return tuple(curve.run for curve in self.curves)
+
+
+def paper_figure(panels: Sequence[GridPanel], title: str) -> Drawing:
+    """Panels in a grid with one legend; the numbers name the panel they belong to.
+
+    Args:
+        panels: at least one.
+        title: above all of them.
+
+    Raises:
+        StoreMismatch: no panel, or runs in one panel that cannot stand in one figure.
+    """
+    if not panels:
+        raise StoreMismatch("A figure needs at least one panel.")
+    rows = 1 + max(p.row for p in panels)
+    columns = 1 + max(p.column for p in panels)
+    size = (_WIDTH * columns + 0.5, _HEIGHT * rows + 0.9)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    names = _panel_names(panels)
+    numbers: list[tuple[Any, ...]] = []
+    for part, name in zip(panels, names, strict=True):
+        check_comparable(part.runs)
+        place = axes[part.row, part.column]
+        for row in _DRAWERS[part.kind](place, part, name):
+            numbers.append((name, *row))
+    _leave_free(axes, panels)
+    heading = short_name(_heading(panels, title), 34 * columns)
+    figure.suptitle(heading, fontsize=11, color=INK, parse_math=False)
+    looks, labels = _legend_entries(panels)
+    ncols = min(_LEGEND_COLUMNS, max(2, columns * 2 - 1), len(looks))
+    named_legend(figure, looks, labels, "outside lower center", ncols)
+    return Drawing(figure, COLUMNS, tuple(numbers))
+
+
+def _leave_free(axes: Any, panels: Sequence[GridPanel]) -> None:
+    taken = {(p.row, p.column) for p in panels}
+    for row, column in np.ndindex(*axes.shape):
+        if (row, column) not in taken:
+            axes[row, column].set_visible(False)
+
+
+def _panel_names(panels: Sequence[GridPanel]) -> list[str]:
+    """The perturbation, and what else differs between the panels."""
+    many_clients = len({len(p.runs[0].clients) for p in panels}) > 1
+    many_data = len({_data(p.runs[0]) for p in panels}) > 1
+    names = []
+    for part in panels:
+        run = part.runs[0]
+        words = [_data(run)] if many_data else []
+        words.append(family_words(run.conditions))
+        if part.kind != "mixture":
+            words[-1] += f", σ = {_short_sigma(run)}"
+        if many_clients:
+            words.append(f"{len(run.clients)} clients")
+        if part.kind == "clients":
+            words.append(run.label)
+        if part.kind == "mixture":
+            words.append("ACR")
+        names.append(" · ".join(words))
+    return names
+
+
+def _heading(panels: Sequence[GridPanel], title: str) -> str:
+    """The title, and what is the same in all panels."""
+    data = {_data(p.runs[0]) for p in panels}
+    clients = {len(p.runs[0].clients) for p in panels}
+    same = [*data] if len(data) == 1 else []
+    same += [f"{count} clients" for count in clients if len(clients) == 1]
+    return f"{title} ({', '.join(same)})" if same else title
+
+
+def _data(run: RunResults) -> str:
+    data = run.manifest.get("data")
+    return str(data.get("name", "")) if isinstance(data, Mapping) else ""
+
+
+def _short_sigma(run: RunResults) -> str:
+    """Degrees for angles, otherwise the bare number: the axis names the unit."""
+    text = sigma_text(run.conditions)
+    return text.split(" (")[0] if run.conditions["family"] == "rotation" else text.split()[0]
+
+
+def _legend_entries(panels: Sequence[GridPanel]) -> tuple[list[Look], list[str]]:
+    """Every name once, with the look it has wherever it appears."""
+    found: dict[str, Look] = {}
+    for part in panels:
+        if part.kind == "clients":
+            for place, client in enumerate(part.runs[0].clients):
+                found.setdefault(f"client {client}", look_number(place))
+        elif part.kind == "curves":
+            for run, look in zip(part.runs, looks_of(part.runs), strict=True):
+                found.setdefault(run.label, look)
+    return list(found.values()), list(found)
+
+
+Rows = Iterator[tuple[Any, ...]]
+
+
+def _draw_curves(axes: Axes, part: GridPanel, name: str) -> Rows:
+    radii, unit = _radius_axes(axes, part, name)
+    for run, look in zip(part.runs, looks_of(part.runs), strict=True):
+        curves = client_curves(run, radii)
+        mean, low, high = mean_and_band(curves)
+        band(axes, look, radii * unit.factor, mean, low, high, run.label)
+        named = {"mean": mean, "min": low, "max": high}
+        yield from _curve_rows(run, radii, {**_by_client(run, curves), **named})
+
+
+def _draw_clients(axes: Axes, part: GridPanel, name: str) -> Rows:
+    radii, unit = _radius_axes(axes, part, name)
+    run = part.runs[0]
+    named = _by_client(run, client_curves(run, radii))
+    for place, (client, curve) in enumerate(named.items()):
+        line(axes, look_number(place), radii * unit.factor, curve, f"client {client}")
+    yield from _curve_rows(run, radii, named)
+
+
+def _radius_axes(axes: Axes, part: GridPanel, name: str) -> tuple[np.ndarray, RadiusScale]:
+    """Axes of certified accuracy against the radius in the unit that is read first."""
+    radii, facts = radius_grid(part.runs), part.runs[0].conditions
+    unit = scales(facts, largest_radius(part.runs))[0]
+    panel(axes, name, radii[-1] * unit.factor, left=True, lowest=True)
+    axes.set_xlabel(
+        f"radius in {unit.name} ({facts['norm']})", fontsize=8, color=INK, parse_math=False
+    )
+    if part.column == 0:
+        axes.set_ylabel("certified accuracy", fontsize=8, color=INK)
+    return radii, unit
+
+
+def _by_client(run: RunResults, curves: np.ndarray) -> dict[Any, np.ndarray]:
+    return {int(client): curve for client, curve in zip(run.clients, curves, strict=True)}
+
+
+def _curve_rows(run: RunResults, radii: np.ndarray, curves: Mapping[Any, np.ndarray]) -> Rows:
+    unit = str(run.conditions["unit"])
+    for name, curve in curves.items():
+        for radius, value in zip(radii, curve, strict=True):
+            yield "certified accuracy", run.label, name, float(radius), float(value), unit
+
+
+def _draw_mixture(axes: Axes, part: GridPanel, name: str) -> Rows:
+    """ACR in units of sigma, so that small and large sigma can be read off one axis."""
+    frame(axes)
+    axes.set_title(name, fontsize=9, color=INK)
+    axes.set_xlabel("personalization λ", fontsize=8, color=INK)
+    axes.set_ylabel("ACR / σ", fontsize=8, color=INK)
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    top, styles = 0.0, []
+    for look, (sigma, curves) in zip(_SIGMA_LOOKS, _by_sigma(part).items(), strict=False):
+        curves.sort(key=lambda c: -1.0 if c.personalization is None else c.personalization)
+        found = [(c, client_acr(c.run)) for c in curves]
+        top = max(top, *(float(radii.max()) / sigma for _, radii in found))
+        _draw_against_lambda(axes, look, sigma, found)
+        styles.append((look, _short_sigma(curves[0].run)))
+        for curve, radii in found:
+            yield from _radius_rows(curve, radii)
+    axes.set(xlim=(0, 1.04), ylim=(0, top * 1.45 or 1.0))
+    _sigma_legend(axes, styles)
+
+
+def _by_sigma(part: GridPanel) -> dict[float, list[Curve]]:
+    groups: dict[float, list[Curve]] = {}
+    for curve in part.curves:
+        groups.setdefault(float(curve.run.conditions["sigma"]), []).append(curve)
+    return groups
+
+
+def _draw_against_lambda(
+    axes: Axes, look: Look, sigma: float, found: Sequence[tuple[Curve, np.ndarray]]
+) -> None:
+    """Mean and band over clients against lambda; regimes without lambda as level lines."""
+    along = [(c.personalization, r / sigma) for c, r in found if c.personalization is not None]
+    if along:
+        x = np.array([value for value, _ in along])
+        mean, low, high = mean_and_band(np.stack([radii for _, radii in along], axis=1))
+        band(axes, look, x, mean, low, high, "")
+    for curve, radii in found:
+        if curve.personalization is None:
+            level = float(radii.mean()) / sigma
+            axes.axhline(level, color=look.colour, lw=1.1, dashes=(1.0, 1.6))
+
+
+def _sigma_legend(axes: Axes, styles: Sequence[tuple[Look, str]]) -> None:
+    """What tells the sigmas apart; the dotted lines are FedAvg."""
+    named_legend(axes, [s[0] for s in styles], [f"σ = {s[1]}" for s in styles], "upper left", 2)
+    legend = axes.get_legend()
+    if legend is not None:
+        legend.set_title("dotted: FedAvg")
+        legend.get_title().set_color(INK)
+        for text in (legend.get_title(), *legend.get_texts()):
+            text.set_fontsize(7.5)
+
+
+def _radius_rows(curve: Curve, radii: np.ndarray) -> Rows:
+    run, unit = curve.run, str(curve.run.conditions["unit"])
+    x = "" if curve.personalization is None else curve.personalization
+    measure = f"ACR, sigma = {float(run.conditions['sigma']):.6g}"
+    named: dict[Any, float] = {int(c): float(r) for c, r in zip(run.clients, radii, strict=True)}
+    named.update(mean=float(radii.mean()), min=float(radii.min()), max=float(radii.max()))
+    for name, value in named.items():
+        yield measure, run.label, name, x, value, unit
+
+
+_DRAWERS = {"curves": _draw_curves, "clients": _draw_clients, "mixture": _draw_mixture}

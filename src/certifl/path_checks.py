@@ -1,0 +1,156 @@
+"""Paths that a request names, checked before anything heavy is imported.
+
+A wrong path is the most frequent mistake of all, and nobody should wait seconds for its message:
+this module and `outside` need the standard library alone.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from certifl.errors import DataUnavailable, InputError, SpecError, StoreMismatch
+from certifl.safe_io import SPEC_BYTES, parse_toml, read_text
+
+__all__ = [
+    "CONNECTION",
+    "IMAGE",
+    "SHARD",
+    "WEIGHTS",
+    "check_certificate_file",
+    "check_data_folder",
+    "check_file",
+    "check_party",
+    "check_party_settings",
+    "check_run",
+    "check_study",
+    "quotes_missing",
+    "read_spec_file",
+]
+
+IMAGE, WEIGHTS, SHARD = "is no image file", "are no weights at", "is no file of certificates"
+CONNECTION = "connection.toml"
+_MARK = "run.json"
+_UNQUOTED = re.compile(
+    r"[=,\[]\s*(?P<amount>[+-]?[\d.][\d.eE+-]*[ \t]*(?:\*?[ \t]*(?:pi|π)|deg|°))"
+)
+
+
+def check_run(place: Path) -> None:
+    """Refuse a path that is no run folder.
+
+    Raises:
+        StoreMismatch: it holds no run.
+    """
+    if not (place / _MARK).is_file():
+        raise StoreMismatch(
+            f"{place} is no run folder: it holds no {_MARK}. Give the folder that `certifl run` "
+            "wrote."
+        )
+
+
+def check_study(place: Path) -> None:
+    """Refuse a path with no run in it, nor in the folders of a study.
+
+    Raises:
+        StoreMismatch: there is none.
+    """
+    patterns = (_MARK, f"runs/*/{_MARK}", f"*/{_MARK}")
+    if not any(True for pattern in patterns for _ in place.glob(pattern)):
+        raise StoreMismatch(
+            f"{place} holds no run: there is neither a {_MARK} in it nor a run in its folders. "
+            "Give run folders, or the folder of a study that was computed."
+        )
+
+
+def check_file(path: Path, what: str) -> None:
+    """Refuse a path without a file.
+
+    Raises:
+        InputError: there is none; `what` says what should lie there.
+    """
+    if not path.is_file():
+        raise InputError(f"There {what} {path}. Check the path.")
+
+
+def check_certificate_file(out: Path, overwrite: bool) -> None:
+    """Refuse a file that certificates cannot be written to.
+
+    Raises:
+        InputError: its name has another ending. StoreMismatch: it exists.
+    """
+    if out.suffix not in (".parquet", ".tsv") or out.is_dir():
+        raise InputError(f"--out must be a file .parquet or .tsv; got {str(out)!r}.")
+    if out.exists() and not overwrite:
+        raise StoreMismatch(f"{out} exists already; give --overwrite to replace it.")
+
+
+def check_data_folder(folder: Path | None, variable: str = "CERTIFL_DATA") -> None:
+    """Refuse a folder of data sets that does not exist.
+
+    Raises:
+        DataUnavailable: it does not.
+    """
+    if folder is not None and not folder.expanduser().is_dir():
+        raise DataUnavailable(
+            f"The data folder {folder} does not exist. Correct --data-dir or {variable}."
+        )
+
+
+def check_party(folder: Path) -> None:
+    """Refuse a folder that is none of a federation's.
+
+    Raises:
+        SpecError: `certifl deploy init` did not write it.
+    """
+    if not (folder / CONNECTION).is_file():
+        raise SpecError(
+            f"{folder} is no party's folder: it has no {CONNECTION}. Give a folder that "
+            "`certifl deploy init` wrote."
+        )
+
+
+def check_party_settings(path: Path) -> None:
+    """Refuse a client's folder without its settings.
+
+    Raises:
+        SpecError: they are not there.
+    """
+    if not path.exists():
+        raise SpecError(
+            f"There is no {path}. It is written by `certifl deploy init`; give the folder of "
+            "this client, as in `certifl deploy client FOLDER`."
+        )
+
+
+def read_spec_file(path: Path) -> dict[str, Any]:
+    """The plain values of a spec file.
+
+    Raises:
+        SpecError: there is no such file, or it is no TOML.
+    """
+    text = ""
+    try:
+        text = read_text(path, SPEC_BYTES)
+        return parse_toml(text)
+    except FileNotFoundError:
+        raise SpecError(
+            f"There is no spec at {path}. Correct the path, or write one: README.md and the "
+            "folder examples show how."
+        ) from None
+    except (OSError, InputError) as error:
+        if path.is_dir():
+            raise SpecError(f"{path} is a folder. Name the .toml file of the study.") from None
+        advice = quotes_missing(text)
+        raise SpecError(f"{path} cannot be read as a spec (TOML): {error}.{advice}") from error
+
+
+def quotes_missing(toml: str) -> str:
+    """What to do about an amount without quotes in a text that is no TOML; "" if there is none.
+
+    >>> quotes_missing("sigma = 18deg")
+    ' Write 18deg in quotes: "18deg".'
+    """
+    found = _UNQUOTED.search(toml)
+    return "" if found is None else f' Write {found["amount"]} in quotes: "{found["amount"]}".'

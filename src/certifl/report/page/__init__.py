@@ -1,0 +1,1 @@
+"""One self-contained HTML page: its sections, panels and explorer."""

@@ -1,0 +1,228 @@
+"""One self-contained page about one run, or about several side by side.
+
+Everything is inside the file: style, script, numbers and fallback pictures. The page's own
+security policy forbids the browser to load anything or to run any script but this one.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+
+from certifl._version import __version__
+from certifl.errors import InputError
+from certifl.report.compare import compare
+from certifl.report.figures import (
+    Drawing,
+    average_radius_figure,
+    certified_accuracy_figure,
+    history_figure,
+    per_client_figure,
+    save,
+)
+from certifl.report.page import background
+from certifl.report.page.context import Story
+from certifl.report.page.explorer import MOST_PICTURES
+from certifl.report.page.html import Markup, el, embedded_json, join
+from certifl.report.page.panels import (
+    ClaimsSection,
+    Frame,
+    asset,
+    eyebrow,
+    panel_of,
+    switch,
+    tab_frame,
+)
+from certifl.report.page.perturbations import overview, slugs
+from certifl.report.results import Row, RunResults, apart, by_seed, flat, load_runs
+from certifl.report.summary import largest_radius
+from certifl.report.units import family_words, scales, share_of_sigma
+from certifl.report.wording import listed
+from certifl.runs.atomic import write_text
+
+__all__ = ["page_beside", "write_figures", "write_report"]
+
+_LONGEST_NAME = 80
+_STYLES = ("page.css", "advice.css", "claims.css", "explorer.css", "print.css")
+_SCRIPTS = ("drawing.js", "page.js", "advice.js", "shift.js", "explorer.js", "switch.js")
+_BARE = '<meta name="certifl-images" content="left out">'
+
+
+def page_beside(run_folders: Sequence[Path]) -> Path:
+    """Where a page belongs for which no place was named.
+
+    Returns:
+        `report.html` in the folder of a single run; for several a folder of their own beside the
+        first, so that neither another page nor its figures are replaced.
+    """
+    places = [folder.resolve() for folder in run_folders]
+    if len(places) == 1:
+        return run_folders[0] / "report.html"
+    name = "-".join(place.name for place in places)
+    if len(name) > _LONGEST_NAME:
+        digest = hashlib.sha256("\n".join(map(str, places)).encode()).hexdigest()[:8]
+        name = f"{len(places)}-runs-{digest}"
+    return run_folders[0].parent / f"comparison-{name}" / "report.html"
+
+
+def write_report(
+    run_folders: Sequence[str | Path | RunResults],
+    out_path: str | Path,
+    title: str | None = None,
+    figures: bool = True,
+    images: bool | None = None,
+    claims: ClaimsSection | None = None,
+) -> Path:
+    """Write the page, and the figures beside it.
+
+    Where clients certify perturbations of their own, the page has a panel for each of these, one
+    of which is shown at a time.
+
+    Args:
+        run_folders: finished runs of the same data and perturbation; those that differ in their
+            seed alone are one regime.
+        out_path: the page; figures go to the folder `figures` beside it.
+        title: the page's heading; the data and perturbation where None.
+        figures: whether the figures are written as files too.
+        images: whether test images are shown on the page; None = as on the page that is replaced,
+            and shown where there is none. Without them no pixel of an image is in the file.
+        claims: makes a section that holds the runs against published claims; None = no section.
+
+    Returns:
+        The page's path. Equal results give an equal page.
+
+    Raises:
+        InputError: the page is no .html file, or a run is named twice.
+        StoreMismatch: a run that is missing or unfinished, or runs that cannot be compared.
+        StoreError: a run that is damaged, or a place that cannot be written.
+    """
+    page = Path(out_path)
+    _check_request(run_folders, page)
+    runs = load_runs(run_folders)
+    groups = [by_seed(group) for group in apart(runs)]
+    if images is None:
+        images = not _without_images(page)
+    if figures:
+        write_figures(runs, page.parent / "figures")
+    write_text(page, _page(groups, page, title, images, claims))
+    return page
+
+
+def _check_request(runs: Sequence[str | Path | RunResults], page: Path) -> None:
+    if page.suffix.lower() not in (".html", ".htm") or page.is_dir():
+        raise InputError(f"A report is a file .html; got {str(page)!r}.")
+    folders = [Path(run).resolve() for run in runs if isinstance(run, str | Path)]
+    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
+    if twice is not None:
+        raise InputError(f"{twice} is named twice: compare a run with others.")
+
+
+def _without_images(page: Path) -> bool:
+    """Whether a page that is there was made without test images."""
+    return page.is_file() and _BARE in page.read_text(encoding="utf-8", errors="replace")
+
+
+def write_figures(runs: Sequence[RunResults], folder: str | Path) -> list[Path]:
+    """Write all figures of some runs as PNG, PDF, SVG and CSV.
+
+    Where clients certify perturbations of their own, each of these gets a folder inside.
+
+    Returns:
+        The files: curves, clients, average_radius, and history where training was recorded.
+
+    Raises:
+        StoreMismatch: runs that cannot be compared. StoreError: the folder cannot be written.
+    """
+    groups = apart(runs)
+    if len(groups) > 1:
+        inside = zip(groups, slugs(groups), strict=True)
+        return [path for part, name in inside for path in write_figures(part, Path(folder) / name)]
+    rows = by_seed(runs)
+    drawings: dict[str, Drawing] = {
+        "curves": certified_accuracy_figure(rows),
+        "clients": per_client_figure(rows),
+        "average_radius": average_radius_figure(rows),
+    }
+    if any(run.history for run in runs):
+        drawings["history"] = history_figure(rows)
+    return [path for stem, drawn in drawings.items() for path in save(drawn, folder, stem)]
+
+
+def _story(runs: Sequence[Row]) -> Story:
+    largest = largest_radius(runs)
+    units = scales(runs[0].conditions, largest)
+    sigmas = {float(run.conditions["sigma"]) for run in flat(runs)}
+    if len(sigmas) == 1 and min(sigmas) > 0:
+        units = (*units, share_of_sigma(sigmas.pop(), largest))
+    return Story(tuple(runs), units, compare(runs))
+
+
+def _page(
+    groups: Sequence[Sequence[Row]],
+    page: Path,
+    title: str | None,
+    images: bool,
+    claims: ClaimsSection | None,
+) -> str:
+    stories = [_story(group) for group in groups]
+    frames, above = _frames(groups, stories, title)
+    most = MOST_PICTURES // len(stories)
+    panels = [
+        panel_of(story, at, frame, images, most, claims)
+        for at, (story, frame) in enumerate(zip(stories, frames, strict=True))
+    ]
+    style, script = ("".join(map(asset, names)) for names in (_STYLES, _SCRIPTS))
+    parts = {
+        "title": el("title", None, _heading(stories) if title is None else title),
+        "policy": join([_policy(style, script), Markup("" if images else f"\n{_BARE}")]),
+        "style": Markup(style),
+        "script": Markup(script),
+        "data": embedded_json("report-data", {"groups": [panel.numbers for panel in panels]}),
+        "above": above,
+        "panels": join(panel.html for panel in panels),
+        "reproduce": background.reproduce_section(stories[0], page),
+        "version": join([f"certifl {__version__}"]),
+        "bare": "" if images else " Test images are left out of it.",
+    }
+    return Template(asset("page.html")).substitute(parts)
+
+
+def _frames(
+    groups: Sequence[Sequence[Row]], stories: Sequence[Story], title: str | None
+) -> tuple[list[Frame], Markup]:
+    """What stands around every panel, and above all of them where there are several."""
+    heading = el("h1", None, _heading(stories) if title is None else title)
+    if len(stories) == 1:
+        above = el("p", {"class": "eyebrow"}, eyebrow(stories[0]))
+        return [Frame(join([above, heading]), overview(groups), Markup())], Markup()
+    clients = sorted({int(c) for story in stories for c in story.runs[0].clients})
+    who = eyebrow(stories[0], len(clients))
+    head = el("header", None, el("p", {"class": "eyebrow"}, who), heading)
+    frames = [tab_frame(story, at) for at, story in enumerate(stories)]
+    return frames, join([head, overview(groups), switch(stories)])
+
+
+def _policy(style: str, script: str) -> Markup:
+    """Nothing may be loaded, and only the page's own script and style count."""
+    rules = [
+        "default-src 'none'",
+        f"script-src '{_digest(script)}'",
+        f"style-src '{_digest(style)}'",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+    name = "Content-Security-Policy"
+    return el("meta", {"http-equiv": name, "content": "; ".join(rules)})
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _heading(stories: Sequence[Story]) -> str:
+    words = [family_words(story.runs[0].conditions) for story in stories]
+    return f"Certified robustness to {listed(list(dict.fromkeys(words)))}"

@@ -1,0 +1,101 @@
+"""What a run was computed on, for its record."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from certifl._version import __version__
+from certifl.torch_env import is_small, one_thread
+
+__all__ = [
+    "give_back_memory",
+    "machine_facts",
+    "threads_of_workers",
+    "training_threads",
+    "versions",
+]
+
+_ROUNDING = ("avx", "amx", "fma", "sse4", "asimd", "bf16", "sve", "i8mm")
+_RECORDED = ("torch", "numpy", "scipy")
+
+
+def machine_facts(device: str) -> dict[str, Any]:
+    """Processor, cores, memory and the device asked for; of several, the first."""
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    return {
+        "processor": _processor(),
+        "instructions": _instructions(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "device": _gpu(device) if on_gpu else "cpu",
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(terse=True),
+    }
+
+
+def _gpu(device: str) -> str:
+    first = device.partition(",")[0].strip()
+    return torch.cuda.get_device_name(None if first == "auto" else first)
+
+
+def _processor() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _instructions() -> str:
+    """The instructions that decide how a network rounds; processors of one name may differ."""
+    flags = f"{_cpuinfo('flags')} {_cpuinfo('Features')}".split()
+    return " ".join(sorted({flag for flag in flags if flag.startswith(_ROUNDING)}))
+
+
+def _cpuinfo(field: str) -> str:
+    """A field of the first processor, "" where there is none."""
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():
+        for line in listing.read_text().splitlines():
+            if line.startswith(field):
+                return line.partition(":")[2].strip()
+    return ""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {name: metadata.version(name) for name in _RECORDED}
+    return {"certifl": __version__, "python": platform.python_version(), **found}
+
+
+def threads_of_workers(model: nn.Module, workers: int) -> dict[str, Any]:
+    """What training in workers changes for a machine's record: nothing for small networks.
+
+    A worker has one thread. Sums of larger networks round differently on several.
+    """
+    return {"training_threads": 1} if workers and not is_small(model) else {}
+
+
+@contextlib.contextmanager
+def training_threads(model: nn.Module) -> Iterator[None]:
+    """Train small networks on one thread, for steps of a millisecond are not worth sharing.
+
+    The choice depends on the model alone, whatever is asked for, so a resumed run repeats it.
+    """
+    with one_thread(is_small(model)):
+        yield
+
+
+def give_back_memory() -> None:
+    """Hand back what torch keeps of a GPU's memory without using it.
+
+    The memory of dropped graphs and models can then be had by other processes on the same GPU, and
+    in pieces of other sizes by this one.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -1,0 +1,153 @@
+"""The privacy of a run: its key, its mechanism, and what the run's manifest says of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from certifl.errors import InputError, StoreError
+from certifl.federated.privacy import (
+    ACCOUNTANT,
+    ClientLedger,
+    ClientLevel,
+    ExampleLedger,
+    ExampleLevel,
+    check_network,
+    derived_key,
+    plan_clients,
+    plan_examples,
+    sends_nothing,
+)
+from certifl.runs.atomic import replacing
+from certifl.safe_io import SPEC_BYTES, read_bytes
+from certifl.spec import Spec
+
+__all__ = ["KEY_FILE", "Protection", "private_label", "protection", "spent", "training_key"]
+
+KEY_FILE = "privacy.key"
+_KEY_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Protection:
+    """What a training is given for its privacy; nothing where the spec asks for none."""
+
+    example: ExampleLevel | None = None
+    client: ClientLevel | None = None
+    ledger: ExampleLedger | ClientLedger | None = None
+
+
+def protection(spec: Spec, model: nn.Module, sizes: Sequence[int], key: bytes) -> Protection:
+    """The mechanism that a spec asks for.
+
+    Args:
+        spec: of the run.
+        model: the network that is trained.
+        sizes: number of training images of each client.
+        key: of the training, `training_key`; to see whether the request is possible, any.
+
+    Raises:
+        ModelError: the network cannot be trained with privacy.
+        SpecError: the noise for the target cannot be found, or opacus is not installed.
+    """
+    asked = spec.privacy
+    if asked.kind == "none":
+        return Protection()
+    check_network(model, asked.kind)
+    if asked.kind == "example":
+        example, ledger = plan_examples(
+            asked.budget(), spec.algorithm, spec.training.schedule(), sizes, key
+        )
+        return Protection(example=example, ledger=ledger)
+    client, ledger = plan_clients(
+        asked.budget(),
+        spec.algorithm,
+        spec.training.rounds,
+        len(sizes),
+        spec.clients.participation,
+        key,
+    )
+    return Protection(client=client, ledger=ledger)
+
+
+def private_label(spec: Spec) -> str:
+    """The privacy asked for, for people: "ε = 8 per image", "noise 1.2 per client"."""
+    asked = spec.privacy
+    of = {"example": "image", "client": "client"}[asked.kind]
+    if asked.target_epsilon is not None:
+        return f"ε = {asked.target_epsilon:g} per {of}"
+    return f"noise {asked.noise_multiplier:g} per {of}"
+
+
+def training_key(spec: Spec, folder: Path) -> bytes:
+    """The key of a training's noise and samples, another one for every training.
+
+    A personalised training has the key of its base: their common rounds are the same.
+
+    Args:
+        spec: of the run.
+        folder: the run folder, where a secret is kept; it is drawn when it is first asked for.
+
+    Raises:
+        StoreError: the secret cannot be read or written.
+    """
+    secret = str(spec.seed).encode()
+    if spec.privacy.noise_key == "secret":
+        secret = _secret(folder / KEY_FILE)
+    return derived_key(secret, "training", spec.training_hash(of_base=True))
+
+
+def _secret(path: Path) -> bytes:
+    if not path.exists():
+        # Never readable by others, not even for a moment.
+        with replacing(path) as part:
+            handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with open(handle, "wb") as file:
+                file.write(os.urandom(_KEY_BYTES))
+    try:
+        held = read_bytes(path, SPEC_BYTES)
+    except (OSError, InputError) as error:
+        raise StoreError(f"{path} cannot be read: {error}. Give back its permissions.") from error
+    if len(held) != _KEY_BYTES:
+        raise StoreError(
+            f"{path} is damaged: it must hold {_KEY_BYTES} bytes. Without it the training cannot "
+            "be gone on with; compute the run again with --overwrite."
+        )
+    return held
+
+
+def spent(
+    spec: Spec, protection: Protection, history: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What the manifest says of the run's privacy, after these rounds; empty without it.
+
+    "epsilon" counts every round, fine-tuning included; "epsilon_sent" only those of the schedule,
+    whose results others see. Both have one value per client.
+    """
+    ledger = protection.ledger
+    if ledger is None:
+        return {}
+    clients, sent = spec.clients.count, history[: spec.training.rounds]
+    if sends_nothing(spec.algorithm):
+        sent = []
+    if isinstance(ledger, ExampleLedger):
+        noise, total, public = list(ledger.multipliers), ledger.spent(history), ledger.spent(sent)
+    else:
+        noise = [ledger.multiplier] * clients
+        total, public = ([ledger.spent(rounds)] * clients for rounds in (history, sent))
+    return {
+        "kind": spec.privacy.kind,
+        "delta": spec.privacy.delta,
+        "max_norm": spec.privacy.max_norm,
+        "noise_multiplier": noise,
+        "noise_key": spec.privacy.noise_key,
+        "accountant": f"{ACCOUNTANT}, opacus {version('opacus')}",
+        "epsilon": total,
+        "epsilon_sent": public,
+    }

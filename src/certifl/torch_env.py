@@ -1,0 +1,110 @@
+"""Convolutions on a GPU held to algorithms that give the same bits every time.
+
+cuDNN offers several algorithms for a convolution. Some add in an order that differs from call to
+call, and its benchmark chooses between them by time, so that two runs may take different ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
+from multiprocessing.connection import wait
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def exact_convolutions(device: torch.device) -> Iterator[None]:
+    """Within this context, cuDNN takes deterministic algorithms, chosen without timing them.
+
+    Only these two settings are touched, and afterwards they are what they were. `cudnn.flags`
+    reads and sets TF32 along with them, which torch refuses once a program has chosen it by
+    `fp32_precision`. On other devices than CUDA nothing is done.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+
+
+# How many threads torch computes with: one for small networks, unless more are asked for.
+#
+# A call of a small network takes a millisecond or less. On a machine with other work, threads that
+# wait for each other at every call cost many times what they gain.
+#
+# More are asked for by `OMP_NUM_THREADS` (or `MKL_NUM_THREADS`) above 1, or by `threads_asked`.
+
+
+_SMALL_NETWORK = 1_000_000
+_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_asked: ContextVar[bool] = ContextVar("asked", default=False)
+
+
+def is_small(model: nn.Module) -> bool:
+    """Whether a network has so few weights that several threads do not pay."""
+    return sum(p.numel() for p in model.parameters()) < _SMALL_NETWORK
+
+
+def threads_in_use(small: bool) -> int:
+    """The threads that votes of a network are cast with."""
+    several_asked = _asked.get() or any(
+        count.isdigit() and int(count) > 1 for count in map(os.environ.get, _VARIABLES) if count
+    )
+    return 1 if small and not several_asked else torch.get_num_threads()
+
+
+@contextlib.contextmanager
+def one_thread(wanted: bool) -> Iterator[None]:
+    """Compute on one thread where that is wanted; afterwards on as many as before."""
+    before = torch.get_num_threads()
+    if wanted:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def threads_asked(count: int) -> Iterator[None]:
+    """Compute on so many threads, small networks too; 0 leaves the choice to each network."""
+    before, token = torch.get_num_threads(), _asked.set(count > 0)
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        _asked.reset(token)
+
+
+# Processes beside the one that was asked.
+
+
+def follow_parent() -> None:
+    """In a process started by multiprocessing: Ctrl-C is left to the parent, and so is life.
+
+    Ctrl-C reaches all processes of a terminal; the one that asked decides what follows. Should the
+    parent be killed, this process ends at once.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
