@@ -72,12 +72,15 @@ def test_the_version_of_the_citation_is_the_packages() -> None:
 def test_a_wheel_works_from_any_folder(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     copy = tmp_path / "source"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "build", "*.egg-info"))
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("*.egg-info"))
     subprocess.run([*pip, "--wheel-dir", tmp_path, copy], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("certifl-*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
-        "import certifl, pathlib; from certifl.report.page.page import __file__ as page;"
+        "import certifl, pathlib; from certifl.report import __file__ as page;"
         "assets = pathlib.Path(page).parent / 'assets';"
         "print(certifl.__file__, sorted(p.suffix for p in assets.iterdir()))"
     )
