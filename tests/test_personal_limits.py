@@ -307,9 +307,9 @@ def test_the_head_is_trained_with_the_representation_held_still():
 
 
 def only(names):
-    def hook(name, parameter):
-        if name not in names:
-            parameter.grad = None
+    def hook(parameters):
+        for name in parameters.keys() - set(names):
+            parameters[name].grad = None
 
     return hook
 

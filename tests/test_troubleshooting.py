@@ -15,7 +15,7 @@ from provoked import CASES
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "troubleshooting.md"
 SHOWN = dict(re.findall(r"^### ([^\n]+)\n+```text\n(.*?)\n```", PAGE.read_text(), re.M | re.S))
 _NUMBER = re.compile(r"\d+(\.\d+)*(e-?\d+)?")
-_HASH = re.compile(r"\b[0-9a-f]{16}\b")
+_HASH = re.compile(r"(?<![.\w])[0-9a-f]{16}\b")
 _FOLDERS = re.compile(r"(/[\w.-]+)+/")
 
 

@@ -189,7 +189,8 @@ def check_parameters(
 
 
 def _refusal(name: str, model: type[Parameters], error: ValidationError) -> str:
-    first = error.errors()[0]
+    faults = error.errors()
+    first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
     key = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
         allowed = ", ".join(model.model_fields) or "no parameters"

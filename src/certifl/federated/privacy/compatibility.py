@@ -10,17 +10,20 @@ from torch import nn
 from certifl.errors import ModelError, SpecError
 from certifl.federated.algorithms import ALGORITHMS, AlgorithmRow
 from certifl.federated.privacy.accounting import grad_sample
+from certifl.registry import parameters
+
+_NO_ROW = AlgorithmRow("", parameters(), "")
 
 
 def base_of(algorithm: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a description trains together: itself, or what `personalized` wraps."""
-    wraps = ALGORITHMS.rows[algorithm["name"]].wraps
-    return algorithm if wraps is None else algorithm[wraps]
+    row = ALGORITHMS.rows.get(algorithm["name"])
+    return algorithm if row is None or row.wraps is None else algorithm[row.wraps]
 
 
 def row_of(algorithm: Mapping[str, Any]) -> AlgorithmRow:
-    """The row of what a description trains together."""
-    return ALGORITHMS.rows[base_of(algorithm)["name"]]
+    """The row of what a description trains together; an algorithm without one has no privacy."""
+    return ALGORITHMS.rows.get(base_of(algorithm)["name"], _NO_ROW)
 
 
 def sends_nothing(algorithm: Mapping[str, Any]) -> bool:
