@@ -333,15 +333,16 @@ def test_quickstart_shows_all_regimes_on_one_page_and_is_not_done_twice(
         }
 
     monkeypatch.setattr(presets, "quickstart", small)
-    asked = ("quickstart", "--out", tmp_path, "--seed", "3")
+    place = tmp_path / "quickstart"
+    asked = ("quickstart", "--out", place, "--seed", "3")
     tiny.cli(*asked).fine("FedAvg", "Personalised", "Report:", "Figures:")
-    assert {"fedavg", "personalized", "figures", "report.html"} == set(os.listdir(tmp_path))
+    assert {"fedavg", "personalized", "figures", "report.html"} == set(os.listdir(place))
     alone = run(small(3)["personalized"], Options(tmp_path / "alone"))
     # Taking over the base's training gives the model of a run on its own.
-    assert models(alone.path) == models(tmp_path / "personalized")
-    before = tiny.files(tmp_path)
+    assert models(alone.path) == models(place / "personalized")
+    before = tiny.files(place)
     tiny.cli(*asked).fine("FedAvg", "Personalised")
-    assert tiny.files(tmp_path) == before
+    assert tiny.files(place) == before
 
 
 # The examples.
