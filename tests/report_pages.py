@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from certifl.certification.certificates import Certificates
+from certifl.paper.claims.section import verdicts_section
 from certifl.report import write_report
 from explorer_factory import TURN, write_explorer
 from plane_factory import TRANSLATION, write_planes
@@ -36,7 +37,13 @@ def study_runs(place: Path) -> list[Path]:
 
 def study_page(runs: list[Path], place: Path, figures: bool = False) -> Path:
     """The page of the study."""
-    return write_report(runs, place / "report.html", title="Handwritten digits", figures=figures)
+    return write_report(
+        runs,
+        place / "report.html",
+        title="Handwritten digits",
+        figures=figures,
+        claims=verdicts_section,
+    )
 
 
 def hostile_page(place: Path) -> Path:
@@ -51,7 +58,9 @@ def hostile_page(place: Path) -> Path:
         folders.append(write_run(folder, certificates, manifest, spec=f"# {HOSTILE}\n"))
         ways: dict[str, str] = dict.fromkeys(("name", "words", "forward", "backward"), HOSTILE)
         write_explorer(folder, [0, 13], ways)
-    return write_report(folders, place / "report.html", title=HOSTILE, figures=False)
+    return write_report(
+        folders, place / "report.html", title=HOSTILE, figures=False, claims=verdicts_section
+    )
 
 
 def two_perturbations(quality: float, seed: int) -> Certificates:
@@ -76,7 +85,7 @@ def own_page(place: Path) -> Path:
         for image in record["images"][:2]:
             image["walks"], image["plane"] = [{**image["walks"][0], **TURN}], None
         (folder / "explorer.json").write_text(json.dumps(record))
-    return write_report(folders, place / "report.html", figures=False)
+    return write_report(folders, place / "report.html", figures=False, claims=verdicts_section)
 
 
 def data_of(page: Path, at: int = 0) -> dict[str, Any]:

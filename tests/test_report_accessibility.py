@@ -12,6 +12,7 @@ from playwright.sync_api import Page, expect
 
 import claims_factory as claims
 from certifl.certification.certificates import Certificates
+from certifl.paper.claims.section import verdicts_section
 from certifl.paper.pages import write_paper_figure
 from certifl.report import write_report
 from explorer_factory import write_explorer
@@ -47,7 +48,7 @@ def several(place: Path) -> Path:
     runs = write_study(place, regimes, clients=3, images=12)
     for run in runs[:3]:
         write_explorer(run, [0, 13])
-    return write_report(runs, place / "report.html", figures=False)
+    return write_report(runs, place / "report.html", figures=False, claims=verdicts_section)
 
 
 def shifted(place: Path) -> Path:
@@ -62,7 +63,7 @@ def with_claims(place: Path) -> Path:
     """Claims that are supported and undecided; those of a figure, below, are not supported."""
     specs = ((claims.FEDAVG, 0.7), (claims.LOCAL, 0.4))
     runs = [claims.results(claims.spec(algorithm), acr) for algorithm, acr in specs]
-    return write_report(runs, place / "report.html", figures=False)
+    return write_report(runs, place / "report.html", figures=False, claims=verdicts_section)
 
 
 def curves_only(place: Path) -> Path:

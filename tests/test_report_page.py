@@ -18,6 +18,7 @@ import claims_factory
 from certifl.errors import StoreError, StoreMismatch
 from certifl.paper.claims import claim_rows
 from certifl.paper.claims.runs import read_run
+from certifl.paper.claims.section import verdicts_section
 from certifl.paper.claims.testing import check_runs
 from certifl.report import load_runs, page_beside, write_report
 from certifl.report.compare import compare
@@ -97,7 +98,7 @@ def test_files_cannot_put_elements_on_the_page(hostile):
 
 def test_equal_results_give_an_equal_page(study, page, tmp_path):
     beside = page.with_name("again.html")
-    write_report(study, beside, title="Handwritten digits", figures=False)
+    write_report(study, beside, title="Handwritten digits", figures=False, claims=verdicts_section)
     assert beside.read_bytes() == page.read_bytes()
 
 
@@ -128,7 +129,7 @@ def _words(page: Path) -> str:
 
 
 def test_one_run_has_a_page_without_comparison(study, tmp_path):
-    out = write_report(study[:1], tmp_path / "one.html", figures=False)
+    out = write_report(study[:1], tmp_path / "one.html", figures=False, claims=verdicts_section)
     text = _words(out)
     assert "Local certifies" in text
     assert "Which regime" not in text
@@ -143,7 +144,9 @@ def test_runs_that_differ_in_more_than_the_regime_are_marked(tmp_path):
         object.__setattr__(certificates, "conditions", conditions)
         manifest = make_manifest("fedavg", f"FedAvg {number}", 2, 24)
         folders.append(write_run(tmp_path / str(number), certificates, manifest))
-    text = _words(write_report(folders, tmp_path / "report.html", figures=False))
+    text = _words(
+        write_report(folders, tmp_path / "report.html", figures=False, claims=verdicts_section)
+    )
     assert "differ in more than the regime: alpha (0.001, 0.002)" in text
     assert "at least 99.8 % over the votes" in text
 
@@ -191,7 +194,11 @@ def test_pairs_of_the_advice_are_those_of_the_comparison(study, page):
 def test_claims_stand_on_the_page_with_effect_interval_and_verdict(tmp_path):
     better = claims_factory.results(claims_factory.spec(claims_factory.FEDAVG), 0.7)
     worse = claims_factory.results(claims_factory.spec(claims_factory.LOCAL), 0.4)
-    text = _words(write_report([worse, better], tmp_path / "report.html", figures=False))
+    text = _words(
+        write_report(
+            [worse, better], tmp_path / "report.html", figures=False, claims=verdicts_section
+        )
+    )
     (row,) = [
         row
         for row in claim_rows(check_runs([read_run(r) for r in (worse, better)]))
@@ -207,7 +214,9 @@ def test_claims_stand_on_the_page_with_effect_interval_and_verdict(tmp_path):
 def test_runs_that_no_claim_speaks_of_have_no_claims(tmp_path):
     same = claims_factory.spec(claims_factory.FEDAVG, federated="none")
     runs = [claims_factory.results({**same, "seed": 0}, acr) for acr in (0.4, 0.7)]
-    text = _words(write_report(runs, tmp_path / "report.html", figures=False))
+    text = _words(
+        write_report(runs, tmp_path / "report.html", figures=False, claims=verdicts_section)
+    )
     assert "claims, put to the test" not in text
 
 
@@ -260,7 +269,7 @@ def test_another_runs_exploration_is_not_shown(study, tmp_path):
 def test_a_page_takes_no_more_pictures_than_it_may(study, tmp_path, monkeypatch):
     size = len(strip(range(31)))
     monkeypatch.setattr(page_module, "MOST_PICTURES", 2 * size)
-    page = write_report(study, tmp_path / "report.html", figures=False)
+    page = write_report(study, tmp_path / "report.html", figures=False, claims=verdicts_section)
     images = data_of(page)["explorer"]["images"]
     assert [len(image["runs"]) for image in images] == [3, 3]
 
@@ -284,7 +293,7 @@ def test_every_image_is_shown_under_every_run_that_is_named(study, tmp_path):
     for number, run in enumerate(runs):
         write_explorer(run, [0, 45, 90 + number])
     write_explorer(runs[2], [130])
-    page = write_report(runs, tmp_path / "page.html", figures=False)
+    page = write_report(runs, tmp_path / "page.html", figures=False, claims=verdicts_section)
     explorer = data_of(page)["explorer"]
     named = {int(place) for place in explorer["votes"]}
     assert named == {0, 1, 3}
