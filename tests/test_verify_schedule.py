@@ -159,7 +159,7 @@ def test_passes_of_a_scan_chosen_after_the_votes_are_found() -> None:
         if keep == "certificates" or ESTIMATORS[estimator][1]
     ],
 )
-@pytest.mark.parametrize("n", [100, 130, 3000])
+@pytest.mark.parametrize("n", [130, 200, 3000])
 def test_honest_schedules_pass_also_after_a_file(
     estimator: str, keep: str, n: int, tmp_path: Path
 ) -> None:
