@@ -72,7 +72,9 @@ def forged(place: Path) -> None:
     """All votes for the label, with everything that follows from votes: a perfect run."""
     folder = RunFolder(place)
     made = folder.load_certificates()
-    spec = tiny.spec(*(f"certification.{key}={made.conditions[key]}" for key in ("estimator", "n")))
+    spec = tiny.spec(
+        *(f"certification.{key}={made.conditions[key]}" for key in ("estimator", "n"))
+    )
     perturbation, settings = spec.perturbation(), spec.certification.settings()
     scanned = settings.estimator == "scan"
     totals = scan_of(perturbation, settings).totals if scanned else np.array(settings.looks)

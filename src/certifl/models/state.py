@@ -120,7 +120,8 @@ def require_code(name: str, folder: Path) -> None:
     """Let `module:function` be imported from one folder, and from nowhere else.
 
     Raises:
-        ModelError: there is no such folder, it does not hold the module, or Python finds another of that name.
+        ModelError: there is no such folder, it does not hold the module, or Python finds another
+            of that name.
     """
     top = _top(name)
     if not folder.is_dir():
