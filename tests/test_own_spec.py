@@ -53,7 +53,7 @@ def test_the_training_is_named_by_what_augments_each_client() -> None:
         ([{"clients": [1], "perturbation": "same"}], [], '"none", or a table'),
         ([{**OWN[1], "noise": PIXEL}], [], "Allowed here: clients, perturbation, radii, reach"),
         (OWN, ["certification.radii=[0.1]"], "radii is in radians, but own certifies pixel"),
-        (OWN, ["certification.estimator=scan"], "pixel"),
+        (OWN, ["certification.estimator=scan", "certification.n=300"], "pixel is none"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(own: object, settings: list[str], says: str) -> None:

@@ -65,7 +65,10 @@ def test_missing_doubled_and_foreign_shards_are_refused(
     uncut = tmp_path / "uncut.parquet"
     tiny.cli("certify", "--run", finished, *QUICK, "--out", uncut).fine()
     tiny.cli("merge", uncut, *out).refused("without --shard")
-    tiny.cli("merge", tmp_path / "c.tsv", *out).refused("no shard")
+    published = tmp_path / "c.tsv"
+    Certificates.load(uncut).save(published)
+    tiny.cli("merge", published, *out).refused("no shard")
+    tiny.cli("merge", tmp_path / "none.parquet", *out).refused("no file of certificates")
     assert not (tmp_path / "merged.parquet").exists()
 
 

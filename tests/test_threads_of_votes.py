@@ -55,7 +55,6 @@ def certify(model: Any, **options: Any) -> certifl.Certificates:
 def test_a_small_network_votes_on_one_thread() -> None:
     assert certify(SMALL).conditions["threads"] == 1
     certifl.predict(SMALL, IMAGES, certifl.PixelNoise(0.25), n=100, device="cpu")
-    certifl.certify_shifts(SMALL, IMAGES, largest=1, device="cpu")
     assert seen == {1}
 
 

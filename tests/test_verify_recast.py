@@ -72,9 +72,8 @@ def forged(place: Path) -> None:
     """All votes for the label, with everything that follows from votes: a perfect run."""
     folder = RunFolder(place)
     made = folder.load_certificates()
-    spec = tiny.spec(f"certification.estimator={made.conditions['estimator']}")
-    spec = spec.model_copy(
-        update={"certification": spec.certification.model_copy(update={"n": made.conditions["n"]})}
+    spec = tiny.spec(
+        *(f"certification.{key}={made.conditions[key]}" for key in ("estimator", "n"))
     )
     perturbation, settings = spec.perturbation(), spec.certification.settings()
     scanned = settings.estimator == "scan"

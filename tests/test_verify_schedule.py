@@ -18,7 +18,7 @@ from certifl.certification import verify
 from certifl.certification.settings import ESTIMATORS, KEEPS
 from certifl.errors import InputError
 from certifl.smoothing.bounds import BOUNDS
-from certifl.smoothing.laws import LAWS
+from certifl.smoothing.laws import LAWS, drawn_width
 from known_models import HalfSpace
 
 
@@ -27,11 +27,14 @@ def certified(
     keep: str = "certificates",
     n: int = 2000,
     radii: Sequence[float] | None = None,
+    noise: certifl.Perturbation | None = None,
 ) -> certifl.Certificates:
     g = torch.Generator().manual_seed(0)
     images = torch.rand((8, 1, 8, 8), generator=g)
     model = HalfSpace(torch.randn(64, generator=g), 0.0).eval()
-    noise = certifl.Rotation(0.2 * math.pi) if estimator == "scan" else certifl.PixelNoise(0.5)
+    if noise is None:
+        scanned = estimator == "scan"
+        noise = certifl.Rotation(0.2 * math.pi) if scanned else certifl.PixelNoise(0.5)
     return certifl.certify(model, images, noise, n=n, estimator=estimator, keep=keep, radii=radii)
 
 
@@ -159,13 +162,56 @@ def test_passes_of_a_scan_chosen_after_the_votes_are_found() -> None:
         if keep == "certificates" or ESTIMATORS[estimator][1]
     ],
 )
-@pytest.mark.parametrize("n", [100, 130, 3000])
+@pytest.mark.parametrize("n", [130, 200, 3000])
 def test_honest_schedules_pass_also_after_a_file(
     estimator: str, keep: str, n: int, tmp_path: Path
 ) -> None:
     made = certified(estimator, keep, n)
     made.save(tmp_path / "c.parquet")
     assert verify(made) == verify(certifl.Certificates.load(tmp_path / "c.parquet")) == []
+
+
+def of_version(
+    made: certifl.Certificates, version: str, radius: np.ndarray
+) -> certifl.Certificates:
+    versions = {**made.conditions["versions"], "certifl": version}
+    return dataclasses.replace(
+        made, radius=radius, conditions={**made.conditions, "versions": versions}
+    )
+
+
+@pytest.mark.parametrize("estimator", ["sequential", "runner-up", "top-class"])
+@pytest.mark.parametrize("radii", [None, [0.1, 0.3]])
+def test_radii_of_uniform_laws_by_the_rule_of_older_versions_still_verify(
+    estimator: str, radii: list[float] | None
+) -> None:
+    """certifl 0.1 multiplied by sigma; noise is drawn on the float32 width below it."""
+    sigma = float(np.nextafter(np.float32(0.75), np.float32(1.0))) - 1e-12  # nearly all is lost
+    made = certified(estimator, radii=radii, noise=certifl.Rotation(sigma))
+    old = made.radius * (sigma / drawn_width(sigma))
+    assert (old > made.radius * (1 + 1e-8)).any()
+    assert verify(of_version(made, "0.1.0", old)) == []
+    assert verify(of_version(made, "0.1.3", made.radius)) == []
+    certified_rows = set(made.index[made.radius > 0].tolist())
+    for version in (certifl.__version__, "0.2.0", "0.10.0", "1.0.1.0", ""):
+        findings = verify(of_version(made, version, old))
+        assert {f.index for f in findings} == certified_rows
+        assert all("larger" in f.problem for f in findings)
+
+
+def test_records_of_older_versions_are_granted_a_float32_and_no_more() -> None:
+    made = certified("runner-up", noise=certifl.Rotation(0.75))
+    row, least = int(made.radius.argmax()), 2.0**-23
+    for factor, passes in ((1 + least, True), (1 + 1.01 * least, False), (1 - least, False)):
+        radius = made.radius.copy()
+        radius[row] *= factor
+        assert (verify(of_version(made, "0.1.0", radius)) == []) is passes, factor
+    gaussian = certified("runner-up")
+    assert len(verify(of_version(gaussian, "0.1.0", gaussian.radius * (1 + least / 2)))) > 0
+    for versions in (None, "0.1.0", {"certifl": 0.1}, {}):
+        facts = {**made.conditions, "versions": versions}
+        larger = dataclasses.replace(made, radius=made.radius * (1 + least), conditions=facts)
+        assert len(verify(larger)) > 0
 
 
 def test_numbers_of_numpy_are_numbers_too() -> None:

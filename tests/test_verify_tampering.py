@@ -43,6 +43,8 @@ NOT_CHECKED = ("batch_size", "device", "threads", "batch_norm_folded", "tf32")
 """Conditions that follow from nothing; docs/certificates.md names them."""
 OLDER = ("keep", "reach")
 """Conditions that records of 0.1.0 leave out."""
+BEYOND_64_BITS = 10**30
+"""No record holds such an integer, so a file that does cannot be read, wherever it is."""
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +314,7 @@ def test_a_negative_radius_is_a_finding_of_its_image(altered: Callable[[str], Pa
 
 def _others(value: Any) -> list[Any]:
     """Values of the same kind and of others."""
-    strange: list[Any] = [None, "x", 10**30, {"x": [1]}]
+    strange: list[Any] = [None, "x", BEYOND_64_BITS, {"x": [1]}]
     if isinstance(value, bool):
         strange.append(not value)
     elif isinstance(value, (int, float)):
@@ -355,7 +357,8 @@ def test_altered_conditions_are_found(name: str, altered: Callable[[str], Path])
             if key == "perturbations" and other == value[::-1]:
                 continue  # which of them stands first says nothing
             _with(made, conditions={**made.conditions, key: other}).save(file)
-            assert _agrees(place) is (key in NOT_CHECKED), (key, other)
+            readable = other != BEYOND_64_BITS
+            assert _agrees(place) is (key in NOT_CHECKED and readable), (key, other)
         _with(made, conditions={k: v for k, v in made.conditions.items() if k != key}).save(file)
         assert _agrees(place) is (key in (*NOT_CHECKED, *OLDER)), key
 

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from certifl.certification import metadata as groups
 from certifl.certification.metadata import kinds, require_groups
 from certifl.errors import InputError, UnusualValue
 from certifl.perturbations.units import parse_amount, parse_amounts
-from certifl.safe_io import open_parquet, parse_json
+from certifl.safe_io import MALFORMED, open_parquet, parse_json
 from certifl.smoothing import curves
 from certifl.smoothing.rounding import floor_text
 from certifl.torch_env import exact_convolutions, one_thread
@@ -302,24 +302,29 @@ def load(path: Path) -> Certificates:
     """
     if not path.is_file():
         raise InputError(f"There is no certificate file at {path}.")
+    try:
+        return _reader(path)(path)
+    # InputError too (a ValueError): what opens files says what is wrong, and not with which.
+    except (OSError, pa.ArrowException, *MALFORMED) as error:
+        raise InputError(
+            f"{path} holds no certificates this version can read: {str(error).rstrip('.')}."
+        ) from error
+
+
+def _reader(path: Path) -> Callable[[Path], Certificates]:
+    """What reads a file of this ending, or of this header."""
     from certifl.certification.published_logs import TSV_HEADER, is_log, read_log
 
     readers = {".parquet": _read_parquet, ".tsv": read_log, ".txt": read_log}
     reader = readers.get(path.suffix.lower())
-    try:
-        if reader is None and is_log(path):  # published logs are named sigma_0.25, for instance
-            reader = read_log
-        if reader is None:
-            raise InputError(
-                f"Cannot read certificates from {path.name!r}: .parquet or .tsv. If it is a log "
-                f"of published code, it must begin with {' '.join(TSV_HEADER)}, separated by "
-                "tabs; otherwise rename it by what it is."
-            )
-        return reader(path)
-    except InputError:
-        raise
-    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, OverflowError) as error:
-        raise InputError(f"{path} holds no certificates this version can read: {error}") from error
+    if reader is None and is_log(path):  # published logs are named sigma_0.25, for instance
+        reader = read_log
+    if reader is None:
+        raise InputError(
+            f"it is neither .parquet nor .tsv. If it is a log of published code, it must begin "
+            f"with {' '.join(TSV_HEADER)}, separated by tabs; otherwise rename it by what it is"
+        )
+    return reader
 
 
 def _write_parquet(certificates: Certificates, path: Path) -> None:

@@ -19,7 +19,7 @@ from certifl._version import __version__
 from certifl.certification.scan import describe_scan, scan_from, scan_of
 from certifl.certification.settings import Settings
 from certifl.errors import InputError
-from certifl.perturbations import PERTURBATIONS, Perturbation, from_description
+from certifl.perturbations import PERTURBATIONS, Perturbation, from_record
 from certifl.smoothing.laws import LAWS
 from certifl.smoothing.strata import Scan, passes_of
 
@@ -217,7 +217,7 @@ def _described(facts: Mapping[str, Any]) -> tuple[Perturbation | None, tuple[str
         said = f"its norm {facts.get('norm')!r} is not that of the law {law.name}, {law.norm}"
         return None, (said,) if wrong else ()
     try:
-        made = from_description(described)
+        made = from_record(described)
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         return None, (f"its description is not one of a perturbation: {error}",)
     own = {n: made.law.name if n == "law" else getattr(made, n) for n in _OF_A_PERTURBATION}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from certifl.certification.scan import read_votes, settled, unpacked
 from certifl.certification.settings import ESTIMATORS
 from certifl.errors import InputError
 from certifl.smoothing.bounds import BOUNDS
-from certifl.smoothing.laws import LAWS
+from certifl.smoothing.laws import LAWS, UNIFORM
 from certifl.smoothing.scan import Reading
 from certifl.smoothing.sequential import grid_steps, reachable_radius
 
@@ -30,6 +31,9 @@ _NEEDED = (
 # Far above what another version of scipy rounds otherwise, far below anything that matters. It is
 # granted only where a row claims LESS than its votes give.
 _ALIKE = 1e-9
+# By how much a float32 rounds down. certifl 0.1 put sigma itself into radii of uniform laws, and
+# not the float32 width on which the noise is drawn, so that its honest radii are larger by it.
+_OF_FLOAT32 = 2.0**-23
 _KINDS = {
     "i": ("client", "index", "label", "predicted", "looks"),
     "f": ("radius", "p_lower", "p_upper", "level", "seconds"),
@@ -210,17 +214,31 @@ def _check_class(certificates: Certificates, certified: np.ndarray, report: Repo
     report(~claimed & certified, "it abstains, yet its votes certify its class")
 
 
+def _granted(facts: Mapping[str, Any]) -> float:
+    """What radii may exceed those of today by, relatively: 0.0 but for records of certifl 0.1."""
+    versions = facts.get("versions")
+    version = versions.get("certifl") if isinstance(versions, Mapping) else None
+    old = isinstance(version, str) and version.startswith("0.1.")
+    return _OF_FLOAT32 if old and facts["law"] == UNIFORM.name else 0.0
+
+
 def _report_numbers(
-    name: str, stored: np.ndarray, made: np.ndarray, sign: int, report: Report
+    name: str,
+    stored: np.ndarray,
+    made: np.ndarray,
+    sign: int,
+    report: Report,
+    granted: float = 0.0,
 ) -> None:
     """Report what claims more than its votes give (`sign` = 1: larger is more), or other than it.
 
-    Claiming more is found to the last bit. Less may be a rounding of another scipy.
+    Claiming more than is granted (see `_granted`) is found to the last bit. Less may be a rounding
+    of another scipy.
     """
     source = "the one its votes give"
-    within = sign * stored <= sign * made
-    near = np.isclose(stored, made, rtol=_ALIKE, atol=_ALIKE) | (stored == made)
-    for row in np.flatnonzero(~(within & near)):
+    within = sign * stored <= sign * made * (1.0 + granted)
+    alike = np.isclose(stored, made, rtol=_ALIKE, atol=_ALIKE) | (sign * stored >= sign * made)
+    for row in np.flatnonzero(~(within & alike)):
         more, less = ("larger", "smaller") if sign > 0 else ("smaller", "larger")
         how = less if within[row] else more
         report(
@@ -240,7 +258,7 @@ def _check_claims(certificates: Certificates, record: Record, report: Report) ->
     if certificates.interval is not None or certificates.scan_votes is not None:
         report(np.ones(len(look), np.bool_), "it has an interval, but is of no scan")
     _check_class(certificates, certified, report)
-    _report_numbers("radius", certificates.radius, radius, 1, report)
+    _report_numbers("radius", certificates.radius, radius, 1, report, _granted(facts))
     _report_numbers("p_lower", certificates.p_lower, np.asarray(p_lower), 1, report)
     _report_numbers("p_upper", certificates.p_upper, np.asarray(p_upper), -1, report)
     if ESTIMATORS[facts["estimator"]][1]:
@@ -291,7 +309,8 @@ def _check_stops(
         give_up=settings.give_up(grid),
     )
     # A grid step that is missed by a rounding counts as reached.
-    gained = grid_steps(best * (1 - _ALIKE), grid) > grid_steps(radius[rows] * (1 + _ALIKE), grid)
+    near = max(_ALIKE, _granted(record.facts))
+    gained = grid_steps(best * (1 - near), grid) > grid_steps(radius[rows] * (1 + near), grid)
     early = np.zeros(len(certificates), np.bool_)
     early[rows[gained]] = True
     report(early, _STOPPED_EARLY)

@@ -120,9 +120,15 @@ def require_code(name: str, folder: Path) -> None:
     """Let `module:function` be imported from one folder, and from nowhere else.
 
     Raises:
-        ModelError: the folder does not hold the module, or Python finds another of that name.
+        ModelError: there is no such folder, it does not hold the module, or Python finds another
+            of that name.
     """
     top = _top(name)
+    if not folder.is_dir():
+        raise ModelError(
+            f"{folder} is not a folder: give --code the folder that holds the module {top!r} of "
+            f"the network {name!r}."
+        )
     if PathFinder.find_spec(top, [str(folder.resolve())]) is None:
         raise ModelError(
             f"{folder} holds no module {top!r}, which the network {name!r} is in. Give the folder "

@@ -26,7 +26,7 @@ from certifl.certification.settings import Settings
 from certifl.deploy.transport.schemas import Curve, Garbled
 from certifl.errors import CertiflError, InputError, one_line
 from certifl.federated.states import ModelState
-from certifl.perturbations import Perturbation, from_description
+from certifl.perturbations import Perturbation, from_record
 from certifl.spec import Spec
 from certifl.study.curves import impossible_curve
 
@@ -195,7 +195,7 @@ class Asking:
         """The study's for this client, or the client's own where that is allowed."""
         if self.own:
             try:
-                return from_description(conditions["description"])
+                return from_record(conditions["description"])
             except (CertiflError, LookupError, TypeError, ValueError) as error:
                 raise Garbled(
                     "its certificates do not say what perturbation they are of"
