@@ -20,6 +20,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
 from safetensors.torch import save
 
+from certifl.deploy.client.curves import Asking
 from certifl.deploy.server.collect import _Standing
 from certifl.deploy.server.coordinator import conduct
 from certifl.deploy.transport.messages import Content, Garbled, from_records, to_records
@@ -386,9 +387,9 @@ def test_certification_that_stands_still_or_crawls_ends():
     standing = _Standing()
     standing.advance(told_so_far(5), 60.0, 60.0)
     with pytest.raises(Garbled, match="standstill at 5"):
-        all(standing.advance(told_so_far(5), 60.0, 60.0) is None for _ in range(30))
+        all(standing.advance(told_so_far(5), 60.0, 60.0) is None for _ in range(2100))
     crawling = _Standing()
-    slow = [told_so_far(cast, 10**9) for cast in range(100)]
+    slow = [told_so_far(cast, 10**9) for cast in range(2100)]
     with pytest.raises(Garbled, match="would not end"):
         all(crawling.advance(one, 60.0, 60.0) is None for one in slow)
     with pytest.raises(Garbled, match=r"stopped after 0.1 of 60 seconds"):
@@ -398,7 +399,28 @@ def test_certification_that_stands_still_or_crawls_ends():
         steady.advance(told_so_far(cast), 60.0, 60.0)
 
 
-def test_a_certification_that_is_never_done_is_ended_by_the_server(honest, tmp_path):
+def test_a_slow_certification_that_is_reported_in_tenths_is_waited_for():
+    slow = _Standing()
+    for piece in range(19_000):
+        slow.advance(told_so_far(piece // 1900 * 1000), 60.0, 60.0)
+
+
+def test_a_client_that_shares_nothing_reports_no_votes_and_must_end_all_the_same():
+    silent, nothing = _Standing(), Certified(share="none", done=False)
+    with pytest.raises(Garbled, match="did not end"):
+        all(silent.advance(nothing, 60.0, 60.0) is None for _ in range(20_001))
+    assert silent.pieces == 20_001
+    with pytest.raises(Garbled, match="how many votes"):
+        _Standing().advance(Certified(share="curve", done=False), 60.0, 60.0)
+
+
+def test_rows_without_a_model_are_refused():
+    with pytest.raises(Garbled, match="which model"):
+        Asking(STUDY, 0, 3, 10).rows({}, None)
+
+
+def test_a_certification_that_is_never_done_is_ended_by_the_server(honest, tmp_path, monkeypatch):
+    monkeypatch.setattr("certifl.deploy.server.collect._STANDSTILLS", 20)
     record, result = honest[False]
 
     def never(content: Content) -> None:

@@ -14,6 +14,7 @@ from certifl.errors import DataUnavailable, InputError, SpecError, StoreMismatch
 from certifl.safe_io import SPEC_BYTES, parse_toml, read_text
 
 __all__ = [
+    "CLIENT_STUDY",
     "CONNECTION",
     "IMAGE",
     "SHARD",
@@ -21,6 +22,7 @@ __all__ = [
     "check_certificate_file",
     "check_data_folder",
     "check_file",
+    "check_model_folder",
     "check_party",
     "check_party_settings",
     "check_run",
@@ -31,6 +33,8 @@ __all__ = [
 
 IMAGE, WEIGHTS, SHARD = "is no image file", "are no weights at", "is no file of certificates"
 CONNECTION = "connection.toml"
+CLIENT_STUDY = "study.json"
+"""Marks the folder of a study on a client's own machine."""
 _MARK = "run.json"
 _UNQUOTED = re.compile(
     r"[=,\[]\s*(?P<amount>[+-]?[\d.][\d.eE+-]*[ \t]*(?:\*?[ \t]*(?:pi|π)|deg|°))"
@@ -48,6 +52,16 @@ def check_run(place: Path) -> None:
             f"{place} is no run folder: it holds no {_MARK}. Give the folder that `certifl run` "
             "wrote."
         )
+
+
+def check_model_folder(place: Path) -> None:
+    """Refuse a path that is neither a run folder nor a client's own folder of a study.
+
+    Raises:
+        StoreMismatch: it holds neither.
+    """
+    if not (place / CLIENT_STUDY).is_file():
+        check_run(place)
 
 
 def check_study(place: Path) -> None:

@@ -30,6 +30,7 @@ from certifl.path_checks import (
     check_certificate_file,
     check_data_folder,
     check_file,
+    check_model_folder,
     check_run,
     check_study,
 )
@@ -356,7 +357,7 @@ def predict(
     code: Code = None,
 ) -> None:
     """Label of one image with its certified radius, or abstained, and what that means."""
-    check_run(run)
+    check_model_folder(run)
     check_file(image, IMAGE)
     from certifl.cli import terminal
     from certifl.experiments.standalone import certify_image

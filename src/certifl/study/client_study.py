@@ -19,13 +19,14 @@ from torch import nn
 
 from certifl.errors import InputError, ModelError, StoreError, StoreMismatch
 from certifl.models import build
+from certifl.path_checks import CLIENT_STUDY
 from certifl.runs.atomic import load_tensors, read_json, write_json, write_text
 from certifl.spec import Spec, load_stored
 from certifl.study.opened_run import load_code
 
 __all__ = ["KeptStudy"]
 
-_ABOUT, _SPEC, _MODEL = "study.json", "spec.toml", "deployed.safetensors"
+_ABOUT, _SPEC, _MODEL = CLIENT_STUDY, "spec.toml", "deployed.safetensors"
 
 
 @dataclass(frozen=True)

@@ -137,12 +137,14 @@ class Asking:
             "conditions": conditions,
         }
 
-    def rows(self, part: ModelState, model: str) -> Certificates:
+    def rows(self, part: ModelState, model: str | None) -> Certificates:
         """Rows as they may be stored: each follows from its votes, and from the study.
 
         Raises:
-            Garbled: they are no certificates of this client and study.
+            Garbled: they are no certificates of this client and study, or no model is named.
         """
+        if model is None:
+            raise Garbled("it does not say which model its rows are of")
         rows = rows_from(part, self.images)
         try:
             self._check_rows(rows, model)

@@ -35,8 +35,9 @@ __all__ = ["Asked", "gather", "store_told"]
 _log = logging.getLogger(__name__)
 Report = Callable[[str, int, int, str], None]
 _ATTEMPTS = 3
-_STANDSTILLS = 20
-"""So many answers in a row without a vote more, and a client is not waited for any longer."""
+_STANDSTILLS = 2_000
+"""So many answers in a row without progress, and a client is not waited for any longer. Clients
+report votes in tenths of all, and a tenth may take a tenth of `_MOST_PIECES`."""
 _MOST_PIECES = 20_000
 """A client whose votes come so slowly that more pieces would be needed is not waited for."""
 _SOON = 5.0
@@ -105,7 +106,8 @@ class _Standing:
     """How far a client's certification is, as its answers say.
 
     Attributes:
-        cast, at_most: votes. pieces: answers so far. idle: in a row that cast no vote more.
+        cast, at_most: votes, as the client reports them. pieces: answers so far.
+        idle: answers in a row that reported no progress.
     """
 
     cast: int = -1
@@ -122,16 +124,24 @@ class _Standing:
         Raises:
             Garbled: at this pace it never ends, or it cannot be true.
         """
-        if told.cast is None or told.at_most is None or told.cast > told.at_most:
-            raise Garbled("it says not how many votes it has cast, or more than all")
         if took < min(piece / 2, _SOON):
             raise Garbled(f"it stopped after {took:.1f} of {piece:g} seconds with votes to cast")
         self.pieces += 1
+        if self.pieces > _MOST_PIECES:
+            raise Garbled(f"its certification did not end within {_MOST_PIECES} pieces")
+        if told.share != "none":
+            self._count(told)
+
+    def _count(self, told: Certified) -> None:
+        """Compare votes with those of the answer before; a client that shares none has none."""
+        if told.cast is None or told.at_most is None or told.cast > told.at_most:
+            raise Garbled("it says not how many votes it has cast, or more than all")
         self.idle = 0 if told.cast > self.cast else self.idle + 1
         self.cast, self.at_most = max(self.cast, told.cast), told.at_most
         if self.idle >= _STANDSTILLS:
             raise Garbled(f"its certification is at a standstill at {self.cast} votes")
-        if self.pieces > _STANDSTILLS and self.cast * _MOST_PIECES < told.at_most * self.pieces:
+        slowest = (self.cast + told.at_most // 10 + 1) * _MOST_PIECES  # it reports whole tenths
+        if slowest < told.at_most * self.pieces:
             raise Garbled(f"its certification would not end within {_MOST_PIECES} pieces")
 
 

@@ -211,12 +211,15 @@ class Certified(_Message):
     """How far a client's certification is, and at the end what it shares.
 
     Attributes:
-        share: how much it shares. model: fingerprint of what it certified.
-        done: whether this is the end. cast, at_most: votes so far, and at most.
+        share: how much it shares.
+        model: fingerprint of what it certified; absent where the model is the client's own and
+            the server gets no rows, since it would only name a model that stays on the client.
+        done: whether this is the end.
+        cast, at_most: votes so far, in tenths, and at most; absent where it shares nothing.
     """
 
     share: _Share
-    model: _Hex
+    model: _Hex | None = None
     done: bool
     cast: _Votes | None = None
     at_most: _Votes | None = None
