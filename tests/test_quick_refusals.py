@@ -54,6 +54,7 @@ WRONG = [
     ("predict", "missing.png", "--run", "missing"),
     ("deploy", "nonsense"),
     ("deploy", "run", "missing.toml"),
+    ("deploy", "check", "missing.toml"),
     ("deploy", "server", "missing"),
     ("deploy", "client", "missing"),
     ("deploy", "status", "missing"),

@@ -245,6 +245,8 @@ def check(
 
     It ends with 0 if `certifl deploy run` would start the study with these clients.
     """
+    read_spec_file(spec)
+    check_party(kit)
     with _flower():
         from certifl.deploy.server.coordinator import Options
         from certifl.deploy.server.remote_runner import Patience
