@@ -22,16 +22,27 @@ TURN = {
     "forward": "counter-clockwise",
     "backward": "clockwise",
 }
+ACROSS = {
+    "name": "across",
+    "words": "shifted across",
+    "forward": "to the left",
+    "backward": "to the right",
+}
+DOWN = {"name": "down", "words": "shifted up and down", "forward": "up", "backward": "down"}
 
 
 def write_explorer(
-    folder: Path, rows: list[int], way: Mapping[str, str] = TURN, **facts: Any
+    folder: Path, rows: list[int], way: Mapping[str, str] | None = None, **facts: Any
 ) -> Path:
-    """An explorer.json beside the certificates of a made-up run; see `experiments.exploring`."""
+    """An explorer.json beside the certificates of a made-up run; see `experiments.explore`.
+
+    Args:
+        way: what happens to every image; None = what its client's perturbation does.
+    """
     certificates = Certificates.load(folder / "certificates.parquet")
     manifest = json.loads((folder / "run.json").read_text())
     record = {
-        "format": 2,
+        "format": 4,
         "key": "k",
         "spec_hash": manifest["spec_hash"],
         "votes": VOTES,
@@ -44,7 +55,7 @@ def write_explorer(
     return path
 
 
-def _image(certificates: Certificates, row: int, way: Mapping[str, str]) -> dict[str, Any]:
+def _image(certificates: Certificates, row: int, way: Mapping[str, str] | None) -> dict[str, Any]:
     """The class holds up to the certified radius and half of it again, then it is another one."""
     conditions = of_client(certificates.conditions, int(certificates.client[row]))
     sigma, half = float(conditions["sigma"]), STEPS // 2
@@ -53,6 +64,8 @@ def _image(certificates: Certificates, row: int, way: Mapping[str, str]) -> dict
     kept = predicted if predicted >= 0 else label
     other = (kept + 1) % certificates.counts.shape[1]
     far = np.abs(values) > 1.5 * certificates.radius[row]
+    shift = conditions["family"] == "translation"
+    ways = (way,) if way is not None else (ACROSS, DOWN) if shift else (TURN,)
     winners = [[[other if out else kept, 80], [kept if out else other, 20]] for out in far]
     return {
         "client": int(certificates.client[row]),
@@ -61,12 +74,13 @@ def _image(certificates: Certificates, row: int, way: Mapping[str, str]) -> dict
         "tile": [SIZE, SIZE],
         "walks": [
             {
-                **way,
+                **one,
                 "values": values.tolist(),
                 "lengths": np.abs(values).tolist(),
                 "winners": winners,
                 "strip": strip(range(STEPS)),
             }
+            for one in ways
         ],
     }
 

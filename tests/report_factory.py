@@ -37,6 +37,14 @@ PIXEL = {
     "unit": "intensity",
     "threat": "A perturbation of bounded l2 norm is added to the pixel intensities.",
 }
+TRANSLATION = {
+    "family": "translation",
+    "sigma": 0.2,
+    "law": "gaussian",
+    "norm": "l2",
+    "unit": "half-widths",
+    "threat": "The image is shifted.",
+}
 CLASSES = 10
 N0, N, ALPHA = 100, 1000, 0.001
 

@@ -11,18 +11,26 @@ from typing import Any
 from certifl.certification.certificates import Certificates
 from certifl.paper.claims.section import verdicts_section
 from certifl.report import write_report
-from explorer_factory import TURN, write_explorer
-from plane_factory import TRANSLATION, write_planes
+from explorer_factory import write_explorer
 from report_factory import (
     PIXEL,
     ROTATION,
+    TRANSLATION,
     make_certificates,
     make_manifest,
     write_run,
     write_study,
 )
 
-__all__ = ["HOSTILE", "data_of", "hostile_page", "own_page", "study_page", "study_runs"]
+__all__ = [
+    "HOSTILE",
+    "data_of",
+    "hostile_page",
+    "own_page",
+    "shifted_runs",
+    "study_page",
+    "study_runs",
+]
 
 HOSTILE = "<script>document.title='broken'</script>\"'&$x ${y} </noscript><img src=x>"
 
@@ -32,6 +40,19 @@ def study_runs(place: Path) -> list[Path]:
     folders = write_study(place)
     for number, folder in enumerate(folders[:-1]):
         write_explorer(folder, [0, 45, 90 + number])
+    return folders
+
+
+def shifted_runs(place: Path) -> list[Path]:
+    """Three regimes that certify translations, explored on the same images along both axes."""
+    folders = []
+    for number, (regime, quality) in enumerate(
+        (("local", 0.75), ("fedavg", 0.95), ("ditto", 0.9))
+    ):
+        certificates = make_certificates(quality, 3, 12, TRANSLATION, seed=number)
+        manifest = make_manifest(regime, regime.capitalize(), 3, 36)
+        folders.append(write_run(place / regime, certificates, manifest))
+        write_explorer(folders[-1], [0, 12, 24])
     return folders
 
 
@@ -81,10 +102,7 @@ def own_page(place: Path) -> Path:
         manifest = make_manifest(regime, regime.capitalize(), 4, 48)
         folder = write_run(place / regime, certificates, manifest)
         folders.append(folder)
-        record = json.loads(write_planes(folder, (0, 12, 24, 36)).read_text())
-        for image in record["images"][:2]:
-            image["walks"], image["plane"] = [{**image["walks"][0], **TURN}], None
-        (folder / "explorer.json").write_text(json.dumps(record))
+        write_explorer(folder, [0, 12, 24, 36])
     return write_report(folders, place / "report.html", figures=False, claims=verdicts_section)
 
 

@@ -246,11 +246,12 @@ def test_every_client_is_explored_under_its_own_perturbation(tmp_path):
         for image in _record(tmp_path / "run")["images"]
     }
     assert walks == {0: ["turn"], 1: ["across", "down"]}
+    assert _record(tmp_path / "run")["format"] == exploring.FORMAT == 4
     page = write_report([tmp_path / "run"], tmp_path / "report.html", figures=False)
     for client in (0, 1):
         images = data_of(page, client)["explorer"]["images"]
         assert {image["client"] for image in images} == {client}
-        assert all((image["plane"] is not None) == (client == 1) for image in images)
+        assert {len(image["walks"]) for image in images} == {client + 1}
 
 
 def test_exploring_goes_on_where_it_was_stopped(explored, monkeypatch):

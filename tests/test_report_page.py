@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import html.parser
+import json
 import re
 import shutil
 from importlib.resources import files
@@ -30,7 +31,7 @@ from certifl.report.summary import client_curves, radius_grid
 from certifl.report.wording import percent
 from explorer_factory import strip, write_explorer
 from report_factory import make_certificates, make_manifest, write_run
-from report_pages import data_of, hostile_page, study_page, study_runs
+from report_pages import data_of, hostile_page, shifted_runs, study_page, study_runs
 
 
 @pytest.fixture(scope="session")
@@ -264,6 +265,21 @@ def test_another_runs_exploration_is_not_shown(study, tmp_path):
     )
     with pytest.raises(StoreError, match="certifl explore"):
         write_report([place], tmp_path / "c.html", figures=False)
+
+
+def test_records_of_0_1_0_are_shown_without_their_planes(tmp_path: Path) -> None:
+    (run, *_), page = shifted_runs(tmp_path), tmp_path / "report.html"
+    shown = data_of(write_report([run], page, figures=False))["explorer"]
+    assert [len(image["walks"]) for image in shown["images"]] == [2, 2, 2]
+    path = run / "explorer.json"
+    record = json.loads(path.read_text())
+    plane = {"values": [-0.6, 0.0, 0.6], "lengths": [], "winners": [], "picture": ""}
+    for image in record["images"]:
+        image["plane"] = plane
+    path.write_text(json.dumps({**record, "format": 3, "plane_votes": 100}))
+    assert data_of(write_report([run], page, figures=False))["explorer"] == shown
+    path.write_text(json.dumps({**record, "format": 2}))
+    assert data_of(write_report([run], page, figures=False))["explorer"] is None
 
 
 def test_a_page_takes_no_more_pictures_than_it_may(study, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ def test_there_is_one_file_with_a_panel_for_each(report):
         assert data["units"][0]["name"] == name
         assert data["clients"] == [2 * at, 2 * at + 1]
         assert {image["client"] for image in data["explorer"]["images"]} <= set(data["clients"])
-        assert all((image["plane"] is None) == (at == 0) for image in data["explorer"]["images"])
+        assert {len(image["walks"]) for image in data["explorer"]["images"]} == {at + 1}
     names = re.findall(r' id="([^"]*)"', report.read_text())
     assert len(names) == len(set(names))
 
@@ -49,7 +49,7 @@ def test_chart_table_and_explorer_change_together_with_their_units(page):
         assert away not in panel
         assert sign[away].strip() not in panel
         expect(page.locator("[data-client]")).to_have_count(2)
-        expect(page.locator("#pad")).to_have_count(number - 1)
+        expect(page.locator('input[name="walk"]')).to_have_count(2 * (number - 1))
 
 
 def test_what_was_set_in_a_panel_is_kept(page):

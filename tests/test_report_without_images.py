@@ -15,8 +15,7 @@ from playwright.sync_api import expect
 import tiny_study as tiny
 from browser import Windows, tab_to
 from certifl.report import write_report
-from plane_factory import plane_runs
-from report_pages import data_of
+from report_pages import data_of, shifted_runs
 
 SAYS = "Test images are left out"
 # How files of pictures begin: PNG, JPEG, GIF, BMP, WebP.
@@ -25,7 +24,7 @@ PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return plane_runs(tmp_path_factory.mktemp("private"))
+    return shifted_runs(tmp_path_factory.mktemp("private"))
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +48,6 @@ def held(run: Path) -> Iterator[str]:
     """Every picture of a run's exploration, in base64."""
     for image in json.loads((run / "explorer.json").read_text())["images"]:
         yield from (walk["strip"] for walk in image["walks"])
-        if image.get("plane"):
-            yield image["plane"]["picture"]
 
 
 def test_no_pixel_of_an_image_is_in_the_file(runs, page, tmp_path):
@@ -94,10 +91,10 @@ def test_the_explorer_works_without_pictures(windows: Windows, page: Path) -> No
     before = says.inner_text()
     explorer.locator("#step").fill("0")
     expect(says).not_to_have_text(before)
-    explorer.locator('input[name="walk"][value="2"]').check()
-    tab_to(shown, "#pad")
-    shown.keyboard.press("ArrowUp")
-    expect(explorer.locator("#shift-text")).to_contain_text("0.1 up")
+    explorer.locator('input[name="walk"][value="1"]').check()
+    tab_to(shown, "#step")
+    shown.keyboard.press("ArrowRight")
+    expect(explorer.locator("#step-text")).to_contain_text("half-widths up")
     assert shown.evaluate("document.documentElement.scrollWidth") == 390
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from certifl.errors import SpecError
+from certifl.certification.network import choose_precision
+from certifl.errors import InputError, SpecError
 from certifl.paper.scales import REGIMES, quickstart
 from certifl.spec import Spec, load, with_settings
 
@@ -158,3 +160,11 @@ def test_files_that_are_no_spec(tmp_path: Path) -> None:
 def test_every_key_of_the_example_is_known() -> None:
     example = Path(__file__).resolve().parents[1] / "examples" / "cifar10_rotation.toml"
     assert isinstance(load(example), Spec)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_compiled_precisions_are_refused_with_what_to_choose(kind: str) -> None:
+    with pytest.raises(SpecError, match=f'removed in 0.2.0: choose "{kind}"'):
+        with_settings(SMALL, [f"certification.precision={kind}-compiled"])
+    with pytest.raises(InputError, match=f'removed in 0.2.0: choose "{kind}"'):
+        choose_precision(f"{kind}-compiled", torch.device("cpu"))

@@ -27,7 +27,7 @@ from certifl.experiments.run import Options as RunOptions
 from certifl.experiments.run import run
 from certifl.experiments.verify import verify_run
 from certifl.runs.folder import RunFolder
-from certifl.spec import Spec
+from certifl.spec import Spec, load_stored
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -294,3 +294,24 @@ def test_findings_come_before_casting_again(runs: dict[str, Path], tmp_path: Pat
     answer = tiny.cli("verify", place, "--recast", "1")
     assert answer.code == 1
     assert "cast again" not in answer.err
+
+
+def compiled(place: Path) -> Path:
+    """As if 0.1.0 had cast the votes with a compiled network."""
+    folder, name = RunFolder(place), "float32-compiled"
+    folder.spec.write_text(folder.spec.read_text().replace('"auto"', f'"{name}"'))
+    folder.update({"spec_hash": load_stored(folder.spec).hash(), "precision": name})
+    made = folder.load_certificates()
+    dataclasses.replace(made, conditions=made.conditions | {"precision": name}).save(
+        folder.certificates
+    )
+    return place
+
+
+def test_votes_of_compiled_networks_are_verified_but_not_cast_again(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    place = compiled(Path(shutil.copytree(runs["runner-up"], tmp_path / "run")))
+    tiny.cli("verify", place).fine("certificates follow")
+    said = tiny.cli("verify", place, "--recast", "1")
+    said.refused("'float32-compiled'", "removed in 0.2.0", "without --recast")

@@ -17,10 +17,10 @@ from torch import Tensor
 import certifl
 from certifl.certification import adaptive as engine
 from certifl.certification import certificates as predictions
-from certifl.certification import certify as api
 from certifl.certification import network, scan
 from certifl.certification import sampling as votes
 from certifl.certification.certificates import predict_plain
+from certifl.certification.certify import _rounding, conditions
 from certifl.certification.network import Network, prepare, tf32_state
 from certifl.certification.sampling import CHUNK, Request, VoteCounter, votes_per_turn
 from certifl.certification.settings import Settings
@@ -159,10 +159,10 @@ def convolutions_in(precision: str) -> Iterator[None]:
 
 
 def test_tf32_is_told_where_it_decides_about_votes() -> None:
-    assert "tf32" in api._rounding(network_of("cuda", "float32"))
-    assert "tf32" in api._rounding(network_of("cuda:1", "float32-compiled"))
-    assert api._rounding(network_of("cuda", "bfloat16")) == {}
-    assert api._rounding(network_of("cpu", "float32")) == {}
+    assert "tf32" in _rounding(network_of("cuda", "float32"))
+    assert "tf32" in _rounding(network_of("cuda:1", "float32"))
+    assert _rounding(network_of("cuda", "bfloat16")) == {}
+    assert _rounding(network_of("cpu", "float32")) == {}
     assert "tf32" not in certifl.certify(MODEL, IMAGES, NOISE, n=100).conditions
 
 
@@ -185,12 +185,12 @@ def test_tf32_is_read_by_its_older_name_before_torch_2_9(on: bool) -> None:
 def test_votes_of_another_tf32_are_not_counted_with_these(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(api, "_device_name", str)
+    monkeypatch.setitem(conditions.__globals__, "_device_name", str)
     job = Job(0, np.arange(3), (IMAGES * 255).byte(), np.zeros(3, np.int64), tmp_path / "votes")
 
     def key(device: str, precision: str = "float32") -> str:
         ready = network_of(device, precision)
-        facts = api.conditions(NOISE, Settings(), ready, 0, MODEL, "data")
+        facts = conditions(NOISE, Settings(), ready, 0, MODEL, "data")
         return _votes_key(job, facts, "")
 
     devices = ("cuda", "cpu")

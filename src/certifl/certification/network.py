@@ -22,7 +22,7 @@ from certifl.certification.checks import (
     probe_of,
     writes_into_its_input,
 )
-from certifl.certification.inference import Compiled, fold_batch_norm
+from certifl.certification.inference import fold_batch_norm
 from certifl.errors import InputError, ModelError
 from certifl.module_copies import (
     bare_copy_of,
@@ -35,22 +35,20 @@ from certifl.torch_env import exact_convolutions, is_small, one_thread, threads_
 
 __all__ = [
     "PRECISIONS",
+    "REMOVED_PRECISIONS",
     "Network",
     "choose_device",
     "choose_precision",
     "prepare",
+    "removed_precision",
     "tf32_state",
 ]
 
 Model = Callable[[Tensor], Tensor]
 _log = logging.getLogger(__name__)
-# Compiled code rounds in another order, so it is another f and has a name of its own.
-PRECISIONS: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float32-compiled": torch.float32,
-    "bfloat16-compiled": torch.bfloat16,
-}
+PRECISIONS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Precisions of 0.1.0, which stored votes may still name, and what to choose in their place.
+REMOVED_PRECISIONS = {"float32-compiled": "float32", "bfloat16-compiled": "bfloat16"}
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
 
@@ -59,7 +57,6 @@ _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
 _CPU_ACTIVATION_BYTES = 4 << 20
 _GPU_MEMORY_SHARE = 0.02
 _SMALLEST_BATCH = 16
-_COMPILED = "-compiled"
 _UNSEEN = 16  # how many times larger than its input that activation is guessed to be
 _LARGEST_BATCH = {"cpu": 512, "cuda": 8192}
 
@@ -107,13 +104,11 @@ def prepare(
             its own precision and on its device.
         images: (m, c, h, w); only shapes and one image as a probe are used.
         device: "auto", or a torch device.
-        precision: "auto" (bfloat16 where the hardware computes in it), "float32", "bfloat16", or
-            one of these with "-compiled": about 20 s of compilation for each network, then 1.1 to
-            1.4 times the votes per second on a CPU; it needs a C++ compiler there.
+        precision: "auto" (bfloat16 where the hardware computes in it), "float32", "bfloat16".
         batch_size: "auto", or a number of noisy images per call.
 
     Raises:
-        ModelError: see `guards.check_model` and `guards.probe_classes`; or it cannot be compiled.
+        ModelError: see `guards.check_model` and `guards.probe_classes`.
         InputError: unknown device, precision or batch size.
     """
     if isinstance(model, nn.Module):
@@ -206,8 +201,6 @@ def _prepared(
         _log.info("The network votes in float32, since it fails in %s: %s", chosen, error)
         return _prepared(model, bare_copy_of(model), probe, place, "float32", batch_size)
     size = _batch(batch_size, place, largest * PRECISIONS[chosen].itemsize)
-    if chosen.endswith(_COMPILED):
-        call = _compiled(call, probe.expand(size, *probe.shape[1:]))
     return Network(call, classes, place, chosen, folded is not None, size, is_small(plain))
 
 
@@ -266,27 +259,6 @@ def _own_input(call: Model, probe: Tensor) -> Model:
     return _OwnInput(call) if writes_into_its_input(call, probe) else call
 
 
-def _compiled(call: Model, images: Tensor) -> Model:
-    """The same network as compiled code, after its answers on these images were compared."""
-    made = Compiled(call, images.device)
-    try:
-        with torch.inference_mode():
-            # A copy: on CUDA the answer lies where the next one will be written.
-            logits, plain = made(images).float().clone(), call(images).float()
-    except Exception as error:  # whatever the compiler's tools raise
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(
-            f"The network cannot be compiled here: {first[0]}. Leave -compiled out of the "
-            "precision, or see that a C++ compiler is installed."
-        ) from error
-    if float((logits - plain).abs().max()) > 0.05 * (1.0 + float(plain.abs().max())):
-        raise ModelError(
-            "The compiled network answers otherwise than the network itself: its compiler is "
-            "broken. Leave -compiled out of the precision."
-        )
-    return made
-
-
 def tf32_state() -> dict[str, bool]:
     """Whether torch now rounds the factors of float32 convolutions and products to TF32.
 
@@ -342,6 +314,8 @@ def choose_precision(precision: str, device: torch.device, module: nn.Module | N
         InputError: unknown name.
     """
     if precision != "auto":
+        if precision in REMOVED_PRECISIONS:
+            raise InputError(removed_precision(precision))
         if precision not in PRECISIONS:
             known = ", ".join(PRECISIONS)
             raise InputError(f"precision must be auto or one of {known}; got {precision!r}.")
@@ -351,6 +325,14 @@ def choose_precision(precision: str, device: torch.device, module: nn.Module | N
     supported = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     normalises = module is not None and any(isinstance(m, _NORMS) for m in module.modules())
     return "bfloat16" if supported and not normalises else "float32"
+
+
+def removed_precision(name: str) -> str:
+    """What to say to somebody who asks for a precision of `REMOVED_PRECISIONS`."""
+    return (
+        f'the precision "{name}" was removed in 0.2.0: choose "{REMOVED_PRECISIONS[name]}", the '
+        "same arithmetic in another order, so votes differ only where rounding decides."
+    )
 
 
 def _batch(batch_size: int | str, device: torch.device, per_image: int) -> int:

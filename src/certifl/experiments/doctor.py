@@ -55,7 +55,6 @@ def examine(data_dir: Path | None = None) -> list[Fact]:
         *_storage(),
         *_data(data_dir),
         *_extras(),
-        _compiler(),
     ]
 
 
@@ -126,10 +125,3 @@ def _extras() -> list[Fact]:
         else:
             facts.append(Fact(f"extra {extra}", f"{module} {metadata.version(module)}"))
     return facts
-
-
-def _compiler() -> Fact:
-    found = shutil.which("g++") or shutil.which("clang++")
-    if found is None:
-        return Fact("C++ compiler", "none", "precision with -compiled (faster votes)")
-    return Fact("C++ compiler", Path(found).name)

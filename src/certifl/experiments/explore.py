@@ -5,7 +5,6 @@
 format, key       of the file; what its numbers depend on
 spec_hash         of the run
 votes             at each step, of one smoothed classifier
-plane_votes       at each point of a plane; null where none was sampled
 skipped           null, or why nothing was explored
 images            in the order they were chosen:
     client, index, label, tile      tile: [height, width] of one picture in the strips
@@ -15,14 +14,8 @@ images            in the order they were chosen:
         lengths   its norm, to hold against a certified radius
         winners   at every step, the classes with most votes: [[class, votes], ...]
         strip     PNG, the deformed pictures side by side, base64
-    plane         null, or for a translation the shifts in both directions at once:
-        values    of the points along either axis; the points lie row by row, the first parameter
-                  changes fastest
-        lengths, winners    at every point, as on a walk
-        picture   PNG of the image as it is, base64
-        padding, geometry   how it is shifted, see `perturbations.warp`
 ```
-Format 2 had no planes; the report opens it still.
+Format 3, of 0.1.0, also held planes of shifts in both directions; the report leaves them out.
 
 The first images are chosen without looking at results, so runs on the same test images show the
 same ones side by side.
@@ -51,13 +44,9 @@ from certifl.certification import Certificates
 from certifl.certification.network import Network, prepare
 from certifl.certification.sampling import CHUNK, VoteCounter
 from certifl.certification.sweeps import (
-    SIDE,
     STEPS,
-    Plane,
     Walk,
     Walked,
-    plane_of,
-    vote_on,
     walk_along,
     walks_of,
 )
@@ -78,7 +67,7 @@ from certifl.study.opened_run import (
     run_spec,
 )
 
-FORMAT = 3
+FORMAT = 4
 Report = Callable[[str, int, int, str], None]
 
 _MOST_IMAGES, _SHARED_IMAGES = 8, 6
@@ -169,12 +158,10 @@ def explore(
     per_image = walks * STEPS[walks]
     budget = _budget(certificates, weights) if limited else None
     images, votes = _size(per_image, budget)
-    planes = _planes(spec, budget, images, per_image * votes)
     facts = {
         "format": FORMAT,
         "spec_hash": folder.manifest().get("spec_hash"),
         "votes": votes,
-        "plane_votes": CHUNK if planes else None,
     }
     if images == 0:
         reason = (
@@ -183,20 +170,20 @@ def explore(
         )
         write_json(folder.explorer, {**facts, "key": "", "images": [], "skipped": reason})
         return Explored(0, votes, reason)
-    key = _key(certificates, votes, planes, device)
+    key = _key(certificates, votes, device)
     record = {**facts, "key": key, "skipped": None, "images": _before(folder, key)}
-    bench = Bench(spec, dataset, certificates, deployed, device, votes, planes)
+    bench = Bench(spec, dataset, certificates, deployed, device, votes)
     rows = _chosen(certificates, images)
     _go(folder, bench, record, rows, report)
     return Explored(len(rows), votes)
 
 
-def _key(certificates: Certificates, votes: int, planes: bool, device: str) -> str:
+def _key(certificates: Certificates, votes: int, device: str) -> str:
     """A name of everything that pictures and votes depend on."""
     facts = certificates.conditions
     names = ("model_fingerprint", "data_fingerprint", "precision", "seed")
     same = {name: facts.get(name) for name in (*names, "description", "perturbations")}
-    text = json.dumps([FORMAT, same, votes, planes, torch.__version__, device], sort_keys=True)
+    text = json.dumps([FORMAT, same, votes, torch.__version__, device], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -234,13 +221,6 @@ def _size(per_image: int, budget: int | None) -> tuple[int, int]:
     images = min(_MOST_IMAGES, budget // (per_image * CHUNK))
     chunks = budget // (per_image * CHUNK * max(1, images))
     return images, min(_MOST_VOTES, max(1, chunks) * CHUNK)
-
-
-def _planes(spec: Spec, budget: int | None, images: int, votes_of_walks: int) -> bool:
-    """Whether there are planes, and the walks leave enough of the budget for them."""
-    if not any(p is not None and plane_of(p) is not None for p in spec.perturbations()):
-        return False
-    return budget is None or images * (votes_of_walks + SIDE * SIDE * CHUNK) <= budget
 
 
 def _chosen(certificates: Certificates, count: int) -> list[int]:
@@ -292,7 +272,7 @@ class Bench:
     Attributes:
         spec: of the run. dataset: its images. certificates: of all its clients.
         deployed: the model a client uses at test time. device: where it votes.
-        votes: at each step. planes: whether shifts are sampled in both directions at once too.
+        votes: at each step.
     """
 
     spec: Spec
@@ -301,7 +281,6 @@ class Bench:
     deployed: Callable[[int], nn.Module]
     device: str
     votes: int
-    planes: bool = True
     _networks: dict[str, Network] = field(default_factory=dict, repr=False)
 
     def image(self, row: int) -> dict[str, Any]:
@@ -321,14 +300,12 @@ class Bench:
         steps = STEPS[len(walks)]
         walked = [walk_along(counter, walk, image, other, steps, self.votes) for walk in walks]
         height, width = _tile(walked[0].frames[0]).shape[1:]
-        plane = plane_of(perturbation) if self.planes else None
         return {
             "client": client,
             "index": int(self.certificates.index[row]),
             "label": int(self.certificates.label[row]),
             "tile": [height, width],
             "walks": [_seen(*one) for one in zip(walks, walked, strict=True)],
-            "plane": None if plane is None else _sampled(counter, plane, image),
         }
 
     def _picture(self, row: int) -> Tensor:
@@ -373,27 +350,14 @@ def _seen(walk: Walk, walked: Walked) -> dict[str, Any]:
         "backward": walk.backward,
         "values": walked.values.tolist(),
         "lengths": walked.lengths.tolist(),
-        "winners": _winners(walked.counts, _WINNERS),
+        "winners": _winners(walked.counts),
         "strip": base64.b64encode(_strip(walked.frames)).decode(),
     }
 
 
-def _sampled(counter: VoteCounter, plane: Plane, image: Tensor) -> dict[str, Any]:
-    """The plane as its record: where it was sampled, what won there, the image as it is."""
-    voted, perturbation = vote_on(counter, plane, image, CHUNK), counter.perturbation
-    return {
-        "values": plane.values.tolist(),
-        "lengths": voted.lengths.tolist(),
-        "winners": _winners(voted.counts, 2),
-        "picture": base64.b64encode(_strip(image[None].cpu())).decode(),
-        "padding": getattr(perturbation, "padding", "zeros"),
-        "geometry": getattr(perturbation, "geometry", "centre"),
-    }
-
-
-def _winners(counts: NDArray[np.int64], most: int) -> list[list[list[int]]]:
+def _winners(counts: NDArray[np.int64]) -> list[list[list[int]]]:
     """The classes with most votes at every step, with their votes."""
-    order = np.argsort(-counts, axis=1, kind="stable")[:, :most]
+    order = np.argsort(-counts, axis=1, kind="stable")[:, :_WINNERS]
     return [
         [[int(c), int(row[c])] for c in best if row[c] > 0]
         for row, best in zip(counts, order, strict=True)

@@ -22,7 +22,13 @@ from torch import Tensor
 
 from certifl._version import __version__
 from certifl.certification import Certificates
-from certifl.certification.network import Network, choose_device, prepare, tf32_state
+from certifl.certification.network import (
+    REMOVED_PRECISIONS,
+    Network,
+    choose_device,
+    prepare,
+    tf32_state,
+)
 from certifl.certification.record import Record, read_record
 from certifl.certification.sampling import Request, VoteCounter
 from certifl.certification.scan import parameters, unpacked
@@ -109,6 +115,7 @@ def recast_run(place: Path, options: Options) -> Recast:
     """
     folder = _with_images(place, options)
     spec, certificates = run_spec(folder), folder.load_certificates()
+    _check_arithmetic(certificates, place)
     dataset = _dataset(folder, spec, certificates, options)
     seed = secrets.randbits(63) if options.seed is None else options.seed
     chosen = _chosen(certificates, options.images, seed)
@@ -135,6 +142,17 @@ def _with_images(place: Path, options: Options) -> RunFolder:
             "where `certifl verify studies/ID/certificates.parquet` checks what follows from them."
         )
     return folder
+
+
+def _check_arithmetic(certificates: Certificates, place: Path) -> None:
+    """The votes were cast in a precision that this version still has."""
+    precision = certificates.conditions.get("precision")
+    if precision in REMOVED_PRECISIONS:
+        raise StoreMismatch(
+            f"The votes of {place} were cast in the precision {precision!r}, which was removed in "
+            "0.2.0, so they cannot be cast again. `certifl verify` without --recast checks what "
+            "follows from them; certifl 0.1.0 can still cast them."
+        )
 
 
 def _dataset(

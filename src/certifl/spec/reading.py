@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +16,7 @@ from certifl.errors import InputError, SpecError, StoreError
 from certifl.path_checks import read_spec_file
 from certifl.perturbations.units import from_records
 from certifl.safe_io import parse_toml
+from certifl.spec.sections import STORED
 from certifl.spec.study import Spec
 
 __all__ = ["load", "load_stored", "with_settings"]
@@ -42,7 +43,7 @@ def load_stored(path: Path) -> Spec:
     """
     try:
         with from_records():
-            return load(path)
+            return _checked(read_spec_file(path), STORED)
     except SpecError as error:
         raise StoreError(f"{path} is damaged: {error}") from error
 
@@ -65,8 +66,12 @@ def with_settings(values: dict[str, Any], settings: Sequence[str] = ()) -> Spec:
                 f"--set takes key=value, for instance training.lr=0.05; got {setting!r}."
             )
         _place(merged, key.strip().split("."), _value(text.strip()), key.strip())
+    return _checked(merged)
+
+
+def _checked(values: dict[str, Any], context: Mapping[str, Any] | None = None) -> Spec:
     try:
-        return Spec.model_validate(merged)
+        return Spec.model_validate(values, context=context)
     except ValidationError as error:
         raise SpecError(_message(error)) from error
     except (InputError, SpecError) as error:

@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from certifl.certification.network import PRECISIONS
+from certifl.certification.network import PRECISIONS, REMOVED_PRECISIONS, removed_precision
 from certifl.certification.scan import check_votes
 from certifl.certification.settings import Settings
 from certifl.data import Column, Splitter, make_splitter
@@ -33,6 +33,9 @@ from certifl.perturbations import from_record as perturbation_from
 from certifl.perturbations.units import parse_amount, parse_amounts
 
 NONE, SAME, OWN = "none", "same", "own"
+# The context of validation in which a run's own record is read: what an older version could
+# compute stays readable, though it can no longer be asked for.
+STORED = {"stored": True}
 
 
 class Section(BaseModel):
@@ -280,7 +283,7 @@ class Certification(Section):
         estimator, n0, n, alpha, label_aware, keep: as in `certifl.certify`.
         radii, reach: likewise, in the perturbation's unit, which is radians for rotation, where
             "5deg" is understood as well.
-        precision: arithmetic of the network: auto, or a name in `certification.PRECISIONS`.
+        precision: arithmetic of the network: "auto", "float32" or "bfloat16".
     """
 
     perturbation: Annotated[dict[str, Any], _perturbation()]
@@ -303,7 +306,11 @@ class Certification(Section):
 
     @field_validator("precision")
     @classmethod
-    def _known_precision(cls, value: str) -> str:
+    def _known_precision(cls, value: str, info: ValidationInfo) -> str:
+        if value in REMOVED_PRECISIONS:
+            if info.context == STORED:
+                return value
+            raise ValueError(removed_precision(value))
         return value if value == "auto" else _one_of(value, PRECISIONS, "auto")
 
     @model_validator(mode="after")

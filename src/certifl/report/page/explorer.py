@@ -56,10 +56,6 @@ def _shown(found: Mapping[str, Any]) -> set[int]:
     return {run["run"] for run in found["images"][0]["runs"]}
 
 
-def _has_plane(found: Mapping[str, Any]) -> bool:
-    return any(image["plane"] for image in found["images"])
-
-
 def _what(story: Story, found: Mapping[str, Any]) -> str:
     shown = _shown(found)
     which = "every regime" if len(shown) == len(story.runs) else "each regime named below"
@@ -71,12 +67,10 @@ def _what(story: Story, found: Mapping[str, Any]) -> str:
         if missing
         else ""
     )
-    both = ", or shift it in both directions at once" if _has_plane(found) else ""
     pictured = "the picture is deformed, and " if found["pictures"] else ""
     return (
-        f"Pick a test image and move the slider{both}: {pictured}the smoothed classifier votes on "
-        f"the deformed image{several}. The thick bar is the certified range"
-        f"{', the disc the same in all directions' if both else ''}.{left_out}"
+        f"Pick a test image and move the slider: {pictured}the smoothed classifier votes on the "
+        f"deformed image{several}. The thick bar is the certified range.{left_out}"
     )
 
 
@@ -87,7 +81,7 @@ def _picker(found: Mapping[str, Any]) -> Markup:
 
 
 def _stage(found: Mapping[str, Any]) -> Markup:
-    """The picture, what is known of it, the slider or the pad."""
+    """The picture, what is known of it, the slider."""
     canvas = {"id": "picture", "width": "224", "height": "224", "role": "img"}
     picture = el("canvas", {**canvas, "aria-label": "The deformed image"})
     facts = el(
@@ -96,17 +90,14 @@ def _stage(found: Mapping[str, Any]) -> Markup:
         el("p", {"id": "picture-words"}),
         _ways(found),
         _slider(),
-        _pad() if _has_plane(found) else Markup(),
     )
     kind = "picture-stage" if found["pictures"] else "picture-stage bare"
     return el("div", {"class": kind}, picture if found["pictures"] else Markup(), facts)
 
 
 def _ways(found: Mapping[str, Any]) -> Markup:
-    """What happens to the image: one walk, the other, or both shifts at once."""
+    """What happens to the image: one walk or the other."""
     words = [str(walk["words"]) for walk in found["walks"]]
-    if _has_plane(found):
-        words.append("shifted in both directions")
     if len(words) < 2:
         return Markup()
     options = [
@@ -125,7 +116,7 @@ def _slider() -> Markup:
     slider = {"type": "range", "id": "step", "min": "0", "max": "1", "step": "1", "value": "0"}
     return el(
         "div",
-        {"id": "along"},
+        None,
         el(
             "label",
             {"for": "step", "class": "step-label"},
@@ -134,34 +125,6 @@ def _slider() -> Markup:
         ),
         el("div", {"class": "rail"}, el("input", slider)),
         el("div", {"class": "rail-ends", "id": "rail-ends", "aria-hidden": "true"}),
-    )
-
-
-def _pad() -> Markup:
-    """A slider of two directions; its value is told in words, as a slider's is."""
-    pad = {
-        "id": "pad",
-        "class": "pad",
-        "role": "slider",
-        "tabindex": "0",
-        "aria-roledescription": "slider in two directions",
-        "aria-label": "Shift of the image",
-        "aria-describedby": "pad-how",
-        "aria-valuemin": "0",
-        "aria-valuemax": "0",
-        "aria-valuenow": "0",
-    }
-    how = (
-        "Drag the dot, or use the arrow keys; Home puts the image back. The disc is certified as "
-        "a whole. Elsewhere predictions are known at the points alone."
-    )
-    return el(
-        "div",
-        {"id": "both", "hidden": True},
-        el("div", pad),
-        # Below the pad: a longer text must not move it under the reader's finger.
-        el("p", {"class": "step-label"}, "Shift ", el("output", {"id": "shift-text"})),
-        el("p", {"class": "note", "id": "pad-how"}, how),
     )
 
 
@@ -178,7 +141,7 @@ def _row(story: Story, place: int) -> Markup:
 
 def _legend(found: Mapping[str, Any]) -> Markup:
     kinds = [
-        ("certified", "certified range or disc" if _has_plane(found) else "certified range"),
+        ("certified", "certified range"),
         ("same", "same class"),
         ("close", "too close to call"),
         ("other", "another class"),
@@ -209,8 +172,11 @@ def _honest(story: Story, found: Mapping[str, Any]) -> str:
             "A certificate speaks of all directions up to its radius; this one was drawn at "
             "random for each image, and is hardly the worst. "
         )
-    if _has_plane(found):
-        note += _both(found)
+    if story.runs[0].conditions["family"] == "translation":
+        note += (
+            "A certificate speaks of every shift of at most its l2 length, across and down "
+            "together; these two ways show shifts along one axis. "
+        )
     return note + (
         "Every vote is ONE interpolation of the stored image with the summed parameter, your step "
         "plus noise: that is what certificates cover. A picture that arrives already deformed is "
@@ -218,32 +184,19 @@ def _honest(story: Story, found: Mapping[str, Any]) -> str:
     )
 
 
-def _both(found: Mapping[str, Any]) -> str:
-    """What is promised of a plane, and what was only looked at."""
-    image = next(image for image in found["images"] if image["plane"])
-    side, votes = len(image["plane"]["values"]), max(found["planeVotes"].values())
-    return (
-        "Certified is the ball of the radius, on the pad a disc: EVERY shift, across and down "
-        "together, of at most its l2 length, whether or not it was sampled. Everything else on "
-        f"the pad is a prediction at one of {side} × {side} sampled shifts, {votes:,} votes each: "
-        "it promises nothing, neither there nor between the points. "
-    )
-
-
 # What runs saw of a few test images on their way through the deformations, as the page draws it.
 #
 # Reads `explorer.json` of the runs (see `certifl explore`) and holds it against their
 # certificates.
-# Format 2, which knew no planes, is read as well.
+# Planes of shifts in both directions, which format 3 of 0.1.0 also held, are left out.
 
 
 MOST_PICTURES = 2_500_000
-"""Pictures and votes on one page, in characters: the page stays well below 5 MB."""
+"""Pictures on one page, in characters: the page stays well below 5 MB."""
 
-_FILE, _FORMATS = "explorer.json", (2, 3)
+_FILE, _FORMATS = "explorer.json", (3, 4)
 _TOO_CLOSE = 0.001
 _WAY = ("name", "words", "forward", "backward")
-_ON_THE_PLANE = 20  # characters of one point, about
 
 Key = tuple[int, int]
 Record = Mapping[str, Any]
@@ -257,7 +210,7 @@ def explorer_payload(
     Args:
         story: of the page.
         pictures: whether the images themselves are shown; without them no pixel is in the answer.
-        most: characters that pictures and votes may take.
+        most: characters that pictures may take.
 
     Raises:
         StoreError: a run's record is damaged.
@@ -278,11 +231,6 @@ def explorer_payload(
             "names": _class_names(story.runs[0].runs[0]),
             "pictures": pictures,
             "votes": {str(p): record["votes"] for p, record in records.items() if p in shown},
-            "planeVotes": {
-                str(place): record["plane_votes"]
-                for place, record in records.items()
-                if record.get("plane_votes") and place in shown
-            },
             "images": alike if pictures else [_without_pixels(image) for image in alike],
         }
     except MALFORMED as error:
@@ -349,10 +297,7 @@ def _without_pixels(image: dict[str, Any]) -> dict[str, Any]:
     """All that was voted, and nothing of what the image looks like."""
     walks = [{k: v for k, v in walk.items() if k != "strip"} for walk in image["walks"]]
     bare = {k: v for k, v in image.items() if k != "tile"}
-    plane = image["plane"]
-    if plane is not None:
-        plane = {k: v for k, v in plane.items() if k != "picture"}
-    return {**bare, "walks": walks, "plane": plane}
+    return {**bare, "walks": walks}
 
 
 def _images(story: Story, records: Mapping[int, Record], most: int) -> list[dict[str, Any]]:
@@ -372,21 +317,14 @@ def _images(story: Story, records: Mapping[int, Record], most: int) -> list[dict
 
 
 def _size(seen: Mapping[int, Record]) -> int:
-    """Characters of an image on the page: its pictures once, votes on its plane for every run."""
-    first = next(iter(seen.values()))
-    size = sum(len(walk["strip"]) for walk in first["walks"])
-    if first.get("plane"):
-        size += len(first["plane"]["picture"])
-        size += _ON_THE_PLANE * len(first["plane"]["lengths"]) * (1 + len(seen))
-    return size
+    """Characters of an image's pictures, which are on the page once."""
+    return sum(len(walk["strip"]) for walk in next(iter(seen.values()))["walks"])
 
 
 def _image(story: Story, key: Key, seen: Mapping[int, Record]) -> dict[str, Any]:
     """One image, as all runs saw it that took the same steps as the first."""
     first = next(iter(seen.values()))
     alike = {place: image for place, image in seen.items() if _steps(image) == _steps(first)}
-    planes = [image["plane"] for image in alike.values() if image.get("plane")]
-    plane = planes[0] if planes else None
     return {
         "client": key[0],
         "index": key[1],
@@ -401,8 +339,7 @@ def _image(story: Story, key: Key, seen: Mapping[int, Record]) -> dict[str, Any]
             }
             for walk in first["walks"]
         ],
-        "plane": None if plane is None else _plane(plane, story.scale),
-        "runs": [_explored(story, place, image, plane) for place, image in alike.items()],
+        "runs": [_explored(story, place, image) for place, image in alike.items()],
     }
 
 
@@ -410,30 +347,12 @@ def _steps(image: Record) -> list[Any]:
     return [walk["values"] for walk in image["walks"]]
 
 
-def _plane(plane: Record, scale: RadiusScale) -> dict[str, Any]:
-    """Where shifts were sampled, in words too, and how the picture is shifted."""
-    return {
-        "values": plane["values"],
-        "texts": [_number(value, scale) for value in plane["values"]],
-        "lengths": [_number(length, scale) for length in plane["lengths"]],
-        "unit": scale.suffix,
-        "picture": plane["picture"],
-        "padding": str(plane["padding"]),
-        "geometry": str(plane["geometry"]),
-    }
-
-
 def _step(value: float, scale: RadiusScale) -> str:
-    """A step's length without its sign, with its unit."""
-    return _number(value, scale) + scale.suffix
+    """A step's length without its sign, to the nearest: a position, not a promise."""
+    return f"{abs(value) * scale.factor:.3g}{scale.suffix}"
 
 
-def _number(value: float, scale: RadiusScale) -> str:
-    """A step's length without its sign; a place to look at, so rounded to the nearest."""
-    return f"{abs(value) * scale.factor:.3g}"
-
-
-def _explored(story: Story, place: int, image: Record, plane: Record | None) -> dict[str, Any]:
+def _explored(story: Story, place: int, image: Record) -> dict[str, Any]:
     """What one run says of an image: its certificate, and its votes on the way."""
     certificates = explored_runs(story)[place].certificates
     row = np.flatnonzero(
@@ -447,14 +366,11 @@ def _explored(story: Story, place: int, image: Record, plane: Record | None) -> 
     if one.interval is not None and np.isfinite(one.interval[0]).all():
         low, high = map(float, one.interval[0])
     ends = None if bool(one.abstained[0]) else (low, high)
-    own: Record = image.get("plane") or {}
-    same = plane is not None and own.get("values") == plane["values"]
     return {
         "run": place,
         "predicted": int(one.predicted[0]),
         "ends": ends,
         "walks": [_walk(walk, radius, ends) for walk in image["walks"]],
-        "plane": _points(own, radius, ends) if same else None,
         "certified": "" if ends is None else _certified(ends, story.scale),
     }
 
@@ -467,24 +383,17 @@ def _certified(ends: tuple[float, float], scale: RadiusScale) -> list[str]:
 
 def _walk(walk: Record, radius: float, ends: tuple[float, float] | None) -> dict[str, Any]:
     """Winners of every step, whether they lead beyond doubt, and whether it is certified."""
-    values = np.asarray(walk["values"], float)
-    if ends is None or ends == (-radius, radius):
-        return _points(walk, radius, ends)
-    # Gaussian families reach equally far in all directions; an interval has its own ends.
-    inside = (ends[0] <= values) & (values <= ends[1])
-    return {**_votes(walk["winners"]), "inside": _flags(inside)}
-
-
-def _points(seen: Record, radius: float, ends: tuple[float, float] | None) -> dict[str, Any]:
-    """The same for parameters in any direction, which are inside up to the radius."""
-    inside = np.asarray(seen["lengths"], float) <= (-1.0 if ends is None else radius)
-    return {**_votes(seen["winners"]), "inside": _flags(inside)}
-
-
-def _votes(winners: Sequence[Sequence[Sequence[int]]]) -> dict[str, Any]:
-    first, second = (_votes_of(winners, rank) for rank in (0, 1))
+    values, lengths = (np.asarray(walk[name], float) for name in ("values", "lengths"))
+    if ends is None:
+        inside = np.zeros(len(values), np.bool_)
+    elif ends == (-radius, radius):
+        inside = lengths <= radius
+    else:  # an interval of a scan has ends of its own
+        inside = (ends[0] <= values) & (values <= ends[1])
+    first, second = (_votes_of(walk["winners"], rank) for rank in (0, 1))
     close = np.asarray(two_sided_sign_test(first, second)) > _TOO_CLOSE
-    return {"winners": [step[:2] for step in winners], "close": _flags(close)}
+    winners = [step[:2] for step in walk["winners"]]
+    return {"winners": winners, "close": _flags(close), "inside": _flags(inside)}
 
 
 def _votes_of(winners: Sequence[Sequence[Sequence[int]]], rank: int) -> list[int]:

@@ -47,7 +47,7 @@ __all__ = ["page_beside", "write_figures", "write_report"]
 
 _LONGEST_NAME = 80
 _STYLES = ("page.css", "advice.css", "claims.css", "explorer.css", "print.css")
-_SCRIPTS = ("drawing.js", "page.js", "advice.js", "shift.js", "explorer.js", "switch.js")
+_SCRIPTS = ("drawing.js", "page.js", "advice.js", "explorer.js", "switch.js")
 _BARE = '<meta name="certifl-images" content="left out">'
 
 
