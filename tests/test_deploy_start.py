@@ -13,7 +13,8 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl
 from certifl.deploy.processes import KeyFolder, _Admitting, keys_of
 from certifl.deploy.provision.keys import node_key
 from certifl.deploy.provision.kit import init
-from certifl.deploy.server.coordinator import conduct, survey
+from certifl.deploy.server.coordinator import conduct
+from certifl.deploy.server.start import survey
 from certifl.deploy.transport import flower_runs as flowerruns
 from certifl.deploy.transport.flower_runs import Place
 from certifl.deploy.transport.messages import Content, Garbled, order_from

@@ -12,9 +12,9 @@ import pytest
 
 import certifl.report
 import tiny_study as tiny
-from certifl.experiments.run import label_of
 from certifl.runs.folder import RunFolder
 from certifl.spec import load
+from certifl.study.setup import label_of
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "new_study.md").read_text()
 MOST_LINES = 30

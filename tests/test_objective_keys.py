@@ -10,7 +10,6 @@ import torch
 
 from certifl import rng as streams
 from certifl.errors import InputError, SpecError, StoreMismatch
-from certifl.experiments.run import label_of
 from certifl.federated import FedAvg, LocalTraining, train
 from certifl.federated.objectives import (
     OBJECTIVES,
@@ -26,6 +25,7 @@ from certifl.perturbations import PixelNoise
 from certifl.runs.checkpoints import Checkpoints
 from certifl.smoothing.laws import UNIFORM, Law
 from certifl.spec import load, with_settings
+from certifl.study.setup import label_of
 from tiny_federation import SCHEDULE, Noise, TinyNet, client_data
 from tiny_study import VALUES, cli, spec, write_spec
 

@@ -13,7 +13,7 @@ import pytest
 import tiny_study as tiny
 from certifl.cli import terminal
 from certifl.errors import SpecError
-from certifl.experiments.run import Options, label_of, run
+from certifl.experiments.run import Options, run
 from certifl.federated import FedAvg, Personalized, train
 from certifl.federated.aggregation import Clip, TrimmedMean
 from certifl.federated.trainer import RandomShare
@@ -24,6 +24,7 @@ from certifl.report.page.results import training_section
 from certifl.report.summary import largest_radius, left_out_words
 from certifl.report.units import scales
 from certifl.runs.checkpoints import Checkpoints
+from certifl.study.setup import label_of
 from report_factory import make_certificates, make_history, make_manifest, write_run
 from tiny_federation import TinyNet, clients, training
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from certifl.data.allocation import deal, quotas, shares
+from certifl.data.partition import check, choose
 from certifl.data.splitters import (
     PARTITIONS,
     Balanced,
@@ -21,8 +22,6 @@ from certifl.data.splitters import (
     Quantity,
     Shards,
     Uniform,
-    check,
-    choose,
     label_checksum,
     make_splitter,
 )

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from certifl.errors import InputError, SpecError
-from certifl.experiments.run import label_of
 from certifl.paper.figures import EXTRA, FIGURES, chosen_figures, figure_named
 from certifl.paper.reproduce import figure_index, make_plan
 from certifl.paper.scales import SCALES, base_spec, scale_named
 from certifl.spec import with_settings
+from certifl.study.setup import label_of
 
 EVERY = {**FIGURES, **EXTRA}
 # rows, columns, curves over all panels of certified accuracy

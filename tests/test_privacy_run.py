@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from certifl.errors import ModelError, SpecError, StoreError, StoreMismatch
-from certifl.experiments.run import Options, label_of, run
+from certifl.experiments.run import Options, run
 from certifl.federated.privacy import epsilon
 from certifl.report.page.page import write_report
 from certifl.report.table import summary_rows
 from certifl.runs.folder import RunFolder
 from certifl.spec import load, with_settings
+from certifl.study.setup import label_of
 from tiny_study import VALUES, spec, weights
 
 pytest.importorskip("opacus", reason="needs the extra [dp]")

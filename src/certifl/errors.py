@@ -24,24 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = [
-    "CertiflError",
-    "DataUnavailable",
-    "InputError",
-    "ModelError",
-    "RandomSourceBroken",
-    "RequestError",
-    "SpecError",
-    "StoreError",
-    "StoreMismatch",
-    "TooFewClients",
-    "TrainingDiverged",
-    "UnusualValue",
-    "VerificationFailed",
-    "WorkError",
-    "one_line",
-]
-
 _SHOWN = 5
 
 

@@ -11,19 +11,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from certifl.errors import ModelError
 
-__all__ = [
-    "answer_in_words",
-    "any_lazy",
-    "bare_copy_of",
-    "copy_of",
-    "evaluating",
-    "foreign_formats",
-    "format_advice",
-    "in_training_mode",
-    "to_format",
-    "unwrapped",
-]
-
 LAZY = (
     "The model has lazy layers without weights yet. Pass one batch of images through it, or load "
     "its weights, first."

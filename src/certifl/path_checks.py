@@ -13,24 +13,6 @@ from typing import Any
 from certifl.errors import DataUnavailable, InputError, SpecError, StoreMismatch
 from certifl.safe_io import SPEC_BYTES, parse_toml, read_text
 
-__all__ = [
-    "CLIENT_STUDY",
-    "CONNECTION",
-    "IMAGE",
-    "SHARD",
-    "WEIGHTS",
-    "check_certificate_file",
-    "check_data_folder",
-    "check_file",
-    "check_model_folder",
-    "check_party",
-    "check_party_settings",
-    "check_run",
-    "check_study",
-    "quotes_missing",
-    "read_spec_file",
-]
-
 IMAGE, WEIGHTS, SHARD = "is no image file", "are no weights at", "is no file of certificates"
 CONNECTION = "connection.toml"
 CLIENT_STUDY = "study.json"

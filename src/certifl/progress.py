@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-__all__ = ["Progress", "bar"]
-
 Progress = Callable[[int, int], None]
 """Called with (done, all) of the work under way."""
 

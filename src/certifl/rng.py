@@ -18,15 +18,6 @@ import hashlib
 import numpy as np
 import torch
 
-__all__ = [
-    "derive_seed",
-    "generator",
-    "image_key",
-    "numpy_generator",
-    "secret_generator",
-    "vote_generator",
-]
-
 _LOW = 1 << 32
 _VOTE_SLOTS = {
     "selection": 0,

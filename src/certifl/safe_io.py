@@ -27,24 +27,6 @@ from certifl.errors import InputError
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
-__all__ = [
-    "DATA_BYTES",
-    "MALFORMED",
-    "SPEC_BYTES",
-    "TEXT_BYTES",
-    "open_parquet",
-    "open_regular",
-    "parse_json",
-    "parse_toml",
-    "read_bytes",
-    "read_gzip",
-    "read_json",
-    "read_text",
-    "read_toml",
-    "require_regular",
-    "visible",
-]
-
 SPEC_BYTES = 1 << 20
 """The most that a spec or a settings file may hold."""
 TEXT_BYTES = 1 << 27

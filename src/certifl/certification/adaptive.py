@@ -25,8 +25,6 @@ from certifl.rng import image_key
 from certifl.smoothing.bounds import BOUNDS
 from certifl.smoothing.sequential import finished
 
-__all__ = ["Progress", "advance", "conclude", "count_all", "expected_votes"]
-
 Progress = Callable[[int, int], None]
 """Called with (votes cast so far, votes at most) of what is being certified."""
 

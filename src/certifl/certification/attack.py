@@ -24,8 +24,6 @@ from certifl.certification.sampling import CHUNK, Request, VoteCounter
 from certifl.errors import InputError
 from certifl.rng import generator, image_key
 
-__all__ = ["Effort", "Found", "deformed_first", "search"]
-
 # Images whose deltas are on the device at once; results do not depend on it.
 _BLOCK = 8
 # Votes that show a lead of the certified class at this level end the confirmation of a delta.

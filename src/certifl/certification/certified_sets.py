@@ -13,8 +13,6 @@ from torch import Tensor
 from certifl.errors import InputError
 from certifl.perturbations.base import Perturbation
 
-__all__ = ["Reach", "lengths", "reach_of", "shares"]
-
 # Deltas are drawn a millionth inside, so that float32 rounding cannot carry one over the edge.
 _INSIDE = 1.0 - 1e-6
 _LEVELS = 255.0

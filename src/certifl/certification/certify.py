@@ -39,8 +39,6 @@ from certifl.progress import Progress, bar
 from certifl.rng import image_key
 from certifl.smoothing.bounds import two_sided_sign_test
 
-__all__ = ["asked_conditions", "certify", "conditions", "predict"]
-
 # Images on the device at once; results do not depend on it.
 _BLOCK = 256
 

@@ -14,19 +14,6 @@ from certifl.errors import InputError, ModelError
 from certifl.module_copies import LAZY, answer_in_words, any_lazy, in_training_mode
 from certifl.perturbations.base import Perturbation
 
-__all__ = [
-    "check_exact",
-    "check_images",
-    "check_labels",
-    "check_model",
-    "check_perturbation",
-    "check_seed",
-    "depends_on_its_past",
-    "probe_classes",
-    "probe_of",
-    "writes_into_its_input",
-]
-
 Model = Callable[[Tensor], Tensor]
 _PROBE = 6
 _ARRAYS = (Tensor, np.ndarray, tuple, list, str)

@@ -25,18 +25,6 @@ import numpy as np
 
 from certifl.errors import InputError
 
-__all__ = [
-    "PERTURBATIONS",
-    "entries",
-    "joined",
-    "kind_of",
-    "kinds",
-    "masks",
-    "narrowed",
-    "of_client",
-    "require_groups",
-]
-
 PERTURBATIONS = "perturbations"
 
 Conditions = Mapping[str, Any]

@@ -33,17 +33,6 @@ from certifl.module_copies import (
 )
 from certifl.torch_env import exact_convolutions, is_small, one_thread, threads_in_use
 
-__all__ = [
-    "PRECISIONS",
-    "REMOVED_PRECISIONS",
-    "Network",
-    "choose_device",
-    "choose_precision",
-    "prepare",
-    "removed_precision",
-    "tf32_state",
-]
-
 Model = Callable[[Tensor], Tensor]
 _log = logging.getLogger(__name__)
 PRECISIONS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}

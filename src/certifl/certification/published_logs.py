@@ -13,8 +13,6 @@ import numpy as np
 
 from certifl.certification.certificates import ABSTAINED, UNLABELLED, Certificates
 
-__all__ = ["TSV_HEADER", "is_log", "read_log"]
-
 TSV_HEADER = ("idx", "label", "predict", "radius", "correct", "time")
 _TRUTH = {"1": True, "true": True, "0": False, "false": False}
 _LARGEST = 2**63 - 1

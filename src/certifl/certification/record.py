@@ -23,8 +23,6 @@ from certifl.perturbations import PERTURBATIONS, Perturbation, from_record
 from certifl.smoothing.laws import LAWS
 from certifl.smoothing.strata import Scan, passes_of
 
-__all__ = ["Record", "as_stored", "differs", "known_words", "read_record"]
-
 _ALIKE = 1e-12  # a reach that is derived from the ends of a stretch is off by a rounding or two
 _OF_A_PERTURBATION = ("family", "sigma", "law", "norm", "unit", "threat")
 

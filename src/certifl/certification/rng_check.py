@@ -20,8 +20,6 @@ from certifl.errors import RandomSourceBroken
 from certifl.perturbations.base import Perturbation
 from certifl.rng import vote_generator
 
-__all__ = ["Source", "check_random_source", "check_random_source_once"]
-
 Source = Callable[[int, str, int, int, torch.device], torch.Generator]
 """Called with (seed, purpose, image key, chunk, device), as `streams.vote_generator`."""
 

@@ -25,8 +25,6 @@ from certifl.perturbations.base import Perturbation
 from certifl.rng import vote_generator
 from certifl.torch_env import exact_convolutions, one_thread
 
-__all__ = ["CHUNK", "Request", "VoteCounter", "votes_per_turn"]
-
 CHUNK = 100
 _log = logging.getLogger(__name__)
 

@@ -32,20 +32,6 @@ from certifl.smoothing.scan import BETS, SHARES, Reading, read_scan
 from certifl.smoothing.sequential import grid_steps
 from certifl.smoothing.strata import Scan, passes_of
 
-__all__ = [
-    "cast",
-    "check_votes",
-    "claims",
-    "describe_scan",
-    "largest_radius",
-    "parameters",
-    "read_votes",
-    "scan_from",
-    "scan_of",
-    "settled",
-    "unpacked",
-]
-
 # Images read at once; a reading holds a few numbers per image, rival and cell.
 _BLOCK = 16
 # A scaling parameter of -1 shrinks the sampling grid to a point.

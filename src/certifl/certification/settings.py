@@ -15,16 +15,6 @@ from certifl.perturbations.base import Perturbation
 from certifl.smoothing import curves, sequential
 from certifl.smoothing.bounds import BOUNDS
 
-__all__ = [
-    "ESTIMATORS",
-    "GRID_POINTS",
-    "KEEPS",
-    "Settings",
-    "check_reachable",
-    "least_that",
-    "too_few_votes",
-]
-
 GRID_POINTS = 50
 _MOST_VOTES = 10**9
 

@@ -19,8 +19,6 @@ from certifl.smoothing.laws import LAWS, UNIFORM
 from certifl.smoothing.scan import Reading
 from certifl.smoothing.sequential import grid_steps, reachable_radius
 
-__all__ = ["Finding", "unverified", "verify"]
-
 Report = Callable[[np.ndarray, str], None]
 """Called with a mask of rows and what is wrong with them."""
 

@@ -16,30 +16,6 @@ import typer
 
 from certifl.safe_io import visible
 
-__all__ = [
-    "AnswerWithin",
-    "Code",
-    "DataDir",
-    "Device",
-    "Devices",
-    "Family",
-    "Out",
-    "Overwrite",
-    "OverwriteFile",
-    "RunDir",
-    "Settings",
-    "Sigma",
-    "Track",
-    "Workers",
-    "command_line",
-    "interruptible",
-    "positive",
-    "safe_path",
-    "say",
-    "unforeseen",
-    "whole",
-]
-
 _SAFE_PATH = "PYTHONSAFEPATH"
 _LONGEST_REASON = 200
 

@@ -17,8 +17,6 @@ from certifl.cli.common import say
 from certifl.errors import RequestError, WorkError
 from certifl.path_checks import check_party, check_party_settings, read_spec_file
 
-__all__ = ["deploy"]
-
 deploy = typer.Typer(
     help="Real federations: every client on a machine of its own, over Flower.",
     no_args_is_help=True,

@@ -24,19 +24,6 @@ from certifl.paper.costs import Cost
 from certifl.perturbations.units import format_amount
 from certifl.safe_io import visible
 
-__all__ = [
-    "Board",
-    "show_attack",
-    "show_certificates",
-    "show_claims",
-    "show_facts",
-    "show_names",
-    "show_plan",
-    "show_prediction",
-    "show_study",
-    "show_summary",
-]
-
 _QUIET_SECONDS = 10.0
 _WIDEST = 400
 

@@ -10,8 +10,6 @@ from certifl.data.decode import size_text
 from certifl.data.readers import RawSplit
 from certifl.errors import InputError
 
-__all__ = ["assemble"]
-
 _INSTEAD = {
     "training": "Remove those images, from test or validation images too.",
     "test": (

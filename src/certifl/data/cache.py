@@ -30,8 +30,6 @@ from safetensors.torch import save_file
 from certifl.data.dataset import Dataset, ImageSplit, fingerprint
 from certifl.errors import InputError
 
-__all__ = ["CACHE_ENV", "cache_folder", "cache_key", "cache_path", "read_cached", "write_cached"]
-
 CACHE_ENV = "CERTIFL_CACHE"
 _DECODING_RULES = "2"  # raise when pixels, labels or class names of the same files would differ
 

@@ -12,8 +12,6 @@ import torch
 from certifl.errors import InputError
 from certifl.rng import numpy_generator
 
-__all__ = ["SMALLEST_SIDE", "Dataset", "ImageSplit", "fingerprint", "random_part", "to_float"]
-
 SMALLEST_SIDE = 8
 
 

@@ -32,15 +32,6 @@ from certifl.data.dataset import SMALLEST_SIDE, to_float
 from certifl.errors import InputError
 from certifl.safe_io import read_bytes
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "NamedImage",
-    "changes_of",
-    "decode_all",
-    "read_image",
-    "size_text",
-]
-
 _ENDINGS = {
     "PNG": (".png",),
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),

@@ -9,8 +9,6 @@ from pathlib import Path
 from certifl.data.decode import IMAGE_SUFFIXES
 from certifl.errors import InputError
 
-__all__ = ["class_images", "has_class_folders", "subfolders"]
-
 _TEXTS = (
     ".txt",
     ".md",

@@ -10,8 +10,6 @@ from typing import Literal
 from certifl.data.image_folders import class_images, has_class_folders, subfolders
 from certifl.errors import DataUnavailable, InputError
 
-__all__ = ["TEST_NAMES", "Layout", "choose_test", "find_layout"]
-
 TEST_NAMES = ("test", "validation", "valid", "val")
 _IDX_NAMES = {
     "train": ("train-images", "train-labels"),

@@ -21,8 +21,6 @@ from certifl.data.readers import READERS, ColumnNames, RawSplit
 from certifl.data.sources import HUB_NAMES, read_digits, read_hub
 from certifl.errors import DataUnavailable, InputError
 
-__all__ = ["DATA_ENV", "EMBEDDED", "hub_choices", "load", "named_folder"]
-
 _log = logging.getLogger(__name__)
 
 DATA_ENV = "CERTIFL_DATA"

@@ -13,18 +13,6 @@ import torch
 from certifl.errors import InputError
 from certifl.rng import numpy_generator
 
-__all__ = [
-    "ClientIndices",
-    "Labels",
-    "Partition",
-    "as_labels",
-    "check",
-    "choose",
-    "label_checksum",
-    "labels_for",
-    "require_count",
-]
-
 Labels = np.ndarray | torch.Tensor | Sequence[int]
 
 

@@ -13,8 +13,6 @@ from certifl.data.decode import NamedImage, decode_all
 from certifl.errors import InputError
 from certifl.safe_io import read_bytes, read_gzip
 
-__all__ = ["READERS", "ColumnNames", "RawSplit", "read_folder", "read_idx", "read_parquet"]
-
 
 @dataclass(frozen=True)
 class ColumnNames:

@@ -29,33 +29,12 @@ from certifl.data.partition import (
     ClientIndices,
     Labels,
     Partition,
-    check,
-    choose,
     label_checksum,
     labels_for,
     require_count,
 )
 from certifl.errors import InputError
 from certifl.rng import numpy_generator
-
-__all__ = [
-    "PARTITIONS",
-    "SPLITS",
-    "Balanced",
-    "ClientIndices",
-    "Column",
-    "Dirichlet",
-    "Partition",
-    "Quantity",
-    "Shards",
-    "Splitter",
-    "Uniform",
-    "check",
-    "choose",
-    "deal_out",
-    "label_checksum",
-    "make_splitter",
-]
 
 
 class Splitter(Protocol):

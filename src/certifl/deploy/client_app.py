@@ -14,8 +14,6 @@ from certifl.deploy.client.settings import load_settings
 from certifl.deploy.transport.messages import Content, Garbled, from_records, to_records
 from certifl.errors import StoreError
 
-__all__ = ["app", "party_of", "respond"]
-
 _log = logging.getLogger(__name__)
 _RAISED = 2  # Flower's CLIENT_APP_RAISED_EXCEPTION
 

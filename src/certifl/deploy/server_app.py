@@ -17,8 +17,6 @@ from certifl.deploy.transport.transport import GridLine
 from certifl.errors import InputError
 from certifl.spec import load
 
-__all__ = ["app"]
-
 app = ServerApp()
 
 

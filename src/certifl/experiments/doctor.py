@@ -19,8 +19,6 @@ from certifl.data.cache import cache_folder
 from certifl.data.loading import DATA_ENV
 from certifl.study.environment import machine_facts, versions
 
-__all__ = ["Fact", "examine"]
-
 # extra -> (a module it brings, what is not possible without it)
 EXTRAS = {
     "hub": ("datasets", "data sets by their name on the Hugging Face hub"),

@@ -30,8 +30,6 @@ from certifl.study.opened_run import (
     run_spec,
 )
 
-__all__ = ["cast_votes", "device_names"]
-
 Report = Callable[[str, int, int, str], None]
 
 

@@ -41,8 +41,6 @@ from certifl.spec import Spec
 from certifl.study.environment import machine_facts
 from certifl.study.opened_run import deployed, finished_run, last_round, run_model, run_spec
 
-__all__ = ["EXACT", "FRESH", "ROUNDING", "Options", "Recast", "flips_problems", "recast_run"]
-
 EXACT, ROUNDING, FRESH = "exact", "rounding", "fresh"
 LEVEL = 1e-6
 """Chance that an honest run has a finding, where votes need not be the same."""

@@ -23,8 +23,9 @@ from certifl.errors import InputError, SpecError, StoreError, StoreMismatch
 from certifl.experiments.explore import explore
 from certifl.experiments.multi_gpu import cast_votes, device_names
 from certifl.federated.algorithms.personalized import Personalized
+from certifl.federated.rounds import Progress
 from certifl.federated.states import ClientData
-from certifl.federated.trainer import Progress, train
+from certifl.federated.trainer import train
 from certifl.runs.atomic import write_json
 from certifl.runs.checkpoints import Checkpoints, StoredRound
 from certifl.runs.folder import FINISHED, RUNNING, RunFolder
@@ -39,11 +40,9 @@ from certifl.study.environment import (
 )
 from certifl.study.opened_run import DATA_DIR, deployed, initial_model, open_data, study_facts
 from certifl.study.privacy import Protection, protection, spent, training_key
-from certifl.study.setup import by_client, check_training, label_of, local_training, participation
+from certifl.study.setup import by_client, check_training, local_training, participation
 from certifl.tracking import check_trackers
 from certifl.tracking.run_tracker import News, track_finished, tracked
-
-__all__ = ["Options", "label_of", "run"]
 
 _log = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from certifl.experiments.verify_run import (
     privacy_problems,
     read_partition,
 )
-from certifl.federated.trainer import deployed_model
+from certifl.federated.rounds import deployed_model
 from certifl.models import fingerprint
 from certifl.perturbations import Perturbation, from_record
 from certifl.runs.atomic import read_json

@@ -31,20 +31,6 @@ from certifl.study.opened_run import DATA_DIR, load_data, partition_of, study_fa
 from certifl.study.privacy import protection, spent
 from certifl.study.setup import by_client
 
-__all__ = [
-    "Images",
-    "chosen_problems",
-    "column_problems",
-    "history_problems",
-    "images_at_hand",
-    "label_problems",
-    "manifest_problems",
-    "partition_problems",
-    "privacy_problems",
-    "read_partition",
-    "shortened",
-]
-
 _WORDS = ("label", "deploys")  # another version may say the same otherwise
 _SHOWN = 5
 _ROUNDING = 1e-6

@@ -12,9 +12,8 @@ _HOMES = {
     "certifl.federated.training.batches": ("Augmentation",),
     "certifl.federated.training.local_training": ("LocalTraining", "Trained"),
     "certifl.federated.algorithms.ditto": ("Ditto",),
-    "certifl.federated.trainer": (
-        *("Progress", "client_state", "deployed_model", "server_state", "total_rounds", "train"),
-    ),
+    "certifl.federated.rounds": (*("Progress", "client_state", "deployed_model", "server_state"),),
+    "certifl.federated.trainer": ("total_rounds", "train"),
     "certifl.federated.algorithms.fedavg": ("FedAvg",),
     "certifl.federated.algorithms.fedbn": ("FedBN",),
     "certifl.federated.algorithms.fedopt": ("FedAdagrad", "FedAdam", "FedAvgM", "FedYogi"),

@@ -31,19 +31,6 @@ from certifl.errors import (
 )
 from certifl.federated.states import ClientState, ModelState, Parts, ServerState, Update
 
-__all__ = [
-    "RESERVED",
-    "Answer",
-    "Fault",
-    "Inspection",
-    "advice",
-    "attempt",
-    "misfit",
-    "needed",
-    "not_finite",
-    "out_of_memory",
-]
-
 Result = TypeVar("Result")
 
 _LONGEST_REASON = 500

@@ -13,8 +13,6 @@ import torch
 
 from certifl.errors import InputError
 
-__all__ = ["ClientData", "ClientState", "ModelState", "Parts", "ServerState", "Update"]
-
 ModelState = dict[str, torch.Tensor]
 Parts = dict[str, ModelState]
 

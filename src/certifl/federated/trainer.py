@@ -26,14 +26,10 @@ from certifl.federated.privacy.compatibility import check_network
 from certifl.federated.privacy.ledger import Ledger
 from certifl.federated.rounds import (
     Participation,
-    Progress,
     ProgressCallback,
     RandomShare,
     Rounds,
     Runner,
-    client_state,
-    deployed_model,
-    server_state,
 )
 from certifl.federated.training.batches import Augmentation, PerClient
 from certifl.federated.training.local_training import LocalTraining, check_images
@@ -42,19 +38,6 @@ from certifl.federated.worker_pool import Pool
 from certifl.models import fingerprint, state_of
 from certifl.registry import check_number
 from certifl.runs.checkpoints import Checkpoints, StoredRound
-
-__all__ = [
-    "Clients",
-    "Participation",
-    "Progress",
-    "ProgressCallback",
-    "RandomShare",
-    "client_state",
-    "deployed_model",
-    "server_state",
-    "total_rounds",
-    "train",
-]
 
 
 def train(

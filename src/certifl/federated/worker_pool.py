@@ -23,8 +23,6 @@ from certifl.models import allowed_code
 from certifl.registry import check_number
 from certifl.runs.checkpoints import StoredRound
 
-__all__ = ["Pool"]
-
 _PRELOADED = ["certifl.federated.worker", "torch._dynamo"]
 _LAST_WORDS = 5.0  # seconds in which a process whose line is closed has its exit code
 _STARTS_KILLED = 3  # processes killed while they start, before that is an error

@@ -18,8 +18,6 @@ from torch import Tensor, fx, nn
 
 from certifl.errors import ModelError
 
-__all__ = ["BasicBlock", "Normalize", "ResNet", "resnet18", "small_cnn", "small_resnet"]
-
 
 class Normalize(nn.Module):
     """(x - mean) / std for every channel; constants that are never averaged or stored.

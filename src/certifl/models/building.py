@@ -14,8 +14,6 @@ from certifl.models.architectures import resnet18, small_cnn, small_resnet
 from certifl.module_copies import answer_in_words, evaluating, format_advice
 from certifl.rng import derive_seed
 
-__all__ = ["MODELS", "build", "check_logits"]
-
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": resnet18,
     "small_resnet": small_resnet,

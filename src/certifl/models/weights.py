@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from certifl.errors import InputError, ModelError
 
-__all__ = ["load_weights", "read_checkpoint", "weights_in"]
-
 State = Mapping[str, Tensor]
 
 # Under which keys training scripts keep the weights; others are looked at where none of these is.

@@ -21,8 +21,6 @@ from certifl.runs.folder import RunFolder
 from certifl.safe_io import parse_json, read_text
 from certifl.spec import Spec, load_stored
 
-__all__ = ["ROUGH", "Cost", "Speed", "costs"]
-
 
 @dataclass(frozen=True)
 class Speed:

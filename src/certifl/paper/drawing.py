@@ -20,8 +20,6 @@ from certifl.report.summary import client_acr, client_curves, largest_radius, ra
 from certifl.report.units import RadiusScale, family_words, scales, sigma_text
 from certifl.smoothing.curves import mean_and_band
 
-__all__ = ["COLUMNS", "Curve", "GridPanel", "paper_figure"]
-
 COLUMNS = ("panel", "measure", "regime", "client", "x", "value", "unit")
 _WIDTH, _HEIGHT = 3.0, 2.35
 _LEGEND_COLUMNS = 5

@@ -15,17 +15,6 @@ from typing import Any, Literal
 
 from certifl.errors import InputError
 
-__all__ = [
-    "EXTRA",
-    "FIGURES",
-    "Figure",
-    "Panel",
-    "Regime",
-    "Setting",
-    "chosen_figures",
-    "figure_named",
-]
-
 Trained = Literal["matching", "nominal", "affine"]
 Kind = Literal["curves", "clients", "mixture"]
 

@@ -26,8 +26,6 @@ from certifl.report.units import family_words, scales, sigma_text
 from certifl.report.wording import percent
 from certifl.runs.atomic import read_json, write_text
 
-__all__ = ["complete", "write_paper_figure"]
-
 _STYLES = ("page.css", "claims.css")
 _INDEX, _PAGE, _PAGES = "figure.json", "report.html", "pages"
 

@@ -14,8 +14,6 @@ from torch import Tensor
 from certifl.errors import InputError
 from certifl.smoothing.laws import Law, drawn_width
 
-__all__ = ["Perturbation", "check_image_shape", "draw", "image_shape_of", "matched", "one_of"]
-
 
 class Perturbation(Protocol):
     """A perturbation family with its smoothing law: frozen, hashable, printable.

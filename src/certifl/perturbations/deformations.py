@@ -21,8 +21,6 @@ from certifl.perturbations.units import parse_sigma, warn_beyond
 from certifl.perturbations.warp import GEOMETRIES, PADDINGS, Grid, grid_of, warp
 from certifl.smoothing.laws import GAUSSIAN, UNIFORM, Law
 
-__all__ = ["Affine", "Deformation", "Rotation", "Scaling", "Translation"]
-
 _ONE_INTERPOLATION = (
     "The certificate is in parameter space: it promises the smoothed classifier of ONE "
     "interpolation of the pristine image with the summed parameters. A system that receives an "

@@ -17,8 +17,6 @@ from certifl.perturbations.deformations import Deformation
 from certifl.perturbations.warp import Grid
 from certifl.smoothing.laws import GAUSSIAN
 
-__all__ = ["DenseFlow", "SmoothFlow"]
-
 
 @dataclass(frozen=True)
 class SmoothFlow(Deformation):

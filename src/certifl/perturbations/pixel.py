@@ -14,8 +14,6 @@ from certifl.perturbations.base import check_image_shape, draw, image_shape_of, 
 from certifl.perturbations.units import parse_sigma, warn_beyond
 from certifl.smoothing.laws import GAUSSIAN
 
-__all__ = ["PixelNoise"]
-
 _LEVELS = 255.0
 _LARGEST_USUAL = 2.0
 

@@ -13,8 +13,6 @@ from certifl.perturbations.flows import DenseFlow, SmoothFlow
 from certifl.perturbations.pixel import PixelNoise
 from certifl.perturbations.units import from_records
 
-__all__ = ["PERTURBATIONS", "describe", "from_description", "from_record"]
-
 PERTURBATIONS: dict[str, type[Perturbation]] = {
     "pixel": PixelNoise,
     "translation": Translation,

@@ -18,15 +18,6 @@ from typing import Any
 from certifl.errors import InputError, UnusualValue
 from certifl.smoothing.rounding import floor_text
 
-__all__ = [
-    "format_amount",
-    "from_records",
-    "parse_amount",
-    "parse_amounts",
-    "parse_sigma",
-    "warn_beyond",
-]
-
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _SMALLEST, _LARGEST = 1e-12, 1e9  # float32 holds their squares, and sums of those
 _TEXT = re.compile(rf"\s*(?P<number>{_NUMBER})\s*(?P<unit>\*?\s*(?:pi|π)|deg|°)?\s*")

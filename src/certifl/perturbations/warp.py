@@ -23,8 +23,6 @@ from torch import Tensor
 
 from certifl.errors import InputError
 
-__all__ = ["GEOMETRIES", "PADDINGS", "Grid", "grid_of", "warp"]
-
 GEOMETRIES = ("centre", "deformrs")
 PADDINGS = ("zeros", "border", "reflection")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["unbroken"]
-
 _NBSP = "\N{NO-BREAK SPACE}"
 _PER_CENT = re.compile(r"(?<=\d) (?=%)")
 _NAMED = re.compile(r"\b(λ|lambda) = (?=[\d.])")

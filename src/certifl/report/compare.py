@@ -30,21 +30,6 @@ from certifl.report.summary import (
     mean_acr,
 )
 
-__all__ = [
-    "FEWEST_IMAGES",
-    "ClientComparison",
-    "Comparison",
-    "Difference",
-    "Standing",
-    "compare",
-    "few_words",
-    "own_interval",
-    "paired_gains",
-    "paired_values",
-    "ranking",
-    "standing",
-]
-
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 

@@ -19,24 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-__all__ = [
-    "ALIKE",
-    "FEWEST_IMAGES",
-    "FEWEST_OF_A_CLIENT",
-    "FEWEST_UNLIKE",
-    "Sample",
-    "Scatter",
-    "even_images",
-    "fewest_floors",
-    "hidden_reach",
-    "hidden_share",
-    "interval_over_seeds",
-    "mean_interval",
-    "scatter_of",
-    "too_few",
-    "unlike_images",
-]
-
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 

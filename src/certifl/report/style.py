@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 from certifl.report.results import Row
 
-__all__ = ["LOOKS", "Look", "look_number", "looks_of"]
-
 
 @dataclass(frozen=True)
 class Look:

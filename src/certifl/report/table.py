@@ -23,8 +23,6 @@ from certifl.report.summary import (
 from certifl.report.units import scales
 from certifl.report.wording import percent
 
-__all__ = ["summary_rows"]
-
 
 def summary_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]]:
     """One row per algorithm and setting, the same numbers as on the page.

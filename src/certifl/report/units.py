@@ -9,15 +9,6 @@ from typing import Any
 
 from certifl.smoothing.rounding import floor_text
 
-__all__ = [
-    "FAMILY_WORDS",
-    "RadiusScale",
-    "family_words",
-    "scales",
-    "share_of_sigma",
-    "sigma_text",
-]
-
 FAMILY_WORDS = {
     "pixel": "pixel noise",
     "translation": "translation",

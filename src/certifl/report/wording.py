@@ -11,22 +11,6 @@ from certifl.report.results import Row
 from certifl.report.summary import accuracy_share, mean_acr, spread
 from certifl.report.units import RadiusScale
 
-__all__ = [
-    "NOT_PAIRED",
-    "NO_DIFFERENCE",
-    "Recommendation",
-    "by_margin",
-    "client_list",
-    "grouped",
-    "headline",
-    "listed",
-    "percent",
-    "range_of",
-    "recommendations",
-    "tenths",
-    "why_clients_are_open",
-]
-
 NO_DIFFERENCE = "no difference shown"
 NOT_PAIRED = (
     "Regimes are compared image by image, on the same test images; clients that told only curves "

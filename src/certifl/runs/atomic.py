@@ -20,18 +20,6 @@ from safetensors.torch import save_file
 from certifl import safe_io as outside
 from certifl.errors import InputError, StoreError
 
-__all__ = [
-    "flush",
-    "load_tensors",
-    "read_json",
-    "replacing",
-    "save_tensors",
-    "tensor_metadata",
-    "write_bytes",
-    "write_json",
-    "write_text",
-]
-
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:

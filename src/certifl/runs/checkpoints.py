@@ -39,8 +39,6 @@ from certifl.errors import InputError, StoreError
 from certifl.runs.atomic import flush, load_tensors
 from certifl.safe_io import TEXT_BYTES, open_regular, parse_json, read_bytes
 
-__all__ = ["Checkpoints", "PendingRound", "StoredRound"]
-
 _FORMAT = 1
 _KEPT = 2
 _PIECE = 1 << 20

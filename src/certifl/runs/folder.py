@@ -27,8 +27,6 @@ from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.runs.atomic import read_json, write_json, write_text
 from certifl.safe_io import MALFORMED, SPEC_BYTES, read_text
 
-__all__ = ["FINISHED", "RUNNING", "RunFolder", "locked_for", "require_own_folder"]
-
 RUNNING, FINISHED = "running", "finished"
 _MARK, _LOCK = "run.json", ".lock"
 _MOST = 100_000  # pixels of a side, channels, classes

@@ -22,18 +22,6 @@ from scipy import special
 
 from certifl.errors import InputError
 
-__all__ = [
-    "BOUNDS",
-    "RUNNER_UP_SHARE",
-    "TAIL_MARGIN",
-    "BoundsRule",
-    "clopper_pearson_lower",
-    "clopper_pearson_upper",
-    "runner_up_bounds",
-    "top_class_bounds",
-    "two_sided_sign_test",
-]
-
 FloatArray = NDArray[np.float64]
 BoundsRule = Callable[[ArrayLike, ArrayLike, ArrayLike, ArrayLike], tuple[FloatArray, FloatArray]]
 

@@ -10,14 +10,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from certifl.errors import InputError
 
-__all__ = [
-    "average_certified_radius",
-    "certified_accuracy",
-    "even_grid",
-    "floor_to_grid",
-    "mean_and_band",
-]
-
 FloatArray = NDArray[np.float64]
 
 

@@ -29,8 +29,6 @@ from scipy import special
 from certifl.errors import InputError
 from certifl.smoothing.bounds import top_class_bounds
 
-__all__ = ["GAUSSIAN", "LAWS", "UNIFORM", "Gaussian", "Law", "Uniform", "drawn_width"]
-
 FloatArray = NDArray[np.float64]
 
 # scipy's PhiInv (Cephes ndtri) is off by at most 7.2e-16 of its value by its authors' tables;

@@ -8,8 +8,6 @@ import numpy as np
 
 from certifl.errors import InputError
 
-__all__ = ["floor_text"]
-
 # A float needs up to 309 digits before the point; with the digits after it this always fits.
 _EXACT = Context(prec=1400, rounding=ROUND_FLOOR)
 

@@ -40,8 +40,6 @@ from numpy.typing import ArrayLike, NDArray
 from certifl.errors import InputError
 from certifl.smoothing.strata import Cells, Scan
 
-__all__ = ["BETS", "SHARES", "Reading", "log_weight", "read_scan"]
-
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]

@@ -38,8 +38,6 @@ from certifl.errors import InputError
 from certifl.smoothing.bounds import BoundsRule
 from certifl.smoothing.laws import Law
 
-__all__ = ["finished", "grid_steps", "levels", "looks", "reachable_radius"]
-
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 

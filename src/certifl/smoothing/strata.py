@@ -15,8 +15,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from certifl.errors import InputError
 
-__all__ = ["Cells", "Runs", "Scan", "passes_of"]
-
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]

@@ -19,8 +19,6 @@ from certifl.safe_io import parse_toml
 from certifl.spec.sections import STORED
 from certifl.spec.study import Spec
 
-__all__ = ["load", "load_stored", "with_settings"]
-
 
 def load(path: Path, settings: Sequence[str] = ()) -> Spec:
     """Read a spec file and apply `key=value` settings to it.

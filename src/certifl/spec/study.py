@@ -33,8 +33,6 @@ from certifl.spec.sections import (
     check_privacy,
 )
 
-__all__ = ["Choice", "Spec"]
-
 Choice = Perturbation | PerClient | None
 
 # Raised when a default of the spec changes its value, or what it means, so that results differ.

@@ -24,8 +24,6 @@ from certifl.runs.atomic import load_tensors, read_json, write_json, write_text
 from certifl.spec import Spec, load_stored
 from certifl.study.opened_run import load_code
 
-__all__ = ["KeptStudy"]
-
 _ABOUT, _SPEC, _MODEL = CLIENT_STUDY, "spec.toml", "deployed.safetensors"
 
 

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["impossible_curve", "possible_averages"]
-
 _ROUNDING = 1e-9
 
 

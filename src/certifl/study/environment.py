@@ -16,14 +16,6 @@ from torch import nn
 from certifl._version import __version__
 from certifl.torch_env import is_small, one_thread
 
-__all__ = [
-    "give_back_memory",
-    "machine_facts",
-    "threads_of_workers",
-    "training_threads",
-    "versions",
-]
-
 _ROUNDING = ("avx", "amx", "fma", "sse4", "asimd", "bf16", "sve", "i8mm")
 _RECORDED = ("torch", "numpy", "scipy")
 

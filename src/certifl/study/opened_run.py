@@ -21,7 +21,7 @@ from certifl.data import (
 )
 from certifl.data.readers import ColumnNames
 from certifl.errors import ModelError, StoreError, StoreMismatch, WorkError
-from certifl.federated.trainer import deployed_model
+from certifl.federated.rounds import deployed_model
 from certifl.models import build, fingerprint, require_code
 from certifl.module_copies import evaluating
 from certifl.path_checks import check_run

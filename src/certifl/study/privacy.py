@@ -28,8 +28,6 @@ from certifl.runs.atomic import replacing
 from certifl.safe_io import SPEC_BYTES, read_bytes
 from certifl.spec import Spec
 
-__all__ = ["KEY_FILE", "Protection", "private_label", "protection", "spent", "training_key"]
-
 KEY_FILE = "privacy.key"
 _KEY_BYTES = 32
 

@@ -16,17 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = [
-    "PROJECT",
-    "Tracker",
-    "TrackerFactory",
-    "certified_numbers",
-    "flat",
-    "found",
-    "links_text",
-    "round_numbers",
-]
-
 PROJECT = "certifl"
 """The project, or experiment, that runs belong to unless the user names another."""
 

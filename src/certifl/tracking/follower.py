@@ -18,8 +18,6 @@ from certifl.errors import StoreError
 from certifl.runs.atomic import read_json, write_json
 from certifl.tracking.base import Tracker, TrackerFactory
 
-__all__ = ["Follower"]
-
 _NOTE = "certifl.json"
 _log = logging.getLogger(__name__)
 

@@ -19,8 +19,6 @@ from certifl.safe_io import parse_json, read_text, read_toml
 from certifl.smoothing.laws import LAWS
 from certifl.tracking import TRACKERS, Follower
 
-__all__ = ["RADII_IN_SIGMA", "News", "track_finished", "tracked"]
-
 RADII_IN_SIGMA = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 """Radii for certified accuracies, as multiples of sigma; told where so many votes reach them."""
 

@@ -20,8 +20,6 @@ from certifl.deploy.client.rejected import Refusal
 from certifl.errors import StoreError
 from certifl.runs.atomic import read_json, write_json
 
-__all__ = ["Answered"]
-
 _FILE, _FORMAT = "answered.json", 1
 _LOST = "its record of what it answered in this study is lost or damaged: begin with a new run"
 

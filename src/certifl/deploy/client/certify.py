@@ -23,8 +23,6 @@ from certifl.perturbations import Perturbation
 from certifl.spec import Spec
 from certifl.study.certify import Bench, Job, Question, certify_piece, predicted
 
-__all__ = ["Certifier"]
-
 _SHORTEST, _LONGEST = 1.0, 3600.0
 """Seconds of a piece, whatever the server asks for."""
 _STEPS = 10

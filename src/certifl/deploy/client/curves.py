@@ -30,8 +30,6 @@ from certifl.perturbations import Perturbation, from_record
 from certifl.spec import Spec
 from certifl.study.curves import impossible_curve
 
-__all__ = ["Asking", "curve_of", "rows_from", "rows_of", "told_conditions"]
-
 _LARGEST_ROWS = 1 << 30
 _MOST_VERSIONS = 16
 _TOLD = (

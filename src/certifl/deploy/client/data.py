@@ -21,8 +21,6 @@ from certifl.models import fingerprint
 from certifl.spec import Spec, with_settings
 from certifl.study.opened_run import open_data
 
-__all__ = ["Holdings", "open_holdings"]
-
 
 @dataclass(frozen=True)
 class Holdings:

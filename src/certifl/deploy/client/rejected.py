@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from certifl.errors import CertiflError
 
-__all__ = ["Refusal", "plain"]
-
 _LONGEST = 500
 
 

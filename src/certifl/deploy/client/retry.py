@@ -15,8 +15,6 @@ from pathlib import Path
 
 from certifl.runs.atomic import write_text
 
-__all__ = ["Accepted", "Retry"]
-
 _FIRST, _LONGEST = 2.0, 30.0
 _STILL_COUNTED = 90.0
 """Seconds after which Flower counts nobody as connected that is not (60, with some to spare)."""

@@ -21,8 +21,6 @@ from certifl.deploy.client.rejected import plain
 from certifl.deploy.transport.messages import Content
 from certifl.errors import StoreError
 
-__all__ = ["SENT", "Sent", "sent_lines"]
-
 SENT = "sent.jsonl"
 _ERROR = "error"
 

@@ -16,8 +16,6 @@ from certifl.runs.atomic import write_text
 from certifl.safe_io import SPEC_BYTES, parse_toml, read_text
 from certifl.spec.sections import Section
 
-__all__ = ["SHARES", "Settings", "check_share", "less", "load_settings", "save_settings"]
-
 SHARES = {
     "none": "the server learns only that the client has finished",
     "curve": "numbers of certified images at fixed radii, and the average certified radius",

@@ -24,8 +24,6 @@ from certifl.errors import ModelError
 from certifl.models import MODELS, build
 from certifl.spec import Spec
 
-__all__ = ["DECISIONS", "Decision", "check_network_size", "check_study"]
-
 _MOST_CLIENTS = 100_000
 _MOST_RADII = 200
 _LARGEST_NETWORK = 4 << 30

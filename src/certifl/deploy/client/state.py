@@ -33,8 +33,6 @@ from certifl.federated.states import ClientState, ModelState, Parts
 from certifl.models import fingerprint
 from certifl.runs.atomic import load_tensors, save_tensors, tensor_metadata
 
-__all__ = ["NEVER", "Kept", "owner_only", "private_folder"]
-
 NEVER = -1
 """Stands for the round before a client's first."""
 

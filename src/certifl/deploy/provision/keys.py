@@ -24,15 +24,6 @@ from certifl.errors import InputError, WorkError
 from certifl.runs.atomic import replacing, write_bytes
 from certifl.safe_io import SPEC_BYTES, read_bytes
 
-__all__ = [
-    "Authority",
-    "check_certificate",
-    "node_key",
-    "public_key_bytes",
-    "reach",
-    "write_secret",
-]
-
 _AUTHORITY_DAYS, _SERVER_DAYS = 3650, 825
 _LONGEST_KEY = 1 << 14  # bytes of a file with one public key
 

@@ -13,8 +13,6 @@ from certifl.deploy.transport.schemas import Garbled, Joined, Reply, checked
 from certifl.deploy.transport.transport import Line, Lost, Node
 from certifl.errors import one_line
 
-__all__ = ["UNKNOWN", "Crowd", "Member"]
-
 _log = logging.getLogger(__name__)
 
 POLL = 0.3

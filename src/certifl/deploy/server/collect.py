@@ -30,8 +30,6 @@ from certifl.runs.checkpoints import StoredRound
 from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
 
-__all__ = ["Asked", "gather", "store_told"]
-
 _log = logging.getLogger(__name__)
 Report = Callable[[str, int, int, str], None]
 _ATTEMPTS = 3

@@ -25,13 +25,13 @@ from certifl.deploy.server.start import (
     check_start,
     crowd_of,
     known_sizes,
-    survey,
 )
 from certifl.deploy.transport.flower_processes import private_files
 from certifl.deploy.transport.transport import Line
 from certifl.federated.algorithms.base import needed_by_clients
 from certifl.federated.privacy import ExampleLedger
-from certifl.federated.trainer import Progress, train
+from certifl.federated.rounds import Progress
+from certifl.federated.trainer import train
 from certifl.federated.training.local_training import LocalTraining
 from certifl.runs.checkpoints import Checkpoints, StoredRound
 from certifl.runs.folder import FINISHED, RUNNING, RunFolder
@@ -40,8 +40,6 @@ from certifl.study.environment import machine_facts, versions
 from certifl.study.opened_run import study_facts
 from certifl.study.privacy import Protection, protection, spent, training_key
 from certifl.study.setup import by_client, local_training, participation
-
-__all__ = ["Options", "conduct", "survey"]
 
 _log = logging.getLogger(__name__)
 _FINE_TUNING = 1000

@@ -18,8 +18,6 @@ from certifl.federated.faults import Answer, Fault, misfit
 from certifl.federated.states import ClientData, ModelState, Parts, Update
 from certifl.runs.checkpoints import StoredRound
 
-__all__ = ["Away", "Patience", "Remote", "fault_of", "last_counted"]
-
 _BETWEEN_LOOKS = 5.0
 _KINDS = ("diverged", "raised", "wrong", "late", "ended")
 

@@ -13,15 +13,14 @@ from certifl.deploy.client.settings import load_settings
 from certifl.deploy.processes import KeyFolder, admitted, here
 from certifl.deploy.provision.keys import check_certificate, reach
 from certifl.deploy.provision.kit import load_connection
-from certifl.deploy.server.coordinator import Options, conduct, survey
+from certifl.deploy.server.coordinator import Options, conduct
+from certifl.deploy.server.start import survey
 from certifl.deploy.transport.flower_processes import give_memory_back, private_files, quiet
 from certifl.deploy.transport.flower_runs import opened_run
 from certifl.deploy.transport.transport import GridLine
 from certifl.errors import CertiflError
 from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
-
-__all__ = ["check_study", "run_study", "status_lines"]
 
 
 def run_study(spec: Spec, kit: Path, options: Options) -> RunFolder:

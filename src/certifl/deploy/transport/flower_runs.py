@@ -47,8 +47,6 @@ from certifl.deploy.transport.flower_processes import Beat, patient
 from certifl.errors import WorkError
 from certifl.runs.atomic import write_text
 
-__all__ = ["Place", "acquire", "nodes", "opened_run", "register", "runtime_client"]
-
 _ACQUIRE = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 
 

@@ -31,19 +31,6 @@ from certifl.deploy.transport.schemas import (
 from certifl.federated.states import ClientState, ModelState, Parts, Update
 from certifl.models import fingerprint
 
-__all__ = [
-    "FORMAT",
-    "Content",
-    "Garbled",
-    "encode",
-    "fingerprint_of",
-    "from_records",
-    "order_from",
-    "to_records",
-    "update_from",
-    "update_to",
-]
-
 FORMAT = 2
 """Raised when a message changes its meaning; both sides must have the same."""
 

@@ -23,22 +23,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from certifl.errors import WorkError, one_line
 
-__all__ = [
-    "Certified",
-    "CertifyOrder",
-    "Curve",
-    "Garbled",
-    "JoinOrder",
-    "Joined",
-    "Metrics",
-    "Plain",
-    "Reply",
-    "RoundOrder",
-    "Told",
-    "Trained",
-    "checked",
-]
-
 
 class Garbled(WorkError):
     """A message that is none of ours, damaged, or says what cannot be."""

@@ -13,8 +13,6 @@ from flwr.serverapp import Grid
 from certifl.deploy.transport.messages import Content, Garbled, from_records, to_records
 from certifl.errors import one_line
 
-__all__ = ["GridLine", "Line", "Lost", "Node"]
-
 _log = logging.getLogger(__name__)
 _GONE = 5  # Flower's NODE_UNAVAILABLE
 

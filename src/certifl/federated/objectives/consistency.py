@@ -13,8 +13,6 @@ from certifl.federated.objectives import OBJECTIVES
 from certifl.federated.objectives.base import by_copy, log_mean_exp, noisy_copies, single
 from certifl.federated.training.batches import Batch
 
-__all__ = ["Consistency"]
-
 
 @dataclass(frozen=True)
 class Consistency:

@@ -22,8 +22,6 @@ from certifl.federated.objectives.base import (
 )
 from certifl.federated.training.batches import Batch
 
-__all__ = ["Macer", "soft_margins"]
-
 
 @dataclass(frozen=True)
 class Macer:

@@ -17,8 +17,6 @@ from certifl.federated.objectives.base import by_copy, log_mean_exp, single, smo
 from certifl.federated.training.batches import Batch
 from certifl.perturbations import PixelNoise
 
-__all__ = ["SmoothAdv"]
-
 
 @dataclass(frozen=True)
 class SmoothAdv:

@@ -29,8 +29,6 @@ from numpy.typing import NDArray
 from certifl.errors import SpecError
 from certifl.federated.training.batches import batch_bounds
 
-__all__ = ["ACCOUNTANT", "composed", "epsilon", "grad_sample", "noise_for", "steps_per_epoch"]
-
 ACCOUNTANT = "rdp"
 # Where the minimum over orders is looked for: every order gives a bound that holds.
 _ORDERS = (

@@ -14,8 +14,6 @@ from certifl.federated.privacy.example_level import ExampleLevel
 from certifl.federated.privacy.ledger import ClientLedger, ExampleLedger
 from certifl.federated.training.schedule import Schedule
 
-__all__ = ["Budget", "plan_clients", "plan_examples"]
-
 
 @dataclass(frozen=True)
 class Budget:

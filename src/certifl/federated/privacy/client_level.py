@@ -27,8 +27,6 @@ from certifl.federated.privacy.mechanism import add_noise, derived_key
 from certifl.federated.states import ModelState, ServerState, Update
 from certifl.registry import check_number
 
-__all__ = ["ClientLevel"]
-
 _SERVER = -1
 
 

@@ -32,8 +32,6 @@ from certifl.federated.training.steps import Bench, GradientHook, Outcome
 from certifl.models import fingerprint
 from certifl.registry import check_number
 
-__all__ = ["NO_SECOND_GRADIENT", "ExampleLevel", "PrivateBench", "PrivatePasses", "Watch"]
-
 NO_SECOND_GRADIENT = (
     'privacy.kind = "example" allows one gradient per batch, and this algorithm takes another: '
     "two sums over one sample cost more than is accounted for. Choose another algorithm."

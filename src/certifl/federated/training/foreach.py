@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["add", "copy", "differences", "scale", "sums"]
-
 Tensors = Sequence[torch.Tensor]
 
 # torch has no public name for operations on lists. They refuse empty ones.

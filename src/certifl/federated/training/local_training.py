@@ -40,17 +40,6 @@ from certifl.models import state_of
 from certifl.module_copies import copy_of
 from certifl.registry import check_choice
 
-__all__ = [
-    "GradientHook",
-    "LocalTraining",
-    "Schedule",
-    "Step",
-    "Trained",
-    "check_batches",
-    "check_images",
-]
-
-
 _SHOWN = 5
 
 

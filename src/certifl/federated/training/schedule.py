@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from certifl.registry import check_choice, check_number
 
-__all__ = ["MOMENTUM_BETWEEN_ROUNDS", "Schedule"]
-
 MOMENTUM_BETWEEN_ROUNDS = {
     "reset": "every round starts with empty momentum buffers; clients keep nothing for it",
     "keep": "every client keeps its momentum buffers from one of its rounds to the next",

@@ -26,8 +26,6 @@ from certifl.paper.claims.mixture_designs import Best, Matched
 from certifl.paper.claims.rules import About, Above, Beyond, Combination, all_but_one, every, some
 from certifl.paper.claims.runs import LARGE, SMALL
 
-__all__ = ["CLAIMS", "Claim", "Design"]
-
 Design = Pairs | Growth | Best | Matched
 
 _MOST_SEVERAL = 50

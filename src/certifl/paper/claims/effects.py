@@ -22,19 +22,6 @@ from certifl.paper.claims.bootstrap import Sampled, Sampler
 from certifl.paper.claims.runs import StudyRun
 from certifl.report.intervals import Sample, hidden_reach, interval_over_seeds
 
-__all__ = [
-    "QUANTITIES",
-    "Drawn",
-    "Effect",
-    "Means",
-    "Quantity",
-    "change",
-    "expected_range",
-    "leads",
-    "over_seeds",
-    "spread_draws",
-]
-
 Floats = NDArray[np.float64]
 
 # With ten images of each of 20 clients a 95 % interval of spreads misses 15 % of the time: many

@@ -8,23 +8,6 @@ from dataclasses import dataclass
 
 from certifl.paper.claims.runs import ANOTHER_SEED, ANOTHER_TRAINING, Facts, StudyRun
 
-__all__ = [
-    "AFFINE_FEDAVG",
-    "FEDAVG",
-    "FROM_AFFINE",
-    "FROM_NOMINAL",
-    "FROM_ROBUST",
-    "LOCAL",
-    "MIXTURE",
-    "NOMINAL_FEDAVG",
-    "Cell",
-    "Counts",
-    "Pool",
-    "Role",
-    "Scope",
-    "names",
-]
-
 
 @dataclass(frozen=True)
 class Role:

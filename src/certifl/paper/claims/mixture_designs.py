@@ -25,8 +25,6 @@ from certifl.paper.claims.matching import FEDAVG, MIXTURE, Cell, Pool, Role, Sco
 from certifl.paper.claims.rules import Above, Rule
 from certifl.paper.claims.runs import ANOTHER_STEP, ANOTHER_TRAINING
 
-__all__ = ["Best", "Matched"]
-
 # A learning rate written with few digits still counts as lr / lambda.
 _SAME_STEP = 0.01
 

@@ -11,8 +11,6 @@ from certifl.report.results import RunResults
 from certifl.smoothing.laws import LAWS
 from certifl.smoothing.strata import Scan
 
-__all__ = ["largest_radius"]
-
 _SCAN = "scan"
 
 

@@ -26,18 +26,6 @@ from certifl.paper.claims.testing import ClaimResult, Report, Tested
 from certifl.report.wording import listed
 from certifl.runs.atomic import write_text
 
-__all__ = [
-    "COMPARISON_HEAD",
-    "as_json",
-    "as_markdown",
-    "claim_rows",
-    "comparison_row",
-    "deciding",
-    "explanation",
-    "verdict_words",
-    "write_claims",
-]
-
 COMPARISON_HEAD = (
     "setting",
     "difference",

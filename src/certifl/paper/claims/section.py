@@ -20,8 +20,6 @@ from certifl.paper.claims.testing import ClaimResult, Report, check_runs
 from certifl.report.page.html import Markup, el, join, table
 from certifl.report.results import Row, flat
 
-__all__ = ["verdicts_section"]
-
 _SIGNS = {SUPPORTED: "✓", NOT_SUPPORTED: "✗", UNDECIDED: "?"}
 _KINDS = {SUPPORTED: "held", NOT_SUPPORTED: "refuted", UNDECIDED: "open"}
 _WIDTH, _LINE, _MOST_LINES = 150.0, 9.0, 12

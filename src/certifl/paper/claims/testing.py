@@ -14,8 +14,6 @@ from certifl.paper.claims.rules import NOT_TESTED, SUPPORTED, UNDECIDED, Judged
 from certifl.paper.claims.runs import StudyRun, find_runs
 from certifl.report.summary import CONFIDENCE
 
-__all__ = ["ClaimResult", "Report", "Tested", "check_claims", "check_runs"]
-
 
 @dataclass(frozen=True, eq=False)
 class Tested:

@@ -13,8 +13,6 @@ from matplotlib.figure import Figure
 
 from certifl.runs.atomic import write_bytes, write_text
 
-__all__ = ["FORMATS", "Drawing", "image_bytes", "save"]
-
 FORMATS = ("png", "pdf", "svg")
 _DPI = 200
 # No dates and no program versions inside the files: the same results give the same bytes.

@@ -14,8 +14,6 @@ from certifl.report.wording import percent
 from certifl.runs.atomic import read_json
 from certifl.safe_io import MALFORMED
 
-__all__ = ["threats_section"]
-
 _FILE = "attack.json"
 _FORMAT = 1
 _MOST_NAMED = 10

@@ -14,15 +14,6 @@ from certifl.report.results import RunResults
 from certifl.report.summary import vote_cost
 from certifl.report.units import family_words, sigma_text
 
-__all__ = [
-    "cost_section",
-    "count_text",
-    "facts_list",
-    "meaning_section",
-    "reproduce_section",
-    "seconds_text",
-]
-
 _REACH = {
     "pixel": "for every change of the pixel intensities whose {norm} norm is at most the radius",
     "rotation": "for every rotation by at most the radius, in either direction",

@@ -9,8 +9,6 @@ from typing import Any
 
 from certifl.report.characters import unbroken
 
-__all__ = ["Attributes", "Markup", "el", "embedded_json", "join", "table", "verbatim"]
-
 Attributes = Mapping[str, str | bool]
 
 # Text that is copied out of the page, so not a character of it may change.

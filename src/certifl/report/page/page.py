@@ -43,8 +43,6 @@ from certifl.report.units import family_words, scales, share_of_sigma
 from certifl.report.wording import listed
 from certifl.runs.atomic import write_text
 
-__all__ = ["page_beside", "write_figures", "write_report"]
-
 _LONGEST_NAME = 80
 _STYLES = ("page.css", "advice.css", "claims.css", "explorer.css", "print.css")
 _SCRIPTS = ("drawing.js", "page.js", "advice.js", "explorer.js", "switch.js")

@@ -33,9 +33,6 @@ from certifl.report.page.results import chart_controls, notices
 from certifl.report.results import Row
 from certifl.report.wording import client_list, headline, recommendations
 
-__all__ = ["Frame", "Panel", "asset", "eyebrow", "panel_of", "switch", "tab_frame"]
-
-
 ClaimsSection = Callable[[Sequence[Row]], Markup]
 """Makes the section that holds runs against published claims; empty where none applies."""
 

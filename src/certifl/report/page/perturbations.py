@@ -13,8 +13,6 @@ from certifl.report.summary import accuracy_share, largest_radius, mean_acr, sha
 from certifl.report.units import family_words, scales, sigma_text
 from certifl.report.wording import client_list, percent, tenths
 
-__all__ = ["noise_words", "overview", "panel_id", "plain_rows", "slugs"]
-
 Groups = Sequence[Sequence[Row]]
 
 

@@ -10,8 +10,6 @@ from certifl.report.page.context import Story, named_run
 from certifl.report.page.html import Markup, el, table
 from certifl.report.results import RunResults
 
-__all__ = ["privacy_section", "privacy_words"]
-
 _OF = {"example": "image", "client": "client"}
 _NOISE = {
     "example": "every client, in every step: also the server learns no more",

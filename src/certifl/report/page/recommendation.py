@@ -24,8 +24,6 @@ from certifl.report.wording import (
     why_clients_are_open,
 )
 
-__all__ = ["MOST_GROUPS", "advice_payload", "advice_section"]
-
 MOST_GROUPS = 8
 NO_ADVICE = "No recommendation, for want of images in common"
 _HEAD = (
