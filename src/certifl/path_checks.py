@@ -1,7 +1,7 @@
 """Paths that a request names, checked before anything heavy is imported.
 
 A wrong path is the most frequent mistake of all, and nobody should wait seconds for its message:
-this module and `outside` need the standard library alone.
+this module and `safe_io` need the standard library alone.
 """
 
 from __future__ import annotations
