@@ -113,7 +113,7 @@ def prepare(
         batch_size: "auto", or a number of noisy images per call.
 
     Raises:
-        ModelError: see `checks.check_model` and `checks.probe_classes`; or it cannot be compiled.
+        ModelError: see `guards.check_model` and `guards.probe_classes`; or it cannot be compiled.
         InputError: unknown device, precision or batch size.
     """
     if isinstance(model, nn.Module):
