@@ -25,6 +25,8 @@ PAGES = sorted(
 _BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _CONTINUED = re.compile(r"\\\n\s*")
 _SPEC_SECTIONS = {"data", "certification"}
+_SOURCE = re.compile(r"[\w./-]*\w/\w+\.py\b")
+_INVENTED = ("my_", "NAME")  # a reader's own files, and "any of these files"
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -69,6 +71,16 @@ def test_toml_blocks_are_specs_or_parts_of_one(page: Path) -> None:
         elif "tool" not in values and "superlink" not in values:
             known = set(certifl_spec_keys())
             assert values.keys() <= known, f"{page}: {values.keys() - known} are no keys of a spec"
+
+
+@named(PAGES)
+def test_source_files_that_a_page_names_exist(page: Path) -> None:
+    roots = ("src", "tests", "examples", "benchmarks", "docs")
+    known = [path.as_posix() for root in roots for path in (ROOT / root).rglob("*.py")]
+    for name in set(_SOURCE.findall(page.read_text())):
+        if not any(word in name for word in _INVENTED):
+            ending = "/" + re.sub(r"^(\.+/)+", "", name)
+            assert any(path.endswith(ending) for path in known), f"{page}: there is no {name}"
 
 
 def certifl_spec_keys() -> list[str]:

@@ -114,7 +114,7 @@ def certify(
 
     Raises:
         InputError: images, labels or settings that cannot be used.
-        ModelError: a model that is no function of one image, see `guards`.
+        ModelError: a model that is not a function of one image, see `checks`.
 
     Source: Cohen et al. 2019, algorithm CERTIFY; Alfarra et al. 2022, Corollary 1.
     """

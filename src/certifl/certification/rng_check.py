@@ -21,7 +21,7 @@ from certifl.perturbations.base import Perturbation
 from certifl.rng import vote_generator
 
 Source = Callable[[int, str, int, int, torch.device], torch.Generator]
-"""Called with (seed, purpose, image key, chunk, device), as `streams.vote_generator`."""
+"""Called with (seed, purpose, image key, chunk, device), as `rng.vote_generator`."""
 
 _SEED, _IMAGE = 20_230_206, 1_618_033_988
 # A correct source is further off than this in one of 5e8 statistics.

@@ -49,7 +49,7 @@ class Request:
     Attributes:
         slot: the row of the result that counts them.
         image: the row of the images.
-        key: `streams.image_key` of that image.
+        key: `rng.image_key` of that image.
         purpose: "selection", "estimation", "attack", "predict" or "explore".
         start: first vote, counted from 0 over the image's votes of this purpose.
         stop: one past the last vote.

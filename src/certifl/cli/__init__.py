@@ -1,4 +1,4 @@
-"""The command line: reads what was asked for, calls the room that does it, shows the result."""
+"""The command line: reads a request, calls the package that does the work, shows the result."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Options:
         workers: processes that train clients beside this one, one thread each; 0 = none. Networks
             of a million weights and more then round as on one thread.
         answer_within: seconds after which a client is left out of a round; needs workers.
-        explore: deform test images for readers of the report; `exploring.explore` does so later.
+        explore: deform test images for readers of the report; `explore.explore` does so later.
     """
 
     out: Path

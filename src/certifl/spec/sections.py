@@ -193,7 +193,7 @@ class Training(Section):
         return {key: value for key, value in values.items() if key != "steps"}
 
     def schedule(self) -> Schedule:
-        """As the federated rooms take it."""
+        """As `certifl.federated` expects it."""
         values = self.model_dump(exclude={"precision"})
         return Schedule(**{**values, "decay_every": self.decay_every or None})
 
@@ -348,7 +348,7 @@ class Certification(Section):
         return common if asked is None else asked
 
     def settings(self, client: int | None = None) -> Settings:
-        """As the certification room takes it for a client; by default the common settings."""
+        """As `certifl.certification` expects it for a client; by default the common settings."""
         asked = self._amount("radii", client)
         radii = None if asked is None else tuple(asked)
         return Settings(
@@ -421,7 +421,7 @@ class Privacy(Section):
         return self
 
     def budget(self) -> Budget:
-        """As the federated rooms take it."""
+        """As `certifl.federated` expects it."""
         return Budget(self.max_norm, self.delta, self.noise_multiplier, self.target_epsilon)
 
 

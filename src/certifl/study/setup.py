@@ -1,4 +1,4 @@
-"""Names for people of the ways of training that a study compares."""
+"""What a study trains with: labels of algorithms, participation, local training, its checks."""
 
 from __future__ import annotations
 

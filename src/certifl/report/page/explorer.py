@@ -1,6 +1,6 @@
 """The image explorer's place on the page: pictures to pick, what moves them, what is voted.
 
-The page's script fills it from `explored.explorer_payload`.
+The page's script fills it from `explorer_payload`.
 """
 
 from __future__ import annotations
