@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import signal
 import socket
@@ -352,3 +353,6 @@ def test_the_thin_app_is_one_that_flower_accepts(tmp_path):
     config, _ = load_and_validate(app / "pyproject.toml")
     assert config["project"]["dependencies"] == []
     assert len(build_fab_from_disk(app)) < 10_000
+    for half in ("client", "server"):
+        loaded = runpy.run_path(str(app / "certifl_app" / f"{half}.py"))
+        assert type(loaded["app"]).__name__ == f"{half.capitalize()}App"

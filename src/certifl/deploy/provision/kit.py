@@ -382,6 +382,6 @@ def app_files() -> dict[str, bytes]:
     return {
         "pyproject.toml": _PROJECT.encode(),
         "certifl_app/__init__.py": b'"""Names what the installed package holds."""\n',
-        "certifl_app/client.py": b"from certifl.deploy.client_app import app as app\n",
-        "certifl_app/server.py": b"from certifl.deploy.server_app import app as app\n",
+        "certifl_app/client.py": b"from certifl.deploy import client_app\n\napp = client_app.app\n",
+        "certifl_app/server.py": b"from certifl.deploy import server_app\n\napp = server_app.app\n",
     }
