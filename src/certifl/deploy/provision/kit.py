@@ -379,9 +379,13 @@ min-clients = 0
 
 def app_files() -> dict[str, bytes]:
     """The app's files by path."""
-    return {
-        "pyproject.toml": _PROJECT.encode(),
-        "certifl_app/__init__.py": b'"""Names what the installed package holds."""\n',
-        "certifl_app/client.py": b"from certifl.deploy import client_app\n\napp = client_app.app\n",
-        "certifl_app/server.py": b"from certifl.deploy import server_app\n\napp = server_app.app\n",
+    halves = {
+        f"certifl_app/{half}.py": f"from certifl.deploy import {half}_app\n\napp = {half}_app.app\n"
+        for half in ("client", "server")
     }
+    files = {
+        "pyproject.toml": _PROJECT,
+        "certifl_app/__init__.py": '"""Names what the installed package holds."""\n',
+        **halves,
+    }
+    return {path: text.encode() for path, text in files.items()}
