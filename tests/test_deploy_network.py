@@ -125,6 +125,7 @@ def test_a_client_killed_and_started_again_and_a_server_too(federation, tmp_path
     as_in_one_process(spec(*settings), place, federation.kit)
 
 
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern")  # of Flower, as below
 def test_truth_about_failure_and_late_clients(federation, tmp_path):
     """A study of three clients: the third is not there, then comes late."""
     settings = ("clients.count=3", "clients.min_clients=2", "certification.images=2")
