@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
 
 import torch
+from PIL import Image
 
 from certifl.deploy.provision.keys import Authority, check_certificate, node_key, reach
 from certifl.deploy.provision.kit import Connection
@@ -85,7 +86,8 @@ def test_training_and_certificates_are_those_of_one_process(federation, tmp_path
         assert stat.S_IMODE((federation.kit / name).stat().st_mode) == 0o700, name
     for name in ("server/state.db", "client-0/sent.jsonl", "client-0/log/supernode.log"):
         assert stat.S_IMODE((federation.kit / name).stat().st_mode) == 0o600, name
-    cli("predict", "x.png", "--run", place).refused("with its clients")
+    Image.new("L", (8, 8)).save(tmp_path / "x.png")
+    cli("predict", tmp_path / "x.png", "--run", place).refused("with its clients")
 
 
 def test_a_run_killed_in_the_middle_goes_on_to_the_same_models(federation, tmp_path):
@@ -124,6 +126,7 @@ def test_a_client_killed_and_started_again_and_a_server_too(federation, tmp_path
     as_in_one_process(spec(*settings), place, federation.kit)
 
 
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern")  # of Flower, as below
 def test_truth_about_failure_and_late_clients(federation, tmp_path):
     """A study of three clients: the third is not there, then comes late."""
     settings = ("clients.count=3", "clients.min_clients=2", "certification.images=2")

@@ -379,10 +379,8 @@ min-clients = 0
 
 def app_files() -> dict[str, bytes]:
     """The app's files by path."""
-    halves = {
-        f"certifl_app/{half}.py": f"from certifl.deploy import {half}_app\n\napp = {half}_app.app\n"
-        for half in ("client", "server")
-    }
+    half = "from certifl.deploy import {0}_app\n\napp = {0}_app.app\n"
+    halves = {f"certifl_app/{name}.py": half.format(name) for name in ("client", "server")}
     files = {
         "pyproject.toml": _PROJECT,
         "certifl_app/__init__.py": '"""Names what the installed package holds."""\n',
