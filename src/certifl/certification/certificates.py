@@ -322,7 +322,8 @@ def _reader(path: Path) -> Callable[[Path], Certificates]:
     if reader is None:
         raise InputError(
             "its name does not end in .parquet or .tsv. If it is a log of published code, it must "
-            f"begin with {' '.join(TSV_HEADER)}, separated by tabs; otherwise rename it by what it is"
+            f"begin with {' '.join(TSV_HEADER)}, separated by tabs; otherwise rename it by what "
+            "it is"
         )
     return reader
 
