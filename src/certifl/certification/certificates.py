@@ -321,8 +321,9 @@ def _reader(path: Path) -> Callable[[Path], Certificates]:
         reader = read_log
     if reader is None:
         raise InputError(
-            f"it is neither .parquet nor .tsv. If it is a log of published code, it must begin "
-            f"with {' '.join(TSV_HEADER)}, separated by tabs; otherwise rename it by what it is"
+            "its name does not end in .parquet or .tsv. If it is a log of published code, it must "
+            f"begin with {' '.join(TSV_HEADER)}, separated by tabs; otherwise rename it by what "
+            "it is"
         )
     return reader
 
