@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from certifl.certification.certificates import Certificates
+from certifl.report.intervals import Floats, Sample, interval_over_seeds
 from certifl.report.results import RunResults
 from certifl.smoothing.bounds import top_class_bounds
 from certifl.smoothing.laws import LAWS
@@ -227,3 +228,9 @@ def write_study(
         history = make_history(clients, quality)
         folders.append(write_run(place / regime, certificates, manifest, history))
     return folders
+
+
+def mean_interval(values: Sequence[Floats], error: float, scale: float) -> tuple[float, float]:
+    """Interval of the mean over clients of each client's mean, of a study of one seed."""
+    low, high = interval_over_seeds([Sample.of(values)], error, scale)
+    return float(low[0]), float(high[0])

@@ -23,9 +23,10 @@ from certifl.paper.claims.radii import largest_radius
 from certifl.paper.claims.runs import StudyRun, read_run
 from certifl.report import intervals
 from certifl.report.compare import compare
-from certifl.report.intervals import Sample, interval_over_seeds, mean_interval
+from certifl.report.intervals import Sample, interval_over_seeds
 from certifl.report.results import RunResults, by_seed
 from claims_factory import FEDAVG, LOCAL, results, spec
+from report_factory import mean_interval
 
 Floats = NDArray[np.float64]
 

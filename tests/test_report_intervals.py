@@ -12,8 +12,8 @@ from scipy import stats
 from certifl.report import compare as comparing
 from certifl.report import intervals
 from certifl.report.compare import compare
-from certifl.report.intervals import even_images, hidden_share, mean_interval
-from report_factory import make_certificates, make_run
+from certifl.report.intervals import even_images, hidden_share
+from report_factory import make_certificates, make_run, mean_interval
 
 Floats = NDArray[np.float64]
 Draw = Callable[[np.random.Generator, int], Floats]

@@ -39,7 +39,6 @@ __all__ = [
     "compare",
     "few_words",
     "own_interval",
-    "paired_gains",
     "paired_values",
     "ranking",
     "standing",
@@ -389,11 +388,6 @@ def standing(acr: Sequence[float], pairs: Pairs) -> Standing:
         to_others[stated[0]] if stated else None,
         tuple(i for i in others if not to_others[i].stated),
     )
-
-
-def paired_gains(runs: Sequence[RunResults]) -> tuple[Ints, list[Floats]]:
-    """Radius times correct on the images that all runs certified; see `paired_values`."""
-    return paired_values(runs, gains)
 
 
 def paired_values(

@@ -31,7 +31,6 @@ __all__ = [
     "hidden_reach",
     "hidden_share",
     "interval_over_seeds",
-    "mean_interval",
     "scatter_of",
     "too_few",
     "unlike_images",
@@ -146,26 +145,6 @@ class Sample:
         # The two sets of images are taken as independent, within a seed and between seeds.
         before, taken = self.earlier.weights()
         return np.concatenate([images, -1 - before]), np.concatenate([moves, -taken])
-
-
-def mean_interval(values: Sequence[Floats], error: float, scale: float) -> tuple[float, float]:
-    """Interval of the mean over clients of each client's mean over all its images.
-
-    Student's t with the variances within clients and Welch and Satterthwaite's degrees of freedom,
-    no narrower than what images of a kind that was not met could have moved.
-
-    Args:
-        values: of each client, of its own images (m,), m >= 2.
-        error: probability, about, of missing the true mean.
-        scale: how far one image can lie from another.
-
-    Returns:
-        The two ends.
-
-    Source: Welch 1947; Satterthwaite 1946.
-    """
-    low, high = interval_over_seeds([Sample.of(values)], error, scale)
-    return float(low[0]), float(high[0])
 
 
 def interval_over_seeds(
