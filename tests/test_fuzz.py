@@ -87,7 +87,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     certificates.save(place / "weights" / "rows.tsv")
     party = Settings(client=0, data="mine", classes=["a", "b"], max_epsilon=1.0)
     client = place / "party" / "client.toml"
-    client.parent.mkdir()
     client.write_text(tomli_w.dumps(party.model_dump(exclude_none=True)))
     Connection.parse("127.0.0.1:9900", True).save(place / "party")
     return place
