@@ -10,7 +10,6 @@ from certifl.smoothing import (
     average_certified_radius,
     certified_accuracy,
     even_grid,
-    floor_to_grid,
     mean_and_band,
 )
 
@@ -45,14 +44,6 @@ def test_abstentions_count_in_the_denominator():
     assert average_certified_radius(correct, radius) == 0.75 / 4
 
 
-@exact
-@given(st.floats(0, 5), st.lists(st.floats(0, 4), min_size=1, max_size=8))
-def test_floor_to_grid_takes_the_last_value_not_above(radius, grid):
-    want = max((value for value in grid if value <= radius), default=0.0)
-    assert floor_to_grid(radius, grid) == want
-    assert floor_to_grid(want, [*grid, 0.0]) == want
-
-
 def test_even_grid_starts_at_zero_and_ends_at_the_largest():
     grid = even_grid(0.953)
     assert grid.size == 50
@@ -83,9 +74,6 @@ def test_bad_grids_and_curves_are_refused():
     for radii in ([-0.1], [np.nan]):
         with pytest.raises(InputError):
             certified_accuracy([1], [0.5], radii)
-    for radius, grid in ((0.5, []), (0.5, [-1.0]), (0.5, [np.nan]), (-0.5, [0.0])):
-        with pytest.raises(InputError):
-            floor_to_grid(radius, grid)
     for largest, count in ((0.0, 50), (np.inf, 50), (np.nan, 50), (1.0, 1)):
         with pytest.raises(InputError):
             even_grid(largest, count)

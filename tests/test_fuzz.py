@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tomli_w
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -26,7 +27,7 @@ import fuzzing
 import own_study
 import tiny_study as tiny
 from certifl.certification import Certificates
-from certifl.deploy.client.settings import Settings, save_settings
+from certifl.deploy.client.settings import Settings
 from certifl.deploy.provision.kit import Connection
 from certifl.experiments.attack import Options as AttackOptions
 from certifl.experiments.attack import attack_run
@@ -84,10 +85,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     keep_to_themselves(place / "told", certificates)
     save_file(build("small_cnn", 1, 10, seed=0).state_dict(), place / "weights/net.safetensors")
     certificates.save(place / "weights" / "rows.tsv")
-    save_settings(
-        place / "party" / "client.toml",
-        Settings(client=0, data="mine", classes=["a", "b"], max_epsilon=1.0),
-    )
+    party = Settings(client=0, data="mine", classes=["a", "b"], max_epsilon=1.0)
+    client = place / "party" / "client.toml"
+    client.write_text(tomli_w.dumps(party.model_dump(exclude_none=True)))
     Connection.parse("127.0.0.1:9900", True).save(place / "party")
     return place
 

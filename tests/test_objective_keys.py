@@ -17,8 +17,6 @@ from certifl.federated.objectives import (
     Macer,
     SmoothAdv,
     Stability,
-    describe_objective,
-    objective_from,
 )
 from certifl.federated.training.batches import Batch
 from certifl.perturbations import PixelNoise
@@ -44,8 +42,8 @@ PIXEL = PixelNoise(0.3)
     ids=str,
 )
 def test_descriptions_give_the_equal_objective_back(objective):
-    table = describe_objective(objective)
-    assert objective_from(table) == objective
+    table = OBJECTIVES.describe(objective)
+    assert OBJECTIVES.build(table) == objective
     assert table["name"] == objective.name
     assert OBJECTIVES[objective.name] is type(objective)
     assert with_settings(VALUES | {"objective": table}).build_objective() == objective

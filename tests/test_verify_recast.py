@@ -302,7 +302,7 @@ def compiled(place: Path) -> Path:
     folder.spec.write_text(folder.spec.read_text().replace('"auto"', f'"{name}"'))
     folder.update({"spec_hash": load_stored(folder.spec).hash(), "precision": name})
     made = folder.load_certificates()
-    dataclasses.replace(made, conditions=made.conditions | {"precision": name}).save(
+    dataclasses.replace(made, conditions={**made.conditions, "precision": name}).save(
         folder.certificates
     )
     return place

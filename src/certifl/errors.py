@@ -11,7 +11,6 @@ CertiflError
 └── WorkError               the work failed; the command line exits with 1
     ├── TrainingDiverged    a loss, a client's weights or the server's stopped being finite
     ├── TooFewClients       so many clients of a round failed that it cannot be gone on with
-    ├── VerificationFailed  a stored certificate does not follow from its votes
     ├── RandomSourceBroken  draws that do not repeat, do not differ or do not follow their law
     └── StoreError          a folder that cannot be read or written
 ```
@@ -119,10 +118,6 @@ class TooFewClients(WorkError):
             f"failed and at least {needed} must remain. Left out: {failed}. {advice} Rounds "
             "finished so far are kept; the same command goes on from the last one."
         )
-
-
-class VerificationFailed(WorkError):
-    """A stored certificate does not follow from its votes."""
 
 
 class RandomSourceBroken(WorkError):

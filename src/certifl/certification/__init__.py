@@ -2,14 +2,12 @@
 
 from certifl.certification.certificates import Certificates
 from certifl.certification.certify import certify, conditions, predict
-from certifl.certification.settings import ESTIMATORS, Settings
-from certifl.certification.verify import Finding, unverified, verify
+from certifl.certification.settings import ESTIMATORS
+from certifl.certification.verify import unverified, verify
 
 __all__ = [
     "ESTIMATORS",
     "Certificates",
-    "Finding",
-    "Settings",
     "certify",
     "conditions",
     "predict",

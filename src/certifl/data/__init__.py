@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from certifl.data.dataset import Dataset, ImageSplit, fingerprint, random_part, to_float
 from certifl.data.decode import changes_of, read_image
-from certifl.data.loading import DATA_ENV, EMBEDDED, load, named_folder
+from certifl.data.loading import EMBEDDED, load, named_folder
 from certifl.data.partition import ClientIndices, Partition, check, choose, label_checksum
-from certifl.data.splitters import PARTITIONS, SPLITS, Column, Splitter, deal_out, make_splitter
+from certifl.data.splitters import SPLITS, Column, Splitter, deal_out, make_splitter
 
 __all__ = [
-    "DATA_ENV",
     "EMBEDDED",
-    "PARTITIONS",
     "SPLITS",
     "ClientIndices",
     "Column",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from certifl.models.architectures import Normalize, ResNet, resnet18, small_cnn, small_resnet
+from certifl.models.architectures import Normalize, resnet18, small_cnn, small_resnet
 from certifl.models.building import MODELS, build, check_logits
 from certifl.models.state import (
     adopt_code,
@@ -17,7 +17,6 @@ from certifl.models.state import (
 __all__ = [
     "MODELS",
     "Normalize",
-    "ResNet",
     "adopt_code",
     "allow_code",
     "allowed_code",

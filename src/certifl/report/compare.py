@@ -376,11 +376,6 @@ def standing(acr: Sequence[float], pairs: Pairs) -> Standing:
     )
 
 
-def paired_gains(runs: Sequence[RunResults]) -> tuple[Ints, list[Floats]]:
-    """Radius times correct on the images that all runs certified; see `paired_values`."""
-    return paired_values(runs, gains)
-
-
 def paired_values(
     runs: Sequence[RunResults], value: Callable[[RunResults], Floats]
 ) -> tuple[Ints, list[Floats]]:

@@ -130,26 +130,6 @@ class Sample:
         return np.concatenate([images, -1 - before]), np.concatenate([moves, -taken])
 
 
-def mean_interval(values: Sequence[Floats], error: float, scale: float) -> tuple[float, float]:
-    """Interval of the mean over clients of each client's mean over all its images.
-
-    Student's t with the variances within clients and Welch and Satterthwaite's degrees of freedom,
-    no narrower than what images of a kind that was not met could have moved.
-
-    Args:
-        values: of each client, of its own images (m,), m >= 2.
-        error: probability, about, of missing the true mean.
-        scale: how far one image can lie from another.
-
-    Returns:
-        The two ends.
-
-    Source: Welch 1947; Satterthwaite 1946.
-    """
-    low, high = interval_over_seeds([Sample.of(values)], error, scale)
-    return float(low[0]), float(high[0])
-
-
 def interval_over_seeds(
     samples: Sequence[Sample], error: float, scale: float
 ) -> tuple[Floats, Floats]:
@@ -273,3 +253,23 @@ def _covariance(first: tuple[Ints, Floats], second: tuple[Ints, Floats]) -> Floa
     """Covariance of two seeds' means, by the images that both of them certified."""
     _, one, two = np.intersect1d(first[0], second[0], return_indices=True)
     return (first[1][one] * second[1][two]).sum(axis=0)
+
+
+def mean_interval(values: Sequence[Floats], error: float, scale: float) -> tuple[float, float]:
+    """Interval of the mean over clients of each client's mean over all its images.
+
+    Student's t with the variances within clients and Welch and Satterthwaite's degrees of freedom,
+    no narrower than what images of a kind that was not met could have moved.
+
+    Args:
+        values: of each client, of its own images (m,), m >= 2.
+        error: probability, about, of missing the true mean.
+        scale: how far one image can lie from another.
+
+    Returns:
+        The two ends.
+
+    Source: Welch 1947; Satterthwaite 1946.
+    """
+    low, high = interval_over_seeds([Sample.of(values)], error, scale)
+    return float(low[0]), float(high[0])

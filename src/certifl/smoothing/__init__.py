@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from certifl.smoothing.bounds import (
     BOUNDS,
-    BoundsRule,
     clopper_pearson_lower,
     clopper_pearson_upper,
     runner_up_bounds,
@@ -18,7 +17,7 @@ from certifl.smoothing.curves import (
     floor_to_grid,
     mean_and_band,
 )
-from certifl.smoothing.laws import GAUSSIAN, LAWS, UNIFORM, Gaussian, Law, Uniform
+from certifl.smoothing.laws import GAUSSIAN, LAWS, UNIFORM, Law
 from certifl.smoothing.rounding import floor_text
 from certifl.smoothing.sequential import finished, grid_steps, levels, looks, reachable_radius
 
@@ -27,10 +26,7 @@ __all__ = [
     "GAUSSIAN",
     "LAWS",
     "UNIFORM",
-    "BoundsRule",
-    "Gaussian",
     "Law",
-    "Uniform",
     "average_certified_radius",
     "certified_accuracy",
     "clopper_pearson_lower",

@@ -55,24 +55,6 @@ def average_certified_radius(correct: ArrayLike, radius: ArrayLike) -> float:
     return float(np.mean(np.where(right, reach, 0.0)))
 
 
-def floor_to_grid(radius: ArrayLike, grid: ArrayLike) -> FloatArray:
-    """The largest value of the grid that does not exceed the radius; 0.0 below the whole grid.
-
-    Args:
-        radius: certified radii, any shape.
-        grid: the radii that will be reported, in any order.
-
-    Raises:
-        InputError: an empty grid, or a value that is negative or not a number.
-    """
-    reach = np.asarray(radius, dtype=np.float64)
-    steps = np.unique(np.asarray(grid, dtype=np.float64))
-    if steps.size == 0 or not np.all(steps >= 0) or not np.all(reach >= 0):
-        raise InputError("A grid needs at least one value, and radii are numbers from 0 up.")
-    cell = np.searchsorted(steps, reach, side="right")
-    return np.concatenate([[0.0], steps])[cell]
-
-
 def even_grid(largest: float, count: int = 50) -> FloatArray:
     """An even grid of `count` radii from 0 up to `largest`, both included.
 
@@ -128,3 +110,21 @@ def _images(correct: ArrayLike, radius: ArrayLike) -> tuple[NDArray[np.bool_], F
     if not np.all(reach >= 0):
         raise InputError("A certified radius is a number from 0 up; abstentions have radius 0.")
     return right, reach
+
+
+def floor_to_grid(radius: ArrayLike, grid: ArrayLike) -> FloatArray:
+    """The largest value of the grid that does not exceed the radius; 0.0 below the whole grid.
+
+    Args:
+        radius: certified radii, any shape.
+        grid: the radii that will be reported, in any order.
+
+    Raises:
+        InputError: an empty grid, or a value that is negative or not a number.
+    """
+    reach = np.asarray(radius, dtype=np.float64)
+    steps = np.unique(np.asarray(grid, dtype=np.float64))
+    if steps.size == 0 or not np.all(steps >= 0) or not np.all(reach >= 0):
+        raise InputError("A grid needs at least one value, and radii are numbers from 0 up.")
+    cell = np.searchsorted(steps, reach, side="right")
+    return np.concatenate([[0.0], steps])[cell]

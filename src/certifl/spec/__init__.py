@@ -6,27 +6,6 @@ everything that does not (folders, device, progress) is an option of the command
 """
 
 from certifl.spec.reading import load, load_stored, with_settings
-from certifl.spec.sections import (
-    Augmentation,
-    Certification,
-    Clients,
-    Data,
-    Model,
-    Privacy,
-    Training,
-)
 from certifl.spec.study import Spec
 
-__all__ = [
-    "Augmentation",
-    "Certification",
-    "Clients",
-    "Data",
-    "Model",
-    "Privacy",
-    "Spec",
-    "Training",
-    "load",
-    "load_stored",
-    "with_settings",
-]
+__all__ = ["Spec", "load", "load_stored", "with_settings"]

@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tomli_w
 from pydantic import Field, ValidationError, field_validator
 
 from certifl.errors import CertiflError, InputError, SpecError
 from certifl.path_checks import check_party_settings, quotes_missing
 from certifl.perturbations import describe as describe_perturbation
 from certifl.perturbations import from_description as perturbation_from
-from certifl.runs.atomic import write_text
 from certifl.safe_io import SPEC_BYTES, parse_toml, read_text
 from certifl.spec.sections import Section
 
@@ -115,8 +113,3 @@ def load_settings(path: Path) -> Settings:
         if first["type"] == "extra_forbidden":
             reason = f"no such key; allowed here: {allowed}"
         raise SpecError(f"{path}: {key}: {reason}.") from error
-
-
-def save_settings(path: Path, settings: Settings) -> None:
-    """Write a party's settings, what is not set left out."""
-    write_text(path, tomli_w.dumps(settings.model_dump(exclude_none=True)))

@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,10 +141,6 @@ class Kept:
     def deploy(self, model: ModelState) -> None:
         """Write the deployed model."""
         save_tensors(self.deployed, model)
-
-    def forget(self) -> None:
-        """Remove everything of this study."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _flat(parts: Parts) -> dict[str, torch.Tensor]:

@@ -102,10 +102,6 @@ class _Pull:
 # Which entries of a model state belong to which layers of the network.
 
 
-NORMALIZATIONS = {
-    "batch": "BatchNorm layers, the source's",
-    "all": "every normalisation layer: BatchNorm, GroupNorm, LayerNorm, InstanceNorm",
-}
 _BATCH = (nn.modules.batchnorm._BatchNorm,)
 _ALL = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 

@@ -14,10 +14,6 @@ from certifl.federated.training.batches import Batch
 from certifl.federated.training.local_training import LocalTraining
 from certifl.federated.training.steps import Bench, Outcome
 
-_HESSIANS = {
-    "first-order": "Per-FedAvg (FO): the Hessian is left out",
-    "hessian-free": "Per-FedAvg (HF): its product with a vector is a difference of gradients",
-}
 _DELTA = 1e-3
 _FEWEST = 2
 

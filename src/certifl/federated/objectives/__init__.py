@@ -5,8 +5,7 @@ Nothing here imports torch: an objective's class is loaded when it is first buil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -55,21 +54,6 @@ OBJECTIVES: Registry[Row] = Registry(
         ),
     },
 )
-
-
-def describe_objective(objective: Any) -> dict[str, Any]:
-    """An objective as a table: its name and parameters; `objective_from` gives it back."""
-    return OBJECTIVES.describe(objective)
-
-
-def objective_from(description: Mapping[str, Any] | str) -> Any:
-    """The objective described, e.g. `{"name": "consistency", "copies": 2}`, or a bare name.
-
-    Raises:
-        SpecError: an unknown objective or parameter, or a value that is not allowed; the message
-            names the key and what is allowed.
-    """
-    return OBJECTIVES.build(description)
 
 
 _BASE = "certifl.federated.objectives.base"

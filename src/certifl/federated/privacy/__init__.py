@@ -15,7 +15,6 @@ from certifl.federated.privacy.accounting import (
     composed,
     epsilon,
     noise_for,
-    steps_per_epoch,
 )
 from certifl.federated.privacy.budget import Budget, plan_clients, plan_examples
 from certifl.federated.privacy.client_level import ClientLevel
@@ -29,7 +28,6 @@ from certifl.federated.privacy.example_level import ExampleLevel, PrivatePasses
 from certifl.federated.privacy.ledger import (
     ClientLedger,
     ExampleLedger,
-    Ledger,
     Pass,
     Release,
     conflict,
@@ -45,7 +43,6 @@ __all__ = [
     "ClientLevel",
     "ExampleLedger",
     "ExampleLevel",
-    "Ledger",
     "Pass",
     "PrivatePasses",
     "Release",
@@ -62,5 +59,4 @@ __all__ = [
     "released_epsilon",
     "released_steps",
     "sends_nothing",
-    "steps_per_epoch",
 ]

@@ -1,15 +1,13 @@
 """The paper's claims put to the test on stored runs: effect, interval, verdict."""
 
-from certifl.paper.claims.catalogue import CLAIMS, Claim
+from certifl.paper.claims.catalogue import CLAIMS
 from certifl.paper.claims.render import claim_rows, explanation, write_claims
-from certifl.paper.claims.runs import Facts, find_runs
+from certifl.paper.claims.runs import find_runs
 from certifl.paper.claims.testing import ClaimResult, Report, check_claims
 
 __all__ = [
     "CLAIMS",
-    "Claim",
     "ClaimResult",
-    "Facts",
     "Report",
     "check_claims",
     "claim_rows",

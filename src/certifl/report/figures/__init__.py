@@ -4,7 +4,7 @@ Every figure is a function of runs and returns a `Drawing`: the figure and the n
 `save` writes both. No other part of the program imports matplotlib.
 """
 
-from certifl.report.figures.files import FORMATS, Drawing, image_bytes, save
+from certifl.report.figures.files import Drawing, image_bytes, save
 from certifl.report.figures.plots import (
     average_radius_figure,
     certified_accuracy_figure,
@@ -13,7 +13,6 @@ from certifl.report.figures.plots import (
 )
 
 __all__ = [
-    "FORMATS",
     "Drawing",
     "average_radius_figure",
     "certified_accuracy_figure",

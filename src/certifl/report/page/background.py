@@ -27,7 +27,6 @@ _ONLY_THERE = (
     "Clients that told curves kept their votes: each verifies its own certificates where they "
     "are, with certifl verify."
 )
-_PLACES = (("images", "data"), ("clients", "clients"))
 
 
 def facts_list(story: Story) -> Markup:
