@@ -49,7 +49,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "merge": (single.merge, "Put the shards of one certification together."),
     "predict": (single.predict, "Label of one image, with its certified radius."),
     "doctor": (machine.doctor, "What this machine has, and what is missing."),
-    "list": (machine.list_, "Everything that has a name in a spec."),
+    "list": (machine.list_, "List registered components."),
 }
 for _name, (_command, _short) in _COMMANDS.items():
     app.command(_name, short_help=_short)(_command)

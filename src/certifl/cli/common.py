@@ -21,7 +21,7 @@ _LONGEST_REASON = 200
 
 Out = Annotated[
     Path | None,
-    typer.Option("--out", help="Folder for the results; else one in runs/ that is told."),
+    typer.Option("--out", help="Folder for the results; default: runs/<name>-<hash>."),
 ]
 DataDir = Annotated[
     Path | None,

@@ -183,7 +183,7 @@ def run(
     ] = 300.0,
     min_clients: MinClients = None,
     absent: Annotated[
-        float, typer.Option(min=0.0, help="Seconds to wait for a client that is not there.")
+        float, typer.Option(min=0.0, help="Timeout for absent clients, in seconds.")
     ] = 60.0,
     piece: Annotated[
         float, typer.Option(min=0.1, help="Seconds of certification per message.")
@@ -235,7 +235,7 @@ def check(
     set_: Overrides = None,
     own_perturbation: OwnPerturbation = False,
     wait: Annotated[
-        float, typer.Option(min=0.0, help="Seconds to wait for clients that are not there.")
+        float, typer.Option(min=0.0, help="Timeout for absent clients, in seconds.")
     ] = 30.0,
     min_clients: MinClients = None,
 ) -> None:
