@@ -35,7 +35,7 @@ from flwr.supercore.inflatable.inflatable_utils import (  # noqa: E402
 from certifl.deploy.server.coordinator import conduct  # noqa: E402
 from certifl.deploy.transport.flower_processes import give_memory_back  # noqa: E402
 from certifl.deploy.transport.messages import Content, encode, to_records  # noqa: E402
-from certifl.deploy.transport.transport import GridLine  # noqa: E402
+from certifl.deploy.transport.transport import GridTransport  # noqa: E402
 from certifl.errors import WorkError  # noqa: E402
 from certifl.models import build, fingerprint  # noqa: E402
 from certifl.spec import with_settings  # noqa: E402
@@ -155,7 +155,7 @@ def measure(clients: int, algorithm: str, rounds: int) -> None:
         gc.collect()
         before = resident()
         with highest() as seen, contextlib.suppress(WorkError):
-            conduct(study, GridLine(grid), options(Path(place) / "run"))
+            conduct(study, GridTransport(grid), options(Path(place) / "run"))
     rose = seen[0] - before
     print(
         f"{algorithm}, {clients} clients: {rose / 1e6:.0f} MB = "

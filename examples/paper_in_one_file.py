@@ -1,7 +1,8 @@
 """The paper in one file: four ways of training together, certified, in plain loops.
 
 Slow and obvious on purpose: what the paper's equations say and nothing else. The library does the
-same faster, resumably and for any data; `tests/test_slow_twin.py` holds its models against these.
+same faster, resumably and for any data; `tests/federated/test_slow_twin.py` compares its models
+with these.
 Only random streams come from the library, so that both draw the same numbers. Equation and section
 numbers are the paper's ("Certified Robustness in Federated Learning", Alfarra et al. 2022).
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from certifl.certification.certified_sets import Reach, lengths, reach_of
+from certifl.certification.certified_sets import CertifiedRegion, lengths, reach_of
 from certifl.certification.counts import lead_of, sign_test_against
 from certifl.certification.sampling import CHUNK, Request, VoteCounter
 from certifl.errors import InputError
@@ -31,7 +31,7 @@ _NO_LONGER_SUSPICIOUS = 1e-4
 
 
 @dataclass(frozen=True)
-class Effort:
+class AttackBudget:
     """How hard to look.
 
     Attributes:
@@ -64,7 +64,7 @@ class Effort:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class AttackResult:
     """The worst delta that was found for each of m images.
 
     Attributes:
@@ -74,7 +74,7 @@ class Found:
         p_value: (m,) of "no other class is more likely than the certified one", for all other
             classes together.
         violated: (m,) another class is more likely: the certificate is wrong.
-        tried: deltas looked at. suspicious: deltas that took all `Effort.confirm` votes.
+        tried: deltas looked at. suspicious: deltas that took all `AttackBudget.confirm` votes.
         votes: votes spent.
     """
 
@@ -94,8 +94,8 @@ def search(
     predicted: np.ndarray,
     radius: np.ndarray,
     interval: np.ndarray | None = None,
-    effort: Effort | None = None,
-) -> Found:
+    effort: AttackBudget | None = None,
+) -> AttackResult:
     """Look inside certified sets for a delta at which g_delta answers with another class.
 
     Guarantee: if all certificates hold, any violation is reported with probability at most
@@ -113,7 +113,7 @@ def search(
     Raises:
         InputError: arguments that do not fit each other.
     """
-    effort = effort or Effort()
+    effort = effort or AttackBudget()
     classes = np.asarray(predicted, np.int64)
     if len(images) == 0 or classes.shape != (len(images),):
         raise InputError(
@@ -137,8 +137,8 @@ def search(
     return _together(parts)
 
 
-def _together(parts: list[Found]) -> Found:
-    return Found(
+def _together(parts: list[AttackResult]) -> AttackResult:
+    return AttackResult(
         delta=torch.cat([part.delta for part in parts]),
         length=np.concatenate([part.length for part in parts]),
         counts=np.concatenate([part.counts for part in parts]),
@@ -158,8 +158,8 @@ class _Hunt:
         counter: VoteCounter,
         images: Tensor,
         predicted: np.ndarray,
-        reach: Reach,
-        effort: Effort,
+        reach: CertifiedRegion,
+        effort: AttackBudget,
     ) -> None:
         self._counter, self._images, self._reach, self._effort = counter, images, reach, effort
         self._predicted = predicted
@@ -195,7 +195,7 @@ class _Hunt:
             leads = np.concatenate([leads, self._leads(proposed)], axis=1)
         return _worst(deltas, leads, effort.finalists)[0]
 
-    def judged(self, deltas: Tensor, level: float) -> Found:
+    def judged(self, deltas: Tensor, level: float) -> AttackResult:
         """Fresh votes at the finalists: four times as many at each look, while in doubt."""
         effort, count = self._effort, deltas.shape[1]
         first = self._next_vote
@@ -216,7 +216,7 @@ class _Hunt:
         best = np.where(p_values.reshape(-1, count) <= level, -2.0, leads).argmin(axis=1)
         chosen = np.arange(len(deltas)) * count + best
         worst = deltas.flatten(0, 1)[torch.as_tensor(chosen, device=deltas.device)]
-        return Found(
+        return AttackResult(
             worst,
             lengths(worst, self._reach.norm, len(self._reach.shape)).cpu().numpy(),
             counts[chosen],

@@ -19,7 +19,7 @@ _LEVELS = 255.0
 
 
 @dataclass(frozen=True, eq=False)
-class Reach:
+class CertifiedRegion:
     """Where m certificates promise that the class of g_delta stays what it is.
 
     Attributes:
@@ -46,11 +46,11 @@ class Reach:
     def __len__(self) -> int:
         return len(self.radius)
 
-    def rows(self, start: int, stop: int) -> Reach:
+    def rows(self, start: int, stop: int) -> CertifiedRegion:
         """The certificates of some images."""
         part = slice(start, stop)
         ends = self.radius[part], self.low[part], self.high[part]
-        return Reach(*ends, norm=self.norm, shape=self.shape, exact=self.exact)
+        return CertifiedRegion(*ends, norm=self.norm, shape=self.shape, exact=self.exact)
 
     def points(self, share: Tensor) -> Tensor:
         """Families of one parameter: deltas at shares of the way from `low` (0) to `high` (1).
@@ -177,7 +177,7 @@ def reach_of(
     radius: np.ndarray,
     interval: np.ndarray | None = None,
     device: torch.device | str = "cpu",
-) -> Reach:
+) -> CertifiedRegion:
     """What certificates of radius `radius` (m,), or of an interval (m, 2) around 0, cover.
 
     Raises:
@@ -194,7 +194,7 @@ def reach_of(
             raise InputError("interval must hold two ends around 0 for each image.")
         low, high = torch.minimum(low, ends[:, 0]), torch.maximum(high, ends[:, 1])
     exact = bool(getattr(perturbation, "exact", False))
-    return Reach(size, low, high, perturbation.norm, shape, exact)
+    return CertifiedRegion(size, low, high, perturbation.norm, shape, exact)
 
 
 def lengths(deltas: Tensor, norm: str, axes: int) -> Tensor:

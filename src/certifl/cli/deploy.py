@@ -23,7 +23,7 @@ deploy = typer.Typer(
     rich_markup_mode=None,
 )
 
-Party = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="The party's folder.")]
+ClientFolder = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="The party's folder.")]
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="No encryption, no keys: for one machine alone.")
 ]
@@ -102,7 +102,7 @@ def renew(
 
 
 @deploy.command()
-def server(folder: Party = Path(".")) -> None:
+def server(folder: ClientFolder = Path(".")) -> None:
     """Run the server until it is stopped."""
     check_party(folder)
     with _flower():
@@ -113,7 +113,7 @@ def server(folder: Party = Path(".")) -> None:
 
 @deploy.command()
 def client(
-    folder: Party = Path("."),
+    folder: ClientFolder = Path("."),
     data: Annotated[
         str | None, typer.Option(help="Its images; by default what client.toml says.")
     ] = None,
@@ -154,7 +154,7 @@ def _find_networks(names: list[str], code: Path | None) -> None:
 
 
 @deploy.command()
-def log(folder: Party = Path(".")) -> None:
+def log(folder: ClientFolder = Path(".")) -> None:
     """What left a client's machine: when, what for, which keys, shapes, how many bytes."""
     with _flower():
         from certifl.deploy.client.sent_log import SENT, sent_lines
@@ -200,7 +200,7 @@ def run(
     with _flower():
         from certifl.cli import terminal
         from certifl.deploy.server.coordinator import Options
-        from certifl.deploy.server.remote_runner import Patience
+        from certifl.deploy.server.remote_runner import Timeouts
         from certifl.deploy.server.run import run_study
         from certifl.deploy.transport.flower_processes import private_files
         from certifl.models import allow_code
@@ -216,7 +216,7 @@ def run(
                 overwrite=overwrite,
                 share=share,
                 own_perturbation=own_perturbation,
-                patience=Patience(answer_within, wait, absent),
+                patience=Timeouts(answer_within, wait, absent),
                 piece=piece,
                 report=board.report,
                 command=shlex.join(["certifl", *sys.argv[1:]]),
@@ -247,14 +247,14 @@ def check(
     check_party(kit)
     with _flower():
         from certifl.deploy.server.coordinator import Options
-        from certifl.deploy.server.remote_runner import Patience
+        from certifl.deploy.server.remote_runner import Timeouts
         from certifl.deploy.server.run import check_study
         from certifl.spec import load
 
         options = Options(
             out=Path(),
             own_perturbation=own_perturbation,
-            patience=Patience(start=wait),
+            patience=Timeouts(start=wait),
             min_clients=min_clients,
             told=typer.echo,
         )
@@ -282,7 +282,7 @@ def _reported(place: Path, title: str) -> None:
 
 
 @deploy.command()
-def status(folder: Party = Path(".")) -> None:
+def status(folder: ClientFolder = Path(".")) -> None:
     """Who is connected, on the server's machine; whether the server answers, on a client's."""
     check_party(folder)
     with _flower():

@@ -8,24 +8,24 @@ from pathlib import Path
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
-from certifl.deploy.client.client import Party
+from certifl.deploy.client.client import Client
 from certifl.deploy.client.rejected import plain
 from certifl.deploy.client.settings import load_settings
-from certifl.deploy.transport.messages import Content, Garbled, from_records, to_records
+from certifl.deploy.transport.messages import Content, MalformedMessage, from_records, to_records
 from certifl.errors import StoreError
 
 _log = logging.getLogger(__name__)
 _RAISED = 2  # Flower's CLIENT_APP_RAISED_EXCEPTION
 
 
-def respond(message: Message, party: Party) -> Message:
+def respond(message: Message, party: Client) -> Message:
     """The reply to a message; an error of Flower's where it is none of ours.
 
     What is sent stands in the client's own log before it leaves.
     """
     try:
         order = from_records(message.content)
-    except Garbled as error:
+    except MalformedMessage as error:
         _log.error("A message of the server is garbled: %s", plain(str(error)))
         return _error(message, party, f"the order is garbled: {plain(str(error))}")
     try:
@@ -38,7 +38,7 @@ def respond(message: Message, party: Party) -> Message:
         return _error(message, party, "it failed; its own log says more")
 
 
-def _answer(message: Message, party: Party, order: Content) -> Message:
+def _answer(message: Message, party: Client, order: Content) -> Message:
     answer = party.answer(order)
     records = to_records(answer)
     size = sum(len(str(record["json"]).encode()) for record in records.config_records.values())
@@ -48,7 +48,7 @@ def _answer(message: Message, party: Party, order: Content) -> Message:
     return Message(records, reply_to=message)
 
 
-def _error(message: Message, party: Party, reason: str) -> Message:
+def _error(message: Message, party: Client, reason: str) -> Message:
     """A reply that holds a reason alone, also where the log of what is sent cannot be written."""
     try:
         party.sent.note_error(reason)
@@ -57,14 +57,14 @@ def _error(message: Message, party: Party, reason: str) -> Message:
     return Message(Error(_RAISED, reason), reply_to=message)
 
 
-_parties: dict[Path, Party] = {}
+_parties: dict[Path, Client] = {}
 
 
-def party_of(context: Context) -> Party:
+def party_of(context: Context) -> Client:
     """The party that a node's configuration names: `party` = the folder with client.toml."""
     folder = Path(str(context.node_config.get("party", "."))).expanduser().resolve()
     if folder not in _parties:
-        _parties[folder] = Party(load_settings(folder / "client.toml"), folder)
+        _parties[folder] = Client(load_settings(folder / "client.toml"), folder)
     return _parties[folder]
 
 

@@ -24,7 +24,7 @@ from flwr.proto.runtime_pb2 import PushTaskOutputRequest, SendTaskHeartbeatReque
 from flwr.supercore.constant import TaskType
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
-from certifl.deploy.client.client import Party
+from certifl.deploy.client.client import Client
 from certifl.deploy.client.retry import Accepted, Retry
 from certifl.deploy.client.settings import Settings
 from certifl.deploy.client.state import owner_only, private_folder
@@ -33,8 +33,8 @@ from certifl.deploy.provision.keys import check_certificate, public_key_bytes, r
 from certifl.deploy.provision.kit import Connection, load_connection
 from certifl.deploy.transport import flower_runs as flowerruns
 from certifl.deploy.transport.flower_processes import (
-    Beat,
     Child,
+    Heartbeat,
     direct,
     free_port,
     private_files,
@@ -255,7 +255,7 @@ def take_part(folder: Path, settings: Settings, told: Told) -> None:
     quiet(folder / "flower")
     direct(connection.host)
     load_what_a_step_needs()  # not in the first round's time
-    party = Party(settings, folder, told)
+    party = Client(settings, folder, told)
     retry = Retry(connection.address, settings.client, told)
     private_folder(folder)
     told(f"Client {settings.client} connects to {connection.address}; logs in {folder / 'log'}.")
@@ -269,7 +269,7 @@ def take_part(folder: Path, settings: Settings, told: Told) -> None:
 
 
 def _until_ended(
-    folder: Path, connection: Connection, party: Party, stop: threading.Event, retry: Retry
+    folder: Path, connection: Connection, party: Client, stop: threading.Event, retry: Retry
 ) -> float:
     """Work for the server until that ends; how many seconds to wait before the next attempt."""
     known, began = Accepted(folder), time.monotonic()
@@ -298,7 +298,7 @@ def _check_data(settings: Settings) -> None:
 def _connected(
     folder: Path,
     connection: Connection,
-    party: Party,
+    party: Client,
     stop: threading.Event,
     accepted: Callable[[], None],
 ) -> bool:
@@ -445,7 +445,7 @@ def with_data(settings: Settings, data: str | None, dealt: bool) -> Settings:
 _POLL = 0.1
 
 
-def work(place: Place, party: Party, alive: Callable[[], bool]) -> None:
+def work(place: Place, party: Client, alive: Callable[[], bool]) -> None:
     """Answer what the SuperNode hands over, until it ends or an answer does not reach it.
 
     A SuperNode waits for the answer to each order, so after one that was lost it is of no use.
@@ -470,13 +470,13 @@ def work(place: Place, party: Party, alive: Callable[[], bool]) -> None:
         waiting.close()
 
 
-def _done(place: Place, party: Party, token: str) -> None:
+def _done(place: Place, party: Client, token: str) -> None:
     """One message answered."""
     client = runtime_client(place, token)
     status = SubStatus.FAILED
     try:
         message, context, _run, _fab = pull_task_input(client)
-        beat = Beat(lambda: client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success)
+        beat = Heartbeat(lambda: client.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success)
         with beat.beating():
             push_message(client, respond(message, party), context)
         status = SubStatus.COMPLETED

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from certifl.deploy.server.coordinator import Options, conduct
 from certifl.deploy.transport.flower_processes import give_memory_back
-from certifl.deploy.transport.transport import GridLine
+from certifl.deploy.transport.transport import GridTransport
 from certifl.errors import InputError
 from certifl.spec import load
 
@@ -43,4 +43,4 @@ def main(grid: Grid, context: Context) -> None:
         command="flwr run",
         min_clients=int(enough) or None,
     )
-    conduct(load(Path(asked["spec"])), GridLine(grid), options)
+    conduct(load(Path(asked["spec"])), GridTransport(grid), options)

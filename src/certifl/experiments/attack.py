@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from certifl.certification import Certificates
-from certifl.certification.attack import Effort, Found, deformed_first, search
+from certifl.certification.attack import AttackBudget, AttackResult, deformed_first, search
 from certifl.certification.certified_sets import reach_of
 from certifl.certification.counts import lead_of, sign_test_against
 from certifl.certification.network import Network, prepare
@@ -94,7 +94,7 @@ def attack_run(place: Path, options: Options) -> dict[str, Any]:
         )
     chosen = [_chosen(certificates, client, options.images, spec.seed) for client in clients]
     confirm = _TIMES * int(certificates.conditions["n"])
-    effort = Effort(directions=options.directions, confirm=confirm)
+    effort = AttackBudget(directions=options.directions, confirm=confirm)
     with folder.locked():
         attacks = _attacks(folder, spec, dataset, chosen, effort, options)
         result = record_of(attacks, effort, options.images, clients)
@@ -131,7 +131,7 @@ def _attacks(
     spec: Spec,
     dataset: Dataset,
     chosen: Sequence[Certificates],
-    effort: Effort,
+    effort: AttackBudget,
     options: Options,
 ) -> list[Attack]:
     model, last = run_model(folder, spec, options.code), last_round(folder, spec)
@@ -188,7 +188,7 @@ def _attack(
     images: Tensor,
     certificates: Certificates,
     promised: np.ndarray,
-    effort: Effort,
+    effort: AttackBudget,
 ) -> Attack:
     held = certificates.select(promised)
     found = None
@@ -221,7 +221,7 @@ def _deltas(
     images: Tensor,
     certificates: Certificates,
     promised: np.ndarray,
-    effort: Effort,
+    effort: AttackBudget,
     seed: int,
 ) -> Tensor:
     """No delta, deltas drawn from the certified set, and a grid or boundary of it, per image.
@@ -306,7 +306,7 @@ class Attack:
 
     certificates: Certificates
     promised: np.ndarray
-    found: Found | None
+    found: AttackResult | None
     clean: np.ndarray
     random: np.ndarray
     worst: np.ndarray
@@ -315,7 +315,7 @@ class Attack:
 
 
 def record_of(
-    attacks: Sequence[Attack], effort: Effort, images: int, clients: list[int]
+    attacks: Sequence[Attack], effort: AttackBudget, images: int, clients: list[int]
 ) -> dict[str, Any]:
     """The record of the attacks on some clients' images; see the module."""
     network = attacks[0].network
@@ -349,7 +349,7 @@ def record_of(
     }
 
 
-def _of_perturbation(attacks: Sequence[Attack], effort: Effort) -> dict[str, Any]:
+def _of_perturbation(attacks: Sequence[Attack], effort: AttackBudget) -> dict[str, Any]:
     """What came of the clients that certify one perturbation."""
     facts = attacks[0].certificates.conditions
     found = [attack.found for attack in attacks if attack.found is not None]

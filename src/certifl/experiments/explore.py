@@ -172,7 +172,7 @@ def explore(
         return Explored(0, votes, reason)
     key = _key(certificates, votes, device)
     record = {**facts, "key": key, "skipped": None, "images": _before(folder, key)}
-    bench = Bench(spec, dataset, certificates, deployed, device, votes)
+    bench = Explorer(spec, dataset, certificates, deployed, device, votes)
     rows = _chosen(certificates, images)
     _go(folder, bench, record, rows, report)
     return Explored(len(rows), votes)
@@ -189,7 +189,7 @@ def _key(certificates: Certificates, votes: int, device: str) -> str:
 
 def _go(
     folder: RunFolder,
-    bench: Bench,
+    bench: Explorer,
     record: Mapping[str, Any],
     rows: Sequence[int],
     report: Report | None,
@@ -266,7 +266,7 @@ _LARGEST_TILE = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
+class Explorer:
     """What it takes to explore the certified images of a run.
 
     Attributes:

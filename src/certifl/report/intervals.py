@@ -4,8 +4,8 @@ One set of rules for everything that is a mean of one number per image: average 
 certified accuracies, and differences of these between two trainings on the same images. Three
 things widen an interval: the scatter of the images within their clients, the scatter between
 trainings with different seeds, and kinds of images that are too rare to have been met.
-docs/mathematics.md derives the rules, and tests/test_coverage.py repeats them on studies of known
-truth.
+docs/mathematics.md derives the rules, and tests/report/test_coverage.py repeats them on studies of
+known truth.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Job:
     saved: Path
 
 
-class Bench:
+class NetworkCache:
     """Networks made ready to vote; clients that deploy the same global model share one."""
 
     def __init__(self, device: str, precision: str) -> None:
@@ -258,7 +258,7 @@ def certify_clients(
     ]
     parts: list[Certificates] = []
     plain: list[Predictions] = []
-    bench = Bench(device, spec.certification.precision)
+    bench = NetworkCache(device, spec.certification.precision)
     for place, job in enumerate(jobs):
         model, perturbation = deployed(job.client), perturbations[job.client]
         network = bench.network(model, job)

@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from certifl.deploy.client.rejected import Refusal
+from certifl.deploy.client.rejected import Rejected
 from certifl.errors import StoreError
 from certifl.runs.atomic import read_json, write_json
 
@@ -39,7 +39,7 @@ class Answered:
         """Open the record, or compare it with the study that is asked for.
 
         Raises:
-            Refusal: the id stands for another study, or the record cannot be trusted.
+            Rejected: the id stands for another study, or the record cannot be trusted.
         """
         if not self._path.exists() and not any(self._path.parent.glob("state-*.safetensors")):
             self._write({})
@@ -53,14 +53,14 @@ class Answered:
             question: names of all that the answer follows from.
 
         Raises:
-            Refusal: it was asked with something else before.
+            Rejected: it was asked with something else before.
             StoreError: it cannot be written down.
         """
         held = self._read()
         asked = hashlib.sha256(json.dumps(question).encode()).hexdigest()
         before = held["rounds"].setdefault(str(number), asked)
         if before != asked:
-            raise Refusal(
+            raise Rejected(
                 f"it has answered round {number} of this study before, from another model or with "
                 "other states or images: a round is answered once; begin with a new run"
             )
@@ -70,11 +70,11 @@ class Answered:
         """Write down which model is certified.
 
         Raises:
-            Refusal: it was another one before. StoreError: it cannot be written down.
+            Rejected: it was another one before. StoreError: it cannot be written down.
         """
         held = self._read()
         if held["deployed"] not in ("", model):
-            raise Refusal(
+            raise Rejected(
                 "it has certified another model of this study before: one deployed model is "
                 "certified per study; begin with a new run"
             )
@@ -86,11 +86,11 @@ class Answered:
             rounds, deployed, spec = held["rounds"], held["deployed"], held["spec"]
             whole = held["format"] == _FORMAT and isinstance(rounds, dict)
         except (KeyError, StoreError, TypeError) as error:
-            raise Refusal(_LOST) from error
+            raise Rejected(_LOST) from error
         if not whole or not isinstance(deployed, str):
-            raise Refusal(_LOST)
+            raise Rejected(_LOST)
         if spec != self._spec:
-            raise Refusal("this study has another spec than when it began: begin with a new run")
+            raise Rejected("this study has another spec than when it began: begin with a new run")
         return held
 
     def _write(self, held: dict[str, Any]) -> None:

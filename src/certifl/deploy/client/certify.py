@@ -12,16 +12,16 @@ from certifl.certification import Certificates
 from certifl.certification import adaptive as engine
 from certifl.certification.rng_check import check_random_source_once
 from certifl.deploy.client.curves import curve_of, rows_of
-from certifl.deploy.client.data import Holdings
+from certifl.deploy.client.data import LocalData
 from certifl.deploy.client.settings import Settings, less
-from certifl.deploy.client.state import Kept
+from certifl.deploy.client.state import ClientStateStore
 from certifl.deploy.transport.messages import Content
 from certifl.errors import InputError, ModelError
 from certifl.federated.states import ModelState
 from certifl.models import fingerprint
 from certifl.perturbations import Perturbation
 from certifl.spec import Spec
-from certifl.study.certify import Bench, Job, Question, certify_piece, predicted
+from certifl.study.certify import Job, NetworkCache, Question, certify_piece, predicted
 
 _SHORTEST, _LONGEST = 1.0, 3600.0
 """Seconds of a piece, whatever the server asks for."""
@@ -41,8 +41,8 @@ class Certifier:
         self,
         settings: Settings,
         spec: Spec,
-        holdings: Holdings,
-        kept: Kept,
+        holdings: LocalData,
+        kept: ClientStateStore,
         told: Callable[[str], None],
     ) -> None:
         self._settings, self._spec, self._holdings = settings, spec, holdings
@@ -73,7 +73,7 @@ class Certifier:
         job = self._job()
         perturbation = spec.perturbations()[client]
         settings = spec.certification.settings(client)
-        bench = Bench(self._settings.device, spec.certification.precision)
+        bench = NetworkCache(self._settings.device, spec.certification.precision)
         ready = bench.network(network, job)
         shared = less(share, self._settings.share)
         facts: dict[str, Any] = {"share": shared, "done": True}

@@ -31,15 +31,27 @@ from certifl.certification.network import choose_device
 from certifl.data import Dataset
 from certifl.deploy.client.answered_rounds import Answered
 from certifl.deploy.client.certify import Certifier
-from certifl.deploy.client.data import Holdings, open_holdings
-from certifl.deploy.client.privacy_budget import Book, Spender, check_own_limit, limit_of, planned
-from certifl.deploy.client.rejected import Refusal, plain
+from certifl.deploy.client.data import LocalData, open_holdings
+from certifl.deploy.client.privacy_budget import (
+    PrivacyBudget,
+    PrivacyLedger,
+    check_own_limit,
+    limit_of,
+    planned,
+)
+from certifl.deploy.client.rejected import Rejected, plain
 from certifl.deploy.client.sent_log import Sent
 from certifl.deploy.client.settings import Settings
 from certifl.deploy.client.spec_policy import check_network_size, check_study
-from certifl.deploy.client.state import Kept, owner_only
+from certifl.deploy.client.state import ClientStateStore, owner_only
 from certifl.deploy.transport.messages import Content, fingerprint_of, order_from, update_to
-from certifl.deploy.transport.schemas import CertifyOrder, Garbled, JoinOrder, RoundOrder, Told
+from certifl.deploy.transport.schemas import (
+    CertifyOrder,
+    JoinOrder,
+    MalformedMessage,
+    RoundOrder,
+    Told,
+)
 from certifl.errors import CertiflError, StoreError
 from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.faults import Fault, attempt
@@ -69,13 +81,13 @@ class Study:
     """
 
     spec: Spec
-    holdings: Holdings
+    holdings: LocalData
     model: nn.Module
     training: LocalTraining
     algorithm: Algorithm
-    kept: Kept
+    kept: ClientStateStore
     answered: Answered
-    spender: Spender | None = None
+    spender: PrivacyBudget | None = None
 
     @property
     def rounds(self) -> int:
@@ -83,7 +95,7 @@ class Study:
         return self.spec.training.rounds + self.algorithm.extra_rounds
 
 
-class Party:
+class Client:
     """One client, with the studies it has seen since it was started.
 
     Args:
@@ -107,7 +119,7 @@ class Party:
         try:
             with owner_only(), _threads(self.settings.threads):
                 answer = self._answer(order)
-        except Refusal as refusal:
+        except Rejected as refusal:
             answer = self._fault("wrong", f"it refuses: {refusal}", str(refusal))
         except StoreError as error:
             answer = self._fault("raised", "its disk failed it", str(error))
@@ -125,12 +137,12 @@ class Party:
     def _answer(self, order: Content) -> Content:
         try:
             asked = order_from(order)
-        except Garbled as error:
-            raise Refusal(
+        except MalformedMessage as error:
+            raise Rejected(
                 f"{error}; the server needs certifl {__version__}, as this client has"
             ) from error
         if not isinstance(asked, JoinOrder) and asked.client != self.settings.client:
-            raise Refusal("the order is for another client")
+            raise Rejected("the order is for another client")
         study = self._study(asked.study)
         if isinstance(asked, JoinOrder):
             return self._join(study)
@@ -148,30 +160,32 @@ class Party:
     def _opened(self, id: str, spec: Spec, own_allowed: bool) -> Study:
         settings, named = self.settings, spec.hash()
         if settings.client >= spec.clients.count:
-            raise Refusal(f"the study has only {spec.clients.count} clients, counted from 0")
+            raise Rejected(f"the study has only {spec.clients.count} clients, counted from 0")
         check_study(spec, settings)
         if ":" in spec.model.name and spec.model.name not in settings.networks:
-            raise Refusal(
+            raise Rejected(
                 f"the study's network {spec.model.name!r} is code that this party has not "
                 "allowed: write it into networks of client.toml if it trusts it"
             )
         asked = spec.privacy
         if asked.kind != "none" and asked.noise_key != "secret" and not settings.dealt:
-            raise Refusal(
+            raise Rejected(
                 "the noise of the study's privacy follows from its seed, which every party knows, "
                 'and would protect nothing: the study needs privacy.noise_key = "secret"'
             )
         if settings.perturbation is not None:
             if not own_allowed:
-                raise Refusal("this party certifies a perturbation of its own; the study does not")
+                raise Rejected(
+                    "this party certifies a perturbation of its own; the study does not"
+                )
             spec = _with_own(spec, settings)
         try:
-            kept = Kept(self._folder / "studies", id)
+            kept = ClientStateStore(self._folder / "studies", id)
         except StoreError as error:
-            raise Refusal("the study has no usable id") from error
+            raise Rejected("the study has no usable id") from error
         return self._made(spec, kept, named)
 
-    def _made(self, spec: Spec, kept: Kept, named: str) -> Study:
+    def _made(self, spec: Spec, kept: ClientStateStore, named: str) -> Study:
         settings, holdings = self.settings, open_holdings(spec, self.settings)
         data = holdings.dataset
         check_network_size(spec, data.in_channels, data.num_classes)
@@ -201,16 +215,16 @@ class Party:
         return Study(spec, holdings, model, training, algorithm, kept, answered, spender)
 
     def _spender(
-        self, spec: Spec, holdings: Holdings, private: Protection, kept: Kept
-    ) -> Spender | None:
+        self, spec: Spec, holdings: LocalData, private: Protection, kept: ClientStateStore
+    ) -> PrivacyBudget | None:
         """The ledger of a study whose clients add the noise."""
         if not isinstance(private.ledger, ExampleLedger):
             return None
         plan, delta = planned(spec, private.ledger, self.settings.client), spec.privacy.delta
         limit = limit_of(self.settings, plan, delta)
-        book, of = Book(self._folder), holdings.fingerprint
+        book, of = PrivacyLedger(self._folder), holdings.fingerprint
         id, name = kept.folder.name, spec.name
-        return Spender(book, id, name, delta, of, plan, limit, kept.folder)
+        return PrivacyBudget(book, id, name, delta, of, plan, limit, kept.folder)
 
     def _join(self, study: Study) -> Content:
         self._told(f"joins the study {plain(study.spec.name)!r} of {study.rounds} rounds")
@@ -254,12 +268,12 @@ class Party:
         """Refuse a round that is not in the study's plan, or in which others were drawn."""
         spec, round = study.spec, asked.round
         if round >= study.rounds:
-            raise Refusal(f"the study has {study.rounds} rounds, counted from 0")
+            raise Rejected(f"the study has {study.rounds} rounds, counted from 0")
         drawn = participation(spec, spec.clients.count)
         if drawn is None or round >= spec.training.rounds:
             return
         if self.settings.client not in set(drawn(round)):
-            raise Refusal(f"it is not drawn for round {round}")
+            raise Rejected(f"it is not drawn for round {round}")
 
     def _trained(
         self, study: Study, broadcast: ServerState, before: ClientState
@@ -277,13 +291,13 @@ class Party:
         finally:
             if failed and study.spender is not None:
                 study.spender.answered("", sent=True)
-        if isinstance(result, Fault) and isinstance(result.error, Refusal):
+        if isinstance(result, Fault) and isinstance(result.error, Rejected):
             raise result.error
         return result
 
     def _certify(self, parts: Parts, asked: CertifyOrder, study: Study) -> Content:
         if asked.round != study.rounds:
-            raise Refusal(f"it certifies after the last of {study.rounds} rounds alone")
+            raise Rejected(f"it certifies after the last of {study.rounds} rounds alone")
         _arrived(parts, asked, study)
         state = _state(study, asked.counted)
         model = study.algorithm.deployed(ServerState(asked.round, parts), state)
@@ -296,7 +310,7 @@ def _arrived(parts: Parts, asked: RoundOrder | CertifyOrder, study: Study) -> st
     """Fingerprint of what an order brought: whole, and of the study's network."""
     found = fingerprint_of(parts)
     if found != asked.broadcast:
-        raise Refusal("the model that arrived is not the one that was sent")
+        raise Rejected("the model that arrived is not the one that was sent")
     check_parts(parts, study.model.state_dict(), study.spec.clients.count)
     return found
 
@@ -307,7 +321,7 @@ def _state(study: Study, counted: int) -> ClientState:
         return study.kept.state(counted)
     except StoreError as error:
         _log.error("%s", error)
-        raise Refusal(
+        raise Rejected(
             f"what it kept after round {counted} is lost; it can begin again with a new run"
         ) from error
 
@@ -326,9 +340,9 @@ def _checked(text: str, hash: str) -> Spec:
     try:
         spec = with_settings(parse_toml(text))
     except CertiflError as error:
-        raise Refusal(f"the study's spec is not accepted here: {plain(str(error))}") from error
+        raise Rejected(f"the study's spec is not accepted here: {plain(str(error))}") from error
     if spec.hash() != hash:
-        raise Refusal(
+        raise Rejected(
             "the study's spec means something else here: install the same version of certifl"
         )
     return spec
@@ -347,7 +361,7 @@ def _with_own(spec: Spec, settings: Settings) -> Spec:
         return with_settings(values)
     except CertiflError as error:
         _log.error("%s", error)
-        raise Refusal("its own perturbation does not fit the study; its own log says why") from (
+        raise Rejected("its own perturbation does not fit the study; its own log says why") from (
             error
         )
 
@@ -391,17 +405,17 @@ def check_parts(parts: Parts, network: ModelState, clients: int) -> None:
         clients: how many the study has.
 
     Raises:
-        Refusal: the model has other entries, shapes or types than the network, or something that
+        Rejected: the model has other entries, shapes or types than the network, or something that
             comes with it has another shape.
     """
     model = parts.get("model")
     if model is None or {n: _kind(v) for n, v in model.items()} != {
         n: _kind(v) for n, v in network.items()
     }:
-        raise Refusal("the model that was sent does not fit the study's network")
+        raise Rejected("the model that was sent does not fit the study's network")
     for part, tensors in parts.items():
         if part != "model" and not all(_fits(n, v, network, clients) for n, v in tensors.items()):
-            raise Refusal("what was sent with the model does not fit the study's network")
+            raise Rejected("what was sent with the model does not fit the study's network")
 
 
 def _kind(value: torch.Tensor) -> tuple[torch.Size, torch.dtype]:

@@ -23,7 +23,7 @@ from certifl.certification.certify import asked_conditions
 from certifl.certification.network import PRECISIONS
 from certifl.certification.scan import scan_of
 from certifl.certification.settings import Settings
-from certifl.deploy.transport.schemas import Curve, Garbled
+from certifl.deploy.transport.schemas import Curve, MalformedMessage
 from certifl.errors import CertiflError, InputError, one_line
 from certifl.federated.states import ModelState
 from certifl.perturbations import Perturbation, from_record
@@ -115,18 +115,18 @@ class Asking:
         """A curve as it may be stored; what follows from the study is not taken from the client.
 
         Raises:
-            Garbled: no certificates of this study come to it.
+            MalformedMessage: no certificates of this study come to it.
         """
         perturbation, settings = self._perturbation(told.conditions), self._settings()
         conditions = self._conditions(told.conditions, perturbation, settings)
         radii = _grid(settings, perturbation)
         if told.radii != radii:
-            raise Garbled("its curve has other radii than the study's grid")
+            raise MalformedMessage("its curve has other radii than the study's grid")
         self._as_many(told.images)
         largest = _largest(perturbation, settings)
         problem = impossible_curve(radii, told.correct, told.images, told.acr, largest)
         if problem is not None:
-            raise Garbled(f"its curve is impossible: {problem}")
+            raise MalformedMessage(f"its curve is impossible: {problem}")
         return {
             "radii": radii,
             "correct": told.correct,
@@ -139,44 +139,47 @@ class Asking:
         """Rows as they may be stored: each follows from its votes, and from the study.
 
         Raises:
-            Garbled: they are no certificates of this client and study, or no model is named.
+            MalformedMessage: these are not certificates of this client and study, or no model is
+                named.
         """
         if model is None:
-            raise Garbled("it does not say which model its rows are of")
+            raise MalformedMessage("it does not say which model its rows are of")
         rows = rows_from(part, self.images)
         try:
             self._check_rows(rows, model)
         except (ArithmeticError, CertiflError, LookupError, TypeError, ValueError) as error:
-            if isinstance(error, Garbled):
+            if isinstance(error, MalformedMessage):
                 raise
-            raise Garbled(f"its rows are no certificates ({error})") from error
+            raise MalformedMessage(f"its rows are no certificates ({error})") from error
         return rows
 
     def _check_rows(self, rows: Certificates, model: str) -> None:
         perturbation, settings = self._perturbation(rows.conditions), self._settings()
         self._conditions(rows.conditions, perturbation, settings)
         if not len(rows) or set(rows.client.tolist()) != {self.client}:
-            raise Garbled("its rows are of another client")
+            raise MalformedMessage("its rows are of another client")
         self._as_many(len(rows))
         if len(set(rows.index.tolist())) < len(rows) or int(rows.index.min()) < 0:
-            raise Garbled("its rows have an image twice, or one that cannot be")
+            raise MalformedMessage("its rows have an image twice, or one that cannot be")
         for name, low in (("label", 0), ("predicted", -1)):
             column = getattr(rows, name)
             if int(column.min()) < low or int(column.max()) >= self.classes:
-                raise Garbled(f"its rows have a {name} beyond the study's {self.classes} classes")
+                raise MalformedMessage(
+                    f"its rows have a {name} beyond the study's {self.classes} classes"
+                )
         if not np.isfinite(rows.seconds).all() or (rows.seconds < 0).any():
-            raise Garbled("its rows took a time that cannot be")
+            raise MalformedMessage("its rows took a time that cannot be")
         if rows.conditions.get("model_fingerprint") != model:
-            raise Garbled("its rows are of another model than it names")
+            raise MalformedMessage("its rows are of another model than it names")
         found = verify(rows)
         if found:
-            raise Garbled(f"its rows do not follow from their votes: {found[0].problem}")
+            raise MalformedMessage(f"its rows do not follow from their votes: {found[0].problem}")
 
     def images_of(self, images: int) -> int:
         """A number of test images as it may be stored.
 
         Raises:
-            Garbled: the client certifies another number.
+            MalformedMessage: the client certifies another number.
         """
         self._as_many(images)
         return images
@@ -186,7 +189,9 @@ class Asking:
             return
         if self.exact or images > self.images:
             most = "" if self.exact else " at most"
-            raise Garbled(f"it counts {images} test images, and certifies {self.images}{most}")
+            raise MalformedMessage(
+                f"it counts {images} test images, and certifies {self.images}{most}"
+            )
 
     def _settings(self) -> Settings:
         return self.spec.certification.settings(self.client)
@@ -197,12 +202,12 @@ class Asking:
             try:
                 return from_record(conditions["description"])
             except (CertiflError, LookupError, TypeError, ValueError) as error:
-                raise Garbled(
+                raise MalformedMessage(
                     "its certificates do not say what perturbation they are of"
                 ) from error
         asked = self.spec.perturbations()[self.client]
         if asked is None:
-            raise Garbled("it is asked for no certificates")
+            raise MalformedMessage("it is asked for no certificates")
         return asked
 
     def _conditions(
@@ -212,11 +217,15 @@ class Asking:
         try:
             asked = asked_conditions(perturbation, settings, self.spec.seed)
         except InputError as error:
-            raise Garbled(f"its perturbation does not go with the study ({error})") from error
+            raise MalformedMessage(
+                f"its perturbation does not go with the study ({error})"
+            ) from error
         known = json.loads(json.dumps(asked))
         for name, value in known.items():
             if name != "threat" and told.get(name) != value:
-                raise Garbled(f"its {name} is {told.get(name)!r}, and the study has {value!r}")
+                raise MalformedMessage(
+                    f"its {name} is {told.get(name)!r}, and the study has {value!r}"
+                )
         return {**known, **_of_its_own(told)}
 
 
@@ -225,9 +234,9 @@ def _of_its_own(told: Mapping[str, Any]) -> dict[str, Any]:
     precision, folded = told.get("precision"), told.get("batch_norm_folded", False)
     versions = told.get("versions", {})
     if precision not in PRECISIONS or not isinstance(folded, bool):
-        raise Garbled("it does not say in which precision it computed")
+        raise MalformedMessage("it does not say in which precision it computed")
     if not isinstance(versions, dict) or len(versions) > _MOST_VERSIONS:
-        raise Garbled("it does not say with which versions it computed")
+        raise MalformedMessage("it does not say with which versions it computed")
     named = {one_line(name, 40): one_line(value, 80) for name, value in versions.items()}
     return {"precision": precision, "batch_norm_folded": folded, "versions": named}
 
@@ -236,7 +245,7 @@ def _grid(settings: Settings, perturbation: Perturbation) -> list[float]:
     try:
         return [float(radius) for radius in settings.grid(perturbation)]
     except InputError as error:
-        raise Garbled(f"its perturbation does not go with the study ({error})") from error
+        raise MalformedMessage(f"its perturbation does not go with the study ({error})") from error
 
 
 def _largest(perturbation: Perturbation, settings: Settings) -> float:
@@ -255,7 +264,7 @@ def rows_from(part: ModelState, most: int | None = None) -> Certificates:
         part: of the message. most: as many rows at most.
 
     Raises:
-        Garbled: they are no certificates, or too many.
+        MalformedMessage: they are no certificates, or too many.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.parquet"
@@ -264,11 +273,11 @@ def rows_from(part: ModelState, most: int | None = None) -> Certificates:
             file = pq.ParquetFile(path).metadata
             size = sum(file.row_group(i).total_byte_size for i in range(file.num_row_groups))
             if size > _LARGEST_ROWS or (most is not None and file.num_rows > most):
-                raise Garbled(
+                raise MalformedMessage(
                     f"it sent {file.num_rows} rows of {size} bytes, which are impossible"
                 )
             return Certificates.load(path)
-        except Garbled:
+        except MalformedMessage:
             raise
         except (
             ArithmeticError,
@@ -281,4 +290,4 @@ def rows_from(part: ModelState, most: int | None = None) -> Certificates:
             TypeError,
             ValueError,
         ) as error:
-            raise Garbled(f"its rows are no certificates ({error})") from error
+            raise MalformedMessage(f"its rows are no certificates ({error})") from error

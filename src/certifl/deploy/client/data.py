@@ -23,7 +23,7 @@ from certifl.study.opened_run import open_data
 
 
 @dataclass(frozen=True)
-class Holdings:
+class LocalData:
     """One client's images.
 
     Attributes:
@@ -65,7 +65,7 @@ class Holdings:
         return choose(self.test, spec.certification.images, spec.seed, self.train.client)
 
 
-def open_holdings(spec: Spec, settings: Settings) -> Holdings:
+def open_holdings(spec: Spec, settings: Settings) -> LocalData:
     """A party's images for a study.
 
     Raises:
@@ -83,7 +83,7 @@ def open_holdings(spec: Spec, settings: Settings) -> Holdings:
     dataset = whole if settings.classes is None else _renamed(whole, settings.classes)
     told = dataset.class_names if settings.classes else _unnamed(dataset.class_names)
     train = ClientData(settings.client, dataset.train.images, dataset.train.labels)
-    return Holdings(dataset, train, np.arange(len(dataset.test)), False, told)
+    return LocalData(dataset, train, np.arange(len(dataset.test)), False, told)
 
 
 def _unnamed(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -99,7 +99,7 @@ def _unnamed(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"class {number} ({digest})" for number in numbers)
 
 
-def _dealt(spec: Spec, settings: Settings, folder: Path | None) -> Holdings:
+def _dealt(spec: Spec, settings: Settings, folder: Path | None) -> LocalData:
     """The share of a whole data set that the study deals to this client."""
     if settings.client >= spec.clients.count:
         raise InputError(
@@ -116,7 +116,7 @@ def _dealt(spec: Spec, settings: Settings, folder: Path | None) -> Holdings:
     own = partition.clients[settings.client]
     part = dataset.train.take(own.train)
     train = ClientData(settings.client, part.images, part.labels)
-    return Holdings(dataset, train, own.test, True, dataset.class_names)
+    return LocalData(dataset, train, own.test, True, dataset.class_names)
 
 
 def _renamed(dataset: Dataset, classes: list[str]) -> Dataset:

@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from certifl.deploy.client.rejected import Refusal
+from certifl.deploy.client.rejected import Rejected
 from certifl.deploy.client.settings import Settings
 from certifl.errors import InputError, StoreError
 from certifl.federated.privacy import (
@@ -61,7 +61,7 @@ class Question:
     asked: str
 
 
-class Spender:
+class PrivacyBudget:
     """The ledger at work for one study.
 
     Args:
@@ -74,7 +74,7 @@ class Spender:
 
     def __init__(
         self,
-        book: Book,
+        book: PrivacyLedger,
         study: str,
         name: str,
         delta: float,
@@ -101,7 +101,7 @@ class Spender:
             parts: names of all that the answer follows from, besides the images.
 
         Raises:
-            Refusal: the ledger cannot be trusted, or too little is left.
+            Rejected: the ledger cannot be trusted, or too little is left.
         """
         text = json.dumps([self._id, self._images, round, *parts])
         self._question = Question(round, hashlib.sha256(text.encode()).hexdigest())
@@ -125,7 +125,7 @@ class Spender:
             What was spent by now, for people.
 
         Raises:
-            Refusal: too little is left, or these bits are others than those given before.
+            Rejected: too little is left, or these bits are others than those given before.
             StoreError: the ledger cannot be written.
         """
         assert self._question is not None
@@ -135,7 +135,7 @@ class Spender:
             before = [entry.release for entry in entries if self._is_same(entry)]
             given = [known.output for known in before if known.output]
             if given and output and given != [output]:
-                raise Refusal(
+                raise Rejected(
                     "the same order gave another answer than before, as arithmetic that does not "
                     "repeat does; with privacy a second one is not given"
                 )
@@ -156,7 +156,7 @@ class Spender:
         """Passes are about to begin."""
         assert self._question is not None
         if conflict(self._known, self._question.asked, self._named(sample)):
-            raise Refusal(
+            raise Rejected(
                 "it has answered this round from this model before, with other states or images; "
                 "with privacy one sample answers one question"
             )
@@ -178,7 +178,7 @@ class Spender:
             entries = self._book.entries()
         except StoreError as error:
             _log.error("%s", error)
-            raise Refusal(_UNTRUSTED) from error
+            raise Rejected(_UNTRUSTED) from error
         told = {entry.round for entry in entries if entry.study == self._id}
         kept = {int(path.stem[6:]) for path in self._states.glob("state-*.safetensors")}
         if kept - told:
@@ -190,7 +190,7 @@ class Spender:
                 self._id,
                 self._states,
             )
-            raise Refusal(_UNTRUSTED)
+            raise Rejected(_UNTRUSTED)
         return entries
 
     def _check(self, entries: Iterable[Entry], release: Release) -> None:
@@ -210,7 +210,7 @@ class Spender:
                     "all studies" if limit.everywhere else "this study",
                     most,
                 )
-                raise Refusal(
+                raise Rejected(
                     "a further answer would spend more privacy of its images than "
                     + ("this party allows" if limit.everywhere else "the study planned")
                 )
@@ -240,7 +240,7 @@ def spending_lines(folder: Path, limit: float | None, delta: float | None) -> li
     Raises:
         StoreError: the ledger is damaged. SpecError: opacus is missing.
     """
-    entries = Book(folder).entries()
+    entries = PrivacyLedger(folder).entries()
     studies: dict[str, list[Entry]] = {}
     for entry in entries:
         studies.setdefault(entry.study, []).append(entry)
@@ -348,17 +348,17 @@ def check_own_limit(settings: Settings, spec: Spec, images: int) -> None:
     """A party with a limit takes part only where it adds the noise itself.
 
     Raises:
-        Refusal: the study asks for none of its noise, or the limit promises nothing.
+        Rejected: the study asks for none of its noise, or the limit promises nothing.
     """
     if settings.max_epsilon is None:
         return
     if spec.privacy.kind != "example":
-        raise Refusal(
+        raise Rejected(
             "it has set max_epsilon, and answers only studies whose clients add the noise: "
             'privacy.kind = "example"'
         )
     if (settings.delta or spec.privacy.delta) * images >= 1:
-        raise Refusal("the delta at which it counts is as large as one of its images")
+        raise Rejected("the delta at which it counts is as large as one of its images")
 
 
 # A party's own ledger of privacy: a file beside its studies, one line for every private answer.
@@ -397,7 +397,7 @@ class Entry:
     release: Release
 
 
-class Book:
+class PrivacyLedger:
     """The ledger in a party's folder.
 
     Every look reads the file: nothing else is believed. One process writes at a time.

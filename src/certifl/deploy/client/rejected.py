@@ -7,7 +7,7 @@ from certifl.errors import CertiflError
 _LONGEST = 500
 
 
-class Refusal(CertiflError):
+class Rejected(CertiflError):
     """What a client does not do; its text is told to the server and holds nothing private."""
 
 

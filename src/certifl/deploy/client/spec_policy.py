@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from certifl.data import Column
-from certifl.deploy.client.rejected import Refusal
+from certifl.deploy.client.rejected import Rejected
 from certifl.deploy.client.settings import Settings
 from certifl.errors import ModelError
 from certifl.models import MODELS, build
@@ -107,10 +107,10 @@ def check_study(spec: Spec, settings: Settings) -> None:
     """Refuse a study that asks for what is the client's own choice, or for too much.
 
     Raises:
-        Refusal: it does; the reason names the key.
+        Rejected: it does; the reason names the key.
     """
     if spec.clients.count > _MOST_CLIENTS:
-        raise Refusal(f"clients.count is more than {_MOST_CLIENTS:,}")
+        raise Rejected(f"clients.count is more than {_MOST_CLIENTS:,}")
     _check_selection(spec, settings)
     if not settings.dealt:
         _check_grid(spec, settings)
@@ -120,7 +120,7 @@ def _check_selection(spec: Spec, settings: Settings) -> None:
     """What is read of a client's images is chosen in its `client.toml` alone."""
     column = spec.data.label_column
     if column is not None and not (settings.dealt and column == settings.label_column):
-        raise Refusal(
+        raise Rejected(
             "data.label_column asks for a column of its images: which column is the label is the "
             "client's choice alone, label_column in client.toml. Leave the key out of the spec"
             + ("" if not settings.dealt else ", or let all clients choose the same column")
@@ -128,14 +128,14 @@ def _check_selection(spec: Spec, settings: Settings) -> None:
     if settings.dealt:
         return
     if spec.data.test_split is not None:
-        raise Refusal(
+        raise Rejected(
             "data.test_split asks for a split of its images: which images are for testing is the "
             "client's choice alone. Leave the key out of the spec"
         )
     if "[" in spec.data.name:
-        raise Refusal("data.name asks for a column of its images: name the data set alone")
+        raise Rejected("data.name asks for a column of its images: name the data set alone")
     if isinstance(spec.clients.splitter(), Column):
-        raise Refusal(
+        raise Rejected(
             'clients.split = "column" asks for a column of its images, which are its own already: '
             "leave the key out of the spec"
         )
@@ -144,7 +144,7 @@ def _check_selection(spec: Spec, settings: Settings) -> None:
 def _check_grid(spec: Spec, settings: Settings) -> None:
     radii = spec.certification.settings(settings.client).radii
     if radii is not None and len(radii) > _MOST_RADII:
-        raise Refusal(
+        raise Rejected(
             f"certification.radii are more than {_MOST_RADII}, which would tell single images"
         )
 
@@ -155,7 +155,7 @@ def check_network_size(spec: Spec, channels: int, classes: int) -> None:
     Its shapes are found without memory. A network of the client's own is its own choice.
 
     Raises:
-        Refusal: it is too large, or cannot be built.
+        Rejected: it is too large, or cannot be built.
     """
     name = spec.model.name
     if name not in MODELS:
@@ -164,7 +164,7 @@ def check_network_size(spec: Spec, channels: int, classes: int) -> None:
         with torch.device("meta"):
             model = build(name, channels, classes, spec.seed, spec.model.options)
     except ModelError as error:
-        raise Refusal("the study's network cannot be built with model.options") from error
+        raise Rejected("the study's network cannot be built with model.options") from error
     size = sum(v.numel() * v.element_size() for v in model.state_dict().values())
     if size > _LARGEST_NETWORK:
-        raise Refusal(f"the study's network takes more than {_LARGEST_NETWORK >> 30} GiB")
+        raise Rejected(f"the study's network takes more than {_LARGEST_NETWORK >> 30} GiB")

@@ -69,7 +69,7 @@ def private_folder(folder: Path) -> None:
         ) from error
 
 
-class Kept:
+class ClientStateStore:
     """A client's folder of one study.
 
     Args:

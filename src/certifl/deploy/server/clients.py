@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from certifl.deploy.transport.messages import Content
-from certifl.deploy.transport.schemas import Garbled, Joined, Reply, checked
-from certifl.deploy.transport.transport import Line, Lost, Node
+from certifl.deploy.transport.schemas import Joined, MalformedMessage, Reply, checked
+from certifl.deploy.transport.transport import Node, NoReply, Transport
 from certifl.errors import one_line
 
 _log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ _FAILED, _MISMATCHED, _STRANGER = "failed", "mismatched", "stranger"
 
 
 @dataclass(frozen=True)
-class Member:
+class ConnectedClient:
     """A client that joined: its node, and its properties as it said them."""
 
     client: int
@@ -34,7 +34,7 @@ class Member:
 
 
 @dataclass
-class Crowd:
+class ClientRegistry:
     """The clients that joined.
 
     Who a node is follows from its key, where keys are known; what a node says of itself is
@@ -51,12 +51,12 @@ class Crowd:
             do not fit the study, whoever they are.
     """
 
-    line: Line
+    line: Transport
     study: Mapping[str, Any]
     accepts: Callable[[Joined], str | None]
     keys: Mapping[int, bytes] = field(default_factory=dict)
     within: float = 120.0
-    members: dict[int, Member] = field(default_factory=dict)
+    members: dict[int, ConnectedClient] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     unfit: set[int] = field(default_factory=set)
     mismatched: set[int] = field(default_factory=set)
@@ -114,8 +114,8 @@ class Crowd:
                 del self.members[client]
                 self._refuse(client, problem, _MISMATCHED)
 
-    def _joins(self, node: Node, answer: Content | Lost) -> None:
-        if isinstance(answer, Lost):
+    def _joins(self, node: Node, answer: Content | NoReply) -> None:
+        if isinstance(answer, NoReply):
             if answer.garbled:
                 self._refuse(self._who(node, None), answer.reason, _MISMATCHED)
             else:
@@ -130,8 +130,10 @@ class Crowd:
                 return
             joined = checked(Joined, answer.facts.get("joined"), "no answer to join")
             if joined.client != reply.client:
-                raise Garbled(f"it says it is client {joined.client}, and client {reply.client}")
-        except Garbled as error:
+                raise MalformedMessage(
+                    f"it says it is client {joined.client}, and client {reply.client}"
+                )
+        except MalformedMessage as error:
             self._refuse(who, f"its answer is garbled, {error}", _MISMATCHED)
             return
         stranger = self._problem(joined.client, node)
@@ -142,7 +144,7 @@ class Crowd:
         self.refused.pop(who, None)
         self.unfit.discard(who)
         self.mismatched.discard(who)
-        self.members[joined.client] = Member(joined.client, node, joined)
+        self.members[joined.client] = ConnectedClient(joined.client, node, joined)
         _log.info("Client %d is here.", joined.client)
 
     def _who(self, node: Node, said: object) -> int:

@@ -15,11 +15,11 @@ from flwr.app import ArrayRecord
 from certifl.certification import Certificates
 from certifl.deploy.client.curves import Asking, curve_of
 from certifl.deploy.client.settings import check_share, less
-from certifl.deploy.server.clients import POLL, Crowd
-from certifl.deploy.server.remote_runner import Patience, fault_of, last_counted
+from certifl.deploy.server.clients import POLL, ClientRegistry
+from certifl.deploy.server.remote_runner import Timeouts, fault_of, last_counted
 from certifl.deploy.transport.messages import Content, encode, fingerprint_of
-from certifl.deploy.transport.schemas import Certified, Garbled, Reply, checked
-from certifl.deploy.transport.transport import Lost, Node
+from certifl.deploy.transport.schemas import Certified, MalformedMessage, Reply, checked
+from certifl.deploy.transport.transport import Node, NoReply
 from certifl.errors import WorkError, one_line
 from certifl.federated.algorithms.base import needed_by_clients
 from certifl.federated.faults import needed
@@ -53,14 +53,16 @@ class Asked:
 
     share: str
     piece: float
-    patience: Patience
+    patience: Timeouts
     report: Report | None = None
 
     def __post_init__(self) -> None:
         check_share(self.share)
 
 
-def gather(folder: RunFolder, spec: Spec, crowd: Crowd, last: StoredRound, asked: Asked) -> None:
+def gather(
+    folder: RunFolder, spec: Spec, crowd: ClientRegistry, last: StoredRound, asked: Asked
+) -> None:
     """Let every client certify its own test images, and store what it shares.
 
     A client whose answers cannot be is left out, by name and reason; so is one that does not fit
@@ -120,34 +122,36 @@ class _Standing:
             told: it. took: seconds from order to answer. piece: seconds that were asked for.
 
         Raises:
-            Garbled: at this pace it never ends, or it cannot be true.
+            MalformedMessage: at this pace it never ends, or it cannot be true.
         """
         if took < min(piece / 2, _SOON):
-            raise Garbled(f"it stopped after {took:.1f} of {piece:g} seconds with votes to cast")
+            raise MalformedMessage(
+                f"it stopped after {took:.1f} of {piece:g} seconds with votes to cast"
+            )
         self.pieces += 1
         if self.pieces > _MOST_PIECES:
-            raise Garbled(f"its certification did not end within {_MOST_PIECES} pieces")
+            raise MalformedMessage(f"its certification did not end within {_MOST_PIECES} pieces")
         if told.share != "none":
             self._count(told)
 
     def _count(self, told: Certified) -> None:
         """Compare votes with those of the answer before; a client that shares none has none."""
         if told.cast is None or told.at_most is None or told.cast > told.at_most:
-            raise Garbled("it says not how many votes it has cast, or more than all")
+            raise MalformedMessage("it says not how many votes it has cast, or more than all")
         self.idle = 0 if told.cast > self.cast else self.idle + 1
         self.cast, self.at_most = max(self.cast, told.cast), told.at_most
         if self.idle >= _STANDSTILLS:
-            raise Garbled(f"its certification is at a standstill at {self.cast} votes")
+            raise MalformedMessage(f"its certification is at a standstill at {self.cast} votes")
         slowest = (self.cast + told.at_most // 10 + 1) * _MOST_PIECES  # it reports whole tenths
         if slowest < told.at_most * self.pieces:
-            raise Garbled(f"its certification would not end within {_MOST_PIECES} pieces")
+            raise MalformedMessage(f"its certification would not end within {_MOST_PIECES} pieces")
 
 
 @dataclass
 class _Gathering:
     folder: RunFolder
     spec: Spec
-    crowd: Crowd
+    crowd: ClientRegistry
     last: StoredRound
     asked: Asked
     _standing: dict[int, _Standing] = field(default_factory=dict)
@@ -261,20 +265,20 @@ class _Gathering:
         state = ServerState(self.last.number, parts)
         return fingerprint(algorithm.deployed(state, ClientState()))
 
-    def _take(self, client: int, answer: Content | Lost, took: float) -> bool:
+    def _take(self, client: int, answer: Content | NoReply, took: float) -> bool:
         """Whether a client has finished."""
-        if isinstance(answer, Lost):
+        if isinstance(answer, NoReply):
             self._fail(client, answer.reason, wrong=answer.garbled)
             return False
         try:
             reply = checked(Reply, answer.facts, "no answer to certify")
             if reply.client != client:
-                raise Garbled(f"it answered as client {reply.client}")
+                raise MalformedMessage(f"it answered as client {reply.client}")
             fault = fault_of(reply)
             if fault is None:
                 return self._finished(client, answer, took)
             self._fail(client, fault.reason, wrong=False)
-        except Garbled as error:
+        except MalformedMessage as error:
             self._fail(client, f"its answer is garbled, {error}", wrong=True)
         return False
 
@@ -282,9 +286,11 @@ class _Gathering:
         what = "none of this client's certification"
         told = checked(Certified, answer.facts.get("certified"), what)
         if self._common is not None and told.model != self._common:
-            raise Garbled("it certified another model than the one it was sent (fingerprint)")
+            raise MalformedMessage(
+                "it certified another model than the one it was sent (fingerprint)"
+            )
         if less(told.share, self.asked.share) != told.share:
-            raise Garbled(f"it shares {told.share}, and {self.asked.share} was asked for")
+            raise MalformedMessage(f"it shares {told.share}, and {self.asked.share} was asked for")
         if not told.done:
             standing = self._standing.setdefault(client, _Standing())
             standing.advance(told, took, self.asked.piece)
@@ -303,14 +309,14 @@ class _Gathering:
         if self.spec.perturbations()[client] is None and not asking.own:
             if told.plain is not None:
                 if told.plain.correct > told.plain.images:
-                    raise Garbled("its accuracy is impossible")
+                    raise MalformedMessage("its accuracy is impossible")
                 kept["plain"] = {
                     "images": asking.images_of(told.plain.images),
                     "correct": told.plain.correct,
                 }
         elif told.share == "curve":
             if told.curve is None:
-                raise Garbled("its curve is missing")
+                raise MalformedMessage("its curve is missing")
             kept["curve"] = asking.curve(told.curve)
         elif told.share == "rows":
             rows = asking.rows(answer.parts.get("rows", {}), told.model)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from certifl.deploy.server.clients import Crowd
+from certifl.deploy.server.clients import ClientRegistry
 from certifl.deploy.server.collect import Asked, gather
 from certifl.deploy.server.remote_runner import Away, Remote
 from certifl.deploy.server.start import (
@@ -27,7 +27,7 @@ from certifl.deploy.server.start import (
     known_sizes,
 )
 from certifl.deploy.transport.flower_processes import private_files
-from certifl.deploy.transport.transport import Line
+from certifl.deploy.transport.transport import Transport
 from certifl.federated.algorithms.base import needed_by_clients
 from certifl.federated.privacy import ExampleLedger
 from certifl.federated.rounds import Progress
@@ -46,7 +46,7 @@ _FINE_TUNING = 1000
 """An extra round may have so many times the steps of one of the schedule."""
 
 
-def conduct(spec: Spec, line: Line, options: Options) -> RunFolder:
+def conduct(spec: Spec, line: Transport, options: Options) -> RunFolder:
     """Train and certify with clients elsewhere; goes on where an earlier call was stopped.
 
     Raises:
@@ -79,7 +79,9 @@ def conduct(spec: Spec, line: Line, options: Options) -> RunFolder:
     return folder
 
 
-def _sizes(folder: RunFolder, crowd: Crowd, spec: Spec, reference: Reference) -> list[int]:
+def _sizes(
+    folder: RunFolder, crowd: ClientRegistry, spec: Spec, reference: Reference
+) -> list[int]:
     """Training images of every client as it said when it first came; 1 where it never has."""
     known, deployment = reference.sizes, folder.manifest()["deployment"]
     tests = dict(deployment.get("test_images", {}))
@@ -122,7 +124,7 @@ def _train(
     folder: RunFolder,
     spec: Spec,
     reference: Reference,
-    crowd: Crowd,
+    crowd: ClientRegistry,
     sizes: list[int],
     options: Options,
 ) -> StoredRound:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from flwr.app import ArrayRecord
 
 from certifl.deploy.client.state import NEVER
-from certifl.deploy.server.clients import POLL, Crowd
+from certifl.deploy.server.clients import POLL, ClientRegistry
 from certifl.deploy.transport.messages import Content, encode, fingerprint_of, update_from
-from certifl.deploy.transport.schemas import Garbled, Reply, checked
-from certifl.deploy.transport.transport import Lost, Node
+from certifl.deploy.transport.schemas import MalformedMessage, Reply, checked
+from certifl.deploy.transport.transport import Node, NoReply
 from certifl.errors import InputError
 from certifl.federated.faults import Answer, Fault, misfit
 from certifl.federated.states import ClientData, ModelState, Parts, Update
@@ -36,7 +36,7 @@ class Away:
 
 
 @dataclass(frozen=True)
-class Patience:
+class Timeouts:
     """How long the server waits, in seconds.
 
     Attributes:
@@ -76,8 +76,8 @@ class Remote:
         extra: what every part beside the model is like (it has an entry per trained weight).
     """
 
-    crowd: Crowd
-    patience: Patience
+    crowd: ClientRegistry
+    patience: Timeouts
     needed: Callable[[Parts], Parts]
     begins: Callable[[], None]
     sends: Callable[[int], tuple[str, ...]]
@@ -152,7 +152,7 @@ class _Round:
             return Answer(client, 0.0, None, Fault("late", reason))
         while True:
             content = self._crowd.line.take(asked.name)
-            if isinstance(content, Lost) and content.gone:
+            if isinstance(content, NoReply) and content.gone:
                 again = self._back(client)
                 if again is not None:
                     asked = again
@@ -185,8 +185,8 @@ class _Round:
             return replace(again, until=asked.until)
         return replace(asked, looked=time.monotonic())
 
-    def _read(self, client: int, images: int, content: Content | Lost) -> Answer:
-        if isinstance(content, Lost):
+    def _read(self, client: int, images: int, content: Content | NoReply) -> Answer:
+        if isinstance(content, NoReply):
             return self._fault(client, "ended" if content.gone else "wrong", content.reason)
         try:
             reply = checked(Reply, content.facts, "no answer to a round")
@@ -196,7 +196,7 @@ class _Round:
             if fault is not None:
                 return Answer(client, seconds, None, fault)
             update, state = update_from(content)
-        except Garbled as error:
+        except MalformedMessage as error:
             return self._fault(client, "wrong", f"its answer is garbled, {error}")
         fault = self._unlike(client, images, update)
         return Answer(client, seconds, None if fault is not None else (update, state), fault)

@@ -17,7 +17,7 @@ from certifl.deploy.server.coordinator import Options, conduct
 from certifl.deploy.server.start import survey
 from certifl.deploy.transport.flower_processes import give_memory_back, private_files, quiet
 from certifl.deploy.transport.flower_runs import opened_run
-from certifl.deploy.transport.transport import GridLine
+from certifl.deploy.transport.transport import GridTransport
 from certifl.errors import CertiflError
 from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
@@ -62,13 +62,13 @@ def check_study(spec: Spec, kit: Path, options: Options) -> str | None:
 
 
 @contextlib.contextmanager
-def _line(kit: Path, notes: str) -> Iterator[GridLine]:
+def _line(kit: Path, notes: str) -> Iterator[GridTransport]:
     """The way to the clients of a running server."""
     place = here(kit)
     quiet(kit / "flower")
     give_memory_back()
     with private_files(), opened_run(place, kit / "flower" / notes) as grid:
-        yield GridLine(grid)
+        yield GridTransport(grid)
 
 
 def status_lines(folder: Path) -> tuple[list[str], bool]:

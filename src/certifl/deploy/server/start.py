@@ -16,10 +16,10 @@ from torch import nn
 
 from certifl.data import EMBEDDED, load
 from certifl.deploy.client.settings import check_share
-from certifl.deploy.server.clients import UNKNOWN, Crowd
-from certifl.deploy.server.remote_runner import Patience
+from certifl.deploy.server.clients import UNKNOWN, ClientRegistry
+from certifl.deploy.server.remote_runner import Timeouts
 from certifl.deploy.transport.schemas import Joined
-from certifl.deploy.transport.transport import Line
+from certifl.deploy.transport.transport import Transport
 from certifl.errors import CertiflError, InputError, RequestError, WorkError, one_line
 from certifl.federated.faults import needed
 from certifl.models import build, fingerprint
@@ -54,7 +54,7 @@ class Options:
     overwrite: bool = False
     share: str = "curve"
     own_perturbation: bool = False
-    patience: Patience = field(default_factory=Patience)
+    patience: Timeouts = field(default_factory=Timeouts)
     piece: float = 60.0
     keys: Mapping[int, bytes] = field(default_factory=dict)
     report: Report | None = None
@@ -137,7 +137,7 @@ def _built(spec: Spec, facts: Mapping[str, Any]) -> nn.Module:
         ) from error
 
 
-def survey(spec: Spec, line: Line, options: Options) -> str | None:
+def survey(spec: Spec, line: Transport, options: Options) -> str | None:
     """Ask who is there and who fits, and train nothing; why the study would not start, or None.
 
     Every client's properties are reported by `options.told`.
@@ -180,7 +180,9 @@ def check_start(spec: Spec, options: Options) -> None:
         )
 
 
-def crowd_of(spec: Spec, line: Line, options: Options, id: str, reference: Reference) -> Crowd:
+def crowd_of(
+    spec: Spec, line: Transport, options: Options, id: str, reference: Reference
+) -> ClientRegistry:
     """Whoever comes, asked what it has for a study of this id."""
     study = {
         "id": id,
@@ -188,10 +190,10 @@ def crowd_of(spec: Spec, line: Line, options: Options, id: str, reference: Refer
         "hash": spec.hash(),
         "own_perturbation": options.own_perturbation,
     }
-    return Crowd(line, study, reference.problem, options.keys)
+    return ClientRegistry(line, study, reference.problem, options.keys)
 
 
-def assemble(crowd: Crowd, reference: Reference, options: Options) -> None:
+def assemble(crowd: ClientRegistry, reference: Reference, options: Options) -> None:
     """Wait for the clients, report what each has, and go on with those that fit.
 
     Raises:
@@ -231,7 +233,9 @@ def _undecided(came: Mapping[int, Joined]) -> str:
     )
 
 
-def _too_few(crowd: Crowd, everyone: set[int], enough: int, options: Options) -> CertiflError:
+def _too_few(
+    crowd: ClientRegistry, everyone: set[int], enough: int, options: Options
+) -> CertiflError:
     """Too few clients: of those that came, or of those that match."""
     missing, here = everyone - crowd.members.keys(), len(crowd.members)
     if crowd.mismatched:
@@ -249,7 +253,7 @@ def _too_few(crowd: Crowd, everyone: set[int], enough: int, options: Options) ->
     )
 
 
-def _absent(crowd: Crowd, missing: set[int]) -> str:
+def _absent(crowd: ClientRegistry, missing: set[int]) -> str:
     told = []
     for client in sorted(missing | (crowd.refused.keys() - crowd.members.keys())):
         why = crowd.refused.get(client)

@@ -161,7 +161,7 @@ def patient(seconds: float) -> RetryInvoker:
     )
 
 
-class Beat:
+class Heartbeat:
     """Tells Flower every few seconds that a piece of work is alive.
 
     Args:
@@ -185,7 +185,7 @@ class Beat:
             self._stop.wait(self._SECONDS)
 
     @contextlib.contextmanager
-    def beating(self) -> Iterator[Beat]:
+    def beating(self) -> Iterator[Heartbeat]:
         """Beat meanwhile."""
         self._thread.start()
         try:

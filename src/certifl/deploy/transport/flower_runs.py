@@ -43,7 +43,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from certifl.deploy.provision.kit import app_files
-from certifl.deploy.transport.flower_processes import Beat, patient
+from certifl.deploy.transport.flower_processes import Heartbeat, patient
 from certifl.errors import WorkError
 from certifl.runs.atomic import write_text
 
@@ -199,7 +199,7 @@ def _worked_on(place: Place, run_id: int) -> Iterator[HttpGrid]:
         TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, run_id
         TaskIdentity.node_id = given.context.node_id
         grid.set_run(run_from_proto(given.run))
-        beat = Beat(lambda: own.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success)
+        beat = Heartbeat(lambda: own.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success)
         with beat.beating():
             yield grid
         status = SubStatus.COMPLETED

@@ -22,8 +22,8 @@ from safetensors.torch import load, save
 
 from certifl.deploy.transport.schemas import (
     CertifyOrder,
-    Garbled,
     JoinOrder,
+    MalformedMessage,
     RoundOrder,
     Trained,
     checked,
@@ -70,7 +70,7 @@ def from_records(records: RecordDict) -> Content:
     """A message as it was sent; its tensors are taken out of the records.
 
     Raises:
-        Garbled: it is none of ours, or not whole.
+        MalformedMessage: it is none of ours, or not whole.
     """
     names, facts = _facts_of(records)
     arrays = records.array_records
@@ -78,7 +78,7 @@ def from_records(records: RecordDict) -> Content:
     for part in names:
         record = arrays.get(_PART + part)
         if record is None:
-            raise Garbled(f"its part {part!r} is missing")
+            raise MalformedMessage(f"its part {part!r} is missing")
         parts[part] = _unpacked(part, record)
     return Content(facts, parts)
 
@@ -88,24 +88,24 @@ def _facts_of(records: RecordDict) -> tuple[list[str], dict[str, Any]]:
     try:
         text = records.config_records[_FACTS]["json"]
         if not isinstance(text, str) or len(text) > _LONGEST:
-            raise Garbled(f"its facts are no text of at most {_LONGEST} characters")
+            raise MalformedMessage(f"its facts are no text of at most {_LONGEST} characters")
         held = pydantic_core.from_json(text)  # bounds depth and the length of numbers
         version, names, facts = held["format"], held["parts"], held["facts"]
     except (KeyError, TypeError, ValueError) as error:
-        raise Garbled(f"it holds no facts ({type(error).__name__})") from error
+        raise MalformedMessage(f"it holds no facts ({type(error).__name__})") from error
     if version != FORMAT:
-        raise Garbled(
+        raise MalformedMessage(
             f"it is of format {version!r}, this is format {FORMAT}: install the same version of "
             "certifl on both sides"
         )
     if not (isinstance(facts, dict) and isinstance(names, list)):
-        raise Garbled("its facts are no table")
+        raise MalformedMessage("its facts are no table")
     if len(names) > _MOST_PARTS or len(set(map(str, names))) < len(names):
-        raise Garbled(f"it names more than {_MOST_PARTS} parts, or one of them twice")
+        raise MalformedMessage(f"it names more than {_MOST_PARTS} parts, or one of them twice")
     if not all(isinstance(name, str) and len(name) <= _LONGEST_NAME for name in names):
-        raise Garbled("it names a part by something else than a short text")
+        raise MalformedMessage("it names a part by something else than a short text")
     if _deeper(facts, _DEEPEST):
-        raise Garbled(f"its facts are nested deeper than {_DEEPEST} levels")
+        raise MalformedMessage(f"its facts are nested deeper than {_DEEPEST} levels")
     return names, facts
 
 
@@ -129,15 +129,17 @@ def order_from(content: Content) -> Order:
     """What the server asks for, as a client may take it.
 
     Raises:
-        Garbled: it is no order, or one that cannot be meant.
+        MalformedMessage: it is no order, or one that cannot be meant.
     """
     kind = content.facts.get("order")
     schema = _ORDERS.get(kind) if isinstance(kind, str) else None
     if schema is None:
-        raise Garbled(f"the order {kind!r} is unknown")
+        raise MalformedMessage(f"the order {kind!r} is unknown")
     order = checked(schema, content.facts, f"no order to {kind}")
     if not isinstance(order, JoinOrder) and order.counted >= order.round:
-        raise Garbled(f"it says that round {order.counted} came before round {order.round}")
+        raise MalformedMessage(
+            f"it says that round {order.counted} came before round {order.round}"
+        )
     return order
 
 
@@ -166,20 +168,20 @@ def _unpacked(part: str, record: ArrayRecord) -> ModelState:
     for number in range(count):
         packed = record.pop(_PACKED.format(number), None)
         if packed is None:
-            raise Garbled(f"its part {part!r} is none of ours")
+            raise MalformedMessage(f"its part {part!r} is none of ours")
         if packed.stype != _KIND:
-            raise Garbled(
+            raise MalformedMessage(
                 f"its part {part!r} is written as {packed.stype!r}, which is unknown here"
             )
         try:
             found = load(packed.data)
         except (KeyError, SafetensorError, TypeError, ValueError) as error:
-            raise Garbled(f"its part {part!r} is not whole ({error})") from error
+            raise MalformedMessage(f"its part {part!r} is not whole ({error})") from error
         if tensors.keys() & found.keys():
-            raise Garbled(f"its part {part!r} holds a tensor twice")
+            raise MalformedMessage(f"its part {part!r} holds a tensor twice")
         tensors |= found
     if not count:
-        raise Garbled(f"its part {part!r} is none of ours")
+        raise MalformedMessage(f"its part {part!r} is none of ours")
     return tensors
 
 
@@ -201,11 +203,13 @@ def update_from(content: Content) -> tuple[Update, ClientState]:
     """What came back from a client; what it keeps stays with it.
 
     Raises:
-        Garbled: it is no update.
+        MalformedMessage: it is no update.
     """
     told = checked(Trained, content.facts, "no update").update
     if told.model != ("model" in content.parts):
-        raise Garbled("it says that it carries a model and carries none, or the other way round")
+        raise MalformedMessage(
+            "it says that it carries a model and carries none, or the other way round"
+        )
     model = content.parts.get("model")
     metrics = told.metrics.model_dump(exclude_none=True)
     extra = {

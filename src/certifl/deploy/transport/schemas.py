@@ -24,7 +24,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from certifl.errors import WorkError, one_line
 
 
-class Garbled(WorkError):
+class MalformedMessage(WorkError):
     """A message that is none of ours, damaged, or says what cannot be."""
 
     def __init__(self, why: object) -> None:
@@ -241,13 +241,13 @@ def checked(schema: type[_Schema], facts: object, what: str) -> _Schema:
         what: names the message in the refusal, to follow "it is".
 
     Raises:
-        Garbled: they do not fit; it says where first.
+        MalformedMessage: they do not fit; it says where first.
     """
     if not isinstance(facts, Mapping):
-        raise Garbled(f"it is {what}")
+        raise MalformedMessage(f"it is {what}")
     try:
         return schema.model_validate(dict(facts))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = one_line(".".join(map(str, first["loc"])), 80)
-        raise Garbled(f"it is {what}: {where}: {one_line(first['msg'], 160)}") from error
+        raise MalformedMessage(f"it is {what}: {where}: {one_line(first['msg'], 160)}") from error

@@ -10,7 +10,7 @@ from typing import Protocol
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from certifl.deploy.transport.messages import Content, Garbled, from_records, to_records
+from certifl.deploy.transport.messages import Content, MalformedMessage, from_records, to_records
 from certifl.errors import one_line
 
 _log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Lost:
+class NoReply:
     """There will be no answer, and why.
 
     Attributes:
@@ -49,7 +49,7 @@ class Lost:
     garbled: bool = False
 
 
-class Line(Protocol):
+class Transport(Protocol):
     """The way to the clients."""
 
     def nodes(self) -> dict[int, Node]:
@@ -60,12 +60,12 @@ class Line(Protocol):
         """Send an order that is worth answering for some seconds; the name of its answer."""
         ...
 
-    def take(self, name: str) -> Content | Lost | None:
+    def take(self, name: str) -> Content | NoReply | None:
         """An answer, once; None while there is none."""
         ...
 
 
-class GridLine:
+class GridTransport:
     """Flower's grid as a line."""
 
     def __init__(self, grid: Grid) -> None:
@@ -86,24 +86,24 @@ class GridLine:
         message = Message(to_records(content), node, kind, ttl=within, group_id=group)
         return str(next(iter(self._grid.push_messages([message]))))
 
-    def take(self, name: str) -> Content | Lost | None:
+    def take(self, name: str) -> Content | NoReply | None:
         """An answer, once; None while there is none."""
         for message in self._grid.pull_messages([name]):
             if message.has_error():
                 gone = message.error.code == _GONE
                 said = one_line(message.error.reason)
-                return Lost("its machine is gone" if gone else f"no answer came ({said})", gone)
+                return NoReply("its machine is gone" if gone else f"no answer came ({said})", gone)
             return _read(message)
         return None
 
 
-def _read(message: Message) -> Content | Lost:
+def _read(message: Message) -> Content | NoReply:
     """What a client sent, or why it cannot be read; whatever it is, it ends nothing here."""
     try:
         return from_records(message.content)
-    except Garbled as error:
-        return Lost(f"its answer is garbled, {error}", garbled=True)
+    except MalformedMessage as error:
+        return NoReply(f"its answer is garbled, {error}", garbled=True)
     except Exception as error:  # of the libraries that read it, which nobody foresaw
         _log.debug("An answer that cannot be read.", exc_info=True)
         why = f"its answer is garbled, it cannot be read ({type(error).__name__})"
-        return Lost(why, garbled=True)
+        return NoReply(why, garbled=True)

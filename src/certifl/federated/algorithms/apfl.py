@@ -11,7 +11,7 @@ from certifl.federated.algorithms.common import divided
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 from certifl.federated.training.batches import Batch
 from certifl.federated.training.local_training import LocalTraining
-from certifl.federated.training.steps import Bench, Outcome
+from certifl.federated.training.steps import Outcome, StepContext
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,15 @@ class APFL(GlobalModel):
 class _SideBySide:
     """A step that moves the client's own model, then the global one, with the same draws."""
 
-    def __init__(self, own: Bench, alpha: float, weight_decay: float, adaptive: bool) -> None:
+    def __init__(
+        self, own: StepContext, alpha: float, weight_decay: float, adaptive: bool
+    ) -> None:
         self.alpha = float(alpha)
         self._own = own
         self._weight_decay = weight_decay
         self._adapts = adaptive
 
-    def __call__(self, bench: Bench, batch: Batch) -> Outcome:
+    def __call__(self, bench: StepContext, batch: Batch) -> Outcome:
         shared, own, alpha = bench.weights(), self._own.weights(), self.alpha
         mixed = {n: torch.lerp(value, own[n], alpha) for n, value in shared.items()}
         self._own.rate = bench.rate

@@ -18,7 +18,7 @@ from certifl.federated.states import (
 )
 from certifl.federated.training.batches import Batch
 from certifl.federated.training.local_training import LocalTraining
-from certifl.federated.training.steps import Bench, Outcome, Step
+from certifl.federated.training.steps import Outcome, Step, StepContext
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class FLIX(GlobalModel):
         own, decay = training.on_device(kept["own"]), training.schedule.weight_decay
         share = 1 - self.personalization
 
-        def step(bench: Bench, batch: Batch) -> Outcome:
+        def step(bench: StepContext, batch: Batch) -> Outcome:
             weights = bench.weights()
             point = {n: torch.lerp(w, own[n], self.personalization) for n, w in weights.items()}
             with bench.at(point):

@@ -12,7 +12,7 @@ from certifl.federated.algorithms.common import trained_and_sent
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 from certifl.federated.training.batches import Batch
 from certifl.federated.training.local_training import LocalTraining
-from certifl.federated.training.steps import Bench, Outcome
+from certifl.federated.training.steps import Outcome, StepContext
 
 _DELTA = 1e-3
 _FEWEST = 2
@@ -80,7 +80,7 @@ class PerFedAvg(GlobalModel):
         step = None if self.inner_lr == 0 else self._step
         return trained_and_sent(broadcast, client_state, data, training, step=step)
 
-    def _step(self, bench: Bench, batch: Batch) -> Outcome:
+    def _step(self, bench: StepContext, batch: Batch) -> Outcome:
         first = self.approximation == "first-order"
         inner, outer, *curved = _parts(batch, 2 if first else 3)
         bench.gradients(inner)
@@ -102,7 +102,7 @@ class PerFedAvg(GlobalModel):
             return Update(data.client, len(data), None, {}), ClientState()
         total: ModelState = {}
 
-        def step(bench: Bench, batch: Batch) -> Outcome:
+        def step(bench: StepContext, batch: Batch) -> Outcome:
             outcome = bench.gradients(batch)
             for name, gradient in bench.taken_gradients().items():
                 share = gradient * (len(batch) / len(data))
@@ -131,7 +131,7 @@ def _ahead(weights: ModelState, along: ModelState, far: float) -> ModelState:
 
 
 def _curvature(
-    bench: Bench, batch: Batch, weights: ModelState, gradient: ModelState
+    bench: StepContext, batch: Batch, weights: ModelState, gradient: ModelState
 ) -> ModelState:
     """The product of the Hessian and a vector: a central difference of gradients."""
     with bench.same_draws(), bench.at(_ahead(weights, gradient, _DELTA)):

@@ -28,7 +28,7 @@ from certifl.federated.privacy.accounting import steps_per_epoch
 from certifl.federated.privacy.mechanism import add_noise, clipped_sum, derived_key
 from certifl.federated.states import ClientData, ModelState
 from certifl.federated.training.batches import Batch
-from certifl.federated.training.steps import Bench, GradientHook, Outcome
+from certifl.federated.training.steps import GradientHook, Outcome, StepContext
 from certifl.models import fingerprint
 from certifl.registry import check_number
 
@@ -158,7 +158,7 @@ Watch = Callable[[str, float, PrivatePasses], None]
 Passes of one name have one sample, and one noise for equal sums."""
 
 
-class PrivateBench(Bench):
+class PrivateBench(StepContext):
     """A bench whose gradients are clipped per image and noisy; all else is as without privacy.
 
     Args:

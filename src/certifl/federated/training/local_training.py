@@ -35,7 +35,7 @@ from certifl.federated.training.batches import (
 )
 from certifl.federated.training.precision import TRAINING_PRECISIONS, InBfloat16, own_randomness
 from certifl.federated.training.schedule import Schedule
-from certifl.federated.training.steps import Bench, GradientHook, Outcome, Step, plain_step
+from certifl.federated.training.steps import GradientHook, Outcome, Step, StepContext, plain_step
 from certifl.models import state_of
 from certifl.module_copies import copy_of
 from certifl.registry import check_choice
@@ -237,7 +237,7 @@ class LocalTraining:
 
     def beside(
         self, start: ModelState, *, momentum: ModelState | None = None, weight_decay: float
-    ) -> Bench:
+    ) -> StepContext:
         """A second model under training, with an optimiser of its own, for steps that move two.
 
         It lives as long as the caller keeps it. Its learning rate is the schedule's first until
@@ -258,9 +258,11 @@ class LocalTraining:
         kept = (momentum or {}) if self.schedule.keeps_momentum else {}
         plan = _Plan((self.schedule.lr,), weight_decay, None, momentum=kept)
         parameters = _trainable(model)
-        return Bench(model, parameters, self._optimizer(parameters, plan), self._judge(), None)
+        return StepContext(
+            model, parameters, self._optimizer(parameters, plan), self._judge(), None
+        )
 
-    def concluded(self, bench: Bench, client: int, round: int) -> Trained:
+    def concluded(self, bench: StepContext, client: int, round: int) -> Trained:
         """What a bench holds: model, and momentum where the schedule keeps it; no metrics.
 
         Raises:
@@ -313,12 +315,18 @@ class LocalTraining:
 
     def _bench(
         self, optimizer: torch.optim.Optimizer, plan: _Plan, private: PrivatePasses | None
-    ) -> Bench:
+    ) -> StepContext:
         what = self._model, self._trainable, optimizer, self._judge(), plan.hook
-        return Bench(*what) if private is None else PrivateBench(*what, private)
+        return StepContext(*what) if private is None else PrivateBench(*what, private)
 
     def _epoch(
-        self, bench: Bench, stream: BatchStream, rate: float, batches: int, step: Step, round: int
+        self,
+        bench: StepContext,
+        stream: BatchStream,
+        rate: float,
+        batches: int,
+        step: Step,
+        round: int,
     ) -> tuple[float, float, int]:
         """Steps over the first batches of a pass: summed loss, correct predictions, images."""
         bench.rate = rate

@@ -38,7 +38,7 @@ class Outcome:
     images: int | None = None
 
 
-class Bench:
+class StepContext:
     """One model under training: what a step may use.
 
     Args:
@@ -152,11 +152,11 @@ def gradients_of(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-Step = Callable[[Bench, Batch], Outcome]
+Step = Callable[[StepContext, Batch], Outcome]
 """What is done with one batch."""
 
 
-def plain_step(bench: Bench, batch: Batch) -> Outcome:
+def plain_step(bench: StepContext, batch: Batch) -> Outcome:
     """SGD: the gradient of the batch, the hook, the optimiser's move."""
     outcome = bench.gradients(batch)
     bench.advance()

@@ -23,7 +23,15 @@ from certifl.paper.claims.matching import (
     Scope,
 )
 from certifl.paper.claims.mixture_designs import Best, Matched
-from certifl.paper.claims.rules import About, Above, Beyond, Combination, all_but_one, every, some
+from certifl.paper.claims.rules import (
+    Combination,
+    Equivalence,
+    MinimumEffect,
+    Superiority,
+    all_but_one,
+    every,
+    some,
+)
 from certifl.paper.claims.runs import LARGE, SMALL
 
 Design = Pairs | Growth | Best | Matched
@@ -85,10 +93,10 @@ class Claim:
         return f"{self.judged_by.words}; {joined}"
 
     @property
-    def judged_by(self) -> About | Above | Beyond:
+    def judged_by(self) -> Equivalence | Superiority | MinimumEffect:
         """The rule of every judged comparison."""
         design = self.designs[0]
-        return design.judged[0][1] if isinstance(design, Pairs) else Above()
+        return design.judged[0][1] if isinstance(design, Pairs) else Superiority()
 
     @property
     def needs(self) -> frozenset[tuple[str, str]]:
@@ -106,8 +114,8 @@ _ALL_BUT_ONE = (
     "supported refutes the claim"
 )
 
-_AHEAD = (("acr", Above()),)
-_SPREAD = (("spread", Above()),)
+_AHEAD = (("acr", Superiority()),)
+_SPREAD = (("spread", Superiority()),)
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(
@@ -117,7 +125,7 @@ CLAIMS: tuple[Claim, ...] = (
         "accuracy and in robustness.",
         "ACR and accuracy of Local and of FedAvg differ by less than 3 points and by less than a "
         "quarter of the larger one.",
-        (Pairs(LOCAL, FEDAVG, _FEW, (("acr", About()), ("accuracy", About()))),),
+        (Pairs(LOCAL, FEDAVG, _FEW, (("acr", Equivalence()), ("accuracy", Equivalence()))),),
     ),
     Claim(
         "4.1 (ii)",
@@ -133,7 +141,7 @@ CLAIMS: tuple[Claim, ...] = (
         "With more clients (10 or 20), FedAvg can certify over 20 points more of the images than "
         "training alone.",
         "At some radius the certified accuracy of FedAvg exceeds that of Local by over 20 points.",
-        (Pairs(FEDAVG, LOCAL, _SEVERAL, (("largest gain", Beyond(0.20)),)),),
+        (Pairs(FEDAVG, LOCAL, _SEVERAL, (("largest gain", MinimumEffect(0.20)),)),),
         across=some,
     ),
     Claim(
@@ -143,7 +151,14 @@ CLAIMS: tuple[Claim, ...] = (
         "one.",
         "ACR and accuracy of Personalised and of FedAvg differ by less than 3 points and by less "
         "than a quarter of the larger one.",
-        (Pairs(FROM_ROBUST, FEDAVG, _FIGURE_1, (("acr", About()), ("accuracy", About()))),),
+        (
+            Pairs(
+                FROM_ROBUST,
+                FEDAVG,
+                _FIGURE_1,
+                (("acr", Equivalence()), ("accuracy", Equivalence())),
+            ),
+        ),
     ),
     Claim(
         "4.1 (iv) spread",
@@ -210,7 +225,11 @@ CLAIMS: tuple[Claim, ...] = (
         "robust training alone.",
         "The ACR of Personalised from nominal and of Local differ by less than 3 points and by "
         "less than a quarter of the larger one.",
-        (Pairs(FROM_NOMINAL, LOCAL, _FIGURE_4_LARGE, (("acr", About()),), told=("accuracy",)),),
+        (
+            Pairs(
+                FROM_NOMINAL, LOCAL, _FIGURE_4_LARGE, (("acr", Equivalence()),), told=("accuracy",)
+            ),
+        ),
     ),
     Claim(
         "A.2",

@@ -10,7 +10,7 @@ from certifl.paper.claims import effects as statistics
 from certifl.paper.claims.bootstrap import Sampler
 from certifl.paper.claims.effects import QUANTITIES, Effect, Quantity
 from certifl.paper.claims.matching import Cell, Pool, Role, Scope, names
-from certifl.paper.claims.rules import Above, Rule
+from certifl.paper.claims.rules import Rule, Superiority
 from certifl.paper.claims.runs import ANOTHER_COUNT, ANOTHER_TRAINING, SMALL, Facts, Noise
 
 
@@ -142,7 +142,7 @@ class Growth:
         return (few, many) if few[0].facts.clients < many[0].facts.clients else None
 
     def _compare(self, sampler: Sampler, few: Pair, many: Pair) -> list[Finding]:
-        rules = ((self.quantity, Above()), *((name, None) for name in self.told))
+        rules = ((self.quantity, Superiority()), *((name, None) for name in self.told))
         return present(
             self._change(sampler, QUANTITIES[name], few, many, rule) for name, rule in rules
         )

@@ -22,7 +22,7 @@ from certifl.paper.claims.designs import (
 )
 from certifl.paper.claims.effects import QUANTITIES
 from certifl.paper.claims.matching import FEDAVG, MIXTURE, Cell, Pool, Role, Scope
-from certifl.paper.claims.rules import Above, Rule
+from certifl.paper.claims.rules import Rule, Superiority
 from certifl.paper.claims.runs import ANOTHER_STEP, ANOTHER_TRAINING
 
 # A learning rate written with few digits still counts as lr / lambda.
@@ -78,7 +78,7 @@ class Best:
                         QUANTITIES["acr"],
                         first,
                         Partner(other, label(other, MIXTURE)),
-                        Above(),
+                        Superiority(),
                         setting_key(cell),
                     )
                 ]
@@ -140,7 +140,7 @@ def _split(
 ) -> list[Finding]:
     value = f"λ = {_lambda(plain):g}"
     parts: list[tuple[Cell, Cell, str, Rule | None]] = [
-        (matched, fedavg, f"{value}: the pull, at FedAvg's step (lr / λ)", Above()),
+        (matched, fedavg, f"{value}: the pull, at FedAvg's step (lr / λ)", Superiority()),
         (plain, matched, f"{value}: the smaller step", None),
         (plain, fedavg, f"{value}: the whole gain, their sum", None),
     ]

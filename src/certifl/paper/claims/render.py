@@ -15,7 +15,7 @@ from certifl.paper.claims.rules import (
     SUPPORTED,
     TOO_FEW,
     UNDECIDED,
-    Beyond,
+    MinimumEffect,
     change_words,
     interval_words,
     point_words,
@@ -135,7 +135,7 @@ def verdict_words(result: ClaimResult) -> str:
 def _threshold_words(result: ClaimResult) -> str:
     """What a claim about a threshold rests on: the whole interval, not the estimate."""
     rule, found = result.claim.judged_by, deciding(result)
-    if not isinstance(rule, Beyond) or result.verdict != SUPPORTED or not found:
+    if not isinstance(rule, MinimumEffect) or result.verdict != SUPPORTED or not found:
         return ""
     limit, enough = point_words(rule.threshold, upward=True), "this" if len(found) == 1 else "one"
     told = (

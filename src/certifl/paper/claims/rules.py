@@ -29,7 +29,7 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class About:
+class Equivalence:
     """Hypothesis: the two are equal but for a margin (two one-sided tests)."""
 
     margin: float = MARGIN
@@ -55,7 +55,7 @@ class About:
 
 
 @dataclass(frozen=True)
-class Above:
+class Superiority:
     """Hypothesis: the difference is positive."""
 
     margin: float = MARGIN
@@ -83,7 +83,7 @@ class Above:
 
 
 @dataclass(frozen=True)
-class Beyond:
+class MinimumEffect:
     """Hypothesis: the difference is larger than a threshold, which the claim itself names."""
 
     threshold: float
@@ -108,7 +108,7 @@ class Beyond:
         return Judged(UNDECIDED, f"the interval contains {_size(self.threshold)}")
 
 
-Rule = About | Above | Beyond
+Rule = Equivalence | Superiority | MinimumEffect
 
 
 def _margin_at(margin: float, level: float) -> float:

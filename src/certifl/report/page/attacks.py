@@ -7,7 +7,7 @@ from typing import Any
 
 from certifl.errors import StoreError
 from certifl.report.page.background import count_text
-from certifl.report.page.context import Story, named_run
+from certifl.report.page.context import ReportContext, named_run
 from certifl.report.page.html import Markup, el, join, table
 from certifl.report.results import RunResults
 from certifl.report.wording import percent
@@ -19,7 +19,7 @@ _FORMAT = 1
 _MOST_NAMED = 10
 
 
-def threats_section(story: Story) -> Markup:
+def threats_section(story: ReportContext) -> Markup:
     """Attacks on the certificates; nothing where none were tried (`certifl attack`).
 
     Raises:
@@ -36,7 +36,9 @@ def threats_section(story: Story) -> Markup:
         ) from error
 
 
-def _section(story: Story, known: Sequence[tuple[RunResults, Mapping[str, Any]]]) -> Markup:
+def _section(
+    story: ReportContext, known: Sequence[tuple[RunResults, Mapping[str, Any]]]
+) -> Markup:
     head = ["Regime", "Class changed inside", "Certified correct", "Predicted correct"]
     head += ["Deformed first, at random", "Deformed first, worst", "Changed by it"]
     rows = [_row(story, run, record) for run, record in known]
@@ -69,7 +71,7 @@ def _record(run: RunResults) -> Mapping[str, Any] | None:
     return {**record, **fitting[0]} if fitting else None
 
 
-def _row(story: Story, run: RunResults, record: Mapping[str, Any]) -> list[str]:
+def _row(story: ReportContext, run: RunResults, record: Mapping[str, Any]) -> list[str]:
     inside, beyond = record["parameters"], record["deformed_first"]
     changes = _two(
         f"{len(inside['violations'])} of {inside['images']}",
@@ -108,7 +110,7 @@ def _warnings(known: Sequence[tuple[RunResults, Mapping[str, Any]]]) -> list[Mar
     return warnings
 
 
-def _what(story: Story, records: Sequence[Mapping[str, Any]]) -> str:
+def _what(story: ReportContext, records: Sequence[Mapping[str, Any]]) -> str:
     images = max(record["deformed_first"]["images"] for record in records)
     promise = (
         "Inside a certificate the class of the smoothed classifier must not change; the search "

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from certifl.report.page.context import Story, named_run
+from certifl.report.page.context import ReportContext, named_run
 from certifl.report.page.html import Markup, el, table
 from certifl.report.results import RunResults
 from certifl.report.summary import vote_cost
@@ -29,7 +29,7 @@ _ONLY_THERE = (
 )
 
 
-def facts_list(story: Story) -> Markup:
+def facts_list(story: ReportContext) -> Markup:
     """The study at a glance."""
     run = story.runs[0]
     facts, data = run.conditions, _mapping(run.manifest, "data")
@@ -51,7 +51,7 @@ def facts_list(story: Story) -> Markup:
     return el("dl", {"class": "facts"}, *pairs)
 
 
-def _votes_words(story: Story, votes: int) -> str:
+def _votes_words(story: ReportContext, votes: int) -> str:
     return "not told" if any(run.told for run in story.trained) else count_text(votes)
 
 
@@ -63,7 +63,7 @@ def _image_words(data: Mapping[str, Any]) -> str:
     return f"{channels} {size[0]}\u00a0×\u00a0{size[1]}".strip()
 
 
-def meaning_section(story: Story) -> Markup:
+def meaning_section(story: ReportContext) -> Markup:
     """What a certificate promises, under which threat model, and what it does not promise."""
     facts = story.runs[0].conditions
     alpha = max(float(run.conditions["alpha"]) for run in story.trained)
@@ -90,7 +90,7 @@ def meaning_section(story: Story) -> Markup:
     )
 
 
-def _limits(story: Story, alpha: float) -> list[tuple[str, str]]:
+def _limits(story: ReportContext, alpha: float) -> list[tuple[str, str]]:
     facts = story.runs[0].conditions
     images = max(len(run.certificates) for run in story.trained)
     limits = [
@@ -135,7 +135,7 @@ def _limits(story: Story, alpha: float) -> list[tuple[str, str]]:
     return limits
 
 
-def cost_section(story: Story) -> Markup:
+def cost_section(story: ReportContext) -> Markup:
     """Votes, time, hardware and versions of every run."""
     head = ["Property", *(run.label for run in story.trained)]
     lines = [_cost_facts(run) for run in story.trained]
@@ -181,7 +181,7 @@ def _unless_kept(run: RunResults, text: str) -> str:
     return "not told" if run.told else text
 
 
-def reproduce_section(story: Story, page: Path) -> Markup:
+def reproduce_section(story: ReportContext, page: Path) -> Markup:
     """Commands that check and repeat the runs, and every run's spec, word for word."""
     shown = [(run, _shown_path(run.folder, page)) for run in story.trained]
     held = [path for run, path in shown if not run.told]

@@ -22,7 +22,7 @@ from certifl.report.units import RadiusScale
 
 
 @dataclass(frozen=True, eq=False)
-class Story:
+class ReportContext:
     """What all sections draw on.
 
     Attributes:
@@ -62,17 +62,17 @@ def swatch(look: Look) -> Markup:
     return el("svg", box, Markup(shapes))
 
 
-def named(story: Story, place: int) -> Markup:
+def named(story: ReportContext, place: int) -> Markup:
     """A regime's name with its swatch."""
     return _with_swatch(story, place, story.runs[place].label)
 
 
-def named_run(story: Story, run: RunResults) -> Markup:
+def named_run(story: ReportContext, run: RunResults) -> Markup:
     """A run's name, with the swatch of its row."""
     return _with_swatch(story, story.place_of(run), run.label)
 
 
-def _with_swatch(story: Story, place: int, label: str) -> Markup:
+def _with_swatch(story: ReportContext, place: int, label: str) -> Markup:
     look = looks_of(story.runs)[place]
     return el("span", {"class": "regime"}, swatch(look), el("span", None, label))
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from certifl.errors import StoreError
-from certifl.report.page.context import Story, named
+from certifl.report.page.context import ReportContext, named
 from certifl.report.page.html import Markup, el
 from certifl.report.results import RunResults
 from certifl.report.units import RadiusScale
@@ -27,7 +27,7 @@ _LEFT_OUT = (
 )
 
 
-def explorer_section(story: Story, found: Mapping[str, Any] | None) -> Markup:
+def explorer_section(story: ReportContext, found: Mapping[str, Any] | None) -> Markup:
     """Where the script shows the explorer; why there is none where a run says so."""
     if found is None:
         reasons = {str(r["skipped"]) for _, r in explored_records(story) if r.get("skipped")}
@@ -56,7 +56,7 @@ def _shown(found: Mapping[str, Any]) -> set[int]:
     return {run["run"] for run in found["images"][0]["runs"]}
 
 
-def _what(story: Story, found: Mapping[str, Any]) -> str:
+def _what(story: ReportContext, found: Mapping[str, Any]) -> str:
     shown = _shown(found)
     which = "every regime" if len(shown) == len(story.runs) else "each regime named below"
     several = f" under {which}" if len(shown) > 1 else ""
@@ -128,7 +128,7 @@ def _slider() -> Markup:
     )
 
 
-def _row(story: Story, place: int) -> Markup:
+def _row(story: ReportContext, place: int) -> Markup:
     """One regime: what it says now, and the strip of all steps."""
     return el(
         "div",
@@ -153,7 +153,7 @@ def _legend(found: Mapping[str, Any]) -> Markup:
     return el("p", {"class": "legend keys"}, *items)
 
 
-def _honest(story: Story, found: Mapping[str, Any]) -> str:
+def _honest(story: ReportContext, found: Mapping[str, Any]) -> str:
     votes = sorted(set(found["votes"].values()))
     many = f"{votes[0]:,}" if len(votes) == 1 else f"{votes[0]:,} to {votes[-1]:,}"
     note = (
@@ -203,7 +203,7 @@ Record = Mapping[str, Any]
 
 
 def explorer_payload(
-    story: Story, pictures: bool = True, most: int = MOST_PICTURES
+    story: ReportContext, pictures: bool = True, most: int = MOST_PICTURES
 ) -> dict[str, Any] | None:
     """What the page's script draws; None where no run was explored.
 
@@ -240,7 +240,7 @@ def explorer_payload(
         ) from error
 
 
-def explored_runs(story: Story) -> list[RunResults]:
+def explored_runs(story: ReportContext) -> list[RunResults]:
     """Of each row the run whose images are shown: all of one seed, as far as they have it.
 
     Each seed deals images and trains networks anew, so only runs of one seed see the same image.
@@ -251,7 +251,7 @@ def explored_runs(story: Story) -> list[RunResults]:
     return [max(row.runs, key=lambda run: counts[run.seed]) for row in story.runs]
 
 
-def explored_records(story: Story) -> list[tuple[int, Record]]:
+def explored_records(story: ReportContext) -> list[tuple[int, Record]]:
     """Records that belong to the runs they lie in, by place, with the images of their clients."""
     found: list[tuple[int, Record]] = []
     for place, run in enumerate(explored_runs(story)):
@@ -300,7 +300,9 @@ def _without_pixels(image: dict[str, Any]) -> dict[str, Any]:
     return {**bare, "walks": walks}
 
 
-def _images(story: Story, records: Mapping[int, Record], most: int) -> list[dict[str, Any]]:
+def _images(
+    story: ReportContext, records: Mapping[int, Record], most: int
+) -> list[dict[str, Any]]:
     """Images, those that most runs explored first, as many as the page may hold; by client."""
     by_image: dict[Key, dict[int, Record]] = {}
     for place, record in records.items():
@@ -321,7 +323,7 @@ def _size(seen: Mapping[int, Record]) -> int:
     return sum(len(walk["strip"]) for walk in next(iter(seen.values()))["walks"])
 
 
-def _image(story: Story, key: Key, seen: Mapping[int, Record]) -> dict[str, Any]:
+def _image(story: ReportContext, key: Key, seen: Mapping[int, Record]) -> dict[str, Any]:
     """One image, as all runs saw it that took the same steps as the first."""
     first = next(iter(seen.values()))
     alike = {place: image for place, image in seen.items() if _steps(image) == _steps(first)}
@@ -352,7 +354,7 @@ def _step(value: float, scale: RadiusScale) -> str:
     return f"{abs(value) * scale.factor:.3g}{scale.suffix}"
 
 
-def _explored(story: Story, place: int, image: Record) -> dict[str, Any]:
+def _explored(story: ReportContext, place: int, image: Record) -> dict[str, Any]:
     """What one run says of an image: its certificate, and its votes on the way."""
     certificates = explored_runs(story)[place].certificates
     row = np.flatnonzero(

@@ -24,12 +24,12 @@ from certifl.report.figures import (
     save,
 )
 from certifl.report.page import background
-from certifl.report.page.context import Story
+from certifl.report.page.context import ReportContext
 from certifl.report.page.explorer import MOST_PICTURES
 from certifl.report.page.html import Markup, el, embedded_json, join
 from certifl.report.page.panels import (
     ClaimsSection,
-    Frame,
+    PageFrame,
     asset,
     eyebrow,
     panel_of,
@@ -149,13 +149,13 @@ def write_figures(runs: Sequence[RunResults], folder: str | Path) -> list[Path]:
     return [path for stem, drawn in drawings.items() for path in save(drawn, folder, stem)]
 
 
-def _story(runs: Sequence[Row]) -> Story:
+def _story(runs: Sequence[Row]) -> ReportContext:
     largest = largest_radius(runs)
     units = scales(runs[0].conditions, largest)
     sigmas = {float(run.conditions["sigma"]) for run in flat(runs)}
     if len(sigmas) == 1 and min(sigmas) > 0:
         units = (*units, share_of_sigma(sigmas.pop(), largest))
-    return Story(tuple(runs), units, compare(runs))
+    return ReportContext(tuple(runs), units, compare(runs))
 
 
 def _page(
@@ -189,13 +189,13 @@ def _page(
 
 
 def _frames(
-    groups: Sequence[Sequence[Row]], stories: Sequence[Story], title: str | None
-) -> tuple[list[Frame], Markup]:
+    groups: Sequence[Sequence[Row]], stories: Sequence[ReportContext], title: str | None
+) -> tuple[list[PageFrame], Markup]:
     """What stands around every panel, and above all of them where there are several."""
     heading = el("h1", None, _heading(stories) if title is None else title)
     if len(stories) == 1:
         above = el("p", {"class": "eyebrow"}, eyebrow(stories[0]))
-        return [Frame(join([above, heading]), overview(groups), Markup())], Markup()
+        return [PageFrame(join([above, heading]), overview(groups), Markup())], Markup()
     clients = sorted({int(c) for story in stories for c in story.runs[0].clients})
     who = eyebrow(stories[0], len(clients))
     head = el("header", None, el("p", {"class": "eyebrow"}, who), heading)
@@ -221,6 +221,6 @@ def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _heading(stories: Sequence[Story]) -> str:
+def _heading(stories: Sequence[ReportContext]) -> str:
     words = [family_words(story.runs[0].conditions) for story in stories]
     return f"Certified robustness to {listed(list(dict.fromkeys(words)))}"

@@ -23,7 +23,7 @@ from certifl.report.figures import (
 from certifl.report.page import background
 from certifl.report.page import results as sections
 from certifl.report.page.attacks import threats_section
-from certifl.report.page.context import Story, payload
+from certifl.report.page.context import ReportContext, payload
 from certifl.report.page.explorer import explorer_payload, explorer_section
 from certifl.report.page.html import Markup, el, join
 from certifl.report.page.perturbations import noise_words, panel_id
@@ -38,7 +38,7 @@ ClaimsSection = Callable[[Sequence[Row]], Markup]
 
 
 @dataclass(frozen=True)
-class Frame:
+class PageFrame:
     """What stands around a panel.
 
     Attributes:
@@ -64,9 +64,9 @@ def asset(name: str) -> str:
 
 
 def panel_of(
-    story: Story,
+    story: ReportContext,
     at: int,
-    frame: Frame,
+    frame: PageFrame,
     pictures: bool,
     most: int,
     claims: ClaimsSection | None = None,
@@ -130,7 +130,7 @@ def _fallback(drawing: Drawing, words: str) -> Markup:
     return el("noscript", None, el("img", {"src": source, "alt": words, "class": "fallback"}))
 
 
-def eyebrow(story: Story, count: int | None = None) -> str:
+def eyebrow(story: ReportContext, count: int | None = None) -> str:
     """Data, clients and regimes in a few words; `count` clients, where these are not only its."""
     run = story.runs[0]
     count = len(run.clients) if count is None else count
@@ -143,14 +143,14 @@ def eyebrow(story: Story, count: int | None = None) -> str:
     return f"{data.get('name', 'images')} · {clients} · {regimes}"
 
 
-def tab_frame(story: Story, at: int) -> Frame:
+def tab_frame(story: ReportContext, at: int) -> PageFrame:
     """The frame of a panel that is shown with a tab."""
     header = join([el("p", {"class": "eyebrow"}, eyebrow(story)), el("h2", None, _name(story))])
     attributes = f' id="{panel_id(at)}" role="tabpanel" aria-labelledby="{_tab_id(at)}"'
-    return Frame(header, Markup(), Markup(attributes))
+    return PageFrame(header, Markup(), Markup(attributes))
 
 
-def switch(stories: Sequence[Story]) -> Markup:
+def switch(stories: Sequence[ReportContext]) -> Markup:
     """Tabs, one for each perturbation."""
     tabs = [
         el(
@@ -175,6 +175,6 @@ def _tab_id(at: int) -> str:
     return f"tab-{at + 1}"
 
 
-def _name(story: Story) -> str:
+def _name(story: ReportContext) -> str:
     words = noise_words(story.runs)
     return words[0].upper() + words[1:]

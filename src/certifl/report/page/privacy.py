@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from certifl.report.page.context import Story, named_run
+from certifl.report.page.context import ReportContext, named_run
 from certifl.report.page.html import Markup, el, table
 from certifl.report.results import RunResults
 
@@ -38,7 +38,7 @@ def privacy_words(run: RunResults) -> str | None:
     return words
 
 
-def privacy_section(story: Story) -> Markup:
+def privacy_section(story: ReportContext) -> Markup:
     """A row for each run that was trained with privacy; nothing where none was."""
     rows = [_row(story, run) for run in story.trained if _facts(run)]
     if not rows:
@@ -54,7 +54,7 @@ def privacy_section(story: Story) -> Markup:
     )
 
 
-def _row(story: Story, run: RunResults) -> list[Any]:
+def _row(story: ReportContext, run: RunResults) -> list[Any]:
     facts = _facts(run)
     return [
         named_run(story, run),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from certifl.report.compare import ClientComparison, ranking
-from certifl.report.page.context import Story, named
+from certifl.report.page.context import ReportContext, named
 from certifl.report.page.html import Markup, el, table, verbatim
 from certifl.report.results import Row
 from certifl.report.summary import Share, image_numbers, shares_over_seeds
@@ -45,7 +45,7 @@ class _Accuracies:
     shares: tuple[Share | None, ...]
 
 
-def _accuracies(story: Story) -> list[_Accuracies]:
+def _accuracies(story: ReportContext) -> list[_Accuracies]:
     """Of every client that is compared, on its own images under each regime."""
     return [
         _Accuracies(part.client, tuple(_share(row, part.client) for row in story.runs))
@@ -63,7 +63,7 @@ def _share(row: Row, client: int) -> Share | None:
     return shares_over_seeds(held, [image_numbers(run)[at] for run, at in own])
 
 
-def advice_payload(story: Story) -> dict[str, Any] | None:
+def advice_payload(story: ReportContext) -> dict[str, Any] | None:
     """What the script needs to advise at another accuracy; None where there is no advice."""
     parts = story.comparison.clients
     if len(story.runs) < 2 or not any(p.stated for one in parts for p in one.pairs.values()):
@@ -82,7 +82,7 @@ def _local(runs: Sequence[Row]) -> int | None:
     return next((place for place, run in enumerate(runs) if run.regime == "local"), None)
 
 
-def _client(story: Story, part: ClientComparison, found: _Accuracies) -> dict[str, Any]:
+def _client(story: ReportContext, part: ClientComparison, found: _Accuracies) -> dict[str, Any]:
     order = ranking(part.acr, part.pairs)
     whys = [pair.why for pair in part.pairs.values()]
     pairs = {}
@@ -115,7 +115,7 @@ def _share_text(found: Share | None) -> str:
     return f"{percent(found.value)} ({tenths(found.low)} to {tenths(found.high)})"
 
 
-def advice_section(story: Story, found: Sequence[Recommendation]) -> Markup:
+def advice_section(story: ReportContext, found: Sequence[Recommendation]) -> Markup:
     """Which regime each client should take, grouped by answer; nothing for a single run."""
     if len(story.runs) < 2 or not story.comparison.paired:
         return Markup()
@@ -149,7 +149,7 @@ def advice_section(story: Story, found: Sequence[Recommendation]) -> Markup:
     )
 
 
-def _no_advice(story: Story) -> Markup:
+def _no_advice(story: ReportContext) -> Markup:
     """That no client gets a recommendation, and why."""
     pairs = [p for part in story.comparison.clients for p in part.pairs.values()]
     whys = dict.fromkeys(p.why for p in pairs or story.comparison.pairs.values() if p.why)
@@ -170,7 +170,7 @@ def _accepted() -> Markup:
     )
 
 
-def _how(story: Story) -> str:
+def _how(story: ReportContext) -> str:
     clients = len(story.comparison.clients)
     pairs = clients * len(story.runs) * (len(story.runs) - 1) // 2
     wide = f" (wide enough for all {pairs} comparisons of all clients at once)"
@@ -183,7 +183,7 @@ def _how(story: Story) -> str:
     )
 
 
-def _group(story: Story, places: tuple[int, ...], clients: list[int]) -> Markup:
+def _group(story: ReportContext, places: tuple[int, ...], clients: list[int]) -> Markup:
     if not places:
         told = el("span", {"class": "verdict"}, f"{NO_ADVICE}:")
         return el("li", None, told, el("span", {"class": "who"}, client_list(clients)))
@@ -195,7 +195,7 @@ def _group(story: Story, places: tuple[int, ...], clients: list[int]) -> Markup:
     return el("li", None, *parts)
 
 
-def _row(story: Story, one: Recommendation, own: _Accuracies) -> list[str]:
+def _row(story: ReportContext, one: Recommendation, own: _Accuracies) -> list[str]:
     if one.why:
         return [str(one.client), str(one.images), f"none: {one.why}", *["–"] * 4]
     scale, labels = story.scale, [run.label for run in story.runs]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from certifl.report.compare import Difference, own_interval
-from certifl.report.page.context import Story, named
+from certifl.report.page.context import ReportContext, named
 from certifl.report.page.html import Markup, el, join, table
 from certifl.report.summary import (
     Share,
@@ -33,7 +33,7 @@ from certifl.report.wording import (
 DIFFERENCES_SHOWN = ("sigma", "law", "alpha", "n0", "n", "estimator", "precision", "seed")
 
 
-def notices(story: Story) -> Markup:
+def notices(story: ReportContext) -> Markup:
     """Say plainly where the runs differ in more than the regime, and what was not told."""
     said = [_differences(story)]
     if any(run.told for run in story.runs):
@@ -41,7 +41,7 @@ def notices(story: Story) -> Markup:
     return join(el("p", {"class": "notice", "role": "note"}, text) for text in said if text)
 
 
-def _differences(story: Story) -> str:
+def _differences(story: ReportContext) -> str:
     differing = [
         name
         for name in DIFFERENCES_SHOWN
@@ -57,7 +57,7 @@ def _differences(story: Story) -> str:
     return f"The runs differ in more than the regime: {named}. Compare them with care."
 
 
-def _kept(story: Story) -> str:
+def _kept(story: ReportContext) -> str:
     """That single images are not known here, and of which runs."""
     kept = [run.label for run in story.trained if run.told]
     of = "" if len(kept) == len(story.trained) else f" of {listed(kept)}"
@@ -69,7 +69,7 @@ def _kept(story: Story) -> str:
     )
 
 
-def results_section(story: Story) -> Markup:
+def results_section(story: ReportContext) -> Markup:
     """Average certified radius and certified accuracies per regime, with intervals."""
     radii = selected_radii(story.runs, story.scale)
     head = ["Regime", "Average certified radius", "Best and worst client"]
@@ -83,7 +83,7 @@ def results_section(story: Story) -> Markup:
     )
 
 
-def _result_row(story: Story, place: int, radii: Sequence[float]) -> list[str]:
+def _result_row(story: ReportContext, place: int, radii: Sequence[float]) -> list[str]:
     run, scale = story.runs[place], story.scale
     best, worst, gap = spread(run)
     abstained = abstained_share(run)
@@ -101,7 +101,7 @@ def _result_row(story: Story, place: int, radii: Sequence[float]) -> list[str]:
     ]
 
 
-def _named_with_seeds(story: Story, place: int) -> Markup:
+def _named_with_seeds(story: ReportContext, place: int) -> Markup:
     """A regime's name, and its seeds where some row has several."""
     name = named(story, place)
     if len(story.trained) == len(story.runs):
@@ -119,7 +119,7 @@ def _two(first: str, second: str) -> Markup:
     return join([el("b", None, first), el("small", None, second)])
 
 
-def _result_note(story: Story) -> str:
+def _result_note(story: ReportContext) -> str:
     note = (
         "Certified accuracy at a radius: share of all certified test images that are classified "
         "correctly with at least that radius, with exact (Clopper-Pearson) 95 % limits over "
@@ -142,7 +142,7 @@ def _result_note(story: Story) -> str:
     return note
 
 
-def _seeds_note(story: Story) -> str:
+def _seeds_note(story: ReportContext) -> str:
     """What the intervals say of training again."""
     if len(story.trained) == len(story.runs):
         return (
@@ -166,7 +166,7 @@ def _stops_early_on_wrong(facts: Mapping[str, Any]) -> bool:
     return bool(facts.get("label_aware")) and isinstance(looks, list) and len(looks) > 1
 
 
-def comparison_section(story: Story) -> Markup:
+def comparison_section(story: ReportContext) -> Markup:
     """All differences between regimes, image by image; nothing for a single run."""
     if len(story.runs) < 2:
         return Markup()
@@ -186,7 +186,7 @@ def comparison_section(story: Story) -> Markup:
     )
 
 
-def _difference_row(story: Story, pair: Difference) -> list[str]:
+def _difference_row(story: ReportContext, pair: Difference) -> list[str]:
     ahead = pair.seen_from(pair.second) if pair.estimate < 0 else pair
     names = f"{story.runs[ahead.first].label} minus {story.runs[ahead.second].label}"
     if not story.comparison.paired and ahead.stated:
@@ -195,7 +195,7 @@ def _difference_row(story: Story, pair: Difference) -> list[str]:
     return [names, by_margin(ahead, story.scale), verdict if pair.stated else "nothing"]
 
 
-def _paired_note(story: Story) -> str:
+def _paired_note(story: ReportContext) -> str:
     stated = [pair for pair in story.comparison.pairs.values() if pair.stated]
     if not stated:
         return (
@@ -213,14 +213,14 @@ def _paired_note(story: Story) -> str:
     return note
 
 
-def _unpaired_note(story: Story) -> str:
+def _unpaired_note(story: ReportContext) -> str:
     own = "The interval of every regime by itself is in the table above."
     return f"{NOT_PAIRED} {own}" + (
         "" if story.comparison.whole else " Only clients that all runs have are compared."
     )
 
 
-def clients_section(story: Story) -> Markup:
+def clients_section(story: ReportContext) -> Markup:
     """Every client under every regime: average certified radius and accuracy at radius 0."""
     clients = sorted({int(c) for run in story.runs for c in run.clients})
     cells: dict[tuple[int, int], Markup] = {}
@@ -244,13 +244,13 @@ def clients_section(story: Story) -> Markup:
     )
 
 
-def _name_of(story: Story, client: int) -> str:
+def _name_of(story: ReportContext, client: int) -> str:
     """A client's name; with several seeds its number alone, unless all seeds agree on a name."""
     names = {run.name_of(client) for run in story.trained}
     return names.pop() if len(names) == 1 else str(client)
 
 
-def training_section(story: Story) -> Markup:
+def training_section(story: ReportContext) -> Markup:
     """Where the script draws the training history; a sentence where nothing was recorded."""
     names = measures_of(story.runs)
     if not names:
@@ -292,7 +292,7 @@ def training_section(story: Story) -> Markup:
 _MOST_BANDS = 5
 
 
-def chart_controls(story: Story) -> Markup:
+def chart_controls(story: ReportContext) -> Markup:
     """Everything that can be switched; all of it native form controls, reachable by keyboard."""
     regimes = el(
         "fieldset",
@@ -321,7 +321,7 @@ def _option(kind: str, name: str, label: str, on: bool) -> Markup:
     return el("label", {"class": "toggle"}, el("input", box), el("span", None, label))
 
 
-def _unit_switch(story: Story) -> Markup:
+def _unit_switch(story: ReportContext) -> Markup:
     if len(story.units) < 2:
         return Markup()
     return _choice("Radius in", "unit", [unit.name for unit in story.units])
@@ -347,7 +347,7 @@ def _choice(legend: str, name: str, words: Sequence[str]) -> Markup:
     return el("fieldset", {"class": "toggles"}, el("legend", None, legend), *options)
 
 
-def _client_toggles(story: Story) -> Markup:
+def _client_toggles(story: ReportContext) -> Markup:
     clients = sorted({int(c) for run in story.runs for c in run.clients})
     if len(clients) < 2:
         return Markup()

@@ -1,0 +1,190 @@
+"""Mistakes that were planted once and no other test saw: votes that are not what they are for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binom
+
+import certifl
+import tiny_study as tiny
+from certifl.certification import Certificates
+from certifl.certification.adaptive import conclude
+from certifl.certification.counts import Votes
+from certifl.certification.network import prepare
+from certifl.certification.settings import Settings
+from certifl.data import to_float
+from certifl.perturbations import Perturbation
+from certifl.rng import vote_generator
+from certifl.smoothing.bounds import BOUNDS
+from certifl.smoothing.laws import GAUSSIAN
+from certifl.study.certify import Job, NetworkCache, certify_job
+from known_models import HalfSpace
+
+NOISE = certifl.PixelNoise(0.5)
+SETTINGS = Settings(estimator="sequential", n0=50, n=400)
+
+
+def model(seed: int) -> HalfSpace:
+    """A half space through the middle of the cube, so that images near it vote both ways."""
+    weight = torch.randn(64, generator=torch.Generator().manual_seed(seed))
+    return HalfSpace(weight, -0.5 * float(weight.sum())).eval()
+
+
+def job(saved: Path) -> Job:
+    g = torch.Generator().manual_seed(7)
+    images = torch.randint(96, 160, (6, 1, 8, 8), generator=g, dtype=torch.uint8)
+    return Job(0, np.arange(6), images, np.zeros(6, np.int64), saved)
+
+
+def certified(
+    saved: Path,
+    *,
+    of: int = 0,
+    noise: Perturbation = NOISE,
+    settings: Settings = SETTINGS,
+    seed: int = 0,
+) -> Certificates:
+    work, net = job(saved), model(of)
+    network = prepare(net, to_float(work.images[:1]), "cpu", "float32")
+    return certify_job(work, net, network, noise, settings, seed, "data", None)
+
+
+@pytest.mark.parametrize("estimator", ["top-class", "runner-up", "sequential"])
+def test_the_votes_that_bound_a_class_are_not_those_that_chose_it(estimator: str) -> None:
+    """As many estimation as selection votes: were they the same ones, so were the counts."""
+    images = to_float(job(Path()).images)
+    made = certifl.certify(model(0), images, NOISE, n0=300, n=300, estimator=estimator)
+    some = made.votes == 300
+    assert some.sum() >= 3
+    assert (made.counts != made.selection_counts).any(axis=1)[some].all()
+
+
+def test_no_two_purposes_and_no_two_chunks_share_a_draw() -> None:
+    seen = [
+        certifl.Rotation(0.3).sample(100, (1, 8, 8), vote_generator(0, purpose, 3, chunk))
+        for purpose in ("selection", "estimation", "attack", "predict", "explore")
+        for chunk in range(3)
+    ]
+    assert len(torch.unique(torch.cat(seen))) > 1490  # of 1500; float32 draws may meet by chance
+
+
+def concluded(counts: list[list[int]], looks: list[int], bounds: str) -> Certificates:
+    """Certificates of images whose votes are written down; class 0 was chosen for all of them."""
+    estimation, m = np.array(counts, np.int64), len(counts)
+    selection = np.tile(np.array([[30, 20, 0]], np.int64), (m, 1))
+    votes = Votes(selection, estimation, np.array(looks), np.ones(m, np.bool_), np.zeros(m))
+    labels = np.zeros(m, np.int64)
+    return conclude(votes, Settings(bounds, n0=50, n=400), NOISE, labels)
+
+
+@pytest.mark.parametrize("estimator", ["sequential", "sequential-top-class"])
+def test_bounds_are_those_of_the_votes_cast_at_the_level_of_their_look(estimator: str) -> None:
+    """Not of the n votes that might have been cast, nor at the level of all looks together."""
+    settings = Settings(estimator, n0=50, n=400)
+    counts = [[95, 3, 2], [190, 6, 4], [380, 12, 8]]
+    made = concluded(counts, [1, 2, 3], estimator)
+    assert settings.looks == (100, 200, 400)
+    for row, (top, runner, _) in enumerate(counts):
+        spent, level = settings.looks[row], settings.levels[row]
+        p_lower, p_upper = BOUNDS[settings.bounds](top, runner, spent, level)
+        assert made.p_lower[row] == p_lower
+        assert made.p_upper[row] == p_upper
+        assert binom.sf(top - 1, spent, made.p_lower[row]) <= level
+        assert made.radius[row] == GAUSSIAN.radius(0.5, p_lower, p_upper)
+
+
+@pytest.mark.parametrize("estimator", ["sequential", "runner-up", "top-class"])
+def test_a_chosen_class_that_does_not_lead_is_abstained_from(estimator: str) -> None:
+    """The rival is the most voted OTHER class, also where that is the most voted of all."""
+    made = concluded([[100, 290, 10], [160, 200, 40], [200, 200, 0]], _last(estimator), estimator)
+    assert made.abstained.all()
+    assert (made.radius == 0).all()
+    assert (made.p_upper >= np.array([290, 200, 200]) / 400).all()
+    assert made.average_certified_radius() == 0
+    assert made.certified_accuracy([0.0])[0] == 0
+
+
+def _last(estimator: str) -> list[int]:
+    return [len(Settings(estimator, n0=50, n=400).looks)] * 3
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"seed": 1},
+        {"of": 1},
+        {"noise": certifl.PixelNoise(0.4)},
+        {"noise": certifl.PixelNoise(0.5, exact=True)},
+        {"settings": dataclasses.replace(SETTINGS, alpha=0.01)},
+        {"settings": dataclasses.replace(SETTINGS, n=800)},
+        {"settings": dataclasses.replace(SETTINGS, n0=60)},
+        {"settings": dataclasses.replace(SETTINGS, radii=(0.0, 0.3))},
+        {"settings": dataclasses.replace(SETTINGS, label_aware=False)},
+        {"settings": dataclasses.replace(SETTINGS, estimator="top-class")},
+    ],
+    ids=lambda changed: "-".join(changed),
+)
+def test_votes_kept_for_another_question_are_not_taken_over(changed: dict, tmp_path: Path) -> None:
+    """A resume after a change of settings begins anew: its certificates are the fresh ones."""
+    first = certified(tmp_path / "votes.safetensors")
+    resumed = certified(tmp_path / "votes.safetensors", **changed)
+    fresh = certified(tmp_path / "fresh.safetensors", **changed)
+    assert resumed.same_results(fresh)
+    assert resumed.conditions == fresh.conditions
+    assert not np.array_equal(resumed.seconds, first.seconds)
+
+
+def test_votes_of_the_same_question_are_taken_over(tmp_path: Path) -> None:
+    """The other way round: nothing is cast twice, which the computing times show."""
+    first = certified(tmp_path / "votes.safetensors")
+    again = certified(tmp_path / "votes.safetensors")
+    assert first.same_results(again)
+    assert np.array_equal(first.seconds, again.seconds)
+
+
+def test_clients_of_different_models_are_certified_with_their_own() -> None:
+    bench, work = NetworkCache("cpu", "float32"), job(Path())
+    images = to_float(work.images)
+    for number in (0, 1, 1, 0):
+        network = bench.network(model(number), work)
+        assert torch.equal(network.call(images), model(number)(images))
+
+
+def test_abstaining_from_an_image_without_a_label_is_not_being_right() -> None:
+    """Both are written -1."""
+    made = concluded([[100, 290, 10]], _last("runner-up"), "runner-up")
+    unlabelled = dataclasses.replace(made, label=np.full(1, -1, np.int64))
+    assert unlabelled.abstained.all()
+    assert not unlabelled.correct.any()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "seed=1",
+        "certification.alpha=0.01",
+        "certification.n=2000",
+        "certification.n0=50",
+        "training.lr=0.01",
+        "clients.count=3",
+        "algorithm={name='local'}",
+    ],
+)
+def test_what_changes_a_result_changes_the_name_of_the_study(setting: str) -> None:
+    """A folder of another seed would otherwise be taken for the run that was asked for."""
+    assert tiny.spec(setting).hash() != tiny.spec().hash()
+    alike = setting.startswith("certification")
+    assert (tiny.spec(setting).training_hash() == tiny.spec().training_hash()) == alike
+
+
+@pytest.mark.parametrize("noise", [certifl.Rotation(0.3), certifl.Scaling(0.3)])
+def test_uniform_draws_fill_the_whole_interval_and_no_more(noise: Perturbation) -> None:
+    """A law that is narrower by one per cent certifies another classifier than it says."""
+    drawn = noise.sample(100_000, (1, 8, 8), torch.Generator().manual_seed(0)).double()
+    assert 0.3 * (1 - 1e-3) < float(drawn.max()) <= 0.3  # beyond with probability 1 - 2e-22
+    assert -0.3 <= float(drawn.min()) < -0.3 * (1 - 1e-3)

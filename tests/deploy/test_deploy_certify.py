@@ -1,0 +1,394 @@
+"""Certificates of clients elsewhere: what each lets go, and what the server makes of it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
+
+import torch
+from flwr.app import ConfigRecord, Message
+
+from certifl.certification import Certificates
+from certifl.deploy.client.client import Client
+from certifl.deploy.client.data import open_holdings
+from certifl.deploy.client.settings import Settings
+from certifl.deploy.server.coordinator import conduct
+from certifl.deploy.transport.messages import from_records, to_records
+from certifl.deploy.transport.transport import GridTransport
+from certifl.errors import InputError, StoreMismatch, WorkError
+from certifl.experiments.run import Options as Here
+from certifl.experiments.run import run
+from certifl.report import summary_rows, write_report
+from certifl.report.results import load_run
+from certifl.report.summary import client_acr, client_curves, radius_grid
+from certifl.runs.checkpoints import Checkpoints
+from certifl.study.opened_run import open_data
+from deploy_factory import MemoryGrid, carried, options, parties
+from tiny_federation import assert_same
+from tiny_study import cli, spec
+
+STUDY = spec("certification.images=8", "training.rounds=1", "training.lr=0.02")
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """The same study in one process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield run(STUDY, Here(tmp_path_factory.mktemp("own") / "run", device="cpu"))
+    torch.set_num_threads(before)
+
+
+def federation(place, share="curve", study=STUDY, change=None, **settings):
+    at = parties(place, study.clients.count, **settings)
+    grid = MemoryGrid(at, change)
+    return conduct(study, GridTransport(grid), options(place / "run", share=share)), grid
+
+
+def test_rows_are_the_certificates_of_one_process(own, tmp_path):
+    at = parties(tmp_path, 2, share="rows")
+    folder = conduct(
+        STUDY, GridTransport(MemoryGrid(at)), options(tmp_path / "rows", share="rows")
+    )
+    assert folder.load_certificates().same_results(own.load_certificates())
+    page = write_report([folder.path], tmp_path / "page.html", figures=False).read_text()
+    assert "told, for each radius" not in page
+
+
+def test_a_curve_comes_to_the_same_numbers(own, tmp_path):
+    folder, _ = federation(tmp_path, share="curve")
+    here, there = load_run(own.path), load_run(folder.path)
+    assert there.told
+    grid = radius_grid([here])
+    assert np.array_equal(grid, radius_grid([there]))
+    assert np.array_equal(client_curves(here, grid), client_curves(there, grid))
+    assert client_acr(there) == pytest.approx(client_acr(here), rel=1e-12, abs=1e-12)
+    rows, told = summary_rows([own.path])[0], summary_rows([folder.path])[0]
+    assert [a["value"] for a in rows["accuracy"]] == [a["value"] for a in told["accuracy"]]
+    assert told["abstained"] is None
+    page = write_report([folder.path], tmp_path / "page.html", figures=False).read_text()
+    assert "told, for each radius" in page
+    assert "not told" in page
+    both = write_report([folder.path, own.path], tmp_path / "both.html", figures=False)
+    assert "compared image by image" in both.read_text()
+    answer = cli("verify", folder.path)
+    assert answer.code == 2
+    assert "2 curves agree with the spec and are possible" in answer.err.replace("\n", " ")
+
+
+def test_only_what_was_agreed_leaves_a_client(own, tmp_path):
+    seen = []
+
+    def listen(node, order, reply):
+        if order.metadata.message_type == "query.certify":
+            seen.append(from_records(carried(reply).content))
+        return reply
+
+    folder, _ = federation(tmp_path, "rows", change=listen)
+    assert len(seen) == 2
+    for answer in seen:
+        assert answer.parts == {}
+        assert answer.facts.keys() == {"certified", "client", "seconds"}
+        told = answer.facts["certified"]
+        assert told.keys() == {"share", "model", "done", "at_most", "cast", "curve"}
+        assert told["curve"].keys() == {"radii", "correct", "images", "acr", "conditions"}
+        assert not any("fingerprint" in key for key in told["curve"]["conditions"])
+    rows = Certificates.load(next((tmp_path / "client-0").glob("studies/*/certificates.parquet")))
+    assert rows.same_results(own.load_certificates().of_client(0))
+    assert "rows" not in json.dumps(folder.manifest()["deployment"]["shares"])
+
+
+def test_none_gives_the_server_nothing_and_the_party_everything(tmp_path):
+    folder, _ = federation(tmp_path, "none")
+    assert folder.finished()
+    assert folder.complete()
+    assert folder.told_nothing()
+    with pytest.raises(StoreMismatch, match="keeps its certificates"):
+        load_run(folder.path)
+    assert len(list(tmp_path.glob("client-*/studies/*/certificates.parquet"))) == 2
+
+
+def test_pieces_come_to_the_same_as_one(own, tmp_path):
+    at = parties(tmp_path, 2, share="rows")
+    grid = MemoryGrid(at)
+    asked = options(tmp_path / "run", share="rows", piece=1e-9)
+    folder = conduct(STUDY, GridTransport(grid), asked)
+    pieces = [n for n, order in grid.sent if order.metadata.message_type == "query.certify"]
+    assert folder.load_certificates().same_results(own.load_certificates())
+    assert len(pieces) >= 2
+
+
+def nan(content):
+    content.parts["model"] = {k: v * float("nan") for k, v in content.parts["model"].items()}
+
+
+def reshaped(content):
+    content.parts["model"] = {k: v.reshape(-1) for k, v in content.parts["model"].items()}
+
+
+def missing(content):
+    content.parts["model"].popitem()
+
+
+def other_start(content):
+    content.facts["started_from"] = "0" * 64
+
+
+def other_client(content):
+    content.facts["update"]["client"] = 0
+
+
+def no_update(content):
+    del content.facts["update"]
+
+
+def other_round(content):
+    content.facts["round"] = 7
+
+
+def reply_to(order, content):
+    return Message(to_records(content), reply_to=order)
+
+
+@pytest.mark.parametrize(
+    ("trick", "word"),
+    [
+        (nan, "not finite"),
+        (reshaped, "does not fit"),
+        (missing, "missing"),
+        (other_start, "another model"),
+        (other_client, "as client 0"),
+        (no_update, "garbled"),
+        (other_round, "round 7"),
+    ],
+)
+def test_garbage_is_left_out_by_name_and_never_averaged(trick, word, tmp_path):
+    def plays(node, order, reply):
+        if order.metadata.message_type != "train":
+            return reply
+        content = from_records(carried(reply).content)
+        if node == 100:
+            sent.update(content.parts)
+            return reply
+        trick(content)
+        return reply_to(order, content)
+
+    sent = {}
+    folder, _ = federation(tmp_path, change=plays)
+    last = Checkpoints(folder.training).latest()
+    assert last is not None
+    assert [row["client"] for row in last.history[0]["clients"]] == [0]
+    assert word in last.history[0]["left_out"][0]["reason"]
+    # Nothing of it: the model is the one that client 0 sent.
+    assert_same(last.server()["model"], sent["model"])
+
+
+def test_bytes_that_are_no_message_are_left_out(tmp_path):
+    def plays(node, order, reply):
+        if order.metadata.message_type == "train" and node == 101:
+            reply.content.config_records["certifl"] = ConfigRecord({"json": "{"})
+        return reply
+
+    folder, _ = federation(tmp_path, change=plays)
+    history = Checkpoints(folder.training).history()
+    assert "garbled" in history[0]["left_out"][0]["reason"]
+
+
+def set_curve(**changes):
+    def change(content):
+        content.facts["certified"]["curve"].update(changes)
+
+    return change
+
+
+def other_model(content):
+    content.facts["certified"]["model"] = "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("trick", "word"),
+    [
+        (other_model, "another model"),
+        (set_curve(correct=[9] * 50), "impossible"),
+        (set_curve(correct=list(range(50))), "impossible"),
+        (set_curve(correct=["x"]), "garbled"),
+        (set_curve(acr=float("nan")), "impossible"),
+        (set_curve(radii=[0.0, 1.0]), "other radii"),
+        (lambda content: content.facts.pop("certified"), "none of this client"),
+    ],
+)
+def test_an_impossible_curve_leaves_its_client_out_by_name(trick, word, own, tmp_path, caplog):
+    def plays(node, order, reply):
+        if order.metadata.message_type != "query.certify" or node != 101:
+            return reply
+        content = from_records(carried(reply).content)
+        trick(content)
+        return reply_to(order, content)
+
+    folder, grid = federation(tmp_path, change=plays)
+    assert folder.complete()
+    left_out = folder.manifest()["deployment"]["left_out"]
+    assert left_out.keys() == {"1"}
+    assert word in left_out["1"]
+    assert "Client 1 is left out of the certificates" in caplog.text
+    asked = [n for n, order in grid.sent if order.metadata.message_type == "query.certify"]
+    assert asked == [100, 101, 101, 101]
+    # The other's part is the one of a run without a liar.
+    there = load_run(folder.path).certificates
+    assert set(there.client.tolist()) == {0}
+    honest = own.load_certificates().of_client(0)
+    assert there.average_certified_radius() == pytest.approx(honest.average_certified_radius())
+    write_report([folder.path], tmp_path / "page.html", figures=False)
+
+
+def test_where_most_certificates_cannot_be_the_run_stops_and_resumes(tmp_path):
+    lies = [True]
+
+    def plays(node, order, reply):
+        if order.metadata.message_type != "query.certify" or not lies or node == 100:
+            return reply
+        content = from_records(carried(reply).content)
+        content.facts["certified"]["curve"]["acr"] = 1000.0
+        return reply_to(order, content)
+
+    study = spec("clients.count=3", "certification.images=4", "training.rounds=1")
+    at = parties(tmp_path, 3)
+    with pytest.raises(WorkError, match=r"2 of 3.*client 1 \(.*1000 does not go.*client 2"):
+        conduct(study, GridTransport(MemoryGrid(at, plays)), options(tmp_path / "run"))
+    lies.clear()
+    again = MemoryGrid(at, plays)
+    assert conduct(study, GridTransport(again), options(tmp_path / "run")).complete()
+    asked = [n for n, order in again.sent if order.metadata.message_type == "query.certify"]
+    assert asked == [101, 102]
+
+
+def test_a_party_that_fails_says_so_without_its_secrets(tmp_path):
+    at = parties(tmp_path)
+    object.__setattr__(
+        at[101],
+        "settings",
+        at[101].settings.model_copy(
+            update={"data": str(tmp_path / "very private place"), "dealt": False}
+        ),
+    )
+    grid = MemoryGrid(at)
+    with pytest.raises(WorkError, match="client 1"):
+        conduct(STUDY, GridTransport(grid), options(tmp_path / "run"))
+    assert "private" not in (tmp_path / "run" / "run.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"perturbation": {"family": "rotation", "sigma": 0.1}}, "perturbation of its own"),
+        ({"device": "tpu"}, "its own log"),
+    ],
+)
+def test_a_client_that_does_not_fit_is_named(settings, word, tmp_path):
+    with pytest.raises(WorkError, match=f"client 0 was not taken.*{word}"):
+        federation(tmp_path, **settings)
+
+
+def test_own_perturbations_are_certified_where_the_study_allows_it(tmp_path):
+    at = parties(tmp_path)
+    at |= {101: parties(tmp_path, perturbation={"family": "pixel", "sigma": 0.2})[101]}
+    asked = options(tmp_path / "run", own_perturbation=True)
+    folder = conduct(STUDY, GridTransport(MemoryGrid(at)), asked)
+    kinds = load_run(folder.path).certificates.by_kind()
+    assert {part.conditions["family"] for part in kinds} == {"rotation", "pixel"}
+    write_report([folder.path], tmp_path / "page.html", figures=False)
+
+
+def test_code_named_by_a_server_is_not_loaded(tmp_path):
+    study = spec('model.name="os:system"')
+    with pytest.raises(WorkError, match=r"code that this party has not *allowed"):
+        federation(tmp_path, study=study)
+
+
+def test_two_nodes_cannot_be_one_client_nor_another(tmp_path):
+    at = parties(tmp_path)
+    at[103] = parties(tmp_path / "twin")[101]
+    conduct(STUDY, GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
+    swapped = {100: at[101], 101: at[100]}
+    keys = {0: b"key 100", 1: b"key 101"}
+    with pytest.raises(WorkError, match="another key"):
+        conduct(STUDY, GridTransport(MemoryGrid(swapped)), options(tmp_path / "other", keys=keys))
+
+
+def test_a_lost_state_is_said_and_not_replaced(tmp_path):
+    study = spec('algorithm={name="mixture",personalization=0.5}', "training.rounds=3")
+    at = parties(tmp_path)
+
+    def loses(node, order, reply):
+        if order.metadata.group_id == "1" and node == 101:
+            for path in (tmp_path / "client-1").rglob("state-*"):
+                path.unlink()
+        return reply
+
+    with pytest.raises(WorkError, match="what it kept after round 1 is lost"):
+        conduct(study, GridTransport(MemoryGrid(at, loses)), options(tmp_path / "run"))
+    history = Checkpoints(tmp_path / "run/checkpoints/training").history()
+    assert "is lost" in history[2]["left_out"][0]["reason"]
+
+
+def parquet(folder, split, images, labels, names):
+    """A split as the hub lays it out, with the names of all classes."""
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    def png(image):
+        file = io.BytesIO()
+        Image.fromarray(image[0].numpy()).save(file, "png")
+        return {"bytes": file.getvalue(), "path": None}
+
+    table = pa.table({"image": [png(image) for image in images], "label": labels.tolist()})
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": names}}
+    told = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table.replace_schema_metadata(told), folder / f"{split}-00000.parquet")
+
+
+def test_folders_of_their_own_give_the_same_models_and_certificates(own, tmp_path):
+    """Each party has its images alone in a folder, and knows nothing of the whole."""
+    dataset, partition = open_data(STUDY, None)
+    at = {}
+    for client, held in enumerate(partition.clients):
+        folder, names = tmp_path / f"images-{client}", list(dataset.class_names)
+        for split, part, index in [
+            ("train", dataset.train, held.train),
+            ("test", dataset.test, held.test),
+        ]:
+            chosen = part.take(index)
+            parquet(folder, split, chosen.images, chosen.labels, names)
+        settings = Settings(client=client, data=str(folder), share="rows")
+        at[100 + client] = Client(settings, tmp_path / f"client-{client}")
+    folder = conduct(STUDY, GridTransport(MemoryGrid(at)), options(tmp_path / "run", share="rows"))
+    here = Checkpoints(own.training).latest()
+    there = Checkpoints(folder.training).latest()
+    assert here is not None
+    assert there is not None
+    assert_same(there.server(), here.server())
+    mine, theirs = own.load_certificates(), folder.load_certificates()
+    for name in ("client", "label", "predicted", "radius", "counts"):
+        assert np.array_equal(getattr(mine, name), getattr(theirs, name)), name
+    assert "fingerprint" not in json.dumps(folder.manifest()["deployment"]["facts"])
+
+
+def test_classes_that_a_party_lacks_are_named_by_its_settings(tmp_path):
+    rows = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    for split in ("train", "test"):
+        parquet(tmp_path / "images", split, rows, torch.tensor([0, 1, 1, 0]), ["7", "3"])
+    asked = {"client": 0, "data": str(tmp_path / "images")}
+    settings = Settings(**asked, classes=[str(digit) for digit in range(10)])
+    holdings = open_holdings(STUDY, settings)
+    assert holdings.train.labels.tolist() == [7, 3, 3, 7]
+    assert holdings.dataset.num_classes == 10
+    with pytest.raises(InputError, match="does not name '7'"):
+        open_holdings(STUDY, Settings(**asked, classes=["3", "4"]))

@@ -1,0 +1,142 @@
+"""docs/deploy.md, "your first federation on two machines", word by word in two namespaces."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
+
+from certifl.runs.folder import RunFolder
+from deploy_network import until
+from tiny_study import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+FIRST, SECOND = "192.168.77.1", "192.168.77.2"
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@contextlib.contextmanager
+def two_machines() -> Iterator[tuple[str, str]]:
+    """Two network namespaces, joined by a cable; nothing else of the machine is touched."""
+    names = (f"certifl-a{os.getpid()}", f"certifl-b{os.getpid()}")
+    ends = (f"cfa{os.getpid()}", f"cfb{os.getpid()}")
+    try:
+        for name in names:
+            _ip("netns", "add", name)
+        _ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+        for name, end, address in zip(names, ends, (FIRST, SECOND), strict=True):
+            _ip("link", "set", end, "netns", name)
+            _ip("-n", name, "address", "add", f"{address}/24", "dev", end)
+            _ip("-n", name, "link", "set", end, "up")
+            _ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def _possible() -> str | None:
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        return "two machines are two network namespaces, which need root and the command ip"
+    probe = subprocess.run(["ip", "netns", "add", "certifl-probe"], capture_output=True, text=True)
+    if probe.returncode != 0:
+        return f"network namespaces cannot be made here: {probe.stderr.strip()}"
+    subprocess.run(["ip", "netns", "del", "certifl-probe"], check=True)
+    return None
+
+
+def steps() -> list[str]:
+    """The commands of the section, one a step."""
+    text = (ROOT / "docs" / "deploy.md").read_text()
+    section = text.split("## Your first federation on two machines")[1].split("\n## ")[0]
+    blocks = re.findall(r"^```\w*\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+class Machine:
+    """A namespace and a home folder; `certifl` is the one under test."""
+
+    def __init__(self, namespace: str, home: Path) -> None:
+        self.namespace, self.home = namespace, home
+        home.mkdir()
+        tools = home / ".tools"
+        tools.mkdir()
+        (tools / "certifl").write_text(f'#!/bin/sh\nexec {sys.executable} -m certifl "$@"\n')
+        (tools / "certifl").chmod(0o755)
+        self.env = {**environment(), "PATH": f"{tools}:{os.environ['PATH']}"}
+        self.started: list[subprocess.Popen[bytes]] = []
+
+    def start(self, line: str, log: str) -> Path:
+        path = self.home / log
+        words = ["ip", "netns", "exec", self.namespace, *shlex.split(line)]
+        with path.open("wb") as out:
+            self.started.append(
+                subprocess.Popen(words, cwd=self.home, env=self.env, stdout=out, stderr=out)
+            )
+        return path
+
+    def run(self, line: str) -> str:
+        words = ["ip", "netns", "exec", self.namespace, *shlex.split(line)]
+        done = subprocess.run(
+            words, cwd=self.home, env=self.env, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def stop(self) -> None:
+        for process in reversed(self.started):
+            process.send_signal(signal.SIGINT)
+        for process in reversed(self.started):
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def says(log: Path, text: str) -> None:
+    until(lambda: text in log.read_text(), 120, f"for {text!r} in {log.read_text()}")
+
+
+@pytest.mark.slow
+def test_the_first_federation_word_by_word(tmp_path):
+    why_not = _possible()
+    if why_not is not None:
+        pytest.skip(why_not)
+    init, copy, serve, first_party, second_party, status, study = steps()
+    with two_machines() as (a, b):
+        first, second = Machine(a, tmp_path / "first"), Machine(b, tmp_path / "second")
+        try:
+            shutil.copy(ROOT / "examples" / "deploy" / "digits.toml", first.home)
+            first.run(init)
+            scp, _, folder, target = copy.split()
+            assert (scp, target) == ("scp", f"{SECOND}:")
+            shutil.copytree(first.home / folder, second.home / Path(folder).name)
+            server = first.start(serve, "server.out")
+            says(server, "2 clients may connect")
+            for party in (first.start(first_party, "0.out"), second.start(second_party, "1.out")):
+                says(party, "has accepted this client")
+            until(lambda: first.run(status).count("online") == 2, 60)
+            assert "Report:" in first.run(study)
+            folder = RunFolder(first.home / "first")
+            assert folder.complete()
+            assert "told, for each radius" in folder.report.read_text()
+            assert list(second.home.glob("client-1/studies/*/certificates.parquet"))
+            assert not list(first.home.glob("federation/client-1/studies"))
+        finally:
+            second.stop()
+            first.stop()

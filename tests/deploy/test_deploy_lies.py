@@ -1,0 +1,452 @@
+"""Each lie of one client against the server's real loop: the liar is named, the rest is right."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app.error import Error
+from safetensors.torch import save
+from test_deploy_messages import packed
+
+from certifl.deploy.client.curves import Asking
+from certifl.deploy.server.collect import _Standing
+from certifl.deploy.server.coordinator import conduct
+from certifl.deploy.transport.messages import Content, MalformedMessage, from_records, to_records
+from certifl.deploy.transport.schemas import Certified
+from certifl.deploy.transport.transport import GridTransport
+from certifl.errors import WorkError
+from certifl.report import write_report
+from certifl.runs.atomic import read_json
+from certifl.runs.checkpoints import Checkpoints
+from certifl.runs.folder import RunFolder
+from deploy_factory import MemoryGrid, carried, options, parties
+from tiny_federation import assert_same
+from tiny_study import spec
+
+STUDY = spec(
+    "clients.count=3",
+    'algorithm={name="fedavg",weighting="size"}',
+    "training.rounds=1",
+    "certification.images=3",
+    "certification.n=40",
+    "certification.n0=5",
+)
+KEYS = {client: b"key %d" % (100 + client) for client in range(3)}
+KINDS = {"query.join": "join", "train": "round", "query.certify": "certify"}
+
+Lie = Callable[[Content], object]
+"""Changes an honest answer, or returns what arrives in its place."""
+
+
+class Replayed(MemoryGrid):
+    """Answers as they were recorded; those of client 0 to one kind of order are lies."""
+
+    def __init__(self, record: dict, kind: str, lie: Lie) -> None:
+        super().__init__(dict.fromkeys((100, 101, 102)))
+        self.record, self.kind, self.lie = record, kind, lie
+
+    def _push(self, message: Message) -> str:
+        name = str(next(self._count))
+        message.metadata.__dict__["_message_id"] = message.object_id
+        node, kind = message.metadata.dst_node_id, KINDS[message.metadata.message_type]
+        self.sent.append((node, message))
+        facts, parts = self.record[node, kind]
+        content: Any = Content(copy.deepcopy(facts), {k: dict(v) for k, v in parts.items()})
+        if node == 100 and kind == self.kind:
+            changed = self.lie(content)
+            content = changed if isinstance(changed, (RecordDict, Error)) else content
+        if isinstance(content, Content):
+            content = to_records(content)
+        self.replies[name] = Message(content, reply_to=message)
+        return name
+
+
+def recorded(place: Path, silent: bool) -> tuple[dict, dict]:
+    """Honest answers by node and kind, and what they come to."""
+    record = {}
+
+    def listen(node, order, reply):
+        content = from_records(carried(reply).content)
+        kind = KINDS[order.metadata.message_type]
+        record[node, kind] = content.facts, content.parts
+        lost = silent and node == 100 and kind == "round"
+        return Message(Error(1, "lost"), reply_to=order) if lost else reply
+
+    grid = MemoryGrid(parties(place, 3), listen)
+    folder = conduct(STUDY, GridTransport(grid), options(place / "run"))
+    last = Checkpoints(folder.training).latest()
+    assert last is not None
+    return record, {"model": last.server()["model"], **read_json(folder.curves)["clients"]}
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory):
+    """What three clients answer and come to; and the same where the first trains in vain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield {s: recorded(tmp_path_factory.mktemp("honest"), s) for s in (False, True)}
+    torch.set_num_threads(before)
+
+
+def put(*path: str, value: object) -> Lie:
+    """Writes a value into an answer's facts; the last name may be new."""
+
+    def lie(content: Content) -> None:
+        held: Any = content.facts
+        for name in path[:-1]:
+            held = held[name]
+        held[path[-1]] = value
+
+    return lie
+
+
+def without(*path: str) -> Lie:
+    def lie(content: Content) -> None:
+        held: Any = content.facts
+        for name in path[:-1]:
+            held = held[name]
+        del held[path[-1]]
+
+    return lie
+
+
+def raw(text: str) -> Lie:
+    """Sends a text where the facts of a message stand, beside the honest tensors."""
+
+    def lie(content: Content) -> RecordDict:
+        records = to_records(content)
+        records["certifl"] = ConfigRecord({"json": text})
+        return records
+
+    return lie
+
+
+def nested(depth: int, *path: str) -> Lie:
+    def lie(content: Content) -> RecordDict:
+        put(*path, value="@")(content)
+        records = to_records(content)
+        text = str(records.config_records["certifl"]["json"])
+        deep = '{"a":' * depth + "1" + "}" * depth
+        records["certifl"] = ConfigRecord({"json": text.replace('"@"', deep)})
+        return records
+
+    return lie
+
+
+def tensor(change: Callable[[torch.Tensor], torch.Tensor]) -> Lie:
+    def lie(content: Content) -> None:
+        model = content.parts["model"]
+        name = next(iter(model))
+        model[name] = change(model[name])
+
+    return lie
+
+
+def scaled_curve(factor: int) -> Lie:
+    def lie(content: Content) -> None:
+        curve = content.facts["certified"]["curve"]
+        curve["correct"] = [count * factor for count in curve["correct"]]
+        curve["images"] *= factor
+
+    return lie
+
+
+def condition(name: str, value: object) -> Lie:
+    return put("certified", "curve", "conditions", name, value=value)
+
+
+HUGE, INF, NAN = 10**400, math.inf, math.nan
+NO_WHOLE = [None, "x", True, [], {}, HUGE, -HUGE, INF, NAN, -1, 1.5]
+ESCAPES = "\x1b[2J\x1b]0;owned\x07\nclient 2: all is well\u202e"
+NO_TEXT = [
+    raw("{"),
+    raw("[]"),
+    raw(""),
+    raw("null"),
+    raw("[" * 100_000),
+    raw('{"a":' * 50_000 + "1" + "}" * 50_000),
+    raw('{"format": 2, "parts": [], "facts": ' + "9" * 100_000 + "}"),
+    raw('{"format": 2, "parts": [[]], "facts": {}}'),
+    raw('{"format": 2, "parts": ["model", "model"], "facts": {}}'),
+    raw('{"format": 2, "parts": ["%s"], "facts": {}}' % ("m" * 10_000)),
+    raw('{"format": 1e400, "parts": [], "facts": {}}'),
+    raw('{"format": 2, "parts": [], "facts": null}'),
+    raw('"' + "x" * 4_000_000 + '"'),
+    lambda content: RecordDict({}),
+    lambda content: RecordDict({"certifl": ConfigRecord({"json": [1, 2]})}),
+    lambda content: content.facts.clear(),
+    put("client", value=1),
+    put("client", value=HUGE),
+    put("client", value=None),
+    put("seconds", value=HUGE),
+    put("seconds", value=NAN),
+    put("seconds", value=-1.0),
+    put("seconds", value="x"),
+    put("fault", value="x"),
+    put("fault", value={"kind": HUGE, "reason": None}),
+    nested(150, "seconds"),
+]
+JOIN = [
+    *NO_TEXT,
+    *(put("joined", value=value) for value in (None, "x", HUGE, [], {}, NAN)),
+    *(put("joined", "client", value=v) for v in [*NO_WHOLE, 1, 3, 10**6]),
+    *(put("joined", "in_channels", value=v) for v in [*NO_WHOLE, 0, 3, 10**9]),
+    *(put("joined", "train_images", value=v) for v in [*NO_WHOLE, 10**12]),
+    *(
+        put("joined", "image_size", value=v)
+        for v in (None, "x", [8], [8, 8, 8], [0, 8], [INF, 8], [HUGE, 8], [9, 8], [10**9, 10**9])
+    ),
+    *(
+        put("joined", "class_names", value=v)
+        for v in (None, "x", [], [None], [HUGE], ["a"] * 10, ["a", ESCAPES], ["a" * 10_000])
+    ),
+    put("joined", "class_names", value=[f"{i}" for i in range(100_000)]),
+    put("joined", "class_names", value=["cat", "dog"]),
+    *(put("joined", "initial_model", value=v) for v in (None, 1, "0" * 64, ESCAPES, "x" * 10**6)),
+    put("joined", "name", value="another"),
+    put("joined", "fingerprint", value="another"),
+    put("joined", "versions", value={f"{i}": "1" for i in range(10_000)}),
+    put("joined", "versions", value={"certifl": HUGE}),
+    nested(20, "joined", "versions"),
+    lambda content: Error(0, ESCAPES),
+]
+METRICS = ("client", "seconds", "reason", "round", "epsilon", "unheard of", ESCAPES)
+ROUND = [
+    *NO_TEXT,
+    *(put("round", value=v) for v in [*NO_WHOLE, 7]),
+    *(put("started_from", value=v) for v in (None, 1, "0" * 64, ESCAPES)),
+    *(put("update", value=v) for v in (None, "x", HUGE, [], {})),
+    *(put("update", "client", value=v) for v in [*NO_WHOLE, 1]),
+    *(put("update", "weight", value=v) for v in (*NO_WHOLE, 0, 1e308, 10**8, 21)),
+    *(put("update", "model", value=v) for v in (False, None, 1, "x", HUGE)),
+    *(put("update", "metrics", value=v) for v in (None, "x", [], HUGE)),
+    *(put("update", "metrics", "loss", value=v) for v in ("x", True, [], HUGE, INF, NAN, 1e308)),
+    *(put("update", "metrics", "accuracy", value=v) for v in ("x", HUGE, NAN, -0.1, 1.5)),
+    *(put("update", "metrics", name, value=1) for name in METRICS),
+    *(put("update", "metrics", "private_steps", value=v) for v in (1, 10**18, HUGE, 0.5)),
+    put("update", "metrics", value={f"m{i}": 1.0 for i in range(10_000)}),
+    nested(20, "update", "metrics"),
+    *(without("update", name) for name in ("client", "weight", "model", "metrics")),
+    without("started_from"),
+    lambda content: content.parts.clear(),
+    lambda content: content.parts["model"].clear(),
+    lambda content: content.parts.update({"extra:control_step": dict(content.parts["model"])}),
+    lambda content: content.parts.update({"extra:model": content.parts.pop("model")}),
+    lambda content: content.parts["model"].update({ESCAPES: torch.ones(1)}),
+    tensor(lambda value: value * math.nan),
+    tensor(lambda value: value + math.inf),
+    tensor(lambda value: value + 1e30),
+    tensor(lambda value: value[None]),
+    tensor(lambda value: value.to(torch.float64)),
+    tensor(lambda value: value.to(torch.float8_e4m3fn)),
+    lambda content: Error(2, ESCAPES),
+]
+CERTIFY = [
+    *NO_TEXT,
+    *(put("certified", value=v) for v in (None, "x", HUGE, [], {})),
+    *(put("certified", "share", value=v) for v in (None, "x", "rows", HUGE, ESCAPES)),
+    *(put("certified", "model", value=v) for v in (None, 1, "0" * 64, ESCAPES)),
+    *(put("certified", "done", value=v) for v in (None, False, "yes", 1, HUGE)),
+    *(put("certified", "cast", value=v) for v in ("x", HUGE, INF, -1)),
+    *(put("certified", "curve", value=v) for v in (None, "x", [], {}, HUGE)),
+    *(put("certified", "curve", "images", value=v) for v in [*NO_WHOLE, 0, 4, 100_000]),
+    *(
+        put("certified", "curve", "acr", value=v)
+        for v in (None, "x", HUGE, INF, NAN, -0.1, 0.3, 1000.0, 1e308)
+    ),
+    *(
+        put("certified", "curve", "correct", value=v)
+        for v in (None, "x", [], [3], [0] * 49 + [3], [HUGE] * 50, [-1] * 50, [NAN] * 50, [4] * 50)
+    ),
+    *(
+        put("certified", "curve", "radii", value=v)
+        for v in (None, [], [NAN] * 50, [HUGE] * 50, [0.0, 1.0], [0.0] * 10_001)
+    ),
+    *(put("certified", "curve", "conditions", value=v) for v in (None, "x", {}, HUGE)),
+    *(
+        condition(name, value)
+        for name, value in (
+            ("family", "pixel"),
+            ("sigma", HUGE),
+            ("sigma", 100.0),
+            ("n", 10**9),
+            ("alpha", 0.4),
+            ("unit", ESCAPES),
+            ("norm", "l2"),
+            ("seed", 1),
+            ("radii", [0.0]),
+            ("look_votes", []),
+            ("precision", ESCAPES),
+            ("versions", {f"{i}": "1" for i in range(10_000)}),
+            ("batch_norm_folded", "x"),
+        )
+    ),
+    scaled_curve(2),
+    scaled_curve(50_000),
+    put("certified", "plain", value={"images": HUGE, "correct": -1}),
+    nested(20, "certified", "curve", "conditions", "threat"),
+    lambda content: Error(2, ESCAPES),
+]
+LIES = {"join": JOIN, "round": ROUND, "certify": CERTIFY}
+EACH = [(kind, number) for kind, lies in LIES.items() for number in range(len(lies))]
+
+
+def test_the_table_is_large():
+    assert len(EACH) >= 250
+
+
+def told(place: Path, caplog: pytest.LogCaptureFixture) -> Iterator[str]:
+    yield from caplog.messages
+    for path in place.rglob("*.json*"):
+        yield path.read_text()
+
+
+@pytest.mark.parametrize(("kind", "number"), EACH)
+def test_a_lie_leaves_the_liar_out_and_nobody_else(kind, number, honest, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    record, result = honest[kind != "certify"]
+    lie, listed = LIES[kind][number], []
+    grid = Replayed(record, kind, lie)
+    asked = options(tmp_path / "run", min_clients=2, keys=KEYS, told=listed.append)
+    folder, lost = RunFolder(tmp_path / "run"), _failure(lie) and kind != "round"
+    # A client that failed, instead of lying, can be asked again by the same command.
+    with pytest.raises(WorkError, match="client 0 ") if lost else contextlib.nullcontext():
+        conduct(STUDY, GridTransport(grid), asked)
+    place, deployment = tmp_path / "run", read_json(tmp_path / "run" / "run.json")["deployment"]
+    last = Checkpoints(place / "checkpoints/training").latest()
+    assert last is not None
+    assert_same(last.server()["model"], result["model"])
+    rows = [row["client"] for row in last.history[0]["clients"]]
+    assert rows == ([0, 1, 2] if kind == "certify" else [1, 2])
+    if kind != "certify":
+        assert [row["client"] for row in last.history[0]["left_out"]] == [0]
+    if kind == "join" and not lost:  # of a node without an answer nothing is known
+        assert any("client 0 does not take part: " in line for line in listed), listed
+    if not lost:
+        assert folder.complete()
+        curves = read_json(folder.curves)["clients"]
+        for client in ("1", "2"):
+            assert curves[client] == result[client]
+        assert set(deployment["left_out"]) == (set() if kind == "round" else {"0"})
+        json.loads((folder.path / "run.json").read_text(), parse_constant=pytest.fail)
+    for text in (*told(place, caplog), *listed):
+        assert "\x1b" not in text
+        assert "\u202e" not in text
+
+
+def _failure(lie: Lie) -> bool:
+    """Whether a lie is an error of Flower's, which comes of a crash as well."""
+    probe = Content({"certified": {}})
+    try:
+        return isinstance(lie(probe), Error)
+    except (KeyError, TypeError):
+        return False
+
+
+def test_a_report_of_what_is_left_names_the_liar(honest, tmp_path):
+    record, _ = honest[False]
+    lie = put("certified", "curve", "acr", value=1000.0)
+    asked = options(tmp_path / "run", min_clients=2, keys=KEYS)
+    folder = conduct(STUDY, GridTransport(Replayed(record, "certify", lie)), asked)
+    write_report([folder.path], tmp_path / "page.html", figures=False)
+    assert "1000" in folder.manifest()["deployment"]["left_out"]["0"]
+
+
+def test_a_number_of_test_images_said_at_the_join_binds(honest, tmp_path):
+    record = {
+        key: (copy.deepcopy(facts), parts) for key, (facts, parts) in honest[False][0].items()
+    }
+    for client in range(3):
+        record[100 + client, "join"][0]["joined"]["test_images"] = 3
+    lie = put("certified", "curve", "images", value=2)
+    asked = options(tmp_path / "run", min_clients=2, keys=KEYS)
+    folder = conduct(STUDY, GridTransport(Replayed(record, "certify", lie)), asked)
+    why = folder.manifest()["deployment"]["left_out"]
+    assert list(why) == ["0"]
+    assert "2 test images, and certifies 3" in why["0"]
+
+
+def told_so_far(cast: int, at_most: int = 10_000) -> Certified:
+    return Certified(share="curve", model="0", done=False, cast=cast, at_most=at_most)
+
+
+def test_certification_that_stands_still_or_crawls_ends():
+    standing = _Standing()
+    standing.advance(told_so_far(5), 60.0, 60.0)
+    with pytest.raises(MalformedMessage, match="standstill at 5"):
+        all(standing.advance(told_so_far(5), 60.0, 60.0) is None for _ in range(2100))
+    crawling = _Standing()
+    slow = [told_so_far(cast, 10**9) for cast in range(2100)]
+    with pytest.raises(MalformedMessage, match="would not end"):
+        all(crawling.advance(one, 60.0, 60.0) is None for one in slow)
+    with pytest.raises(MalformedMessage, match=r"stopped after 0.1 of 60 seconds"):
+        _Standing().advance(told_so_far(5), 0.1, 60.0)
+    steady = _Standing()
+    for cast in range(1, 2000):
+        steady.advance(told_so_far(cast), 60.0, 60.0)
+
+
+def test_a_slow_certification_that_is_reported_in_tenths_is_waited_for():
+    slow = _Standing()
+    for piece in range(19_000):
+        slow.advance(told_so_far(piece // 1900 * 1000), 60.0, 60.0)
+
+
+def test_a_client_that_shares_nothing_reports_no_votes_and_must_end_all_the_same():
+    silent, nothing = _Standing(), Certified(share="none", done=False)
+    with pytest.raises(MalformedMessage, match="did not end"):
+        all(silent.advance(nothing, 60.0, 60.0) is None for _ in range(20_001))
+    assert silent.pieces == 20_001
+    with pytest.raises(MalformedMessage, match="how many votes"):
+        _Standing().advance(Certified(share="curve", done=False), 60.0, 60.0)
+
+
+def test_rows_without_a_model_are_refused():
+    with pytest.raises(MalformedMessage, match="which model"):
+        Asking(STUDY, 0, 3, 10).rows({}, None)
+
+
+def test_a_certification_that_is_never_done_is_ended_by_the_server(honest, tmp_path, monkeypatch):
+    monkeypatch.setattr("certifl.deploy.server.collect._STANDSTILLS", 20)
+    record, result = honest[False]
+
+    def never(content: Content) -> None:
+        told = content.facts["certified"]
+        del told["curve"]
+        told |= {"done": False, "cast": 1, "at_most": 10**6}
+
+    asked = options(tmp_path / "run", min_clients=2, keys=KEYS, piece=1e-9)
+    grid = Replayed(record, "certify", never)
+    folder = conduct(STUDY, GridTransport(grid), asked)
+    assert "standstill" in folder.manifest()["deployment"]["left_out"]["0"]
+    assert read_json(folder.curves)["clients"]["1"] == result["1"]
+    assert len(grid.sent) < 60
+
+
+def test_tensors_that_are_no_tensors_are_left_out(honest, tmp_path):
+    record, result = honest[True]
+
+    def lie(content: Content) -> RecordDict:
+        records = to_records(content)
+        several = {"tensors-0": packed(save({"a": torch.ones(2)})[:-1])}
+        records["part:model"] = ArrayRecord(several)
+        return records
+
+    asked = options(tmp_path / "run", min_clients=2, keys=KEYS)
+    folder = conduct(STUDY, GridTransport(Replayed(record, "round", lie)), asked)
+    last = Checkpoints(folder.training).latest()
+    assert last is not None
+    assert_same(last.server()["model"], result["model"])

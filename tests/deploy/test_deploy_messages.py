@@ -1,0 +1,191 @@
+"""What travels arrives as it was sent, and what is none of ours is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import struct
+
+import pytest
+
+pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from certifl.deploy.transport.messages import (
+    Content,
+    MalformedMessage,
+    encode,
+    from_records,
+    to_records,
+    update_from,
+    update_to,
+)
+from certifl.errors import SpecError
+from certifl.federated import Update
+from tiny_federation import assert_same
+
+TYPES = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.complex64,
+    torch.int64,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+]
+
+
+def drawn(kind, shape):
+    values = torch.arange(max(1, math.prod(shape)), dtype=torch.float64) - 3.5
+    return values[: math.prod(shape)].reshape(shape).to(kind)
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 4), (2, 3, 4)], ids=str)
+def test_tensors_arrive_bit_for_bit(kind, shape):
+    parts = {"model": {"a.weight": drawn(kind, shape)}, "nothing": {}}
+    assert_same(from_records(to_records(Content({}, parts))).parts, parts)
+
+
+def test_tensors_that_lie_otherwise_in_memory_arrive_too():
+    value = torch.arange(12.0).reshape(3, 4).t()
+    special = torch.tensor([float("nan"), float("inf"), -0.0])
+    parts = {"model": {"a": value, "b": special}}
+    assert_same(from_records(to_records(Content({}, parts))).parts, parts)
+
+
+def test_encoding_once_serves_many_messages():
+    parts = {"model": {"a": torch.ones(3)}}
+    again = from_records(to_records(Content({"x": 1}, encoded=encode(parts))))
+    assert again.facts == {"x": 1}
+    assert_same(again.parts, parts)
+
+
+@given(st.dictionaries(st.text(), st.floats() | st.integers() | st.text() | st.none()))
+def test_facts_arrive_exactly(facts):
+    back = from_records(to_records(Content(facts))).facts
+    assert repr(back) == repr(facts)
+
+
+def test_an_update_arrives_whole_and_a_clients_state_does_not_travel():
+    model, extra = {"w": torch.randn(3)}, {"control": {"w": torch.randn(3)}}
+    sent = Update(3, 17.0, model, {"loss": 0.1, "accuracy": 0.5}, extra)
+    back, state = update_from(from_records(to_records(update_to(sent))))
+    assert (back.client, back.weight, repr(back.metrics)) == (3, 17.0, repr(sent.metrics))
+    assert_same(back.model, model)
+    assert_same(back.extra, extra)
+    assert state.parts == {}
+    silent = update_to(Update(0, 1.0, None, {}))
+    assert update_from(from_records(to_records(silent)))[0].model is None
+
+
+def raw(array: Array, name: str = "tensors-0") -> RecordDict:
+    facts = {"format": 2, "parts": ["model"], "facts": {}}
+    return RecordDict(
+        {
+            "certifl": ConfigRecord({"json": json.dumps(facts)}),
+            "part:model": ArrayRecord({name: array}),
+        }
+    )
+
+
+KIND = "certifl.safetensors"
+GOOD = save({"a": torch.ones(4)})
+HUGE = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+
+
+def raws(*contents: bytes) -> RecordDict:
+    record = raw(packed(contents[0]))
+    for number, content in enumerate(contents[1:], 1):
+        record.array_records["part:model"][f"tensors-{number}"] = packed(content)
+    return record
+
+
+def packed(content: bytes, kind: str = KIND) -> Array:
+    return Array("uint8", (len(content),), kind, content)
+
+
+@pytest.mark.parametrize(
+    ("records", "word"),
+    [
+        (raw(packed(GOOD), "other"), "none of ours"),
+        (raw(packed(GOOD), "tensors-1"), "none of ours"),
+        (raws(GOOD, GOOD), "a tensor twice"),
+        (raws(GOOD, GOOD[:-1]), "not whole"),
+        (raw(packed(GOOD, "numpy.ndarray")), "unknown here"),
+        (raw(packed(GOOD[:-1])), "not whole"),
+        (raw(packed(GOOD + b"x")), "not whole"),
+        (raw(packed(b"")), "not whole"),
+        (raw(packed(pickle.dumps({"a": 1}))), "not whole"),
+        (raw(packed(struct.pack("<Q", len(HUGE)) + HUGE)), "not whole"),
+        (raw(packed(struct.pack("<Q", 2**62) + HUGE)), "not whole"),
+    ],
+)
+def test_garbled_parts_are_refused_before_memory_is_taken(records, word):
+    with pytest.raises(MalformedMessage, match=word):
+        from_records(records)
+
+
+def test_a_large_part_travels_in_pieces_of_whole_tensors(monkeypatch):
+    monkeypatch.setattr("certifl.deploy.transport.messages._PIECE", 40)
+    parts = {"model": {f"w{i}": torch.randn(i) for i in (3, 4, 30, 1, 0, 2)}}
+    records = to_records(Content({}, parts))
+    assert len(records.array_records["part:model"]) == 3
+    back = from_records(records)
+    assert_same(back.parts, parts)
+    assert not records.array_records["part:model"]  # one copy is enough
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_are_ever_believed(content):
+    with pytest.raises(MalformedMessage):
+        from_records(raw(packed(content)))
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {},
+        {"certifl": ConfigRecord({"json": "no json"})},
+        {"certifl": ConfigRecord({"json": "[]"})},
+        {"certifl": ConfigRecord({"json": '{"format": 99, "parts": [], "facts": {}}'})},
+        {"certifl": ConfigRecord({"json": '{"format": 2, "parts": [], "facts": []}'})},
+        {"certifl": ConfigRecord({"json": '{"format": 2, "parts": ["a"], "facts": {}}'})},
+    ],
+)
+def test_other_messages_are_refused(held):
+    with pytest.raises(MalformedMessage):
+        from_records(RecordDict(held))
+
+
+@pytest.mark.parametrize("facts", [{}, {"update": 3}, {"update": {"model": True}}])
+def test_an_answer_that_is_no_update_is_refused(facts):
+    with pytest.raises(MalformedMessage):
+        update_from(Content(facts))
+
+
+def test_settings_refuse_what_they_do_not_know(tmp_path):
+    from certifl.deploy.client.settings import load_settings
+    from certifl.deploy.provision.kit import client_settings
+
+    path = tmp_path / "client.toml"
+    path.write_text(client_settings(3))
+    assert (load_settings(path).client, load_settings(path).share) == (3, "curve")
+    for line, word in [
+        ("shar = 1", "no such key"),
+        ('share = "all"', "share"),
+        ("perturbation = 3", "must be a table"),
+        ('perturbation = { family = "twist", sigma = 1.0 }', "twist"),
+        ("client = [", "TOML"),
+    ]:
+        path.write_text(f"client = 0\n{line}\n" if "client" not in line else line)
+        with pytest.raises(SpecError, match=word):
+            load_settings(path)

@@ -1,0 +1,80 @@
+"""The examples that choose and compare: what they print follows from what they computed."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from certifl.report.compare import Difference
+from certifl.runs.folder import RunFolder
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def example(name: str) -> ModuleType:
+    found = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert found is not None
+    assert found.loader is not None
+    made = importlib.util.module_from_spec(found)
+    found.loader.exec_module(made)
+    return made
+
+
+def test_choosing_lambda(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    choose = example("choose_lambda")
+    choose.main(["--quick", "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in said.splitlines() if line}
+    mean = [float(value) for value in rows["mean"][1:]]
+    best = choose.QUICK_LAMBDAS[mean.index(max(mean))]
+    assert len(mean) == 3
+    assert f"\nlambda = {best:g} is " in said
+    assert "By client, each by itself: " in said
+    held = sorted(tmp_path.rglob("run.json"))
+    before = [path.stat().st_mtime_ns for path in held]
+    choose.main(["--quick", "--out", str(tmp_path)])
+    assert capsys.readouterr().out == said
+    assert [path.stat().st_mtime_ns for path in held] == before
+
+
+def test_what_is_recommended() -> None:
+    """The best, and exactly those whose interval to it contains 0."""
+    choose, lambdas = example("choose_lambda"), (0.1, 0.5, 0.9)
+    acr = (0.2, 0.3, 0.1)
+
+    def pairs(low: float) -> dict[tuple[int, int], Difference]:
+        return {
+            (0, 1): Difference(0, 1, -0.1, -0.2, -low),
+            (0, 2): Difference(0, 2, 0.1, 0.05, 0.2),
+            (1, 2): Difference(1, 2, 0.2, 0.1, 0.3),
+        }
+
+    clear = choose.recommended(lambdas, acr, pairs(0.05))
+    assert clear == "lambda = 0.5 is better than all others."
+    tied = choose.recommended(lambdas, acr, pairs(-0.05))
+    assert tied == "lambda = 0.5 is ahead; no difference shown to 0.1. It is better than the rest."
+
+
+def test_comparing_regimes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare = example("compare_regimes")
+    compare.main(["fedavg", "local", "--quick", "--seeds", "2", "--out", str(tmp_path)])
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 4 + 4  # a line for every run, then the comparison
+    folders = {path.parent.name for path in tmp_path.rglob("run.json")}
+    assert folders == {"fedavg-0", "fedavg-1", "local-0", "local-1"}
+    acr = {
+        name: RunFolder(tmp_path / "quick" / name).load_certificates().average_certified_radius()
+        for name in folders
+    }
+    gain = sum(acr[f"fedavg-{seed}"] - acr[f"local-{seed}"] for seed in range(2))
+    words = said[5].split()
+    shown = float(next(word for word in words if word[0] in "+-"))
+    assert shown == 0.0 or (shown > 0) == (gain > 0)
+    low, high = said[5].split("[")[1].split("]")[0].split(", ")
+    assert float(low) <= shown <= float(high)
+    zero = float(low) <= 0.0 <= float(high)
+    assert said[5].endswith("no difference shown") == zero
+    assert said[7].endswith("too few images for an interval")

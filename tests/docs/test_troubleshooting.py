@@ -1,0 +1,53 @@
+"""docs/troubleshooting.md: every message on it is what certifl says to that mistake."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import tiny_study as tiny
+from certifl.experiments.run import Options, run
+from provoked import CASES
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "troubleshooting.md"
+SHOWN = dict(re.findall(r"^### ([^\n]+)\n+```text\n(.*?)\n```", PAGE.read_text(), re.M | re.S))
+_NUMBER = re.compile(r"\d+(\.\d+)*(e-?\d+)?")
+_HASH = re.compile(r"(?<![.\w])[0-9a-f]{16}\b")
+_FOLDERS = re.compile(r"(/[\w.-]+)+/")
+
+
+def plain(text: str) -> str:
+    """Without what differs from machine to machine: numbers, hashes, absolute paths, line ends."""
+    for what, sign in ((_FOLDERS, ""), (_HASH, "HASH"), (_NUMBER, "0")):
+        text = what.sub(sign, text)
+    return " ".join(text.split())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the tiny study."""
+    return run(
+        tiny.spec(),
+        Options(tmp_path_factory.mktemp("finished") / "run", command="certifl run tiny.toml"),
+    ).path
+
+
+def test_every_message_of_the_page_is_provoked() -> None:
+    assert set(SHOWN) == set(CASES)
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # in Flower
+@pytest.mark.parametrize("title", CASES)
+def test_the_page_says_what_certifl_says(
+    title: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CERTIFL_DATA", raising=False)
+    mine = Path("runs/alone")
+    shutil.copytree(finished, mine)
+    said, shown = plain(CASES[title](tmp_path, mine)), plain(SHOWN[title])
+    pattern = ".+".join(re.escape(part) for part in shown.split("…"))
+    assert re.fullmatch(pattern, said), f"certifl says:\n{said}\nthe page:\n{shown}"

@@ -1,0 +1,332 @@
+"""docs/results/algorithms.py: its intervals cover, its pairs are pairs, its processes end."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import report_factory as factory
+from certifl.errors import StoreMismatch
+from certifl.federated import ALGORITHMS
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+NAMES = ("intervals", "numbers", "page", "study", "pool")
+Scripts = dict[str, ModuleType]
+SLEEPER = """
+import os, sys, time
+from pathlib import Path
+
+def work(job):
+    folder, number = job
+    Path(folder, f"{number}.tmp").write_text(str(os.getpid()))
+    os.replace(Path(folder, f"{number}.tmp"), Path(folder, f"{number}.pid"))
+    time.sleep(300)
+"""
+STARTER = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit none
+sys.path[:0] = [{results!r}, {folder!r}]
+from algorithm_pool import work_off
+from sleeper import work
+
+if __name__ == "__main__":
+    work_off([({folder!r}, n) for n in range(4)], 2, work, print)
+"""
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[Scripts]:
+    """The scripts, as Python finds them when the command is started."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(RESULTS))
+        yield {name: importlib.import_module(f"algorithm_{name}") for name in NAMES}
+
+
+def studies(
+    rng: np.random.Generator, seeds: int, of_seeds: float, of_images: float, images: int = 40
+) -> list[np.ndarray]:
+    """Differences whose true mean is 1: something every seed adds, and something of each image."""
+    return [
+        1.0 + of_seeds * rng.normal() + of_images * rng.normal(size=images) for _ in range(seeds)
+    ]
+
+
+def coverage(interval: Callable, of_seeds: float, of_images: float, seeds: int) -> float:
+    rng, repeats, held = np.random.default_rng(5), 2000, 0
+    for _ in range(repeats):
+        low, high = interval(studies(rng, seeds, of_seeds, of_images))
+        held += low <= 1.0 <= high
+    return held / repeats
+
+
+def images_as_repetitions(differences: list[np.ndarray]) -> tuple[float, float]:
+    """The mistake: all images of all seeds as if each were a study of its own."""
+    values = np.concatenate(differences)
+    reach = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return values.mean() - reach, values.mean() + reach
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_intervals_cover_where_trainings_differ(scripts: Scripts, seeds: int) -> None:
+    def ours(differences: list[np.ndarray]) -> tuple[float, float]:
+        found = scripts["intervals"].paired(differences)
+        return found.low, found.high
+
+    assert 0.938 < coverage(ours, 1.0, 1.0, seeds) < 0.962
+    assert coverage(images_as_repetitions, 1.0, 1.0, seeds) < 0.5
+
+
+@pytest.mark.statistical
+def test_intervals_cover_where_images_alone_differ(scripts: Scripts) -> None:
+    paired = scripts["intervals"].paired
+
+    def ours(differences: list[np.ndarray]) -> tuple[float, float]:
+        found = paired(differences)
+        return found.low, found.high
+
+    assert coverage(ours, 0.0, 1.0, 3) > 0.94
+
+
+@pytest.mark.statistical
+def test_holm_is_wrong_about_any_of_sixteen_in_at_most_five_percent(scripts: Scripts) -> None:
+    paired, holm = (getattr(scripts["intervals"], name) for name in ("paired", "holm"))
+    rng, repeats = np.random.default_rng(6), 200
+    corrected = alone = 0
+    for _ in range(repeats):
+        base = studies(rng, 5, 1.0, 0.5, 10)
+        p = []
+        for _ in range(16):
+            other = studies(rng, 5, 1.0, 0.5, 10)
+            p.append(paired([a - b for a, b in zip(other, base, strict=True)]).p)
+        corrected += any(holm(p))
+        alone += min(p) <= 0.05
+    assert corrected / repeats < 0.07
+    assert alone / repeats > 0.2, "without correction the table would be wrong far too often"
+
+
+def test_interval_is_that_of_students_paired_test(scripts: Scripts) -> None:
+    rng = np.random.default_rng(1)
+    one = [rng.normal(3.0 * seed, 0.1, 30) for seed in range(4)]
+    base = [values - rng.normal(0.5 * seed, 0.1, 30) for seed, values in enumerate(one)]
+    found = scripts["intervals"].paired([a - b for a, b in zip(one, base, strict=True)])
+    known = stats.ttest_rel([v.mean() for v in one], [v.mean() for v in base])
+    interval = known.confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert found.p == pytest.approx(known.pvalue)
+    assert found.apart == (found.p < 0.05)
+
+
+def test_equal_shares_are_not_taken_for_certainty(scripts: Scripts) -> None:
+    paired = scripts["intervals"].paired
+    differences = [np.repeat([1.0, -1.0, 0.0], [4, 2, 94]) for _ in range(3)]  # all 2 points
+    found = paired(differences)
+    assert found.low < 0.0 < found.high
+    assert found.estimate == pytest.approx(0.02)
+    same = paired([np.zeros(100)] * 3)
+    hidden = 1 - 0.025 ** (1 / 100)  # no image differs, and yet others may
+    assert (same.low, same.high) == pytest.approx((-hidden, hidden))
+    assert (same.p, same.apart) == (1.0, False)
+    with pytest.raises(ValueError, match="two seeds"):
+        paired([np.ones(100)])
+
+
+def test_clients_that_differ_do_not_switch_the_floor_off(scripts: Scripts) -> None:
+    observed, paired = (getattr(scripts["intervals"], name) for name in ("Observed", "paired"))
+    values, owner = np.repeat([0.52, -0.10], 20), np.repeat([0, 1], 20)
+    found = paired([observed(values, owner, np.arange(40) + 40 * seed) for seed in range(3)])
+    assert found.high - found.estimate >= 1 - 0.025 ** (1 / 40)
+
+
+def test_p_agrees_with_the_interval(scripts: Scripts) -> None:
+    paired = scripts["intervals"].paired
+    rng = np.random.default_rng(4)
+    for shift in (0.0, 0.2, 0.4):
+        differences = [rng.normal(shift, 0.3, 40) for _ in range(4)]
+        p = paired(differences).p
+        for error in (0.9 * p, min(1.0, 1.1 * p)):
+            assert paired(differences, error).apart == (error > p)
+
+
+def test_holm_on_a_worked_example(scripts: Scripts) -> None:
+    assert scripts["intervals"].holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]
+    assert scripts["intervals"].holm([0.04, 0.001, 0.04]) == [False, True, False]
+
+
+def test_all_runs_are_made_once_and_fine_tuning_after_its_base(scripts: Scripts) -> None:
+    study = scripts["study"]
+    wanted = study.studies()
+    jobs = study.jobs(wanted)
+    flat = [one for job in jobs for one in job]
+    assert sorted(map(repr, flat)) == sorted(map(repr, wanted))
+    assert len({one.place(Path()) for one in wanted}) == len(wanted)
+    assert len(wanted) == len(ALGORITHMS) * 2 * 2 * len(study.SEEDS)
+    longer = [[one.algorithm for one in job] for job in jobs if len(job) > 1]
+    assert longer == [["fedavg", "personalized"]] * (4 * len(study.SEEDS))
+    assert study.jobs([one for one in wanted if one.algorithm == "personalized"])
+    assert flat[0].seed == 1
+    assert flat[-1].seed == study.SEEDS[-1]
+
+
+def write(runs: Path, scripts: Scripts, qualities: dict[str, float], seed: int) -> None:
+    """Runs of one seed on the same images, with the spec that the table wants."""
+    for number, (algorithm, quality) in enumerate(qualities.items()):
+        study = scripts["study"].Study("rotation", algorithm, "uniform", seed)
+        certificates = factory.make_certificates(quality, images=10, seed=100 * seed + number)
+        facts = factory.make_manifest(algorithm, ALGORITHMS.rows[algorithm].label) | {
+            "spec_hash": study.spec().hash()
+        }
+        folder = factory.write_run(study.place(runs), certificates, facts)
+        (folder / "clean.json").write_text(json.dumps({"right": 150 + number, "images": 200}))
+
+
+QUALITIES = {"local": 0.5, "fedavg": 0.8, "fedprox": 0.8}
+
+
+def table(scripts: Scripts, runs: Path):
+    return scripts["numbers"].section(runs, "rotation", "uniform", (1, 2, 3, 4), tuple(QUALITIES))
+
+
+def test_a_planted_difference_is_shown_and_no_other(scripts: Scripts, tmp_path: Path) -> None:
+    for seed in (1, 2, 3):
+        write(tmp_path, scripts, QUALITIES, seed)
+    found = table(scripts, tmp_path)
+    rows = {row.algorithm: row for row in found.rows}
+    assert found.seeds == (1, 2, 3)
+    assert rows["local"].acr_shown
+    assert rows["local"].middle_shown
+    assert not rows["fedprox"].acr_shown
+    assert [row.mean_acr for row in found.rows] == sorted(
+        (row.mean_acr for row in found.rows), reverse=True
+    )
+    for row in (rows["local"], rows["fedprox"]):
+        for paired, value in (
+            (row.acr, lambda run: run.acr),
+            (row.middle, lambda run: run.certified[1]),
+        ):
+            apart = [
+                value(a) - value(b) for a, b in zip(row.runs, rows["fedavg"].runs, strict=True)
+            ]
+            assert paired.estimate == pytest.approx(np.mean(apart), abs=1e-12)
+    words = scripts["page"].verdict(found)
+    assert "shown after correction, below: Local;" in words
+    assert "no difference shown: FedProx." in words
+    lines = "\n".join(scripts["page"].section_lines(found))
+    assert lines.count("**") == 4
+    assert "Training seeds: 1, 2, 3" in lines
+
+
+def test_a_seed_counts_when_all_its_runs_are_there(scripts: Scripts, tmp_path: Path) -> None:
+    assert table(scripts, tmp_path).rows == ()
+    write(tmp_path, scripts, QUALITIES, 1)
+    alone = table(scripts, tmp_path)
+    assert {row.acr for row in alone.rows} == {None}
+    assert "too few seeds" in scripts["page"].verdict(alone)
+    write(tmp_path, scripts, {"local": 0.5, "fedavg": 0.8}, 2)
+    assert table(scripts, tmp_path).seeds == (1,)
+    write(tmp_path, scripts, QUALITIES, 2)
+    assert table(scripts, tmp_path).seeds == (1, 2)
+
+
+def test_other_studies_and_other_images_are_refused(scripts: Scripts, tmp_path: Path) -> None:
+    write(tmp_path, scripts, QUALITIES, 1)
+    mark = tmp_path / "local-uniform-1" / "run.json"
+    mark.write_text(mark.read_text().replace('"spec_hash": "', '"spec_hash": "0'))
+    with pytest.raises(StoreMismatch):
+        table(scripts, tmp_path)
+    one = factory.make_run(factory.make_certificates(0.8, images=10))
+    part = one.certificates
+    fewer = dataclasses.replace(one, certificates=factory.make_certificates(0.8, 9, 10))
+    shifted = dataclasses.replace(
+        one, certificates=dataclasses.replace(part, index=part.index + 10_000)
+    )
+    for other in (fewer, shifted):
+        with pytest.raises(StoreMismatch):
+            scripts["numbers"].differences(one, other, 0.1)
+
+
+def test_spread_by_lot_is_what_equal_clients_have(scripts: Scripts) -> None:
+    rng = np.random.default_rng(3)
+    owner = np.repeat(np.arange(10), 10)
+    equal = [rng.normal(size=100) for _ in range(20)]
+    chance = scripts["numbers"].chance_spread
+    seen = np.mean([np.ptp(values.reshape(10, 10).mean(axis=1)) for values in equal])
+    expected = np.mean([chance(values, owner, 0) for values in equal])
+    assert seen == pytest.approx(expected, rel=0.12)
+    apart = equal[0] + 3.0 * owner
+    assert chance(apart, owner, 0) < 0.7 * np.ptp(apart.reshape(10, 10).mean(axis=1))
+
+
+def test_differences_are_rounded_outward(scripts: Scripts) -> None:
+    found = scripts["intervals"].Paired(0.1234, 0.1191, 0.1291, 0.001)
+    cell = scripts["page"].difference_cell
+    assert cell(found, False, 100.0, 1) == "+12.3 (+11.9 to +13.0)"
+    assert cell(found, True, 1.0, 2) == "**+0.12 (+0.11 to +0.13)**"
+    assert cell(None, False, 1.0, 2) == "-"
+
+
+def test_a_failed_job_is_told_and_the_others_are_done(scripts: Scripts) -> None:
+    told: list[str] = []
+    failures = scripts["pool"].work_off([1, 2, 0, 4], 2, math.log, told.append)
+    assert failures == ["0 FAILED: ValueError: math domain error"]
+    assert len(told) == 4
+
+
+def test_the_page_is_linked_by_its_heading() -> None:
+    heading = (RESULTS / "algorithms.md").read_text().splitlines()[0].removeprefix("# ")
+    assert f"[{heading}](algorithms.md)" in (RESULTS / "README.md").read_text()
+    assert f'"algorithms.md": "{heading}"' in (RESULTS / "figures.py").read_text()
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def until(reached: Callable[[], bool], seconds: float = 60.0) -> bool:
+    end = time.monotonic() + seconds
+    while not reached() and time.monotonic() < end:
+        time.sleep(0.05)
+    return reached()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize(
+    ("ended", "code"),
+    [
+        (signal.SIGTERM, 128 + signal.SIGTERM),
+        (signal.SIGINT, -signal.SIGINT),
+        (signal.SIGKILL, -signal.SIGKILL),
+    ],
+)
+def test_no_process_outlives_the_command(tmp_path: Path, ended: int, code: int) -> None:
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    starter = tmp_path / "starter.py"
+    starter.write_text(STARTER.format(results=str(RESULTS), folder=str(tmp_path)))
+    command = subprocess.Popen([sys.executable, str(starter)], stderr=subprocess.DEVNULL)
+    try:
+        assert until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+        workers = [int(path.read_text()) for path in tmp_path.glob("*.pid")]
+        os.kill(command.pid, ended)
+        assert command.wait(60) == code
+        assert until(lambda: not any(map(alive, workers)))
+    finally:
+        command.kill()
+        command.wait()

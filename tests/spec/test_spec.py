@@ -1,0 +1,170 @@
+"""Specs: read, checked as a whole, written back, hashed."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from certifl.certification.network import choose_precision
+from certifl.errors import InputError, SpecError
+from certifl.paper.scales import REGIMES, quickstart
+from certifl.spec import Spec, load, with_settings
+
+ROTATION = {"family": "rotation", "sigma": "18deg"}
+SMALL: dict[str, Any] = {
+    "data": {"name": "digits"},
+    "certification": {"perturbation": ROTATION},
+}
+
+
+def test_defaults_are_the_papers() -> None:
+    spec = with_settings(SMALL)
+    schedule = spec.training.schedule()
+    assert (schedule.rounds, schedule.local_epochs, schedule.batch_size) == (45, 2, 64)
+    assert (schedule.lr, schedule.decay_every, schedule.decay_factor) == (0.1, 30, 0.1)
+    wanted = spec.certification
+    assert (wanted.n0, wanted.n, wanted.alpha, wanted.images) == (100, 100_000, 1e-3, 500)
+
+
+def test_sigma_may_be_written_in_degrees_and_is_kept_in_radians() -> None:
+    spec = with_settings(SMALL)
+    assert spec.perturbation().sigma == pytest.approx(0.1 * math.pi)
+    same = with_settings(SMALL, ["certification.perturbation.sigma=0.1pi"])
+    assert same.perturbation().sigma == pytest.approx(spec.perturbation().sigma)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_toml_gives_the_same_spec_back(regime: str, tmp_path: Path) -> None:
+    spec = quickstart()[regime]
+    path = tmp_path / "spec.toml"
+    path.write_text(spec.to_toml())
+    again = load(path)
+    assert again == spec
+    assert again.hash() == spec.hash()
+
+
+def test_settings_override_any_key_and_change_the_hash() -> None:
+    spec = with_settings(SMALL)
+    changed = with_settings(
+        SMALL, ["training.lr=0.05", "algorithm={name='mixture', personalization=0.5}", "seed=3"]
+    )
+    assert (changed.training.lr, changed.algorithm["name"], changed.seed) == (0.05, "mixture", 3)
+    assert changed.hash() != spec.hash()
+    assert with_settings(SMALL, ["name=other"]).hash() == spec.hash()
+
+
+def test_reach_and_keep_are_keys_of_the_spec() -> None:
+    spec = with_settings(SMALL, ["certification.estimator=scan", "certification.reach=0.5"])
+    assert spec.certification.settings().reach == 0.5
+    assert with_settings(SMALL, ["certification.keep=curve"]).certification.settings().keep
+    with pytest.raises(SpecError, match="keep"):
+        with_settings(SMALL, ["certification.keep=curve", "certification.estimator=runner-up"])
+
+
+def test_a_default_spelled_out_is_the_same_study() -> None:
+    spelled = {**SMALL, "training": {"rounds": 45}, "augmentation": {"personalized": "same"}}
+    assert with_settings(spelled).hash() == with_settings(SMALL).hash()
+    assert with_settings(spelled).training_hash() == with_settings(SMALL).training_hash()
+
+
+def test_training_hash_ignores_certification_and_finds_the_base_of_personalized() -> None:
+    specs = quickstart()
+    fedavg, personal = specs["fedavg"], specs["personalized"]
+    assert personal.training_hash(of_base=True) == fedavg.training_hash()
+    assert personal.training_hash() != fedavg.training_hash()
+    values = tomllib.loads(fedavg.to_toml())
+    assert with_settings(values, ["certification.n=50"]).training_hash() == fedavg.training_hash()
+    assert with_settings(values, ["training.lr=0.5"]).training_hash() != fedavg.training_hash()
+
+
+def test_augmentation_of_personalisation_is_separate() -> None:
+    personal = {"algorithm": {"name": "personalized", "base": {"name": "fedavg"}}}
+    nominal = with_settings({**SMALL, **personal, "augmentation": {"personalized": ROTATION}})
+    federated, personalized = nominal.augmentations()
+    assert federated is None
+    assert personalized is not None
+    assert personalized.family == "rotation"
+    same = with_settings({**SMALL, **personal, "augmentation": {"federated": ROTATION}})
+    assert same.augmentations()[0] == same.augmentations()[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["trainign.lr=1"], "trainign: no such key. Did you mean 'training'?"),
+        (["training.learning_rate=1"], "training.learning_rate: no such key.*lr"),
+        (["training.lr=fast"], "training.lr: .*number; got 'fast'"),
+        (["training.lr=0"], "training.lr: .*greater than 0"),
+        (["training.momentum=1.0"], "training.momentum: .*less than 1"),
+        (["training.rounds=2.5"], "training.rounds: .*whole number"),
+        (["clients.count=0"], "clients.count: .*greater than or equal to 1"),
+        (["clients.split=unifrom"], "clients: .*'unifrom'; choose one of uniform"),
+        (
+            ["clients.options={alpha=1.0}"],
+            "clients: The partition 'uniform' has no option 'alpha'",
+        ),
+        (["model.name=resnet19"], "model.name: must be one of resnet18.*module:function"),
+        (["algorithm.name=fedsgd"], "algorithm.*fedsgd.*fedavg"),
+        (["algorithm={name='mixture', personalization=2.0}"], "personalization"),
+        (["certification.estimator=best"], "certification.*estimator must be one of top-class"),
+        (["certification.alpha=0.9"], "alpha"),
+        (["certification.perturbation.family=shear"], "certification.perturbation.*shear"),
+        (["certification.perturbation.sigma=-1"], "certification.perturbation.*sigma"),
+        (["certification.perturbation.colour=1"], "certification.perturbation.*colour"),
+        (["certification.perturbation=none"], "certification.perturbation"),
+        (["augmentation.personalized=none"], "no effect with 'fedavg'"),
+        (["augmentation.federated=rotation"], "augmentation.federated: .*table"),
+        (
+            ["algorithm={name='mixture', personalization=0.0}", "training.lr=2.0"],
+            "overshoot",
+        ),
+        (["algorithm={name='fedprox', mu=40.0}"], "lr mu must stay below"),
+        (
+            ["algorithm={name='personalized', base={name='ditto', mu=40.0}}"],
+            "lr mu must stay below",
+        ),
+        (
+            ["algorithm={name='l2gd', personalization=0.1, probability=0.05}"],
+            "lr .1 - personalization. must stay below probability",
+        ),
+        (["data.test_images=5"], "without a test image"),
+        (["seed"], "--set takes key=value"),
+        (["seed.deep=1"], "seed.deep|seed"),
+    ],
+)
+def test_what_is_wrong_is_named_with_what_is_allowed(settings: list[str], says: str) -> None:
+    with pytest.raises(SpecError, match=says):
+        with_settings(SMALL, settings)
+
+
+@pytest.mark.parametrize("missing", ["data", "certification"])
+def test_required_sections(missing: str) -> None:
+    values = {k: v for k, v in SMALL.items() if k != missing}
+    with pytest.raises(SpecError, match=f"{missing}: this key is required"):
+        with_settings(values)
+
+
+def test_files_that_are_no_spec(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="no spec at"):
+        load(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("data = = 3")
+    with pytest.raises(SpecError, match="TOML"):
+        load(tmp_path / "bad.toml")
+
+
+def test_every_key_of_the_example_is_known() -> None:
+    example = Path(__file__).resolve().parents[2] / "examples" / "cifar10_rotation.toml"
+    assert isinstance(load(example), Spec)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_compiled_precisions_are_refused_with_what_to_choose(kind: str) -> None:
+    with pytest.raises(SpecError, match=f'removed in 0.2.0: choose "{kind}"'):
+        with_settings(SMALL, [f"certification.precision={kind}-compiled"])
+    with pytest.raises(InputError, match=f'removed in 0.2.0: choose "{kind}"'):
+        choose_precision(f"{kind}-compiled", torch.device("cpu"))

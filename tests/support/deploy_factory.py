@@ -1,0 +1,118 @@
+"""Federations without a network: Flower's messages carried from hand to hand."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+
+flwr = pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
+
+from flwr.app import Message, RecordDict  # noqa: E402
+from flwr.app.error import Error  # noqa: E402
+from flwr.proto.node_pb2 import NodeInfo  # noqa: E402
+from flwr.serverapp import Grid  # noqa: E402
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects  # noqa: E402
+from flwr.supercore.inflatable.inflatable_utils import (  # noqa: E402
+    inflate_object_from_contents,
+)
+from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+
+from certifl.deploy.client.client import Client  # noqa: E402
+from certifl.deploy.client.settings import Settings  # noqa: E402
+from certifl.deploy.client_app import respond  # noqa: E402
+from certifl.deploy.server.coordinator import Options  # noqa: E402
+from certifl.deploy.server.remote_runner import Timeouts  # noqa: E402
+
+IMPATIENT = Timeouts(answer=60.0, start=0.0, absent=0.0)
+
+Change = Callable[[int, Message, Message], Message | None]
+"""From node, order and reply to the reply that arrives; None = none does."""
+
+
+def carried(message: Message) -> Message:
+    """A message taken apart into bytes and put together again, as Flower does on the way."""
+    held = get_all_nested_objects(message)
+    contents = {name: value.deflate() for name, value in held.items()}
+    made = inflate_object_from_contents(message.object_id, contents)
+    assert isinstance(made, Message)
+    made.metadata.__dict__["_message_id"] = message.object_id
+    return made
+
+
+class MemoryGrid(Grid):
+    """Nodes that answer at once, in this process; `change` plays tricks on their replies."""
+
+    def __init__(self, parties: dict[int, Client], change: Change | None = None) -> None:
+        self.parties, self.change = parties, change
+        self.since = dict.fromkeys(parties, "first start")
+        self.sent: list[tuple[int, Message]] = []
+        self.replies: dict[str, Message] = {}
+        self.pulled: list[str] = []
+        self._count = itertools.count()
+        TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [
+            NodeInfo(node_id=node, last_activated_at=self.since[node], public_key=b"key %d" % node)
+            for node in self.parties
+        ]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return [self._push(message) for message in messages]
+
+    def _push(self, message: Message) -> str:
+        name = f"{next(self._count)}"
+        message.metadata.__dict__["_message_id"] = message.object_id
+        order = carried(message)
+        node = order.metadata.dst_node_id
+        self.sent.append((node, order))
+        party = self.parties.get(node)
+        if party is None:
+            self.replies[name] = Message(Error(5, "Node Unavailable"), reply_to=order)
+            return name
+        reply: Message | None = carried(respond(order, party))
+        if self.change is not None:
+            reply = self.change(node, order, reply)
+        if reply is not None:
+            self.replies[name] = reply
+        return name
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        found = [name for name in message_ids if name in self.replies]
+        self.pulled += found
+        return [self.replies.pop(name) for name in found]
+
+    def send_and_receive(self, messages, *, timeout=None):
+        raise NotImplementedError
+
+    def create_message(self, content: RecordDict, message_type, dst_node_id, group_id, ttl=None):
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.parties)
+
+    def set_run(self, run) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self):
+        raise NotImplementedError
+
+
+def parties(folder: Path, count: int = 2, **settings) -> dict[int, Client]:
+    """Parties that each take their share of digits; node 100 + i is client i."""
+    return {
+        100 + client: Client(
+            Settings(client=client, data="digits", dealt=True, **settings),
+            folder / f"client-{client}",
+        )
+        for client in range(count)
+    }
+
+
+def options(out: Path, **changes) -> Options:
+    """Options of a server that waits for nobody."""
+    return Options(out=out, **{"patience": IMPATIENT, **changes})
