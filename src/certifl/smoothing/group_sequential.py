@@ -1,0 +1,209 @@
+"""Sequential certification by exact boundaries: bounds at every look, and when to stop.
+
+Bounds. `Limits` (see `boundaries`) are upper confidence limits of the probability of an event that
+hold at all looks at once. The votes that are not for c_A give p_A >= 1 - limit; the runner-up's
+votes give p_B <= limit. The largest count among the other classes is never below that of the true
+runner-up, one fixed class, and limits increase with the count; so the two families at 0.9 and 0.1
+of the level need no factor for the number of classes, as at a single look.
+
+A certificate is a function of the counts at the look at which its votes stopped, and of nothing
+else: all limits of all looks hold at once with probability 1 - alpha, so those of that look do,
+whatever made the votes stop. What an earlier look had certified is not needed to read it.
+
+Stopping. Reported radii are floored to a grid, whose first step is "certified at all". The PRICE of
+n votes is given in grid steps. An image goes on as long as there is a later look at n' votes until
+which its next step can be gained with a chance of at least
+
+    price * (n' - votes so far) / n ,
+
+that is, as long as further votes are expected to bring `price` steps per n votes or more. The
+chance is estimated from the votes so far and decides about thrift, never about validity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+from certifl.errors import InputError
+from certifl.smoothing.boundaries import Limits, limits
+from certifl.smoothing.bounds import RUNNER_UP_SHARE
+from certifl.smoothing.laws import Law
+from certifl.smoothing.sequential import _final_at_most as count_at_most
+from certifl.smoothing.sequential import grid_steps
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+PER_DOUBLING = 8
+_EARLY_SHARE = 0.25
+# By how much overlap lets a boundary exceed the Clopper-Pearson limit of the look's own level,
+# about; only forecasts use it.
+_OVERLAP = 2.5
+_FRACTION_BITS = 40
+
+
+def increments(alpha: float, looks: Sequence[int]) -> tuple[float, ...]:
+    """The level of each look: a quarter of alpha over the early looks, the rest at the last.
+
+    Of the early quarter, the share sqrt(n_j / n_(m-1)) is spent until look j.
+
+    Args:
+        alpha: the probability of a false certificate allowed for one image, in (0, 1).
+        looks: increasing vote counts.
+
+    Returns:
+        One level a look. Their exact sum does not exceed alpha, also after rounding.
+    """
+    if len(looks) == 1:
+        return (alpha,)
+    until = [0.0, *(math.sqrt(votes / looks[-2]) for votes in looks[:-1])]
+    early = [_EARLY_SHARE * alpha * (b - a) for a, b in zip(until, until[1:], strict=False)]
+    return (*early, (alpha - math.fsum(early)) * (1.0 - 2.0**-49))
+
+
+def reported_misses(radii: FloatArray, law: Law, sigma: float) -> tuple[float, ...]:
+    """The probabilities of a miss below which radii are certified by the top class alone.
+
+    With these among the values of the limits, no reported radius is missed by a rounding.
+
+    Returns:
+        For "certified at all" and each positive radius the largest multiple q of 2**-40, so that 1
+        - q is exact, with law.radius(sigma, 1 - q, q) >= radius; those of at least 2**-40.
+    """
+    wanted = np.unique(np.append(radii[radii > 0], np.nextafter(0.0, 1.0)))
+    unit = 2.0**-_FRACTION_BITS
+    low, high = np.zeros(len(wanted)), np.full(len(wanted), 2.0 ** (_FRACTION_BITS - 1))
+    for _ in range(_FRACTION_BITS):
+        middle = np.floor((low + high) / 2.0)
+        enough = law.radius(sigma, 1.0 - middle * unit, middle * unit) >= wanted
+        low, high = np.where(enough, middle, low), np.where(enough, high, middle)
+    return tuple((low[low > 0] * unit).tolist())
+
+
+@dataclass(frozen=True)
+class GroupSequential:
+    """Bounds of the top class, or of it and the runner-up, at looks fixed in advance.
+
+    Attributes:
+        looks, levels: vote counts and increments of level; two or more.
+        runner_up: whether the runner-up is bounded by its own votes, at a tenth of the level.
+        misses: values that limits of misses shall take besides those of their own grid.
+    """
+
+    looks: tuple[int, ...]
+    levels: tuple[float, ...]
+    runner_up: bool = True
+    misses: tuple[float, ...] = ()
+
+    @cached_property
+    def _of_misses(self) -> Limits:
+        share = 1.0 - RUNNER_UP_SHARE if self.runner_up else 1.0
+        return limits(self.looks, tuple(share * level for level in self.levels), self.misses)
+
+    @cached_property
+    def _of_runner_up(self) -> Limits:
+        return limits(self.looks, tuple(RUNNER_UP_SHARE * level for level in self.levels))
+
+    def bounds(
+        self, top: IntArray, runner_up: IntArray, look: IntArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """(p_lower, p_upper) of counts, each at its look; with probability 1 - alpha all hold.
+
+        Args:
+            top: votes for the selected class.
+            runner_up: largest count among the other classes.
+            look: which look, from 0.
+
+        Raises:
+            InputError: more votes than the look has, or no such look.
+        """
+        top, runner_up, look = self._checked(top, runner_up, look)
+        miss = self._of_misses.upper(np.array(self.looks)[look] - top, look)
+        p_lower = 1.0 - miss
+        p_lower = np.where(1.0 - p_lower < miss, np.nextafter(p_lower, 0.0), p_lower)
+        if not self.runner_up:
+            return p_lower, miss
+        return p_lower, np.minimum(self._of_runner_up.upper(runner_up, look), miss)
+
+    def reach(
+        self,
+        top: IntArray,
+        runner_up: IntArray,
+        look: IntArray,
+        law: Law,
+        sigma: float,
+        price: float,
+    ) -> FloatArray:
+        """The largest radius that is worth further votes at this price, see the file's head."""
+        if not price > 0.0:
+            raise InputError(f"The price of n votes must be positive, not {price}.")
+        top, runner_up, look = self._checked(top, runner_up, look)
+        last, votes = len(self.looks) - 1, np.array(self.looks, dtype=np.float64)
+        ahead = np.array([*(2**i for i in range(last.bit_length())), last])
+        later = np.minimum(look + ahead[:, None], last)
+        now, then = votes[look], votes[later]
+        chance = price * (then - now) / votes[-1]
+        most = count_at_most(top, now, then, chance)
+        least = then - count_at_most(now - runner_up, now, then, chance)
+        level = np.minimum(_OVERLAP * np.array(self.levels), np.cumsum(self.levels))
+        level[-1] = self.levels[-1]
+        p_lower, p_upper = self._at_level(most, np.minimum(least, then - most), then, level[later])
+        return np.asarray(law.radius(sigma, p_lower, p_upper)).max(axis=0)
+
+    def finished(
+        self,
+        top: IntArray,
+        runner_up: IntArray,
+        look: IntArray,
+        law: Law,
+        sigma: float,
+        grid: FloatArray,
+        price: float,
+    ) -> BoolArray:
+        """Which images may stop: no next grid step is worth further votes. Any answer is valid."""
+        done = np.asarray(look) >= len(self.looks) - 1
+        wanted = grid_steps(self.reach(top, runner_up, look, law, sigma, price), grid)
+        sums = np.cumsum(self.levels)[look]
+        at_most = self._at_level(top, runner_up, np.array(self.looks)[look], sums)
+        open_ = ~done & (wanted <= grid_steps(law.radius(sigma, *at_most), grid))
+        rows = np.flatnonzero(open_)  # elsewhere the exact bounds cannot reach that step yet
+        exact = law.radius(sigma, *self.bounds(top[rows], runner_up[rows], look[rows]))
+        done[rows] = wanted[rows] <= grid_steps(exact, grid)
+        return cast(BoolArray, done)
+
+    def _at_level(
+        self, top: FloatArray, runner_up: FloatArray, votes: FloatArray, level: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """Clopper-Pearson limits without rounding outward: for forecasts, not for certificates."""
+        share = RUNNER_UP_SHARE if self.runner_up else 0.0
+        some = np.maximum(top, 1)
+        p_lower = special.betaincinv(some, votes - some + 1.0, level * (1.0 - share))
+        p_lower = np.where(top > 0, p_lower, 0.0)
+        if not self.runner_up:
+            return p_lower, 1.0 - p_lower
+        some = np.minimum(runner_up, votes - 1)
+        p_upper = special.betainccinv(some + 1.0, votes - some, level * share)
+        return p_lower, np.minimum(np.where(runner_up < votes, p_upper, 1.0), 1.0 - p_lower)
+
+    def _checked(
+        self, top: IntArray, runner_up: IntArray, look: IntArray
+    ) -> tuple[IntArray, IntArray, IntArray]:
+        top, runner_up, look = np.broadcast_arrays(
+            *(np.atleast_1d(np.asarray(value)) for value in (top, runner_up, look))
+        )
+        if np.any(look < 0) or np.any(look >= len(self.looks)):
+            raise InputError(f"A look is an index from 0 to {len(self.looks) - 1} into the looks.")
+        if np.any(top + runner_up > np.array(self.looks)[look]):
+            raise InputError(
+                "More votes than this look has; give the counts of exactly looks[look] votes."
+            )
+        return top, runner_up, look
