@@ -59,10 +59,11 @@ def straightforward(
 
 def ours(counter: VoteCounter, image: torch.Tensor, votes: int) -> float:
     settings = Settings("top-class", n0=100, n=votes - 100)
+    estimator = settings.estimator_for(counter.perturbation)
     started = clock(image.device)
     state, key = fresh(1, counter.network.classes), [image_key(image[0])]
     while not state.done.all():
-        advance(counter, image, key, None, settings, state)
+        advance(counter, image, key, None, estimator, state)
     return clock(image.device) - started
 
 

@@ -28,7 +28,9 @@ from pathlib import Path
 
 import numpy as np
 
-from certifl.certification.settings import KEEPS, Settings
+from certifl.certification.estimators import KEEPS, Estimator
+from certifl.certification.record import RecordedNoise
+from certifl.certification.settings import Settings
 from certifl.smoothing import BOUNDS, GAUSSIAN, UNIFORM, Law, finished, grid_steps
 
 N0 = 100
@@ -46,9 +48,10 @@ class Setting:
     labels: bool
     keep: str
 
-    def schedule(self, alpha: float, n: int) -> Settings:
+    def schedule(self, alpha: float, n: int) -> Estimator:
         estimator = {"runner-up": "sequential", "top-class": "sequential-top-class"}[self.rule]
-        return Settings(estimator, N0, n, alpha, keep=self.keep)
+        noise = RecordedNoise("", self.sigma, self.law, "")
+        return Settings(estimator, N0, n, alpha, keep=self.keep).estimator_for(noise)
 
 
 def rows_of_the_table() -> list[Setting]:
@@ -82,9 +85,9 @@ def repetition(
     rng = np.random.default_rng(seed)
     chosen = rng.multinomial(N0, shares).argmax(1)
     wrong = chosen != labels
-    settings = setting.schedule(alpha, n)
-    schedule, level = settings.looks, settings.levels
-    price = settings.give_up(setting.grid)
+    estimator = setting.schedule(alpha, n)
+    schedule, level = estimator.looks, estimator.levels
+    price = estimator.futility(setting.grid)
     top, runner = top_and_runner(path(shares, schedule, rng), chosen)
     bound, law, sigma = BOUNDS[setting.rule], setting.law, setting.sigma
     counted = np.asarray(schedule)[:, None], np.asarray(level)[:, None]
@@ -92,7 +95,7 @@ def repetition(
     stop = np.array(
         [
             finished(top[j], runner[j], j, schedule, level, setting.grid, law, sigma, bound,
-                     wrong=wrong if setting.labels else None, give_up=price)
+                     wrong=wrong if setting.labels else None, futility=price)
             for j in range(len(schedule))
         ]
     ).argmax(0)  # fmt: skip

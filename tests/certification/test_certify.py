@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import certifl
-from certifl.certification.adaptive import advance, conclude
-from certifl.certification.counts import fresh
+from certifl.certification.adaptive import advance, finalize
+from certifl.certification.counts import Request, Votes, fresh
 from certifl.certification.network import prepare
-from certifl.certification.sampling import CHUNK, Request, VoteCounter
+from certifl.certification.sampling import CHUNK, VoteCounter
 from certifl.certification.settings import ESTIMATORS, Settings
 from certifl.errors import InputError
 from certifl.rng import image_key, vote_generator
@@ -173,7 +173,7 @@ def test_sequential_stops_early_and_keeps_what_fixed_votes_certify_on_the_grid()
     lost = (np.searchsorted(grid, early.radius, side="right") < floor).sum()
     # An image that lies at a grid step within the sampling error may fall either way.
     assert lost <= 1
-    assert set(early.votes.tolist()) <= set(Settings(n=20_000).looks)
+    assert set(early.votes.tolist()) <= set(Settings(n=20_000).estimator_for(noise).looks)
 
 
 def test_keeping_the_curve_costs_fewer_votes_and_never_claims_more() -> None:
@@ -183,7 +183,9 @@ def test_keeping_the_curve_costs_fewer_votes_and_never_claims_more() -> None:
     kept = certifl.certify(model, images, noise, **options)
     curve = certifl.certify(model, images, noise, keep="curve", **options)
     assert curve.votes.mean() < 0.75 * kept.votes.mean()
-    assert set(curve.votes.tolist()) <= set(Settings(n=20_000, keep="curve").looks)
+    assert set(curve.votes.tolist()) <= set(
+        Settings(n=20_000, keep="curve").estimator_for(noise).looks
+    )
     assert sum(curve.conditions["look_levels"]) <= curve.conditions["alpha"]
     steps = [np.searchsorted(grid, held.radius, side="right") for held in (curve, kept)]
     # The final looks differ in level by a little, so a lucky image may gain a step.
@@ -222,27 +224,27 @@ def test_label_aware_stopping_needs_labels_and_a_wrong_class() -> None:
     right = certifl.certify(model, images, noise, n=20_000, labels=chosen)
     wrong = certifl.certify(model, images, noise, n=20_000, labels=1 - chosen)
     assert np.array_equal(right.votes, plain.votes)
-    assert (wrong.votes == Settings(n=20_000).looks[0]).all()
+    assert (wrong.votes == Settings(n=20_000).estimator_for(noise).looks[0]).all()
     assert not wrong.correct.any()
     patient = certifl.certify(model, images, noise, n=20_000, labels=1 - chosen, label_aware=False)
     assert np.array_equal(patient.votes, plain.votes)
 
 
-def test_waves_can_be_interrupted_anywhere() -> None:
+def test_certification_can_be_interrupted_after_any_batch() -> None:
     model, images = half_space(images=5)
     network = prepare(model, images, precision="float32", batch_size=16)
-    noise, settings = certifl.PixelNoise(0.5), Settings(n=2000)
+    noise = certifl.PixelNoise(0.5)
+    estimator = Settings(n=2000).estimator_for(noise)
     counter, keys = VoteCounter(network, noise, 0), [image_key(i) for i in images]
     votes = fresh(5, 2)
-    waves = 0
+    batches = 0
     while not votes.done.all():
-        advance(counter, images, keys, None, settings, votes)
-        stored = {name: value.clone() for name, value in votes.tensors().items()}
-        votes = type(votes).from_tensors(stored)
-        waves += 1
-    assert waves > 3
+        advance(counter, images, keys, None, estimator, votes)
+        votes = Votes(**{name: values.copy() for name, values in votes.arrays().items()})
+        batches += 1
+    assert batches > 3
     whole = certifl.certify(model, images, noise, n=2000, precision="float32")
-    assert np.array_equal(conclude(votes, settings, noise).counts, whole.counts)
+    assert np.array_equal(finalize(votes, estimator).counts, whole.counts)
 
 
 def test_predict_answers_or_abstains() -> None:

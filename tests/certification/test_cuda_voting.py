@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import certifl
+from certifl.certification.counts import Request
 from certifl.certification.network import prepare
-from certifl.certification.sampling import Request, VoteCounter
+from certifl.certification.sampling import VoteCounter
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import certifl
+from certifl.certification.counts import Request
 from certifl.certification.network import prepare
-from certifl.certification.sampling import Request, VoteCounter
+from certifl.certification.sampling import VoteCounter
 from certifl.rng import image_key
 from known_models import HalfSpace
 

@@ -13,7 +13,7 @@ from scipy.stats import binom
 import certifl
 import tiny_study as tiny
 from certifl.certification import Certificates
-from certifl.certification.adaptive import conclude
+from certifl.certification.adaptive import finalize
 from certifl.certification.counts import Votes
 from certifl.certification.network import prepare
 from certifl.certification.settings import Settings
@@ -73,25 +73,25 @@ def test_no_two_purposes_and_no_two_chunks_share_a_draw() -> None:
     assert len(torch.unique(torch.cat(seen))) > 1490  # of 1500; float32 draws may meet by chance
 
 
-def concluded(counts: list[list[int]], looks: list[int], bounds: str) -> Certificates:
+def finalized(counts: list[list[int]], looks: list[int], bounds: str) -> Certificates:
     """Certificates of images whose votes are written down; class 0 was chosen for all of them."""
     estimation, m = np.array(counts, np.int64), len(counts)
     selection = np.tile(np.array([[30, 20, 0]], np.int64), (m, 1))
     votes = Votes(selection, estimation, np.array(looks), np.ones(m, np.bool_), np.zeros(m))
     labels = np.zeros(m, np.int64)
-    return conclude(votes, Settings(bounds, n0=50, n=400), NOISE, labels)
+    return finalize(votes, Settings(bounds, n0=50, n=400).estimator_for(NOISE), labels)
 
 
 @pytest.mark.parametrize("estimator", ["sequential", "sequential-top-class"])
 def test_bounds_are_those_of_the_votes_cast_at_the_level_of_their_look(estimator: str) -> None:
     """Not of the n votes that might have been cast, nor at the level of all looks together."""
-    settings = Settings(estimator, n0=50, n=400)
+    chosen = Settings(estimator, n0=50, n=400).estimator_for(NOISE)
     counts = [[95, 3, 2], [190, 6, 4], [380, 12, 8]]
-    made = concluded(counts, [1, 2, 3], estimator)
-    assert settings.looks == (100, 200, 400)
+    made = finalized(counts, [1, 2, 3], estimator)
+    assert chosen.looks == (100, 200, 400)
     for row, (top, runner, _) in enumerate(counts):
-        spent, level = settings.looks[row], settings.levels[row]
-        p_lower, p_upper = BOUNDS[settings.bounds](top, runner, spent, level)
+        spent, level = chosen.looks[row], chosen.levels[row]
+        p_lower, p_upper = BOUNDS[chosen.bounds](top, runner, spent, level)
         assert made.p_lower[row] == p_lower
         assert made.p_upper[row] == p_upper
         assert binom.sf(top - 1, spent, made.p_lower[row]) <= level
@@ -101,7 +101,7 @@ def test_bounds_are_those_of_the_votes_cast_at_the_level_of_their_look(estimator
 @pytest.mark.parametrize("estimator", ["sequential", "runner-up", "top-class"])
 def test_a_chosen_class_that_does_not_lead_is_abstained_from(estimator: str) -> None:
     """The rival is the most voted OTHER class, also where that is the most voted of all."""
-    made = concluded([[100, 290, 10], [160, 200, 40], [200, 200, 0]], _last(estimator), estimator)
+    made = finalized([[100, 290, 10], [160, 200, 40], [200, 200, 0]], _last(estimator), estimator)
     assert made.abstained.all()
     assert (made.radius == 0).all()
     assert (made.p_upper >= np.array([290, 200, 200]) / 400).all()
@@ -110,7 +110,7 @@ def test_a_chosen_class_that_does_not_lead_is_abstained_from(estimator: str) -> 
 
 
 def _last(estimator: str) -> list[int]:
-    return [len(Settings(estimator, n0=50, n=400).looks)] * 3
+    return [len(Settings(estimator, n0=50, n=400).estimator_for(NOISE).looks)] * 3
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_clients_of_different_models_are_certified_with_their_own() -> None:
 
 def test_abstaining_from_an_image_without_a_label_is_not_being_right() -> None:
     """Both are written -1."""
-    made = concluded([[100, 290, 10]], _last("runner-up"), "runner-up")
+    made = finalized([[100, 290, 10]], _last("runner-up"), "runner-up")
     unlabelled = dataclasses.replace(made, label=np.full(1, -1, np.int64))
     assert unlabelled.abstained.all()
     assert not unlabelled.correct.any()

@@ -19,7 +19,7 @@ import certifl
 import tiny_study as tiny
 from certifl.certification import adaptive as engine
 from certifl.certification import verify
-from certifl.certification.adaptive import advance, conclude
+from certifl.certification.adaptive import advance, finalize
 from certifl.certification.counts import Votes, fresh
 from certifl.certification.network import prepare
 from certifl.certification.sampling import VoteCounter
@@ -204,15 +204,16 @@ def test_an_image_is_certified_alike_alone_in_a_batch_and_with_any_batch_size() 
 def test_an_interruption_at_any_wave_changes_nothing() -> None:
     model, images = images_and_model()
     network = prepare(model, images, precision="float32", batch_size=16)
-    settings, noise = Settings("scan", n=3000), certifl.Rotation("36deg")
+    noise = certifl.Rotation("36deg")
+    estimator = Settings("scan", n=3000).estimator_for(noise)
     counter, keys = VoteCounter(network, noise, 0), [image_key(i) for i in images]
     votes, waves = fresh(6, 4), 0
     while not votes.done.all():
-        advance(counter, images, keys, None, settings, votes)
-        votes = Votes.from_tensors({k: v.clone() for k, v in votes.tensors().items()})
+        advance(counter, images, keys, None, estimator, votes)
+        votes = Votes(**{name: values.copy() for name, values in votes.arrays().items()})
         waves += 1
     assert waves > 5
-    made = conclude(votes, settings, noise, conditions={})
+    made = finalize(votes, estimator)
     assert made.same_results(of_images(slice(None)))
 
 
@@ -285,9 +286,7 @@ def test_verification_finds_every_kind_of_tampering() -> None:
     low, high = made.interval[row]
     other = (made.predicted[row] + 1) % 4
     tampered = {
-        "its radius is larger than the shorter side": changed(
-            made, "radius", row, np.nextafter(made.radius[row], 9)
-        ),
+        "its radius ": changed(made, "radius", row, np.nextafter(made.radius[row], 9)),
         "its interval": changed(made, "interval", row, [low, np.nextafter(high, 9)]),
         "its interval ": changed(made, "interval", row, [np.nextafter(low, -9), high]),
         "its interval  ": changed(made, "interval", row, [np.nan, high]),
@@ -307,7 +306,7 @@ def test_verification_finds_every_kind_of_tampering() -> None:
     moved = dataclasses.replace(made, conditions={**made.conditions, "scan": scan})
     assert len(verify(moved)) >= len(made)
     facts = {k: v for k, v in made.conditions.items() if k != "scan"}
-    with pytest.raises(InputError, match="how they were scanned"):
+    with pytest.raises(InputError, match="how their votes were cast"):
         verify(dataclasses.replace(made, conditions=facts))
 
 
@@ -353,12 +352,16 @@ def test_a_study_that_scans_resumes_verifies_and_is_reported(
         (certifl.PixelNoise(0.5), {}, "families of one uniform parameter"),
         (certifl.Translation(0.5), {}, "translation is none"),
         (certifl.Scaling(1.0), {}, "factors down to 0"),
-        (certifl.Rotation(1.0), {"reach": -1.0}, "reach must be a positive"),
+        (
+            certifl.Rotation(1.0),
+            {"reach": -1.0},
+            "reach = -1.0 is not allowed: it must be a positive",
+        ),
         (certifl.Rotation(1.0), {"n": 1}, "at least 2"),
         (
             certifl.Rotation(1.0),
             {"reach": 1.0, "estimator": "sequential"},
-            "scan certificate alone",
+            "has no parameter 'reach'",
         ),
     ],
 )

@@ -175,9 +175,9 @@ SEQUENTIAL = {
 GRID = np.array([0.25, 0.5, 0.75, 1.0])
 
 
-@pytest.mark.parametrize(("rule", "give_up"), [("top-class", 3.0), ("runner-up", 0.01)])
+@pytest.mark.parametrize(("rule", "futility"), [("top-class", 3.0), ("runner-up", 0.01)])
 @pytest.mark.parametrize("cell", SEQUENTIAL)
-def test_radii_of_the_sequential_rule_hold(cell, rule, give_up):
+def test_radii_of_the_sequential_rule_hold(cell, rule, futility):
     law, shares = SEQUENTIAL[cell][0], np.array(SEQUENTIAL[cell][1])
     rng, schedule = generator(5), looks(1600, first=50)
     level = levels(ALPHA, schedule)
@@ -188,7 +188,7 @@ def test_radii_of_the_sequential_rule_hold(cell, rule, give_up):
         now = each_once(radius_at(law, rule, schedule[j], level[j]), *at)
         stop = partial(
             finished, look=j, looks=schedule, levels=level, grid=GRID, law=law, sigma=1.0,
-            bounds_rule=BOUNDS[rule], give_up=give_up,
+            bounds_rule=BOUNDS[rule], futility=futility,
         )  # fmt: skip
         done = each_once(stop, *at)
         radius = np.where(active & done, now, radius)

@@ -19,7 +19,6 @@ import tiny_study as tiny
 from certifl.certification import Certificates
 from certifl.certification import adaptive as engine
 from certifl.certification.counts import Votes
-from certifl.certification.scan import scan_of
 from certifl.errors import InputError
 from certifl.experiments import recast as recasting
 from certifl.experiments.recast import EXACT, FRESH, ROUNDING, Options, recast_run
@@ -76,9 +75,9 @@ def forged(place: Path) -> None:
         *(f"certification.{key}={made.conditions[key]}" for key in ("estimator", "n"))
     )
     perturbation, settings = spec.perturbation(), spec.certification.settings()
-    scanned = settings.estimator == "scan"
-    totals = scan_of(perturbation, settings).totals if scanned else np.array(settings.looks)
-    rows, classes, n = len(made), made.counts.shape[1], int(totals[-1])
+    estimator = settings.estimator_for(perturbation)
+    totals, scanned = estimator.looks, settings.estimator == "scan"
+    rows, classes, n = len(made), made.counts.shape[1], totals[-1]
     chosen = np.eye(classes, dtype=np.int64)[made.label]
     votes = Votes(
         selection=chosen * settings.n0,
@@ -88,9 +87,7 @@ def forged(place: Path) -> None:
         seconds=made.seconds,
         path=np.repeat(made.label[:, None], n, axis=1).astype(np.uint8) if scanned else None,
     )
-    best = engine.conclude(
-        votes, settings, perturbation, made.label, made.index, conditions=made.conditions
-    )
+    best = engine.finalize(votes, estimator, made.label, made.index, conditions=made.conditions)
     dataclasses.replace(best, client=made.client).save(folder.certificates)
     cast = int(best.votes.sum()) + int(best.selection_counts.sum())
     folder.update({"votes": cast})
@@ -198,8 +195,10 @@ def _case(
         level=nothing,
         seconds=nothing,
     )
-    cast = recasting._Cast(how, selection, moved, (), shares)
-    flipped, total = recasting._flipped(part, cast)
+    stored = Votes.of(part)
+    again = dataclasses.replace(stored, estimation=moved)
+    cast = recasting._Cast(how, stored, again, shares)
+    flipped, total = recasting._flipped(cast)
     assert flipped.tolist() == flips.tolist()
     return recasting.flips_problems(part, cast, flipped, total, recasting.LEVEL)
 

@@ -17,12 +17,13 @@ from torch import Tensor
 import certifl
 from certifl.certification import adaptive as engine
 from certifl.certification import certificates as predictions
-from certifl.certification import network, scan
+from certifl.certification import network
 from certifl.certification import sampling as votes
 from certifl.certification.certificates import predict_plain
 from certifl.certification.certify import _rounding, conditions
+from certifl.certification.counts import Request
 from certifl.certification.network import Network, prepare, tf32_state
-from certifl.certification.sampling import CHUNK, Request, VoteCounter, votes_per_turn
+from certifl.certification.sampling import CHUNK, VoteCounter, votes_per_image
 from certifl.certification.settings import Settings
 from certifl.study.certify import Job, _votes_key
 from known_models import HalfSpace
@@ -37,12 +38,12 @@ NOISE = certifl.PixelNoise(0.5)
 
 
 def test_batches_of_a_processor_keep_the_turn_they_had() -> None:
-    assert {votes_per_turn(1 << k) for k in range(10)} == {3200}  # 512 is the largest there
+    assert {votes_per_image(1 << k) for k in range(10)} == {3200}  # 512 is the largest there
 
 
 @pytest.mark.parametrize("batch_size", [801, 1000, 4096, 8192])
 def test_a_turn_is_whole_chunks_and_fills_some_batches(batch_size: int) -> None:
-    turn = votes_per_turn(batch_size)
+    turn = votes_per_image(batch_size)
     assert turn % CHUNK == 0
     assert 4 * batch_size <= turn < 4 * batch_size + CHUNK
 
@@ -59,8 +60,7 @@ def test_votes_are_the_same_whatever_the_turn(
 
     expected = made()
     for turn in (100, 130, 900, 6400):
-        for module in (engine, scan):
-            monkeypatch.setattr(module, "votes_per_turn", lambda _size, turn=turn: turn)
+        monkeypatch.setattr(engine, "votes_per_image", lambda _size, turn=turn: turn)
         assert made().same_results(expected), turn
 
 

@@ -169,7 +169,7 @@ def test_certify_goes_on_where_it_was_stopped_and_only_with_the_same_question(
         tiny.cli(*asked, *sigma, "--out", tmp_path / f"{name}.parquet").fine()
 
     monkeypatch.setattr(certifying, "_SECONDS_BETWEEN_SAVES", 0.0)
-    monkeypatch.setattr(engine, "_BATCHES_PER_WAVE", 4)
+    monkeypatch.setattr(engine, "_CALLS_PER_BATCH", 4)
     real, waves = engine.advance, 0
 
     def stopped(*given: object) -> None:

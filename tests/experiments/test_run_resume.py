@@ -72,7 +72,7 @@ def work(spec: Spec, place: Path) -> None:
     """The study in a process of its own, with votes saved after every small wave."""
     torch.set_num_threads(1)
     certifying._SECONDS_BETWEEN_SAVES = 0.0
-    engine._BATCHES_PER_WAVE = 2
+    engine._CALLS_PER_BATCH = 2
     run(spec, Options(place))
 
 

@@ -151,8 +151,8 @@ def test_reachable_radius_is_between_the_likely_and_the_best_case(law, rule, dat
 def test_an_image_that_would_reach_the_step_is_rarely_given_up():
     # Given the counts after n votes, those at a look are hypergeometric. For images whose LAST
     # look just reaches a step, the exact chance of being stopped short of it must be near
-    # give_up * n_j / n; 1.6 covers the Beta limit that stands in for the exact one.
-    schedule, give_up = looks(100_000), 0.05
+    # futility * n_j / n; 1.6 covers the Beta limit that stands in for the exact one.
+    schedule, price = looks(100_000), 0.05
     level, n = levels(1e-3, schedule), schedule[-1]
     every = np.arange(n // 2, n + 1)
     radius = GAUSSIAN.radius(0.25, *BOUNDS["top-class"](every, 0, n, level[-1]))
@@ -161,18 +161,26 @@ def test_an_image_that_would_reach_the_step_is_rarely_given_up():
         for j, spent in enumerate(schedule[:-1]):
             k = np.arange(spent + 1)
             reach = reachable_radius(
-                k, 0 * k, j, schedule, level, GAUSSIAN, 0.25, BOUNDS["top-class"], give_up=give_up
+                k,
+                0 * k,
+                j,
+                schedule,
+                level,
+                GAUSSIAN,
+                0.25,
+                BOUNDS["top-class"],
+                futility=price,
             )
             short = grid_steps(reach, GRID) < grid_steps(radius[needed - n // 2], GRID)
             missed = hypergeom.cdf(k[short].max(initial=-1), n, needed, spent)
-            assert missed <= 1.6 * give_up * spent / n
+            assert missed <= 1.6 * price * spent / n
 
 
 def test_a_higher_price_stops_earlier_and_never_later():
     rng = np.random.default_rng(1)
     top = rng.binomial(6400, rng.uniform(0.4, 1.0, 2000))
     patient, hasty = (
-        run(top, 6400 - top, 6, law=UNIFORM, grid=even_grid(0.25, 21), give_up=price)
+        run(top, 6400 - top, 6, law=UNIFORM, grid=even_grid(0.25, 21), futility=price)
         for price in (0.01, 3.0)
     )
     assert np.all(hasty >= patient)
@@ -188,8 +196,8 @@ def test_a_higher_price_stops_earlier_and_never_later():
         {"k": [1.5]},
         {"grid": [-1.0]},
         {"grid": [np.nan]},
-        {"give_up": 0.0},
-        {"give_up": float("nan")},
+        {"futility": 0.0},
+        {"futility": float("nan")},
     ],
 )
 def test_counts_that_do_not_fit_are_refused(change):

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from certifl.certification.certified_sets import CertifiedRegion, lengths, reach_of
-from certifl.certification.counts import lead_of, sign_test_against
-from certifl.certification.sampling import CHUNK, Request, VoteCounter
+from certifl.certification.counts import Request, lead_of, sign_test_against
+from certifl.certification.sampling import CHUNK, VoteCounter
 from certifl.errors import InputError
 from certifl.rng import generator, image_key
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from certifl.certification import metadata as groups
+from certifl.certification.counts import UNLABELLED
 from certifl.certification.metadata import kinds, require_groups
 from certifl.errors import InputError, UnusualValue
 from certifl.perturbations.units import parse_amount, parse_amounts
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from certifl.certification.network import Network
 
 ABSTAINED = -1
-UNLABELLED = -1
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -146,7 +146,7 @@ class Certificates:
         return max(facts, key=lambda entry: float(entry.get("sigma") or 0.0))
 
     def _warn_beyond(self, asked: Floats) -> None:
-        from certifl.certification.scan import largest_radius
+        from certifl.certification.estimators import largest_radius
 
         facts = self._facts()
         largest = max(largest_radius(facts), float(self.radius.max(initial=0.0)))

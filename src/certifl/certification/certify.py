@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from certifl._version import __version__
 from certifl.certification import adaptive as engine
-from certifl.certification import counts, scan
+from certifl.certification import counts
 from certifl.certification.certificates import ABSTAINED, Certificates
 from certifl.certification.checks import (
     Model,
@@ -26,10 +26,11 @@ from certifl.certification.checks import (
     check_perturbation,
     check_seed,
 )
+from certifl.certification.estimators import Estimator, least_that, too_few_votes
 from certifl.certification.network import PRECISIONS, Network, prepare, tf32_state
 from certifl.certification.rng_check import check_random_source_once
-from certifl.certification.sampling import Request, VoteCounter
-from certifl.certification.settings import Settings, least_that, too_few_votes
+from certifl.certification.sampling import VoteCounter
+from certifl.certification.settings import Settings
 from certifl.errors import InputError
 from certifl.models import fingerprint
 from certifl.perturbations import describe
@@ -124,7 +125,8 @@ def certify(
     asked = None if radii is None else parse_amounts(radii, unit)
     far = None if reach is None else parse_amount(reach, unit, "reach")
     settings = Settings(estimator, n0, n, alpha, asked, label_aware, far, keep)
-    scan.check_votes(perturbation, settings)
+    chosen = settings.estimator_for(perturbation)
+    chosen.check()
     blocks = _blocks(images, labels, perturbation)
     first = next(blocks, None)
     if first is None:
@@ -142,7 +144,7 @@ def certify(
                 shifted = _shifted(report, done + start, done + len(values), settings)
                 part = None if known is None else known[rows]
                 parts.append(
-                    _certified(counter, values[rows], part, settings, done + start, shifted)
+                    _certified(counter, values[rows], part, chosen, done + start, shifted)
                 )
             done += len(values)
     made = Certificates.concatenate(parts)
@@ -212,16 +214,15 @@ def _certified(
     counter: VoteCounter,
     images: Tensor,
     labels: np.ndarray | None,
-    settings: Settings,
+    estimator: Estimator,
     start: int,
     progress: Progress | None,
 ) -> Certificates:
     """Certificates of images that are on the device together; `start` is the first one's index."""
     votes = counts.fresh(len(images), counter.network.classes)
     held = images.to(counter.network.device)
-    engine.count_all(counter, held, labels, settings, votes, progress=progress)
-    index = np.arange(start, start + len(images))
-    return engine.conclude(votes, settings, counter.perturbation, labels, index)
+    engine.count_all(counter, held, labels, estimator, votes, progress=progress)
+    return engine.finalize(votes, estimator, labels, np.arange(start, start + len(images)))
 
 
 @contextlib.contextmanager
@@ -280,19 +281,14 @@ def conditions(
 
 
 def asked_conditions(perturbation: Perturbation, settings: Settings, seed: int) -> dict[str, Any]:
-    """The conditions that follow from what was asked for, before any network is known.
+    """The metadata that follow from what was asked for, before any network is known.
 
     `verify` compares a record with these, so they must depend on the arguments alone.
 
     Args:
         perturbation, settings, seed: as in `conditions`.
     """
-    looks, levels, scanned = settings.looks, settings.levels, {}
-    if settings.estimator == "scan":
-        stretch = scan.scan_of(perturbation, settings)
-        scanned = {"scan": scan.describe_scan(stretch), "reach": settings.reach}
-        # One level for all looks: the scan may be read after any pass.
-        looks, levels = tuple(stretch.totals.tolist()), (settings.alpha,)
+    estimator = settings.estimator_for(perturbation)
     return {
         "family": perturbation.family,
         "sigma": perturbation.sigma,
@@ -302,13 +298,13 @@ def asked_conditions(perturbation: Perturbation, settings: Settings, seed: int) 
         "unit": perturbation.unit,
         "threat": perturbation.threat,
         "estimator": settings.estimator,
-        "bounds": settings.bounds,
+        "bounds": estimator.bounds,
         "alpha": settings.alpha,
         "n0": settings.n0,
         "n": settings.n,
-        "look_votes": list(looks),
-        "look_levels": list(levels),
-        **scanned,
+        "look_votes": list(estimator.looks),
+        "look_levels": list(estimator.levels),
+        **estimator.metadata,
         "radii": None if settings.radii is None else list(settings.radii),
         "label_aware": settings.label_aware,
         "keep": settings.keep,
@@ -370,7 +366,8 @@ def predict(
     for start in range(0, len(values), _BLOCK):
         block = values[start : start + _BLOCK].to(network.device)
         requests = [
-            Request(row, row, image_key(image), "predict", 0, n) for row, image in enumerate(block)
+            counts.Request(row, row, image_key(image), "predict", 0, n)
+            for row, image in enumerate(block)
         ]
         answers.append(_decided(counter.count(block, requests, slots=len(block)), alpha))
     return np.concatenate(answers)

@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from certifl.smoothing.bounds import two_sided_sign_test
+
+if TYPE_CHECKING:
+    from certifl.certification.certificates import Certificates
+
+UNLABELLED = -1
+
+
+@dataclass(frozen=True)
+class Request:
+    """Votes wanted: numbers `start` to `stop` of one image's votes of one purpose.
+
+    Attributes:
+        slot: the row of the result that counts them.
+        image: the row of the images.
+        key: `rng.image_key` of that image.
+        purpose: "selection", "estimation", "attack", "predict" or "explore".
+        start: first vote, counted from 0 over the image's votes of this purpose.
+        stop: one past the last vote.
+    """
+
+    slot: int
+    image: int
+    key: int
+    purpose: str
+    start: int
+    stop: int
 
 
 @dataclass
@@ -33,15 +58,34 @@ class Votes:
     seconds: np.ndarray
     path: np.ndarray | None = None
 
-    def tensors(self) -> dict[str, Tensor]:
-        """As named tensors, for a checkpoint."""
-        held = {name: a for name, a in vars(self).items() if a is not None}
-        return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in held.items()}
+    @property
+    def selected(self) -> np.ndarray:
+        """(m,) the class that the selection votes choose."""
+        return self.selection.argmax(axis=1)
+
+    @property
+    def cast(self) -> np.ndarray:
+        """(m,) votes cast so far."""
+        return self.selection.sum(axis=1) + self.estimation.sum(axis=1)
+
+    def rows(self, mask: np.ndarray) -> Votes:
+        """The votes of some images."""
+        return Votes(**{name: values[mask] for name, values in self.arrays().items()})
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """As named arrays, for a checkpoint; `Votes(**arrays)` reads them."""
+        return {name: values for name, values in vars(self).items() if values is not None}
 
     @staticmethod
-    def from_tensors(tensors: Mapping[str, Tensor]) -> Votes:
-        """From named tensors of a checkpoint."""
-        return Votes(**{name: value.numpy() for name, value in tensors.items()})
+    def of(certificates: Certificates) -> Votes:
+        """The finished votes of certificates; the order of a scan's votes is not among them."""
+        return Votes(
+            selection=certificates.selection_counts,
+            estimation=certificates.counts,
+            looks=certificates.looks,
+            done=np.ones(len(certificates), np.bool_),
+            seconds=certificates.seconds,
+        )
 
 
 def fresh(images: int, classes: int) -> Votes:
@@ -54,6 +98,39 @@ def fresh(images: int, classes: int) -> Votes:
         done=np.zeros(images, np.bool_),
         seconds=np.zeros(images, np.float64),
     )
+
+
+def next_requests(
+    votes: Votes,
+    keys: Sequence[int],
+    n0: int,
+    looks: Sequence[int],
+    size: int,
+    quota: int,
+    purposes: Sequence[str],
+) -> list[Request]:
+    """The next votes of as many unfinished images, in order, as make a batch.
+
+    Args:
+        votes: cast so far. keys: `rng.image_key` of each image.
+        n0: selection votes of an image. looks: estimation votes at which its counts are looked at.
+        size: votes of the batch, about. quota: the most of one image and purpose.
+        purposes: "selection", "estimation" or both.
+    """
+    requests: list[Request] = []
+    requested = 0
+    for row in map(int, np.flatnonzero(~votes.done)):
+        if requested >= size:
+            break
+        ends = {"selection": n0, "estimation": looks[votes.looks[row]]}
+        counts = {"selection": votes.selection, "estimation": votes.estimation}
+        for purpose in purposes:
+            start = int(counts[purpose][row].sum())
+            stop = min(int(ends[purpose]), start + quota)
+            if stop > start:
+                requests.append(Request(row, row, keys[row], purpose, start, stop))
+                requested += stop - start
+    return requests
 
 
 # A class against its closest rival, from the votes of both.
@@ -72,21 +149,22 @@ def sign_test_against(
         in_favour: of the opposite instead, "some other class is at least as likely". (Every other
             class must then lose, the closest of them shows least: no factor is needed.)
     """
-    top, rival = _tops(counts, predicted)
+    top, rival = top_and_runner_up(counts, predicted)
     ahead, behind = (top, rival) if in_favour else (rival, top)
     tail = np.asarray(two_sided_sign_test(ahead, behind)) / 2.0
     factor = 1 if in_favour else counts.shape[1] - 1
     return np.where(ahead > behind, np.minimum(1.0, tail * factor), 1.0)
 
 
-def _tops(counts: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def top_and_runner_up(counts: np.ndarray, selected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Votes of the selected class, and the most of any other class; (m,) each."""
     rows = np.arange(len(counts))
     others = counts.copy()
-    others[rows, predicted] = -1
-    return counts[rows, predicted], others.max(axis=1)
+    others[rows, selected] = 0
+    return counts[rows, selected], others.max(axis=1)
 
 
 def lead_of(counts: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Votes of the predicted class minus those of the closest other one, as a share, (m,)."""
-    top, rival = _tops(counts, predicted)
+    top, rival = top_and_runner_up(counts, predicted)
     return (top - rival) / np.maximum(counts.sum(axis=1), 1)

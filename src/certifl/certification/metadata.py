@@ -23,25 +23,34 @@ from typing import Any
 
 import numpy as np
 
+from certifl.certification.settings import ESTIMATORS
 from certifl.errors import InputError
 
 PERTURBATIONS = "perturbations"
 
 Conditions = Mapping[str, Any]
-_OF_A_PERTURBATION = (
-    "family",
-    "sigma",
-    "description",
-    "law",
-    "norm",
-    "unit",
-    "threat",
+AMOUNTS = (
     "radii",
-    "scan",
-    "reach",
+    *(name for row in ESTIMATORS.rows.values() for name in row.metadata),
     "look_votes",
     "look_levels",
 )
+"""What depends on a perturbation and its unit."""
+_OF_A_PERTURBATION = (
+    *("family", "sigma", "description", "law", "norm", "unit", "threat"),
+    *AMOUNTS,
+)
+
+
+def differs(first: Any, second: Any) -> bool:
+    """Whether two stored values are not the same; true is not 1."""
+    return json.dumps(first, sort_keys=True) != json.dumps(second, sort_keys=True)
+
+
+def below_sigma(metadata: Conditions) -> bool:
+    """Whether radii must stay below sigma: Corollary 1 for a uniform distribution."""
+    row = ESTIMATORS.rows.get(str(metadata.get("estimator")))
+    return metadata.get("law") == "uniform" and not (row is not None and row.beyond_sigma)
 
 
 def require_groups(conditions: Conditions) -> None:

@@ -16,14 +16,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from certifl._version import __version__
-from certifl.certification.scan import describe_scan, scan_from, scan_of
-from certifl.certification.settings import Settings
+from certifl.certification.estimators import Estimator
+from certifl.certification.metadata import differs
+from certifl.certification.settings import ESTIMATORS, Settings
 from certifl.errors import InputError
 from certifl.perturbations import PERTURBATIONS, Perturbation, from_record
-from certifl.smoothing.laws import LAWS
-from certifl.smoothing.strata import Scan, passes_of
+from certifl.smoothing.laws import LAWS, Law
 
-_ALIKE = 1e-12  # a reach that is derived from the ends of a stretch is off by a rounding or two
 _OF_A_PERTURBATION = ("family", "sigma", "law", "norm", "unit", "threat")
 
 
@@ -51,24 +50,36 @@ class _Types(BaseModel):
 
 
 @dataclass(frozen=True)
+class RecordedNoise:
+    """The noise of a perturbation that certifl may not have, as a record says it."""
+
+    family: str
+    sigma: float
+    law: Law
+    unit: str
+
+
+@dataclass(frozen=True)
 class Record:
-    """The conditions of certificates of one perturbation.
+    """The metadata of certificates of one perturbation.
 
     Attributes:
-        facts: as they are stored.
-        settings: how votes became certificates; None where they could not be asked for.
+        metadata: as they are stored.
+        estimator: how votes became certificates; None where it could not be asked for.
         perturbation: what was certified; None for a family that certifl does not have.
         problems: what is wrong; where there is anything, no row can be judged.
-        scan: where the votes of a scan were cast.
-        reach_unknown: whether a scan was recorded by a version that left out its reach.
     """
 
-    facts: Mapping[str, Any]
-    settings: Settings | None = None
+    metadata: Mapping[str, Any]
+    estimator: Estimator | None = None
     perturbation: Perturbation | None = None
     problems: tuple[str, ...] = ()
-    scan: Scan | None = None
-    reach_unknown: bool = False
+
+    @property
+    def missing(self) -> list[str]:
+        """What an older version did not record yet of its estimator."""
+        row = ESTIMATORS.rows.get(str(self.metadata["estimator"]))
+        return [name for name in (row.metadata if row else ()) if name not in self.metadata]
 
 
 def as_stored(conditions: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,29 +102,49 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not a number, a text or a list")
 
 
-def differs(first: Any, second: Any) -> bool:
-    """Whether two stored values are not the same; true is not 1."""
-    return json.dumps(first, sort_keys=True) != json.dumps(second, sort_keys=True)
-
-
 def read_record(conditions: Mapping[str, Any]) -> Record:
-    """Conditions with everything that they say about themselves compared.
+    """Metadata with everything that they say about themselves compared.
 
     Raises:
-        InputError: they cannot be read, or say nothing of the scan they are of.
+        InputError: they cannot be read, or lack what their estimator needs.
     """
-    facts = as_stored(conditions)
-    problem = _type_problem(facts) or _schedule_problem(facts)
+    metadata = as_stored(conditions)
+    problem = _type_problem(metadata) or _schedule_problem(metadata)
     if problem is not None:
-        return Record(facts, problems=(problem,))
-    settings = _settings_of(facts)
-    perturbation, problems = _described(facts)
-    if settings.estimator != "scan":
-        return Record(facts, settings, perturbation, problems)
-    scan = scan_from(facts)
-    if not problems:
-        problems = tuple(_stretch_problems(facts, scan, settings, perturbation))
-    return Record(facts, settings, perturbation, problems, scan, "reach" not in facts)
+        return Record(metadata, problems=(problem,))
+    perturbation, problems = _described(metadata)
+    try:
+        estimator = _estimator_of(metadata)
+        if problem := _settings_problem(metadata, estimator):
+            return Record(metadata, estimator, perturbation, (problem,))
+        problem = estimator.record_problem(metadata)
+    except KeyError as error:
+        raise InputError(
+            f"These certificates do not say how their votes were cast: {error} is missing."
+        ) from error
+    except InputError as error:
+        problem = f"its settings are none that could be asked for: {error}"
+        return Record(metadata, None, perturbation, (problem,))
+    if problem is not None and not problems:
+        problems = (problem,)
+    return Record(metadata, estimator, perturbation, problems)
+
+
+def _estimator_of(metadata: Mapping[str, Any]) -> Estimator:
+    """The estimator that is recorded.
+
+    Raises:
+        InputError: its settings could not have been asked for.
+        KeyError: the metadata lack what it needs.
+    """
+    settings = _settings_of(metadata)
+    noise = RecordedNoise(
+        family=str(metadata.get("family")),
+        sigma=metadata["sigma"],
+        law=LAWS[metadata["law"]],
+        unit=str(metadata.get("unit")),
+    )
+    return ESTIMATORS[settings.estimator].recorded(settings, noise, metadata)
 
 
 def _type_problem(facts: Mapping[str, Any]) -> str | None:
@@ -149,19 +180,15 @@ def _settings_of(facts: Mapping[str, Any]) -> Settings:
 def _schedule_problem(facts: Mapping[str, Any]) -> str | None:
     """Why looks and levels may not have been fixed before the first vote; None where they were."""
     looks, levels, alpha = facts["look_votes"], facts["look_levels"], facts["alpha"]
-    scanned = facts["estimator"] == "scan"
     if not _rising(looks):
         return f"the looks {looks} are not numbers of votes that rise"
-    if len(levels) != (1 if scanned else len(looks)):
+    if len(levels) not in (1, len(looks)):
         return f"there are {len(levels)} levels for {len(looks)} looks"
     if not all(_number(level) and level > 0.0 for level in levels):
         return f"a level of its looks is not a positive number: {levels}"
     if math.fsum(levels) > alpha:
         return f"the levels of the looks sum to more than alpha = {alpha}"
-    try:
-        return _scan_problem(facts) if scanned else _settings_problem(facts)
-    except InputError as error:
-        return f"its settings are none that could be asked for: {error}"
+    return None
 
 
 def _rising(looks: list[Any]) -> bool:
@@ -173,36 +200,16 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _settings_problem(facts: Mapping[str, Any]) -> str | None:
+def _settings_problem(metadata: Mapping[str, Any], estimator: Estimator) -> str | None:
     """Where bounds, looks or levels are not those that the other settings give."""
-    settings = _settings_of(facts)
-    made = {
-        "bounds": settings.bounds,
-        "look_votes": list(settings.looks),
-        "look_levels": list(settings.levels),
+    expected = {
+        "bounds": estimator.bounds,
+        "look_votes": list(estimator.looks),
+        "look_levels": list(estimator.levels),
     }
-    for name, value in made.items():
-        if facts[name] != value:
-            return f"its {name} {facts[name]} are not those of its settings, {value}"
-    return None
-
-
-def _scan_problem(facts: Mapping[str, Any]) -> str | None:
-    """Where the passes of a scan, after each of which it was read, are not those of its n."""
-    if "scan" not in facts:
-        return None  # said by whoever reads it
-    settings, scan = _settings_of(facts), scan_from(facts)
-    if not math.isfinite(scan.width / scan.sigma) or differs(facts["scan"], describe_scan(scan)):
-        return f"its scan cannot be read: {facts['scan']}"
-    passes = passes_of(settings.n, scan.sigma, scan.width)
-    if facts["bounds"] != settings.bounds:
-        return f"its bounds {facts['bounds']} are not those of its settings, {settings.bounds}"
-    if scan.passes != passes:
-        return f"the passes {list(scan.passes)} are not those of its settings, {list(passes)}"
-    if list(facts["look_votes"]) != scan.totals.tolist():
-        return "the looks are not the passes of its scan"
-    if list(facts["look_levels"]) != [facts["alpha"]]:
-        return f"its level {facts['look_levels']} is not alpha = {facts['alpha']}"
+    for name, value in expected.items():
+        if metadata[name] != value:
+            return f"its {name} {metadata[name]} are not those of its settings, {value}"
     return None
 
 
@@ -231,38 +238,3 @@ def known_words(name: str, facts: Mapping[str, Any]) -> bool:
     versions = facts.get("versions")
     own = isinstance(versions, dict) and versions.get("certifl") == __version__
     return own or name != "threat"
-
-
-def _stretch_problems(
-    facts: Mapping[str, Any], scan: Scan, settings: Settings, perturbation: Perturbation | None
-) -> list[str]:
-    """Where a scan was not what its reach asks for: a longer stretch has longer intervals."""
-    if perturbation is None:
-        return ["its scan is of a family that has none"]
-    reaches = [settings.reach]
-    if "reach" not in facts:
-        reaches.append(scan.high - scan.sigma)
-    for reach in reaches:
-        asked = _asked_scan(perturbation, settings, reach)
-        if asked is not None and _same_scan(asked, scan, exactly="reach" in facts):
-            return []
-    return [
-        f"its scan from {scan.low:g} to {scan.high:g} is not the one that sigma, n and reach give"
-    ]
-
-
-def _asked_scan(
-    perturbation: Perturbation, settings: Settings, reach: float | None
-) -> Scan | None:
-    try:
-        asked = Settings("scan", settings.n0, settings.n, settings.alpha, reach=reach)
-        return scan_of(perturbation, asked)
-    except InputError:
-        return None  # nobody could have asked for it
-
-
-def _same_scan(first: Scan, second: Scan, exactly: bool) -> bool:
-    if exactly:
-        return first == second
-    ends = np.allclose([first.low, first.high], [second.low, second.high], rtol=_ALIKE, atol=0.0)
-    return bool(ends) and (first.periodic, first.passes) == (second.periodic, second.passes)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from certifl.certification.counts import Request
 from certifl.certification.network import Network
 from certifl.perturbations.base import Perturbation
 from certifl.rng import vote_generator
@@ -37,40 +38,19 @@ _NO_MEMORY = (
     "alloc_failed",
     "unable to find an engine",  # cuDNN, where none fits into what memory is left
 )
-_VOTES_PER_TURN = 3200
-_BATCHES_PER_TURN = 4
+_VOTES_PER_IMAGE = 3200
+_CALLS_PER_IMAGE = 4
 _Counted = TypeVar("_Counted")
 
 
-@dataclass(frozen=True)
-class Request:
-    """Votes wanted: numbers `start` to `stop` of one image's votes of one purpose.
-
-    Attributes:
-        slot: the row of the result that counts them.
-        image: the row of the images.
-        key: `rng.image_key` of that image.
-        purpose: "selection", "estimation", "attack", "predict" or "explore".
-        start: first vote, counted from 0 over the image's votes of this purpose.
-        stop: one past the last vote.
-    """
-
-    slot: int
-    image: int
-    key: int
-    purpose: str
-    start: int
-    stop: int
-
-
-def votes_per_turn(batch_size: int) -> int:
+def votes_per_image(batch_size: int) -> int:
     """The most votes that one image is asked for at once: whole chunks, and some batches full.
 
     A last image that is alone would leave most of a large batch empty with fewer. Where the votes
     are cut changes none of them.
     """
-    chunks = -(-_BATCHES_PER_TURN * batch_size // CHUNK)
-    return max(_VOTES_PER_TURN, chunks * CHUNK)
+    chunks = -(-_CALLS_PER_IMAGE * batch_size // CHUNK)
+    return max(_VOTES_PER_IMAGE, chunks * CHUNK)
 
 
 class VoteCounter:

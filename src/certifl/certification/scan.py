@@ -1,4 +1,4 @@
-"""The scan certificate of one-parameter uniform families: casting its votes, reading them.
+"""The scan estimator, for families of one uniform parameter: an interval instead of a radius.
 
 Vote v of an image is cast at a parameter that depends on (seed, image content, v) alone. Classes
 are kept in the order of the votes, for a scan is read from where they changed.
@@ -6,28 +6,33 @@ are kept in the order of the votes, for a scan is read from where they changed.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from certifl.certification.counts import Votes
-from certifl.certification.sampling import CHUNK, Request, VoteCounter, votes_per_turn
-from certifl.certification.settings import (
-    GRID_POINTS,
-    Settings,
-    check_reachable,
+from certifl.certification.certificates import Certificates
+from certifl.certification.counts import Request, Votes, next_requests
+from certifl.certification.estimators import (
+    BoolArray,
+    Estimator,
+    FloatArray,
+    Metadata,
+    Noise,
     least_that,
-    too_few_votes,
 )
+from certifl.certification.metadata import differs
+from certifl.certification.sampling import CHUNK, VoteCounter
+from certifl.certification.settings import GRID_POINTS, Settings
 from certifl.errors import InputError
-from certifl.perturbations.base import Perturbation
 from certifl.rng import vote_generator
-from certifl.smoothing.laws import LAWS
 from certifl.smoothing.scan import BETS, SHARES, Reading, read_scan
 from certifl.smoothing.sequential import grid_steps
 from certifl.smoothing.strata import Scan, passes_of
@@ -37,70 +42,232 @@ _BLOCK = 16
 # A scaling parameter of -1 shrinks the sampling grid to a point.
 _LEAST_SCALING = -1.0
 _SCALING_REACH = 3.0
+_ROUNDING = 1e-12  # of a reach that is derived from the ends of a scan
 
 
-def scan_of(perturbation: Perturbation, settings: Settings) -> Scan:
+@dataclass(frozen=True)
+class ScanEstimator(Estimator):
+    """Votes along the whole axis, read after each pass: see `smoothing.scan`.
+
+    One level, alpha, covers whatever pass an image stopped after.
+
+    Attributes:
+        stored: the scan that a record says, instead of the one that the settings give.
+    """
+
+    stored: Scan | None = None
+
+    bounds = "scan"
+    stops_early = True
+
+    @cached_property
+    def scan(self) -> Scan:
+        """Where votes are cast; raises InputError as `scan_of`."""
+        return scan_of(self.noise, self.settings) if self.stored is None else self.stored
+
+    @cached_property
+    def looks(self) -> tuple[int, ...]:
+        """Votes after each pass."""
+        return tuple(self.scan.totals.tolist())
+
+    @cached_property
+    def levels(self) -> tuple[float, ...]:
+        """One level for all looks: the scan may be read after any pass."""
+        return (self.settings.alpha,)
+
+    def largest_radius(self) -> float:
+        """The shorter side of the scan, as a radius is the shorter side of an interval."""
+        return min(-self.scan.ends[0], self.scan.ends[1])
+
+    def decides(self) -> bool:
+        """Whether votes that all agree certify the class at 0."""
+        agreed = np.zeros((1, self.looks[-1]), np.uint8)
+        chosen = np.zeros(1, np.int64)
+        return bool(read_scan(self.scan, agreed, chosen, self.settings.alpha).certified[0])
+
+    def least_votes(self) -> int:
+        """A number of votes from which on the class at 0 is certified where all agree.
+
+        Which strata stand for a window depends on how the axis is cut, so a few smaller numbers
+        may do as well. k agreeing pairs less 2 strata, the most that a window's run is off, are
+        enough; a window of k pairs takes k + 1 strata.
+        """
+        scan, alpha = self.scan, self.settings.alpha
+        pairs = least_that(lambda k: 2.0 / alpha < float(SHARES @ np.exp(BETS * (k - 2.0))))
+        return 2 * math.ceil((pairs + 1) * scan.width / (2.0 * scan.sigma))
+
+    def next_requests(
+        self, votes: Votes, keys: Sequence[int], size: int, quota: int
+    ) -> list[Request]:
+        """Selection votes first, at delta = 0; the scan's own votes are others."""
+        n0 = self.settings.n0
+        missing = bool((votes.selection.sum(axis=1) < n0).any())
+        purposes = ["selection" if missing else "estimation"]
+        return next_requests(votes, keys, n0, self.looks, size, quota, purposes)
+
+    def cast(
+        self, counter: VoteCounter, images: Tensor, requests: Sequence[Request], votes: Votes
+    ) -> None:
+        """Cast the requested votes and add them, in place; scanning votes in their order."""
+        selecting = [request for request in requests if request.purpose == "selection"]
+        if selecting:
+            super().cast(counter, images, selecting, votes)
+        scanning = [request for request in requests if request.purpose == "estimation"]
+        if not scanning:
+            return
+        numbers = [np.arange(request.start, request.stop) for request in scanning]
+        rows = np.repeat([request.image for request in scanning], [len(n) for n in numbers])
+        params = torch.cat(
+            [parameters(self.scan, counter.seed, r.key, r.start, r.stop) for r in scanning]
+        )
+        classes = counter.classes(images, torch.from_numpy(rows), params)
+        _append(votes, rows, np.concatenate(numbers), classes)
+
+    def close(self, votes: Votes, labels: np.ndarray | None) -> None:
+        """Where a pass is complete, read it and decide whether another could help."""
+        pending = np.minimum(votes.looks, len(self.looks) - 1)
+        due = ~votes.done & (votes.estimation.sum(axis=1) >= self.scan.totals[pending])
+        for rows, reading in self._readings(votes, due, pending):
+            votes.done[rows] = self._settled(reading)
+        votes.looks[due] += 1
+        votes.done |= votes.looks >= len(self.looks)
+        # A wrong class counts nowhere, however far it is certified.
+        votes.done[due] |= self.misclassified(votes, labels)[due]
+
+    def finalize(self, votes: Votes) -> dict[str, np.ndarray]:
+        """As `Estimator.finalize`; no single probability is bounded, so those bounds are NaN."""
+        m = len(votes.done)
+        interval, certified = np.zeros((m, 2)), np.zeros(m, np.bool_)
+        for rows, reading in self._readings(votes, np.ones(m, np.bool_), votes.looks - 1):
+            interval[rows], certified[rows] = reading.interval, reading.certified
+        packed = np.empty(m, dtype=object)
+        for row in range(m):
+            assert votes.path is not None
+            packed[row] = _packed(votes.path[row, : self.looks[votes.looks[row] - 1]])
+        return {
+            "certified": certified,
+            "radius": _radius(interval),
+            "interval": interval,
+            "p_lower": np.full(m, np.nan),
+            "p_upper": np.full(m, np.nan),
+            "level": self.level(votes.looks - 1),
+            "scan_votes": packed,
+        }
+
+    def _readings(
+        self, votes: Votes, which: BoolArray, look: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, Reading]]:
+        """Readings of some images after the pass `look` of each, a few images at a time."""
+        selected = votes.selected
+        for at in np.unique(look[which]):
+            same = np.flatnonzero(which & (look == at))
+            for start in range(0, len(same), _BLOCK):
+                rows = same[start : start + _BLOCK]
+                assert votes.path is not None
+                path = votes.path[rows, : self.looks[at]]
+                yield rows, read_scan(self.scan, path, selected[rows], self.settings.alpha)
+
+    def _settled(self, reading: Reading) -> BoolArray:
+        """Where no more can be gained that would be reported: see `Settings.radii`."""
+        if self.settings.radii is not None:
+            grid = np.array(self.settings.radii)
+            reached = grid_steps(_radius(reading.interval), grid)
+            return grid_steps(_radius(reading.hope), grid) <= reached
+        gap = np.abs(reading.hope) - np.abs(reading.interval)
+        undecided = ~reading.certified & (reading.hope != 0).any(axis=1)
+        return (gap <= self.scan.sigma / GRID_POINTS).all(axis=1) & ~undecided
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Where votes were cast, and the reach that was asked for."""
+        return {"scan": describe_scan(self.scan), "reach": self.settings.reach}
+
+    @classmethod
+    def recorded(cls, settings: Settings, noise: Noise, metadata: Metadata) -> ScanEstimator:
+        """As `Estimator.recorded`."""
+        described, scan = metadata["scan"], scan_from(metadata)
+        if not math.isfinite(scan.width / scan.sigma) or differs(described, describe_scan(scan)):
+            raise InputError(f"its scan cannot be read: {described}")
+        return cls(settings, noise, scan)
+
+    @staticmethod
+    def largest_recorded(metadata: Metadata) -> float:
+        """The shorter side of the scan, as a radius is the shorter side of an interval."""
+        low, high = scan_from(metadata).ends
+        return min(-low, high)
+
+    def record_problem(self, metadata: Metadata) -> str | None:
+        """Where passes or range are not those that n, sigma and reach give.
+
+        A longer scan has longer intervals. Records of old versions may leave out the reach.
+        """
+        scan, settings = self.scan, self.settings
+        passes = passes_of(settings.n, scan.sigma, scan.width)
+        if scan.passes != passes:
+            return f"the passes {list(scan.passes)} are not those of its settings, {list(passes)}"
+        exactly = "reach" in metadata
+        reaches = [settings.reach] if exactly else [None, scan.high - scan.sigma]
+        for reach in reaches:
+            try:
+                expected = scan_of(self.noise, dataclasses.replace(settings, reach=reach))
+            except InputError:
+                continue
+            if expected == scan if exactly else _nearly_same(expected, scan):
+                return None
+        return (
+            f"its scan from {scan.low:g} to {scan.high:g} is not the one that sigma, n and reach "
+            "give"
+        )
+
+    def recorded_votes(
+        self, certificates: Certificates, report: Callable[[BoolArray, str], None]
+    ) -> tuple[Votes, BoolArray]:
+        """As `Estimator.recorded_votes`, with the votes in their order."""
+        if certificates.interval is None or certificates.scan_votes is None:
+            raise InputError(
+                "These certificates carry no votes of a scan; verify the .parquet file."
+            )
+        m, classes = certificates.counts.shape
+        votes, readable = Votes.of(certificates), np.ones(m, np.bool_)
+        width = int(certificates.votes.max(initial=0))
+        votes.path = np.zeros((m, width), np.uint8 if classes <= 256 else np.int32)
+        for row, counts in enumerate(certificates.counts):
+            try:
+                path = unpacked(certificates.scan_votes[row], classes, int(counts.sum()))
+                if not np.array_equal(np.bincount(path, minlength=classes), counts):
+                    raise ValueError("they are not those that were counted")
+                votes.path[row, : len(path)] = path
+            except ValueError as error:
+                readable[row] = False
+                report(np.arange(m) == row, f"its votes cannot be read: {error}")
+        return votes.rows(readable), readable
+
+    def stopped_early(self, votes: Votes, radius: FloatArray, tolerance: float) -> BoolArray:
+        """As `Estimator.stopped_early`; passes are read exactly, so nothing is tolerated."""
+        del radius, tolerance
+        early = np.zeros(len(votes.done), np.bool_)
+        before_last = votes.looks < len(self.looks)
+        for rows, reading in self._readings(votes, before_last, votes.looks - 1):
+            early[rows] = ~self._settled(reading)
+        return early
+
+
+def scan_of(noise: Noise, settings: Settings) -> Scan:
     """Where the votes of these settings are cast; fixed before the first of them.
 
     Raises:
         InputError: a family that is not of one parameter under the uniform law, or a sigma or
             reach that leaves nothing to scan.
     """
-    if perturbation.family not in _STRETCHES:
+    if noise.family not in _STRETCHES:
         known = " and ".join(_STRETCHES)
         raise InputError(
             f"The scan certificate is for families of one uniform parameter, {known}; "
-            f"{perturbation.family} is none. Choose another estimator, such as 'sequential'."
+            f"{noise.family} is none. Choose another estimator, such as 'sequential'."
         )
-    low, high, periodic = _STRETCHES[perturbation.family](perturbation.sigma, settings.reach)
-    passes = passes_of(settings.n, perturbation.sigma, high - low)
-    return Scan(perturbation.sigma, low, high, periodic, passes)
-
-
-def check_votes(perturbation: Perturbation, settings: Settings) -> None:
-    """Refuse settings with which votes that all agree certify nothing, or none of the radii.
-
-    Raises:
-        InputError: as `Settings.grid`, and for "scan" as `scan_of`.
-    """
-    if settings.estimator != "scan":
-        settings.grid(perturbation)
-        return
-    scan = scan_of(perturbation, settings)
-    if not _decides(scan, settings.alpha):
-        least = _sufficient_votes(scan, settings.alpha)
-        raise too_few_votes(settings.n, settings.alpha, least)
-    if settings.radii is not None:
-        farthest = min(-scan.ends[0], scan.ends[1])
-        check_reachable(settings.radii, farthest, perturbation.unit, settings.n)
-
-
-def _decides(scan: Scan, alpha: float) -> bool:
-    """Whether votes that all agree certify the class at 0."""
-    agreed = np.zeros((1, int(scan.totals[-1])), np.uint8)
-    return bool(read_scan(scan, agreed, np.zeros(1, np.int64), alpha).certified[0])
-
-
-def _sufficient_votes(scan: Scan, alpha: float) -> int:
-    """A number of votes from which on the class at 0 is certified where all agree.
-
-    Which strata stand for a window depends on how the stretch is cut, so a few smaller numbers
-    may do as well. k agreeing pairs less 2 strata, the most that a window's run is off, are
-    enough; a window of k pairs takes k + 1 strata.
-    """
-    pairs = least_that(lambda k: 2.0 / alpha < float(SHARES @ np.exp(BETS * (k - 2.0))))
-    return 2 * math.ceil((pairs + 1) * scan.width / (2.0 * scan.sigma))
-
-
-def largest_radius(conditions: Mapping[str, Any]) -> float:
-    """The largest radius that certificates of these conditions can have; infinity if unknown."""
-    if "scan" in conditions:
-        low, high = scan_from(conditions).ends
-        return min(-low, high)
-    law = LAWS.get(str(conditions.get("law")))
-    if law is None or not {"sigma", "n", "alpha"} <= conditions.keys():
-        return math.inf
-    return law.largest_radius(conditions["sigma"], conditions["n"], conditions["alpha"])
+    low, high, periodic = _STRETCHES[noise.family](noise.sigma, settings.reach)
+    passes = passes_of(settings.n, noise.sigma, high - low)
+    return Scan(noise.sigma, low, high, periodic, passes)
 
 
 def _turn(sigma: float, reach: float | None) -> tuple[float, float, bool]:
@@ -125,7 +292,7 @@ _STRETCHES = {"rotation": _turn, "scaling": _stretch}
 
 
 def describe_scan(scan: Scan) -> dict[str, Any]:
-    """The scan for the record; `scan_from` reads it."""
+    """The scan as metadata; `scan_from` reads it."""
     return {
         "low": scan.low,
         "high": scan.high,
@@ -151,30 +318,11 @@ def scan_from(conditions: Mapping[str, Any]) -> Scan:
         ) from error
 
 
-def cast(
-    counter: VoteCounter,
-    images: Tensor,
-    keys: list[int],
-    labels: np.ndarray | None,
-    settings: Settings,
-    votes: Votes,
-    wave: int,
-) -> None:
-    """Cast about `wave` votes, in place, and close the images whose interval is settled."""
-    scan = scan_of(counter.perturbation, settings)
-    missing = settings.n0 - votes.selection.sum(axis=1)
-    if missing.any():
-        _select(counter, images, keys, settings, votes, wave)
-        return
-    turns = list(_turns(votes, scan, wave, votes_per_turn(counter.network.batch_size)))
-    rows = np.repeat([row for row, _, _ in turns], [stop - start for _, start, stop in turns])
-    numbers = [np.arange(start, stop) for _, start, stop in turns]
-    params = torch.cat(
-        [parameters(scan, counter.seed, keys[row], start, stop) for row, start, stop in turns]
+def _nearly_same(first: Scan, second: Scan) -> bool:
+    ends = np.allclose(
+        [first.low, first.high], [second.low, second.high], rtol=_ROUNDING, atol=0.0
     )
-    classes = counter.classes(images, torch.from_numpy(rows), params)
-    _keep(votes, rows, np.concatenate(numbers), classes)
-    _settle(votes, scan, labels, settings)
+    return bool(ends) and (first.periodic, first.passes) == (second.periodic, second.passes)
 
 
 def parameters(scan: Scan, seed: int, key: int, start: int, stop: int) -> Tensor:
@@ -182,37 +330,6 @@ def parameters(scan: Scan, seed: int, key: int, start: int, stop: int) -> Tensor
     drawn = _uniforms(seed, key, start, stop)
     t = scan.parameters(np.arange(start, stop), drawn)
     return torch.from_numpy(t).to(torch.float32)[:, None]
-
-
-def _select(
-    counter: VoteCounter,
-    images: Tensor,
-    keys: list[int],
-    settings: Settings,
-    votes: Votes,
-    wave: int,
-) -> None:
-    """Votes of the law at delta = 0 that choose c_A; the scan's own votes are others."""
-    requests: list[Request] = []
-    asked, turn = 0, votes_per_turn(counter.network.batch_size)
-    for row, have in enumerate(votes.selection.sum(axis=1)):
-        if have < settings.n0 and asked < wave:
-            stop = min(settings.n0, int(have) + turn)
-            requests.append(Request(row, row, keys[row], "selection", int(have), stop))
-            asked += stop - int(have)
-    votes.selection += counter.count(images, requests, slots=len(keys))
-
-
-def _turns(votes: Votes, scan: Scan, wave: int, turn: int) -> Iterator[tuple[int, int, int]]:
-    """(row, first vote, one past the last) of as many unfinished images as fill a wave."""
-    asked = 0
-    for row in np.flatnonzero(~votes.done):
-        if asked >= wave:
-            return
-        have = int(votes.estimation[row].sum())
-        stop = min(int(scan.totals[votes.looks[row]]), have + turn)
-        yield int(row), have, stop
-        asked += stop - have
 
 
 def _uniforms(seed: int, key: int, start: int, stop: int) -> np.ndarray:
@@ -225,7 +342,7 @@ def _uniforms(seed: int, key: int, start: int, stop: int) -> np.ndarray:
     return torch.cat(chunks).numpy()[start - first * CHUNK : stop - first * CHUNK]
 
 
-def _keep(votes: Votes, rows: np.ndarray, numbers: np.ndarray, classes: np.ndarray) -> None:
+def _append(votes: Votes, rows: np.ndarray, numbers: np.ndarray, classes: np.ndarray) -> None:
     """Write votes where they belong; the table of votes grows as far as any image has come."""
     m, count = votes.estimation.shape
     if votes.path is None:
@@ -237,75 +354,9 @@ def _keep(votes: Votes, rows: np.ndarray, numbers: np.ndarray, classes: np.ndarr
     np.add.at(votes.estimation, (rows, classes), 1)
 
 
-def _settle(votes: Votes, scan: Scan, labels: np.ndarray | None, settings: Settings) -> None:
-    """Where a pass is complete, read it and decide whether another could help."""
-    cast_so_far = votes.estimation.sum(axis=1)
-    pending = np.minimum(votes.looks, len(scan.passes) - 1)
-    ready = ~votes.done & (cast_so_far >= scan.totals[pending])
-    for rows, reading in _readings(votes, scan, settings, ready, pending):
-        votes.done[rows] = _enough(reading, scan, settings)
-    votes.looks[ready] += 1
-    votes.done |= votes.looks >= len(scan.passes)
-    if labels is not None and settings.label_aware:
-        # A wrong class counts nowhere, however far it is certified.
-        votes.done[ready] |= (votes.selection.argmax(axis=1) != labels)[ready]
-
-
-def _readings(
-    votes: Votes, scan: Scan, settings: Settings, which: np.ndarray, look: np.ndarray
-) -> Iterator[tuple[np.ndarray, Reading]]:
-    """Readings of some images after the pass `look` of each, a few images at a time."""
-    chosen = votes.selection.argmax(axis=1)
-    for at in np.unique(look[which]):
-        same = np.flatnonzero(which & (look == at))
-        for start in range(0, len(same), _BLOCK):
-            rows = same[start : start + _BLOCK]
-            assert votes.path is not None
-            path = votes.path[rows, : scan.totals[at]]
-            yield rows, read_scan(scan, path, chosen[rows], settings.alpha)
-
-
-def _enough(reading: Reading, scan: Scan, settings: Settings) -> np.ndarray:
-    """Where no more can be gained that would be reported: see `Settings.radii`."""
-    if settings.radii is not None:
-        grid = np.array(settings.radii)
-        return grid_steps(_radius(reading.hope), grid) <= grid_steps(
-            _radius(reading.interval), grid
-        )
-    gap = np.abs(reading.hope) - np.abs(reading.interval)
-    undecided = ~reading.certified & (reading.hope != 0).any(axis=1)
-    return (gap <= scan.sigma / GRID_POINTS).all(axis=1) & ~undecided
-
-
 def _radius(interval: np.ndarray) -> np.ndarray:
     """The shorter side."""
     return np.minimum(-interval[:, 0], interval[:, 1]) + 0.0
-
-
-def claims(votes: Votes, settings: Settings, perturbation: Perturbation) -> dict[str, Any]:
-    """What finished votes certify, as columns of `Certificates`, and which rows are certified.
-
-    One level, alpha, covers whatever pass an image stopped after: see `smoothing.scan`.
-    """
-    scan, m = scan_of(perturbation, settings), len(votes.done)
-    interval, certified = np.zeros((m, 2)), np.zeros(m, np.bool_)
-    everyone = np.ones(m, np.bool_)
-    packed = np.empty(m, dtype=object)
-    for rows, reading in _readings(votes, scan, settings, everyone, votes.looks - 1):
-        interval[rows], certified[rows] = reading.interval, reading.certified
-    for row in range(m):
-        assert votes.path is not None
-        packed[row] = _packed(votes.path[row, : scan.totals[votes.looks[row] - 1]])
-    unknown = np.full(m, np.nan)  # a scan bounds differences along the axis, no one probability
-    return {
-        "certified": certified,
-        "radius": _radius(interval),
-        "interval": interval,
-        "p_lower": unknown,
-        "p_upper": unknown.copy(),
-        "level": np.full(m, settings.alpha),
-        "scan_votes": packed,
-    }
 
 
 def _packed(path: np.ndarray) -> bytes:
@@ -338,17 +389,3 @@ def unpacked(packed: bytes, classes: int, most: int | None = None) -> np.ndarray
     if len(path) and not 0 <= path.min() <= path.max() < classes:
         raise ValueError("a vote for a class there is not")
     return path
-
-
-def read_votes(scan: Scan, path: np.ndarray, chosen: int, alpha: float) -> Reading:
-    """What one image's stored votes certify; one row.
-
-    Raises:
-        InputError: votes that end within a pass.
-    """
-    return read_scan(scan, path[None], np.array([chosen]), alpha)
-
-
-def settled(reading: Reading, scan: Scan, settings: Settings) -> bool:
-    """Whether one image's votes could stop here, wherever its passes end."""
-    return bool(_enough(reading, scan, settings)[0])

@@ -1,58 +1,72 @@
-"""How votes become a certificate: estimator, votes and levels, fixed before the first vote."""
+"""What `certify` is asked for, and the estimators by name: fixed before the first vote.
+
+Nothing here imports torch or scipy, so that specs are checked quickly; an estimator's class is
+loaded when it is first built.
+"""
 
 from __future__ import annotations
 
-import bisect
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from pydantic import Field
 
-from certifl.errors import InputError
-from certifl.perturbations.base import Perturbation
-from certifl.smoothing import curves, sequential
-from certifl.smoothing.bounds import BOUNDS
+from certifl.errors import InputError, SpecError
+from certifl.registry import Registry, Row, check_parameters, parameters
+
+if TYPE_CHECKING:
+    from certifl.certification.estimators import Estimator, Noise
 
 GRID_POINTS = 50
 _MOST_VOTES = 10**9
-
-# name -> (which bounds, whether votes are looked at on the way)
-ESTIMATORS: dict[str, tuple[str, bool]] = {
-    "top-class": ("top-class", False),
-    "runner-up": ("runner-up", False),
-    "sequential": ("runner-up", True),
-    "sequential-top-class": ("top-class", True),
-    "scan": ("scan", False),
-}
+_DEFAULTS = {"keep": "certificates", "reach": None}
+_KEEP = (Literal["certificates", "curve"], "certificates")
+_REACH = (Annotated[float | None, Field(gt=0, description="a positive finite amount")], None)
 
 
 @dataclass(frozen=True)
-class _Thrift:
-    """How often sequential certification looks, and what n votes are worth (see `sequential`).
+class EstimatorRow(Row):
+    """An estimator.
 
     Attributes:
-        per_doubling, early_share: as `sequential.looks` and `sequential.levels` take them.
-        price: of n votes, in grid steps (`sequential.finished`'s give_up); or where `of_curve`,
-            as a share of the curve: a lost step is 1 / steps of what an image adds to it.
+        metadata: names that it adds to the metadata of its certificates.
+        beyond_sigma: whether its radii may exceed the sigma of a uniform distribution.
     """
 
-    per_doubling: int
-    early_share: float
-    price: float
-    of_curve: bool
+    metadata: tuple[str, ...] = ()
+    beyond_sigma: bool = False
 
 
-KEEPS = {
-    "certificates": _Thrift(per_doubling=1, early_share=0.02, price=0.01, of_curve=False),
-    "curve": _Thrift(per_doubling=4, early_share=0.005, price=0.2, of_curve=True),
-}
-"""What stopping early must keep.
-
-`verify` makes the looks and levels of a record anew from these numbers. Whoever changes them gives
-the changed ones a name of their own, for certificates made before must still verify.
-"""
+ESTIMATORS: Registry[EstimatorRow] = Registry(
+    "estimator",
+    {
+        "top-class": EstimatorRow(
+            "certifl.certification.estimators:TopClass", parameters(), "top class"
+        ),
+        "runner-up": EstimatorRow(
+            "certifl.certification.estimators:RunnerUp", parameters(), "runner-up"
+        ),
+        "sequential": EstimatorRow(
+            "certifl.certification.estimators:Sequential", parameters(keep=_KEEP), "sequential"
+        ),
+        "sequential-top-class": EstimatorRow(
+            "certifl.certification.estimators:SequentialTopClass",
+            parameters(keep=_KEEP),
+            "sequential, top class",
+        ),
+        "scan": EstimatorRow(
+            "certifl.certification.scan:ScanEstimator",
+            parameters(reach=_REACH),
+            "scan",
+            metadata=("scan", "reach"),
+            beyond_sigma=True,
+        ),
+    },
+)
+"""All estimators: one row each. A new estimator is one file and one row."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,7 @@ class Settings:
     keep: str = "certificates"
 
     def __post_init__(self) -> None:
-        if self.estimator not in ESTIMATORS:
+        if not isinstance(self.estimator, str) or self.estimator not in ESTIMATORS:
             known = ", ".join(ESTIMATORS)
             raise InputError(f"estimator must be one of {known}; got {self.estimator!r}.")
         for name in ("n0", "n"):
@@ -100,83 +114,22 @@ class Settings:
             )
         if self.radii is not None:
             object.__setattr__(self, "radii", _checked_radii(self.radii))
+        self._check_parameters()
         if self.reach is not None:
-            object.__setattr__(self, "reach", _checked_reach(self.reach, self.estimator))
-        if self.keep not in KEEPS:
-            raise InputError(f"keep must be one of {', '.join(KEEPS)}; got {self.keep!r}.")
-        if self.keep != "certificates" and not ESTIMATORS[self.estimator][1]:
-            raise InputError(
-                f"keep = {self.keep!r} is for sequential certification alone: {self.estimator!r} "
-                'does not stop early by it. Choose estimator = "sequential".'
-            )
+            object.__setattr__(self, "reach", float(self.reach))
 
-    @property
-    def bounds(self) -> str:
-        """Which confidence bounds: "top-class" or "runner-up"; "scan" has its own."""
-        return ESTIMATORS[self.estimator][0]
+    def _check_parameters(self) -> None:
+        """Refuse parameters that the estimator does not have, and values that are not allowed."""
+        values = {name: getattr(self, name) for name in _DEFAULTS}
+        given = {name: value for name, value in values.items() if value != _DEFAULTS[name]}
+        try:
+            check_parameters(self.estimator, ESTIMATORS.rows[self.estimator].parameters, given)
+        except SpecError as error:
+            raise InputError(str(error)) from error
 
-    @property
-    def looks(self) -> tuple[int, ...]:
-        """Numbers of votes at which the counts are looked at; the last is n."""
-        if not ESTIMATORS[self.estimator][1]:
-            return (self.n,)
-        return sequential.looks(self.n, per_doubling=KEEPS[self.keep].per_doubling)
-
-    @property
-    def levels(self) -> tuple[float, ...]:
-        """Confidence level of each look; they sum to at most alpha."""
-        looks = self.looks
-        if len(looks) == 1:
-            return (self.alpha,)
-        return sequential.levels(self.alpha, looks, KEEPS[self.keep].early_share)
-
-    def give_up(self, grid: NDArray[np.float64]) -> float:
-        """The price of n votes in steps of this grid, as `sequential.finished` takes it."""
-        thrift = KEEPS[self.keep]
-        return thrift.price * max(1, np.unique(grid[grid > 0]).size if thrift.of_curve else 1)
-
-    def grid(self, perturbation: Perturbation) -> NDArray[np.float64]:
-        """The radii that will be reported, in the perturbation's unit.
-
-        Raises:
-            InputError: so few votes that none of them could certify anything, all agreeing; or
-                radii of which n votes can certify none.
-        """
-        if self.bounds in BOUNDS and not self.decides():
-            raise too_few_votes(self.n, self.alpha, self.least_votes())
-        largest = perturbation.law.largest_radius(perturbation.sigma, self.n, self.alpha)
-        if self.radii is not None:
-            check_reachable(self.radii, float(largest), perturbation.unit, self.n)
-            return np.array(self.radii, dtype=np.float64)
-        return curves.even_grid(float(largest), GRID_POINTS)
-
-    def decides(self) -> bool:
-        """Whether n votes that all agree certify anything; not for "scan", see `scan`.
-
-        The last look has the most votes and the highest level, so it decides.
-        """
-        low, high = BOUNDS[self.bounds](self.n, 0, self.n, self.levels[-1])
-        return bool(low > high)
-
-    def least_votes(self) -> int:
-        """The least n at which votes that all agree certify anything, at this alpha."""
-        return least_that(lambda n: replace(self, n=n, radii=None).decides())
-
-
-def least_that(decides: Callable[[int], bool]) -> int:
-    """The least n that decides, where every larger one does too."""
-    high = 1
-    while not decides(high):
-        high *= 2
-    return bisect.bisect_left(range(high), True, lo=1, key=decides)
-
-
-def too_few_votes(n: int, alpha: float, least: int) -> InputError:
-    """The refusal of votes that could decide nothing, even where they all agree."""
-    return InputError(
-        f"n = {n} votes can decide nothing at alpha = {alpha:g}, even where they all agree: take "
-        f"n = {least} or more; 1000 and more are usual."
-    )
+    def estimator_for(self, perturbation: Noise) -> Estimator:
+        """The estimator with these settings, for the noise of one perturbation."""
+        return ESTIMATORS[self.estimator](self, perturbation)
 
 
 def _checked_votes(name: str, value: object) -> int:
@@ -198,27 +151,3 @@ def _checked_radii(radii: Sequence[float]) -> tuple[float, ...]:
     if not values or not all(math.isfinite(r) and r >= 0.0 for r in values):
         raise InputError("radii must be finite numbers of at least 0, and at least one of them.")
     return values
-
-
-def check_reachable(radii: Sequence[float], largest: float, unit: str, n: int) -> None:
-    """Refuse radii of which n votes can certify none.
-
-    Raises:
-        InputError: all positive ones lie beyond the largest that n votes certify.
-    """
-    smallest = min((radius for radius in radii if radius > 0.0), default=0.0)
-    if largest < smallest:
-        degrees = " (5 degrees are 0.0873)" if unit == "radians" else ""
-        ways = ' An angle in degrees is written "5deg".' if unit == "radians" else ""
-        raise InputError(
-            f"radii are in {unit}{degrees}, and n = {n} votes certify {largest:.4g} at most, so "
-            f"none of yours, from {smallest:g} up, can be reached.{ways}"
-        )
-
-
-def _checked_reach(reach: float, estimator: str) -> float:
-    if estimator != "scan":
-        raise InputError(f"reach is for the scan certificate alone, not for {estimator!r}.")
-    if not (isinstance(reach, (int, float)) and math.isfinite(reach) and reach > 0.0):
-        raise InputError(f"reach must be a positive finite amount; got {reach!r}.")
-    return float(reach)

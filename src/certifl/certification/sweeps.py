@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from certifl.certification.certified_sets import lengths
-from certifl.certification.sampling import Request, VoteCounter
+from certifl.certification.counts import Request
+from certifl.certification.sampling import VoteCounter
 from certifl.perturbations import Perturbation
 from certifl.rng import generator, image_key
 

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from certifl.certification.certificates import ABSTAINED, UNLABELLED, Certificates
+from certifl.certification.counts import Votes
+from certifl.certification.estimators import Estimator, Metadata
 from certifl.certification.metadata import PERTURBATIONS, masks
-from certifl.certification.record import Record, read_record
-from certifl.certification.scan import read_votes, settled, unpacked
-from certifl.certification.settings import ESTIMATORS
+from certifl.certification.record import read_record
 from certifl.errors import InputError
-from certifl.smoothing.bounds import BOUNDS
-from certifl.smoothing.laws import LAWS, UNIFORM
-from certifl.smoothing.scan import Reading
-from certifl.smoothing.sequential import grid_steps, reachable_radius
+from certifl.smoothing.laws import UNIFORM
 
 Report = Callable[[np.ndarray, str], None]
 """Called with a mask of rows and what is wrong with them."""
@@ -105,7 +101,7 @@ def unverified(certificates: Certificates) -> tuple[str, ...]:
     for record in (read_record(part.conditions) for part in parts):
         if record.perturbation is None:
             notes.append("unit and threat of a perturbation that certifl does not have")
-        if record.reach_unknown:
+        if "reach" in record.missing:
             notes.append("how far the scan was asked to look (an older record)")
     return tuple(dict.fromkeys(notes))
 
@@ -149,27 +145,34 @@ def _verified(certificates: Certificates) -> list[Finding]:
     for problem in record.problems:
         # Bounds at levels that were not fixed in advance bound nothing: no row is read further.
         report(np.ones(len(certificates), np.bool_), problem)
-    if not record.problems:
-        _check_rows(certificates, record, report)
+    if record.estimator is not None and not record.problems:
+        _check_rows(certificates, record.estimator, record.metadata, report)
     return findings
 
 
-def _check_rows(certificates: Certificates, record: Record, report: Report) -> None:
-    sound = _check_numbers(certificates, report) & _check_votes(certificates, record, report)
-    chosen = np.flatnonzero(sound)
-    if not len(chosen):
-        return
+def _check_rows(
+    certificates: Certificates, estimator: Estimator, metadata: Metadata, report: Report
+) -> None:
+    sound = np.flatnonzero(
+        _check_numbers(certificates, report) & _check_votes(certificates, estimator, report)
+    )
+    part = certificates.select(sound)
+    votes, readable = estimator.recorded_votes(part, _of_rows(sound, certificates, report))
+    chosen = sound[readable]
+    if len(chosen):
+        report_chosen = _of_rows(chosen, certificates, report)
+        _check_claims(part.select(readable), votes, estimator, metadata, report_chosen)
 
-    def report_sound(rows: np.ndarray, problem: str) -> None:
+
+def _of_rows(chosen: np.ndarray, certificates: Certificates, report: Report) -> Report:
+    """Reports of some of the rows, as reports of all of them."""
+
+    def report_chosen(rows: np.ndarray, problem: str) -> None:
         mask = np.zeros(len(certificates), np.bool_)
         mask[chosen[rows]] = True
         report(mask, problem)
 
-    part = certificates.select(chosen)
-    if record.scan is not None:
-        _check_intervals(part, record, report_sound)
-    else:
-        _check_claims(part, record, report_sound)
+    return report_chosen
 
 
 def _check_numbers(certificates: Certificates, report: Report) -> np.ndarray:
@@ -188,20 +191,18 @@ def _check_numbers(certificates: Certificates, report: Report) -> np.ndarray:
     return ~np.logical_or.reduce(list(faults.values()))
 
 
-def _check_votes(certificates: Certificates, record: Record, report: Report) -> np.ndarray:
+def _check_votes(certificates: Certificates, estimator: Estimator, report: Report) -> np.ndarray:
     """Which rows have as many votes as one of the looks; others are reported."""
-    facts = record.facts
-    looks, levels = np.array(facts["look_votes"]), np.array(facts["look_levels"])
+    looks, n0 = np.array(estimator.looks), estimator.settings.n0
     look = certificates.looks - 1
     known = (look >= 0) & (look < len(looks))
     look = np.where(known, look, 0)
     cast, chosen = certificates.votes == looks[look], certificates.selection_counts.sum(axis=1)
     report(~known, "its number of looks is not one that was fixed in advance")
     report(~cast, "its number of votes is not that of its last look")
-    report(chosen != facts["n0"], f"it has not n0 = {facts['n0']} selection votes")
-    level = np.full(len(look), facts["alpha"]) if record.scan is not None else levels[look]
-    report(certificates.level != level, "its level is not its look's")
-    return known & cast & (chosen == facts["n0"])
+    report(chosen != n0, f"it has not n0 = {n0} selection votes")
+    report(certificates.level != estimator.level(look), "its level is not its look's")
+    return known & cast & (chosen == n0)
 
 
 def _check_class(certificates: Certificates, certified: np.ndarray, report: Report) -> None:
@@ -212,7 +213,7 @@ def _check_class(certificates: Certificates, certified: np.ndarray, report: Repo
     report(~claimed & certified, "it abstains, yet its votes certify its class")
 
 
-def _granted(facts: Mapping[str, Any]) -> float:
+def _granted(facts: Metadata) -> float:
     """What radii may exceed those of today by, relatively: 0.0 but for records of certifl 0.1."""
     versions = facts.get("versions")
     version = versions.get("certifl") if isinstance(versions, Mapping) else None
@@ -234,8 +235,11 @@ def _report_numbers(
     of another scipy.
     """
     source = "the one its votes give"
-    within = sign * stored <= sign * made * (1.0 + granted)
+    unknown = np.isnan(made)
+    report(unknown & ~np.isnan(stored), f"it has a {name}, which its estimator does not give")
+    within = unknown | (sign * stored <= sign * made * (1.0 + granted))
     alike = np.isclose(stored, made, rtol=_ALIKE, atol=_ALIKE) | (sign * stored >= sign * made)
+    alike |= unknown
     for row in np.flatnonzero(~(within & alike)):
         more, less = ("larger", "smaller") if sign > 0 else ("smaller", "larger")
         how = less if within[row] else more
@@ -245,73 +249,32 @@ def _report_numbers(
         )
 
 
-def _check_claims(certificates: Certificates, record: Record, report: Report) -> None:
-    facts, law = record.facts, LAWS[record.facts["law"]]
-    look = certificates.looks - 1
-    votes, levels = np.array(facts["look_votes"])[look], np.array(facts["look_levels"])[look]
-    top, runner = _tops(certificates)
-    p_lower, p_upper = BOUNDS[facts["bounds"]](top, runner, votes, levels)
-    certified = np.asarray(p_lower > p_upper)
-    radius = np.where(certified, law.radius(facts["sigma"], p_lower, p_upper), 0.0)
-    if certificates.interval is not None or certificates.scan_votes is not None:
-        report(np.ones(len(look), np.bool_), "it has an interval, but is of no scan")
-    _check_class(certificates, certified, report)
-    _report_numbers("radius", certificates.radius, radius, 1, report, _granted(facts))
-    _report_numbers("p_lower", certificates.p_lower, np.asarray(p_lower), 1, report)
-    _report_numbers("p_upper", certificates.p_upper, np.asarray(p_upper), -1, report)
-    if ESTIMATORS[facts["estimator"]][1]:
-        _check_stops(certificates, record, radius, report)
-
-
-def _tops(certificates: Certificates) -> tuple[np.ndarray, np.ndarray]:
-    """Estimation votes of the selected class, and the most of any other."""
-    rows, selected = np.arange(len(certificates)), certificates.selection_counts.argmax(axis=1)
-    others = certificates.counts.copy()
-    others[rows, selected] = -1
-    return certificates.counts[rows, selected], np.maximum(others.max(axis=1), 0)
-
-
-def _wrong(certificates: Certificates, record: Record) -> np.ndarray:
-    """Images on which votes stopped because their class is wrong."""
-    assert record.settings is not None
-    labelled = certificates.label != UNLABELLED
-    selected = certificates.selection_counts.argmax(axis=1)
-    return labelled & (selected != certificates.label) & record.settings.label_aware
-
-
-def _check_stops(
-    certificates: Certificates, record: Record, radius: np.ndarray, report: Report
+def _check_claims(
+    certificates: Certificates,
+    votes: Votes,
+    estimator: Estimator,
+    metadata: Metadata,
+    report: Report,
 ) -> None:
-    """Votes stop where radii, label and label_aware say so: altered ones do not fit the votes."""
-    settings, perturbation = record.settings, record.perturbation
-    assert settings is not None
-    wrong, last = _wrong(certificates, record), len(settings.looks)
-    report(wrong & (certificates.looks > 1), _STOPPED_LATE)
-    if perturbation is None:
-        return
-    try:
-        grid = settings.grid(perturbation)
-    except InputError:
-        return  # so few votes that none could be certified: they were all cast
-    rows = np.flatnonzero(~wrong & (certificates.looks < last))
-    top, runner = _tops(certificates)
-    best = reachable_radius(
-        top[rows],
-        runner[rows],
-        certificates.looks[rows] - 1,
-        settings.looks,
-        settings.levels,
-        perturbation.law,
-        perturbation.sigma,
-        BOUNDS[settings.bounds],
-        give_up=settings.give_up(grid),
-    )
-    # A grid step that is missed by a rounding counts as reached.
-    near = max(_ALIKE, _granted(record.facts))
-    gained = grid_steps(best * (1 - near), grid) > grid_steps(radius[rows] * (1 + near), grid)
-    early = np.zeros(len(certificates), np.bool_)
-    early[rows[gained]] = True
-    report(early, _STOPPED_EARLY)
+    """Compare all columns with those that the votes give."""
+    expected = estimator.finalize(votes)
+    for name in ("interval", "scan_votes"):
+        if name not in expected and getattr(certificates, name) is not None:
+            everything = np.ones(len(certificates), np.bool_)
+            report(everything, f"it has a column {name}, which its estimator does not give")
+    _check_class(certificates, expected["certified"], report)
+    granted = 0.0 if "interval" in expected else _granted(metadata)
+    _report_numbers("radius", certificates.radius, expected["radius"], 1, report, granted)
+    for name, sign in {"p_lower": 1, "p_upper": -1}.items():
+        _report_numbers(name, getattr(certificates, name), expected[name], sign, report)
+    if "interval" in expected and certificates.interval is not None:
+        _report_intervals(certificates.interval, expected["interval"], report)
+    if estimator.stops_early:
+        wrong = estimator.misclassified(votes, certificates.label)
+        report(wrong & (votes.looks > 1), _STOPPED_LATE)
+        tolerance = max(_ALIKE, _granted(metadata))
+        early = estimator.stopped_early(votes, expected["radius"], tolerance)
+        report(early & ~wrong, _STOPPED_EARLY)
 
 
 _STOPPED_LATE = (
@@ -320,70 +283,15 @@ _STOPPED_LATE = (
 _STOPPED_EARLY = "its votes stopped earlier than radii, keep and label_aware allow"
 
 
-def _check_intervals(certificates: Certificates, record: Record, report: Report) -> None:
-    if certificates.interval is None or certificates.scan_votes is None:
-        raise InputError("These certificates carry no votes of a scan; verify the .parquet file.")
-    rows, low, high = np.arange(len(certificates)), *certificates.interval.T
-    shorter = np.minimum(-low, high) + 0.0
-    report(
-        ~(certificates.radius <= shorter),
-        "its radius is larger than the shorter side of its interval",
-    )
-    report(
-        certificates.radius < shorter - _ALIKE,
-        "its radius is smaller than the shorter side of its interval",
-    )
-    known = np.isfinite(certificates.p_lower) | np.isfinite(certificates.p_upper)
-    report(known, "it has bounds of a probability, which a scan has not")
-    certified, early = certificates.predicted != ABSTAINED, np.zeros(len(certificates), np.bool_)
-    for row in range(len(rows)):
-        reading = _read(
-            certificates, record, row, lambda problem, row=row: report(rows == row, problem)
+def _report_intervals(stored: np.ndarray, expected: np.ndarray, report: Report) -> None:
+    """Report intervals that are larger than those of the votes, or other than them."""
+    low, high = stored.T
+    within = (expected[:, 0] <= low) & (low <= 0) & (high >= 0) & (high <= expected[:, 1])
+    alike = np.isclose(stored, expected, rtol=_ALIKE, atol=_ALIKE).all(axis=1)
+    for row in np.flatnonzero(~(within & alike)):
+        how = "smaller" if within[row] else "larger"
+        report(
+            np.arange(len(stored)) == row,
+            f"its interval {stored[row].tolist()} is {how} than {expected[row].tolist()}, the "
+            "interval its votes give",
         )
-        if reading is not None:
-            certified[row] = reading.certified[0]
-            early[row] = not _stops(certificates, record, row, reading)
-    wrong = _wrong(certificates, record)
-    report(wrong & (certificates.looks > 1), _STOPPED_LATE)
-    report(early & ~wrong, _STOPPED_EARLY)
-    _check_class(certificates, certified, report)
-
-
-def _stops(certificates: Certificates, record: Record, row: int, reading: Reading) -> bool:
-    """Whether the votes of one image could end where they did, were its class right."""
-    assert record.scan is not None
-    assert record.settings is not None
-    last = certificates.looks[row] == len(record.scan.passes)
-    return bool(last) or settled(reading, record.scan, record.settings)
-
-
-def _read(
-    certificates: Certificates, record: Record, row: int, report: Callable[[str], None]
-) -> Reading | None:
-    """What the votes of one image certify; what does not follow from them is reported."""
-    assert record.scan is not None
-    assert certificates.scan_votes is not None
-    assert certificates.interval is not None
-    counts = certificates.counts[row]
-    try:
-        path = unpacked(certificates.scan_votes[row], len(counts), int(counts.sum()))
-        if not np.array_equal(np.bincount(path, minlength=len(counts)), counts):
-            raise ValueError("they are not those that were counted")
-        selected = int(certificates.selection_counts[row].argmax())
-        reading = read_votes(record.scan, path, selected, record.facts["alpha"])
-    except (ValueError, InputError) as error:
-        report(f"its votes cannot be read: {error}")
-        return None
-    (low, high), ends = certificates.interval[row], reading.interval[0]
-    if not (ends[0] <= low <= 0 <= high <= ends[1]):
-        report(_not_the(certificates.interval[row], "larger", ends))
-    elif not np.allclose([low, high], ends, rtol=_ALIKE, atol=_ALIKE):
-        report(_not_the(certificates.interval[row], "smaller", ends))
-    return reading
-
-
-def _not_the(interval: np.ndarray, how: str, ends: np.ndarray) -> str:
-    return (
-        f"its interval {interval.tolist()} is {how} than {ends.tolist()}, the interval its votes "
-        "give"
-    )

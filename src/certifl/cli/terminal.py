@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from certifl.certification.certificates import Certificates
+from certifl.certification.metadata import below_sigma
 from certifl.experiments.doctor import Fact
 from certifl.experiments.plan import Plan
 from certifl.experiments.standalone import Answer
@@ -265,7 +266,7 @@ def show_prediction(answer: Answer) -> None:
 
 def _limit(facts: Mapping[str, Any]) -> str:
     """Why no radius of a uniform law reaches sigma."""
-    if facts["law"] != "uniform" or facts["estimator"] == "scan":
+    if not below_sigma(facts):
         return ""
     return "Radii of this law stay below sigma; the scan estimator has no such limit. "
 

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from certifl.certification import adaptive as engine
+from certifl.certification.counts import Request
 from certifl.certification.network import Network, choose_device, prepare
-from certifl.certification.sampling import Request, VoteCounter
+from certifl.certification.sampling import VoteCounter
 from certifl.certification.settings import ESTIMATORS
 from certifl.data import Column, Partition, named_folder, random_part
 from certifl.data.cache import cache_folder, cache_key, cache_path
@@ -139,8 +140,7 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
 
 
 def _stops_early(spec: Spec) -> bool:
-    estimator = spec.certification.estimator
-    return estimator == "scan" or ESTIMATORS[estimator][1]
+    return ESTIMATORS[spec.certification.estimator].stops_early
 
 
 def _assumptions(spec: Spec, share: float) -> list[str]:

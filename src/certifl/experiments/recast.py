@@ -22,6 +22,7 @@ from torch import Tensor
 
 from certifl._version import __version__
 from certifl.certification import Certificates
+from certifl.certification.counts import Request, Votes, fresh
 from certifl.certification.network import (
     REMOVED_PRECISIONS,
     Network,
@@ -30,8 +31,7 @@ from certifl.certification.network import (
     tf32_state,
 )
 from certifl.certification.record import Record, read_record
-from certifl.certification.sampling import Request, VoteCounter
-from certifl.certification.scan import parameters, unpacked
+from certifl.certification.sampling import VoteCounter
 from certifl.data import Dataset, to_float
 from certifl.errors import DataUnavailable, InputError, StoreMismatch
 from certifl.experiments.verify_run import images_at_hand
@@ -185,15 +185,13 @@ class _Cast:
     """The votes of one client's images, recorded and cast again.
 
     Attributes:
-        how: how they may be compared. selection, estimation: (m, classes) counts.
-        paths: the scan's votes in order, one array for each image; empty for other estimators.
+        how: how they may be compared. stored, again: the recorded votes, and those cast now.
         flips: shares of votes that rounding may flip, over all images and of one.
     """
 
     how: str
-    selection: np.ndarray
-    estimation: np.ndarray
-    paths: tuple[np.ndarray, ...]
+    stored: Votes
+    again: Votes
     flips: tuple[float, float]
 
 
@@ -212,8 +210,8 @@ class _Caster:
         perturbation = self._spec.perturbations()[int(part.client[0])]
         assert perturbation is not None, "rows of clients that certify nothing were a finding"
         images = to_float(self._dataset.test.take(part.index).images)
-        with _threads(record.facts.get("threads")):
-            network = self._network(part, record.facts, images)
+        with _threads(record.metadata.get("threads")):
+            network = self._network(part, record.metadata, images)
             counter = VoteCounter(network, perturbation, self._spec.seed)
             return self._cast(counter, part, record, images.to(network.device))
 
@@ -228,41 +226,26 @@ class _Caster:
     def _cast(
         self, counter: VoteCounter, part: Certificates, record: Record, images: Tensor
     ) -> _Cast:
-        m, keys = len(part), [image_key(image) for image in images]
-        totals = {"selection": part.selection_counts.sum(axis=1)}
-        if record.scan is None:
-            totals["estimation"] = part.votes
+        assert record.estimator is not None, "metadata that cannot be read were a finding"
+        stored, _ = record.estimator.recorded_votes(part, _unreadable)
+        keys = [image_key(image) for image in images]
+        totals = {"selection": stored.selection, "estimation": stored.estimation}
         requests = [
-            Request(place * m + row, row, keys[row], purpose, 0, int(wanted[row]))
-            for place, (purpose, wanted) in enumerate(totals.items())
-            for row in range(m)
+            Request(row, row, keys[row], purpose, 0, int(counts[row].sum()))
+            for purpose, counts in totals.items()
+            for row in range(len(part))
         ]
-        counted = counter.count(images, requests, slots=2 * m)
-        paths = (
-            ()
-            if record.scan is None
-            else tuple(
-                self._path(counter, record, images, keys, row, int(part.votes[row]))
-                for row in range(m)
-            )
-        )
-        how = _comparison(self._folder.manifest(), record.facts, counter.network)
-        reduced = "bfloat16" in counter.network.precision or any(_tf32(record.facts).values())
+        again = fresh(len(part), counter.network.classes)
+        record.estimator.cast(counter, images, requests, again)
+        how = _comparison(self._folder.manifest(), record.metadata, counter.network)
+        reduced = "bfloat16" in counter.network.precision or any(_tf32(record.metadata).values())
         flips = _FLIPS["reduced" if reduced else "float32"]
-        return _Cast(how, counted[:m], counted[m:], paths, flips)
+        return _Cast(how, stored, again, flips)
 
-    def _path(
-        self,
-        counter: VoteCounter,
-        record: Record,
-        images: Tensor,
-        keys: list[int],
-        row: int,
-        votes: int,
-    ) -> np.ndarray:
-        assert record.scan is not None
-        params = parameters(record.scan, counter.seed, keys[row], 0, votes)
-        return counter.classes(images, torch.full((votes,), row), params)
+
+def _unreadable(rows: np.ndarray, problem: str) -> None:
+    if rows.any():
+        raise InputError(f"These certificates cannot be compared: {problem}.")
 
 
 @contextlib.contextmanager
@@ -338,7 +321,7 @@ def _compared(chosen: list[Certificates], again: list[_Cast], seed: int) -> Reca
     differing, votes, problems = 0, 0, list[str]()
     for part, cast in zip(chosen, again, strict=True):
         level = LEVEL / (2 * len(chosen))
-        flipped, total = _flipped(part, cast)
+        flipped, total = _flipped(cast)
         differing, votes = differing + int(flipped.sum()), votes + int(total.sum())
         problems += flips_problems(part, cast, flipped, total, level)
     hows = {cast.how for cast in again}
@@ -346,27 +329,28 @@ def _compared(chosen: list[Certificates], again: list[_Cast], seed: int) -> Reca
     return Recast(images, votes, differing, how, seed, tuple(problems))
 
 
-def _flipped(part: Certificates, cast: _Cast) -> tuple[np.ndarray, np.ndarray]:
+def _flipped(cast: _Cast) -> tuple[np.ndarray, np.ndarray]:
     """(votes that differ at least, votes), for each image."""
-    pairs = [(part.selection_counts, cast.selection)]
-    total = part.selection_counts.sum(axis=1) + part.votes
-    found = np.zeros(len(part), np.int64)
-    if cast.paths:
-        found += _path_flips(part, cast)
-    else:
-        pairs.append((part.counts, cast.estimation))
-    for stored, made in pairs:
-        found += np.abs(stored - made).sum(axis=1) // 2
-    return found, total
+    flipped = _ordered_flips(cast)
+    for stored, again in _counts(cast):
+        flipped = flipped + np.abs(stored - again).sum(axis=1) // 2
+    return flipped, cast.stored.cast
 
 
-def _path_flips(part: Certificates, cast: _Cast) -> np.ndarray:
-    """Votes of a scan that are not those recorded, in their order."""
-    assert part.scan_votes is not None
-    classes = part.counts.shape[1]
-    stored = (unpacked(packed, classes) for packed in part.scan_votes)
-    pairs = zip(stored, cast.paths, strict=True)
-    return np.array([int((path != made).sum()) for path, made in pairs], np.int64)
+def _counts(cast: _Cast) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Recorded counts and those cast again, of votes whose order was not recorded."""
+    pairs = [(cast.stored.selection, cast.again.selection)]
+    if cast.stored.path is None:
+        pairs.append((cast.stored.estimation, cast.again.estimation))
+    return pairs
+
+
+def _ordered_flips(cast: _Cast) -> np.ndarray:
+    """Votes that are not those recorded, where their order was."""
+    stored, again = cast.stored.path, cast.again.path
+    if stored is None or again is None:
+        return np.zeros(len(cast.stored.done), np.int64)
+    return np.asarray((stored != again).sum(axis=1), np.int64)
 
 
 def flips_problems(
@@ -391,7 +375,7 @@ def flips_problems(
                 f"cast again, more than the {most:.1%} that rounding may flip"
             ]
     else:
-        wrong = _unlike(part, cast, of_one, level / len(part))
+        wrong = _unlike(cast, of_one, level / len(part))
     return [
         f"client {who}, image {part.index[row]}: {flipped[row]} of its {total[row]} votes are "
         "others when cast again"
@@ -399,17 +383,13 @@ def flips_problems(
     ]
 
 
-def _unlike(part: Certificates, cast: _Cast, granted: float, level: float) -> np.ndarray:
+def _unlike(cast: _Cast, granted: float, level: float) -> np.ndarray:
     """Images whose counts are not two draws of one distribution, after granted flips."""
-    pairs = [(part.selection_counts, cast.selection)]
-    wrong = np.zeros(len(part), np.bool_)
-    if cast.paths:  # the scan draws its own votes alike on every device
-        total, flips = part.votes, _path_flips(part, cast)
-        wrong |= stats.binom.sf(flips - 1, total, granted) < level / 2
-    else:
-        pairs.append((part.counts, cast.estimation))
-    for stored, made in pairs:
-        for row in range(len(part)):
+    # Votes in order are drawn alike on every device; where there are none, nothing is flipped.
+    flips, total = _ordered_flips(cast), cast.stored.estimation.sum(axis=1)
+    wrong = np.asarray(stats.binom.sf(flips - 1, total, granted) < level / 2)
+    for stored, made in _counts(cast):
+        for row in range(len(wrong)):
             wrong[row] |= _p_value(stored[row], made[row], granted) < level / 2
     return wrong
 

@@ -13,9 +13,9 @@ import numpy as np
 from certifl.certification import Certificates, unverified, verify
 from certifl.certification.certificates import Predictions
 from certifl.certification.certify import asked_conditions
-from certifl.certification.metadata import entries
+from certifl.certification.metadata import AMOUNTS, differs, entries
 from certifl.certification.network import PRECISIONS
-from certifl.certification.record import differs, known_words
+from certifl.certification.record import known_words
 from certifl.data import Dataset
 from certifl.errors import InputError, SpecError, StoreError
 from certifl.experiments.verify_run import (
@@ -42,7 +42,6 @@ from certifl.study.curves import possible_averages
 from certifl.study.opened_run import finished_run, last_round, run_spec
 
 _SHOWN = 4  # images that are named where the same is wrong with many
-_BY_AMOUNT = ("radii", "scan", "reach", "look_votes", "look_levels")
 _MODELS = "models, which are with the clients"
 _VOTES = "the votes themselves (--recast K casts some of them again)"
 
@@ -275,7 +274,7 @@ def _told_as_asked(client: int, facts: Any, spec: Spec) -> list[str]:
     try:
         perturbation = from_record(facts["description"])
         own = perturbation != spec.perturbations()[client]
-        left_out = _BY_AMOUNT if own else ()
+        left_out = AMOUNTS if own else ()
         return _other_facts(facts, spec, client, perturbation, f"of client {client} ", left_out)
     except (InputError, KeyError, TypeError, AttributeError, IndexError) as error:
         return [f"client {client}: what it certified is damaged ({error!r})"]

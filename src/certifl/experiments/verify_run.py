@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from certifl._version import __version__
 from certifl.certification import Certificates
 from certifl.certification.certificates import Predictions
-from certifl.certification.record import differs
+from certifl.certification.metadata import differs
 from certifl.data import Dataset, Partition, check, choose
 from certifl.errors import CertiflError, InputError, StoreError
 from certifl.models import build

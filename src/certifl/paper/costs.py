@@ -13,6 +13,7 @@ from pathlib import Path
 
 from certifl.certification.adaptive import expected_votes
 from certifl.certification.network import choose_device
+from certifl.certification.settings import ESTIMATORS
 from certifl.errors import StoreError
 from certifl.experiments.multi_gpu import device_names
 from certifl.experiments.plan import EXPECTED_SHARE, KNOWN
@@ -110,7 +111,7 @@ def _material(spec: Spec) -> tuple[str, str]:
 
 
 def _share(spec: Spec, speed: Speed) -> float:
-    if len(spec.certification.settings().looks) == 1:
+    if not ESTIMATORS[spec.certification.estimator].stops_early:
         return 1.0
     return EXPECTED_SHARE if speed.share is None else speed.share
 

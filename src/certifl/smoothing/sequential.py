@@ -9,12 +9,12 @@ The rule. Reported radii are floored to a grid, whose first step is "certified a
 stops when its next step is out of reach: when the chance that the last look certifies it,
 predicted from the votes so far, is below
 
-    give_up * n_j / n .
+    futility * n_j / n .
 
-Going on to the next look costs about n_j votes, so `give_up` is the price of n votes in steps. The
-chances add up to about `give_up` over doubling looks, and only images close to a step run any
-risk: with 0.01, the default, all that n votes reach is kept; with 3, a step dearer than a third
-of n votes is dropped, which leaves the curve and not every certificate.
+The next look costs about n_j votes, so `futility` is the price of n votes in steps. The chances
+add up to about `futility` over doubling looks, and only images close to a step run any risk: with
+0.01, the default, all that n votes reach is kept; with 3, a step dearer than a third of n votes is
+dropped, which keeps the curve but not every certificate.
 
 This sharpens "neither the upper confidence limit nor the best case reaches the next step": the
 limit is put on the FINAL counts rather than on p, for votes are still to come and the last look
@@ -135,9 +135,9 @@ def reachable_radius(
     law: Law,
     sigma: float,
     bounds_rule: BoundsRule,
-    give_up: float = 0.01,
+    futility: float = 0.01,
 ) -> FloatArray:
-    """The radius the last look may still give, exceeded with a chance of about give_up * n_j / n.
+    """The radius the last look may still give, exceeded with a chance of about futility * n_j / n.
 
     The last look's counts are predicted from those so far: an upper limit for c_A (never above the
     best case), a lower one for the runner-up (never below its votes so far). Given the final
@@ -153,7 +153,7 @@ def reachable_radius(
         law: the smoothing law.
         sigma: its scale, in the family's unit.
         bounds_rule: a value of `BOUNDS`.
-        give_up: the price of n votes in grid steps; must be positive.
+        futility: the price of n votes in grid steps; must be positive.
 
     Returns:
         float64, one an image; at the last look the radius itself.
@@ -161,7 +161,7 @@ def reachable_radius(
     Raises:
         InputError: as `finished`.
     """
-    _check_schedule(looks, levels, look, give_up)
+    _check_schedule(looks, levels, look, futility)
     top, runner, index = np.broadcast_arrays(
         np.asarray(k_top, dtype=np.float64), np.asarray(k_runner, dtype=np.float64), look
     )
@@ -172,7 +172,7 @@ def reachable_radius(
             "More votes than this look has; give the counts of exactly looks[look] votes."
         )
     over = spent >= n
-    chance = np.minimum(_LARGEST_CHANCE, give_up * spent / n)
+    chance = np.minimum(_LARGEST_CHANCE, futility * spent / n)
     most = np.where(over, top, _final_at_most(top, spent, n, chance))
     least = np.where(over, runner, n - _final_at_most(spent - runner, spent, n, chance))
     return law.radius(sigma, *bounds_rule(most, np.minimum(least, n - most), n, levels[-1]))
@@ -189,7 +189,7 @@ def finished(
     sigma: float,
     bounds_rule: BoundsRule,
     wrong: ArrayLike | None = None,
-    give_up: float = 0.01,
+    futility: float = 0.01,
 ) -> BoolArray:
     """Which images may stop at this look: their next grid step is out of reach, or c_A is wrong.
 
@@ -208,7 +208,7 @@ def finished(
         bounds_rule: a value of `BOUNDS`.
         wrong: where the label is known, whether c_A differs from it: such an image counts nowhere
             in certified accuracy and stops at once. None where no labels are given.
-        give_up: the price of n votes in grid steps; 0.01 keeps what n votes reach, 3 keeps the
+        futility: the price of n votes in grid steps; 0.01 keeps what n votes reach, 3 keeps the
             curve and not every certificate. Must be positive.
 
     Returns:
@@ -218,7 +218,7 @@ def finished(
         InputError: counts that do not fit the look, a look or level out of range, a bad grid.
     """
     best = reachable_radius(
-        k_top, k_runner, look, looks, levels, law, sigma, bounds_rule, give_up=give_up
+        k_top, k_runner, look, looks, levels, law, sigma, bounds_rule, futility=futility
     )
     spent = np.asarray(looks)[look]
     level = np.asarray(levels)[look]
@@ -240,12 +240,14 @@ def _check_schedule(
     looks: Sequence[int],
     levels: Sequence[float],
     look: int | NDArray[np.int64],
-    give_up: float,
+    futility: float,
 ) -> None:
     index = np.asarray(look)
     if len(looks) != len(levels) or np.any(np.diff(np.asarray(looks)) <= 0):
         raise InputError("Give increasing looks and one level for each; `looks` and `levels` do.")
     if np.any(index < 0) or np.any(index >= len(looks)):
         raise InputError(f"A look is an index from 0 to {len(looks) - 1} into the looks.")
-    if not give_up > 0.0:
-        raise InputError(f"give_up must be positive, not {give_up}; 0.01 keeps every certificate.")
+    if not futility > 0.0:
+        raise InputError(
+            f"futility must be positive, not {futility}; 0.01 keeps every certificate."
+        )

@@ -17,7 +17,6 @@ from pydantic import (
 )
 
 from certifl.certification.network import PRECISIONS, REMOVED_PRECISIONS, removed_precision
-from certifl.certification.scan import check_votes
 from certifl.certification.settings import Settings
 from certifl.data import Column, Splitter, make_splitter
 from certifl.errors import SpecError
@@ -321,7 +320,7 @@ class Certification(Section):
         for client in (None, *(own.clients[0] for own in self.own or ())):
             described, settings = self.of(client), self.settings(client)
             if described != NONE:
-                check_votes(perturbation_from(described), settings)
+                settings.estimator_for(perturbation_from(described)).check()
         return self
 
     def of(self, client: int | None = None) -> Any:

@@ -149,10 +149,11 @@ def _certified(
 ) -> Certificates:
     perturbation, settings = question.perturbation, question.settings
     facts = conditions(perturbation, settings, network, question.seed, model, question.data)
+    estimator = settings.estimator_for(perturbation)
     saver = _Saver(job.saved, _votes_key(job, facts, code_fingerprint(model)))
     votes = saver.load() or counts.fresh(len(job.index), network.classes)
 
-    def after_wave(votes: Votes) -> None:
+    def after_batch(votes: Votes) -> None:
         saver.maybe(votes)
         if enough is not None and enough() and not votes.done.all():
             saver.save(votes)
@@ -162,14 +163,12 @@ def _certified(
         saver.save(votes)  # a place that cannot be written shows before the votes are cast
         images = to_float(job.images).to(network.device)
         counter = VoteCounter(network, perturbation, question.seed)
-        engine.count_all(counter, images, job.labels, settings, votes, after_wave, progress)
+        engine.count_all(counter, images, job.labels, estimator, votes, after_batch, progress)
         saver.save(votes)
         facts["batch_size"] = counter.network.batch_size
     elif progress is not None:
         progress(engine.expected_votes(len(job.index), settings), 0)
-    return engine.conclude(
-        votes, settings, perturbation, job.labels, job.index, job.client, conditions=facts
-    )
+    return engine.finalize(votes, estimator, job.labels, job.index, job.client, facts)
 
 
 def _votes_key(job: Job, facts: Mapping[str, Any], code: str) -> str:
@@ -208,14 +207,15 @@ class _Saver:
         if about.get("checksum") != fingerprint(tensors):
             _log.warning("%s is damaged; its votes are cast again.", self._path)
             return None
-        return Votes.from_tensors(tensors)
+        return Votes(**{name: value.numpy() for name, value in tensors.items()})
 
     def maybe(self, votes: Votes) -> None:
         if time.monotonic() - self._last > _SECONDS_BETWEEN_SAVES:
             self.save(votes)
 
     def save(self, votes: Votes) -> None:
-        tensors = votes.tensors()
+        arrays = votes.arrays().items()
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays}
         about = {"key": self._key, "checksum": fingerprint(tensors)}
         save_tensors(self._path, tensors, about)
         self._last = time.monotonic()

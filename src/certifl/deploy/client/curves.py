@@ -20,8 +20,8 @@ import torch
 
 from certifl.certification import Certificates, verify
 from certifl.certification.certify import asked_conditions
+from certifl.certification.metadata import AMOUNTS
 from certifl.certification.network import PRECISIONS
-from certifl.certification.scan import scan_of
 from certifl.certification.settings import Settings
 from certifl.deploy.transport.schemas import Curve, MalformedMessage
 from certifl.errors import CertiflError, InputError, one_line
@@ -45,11 +45,7 @@ _TOLD = (
     "alpha",
     "n0",
     "n",
-    "look_votes",
-    "look_levels",
-    "scan",
-    "reach",
-    "radii",
+    *AMOUNTS,
     "label_aware",
     "keep",
     "seed",
@@ -73,7 +69,7 @@ def curve_of(
     Returns:
         radii, correct (counts), images, acr, and conditions (see `told_conditions`).
     """
-    grid = settings.grid(perturbation)
+    grid = settings.estimator_for(perturbation).grid()
     correct, radius = certificates.correct, certificates.radius
     counts = [int((correct & (radius >= r)).sum()) for r in grid]
     return {
@@ -243,18 +239,14 @@ def _of_its_own(told: Mapping[str, Any]) -> dict[str, Any]:
 
 def _grid(settings: Settings, perturbation: Perturbation) -> list[float]:
     try:
-        return [float(radius) for radius in settings.grid(perturbation)]
+        return [float(radius) for radius in settings.estimator_for(perturbation).grid()]
     except InputError as error:
         raise MalformedMessage(f"its perturbation does not go with the study ({error})") from error
 
 
 def _largest(perturbation: Perturbation, settings: Settings) -> float:
     """The largest radius that a certificate of these settings can have."""
-    if settings.estimator == "scan":
-        scan = scan_of(perturbation, settings)
-        return max(abs(scan.low), abs(scan.high))
-    law = perturbation.law
-    return float(law.largest_radius(perturbation.sigma, settings.n, settings.alpha))
+    return settings.estimator_for(perturbation).largest_radius()
 
 
 def rows_from(part: ModelState, most: int | None = None) -> Certificates:

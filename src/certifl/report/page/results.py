@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from certifl.certification.metadata import below_sigma
 from certifl.report.compare import Difference, own_interval
 from certifl.report.page.context import ReportContext, named
 from certifl.report.page.html import Markup, el, join, table
@@ -132,7 +133,7 @@ def _result_note(story: ReportContext) -> str:
             " The clients hold different numbers of test images: certified accuracies in this "
             "table count every image once, the curves and average radii every client once."
         )
-    if any(_capped_at_sigma(run.conditions) for run in story.trained):
+    if any(below_sigma(run.conditions) for run in story.trained):
         note += " Radii of this uniform law stay below σ (Corollary 1); a scan has no such limit."
     if any(_stops_early_on_wrong(run.conditions) for run in story.trained):
         note += (
@@ -155,10 +156,6 @@ def _seeds_note(story: ReportContext) -> str:
         "seeds, wide where these are few; then its accuracies have no exact limits). A row of one "
         "seed has intervals over images alone."
     )
-
-
-def _capped_at_sigma(facts: Mapping[str, Any]) -> bool:
-    return facts.get("law") == "uniform" and facts.get("estimator") != "scan"
 
 
 def _stops_early_on_wrong(facts: Mapping[str, Any]) -> bool:

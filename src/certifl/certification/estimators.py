@@ -1,0 +1,406 @@
+"""Estimators: which votes an image needs next, and what finished votes certify.
+
+An estimator is a frozen value of settings and noise, fixed before the first vote. Everything else
+asks it: `adaptive` for the next votes, whether they suffice and what they certify, `record` and
+`verify` for what a record must say.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from certifl.certification.counts import (
+    UNLABELLED,
+    Request,
+    Votes,
+    next_requests,
+    top_and_runner_up,
+)
+from certifl.certification.settings import ESTIMATORS, GRID_POINTS, Settings
+from certifl.errors import InputError
+from certifl.smoothing import curves, sequential
+from certifl.smoothing.bounds import BOUNDS
+from certifl.smoothing.laws import LAWS, Law
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from certifl.certification.certificates import Certificates
+    from certifl.certification.sampling import VoteCounter
+
+Metadata = Mapping[str, Any]
+BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+
+class Noise(Protocol):
+    """What an estimator knows of a perturbation: how its parameters are distributed."""
+
+    @property
+    def family(self) -> str:
+        """Name of the family."""
+        ...
+
+    @property
+    def sigma(self) -> float:
+        """Scale of the distribution, in `unit`."""
+        ...
+
+    @property
+    def law(self) -> Law:
+        """Distribution of the parameters."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """Unit of sigma and of radii."""
+        ...
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How often sequential certification looks, and what n votes are worth (see `sequential`).
+
+    Attributes:
+        per_doubling, early_share: as `sequential.looks` and `sequential.levels` take them.
+        price: of n votes, in grid steps (`sequential.finished`'s futility); or where `of_curve`,
+            as a share of the curve: a lost step is 1 / steps of what an image adds to it.
+    """
+
+    per_doubling: int
+    early_share: float
+    price: float
+    of_curve: bool
+
+
+KEEPS = {
+    "certificates": Saving(per_doubling=1, early_share=0.02, price=0.01, of_curve=False),
+    "curve": Saving(per_doubling=4, early_share=0.005, price=0.2, of_curve=True),
+}
+"""What stopping early must keep.
+
+`verify` computes the looks and levels of a record from these numbers, and old records must still
+verify: give changed numbers a new name.
+"""
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Votes counted per class, and bounds at looks fixed in advance; a subclass says what differs.
+
+    The level of an image is that of its last look. Levels were fixed before the first vote and sum
+    to at most alpha, so by the union bound each certificate is wrong with probability at most
+    alpha, whatever made the votes stop. A subclass must keep that promise for all its looks.
+
+    Attributes:
+        settings: what was asked for. noise: distribution of the parameters.
+        bounds: which confidence bounds, as the metadata names them.
+        stops_early: whether it may take fewer than n votes of an image.
+    """
+
+    settings: Settings
+    noise: Noise
+
+    bounds: ClassVar[str] = "runner-up"
+    stops_early: ClassVar[bool] = False
+
+    # What is fixed before the first vote.
+
+    @cached_property
+    def looks(self) -> tuple[int, ...]:
+        """Numbers of estimation votes at which votes may stop, rising."""
+        n = self.settings.n
+        if not self.stops_early:
+            return (n,)
+        return sequential.looks(n, per_doubling=KEEPS[self.settings.keep].per_doubling)
+
+    @cached_property
+    def levels(self) -> tuple[float, ...]:
+        """Confidence level of each look, in all at most alpha; one alone holds for all looks."""
+        alpha, looks = self.settings.alpha, self.looks
+        if len(looks) == 1:
+            return (alpha,)
+        return sequential.levels(alpha, looks, KEEPS[self.settings.keep].early_share)
+
+    def level(self, look: IntArray) -> FloatArray:
+        """Confidence level of images after some looks, numbered from 0."""
+        levels = np.array(self.levels)
+        return np.full(len(look), levels[0]) if len(levels) == 1 else levels[look]
+
+    def limits(
+        self, top: IntArray | int, runner_up: IntArray | int, look: IntArray | int
+    ) -> tuple[FloatArray, FloatArray]:
+        """(p_lower, p_upper) from counts after some looks, numbered from 0."""
+        votes, levels = np.array(self.looks)[look], np.array(self.levels)[look]
+        return BOUNDS[self.bounds](top, runner_up, votes, levels)
+
+    def largest_radius(self) -> float:
+        """The largest radius that n votes can certify, in the unit of the noise."""
+        noise, settings = self.noise, self.settings
+        return float(noise.law.largest_radius(noise.sigma, settings.n, settings.alpha))
+
+    def grid(self) -> FloatArray:
+        """The radii that will be reported: those asked for, or evenly up to the largest possible.
+
+        Raises:
+            InputError: as `check`.
+        """
+        self.check()
+        settings, noise = self.settings, self.noise
+        if settings.radii is not None:
+            return np.array(settings.radii, dtype=np.float64)
+        largest = noise.law.largest_radius(noise.sigma, settings.n, settings.alpha)
+        return curves.even_grid(float(largest), GRID_POINTS)
+
+    def check(self) -> None:
+        """Refuse settings with which votes that all agree certify nothing, or none of the radii.
+
+        Raises:
+            InputError: too few votes, radii out of reach, or noise that it cannot certify.
+        """
+        settings = self.settings
+        if not self.decides():
+            raise too_few_votes(settings.n, settings.alpha, self.least_votes())
+        if settings.radii is not None:
+            check_reachable(settings.radii, self.largest_radius(), self.noise.unit, settings.n)
+
+    def decides(self) -> bool:
+        """Whether n votes that all agree certify anything.
+
+        The last look has the most votes and the highest level, so it decides.
+        """
+        low, high = self.limits(self.settings.n, 0, len(self.looks) - 1)
+        return bool(low > high)
+
+    def least_votes(self) -> int:
+        """The least n at which votes that all agree certify anything, at this alpha."""
+        return least_that(
+            lambda n: replace(self, settings=replace(self.settings, n=n, radii=None)).decides()
+        )
+
+    # While votes are cast.
+
+    def next_requests(
+        self, votes: Votes, keys: Sequence[int], size: int, quota: int
+    ) -> list[Request]:
+        """The next votes of unfinished images, about `size` in all and at most `quota` of each.
+
+        Selection votes may be cast together with the first estimation votes: the class is chosen
+        from the former alone, so the latter stay fresh.
+        """
+        n0 = self.settings.n0
+        return next_requests(votes, keys, n0, self.looks, size, quota, ("selection", "estimation"))
+
+    def cast(
+        self, counter: VoteCounter, images: Tensor, requests: Sequence[Request], votes: Votes
+    ) -> None:
+        """Cast the requested votes and add them, in place."""
+        m = len(votes.done)
+        slotted = [
+            replace(request, slot=request.image + m * (request.purpose == "estimation"))
+            for request in requests
+        ]
+        counts = counter.count(images, slotted, slots=2 * m)
+        votes.selection += counts[:m]
+        votes.estimation += counts[m:]
+
+    def close(self, votes: Votes, labels: np.ndarray | None) -> None:
+        """Take the looks that are due, in place, and close images that more votes cannot help."""
+        chosen = votes.selection.sum(axis=1) >= self.settings.n0
+        pending = np.minimum(votes.looks, len(self.looks) - 1)
+        complete = votes.estimation.sum(axis=1) >= np.array(self.looks)[pending]
+        rows = np.flatnonzero(~votes.done & chosen & complete)
+        top, runner_up = top_and_runner_up(votes.estimation, votes.selected)
+        votes.done[rows] = self.finished(top[rows], runner_up[rows], votes.looks[rows])
+        votes.done[rows] |= self.misclassified(votes, labels)[rows]
+        votes.looks[rows] += 1
+
+    def finished(self, top: IntArray, runner_up: IntArray, look: IntArray) -> BoolArray:
+        """Which images may stop at these looks; any answer is valid."""
+        grid = self.grid()
+        return sequential.finished(
+            top,
+            runner_up,
+            look=look,
+            looks=self.looks,
+            levels=self.levels,
+            grid=grid,
+            law=self.noise.law,
+            sigma=self.noise.sigma,
+            bounds_rule=BOUNDS[self.bounds],
+            futility=self.futility(grid),
+        )
+
+    def futility(self, grid: FloatArray) -> float:
+        """The price of n votes in steps of this grid, as `sequential.finished` takes it."""
+        saving = KEEPS[self.settings.keep]
+        return saving.price * max(1, np.unique(grid[grid > 0]).size if saving.of_curve else 1)
+
+    def misclassified(self, votes: Votes, labels: np.ndarray | None) -> BoolArray:
+        """Images that stop at the first look, because their selected class is not their label."""
+        if labels is None or not self.settings.label_aware:
+            return np.zeros(len(votes.done), np.bool_)
+        return (labels != UNLABELLED) & (votes.selected != labels)
+
+    # Once votes are finished.
+
+    def finalize(self, votes: Votes) -> dict[str, np.ndarray]:
+        """Columns of `Certificates` that finished votes give, and which rows are `certified`."""
+        last = votes.looks - 1
+        top, runner_up = top_and_runner_up(votes.estimation, votes.selected)
+        p_lower, p_upper = self.limits(top, runner_up, last)
+        radius = self.noise.law.radius(self.noise.sigma, p_lower, p_upper)
+        certified = np.asarray(p_lower > p_upper)
+        return {
+            "certified": certified,
+            "radius": np.where(certified, radius, 0.0),
+            "p_lower": np.asarray(p_lower, np.float64),
+            "p_upper": np.asarray(p_upper, np.float64),
+            "level": self.level(last),
+        }
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What its certificates say besides the settings: the names in its registry row."""
+        return {}
+
+    # What a record says, read again.
+
+    @classmethod
+    def recorded(cls, settings: Settings, noise: Noise, metadata: Metadata) -> Estimator:
+        """The estimator of a record.
+
+        Raises:
+            KeyError: the metadata lack what it needs. InputError: they cannot be read.
+        """
+        del metadata
+        return cls(settings, noise)
+
+    @staticmethod
+    def largest_recorded(metadata: Metadata) -> float:
+        """The largest radius that certificates with this metadata can have; infinity if unknown.
+
+        Raises:
+            InputError: the metadata cannot be read.
+        """
+        law = LAWS.get(str(metadata.get("law")))
+        if law is None or not {"sigma", "n", "alpha"} <= metadata.keys():
+            return math.inf
+        return law.largest_radius(metadata["sigma"], metadata["n"], metadata["alpha"])
+
+    def record_problem(self, metadata: Metadata) -> str | None:
+        """Why its own metadata are not those that the settings give; None where they are."""
+        del metadata
+        return None
+
+    def recorded_votes(
+        self, certificates: Certificates, report: Callable[[BoolArray, str], None]
+    ) -> tuple[Votes, BoolArray]:
+        """Votes of the certificates that can be read, and which those are; others are reported.
+
+        Raises:
+            InputError: the certificates do not hold the votes.
+        """
+        del report
+        return Votes.of(certificates), np.ones(len(certificates), np.bool_)
+
+    def stopped_early(self, votes: Votes, radius: FloatArray, tolerance: float) -> BoolArray:
+        """Whose recorded votes stopped although more could have helped, were the class right.
+
+        Args:
+            votes, radius: of the record.
+            tolerance: a grid step that is missed by this share of a radius counts as reached.
+        """
+        try:
+            grid = self.grid()
+        except InputError:
+            return np.zeros(len(votes.done), np.bool_)  # nothing to gain: all votes were cast
+        top, runner_up = top_and_runner_up(votes.estimation, votes.selected)
+        best = sequential.reachable_radius(
+            top,
+            runner_up,
+            votes.looks - 1,
+            self.looks,
+            self.levels,
+            self.noise.law,
+            self.noise.sigma,
+            BOUNDS[self.bounds],
+            futility=self.futility(grid),
+        )
+        reachable = sequential.grid_steps(best * (1 - tolerance), grid)
+        gained = reachable > sequential.grid_steps(radius * (1 + tolerance), grid)
+        return gained & (votes.looks < len(self.looks))
+
+
+class TopClass(Estimator):
+    """The lower bound of the top class alone (Cohen et al. 2019)."""
+
+    bounds = "top-class"
+
+
+class RunnerUp(Estimator):
+    """Bounds of the top class and of the runner-up."""
+
+
+class Sequential(Estimator):
+    """Bounds of the top class and of the runner-up, at looks fixed in advance."""
+
+    stops_early = True
+
+
+class SequentialTopClass(Estimator):
+    """The lower bound of the top class, at looks fixed in advance."""
+
+    bounds = "top-class"
+    stops_early = True
+
+
+def largest_radius(metadata: Metadata) -> float:
+    """The largest radius that certificates with this metadata can have; infinity if unknown.
+
+    Raises:
+        InputError: the metadata cannot be read.
+    """
+    kind = ESTIMATORS.get(str(metadata.get("estimator")), Estimator)
+    return kind.largest_recorded(metadata)
+
+
+def least_that(decides: Callable[[int], bool]) -> int:
+    """The least n that decides, where every larger one does too."""
+    high = 1
+    while not decides(high):
+        high *= 2
+    return bisect.bisect_left(range(high), True, lo=1, key=decides)
+
+
+def too_few_votes(n: int, alpha: float, least: int) -> InputError:
+    """The refusal of votes that could decide nothing, even where they all agree."""
+    return InputError(
+        f"n = {n} votes can decide nothing at alpha = {alpha:g}, even where they all agree: take "
+        f"n = {least} or more; 1000 and more are usual."
+    )
+
+
+def check_reachable(radii: Sequence[float], largest: float, unit: str, n: int) -> None:
+    """Refuse radii of which n votes can certify none.
+
+    Raises:
+        InputError: all positive ones lie beyond the largest that n votes certify.
+    """
+    smallest = min((radius for radius in radii if radius > 0.0), default=0.0)
+    if largest < smallest:
+        degrees = " (5 degrees are 0.0873)" if unit == "radians" else ""
+        ways = ' An angle in degrees is written "5deg".' if unit == "radians" else ""
+        raise InputError(
+            f"radii are in {unit}{degrees}, and n = {n} votes certify {largest:.4g} at most, so "
+            f"none of yours, from {smallest:g} up, can be reached.{ways}"
+        )
