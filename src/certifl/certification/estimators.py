@@ -26,8 +26,9 @@ from certifl.certification.counts import (
 )
 from certifl.certification.settings import ESTIMATORS, GRID_POINTS, Settings
 from certifl.errors import InputError
-from certifl.smoothing import curves, sequential
+from certifl.smoothing import curves, group_sequential, sequential
 from certifl.smoothing.bounds import BOUNDS
+from certifl.smoothing.group_sequential import GroupSequential
 from certifl.smoothing.laws import LAWS, Law
 
 if TYPE_CHECKING:
@@ -66,9 +67,17 @@ class Noise(Protocol):
         ...
 
 
+PRICES = {"certificates": 0.003, "curve": 0.15}
+"""What n votes must bring, in steps of the radii that are asked for, for each value of `keep`."""
+RADIUS_PRICES = {"certificates": 0.01, "curve": 0.03}
+"""The same where no radii are asked for, as a share of the largest radius that n votes certify."""
+# Another scipy rounds forecasts otherwise.
+_PRICE_TOLERANCE = 1e-6
+
+
 @dataclass(frozen=True)
 class Saving:
-    """How often sequential certification looks, and what n votes are worth (see `sequential`).
+    """How often sequential certification looked until 0.1, and what n votes were worth.
 
     Attributes:
         per_doubling, early_share: as `sequential.looks` and `sequential.levels` take them.
@@ -82,15 +91,11 @@ class Saving:
     of_curve: bool
 
 
-KEEPS = {
+UNION_BOUND_KEEPS = {
     "certificates": Saving(per_doubling=1, early_share=0.02, price=0.01, of_curve=False),
     "curve": Saving(per_doubling=4, early_share=0.005, price=0.2, of_curve=True),
 }
-"""What stopping early must keep.
-
-`verify` computes the looks and levels of a record from these numbers, and old records must still
-verify: give changed numbers a new name.
-"""
+"""What stopping early kept with the union bound; `verify` reads records of 0.1 by it."""
 
 
 @dataclass(frozen=True)
@@ -118,18 +123,12 @@ class Estimator:
     @cached_property
     def looks(self) -> tuple[int, ...]:
         """Numbers of estimation votes at which votes may stop, rising."""
-        n = self.settings.n
-        if not self.stops_early:
-            return (n,)
-        return sequential.looks(n, per_doubling=KEEPS[self.settings.keep].per_doubling)
+        return (self.settings.n,)
 
     @cached_property
     def levels(self) -> tuple[float, ...]:
         """Confidence level of each look, in all at most alpha; one alone holds for all looks."""
-        alpha, looks = self.settings.alpha, self.looks
-        if len(looks) == 1:
-            return (alpha,)
-        return sequential.levels(alpha, looks, KEEPS[self.settings.keep].early_share)
+        return (self.settings.alpha,)
 
     def level(self, look: IntArray) -> FloatArray:
         """Confidence level of images after some looks, numbered from 0."""
@@ -226,24 +225,7 @@ class Estimator:
 
     def finished(self, top: IntArray, runner_up: IntArray, look: IntArray) -> BoolArray:
         """Which images may stop at these looks; any answer is valid."""
-        grid = self.grid()
-        return sequential.finished(
-            top,
-            runner_up,
-            look=look,
-            looks=self.looks,
-            levels=self.levels,
-            grid=grid,
-            law=self.noise.law,
-            sigma=self.noise.sigma,
-            bounds_rule=BOUNDS[self.bounds],
-            futility=self.futility(grid),
-        )
-
-    def futility(self, grid: FloatArray) -> float:
-        """The price of n votes in steps of this grid, as `sequential.finished` takes it."""
-        saving = KEEPS[self.settings.keep]
-        return saving.price * max(1, np.unique(grid[grid > 0]).size if saving.of_curve else 1)
+        return look >= len(self.looks) - 1
 
     def misclassified(self, votes: Votes, labels: np.ndarray | None) -> BoolArray:
         """Images that stop at the first look, because their selected class is not their label."""
@@ -321,24 +303,33 @@ class Estimator:
             tolerance: a grid step that is missed by this share of a radius counts as reached.
         """
         try:
-            grid = self.grid()
+            self.check()
         except InputError:
             return np.zeros(len(votes.done), np.bool_)  # nothing to gain: all votes were cast
         top, runner_up = top_and_runner_up(votes.estimation, votes.selected)
-        best = sequential.reachable_radius(
-            top,
-            runner_up,
-            votes.looks - 1,
-            self.looks,
-            self.levels,
-            self.noise.law,
-            self.noise.sigma,
-            BOUNDS[self.bounds],
-            futility=self.futility(grid),
-        )
-        reachable = sequential.grid_steps(best * (1 - tolerance), grid)
-        gained = reachable > sequential.grid_steps(radius * (1 + tolerance), grid)
-        return gained & (votes.looks < len(self.looks))
+        rows = np.flatnonzero(votes.looks < len(self.looks))
+        early = np.zeros(len(votes.done), np.bool_)
+        if len(rows):
+            look = votes.looks[rows] - 1
+            early[rows] = self.gains(top[rows], runner_up[rows], look, radius[rows], tolerance)
+        return early
+
+    def gains(
+        self,
+        top: IntArray,
+        runner_up: IntArray,
+        look: IntArray,
+        radius: FloatArray,
+        tolerance: float,
+    ) -> BoolArray:
+        """Whose votes go on after these looks, at which they certify these radii.
+
+        Args:
+            top, runner_up, look, radius: one an image.
+            tolerance: a gain that hangs on this share of a radius is none.
+        """
+        del top, runner_up, radius, tolerance
+        return look < len(self.looks) - 1
 
 
 class TopClass(Estimator):
@@ -352,16 +343,160 @@ class RunnerUp(Estimator):
 
 
 class Sequential(Estimator):
-    """Bounds of the top class and of the runner-up, at looks fixed in advance."""
+    """Exact group-sequential bounds of the top class and of the runner-up (`group_sequential`).
+
+    A record names its boundaries; one that does not is of version 0.1, which used a union bound.
+    """
 
     stops_early = True
 
+    @cached_property
+    def looks(self) -> tuple[int, ...]:
+        """Numbers of estimation votes at which votes may stop, rising."""
+        return sequential.looks(self.settings.n, per_doubling=group_sequential.PER_DOUBLING)
 
-class SequentialTopClass(Estimator):
-    """The lower bound of the top class, at looks fixed in advance."""
+    @cached_property
+    def levels(self) -> tuple[float, ...]:
+        """What each look adds to the level; at most alpha in all."""
+        return group_sequential.increments(self.settings.alpha, self.looks)
+
+    @cached_property
+    def _boundaries(self) -> GroupSequential:
+        radii = np.array(self.settings.radii or (), dtype=np.float64)
+        misses = group_sequential.reported_misses(radii, self.noise.law, self.noise.sigma)
+        return GroupSequential(self.looks, self.levels, self.bounds == "runner-up", misses)
+
+    def limits(
+        self, top: IntArray | int, runner_up: IntArray | int, look: IntArray | int
+    ) -> tuple[FloatArray, FloatArray]:
+        """(p_lower, p_upper) from counts after some looks; those of all looks hold at once."""
+        if len(self.looks) == 1:
+            return super().limits(top, runner_up, look)
+        return self._boundaries.bounds(np.array(top), np.array(runner_up), np.array(look))
+
+    def decides(self) -> bool:
+        """Whether n votes that all agree certify anything, at the last look's own level."""
+        low, high = super().limits(self.settings.n, 0, len(self.looks) - 1)
+        return bool(low > high)
+
+    def finished(self, top: IntArray, runner_up: IntArray, look: IntArray) -> BoolArray:
+        """Which images may stop at these looks; any answer is valid."""
+        if len(self.looks) == 1:
+            return super().finished(top, runner_up, look)
+        law, sigma, price = self.noise.law, self.noise.sigma, self.price
+        if self.settings.radii is None:
+            last = look >= len(self.looks) - 1
+            return last | ~self._boundaries.gains(top, runner_up, look, law, sigma, price)
+        return self._boundaries.finished(top, runner_up, look, law, sigma, self.grid(), price)
+
+    def gains(
+        self,
+        top: IntArray,
+        runner_up: IntArray,
+        look: IntArray,
+        radius: FloatArray,
+        tolerance: float,
+    ) -> BoolArray:
+        """Whose votes go on after these looks, at which they certify these radii."""
+        law, sigma = self.noise.law, self.noise.sigma
+        if self.settings.radii is None:
+            price = self.price * (1 + _PRICE_TOLERANCE)
+            return self._boundaries.gains(top, runner_up, look, law, sigma, price)
+        best = self._boundaries.reach(top, runner_up, look, law, sigma, self.price)
+        return _more_steps(best, radius, self.grid(), tolerance)
+
+    @cached_property
+    def price(self) -> float:
+        """What n votes must bring: grid steps, or where no radii are asked for a radius."""
+        if self.settings.radii is not None:
+            return PRICES[self.settings.keep]
+        return RADIUS_PRICES[self.settings.keep] * self.largest_radius()
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """How its bounds hold at all looks."""
+        return {"boundaries": "exact"}
+
+    @classmethod
+    def recorded(cls, settings: Settings, noise: Noise, metadata: Metadata) -> Estimator:
+        """The estimator of a record; that of 0.1 where no boundaries are named."""
+        if "boundaries" in metadata:
+            return cls(settings, noise)
+        earlier = UnionBoundTopClass if cls.bounds == "top-class" else UnionBound
+        return earlier(settings, noise)
+
+    def record_problem(self, metadata: Metadata) -> str | None:
+        """Why its boundaries cannot be computed again; None where they can."""
+        if metadata["boundaries"] == "exact":
+            return None
+        return f"its boundaries {metadata['boundaries']!r} are not the exact ones"
+
+
+class SequentialTopClass(Sequential):
+    """Exact group-sequential bounds of the top class."""
 
     bounds = "top-class"
+
+
+class UnionBound(Estimator):
+    """`sequential` of records of version 0.1: bounds at looks whose levels sum to alpha."""
+
     stops_early = True
+
+    @cached_property
+    def looks(self) -> tuple[int, ...]:
+        """Numbers of estimation votes at which votes might stop, rising."""
+        return sequential.looks(self.settings.n, per_doubling=self._saving.per_doubling)
+
+    @cached_property
+    def levels(self) -> tuple[float, ...]:
+        """Confidence level of each look, in all at most alpha."""
+        alpha, looks = self.settings.alpha, self.looks
+        if len(looks) == 1:
+            return (alpha,)
+        return sequential.levels(alpha, looks, self._saving.early_share)
+
+    @property
+    def _saving(self) -> Saving:
+        return UNION_BOUND_KEEPS[self.settings.keep]
+
+    def gains(
+        self,
+        top: IntArray,
+        runner_up: IntArray,
+        look: IntArray,
+        radius: FloatArray,
+        tolerance: float,
+    ) -> BoolArray:
+        """Whose votes went on after these looks, at which they certify these radii."""
+        grid, saving = self.grid(), self._saving
+        steps = max(1, np.unique(grid[grid > 0]).size if saving.of_curve else 1)
+        best = sequential.reachable_radius(
+            top,
+            runner_up,
+            look,
+            self.looks,
+            self.levels,
+            self.noise.law,
+            self.noise.sigma,
+            BOUNDS[self.bounds],
+            futility=saving.price * steps,
+        )
+        return _more_steps(best, radius, grid, tolerance)
+
+
+def _more_steps(
+    best: FloatArray, radius: FloatArray, grid: FloatArray, tolerance: float
+) -> BoolArray:
+    """Where the best radius reaches more steps; one missed by a rounding counts as reached."""
+    reachable = sequential.grid_steps(best * (1 - tolerance), grid)
+    return np.asarray(reachable > sequential.grid_steps(radius * (1 + tolerance), grid))
+
+
+class UnionBoundTopClass(UnionBound):
+    """`sequential-top-class` of records of version 0.1."""
+
+    bounds = "top-class"
 
 
 def largest_radius(metadata: Metadata) -> float:

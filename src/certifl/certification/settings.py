@@ -50,12 +50,16 @@ ESTIMATORS: Registry[EstimatorRow] = Registry(
             "certifl.certification.estimators:RunnerUp", parameters(), "runner-up"
         ),
         "sequential": EstimatorRow(
-            "certifl.certification.estimators:Sequential", parameters(keep=_KEEP), "sequential"
+            "certifl.certification.estimators:Sequential",
+            parameters(keep=_KEEP),
+            "sequential",
+            metadata=("boundaries",),
         ),
         "sequential-top-class": EstimatorRow(
             "certifl.certification.estimators:SequentialTopClass",
             parameters(keep=_KEEP),
             "sequential, top class",
+            metadata=("boundaries",),
         ),
         "scan": EstimatorRow(
             "certifl.certification.scan:ScanEstimator",

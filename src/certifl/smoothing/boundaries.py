@@ -1,33 +1,39 @@
 """Exact group-sequential boundaries: confidence limits that hold at every look at once.
 
-A vote either is an event (a miss: not for c_A) or it is not. After n_1 < ... < n_m votes the count
-of events is M_1, ..., M_m, M_j ~ Binomial(n_j, q). Increments of level a_1, ..., a_m are fixed
+A vote is an event (a miss: not for c_A) or it is not. After n_1 < ... < n_m = n votes the count of
+events is M_1, ..., M_m, with M_j ~ Binomial(n_j, q). Increments of level a_1, ..., a_m are fixed
 before the first vote. For one q, the boundary b_j(q) is the largest b with
 
     P_q(no crossing before look j, M_j <= b)  <=  a_1 + ... + a_j - what earlier looks spent;
 
-a crossing is M_j <= b_j(q). So P_q(any crossing) <= a_1 + ... + a_m =: a, although the same votes
-are looked at again and again: the union bound would pay for every look as if it had fresh votes.
+a crossing is M_j <= b_j(q). So P_q(any crossing) <= a_1 + ... + a_m = a, although the same votes
+are looked at again and again; the union bound pays for every look as if it had fresh votes.
 
-From tests to a limit. The grid of q is G = {(i / N)^2}, N a power of two, so that q and 1 - q are
-exact floats. The limit of a count M at look j is the smallest g in G such that M <= b_j(g') for
-ALL g' >= g in G. If the true q exceeds it, then M_j <= b_j(g*), g* the largest point of G below q.
-More events are the likelier the larger q (draw both counts from the same uniform numbers), so that
-happens at ANY look with probability at most P_g*(any crossing) <= a, for every q, on the grid or
-not, and for any rule of stopping. Taking ALL g' >= g makes the limit increase with M even if b_j(q)
-should not increase with q somewhere.
+From tests to limits. The grid G holds the squares (i / N)^2, N a power of two, and the values that
+reported radii ask for. The limit of a count M at look j is the smallest g in G such that M <=
+b_j(g') for ALL g' >= g in G. If the true q exceeds it, then M_j <= b_j(g*), with g* the largest
+point of G below q. Fewer events are the less likely the larger q (draw the votes of both from the
+same uniform numbers), so that happens at ANY look with probability at most P_g*(any crossing) <= a:
+for every q, on the grid or not, and for any rule of stopping. Asking it of all g' >= g makes limits
+increase with M even where b_j(q) should decrease with q.
 
-Points g >= U(M, n_j, a_j), the Clopper-Pearson limit of the look's own increment, need no
-computation: P(M_j <= M) <= a_j there, which the boundary always allows. Nor do those below
-U(M, n_j, a_1 + ... + a_j), which no boundary can reject. Only the points between are computed, once
+At the last look the Clopper-Pearson limit U(M_m, n, a_m) is taken where it is smaller. Then the
+event is M_j <= b_j(g*) at an early look (probability at most a_1 + ... + a_(m-1)) or M_m <= c, the
+larger of b_m(g*) and the Clopper-Pearson boundary of q: in the first case it is a crossing of
+b(g*), in the second the last look adds at most a_m. At two looks or more the same could cost more
+than a; so it is done at that one alone.
+
+Points g >= U(M, n_j, a_j) need no computation: P_g(M_j <= M) <= a_j, and the boundary never lies
+below the Clopper-Pearson boundary of its own increment. Nor do points below U(M, n_j, a_1 + ... +
+a_j), which no boundary rejects. The points between are computed when they are first needed, once
 per setting.
 
-Rounding is outward. The law of M_j is kept on a window. What lies above it is moved down to its
-upper end, and a step's upper tail to the end of the step's law: fewer events, so more crossings. A
-step's lower tail is cut off and counted as a crossing. All other operations add or multiply
-positive numbers: a convolution of w terms errs by at most (w + 1) 2^-53 of each result, a step's
-law by 3 w 2^-53. With fewer than 10^5 terms and 200 looks that is below 10^-8 in all; what a look
-spends is taken to be larger by `_MARGIN` = 2^-20 = 10^-6 of itself.
+Rounding is outward. The distribution of M_j is kept on a window; what lies above it is moved down
+to its upper end, and so is the upper tail of a step: fewer events, more crossings. The lower tail
+of a step is cut off and counted as a crossing. All other operations add or multiply positive
+numbers: a convolution of w terms errs by at most (w + 1) 2^-53 of each result, a step's
+distribution by 4 w 2^-53. With 10^5 terms and 100 looks that is below 10^-8 in all; what a look
+spends is taken to be larger by `_MARGIN` = 2^-20, 10^-6 of itself.
 
 Source: Armitage, McPherson and Rowe 1969 (the recursion); Jennison and Turnbull 2000, chapters 7
 (increments of level fixed in advance), 9 (repeated confidence intervals) and 12 (binomial counts).
@@ -48,8 +54,8 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 _MARGIN = 2.0**-20
-# A boundary keeps this share of an increment for its own rounding, so that points beyond the
-# Clopper-Pearson limit at the rest are crossed for certain: 16 times what can be lost there.
+# The share of its own increment that a look keeps for rounding; half of it where a boundary is
+# computed, so that what `Limits` takes for crossed is.
 _SPARE = 16 * _MARGIN
 # Windows in standard deviations; their size costs time and level, never validity.
 _ABOVE, _STEP_ABOVE = 4.5, 5.0
@@ -58,7 +64,7 @@ _BLOCK = 16
 
 
 class Limits:
-    """Upper confidence limits of q that hold at all looks at once with probability 1 - sum(levels).
+    """Upper confidence limits of q; all looks' hold at once with probability 1 - sum(levels).
 
     Attributes:
         looks: vote counts at which M is looked at; two at least.
@@ -137,34 +143,45 @@ def boundaries(q: FloatArray, looks: Sequence[int], levels: Sequence[float]) -> 
     state, low = np.ones((len(q), 1)), np.zeros(len(q), dtype=np.int64)
     spent, allowed, before = np.zeros(len(q)), 0.0, 0
     for j, (votes, level) in enumerate(zip(looks, levels, strict=True)):
-        step, first, lost = _law_of_step(q, votes - before, level)
+        step, first, lost = _step_distribution(q, votes - before, level)
         state = np.stack([np.convolve(a, b) for a, b in zip(state, step, strict=True)])
         low, before, allowed = low + first, votes, allowed + level
         spent = spent + lost
         total = np.cumsum(state, axis=1) * (1.0 + _MARGIN)
         crossed = np.sum(total <= (allowed - spent)[:, None], axis=1)
-        found[:, j] = low + crossed - 1
         cost = np.take_along_axis(total, np.maximum(crossed - 1, 0)[:, None], axis=1)[:, 0]
         spent = spent + np.where(crossed > 0, cost, 0.0)
+        while np.any(more := _own_level_allows(low + crossed, votes, q, level)):
+            crossed, spent = crossed + more, np.where(more, allowed, spent)
+        found[:, j] = low + crossed - 1
         state, low = _window(state, crossed, q, votes, low), low + crossed
     return found
 
 
-def _law_of_step(
+def _own_level_allows(
+    count: IntArray, votes: int, q: FloatArray, level: float
+) -> NDArray[np.bool_]:
+    """Whether so few events have at most the probability that a look alone may spend."""
+    some = np.minimum(count, votes - 1)
+    tail = special.betaincc(some + 1.0, votes - some, q)
+    return (count < votes) & (tail <= level * (1.0 - _SPARE / 2.0))
+
+
+def _step_distribution(
     q: FloatArray, votes: int, level: float
 ) -> tuple[FloatArray, IntArray, FloatArray]:
-    """The law of the events among the votes of a step: its rows, where they start, what is lost."""
+    """Distributions of the events of a step, where they start, and what is cut off below."""
     mean, deviation = votes * q, np.sqrt(votes * q * (1.0 - q))
     first, lost = _start_of_step(q, votes, level)
     last = np.minimum(votes, np.ceil(mean + _STEP_ABOVE * deviation + 4.0))
     k = first[:, None] + np.arange(int(np.max(last - first)))
     ratio = np.maximum(0.0, (votes - k) / (k + 1.0)) * (q / (1.0 - q))[:, None]
-    law = np.cumprod(np.concatenate([np.ones((len(q), 1)), ratio], axis=1), axis=1)
+    pmf = np.cumprod(np.concatenate([np.ones((len(q), 1)), ratio], axis=1), axis=1)
     last = np.minimum(first + k.shape[1], votes)
     above = np.where(last < votes, special.bdtrc(last, votes, q), 0.0)
-    law *= ((1.0 - lost - above) / law.sum(axis=1))[:, None]
-    law[:, -1] += above
-    return law, first.astype(np.int64), lost
+    pmf *= ((1.0 - lost - above) / pmf.sum(axis=1))[:, None]
+    pmf[:, -1] += above
+    return pmf, first.astype(np.int64), lost
 
 
 def _start_of_step(q: FloatArray, votes: int, level: float) -> tuple[FloatArray, FloatArray]:
@@ -183,7 +200,7 @@ def _start_of_step(q: FloatArray, votes: int, level: float) -> tuple[FloatArray,
 def _window(
     state: FloatArray, crossed: IntArray, q: FloatArray, votes: int, low: IntArray
 ) -> FloatArray:
-    """The law without what crossed; what lies above the window is moved to its upper end."""
+    """The distribution without what crossed; what lies above the window is moved to its upper end."""
     top = np.ceil(votes * q + _ABOVE * np.sqrt(votes * q * (1.0 - q)) + 4.0).astype(np.int64)
     width = max(1, int(np.max(top - low - crossed)) + 1)
     at = crossed[:, None] + np.arange(state.shape[1])

@@ -10,18 +10,21 @@ A certificate is a function of the counts at the look at which its votes stopped
 else: all limits of all looks hold at once with probability 1 - alpha, so those of that look do,
 whatever made the votes stop. What an earlier look had certified is not needed to read it.
 
-Stopping. Reported radii are floored to a grid, whose first step is "certified at all". The PRICE of
-n votes is given in grid steps. An image goes on as long as there is a later look at n' votes until
-which its next step can be gained with a chance of at least
+Stopping. Reported radii are floored to a grid, whose first step is "certified at all". The PRICE
+of n votes is a number of grid steps: an image goes on as long as some later look, at n' votes, gains
+its next step with a chance of at least
 
     price * (n' - votes so far) / n ,
 
-that is, as long as further votes are expected to bring `price` steps per n votes or more. The
-chance is estimated from the votes so far and decides about thrift, never about validity.
+that is, while further votes are expected to bring at least `price` steps per n votes. Where no
+radii are named, what is reported is a curve and the average radius, so the price is a radius: an
+image goes on while the chance of a gain times the gain is worth the votes. Chances are estimated
+from the votes so far; they decide about the number of votes, never about validity.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,8 +39,7 @@ from certifl.errors import InputError
 from certifl.smoothing.boundaries import Limits, limits
 from certifl.smoothing.bounds import RUNNER_UP_SHARE
 from certifl.smoothing.laws import Law
-from certifl.smoothing.sequential import _final_at_most as count_at_most
-from certifl.smoothing.sequential import grid_steps
+from certifl.smoothing.sequential import LARGEST_CHANCE, count_at_most, grid_steps
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -49,6 +51,8 @@ _EARLY_SHARE = 0.25
 # about; only forecasts use it.
 _OVERLAP = 2.5
 _FRACTION_BITS = 40
+# Chances at which a gain of radius is looked at.
+_CHANCES = (0.5, 0.1, 0.02)
 
 
 def increments(alpha: float, looks: Sequence[int]) -> tuple[float, ...]:
@@ -66,7 +70,7 @@ def increments(alpha: float, looks: Sequence[int]) -> tuple[float, ...]:
     if len(looks) == 1:
         return (alpha,)
     until = [0.0, *(math.sqrt(votes / looks[-2]) for votes in looks[:-1])]
-    early = [_EARLY_SHARE * alpha * (b - a) for a, b in zip(until, until[1:], strict=False)]
+    early = [_EARLY_SHARE * alpha * (b - a) for a, b in itertools.pairwise(until)]
     return (*early, (alpha - math.fsum(early)) * (1.0 - 2.0**-49))
 
 
@@ -143,21 +147,30 @@ class GroupSequential:
         sigma: float,
         price: float,
     ) -> FloatArray:
-        """The largest radius that is worth further votes at this price, see the file's head."""
-        if not price > 0.0:
-            raise InputError(f"The price of n votes must be positive, not {price}.")
+        """The largest radius that is worth further votes at this price of n votes, in steps."""
         top, runner_up, look = self._checked(top, runner_up, look)
-        last, votes = len(self.looks) - 1, np.array(self.looks, dtype=np.float64)
-        ahead = np.array([*(2**i for i in range(last.bit_length())), last])
-        later = np.minimum(look + ahead[:, None], last)
-        now, then = votes[look], votes[later]
-        chance = price * (then - now) / votes[-1]
-        most = count_at_most(top, now, then, chance)
-        least = then - count_at_most(now - runner_up, now, then, chance)
-        level = np.minimum(_OVERLAP * np.array(self.levels), np.cumsum(self.levels))
-        level[-1] = self.levels[-1]
-        p_lower, p_upper = self._at_level(most, np.minimum(least, then - most), then, level[later])
-        return np.asarray(law.radius(sigma, p_lower, p_upper)).max(axis=0)
+        later, share = self._ahead(look)
+        chance = np.minimum(LARGEST_CHANCE, price * share)
+        return self._forecast(top, runner_up, look, later, chance, law, sigma).max(axis=0)
+
+    def gains(
+        self,
+        top: IntArray,
+        runner_up: IntArray,
+        look: IntArray,
+        law: Law,
+        sigma: float,
+        price: float,
+    ) -> BoolArray:
+        """Whether some later look is worth its votes at this price of n votes, a radius."""
+        top, runner_up, look = self._checked(top, runner_up, look)
+        later, share = self._ahead(look)
+        now = self._forecast(top, runner_up, look, look[None], np.array(0.5), law, sigma)
+        worth = np.zeros(len(look), np.bool_)
+        for chance in _CHANCES:
+            then = self._forecast(top, runner_up, look, later, np.array(chance), law, sigma)
+            worth |= np.any((share > 0) & (chance * (then - now) >= price * share), axis=0)
+        return worth
 
     def finished(
         self,
@@ -174,11 +187,38 @@ class GroupSequential:
         wanted = grid_steps(self.reach(top, runner_up, look, law, sigma, price), grid)
         sums = np.cumsum(self.levels)[look]
         at_most = self._at_level(top, runner_up, np.array(self.looks)[look], sums)
-        open_ = ~done & (wanted <= grid_steps(law.radius(sigma, *at_most), grid))
-        rows = np.flatnonzero(open_)  # elsewhere the exact bounds cannot reach that step yet
+        uncertain = ~done & (wanted <= grid_steps(law.radius(sigma, *at_most), grid))
+        rows = np.flatnonzero(uncertain)  # elsewhere the exact bounds cannot have that step yet
         exact = law.radius(sigma, *self.bounds(top[rows], runner_up[rows], look[rows]))
         done[rows] = wanted[rows] <= grid_steps(exact, grid)
         return cast(BoolArray, done)
+
+    def _ahead(self, look: IntArray) -> tuple[IntArray, FloatArray]:
+        """Later looks (some, images): 1, 2, 4, ... on and the last; and the votes until then / n."""
+        last, votes = len(self.looks) - 1, np.array(self.looks, dtype=np.float64)
+        on = np.array([*(2**i for i in range(last.bit_length())), last])
+        later = np.minimum(look + on[:, None], last)
+        return later, (votes[later] - votes[look]) / votes[-1]
+
+    def _forecast(
+        self,
+        top: IntArray,
+        runner_up: IntArray,
+        look: IntArray,
+        later: IntArray,
+        chance: FloatArray,
+        law: Law,
+        sigma: float,
+    ) -> FloatArray:
+        """Radii that later looks exceed with such a chance, about."""
+        votes = np.array(self.looks, dtype=np.float64)
+        now, then = votes[look], votes[later]
+        most = count_at_most(top, now, then, chance)
+        least = then - count_at_most(now - runner_up, now, then, chance)
+        level = np.minimum(_OVERLAP * np.array(self.levels), np.cumsum(self.levels))
+        level[-1] = self.levels[-1]
+        p_lower, p_upper = self._at_level(most, np.minimum(least, then - most), then, level[later])
+        return np.asarray(law.radius(sigma, p_lower, p_upper))
 
     def _at_level(
         self, top: FloatArray, runner_up: FloatArray, votes: FloatArray, level: FloatArray

@@ -42,7 +42,7 @@ FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
 # A chance above this would stop images that more likely than not still improve at every look.
-_LARGEST_CHANCE = 0.9
+LARGEST_CHANCE = 0.9
 
 
 def looks(n: int, first: int = 100, per_doubling: int = 1) -> tuple[int, ...]:
@@ -172,9 +172,9 @@ def reachable_radius(
             "More votes than this look has; give the counts of exactly looks[look] votes."
         )
     over = spent >= n
-    chance = np.minimum(_LARGEST_CHANCE, futility * spent / n)
-    most = np.where(over, top, _final_at_most(top, spent, n, chance))
-    least = np.where(over, runner, n - _final_at_most(spent - runner, spent, n, chance))
+    chance = np.minimum(LARGEST_CHANCE, futility * spent / n)
+    most = np.where(over, top, count_at_most(top, spent, n, chance))
+    least = np.where(over, runner, n - count_at_most(spent - runner, spent, n, chance))
     return law.radius(sigma, *bounds_rule(most, np.minimum(least, n - most), n, levels[-1]))
 
 
@@ -227,7 +227,7 @@ def finished(
     return cast(BoolArray, done if wrong is None else done | np.asarray(wrong, dtype=bool))
 
 
-def _final_at_most(k: FloatArray, spent: FloatArray, n: float, chance: FloatArray) -> FloatArray:
+def count_at_most(k: FloatArray, spent: FloatArray, n: float, chance: FloatArray) -> FloatArray:
     """An upper limit of a count after n votes that was k after `spent`; best case included."""
     left = np.maximum(n - spent, 1.0)
     hits, misses = k * n / left, (spent - k) * n / left
