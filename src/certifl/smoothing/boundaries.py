@@ -12,10 +12,10 @@ are looked at again and again; the union bound pays for every look as if it had 
 From tests to limits. The grid G holds the squares (i / N)^2, N a power of two, and the values that
 reported radii ask for. The limit of a count M at look j is the smallest g in G such that M <=
 b_j(g') for ALL g' >= g in G. If the true q exceeds it, then M_j <= b_j(g*), with g* the largest
-point of G below q. Fewer events are the less likely the larger q (draw the votes of both from the
-same uniform numbers), so that happens at ANY look with probability at most P_g*(any crossing) <= a:
-for every q, on the grid or not, and for any rule of stopping. Asking it of all g' >= g makes limits
-increase with M even where b_j(q) should decrease with q.
+point of G below q. The larger q, the less likely are so few events (draw the votes of both from
+the same uniform numbers), so that happens at ANY look with probability at most P_g*(any crossing)
+<= a: for every q, on the grid or not, and for any rule of stopping. Asking it of all g' >= g makes
+limits increase with M even where b_j(q) should decrease with q.
 
 At the last look the Clopper-Pearson limit U(M_m, n, a_m) is taken where it is smaller. Then the
 event is M_j <= b_j(g*) at an early look (probability at most a_1 + ... + a_(m-1)) or M_m <= c, the
@@ -200,7 +200,7 @@ def _start_of_step(q: FloatArray, votes: int, level: float) -> tuple[FloatArray,
 def _window(
     state: FloatArray, crossed: IntArray, q: FloatArray, votes: int, low: IntArray
 ) -> FloatArray:
-    """The distribution without what crossed; what lies above the window is moved to its upper end."""
+    """The distribution of what did not cross; what lies above the window goes to its end."""
     top = np.ceil(votes * q + _ABOVE * np.sqrt(votes * q * (1.0 - q)) + 4.0).astype(np.int64)
     width = max(1, int(np.max(top - low - crossed)) + 1)
     at = crossed[:, None] + np.arange(state.shape[1])

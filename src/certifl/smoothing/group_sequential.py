@@ -11,8 +11,8 @@ else: all limits of all looks hold at once with probability 1 - alpha, so those 
 whatever made the votes stop. What an earlier look had certified is not needed to read it.
 
 Stopping. Reported radii are floored to a grid, whose first step is "certified at all". The PRICE
-of n votes is a number of grid steps: an image goes on as long as some later look, at n' votes, gains
-its next step with a chance of at least
+of n votes is a number of grid steps: an image goes on as long as some later look, at n' votes,
+gains its next step with a chance of at least
 
     price * (n' - votes so far) / n ,
 
@@ -194,7 +194,7 @@ class GroupSequential:
         return cast(BoolArray, done)
 
     def _ahead(self, look: IntArray) -> tuple[IntArray, FloatArray]:
-        """Later looks (some, images): 1, 2, 4, ... on and the last; and the votes until then / n."""
+        """Later looks (1, 2, 4, ... on, and the last; by images) and the votes until then / n."""
         last, votes = len(self.looks) - 1, np.array(self.looks, dtype=np.float64)
         on = np.array([*(2**i for i in range(last.bit_length())), last])
         later = np.minimum(look + on[:, None], last)
