@@ -15,8 +15,13 @@ import torch
 
 import certifl
 from certifl.certification import verify
-from certifl.certification.estimators import KEEPS
-from certifl.certification.settings import ESTIMATORS
+from certifl.certification.adaptive import count_all, finalize
+from certifl.certification.certify import asked_conditions
+from certifl.certification.counts import fresh
+from certifl.certification.estimators import PRICES, UnionBound
+from certifl.certification.network import prepare
+from certifl.certification.sampling import VoteCounter
+from certifl.certification.settings import ESTIMATORS, Settings
 from certifl.errors import InputError
 from certifl.smoothing.bounds import BOUNDS
 from certifl.smoothing.laws import LAWS, drawn_width
@@ -30,13 +35,20 @@ def certified(
     radii: Sequence[float] | None = None,
     noise: certifl.Perturbation | None = None,
 ) -> certifl.Certificates:
+    model, images, own = problem(estimator)
+    return certifl.certify(
+        model, images, noise or own, n=n, estimator=estimator, keep=keep, radii=radii
+    )
+
+
+def problem(estimator: str) -> tuple[HalfSpace, torch.Tensor, certifl.Perturbation]:
+    """A model, images and the noise that suits an estimator."""
     g = torch.Generator().manual_seed(0)
     images = torch.rand((8, 1, 8, 8), generator=g)
     model = HalfSpace(torch.randn(64, generator=g), 0.0).eval()
-    if noise is None:
-        scanned = estimator == "scan"
-        noise = certifl.Rotation(0.2 * math.pi) if scanned else certifl.PixelNoise(0.5)
-    return certifl.certify(model, images, noise, n=n, estimator=estimator, keep=keep, radii=radii)
+    scanned = estimator == "scan"
+    noise = certifl.Rotation(0.2 * math.pi) if scanned else certifl.PixelNoise(0.5)
+    return model, images, noise
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +133,7 @@ def test_looks_chosen_after_the_votes_are_found(made: certifl.Certificates) -> N
             {"look_levels": [*levels[:-1], None]},
         ],
         "more than alpha": [{"look_levels": [10 * level for level in levels]}],
-        "look_levels": [{"keep": "curve", "look_votes": looks}],
+        "boundaries": [{"boundaries": "exacter"}, {"boundaries": None}],
         "settings": [{"keep": "everything"}, {"alpha": 0.9}, {"n0": -100}, {"estimator": "none"}],
         "bounds": [{"bounds": "top-class"}],
     }
@@ -130,8 +142,7 @@ def test_looks_chosen_after_the_votes_are_found(made: certifl.Certificates) -> N
             tampered = dataclasses.replace(made, conditions={**made.conditions, **change})
             findings = verify(tampered)
             assert len(findings) >= len(made), change
-            if "keep" not in change:
-                assert any(says in f.problem for f in findings), (change, findings[0])
+            assert any(says in f.problem for f in findings), (change, findings[0])
 
 
 def test_what_names_no_estimator_cannot_be_verified(made: certifl.Certificates) -> None:
@@ -159,7 +170,7 @@ def test_passes_of_a_scan_chosen_after_the_votes_are_found() -> None:
     ("estimator", "keep"),
     [
         (estimator, keep)
-        for estimator, keep in itertools.product(ESTIMATORS, KEEPS)
+        for estimator, keep in itertools.product(ESTIMATORS, PRICES)
         if keep == "certificates" or "keep" in ESTIMATORS.rows[estimator].parameters.model_fields
     ],
 )
@@ -220,11 +231,54 @@ def test_numbers_of_numpy_are_numbers_too() -> None:
     assert verify(made) == []
 
 
-def test_records_older_than_the_choice_of_what_to_keep_still_verify(
+class Earlier(UnionBound):
+    """`sequential` of version 0.1, which stopped where its own reading of records says so."""
+
+    def finished(self, top: np.ndarray, runner_up: np.ndarray, look: np.ndarray) -> np.ndarray:
+        low, high = self.limits(top, runner_up, look)
+        radius = np.asarray(self.noise.law.radius(self.noise.sigma, low, high))
+        return (look == len(self.looks) - 1) | ~self.gains(top, runner_up, look, radius, 0.0)
+
+
+def of_earlier_version(keep: str, radii: tuple[float, ...] | None) -> certifl.Certificates:
+    """The record that 0.1 wrote: the same columns, other looks and levels, no boundaries named."""
+    model, images, noise = problem("sequential")
+    settings = Settings("sequential", n=2000, keep=keep, radii=radii)
+    network = prepare(model, images, "cpu", "float32")
+    votes, estimator = fresh(len(images), 2), Earlier(settings, noise)
+    counter = VoteCounter(network, noise, 0)
+    count_all(counter, images, None, estimator, votes)
+    known = asked_conditions(noise, settings, 0)
+    del known["boundaries"]
+    known |= {"look_votes": list(estimator.looks), "look_levels": list(estimator.levels)}
+    return finalize(votes, estimator, conditions=known)
+
+
+@pytest.mark.parametrize("keep", PRICES)
+@pytest.mark.parametrize("radii", [None, (0.0, 0.1, 0.3)])
+def test_records_of_the_union_bound_still_verify_and_name_no_boundaries(
+    keep: str, radii: tuple[float, ...] | None
+) -> None:
+    old = of_earlier_version(keep, radii)
+    assert radii is None or (old.votes < 2000).any()
+    assert verify(old) == []
+    exact = dataclasses.replace(old, conditions={**old.conditions, "boundaries": "exact"})
+    assert len(verify(exact)) >= len(old)
+    larger = dataclasses.replace(old, radius=old.radius * 1.001)
+    assert {f.index for f in verify(larger)} == set(old.index[old.radius > 0].tolist())
+
+
+def test_records_of_exact_boundaries_are_not_read_by_the_union_bound(
     made: certifl.Certificates,
 ) -> None:
-    facts = {k: v for k, v in made.conditions.items() if k != "keep"}
-    assert verify(dataclasses.replace(made, conditions=facts)) == []
-    curve = certified("sequential", "curve")
+    facts = {k: v for k, v in made.conditions.items() if k != "boundaries"}
+    assert len(verify(dataclasses.replace(made, conditions=facts))) >= len(made)
+
+
+def test_records_older_than_the_choice_of_what_to_keep_still_verify() -> None:
+    old = of_earlier_version("certificates", None)
+    facts = {k: v for k, v in old.conditions.items() if k != "keep"}
+    assert verify(dataclasses.replace(old, conditions=facts)) == []
+    curve = of_earlier_version("curve", None)
     hidden = {k: v for k, v in curve.conditions.items() if k != "keep"}
     assert len(verify(dataclasses.replace(curve, conditions=hidden))) == len(curve)

@@ -60,9 +60,7 @@ def test_the_level_is_used() -> None:
     """Just beyond a grid point nearly all of it, where the union bound uses two thirds."""
     points = np.array([q for q in Limits(LOOKS, LEVELS, EXTRA).grid if 0.1 < q < 0.5])[::8]
     used = [crossing(wrong_counts(q := np.nextafter(p, 1.0)), q) for p in points]
-    separate = [
-        crossing(binom.ppf(np.array(LEVELS), LOOKS, p).astype(int) - 1, p) for p in points
-    ]
+    separate = [crossing(binom.ppf(np.array(LEVELS), LOOKS, p).astype(int) - 1, p) for p in points]
     assert np.mean(used) > 0.9 * ALPHA
     assert np.mean(separate) < 0.8 * ALPHA
 

@@ -381,13 +381,14 @@ class Sequential(Estimator):
 
     def finished(self, top: IntArray, runner_up: IntArray, look: IntArray) -> BoolArray:
         """Which images may stop at these looks; any answer is valid."""
+        grid = self.grid()
         if len(self.looks) == 1:
             return super().finished(top, runner_up, look)
         law, sigma, price = self.noise.law, self.noise.sigma, self.price
         if self.settings.radii is None:
             last = look >= len(self.looks) - 1
             return last | ~self._boundaries.gains(top, runner_up, look, law, sigma, price)
-        return self._boundaries.finished(top, runner_up, look, law, sigma, self.grid(), price)
+        return self._boundaries.finished(top, runner_up, look, law, sigma, grid, price)
 
     def gains(
         self,
