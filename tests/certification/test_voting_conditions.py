@@ -19,8 +19,8 @@ from certifl.certification import adaptive as engine
 from certifl.certification import certificates as predictions
 from certifl.certification import network
 from certifl.certification import sampling as votes
+from certifl.certification.api import _rounding, conditions
 from certifl.certification.certificates import predict_plain
-from certifl.certification.certify import _rounding, conditions
 from certifl.certification.counts import Request
 from certifl.certification.network import Network, prepare, tf32_state
 from certifl.certification.sampling import CHUNK, VoteCounter, votes_per_image
