@@ -113,7 +113,7 @@ def test_every_call_of_a_network_is_held_to_exact_convolutions(held: list[torch.
     certifl.predict(call, IMAGES, NOISE, n=200)
     predict_plain(prepare(call, IMAGES, batch_size=2), IMAGES)
     counter = VoteCounter(prepare(call, IMAGES, batch_size=50), NOISE, 0)
-    counter.lean(IMAGES, [Request(0, 0, 1, "attack", 0, 100)], torch.tensor([0]))
+    counter.disagreement(IMAGES, [Request(0, 0, 1, "attack", 0, 100)], torch.tensor([0]))
     assert len(seen) > 20
     assert all(seen)
     assert held == []
