@@ -1,9 +1,16 @@
-"""Certificates of any classifier of images, by randomized smoothing."""
+"""Certificates of any classifier of images, by randomized smoothing; loaded on first use."""
 
-from certifl.certification.certificates import Certificates
-from certifl.certification.certify import certify, conditions, predict
-from certifl.certification.settings import ESTIMATORS
-from certifl.certification.verify import unverified, verify
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from certifl.registry import lazy_names
+
+if TYPE_CHECKING:
+    from certifl.certification.api import certify, conditions, predict
+    from certifl.certification.certificates import Certificates
+    from certifl.certification.recompute import unverified, verify
+    from certifl.certification.settings import ESTIMATORS
 
 __all__ = [
     "ESTIMATORS",
@@ -14,3 +21,16 @@ __all__ = [
     "unverified",
     "verify",
 ]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "Certificates": "certifl.certification.certificates",
+        "ESTIMATORS": "certifl.certification.settings",
+        "certify": "certifl.certification.api",
+        "conditions": "certifl.certification.api",
+        "predict": "certifl.certification.api",
+        "unverified": "certifl.certification.recompute",
+        "verify": "certifl.certification.recompute",
+    },
+)

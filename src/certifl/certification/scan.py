@@ -179,7 +179,7 @@ class ScanEstimator(Estimator):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Where votes were cast, and the reach that was asked for."""
+        """Where votes were cast, and the requested reach."""
         return {"scan": describe_scan(self.scan), "reach": self.settings.reach}
 
     @classmethod
@@ -278,7 +278,7 @@ def _turn(sigma: float, reach: float | None) -> tuple[float, float, bool]:
 
 
 def _stretch(sigma: float, reach: float | None) -> tuple[float, float, bool]:
-    """Scaling: as far as asked for, but never to a factor below 0."""
+    """Scaling: as far as requested, but never to a factor below 0."""
     if sigma >= -_LEAST_SCALING:
         raise InputError(
             f"sigma = {sigma} scales by factors down to 0 and below, where there is no image to "
@@ -302,16 +302,16 @@ def describe_scan(scan: Scan) -> dict[str, Any]:
 
 
 def scan_from(conditions: Mapping[str, Any]) -> Scan:
-    """The scan that certificates were made by, from their conditions.
+    """The scan of certificates, from their metadata.
 
     Raises:
-        InputError: the conditions describe none.
+        InputError: the metadata describe none.
     """
     try:
-        facts = conditions["scan"]
-        ends = float(conditions["sigma"]), float(facts["low"]), float(facts["high"])
-        passes = tuple(int(strata) for strata in facts["passes"])
-        return Scan(*ends, periodic=bool(facts["periodic"]), passes=passes)
+        described = conditions["scan"]
+        ends = float(conditions["sigma"]), float(described["low"]), float(described["high"])
+        passes = tuple(int(strata) for strata in described["passes"])
+        return Scan(*ends, periodic=bool(described["periodic"]), passes=passes)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"These certificates do not say how they were scanned: {error}"

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from certifl.certification import Certificates, verify
-from certifl.certification.certify import asked_conditions
+from certifl.certification.api import asked_conditions
 from certifl.certification.metadata import AMOUNTS
 from certifl.certification.network import PRECISIONS
 from certifl.certification.settings import Settings
