@@ -91,13 +91,13 @@ def certify(
         n: fresh votes that bound its probability (at most).
         alpha: probability of a wrong certificate, per image.
         estimator: "top-class" (Cohen et al. 2019), "runner-up", "sequential" (stops early;
-            valid by a union bound over looks fixed in advance), "sequential-top-class"; "scan" for
+            exact boundaries at looks fixed in advance), "sequential-top-class"; "scan" for
             rotation and scaling: votes along the whole axis certify an interval around 0, not
             capped at sigma, in `interval`; it stops early too (see docs/scan.md).
         radii: the radii that will be reported, where `sequential` and `scan` may stop: in the
-            perturbation's unit, for angles also "5deg". None stands for an even grid of 50 up to
-            the largest radius that n votes can give, and for `scan` for ends known to a 50th of
-            sigma.
+            perturbation's unit, for angles also "5deg". With None, `sequential`
+            stops where the average radius gains too little, see `keep`, and `scan` where its ends
+            are known to a 50th of sigma.
         seed: votes are a function of (seed, image content), not of the position of an image.
         precision: arithmetic of the network: "auto", "float32", "bfloat16".
         device: "auto" or a torch device.
@@ -106,8 +106,10 @@ def certify(
         label_aware: with labels, `sequential` and `scan` stop at the first look on wrong images.
         reach: `scan` only: how far from 0 it looks, as `radii` are given; None stands for all the
             way round for rotation, and three times sigma for scaling.
-        keep: what `sequential` keeps while stopping early: "certificates" (of what n votes would
-            give), or the "curve" of certified accuracies, for a third to two thirds of the votes.
+        keep: what n votes must bring for `sequential` to cast them: with "certificates" .003
+            steps of the radii an image, so that one image in a thousand misses a step that n votes
+            reach; with "curve" .15 steps (about two in a hundred). Without radii 1 or 3 % of the
+            largest radius, which costs about 1 or 2 % of the average radius.
 
     Returns:
         A row for each image, in their order, with its votes, radius in the perturbation's unit
@@ -282,15 +284,21 @@ def conditions(
     }
 
 
-def asked_conditions(perturbation: Perturbation, settings: Settings, seed: int) -> dict[str, Any]:
+def asked_conditions(
+    perturbation: Perturbation,
+    settings: Settings,
+    seed: int,
+    estimator: Estimator | None = None,
+) -> dict[str, Any]:
     """The metadata that follow from the request, before any network is known.
 
     `verify` compares a record with these, so they must depend on the arguments alone.
 
     Args:
         perturbation, settings, seed: as in `conditions`.
+        estimator: the one of a record, where an earlier version took another for these settings.
     """
-    estimator = settings.estimator_for(perturbation)
+    estimator = estimator or settings.estimator_for(perturbation)
     return {
         "family": perturbation.family,
         "sigma": perturbation.sigma,

@@ -102,9 +102,8 @@ UNION_BOUND_KEEPS = {
 class Estimator:
     """Votes counted per class, and bounds at looks fixed in advance; a subclass says what differs.
 
-    The level of an image is that of its last look. Levels were fixed before the first vote and sum
-    to at most alpha, so by the union bound each certificate is wrong with probability at most
-    alpha, whatever made the votes stop. A subclass must keep that promise for all its looks.
+    The bounds of all looks must hold at once with probability 1 - alpha: then each certificate is
+    wrong with probability at most alpha, whatever made the votes stop.
 
     Attributes:
         settings: what was asked for. noise: distribution of the parameters.

@@ -82,15 +82,14 @@ class Settings:
         n0: votes that choose the class (selection).
         n: fresh votes that bound its probability (estimation); for `sequential` the most it draws.
         alpha: probability, per image, that a certificate claims too much.
-        radii: the radii that will be reported; `sequential` stops when none of them can be gained.
-            None stands for an even grid of 50 up to the largest radius that n votes can give.
+        radii: the radii that will be reported; `sequential` stops when none of them is worth more
+            votes. With None it stops where the average radius gains too little.
         label_aware: stop early on images whose label is known and whose chosen class is wrong.
         reach: `scan` only, how far from 0 it looks, in the family's unit; None stands for all the
             way round for rotation, and three times sigma for scaling.
-        keep: `sequential` only, what stopping early keeps. "certificates": every grid step that n
-            votes would reach, but for about one image in a thousand. "curve": the certified
-            accuracies to about half a point on average over the radii, at a third (rotation) to
-            two thirds (pixel noise) of these votes.
+        keep: `sequential` only, the price of votes, see `estimators.PRICES`. "certificates": every
+            step of the radii that n votes would reach, but for about one image in a thousand.
+            "curve": the certified accuracies, but for about two images in a hundred.
 
     Raises:
         InputError: a value that is not allowed, or two that do not go together; it says which.
