@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from certifl.certification.record import RecordedNoise
+from certifl.certification.settings import Settings
 from certifl.smoothing import (
     BOUNDS,
     GAUSSIAN,
@@ -90,6 +92,36 @@ def test_sequential_keeps_every_certificate_of_a_coarse_grid(rule, per_doubling)
     last = GAUSSIAN.radius(0.25, *bound(top, runner, 100_000, level[-1]))
     assert np.all(steps >= grid_steps(last, grid))
     assert spent.mean() <= 100_000 / 7
+
+
+@pytest.mark.parametrize("rule", ["sequential", "sequential-top-class"])
+def test_exact_boundaries_keep_nearly_all_certificates_for_a_ninth_of_the_votes(rule):
+    """The votes of the file in a random order, labels unknown."""
+    counts, _ = vote_vectors()
+    rng, chosen, rows = np.random.default_rng(17), counts.argmax(1), np.arange(len(counts))
+    grid = np.arange(1, 5) * 0.25
+    noise = RecordedNoise("pixel", 0.25, GAUSSIAN, "intensity")
+    estimator = Settings(rule, radii=grid.tolist()).estimator_for(noise)
+    left, seen = counts.copy(), np.zeros_like(counts)
+    radius, spent = np.zeros(len(rows)), np.zeros(len(rows), int)
+    active, before = np.ones(len(rows), bool), 0
+    for j, votes in enumerate(estimator.looks):
+        drawn = np.array([rng.multivariate_hypergeometric(row, votes - before) for row in left])
+        left, seen, before = left - drawn, seen + drawn, votes
+        others = np.where(np.arange(10) == chosen[:, None], -1, seen).max(1)
+        now = np.flatnonzero(active)
+        at = seen[now, chosen[now]], others[now], np.full(len(now), j)
+        done = estimator.finished(*at)
+        limits = estimator.limits(*(column[done] for column in at))
+        radius[now[done]], spent[now[done]] = GAUSSIAN.radius(0.25, *limits), votes
+        active[now[done]] = False
+    assert not active.any()
+    fixed = GAUSSIAN.radius(
+        0.25, *BOUNDS[estimator.bounds](*top_and_runner(counts), 100_000, 1e-3)
+    )
+    assert np.sum(grid_steps(radius, grid) < grid_steps(fixed, grid)) <= 2
+    assert np.all(radius <= fixed * 1.01 + 0.02)
+    assert spent.mean() <= 100_000 / 9
 
 
 PUBLISHED = {

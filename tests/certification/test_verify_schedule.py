@@ -16,7 +16,7 @@ import torch
 import certifl
 from certifl.certification import verify
 from certifl.certification.adaptive import count_all, finalize
-from certifl.certification.certify import asked_conditions
+from certifl.certification.api import asked_conditions
 from certifl.certification.counts import fresh
 from certifl.certification.estimators import PRICES, UnionBound
 from certifl.certification.network import prepare

@@ -108,7 +108,7 @@ def certify(
             way round for rotation, and three times sigma for scaling.
         keep: what n votes must bring for `sequential` to cast them: with "certificates" .003
             steps of the radii an image, so that one image in a thousand misses a step that n votes
-            reach; with "curve" .15 steps (about two in a hundred). Without radii 1 or 3 % of the
+            reach; with "curve" .22 steps (about two in a hundred). Without radii 1 or 3 % of the
             largest radius, which costs about 1 or 2 % of the average radius.
 
     Returns:

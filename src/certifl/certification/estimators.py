@@ -67,7 +67,7 @@ class Noise(Protocol):
         ...
 
 
-PRICES = {"certificates": 0.003, "curve": 0.15}
+PRICES = {"certificates": 0.003, "curve": 0.22}
 """What n votes must bring, in steps of the radii that are asked for, for each value of `keep`."""
 RADIUS_PRICES = {"certificates": 0.01, "curve": 0.03}
 """The same where no radii are asked for, as a share of the largest radius that n votes certify."""

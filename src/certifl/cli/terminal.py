@@ -241,8 +241,15 @@ def show_certificates(certificates: Certificates) -> None:
     console.print(f"certified accuracy  {accuracy:.3f} at radius 0")
     console.print(f"average radius      {format_amount(acr, unit)} (ACR)")
     mean, most = certificates.votes.mean(), int(facts["n"])
-    console.print(f"votes per image     {mean:,.0f} of at most {most:,}")
+    console.print(f"votes per image     {mean:,.0f} of at most {most:,}{_where_stopped(facts)}")
     console.print(_meaning(facts), style="dim")
+
+
+def _where_stopped(metadata: Mapping[str, Any]) -> str:
+    """Where votes stopped, if no radii say so."""
+    if metadata.get("radii") is not None or "boundaries" not in metadata:
+        return ""
+    return " (no radii given: stopped where the average radius gains little)"
 
 
 def show_prediction(answer: Answer) -> None:

@@ -1,4 +1,7 @@
-"""Sequential certification: look early, stop an image as soon as more votes cannot help.
+"""Sequential certification by a union bound: the rule of version 0.1, by which records verify.
+
+New certificates use exact boundaries (`group_sequential`), which share the looks, the grid steps
+and the forecast of counts.
 
 The counts are looked at after n_1 < n_2 < ... < n_m = n votes. The level a_j of each look is fixed
 BEFORE any vote and the levels sum to at most alpha, so with probability at least 1 - alpha the
