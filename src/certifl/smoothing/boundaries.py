@@ -140,11 +140,13 @@ def boundaries(q: FloatArray, looks: Sequence[int], levels: Sequence[float]) -> 
         levels: their increments of level.
     """
     found = np.empty((len(q), len(looks)), dtype=np.int64)
-    state, low = np.ones((len(q), 1)), np.zeros(len(q), dtype=np.int64)
+    state: FloatArray = np.ones((len(q), 1))
+    low = np.zeros(len(q), dtype=np.int64)
     spent, allowed, before = np.zeros(len(q)), 0.0, 0
     for j, (votes, level) in enumerate(zip(looks, levels, strict=True)):
         step, first, lost = _step_distribution(q, votes - before, level)
-        state = np.stack([np.convolve(a, b) for a, b in zip(state, step, strict=True)])
+        joined = [np.convolve(a, b) for a, b in zip(state, step, strict=True)]
+        state = np.array(joined, dtype=np.float64)
         low, before, allowed = low + first, votes, allowed + level
         spent = spent + lost
         total = np.cumsum(state, axis=1) * (1.0 + _MARGIN)

@@ -39,7 +39,7 @@ from certifl.errors import InputError
 from certifl.smoothing.boundaries import Limits, limits
 from certifl.smoothing.bounds import RUNNER_UP_SHARE
 from certifl.smoothing.laws import Law
-from certifl.smoothing.sequential import LARGEST_CHANCE, count_at_most, grid_steps
+from certifl.smoothing.sequential import LARGEST_CHANCE, Counts, count_at_most, grid_steps
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -221,7 +221,7 @@ class GroupSequential:
         return np.asarray(law.radius(sigma, p_lower, p_upper))
 
     def _at_level(
-        self, top: FloatArray, runner_up: FloatArray, votes: FloatArray, level: FloatArray
+        self, top: Counts, runner_up: Counts, votes: Counts, level: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
         """Clopper-Pearson limits without rounding outward: for forecasts, not for certificates."""
         share = RUNNER_UP_SHARE if self.runner_up else 0.0

@@ -43,6 +43,7 @@ from certifl.smoothing.laws import Law
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
+Counts = NDArray[np.int64] | NDArray[np.float64]
 
 # A chance above this would stop images that more likely than not still improve at every look.
 LARGEST_CHANCE = 0.9
@@ -230,7 +231,9 @@ def finished(
     return cast(BoolArray, done if wrong is None else done | np.asarray(wrong, dtype=bool))
 
 
-def count_at_most(k: FloatArray, spent: FloatArray, n: float, chance: FloatArray) -> FloatArray:
+def count_at_most(
+    k: Counts, spent: Counts, n: float | FloatArray, chance: FloatArray
+) -> FloatArray:
     """An upper limit of a count after n votes that was k after `spent`; best case included."""
     left = np.maximum(n - spent, 1.0)
     hits, misses = k * n / left, (spent - k) * n / left
