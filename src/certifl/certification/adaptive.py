@@ -21,12 +21,10 @@ from certifl.certification.sampling import Request, VoteCounter, votes_per_turn
 from certifl.certification.settings import Settings
 from certifl.errors import InputError
 from certifl.perturbations.base import Perturbation
+from certifl.progress import ProgressCallback
 from certifl.rng import image_key
 from certifl.smoothing.bounds import BOUNDS
 from certifl.smoothing.sequential import finished
-
-Progress = Callable[[int, int], None]
-"""Called with (votes cast so far, votes at most) of what is being certified."""
 
 # A wave fills this many batches, and no image takes more votes of it than its turn gives: often
 # enough for progress and checkpoints, rare enough that fetching the counts costs nothing.
@@ -45,7 +43,7 @@ def count_all(
     settings: Settings,
     votes: Votes,
     after_wave: Callable[[Votes], None] | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> None:
     """Cast votes, in place, until every image is done; `after_wave` may save them on the way."""
     keys = [image_key(image) for image in images]

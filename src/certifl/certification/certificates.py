@@ -25,6 +25,7 @@ from certifl.errors import InputError, UnusualValue
 from certifl.perturbations.units import parse_amount, parse_amounts
 from certifl.safe_io import MALFORMED, open_parquet, parse_json
 from certifl.smoothing import curves
+from certifl.smoothing.arrays import Floats, Ints
 from certifl.smoothing.rounding import floor_text
 from certifl.torch_env import exact_convolutions, one_thread
 
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 
 ABSTAINED = -1
 UNLABELLED = -1
-
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from certifl.smoothing.laws import LAWS, UNIFORM
 from certifl.smoothing.scan import Reading
 from certifl.smoothing.sequential import grid_steps, reachable_radius
 
-Report = Callable[[np.ndarray, str], None]
+ReportRows = Callable[[np.ndarray, str], None]
 """Called with a mask of rows and what is wrong with them."""
 
 _NEEDED = (
@@ -154,7 +154,7 @@ def _verified(certificates: Certificates) -> list[Finding]:
     return findings
 
 
-def _check_rows(certificates: Certificates, record: Record, report: Report) -> None:
+def _check_rows(certificates: Certificates, record: Record, report: ReportRows) -> None:
     sound = _check_numbers(certificates, report) & _check_votes(certificates, record, report)
     chosen = np.flatnonzero(sound)
     if not len(chosen):
@@ -172,7 +172,7 @@ def _check_rows(certificates: Certificates, record: Record, report: Report) -> N
         _check_claims(part, record, report_sound)
 
 
-def _check_numbers(certificates: Certificates, report: Report) -> np.ndarray:
+def _check_numbers(certificates: Certificates, report: ReportRows) -> np.ndarray:
     """Which rows can be computed with; others are reported."""
     classes, label = certificates.counts.shape[1], certificates.label
     votes = np.concatenate([certificates.counts, certificates.selection_counts], axis=1)
@@ -188,7 +188,7 @@ def _check_numbers(certificates: Certificates, report: Report) -> np.ndarray:
     return ~np.logical_or.reduce(list(faults.values()))
 
 
-def _check_votes(certificates: Certificates, record: Record, report: Report) -> np.ndarray:
+def _check_votes(certificates: Certificates, record: Record, report: ReportRows) -> np.ndarray:
     """Which rows have as many votes as one of the looks; others are reported."""
     facts = record.facts
     looks, levels = np.array(facts["look_votes"]), np.array(facts["look_levels"])
@@ -204,7 +204,7 @@ def _check_votes(certificates: Certificates, record: Record, report: Report) -> 
     return known & cast & (chosen == facts["n0"])
 
 
-def _check_class(certificates: Certificates, certified: np.ndarray, report: Report) -> None:
+def _check_class(certificates: Certificates, certified: np.ndarray, report: ReportRows) -> None:
     claimed = certificates.predicted != ABSTAINED
     selected = certificates.selection_counts.argmax(axis=1)
     report(claimed & (certificates.predicted != selected), "its class is not the selected one")
@@ -225,7 +225,7 @@ def _report_numbers(
     stored: np.ndarray,
     made: np.ndarray,
     sign: int,
-    report: Report,
+    report: ReportRows,
     granted: float = 0.0,
 ) -> None:
     """Report what claims more than its votes give (`sign` = 1: larger is more), or other than it.
@@ -245,7 +245,7 @@ def _report_numbers(
         )
 
 
-def _check_claims(certificates: Certificates, record: Record, report: Report) -> None:
+def _check_claims(certificates: Certificates, record: Record, report: ReportRows) -> None:
     facts, law = record.facts, LAWS[record.facts["law"]]
     look = certificates.looks - 1
     votes, levels = np.array(facts["look_votes"])[look], np.array(facts["look_levels"])[look]
@@ -280,7 +280,7 @@ def _wrong(certificates: Certificates, record: Record) -> np.ndarray:
 
 
 def _check_stops(
-    certificates: Certificates, record: Record, radius: np.ndarray, report: Report
+    certificates: Certificates, record: Record, radius: np.ndarray, report: ReportRows
 ) -> None:
     """Votes stop where radii, label and label_aware say so: altered ones do not fit the votes."""
     settings, perturbation = record.settings, record.perturbation
@@ -320,7 +320,7 @@ _STOPPED_LATE = (
 _STOPPED_EARLY = "its votes stopped earlier than radii, keep and label_aware allow"
 
 
-def _check_intervals(certificates: Certificates, record: Record, report: Report) -> None:
+def _check_intervals(certificates: Certificates, record: Record, report: ReportRows) -> None:
     if certificates.interval is None or certificates.scan_votes is None:
         raise InputError("These certificates carry no votes of a scan; verify the .parquet file.")
     rows, low, high = np.arange(len(certificates)), *certificates.interval.T

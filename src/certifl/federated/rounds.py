@@ -44,7 +44,7 @@ class Progress:
     left_out: str | None = None
 
 
-ProgressCallback = Callable[[Progress], None]
+RoundCallback = Callable[[Progress], None]
 
 
 class Runner(Protocol):
@@ -75,7 +75,7 @@ class Rounds:
     scheduled: int
     network: ModelState
     identity: dict[str, Any]
-    progress: ProgressCallback | None = None
+    progress: RoundCallback | None = None
     participation: Participation | None = None
     rule: Rule | None = None
     min_clients: int | None = None

@@ -26,8 +26,8 @@ from certifl.federated.privacy.compatibility import check_network
 from certifl.federated.privacy.ledger import Ledger
 from certifl.federated.rounds import (
     Participation,
-    ProgressCallback,
     RandomShare,
+    RoundCallback,
     Rounds,
     Runner,
 )
@@ -47,7 +47,7 @@ def train(
     training: LocalTraining,
     checkpoints: Checkpoints,
     *,
-    progress: ProgressCallback | None = None,
+    progress: RoundCallback | None = None,
     participation: Participation | None = None,
     start_from: Checkpoints | None = None,
     rule: Rule | None = None,

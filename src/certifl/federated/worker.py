@@ -22,7 +22,7 @@ from certifl.federated.training.local_training import LocalTraining
 from certifl.models import adopt_code
 from certifl.runs.checkpoints import StoredRound
 
-Question = tuple[StoredRound, int, ClientData]
+ClientTask = tuple[StoredRound, int, ClientData]
 """The committed round to start from, a client, its data."""
 
 
@@ -107,7 +107,7 @@ def load_what_a_step_needs() -> None:
 
 
 def _answer(
-    algorithm: Algorithm, training: LocalTraining, broadcast: ServerState, question: Question
+    algorithm: Algorithm, training: LocalTraining, broadcast: ServerState, question: ClientTask
 ) -> bytes:
     stored, client, data = question
     started = time.perf_counter()

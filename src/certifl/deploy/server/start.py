@@ -23,12 +23,10 @@ from certifl.deploy.transport.transport import Transport
 from certifl.errors import CertiflError, InputError, RequestError, WorkError, one_line
 from certifl.federated.faults import needed
 from certifl.models import build, fingerprint
+from certifl.progress import StageCallback
 from certifl.spec import Spec
 
 _log = logging.getLogger(__name__)
-
-Report = Callable[[str, int, int, str], None]
-"""Called with (what is under way, done, all, unit)."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Options:
     patience: Timeouts = field(default_factory=Timeouts)
     piece: float = 60.0
     keys: Mapping[int, bytes] = field(default_factory=dict)
-    report: Report | None = None
+    report: StageCallback | None = None
     command: str = ""
     min_clients: int | None = None
     told: Callable[[str], None] | None = None

@@ -12,11 +12,11 @@ from certifl.federated.algorithms.base import GlobalModel
 from certifl.federated.averaging import average_models, change
 from certifl.federated.states import ModelState, ServerState, Update
 
-Step = Callable[[torch.Tensor, ModelState], tuple[torch.Tensor, ModelState]]
+ServerStep = Callable[[torch.Tensor, ModelState], tuple[torch.Tensor, ModelState]]
 
 
 def _stepped(
-    server_state: ServerState, updates: Iterable[Update], weighting: str, step: Step
+    server_state: ServerState, updates: Iterable[Update], weighting: str, step: ServerStep
 ) -> ServerState:
     """The server's next state: theta moved along Delta = average - theta by a server optimizer.
 
