@@ -22,7 +22,7 @@ from certifl.deploy.transport.schemas import Certified, MalformedMessage, Reply,
 from certifl.deploy.transport.transport import Node, NoReply
 from certifl.errors import WorkError, one_line
 from certifl.federated.algorithms.base import needed_by_clients
-from certifl.federated.faults import needed
+from certifl.federated.faults import required_clients
 from certifl.federated.states import ClientState, ServerState
 from certifl.models import fingerprint
 from certifl.progress import StageCallback
@@ -208,7 +208,7 @@ class _Gathering:
             WorkError: too few do.
         """
         count = self.spec.clients.count
-        if count - len(clients) < needed(count, None):
+        if count - len(clients) < required_clients(count, None):
             raise WorkError(self._missing(clients))
         reasons = {client: self._reason(client) for client in sorted(clients)}
         for client, why in reasons.items():

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import ClassVar, Protocol
 
 from certifl.federated.algorithms import ALGORITHMS
-from certifl.federated.algorithms.common import averaged, trained_and_sent
+from certifl.federated.algorithms.common import average_global_model, train_global_model
 from certifl.federated.states import (
     ClientData,
     ClientState,
@@ -113,10 +113,10 @@ class GlobalModel:
     """Base of algorithms that average a global model; a subclass says only what differs.
 
     All clients train the broadcast model and send it, the server averages what arrives, and every
-    client deploys the global model, or its own where `own_part` names one.
+    client deploys the global model, or its own where `deployed_part` names one.
 
     Attributes:
-        own_part: the part of a client's state that it deploys; None = the global model.
+        deployed_part: the part of a client's state that it deploys; None = the global model.
         weighting: "uniform" (1/n) or "size" (by number of training images).
 
     Raises:
@@ -128,7 +128,7 @@ class GlobalModel:
     keeps_client_state: ClassVar[bool] = False
     extra_rounds: ClassVar[int] = 0
     client_needs: ClassVar[tuple[str, ...] | None] = None
-    own_part: ClassVar[str | None] = None
+    deployed_part: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         ALGORITHMS.check_component(self)
@@ -151,7 +151,7 @@ class GlobalModel:
     ) -> tuple[Update, ClientState]:
         """Train from the global model, send the result."""
         hook = self.hook(broadcast, training)
-        return trained_and_sent(broadcast, client_state, data, training, hook=hook)
+        return train_global_model(broadcast, client_state, data, training, hook=hook)
 
     def hook(self, broadcast: ServerState, training: LocalTraining) -> GradientHook | None:
         """What changes gradients before each local step; None = nothing."""
@@ -160,12 +160,16 @@ class GlobalModel:
 
     def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
         """The average of the models that arrived; the old model where none did."""
-        return averaged(server_state, updates, getattr(self, "weighting", "uniform"))
+        return average_global_model(server_state, updates, getattr(self, "weighting", "uniform"))
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The client's own model where it has one; else the global model."""
         shared = server_state.parts["model"]
-        return shared if self.own_part is None else client_state.parts.get(self.own_part, shared)
+        return (
+            shared
+            if self.deployed_part is None
+            else client_state.parts.get(self.deployed_part, shared)
+        )
 
 
 def needed_by_clients(algorithm: Algorithm, parts: Parts) -> Parts:

@@ -14,14 +14,14 @@ from torch import nn
 from certifl.errors import SpecError
 from certifl.federated.averaging import average_models
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-from certifl.federated.training import foreach as together
+from certifl.federated.training import foreach
 from certifl.federated.training.steps import gradients_of
 
 if TYPE_CHECKING:
     from certifl.federated.training.local_training import GradientHook, LocalTraining, Step
 
 
-def trained_and_sent(
+def train_global_model(
     broadcast: ServerState,
     client_state: ClientState,
     data: ClientData,
@@ -43,7 +43,7 @@ def trained_and_sent(
     Returns:
         The update with the whole model and weight n; momentum to keep where the schedule says so.
     """
-    trained = training.passes(
+    trained = training.train_epochs(
         broadcast.parts["model"],
         data,
         broadcast.round,
@@ -55,7 +55,7 @@ def trained_and_sent(
     return update, ClientState(trained.kept)
 
 
-def averaged(
+def average_global_model(
     server_state: ServerState, updates: Iterable[Update], weighting: str = "uniform"
 ) -> ServerState:
     """The next round's global model: the average of those that arrived, the old one if none did.
@@ -70,7 +70,7 @@ def averaged(
     return ServerState(server_state.round + 1, parts)
 
 
-def pull_towards(center: ModelState, mu: float, loss_weight: float = 1.0) -> GradientHook | None:
+def proximal_hook(center: ModelState, mu: float, loss_weight: float = 1.0) -> GradientHook | None:
     """The gradient of theta becomes loss_weight times itself plus mu (theta - center).
 
     Args:
@@ -84,7 +84,7 @@ def pull_towards(center: ModelState, mu: float, loss_weight: float = 1.0) -> Gra
 
 @dataclass(frozen=True, eq=False)
 class _Pull:
-    """The hook of `pull_towards`."""
+    """The hook of `proximal_hook`."""
 
     center: ModelState
     mu: float
@@ -93,10 +93,10 @@ class _Pull:
     def __call__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         gradients = gradients_of(parameters.values())
         if self.loss_weight != 1:
-            together.scale(gradients, self.loss_weight)
+            foreach.scale(gradients, self.loss_weight)
         centers = [self.center[name] for name in parameters]
-        apart = together.differences(list(parameters.values()), centers)
-        together.add(gradients, apart, self.mu)
+        apart = foreach.differences(list(parameters.values()), centers)
+        foreach.add(gradients, apart, self.mu)
 
 
 # Which entries of a model state belong to which layers of the network.
@@ -106,22 +106,22 @@ _BATCH = (nn.modules.batchnorm._BatchNorm,)
 _ALL = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
-def entries_of(network: nn.Module, prefix: str) -> frozenset[str]:
+def module_keys(network: nn.Module, prefix: str) -> frozenset[str]:
     """Keys of the network's state that belong to the module of this name, and its children."""
     return frozenset(key for key in network.state_dict() if key.startswith(f"{prefix}."))
 
 
-def norm_entries(network: nn.Module, layers: str) -> frozenset[str]:
+def norm_keys(network: nn.Module, layers: str) -> frozenset[str]:
     """Keys of all normalisation layers: affine weights, running statistics, counters."""
     kinds = _BATCH if layers == "batch" else _ALL
     found: frozenset[str] = frozenset()
     for name, module in network.named_modules():
         if isinstance(module, kinds):
-            found |= entries_of(network, name)
+            found |= module_keys(network, name)
     return found
 
 
-def head_entries(network: nn.Module, head: str | None) -> frozenset[str]:
+def head_keys(network: nn.Module, head: str | None) -> frozenset[str]:
     """Keys of the head: the module of that name, or the last layer with weights.
 
     Args:
@@ -139,8 +139,8 @@ def head_entries(network: nn.Module, head: str | None) -> frozenset[str]:
             for name, module in network.named_modules()
             if any(True for _ in module.parameters(recurse=False))
         ]
-        return entries_of(network, weighted[-1])
-    found = entries_of(network, head)
+        return module_keys(network, weighted[-1])
+    found = module_keys(network, head)
     if not found:
         modules = ", ".join(name for name, _ in network.named_children())
         raise SpecError(
@@ -150,13 +150,13 @@ def head_entries(network: nn.Module, head: str | None) -> frozenset[str]:
     return found
 
 
-def divided(state: ModelState, names: Collection[str]) -> tuple[ModelState, ModelState]:
+def split_state(state: ModelState, names: Collection[str]) -> tuple[ModelState, ModelState]:
     """The state's entries of these names, and all others."""
     inside = {name: value for name, value in state.items() if name in names}
     return inside, {name: value for name, value in state.items() if name not in names}
 
 
-def kept_back(
+def withhold(
     trained: ModelState, broadcast: ModelState, names: Collection[str]
 ) -> tuple[ModelState, ModelState]:
     """What a client sends and what it keeps to itself of the entries of these names.
@@ -171,4 +171,4 @@ def kept_back(
         nothing of them leaves the client, and their average at the server never changes.
     """
     sent = {n: broadcast[n] if n in names else value for n, value in trained.items()}
-    return sent, divided(trained, names)[0]
+    return sent, split_state(trained, names)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from certifl.federated.algorithms.base import GlobalModel
-from certifl.federated.algorithms.common import pull_towards
+from certifl.federated.algorithms.common import proximal_hook
 from certifl.federated.states import ClientData, ClientState, ServerState, Update
 from certifl.federated.training.local_training import LocalTraining
 
@@ -42,7 +42,7 @@ class Ditto(GlobalModel):
     name = "ditto"
     deploys = "its own model, held near the global model"
     keeps_client_state = True
-    own_part = "model"
+    deployed_part = "model"
 
     def client_round(
         self,
@@ -53,13 +53,13 @@ class Ditto(GlobalModel):
     ) -> tuple[Update, ClientState]:
         """Train the global model and send it; train the own model and keep it."""
         start, kept = broadcast.parts["model"], client_state.parts
-        shared = training.passes(start, data, broadcast.round, momentum=kept.get("momentum"))
-        own = training.passes(
+        shared = training.train_epochs(start, data, broadcast.round, momentum=kept.get("momentum"))
+        own = training.train_epochs(
             kept.get("model", start),
             data,
             broadcast.round,
             momentum=kept.get("own_momentum"),
-            hook=pull_towards(training.on_device(start), self.mu),
+            hook=proximal_hook(training.on_device(start), self.mu),
         )
         metrics = {**own.metrics, **{f"global_{k}": v for k, v in shared.metrics.items()}}
         parts = {"model": own.state, **shared.kept}

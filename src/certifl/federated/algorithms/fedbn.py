@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from certifl.federated.algorithms.base import GlobalModel
-from certifl.federated.algorithms.common import kept_back, norm_entries
+from certifl.federated.algorithms.common import norm_keys, withhold
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 from certifl.federated.training.local_training import LocalTraining
 
@@ -48,14 +48,14 @@ class FedBN(GlobalModel):
         training: LocalTraining,
     ) -> tuple[Update, ClientState]:
         """Train the global model with the own layers in it; send all but these."""
-        trained = training.passes(
+        trained = training.train_epochs(
             self.deployed(broadcast, client_state),
             data,
             broadcast.round,
             momentum=client_state.parts.get("momentum"),
         )
-        private = norm_entries(training.network, self.layers)
-        sent, own = kept_back(trained.state, broadcast.parts["model"], private)
+        private = norm_keys(training.network, self.layers)
+        sent, own = withhold(trained.state, broadcast.parts["model"], private)
         parts = {"layers": own} if own else {}
         update = Update(data.client, len(data), sent, trained.metrics)
         return update, ClientState({**parts, **trained.kept})

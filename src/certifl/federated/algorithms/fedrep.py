@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from certifl.federated.algorithms.base import GlobalModel
-from certifl.federated.algorithms.common import head_entries, kept_back
+from certifl.federated.algorithms.common import head_keys, withhold
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 from certifl.federated.training.local_training import GradientHook, LocalTraining
 
@@ -61,9 +61,9 @@ class FedRep(GlobalModel):
     ) -> tuple[Update, ClientState]:
         """Train the head, then the representation; send the representation, keep the head."""
         start = self.deployed(broadcast, client_state)
-        head = head_entries(training.network, self.head)
+        head = head_keys(training.network, self.head)
         if head:
-            start = training.passes(
+            start = training.train_epochs(
                 start,
                 data,
                 broadcast.round,
@@ -71,14 +71,14 @@ class FedRep(GlobalModel):
                 stream="head-",
                 epochs=self.head_epochs,
             ).state
-        trained = training.passes(
+        trained = training.train_epochs(
             start,
             data,
             broadcast.round,
             momentum=client_state.parts.get("momentum"),
             hook=_still(head, but=()),
         )
-        sent, own = kept_back(trained.state, broadcast.parts["model"], head)
+        sent, own = withhold(trained.state, broadcast.parts["model"], head)
         parts = {"head": own} if own else {}
         update = Update(data.client, len(data), sent, trained.metrics)
         return update, ClientState({**parts, **trained.kept})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from certifl.federated.algorithms.base import GlobalModel
-from certifl.federated.algorithms.common import divided
+from certifl.federated.algorithms.common import split_state
 from certifl.federated.states import (
     ClientData,
     ClientState,
@@ -75,7 +75,7 @@ class FLIX(GlobalModel):
             kept, metrics = _alone(shared, data, training)
         if mix == 1:  # nothing else is left to train
             return Update(data.client, len(data), None, metrics), ClientState(kept)
-        trained = training.passes(
+        trained = training.train_epochs(
             {**shared, **kept.get("statistics", {})},
             data,
             broadcast.round,
@@ -104,13 +104,13 @@ class FLIX(GlobalModel):
         own, decay = training.on_device(kept["own"]), training.schedule.weight_decay
         share = 1 - self.personalization
 
-        def step(bench: StepContext, batch: Batch) -> Outcome:
-            weights = bench.weights()
+        def step(context: StepContext, batch: Batch) -> Outcome:
+            weights = context.copy_weights()
             point = {n: torch.lerp(w, own[n], self.personalization) for n, w in weights.items()}
-            with bench.at(point):
-                outcome = bench.gradients(batch)
-                bench.scale_gradients(share, decay)
-            bench.advance()
+            with context.at_weights(point):
+                outcome = context.compute_gradients(batch)
+                context.scale_gradients(share, decay)
+            context.optimizer_step()
             return outcome
 
         return step
@@ -122,9 +122,9 @@ def _alone(
     """The client's own model: all rounds of local training; its weights, and all else apart."""
     momentum, trained = None, None
     for round in range(training.schedule.rounds):
-        trained = training.passes(start, data, round, momentum=momentum)
+        trained = training.train_epochs(start, data, round, momentum=momentum)
         start, momentum = trained.state, trained.momentum
     assert trained is not None
-    weights, statistics = divided(start, set(training.trainable))
+    weights, statistics = split_state(start, set(training.trainable))
     parts = {"own": weights, "statistics": statistics}
     return {part: held for part, held in parts.items() if held}, trained.metrics

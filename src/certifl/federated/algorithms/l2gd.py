@@ -55,7 +55,7 @@ class L2GD(GlobalModel):
     name = "l2gd"
     deploys = "its own model, pulled towards the average at random times"
     keeps_client_state = True
-    own_part = "model"
+    deployed_part = "model"
 
     def client_round(
         self,
@@ -70,7 +70,7 @@ class L2GD(GlobalModel):
         rate = schedule.lr_at(broadcast.round * schedule.local_epochs)
         kept = (1 - self.pull(rate)) ** pulls
         own = client_state.parts.get("model", average)
-        trained = training.passes(
+        trained = training.train_epochs(
             _towards(average, own, kept, training.trainable),
             data,
             broadcast.round,

@@ -24,7 +24,7 @@ class Local(GlobalModel):
     name = "local"
     deploys = "its own model, trained on its own images alone"
     keeps_client_state = True
-    own_part = "model"
+    deployed_part = "model"
 
     def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
         """Nothing."""
@@ -41,6 +41,6 @@ class Local(GlobalModel):
         """Go on training where this client stopped."""
         start = client_state.parts.get("model", broadcast.parts["model"])
         momentum = client_state.parts.get("momentum")
-        trained = training.passes(start, data, broadcast.round, momentum=momentum)
+        trained = training.train_epochs(start, data, broadcast.round, momentum=momentum)
         update = Update(data.client, len(data), None, trained.metrics)
         return update, ClientState({"model": trained.state, **trained.kept})

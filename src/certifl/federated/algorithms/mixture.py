@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from certifl.federated.algorithms.base import GlobalModel
-from certifl.federated.algorithms.common import pull_towards
+from certifl.federated.algorithms.common import proximal_hook
 from certifl.federated.states import ClientData, ClientState, ServerState, Update
 from certifl.federated.training.local_training import GradientHook, LocalTraining
 
@@ -45,7 +45,7 @@ class Mixture(GlobalModel):
     name = "mixture"
     deploys = "its own model, pulled towards the average of all"
     keeps_client_state = True
-    own_part = "model"
+    deployed_part = "model"
 
     def client_round(
         self,
@@ -56,7 +56,7 @@ class Mixture(GlobalModel):
     ) -> tuple[Update, ClientState]:
         """Take the round's steps of Eq. (5) from this client's own model, send the result."""
         average = broadcast.parts["model"]
-        trained = training.passes(
+        trained = training.train_epochs(
             client_state.parts.get("model", average),
             data,
             broadcast.round,
@@ -70,4 +70,4 @@ class Mixture(GlobalModel):
     def hook(self, broadcast: ServerState, training: LocalTraining) -> GradientHook | None:
         """Turns grad L_i into the bracket of Eq. (5); None at lambda = 1."""
         center = training.on_device(broadcast.parts["model"])
-        return pull_towards(center, 2 * (1 - self.personalization), self.personalization)
+        return proximal_hook(center, 2 * (1 - self.personalization), self.personalization)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from certifl.federated.algorithms.base import GlobalModel
-from certifl.federated.algorithms.common import trained_and_sent
+from certifl.federated.algorithms.common import train_global_model
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 from certifl.federated.training.batches import Batch
 from certifl.federated.training.local_training import LocalTraining
@@ -60,7 +60,7 @@ class PerFedAvg(GlobalModel):
     name = "perfedavg"
     deploys = "the global model after one gradient step on its own images"
     keeps_client_state = True
-    own_part = "adapted"
+    deployed_part = "adapted"
     extra_rounds = 1
 
     def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
@@ -78,20 +78,20 @@ class PerFedAvg(GlobalModel):
         if broadcast.round >= training.schedule.rounds:
             return self._adapted(broadcast.parts["model"], data, broadcast.round, training)
         step = None if self.inner_lr == 0 else self._step
-        return trained_and_sent(broadcast, client_state, data, training, step=step)
+        return train_global_model(broadcast, client_state, data, training, step=step)
 
-    def _step(self, bench: StepContext, batch: Batch) -> Outcome:
+    def _step(self, context: StepContext, batch: Batch) -> Outcome:
         first = self.approximation == "first-order"
         inner, outer, *curved = _parts(batch, 2 if first else 3)
-        bench.gradients(inner)
-        weights = bench.weights()
-        with bench.at(_ahead(weights, bench.taken_gradients(), -self.inner_lr)):
-            outcome = bench.gradients(outer)
+        context.compute_gradients(inner)
+        weights = context.copy_weights()
+        with context.at_weights(_ahead(weights, context.copy_gradients(), -self.inner_lr)):
+            outcome = context.compute_gradients(outer)
         if not first:
-            gradient = bench.taken_gradients()
-            bent = _curvature(bench, curved[0], weights, gradient)
-            bench.put_gradients(_ahead(gradient, bent, -self.inner_lr))
-        bench.advance()
+            gradient = context.copy_gradients()
+            bent = _curvature(context, curved[0], weights, gradient)
+            context.set_gradients(_ahead(gradient, bent, -self.inner_lr))
+        context.optimizer_step()
         return replace(outcome, images=len(outer))
 
     def _adapted(
@@ -102,14 +102,14 @@ class PerFedAvg(GlobalModel):
             return Update(data.client, len(data), None, {}), ClientState()
         total: ModelState = {}
 
-        def step(bench: StepContext, batch: Batch) -> Outcome:
-            outcome = bench.gradients(batch)
-            for name, gradient in bench.taken_gradients().items():
+        def step(context: StepContext, batch: Batch) -> Outcome:
+            outcome = context.compute_gradients(batch)
+            for name, gradient in context.copy_gradients().items():
                 share = gradient * (len(batch) / len(data))
                 total[name] = total[name] + share if name in total else share
             return outcome
 
-        seen = training.passes(start, data, round, step=step, epochs=1)
+        seen = training.train_epochs(start, data, round, step=step, epochs=1)
         gradient = {name: value.to("cpu") for name, value in total.items()}
         adapted = {**seen.state, **_ahead(start, gradient, -self.inner_lr)}
         update = Update(data.client, len(data), None, seen.metrics)
@@ -131,13 +131,13 @@ def _ahead(weights: ModelState, along: ModelState, far: float) -> ModelState:
 
 
 def _curvature(
-    bench: StepContext, batch: Batch, weights: ModelState, gradient: ModelState
+    context: StepContext, batch: Batch, weights: ModelState, gradient: ModelState
 ) -> ModelState:
     """The product of the Hessian and a vector: a central difference of gradients."""
-    with bench.same_draws(), bench.at(_ahead(weights, gradient, _DELTA)):
-        bench.gradients(batch.again())
-        above = bench.taken_gradients()
-    with bench.at(_ahead(weights, gradient, -_DELTA)):
-        bench.gradients(batch)
-        below = bench.taken_gradients()
+    with context.preserve_rng_state(), context.at_weights(_ahead(weights, gradient, _DELTA)):
+        context.compute_gradients(batch.again())
+        above = context.copy_gradients()
+    with context.at_weights(_ahead(weights, gradient, -_DELTA)):
+        context.compute_gradients(batch)
+        below = context.copy_gradients()
     return {name: (value - below[name]) / (2 * _DELTA) for name, value in above.items()}

@@ -11,7 +11,7 @@ from torch import nn
 from certifl.federated.algorithms.base import GlobalModel
 from certifl.federated.averaging import average_parts, moved
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-from certifl.federated.training import foreach as together
+from certifl.federated.training import foreach
 from certifl.federated.training.local_training import LocalTraining
 from certifl.federated.training.steps import gradients_of
 
@@ -71,7 +71,7 @@ class Scaffold(GlobalModel):
         """Train with corrected gradients; send the model and the control variate's change."""
         common, own = broadcast.parts.get("control"), client_state.parts.get("control")
         gradients = _MeanGradient(_difference(common, own, training.on_device))
-        trained = training.passes(
+        trained = training.train_epochs(
             broadcast.parts["model"],
             data,
             broadcast.round,
@@ -110,13 +110,13 @@ class _MeanGradient:
         gradients = dict(zip(parameters, gradients_of(parameters.values()), strict=True))
         self._count(gradients)
         corrected = [name for name in gradients if name in self._correction]
-        together.add(
+        foreach.add(
             [gradients[name] for name in corrected], [self._correction[n] for n in corrected]
         )
 
     def _count(self, gradients: ModelState) -> None:
         known = [name for name in gradients if name in self._sums]
-        together.add([self._sums[name] for name in known], [gradients[name] for name in known])
+        foreach.add([self._sums[name] for name in known], [gradients[name] for name in known])
         for name, gradient in gradients.items():
             self._counts[name] = self._counts.get(name, 0) + 1
             if name not in self._sums:
