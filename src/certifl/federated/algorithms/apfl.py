@@ -39,9 +39,6 @@ class APFL(GlobalModel):
         adaptive: whether alpha_i is learned.
         weighting: of the global average: "uniform" (1/n) or "size" (by number of training images).
 
-    Raises:
-        SpecError: a hyper-parameter outside its range.
-
     Source: Deng, Kamani, Mahdavi, Adaptive Personalized Federated Learning, 2020, Algorithm 1 and
     the update of alpha in its section on adaptively learning the mixing parameter.
     """
@@ -55,20 +52,16 @@ class APFL(GlobalModel):
     keeps_client_state = True
 
     def client_round(
-        self,
-        broadcast: ServerState,
-        client_state: ClientState,
-        data: ClientData,
-        training: LocalTraining,
+        self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining
     ) -> tuple[Update, ClientState]:
         """Train both models side by side; send the global one, keep the own one and alpha."""
-        shared, kept = broadcast.parts["model"], client_state.parts
+        shared, kept = broadcast.parts["model"], state.parts
         own = training.second_model(
             {**shared, **kept.get("own", {}), **kept.get("statistics", {})},
             momentum=kept.get("own_momentum"),
             weight_decay=0.0,
         )
-        alpha, decay = self._alpha(client_state), training.schedule.weight_decay
+        alpha, decay = self._alpha(state), training.schedule.weight_decay
         step = _SideBySide(own, alpha, decay, self.adaptive)
         trained = training.train_epochs(
             shared, data, broadcast.round, momentum=kept.get("momentum"), step=step
@@ -80,7 +73,7 @@ class APFL(GlobalModel):
             "statistics": statistics,
             "mix": {"alpha": torch.tensor(step.alpha, dtype=torch.float64)},
             "own_momentum": personal.momentum,
-            **trained.kept,
+            **trained.momentum_part,
         }
         metrics = {**trained.metrics, "alpha": step.alpha}
         update = Update(data.client, len(data), trained.state, metrics)

@@ -1,73 +1,16 @@
-"""What algorithms with a global model share: a client's round from it, its average, a pull to it.
-
-An algorithm composes these and says in its own file what is special about it.
-"""
+"""Building blocks of algorithms: a pull to a center, and layers that stay with the client."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from certifl.errors import SpecError
-from certifl.federated.averaging import average_models
-from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
+from certifl.federated.states import ClientState, ModelState, ServerState, Update
 from certifl.federated.training import foreach
-from certifl.federated.training.steps import gradients_of
-
-if TYPE_CHECKING:
-    from certifl.federated.training.local_training import GradientHook, LocalTraining, Step
-
-
-def train_global_model(
-    broadcast: ServerState,
-    client_state: ClientState,
-    data: ClientData,
-    training: LocalTraining,
-    *,
-    hook: GradientHook | None = None,
-    step: Step | None = None,
-) -> tuple[Update, ClientState]:
-    """A client's round of federated averaging: train the global model and send the result.
-
-    Args:
-        broadcast: its part "model" is where the client starts.
-        client_state: momentum that the client kept, or nothing.
-        data: the client's images.
-        training: the schedule's passes.
-        hook: changes gradients before each step.
-        step: what is done with each batch; None = gradient, hook, optimiser.
-
-    Returns:
-        The update with the whole model and weight n; momentum to keep where the schedule says so.
-    """
-    trained = training.train_epochs(
-        broadcast.parts["model"],
-        data,
-        broadcast.round,
-        momentum=client_state.parts.get("momentum"),
-        hook=hook,
-        step=step,
-    )
-    update = Update(data.client, len(data), trained.state, trained.metrics)
-    return update, ClientState(trained.kept)
-
-
-def average_global_model(
-    server_state: ServerState, updates: Iterable[Update], weighting: str = "uniform"
-) -> ServerState:
-    """The next round's global model: the average of those that arrived, the old one if none did.
-
-    Args:
-        server_state: before the round.
-        updates: in client order; each is dropped before the next is asked for.
-        weighting: "uniform" (1/n) or "size" (by number of training images).
-    """
-    average = average_models(updates, weighting)
-    parts = server_state.parts if average is None else {"model": average}
-    return ServerState(server_state.round + 1, parts)
+from certifl.federated.training.steps import GradientHook, gradients_of
 
 
 def proximal_hook(center: ModelState, mu: float, loss_weight: float = 1.0) -> GradientHook | None:
@@ -157,18 +100,22 @@ def split_state(state: ModelState, names: Collection[str]) -> tuple[ModelState, 
 
 
 def withhold(
-    trained: ModelState, broadcast: ModelState, names: Collection[str]
-) -> tuple[ModelState, ModelState]:
-    """What a client sends and what it keeps to itself of the entries of these names.
+    sent: Update, kept: ClientState, broadcast: ServerState, names: Collection[str], part: str
+) -> tuple[Update, ClientState]:
+    """A client's round in which the entries of these names do not leave the client.
 
     Args:
-        trained: the client's model after its passes.
-        broadcast: the model it started from.
-        names: entries that are personal.
+        sent, kept: the round without anything withheld.
+        broadcast: what the client started from.
+        names: entries of the model that are personal.
+        part: the part of the client's state that holds them.
 
     Returns:
-        The model, in which these entries are as they were broadcast, and the trained entries: so
-        nothing of them leaves the client, and their average at the server never changes.
+        The update with these entries as they were broadcast, so that their average at the server
+        never changes; and the client's state with the trained ones.
     """
-    sent = {n: broadcast[n] if n in names else value for n, value in trained.items()}
-    return sent, split_state(trained, names)[0]
+    assert sent.model is not None
+    own, _ = split_state(sent.model, names)
+    public = {n: broadcast.parts["model"][n] if n in names else v for n, v in sent.model.items()}
+    parts = {part: own, **kept.parts} if own else kept.parts
+    return replace(sent, model=public), ClientState(parts)

@@ -30,9 +30,6 @@ class FedProx(GlobalModel):
         mu: weight of the proximal term, from 0; 0 = federated averaging, bit for bit.
         weighting: "uniform" (1/n) or "size" (by number of training images).
 
-    Raises:
-        SpecError: a hyper-parameter outside its range.
-
     Source: Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith, Federated Optimization in Heterogeneous
     Networks, 2020, Algorithm 2 and Eq. (2).
     """

@@ -42,9 +42,6 @@ class FLIX(GlobalModel):
             0 = federated averaging, 1 = local training, both bit for bit.
         weighting: "uniform" (1/n) or "size" (by number of training images).
 
-    Raises:
-        SpecError: a hyper-parameter outside its range.
-
     Source: Gasanov, Khaled, Horvath, Richtarik, FLIX: A Simple and Communication-Efficient
     Alternative to Local Methods in Federated Learning, 2022, the FLIX formulation and Algorithm 1.
     """
@@ -62,15 +59,11 @@ class FLIX(GlobalModel):
         return () if self.personalization == 1 else ("model",)
 
     def client_round(
-        self,
-        broadcast: ServerState,
-        client_state: ClientState,
-        data: ClientData,
-        training: LocalTraining,
+        self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining
     ) -> tuple[Update, ClientState]:
         """Train the global model where it is mixed with the client's own; send it."""
         shared, mix = broadcast.parts["model"], self.personalization
-        kept, metrics = dict(client_state.parts), dict[str, float]()
+        kept, metrics = dict(state.parts), dict[str, float]()
         if mix > 0 and "own" not in kept:
             kept, metrics = _alone(shared, data, training)
         if mix == 1:  # nothing else is left to train
@@ -86,7 +79,7 @@ class FLIX(GlobalModel):
         if "statistics" in kept:
             kept["statistics"] = {n: trained.state[n] for n in kept["statistics"]}
         update = Update(data.client, len(data), trained.state, trained.metrics)
-        return update, ClientState({**kept, **trained.kept})
+        return update, ClientState({**kept, **trained.momentum_part})
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The mixture of the global model and the client's own."""

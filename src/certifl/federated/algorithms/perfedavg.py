@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from certifl.federated.algorithms.base import GlobalModel
-from certifl.federated.algorithms.common import train_global_model
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 from certifl.federated.training.batches import Batch
 from certifl.federated.training.local_training import LocalTraining
-from certifl.federated.training.steps import Outcome, StepContext
+from certifl.federated.training.steps import Outcome, Step, StepContext
 
 _DELTA = 1e-3
 _FEWEST = 2
@@ -45,9 +44,6 @@ class PerFedAvg(GlobalModel):
         approximation: "first-order" or "hessian-free".
         weighting: "uniform" (1/n) or "size" (by number of training images).
 
-    Raises:
-        SpecError: a hyper-parameter outside its range.
-
     Source: Fallah, Mokhtari, Ozdaglar, Personalized Federated Learning with Theoretical
     Guarantees: A Model-Agnostic Meta-Learning Approach, 2020, Algorithm 1 and its two
     approximations in section 5.
@@ -60,7 +56,6 @@ class PerFedAvg(GlobalModel):
     name = "perfedavg"
     deploys = "the global model after one gradient step on its own images"
     keeps_client_state = True
-    deployed_part = "adapted"
     extra_rounds = 1
 
     def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
@@ -68,17 +63,20 @@ class PerFedAvg(GlobalModel):
         return ("model",) if round < scheduled else ()
 
     def client_round(
-        self,
-        broadcast: ServerState,
-        client_state: ClientState,
-        data: ClientData,
-        training: LocalTraining,
+        self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining
     ) -> tuple[Update, ClientState]:
         """Train the global model for its step; after the schedule's rounds, take the step."""
         if broadcast.round >= training.schedule.rounds:
             return self._adapted(broadcast.parts["model"], data, broadcast.round, training)
-        step = None if self.inner_lr == 0 else self._step
-        return train_global_model(broadcast, client_state, data, training, step=step)
+        return super().client_round(broadcast, state, data, training)
+
+    def step(self) -> Step | None:
+        """The gradient after the inner step."""
+        return None if self.inner_lr == 0 else self._step
+
+    def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
+        """The adapted model; the global one until the extra round."""
+        return client_state.parts.get("adapted", server_state.parts["model"])
 
     def _step(self, context: StepContext, batch: Batch) -> Outcome:
         first = self.approximation == "first-order"

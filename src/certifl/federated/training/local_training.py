@@ -59,8 +59,8 @@ class Trained:
     metrics: dict[str, float]
 
     @property
-    def kept(self) -> Parts:
-        """The parts of a client's state that the optimiser asks for: momentum, or nothing."""
+    def momentum_part(self) -> Parts:
+        """The momentum buffers as a part of a client's state; no part where there are none."""
         return {"momentum": self.momentum} if self.momentum else {}
 
 
