@@ -203,7 +203,7 @@ def network(perturbation: Any) -> tuple[nn.Module, ClientData]:
     local = LocalTraining(TinyNet(), SCHEDULE, seed=5, augmentation=perturbation)
     state = state_of(TinyNet())
     for round in range(4):
-        state = local.passes(state, data, round).state
+        state = local.train_epochs(state, data, round).state
     model = TinyNet()
     model.load_state_dict(state)
     return model, data
@@ -257,7 +257,7 @@ def passed(objective: Any, augmentation: Any, seed: int = 5) -> Any:
     local = LocalTraining(
         TinyNet(), SCHEDULE, seed=seed, augmentation=augmentation, objective=objective
     )
-    return local.passes(state_of(TinyNet()), data, 0)
+    return local.train_epochs(state_of(TinyNet()), data, 0)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def digits(objective: Any, perturbation: Any) -> tuple[nn.Module, torch.Tensor, 
     schedule = replace(SCHEDULE, local_epochs=12, lr=0.01, batch_size=32, decay_every=None)
     local = LocalTraining(model, schedule, seed=2, augmentation=perturbation, objective=objective)
     data = ClientData(0, split.images[:400], split.labels[:400])
-    model.load_state_dict(local.passes(state_of(model), data, 0).state)
+    model.load_state_dict(local.train_epochs(state_of(model), data, 0).state)
     return model.eval(), split.images[:100].float() / 255, split.labels[:100]
 
 

@@ -26,7 +26,7 @@ from certifl.experiments.attack import attack_run
 from certifl.experiments.run import Options, run
 from certifl.experiments.verify import verify_run
 from certifl.federated.trainer import train
-from certifl.federated.training.batches import PerClient, augmentation_of, together
+from certifl.federated.training.batches import PerClient, augmentation_of, combine_augmentations
 from certifl.paper.claims.runs import find_runs
 from certifl.report import load_run, summary_rows, write_figures, write_report
 from certifl.report.figures import Drawing
@@ -62,15 +62,15 @@ def test_a_client_trains_as_if_all_trained_like_it() -> None:
     mine = tiny_federation.training(augmentation=PerClient(noises))
     for client, noise in enumerate(noises):
         data = tiny_federation.client_data(client)
-        found = mine.passes(start, data, 1).state
-        alone = tiny_federation.training(augmentation=noise).passes(start, data, 1).state
+        found = mine.train_epochs(start, data, 1).state
+        alone = tiny_federation.training(augmentation=noise).train_epochs(start, data, 1).state
         assert all(torch.equal(found[name], alone[name]) for name in alone)
 
 
 def test_choices_that_agree_are_one_and_strangers_are_refused() -> None:
     noise = tiny_federation.Noise()
-    assert together([noise, tiny_federation.Noise()]) is noise
-    assert together([None, None]) is None
+    assert combine_augmentations([noise, tiny_federation.Noise()]) is noise
+    assert combine_augmentations([None, None]) is None
     assert augmentation_of(noise, 7) is noise
     with pytest.raises(InputError, match="client 2 is none of them"):
         augmentation_of(PerClient((noise, None)), 2)

@@ -26,6 +26,7 @@ from certifl.errors import InputError, UnusualValue
 from certifl.perturbations.units import parse_amount, parse_amounts
 from certifl.safe_io import MALFORMED, open_parquet, parse_json
 from certifl.smoothing import curves
+from certifl.smoothing.arrays import Floats, Ints
 from certifl.smoothing.rounding import floor_text
 from certifl.torch_env import exact_convolutions, one_thread
 
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
     from certifl.certification.network import Network
 
 ABSTAINED = -1
-
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)

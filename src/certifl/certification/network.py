@@ -8,7 +8,6 @@ says in which precision.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from certifl.certification.checks import (
+    Model,
     check_model,
     depends_on_its_past,
     probe_classes,
@@ -33,7 +33,6 @@ from certifl.module_copies import (
 )
 from certifl.torch_env import exact_convolutions, is_small, one_thread, threads_in_use
 
-Model = Callable[[Tensor], Tensor]
 _log = logging.getLogger(__name__)
 PRECISIONS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Precisions of 0.1.0, which stored votes may still name, and what to choose in their place.

@@ -15,7 +15,7 @@ from certifl.certification.record import read_record
 from certifl.errors import InputError
 from certifl.smoothing.laws import UNIFORM
 
-Report = Callable[[np.ndarray, str], None]
+ReportRows = Callable[[np.ndarray, str], None]
 """Called with a mask of rows and what is wrong with them."""
 
 _NEEDED = (
@@ -175,7 +175,7 @@ def _of_rows(chosen: np.ndarray, certificates: Certificates, report: Report) -> 
     return report_chosen
 
 
-def _check_numbers(certificates: Certificates, report: Report) -> np.ndarray:
+def _check_numbers(certificates: Certificates, report: ReportRows) -> np.ndarray:
     """Which rows can be computed with; others are reported."""
     classes, label = certificates.counts.shape[1], certificates.label
     votes = np.concatenate([certificates.counts, certificates.selection_counts], axis=1)
@@ -205,7 +205,7 @@ def _check_votes(certificates: Certificates, estimator: Estimator, report: Repor
     return known & cast & (chosen == n0)
 
 
-def _check_class(certificates: Certificates, certified: np.ndarray, report: Report) -> None:
+def _check_class(certificates: Certificates, certified: np.ndarray, report: ReportRows) -> None:
     claimed = certificates.predicted != ABSTAINED
     selected = certificates.selection_counts.argmax(axis=1)
     report(claimed & (certificates.predicted != selected), "its class is not the selected one")
@@ -226,7 +226,7 @@ def _report_numbers(
     stored: np.ndarray,
     made: np.ndarray,
     sign: int,
-    report: Report,
+    report: ReportRows,
     granted: float = 0.0,
 ) -> None:
     """Report what claims more than its votes give (`sign` = 1: larger is more), or other than it.

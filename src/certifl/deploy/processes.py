@@ -43,7 +43,7 @@ from certifl.deploy.transport.flower_processes import (
 )
 from certifl.deploy.transport.flower_runs import Place, acquire, runtime_client
 from certifl.errors import InputError, StoreMismatch, WorkError
-from certifl.federated.worker import load_what_a_step_needs
+from certifl.federated.worker import warm_up
 
 Told = Callable[[str], None]
 _log = logging.getLogger(__name__)
@@ -254,7 +254,7 @@ def take_part(folder: Path, settings: Settings, told: Told) -> None:
         check_certificate(authority)
     quiet(folder / "flower")
     direct(connection.host)
-    load_what_a_step_needs()  # not in the first round's time
+    warm_up()  # not in the first round's time
     party = Client(settings, folder, told)
     retry = Retry(connection.address, settings.client, told)
     private_folder(folder)

@@ -25,6 +25,7 @@ from certifl.data import Dataset, choose, to_float
 from certifl.errors import InputError, StoreMismatch
 from certifl.models import fingerprint
 from certifl.perturbations import Perturbation
+from certifl.progress import StageCallback
 from certifl.rng import generator, image_key
 from certifl.runs.atomic import write_json
 from certifl.runs.folder import RunFolder
@@ -41,7 +42,6 @@ from certifl.study.opened_run import (
 
 _CHANGED = 1e-3
 _TIMES = 10
-Report = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Options:
     directions: int = 32
     data_dir: Path | None = None
     device: str = "auto"
-    report: Report | None = None
+    report: StageCallback | None = None
     code: Path | None = None
 
 

@@ -54,6 +54,7 @@ from certifl.data import Dataset, to_float
 from certifl.errors import StoreError, StoreMismatch
 from certifl.models import fingerprint
 from certifl.perturbations import Perturbation
+from certifl.progress import StageCallback
 from certifl.runs.atomic import read_json, write_json
 from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
@@ -68,7 +69,6 @@ from certifl.study.opened_run import (
 )
 
 FORMAT = 4
-Report = Callable[[str, int, int, str], None]
 
 _MOST_IMAGES, _SHARED_IMAGES = 8, 6
 _MOST_VOTES = 500
@@ -98,7 +98,7 @@ def explore_run(
     place: Path,
     data_dir: Path | None = None,
     device: str = "auto",
-    report: Report | None = None,
+    report: StageCallback | None = None,
     code: Path | None = None,
 ) -> Explored:
     """Explore a finished run, whatever it costs; what was explored before is kept.
@@ -139,7 +139,7 @@ def explore(
     dataset: Dataset,
     deployed: Callable[[int], nn.Module],
     device: str,
-    report: Report | None = None,
+    report: StageCallback | None = None,
     limited: bool = True,
 ) -> Explored:
     """Take a few certified test images through the deformations, and write what was seen.
@@ -192,7 +192,7 @@ def _go(
     bench: Explorer,
     record: Mapping[str, Any],
     rows: Sequence[int],
-    report: Report | None,
+    report: StageCallback | None,
 ) -> None:
     """Explore what is missing; the file is whole after every save."""
     held = {(image["client"], image["index"]): image for image in record["images"]}

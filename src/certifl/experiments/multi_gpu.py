@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 
 from certifl.certification.network import choose_device
 from certifl.errors import CertiflError, InputError, WorkError
+from certifl.progress import StageCallback
 from certifl.runs.folder import RunFolder
 from certifl.study.certify import certify_clients
 from certifl.study.opened_run import (
@@ -29,8 +30,6 @@ from certifl.study.opened_run import (
     run_model,
     run_spec,
 )
-
-Report = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def _kind(device: torch.device) -> str:
 
 
 def cast_votes(
-    place: Path, data_dir: Path | None, devices: Sequence[str], report: Report | None
+    place: Path, data_dir: Path | None, devices: Sequence[str], report: StageCallback | None
 ) -> None:
     """Cast and save the votes of all clients of a trained run, one process per device.
 
@@ -107,7 +106,7 @@ def _running(processes: Sequence[BaseProcess]) -> Iterator[None]:
             process.join()
 
 
-def _listen(processes: Sequence[BaseProcess], messages: Any, report: Report | None) -> None:
+def _listen(processes: Sequence[BaseProcess], messages: Any, report: StageCallback | None) -> None:
     """Pass progress on until all processes have ended, or one has failed."""
     standing: dict[int, tuple[int, int]] = {}
     while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):

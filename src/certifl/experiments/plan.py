@@ -32,7 +32,7 @@ from certifl.data.readers import ColumnNames
 from certifl.errors import DataUnavailable
 from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.states import ClientData, ClientState, Parts, ServerState
-from certifl.federated.training.batches import augmentation_of, together
+from certifl.federated.training.batches import augmentation_of, combine_augmentations
 from certifl.federated.training.local_training import LocalTraining, check_images
 from certifl.models import build, state_of
 from certifl.perturbations import Perturbation
@@ -258,7 +258,7 @@ def _alike(
 def _votes_per_second(spec: Spec, network: Network, data: Facts, images: np.ndarray) -> float:
     """Of all certified images together, which may be of several perturbations."""
     perturbations = spec.perturbations()
-    groups = _alike([together(perturbations)], images).values()
+    groups = _alike([combine_augmentations(perturbations)], images).values()
     parts = [(perturbations[client], count) for client, count in groups]
     seconds = sum(
         count / _pace(perturbation, spec.seed, network, data)

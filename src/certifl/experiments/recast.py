@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from certifl.certification.sampling import VoteCounter
 from certifl.data import Dataset, to_float
 from certifl.errors import DataUnavailable, InputError, StoreMismatch
 from certifl.experiments.verify_run import images_at_hand
+from certifl.progress import StageCallback
 from certifl.rng import image_key
 from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
@@ -56,8 +57,6 @@ _WORDS = {
     FRESH: "with other noise, as another device or version draws it",
 }
 
-Report = Callable[[str, int, int, str], None]
-
 
 @dataclass(frozen=True)
 class Options:
@@ -75,7 +74,7 @@ class Options:
     code: Path | None = None
     data_dir: Path | None = None
     device: str = "auto"
-    report: Report | None = None
+    report: StageCallback | None = None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from certifl.federated.algorithms.personalized import Personalized
 from certifl.federated.rounds import Progress
 from certifl.federated.states import ClientData
 from certifl.federated.trainer import train
+from certifl.progress import StageCallback
 from certifl.runs.atomic import write_json
 from certifl.runs.checkpoints import Checkpoints, StoredRound
 from certifl.runs.folder import FINISHED, RUNNING, RunFolder
@@ -45,9 +46,6 @@ from certifl.tracking import check_trackers
 from certifl.tracking.run_tracker import News, track_finished, tracked
 
 _log = logging.getLogger(__name__)
-
-Report = Callable[[str, int, int, str], None]
-"""Called with (what is under way, done, all, unit)."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Options:
     device: str = "auto"
     overwrite: bool = False
     siblings: tuple[Path, ...] = ()
-    report: Report | None = None
+    report: StageCallback | None = None
     command: str = ""
     track: tuple[str, ...] = ()
     workers: int = 0
@@ -233,7 +231,7 @@ def _protection(
     return protection(spec, model, _sizes(partition), key)
 
 
-def _rounds(spec: Spec, report: Report | None, news: News) -> Callable[[Progress], None]:
+def _rounds(spec: Spec, report: StageCallback | None, news: News) -> Callable[[Progress], None]:
     scheduled, each = spec.training.rounds, spec.clients.participants
     extra = spec.build_algorithm().extra_rounds * spec.clients.count
 

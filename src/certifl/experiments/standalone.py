@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from certifl.models.weights import load_weights, read_checkpoint, weights_in
 from certifl.module_copies import evaluating
 from certifl.path_checks import WEIGHTS, check_certificate_file, check_file
 from certifl.perturbations import Perturbation, PixelNoise, describe, from_description
+from certifl.progress import StageCallback
 from certifl.runs.atomic import load_tensors
 from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
@@ -33,7 +34,6 @@ from certifl.study.opened_run import data_folder, finished_run, open_data, run_s
 
 _log = logging.getLogger(__name__)
 
-Report = Callable[[str, int, int, str], None]
 _DEFAULT_SIGMA = 0.25
 
 
@@ -99,7 +99,7 @@ class Request:
     code: Path | None = None
 
 
-def certify_standalone(request: Request, report: Report | None = None) -> Certificates:
+def certify_standalone(request: Request, report: StageCallback | None = None) -> Certificates:
     """Certify test images; votes are kept beside `out` until it is written, so the call resumes.
 
     Raises:

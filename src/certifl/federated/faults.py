@@ -78,7 +78,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ClientResult:
     """What came back from one client: a result that nobody has looked at yet, or a fault."""
 
     client: int
@@ -87,7 +87,7 @@ class Answer:
     fault: Fault | None = None
 
 
-def attempt(client: int, work: Callable[[], Result]) -> Result | Fault:
+def try_client(client: int, work: Callable[[], Result]) -> Result | Fault:
     """What a client's work gives, or its fault.
 
     Raises:
@@ -122,7 +122,7 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".") or "nothing more"
 
 
-def needed(participants: int, min_clients: int | None) -> int:
+def required_clients(participants: int, min_clients: int | None) -> int:
     """How many participants of a round must remain: by default half of them, rounded up.
 
     Raises:
@@ -138,7 +138,7 @@ def needed(participants: int, min_clients: int | None) -> int:
     return min_clients
 
 
-def advice(faults: Iterable[Fault]) -> str:
+def suggestions(faults: Iterable[Fault]) -> str:
     """What to do about faults, most urgent first."""
     kinds = {fault.kind for fault in faults}
     told = [text for kind, text in _ADVICE.items() if kind in kinds]
@@ -148,7 +148,7 @@ def advice(faults: Iterable[Fault]) -> str:
 Signature = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-class Inspection:
+class ResultChecker:
     """Looks at the answers of one round before anything is kept of them.
 
     A model must have the keys, shapes and dtypes of the part "model" of the broadcast, or of the
@@ -164,7 +164,7 @@ class Inspection:
         self._wanted = {part: _signature(held) for part, held in broadcast.parts.items()}
         self._wanted.setdefault("model", _signature(network))
 
-    def problem(self, client: int, result: object) -> Fault | None:
+    def fault(self, client: int, result: object) -> Fault | None:
         """What is wrong with an answer; None if it may be kept."""
         if not (isinstance(result, tuple) and len(result) == 2):
             return Fault("wrong", f"it returned {type(result).__name__}, not update and state")
@@ -223,7 +223,7 @@ def _beyond(parts: Parts) -> str | None:
     return None
 
 
-def misfit(wanted: ModelState, found: ModelState) -> str | None:
+def mismatch(wanted: ModelState, found: ModelState) -> str | None:
     """The first key in which two tables of tensors differ in shape or type; None where none."""
     return _difference(_signature(wanted), _signature(found))
 

@@ -12,7 +12,14 @@ from certifl import rng as streams
 from certifl.errors import InputError, TooFewClients, TrainingDiverged
 from certifl.federated.aggregation import Rule
 from certifl.federated.algorithms.base import Algorithm
-from certifl.federated.faults import Answer, Fault, Inspection, advice, needed, not_finite
+from certifl.federated.faults import (
+    ClientResult,
+    Fault,
+    ResultChecker,
+    not_finite,
+    required_clients,
+    suggestions,
+)
 from certifl.federated.privacy.ledger import Ledger
 from certifl.federated.states import ClientState, ModelState, ServerState, Update
 from certifl.registry import check_number
@@ -44,13 +51,13 @@ class Progress:
     left_out: str | None = None
 
 
-ProgressCallback = Callable[[Progress], None]
+RoundCallback = Callable[[Progress], None]
 
 
 class Runner(Protocol):
     """Whoever works on the clients of a round, here or in other processes."""
 
-    def work(self, current: StoredRound, participants: Sequence[int]) -> Iterator[Answer]:
+    def work(self, current: StoredRound, participants: Sequence[int]) -> Iterator[ClientResult]:
         """An answer from every participant, in the order given, one at a time."""
         ...
 
@@ -75,7 +82,7 @@ class Rounds:
     scheduled: int
     network: ModelState
     identity: dict[str, Any]
-    progress: ProgressCallback | None = None
+    progress: RoundCallback | None = None
     participation: Participation | None = None
     rule: Rule | None = None
     min_clients: int | None = None
@@ -99,8 +106,8 @@ class Rounds:
                 current.number,
                 participants,
                 pending,
-                Inspection(broadcast, self.network),
-                needed(len(participants), self.min_clients),
+                ResultChecker(broadcast, self.network),
+                required_clients(len(participants), self.min_clients),
             )
             updates = gathered.updates(self.runner.work(current, participants))
             heard = updates if rule is None else rule(broadcast, updates)
@@ -150,7 +157,7 @@ class _Gathered:
     round: int
     participants: list[int]
     pending: PendingRound
-    inspection: Inspection
+    inspection: ResultChecker
     needed: int
     rows: list[dict[str, Any]] = field(default_factory=list)
     faults: dict[int, Fault] = field(default_factory=dict)
@@ -159,10 +166,10 @@ class _Gathered:
     def trained(self) -> list[int]:
         return [row["client"] for row in self.rows]
 
-    def updates(self, answers: Iterator[Answer]) -> Iterator[Update]:
+    def updates(self, answers: Iterator[ClientResult]) -> Iterator[Update]:
         """Updates of clients that did not fail; each state is on disk before it is handed on."""
         for answer in answers:
-            fault = answer.fault or self.inspection.problem(answer.client, answer.result)
+            fault = answer.fault or self.inspection.fault(answer.client, answer.result)
             if fault is not None:
                 self._leave_out(answer.client, fault)
                 continue
@@ -193,7 +200,7 @@ class _Gathered:
                 {client: fault.reason for client, fault in self.faults.items()},
                 len(self.participants),
                 self.needed,
-                advice(self.faults.values()),
+                suggestions(self.faults.values()),
             ) from fault.error
         self._tell(client, {}, fault.reason)
 

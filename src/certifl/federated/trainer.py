@@ -26,15 +26,15 @@ from certifl.federated.privacy.compatibility import check_network
 from certifl.federated.privacy.ledger import Ledger
 from certifl.federated.rounds import (
     Participation,
-    ProgressCallback,
     RandomShare,
+    RoundCallback,
     Rounds,
     Runner,
 )
 from certifl.federated.training.batches import Augmentation, PerClient
 from certifl.federated.training.local_training import LocalTraining, check_images
-from certifl.federated.worker import Clients, Serial
-from certifl.federated.worker_pool import Pool
+from certifl.federated.worker import Clients, SerialRunner
+from certifl.federated.worker_pool import WorkerPool
 from certifl.models import fingerprint, state_of
 from certifl.registry import check_number
 from certifl.runs.checkpoints import Checkpoints, StoredRound
@@ -47,7 +47,7 @@ def train(
     training: LocalTraining,
     checkpoints: Checkpoints,
     *,
-    progress: ProgressCallback | None = None,
+    progress: RoundCallback | None = None,
     participation: Participation | None = None,
     start_from: Checkpoints | None = None,
     rule: Rule | None = None,
@@ -108,9 +108,9 @@ def train(
     if current is not None and current.number == total_rounds(algorithm, training):
         return current
     with contextlib.ExitStack() as stack:
-        runner = Serial(algorithm, training, clients) if runner is None else runner
+        runner = SerialRunner(algorithm, training, clients) if runner is None else runner
         if workers:
-            pool = Pool(algorithm, training, clients, workers, answer_within)
+            pool = WorkerPool(algorithm, training, clients, workers, answer_within)
             runner = stack.enter_context(pool)
         rounds = Rounds(
             algorithm,

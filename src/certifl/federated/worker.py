@@ -15,14 +15,14 @@ import torch
 
 from certifl.errors import CertiflError, InputError
 from certifl.federated.algorithms.base import Algorithm
-from certifl.federated.faults import Answer, Fault, attempt
+from certifl.federated.faults import ClientResult, Fault, try_client
 from certifl.federated.rounds import client_state, server_state
 from certifl.federated.states import ClientData, ServerState
 from certifl.federated.training.local_training import LocalTraining
 from certifl.models import adopt_code
 from certifl.runs.checkpoints import StoredRound
 
-Question = tuple[StoredRound, int, ClientData]
+ClientTask = tuple[StoredRound, int, ClientData]
 """The committed round to start from, a client, its data."""
 
 
@@ -82,7 +82,7 @@ def serve(line: Connection, payload: bytes) -> None:
     adopt_code(code)
     algorithm, training = pickle.loads(work)
     broadcast: ServerState | None = None
-    load_what_a_step_needs()
+    warm_up()
     line.send_bytes(pack(Message("ready")))
     while True:
         try:
@@ -98,7 +98,7 @@ def serve(line: Connection, payload: bytes) -> None:
         line.send_bytes(answer)
 
 
-def load_what_a_step_needs() -> None:
+def warm_up() -> None:
     """Import what torch imports at the first step of a process: not in the first client's time."""
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -107,7 +107,7 @@ def load_what_a_step_needs() -> None:
 
 
 def _answer(
-    algorithm: Algorithm, training: LocalTraining, broadcast: ServerState, question: Question
+    algorithm: Algorithm, training: LocalTraining, broadcast: ServerState, question: ClientTask
 ) -> bytes:
     stored, client, data = question
     started = time.perf_counter()
@@ -116,11 +116,11 @@ def _answer(
         state = client_state(stored, client)
         return algorithm.client_round(broadcast, state, data, training)
 
-    result = attempt(client, trained)
+    result = try_client(client, trained)
     seconds = time.perf_counter() - started
     if isinstance(result, Fault):
         return _fault(result.kind, result.reason, seconds)
-    packed = attempt(client, lambda: pack(Message("result", result, seconds)))
+    packed = try_client(client, lambda: pack(Message("result", result, seconds)))
     if isinstance(packed, Fault):
         return _fault("wrong", f"its answer cannot be sent, {packed.reason}", seconds)
     return packed
@@ -156,13 +156,13 @@ def data_of(clients: Clients, client: int) -> ClientData:
     return data
 
 
-class Serial:
+class SerialRunner:
     """One client after the other, with one model object."""
 
     def __init__(self, algorithm: Algorithm, training: LocalTraining, clients: Clients) -> None:
         self._algorithm, self._training, self._clients = algorithm, training, clients
 
-    def work(self, current: StoredRound, participants: Sequence[int]) -> Iterator[Answer]:
+    def work(self, current: StoredRound, participants: Sequence[int]) -> Iterator[ClientResult]:
         """An answer from every participant, in the order given."""
         broadcast = server_state(current)
         for client in participants:
@@ -172,10 +172,10 @@ class Serial:
                 state, data = client_state(current, client), data_of(self._clients, client)
                 return self._algorithm.client_round(broadcast, state, data, self._training)
 
-            result = attempt(client, trained)
+            result = try_client(client, trained)
             seconds = time.perf_counter() - started
             if isinstance(result, Fault):
-                yield Answer(client, seconds, None, result)
+                yield ClientResult(client, seconds, None, result)
             else:
-                yield Answer(client, seconds, result)
+                yield ClientResult(client, seconds, result)
             del result  # or it would be held while the next client trains

@@ -16,7 +16,7 @@ from types import TracebackType
 
 from certifl.errors import InputError, WorkError
 from certifl.federated.algorithms.base import Algorithm
-from certifl.federated.faults import Answer, Fault, attempt
+from certifl.federated.faults import ClientResult, Fault, try_client
 from certifl.federated.training.local_training import LocalTraining
 from certifl.federated.worker import Clients, Message, data_of, pack, serve, unpack
 from certifl.models import allowed_code
@@ -28,7 +28,7 @@ _LAST_WORDS = 5.0  # seconds in which a process whose line is closed has its exi
 _STARTS_KILLED = 3  # processes killed while they start, before that is an error
 
 
-class Pool:
+class WorkerPool:
     """Processes with a copy of algorithm and trainer each, started when first needed.
 
     A worker that ends by itself, or does not answer in time, costs its client the round and is
@@ -61,7 +61,7 @@ class Pool:
         self._workers: list[_Worker] = []
         self._killed_at_start = 0
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(
@@ -74,7 +74,7 @@ class Pool:
             worker.end()
         self._workers.clear()
 
-    def work(self, current: StoredRound, participants: Sequence[int]) -> Iterator[Answer]:
+    def work(self, current: StoredRound, participants: Sequence[int]) -> Iterator[ClientResult]:
         """An answer from every participant, in the order given.
 
         Raises:
@@ -83,7 +83,7 @@ class Pool:
         """
         while len(self._workers) < min(self._count, len(participants)):
             self._workers.append(_Worker(self._payload))
-        done: dict[int, Answer] = {}
+        done: dict[int, ClientResult] = {}
         asked = given = 0
         while given < len(participants):
             ahead = min(len(participants), given + 2 * self._count)
@@ -104,19 +104,19 @@ class Pool:
         place: int,
         client: int,
         current: StoredRound,
-        done: dict[int, Answer],
+        done: dict[int, ClientResult],
     ) -> bool:
         """Hand a client to a worker; False if that worker turns out to have ended."""
-        data = attempt(client, lambda: data_of(self._clients, client))
+        data = try_client(client, lambda: data_of(self._clients, client))
         if isinstance(data, Fault):
-            done[place] = Answer(client, 0.0, None, data)
+            done[place] = ClientResult(client, 0.0, None, data)
             return True
         if worker.ask(place, client, pack((current.only(client), client, data))):
             return True
         self._replace(worker)
         return False
 
-    def _listen(self, done: dict[int, Answer]) -> None:
+    def _listen(self, done: dict[int, ClientResult]) -> None:
         """Wait until a worker says something, ends, or has had its time."""
         speaking = connection.wait([worker.line for worker in self._workers], self._time_left())
         for worker in list(self._workers):
@@ -124,7 +124,7 @@ class Pool:
                 self._hear(worker, done)
             elif worker.place is not None and self._late(worker):
                 reason = f"it did not answer within {self._patience:g} seconds"
-                done[worker.place] = Answer(
+                done[worker.place] = ClientResult(
                     worker.client, worker.seconds, None, Fault("late", reason)
                 )
                 self._replace(worker)
@@ -137,13 +137,13 @@ class Pool:
     def _late(self, worker: _Worker) -> bool:
         return self._patience is not None and worker.seconds >= self._patience
 
-    def _hear(self, worker: _Worker, done: dict[int, Answer]) -> None:
+    def _hear(self, worker: _Worker, done: dict[int, ClientResult]) -> None:
         try:
             said = worker.line.recv_bytes()
         except (EOFError, OSError):
             self._ended(worker, done)
             return
-        message = attempt(worker.client, lambda: unpack(said))
+        message = try_client(worker.client, lambda: unpack(said))
         if isinstance(message, Message) and message.kind == "ready":
             worker.ready = True
         elif isinstance(message, Message) and message.kind == "stop":
@@ -152,7 +152,7 @@ class Pool:
             done[worker.place] = _read(worker.client, worker.seconds, message)
             worker.place = None
 
-    def _ended(self, worker: _Worker, done: dict[int, Answer]) -> None:
+    def _ended(self, worker: _Worker, done: dict[int, ClientResult]) -> None:
         """A process that ended by itself: its client's fault, if it was at one."""
         place, client, seconds = worker.place, worker.client, worker.seconds
         if not worker.ready:
@@ -171,7 +171,7 @@ class Pool:
         if place is not None:
             how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
             fault = Fault("ended", f"its process ended ({how})")
-            done[place] = Answer(client, seconds, None, fault)
+            done[place] = ClientResult(client, seconds, None, fault)
 
     def _replace(self, worker: _Worker, wait: float = 0.0) -> int | None:
         """End a worker and start another in its place; the exit code if it had ended before."""
@@ -226,15 +226,15 @@ class _Worker:
         return code
 
 
-def _read(client: int, seconds: float, message: object) -> Answer:
+def _read(client: int, seconds: float, message: object) -> ClientResult:
     """The answer in a message; one that cannot be read is a fault."""
     if isinstance(message, Fault):
         fault = Fault("wrong", f"its answer cannot be read, {message.reason}")
-        return Answer(client, seconds, None, fault)
+        return ClientResult(client, seconds, None, fault)
     assert isinstance(message, Message)
     if message.kind == "fault":
-        return Answer(client, message.seconds, None, message.content)
-    return Answer(client, message.seconds, message.content)
+        return ClientResult(client, message.seconds, None, message.content)
+    return ClientResult(client, message.seconds, message.content)
 
 
 def _payload(algorithm: Algorithm, training: LocalTraining) -> bytes:

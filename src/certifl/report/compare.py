@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from certifl.errors import StoreMismatch
 from certifl.report.intervals import FEWEST_IMAGES, Sample, interval_over_seeds, too_few
@@ -29,9 +28,7 @@ from certifl.report.summary import (
     largest_radius,
     mean_acr,
 )
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from certifl.smoothing.arrays import Floats, Ints
 
 _NO_SEED = "they have no seed in common"
 

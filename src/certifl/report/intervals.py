@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from certifl.smoothing.arrays import Floats, Ints
 
 # As a share of the scale. An image counts as unlike the others of its client only if it is so far
 # away that it shows what a rare image can do. Images that differ by a few points, however many,

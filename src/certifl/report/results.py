@@ -19,8 +19,7 @@ from certifl.certification.metadata import PERTURBATIONS, entries, masks
 from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.runs.atomic import read_json
 from certifl.safe_io import MALFORMED, parse_json, read_text
-
-Ints = NDArray[np.int64]
+from certifl.smoothing.arrays import Floats, Ints
 
 _NEEDED_CONDITIONS = ("family", "sigma", "norm", "unit", "alpha")
 _MUST_AGREE = ("family", "norm", "unit")
@@ -453,8 +452,6 @@ def _text(path: Path) -> str:
 
 CURVES, TOLD = "curves.json", "told"
 _MOST_IMAGES = 10**7
-
-Floats = NDArray[np.float64]
 
 
 def told_certificates(place: Path) -> Certificates:

@@ -22,11 +22,9 @@ from certifl.report.intervals import Sample, interval_over_seeds, too_few
 from certifl.report.results import Row, RunResults, flat
 from certifl.report.units import RadiusScale
 from certifl.smoothing import curves
+from certifl.smoothing.arrays import Floats, Ints
 from certifl.smoothing.bounds import clopper_pearson_lower, clopper_pearson_upper
 from certifl.smoothing.laws import LAWS
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 _CLIENT_STEP = 2**40
 

@@ -35,11 +35,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from certifl.errors import InputError
+from certifl.smoothing.arrays import Bools, Floats
 from certifl.smoothing.bounds import BoundsRule
 from certifl.smoothing.laws import Law
-
-FloatArray = NDArray[np.float64]
-BoolArray = NDArray[np.bool_]
 
 # A chance above this would stop images that more likely than not still improve at every look.
 _LARGEST_CHANCE = 0.9
@@ -224,10 +222,10 @@ def finished(
     level = np.asarray(levels)[look]
     now = law.radius(sigma, *bounds_rule(k_top, k_runner, spent, level))
     done = (grid_steps(best, grid) <= grid_steps(now, grid)) | (spent >= looks[-1])
-    return cast(BoolArray, done if wrong is None else done | np.asarray(wrong, dtype=bool))
+    return cast(Bools, done if wrong is None else done | np.asarray(wrong, dtype=bool))
 
 
-def _final_at_most(k: FloatArray, spent: FloatArray, n: float, chance: FloatArray) -> FloatArray:
+def _final_at_most(k: Floats, spent: Floats, n: float, chance: Floats) -> Floats:
     """An upper limit of a count after n votes that was k after `spent`; best case included."""
     left = np.maximum(n - spent, 1.0)
     hits, misses = k * n / left, (spent - k) * n / left

@@ -66,7 +66,7 @@ def _whole(value: Any) -> Any:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
-Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+PositiveWhole = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
 
 
 def _in_unit(value: Any, name: str, described: Any) -> Any:
@@ -89,8 +89,8 @@ class Data(Section):
     """
 
     name: Annotated[str, Field(min_length=1)]
-    train_images: Positive | None = None
-    test_images: Positive | None = None
+    train_images: PositiveWhole | None = None
+    test_images: PositiveWhole | None = None
     label_column: str | None = None
     test_split: Literal["test", "validation", "valid", "val"] | None = None
 
@@ -108,11 +108,11 @@ class Clients(Section):
             = half of them, rounded up.
     """
 
-    count: Positive = 10
+    count: PositiveWhole = 10
     split: str = "uniform"
     options: dict[str, Any] = Field(default_factory=dict)
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0
-    min_clients: Positive | None = None
+    min_clients: PositiveWhole | None = None
 
     @model_validator(mode="after")
     def _splitter_exists(self) -> Clients:
@@ -168,9 +168,9 @@ class Training(Section):
         precision: "float32", or "bfloat16" (the network's arithmetic; weights stay in float32).
     """
 
-    rounds: Positive = 45
-    local_epochs: Positive = 2
-    batch_size: Positive = 64
+    rounds: PositiveWhole = 45
+    local_epochs: PositiveWhole = 2
+    batch_size: PositiveWhole = 64
     lr: Annotated[float, Field(gt=0)] = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
@@ -211,7 +211,7 @@ class Aggregation(Section):
     clip: Annotated[float, Field(gt=0)] | None = None
     trim: float | None = None
     malicious: float | None = None
-    keep: Positive | None = None
+    keep: PositiveWhole | None = None
 
     @model_validator(mode="after")
     def _rule_exists(self) -> Aggregation:
@@ -286,7 +286,7 @@ class Certification(Section):
     """
 
     perturbation: Annotated[dict[str, Any], _perturbation()]
-    images: Positive | None = 500
+    images: PositiveWhole | None = 500
     estimator: str = "sequential"
     n0: Whole = 100
     n: Whole = 100_000

@@ -14,7 +14,7 @@ from certifl.federated.algorithms import ALGORITHMS
 from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.objectives import OBJECTIVES
 from certifl.federated.objectives.base import Objective
-from certifl.federated.training.batches import PerClient, together
+from certifl.federated.training.batches import PerClient, combine_augmentations
 from certifl.perturbations import Perturbation
 from certifl.perturbations import from_record as perturbation_from
 from certifl.spec.sections import (
@@ -170,7 +170,9 @@ class Spec(Section):
         return federated, federated if chosen[1] == SAME else self._augmentation(chosen[1])
 
     def _augmentation(self, description: Any) -> Choice:
-        return together(self.perturbations()) if description == OWN else _built(description)
+        if description == OWN:
+            return combine_augmentations(self.perturbations())
+        return _built(description)
 
     def to_toml(self) -> str:
         """The spec as TOML, every default spelled out."""

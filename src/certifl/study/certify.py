@@ -28,6 +28,7 @@ from certifl.data import Dataset, Partition, choose, to_float
 from certifl.errors import StoreError
 from certifl.models import code_fingerprint, fingerprint
 from certifl.perturbations import Perturbation
+from certifl.progress import ProgressCallback, StageCallback
 from certifl.runs.atomic import load_tensors, save_tensors, tensor_metadata
 from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
@@ -110,7 +111,7 @@ def certify_job(
     settings: Settings,
     seed: int,
     data: str,
-    progress: engine.Progress | None,
+    progress: ProgressCallback | None,
 ) -> Certificates:
     """One client's certificates; votes already cast and saved are not cast again."""
     question = Question(perturbation, settings, seed, data)
@@ -122,7 +123,7 @@ def certify_piece(
     model: nn.Module,
     network: Network,
     question: Question,
-    progress: engine.Progress | None,
+    progress: ProgressCallback | None,
     enough: Callable[[], bool],
 ) -> Certificates | None:
     """One client's certificates, or None where it was enough before all votes were cast.
@@ -144,7 +145,7 @@ def _certified(
     model: nn.Module,
     network: Network,
     question: Question,
-    progress: engine.Progress | None,
+    progress: ProgressCallback | None,
     enough: Callable[[], bool] | None,
 ) -> Certificates:
     perturbation, settings = question.perturbation, question.settings
@@ -224,9 +225,6 @@ class _Saver:
 # Every client's certificates of its own test images, resumable vote by vote.
 
 
-Report = Callable[[str, int, int, str], None]
-
-
 def certify_clients(
     folder: RunFolder,
     spec: Spec,
@@ -234,7 +232,7 @@ def certify_clients(
     partition: Partition,
     deployed: Callable[[int], nn.Module],
     device: str,
-    report: Report | None,
+    report: StageCallback | None,
     share: tuple[int, int] = (0, 1),
 ) -> None:
     """Certify clients one after the other; a whole set of them is put into one file.
@@ -295,7 +293,9 @@ def _accuracies(plain: Sequence[Predictions]) -> dict[str, dict[str, int]]:
     }
 
 
-def _progress(report: Report | None, before: int, everything: int) -> engine.Progress | None:
+def _progress(
+    report: StageCallback | None, before: int, everything: int
+) -> ProgressCallback | None:
     if report is None:
         return None
     return lambda done, _all: report("certifying", before + done, everything, "votes at most")

@@ -54,7 +54,7 @@ from certifl.deploy.transport.schemas import (
 )
 from certifl.errors import CertiflError, StoreError
 from certifl.federated.algorithms.base import Algorithm
-from certifl.federated.faults import Fault, attempt
+from certifl.federated.faults import Fault, try_client
 from certifl.federated.privacy import ExampleLedger
 from certifl.federated.states import ClientState, ModelState, Parts, ServerState, Update
 from certifl.federated.training.local_training import LocalTraining, check_images
@@ -286,7 +286,7 @@ class Client:
             return study.algorithm.client_round(broadcast, before, data, study.training)
 
         try:
-            result = attempt(self.settings.client, trained)
+            result = try_client(self.settings.client, trained)
             failed = isinstance(result, Fault)
         finally:
             if failed and study.spender is not None:

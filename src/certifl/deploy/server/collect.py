@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,16 @@ from certifl.deploy.transport.schemas import Certified, MalformedMessage, Reply,
 from certifl.deploy.transport.transport import Node, NoReply
 from certifl.errors import WorkError, one_line
 from certifl.federated.algorithms.base import needed_by_clients
-from certifl.federated.faults import needed
+from certifl.federated.faults import required_clients
 from certifl.federated.states import ClientState, ServerState
 from certifl.models import fingerprint
+from certifl.progress import StageCallback
 from certifl.runs.atomic import read_json, write_json
 from certifl.runs.checkpoints import StoredRound
 from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
 
 _log = logging.getLogger(__name__)
-Report = Callable[[str, int, int, str], None]
 _ATTEMPTS = 3
 _STANDSTILLS = 2_000
 """So many answers in a row without progress, and a client is not waited for any longer. Clients
@@ -54,7 +54,7 @@ class Asked:
     share: str
     piece: float
     patience: Timeouts
-    report: Report | None = None
+    report: StageCallback | None = None
 
     def __post_init__(self) -> None:
         check_share(self.share)
@@ -208,7 +208,7 @@ class _Gathering:
             WorkError: too few do.
         """
         count = self.spec.clients.count
-        if count - len(clients) < needed(count, None):
+        if count - len(clients) < required_clients(count, None):
             raise WorkError(self._missing(clients))
         reasons = {client: self._reason(client) for client in sorted(clients)}
         for client, why in reasons.items():

@@ -20,7 +20,6 @@ from certifl.deploy.server.remote_runner import Away, Remote
 from certifl.deploy.server.start import (
     Options,
     Reference,
-    Report,
     assemble,
     check_start,
     crowd_of,
@@ -33,6 +32,7 @@ from certifl.federated.privacy import ExampleLedger
 from certifl.federated.rounds import Progress
 from certifl.federated.trainer import train
 from certifl.federated.training.local_training import LocalTraining
+from certifl.progress import StageCallback
 from certifl.runs.checkpoints import Checkpoints, StoredRound
 from certifl.runs.folder import FINISHED, RUNNING, RunFolder
 from certifl.spec import Spec
@@ -171,7 +171,7 @@ def _most_steps(ledger: object, client: int, round: int) -> int:
     return planned if round < ledger.rounds else _FINE_TUNING * max(1, planned)
 
 
-def _rounds(spec: Spec, report: Report | None) -> Callable[[Progress], None]:
+def _rounds(spec: Spec, report: StageCallback | None) -> Callable[[Progress], None]:
     scheduled, each = spec.training.rounds, spec.clients.participants
     extra = spec.build_algorithm().extra_rounds * spec.clients.count
 

@@ -14,7 +14,7 @@ from certifl.deploy.transport.messages import Content, encode, fingerprint_of, u
 from certifl.deploy.transport.schemas import MalformedMessage, Reply, checked
 from certifl.deploy.transport.transport import Node, NoReply
 from certifl.errors import InputError
-from certifl.federated.faults import Answer, Fault, misfit
+from certifl.federated.faults import ClientResult, Fault, mismatch
 from certifl.federated.states import ClientData, ModelState, Parts, Update
 from certifl.runs.checkpoints import StoredRound
 
@@ -85,7 +85,7 @@ class Remote:
     extra: ModelState
     _absent: set[int] = field(default_factory=set)
 
-    def work(self, current: StoredRound, participants: Sequence[int]) -> Iterator[Answer]:
+    def work(self, current: StoredRound, participants: Sequence[int]) -> Iterator[ClientResult]:
         """An answer from every participant, in the order given, one at a time."""
         self.begins()
         wanted = set(participants)
@@ -143,13 +143,13 @@ class _Round:
             self._encoded = encode(parts)
         return self._encoded
 
-    def answer(self, client: int) -> Answer:
+    def answer(self, client: int) -> ClientResult:
         """Wait for a client's answer."""
         asked = self._asked.pop(client, None)
         if asked is None:
             why = self._crowd.refused.get(client)
             reason = "it is not there" if why is None else f"it was not taken, {why}"
-            return Answer(client, 0.0, None, Fault("late", reason))
+            return ClientResult(client, 0.0, None, Fault("late", reason))
         while True:
             content = self._crowd.line.take(asked.name)
             if isinstance(content, NoReply) and content.gone:
@@ -185,7 +185,7 @@ class _Round:
             return replace(again, until=asked.until)
         return replace(asked, looked=time.monotonic())
 
-    def _read(self, client: int, images: int, content: Content | NoReply) -> Answer:
+    def _read(self, client: int, images: int, content: Content | NoReply) -> ClientResult:
         if isinstance(content, NoReply):
             return self._fault(client, "ended" if content.gone else "wrong", content.reason)
         try:
@@ -194,12 +194,12 @@ class _Round:
             seconds = min(reply.seconds, time.perf_counter() - self._began)
             fault = fault_of(reply) or self._problem(client, reply)
             if fault is not None:
-                return Answer(client, seconds, None, fault)
+                return ClientResult(client, seconds, None, fault)
             update, state = update_from(content)
         except MalformedMessage as error:
             return self._fault(client, "wrong", f"its answer is garbled, {error}")
         fault = self._unlike(client, images, update)
-        return Answer(client, seconds, None if fault is not None else (update, state), fault)
+        return ClientResult(client, seconds, None if fault is not None else (update, state), fault)
 
     def _problem(self, client: int, reply: Reply) -> Fault | None:
         if reply.client != client:
@@ -228,13 +228,13 @@ class _Round:
             listed = [", ".join(sorted(names)) or "no parts" for names in (sent, self._sends)]
             return Fault("wrong", f"it sent {listed[0]}, and this round asks for {listed[1]}")
         for part, held in update.extra.items():
-            differs = misfit(self._extra, held)
+            differs = mismatch(self._extra, held)
             if differs is not None:
                 return Fault("wrong", f"its {part} does not fit, {differs}")
         return None
 
-    def _fault(self, client: int, kind: str, reason: str) -> Answer:
-        return Answer(client, time.perf_counter() - self._began, None, Fault(kind, reason))
+    def _fault(self, client: int, kind: str, reason: str) -> ClientResult:
+        return ClientResult(client, time.perf_counter() - self._began, None, Fault(kind, reason))
 
 
 def fault_of(reply: Reply) -> Fault | None:

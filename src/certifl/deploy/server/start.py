@@ -21,14 +21,12 @@ from certifl.deploy.server.remote_runner import Timeouts
 from certifl.deploy.transport.schemas import Joined
 from certifl.deploy.transport.transport import Transport
 from certifl.errors import CertiflError, InputError, RequestError, WorkError, one_line
-from certifl.federated.faults import needed
+from certifl.federated.faults import required_clients
 from certifl.models import build, fingerprint
+from certifl.progress import StageCallback
 from certifl.spec import Spec
 
 _log = logging.getLogger(__name__)
-
-Report = Callable[[str, int, int, str], None]
-"""Called with (what is under way, done, all, unit)."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Options:
     patience: Timeouts = field(default_factory=Timeouts)
     piece: float = 60.0
     keys: Mapping[int, bytes] = field(default_factory=dict)
-    report: Report | None = None
+    report: StageCallback | None = None
     command: str = ""
     min_clients: int | None = None
     told: Callable[[str], None] | None = None
@@ -218,7 +216,7 @@ def assemble(crowd: ClientRegistry, reference: Reference, options: Options) -> N
 def _enough(spec: Spec, options: Options, begun: bool) -> int:
     """With how many clients the study starts, or is resumed."""
     if begun and spec.privacy.kind != "example":
-        return needed(spec.clients.participants, spec.clients.min_clients)
+        return required_clients(spec.clients.participants, spec.clients.min_clients)
     return spec.clients.count if options.min_clients is None else options.min_clients
 
 

@@ -8,14 +8,12 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from certifl.federated.aggregation import RULES, share_of
 from certifl.federated.aggregation.base import blocks, combined, is_statistic, largest_counters
 from certifl.federated.averaging import average_models, policy_of
 from certifl.federated.states import ModelState, ServerState, Update
-
-Floats = NDArray[np.float64]
+from certifl.smoothing.arrays import Floats
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from certifl.federated.algorithms.base import GlobalModel
-from certifl.federated.algorithms.common import pull_towards
+from certifl.federated.algorithms.common import proximal_hook
 from certifl.federated.states import ServerState
 from certifl.federated.training.local_training import GradientHook, LocalTraining
 
@@ -30,9 +30,6 @@ class FedProx(GlobalModel):
         mu: weight of the proximal term, from 0; 0 = federated averaging, bit for bit.
         weighting: "uniform" (1/n) or "size" (by number of training images).
 
-    Raises:
-        SpecError: a hyper-parameter outside its range.
-
     Source: Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith, Federated Optimization in Heterogeneous
     Networks, 2020, Algorithm 2 and Eq. (2).
     """
@@ -45,4 +42,4 @@ class FedProx(GlobalModel):
 
     def hook(self, broadcast: ServerState, training: LocalTraining) -> GradientHook | None:
         """The gradient of the proximal term."""
-        return pull_towards(training.on_device(broadcast.parts["model"]), self.mu)
+        return proximal_hook(training.on_device(broadcast.parts["model"]), self.mu)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from certifl.federated.algorithms.base import GlobalModel
-from certifl.federated.algorithms.common import head_entries, kept_back
+from certifl.federated.algorithms.common import head_keys, withhold
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 from certifl.federated.training.local_training import GradientHook, LocalTraining
 
@@ -53,42 +53,34 @@ class FedRep(GlobalModel):
     keeps_client_state = True
 
     def client_round(
-        self,
-        broadcast: ServerState,
-        client_state: ClientState,
-        data: ClientData,
-        training: LocalTraining,
+        self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining
     ) -> tuple[Update, ClientState]:
         """Train the head, then the representation; send the representation, keep the head."""
-        start = self.deployed(broadcast, client_state)
-        head = head_entries(training.network, self.head)
+        head = head_keys(training.network, self.head)
         if head:
-            start = training.passes(
-                start,
+            trained = training.train_epochs(
+                self.deployed(broadcast, state),
                 data,
                 broadcast.round,
-                hook=_still(training.trainable, but=head),
+                hook=_freeze(training.trainable, but=head),
                 stream="head-",
                 epochs=self.head_epochs,
-            ).state
-        trained = training.passes(
-            start,
-            data,
-            broadcast.round,
-            momentum=client_state.parts.get("momentum"),
-            hook=_still(head, but=()),
-        )
-        sent, own = kept_back(trained.state, broadcast.parts["model"], head)
-        parts = {"head": own} if own else {}
-        update = Update(data.client, len(data), sent, trained.metrics)
-        return update, ClientState({**parts, **trained.kept})
+            )
+            # All of it, since BatchNorm's running statistics have moved too.
+            state = ClientState({**state.parts, "head": trained.state})
+        update, kept = super().client_round(broadcast, state, data, training)
+        return withhold(update, kept, broadcast, head, "head")
+
+    def hook(self, broadcast: ServerState, training: LocalTraining) -> GradientHook | None:
+        """Freezes the head while the representation is trained."""
+        return _freeze(head_keys(training.network, self.head), but=())
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The shared representation with the client's own head."""
         return {**server_state.parts["model"], **client_state.parts.get("head", {})}
 
 
-def _still(names: Collection[str], but: Collection[str]) -> GradientHook | None:
+def _freeze(names: Collection[str], but: Collection[str]) -> GradientHook | None:
     """Takes the gradients of these weights away, so that no step moves them."""
     held = frozenset(names).difference(but)
     if not held:

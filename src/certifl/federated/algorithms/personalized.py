@@ -63,16 +63,12 @@ class Personalized:
         return self.base.sends(round, scheduled) if shared else ()
 
     def client_round(
-        self,
-        broadcast: ServerState,
-        client_state: ClientState,
-        data: ClientData,
-        training: LocalTraining,
+        self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining
     ) -> tuple[Update, ClientState]:
         """The base's round, or after its last one, fine-tuning."""
         if broadcast.round < training.schedule.rounds + self.base.extra_rounds:
-            return self.base.client_round(broadcast, client_state, data, training)
-        start = self.base.deployed(broadcast, client_state)
+            return self.base.client_round(broadcast, state, data, training)
+        start = self.base.deployed(broadcast, state)
         tuned = training.finetune(start, data, broadcast.round, epochs=self.epochs, lr=self.lr)
         update = Update(data.client, len(data), None, tuned.metrics)
         return update, ClientState({"personalized": tuned.state})

@@ -158,11 +158,11 @@ Watch = Callable[[str, float, PrivatePasses], None]
 Passes of one name have one sample, and one noise for equal sums."""
 
 
-class PrivateBench(StepContext):
-    """A bench whose gradients are clipped per image and noisy; all else is as without privacy.
+class PrivateStepContext(StepContext):
+    """A context whose gradients are clipped per image and noisy; all else is as without privacy.
 
     Args:
-        model, parameters, optimizer, objective, hook: as of `Bench`.
+        model, parameters, optimizer, objective, hook: as of `StepContext`.
         passes: the mechanism.
     """
 
@@ -178,7 +178,7 @@ class PrivateBench(StepContext):
         super().__init__(model, parameters, optimizer, objective, hook)
         self._passes = passes
 
-    def gradients(self, batch: Batch) -> Outcome:
+    def compute_gradients(self, batch: Batch) -> Outcome:
         """Put the noisy gradient into `.grad`, also where the batch is empty.
 
         The outcome is of the images as they are; it must not be sent.

@@ -214,7 +214,7 @@ def augmentation_of(choice: Augmentation | PerClient | None, client: int) -> Aug
     return choice.of(client) if isinstance(choice, PerClient) else choice
 
 
-def together(choices: Sequence[_A | None]) -> _A | PerClient | None:
+def combine_augmentations(choices: Sequence[_A | None]) -> _A | PerClient | None:
     """The one augmentation that all clients have, or each client's own."""
     first = choices[0]
     return first if all(choice == first for choice in choices) else PerClient(tuple(choices))

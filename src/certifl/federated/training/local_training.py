@@ -23,8 +23,8 @@ from certifl.federated.privacy.compatibility import check_network
 from certifl.federated.privacy.example_level import (
     NO_SECOND_GRADIENT,
     ExampleLevel,
-    PrivateBench,
     PrivatePasses,
+    PrivateStepContext,
 )
 from certifl.federated.states import ClientData, ModelState, Parts
 from certifl.federated.training.batches import (
@@ -33,7 +33,7 @@ from certifl.federated.training.batches import (
     PerClient,
     augmentation_of,
 )
-from certifl.federated.training.precision import TRAINING_PRECISIONS, InBfloat16, own_randomness
+from certifl.federated.training.precision import TRAINING_PRECISIONS, InBfloat16, isolated_rng
 from certifl.federated.training.schedule import Schedule
 from certifl.federated.training.steps import GradientHook, Outcome, Step, StepContext, plain_step
 from certifl.models import state_of
@@ -59,8 +59,8 @@ class Trained:
     metrics: dict[str, float]
 
     @property
-    def kept(self) -> Parts:
-        """The parts of a client's state that the optimiser asks for: momentum, or nothing."""
+    def momentum_part(self) -> Parts:
+        """The momentum buffers as a part of a client's state; no part where there are none."""
         return {"momentum": self.momentum} if self.momentum else {}
 
 
@@ -167,7 +167,7 @@ class LocalTraining:
         """Names of the weights that are trained."""
         return tuple(self._trainable)
 
-    def passes(
+    def train_epochs(
         self,
         start: ModelState,
         data: ClientData,
@@ -235,13 +235,13 @@ class LocalTraining:
         plan = _Plan((rate,) * epochs, schedule.weight_decay, self.finetuning_augmentation)
         return self._train(start, data, round, plan)
 
-    def beside(
+    def second_model(
         self, start: ModelState, *, momentum: ModelState | None = None, weight_decay: float
     ) -> StepContext:
         """A second model under training, with an optimiser of its own, for steps that move two.
 
         It lives as long as the caller keeps it. Its learning rate is the schedule's first until
-        the caller sets another; `concluded` tells what has become of it.
+        the caller sets another; `result_of` tells what has become of it.
 
         Args:
             start: the model to start from.
@@ -262,14 +262,16 @@ class LocalTraining:
             model, parameters, self._optimizer(parameters, plan), self._judge(), None
         )
 
-    def concluded(self, bench: StepContext, client: int, round: int) -> Trained:
-        """What a bench holds: model, and momentum where the schedule keeps it; no metrics.
+    def result_of(self, context: StepContext, client: int, round: int) -> Trained:
+        """What a context holds: model, and momentum where the schedule keeps it; no metrics.
 
         Raises:
             TrainingDiverged: a weight is not finite.
         """
-        state = _finite_state(bench.model, client, round)
-        return Trained(state, bench.momentum() if self.schedule.keeps_momentum else {}, {})
+        state = _finite_state(context.model, client, round)
+        return Trained(
+            state, context.momentum_buffers() if self.schedule.keeps_momentum else {}, {}
+        )
 
     def on_device(self, state: ModelState) -> ModelState:
         """A state's tensors where the passes run, for gradient hooks."""
@@ -297,31 +299,31 @@ class LocalTraining:
             positions=None if private is None else private.positions,
         )
         seed = streams.derive_seed(self.seed, plan.stream + "model", data.client, round)
-        with own_randomness(self.device, seed):
+        with isolated_rng(self.device, seed):
             self._model.load_state_dict(start)
             optimizer = self._optimizer(self._trainable, plan)
-            bench = self._bench(optimizer, plan, private)
+            context = self._context(optimizer, plan, private)
             sums = [
-                self._epoch(bench, stream, rate, batches, plan.step, round)
+                self._epoch(context, stream, rate, batches, plan.step, round)
                 for rate, batches in plan.pieces(len(stream))
             ]
             state = _finite_state(self._model, data.client, round)
         metrics = _metrics(sums) if private is None else private.metrics()
-        return Trained(state, bench.momentum() if plan.keep else {}, metrics)
+        return Trained(state, context.momentum_buffers() if plan.keep else {}, metrics)
 
     def _judge(self) -> Objective:
         """The objective in the arithmetic of this training."""
         return InBfloat16(self.objective) if self.precision == "bfloat16" else self.objective
 
-    def _bench(
+    def _context(
         self, optimizer: torch.optim.Optimizer, plan: _Plan, private: PrivatePasses | None
     ) -> StepContext:
         what = self._model, self._trainable, optimizer, self._judge(), plan.hook
-        return StepContext(*what) if private is None else PrivateBench(*what, private)
+        return StepContext(*what) if private is None else PrivateStepContext(*what, private)
 
     def _epoch(
         self,
-        bench: StepContext,
+        context: StepContext,
         stream: BatchStream,
         rate: float,
         batches: int,
@@ -329,11 +331,11 @@ class LocalTraining:
         round: int,
     ) -> tuple[float, float, int]:
         """Steps over the first batches of a pass: summed loss, correct predictions, images."""
-        bench.rate = rate
+        context.lr = rate
         outcomes: list[Outcome] = []
         images = 0
         for batch in itertools.islice(stream.epoch(), batches):
-            outcomes.append(step(bench, batch))
+            outcomes.append(step(context, batch))
             judged = outcomes[-1].images
             images += len(batch) if judged is None else judged
         # The epoch's only transfer to the host.

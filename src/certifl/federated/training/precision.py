@@ -59,7 +59,7 @@ class _Rounding(nn.Module):
 
 
 @contextlib.contextmanager
-def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
+def isolated_rng(device: torch.device, seed: int) -> Iterator[None]:
     """Lets modules that draw from the global generator (dropout) draw from a derived one.
 
     On CUDA, convolutions are held to their deterministic algorithms meanwhile, so that a resumed

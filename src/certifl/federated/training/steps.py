@@ -1,8 +1,8 @@
-"""Where a client takes its steps: model, optimiser and objective, one batch at a time.
+"""A client's training step: model, optimizer and objective, one batch at a time.
 
-An algorithm that needs another step than plain SGD gives `LocalTraining.passes` its own `Step`,
-which works with the bench: gradients of a batch at the present weights, changes to weights or
-gradients, the optimiser's move.
+An algorithm whose step is not plain SGD passes its own `Step` to `LocalTraining.train_epochs`. The
+step works with the context: gradients of a batch at the current weights, changes to weights or
+gradients, the optimizer's step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 from certifl.federated.objectives import Objective
 from certifl.federated.states import ModelState
-from certifl.federated.training import foreach as together
+from certifl.federated.training import foreach
 from certifl.federated.training.batches import Batch
 
 GradientHook = Callable[[Mapping[str, nn.Parameter]], None]
@@ -64,16 +64,16 @@ class StepContext:
         self._hook = hook
 
     @property
-    def rate(self) -> float:
+    def lr(self) -> float:
         """The learning rate of this epoch."""
         return float(self._optimizer.param_groups[0]["lr"])
 
-    @rate.setter
-    def rate(self, rate: float) -> None:
+    @lr.setter
+    def lr(self, rate: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
 
-    def gradients(self, batch: Batch) -> Outcome:
+    def compute_gradients(self, batch: Batch) -> Outcome:
         """Put the gradients of the batch's loss at the present weights into `.grad`."""
         loss, logits = self._objective(self.model, batch)
         self._optimizer.zero_grad()
@@ -81,7 +81,7 @@ class StepContext:
         with torch.no_grad():
             return Outcome(loss.detach() * len(batch), (logits.argmax(1) == batch.labels).sum())
 
-    def advance(self) -> None:
+    def optimizer_step(self) -> None:
         """Let the hook change the gradients, then the optimiser moves the weights."""
         if self._hook is not None:
             with torch.no_grad():
@@ -89,13 +89,13 @@ class StepContext:
         self._optimizer.step()
 
     @contextlib.contextmanager
-    def at(self, point: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    def at_weights(self, point: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """Within this context the trainable weights are those of `point`, afterwards their own.
 
         Gradients that are computed meanwhile stay where they are, for `advance`. Running
         statistics of BatchNorm follow the network as it was used.
         """
-        own = self.weights()
+        own = self.copy_weights()
         self._put(point)
         yield
         self._put(own)
@@ -103,7 +103,7 @@ class StepContext:
     @torch.no_grad()
     def _put(self, weights: Mapping[str, torch.Tensor]) -> None:
         places = self.parameters
-        together.copy(list(places.values()), [weights[name] for name in places])
+        foreach.copy(list(places.values()), [weights[name] for name in places])
 
     @torch.no_grad()
     def scale_gradients(self, factor: float, weight_decay: float = 0.0) -> None:
@@ -111,10 +111,10 @@ class StepContext:
         reached = list(_reached(self.parameters).values())
         gradients = gradients_of(reached)
         if weight_decay != 0:
-            together.add(gradients, reached, weight_decay)
-        together.scale(gradients, factor)
+            foreach.add(gradients, reached, weight_decay)
+        foreach.scale(gradients, factor)
 
-    def taken_gradients(self) -> ModelState:
+    def copy_gradients(self) -> ModelState:
         """Copies of the gradients; zero for a weight that none reached."""
         return {
             name: torch.zeros_like(value) if value.grad is None else value.grad.clone()
@@ -122,21 +122,21 @@ class StepContext:
         }
 
     @torch.no_grad()
-    def put_gradients(self, gradients: Mapping[str, torch.Tensor]) -> None:
+    def set_gradients(self, gradients: Mapping[str, torch.Tensor]) -> None:
         """Gradients for `advance` to follow, where there are any."""
         reached = _reached(self.parameters)
-        together.copy(gradients_of(reached.values()), [gradients[name] for name in reached])
+        foreach.copy(gradients_of(reached.values()), [gradients[name] for name in reached])
 
-    def same_draws(self) -> contextlib.AbstractContextManager[None]:
+    def preserve_rng_state(self) -> contextlib.AbstractContextManager[None]:
         """What layers draw within this context (dropout), they draw once more after it."""
         device = next(iter(self.parameters.values())).device
         return torch.random.fork_rng([] if device.type == "cpu" else [device])
 
-    def weights(self) -> ModelState:
+    def copy_weights(self) -> ModelState:
         """The trainable weights as copies, where they are."""
         return {name: value.detach().clone() for name, value in self.parameters.items()}
 
-    def momentum(self) -> ModelState:
+    def momentum_buffers(self) -> ModelState:
         """The optimiser's momentum buffers on the CPU, by parameter."""
         states = self._optimizer.state
         buffers = {n: states[p].get("momentum_buffer") for n, p in self.parameters.items()}
@@ -156,8 +156,8 @@ Step = Callable[[StepContext, Batch], Outcome]
 """What is done with one batch."""
 
 
-def plain_step(bench: StepContext, batch: Batch) -> Outcome:
+def plain_step(context: StepContext, batch: Batch) -> Outcome:
     """SGD: the gradient of the batch, the hook, the optimiser's move."""
-    outcome = bench.gradients(batch)
-    bench.advance()
+    outcome = context.compute_gradients(batch)
+    context.optimizer_step()
     return outcome

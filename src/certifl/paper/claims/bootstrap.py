@@ -25,9 +25,7 @@ from certifl.paper.claims.runs import StudyRun
 from certifl.report.intervals import Sample, too_few
 from certifl.report.summary import image_numbers
 from certifl.rng import numpy_generator
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from certifl.smoothing.arrays import Floats, Ints
 
 DRAWS = 10_000
 _DRAWS_AT_ONCE = 2_000

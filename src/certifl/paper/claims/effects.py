@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import special
 
 from certifl.certification.settings import GRID_POINTS
 from certifl.paper.claims.bootstrap import Sampled, Sampler
 from certifl.paper.claims.runs import StudyRun
 from certifl.report.intervals import Sample, hidden_reach, interval_over_seeds
-
-Floats = NDArray[np.float64]
+from certifl.smoothing.arrays import Floats
 
 # With ten images of each of 20 clients a 95 % interval of spreads misses 15 % of the time: many
 # clients have none or all correct, and no draw changes them. With twenty it misses 2 to 6 %.
