@@ -151,7 +151,7 @@ def _verified(certificates: Certificates) -> list[Finding]:
 
 
 def _check_rows(
-    certificates: Certificates, estimator: Estimator, metadata: Metadata, report: Report
+    certificates: Certificates, estimator: Estimator, metadata: Metadata, report: ReportRows
 ) -> None:
     sound = np.flatnonzero(
         _check_numbers(certificates, report) & _check_votes(certificates, estimator, report)
@@ -164,7 +164,7 @@ def _check_rows(
         _check_claims(part.select(readable), votes, estimator, metadata, report_chosen)
 
 
-def _of_rows(chosen: np.ndarray, certificates: Certificates, report: Report) -> Report:
+def _of_rows(chosen: np.ndarray, certificates: Certificates, report: ReportRows) -> ReportRows:
     """Reports of some of the rows, as reports of all of them."""
 
     def report_chosen(rows: np.ndarray, problem: str) -> None:
@@ -191,7 +191,9 @@ def _check_numbers(certificates: Certificates, report: ReportRows) -> np.ndarray
     return ~np.logical_or.reduce(list(faults.values()))
 
 
-def _check_votes(certificates: Certificates, estimator: Estimator, report: Report) -> np.ndarray:
+def _check_votes(
+    certificates: Certificates, estimator: Estimator, report: ReportRows
+) -> np.ndarray:
     """Which rows have as many votes as one of the looks; others are reported."""
     looks, n0 = np.array(estimator.looks), estimator.settings.n0
     look = certificates.looks - 1
@@ -254,7 +256,7 @@ def _check_claims(
     votes: Votes,
     estimator: Estimator,
     metadata: Metadata,
-    report: Report,
+    report: ReportRows,
 ) -> None:
     """Compare all columns with those that the votes give."""
     expected = estimator.finalize(votes)
@@ -283,7 +285,7 @@ _STOPPED_LATE = (
 _STOPPED_EARLY = "its votes stopped earlier than radii, keep and label_aware allow"
 
 
-def _report_intervals(stored: np.ndarray, expected: np.ndarray, report: Report) -> None:
+def _report_intervals(stored: np.ndarray, expected: np.ndarray, report: ReportRows) -> None:
     """Report intervals that are larger than those of the votes, or other than them."""
     low, high = stored.T
     within = (expected[:, 0] <= low) & (low <= 0) & (high >= 0) & (high <= expected[:, 1])

@@ -35,7 +35,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from certifl.errors import InputError
-from certifl.smoothing.arrays import Bools, Floats
+from certifl.smoothing.arrays import BoolArray, Bools, FloatArray, Floats
 from certifl.smoothing.bounds import BoundsRule
 from certifl.smoothing.laws import Law
 
