@@ -3,8 +3,8 @@
 ```
 CertiflError
 ├── RequestError            the request was wrong; the command line exits with 2
-│   ├── SpecError           a key, type, range or combination in a study's spec
 │   ├── InputError          images, labels or numbers given to a library call (also a ValueError)
+│   │   └── SpecError       a key, type, range or combination in a study's spec
 │   ├── ModelError          a model that cannot be certified or trained as it is
 │   ├── DataUnavailable     a data set that is neither here nor reachable
 │   └── StoreMismatch       a run folder that holds something else than what was asked for
@@ -53,12 +53,15 @@ class RequestError(CertiflError):
     """The request was wrong; nothing was written."""
 
 
-class SpecError(RequestError):
-    """A spec has a wrong key, type, range or combination."""
-
-
 class InputError(RequestError, ValueError):
-    """Images, labels or numbers given to a library call are not usable."""
+    """Images, labels or numbers given to a library call are not usable.
+
+    As a ValueError, it is what pydantic expects of a validator.
+    """
+
+
+class SpecError(InputError):
+    """A spec has a wrong key, type, range or combination."""
 
 
 class ModelError(RequestError):

@@ -25,7 +25,7 @@ from certifl.certification.settings import (
     too_few_votes,
 )
 from certifl.errors import InputError
-from certifl.perturbations.base import Perturbation
+from certifl.perturbations import PERTURBATIONS, Perturbation
 from certifl.rng import vote_generator
 from certifl.smoothing.laws import LAWS
 from certifl.smoothing.scan import BETS, SHARES, Reading, read_scan
@@ -34,9 +34,6 @@ from certifl.smoothing.strata import Scan, passes_of
 
 # Images read at once; a reading holds a few numbers per image, rival and cell.
 _BLOCK = 16
-# A scaling parameter of -1 shrinks the sampling grid to a point.
-_LEAST_SCALING = -1.0
-_SCALING_REACH = 3.0
 
 
 def scan_of(perturbation: Perturbation, settings: Settings) -> Scan:
@@ -46,13 +43,14 @@ def scan_of(perturbation: Perturbation, settings: Settings) -> Scan:
         InputError: a family that is not of one parameter under the uniform law, or a sigma or
             reach that leaves nothing to scan.
     """
-    if perturbation.family not in _STRETCHES:
-        known = " and ".join(_STRETCHES)
+    scan_range = getattr(perturbation, "scan_range", None)
+    if scan_range is None:
+        known = " and ".join(n for n, kind in PERTURBATIONS.items() if hasattr(kind, "scan_range"))
         raise InputError(
             f"The scan certificate is for families of one uniform parameter, {known}; "
             f"{perturbation.family} is none. Choose another estimator, such as 'sequential'."
         )
-    low, high, periodic = _STRETCHES[perturbation.family](perturbation.sigma, settings.reach)
+    low, high, periodic = scan_range(settings.reach)
     passes = passes_of(settings.n, perturbation.sigma, high - low)
     return Scan(perturbation.sigma, low, high, periodic, passes)
 
@@ -101,27 +99,6 @@ def largest_radius(conditions: Mapping[str, Any]) -> float:
     if law is None or not {"sigma", "n", "alpha"} <= conditions.keys():
         return math.inf
     return law.largest_radius(conditions["sigma"], conditions["n"], conditions["alpha"])
-
-
-def _turn(sigma: float, reach: float | None) -> tuple[float, float, bool]:
-    """Rotation: once round, or less where that is enough for the reach."""
-    if reach is None or sigma + reach >= math.pi:
-        return -math.pi, math.pi, True
-    return -sigma - reach, sigma + reach, False
-
-
-def _stretch(sigma: float, reach: float | None) -> tuple[float, float, bool]:
-    """Scaling: as far as asked for, but never to a factor below 0."""
-    if sigma >= -_LEAST_SCALING:
-        raise InputError(
-            f"sigma = {sigma} scales by factors down to 0 and below, where there is no image to "
-            "scan. Use a sigma below 1."
-        )
-    far = sigma + (_SCALING_REACH * sigma if reach is None else reach)
-    return max(-far, _LEAST_SCALING), far, False
-
-
-_STRETCHES = {"rotation": _turn, "scaling": _stretch}
 
 
 def describe_scan(scan: Scan) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from certifl.models import build
 from certifl.models.weights import load_weights, read_checkpoint, weights_in
 from certifl.module_copies import evaluating
 from certifl.path_checks import WEIGHTS, check_certificate_file, check_file
-from certifl.perturbations import Perturbation, PixelNoise, describe, from_description
+from certifl.perturbations import DEFAULT, Perturbation, describe, from_description
 from certifl.runs.atomic import load_tensors
 from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
@@ -34,7 +34,6 @@ from certifl.study.opened_run import data_folder, finished_run, open_data, run_s
 _log = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int, str], None]
-_DEFAULT_SIGMA = 0.25
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def _perturbation(request: Request) -> Perturbation:
                 **({} if request.sigma is None else {"sigma": request.sigma}),
             }
         )
-    own: Perturbation = PixelNoise(_DEFAULT_SIGMA)
+    own = from_description(DEFAULT)
     if request.run is not None:
         own = _certified_by(run_spec(finished_run(request.run)), request.client)
     if request.sigma is None:

@@ -23,9 +23,6 @@ from torch import Tensor
 
 from certifl.errors import InputError
 
-GEOMETRIES = ("centre", "deformrs")
-PADDINGS = ("zeros", "border", "reflection")
-
 # The sampler counts positions in float32, which is exact up to here; so is 32-bit indexing.
 _MOST_PIXELS = 1 << 24
 # Intensities sampled at a time on a CPU: temporaries then stay in its caches and are not handed

@@ -18,9 +18,9 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
 
 from certifl.errors import InputError
+from certifl.smoothing import special
 
 FloatArray = NDArray[np.float64]
 BoundsRule = Callable[[ArrayLike, ArrayLike, ArrayLike, ArrayLike], tuple[FloatArray, FloatArray]]

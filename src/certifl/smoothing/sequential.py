@@ -32,9 +32,9 @@ from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
 
 from certifl.errors import InputError
+from certifl.smoothing import special
 from certifl.smoothing.bounds import BoundsRule
 from certifl.smoothing.laws import Law
 
