@@ -25,6 +25,7 @@ class Parameters(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
+Number = Annotated[float, Field(description="a number")]
 NonNegative = Annotated[float, Field(ge=0, description="a number from 0")]
 Positive = Annotated[float, Field(gt=0, description="a number above 0")]
 PositiveInt = Annotated[int, Field(ge=1, description="a whole number from 1")]
@@ -77,12 +78,16 @@ class Registry(Mapping[str, type[Any]], Generic[R]):
         kind: what is registered, for messages, e.g. "algorithm".
         rows: by name, in the order in which people see them.
         key: under which a description, and a component itself, has the name of its row.
+        also: what may be named beside the rows, for messages.
     """
 
-    def __init__(self, kind: str, rows: Mapping[str, R], key: str = "name") -> None:
+    def __init__(
+        self, kind: str, rows: Mapping[str, R], key: str = "name", also: str = ""
+    ) -> None:
         self.kind = kind
         self.rows = dict(rows)
         self.key = key
+        self.also = also
 
     def __getitem__(self, name: str) -> type[Any]:
         row = self.rows[name]
@@ -113,14 +118,19 @@ class Registry(Mapping[str, type[Any]], Generic[R]):
             {self.key: description} if isinstance(description, str) else {**description}
         )
         name = table.pop(self.key, None)
+        return {self.key: name, **self.check_named(name, table)}
+
+    def check_named(self, name: object, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Every parameter of the component of that name; see `check`."""
         if not isinstance(name, str) or name not in self.rows:
-            raise SpecError(self._unknown(name))
-        row = self.rows[name]
+            raise SpecError(
+                f"{self.kind} {self.key} = {name!r} is unknown: {choices(name, self, self.also)}"
+            )
+        row, table = self.rows[name], {**options}
         if row.wraps is not None and row.wraps in table:
             table[row.wraps] = self._wrapped(row.wraps, table[row.wraps])
         values = check_parameters(name, row.parameters, table)
-        given = {key: value for key, value in values.items() if value is not None}
-        return {self.key: name, **given}
+        return {key: value for key, value in values.items() if value is not None}
 
     def build(self, description: Mapping[str, Any] | str) -> Any:
         """The component described; see `check` for what is refused."""
@@ -144,14 +154,15 @@ class Registry(Mapping[str, type[Any]], Generic[R]):
 
         A component of a class that has no row here is the caller's own and is not checked.
         """
-        row = self.rows.get(component.name)
+        name = getattr(component, self.key)
+        row = self.rows.get(name)
         if row is None:
             return
         table = _options(component)
         wrapped = table.get(row.wraps) if row.wraps else None
         if wrapped is not None:
             self._refuse_second(str(row.wraps), wrapped.name)
-        check_parameters(component.name, row.parameters, table)
+        check_parameters(name, row.parameters, table)
 
     def _wrapped(self, key: str, description: object) -> dict[str, Any]:
         if not isinstance(description, Mapping | str):
@@ -167,13 +178,12 @@ class Registry(Mapping[str, type[Any]], Generic[R]):
         if name in self.rows and self.rows[name].wraps is not None:
             raise SpecError(f"{key} = {name} is not allowed: {name} cannot wrap itself.")
 
-    def _unknown(self, name: object) -> str:
-        near = difflib.get_close_matches(name, self.rows, 1) if isinstance(name, str) else []
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        return (
-            f"{self.kind} {self.key} = {name!r} is unknown: choose one of {', '.join(self.rows)}."
-            f"{hint}"
-        )
+
+def choices(name: object, known: Collection[str], also: str = "") -> str:
+    """What to choose in the place of a name that is unknown, and what was perhaps meant."""
+    near = difflib.get_close_matches(name, known, 1) if isinstance(name, str) else []
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"choose one of {', '.join(known)}{f', or {also}' if also else ''}.{hint}"
 
 
 def _options(component: Any) -> dict[str, Any]:

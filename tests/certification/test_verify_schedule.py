@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import certifl
-from certifl.certification import verify
 from certifl.certification.settings import ESTIMATORS, KEEPS
+from certifl.certification.verify import verify
 from certifl.errors import InputError
 from certifl.smoothing.bounds import BOUNDS
 from certifl.smoothing.laws import LAWS, drawn_width

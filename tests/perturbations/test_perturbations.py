@@ -323,9 +323,9 @@ def test_a_sigma_that_is_no_scale_is_refused(family, sigma):
 
 @pytest.mark.parametrize("family", DEFORMATIONS)
 def test_unknown_options_are_refused(family):
-    with pytest.raises(InputError, match="padding = 'mirror'.*choose one of border, reflection"):
+    with pytest.raises(InputError, match=r"padding = 'mirror'.*choose one of border, reflection"):
         family(0.1, padding="mirror")
-    with pytest.raises(InputError, match="geometry = 'corner'.*choose one of centre, deformrs"):
+    with pytest.raises(InputError, match=r"geometry = 'corner'.*choose one of centre, deformrs"):
         family(0.1, geometry="corner")
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from certifl.data import SPLITS
 from certifl.data.partition import ClientIndices, Partition, require_count
 from certifl.errors import InputError
 
@@ -116,10 +117,7 @@ class Column:
     name: ClassVar[str] = "column"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.column, str) and self.column):
-            raise InputError(f"column must be the name of a column, got {self.column!r}.")
-        for option in ("min_train", "min_test"):
-            require_count(option, getattr(self, option))
+        SPLITS.check_component(self)
 
     def split(self, train: np.ndarray, test: np.ndarray, clients: int, seed: int) -> Partition:
         """Give every chosen value's images to the client of that number.

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
 
 from certifl.errors import InputError
 from certifl.rng import numpy_generator
 
-Labels = np.ndarray | torch.Tensor | Sequence[int]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Labels: TypeAlias = "np.ndarray | Tensor | Sequence[int]"
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """Splitting a data set over clients: training and test images together, in the same proportions.
 
-Every splitter in `PARTITIONS` gives every image of both splits to exactly one client, is a
+Every splitter here gives every image of both splits to exactly one client, is a
 function of the labels, the number of clients and the seed, and never leaves a client without
 training or test images: it raises an error that says what to change. `Column` follows a column of
 the data set instead.
@@ -9,13 +9,12 @@ the data set instead.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, ClassVar, Protocol
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Protocol
 
 import numpy as np
 
+from certifl.data import SPLITS
 from certifl.data.allocation import (
     Column,
     class_counts,
@@ -31,7 +30,6 @@ from certifl.data.partition import (
     Partition,
     label_checksum,
     labels_for,
-    require_count,
 )
 from certifl.errors import InputError
 from certifl.rng import numpy_generator
@@ -121,10 +119,7 @@ class Dirichlet:
     name: ClassVar[str] = "dirichlet"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise InputError(f"alpha must be a finite number > 0, got {self.alpha}.")
-        for option in ("min_train", "min_test", "retries"):
-            require_count(option, getattr(self, option))
+        SPLITS.check_component(self)
 
     def split(
         self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
@@ -170,7 +165,7 @@ class Shards:
     name: ClassVar[str] = "shards"
 
     def __post_init__(self) -> None:
-        require_count("shards_per_client", self.shards_per_client)
+        SPLITS.check_component(self)
 
     def split(
         self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
@@ -210,8 +205,7 @@ class Quantity:
     name: ClassVar[str] = "quantity"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.exponent) and self.exponent >= 0):
-            raise InputError(f"exponent must be a finite number >= 0, got {self.exponent}.")
+        SPLITS.check_component(self)
 
     def split(
         self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
@@ -221,46 +215,6 @@ class Quantity:
         weights = (1.0 + _stream(self, seed, "ranks").permutation(clients)) ** -self.exponent
         proportions = np.tile(weights / weights.sum(), (number_of_classes(train, test), 1))
         return _dealt(self, proportions, train, test, seed)
-
-
-PARTITIONS: dict[str, type[Splitter]] = {
-    "uniform": Uniform,
-    "balanced": Balanced,
-    "dirichlet": Dirichlet,
-    "shards": Shards,
-    "quantity": Quantity,
-}
-
-
-SPLITS: dict[str, type[Splitter] | type[Column]] = {**PARTITIONS, "column": Column}
-"""All ways to split: those that look at the labels alone, and the one by a column."""
-
-
-def make_splitter(name: str, options: Mapping[str, Any] | None = None) -> Splitter | Column:
-    """The splitter of that name with these options, others as by default.
-
-    Args:
-        name: a name in `SPLITS`.
-        options: the splitter's own settings.
-
-    Raises:
-        InputError: no such splitter or option, or a value out of range.
-    """
-    if name not in SPLITS:
-        raise InputError(f"There is no partition {name!r}; choose one of {', '.join(SPLITS)}.")
-    kind, given = SPLITS[name], dict(options or {})
-    known = fields(kind)  # pyright: ignore[reportArgumentType]
-    allowed = [field.name for field in known]
-    if unknown := [option for option in given if option not in allowed]:
-        raise InputError(
-            f"The partition {name!r} has no option {', '.join(map(repr, unknown))}; "
-            f"its options are {', '.join(allowed) or 'none'}."
-        )
-    needed = [field.name for field in known if field.default is MISSING]
-    if missing := [option for option in needed if option not in given]:
-        raise InputError(f"The partition {name!r} needs the option {', '.join(missing)}.")
-    build: Callable[..., Splitter | Column] = kind
-    return build(**given)
 
 
 def deal_out(

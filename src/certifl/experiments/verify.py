@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from certifl.certification import Certificates, unverified, verify
+from certifl.certification import Certificates
 from certifl.certification.certificates import Predictions
 from certifl.certification.certify import asked_conditions
 from certifl.certification.metadata import entries
 from certifl.certification.precisions import PRECISIONS
 from certifl.certification.record import differs, known_words
+from certifl.certification.verify import unverified, verify
 from certifl.data import Dataset
 from certifl.errors import InputError, SpecError, StoreError
 from certifl.experiments.verify_run import (

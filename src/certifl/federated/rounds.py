@@ -15,6 +15,7 @@ from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.faults import Answer, Fault, Inspection, advice, needed, not_finite
 from certifl.federated.privacy.ledger import Ledger
 from certifl.federated.states import ClientState, ModelState, ServerState, Update
+from certifl.federated.training.schedule import participants
 from certifl.registry import check_number
 from certifl.runs.checkpoints import Checkpoints, PendingRound, StoredRound
 
@@ -278,7 +279,7 @@ class RandomShare:
     @property
     def size(self) -> int:
         """How many clients take part in a round."""
-        return max(1, round(self.share * self.clients))
+        return participants(self.share, self.clients)
 
     def __call__(self, round: int) -> list[int]:
         """The participants of a round, in client order."""

@@ -72,7 +72,7 @@ def _checked(values: dict[str, Any], context: Mapping[str, Any] | None = None) -
         return Spec.model_validate(values, context=context)
     except ValidationError as error:
         raise SpecError(_message(error)) from error
-    except (InputError, SpecError) as error:
+    except InputError as error:
         raise SpecError(str(error)) from error
 
 

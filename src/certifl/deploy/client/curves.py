@@ -18,11 +18,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from certifl.certification import Certificates, verify
+from certifl.certification import Certificates
 from certifl.certification.certify import asked_conditions
 from certifl.certification.precisions import PRECISIONS
 from certifl.certification.scan import scan_of
 from certifl.certification.settings import Settings
+from certifl.certification.verify import verify
 from certifl.deploy.transport.schemas import Curve, MalformedMessage
 from certifl.errors import CertiflError, InputError, one_line
 from certifl.federated.states import ModelState
