@@ -10,7 +10,7 @@ CertiflError
 │   └── StoreMismatch       a run folder that holds something else than what was asked for
 └── WorkError               the work failed; the command line exits with 1
     ├── TrainingDiverged    a loss, a client's weights or the server's stopped being finite
-    ├── TooFewClients       so many clients of a round failed that it cannot be gone on with
+    ├── TooFewClients       so many clients of a round failed that it cannot continue
     ├── RandomSourceBroken  draws that do not repeat, do not differ or do not follow their law
     └── StoreError          a folder that cannot be read or written
 ```
@@ -93,15 +93,15 @@ class TrainingDiverged(WorkError):
         self.client = client
         self.round = round
         self.reason = reason
-        place = "the server" if client is None else f"client {client}"
+        where = "the server" if client is None else f"client {client}"
         super().__init__(
-            f"Training diverged at {place} in round {round}: {reason}. "
+            f"Training diverged at {where} in round {round}: {reason}. "
             "Lower training.lr or training.momentum; rounds finished so far are kept."
         )
 
 
 class TooFewClients(WorkError):
-    """So many clients of a round failed that it cannot be gone on with.
+    """So many clients of a round failed that it cannot continue.
 
     Attributes:
         round: the communication round, counted from 0.
@@ -119,7 +119,7 @@ class TooFewClients(WorkError):
         super().__init__(
             f"Round {round} cannot be finished: {len(left_out)} of its {participants} clients "
             f"failed and at least {needed} must remain. Left out: {failed}. {advice} Rounds "
-            "finished so far are kept; the same command goes on from the last one."
+            "finished so far are kept; the same command resumes from the last one."
         )
 
 

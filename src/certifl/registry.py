@@ -187,7 +187,7 @@ def choices(name: object, known: Collection[str], also: str = "") -> str:
 
 
 def _options(component: Any) -> dict[str, Any]:
-    """What a component was constructed with; its constants are no options."""
+    """What a component was constructed with; its constants are not options."""
     return {
         option.name: getattr(component, option.name) for option in fields(component) if option.init
     }

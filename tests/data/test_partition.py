@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from certifl.data.allocation import deal, quotas, shares
+from certifl.data.allocation import allocate, quotas, shares
 from certifl.data.partition import check, choose
 from certifl.data.splitters import (
     SPLITS,
@@ -37,8 +37,8 @@ def sizes(partition, which):
 
 def counts(partition, which, labels):
     """Images of each class at each client, (clients, classes)."""
-    hands = [getattr(client, which) for client in partition.clients]
-    return np.stack([np.bincount(labels[hand], minlength=CLASSES) for hand in hands])
+    parts = [getattr(client, which) for client in partition.clients]
+    return np.stack([np.bincount(labels[part], minlength=CLASSES) for part in parts])
 
 
 def same(first, second):
@@ -230,7 +230,7 @@ class TestWhatEachPromises:
             build()
 
 
-class TestDealing:
+class TestAllocation:
     @given(
         totals=st.lists(st.integers(0, 60), min_size=1, max_size=8),
         clients=st.integers(1, 12),
@@ -259,14 +259,14 @@ class TestDealing:
         found = quotas(np.array([60, 30]), np.full((2, 10), 0.1), np.random.default_rng(0))
         assert found.tolist() == [[6] * 10, [3] * 10]
 
-    def test_deal_gives_the_counts_asked_for(self):
+    def test_clients_get_the_requested_numbers_of_images(self):
         table = np.array([[2, 1], [0, 3]])
         labels = np.array([0, 1, 0, 1, 0, 1])
-        hands = deal(labels, table, np.random.default_rng(0))
-        found = [np.bincount(labels[hand], minlength=2).tolist() for hand in hands]
+        parts = allocate(labels, table, np.random.default_rng(0))
+        found = [np.bincount(labels[part], minlength=2).tolist() for part in parts]
         assert found == table.T.tolist()
 
-    def test_a_class_nobody_holds_is_shared_equally(self):
+    def test_a_class_without_images_is_shared_equally(self):
         assert shares(np.array([[3, 1], [0, 0]])).tolist() == [[0.75, 0.25], [0.5, 0.5]]
 
 

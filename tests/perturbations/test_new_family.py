@@ -12,7 +12,7 @@ import torch
 
 import certifl
 from certifl.certification.sweeps import walks_of
-from certifl.perturbations import PERTURBATIONS, label_of, trait
+from certifl.perturbations import PERTURBATIONS, family_label, trait
 from certifl.registry import Positive, Row, parameters
 from certifl.report.units import family_words, scales
 from certifl.spec import with_settings
@@ -51,7 +51,7 @@ def test_a_file_and_a_row_are_enough(brightness: type) -> None:
     certificates = certifl.certify(model, images, perturbation, n=300, n0=20)
     facts = certificates.conditions
     assert facts["description"] == described
-    assert family_words(facts) == label_of("brightness") == "brightness"
+    assert family_words(facts) == family_label("brightness") == "brightness"
     assert [scale.name for scale in scales(facts, 0.1)] == ["intensity"]
     assert trait("brightness", "promise", "").startswith("for every change of brightness")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from certifl.data.decode import changes_of, read_image
     from certifl.data.loading import EMBEDDED, load, named_folder
     from certifl.data.partition import ClientIndices, Partition, check, choose, label_checksum
-    from certifl.data.splitters import Splitter, deal_out
+    from certifl.data.splitters import Splitter, assign_images
 
 __all__ = [
     "EMBEDDED",
@@ -29,10 +29,10 @@ __all__ = [
     "ImageSplit",
     "Partition",
     "Splitter",
+    "assign_images",
     "changes_of",
     "check",
     "choose",
-    "deal_out",
     "fingerprint",
     "label_checksum",
     "load",
@@ -77,7 +77,7 @@ _MODULES = {
     "certifl.data.decode": ("changes_of", "read_image"),
     "certifl.data.loading": ("EMBEDDED", "load", "named_folder"),
     "certifl.data.partition": ("ClientIndices", "Partition", "check", "choose", "label_checksum"),
-    _SPLITTERS: ("Splitter", "deal_out"),
+    _SPLITTERS: ("Splitter", "assign_images"),
 }
 __getattr__ = lazy_names(
     __name__, {n: module for module, names in _MODULES.items() for n in names}

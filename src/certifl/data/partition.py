@@ -184,7 +184,7 @@ def as_labels(labels: Labels) -> np.ndarray:
     """Labels as int64 (n,).
 
     Raises:
-        InputError: they are no non-negative integers in one dimension.
+        InputError: they are not non-negative integers in one dimension.
     """
     made = np.asarray(labels)
     if made.ndim != 1 or made.dtype.kind not in "iu" or (made.size and made.min() < 0):
@@ -213,6 +213,6 @@ def labels_for(
 
 
 def require_count(name: str, value: int) -> None:
-    """Refuse what is no integer from 1 up; `name` opens the message."""
+    """Refuse what is not an integer from 1 up; `name` opens the message."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{name} must be an integer >= 1, got {value!r}.")

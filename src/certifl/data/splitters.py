@@ -17,8 +17,8 @@ import numpy as np
 from certifl.data import SPLITS
 from certifl.data.allocation import (
     Column,
+    allocate,
     class_counts,
-    deal,
     number_of_classes,
     quotas,
     shares,
@@ -89,10 +89,10 @@ class Balanced:
     def split(
         self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
     ) -> Partition:
-        """Deal each class in equal parts."""
+        """Allocate each class in equal parts."""
         train, test = labels_for(train_labels, test_labels, clients)
         proportions = np.full((number_of_classes(train, test), clients), 1 / clients)
-        return _dealt(self, proportions, train, test, seed)
+        return _allocated(self, proportions, train, test, seed)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Dirichlet:
         alpha: concentration, > 0.
         min_train: least number of training images of a client.
         min_test: least number of test images of a client.
-        retries: draws before giving up.
+        retries: draws before the split is refused.
 
     Source: Yurochkin et al., Bayesian Nonparametric Federated Learning of Neural Networks (2019).
     """
@@ -124,14 +124,14 @@ class Dirichlet:
     def split(
         self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
     ) -> Partition:
-        """Draw proportions until every client has enough images, then deal."""
+        """Draw proportions until every client has enough images, then allocate."""
         train, test = labels_for(train_labels, test_labels, clients)
         classes = number_of_classes(train, test)
         draw = _stream(self, seed, "proportions")
         for attempt in range(self.retries):
             proportions = draw.dirichlet(np.full(clients, self.alpha), size=classes)
             if self._enough(proportions, train, test, seed, attempt):
-                return _dealt(self, proportions, train, test, seed, attempt)
+                return _allocated(self, proportions, train, test, seed, attempt)
         raise InputError(
             f"In {self.retries} draws of Dirichlet({self.alpha:g}) over {clients} clients, one "
             f"always had fewer than {self.min_train} training or {self.min_test} test images (of "
@@ -183,11 +183,13 @@ class Shards:
         draw = _stream(self, seed, "train")
         shards = np.array_split(np.concatenate(shuffled_by_class(train, classes, draw)), total)
         order = draw.permutation(total).reshape(clients, self.shards_per_client)
-        hands = [np.concatenate([shards[number] for number in row]) for row in order]
-        held = np.stack([class_counts(train[hand], classes) for hand in hands], axis=1)
-        counts = quotas(class_counts(test, classes), shares(held), _stream(self, seed, "quotas"))
-        tests = deal(test, counts, _stream(self, seed, "test"))
-        return _partition(self, hands, tests, train, test, seed)
+        trains = [np.concatenate([shards[number] for number in row]) for row in order]
+        counted = np.stack([class_counts(train[own], classes) for own in trains], axis=1)
+        counts = quotas(
+            class_counts(test, classes), shares(counted), _stream(self, seed, "quotas")
+        )
+        tests = allocate(test, counts, _stream(self, seed, "test"))
+        return _partition(self, trains, tests, train, test, seed)
 
 
 @dataclass(frozen=True)
@@ -210,14 +212,14 @@ class Quantity:
     def split(
         self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
     ) -> Partition:
-        """Deal each class in the drawn order of sizes."""
+        """Allocate each class by the drawn sizes."""
         train, test = labels_for(train_labels, test_labels, clients)
         weights = (1.0 + _stream(self, seed, "ranks").permutation(clients)) ** -self.exponent
         proportions = np.tile(weights / weights.sum(), (number_of_classes(train, test), 1))
-        return _dealt(self, proportions, train, test, seed)
+        return _allocated(self, proportions, train, test, seed)
 
 
-def deal_out(
+def assign_images(
     splitter: Splitter | Column,
     labels: tuple[Labels, Labels],
     columns: tuple[np.ndarray | None, ...],
@@ -250,7 +252,7 @@ def deal_out(
     return dataclasses.replace(splitter.split(train, test, clients, seed), label_checksum=checksum)
 
 
-def _dealt(
+def _allocated(
     splitter: Splitter,
     proportions: np.ndarray,
     train: np.ndarray,
@@ -258,11 +260,11 @@ def _dealt(
     seed: int,
     attempt: int = 0,
 ) -> Partition:
-    """Deal both splits by the same proportions (classes, clients)."""
+    """Allocate both splits by the same proportions (classes, clients)."""
     of_train, of_test = _counts(splitter, proportions, train, test, seed, attempt)
-    hands = deal(train, of_train, _stream(splitter, seed, "train"))
-    tests = deal(test, of_test, _stream(splitter, seed, "test"))
-    return _partition(splitter, hands, tests, train, test, seed)
+    trains = allocate(train, of_train, _stream(splitter, seed, "train"))
+    tests = allocate(test, of_test, _stream(splitter, seed, "test"))
+    return _partition(splitter, trains, tests, train, test, seed)
 
 
 def _counts(
@@ -281,13 +283,13 @@ def _counts(
 
 def _partition(
     splitter: Splitter,
-    hands: list[np.ndarray],
+    trains: list[np.ndarray],
     tests: list[np.ndarray],
     train: np.ndarray,
     test: np.ndarray,
     seed: int,
 ) -> Partition:
-    for which, parts in (("training", hands), ("test", tests)):
+    for which, parts in (("training", trains), ("test", tests)):
         empty = sum(part.size == 0 for part in parts)
         if empty:
             raise InputError(
@@ -295,7 +297,8 @@ def _partition(
                 f"{which} images. Take fewer clients, more images, or a less skewed split."
             )
     clients = tuple(
-        ClientIndices(np.sort(hand), np.sort(own)) for hand, own in zip(hands, tests, strict=True)
+        ClientIndices(np.sort(own), np.sort(tested))
+        for own, tested in zip(trains, tests, strict=True)
     )
     options = asdict(splitter)  # pyright: ignore[reportArgumentType]  # splitters are dataclasses
     return Partition(clients, splitter.name, options, seed, label_checksum(train, test))

@@ -26,7 +26,7 @@ def build(
 ) -> nn.Module:
     """A network whose weights depend on the seed alone.
 
-    Torch's global generator is seeded for the duration of the call and put back as it was.
+    Torch's global generator is seeded for the duration of the call, then restored.
 
     Args:
         name: a name in `MODELS`, or `module:function` for one's own, called as
@@ -43,8 +43,8 @@ def build(
     Raises:
         SpecError: an option that the network in `MODELS` does not have, or a value that is not
             allowed.
-        ModelError: a name that is unknown or cannot be imported, something that is no function,
-            a call that fails, a result that is no torch module, or logits of the wrong shape.
+        ModelError: a name that is unknown or cannot be imported, something that is not a function,
+            a call that fails, a result that is not a torch module, or logits of the wrong shape.
     """
     if name in MODELS:
         MODELS.check_named(name, options or {})
@@ -52,7 +52,7 @@ def build(
     else:
         function = _users_function(name)
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: that would also seed the generators of all GPUs, for good.
+        # Not torch.manual_seed: that would also seed the generators of all GPUs.
         torch.default_generator.manual_seed(derive_seed(seed, "model", name))
         try:
             model = function(

@@ -45,10 +45,10 @@ __all__ = [
     "SmoothFlow",
     "Translation",
     "describe",
+    "family_label",
     "format_amount",
     "from_description",
     "from_record",
-    "label_of",
     "parse_sigma",
     "trait",
 ]
@@ -151,7 +151,7 @@ def trait(family: object, name: str, default: Any) -> Any:
     return getattr(PERTURBATIONS[str(family)], name, default) if known else default
 
 
-def label_of(family: object) -> str:
+def family_label(family: object) -> str:
     """A family's name for people; the name in the record where it has no row."""
     row = PERTURBATIONS.rows.get(str(family))
     return str(family) if row is None else row.label

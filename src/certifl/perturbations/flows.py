@@ -1,4 +1,4 @@
-"""Deformations with a displacement of its own for every pixel: smooth and dense flows.
+"""Deformations with a separate displacement for every pixel: smooth and dense flows.
 
 Source: Alfarra et al. 2022 (DeformRS); conventions as in `deformations`.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SmoothFlow(Deformation):
-    """A smooth displacement field: a sum of k x k cosines (DCT-II, not normalised), Gaussian.
+    """A smooth displacement field: a sum of k x k cosines (DCT-II, not normalized), Gaussian.
 
     At row i and column j, for either component, in half-widths:
     nu(i, j) = sum over a, b < k of phi[a, b] cos(pi a (2i + 1) / (2h)) cos(pi b (2j + 1) / (2w)).

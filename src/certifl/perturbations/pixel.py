@@ -22,7 +22,7 @@ _LARGEST_USUAL = 2.0
 
 @dataclass(frozen=True)
 class PixelNoise:
-    """Gaussian noise added to every intensity, before the network normalises: T_phi(x) = x + phi.
+    """Gaussian noise added to every intensity, before the network normalizes: T_phi(x) = x + phi.
 
     One parameter per pixel and channel; results are not clipped to [0, 1].
 
@@ -38,7 +38,7 @@ class PixelNoise:
         exact: noise on the 8-bit grid.
 
     Raises:
-        InputError: a sigma that is no positive number.
+        InputError: sigma is not a positive number.
     """
 
     sigma: float

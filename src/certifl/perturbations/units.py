@@ -110,20 +110,20 @@ def parse_amounts(values: Any, unit: str | None, name: str = "radii") -> tuple[f
 
 
 def warn_beyond(given: float | str, sigma: float, limit: float, unit: str, meaning: str) -> None:
-    """Warn that a sigma given as a plain number is larger than anybody is likely to mean.
+    """Warn that a sigma given as a plain number is larger than anyone is likely to mean.
 
     An angle with its unit written out was meant, and a sigma from a record was warned of before.
 
     Args:
         given: as it was written.
         sigma: as it was read.
-        limit: the largest that passes without a word.
+        limit: the largest that passes without a warning.
         unit: of the family.
         meaning: what such a sigma does to an image, and what was perhaps meant.
     """
     written_out = isinstance(given, str) and _unit_of(given) is not None
     if sigma > limit and not written_out and not _recorded.get():
-        # The level of whoever calls the constructor: this, __post_init__, __init__, the call.
+        # The level of the constructor's caller: this, __post_init__, __init__, the call.
         warnings.warn(f"sigma = {sigma:g} {unit}: {meaning}", UnusualValue, stacklevel=4)
 
 

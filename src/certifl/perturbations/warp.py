@@ -3,7 +3,7 @@
 Convention: a pixel is named by its index, column x to the right and row y downwards; its centre is
 at the whole number. The output at p takes the input at p + nu_phi(p) (the paper, Eq. (3) and 3.2).
 Coordinates stay in pixels from end to end, so zero displacement is the identity to the last bit;
-normalised coordinates, as in `torch.nn.functional.grid_sample`, are not exact for most sizes.
+normalized coordinates, as in `torch.nn.functional.grid_sample`, are not exact for most sizes.
 
 Two geometries say where pixels lie:
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from certifl.perturbations import label_of
+from certifl.perturbations import family_label
 from certifl.perturbations.units import ANGLE
 from certifl.smoothing.rounding import floor_text
 
@@ -103,7 +103,7 @@ def _digits(largest: float) -> int:
 
 def family_words(conditions: Mapping[str, Any]) -> str:
     """The family's name in plain words."""
-    return label_of(conditions["family"])
+    return family_label(conditions["family"])
 
 
 def sigma_text(conditions: Mapping[str, Any]) -> str:

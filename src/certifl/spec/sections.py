@@ -80,7 +80,7 @@ def _perturbation(*words: str) -> BeforeValidator:
 
 
 def _whole(value: Any) -> Any:
-    """1e4 is a float in TOML, and a whole number to whoever writes it."""
+    """1e4 is a float in TOML, and a whole number to the person who writes it."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -115,7 +115,7 @@ class Data(Section):
 
 
 class Clients(Section):
-    """Who takes part, and how the images are dealt out.
+    """How many clients take part, and how the images are split over them.
 
     Attributes:
         count: number of clients.

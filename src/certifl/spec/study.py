@@ -48,7 +48,7 @@ class Spec(Section):
     Attributes:
         name: free text for people. seed: the one seed all streams are derived from.
         algorithm: { name = "fedavg", ... } with the algorithm's own parameters.
-        objective: { name = "augmented", ... }, what clients minimise on a batch, in federated
+        objective: { name = "augmented", ... }, what clients minimize on a batch, in federated
             training and in fine-tuning, with the objective's own parameters.
     """
 
@@ -150,7 +150,7 @@ class Spec(Section):
                 )
         if all(self.certification.of(client) == NONE for client in range(count)):
             raise ValueError(
-                'certification.own gives every client "none": nobody is left to certify anything'
+                'certification.own gives every client "none": no client certifies anything'
             )
 
     @once
@@ -202,7 +202,7 @@ class Spec(Section):
 
         Keys that have their default are left out, so a key that a later version adds renames no
         study whose results it leaves alone. So is clients.min_clients: it says when training
-        stops, not what it gives, and a training that stopped can be gone on with at a lower one.
+        stops, not what it gives, and a training that stopped can be resumed with a lower one.
         """
         return _hash(_decisive(self.model_dump(exclude={"name"}, exclude_defaults=True)))
 
