@@ -118,7 +118,7 @@ def in_training_mode(module: nn.Module) -> str | None:
     """The name of the first layer in training mode ("" = the network itself), or None.
 
     The flag of a wrapper says nothing of what is inside. A program of `torch.export` has the mode
-    it was exported in and a flag that cannot be changed: it is known by what it answers.
+    it was exported in and a flag that cannot be changed: it is recognized by its output.
     """
     skipped: tuple[str, ...] = ()
     for name, part in module.named_modules():

@@ -1,6 +1,6 @@
-"""Files and texts that come from outside: the one place where they are opened and limited.
+"""Files and texts from outside: opened, checked and limited here and nowhere else.
 
-Whoever sent a file may have written anything into it. So it must be a regular file (no pipe,
+The sender of a file may have written anything into it. So it must be a regular file (no pipe,
 device or folder, which could block or never end) of a size that its kind can have, its text UTF-8,
 its JSON or TOML not nested deeper than any honest one, and its integers those of 64 bits. What a
 file declares about its own size is limited before memory is asked for.
@@ -148,7 +148,7 @@ def parse_json(text: str | bytes) -> Any:
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(f"it is no JSON ({error})") from error
+        raise InputError(f"it is not JSON ({error})") from error
 
 
 def read_toml(path: Path, most: int = SPEC_BYTES) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def open_parquet(
 def _declared(metadata: Any) -> int:
     """Values in all columns, as the footer of a parquet file counts them."""
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    counted = sum(g.column(place).num_values for g in groups for place in range(g.num_columns))
+    counted = sum(g.column(index).num_values for g in groups for index in range(g.num_columns))
     rows = [group.num_rows for group in groups]
     if min([metadata.num_rows, *rows]) < 0:
         raise InputError("it declares a negative number of rows")

@@ -25,6 +25,7 @@ from certifl.certification.network import prepare
 from certifl.certification.sampling import VoteCounter
 from certifl.certification.scan import scan_of, unpacked
 from certifl.certification.settings import Settings
+from certifl.certification.verify import verify
 from certifl.errors import InputError, SpecError
 from certifl.rng import image_key
 from certifl.smoothing.scan import BETS, SHARES, read_scan

@@ -152,7 +152,7 @@ class TestFolders:
             write_idx(tmp_path / "x", split, "", 10)
         file = tmp_path / "x" / "t10k-images-idx3-ubyte"
         file.write_bytes(file.read_bytes()[:-1])
-        with pytest.raises(InputError, match="t10k-images-idx3-ubyte is no IDX file"):
+        with pytest.raises(InputError, match="t10k-images-idx3-ubyte is not an IDX file"):
             load("x", tmp_path)
 
 

@@ -19,7 +19,7 @@ from certifl import rng as streams
 from certifl.certification import Certificates
 from certifl.certification.network import prepare
 from certifl.certification.sampling import CHUNK, VoteCounter
-from certifl.certification.sweeps import STEPS, Walk, walk_along, walks_of
+from certifl.certification.sweeps import STEPS, walk_along, walks_of
 from certifl.data import load, to_float
 from certifl.errors import StoreMismatch
 from certifl.experiments import explore as explored_images
@@ -35,6 +35,7 @@ from certifl.perturbations import (
     Translation,
     from_description,
 )
+from certifl.perturbations.base import Sweep
 from certifl.report import write_report
 from certifl.runs.folder import RunFolder
 from report_factory import make_certificates
@@ -259,7 +260,7 @@ def test_exploring_goes_on_where_it_was_stopped(explored, monkeypatch):
     record = json.loads(whole)
     record["images"] = record["images"][:3]
     RunFolder(explored).explorer.write_text(json.dumps(record))
-    walked: list[Walk] = []
+    walked: list[Sweep] = []
     real = explored_images.walk_along
     monkeypatch.setattr(
         explored_images, "walk_along", lambda *given: walked.append(given[1]) or real(*given)

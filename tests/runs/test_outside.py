@@ -108,8 +108,8 @@ def test_a_name_with_a_nul_character_is_refused() -> None:
         ("9" * 5000, "64 bits"),
         ('{"seed": -99999999999999999999}', "64 bits"),
         ("[" + "[]," * 4_000_001 + "1]", "lists and objects"),
-        ('{"a": "\\ud800', "no JSON"),
-        ("", "no JSON"),
+        ('{"a": "\\ud800', "not JSON"),
+        ("", "not JSON"),
     ],
 )
 def test_json_that_no_program_of_ours_wrote(text: str, why: str) -> None:

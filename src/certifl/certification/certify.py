@@ -316,7 +316,7 @@ def asked_conditions(perturbation: Perturbation, settings: Settings, seed: int) 
 
 def _rounding(network: Network) -> dict[str, Any]:
     """What else decides how a network rounds: float32 is not one arithmetic on a GPU."""
-    if network.device.type != "cuda" or PRECISIONS[network.precision] is not torch.float32:
+    if network.device.type != "cuda" or network.precision != "float32":
         return {}
     return {"tf32": tf32_state()}
 

@@ -134,7 +134,7 @@ def check_seed(seed: Any) -> None:
 
 
 def check_exact(images: Tensor, perturbation: Perturbation) -> None:
-    """With `PixelNoise(exact=True)`, images must be 8-bit: whole multiples of 1/255.
+    """With `exact=True`, images must be 8-bit: whole multiples of 1/255.
 
     Raises:
         InputError: some intensity is no multiple of 1/255.
@@ -143,8 +143,9 @@ def check_exact(images: Tensor, perturbation: Perturbation) -> None:
         levels = images.double() * 255
         if float((levels - levels.round()).abs().max()) > 1e-3:
             raise InputError(
-                "PixelNoise(exact=True) certifies 8-bit images, and these have intensities "
-                "between the 256 levels. Round them to multiples of 1/255, or use exact=False."
+                f"{type(perturbation).__name__}(exact=True) certifies 8-bit images, and these "
+                "have intensities between the 256 levels. Round them to multiples of 1/255, or "
+                "use exact=False."
             )
 
 

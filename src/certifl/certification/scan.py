@@ -270,27 +270,6 @@ def scan_of(noise: Noise, settings: Settings) -> Scan:
     return Scan(noise.sigma, low, high, periodic, passes)
 
 
-def _turn(sigma: float, reach: float | None) -> tuple[float, float, bool]:
-    """Rotation: once round, or less where that is enough for the reach."""
-    if reach is None or sigma + reach >= math.pi:
-        return -math.pi, math.pi, True
-    return -sigma - reach, sigma + reach, False
-
-
-def _stretch(sigma: float, reach: float | None) -> tuple[float, float, bool]:
-    """Scaling: as far as asked for, but never to a factor below 0."""
-    if sigma >= -_LEAST_SCALING:
-        raise InputError(
-            f"sigma = {sigma} scales by factors down to 0 and below, where there is no image to "
-            "scan. Use a sigma below 1."
-        )
-    far = sigma + (_SCALING_REACH * sigma if reach is None else reach)
-    return max(-far, _LEAST_SCALING), far, False
-
-
-_STRETCHES = {"rotation": _turn, "scaling": _stretch}
-
-
 def describe_scan(scan: Scan) -> dict[str, Any]:
     """The scan as metadata; `scan_from` reads it."""
     return {

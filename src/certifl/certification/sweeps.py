@@ -19,6 +19,7 @@ from certifl.certification.certified_sets import lengths
 from certifl.certification.counts import Request
 from certifl.certification.sampling import VoteCounter
 from certifl.perturbations import Perturbation
+from certifl.perturbations.base import Sweep, sweeps_of
 from certifl.rng import generator, image_key
 
 STEPS = {1: 31, 2: 21}
@@ -29,26 +30,6 @@ _LEVELS = 255.0
 # Gaussian ones seldom reach three.
 _SIGMAS = {"uniform": 2.0, "gaussian": 3.0}
 _SIGMAS_OF_INTERVALS = 4.0
-
-
-@dataclass(frozen=True)
-class Walk:
-    """A line of parameters from 0 outward.
-
-    Attributes:
-        name: of the walk. words: what happens to the image on the way.
-        forward, backward: which way positive and negative steps go; `backward` is empty where
-            there are none.
-        axis: number of the parameter that changes; None for a direction drawn for the image.
-        reach: length of the longest parameter, in the family's unit; None = up to another image.
-    """
-
-    name: str
-    words: str
-    forward: str
-    backward: str
-    axis: int | None
-    reach: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,42 +49,18 @@ class Walked:
     frames: Tensor
 
 
-def walks_of(perturbation: Perturbation, intervals: bool = False) -> tuple[Walk, ...]:
-    """The walks of a family: its one parameter, two axes of a translation, else drawn lines.
+def walks_of(perturbation: Perturbation, intervals: bool = False) -> tuple[Sweep, ...]:
+    """The sweeps of a family, as far out as its certificates reach.
 
     Args:
         intervals: whether certificates are intervals of a scan, which do not end at sigma.
     """
     sigmas = _SIGMAS_OF_INTERVALS if intervals else _SIGMAS[perturbation.law.name]
-    reach = sigmas * perturbation.sigma
-    match perturbation.family:
-        case "rotation":
-            turn = "turned about its centre"
-            ends = min(reach, math.pi)
-            return (Walk("turn", turn, "counter-clockwise", "clockwise", 0, ends),)
-        case "scaling":
-            # At -1 nothing is left of the sampling grid.
-            ends = min(reach, 0.9)
-            return (Walk("scale", "scaled about its centre", "smaller", "larger", 0, ends),)
-        case "translation":
-            return (
-                Walk("across", "shifted across", "to the left", "to the right", 0, reach),
-                Walk("down", "shifted up and down", "up", "down", 1, reach),
-            )
-        case "pixel":
-            drawn = "with one drawn noise image added or taken away"
-            towards = "blended into another picture"
-            return (
-                Walk("noise", drawn, "added", "taken away", None, reach),
-                Walk("towards", towards, "of the way there", "", None, None),
-            )
-        case _:
-            words = "deformed along one drawn direction"
-            return (Walk("drawn", words, "along it", "against it", None, reach),)
+    return sweeps_of(perturbation, sigmas * perturbation.sigma)
 
 
 def walk_along(
-    counter: VoteCounter, walk: Walk, image: Tensor, other: Tensor, steps: int, votes: int
+    counter: VoteCounter, walk: Sweep, image: Tensor, other: Tensor, steps: int, votes: int
 ) -> Walked:
     """Go along a walk and let the network vote at every step.
 
@@ -130,7 +87,7 @@ def walk_along(
 
 
 def _deltas(
-    walk: Walk, perturbation: Perturbation, image: Tensor, other: Tensor, steps: int, seed: int
+    walk: Sweep, perturbation: Perturbation, image: Tensor, other: Tensor, steps: int, seed: int
 ) -> tuple[np.ndarray, Tensor]:
     """Signed lengths (v,) and parameters (v, *params_shape) on the image's device."""
     channels, height, width = image.shape

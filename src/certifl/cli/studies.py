@@ -24,7 +24,7 @@ from certifl.cli.common import (
     interruptible,
     say,
 )
-from certifl.path_checks import check_data_folder, read_spec_file
+from certifl.path_checks import check_data_folder
 
 
 def quickstart(
@@ -74,17 +74,17 @@ def run(
     answer_within: AnswerWithin = None,
 ) -> None:
     """Train, certify and report one study; the same command goes on after an interruption."""
-    read_spec_file(spec)
     check_data_folder(data_dir)
+    from certifl.spec import load
+
+    study = load(spec, set_ or [])  # refused before anything heavy is imported
     from certifl.cli import terminal
     from certifl.experiments.run import Options
     from certifl.experiments.run import run as run_study
     from certifl.models import allow_code
     from certifl.report import summary_rows, write_report
     from certifl.runs.folder import RunFolder
-    from certifl.spec import load
 
-    study = load(spec, set_ or [])
     allow_code(study.model.name, spec.parent, Path.cwd())
     place = out or Path("runs") / f"{spec.stem}-{study.hash()[:8]}"
     with interruptible(overwrite), terminal.Board() as board:
@@ -121,14 +121,14 @@ def plan(
     device: Device = "auto",
 ) -> None:
     """Votes, time, memory and disk that a study will take here; measures for a few seconds."""
-    read_spec_file(spec)
     check_data_folder(data_dir)
-    from certifl.cli import terminal
-    from certifl.experiments.plan import plan as plan_study
-    from certifl.models import allow_code
     from certifl.spec import load
 
     study = load(spec, set_ or [])
+    from certifl.cli import terminal
+    from certifl.experiments.plan import plan as plan_study
+    from certifl.models import allow_code
+
     allow_code(study.model.name, spec.parent, Path.cwd())
     terminal.show_plan(study.name, plan_study(study, data_dir, device))
 

@@ -22,6 +22,7 @@ from certifl.experiments.plan import Plan
 from certifl.experiments.standalone import Answer
 from certifl.paper.claims.rules import NOT_TESTED
 from certifl.paper.costs import Cost
+from certifl.perturbations import trait
 from certifl.perturbations.units import format_amount
 from certifl.safe_io import visible
 
@@ -315,7 +316,7 @@ def _show_attack(result: Mapping[str, Any]) -> None:
         console.print(f"{title:35}{text}")
     second = (
         "Changed pixels are covered on arrival, too."
-        if result["family"] == "pixel"
+        if trait(result["family"], "additive", False)
         else "An image that arrives deformed and is smoothed then is interpolated twice: measured "
         "here, not promised."
     )

@@ -100,7 +100,7 @@ _SPLIT_SEED = 0
 
 
 def read_digits() -> tuple[RawSplit, RawSplit]:
-    """1797 grey images of 8 x 8 pixels, split once and for all into 1397 and 400.
+    """1797 gray images of 8 x 8 pixels, split once and for all into 1397 and 400.
 
     The original intensities v in {0, ..., 16} become floor((255 v + 8) / 16), that is 255 v / 16
     rounded to the nearest integer, halves up. The split is stratified: each class gives test

@@ -1,6 +1,6 @@
 """Splitting a data set over clients: training and test images together, in the same proportions.
 
-Every splitter in `PARTITIONS` gives every image of both splits to exactly one client, is a
+Every splitter here gives every image of both splits to exactly one client, is a
 function of the labels, the number of clients and the seed, and never leaves a client without
 training or test images: it raises an error that says what to change. `Column` follows a column of
 the data set instead.
@@ -9,17 +9,16 @@ the data set instead.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, ClassVar, Protocol
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Protocol
 
 import numpy as np
 
+from certifl.data import SPLITS
 from certifl.data.allocation import (
     Column,
+    allocate,
     class_counts,
-    deal,
     number_of_classes,
     quotas,
     shares,
@@ -31,7 +30,6 @@ from certifl.data.partition import (
     Partition,
     label_checksum,
     labels_for,
-    require_count,
 )
 from certifl.errors import InputError
 from certifl.rng import numpy_generator
@@ -91,10 +89,10 @@ class Balanced:
     def split(
         self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
     ) -> Partition:
-        """Deal each class in equal parts."""
+        """Allocate each class in equal parts."""
         train, test = labels_for(train_labels, test_labels, clients)
         proportions = np.full((number_of_classes(train, test), clients), 1 / clients)
-        return _dealt(self, proportions, train, test, seed)
+        return _allocated(self, proportions, train, test, seed)
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class Dirichlet:
         alpha: concentration, > 0.
         min_train: least number of training images of a client.
         min_test: least number of test images of a client.
-        retries: draws before giving up.
+        retries: draws before the split is refused.
 
     Source: Yurochkin et al., Bayesian Nonparametric Federated Learning of Neural Networks (2019).
     """
@@ -121,22 +119,19 @@ class Dirichlet:
     name: ClassVar[str] = "dirichlet"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise InputError(f"alpha must be a finite number > 0, got {self.alpha}.")
-        for option in ("min_train", "min_test", "retries"):
-            require_count(option, getattr(self, option))
+        SPLITS.check_component(self)
 
     def split(
         self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
     ) -> Partition:
-        """Draw proportions until every client has enough images, then deal."""
+        """Draw proportions until every client has enough images, then allocate."""
         train, test = labels_for(train_labels, test_labels, clients)
         classes = number_of_classes(train, test)
         draw = _stream(self, seed, "proportions")
         for attempt in range(self.retries):
             proportions = draw.dirichlet(np.full(clients, self.alpha), size=classes)
             if self._enough(proportions, train, test, seed, attempt):
-                return _dealt(self, proportions, train, test, seed, attempt)
+                return _allocated(self, proportions, train, test, seed, attempt)
         raise InputError(
             f"In {self.retries} draws of Dirichlet({self.alpha:g}) over {clients} clients, one "
             f"always had fewer than {self.min_train} training or {self.min_test} test images (of "
@@ -170,7 +165,7 @@ class Shards:
     name: ClassVar[str] = "shards"
 
     def __post_init__(self) -> None:
-        require_count("shards_per_client", self.shards_per_client)
+        SPLITS.check_component(self)
 
     def split(
         self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
@@ -188,11 +183,13 @@ class Shards:
         draw = _stream(self, seed, "train")
         shards = np.array_split(np.concatenate(shuffled_by_class(train, classes, draw)), total)
         order = draw.permutation(total).reshape(clients, self.shards_per_client)
-        hands = [np.concatenate([shards[number] for number in row]) for row in order]
-        held = np.stack([class_counts(train[hand], classes) for hand in hands], axis=1)
-        counts = quotas(class_counts(test, classes), shares(held), _stream(self, seed, "quotas"))
-        tests = deal(test, counts, _stream(self, seed, "test"))
-        return _partition(self, hands, tests, train, test, seed)
+        trains = [np.concatenate([shards[number] for number in row]) for row in order]
+        counted = np.stack([class_counts(train[own], classes) for own in trains], axis=1)
+        counts = quotas(
+            class_counts(test, classes), shares(counted), _stream(self, seed, "quotas")
+        )
+        tests = allocate(test, counts, _stream(self, seed, "test"))
+        return _partition(self, trains, tests, train, test, seed)
 
 
 @dataclass(frozen=True)
@@ -210,60 +207,19 @@ class Quantity:
     name: ClassVar[str] = "quantity"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.exponent) and self.exponent >= 0):
-            raise InputError(f"exponent must be a finite number >= 0, got {self.exponent}.")
+        SPLITS.check_component(self)
 
     def split(
         self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
     ) -> Partition:
-        """Deal each class in the drawn order of sizes."""
+        """Allocate each class by the drawn sizes."""
         train, test = labels_for(train_labels, test_labels, clients)
         weights = (1.0 + _stream(self, seed, "ranks").permutation(clients)) ** -self.exponent
         proportions = np.tile(weights / weights.sum(), (number_of_classes(train, test), 1))
-        return _dealt(self, proportions, train, test, seed)
+        return _allocated(self, proportions, train, test, seed)
 
 
-PARTITIONS: dict[str, type[Splitter]] = {
-    "uniform": Uniform,
-    "balanced": Balanced,
-    "dirichlet": Dirichlet,
-    "shards": Shards,
-    "quantity": Quantity,
-}
-
-
-SPLITS: dict[str, type[Splitter] | type[Column]] = {**PARTITIONS, "column": Column}
-"""All ways to split: those that look at the labels alone, and the one by a column."""
-
-
-def make_splitter(name: str, options: Mapping[str, Any] | None = None) -> Splitter | Column:
-    """The splitter of that name with these options, others as by default.
-
-    Args:
-        name: a name in `SPLITS`.
-        options: the splitter's own settings.
-
-    Raises:
-        InputError: no such splitter or option, or a value out of range.
-    """
-    if name not in SPLITS:
-        raise InputError(f"There is no partition {name!r}; choose one of {', '.join(SPLITS)}.")
-    kind, given = SPLITS[name], dict(options or {})
-    known = fields(kind)  # pyright: ignore[reportArgumentType]
-    allowed = [field.name for field in known]
-    if unknown := [option for option in given if option not in allowed]:
-        raise InputError(
-            f"The partition {name!r} has no option {', '.join(map(repr, unknown))}; "
-            f"its options are {', '.join(allowed) or 'none'}."
-        )
-    needed = [field.name for field in known if field.default is MISSING]
-    if missing := [option for option in needed if option not in given]:
-        raise InputError(f"The partition {name!r} needs the option {', '.join(missing)}.")
-    build: Callable[..., Splitter | Column] = kind
-    return build(**given)
-
-
-def deal_out(
+def assign_images(
     splitter: Splitter | Column,
     labels: tuple[Labels, Labels],
     columns: tuple[np.ndarray | None, ...],
@@ -296,7 +252,7 @@ def deal_out(
     return dataclasses.replace(splitter.split(train, test, clients, seed), label_checksum=checksum)
 
 
-def _dealt(
+def _allocated(
     splitter: Splitter,
     proportions: np.ndarray,
     train: np.ndarray,
@@ -304,11 +260,11 @@ def _dealt(
     seed: int,
     attempt: int = 0,
 ) -> Partition:
-    """Deal both splits by the same proportions (classes, clients)."""
+    """Allocate both splits by the same proportions (classes, clients)."""
     of_train, of_test = _counts(splitter, proportions, train, test, seed, attempt)
-    hands = deal(train, of_train, _stream(splitter, seed, "train"))
-    tests = deal(test, of_test, _stream(splitter, seed, "test"))
-    return _partition(splitter, hands, tests, train, test, seed)
+    trains = allocate(train, of_train, _stream(splitter, seed, "train"))
+    tests = allocate(test, of_test, _stream(splitter, seed, "test"))
+    return _partition(splitter, trains, tests, train, test, seed)
 
 
 def _counts(
@@ -327,13 +283,13 @@ def _counts(
 
 def _partition(
     splitter: Splitter,
-    hands: list[np.ndarray],
+    trains: list[np.ndarray],
     tests: list[np.ndarray],
     train: np.ndarray,
     test: np.ndarray,
     seed: int,
 ) -> Partition:
-    for which, parts in (("training", hands), ("test", tests)):
+    for which, parts in (("training", trains), ("test", tests)):
         empty = sum(part.size == 0 for part in parts)
         if empty:
             raise InputError(
@@ -341,7 +297,8 @@ def _partition(
                 f"{which} images. Take fewer clients, more images, or a less skewed split."
             )
     clients = tuple(
-        ClientIndices(np.sort(hand), np.sort(own)) for hand, own in zip(hands, tests, strict=True)
+        ClientIndices(np.sort(own), np.sort(tested))
+        for own, tested in zip(trains, tests, strict=True)
     )
     options = asdict(splitter)  # pyright: ignore[reportArgumentType]  # splitters are dataclasses
     return Partition(clients, splitter.name, options, seed, label_checksum(train, test))

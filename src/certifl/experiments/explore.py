@@ -45,7 +45,6 @@ from certifl.certification.network import Network, prepare
 from certifl.certification.sampling import CHUNK, VoteCounter
 from certifl.certification.sweeps import (
     STEPS,
-    Walk,
     Walked,
     walk_along,
     walks_of,
@@ -292,7 +291,7 @@ class Explorer:
         return self._on(walks, perturbation, client, row)
 
     def _on(
-        self, walks: tuple[Walk, ...], perturbation: Perturbation, client: int, row: int
+        self, walks: tuple[Sweep, ...], perturbation: Perturbation, client: int, row: int
     ) -> dict[str, Any]:
         network = self._network(client)
         counter = VoteCounter(network, perturbation, self.spec.seed)
@@ -342,7 +341,7 @@ class Explorer:
         return self._networks[name]
 
 
-def _seen(walk: Walk, walked: Walked) -> dict[str, Any]:
+def _seen(walk: Sweep, walked: Walked) -> dict[str, Any]:
     return {
         "name": walk.name,
         "words": walk.words,

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -38,9 +39,11 @@ from certifl.models import build, state_of
 from certifl.perturbations import Perturbation
 from certifl.rng import generator, image_key
 from certifl.spec import Spec
-from certifl.spec.study import Choice
 from certifl.study.environment import machine_facts, training_threads
 from certifl.study.opened_run import asked_columns, load_data, open_data
+
+if TYPE_CHECKING:
+    from certifl.spec.study import Choice
 
 EXPECTED_SHARE = 0.3
 """Of the votes at most, where votes stop early: 0.08 to 0.45 was seen, fewer with few radii."""

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from certifl.certification import Certificates, certify
+from certifl.certification import Certificates
+from certifl.certification.certify import certify
 from certifl.certification.network import prepare
 from certifl.certification.settings import Settings
 from certifl.data import Dataset, changes_of, choose, load, read_image, to_float
@@ -167,7 +168,7 @@ def _perturbation(request: Request) -> Perturbation:
                 **({} if request.sigma is None else {"sigma": request.sigma}),
             }
         )
-    own: Perturbation = PixelNoise(_DEFAULT_SIGMA)
+    own = from_description(DEFAULT)
     if request.run is not None:
         own = _certified_by(run_spec(finished_run(request.run)), request.client)
     if request.sigma is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from certifl.certification import Certificates, unverified, verify
+from certifl.certification import Certificates
 from certifl.certification.certificates import Predictions
 from certifl.certification.certify import asked_conditions
 from certifl.certification.metadata import AMOUNTS, differs, entries

@@ -22,6 +22,7 @@ from certifl.federated.faults import (
 )
 from certifl.federated.privacy.ledger import Ledger
 from certifl.federated.states import ClientState, ModelState, ServerState, Update
+from certifl.federated.training.schedule import participants
 from certifl.registry import check_number
 from certifl.runs.checkpoints import Checkpoints, PendingRound, StoredRound
 
@@ -285,7 +286,7 @@ class RandomShare:
     @property
     def size(self) -> int:
         """How many clients take part in a round."""
-        return max(1, round(self.share * self.clients))
+        return participants(self.share, self.clients)
 
     def __call__(self, round: int) -> list[int]:
         """The participants of a round, in client order."""

@@ -32,7 +32,6 @@ from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
 
 from certifl.errors import InputError
 from certifl.smoothing.arrays import BoolArray, Bools, FloatArray, Floats

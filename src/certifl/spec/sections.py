@@ -1,10 +1,10 @@
-"""The sections of a spec, each checked on its own."""
+"""The sections of a spec, each checked on its own; nothing here imports torch or scipy."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -18,18 +18,23 @@ from pydantic import (
 
 from certifl.certification.network import PRECISIONS, REMOVED_PRECISIONS, removed_precision
 from certifl.certification.settings import Settings
-from certifl.data import Column, Splitter, make_splitter
-from certifl.errors import SpecError
+from certifl.data import SPLITS
 from certifl.federated.aggregation import RULES, check_rule, make_rule
-from certifl.federated.aggregation.base import Rule
-from certifl.federated.privacy import Budget, check_algorithm
-from certifl.federated.rounds import RandomShare
-from certifl.federated.training.schedule import Schedule
+from certifl.federated.training.schedule import Schedule, participants
 from certifl.models import MODELS
 from certifl.perturbations import describe as describe_perturbation
 from certifl.perturbations import from_description as perturbation_asked
 from certifl.perturbations import from_record as perturbation_from
 from certifl.perturbations.units import parse_amount, parse_amounts
+from certifl.registry import choices
+
+if TYPE_CHECKING:
+    from certifl.data import Column, Splitter
+    from certifl.federated.aggregation.base import Rule
+    from certifl.federated.privacy import Budget
+
+S = TypeVar("S")
+R = TypeVar("R")
 
 NONE, SAME, OWN = "none", "same", "own"
 # The context of validation in which a run's own record is read: what an older version could
@@ -41,6 +46,20 @@ class Section(BaseModel):
     """A table of a spec: no unknown keys, no conversions, unchangeable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def once(method: Callable[[S], R]) -> Callable[[S], R]:
+    """A method without arguments whose result is kept: a description is built once."""
+    key = f"_{method.__name__}"
+
+    @functools.wraps(method)
+    def kept(self: S) -> R:
+        kept = self.__dict__  # pydantic compares, copies and writes the fields alone
+        if key not in kept:
+            kept[key] = method(self)
+        return kept[key]
+
+    return kept
 
 
 def _perturbation(*words: str) -> BeforeValidator:
@@ -61,7 +80,7 @@ def _perturbation(*words: str) -> BeforeValidator:
 
 
 def _whole(value: Any) -> Any:
-    """1e4 is a float in TOML, and a whole number to whoever writes it."""
+    """1e4 is a float in TOML, and a whole number to the person who writes it."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -96,7 +115,7 @@ class Data(Section):
 
 
 class Clients(Section):
-    """Who takes part, and how the images are dealt out.
+    """How many clients take part, and how the images are split over them.
 
     Attributes:
         count: number of clients.
@@ -115,8 +134,8 @@ class Clients(Section):
     min_clients: PositiveWhole | None = None
 
     @model_validator(mode="after")
-    def _splitter_exists(self) -> Clients:
-        self.splitter()
+    def _known_split(self) -> Clients:
+        SPLITS.check_named(self.split, self.options)
         return self
 
     @model_validator(mode="after")
@@ -131,11 +150,12 @@ class Clients(Section):
     @property
     def participants(self) -> int:
         """How many clients take part in a round."""
-        return RandomShare(self.participation, self.count, 0).size
+        return participants(self.participation, self.count)
 
+    @once
     def splitter(self) -> Splitter | Column:
         """The partition rule."""
-        return make_splitter(self.split, self.options)
+        return SPLITS[self.split](**self.options)
 
 
 class Model(Section):
@@ -143,16 +163,17 @@ class Model(Section):
 
     Attributes:
         name: resnet18, small_resnet, small_cnn, or your own as `module:function`.
-        options: further arguments of your own function.
+        options: further arguments of the function, for instance { norm = "group" }.
     """
 
     name: str = "resnet18"
     options: dict[str, Any] = Field(default_factory=dict)
 
-    @field_validator("name")
-    @classmethod
-    def _known_model(cls, value: str) -> str:
-        return value if ":" in value else _one_of(value, MODELS, "your own as module:function")
+    @model_validator(mode="after")
+    def _known_model(self) -> Model:
+        if ":" not in self.name:
+            MODELS.check_named(self.name, self.options)
+        return self
 
 
 class Training(Section):
@@ -215,10 +236,7 @@ class Aggregation(Section):
 
     @model_validator(mode="after")
     def _rule_exists(self) -> Aggregation:
-        try:
-            check_rule(self.rule, self._options(), self.clip)
-        except SpecError as error:
-            raise ValueError(str(error)) from error  # pydantic then says which section it is
+        check_rule(self.rule, self._options(), self.clip)
         return self
 
     def _options(self) -> dict[str, Any]:
@@ -310,7 +328,9 @@ class Certification(Section):
             if info.context == STORED:
                 return value
             raise ValueError(removed_precision(value))
-        return value if value == "auto" else _one_of(value, PRECISIONS, "auto")
+        if value != "auto" and value not in PRECISIONS:
+            raise ValueError(f"{value!r} is unknown: {choices(value, PRECISIONS, 'auto')}")
+        return value
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Certification:
@@ -322,6 +342,10 @@ class Certification(Section):
             if described != NONE:
                 settings.estimator_for(perturbation_from(described)).check()
         return self
+
+    def differing(self) -> list[int | None]:
+        """One client of each group that certifies alike; None for all that have nothing own."""
+        return [None, *(own.clients[0] for own in self.own or ())]
 
     def of(self, client: int | None = None) -> Any:
         """The description of what a client certifies, or "none"; by default the common one."""
@@ -360,18 +384,6 @@ class Certification(Section):
             reach=self._amount("reach", client),
             keep=self.keep,
         )
-
-
-def _one_of(value: str, known: Any, also: str = "") -> str:
-    if value not in known:
-        near = difflib.get_close_matches(value, list(known), 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        more = f", or {also}" if also else ""
-        raise ValueError(f"must be one of {', '.join(known)}{more}; got {value!r}.{hint}")
-    return value
-
-
-# The section [privacy] of a spec, and what it can be combined with.
 
 
 Above0 = Annotated[float, Field(gt=0)]
@@ -421,6 +433,8 @@ class Privacy(Section):
 
     def budget(self) -> Budget:
         """As `certifl.federated` expects it."""
+        from certifl.federated.privacy import Budget
+
         return Budget(self.max_norm, self.delta, self.noise_multiplier, self.target_epsilon)
 
 
@@ -440,12 +454,11 @@ def check_privacy(
     """
     if privacy.kind == "none":
         return
-    try:
-        check_algorithm(algorithm, privacy.kind)
-        if privacy.kind == "client":
-            privacy.budget().check_delta(clients.count, "clients")
-    except SpecError as error:
-        raise ValueError(str(error)) from error
+    from certifl.federated.privacy import check_algorithm
+
+    check_algorithm(algorithm, privacy.kind)
+    if privacy.kind == "client":
+        privacy.budget().check_delta(clients.count, "clients")
     if privacy.kind == "client" and aggregation.build() is not None:
         raise ValueError(
             'privacy.kind = "client" is a rule of aggregation itself, with clipping of its own: '

@@ -14,7 +14,7 @@ from certifl.data import (
     Column,
     Dataset,
     Partition,
-    deal_out,
+    assign_images,
     label_checksum,
     load,
     random_part,
@@ -85,7 +85,7 @@ def partition_of(spec: Spec, dataset: Dataset) -> Partition:
     )
     labels = tuple(split.labels.numpy() for split in splits)
     columns = [split.column for split in splits]
-    dealt = deal_out(
+    dealt = assign_images(
         spec.clients.splitter(),
         (labels[0][train], labels[1][test]),
         tuple(

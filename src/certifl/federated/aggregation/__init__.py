@@ -26,13 +26,13 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from certifl.errors import SpecError
+from certifl.lazy import lazy_names
 from certifl.registry import (
     PositiveInt,
     Registry,
     Row,
     check_number,
     check_parameters,
-    lazy_names,
     parameters,
 )
 

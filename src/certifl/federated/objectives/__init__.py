@@ -9,13 +9,13 @@ from typing import Annotated
 
 from pydantic import Field
 
+from certifl.lazy import lazy_names
 from certifl.registry import (
     NonNegative,
     Positive,
     PositiveInt,
     Registry,
     Row,
-    lazy_names,
     parameters,
 )
 

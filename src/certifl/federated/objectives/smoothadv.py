@@ -15,7 +15,6 @@ from certifl.errors import InputError
 from certifl.federated.objectives import OBJECTIVES
 from certifl.federated.objectives.base import by_copy, log_mean_exp, single, smoothing_of
 from certifl.federated.training.batches import Batch
-from certifl.perturbations import PixelNoise
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def _repeated(batch: Batch, copies: int) -> Batch:
 def _moved(copies: Batch, draws: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """T_{delta + eps} of every copy, with a gradient in delta."""
     images = copies.applied((draws + delta).flatten(0, 1))
-    if isinstance(copies.augmentation, PixelNoise):
+    if getattr(copies.augmentation, "additive", False):
         # The noisy image moves one to one with delta. Rounding (`exact`) has no derivative.
         spread = delta.expand_as(draws).flatten(0, 1)
         images = images.detach() + (spread - spread.detach())

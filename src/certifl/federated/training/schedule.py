@@ -12,6 +12,11 @@ MOMENTUM_BETWEEN_ROUNDS = {
 }
 
 
+def participants(share: float, clients: int) -> int:
+    """How many of the clients take part in a round, at least one."""
+    return max(1, round(share * clients))
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How long and how fast: rounds of local epochs of SGD, with step decay over ALL epochs.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from certifl.errors import StoreError
+from certifl.perturbations import trait
 from certifl.report.page.background import count_text
 from certifl.report.page.context import ReportContext, named_run
 from certifl.report.page.html import Markup, el, join, table
@@ -116,7 +117,7 @@ def _what(story: ReportContext, records: Sequence[Mapping[str, Any]]) -> str:
         "Inside a certificate the class of the smoothed classifier must not change; the search "
         "for a parameter that changes it is in the second column. "
     )
-    if story.runs[0].conditions["family"] == "pixel":
+    if trait(story.runs[0].conditions["family"], "additive", False):
         return (
             f"{promise}Changed pixels are added before the noise either way, so an image that "
             "arrives changed is covered too, up to rounding; the columns behind it say how "

@@ -8,20 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from certifl.perturbations import trait
 from certifl.report.page.context import ReportContext, named_run
 from certifl.report.page.html import Markup, el, table
 from certifl.report.results import RunResults
 from certifl.report.summary import vote_cost
 from certifl.report.units import family_words, sigma_text
 
-_REACH = {
-    "pixel": "for every change of the pixel intensities whose {norm} norm is at most the radius",
-    "rotation": "for every rotation by at most the radius, in either direction",
-    "scaling": "for every scaling whose factor differs from 1 by at most the radius",
-}
-_REACH_OF_OTHERS = (
-    "for every {family} whose parameters have {norm} norm at most the radius, in {unit}"
-)
+_PROMISE = "for every {family} whose parameters have {norm} norm at most the radius, in {unit}"
 _RECOMPUTE = "Recompute every radius from the stored votes:"
 _ONLY_THERE = (
     "Clients that told curves kept their votes: each verifies its own certificates where they "
@@ -68,7 +62,7 @@ def meaning_section(story: ReportContext) -> Markup:
     facts = story.runs[0].conditions
     alpha = max(float(run.conditions["alpha"]) for run in story.trained)
     sure = f"{100 * (1 - alpha):.6g} %"
-    reach = _REACH.get(str(facts["family"]), _REACH_OF_OTHERS)
+    reach = trait(facts["family"], "promise", _PROMISE)
     words = {k: str(facts[k]) for k in ("norm", "unit")} | {"family": family_words(facts)}
     shown = f"; this page shows them in {story.scale.name} first"
     promise = (
@@ -115,7 +109,7 @@ def _limits(story: ReportContext, alpha: float) -> list[tuple[str, str]]:
             "several at once.",
         ),
     ]
-    if facts["family"] != "pixel":
+    if not trait(facts["family"], "additive", False):
         limits.insert(
             2,
             (

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from certifl.errors import StoreError
+from certifl.perturbations import trait
 from certifl.report.page.context import ReportContext, named
 from certifl.report.page.html import Markup, el
 from certifl.report.results import RunResults
@@ -161,22 +162,15 @@ def _honest(story: ReportContext, found: Mapping[str, Any]) -> str:
         "them, too close to call where a sign test at 0.001 cannot tell the first two apart. "
         "These votes take no part in any certificate. "
     )
-    if story.runs[0].conditions["family"] == "pixel":
-        return note + (
-            "A certificate speaks of every change of at most its length, the worst included; "
-            "these two ways are no attacks, so classes often stay the same far beyond it. Shown "
-            "clipped to black and white; the network is given unclipped intensities."
-        )
     if found["walks"][0]["name"] == "drawn":
         note += (
             "A certificate speaks of all directions up to its radius; this one was drawn at "
             "random for each image, and is hardly the worst. "
         )
-    if story.runs[0].conditions["family"] == "translation":
-        note += (
-            "A certificate speaks of every shift of at most its l2 length, across and down "
-            "together; these two ways show shifts along one axis. "
-        )
+    family = story.runs[0].conditions["family"]
+    note += trait(family, "sweep_note", "")
+    if trait(family, "additive", False):
+        return note
     return note + (
         "Every vote is ONE interpolation of the stored image with the summed parameter, your step "
         "plus noise: that is what certificates cover. A picture that arrives already deformed is "
