@@ -18,7 +18,6 @@ from torch import Tensor
 import certifl
 import tiny_study as tiny
 from certifl.certification import adaptive as engine
-from certifl.certification import verify
 from certifl.certification.adaptive import advance, finalize
 from certifl.certification.counts import Votes, fresh
 from certifl.certification.network import prepare

@@ -27,7 +27,7 @@ from certifl.certification.checks import (
     check_seed,
 )
 from certifl.certification.estimators import Estimator, least_that, too_few_votes
-from certifl.certification.network import PRECISIONS, Network, prepare, tf32_state
+from certifl.certification.network import Network, prepare, tf32_state
 from certifl.certification.rng_check import check_random_source_once
 from certifl.certification.sampling import VoteCounter
 from certifl.certification.settings import Settings

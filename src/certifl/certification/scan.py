@@ -32,6 +32,7 @@ from certifl.certification.metadata import differs
 from certifl.certification.sampling import CHUNK, VoteCounter
 from certifl.certification.settings import GRID_POINTS, Settings
 from certifl.errors import InputError
+from certifl.perturbations import PERTURBATIONS
 from certifl.rng import vote_generator
 from certifl.smoothing.scan import BETS, SHARES, Reading, read_scan
 from certifl.smoothing.sequential import grid_steps
@@ -259,13 +260,14 @@ def scan_of(noise: Noise, settings: Settings) -> Scan:
         InputError: a family that is not of one parameter under the uniform law, or a sigma or
             reach that leaves nothing to scan.
     """
-    if noise.family not in _STRETCHES:
-        known = " and ".join(_STRETCHES)
+    scan_range = getattr(noise, "scan_range", None)
+    if scan_range is None:
+        known = " and ".join(n for n, kind in PERTURBATIONS.items() if hasattr(kind, "scan_range"))
         raise InputError(
             f"The scan certificate is for families of one uniform parameter, {known}; "
             f"{noise.family} is none. Choose another estimator, such as 'sequential'."
         )
-    low, high, periodic = _STRETCHES[noise.family](noise.sigma, settings.reach)
+    low, high, periodic = scan_range(settings.reach)
     passes = passes_of(settings.n, noise.sigma, high - low)
     return Scan(noise.sigma, low, high, periodic, passes)
 

@@ -53,6 +53,7 @@ from certifl.data import Dataset, to_float
 from certifl.errors import StoreError, StoreMismatch
 from certifl.models import fingerprint
 from certifl.perturbations import Perturbation
+from certifl.perturbations.base import Sweep
 from certifl.progress import StageCallback
 from certifl.runs.atomic import read_json, write_json
 from certifl.runs.folder import RunFolder

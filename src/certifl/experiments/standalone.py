@@ -24,7 +24,7 @@ from certifl.models import build
 from certifl.models.weights import load_weights, read_checkpoint, weights_in
 from certifl.module_copies import evaluating
 from certifl.path_checks import WEIGHTS, check_certificate_file, check_file
-from certifl.perturbations import Perturbation, PixelNoise, describe, from_description
+from certifl.perturbations import DEFAULT, Perturbation, describe, from_description
 from certifl.progress import StageCallback
 from certifl.runs.atomic import load_tensors
 from certifl.runs.folder import RunFolder

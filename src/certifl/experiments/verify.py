@@ -16,6 +16,7 @@ from certifl.certification.certify import asked_conditions
 from certifl.certification.metadata import AMOUNTS, differs, entries
 from certifl.certification.network import PRECISIONS
 from certifl.certification.record import known_words
+from certifl.certification.verify import unverified, verify
 from certifl.data import Dataset
 from certifl.errors import InputError, SpecError, StoreError
 from certifl.experiments.verify_run import (

@@ -24,9 +24,9 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import special
 
 from certifl.errors import InputError
+from certifl.smoothing import special
 from certifl.smoothing.arrays import Floats
 from certifl.smoothing.bounds import top_class_bounds
 

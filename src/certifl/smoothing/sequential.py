@@ -34,7 +34,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from certifl.errors import InputError
-from certifl.smoothing.arrays import BoolArray, Bools, FloatArray, Floats
+from certifl.smoothing import special
+from certifl.smoothing.arrays import Bools, Floats
 from certifl.smoothing.bounds import BoundsRule
 from certifl.smoothing.laws import Law
 
@@ -133,7 +134,7 @@ def reachable_radius(
     sigma: float,
     bounds_rule: BoundsRule,
     futility: float = 0.01,
-) -> FloatArray:
+) -> Floats:
     """The radius the last look may still give, exceeded with a chance of about futility * n_j / n.
 
     The last look's counts are predicted from those so far: an upper limit for c_A (never above the
@@ -187,7 +188,7 @@ def finished(
     bounds_rule: BoundsRule,
     wrong: ArrayLike | None = None,
     futility: float = 0.01,
-) -> BoolArray:
+) -> Bools:
     """Which images may stop at this look: their next grid step is out of reach, or c_A is wrong.
 
     Any answer is valid (see the head of this file). Pure and vectorised over images, which may be

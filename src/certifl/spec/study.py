@@ -12,9 +12,6 @@ from pydantic import Field, field_validator, model_validator
 from certifl.errors import InputError
 from certifl.federated.algorithms import ALGORITHMS
 from certifl.federated.objectives import OBJECTIVES
-from certifl.federated.objectives.base import Objective
-from certifl.federated.training.batches import PerClient, combine_augmentations
-from certifl.perturbations import Perturbation
 from certifl.perturbations import from_record as perturbation_from
 from certifl.spec.sections import (
     NONE,
@@ -112,13 +109,11 @@ class Spec(Section):
 
     def _check_votes(self) -> None:
         """The votes can certify something, also for clients that certify something else."""
-        from certifl.certification.scan import check_votes
-
         for client in self.certification.differing():
             perturbation = _built(self.certification.of(client))
             if perturbation is not None:
                 try:
-                    check_votes(perturbation, self.certification.settings(client))
+                    self.certification.settings(client).estimator_for(perturbation).check()
                 except InputError as error:
                     raise ValueError(f"certification: {error}") from error
 
@@ -193,6 +188,8 @@ class Spec(Section):
 
     def _augmentation(self, description: Any) -> Choice:
         if description == OWN:
+            from certifl.federated.training.batches import combine_augmentations
+
             return combine_augmentations(self.perturbations())
         return _built(description)
 
