@@ -19,7 +19,7 @@ from certifl._version import __version__  # noqa: E402
 if TYPE_CHECKING:
     from certifl import models
     from certifl.certification import Certificates
-    from certifl.certification.certify import certify, predict
+    from certifl.certification.api import certify, predict
     from certifl.perturbations import (
         Affine,
         DenseFlow,
@@ -47,8 +47,8 @@ __all__ = [
 
 _HOMES = {
     "Certificates": "certifl.certification",
-    "certify": "certifl.certification.certify",
-    "predict": "certifl.certification.certify",
+    "certify": "certifl.certification.api",
+    "predict": "certifl.certification.api",
     **dict.fromkeys(
         (
             "Affine",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import certifl
-from certifl.certification.verify import verify
+from certifl.certification import verify
 from certifl.errors import InputError
 from known_models import HalfSpace
 

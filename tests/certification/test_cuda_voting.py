@@ -54,12 +54,12 @@ def test_no_batch_of_votes_waits_for_the_host(precision: str) -> None:
 def test_votes_and_leanings_are_the_same_at_every_run(precision: str) -> None:
     ready, here = counter(precision), images().cuda()
     expected = torch.zeros(3, dtype=torch.int64, device="cuda")
-    first = ready.count(here, REQUESTS, 3), ready.lean(here, REQUESTS, expected)
+    first = ready.count(here, REQUESTS, 3), ready.disagreement(here, REQUESTS, expected)
     torch.backends.cudnn.benchmark = True  # somebody else's choice, not to be followed
     try:
         for _ in range(3):
             assert np.array_equal(ready.count(here, REQUESTS, 3), first[0])
-            assert torch.equal(ready.lean(here, REQUESTS, expected), first[1])
+            assert torch.equal(ready.disagreement(here, REQUESTS, expected), first[1])
         assert torch.backends.cudnn.benchmark
     finally:
         torch.backends.cudnn.benchmark = False

@@ -95,7 +95,7 @@ def test_an_interruption_after_any_batch_changes_nothing(name: str) -> None:
         advance(counter, images(), keys, None, estimator, votes)
         votes = Votes(**{key: values.copy() for key, values in votes.arrays().items()})
         batches += 1
-    assert batches > 3
+    assert batches > 1
     assert finalize(votes, estimator).same_results(certified(name))
 
 

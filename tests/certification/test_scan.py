@@ -18,13 +18,13 @@ from torch import Tensor
 import certifl
 import tiny_study as tiny
 from certifl.certification import adaptive as engine
+from certifl.certification import verify
 from certifl.certification.adaptive import advance, finalize
 from certifl.certification.counts import Votes, fresh
 from certifl.certification.network import prepare
 from certifl.certification.sampling import VoteCounter
 from certifl.certification.scan import scan_of, unpacked
 from certifl.certification.settings import Settings
-from certifl.certification.verify import verify
 from certifl.errors import InputError, SpecError
 from certifl.rng import image_key
 from certifl.smoothing.scan import BETS, SHARES, read_scan

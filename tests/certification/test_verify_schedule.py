@@ -106,7 +106,7 @@ def test_looks_chosen_after_the_votes_are_found(made: certifl.Certificates) -> N
             {"look_votes": [looks[0]], "look_levels": [alpha]},
             {"n": 1000},
         ],
-        "rise": [
+        "rising": [
             {"look_votes": [looks[1], looks[0], *looks[2:]]},
             {"look_votes": [looks[0], looks[0], *looks[2:]]},
             {"look_votes": [-1, *looks[1:]]},

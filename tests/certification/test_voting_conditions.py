@@ -19,8 +19,8 @@ from certifl.certification import adaptive as engine
 from certifl.certification import certificates as predictions
 from certifl.certification import network
 from certifl.certification import sampling as votes
+from certifl.certification.api import _rounding, conditions
 from certifl.certification.certificates import predict_plain
-from certifl.certification.certify import _rounding, conditions
 from certifl.certification.counts import Request
 from certifl.certification.network import Network, prepare, tf32_state
 from certifl.certification.sampling import CHUNK, VoteCounter, votes_per_image
@@ -113,7 +113,7 @@ def test_every_call_of_a_network_is_held_to_exact_convolutions(held: list[torch.
     certifl.predict(call, IMAGES, NOISE, n=200)
     predict_plain(prepare(call, IMAGES, batch_size=2), IMAGES)
     counter = VoteCounter(prepare(call, IMAGES, batch_size=50), NOISE, 0)
-    counter.lean(IMAGES, [Request(0, 0, 1, "attack", 0, 100)], torch.tensor([0]))
+    counter.disagreement(IMAGES, [Request(0, 0, 1, "attack", 0, 100)], torch.tensor([0]))
     assert len(seen) > 20
     assert all(seen)
     assert held == []

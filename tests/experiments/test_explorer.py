@@ -19,7 +19,7 @@ from certifl import rng as streams
 from certifl.certification import Certificates
 from certifl.certification.network import prepare
 from certifl.certification.sampling import CHUNK, VoteCounter
-from certifl.certification.sweeps import STEPS, walk_along, walks_of
+from certifl.certification.sweeps import STEPS, sweep_along, sweeps_of
 from certifl.data import load, to_float
 from certifl.errors import StoreMismatch
 from certifl.experiments import explore as explored_images
@@ -70,10 +70,10 @@ def image() -> torch.Tensor:
 @pytest.mark.parametrize("family", sorted(PERTURBATIONS))
 def test_every_family_has_walks_that_pass_through_the_image_as_it_is(family, image):
     perturbation = from_description({"family": family, "sigma": 0.2})
-    counter, walks = _counter(perturbation, image), walks_of(perturbation)
+    counter, walks = _counter(perturbation, image), sweeps_of(perturbation)
     other = image.flip(-1)
     for walk in walks:
-        seen = walk_along(counter, walk, image, other, STEPS[len(walks)], CHUNK)
+        seen = sweep_along(counter, walk, image, other, STEPS[len(walks)], CHUNK)
         (zero,) = np.flatnonzero(seen.values == 0.0)
         assert torch.equal(seen.frames[zero], image)
         assert seen.lengths == pytest.approx(np.abs(seen.values), rel=1e-5)
@@ -86,8 +86,8 @@ def test_every_family_has_walks_that_pass_through_the_image_as_it_is(family, ima
 
 def test_votes_are_those_of_one_interpolation_with_the_summed_parameter(image):
     perturbation = Translation(sigma=0.3)
-    walk = walks_of(perturbation)[0]
-    seen = walk_along(_counter(perturbation, image), walk, image, image, 21, 2 * CHUNK)
+    walk = sweeps_of(perturbation)[0]
+    seen = sweep_along(_counter(perturbation, image), walk, image, image, 21, 2 * CHUNK)
     key = streams.image_key(image)
     noise = torch.cat(
         [
@@ -106,19 +106,19 @@ def test_votes_are_those_of_one_interpolation_with_the_summed_parameter(image):
 
 
 def test_walks_reach_beyond_what_certificates_usually_do():
-    (turn,) = walks_of(Rotation(sigma=0.1 * math.pi))
+    (turn,) = sweeps_of(Rotation(sigma=0.1 * math.pi))
     assert turn.reach == pytest.approx(0.2 * math.pi)
-    assert walks_of(Rotation(sigma="0.9pi"))[0].reach == math.pi
-    assert walks_of(Scaling(sigma=0.8))[0].reach == 0.9
-    across, down = walks_of(Translation(sigma=0.1))
+    assert sweeps_of(Rotation(sigma="0.9pi"))[0].reach == math.pi
+    assert sweeps_of(Scaling(sigma=0.8))[0].reach == 0.9
+    across, down = sweeps_of(Translation(sigma=0.1))
     assert (across.axis, down.axis, across.reach) == (0, 1, pytest.approx(0.3))
 
 
 def test_exact_pixel_noise_stays_on_the_grid_of_intensities(image):
     perturbation = PixelNoise(sigma=0.5, exact=True)
-    walk = walks_of(perturbation)[0]
+    walk = sweeps_of(perturbation)[0]
     original = (image * 255).round() / 255
-    seen = walk_along(_counter(perturbation, original), walk, original, original, 21, CHUNK)
+    seen = sweep_along(_counter(perturbation, original), walk, original, original, 21, CHUNK)
     assert (seen.lengths <= np.abs(seen.values) + 1e-9).all()
     levels = seen.frames.double() * 255
     assert (levels - levels.round()).abs().max() < 1e-4
@@ -126,10 +126,10 @@ def test_exact_pixel_noise_stays_on_the_grid_of_intensities(image):
 
 def test_a_drawn_direction_belongs_to_the_image():
     perturbation = from_description({"family": "affine", "sigma": 0.2})
-    (walk,) = walks_of(perturbation)
+    (walk,) = sweeps_of(perturbation)
     pictures = [torch.rand(1, 8, 8, generator=streams.generator(0, "t", k)) for k in range(2)]
     frames = [
-        walk_along(_counter(perturbation, one), walk, one, one, 3, CHUNK).frames
+        sweep_along(_counter(perturbation, one), walk, one, one, 3, CHUNK).frames
         for one in (pictures[0], pictures[0], pictures[1])
     ]
     assert torch.equal(frames[0], frames[1])
@@ -261,9 +261,9 @@ def test_exploring_goes_on_where_it_was_stopped(explored, monkeypatch):
     record["images"] = record["images"][:3]
     RunFolder(explored).explorer.write_text(json.dumps(record))
     walked: list[Sweep] = []
-    real = explored_images.walk_along
+    real = explored_images.sweep_along
     monkeypatch.setattr(
-        explored_images, "walk_along", lambda *given: walked.append(given[1]) or real(*given)
+        explored_images, "sweep_along", lambda *given: walked.append(given[1]) or real(*given)
     )
     explore_run(explored)
     assert RunFolder(explored).explorer.read_bytes() == whole

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import certifl
-from certifl.certification.sweeps import walks_of
+from certifl.certification.sweeps import sweeps_of
 from certifl.perturbations import PERTURBATIONS, family_label, trait
 from certifl.registry import Positive, Row, parameters
 from certifl.report.units import family_words, scales
@@ -45,7 +45,7 @@ def test_a_file_and_a_row_are_enough(brightness: type) -> None:
     )
     perturbation = spec.perturbation()
     assert perturbation == brightness(0.1)
-    assert [sweep.forward for sweep in walks_of(perturbation)] == ["brighter"]
+    assert [sweep.forward for sweep in sweeps_of(perturbation)] == ["brighter"]
     images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     model = certifl.models.small_cnn(1, 10).eval()
     certificates = certifl.certify(model, images, perturbation, n=300, n0=20)

@@ -1,4 +1,4 @@
-"""The record of what was certified: one row per image, and the conditions of all rows."""
+"""Certificates: one row per image, and the metadata of all rows."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Certificates:
     smoothed classifier answers `predicted` at every parameter of norm at most `radius` (in
     `conditions["norm"]` and `conditions["unit"]`). Rows with `predicted == -1` promise nothing.
 
-    Clients may certify perturbations of their own. The facts that differ then stand under
-    `conditions["perturbations"]` with the clients they hold for (see `groups`), `by_perturbation`
-    takes such certificates apart, and radii of different meaning are never averaged.
+    Perturbations may differ between clients. Metadata that differ are then in
+    `conditions["perturbations"]` with their clients (see `metadata`), `by_perturbation` splits
+    such certificates, and radii of different meaning are never averaged.
 
     Attributes:
         client: (m,) the client whose test image it is; 0 outside a federation.
@@ -89,8 +89,8 @@ class Certificates:
 
     def __repr__(self) -> str:
         noise = ", ".join(
-            f"{facts.get('family')}, sigma={facts.get('sigma')}"
-            for _, facts in groups.entries(self.conditions)
+            f"{metadata.get('family')}, sigma={metadata.get('sigma')}"
+            for _, metadata in groups.entries(self.conditions)
         )
         return f"Certificates({len(self)} images, {noise}, {int(self.abstained.sum())} abstained)"
 
@@ -125,36 +125,36 @@ class Certificates:
         """
         self._require_labels()
         self._require_one_kind()
-        asked = self._amounts(radii)
-        self._warn_beyond(asked)
-        return curves.certified_accuracy(self.correct, self.radius, asked)
+        requested = self._amounts(radii)
+        self._warn_beyond(requested)
+        return curves.certified_accuracy(self.correct, self.radius, requested)
 
     def _amounts(self, radii: Any) -> Floats:
         """Radii as they are stored; one alone stays one."""
-        unit = str(self._facts().get("unit", "a unit that the file does not name"))
+        unit = str(self._metadata().get("unit", "a unit that the file does not name"))
         if isinstance(radii, (str, float, int)):
             return np.asarray(parse_amount(radii, unit, "a radius"), np.float64)
         if isinstance(radii, np.ndarray) and radii.dtype.kind in "fiu":
             return radii.astype(np.float64)
         return np.asarray(parse_amounts(radii, unit), np.float64)
 
-    def _facts(self) -> Mapping[str, Any]:
-        """What holds for the radii of one kind, taken from the largest sigma."""
-        facts = [entry for _, entry in groups.entries(self.conditions)]
-        return max(facts, key=lambda entry: float(entry.get("sigma") or 0.0))
+    def _metadata(self) -> Mapping[str, Any]:
+        """Metadata of radii of one kind, from the largest sigma."""
+        metadata = [entry for _, entry in groups.entries(self.conditions)]
+        return max(metadata, key=lambda entry: float(entry.get("sigma") or 0.0))
 
-    def _warn_beyond(self, asked: Floats) -> None:
+    def _warn_beyond(self, requested: Floats) -> None:
         from certifl.certification.estimators import largest_radius
 
-        facts = self._facts()
-        largest = max(largest_radius(facts), float(self.radius.max(initial=0.0)))
-        if asked.size and asked.max() > largest:
-            unit = facts.get("unit")
+        metadata = self._metadata()
+        largest = max(largest_radius(metadata), float(self.radius.max(initial=0.0)))
+        if requested.size and requested.max() > largest:
+            unit = metadata.get("unit")
             degrees = ' An angle in degrees is written "5deg".' if unit == "radians" else ""
             warnings.warn(
                 f"Radii are in {unit}, and none above {largest:.4g} can be certified here (sigma "
-                f"= {facts.get('sigma'):.4g}, n = {facts.get('n')}), so at {asked.max():g} the "
-                f"certified accuracy is 0 whatever the model.{degrees}",
+                f"= {metadata.get('sigma'):.4g}, n = {metadata.get('n')}), so the certified "
+                f"accuracy at {requested.max():g} is 0 whatever the model.{degrees}",
                 UnusualValue,
                 stacklevel=3,
             )
@@ -172,7 +172,7 @@ class Certificates:
     def select(self, rows: NDArray[Any]) -> Certificates:
         """The certificates of some rows, given as a mask or as positions.
 
-        Their conditions are those of the clients that are left.
+        Their metadata are those of the remaining clients.
         """
         picked = {name: getattr(self, name)[rows] for name in _columns(self)}
         left = groups.narrowed(self.conditions, np.unique(picked["client"]).tolist())
@@ -193,26 +193,26 @@ class Certificates:
     def _apart(self, parts: Sequence[Sequence[int] | None]) -> tuple[Certificates, ...]:
         if len(parts) == 1:
             return (self,)
-        found = (self.select(np.isin(self.client, part or [])) for part in parts)
-        return tuple(part for part in found if len(part))
+        selected = (self.select(np.isin(self.client, part or [])) for part in parts)
+        return tuple(part for part in selected if len(part))
 
     def _require_labels(self) -> None:
         unknown = int((self.label == UNLABELLED).sum())
         if unknown:
             raise InputError(
-                f"{unknown} of {len(self)} certificates have no label, so nobody knows whether "
+                f"{unknown} of {len(self)} certificates have no label, so it is unknown whether "
                 "they are correct: give labels to certify(...), or look at .radius and .abstained."
             )
 
     def _require_one_kind(self) -> None:
         if len(groups.kinds(self.conditions)) > 1:
             noise = [
-                f"{facts.get('family')} ({facts.get('unit')})"
-                for _, facts in groups.entries(self.conditions)
+                f"{metadata.get('family')} ({metadata.get('unit')})"
+                for _, metadata in groups.entries(self.conditions)
             ]
             raise InputError(
                 f"These certificates are of different perturbations: {', '.join(noise)}. Their "
-                "radii mean different things and have no common average: take them apart with "
+                "radii mean different things and have no common average: split them with "
                 "by_kind(), by_perturbation() or of_client(client)."
             )
 
@@ -235,13 +235,13 @@ class Certificates:
 
     @staticmethod
     def concatenate(parts: Sequence[Certificates]) -> Certificates:
-        """Put rows together; facts other than the perturbation's are those of the first part.
+        """Concatenate rows; metadata other than the perturbation's are those of the first part.
 
         Raises:
             InputError: there are no parts.
         """
         if not parts:
-            raise InputError("There are no certificates to put together.")
+            raise InputError("There are no certificates to concatenate.")
         described = [
             (int(client), groups.of_client(part.conditions, int(client)))
             for part in parts
@@ -251,8 +251,8 @@ class Certificates:
             name: np.concatenate([getattr(part, name) for part in parts])
             for name in _columns(parts[0])
         }
-        facts = groups.joined(described) if described else parts[0].conditions
-        return dataclasses.replace(parts[0], **joined, conditions=facts)
+        metadata = groups.joined(described) if described else parts[0].conditions
+        return dataclasses.replace(parts[0], **joined, conditions=metadata)
 
 
 def _columns(certificates: Certificates) -> list[str]:

@@ -20,12 +20,12 @@ _LEVELS = 255.0
 
 @dataclass(frozen=True, eq=False)
 class CertifiedRegion:
-    """Where m certificates promise that the class of g_delta stays what it is.
+    """Where m certificates promise that g_delta does not change its class.
 
     Attributes:
         radius: (m,) float64: ||delta|| <= radius in `norm`.
         low, high: (m,) float64, families of one parameter: low <= delta <= high, which reaches
-            farther than the radius on one side where a certificate is an interval.
+            beyond the radius on one side where a certificate is an interval.
         norm: "l2" or "l1".
         shape: of one parameter set.
         exact: parameters are multiples of 1/255 (`exact=True`).
@@ -68,8 +68,8 @@ class CertifiedRegion:
         """The inverse of `points`: (m, k, 1) to (m, k) in [0, 1]; one half where low is high."""
         low, high = (self.low * _INSIDE)[:, None], (self.high * _INSIDE)[:, None]
         width = high - low
-        found = (deltas[..., 0].double() - low) / torch.where(width > 0, width, 1.0)
-        return torch.where(width > 0, found, 0.5).clamp(0.0, 1.0)
+        share = (deltas[..., 0].double() - low) / torch.where(width > 0, width, 1.0)
+        return torch.where(width > 0, share, 0.5).clamp(0.0, 1.0)
 
     def towards(self, directions: Tensor, share: Tensor | float = 1.0) -> Tensor:
         """Deltas in given directions, at a share of the radius (1: on the boundary).
@@ -97,10 +97,10 @@ class CertifiedRegion:
             count: per image.
             generators: one per image, so that no image's deltas depend on the others.
         """
-        place = shares(count, generators)
+        drawn = shares(count, generators)
         if self.dim == 1:
-            return self.points(place)
-        return self.towards(self.directions(count, generators), place ** (1.0 / self.dim))
+            return self.points(drawn)
+        return self.towards(self.directions(count, generators), drawn ** (1.0 / self.dim))
 
     def directions(self, count: int, generators: Sequence[torch.Generator]) -> Tensor:
         """Random directions, (m, count, *shape) float32; see `random`."""
@@ -128,8 +128,8 @@ class CertifiedRegion:
         inside = count - 1 - len(axes) - boundary
         deltas = [self.towards(torch.cat(outer, dim=1))]
         if inside > 0:
-            place = shares(inside, generators)
-            deltas.append(self.towards(self.directions(inside, generators), place))
+            drawn = shares(inside, generators)
+            deltas.append(self.towards(self.directions(inside, generators), drawn))
         return torch.cat(deltas, dim=1)
 
     def around(self, best: Tensor, count: int, spacing: float) -> Tensor:
@@ -171,7 +171,7 @@ def shares(count: int, generators: Sequence[torch.Generator]) -> Tensor:
     return torch.stack(drawn).double()
 
 
-def reach_of(
+def region_of(
     perturbation: Perturbation,
     image_shape: tuple[int, int, int],
     radius: np.ndarray,

@@ -137,7 +137,7 @@ def next_requests(
 
 
 def sign_test_against(
-    counts: np.ndarray, predicted: np.ndarray, in_favour: bool = False
+    counts: np.ndarray, predicted: np.ndarray, in_favor: bool = False
 ) -> np.ndarray:
     """P-values of "no other class is more likely than the predicted one", (m,).
 
@@ -146,13 +146,13 @@ def sign_test_against(
 
     Args:
         counts: (m, classes). predicted: (m,).
-        in_favour: of the opposite instead, "some other class is at least as likely". (Every other
-            class must then lose, the closest of them shows least: no factor is needed.)
+        in_favor: of the opposite instead, "some other class is at least as likely". (Every other
+            class must then lose, and the closest shows it least: no factor is needed.)
     """
     top, rival = top_and_runner_up(counts, predicted)
-    ahead, behind = (top, rival) if in_favour else (rival, top)
+    ahead, behind = (top, rival) if in_favor else (rival, top)
     tail = np.asarray(two_sided_sign_test(ahead, behind)) / 2.0
-    factor = 1 if in_favour else counts.shape[1] - 1
+    factor = 1 if in_favor else counts.shape[1] - 1
     return np.where(ahead > behind, np.minimum(1.0, tail * factor), 1.0)
 
 
@@ -164,7 +164,7 @@ def top_and_runner_up(counts: np.ndarray, selected: np.ndarray) -> tuple[np.ndar
     return counts[rows, selected], others.max(axis=1)
 
 
-def lead_of(counts: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+def vote_margins(counts: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Votes of the predicted class minus those of the closest other one, as a share, (m,)."""
     top, rival = top_and_runner_up(counts, predicted)
     return (top - rival) / np.maximum(counts.sum(axis=1), 1)

@@ -1,18 +1,17 @@
-"""Conditions of certificates where clients certify perturbations of their own.
+"""Metadata of certificates where perturbations differ between clients.
 
-What holds for all rows stands at the top, as always. What differs stands under `PERTURBATIONS`,
-one entry for each perturbation:
+What all rows share is at the top, as always. What differs is in `PERTURBATIONS`, one entry for
+each perturbation:
 
 ```
 "perturbations": [{"clients": [0, 3], "family": "rotation", "sigma": 0.31, "unit": "radians", ...},
                   {"clients": [1], "family": "pixel", "sigma": 0.12, "unit": "intensity", ...}]
 ```
-so that whoever asks such certificates for the one family, sigma or unit finds none, instead of a
-wrong one. Where all clients certify one perturbation there is no such entry.
+Code that expects one family, sigma or unit then finds none, instead of a wrong one. Where all
+clients certify the same perturbation there is no such entry.
 
-Two perturbations are of one KIND if their radii can be averaged: equal in all but sigma. A sigma
-of its own per client is sound: sigma says how the classifier is smoothed, the radius what is
-promised.
+Two perturbations are of one KIND if their radii can be averaged: equal in all but sigma. Sigma may
+differ between clients: it says how the classifier is smoothed, the radius what is promised.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def below_sigma(metadata: Conditions) -> bool:
 
 
 def require_groups(conditions: Conditions) -> None:
-    """Refuse conditions, as a file says them, that cannot be told apart by client.
+    """Refuse stored metadata that cannot be assigned to clients.
 
     Raises:
         InputError: the perturbations are not objects that name their clients.
@@ -72,70 +71,70 @@ def _names_clients(group: object) -> bool:
 
 
 def joined(parts: Sequence[tuple[int, Conditions]]) -> dict[str, Any]:
-    """The conditions of several clients' certificates together.
+    """The metadata of several clients' certificates together.
 
     Args:
-        parts: (client, conditions of that client's certificates). Other facts than those of the
+        parts: (client, metadata of that client's certificates). Entries other than those of the
             perturbation are taken from the first.
 
     Raises:
         InputError: a client has several perturbations.
     """
-    facts = dict(parts[0][1])
-    found: dict[str, dict[str, Any]] = {}
+    metadata = dict(parts[0][1])
+    result: dict[str, dict[str, Any]] = {}
     for client, conditions in parts:
         own = {name: conditions[name] for name in _OF_A_PERTURBATION if name in conditions}
-        entry = found.setdefault(json.dumps(own, sort_keys=True), {"clients": [], **own})
+        entry = result.setdefault(json.dumps(own, sort_keys=True), {"clients": [], **own})
         entry["clients"].append(client)
-    groups = list(found.values())
+    groups = list(result.values())
     if len(groups) == 1:
-        return facts
+        return metadata
     named = [client for group in groups for client in group["clients"]]
     if len(set(named)) < len(named):
         raise InputError(
             "These certificates give one client several perturbations, so its rows could not be "
-            "told apart. Keep them in separate files, or number the clients anew."
+            "distinguished. Keep them in separate files, or renumber the clients."
         )
     names = {name for group in groups for name in group} - {"clients"}
     differing = {n for n in names if any(g.get(n) != groups[0].get(n) for g in groups)}
-    shared = {name: value for name, value in facts.items() if name not in differing}
-    kept = [{k: v for k, v in g.items() if k == "clients" or k in differing} for g in groups]
-    return {**shared, PERTURBATIONS: kept}
+    shared = {name: value for name, value in metadata.items() if name not in differing}
+    reduced = [{k: v for k, v in g.items() if k == "clients" or k in differing} for g in groups]
+    return {**shared, PERTURBATIONS: reduced}
 
 
 def entries(conditions: Conditions) -> list[tuple[list[int] | None, dict[str, Any]]]:
-    """Every perturbation's clients and whole conditions; clients are None where there is one."""
+    """Every perturbation's clients and full metadata; clients are None where there is one."""
     groups = conditions.get(PERTURBATIONS)
     if groups is None:
         return [(None, dict(conditions))]
     shared = {name: value for name, value in conditions.items() if name != PERTURBATIONS}
-    found = []
+    result = []
     for group in groups:
         own = {name: value for name, value in group.items() if name != "clients"}
-        found.append(([int(client) for client in group["clients"]], {**shared, **own}))
-    return found
+        result.append(([int(client) for client in group["clients"]], {**shared, **own}))
+    return result
 
 
 def of_client(conditions: Conditions, client: int) -> dict[str, Any]:
-    """The conditions of one client's certificates.
+    """The metadata of one client's certificates.
 
     Raises:
         InputError: the client certified nothing.
     """
-    for clients, facts in entries(conditions):
+    for clients, metadata in entries(conditions):
         if clients is None or client in clients:
-            return facts
+            return metadata
     raise InputError(f"There are no certificates of client {client}: it certified nothing.")
 
 
 def narrowed(conditions: Conditions, present: Iterable[int]) -> Conditions:
-    """The conditions of some clients' rows alone: plain ones if they certify one perturbation."""
+    """The metadata of some clients' rows: plain if they certify one perturbation."""
     if PERTURBATIONS not in conditions:
         return conditions
     here = set(present)
     parts = [
-        (client, facts)
-        for clients, facts in entries(conditions)
+        (client, metadata)
+        for clients, metadata in entries(conditions)
         for client in clients or ()
         if client in here
     ]
@@ -143,7 +142,7 @@ def narrowed(conditions: Conditions, present: Iterable[int]) -> Conditions:
 
 
 def kind_of(conditions: Conditions) -> str:
-    """A name of what a radius means: the perturbation without its sigma, its norm and its unit."""
+    """A key of what a radius means: the perturbation without its sigma, its norm and its unit."""
     described = conditions.get("description")
     options = dict(described) if isinstance(described, Mapping) else {}
     options.pop("sigma", None)
@@ -152,13 +151,13 @@ def kind_of(conditions: Conditions) -> str:
 
 
 def kinds(conditions: Conditions) -> dict[str, list[int] | None]:
-    """Kinds of radii and the clients that certify them; clients are None where all do."""
-    found: dict[str, list[int] | None] = {}
-    for clients, facts in entries(conditions):
-        held = found.setdefault(kind_of(facts), None if clients is None else [])
-        if held is not None:
-            held.extend(clients or ())
-    return found
+    """Kinds of radii and their clients; None where all clients certify the same."""
+    result: dict[str, list[int] | None] = {}
+    for clients, metadata in entries(conditions):
+        owners = result.setdefault(kind_of(metadata), None if clients is None else [])
+        if owners is not None:
+            owners.extend(clients or ())
+    return result
 
 
 def masks(conditions: Conditions, client: np.ndarray) -> list[np.ndarray]:

@@ -1,7 +1,7 @@
-"""The conditions of certificates, read back: of the right types, and in agreement.
+"""The metadata of certificates, read back: types are checked, and derived values recomputed.
 
-A record may have been changed by anyone. So nothing of it is used before its types were checked,
-and whatever follows from something else in it is made again and compared.
+Anyone may have changed a record. So nothing of it is used before its types were checked, and what
+follows from other entries is recomputed and compared.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _OF_A_PERTURBATION = ("family", "sigma", "law", "norm", "unit", "threat")
 
 
 class _Types(BaseModel):
-    """What must be readable before anything is computed from it."""
+    """Types that must hold before anything is computed."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
@@ -51,7 +51,7 @@ class _Types(BaseModel):
 
 @dataclass(frozen=True)
 class RecordedNoise:
-    """The noise of a perturbation that certifl may not have, as a record says it."""
+    """The recorded noise of a perturbation, whose family certifl may not know."""
 
     family: str
     sigma: float
@@ -64,10 +64,10 @@ class Record:
     """The metadata of certificates of one perturbation.
 
     Attributes:
-        metadata: as they are stored.
-        estimator: how votes became certificates; None where it could not be asked for.
-        perturbation: what was certified; None for a family that certifl does not have.
-        problems: what is wrong; where there is anything, no row can be judged.
+        metadata: as stored.
+        estimator: how votes became certificates; None for settings that are not allowed.
+        perturbation: what was certified; None for a family that certifl does not know.
+        problems: what is wrong; if anything is, no row can be judged.
     """
 
     metadata: Mapping[str, Any]
@@ -77,23 +77,21 @@ class Record:
 
     @property
     def missing(self) -> list[str]:
-        """What an older version did not record yet of its estimator."""
+        """Metadata of the estimator that an older version did not record."""
         row = ESTIMATORS.rows.get(str(self.metadata["estimator"]))
         return [name for name in (row.metadata if row else ()) if name not in self.metadata]
 
 
 def as_stored(conditions: Mapping[str, Any]) -> dict[str, Any]:
-    """Conditions as a file gives them back: plain numbers, lists, texts.
+    """Metadata as a file returns them: plain numbers, lists, texts.
 
     Raises:
-        InputError: they hold what no file can.
+        InputError: values that no file can hold.
     """
     try:
         return json.loads(json.dumps(dict(conditions), default=_plain))
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"The conditions of these certificates cannot be read: {error}"
-        ) from error
+        raise InputError(f"The metadata of these certificates cannot be read: {error}") from error
 
 
 def _plain(value: Any) -> Any:
@@ -103,18 +101,20 @@ def _plain(value: Any) -> Any:
 
 
 def read_record(conditions: Mapping[str, Any]) -> Record:
-    """Metadata with everything that they say about themselves compared.
+    """Metadata, after comparing everything that follows from other entries.
 
     Raises:
-        InputError: they cannot be read, or lack what their estimator needs.
+        InputError: unreadable, or without what the estimator needs.
     """
     metadata = as_stored(conditions)
     problem = _type_problem(metadata) or _schedule_problem(metadata)
     if problem is not None:
         return Record(metadata, problems=(problem,))
     perturbation, problems = _described(metadata)
+    if problems:
+        return Record(metadata, None, perturbation, problems)
     try:
-        estimator = _estimator_of(metadata)
+        estimator = _estimator_of(metadata, perturbation)
         if problem := _settings_problem(metadata, estimator):
             return Record(metadata, estimator, perturbation, (problem,))
         problem = estimator.record_problem(metadata)
@@ -123,22 +123,20 @@ def read_record(conditions: Mapping[str, Any]) -> Record:
             f"These certificates do not say how their votes were cast: {error} is missing."
         ) from error
     except InputError as error:
-        problem = f"its settings are none that could be asked for: {error}"
+        problem = f"its settings are not allowed: {error}"
         return Record(metadata, None, perturbation, (problem,))
-    if problem is not None and not problems:
-        problems = (problem,)
-    return Record(metadata, estimator, perturbation, problems)
+    return Record(metadata, estimator, perturbation, () if problem is None else (problem,))
 
 
-def _estimator_of(metadata: Mapping[str, Any]) -> Estimator:
+def _estimator_of(metadata: Mapping[str, Any], perturbation: Perturbation | None) -> Estimator:
     """The estimator that is recorded.
 
     Raises:
-        InputError: its settings could not have been asked for.
+        InputError: settings that are not allowed.
         KeyError: the metadata lack what it needs.
     """
     settings = _settings_of(metadata)
-    noise = RecordedNoise(
+    noise = perturbation or RecordedNoise(
         family=str(metadata.get("family")),
         sigma=metadata["sigma"],
         law=LAWS[metadata["law"]],
@@ -147,41 +145,41 @@ def _estimator_of(metadata: Mapping[str, Any]) -> Estimator:
     return ESTIMATORS[settings.estimator].recorded(settings, noise, metadata)
 
 
-def _type_problem(facts: Mapping[str, Any]) -> str | None:
+def _type_problem(metadata: Mapping[str, Any]) -> str | None:
     try:
-        _Types.model_validate(facts)
+        _Types.model_validate(metadata)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
-        return f"its {name} = {first['input']!r:.60} cannot be: {first['msg']}"
-    if facts["law"] not in LAWS:
-        return f"its law {facts['law']!r} is not one of {', '.join(LAWS)}"
+        return f"its {name} = {first['input']!r:.60} is not allowed: {first['msg']}"
+    if metadata["law"] not in LAWS:
+        return f"its law {metadata['law']!r} is not one of {', '.join(LAWS)}"
     return None
 
 
-def _settings_of(facts: Mapping[str, Any]) -> Settings:
-    """The settings that are recorded; records older than `keep` do not name it.
+def _settings_of(metadata: Mapping[str, Any]) -> Settings:
+    """The recorded settings; old records do not name `keep`.
 
     Raises:
-        InputError: they could not have been asked for.
+        InputError: settings that are not allowed.
     """
     return Settings(
-        facts["estimator"],
-        facts["n0"],
-        facts["n"],
-        facts["alpha"],
-        radii=facts.get("radii"),
-        label_aware=facts.get("label_aware", True),
-        reach=facts.get("reach"),
-        keep=facts.get("keep", "certificates"),
+        metadata["estimator"],
+        metadata["n0"],
+        metadata["n"],
+        metadata["alpha"],
+        radii=metadata.get("radii"),
+        label_aware=metadata.get("label_aware", True),
+        reach=metadata.get("reach"),
+        keep=metadata.get("keep", "certificates"),
     )
 
 
-def _schedule_problem(facts: Mapping[str, Any]) -> str | None:
-    """Why looks and levels may not have been fixed before the first vote; None where they were."""
-    looks, levels, alpha = facts["look_votes"], facts["look_levels"], facts["alpha"]
+def _schedule_problem(metadata: Mapping[str, Any]) -> str | None:
+    """Why looks and levels cannot have been fixed before the first vote; None if they can."""
+    looks, levels, alpha = metadata["look_votes"], metadata["look_levels"], metadata["alpha"]
     if not _rising(looks):
-        return f"the looks {looks} are not numbers of votes that rise"
+        return f"the looks {looks} are not rising numbers of votes"
     if len(levels) not in (1, len(looks)):
         return f"there are {len(levels)} levels for {len(looks)} looks"
     if not all(_number(level) and level > 0.0 for level in levels):
@@ -201,7 +199,7 @@ def _number(value: Any) -> bool:
 
 
 def _settings_problem(metadata: Mapping[str, Any], estimator: Estimator) -> str | None:
-    """Where bounds, looks or levels are not those that the other settings give."""
+    """Bounds, looks or levels that do not follow from the other settings."""
     expected = {
         "bounds": estimator.bounds,
         "look_votes": list(estimator.looks),
@@ -213,28 +211,33 @@ def _settings_problem(metadata: Mapping[str, Any], estimator: Estimator) -> str 
     return None
 
 
-def _described(facts: Mapping[str, Any]) -> tuple[Perturbation | None, tuple[str, ...]]:
-    """The perturbation that is described, and what else is said of it but does not agree."""
-    described = facts.get("description")
-    if facts.get("family") not in PERTURBATIONS or described is None:
-        law = LAWS[facts["law"]]
-        wrong = facts.get("norm", law.norm) != law.norm
-        said = f"its norm {facts.get('norm')!r} is not that of the law {law.name}, {law.norm}"
-        return None, (said,) if wrong else ()
+def _described(metadata: Mapping[str, Any]) -> tuple[Perturbation | None, tuple[str, ...]]:
+    """The perturbation of the description, and entries that do not agree with it."""
+    described = metadata.get("description")
+    if metadata.get("family") not in PERTURBATIONS or described is None:
+        law = LAWS[metadata["law"]]
+        wrong = metadata.get("norm", law.norm) != law.norm
+        problem = (
+            f"its norm {metadata.get('norm')!r} is not that of the law {law.name}, {law.norm}"
+        )
+        return None, (problem,) if wrong else ()
     try:
-        made = from_record(described)
+        perturbation = from_record(described)
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         return None, (f"its description is not one of a perturbation: {error}",)
-    own = {n: made.law.name if n == "law" else getattr(made, n) for n in _OF_A_PERTURBATION}
-    return made, tuple(
-        f"its {name} {facts[name]!r} is not that of its description, {value!r}"
-        for name, value in own.items()
-        if name in facts and differs(facts[name], value) and known_words(name, facts)
+    actual = {
+        n: perturbation.law.name if n == "law" else getattr(perturbation, n)
+        for n in _OF_A_PERTURBATION
+    }
+    return perturbation, tuple(
+        f"its {name} {metadata[name]!r} is not that of its description, {value!r}"
+        for name, value in actual.items()
+        if name in metadata and differs(metadata[name], value) and known_words(name, metadata)
     )
 
 
-def known_words(name: str, facts: Mapping[str, Any]) -> bool:
-    """Whether this version wrote it: another may describe the same threat in other words."""
-    versions = facts.get("versions")
-    own = isinstance(versions, dict) and versions.get("certifl") == __version__
-    return own or name != "threat"
+def known_words(name: str, metadata: Mapping[str, Any]) -> bool:
+    """Whether this version wrote the entry: others may word the same threat differently."""
+    versions = metadata.get("versions")
+    actual = isinstance(versions, dict) and versions.get("certifl") == __version__
+    return actual or name != "threat"

@@ -1,9 +1,9 @@
 """A self-test of the random source, in milliseconds, before the first vote of a process.
 
-Certificates assume independent draws from the law. A broken generator, a driver that replays its
-numbers or a perturbation that forgets to draw would give votes that look like any others, so what
-can be seen cheaply is looked at once: streams repeat and differ, moments are those of the law. The
-streams are fixed ones of the self-test's own, so it gives the same answer at every start.
+Certificates assume independent draws from the distribution. Votes of a broken generator, a driver
+that replays its numbers or a perturbation that forgets to draw look like any others. So streams
+are tested once: they repeat, they differ, and moments are those of the distribution. The streams
+are fixed, so the result is the same at every start.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def check_random_source(
     device: torch.device,
     source: Source = vote_generator,
 ) -> None:
-    """Refuse to vote where draws do not repeat, do not differ, or do not follow the law.
+    """Refuse to vote where draws do not repeat, do not differ, or do not follow the distribution.
 
     Args:
-        perturbation: whose draws are looked at.
+        perturbation: whose draws are tested.
         image_shape: (c, h, w).
         device: where votes will be drawn.
         source: gives the generator of a chunk of votes.
@@ -61,29 +61,29 @@ def check_random_source(
     Raises:
         RandomSourceBroken: a stream is not repeated by the same seed; two chunks, the two stages
             or two images share a stream; mean, variance or the correlation of two chunks is more
-            than six standard errors from what the law says.
+            than six standard errors from those of the distribution.
     """
     channels, height, width = image_shape
     # A chunk draws as many numbers as the images have pixels; some hundred thousand are enough.
     sets = min(CHUNK, max(2, 100_000 // (2 * channels * height * width)))
 
     def drawn(purpose: str, image: int, chunk: int) -> Tensor:
-        made = perturbation.sample(
+        draws = perturbation.sample(
             sets,
             (channels, height, width),
             source(_SEED, purpose, image, chunk, device),
         )
-        return made.flatten()
+        return draws.flatten()
 
     first, second = drawn("estimation", _IMAGE, 0), drawn("estimation", _IMAGE, 1)
     if not torch.equal(first, drawn("estimation", _IMAGE, 0)):
         raise _broken("the same seed gives other numbers when it is used again", device)
-    strangers = {
+    others = {
         "two chunks of one image": second,
         "selection and estimation": drawn("selection", _IMAGE, 0),
         "two images": drawn("estimation", _IMAGE + 1, 0),
     }
-    for pair, other in strangers.items():
+    for pair, other in others.items():
         if torch.equal(first, other):
             raise _broken(f"{pair} draw the same numbers", device)
     _check_moments(perturbation, first.double(), second.double(), device)
@@ -92,16 +92,16 @@ def check_random_source(
 def _check_moments(
     perturbation: Perturbation, first: Tensor, second: Tensor, device: torch.device
 ) -> None:
-    """Mean, variance and correlation of two chunks against the law, which has mean 0."""
+    """Mean, variance and correlation of two chunks against the distribution, which has mean 0."""
     if perturbation.law.name not in _MOMENTS:
-        return  # a law of somebody's own, whose moments are not known here
+        return  # a custom distribution, whose moments are unknown here
     variance, fourth = (
         unit * perturbation.sigma**power
         for unit, power in zip(_MOMENTS[perturbation.law.name], (2, 4), strict=True)
     )
     both, pairs = torch.cat([first, second]), len(first)
     slack = _LEVEL if getattr(perturbation, "exact", False) else 0.0
-    found = {
+    statistics = {
         "mean": (float(both.mean()), 0.0, math.sqrt(variance / (2 * pairs)), 0.0),
         "variance": (
             float(both.square().mean()),
@@ -116,7 +116,7 @@ def _check_moments(
             slack**2,
         ),
     }
-    for name, (value, expected, error, rounding) in found.items():
+    for name, (value, expected, error, rounding) in statistics.items():
         # float32 draws are off by 6e-8 of themselves, which is far below any standard error here.
         if not abs(value - expected) <= _STANDARD_ERRORS * error + rounding:
             raise _broken(

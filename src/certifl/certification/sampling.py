@@ -44,10 +44,10 @@ _Counted = TypeVar("_Counted")
 
 
 def votes_per_image(batch_size: int) -> int:
-    """The most votes that one image is asked for at once: whole chunks, and some batches full.
+    """The most votes of one image in a batch of requests: whole chunks, enough for some calls.
 
-    A last image that is alone would leave most of a large batch empty with fewer. Where the votes
-    are cut changes none of them.
+    With fewer, a last image alone would leave most of a large call empty. The votes do not depend
+    on where they are cut.
     """
     chunks = -(-_CALLS_PER_IMAGE * batch_size // CHUNK)
     return max(_VOTES_PER_IMAGE, chunks * CHUNK)
@@ -110,18 +110,18 @@ class VoteCounter:
 
         return self._within_memory(voted)
 
-    def lean(
+    def disagreement(
         self,
         images: Tensor,
         requests: Sequence[Request],
         expected: Tensor,
         centre: Tensor | None = None,
     ) -> Tensor:
-        """Which way the noise of votes for other classes than expected points, per slot.
+        """Direction of the noise whose votes disagree with the expected class, per slot.
 
         The sum over votes of phi (1[other class] - share of other classes), a multiple of the
-        covariance of noise and straying. For a Gaussian law its expectation is a multiple of the
-        gradient along which the expected class loses most probability (Stein's lemma).
+        covariance of noise and disagreement. For Gaussian noise its expectation is a multiple of
+        the gradient along which the expected class loses most probability (Stein's lemma).
 
         Args:
             images, requests, centre: as in `count`; drawn parameters are counted without `centre`.
@@ -133,15 +133,15 @@ class VoteCounter:
 
         def summed() -> Tensor:
             shape = self.perturbation.params_shape(_chw(images))
-            strayed = torch.zeros((len(expected), *shape), device=self.network.device)
-            drawn, count = torch.zeros_like(strayed), strayed.new_zeros((len(expected), 2))
+            disagreeing = torch.zeros((len(expected), *shape), device=self.network.device)
+            drawn, count = torch.zeros_like(disagreeing), disagreeing.new_zeros((len(expected), 2))
             for slot, params, voted in self._cast(images, requests, centre):
                 other = (voted != expected[slot]).to(params.dtype)
                 _add_rows(drawn, slot, params)
-                _add_rows(strayed, slot, params * _like(other, params))
+                _add_rows(disagreeing, slot, params * _like(other, params))
                 _add_rows(count, slot, torch.stack([other, torch.ones_like(other)], dim=1))
             share = count[:, 0] / count[:, 1].clamp(min=1)
-            return strayed - drawn * _like(share, drawn)
+            return disagreeing - drawn * _like(share, drawn)
 
         return self._within_memory(summed)
 

@@ -180,7 +180,7 @@ class ScanEstimator(Estimator):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Where votes were cast, and the reach that was asked for."""
+        """Where votes were cast, and the requested reach."""
         return {"scan": describe_scan(self.scan), "reach": self.settings.reach}
 
     @classmethod
@@ -283,16 +283,16 @@ def describe_scan(scan: Scan) -> dict[str, Any]:
 
 
 def scan_from(conditions: Mapping[str, Any]) -> Scan:
-    """The scan that certificates were made by, from their conditions.
+    """The scan of certificates, from their metadata.
 
     Raises:
-        InputError: the conditions describe none.
+        InputError: the metadata describe none.
     """
     try:
-        facts = conditions["scan"]
-        ends = float(conditions["sigma"]), float(facts["low"]), float(facts["high"])
-        passes = tuple(int(strata) for strata in facts["passes"])
-        return Scan(*ends, periodic=bool(facts["periodic"]), passes=passes)
+        described = conditions["scan"]
+        ends = float(conditions["sigma"]), float(described["low"]), float(described["high"])
+        passes = tuple(int(strata) for strata in described["passes"])
+        return Scan(*ends, periodic=bool(described["periodic"]), passes=passes)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"These certificates do not say how they were scanned: {error}"

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from certifl.certification import Certificates
 from certifl.certification.attack import AttackBudget, AttackResult, deformed_first, search
-from certifl.certification.certified_sets import reach_of
-from certifl.certification.counts import lead_of, sign_test_against
+from certifl.certification.certified_sets import region_of
+from certifl.certification.counts import sign_test_against, vote_margins
 from certifl.certification.network import Network, prepare
 from certifl.certification.sampling import VoteCounter
 from certifl.data import Dataset, choose, to_float
@@ -94,10 +94,10 @@ def attack_run(place: Path, options: Options) -> dict[str, Any]:
         )
     chosen = [_chosen(certificates, client, options.images, spec.seed) for client in clients]
     confirm = _TIMES * int(certificates.conditions["n"])
-    effort = AttackBudget(directions=options.directions, confirm=confirm)
+    budget = AttackBudget(directions=options.directions, confirm=confirm)
     with folder.locked():
-        attacks = _attacks(folder, spec, dataset, chosen, effort, options)
-        result = record_of(attacks, effort, options.images, clients)
+        attacks = _attacks(folder, spec, dataset, chosen, budget, options)
+        result = record_of(attacks, budget, options.images, clients)
         facts = {
             "format": FORMAT,
             "spec_hash": folder.manifest().get("spec_hash"),
@@ -131,7 +131,7 @@ def _attacks(
     spec: Spec,
     dataset: Dataset,
     chosen: Sequence[Certificates],
-    effort: AttackBudget,
+    budget: AttackBudget,
     options: Options,
 ) -> list[Attack]:
     model, last = run_model(folder, spec, options.code), last_round(folder, spec)
@@ -142,7 +142,7 @@ def _attacks(
         client = int(part.client[0])
         network = _network(deployed(last, spec, model, client), part, dataset, options.device)
         share = int(held.sum()) / max(1, sum(int(h.sum()) for h in promised))
-        own = dataclasses.replace(effort, level=effort.level * share) if share else effort
+        own = dataclasses.replace(budget, level=budget.level * share) if share else budget
         perturbation = perturbations[client]
         if perturbation is None:
             raise StoreMismatch(
@@ -188,22 +188,22 @@ def _attack(
     images: Tensor,
     certificates: Certificates,
     promised: np.ndarray,
-    effort: AttackBudget,
+    budget: AttackBudget,
 ) -> Attack:
     held = certificates.select(promised)
     found = None
     if len(held):
         own = images[torch.as_tensor(promised, device=images.device)]
-        found = search(counter, own, held.predicted, held.radius, held.interval, effort)
-    deltas = _deltas(counter.perturbation, images, certificates, promised, effort, counter.seed)
+        found = search(counter, own, held.predicted, held.radius, held.interval, budget)
+    deltas = _deltas(counter.perturbation, images, certificates, promised, budget, counter.seed)
     votes = deformed_first(counter, images, deltas, VOTES)
     right = votes.argmax(axis=2) == certificates.label[:, None]
-    half = 1 + effort.directions // 2
+    half = 1 + budget.directions // 2
     changed = np.zeros(len(images), np.bool_)
     for row in np.flatnonzero(promised):
-        expected = np.full(effort.directions, certificates.predicted[row])
+        expected = np.full(budget.directions, certificates.predicted[row])
         p_values = sign_test_against(votes[row, 1:], expected)
-        changed[row] = p_values.min() <= _CHANGED / effort.directions
+        changed[row] = p_values.min() <= _CHANGED / budget.directions
     return Attack(
         certificates,
         promised,
@@ -221,7 +221,7 @@ def _deltas(
     images: Tensor,
     certificates: Certificates,
     promised: np.ndarray,
-    effort: AttackBudget,
+    budget: AttackBudget,
     seed: int,
 ) -> Tensor:
     """No delta, deltas drawn from the certified set, and a grid or boundary of it, per image.
@@ -233,14 +233,14 @@ def _deltas(
     interval = certificates.interval
     if interval is not None:
         interval = np.where(promised[:, None], interval, 0.0)
-    reach = reach_of(perturbation, (channels, height, width), radius, interval, images.device)
+    region = region_of(perturbation, (channels, height, width), radius, interval, images.device)
     streams = [
         generator(seed, "deformed first", image_key(image), device=images.device)
         for image in images
     ]
-    drawn = reach.random(effort.directions // 2, streams)
-    aim = reach.directions(1, streams)[:, 0]
-    edge = reach.first(effort.directions - drawn.shape[1], aim, streams)
+    drawn = region.random(budget.directions // 2, streams)
+    aim = region.directions(1, streams)[:, 0]
+    edge = region.first(budget.directions - drawn.shape[1], aim, streams)
     nothing = torch.zeros_like(drawn[:, :1])
     return torch.cat([nothing, drawn, edge], dim=1)
 
@@ -315,7 +315,7 @@ class Attack:
 
 
 def record_of(
-    attacks: Sequence[Attack], effort: AttackBudget, images: int, clients: list[int]
+    attacks: Sequence[Attack], budget: AttackBudget, images: int, clients: list[int]
 ) -> dict[str, Any]:
     """The record of the attacks on some clients' images; see the module."""
     network = attacks[0].network
@@ -323,7 +323,7 @@ def record_of(
     for attack in attacks:
         noise = attack.certificates.conditions.get("description")
         groups.setdefault(json.dumps(noise, sort_keys=True), []).append(attack)
-    parts = [_of_perturbation(group, effort) for group in groups.values()]
+    parts = [_of_perturbation(group, budget) for group in groups.values()]
     alone = len(parts) == 1
     return {
         "family": parts[0]["family"] if alone else None,
@@ -332,7 +332,7 @@ def record_of(
         "options": {
             "images": images,
             "clients": clients,
-            "directions": effort.directions,
+            "directions": budget.directions,
             "votes": VOTES,
         },
         "parameters": parts[0]["parameters"] if alone else _altogether(parts),
@@ -349,7 +349,7 @@ def record_of(
     }
 
 
-def _of_perturbation(attacks: Sequence[Attack], effort: AttackBudget) -> dict[str, Any]:
+def _of_perturbation(attacks: Sequence[Attack], budget: AttackBudget) -> dict[str, Any]:
     """What came of the clients that certify one perturbation."""
     facts = attacks[0].certificates.conditions
     found = [attack.found for attack in attacks if attack.found is not None]
@@ -363,14 +363,14 @@ def _of_perturbation(attacks: Sequence[Attack], effort: AttackBudget) -> dict[st
             "deltas": sum(part.tried for part in found),
             "votes": sum(part.votes for part in found),
             "suspicious": sum(part.suspicious for part in found),
-            "confirm": effort.confirm,
-            "level": effort.level,
+            "confirm": budget.confirm,
+            "level": budget.level,
             "smallest_lead": _closest(cases),
             "violations": [_without(case, "violated") for case in cases if case["violated"]],
         },
         "deformed_first": {
             "votes": VOTES,
-            "deltas": effort.directions,
+            "deltas": budget.directions,
             **_shares(attacks),
         },
     }
@@ -403,7 +403,7 @@ def _cases(attack: Attack) -> list[dict[str, Any]]:
     if attack.found is None:
         return []
     held, found = attack.certificates.select(attack.promised), attack.found
-    lead = lead_of(found.counts, held.predicted)
+    lead = vote_margins(found.counts, held.predicted)
     cases = []
     for row in range(len(held)):
         others = found.counts[row].copy()

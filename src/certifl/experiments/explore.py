@@ -45,15 +45,15 @@ from certifl.certification.network import Network, prepare
 from certifl.certification.sampling import CHUNK, VoteCounter
 from certifl.certification.sweeps import (
     STEPS,
-    Walked,
-    walk_along,
-    walks_of,
+    Sweep,
+    SweepVotes,
+    sweep_along,
+    sweeps_of,
 )
 from certifl.data import Dataset, to_float
 from certifl.errors import StoreError, StoreMismatch
 from certifl.models import fingerprint
 from certifl.perturbations import Perturbation
-from certifl.perturbations.base import Sweep
 from certifl.progress import StageCallback
 from certifl.runs.atomic import read_json, write_json
 from certifl.runs.folder import RunFolder
@@ -153,7 +153,7 @@ def explore(
         What can be explored now. Images that were explored for the same question are kept.
     """
     certificates = folder.load_certificates()
-    walks = max(len(walks_of(p)) for p in spec.perturbations() if p is not None)
+    walks = max(len(sweeps_of(p)) for p in spec.perturbations() if p is not None)
     weights = sum(p.numel() for p in deployed(int(certificates.client[0])).parameters())
     per_image = walks * STEPS[walks]
     budget = _budget(certificates, weights) if limited else None
@@ -288,7 +288,7 @@ class Explorer:
         client = int(self.certificates.client[row])
         perturbation = self.spec.perturbations()[client]
         assert perturbation is not None, "a client with certificates certifies something"
-        walks = walks_of(perturbation, self.certificates.interval is not None)
+        walks = sweeps_of(perturbation, self.certificates.interval is not None)
         return self._on(walks, perturbation, client, row)
 
     def _on(
@@ -298,7 +298,7 @@ class Explorer:
         counter = VoteCounter(network, perturbation, self.spec.seed)
         image, other = (self._picture(r).to(network.device) for r in (row, self._other(row)))
         steps = STEPS[len(walks)]
-        walked = [walk_along(counter, walk, image, other, steps, self.votes) for walk in walks]
+        walked = [sweep_along(counter, walk, image, other, steps, self.votes) for walk in walks]
         height, width = _tile(walked[0].frames[0]).shape[1:]
         return {
             "client": client,
@@ -342,7 +342,7 @@ class Explorer:
         return self._networks[name]
 
 
-def _seen(walk: Sweep, walked: Walked) -> dict[str, Any]:
+def _seen(walk: Sweep, walked: SweepVotes) -> dict[str, Any]:
     return {
         "name": walk.name,
         "words": walk.words,

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from certifl.certification import Certificates
-from certifl.certification.certify import certify
+from certifl.certification.api import certify
 from certifl.certification.network import prepare
 from certifl.certification.settings import Settings
 from certifl.data import Dataset, changes_of, choose, load, read_image, to_float

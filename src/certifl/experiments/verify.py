@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from certifl.certification import Certificates
+from certifl.certification import Certificates, unverified, verify
+from certifl.certification.api import asked_conditions
 from certifl.certification.certificates import Predictions
-from certifl.certification.certify import asked_conditions
 from certifl.certification.metadata import AMOUNTS, differs, entries
 from certifl.certification.network import PRECISIONS
 from certifl.certification.record import known_words
-from certifl.certification.verify import unverified, verify
 from certifl.data import Dataset
 from certifl.errors import InputError, SpecError, StoreError
 from certifl.experiments.verify_run import (

@@ -131,7 +131,7 @@ class Perturbation(Protocol):
         ...
 
 
-def sweeps_of(perturbation: Perturbation, reach: float) -> tuple[Sweep, ...]:
+def family_sweeps(perturbation: Perturbation, reach: float) -> tuple[Sweep, ...]:
     """The sweeps of a family; by default one line in a direction drawn for each image.
 
     Args:

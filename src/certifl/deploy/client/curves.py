@@ -18,12 +18,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from certifl.certification import Certificates
-from certifl.certification.certify import asked_conditions
+from certifl.certification import Certificates, verify
+from certifl.certification.api import asked_conditions
 from certifl.certification.metadata import AMOUNTS
 from certifl.certification.network import PRECISIONS
 from certifl.certification.settings import Settings
-from certifl.certification.verify import verify
 from certifl.deploy.transport.schemas import Curve, MalformedMessage
 from certifl.errors import CertiflError, InputError, one_line
 from certifl.federated.states import ModelState

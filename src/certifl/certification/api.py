@@ -75,9 +75,9 @@ def certify(
     smoothed classifier g_delta(x) = E[onehot(argmax f(T_{delta+eps} x))] has the same most likely
     class for all ||delta|| <= radius. See `perturbation.threat` for what this does not cover.
 
-    That holds for ONE call per image. Another call with other n, alpha or estimator under the same
-    seed draws the same votes again: keeping the best of k such certificates of an image costs up
-    to k alpha, and alpha / k each keeps alpha in all.
+    This holds for ONE call per image. Another call with other n, alpha or estimator and the same
+    seed draws the same votes again: the best of k such certificates of an image is wrong with
+    probability up to k alpha; use alpha / k in each call to keep alpha in total.
 
     Radii of uniform laws (rotation, scaling) stay below sigma, unless the estimator is "scan".
 
@@ -113,7 +113,7 @@ def certify(
 
     Returns:
         A row for each image, in their order, with its votes, radius in the perturbation's unit
-        (rounded down) and class (-1 = abstained); what holds for all of them is in `conditions`.
+        (rounded down) and class (-1 = abstained); their metadata are in `conditions`.
 
     Raises:
         InputError: images, labels or settings that cannot be used.
@@ -124,9 +124,9 @@ def certify(
     check_perturbation(perturbation)
     check_seed(seed)
     unit = perturbation.unit
-    asked = None if radii is None else parse_amounts(radii, unit)
-    far = None if reach is None else parse_amount(reach, unit, "reach")
-    settings = Settings(estimator, n0, n, alpha, asked, label_aware, far, keep)
+    amounts = None if radii is None else parse_amounts(radii, unit)
+    farthest = None if reach is None else parse_amount(reach, unit, "reach")
+    settings = Settings(estimator, n0, n, alpha, amounts, label_aware, farthest, keep)
     chosen = settings.estimator_for(perturbation)
     chosen.check()
     blocks = _blocks(images, labels, perturbation)
@@ -149,10 +149,12 @@ def certify(
                     _certified(counter, values[rows], part, chosen, done + start, shifted)
                 )
             done += len(values)
-    made = Certificates.concatenate(parts)
+    joined = Certificates.concatenate(parts)
     # Last, because the batch size may have been halved on the way.
-    facts = conditions(perturbation, settings, counter.network, seed, model, content.hexdigest())
-    return dataclasses.replace(made, conditions=facts)
+    metadata = conditions(
+        perturbation, settings, counter.network, seed, model, content.hexdigest()
+    )
+    return dataclasses.replace(joined, conditions=metadata)
 
 
 def _blocks(
@@ -222,8 +224,8 @@ def _certified(
 ) -> Certificates:
     """Certificates of images that are on the device together; `start` is the first one's index."""
     votes = counts.fresh(len(images), counter.network.classes)
-    held = images.to(counter.network.device)
-    engine.count_all(counter, held, labels, estimator, votes, progress=progress)
+    on_device = images.to(counter.network.device)
+    engine.count_all(counter, on_device, labels, estimator, votes, progress=progress)
     return engine.finalize(votes, estimator, labels, np.arange(start, start + len(images)))
 
 
@@ -254,11 +256,11 @@ def conditions(
     model: Model,
     data: str,
 ) -> dict[str, Any]:
-    """What holds for all certificates of one call: printed beside every radius.
+    """The metadata of all certificates of one call.
 
     Args:
         perturbation: what was certified.
-        settings: what was asked for.
+        settings: as requested.
         network: the network as it voted: its precision, device and batch size.
         seed: of the votes.
         model: as it was given, for its fingerprint.
@@ -283,7 +285,7 @@ def conditions(
 
 
 def asked_conditions(perturbation: Perturbation, settings: Settings, seed: int) -> dict[str, Any]:
-    """The metadata that follow from what was asked for, before any network is known.
+    """The metadata that follow from the request, before any network is known.
 
     `verify` compares a record with these, so they must depend on the arguments alone.
 

@@ -1,4 +1,4 @@
-"""Recompute every row of certificates from its votes: what is claimed must follow from counts."""
+"""Recompute certificates from their votes: every claim must follow from the counts."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _NEEDED = (
     *("law", "sigma", "estimator", "bounds", "alpha", "n0", "n"),
     *("look_votes", "look_levels"),
 )
-# Far above what another version of scipy rounds otherwise, far below anything that matters. It is
-# granted only where a row claims LESS than its votes give.
+# Far above rounding differences between versions of scipy, far below anything that matters.
+# Granted only where a row claims LESS than its votes give.
 _ALIKE = 1e-9
-# By how much a float32 rounds down. certifl 0.1 put sigma itself into radii of uniform laws, and
-# not the float32 width on which the noise is drawn, so that its honest radii are larger by it.
+# Relative rounding of float32. certifl 0.1 computed radii of uniform distributions from sigma, not
+# from the float32 width on which noise is drawn, so its correct radii may be larger by this.
 _OF_FLOAT32 = 2.0**-23
 _KINDS = {
     "i": ("client", "index", "label", "predicted", "looks"),
@@ -49,13 +49,13 @@ class Finding:
 
 
 def verify(certificates: Certificates) -> list[Finding]:
-    """All rows that do not follow from their votes; empty when all is well.
+    """All rows that do not follow from their votes; empty if all do.
 
-    Where clients certify perturbations of their own, every row is compared with its client's.
+    Where perturbations differ between clients, every row is compared with its client's.
 
-    Checked for all rows: the conditions agree with each other; looks and levels are those that
+    Checked for all rows: the metadata agree with each other; looks and levels are those that
     estimator, n, alpha and `keep` give, to the last bit, and the range of a scan is the one its
-    reach gives. Who could choose them after the votes could choose where they lie well.
+    reach gives. If they could be chosen after the votes, they could be chosen favorably.
     Checked per row: n0 selection votes; a number of estimation votes that is one of the looks; the
     level of that look; that the votes stopped there by the recorded rule; class, bounds, radius
     and interval are those that the counts give, and never more.
@@ -63,11 +63,11 @@ def verify(certificates: Certificates) -> list[Finding]:
     What follows from no count, such as the label, is not checked: see `unverified`.
 
     Returns:
-        A finding for each promise that is broken, with the row's client, index and problem.
+        A finding for each broken promise, with the row's client, index and problem.
 
     Raises:
         InputError: the certificates carry no votes (a published TSV, for instance), a column is
-            damaged, or they do not say for which clients which perturbation holds.
+            damaged, or the metadata do not say which client certifies which perturbation.
     """
     problem = _column_problem(certificates)
     if problem is not None:
@@ -75,14 +75,14 @@ def verify(certificates: Certificates) -> list[Finding]:
     if PERTURBATIONS not in certificates.conditions:
         return _verified(certificates)
     try:
-        held = masks(certificates.conditions, certificates.client)
-        owners = np.sum([np.zeros(len(certificates), np.int64), *held], axis=0)
+        masks_ = masks(certificates.conditions, certificates.client)
+        owners = np.sum([np.zeros(len(certificates), np.int64), *masks_], axis=0)
         known = certificates.select(owners == 1).by_perturbation()
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
-            f"These certificates do not say whose perturbation is which ({error})."
+            f"These certificates do not say which client certifies which perturbation ({error})."
         ) from error
-    strangers = [
+    misplaced = [
         Finding(
             int(certificates.client[row]),
             int(certificates.index[row]),
@@ -90,24 +90,24 @@ def verify(certificates: Certificates) -> list[Finding]:
         )
         for row in np.flatnonzero(owners != 1)
     ]
-    return [*strangers, *(f for part in known if len(part) for f in _verified(part))]
+    return [*misplaced, *(f for part in known if len(part) for f in _verified(part))]
 
 
 def unverified(certificates: Certificates) -> tuple[str, ...]:
-    """What the certificates say that `verify` cannot compare with anything, in words."""
+    """What `verify` cannot compare with anything, in words."""
     notes = ["labels", "which images, model and data these are", "the seed"]
     notes += ["precision, batch size, device, threads, versions and seconds"]
     parts = certificates.by_perturbation() if len(certificates) else ()
     for record in (read_record(part.conditions) for part in parts):
         if record.perturbation is None:
-            notes.append("unit and threat of a perturbation that certifl does not have")
+            notes.append("unit and threat of a perturbation that certifl does not know")
         if "reach" in record.missing:
             notes.append("how far the scan was asked to look (an older record)")
     return tuple(dict.fromkeys(notes))
 
 
 def _column_problem(certificates: Certificates) -> str | None:
-    """Why columns cannot be computed with; None where they can."""
+    """Why columns cannot be used; None if they can."""
     rows = len(certificates.predicted)
     for kinds, names in _KINDS.items():
         for name in names:
@@ -127,7 +127,7 @@ def _column_problem(certificates: Certificates) -> str | None:
 
 
 def _verified(certificates: Certificates) -> list[Finding]:
-    """The same for certificates of one perturbation."""
+    """`verify` for certificates of one perturbation."""
     missing = [name for name in _NEEDED if name not in certificates.conditions]
     if missing or certificates.counts.shape[1] == 0:
         raise InputError(
@@ -176,7 +176,7 @@ def _of_rows(chosen: np.ndarray, certificates: Certificates, report: ReportRows)
 
 
 def _check_numbers(certificates: Certificates, report: ReportRows) -> np.ndarray:
-    """Which rows can be computed with; others are reported."""
+    """Which rows can be used; others are reported."""
     classes, label = certificates.counts.shape[1], certificates.label
     votes = np.concatenate([certificates.counts, certificates.selection_counts], axis=1)
     faults = {
@@ -187,14 +187,14 @@ def _check_numbers(certificates: Certificates, report: ReportRows) -> np.ndarray
     for problem, rows in faults.items():
         report(rows, problem)
     seconds = certificates.seconds
-    report(~(np.isfinite(seconds) & (seconds >= 0)), "its seconds are not a time")
+    report(~(np.isfinite(seconds) & (seconds >= 0)), "its seconds are not a duration")
     return ~np.logical_or.reduce(list(faults.values()))
 
 
 def _check_votes(
     certificates: Certificates, estimator: Estimator, report: ReportRows
 ) -> np.ndarray:
-    """Which rows have as many votes as one of the looks; others are reported."""
+    """Rows whose number of votes is one of the looks; others are reported."""
     looks, n0 = np.array(estimator.looks), estimator.settings.n0
     look = certificates.looks - 1
     known = (look >= 0) & (look < len(looks))
@@ -211,43 +211,45 @@ def _check_class(certificates: Certificates, certified: np.ndarray, report: Repo
     claimed = certificates.predicted != ABSTAINED
     selected = certificates.selection_counts.argmax(axis=1)
     report(claimed & (certificates.predicted != selected), "its class is not the selected one")
-    report(claimed & ~certified, "its votes certify nothing, yet it does not abstain")
-    report(~claimed & certified, "it abstains, yet its votes certify its class")
+    report(claimed & ~certified, "its votes certify nothing, but it does not abstain")
+    report(~claimed & certified, "it abstains, but its votes certify its class")
 
 
-def _granted(facts: Metadata) -> float:
-    """What radii may exceed those of today by, relatively: 0.0 but for records of certifl 0.1."""
-    versions = facts.get("versions")
+def _granted(metadata: Metadata) -> float:
+    """Relative excess of radii that is tolerated: 0.0, except for records of certifl 0.1."""
+    versions = metadata.get("versions")
     version = versions.get("certifl") if isinstance(versions, Mapping) else None
     old = isinstance(version, str) and version.startswith("0.1.")
-    return _OF_FLOAT32 if old and facts["law"] == UNIFORM.name else 0.0
+    return _OF_FLOAT32 if old and metadata["law"] == UNIFORM.name else 0.0
 
 
 def _report_numbers(
     name: str,
     stored: np.ndarray,
-    made: np.ndarray,
+    expected: np.ndarray,
     sign: int,
     report: ReportRows,
     granted: float = 0.0,
 ) -> None:
     """Report what claims more than its votes give (`sign` = 1: larger is more), or other than it.
 
-    Claiming more than is granted (see `_granted`) is found to the last bit. Less may be a rounding
-    of another scipy.
+    Claiming more than is granted (see `_granted`) is found to the last bit. Less may be the
+    rounding of another scipy version.
     """
     source = "the one its votes give"
-    unknown = np.isnan(made)
+    unknown = np.isnan(expected)
     report(unknown & ~np.isnan(stored), f"it has a {name}, which its estimator does not give")
-    within = unknown | (sign * stored <= sign * made * (1.0 + granted))
-    alike = np.isclose(stored, made, rtol=_ALIKE, atol=_ALIKE) | (sign * stored >= sign * made)
+    within = unknown | (sign * stored <= sign * expected * (1.0 + granted))
+    alike = np.isclose(stored, expected, rtol=_ALIKE, atol=_ALIKE) | (
+        sign * stored >= sign * expected
+    )
     alike |= unknown
     for row in np.flatnonzero(~(within & alike)):
         more, less = ("larger", "smaller") if sign > 0 else ("smaller", "larger")
         how = less if within[row] else more
         report(
             np.arange(len(stored)) == row,
-            f"its {name} {stored[row]} is {how} than {made[row]}, {source}",
+            f"its {name} {stored[row]} is {how} than {expected[row]}, {source}",
         )
 
 
