@@ -164,7 +164,7 @@ def test_another_initial_model_is_another_training(tmp_path):
 def test_beginning_from_an_unrelated_training_is_refused(tmp_path):
     federate(tmp_path / "local", Local())
     for algorithm in (FedAvg(), Personalized(FedAvg())):
-        with pytest.raises(StoreMismatch, match="cannot be gone on from"):
+        with pytest.raises(StoreMismatch, match="cannot be resumed"):
             federate(tmp_path / "new", algorithm, start_from=Checkpoints(tmp_path / "local"))
         assert Checkpoints(tmp_path / "new").latest() is None
 

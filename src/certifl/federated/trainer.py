@@ -199,12 +199,12 @@ def _begun(
 
 
 def _check_origin(origin: StoredRound, own: dict[str, Any]) -> None:
-    """Rounds of the same training, or of the one it wraps, may be gone on from."""
+    """Rounds of the same training, or of the one it wraps, may be resumed."""
     base = {**own, "finetuning_augmentation": _printed(None)}
     base["algorithm"] = own["algorithm"].get("base", own["algorithm"])
     if origin.identity not in (own, base):
         raise StoreMismatch(
-            f"{origin.path} cannot be gone on from: it is a round of another training "
+            f"{origin.path} cannot be resumed: it is a round of another training "
             f"({_difference(origin.identity, base)})."
         )
 
@@ -217,7 +217,7 @@ def _identity(
     participation: Participation | None,
     rule: Rule | None,
 ) -> dict[str, Any]:
-    """What a checkpoint must agree with to be gone on from, as plain JSON.
+    """What a checkpoint must agree with to be resumed, as plain JSON.
 
     What has its default is left out, so that checkpoints written before it existed still agree.
     """

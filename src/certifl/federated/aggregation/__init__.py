@@ -91,7 +91,7 @@ def _check_krum(options: Mapping[str, Any], participants: int) -> None:
 RULES: Registry[RuleRow] = Registry(
     "rule",
     {
-        "mean": RuleRow("certifl.federated.aggregation.clipping:Mean", parameters(), "mean"),
+        "mean": RuleRow("certifl.federated.aggregation.base:Mean", parameters(), "mean"),
         "median": RuleRow("certifl.federated.aggregation.robust:Median", parameters(), "median"),
         "trimmed-mean": RuleRow(
             "certifl.federated.aggregation.robust:TrimmedMean",
@@ -113,7 +113,7 @@ __getattr__ = lazy_names(
     __name__,
     {
         **_CLASSES,
-        "Clip": "certifl.federated.aggregation.clipping",
+        "Clip": "certifl.federated.aggregation.base",
         "Rule": "certifl.federated.aggregation.base",
     },
 )
@@ -151,6 +151,6 @@ def make_rule(name: str, options: Mapping[str, Any], clip: float | None = None) 
     rule = RULES[name](**options)
     if clip is None:
         return rule
-    from certifl.federated.aggregation.clipping import Clip
+    from certifl.federated.aggregation.base import Clip
 
     return Clip(clip, rule)

@@ -1,17 +1,19 @@
-"""What a rule of aggregation is, and what all of them share."""
+"""What an aggregation rule is, what all rules share, the mean and clipping."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from certifl.errors import InputError
 from certifl.federated.averaging import check_alike, policy_of
 from certifl.federated.states import ModelState, Parts, ServerState, Update
+from certifl.registry import check_number
+from certifl.smoothing.arrays import Floats
 
 _COORDINATES = 1 << 16
 
@@ -96,7 +98,7 @@ def is_statistic(name: str) -> bool:
     return name.rpartition(".")[2] in ("running_mean", "running_var")
 
 
-def blocks(values: Sequence[torch.Tensor]) -> Iterator[NDArray[np.float64]]:
+def blocks(values: Sequence[torch.Tensor]) -> Iterator[Floats]:
     """Tensors of one shape as rows of (n, coordinates) in float64, a block of columns at a time.
 
     A complex number is two coordinates.
@@ -105,3 +107,98 @@ def blocks(values: Sequence[torch.Tensor]) -> Iterator[NDArray[np.float64]]:
     for start in range(0, flat[0].numel(), _COORDINATES):
         rows = [row[start : start + _COORDINATES].to(torch.float64) for row in flat]
         yield torch.stack(rows).numpy()
+
+
+@dataclass(frozen=True)
+class Mean:
+    """No defense: what the clients send is what the algorithm aggregates."""
+
+    name: ClassVar[str] = "mean"
+
+    def __call__(self, broadcast: ServerState, updates: Iterable[Update]) -> Iterator[Update]:
+        """The updates as they are, one at a time."""
+        del broadcast
+        yield from updates
+
+    def check(self, participants: int) -> None:
+        """A mean is one of any number of clients."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Norm clipping of updates around what was broadcast, then another rule.
+
+      theta_i <- theta_bar + (theta_i - theta_bar) min(1, norm / ||theta_i - theta_bar||).
+
+    With the mean after it, m malicious clients of n move the result by at most norm m / n, which
+    bounds what they can do in a round and does not undo it. Weights and BatchNorm's running
+    statistics are clipped apart, each to `norm`, for they live on different scales: statistics can
+    move by no more than `norm` in a round either. Counters are left alone. Further parts that an
+    algorithm sends are clipped to the same norm around the broadcast's part of that name, or
+    around 0 where there is none. An update within the norm is handed on untouched.
+
+    Memory: one update at a time; norms are sums in float64.
+
+    Attributes:
+        norm: the largest Euclidean length.
+        then: the rule that follows.
+
+    Source: Sun, Kairouz, Suresh, McMahan, Can You Really Backdoor Federated Learning?, 2019,
+    section 4; the center as in Karimireddy, He, Jaggi, Learning from History for Byzantine Robust
+    Optimization, 2021 (one step of centered clipping from the broadcast model).
+    """
+
+    norm: float
+    then: Rule = field(default_factory=Mean)
+
+    name: ClassVar[str] = "clip"
+
+    def __post_init__(self) -> None:
+        check_number("clip", self.norm, "a number above 0", low=0, open_low=True)
+
+    def __call__(self, broadcast: ServerState, updates: Iterable[Update]) -> Iterator[Update]:
+        """Clipped updates through the rule that follows."""
+        return self.then(broadcast, (self._clipped(broadcast, update) for update in updates))
+
+    def check(self, participants: int) -> None:
+        """What the rule that follows needs."""
+        self.then.check(participants)
+
+    def _clipped(self, broadcast: ServerState, update: Update) -> Update:
+        made = {}
+        for part, held in parts_of(update).items():
+            center = broadcast.parts.get(part)
+            if center is None and part == "model":
+                raise InputError(
+                    "clip bounds how far a model moves from the one that was broadcast, but this "
+                    "algorithm broadcasts no part 'model': choose another rule."
+                )
+            made[part] = self._around(center or {}, held)
+        return with_parts(update, made)
+
+    def _around(self, center: ModelState, held: ModelState) -> ModelState:
+        """A table of tensors, weights and statistics each within the norm of the center."""
+        floating = [name for name, value in held.items() if policy_of(value) == "average"]
+        made = dict(held)
+        for kind in (False, True):
+            names = [name for name in floating if is_statistic(name) == kind]
+            length = math.sqrt(math.fsum(_square(held[n], center.get(n)) for n in names))
+            if length > self.norm:
+                for name in names:
+                    made[name] = _moved(held[name], center.get(name), self.norm / length)
+        return made
+
+
+def _square(value: torch.Tensor, center: torch.Tensor | None) -> float:
+    """Squared length of value - center; by one thread in a fixed order, the same anywhere."""
+    pair = [value, torch.zeros_like(value) if center is None else center]
+    return math.fsum(float(((block[0] - block[1]) ** 2).sum()) for block in blocks(pair))
+
+
+def _moved(value: torch.Tensor, center: torch.Tensor | None, share: float) -> torch.Tensor:
+    """The point at a share of the way from center to value, in float64, in the value's dtype."""
+    wide = value.to(torch.complex128 if value.is_complex() else torch.float64)
+    if center is None:
+        return (wide * share).to(value.dtype)
+    middle = center.to(wide.dtype)
+    return (middle + (wide - middle) * share).to(value.dtype)

@@ -1,4 +1,4 @@
-"""Krum: the update that lies closest to its nearest neighbours, or the mean of several such."""
+"""Krum: the update that lies closest to its nearest neighbors, or the mean of several such."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def module_keys(network: nn.Module, prefix: str) -> frozenset[str]:
 
 
 def norm_keys(network: nn.Module, layers: str) -> frozenset[str]:
-    """Keys of all normalisation layers: affine weights, running statistics, counters."""
+    """Keys of all normalization layers: affine weights, running statistics, counters."""
     kinds = _BATCH if layers == "batch" else _ALL
     found: frozenset[str] = frozenset()
     for name, module in network.named_modules():

@@ -12,7 +12,7 @@ from certifl.federated.training.local_training import GradientHook, LocalTrainin
 
 @dataclass(frozen=True)
 class FedProx(GlobalModel):
-    """FedProx: in its local steps every client minimises its loss and a proximal term.
+    """FedProx: in its local steps every client minimizes its loss and a proximal term.
 
       L_i(theta) + mu/2 ||theta - theta_bar||^2        (Eq. 2 of the source)
 

@@ -1,4 +1,4 @@
-"""L2GD: the randomised way to a mixture of global and local models."""
+"""L2GD: the randomized way to a mixture of global and local models."""
 
 from __future__ import annotations
 

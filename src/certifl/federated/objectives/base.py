@@ -15,7 +15,7 @@ from certifl.smoothing.laws import Law
 
 
 class Objective(Protocol):
-    """The loss that a client minimises, as a frozen record of its hyper-parameters.
+    """The loss that a client minimizes, as a frozen record of its hyper-parameters.
 
     Attributes:
         name: its key in `OBJECTIVES`.
@@ -74,10 +74,10 @@ def smoothing_of(batch: Batch, objective: str) -> Smoothing | None:
 
 # Several noisy copies of a batch in one forward pass.
 #
-# Copies are concatenated, not passed one after the other. BatchNorm then normalises all of them
+# Copies are concatenated, not passed one after the other. BatchNorm then normalizes all of them
 # with
 # the same statistics, those of the whole noisy mixture that its running averages estimate, and
-# updates these once a step, as with one copy. Passed apart, each copy would be normalised by its
+# updates these once a step, as with one copy. Passed apart, each copy would be normalized by its
 # own statistics, and differences between two copies of an image would measure which images share a
 # batch as well as the noise.
 

@@ -20,7 +20,7 @@ from certifl.perturbations import PixelNoise
 
 @dataclass(frozen=True)
 class SmoothAdv:
-    """Cross entropy on m noisy copies, with the noise's centre moved to where it hurts most.
+    """Cross entropy on m noisy copies, with the noise's center moved to where it hurts most.
 
     With F the softmax output and eps_1 ... eps_m drawn once for attack and training,
 

@@ -86,7 +86,7 @@ def batch_bounds(images: int, batch_size: int) -> list[tuple[int, int]]:
     """Where the batches of an epoch begin and end; the last may be smaller.
 
     A single image left over joins the batch before it (unless batches are of one image anyway),
-    because BatchNorm cannot normalise a batch of one. This holds for every network, so that two
+    because BatchNorm cannot normalize a batch of one. This holds for every network, so that two
     architectures see the same batches.
     """
     starts = list(range(0, images, batch_size))

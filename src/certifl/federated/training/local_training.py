@@ -33,9 +33,17 @@ from certifl.federated.training.batches import (
     PerClient,
     augmentation_of,
 )
-from certifl.federated.training.precision import TRAINING_PRECISIONS, InBfloat16, isolated_rng
 from certifl.federated.training.schedule import Schedule
-from certifl.federated.training.steps import GradientHook, Outcome, Step, StepContext, plain_step
+from certifl.federated.training.steps import (
+    TRAINING_PRECISIONS,
+    GradientHook,
+    InBfloat16,
+    Outcome,
+    Step,
+    StepContext,
+    isolated_rng,
+    plain_step,
+)
 from certifl.models import state_of
 from certifl.module_copies import copy_of
 from certifl.registry import check_choice
@@ -101,12 +109,12 @@ class LocalTraining:
 
     Args:
         model: the architecture; a copy of it is used, its weights do not matter.
-        schedule: rounds, epochs and optimiser.
+        schedule: rounds, epochs and optimizer.
         seed: all random streams are derived from it.
         augmentation: perturbation sampled once per image and step in the schedule's rounds (the
             one-sample estimate of Eq. 3), or every client's own; None = none.
-        finetuning_augmentation: the same for personalisation, which may differ; None = none.
-        objective: what is minimised on a batch; the paper's Eq. (3) unless told otherwise.
+        finetuning_augmentation: the same for personalization, which may differ; None = none.
+        objective: what is minimized on a batch; the paper's Eq. (3) unless told otherwise.
         privacy: makes every client's gradients noisy and its batches random in size; None = none.
         device: where the passes run.
         precision: a name in `TRAINING_PRECISIONS`.
@@ -191,7 +199,7 @@ class LocalTraining:
             momentum: buffers the client kept; ignored where the schedule resets them.
             hook: changes gradients before each step.
             weight_decay: instead of the schedule's.
-            step: what is done with each batch; None = gradient, hook, optimiser.
+            step: what is done with each batch; None = gradient, hook, optimizer.
             stream: names random streams of its own, where one round passes over the images twice.
             lr_factor: multiplies the schedule's learning rates.
             epochs: passes instead of the schedule's, at the learning rate of the round's first.
@@ -199,7 +207,7 @@ class LocalTraining:
 
         Raises:
             TrainingDiverged: the loss or the weights stopped being finite.
-            ModelError: the model normalises over batches, and the client has one image.
+            ModelError: the model normalizes over batches, and the client has one image.
         """
         schedule = self.schedule
         first = round * schedule.local_epochs
@@ -221,7 +229,7 @@ class LocalTraining:
     def finetune(
         self, start: ModelState, data: ClientData, round: int, *, epochs: int, lr: float | None
     ) -> Trained:
-        """Passes of personalisation: its own augmentation, a constant rate, fresh momentum.
+        """Passes of personalization: its own augmentation, a constant rate, fresh momentum.
 
         Args:
             start: the model to start from.
@@ -238,7 +246,7 @@ class LocalTraining:
     def second_model(
         self, start: ModelState, *, momentum: ModelState | None = None, weight_decay: float
     ) -> StepContext:
-        """A second model under training, with an optimiser of its own, for steps that move two.
+        """A second model under training, with an optimizer of its own, for steps that move two.
 
         It lives as long as the caller keeps it. Its learning rate is the schedule's first until
         the caller sets another; `result_of` tells what has become of it.
@@ -246,7 +254,7 @@ class LocalTraining:
         Args:
             start: the model to start from.
             momentum: buffers the client kept; ignored where the schedule resets them.
-            weight_decay: of its optimiser.
+            weight_decay: of its optimizer.
 
         Raises:
             SpecError: with privacy, whose noise a second model would not have.
@@ -369,7 +377,7 @@ def _training(model: nn.Module) -> nn.Module:
 
 
 def check_images(model: nn.Module, sizes: Mapping[int, int]) -> None:
-    """Refuse clients with one image for a network that normalises over batches.
+    """Refuse clients with one image for a network that normalizes over batches.
 
     With the statistics of a single image BatchNorm fails, where one pixel is left of it, or learns
     from nothing but that image; such a client would stay untrained and be certified all the same.
@@ -395,7 +403,7 @@ def check_images(model: nn.Module, sizes: Mapping[int, int]) -> None:
 
 
 def check_batches(model: nn.Module, batch_size: int) -> None:
-    """Refuse batches of one image for a network that normalises over batches.
+    """Refuse batches of one image for a network that normalizes over batches.
 
     Raises:
         ModelError: names the layer.

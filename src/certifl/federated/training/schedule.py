@@ -16,14 +16,14 @@ MOMENTUM_BETWEEN_ROUNDS = {
 class Schedule:
     """How long and how fast: rounds of local epochs of SGD, with step decay over ALL epochs.
 
-    The optimiser's state never travels. What happens to a client's momentum buffers between its
+    The optimizer's state never travels. What happens to a client's momentum buffers between its
     rounds is `momentum_between_rounds`; the paper's published code keeps them.
 
     Attributes:
         rounds: communication rounds.
         local_epochs: passes over the client's images in each round.
         batch_size: images in a step. The last smaller batch of an epoch is trained on too, but a
-            single image left over joins the batch before it: BatchNorm cannot normalise one image.
+            single image left over joins the batch before it: BatchNorm cannot normalize one image.
         lr: learning rate of the first epoch.
         momentum: of SGD, 0 = none.
         weight_decay: of SGD, coefficient of ||theta||^2 / 2 inside the client's loss L_i.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from certifl.federated.objectives import Objective
 from certifl.federated.states import ModelState
 from certifl.federated.training import foreach
 from certifl.federated.training.batches import Batch
+from certifl.torch_env import exact_convolutions
 
 GradientHook = Callable[[Mapping[str, nn.Parameter]], None]
 """Called before the step with the parameters that have a gradient, by name. May change gradients
@@ -46,7 +48,7 @@ class StepContext:
         parameters: the trainable ones, by name.
         optimizer: over exactly these.
         objective: the loss of a batch.
-        hook: changes gradients before the optimiser moves.
+        hook: changes gradients before the optimizer moves.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class StepContext:
             return Outcome(loss.detach() * len(batch), (logits.argmax(1) == batch.labels).sum())
 
     def optimizer_step(self) -> None:
-        """Let the hook change the gradients, then the optimiser moves the weights."""
+        """Let the hook change the gradients, then the optimizer moves the weights."""
         if self._hook is not None:
             with torch.no_grad():
                 self._hook(_reached(self.parameters))
@@ -137,7 +139,7 @@ class StepContext:
         return {name: value.detach().clone() for name, value in self.parameters.items()}
 
     def momentum_buffers(self) -> ModelState:
-        """The optimiser's momentum buffers on the CPU, by parameter."""
+        """The optimizer's momentum buffers on the CPU, by parameter."""
         states = self._optimizer.state
         buffers = {n: states[p].get("momentum_buffer") for n, p in self.parameters.items()}
         return {n: b.detach().to("cpu", copy=True) for n, b in buffers.items() if b is not None}
@@ -157,7 +159,67 @@ Step = Callable[[StepContext, Batch], Outcome]
 
 
 def plain_step(context: StepContext, batch: Batch) -> Outcome:
-    """SGD: the gradient of the batch, the hook, the optimiser's move."""
+    """SGD: the gradient of the batch, the hook, the optimizer's move."""
     outcome = context.compute_gradients(batch)
     context.optimizer_step()
     return outcome
+
+
+# Arithmetic and randomness around the steps.
+
+TRAINING_PRECISIONS = {
+    "float32": "weights, activations and gradients in float32",
+    "bfloat16": "convolutions and matrix products in bfloat16; weights, their gradients, momentum "
+    "and the loss stay in float32",
+}
+
+
+@dataclass(frozen=True)
+class InBfloat16:
+    """An objective whose network computes in bfloat16 (autocast) and answers in float32.
+
+    bfloat16 has the range of float32, so losses need no scaling.
+
+    Attributes:
+        objective: what is minimized.
+
+    Source: Micikevicius et al., Mixed Precision Training, 2018; Kalamkar et al., A Study of
+    BFLOAT16 for Deep Learning Training, 2019.
+    """
+
+    objective: Objective
+
+    name: ClassVar[str] = "bfloat16"
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The objective's loss and logits."""
+        return self.objective(_Rounding(model), batch)
+
+
+class _Rounding(nn.Module):
+    """A network under autocast."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            return self.network(images).float()
+
+
+@contextlib.contextmanager
+def isolated_rng(device: torch.device, seed: int) -> Iterator[None]:
+    """Lets modules that draw from the global generator (dropout) draw from a derived one.
+
+    On CUDA, convolutions are held to their deterministic algorithms meanwhile, so that a resumed
+    run repeats the interrupted one.
+    """
+    cuda = device.type == "cuda"
+    index = [torch.cuda.current_device() if device.index is None else device.index] if cuda else []
+    with torch.random.fork_rng(devices=index), exact_convolutions(device):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(index[0]):
+                torch.cuda.manual_seed(seed)
+        yield
