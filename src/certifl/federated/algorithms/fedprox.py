@@ -1,4 +1,4 @@
-"""FedProx: federated averaging whose clients are held near the global model."""
+"""FedProx: federated averaging whose clients stay near the global model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FedProx(GlobalModel):
     with theta_bar the global model as broadcast, and the server averages. The proximal term keeps
     clients whose images differ from drifting apart within a round. Its gradient
     mu (theta - theta_bar) is added to that of the loss, so momentum applies to both. Parameters
-    are held, BatchNorm's running statistics are not. The pull is stable for
+    are pulled, BatchNorm's running statistics are not. The pull is stable for
     lr mu < 2 (1 + momentum).
 
     Clients take the schedule's passes where the source allows each its own inexactness gamma.

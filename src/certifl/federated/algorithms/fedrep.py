@@ -17,8 +17,8 @@ from certifl.federated.training.local_training import GradientHook, LocalTrainin
 class FedRep(GlobalModel):
     """FedRep: a representation that all clients train, and a head of its own for each.
 
-    In a round every client first trains its head with the representation held still, then the
-    representation with its head held still, and sends the representation.
+    In a round every client first trains its head with the representation frozen, then the
+    representation with its head frozen, and sends the representation.
 
     The head's passes take `head_epochs` at the round's learning rate with fresh momentum and
     random streams of their own; those of the representation are the schedule's. In what a client
@@ -81,13 +81,13 @@ class FedRep(GlobalModel):
 
 
 def _freeze(names: Collection[str], but: Collection[str]) -> GradientHook | None:
-    """Takes the gradients of these weights away, so that no step moves them."""
-    held = frozenset(names).difference(but)
-    if not held:
+    """A hook that removes the gradients of these weights."""
+    frozen = frozenset(names).difference(but)
+    if not frozen:
         return None
 
     def hook(parameters: Mapping[str, nn.Parameter]) -> None:
-        for name in held & parameters.keys():
+        for name in frozen & parameters.keys():
             parameters[name].grad = None
 
     return hook

@@ -1,4 +1,4 @@
-"""Training alone: every client on its own images, without communication."""
+"""Local training: every client on its own images, without communication."""
 
 from __future__ import annotations
 

@@ -33,14 +33,14 @@ class Augmented:
 
 @dataclass(frozen=True)
 class Stability:
-    """Cross entropy on the clean image, plus that of the noisy answer against the clean one.
+    """Cross entropy on the clean image, plus that between noisy and clean predictions.
 
     With F the softmax output and one draw eps,
 
       L = CE(F(x), y) - lambda sum_c F(x)_c log F(T_eps(x))_c.
 
-    Gradients flow through both factors. Labels are only learned on clean images. weight = 0 is
-    nominal training (`Augmented` without a perturbation), bit for bit. It asks nothing of the law.
+    Gradients flow through both factors. Labels are used on clean images only. weight = 0 is
+    nominal training (`Augmented` without a perturbation), bit for bit. Any distribution will do.
 
     Attributes:
         weight: lambda; 2 is usual for sigma up to 0.5.
@@ -57,28 +57,28 @@ class Stability:
         OBJECTIVES.check_component(self)
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss above as a mean over the batch; judged by the clean images."""
+        """The loss above as a mean over the batch; logits of the clean images."""
         if batch.augmentation is None or self.weight == 0:
-            logits = model(batch.images.clone())  # the network may write into it
+            logits = model(batch.images.clone())  # the network may modify it in place
             return functional.cross_entropy(logits, batch.labels), logits
         both = model(torch.cat([batch.images, batch.draw()]))
         clean, noisy = by_copy(both, 2)
-        answers = clean.softmax(-1)
-        distance = -(answers * noisy.log_softmax(-1)).sum(-1).mean()
+        target = clean.softmax(-1)
+        distance = -(target * noisy.log_softmax(-1)).sum(-1).mean()
         return functional.cross_entropy(clean, batch.labels) + self.weight * distance, clean
 
 
 @dataclass(frozen=True)
 class Consistency:
-    """Cross entropy on m noisy copies, plus a price for copies that disagree.
+    """Cross entropy on m noisy copies, plus a penalty where they disagree.
 
     With F the softmax output, eps_i the draws and F_hat(x) = 1/m sum_i F(T_{eps_i}(x)),
 
       L = 1/m sum_i CE(F(T_{eps_i}(x)), y)
           + lambda 1/m sum_i KL(F_hat(x) || F(T_{eps_i}(x))) + eta H(F_hat(x)).
 
-    The entropy H keeps F_hat from becoming consistent by becoming undecided. Gradients flow
-    through F_hat too. It asks nothing of the law, so it serves every perturbation.
+    The entropy H keeps F_hat from becoming consistent by becoming uncertain. Gradients flow
+    through F_hat too. It works with every perturbation.
 
     One copy and no entropy is `Augmented`, bit for bit: the divergence is then zero.
 
@@ -102,7 +102,7 @@ class Consistency:
         OBJECTIVES.check_component(self)
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss above as a mean over the batch; judged by the first copy."""
+        """The loss above as a mean over the batch; logits of the first copy."""
         if batch.augmentation is None:
             return single(model, batch)
         logits = model(noisy_copies(batch, self.copies))
