@@ -71,7 +71,7 @@ class Algorithm(Protocol):
             broadcast: the server's state; its `round` counts from 0.
             state: this client's state after the last round it took part in.
             data: the client's images.
-            training: the schedule's passes over them.
+            training: trains the schedule's epochs.
 
         Raises:
             TrainingDiverged: the loss or the weights stopped being finite.

@@ -20,10 +20,10 @@ class FedRep(GlobalModel):
     In a round every client first trains its head with the representation frozen, then the
     representation with its head frozen, and sends the representation.
 
-    The head's passes take `head_epochs` at the round's learning rate with fresh momentum and
+    The head is trained for `head_epochs` at the round's learning rate with fresh momentum and
     random streams of their own; those of the representation are the schedule's. In what a client
     sends the head is as it was broadcast, so nothing of it leaves. BatchNorm's running statistics
-    of the representation follow both kinds of passes and are averaged.
+    of the representation follow both trainings and are averaged.
 
     Without a head (`head = ""`) this is federated averaging, bit for bit.
 
@@ -33,7 +33,7 @@ class FedRep(GlobalModel):
     Attributes:
         head: name of the part of the network that is personal, such as "head"; None = its last
             layer with weights; "" = nothing.
-        head_epochs: passes of the head in each round, from 1.
+        head_epochs: of the head in each round, from 1.
         weighting: "uniform" (1/n) or "size" (by number of training images).
 
     Raises:

@@ -24,7 +24,7 @@ class Personalized:
 
     Attributes:
         base: any other algorithm.
-        epochs: passes of fine-tuning over the client's images.
+        epochs: of fine-tuning.
         lr: learning rate of fine-tuning, constant; None = that of the schedule's last epoch.
 
     Raises:
