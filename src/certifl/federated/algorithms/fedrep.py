@@ -20,9 +20,9 @@ class FedRep(GlobalModel):
     In a round every client first trains its head with the representation frozen, then the
     representation with its head frozen, and sends the representation.
 
-    The head is trained for `head_epochs` at the round's learning rate with fresh momentum and
-    random streams of their own; those of the representation are the schedule's. In what a client
-    sends the head is as it was broadcast, so nothing of it leaves. BatchNorm's running statistics
+    The head is trained for `head_epochs` at the round's learning rate, with fresh momentum and its
+    own random streams; the representation for the schedule's epochs. In what a client sends the
+    head is as it was broadcast, so that nothing of it leaves. BatchNorm's running statistics
     of the representation follow both trainings and are averaged.
 
     Without a head (`head = ""`) this is federated averaging, bit for bit.
