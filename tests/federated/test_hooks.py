@@ -56,20 +56,20 @@ def weights(count: int = 4, seed: int = 0) -> dict[str, nn.Parameter]:
     return made
 
 
-CENTRE: ModelState = {name: value.detach() for name, value in weights(seed=1).items()}
-CORRECTION: ModelState = {name: CENTRE[name] for name in ("w0", "w2")}
+CENTER: ModelState = {name: value.detach() for name, value in weights(seed=1).items()}
+CORRECTION: ModelState = {name: CENTER[name] for name in ("w0", "w2")}
 
 
 def pulled(name: str, parameter: nn.Parameter) -> None:
     """Eq. (5) as it is written, with lambda = 0.3."""
     assert parameter.grad is not None
     parameter.grad.mul_(0.3)
-    parameter.grad.add_(parameter - CENTRE[name], alpha=2 * (1 - 0.3))
+    parameter.grad.add_(parameter - CENTER[name], alpha=2 * (1 - 0.3))
 
 
 def near(name: str, parameter: nn.Parameter) -> None:
     assert parameter.grad is not None
-    parameter.grad.add_(parameter - CENTRE[name], alpha=0.7)
+    parameter.grad.add_(parameter - CENTER[name], alpha=0.7)
 
 
 def corrected(name: str, parameter: nn.Parameter) -> None:
@@ -80,8 +80,8 @@ def corrected(name: str, parameter: nn.Parameter) -> None:
 
 Formula = Callable[[str, nn.Parameter], None]
 HOOKS: dict[str, tuple[Callable[[], GradientHook | None], Formula]] = {
-    "mixture": (lambda: Mixture(0.3).hook(ServerState(0, {"model": CENTRE}), training()), pulled),
-    "held near": (lambda: proximal_hook(CENTRE, 0.7), near),
+    "mixture": (lambda: Mixture(0.3).hook(ServerState(0, {"model": CENTER}), training()), pulled),
+    "held near": (lambda: proximal_hook(CENTER, 0.7), near),
     "scaffold": (lambda: _MeanGradient(CORRECTION), corrected),
 }
 
@@ -127,7 +127,7 @@ def test_a_hook_launches_as_much_for_many_weights_as_for_few(name, monkeypatch):
     counts = []
     for count in (4, 40):
         every = {n: p.detach() for n, p in weights(count, seed=1).items()}
-        monkeypatch.setitem(globals(), "CENTRE", every)
+        monkeypatch.setitem(globals(), "CENTER", every)
         monkeypatch.setitem(globals(), "CORRECTION", every)
         on = context_of(weights(count), HOOKS[name][0]())
         on.optimizer_step()  # the first of a round may make places
@@ -167,7 +167,7 @@ def test_a_hook_is_called_with_the_weights_that_have_a_gradient():
     context_of(parameters, hook).optimizer_step()
     assert asked == ["w1", "w2", "w3"]
     assert all(parameter.grad is None for parameter in parameters.values())
-    context_of(parameters, proximal_hook(CENTRE, 0.7)).optimizer_step()
+    context_of(parameters, proximal_hook(CENTER, 0.7)).optimizer_step()
     assert all(parameter.grad is None for parameter in parameters.values())
 
 

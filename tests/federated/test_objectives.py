@@ -279,7 +279,7 @@ def test_limits_are_augmentation_bit_for_bit(objective, augmentation, plain):
 
 
 @every_robust
-def test_batch_normalisation_sees_one_batch_a_step_and_draws_repeat(objective):
+def test_batch_normalization_sees_one_batch_a_step_and_draws_repeat(objective):
     trained = passed(objective, PIXEL)
     assert_same(passed(objective, PIXEL).state, trained.state)
     augmented = passed(Augmented(), PIXEL)
@@ -306,7 +306,7 @@ def test_every_algorithm_trains_with_every_objective(algorithm, objective):
     assert update.metrics == again[0].metrics
 
 
-def test_fine_tuning_minimises_the_objective_too():
+def test_fine_tuning_minimizes_the_objective_too():
     data, start = client_data(0), state_of(TinyNet())
     results = [
         LocalTraining(

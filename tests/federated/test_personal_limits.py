@@ -24,11 +24,11 @@ from certifl.federated import (
     state_of,
 )
 from certifl.federated.algorithms.common import norm_keys
-from quadratics import BEST, CENTRES, CURVATURES, value
+from quadratics import BEST, CENTERS, CURVATURES, value
 from tiny_federation import TinyNet, assert_same, client_data, clients, differ, training
 
 either_momentum = pytest.mark.parametrize("momentum", ["reset", "keep"])
-CLIENTS = list(zip(CURVATURES, CENTRES, strict=True))
+CLIENTS = list(zip(CURVATURES, CENTERS, strict=True))
 
 
 @either_momentum
@@ -332,7 +332,7 @@ def test_per_fedavg_settles_where_its_source_says(approximation, power):
     algorithm = PerFedAvg(alpha, approximation)
     server, states = quadratics.run(algorithm, local)
     weights = [a * (1 - alpha * a) ** power for a in CURVATURES]
-    best = sum(w * b for w, b in zip(weights, CENTRES, strict=True)) / sum(weights)
+    best = sum(w * b for w, b in zip(weights, CENTERS, strict=True)) / sum(weights)
     assert value(server.parts["model"]) == pytest.approx(best, abs=1e-6)
     for (a, b), state in zip(CLIENTS, states, strict=True):
         model = algorithm.deployed(server, state)

@@ -72,7 +72,7 @@ def test_choices_that_agree_are_one_and_strangers_are_refused() -> None:
     assert combine_augmentations([noise, tiny_federation.Noise()]) is noise
     assert combine_augmentations([None, None]) is None
     assert augmentation_of(noise, 7) is noise
-    with pytest.raises(InputError, match="client 2 is none of them"):
+    with pytest.raises(InputError, match="client 2 has none"):
         augmentation_of(PerClient((noise, None)), 2)
 
 

@@ -34,7 +34,7 @@ class APFL(GlobalModel):
     Deployed by client i: m_i with the last global model (the global model where it never trained).
 
     Attributes:
-        alpha: share of the client's own model, in [0, 1], at the beginning; held to it,
+        alpha: share of the client's own model, in [0, 1], at the beginning; fixed,
             0 = federated averaging and 1 = local training, both bit for bit.
         adaptive: whether alpha_i is learned.
         weighting: of the global average: "uniform" (1/n) or "size" (by number of training images).
@@ -77,7 +77,7 @@ class APFL(GlobalModel):
         }
         metrics = {**trained.metrics, "alpha": step.alpha}
         update = Update(data.client, len(data), trained.state, metrics)
-        return update, ClientState({part: held for part, held in parts.items() if held})
+        return update, ClientState({part: tensors for part, tensors in parts.items() if tensors})
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The mixture of the client's own model and the global one."""

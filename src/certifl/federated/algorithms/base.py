@@ -1,8 +1,8 @@
-"""What an algorithm is: a frozen record of hyper-parameters; state goes in and comes out.
+"""The interface of algorithms: frozen records of hyper-parameters, with explicit state.
 
 The client half (`client_round`) and the server half (`init`, `aggregate`) are apart, so the same
 object runs in one process and over a network. Nothing here is ever mutated: a client round copies
-what it starts from, the server builds a new state, and whoever drives the rounds keeps the states.
+what it starts from, the server builds a new state, and the caller keeps the states.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ class Algorithm(Protocol):
     def client_round(
         self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining
     ) -> tuple[Update, ClientState]:
-        """One client's round: what it sends, and what it keeps.
+        """One client's round: its update, and its next state.
 
         Args:
             broadcast: the server's state; its `round` counts from 0.
-            state: what this client kept from the last round it took part in.
+            state: this client's state after the last round it took part in.
             data: the client's images.
-            training: the schedule's passes over them.
+            training: trains the schedule's epochs.
 
         Raises:
             TrainingDiverged: the loss or the weights stopped being finite.
@@ -184,6 +184,6 @@ class GlobalModel:
 
 
 def needed_by_clients(algorithm: Algorithm, parts: Parts) -> Parts:
-    """What of the server's parts has to be sent to clients, and is enough for them."""
+    """The server's parts that clients need."""
     needs = algorithm.client_needs
     return parts if needs is None else {part: parts[part] for part in needs if part in parts}

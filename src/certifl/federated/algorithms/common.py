@@ -17,7 +17,7 @@ def proximal_hook(center: ModelState, mu: float, loss_weight: float = 1.0) -> Gr
     """The gradient of theta becomes loss_weight times itself plus mu (theta - center).
 
     Args:
-        center: on the device of the passes (`LocalTraining.on_device`).
+        center: on the training device (`LocalTraining.on_device`).
         mu: weight of the proximal term mu/2 ||theta - center||^2; at 0 there is nothing to hold,
             and no hook.
         loss_weight: of the loss beside it.
@@ -55,7 +55,7 @@ def module_keys(network: nn.Module, prefix: str) -> frozenset[str]:
 
 
 def norm_keys(network: nn.Module, layers: str) -> frozenset[str]:
-    """Keys of all normalisation layers: affine weights, running statistics, counters."""
+    """Keys of all normalization layers: affine weights, running statistics, counters."""
     kinds = _BATCH if layers == "batch" else _ALL
     found: frozenset[str] = frozenset()
     for name, module in network.named_modules():

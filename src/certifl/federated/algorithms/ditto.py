@@ -1,4 +1,4 @@
-"""Ditto: a personal model beside federated averaging, held near the global one."""
+"""Ditto: a personal model beside federated averaging, kept near the global one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Ditto(GlobalModel):
     Deployed by client i: its own v_i (the global model where it never trained).
 
     Attributes:
-        mu: lambda of the source, from 0: how much v_i is held near the global model; 0 = local
+        mu: lambda of the source, from 0: how strongly v_i is pulled to the global model; 0 = local
             training, bit for bit.
         weighting: of the global average: "uniform" (1/n) or "size" (by number of training images).
 
@@ -37,7 +37,7 @@ class Ditto(GlobalModel):
     weighting: str = "uniform"
 
     name = "ditto"
-    deploys = "its own model, held near the global model"
+    deploys = "its own model, kept near the global model"
     keeps_client_state = True
     personal_part = "model"
 

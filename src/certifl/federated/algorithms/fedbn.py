@@ -1,4 +1,4 @@
-"""FedBN: federated averaging of everything but the normalisation layers."""
+"""FedBN: federated averaging of everything but the normalization layers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class FedBN(GlobalModel):
     change. Without such layers this is federated averaging, bit for bit: networks with GroupNorm
     have none, `layers = "all"` keeps theirs at home instead.
 
-    Deployed by client i: the global model with its own normalisation layers (the initial ones
+    Deployed by client i: the global model with its own normalization layers (the initial ones
     where it never trained).
 
     Attributes:
-        layers: "batch" (BatchNorm, the source's) or "all" (every normalisation layer).
+        layers: "batch" (BatchNorm, the source's) or "all" (every normalization layer).
         weighting: "uniform" (1/n) or "size" (by number of training images).
 
     Source: Li, Jiang, Zhang, Kamp, Dou, FedBN: Federated Learning on Non-IID Features via Local
@@ -34,7 +34,7 @@ class FedBN(GlobalModel):
     weighting: str = "uniform"
 
     name = "fedbn"
-    deploys = "the global model with its own normalisation layers"
+    deploys = "the global model with its own normalization layers"
     keeps_client_state = True
 
     def client_round(

@@ -1,4 +1,4 @@
-"""FedProx: federated averaging whose clients are held near the global model."""
+"""FedProx: federated averaging whose clients stay near the global model."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from certifl.federated.training.local_training import GradientHook, LocalTrainin
 
 @dataclass(frozen=True)
 class FedProx(GlobalModel):
-    """FedProx: in its local steps every client minimises its loss and a proximal term.
+    """FedProx: in its local steps every client minimizes its loss and a proximal term.
 
       L_i(theta) + mu/2 ||theta - theta_bar||^2        (Eq. 2 of the source)
 
     with theta_bar the global model as broadcast, and the server averages. The proximal term keeps
     clients whose images differ from drifting apart within a round. Its gradient
     mu (theta - theta_bar) is added to that of the loss, so momentum applies to both. Parameters
-    are held, BatchNorm's running statistics are not. The pull is stable for
+    are pulled, BatchNorm's running statistics are not. The pull is stable for
     lr mu < 2 (1 + momentum).
 
     Clients take the schedule's passes where the source allows each its own inexactness gamma.

@@ -17,13 +17,13 @@ from certifl.federated.training.local_training import GradientHook, LocalTrainin
 class FedRep(GlobalModel):
     """FedRep: a representation that all clients train, and a head of its own for each.
 
-    In a round every client first trains its head with the representation held still, then the
-    representation with its head held still, and sends the representation.
+    In a round every client first trains its head with the representation frozen, then the
+    representation with its head frozen, and sends the representation.
 
-    The head's passes take `head_epochs` at the round's learning rate with fresh momentum and
-    random streams of their own; those of the representation are the schedule's. In what a client
-    sends the head is as it was broadcast, so nothing of it leaves. BatchNorm's running statistics
-    of the representation follow both kinds of passes and are averaged.
+    The head is trained for `head_epochs` at the round's learning rate, with fresh momentum and its
+    own random streams; the representation for the schedule's epochs. In what a client sends the
+    head is as it was broadcast, so that nothing of it leaves. BatchNorm's running statistics
+    of the representation follow both trainings and are averaged.
 
     Without a head (`head = ""`) this is federated averaging, bit for bit.
 
@@ -33,7 +33,7 @@ class FedRep(GlobalModel):
     Attributes:
         head: name of the part of the network that is personal, such as "head"; None = its last
             layer with weights; "" = nothing.
-        head_epochs: passes of the head in each round, from 1.
+        head_epochs: of the head in each round, from 1.
         weighting: "uniform" (1/n) or "size" (by number of training images).
 
     Raises:
@@ -81,13 +81,13 @@ class FedRep(GlobalModel):
 
 
 def _freeze(names: Collection[str], but: Collection[str]) -> GradientHook | None:
-    """Takes the gradients of these weights away, so that no step moves them."""
-    held = frozenset(names).difference(but)
-    if not held:
+    """A hook that removes the gradients of these weights."""
+    frozen = frozenset(names).difference(but)
+    if not frozen:
         return None
 
     def hook(parameters: Mapping[str, nn.Parameter]) -> None:
-        for name in held & parameters.keys():
+        for name in frozen & parameters.keys():
             parameters[name].grad = None
 
     return hook

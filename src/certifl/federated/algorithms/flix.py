@@ -66,7 +66,7 @@ class FLIX(GlobalModel):
         kept, metrics = dict(state.parts), dict[str, float]()
         if mix > 0 and "own" not in kept:
             kept, metrics = _alone(shared, data, training)
-        if mix == 1:  # nothing else is left to train
+        if mix == 1:  # nothing else to train
             return Update(data.client, len(data), None, metrics), ClientState(kept)
         trained = training.train_epochs(
             {**shared, **kept.get("statistics", {})},
@@ -120,4 +120,4 @@ def _alone(
     assert trained is not None
     weights, statistics = split_state(start, set(training.trainable))
     parts = {"own": weights, "statistics": statistics}
-    return {part: held for part, held in parts.items() if held}, trained.metrics
+    return {part: tensors for part, tensors in parts.items() if tensors}, trained.metrics

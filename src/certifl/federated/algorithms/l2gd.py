@@ -1,4 +1,4 @@
-"""L2GD: the randomised way to a mixture of global and local models."""
+"""L2GD: the randomized way to a mixture of global and local models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from certifl.federated.training.local_training import LocalTraining
 class L2GD(GlobalModel):
     """Loopless local gradient descent: for every step one coin, thrown for all clients together.
 
-    Heads (probability p), everybody moves towards the average; tails, everybody takes a step on
+    Heads (probability p), all clients move towards the average; tails, all take a step on
     its own loss:
 
       theta_i <- theta_i - (gamma / p) 2 (1 - lambda) (theta_i - theta_bar)

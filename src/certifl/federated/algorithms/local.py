@@ -1,4 +1,4 @@
-"""Training alone: every client on its own images, without communication."""
+"""Local training: every client on its own images, without communication."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from certifl.federated.algorithms.base import GlobalModel
 
 @dataclass(frozen=True)
 class Local(GlobalModel):
-    """Local training: each client minimises its own loss L_i(theta_i), Eq. (4) with lambda = 1.
+    """Local training: each client minimizes its own loss L_i(theta_i), Eq. (4) with lambda = 1.
 
     All clients begin with the same initial model. Rounds only cut the training into the same
     pieces as in the other algorithms; nothing is sent.

@@ -19,7 +19,7 @@ _FEWEST = 2
 
 @dataclass(frozen=True)
 class PerFedAvg(GlobalModel):
-    """Per-FedAvg: federated averaging of what is good AFTER a step of personalisation.
+    """Per-FedAvg: federated averaging of what is good AFTER a step of personalization.
 
       min over theta of mean_i L_i(theta - alpha grad L_i(theta)),    alpha = inner_lr.
 

@@ -35,7 +35,7 @@ class Scaffold(GlobalModel):
     round is federated averaging.
 
     The source divides sums by the number of all clients. Here c is the mean over the clients that
-    have taken part so far, because a server need not know who else there is; once everybody has
+    have taken part so far, because a server need not know the others; once all clients have
     taken part, and always with full participation, the two agree.
 
     BatchNorm's running statistics are averaged, without `server_lr`.
@@ -132,7 +132,7 @@ def _recorded(updates: Iterable[Update], senders: list[int]) -> Iterable[Update]
         if "control_step" in update.extra:
             senders.append(update.client)
         yield update
-        del update  # or it would be held while the next one arrives
+        del update  # frees it before the next one arrives
 
 
 def _mean_control(

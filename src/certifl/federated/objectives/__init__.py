@@ -26,7 +26,7 @@ OBJECTIVES: Registry[Row] = Registry(
     {
         "augmented": Row("certifl.federated.objectives.simple:Augmented", parameters(), ""),
         "consistency": Row(
-            "certifl.federated.objectives.consistency:Consistency",
+            "certifl.federated.objectives.simple:Consistency",
             parameters(
                 copies=(PositiveInt, 2), weight=(NonNegative, 10.0), entropy=(NonNegative, 0.5)
             ),
