@@ -23,7 +23,7 @@ from certifl.federated.aggregation import RULES, check_rule, make_rule
 from certifl.federated.training.schedule import Schedule, participants
 from certifl.models import MODELS
 from certifl.perturbations import describe as describe_perturbation
-from certifl.perturbations import from_description as perturbation_asked
+from certifl.perturbations import from_description as new_perturbation
 from certifl.perturbations import from_record as perturbation_from
 from certifl.perturbations.units import parse_amount, parse_amounts
 from certifl.registry import choices
@@ -49,17 +49,17 @@ class Section(BaseModel):
 
 
 def once(method: Callable[[S], R]) -> Callable[[S], R]:
-    """A method without arguments whose result is kept: a description is built once."""
+    """A method without arguments, called once per object: its result is cached."""
     key = f"_{method.__name__}"
 
     @functools.wraps(method)
-    def kept(self: S) -> R:
-        kept = self.__dict__  # pydantic compares, copies and writes the fields alone
-        if key not in kept:
-            kept[key] = method(self)
-        return kept[key]
+    def cached(self: S) -> R:
+        values = self.__dict__  # pydantic compares and writes fields alone
+        if key not in values:
+            values[key] = method(self)
+        return values[key]
 
-    return kept
+    return cached
 
 
 def _perturbation(*words: str) -> BeforeValidator:
@@ -74,7 +74,7 @@ def _perturbation(*words: str) -> BeforeValidator:
                 f'must be {also}a table such as {{ family = "rotation", sigma = "18deg" }}; '
                 f"got {value!r}"
             )
-        return describe_perturbation(perturbation_asked(value))
+        return describe_perturbation(new_perturbation(value))
 
     return BeforeValidator(check)
 
@@ -358,26 +358,25 @@ class Certification(Section):
         own, common = self._own(client), getattr(self, name)
         if own is None or own.perturbation == NONE:
             return common
-        asked = getattr(own, name)
-        if asked is None and common is not None:
+        specific = getattr(own, name)
+        if specific is None and common is not None:
             units = [perturbation_from(d).unit for d in (self.perturbation, own.perturbation)]
             if units[0] != units[1]:
                 raise ValueError(
                     f"{name} is in {units[0]}, but own certifies {own.perturbation['family']} in "
                     f"{units[1]}: give that entry of own its {name}, or leave {name} out"
                 )
-        return common if asked is None else asked
+        return common if specific is None else specific
 
     def settings(self, client: int | None = None) -> Settings:
         """As `certifl.certification` expects it for a client; by default the common settings."""
-        asked = self._amount("radii", client)
-        radii = None if asked is None else tuple(asked)
+        radii = self._amount("radii", client)
         return Settings(
             estimator=self.estimator,
             n0=self.n0,
             n=self.n,
             alpha=self.alpha,
-            radii=radii,
+            radii=None if radii is None else tuple(radii),
             label_aware=self.label_aware,
             reach=self._amount("reach", client),
             keep=self.keep,
