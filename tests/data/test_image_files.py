@@ -114,7 +114,7 @@ def test_damage_is_named():
     good = encoded(Image.fromarray(RGB))
     with pytest.raises(InputError, match="Cannot decode image 1"):
         decoded(good, good[: len(good) // 2])
-    with pytest.raises(InputError, match="image 0: it is no image"):
+    with pytest.raises(InputError, match="image 0: it is not an image"):
         decoded(b"text")
     with pytest.raises(InputError, match="no image to decode"):
         decoded()
