@@ -154,5 +154,5 @@ class TestReadImage:
     def test_missing_file_and_wrong_channels(self, files):
         with pytest.raises(InputError, match="no image file"):
             read_image(files / "none.png", 1, (9, 12))
-        with pytest.raises(InputError, match=r"1 \(grey\) or 3"):
+        with pytest.raises(InputError, match=r"1 \(gray\) or 3"):
             read_image(files / "grey.png", 2, (9, 12))
