@@ -1,6 +1,6 @@
 """Names of a package that are imported when they are first used.
 
-A spec is checked without torch, so packages on its way import nothing heavy by themselves.
+A spec is checked without torch, so packages on its way import nothing heavy themselves.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def test_predict_takes_grey_and_colour_of_the_right_size_only(
     tiny.cli("predict", tmp_path / "text.png", *run).refused("no image", "PNG")
     tiny.cli("predict", tmp_path / "none.png", *run).refused("no image file")
     tiny.cli("predict", digit[0], *run, "--client", "2").refused("0 to 1")
-    tiny.cli("predict", digit[0], "--run", tmp_path).refused("no run folder")
+    tiny.cli("predict", digit[0], "--run", tmp_path).refused("not a run folder")
 
 
 def test_predict_never_answers_with_an_older_model(copied: Path, digit: tuple[Path, int]) -> None:
@@ -145,7 +145,7 @@ def test_certify_refuses_what_cannot_be_meant(
     ("name", "words"),
     [
         ("none.pt", ["no weights at"]),
-        ("whole.pt", ["no plain file of weights", "state_dict"]),
+        ("whole.pt", ["not a plain file of weights", "state_dict"]),
         ("list.pt", ["state_dict"]),
         ("colour.safetensors", ["does not fit small_cnn", "conv1.weight is (16, 3, 3, 3) where"]),
         ("cut.safetensors", ["Cannot read", "save_file"]),

@@ -263,7 +263,7 @@ class TestUnavailable:
             load("bugs", tmp_path / "bugs")
 
     def test_a_name_that_is_none(self):
-        with pytest.raises(InputError, match="no name of a data set"):
+        with pytest.raises(InputError, match="not the name of a data set"):
             load("mnist[")
 
     def test_a_set_of_the_hub(self, tmp_path):

@@ -84,7 +84,7 @@ def test_resnet_halves_the_size_at_every_stage_but_the_first():
 
 
 @each
-def test_normalisation_is_inside_and_is_no_state(name):
+def test_normalization_is_inside_and_not_in_the_state(name):
     model = models.MODELS[name](in_channels=3, num_classes=10)
     assert isinstance(model.normalize, models.Normalize)
     assert not [key for key in model.state_dict() if "normalize" in key]

@@ -46,7 +46,7 @@ _LEAVES = (
 
 @dataclass(frozen=True)
 class Deformation(ABC):
-    """A perturbation that moves pixels. Families fill in `params_shape` and `sources`.
+    """A perturbation that moves pixels. Families fill in their constants and `sources`.
 
     Attributes:
         sigma: scale of the law in the family's unit.
@@ -66,6 +66,9 @@ class Deformation(ABC):
     family: str = field(init=False, repr=False, compare=False)
     law: Law = field(init=False, repr=False, compare=False)
     unit: str = field(init=False, repr=False, compare=False)
+    count: int | None = field(
+        init=False, repr=False, compare=False
+    )  # of parameters; None = varies
     certified: str = field(init=False, repr=False, compare=False)  # begins `threat`
     exception: str = field(init=False, repr=False, compare=False, default="")
     # The largest sigma that passes without a warning, and what a larger one does.
@@ -98,13 +101,15 @@ class Deformation(ABC):
         return f"{self.certified} {_ONE_INTERPOLATION.format(self.exception)}"
 
     @property
-    @abstractmethod
     def dim(self) -> int | None:
         """Number of parameters; None where it depends on the image."""
+        return self.count
 
-    @abstractmethod
     def params_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
         """Shape of one parameter set for an image of shape (c, h, w)."""
+        check_image_shape(image_shape)
+        assert self.count is not None
+        return (self.count,)
 
     @abstractmethod
     def sources(self, params: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -149,6 +154,7 @@ class Translation(Deformation):
     family = "translation"
     law = GAUSSIAN
     unit = "half-widths"
+    count = 2
     certified = (
         "Translations (t_u, t_v) whose l2 length is at most the radius, in half-widths of the "
         "image (half its width across, half its height down)."
@@ -158,16 +164,6 @@ class Translation(Deformation):
         "A certificate speaks of every shift of at most its l2 length, across and down together; "
         "these two ways show shifts along one axis. "
     )
-
-    @property
-    def dim(self) -> int | None:
-        """Two: across and down."""
-        return 2
-
-    def params_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
-        """(t_u, t_v)."""
-        check_image_shape(image_shape)
-        return (2,)
 
     def sources(self, params: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Shifted coordinates; x stays constant down a column and y along a row."""
@@ -203,6 +199,7 @@ class Rotation(Deformation):
     family = "rotation"
     law = UNIFORM
     unit = "radians"
+    count = 1
     certified = "Rotations about the image centre, either way, by an angle of at most the radius."
     promise = "for every rotation by at most the radius, in either direction"
     usual = math.pi / 2
@@ -218,16 +215,6 @@ class Rotation(Deformation):
                 f"sigma = {self.sigma:g} radians is {math.degrees(self.sigma):.0f} degrees, more "
                 'than a half turn either way. An angle in degrees is written "18deg".'
             )
-
-    @property
-    def dim(self) -> int | None:
-        """One: the angle."""
-        return 1
-
-    def params_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
-        """(beta,)."""
-        check_image_shape(image_shape)
-        return (1,)
 
     def sources(self, params: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Rotated coordinates."""
@@ -265,6 +252,7 @@ class Scaling(Deformation):
     family = "scaling"
     law = UNIFORM
     unit = "relative"
+    count = 1
     certified = (
         "Scalings of the sampling grid about the image centre by a factor between 1 - radius and "
         "1 + radius."
@@ -278,16 +266,6 @@ class Scaling(Deformation):
                 f"sigma = {self.sigma:g} is a relative change, and beyond 1 the image turns over. "
                 "Write 0.2 for up to a fifth larger or smaller."
             )
-
-    @property
-    def dim(self) -> int | None:
-        """One: the factor minus 1."""
-        return 1
-
-    def params_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
-        """(s,)."""
-        check_image_shape(image_shape)
-        return (1,)
 
     def sources(self, params: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Scaled coordinates."""
@@ -330,20 +308,11 @@ class Affine(Deformation):
     family = "affine"
     law = GAUSSIAN
     unit = "coefficients"
+    count = 6
     certified = (
         "Affine maps whose six numbers, added to the identity's in half-width coordinates, have "
         "an l2 length of at most the radius."
     )
-
-    @property
-    def dim(self) -> int | None:
-        """Six."""
-        return 6
-
-    def params_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
-        """(a, b, c, d, e, f), row by row."""
-        check_image_shape(image_shape)
-        return (6,)
 
     def sources(self, params: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Mapped coordinates."""

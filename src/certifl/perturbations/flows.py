@@ -93,15 +93,11 @@ class DenseFlow(Deformation):
     family = "dense_flow"
     law = GAUSSIAN
     unit = "half-widths"
+    count = None
     certified = (
         "Displacement fields with any (u, v) at any pixel, whose l2 length over all pixels "
         "together is at most the radius, in half-widths."
     )
-
-    @property
-    def dim(self) -> int | None:
-        """Depends on the image: 2 h w."""
-        return None
 
     def params_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
         """(2, h, w): component (across, down), row, column."""
