@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -16,8 +16,8 @@ from algorithm_study import BASELINE, PERTURBATIONS, SEEDS, Study
 from certifl.errors import StoreMismatch
 from certifl.federated import ALGORITHMS
 from certifl.report import RunResults, load_run
-from certifl.report.compare import paired_values
-from certifl.report.summary import client_acr, gains, image_numbers, largest_radius
+from certifl.report.compare import paired_differences
+from certifl.report.summary import client_acr, gains, largest_radius
 from certifl.rng import numpy_generator
 from certifl.runs.atomic import read_json
 
@@ -166,15 +166,16 @@ def differences(one: RunResults, base: RunResults, radius: float) -> tuple[Obser
         StoreMismatch: the two did not certify the same images.
     """
 
-    def held(run: RunResults) -> Floats:
+    def certified(run: RunResults) -> Floats:
         certificates = run.certificates
         return (certificates.correct & (certificates.radius >= radius)).astype(np.float64)
 
-    clients, numbers = paired_values([one, base], image_numbers)
-    owners = np.repeat(clients, [len(own) for own in numbers])
-    images = np.concatenate(numbers)[:, 0].astype(np.int64)
-    if not len(images) == len(one.certificates) == len(base.certificates):
-        raise StoreMismatch(f"{one.folder} and {base.folder} certified different images.")
-    columns = [np.concatenate(paired_values([one, base], value)[1]) for value in (gains, held)]
-    gained, kept = (Observed(both[:, 0] - both[:, 1], owners, images) for both in columns)
-    return gained, kept
+    def observed(value: Callable[[RunResults], Floats]) -> Observed:
+        clients, sample = paired_differences(one, base, value)
+        owners = np.repeat(clients, [len(own) for own in sample.images])
+        values, images = np.concatenate(sample.values)[:, 0], np.concatenate(sample.images)
+        if not len(images) == len(one.certificates) == len(base.certificates):
+            raise StoreMismatch(f"{one.folder} and {base.folder} certified different images.")
+        return Observed(values, owners, images)
+
+    return observed(gains), observed(certified)

@@ -11,7 +11,7 @@ from pathlib import Path
 from certifl.paper.claims import ClaimResult, Report, claim_rows
 from certifl.paper.claims.render import COMPARISON_HEAD, comparison_row, verdict_words
 from certifl.paper.claims.rules import MARGIN, NOT_TESTED, UNDECIDED, VERDICTS
-from certifl.paper.claims.testing import Tested
+from certifl.paper.claims.testing import Outcome
 from paging import range_words, table
 
 __all__ = ["bears_on", "figure_claims", "overview", "tally"]
@@ -34,7 +34,7 @@ def figure_claims(report: Report, figure: str, runs: Collection[Path]) -> tuple[
         return "None of the claims that are tested here refers to this figure.", ""
     names = {run.name for run in runs}
     own = [(result, _own(result, names)) for result in results]
-    judged = [t for _, comparisons in own for t in comparisons if t.judged is not None]
+    judged = [t for _, comparisons in own for t in comparisons if t.judgment is not None]
     words = "\n".join(f"- {_words(result, comparisons)}" for result, comparisons in own)
     tables = [
         f"### {result.claim.name}\n\n{table(COMPARISON_HEAD, map(comparison_row, comparisons))}"
@@ -50,7 +50,7 @@ def _verdicts(report: Report, results: Sequence[ClaimResult]) -> str:
     return table(_HEAD, [[str(row[key]) for key in _KEYS] for row in rows])
 
 
-def _own(result: ClaimResult, names: Collection[str]) -> tuple[Tested, ...]:
+def _own(result: ClaimResult, names: Collection[str]) -> tuple[Outcome, ...]:
     """The comparisons in which this figure's runs stand."""
     return tuple(
         tested
@@ -59,7 +59,7 @@ def _own(result: ClaimResult, names: Collection[str]) -> tuple[Tested, ...]:
     )
 
 
-def _words(result: ClaimResult, comparisons: tuple[Tested, ...]) -> str:
+def _words(result: ClaimResult, comparisons: tuple[Outcome, ...]) -> str:
     """What the study says of a claim, and what this figure's runs add to that."""
     own = dataclasses.replace(
         result, verdict=_HERE, comparisons=comparisons, missing=(), partly=False
@@ -76,7 +76,7 @@ def _words(result: ClaimResult, comparisons: tuple[Tested, ...]) -> str:
     return " ".join(told)
 
 
-def _reach(judged: Sequence[Tested]) -> str:
+def _reach(judged: Sequence[Outcome]) -> str:
     """Where the intervals of some comparisons lie, and from how many images they are."""
     known = _with_interval(judged)
     images = range_words(tested.finding.effect.images for tested in known or judged)
@@ -90,13 +90,13 @@ def _reach(judged: Sequence[Tested]) -> str:
     return f"{told}; for {few} there are too few images." if few else f"{told}."
 
 
-def _with_interval(tested: Sequence[Tested]) -> list[Tested]:
+def _with_interval(tested: Sequence[Outcome]) -> list[Outcome]:
     return [one for one in tested if math.isfinite(one.together[0] - one.together[1])]
 
 
-def _open(judged: Sequence[Tested]) -> str:
+def _open(judged: Sequence[Outcome]) -> str:
     """Why comparisons are open: how wide their intervals are, and from how many images."""
-    still = [t for t in judged if t.judged is not None and t.judged.verdict == UNDECIDED]
+    still = [t for t in judged if t.verdict == UNDECIDED]
     known = _with_interval(still)
     if not known:
         return ""

@@ -335,13 +335,13 @@ def test_quickstart_shows_all_regimes_on_one_page_and_is_not_done_twice(
     monkeypatch.setattr(presets, "quickstart", small)
     place = tmp_path / "quickstart"
     asked = ("quickstart", "--out", place, "--seed", "3")
-    tiny.cli(*asked).fine("FedAvg", "Personalised", "Report:", "Figures:")
+    tiny.cli(*asked).fine("FedAvg", "Personalized", "Report:", "Figures:")
     assert {"fedavg", "personalized", "figures", "report.html"} == set(os.listdir(place))
     alone = run(small(3)["personalized"], Options(tmp_path / "alone"))
     # Taking over the base's training gives the model of a run on its own.
     assert models(alone.path) == models(place / "personalized")
     before = tiny.files(place)
-    tiny.cli(*asked).fine("FedAvg", "Personalised")
+    tiny.cli(*asked).fine("FedAvg", "Personalized")
     assert tiny.files(place) == before
 
 

@@ -61,7 +61,7 @@ def test_a_folder_without_runs_and_a_damaged_spec_are_refused(tmp_path):
         check_claims([tmp_path])
     place = write(tmp_path, pair(0.4, 0.5)[0])
     (place / "spec.toml").write_text("seed = 0\n")
-    with pytest.raises(StoreError, match="does not say what the run was"):
+    with pytest.raises(StoreError, match="does not describe the run"):
         check_claims([place])
 
 
@@ -84,10 +84,10 @@ def test_an_interval_that_holds_alone_is_marked_as_that(tmp_path):
     both = [*pair(0.4, 0.5), *pair(0.4, 0.5, clients=20)]
     report = check_runs(both, DRAWS)
     result = next(one for one in report.results if one.claim.name == "4.1 (ii)")
-    assert [one.told for one in result.comparisons] == [False, True, False, True]
+    assert [one.verdict == "" for one in result.comparisons] == [False, True, False, True]
     ends = COMPARISON_HEAD.index("95 % together")
     for one in result.comparisons:
-        assert comparison_row(one)[ends].endswith(" (alone)") == one.told
+        assert comparison_row(one)[ends].endswith(" (alone)") == (one.verdict == "")
     assert "marked (alone)" in " ".join(explanation(report))
     held = next(one for one in as_json(report)["claims"] if one["claim"] == "4.1 (ii)")
     for one in held["comparisons"]:

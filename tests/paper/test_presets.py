@@ -144,7 +144,7 @@ def test_the_paper_scale_is_the_papers():
         assert spec.data.train_images is spec.data.test_images is None
 
 
-def test_starts_of_personalisation():
+def test_starts_of_personalization():
     rotation = {"family": "rotation", "sigma": 0.1 * math.pi}
     starts = {}
     for name in ("figure1", "figure2", "figure3"):
@@ -214,7 +214,7 @@ def test_a_start_that_no_curve_shows_is_trained_once_and_hardly_certified(tmp_pa
     assert [job.spec.data.name for job in both.jobs if job.support] == ["mnist"]
 
 
-def test_the_start_of_a_personalised_run_is_its_base(tmp_path):
+def test_the_start_of_a_personalized_run_is_its_base(tmp_path):
     personal = [s for s in specs("laptop", *FIGURES).values() if "base" in s.algorithm]
     assert len(personal) == 29
     for spec in personal:

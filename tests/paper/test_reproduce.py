@@ -27,7 +27,7 @@ from tiny_study import cli, files
 SMOKE = SCALES["smoke"]
 ROTATION = Setting("cifar10", 4, "rotation", "0.1pi")
 NOMINAL = Regime("FedAvg (nominal)", "fedavg", "nominal")
-TUNED = Regime("Personalised (nominal start)", "personalized", "nominal")
+TUNED = Regime("Personalized (nominal start)", "personalized", "nominal")
 MINI = {"mini": Figure("Mini", ((Panel("curves", (ROTATION,), (NOMINAL, TUNED)),),))}
 
 
@@ -199,7 +199,7 @@ def test_a_damaged_run_is_computed_again(tmp_path):
     assert mini(tmp_path) == [(tmp_path / "mini", False)]
 
 
-def test_personalisation_goes_on_from_the_training_beside_it(tmp_path):
+def test_personalization_goes_on_from_the_training_beside_it(tmp_path):
     spent: dict[str, int] = {}
     stages: list[str] = []
 

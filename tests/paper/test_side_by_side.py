@@ -25,7 +25,7 @@ from tiny_study import cli, environment
 SMOKE = SCALES["smoke"]
 SETTINGS = tuple(Setting("cifar10", 4, "rotation", sigma) for sigma in ("0.1pi", "0.5pi"))
 REGIMES = (Regime("Local", "local"), Regime("FedAvg", "fedavg"))
-TUNED = Regime("Personalised", "personalized")
+TUNED = Regime("Personalized", "personalized")
 STUDY = {"study": Figure("Study", ((Panel("curves", SETTINGS, (*REGIMES, TUNED)),),))}
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -19,8 +19,7 @@ from scipy import stats
 
 from certifl.paper.claims.bootstrap import Sampler
 from certifl.paper.claims.effects import QUANTITIES, over_seeds
-from certifl.paper.claims.radii import largest_radius
-from certifl.paper.claims.runs import StudyRun, read_run
+from certifl.paper.claims.runs import StudyRun, largest_radius, read_run
 from certifl.report import intervals
 from certifl.report.compare import compare
 from certifl.report.intervals import Sample, interval_over_seeds, mean_interval
@@ -51,12 +50,12 @@ class Design:
 
     def draw(self, rng: np.random.Generator, trials: int = TRIALS) -> list[Floats]:
         """(images, trials) of each client."""
-        size, drawn = (self.images, trials), []
+        size, resampled = (self.images, trials), []
         for client in range(self.clients):
             usual = self.gains[client % len(self.gains)] + self.noise * rng.standard_normal(size)
             usual = usual + self.gain * (rng.random(size) < self.some)
-            drawn.append(np.where(rng.random(size) < self.losses, -0.9, usual))
-        return drawn
+            resampled.append(np.where(rng.random(size) < self.losses, -0.9, usual))
+        return resampled
 
 
 UNLIKE_CLIENTS = Design(4, 12, (0.12, -0.10), 0.015)
@@ -208,8 +207,8 @@ def wrongly_better(shown: Shown, seeds: int) -> int:
     seconds = [template(LOCAL, design, seed) for seed in range(seeds)]
     count = 0
     for _ in range(STUDIES):
-        drawn = [np.concatenate(design.draw(rng, 1))[:, 0] for _ in range(seeds)]
-        moved = [np.maximum(0.0, _BASE + own) for own in drawn]
+        resampled = [np.concatenate(design.draw(rng, 1))[:, 0] for _ in range(seeds)]
+        moved = [np.maximum(0.0, _BASE + own) for own in resampled]
         ahead = [with_shares(run, own) for run, own in zip(firsts, moved, strict=True)]
         base = [with_shares(run, np.full(size, _BASE)) for run in seconds]
         count += shown(ahead, base)[0] > 0.0

@@ -98,9 +98,11 @@ def test_files_cannot_put_elements_on_the_page(hostile):
 
 
 def test_equal_results_give_an_equal_page(study, page, tmp_path):
-    beside = page.with_name("again.html")
-    write_report(study, beside, title="Handwritten digits", figures=False, claims=verdicts_section)
-    assert beside.read_bytes() == page.read_bytes()
+    partners = page.with_name("again.html")
+    write_report(
+        study, partners, title="Handwritten digits", figures=False, claims=verdicts_section
+    )
+    assert partners.read_bytes() == page.read_bytes()
 
 
 def test_the_numbers_in_the_page_are_the_stored_ones(study, page):
@@ -116,7 +118,7 @@ def test_the_numbers_in_the_page_are_the_stored_ones(study, page):
 def test_the_page_says_what_was_found_and_what_it_means(page):
     text = _words(page)
     assert "FedAvg has the largest average certified radius" in text
-    assert "no difference shown from Personalised" in text
+    assert "no difference shown from Personalized" in text
     assert "at least 99.9 % over the votes" in text
     assert "interpolated a second time" in text
     assert "The image is rotated about its centre" in text
@@ -148,7 +150,7 @@ def test_runs_that_differ_in_more_than_the_regime_are_marked(tmp_path):
     text = _words(
         write_report(folders, tmp_path / "report.html", figures=False, claims=verdicts_section)
     )
-    assert "differ in more than the regime: alpha (0.001, 0.002)" in text
+    assert "differ in more than the algorithm: alpha (0.001, 0.002)" in text
     assert "at least 99.8 % over the votes" in text
 
 
@@ -169,7 +171,7 @@ def test_a_missing_run_leaves_no_page(tmp_path):
 
 
 def test_accuracies_of_the_advice_are_those_of_the_images(study, page):
-    advice, runs = data_of(page)["advice"], load_runs(study)
+    advice, runs = data_of(page)["recommendation"], load_runs(study)
     assert advice["local"] == 0
     for client in advice["clients"]:
         for run, (value, low, high, text) in zip(runs, client["accuracy"], strict=True):
@@ -181,7 +183,9 @@ def test_accuracies_of_the_advice_are_those_of_the_images(study, page):
 
 def test_pairs_of_the_advice_are_those_of_the_comparison(study, page):
     found = compare(load_runs(study))
-    for client, part in zip(data_of(page)["advice"]["clients"], found.clients, strict=True):
+    for client, part in zip(
+        data_of(page)["recommendation"]["clients"], found.clients, strict=True
+    ):
         assert len(client["pairs"]) == 6
         for name, (_, shown) in client["pairs"].items():
             ahead, behind = map(int, name.split("-"))
@@ -229,7 +233,7 @@ def test_explored_images_are_held_against_their_certificates(study, page):
     shared = [image for image in explorer["images"] if len(image["runs"]) == 3]
     assert [(image["client"], image["index"]) for image in shared] == [(0, 0), (1, 45)]
     for image in explorer["images"]:
-        values = np.array(image["walks"][0]["values"])
+        values = np.array(image["sweeps"][0]["values"])
         for seen in image["runs"]:
             own = runs[seen["run"]].certificates
             (row,) = np.flatnonzero(
@@ -237,17 +241,17 @@ def test_explored_images_are_held_against_their_certificates(study, page):
             )
             certified = ~own.abstained[row] & (np.abs(values) <= own.radius[row])
             flags = "".join("1" if inside else "0" for inside in certified)
-            assert seen["walks"][0]["inside"] == flags
+            assert seen["sweeps"][0]["inside"] == flags
             assert (seen["ends"] is None) == bool(own.abstained[row])
 
 
 def test_too_close_to_call_is_a_sign_test():
     votes = [[[3, 80], [1, 20]], [[3, 55], [1, 45]], [[3, 100]]]
     walk = {"values": [-1, 0, 1], "lengths": [1, 0, 1], "winners": votes}
-    assert explored._walk(walk, 0.5, (-0.5, 0.5))["close"] == "010"
-    assert explored._walk(walk, 0.5, (-0.5, 0.5))["inside"] == "010"
-    assert explored._walk(walk, 0.5, (-0.5, 2.0))["inside"] == "011"
-    assert explored._walk(walk, 0.0, None)["inside"] == "000"
+    assert explored._sweep(walk, 0.5, (-0.5, 0.5))["close"] == "010"
+    assert explored._sweep(walk, 0.5, (-0.5, 0.5))["inside"] == "010"
+    assert explored._sweep(walk, 0.5, (-0.5, 2.0))["inside"] == "011"
+    assert explored._sweep(walk, 0.0, None)["inside"] == "000"
 
 
 def test_another_runs_exploration_is_not_shown(study, tmp_path):
@@ -270,7 +274,7 @@ def test_another_runs_exploration_is_not_shown(study, tmp_path):
 def test_records_of_0_1_0_are_shown_without_their_planes(tmp_path: Path) -> None:
     (run, *_), page = shifted_runs(tmp_path), tmp_path / "report.html"
     shown = data_of(write_report([run], page, figures=False))["explorer"]
-    assert [len(image["walks"]) for image in shown["images"]] == [2, 2, 2]
+    assert [len(image["sweeps"]) for image in shown["images"]] == [2, 2, 2]
     path = run / "explorer.json"
     record = json.loads(path.read_text())
     plane = {"values": [-0.6, 0.0, 0.6], "lengths": [], "winners": [], "picture": ""}
@@ -315,13 +319,13 @@ def test_every_image_is_shown_under_every_run_that_is_named(study, tmp_path):
     assert named == {0, 1, 3}
     assert len(explorer["images"]) == 2
     assert all({run["run"] for run in image["runs"]} == named for image in explorer["images"])
-    assert re.findall(r'data-walker="(\d)"', page.read_text()) == ["0", "1", "3"]
+    assert re.findall(r'data-explored="(\d)"', page.read_text()) == ["0", "1", "3"]
     assert "which explored other images or none" in page.read_text()
 
 
 def test_no_series_has_the_color_of_too_close_to_call():
     style = files("certifl.report").joinpath("assets", "page.css").read_text()
-    shades = re.findall(r"\.s\d \{ --c: (#\w{6});", style) + [look.colour for look in LOOKS]
+    shades = re.findall(r"\.s\d \{ --c: (#\w{6});", style) + [look.color for look in LOOKS]
     assert len(shades) == 3 * len(LOOKS)
     for shade in shades:
         parts = [int(shade[i : i + 2], 16) for i in (1, 3, 5)]

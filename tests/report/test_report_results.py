@@ -59,7 +59,7 @@ def runs(study: list[Path]):
 
 def test_a_run_is_read_back_whole(study):
     run = load_run(study[1])
-    assert (run.label, run.regime) == ("FedAvg", "fedavg")
+    assert (run.label, run.algorithm) == ("FedAvg", "fedavg")
     assert run.clients.tolist() == [0, 1, 2, 3]
     assert len(run.certificates) == 120
     assert len(run.history) == 12
@@ -119,7 +119,7 @@ def test_a_missing_spec_is_named(one):
 def test_certificates_that_cannot_be_summarised_are_refused(one):
     good = make_certificates(0.8, clients=2, images=12)
     broken = {
-        "no finite number": dataclasses.replace(good, radius=np.full(24, np.nan)),
+        "not a finite number": dataclasses.replace(good, radius=np.full(24, np.nan)),
         "no label": dataclasses.replace(good, label=np.full(24, -1)),
         "twice": dataclasses.replace(good, index=np.zeros(24, np.int64)),
         "do not name unit": dataclasses.replace(
@@ -367,5 +367,5 @@ def test_a_regime_keeps_its_look_and_no_two_look_alike(runs):
     assert alone[0] == together[1]
     mixtures = [make_run(runs[1].certificates, "mixture", str(i)) for i in range(len(LOOKS) + 3)]
     looks = looks_of(mixtures)
-    assert len({(look.colour, look.dash, look.marker) for look in looks}) == len(looks)
+    assert len({(look.color, look.dash, look.marker) for look in looks}) == len(looks)
     assert len({look.dash for look in LOOKS}) == len({look.marker for look in LOOKS}) == 8

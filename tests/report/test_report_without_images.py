@@ -68,7 +68,7 @@ def test_the_page_says_so_and_keeps_what_was_voted(page):
     explorer = data_of(page)["explorer"]
     assert explorer["pictures"] is False
     assert len(explorer["images"]) == 3
-    assert all(run["walks"][0]["winners"] for run in explorer["images"][0]["runs"])
+    assert all(run["sweeps"][0]["winners"] for run in explorer["images"][0]["runs"])
 
 
 def test_whoever_writes_the_page_again_leaves_them_out_again(runs, page, tmp_path):
@@ -87,11 +87,11 @@ def test_the_explorer_works_without_pictures(windows: Windows, page: Path) -> No
     expect(explorer.locator("canvas")).to_have_count(0)
     expect(explorer).to_contain_text(SAYS)
     explorer.locator("#pictures input").nth(1).check()
-    says = explorer.locator('[data-walker="1"] .walker-says')
+    says = explorer.locator('[data-explored="1"] .explored-answer')
     before = says.inner_text()
     explorer.locator("#step").fill("0")
     expect(says).not_to_have_text(before)
-    explorer.locator('input[name="walk"][value="1"]').check()
+    explorer.locator('input[name="sweep"][value="1"]').check()
     tab_to(shown, "#step")
     shown.keyboard.press("ArrowRight")
     expect(explorer.locator("#step-text")).to_contain_text("half-widths up")

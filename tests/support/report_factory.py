@@ -18,7 +18,7 @@ from certifl.smoothing.laws import LAWS
 REGIMES = {
     "local": ("Local", 0.62),
     "fedavg": ("FedAvg", 0.90),
-    "personalized": ("Personalised", 0.89),
+    "personalized": ("Personalized", 0.89),
     "mixture": ("Mixture, λ = 0.5", 0.80),
 }
 ROTATION = {

@@ -241,7 +241,7 @@ def _draw_against_lambda(
     for curve, radii in found:
         if curve.personalization is None:
             level = float(radii.mean()) / sigma
-            axes.axhline(level, color=look.colour, lw=1.1, dashes=(1.0, 1.6))
+            axes.axhline(level, color=look.color, lw=1.1, dashes=(1.0, 1.6))
 
 
 def _sigma_legend(axes: Axes, styles: Sequence[tuple[Look, str]]) -> None:

@@ -152,7 +152,7 @@ ALGORITHMS: Registry[AlgorithmRow] = Registry(
         "personalized": AlgorithmRow(
             "certifl.federated.algorithms.personalized:Personalized",
             parameters(base=Any, epochs=(PositiveInt, 2), lr=(_Rate, None)),
-            "Personalised",
+            "Personalized",
             wraps="base",
         ),
         "mixture": _private(

@@ -1,4 +1,4 @@
-"""Claims about lambda: which value is best, and what of its gain is the pull to the mean."""
+"""Claims about lambda: which value is best, and how much of its gain is the pull to the mean."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from certifl.paper.claims import effects as statistics
 from certifl.paper.claims.bootstrap import Sampler
 from certifl.paper.claims.designs import (
+    DesignResult,
     Finding,
-    Found,
     Partner,
     common_seeds,
     compared,
     label,
     present,
     setting_key,
-    untested,
+    untested_panels,
 )
 from certifl.paper.claims.effects import QUANTITIES
 from certifl.paper.claims.matching import FEDAVG, MIXTURE, Cell, Pool, Role, Scope
@@ -34,13 +34,13 @@ class Best:
     """Whether one value of lambda gives the largest ACR of all.
 
     Attributes:
-        value: of lambda. scope: where the claim holds.
+        value: of lambda. scope: where the claim applies.
     """
 
     value: float
     scope: Scope
 
-    def findings(self, pool: Pool, sampler: Sampler) -> Found:
+    def findings(self, pool: Pool, sampler: Sampler) -> DesignResult:
         """The value against every other one with the same learning rate."""
         cells = pool.of(MIXTURE, self.scope)
         named = [c for c in cells if math.isclose(_lambda(c), self.value)]
@@ -50,16 +50,16 @@ class Best:
             has = ", ".join(sorted({f"{_lambda(c):g}" for c in cells}))
             missing.append(
                 f"Mixture λ = {self.value:g} and another λ with the same learning rate "
-                f"(at hand: λ = {has})"
+                f"(available: λ = {has})"
             )
         what = f"Mixture λ = {self.value:g} and others"
         tested = {finding.panel for finding in found}
-        return Found(tuple(found), (*missing, *untested(self.scope, tested, what)))
+        return DesignResult(tuple(found), (*missing, *untested_panels(self.scope, tested, what)))
 
     def _against(self, pool: Pool, sampler: Sampler, cell: Cell) -> list[Finding]:
         others = [
             other
-            for other in pool.beside(cell, MIXTURE, ANOTHER_TRAINING)
+            for other in pool.partners(cell, MIXTURE, ANOTHER_TRAINING)
             if other is not cell and common_seeds(sampler, cell, other)
         ]
         if not others:
@@ -90,7 +90,9 @@ class Best:
         if not seeds:
             return ""
         shares = [
-            statistics.leads(sampler, cell.runs[s], [other.runs[s] for other in others])
+            statistics.share_of_draws_led(
+                sampler, cell.runs[s], [other.runs[s] for other in others]
+            )
             for s in seeds
         ]
         share = 100 * sum(shares) / len(shares)
@@ -99,7 +101,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Matched:
-    """Which part of a mixture's gain is the pull to the mean, and which the smaller step.
+    """Which part of a mixture's gain is due to the pull to the mean, and which to smaller steps.
 
     Eq. (5) takes steps of lr lambda on the loss. With lr / lambda instead of lr these steps are
     FedAvg's, and what is left of the gain is the pull's:
@@ -111,28 +113,28 @@ class Matched:
     with lr lambda was run too, the gain is also split with the small step on both sides.
 
     Attributes:
-        scope: where the claim holds.
+        scope: where the claim applies.
     """
 
     scope: Scope
 
-    def findings(self, pool: Pool, sampler: Sampler) -> Found:
+    def findings(self, pool: Pool, sampler: Sampler) -> DesignResult:
         """One decomposition for each lambda that has a run with matched steps."""
         found: list[Finding] = []
         missing: list[str] = []
         for plain in pool.of(MIXTURE, self.scope):
-            for fedavg in pool.beside(plain, FEDAVG, ANOTHER_TRAINING):
+            for fedavg in pool.partners(plain, FEDAVG, ANOTHER_TRAINING):
                 matched = _with_step(pool, plain, MIXTURE, 1.0 / _lambda(plain))
                 small = _with_step(pool, plain, FEDAVG, _lambda(plain))
                 for one in matched:
                     found += _split(sampler, plain, fedavg, one, small)
                 if not matched:
-                    step = plain.facts.lr / _lambda(plain)
+                    step = plain.metadata.lr / _lambda(plain)
                     name = f"{label(plain, MIXTURE)} with training.lr = {step:.4g}"
-                    missing.append(f"{name}: {plain.facts.setting}")
+                    missing.append(f"{name}: {plain.metadata.setting}")
         what = "Mixture with lr and with lr / λ, and FedAvg with lr"
         tested = {finding.panel for finding in found}
-        return Found(tuple(found), (*missing, *untested(self.scope, tested, what)))
+        return DesignResult(tuple(found), (*missing, *untested_panels(self.scope, tested, what)))
 
 
 def _split(
@@ -165,21 +167,24 @@ def _split(
     if len(named) < len(parts):
         return []
     pull, step, gain = (100 * finding.effect.estimate for finding in named[:3])
-    told = f"at {value}, of a gain of {gain:+.1f} points {pull:+.1f} are the pull and {step:+.1f} "
-    return [dataclasses.replace(named[0], detail=f"{told}the smaller step"), *named[1:]]
+    detail = (
+        f"at {value}, of a gain of {gain:+.1f} points {pull:+.1f} are the pull and {step:+.1f} "
+        "the smaller step"
+    )
+    return [dataclasses.replace(named[0], detail=detail), *named[1:]]
 
 
 def _lambda(cell: Cell) -> float:
-    value = cell.facts.personalization
+    value = cell.metadata.personalization
     return math.nan if value is None else value
 
 
 def _with_step(pool: Pool, cell: Cell, role: Role, factor: float) -> list[Cell]:
     """Cells with so many times the learning rate of a cell, and its lambda if they have any."""
-    wanted = cell.facts.lr * factor
+    wanted = cell.metadata.lr * factor
     return [
         other
-        for other in pool.beside(cell, role, ANOTHER_STEP)
-        if abs(other.facts.lr - wanted) <= _SAME_STEP * wanted
-        and other.facts.personalization in (None, cell.facts.personalization)
+        for other in pool.partners(cell, role, ANOTHER_STEP)
+        if abs(other.metadata.lr - wanted) <= _SAME_STEP * wanted
+        and other.metadata.personalization in (None, cell.metadata.personalization)
     ]

@@ -48,8 +48,8 @@ const drawing = (() => {
     shape(b.root, "text", { x: (b.left + b.right) / 2, y: b.height - 3, "text-anchor": "middle" }, xLabel);
     return { x, y };
   }
-  // A regime's swatch and name, as the page shows them in its controls.
-  const regime = (place) => document.querySelector(`[data-regime="${place}"] ~ .regime`).cloneNode(true);
+  // An algorithm's swatch and name, as the page shows them in its controls.
+  const algorithm = (place) => document.querySelector(`[data-algorithm="${place}"] ~ .algorithm`).cloneNode(true);
   const each = (selector, act) => document.querySelectorAll(selector).forEach(act);
   const put = (parent, name, text, kind) => {
     const made = document.createElement(name);
@@ -57,5 +57,5 @@ const drawing = (() => {
     if (kind) made.className = kind;
     return parent.appendChild(made);
   };
-  return { shape, trace, tenths, ticks, tickText, board, axes, regime, each, put };
+  return { shape, trace, tenths, ticks, tickText, board, axes, algorithm, each, put };
 })();

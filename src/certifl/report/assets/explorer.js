@@ -3,7 +3,7 @@ parts.push((data, fit) => {
   const { shape, each, put } = drawing;
   const explorer = data.explorer;
   if (!explorer) return;
-  const picked = { image: 0, walk: 0, step: 0 };
+  const picked = { image: 0, sweep: 0, step: 0 };
   const slider = document.getElementById("step"), canvas = document.getElementById("picture");
   const spots = [];
   const thumb = 10;  // half a thumb in pixels: the strips begin and end where its centre does
@@ -11,19 +11,19 @@ parts.push((data, fit) => {
   const named = (label) => explorer.names && explorer.names[label] !== undefined ? explorer.names[label] : String(label);
   const titled = (label) => explorer.names && explorer.names[label] === String(label) || !explorer.names ? `class ${label}` : named(label);
   const now = () => explorer.images[picked.image];
-  const way = () => now().walks[picked.walk];
-  const seen = (run) => run.walks[picked.walk];
-  const centre = () => way().values.indexOf(0);
+  const sweep = () => now().sweeps[picked.sweep];
+  const seen = (run) => run.sweeps[picked.sweep];
+  const centre = () => sweep().values.indexOf(0);
 
   // What is said ------------------------------------------------------------------------------
   function stepText(step) {
-    const { forward, backward } = explorer.walks[picked.walk], value = way().values[step];
-    return value === 0 ? "none" : `${way().texts[step]} ${value > 0 ? forward : backward}`;
+    const { forward, backward } = explorer.sweeps[picked.sweep], value = sweep().values[step];
+    return value === 0 ? "none" : `${sweep().texts[step]} ${value > 0 ? forward : backward}`;
   }
   function promised(run) {
     if (!run.ends) return "no certificate: the votes did not suffice";
     const right = run.predicted === now().label ? "right" : "wrong", [first, second] = run.certified;
-    const { forward, backward } = explorer.walks[picked.walk];
+    const { forward, backward } = explorer.sweeps[picked.sweep];
     const reach = second === undefined ? `up to ${first}` : `from ${first} ${backward} to ${second} ${forward}`;
     return `certified ${titled(run.predicted)} ${reach}, ${right}`;
   }
@@ -67,19 +67,19 @@ parts.push((data, fit) => {
   }
   function load() {
     if (!explorer.pictures) return;
-    const wanted = loaded(way().strip);
+    const wanted = loaded(sweep().strip);
     shown = wanted;
     wanted.decode().then(() => { if (shown === wanted) repaint(); });
   }
 
   // The strips --------------------------------------------------------------------------------
   function drawStrip(line, run) {
-    const container = line.querySelector(".strip"), values = way().values, last = values.length - 1;
+    const container = line.querySelector(".strip"), values = sweep().values, last = values.length - 1;
     const width = Math.max(160, container.clientWidth), root = shape(container, "svg", { viewBox: `0 0 ${width} 34`, "aria-hidden": "true" });
     const layer = shape(root, "g", { class: `s${data.runs[run.run].slot}` });
     const x = (value) => thumb + (value - values[0]) / (values[last] - values[0]) * (width - 2 * thumb);
     const gap = (width - 2 * thumb) / last;
-    shape(layer, "line", { class: "way", x1: thumb, x2: width - thumb, y1: 5, y2: 5 });
+    shape(layer, "line", { class: "track", x1: thumb, x2: width - thumb, y1: 5, y2: 5 });
     if (run.ends) {
       const from = x(Math.max(values[0], run.ends[0])), to = x(Math.min(values[last], run.ends[1]));
       shape(layer, "rect", { class: "held", x: from, y: 1, width: Math.max(2, to - from), height: 8, rx: 2 });
@@ -103,11 +103,11 @@ parts.push((data, fit) => {
     const text = stepText(picked.step), heard = [];
     for (const { put: mark, line, run } of spots) {
       mark();
-      const { answer, right, place: where } = says(run, picked.step), told = line.querySelector(".walker-says");
-      told.replaceChildren();
-      put(told, "b", answer);
-      if (right) put(told, "span", right, `mark ${right}`);
-      put(told, "span", where, "place");
+      const { answer, right, place: where } = says(run, picked.step), output = line.querySelector(".explored-answer");
+      output.replaceChildren();
+      put(output, "b", answer);
+      if (right) put(output, "span", right, `mark ${right}`);
+      put(output, "span", where, "place");
       heard.push(`${data.runs[run.run].label}: ${answer}, ${where}`);
     }
     slider.value = String(picked.step);
@@ -117,8 +117,8 @@ parts.push((data, fit) => {
   }
   function drawStrips() {
     spots.length = 0;
-    each("[data-walker]", (line) => {
-      const run = now().runs.find((one) => one.run === Number(line.dataset.walker));
+    each("[data-explored]", (line) => {
+      const run = now().runs.find((one) => one.run === Number(line.dataset.explored));
       line.hidden = !run;
       line.querySelector(".strip").replaceChildren();
       if (!run) return;
@@ -139,7 +139,7 @@ parts.push((data, fit) => {
     drawStrips();
   }
   function labelRail() {
-    const { values } = way(), last = values.length - 1, ends = document.getElementById("rail-ends");
+    const { values } = sweep(), last = values.length - 1, ends = document.getElementById("rail-ends");
     slider.max = String(last);
     ends.replaceChildren();
     put(ends, "span", values[0] ? stepText(0) : "none");
@@ -154,18 +154,18 @@ parts.push((data, fit) => {
     box.name = "picture";
     box.addEventListener("change", () => pick(place));
     if (explorer.pictures) {
-      const small = put(label, "canvas"), picture = loaded(image.walks[0].strip);
+      const small = put(label, "canvas"), picture = loaded(image.sweeps[0].strip);
       small.width = 56;
       small.setAttribute("aria-hidden", "true");
-      picture.decode().then(() => paint(small, picture, image, image.walks[0].values.indexOf(0)));
+      picture.decode().then(() => paint(small, picture, image, image.sweeps[0].values.indexOf(0)));
     }
     put(label, "span", `client ${image.client}: ${named(image.label)}`);
   });
   slider.addEventListener("input", () => { picked.step = Number(slider.value); move(); });
-  each('input[name="walk"]', (box) => box.addEventListener("change", () => { picked.walk = Number(box.value); pick(picked.image); }));
+  each('input[name="sweep"]', (box) => box.addEventListener("change", () => { picked.sweep = Number(box.value); pick(picked.image); }));
   fit(drawStrips);
-  // The first to be seen is certified rightly by most regimes, and has something to tell farther out.
-  const telling = (image, run) => run.walks[0].winners.filter(([[label]]) => label !== image.label).length > 0;
+  // The first to be seen is certified rightly by most algorithms, and has something to tell farther out.
+  const telling = (image, run) => run.sweeps[0].winners.filter(([[label]]) => label !== image.label).length > 0;
   const held = explorer.images.map((image) => image.runs
     .filter((run) => run.ends && run.predicted === image.label)
     .reduce((sum, run) => sum + 1 + (telling(image, run) ? 0.1 : 0), 0));

@@ -1,9 +1,9 @@
 // Curves, average certified radii and training, with everything that can be switched.
 parts.push((data, fit) => {
-  const { shape, trace, tenths, ticks, tickText, board, axes, regime, each } = drawing;
+  const { shape, trace, tenths, ticks, tickText, board, axes, algorithm, each } = drawing;
   const state = {
     unit: 0, shares: false, band: document.getElementById("show-band").defaultChecked, lines: false, radius: Math.floor(data.radii.length / 4),
-    regimes: data.runs.map(() => true),
+    algorithms: data.runs.map(() => true),
     clients: new Set(data.clients),
   };
 
@@ -52,7 +52,7 @@ parts.push((data, fit) => {
     const xs = data.radii.map(scales.x);
     data.runs.forEach((run, place) => {
       const curves = chosen(run);
-      if (!state.regimes[place] || !curves.length) return;
+      if (!state.algorithms[place] || !curves.length) return;
       const points = data.radii.map((_, i) => summary(curves, i));
       const of = (key) => points.map((p) => scales.y(p[key]));
       const layer = series(b.root, run, xs, of("mean"), of("low"), of("high"), state.band);
@@ -76,11 +76,11 @@ parts.push((data, fit) => {
     document.getElementById("radius-text").textContent = text;
     const rows = data.runs.map((run, place) => {
       const curves = chosen(run);
-      return state.regimes[place] && curves.length ? readoutRow(run, place, summary(curves, state.radius), curves.length) : null;
+      return state.algorithms[place] && curves.length ? readoutRow(run, place, summary(curves, state.radius), curves.length) : null;
     }).filter(Boolean);
     if (!rows.length) {
       const empty = document.createElement("p");
-      empty.textContent = "Choose at least one regime and one client.";
+      empty.textContent = "Choose at least one algorithm and one client.";
       rows.push(empty);
     }
     readout.replaceChildren(...rows);
@@ -88,7 +88,7 @@ parts.push((data, fit) => {
 
   function readoutRow(run, place, values, clients) {
     const row = document.createElement("div"), mean = document.createElement("b"), range = document.createElement("small");
-    row.append(regime(place), mean);
+    row.append(algorithm(place), mean);
     mean.textContent = withSign(shareText(values.mean));
     if (clients > 1) {
       range.textContent = `${shareText(values.low)} to ${shareText(values.high)}`;
@@ -147,7 +147,7 @@ parts.push((data, fit) => {
       const of = (key) => s[key].map(y);
       series(b.root, data.runs[s.run], s.rounds.map(x), of("mean"), of("low"), of("high"), true);
     }
-    container.setAttribute("aria-label", `${measure.name} per round, one line per regime`);
+    container.setAttribute("aria-label", `${measure.name} per round, one line per algorithm`);
   }
 
   // Controls ----------------------------------------------------------------------------------
@@ -166,8 +166,8 @@ parts.push((data, fit) => {
   slider.addEventListener("input", () => { state.radius = Number(slider.value); moveCursor(); });
   curveChart.addEventListener("pointermove", follow);
   curveChart.addEventListener("pointerdown", follow);
-  each("[data-regime]", (box) => box.addEventListener("change", () => {
-    state.regimes[Number(box.dataset.regime)] = box.checked;
+  each("[data-algorithm]", (box) => box.addEventListener("change", () => {
+    state.algorithms[Number(box.dataset.algorithm)] = box.checked;
     drawCurves();
   }));
   each("[data-client]", (box) => box.addEventListener("change", () => {
