@@ -68,14 +68,12 @@ class Pairs:
     def _pair(self, sampler: Sampler, first: Cell, second: Cell) -> list[Finding]:
         if self.same_start and first.metadata.federated != second.metadata.federated:
             return []
-        one, two = (
-            Partner(first, label(first, self.first)),
-            Partner(second, label(second, self.second)),
-        )
+        difference = f"{label(first, self.first)} minus {label(second, self.second)}"
         group = setting_key(first) if self.together else ""
         rules = (*self.judged, *((name, None) for name in self.reported))
         return present(
-            compared(sampler, QUANTITIES[name], one, two, rule, group) for name, rule in rules
+            compared(sampler, QUANTITIES[name], first, second, difference, rule, group)
+            for name, rule in rules
         )
 
 
@@ -228,14 +226,6 @@ class DesignResult:
     missing: tuple[str, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Partner:
-    """A cell and its name in a claim."""
-
-    cell: Cell
-    words: str
-
-
 def label(cell: Cell, role: Role) -> str:
     """The role, with lambda where there is one."""
     value = cell.metadata.personalization
@@ -264,28 +254,28 @@ def per_seed(sampler: Sampler, quantity: Quantity, first: Cell, second: Cell) ->
 def compared(
     sampler: Sampler,
     quantity: Quantity,
-    first: Partner,
-    second: Partner,
+    first: Cell,
+    second: Cell,
+    difference: str,
     rule: Rule | None,
     group: str = "",
 ) -> Finding | None:
-    """First minus second; None where they share no images."""
-    one, two = first.cell, second.cell
-    effects = per_seed(sampler, quantity, one, two)
+    """First minus second, called `difference`; None where they share no images."""
+    effects = per_seed(sampler, quantity, first, second)
     if not effects:
         return None
     seed = min(effects)
     detail = quantity.detail
     return Finding(
-        setting=one.metadata.setting,
-        group=group or f"{one.metadata.key(())} {two.metadata.key(())}",
-        panel=panel(one),
-        difference=f"{first.words} minus {second.words}",
+        setting=first.metadata.setting,
+        group=group or f"{first.metadata.key(())} {second.metadata.key(())}",
+        panel=panel(first),
+        difference=difference,
         quantity=quantity.words,
         effect=statistics.over_seeds(list(effects.values())),
         rule=rule,
-        runs=folders_of((one, two)),
-        detail=detail(sampler, one.runs[seed], two.runs[seed]) if detail else "",
+        runs=folders_of((first, second)),
+        detail=detail(sampler, first.runs[seed], second.runs[seed]) if detail else "",
     )
 
 

@@ -12,7 +12,6 @@ from certifl.paper.claims.bootstrap import Sampler
 from certifl.paper.claims.designs import (
     DesignResult,
     Finding,
-    Partner,
     common_seeds,
     compared,
     label,
@@ -64,26 +63,20 @@ class Best:
         ]
         if not others:
             return []
-        first, certain = (
-            Partner(cell, label(cell, MIXTURE)),
-            self._certainty(sampler, cell, others),
-        )
-        return [
-            dataclasses.replace(finding, detail=certain)
-            for other in others
-            for finding in present(
-                [
-                    compared(
-                        sampler,
-                        QUANTITIES["acr"],
-                        first,
-                        Partner(other, label(other, MIXTURE)),
-                        Superiority(),
-                        setting_key(cell),
-                    )
-                ]
+        certainty, acr = self._certainty(sampler, cell, others), QUANTITIES["acr"]
+        findings = [
+            compared(
+                sampler,
+                acr,
+                cell,
+                other,
+                f"{label(cell, MIXTURE)} minus {label(other, MIXTURE)}",
+                Superiority(),
+                setting_key(cell),
             )
+            for other in others
         ]
+        return [dataclasses.replace(found, detail=certainty) for found in present(findings)]
 
     def _certainty(self, sampler: Sampler, cell: Cell, others: Sequence[Cell]) -> str:
         seeds = sorted(set(cell.runs).intersection(*(other.runs for other in others)))
@@ -104,7 +97,7 @@ class Matched:
     """Which part of a mixture's gain is due to the pull to the mean, and which to smaller steps.
 
     Eq. (5) takes steps of lr lambda on the loss. With lr / lambda instead of lr these steps are
-    FedAvg's, and what is left of the gain is the pull's:
+    FedAvg's, and the remaining gain is due to the pull:
 
       M(lambda, lr) - F(lr)
         = [M(lambda, lr / lambda) - F(lr)] + [M(lambda, lr) - M(lambda, lr / lambda)]
@@ -149,21 +142,10 @@ def _split(
     for other in small:
         parts.append((plain, other, f"{value}: the pull, at the small step (FedAvg lr λ)", None))
         parts.append((other, fedavg, f"{value}: the small step without pull (FedAvg lr λ)", None))
-    found = [
-        (
-            compared(
-                sampler,
-                QUANTITIES["acr"],
-                Partner(one, ""),
-                Partner(two, ""),
-                rule,
-                setting_key(plain),
-            ),
-            words,
-        )
-        for one, two, words, rule in parts
-    ]
-    named = present(part and dataclasses.replace(part, difference=words) for part, words in found)
+    acr, group = QUANTITIES["acr"], setting_key(plain)
+    named = present(
+        compared(sampler, acr, one, two, words, rule, group) for one, two, words, rule in parts
+    )
     if len(named) < len(parts):
         return []
     pull, step, gain = (100 * finding.effect.estimate for finding in named[:3])
