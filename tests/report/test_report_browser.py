@@ -10,18 +10,12 @@ from playwright.sync_api import Locator, Page, expect
 from browser import tab_to
 from certifl.report.wording import percent, tenths
 from report_factory import REGIMES
-from report_pages import HOSTILE, data_of, hostile_page, study_page, study_runs
+from report_pages import HOSTILE, data_of
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("study")
-    return study_page(study_runs(place), place)
-
-
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hostile_page(tmp_path_factory.mktemp("hostile"))
+@pytest.fixture
+def report(study_report: Path) -> Path:
+    return study_report
 
 
 def test_the_page_loads_without_complaint_and_without_network(page, windows, report):

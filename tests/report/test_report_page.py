@@ -31,22 +31,12 @@ from certifl.report.summary import client_curves, radius_grid
 from certifl.report.wording import percent
 from explorer_factory import strip, write_explorer
 from report_factory import make_certificates, make_manifest, write_run
-from report_pages import data_of, hostile_page, shifted_runs, study_page, study_runs
+from report_pages import data_of
 
 
-@pytest.fixture(scope="session")
-def study(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return study_runs(tmp_path_factory.mktemp("study"))
-
-
-@pytest.fixture(scope="session")
-def page(study: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return study_page(study, tmp_path_factory.mktemp("page"), figures=True)
-
-
-@pytest.fixture(scope="session")
-def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hostile_page(tmp_path_factory.mktemp("hostile"))
+@pytest.fixture
+def page(study_report: Path) -> Path:
+    return study_report
 
 
 # The file --------------------------------------------------------------------------------------
@@ -271,8 +261,8 @@ def test_another_runs_exploration_is_not_shown(study, tmp_path):
         write_report([place], tmp_path / "c.html", figures=False)
 
 
-def test_records_of_0_1_0_are_shown_without_their_planes(tmp_path: Path) -> None:
-    (run, *_), page = shifted_runs(tmp_path), tmp_path / "report.html"
+def test_records_of_0_1_0_are_shown_without_their_planes(shifted, tmp_path) -> None:
+    run, page = Path(shutil.copytree(shifted[0], tmp_path / "run")), tmp_path / "report.html"
     shown = data_of(write_report([run], page, figures=False))["explorer"]
     assert [len(image["sweeps"]) for image in shown["images"]] == [2, 2, 2]
     path = run / "explorer.json"

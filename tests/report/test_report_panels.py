@@ -10,14 +10,14 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from browser import tab_to
-from report_pages import data_of, own_page
+from report_pages import data_of
 
 UNITS = ("degrees", "half-widths")
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return own_page(tmp_path_factory.mktemp("own"))
+@pytest.fixture
+def report(own: Path) -> Path:
+    return own
 
 
 def test_there_is_one_file_with_a_panel_for_each(report):

@@ -334,8 +334,8 @@ def _sentences(runs) -> list[str]:
 
 @pytest.mark.statistical
 def test_equally_good_regimes_are_rarely_told_apart():
-    """With no true difference, the images claim one in at most 5 % of studies."""
-    claims, studies = 0, 250
+    """With no true difference, one is shown in at most 5 % of studies."""
+    claims, studies = 0, 120
     for number in range(studies):
         pair = [
             make_run(

@@ -102,8 +102,13 @@ def check_claims(paths: Sequence[str | Path], draws: int = DRAWS) -> Report:
     return check_runs(runs, draws, notes)
 
 
-def check_runs(runs: Sequence[StudyRun], draws: int = DRAWS, notes: Sequence[str] = ()) -> Report:
-    """As `check_claims`, of runs that were read before."""
+def check_runs(
+    runs: Sequence[StudyRun],
+    draws: int = DRAWS,
+    notes: Sequence[str] = (),
+    claims: Sequence[Claim] = CLAIMS,
+) -> Report:
+    """As `check_claims`, of runs that were read before, and of some claims alone."""
     whole = [run for run in runs if layout_of(run).enough]
     if len(whole) < len(runs):
         notes = (
@@ -113,7 +118,7 @@ def check_runs(runs: Sequence[StudyRun], draws: int = DRAWS, notes: Sequence[str
         )
     pool, sampler = Pool(whole), Sampler(whole, draws)
     return Report(
-        results=tuple(_check(claim, pool, sampler) for claim in CLAIMS),
+        results=tuple(_check(claim, pool, sampler) for claim in claims),
         runs=len(whole),
         seeds=tuple(sorted({run.metadata.seed for run in whole})),
         draws=draws,
