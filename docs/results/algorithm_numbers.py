@@ -1,4 +1,4 @@
-"""What the runs of docs/results/algorithms.md come to, and how they differ from the baseline."""
+"""Numbers of the runs of docs/results/algorithms.md, and their differences to the baseline."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Numbers:
         certified: accuracy of the smoothed networks at each radius of the table.
         acr: average certified radius, over images.
         spread: ACR of the best minus that of the worst client.
-        chance: what the spread would be on average if images were dealt to clients by lot.
+        chance: the average spread if images were assigned to clients at random.
         run: the certificates themselves.
     """
 
@@ -113,13 +113,13 @@ def section(
 
 
 def _numbers(study: Study, runs: Path) -> Numbers:
-    folder = study.place(runs)
-    results, held = load_run(folder), read_json(folder / CLEAN)
+    folder = study.folder(runs)
+    results, counts = load_run(folder), read_json(folder / CLEAN)
     certificates, by_client = results.certificates, client_acr(results)
     disturbance = PERTURBATIONS[study.perturbation]
     radii = [radius * disturbance.size for radius in disturbance.radii]
     return Numbers(
-        clean=held["right"] / held["images"],
+        clean=counts["right"] / counts["images"],
         certified=tuple(certificates.certified_accuracy(radii).tolist()),
         acr=certificates.average_certified_radius(),
         spread=float(np.ptp(by_client)),
@@ -129,7 +129,7 @@ def _numbers(study: Study, runs: Path) -> Numbers:
 
 
 def chance_spread(values: Floats, clients: NDArray[np.int64], seed: int) -> float:
-    """Best minus worst client's mean, on average, if the images were dealt out again by lot."""
+    """Best minus worst client's mean, on average, if images were assigned at random."""
     generator = numpy_generator(seed, "algorithms-page-chance")
     names, owner = np.unique(clients, return_inverse=True)
     sizes = np.bincount(owner, minlength=len(names))

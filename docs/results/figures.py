@@ -1,4 +1,4 @@
-"""Make docs/results/figure*.md and docs/results/README.md from a study that was computed before.
+"""Make docs/results/figure*.md and docs/results/README.md from a computed study.
 
     certifl reproduce all --scale laptop --data-dir DATA --out STUDY
     python docs/results/figures.py STUDY [--commit HASH] [--into docs/results]
