@@ -85,8 +85,8 @@ def section(study: str, folders: Mapping[str, Path]) -> list[str]:
         ),
         "",
         f"{manifest['data']['train_images']:,} training images, {rows[0]['images']} certified "
-        f"test images, `small_cnn` with {weights:,} weights, federated averaging, one training each. "
-        "Commands:",
+        f"test images, `small_cnn` with {weights:,} weights, federated averaging, one training "
+        "each. Commands:",
         "",
         "```",
         *(command(settings) for settings in STUDIES[study].values()),
@@ -128,7 +128,8 @@ def page(runs: Path) -> str:
             "",
             "Digits, rotation with σ = 15°, δ = 1e-5. ε bounds what the trained models reveal "
             "about one image, or about one client; it is an upper bound from the RDP accountant. "
-            "Accuracy: certified accuracy at radius 0. In brackets: 95 % intervals over test images.",
+            "Accuracy: certified accuracy at radius 0. In parentheses: 95 % intervals over test "
+            "images.",
             "",
             *parts,
             "Private and plain training have learning rates of their own, found by hand on these "

@@ -6,14 +6,14 @@ parts.push((data, fit) => {
   const picked = { image: 0, sweep: 0, step: 0 };
   const slider = document.getElementById("step"), canvas = document.getElementById("picture");
   const spots = [];
-  const thumb = 10;  // half a thumb in pixels: the strips begin and end where its centre does
+  const thumb = 10;  // half a thumb in pixels: the strips begin and end where its center does
 
   const named = (label) => explorer.names && explorer.names[label] !== undefined ? explorer.names[label] : String(label);
   const titled = (label) => explorer.names && explorer.names[label] === String(label) || !explorer.names ? `class ${label}` : named(label);
   const now = () => explorer.images[picked.image];
   const sweep = () => now().sweeps[picked.sweep];
   const seen = (run) => run.sweeps[picked.sweep];
-  const centre = () => sweep().values.indexOf(0);
+  const center = () => sweep().values.indexOf(0);
 
   // What is said ------------------------------------------------------------------------------
   function stepText(step) {
@@ -28,7 +28,7 @@ parts.push((data, fit) => {
     return `certified ${titled(run.predicted)} ${reach}, ${right}`;
   }
   // The class that other steps are compared with: the certified one, or the one without deformation.
-  const expected = (run) => run.ends ? run.predicted : seen(run).winners[centre()][0][0];
+  const expected = (run) => run.ends ? run.predicted : seen(run).winners[center()][0][0];
   function kind(run, step) {
     const { close, winners } = seen(run);
     if (close[step] === "1") return "close";
@@ -45,7 +45,7 @@ parts.push((data, fit) => {
     const right = label === now().label ? "right" : "wrong";
     const same = { same: "still the same class", other: "another class", close: "" }[what];
     const against = held && what === "other" ? ": against the certificate; `certifl attack` puts it to the test" : "";
-    const still = step === centre() || !same ? "" : `, ${same}${against}`;
+    const still = step === center() || !same ? "" : `, ${same}${against}`;
     return { answer, right: what === "close" ? "" : right, place: `${placed(run, held)}${still}` };
   }
 
@@ -133,7 +133,7 @@ parts.push((data, fit) => {
     words.replaceChildren();
     put(words, "b", `True class: ${named(label)}.`);
     words.append(` Test image ${index} of the data, held by client ${client}.`);
-    picked.step = centre();
+    picked.step = center();
     labelRail();
     load();
     drawStrips();
