@@ -280,7 +280,7 @@ def test_the_certified_range_is_drawn_to_scale(page, report):
     _pick(page, 0)
     image = data_of(report)["explorer"]["images"][0]
     for seen in image["runs"]:
-        bar = page.locator(f'[data-explored="{seen["run"]}"] .held')
+        bar = page.locator(f'[data-explored="{seen["run"]}"] .strip .certified')
         if seen["ends"] is None:
             expect(bar).to_have_count(0)
             continue

@@ -9,8 +9,10 @@ import html.parser
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,15 +123,18 @@ def _words(page: Path) -> str:
     return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", body)))
 
 
+def written(runs: Sequence[Any], folder: Path) -> Path:
+    return write_report(runs, folder / "report.html", figures=False, claims=verdicts_section)
+
+
 def test_one_run_has_a_page_without_comparison(study, tmp_path):
-    out = write_report(study[:1], tmp_path / "one.html", figures=False, claims=verdicts_section)
-    text = _words(out)
+    text = _words(written(study[:1], tmp_path))
     assert "Local certifies" in text
-    assert "Which regime" not in text
+    assert "Which algorithm" not in text
     assert "Differences between" not in text
 
 
-def test_runs_that_differ_in_more_than_the_regime_are_marked(tmp_path):
+def test_runs_that_differ_in_more_than_the_algorithm_are_marked(tmp_path):
     folders = []
     for number in range(2):
         certificates = make_certificates(0.8, 2, 12, seed=number)
@@ -137,14 +142,12 @@ def test_runs_that_differ_in_more_than_the_regime_are_marked(tmp_path):
         object.__setattr__(certificates, "conditions", conditions)
         manifest = make_manifest("fedavg", f"FedAvg {number}", 2, 24)
         folders.append(write_run(tmp_path / str(number), certificates, manifest))
-    text = _words(
-        write_report(folders, tmp_path / "report.html", figures=False, claims=verdicts_section)
-    )
+    text = _words(written(folders, tmp_path))
     assert "differ in more than the algorithm: alpha (0.001, 0.002)" in text
     assert "at least 99.8 % over the votes" in text
 
 
-def test_a_page_without_a_place_gets_one_of_its_own(study):
+def test_a_page_has_a_default_path(study):
     assert page_beside(study[:1]) == study[0] / "report.html"
     assert page_beside(study[:2]) == study[0].parent / "comparison-local-fedavg" / "report.html"
     many = [study[0].parent / f"{'long' * 5}{number}" for number in range(9)]
@@ -160,7 +163,7 @@ def test_a_missing_run_leaves_no_page(tmp_path):
 # What an accuracy rules out --------------------------------------------------------------------
 
 
-def test_accuracies_of_the_advice_are_those_of_the_images(study, page):
+def test_accuracies_of_the_recommendation_are_those_of_the_images(study, page):
     advice, runs = data_of(page)["recommendation"], load_runs(study)
     assert advice["local"] == 0
     for client in advice["clients"]:
@@ -171,7 +174,7 @@ def test_accuracies_of_the_advice_are_those_of_the_images(study, page):
             assert text.startswith(percent(value))
 
 
-def test_pairs_of_the_advice_are_those_of_the_comparison(study, page):
+def test_pairs_of_the_recommendation_are_those_of_the_comparison(study, page):
     found = compare(load_runs(study))
     for client, part in zip(
         data_of(page)["recommendation"]["clients"], found.clients, strict=True
@@ -186,14 +189,10 @@ def test_pairs_of_the_advice_are_those_of_the_comparison(study, page):
 # Claims ----------------------------------------------------------------------------------------
 
 
-def test_claims_stand_on_the_page_with_effect_interval_and_verdict(tmp_path):
+def test_claims_are_on_the_page_with_effect_interval_and_verdict(tmp_path):
     better = claims_factory.results(claims_factory.spec(claims_factory.FEDAVG), 0.7)
     worse = claims_factory.results(claims_factory.spec(claims_factory.LOCAL), 0.4)
-    text = _words(
-        write_report(
-            [worse, better], tmp_path / "report.html", figures=False, claims=verdicts_section
-        )
-    )
+    text = _words(written([worse, better], tmp_path))
     (row,) = [
         row
         for row in claim_rows(check_runs([read_run(r) for r in (worse, better)]))
@@ -206,19 +205,17 @@ def test_claims_stand_on_the_page_with_effect_interval_and_verdict(tmp_path):
     assert "Section A.2" not in text  # nothing here has a hundred clients
 
 
-def test_runs_that_no_claim_speaks_of_have_no_claims(tmp_path):
+def test_runs_that_no_claim_is_about_have_no_claims(tmp_path):
     same = claims_factory.spec(claims_factory.FEDAVG, federated="none")
     runs = [claims_factory.results({**same, "seed": 0}, acr) for acr in (0.4, 0.7)]
-    text = _words(
-        write_report(runs, tmp_path / "report.html", figures=False, claims=verdicts_section)
-    )
-    assert "claims, put to the test" not in text
+    text = _words(written(runs, tmp_path))
+    assert "paper’s claims" not in text
 
 
 # The explorer ----------------------------------------------------------------------------------
 
 
-def test_explored_images_are_held_against_their_certificates(study, page):
+def test_explored_images_are_compared_with_their_certificates(study, page):
     explorer, runs = data_of(page)["explorer"], load_runs(study)
     shared = [image for image in explorer["images"] if len(image["runs"]) == 3]
     assert [(image["client"], image["index"]) for image in shared] == [(0, 0), (1, 45)]
@@ -279,7 +276,7 @@ def test_records_of_0_1_0_are_shown_without_their_planes(shifted, tmp_path) -> N
 def test_a_page_takes_no_more_pictures_than_it_may(study, tmp_path, monkeypatch):
     size = len(strip(range(31)))
     monkeypatch.setattr(page_module, "MOST_PICTURES", 2 * size)
-    page = write_report(study, tmp_path / "report.html", figures=False, claims=verdicts_section)
+    page = written(study, tmp_path)
     images = data_of(page)["explorer"]["images"]
     assert [len(image["runs"]) for image in images] == [3, 3]
 
@@ -303,7 +300,7 @@ def test_every_image_is_shown_under_every_run_that_is_named(study, tmp_path):
     for number, run in enumerate(runs):
         write_explorer(run, [0, 45, 90 + number])
     write_explorer(runs[2], [130])
-    page = write_report(runs, tmp_path / "page.html", figures=False, claims=verdicts_section)
+    page = written(runs, tmp_path)
     explorer = data_of(page)["explorer"]
     named = {int(place) for place in explorer["votes"]}
     assert named == {0, 1, 3}

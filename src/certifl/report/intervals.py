@@ -43,14 +43,14 @@ def hidden_share(images: float | Floats, error: float) -> Any:
 
 
 def unlike_images(values: Sequence[Floats] | Floats, scale: float) -> int:
-    """How many images lie far from the median of THEIR client.
+    """Number of images that are far from the median of THEIR client.
 
     Clients that differ from each other, each alike within, must not count: none of their images
     shows what a rare one can do.
 
     Args:
         values: of each client, of its own images (m,).
-        scale: how far one image can lie from another.
+        scale: largest possible distance between two images.
     """
     return int(_unlike([np.atleast_1d(own) for own in values], scale))
 
@@ -143,7 +143,7 @@ def interval_over_seeds(
     Args:
         samples: one of each seed; every client of each has two images at least.
         error: probability, about, of missing the true mean.
-        scale: how far one image can lie from another.
+        scale: largest possible distance between two images.
 
     Returns:
         (low, high), each (columns,).
@@ -163,7 +163,7 @@ class Scatter:
         freedom: degrees of freedom of both.
         between: standard error from the variation between seeds; 0 for one seed.
         floors: of every independent set of images (sets, columns), how many limit the interval.
-        scale: how far one image can lie from another.
+        scale: largest possible distance between two images.
     """
 
     mean: Floats
@@ -263,7 +263,7 @@ def mean_interval(values: Sequence[Floats], error: float, scale: float) -> tuple
     Args:
         values: of each client, of its own images (m,), m >= 2.
         error: probability, about, of missing the true mean.
-        scale: how far one image can lie from another.
+        scale: largest possible distance between two images.
 
     Returns:
         The two ends.

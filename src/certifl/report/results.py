@@ -229,7 +229,7 @@ def load_runs(folders: Sequence[str | Path | RunResults]) -> list[RunResults]:
 def by_seed(runs: Sequence[RunResults]) -> list[SeedGroup]:
     """Group runs that differ in their seed alone: the rows of a page.
 
-    A second run of one seed is a row of its own, since nothing says which of the two counts. Runs
+    A second run of one seed is a separate row, since nothing says which of the two counts. Runs
     that differ in any other setting are separate rows as well.
     """
     by_settings: dict[str, list[dict[int | None, RunResults]]] = {}

@@ -92,7 +92,7 @@ class Growth:
         first, second, scope: as in `Pairs`.
         quantity: whose difference is taken. reported: further ones.
         from_at_most: the smaller number of clients is the largest one up to this, and the larger
-            the largest of all; None = the smallest and the largest at hand.
+            the largest of all; None = the smallest and the largest available.
     """
 
     first: Role

@@ -109,7 +109,7 @@ class Cell:
     """Runs that differ in their seed alone.
 
     Attributes:
-        facts: of one of them.
+        metadata: of one of them.
         runs: by seed.
     """
 

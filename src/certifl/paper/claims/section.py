@@ -21,7 +21,7 @@ from certifl.report.page.html import Markup, details, el, join, note, paragraph,
 from certifl.report.results import Row, flat
 
 _SIGNS = {SUPPORTED: "✓", NOT_SUPPORTED: "✗", UNDECIDED: "?"}
-_KINDS = {SUPPORTED: "held", NOT_SUPPORTED: "refuted", UNDECIDED: "open"}
+_KINDS = {SUPPORTED: "supported", NOT_SUPPORTED: "refuted", UNDECIDED: "open"}
 _WIDTH, _LINE, _MOST_LINES = 150.0, 9.0, 12
 _HEADING = "Tests of the paper’s claims"
 
@@ -104,8 +104,8 @@ def _forest(result: ClaimResult) -> Markup:
     height = _LINE * len(judged) + 4
     zero = el("line", {"class": "zero", "x1": x(0), "x2": x(0), "y1": "0", "y2": f"{height:g}"})
     shapes = [zero]
-    for place, one in enumerate(judged):
-        y = f"{_LINE * (place + 0.5) + 2:g}"
+    for row, one in enumerate(judged):
+        y = f"{_LINE * (row + 0.5) + 2:g}"
         low, high = one.together
         shapes.append(
             el("line", {"class": "reach", "x1": x(low), "x2": x(high), "y1": y, "y2": y})

@@ -1,6 +1,6 @@
 "use strict";
 const report = JSON.parse(document.getElementById("report-data").textContent);
-// Begun once for every panel, with its numbers and a way to ask to be drawn anew in another width.
+// Each is called once for every panel, with its numbers and a way to be redrawn at another width.
 const parts = [];
 
 // Shapes and axes that all charts of the page are made of.
@@ -49,7 +49,7 @@ const drawing = (() => {
     return { x, y };
   }
   // An algorithm's swatch and name, as the page shows them in its controls.
-  const algorithm = (place) => document.querySelector(`[data-algorithm="${place}"] ~ .algorithm`).cloneNode(true);
+  const algorithm = (index) => document.querySelector(`[data-algorithm="${index}"] ~ .algorithm`).cloneNode(true);
   const each = (selector, act) => document.querySelectorAll(selector).forEach(act);
   const put = (parent, name, text, kind) => {
     const made = document.createElement(name);

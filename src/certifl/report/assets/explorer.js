@@ -1,11 +1,11 @@
-// The image explorer: a picture on its way through the deformations, and what is voted on it.
+// The image explorer: a picture along sweeps of the deformation, and the votes on it.
 parts.push((data, fit) => {
   const { shape, each, put } = drawing;
   const explorer = data.explorer;
   if (!explorer) return;
   const picked = { image: 0, sweep: 0, step: 0 };
   const slider = document.getElementById("step"), canvas = document.getElementById("picture");
-  const spots = [];
+  const cursors = [];
   const thumb = 10;  // half a thumb in pixels: the strips begin and end where its center does
 
   const named = (label) => explorer.names && explorer.names[label] !== undefined ? explorer.names[label] : String(label);
@@ -15,13 +15,13 @@ parts.push((data, fit) => {
   const seen = (run) => run.sweeps[picked.sweep];
   const center = () => sweep().values.indexOf(0);
 
-  // What is said ------------------------------------------------------------------------------
+  // Words -------------------------------------------------------------------------------------
   function stepText(step) {
     const { forward, backward } = explorer.sweeps[picked.sweep], value = sweep().values[step];
     return value === 0 ? "none" : `${sweep().texts[step]} ${value > 0 ? forward : backward}`;
   }
   function promised(run) {
-    if (!run.ends) return "no certificate: the votes did not suffice";
+    if (!run.ends) return "no certificate: too few votes agree";
     const right = run.predicted === now().label ? "right" : "wrong", [first, second] = run.certified;
     const { forward, backward } = explorer.sweeps[picked.sweep];
     const reach = second === undefined ? `up to ${first}` : `from ${first} ${backward} to ${second} ${forward}`;
@@ -34,19 +34,19 @@ parts.push((data, fit) => {
     if (close[step] === "1") return "close";
     return winners[step][0][0] === expected(run) ? "same" : "other";
   }
-  function placed(run, inside) {
+  function range(run, inside) {
     if (!run.ends) return "nothing is certified";
     return inside ? "inside the certified range" : "outside the certified range";
   }
-  function says(run, step) {
+  function answerOf(run, step) {
     const { winners, inside } = seen(run), [label, votes] = winners[step][0], what = kind(run, step);
-    const share = `${votes} of ${explorer.votes[run.run]} votes`, held = inside[step] === "1";
+    const share = `${votes} of ${explorer.votes[run.run]} votes`, certified = inside[step] === "1";
     const answer = what === "close" ? `too close to call, ${titled(label)} first with ${share}` : `${titled(label)}, ${share}`;
     const right = label === now().label ? "right" : "wrong";
     const same = { same: "still the same class", other: "another class", close: "" }[what];
-    const against = held && what === "other" ? ": against the certificate; `certifl attack` puts it to the test" : "";
+    const against = certified && what === "other" ? ": against the certificate; test it with `certifl attack`" : "";
     const still = step === center() || !same ? "" : `, ${same}${against}`;
-    return { answer, right: what === "close" ? "" : right, place: `${placed(run, held)}${still}` };
+    return { answer, right: what === "close" ? "" : right, where: `${range(run, certified)}${still}` };
   }
 
   // Pictures ----------------------------------------------------------------------------------
@@ -82,32 +82,32 @@ parts.push((data, fit) => {
     shape(layer, "line", { class: "track", x1: thumb, x2: width - thumb, y1: 5, y2: 5 });
     if (run.ends) {
       const from = x(Math.max(values[0], run.ends[0])), to = x(Math.min(values[last], run.ends[1]));
-      shape(layer, "rect", { class: "held", x: from, y: 1, width: Math.max(2, to - from), height: 8, rx: 2 });
+      shape(layer, "rect", { class: "certified", x: from, y: 1, width: Math.max(2, to - from), height: 8, rx: 2 });
     }
     values.forEach((value, step) => {
       const what = kind(run, step), tall = { same: 16, close: 8, other: 3 }[what];
       shape(layer, "rect", { class: `cell ${what}`, x: x(value) - gap * 0.36, y: 30 - tall, width: gap * 0.72, height: tall, rx: 1 });
     });
-    const spot = shape(root, "line", { class: "spot", y1: 0, y2: 34 });
+    const cursor = shape(root, "line", { class: "cursor", y1: 0, y2: 34 });
     root.addEventListener("click", (event) => {
       const box = root.getBoundingClientRect(), at = ((event.clientX - box.left) * width / box.width - thumb) / gap;
       picked.step = Math.max(0, Math.min(last, Math.round(at)));
       move();
     });
-    const put = () => { for (const end of ["x1", "x2"]) spot.setAttribute(end, x(values[picked.step])); };
-    spots.push({ put, line, run });
+    const put = () => { for (const end of ["x1", "x2"]) cursor.setAttribute(end, x(values[picked.step])); };
+    cursors.push({ put, line, run });
   }
 
   // All together ------------------------------------------------------------------------------
   function move() {
     const text = stepText(picked.step), heard = [];
-    for (const { put: mark, line, run } of spots) {
+    for (const { put: mark, line, run } of cursors) {
       mark();
-      const { answer, right, place: where } = says(run, picked.step), output = line.querySelector(".explored-answer");
+      const { answer, right, where } = answerOf(run, picked.step), output = line.querySelector(".explored-answer");
       output.replaceChildren();
       put(output, "b", answer);
       if (right) put(output, "span", right, `mark ${right}`);
-      put(output, "span", where, "place");
+      put(output, "span", where, "where");
       heard.push(`${data.runs[run.run].label}: ${answer}, ${where}`);
     }
     slider.value = String(picked.step);
@@ -116,7 +116,7 @@ parts.push((data, fit) => {
     repaint();
   }
   function drawStrips() {
-    spots.length = 0;
+    cursors.length = 0;
     each("[data-explored]", (line) => {
       const run = now().runs.find((one) => one.run === Number(line.dataset.explored));
       line.hidden = !run;
@@ -132,7 +132,7 @@ parts.push((data, fit) => {
     const { client, label, index } = now(), words = document.getElementById("picture-words");
     words.replaceChildren();
     put(words, "b", `True class: ${named(label)}.`);
-    words.append(` Test image ${index} of the data, held by client ${client}.`);
+    words.append(` Test image ${index} of client ${client}.`);
     picked.step = center();
     labelRail();
     load();
@@ -148,11 +148,11 @@ parts.push((data, fit) => {
   }
   // Controls ----------------------------------------------------------------------------------
   const pictures = document.getElementById("pictures");
-  explorer.images.forEach((image, place) => {
+  explorer.images.forEach((image, number) => {
     const label = put(pictures, "label", undefined, "thumb"), box = put(label, "input");
     box.type = "radio";
     box.name = "picture";
-    box.addEventListener("change", () => pick(place));
+    box.addEventListener("change", () => pick(number));
     if (explorer.pictures) {
       const small = put(label, "canvas"), picture = loaded(image.sweeps[0].strip);
       small.width = 56;
@@ -164,12 +164,12 @@ parts.push((data, fit) => {
   slider.addEventListener("input", () => { picked.step = Number(slider.value); move(); });
   each('input[name="sweep"]', (box) => box.addEventListener("change", () => { picked.sweep = Number(box.value); pick(picked.image); }));
   fit(drawStrips);
-  // The first to be seen is certified rightly by most algorithms, and has something to tell farther out.
-  const telling = (image, run) => run.sweeps[0].winners.filter(([[label]]) => label !== image.label).length > 0;
-  const held = explorer.images.map((image) => image.runs
+  // The first image is certified correctly by most algorithms, and changes its class farther out.
+  const changes = (image, run) => run.sweeps[0].winners.filter(([[label]]) => label !== image.label).length > 0;
+  const score = explorer.images.map((image) => image.runs
     .filter((run) => run.ends && run.predicted === image.label)
-    .reduce((sum, run) => sum + 1 + (telling(image, run) ? 0.1 : 0), 0));
-  const start = held.indexOf(Math.max(...held));
+    .reduce((sum, run) => sum + 1 + (changes(image, run) ? 0.1 : 0), 0));
+  const start = score.indexOf(Math.max(...score));
   pictures.querySelectorAll("input")[start].checked = true;
   pick(start);
 });

@@ -1,4 +1,4 @@
-// Curves, average certified radii and training, with everything that can be switched.
+// Curves, average certified radii and training, with their options.
 parts.push((data, fit) => {
   const { shape, trace, tenths, ticks, tickText, board, axes, algorithm, each } = drawing;
   const state = {
@@ -50,9 +50,9 @@ parts.push((data, fit) => {
     scales = axes(b, [0, end], [0, 1], shown.map((t) => t / unit.factor), [0, 0.2, 0.4, 0.6, 0.8, 1],
       `radius in ${unit.name}`, (t) => tickText(t * unit.factor), (t) => state.shares ? t.toFixed(1) : `${Math.round(100 * t)} %`);
     const xs = data.radii.map(scales.x);
-    data.runs.forEach((run, place) => {
+    data.runs.forEach((run, index) => {
       const curves = chosen(run);
-      if (!state.algorithms[place] || !curves.length) return;
+      if (!state.algorithms[index] || !curves.length) return;
       const points = data.radii.map((_, i) => summary(curves, i));
       const of = (key) => points.map((p) => scales.y(p[key]));
       const layer = series(b.root, run, xs, of("mean"), of("low"), of("high"), state.band);
@@ -74,9 +74,9 @@ parts.push((data, fit) => {
     slider.value = String(state.radius);
     slider.setAttribute("aria-valuetext", text);
     document.getElementById("radius-text").textContent = text;
-    const rows = data.runs.map((run, place) => {
+    const rows = data.runs.map((run, index) => {
       const curves = chosen(run);
-      return state.algorithms[place] && curves.length ? readoutRow(run, place, summary(curves, state.radius), curves.length) : null;
+      return state.algorithms[index] && curves.length ? readoutRow(run, index, summary(curves, state.radius), curves.length) : null;
     }).filter(Boolean);
     if (!rows.length) {
       const empty = document.createElement("p");
@@ -86,9 +86,9 @@ parts.push((data, fit) => {
     readout.replaceChildren(...rows);
   }
 
-  function readoutRow(run, place, values, clients) {
+  function readoutRow(run, index, values, clients) {
     const row = document.createElement("div"), mean = document.createElement("b"), range = document.createElement("small");
-    row.append(algorithm(place), mean);
+    row.append(algorithm(index), mean);
     mean.textContent = withSign(shareText(values.mean));
     if (clients > 1) {
       range.textContent = `${shareText(values.low)} to ${shareText(values.high)}`;
@@ -117,8 +117,8 @@ parts.push((data, fit) => {
     const shown = ticks(0, end * unit.factor, b.width < 480 ? 4 : 8);
     const { x } = axes(b, [0, end], [0, 1], shown.map((t) => t / unit.factor), [],
       `average certified radius in ${unit.name}`, (t) => tickText(t * unit.factor), String);
-    data.runs.forEach((run, place) => {
-      const layer = shape(b.root, "g", { class: `s${run.slot}` }), y = place * rowHeight + 38;
+    data.runs.forEach((run, index) => {
+      const layer = shape(b.root, "g", { class: `s${run.slot}` }), y = index * rowHeight + 38;
       const longest = Math.floor(b.width / 9) - 14, name = run.label;
       const short = name.length > longest ? `${name.slice(0, longest - 1)}…` : name;
       shape(layer, "text", { class: "name", x: b.left, y: y - 22 }, `${short}: ${run.meanTexts[state.unit]}`);
@@ -181,7 +181,7 @@ parts.push((data, fit) => {
   each("#show-band", (box) => box.addEventListener("change", () => { state.band = box.checked; drawCurves(); }));
   each("#show-clients", (box) => box.addEventListener("change", () => { state.lines = box.checked; drawCurves(); }));
   fit(drawAll);
-  // A browser may have kept the boxes of an earlier visit; the page starts with all of them as written.
+  // A browser may restore the boxes of an earlier visit; the page starts with the defaults.
   each("input", (box) => { if (box.type === "checkbox" || box.type === "radio") box.checked = box.defaultChecked; });
   drawAll();
 });

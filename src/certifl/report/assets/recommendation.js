@@ -1,20 +1,20 @@
-// Which algorithm for which client, at the accuracy that a client accepts. The numbers, intervals and
-// texts come with the page; only the choice among the algorithms that reach the accuracy is made here.
+// Which algorithm for which client, at the accuracy that a client accepts. Numbers, intervals and
+// texts are part of the page; only the choice among the algorithms that reach it is made here.
 parts.push((data) => {
   const { algorithm, put } = drawing;
   const recommendation = data.recommendation;
   if (!recommendation) return;
   const slider = document.getElementById("accepted");
-  const label = (place) => data.runs[place].label;
+  const label = (index) => data.runs[index].label;
   const listed = (names) => names.length === 1 ? names[0] : `${names.slice(0, -1).join(", ")} and ${names[names.length - 1]}`;
 
   function recommend(client, least) {
     if (client.why) return { client, reach: [], tied: [], why: client.why };
-    const reach = client.order.filter((place) => client.accuracy[place][0] >= least - 1e-9);
+    const reach = client.order.filter((index) => client.accuracy[index][0] >= least - 1e-9);
     const best = reach[0];
     if (best === undefined) return { client, reach };
     const pair = (other) => client.pairs[`${best}-${other}`];
-    const tied = reach.slice(1).filter((place) => pair(place)[1] === 0).sort((a, b) => a - b);
+    const tied = reach.slice(1).filter((index) => pair(index)[1] === 0).sort((a, b) => a - b);
     const alone = recommendation.local === null || recommendation.local === best ? undefined : pair(recommendation.local);
     const sure = client.accuracy[best][1] >= least - 1e-9;
     return { client, reach, best, tied, sure, next: reach.length > 1 ? pair(reach[1]) : undefined, alone };
@@ -34,18 +34,18 @@ parts.push((data) => {
   function groups(found) {
     const answers = new Map();
     for (const one of found) {
-      const places = one.best === undefined ? [] : [one.best, ...one.tied].sort((a, b) => a - b), key = one.why ? "few" : places.join();
-      if (!answers.has(key)) answers.set(key, { places, numbers: [], few: Boolean(one.why) });
+      const indices = one.best === undefined ? [] : [one.best, ...one.tied].sort((a, b) => a - b), key = one.why ? "few" : indices.join();
+      if (!answers.has(key)) answers.set(key, { indices, numbers: [], few: Boolean(one.why) });
       answers.get(key).numbers.push(one.client.client);
     }
-    const before = (a, b) => { const at = a.findIndex((place, i) => place !== b[i]); return at < 0 ? 0 : a[at] - b[at]; };
-    return [...answers.values()].sort((a, b) => b.numbers.length - a.numbers.length || a.places.length - b.places.length || before(a.places, b.places));
+    const before = (a, b) => { const at = a.findIndex((index, i) => index !== b[i]); return at < 0 ? 0 : a[at] - b[at]; };
+    return [...answers.values()].sort((a, b) => b.numbers.length - a.numbers.length || a.indices.length - b.indices.length || before(a.indices, b.indices));
   }
 
   function showGroups(found) {
     const list = document.getElementById("recommendations"), answers = groups(found);
     list.replaceChildren();
-    for (const { places, numbers, few } of answers.slice(0, recommendation.most)) {
+    for (const { indices, numbers, few } of answers.slice(0, recommendation.most)) {
       const item = put(list, "li");
       if (few) {
         put(item, "span", recommendation.few, "verdict");
@@ -53,9 +53,9 @@ parts.push((data) => {
         continue;
       }
       const choice = put(item, "span", undefined, "choice");
-      choice.append(...places.map(algorithm));
-      if (!places.length) choice.textContent = "No algorithm reaches this accuracy";
-      if (places.length > 1) put(item, "span", recommendation.none, "verdict");
+      choice.append(...indices.map(algorithm));
+      if (!indices.length) choice.textContent = "No algorithm reaches this accuracy";
+      if (indices.length > 1) put(item, "span", recommendation.none, "verdict");
       put(item, "span", clients(numbers), "who");
     }
     const rest = answers.slice(recommendation.most).flatMap(({ numbers }) => numbers);
@@ -88,10 +88,10 @@ parts.push((data) => {
     const over = found.filter((one) => one.best !== undefined && one.reach.length < data.runs.length);
     const close = over.filter(({ client }) => client.accuracy.some(([value, , high]) => value < least - 1e-9 && high >= least)).length;
     const parts = [];
-    if (over.length) parts.push(`for ${over.length} of ${found.length} clients some algorithm measures below ${share} and is left out${close ? ` (for ${close} of them not beyond doubt)` : ""}`);
-    if (unsure) parts.push(`for ${unsure} it is not certain that the recommended algorithm reaches it: the 95\u00a0% interval of its accuracy begins below`);
+    if (over.length) parts.push(`for ${over.length} of ${found.length} clients an algorithm is below ${share} on the test images and is left out${close ? ` (for ${close} of them its 95\u00a0% interval reaches ${share})` : ""}`);
+    if (unsure) parts.push(`for ${unsure} the recommended algorithm may miss it: the 95\u00a0% interval of its accuracy begins below ${share}`);
     const text = parts.join("; ");
-    return text ? `${text[0].toUpperCase()}${text.slice(1)}.` : `Every algorithm reaches ${share} for every client, beyond doubt where recommended.`;
+    return text ? `${text[0].toUpperCase()}${text.slice(1)}.` : `Every algorithm reaches ${share} for every client, and the recommended ones with their whole 95\u00a0% interval.`;
   }
 
   function show() {
@@ -101,7 +101,7 @@ parts.push((data) => {
     document.getElementById("accepted-text").textContent = text;
     slider.setAttribute("aria-valuetext", text);
     showGroups(found);
-    found.forEach((one, place) => showRow(rows[place], one, least));
+    found.forEach((one, index) => showRow(rows[index], one, least));
     document.getElementById("recommendation-status").textContent = status(found, least);
   }
   slider.value = "0";
