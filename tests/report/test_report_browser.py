@@ -244,7 +244,7 @@ def test_the_explorer_says_whether_the_step_is_certified(page, report):
             assert f"class {label}, 80 of 100 votes" in said
             kept = label == seen["predicted"]
             assert step == 15 or ("still the same class" if kept else "another class") in said
-            assert ("right" if label == image["label"] else "wrong") in said
+            assert ("correct" if label == image["label"] else "wrong") in said
 
 
 def test_the_keyboard_picks_an_image_and_deforms_it(page):

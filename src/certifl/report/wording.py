@@ -249,12 +249,12 @@ def by_margin(difference: Difference, scale: RadiusScale) -> str:
 
 
 def percent(value: float) -> str:
-    """A share of images, to a tenth of a per cent."""
+    """A share of images, to a tenth of a percent."""
     return f"{tenths(value)} %"
 
 
 def tenths(value: float) -> str:
-    """A share in per cent; halves round up, here and in the page's script, so that both agree."""
+    """A share in percent; halves round up, here and in the page's script, so that both agree."""
     return f"{math.floor(1000 * value + 0.5 + 1e-9) / 10:.1f}"
 
 

@@ -22,7 +22,7 @@ parts.push((data, fit) => {
   }
   function promised(run) {
     if (!run.ends) return "no certificate: too few votes agree";
-    const right = run.predicted === now().label ? "right" : "wrong", [first, second] = run.certified;
+    const right = run.predicted === now().label ? "correct" : "wrong", [first, second] = run.certified;
     const { forward, backward } = explorer.sweeps[picked.sweep];
     const reach = second === undefined ? `up to ${first}` : `from ${first} ${backward} to ${second} ${forward}`;
     return `certified ${titled(run.predicted)} ${reach}, ${right}`;
@@ -42,11 +42,11 @@ parts.push((data, fit) => {
     const { winners, inside } = seen(run), [label, votes] = winners[step][0], what = kind(run, step);
     const share = `${votes} of ${explorer.votes[run.run]} votes`, certified = inside[step] === "1";
     const answer = what === "close" ? `too close to call, ${titled(label)} first with ${share}` : `${titled(label)}, ${share}`;
-    const right = label === now().label ? "right" : "wrong";
+    const correct = label === now().label ? "correct" : "wrong";
     const same = { same: "still the same class", other: "another class", close: "" }[what];
     const against = certified && what === "other" ? ": against the certificate; test it with `certifl attack`" : "";
     const still = step === center() || !same ? "" : `, ${same}${against}`;
-    return { answer, right: what === "close" ? "" : right, where: `${range(run, certified)}${still}` };
+    return { answer, verdict: what === "close" ? "" : correct, where: `${range(run, certified)}${still}` };
   }
 
   // Pictures ----------------------------------------------------------------------------------
@@ -103,10 +103,10 @@ parts.push((data, fit) => {
     const text = stepText(picked.step), heard = [];
     for (const { put: mark, line, run } of cursors) {
       mark();
-      const { answer, right, where } = answerOf(run, picked.step), output = line.querySelector(".explored-answer");
+      const { answer, verdict, where } = answerOf(run, picked.step), output = line.querySelector(".explored-answer");
       output.replaceChildren();
       put(output, "b", answer);
-      if (right) put(output, "span", right, `mark ${right}`);
+      if (verdict) put(output, "span", verdict, `mark ${verdict}`);
       put(output, "span", where, "where");
       heard.push(`${data.runs[run.run].label}: ${answer}, ${where}`);
     }

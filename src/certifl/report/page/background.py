@@ -106,8 +106,8 @@ def _limits(context: ReportContext, alpha: float) -> list[tuple[str, str]]:
         *([] if metadata["family"] == "pixel" else [interpolated_once]),
         (
             "The risk is per image.",
-            f"Among the {images:,} images of a run, up to {_plain(alpha * images)} certificates "
-            "can be expected to promise too much.",
+            f"Among the {images:,} images of a run, on average up to "
+            f"{_plain(alpha * images)} certificates promise too much.",
         ),
         (
             "Only this perturbation.",
@@ -138,7 +138,7 @@ def _properties(run: RunResults) -> dict[str, str]:
         "Estimator": str(metadata.get("estimator", "–")),
         "Votes that select the class (n0)": _number(metadata.get("n0")),
         "Votes that bound its probability, at most (n)": _number(metadata.get("n")),
-        "The same per image, on average": f"{votes.per_image:,.0f}",
+        "Votes per image, on average": f"{votes.per_image:,.0f}",
         "Votes cast": f"{votes.spent:,}",
         "Votes without early stopping": _number(votes.fixed),
         "Saved": "–" if votes.saved is None else f"{100 * votes.saved:.1f} %",
@@ -152,7 +152,7 @@ def _properties(run: RunResults) -> dict[str, str]:
         "Spec": str(manifest.get("spec_hash", "–")),
     }
     if run.curves_only:
-        properties |= dict.fromkeys(("The same per image, on average", "Votes cast"), "not shared")
+        properties |= dict.fromkeys(("Votes per image, on average", "Votes cast"), "not shared")
     model = metadata.get("model_fingerprint")
     return properties | ({"Model fingerprint": model} if isinstance(model, str) else {})
 

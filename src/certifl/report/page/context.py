@@ -43,7 +43,7 @@ class ReportContext:
 
     @classmethod
     def of(cls, runs: Sequence[Row]) -> ReportContext:
-        """The context of some rows, with radii in per cent of sigma where all have one sigma."""
+        """The context of some rows, with radii in percent of sigma where all have one sigma."""
         largest = largest_radius(runs)
         units = scales(runs[0].conditions, largest)
         sigmas = {float(run.conditions["sigma"]) for run in flat(runs)}

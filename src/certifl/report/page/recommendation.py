@@ -149,10 +149,11 @@ def _method(context: ReportContext) -> str:
     wide = f" (wide enough for all {pairs} comparisons of all clients at once)"
     wide = wide if pairs > 1 else ""
     return (
-        "Recommended is the algorithm with the largest average certified radius on the client's "
-        "own test images, among those that reach the accuracy the client accepts (correct with a "
-        f"certificate). Where the 95 % interval of a paired difference{wide} contains 0, these "
-        f"images do not show which is better: {NO_DIFFERENCE}, and other reasons may decide."
+        "The recommendation is the algorithm with the largest average certified radius on the "
+        "client's own test images, among those that reach the accuracy the client accepts "
+        f"(correct with a certificate). Where the 95 % interval of a paired difference{wide} "
+        f"contains 0, these images do not show which is better: {NO_DIFFERENCE}, and other "
+        "reasons may decide."
     )
 
 

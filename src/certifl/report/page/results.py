@@ -287,7 +287,7 @@ def chart_controls(context: ReportContext) -> Markup:
             fieldset("Algorithms", *algorithms, name="algorithm-toggles"),
             fieldset("Show", *show),
             choice("Radius in", "unit", units) if len(units) > 1 else Markup(),
-            choice("Accuracy in", "accuracy", ["per cent", "shares from 0 to 1"]),
+            choice("Accuracy in", "accuracy", ["percent", "shares from 0 to 1"]),
             _client_toggles(context.clients),
         ]
     )
