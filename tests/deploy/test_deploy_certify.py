@@ -72,7 +72,7 @@ def test_a_curve_comes_to_the_same_numbers(own, tmp_path):
     assert told["abstained"] is None
     page = write_report([folder.path], tmp_path / "page.html", figures=False).read_text()
     assert "for each radius of a fixed grid" in page
-    assert "not told" in page
+    assert "not shared" in page
     both = write_report([folder.path, own.path], tmp_path / "both.html", figures=False)
     assert "compared image by image" in both.read_text()
     answer = cli("verify", folder.path)
