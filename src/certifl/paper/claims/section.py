@@ -42,8 +42,8 @@ def verdicts_section(rows: Sequence[Row]) -> Markup:
     tested = [result for result in report.results if result.verdict != NOT_TESTED]
     if not tested:
         return Markup()
-    rows = {row["claim"]: row for row in claim_rows(report)}
-    cards = [_card(one, rows[one.claim.name]) for one in tested]
+    by_claim = {row["claim"]: row for row in claim_rows(report)}
+    cards = [_card(one, by_claim[one.claim.name]) for one in tested]
     notes = el("ul", {"class": "limits"}, *(el("li", None, line) for line in explanation(report)))
     summary = paragraph(_summary(report, tested))
     return section("claims", _HEADING, summary, *cards, details("What the numbers mean", notes))
