@@ -49,7 +49,7 @@ def test_regimes_lines_and_bands_can_be_switched(page):
 def test_mean_and_band_follow_the_chosen_clients(page, report):
     data, readout = data_of(report), page.locator("#readout")
     page.locator("#clients-none").click()
-    expect(readout).to_contain_text("at least one regime and one client")
+    expect(readout).to_contain_text("at least one algorithm and one client")
     page.locator('[data-client="3"]').check()
     page.locator('[data-client="7"]').check()
     at = int(page.locator("#radius").input_value())
