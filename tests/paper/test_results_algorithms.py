@@ -290,7 +290,7 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def until(reached: Callable[[], bool], seconds: float = 60.0) -> bool:
+def until(reached: Callable[[], bool], seconds: float = 180.0) -> bool:
     end = time.monotonic() + seconds
     while not reached() and time.monotonic() < end:
         time.sleep(0.05)
