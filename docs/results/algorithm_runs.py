@@ -1,4 +1,4 @@
-"""One run of docs/results/algorithms.md, made where it is missing."""
+"""One run of docs/results/algorithms.md, computed if missing."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def ready(study: Study, runs: Path) -> bool:
     """Whether a run is finished, with its accuracy on undisturbed images.
 
     Raises:
-        StoreMismatch: its folder holds something else.
+        StoreMismatch: its folder contains something else.
     """
-    folder = RunFolder(study.place(runs))
+    folder = RunFolder(study.folder(runs))
     folder.check(study.spec().hash())
     return folder.finished() and (folder.path / CLEAN).exists()
 
 
 def compute(study: Study, runs: Path, data_dir: Path) -> None:
-    """The run, and beside it how often its deployed networks are right on images as they are.
+    """Compute the run, and the accuracy of its deployed networks on undisturbed images.
 
-    A run made in one go also tells its seconds of processor time, which other work on the machine
-    hardly changes.
+    A run computed without interruption also records its seconds of processor time, which other
+    work on the machine hardly changes.
     """
     started = time.process_time()
-    folder, spec = study.place(runs), study.spec()
-    base = Study(study.perturbation, BASELINE, study.split, study.seed).place(runs)
+    folder, spec = study.folder(runs), study.spec()
+    base = Study(study.perturbation, BASELINE, study.split, study.seed).folder(runs)
     whole = not folder.exists()
     siblings = (base,) if study.algorithm == "personalized" else ()
     options = Options(folder, data_dir, device="cpu", siblings=siblings, explore=False)

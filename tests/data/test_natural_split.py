@@ -190,7 +190,7 @@ def test_a_run_names_its_clients_and_repeats(data: Path, tmp_path: Path) -> None
     place = tmp_path / "run"
     folder = run(spec("training.rounds=1"), Options(place, data))
     assert folder.manifest()["client_names"] == ["Aarau", "Basel", "Chur"]
-    assert load_run(place).name_of(1) == "1 (Basel)"
+    assert load_run(place).client_name(1) == "1 (Basel)"
     held = folder.load_certificates()
     assert [int((held.client == client).sum()) for client in range(3)] == [4, 6, 4]
     before = tiny.weights(place)

@@ -56,13 +56,13 @@ def test_rows_are_the_certificates_of_one_process(own, tmp_path):
     )
     assert folder.load_certificates().same_results(own.load_certificates())
     page = write_report([folder.path], tmp_path / "page.html", figures=False).read_text()
-    assert "told, for each radius" not in page
+    assert "for each radius of a fixed grid" not in page
 
 
 def test_a_curve_comes_to_the_same_numbers(own, tmp_path):
     folder, _ = federation(tmp_path, share="curve")
     here, there = load_run(own.path), load_run(folder.path)
-    assert there.told
+    assert there.curves_only
     grid = radius_grid([here])
     assert np.array_equal(grid, radius_grid([there]))
     assert np.array_equal(client_curves(here, grid), client_curves(there, grid))
@@ -71,8 +71,8 @@ def test_a_curve_comes_to_the_same_numbers(own, tmp_path):
     assert [a["value"] for a in rows["accuracy"]] == [a["value"] for a in told["accuracy"]]
     assert told["abstained"] is None
     page = write_report([folder.path], tmp_path / "page.html", figures=False).read_text()
-    assert "told, for each radius" in page
-    assert "not told" in page
+    assert "for each radius of a fixed grid" in page
+    assert "not shared" in page
     both = write_report([folder.path, own.path], tmp_path / "both.html", figures=False)
     assert "compared image by image" in both.read_text()
     answer = cli("verify", folder.path)

@@ -252,7 +252,7 @@ def test_every_client_is_explored_under_its_own_perturbation(tmp_path):
     for client in (0, 1):
         images = data_of(page, client)["explorer"]["images"]
         assert {image["client"] for image in images} == {client}
-        assert {len(image["walks"]) for image in images} == {client + 1}
+        assert {len(image["sweeps"]) for image in images} == {client + 1}
 
 
 def test_exploring_goes_on_where_it_was_stopped(explored, monkeypatch):

@@ -31,7 +31,7 @@ from certifl.paper.claims.runs import find_runs
 from certifl.report import load_run, summary_rows, write_figures, write_report
 from certifl.report.figures import Drawing
 from certifl.report.page import page as page_module
-from certifl.report.results import apart, check_comparable
+from certifl.report.results import by_perturbation, check_comparable
 from certifl.runs.checkpoints import Checkpoints
 from certifl.runs.folder import RunFolder
 from certifl.study.opened_run import open_data, run_spec, trained_model
@@ -320,7 +320,7 @@ def test_runs_that_certify_otherwise_do_not_stand_side_by_side(mixed: Path) -> N
         with pytest.raises(StoreMismatch, match="differ in perturbations of clients"):
             check_comparable([results, other])
     check_comparable([results, results])
-    assert len(apart([results, results])) == 2
+    assert len(by_perturbation([results, results])) == 2
 
 
 def test_claims_leave_such_runs_out(mixed: Path) -> None:

@@ -39,10 +39,10 @@ from certifl.deploy.client.settings import load_settings
 from certifl.deploy.provision.kit import load_connection
 from certifl.errors import CertiflError
 from certifl.report import summary_rows
-from certifl.report.page import page
-from certifl.report.page.attacks import threats_section
+from certifl.report.page.attacks import attacks_section
+from certifl.report.page.context import ReportContext
 from certifl.report.page.explorer import explorer_payload
-from certifl.report.results import apart, load_runs
+from certifl.report.results import by_perturbation, load_runs
 from certifl.report.summary import left_out_words, measure_curves, measures_of
 from certifl.spec import load as load_spec
 from certifl.study.opened_run import open_data
@@ -409,10 +409,10 @@ def _spec(folder: Path) -> None:
 def _page(folder: Path) -> None:
     """What a page says, without drawing its figures, which takes most of its time."""
     runs = load_runs([folder])
-    for group in apart(runs):
-        story = page._story(group)
-        threats_section(story)
-        explorer_payload(story)
+    for group in by_perturbation(runs):
+        context = ReportContext.of(group)
+        attacks_section(context)
+        explorer_payload(context)
         left_out_words(group[0])
         for measure in measures_of(group):
             measure_curves(group[0], measure)

@@ -161,8 +161,8 @@ class Translation(Deformation):
     )
     exception = ", except that whole-pixel shifts away from the border are the same either way"
     sweep_note = (
-        "A certificate speaks of every shift of at most its l2 length, across and down together; "
-        "these two ways show shifts along one axis. "
+        "A certificate covers every shift of at most its l2 length, across and down together; "
+        "the slider shifts along one axis. "
     )
 
     def sources(self, params: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

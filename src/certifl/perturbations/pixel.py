@@ -51,9 +51,9 @@ class PixelNoise:
     additive = True
     promise = "for every change of the pixel intensities whose {norm} norm is at most the radius"
     sweep_note = (
-        "A certificate speaks of every change of at most its length, the worst included; these "
-        "two ways are no attacks, so classes often stay the same far beyond it. Shown clipped to "
-        "black and white; the network is given unclipped intensities."
+        "A certificate covers every change of at most its length, the worst included. The two "
+        "changes shown here are not attacks, so the class often stays the same far beyond the "
+        "radius. Pictures are clipped to black and white; the network sees unclipped intensities."
     )
 
     def __post_init__(self) -> None:
