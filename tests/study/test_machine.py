@@ -13,7 +13,7 @@ import tiny_study as tiny
 from certifl.experiments import run as run_module
 from certifl.federated import LocalTraining
 from certifl.study import environment as machine
-from certifl.study.environment import machine_facts
+from certifl.study.environment import machine_metadata
 
 GPUS = {None: "the current one", "cuda": "the current one", "cuda:0": "small", "cuda:1": "large"}
 
@@ -32,7 +32,7 @@ GPUS = {None: "the current one", "cuda": "the current one", "cuda:0": "small", "
 def test_the_device_is_the_one_that_was_asked_for(asked, name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: GPUS[device])
-    assert machine_facts(asked)["device"] == name
+    assert machine_metadata(asked)["device"] == name
 
 
 @pytest.mark.parametrize("used", [True, False])
@@ -40,7 +40,7 @@ def test_memory_is_handed_back_where_a_gpu_was_used(used, monkeypatch):
     done: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
-    machine.give_back_memory()
+    machine.release_memory()
     assert done == ["emptied"] * used
 
 
@@ -64,7 +64,7 @@ def test_training_is_gone_before_certification_begins(tmp_path, monkeypatch):
         return certify_clients(*arguments, **options)
 
     monkeypatch.setattr(run_module, "local_training", noted)
-    monkeypatch.setattr(run_module, "give_back_memory", given_back)
+    monkeypatch.setattr(run_module, "release_memory", given_back)
     monkeypatch.setattr(run_module, "certify_clients", certified)
     spec = tiny.spec("training.rounds=1")
     gc.disable()

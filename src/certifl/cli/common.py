@@ -10,11 +10,15 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from certifl.path_checks import read_spec_file
 from certifl.safe_io import visible
+
+if TYPE_CHECKING:
+    from certifl.spec import Spec
 
 _SAFE_PATH = "PYTHONSAFEPATH"
 _LONGEST_REASON = 200
@@ -103,6 +107,25 @@ def safe_path() -> Iterator[None]:
             os.environ.pop(_SAFE_PATH, None)
         else:
             os.environ[_SAFE_PATH] = before
+
+
+def load_study(spec: Path, settings: list[str] | None) -> Spec:
+    """The study in a spec file, whose own network is then importable.
+
+    A wrong path is refused before anything heavy is imported.
+    """
+    values = read_spec_file(spec)
+    from certifl.models import allow_code
+    from certifl.spec import with_settings
+
+    study = with_settings(values, settings or [])
+    allow_code(study.model.name, spec.parent, Path.cwd())
+    return study
+
+
+def run_folder(spec: Path, study: Spec, out: Path | None) -> Path:
+    """Where a study's results go: where the user says, or runs/<name>-<hash>."""
+    return out or Path("runs") / f"{spec.stem}-{study.hash()[:8]}"
 
 
 def whole(value: str | int) -> int:

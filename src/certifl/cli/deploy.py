@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from certifl.cli.common import say
+from certifl.cli.common import command_line, load_study, run_folder, say
 from certifl.errors import RequestError, WorkError
-from certifl.path_checks import check_party, check_party_settings, read_spec_file
+from certifl.path_checks import check_party, check_party_settings
 
 deploy = typer.Typer(
     help="Real federations: every client on a machine of its own, over Flower.",
@@ -62,7 +60,7 @@ def _flower() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _told(line: str) -> None:
+def _echo(line: str) -> None:
     say(line, err=True)
 
 
@@ -108,7 +106,7 @@ def server(folder: ClientFolder = Path(".")) -> None:
     with _flower():
         from certifl.deploy.processes import serve
 
-        serve(folder, _told)
+        serve(folder, _echo)
 
 
 @deploy.command()
@@ -136,7 +134,7 @@ def client(
 
         settings = with_data(load_settings(folder / "client.toml"), data, dealt)
         _find_networks(settings.networks, code)
-        take_part(folder, settings, _told)
+        take_part(folder, settings, _echo)
 
 
 def _find_networks(names: list[str], code: Path | None) -> None:
@@ -196,36 +194,31 @@ def run(
 
     Give it on the server's machine. It ends with 0 only if everything was done.
     """
-    read_spec_file(spec)
+    study = load_study(spec, set_)
     with _flower():
         from certifl.cli import terminal
         from certifl.deploy.server.coordinator import Options
         from certifl.deploy.server.remote_runner import Timeouts
         from certifl.deploy.server.run import run_study
         from certifl.deploy.transport.flower_processes import private_files
-        from certifl.models import allow_code
-        from certifl.spec import load
 
-        study = load(spec, set_ or [])
-        allow_code(study.model.name, spec.parent, Path.cwd())
-        place = out or Path("runs") / f"{spec.stem}-{study.hash()[:8]}"
         with terminal.Board() as board:
             board.stage(study.name)
             options = Options(
-                out=place,
+                out=run_folder(spec, study, out),
                 overwrite=overwrite,
                 share=share,
                 own_perturbation=own_perturbation,
                 patience=Timeouts(answer_within, wait, absent),
                 piece=piece,
                 report=board.report,
-                command=shlex.join(["certifl", *sys.argv[1:]]),
+                command=command_line(),
                 min_clients=min_clients,
-                told=_told,
+                told=_echo,
             )
             folder = run_study(study, kit, options)
         with private_files():
-            _reported(folder.path, study.name)
+            _write_report(folder.path, study.name)
 
 
 @deploy.command()
@@ -243,13 +236,11 @@ def check(
 
     It ends with 0 if `certifl deploy run` would start the study with these clients.
     """
-    read_spec_file(spec)
     check_party(kit)
     with _flower():
         from certifl.deploy.server.coordinator import Options
         from certifl.deploy.server.remote_runner import Timeouts
         from certifl.deploy.server.run import check_study
-        from certifl.spec import load
 
         options = Options(
             out=Path(),
@@ -258,27 +249,28 @@ def check(
             min_clients=min_clients,
             told=typer.echo,
         )
-        problem = check_study(load(spec, set_ or []), kit, options)
+        problem = check_study(load_study(spec, set_), kit, options)
         if problem is not None:
             raise RequestError(problem)
         typer.echo("The study would start.")
 
 
-def _reported(place: Path, title: str) -> None:
+def _write_report(path: Path, title: str) -> None:
     from certifl.cli import terminal
-    from certifl.report import summary_rows, write_report
-    from certifl.runs.folder import RunFolder
+    from certifl.report import load_runs, summary_rows, write_report
+    from certifl.runs.folder import StoredRun
 
-    folder = RunFolder(place)
-    for client, why in folder.manifest()["deployment"].get("left_out", {}).items():
-        typer.echo(f"Warning: client {client} is left out of the certificates: {why}.", err=True)
-    if folder.told_nothing():
-        say(f"\nRun: {place.resolve()}\nEvery client keeps its certificates to itself.")
+    run = StoredRun(path)
+    for client, why in run.manifest["deployment"].get("left_out", {}).items():
+        _echo(f"Warning: client {client} is left out of the certificates: {why}.")
+    if run.curves == {}:
+        say(f"\nRun: {path.resolve()}\nEvery client keeps its certificates to itself.")
         return
-    with folder.locked():
-        write_report([place], folder.report, title=title)
-    terminal.show_summary(summary_rows([place]))
-    say(f"\nRun: {place.resolve()}\nReport: {folder.report.resolve()}")
+    results = load_runs([run])
+    with run.folder.locked():
+        write_report(results, run.folder.report, title=title)
+    terminal.show_summary(summary_rows(results))
+    say(f"\nRun: {path.resolve()}\nReport: {run.folder.report.resolve()}")
 
 
 @deploy.command()

@@ -59,13 +59,13 @@ def report(
         check_run(run)
     from certifl.cli import terminal
     from certifl.paper.claims.section import verdicts_section
-    from certifl.report import page_beside, summary_rows, write_report
+    from certifl.report import load_runs, page_beside, summary_rows, write_report
     from certifl.runs.folder import locked_for
 
-    place = out or page_beside(runs)
-    with locked_for(place):
-        page = write_report(runs, place, images=images, claims=verdicts_section)
-    terminal.show_summary(summary_rows(runs))
+    path, results = out or page_beside(runs), load_runs(runs)
+    with locked_for(path):
+        page = write_report(results, path, images=images, claims=verdicts_section)
+    terminal.show_summary(summary_rows(results))
     say(f"\nReport: {page.resolve()}\nFigures: {(page.parent / 'figures').resolve()}")
 
 
@@ -123,35 +123,31 @@ def verify(
     options = None
     if recast is not None:
         options = Options(recast, recast_seed, code, data_dir, device)
-    codes = [_verified(place, data_dir, options) for place in runs]
+    codes = [_verify(run, data_dir, options) for run in runs]
     worst = 1 if 1 in codes else max(codes)
     if worst:
         raise typer.Exit(worst)
 
 
-def _verified(place: Path, data_dir: Path | None, options: Options | None) -> int:
-    """Verify one run, and say what came of it; gives the exit status."""
-    from certifl.experiments.recast import recast_run
+def _verify(run: Path, data_dir: Path | None, recast: Options | None) -> int:
+    """Verify one run and print the result; returns the exit status."""
     from certifl.experiments.verify import verify_run
     from certifl.experiments.verify_run import shortened
 
-    result = verify_run(place, data_dir)
-    problems, again = result.problems, None
-    if options is not None and not problems:
-        again = recast_run(place, options)
-        problems = again.problems
-    for problem in shortened(problems, _FINDINGS):
-        say(f"{place}: {problem}", err=True)
-    if not problems and (result.checked or not result.kept):
-        say(f"{place}: {result.checked} certificates follow from their votes.")
-        for name, told in (("compared", result.compared), ("not checked", result.unchecked)):
-            if told:
-                say(f"  {name}: {'; '.join(told)}")
-    if again is not None:
-        say(f"  recast: {again}", err=bool(problems))
+    result = verify_run(run, data_dir, recast)
+    failed = bool(result.problems)
+    for problem in shortened(result.problems, _FINDINGS):
+        say(f"{run}: {problem}", err=True)
+    if not failed and (result.checked or not result.kept):
+        say(f"{run}: {result.checked} certificates follow from their votes.")
+        for name, items in (("compared", result.compared), ("not checked", result.unchecked)):
+            if items:
+                say(f"  {name}: {'; '.join(items)}")
+    if result.recast is not None:
+        say(f"  recast: {result.recast}", err=failed)
     if result.kept:
         say(result.kept, err=True)
-    return 1 if problems else 2 if result.kept else 0
+    return 1 if failed else 2 if result.kept else 0
 
 
 def attack(

@@ -6,7 +6,7 @@ Heavy imports happen inside the commands, so that help and errors of usage answe
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,9 +22,14 @@ from certifl.cli.common import (
     Workers,
     command_line,
     interruptible,
+    load_study,
+    run_folder,
     say,
 )
-from certifl.path_checks import check_data_folder, read_spec_file
+from certifl.path_checks import check_data_folder
+
+if TYPE_CHECKING:
+    from certifl.report import RunResults
 
 
 def quickstart(
@@ -35,30 +40,31 @@ def quickstart(
 ) -> None:
     """The main job on embedded data: ten clients, rotation, four ways of training, a report."""
     from certifl.cli import terminal
-    from certifl.experiments.run import Options, run
+    from certifl.experiments.run import Options, compute
     from certifl.paper import scales as presets
-    from certifl.report import summary_rows, write_report
+    from certifl.report import load_run, load_runs, summary_rows, write_report
     from certifl.runs.folder import RunFolder, require_own_folder
 
-    place, specs = out or Path("runs/quickstart"), presets.quickstart(seed)
-    page, folders, complete = place / "report.html", list[Path](), True
-    require_own_folder(place, list(specs), (page.name, "figures"))
+    folder, specs = out or Path("runs/quickstart"), presets.quickstart(seed)
+    page, results, complete = folder / "report.html", list[RunResults](), not overwrite
+    require_own_folder(folder, list(specs), (page.name, "figures"))
     with interruptible(overwrite), terminal.Board() as board:
         for regime, spec in specs.items():
             board.stage(regime)
             options = Options(
-                out=place / regime,
+                out=folder / regime,
                 device=device,
                 overwrite=overwrite,
-                siblings=tuple(folders),
+                siblings=tuple(run.folder for run in results),
                 report=board.report,
                 command=command_line(),
             )
-            complete = complete and not overwrite and RunFolder(place / regime).finished()
-            folders.append(run(spec, options).path)
+            complete = complete and RunFolder(options.out).finished()
+            results.append(load_run(compute(spec, options)))
+        results = load_runs(results)
         if not (complete and page.is_file()):
-            write_report(folders, page, title="Quickstart: handwritten digits")
-    terminal.show_summary(summary_rows(folders))
+            write_report(results, page, title="Quickstart: handwritten digits")
+    terminal.show_summary(summary_rows(results))
     say(f"\nReport: {page.resolve()}\nFigures: {(page.parent / 'figures').resolve()}")
 
 
@@ -74,43 +80,37 @@ def run(
     answer_within: AnswerWithin = None,
 ) -> None:
     """Train, certify and report one study; the same command goes on after an interruption."""
-    read_spec_file(spec)
+    study = load_study(spec, set_)
     check_data_folder(data_dir)
     from certifl.cli import terminal
-    from certifl.experiments.run import Options
-    from certifl.experiments.run import run as run_study
-    from certifl.models import allow_code
-    from certifl.report import summary_rows, write_report
+    from certifl.experiments.run import Options, compute
+    from certifl.report import load_runs, summary_rows, write_report
     from certifl.runs.folder import RunFolder
-    from certifl.spec import load
 
-    study = load(spec, set_ or [])
-    allow_code(study.model.name, spec.parent, Path.cwd())
-    place = out or Path("runs") / f"{spec.stem}-{study.hash()[:8]}"
+    folder = RunFolder(run_folder(spec, study, out))
     with interruptible(overwrite), terminal.Board() as board:
         board.stage(study.name)
-        beside = tuple(sorted(p.parent for p in place.parent.glob("*/run.json")))
         options = Options(
-            place,
-            data_dir,
-            device,
-            overwrite,
-            beside,
-            board.report,
-            command_line(),
-            tuple(track or ()),
-            workers,
-            answer_within,
+            out=folder.path,
+            data_dir=data_dir,
+            device=device,
+            overwrite=overwrite,
+            siblings=tuple(sorted(p.parent for p in folder.path.parent.glob("*/run.json"))),
+            report=board.report,
+            command=command_line(),
+            track=tuple(track or ()),
+            workers=workers,
+            answer_within=answer_within,
         )
-        complete = not overwrite and RunFolder(place).finished()
-        folder = run_study(study, options)
+        complete = not overwrite and folder.finished()
+        results = load_runs([compute(study, options)])
         if not (complete and folder.report.is_file()):
             with folder.locked():
-                write_report([folder.path], folder.report, title=study.name)
-        elif folder.left_over():
+                write_report(results, folder.report, title=study.name)
+        elif folder.temporary_files():
             with folder.locked():
                 folder.clean()
-    terminal.show_summary(summary_rows([folder.path]))
+    terminal.show_summary(summary_rows(results))
     say(f"\nRun: {folder.path.resolve()}\nReport: {folder.report.resolve()}")
 
 
@@ -121,15 +121,11 @@ def plan(
     device: Device = "auto",
 ) -> None:
     """Votes, time, memory and disk that a study will take here; measures for a few seconds."""
-    read_spec_file(spec)
+    study = load_study(spec, set_)
     check_data_folder(data_dir)
     from certifl.cli import terminal
     from certifl.experiments.plan import plan as plan_study
-    from certifl.models import allow_code
-    from certifl.spec import load
 
-    study = load(spec, set_ or [])
-    allow_code(study.model.name, spec.parent, Path.cwd())
     terminal.show_plan(study.name, plan_study(study, data_dir, device))
 
 

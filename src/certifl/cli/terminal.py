@@ -18,7 +18,7 @@ from rich.table import Table
 from certifl.certification.certificates import Certificates
 from certifl.experiments.doctor import Fact
 from certifl.experiments.plan import Plan
-from certifl.experiments.standalone import Answer
+from certifl.experiments.standalone import Prediction
 from certifl.paper.claims.rules import NOT_TESTED
 from certifl.paper.costs import Cost
 from certifl.perturbations.units import format_amount
@@ -244,9 +244,9 @@ def show_certificates(certificates: Certificates) -> None:
     console.print(_meaning(facts), style="dim")
 
 
-def show_prediction(answer: Answer) -> None:
+def show_prediction(prediction: Prediction) -> None:
     """Label or abstention, radius and what they mean."""
-    certificates, console = answer.certificates, _console()
+    certificates, console = prediction.certificates, _console()
     facts = certificates.conditions
     unit = str(facts["unit"])
     if certificates.abstained[0]:
@@ -254,12 +254,12 @@ def show_prediction(answer: Answer) -> None:
     else:
         radius = format_amount(float(certificates.radius[0]), unit)
         console.print(
-            f"label   {visible(answer.class_name)} (class {int(certificates.predicted[0])})"
+            f"label   {visible(prediction.class_name)} (class {int(certificates.predicted[0])})"
         )
         console.print(f"radius  {radius} in {facts['norm']} norm, {facts['family']}")
-    console.print(f"model   client {answer.client} uses {answer.deploys}")
-    if answer.changed:
-        console.print(f"image   {answer.changed}: the certificate is about the image so changed")
+    console.print(f"model   client {prediction.client} uses {prediction.deploys}")
+    if prediction.changed:
+        console.print(f"image   {prediction.changed}: the certificate is about the image so changed")
     console.print(_meaning(facts), style="dim")
 
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from certifl.certification.certificates import ABSTAINED, UNLABELLED, Certificates, Predictions
 from certifl.certification.metadata import PERTURBATIONS, entries, masks
 from certifl.errors import InputError, StoreError, StoreMismatch
-from certifl.runs.atomic import read_json
-from certifl.safe_io import MALFORMED, parse_json, read_text
+from certifl.runs.folder import StoredRun, damaged_manifest
+from certifl.safe_io import MALFORMED, read_text
 
 Ints = NDArray[np.int64]
 
@@ -154,30 +154,31 @@ def flat(rows: Sequence[Row]) -> list[RunResults]:
     return [run for row in rows for run in row.runs]
 
 
-def load_run(folder: str | Path) -> RunResults:
+def load_run(folder: str | Path | StoredRun) -> RunResults:
     """Read a finished run folder.
 
     Args:
-        folder: holds run.json, spec.toml, certificates.parquet and history.jsonl.
+        folder: holds run.json, spec.toml, certificates.parquet and history.jsonl; or a run that
+            was opened before, whose files are not read again.
 
     Raises:
         StoreMismatch: the folder holds no run, or one that is not finished.
         StoreError: a file of the run is missing or damaged.
     """
-    place = Path(folder)
-    manifest = _manifest(place)
+    run = folder if isinstance(folder, StoredRun) else StoredRun(Path(folder))
+    _check_manifest(run)
     return RunResults(
-        folder=place,
-        label=str(manifest["label"]),
-        manifest=manifest,
-        certificates=_certificates(place),
-        history=_history(place / "history.jsonl"),
-        spec=_text(place / "spec.toml"),
-        plain=_predictions(place) if manifest.get("plain") else None,
+        folder=run.path,
+        label=str(run.manifest["label"]),
+        manifest=run.manifest,
+        certificates=_certificates(run),
+        history=_history(run),
+        spec=_text(run.folder.spec),
+        plain=run.predictions,
     )
 
 
-def load_runs(folders: Sequence[str | Path | RunResults]) -> list[RunResults]:
+def load_runs(folders: Sequence[str | Path | StoredRun | RunResults]) -> list[RunResults]:
     """Read the runs of one report.
 
     Runs of equal label are distinguished by their seed where they differ in nothing else, by name
@@ -325,47 +326,19 @@ def _data_name(run: Row) -> str:
     return str(data.get("name", "")) if isinstance(data, Mapping) else ""
 
 
-def _manifest(place: Path) -> Mapping[str, Any]:
-    path = place / "run.json"
-    if not path.is_file():
-        raise StoreMismatch(
-            f"{place} holds no run: there is no run.json. "
-            "Give the folder that `certifl run` wrote."
-        )
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or not {"label", "regime", "status"} <= set(manifest):
-        raise StoreError(
-            f"{path} is damaged: it must name the run's label, regime and status. "
-            "Repeat the command that made the run."
-        )
-    if manifest["status"] != "finished":
-        command = manifest.get("command", "certifl run")
-        raise StoreMismatch(
-            f"The run in {place} is not finished (status: {manifest['status']}). "
-            f"Go on with `{command}`, then report."
-        )
-    return manifest
+def _check_manifest(run: StoredRun) -> None:
+    run.require_finished()
+    if not {"label", "regime"} <= set(run.manifest):
+        raise damaged_manifest(run.path, "it must name the run's label and regime")
 
 
-def _certificates(place: Path) -> Certificates:
-    path = place / "certificates.parquet"
-    if not path.is_file() and (place / CURVES).is_file():
-        return told_certificates(place)
-    try:
-        certificates = Certificates.load(path)
-    except (InputError, OSError) as error:
-        raise StoreError(f"{error} Repeat the command that made the run in {place}.") from error
-    problem = _problem(certificates)
+def _certificates(run: StoredRun) -> Certificates:
+    if run.curves_only:
+        return told_certificates(run)
+    problem = _problem(run.certificates)
     if problem:
-        raise StoreError(f"{path} cannot be reported: {problem}.")
-    return certificates
-
-
-def _predictions(place: Path) -> Predictions:
-    try:
-        return Predictions.load(place / "predictions.parquet")
-    except InputError as error:
-        raise StoreError(f"{error} Repeat the command that made the run in {place}.") from error
+        raise StoreError(f"{run.folder.certificates} cannot be reported: {problem}.")
+    return run.certificates
 
 
 def _problem(certificates: Certificates) -> str | None:
@@ -394,34 +367,25 @@ def _problem(certificates: Certificates) -> str | None:
     return None
 
 
-def _history(path: Path) -> tuple[Mapping[str, Any], ...]:
-    """Every round's line; a run of a model that was trained elsewhere has none."""
-    if not path.is_file():
-        return ()
-    rounds = []
-    for number, line in enumerate(_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            rounds.append(_round(parse_json(line)))
-        except ValueError as error:
-            raise StoreError(f"{path}, line {number} is damaged: {error}.") from error
-    return tuple(rounds)
+def _history(run: StoredRun) -> tuple[Mapping[str, Any], ...]:
+    """Every round's entry; a run of a model that was trained elsewhere has none."""
+    for number, entry in enumerate(run.history, start=1):
+        if problem := _round_problem(entry):
+            raise StoreError(f"{run.folder.history}, line {number} is damaged: {problem}.")
+    return tuple(run.history)
 
 
-def _round(entry: Any) -> Mapping[str, Any]:
-    """A round as it was recorded: what the page computes with is of the type that it takes."""
-    if not isinstance(entry, dict):
-        raise InputError("it is not a JSON object")
+def _round_problem(entry: Mapping[str, Any]) -> str:
+    """Why the page cannot compute with a round; "" where it can."""
     if not isinstance(entry.get("round", 0), int):
-        raise InputError("its round is not a number")
+        return "its round is not a number"
     clients, left_out = entry.get("clients", {}), entry.get("left_out", [])
     rows = list(clients.values()) if isinstance(clients, dict) else clients
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError("its clients are not objects")
+        return "its clients are not objects"
     if not isinstance(left_out, list) or not all(_is_fault(fault) for fault in left_out):
-        raise InputError("it does not say which client was left out, and why")
-    return entry
+        return "it does not say which client was left out, and why"
+    return ""
 
 
 def _is_fault(fault: object) -> bool:
@@ -451,32 +415,29 @@ def _text(path: Path) -> str:
 # Who abstained, which image is which, and what votes were cast is not told and not shown.
 
 
-CURVES, TOLD = "curves.json", "told"
+TOLD = "told"
 _MOST_IMAGES = 10**7
 
 Floats = NDArray[np.float64]
 
 
-def told_certificates(place: Path) -> Certificates:
-    """Rows that come to what the clients told.
+def told_certificates(run: StoredRun) -> Certificates:
+    """Rows that agree with the curves that the clients shared.
 
     Raises:
-        StoreMismatch: no client told anything. StoreError: the file is damaged.
+        StoreMismatch: no client shared anything. StoreError: the file is damaged.
     """
-    held = read_json(place / CURVES)
+    curves = run.curves
+    if not curves:
+        raise StoreMismatch(
+            f"In {run.path} every client keeps its certificates to itself: there is nothing to "
+            "report. Their own folders hold them."
+        )
     try:
-        clients = {int(client): curve for client, curve in held["clients"].items()}
-        if not clients:
-            raise StoreMismatch(
-                f"In {place} every client keeps its certificates to itself: there is nothing to "
-                "report. Their own folders hold them."
-            )
-        parts = [implied(client, clients[client]) for client in sorted(clients)]
+        parts = [implied(client, curves[client]) for client in sorted(curves)]
         return Certificates.concatenate(parts)
     except MALFORMED as error:
-        if isinstance(error, StoreMismatch):
-            raise
-        raise StoreError(f"{place / CURVES} is damaged: {error!r}.") from error
+        raise StoreError(f"{run.folder.curves} is damaged: {error!r}.") from error
 
 
 def implied(client: int, curve: Mapping[str, Any]) -> Certificates:
