@@ -60,7 +60,7 @@ def test_predict_takes_grey_and_colour_of_the_right_size_only(
     tiny.cli("predict", tmp_path / "text.png", *run).refused("no image", "PNG")
     tiny.cli("predict", tmp_path / "none.png", *run).refused("no image file")
     tiny.cli("predict", digit[0], *run, "--client", "2").refused("0 to 1")
-    tiny.cli("predict", digit[0], "--run", tmp_path).refused("no run folder")
+    tiny.cli("predict", digit[0], "--run", tmp_path).refused("run folder")
 
 
 def test_predict_never_answers_with_an_older_model(copied: Path, digit: tuple[Path, int]) -> None:

@@ -18,8 +18,7 @@ from certifl.experiments.attack import attack_run
 from certifl.experiments.explore import explore_run
 from certifl.experiments.run import Options, run
 from certifl.models import allow_code, build, require_code
-from certifl.runs.folder import RunFolder
-from certifl.study.opened_run import trained_model
+from certifl.study.opened_run import OpenRun
 
 # What torch and others import if they find it, what Python's own start imports, and packages.
 HOSTILE = [
@@ -157,10 +156,7 @@ def test_code_that_its_user_names_is_run(own_run: Path) -> None:
     tiny.cli("certify", "--run", place, "--out", out, "--n", 100, "--code", code).fine()
     attack_run(place, AttackOptions(images=1, directions=2, code=code))
     explore_run(place, code=code)
-    folder = RunFolder(place)
-    assert trained_model(
-        folder, tiny.spec("model.name=sent_net:make", "training.rounds=1"), 0, code
-    )
+    assert OpenRun(place, code=code).model(0)
 
 
 @pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "torch:load", "builtins:dict"])

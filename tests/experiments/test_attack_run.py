@@ -75,7 +75,7 @@ def test_a_false_certificate_in_a_run_makes_the_command_fail(copied: Path) -> No
 
 
 def test_what_cannot_be_attacked(copied: Path, tmp_path: Path) -> None:
-    cli("attack", tmp_path / "nothing").refused("no run folder")
+    cli("attack", tmp_path / "nothing").refused("run folder")
     cli("attack", copied, "--client", "7").refused("--client 7", "0 to 1")
     folder = RunFolder(copied)
     made = folder.load_certificates()

@@ -283,7 +283,7 @@ def test_a_damaged_record_is_made_again(explored, tmp_path):
 def test_what_is_no_finished_run_is_refused(tmp_path):
     with pytest.raises(StoreMismatch):
         explore_run(tmp_path)
-    tiny.cli("explore", tmp_path).refused("no run folder")
+    tiny.cli("explore", tmp_path).refused("run folder")
 
 
 def test_a_comparison_without_a_place_lies_beside_the_first_run(run, explored):

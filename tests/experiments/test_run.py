@@ -354,7 +354,7 @@ def test_the_example_of_a_network_of_ones_own(tmp_path: Path) -> None:
     sys.path.append(str(EXAMPLES))
     folder = run(load(EXAMPLES / "own_model.toml", short), Options(tmp_path / "run"))
     assert verify_run(folder.path).checked == 20
-    assert folder.fact("code") == str(EXAMPLES)
+    assert folder.manifest()["code"] == str(EXAMPLES)
 
 
 @pytest.mark.usefixtures("_own_modules")

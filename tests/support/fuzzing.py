@@ -584,7 +584,8 @@ def attempt(case: int, base: Path, place: Path) -> str:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
     told = said.getvalue()
-    lost = {name for name, content in before.items() if _files(folder).get(name) != content}
+    after = _files(folder)
+    lost = {name for name, content in before.items() if after.get(name) != content}
     shutil.rmtree(place)
     if lost:
         return f"it changed {sorted(lost)}"

@@ -46,7 +46,8 @@ def quickstart(
     from certifl.runs.folder import RunFolder, require_own_folder
 
     folder, specs = out or Path("runs/quickstart"), presets.quickstart(seed)
-    page, results, complete = folder / "report.html", list[RunResults](), not overwrite
+    page, complete = folder / "report.html", not overwrite
+    results: list[RunResults] = []
     require_own_folder(folder, list(specs), (page.name, "figures"))
     with interruptible(overwrite), terminal.Board() as board:
         for regime, spec in specs.items():

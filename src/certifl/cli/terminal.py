@@ -259,7 +259,9 @@ def show_prediction(prediction: Prediction) -> None:
         console.print(f"radius  {radius} in {facts['norm']} norm, {facts['family']}")
     console.print(f"model   client {prediction.client} uses {prediction.deploys}")
     if prediction.changed:
-        console.print(f"image   {prediction.changed}: the certificate is about the image so changed")
+        console.print(
+            f"image   {prediction.changed}: the certificate is about the image so changed"
+        )
     console.print(_meaning(facts), style="dim")
 
 

@@ -208,7 +208,9 @@ def _counts(
     ]
     counted = counter.count(images, requests, slots=2 * m)
     paths = []
-    for row in range(m if record.scan is not None else 0):
+    for row in range(m):
+        if record.scan is None:
+            break
         votes = int(part.votes[row])
         params = parameters(record.scan, counter.seed, keys[row], 0, votes)
         paths.append(counter.classes(images, torch.full((votes,), row), params))

@@ -81,19 +81,19 @@ def verify_run(
     """
     if path.is_file():
         found = _of_file(path)
+        if recast is not None and not found.problems:
+            raise InputError(
+                f"{path} is a file: --recast needs the run folder, with its models and spec."
+            )
+        return found
+    run = OpenRun(path, data_dir, None if recast is None else recast.code, offline=True)
+    run.require_finished()
+    if run.curves_only:
+        found = _of_curves(run)
     else:
-        run = OpenRun(path, data_dir, None if recast is None else recast.code, offline=True)
-        run.require_finished()
-        if run.curves_only:
-            found = _of_curves(run)
-        else:
-            found = _OfRun(run, available_images(run, data_dir)).verification()
+        found = _OfRun(run, available_images(run, data_dir)).verification()
     if recast is None or found.problems:
         return found
-    if path.is_file():
-        raise InputError(
-            f"{path} is a file: --recast needs the run folder, with its models and spec."
-        )
     again = recast_votes(run, recast)
     return dataclasses.replace(found, problems=again.problems, recast=again)
 

@@ -58,6 +58,8 @@ def available_images(run: OpenRun, data_dir: Path | None) -> Images:
         return Images(run.dataset)
     except StoreMismatch:
         return Images(None, "the data set holds other images", others=True)
+    except StoreError:
+        raise
     except (CertiflError, OSError) as error:
         if data_dir is not None:
             raise

@@ -429,7 +429,7 @@ class StoredRun:
             StoreMismatch: it is not a run, or not finished. StoreError: its manifest is damaged.
         """
         check_run(self.path)
-        status = self.manifest.get("status")
+        status = self.entry("status")
         if status != FINISHED:
             command = self.manifest.get("command") or "certifl run"
             raise StoreMismatch(

@@ -308,19 +308,14 @@ class OpenRun(StoredRun):
             StoreError: the run does not say which images it is of.
         """
         dataset = load_data(self.spec, self._data_folder(), offline=self._offline)
-        self.check_images(dataset)
+        self._check_images(dataset, self.data["fingerprint"])
         return dataset
 
-    def check_images(self, dataset: Dataset) -> None:
-        """Refuse other images than those of the run.
-
-        Raises:
-            StoreMismatch: they are others.
-        """
-        if dataset.fingerprint != self.data["fingerprint"]:
+    def _check_images(self, dataset: Dataset, fingerprint: object) -> None:
+        if dataset.fingerprint != fingerprint:
             raise StoreMismatch(
-                f"The data set {self.spec.data.name!r} holds other images than those the run in "
-                f"{self.path} was made with. Give --data-dir with the original data."
+                f"The data set {self.spec.data.name!r} holds other images than were certified in "
+                f"{self.path}. Give --data-dir with the original data."
             )
 
     def _data_folder(self) -> Path | None:
@@ -437,9 +432,10 @@ class OpenRun(StoredRun):
         """A client's model prepared for voting in the precision in which it was certified.
 
         Raises:
-            StoreMismatch: the stored model is not the one that was certified.
+            StoreMismatch: the stored model or the images are not those that were certified.
         """
         metadata = self.certificates.conditions
+        self._check_images(self.dataset, metadata.get("data_fingerprint"))
         cache = self._networks.setdefault(
             (device, batch_size), NetworkCache(device, metadata["precision"], batch_size)
         )
