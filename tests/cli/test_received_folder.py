@@ -63,32 +63,49 @@ def received(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-COMMANDS = {
-    "list": ("list",),
-    "verify": ("verify", "run"),
-    "report": ("report", "run", "--out", "page.html"),
-    "claims": ("claims", "run"),
-    "predict": ("predict", "grey.png", "--run", "run"),
-    "plan": ("plan", "run/spec.toml"),
+COMMANDS = (
+    ("list",),
+    ("verify", "run"),
+    ("report", "run", "--out", "page.html"),
+    ("claims", "run"),
+    ("plan", "run/spec.toml"),
+)
+# Begins as `python -m certifl` does, with the working directory on the import path.
+DRIVER = """
+import sys
+sys.path.remove("")
+import os, runpy
+sys.path.insert(0, os.getcwd())
+for line in sys.argv[1:]:
+    sys.argv = ["certifl", *line.split()]
+    try:
+        runpy.run_module("certifl", run_name="__main__", alter_sys=True)
+    except SystemExit as exit:
+        assert not exit.code, (line, exit.code)
+"""
+MODULE = (sys.executable, "-m", "certifl")
+SCRIPT = (str(Path(sys.executable).with_name("certifl")),)
+PREDICT = ("predict", "grey.png", "--run", "run")
+STARTS = {
+    "module": (*MODULE, *PREDICT),
+    "script": (*SCRIPT, *PREDICT),
+    "every command": (sys.executable, "-c", DRIVER, *map(" ".join, COMMANDS)),
 }
 
 
-@pytest.mark.parametrize("way", ["module", "script"])
-@pytest.mark.parametrize("command", COMMANDS)
-def test_nothing_of_the_folder_is_imported(received: Path, command: str, way: str) -> None:
-    script = Path(sys.executable).with_name("certifl")
-    if way == "script" and (command in ("plan", "claims") or not script.is_file()):
-        pytest.skip("tried as a module" if script.is_file() else "certifl is not installed here")
-    start = [sys.executable, "-m", "certifl"] if way == "module" else [str(script)]
+@pytest.mark.parametrize("start", STARTS)
+def test_nothing_of_the_folder_is_imported(received: Path, start: str) -> None:
+    if start == "script" and not Path(SCRIPT[0]).is_file():
+        pytest.skip("certifl is not installed here")
     done = subprocess.run(
-        [*start, *COMMANDS[command]],
+        STARTS[start],
         cwd=received,
         env=tiny.environment(),
         capture_output=True,
         text=True,
         check=False,
     )
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == 0, done.stderr
     assert not (received / "hit").exists(), (received / "hit").read_text()
 

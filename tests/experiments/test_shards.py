@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -87,8 +86,9 @@ def test_every_image_is_in_one_shard() -> None:
 
 
 def test_the_cluster_scripts_certify_and_merge(finished: Path, tmp_path: Path) -> None:
-    """The scripts as a job array would call them, one task after the other."""
-    (tmp_path / "certifl").write_text(f'#!/bin/sh\nexec {sys.executable} -m certifl "$@"\n')
+    """As a job array calls them, task by task; the commands they give are run in this process."""
+    log = tmp_path / "commands"
+    (tmp_path / "certifl").write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" '' >> {log}\n")
     (tmp_path / "certifl").chmod(0o755)
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "1"}
     script = (EXAMPLES / "certify.sbatch").read_text()
@@ -101,4 +101,8 @@ def test_the_cluster_scripts_certify_and_merge(finished: Path, tmp_path: Path) -
         )
     merge = ["bash", EXAMPLES / "merge.sbatch", finished, "1"]
     subprocess.run(merge, check=True, env={**os.environ, **path})
+    commands = [text.splitlines() for text in log.read_text().strip().split("\n\n")]
+    assert [command[0] for command in commands] == ["certify", "certify", "merge"]
+    for command in commands:
+        tiny.cli(*command).fine()
     assert len(Certificates.load(finished / "client-1.parquet")) == 4

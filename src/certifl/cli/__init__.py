@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Annotated
 
 import typer
 import typer.core
+import typer.main
 
 from certifl.cli import results, studies
 from certifl.cli import results as single
@@ -62,7 +64,7 @@ def main() -> None:
         with safe_path(), warnings.catch_warnings():
             warnings.simplefilter("default", UnusualValue)
             warnings.showwarning = _shown_plainly
-            app(prog_name="certifl")
+            _command()(prog_name="certifl")
     except RequestError as error:
         say(f"certifl: {error}", err=True)
         sys.exit(2)
@@ -79,6 +81,12 @@ def main() -> None:
     except Exception as error:  # what nobody foresaw ends in one line, too
         say(f"certifl: {unforeseen(error)}", err=True)
         sys.exit(1)
+
+
+@functools.cache
+def _command() -> Callable[..., object]:
+    """All commands, made once for however many are called in one process."""
+    return typer.main.get_command(app)
 
 
 def _shown_plainly(
