@@ -53,7 +53,7 @@ def test_predict_takes_grey_and_colour_of_the_right_size_only(
     colour = tiny.cli("predict", tmp_path / "colour.png", *run)
     assert plain.code == colour.code == 0
     assert "image  " not in plain.out
-    changed = "image   converted to grey: the certificate is about the image so changed\n"
+    changed = "image   converted to grey: the certificate holds for the converted image\n"
     assert colour.out.replace(changed, "") == plain.out != colour.out
     tiny.cli("predict", tmp_path / "large.png", *run).refused("10 x 12", "8 x 8", "resize")
     tiny.cli("predict", tmp_path / "large.png", *run, "--resize").fine("resized from 10 x 12")

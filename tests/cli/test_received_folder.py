@@ -70,12 +70,11 @@ COMMANDS = (
     ("claims", "run"),
     ("plan", "run/spec.toml"),
 )
-# Begins as `python -m certifl` does, with the working directory on the import path.
+# The other commands in one process, with the import path that `python -m certifl` leaves.
 DRIVER = """
 import sys
 sys.path.remove("")
-import os, runpy
-sys.path.insert(0, os.getcwd())
+import runpy
 for line in sys.argv[1:]:
     sys.argv = ["certifl", *line.split()]
     try:

@@ -307,7 +307,7 @@ def test_what_nobody_foresaw_ends_in_one_line_with_a_log(tmp_path: Path) -> None
     (tmp_path / "run.json").write_text("{}")
     with mock.patch("certifl.experiments.verify.verify_run", broken):
         told = tiny.cli("verify", tmp_path)
-    told.refused("not foreseen", "ZeroDivisionError", "\\x1b[2J", code=1)
+    told.refused("unexpected error", "ZeroDivisionError", "\\x1b[2J", code=1)
     log = Path(re.findall(r"\S+\.log", told.err)[0])
     text = log.read_text()
     log.unlink()

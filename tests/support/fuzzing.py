@@ -602,7 +602,7 @@ def attempt(case: int, base: Path, place: Path) -> str:
     return ""
 
 
-def _unforeseen(error: Exception) -> str:
+def _unexpected(error: Exception) -> str:
     raise AssertionError("the last handler was used") from error
 
 
@@ -623,7 +623,7 @@ def work(base: Path, place: Path, cases: range) -> None:
         target.write(b"<svg></svg>") if hasattr(target, "write") else Path(target).touch()
 
     with (
-        mock.patch("certifl.cli.unforeseen", _unforeseen),
+        mock.patch("certifl.cli.unexpected", _unexpected),
         mock.patch.object(Figure, "savefig", undrawn),
         mock.patch.object(Figure, "draw_without_rendering"),
     ):

@@ -1,6 +1,6 @@
-"""Commands that compute studies: quickstart, run, plan, reproduce.
+"""Commands that compute studies, and those about the installation.
 
-Heavy imports happen inside the commands, so that help and errors of usage answer at once.
+Heavy imports happen inside the commands, so that help and usage errors appear at once.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 def quickstart(
     out: Out = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of images, weights and noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of images, weights and noise.")] = 0,
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """The main job on embedded data: ten clients, rotation, four ways of training, a report."""
+    """Run an example study: embedded digits, ten clients, rotation, four algorithms, a report."""
     from certifl.cli import terminal
     from certifl.experiments.run import Options, compute
     from certifl.paper import scales as presets
@@ -70,7 +70,7 @@ def quickstart(
 
 
 def run(
-    spec: Annotated[Path, typer.Argument(metavar="SPEC.toml", help="What the study is.")],
+    spec: Annotated[Path, typer.Argument(metavar="SPEC.toml", help="The study.")],
     set_: Settings = None,
     out: Out = None,
     data_dir: DataDir = None,
@@ -80,7 +80,7 @@ def run(
     workers: Workers = 0,
     answer_within: AnswerWithin = None,
 ) -> None:
-    """Train, certify and report one study; the same command goes on after an interruption."""
+    """Train, certify and report one study; the same command resumes an interrupted run."""
     study = load_study(spec, set_)
     check_data_folder(data_dir)
     from certifl.cli import terminal
@@ -116,12 +116,12 @@ def run(
 
 
 def plan(
-    spec: Annotated[Path, typer.Argument(metavar="SPEC.toml", help="What the study is.")],
+    spec: Annotated[Path, typer.Argument(metavar="SPEC.toml", help="The study.")],
     set_: Settings = None,
     data_dir: DataDir = None,
     device: Device = "auto",
 ) -> None:
-    """Votes, time, memory and disk that a study will take here; measures for a few seconds."""
+    """Estimate votes, time, memory and disk of a study from a few seconds of measurements."""
     study = load_study(spec, set_)
     check_data_folder(data_dir)
     from certifl.cli import terminal
@@ -141,7 +141,7 @@ def reproduce(
     data_dir: DataDir = None,
     device: Devices = "auto",
     plan: Annotated[
-        bool, typer.Option("--plan", help="Say what would run and how long; write nothing.")
+        bool, typer.Option("--plan", help="Only list the runs and estimate their time.")
     ] = False,
     overwrite: Overwrite = False,
     workers: Workers = 0,
@@ -149,14 +149,14 @@ def reproduce(
         int | None,
         typer.Option(
             min=1,
-            help="Runs side by side, a process each. If not given: at laptop scale on a CPU one "
-            "per core, up to 4; otherwise 1.",
+            help="Runs in parallel, one process each; default: at laptop scale on a CPU one per "
+            "core, up to 4; otherwise 1.",
         ),
     ] = None,
 ) -> None:
-    """Compute figures of the paper; runs that they share are trained and certified once.
+    """Reproduce figures of the paper; runs that they share are trained and certified once.
 
-    The same command goes on after an interruption; several processes may work in one folder.
+    The same command resumes an interrupted one; several processes may work in one folder.
     """
     check_data_folder(data_dir)
     from certifl.cli import terminal
@@ -192,13 +192,11 @@ def reproduce(
                 say(f"{folder.name}: {page.resolve()}")
 
 
-# Commands about what there is: doctor, list.
-#
-# Heavy imports happen inside the commands, so that help and errors of usage answer at once.
+# Commands about the installation: doctor, list.
 
 
 def doctor(data_dir: DataDir = None) -> None:
-    """What this machine has (devices, memory, data, extras), and what is missing for what."""
+    """Check devices, memory, data and extras, and list what is missing."""
     from certifl.cli import terminal
     from certifl.experiments.doctor import examine
 
@@ -206,7 +204,7 @@ def doctor(data_dir: DataDir = None) -> None:
 
 
 def list_() -> None:
-    """What can stand in a spec: data, splits, models, algorithms, perturbations, estimators."""
+    """List registered components: data, splits, models, algorithms, perturbations, estimators."""
     from certifl.certification import ESTIMATORS
     from certifl.cli import terminal
     from certifl.data import EMBEDDED, SPLITS
