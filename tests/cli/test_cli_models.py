@@ -184,7 +184,7 @@ def test_certify_goes_on_where_it_was_stopped_and_only_with_the_same_question(
         patch.setattr(engine, "advance", stopped)
         answer = tiny.cli(*asked, *narrow, "--out", out)
     assert answer.code == 130
-    assert "same command goes on" in answer.err
+    assert "same command resumes it" in answer.err
     kept = tmp_path / ".again.parquet.votes.safetensors"
     cast = int(load_tensors(kept)["estimation"].sum())
     assert 0 < cast < 4 * 6000

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from certifl.errors import first_line
 from certifl.path_checks import read_spec_file
 from certifl.safe_io import visible
 
@@ -50,7 +51,7 @@ Track = Annotated[
 ]
 Workers = Annotated[
     int,
-    typer.Option(min=0, help="Worker processes that train clients, one thread each; 0 = none."),
+    typer.Option(min=0, help="Worker processes that train clients, one thread each."),
 ]
 AnswerWithin = Annotated[
     float | None,

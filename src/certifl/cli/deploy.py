@@ -77,7 +77,7 @@ def init_(
     name: Names = None,
     insecure: Insecure = False,
 ) -> None:
-    """Write the bundle of each participant: certificates, keys, settings, scripts, instructions."""
+    """Write a bundle for each participant: certificates, keys, settings, instructions."""
     with _flower():
         from certifl.deploy.processes import INSECURE
         from certifl.deploy.provision.kit import init
@@ -285,7 +285,7 @@ def _write_report(path: Path, title: str) -> None:
 
 @deploy.command()
 def status(folder: ClientFolder = Path(".")) -> None:
-    """List connected clients (on the server), or test the connection to the server (on a client)."""
+    """List connected clients (on the server), or test the connection (on a client)."""
     check_party(folder)
     with _flower():
         from certifl.deploy.server.run import status_lines
