@@ -62,7 +62,7 @@ def main() -> None:
         with safe_path(), warnings.catch_warnings():
             warnings.simplefilter("default", UnusualValue)
             warnings.showwarning = _shown_plainly
-            _command()(prog_name="certifl")
+            _commands()(prog_name="certifl")
     except RequestError as error:
         say(f"certifl: {error}", err=True)
         sys.exit(2)
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 @functools.cache
-def _command() -> Callable[..., object]:
+def _commands() -> Callable[..., object]:
     """All commands, made once for however many are called in one process."""
     return typer.main.get_command(app)
 
