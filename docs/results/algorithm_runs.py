@@ -12,8 +12,7 @@ from certifl.data import to_float
 from certifl.experiments.run import Options, run
 from certifl.runs.atomic import write_json
 from certifl.runs.folder import RunFolder
-from certifl.spec import Spec
-from certifl.study.opened_run import open_data, trained_model
+from certifl.study.opened_run import OpenRun
 
 __all__ = ["CLEAN", "SECONDS", "compute", "ready"]
 
@@ -46,20 +45,20 @@ def compute(study: Study, runs: Path, data_dir: Path) -> None:
     options = Options(folder, data_dir, device="cpu", siblings=siblings, explore=False)
     finished = run(spec, options)
     if not (folder / CLEAN).exists():
-        right, images = _clean(finished, spec, data_dir)
+        right, images = _clean(finished.path, data_dir)
         spent = {SECONDS: round(time.process_time() - started, 3)} if whole else {}
         write_json(folder / CLEAN, {"right": right, "images": images, **spent})
 
 
 @torch.no_grad()
-def _clean(folder: RunFolder, spec: Spec, data_dir: Path) -> tuple[int, int]:
-    """Test images, undisturbed, that the clients' networks classify correctly, and all of them."""
-    dataset, partition = open_data(spec, data_dir)
+def _clean(path: Path, data_dir: Path) -> tuple[int, int]:
+    """Clean test images that the clients' networks classify correctly, and all of them."""
+    run = OpenRun(path, data_dir)
     right = images = 0
-    for client, part in enumerate(partition.clients):
+    for client, part in enumerate(run.partition.clients):
         if len(part.test):
-            test = dataset.test.take(part.test)
-            logits = trained_model(folder, spec, client)(to_float(test.images))
+            test = run.dataset.test.take(part.test)
+            logits = run.model(client)(to_float(test.images))
             right += int((logits.argmax(1) == test.labels).sum())
             images += len(test.labels)
     return right, images

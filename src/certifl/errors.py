@@ -129,3 +129,8 @@ class RandomSourceBroken(WorkError):
 
 class StoreError(WorkError):
     """A folder cannot be read or written."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, to stand inside a sentence."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or "no further message"

@@ -11,11 +11,13 @@ add its path and what to do.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import re
 import stat
+import threading
 import tomllib
 import zlib
 from collections.abc import Iterator, Sequence
@@ -96,6 +98,44 @@ def open_regular(path: Path, most: int | None = None) -> BinaryIO:
     except BaseException:
         os.close(handle)
         raise
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name was being written when its process was killed."""
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on leaving without error it replaces `path`.
+
+    A process killed at any moment leaves the old file or the new one, never half of either.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full; `path` is as it was.
+    """
+    unique = f"{os.getpid()}-{threading.get_ident()}"
+    part = path.with_name(f".{path.name}.{unique}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if part.is_symlink():  # somebody else's: it could lead anywhere
+            part.unlink()
+        yield part
+        flush(part)
+        os.replace(part, path)
+        flush(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """What was written to a file, or the names in a folder, is on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_bytes(path: Path, most: int = DATA_BYTES) -> bytes:

@@ -53,7 +53,7 @@ def test_predict_takes_grey_and_colour_of_the_right_size_only(
     colour = tiny.cli("predict", tmp_path / "colour.png", *run)
     assert plain.code == colour.code == 0
     assert "image  " not in plain.out
-    changed = "image   converted to gray: the certificate is about the image so changed\n"
+    changed = "image   converted to gray: the certificate holds for the converted image\n"
     assert colour.out.replace(changed, "") == plain.out != colour.out
     tiny.cli("predict", tmp_path / "large.png", *run).refused("10 x 12", "8 x 8", "resize")
     tiny.cli("predict", tmp_path / "large.png", *run, "--resize").fine("resized from 10 x 12")
@@ -184,7 +184,7 @@ def test_certify_goes_on_where_it_was_stopped_and_only_with_the_same_question(
         patch.setattr(engine, "advance", stopped)
         answer = tiny.cli(*asked, *narrow, "--out", out)
     assert answer.code == 130
-    assert "same command goes on" in answer.err
+    assert "same command resumes it" in answer.err
     kept = tmp_path / ".again.parquet.votes.safetensors"
     cast = int(load_tensors(kept)["estimation"].sum())
     assert 0 < cast < 4 * 6000

@@ -504,7 +504,7 @@ def test_a_client_predicts_with_what_it_keeps(case, tmp_path, picture):
 def test_what_it_predicts_with_is_the_deployed_model_of_its_own_study(tmp_path, picture):
     from test_deploy_rounds import in_process
 
-    from certifl.study.client_study import KeptStudy
+    from certifl.study.opened_run import ClientStudy
 
     study = described("mixture")
     folder = conduct(
@@ -512,8 +512,7 @@ def test_what_it_predicts_with_is_the_deployed_model_of_its_own_study(tmp_path, 
     )
     last = in_process(study, tmp_path / "own")
     place = tmp_path / "client-1" / "studies" / folder.manifest()["deployment"]["id"]
-    kept = KeptStudy(place)
-    model = kept.model(kept.spec(), kept.about(None))
+    model = ClientStudy(place).deployed(None).model
     assert_same(
         {"m": dict(model.state_dict())}, {"m": deployed_model(study.build_algorithm(), last, 1)}
     )

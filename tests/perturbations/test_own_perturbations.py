@@ -34,7 +34,7 @@ from certifl.report.page import page as page_module
 from certifl.report.results import by_perturbation, check_comparable
 from certifl.runs.checkpoints import Checkpoints
 from certifl.runs.folder import RunFolder
-from certifl.study.opened_run import open_data, run_spec, trained_model
+from certifl.study.opened_run import OpenRun
 from own_study import OWN, spec
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -93,14 +93,13 @@ def test_a_checkpoint_belongs_to_the_choices_it_was_trained_with(tmp_path: Path)
 
 def test_each_client_is_certified_as_by_a_direct_call(mixed: Path) -> None:
     """Oracle: `certify` with the client's model, images and perturbation."""
-    folder, made = RunFolder(mixed), run_spec(RunFolder(mixed))
-    dataset, _ = open_data(made, None)
-    certificates = folder.load_certificates()
+    opened = OpenRun(mixed)
+    made = opened.spec
     for client in (0, 1):
-        own = certificates.of_client(client)
-        part = dataset.test.take(own.index)
+        own = opened.certificates.of_client(client)
+        part = opened.dataset.test.take(own.index)
         direct = certifl.certify(
-            trained_model(folder, made, client),
+            opened.model(client),
             to_float(part.images),
             made.perturbations()[client],
             labels=part.labels,
@@ -114,16 +113,17 @@ def test_each_client_is_certified_as_by_a_direct_call(mixed: Path) -> None:
 
 
 def test_who_certifies_nothing_leaves_plain_predictions(mixed: Path) -> None:
-    folder, made = RunFolder(mixed), run_spec(RunFolder(mixed))
-    plain = folder.load_predictions()
-    part = open_data(made, None)[0].test.take(plain.index)
-    logits = trained_model(folder, made, 2)(to_float(part.images))
+    opened = OpenRun(mixed)
+    plain = opened.predictions
+    assert plain is not None
+    part = opened.dataset.test.take(plain.index)
+    logits = opened.model(2)(to_float(part.images))
     assert plain.clients == [2]
     assert plain.predicted.tolist() == logits.argmax(1).tolist()
     assert plain.accuracy(2) == (logits.argmax(1) == part.labels).float().mean().item()
     counted = {"images": len(plain), "correct": int(plain.correct.sum())}
-    assert folder.manifest()["plain"] == {"2": counted}
-    assert sorted(set(folder.load_certificates().client.tolist())) == [0, 1]
+    assert opened.manifest["plain"] == {"2": counted}
+    assert sorted(set(opened.certificates.client.tolist())) == [0, 1]
 
 
 def test_radii_of_different_meaning_have_no_average(mixed: Path, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_lost_files_come_back_and_nothing_else_changes(copied: Path) -> None:
     certificates, plain = before.load_certificates(), before.load_predictions()
     before.certificates.unlink()
     before.predictions.unlink()
-    again = run(run_spec(before), Options(copied))
+    again = run(OpenRun(copied).spec, Options(copied))
     assert again.load_certificates().same_results(certificates)
     assert again.load_predictions().predicted.tolist() == plain.predicted.tolist()
 

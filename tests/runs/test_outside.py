@@ -117,6 +117,13 @@ def test_json_that_no_program_of_ours_wrote(text: str, why: str) -> None:
         outside.parse_json(text)
 
 
+def test_json_of_too_many_containers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outside, "_CONTAINERS", 1000)
+    assert len(outside.parse_json("[" + "[]," * 998 + "1]")) == 999
+    with pytest.raises(InputError, match="more than 1,000 lists and objects"):
+        outside.parse_json("[" + "[]," * 1000 + "1]")
+
+
 def test_brackets_within_texts_are_not_depth() -> None:
     text = json.dumps({"a": "[" * 1000 + '"' + "{" * 1000, "b": [[[1]]]})
     assert outside.parse_json(text) == json.loads(text)
@@ -301,7 +308,7 @@ def test_what_nobody_foresaw_ends_in_one_line_with_a_log(tmp_path: Path) -> None
     (tmp_path / "run.json").write_text("{}")
     with mock.patch("certifl.experiments.verify.verify_run", broken):
         told = tiny.cli("verify", tmp_path)
-    told.refused("not foreseen", "ZeroDivisionError", "\\x1b[2J", code=1)
+    told.refused("unexpected error", "ZeroDivisionError", "\\x1b[2J", code=1)
     log = Path(re.findall(r"\S+\.log", told.err)[0])
     text = log.read_text()
     log.unlink()

@@ -28,7 +28,7 @@ from certifl.certification.precisions import (
     REMOVED_PRECISIONS,
     removed_precision,
 )
-from certifl.errors import InputError, ModelError
+from certifl.errors import InputError, ModelError, first_line
 from certifl.module_copies import (
     bare_copy_of,
     foreign_formats,
@@ -287,7 +287,7 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
+        first = first_line(error)
         raise InputError(
             f"device {device!r} cannot be used here: {first}. Choose another, or auto; `certifl "
             "doctor` says what this machine has."

@@ -10,7 +10,7 @@ import numpy as np
 
 from certifl.data.layouts import choose_test
 from certifl.data.readers import ColumnNames, RawSplit
-from certifl.errors import DataUnavailable
+from certifl.errors import DataUnavailable, first_line
 from certifl.rng import numpy_generator
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _download(hub_id: str, ways: str) -> dict[str, _HubSplit]:
     try:
         return dict(datasets.load_dataset(hub_id))
     except Exception as error:  # the hub's client raises many unrelated types when it cannot help
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise DataUnavailable(
             f"{hub_id} is not on this machine, and the Hugging Face hub did not give it "
             f"({reason}). {ways}"

@@ -39,8 +39,8 @@ from certifl.models import build, state_of
 from certifl.perturbations import Perturbation
 from certifl.rng import generator, image_key
 from certifl.spec import Spec
-from certifl.study.environment import machine_facts, training_threads
-from certifl.study.opened_run import asked_columns, load_data, open_data
+from certifl.study.environment import machine_metadata, training_threads
+from certifl.study.opened_run import data_columns, load_data, open_data
 
 if TYPE_CHECKING:
     from certifl.spec.study import Choice
@@ -130,7 +130,7 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
         device_bytes=_peak_on(place),
         disk_bytes=_disk(spec, parts, certified, data.classes),
         facts={
-            "device": str(machine_facts(str(place))["device"]),
+            "device": str(machine_metadata(str(place))["device"]),
             "precision of votes": network.precision,
             "noisy images per batch": f"{network.batch_size:,}",
             "parameters of the model": f"{sum(p.numel() for p in model.parameters()):,}",
@@ -356,7 +356,7 @@ def data_facts(spec: Spec, data_dir: Path | None) -> tuple[Facts, str]:
     Raises:
         DataUnavailable: it is neither known here nor at hand.
     """
-    name, columns, test = spec.data.name, asked_columns(spec), spec.data.test_split
+    name, columns, test = spec.data.name, data_columns(spec), spec.data.test_split
     if name in KNOWN and columns == ColumnNames() and test is None:
         facts = KNOWN[name]
         return facts, f"Measured on random images of the shape of {name}; it was not read."

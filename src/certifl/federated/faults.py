@@ -27,9 +27,11 @@ from certifl.errors import (
     StoreError,
     TrainingDiverged,
     WorkError,
+    first_line,
     one_line,
 )
 from certifl.federated.states import ClientState, ModelState, Parts, ServerState, Update
+from certifl.torch_env import out_of_memory
 
 Result = TypeVar("Result")
 
@@ -41,13 +43,6 @@ RESERVED = frozenset({"client", "seconds", "reason", "round", "epsilon", "partic
 """Keys that the server writes into the history; no metric may have such a name."""
 _MOST_METRICS = 32
 _STOP = (RequestError, StoreError, RandomSourceBroken)
-_NO_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "alloc_failed",
-    "unable to find an engine",  # cuDNN, without room for its workspace
-)
 _ADVICE = {
     "diverged": "Lower training.lr or training.momentum.",
     "raised": "Check the exceptions that they raised.",
@@ -105,23 +100,11 @@ def try_client(client: int, work: Callable[[], Result]) -> Result | Fault:
     except Exception as error:
         if out_of_memory(error):
             raise WorkError(
-                f"Memory ran out while client {client} trained ({_first_line(error)}). Make "
+                f"Memory ran out while client {client} trained ({first_line(error)}). Make "
                 "training.batch_size or the number of workers smaller, or free memory; finished "
                 "rounds are kept, and the same command resumes after the last one."
             ) from error
-        return Fault("raised", f"it raised {type(error).__name__}: {_first_line(error)}", error)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the device or of the machine."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".") or "no message"
+        return Fault("raised", f"it raised {type(error).__name__}: {first_line(error)}", error)
 
 
 def required_clients(participants: int, min_clients: int | None) -> int:

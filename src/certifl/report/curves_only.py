@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from certifl.certification.certificates import ABSTAINED, Certificates
 from certifl.errors import StoreError, StoreMismatch
-from certifl.runs.atomic import read_json
-from certifl.runs.folder import RunFolder
+from certifl.runs.folder import StoredRun
 from certifl.safe_io import MALFORMED
 from certifl.study.curves import impossible_curve
 
@@ -29,25 +28,22 @@ CURVES_ONLY = "curves_only"
 _MOST_IMAGES = 10**7
 
 
-def certificates_from_curves(stored: RunFolder) -> Certificates:
+def certificates_from_curves(run: StoredRun) -> Certificates:
     """Certificates that reproduce the curves of a run's clients.
 
     Raises:
         StoreMismatch: no client shared a curve. StoreError: the file is damaged.
     """
-    content = read_json(stored.curves)
-    try:
-        clients = {int(client): curve for client, curve in content["clients"].items()}
-        parts = [rows_from_curve(client, clients[client]) for client in sorted(clients)]
-        certificates = Certificates.concatenate(parts) if parts else None
-    except MALFORMED as error:
-        raise StoreError(f"{stored.curves} is damaged: {error!r}.") from error
-    if certificates is None:
+    curves = run.curves
+    if not curves:
         raise StoreMismatch(
-            f"In {stored.path} every client keeps its certificates to itself: there is nothing to "
+            f"In {run.path} every client keeps its certificates to itself: there is nothing to "
             "report. The clients' own folders contain them."
         )
-    return certificates
+    try:
+        return Certificates.concatenate([rows_from_curve(c, curves[c]) for c in sorted(curves)])
+    except MALFORMED as error:
+        raise StoreError(f"{run.folder.curves} is damaged: {error!r}.") from error
 
 
 def rows_from_curve(client: int, curve: Mapping[str, Any]) -> Certificates:

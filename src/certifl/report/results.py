@@ -17,10 +17,9 @@ import numpy as np
 from certifl.certification.certificates import UNLABELLED, Certificates, Predictions
 from certifl.certification.metadata import entries, masks
 from certifl.errors import InputError, StoreError, StoreMismatch
-from certifl.path_checks import check_run
 from certifl.report.curves_only import CURVES_ONLY, certificates_from_curves
-from certifl.runs.folder import FINISHED, RunFolder
-from certifl.safe_io import parse_json, read_text
+from certifl.runs.folder import StoredRun, damaged_manifest
+from certifl.safe_io import read_text
 from certifl.smoothing.arrays import Ints
 
 _REQUIRED_METADATA = ("family", "sigma", "norm", "unit", "alpha")
@@ -178,30 +177,31 @@ def all_clients(rows: Sequence[Row]) -> list[int]:
     return sorted({int(client) for row in rows for client in row.clients})
 
 
-def load_run(folder: str | Path) -> RunResults:
+def load_run(folder: str | Path | StoredRun) -> RunResults:
     """Read a finished run folder.
 
     Args:
-        folder: contains run.json, spec.toml, certificates.parquet and history.jsonl.
+        folder: holds run.json, spec.toml, certificates.parquet and history.jsonl; or a run that
+            was opened before, whose files are not read again.
 
     Raises:
         StoreMismatch: there is no run in the folder, or one that is not finished.
         StoreError: a file of the run is missing or damaged.
     """
-    stored = RunFolder(Path(folder))
-    manifest = _manifest(stored)
+    run = folder if isinstance(folder, StoredRun) else StoredRun(Path(folder))
+    label = _label(run)
     return RunResults(
-        folder=stored.path,
-        label=manifest["label"],
-        manifest=manifest,
-        certificates=_certificates(stored),
-        history=_history(stored.history),
-        spec=_text(stored.spec),
-        plain=stored.load_predictions() if manifest.get("plain") else None,
+        folder=run.path,
+        label=label,
+        manifest={**run.manifest, "label": label},
+        certificates=_certificates(run),
+        history=_history(run),
+        spec=_text(run.folder.spec),
+        plain=run.predictions,
     )
 
 
-def load_runs(folders: Sequence[str | Path | RunResults]) -> list[RunResults]:
+def load_runs(folders: Sequence[str | Path | StoredRun | RunResults]) -> list[RunResults]:
     """Read the runs of one report.
 
     Runs of equal label are distinguished by their seed where they differ in nothing else, by name
@@ -325,32 +325,20 @@ def _perturbations_by_client(run: Row) -> dict[str, str] | None:
     }
 
 
-def _manifest(stored: RunFolder) -> dict[str, Any]:
-    check_run(stored.path)
-    manifest = stored.manifest()
-    if not {"label", "regime", "status"} <= set(manifest):
-        raise StoreError(
-            f"{stored.path / 'run.json'} is damaged: it must name the run's label, regime and "
-            "status. Repeat the command that made the run."
-        )
-    if manifest["status"] != FINISHED:
-        command = manifest.get("command", "certifl run")
-        raise StoreMismatch(
-            f"The run in {stored.path} is not finished (status: {manifest['status']}). "
-            f"Resume it with `{command}`, then report."
-        )
-    label = str(manifest["label"]).replace("Personalised", "Personalized")  # runs of 0.1.0
-    return {**manifest, "label": label}
+def _label(run: StoredRun) -> str:
+    run.require_finished()
+    if not {"label", "regime"} <= set(run.manifest):
+        raise damaged_manifest(run.path, "it must name the run's label and regime")
+    return str(run.manifest["label"]).replace("Personalised", "Personalized")  # runs of 0.1.0
 
 
-def _certificates(stored: RunFolder) -> Certificates:
-    if not stored.certificates.is_file() and stored.curves.is_file():
-        return certificates_from_curves(stored)
-    certificates = stored.load_certificates()
-    problem = _problem(certificates)
+def _certificates(run: StoredRun) -> Certificates:
+    if run.curves_only:
+        return certificates_from_curves(run)
+    problem = _problem(run.certificates)
     if problem:
-        raise StoreError(f"{stored.certificates} cannot be reported: {problem}.")
-    return certificates
+        raise StoreError(f"{run.folder.certificates} cannot be reported: {problem}.")
+    return run.certificates
 
 
 def _problem(certificates: Certificates) -> str | None:
@@ -379,34 +367,25 @@ def _problem(certificates: Certificates) -> str | None:
     return None
 
 
-def _history(path: Path) -> tuple[Mapping[str, Any], ...]:
-    """Every round's line; a run of a model that was trained elsewhere has none."""
-    if not path.is_file():
-        return ()
-    rounds = []
-    for number, line in enumerate(_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            rounds.append(_round(parse_json(line)))
-        except ValueError as error:
-            raise StoreError(f"{path}, line {number} is damaged: {error}.") from error
-    return tuple(rounds)
+def _history(run: StoredRun) -> tuple[Mapping[str, Any], ...]:
+    """Every round's entry; a run of a model that was trained elsewhere has none."""
+    for number, entry in enumerate(run.history, start=1):
+        if problem := _round_problem(entry):
+            raise StoreError(f"{run.folder.history}, line {number} is damaged: {problem}.")
+    return tuple(run.history)
 
 
-def _round(entry: Any) -> Mapping[str, Any]:
-    """A round as recorded; what the page computes with is of the expected type."""
-    if not isinstance(entry, dict):
-        raise InputError("it is not a JSON object")
+def _round_problem(entry: Mapping[str, Any]) -> str:
+    """Why the page cannot compute with a round; "" where it can."""
     if not isinstance(entry.get("round", 0), int):
-        raise InputError("its round is not a number")
+        return "its round is not a number"
     clients, left_out = entry.get("clients", {}), entry.get("left_out", [])
     rows = list(clients.values()) if isinstance(clients, dict) else clients
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError("its clients are not objects")
+        return "its clients are not objects"
     if not isinstance(left_out, list) or not all(_is_fault(fault) for fault in left_out):
-        raise InputError("it does not say which client was left out, and why")
-    return entry
+        return "it does not say which client was left out, and why"
+    return ""
 
 
 def _is_fault(fault: object) -> bool:

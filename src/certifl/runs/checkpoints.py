@@ -36,8 +36,8 @@ import torch
 from safetensors.torch import save
 
 from certifl.errors import InputError, StoreError
-from certifl.runs.atomic import flush, load_tensors
-from certifl.safe_io import TEXT_BYTES, open_regular, parse_json, read_bytes
+from certifl.runs.atomic import load_tensors
+from certifl.safe_io import TEXT_BYTES, flush, open_regular, parse_json, read_bytes
 
 _FORMAT = 1
 _KEPT = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,8 @@ from certifl.federated.states import ModelState
 from certifl.models import fingerprint
 from certifl.perturbations import Perturbation
 from certifl.spec import Spec
-from certifl.study.certify import Job, NetworkCache, Question, certify_piece, predicted
+from certifl.study.certify import Job, Paused, VoteSource, certify_job, predicted
+from certifl.study.opened_run import NetworkCache
 
 _SHORTEST, _LONGEST = 1.0, 3600.0
 """Seconds of a piece, whatever the server asks for."""
@@ -74,27 +76,29 @@ class Certifier:
         perturbation = spec.perturbations()[client]
         settings = spec.certification.settings(client)
         bench = NetworkCache(self._settings.device, spec.certification.precision)
-        ready = bench.network(network, job)
+        ready = bench.network(network, job.images)
         shared = less(share, self._settings.share)
         facts: dict[str, Any] = {"share": shared, "done": True}
         if shared == "rows" or not spec.build_algorithm().keeps_client_state:
             facts["model"] = fingerprint(model)  # else it is one that the server does not have
         if perturbation is None:
-            found = predicted(job, ready, bench.name, self._holdings.dataset.fingerprint)
+            found = predicted(job, ready, bench.fingerprint, self._holdings.dataset.fingerprint)
             if shared != "none":
                 facts["plain"] = {"images": len(found), "correct": int(found.correct.sum())}
             return Content({"certified": facts})
         check_random_source_once(perturbation, tuple(job.images.shape[1:]), ready.device)
-        question = Question(perturbation, settings, spec.seed, self._holdings.dataset.fingerprint)
+        source = VoteSource(perturbation, settings, spec.seed, self._holdings.dataset.fingerprint)
         at_most, ends = engine.expected_votes(len(job.index), settings), time.monotonic() + seconds
         standing = [0]
 
         def progress(done: int, _all: int) -> None:
             standing[0] = done
 
-        made = certify_piece(
-            job, network, ready, question, progress, lambda: time.monotonic() > ends
-        )
+        made: Certificates | None = None
+        with contextlib.suppress(Paused):
+            made = certify_job(
+                job, network, ready, source, progress, lambda: time.monotonic() > ends
+            )
         if shared != "none":
             cast = at_most if made is not None else _coarse(standing[0], at_most)
             facts |= {"at_most": at_most, "cast": cast}

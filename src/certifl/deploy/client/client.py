@@ -61,7 +61,7 @@ from certifl.federated.training.local_training import LocalTraining, check_image
 from certifl.models import build, fingerprint
 from certifl.safe_io import parse_toml
 from certifl.spec import Spec, with_settings
-from certifl.study.client_study import KeptStudy
+from certifl.study.opened_run import ClientStudy
 from certifl.study.privacy import Protection, protection, training_key
 from certifl.study.setup import local_training, participation
 from certifl.torch_env import threads_asked
@@ -201,7 +201,7 @@ class Client:
         kept.begin()
         answered = Answered(kept.folder, named)
         answered.begin()
-        KeptStudy(kept.folder).describe(spec, settings.client, _shapes(data))
+        ClientStudy(kept.folder).describe(spec, settings.client, _shapes(data))
         # Of the sizes only its own counts here: the noise of a client follows from its own.
         sizes = [len(holdings.train)] * spec.clients.count
         private = protection(spec, model, sizes, training_key(spec, kept.folder))

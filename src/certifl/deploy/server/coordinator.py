@@ -36,8 +36,8 @@ from certifl.progress import StageCallback
 from certifl.runs.checkpoints import Checkpoints, StoredRound
 from certifl.runs.folder import FINISHED, RUNNING, RunFolder
 from certifl.spec import Spec
-from certifl.study.environment import machine_facts, versions
-from certifl.study.opened_run import study_facts
+from certifl.study.environment import machine_metadata, versions
+from certifl.study.opened_run import study_metadata
 from certifl.study.privacy import Protection, protection, spent, training_key
 from certifl.study.setup import by_client, local_training, participation
 
@@ -99,7 +99,7 @@ def _describe(folder: RunFolder, spec: Spec, reference: Reference, options: Opti
     sizes = known["deployment"]["train_images"]
     folder.update(
         {
-            **study_facts(spec),
+            **study_metadata(spec),
             "status": RUNNING,
             "deployment": {**known["deployment"], "facts": facts, "share": options.share},
             "data": {
@@ -112,7 +112,7 @@ def _describe(folder: RunFolder, spec: Spec, reference: Reference, options: Opti
                 "train_images": sum(sizes.values()),
                 "test_images": known.get("data", {}).get("test_images", 0),
             },
-            "machine": machine_facts("cpu"),
+            "machine": machine_metadata("cpu"),
             "versions": versions(),
             "command": known.get("command") or options.command,
             "created": known.get("created") or _now(),

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from certifl import rng as streams
-from certifl.errors import ModelError
+from certifl.errors import ModelError, first_line
 from certifl.federated.objectives import Augmented, Objective
 from certifl.federated.privacy.accounting import grad_sample
 from certifl.federated.training.batches import Batch
@@ -131,7 +131,7 @@ def _of_batch(
             raise
         raise ModelError(
             'privacy.kind = "example" needs the output of each layer as it was, and the network '
-            f"writes over one ({str(error).splitlines()[0]}). Leave operations such as x += y, "
+            f"writes over one ({first_line(error)}). Leave operations such as x += y, "
             "x.relu_() and inplace=True out of its forward."
         ) from error
     finally:
