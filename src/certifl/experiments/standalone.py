@@ -28,7 +28,7 @@ from certifl.runs.atomic import load_tensors
 from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
 from certifl.study.certify import Job, certify_job
-from certifl.study.client_study import KeptStudy
+from certifl.study.client_study import ClientStudy
 from certifl.study.opened_run import data_folder, finished_run, open_data, run_spec, trained_model
 
 _log = logging.getLogger(__name__)
@@ -322,9 +322,9 @@ def _deployed_by(
     run: Path, asked: int | None, code: Path | None
 ) -> tuple[nn.Module, Spec, dict[str, Any]]:
     """A client's model, its study, and what it is used with."""
-    kept = KeptStudy(run)
+    kept = ClientStudy(run)
     if kept.exists():
-        spec, about = kept.spec(), kept.about(asked)
+        spec, about = kept.spec(), kept.metadata(asked)
         return kept.model(spec, about, code), spec, about
     folder, client = finished_run(run), asked or 0
     model, spec = _model_of(folder, client, code)

@@ -13,7 +13,7 @@ from certifl.errors import InputError, TooFewClients, TrainingDiverged
 from certifl.federated.aggregation import Rule
 from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.faults import Answer, Fault, Inspection, advice, needed, not_finite
-from certifl.federated.privacy.ledger import Ledger
+from certifl.federated.privacy.accounting import Ledger
 from certifl.federated.states import ClientState, ModelState, ServerState, Update
 from certifl.registry import check_number
 from certifl.runs.checkpoints import Checkpoints, PendingRound, StoredRound

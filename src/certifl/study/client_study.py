@@ -1,4 +1,4 @@
-"""A study in a client's own folder: what its deployed model is asked with, on its own machine.
+"""A study in a client's own folder: its deployed model, for predictions on its own machine.
 
 ```
 studies/<id>/
@@ -24,11 +24,11 @@ from certifl.runs.atomic import load_tensors, read_json, write_json, write_text
 from certifl.spec import Spec, load_stored
 from certifl.study.opened_run import load_code
 
-_ABOUT, _SPEC, _MODEL = CLIENT_STUDY, "spec.toml", "deployed.safetensors"
+_METADATA, _SPEC, _MODEL = CLIENT_STUDY, "spec.toml", "deployed.safetensors"
 
 
 @dataclass(frozen=True)
-class KeptStudy:
+class ClientStudy:
     """A client's folder of one study.
 
     Attributes:
@@ -39,10 +39,10 @@ class KeptStudy:
 
     def exists(self) -> bool:
         """Whether this is such a folder."""
-        return (self.folder / _ABOUT).is_file()
+        return (self.folder / _METADATA).is_file()
 
     def describe(self, spec: Spec, client: int, data: Mapping[str, Any]) -> None:
-        """Write down what the deployed model needs to be used.
+        """Store what is needed to use the deployed model.
 
         Args:
             spec: of the study, as the client certifies it. client: its number.
@@ -51,7 +51,7 @@ class KeptStudy:
         deploys = spec.build_algorithm().deploys
         write_text(self.folder / _SPEC, spec.to_toml())
         write_json(
-            self.folder / _ABOUT, {"client": client, "deploys": deploys, "data": dict(data)}
+            self.folder / _METADATA, {"client": client, "deploys": deploys, "data": dict(data)}
         )
 
     def spec(self) -> Spec:
@@ -62,55 +62,57 @@ class KeptStudy:
         """
         return load_stored(self.folder / _SPEC)
 
-    def about(self, asked: int | None) -> dict[str, Any]:
-        """Number of the client, what it deploys, and of its images what a model depends on.
+    def metadata(self, client: int | None = None) -> dict[str, Any]:
+        """The client's number, what it deploys, and properties of its images.
 
         Args:
-            asked: the client that somebody asks for; None = the one whose folder this is.
+            client: its expected number; None = any.
 
         Raises:
             InputError: another client than this one. StoreError: the file is damaged.
         """
-        held = read_json(self.folder / _ABOUT)
+        stored = read_json(self.folder / _METADATA)
         try:
-            client, data = int(held["client"]), held["data"]
-            found = {
-                "client": client,
-                "deploys": str(held["deploys"]),
+            own, data = int(stored["client"]), stored["data"]
+            metadata = {
+                "client": own,
+                "deploys": str(stored["deploys"]),
                 "in_channels": int(data["in_channels"]),
                 "image_size": tuple(map(int, data["image_size"])),
                 "class_names": tuple(map(str, data["class_names"])),
             }
         except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{self.folder / _ABOUT} is damaged ({type(error).__name__}).") from (
-                error
-            )
-        if asked is not None and asked != client:
+            raise StoreError(
+                f"{self.folder / _METADATA} is damaged ({type(error).__name__})."
+            ) from (error)
+        if client is not None and client != own:
             raise InputError(
-                f"{self.folder} is of client {client} and holds its model alone: leave out "
-                f"--client, or ask where client {asked} is."
+                f"{self.folder} is of client {own} and has only its model: leave out "
+                f"--client, or use the folder of client {client}."
             )
-        return found
+        return metadata
 
-    def model(self, spec: Spec, about: Mapping[str, Any], code: Path | None = None) -> nn.Module:
-        """The model that the client uses at test time, in evaluation mode.
+    def model(
+        self, spec: Spec, metadata: Mapping[str, Any], code: Path | None = None
+    ) -> nn.Module:
+        """The client's model for test time, in evaluation mode.
 
         Raises:
             StoreMismatch: the client has not certified in this study yet.
             StoreError: the file is damaged. ModelError: it does not fit the network, or the
-                network has code of its own and `code` does not name its folder.
+                network has user code and `code` does not name its folder.
         """
         path = self.folder / _MODEL
         if not path.is_file():
             raise StoreMismatch(
-                f"{self.folder} holds no deployed model yet: a client keeps it when the study "
-                "comes to certification."
+                f"{self.folder} has no deployed model yet: a client stores it when "
+                "certification starts."
             )
         load_code(self.folder, spec, code)
         model = build(
             spec.model.name,
-            about["in_channels"],
-            len(about["class_names"]),
+            metadata["in_channels"],
+            len(metadata["class_names"]),
             spec.seed,
             spec.model.options,
         )
@@ -119,6 +121,6 @@ class KeptStudy:
         except RuntimeError as error:
             raise ModelError(
                 f"{path} does not fit the network {spec.model.name!r}: its code must be the one "
-                "that was trained with."
+                "that was used for training."
             ) from error
         return model.eval()

@@ -23,8 +23,8 @@ from certifl.federated.privacy.compatibility import check_network
 from certifl.federated.privacy.example_level import (
     NO_SECOND_GRADIENT,
     ExampleLevel,
-    PrivateBench,
     PrivatePasses,
+    PrivateStepContext,
 )
 from certifl.federated.states import ClientData, ModelState, Parts
 from certifl.federated.training.batches import (
@@ -317,7 +317,7 @@ class LocalTraining:
         self, optimizer: torch.optim.Optimizer, plan: _Plan, private: PrivatePasses | None
     ) -> StepContext:
         what = self._model, self._trainable, optimizer, self._judge(), plan.hook
-        return StepContext(*what) if private is None else PrivateBench(*what, private)
+        return StepContext(*what) if private is None else PrivateStepContext(*what, private)
 
     def _epoch(
         self,
