@@ -94,20 +94,20 @@ def check_data_folder(folder: Path | None, variable: str = "CERTIFL_DATA") -> No
         )
 
 
-def check_party(folder: Path) -> None:
-    """Refuse a folder that is none of a federation's.
+def check_deploy_folder(folder: Path) -> None:
+    """Refuse a folder that is not of a federation.
 
     Raises:
         SpecError: `certifl deploy init` did not write it.
     """
     if not (folder / CONNECTION).is_file():
         raise SpecError(
-            f"{folder} is no party's folder: it has no {CONNECTION}. Give a folder that "
-            "`certifl deploy init` wrote."
+            f"{folder} is not a folder of a federation: it has no {CONNECTION}. Give a folder "
+            "that `certifl deploy init` wrote."
         )
 
 
-def check_party_settings(path: Path) -> None:
+def check_client_settings(path: Path) -> None:
     """Refuse a client's folder without its settings.
 
     Raises:

@@ -219,7 +219,7 @@ def test_layers_that_write_over_their_input_are_refused_by_name() -> None:
     with pytest.raises(ModelError, match=r"2 \(ReLU\).*inplace=False"):
         check_network(relu(in_place=True), "example")
     clipping.try_clipping(relu(in_place=False), (1, 8, 8))
-    with pytest.raises(ModelError, match="writes over one"):
+    with pytest.raises(ModelError, match="overwrites one"):
         clipping.try_clipping(Written(), (1, 8, 8))
 
 

@@ -321,6 +321,6 @@ def test_an_algorithm_that_nobody_looked_at_is_refused():
 
 
 def test_delta_must_promise_something(tmp_path):
-    with pytest.raises(SpecError, match="promises nothing to 14 images"):
+    with pytest.raises(SpecError, match="guarantees nothing to 14 images"):
         example_training(FedAvg(), tmp_path, budget=Budget(1.0, 0.08, noise_multiplier=1.0))
     assert BUDGET.delta < 1 / 20

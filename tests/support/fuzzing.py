@@ -37,7 +37,7 @@ from PIL import Image
 from certifl.cli import common, main
 from certifl.data import load as load_data
 from certifl.deploy.client.settings import load_settings
-from certifl.deploy.provision.kit import load_connection
+from certifl.deploy.provision.bundle import load_connection
 from certifl.errors import CertiflError
 from certifl.report import summary_rows
 from certifl.report.page.attacks import attacks_section

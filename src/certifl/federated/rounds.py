@@ -20,7 +20,7 @@ from certifl.federated.faults import (
     required_clients,
     suggestions,
 )
-from certifl.federated.privacy.ledger import Ledger
+from certifl.federated.privacy.accounting import Ledger
 from certifl.federated.states import ClientState, ModelState, ServerState, Update
 from certifl.federated.training.schedule import participants
 from certifl.registry import check_number

@@ -21,9 +21,9 @@ from certifl.federated.aggregation import Rule
 from certifl.federated.algorithms import describe
 from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.objectives import Augmented, Objective
+from certifl.federated.privacy.accounting import Ledger
 from certifl.federated.privacy.client_level import ClientLevel
 from certifl.federated.privacy.compatibility import check_network
-from certifl.federated.privacy.ledger import Ledger
 from certifl.federated.rounds import (
     Participation,
     RandomShare,
