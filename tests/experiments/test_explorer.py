@@ -262,7 +262,7 @@ def test_exploring_goes_on_where_it_was_stopped(explored, monkeypatch):
     walked: list[Sweep] = []
     real = explored_images.sweep_along
     monkeypatch.setattr(
-        explored_images, "walk_along", lambda *given: walked.append(given[1]) or real(*given)
+        explored_images, "sweep_along", lambda *given: walked.append(given[1]) or real(*given)
     )
     explore_run(explored)
     assert RunFolder(explored).explorer.read_bytes() == whole
