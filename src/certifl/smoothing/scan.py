@@ -87,9 +87,9 @@ class _Evidence:
         return total >= 2.0 / alpha * (1.0 + _SLACK)
 
     def hopeful(self) -> Bools:
-        """Where more votes may still certify: the lead, plus two standard errors, is positive."""
-        lead = self.tops - 0.5 * self.ones - self.twos
-        return lead + 2.0 * np.sqrt(0.25 * self.ones + self.twos + 1.0) > 0
+        """Where more votes may still certify: margin plus two standard errors is positive."""
+        margin = self.tops - 0.5 * self.ones - self.twos
+        return margin + 2.0 * np.sqrt(0.25 * self.ones + self.twos + 1.0) > 0
 
 
 @dataclass(frozen=True)
