@@ -436,7 +436,7 @@ def test_what_left_the_machine_stands_in_the_log_before_it_leaves(tmp_path):
     said = cli("deploy", "log", folder)
     said.fine("round 0", "update.weight", "float32", "certified.curve.correct", "same")
     assert next(iter(sent_lines(tmp_path / "nobody"))).startswith("Nothing has left")
-    cli("deploy", "log", tmp_path).refused("no client's folder")
+    cli("deploy", "log", tmp_path).refused("client's folder")
     with (folder / SENT).open("a") as file:
         file.write("[1]\n{}\n")
     cli("deploy", "log", folder).fine("is damaged")
