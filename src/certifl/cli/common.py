@@ -122,10 +122,11 @@ def load_study(spec: Path, settings: list[str] | None) -> Spec:
     A wrong path is refused before anything heavy is imported.
     """
     values = read_spec_file(spec)
-    from certifl.models import allow_code
     from certifl.spec import with_settings
 
     study = with_settings(values, settings or [])
+    from certifl.models import allow_code  # imports torch, which a wrong spec need not wait for
+
     allow_code(study.model.name, spec.parent, Path.cwd())
     return study
 

@@ -81,11 +81,8 @@ def run(
     answer_within: AnswerWithin = None,
 ) -> None:
     """Train, certify and report one study; the same command resumes an interrupted run."""
-    study = load_study(spec, set_)
     check_data_folder(data_dir)
-    from certifl.spec import load
-
-    study = load(spec, set_ or [])  # refused before anything heavy is imported
+    study = load_study(spec, set_)
     from certifl.cli import terminal
     from certifl.experiments.run import Options, compute
     from certifl.report import load_runs, summary_rows, write_report
@@ -125,8 +122,8 @@ def plan(
     device: Device = "auto",
 ) -> None:
     """Estimate votes, time, memory and disk of a study from a few seconds of measurements."""
-    study = load_study(spec, set_)
     check_data_folder(data_dir)
+    study = load_study(spec, set_)
     from certifl.cli import terminal
     from certifl.experiments.plan import plan as plan_study
 
