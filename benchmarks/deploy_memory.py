@@ -2,7 +2,7 @@
 
 Answers lie on disk until they are asked for, as they lie with Flower's SuperLink, and are put
 together from their pieces as Flower's grid does. Measured is how far the resident memory of the
-process that conducts the study rises above what it was before the round.
+process that runs the study rises above what it was before the round.
 
     python benchmarks/deploy_memory.py [--clients 2 8] [--algorithm fedadam] [--rounds 2]
 """
@@ -32,8 +32,8 @@ from flwr.supercore.inflatable.inflatable_utils import (  # noqa: E402
     inflate_object_from_contents,
 )
 
-from certifl.deploy.server.coordinator import conduct  # noqa: E402
-from certifl.deploy.transport.flower_processes import give_memory_back  # noqa: E402
+from certifl.deploy.server.coordinator import coordinate  # noqa: E402
+from certifl.deploy.transport.flower_processes import return_freed_memory  # noqa: E402
 from certifl.deploy.transport.messages import Content, encode, to_records  # noqa: E402
 from certifl.deploy.transport.transport import GridTransport  # noqa: E402
 from certifl.errors import WorkError  # noqa: E402
@@ -72,8 +72,8 @@ class DiskGrid(MemoryGrid):
         for message in messages:
             held = message.content.config_records["certifl"]
             name = f"order {len(self.orders)} {time.monotonic_ns()}"
-            facts = json.loads(str(held["json"]))["facts"]
-            self.orders[name] = (message.metadata.dst_node_id - 100, facts)
+            fields = json.loads(str(held["json"]))["facts"]
+            self.orders[name] = (message.metadata.dst_node_id - 100, fields)
             names.append(name)
         return names
 
@@ -83,12 +83,12 @@ class DiskGrid(MemoryGrid):
             if name in self.orders:
                 yield self._answer(*self.orders.pop(name))
 
-    def _answer(self, client: int, facts: dict) -> Message:
+    def _answer(self, client: int, fields: dict) -> Message:
         records = to_records(Content({"fault": {"kind": "raised", "reason": "enough"}}))
-        if facts["order"] == "join":
+        if fields["order"] == "join":
             records = to_records(Content({"joined": self._joined(client), "client": client}))
-        elif facts["order"] == "round":
-            records = self._trained(client, facts)
+        elif fields["order"] == "round":
+            records = self._trained(client, fields)
         return Message(records, 1, "train")
 
     def _joined(self, client: int) -> dict:
@@ -101,13 +101,13 @@ class DiskGrid(MemoryGrid):
             "initial_model": self.initial,
         }
 
-    def _trained(self, client: int, facts: dict) -> RecordDict:
+    def _trained(self, client: int, fields: dict) -> RecordDict:
         update = {"client": client, "weight": 30.0, "metrics": {"loss": 1.0}, "model": True}
         told = {
             "update": update,
             "client": client,
-            "round": facts["round"],
-            "started_from": facts["broadcast"],
+            "round": fields["round"],
+            "started_from": fields["broadcast"],
         }
         pieces = {name: (self.folder / name).read_bytes() for name in self.pieces}
         records = RecordDict({"part:model": inflate_object_from_contents(self.model, pieces)})
@@ -150,12 +150,12 @@ def measure(clients: int, algorithm: str, rounds: int) -> None:
     study = with_settings(VALUES, settings)
     size = sum(v.numel() * v.element_size() for v in network().state_dict().values())
     with tempfile.TemporaryDirectory() as place:
-        give_memory_back()  # as `certifl deploy run` does
+        return_freed_memory()  # as `certifl deploy run` does
         grid = DiskGrid(clients, Path(place))
         gc.collect()
         before = resident()
         with highest() as seen, contextlib.suppress(WorkError):
-            conduct(study, GridTransport(grid), options(Path(place) / "run"))
+            coordinate(study, GridTransport(grid), options(Path(place) / "run"))
     rose = seen[0] - before
     print(
         f"{algorithm}, {clients} clients: {rose / 1e6:.0f} MB = "

@@ -38,15 +38,15 @@ def bare(model: nn.Module, clients: list[ClientData], schedule: Schedule) -> flo
         states = []
         for data in clients:
             net = copy.deepcopy(glob)
-            optimiser = torch.optim.SGD(
+            optimizer = torch.optim.SGD(
                 net.parameters(), schedule.lr, schedule.momentum, weight_decay=1e-4
             )
             for _ in range(schedule.local_epochs):
                 for rows in torch.randperm(len(data)).split(schedule.batch_size):
-                    optimiser.zero_grad()
+                    optimizer.zero_grad()
                     images = data.images[rows].float() / 255
                     functional.cross_entropy(net(images), data.labels[rows]).backward()
-                    optimiser.step()
+                    optimizer.step()
             states.append(net.state_dict())
         mean = {
             k: torch.stack([s[k].double() for s in states]).mean(0).to(v.dtype)

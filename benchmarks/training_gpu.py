@@ -127,7 +127,7 @@ class LoaderLoop:
         states = []
         for loader in self.loaders:
             net = copy.deepcopy(self.model)
-            optimiser = torch.optim.SGD(
+            optimizer = torch.optim.SGD(
                 net.parameters(),
                 schedule.lr,
                 schedule.momentum,
@@ -137,9 +137,9 @@ class LoaderLoop:
                 for images, labels in loader:
                     images = self._perturbed(images.to(setting.device, non_blocking=True))
                     labels = labels.to(setting.device, non_blocking=True)
-                    optimiser.zero_grad()
+                    optimizer.zero_grad()
                     functional.cross_entropy(net(images), labels).backward()
-                    optimiser.step()
+                    optimizer.step()
             states.append(net.state_dict())
         mean = {
             name: torch.stack([state[name].double() for state in states]).mean(0).to(value.dtype)

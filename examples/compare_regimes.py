@@ -49,7 +49,7 @@ def trained(regime: str, seeds: int, out: Path, quick: bool) -> list[StudyRun]:
         folders.append(run(study(regime, seed, quick), options).path)
         print(f"{regime}, seed {seed}: {folders[-1]}", flush=True)
     runs, _ = find_runs(folders)
-    return sorted(runs, key=lambda found: found.facts.seed)
+    return sorted(runs, key=lambda found: found.metadata.seed)
 
 
 def line(quantity: Quantity, pairs: Sequence[tuple[StudyRun, StudyRun]], compared: int) -> str:

@@ -24,7 +24,7 @@ from certifl.report.intervals import (
     FEWEST_UNLIKE,
     Sample,
     Scatter,
-    hidden_reach,
+    rule_of_three_margin,
     scatter_of,
     unlike_images,
 )
@@ -102,7 +102,9 @@ def paired(
     found, floors = scatter_of(samples, scale), [_floor(one, scale) for one in seeds]
     estimate = float(found.mean[0])
 
-    half = max(float(found.reach(error)[0]), float(hidden_reach(floors, error)[0]) * scale)
+    half = max(
+        float(found.half_width(error)[0]), float(rule_of_three_margin(floors, error)[0]) * scale
+    )
     p = _largest_error(found, floors, abs(estimate))
     return Paired(estimate, estimate - half, estimate + half, p)
 
@@ -125,8 +127,8 @@ def _largest_error(found: Scatter, floors: Sequence[Floats], size: float) -> flo
 
     def beyond(log: float) -> float:
         error = math.exp(log)
-        hidden = float(hidden_reach(floors, error)[0]) * found.scale
-        return max(float(found.reach(error)[0]), hidden) - size
+        hidden = float(rule_of_three_margin(floors, error)[0]) * found.scale
+        return max(float(found.half_width(error)[0]), hidden) - size
 
     if beyond(0.0) >= 0.0:
         return 1.0

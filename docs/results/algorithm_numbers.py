@@ -1,8 +1,8 @@
-"""What the runs of docs/results/algorithms.md come to, and how they differ from the baseline."""
+"""Numbers of the runs of docs/results/algorithms.md, and their differences to the baseline."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -16,8 +16,8 @@ from algorithm_study import BASELINE, PERTURBATIONS, SEEDS, Study
 from certifl.errors import StoreMismatch
 from certifl.federated import ALGORITHMS
 from certifl.report import RunResults, load_run
-from certifl.report.compare import paired_values
-from certifl.report.summary import client_acr, gains, image_numbers, largest_radius
+from certifl.report.compare import paired_differences
+from certifl.report.summary import client_acr, gains, largest_radius
 from certifl.rng import numpy_generator
 from certifl.runs.atomic import read_json
 
@@ -36,7 +36,7 @@ class Numbers:
         certified: accuracy of the smoothed networks at each radius of the table.
         acr: average certified radius, over images.
         spread: ACR of the best minus that of the worst client.
-        chance: what the spread would be on average if images were dealt to clients by lot.
+        chance: the average spread if images were assigned to clients at random.
         run: the certificates themselves.
     """
 
@@ -113,13 +113,13 @@ def section(
 
 
 def _numbers(study: Study, runs: Path) -> Numbers:
-    folder = study.place(runs)
-    results, held = load_run(folder), read_json(folder / CLEAN)
+    folder = study.folder(runs)
+    results, counts = load_run(folder), read_json(folder / CLEAN)
     certificates, by_client = results.certificates, client_acr(results)
     disturbance = PERTURBATIONS[study.perturbation]
     radii = [radius * disturbance.size for radius in disturbance.radii]
     return Numbers(
-        clean=held["right"] / held["images"],
+        clean=counts["right"] / counts["images"],
         certified=tuple(certificates.certified_accuracy(radii).tolist()),
         acr=certificates.average_certified_radius(),
         spread=float(np.ptp(by_client)),
@@ -129,7 +129,7 @@ def _numbers(study: Study, runs: Path) -> Numbers:
 
 
 def chance_spread(values: Floats, clients: NDArray[np.int64], seed: int) -> float:
-    """Best minus worst client's mean, on average, if the images were dealt out again by lot."""
+    """Best minus worst client's mean, on average, if images were assigned at random."""
     generator = numpy_generator(seed, "algorithms-page-chance")
     names, owner = np.unique(clients, return_inverse=True)
     sizes = np.bincount(owner, minlength=len(names))
@@ -166,15 +166,16 @@ def differences(one: RunResults, base: RunResults, radius: float) -> tuple[Obser
         StoreMismatch: the two did not certify the same images.
     """
 
-    def held(run: RunResults) -> Floats:
+    def certified(run: RunResults) -> Floats:
         certificates = run.certificates
         return (certificates.correct & (certificates.radius >= radius)).astype(np.float64)
 
-    clients, numbers = paired_values([one, base], image_numbers)
-    owners = np.repeat(clients, [len(own) for own in numbers])
-    images = np.concatenate(numbers)[:, 0].astype(np.int64)
-    if not len(images) == len(one.certificates) == len(base.certificates):
-        raise StoreMismatch(f"{one.folder} and {base.folder} certified different images.")
-    columns = [np.concatenate(paired_values([one, base], value)[1]) for value in (gains, held)]
-    gained, kept = (Observed(both[:, 0] - both[:, 1], owners, images) for both in columns)
-    return gained, kept
+    def observed(value: Callable[[RunResults], Floats]) -> Observed:
+        clients, sample = paired_differences(one, base, value)
+        owners = np.repeat(clients, [len(own) for own in sample.images])
+        values, images = np.concatenate(sample.values)[:, 0], np.concatenate(sample.images)
+        if not len(images) == len(one.certificates) == len(base.certificates):
+            raise StoreMismatch(f"{one.folder} and {base.folder} certified different images.")
+        return Observed(values, owners, images)
+
+    return observed(gains), observed(certified)

@@ -1,4 +1,4 @@
-"""The page docs/results/algorithms.md out of the runs that are finished."""
+"""The page docs/results/algorithms.md from the finished runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["page", "section_lines", "verdict"]
 INTRODUCTION = """
 # All algorithms on MNIST
 
-Made by `python docs/results/algorithms.py --data-dir DATA`, which goes on where it was stopped.
+Made by `python docs/results/algorithms.py --data-dir DATA`, which resumes after an interruption.
 
 What each algorithm is: [docs/algorithms.md](../algorithms.md). 10 clients with 60 training images
 each on average, `small_cnn`, rounds of 2 local epochs, batches of 10, momentum 0.9. Networks are
@@ -52,30 +52,30 @@ reported, and pixel noise took them over.
 Means and standard deviations over training seeds. Clean: the deployed networks' accuracy on
 undisturbed test images, in percent. At a radius: certified accuracy of the smoothed networks. ACR:
 average certified radius. Spread: ACR of the best minus that of the worst client, and in brackets
-what it would be, on average, if a run's images were dealt to its clients by lot: with ten images a
-client, that much is chance.
+what it would be, on average, if a run's images were assigned to its clients at random: with ten
+images per client, that much is chance.
 
 **Differences to FedAvg**, in ACR and in certified accuracy at the middle radius, are paired:
 within a seed both algorithms start from the same weights, hold the same training images and
 certify the same test images with the same noise, and are subtracted image by image. In brackets:
 Student's 95 % interval of the mean over seeds. A seed draws the training images, the test images,
 the split, the first weights and the noise anew, so the interval is about repeating the whole study
-with another seed, on other images of MNIST dealt out in the same way; it says nothing about other
+with another seed, on other images of MNIST split in the same way; it says nothing about other
 data, other schedules or other hyper-parameters. Seeds are the only repetition, hence few degrees
-of freedom and wide intervals; an interval is never made narrower than the scatter of the images
-alone would make it, nor than images of a kind that was not met could move the mean
-([mathematics](../mathematics.md)). It supposes that the differences of the seeds scatter about
-like a normal law, which cannot be checked with so few, and is least to be trusted for an algorithm
-that fails with some seeds.
+of freedom and wide intervals; an interval is never narrower than the variation of the images alone
+would make it, nor than unsampled kinds of images could move the mean
+([mathematics](../mathematics.md)). It assumes that the differences of the seeds are about normally
+distributed, which cannot be checked with so few, and is least reliable for an algorithm that fails
+with some seeds.
 
 Each interval is at 95 % by itself, and each table compares 16 algorithms: an interval that
 excludes 0 is no more than a hint. **Bold** differences are those shown after Holm's correction for
-the 16 of their column; no correction is made for there being several columns and tables.
+the 16 of their column; there is no correction for several columns and tables.
 """
 OUTLOOK = """
 Read it as a small study: few images, few rounds, one schedule with a large step for all. It ranks
 the algorithms in this setting and nowhere else; one that takes small steps on purpose (`mixture`
-scales its step by lambda, the adaptive server optimisers warm up) may not be done after so few.
+scales its step by lambda, the adaptive server optimizers warm up) may need more of them.
 """
 
 
@@ -137,19 +137,19 @@ def _sides(found: Sequence[tuple[Row, Paired]]) -> str:
         "above": [label_of(row) for row, acr in found if acr.estimate > 0],
         "below": [label_of(row) for row, acr in found if acr.estimate < 0],
     }
-    told = [f"{side}: {', '.join(names)}" for side, names in sides.items() if names]
-    return f", {'; '.join(told)}" if told else ": none"
+    parts = [f"{side}: {', '.join(names)}" for side, names in sides.items() if names]
+    return f", {'; '.join(parts)}" if parts else ": none"
 
 
 def _spreads(one: Section) -> str:
     """Between which values mean spreads lie, beside those of images dealt by lot."""
     disturbance = PERTURBATIONS[one.perturbation]
-    told = []
+    ranges = []
     for value in (lambda run: run.spread, lambda run: run.chance):
         means = [statistics.mean(map(value, row.runs)) / disturbance.size for row in one.rows]
         digits = disturbance.digits - 1
-        told.append(f"{min(means):.{digits}f} to {max(means):.{digits}f}{disturbance.unit}")
-    return f"Best minus worst client: {told[0]}; of images dealt out by lot: {told[1]}."
+        ranges.append(f"{min(means):.{digits}f} to {max(means):.{digits}f}{disturbance.unit}")
+    return f"Best minus worst client: {ranges[0]}; if images were assigned at random: {ranges[1]}."
 
 
 def section_lines(one: Section) -> list[str]:
@@ -211,9 +211,9 @@ def difference_cell(found: Paired | None, shown: bool, scale: float, digits: int
 
 def made(runs: Path) -> str:
     """Machine and time."""
-    folders = [study.place(runs) for study in studies()]
-    folders = [place for place in folders if RunFolder(place).finished()]
-    machines = "; ".join(dict.fromkeys(machine_words(manifest(place)) for place in folders))
+    folders = [study.folder(runs) for study in studies()]
+    folders = [folder for folder in folders if RunFolder(folder).finished()]
+    machines = "; ".join(dict.fromkeys(machine_words(manifest(folder)) for folder in folders))
     return "\n".join(
         [
             "## How it was made",
@@ -231,8 +231,8 @@ def made(runs: Path) -> str:
 
 def processor_words(folders: Sequence[Path]) -> str:
     """What a run takes of a core, and so all of them of two."""
-    told = [read_json(place / CLEAN) for place in folders if (place / CLEAN).exists()]
-    seconds = [held[SECONDS] for held in told if SECONDS in held]
+    records = [read_json(f / CLEAN) for f in folders if (f / CLEAN).exists()]
+    seconds = [record[SECONDS] for record in records if SECONDS in record]
     if not seconds:
         return "processor time: not recorded"
     each, runs = statistics.mean(seconds), len(studies())

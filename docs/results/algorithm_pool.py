@@ -1,4 +1,4 @@
-"""Jobs side by side in processes that end with the command, however it is ended."""
+"""Parallel jobs in processes that end with the command, however it ends."""
 
 from __future__ import annotations
 
@@ -11,31 +11,30 @@ from typing import TypeVar
 
 from certifl.torch_env import follow_parent
 
-__all__ = ["work_off"]
+__all__ = ["run_jobs"]
 
 Job = TypeVar("Job")
 
 
-def work_off(
+def run_jobs(
     jobs: Sequence[Job],
     workers: int,
     work: Callable[[Job], None],
-    told: Callable[[str], None],
+    report: Callable[[str], None],
     words: Callable[[Job], str] = str,
 ) -> list[str]:
-    """Do all jobs, `workers` of them at a time, each in a process.
+    """Run all jobs, `workers` of them at a time, each in a process.
 
-    Ended by Ctrl-C or SIGTERM, it ends its processes at once; should it be killed, they end
-    themselves.
+    Ctrl-C or SIGTERM ends the processes at once; if this process is killed, they end themselves.
 
     Args:
-        jobs: in the order in which they are begun.
-        work: does one; a function of a module, so that processes find it.
-        told: told of every job that is done.
-        words: a job for people.
+        jobs: in the order in which they are started.
+        work: runs one job; a function of a module, so that processes can import it.
+        report: called after every job.
+        words: name of a job for people.
 
     Returns:
-        What failed and why; the other jobs are done all the same.
+        Failures with their reasons; all other jobs are done.
     """
     failures = []
     with _processes(workers) as pool:
@@ -45,13 +44,13 @@ def work_off(
             if error is not None:
                 done += f" FAILED: {type(error).__name__}: {error}"
                 failures.append(done)
-            told(f"{number} of {len(jobs)}: {done}")
+            report(f"{number} of {len(jobs)}: {done}")
     return failures
 
 
 @contextlib.contextmanager
 def _processes(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that are ended with the block, whatever they are at if it is left early."""
+    """Processes that end with the block, also if it is left early."""
     before = signal.signal(signal.SIGTERM, _leave)
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=follow_parent)

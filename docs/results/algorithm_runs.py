@@ -1,4 +1,4 @@
-"""One run of docs/results/algorithms.md, made where it is missing."""
+"""One run of docs/results/algorithms.md, computed if missing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from certifl.data import to_float
 from certifl.experiments.run import Options, run
 from certifl.runs.atomic import write_json
 from certifl.runs.folder import RunFolder
-from certifl.spec import Spec
-from certifl.study.opened_run import open_data, trained_model
+from certifl.study.opened_run import OpenRun
 
 __all__ = ["CLEAN", "SECONDS", "compute", "ready"]
 
@@ -25,41 +24,41 @@ def ready(study: Study, runs: Path) -> bool:
     """Whether a run is finished, with its accuracy on undisturbed images.
 
     Raises:
-        StoreMismatch: its folder holds something else.
+        StoreMismatch: its folder contains something else.
     """
-    folder = RunFolder(study.place(runs))
+    folder = RunFolder(study.folder(runs))
     folder.check(study.spec().hash())
     return folder.finished() and (folder.path / CLEAN).exists()
 
 
 def compute(study: Study, runs: Path, data_dir: Path) -> None:
-    """The run, and beside it how often its deployed networks are right on images as they are.
+    """Compute the run, and the accuracy of its deployed networks on undisturbed images.
 
-    A run made in one go also tells its seconds of processor time, which other work on the machine
-    hardly changes.
+    A run computed without interruption also records its seconds of processor time, which other
+    work on the machine hardly changes.
     """
     started = time.process_time()
-    folder, spec = study.place(runs), study.spec()
-    base = Study(study.perturbation, BASELINE, study.split, study.seed).place(runs)
+    folder, spec = study.folder(runs), study.spec()
+    base = Study(study.perturbation, BASELINE, study.split, study.seed).folder(runs)
     whole = not folder.exists()
     siblings = (base,) if study.algorithm == "personalized" else ()
     options = Options(folder, data_dir, device="cpu", siblings=siblings, explore=False)
     finished = run(spec, options)
     if not (folder / CLEAN).exists():
-        right, images = _clean(finished, spec, data_dir)
+        right, images = _clean(finished.path, data_dir)
         spent = {SECONDS: round(time.process_time() - started, 3)} if whole else {}
         write_json(folder / CLEAN, {"right": right, "images": images, **spent})
 
 
 @torch.no_grad()
-def _clean(folder: RunFolder, spec: Spec, data_dir: Path) -> tuple[int, int]:
-    """Test images, undisturbed, that the clients' networks classify correctly, and all of them."""
-    dataset, partition = open_data(spec, data_dir)
+def _clean(path: Path, data_dir: Path) -> tuple[int, int]:
+    """Clean test images that the clients' networks classify correctly, and all of them."""
+    run = OpenRun(path, data_dir)
     right = images = 0
-    for client, part in enumerate(partition.clients):
+    for client, part in enumerate(run.partition.clients):
         if len(part.test):
-            test = dataset.test.take(part.test)
-            logits = trained_model(folder, spec, client)(to_float(test.images))
+            test = run.dataset.test.take(part.test)
+            logits = run.model(client)(to_float(test.images))
             right += int((logits.argmax(1) == test.labels).sum())
             images += len(test.labels)
     return right, images

@@ -125,8 +125,8 @@ class Study:
         """For people."""
         return f"{self.perturbation}, {self.algorithm}, {self.split}, seed {self.seed}"
 
-    def place(self, runs: Path) -> Path:
-        """The run's folder."""
+    def folder(self, runs: Path) -> Path:
+        """The run folder."""
         prefix, split = PERTURBATIONS[self.perturbation].prefix, SPLITS[self.split]["split"]
         return runs / f"{prefix}{self.algorithm}-{split}-{self.seed}"
 
@@ -164,23 +164,23 @@ def studies(seeds: Sequence[int] = SEEDS) -> list[Study]:
 
 
 def jobs(wanted: Sequence[Study]) -> list[tuple[Study, ...]]:
-    """Runs by what can be worked at side by side; fine-tuning follows the training it continues.
+    """Runs that can be computed in parallel; fine-tuning follows the training it continues.
 
     Guarantees: every run once, and `personalized` directly behind the `fedavg` of the same
     perturbation, split and seed where that is wanted too.
     """
     chained: dict[tuple[str, str, int], list[Study]] = {}
-    found: list[list[Study]] = []
+    jobs: list[list[Study]] = []
     for study in wanted:
         if study.algorithm not in (BASELINE, "personalized"):
-            found.append([study])
+            jobs.append([study])
             continue
         key = (study.perturbation, study.split, study.seed)
         if key not in chained:
             chained[key] = []
-            found.append(chained[key])
+            jobs.append(chained[key])
         chained[key].append(study)
-    return [tuple(sorted(job, key=lambda one: one.algorithm)) for job in found]
+    return [tuple(sorted(job, key=lambda one: one.algorithm)) for job in jobs]
 
 
 def label(algorithm: str) -> str:

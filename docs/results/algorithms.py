@@ -2,10 +2,10 @@
 
     nice -n 10 env OMP_NUM_THREADS=1 python docs/results/algorithms.py --data-dir DATA
 
-Two runs are made side by side, each in a process with one thread; `--jobs` gives another number.
-Resumable: finished runs in the folder of runs are not repeated, interrupted ones are gone on
-with, and the command may be stopped at any moment. `--page-only` makes the page from the runs
-that are there; `--first` makes the runs of the first so many seeds.
+Two runs are computed in parallel, each in a process with one thread; `--jobs` sets another number.
+The command may be stopped at any moment: finished runs are not repeated, interrupted ones are
+resumed. `--page-only` makes the page from the existing runs; `--first N` computes the runs of the
+first N seeds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from algorithm_page import page
-from algorithm_pool import work_off
+from algorithm_pool import run_jobs
 from algorithm_runs import compute, ready
 from algorithm_study import SEEDS, Study, jobs, studies
 from certifl.errors import CertiflError
@@ -49,7 +49,7 @@ def make_runs(runs: Path, data_dir: Path, workers: int, first: int) -> list[str]
     wanted = [study for study in studies(SEEDS[:first]) if not ready(study, runs)]
     say(f"{len(wanted)} runs to make")
     begin = partial(work, runs=runs, data_dir=data_dir)
-    return work_off(jobs(wanted), workers, begin, say, named)
+    return run_jobs(jobs(wanted), workers, begin, say, named)
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def main() -> None:
     except CertiflError as error:
         parser.exit(2, f"{error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "Stopped; the same command goes on.\n")
+        parser.exit(130, "Stopped; the same command resumes.\n")
     if failures:
         print(*failures, sep="\n", file=sys.stderr)
         parser.exit(1, f"{len(failures)} jobs failed; their seeds are not in the tables.\n")

@@ -1,4 +1,4 @@
-"""Make docs/results/figure*.md and docs/results/README.md from a study that was computed before.
+"""Make docs/results/figure*.md and docs/results/README.md from a computed study.
 
     certifl reproduce all --scale laptop --data-dir DATA --out STUDY
     python docs/results/figures.py STUDY [--commit HASH] [--into docs/results]
@@ -66,8 +66,8 @@ def figures_of(study: Path) -> list[Shown]:
         index = read_json(path)
         curves = [curve for panel in index["panels"] for curve in panel["curves"]]
         runs = tuple(dict.fromkeys((path.parent / curve["run"]).resolve() for curve in curves))
-        drawn = (path.parent / f"{index['figure']}.png").is_file()
-        if drawn and all(finished(run) for run in runs):
+        resampled = (path.parent / f"{index['figure']}.png").is_file()
+        if resampled and all(finished(run) for run in runs):
             found.append(Shown(str(index["figure"]), path.parent, index, runs, cost_of(runs)))
         else:
             print(f"{index['figure']} is left out: it is not finished.")
@@ -81,8 +81,8 @@ def finished(run: Path) -> bool:
 
 def made_by(shown: Shown, commit: str) -> list[str]:
     """Command, code, machine and time."""
-    facts = [manifest(run) for run in shown.runs]
-    machines = dict.fromkeys(machine_words(held) for held in facts)
+    metadata = [manifest(run) for run in shown.runs]
+    machines = dict.fromkeys(machine_words(held) for held in metadata)
     return [
         "## How it was made",
         f"```\n{command_words(shown.index['command'])}\n```",

@@ -89,7 +89,7 @@ def seconds(spec: Spec, data_dir: Path | None) -> float:
     taken = []
     for _ in range(5):
         started = time.process_time()
-        training.passes(state_of(model), data, 0, epochs=1)
+        training.train_epochs(state_of(model), data, 0, epochs=1)
         taken.append(time.process_time() - started)
     return min(taken)
 
@@ -176,9 +176,9 @@ def main() -> None:
         "Those of `macer` were chosen after trials on this data set, because the source's (in the "
         "row with weight 12) fail at this schedule; the others are the sources' own or untried.",
         "",
-        f"`{LONGER}` is what the time of a dearer objective buys without one. With three seeds of "
-        "160 images a difference of the size of its standard deviation is no finding, and a small "
-        "network on small images is no CIFAR-10.",
+        f"`{LONGER}` shows what the time of a more expensive objective buys without it. With "
+        "three seeds of 160 images a difference of the size of its standard deviation is no "
+        "finding, and a small network on small images is no CIFAR-10.",
         "",
     ]
     tail = [f"Processor time of what this call computed: {spent:.1f} minutes.", ""]

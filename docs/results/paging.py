@@ -58,8 +58,8 @@ def range_words(values: Iterable[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def picture(source: Path, target: Path, most_bytes: int = 250_000, colours: int = 96) -> None:
-    """Copy a drawing as a PNG of few colours, made smaller until it is light enough."""
+def picture(source: Path, target: Path, most_bytes: int = 250_000, colors: int = 96) -> None:
+    """Copy a drawing as a PNG of few colors, made smaller until it is light enough."""
     with Image.open(source) as opened:
         drawing = opened.convert("RGB")
     scale = 1.0
@@ -67,7 +67,7 @@ def picture(source: Path, target: Path, most_bytes: int = 250_000, colours: int 
         size = (round(drawing.width * scale), round(drawing.height * scale))
         resized = drawing if scale == 1.0 else drawing.resize(size, Image.Resampling.LANCZOS)
         held = io.BytesIO()
-        few = resized.quantize(colours, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+        few = resized.quantize(colors, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
         few.save(held, "PNG", optimize=True)
         if held.tell() <= most_bytes or scale < 0.3:
             target.write_bytes(held.getvalue())

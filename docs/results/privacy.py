@@ -56,8 +56,8 @@ TITLES = {
 
 def command(settings: Sequence[str]) -> str:
     """The command of one run."""
-    told = " ".join(f'--set "{one}"' if " " in one else f"--set {one}" for one in settings)
-    return f"certifl run examples/{EXAMPLE.name} {told}".rstrip()
+    options = " ".join(f'--set "{one}"' if " " in one else f"--set {one}" for one in settings)
+    return f"certifl run examples/{EXAMPLE.name} {options}".rstrip()
 
 
 def ensure(settings: Sequence[str], folder: Path) -> Path:
@@ -70,7 +70,7 @@ def section(study: str, folders: Mapping[str, Path]) -> list[str]:
     rows = summary_rows(list(folders.values()))
     radii = [share["radius_text"] for share in rows[0]["accuracy"][1:]]
     head = ["ε", "noise multiplier", "accuracy", "ACR (95 %)", *(f"at {r}" for r in radii)]
-    facts = RunFolder(folders["none"]).manifest()
+    manifest = RunFolder(folders["none"]).manifest()
     width = 4 if study == "client" else 8
     weights = sum(p.numel() for p in small_cnn(1, 10, width=width).parameters())
     return [
@@ -84,9 +84,9 @@ def section(study: str, folders: Mapping[str, Path]) -> list[str]:
             ],
         ),
         "",
-        f"{facts['data']['train_images']:,} training images, {rows[0]['images']} certified test "
-        f"images, `small_cnn` with {weights:,} weights, federated averaging, one training each. "
-        "Commands:",
+        f"{manifest['data']['train_images']:,} training images, {rows[0]['images']} certified "
+        f"test images, `small_cnn` with {weights:,} weights, federated averaging, one training "
+        "each. Commands:",
         "",
         "```",
         *(command(settings) for settings in STUDIES[study].values()),
@@ -96,13 +96,13 @@ def section(study: str, folders: Mapping[str, Path]) -> list[str]:
 
 
 def _cells(asked: str, folder: Path, row: Mapping[str, Any]) -> list[str]:
-    facts = RunFolder(folder).manifest().get("privacy")
+    privacy = RunFolder(folder).manifest().get("privacy")
     noise, spent = "0", "none"
-    if facts is not None:
-        low, high = min(facts["noise_multiplier"]), max(facts["noise_multiplier"])
+    if privacy is not None:
+        low, high = min(privacy["noise_multiplier"]), max(privacy["noise_multiplier"])
         noise = f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}"
         spent = asked
-        assert max(facts["epsilon_sent"]) <= float(asked)
+        assert max(privacy["epsilon_sent"]) <= float(asked)
     shares = [share["text"] for share in row["accuracy"]]
     interval = f"{row['acr_low_text']} to {row['acr_high_text']}"
     return [spent, noise, shares[0], f"{row['acr_text']} ({interval})", *shares[1:]]
@@ -126,9 +126,10 @@ def page(runs: Path) -> str:
             "Made by `python docs/results/privacy.py`. [What is protected, and from whom]"
             "(../privacy.md).",
             "",
-            "Digits, rotation with σ = 15°, δ = 1e-5. ε bounds what the trained models tell of "
-            "one image, or of one client; it is an upper bound from the RDP accountant. Accuracy: "
-            "certified accuracy at radius 0. In brackets: 95 % intervals over test images.",
+            "Digits, rotation with σ = 15°, δ = 1e-5. ε bounds what the trained models reveal "
+            "about one image, or about one client; it is an upper bound from the RDP accountant. "
+            "Accuracy: certified accuracy at radius 0. In parentheses: 95 % intervals over test "
+            "images.",
             "",
             *parts,
             "Private and plain training have learning rates of their own, found by hand on these "

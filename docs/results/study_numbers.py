@@ -1,4 +1,4 @@
-"""The numbers of a figure: what its runs came to, how they were set up, what they cost."""
+"""The numbers of a figure: results, settings and cost of its runs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from certifl.report.results import Row, by_seed
 from certifl.report.summary import (
     client_acr,
     client_curves,
-    largest_radius,
+    first_unit,
     mean_acr,
+    noise_words,
     selected_radii,
 )
-from certifl.report.units import RadiusScale, family_words, scales, sigma_text
+from certifl.report.units import RadiusScale
 from certifl.report.wording import percent
 from certifl.runs.atomic import read_json
 from paging import duration, range_words, table
@@ -39,7 +40,7 @@ COUNTED = (
 
 @dataclass(frozen=True)
 class Cost:
-    """What some runs took.
+    """Cost of some runs.
 
     Attributes:
         runs: distinct ones. trainings: those from the beginning; others go on from them.
@@ -70,12 +71,12 @@ class Cost:
 
 
 def manifest(run: Path) -> dict[str, Any]:
-    """What a run folder says of itself."""
+    """The run's own record."""
     return read_json(run / "run.json")
 
 
 def cost_of(runs: Iterable[Path]) -> Cost:
-    """What distinct runs took, each round of training counted once."""
+    """Cost of distinct runs, each round of training counted once."""
     folders = sorted(set(runs))
     facts = [manifest(run) for run in folders]
     rounds = [json.loads(line) for line in {line for run in folders for line in _rounds(run)}]
@@ -121,14 +122,13 @@ def comparison_tables(place: Path, index: Mapping[str, Any]) -> list[str]:
 
 
 def _heading(run: RunResults) -> str:
-    what = f"{family_words(run.conditions)}, σ = {sigma_text(run.conditions)}"
-    return f"{run.manifest['data']['name']}, {len(run.clients)} clients, {what}"
+    return f"{run.data_name}, {len(run.clients)} clients, {noise_words(run.conditions)}"
 
 
 def _table(runs: Sequence[Row]) -> str:
-    scale = scales(runs[0].conditions, largest_radius(runs))[0]
+    scale = first_unit(runs)
     radii = selected_radii(runs, scale)
-    head = ["regime", "ACR", "95 %", "clients, smallest to largest"]
+    head = ["algorithm", "ACR", "95 %", "clients, smallest to largest"]
     head += [f"at {text}" for text, _ in radii]
     return table(head, [_row(run, scale, [radius for _, radius in radii]) for run in runs])
 

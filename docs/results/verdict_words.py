@@ -11,7 +11,7 @@ from pathlib import Path
 from certifl.paper.claims import ClaimResult, Report, claim_rows
 from certifl.paper.claims.render import COMPARISON_HEAD, comparison_row, verdict_words
 from certifl.paper.claims.rules import MARGIN, NOT_TESTED, UNDECIDED, VERDICTS
-from certifl.paper.claims.testing import Tested
+from certifl.paper.claims.testing import Outcome
 from paging import range_words, table
 
 __all__ = ["bears_on", "figure_claims", "overview", "tally"]
@@ -28,21 +28,21 @@ def bears_on(result: ClaimResult, figure: str) -> bool:
 
 
 def figure_claims(report: Report, figure: str, runs: Collection[Path]) -> tuple[str, str]:
-    """What a figure says of the claims it bears on: words and a table; every comparison."""
+    """A figure's claims: verdicts in words and as a table, and every comparison."""
     results = [result for result in report.results if bears_on(result, figure)]
     if not results:
         return "None of the claims that are tested here refers to this figure.", ""
     names = {run.name for run in runs}
     own = [(result, _own(result, names)) for result in results]
-    judged = [t for _, comparisons in own for t in comparisons if t.judged is not None]
+    judged = [t for _, comparisons in own for t in comparisons if t.judgment is not None]
     words = "\n".join(f"- {_words(result, comparisons)}" for result, comparisons in own)
     tables = [
         f"### {result.claim.name}\n\n{table(COMPARISON_HEAD, map(comparison_row, comparisons))}"
         for result, comparisons in own
         if comparisons
     ]
-    told = (words, _open(judged), _verdicts(report, results))
-    return "\n\n".join(part for part in told if part), "\n\n".join(tables)
+    parts = (words, _open(judged), _verdicts(report, results))
+    return "\n\n".join(part for part in parts if part), "\n\n".join(tables)
 
 
 def _verdicts(report: Report, results: Sequence[ClaimResult]) -> str:
@@ -50,8 +50,8 @@ def _verdicts(report: Report, results: Sequence[ClaimResult]) -> str:
     return table(_HEAD, [[str(row[key]) for key in _KEYS] for row in rows])
 
 
-def _own(result: ClaimResult, names: Collection[str]) -> tuple[Tested, ...]:
-    """The comparisons in which this figure's runs stand."""
+def _own(result: ClaimResult, names: Collection[str]) -> tuple[Outcome, ...]:
+    """The comparisons with runs of this figure."""
     return tuple(
         tested
         for tested in result.comparisons
@@ -59,25 +59,27 @@ def _own(result: ClaimResult, names: Collection[str]) -> tuple[Tested, ...]:
     )
 
 
-def _words(result: ClaimResult, comparisons: tuple[Tested, ...]) -> str:
-    """What the study says of a claim, and what this figure's runs add to that."""
+def _words(result: ClaimResult, comparisons: tuple[Outcome, ...]) -> str:
+    """The verdict of the study on a claim, and the part of this figure's runs in it."""
     own = dataclasses.replace(
         result, verdict=_HERE, comparisons=comparisons, missing=(), partly=False
     )
-    told = [f"**{result.claim.name}: {result.verdict}.** {result.claim.sentence}"]
+    sentences = [f"**{result.claim.name}: {result.verdict}.** {result.claim.sentence}"]
     if own.judged:
-        told.append(f"{verdict_words(own)} {_reach(own.judged)}")
+        sentences.append(f"{verdict_words(own)} {_reach(own.judged)}")
     else:
-        told.append("No two runs of this figure could be compared for it.")
+        sentences.append("No two runs of this figure could be compared for it.")
     if len(own.judged) < len(result.judged):
-        told.append(f"The verdict rests on {len(result.judged)} comparisons of the whole study.")
+        sentences.append(
+            f"The verdict is based on {len(result.judged)} comparisons of the whole study."
+        )
     if result.missing and result.verdict != NOT_TESTED:
-        told.append("Not all runs that the claim speaks of were computed.")
-    return " ".join(told)
+        sentences.append("Not all runs that the claim is about were computed.")
+    return " ".join(sentences)
 
 
-def _reach(judged: Sequence[Tested]) -> str:
-    """Where the intervals of some comparisons lie, and from how many images they are."""
+def _reach(judged: Sequence[Outcome]) -> str:
+    """The range of the intervals of some comparisons, and their numbers of images."""
     known = _with_interval(judged)
     images = range_words(tested.finding.effect.images for tested in known or judged)
     if not known:
@@ -85,18 +87,18 @@ def _reach(judged: Sequence[Tested]) -> str:
     low, high = min(t.together[0] for t in known), max(t.together[1] for t in known)
     each = "Intervals lie" if len(known) > 1 else "The interval lies"
     ends = math.floor(1000 * low + 1e-9) / 10 + 0.0, math.ceil(1000 * high - 1e-9) / 10 + 0.0
-    told = f"{each} between {ends[0]:+.1f} and {ends[1]:+.1f} points ({images} images)"
+    text = f"{each} between {ends[0]:+.1f} and {ends[1]:+.1f} points ({images} images)"
     few = len(judged) - len(known)
-    return f"{told}; for {few} there are too few images." if few else f"{told}."
+    return f"{text}; for {few} there are too few images." if few else f"{text}."
 
 
-def _with_interval(tested: Sequence[Tested]) -> list[Tested]:
+def _with_interval(tested: Sequence[Outcome]) -> list[Outcome]:
     return [one for one in tested if math.isfinite(one.together[0] - one.together[1])]
 
 
-def _open(judged: Sequence[Tested]) -> str:
-    """Why comparisons are open: how wide their intervals are, and from how many images."""
-    still = [t for t in judged if t.judged is not None and t.judged.verdict == UNDECIDED]
+def _open(judged: Sequence[Outcome]) -> str:
+    """Why comparisons are undecided: the width of their intervals and their number of images."""
+    still = [t for t in judged if t.verdict == UNDECIDED]
     known = _with_interval(still)
     if not known:
         return ""
@@ -105,10 +107,10 @@ def _open(judged: Sequence[Tested]) -> str:
     few = len(still) - len(known)
     none = f" For {few} of them a client has too few images for an interval." if few else ""
     return (
-        f"Undecided are {len(still)} of {len(judged)} comparisons: from {images} images come "
-        f"intervals {min(widths):.1f} to {max(widths):.1f} points wide, where "
+        f"{len(still)} of {len(judged)} comparisons are undecided: with {images} images their "
+        f"intervals are {min(widths):.1f} to {max(widths):.1f} points wide, where "
         f"{100 * MARGIN:g} points, or less near 0, count as a difference.{none} More images would "
-        "decide them; another reading of these would not."
+        "decide them."
     )
 
 

@@ -18,7 +18,8 @@ from certifl._version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
     from certifl import models
-    from certifl.certification import Certificates, certify, predict
+    from certifl.certification import Certificates
+    from certifl.certification.api import certify, predict
     from certifl.perturbations import (
         Affine,
         DenseFlow,
@@ -46,8 +47,8 @@ __all__ = [
 
 _HOMES = {
     "Certificates": "certifl.certification",
-    "certify": "certifl.certification",
-    "predict": "certifl.certification",
+    "certify": "certifl.certification.api",
+    "predict": "certifl.certification.api",
     **dict.fromkeys(
         (
             "Affine",

@@ -3,14 +3,14 @@
 ```
 CertiflError
 ├── RequestError            the request was wrong; the command line exits with 2
-│   ├── SpecError           a key, type, range or combination in a study's spec
 │   ├── InputError          images, labels or numbers given to a library call (also a ValueError)
+│   │   └── SpecError       a key, type, range or combination in a study's spec
 │   ├── ModelError          a model that cannot be certified or trained as it is
 │   ├── DataUnavailable     a data set that is neither here nor reachable
 │   └── StoreMismatch       a run folder that holds something else than what was asked for
 └── WorkError               the work failed; the command line exits with 1
     ├── TrainingDiverged    a loss, a client's weights or the server's stopped being finite
-    ├── TooFewClients       so many clients of a round failed that it cannot be gone on with
+    ├── TooFewClients       so many clients of a round failed that it cannot continue
     ├── RandomSourceBroken  draws that do not repeat, do not differ or do not follow their law
     └── StoreError          a folder that cannot be read or written
 ```
@@ -53,12 +53,15 @@ class RequestError(CertiflError):
     """The request was wrong; nothing was written."""
 
 
-class SpecError(RequestError):
-    """A spec has a wrong key, type, range or combination."""
-
-
 class InputError(RequestError, ValueError):
-    """Images, labels or numbers given to a library call are not usable."""
+    """Images, labels or numbers given to a library call are not usable.
+
+    As a ValueError, it is what pydantic expects of a validator.
+    """
+
+
+class SpecError(InputError):
+    """A spec has a wrong key, type, range or combination."""
 
 
 class ModelError(RequestError):
@@ -90,15 +93,15 @@ class TrainingDiverged(WorkError):
         self.client = client
         self.round = round
         self.reason = reason
-        place = "the server" if client is None else f"client {client}"
+        where = "the server" if client is None else f"client {client}"
         super().__init__(
-            f"Training diverged at {place} in round {round}: {reason}. "
+            f"Training diverged at {where} in round {round}: {reason}. "
             "Lower training.lr or training.momentum; rounds finished so far are kept."
         )
 
 
 class TooFewClients(WorkError):
-    """So many clients of a round failed that it cannot be gone on with.
+    """So many clients of a round failed that it cannot continue.
 
     Attributes:
         round: the communication round, counted from 0.
@@ -116,7 +119,7 @@ class TooFewClients(WorkError):
         super().__init__(
             f"Round {round} cannot be finished: {len(left_out)} of its {participants} clients "
             f"failed and at least {needed} must remain. Left out: {failed}. {advice} Rounds "
-            "finished so far are kept; the same command goes on from the last one."
+            "finished so far are kept; the same command resumes from the last one."
         )
 
 
@@ -126,3 +129,8 @@ class RandomSourceBroken(WorkError):
 
 class StoreError(WorkError):
     """A folder cannot be read or written."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, to stand inside a sentence."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or "no further message"

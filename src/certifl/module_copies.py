@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from certifl.errors import ModelError
+from certifl.errors import ModelError, first_line
 
 LAZY = (
     "The model has lazy layers without weights yet. Pass one batch of images through it, or load "
@@ -48,10 +48,10 @@ def copy_of(module: nn.Module) -> nn.Module:
         with torch.no_grad():  # copies of scripted weights would otherwise have a history
             made = copy.deepcopy(module, known)
     except Exception as error:  # whatever an attribute of the user's own module raises
-        first = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(
-            f"The model cannot be copied ({type(error).__name__}: {first}). Keep locks, "
-            "generators, open files and tensors with a gradient history out of its attributes."
+            f"The model cannot be copied ({type(error).__name__}: {first_line(error)}). Keep "
+            "locks, generators, open files and tensors with a gradient history out of its "
+            "attributes."
         ) from error
     for value, original in zip(made.parameters(), module.parameters(), strict=True):
         value.requires_grad_(original.requires_grad)
@@ -118,7 +118,7 @@ def in_training_mode(module: nn.Module) -> str | None:
     """The name of the first layer in training mode ("" = the network itself), or None.
 
     The flag of a wrapper says nothing of what is inside. A program of `torch.export` has the mode
-    it was exported in and a flag that cannot be changed: it is known by what it answers.
+    it was exported in and a flag that cannot be changed: it is recognized by its output.
     """
     skipped: tuple[str, ...] = ()
     for name, part in module.named_modules():

@@ -23,39 +23,39 @@ _UNQUOTED = re.compile(
 )
 
 
-def check_run(place: Path) -> None:
-    """Refuse a path that is no run folder.
+def check_run(path: Path) -> None:
+    """Refuse a path that is not a run folder.
 
     Raises:
         StoreMismatch: it holds no run.
     """
-    if not (place / _MARK).is_file():
+    if not (path / _MARK).is_file():
         raise StoreMismatch(
-            f"{place} is no run folder: it holds no {_MARK}. Give the folder that `certifl run` "
+            f"{path} is not a run folder: it has no {_MARK}. Give the folder that `certifl run` "
             "wrote."
         )
 
 
-def check_model_folder(place: Path) -> None:
+def check_model_folder(path: Path) -> None:
     """Refuse a path that is neither a run folder nor a client's own folder of a study.
 
     Raises:
         StoreMismatch: it holds neither.
     """
-    if not (place / CLIENT_STUDY).is_file():
-        check_run(place)
+    if not (path / CLIENT_STUDY).is_file():
+        check_run(path)
 
 
-def check_study(place: Path) -> None:
+def check_study(path: Path) -> None:
     """Refuse a path with no run in it, nor in the folders of a study.
 
     Raises:
         StoreMismatch: there is none.
     """
     patterns = (_MARK, f"runs/*/{_MARK}", f"*/{_MARK}")
-    if not any(True for pattern in patterns for _ in place.glob(pattern)):
+    if not any(True for pattern in patterns for _ in path.glob(pattern)):
         raise StoreMismatch(
-            f"{place} holds no run: there is neither a {_MARK} in it nor a run in its folders. "
+            f"{path} holds no run: there is no {_MARK} in it, and no run in its folders. "
             "Give run folders, or the folder of a study that was computed."
         )
 
@@ -94,20 +94,20 @@ def check_data_folder(folder: Path | None, variable: str = "CERTIFL_DATA") -> No
         )
 
 
-def check_party(folder: Path) -> None:
-    """Refuse a folder that is none of a federation's.
+def check_deploy_folder(folder: Path) -> None:
+    """Refuse a folder that is not of a federation.
 
     Raises:
         SpecError: `certifl deploy init` did not write it.
     """
     if not (folder / CONNECTION).is_file():
         raise SpecError(
-            f"{folder} is no party's folder: it has no {CONNECTION}. Give a folder that "
-            "`certifl deploy init` wrote."
+            f"{folder} is not a folder of a federation: it has no {CONNECTION}. Give a folder "
+            "that `certifl deploy init` wrote."
         )
 
 
-def check_party_settings(path: Path) -> None:
+def check_client_settings(path: Path) -> None:
     """Refuse a client's folder without its settings.
 
     Raises:
@@ -124,7 +124,7 @@ def read_spec_file(path: Path) -> dict[str, Any]:
     """The plain values of a spec file.
 
     Raises:
-        SpecError: there is no such file, or it is no TOML.
+        SpecError: there is no such file, or it is not TOML.
     """
     text = ""
     try:
@@ -143,7 +143,7 @@ def read_spec_file(path: Path) -> dict[str, Any]:
 
 
 def quotes_missing(toml: str) -> str:
-    """What to do about an amount without quotes in a text that is no TOML; "" if there is none.
+    """What to do about an amount without quotes in a text that is not TOML; "" if there is none.
 
     >>> quotes_missing("sigma = 18deg")
     ' Write 18deg in quotes: "18deg".'

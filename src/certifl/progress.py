@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-Progress = Callable[[int, int], None]
-"""Called with (done, all) of the work under way."""
+ProgressCallback = Callable[[int, int], None]
+"""Called with (done, total) of the work under way."""
+
+StageCallback = Callable[[str, int, int, str], None]
+"""Called with (what is under way, done, total, unit)."""
 
 
 @contextlib.contextmanager
-def bar(what: str, unit: str) -> Iterator[Progress]:
-    """A progress bar for one piece of work; yields the function to call with (done, all)."""
+def bar(what: str, unit: str) -> Iterator[ProgressCallback]:
+    """A progress bar for one piece of work; yields the function to call with (done, total)."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin
 
@@ -25,6 +25,7 @@ class Parameters(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
+Number = Annotated[float, Field(description="a number")]
 NonNegative = Annotated[float, Field(ge=0, description="a number from 0")]
 Positive = Annotated[float, Field(gt=0, description="a number above 0")]
 PositiveInt = Annotated[int, Field(ge=1, description="a whole number from 1")]
@@ -76,11 +77,17 @@ class Registry(Mapping[str, type[Any]], Generic[R]):
     Args:
         kind: what is registered, for messages, e.g. "algorithm".
         rows: by name, in the order in which people see them.
+        key: under which a description, and a component itself, has the name of its row.
+        also: what may be named beside the rows, for messages.
     """
 
-    def __init__(self, kind: str, rows: Mapping[str, R]) -> None:
+    def __init__(
+        self, kind: str, rows: Mapping[str, R], key: str = "name", also: str = ""
+    ) -> None:
         self.kind = kind
         self.rows = dict(rows)
+        self.key = key
+        self.also = also
 
     def __getitem__(self, name: str) -> type[Any]:
         row = self.rows[name]
@@ -101,28 +108,34 @@ class Registry(Mapping[str, type[Any]], Generic[R]):
         Parameters that are None are left out, so that the table can be written as TOML.
 
         Args:
-            description: a table with a "name", or a bare name.
+            description: a table with the name under `key`, or a bare name.
 
         Raises:
             SpecError: an unknown name or parameter, a missing one, or a value that is not allowed;
                 the message names the key and what is allowed.
         """
         table: dict[str, Any] = (
-            {"name": description} if isinstance(description, str) else {**description}
+            {self.key: description} if isinstance(description, str) else {**description}
         )
-        name = table.pop("name", None)
+        name = table.pop(self.key, None)
+        return {self.key: name, **self.check_named(name, table)}
+
+    def check_named(self, name: object, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Every parameter of the component of that name; see `check`."""
         if not isinstance(name, str) or name not in self.rows:
-            raise SpecError(self._unknown(name))
-        row = self.rows[name]
+            raise SpecError(
+                f"{self.kind} {self.key} = {name!r} is unknown: {choices(name, self, self.also)}"
+            )
+        row, table = self.rows[name], {**options}
         if row.wraps is not None and row.wraps in table:
             table[row.wraps] = self._wrapped(row.wraps, table[row.wraps])
         values = check_parameters(name, row.parameters, table)
-        return {"name": name, **{key: value for key, value in values.items() if value is not None}}
+        return {key: value for key, value in values.items() if value is not None}
 
     def build(self, description: Mapping[str, Any] | str) -> Any:
         """The component described; see `check` for what is refused."""
         table = self.check(description)
-        name = table.pop("name")
+        name = table.pop(self.key)
         wraps = self.rows[name].wraps
         if wraps in table:
             table[wraps] = self.build(table[wraps])
@@ -130,11 +143,10 @@ class Registry(Mapping[str, type[Any]], Generic[R]):
 
     def describe(self, component: Any) -> dict[str, Any]:
         """A component as a plain table; `build` gives the equal component back."""
-        table: dict[str, Any] = {"name": component.name}
-        for option in fields(component):
-            value = getattr(component, option.name)
+        table: dict[str, Any] = {self.key: getattr(component, self.key)}
+        for option, value in _options(component).items():
             if value is not None:
-                table[option.name] = self.describe(value) if is_dataclass(value) else value
+                table[option] = self.describe(value) if is_dataclass(value) else value
         return table
 
     def check_component(self, component: Any) -> None:
@@ -142,14 +154,15 @@ class Registry(Mapping[str, type[Any]], Generic[R]):
 
         A component of a class that has no row here is the caller's own and is not checked.
         """
-        row = self.rows.get(component.name)
+        name = getattr(component, self.key)
+        row = self.rows.get(name)
         if row is None:
             return
-        table = {option.name: getattr(component, option.name) for option in fields(component)}
+        table = _options(component)
         wrapped = table.get(row.wraps) if row.wraps else None
         if wrapped is not None:
             self._refuse_second(str(row.wraps), wrapped.name)
-        check_parameters(component.name, row.parameters, table)
+        check_parameters(name, row.parameters, table)
 
     def _wrapped(self, key: str, description: object) -> dict[str, Any]:
         if not isinstance(description, Mapping | str):
@@ -165,12 +178,19 @@ class Registry(Mapping[str, type[Any]], Generic[R]):
         if name in self.rows and self.rows[name].wraps is not None:
             raise SpecError(f"{key} = {name} is not allowed: {name} cannot wrap itself.")
 
-    def _unknown(self, name: object) -> str:
-        near = difflib.get_close_matches(name, self.rows, 1) if isinstance(name, str) else []
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        return (
-            f"{self.kind} name = {name!r} is unknown: choose one of {', '.join(self.rows)}.{hint}"
-        )
+
+def choices(name: object, known: Collection[str], also: str = "") -> str:
+    """What to choose in the place of a name that is unknown, and what was perhaps meant."""
+    near = difflib.get_close_matches(name, known, 1) if isinstance(name, str) else []
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"choose one of {', '.join(known)}{f', or {also}' if also else ''}.{hint}"
+
+
+def _options(component: Any) -> dict[str, Any]:
+    """What a component was constructed with; its constants are not options."""
+    return {
+        option.name: getattr(component, option.name) for option in fields(component) if option.init
+    }
 
 
 def check_parameters(
@@ -195,9 +215,12 @@ def _refusal(name: str, model: type[Parameters], error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         allowed = ", ".join(model.model_fields) or "no parameters"
         return f"{name} has no parameter {key!r}: it has {allowed}."
+    field = model.model_fields[key]
     if first["type"] == "missing":
-        return f"{name} needs the parameter {key!r}."
-    return f"{key} = {first['input']!r} is not allowed: {_allowed(model.model_fields[key])}."
+        return f"{name} needs the parameter {key!r}" + (
+            f", {field.description}." if field.description else "."
+        )
+    return f"{key} = {first['input']!r} is not allowed: {_allowed(field)}."
 
 
 def _allowed(field: FieldInfo) -> str:
@@ -237,19 +260,3 @@ def check_choice(key: str, value: object, allowed: Collection[str]) -> None:
         raise SpecError(
             f"{key} = {value!r} is not allowed: choose one of {', '.join(sorted(allowed))}."
         )
-
-
-def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """A package's `__getattr__`: a name's module is imported when the name is first used.
-
-    Args:
-        package: `__name__` of the package.
-        homes: module of each name.
-    """
-
-    def get(name: str) -> Any:
-        if name not in homes:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(homes[name]), name)
-
-    return get

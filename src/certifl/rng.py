@@ -14,9 +14,12 @@ construction.
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 _LOW = 1 << 32
 _VOTE_SLOTS = {
@@ -41,9 +44,7 @@ def generator(
     seed: int, purpose: str, *ids: int | str, device: torch.device | str = "cpu"
 ) -> torch.Generator:
     """A torch generator for one purpose, e.g. `generator(seed, "shuffle", client, round)`."""
-    made = torch.Generator(device=device)
-    made.manual_seed(derive_seed(seed, purpose, *ids))
-    return made
+    return _seeded(derive_seed(seed, purpose, *ids), device)
 
 
 def numpy_generator(seed: int, purpose: str, *ids: int | str) -> np.random.Generator:
@@ -72,7 +73,7 @@ def image_key(image: torch.Tensor) -> int:
     Certifying an image alone, inside any batch or after a resume therefore draws the same noise,
     and two models certified on the same image with the same seed are compared on common noise.
     """
-    pixels = image.detach().to("cpu", torch.float32).contiguous()
+    pixels = image.detach().cpu().float().contiguous()
     digest = hashlib.blake2b(digest_size=8)
     digest.update(repr(tuple(pixels.shape)).encode())
     digest.update(pixels.numpy().tobytes())
@@ -95,6 +96,12 @@ def vote_generator(
         raise ValueError(f"chunk must lie in [0, {_SLOT_WIDTH}), got {chunk}")
     base = derive_seed(seed, "votes", image)
     slot = _VOTE_SLOTS[purpose] * _SLOT_WIDTH + chunk
+    return _seeded((base - base % _LOW) + (base + slot) % _LOW, device)
+
+
+def _seeded(seed: int, device: torch.device | str) -> torch.Generator:
+    import torch  # here, because streams of numpy are needed where torch is not loaded
+
     made = torch.Generator(device=device)
-    made.manual_seed((base - base % _LOW) + (base + slot) % _LOW)
+    made.manual_seed(seed)
     return made

@@ -1,6 +1,6 @@
-"""Files and texts that come from outside: the one place where they are opened and limited.
+"""Files and texts from outside: opened, checked and limited here and nowhere else.
 
-Whoever sent a file may have written anything into it. So it must be a regular file (no pipe,
+The sender of a file may have written anything into it. So it must be a regular file (no pipe,
 device or folder, which could block or never end) of a size that its kind can have, its text UTF-8,
 its JSON or TOML not nested deeper than any honest one, and its integers those of 64 bits. What a
 file declares about its own size is limited before memory is asked for.
@@ -11,11 +11,13 @@ add its path and what to do.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
 import re
 import stat
+import threading
 import tomllib
 import zlib
 from collections.abc import Iterator, Sequence
@@ -98,6 +100,44 @@ def open_regular(path: Path, most: int | None = None) -> BinaryIO:
         raise
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name was being written when its process was killed."""
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on leaving without error it replaces `path`.
+
+    A process killed at any moment leaves the old file or the new one, never half of either.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full; `path` is as it was.
+    """
+    unique = f"{os.getpid()}-{threading.get_ident()}"
+    part = path.with_name(f".{path.name}.{unique}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if part.is_symlink():  # somebody else's: it could lead anywhere
+            part.unlink()
+        yield part
+        flush(part)
+        os.replace(part, path)
+        flush(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """What was written to a file, or the names in a folder, is on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def read_bytes(path: Path, most: int = DATA_BYTES) -> bytes:
     """The content of a regular file.
 
@@ -148,7 +188,7 @@ def parse_json(text: str | bytes) -> Any:
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(f"it is no JSON ({error})") from error
+        raise InputError(f"it is not JSON ({error})") from error
 
 
 def read_toml(path: Path, most: int = SPEC_BYTES) -> dict[str, Any]:
@@ -238,7 +278,7 @@ def open_parquet(
 def _declared(metadata: Any) -> int:
     """Values in all columns, as the footer of a parquet file counts them."""
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    counted = sum(g.column(place).num_values for g in groups for place in range(g.num_columns))
+    counted = sum(g.column(index).num_values for g in groups for index in range(g.num_columns))
     rows = [group.num_rows for group in groups]
     if min([metadata.num_rows, *rows]) < 0:
         raise InputError("it declares a negative number of rows")

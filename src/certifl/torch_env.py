@@ -47,6 +47,25 @@ def exact_convolutions(device: torch.device) -> Iterator[None]:
 # More are asked for by `OMP_NUM_THREADS` (or `MKL_NUM_THREADS`) above 1, or by `threads_asked`.
 
 
+# How torch and its libraries say that memory ran out, where they raise no type of their own.
+_NO_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "alloc_failed",
+    "unable to find an engine",  # cuDNN, where no engine fits into the free memory
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the device or of the machine."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
+
+
 _SMALL_NETWORK = 1_000_000
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _asked: ContextVar[bool] = ContextVar("asked", default=False)

@@ -22,7 +22,8 @@ from certifl.perturbations import Perturbation
 from certifl.rng import vote_generator
 from certifl.smoothing.bounds import BOUNDS
 from certifl.smoothing.laws import GAUSSIAN
-from certifl.study.certify import Job, NetworkCache, certify_job
+from certifl.study.certify import Job, VoteSource, certify_job
+from certifl.study.opened_run import NetworkCache
 from known_models import HalfSpace
 
 NOISE = certifl.PixelNoise(0.5)
@@ -51,7 +52,7 @@ def certified(
 ) -> Certificates:
     work, net = job(saved), model(of)
     network = prepare(net, to_float(work.images[:1]), "cpu", "float32")
-    return certify_job(work, net, network, noise, settings, seed, "data", None)
+    return certify_job(work, net, network, VoteSource(noise, settings, seed, "data"))
 
 
 @pytest.mark.parametrize("estimator", ["top-class", "runner-up", "sequential"])
@@ -156,7 +157,7 @@ def test_clients_of_different_models_are_certified_with_their_own() -> None:
     bench, work = NetworkCache("cpu", "float32"), job(Path())
     images = to_float(work.images)
     for number in (0, 1, 1, 0):
-        network = bench.network(model(number), work)
+        network = bench.network(model(number), work.images)
         assert torch.equal(network.call(images), model(number)(images))
 
 

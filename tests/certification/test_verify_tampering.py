@@ -609,12 +609,12 @@ def test_without_the_images_labels_are_not_checked(
     altered: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from certifl.errors import DataUnavailable
-    from certifl.experiments import verify_run as checking_run
+    from certifl.study import opened_run
 
     def nowhere(*_: Any, **__: Any) -> None:
         raise DataUnavailable("digits is not on this machine. Three ways to get images.")
 
-    monkeypatch.setattr(checking_run, "load_data", nowhere)
+    monkeypatch.setattr(opened_run, "load_data", nowhere)
     place = altered("runner-up")
     assert "labels not checked: digits is not on this machine" in passes(place)
     file = place / "certificates.parquet"
@@ -627,12 +627,12 @@ def test_without_the_images_labels_are_not_checked(
 
 def test_data_inside_the_run_folder_are_not_believed(altered: Callable[[str], Path]) -> None:
     """A run folder may be somebody else's, with labels that suit its certificates."""
-    from certifl.experiments.verify_run import _remembered
+    from certifl.study.opened_run import OpenRun
 
     place = altered("sequential")
     (place / "data").mkdir(exist_ok=True)
     _write(place, "run.json", {**_json(place, "run.json"), "data_dir": str(place / "data")})
-    assert _remembered(RunFolder(place)) is None
+    assert OpenRun(place)._data_folder() is None
 
 
 def test_privacy_that_was_not_spent_so_is_found(tmp_path: Path) -> None:

@@ -53,14 +53,14 @@ def test_predict_takes_grey_and_colour_of_the_right_size_only(
     colour = tiny.cli("predict", tmp_path / "colour.png", *run)
     assert plain.code == colour.code == 0
     assert "image  " not in plain.out
-    changed = "image   converted to grey: the certificate is about the image so changed\n"
+    changed = "image   converted to gray: the certificate holds for the converted image\n"
     assert colour.out.replace(changed, "") == plain.out != colour.out
     tiny.cli("predict", tmp_path / "large.png", *run).refused("10 x 12", "8 x 8", "resize")
     tiny.cli("predict", tmp_path / "large.png", *run, "--resize").fine("resized from 10 x 12")
     tiny.cli("predict", tmp_path / "text.png", *run).refused("no image", "PNG")
     tiny.cli("predict", tmp_path / "none.png", *run).refused("no image file")
     tiny.cli("predict", digit[0], *run, "--client", "2").refused("0 to 1")
-    tiny.cli("predict", digit[0], "--run", tmp_path).refused("no run folder")
+    tiny.cli("predict", digit[0], "--run", tmp_path).refused("not a run folder")
 
 
 def test_predict_never_answers_with_an_older_model(copied: Path, digit: tuple[Path, int]) -> None:
@@ -145,7 +145,7 @@ def test_certify_refuses_what_cannot_be_meant(
     ("name", "words"),
     [
         ("none.pt", ["no weights at"]),
-        ("whole.pt", ["no plain file of weights", "state_dict"]),
+        ("whole.pt", ["not a plain file of weights", "state_dict"]),
         ("list.pt", ["state_dict"]),
         ("colour.safetensors", ["does not fit small_cnn", "conv1.weight is (16, 3, 3, 3) where"]),
         ("cut.safetensors", ["Cannot read", "save_file"]),
@@ -184,7 +184,7 @@ def test_certify_goes_on_where_it_was_stopped_and_only_with_the_same_question(
         patch.setattr(engine, "advance", stopped)
         answer = tiny.cli(*asked, *narrow, "--out", out)
     assert answer.code == 130
-    assert "same command goes on" in answer.err
+    assert "same command resumes it" in answer.err
     kept = tmp_path / ".again.parquet.votes.safetensors"
     cast = int(load_tensors(kept)["estimation"].sum())
     assert 0 < cast < 4 * 6000

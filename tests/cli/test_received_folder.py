@@ -18,8 +18,7 @@ from certifl.experiments.attack import attack_run
 from certifl.experiments.explore import explore_run
 from certifl.experiments.run import Options, run
 from certifl.models import allow_code, build, require_code
-from certifl.runs.folder import RunFolder
-from certifl.study.opened_run import trained_model
+from certifl.study.opened_run import OpenRun
 
 # What torch and others import if they find it, what Python's own start imports, and packages.
 HOSTILE = [
@@ -64,32 +63,48 @@ def received(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-COMMANDS = {
-    "list": ("list",),
-    "verify": ("verify", "run"),
-    "report": ("report", "run", "--out", "page.html"),
-    "claims": ("claims", "run"),
-    "predict": ("predict", "grey.png", "--run", "run"),
-    "plan": ("plan", "run/spec.toml"),
+COMMANDS = (
+    ("list",),
+    ("verify", "run"),
+    ("report", "run", "--out", "page.html"),
+    ("claims", "run"),
+    ("plan", "run/spec.toml"),
+)
+# The other commands in one process, with the import path that `python -m certifl` leaves.
+DRIVER = """
+import sys
+sys.path.remove("")
+import runpy
+for line in sys.argv[1:]:
+    sys.argv = ["certifl", *line.split()]
+    try:
+        runpy.run_module("certifl", run_name="__main__", alter_sys=True)
+    except SystemExit as exit:
+        assert not exit.code, (line, exit.code)
+"""
+MODULE = (sys.executable, "-m", "certifl")
+SCRIPT = (str(Path(sys.executable).with_name("certifl")),)
+PREDICT = ("predict", "grey.png", "--run", "run")
+STARTS = {
+    "module": (*MODULE, *PREDICT),
+    "script": (*SCRIPT, *PREDICT),
+    "every command": (sys.executable, "-c", DRIVER, *map(" ".join, COMMANDS)),
 }
 
 
-@pytest.mark.parametrize("way", ["module", "script"])
-@pytest.mark.parametrize("command", COMMANDS)
-def test_nothing_of_the_folder_is_imported(received: Path, command: str, way: str) -> None:
-    script = Path(sys.executable).with_name("certifl")
-    if way == "script" and (command in ("plan", "claims") or not script.is_file()):
-        pytest.skip("tried as a module" if script.is_file() else "certifl is not installed here")
-    start = [sys.executable, "-m", "certifl"] if way == "module" else [str(script)]
+@pytest.mark.parametrize("start", STARTS)
+def test_nothing_of_the_folder_is_imported(received: Path, start: str) -> None:
+    if start == "script" and not Path(SCRIPT[0]).is_file():
+        pytest.skip("certifl is not installed here")
     done = subprocess.run(
-        [*start, *COMMANDS[command]],
+        STARTS[start],
         cwd=received,
         env=tiny.environment(),
         capture_output=True,
         text=True,
         check=False,
     )
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == 0, done.stderr
     assert not (received / "hit").exists(), (received / "hit").read_text()
 
@@ -157,10 +172,7 @@ def test_code_that_its_user_names_is_run(own_run: Path) -> None:
     tiny.cli("certify", "--run", place, "--out", out, "--n", 100, "--code", code).fine()
     attack_run(place, AttackOptions(images=1, directions=2, code=code))
     explore_run(place, code=code)
-    folder = RunFolder(place)
-    assert trained_model(
-        folder, tiny.spec("model.name=sent_net:make", "training.rounds=1"), 0, code
-    )
+    assert OpenRun(place, code=code).model(0)
 
 
 @pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "torch:load", "builtins:dict"])

@@ -152,7 +152,7 @@ class TestFolders:
             write_idx(tmp_path / "x", split, "", 10)
         file = tmp_path / "x" / "t10k-images-idx3-ubyte"
         file.write_bytes(file.read_bytes()[:-1])
-        with pytest.raises(InputError, match="t10k-images-idx3-ubyte is no IDX file"):
+        with pytest.raises(InputError, match="t10k-images-idx3-ubyte is not an IDX file"):
             load("x", tmp_path)
 
 
@@ -263,7 +263,7 @@ class TestUnavailable:
             load("bugs", tmp_path / "bugs")
 
     def test_a_name_that_is_none(self):
-        with pytest.raises(InputError, match="no name of a data set"):
+        with pytest.raises(InputError, match="not the name of a data set"):
             load("mnist[")
 
     def test_a_set_of_the_hub(self, tmp_path):

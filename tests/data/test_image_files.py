@@ -114,7 +114,7 @@ def test_damage_is_named():
     good = encoded(Image.fromarray(RGB))
     with pytest.raises(InputError, match="Cannot decode image 1"):
         decoded(good, good[: len(good) // 2])
-    with pytest.raises(InputError, match="image 0: it is no image"):
+    with pytest.raises(InputError, match="image 0: it is not an image"):
         decoded(b"text")
     with pytest.raises(InputError, match="no image to decode"):
         decoded()
@@ -154,5 +154,5 @@ class TestReadImage:
     def test_missing_file_and_wrong_channels(self, files):
         with pytest.raises(InputError, match="no image file"):
             read_image(files / "none.png", 1, (9, 12))
-        with pytest.raises(InputError, match=r"1 \(grey\) or 3"):
+        with pytest.raises(InputError, match=r"1 \(gray\) or 3"):
             read_image(files / "grey.png", 2, (9, 12))

@@ -14,9 +14,9 @@ from flwr.app import ConfigRecord, Message
 
 from certifl.certification import Certificates
 from certifl.deploy.client.client import Client
-from certifl.deploy.client.data import open_holdings
+from certifl.deploy.client.data import open_local_data
 from certifl.deploy.client.settings import Settings
-from certifl.deploy.server.coordinator import conduct
+from certifl.deploy.server.coordinator import coordinate
 from certifl.deploy.transport.messages import from_records, to_records
 from certifl.deploy.transport.transport import GridTransport
 from certifl.errors import InputError, StoreMismatch, WorkError
@@ -26,8 +26,9 @@ from certifl.report import summary_rows, write_report
 from certifl.report.results import load_run
 from certifl.report.summary import client_acr, client_curves, radius_grid
 from certifl.runs.checkpoints import Checkpoints
+from certifl.runs.folder import StoredRun
 from certifl.study.opened_run import open_data
-from deploy_factory import MemoryGrid, carried, options, parties
+from deploy_factory import MemoryGrid, carried, clients_of, options
 from tiny_federation import assert_same
 from tiny_study import cli, spec
 
@@ -37,32 +38,29 @@ STUDY = spec("certification.images=8", "training.rounds=1", "training.lr=0.02")
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
     """The same study in one process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield run(STUDY, Here(tmp_path_factory.mktemp("own") / "run", device="cpu"))
-    torch.set_num_threads(before)
+    return run(STUDY, Here(tmp_path_factory.mktemp("own") / "run", device="cpu"))
 
 
-def federation(place, share="curve", study=STUDY, change=None, **settings):
-    at = parties(place, study.clients.count, **settings)
+def federation(root, share="curve", study=STUDY, change=None, **settings):
+    at = clients_of(root, study.clients.count, **settings)
     grid = MemoryGrid(at, change)
-    return conduct(study, GridTransport(grid), options(place / "run", share=share)), grid
+    return coordinate(study, GridTransport(grid), options(root / "run", share=share)), grid
 
 
 def test_rows_are_the_certificates_of_one_process(own, tmp_path):
-    at = parties(tmp_path, 2, share="rows")
-    folder = conduct(
+    at = clients_of(tmp_path, 2, share="rows")
+    folder = coordinate(
         STUDY, GridTransport(MemoryGrid(at)), options(tmp_path / "rows", share="rows")
     )
     assert folder.load_certificates().same_results(own.load_certificates())
     page = write_report([folder.path], tmp_path / "page.html", figures=False).read_text()
-    assert "told, for each radius" not in page
+    assert "for each radius of a fixed grid" not in page
 
 
-def test_a_curve_comes_to_the_same_numbers(own, tmp_path):
+def test_a_curve_gives_the_same_numbers(own, tmp_path):
     folder, _ = federation(tmp_path, share="curve")
     here, there = load_run(own.path), load_run(folder.path)
-    assert there.told
+    assert there.curves_only
     grid = radius_grid([here])
     assert np.array_equal(grid, radius_grid([there]))
     assert np.array_equal(client_curves(here, grid), client_curves(there, grid))
@@ -71,8 +69,8 @@ def test_a_curve_comes_to_the_same_numbers(own, tmp_path):
     assert [a["value"] for a in rows["accuracy"]] == [a["value"] for a in told["accuracy"]]
     assert told["abstained"] is None
     page = write_report([folder.path], tmp_path / "page.html", figures=False).read_text()
-    assert "told, for each radius" in page
-    assert "not told" in page
+    assert "for each radius of a fixed grid" in page
+    assert "not shared" in page
     both = write_report([folder.path, own.path], tmp_path / "both.html", figures=False)
     assert "compared image by image" in both.read_text()
     answer = cli("verify", folder.path)
@@ -80,11 +78,11 @@ def test_a_curve_comes_to_the_same_numbers(own, tmp_path):
     assert "2 curves agree with the spec and are possible" in answer.err.replace("\n", " ")
 
 
-def test_only_what_was_agreed_leaves_a_client(own, tmp_path):
+def test_only_what_the_disclosure_level_permits_leaves_a_client(own, tmp_path):
     seen = []
 
-    def listen(node, order, reply):
-        if order.metadata.message_type == "query.certify":
+    def listen(node, request, reply):
+        if request.metadata.message_type == "query.certify":
             seen.append(from_records(carried(reply).content))
         return reply
 
@@ -92,8 +90,8 @@ def test_only_what_was_agreed_leaves_a_client(own, tmp_path):
     assert len(seen) == 2
     for answer in seen:
         assert answer.parts == {}
-        assert answer.facts.keys() == {"certified", "client", "seconds"}
-        told = answer.facts["certified"]
+        assert answer.fields.keys() == {"certified", "client", "seconds"}
+        told = answer.fields["certified"]
         assert told.keys() == {"share", "model", "done", "at_most", "cast", "curve"}
         assert told["curve"].keys() == {"radii", "correct", "images", "acr", "conditions"}
         assert not any("fingerprint" in key for key in told["curve"]["conditions"])
@@ -102,22 +100,22 @@ def test_only_what_was_agreed_leaves_a_client(own, tmp_path):
     assert "rows" not in json.dumps(folder.manifest()["deployment"]["shares"])
 
 
-def test_none_gives_the_server_nothing_and_the_party_everything(tmp_path):
+def test_share_none_gives_the_server_nothing_and_the_client_everything(tmp_path):
     folder, _ = federation(tmp_path, "none")
     assert folder.finished()
     assert folder.complete()
-    assert folder.told_nothing()
+    assert StoredRun(folder.path).curves == {}
     with pytest.raises(StoreMismatch, match="keeps its certificates"):
         load_run(folder.path)
     assert len(list(tmp_path.glob("client-*/studies/*/certificates.parquet"))) == 2
 
 
-def test_pieces_come_to_the_same_as_one(own, tmp_path):
-    at = parties(tmp_path, 2, share="rows")
+def test_certifying_in_pieces_gives_the_same_certificates(own, tmp_path):
+    at = clients_of(tmp_path, 2, share="rows")
     grid = MemoryGrid(at)
     asked = options(tmp_path / "run", share="rows", piece=1e-9)
-    folder = conduct(STUDY, GridTransport(grid), asked)
-    pieces = [n for n, order in grid.sent if order.metadata.message_type == "query.certify"]
+    folder = coordinate(STUDY, GridTransport(grid), asked)
+    pieces = [n for n, request in grid.sent if request.metadata.message_type == "query.certify"]
     assert folder.load_certificates().same_results(own.load_certificates())
     assert len(pieces) >= 2
 
@@ -135,23 +133,23 @@ def missing(content):
 
 
 def other_start(content):
-    content.facts["started_from"] = "0" * 64
+    content.fields["started_from"] = "0" * 64
 
 
 def other_client(content):
-    content.facts["update"]["client"] = 0
+    content.fields["update"]["client"] = 0
 
 
 def no_update(content):
-    del content.facts["update"]
+    del content.fields["update"]
 
 
 def other_round(content):
-    content.facts["round"] = 7
+    content.fields["round"] = 7
 
 
-def reply_to(order, content):
-    return Message(to_records(content), reply_to=order)
+def reply_to(request, content):
+    return Message(to_records(content), reply_to=request)
 
 
 @pytest.mark.parametrize(
@@ -162,20 +160,20 @@ def reply_to(order, content):
         (missing, "missing"),
         (other_start, "another model"),
         (other_client, "as client 0"),
-        (no_update, "garbled"),
+        (no_update, "malformed"),
         (other_round, "round 7"),
     ],
 )
-def test_garbage_is_left_out_by_name_and_never_averaged(trick, word, tmp_path):
-    def plays(node, order, reply):
-        if order.metadata.message_type != "train":
+def test_invalid_updates_are_left_out_by_name_and_never_averaged(trick, word, tmp_path):
+    def plays(node, request, reply):
+        if request.metadata.message_type != "train":
             return reply
         content = from_records(carried(reply).content)
         if node == 100:
             sent.update(content.parts)
             return reply
         trick(content)
-        return reply_to(order, content)
+        return reply_to(request, content)
 
     sent = {}
     folder, _ = federation(tmp_path, change=plays)
@@ -187,26 +185,26 @@ def test_garbage_is_left_out_by_name_and_never_averaged(trick, word, tmp_path):
     assert_same(last.server()["model"], sent["model"])
 
 
-def test_bytes_that_are_no_message_are_left_out(tmp_path):
-    def plays(node, order, reply):
-        if order.metadata.message_type == "train" and node == 101:
+def test_invalid_messages_are_left_out(tmp_path):
+    def plays(node, request, reply):
+        if request.metadata.message_type == "train" and node == 101:
             reply.content.config_records["certifl"] = ConfigRecord({"json": "{"})
         return reply
 
     folder, _ = federation(tmp_path, change=plays)
     history = Checkpoints(folder.training).history()
-    assert "garbled" in history[0]["left_out"][0]["reason"]
+    assert "malformed" in history[0]["left_out"][0]["reason"]
 
 
 def set_curve(**changes):
     def change(content):
-        content.facts["certified"]["curve"].update(changes)
+        content.fields["certified"]["curve"].update(changes)
 
     return change
 
 
 def other_model(content):
-    content.facts["certified"]["model"] = "0" * 64
+    content.fields["certified"]["model"] = "0" * 64
 
 
 @pytest.mark.parametrize(
@@ -215,19 +213,19 @@ def other_model(content):
         (other_model, "another model"),
         (set_curve(correct=[9] * 50), "impossible"),
         (set_curve(correct=list(range(50))), "impossible"),
-        (set_curve(correct=["x"]), "garbled"),
+        (set_curve(correct=["x"]), "malformed"),
         (set_curve(acr=float("nan")), "impossible"),
         (set_curve(radii=[0.0, 1.0]), "other radii"),
-        (lambda content: content.facts.pop("certified"), "none of this client"),
+        (lambda content: content.fields.pop("certified"), "not an answer about this client"),
     ],
 )
 def test_an_impossible_curve_leaves_its_client_out_by_name(trick, word, own, tmp_path, caplog):
-    def plays(node, order, reply):
-        if order.metadata.message_type != "query.certify" or node != 101:
+    def plays(node, request, reply):
+        if request.metadata.message_type != "query.certify" or node != 101:
             return reply
         content = from_records(carried(reply).content)
         trick(content)
-        return reply_to(order, content)
+        return reply_to(request, content)
 
     folder, grid = federation(tmp_path, change=plays)
     assert folder.complete()
@@ -235,7 +233,7 @@ def test_an_impossible_curve_leaves_its_client_out_by_name(trick, word, own, tmp
     assert left_out.keys() == {"1"}
     assert word in left_out["1"]
     assert "Client 1 is left out of the certificates" in caplog.text
-    asked = [n for n, order in grid.sent if order.metadata.message_type == "query.certify"]
+    asked = [n for n, request in grid.sent if request.metadata.message_type == "query.certify"]
     assert asked == [100, 101, 101, 101]
     # The other's part is the one of a run without a liar.
     there = load_run(folder.path).certificates
@@ -245,29 +243,29 @@ def test_an_impossible_curve_leaves_its_client_out_by_name(trick, word, own, tmp
     write_report([folder.path], tmp_path / "page.html", figures=False)
 
 
-def test_where_most_certificates_cannot_be_the_run_stops_and_resumes(tmp_path):
+def test_with_mostly_impossible_certificates_the_run_stops_and_resumes(tmp_path):
     lies = [True]
 
-    def plays(node, order, reply):
-        if order.metadata.message_type != "query.certify" or not lies or node == 100:
+    def plays(node, request, reply):
+        if request.metadata.message_type != "query.certify" or not lies or node == 100:
             return reply
         content = from_records(carried(reply).content)
-        content.facts["certified"]["curve"]["acr"] = 1000.0
-        return reply_to(order, content)
+        content.fields["certified"]["curve"]["acr"] = 1000.0
+        return reply_to(request, content)
 
     study = spec("clients.count=3", "certification.images=4", "training.rounds=1")
-    at = parties(tmp_path, 3)
-    with pytest.raises(WorkError, match=r"2 of 3.*client 1 \(.*1000 does not go.*client 2"):
-        conduct(study, GridTransport(MemoryGrid(at, plays)), options(tmp_path / "run"))
+    at = clients_of(tmp_path, 3)
+    with pytest.raises(WorkError, match=r"2 of 3.*client 1 \(.*1000 does not fit.*client 2"):
+        coordinate(study, GridTransport(MemoryGrid(at, plays)), options(tmp_path / "run"))
     lies.clear()
     again = MemoryGrid(at, plays)
-    assert conduct(study, GridTransport(again), options(tmp_path / "run")).complete()
-    asked = [n for n, order in again.sent if order.metadata.message_type == "query.certify"]
+    assert coordinate(study, GridTransport(again), options(tmp_path / "run")).complete()
+    asked = [n for n, request in again.sent if request.metadata.message_type == "query.certify"]
     assert asked == [101, 102]
 
 
-def test_a_party_that_fails_says_so_without_its_secrets(tmp_path):
-    at = parties(tmp_path)
+def test_a_failing_client_reports_it_without_private_details(tmp_path):
+    at = clients_of(tmp_path)
     object.__setattr__(
         at[101],
         "settings",
@@ -277,27 +275,27 @@ def test_a_party_that_fails_says_so_without_its_secrets(tmp_path):
     )
     grid = MemoryGrid(at)
     with pytest.raises(WorkError, match="client 1"):
-        conduct(STUDY, GridTransport(grid), options(tmp_path / "run"))
+        coordinate(STUDY, GridTransport(grid), options(tmp_path / "run"))
     assert "private" not in (tmp_path / "run" / "run.json").read_text()
 
 
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
-        ({"perturbation": {"family": "rotation", "sigma": 0.1}}, "perturbation of its own"),
+        ({"perturbation": {"family": "rotation", "sigma": 0.1}}, "own perturbation"),
         ({"device": "tpu"}, "its own log"),
     ],
 )
-def test_a_client_that_does_not_fit_is_named(settings, word, tmp_path):
-    with pytest.raises(WorkError, match=f"client 0 was not taken.*{word}"):
+def test_a_mismatched_client_is_named(settings, word, tmp_path):
+    with pytest.raises(WorkError, match=f"client 0 was refused.*{word}"):
         federation(tmp_path, **settings)
 
 
-def test_own_perturbations_are_certified_where_the_study_allows_it(tmp_path):
-    at = parties(tmp_path)
-    at |= {101: parties(tmp_path, perturbation={"family": "pixel", "sigma": 0.2})[101]}
+def test_own_perturbations_are_certified_if_the_study_allows_it(tmp_path):
+    at = clients_of(tmp_path)
+    at |= {101: clients_of(tmp_path, perturbation={"family": "pixel", "sigma": 0.2})[101]}
     asked = options(tmp_path / "run", own_perturbation=True)
-    folder = conduct(STUDY, GridTransport(MemoryGrid(at)), asked)
+    folder = coordinate(STUDY, GridTransport(MemoryGrid(at)), asked)
     kinds = load_run(folder.path).certificates.by_kind()
     assert {part.conditions["family"] for part in kinds} == {"rotation", "pixel"}
     write_report([folder.path], tmp_path / "page.html", figures=False)
@@ -305,32 +303,34 @@ def test_own_perturbations_are_certified_where_the_study_allows_it(tmp_path):
 
 def test_code_named_by_a_server_is_not_loaded(tmp_path):
     study = spec('model.name="os:system"')
-    with pytest.raises(WorkError, match=r"code that this party has not *allowed"):
+    with pytest.raises(WorkError, match=r"code that this client has not *allowed"):
         federation(tmp_path, study=study)
 
 
-def test_two_nodes_cannot_be_one_client_nor_another(tmp_path):
-    at = parties(tmp_path)
-    at[103] = parties(tmp_path / "twin")[101]
-    conduct(STUDY, GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
+def test_a_node_cannot_pose_as_another_client(tmp_path):
+    at = clients_of(tmp_path)
+    at[103] = clients_of(tmp_path / "twin")[101]
+    coordinate(STUDY, GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
     swapped = {100: at[101], 101: at[100]}
     keys = {0: b"key 100", 1: b"key 101"}
     with pytest.raises(WorkError, match="another key"):
-        conduct(STUDY, GridTransport(MemoryGrid(swapped)), options(tmp_path / "other", keys=keys))
+        coordinate(
+            STUDY, GridTransport(MemoryGrid(swapped)), options(tmp_path / "other", keys=keys)
+        )
 
 
-def test_a_lost_state_is_said_and_not_replaced(tmp_path):
+def test_a_lost_state_is_reported_and_not_replaced(tmp_path):
     study = spec('algorithm={name="mixture",personalization=0.5}', "training.rounds=3")
-    at = parties(tmp_path)
+    at = clients_of(tmp_path)
 
-    def loses(node, order, reply):
-        if order.metadata.group_id == "1" and node == 101:
+    def loses(node, request, reply):
+        if request.metadata.group_id == "1" and node == 101:
             for path in (tmp_path / "client-1").rglob("state-*"):
                 path.unlink()
         return reply
 
-    with pytest.raises(WorkError, match="what it kept after round 1 is lost"):
-        conduct(study, GridTransport(MemoryGrid(at, loses)), options(tmp_path / "run"))
+    with pytest.raises(WorkError, match="its state after round 1 is lost"):
+        coordinate(study, GridTransport(MemoryGrid(at, loses)), options(tmp_path / "run"))
     history = Checkpoints(tmp_path / "run/checkpoints/training").history()
     assert "is lost" in history[2]["left_out"][0]["reason"]
 
@@ -355,21 +355,23 @@ def parquet(folder, split, images, labels, names):
     pq.write_table(table.replace_schema_metadata(told), folder / f"{split}-00000.parquet")
 
 
-def test_folders_of_their_own_give_the_same_models_and_certificates(own, tmp_path):
-    """Each party has its images alone in a folder, and knows nothing of the whole."""
+def test_clients_own_folders_give_the_same_models_and_certificates(own, tmp_path):
+    """Each client has its images alone in a folder, and knows nothing of the whole."""
     dataset, partition = open_data(STUDY, None)
     at = {}
-    for client, held in enumerate(partition.clients):
+    for client, stored in enumerate(partition.clients):
         folder, names = tmp_path / f"images-{client}", list(dataset.class_names)
         for split, part, index in [
-            ("train", dataset.train, held.train),
-            ("test", dataset.test, held.test),
+            ("train", dataset.train, stored.train),
+            ("test", dataset.test, stored.test),
         ]:
             chosen = part.take(index)
             parquet(folder, split, chosen.images, chosen.labels, names)
         settings = Settings(client=client, data=str(folder), share="rows")
         at[100 + client] = Client(settings, tmp_path / f"client-{client}")
-    folder = conduct(STUDY, GridTransport(MemoryGrid(at)), options(tmp_path / "run", share="rows"))
+    folder = coordinate(
+        STUDY, GridTransport(MemoryGrid(at)), options(tmp_path / "run", share="rows")
+    )
     here = Checkpoints(own.training).latest()
     there = Checkpoints(folder.training).latest()
     assert here is not None
@@ -381,14 +383,14 @@ def test_folders_of_their_own_give_the_same_models_and_certificates(own, tmp_pat
     assert "fingerprint" not in json.dumps(folder.manifest()["deployment"]["facts"])
 
 
-def test_classes_that_a_party_lacks_are_named_by_its_settings(tmp_path):
+def test_classes_that_a_client_lacks_are_named_in_its_settings(tmp_path):
     rows = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
     for split in ("train", "test"):
         parquet(tmp_path / "images", split, rows, torch.tensor([0, 1, 1, 0]), ["7", "3"])
     asked = {"client": 0, "data": str(tmp_path / "images")}
     settings = Settings(**asked, classes=[str(digit) for digit in range(10)])
-    holdings = open_holdings(STUDY, settings)
-    assert holdings.train.labels.tolist() == [7, 3, 3, 7]
-    assert holdings.dataset.num_classes == 10
+    local_data = open_local_data(STUDY, settings)
+    assert local_data.train.labels.tolist() == [7, 3, 3, 7]
+    assert local_data.dataset.num_classes == 10
     with pytest.raises(InputError, match="does not name '7'"):
-        open_holdings(STUDY, Settings(**asked, classes=["3", "4"]))
+        open_local_data(STUDY, Settings(**asked, classes=["3", "4"]))

@@ -16,20 +16,20 @@ import torch
 from PIL import Image
 from pydantic import BaseModel
 from test_deploy_certify import parquet
-from test_deploy_rounds import LIGHT, described
+from test_deploy_rounds import LIGHT, described, in_process
 
-from algorithm_cases import CASES
 from certifl.deploy.client.client import Client
 from certifl.deploy.client.sent_log import SENT, sent_lines
 from certifl.deploy.client.settings import Settings
 from certifl.deploy.client.spec_policy import DECISIONS
 from certifl.deploy.client.state import NEVER
-from certifl.deploy.server.coordinator import conduct
+from certifl.deploy.server.coordinator import coordinate
 from certifl.deploy.transport.messages import Content, fingerprint_of, from_records
 from certifl.deploy.transport.transport import GridTransport
 from certifl.federated import deployed_model
 from certifl.spec import Spec
-from deploy_factory import MemoryGrid, carried, options, parties
+from certifl.study.opened_run import ClientStudy
+from deploy_factory import MemoryGrid, carried, clients_of, options
 from tiny_federation import assert_same
 from tiny_study import cli, spec
 
@@ -38,30 +38,22 @@ ID = "0123456789abcdef"
 PATIENTS = [f"Jane Doe {number}" for number in range(40)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def study_of(asked: Spec, id: str = ID, **changes) -> dict:
     named = {"id": id, "spec": asked.to_toml(), "hash": asked.hash(), "own_perturbation": False}
     return {**named, **changes}
 
 
-def join(party: Client, asked: Spec) -> Content:
-    return party.answer(Content({"order": "join", "study": study_of(asked)}))
+def join(client: Client, asked: Spec) -> Content:
+    return client.answer(Content({"order": "join", "study": study_of(asked)}))
 
 
 def reason(answer: Content) -> str:
     assert not answer.parts
-    return answer.facts["fault"]["reason"]
+    return answer.fields["fault"]["reason"]
 
 
 def everything_said(answer: Content) -> str:
-    return json.dumps(answer.facts, default=str) + repr(sorted(answer.parts))
+    return json.dumps(answer.fields, default=str) + repr(sorted(answer.parts))
 
 
 def patients(folder: Path) -> Path:
@@ -75,8 +67,8 @@ def patients(folder: Path) -> Path:
     return folder
 
 
-def own(folder: Path, place: Path, **settings) -> Client:
-    return Client(Settings(client=0, data=str(folder), **settings), place)
+def own(folder: Path, root: Path, **settings) -> Client:
+    return Client(Settings(client=0, data=str(folder), **settings), root)
 
 
 def asking(**data) -> Spec:
@@ -104,59 +96,62 @@ def test_a_study_that_asks_for_a_column_of_its_images_is_refused(asked, key, tmp
     assert "Doe" not in everything_said(answer)
 
 
-def test_what_stands_in_a_column_is_not_sent_even_if_it_is_the_label(tmp_path):
+def test_class_names_found_in_the_images_are_not_sent(tmp_path):
     images = patients(tmp_path / "images")
     wrong = join(own(images, tmp_path / "client", label_column="patient"), asking())
     assert "Doe" not in everything_said(wrong)
-    assert len(wrong.facts["joined"]["class_names"]) == 40
+    assert len(wrong.fields["joined"]["class_names"]) == 40
     right = join(own(images, tmp_path / "other", label_column="label"), asking())
-    names = right.facts["joined"]["class_names"]
+    names = right.fields["joined"]["class_names"]
     assert len(names) == 4
     assert not {"a", "b", "c", "d"} & set(names)
     agreed = ["a", "b", "c", "d"]
-    said = join(own(images, tmp_path / "third", label_column="label", classes=agreed), asking())
-    assert said.facts["joined"]["class_names"] == agreed
+    said = join(
+        own(images, tmp_path / "third", label_column="label", classes=agreed),
+        asking(),
+    )
+    assert said.fields["joined"]["class_names"] == agreed
 
 
-def test_clients_with_other_classes_are_told_apart_without_their_names(tmp_path):
+def test_clients_with_other_classes_are_distinguished_without_their_names(tmp_path):
     told = []
     for number, names in enumerate((["cat", "dog"], ["cat", "cow"], ["dog", "cat"])):
         rows, folder = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), tmp_path / f"images-{number}"
         for split in ("train", "test"):
             parquet(folder, split, rows, torch.tensor([0, 1, 1, 0]), names)
         answer = join(own(folder, tmp_path / f"client-{number}"), asking())
-        told.append(tuple(answer.facts["joined"]["class_names"]))
+        told.append(tuple(answer.fields["joined"]["class_names"]))
     assert len(set(told)) == 3
 
 
-def test_a_data_set_that_all_have_is_read_by_the_column_that_the_client_chose(tmp_path):
+def test_a_common_data_set_is_read_by_the_clients_label_column(tmp_path):
     images = patients(tmp_path / "images")
-    party = own(images, tmp_path / "client", dealt=True, label_column="label")
-    assert "label_column" in reason(join(party, asking(data={"label_column": "patient"})))
-    assert "joined" in join(party, asking(data={"label_column": "label"})).facts
-    party = own(images, tmp_path / "other", dealt=True)
-    assert "label_column" in reason(join(party, asking(data={"label_column": "patient"})))
+    client = own(images, tmp_path / "client", dealt=True, label_column="label")
+    assert "label_column" in reason(join(client, asking(data={"label_column": "patient"})))
+    assert "joined" in join(client, asking(data={"label_column": "label"})).fields
+    client = own(images, tmp_path / "other", dealt=True)
+    assert "label_column" in reason(join(client, asking(data={"label_column": "patient"})))
 
 
-def test_a_folder_with_a_column_behind_its_name_is_found(tmp_path):
-    from certifl.deploy.processes import _check_data
+def test_a_folder_name_may_end_with_a_column(tmp_path):
+    from certifl.deploy.client.process import _check_data
 
     _check_data(Settings(client=0, data=f"{patients(tmp_path / 'images')}[label]"))
 
 
-def keys_of(section: type[BaseModel], before: str = "") -> set[str]:
+def client_keys(section: type[BaseModel], before: str = "") -> set[str]:
     found = set()
     for name, field in section.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            found |= keys_of(kind, f"{before}{name}.")
+            found |= client_keys(kind, f"{before}{name}.")
         else:
             found.add(before + name)
     return found
 
 
-def test_every_key_of_a_spec_has_a_decision_and_stands_in_the_docs():
-    assert set(DECISIONS) == keys_of(Spec)
+def test_every_key_of_a_spec_has_a_documented_decision():
+    assert set(DECISIONS) == client_keys(Spec)
     text = (ROOT / "docs" / "deploy.md").read_text()
     for key, decision in DECISIONS.items():
         assert decision.what in ("refused", "unused", "done", "server")
@@ -173,13 +168,13 @@ def test_every_key_of_a_spec_has_a_decision_and_stands_in_the_docs():
     ],
 )
 def test_a_study_that_asks_for_too_much_is_refused(setting, word, tmp_path):
-    party = Client(Settings(client=0, data="digits"), tmp_path)
-    assert word in reason(join(party, spec(setting)))
+    client = Client(Settings(client=0, data="digits"), tmp_path)
+    assert word in reason(join(client, spec(setting)))
 
 
-def test_a_study_of_more_clients_than_there_can_be_is_refused(tmp_path):
-    party = Client(Settings(client=0, data="digits"), tmp_path)
-    assert "clients.count" in reason(join(party, asking(clients={"count": 10**12})))
+def test_a_study_of_too_many_clients_is_refused(tmp_path):
+    client = Client(Settings(client=0, data="digits"), tmp_path)
+    assert "clients.count" in reason(join(client, asking(clients={"count": 10**12})))
 
 
 def model(change: float = 0.0) -> dict:
@@ -189,27 +184,27 @@ def model(change: float = 0.0) -> dict:
     return {"model": {name: value + change for name, value in state.items()}}
 
 
-def ask(party: Client, asked: Spec, parts=None, id: str = ID, **facts) -> Content:
+def ask(client: Client, /, asked: Spec, parts=None, id: str = ID, **fields) -> Content:
     parts = model() if parts is None else parts
-    order = {"order": "round", "study": study_of(asked, id), "client": 0, "round": 0}
-    order |= {"counted": NEVER, "broadcast": fingerprint_of(parts), **facts}
-    return party.answer(Content(order, parts))
+    request = {"order": "round", "study": study_of(asked, id), "client": 0, "round": 0}
+    request |= {"counted": NEVER, "broadcast": fingerprint_of(parts), **fields}
+    return client.answer(Content(request, parts))
 
 
-def certify(party: Client, asked: Spec, parts=None, **facts) -> Content:
-    order = {"order": "certify", "round": asked.training.rounds, "piece": 60.0, "share": "curve"}
-    return ask(party, asked, parts, **{**order, **facts})
+def certify(client: Client, /, asked: Spec, parts=None, **fields) -> Content:
+    request = {"order": "certify", "round": asked.training.rounds, "piece": 60.0, "share": "curve"}
+    return ask(client, asked, parts, **{**request, **fields})
 
 
-def dealt(place: Path, **settings) -> Client:
-    return Client(Settings(client=0, data="digits", dealt=True, **settings), place)
+def dealt(root: Path, **settings) -> Client:
+    return Client(Settings(client=0, data="digits", dealt=True, **settings), root)
 
 
-def test_a_round_is_answered_once_and_the_same_again(tmp_path):
+def test_a_round_is_answered_once_with_the_same_bits(tmp_path):
     asked = spec(*LIGHT, 'training.momentum_between_rounds="keep"')
-    party = dealt(tmp_path)
-    first = ask(party, asked)
-    assert_same(ask(party, asked).parts, first.parts)
+    client = dealt(tmp_path)
+    first = ask(client, asked)
+    assert_same(ask(client, asked).parts, first.parts)
     again = dealt(tmp_path)  # started again
     assert "answered once" in reason(ask(again, asked, model(0.1)))
     assert_same(ask(again, asked).parts, first.parts)
@@ -220,11 +215,11 @@ def test_a_round_is_answered_once_and_the_same_again(tmp_path):
     assert "answered once" in reason(ask(dealt(tmp_path), asked, model(0.3), round=1, counted=0))
 
 
-def test_a_round_that_failed_stays_the_same_question(tmp_path):
-    asked, party = spec(*LIGHT), dealt(tmp_path)
+def test_a_failed_round_is_not_answered_for_another_model(tmp_path):
+    asked, client = spec(*LIGHT), dealt(tmp_path)
     sick = {"model": {name: value * torch.inf for name, value in model()["model"].items()}}
-    assert ask(party, asked, sick).facts["fault"]["kind"] == "diverged"
-    assert "answered once" in reason(ask(party, asked))
+    assert ask(client, asked, sick).fields["fault"]["kind"] == "diverged"
+    assert "answered once" in reason(ask(client, asked))
 
 
 def test_images_that_changed_do_not_answer_the_same_round_again(tmp_path):
@@ -238,10 +233,10 @@ def test_images_that_changed_do_not_answer_the_same_round_again(tmp_path):
     assert "images" in reason(ask(own(images, tmp_path / "client"), spec(*LIGHT)))
 
 
-def test_an_id_stands_for_one_study_and_a_lost_record_is_not_begun_anew(tmp_path):
-    asked, party = spec(*LIGHT), dealt(tmp_path)
-    assert ask(party, asked).parts
-    assert "another spec" in reason(ask(party, spec(*LIGHT, "seed=1")))
+def test_an_id_belongs_to_one_study_and_a_lost_record_is_not_recreated(tmp_path):
+    asked, client = spec(*LIGHT), dealt(tmp_path)
+    assert ask(client, asked).parts
+    assert "another spec" in reason(ask(client, spec(*LIGHT, "seed=1")))
     record = tmp_path / "studies" / ID / "answered.json"
     whole = record.read_text()
     for damage in ("", "{}", "[]", whole.replace('"format": 1', '"format": 9')):
@@ -259,11 +254,11 @@ def test_a_client_may_change_its_own_settings_within_a_study(tmp_path):
 
 
 def test_one_deployed_model_is_certified(tmp_path):
-    asked, party = spec(*LIGHT, "training.rounds=1"), dealt(tmp_path)
-    assert "after the last" in reason(certify(party, asked, round=0))
-    first = certify(party, asked)
-    assert first.facts["certified"]["done"] is True
-    assert certify(dealt(tmp_path), asked).facts["certified"] == first.facts["certified"]
+    asked, client = spec(*LIGHT, "training.rounds=1"), dealt(tmp_path)
+    assert "after the last" in reason(certify(client, asked, round=0))
+    first = certify(client, asked)
+    assert first.fields["certified"]["done"] is True
+    assert certify(dealt(tmp_path), asked).fields["certified"] == first.fields["certified"]
     assert "another model" in reason(certify(dealt(tmp_path), asked, model(0.1)))
 
 
@@ -273,11 +268,11 @@ def test_only_rounds_that_a_client_is_drawn_for_are_answered(tmp_path):
     asked = spec(*LIGHT, "clients.count=4", "clients.participation=0.5", "training.rounds=6")
     drawn = participation(asked, 4)
     assert drawn is not None
-    party = dealt(tmp_path)
+    client = dealt(tmp_path)
     rounds = [0 in set(drawn(number)) for number in range(6)]
     assert set(rounds) == {True, False}
-    answers = [ask(party, asked, round=number) for number in range(6)]
-    assert ["fault" not in answer.facts for answer in answers] == rounds
+    answers = [ask(client, asked, round=number) for number in range(6)]
+    assert ["fault" not in answer.fields for answer in answers] == rounds
 
 
 BIG = 10**400
@@ -295,7 +290,7 @@ BIG = 10**400
     ],
     ids=lambda wrong: repr(wrong)[:60],
 )
-def test_orders_with_wrong_values_are_refused(wrong, tmp_path):
+def test_requests_with_wrong_values_are_refused(wrong, tmp_path):
     said = reason(ask(dealt(tmp_path), spec(*LIGHT), **wrong))
     assert said.startswith("it refuses: ")
     assert said.isprintable()
@@ -312,7 +307,7 @@ def test_orders_with_wrong_values_are_refused(wrong, tmp_path):
     ],
     ids=lambda wrong: repr(wrong)[:60],
 )
-def test_wrong_orders_of_certificates_are_refused(wrong, tmp_path):
+def test_wrong_requests_for_certificates_are_refused(wrong, tmp_path):
     said = reason(certify(dealt(tmp_path), spec(*LIGHT), **wrong))
     assert said.startswith("it refuses: ")
     assert not list(tmp_path.glob("studies/*/deployed*"))
@@ -364,17 +359,17 @@ def test_models_that_do_not_fit_are_refused(change, tmp_path):
     assert "does not fit" in reason(certify(dealt(tmp_path), spec(*LIGHT), parts))
 
 
-def listened(place: Path, asked: Spec, share: str, **changes):
+def listened(root: Path, asked: Spec, share: str, **changes):
     """All answers of clients that share so much, in a whole study."""
     heard = []
 
-    def listen(node, order, reply):
-        heard.append((order.metadata.message_type, from_records(carried(reply).content)))
+    def listen(node, request, reply):
+        heard.append((request.metadata.message_type, from_records(carried(reply).content)))
         return reply
 
-    at = parties(place, asked.clients.count, share=share)
-    options_ = options(place / "run", share="rows", **changes)
-    folder = conduct(asked, GridTransport(MemoryGrid(at, listen)), options_)
+    at = clients_of(root, asked.clients.count, share=share)
+    options_ = options(root / "run", share="rows", **changes)
+    folder = coordinate(asked, GridTransport(MemoryGrid(at, listen)), options_)
     return heard, folder
 
 
@@ -383,78 +378,80 @@ JOINED |= {"client", "initial_model", "versions"}
 
 
 @pytest.mark.parametrize("case", ["fedavg", "mixture"])
-def test_with_share_none_a_server_learns_that_a_client_has_finished(case, tmp_path):
+def test_with_share_none_a_server_learns_only_that_a_client_has_finished(case, tmp_path):
     heard, _ = listened(tmp_path, described(case, "training.rounds=1"), "none")
     for kind, answer in heard:
-        facts = answer.facts
-        assert facts.keys() - {"client", "seconds"} <= {
+        fields = answer.fields
+        assert fields.keys() - {"client", "seconds"} <= {
             "joined",
             "update",
             "certified",
             "round",
         } | {"started_from"}
         if kind == "query.join":
-            assert facts["joined"].keys() == JOINED
+            assert fields["joined"].keys() == JOINED
         elif kind == "train":
-            assert facts["update"].keys() == {"client", "weight", "metrics", "model"}
-            assert facts["update"]["metrics"].keys() <= {"loss", "accuracy"}
+            assert fields["update"].keys() == {"client", "weight", "metrics", "model"}
+            assert fields["update"]["metrics"].keys() <= {"loss", "accuracy"}
             assert answer.parts.keys() == {"model"}
         else:
             assert not answer.parts
             model_too = {"model"} if case == "fedavg" else set()  # the server's own
-            assert facts["certified"].keys() == {"share", "done"} | model_too
+            assert fields["certified"].keys() == {"share", "done"} | model_too
     assert {kind for kind, _ in heard} == {"query.join", "train", "query.certify"}
 
 
 @pytest.mark.parametrize("share", ["none", "curve"])
-def test_pieces_do_not_tell_how_many_votes_each_image_took(share, tmp_path, monkeypatch):
+def test_pieces_do_not_disclose_the_votes_of_each_image(share, tmp_path, monkeypatch):
     monkeypatch.setattr("certifl.deploy.client.certify._SHORTEST", 0.0)
     asked = spec("certification.images=8", "training.rounds=1", "certification.n=2000")
     heard, _ = listened(tmp_path, asked, share, piece=1e-9)
-    told = [a.facts["certified"] for kind, a in heard if kind == "query.certify"]
-    pieces = [facts for facts in told if not facts["done"]]
+    told = [a.fields["certified"] for kind, a in heard if kind == "query.certify"]
+    pieces = [fields for fields in told if not fields["done"]]
     assert pieces
-    for facts in pieces:
+    for fields in pieces:
         votes = set() if share == "none" else {"at_most", "cast"}
-        assert facts.keys() == {"share", "done", "model"} | votes
-        assert not votes or facts["cast"] % (facts["at_most"] // 10) == 0
+        assert fields.keys() == {"share", "done", "model"} | votes
+        assert not votes or fields["cast"] % (fields["at_most"] // 10) == 0
 
 
-def test_what_left_the_machine_stands_in_the_log_before_it_leaves(tmp_path):
+def test_every_answer_is_logged_before_it_leaves(tmp_path):
     heard, _ = listened(tmp_path, described("mixture"), "curve")
     folder = tmp_path / "client-0"
     entries = [json.loads(line) for line in (folder / SENT).read_text().splitlines()]
-    mine = [(kind, answer) for kind, answer in heard if answer.facts["client"] == 0]
+    mine = [(kind, answer) for kind, answer in heard if answer.fields["client"] == 0]
     assert [entry["kind"] for entry in entries] == ["join", "round", "round", "certify"]
     assert len(mine) == len(entries)
     for entry, (_, answer) in zip(entries, mine, strict=True):
         assert entry["parts"].keys() == answer.parts.keys()
         assert entry["bytes"] >= sum(
-            v.numel() * v.element_size() for held in answer.parts.values() for v in held.values()
+            v.numel() * v.element_size()
+            for stored in answer.parts.values()
+            for v in stored.values()
         )
     assert "update.metrics.loss" in entries[1]["says"]
     said = cli("deploy", "log", folder)
     said.fine("round 0", "update.weight", "float32", "certified.curve.correct", "same")
     assert next(iter(sent_lines(tmp_path / "nobody"))).startswith("Nothing has left")
-    cli("deploy", "log", tmp_path).refused("no client's folder")
+    cli("deploy", "log", tmp_path).refused("not a client's folder")
     with (folder / SENT).open("a") as file:
         file.write("[1]\n{}\n")
     cli("deploy", "log", folder).fine("is damaged")
 
 
-def test_faults_stand_in_the_log_and_nothing_leaves_that_does_not(tmp_path):
+def test_faults_are_logged_and_nothing_leaves_unlogged(tmp_path):
     from flwr.app import Message
 
     from certifl.deploy.client_app import respond
     from certifl.deploy.transport.messages import to_records
 
-    party = dealt(tmp_path / "client")
+    client = dealt(tmp_path / "client")
     MemoryGrid({})  # gives messages a run
-    order = to_records(Content({"order": "nonsense"}))
-    assert not respond(Message(order, 1, "query.join"), party).has_error()
-    garbled = to_records(Content({}))
-    garbled.config_records["certifl"]["json"] = "{"
-    assert respond(Message(garbled, 1, "query.join"), party).has_error()
+    request = to_records(Content({"order": "nonsense"}))
+    assert not respond(Message(request, 1, "query.join"), client).has_error()
+    malformed = to_records(Content({}))
+    malformed.config_records["certifl"]["json"] = "{"
+    assert respond(Message(malformed, 1, "query.join"), client).has_error()
     path = tmp_path / "client" / SENT
     assert [json.loads(line)["kind"] for line in path.read_text().splitlines()] == [
         "fault",
@@ -462,60 +459,37 @@ def test_faults_stand_in_the_log_and_nothing_leaves_that_does_not(tmp_path):
     ]
     path.unlink()
     path.mkdir()  # it cannot be written
-    order = to_records(Content({"order": "join", "study": study_of(spec(*LIGHT))}))
-    reply = respond(Message(order, 1, "query.join"), party)
+    request = to_records(Content({"order": "join", "study": study_of(spec(*LIGHT))}))
+    reply = respond(Message(request, 1, "query.join"), client)
     assert reply.has_error()
     assert reply.error.reason == "its disk failed it"
 
 
-def test_what_a_client_keeps_is_its_owners_alone(tmp_path):
+def test_a_clients_files_are_private(tmp_path):
     (tmp_path / "client-0" / "studies").mkdir(parents=True, mode=0o755)
     listened(tmp_path, described("mixture", "training.rounds=1"), "rows")
     for client in range(2):
         folder = tmp_path / f"client-{client}"
-        held = [path for path in folder.rglob("*") if path != folder]
-        assert {"answered.json", "certificates.parquet", "spec.toml"} <= {p.name for p in held}
-        for path in held:
+        stored = [path for path in folder.rglob("*") if path != folder]
+        assert {"answered.json", "certificates.parquet", "spec.toml"} <= {p.name for p in stored}
+        for path in stored:
             assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
 
 
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("picture") / "digit.png"
-    Image.new("L", (8, 8), 100).save(path)
-    return path
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_client_predicts_with_what_it_keeps(case, tmp_path, picture):
-    study = described(case, "training.rounds=1", "certification.n0=20", "certification.n=200")
-    folder = conduct(
-        study, GridTransport(MemoryGrid(parties(tmp_path))), options(tmp_path / "run")
-    )
-    id = folder.manifest()["deployment"]["id"]
-    for client in range(2):
-        place = tmp_path / f"client-{client}" / "studies" / id
-        said = cli("predict", picture, "--run", place, "--device", "cpu")
-        said.fine(f"client {client}")
-        cli("predict", picture, "--run", place, "--client", str(client)).fine()
-        cli("predict", picture, "--run", place, "--client", str(1 - client)).refused("--client")
-
-
-def test_what_it_predicts_with_is_the_deployed_model_of_its_own_study(tmp_path, picture):
-    from test_deploy_rounds import in_process
-
-    from certifl.study.client_study import KeptStudy
-
+def test_the_model_for_predictions_is_the_one_that_was_deployed(tmp_path):
+    picture = tmp_path / "digit.png"
+    Image.new("L", (8, 8), 100).save(picture)
     study = described("mixture")
-    folder = conduct(
-        study, GridTransport(MemoryGrid(parties(tmp_path))), options(tmp_path / "run")
+    folder = coordinate(
+        study, GridTransport(MemoryGrid(clients_of(tmp_path))), options(tmp_path / "run")
     )
     last = in_process(study, tmp_path / "own")
-    place = tmp_path / "client-1" / "studies" / folder.manifest()["deployment"]["id"]
-    kept = KeptStudy(place)
-    model = kept.model(kept.spec(), kept.about(None))
+    study_folder = tmp_path / "client-1" / "studies" / folder.manifest()["deployment"]["id"]
+    cli("predict", picture, "--run", study_folder, "--client", "1").fine()
+    cli("predict", picture, "--run", study_folder, "--client", "0").refused("--client")
+    model = ClientStudy(study_folder).deployed(None).model
     assert_same(
         {"m": dict(model.state_dict())}, {"m": deployed_model(study.build_algorithm(), last, 1)}
     )
-    (place / "deployed.safetensors").unlink()
-    cli("predict", picture, "--run", place).refused("no deployed model yet")
+    (study_folder / "deployed.safetensors").unlink()
+    cli("predict", picture, "--run", study_folder).refused("no deployed model yet")

@@ -18,8 +18,7 @@ import pytest
 pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
 
 from certifl.runs.folder import RunFolder
-from deploy_network import until
-from tiny_study import environment
+from deploy_network import quick_flower, until
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST, SECOND = "192.168.77.1", "192.168.77.2"
@@ -77,7 +76,7 @@ class Machine:
         tools.mkdir()
         (tools / "certifl").write_text(f'#!/bin/sh\nexec {sys.executable} -m certifl "$@"\n')
         (tools / "certifl").chmod(0o755)
-        self.env = {**environment(), "PATH": f"{tools}:{os.environ['PATH']}"}
+        self.env = {**os.environ, **quick_flower(), "PATH": f"{tools}:{os.environ['PATH']}"}
         self.started: list[subprocess.Popen[bytes]] = []
 
     def start(self, line: str, log: str) -> Path:
@@ -109,7 +108,7 @@ class Machine:
 
 
 def says(log: Path, text: str) -> None:
-    until(lambda: text in log.read_text(), 120, f"for {text!r} in {log.read_text()}")
+    until(lambda: text in log.read_text(), 240, f"for {text!r} in {log.read_text()}")
 
 
 @pytest.mark.slow
@@ -117,7 +116,7 @@ def test_the_first_federation_word_by_word(tmp_path):
     why_not = _possible()
     if why_not is not None:
         pytest.skip(why_not)
-    init, copy, serve, first_party, second_party, status, study = steps()
+    init, copy, serve, first_client, second_client, status, study = steps()
     with two_machines() as (a, b):
         first, second = Machine(a, tmp_path / "first"), Machine(b, tmp_path / "second")
         try:
@@ -126,11 +125,12 @@ def test_the_first_federation_word_by_word(tmp_path):
             scp, _, folder, target = copy.split()
             assert (scp, target) == ("scp", f"{SECOND}:")
             shutil.copytree(first.home / folder, second.home / Path(folder).name)
-            server = first.start(serve, "server.out")
+            server = first.start(serve, "server.out")  # clients wait for it until it answers
+            clients = [first.start(first_client, "0.out"), second.start(second_client, "1.out")]
             says(server, "2 clients may connect")
-            for party in (first.start(first_party, "0.out"), second.start(second_party, "1.out")):
-                says(party, "has accepted this client")
-            until(lambda: first.run(status).count("online") == 2, 60)
+            for client in clients:
+                says(client, "has accepted this client")
+            assert first.run(status).count("online") == 2
             assert "Report:" in first.run(study)
             folder = RunFolder(first.home / "first")
             assert folder.complete()

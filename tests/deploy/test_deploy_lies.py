@@ -21,9 +21,9 @@ from flwr.app.error import Error
 from safetensors.torch import save
 from test_deploy_messages import packed
 
-from certifl.deploy.client.curves import Asking
-from certifl.deploy.server.collect import _Standing
-from certifl.deploy.server.coordinator import conduct
+from certifl.deploy.client.curves import CertificateChecks
+from certifl.deploy.server.collect import _ClientProgress
+from certifl.deploy.server.coordinator import coordinate
 from certifl.deploy.transport.messages import Content, MalformedMessage, from_records, to_records
 from certifl.deploy.transport.schemas import Certified
 from certifl.deploy.transport.transport import GridTransport
@@ -32,7 +32,7 @@ from certifl.report import write_report
 from certifl.runs.atomic import read_json
 from certifl.runs.checkpoints import Checkpoints
 from certifl.runs.folder import RunFolder
-from deploy_factory import MemoryGrid, carried, options, parties
+from deploy_factory import MemoryGrid, carried, clients_of, options
 from tiny_federation import assert_same
 from tiny_study import spec
 
@@ -52,7 +52,7 @@ Lie = Callable[[Content], object]
 
 
 class Replayed(MemoryGrid):
-    """Answers as they were recorded; those of client 0 to one kind of order are lies."""
+    """Answers as they were recorded; those of client 0 to one kind of request are lies."""
 
     def __init__(self, record: dict, kind: str, lie: Lie) -> None:
         super().__init__(dict.fromkeys((100, 101, 102)))
@@ -63,8 +63,8 @@ class Replayed(MemoryGrid):
         message.metadata.__dict__["_message_id"] = message.object_id
         node, kind = message.metadata.dst_node_id, KINDS[message.metadata.message_type]
         self.sent.append((node, message))
-        facts, parts = self.record[node, kind]
-        content: Any = Content(copy.deepcopy(facts), {k: dict(v) for k, v in parts.items()})
+        fields, parts = self.record[node, kind]
+        content: Any = Content(copy.deepcopy(fields), {k: dict(v) for k, v in parts.items()})
         if node == 100 and kind == self.kind:
             changed = self.lie(content)
             content = changed if isinstance(changed, (RecordDict, Error)) else content
@@ -74,19 +74,19 @@ class Replayed(MemoryGrid):
         return name
 
 
-def recorded(place: Path, silent: bool) -> tuple[dict, dict]:
+def recorded(root: Path, silent: bool) -> tuple[dict, dict]:
     """Honest answers by node and kind, and what they come to."""
     record = {}
 
-    def listen(node, order, reply):
+    def listen(node, request, reply):
         content = from_records(carried(reply).content)
-        kind = KINDS[order.metadata.message_type]
-        record[node, kind] = content.facts, content.parts
+        kind = KINDS[request.metadata.message_type]
+        record[node, kind] = content.fields, content.parts
         lost = silent and node == 100 and kind == "round"
-        return Message(Error(1, "lost"), reply_to=order) if lost else reply
+        return Message(Error(1, "lost"), reply_to=request) if lost else reply
 
-    grid = MemoryGrid(parties(place, 3), listen)
-    folder = conduct(STUDY, GridTransport(grid), options(place / "run"))
+    grid = MemoryGrid(clients_of(root, 3), listen)
+    folder = coordinate(STUDY, GridTransport(grid), options(root / "run"))
     last = Checkpoints(folder.training).latest()
     assert last is not None
     return record, {"model": last.server()["model"], **read_json(folder.curves)["clients"]}
@@ -95,36 +95,33 @@ def recorded(place: Path, silent: bool) -> tuple[dict, dict]:
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory):
     """What three clients answer and come to; and the same where the first trains in vain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield {s: recorded(tmp_path_factory.mktemp("honest"), s) for s in (False, True)}
-    torch.set_num_threads(before)
+    return {s: recorded(tmp_path_factory.mktemp("honest"), s) for s in (False, True)}
 
 
 def put(*path: str, value: object) -> Lie:
-    """Writes a value into an answer's facts; the last name may be new."""
+    """Writes a value into an answer's fields; the last name may be new."""
 
     def lie(content: Content) -> None:
-        held: Any = content.facts
+        stored: Any = content.fields
         for name in path[:-1]:
-            held = held[name]
-        held[path[-1]] = value
+            stored = stored[name]
+        stored[path[-1]] = value
 
     return lie
 
 
 def without(*path: str) -> Lie:
     def lie(content: Content) -> None:
-        held: Any = content.facts
+        stored: Any = content.fields
         for name in path[:-1]:
-            held = held[name]
-        del held[path[-1]]
+            stored = stored[name]
+        del stored[path[-1]]
 
     return lie
 
 
 def raw(text: str) -> Lie:
-    """Sends a text where the facts of a message stand, beside the honest tensors."""
+    """Sends a text instead of a message's fields, with the honest tensors."""
 
     def lie(content: Content) -> RecordDict:
         records = to_records(content)
@@ -157,7 +154,7 @@ def tensor(change: Callable[[torch.Tensor], torch.Tensor]) -> Lie:
 
 def scaled_curve(factor: int) -> Lie:
     def lie(content: Content) -> None:
-        curve = content.facts["certified"]["curve"]
+        curve = content.fields["certified"]["curve"]
         curve["correct"] = [count * factor for count in curve["correct"]]
         curve["images"] *= factor
 
@@ -187,7 +184,7 @@ NO_TEXT = [
     raw('"' + "x" * 4_000_000 + '"'),
     lambda content: RecordDict({}),
     lambda content: RecordDict({"certifl": ConfigRecord({"json": [1, 2]})}),
-    lambda content: content.facts.clear(),
+    lambda content: content.fields.clear(),
     put("client", value=1),
     put("client", value=HUGE),
     put("client", value=None),
@@ -304,29 +301,29 @@ LIES = {"join": JOIN, "round": ROUND, "certify": CERTIFY}
 EACH = [(kind, number) for kind, lies in LIES.items() for number in range(len(lies))]
 
 
-def test_the_table_is_large():
+def test_the_table_of_lies_is_large():
     assert len(EACH) >= 250
 
 
-def told(place: Path, caplog: pytest.LogCaptureFixture) -> Iterator[str]:
+def told(root: Path, caplog: pytest.LogCaptureFixture) -> Iterator[str]:
     yield from caplog.messages
-    for path in place.rglob("*.json*"):
+    for path in root.rglob("*.json*"):
         yield path.read_text()
 
 
 @pytest.mark.parametrize(("kind", "number"), EACH)
-def test_a_lie_leaves_the_liar_out_and_nobody_else(kind, number, honest, tmp_path, caplog):
+def test_a_lie_leaves_out_the_liar_and_no_other_client(kind, number, honest, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     record, result = honest[kind != "certify"]
     lie, listed = LIES[kind][number], []
     grid = Replayed(record, kind, lie)
-    asked = options(tmp_path / "run", min_clients=2, keys=KEYS, told=listed.append)
+    asked = options(tmp_path / "run", min_clients=2, keys=KEYS, log=listed.append)
     folder, lost = RunFolder(tmp_path / "run"), _failure(lie) and kind != "round"
     # A client that failed, instead of lying, can be asked again by the same command.
     with pytest.raises(WorkError, match="client 0 ") if lost else contextlib.nullcontext():
-        conduct(STUDY, GridTransport(grid), asked)
-    place, deployment = tmp_path / "run", read_json(tmp_path / "run" / "run.json")["deployment"]
-    last = Checkpoints(place / "checkpoints/training").latest()
+        coordinate(STUDY, GridTransport(grid), asked)
+    root, deployment = tmp_path / "run", read_json(tmp_path / "run" / "run.json")["deployment"]
+    last = Checkpoints(root / "checkpoints/training").latest()
     assert last is not None
     assert_same(last.server()["model"], result["model"])
     rows = [row["client"] for row in last.history[0]["clients"]]
@@ -342,7 +339,7 @@ def test_a_lie_leaves_the_liar_out_and_nobody_else(kind, number, honest, tmp_pat
             assert curves[client] == result[client]
         assert set(deployment["left_out"]) == (set() if kind == "round" else {"0"})
         json.loads((folder.path / "run.json").read_text(), parse_constant=pytest.fail)
-    for text in (*told(place, caplog), *listed):
+    for text in (*told(root, caplog), *listed):
         assert "\x1b" not in text
         assert "\u202e" not in text
 
@@ -356,24 +353,24 @@ def _failure(lie: Lie) -> bool:
         return False
 
 
-def test_a_report_of_what_is_left_names_the_liar(honest, tmp_path):
+def test_a_report_without_the_liar_names_it(honest, tmp_path):
     record, _ = honest[False]
     lie = put("certified", "curve", "acr", value=1000.0)
     asked = options(tmp_path / "run", min_clients=2, keys=KEYS)
-    folder = conduct(STUDY, GridTransport(Replayed(record, "certify", lie)), asked)
+    folder = coordinate(STUDY, GridTransport(Replayed(record, "certify", lie)), asked)
     write_report([folder.path], tmp_path / "page.html", figures=False)
     assert "1000" in folder.manifest()["deployment"]["left_out"]["0"]
 
 
-def test_a_number_of_test_images_said_at_the_join_binds(honest, tmp_path):
+def test_the_number_of_test_images_must_not_change_after_joining(honest, tmp_path):
     record = {
-        key: (copy.deepcopy(facts), parts) for key, (facts, parts) in honest[False][0].items()
+        key: (copy.deepcopy(fields), parts) for key, (fields, parts) in honest[False][0].items()
     }
     for client in range(3):
         record[100 + client, "join"][0]["joined"]["test_images"] = 3
     lie = put("certified", "curve", "images", value=2)
     asked = options(tmp_path / "run", min_clients=2, keys=KEYS)
-    folder = conduct(STUDY, GridTransport(Replayed(record, "certify", lie)), asked)
+    folder = coordinate(STUDY, GridTransport(Replayed(record, "certify", lie)), asked)
     why = folder.manifest()["deployment"]["left_out"]
     assert list(why) == ["0"]
     assert "2 test images, and certifies 3" in why["0"]
@@ -383,60 +380,60 @@ def told_so_far(cast: int, at_most: int = 10_000) -> Certified:
     return Certified(share="curve", model="0", done=False, cast=cast, at_most=at_most)
 
 
-def test_certification_that_stands_still_or_crawls_ends():
-    standing = _Standing()
+def test_certification_without_progress_is_ended():
+    standing = _ClientProgress()
     standing.advance(told_so_far(5), 60.0, 60.0)
-    with pytest.raises(MalformedMessage, match="standstill at 5"):
+    with pytest.raises(MalformedMessage, match="no progress at 5"):
         all(standing.advance(told_so_far(5), 60.0, 60.0) is None for _ in range(2100))
-    crawling = _Standing()
+    crawling = _ClientProgress()
     slow = [told_so_far(cast, 10**9) for cast in range(2100)]
     with pytest.raises(MalformedMessage, match="would not end"):
         all(crawling.advance(one, 60.0, 60.0) is None for one in slow)
     with pytest.raises(MalformedMessage, match=r"stopped after 0.1 of 60 seconds"):
-        _Standing().advance(told_so_far(5), 0.1, 60.0)
-    steady = _Standing()
+        _ClientProgress().advance(told_so_far(5), 0.1, 60.0)
+    steady = _ClientProgress()
     for cast in range(1, 2000):
         steady.advance(told_so_far(cast), 60.0, 60.0)
 
 
-def test_a_slow_certification_that_is_reported_in_tenths_is_waited_for():
-    slow = _Standing()
+def test_slow_certification_reported_in_tenths_is_not_ended():
+    slow = _ClientProgress()
     for piece in range(19_000):
         slow.advance(told_so_far(piece // 1900 * 1000), 60.0, 60.0)
 
 
-def test_a_client_that_shares_nothing_reports_no_votes_and_must_end_all_the_same():
-    silent, nothing = _Standing(), Certified(share="none", done=False)
+def test_a_client_that_shares_nothing_must_still_end():
+    silent, nothing = _ClientProgress(), Certified(share="none", done=False)
     with pytest.raises(MalformedMessage, match="did not end"):
         all(silent.advance(nothing, 60.0, 60.0) is None for _ in range(20_001))
     assert silent.pieces == 20_001
     with pytest.raises(MalformedMessage, match="how many votes"):
-        _Standing().advance(Certified(share="curve", done=False), 60.0, 60.0)
+        _ClientProgress().advance(Certified(share="curve", done=False), 60.0, 60.0)
 
 
 def test_rows_without_a_model_are_refused():
     with pytest.raises(MalformedMessage, match="which model"):
-        Asking(STUDY, 0, 3, 10).rows({}, None)
+        CertificateChecks(STUDY, 0, 3, 10).rows({}, None)
 
 
-def test_a_certification_that_is_never_done_is_ended_by_the_server(honest, tmp_path, monkeypatch):
-    monkeypatch.setattr("certifl.deploy.server.collect._STANDSTILLS", 20)
+def test_a_never_ending_certification_is_ended_by_the_server(honest, tmp_path, monkeypatch):
+    monkeypatch.setattr("certifl.deploy.server.collect._MOST_IDLE", 20)
     record, result = honest[False]
 
     def never(content: Content) -> None:
-        told = content.facts["certified"]
+        told = content.fields["certified"]
         del told["curve"]
         told |= {"done": False, "cast": 1, "at_most": 10**6}
 
     asked = options(tmp_path / "run", min_clients=2, keys=KEYS, piece=1e-9)
     grid = Replayed(record, "certify", never)
-    folder = conduct(STUDY, GridTransport(grid), asked)
-    assert "standstill" in folder.manifest()["deployment"]["left_out"]["0"]
+    folder = coordinate(STUDY, GridTransport(grid), asked)
+    assert "makes no progress" in folder.manifest()["deployment"]["left_out"]["0"]
     assert read_json(folder.curves)["clients"]["1"] == result["1"]
     assert len(grid.sent) < 60
 
 
-def test_tensors_that_are_no_tensors_are_left_out(honest, tmp_path):
+def test_invalid_tensors_are_left_out(honest, tmp_path):
     record, result = honest[True]
 
     def lie(content: Content) -> RecordDict:
@@ -446,7 +443,7 @@ def test_tensors_that_are_no_tensors_are_left_out(honest, tmp_path):
         return records
 
     asked = options(tmp_path / "run", min_clients=2, keys=KEYS)
-    folder = conduct(STUDY, GridTransport(Replayed(record, "round", lie)), asked)
+    folder = coordinate(STUDY, GridTransport(Replayed(record, "round", lie)), asked)
     last = Checkpoints(folder.training).latest()
     assert last is not None
     assert_same(last.server()["model"], result["model"])

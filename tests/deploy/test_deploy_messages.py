@@ -1,4 +1,4 @@
-"""What travels arrives as it was sent, and what is none of ours is refused."""
+"""What travels arrives as it was sent, and what is not one of certifl is refused."""
 
 from __future__ import annotations
 
@@ -55,27 +55,27 @@ def test_tensors_arrive_bit_for_bit(kind, shape):
     assert_same(from_records(to_records(Content({}, parts))).parts, parts)
 
 
-def test_tensors_that_lie_otherwise_in_memory_arrive_too():
+def test_non_contiguous_tensors_arrive():
     value = torch.arange(12.0).reshape(3, 4).t()
     special = torch.tensor([float("nan"), float("inf"), -0.0])
     parts = {"model": {"a": value, "b": special}}
     assert_same(from_records(to_records(Content({}, parts))).parts, parts)
 
 
-def test_encoding_once_serves_many_messages():
+def test_parts_are_encoded_once_for_many_messages():
     parts = {"model": {"a": torch.ones(3)}}
     again = from_records(to_records(Content({"x": 1}, encoded=encode(parts))))
-    assert again.facts == {"x": 1}
+    assert again.fields == {"x": 1}
     assert_same(again.parts, parts)
 
 
 @given(st.dictionaries(st.text(), st.floats() | st.integers() | st.text() | st.none()))
-def test_facts_arrive_exactly(facts):
-    back = from_records(to_records(Content(facts))).facts
-    assert repr(back) == repr(facts)
+def test_fields_arrive_exactly(fields):
+    back = from_records(to_records(Content(fields))).fields
+    assert repr(back) == repr(fields)
 
 
-def test_an_update_arrives_whole_and_a_clients_state_does_not_travel():
+def test_an_update_arrives_without_the_clients_state():
     model, extra = {"w": torch.randn(3)}, {"control": {"w": torch.randn(3)}}
     sent = Update(3, 17.0, model, {"loss": 0.1, "accuracy": 0.5}, extra)
     back, state = update_from(from_records(to_records(update_to(sent))))
@@ -88,10 +88,10 @@ def test_an_update_arrives_whole_and_a_clients_state_does_not_travel():
 
 
 def raw(array: Array, name: str = "tensors-0") -> RecordDict:
-    facts = {"format": 2, "parts": ["model"], "facts": {}}
+    fields = {"format": 2, "parts": ["model"], "facts": {}}
     return RecordDict(
         {
-            "certifl": ConfigRecord({"json": json.dumps(facts)}),
+            "certifl": ConfigRecord({"json": json.dumps(fields)}),
             "part:model": ArrayRecord({name: array}),
         }
     )
@@ -116,8 +116,8 @@ def packed(content: bytes, kind: str = KIND) -> Array:
 @pytest.mark.parametrize(
     ("records", "word"),
     [
-        (raw(packed(GOOD), "other"), "none of ours"),
-        (raw(packed(GOOD), "tensors-1"), "none of ours"),
+        (raw(packed(GOOD), "other"), "not one of certifl"),
+        (raw(packed(GOOD), "tensors-1"), "not one of certifl"),
         (raws(GOOD, GOOD), "a tensor twice"),
         (raws(GOOD, GOOD[:-1]), "not whole"),
         (raw(packed(GOOD, "numpy.ndarray")), "unknown here"),
@@ -129,7 +129,7 @@ def packed(content: bytes, kind: str = KIND) -> Array:
         (raw(packed(struct.pack("<Q", 2**62) + HUGE)), "not whole"),
     ],
 )
-def test_garbled_parts_are_refused_before_memory_is_taken(records, word):
+def test_malformed_parts_are_refused_before_allocation(records, word):
     with pytest.raises(MalformedMessage, match=word):
         from_records(records)
 
@@ -145,13 +145,13 @@ def test_a_large_part_travels_in_pieces_of_whole_tensors(monkeypatch):
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_are_ever_believed(content):
+def test_arbitrary_bytes_are_refused(content):
     with pytest.raises(MalformedMessage):
         from_records(raw(packed(content)))
 
 
 @pytest.mark.parametrize(
-    "held",
+    "stored",
     [
         {},
         {"certifl": ConfigRecord({"json": "no json"})},
@@ -161,20 +161,20 @@ def test_no_bytes_are_ever_believed(content):
         {"certifl": ConfigRecord({"json": '{"format": 2, "parts": ["a"], "facts": {}}'})},
     ],
 )
-def test_other_messages_are_refused(held):
+def test_other_messages_are_refused(stored):
     with pytest.raises(MalformedMessage):
-        from_records(RecordDict(held))
+        from_records(RecordDict(stored))
 
 
-@pytest.mark.parametrize("facts", [{}, {"update": 3}, {"update": {"model": True}}])
-def test_an_answer_that_is_no_update_is_refused(facts):
+@pytest.mark.parametrize("fields", [{}, {"update": 3}, {"update": {"model": True}}])
+def test_an_answer_without_an_update_is_refused(fields):
     with pytest.raises(MalformedMessage):
-        update_from(Content(facts))
+        update_from(Content(fields))
 
 
-def test_settings_refuse_what_they_do_not_know(tmp_path):
+def test_unknown_settings_are_refused(tmp_path):
     from certifl.deploy.client.settings import load_settings
-    from certifl.deploy.provision.kit import client_settings
+    from certifl.deploy.provision.bundle import client_settings
 
     path = tmp_path / "client.toml"
     path.write_text(client_settings(3))

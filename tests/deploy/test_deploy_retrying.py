@@ -10,10 +10,11 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
 
-from certifl.deploy import processes as serving
+from certifl.deploy.client import process as serving
+from certifl.deploy.client.process import _refused
 from certifl.deploy.client.retry import Accepted, Retry
-from certifl.deploy.processes import Place, _not_started, _refused, here
-from certifl.deploy.provision.kit import Connection, init, load_connection
+from certifl.deploy.provision.bundle import Connection, init, load_connection
+from certifl.deploy.server.process import Endpoint, _not_started, local_endpoint
 from certifl.errors import WorkError
 from deploy_network import free_port
 
@@ -31,7 +32,7 @@ class Told:
         return waits
 
 
-def test_waits_grow_to_half_a_minute_and_lines_are_few():
+def test_waits_grow_to_half_a_minute_with_few_reports():
     at = Told()
     waits = at.refused(before=False, times=2000)
     assert waits[:5] == [2.0, 4.0, 8.0, 16.0, 30.0]
@@ -40,7 +41,7 @@ def test_waits_grow_to_half_a_minute_and_lines_are_few():
     assert "clients/client-3.pub" in at.lines[0]
 
 
-def test_a_key_that_was_accepted_before_is_not_blamed_at_first():
+def test_a_key_accepted_before_is_not_blamed_at_first():
     at = Told()
     at.refused(before=True, times=4)
     assert len(at.lines) == 1
@@ -54,7 +55,7 @@ def test_a_key_that_was_accepted_before_is_not_blamed_at_first():
     assert len(at.lines) <= 4
 
 
-def test_an_unreachable_server_and_short_connections_are_said_once_in_a_while():
+def test_an_unreachable_server_and_short_connections_are_reported_rarely():
     at = Told()
     for _ in range(100):
         at.now += at.retry.unreachable("fl.example.org:9900 does not answer (refused)")
@@ -63,35 +64,35 @@ def test_an_unreachable_server_and_short_connections_are_said_once_in_a_while():
     assert at.retry.ended(60.0) == 2.0  # one that lasted: begin anew
 
 
-def test_the_federation_s_own_connections_ask_no_proxy(monkeypatch):
-    from certifl.deploy.transport.flower_processes import direct
+def test_connections_of_the_federation_bypass_proxies(monkeypatch):
+    from certifl.deploy.transport.flower_processes import bypass_proxies
 
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "example.net")
-    direct("fl.example.org")
-    direct("fl.example.org")
+    bypass_proxies("fl.example.org")
+    bypass_proxies("fl.example.org")
     for name in ("NO_PROXY", "no_proxy"):
         assert os.environ[name] == "example.net,localhost,127.0.0.1,::1,fl.example.org"
 
 
-def test_a_server_on_an_ipv6_address_listens_there_and_is_found_by_its_own_machine(tmp_path):
+def test_a_server_with_an_ipv6_address_listens_on_ipv6(tmp_path):
     init(tmp_path / "kit", 1, "[2001:db8::1]:9900", insecure=False)
     assert load_connection(tmp_path / "kit" / "server").listen == "::"
     assert load_connection(tmp_path / "kit" / "client-0").address == "[2001:db8::1]:9900"
-    assert here(tmp_path / "kit" / "server").address == "[::1]:9900"
+    assert local_endpoint(tmp_path / "kit" / "server").address == "[::1]:9900"
     assert "[::1]:9900" in (tmp_path / "kit/server/flower/config.toml").read_text()
     for name in ("server", "client-0"):
         assert stat.S_IMODE((tmp_path / "kit" / name).stat().st_mode) == 0o700
 
 
-def test_a_state_of_a_later_flower_is_named():
-    place, log = Place("127.0.0.1:9900", None, b""), Path("server.log")
+def test_a_database_of_a_later_flower_is_named():
+    root, log = Endpoint("127.0.0.1:9900", None, b""), Path("server.log")
     end = "alembic.util.exc.CommandError: Can't locate revision identified by 'd9bd9d502cf9'"
-    assert "later release of Flower" in _not_started(place, end, log)
-    assert "Is another program listening" in _not_started(place, "address in use", log)
+    assert "later release of Flower" in _not_started(root, end, log)
+    assert "Is another program listening" in _not_started(root, "address in use", log)
 
 
-def test_what_was_accepted_is_remembered_for_this_key_alone(tmp_path):
+def test_acceptance_is_remembered_per_key(tmp_path):
     (tmp_path / "node.key").write_text("one")
     assert not Accepted(tmp_path).before()
     Accepted(tmp_path).note()
@@ -124,10 +125,10 @@ def test_a_refused_client_tries_until_it_is_accepted_and_ends_when_asked(tmp_pat
         return bool(served)
 
     monkeypatch.setattr(serving, "_connected", connected)
-    monkeypatch.setattr(serving, "reach", lambda *_: None)
+    monkeypatch.setattr(serving, "connection_problem", lambda *_: None)
     monkeypatch.setattr("certifl.deploy.client.retry._FIRST", 0.01)
     settings = serving.Settings(client=0, data="digits", dealt=True)
-    serving.take_part(folder, settings, lines.append)
+    serving.run_client(folder, settings, lines.append)
     said = "\n".join(lines)
     assert "does not accept this client" in said
     assert said.endswith("The connection ended; connects again.")

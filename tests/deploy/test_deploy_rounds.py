@@ -8,13 +8,14 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
 
-import torch
+
+from PIL import Image
 
 from algorithm_cases import CASES
 from certifl.deploy.client.client import Client, Rejected
 from certifl.deploy.client.settings import Settings
 from certifl.deploy.client.state import ClientStateStore
-from certifl.deploy.server.coordinator import conduct
+from certifl.deploy.server.coordinator import coordinate
 from certifl.deploy.server.remote_runner import last_counted
 from certifl.deploy.transport.transport import GridTransport
 from certifl.errors import StoreMismatch, TooFewClients, WorkError
@@ -26,56 +27,49 @@ from certifl.spec import Spec
 from certifl.study.opened_run import initial_model, open_data
 from certifl.study.privacy import protection, training_key
 from certifl.study.setup import local_training, participation
-from deploy_factory import MemoryGrid, options, parties
+from deploy_factory import MemoryGrid, clients_of, options
 from tiny_federation import assert_same, without_seconds
-from tiny_study import spec
+from tiny_study import cli, spec
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def in_process(study: Spec, place):
+def in_process(study: Spec, root):
     """The rounds of a study in one process."""
     dataset, partition = open_data(study, None)
     model = initial_model(study, dataset)
     data = []
-    for client, held in enumerate(partition.clients):
-        part = dataset.train.take(held.train)
+    for client, stored in enumerate(partition.clients):
+        part = dataset.train.take(stored.train)
         data.append(ClientData(client, part.images, part.labels))
-    place.mkdir(parents=True, exist_ok=True)
-    private = protection(study, model, [len(d) for d in data], training_key(study, place))
+    root.mkdir(parents=True, exist_ok=True)
+    private = protection(study, model, [len(d) for d in data], training_key(study, root))
     return train(
         study.build_algorithm(),
         model,
         data,
         local_training(study, model, "cpu", private),
-        Checkpoints(place / "training"),
+        Checkpoints(root / "training"),
         participation=participation(study, len(data)),
         rule=private.client or study.aggregation.build(),
         ledger=private.ledger,
     )
 
 
-def same_training(study: Spec, place, folder: RunFolder, at: dict) -> None:
-    """Server, history and what every client keeps are those of one process, bit for bit."""
-    own, last = in_process(study, place), Checkpoints(folder.training).latest()
+def same_training(study: Spec, root, folder: RunFolder, at: dict) -> None:
+    """Server, history and clients' states are those of one process, bit for bit."""
+    own, last = in_process(study, root), Checkpoints(folder.training).latest()
     assert last is not None
     assert last.number == own.number
     assert last.identity == own.identity
     assert_same(last.server(), own.server())
     assert without_seconds(last.history) == without_seconds(own.history)
     id = folder.manifest()["deployment"]["id"]
-    for party in at.values():
-        client = party.settings.client
-        kept = ClientStateStore(party._folder / "studies", id).state(last_counted(last, client))
-        assert_same(kept.parts, client_state(own, client).parts)
-        stored = ClientStateStore(party._folder / "studies", id).deployed
-        assert_same(load_tensors(stored), deployed_model(study.build_algorithm(), own, client))
+    for client in at.values():
+        number = client.settings.client
+        store = ClientStateStore(client._folder / "studies", id)
+        state = store.state(last_counted(last, number))
+        assert_same(state.parts, client_state(own, number).parts)
+        deployed = deployed_model(study.build_algorithm(), own, number)
+        assert_same(load_tensors(store.deployed), deployed)
 
 
 LIGHT = ("certification.images=2", "certification.n=20", "certification.n0=5")
@@ -86,19 +80,22 @@ def described(case: str, *settings: str) -> Spec:
     return Spec.model_validate({**values, "algorithm": describe(CASES[case])})
 
 
-def test_every_algorithm_is_tried():
+def test_all_algorithms_are_tested():
     assert {CASES[case].name for case in CASES} == set(ALGORITHMS)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_algorithm_gives_the_models_of_one_process(case, tmp_path):
+def test_every_algorithm_gives_the_models_of_one_process_and_predicts(case, tmp_path):
     study = described(case, 'training.momentum_between_rounds="keep"')
-    at = parties(tmp_path)
-    folder = conduct(study, GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
+    at = clients_of(tmp_path)
+    folder = coordinate(study, GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
     same_training(study, tmp_path / "own", folder, at)
+    Image.new("L", (8, 8), 100).save(tmp_path / "digit.png")
+    study_folder = tmp_path / "client-1" / "studies" / folder.manifest()["deployment"]["id"]
+    cli("predict", tmp_path / "digit.png", "--run", study_folder).fine("client 1")
 
 
-def test_participation_robust_rules_and_client_states_come_along(tmp_path):
+def test_participation_and_robust_rules_give_the_models_of_one_process(tmp_path):
     study = described(
         "mixture",
         "clients.count=4",
@@ -106,17 +103,17 @@ def test_participation_robust_rules_and_client_states_come_along(tmp_path):
         'aggregation.rule="median"',
         "training.rounds=3",
     )
-    at = parties(tmp_path, 4)
-    folder = conduct(study, GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
+    at = clients_of(tmp_path, 4)
+    folder = coordinate(study, GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
     same_training(study, tmp_path / "own", folder, at)
 
 
 @pytest.mark.parametrize("kind", ["example", "client"])
-def test_private_training_is_the_one_of_one_process(kind, tmp_path):
+def test_private_training_gives_the_models_of_one_process(kind, tmp_path):
     pytest.importorskip("opacus", reason="accounting needs opacus: pip install certifl[dp]")
     study = described("fedavg", f'privacy.kind="{kind}"', "privacy.noise_multiplier=1.0")
-    at = parties(tmp_path)
-    folder = conduct(study, GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
+    at = clients_of(tmp_path)
+    folder = coordinate(study, GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
     same_training(study, tmp_path / "own", folder, at)
     assert folder.manifest()["privacy"]["kind"] == kind
 
@@ -126,130 +123,133 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("at_answer", [1, 2, 3, 4])
-def test_a_server_killed_at_any_answer_goes_on_to_the_same_models(at_answer, tmp_path):
-    study, at = described("mixture", 'training.momentum_between_rounds="keep"'), parties(tmp_path)
+def test_a_server_killed_at_any_answer_resumes_to_the_same_models(at_answer, tmp_path):
+    study, at = (
+        described("mixture", 'training.momentum_between_rounds="keep"'),
+        clients_of(tmp_path),
+    )
     answers = []
 
-    def killed(node, order, reply):
-        if order.metadata.message_type == "train":
+    def killed(node, request, reply):
+        if request.metadata.message_type == "train":
             answers.append(node)
             if len(answers) == at_answer:
                 raise Stopped
         return reply
 
     with pytest.raises(Stopped):
-        conduct(study, GridTransport(MemoryGrid(at, killed)), options(tmp_path / "run"))
-    again = parties(tmp_path)  # the clients were started again, too
-    folder = conduct(study, GridTransport(MemoryGrid(again)), options(tmp_path / "run"))
+        coordinate(study, GridTransport(MemoryGrid(at, killed)), options(tmp_path / "run"))
+    again = clients_of(tmp_path)  # the clients were started again, too
+    folder = coordinate(study, GridTransport(MemoryGrid(again)), options(tmp_path / "run"))
     same_training(study, tmp_path / "own", folder, again)
 
 
 @pytest.mark.parametrize("case", ["fedadam", "personalized-fedadam", "scaffold"])
-def test_clients_are_sent_the_parts_they_need(case, tmp_path):
+def test_clients_get_only_the_parts_they_need(case, tmp_path):
     study = described(case.rpartition("-")[2])
     if case.startswith("personalized"):
         values = study.model_dump(exclude_none=True)
         base = values["algorithm"]
         algorithm = {"name": "personalized", "base": base, "epochs": 1}
         study = Spec.model_validate({**values, "algorithm": algorithm})
-    at = parties(tmp_path)
+    at = clients_of(tmp_path)
     grid = MemoryGrid(at)
-    folder = conduct(study, GridTransport(grid), options(tmp_path / "run"))
+    folder = coordinate(study, GridTransport(grid), options(tmp_path / "run"))
     same_training(study, tmp_path / "own", folder, at)
-    orders = [order for _, order in grid.sent if order.metadata.group_id == "1"]
-    asked = [json.loads(order.content["certifl"]["json"])["parts"] for order in orders]
+    requests = [request for _, request in grid.sent if request.metadata.group_id == "1"]
+    asked = [json.loads(request.content["certifl"]["json"])["parts"] for request in requests]
     wanted = ["control", "known", "model"] if case == "scaffold" else ["model"]
     assert [sorted(parts) for parts in asked] == [wanted] * 2
-    held = Checkpoints(folder.training).latest()
-    assert held is not None
-    assert len(held.server()) == 3
+    stored = Checkpoints(folder.training).latest()
+    assert stored is not None
+    assert len(stored.server()) == 3
 
 
 def test_answers_are_taken_in_client_order_one_at_a_time(tmp_path):
     study = described("fedavg", "clients.count=3", "training.rounds=1")
-    grid = MemoryGrid(dict(reversed(parties(tmp_path, 3).items())))
-    conduct(study, GridTransport(grid), options(tmp_path / "run"))
-    trained = [node for node, order in grid.sent if order.metadata.message_type == "train"]
+    grid = MemoryGrid(dict(reversed(clients_of(tmp_path, 3).items())))
+    coordinate(study, GridTransport(grid), options(tmp_path / "run"))
+    trained = [node for node, request in grid.sent if request.metadata.message_type == "train"]
     assert trained == [100, 101, 102]
-    assert all(order.metadata.ttl <= 120 for _, order in grid.sent)
+    assert all(request.metadata.ttl <= 120 for _, request in grid.sent)
 
 
-def test_a_node_started_again_in_a_round_is_asked_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("certifl.deploy.server.remote_runner._BETWEEN_LOOKS", 0.1)
-    study, at = described("mixture"), parties(tmp_path)
+def test_a_node_restarted_during_a_round_is_asked_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("certifl.deploy.server.remote_runner._REFRESH_SECONDS", 0.1)
+    study, at = described("mixture"), clients_of(tmp_path)
     lost = []
 
-    def swallow(node, order, reply):
-        if order.metadata.message_type == "train" and node == 101 and not lost:
+    def swallow(node, request, reply):
+        if request.metadata.message_type == "train" and node == 101 and not lost:
             lost.append(node)
             grid.since[101] = "second start"
             return None
         return reply
 
     grid = MemoryGrid(at, swallow)
-    folder = conduct(study, GridTransport(grid), options(tmp_path / "run"))
+    folder = coordinate(study, GridTransport(grid), options(tmp_path / "run"))
     assert lost
     same_training(study, tmp_path / "own", folder, at)
 
 
-def test_a_client_that_comes_late_takes_part_from_then_on(tmp_path):
+def test_a_late_client_takes_part_from_the_next_round(tmp_path):
     study = described("fedavg", "clients.count=3", "training.rounds=3")
-    at = parties(tmp_path, 3)
+    at = clients_of(tmp_path, 3)
     late = at.pop(102)
 
-    def comes(node, order, reply):
-        if order.metadata.group_id == "0":
-            grid.parties[102] = late
+    def comes(node, request, reply):
+        if request.metadata.group_id == "0":
+            grid.clients[102] = late
             grid.since[102] = "late"
         return reply
 
     grid = MemoryGrid(at, comes)
-    folder = conduct(study, GridTransport(grid), options(tmp_path / "run", min_clients=2))
+    folder = coordinate(study, GridTransport(grid), options(tmp_path / "run", min_clients=2))
     history = Checkpoints(folder.training).history()
     counted = [[row["client"] for row in entry["clients"]] for entry in history]
     assert counted == [[0, 1], [0, 1, 2], [0, 1, 2]]
-    assert history[0]["left_out"][0]["reason"] == "it is not there"
+    assert history[0]["left_out"][0]["reason"] == "it is not connected"
 
 
-def test_too_few_clients_is_said_and_the_same_call_goes_on(tmp_path):
+def test_too_few_clients_are_reported_and_the_same_call_resumes(tmp_path):
     study = described("fedavg", "clients.count=3")
-    at = parties(tmp_path, 3)
+    at = clients_of(tmp_path, 3)
     alone = {100: at[100]}
-    with pytest.raises(WorkError, match=r"1 of 3.*client 1 is not there; client 2"):
-        conduct(study, GridTransport(MemoryGrid(alone)), options(tmp_path / "run"))
+    with pytest.raises(WorkError, match=r"1 of 3.*client 1 is not connected; client 2"):
+        coordinate(study, GridTransport(MemoryGrid(alone)), options(tmp_path / "run"))
 
-    def gone(node, order, reply):
-        if order.metadata.group_id == "1":
+    def gone(node, request, reply):
+        if request.metadata.group_id == "1":
             for other in (101, 102):
-                grid.parties.pop(other, None)
-        return reply if node in grid.parties else None
+                grid.clients.pop(other, None)
+        return reply if node in grid.clients else None
 
     grid = MemoryGrid(dict(at), gone)
     from flwr.app import Message
     from flwr.app.error import Error
 
-    def unavailable(node, order, reply):
-        done = gone(node, order, reply)
-        return Message(Error(5, "Node Unavailable"), reply_to=order) if done is None else done
+    def unavailable(node, request, reply):
+        done = gone(node, request, reply)
+        return Message(Error(5, "Node Unavailable"), reply_to=request) if done is None else done
 
     grid.change = unavailable
     with pytest.raises(TooFewClients, match="its machine is gone"):
-        conduct(study, GridTransport(grid), options(tmp_path / "run"))
+        coordinate(study, GridTransport(grid), options(tmp_path / "run"))
     assert len(Checkpoints(tmp_path / "run/checkpoints/training").history()) == 1
-    folder = conduct(study, GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
+    folder = coordinate(study, GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
     same_training(study, tmp_path / "own", folder, at)
 
 
 def test_a_folder_of_another_study_is_refused(tmp_path):
-    at = parties(tmp_path)
-    conduct(described("local"), GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
+    at = clients_of(tmp_path)
+    coordinate(described("local"), GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
     with pytest.raises(StoreMismatch):
-        conduct(described("fedavg"), GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
+        coordinate(described("fedavg"), GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("kind", ["example", "client"])
-def test_noise_that_everybody_knows_is_refused_for_images_of_one_s_own(kind, tmp_path):
-    party = Client(Settings(client=0, data="digits"), tmp_path / "party")
+def test_predictable_noise_is_refused_for_a_clients_own_images(kind, tmp_path):
+    client = Client(Settings(client=0, data="digits"), tmp_path / "client")
     study = described("fedavg", f'privacy.kind="{kind}"', "privacy.noise_multiplier=1.0")
     with pytest.raises(Rejected, match="noise_key"):
-        party._opened("study", study, own_allowed=False)
+        client._open("study", study, own_perturbation=False)

@@ -1,4 +1,4 @@
-"""A party's own ledger of privacy, against servers that ask for more than they say."""
+"""A client's own ledger of privacy, against servers that ask for more than they say."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 from test_deploy_rounds import LIGHT, described
 
 from certifl.deploy.client.client import Client
-from certifl.deploy.client.data import open_holdings
-from certifl.deploy.client.privacy_budget import LEDGER, PrivacyLedger, spending_lines
+from certifl.deploy.client.data import open_local_data
+from certifl.deploy.client.privacy_budget import LEDGER, PrivacyLedger, ledger_lines
 from certifl.deploy.client.settings import Settings
 from certifl.deploy.client.state import NEVER, ClientStateStore
-from certifl.deploy.provision.kit import init
-from certifl.deploy.server.coordinator import conduct
-from certifl.deploy.server.run import status_lines
+from certifl.deploy.provision.bundle import init
+from certifl.deploy.server.coordinator import coordinate
+from certifl.deploy.status import status_lines
 from certifl.deploy.transport.messages import Content, fingerprint_of
 from certifl.deploy.transport.transport import GridTransport
 from certifl.federated.privacy import epsilon
@@ -28,7 +28,7 @@ from certifl.federated.privacy import example_level as example
 from certifl.federated.privacy import mechanism as clipping
 from certifl.models import build
 from certifl.spec import Spec
-from deploy_factory import MemoryGrid, options, parties
+from deploy_factory import MemoryGrid, clients_of, options
 from deploy_network import free_port
 from tiny_federation import assert_same
 
@@ -37,19 +37,11 @@ PRIVATE = ('privacy.kind="example"', f"privacy.noise_multiplier={Z}", 'privacy.n
 ID = "0123456789abcdef"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def study(case: str = "fedavg", *settings: str) -> Spec:
     return described(case, *PRIVATE, *settings)
 
 
-def party(folder, **settings) -> Client:
+def client(folder, **settings) -> Client:
     return Client(Settings(client=0, data="digits", dealt=True, **settings), folder)
 
 
@@ -62,23 +54,23 @@ def ask(to: Client, spec: Spec, round: int = 0, parts=None, counted: int = NEVER
     """What a server gets for the order of a round."""
     parts = model() if parts is None else parts
     named = {"id": id, "spec": spec.to_toml(), "hash": spec.hash(), "own_perturbation": False}
-    facts = {"order": "round", "study": named, "client": 0, "round": round, "counted": counted}
-    return to.answer(Content({**facts, "broadcast": fingerprint_of(parts)}, parts))
+    fields = {"order": "round", "study": named, "client": 0, "round": round, "counted": counted}
+    return to.answer(Content({**fields, "broadcast": fingerprint_of(parts)}, parts))
 
 
 def refused(answer: Content, words: str) -> None:
     assert not answer.parts
-    assert answer.facts["fault"]["kind"] == "wrong"
-    assert words in answer.facts["fault"]["reason"]
+    assert answer.fields["fault"]["kind"] == "wrong"
+    assert words in answer.fields["fault"]["reason"]
 
 
 def fine(answer: Content) -> Content:
-    assert "fault" not in answer.facts, answer.facts
+    assert "fault" not in answer.fields, answer.fields
     return answer
 
 
 def spent(folder, delta: float = DELTA) -> str:
-    return spending_lines(folder, None, delta)[0].partition("ledger: ")[2]
+    return ledger_lines(folder, None, delta)[0].partition("ledger: ")[2]
 
 
 def worth(steps: int, answers: int) -> str:
@@ -87,34 +79,34 @@ def worth(steps: int, answers: int) -> str:
     return f"ε = {loss:.4g} at δ = 1e-05 ({steps} private steps in {answers} {plural})"
 
 
-def test_with_an_honest_server_both_ledgers_say_the_same(tmp_path):
-    spec, at = study(), parties(tmp_path)
-    folder = conduct(spec, GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
+def test_with_an_honest_server_both_ledgers_agree(tmp_path):
+    spec, at = study(), clients_of(tmp_path)
+    folder = coordinate(spec, GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
     told = folder.manifest()["privacy"]["epsilon"]
     assert told == [epsilon(Z, 1 / STEPS, 2 * STEPS, DELTA)] * 2
     for client in range(2):
         assert spent(tmp_path / f"client-{client}") == worth(2 * STEPS, 2)
 
 
-def test_one_round_asked_for_with_two_models_is_answered_once(tmp_path):
-    spec, own = study(), party(tmp_path)  # it planned two rounds
+def test_a_round_requested_with_two_models_is_answered_once(tmp_path):
+    spec, own = study(), client(tmp_path)  # it planned two rounds
     fine(ask(own, spec))
     refused(ask(own, spec, parts=model(0.1)), "a round is answered once")
-    refused(ask(party(tmp_path), spec, parts=model(0.1)), "a round is answered once")
+    refused(ask(client(tmp_path), spec, parts=model(0.1)), "a round is answered once")
     assert spent(tmp_path) == worth(STEPS, 1)
     fine(ask(own, spec, 1, model(0.2), counted=0))
     refused(ask(own, spec, 2, model(0.3), counted=1), "more privacy of its images than the study")
     assert spent(tmp_path) == worth(2 * STEPS, 2)
 
 
-def test_the_same_question_is_answered_with_the_same_bits_and_counted_once(tmp_path):
+def test_a_repeated_request_gets_the_same_bits_and_counts_once(tmp_path):
     spec = study("mixture", "training.rounds=1", 'training.momentum_between_rounds="keep"')
-    first = fine(ask(party(tmp_path), spec))
-    held = (tmp_path / LEDGER).read_bytes()
-    again = fine(ask(party(tmp_path), spec))  # started again, with nothing left to spend
+    first = fine(ask(client(tmp_path), spec))
+    stored = (tmp_path / LEDGER).read_bytes()
+    again = fine(ask(client(tmp_path), spec))  # started again, with nothing left to spend
     assert_same(again.parts, first.parts)
-    assert again.facts["update"] == first.facts["update"]
-    assert (tmp_path / LEDGER).read_bytes() == held
+    assert again.fields["update"] == first.fields["update"]
+    assert (tmp_path / LEDGER).read_bytes() == stored
     assert spent(tmp_path) == worth(STEPS, 1)
 
 
@@ -122,32 +114,32 @@ class Killed(BaseException):
     pass
 
 
-def test_killed_between_the_ledger_and_the_answer_it_is_counted_and_goes_on(tmp_path, monkeypatch):
+def test_an_answer_lost_by_a_kill_is_counted_and_repeated(tmp_path, monkeypatch):
     spec = study("mixture", "training.rounds=1")
-    calm = fine(ask(party(tmp_path / "calm"), spec))
+    calm = fine(ask(client(tmp_path / "calm"), spec))
 
     def killed(*_):
         raise Killed
 
     with monkeypatch.context() as at:
-        at.setattr(ClientStateStore, "keep", killed)
+        at.setattr(ClientStateStore, "save", killed)
         with pytest.raises(Killed):
-            ask(party(tmp_path), spec)
+            ask(client(tmp_path), spec)
     assert spent(tmp_path) == worth(STEPS, 1)
-    held = (tmp_path / LEDGER).read_bytes()
+    stored = (tmp_path / LEDGER).read_bytes()
     key = tmp_path / "studies" / ID / "privacy.key"
-    after = fine(ask(party(tmp_path), spec))
-    assert (tmp_path / LEDGER).read_bytes() == held
+    after = fine(ask(client(tmp_path), spec))
+    assert (tmp_path / LEDGER).read_bytes() == stored
     # The same secret without the kill gives the same bits.
     (tmp_path / "calm" / "studies" / ID / "privacy.key").write_bytes(key.read_bytes())
     for name in (LEDGER, f"studies/{ID}/state-00000.safetensors"):
         (tmp_path / "calm" / name).unlink()
-    assert_same(fine(ask(party(tmp_path / "calm"), spec)).parts, after.parts)
+    assert_same(fine(ask(client(tmp_path / "calm"), spec)).parts, after.parts)
     assert fingerprint_of(calm.parts) != fingerprint_of(after.parts)
 
 
-def test_an_answer_that_cannot_be_written_down_does_not_leave(tmp_path, monkeypatch):
-    spec, own, real = study(), party(tmp_path), os.replace
+def test_an_answer_that_cannot_be_recorded_does_not_leave(tmp_path, monkeypatch):
+    spec, own, real = study(), client(tmp_path), os.replace
 
     def full(source, target):
         if str(target).endswith(LEDGER):
@@ -157,7 +149,7 @@ def test_an_answer_that_cannot_be_written_down_does_not_leave(tmp_path, monkeypa
     with monkeypatch.context() as at:
         at.setattr(os, "replace", full)
         answer = ask(own, spec)
-    assert answer.facts["fault"]["reason"] == "its disk failed it"
+    assert answer.fields["fault"]["reason"] == "its disk failed it"
     assert not answer.parts
     assert not list((tmp_path / "studies" / ID).glob("state-*"))
     fine(ask(own, spec))
@@ -165,8 +157,8 @@ def test_an_answer_that_cannot_be_written_down_does_not_leave(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("how", ["changed", "cut", "emptied", "removed", "an old copy"])
-def test_a_ledger_that_cannot_be_trusted_stops_training(how, tmp_path, caplog, monkeypatch):
-    spec, own, ledger = study(), party(tmp_path), tmp_path / LEDGER
+def test_a_damaged_ledger_stops_training(how, tmp_path, caplog, monkeypatch):
+    spec, own, ledger = study(), client(tmp_path), tmp_path / LEDGER
     fine(ask(own, spec))
     old = ledger.read_bytes()
     fine(ask(own, spec, 1, model(0.1), counted=0))
@@ -183,7 +175,7 @@ def test_a_ledger_that_cannot_be_trusted_stops_training(how, tmp_path, caplog, m
     else:
         ledger.write_bytes(damaged[how])
     monkeypatch.setattr(example, "clipped_sum", None)  # no image is looked at
-    refused(ask(own, spec, 2, model(0.2), counted=1), "ledger of privacy is lost or damaged")
+    refused(ask(own, spec, 2, model(0.2), counted=1), "privacy ledger is lost or damaged")
     assert LEDGER in caplog.text
     assert "newest" in caplog.text
     monkeypatch.undo()
@@ -191,49 +183,49 @@ def test_a_ledger_that_cannot_be_trusted_stops_training(how, tmp_path, caplog, m
     fine(ask(own, spec, 1, model(0.1), counted=0))
 
 
-def test_one_sample_answers_one_question(tmp_path, monkeypatch):
+def test_one_sample_answers_one_request(tmp_path, monkeypatch):
     """Equal sums have equal noise, so a second answer would show whether sums differ."""
     spec = study("fedavg", "training.rounds=5", 'training.momentum_between_rounds="keep"')
-    own = party(tmp_path)
+    own = client(tmp_path)
     fine(ask(own, spec))
     fine(ask(own, spec, 1, counted=0))
     monkeypatch.setattr(example, "clipped_sum", None)  # no image is looked at
-    words = "one sample answers one question"
+    words = "one sample answers one request"
     refused(ask(own, spec, 1, counted=NEVER), words)  # the same model, with other momentum
     monkeypatch.undo()
     assert spent(tmp_path) == worth(2 * STEPS, 2)
     # So do images that changed in between.
-    monkeypatch.setattr("certifl.deploy.client.client.open_holdings", other_images)
-    changed = party(tmp_path)
+    monkeypatch.setattr("certifl.deploy.client.client.open_local_data", other_images)
+    changed = client(tmp_path)
     refused(ask(changed, spec, 1, counted=0), words)
     fine(ask(changed, spec, 2, counted=1))
 
 
 def other_images(spec: Spec, settings: Settings):
-    held = open_holdings(spec, settings)
-    labels = held.train.labels.clone()
+    stored = open_local_data(spec, settings)
+    labels = stored.train.labels.clone()
     labels[0] = (labels[0] + 1) % 10
-    return dataclasses.replace(held, train=dataclasses.replace(held.train, labels=labels))
+    return dataclasses.replace(stored, train=dataclasses.replace(stored.train, labels=labels))
 
 
-def test_a_party_s_own_limit_holds_over_all_studies(tmp_path):
+def test_a_clients_own_limit_covers_all_studies(tmp_path):
     most = epsilon(Z, 1 / STEPS, 3 * STEPS, DELTA)
-    own, spec, other = party(tmp_path, max_epsilon=most), study(), study("fedavg", "seed=1")
+    own, spec, other = client(tmp_path, max_epsilon=most), study(), study("fedavg", "seed=1")
     fine(ask(own, spec))
     fine(ask(own, other, id="fedcba9876543210"))
     fine(ask(own, spec, 1, counted=0))
-    refused(ask(own, other, 1, counted=0, id="fedcba9876543210"), "than this party allows")
-    lines = spending_lines(tmp_path, most, None)
+    refused(ask(own, other, 1, counted=0, id="fedcba9876543210"), "than this client allows")
+    lines = ledger_lines(tmp_path, most, None)
     assert worth(3 * STEPS, 3) in lines[0]
     assert [worth(2 * STEPS, 2) in lines[1], worth(STEPS, 1) in lines[2]] == [True, True]
     assert f"up to ε = {most:g}, all studies together" in lines[-1]
     refused(
-        ask(party(tmp_path, max_epsilon=8.0, delta=0.5), spec), "as large as one of its images"
+        ask(client(tmp_path, max_epsilon=8.0, delta=0.5), spec), "as large as one of its images"
     )
 
 
-def test_a_larger_limit_of_its_own_replaces_the_plan_but_adds_no_rounds(tmp_path):
-    spec, own = study("fedavg", "training.rounds=1"), party(tmp_path, max_epsilon=100.0)
+def test_a_larger_own_limit_replaces_the_plan_but_adds_no_rounds(tmp_path):
+    spec, own = study("fedavg", "training.rounds=1"), client(tmp_path, max_epsilon=100.0)
     fine(ask(own, spec))
     refused(ask(own, spec, 1, counted=0), "has 1 rounds")
     for number, id in enumerate(("fedcba9876543210", "0011223344556677"), 2):
@@ -242,16 +234,16 @@ def test_a_larger_limit_of_its_own_replaces_the_plan_but_adds_no_rounds(tmp_path
 
 
 @pytest.mark.parametrize("kind", ["none", "client"])
-def test_with_a_limit_only_studies_whose_noise_is_its_own_are_answered(kind, tmp_path):
+def test_with_a_limit_only_studies_with_clients_noise_are_answered(kind, tmp_path):
     settings = ('privacy.kind="client"', "privacy.noise_multiplier=1.0")
     spec = described("fedavg", *(settings if kind == "client" else LIGHT))
-    refused(ask(party(tmp_path, max_epsilon=8.0), spec), 'privacy.kind = "example"')
-    fine(ask(party(tmp_path), spec))
+    refused(ask(client(tmp_path, max_epsilon=8.0), spec), 'privacy.kind = "example"')
+    fine(ask(client(tmp_path), spec))
     assert not (tmp_path / LEDGER).exists()
 
 
-def test_a_round_that_failed_is_counted_until_its_answer_is(tmp_path, monkeypatch):
-    spec, own, taken = study(), party(tmp_path), []
+def test_a_failed_round_counts_until_its_answer_does(tmp_path, monkeypatch):
+    spec, own, taken = study(), client(tmp_path), []
     real = clipping.clipped_sum
 
     def fails(*arguments):
@@ -262,34 +254,34 @@ def test_a_round_that_failed_is_counted_until_its_answer_is(tmp_path, monkeypatc
 
     monkeypatch.setattr(example, "clipped_sum", fails)
     answer = ask(own, spec)
-    assert "ArithmeticError" in answer.facts["fault"]["reason"]
+    assert "ArithmeticError" in answer.fields["fault"]["reason"]
     assert spent(tmp_path) == worth(1, 1)
     fine(ask(own, spec))
     assert spent(tmp_path) == worth(STEPS, 1)
     sick = {"model": {name: value * torch.inf for name, value in model()["model"].items()}}
-    assert ask(own, spec, 1, sick, counted=0).facts["fault"]["kind"] == "diverged"
+    assert ask(own, spec, 1, sick, counted=0).fields["fault"]["kind"] == "diverged"
     assert spent(tmp_path) == worth(2 * STEPS, 2)
 
 
-def test_fine_tuning_comes_on_top_and_is_not_sent(tmp_path):
+def test_fine_tuning_is_extra_and_not_sent(tmp_path):
     spec = study("personalized", "training.rounds=1")
     tuning = spec.algorithm["epochs"] * STEPS
-    own = party(tmp_path)
+    own = client(tmp_path)
     fine(ask(own, spec))
     assert not fine(ask(own, spec, 1, model(0.1), counted=0)).parts
     assert spent(tmp_path) == worth(STEPS + tuning, 2)
     sent = [entry.release.sent for entry in PrivacyLedger(tmp_path).entries()]
     assert sent == [True, False]
     # What is left for fine-tuning is none for a further round.
-    other = party(tmp_path / "other")
+    other = client(tmp_path / "other")
     fine(ask(other, spec))
     refused(ask(other, spec, 0, model(0.1)), "than the study planned")
 
 
-def test_the_party_s_status_says_what_was_spent(tmp_path):
+def test_the_status_of_a_client_reports_what_was_spent(tmp_path):
     init(tmp_path / "kit", 1, f"127.0.0.1:{free_port()}", insecure=True)
     folder = tmp_path / "kit" / "client-0"
-    fine(ask(party(folder), study()))
+    fine(ask(client(folder), study()))
     said = "\n".join(status_lines(folder)[0])
     assert f"by its own ledger: {worth(STEPS, 1)}" in said
     assert f"in 'tiny' ({ID[:8]}): {worth(STEPS, 1)}" in said

@@ -12,14 +12,14 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl
 
 from test_deploy_lies import KEYS, STUDY, Replayed, honest, put
 
-from certifl.deploy.processes import KeyFolder, _Admitting, keys_of
+from certifl.deploy.provision.bundle import init
 from certifl.deploy.provision.keys import node_key
-from certifl.deploy.provision.kit import init
-from certifl.deploy.server.coordinator import conduct
-from certifl.deploy.server.start import survey
-from certifl.deploy.transport import flower_runs as flowerruns
-from certifl.deploy.transport.flower_runs import Place
-from certifl.deploy.transport.messages import Content, MalformedMessage, order_from
+from certifl.deploy.server.coordinator import coordinate
+from certifl.deploy.server.process import KeyFolder, _KeyAdmission, client_keys
+from certifl.deploy.server.start import check_clients
+from certifl.deploy.transport import flower_runs as flower_runs
+from certifl.deploy.transport.flower_runs import Endpoint
+from certifl.deploy.transport.messages import Content, MalformedMessage, parse_request
 from certifl.deploy.transport.transport import GridTransport
 from certifl.errors import RequestError, WorkError
 from certifl.runs.checkpoints import Checkpoints
@@ -35,7 +35,7 @@ def nothing(content):
 
 def joined(record, client: int, **properties):
     """A record in which a client says other properties of itself."""
-    changed = {key: (copy.deepcopy(facts), parts) for key, (facts, parts) in record.items()}
+    changed = {key: (copy.deepcopy(fields), parts) for key, (fields, parts) in record.items()}
     changed[100 + client, "join"][0]["joined"].update(properties)
     return changed
 
@@ -47,99 +47,99 @@ FEWER = {"class_names": ["0", "1"], "initial_model": "0" * 64}
 @pytest.mark.parametrize(
     ("properties", "words"),
     [
-        (LARGE, [r"client 0 was not taken, its image size is \[9, 8\], others have \[8, 8\]"]),
-        (FEWER, ["client 0 was not taken, its classes are 2", r'classes = \["0", "1", "2"']),
+        (LARGE, [r"client 0 was refused, its image size is \[9, 8\], others have \[8, 8\]"]),
+        (FEWER, ["client 0 was refused, its classes are 2", r'classes = \["0", "1", "2"']),
         ({"in_channels": 3}, ["number of channels is 3, others have 1"]),
         ({"initial_model": "0" * 64}, ["initial network differs"]),
     ],
 )
-def test_one_that_does_not_match_stops_the_study_though_it_came_first(
+def test_a_mismatched_client_stops_the_study_even_if_it_joined_first(
     properties, words, honest, tmp_path
 ):
     grid = Replayed(joined(honest[False][0], 0, **properties), "", nothing)
     for word in words:
         with pytest.raises(RequestError, match=word):
-            conduct(STUDY, GridTransport(grid), options(tmp_path / "run", keys=KEYS))
+            coordinate(STUDY, GridTransport(grid), options(tmp_path / "run", keys=KEYS))
     assert not (tmp_path / "run" / "checkpoints").exists()
     listed = []
-    asked = options(tmp_path / "run", keys=KEYS, told=listed.append)
-    assert "client 0 was not taken" in str(survey(STUDY, GridTransport(grid), asked))
+    asked = options(tmp_path / "run", keys=KEYS, log=listed.append)
+    assert "client 0 was refused" in str(check_clients(STUDY, GridTransport(grid), asked))
     assert "3 clients:" in listed[0]
     assert "1 channel, 8 x 8; classes: 10 (0, 1, " in " ".join(listed)
     assert any("client 0 does not take part: its " in line for line in listed)
 
 
-def test_with_a_least_number_the_others_start_and_a_later_one_is_named(honest, tmp_path, caplog):
+def test_with_min_clients_the_others_start_and_a_late_mismatch_is_named(honest, tmp_path, caplog):
     grid = Replayed(joined(honest[True][0], 0, **LARGE), "", nothing)
-    folder = conduct(
+    folder = coordinate(
         STUDY, GridTransport(grid), options(tmp_path / "run", keys=KEYS, min_clients=2)
     )
     entry = Checkpoints(folder.training).history()[0]
     assert [row["client"] for row in entry["clients"]] == [1, 2]
     assert "image size" in entry["left_out"][0]["reason"]
-    assert "Client 0 is not taken: its image size" in caplog.text
+    assert "Client 0 is refused: its image size" in caplog.text
     assert list(folder.manifest()["deployment"]["left_out"]) == ["0"]
 
 
 def test_without_a_majority_nothing_starts(honest, tmp_path):
     record = joined(honest[False][0], 0, **LARGE)
     grid = Replayed(record, "", nothing)
-    del grid.parties[101]
+    del grid.clients[101]
     for least in (None, 1):
         asked = options(tmp_path / "run", keys=KEYS, min_clients=least)
         study = STUDY if least is None else spec("clients.count=3", 'data.name="elsewhere"')
         with pytest.raises(
             RequestError, match=r"of client 2: its image size.*others have \[9, 8\]"
         ):
-            conduct(study, GridTransport(grid), options(tmp_path / f"{least}", keys=KEYS))
-        assert "no group of clients" in str(survey(study, GridTransport(grid), asked))
+            coordinate(study, GridTransport(grid), options(tmp_path / f"{least}", keys=KEYS))
+        assert "no group of clients" in str(check_clients(study, GridTransport(grid), asked))
 
 
-def test_the_data_set_of_the_spec_decides_against_a_majority(honest, tmp_path):
+def test_the_data_set_of_the_spec_wins_against_a_majority(honest, tmp_path):
     record = joined(joined(honest[True][0], 0, **LARGE, name="other"), 2, **LARGE, name="other")
     grid = Replayed(record, "", nothing)
     asked = options(tmp_path / "run", keys=KEYS, min_clients=1)
-    assert survey(STUDY, GridTransport(grid), asked) is None
+    assert check_clients(STUDY, GridTransport(grid), asked) is None
     elsewhere = spec("clients.count=3", 'data.name="elsewhere"')
-    assert "client 1 was not taken" in str(
-        survey(elsewhere, GridTransport(grid), options(tmp_path / "run", keys=KEYS))
+    assert "client 1 was refused" in str(
+        check_clients(elsewhere, GridTransport(grid), options(tmp_path / "run", keys=KEYS))
     )
 
 
-def test_all_must_be_there_unless_fewer_are_asked_for(honest, tmp_path):
+def test_all_clients_must_join_unless_fewer_are_allowed(honest, tmp_path):
     grid = Replayed(honest[False][0], "", nothing)
-    del grid.parties[101]
-    with pytest.raises(WorkError, match=r"2 of 3.*client 1 is not there.*--min-clients"):
-        conduct(STUDY, GridTransport(grid), options(tmp_path / "run", keys=KEYS))
+    del grid.clients[101]
+    with pytest.raises(WorkError, match=r"2 of 3.*client 1 is not connected.*--min-clients"):
+        coordinate(STUDY, GridTransport(grid), options(tmp_path / "run", keys=KEYS))
     for least, words in ((0, "from 1 to 3"), (4, "from 1 to 3")):
         with pytest.raises(RequestError, match=words):
-            conduct(STUDY, GridTransport(grid), options(tmp_path / "run", min_clients=least))
+            coordinate(STUDY, GridTransport(grid), options(tmp_path / "run", min_clients=least))
     one = spec("clients.count=1")
-    with pytest.raises(RequestError, match="no federation"):
-        conduct(one, GridTransport(grid), options(tmp_path / "one"))
+    with pytest.raises(RequestError, match="not a federation"):
+        coordinate(one, GridTransport(grid), options(tmp_path / "one"))
     private = spec("clients.count=3", 'privacy.kind="example"', "privacy.noise_multiplier=1.0")
     with pytest.raises(RequestError, match="how much noise"):
-        conduct(private, GridTransport(grid), options(tmp_path / "private", min_clients=2))
+        coordinate(private, GridTransport(grid), options(tmp_path / "private", min_clients=2))
 
 
-def test_a_client_that_comes_back_with_other_images_is_named(honest, tmp_path):
+def test_a_client_that_rejoins_with_other_images_is_named(honest, tmp_path):
     grid = Replayed(honest[True][0], "round", put("update", "weight", value=7))
     asked = options(tmp_path / "run", keys=KEYS, min_clients=2)
     with pytest.raises(WorkError, match="answered round 0"):
-        conduct(spec("clients.count=3", "training.rounds=2"), GridTransport(grid), asked)
+        coordinate(spec("clients.count=3", "training.rounds=2"), GridTransport(grid), asked)
     again = Replayed(joined(honest[True][0], 0, train_images=10**7), "", nothing)
     listed = []
-    asked = options(tmp_path / "run", keys=KEYS, min_clients=2, told=listed.append)
+    asked = options(tmp_path / "run", keys=KEYS, min_clients=2, log=listed.append)
     with pytest.raises(WorkError):
-        conduct(spec("clients.count=3", "training.rounds=2"), GridTransport(again), asked)
+        coordinate(spec("clients.count=3", "training.rounds=2"), GridTransport(again), asked)
     assert any("10000000 training images, and had 20" in line for line in listed)
 
 
-def test_what_a_server_makes_is_its_own_alone(honest, tmp_path):
+def test_a_servers_files_are_private(honest, tmp_path):
     before = os.umask(0o022)
     try:
         grid = Replayed(honest[False][0], "", nothing)
-        folder = conduct(STUDY, GridTransport(grid), options(tmp_path / "run", keys=KEYS))
+        folder = coordinate(STUDY, GridTransport(grid), options(tmp_path / "run", keys=KEYS))
         assert os.umask(0o022) == 0o022
     finally:
         os.umask(before)
@@ -156,44 +156,44 @@ def test_a_half_copied_key_is_named_once_and_read_again(tmp_path, monkeypatch):
     (home / "clients" / "client-²٣.pub").write_bytes(whole)
     (home / "clients" / "client-4.pub").mkdir()
     os.mkfifo(home / "clients" / "client-5.pub")
-    monkeypatch.setattr(flowerruns, "register", lambda place, keys: registered.extend(keys))
-    admitting = _Admitting(home, Place("127.0.0.1:1", None, b""), said.append)
-    admitting.look()
-    admitting.look()
+    monkeypatch.setattr(flower_runs, "register", lambda root, keys: registered.extend(keys))
+    admission = _KeyAdmission(home, Endpoint("127.0.0.1:1", None, b""), said.append)
+    admission.check()
+    admission.check()
     assert [name for name, _ in registered] == ["client-0"]
     assert sum("client-1.pub" in line for line in said) == 1
     keys = KeyFolder(home)
     assert list(keys) == [0]
     public.write_bytes(whole)
-    admitting.look()
+    admission.check()
     assert [name for name, _ in registered][-1] == "client-1"
     assert sorted(keys) == [0, 1]
     node_key(tmp_path / "node.key", home / "clients" / "client-3.pub")
-    assert sorted(keys_of(home, said.append)) == [0, 1, 3]
+    assert sorted(client_keys(home, said.append)) == [0, 1, 3]
 
 
-def test_a_key_that_is_not_admitted_is_tried_again(tmp_path, monkeypatch):
+def test_a_key_that_is_not_admitted_is_retried(tmp_path, monkeypatch):
     init(tmp_path / "kit", 1, "127.0.0.1:9900", insecure=False)
     said, tries = [], []
 
-    def register(place, keys):
+    def register(root, keys):
         tries.append(keys)
         if len(tries) == 1:
             raise WorkError("The server refused: busy")
 
-    monkeypatch.setattr(flowerruns, "register", register)
-    monkeypatch.setattr("certifl.deploy.processes._AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(flower_runs, "register", register)
+    monkeypatch.setattr("certifl.deploy.server.process._RETRY_SECONDS", 0.05)
     server = tmp_path / "kit" / "server"
-    admitting = _Admitting(server, Place("127.0.0.1:1", None, b""), said.append)
-    admitting.look()
+    admission = _KeyAdmission(server, Endpoint("127.0.0.1:1", None, b""), said.append)
+    admission.check()
     time.sleep(0.1)
-    admitting.look()
+    admission.check()
     assert len(tries) == 2
     assert "not admitted, and tried again" in said[0]
     assert said[-1] == "1 clients may connect."
 
 
-def test_keys_count_as_given_while_none_can_be_read(tmp_path):
+def test_a_key_folder_is_true_while_no_key_can_be_read(tmp_path):
     init(tmp_path / "kit", 1, "127.0.0.1:9900", insecure=False)
     (tmp_path / "kit/server/clients/client-0.pub").write_bytes(b"ecdsa")
     assert KeyFolder(tmp_path / "kit" / "server")
@@ -213,13 +213,13 @@ ROUND = {
 CERTIFY = {**ROUND, "order": "certify", "piece": 60.0, "share": "curve"}
 
 
-@pytest.mark.parametrize("order", [{"order": "join", "study": STUDY_TOLD}, ROUND, CERTIFY])
-def test_orders_of_the_plan_are_understood(order):
-    assert order_from(Content(order)).order == order["order"]
+@pytest.mark.parametrize("fields", [{"order": "join", "study": STUDY_TOLD}, ROUND, CERTIFY])
+def test_requests_are_parsed(fields):
+    assert parse_request(Content(fields)).order == fields["order"]
 
 
 @pytest.mark.parametrize(
-    "order",
+    "fields",
     [
         {},
         {"order": ["join"]},
@@ -238,6 +238,6 @@ def test_orders_of_the_plan_are_understood(order):
         {**CERTIFY, "share": "all"},
     ],
 )
-def test_other_orders_are_refused(order):
+def test_invalid_requests_are_refused(fields):
     with pytest.raises(MalformedMessage):
-        order_from(Content(order))
+        parse_request(Content(fields))

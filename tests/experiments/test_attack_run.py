@@ -16,11 +16,13 @@ from certifl.report import write_report
 from certifl.runs.folder import RunFolder
 from tiny_study import cli, write_spec
 
+N = 400
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("attack")
-    cli("run", write_spec(place, "certification.n=1000"), "--out", place / "run").fine()
+    cli("run", write_spec(place, f"certification.n={N}"), "--out", place / "run").fine()
     return place / "run"
 
 
@@ -31,7 +33,7 @@ def test_a_run_is_attacked_and_the_report_shows_it(copied: Path) -> None:
     held = json.loads((copied / "attack.json").read_text())
     inside, beyond = held["parameters"], held["deformed_first"]
     assert inside["violations"] == []
-    assert inside["confirm"] == 10 * 1000
+    assert inside["confirm"] == 10 * N
     assert inside["deltas"] == inside["images"] * (8 + 3 * 8)
     assert beyond["images"] == 6
     assert beyond["worst"] <= beyond["random"] <= 1
@@ -64,7 +66,7 @@ def test_a_false_certificate_in_a_run_makes_the_command_fail(copied: Path) -> No
     # Nobody reads digits turned by half a circle: with such a radius some class must change.
     planted = dataclasses.replace(made, radius=np.where(made.abstained, 0.0, math.pi))
     planted.save(folder.certificates)
-    done = cli("attack", copied, "--images", "4", "--directions", "16")
+    done = cli("attack", copied, "--images", "2", "--directions", "8")
     assert done.code == 1
     assert "WRONG" in done.out
     cases = json.loads(folder.attack.read_text())["parameters"]["violations"]
@@ -75,7 +77,7 @@ def test_a_false_certificate_in_a_run_makes_the_command_fail(copied: Path) -> No
 
 
 def test_what_cannot_be_attacked(copied: Path, tmp_path: Path) -> None:
-    cli("attack", tmp_path / "nothing").refused("no run folder")
+    cli("attack", tmp_path / "nothing").refused("not a run folder")
     cli("attack", copied, "--client", "7").refused("--client 7", "0 to 1")
     folder = RunFolder(copied)
     made = folder.load_certificates()

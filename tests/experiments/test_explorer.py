@@ -19,7 +19,7 @@ from certifl import rng as streams
 from certifl.certification import Certificates
 from certifl.certification.network import prepare
 from certifl.certification.sampling import CHUNK, VoteCounter
-from certifl.certification.sweeps import STEPS, Sweep, sweep_along, sweeps_of
+from certifl.certification.sweeps import STEPS, sweep_along, sweeps_of
 from certifl.data import load, to_float
 from certifl.errors import StoreMismatch
 from certifl.experiments import explore as explored_images
@@ -35,6 +35,7 @@ from certifl.perturbations import (
     Translation,
     from_description,
 )
+from certifl.perturbations.base import Sweep
 from certifl.report import write_report
 from certifl.runs.folder import RunFolder
 from report_factory import make_certificates
@@ -251,7 +252,7 @@ def test_every_client_is_explored_under_its_own_perturbation(tmp_path):
     for client in (0, 1):
         images = data_of(page, client)["explorer"]["images"]
         assert {image["client"] for image in images} == {client}
-        assert {len(image["walks"]) for image in images} == {client + 1}
+        assert {len(image["sweeps"]) for image in images} == {client + 1}
 
 
 def test_exploring_goes_on_where_it_was_stopped(explored, monkeypatch):
@@ -262,7 +263,7 @@ def test_exploring_goes_on_where_it_was_stopped(explored, monkeypatch):
     walked: list[Sweep] = []
     real = explored_images.sweep_along
     monkeypatch.setattr(
-        explored_images, "walk_along", lambda *given: walked.append(given[1]) or real(*given)
+        explored_images, "sweep_along", lambda *given: walked.append(given[1]) or real(*given)
     )
     explore_run(explored)
     assert RunFolder(explored).explorer.read_bytes() == whole
@@ -283,7 +284,7 @@ def test_a_damaged_record_is_made_again(explored, tmp_path):
 def test_what_is_no_finished_run_is_refused(tmp_path):
     with pytest.raises(StoreMismatch):
         explore_run(tmp_path)
-    tiny.cli("explore", tmp_path).refused("no run folder")
+    tiny.cli("explore", tmp_path).refused("not a run folder")
 
 
 def test_a_comparison_without_a_place_lies_beside_the_first_run(run, explored):

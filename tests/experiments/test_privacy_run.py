@@ -28,6 +28,15 @@ CLIENT = ("privacy.kind=client", "privacy.noise_multiplier=2.0", "certification.
 SECRET = "privacy.noise_key=secret"
 
 
+@pytest.fixture(scope="module")
+def private(tmp_path_factory):
+    """A finished run of each kind, which no test changes."""
+    folder = tmp_path_factory.mktemp("private")
+    return {
+        k: run(spec(*k), Options(folder / k[0].partition("=")[2])).path for k in (EXAMPLE, CLIENT)
+    }
+
+
 def history(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
@@ -48,16 +57,16 @@ def history(folder: Path) -> list[dict]:
         ([*CLIENT, "aggregation.rule=median"], "remove the section [aggregation]"),
         ([*CLIENT, "aggregation.clip=1.0"], "remove the section [aggregation]"),
         ([*CLIENT, "clients.min_clients=1"], "remove clients.min_clients"),
-        ([*CLIENT, "privacy.delta=0.5"], "promises nothing to 2 clients"),
+        ([*CLIENT, "privacy.delta=0.5"], "guarantees nothing to 2 clients"),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_spec(settings, words):
+def test_impossible_privacy_is_refused_with_the_spec(settings, words):
     with pytest.raises(SpecError) as refused:
         spec(*settings)
     assert words in str(refused.value)
 
 
-def test_no_privacy_changes_no_study():
+def test_kind_none_changes_no_study():
     plain, said = spec(), spec("privacy.kind=none")
     assert said.hash() == plain.hash()
     assert said.training_hash() == plain.training_hash()
@@ -70,7 +79,7 @@ def test_a_spec_with_privacy_is_written_and_read(tmp_path):
     assert load(tmp_path / "spec.toml") == asked
 
 
-def test_labels_tell_private_runs_apart():
+def test_labels_distinguish_private_runs():
     assert label_of(spec(*EXAMPLE)) == "FedAvg, noise 1.1 per image"
     target = spec("privacy.kind=client", "privacy.target_epsilon=8.0")
     assert label_of(target) == "FedAvg, ε = 8 per client"
@@ -79,13 +88,13 @@ def test_labels_tell_private_runs_apart():
 def test_networks_and_data_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ModelError, match="BatchNorm"):
         run(spec(*EXAMPLE, "model.name=small_resnet"), Options(tmp_path / "a"))
-    with pytest.raises(SpecError, match="promises nothing to 30 images"):
+    with pytest.raises(SpecError, match="guarantees nothing to 30 images"):
         run(spec(*EXAMPLE, "privacy.delta=0.04"), Options(tmp_path / "b"))
     assert not any(tmp_path.iterdir())
 
 
-def test_a_run_records_what_every_client_spent(tmp_path):
-    out = run(spec(*EXAMPLE), Options(tmp_path / "run")).path
+def test_a_run_records_what_every_client_spent(private):
+    out = private[EXAMPLE]
     facts = RunFolder(out).manifest()["privacy"]
     wanted = epsilon(1.1, 0.5, 4, 1e-5)  # 30 images in batches of 16: 2 steps in each of 2 rounds
     assert facts["epsilon"] == facts["epsilon_sent"] == [wanted, wanted]
@@ -98,7 +107,7 @@ def test_a_run_records_what_every_client_spent(tmp_path):
             assert set(row) == {"seconds", "private_steps", "epsilon"}
 
 
-def test_a_target_is_kept_and_fine_tuning_comes_on_top(tmp_path):
+def test_a_target_is_met_and_fine_tuning_is_extra(tmp_path):
     settings = ("privacy.kind=example", "privacy.target_epsilon=3.0", "certification.n=100")
     base = run(spec(*settings), Options(tmp_path / "base")).path
     asked = spec(
@@ -122,24 +131,24 @@ def test_nothing_is_sent_by_clients_that_train_alone(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [EXAMPLE, CLIENT])
-def test_a_personalised_run_takes_over_the_private_rounds_of_its_base(kind, tmp_path):
-    base = run(spec(*kind), Options(tmp_path / "base"))
+def test_a_personalized_run_takes_over_the_private_rounds_of_its_base(kind, private, tmp_path):
+    base = private[kind]
     personal = 'algorithm={name = "personalized", base = {name = "fedavg"}, epochs = 1}'
     alone = run(spec(*kind, personal), Options(tmp_path / "alone")).path
-    after = run(spec(*kind, personal), Options(tmp_path / "after", siblings=(base.path,))).path
+    after = run(spec(*kind, personal), Options(tmp_path / "after", siblings=(base,))).path
     assert weights(after).items() == weights(alone).items()
-    facts = [RunFolder(f).manifest()["privacy"] for f in (base.path, alone, after)]
+    facts = [RunFolder(f).manifest()["privacy"] for f in (base, alone, after)]
     assert facts[1] == facts[2]
     assert facts[1]["epsilon_sent"] == facts[0]["epsilon"]
 
 
 @pytest.mark.parametrize("kind", [EXAMPLE, CLIENT])
-def test_a_run_repeats_with_its_seed(kind, tmp_path):
-    first, second = (run(spec(*kind), Options(tmp_path / name)).path for name in "ab")
-    assert weights(first) == weights(second)
+def test_a_run_repeats_with_its_seed(kind, private, tmp_path):
+    again = run(spec(*kind), Options(tmp_path / "again")).path
+    assert weights(again) == weights(private[kind])
 
 
-def test_a_secret_stays_with_the_run_and_makes_each_its_own(tmp_path):
+def test_a_secret_stays_in_its_run_and_differs_between_runs(tmp_path):
     first, second = (run(spec(*EXAMPLE, SECRET), Options(tmp_path / name)).path for name in "ab")
     assert weights(first) != weights(second)
     keys = [(folder / "privacy.key").read_bytes() for folder in (first, second)]
@@ -157,41 +166,32 @@ def test_a_secret_stays_with_the_run_and_makes_each_its_own(tmp_path):
     assert weights(third) != weights(first)
 
 
-def test_an_interrupted_run_goes_on_with_its_secret(tmp_path):
-    asked, out = spec(*EXAMPLE, SECRET), tmp_path / "run"
+def interrupted(folder: Path, client_round: int) -> Path:
+    """A run with a secret key, stopped after so many client rounds."""
 
     def stop(what: str, done: int, *_: object) -> None:
-        if (what, done) == ("training", 3):
+        if (what, done) == ("training", client_round):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(asked, Options(out, report=stop))
+        run(spec(*EXAMPLE, SECRET), Options(folder, report=stop))
+    return folder
+
+
+def test_an_interrupted_run_resumes_with_its_secret(tmp_path):
+    private, out = spec(*EXAMPLE, SECRET), interrupted(tmp_path / "run", 3)
     key = (out / "privacy.key").read_bytes()
-    run(asked, Options(out))
-    done = weights(out)
-    # The same key in a folder of its own, without an interruption.
-    (tmp_path / "again").mkdir()
-    with pytest.raises(KeyboardInterrupt):
-        run(asked, Options(tmp_path / "again", report=stop_at_once))
-    (tmp_path / "again" / "privacy.key").write_bytes(key)
-    shutil.rmtree(tmp_path / "again" / "checkpoints")
-    run(asked, Options(tmp_path / "again"))
-    assert weights(tmp_path / "again") == done
+    run(private, Options(out))
+    # The same key in another folder, without an interruption.
+    again = interrupted(tmp_path / "again", 1)
+    (again / "privacy.key").write_bytes(key)
+    shutil.rmtree(again / "checkpoints")
+    run(private, Options(again))
+    assert weights(again) == weights(out)
 
 
-def stop_at_once(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def test_a_lost_or_damaged_secret_is_said(tmp_path):
-    asked, out = spec(*EXAMPLE, SECRET), tmp_path / "run"
-
-    def stop(what: str, done: int, *_: object) -> None:
-        if (what, done) == ("training", 3):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(asked, Options(out, report=stop))
+def test_a_lost_or_damaged_secret_is_reported(tmp_path):
+    asked, out = spec(*EXAMPLE, SECRET), interrupted(tmp_path / "run", 3)
     (out / "privacy.key").write_bytes(b"short")
     with pytest.raises(StoreError, match=r"privacy.key is damaged"):
         run(asked, Options(out))
@@ -200,17 +200,16 @@ def test_a_lost_or_damaged_secret_is_said(tmp_path):
         run(asked, Options(out))
 
 
-def test_the_report_says_what_was_spent(tmp_path):
-    private = run(spec(*EXAMPLE), Options(tmp_path / "private")).path
+def test_the_report_says_what_was_spent(private, tmp_path):
     plain = run(spec("certification.n=100"), Options(tmp_path / "plain")).path
-    spent = RunFolder(private).manifest()["privacy"]["epsilon"][0]
+    spent = RunFolder(private[EXAMPLE]).manifest()["privacy"]["epsilon"][0]
     rounded = math.ceil(100 * spent) / 100
-    row, other = summary_rows([private, plain])
+    row, other = summary_rows([private[EXAMPLE], plain])
     assert row["privacy"].startswith(f"private per image, ε = {rounded:.2f} at δ = 1e-05;")
     assert other["privacy"] is None
     page, without = (
-        write_report([folder], tmp_path / folder.name / "report.html", figures=False).read_text()
-        for folder in (private, plain)
+        write_report([folder], tmp_path / f"{folder.name}.html", figures=False).read_text()
+        for folder in (private[EXAMPLE], plain)
     )
     assert 'id="privacy"' in page
     assert f"{rounded:.2f}" in page

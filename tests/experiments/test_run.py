@@ -220,20 +220,26 @@ def test_a_network_beside_the_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     tiny.cli("run", spec, "--out", "run").fine("FedAvg")
     tiny.cli("verify", "run").fine("12 certificates")
-    # Another process runs that code only if it is told where: a run folder may be anybody's.
+    # The code runs elsewhere only if the user says where it is: a run folder may be anybody's.
     Image.new("L", (8, 8), 90).save("grey.png")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     asked = ("predict", "../grey.png", "--run", "../run")
-    tiny.process(*asked, cwd=elsewhere).refused("--code DIR", str(home))
-    tiny.process(*asked, cwd=home).refused("--code DIR")
-    tiny.process(*asked, "--code", ".", cwd=elsewhere).refused("holds no module 'my_network'")
-    tiny.process(*asked, "--code", home, cwd=elsewhere).fine("client 0")
+
+    def later(*arguments: str | Path, cwd: Path = elsewhere) -> tiny.Outcome:
+        """As in a process that has not imported the network."""
+        sys.modules.pop("my_network", None)
+        monkeypatch.chdir(cwd)
+        return tiny.cli(*arguments)
+
+    later(*asked).refused("--code DIR", str(home))
+    later(*asked, cwd=home).refused("--code DIR")
+    later(*asked, "--code", ".").refused("holds no module 'my_network'")
+    later(*asked, "--code", home).fine("client 0")
     # Checking a run does not run its code.
     (home / "my_network.py").write_text("raise RuntimeError('this ran')")
-    tiny.process("verify", "../run", cwd=elsewhere).fine("12 certificates")
-    broken = tiny.process(*asked, "--code", home, cwd=elsewhere)
-    broken.refused("my_network:make", "this ran")
+    later("verify", "../run").fine("12 certificates")
+    later(*asked, "--code", home).refused("my_network:make", "this ran")
 
 
 @pytest.mark.usefixtures("_own_modules")
@@ -335,13 +341,13 @@ def test_quickstart_shows_all_regimes_on_one_page_and_is_not_done_twice(
     monkeypatch.setattr(presets, "quickstart", small)
     place = tmp_path / "quickstart"
     asked = ("quickstart", "--out", place, "--seed", "3")
-    tiny.cli(*asked).fine("FedAvg", "Personalised", "Report:", "Figures:")
+    tiny.cli(*asked).fine("FedAvg", "Personalized", "Report:", "Figures:")
     assert {"fedavg", "personalized", "figures", "report.html"} == set(os.listdir(place))
     alone = run(small(3)["personalized"], Options(tmp_path / "alone"))
     # Taking over the base's training gives the model of a run on its own.
     assert models(alone.path) == models(place / "personalized")
     before = tiny.files(place)
-    tiny.cli(*asked).fine("FedAvg", "Personalised")
+    tiny.cli(*asked).fine("FedAvg", "Personalized")
     assert tiny.files(place) == before
 
 
@@ -354,7 +360,7 @@ def test_the_example_of_a_network_of_ones_own(tmp_path: Path) -> None:
     sys.path.append(str(EXAMPLES))
     folder = run(load(EXAMPLES / "own_model.toml", short), Options(tmp_path / "run"))
     assert verify_run(folder.path).checked == 20
-    assert folder.fact("code") == str(EXAMPLES)
+    assert folder.manifest()["code"] == str(EXAMPLES)
 
 
 @pytest.mark.usefixtures("_own_modules")

@@ -193,7 +193,7 @@ def test_ctrl_c_says_how_to_go_on(study: Spec, reference: Path, tmp_path: Path) 
     # CPython itself ends by the signal where Ctrl-C struck inside an `exec` of text, as imports of
     # torch do many of, whatever was made of it afterwards.
     assert process.returncode in (130, -signal.SIGINT), told
-    assert "the same command goes on" in told
+    assert "the same command resumes it" in told
     assert "Traceback" not in told
     assert not RunFolder(place).finished()
     run(study, Options(place))
@@ -210,7 +210,7 @@ def test_ctrl_c_with_overwrite_does_not_promise_too_much(
     asked = ("run", tiny.write_spec(tmp_path), "--out", tmp_path / "run")
     plain, over = tiny.cli(*asked), tiny.cli(*asked, "--overwrite")
     assert plain.code == over.code == 130
-    assert "the same command goes on" in plain.err
+    assert "the same command resumes it" in plain.err
     assert "without --overwrite" in over.err
 
 
@@ -231,9 +231,9 @@ def test_ctrl_c_made_into_another_error_is_still_ctrl_c(
     if struck:
         told = tiny.cli(*asked)
         assert told.code == 130
-        assert "the same command goes on" in told.err
+        assert "the same command resumes it" in told.err
     else:
-        tiny.cli(*asked).refused("not foreseen", "the shape", ".log", code=1)
+        tiny.cli(*asked).refused("unexpected error", "the shape", ".log", code=1)
 
 
 def test_a_second_process_on_one_folder_is_refused(tmp_path: Path) -> None:

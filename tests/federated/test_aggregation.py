@@ -203,10 +203,10 @@ def test_the_order_of_arrival_changes_nothing(rule):
 def test_nothing_received_is_changed(rule):
     sent = updates(*torch.randn((6, 40), generator=torch.Generator().manual_seed(2)))
     before = [update.model["w"].clone() for update in sent]
-    centre = torch.ones(40, dtype=torch.float64)
-    list(Clip(0.5, rule)(ServerState(0, {"model": {"w": centre}}), sent))
+    center = torch.ones(40, dtype=torch.float64)
+    list(Clip(0.5, rule)(ServerState(0, {"model": {"w": center}}), sent))
     assert all(torch.equal(u.model["w"], b) for u, b in zip(sent, before, strict=True))
-    assert torch.equal(centre, torch.ones(40, dtype=torch.float64))
+    assert torch.equal(center, torch.ones(40, dtype=torch.float64))
 
 
 @every_rule

@@ -118,7 +118,7 @@ def test_a_smaller_lambda_keeps_clients_closer_together(tmp_path):
 @pytest.mark.parametrize(
     "base", [case for case in CASES.values() if case.name != "personalized"], ids=lambda b: b.name
 )
-def test_personalised_rounds_are_those_of_the_base(base, tmp_path):
+def test_personalized_rounds_are_those_of_the_base(base, tmp_path):
     def trained(algorithm, folder, **options):
         return train(algorithm, TinyNet(), clients(2), light(), Checkpoints(folder), **options)
 
@@ -144,7 +144,7 @@ def test_personalised_rounds_are_those_of_the_base(base, tmp_path):
     assert without_seconds(reused.history) == without_seconds(whole.history)
 
 
-def test_personalisation_has_its_own_rate_and_augmentation():
+def test_personalization_has_its_own_rate_and_augmentation():
     local = training(rounds=1, momentum=0.0, weight_decay=0.0)
     server = replace(FedAvg().init(state_of(TinyNet())), round=1)
     start = server.parts["model"]
@@ -158,7 +158,7 @@ def test_personalisation_has_its_own_rate_and_augmentation():
     large = moved(Personalized(FedAvg(), epochs=1, lr=2e-6), local)
     torch.testing.assert_close(large, 2 * small, rtol=0.05, atol=1e-7)
     plain = moved(Personalized(FedAvg(), epochs=1), local)
-    # The federated augmentation plays no part in fine-tuning, the personalisation's does.
+    # The federated augmentation plays no part in fine-tuning, the personalization's does.
     local.augmentation = None
     assert torch.equal(moved(Personalized(FedAvg(), epochs=1), local), plain)
     local.finetuning_augmentation = None

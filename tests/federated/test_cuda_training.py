@@ -58,9 +58,9 @@ def pictures(
 
 
 def two_rounds(local: LocalTraining, data: list[ClientData], start: Any) -> list[Any]:
-    first = [local.passes(start, one, 0) for one in data]
+    first = [local.train_epochs(start, one, 0) for one in data]
     return [
-        local.passes(before.state, one, 1, momentum=before.momentum)
+        local.train_epochs(before.state, one, 1, momentum=before.momentum)
         for before, one in zip(first, data, strict=True)
     ]
 
@@ -116,11 +116,11 @@ def test_an_epoch_does_not_wait_for_the_host():
     """torch raises at whatever synchronises; a client's round does so at its two ends alone."""
     local = make(augmentation=Rotation(0.4), flip=True, crop=1)
     start, data = state_of(TinyNet()), client_data(0, 24).to("cuda")
-    local.passes(start, data, 0)
-    bench_step = local._epoch
+    local.train_epochs(start, data, 0)
+    epoch_of = local._epoch
 
     def strict(*arguments: Any) -> Any:
-        bench, stream, rate, batches, step, round = arguments
+        context, stream, rate, batches, step, round = arguments
 
         def watched(on: Any, batch: Any) -> Any:
             torch.cuda.set_sync_debug_mode("error")
@@ -129,10 +129,10 @@ def test_an_epoch_does_not_wait_for_the_host():
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
-        return bench_step(bench, stream, rate, batches, watched, round)
+        return epoch_of(context, stream, rate, batches, watched, round)
 
     local._epoch = strict  # pyright: ignore[reportAttributeAccessIssue]
-    assert local.passes(start, data, 0).metrics["loss"] > 0
+    assert local.train_epochs(start, data, 0).metrics["loss"] > 0
 
 
 def test_the_device_agrees_with_the_processor():

@@ -139,9 +139,9 @@ def test_a_damaged_round_is_trained_again(tmp_path, caplog):
     ("changes", "said"),
     [
         ({"algorithm": Local()}, "algorithm: {'name': 'fedavg'"),
-        ({"data": clients(4)}, "clients: 3 there, 4 asked for"),
+        ({"data": clients(4)}, "clients: 3 stored, 4 requested"),
         ({"local": training(lr=0.01)}, "schedule: .*'lr': 0.05"),
-        ({"local": training(augmentation=Noise(0.7))}, r"augmentation: Noise\(sigma=0.1\) there"),
+        ({"local": training(augmentation=Noise(0.7))}, r"augmentation: Noise\(sigma=0.1\) stored"),
     ],
     ids=["algorithm", "clients", "schedule", "augmentation"],
 )
@@ -151,7 +151,7 @@ def test_a_folder_of_another_training_is_refused(changes, said, tmp_path):
         federate(tmp_path, **changes)
     other_seed = training()
     other_seed.seed = 6
-    with pytest.raises(StoreMismatch, match="seed: 5 there, 6 asked for"):
+    with pytest.raises(StoreMismatch, match="seed: 5 stored, 6 requested"):
         federate(tmp_path, local=other_seed)
 
 
@@ -164,7 +164,7 @@ def test_another_initial_model_is_another_training(tmp_path):
 def test_beginning_from_an_unrelated_training_is_refused(tmp_path):
     federate(tmp_path / "local", Local())
     for algorithm in (FedAvg(), Personalized(FedAvg())):
-        with pytest.raises(StoreMismatch, match="cannot be gone on from"):
+        with pytest.raises(StoreMismatch, match="cannot be resumed"):
             federate(tmp_path / "new", algorithm, start_from=Checkpoints(tmp_path / "local"))
         assert Checkpoints(tmp_path / "new").latest() is None
 
@@ -220,7 +220,7 @@ def test_a_diverging_client_stops_the_training_and_keeps_finished_rounds(tmp_pat
 def test_wrong_clients_are_named(tmp_path):
     with pytest.raises(InputError, match=r"clients\[0\] is the data of client 1"):
         federate(tmp_path / "1", data=clients()[1:])
-    with pytest.raises(InputError, match=r"Round 0 asks for the clients \[7\]"):
+    with pytest.raises(InputError, match=r"participants of round 0 include clients \[7\]"):
         federate(tmp_path / "2", participation=lambda _: [0, 7])
 
 

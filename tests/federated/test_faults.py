@@ -27,7 +27,7 @@ from certifl.federated import (
     Update,
     state_of,
 )
-from certifl.federated.faults import Fault, Inspection, attempt, needed
+from certifl.federated.faults import Fault, ResultChecker, required_clients, try_client
 from certifl.runs.checkpoints import Checkpoints
 from faulty_clients import Misbehaving
 from tiny_federation import (
@@ -53,10 +53,10 @@ FAULTS = {
     "infinite state": "x of its own is not finite",
     "nan metric": "its loss is nan",
     "missing key": "its model does not fit, head.bias is missing",
-    "strange key": "its model does not fit, strange is not part of it",
+    "strange key": "its model does not fit, strange is unexpected",
     "shape": "its model does not fit, head.bias is torch.float32 (4,) instead of torch.float32",
     "dtype": "its model does not fit, head.bias is torch.float64 (3,) instead of torch.float32",
-    "no tensors": "its model is no table of tensors",
+    "no tensors": "its model is not a dictionary of tensors",
     "weight": "its weight is nan",
     "other client": "it answered as client 3",
     "variance": "its model holds a variance below 0 (norm.running_var)",
@@ -173,7 +173,7 @@ def test_data_that_cannot_be_loaded_are_a_fault_of_that_client(tmp_path, caplog)
     ],
 )
 def test_half_of_the_participants_rounded_up_must_remain(participants, asked, wanted):
-    assert needed(participants, asked) == wanted
+    assert required_clients(participants, asked) == wanted
 
 
 def test_training_stops_when_too_few_remain_and_goes_on_when_mended(tmp_path):
@@ -245,7 +245,7 @@ def test_lack_of_memory_is_the_machine_s_and_stops_with_advice(tmp_path):
         "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"
     )
     with pytest.raises(WorkError, match="Memory ran out"):
-        attempt(0, lambda: (_ for _ in ()).throw(error))
+        try_client(0, lambda: (_ for _ in ()).throw(error))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, StoreError("full")])
@@ -254,7 +254,7 @@ def test_interruption_and_storage_are_nobody_s_fault(error, tmp_path):
         raise error
 
     with pytest.raises(error if isinstance(error, type) else type(error)):
-        attempt(0, work)
+        try_client(0, work)
 
 
 def test_a_server_that_diverges_stops_the_training(tmp_path):
@@ -307,10 +307,10 @@ SICK = {
 @pytest.mark.parametrize("changes", SICK.values(), ids=SICK.keys())
 def test_an_inspection_finds_what_would_be_written_or_averaged(changes):
     model = state_of(TinyNet())
-    inspection = Inspection(ServerState(0, {"model": model}), model)
+    inspection = ResultChecker(ServerState(0, {"model": model}), model)
     update = Update(1, 3.0, model, {"loss": 1.0})
-    assert inspection.problem(1, (update, ClientState())) is None
-    fault = inspection.problem(1, (replace(update, **changes), ClientState()))
+    assert inspection.fault(1, (update, ClientState())) is None
+    fault = inspection.fault(1, (replace(update, **changes), ClientState()))
     assert fault is not None
     assert len(fault.reason) <= 500
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from algorithm_cases import CASES, all_rounds, deployed, light
 from certifl.errors import TrainingDiverged
 from certifl.federated import Mixture
-from certifl.federated.algorithms.common import pull_towards
+from certifl.federated.algorithms.common import proximal_hook
 from certifl.federated.algorithms.scaffold import _MeanGradient
 from certifl.federated.objectives import Augmented
 from certifl.federated.states import ModelState, ServerState
@@ -38,7 +38,7 @@ def advance_one_by_one(on: StepContext) -> None:
 def test_every_algorithm_is_the_same_weight_by_weight(name, monkeypatch):
     algorithm, order = CASES[name], [0, 1, 2]
     joint = all_rounds(algorithm, order, light(**SCHEDULE))
-    monkeypatch.setattr(StepContext, "advance", advance_one_by_one)
+    monkeypatch.setattr(StepContext, "optimizer_step", advance_one_by_one)
     single = all_rounds(algorithm, order, light(**SCHEDULE))
     for one, other in zip(*(deployed(algorithm, *r) for r in (joint, single)), strict=True):
         assert_same(one, other)
@@ -56,20 +56,20 @@ def weights(count: int = 4, seed: int = 0) -> dict[str, nn.Parameter]:
     return made
 
 
-CENTRE: ModelState = {name: value.detach() for name, value in weights(seed=1).items()}
-CORRECTION: ModelState = {name: CENTRE[name] for name in ("w0", "w2")}
+CENTER: ModelState = {name: value.detach() for name, value in weights(seed=1).items()}
+CORRECTION: ModelState = {name: CENTER[name] for name in ("w0", "w2")}
 
 
 def pulled(name: str, parameter: nn.Parameter) -> None:
     """Eq. (5) as it is written, with lambda = 0.3."""
     assert parameter.grad is not None
     parameter.grad.mul_(0.3)
-    parameter.grad.add_(parameter - CENTRE[name], alpha=2 * (1 - 0.3))
+    parameter.grad.add_(parameter - CENTER[name], alpha=2 * (1 - 0.3))
 
 
 def near(name: str, parameter: nn.Parameter) -> None:
     assert parameter.grad is not None
-    parameter.grad.add_(parameter - CENTRE[name], alpha=0.7)
+    parameter.grad.add_(parameter - CENTER[name], alpha=0.7)
 
 
 def corrected(name: str, parameter: nn.Parameter) -> None:
@@ -80,20 +80,20 @@ def corrected(name: str, parameter: nn.Parameter) -> None:
 
 Formula = Callable[[str, nn.Parameter], None]
 HOOKS: dict[str, tuple[Callable[[], GradientHook | None], Formula]] = {
-    "mixture": (lambda: Mixture(0.3).hook(ServerState(0, {"model": CENTRE}), training()), pulled),
-    "held near": (lambda: pull_towards(CENTRE, 0.7), near),
+    "mixture": (lambda: Mixture(0.3).hook(ServerState(0, {"model": CENTER}), training()), pulled),
+    "held near": (lambda: proximal_hook(CENTER, 0.7), near),
     "scaffold": (lambda: _MeanGradient(CORRECTION), corrected),
 }
 
 
 class Still(torch.optim.SGD):
-    """Moves nothing, so that what a bench launches is what its hook launches."""
+    """Moves nothing, so that what a context launches is what its hook launches."""
 
     def step(self, closure: Any = None) -> None:
         del closure
 
 
-def bench_of(parameters: dict[str, nn.Parameter], hook: GradientHook | None) -> StepContext:
+def context_of(parameters: dict[str, nn.Parameter], hook: GradientHook | None) -> StepContext:
     return StepContext(nn.Module(), parameters, Still(parameters.values()), Augmented(), hook)
 
 
@@ -113,7 +113,7 @@ def test_a_hook_does_what_its_formula_says_to_each_weight(name):
     with torch.no_grad():
         for parameter in list(single.values())[1:]:
             formula(next(n for n, p in single.items() if p is parameter), parameter)
-    bench_of(joint, make()).advance()
+    context_of(joint, make()).optimizer_step()
     assert joint["w0"].grad is None
     for one, other in zip(list(joint.values())[1:], list(single.values())[1:], strict=True):
         assert one.grad is not None
@@ -127,12 +127,12 @@ def test_a_hook_launches_as_much_for_many_weights_as_for_few(name, monkeypatch):
     counts = []
     for count in (4, 40):
         every = {n: p.detach() for n, p in weights(count, seed=1).items()}
-        monkeypatch.setitem(globals(), "CENTRE", every)
+        monkeypatch.setitem(globals(), "CENTER", every)
         monkeypatch.setitem(globals(), "CORRECTION", every)
-        on = bench_of(weights(count), HOOKS[name][0]())
-        on.advance()  # the first of a round may make places
+        on = context_of(weights(count), HOOKS[name][0]())
+        on.optimizer_step()  # the first of a round may make places
         with Launches() as launches:
-            on.advance()
+            on.optimizer_step()
         counts.append(launches.count)
     assert counts[0] == counts[1] > 0
 
@@ -140,7 +140,7 @@ def test_a_hook_launches_as_much_for_many_weights_as_for_few(name, monkeypatch):
 def test_the_mean_of_scaffold_counts_each_weight_by_itself():
     """A weight that a gradient reaches later than the others, or not always."""
     hook, parameters = _MeanGradient({}), weights()
-    on = bench_of(parameters, hook)
+    on = context_of(parameters, hook)
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in parameters}
     for step in range(3):
         reached = {"w1"} if step == 0 else {"w1", "w2"} if step == 1 else {"w1", "w2", "w3"}
@@ -149,7 +149,7 @@ def test_the_mean_of_scaffold_counts_each_weight_by_itself():
             if name in reached:
                 parameter.grad = torch.full_like(parameter, 10.0 * step + number)
                 seen[name].append(parameter.grad.clone())
-        on.advance()
+        on.optimizer_step()
     result = hook.result({n: p.detach() for n, p in parameters.items()}, parameters)
     for name, gradients in seen.items():
         mean = torch.stack(gradients).mean(0) if gradients else torch.zeros_like(result[name])
@@ -164,10 +164,10 @@ def test_a_hook_is_called_with_the_weights_that_have_a_gradient():
         for parameter in reached.values():
             parameter.grad = None
 
-    bench_of(parameters, hook).advance()
+    context_of(parameters, hook).optimizer_step()
     assert asked == ["w1", "w2", "w3"]
     assert all(parameter.grad is None for parameter in parameters.values())
-    bench_of(parameters, pull_towards(CENTRE, 0.7)).advance()
+    context_of(parameters, proximal_hook(CENTER, 0.7)).optimizer_step()
     assert all(parameter.grad is None for parameter in parameters.values())
 
 
@@ -175,20 +175,20 @@ def test_a_hook_is_called_with_the_weights_that_have_a_gradient():
 def test_what_algorithms_do_to_gradients_is_done_to_all_at_once(work):
     counts = []
     for count in (4, 40):
-        on = bench_of(weights(count), None)
-        taken = on.taken_gradients()
+        on = context_of(weights(count), None)
+        taken = on.copy_gradients()
         with Launches() as launches:
             if work == "scale":
                 on.scale_gradients(0.3, 0.1)
             else:
-                on.put_gradients(taken)
+                on.set_gradients(taken)
         counts.append(launches.count)
     assert counts[0] == counts[1] > 0
 
 
 def test_the_scaled_gradient_is_the_formula():
     joint, single = weights(), weights()
-    bench_of(joint, None).scale_gradients(0.3, 0.1)
+    context_of(joint, None).scale_gradients(0.3, 0.1)
     for name, parameter in single.items():
         if parameter.grad is not None:
             with torch.no_grad():
@@ -202,12 +202,12 @@ def test_the_scaled_gradient_is_the_formula():
 def test_whether_a_model_is_finite_is_asked_once():
     """Each question to a GPU waits until all work before it is done."""
     local = training()
-    on = local.beside(local.network.state_dict(), weight_decay=0.0)
+    on = local.second_model(local.network.state_dict(), weight_decay=0.0)
     with HostReads() as reads:
-        local.concluded(on, client=0, round=0)
+        local.result_of(on, client=0, round=0)
     assert len(reads.found) <= 1
     with torch.no_grad():
         on.model.get_parameter("head.bias")[1] = torch.inf
         on.model.get_parameter("norm.weight")[0] = torch.nan
     with pytest.raises(TrainingDiverged, match=r"client 4 in round 2: norm\.weight is not finite"):
-        local.concluded(on, client=4, round=2)
+        local.result_of(on, client=4, round=2)

@@ -138,7 +138,7 @@ def test_checkpoints_belong_to_an_objective(tmp_path):
         return train(FedAvg(), TinyNet(), [client_data(0)], local, Checkpoints(tmp_path))
 
     assert "objective" not in trained(None, 1).identity  # as before there were others
-    with pytest.raises(StoreMismatch, match="objective: None there, Macer"):
+    with pytest.raises(StoreMismatch, match="objective: None stored, Macer"):
         trained(Macer(), 1)
 
 

@@ -203,7 +203,7 @@ def network(perturbation: Any) -> tuple[nn.Module, ClientData]:
     local = LocalTraining(TinyNet(), SCHEDULE, seed=5, augmentation=perturbation)
     state = state_of(TinyNet())
     for round in range(4):
-        state = local.passes(state, data, round).state
+        state = local.train_epochs(state, data, round).state
     model = TinyNet()
     model.load_state_dict(state)
     return model, data
@@ -257,7 +257,7 @@ def passed(objective: Any, augmentation: Any, seed: int = 5) -> Any:
     local = LocalTraining(
         TinyNet(), SCHEDULE, seed=seed, augmentation=augmentation, objective=objective
     )
-    return local.passes(state_of(TinyNet()), data, 0)
+    return local.train_epochs(state_of(TinyNet()), data, 0)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_limits_are_augmentation_bit_for_bit(objective, augmentation, plain):
 
 
 @every_robust
-def test_batch_normalisation_sees_one_batch_a_step_and_draws_repeat(objective):
+def test_batch_normalization_sees_one_batch_a_step_and_draws_repeat(objective):
     trained = passed(objective, PIXEL)
     assert_same(passed(objective, PIXEL).state, trained.state)
     augmented = passed(Augmented(), PIXEL)
@@ -306,7 +306,7 @@ def test_every_algorithm_trains_with_every_objective(algorithm, objective):
     assert update.metrics == again[0].metrics
 
 
-def test_fine_tuning_minimises_the_objective_too():
+def test_fine_tuning_minimizes_the_objective_too():
     data, start = client_data(0), state_of(TinyNet())
     results = [
         LocalTraining(
@@ -327,7 +327,7 @@ def digits(objective: Any, perturbation: Any) -> tuple[nn.Module, torch.Tensor, 
     schedule = replace(SCHEDULE, local_epochs=12, lr=0.01, batch_size=32, decay_every=None)
     local = LocalTraining(model, schedule, seed=2, augmentation=perturbation, objective=objective)
     data = ClientData(0, split.images[:400], split.labels[:400])
-    model.load_state_dict(local.passes(state_of(model), data, 0).state)
+    model.load_state_dict(local.train_epochs(state_of(model), data, 0).state)
     return model.eval(), split.images[:100].float() / 255, split.labels[:100]
 
 

@@ -36,7 +36,7 @@ def test_batch_norm_and_a_client_with_one_image_are_refused_before_a_round(tmp_p
 def test_a_client_that_is_loaded_later_is_refused_when_it_trains() -> None:
     local = training()
     with pytest.raises(ModelError, match="Client 4 has one training image"):
-        local.passes(state_of(local.network), client_data(4, 1), 0)
+        local.train_epochs(state_of(local.network), client_data(4, 1), 0)
 
 
 def test_batch_norm_and_batches_of_one_image_are_refused() -> None:
@@ -47,13 +47,13 @@ def test_batch_norm_and_batches_of_one_image_are_refused() -> None:
 @pytest.mark.parametrize("images", [9, 17, 33])
 def test_a_last_image_joins_the_batch_before_it(images: int) -> None:
     local = training(batch_size=8)
-    trained = local.passes(state_of(local.network), client_data(0, images), 0)
+    trained = local.train_epochs(state_of(local.network), client_data(0, images), 0)
     assert trained.metrics["loss"] > 0
 
 
 def test_without_batch_norm_one_image_is_enough() -> None:
     local = LocalTraining(PlainNet(), replace(SCHEDULE, batch_size=1), seed=5)
-    assert local.passes(state_of(PlainNet()), client_data(0, 1), 0).metrics["loss"] > 0
+    assert local.train_epochs(state_of(PlainNet()), client_data(0, 1), 0).metrics["loss"] > 0
 
 
 ALONE = ("data.train_images=3", "clients.count=2", "training.rounds=1")
@@ -72,14 +72,14 @@ def test_the_commands_refuse_a_client_with_one_image(tmp_path: Path) -> None:
 def test_a_client_that_never_trained_is_not_certified(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = LocalTraining.passes
+    real = LocalTraining.train_epochs
 
     def failing(self: LocalTraining, start, data, round, **options):
         if data.client == 1:
             raise RuntimeError("broken")
         return real(self, start, data, round, **options)
 
-    monkeypatch.setattr(LocalTraining, "passes", failing)
+    monkeypatch.setattr(LocalTraining, "train_epochs", failing)
     own = ('algorithm={name="local"}', "clients.min_clients=1")
     spec = tiny.write_spec(tmp_path, *own)
     answer = tiny.cli("run", spec, "--out", tmp_path / "run")
@@ -142,10 +142,10 @@ def _no_state():
 def test_names_of_weights_stay_as_they_are_in_training() -> None:
     net = nn.DataParallel(PlainNet())
     local = LocalTraining(net, SCHEDULE, seed=5)
-    trained = local.passes(state_of(net), client_data(0, 20), 0)
+    trained = local.train_epochs(state_of(net), client_data(0, 20), 0)
     net.load_state_dict(trained.state)
     plain = LocalTraining(PlainNet(), SCHEDULE, seed=5)
-    alone = plain.passes(state_of(PlainNet()), client_data(0, 20), 0)
+    alone = plain.train_epochs(state_of(PlainNet()), client_data(0, 20), 0)
     assert_same({f"module.{name}": v for name, v in alone.state.items()}, trained.state)
 
 
@@ -179,7 +179,7 @@ def test_a_second_network_beside_one_with_weight_norm() -> None:
     net(torch.rand(1, 1, 6, 6))
     local = LocalTraining(net, SCHEDULE, seed=5)
     local.network(torch.rand(2, 1, 6, 6))  # the weight it keeps now has a gradient history
-    assert local.beside(state_of(net), weight_decay=0.0).model is not local.network
+    assert local.second_model(state_of(net), weight_decay=0.0).model is not local.network
 
 
 def test_a_network_that_cannot_be_copied_cannot_be_trained() -> None:
@@ -219,7 +219,7 @@ def test_layers_that_write_over_their_input_are_refused_by_name() -> None:
     with pytest.raises(ModelError, match=r"2 \(ReLU\).*inplace=False"):
         check_network(relu(in_place=True), "example")
     clipping.try_clipping(relu(in_place=False), (1, 8, 8))
-    with pytest.raises(ModelError, match="writes over one"):
+    with pytest.raises(ModelError, match="overwrites one"):
         clipping.try_clipping(Written(), (1, 8, 8))
 
 

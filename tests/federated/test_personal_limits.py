@@ -23,12 +23,12 @@ from certifl.federated import (
     ServerState,
     state_of,
 )
-from certifl.federated.algorithms.common import norm_entries
-from quadratics import BEST, CENTRES, CURVATURES, value
+from certifl.federated.algorithms.common import norm_keys
+from quadratics import BEST, CENTERS, CURVATURES, value
 from tiny_federation import TinyNet, assert_same, client_data, clients, differ, training
 
 either_momentum = pytest.mark.parametrize("momentum", ["reset", "keep"])
-CLIENTS = list(zip(CURVATURES, CENTRES, strict=True))
+CLIENTS = list(zip(CURVATURES, CENTERS, strict=True))
 
 
 @either_momentum
@@ -116,7 +116,7 @@ def test_l2gd_never_pulled_is_local_training_of_random_length():
     server, state, alone = algorithm.init(INITIAL), ClientState(), INITIAL
     for round in range(3):
         _, steps = algorithm.coins(local.seed, round)
-        alone = local.passes(alone, data, round, lr_factor=1 / 0.6, steps=steps).state
+        alone = local.train_epochs(alone, data, round, lr_factor=1 / 0.6, steps=steps).state
         update, state = algorithm.client_round(server, state, data, local)
         server = algorithm.aggregate(server, [update])
         server.parts["model"]["head.bias"].fill_(9.0)  # an average that must not matter
@@ -132,7 +132,7 @@ def test_l2gd_pulled_all_the_way_starts_every_round_from_the_average():
     _, state = algorithm.client_round(server, own, client_data(0), local)
     weights = {name: INITIAL[name] for name in local.trainable}
     _, steps = algorithm.coins(local.seed, 1)
-    plain = local.passes(
+    plain = local.train_epochs(
         {**own.parts["model"], **weights}, client_data(0), 1, lr_factor=0.5 / 0.95, steps=steps
     )
     assert_same(state.parts["model"], plain.state)
@@ -259,7 +259,7 @@ def small_entries(state):
 def test_batchnorm_layers_stay_with_the_client():
     local = training(momentum_between_rounds="keep")
     server, states = all_rounds(FedBN(), [0, 1, 2], local)
-    private = norm_entries(TinyNet(), "batch")
+    private = norm_keys(TinyNet(), "batch")
     assert {name.partition(".")[0] for name in private} == {"norm"}
     assert len(private) == 5
     model = server.parts["model"]
@@ -291,7 +291,7 @@ def test_the_head_is_trained_with_the_representation_held_still():
     local = light(momentum=0.0, weight_decay=0.1, local_epochs=1)
     update, state = sent_and_kept(FedRep(head="head", head_epochs=2), local, INITIAL)
     body = [n for n in local.trainable if not n.startswith("head.")]
-    seen = local.passes(
+    seen = local.train_epochs(
         INITIAL,
         client_data(0),
         0,
@@ -332,7 +332,7 @@ def test_per_fedavg_settles_where_its_source_says(approximation, power):
     algorithm = PerFedAvg(alpha, approximation)
     server, states = quadratics.run(algorithm, local)
     weights = [a * (1 - alpha * a) ** power for a in CURVATURES]
-    best = sum(w * b for w, b in zip(weights, CENTRES, strict=True)) / sum(weights)
+    best = sum(w * b for w, b in zip(weights, CENTERS, strict=True)) / sum(weights)
     assert value(server.parts["model"]) == pytest.approx(best, abs=1e-6)
     for (a, b), state in zip(CLIENTS, states, strict=True):
         model = algorithm.deployed(server, state)

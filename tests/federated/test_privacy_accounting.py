@@ -68,7 +68,7 @@ def test_the_noise_for_a_target_is_the_smallest_that_keeps_it(target, rate, step
 
 
 def test_a_target_that_cannot_be_kept_is_refused():
-    with pytest.raises(SpecError, match="target_epsilon = 1e-06 cannot be kept over 10000 steps"):
+    with pytest.raises(SpecError, match="target_epsilon = 1e-06 cannot be met over 10000 steps"):
         noise_for(1e-6, 1.0, 10_000, 1e-9)
 
 

@@ -172,7 +172,7 @@ def test_batchnorm_is_refused(tmp_path):
 def test_more_than_a_model_is_refused():
     more = replace(moved(0, 0.1), extra={"control": {"a": torch.zeros(1)}})
     for update in (more, Update(0, 1.0, None, {}), Update(0, 1.0, {"a": START["a"]}, {})):
-        with pytest.raises(InputError, match="Client 0 sent something else"):
+        with pytest.raises(InputError, match="Client 0 sent something other"):
             result(RULE, [update])
 
 

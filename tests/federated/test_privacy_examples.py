@@ -269,12 +269,14 @@ def test_a_trainer_goes_to_another_process_and_trains_the_same():
     training = LocalTraining(PlainNet(), SCHEDULE, seed=1, privacy=level)
     sent = pickle.loads(pickle.dumps(training))
     start, data = state_of(PlainNet()), client_data(0)
-    assert_same(training.passes(start, data, 0).state, sent.passes(start, data, 0).state)
+    assert_same(
+        training.train_epochs(start, data, 0).state, sent.train_epochs(start, data, 0).state
+    )
 
 
 def test_nothing_is_told_of_loss_and_accuracy():
     training = LocalTraining(PlainNet(), SCHEDULE, seed=1, privacy=ExampleLevel(0.5, 1.0, KEY))
-    told = training.passes(state_of(PlainNet()), client_data(0), 0).metrics
+    told = training.train_epochs(state_of(PlainNet()), client_data(0), 0).metrics
     assert told == {"private_steps": 2 * math.ceil(20 / 8)}
 
 
@@ -303,14 +305,14 @@ def test_residual_networks_come_without_batchnorm():
 def test_a_second_gradient_of_a_batch_is_refused():
     training = LocalTraining(PlainNet(), SCHEDULE, seed=1, privacy=ExampleLevel(1.0, 1.0, KEY))
 
-    def twice(bench, batch):
-        bench.gradients(batch)
-        return bench.gradients(batch.again())
+    def twice(context, batch):
+        context.compute_gradients(batch)
+        return context.compute_gradients(batch.again())
 
     with pytest.raises(SpecError, match="one gradient per batch"):
-        training.passes(state_of(PlainNet()), client_data(0), 0, step=twice)
+        training.train_epochs(state_of(PlainNet()), client_data(0), 0, step=twice)
     with pytest.raises(SpecError, match="one gradient per batch"):
-        training.beside(state_of(PlainNet()), weight_decay=0.0)
+        training.second_model(state_of(PlainNet()), weight_decay=0.0)
 
 
 def test_an_algorithm_that_nobody_looked_at_is_refused():
@@ -319,6 +321,6 @@ def test_an_algorithm_that_nobody_looked_at_is_refused():
 
 
 def test_delta_must_promise_something(tmp_path):
-    with pytest.raises(SpecError, match="promises nothing to 14 images"):
+    with pytest.raises(SpecError, match="guarantees nothing to 14 images"):
         example_training(FedAvg(), tmp_path, budget=Budget(1.0, 0.08, noise_multiplier=1.0))
     assert BUDGET.delta < 1 / 20

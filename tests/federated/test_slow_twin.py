@@ -60,7 +60,7 @@ STUDY = replace(
 REGIMES: dict[str, Algorithm] = {
     "local": Local(),
     "fedavg": FedAvg(),
-    "personalised": Personalized(FedAvg(), epochs=STUDY.tuning_epochs),
+    "personalized": Personalized(FedAvg(), epochs=STUDY.tuning_epochs),
     "mixture": Mixture(STUDY.personalization),
 }
 

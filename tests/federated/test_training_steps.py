@@ -91,21 +91,21 @@ def test_one_clients_fedavg_is_plain_sgd_in_one_piece(momentum, tmp_path):
 
 def test_momentum_is_kept_only_where_the_schedule_says_so():
     data, start = client_data(0), state_of(TinyNet())
-    kept = training(momentum_between_rounds="keep").passes(start, data, 0)
+    kept = training(momentum_between_rounds="keep").train_epochs(start, data, 0)
     assert set(kept.momentum) == {name for name, _ in TinyNet().named_parameters()}
     assert set(kept.kept) == {"momentum"}
     for change in ({"momentum_between_rounds": "reset"}, {"momentum": 0.0}):
         local = training(**{"momentum_between_rounds": "keep", **change})
-        trained = local.passes(start, data, 0)
+        trained = local.train_epochs(start, data, 0)
         assert trained.kept == {}
-        ignored = local.passes(start, data, 0, momentum=kept.momentum)
+        ignored = local.train_epochs(start, data, 0, momentum=kept.momentum)
         assert_same(ignored.state, trained.state)
 
 
 def test_metrics_are_means_over_the_training_stream():
     start, data = state_of(PlainNet()), client_data(0, images=16)
     local = training(model=PlainNet(), lr=1e-30, local_epochs=1, momentum=0.0, augmentation=None)
-    metrics = local.passes(start, data, 0).metrics
+    metrics = local.train_epochs(start, data, 0).metrics
     losses, right = [], 0
     order = torch.randperm(16, generator=streams.generator(SEED, "shuffle", 0, 0))
     model = PlainNet()  # in training mode: batch statistics
@@ -120,9 +120,9 @@ def test_metrics_are_means_over_the_training_stream():
 def test_training_learns():
     local = training(rounds=1, local_epochs=30, decay_every=None, augmentation=None)
     data, state = client_data(0, images=60), state_of(TinyNet())
-    first = training(rounds=1, local_epochs=1).passes(state, data, 0).metrics
+    first = training(rounds=1, local_epochs=1).train_epochs(state, data, 0).metrics
     model = TinyNet()
-    model.load_state_dict(local.passes(state, data, 0).state)
+    model.load_state_dict(local.train_epochs(state, data, 0).state)
     logits = model.eval()(data.images / 255)
     assert functional.cross_entropy(logits, data.labels).item() < 0.5 * first["loss"]
 
@@ -133,7 +133,7 @@ def test_the_template_and_the_arguments_stay_as_they_are():
     local = training(model=model)
     start, data = state_of(TinyNet(seed=9)), client_data(0)
     copies = {k: v.clone() for k, v in start.items()}, data.images.clone(), data.labels.clone()
-    trained = local.passes(start, data, 0)
+    trained = local.train_epochs(start, data, 0)
     assert_same(state_of(model), before)
     assert not model.training
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -141,7 +141,7 @@ def test_the_template_and_the_arguments_stay_as_they_are():
     assert torch.equal(data.images, copies[1])
     assert torch.equal(data.labels, copies[2])
     result = {k: v.clone() for k, v in trained.state.items()}
-    local.passes(start, client_data(1), 0)
+    local.train_epochs(start, client_data(1), 0)
     assert_same(trained.state, result)  # the reused model object does not reach into results
 
 
@@ -149,9 +149,9 @@ def test_rounds_and_clients_have_streams_of_their_own():
     start, local = state_of(TinyNet()), training(decay_every=None)
     data = client_data(0)
     results = [
-        local.passes(start, data, 0).state,
-        local.passes(start, data, 1).state,
-        local.passes(start, ClientData(1, data.images, data.labels), 0).state,
+        local.train_epochs(start, data, 0).state,
+        local.train_epochs(start, data, 1).state,
+        local.train_epochs(start, ClientData(1, data.images, data.labels), 0).state,
     ]
     assert differ(results[0], results[1])
     assert differ(results[0], results[2])
@@ -162,14 +162,14 @@ def test_dropout_draws_from_a_derived_stream():
     start, data = state_of(TinyNet()), client_data(0)
     local = training(augmentation=None)
     torch_state = torch.get_rng_state()
-    first = local.passes(start, data, 0).state
+    first = local.train_epochs(start, data, 0).state
     assert torch.equal(torch.get_rng_state(), torch_state)
     torch.rand(3)
-    assert_same(local.passes(start, data, 0).state, first)
+    assert_same(local.train_epochs(start, data, 0).state, first)
     torch.set_rng_state(torch_state)
     other = LocalTraining(TinyNet(), SCHEDULE, seed=SEED)
     other._model.dropout.p = 0.0
-    assert differ(other.passes(start, data, 0).state, first)
+    assert differ(other.train_epochs(start, data, 0).state, first)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_one_image_left_over_does_not_break_batchnorm():
             super().__init__(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
 
     local = training(model=Flat())
-    trained = local.passes(state_of(Flat()), client_data(0, images=17), 0)
+    trained = local.train_epochs(state_of(Flat()), client_data(0, images=17), 0)
     assert trained.state["2.num_batches_tracked"].item() == 2 * 2
 
 
@@ -273,7 +273,7 @@ def test_any_size_and_channels(shape):
     model = nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, 3))
     images = torch.randint(256, (10, *shape), dtype=torch.uint8)
     local = training(model=model, flip=True, crop=1)
-    trained = local.passes(state_of(model), ClientData(2, images, torch.arange(10) % 3), 0)
+    trained = local.train_epochs(state_of(model), ClientData(2, images, torch.arange(10) % 3), 0)
     assert trained.state["1.weight"].isfinite().all()
 
 
@@ -291,9 +291,9 @@ def test_frozen_parameters_and_unused_ones_are_left_alone():
     model = Partly()
     start = state_of(model)
     local = training(model=model, momentum_between_rounds="keep")
-    trained = local.passes(start, client_data(0), 0)
+    trained = local.train_epochs(start, client_data(0), 0)
     assert set(trained.momentum) == {"used.weight", "used.bias"}
-    again = local.passes(trained.state, client_data(0), 1, momentum=trained.momentum)
+    again = local.train_epochs(trained.state, client_data(0), 1, momentum=trained.momentum)
     for name, value in start.items():
         assert torch.equal(again.state[name], value) == (not name.startswith("used"))
 
@@ -301,11 +301,11 @@ def test_frozen_parameters_and_unused_ones_are_left_alone():
 def test_a_diverging_client_is_named():
     local = training(lr=1e30, momentum=0.9)
     with pytest.raises(TrainingDiverged, match="client 4 in round 2") as caught:
-        local.passes(state_of(TinyNet()), client_data(4), 2)
+        local.train_epochs(state_of(TinyNet()), client_data(4), 2)
     assert (caught.value.client, caught.value.round) == (4, 2)
-    trained = training().passes(state_of(TinyNet()), client_data(4), 2)
+    trained = training().train_epochs(state_of(TinyNet()), client_data(4), 2)
     local.schedule = SCHEDULE  # the same trainer is usable again: nothing of the failure stays
-    assert_same(local.passes(state_of(TinyNet()), client_data(4), 2).state, trained.state)
+    assert_same(local.train_epochs(state_of(TinyNet()), client_data(4), 2).state, trained.state)
 
 
 def test_weights_that_overflow_in_the_last_step_are_noticed():
@@ -313,14 +313,14 @@ def test_weights_that_overflow_in_the_last_step_are_noticed():
     huge = {"lr": 3e38, "weight_decay": 1e4}
     local = training(model=model, momentum=0.0, local_epochs=1, batch_size=100, **huge)
     with pytest.raises(TrainingDiverged, match=r"1\.(weight|bias) is not finite"):
-        local.passes(state_of(model), client_data(0), 0)
+        local.train_epochs(state_of(model), client_data(0), 0)
 
 
 def test_requests_that_cannot_be_trained_are_refused():
     pixels, labels = torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(3, dtype=torch.long)
     none = ClientData(3, pixels[:0], labels[:0])
     with pytest.raises(InputError, match="Client 3 has no training images"):
-        training().passes(state_of(TinyNet()), none, 0)
+        training().train_epochs(state_of(TinyNet()), none, 0)
     with pytest.raises(ModelError, match="nothing to train"):
         LocalTraining(nn.Flatten(), replace(SCHEDULE), seed=0)
     with pytest.raises(InputError, match="uint8"):

@@ -86,10 +86,10 @@ def test_a_client_whose_process_ends_or_hangs_is_left_out_of_that_round(tmp_path
     stored = run(tmp_path / "workers", Misbehaving(plan), workers=2, answer_within=PATIENCE)
     left_out = [{f["client"]: f["reason"] for f in e["left_out"]} for e in stored.history]
     assert list(left_out[0]) == [1, 2]
-    assert left_out[0][1] == "its process ended (signal 9)"
+    assert left_out[0][1] == "its process exited (signal 9)"
     assert left_out[0][2] == "it did not answer within 5 seconds"
     assert list(left_out[1]) == [3, 5]
-    assert left_out[1][3] == "its process ended (exit code 3)"
+    assert left_out[1][3] == "its process exited (exit code 3)"
     assert "cannot be sent" in left_out[1][5] or "its loss is" in left_out[1][5]
     assert "Client 2 is left out of round 0: it did not answer within 5 seconds" in caplog.text
     rest = run(

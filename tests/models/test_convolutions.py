@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from certifl.federated.training.precision import own_randomness
+from certifl.federated.training.steps import isolated_rng
 from certifl.torch_env import exact_convolutions
 
 CUDA = torch.device("cuda:0")
@@ -64,6 +64,6 @@ def test_a_clients_passes_do_not_ask_for_tf32(convolutions, monkeypatch):
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nothing(devices))
     monkeypatch.setattr(torch.cuda, "device", nothing)
     monkeypatch.setattr(torch.cuda, "manual_seed", lambda seed: None)
-    with torch.random.fork_rng([]), own_randomness(CUDA, seed=3):
+    with torch.random.fork_rng([]), isolated_rng(CUDA, seed=3):
         assert flags() == (False, True)
     assert convolutions.fp32_precision == "ieee"

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from certifl import models
-from certifl.errors import ModelError
+from certifl.errors import InputError, ModelError
 
 each = pytest.mark.parametrize("name", models.MODELS)
 
@@ -84,7 +84,7 @@ def test_resnet_halves_the_size_at_every_stage_but_the_first():
 
 
 @each
-def test_normalisation_is_inside_and_is_no_state(name):
+def test_normalization_is_inside_and_not_in_the_state(name):
     model = models.MODELS[name](in_channels=3, num_classes=10)
     assert isinstance(model.normalize, models.Normalize)
     assert not [key for key in model.state_dict() if "normalize" in key]
@@ -215,7 +215,7 @@ def test_a_function_of_ones_own_is_called_with_its_options():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet19", "Choose one of resnet18"),
+        ("resnet19", "choose one of resnet18"),
         (":f", "module:function"),
         ("m:", "module:function"),
         ("no_such_module_anywhere:f", "cannot be imported.*PYTHONPATH"),
@@ -234,8 +234,10 @@ def test_a_model_that_cannot_be_used_is_refused(name, message):
 
 
 def test_options_that_do_not_fit_are_refused():
-    with pytest.raises(ModelError, match=r"TypeError.*depth.*options"):
+    with pytest.raises(InputError, match="small_cnn has no parameter 'depth': it has mean, std"):
         models.build("small_cnn", 1, 10, seed=0, options={"depth": 3})
+    with pytest.raises(ModelError, match=r"TypeError.*depth.*options"):
+        models.build(own("linear"), 1, 10, seed=0, options={"depth": 3})
 
 
 def test_a_module_that_fails_on_import_is_refused(tmp_path, monkeypatch):

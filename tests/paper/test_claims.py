@@ -46,13 +46,13 @@ def test_a_planted_gain_is_supported_with_its_size():
 def test_the_opposite_is_not_supported():
     result = claim(pair(0.55, 0.40), "4.1 (ii)")
     assert result.verdict == NOT_SUPPORTED
-    assert result.judged[0].judged.why == "the other way"
+    assert result.judged[0].why == "the other way"
 
 
 def test_no_effect_is_not_supported_where_there_are_images_enough_to_say_so():
     result = claim(pair(0.5, 0.5, images=200), "4.1 (ii)")
     assert result.verdict == NOT_SUPPORTED
-    assert "no difference larger than 3 points" in result.judged[0].judged.why
+    assert "no difference larger than 3 points" in result.judged[0].why
 
 
 def test_few_images_leave_it_undecided():
@@ -81,7 +81,7 @@ def test_over_20_points_is_a_claim_of_its_own():
     assert small.judged[0].together[1] < 0.2
 
 
-def test_personalisation_must_help_for_all_perturbations_and_sigmas():
+def test_personalization_must_help_for_all_perturbations_and_sigmas():
     def both(perturbation, gain: float):
         return [
             run(spec(FEDAVG, perturbation, federated="none"), 0.3),
@@ -158,9 +158,7 @@ def test_a_spread_between_clients_is_found_and_grows():
     growth = claim(runs, "4.1 (iv) growth")
     assert growth.verdict == SUPPORTED
     assert growth.judged[0].together[0] < 0.3 < growth.judged[0].together[1]
-    spreads = {
-        t.finding.effect.clients: t.judged.verdict for t in claim(runs, "4.1 (iv) spread").judged
-    }
+    spreads = {t.finding.effect.clients: t.verdict for t in claim(runs, "4.1 (iv) spread").judged}
     assert spreads[(20,)] == SUPPORTED
     assert spreads[(4,)] != SUPPORTED
 
@@ -204,7 +202,7 @@ def test_the_mixture_may_fail_for_one_lambda():
 def test_one_setting_is_not_every_deformation():
     result = claim(mixtures({0.1: 0.1, 0.5: 0.1, 0.9: 0.1}), "4.4 (i)")
     assert (result.verdict, result.partly) == (UNDECIDED, True)
-    assert all(t.judged.verdict == SUPPORTED for t in result.judged)
+    assert all(t.verdict == SUPPORTED for t in result.judged)
 
 
 def test_lambda_one_is_local_training_and_no_mixture():

@@ -19,11 +19,10 @@ from certifl.paper.claims.render import (
     explanation,
 )
 from certifl.paper.claims.testing import check_runs
-from claims_factory import (
-    DRAWS,
-    pair,
-    write,
-)
+from certifl.report.results import LATER, decisive_settings
+from certifl.spec import with_settings
+from claims_factory import DRAWS, pair, write
+from tiny_study import spec
 
 # Folders and files -------------------------------------------------------------------------------
 
@@ -61,7 +60,7 @@ def test_a_folder_without_runs_and_a_damaged_spec_are_refused(tmp_path):
         check_claims([tmp_path])
     place = write(tmp_path, pair(0.4, 0.5)[0])
     (place / "spec.toml").write_text("seed = 0\n")
-    with pytest.raises(StoreError, match="does not say what the run was"):
+    with pytest.raises(StoreError, match="does not describe the run"):
         check_claims([place])
 
 
@@ -84,10 +83,10 @@ def test_an_interval_that_holds_alone_is_marked_as_that(tmp_path):
     both = [*pair(0.4, 0.5), *pair(0.4, 0.5, clients=20)]
     report = check_runs(both, DRAWS)
     result = next(one for one in report.results if one.claim.name == "4.1 (ii)")
-    assert [one.told for one in result.comparisons] == [False, True, False, True]
+    assert [one.verdict == "" for one in result.comparisons] == [False, True, False, True]
     ends = COMPARISON_HEAD.index("95 % together")
     for one in result.comparisons:
-        assert comparison_row(one)[ends].endswith(" (alone)") == one.told
+        assert comparison_row(one)[ends].endswith(" (alone)") == (one.verdict == "")
     assert "marked (alone)" in " ".join(explanation(report))
     held = next(one for one in as_json(report)["claims"] if one["claim"] == "4.1 (ii)")
     for one in held["comparisons"]:
@@ -136,3 +135,26 @@ def test_every_claim_says_what_it_measures_and_when_it_holds():
         assert one.sentence
         assert one.hypothesis
         assert one.rule.startswith("supported if")
+
+
+# Older versions: their specs lack keys that came later ----------------------------------------
+
+
+def test_a_key_that_came_later_tells_no_two_runs_apart() -> None:
+    newer = spec().model_dump(exclude_none=True)
+    older = {**newer, "training": dict(newer["training"])}
+    for name, default in LATER.items():
+        section, _, key = name.partition(".")
+        assert older[section].pop(key, default) == default
+    assert decisive_settings(older) == decisive_settings(newer)
+    between = {**newer, "training": {**newer["training"], "steps": "plain"}}  # as 0.1.0 wrote it
+    assert decisive_settings(between) == decisive_settings(newer)
+
+
+def test_what_was_chosen_still_tells_runs_apart() -> None:
+    plain = spec().model_dump(exclude_none=True)
+    for choice in ("training.precision=bfloat16", "training.lr=0.007", "certification.n=999"):
+        other = with_settings(plain, [choice]).model_dump(exclude_none=True)
+        key, _, value = choice.partition("=")
+        assert str(decisive_settings(other)[key]) == value
+        assert decisive_settings(other) != decisive_settings(plain)

@@ -13,8 +13,7 @@ from certifl.certification.scan import scan_from
 from certifl.errors import InputError, StoreMismatch
 from certifl.paper.claims import check_claims
 from certifl.paper.claims.bootstrap import Sampler
-from certifl.paper.claims.radii import largest_radius
-from certifl.paper.claims.runs import StudyRun, find_runs, read_run
+from certifl.paper.claims.runs import StudyRun, find_runs, largest_radius, read_run
 from certifl.paper.claims.testing import check_runs
 from certifl.smoothing.laws import LAWS
 from claims_factory import ALPHA, DRAWS, FEDAVG, LOCAL, ROTATION, N, results, spec, write
@@ -33,11 +32,11 @@ def scanned(
 def scanned_results(algorithm: dict[str, Any], scan: dict[str, Any] | None, share: float):
     whole = results(spec(algorithm), share)
     held = whole.certificates
-    facts = {**held.conditions, "estimator": "scan"} | ({} if scan is None else {"scan": scan})
+    metadata = {**held.conditions, "estimator": "scan"} | ({} if scan is None else {"scan": scan})
     far = largest_radius(whole)
     radius = held.radius / far * math.pi
     return dataclasses.replace(
-        whole, certificates=dataclasses.replace(held, radius=radius, conditions=facts)
+        whole, certificates=dataclasses.replace(held, radius=radius, conditions=metadata)
     )
 
 
@@ -81,7 +80,7 @@ def test_a_scan_of_unknown_length_is_refused(scan, tmp_path):
 def test_a_scan_of_unknown_length_in_a_study_is_left_out_and_named(tmp_path):
     known = scanned(LOCAL, ALL_ROUND)
     place = write(tmp_path, known)
-    lost = write(tmp_path, StudyRun(known.facts, scanned_results(FEDAVG, None, 0.5)))
+    lost = write(tmp_path, StudyRun(known.metadata, scanned_results(FEDAVG, None, 0.5)))
     runs, notes = find_runs([tmp_path])
     assert [run.results.folder for run in runs] == [place]
     assert any(str(lost) in note and "where it looked" in note for note in notes)

@@ -40,11 +40,11 @@ STARTER = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit none
 sys.path[:0] = [{results!r}, {folder!r}]
-from algorithm_pool import work_off
+from algorithm_pool import run_jobs
 from sleeper import work
 
 if __name__ == "__main__":
-    work_off([({folder!r}, n) for n in range(4)], 2, work, print)
+    run_jobs([({folder!r}, n) for n in range(4)], 2, work, print)
 """
 
 
@@ -66,7 +66,7 @@ def studies(
 
 
 def coverage(interval: Callable, of_seeds: float, of_images: float, seeds: int) -> float:
-    rng, repeats, held = np.random.default_rng(5), 2000, 0
+    rng, repeats, held = np.random.default_rng(5), 600, 0
     for _ in range(repeats):
         low, high = interval(studies(rng, seeds, of_seeds, of_images))
         held += low <= 1.0 <= high
@@ -81,31 +81,21 @@ def images_as_repetitions(differences: list[np.ndarray]) -> tuple[float, float]:
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("seeds", [3, 5])
-def test_intervals_cover_where_trainings_differ(scripts: Scripts, seeds: int) -> None:
+def test_intervals_cover_where_trainings_or_images_differ(scripts: Scripts) -> None:
     def ours(differences: list[np.ndarray]) -> tuple[float, float]:
         found = scripts["intervals"].paired(differences)
         return found.low, found.high
 
-    assert 0.938 < coverage(ours, 1.0, 1.0, seeds) < 0.962
-    assert coverage(images_as_repetitions, 1.0, 1.0, seeds) < 0.5
-
-
-@pytest.mark.statistical
-def test_intervals_cover_where_images_alone_differ(scripts: Scripts) -> None:
-    paired = scripts["intervals"].paired
-
-    def ours(differences: list[np.ndarray]) -> tuple[float, float]:
-        found = paired(differences)
-        return found.low, found.high
-
-    assert coverage(ours, 0.0, 1.0, 3) > 0.94
+    for seeds in (3, 5):
+        assert 0.925 < coverage(ours, 1.0, 1.0, seeds) < 0.975
+        assert coverage(images_as_repetitions, 1.0, 1.0, seeds) < 0.5
+    assert coverage(ours, 0.0, 1.0, 3) > 0.93
 
 
 @pytest.mark.statistical
 def test_holm_is_wrong_about_any_of_sixteen_in_at_most_five_percent(scripts: Scripts) -> None:
     paired, holm = (getattr(scripts["intervals"], name) for name in ("paired", "holm"))
-    rng, repeats = np.random.default_rng(6), 200
+    rng, repeats = np.random.default_rng(6), 60
     corrected = alone = 0
     for _ in range(repeats):
         base = studies(rng, 5, 1.0, 0.5, 10)
@@ -115,7 +105,7 @@ def test_holm_is_wrong_about_any_of_sixteen_in_at_most_five_percent(scripts: Scr
             p.append(paired([a - b for a, b in zip(other, base, strict=True)]).p)
         corrected += any(holm(p))
         alone += min(p) <= 0.05
-    assert corrected / repeats < 0.07
+    assert corrected <= stats.binom.ppf(0.999, repeats, 0.05)
     assert alone / repeats > 0.2, "without correction the table would be wrong far too often"
 
 
@@ -173,7 +163,7 @@ def test_all_runs_are_made_once_and_fine_tuning_after_its_base(scripts: Scripts)
     jobs = study.jobs(wanted)
     flat = [one for job in jobs for one in job]
     assert sorted(map(repr, flat)) == sorted(map(repr, wanted))
-    assert len({one.place(Path()) for one in wanted}) == len(wanted)
+    assert len({one.folder(Path()) for one in wanted}) == len(wanted)
     assert len(wanted) == len(ALGORITHMS) * 2 * 2 * len(study.SEEDS)
     longer = [[one.algorithm for one in job] for job in jobs if len(job) > 1]
     assert longer == [["fedavg", "personalized"]] * (4 * len(study.SEEDS))
@@ -190,7 +180,7 @@ def write(runs: Path, scripts: Scripts, qualities: dict[str, float], seed: int) 
         facts = factory.make_manifest(algorithm, ALGORITHMS.rows[algorithm].label) | {
             "spec_hash": study.spec().hash()
         }
-        folder = factory.write_run(study.place(runs), certificates, facts)
+        folder = factory.write_run(study.folder(runs), certificates, facts)
         (folder / "clean.json").write_text(json.dumps({"right": 150 + number, "images": 200}))
 
 
@@ -259,7 +249,7 @@ def test_other_studies_and_other_images_are_refused(scripts: Scripts, tmp_path: 
             scripts["numbers"].differences(one, other, 0.1)
 
 
-def test_spread_by_lot_is_what_equal_clients_have(scripts: Scripts) -> None:
+def test_random_spread_is_that_of_equal_clients(scripts: Scripts) -> None:
     rng = np.random.default_rng(3)
     owner = np.repeat(np.arange(10), 10)
     equal = [rng.normal(size=100) for _ in range(20)]
@@ -279,11 +269,11 @@ def test_differences_are_rounded_outward(scripts: Scripts) -> None:
     assert cell(None, False, 1.0, 2) == "-"
 
 
-def test_a_failed_job_is_told_and_the_others_are_done(scripts: Scripts) -> None:
-    told: list[str] = []
-    failures = scripts["pool"].work_off([1, 2, 0, 4], 2, math.log, told.append)
+def test_a_failed_job_is_reported_and_the_others_are_done(scripts: Scripts) -> None:
+    reported: list[str] = []
+    failures = scripts["pool"].run_jobs([1, 2, 0, 4], 2, math.log, reported.append)
     assert failures == ["0 FAILED: ValueError: math domain error"]
-    assert len(told) == 4
+    assert len(reported) == 4
 
 
 def test_the_page_is_linked_by_its_heading() -> None:
@@ -300,7 +290,7 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def until(reached: Callable[[], bool], seconds: float = 60.0) -> bool:
+def until(reached: Callable[[], bool], seconds: float = 180.0) -> bool:
     end = time.monotonic() + seconds
     while not reached() and time.monotonic() < end:
         time.sleep(0.05)

@@ -127,14 +127,14 @@ def test_the_numbers_are_those_of_the_runs(study: Path, made: Path) -> None:
         )
 
 
-def test_a_planted_effect_is_told_and_the_open_ones_are_called_open(made: Path) -> None:
+def test_a_planted_effect_is_reported_and_undecided_ones_are_called_that(made: Path) -> None:
     page = (made / "figure1.md").read_text()
     words = page.split("## In words")[1].split("## Numbers")[0]
     assert "**4.1 (i): not supported.**" in words
     assert "**4.1 (ii): supported.**" in words
     told = next(line for line in words.splitlines() if "4.1 (ii):" in line)
     assert "In this figure: of 2 comparisons, supported in 2" in told
-    assert "Not all runs that the claim speaks of were computed." in told  # rotation alone
+    assert "Not all runs that the claim is about were computed." in told  # rotation alone
     low, high = map(float, re.findall(r"between ([+-]\d+\.\d) and ([+-]\d+\.\d) points", told)[0])
     assert 0 < low < 30 < high
     assert "More images would decide them" in words
@@ -170,7 +170,7 @@ def test_the_index_names_every_claim_and_links_pages_that_exist(made: Path) -> N
     assert sum(counts) == len(CLAIMS)
 
 
-def test_nothing_of_the_machine_s_folders_is_told(study: Path, made: Path) -> None:
+def test_pages_name_no_folder_of_the_machine(study: Path, made: Path) -> None:
     for page in made.glob("*.md"):
         text = page.read_text()
         assert "/home/" not in text

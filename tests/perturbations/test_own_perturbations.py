@@ -26,15 +26,15 @@ from certifl.experiments.attack import attack_run
 from certifl.experiments.run import Options, run
 from certifl.experiments.verify import verify_run
 from certifl.federated.trainer import train
-from certifl.federated.training.batches import PerClient, augmentation_of, together
+from certifl.federated.training.batches import PerClient, augmentation_of, combine_augmentations
 from certifl.paper.claims.runs import find_runs
 from certifl.report import load_run, summary_rows, write_figures, write_report
 from certifl.report.figures import Drawing
 from certifl.report.page import page as page_module
-from certifl.report.results import apart, check_comparable
+from certifl.report.results import by_perturbation, check_comparable
 from certifl.runs.checkpoints import Checkpoints
 from certifl.runs.folder import RunFolder
-from certifl.study.opened_run import open_data, run_spec, trained_model
+from certifl.study.opened_run import OpenRun
 from own_study import OWN, spec
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -62,17 +62,17 @@ def test_a_client_trains_as_if_all_trained_like_it() -> None:
     mine = tiny_federation.training(augmentation=PerClient(noises))
     for client, noise in enumerate(noises):
         data = tiny_federation.client_data(client)
-        found = mine.passes(start, data, 1).state
-        alone = tiny_federation.training(augmentation=noise).passes(start, data, 1).state
+        found = mine.train_epochs(start, data, 1).state
+        alone = tiny_federation.training(augmentation=noise).train_epochs(start, data, 1).state
         assert all(torch.equal(found[name], alone[name]) for name in alone)
 
 
 def test_choices_that_agree_are_one_and_strangers_are_refused() -> None:
     noise = tiny_federation.Noise()
-    assert together([noise, tiny_federation.Noise()]) is noise
-    assert together([None, None]) is None
+    assert combine_augmentations([noise, tiny_federation.Noise()]) is noise
+    assert combine_augmentations([None, None]) is None
     assert augmentation_of(noise, 7) is noise
-    with pytest.raises(InputError, match="client 2 is none of them"):
+    with pytest.raises(InputError, match="client 2 has none"):
         augmentation_of(PerClient((noise, None)), 2)
 
 
@@ -93,14 +93,13 @@ def test_a_checkpoint_belongs_to_the_choices_it_was_trained_with(tmp_path: Path)
 
 def test_each_client_is_certified_as_by_a_direct_call(mixed: Path) -> None:
     """Oracle: `certify` with the client's model, images and perturbation."""
-    folder, made = RunFolder(mixed), run_spec(RunFolder(mixed))
-    dataset, _ = open_data(made, None)
-    certificates = folder.load_certificates()
+    opened = OpenRun(mixed)
+    made = opened.spec
     for client in (0, 1):
-        own = certificates.of_client(client)
-        part = dataset.test.take(own.index)
+        own = opened.certificates.of_client(client)
+        part = opened.dataset.test.take(own.index)
         direct = certifl.certify(
-            trained_model(folder, made, client),
+            opened.model(client),
             to_float(part.images),
             made.perturbations()[client],
             labels=part.labels,
@@ -114,16 +113,17 @@ def test_each_client_is_certified_as_by_a_direct_call(mixed: Path) -> None:
 
 
 def test_who_certifies_nothing_leaves_plain_predictions(mixed: Path) -> None:
-    folder, made = RunFolder(mixed), run_spec(RunFolder(mixed))
-    plain = folder.load_predictions()
-    part = open_data(made, None)[0].test.take(plain.index)
-    logits = trained_model(folder, made, 2)(to_float(part.images))
+    opened = OpenRun(mixed)
+    plain = opened.predictions
+    assert plain is not None
+    part = opened.dataset.test.take(plain.index)
+    logits = opened.model(2)(to_float(part.images))
     assert plain.clients == [2]
     assert plain.predicted.tolist() == logits.argmax(1).tolist()
     assert plain.accuracy(2) == (logits.argmax(1) == part.labels).float().mean().item()
     counted = {"images": len(plain), "correct": int(plain.correct.sum())}
-    assert folder.manifest()["plain"] == {"2": counted}
-    assert sorted(set(folder.load_certificates().client.tolist())) == [0, 1]
+    assert opened.manifest["plain"] == {"2": counted}
+    assert sorted(set(opened.certificates.client.tolist())) == [0, 1]
 
 
 def test_radii_of_different_meaning_have_no_average(mixed: Path, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_lost_files_come_back_and_nothing_else_changes(copied: Path) -> None:
     certificates, plain = before.load_certificates(), before.load_predictions()
     before.certificates.unlink()
     before.predictions.unlink()
-    again = run(run_spec(before), Options(copied))
+    again = run(OpenRun(copied).spec, Options(copied))
     assert again.load_certificates().same_results(certificates)
     assert again.load_predictions().predicted.tolist() == plain.predicted.tolist()
 
@@ -320,7 +320,7 @@ def test_runs_that_certify_otherwise_do_not_stand_side_by_side(mixed: Path) -> N
         with pytest.raises(StoreMismatch, match="differ in perturbations of clients"):
             check_comparable([results, other])
     check_comparable([results, results])
-    assert len(apart([results, results])) == 2
+    assert len(by_perturbation([results, results])) == 2
 
 
 def test_claims_leave_such_runs_out(mixed: Path) -> None:

@@ -34,8 +34,8 @@ def test_equals_grid_sample_at_pixel_centres(size, padding):
     h, w = size
     images = pictures(3, 2, h, w)
     x, y = positions(images)
-    normalised = torch.stack([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1], -1)
-    expected = F.grid_sample(images, normalised, padding_mode=padding, align_corners=False)
+    normalized = torch.stack([(2 * x + 1) / w - 1, (2 * y + 1) / h - 1], -1)
+    expected = F.grid_sample(images, normalized, padding_mode=padding, align_corners=False)
     # grid_sample's own round trip costs about size * 2**-24 pixels, times a slope of at most 1
     torch.testing.assert_close(warp(images, x, y, padding), expected, atol=3e-5, rtol=0)
 
@@ -44,8 +44,8 @@ def test_equals_grid_sample_at_pixel_centres(size, padding):
 def test_equals_grid_sample_in_double_precision(padding):
     images = pictures(3, 2, 9, 13).double()
     x, y = positions(images.double())
-    normalised = torch.stack([(2 * x + 1) / 13 - 1, (2 * y + 1) / 9 - 1], -1)
-    expected = F.grid_sample(images, normalised, padding_mode=padding, align_corners=False)
+    normalized = torch.stack([(2 * x + 1) / 13 - 1, (2 * y + 1) / 9 - 1], -1)
+    expected = F.grid_sample(images, normalized, padding_mode=padding, align_corners=False)
     torch.testing.assert_close(warp(images, x, y, padding), expected, atol=1e-12, rtol=0)
 
 
@@ -259,9 +259,9 @@ def test_affine_is_the_matrix_in_half_widths():
     h, w = 10, 16
     x, y, _ = displacement_of(Affine(1.0), phi, h, w)
     theta = torch.tensor([[[1.0, 0, 0], [0, 1.0, 0]]], dtype=torch.float64) + phi.view(1, 2, 3)
-    normalised = F.affine_grid(theta, [1, 1, h, w], align_corners=False)
-    torch.testing.assert_close(x, (normalised[..., 0] + 1) * w / 2 - 0.5)
-    torch.testing.assert_close(y, (normalised[..., 1] + 1) * h / 2 - 0.5)
+    normalized = F.affine_grid(theta, [1, 1, h, w], align_corners=False)
+    torch.testing.assert_close(x, (normalized[..., 0] + 1) * w / 2 - 0.5)
+    torch.testing.assert_close(y, (normalized[..., 1] + 1) * h / 2 - 0.5)
 
 
 def test_affine_contains_translation_and_scaling():

@@ -1,4 +1,4 @@
-"""Statements about regimes err as rarely as they say, on report pages and in claims.
+"""Statements about algorithms have their nominal error rate, on report pages and in claims.
 
 Clients differ from each other, and rare images lose nearly all of their radius: designs under
 which "the first is better" used to be shown for up to half of the studies, although the true mean
@@ -9,6 +9,7 @@ designs are simulated there, all studies at once, and then in studies of runs th
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,13 +20,12 @@ from scipy import stats
 
 from certifl.paper.claims.bootstrap import Sampler
 from certifl.paper.claims.effects import QUANTITIES, over_seeds
-from certifl.paper.claims.radii import largest_radius
-from certifl.paper.claims.runs import StudyRun, read_run
+from certifl.paper.claims.runs import StudyRun, largest_radius, read_run
 from certifl.report import intervals
 from certifl.report.compare import compare
-from certifl.report.intervals import Sample, interval_over_seeds, mean_interval
+from certifl.report.intervals import Sample, interval_over_seeds
 from certifl.report.results import RunResults, by_seed
-from claims_factory import FEDAVG, LOCAL, results, spec
+from claims_factory import results, spec
 
 Floats = NDArray[np.float64]
 
@@ -34,7 +34,7 @@ ERROR, TRIALS = 0.05, 2000
 
 @dataclass(frozen=True)
 class Design:
-    """Differences of two regimes: what clients gain on most images, and rare large losses."""
+    """Differences of two algorithms: gains on most images of a client, and rare large losses."""
 
     clients: int
     images: int
@@ -51,12 +51,12 @@ class Design:
 
     def draw(self, rng: np.random.Generator, trials: int = TRIALS) -> list[Floats]:
         """(images, trials) of each client."""
-        size, drawn = (self.images, trials), []
+        size, resampled = (self.images, trials), []
         for client in range(self.clients):
             usual = self.gains[client % len(self.gains)] + self.noise * rng.standard_normal(size)
             usual = usual + self.gain * (rng.random(size) < self.some)
-            drawn.append(np.where(rng.random(size) < self.losses, -0.9, usual))
-        return drawn
+            resampled.append(np.where(rng.random(size) < self.losses, -0.9, usual))
+        return resampled
 
 
 UNLIKE_CLIENTS = Design(4, 12, (0.12, -0.10), 0.015)
@@ -85,13 +85,13 @@ def too_often(count: int, trials: int = TRIALS, error: float = ERROR / 2) -> boo
 @pytest.mark.statistical
 @pytest.mark.parametrize("seeds", [1, 3])
 @pytest.mark.parametrize("design", [*HIDING, ORDINARY])
-def test_better_is_shown_wrongly_as_rarely_as_it_says(design: Design, seeds: int) -> None:
+def test_better_is_wrongly_shown_at_the_nominal_rate(design: Design, seeds: int) -> None:
     assert design is ORDINARY or design.true < 0.0
     assert not too_often(said_better(design, seeds))
 
 
 @pytest.mark.statistical
-def test_ordinary_data_has_intervals_that_are_no_wider_than_they_must_be() -> None:
+def test_intervals_of_ordinary_data_are_no_wider_than_necessary() -> None:
     low, high = interval_over_seeds(
         [Sample.of(ORDINARY.draw(np.random.default_rng(1)))], ERROR, 1.0
     )
@@ -136,11 +136,6 @@ def test_over_seeds_the_fewest_images_limit_the_interval(monkeypatch: pytest.Mon
     assert reach() < 1e-12
 
 
-def test_clients_that_differ_are_no_certainty() -> None:
-    low, high = mean_interval([np.full(20, 0.12), np.full(20, -0.10)], ERROR, 1.0)
-    assert (high - low) / 2 >= 1.0 - 0.025 ** (1 / 40) - 1e-12
-
-
 def test_images_that_seeds_share_are_not_new_ones() -> None:
     rng = np.random.default_rng(3)
     values = [rng.normal(0.0, 0.5, 50) for _ in range(4)]
@@ -171,11 +166,13 @@ def test_trainings_that_scatter_are_covered(shared: bool) -> None:
 
 # Through pages and claims ------------------------------------------------------------------------
 
-STUDIES, _BASE = 40, 0.88
+STUDIES, _BASE = 30, 0.88
 
 
-def template(algorithm: dict[str, str], design: Design, seed: int) -> RunResults:
-    return results(spec(algorithm, clients=design.clients, seed=seed), 0.5, images=design.images)
+@functools.cache
+def template(algorithm: str, design: Design, seed: int) -> RunResults:
+    values = spec({"name": algorithm}, clients=design.clients, seed=seed)
+    return results(values, 0.5, images=design.images)
 
 
 def with_shares(run: RunResults, shares: Floats) -> RunResults:
@@ -204,12 +201,12 @@ Shown = Callable[[list[RunResults], list[RunResults]], tuple[float, float]]
 def wrongly_better(shown: Shown, seeds: int) -> int:
     rng, design = np.random.default_rng(11), UNLIKE_CLIENTS
     size = design.clients * design.images
-    firsts = [template(FEDAVG, design, seed) for seed in range(seeds)]
-    seconds = [template(LOCAL, design, seed) for seed in range(seeds)]
+    firsts = [template("fedavg", design, seed) for seed in range(seeds)]
+    seconds = [template("local", design, seed) for seed in range(seeds)]
     count = 0
     for _ in range(STUDIES):
-        drawn = [np.concatenate(design.draw(rng, 1))[:, 0] for _ in range(seeds)]
-        moved = [np.maximum(0.0, _BASE + own) for own in drawn]
+        resampled = [np.concatenate(design.draw(rng, 1))[:, 0] for _ in range(seeds)]
+        moved = [np.maximum(0.0, _BASE + own) for own in resampled]
         ahead = [with_shares(run, own) for run, own in zip(firsts, moved, strict=True)]
         base = [with_shares(run, np.full(size, _BASE)) for run in seconds]
         count += shown(ahead, base)[0] > 0.0
@@ -219,7 +216,7 @@ def wrongly_better(shown: Shown, seeds: int) -> int:
 @pytest.mark.statistical
 @pytest.mark.parametrize("seeds", [1, 2])
 @pytest.mark.parametrize("shown", [on_a_page, in_claims])
-def test_pages_and_claims_rarely_show_a_regime_to_be_better_that_is_not(
+def test_pages_and_claims_rarely_call_an_algorithm_better_that_is_not(
     shown: Shown, seeds: int
 ) -> None:
     assert not too_often(wrongly_better(shown, seeds), STUDIES)
@@ -234,6 +231,7 @@ def test_pages_and_claims_rest_on_the_floor(shown: Shown, monkeypatch: pytest.Mo
 
 def test_pages_and_claims_give_the_same_interval() -> None:
     runs = [
-        [template(algorithm, ORDINARY, seed) for seed in range(3)] for algorithm in (FEDAVG, LOCAL)
+        [template(algorithm, ORDINARY, seed) for seed in range(3)]
+        for algorithm in ("fedavg", "local")
     ]
     assert on_a_page(*runs) == pytest.approx(in_claims(*runs))

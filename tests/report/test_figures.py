@@ -48,7 +48,7 @@ def test_the_curves_are_the_means_with_their_bands(runs):
         (line,) = [drawn for drawn in axes.lines if drawn.get_label() == run.label]
         assert np.array_equal(line.get_xdata(), radii)
         assert np.array_equal(line.get_ydata(), curves.mean(axis=0))
-        assert to_hex(line.get_color()).upper() == look.colour
+        assert to_hex(line.get_color()).upper() == look.color
         edge = band.get_paths()[0].vertices
         assert edge[:, 1].min() == pytest.approx(curves.min())
         assert edge[:, 1].max() == pytest.approx(curves.max())

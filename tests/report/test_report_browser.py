@@ -10,18 +10,12 @@ from playwright.sync_api import Locator, Page, expect
 from browser import tab_to
 from certifl.report.wording import percent, tenths
 from report_factory import REGIMES
-from report_pages import HOSTILE, data_of, hostile_page, study_page, study_runs
+from report_pages import HOSTILE, data_of
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("study")
-    return study_page(study_runs(place), place)
-
-
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hostile_page(tmp_path_factory.mktemp("hostile"))
+@pytest.fixture
+def report(study_report: Path) -> Path:
+    return study_report
 
 
 def test_the_page_loads_without_complaint_and_without_network(page, windows, report):
@@ -40,11 +34,11 @@ def test_charts_are_drawn(page):
 
 def test_regimes_lines_and_bands_can_be_switched(page):
     chart = page.locator("#curve-chart")
-    page.locator('[data-regime="2"]').uncheck()
+    page.locator('[data-algorithm="2"]').uncheck()
     expect(chart.locator("path.mean")).to_have_count(len(REGIMES) - 1)
     expect(chart.locator('[data-run="2"]')).to_have_count(0)
-    expect(page.locator("#readout")).not_to_contain_text("Personalised")
-    page.locator('[data-regime="2"]').check()
+    expect(page.locator("#readout")).not_to_contain_text("Personalized")
+    page.locator('[data-algorithm="2"]').check()
     expect(chart.locator('[data-run="2"]')).to_have_count(1)
     page.get_by_label("Band: smallest to largest client").uncheck()
     expect(chart.locator("path.band")).to_have_count(0)
@@ -55,7 +49,7 @@ def test_regimes_lines_and_bands_can_be_switched(page):
 def test_mean_and_band_follow_the_chosen_clients(page, report):
     data, readout = data_of(report), page.locator("#readout")
     page.locator("#clients-none").click()
-    expect(readout).to_contain_text("at least one regime and one client")
+    expect(readout).to_contain_text("at least one algorithm and one client")
     page.locator('[data-client="3"]').check()
     page.locator('[data-client="7"]').check()
     at = int(page.locator("#radius").input_value())
@@ -75,7 +69,7 @@ def test_the_keyboard_reaches_and_works_the_controls(page):
     page.keyboard.press("ArrowRight")
     expect(said).not_to_have_text(before)
     expect(focus).to_have_attribute("aria-valuetext", said.inner_text())
-    tab_to(page, '[data-regime="0"]')
+    tab_to(page, '[data-algorithm="0"]')
     expect(focus).to_have_css("outline-style", "solid")
     page.keyboard.press("Space")
     expect(page.locator('#curve-chart [data-run="0"]')).to_have_count(0)
@@ -141,7 +135,7 @@ def test_light_and_dark_follow_the_reader(page):
 def test_hostile_names_stay_text(windows, hostile):
     page = windows(hostile)
     expect(page).to_have_title(HOSTILE)
-    expect(page.locator("#curves .regime span").first).to_contain_text(HOSTILE)
+    expect(page.locator("#curves .algorithm span").first).to_contain_text(HOSTILE)
     expect(page.locator("#curve-chart path.mean")).to_have_count(2)
 
 
@@ -159,11 +153,11 @@ def test_without_scripts_the_pictures_are_there(windows, report):
 def _advice(page: Page) -> list[list[str]]:
     """Cells of the table, row by row."""
     cells = "rows => rows.map(row => [...row.children].map(cell => cell.textContent))"
-    return page.locator("#advice-table tbody tr").evaluate_all(cells)
+    return page.locator("#recommendation-table tbody tr").evaluate_all(cells)
 
 
 def test_the_advice_at_no_accuracy_is_the_one_written_down(page):
-    accepted, groups = page.locator("#accepted"), page.locator("#advice")
+    accepted, groups = page.locator("#accepted"), page.locator("#recommendations")
     written = _advice(page), groups.inner_text()
     accepted.fill("100")
     assert (_advice(page), groups.inner_text()) != written
@@ -176,7 +170,7 @@ def test_an_accepted_accuracy_rules_regimes_out(page, report, least):
     page.locator("#accepted").fill(str(least))
     data = data_of(report)
     labels = [run["label"] for run in data["runs"]]
-    for cells, client in zip(_advice(page), data["advice"]["clients"], strict=True):
+    for cells, client in zip(_advice(page), data["recommendation"]["clients"], strict=True):
         reach = [i for i in client["order"] if 100 * client["accuracy"][i][0] >= least - 1e-7]
         if not reach:
             assert cells[2].startswith("none: the best reaches")
@@ -215,7 +209,7 @@ def test_radii_as_a_share_of_sigma_and_accuracies_as_shares(page, report):
 
 
 def _says(page: Page, run: int) -> Locator:
-    return page.locator(f'[data-walker="{run}"] .walker-says')
+    return page.locator(f'[data-explored="{run}"] .explored-answer')
 
 
 def _pick(page: Page, number: int) -> None:
@@ -240,7 +234,7 @@ def test_the_explorer_says_whether_the_step_is_certified(page, report):
     for step in (15, 17, 21, 0):
         page.locator("#step").fill(str(step))
         for seen in image["runs"]:
-            said, walk = _says(page, seen["run"]).inner_text(), seen["walks"][0]
+            said, walk = _says(page, seen["run"]).inner_text(), seen["sweeps"][0]
             if seen["ends"] is None:
                 assert "nothing is certified" in said
                 continue
@@ -250,7 +244,7 @@ def test_the_explorer_says_whether_the_step_is_certified(page, report):
             assert f"class {label}, 80 of 100 votes" in said
             kept = label == seen["predicted"]
             assert step == 15 or ("still the same class" if kept else "another class") in said
-            assert ("right" if label == image["label"] else "wrong") in said
+            assert ("correct" if label == image["label"] else "wrong") in said
 
 
 def test_the_keyboard_picks_an_image_and_deforms_it(page):
@@ -269,7 +263,7 @@ def test_the_keyboard_picks_an_image_and_deforms_it(page):
 
 
 def test_a_click_on_a_strip_takes_the_reader_there(page):
-    strip = page.locator(".walker:not([hidden]) .strip svg").first
+    strip = page.locator(".explored-row:not([hidden]) .strip svg").first
     strip.click(position={"x": strip.bounding_box()["width"] - 10, "y": 5})
     expect(page.locator("#step")).to_have_value("30")
 
@@ -277,8 +271,8 @@ def test_a_click_on_a_strip_takes_the_reader_there(page):
 def test_only_regimes_that_explored_an_image_speak_of_it(page, report):
     for number, image in enumerate(data_of(report)["explorer"]["images"]):
         _pick(page, number)
-        runs = "all => all.map(walker => Number(walker.dataset.walker))"
-        visible = page.locator("[data-walker]:visible").evaluate_all(runs)
+        runs = "all => all.map(walker => Number(walker.dataset.explored))"
+        visible = page.locator("[data-explored]:visible").evaluate_all(runs)
         assert visible == [seen["run"] for seen in image["runs"]]
 
 
@@ -286,13 +280,13 @@ def test_the_certified_range_is_drawn_to_scale(page, report):
     _pick(page, 0)
     image = data_of(report)["explorer"]["images"][0]
     for seen in image["runs"]:
-        bar = page.locator(f'[data-walker="{seen["run"]}"] .held')
+        bar = page.locator(f'[data-explored="{seen["run"]}"] .strip .certified')
         if seen["ends"] is None:
             expect(bar).to_have_count(0)
             continue
         x, width = (float(bar.get_attribute(name)) for name in ("x", "width"))
         whole = bar.evaluate("b => b.ownerSVGElement.viewBox.baseVal.width")
-        values = image["walks"][0]["values"]
+        values = image["sweeps"][0]["values"]
         wide = (whole - 20) * (seen["ends"][1] - seen["ends"][0]) / (values[-1] - values[0])
         assert width == pytest.approx(max(2, wide), abs=0.5)
         assert x + width / 2 == pytest.approx(whole / 2, abs=0.5)

@@ -9,8 +9,10 @@ import html.parser
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,22 +33,12 @@ from certifl.report.summary import client_curves, radius_grid
 from certifl.report.wording import percent
 from explorer_factory import strip, write_explorer
 from report_factory import make_certificates, make_manifest, write_run
-from report_pages import data_of, hostile_page, shifted_runs, study_page, study_runs
+from report_pages import data_of
 
 
-@pytest.fixture(scope="session")
-def study(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return study_runs(tmp_path_factory.mktemp("study"))
-
-
-@pytest.fixture(scope="session")
-def page(study: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return study_page(study, tmp_path_factory.mktemp("page"), figures=True)
-
-
-@pytest.fixture(scope="session")
-def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hostile_page(tmp_path_factory.mktemp("hostile"))
+@pytest.fixture
+def page(study_report: Path) -> Path:
+    return study_report
 
 
 # The file --------------------------------------------------------------------------------------
@@ -98,9 +90,11 @@ def test_files_cannot_put_elements_on_the_page(hostile):
 
 
 def test_equal_results_give_an_equal_page(study, page, tmp_path):
-    beside = page.with_name("again.html")
-    write_report(study, beside, title="Handwritten digits", figures=False, claims=verdicts_section)
-    assert beside.read_bytes() == page.read_bytes()
+    partners = page.with_name("again.html")
+    write_report(
+        study, partners, title="Handwritten digits", figures=False, claims=verdicts_section
+    )
+    assert partners.read_bytes() == page.read_bytes()
 
 
 def test_the_numbers_in_the_page_are_the_stored_ones(study, page):
@@ -116,7 +110,7 @@ def test_the_numbers_in_the_page_are_the_stored_ones(study, page):
 def test_the_page_says_what_was_found_and_what_it_means(page):
     text = _words(page)
     assert "FedAvg has the largest average certified radius" in text
-    assert "no difference shown from Personalised" in text
+    assert "no difference shown from Personalized" in text
     assert "at least 99.9 % over the votes" in text
     assert "interpolated a second time" in text
     assert "The image is rotated about its centre" in text
@@ -129,15 +123,18 @@ def _words(page: Path) -> str:
     return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", body)))
 
 
+def written(runs: Sequence[Any], folder: Path) -> Path:
+    return write_report(runs, folder / "report.html", figures=False, claims=verdicts_section)
+
+
 def test_one_run_has_a_page_without_comparison(study, tmp_path):
-    out = write_report(study[:1], tmp_path / "one.html", figures=False, claims=verdicts_section)
-    text = _words(out)
+    text = _words(written(study[:1], tmp_path))
     assert "Local certifies" in text
-    assert "Which regime" not in text
+    assert "Which algorithm" not in text
     assert "Differences between" not in text
 
 
-def test_runs_that_differ_in_more_than_the_regime_are_marked(tmp_path):
+def test_runs_that_differ_in_more_than_the_algorithm_are_marked(tmp_path):
     folders = []
     for number in range(2):
         certificates = make_certificates(0.8, 2, 12, seed=number)
@@ -145,14 +142,12 @@ def test_runs_that_differ_in_more_than_the_regime_are_marked(tmp_path):
         object.__setattr__(certificates, "conditions", conditions)
         manifest = make_manifest("fedavg", f"FedAvg {number}", 2, 24)
         folders.append(write_run(tmp_path / str(number), certificates, manifest))
-    text = _words(
-        write_report(folders, tmp_path / "report.html", figures=False, claims=verdicts_section)
-    )
-    assert "differ in more than the regime: alpha (0.001, 0.002)" in text
+    text = _words(written(folders, tmp_path))
+    assert "differ in more than the algorithm: alpha (0.001, 0.002)" in text
     assert "at least 99.8 % over the votes" in text
 
 
-def test_a_page_without_a_place_gets_one_of_its_own(study):
+def test_a_page_has_a_default_path(study):
     assert page_beside(study[:1]) == study[0] / "report.html"
     assert page_beside(study[:2]) == study[0].parent / "comparison-local-fedavg" / "report.html"
     many = [study[0].parent / f"{'long' * 5}{number}" for number in range(9)]
@@ -168,8 +163,8 @@ def test_a_missing_run_leaves_no_page(tmp_path):
 # What an accuracy rules out --------------------------------------------------------------------
 
 
-def test_accuracies_of_the_advice_are_those_of_the_images(study, page):
-    advice, runs = data_of(page)["advice"], load_runs(study)
+def test_accuracies_of_the_recommendation_are_those_of_the_images(study, page):
+    advice, runs = data_of(page)["recommendation"], load_runs(study)
     assert advice["local"] == 0
     for client in advice["clients"]:
         for run, (value, low, high, text) in zip(runs, client["accuracy"], strict=True):
@@ -179,9 +174,11 @@ def test_accuracies_of_the_advice_are_those_of_the_images(study, page):
             assert text.startswith(percent(value))
 
 
-def test_pairs_of_the_advice_are_those_of_the_comparison(study, page):
+def test_pairs_of_the_recommendation_are_those_of_the_comparison(study, page):
     found = compare(load_runs(study))
-    for client, part in zip(data_of(page)["advice"]["clients"], found.clients, strict=True):
+    for client, part in zip(
+        data_of(page)["recommendation"]["clients"], found.clients, strict=True
+    ):
         assert len(client["pairs"]) == 6
         for name, (_, shown) in client["pairs"].items():
             ahead, behind = map(int, name.split("-"))
@@ -192,14 +189,10 @@ def test_pairs_of_the_advice_are_those_of_the_comparison(study, page):
 # Claims ----------------------------------------------------------------------------------------
 
 
-def test_claims_stand_on_the_page_with_effect_interval_and_verdict(tmp_path):
+def test_claims_are_on_the_page_with_effect_interval_and_verdict(tmp_path):
     better = claims_factory.results(claims_factory.spec(claims_factory.FEDAVG), 0.7)
     worse = claims_factory.results(claims_factory.spec(claims_factory.LOCAL), 0.4)
-    text = _words(
-        write_report(
-            [worse, better], tmp_path / "report.html", figures=False, claims=verdicts_section
-        )
-    )
+    text = _words(written([worse, better], tmp_path))
     (row,) = [
         row
         for row in claim_rows(check_runs([read_run(r) for r in (worse, better)]))
@@ -212,24 +205,22 @@ def test_claims_stand_on_the_page_with_effect_interval_and_verdict(tmp_path):
     assert "Section A.2" not in text  # nothing here has a hundred clients
 
 
-def test_runs_that_no_claim_speaks_of_have_no_claims(tmp_path):
+def test_runs_that_no_claim_is_about_have_no_claims(tmp_path):
     same = claims_factory.spec(claims_factory.FEDAVG, federated="none")
     runs = [claims_factory.results({**same, "seed": 0}, acr) for acr in (0.4, 0.7)]
-    text = _words(
-        write_report(runs, tmp_path / "report.html", figures=False, claims=verdicts_section)
-    )
-    assert "claims, put to the test" not in text
+    text = _words(written(runs, tmp_path))
+    assert "paper’s claims" not in text
 
 
 # The explorer ----------------------------------------------------------------------------------
 
 
-def test_explored_images_are_held_against_their_certificates(study, page):
+def test_explored_images_are_compared_with_their_certificates(study, page):
     explorer, runs = data_of(page)["explorer"], load_runs(study)
     shared = [image for image in explorer["images"] if len(image["runs"]) == 3]
     assert [(image["client"], image["index"]) for image in shared] == [(0, 0), (1, 45)]
     for image in explorer["images"]:
-        values = np.array(image["walks"][0]["values"])
+        values = np.array(image["sweeps"][0]["values"])
         for seen in image["runs"]:
             own = runs[seen["run"]].certificates
             (row,) = np.flatnonzero(
@@ -237,17 +228,17 @@ def test_explored_images_are_held_against_their_certificates(study, page):
             )
             certified = ~own.abstained[row] & (np.abs(values) <= own.radius[row])
             flags = "".join("1" if inside else "0" for inside in certified)
-            assert seen["walks"][0]["inside"] == flags
+            assert seen["sweeps"][0]["inside"] == flags
             assert (seen["ends"] is None) == bool(own.abstained[row])
 
 
 def test_too_close_to_call_is_a_sign_test():
     votes = [[[3, 80], [1, 20]], [[3, 55], [1, 45]], [[3, 100]]]
     walk = {"values": [-1, 0, 1], "lengths": [1, 0, 1], "winners": votes}
-    assert explored._walk(walk, 0.5, (-0.5, 0.5))["close"] == "010"
-    assert explored._walk(walk, 0.5, (-0.5, 0.5))["inside"] == "010"
-    assert explored._walk(walk, 0.5, (-0.5, 2.0))["inside"] == "011"
-    assert explored._walk(walk, 0.0, None)["inside"] == "000"
+    assert explored._sweep(walk, 0.5, (-0.5, 0.5))["close"] == "010"
+    assert explored._sweep(walk, 0.5, (-0.5, 0.5))["inside"] == "010"
+    assert explored._sweep(walk, 0.5, (-0.5, 2.0))["inside"] == "011"
+    assert explored._sweep(walk, 0.0, None)["inside"] == "000"
 
 
 def test_another_runs_exploration_is_not_shown(study, tmp_path):
@@ -267,10 +258,10 @@ def test_another_runs_exploration_is_not_shown(study, tmp_path):
         write_report([place], tmp_path / "c.html", figures=False)
 
 
-def test_records_of_0_1_0_are_shown_without_their_planes(tmp_path: Path) -> None:
-    (run, *_), page = shifted_runs(tmp_path), tmp_path / "report.html"
+def test_records_of_0_1_0_are_shown_without_their_planes(shifted, tmp_path) -> None:
+    run, page = Path(shutil.copytree(shifted[0], tmp_path / "run")), tmp_path / "report.html"
     shown = data_of(write_report([run], page, figures=False))["explorer"]
-    assert [len(image["walks"]) for image in shown["images"]] == [2, 2, 2]
+    assert [len(image["sweeps"]) for image in shown["images"]] == [2, 2, 2]
     path = run / "explorer.json"
     record = json.loads(path.read_text())
     plane = {"values": [-0.6, 0.0, 0.6], "lengths": [], "winners": [], "picture": ""}
@@ -285,7 +276,7 @@ def test_records_of_0_1_0_are_shown_without_their_planes(tmp_path: Path) -> None
 def test_a_page_takes_no_more_pictures_than_it_may(study, tmp_path, monkeypatch):
     size = len(strip(range(31)))
     monkeypatch.setattr(page_module, "MOST_PICTURES", 2 * size)
-    page = write_report(study, tmp_path / "report.html", figures=False, claims=verdicts_section)
+    page = written(study, tmp_path)
     images = data_of(page)["explorer"]["images"]
     assert [len(image["runs"]) for image in images] == [3, 3]
 
@@ -309,19 +300,19 @@ def test_every_image_is_shown_under_every_run_that_is_named(study, tmp_path):
     for number, run in enumerate(runs):
         write_explorer(run, [0, 45, 90 + number])
     write_explorer(runs[2], [130])
-    page = write_report(runs, tmp_path / "page.html", figures=False, claims=verdicts_section)
+    page = written(runs, tmp_path)
     explorer = data_of(page)["explorer"]
     named = {int(place) for place in explorer["votes"]}
     assert named == {0, 1, 3}
     assert len(explorer["images"]) == 2
     assert all({run["run"] for run in image["runs"]} == named for image in explorer["images"])
-    assert re.findall(r'data-walker="(\d)"', page.read_text()) == ["0", "1", "3"]
+    assert re.findall(r'data-explored="(\d)"', page.read_text()) == ["0", "1", "3"]
     assert "which explored other images or none" in page.read_text()
 
 
 def test_no_series_has_the_color_of_too_close_to_call():
     style = files("certifl.report").joinpath("assets", "page.css").read_text()
-    shades = re.findall(r"\.s\d \{ --c: (#\w{6});", style) + [look.colour for look in LOOKS]
+    shades = re.findall(r"\.s\d \{ --c: (#\w{6});", style) + [look.color for look in LOOKS]
     assert len(shades) == 3 * len(LOOKS)
     for shade in shades:
         parts = [int(shade[i : i + 2], 16) for i in (1, 3, 5)]

@@ -10,14 +10,14 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from browser import tab_to
-from report_pages import data_of, own_page
+from report_pages import data_of
 
 UNITS = ("degrees", "half-widths")
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return own_page(tmp_path_factory.mktemp("own"))
+@pytest.fixture
+def report(own: Path) -> Path:
+    return own
 
 
 def test_there_is_one_file_with_a_panel_for_each(report):
@@ -27,7 +27,7 @@ def test_there_is_one_file_with_a_panel_for_each(report):
         assert data["units"][0]["name"] == name
         assert data["clients"] == [2 * at, 2 * at + 1]
         assert {image["client"] for image in data["explorer"]["images"]} <= set(data["clients"])
-        assert {len(image["walks"]) for image in data["explorer"]["images"]} == {at + 1}
+        assert {len(image["sweeps"]) for image in data["explorer"]["images"]} == {at + 1}
     names = re.findall(r' id="([^"]*)"', report.read_text())
     assert len(names) == len(set(names))
 
@@ -44,17 +44,17 @@ def test_chart_table_and_explorer_change_together_with_their_units(page):
         panel = page.get_by_role("tabpanel").text_content()
         for chart in ("#curve-chart svg", "#acr-chart svg"):
             expect(page.locator(chart)).to_contain_text(f"radius in {here}")
-        for part in ("#results table >> nth=0", "#walkers", "#radius-text"):
+        for part in ("#results table >> nth=0", "#explored", "#radius-text"):
             assert sign[here] in page.locator(part).text_content()
         assert away not in panel
         assert sign[away].strip() not in panel
         expect(page.locator("[data-client]")).to_have_count(2)
-        expect(page.locator('input[name="walk"]')).to_have_count(2 * (number - 1))
+        expect(page.locator('input[name="sweep"]')).to_have_count(2 * (number - 1))
 
 
 def test_what_was_set_in_a_panel_is_kept(page):
     lines = page.locator("#curve-chart path.mean")
-    page.locator('[data-regime="0"]').uncheck()
+    page.locator('[data-algorithm="0"]').uncheck()
     page.locator('[data-unit="1"]').check()
     _switch(page, 2)
     expect(lines).to_have_count(2)
@@ -92,7 +92,7 @@ def test_readers_stay_in_the_section_they_read(page):
 
 
 def test_links_lead_to_the_panel(page):
-    page.locator('#own a[href="#perturbation-2"]').click()
+    page.locator('#perturbations a[href="#perturbation-2"]').click()
     expect(page.get_by_role("tabpanel")).to_have_id("perturbation-2")
     assert 0 <= _top(page, "[role=tabpanel]") < 200
 

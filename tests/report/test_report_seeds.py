@@ -15,7 +15,7 @@ from certifl.report import summary_rows, write_report
 from certifl.report.compare import compare
 from certifl.report.results import RunResults, by_seed, load_runs
 from certifl.report.summary import client_acr, largest_radius
-from certifl.report.wording import headline, recommendations, why_clients_are_open
+from certifl.report.wording import headline, recommendations, why_clients_stay_undecided
 from report_factory import make_certificates, make_run
 
 QUALITY = {"local": 0.62, "fedavg": 0.9}
@@ -151,6 +151,6 @@ def test_ahead_on_average_beside_no_difference_for_a_client_is_explained() -> No
     told = recommendations(runs, found)
     assert found.pairs[0, 1].shown
     assert any(one.tied for one in told)
-    words = why_clients_are_open(runs, found, told) or ""
+    words = why_clients_stay_undecided(runs, found, told) or ""
     assert "Fedavg is ahead of Local on average over all clients" in words
-    assert "12 test images of its own, the mean over clients rests on 48" in words
+    assert "A client has 12 test images, the average over clients is based on 48" in words

@@ -52,13 +52,13 @@ def test_curves_stand_on_one_page_and_nothing_is_paired(runs, chosen, tmp_path):
     for run, shown in zip(loaded, data["runs"], strict=True):
         assert shown["curves"] == client_curves(run, grid).round(5).tolist()
         assert shown["acr"] == pytest.approx(client_acr(run).tolist())
-    assert data["advice"] is None
+    assert data["recommendation"] is None
     assert 'id="recommendation"' not in words
     assert "is ahead" not in words
     assert "no difference shown" not in words
     assert "no interval of a difference, no recommendation" in words
-    assert "told, for each radius of a fixed grid" in words
-    assert "The largest average certified radius at hand" in words
+    assert "for each radius of a fixed grid" in words
+    assert "has the largest average certified radius of these runs" in words
 
 
 def test_numbers_of_such_a_comparison_are_those_of_the_curves(runs):
@@ -86,7 +86,7 @@ def test_claims_are_never_tested_on_rows_made_from_curves(tmp_path):
     with pytest.raises(StoreMismatch, match="image by image"):
         check_claims([folder])
     found = check_claims([tmp_path])
-    assert any("told curves" in note for note in found.notes)
+    assert any("share curves only" in note for note in found.notes)
 
 
 @pytest.fixture(scope="module")

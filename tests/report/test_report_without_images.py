@@ -15,7 +15,7 @@ from playwright.sync_api import expect
 import tiny_study as tiny
 from browser import Windows, tab_to
 from certifl.report import write_report
-from report_pages import data_of, shifted_runs
+from report_pages import data_of
 
 SAYS = "Test images are left out"
 # How files of pictures begin: PNG, JPEG, GIF, BMP, WebP.
@@ -23,14 +23,9 @@ PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return shifted_runs(tmp_path_factory.mktemp("private"))
-
-
-@pytest.fixture(scope="module")
-def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page(shifted: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("page") / "report.html"
-    return write_report(runs, place, figures=False, images=False)
+    return write_report(shifted, place, figures=False, images=False)
 
 
 def pictures_in(page: Path) -> list[bytes]:
@@ -50,12 +45,12 @@ def held(run: Path) -> Iterator[str]:
         yield from (walk["strip"] for walk in image["walks"])
 
 
-def test_no_pixel_of_an_image_is_in_the_file(runs, page, tmp_path):
-    shown = write_report(runs, tmp_path / "shown.html", figures=False)
+def test_no_pixel_of_an_image_is_in_the_file(shifted, page, tmp_path):
+    shown = write_report(shifted, tmp_path / "shown.html", figures=False)
     assert len(pictures_in(shown)) >= 6  # they would be found
     assert pictures_in(page) == []
     content = page.read_text()
-    for picture in (one for run in runs for one in held(run)):
+    for picture in (one for run in shifted for one in held(run)):
         assert picture not in content
         assert picture[40:100] not in content
     assert not re.search(r"data:image/(?!svg\+xml)", content.split("<script>")[0])
@@ -68,15 +63,15 @@ def test_the_page_says_so_and_keeps_what_was_voted(page):
     explorer = data_of(page)["explorer"]
     assert explorer["pictures"] is False
     assert len(explorer["images"]) == 3
-    assert all(run["walks"][0]["winners"] for run in explorer["images"][0]["runs"])
+    assert all(run["sweeps"][0]["winners"] for run in explorer["images"][0]["runs"])
 
 
-def test_whoever_writes_the_page_again_leaves_them_out_again(runs, page, tmp_path):
+def test_a_rewritten_page_leaves_them_out_again(shifted, page, tmp_path):
     place = tmp_path / "report.html"
     shutil.copy(page, place)
-    write_report(runs, place, figures=False)
+    write_report(shifted, place, figures=False)
     assert place.read_bytes() == page.read_bytes()
-    write_report(runs, place, figures=False, images=True)
+    write_report(shifted, place, figures=False, images=True)
     assert SAYS not in place.read_text()
     assert len(pictures_in(place)) >= 6
 
@@ -87,20 +82,20 @@ def test_the_explorer_works_without_pictures(windows: Windows, page: Path) -> No
     expect(explorer.locator("canvas")).to_have_count(0)
     expect(explorer).to_contain_text(SAYS)
     explorer.locator("#pictures input").nth(1).check()
-    says = explorer.locator('[data-walker="1"] .walker-says')
+    says = explorer.locator('[data-explored="1"] .explored-answer')
     before = says.inner_text()
     explorer.locator("#step").fill("0")
     expect(says).not_to_have_text(before)
-    explorer.locator('input[name="walk"][value="1"]').check()
+    explorer.locator('input[name="sweep"][value="1"]').check()
     tab_to(shown, "#step")
     shown.keyboard.press("ArrowRight")
     expect(explorer.locator("#step-text")).to_contain_text("half-widths up")
     assert shown.evaluate("document.documentElement.scrollWidth") == 390
 
 
-def test_the_command_leaves_them_out(runs, tmp_path):
+def test_the_command_leaves_them_out(shifted, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(runs[0], run)
+    shutil.copytree(shifted[0], run)
     tiny.cli("report", run, "--no-images").fine("Report:")
     assert SAYS in (run / "report.html").read_text()
     assert pictures_in(run / "report.html") == []

@@ -26,8 +26,8 @@ from certifl import PixelNoise
 from certifl import safe_io as outside
 from certifl.certification import Certificates
 from certifl.data import load, read_image
+from certifl.deploy.provision.bundle import Connection
 from certifl.deploy.provision.keys import public_key_bytes
-from certifl.deploy.provision.kit import Connection
 from certifl.errors import InputError, SpecError, StoreError, StoreMismatch
 from certifl.experiments.run import Options, run
 from certifl.paper import scales as presets
@@ -108,13 +108,20 @@ def test_a_name_with_a_nul_character_is_refused() -> None:
         ("9" * 5000, "64 bits"),
         ('{"seed": -99999999999999999999}', "64 bits"),
         ("[" + "[]," * 4_000_001 + "1]", "lists and objects"),
-        ('{"a": "\\ud800', "no JSON"),
-        ("", "no JSON"),
+        ('{"a": "\\ud800', "not JSON"),
+        ("", "not JSON"),
     ],
 )
 def test_json_that_no_program_of_ours_wrote(text: str, why: str) -> None:
     with pytest.raises(InputError, match=why):
         outside.parse_json(text)
+
+
+def test_json_of_too_many_containers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outside, "_CONTAINERS", 1000)
+    assert len(outside.parse_json("[" + "[]," * 998 + "1]")) == 999
+    with pytest.raises(InputError, match="more than 1,000 lists and objects"):
+        outside.parse_json("[" + "[]," * 1000 + "1]")
 
 
 def test_brackets_within_texts_are_not_depth() -> None:
@@ -301,7 +308,7 @@ def test_what_nobody_foresaw_ends_in_one_line_with_a_log(tmp_path: Path) -> None
     (tmp_path / "run.json").write_text("{}")
     with mock.patch("certifl.experiments.verify.verify_run", broken):
         told = tiny.cli("verify", tmp_path)
-    told.refused("not foreseen", "ZeroDivisionError", "\\x1b[2J", code=1)
+    told.refused("unexpected error", "ZeroDivisionError", "\\x1b[2J", code=1)
     log = Path(re.findall(r"\S+\.log", told.err)[0])
     text = log.read_text()
     log.unlink()

@@ -25,7 +25,7 @@ from certifl.runs.atomic import (
     write_json,
     write_text,
 )
-from certifl.runs.folder import FINISHED, RunFolder
+from certifl.runs.folder import FINISHED, RunFolder, StoredRun
 
 SPEC, HASH = 'name = "x"\n', "abc"
 
@@ -148,7 +148,7 @@ def test_a_folder_is_begun_gone_on_with_and_finished(tmp_path: Path) -> None:
     assert not folder.complete()  # no certificates
     folder.save_certificates(certificates())
     assert folder.complete()
-    assert begun(folder.path).fact("extra") == 1
+    assert begun(folder.path).manifest()["extra"] == 1
 
 
 def test_only_the_same_spec_goes_on(tmp_path: Path) -> None:
@@ -209,10 +209,10 @@ def test_a_damaged_manifest_is_named_with_what_to_do(content: str, tmp_path: Pat
     folder.check(HASH, overwrite=True)
 
 
-def test_a_missing_fact_is_named(tmp_path: Path) -> None:
+def test_a_missing_entry_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="'data'"):
-        begun(tmp_path).fact("data")
-    with pytest.raises(StoreError, match="no run folder"):
+        StoredRun(begun(tmp_path).path).entry("data")
+    with pytest.raises(StoreError, match="not a run folder"):
         RunFolder(tmp_path / "none").manifest()
 
 

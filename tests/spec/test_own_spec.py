@@ -48,7 +48,7 @@ def test_the_training_is_named_by_what_augments_each_client() -> None:
     [
         ([*OWN, {"clients": [1], "perturbation": "none"}], [], "client 1 twice"),
         ([{"clients": [3], "perturbation": PIXEL}], [], "names client 3"),
-        ([{"clients": [0, 1, 2], "perturbation": "none"}], [], "nobody is left"),
+        ([{"clients": [0, 1, 2], "perturbation": "none"}], [], "no client certifies anything"),
         ([{"clients": [], "perturbation": PIXEL}], [], "at least 1 item"),
         ([{"clients": [1], "perturbation": "same"}], [], '"none", or a table'),
         ([{**OWN[1], "noise": PIXEL}], [], "Allowed here: clients, perturbation, radii, reach"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -103,12 +105,13 @@ def test_augmentation_of_personalisation_is_separate() -> None:
         (["training.momentum=1.0"], "training.momentum: .*less than 1"),
         (["training.rounds=2.5"], "training.rounds: .*whole number"),
         (["clients.count=0"], "clients.count: .*greater than or equal to 1"),
-        (["clients.split=unifrom"], "clients: .*'unifrom'; choose one of uniform"),
+        (["clients.split=unifrom"], "clients: .*'unifrom' is unknown.*Did you mean 'uniform'"),
         (
             ["clients.options={alpha=1.0}"],
-            "clients: The partition 'uniform' has no option 'alpha'",
+            "clients: uniform has no parameter 'alpha': it has no parameters",
         ),
-        (["model.name=resnet19"], "model.name: must be one of resnet18.*module:function"),
+        (["model.name=resnet19"], "model: .*choose one of resnet18.*module:function"),
+        (["model.options={norm='layer'}"], "model: norm = 'layer' is not allowed.*batch, group"),
         (["algorithm.name=fedsgd"], "algorithm.*fedsgd.*fedavg"),
         (["algorithm={name='mixture', personalization=2.0}"], "personalization"),
         (["certification.estimator=best"], "certification.*estimator must be one of top-class"),
@@ -168,3 +171,51 @@ def test_compiled_precisions_are_refused_with_what_to_choose(kind: str) -> None:
         with_settings(SMALL, [f"certification.precision={kind}-compiled"])
     with pytest.raises(InputError, match=f'removed in 0.2.0: choose "{kind}"'):
         choose_precision(f"{kind}-compiled", torch.device("cpu"))
+
+
+_REFUSED = """
+import sys
+from certifl.cli import main
+
+path, *wrong = sys.argv[1:]
+for change in wrong:
+    sys.argv = ["certifl", "run", path, "--set", change]
+    try:
+        main()
+    except SystemExit as stop:
+        print(stop.code)
+print(sorted({"torch", "scipy", "pyarrow", "pandas"} & sys.modules.keys()))
+"""
+
+
+def test_wrong_specs_are_refused_without_importing_what_computes(tmp_path: Path) -> None:
+    """torch, scipy and pyarrow take seconds; a wrong key, name or value is refused before."""
+    path = tmp_path / "spec.toml"
+    path.write_text(with_settings(SMALL).to_toml())
+    wrong = {
+        "clients.cuont=3": "clients.cuont",
+        "training.lr=0": "training.lr",
+        "algorithm.name=fedavgg": "fedavg",
+        "clients.split=unifrom": "uniform",
+        "model.name=resnet19": "resnet18",
+        "model.options={norm='layer'}": "norm",
+        "certification.perturbation.family=rotaton": "rotation",
+        "certification.perturbation.sigma=18grad": "sigma",
+        "certification.estimator=best": "estimator",
+        "objective.name=macre": "macer",
+        "aggregation.rule=mode": "median",
+    }
+    command = [sys.executable, "-c", _REFUSED, str(path), *wrong]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [*["2"] * len(wrong), "[]"]
+    for line, word in zip(done.stderr.splitlines(), wrong.values(), strict=True):
+        assert word in line
+
+
+def test_components_of_a_study_are_built_once() -> None:
+    spec = with_settings(SMALL, ["augmentation.federated=own"])
+    assert spec.perturbations() is spec.perturbations()
+    assert spec.build_algorithm() is spec.build_algorithm()
+    assert spec.augmentations()[0] is spec.perturbations()[0]
+    assert spec == with_settings(spec.model_dump(exclude_none=True))
+    assert "_perturbations" not in spec.model_dump()

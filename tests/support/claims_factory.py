@@ -19,6 +19,7 @@ import numpy as np
 import tomli_w
 
 from certifl.certification.certificates import Certificates
+from certifl.paper.claims.catalogue import CLAIMS
 from certifl.paper.claims.runs import StudyRun, read_run
 from certifl.paper.claims.testing import ClaimResult, check_runs
 from certifl.report.results import RunResults
@@ -178,8 +179,9 @@ def write(place: Path, study: StudyRun, status: str = "finished") -> Path:
 
 def claim(runs: Sequence[StudyRun], name: str) -> ClaimResult:
     """The result of one claim about these runs."""
-    report = check_runs(list(runs), DRAWS)
-    return next(result for result in report.results if result.claim.name == name)
+    named = [claim for claim in CLAIMS if claim.name == name]
+    (result,) = check_runs(list(runs), DRAWS, claims=named).results
+    return result
 
 
 def pair(

@@ -26,7 +26,7 @@ from certifl.deploy.client_app import respond  # noqa: E402
 from certifl.deploy.server.coordinator import Options  # noqa: E402
 from certifl.deploy.server.remote_runner import Timeouts  # noqa: E402
 
-IMPATIENT = Timeouts(answer=60.0, start=0.0, absent=0.0)
+NO_WAIT = Timeouts(answer=60.0, start=0.0, absent=0.0)
 
 Change = Callable[[int, Message, Message], Message | None]
 """From node, order and reply to the reply that arrives; None = none does."""
@@ -45,9 +45,9 @@ def carried(message: Message) -> Message:
 class MemoryGrid(Grid):
     """Nodes that answer at once, in this process; `change` plays tricks on their replies."""
 
-    def __init__(self, parties: dict[int, Client], change: Change | None = None) -> None:
-        self.parties, self.change = parties, change
-        self.since = dict.fromkeys(parties, "first start")
+    def __init__(self, clients: dict[int, Client], change: Change | None = None) -> None:
+        self.clients, self.change = clients, change
+        self.since = dict.fromkeys(clients, "first start")
         self.sent: list[tuple[int, Message]] = []
         self.replies: dict[str, Message] = {}
         self.pulled: list[str] = []
@@ -57,7 +57,7 @@ class MemoryGrid(Grid):
     def get_nodes(self) -> Iterable[NodeInfo]:
         return [
             NodeInfo(node_id=node, last_activated_at=self.since[node], public_key=b"key %d" % node)
-            for node in self.parties
+            for node in self.clients
         ]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -66,16 +66,16 @@ class MemoryGrid(Grid):
     def _push(self, message: Message) -> str:
         name = f"{next(self._count)}"
         message.metadata.__dict__["_message_id"] = message.object_id
-        order = carried(message)
-        node = order.metadata.dst_node_id
-        self.sent.append((node, order))
-        party = self.parties.get(node)
-        if party is None:
-            self.replies[name] = Message(Error(5, "Node Unavailable"), reply_to=order)
+        request = carried(message)
+        node = request.metadata.dst_node_id
+        self.sent.append((node, request))
+        client = self.clients.get(node)
+        if client is None:
+            self.replies[name] = Message(Error(5, "Node Unavailable"), reply_to=request)
             return name
-        reply: Message | None = carried(respond(order, party))
+        reply: Message | None = carried(respond(request, client))
         if self.change is not None:
-            reply = self.change(node, order, reply)
+            reply = self.change(node, request, reply)
         if reply is not None:
             self.replies[name] = reply
         return name
@@ -92,7 +92,7 @@ class MemoryGrid(Grid):
         raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
-        return list(self.parties)
+        return list(self.clients)
 
     def set_run(self, run) -> None:
         raise NotImplementedError
@@ -102,8 +102,8 @@ class MemoryGrid(Grid):
         raise NotImplementedError
 
 
-def parties(folder: Path, count: int = 2, **settings) -> dict[int, Client]:
-    """Parties that each take their share of digits; node 100 + i is client i."""
+def clients_of(folder: Path, count: int = 2, **settings) -> dict[int, Client]:
+    """Clients that each take their share of digits; node 100 + i is client i."""
     return {
         100 + client: Client(
             Settings(client=client, data="digits", dealt=True, **settings),
@@ -115,4 +115,4 @@ def parties(folder: Path, count: int = 2, **settings) -> dict[int, Client]:
 
 def options(out: Path, **changes) -> Options:
     """Options of a server that waits for nobody."""
-    return Options(out=out, **{"patience": IMPATIENT, **changes})
+    return Options(out=out, **{"timeouts": NO_WAIT, **changes})

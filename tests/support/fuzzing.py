@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gzip
 import io
 import json
@@ -36,13 +37,13 @@ from PIL import Image
 from certifl.cli import common, main
 from certifl.data import load as load_data
 from certifl.deploy.client.settings import load_settings
-from certifl.deploy.provision.kit import load_connection
+from certifl.deploy.provision.bundle import load_connection
 from certifl.errors import CertiflError
 from certifl.report import summary_rows
-from certifl.report.page import page
-from certifl.report.page.attacks import threats_section
+from certifl.report.page.attacks import attacks_section
+from certifl.report.page.context import ReportContext
 from certifl.report.page.explorer import explorer_payload
-from certifl.report.results import apart, load_runs
+from certifl.report.results import by_perturbation, load_runs
 from certifl.report.summary import left_out_words, measure_curves, measures_of
 from certifl.spec import load as load_spec
 from certifl.study.opened_run import open_data
@@ -269,13 +270,18 @@ def as_table(path: Path, rng: random.Random) -> None:
 
 def as_long_table(path: Path, rng: random.Random) -> None:
     """A file of a few kilobytes that declares a thousand million rows."""
-    table = pq.read_table(path)
-    name = rng.choice(table.column_names)
-    schema = pa.schema([pa.field(name, pa.int64())])
-    with pq.ParquetWriter(path, schema) as file:
+    path.write_bytes(_long_table(rng.choice(("client", "radius"))))
+
+
+@functools.cache
+def _long_table(name: str) -> bytes:
+    """Made once for each column: writing it takes seconds."""
+    schema, content = pa.schema([pa.field(name, pa.int64())]), io.BytesIO()
+    with pq.ParquetWriter(content, schema) as file:
         part = pa.table({name: pa.array(np.zeros(1 << 22, np.int64))}, schema=schema)
         for _ in range(40):
             file.write_table(part)
+    return content.getvalue()
 
 
 def as_tensors(path: Path, rng: random.Random) -> None:
@@ -310,7 +316,7 @@ def as_idx(path: Path, rng: random.Random) -> None:
     elif how == 2:
         del content[rng.randrange(len(content)) :]
     elif how == 3:
-        content += bytes(1 << 27)
+        content += bytes(1 << 25)
     packed = gzip.compress(bytes(content), 1)
     path.write_bytes(packed if how < 4 else packed[: rng.randrange(len(packed))])
 
@@ -409,10 +415,10 @@ def _spec(folder: Path) -> None:
 def _page(folder: Path) -> None:
     """What a page says, without drawing its figures, which takes most of its time."""
     runs = load_runs([folder])
-    for group in apart(runs):
-        story = page._story(group)
-        threats_section(story)
-        explorer_payload(story)
+    for group in by_perturbation(runs):
+        context = ReportContext.of(group)
+        attacks_section(context)
+        explorer_payload(context)
         left_out_words(group[0])
         for measure in measures_of(group):
             measure_curves(group[0], measure)
@@ -426,7 +432,7 @@ def _party(folder: Path) -> None:
 
 VERIFY = command("verify", "RUN")
 PAGE = library(_page)
-REPORT = any_of(command("report", "RUN", "--out", "OUT/page.html"), *[PAGE] * 4)
+REPORT = any_of(command("report", "RUN", "--out", "OUT/page.html"), *[PAGE] * 11)
 CLAIMS = command("claims", "RUN")
 PREDICT = command("predict", "RUN/../grey.png", "--run", "RUN", "--n", "20")
 ABOUT = any_of(VERIFY, VERIFY, REPORT, CLAIMS, PREDICT)
@@ -584,7 +590,8 @@ def attempt(case: int, base: Path, place: Path) -> str:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
     told = said.getvalue()
-    lost = {name for name, content in before.items() if _files(folder).get(name) != content}
+    after = _files(folder)
+    lost = {name for name, content in before.items() if after.get(name) != content}
     shutil.rmtree(place)
     if lost:
         return f"it changed {sorted(lost)}"
@@ -595,7 +602,7 @@ def attempt(case: int, base: Path, place: Path) -> str:
     return ""
 
 
-def _unforeseen(error: Exception) -> str:
+def _unexpected(error: Exception) -> str:
     raise AssertionError("the last handler was used") from error
 
 
@@ -616,7 +623,7 @@ def work(base: Path, place: Path, cases: range) -> None:
         target.write(b"<svg></svg>") if hasattr(target, "write") else Path(target).touch()
 
     with (
-        mock.patch("certifl.cli.unforeseen", _unforeseen),
+        mock.patch("certifl.cli.unexpected", _unexpected),
         mock.patch.object(Figure, "savefig", undrawn),
         mock.patch.object(Figure, "draw_without_rendering"),
     ):

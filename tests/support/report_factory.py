@@ -18,7 +18,7 @@ from certifl.smoothing.laws import LAWS
 REGIMES = {
     "local": ("Local", 0.62),
     "fedavg": ("FedAvg", 0.90),
-    "personalized": ("Personalised", 0.89),
+    "personalized": ("Personalized", 0.89),
     "mixture": ("Mixture, λ = 0.5", 0.80),
 }
 ROTATION = {
@@ -106,12 +106,11 @@ def make_certificates(
 
 def _votes(rng: np.random.Generator, label: np.ndarray, p_true: np.ndarray, n: int) -> np.ndarray:
     rest = (1.0 - p_true)[:, None]
-    share = rest * np.array([0.6, 0.2, 0.1, 0.04, 0.02, 0.02, 0.01, 0.005, 0.005])
-    rows = []
-    for row, true in enumerate(label):
-        p = np.insert(share[row], true, p_true[row])
-        rows.append(rng.multinomial(n, p / p.sum()))
-    return np.array(rows, np.int64)
+    p = np.empty((len(label), CLASSES))
+    others = np.arange(CLASSES) != label[:, None]
+    p[others] = (rest * np.array([0.6, 0.2, 0.1, 0.04, 0.02, 0.02, 0.01, 0.005, 0.005])).ravel()
+    p[~others] = p_true
+    return rng.multinomial(n, p / p.sum(axis=1, keepdims=True)).astype(np.int64)
 
 
 def make_manifest(regime: str, label: str, clients: int = 10, images: int = 400) -> dict[str, Any]:
@@ -182,7 +181,7 @@ def write_run(
 
 
 def keep_to_themselves(folder: Path, certificates: Certificates) -> Path:
-    """What is left of a run when its clients tell curves alone."""
+    """A run whose clients share curves only."""
     end = float(certificates.radius.max())
     radii = np.linspace(0.0, end, 50)
     clients = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from certifl.registry import lazy_names
+from certifl.lazy import lazy_names
 
 if TYPE_CHECKING:
     from certifl.certification.api import certify, conditions, predict

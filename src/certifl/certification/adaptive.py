@@ -20,10 +20,8 @@ from certifl.certification.estimators import Estimator
 from certifl.certification.sampling import VoteCounter, votes_per_image
 from certifl.certification.settings import Settings
 from certifl.errors import InputError
+from certifl.progress import ProgressCallback
 from certifl.rng import image_key
-
-Progress = Callable[[int, int], None]
-"""Called with (votes cast so far, votes at most) of what is being certified."""
 
 # Calls of the network in a batch, of which no image takes more than its quota: often enough for
 # progress and checkpoints, rare enough that fetching the counts costs nothing.
@@ -42,7 +40,7 @@ def count_all(
     estimator: Estimator,
     votes: Votes,
     after_batch: Callable[[Votes], None] | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> None:
     """Cast votes, in place, until every image is done; `after_batch` may save them on the way."""
     keys = [image_key(image) for image in images]

@@ -27,7 +27,7 @@ from certifl.certification.checks import (
     check_seed,
 )
 from certifl.certification.estimators import Estimator, least_that, too_few_votes
-from certifl.certification.network import PRECISIONS, Network, prepare, tf32_state
+from certifl.certification.network import Network, prepare, tf32_state
 from certifl.certification.rng_check import check_random_source_once
 from certifl.certification.sampling import VoteCounter
 from certifl.certification.settings import Settings
@@ -36,7 +36,7 @@ from certifl.models import fingerprint
 from certifl.perturbations import describe
 from certifl.perturbations.base import Perturbation
 from certifl.perturbations.units import parse_amount, parse_amounts
-from certifl.progress import Progress, bar
+from certifl.progress import ProgressCallback, bar
 from certifl.rng import image_key
 from certifl.smoothing.bounds import two_sided_sign_test
 
@@ -44,7 +44,9 @@ from certifl.smoothing.bounds import two_sided_sign_test
 _BLOCK = 256
 
 Images = Tensor | np.ndarray | Iterable[Tensor | np.ndarray]
-Labels = Tensor | np.ndarray | Sequence[int] | Iterable[Tensor | np.ndarray | Sequence[int]] | None
+ImageLabels = (
+    Tensor | np.ndarray | Sequence[int] | Iterable[Tensor | np.ndarray | Sequence[int]] | None
+)
 
 
 def certify(
@@ -52,7 +54,7 @@ def certify(
     images: Images,
     perturbation: Perturbation,
     *,
-    labels: Labels = None,
+    labels: ImageLabels = None,
     n0: int = 100,
     n: int = 100_000,
     alpha: float = 1e-3,
@@ -62,7 +64,7 @@ def certify(
     precision: str = "auto",
     device: str | torch.device = "auto",
     batch_size: int | str = "auto",
-    progress: bool | Progress = False,
+    progress: bool | ProgressCallback = False,
     label_aware: bool = True,
     reach: float | str | None = None,
     keep: str = "certificates",
@@ -158,7 +160,7 @@ def certify(
 
 
 def _blocks(
-    images: Images, labels: Labels, perturbation: Perturbation
+    images: Images, labels: ImageLabels, perturbation: Perturbation
 ) -> Iterator[tuple[Tensor, Any]]:
     """Checked images and their labels as they were given, block by block.
 
@@ -184,7 +186,7 @@ def _blocks(
         yield values, given
 
 
-def _pairs(images: Images, labels: Labels) -> Iterator[tuple[Any, Any]]:
+def _pairs(images: Images, labels: ImageLabels) -> Iterator[tuple[Any, Any]]:
     """Blocks of images and of labels, as they were given.
 
     Raises:
@@ -220,7 +222,7 @@ def _certified(
     labels: np.ndarray | None,
     estimator: Estimator,
     start: int,
-    progress: Progress | None,
+    progress: ProgressCallback | None,
 ) -> Certificates:
     """Certificates of images that are on the device together; `start` is the first one's index."""
     votes = counts.fresh(len(images), counter.network.classes)
@@ -230,7 +232,7 @@ def _certified(
 
 
 @contextlib.contextmanager
-def _reporting(progress: bool | Progress) -> Iterator[Progress | None]:
+def _reporting(progress: bool | ProgressCallback) -> Iterator[ProgressCallback | None]:
     if progress is True:
         with bar("certifying", "votes") as report:
             yield report
@@ -239,8 +241,8 @@ def _reporting(progress: bool | Progress) -> Iterator[Progress | None]:
 
 
 def _shifted(
-    report: Progress | None, before: int, images: int, settings: Settings
-) -> Progress | None:
+    report: ProgressCallback | None, before: int, images: int, settings: Settings
+) -> ProgressCallback | None:
     if report is None:
         return None
     offset = engine.expected_votes(before, settings)
@@ -323,8 +325,8 @@ def asked_conditions(
 
 
 def _rounding(network: Network) -> dict[str, Any]:
-    """Further settings that decide rounding: float32 has several arithmetics on a GPU."""
-    if network.device.type != "cuda" or PRECISIONS[network.precision] is not torch.float32:
+    """What else decides how a network rounds: float32 is not one arithmetic on a GPU."""
+    if network.device.type != "cuda" or network.precision != "float32":
         return {}
     return {"tf32": tf32_state()}
 

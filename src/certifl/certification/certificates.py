@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,8 +23,9 @@ from certifl.certification.counts import UNLABELLED
 from certifl.certification.metadata import kinds, require_groups
 from certifl.errors import InputError, UnusualValue
 from certifl.perturbations.units import parse_amount, parse_amounts
-from certifl.safe_io import MALFORMED, open_parquet, parse_json
+from certifl.safe_io import MALFORMED, open_parquet, parse_json, replacing
 from certifl.smoothing import curves
+from certifl.smoothing.arrays import Floats, Ints
 from certifl.smoothing.rounding import floor_text
 from certifl.torch_env import exact_convolutions, one_thread
 
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from certifl.certification.network import Network
 
 ABSTAINED = -1
-
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,13 +282,8 @@ def save(certificates: Certificates, path: Path) -> None:
     writer = writers.get(path.suffix.lower())
     if writer is None:
         raise InputError(f"Cannot save certificates as {path.name!r}: use .parquet or .tsv.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as part:
         writer(certificates, part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load(path: Path) -> Certificates:
@@ -496,12 +488,8 @@ class Predictions:
         columns = {name: getattr(self, name) for name in _COLUMNS}
         about = json.dumps(dict(self.conditions), sort_keys=True).encode()
         table = pa.table({**columns, "correct": self.correct})
-        part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(path) as part:
             pq.write_table(table.replace_schema_metadata({_KEY: about}), part)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: Path) -> Predictions:

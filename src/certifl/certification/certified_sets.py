@@ -28,7 +28,7 @@ class CertifiedRegion:
             beyond the radius on one side where a certificate is an interval.
         norm: "l2" or "l1".
         shape: of one parameter set.
-        exact: parameters are multiples of 1/255 (`PixelNoise(exact=True)`).
+        exact: parameters are multiples of 1/255 (`exact=True`).
     """
 
     radius: Tensor

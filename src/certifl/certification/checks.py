@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from certifl.certification.certificates import UNLABELLED
-from certifl.errors import InputError, ModelError
+from certifl.errors import InputError, ModelError, first_line
 from certifl.module_copies import LAZY, answer_in_words, any_lazy, in_training_mode
 from certifl.perturbations.base import Perturbation
+from certifl.torch_env import out_of_memory
 
 Model = Callable[[Tensor], Tensor]
 _PROBE = 6
@@ -134,7 +135,7 @@ def check_seed(seed: Any) -> None:
 
 
 def check_exact(images: Tensor, perturbation: Perturbation) -> None:
-    """With `PixelNoise(exact=True)`, images must be 8-bit: whole multiples of 1/255.
+    """With `exact=True`, images must be 8-bit: whole multiples of 1/255.
 
     Raises:
         InputError: some intensity is no multiple of 1/255.
@@ -143,8 +144,9 @@ def check_exact(images: Tensor, perturbation: Perturbation) -> None:
         levels = images.double() * 255
         if float((levels - levels.round()).abs().max()) > 1e-3:
             raise InputError(
-                "PixelNoise(exact=True) certifies 8-bit images, and these have intensities "
-                "between the 256 levels. Round them to multiples of 1/255, or use exact=False."
+                f"{type(perturbation).__name__}(exact=True) certifies 8-bit images, and these "
+                "have intensities between the 256 levels. Round them to multiples of 1/255, or "
+                "use exact=False."
             )
 
 
@@ -211,7 +213,7 @@ def _tensor(name: str, values: Any) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{name} must be a tensor or an array of numbers; got {type(values).__name__} "
-            f"({str(error).splitlines()[0]})."
+            f"({first_line(error)})."
         ) from error
 
 
@@ -372,13 +374,13 @@ def _logits(network: Model, batch: Tensor) -> Tensor:
     try:
         with torch.inference_mode():
             logits = network(batch)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:  # the model's own code: anything may be raised
-        first = (str(error).strip().splitlines() or [""])[0]
+        if out_of_memory(error):
+            raise
+        first = first_line(error)
         raise ModelError(
             f"The model fails on images {tuple(batch.shape)}, {batch.dtype} on {batch.device}: "
-            f"{type(error).__name__}: {first.rstrip('.')}. {_advice(first)}"
+            f"{type(error).__name__}: {first}. {_advice(first)}"
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != batch.shape[0]:
         raise ModelError(

@@ -15,7 +15,7 @@ from certifl.certification.record import read_record
 from certifl.errors import InputError
 from certifl.smoothing.laws import UNIFORM
 
-Report = Callable[[np.ndarray, str], None]
+ReportRows = Callable[[np.ndarray, str], None]
 """Called with a mask of rows and what is wrong with them."""
 
 _NEEDED = (
@@ -151,7 +151,7 @@ def _verified(certificates: Certificates) -> list[Finding]:
 
 
 def _check_rows(
-    certificates: Certificates, estimator: Estimator, metadata: Metadata, report: Report
+    certificates: Certificates, estimator: Estimator, metadata: Metadata, report: ReportRows
 ) -> None:
     sound = np.flatnonzero(
         _check_numbers(certificates, report) & _check_votes(certificates, estimator, report)
@@ -164,7 +164,7 @@ def _check_rows(
         _check_claims(part.select(readable), votes, estimator, metadata, report_chosen)
 
 
-def _of_rows(chosen: np.ndarray, certificates: Certificates, report: Report) -> Report:
+def _of_rows(chosen: np.ndarray, certificates: Certificates, report: ReportRows) -> ReportRows:
     """Reports of some of the rows, as reports of all of them."""
 
     def report_chosen(rows: np.ndarray, problem: str) -> None:
@@ -175,7 +175,7 @@ def _of_rows(chosen: np.ndarray, certificates: Certificates, report: Report) -> 
     return report_chosen
 
 
-def _check_numbers(certificates: Certificates, report: Report) -> np.ndarray:
+def _check_numbers(certificates: Certificates, report: ReportRows) -> np.ndarray:
     """Which rows can be used; others are reported."""
     classes, label = certificates.counts.shape[1], certificates.label
     votes = np.concatenate([certificates.counts, certificates.selection_counts], axis=1)
@@ -191,7 +191,9 @@ def _check_numbers(certificates: Certificates, report: Report) -> np.ndarray:
     return ~np.logical_or.reduce(list(faults.values()))
 
 
-def _check_votes(certificates: Certificates, estimator: Estimator, report: Report) -> np.ndarray:
+def _check_votes(
+    certificates: Certificates, estimator: Estimator, report: ReportRows
+) -> np.ndarray:
     """Rows whose number of votes is one of the looks; others are reported."""
     looks, n0 = np.array(estimator.looks), estimator.settings.n0
     look = certificates.looks - 1
@@ -205,7 +207,7 @@ def _check_votes(certificates: Certificates, estimator: Estimator, report: Repor
     return known & cast & (chosen == n0)
 
 
-def _check_class(certificates: Certificates, certified: np.ndarray, report: Report) -> None:
+def _check_class(certificates: Certificates, certified: np.ndarray, report: ReportRows) -> None:
     claimed = certificates.predicted != ABSTAINED
     selected = certificates.selection_counts.argmax(axis=1)
     report(claimed & (certificates.predicted != selected), "its class is not the selected one")
@@ -226,7 +228,7 @@ def _report_numbers(
     stored: np.ndarray,
     expected: np.ndarray,
     sign: int,
-    report: Report,
+    report: ReportRows,
     granted: float = 0.0,
 ) -> None:
     """Report what claims more than its votes give (`sign` = 1: larger is more), or other than it.
@@ -256,7 +258,7 @@ def _check_claims(
     votes: Votes,
     estimator: Estimator,
     metadata: Metadata,
-    report: Report,
+    report: ReportRows,
 ) -> None:
     """Compare all columns with those that the votes give."""
     expected = estimator.finalize(votes)
@@ -285,7 +287,7 @@ _STOPPED_LATE = (
 _STOPPED_EARLY = "its votes stopped earlier than radii, keep and label_aware allow"
 
 
-def _report_intervals(stored: np.ndarray, expected: np.ndarray, report: Report) -> None:
+def _report_intervals(stored: np.ndarray, expected: np.ndarray, report: ReportRows) -> None:
     """Report intervals that are larger than those of the votes, or other than them."""
     low, high = stored.T
     within = (expected[:, 0] <= low) & (low <= 0) & (high >= 0) & (high <= expected[:, 1])

@@ -111,8 +111,10 @@ def read_record(conditions: Mapping[str, Any]) -> Record:
     if problem is not None:
         return Record(metadata, problems=(problem,))
     perturbation, problems = _described(metadata)
+    if problems:
+        return Record(metadata, None, perturbation, problems)
     try:
-        estimator = _estimator_of(metadata)
+        estimator = _estimator_of(metadata, perturbation)
         if problem := _settings_problem(metadata, estimator):
             return Record(metadata, estimator, perturbation, (problem,))
         problem = estimator.record_problem(metadata)
@@ -123,12 +125,10 @@ def read_record(conditions: Mapping[str, Any]) -> Record:
     except InputError as error:
         problem = f"its settings are not allowed: {error}"
         return Record(metadata, None, perturbation, (problem,))
-    if problem is not None and not problems:
-        problems = (problem,)
-    return Record(metadata, estimator, perturbation, problems)
+    return Record(metadata, estimator, perturbation, () if problem is None else (problem,))
 
 
-def _estimator_of(metadata: Mapping[str, Any]) -> Estimator:
+def _estimator_of(metadata: Mapping[str, Any], perturbation: Perturbation | None) -> Estimator:
     """The estimator that is recorded.
 
     Raises:
@@ -136,7 +136,7 @@ def _estimator_of(metadata: Mapping[str, Any]) -> Estimator:
         KeyError: the metadata lack what it needs.
     """
     settings = _settings_of(metadata)
-    noise = RecordedNoise(
+    noise = perturbation or RecordedNoise(
         family=str(metadata.get("family")),
         sigma=metadata["sigma"],
         law=LAWS[metadata["law"]],

@@ -22,22 +22,14 @@ from torch import Tensor
 
 from certifl.certification.counts import Request
 from certifl.certification.network import Network
+from certifl.errors import first_line
 from certifl.perturbations.base import Perturbation
 from certifl.rng import vote_generator
-from certifl.torch_env import exact_convolutions, one_thread
+from certifl.torch_env import exact_convolutions, one_thread, out_of_memory
 
 CHUNK = 100
 _log = logging.getLogger(__name__)
 
-# How torch and its libraries say that memory ran out, where they raise no type of its own.
-_NO_MEMORY = (
-    "out of memory",
-    "not enough memory",
-    "can't allocate memory",
-    "cannot allocate memory",
-    "alloc_failed",
-    "unable to find an engine",  # cuDNN, where none fits into what memory is left
-)
 _VOTES_PER_IMAGE = 3200
 _CALLS_PER_IMAGE = 4
 _Counted = TypeVar("_Counted")
@@ -158,9 +150,9 @@ class VoteCounter:
                     return work()
             except (RuntimeError, MemoryError) as error:
                 size = self.network.batch_size
-                if size == 1 or not _is_out_of_memory(error):
+                if size == 1 or not out_of_memory(error):
                     raise
-                reason = str(error).partition("\n")[0]
+                reason = first_line(error)
             # Outside the handler: the error would keep the tensors of its frames alive.
             if self.network.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -216,13 +208,6 @@ def _add_rows(totals: Tensor, slot: Tensor, rows: Tensor) -> None:
         totals.index_put_((slot,), rows, accumulate=True)
     else:
         totals.index_add_(0, slot, rows)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error).lower()
-    return any(words in text for words in _NO_MEMORY)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from certifl.certification.metadata import differs
 from certifl.certification.sampling import CHUNK, VoteCounter
 from certifl.certification.settings import GRID_POINTS, Settings
 from certifl.errors import InputError
+from certifl.perturbations import PERTURBATIONS
 from certifl.rng import vote_generator
 from certifl.smoothing.scan import BETS, SHARES, Reading, read_scan
 from certifl.smoothing.sequential import grid_steps
@@ -259,36 +260,16 @@ def scan_of(noise: Noise, settings: Settings) -> Scan:
         InputError: a family that is not of one parameter under the uniform law, or a sigma or
             reach that leaves nothing to scan.
     """
-    if noise.family not in _STRETCHES:
-        known = " and ".join(_STRETCHES)
+    scan_range = getattr(noise, "scan_range", None)
+    if scan_range is None:
+        known = " and ".join(n for n, kind in PERTURBATIONS.items() if hasattr(kind, "scan_range"))
         raise InputError(
             f"The scan certificate is for families of one uniform parameter, {known}; "
             f"{noise.family} is none. Choose another estimator, such as 'sequential'."
         )
-    low, high, periodic = _STRETCHES[noise.family](noise.sigma, settings.reach)
+    low, high, periodic = scan_range(settings.reach)
     passes = passes_of(settings.n, noise.sigma, high - low)
     return Scan(noise.sigma, low, high, periodic, passes)
-
-
-def _turn(sigma: float, reach: float | None) -> tuple[float, float, bool]:
-    """Rotation: once round, or less where that is enough for the reach."""
-    if reach is None or sigma + reach >= math.pi:
-        return -math.pi, math.pi, True
-    return -sigma - reach, sigma + reach, False
-
-
-def _stretch(sigma: float, reach: float | None) -> tuple[float, float, bool]:
-    """Scaling: as far as requested, but never to a factor below 0."""
-    if sigma >= -_LEAST_SCALING:
-        raise InputError(
-            f"sigma = {sigma} scales by factors down to 0 and below, where there is no image to "
-            "scan. Use a sigma below 1."
-        )
-    far = sigma + (_SCALING_REACH * sigma if reach is None else reach)
-    return max(-far, _LEAST_SCALING), far, False
-
-
-_STRETCHES = {"rotation": _turn, "scaling": _stretch}
 
 
 def describe_scan(scan: Scan) -> dict[str, Any]:

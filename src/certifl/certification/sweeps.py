@@ -19,6 +19,7 @@ from certifl.certification.certified_sets import lengths
 from certifl.certification.counts import Request
 from certifl.certification.sampling import VoteCounter
 from certifl.perturbations import Perturbation
+from certifl.perturbations.base import Sweep, family_sweeps
 from certifl.rng import generator, image_key
 
 STEPS = {1: 31, 2: 21}
@@ -29,26 +30,6 @@ _LEVELS = 255.0
 # reach three.
 _SIGMAS = {"uniform": 2.0, "gaussian": 3.0}
 _SIGMAS_OF_INTERVALS = 4.0
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A line of parameters from 0 outward.
-
-    Attributes:
-        name: of the sweep. words: what happens to the image.
-        forward, backward: which way positive and negative steps go; `backward` is empty where
-            there are none.
-        axis: number of the parameter that changes; None for a direction drawn for the image.
-        reach: length of the longest parameter, in the family's unit; None = up to another image.
-    """
-
-    name: str
-    words: str
-    forward: str
-    backward: str
-    axis: int | None
-    reach: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,37 +50,13 @@ class SweepVotes:
 
 
 def sweeps_of(perturbation: Perturbation, intervals: bool = False) -> tuple[Sweep, ...]:
-    """The sweeps of a family: its one parameter, two axes of a translation, else random lines.
+    """The sweeps of a family, as far out as its certificates reach.
 
     Args:
         intervals: whether certificates are intervals of a scan, which do not end at sigma.
     """
     sigmas = _SIGMAS_OF_INTERVALS if intervals else _SIGMAS[perturbation.law.name]
-    reach = sigmas * perturbation.sigma
-    match perturbation.family:
-        case "rotation":
-            turn = "turned about its centre"
-            ends = min(reach, math.pi)
-            return (Sweep("turn", turn, "counter-clockwise", "clockwise", 0, ends),)
-        case "scaling":
-            # At -1 nothing is left of the sampling grid.
-            ends = min(reach, 0.9)
-            return (Sweep("scale", "scaled about its centre", "smaller", "larger", 0, ends),)
-        case "translation":
-            return (
-                Sweep("across", "shifted across", "to the left", "to the right", 0, reach),
-                Sweep("down", "shifted up and down", "up", "down", 1, reach),
-            )
-        case "pixel":
-            drawn = "with one drawn noise image added or taken away"
-            towards = "blended into another picture"
-            return (
-                Sweep("noise", drawn, "added", "taken away", None, reach),
-                Sweep("towards", towards, "of the way there", "", None, None),
-            )
-        case _:
-            words = "deformed along one drawn direction"
-            return (Sweep("drawn", words, "along it", "against it", None, reach),)
+    return family_sweeps(perturbation, sigmas * perturbation.sigma)
 
 
 def sweep_along(

@@ -1,7 +1,8 @@
-"""The command line: reads a request, calls the package that does the work, shows the result."""
+"""The command line: parses a request, calls the package that does the work, prints the result."""
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable
@@ -9,11 +10,10 @@ from typing import Annotated
 
 import typer
 import typer.core
+import typer.main
 
 from certifl.cli import results, studies
-from certifl.cli import results as single
-from certifl.cli import studies as machine
-from certifl.cli.common import safe_path, say, unforeseen
+from certifl.cli.common import safe_path, say, unexpected
 from certifl.cli.deploy import deploy
 from certifl.errors import CertiflError, RequestError, UnusualValue
 
@@ -34,26 +34,26 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-# What `certifl --help` says of each, whole: longer texts would be cut there.
+# Short helps, whole in `certifl --help`: longer texts would be cut there.
 _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
-    "quickstart": (studies.quickstart, "The main job on embedded data, with a report."),
+    "quickstart": (studies.quickstart, "Example study on embedded data, with a report."),
     "run": (studies.run, "Train, certify and report one study."),
-    "plan": (studies.plan, "Votes, time and memory a study will take here."),
-    "reproduce": (studies.reproduce, "Compute figures of the paper."),
-    "report": (results.report, "One page about a run, or several side by side."),
-    "claims": (results.claims, "Put the paper's claims to the test."),
-    "verify": (results.verify, "Recompute every radius from its votes."),
-    "attack": (results.attack, "Try to break a run's certificates."),
-    "explore": (results.explore, "Deform test images, for readers of the report."),
-    "certify": (single.certify, "Certify a model you already have."),
-    "merge": (single.merge, "Put the shards of one certification together."),
-    "predict": (single.predict, "Label of one image, with its certified radius."),
-    "doctor": (machine.doctor, "What this machine has, and what is missing."),
-    "list": (machine.list_, "List registered components."),
+    "plan": (studies.plan, "Estimate votes, time and memory of a study."),
+    "reproduce": (studies.reproduce, "Reproduce figures of the paper."),
+    "report": (results.report, "Write a report on one run, or compare several."),
+    "claims": (results.claims, "Test the paper's claims."),
+    "verify": (results.verify, "Recompute every certificate from its votes."),
+    "attack": (results.attack, "Attack a run's certificates."),
+    "explore": (results.explore, "Add deformed test images to a report."),
+    "certify": (results.certify, "Certify an existing model."),
+    "merge": (results.merge, "Merge the shards of a certification."),
+    "predict": (results.predict, "Predict one image, with its certified radius."),
+    "doctor": (studies.doctor, "Check the installation and the hardware."),
+    "list": (studies.list_, "List registered components."),
 }
 for _name, (_command, _short) in _COMMANDS.items():
     app.command(_name, short_help=_short)(_command)
-app.add_typer(deploy, name="deploy", short_help="Real federations, over Flower.")
+app.add_typer(deploy, name="deploy", short_help="Federations over a network, with Flower.")
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def main() -> None:
         with safe_path(), warnings.catch_warnings():
             warnings.simplefilter("default", UnusualValue)
             warnings.showwarning = _shown_plainly
-            app(prog_name="certifl")
+            _commands()(prog_name="certifl")
     except RequestError as error:
         say(f"certifl: {error}", err=True)
         sys.exit(2)
@@ -71,20 +71,26 @@ def main() -> None:
         sys.exit(1)
     except MemoryError:
         say(
-            "certifl: memory ran out. Ask for less at once (fewer images, clients, processes), or "
-            "use a machine with more; what is finished is kept.",
+            "certifl: memory ran out. Reduce the images, clients or processes, or use a machine "
+            "with more memory; finished work is kept.",
             err=True,
         )
         sys.exit(1)
-    except Exception as error:  # what nobody foresaw ends in one line, too
-        say(f"certifl: {unforeseen(error)}", err=True)
+    except Exception as error:  # unexpected errors end in one line, too
+        say(f"certifl: {unexpected(error)}", err=True)
         sys.exit(1)
+
+
+@functools.cache
+def _commands() -> Callable[..., object]:
+    """All commands, made once for however many are called in one process."""
+    return typer.main.get_command(app)
 
 
 def _shown_plainly(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object
 ) -> None:
-    """A warning in one line; where it comes from matters to programmers alone."""
+    """A warning in one line."""
     place = "" if issubclass(category, UnusualValue) else f"{filename}:{lineno}: "
     typer.echo(f"certifl: {place}{message}", err=True)
 

@@ -1,4 +1,4 @@
-"""What commands share: options, Ctrl-C, how a command was called."""
+"""Options and helpers that commands share."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from certifl.errors import first_line
+from certifl.path_checks import read_spec_file
 from certifl.safe_io import visible
+
+if TYPE_CHECKING:
+    from certifl.spec import Spec
 
 _SAFE_PATH = "PYTHONSAFEPATH"
 _LONGEST_REASON = 200
@@ -26,65 +31,71 @@ Out = Annotated[
 DataDir = Annotated[
     Path | None,
     typer.Option(
-        help="Folder with data sets, <dir>/<name>/...; also the variable CERTIFL_DATA. A finished "
-        "run remembers its own."
+        help="Folder with data sets, <dir>/<name>/...; default: $CERTIFL_DATA, or the folder that "
+        "a finished run recorded."
     ),
 ]
 Device = Annotated[str, typer.Option(help='"auto", "cpu" or one GPU, "cuda:1".')]
 Devices = Annotated[
     str, typer.Option("--device", help='"auto", "cpu", "cuda:1", or several: "cuda:0,cuda:1".')
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there.")]
-OverwriteFile = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the file that is there.")
-]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")]
+OverwriteFile = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the spec; repeatable."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec; repeatable."),
 ]
 Track = Annotated[
     list[str] | None,
-    typer.Option(help="Follow with tensorboard, mlflow or wandb, offline; repeatable."),
+    typer.Option(help="Log to tensorboard, mlflow or wandb, offline; repeatable."),
 ]
 Workers = Annotated[
-    int, typer.Option(min=0, help="Processes that train clients beside this one, a thread each.")
+    int,
+    typer.Option(min=0, help="Worker processes that train clients, one thread each."),
 ]
 AnswerWithin = Annotated[
     float | None,
-    typer.Option(metavar="SECONDS", help="Leave out clients that take longer; needs --workers."),
+    typer.Option(
+        metavar="SECONDS",
+        help="Timeout after which a client is left out of a round; needs --workers.",
+    ),
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Family = Annotated[
     str | None,
-    typer.Option(help="Perturbation family; a run's own by default, else pixel with sigma 0.25."),
+    typer.Option(help="Perturbation family; default: that of the run, or pixel with sigma 0.25."),
 ]
-Sigma = Annotated[str | None, typer.Option(help="In the family's unit: 0.3, 0.1pi, 18deg.")]
+Sigma = Annotated[
+    str | None, typer.Option(help="Noise level in the unit of the family: 0.3, 0.1pi, 18deg.")
+]
 Code = Annotated[
     Path | None,
     typer.Option(
-        "--code", metavar="DIR", help="Folder with the run's own network; only if you trust it."
+        "--code",
+        metavar="DIR",
+        help="Folder with the code of the run's own network, which you must trust.",
     ),
 ]
 
 
 def say(text: str, err: bool = False) -> None:
-    """Print a line; control characters of names in it are shown, not obeyed."""
+    """Print a line; control characters of names in it are escaped."""
     typer.echo(visible(text), err=err)
 
 
-def unforeseen(error: Exception) -> str:
-    """One line about an error that is a fault of certifl itself; the rest goes into a file."""
-    told = f"{type(error).__name__}: {error}".splitlines()[0][:_LONGEST_REASON]
+def unexpected(error: Exception) -> str:
+    """One line about a bug in certifl; the traceback goes into a file."""
+    reason = f"{type(error).__name__}: {first_line(error)}"[:_LONGEST_REASON]
     log = "".join(traceback.format_exception(error))
     try:
         handle, path = tempfile.mkstemp(prefix="certifl-", suffix=".log")
         with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{command_line()}\n\n{log}")
     except OSError as failed:
-        return f"an error that was not foreseen ({told}); its log cannot be written: {failed}."
+        return f"an unexpected error ({reason}); its log cannot be written: {failed}."
     return (
-        f"an error that was not foreseen ({told}). Finished files are whole. {path} says more; "
-        "please report it together with that file."
+        f"an unexpected error ({reason}). Finished files are whole. Please report it "
+        f"with the log {path}."
     )
 
 
@@ -105,11 +116,31 @@ def safe_path() -> Iterator[None]:
             os.environ[_SAFE_PATH] = before
 
 
+def load_study(spec: Path, settings: list[str] | None) -> Spec:
+    """The study in a spec file, whose own network is then importable.
+
+    A wrong path is refused before anything heavy is imported.
+    """
+    values = read_spec_file(spec)
+    from certifl.spec import with_settings
+
+    study = with_settings(values, settings or [])
+    from certifl.models import allow_code  # imports torch, which a wrong spec need not wait for
+
+    allow_code(study.model.name, spec.parent, Path.cwd())
+    return study
+
+
+def run_folder(spec: Path, study: Spec, out: Path | None) -> Path:
+    """Where a study's results go: where the user says, or runs/<name>-<hash>."""
+    return out or Path("runs") / f"{spec.stem}-{study.hash()[:8]}"
+
+
 def whole(value: str | int) -> int:
-    """A whole number as a person writes it: 10000, 10_000 or 1e4.
+    """An integer, also written as 10_000 or 1e4.
 
     Raises:
-        typer.BadParameter: it is none.
+        typer.BadParameter: it is not one.
     """
     try:
         return int(value)
@@ -123,10 +154,10 @@ def whole(value: str | int) -> int:
 
 
 def positive(value: str | int) -> int:
-    """A whole number of at least 1.
+    """An integer of at least 1.
 
     Raises:
-        typer.BadParameter: it is none.
+        typer.BadParameter: it is not one.
     """
     number = whole(value)
     if number < 1:
@@ -136,16 +167,15 @@ def positive(value: str | int) -> int:
 
 @contextlib.contextmanager
 def interruptible(overwrite: bool = False) -> Iterator[None]:
-    """Let Ctrl-C say that nothing is lost, and how to go on."""
+    """On Ctrl-C, say that nothing is lost and how to resume."""
     try:
         yield
     except KeyboardInterrupt:
         same = "the same command without --overwrite" if overwrite else "the same command"
-        told = f"\nInterrupted. What is finished is kept; {same} goes on from there."
-        say(told, err=True)
+        say(f"\nInterrupted. Finished work is kept; {same} resumes it.", err=True)
         raise typer.Exit(130) from None
 
 
 def command_line() -> str:
-    """How this command was called, for a run's record."""
+    """This command as it was called, for a run's record."""
     return shlex.join(["certifl", *sys.argv[1:]])

@@ -5,50 +5,49 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from certifl.cli.common import say
+from certifl.cli.common import command_line, load_study, run_folder, say
 from certifl.errors import RequestError, WorkError
-from certifl.path_checks import check_party, check_party_settings, read_spec_file
+from certifl.path_checks import check_client_settings, check_deploy_folder
 
 deploy = typer.Typer(
-    help="Real federations: every client on a machine of its own, over Flower.",
+    help="Real federations: every client on its own machine, over Flower.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
-ClientFolder = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="The party's folder.")]
+ClientFolder = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="The bundle's folder.")]
 Insecure = Annotated[
-    bool, typer.Option("--insecure", help="No encryption, no keys: for one machine alone.")
+    bool, typer.Option("--insecure", help="No encryption, no keys: for use on one machine.")
 ]
 Names = Annotated[
     list[str] | None,
-    typer.Option("--name", help="Further name or address of the server; repeatable."),
+    typer.Option("--name", help="Additional name or address of the server; repeatable."),
 ]
-SpecFile = Annotated[Path, typer.Argument(metavar="SPEC.toml", help="What the study is.")]
-Kit = Annotated[Path, typer.Option("--kit", help="The server's folder.")]
+SpecFile = Annotated[Path, typer.Argument(metavar="SPEC.toml", help="Spec of the study.")]
+ServerFolder = Annotated[Path, typer.Option("--kit", help="The server's folder.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec."),
 ]
 OwnPerturbation = Annotated[
-    bool, typer.Option("--own-perturbation", help="Clients may certify one of their own.")
+    bool,
+    typer.Option("--own-perturbation", help="Allow clients their own perturbation."),
 ]
 MinClients = Annotated[
     int | None,
-    typer.Option(min=1, help="Start with so many clients that match; by default with all."),
+    typer.Option(min=1, help="Minimum number of matching clients to start; default: all."),
 ]
 
 
 @contextlib.contextmanager
 def _flower() -> Iterator[None]:
-    """Say what is missing; tell lines as they come."""
+    """Report a missing Flower, and an interruption."""
     if importlib.util.find_spec("flwr") is None:
         raise RequestError(
             'Federations over a network need Flower: pip install "certifl[flower]".'
@@ -57,46 +56,45 @@ def _flower() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        told = "\nInterrupted. What is finished is kept; the same command goes on from there."
-        say(told, err=True)
+        message = "\nInterrupted. Finished work is stored; the same command resumes."
+        say(message, err=True)
         raise typer.Exit(130) from None
 
 
-def _told(line: str) -> None:
+def _report(line: str) -> None:
     say(line, err=True)
 
 
 @deploy.command("init")
 def init_(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New; for all parties.")],
-    clients: Annotated[int, typer.Option(min=1, help="How many parties.")] = 2,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder for all bundles.")],
+    clients: Annotated[int, typer.Option(min=1, help="Number of clients.")] = 2,
     server: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="The server, as clients reach it.")
+        str, typer.Option(metavar="HOST:PORT", help="Address of the server for clients.")
     ] = "127.0.0.1:9900",
     name: Names = None,
     insecure: Insecure = False,
 ) -> None:
-    """Write what each party needs: certificates, keys, settings, scripts, a page to read."""
+    """Write a provisioning bundle for each machine: certificates, keys, settings, scripts."""
     with _flower():
-        from certifl.deploy.processes import INSECURE
-        from certifl.deploy.provision.kit import init
+        from certifl.deploy.provision.bundle import INSECURE, init
 
-        parties = init(folder, clients, server, insecure, name or [])
+        folders = init(folder, clients, server, insecure, name or [])
     if insecure:
         say(INSECURE, err=True)
-    say("\n".join(f"{place}/" for place in parties))
-    say(f"\nWho runs what, and what never leaves whose machine: {folder / 'README.md'}")
+    say("\n".join(f"{place}/" for place in folders))
+    say(f"\nWho runs what, and what never leaves each machine: {folder / 'README.md'}")
 
 
 @deploy.command()
 def renew(
-    folder: Annotated[Path, typer.Argument(help="As `init` wrote it, with the authority's key.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of `init`, with the authority's key.")],
     name: Names = None,
 ) -> None:
-    """Write a new certificate for the server; clients need nothing new."""
-    check_party(folder / "server")
+    """Write a new certificate for the server; clients need no change."""
+    check_deploy_folder(folder / "server")
     with _flower():
-        from certifl.deploy.provision.kit import renew as renewed
+        from certifl.deploy.provision.bundle import renew as renewed
 
         say(f"{renewed(folder, name or [])} (with its key beside it)")
 
@@ -104,50 +102,53 @@ def renew(
 @deploy.command()
 def server(folder: ClientFolder = Path(".")) -> None:
     """Run the server until it is stopped."""
-    check_party(folder)
+    check_deploy_folder(folder)
     with _flower():
-        from certifl.deploy.processes import serve
+        from certifl.deploy.server.process import run_server
 
-        serve(folder, _told)
+        run_server(folder, _report)
 
 
 @deploy.command()
 def client(
     folder: ClientFolder = Path("."),
     data: Annotated[
-        str | None, typer.Option(help="Its images; by default what client.toml says.")
+        str | None, typer.Option(help="The client's images; default: data in client.toml.")
     ] = None,
     dealt: Annotated[
         bool,
-        typer.Option("--dealt", help="DATA is a whole data set; the study deals a share of it."),
+        typer.Option(
+            "--dealt",
+            help="DATA is a common data set; the study allocates its images.",
+        ),
     ] = False,
     code: Annotated[
         Path | None,
         typer.Option(
-            "--code", metavar="DIR", help="Folder with the networks that client.toml allows."
+            "--code", metavar="DIR", help="Folder of the networks that client.toml allows."
         ),
     ] = None,
 ) -> None:
-    """Take part with one's own images until stopped."""
-    check_party_settings(folder / "client.toml")
+    """Run a client until it is stopped."""
+    check_client_settings(folder / "client.toml")
     with _flower():
+        from certifl.deploy.client.process import run_client, with_data
         from certifl.deploy.client.settings import load_settings
-        from certifl.deploy.processes import take_part, with_data
 
         settings = with_data(load_settings(folder / "client.toml"), data, dealt)
         _find_networks(settings.networks, code)
-        take_part(folder, settings, _told)
+        run_client(folder, settings, _report)
 
 
 def _find_networks(names: list[str], code: Path | None) -> None:
-    """Let the networks that the party allows be found where it says that their code is."""
+    """Make the code of the client's allowed networks importable."""
     from certifl.models import require_code
 
     own = [name for name in names if ":" in name]
     if own and code is None:
         raise RequestError(
-            f"networks of client.toml allows {own[0]!r}, which is code: name the folder that "
-            "holds it with --code DIR."
+            f"networks of client.toml allows {own[0]!r}, which is code: name its folder "
+            "with --code DIR."
         )
     for name in own:
         require_code(name, code or Path())
@@ -155,12 +156,12 @@ def _find_networks(names: list[str], code: Path | None) -> None:
 
 @deploy.command()
 def log(folder: ClientFolder = Path(".")) -> None:
-    """What left a client's machine: when, what for, which keys, shapes, how many bytes."""
+    """List what left a client's machine: time, kind, keys, shapes, bytes."""
     with _flower():
         from certifl.deploy.client.sent_log import SENT, sent_lines
 
         if not any((folder / name).is_file() for name in ("client.toml", SENT)):
-            raise RequestError(f"{folder} is no client's folder: it has no client.toml.")
+            raise RequestError(f"{folder} is not a client's folder: it has no client.toml.")
         for line in sent_lines(folder):
             typer.echo(line)
 
@@ -168,18 +169,18 @@ def log(folder: ClientFolder = Path(".")) -> None:
 @deploy.command()
 def run(
     spec: SpecFile,
-    kit: Kit = Path("server"),
+    server_folder: ServerFolder = Path("server"),
     set_: Overrides = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the results.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Default: runs/<spec>-<hash>.")] = None,
     share: Annotated[
-        str, typer.Option(help="The most asked of certificates: curve, rows, none.")
+        str, typer.Option(help="Disclosure level of certificates: curve, rows, none.")
     ] = "curve",
     own_perturbation: OwnPerturbation = False,
     answer_within: Annotated[
-        float, typer.Option(min=1.0, help="Seconds after which a client is left out of a round.")
+        float, typer.Option(min=1.0, help="Timeout for a client's answer, in seconds.")
     ] = 3600.0,
     wait: Annotated[
-        float, typer.Option(min=0.0, help="Seconds to wait for clients at the beginning.")
+        float, typer.Option(min=0.0, help="Timeout for clients to join at the start, in seconds.")
     ] = 300.0,
     min_clients: MinClients = None,
     absent: Annotated[
@@ -189,49 +190,43 @@ def run(
         float, typer.Option(min=0.1, help="Seconds of certification per message.")
     ] = 60.0,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a run that is there.")
+        bool, typer.Option("--overwrite", help="Replace an existing run.")
     ] = False,
 ) -> None:
-    """Train and certify with the clients that are connected; the same command goes on.
+    """Train and certify with the connected clients; the same command resumes.
 
-    Give it on the server's machine. It ends with 0 only if everything was done.
+    Run it on the server's machine. It exits with code 0 only if everything was done.
     """
-    read_spec_file(spec)
+    study = load_study(spec, set_)
     with _flower():
         from certifl.cli import terminal
-        from certifl.deploy.server.coordinator import Options
+        from certifl.deploy.server.coordinator import Options, run_study
         from certifl.deploy.server.remote_runner import Timeouts
-        from certifl.deploy.server.run import run_study
-        from certifl.deploy.transport.flower_processes import private_files
-        from certifl.models import allow_code
-        from certifl.spec import load
+        from certifl.runs.private_files import private_files
 
-        study = load(spec, set_ or [])
-        allow_code(study.model.name, spec.parent, Path.cwd())
-        place = out or Path("runs") / f"{spec.stem}-{study.hash()[:8]}"
         with terminal.Board() as board:
             board.stage(study.name)
             options = Options(
-                out=place,
+                out=run_folder(spec, study, out),
                 overwrite=overwrite,
                 share=share,
                 own_perturbation=own_perturbation,
-                patience=Timeouts(answer_within, wait, absent),
+                timeouts=Timeouts(answer_within, wait, absent),
                 piece=piece,
                 report=board.report,
-                command=shlex.join(["certifl", *sys.argv[1:]]),
+                command=command_line(),
                 min_clients=min_clients,
-                told=_told,
+                log=_report,
             )
-            folder = run_study(study, kit, options)
+            folder = run_study(study, server_folder, options)
         with private_files():
-            _reported(folder.path, study.name)
+            _show_results(folder.path, study.name)
 
 
 @deploy.command()
 def check(
     spec: SpecFile,
-    kit: Kit = Path("server"),
+    server_folder: ServerFolder = Path("server"),
     set_: Overrides = None,
     own_perturbation: OwnPerturbation = False,
     wait: Annotated[
@@ -239,56 +234,55 @@ def check(
     ] = 30.0,
     min_clients: MinClients = None,
 ) -> None:
-    """List the connected clients and whether a study would start with them; train nothing.
+    """List the connected clients and whether a study would start; train nothing.
 
-    It ends with 0 if `certifl deploy run` would start the study with these clients.
+    It exits with code 0 if `certifl deploy run` would start the study with these clients.
     """
-    read_spec_file(spec)
-    check_party(kit)
+    study = load_study(spec, set_)
+    check_deploy_folder(server_folder)
     with _flower():
-        from certifl.deploy.server.coordinator import Options
+        from certifl.deploy.server.coordinator import Options, check_study
         from certifl.deploy.server.remote_runner import Timeouts
-        from certifl.deploy.server.run import check_study
-        from certifl.spec import load
 
         options = Options(
             out=Path(),
             own_perturbation=own_perturbation,
-            patience=Timeouts(start=wait),
+            timeouts=Timeouts(start=wait),
             min_clients=min_clients,
-            told=typer.echo,
+            log=typer.echo,
         )
-        problem = check_study(load(spec, set_ or []), kit, options)
+        problem = check_study(study, server_folder, options)
         if problem is not None:
             raise RequestError(problem)
         typer.echo("The study would start.")
 
 
-def _reported(place: Path, title: str) -> None:
+def _show_results(path: Path, title: str) -> None:
     from certifl.cli import terminal
-    from certifl.report import summary_rows, write_report
-    from certifl.runs.folder import RunFolder
+    from certifl.report import load_runs, summary_rows, write_report
+    from certifl.runs.folder import StoredRun
 
-    folder = RunFolder(place)
-    for client, why in folder.manifest()["deployment"].get("left_out", {}).items():
+    run = StoredRun(path)
+    for client, why in run.manifest["deployment"].get("left_out", {}).items():
         typer.echo(f"Warning: client {client} is left out of the certificates: {why}.", err=True)
-    if folder.told_nothing():
-        say(f"\nRun: {place.resolve()}\nEvery client keeps its certificates to itself.")
+    if run.curves == {}:
+        say(f"\nRun: {path.resolve()}\nNo client shared its certificates.")
         return
-    with folder.locked():
-        write_report([place], folder.report, title=title)
-    terminal.show_summary(summary_rows([place]))
-    say(f"\nRun: {place.resolve()}\nReport: {folder.report.resolve()}")
+    results = load_runs([run])
+    with run.folder.locked():
+        write_report(results, run.folder.report, title=title)
+    terminal.show_summary(summary_rows(results))
+    say(f"\nRun: {path.resolve()}\nReport: {run.folder.report.resolve()}")
 
 
 @deploy.command()
 def status(folder: ClientFolder = Path(".")) -> None:
-    """Who is connected, on the server's machine; whether the server answers, on a client's."""
-    check_party(folder)
+    """On the server's machine: connected clients. On a client's: whether the server answers."""
+    check_deploy_folder(folder)
     with _flower():
-        from certifl.deploy.server.run import status_lines
+        from certifl.deploy.status import status_lines
 
         lines, fine = status_lines(folder)
     say("\n".join(lines))
     if not fine:
-        raise WorkError("Not everything is as it should be; see above.")
+        raise WorkError("There is a problem; see above.")

@@ -1,6 +1,6 @@
-"""Commands about finished runs: report, claims, verify, attack, explore.
+"""Commands about finished runs, and about one model or one image.
 
-Heavy imports happen inside the commands, so that help and errors of usage answer at once.
+Heavy imports happen inside the commands, so that help and usage errors appear at once.
 """
 
 from __future__ import annotations
@@ -44,28 +44,28 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished run folders.")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="The page to write; else in the run, or beside the first."),
+        typer.Option("--out", help="The page to write; default: in the run, or beside the first."),
     ] = None,
     images: Annotated[
         bool | None,
         typer.Option(
             "--images/--no-images",
-            help="Show test images, or leave every pixel out (private data); else as before.",
+            help="Show test images, or none (private data); default: as on the existing page.",
         ),
     ] = None,
 ) -> None:
-    """Write one page about one run, or about several side by side."""
+    """Write a report on one run, or compare several."""
     for run in runs:
         check_run(run)
     from certifl.cli import terminal
     from certifl.paper.claims.section import verdicts_section
-    from certifl.report import page_beside, summary_rows, write_report
+    from certifl.report import load_runs, page_beside, summary_rows, write_report
     from certifl.runs.folder import locked_for
 
-    place = out or page_beside(runs)
-    with locked_for(place):
-        page = write_report(runs, place, images=images, claims=verdicts_section)
-    terminal.show_summary(summary_rows(runs))
+    path, results = out or page_beside(runs), load_runs(runs)
+    with locked_for(path):
+        page = write_report(results, path, images=images, claims=verdicts_section)
+    terminal.show_summary(summary_rows(results))
     say(f"\nReport: {page.resolve()}\nFigures: {(page.parent / 'figures').resolve()}")
 
 
@@ -73,9 +73,11 @@ def claims(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders of studies.")
     ],
-    out: Annotated[Path | None, typer.Option("--out", help="Write them as .json or .md.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the results as .json or .md.")
+    ] = None,
 ) -> None:
-    """Put the paper's claims to the test: effect, 95 % interval and verdict of each."""
+    """Test the paper's claims: effect, 95 % interval and verdict of each."""
     for run in runs:
         check_study(run)
     from certifl.cli import terminal
@@ -93,27 +95,32 @@ _FINDINGS = 20  # as many as a screen shows
 
 
 def verify(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders or .parquet files.")
+    ],
     recast: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="K", help="Cast the votes of K random images per client again."
+            min=1, metavar="K", help="Also cast the votes of K random images per client again."
         ),
     ] = None,
     recast_seed: Annotated[
-        int | None, typer.Option(min=0, help="Choose these images by a seed; else by chance.")
+        int | None,
+        typer.Option(min=0, help="Seed of the choice of these images; default: random."),
     ] = None,
     code: Annotated[
         Path | None,
-        typer.Option("--code", help="Folder with the network's own code, which --recast runs."),
+        typer.Option(
+            "--code", help="Folder with the code of the run's own network, which --recast runs."
+        ),
     ] = None,
     data_dir: DataDir = None,
     device: Device = "auto",
 ) -> None:
     """Recompute every certificate from its votes, and compare all that a run says of itself.
 
-    Ends with 1 where something does not agree, and with 2 where a run's clients kept their
-    certificates: only they can verify them.
+    Exit code 1: something does not agree. Exit code 2: the clients of a run kept their
+    certificates, and only they can verify them.
     """
     for run in runs:
         if not run.is_file():
@@ -123,49 +130,45 @@ def verify(
     options = None
     if recast is not None:
         options = Options(recast, recast_seed, code, data_dir, device)
-    codes = [_verified(place, data_dir, options) for place in runs]
+    codes = [_verify(run, data_dir, options) for run in runs]
     worst = 1 if 1 in codes else max(codes)
     if worst:
         raise typer.Exit(worst)
 
 
-def _verified(place: Path, data_dir: Path | None, options: Options | None) -> int:
-    """Verify one run, and say what came of it; gives the exit status."""
-    from certifl.experiments.recast import recast_run
+def _verify(run: Path, data_dir: Path | None, recast: Options | None) -> int:
+    """Verify one run and print the result; returns the exit status."""
     from certifl.experiments.verify import verify_run
     from certifl.experiments.verify_run import shortened
 
-    result = verify_run(place, data_dir)
-    problems, again = result.problems, None
-    if options is not None and not problems:
-        again = recast_run(place, options)
-        problems = again.problems
-    for problem in shortened(problems, _FINDINGS):
-        say(f"{place}: {problem}", err=True)
-    if not problems and (result.checked or not result.kept):
-        say(f"{place}: {result.checked} certificates follow from their votes.")
-        for name, told in (("compared", result.compared), ("not checked", result.unchecked)):
-            if told:
-                say(f"  {name}: {'; '.join(told)}")
-    if again is not None:
-        say(f"  recast: {again}", err=bool(problems))
+    result = verify_run(run, data_dir, recast)
+    failed = bool(result.problems)
+    for problem in shortened(result.problems, _FINDINGS):
+        say(f"{run}: {problem}", err=True)
+    if not failed and (result.checked or not result.kept):
+        say(f"{run}: {result.checked} certificates follow from their votes.")
+        for name, items in (("compared", result.compared), ("not checked", result.unchecked)):
+            if items:
+                say(f"  {name}: {'; '.join(items)}")
+    if result.recast is not None:
+        say(f"  recast: {result.recast}", err=failed)
     if result.kept:
         say(result.kept, err=True)
-    return 1 if problems else 2 if result.kept else 0
+    return 1 if failed else 2 if result.kept else 0
 
 
 def attack(
     run: RunDir,
     images: Annotated[int, typer.Option(min=1, help="Certified test images per client.")] = 10,
-    client: Annotated[int | None, typer.Option(min=0, help="Only this client.")] = None,
+    client: Annotated[int | None, typer.Option(min=0, help="Attack only this client.")] = None,
     directions: Annotated[
-        int, typer.Option(min=2, help="Parameters tried at first, per image.")
+        int, typer.Option(min=2, help="Initial search directions per image.")
     ] = 32,
     data_dir: DataDir = None,
     device: Device = "auto",
     code: Code = None,
 ) -> None:
-    """Try to break a run's certificates, and measure what they do not cover; fails if one breaks.
+    """Attack a run's certificates, and measure what they do not cover; fails if one breaks.
 
     Writes attack.json into the run; `certifl report` shows it beside the certificates.
     """
@@ -188,7 +191,7 @@ def attack(
 
 
 def _renew_page(folder: RunFolder) -> None:
-    """Show what is new on the run's page, where it has one."""
+    """Write the run's report again, where it has one."""
     from certifl.report import write_report
 
     if folder.report.is_file():
@@ -204,7 +207,7 @@ def explore(
     device: Device = "auto",
     code: Code = None,
 ) -> None:
-    """Take a few test images of each run through the deformations, for readers of its report."""
+    """Add a few test images of each run, deformed step by step, to its report."""
     for run in runs:
         check_run(run)
     check_data_folder(data_dir)
@@ -217,62 +220,68 @@ def explore(
             board.stage(f"explore {run.name}")
             seen = explore_run(run, data_dir, device, board.report, code)
             _renew_page(RunFolder(run))
-            told = f"{run}: {seen.images} images, {seen.votes:,} votes at each deformation."
-            say(f"{told} `certifl report` shows them.")
+            say(
+                f"{run}: {seen.images} images, {seen.votes:,} votes at each deformation. "
+                "`certifl report` shows them."
+            )
 
 
 # Commands about one model or one image: certify, merge, predict.
-#
-# Heavy imports happen inside the commands, so that help and errors of usage answer at once.
 
 
 def certify(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Your own network as module:function, or a model's name; needs --weights, --data."
+            help="Your network as module:function, or a model's name; needs --weights and --data."
         ),
     ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help=".safetensors, or .pt with weights.")
+    weights: Annotated[Path | None, typer.Option(help="Weights: .safetensors or .pt.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Certify the model of a run instead.")] = None,
+    client: Annotated[int, typer.Option(min=0, help="Client of the run.")] = 0,
+    data: Annotated[
+        str | None, typer.Option(help="Data set whose test images are certified.")
     ] = None,
-    run: Annotated[Path | None, typer.Option(help="Take the model of a run instead.")] = None,
-    client: Annotated[int, typer.Option(min=0, help="Which client of the run.")] = 0,
-    data: Annotated[str | None, typer.Option(help="Data set whose test images are used.")] = None,
     family: Family = None,
     sigma: Sigma = None,
     images: Annotated[
         int,
         typer.Option(
-            parser=positive, metavar="NUMBER", help="Test images, a fixed random choice."
+            parser=positive, metavar="NUMBER", help="Number of test images, a fixed random choice."
         ),
     ] = 100,
-    estimator: Annotated[str, typer.Option(help="`certifl list` names them.")] = "sequential",
+    estimator: Annotated[str, typer.Option(help="See `certifl list`.")] = "sequential",
     n0: Annotated[
         int,
-        typer.Option("--n0", parser=whole, metavar="VOTES", help="Votes that choose the class."),
+        typer.Option("--n0", parser=whole, metavar="VOTES", help="Votes that select the class."),
     ] = 100,
     n: Annotated[
-        int, typer.Option("--n", parser=whole, metavar="VOTES", help="Fresh votes that bound it.")
+        int,
+        typer.Option(
+            "--n", parser=whole, metavar="VOTES", help="Votes that bound its probability."
+        ),
     ] = 100_000,
     alpha: Annotated[float, typer.Option(help="Probability of a wrong certificate.")] = 1e-3,
     keep: Annotated[
-        str, typer.Option(help="What stopping early keeps: certificates, or (cheaper) the curve.")
+        str,
+        typer.Option(help="What early stopping preserves: certificates, or (cheaper) the curve."),
     ] = "certificates",
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise and the choice of images.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the noise and the choice of images.")
+    ] = 0,
     precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     data_dir: DataDir = None,
     device: Device = "auto",
-    out: Annotated[Path, typer.Option("--out", help=".parquet or .tsv")] = Path(
+    out: Annotated[Path, typer.Option("--out", help="File to write, .parquet or .tsv.")] = Path(
         "certificates.parquet"
     ),
     overwrite: OverwriteFile = False,
     shard: Annotated[
-        str, typer.Option(help="i/n: every n-th image from the i-th; `certifl merge` joins them.")
+        str, typer.Option(help="i/n: every n-th image from the i-th, for `certifl merge`.")
     ] = "1/1",
     code: Code = None,
 ) -> None:
-    """Certify a model you already have, or the model a client of a run deploys."""
+    """Certify an existing model, or the model that a client of a run deploys."""
     check_certificate_file(out, overwrite)
     check_data_folder(data_dir)
     if weights is not None:
@@ -314,14 +323,15 @@ def certify(
 
 def merge(
     shards: Annotated[
-        list[Path], typer.Argument(metavar="SHARD...", help="All files of `certify --shard i/n`.")
+        list[Path],
+        typer.Argument(metavar="SHARD...", help="All files of `certifl certify --shard i/n`."),
     ],
-    out: Annotated[Path, typer.Option("--out", help=".parquet or .tsv")] = Path(
+    out: Annotated[Path, typer.Option("--out", help="File to write, .parquet or .tsv.")] = Path(
         "certificates.parquet"
     ),
     overwrite: OverwriteFile = False,
 ) -> None:
-    """Put the shards of one certification together: the same file, however the work was cut."""
+    """Merge the shards of one certification; the result does not depend on their number."""
     check_certificate_file(out, overwrite)
     for shard in shards:
         check_file(shard, SHARD)
@@ -338,23 +348,25 @@ def predict(
     run: Annotated[
         Path,
         typer.Option(
-            help="The run whose model answers, or a client's own folder CLIENT/studies/ID."
+            help="The run whose model is used, or a client's own folder CLIENT/studies/ID."
         ),
     ],
     client: Annotated[
-        int | None, typer.Option(min=0, help="Which client asks; 0 where a run has several.")
+        int | None, typer.Option(min=0, help="Client whose model is used; default: 0.")
     ] = None,
     n: Annotated[
         int | None,
         typer.Option(
-            "--n", parser=positive, metavar="VOTES", help="Votes; the run's own by default."
+            "--n", parser=positive, metavar="VOTES", help="Votes; default: as in the run."
         ),
     ] = None,
-    resize: Annotated[bool, typer.Option("--resize", help="Fit the image to the model.")] = False,
+    resize: Annotated[
+        bool, typer.Option("--resize", help="Resize the image to fit the model.")
+    ] = False,
     device: Device = "auto",
     code: Code = None,
 ) -> None:
-    """Label of one image with its certified radius, or abstained, and what that means."""
+    """Predict one image: its label and certified radius, or abstention."""
     check_model_folder(run)
     check_file(image, IMAGE)
     from certifl.cli import terminal

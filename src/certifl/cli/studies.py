@@ -1,12 +1,12 @@
-"""Commands that compute studies: quickstart, run, plan, reproduce.
+"""Commands that compute studies, and those about the installation.
 
-Heavy imports happen inside the commands, so that help and errors of usage answer at once.
+Heavy imports happen inside the commands, so that help and usage errors appear at once.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,48 +22,55 @@ from certifl.cli.common import (
     Workers,
     command_line,
     interruptible,
+    load_study,
+    run_folder,
     say,
 )
-from certifl.path_checks import check_data_folder, read_spec_file
+from certifl.path_checks import check_data_folder
+
+if TYPE_CHECKING:
+    from certifl.report import RunResults
 
 
 def quickstart(
     out: Out = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of images, weights and noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of images, weights and noise.")] = 0,
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """The main job on embedded data: ten clients, rotation, four ways of training, a report."""
+    """Run an example study: embedded digits, ten clients, rotation, four algorithms, a report."""
     from certifl.cli import terminal
-    from certifl.experiments.run import Options, run
+    from certifl.experiments.run import Options, compute
     from certifl.paper import scales as presets
-    from certifl.report import summary_rows, write_report
+    from certifl.report import load_run, load_runs, summary_rows, write_report
     from certifl.runs.folder import RunFolder, require_own_folder
 
-    place, specs = out or Path("runs/quickstart"), presets.quickstart(seed)
-    page, folders, complete = place / "report.html", list[Path](), True
-    require_own_folder(place, list(specs), (page.name, "figures"))
+    folder, specs = out or Path("runs/quickstart"), presets.quickstart(seed)
+    page, complete = folder / "report.html", not overwrite
+    results: list[RunResults] = []
+    require_own_folder(folder, list(specs), (page.name, "figures"))
     with interruptible(overwrite), terminal.Board() as board:
         for regime, spec in specs.items():
             board.stage(regime)
             options = Options(
-                out=place / regime,
+                out=folder / regime,
                 device=device,
                 overwrite=overwrite,
-                siblings=tuple(folders),
+                siblings=tuple(run.folder for run in results),
                 report=board.report,
                 command=command_line(),
             )
-            complete = complete and not overwrite and RunFolder(place / regime).finished()
-            folders.append(run(spec, options).path)
+            complete = complete and RunFolder(options.out).finished()
+            results.append(load_run(compute(spec, options)))
+        results = load_runs(results)
         if not (complete and page.is_file()):
-            write_report(folders, page, title="Quickstart: handwritten digits")
-    terminal.show_summary(summary_rows(folders))
+            write_report(results, page, title="Quickstart: handwritten digits")
+    terminal.show_summary(summary_rows(results))
     say(f"\nReport: {page.resolve()}\nFigures: {(page.parent / 'figures').resolve()}")
 
 
 def run(
-    spec: Annotated[Path, typer.Argument(metavar="SPEC.toml", help="What the study is.")],
+    spec: Annotated[Path, typer.Argument(metavar="SPEC.toml", help="The study.")],
     set_: Settings = None,
     out: Out = None,
     data_dir: DataDir = None,
@@ -73,63 +80,53 @@ def run(
     workers: Workers = 0,
     answer_within: AnswerWithin = None,
 ) -> None:
-    """Train, certify and report one study; the same command goes on after an interruption."""
-    read_spec_file(spec)
+    """Train, certify and report one study; the same command resumes an interrupted run."""
     check_data_folder(data_dir)
+    study = load_study(spec, set_)
     from certifl.cli import terminal
-    from certifl.experiments.run import Options
-    from certifl.experiments.run import run as run_study
-    from certifl.models import allow_code
-    from certifl.report import summary_rows, write_report
+    from certifl.experiments.run import Options, compute
+    from certifl.report import load_runs, summary_rows, write_report
     from certifl.runs.folder import RunFolder
-    from certifl.spec import load
 
-    study = load(spec, set_ or [])
-    allow_code(study.model.name, spec.parent, Path.cwd())
-    place = out or Path("runs") / f"{spec.stem}-{study.hash()[:8]}"
+    folder = RunFolder(run_folder(spec, study, out))
     with interruptible(overwrite), terminal.Board() as board:
         board.stage(study.name)
-        beside = tuple(sorted(p.parent for p in place.parent.glob("*/run.json")))
         options = Options(
-            place,
-            data_dir,
-            device,
-            overwrite,
-            beside,
-            board.report,
-            command_line(),
-            tuple(track or ()),
-            workers,
-            answer_within,
+            out=folder.path,
+            data_dir=data_dir,
+            device=device,
+            overwrite=overwrite,
+            siblings=tuple(sorted(p.parent for p in folder.path.parent.glob("*/run.json"))),
+            report=board.report,
+            command=command_line(),
+            track=tuple(track or ()),
+            workers=workers,
+            answer_within=answer_within,
         )
-        complete = not overwrite and RunFolder(place).finished()
-        folder = run_study(study, options)
+        complete = not overwrite and folder.finished()
+        results = load_runs([compute(study, options)])
         if not (complete and folder.report.is_file()):
             with folder.locked():
-                write_report([folder.path], folder.report, title=study.name)
-        elif folder.left_over():
+                write_report(results, folder.report, title=study.name)
+        elif folder.temporary_files():
             with folder.locked():
                 folder.clean()
-    terminal.show_summary(summary_rows([folder.path]))
+    terminal.show_summary(summary_rows(results))
     say(f"\nRun: {folder.path.resolve()}\nReport: {folder.report.resolve()}")
 
 
 def plan(
-    spec: Annotated[Path, typer.Argument(metavar="SPEC.toml", help="What the study is.")],
+    spec: Annotated[Path, typer.Argument(metavar="SPEC.toml", help="The study.")],
     set_: Settings = None,
     data_dir: DataDir = None,
     device: Device = "auto",
 ) -> None:
-    """Votes, time, memory and disk that a study will take here; measures for a few seconds."""
-    read_spec_file(spec)
+    """Estimate votes, time, memory and disk of a study from a few seconds of measurements."""
     check_data_folder(data_dir)
+    study = load_study(spec, set_)
     from certifl.cli import terminal
     from certifl.experiments.plan import plan as plan_study
-    from certifl.models import allow_code
-    from certifl.spec import load
 
-    study = load(spec, set_ or [])
-    allow_code(study.model.name, spec.parent, Path.cwd())
     terminal.show_plan(study.name, plan_study(study, data_dir, device))
 
 
@@ -144,7 +141,7 @@ def reproduce(
     data_dir: DataDir = None,
     device: Devices = "auto",
     plan: Annotated[
-        bool, typer.Option("--plan", help="Say what would run and how long; write nothing.")
+        bool, typer.Option("--plan", help="Only list the runs and estimate their time.")
     ] = False,
     overwrite: Overwrite = False,
     workers: Workers = 0,
@@ -152,14 +149,14 @@ def reproduce(
         int | None,
         typer.Option(
             min=1,
-            help="Runs side by side, a process each. If not given: at laptop scale on a CPU one "
-            "per core, up to 4; otherwise 1.",
+            help="Runs in parallel, one process each; default: at laptop scale on a CPU one per "
+            "core, up to 4; otherwise 1.",
         ),
     ] = None,
 ) -> None:
-    """Compute figures of the paper; runs that they share are trained and certified once.
+    """Reproduce figures of the paper; runs that they share are trained and certified once.
 
-    The same command goes on after an interruption; several processes may work in one folder.
+    The same command resumes an interrupted one; several processes may work in one folder.
     """
     check_data_folder(data_dir)
     from certifl.cli import terminal
@@ -195,13 +192,11 @@ def reproduce(
                 say(f"{folder.name}: {page.resolve()}")
 
 
-# Commands about what there is: doctor, list.
-#
-# Heavy imports happen inside the commands, so that help and errors of usage answer at once.
+# Commands about the installation: doctor, list.
 
 
 def doctor(data_dir: DataDir = None) -> None:
-    """What this machine has (devices, memory, data, extras), and what is missing for what."""
+    """Check devices, memory, data and extras, and list what is missing."""
     from certifl.cli import terminal
     from certifl.experiments.doctor import examine
 
@@ -209,7 +204,7 @@ def doctor(data_dir: DataDir = None) -> None:
 
 
 def list_() -> None:
-    """What can stand in a spec: data, splits, models, algorithms, perturbations, estimators."""
+    """List registered components: data, splits, models, algorithms, perturbations, estimators."""
     from certifl.certification import ESTIMATORS
     from certifl.cli import terminal
     from certifl.data import EMBEDDED, SPLITS

@@ -1,4 +1,4 @@
-"""What the command line shows: progress, tables, one prediction."""
+"""Output of the command line: progress, tables, predictions."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from certifl.certification.certificates import Certificates
 from certifl.certification.metadata import below_sigma
 from certifl.experiments.doctor import Fact
 from certifl.experiments.plan import Plan
-from certifl.experiments.standalone import Answer
+from certifl.experiments.standalone import Prediction
 from certifl.paper.claims.rules import NOT_TESTED
 from certifl.paper.costs import Cost
+from certifl.perturbations import trait
 from certifl.perturbations.units import format_amount
 from certifl.safe_io import visible
 
@@ -252,22 +253,24 @@ def _where_stopped(metadata: Mapping[str, Any]) -> str:
     return " (no radii given: stopped where the average radius gains little)"
 
 
-def show_prediction(answer: Answer) -> None:
+def show_prediction(prediction: Prediction) -> None:
     """Label or abstention, radius and what they mean."""
-    certificates, console = answer.certificates, _console()
+    certificates, console = prediction.certificates, _console()
     facts = certificates.conditions
     unit = str(facts["unit"])
     if certificates.abstained[0]:
-        console.print("abstained: the votes do not single out a class")
+        console.print("abstained: no class is certain enough")
     else:
         radius = format_amount(float(certificates.radius[0]), unit)
         console.print(
-            f"label   {visible(answer.class_name)} (class {int(certificates.predicted[0])})"
+            f"label   {visible(prediction.class_name)} (class {int(certificates.predicted[0])})"
         )
         console.print(f"radius  {radius} in {facts['norm']} norm, {facts['family']}")
-    console.print(f"model   client {answer.client} uses {answer.deploys}")
-    if answer.changed:
-        console.print(f"image   {answer.changed}: the certificate is about the image so changed")
+    console.print(f"model   client {prediction.client} uses {prediction.deploys}")
+    if prediction.changed:
+        console.print(
+            f"image   {prediction.changed}: the certificate holds for the converted image"
+        )
     console.print(_meaning(facts), style="dim")
 
 
@@ -322,15 +325,15 @@ def _show_attack(result: Mapping[str, Any]) -> None:
         console.print(f"{title:35}{text}")
     second = (
         "Changed pixels are covered on arrival, too."
-        if result["family"] == "pixel"
+        if trait(result["family"], "additive", False)
         else "An image that arrives deformed and is smoothed then is interpolated twice: measured "
-        "here, not promised."
+        "here, not guaranteed."
     )
-    console.print(f"Certificates promise that no class changes inside. {second}", style="dim")
+    console.print(f"Certificates guarantee that no class changes inside. {second}", style="dim")
 
 
 def show_plan(name: str, plan: Plan) -> None:
-    """What a study will take, and what that rests on."""
+    """The cost of a study, and the assumptions of the estimate."""
     console = _console(soft_wrap=True)
     console.print(f"Plan of {visible(name)}: nothing was trained or written.")
     early = plan.votes_expected < plan.votes_at_most
@@ -356,7 +359,7 @@ def show_plan(name: str, plan: Plan) -> None:
 def show_study(costs: Mapping[str, Cost], scale: str, words: str) -> None:
     """What figures will take: runs they share are counted in each, and once in the last line."""
     console = _console(soft_wrap=True)
-    console.print(f"Plan at the scale {scale}: nothing was computed or written.")
+    console.print(f"Plan at scale {scale}: nothing was computed or written.")
     console.print(f"This scale is {words}.", style="dim")
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("figure", no_wrap=True)
@@ -397,7 +400,7 @@ def _bytes(count: int) -> str:
 
 
 def show_facts(facts: Sequence[Fact]) -> None:
-    """What `certifl doctor` found, and what is missing for what."""
+    """The checks of `certifl doctor`, and what is missing."""
     console = _console()
     for fact in facts:
         console.print(f"{fact.topic:18}{fact.found}", soft_wrap=True)
@@ -409,7 +412,7 @@ def show_facts(facts: Sequence[Fact]) -> None:
 
 
 def show_names(rows: Mapping[str, Sequence[str]]) -> None:
-    """What can stand in a spec, a line for each kind."""
+    """Registered components, a line for each kind."""
     console = _console()
     for title, names in rows.items():
         console.print(f"{title:14}{', '.join(names)}", soft_wrap=True)

@@ -1,12 +1,24 @@
-"""Images, labels, and who holds which of them."""
+"""Images, labels, and which client has which of them; one row for each way to split them.
+
+Nothing here imports torch: a spec's split is checked against its row.
+"""
 
 from __future__ import annotations
 
-from certifl.data.dataset import Dataset, ImageSplit, fingerprint, random_part, to_float
-from certifl.data.decode import changes_of, read_image
-from certifl.data.loading import EMBEDDED, load, named_folder
-from certifl.data.partition import ClientIndices, Partition, check, choose, label_checksum
-from certifl.data.splitters import SPLITS, Column, Splitter, deal_out, make_splitter
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from certifl.lazy import lazy_names
+from certifl.registry import NonNegative, Positive, PositiveInt, Registry, Row, parameters
+
+if TYPE_CHECKING:
+    from certifl.data.allocation import Column
+    from certifl.data.dataset import Dataset, ImageSplit, fingerprint, random_part, to_float
+    from certifl.data.decode import changes_of, read_image
+    from certifl.data.loading import EMBEDDED, load, named_folder
+    from certifl.data.partition import ClientIndices, Partition, check, choose, label_checksum
+    from certifl.data.splitters import Splitter, assign_images
 
 __all__ = [
     "EMBEDDED",
@@ -17,16 +29,56 @@ __all__ = [
     "ImageSplit",
     "Partition",
     "Splitter",
+    "assign_images",
     "changes_of",
     "check",
     "choose",
-    "deal_out",
     "fingerprint",
     "label_checksum",
     "load",
-    "make_splitter",
     "named_folder",
     "random_part",
     "read_image",
     "to_float",
 ]
+
+_SPLITTERS = "certifl.data.splitters"
+_ColumnName = Annotated[str, Field(min_length=1, description="the name of a column")]
+_LEAST = {"min_train": (PositiveInt, 10), "min_test": (PositiveInt, 2)}
+
+SPLITS: Registry[Row] = Registry(
+    "split",
+    {
+        "uniform": Row(f"{_SPLITTERS}:Uniform", parameters(), "uniform"),
+        "balanced": Row(f"{_SPLITTERS}:Balanced", parameters(), "balanced"),
+        "dirichlet": Row(
+            f"{_SPLITTERS}:Dirichlet",
+            parameters(alpha=(Positive, 0.5), **_LEAST, retries=(PositiveInt, 1000)),
+            "Dirichlet",
+        ),
+        "shards": Row(
+            f"{_SPLITTERS}:Shards", parameters(shards_per_client=(PositiveInt, 2)), "shards"
+        ),
+        "quantity": Row(
+            f"{_SPLITTERS}:Quantity", parameters(exponent=(NonNegative, 1.0)), "quantity"
+        ),
+        "column": Row(
+            "certifl.data.allocation:Column",
+            parameters(column=_ColumnName, min_train=(PositiveInt, 1), min_test=(PositiveInt, 1)),
+            "by column",
+        ),
+    },
+)
+"""All ways to split: those that look at the labels alone, and the one by a column."""
+
+_MODULES = {
+    "certifl.data.allocation": ("Column",),
+    "certifl.data.dataset": ("Dataset", "ImageSplit", "fingerprint", "random_part", "to_float"),
+    "certifl.data.decode": ("changes_of", "read_image"),
+    "certifl.data.loading": ("EMBEDDED", "load", "named_folder"),
+    "certifl.data.partition": ("ClientIndices", "Partition", "check", "choose", "label_checksum"),
+    _SPLITTERS: ("Splitter", "assign_images"),
+}
+__getattr__ = lazy_names(
+    __name__, {n: module for module, names in _MODULES.items() for n in names}
+)

@@ -1,4 +1,4 @@
-"""Dealing the images of each class to clients in given proportions."""
+"""Allocating the images of each class to clients in given proportions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from certifl.data import SPLITS
 from certifl.data.partition import ClientIndices, Partition, require_count
 from certifl.errors import InputError
 
@@ -28,9 +29,9 @@ def quotas(
     """Whole numbers of images near totals[k] * proportions[k, i], none lost.
 
     Each entry is its exact share rounded up or down, each row sums to totals[k], and a share of
-    zero stays zero. Who is rounded up is decided by what a client is still owed from the classes
-    before, ties at random: rounding each class on its own would favour the same clients again and
-    again, and leave others without a test image although there are enough.
+    zero stays zero. A client that is still owed images from earlier classes is rounded up first,
+    ties at random: rounding each class alone would favor the same clients repeatedly, and leave
+    others without a test image although there are enough.
 
     Args:
         totals: images of each class, (classes,).
@@ -68,7 +69,7 @@ def shuffled_by_class(
     return [generator.permutation(np.flatnonzero(labels == k)) for k in range(classes)]
 
 
-def deal(
+def allocate(
     labels: np.ndarray, counts: np.ndarray, generator: np.random.Generator
 ) -> list[np.ndarray]:
     """Give client i counts[k, i] random images of each class k; every image goes to one client.
@@ -76,13 +77,13 @@ def deal(
     Returns:
         for each client its images, int64, ascending.
     """
-    hands: list[list[np.ndarray]] = [[] for _ in range(counts.shape[1])]
+    images_of: list[list[np.ndarray]] = [[] for _ in range(counts.shape[1])]
     for members, row in zip(
         shuffled_by_class(labels, counts.shape[0], generator), counts, strict=True
     ):
-        for hand, part in zip(hands, np.split(members, np.cumsum(row)[:-1]), strict=True):
-            hand.append(part)
-    return [np.sort(np.concatenate(hand)) for hand in hands]
+        for parts, part in zip(images_of, np.split(members, np.cumsum(row)[:-1]), strict=True):
+            parts.append(part)
+    return [np.sort(np.concatenate(parts)) for parts in images_of]
 
 
 # Splitting a data set as it came to be: every value of one of its columns is a client.
@@ -116,10 +117,7 @@ class Column:
     name: ClassVar[str] = "column"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.column, str) and self.column):
-            raise InputError(f"column must be the name of a column, got {self.column!r}.")
-        for option in ("min_train", "min_test"):
-            require_count(option, getattr(self, option))
+        SPLITS.check_component(self)
 
     def split(self, train: np.ndarray, test: np.ndarray, clients: int, seed: int) -> Partition:
         """Give every chosen value's images to the client of that number.
@@ -137,11 +135,11 @@ class Column:
         """
         require_count("The number of clients", clients)
         chosen = self._chosen(train, test, clients)
-        hands = tuple(
+        chosen_images = tuple(
             ClientIndices(np.flatnonzero(train == v), np.flatnonzero(test == v)) for v in chosen
         )
         names = tuple(str(value) for value in chosen)
-        return Partition(hands, self.name, asdict(self), seed, "", names)
+        return Partition(chosen_images, self.name, asdict(self), seed, "", names)
 
     def _chosen(self, train: np.ndarray, test: np.ndarray, clients: int) -> np.ndarray:
         """The values that are clients, in order."""

@@ -44,7 +44,7 @@ def assemble(name: str, train: RawSplit, test: RawSplit) -> Dataset:
 
 
 def _with_channels(images: np.ndarray, channels: int) -> torch.Tensor:
-    """Grey images of a set that has RGB ones get three equal channels."""
+    """Gray images of a set that has RGB ones get three equal channels."""
     if images.shape[1] != channels:
         images = np.repeat(images, channels, axis=1)
     return torch.from_numpy(np.ascontiguousarray(images))
@@ -131,7 +131,7 @@ def _require_named(name: str, train: RawSplit, test: RawSplit) -> None:
 
 def _hidden(name: str, which: str, label: int) -> str:
     """What a label below 0 means, and what to do."""
-    means = "usually marks images whose label is not public" if label == -1 else "is no class"
+    means = "usually marks images whose label is not public" if label == -1 else "is not a class"
     return (
         f"{name} has the {which} label {label}, which {means}. {_INSTEAD[which]} If {label} is a "
         "class of yours, store the labels as texts."

@@ -11,13 +11,11 @@ delete its file to fetch it anew.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from safetensors.torch import save_file
 
 from certifl.data.dataset import Dataset, ImageSplit, fingerprint
 from certifl.errors import InputError
+from certifl.safe_io import replacing
 
 CACHE_ENV = "CERTIFL_CACHE"
 _DECODING_RULES = "2"  # raise when pixels, labels or class names of the same files would differ
@@ -93,8 +92,6 @@ def _cached_split(file: Any, which: str, values: list[Any] | None) -> ImageSplit
 
 def write_cached(path: Path, dataset: Dataset) -> None:
     """Write a cache file, whole or not at all; if that fails, warn and go on without."""
-    unique = f"{os.getpid()}-{threading.get_ident()}"
-    part = path.with_name(f".{path.name}.{unique}.tmp")
     tensors = {
         "train.images": dataset.train.images.contiguous(),
         "train.labels": dataset.train.labels.contiguous(),
@@ -112,9 +109,8 @@ def write_cached(path: Path, dataset: Dataset) -> None:
         parts = np.split(codes.astype(np.int64), [len(dataset.train)])
         tensors["train.column"], tensors["test.column"] = map(torch.from_numpy, parts)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, metadata=about)
-        os.replace(part, path)
+        with replacing(path) as part:
+            save_file(tensors, part, metadata=about)
     except (OSError, SafetensorError) as error:
         logger.warning(
             "Cannot keep the decoded images in %s (%s); they are decoded again next time. "
@@ -123,6 +119,3 @@ def write_cached(path: Path, dataset: Dataset) -> None:
             error,
             CACHE_ENV,
         )
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)

@@ -33,7 +33,7 @@ class ImageSplit:
     """Images and labels of one split.
 
     Args:
-        images: uint8, (n, c, h, w), c = 1 (grey) or 3 (RGB).
+        images: uint8, (n, c, h, w), c = 1 (gray) or 3 (RGB).
         labels: int64, (n,), classes counted from 0.
         column: (n,), integers or texts of one further column of the data set, such as the writer
             or the hospital; None where none was asked for.
@@ -94,7 +94,7 @@ class Dataset:
 
     @property
     def in_channels(self) -> int:
-        """1 for grey images, 3 for RGB."""
+        """1 for gray images, 3 for RGB."""
         return int(self.train.images.shape[1])
 
     @property

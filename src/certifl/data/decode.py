@@ -1,8 +1,8 @@
 """From image files to uint8 pixels: one rule for all sources, applied by a pool of threads.
 
-Convention: 8-bit grey stays one channel. Everything else (RGB, palettes, CMYK, ...) becomes RGB.
+Convention: 8-bit gray stays one channel. Everything else (RGB, palettes, CMYK, ...) becomes RGB.
 An alpha channel is dropped and a recorded camera orientation is applied. If one image of a set is
-RGB, the grey ones get three equal channels. Whatever would lose part of an image is refused: more
+RGB, the gray ones get three equal channels. Whatever would lose part of an image is refused: more
 than 8 bits per channel, because there is no one right way to bring them to [0, 255], and files
 with several frames or pages, because only one of them can be the image. (The second image that
 cameras put into a JPEG is a preview of the first, which alone is read.)
@@ -106,7 +106,7 @@ def decode_all(items: Iterable[NamedImage]) -> np.ndarray:
         raise InputError("There is no image to decode. Check that the files are not empty.")
     if clear:
         _log.warning(
-            "%s has transparent pixels%s: transparency is dropped, and the colours that the file "
+            "%s has transparent pixels%s: transparency is dropped, and the colors that the file "
             "stores below it are read.",
             clear[0](),
             f", as {len(clear) - 1} more images have" if len(clear) > 1 else "",
@@ -119,7 +119,7 @@ def read_image(
 ) -> torch.Tensor:
     """One image file as float32 (1, c, h, w) in [0, 1], ready for a model.
 
-    Grey becomes three equal channels where the model wants RGB; RGB becomes grey by the luma
+    Gray becomes three equal channels where the model wants RGB; RGB becomes gray by the luma
     0.299 R + 0.587 G + 0.114 B (ITU-R BT.601) where the model wants one channel.
 
     Args:
@@ -134,7 +134,7 @@ def read_image(
             another size.
     """
     if in_channels not in (1, 3):
-        raise InputError(f"in_channels must be 1 (grey) or 3 (RGB), got {in_channels}.")
+        raise InputError(f"in_channels must be 1 (gray) or 3 (RGB), got {in_channels}.")
     file = Path(path)
     if not file.is_file():
         raise InputError(f"There is no image file {file}. Check the path.")
@@ -158,12 +158,14 @@ def changes_of(path: str | Path, in_channels: int, image_size: tuple[int, int]) 
     file = Path(path)
     image = _open(lambda: str(file), file)
     height, width = image_size
-    told = ["transparency dropped"] if image.info.get(_TRANSPARENT) else []
+    changes = ["transparency dropped"] if image.info.get(_TRANSPARENT) else []
     if (len(image.getbands()) == 1) != (in_channels == 1):
-        told.append("converted to grey" if in_channels == 1 else "grey repeated in three channels")
+        changes.append(
+            "converted to gray" if in_channels == 1 else "gray repeated in three channels"
+        )
     if image.size != (width, height):
-        told.append(f"resized from {size_text((image.height, image.width))}")
-    return ", ".join(told)
+        changes.append(f"resized from {size_text((image.height, image.width))}")
+    return ", ".join(changes)
 
 
 def _open(name: Callable[[], str], source: bytes | Path, most: int = _PIXELS) -> Image.Image:
@@ -176,7 +178,7 @@ def _open(name: Callable[[], str], source: bytes | Path, most: int = _PIXELS) ->
             image.load()
             image = ImageOps.exif_transpose(image)
     except _DAMAGED as error:
-        reason = "it is no image in a format known here" if _unknown(error) else str(error)
+        reason = "it is not an image in a supported format" if _unknown(error) else str(error)
         raise InputError(
             f"Cannot decode {name()}: {reason}. Readable are {', '.join(_FORMATS)}; "
             "remove or replace the file."
@@ -196,13 +198,13 @@ def _would_lose(image: Image.Image) -> str:
     if image.format != "MPO" and getattr(image, "is_animated", False):
         return (
             "holds several frames or pages, and nothing says which of them is the image. Save the "
-            "one that is meant in a file of its own."
+            "one that is meant in a separate file."
         )
     stored, read = _tag(image, _SAMPLES_PER_PIXEL, 1), len(image.getbands())
     if stored > read:
         return (
             f"has {stored} channels, of which {read} would be read. Save the channels that are "
-            "meant as grey or RGB."
+            "meant as gray or RGB."
         )
     return ""
 
@@ -210,7 +212,7 @@ def _would_lose(image: Image.Image) -> str:
 def _depth(image: Image.Image) -> str:
     """How an image stores more than 8 bits per channel, in Pillow's words; "" = it does not.
 
-    The mode alone does not say it: Pillow cuts 16-bit colour down to mode RGB while loading, so
+    The mode alone does not say it: Pillow cuts 16-bit color down to mode RGB while loading, so
     this looks at what is to be loaded.
     """
     if image.mode in _DEEP_MODES:
@@ -243,9 +245,9 @@ def _converted(image: Image.Image, name: Callable[[], str]) -> Image.Image:
         if image.mode in ("P", "PA", "RGB", "RGBa", "RGBA"):  # palettes may carry transparency
             return _without_alpha(image.convert("RGBA"), "RGB")
         return image.convert("RGB")
-    except ValueError as error:  # colours that Pillow cannot bring to RGB, such as CIE L*a*b*
+    except ValueError as error:  # colors that Pillow cannot bring to RGB, such as CIE L*a*b*
         raise InputError(
-            f"{name()} has colours of mode {image.mode}, which cannot be converted here. Save it "
+            f"{name()} has colors of mode {image.mode}, which cannot be converted here. Save it "
             "as RGB."
         ) from error
 

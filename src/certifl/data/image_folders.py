@@ -85,7 +85,7 @@ def _without_images(folder: Path, may_be_empty: bool) -> None:
 
 
 def _files(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """Everything below a folder that is no folder, following links but never in a circle."""
+    """Every file below a folder, following links but never in a circle."""
     real = folder.resolve()
     if real in above:
         raise InputError(f"{folder} is a link to a folder that it lies in. Remove the link.")
@@ -106,7 +106,7 @@ def _is_image(file: Path, texts: list[Path]) -> bool:
     if name in _OF_SYSTEMS:
         return False
     if not file.is_file():
-        raise InputError(f"{file} is no file that can be read (a broken link?). Remove it.")
+        raise InputError(f"{file} cannot be read (a broken link?). Remove it.")
     if ending in IMAGE_SUFFIXES:
         return True
     if ending in _TEXTS or name in _TEXT_NAMES:

@@ -35,7 +35,7 @@ class Layout:
 
 
 def find_layout(root: Path, test_split: str | None = None) -> Layout | None:
-    """Recognise the data set in a folder; None if the folder holds none of the layouts.
+    """Recognize the data set in a folder; None if the folder holds none of the layouts.
 
     Args:
         root: the folder.

@@ -149,7 +149,7 @@ def _source(
             )
         if columns.kept is not None:
             raise InputError(
-                f"{base} is no table, so it has no column {columns.kept!r} to split by. Choose "
+                f"{base} is not a table, so it has no column {columns.kept!r} to split by. Choose "
                 "another split, or a data set in parquet files with such a column."
             )
         if columns != ColumnNames():
@@ -181,7 +181,7 @@ def _parse(
     match = re.fullmatch(r"(?P<base>[^\[\]]+)(\[(?P<column>[^\[\]]+)\])?", name.strip())
     if match is None:
         raise InputError(
-            f"{name!r} is no name of a data set. Write a name, a path, or NAME[LABEL_COLUMN]."
+            f"{name!r} is not the name of a data set. Write a name, a path, or NAME[LABEL_COLUMN]."
         )
     column = match["column"]
     if column and label_column and column != label_column:
@@ -194,12 +194,12 @@ def _parse(
 
 def _find(base: str, data_dir: str | Path | None, test_split: str | None) -> Layout | None:
     """The data set's files on this machine, or None if there is no folder of that name."""
-    for folder in _places(base, data_dir):
+    for folder in _folders(base, data_dir):
         if folder.is_dir():
             layout = find_layout(folder, test_split)
             if layout is None:
                 raise DataUnavailable(
-                    f"The folder {folder} holds no data set in a layout known here: {_LAYOUTS}. "
+                    f"The folder {folder} holds no data set in a supported layout: {_LAYOUTS}. "
                     "Arrange its files in one of these ways, or name the folder that has one."
                 )
             return layout
@@ -214,7 +214,7 @@ def _find(base: str, data_dir: str | Path | None, test_split: str | None) -> Lay
     return None
 
 
-def _places(base: str, data_dir: str | Path | None) -> list[Path]:
+def _folders(base: str, data_dir: str | Path | None) -> list[Path]:
     """Folders to look into; owner/name may lie under its name alone, and - may stand for _."""
     own = [Path(base).expanduser()] if "/" in base or os.sep in base or base[0] in ".~" else []
     data = None if _is_path(base) else _data_folder(data_dir)

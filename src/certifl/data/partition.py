@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
 
 from certifl.errors import InputError
 from certifl.rng import numpy_generator
 
-Labels = np.ndarray | torch.Tensor | Sequence[int]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Labels: TypeAlias = "np.ndarray | Tensor | Sequence[int]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +184,7 @@ def as_labels(labels: Labels) -> np.ndarray:
     """Labels as int64 (n,).
 
     Raises:
-        InputError: they are no non-negative integers in one dimension.
+        InputError: they are not non-negative integers in one dimension.
     """
     made = np.asarray(labels)
     if made.ndim != 1 or made.dtype.kind not in "iu" or (made.size and made.min() < 0):
@@ -211,6 +213,6 @@ def labels_for(
 
 
 def require_count(name: str, value: int) -> None:
-    """Refuse what is no integer from 1 up; `name` opens the message."""
+    """Refuse what is not an integer from 1 up; `name` opens the message."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{name} must be an integer >= 1, got {value!r}.")

@@ -94,12 +94,12 @@ def _named(files: tuple[Path, ...]) -> Iterator[NamedImage]:
 def _refuse_columns(columns: ColumnNames, where: Path) -> None:
     if columns.kept is not None:
         raise InputError(
-            f"{where} is no table, so it has no column {columns.kept!r}. Store the data set as "
+            f"{where} is not a table, so it has no column {columns.kept!r}. Store the data set as "
             "parquet files with that column beside the images and labels."
         )
     if columns != ColumnNames():
         raise InputError(
-            f"{where} is no table, so there is no column to choose. Leave out the column's name."
+            f"{where} is not a table, so it has no columns. Leave out the column's name."
         )
 
 
@@ -118,7 +118,7 @@ def _idx_array(file: Path, rank: int) -> np.ndarray:
         raise InputError(f"Cannot read {file}: {error}. Copy or download it again.") from error
     if len(content) != most:
         raise InputError(
-            f"{file} is no IDX file of bytes with {rank} dimension(s), or it is cut off. "
+            f"{file} is not an IDX file of bytes with {rank} dimension(s), or it is cut off. "
             "Copy or download it again."
         )
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(sizes)

@@ -10,7 +10,7 @@ import numpy as np
 
 from certifl.data.layouts import choose_test
 from certifl.data.readers import ColumnNames, RawSplit
-from certifl.errors import DataUnavailable
+from certifl.errors import DataUnavailable, first_line
 from certifl.rng import numpy_generator
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _download(hub_id: str, ways: str) -> dict[str, _HubSplit]:
     try:
         return dict(datasets.load_dataset(hub_id))
     except Exception as error:  # the hub's client raises many unrelated types when it cannot help
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise DataUnavailable(
             f"{hub_id} is not on this machine, and the Hugging Face hub did not give it "
             f"({reason}). {ways}"
@@ -100,7 +100,7 @@ _SPLIT_SEED = 0
 
 
 def read_digits() -> tuple[RawSplit, RawSplit]:
-    """1797 grey images of 8 x 8 pixels, split once and for all into 1397 and 400.
+    """1797 gray images of 8 x 8 pixels, split once and for all into 1397 and 400.
 
     The original intensities v in {0, ..., 16} become floor((255 v + 8) / 16), that is 255 v / 16
     rounded to the nearest integer, halves up. The split is stratified: each class gives test

@@ -1,25 +1,24 @@
 """Splitting a data set over clients: training and test images together, in the same proportions.
 
-Every splitter in `PARTITIONS` gives every image of both splits to exactly one client, is a
-function of the labels, the number of clients and the seed, and never leaves a client without
-training or test images: it raises an error that says what to change. `Column` follows a column of
-the data set instead.
+Every splitter here gives every image of both splits to exactly one client, is a function of the
+labels, the number of clients and the seed, and never leaves a client without training or test
+images: it raises an error that says what to change. `Column` follows a column of the data set.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, ClassVar, Protocol
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import numpy as np
 
+from certifl.data import SPLITS
 from certifl.data.allocation import (
     Column,
+    allocate,
     class_counts,
-    deal,
     number_of_classes,
     quotas,
     shares,
@@ -31,16 +30,22 @@ from certifl.data.partition import (
     Partition,
     label_checksum,
     labels_for,
-    require_count,
 )
 from certifl.errors import InputError
 from certifl.rng import numpy_generator
 
+Parts = tuple[list[np.ndarray], list[np.ndarray]]
+"""Positions of every client's training images, and of its test images."""
 
-class Splitter(Protocol):
-    """A frozen record of options that splits labels over clients."""
+
+@dataclass(frozen=True)
+class Splitter(ABC):
+    """Options that split labels over clients; a splitter fills in `assign`."""
 
     name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        SPLITS.check_component(self)
 
     def split(
         self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
@@ -58,29 +63,68 @@ class Splitter(Protocol):
         Raises:
             InputError: there are too few images for that many clients or these options.
         """
-        ...
+        train, test = labels_for(train_labels, test_labels, clients)
+        parts = self.assign(train, test, clients, seed)
+        for which, images in zip(("training", "test"), parts, strict=True):
+            if empty := sum(part.size == 0 for part in images):
+                raise InputError(
+                    f"The split {self.name!r} leaves {empty} of {clients} clients without "
+                    f"{which} images. Take fewer clients, more images, or a less skewed split."
+                )
+        indices = tuple(
+            ClientIndices(np.sort(own), np.sort(tested))
+            for own, tested in zip(*parts, strict=True)
+        )
+        return Partition(indices, self.name, asdict(self), seed, label_checksum(train, test))
+
+    @abstractmethod
+    def assign(self, train: np.ndarray, test: np.ndarray, clients: int, seed: int) -> Parts:
+        """Positions of every client's images, in any order; see `split`."""
+
+    def _stream(self, seed: int, *ids: int | str) -> np.random.Generator:
+        return numpy_generator(seed, "partition", self.name, *ids)
+
+    def _counts(
+        self, proportions: np.ndarray, train: np.ndarray, test: np.ndarray, seed: int, attempt: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Images of each class of each client, (classes, clients) for both splits."""
+        draw, classes = self._stream(seed, "quotas", attempt), proportions.shape[0]
+        of_train = quotas(class_counts(train, classes), proportions, draw)
+        return of_train, quotas(class_counts(test, classes), proportions, draw)
+
+    def _proportional(
+        self,
+        proportions: np.ndarray,
+        train: np.ndarray,
+        test: np.ndarray,
+        seed: int,
+        attempt: int = 0,
+    ) -> Parts:
+        """Allocate both splits by the same proportions (classes, clients)."""
+        of_train, of_test = self._counts(proportions, train, test, seed, attempt)
+        return (
+            allocate(train, of_train, self._stream(seed, "train")),
+            allocate(test, of_test, self._stream(seed, "test")),
+        )
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Splitter):
     """At random, whatever the labels: sizes differ by at most one image, as in the paper."""
 
     name: ClassVar[str] = "uniform"
 
-    def split(
-        self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
-    ) -> Partition:
+    def assign(self, train: np.ndarray, test: np.ndarray, clients: int, seed: int) -> Parts:
         """Cut a random order of each split into equal parts."""
-        train, test = labels_for(train_labels, test_labels, clients)
         parts = [
-            np.array_split(_stream(self, seed, which).permutation(labels.size), clients)
+            np.array_split(self._stream(seed, which).permutation(labels.size), clients)
             for which, labels in (("train", train), ("test", test))
         ]
-        return _partition(self, parts[0], parts[1], train, test, seed)
+        return parts[0], parts[1]
 
 
 @dataclass(frozen=True)
-class Balanced:
+class Balanced(Splitter):
     """Every client gets the same number of images of every class, to the nearest image.
 
     Of each class and in total, numbers differ by at most one image.
@@ -88,17 +132,14 @@ class Balanced:
 
     name: ClassVar[str] = "balanced"
 
-    def split(
-        self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
-    ) -> Partition:
-        """Deal each class in equal parts."""
-        train, test = labels_for(train_labels, test_labels, clients)
+    def assign(self, train: np.ndarray, test: np.ndarray, clients: int, seed: int) -> Parts:
+        """Allocate each class in equal parts."""
         proportions = np.full((number_of_classes(train, test), clients), 1 / clients)
-        return _dealt(self, proportions, train, test, seed)
+        return self._proportional(proportions, train, test, seed)
 
 
 @dataclass(frozen=True)
-class Dirichlet:
+class Dirichlet(Splitter):
     """Label skew: class k goes to the clients in proportions p_k ~ Dirichlet(alpha, ..., alpha).
 
     Training and test images follow the same drawn proportions. A small alpha gives clients with
@@ -109,7 +150,7 @@ class Dirichlet:
         alpha: concentration, > 0.
         min_train: least number of training images of a client.
         min_test: least number of test images of a client.
-        retries: draws before giving up.
+        retries: draws before the split is refused.
 
     Source: Yurochkin et al., Bayesian Nonparametric Federated Learning of Neural Networks (2019).
     """
@@ -120,23 +161,14 @@ class Dirichlet:
     retries: int = 1000
     name: ClassVar[str] = "dirichlet"
 
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise InputError(f"alpha must be a finite number > 0, got {self.alpha}.")
-        for option in ("min_train", "min_test", "retries"):
-            require_count(option, getattr(self, option))
-
-    def split(
-        self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
-    ) -> Partition:
-        """Draw proportions until every client has enough images, then deal."""
-        train, test = labels_for(train_labels, test_labels, clients)
+    def assign(self, train: np.ndarray, test: np.ndarray, clients: int, seed: int) -> Parts:
+        """Draw proportions until every client has enough images, then allocate."""
         classes = number_of_classes(train, test)
-        draw = _stream(self, seed, "proportions")
+        draw = self._stream(seed, "proportions")
         for attempt in range(self.retries):
             proportions = draw.dirichlet(np.full(clients, self.alpha), size=classes)
             if self._enough(proportions, train, test, seed, attempt):
-                return _dealt(self, proportions, train, test, seed, attempt)
+                return self._proportional(proportions, train, test, seed, attempt)
         raise InputError(
             f"In {self.retries} draws of Dirichlet({self.alpha:g}) over {clients} clients, one "
             f"always had fewer than {self.min_train} training or {self.min_test} test images (of "
@@ -147,13 +179,13 @@ class Dirichlet:
     def _enough(
         self, proportions: np.ndarray, train: np.ndarray, test: np.ndarray, seed: int, attempt: int
     ) -> bool:
-        counts = _counts(self, proportions, train, test, seed, attempt)
+        counts = self._counts(proportions, train, test, seed, attempt)
         smallest = [int(count.sum(axis=0).min()) for count in counts]
         return smallest[0] >= self.min_train and smallest[1] >= self.min_test
 
 
 @dataclass(frozen=True)
-class Shards:
+class Shards(Splitter):
     """Label skew: training images sorted by label, cut into shards; each client gets a few.
 
     The test images of a class go to the clients in proportion to its training images there, so a
@@ -169,14 +201,8 @@ class Shards:
     shards_per_client: int = 2
     name: ClassVar[str] = "shards"
 
-    def __post_init__(self) -> None:
-        require_count("shards_per_client", self.shards_per_client)
-
-    def split(
-        self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
-    ) -> Partition:
+    def assign(self, train: np.ndarray, test: np.ndarray, clients: int, seed: int) -> Parts:
         """Give each client random shards, then test images of the same classes."""
-        train, test = labels_for(train_labels, test_labels, clients)
         total = clients * self.shards_per_client
         if total > train.size:
             raise InputError(
@@ -185,18 +211,17 @@ class Shards:
                 "smaller shards_per_client."
             )
         classes = number_of_classes(train, test)
-        draw = _stream(self, seed, "train")
+        draw = self._stream(seed, "train")
         shards = np.array_split(np.concatenate(shuffled_by_class(train, classes, draw)), total)
         order = draw.permutation(total).reshape(clients, self.shards_per_client)
-        hands = [np.concatenate([shards[number] for number in row]) for row in order]
-        held = np.stack([class_counts(train[hand], classes) for hand in hands], axis=1)
-        counts = quotas(class_counts(test, classes), shares(held), _stream(self, seed, "quotas"))
-        tests = deal(test, counts, _stream(self, seed, "test"))
-        return _partition(self, hands, tests, train, test, seed)
+        trains = [np.concatenate([shards[number] for number in row]) for row in order]
+        counted = np.stack([class_counts(train[own], classes) for own in trains], axis=1)
+        counts = quotas(class_counts(test, classes), shares(counted), self._stream(seed, "quotas"))
+        return trains, allocate(test, counts, self._stream(seed, "test"))
 
 
 @dataclass(frozen=True)
-class Quantity:
+class Quantity(Splitter):
     """Size skew: sizes follow the power law rank^(-exponent), labels are alike everywhere.
 
     Which client has which rank is drawn. Training and test images follow the same sizes, and every
@@ -209,61 +234,14 @@ class Quantity:
     exponent: float = 1.0
     name: ClassVar[str] = "quantity"
 
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.exponent) and self.exponent >= 0):
-            raise InputError(f"exponent must be a finite number >= 0, got {self.exponent}.")
-
-    def split(
-        self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
-    ) -> Partition:
-        """Deal each class in the drawn order of sizes."""
-        train, test = labels_for(train_labels, test_labels, clients)
-        weights = (1.0 + _stream(self, seed, "ranks").permutation(clients)) ** -self.exponent
+    def assign(self, train: np.ndarray, test: np.ndarray, clients: int, seed: int) -> Parts:
+        """Allocate each class by the drawn sizes."""
+        weights = (1.0 + self._stream(seed, "ranks").permutation(clients)) ** -self.exponent
         proportions = np.tile(weights / weights.sum(), (number_of_classes(train, test), 1))
-        return _dealt(self, proportions, train, test, seed)
+        return self._proportional(proportions, train, test, seed)
 
 
-PARTITIONS: dict[str, type[Splitter]] = {
-    "uniform": Uniform,
-    "balanced": Balanced,
-    "dirichlet": Dirichlet,
-    "shards": Shards,
-    "quantity": Quantity,
-}
-
-
-SPLITS: dict[str, type[Splitter] | type[Column]] = {**PARTITIONS, "column": Column}
-"""All ways to split: those that look at the labels alone, and the one by a column."""
-
-
-def make_splitter(name: str, options: Mapping[str, Any] | None = None) -> Splitter | Column:
-    """The splitter of that name with these options, others as by default.
-
-    Args:
-        name: a name in `SPLITS`.
-        options: the splitter's own settings.
-
-    Raises:
-        InputError: no such splitter or option, or a value out of range.
-    """
-    if name not in SPLITS:
-        raise InputError(f"There is no partition {name!r}; choose one of {', '.join(SPLITS)}.")
-    kind, given = SPLITS[name], dict(options or {})
-    known = fields(kind)  # pyright: ignore[reportArgumentType]
-    allowed = [field.name for field in known]
-    if unknown := [option for option in given if option not in allowed]:
-        raise InputError(
-            f"The partition {name!r} has no option {', '.join(map(repr, unknown))}; "
-            f"its options are {', '.join(allowed) or 'none'}."
-        )
-    needed = [field.name for field in known if field.default is MISSING]
-    if missing := [option for option in needed if option not in given]:
-        raise InputError(f"The partition {name!r} needs the option {', '.join(missing)}.")
-    build: Callable[..., Splitter | Column] = kind
-    return build(**given)
-
-
-def deal_out(
+def assign_images(
     splitter: Splitter | Column,
     labels: tuple[Labels, Labels],
     columns: tuple[np.ndarray | None, ...],
@@ -294,58 +272,3 @@ def deal_out(
         )
     checksum = label_checksum(*labels)
     return dataclasses.replace(splitter.split(train, test, clients, seed), label_checksum=checksum)
-
-
-def _dealt(
-    splitter: Splitter,
-    proportions: np.ndarray,
-    train: np.ndarray,
-    test: np.ndarray,
-    seed: int,
-    attempt: int = 0,
-) -> Partition:
-    """Deal both splits by the same proportions (classes, clients)."""
-    of_train, of_test = _counts(splitter, proportions, train, test, seed, attempt)
-    hands = deal(train, of_train, _stream(splitter, seed, "train"))
-    tests = deal(test, of_test, _stream(splitter, seed, "test"))
-    return _partition(splitter, hands, tests, train, test, seed)
-
-
-def _counts(
-    splitter: Splitter,
-    proportions: np.ndarray,
-    train: np.ndarray,
-    test: np.ndarray,
-    seed: int,
-    attempt: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    draw = _stream(splitter, seed, "quotas", attempt)
-    classes = proportions.shape[0]
-    of_train = quotas(class_counts(train, classes), proportions, draw)
-    return of_train, quotas(class_counts(test, classes), proportions, draw)
-
-
-def _partition(
-    splitter: Splitter,
-    hands: list[np.ndarray],
-    tests: list[np.ndarray],
-    train: np.ndarray,
-    test: np.ndarray,
-    seed: int,
-) -> Partition:
-    for which, parts in (("training", hands), ("test", tests)):
-        empty = sum(part.size == 0 for part in parts)
-        if empty:
-            raise InputError(
-                f"The split {splitter.name!r} leaves {empty} of {len(parts)} clients without "
-                f"{which} images. Take fewer clients, more images, or a less skewed split."
-            )
-    clients = tuple(
-        ClientIndices(np.sort(hand), np.sort(own)) for hand, own in zip(hands, tests, strict=True)
-    )
-    options = asdict(splitter)  # pyright: ignore[reportArgumentType]  # splitters are dataclasses
-    return Partition(clients, splitter.name, options, seed, label_checksum(train, test))
-
-
-def _stream(splitter: Splitter, seed: int, *ids: int | str) -> np.random.Generator:
-    return numpy_generator(seed, "partition", splitter.name, *ids)

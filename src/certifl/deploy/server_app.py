@@ -1,7 +1,7 @@
-"""The server's app for Flower, for federations whose Flower is run by somebody else.
+"""The server's app for Flower, for deployments of Flower that others operate.
 
 `flwr run APP --run-config 'spec="study.toml" out="runs/study"'`: the spec lies on the server's
-machine, and the run folder is written there. `certifl deploy run` needs none of this.
+machine, and the run folder is written there. `certifl deploy run` does not use it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from certifl.deploy.server.coordinator import Options, conduct
-from certifl.deploy.transport.flower_processes import give_memory_back
+from certifl.deploy.server.coordinator import Options, coordinate
+from certifl.deploy.transport.flower_processes import return_freed_memory
 from certifl.deploy.transport.transport import GridTransport
 from certifl.errors import InputError
 from certifl.spec import load
@@ -22,25 +22,25 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Conduct the study that the run's configuration names.
+    """Run the study that the run's configuration names.
 
     Raises:
-        InputError: it names none. CertiflError: the study fails.
+        InputError: it names no study. CertiflError: the study fails.
     """
-    asked = {key: str(value) for key, value in context.run_config.items()}
-    if not asked.get("spec") or not asked.get("out"):
+    config = {key: str(value) for key, value in context.run_config.items()}
+    if not config.get("spec") or not config.get("out"):
         raise InputError(
             "Name a study and a run folder on the server's machine: --run-config "
             '\'spec="/path/study.toml" out="/path/run"\'.'
         )
-    give_memory_back()
-    enough = asked.get("min-clients", "0")
-    if not (enough.isascii() and enough.isdigit()):
-        raise InputError(f"min-clients must be a whole number; got {enough!r}.")
+    return_freed_memory()
+    min_clients = config.get("min-clients", "0")
+    if not (min_clients.isascii() and min_clients.isdigit()):
+        raise InputError(f"min-clients must be a whole number; got {min_clients!r}.")
     options = Options(
-        Path(asked["out"]),
-        share=asked.get("share", "curve"),
+        Path(config["out"]),
+        share=config.get("share", "curve"),
         command="flwr run",
-        min_clients=int(enough) or None,
+        min_clients=int(min_clients) or None,
     )
-    conduct(load(Path(asked["spec"])), GridTransport(grid), options)
+    coordinate(load(Path(config["spec"])), GridTransport(grid), options)

@@ -1,13 +1,45 @@
-"""Attacks on the certificates of a finished run: which images, which network, which deltas."""
+"""Attacks on the certificates of a finished run, and the record of them in attack.json.
+
+```
+format                1
+spec_hash, family     of the run that was attacked
+created, seconds      when, and how long it took
+device, precision     the votes' arithmetic; the precision is that of the certificates
+options               images per client, clients, directions, votes per deformed image
+parameters            inside the certified sets, where no violation may be found:
+    images            certified images that were attacked
+    deltas, votes     tried and cast
+    suspicious        deltas that needed all of `confirm` votes
+    confirm, level    votes of a verdict (10 n), probability of calling any violation falsely
+    smallest_lead     the image whose class was closest to changing: client, index, length,
+                      radius, lead (share of votes), votes
+    violations        the same of every image whose class changed, with rival, p_value, and delta
+                      where it has at most eight numbers
+deformed_first        images deformed by a delta inside their certified set, then smoothed:
+    images            chosen, certified or not (the latter stay as they are)
+    votes, deltas     votes of a prediction, deltas per image
+    certified         share of the images that are certified correctly
+    clean             share whose smoothed prediction is right, without an attack
+    random            the same, mean over deltas drawn uniformly from the certified set
+    worst             the same, where every one of the deltas must leave it right
+    promised, changed certified images, and how many of them some delta gives another class
+                      (by a sign test at 0.001 for all deltas of an image together)
+clients               one entry of these counts and shares per client
+perturbations         only where clients certify different perturbations, an entry for each:
+    family, unit, clients, parameters, deformed_first
+                      as above, of the clients that certify it
+```
+Shares of all clients together are means over images. With several perturbations, `family` and
+`deformed_first` at the top are null, and violations and leads name their family and unit.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,41 +51,34 @@ from certifl.certification import Certificates
 from certifl.certification.attack import AttackBudget, AttackResult, deformed_first, search
 from certifl.certification.certified_sets import region_of
 from certifl.certification.counts import sign_test_against, vote_margins
-from certifl.certification.network import Network, prepare
+from certifl.certification.network import Network
 from certifl.certification.sampling import VoteCounter
-from certifl.data import Dataset, choose, to_float
+from certifl.data import choose, to_float
 from certifl.errors import InputError, StoreMismatch
-from certifl.models import fingerprint
-from certifl.perturbations import Perturbation
+from certifl.progress import StageCallback
 from certifl.rng import generator, image_key
 from certifl.runs.atomic import write_json
-from certifl.runs.folder import RunFolder
-from certifl.spec import Spec
-from certifl.study.opened_run import (
-    data_folder,
-    deployed,
-    finished_run,
-    last_round,
-    load_data,
-    run_model,
-    run_spec,
-)
+from certifl.study.environment import now
+from certifl.study.opened_run import OpenRun
 
+FORMAT = 1
+VOTES = 1000
+"""Of a prediction on a deformed image."""
+_SHORT = 8  # deltas of up to so many numbers are written down
 _CHANGED = 1e-3
 _TIMES = 10
-Report = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is attacked, and how hard.
+    """Which certificates are attacked, and how hard.
 
     Attributes:
         images: certified test images per client, a fixed random choice.
         client: only this one; None takes all.
         directions: deltas tried at first per image, and deltas an image is deformed by.
         data_dir: folder of data sets. device: "auto" or a torch device.
-        report: told about progress.
+        report: called with progress.
         code: the folder that holds a run's own network, which its user trusts.
     """
 
@@ -62,236 +87,13 @@ class Options:
     directions: int = 32
     data_dir: Path | None = None
     device: str = "auto"
-    report: Report | None = None
+    report: StageCallback | None = None
     code: Path | None = None
-
-
-def attack_run(place: Path, options: Options) -> dict[str, Any]:
-    """Attack certificates of a finished run, and write what came of it beside them.
-
-    Args:
-        place: the run folder.
-        options: what is attacked, and how hard.
-
-    Returns:
-        What was written to `attack.json`; `attack_record` says what it holds.
-
-    Raises:
-        StoreMismatch: no finished run, or other data or models than were certified.
-        InputError: a client the run does not have, or options out of range.
-    """
-    if options.images < 1 or options.directions < 2:
-        raise InputError("An attack needs at least 1 image per client and 2 directions.")
-    started = time.perf_counter()
-    folder = finished_run(place)
-    spec, certificates = run_spec(folder), folder.load_certificates()
-    clients = _clients(certificates, options.client)
-    dataset = load_data(spec, data_folder(folder, options.data_dir))
-    if dataset.fingerprint != certificates.conditions["data_fingerprint"]:
-        raise StoreMismatch(
-            f"The data set {spec.data.name!r} holds other images than were certified in {place}. "
-            "Give --data-dir with the data it was made with."
-        )
-    chosen = [_chosen(certificates, client, options.images, spec.seed) for client in clients]
-    confirm = _TIMES * int(certificates.conditions["n"])
-    budget = AttackBudget(directions=options.directions, confirm=confirm)
-    with folder.locked():
-        attacks = _attacks(folder, spec, dataset, chosen, budget, options)
-        result = record_of(attacks, budget, options.images, clients)
-        facts = {
-            "format": FORMAT,
-            "spec_hash": folder.manifest().get("spec_hash"),
-            "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-            "seconds": round(time.perf_counter() - started, 3),
-        }
-        write_json(folder.attack, {**facts, **result})
-    return {**facts, **result}
-
-
-def _clients(certificates: Certificates, client: int | None) -> list[int]:
-    known = sorted(set(certificates.client.tolist()))
-    if client is None:
-        return known
-    if client not in known:
-        some = "some of " if len(known) <= known[-1] - known[0] else ""
-        raise InputError(
-            f"--client {client}: the run has certificates of {some}the clients {known[0]} to "
-            f"{known[-1]}."
-        )
-    return [client]
-
-
-def _chosen(certificates: Certificates, client: int, images: int, seed: int) -> Certificates:
-    own = certificates.of_client(client)
-    return own.select(choose(np.arange(len(own)), images, seed, client))
-
-
-def _attacks(
-    folder: RunFolder,
-    spec: Spec,
-    dataset: Dataset,
-    chosen: Sequence[Certificates],
-    budget: AttackBudget,
-    options: Options,
-) -> list[Attack]:
-    model, last = run_model(folder, spec, options.code), last_round(folder, spec)
-    perturbations = spec.perturbations()
-    promised = [_promised(part) for part in chosen]
-    everything, done, attacks = sum(map(len, chosen)), 0, []
-    for part, held in zip(chosen, promised, strict=True):
-        client = int(part.client[0])
-        network = _network(deployed(last, spec, model, client), part, dataset, options.device)
-        share = int(held.sum()) / max(1, sum(int(h.sum()) for h in promised))
-        own = dataclasses.replace(budget, level=budget.level * share) if share else budget
-        perturbation = perturbations[client]
-        if perturbation is None:
-            raise StoreMismatch(
-                f"The run holds certificates of client {client}, to whom its spec gives nothing "
-                "to certify; `certifl verify` says more."
-            )
-        counter = VoteCounter(network, perturbation, spec.seed)
-        images = to_float(dataset.test.take(part.index).images).to(network.device)
-        attacks.append(_attack(counter, images, part, held, own))
-        done += len(part)
-        if options.report is not None:
-            options.report("attacking", done, everything, "images")
-    return attacks
-
-
-def _promised(certificates: Certificates) -> np.ndarray:
-    """Where there is a set to attack: a radius above 0, or an interval to one side at least."""
-    interval, reaches = certificates.interval, certificates.radius > 0
-    if interval is not None:
-        reaches = reaches | (interval[:, 1] > interval[:, 0])
-    return ~certificates.abstained & reaches
-
-
-def _network(
-    model: torch.nn.Module, certificates: Certificates, dataset: Dataset, device: str
-) -> Network:
-    """The network as it was certified, in its precision.
-
-    Raises:
-        StoreMismatch: it is another one.
-    """
-    facts, client = certificates.conditions, int(certificates.client[0])
-    if fingerprint(model) != facts["model_fingerprint"].get(str(client)):
-        raise StoreMismatch(
-            f"The stored model of client {client} is not the one that was certified; `certifl "
-            "verify` says more. Compute the run again with --overwrite."
-        )
-    return prepare(model, to_float(dataset.test.images[:1]), device, facts["precision"])
-
-
-def _attack(
-    counter: VoteCounter,
-    images: Tensor,
-    certificates: Certificates,
-    promised: np.ndarray,
-    budget: AttackBudget,
-) -> Attack:
-    held = certificates.select(promised)
-    found = None
-    if len(held):
-        own = images[torch.as_tensor(promised, device=images.device)]
-        found = search(counter, own, held.predicted, held.radius, held.interval, budget)
-    deltas = _deltas(counter.perturbation, images, certificates, promised, budget, counter.seed)
-    votes = deformed_first(counter, images, deltas, VOTES)
-    right = votes.argmax(axis=2) == certificates.label[:, None]
-    half = 1 + budget.directions // 2
-    changed = np.zeros(len(images), np.bool_)
-    for row in np.flatnonzero(promised):
-        expected = np.full(budget.directions, certificates.predicted[row])
-        p_values = sign_test_against(votes[row, 1:], expected)
-        changed[row] = p_values.min() <= _CHANGED / budget.directions
-    return Attack(
-        certificates,
-        promised,
-        found,
-        clean=right[:, 0],
-        random=right[:, 1:half].mean(axis=1),
-        worst=right[:, 1:].all(axis=1),
-        changed=changed,
-        network=counter.network,
-    )
-
-
-def _deltas(
-    perturbation: Perturbation,
-    images: Tensor,
-    certificates: Certificates,
-    promised: np.ndarray,
-    budget: AttackBudget,
-    seed: int,
-) -> Tensor:
-    """No delta, deltas drawn from the certified set, and a grid or boundary of it, per image.
-
-    Images without a certificate are left as they are: nothing is promised about any delta.
-    """
-    channels, height, width = images.shape[1:]
-    radius = np.where(promised, certificates.radius, 0.0)
-    interval = certificates.interval
-    if interval is not None:
-        interval = np.where(promised[:, None], interval, 0.0)
-    region = region_of(perturbation, (channels, height, width), radius, interval, images.device)
-    streams = [
-        generator(seed, "deformed first", image_key(image), device=images.device)
-        for image in images
-    ]
-    drawn = region.random(budget.directions // 2, streams)
-    aim = region.directions(1, streams)[:, 0]
-    edge = region.first(budget.directions - drawn.shape[1], aim, streams)
-    nothing = torch.zeros_like(drawn[:, :1])
-    return torch.cat([nothing, drawn, edge], dim=1)
-
-
-# What attacks on the certificates of a run came to, as its `attack.json` holds it.
-#
-# ```
-# format                1
-# spec_hash, family     of the run that was attacked
-# created, seconds      when, and how long it took
-# device, precision     the votes' arithmetic; the precision is that of the certificates
-# options               images per client, clients, directions, votes per deformed image
-# parameters            inside the certified sets, where nothing may be found:
-#     images            certified images that were attacked
-#     deltas, votes     tried and spent
-#     suspicious        deltas that needed all of `confirm` votes
-#     confirm, level    votes of a verdict (10 n), probability of calling any violation falsely
-#     smallest_lead     the image whose class was closest to changing: client, index, length,
-# radius,
-#                       lead (share of votes), votes
-#     violations        the same of every image whose class changed, with rival, p_value, and delta
-#                       where it has at most eight numbers
-# deformed_first        images deformed by a delta inside their certified set, then smoothed:
-#     images            chosen, certified or not (these stay as they are)
-#     votes, deltas     votes of a prediction, deltas per image
-#     certified         share of the images that are certified correctly
-#     clean             share whose smoothed prediction is right, without an attack
-#     random            the same, mean over deltas drawn uniformly from the certified set
-#     worst             the same, where every one of the deltas must leave it right
-#     promised, changed certified images, and how many of them some delta gives another class
-#                       (by a sign test at 0.001 for all deltas of an image together)
-# clients               one entry of these counts and shares per client
-# perturbations         only where clients certify perturbations of their own, an entry for each:
-#     family, unit, clients, parameters, deformed_first
-#                       as above, of the clients that certify it
-# ```
-# Shares of all clients together are means over images. With perturbations of their own,
-# `family` and
-# `deformed_first` at the top are null, and violations and leads name their family and unit.
-
-
-FORMAT = 1
-VOTES = 1000
-"""Of a prediction on a deformed image."""
-# Deltas of up to so many numbers are written down.
-_SHORT = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Attack:
-    """What came of attacking one client's images.
+    """Results of attacking one client's images.
 
     Attributes:
         certificates: of the images, one row each.
@@ -313,34 +115,187 @@ class Attack:
     changed: np.ndarray
     network: Network
 
+    @property
+    def client(self) -> int:
+        """Whose images they are."""
+        return int(self.certificates.client[0])
 
-def record_of(
-    attacks: Sequence[Attack], budget: AttackBudget, images: int, clients: list[int]
-) -> dict[str, Any]:
-    """The record of the attacks on some clients' images; see the module."""
-    network = attacks[0].network
+
+def attack_run(path: Path, options: Options) -> dict[str, Any]:
+    """Attack certificates of a finished run, and write the record beside them.
+
+    Args:
+        path: the run folder.
+        options: what is attacked, and how hard.
+
+    Returns:
+        The content of `attack.json`.
+
+    Raises:
+        StoreMismatch: not a finished run, or other data or models than were certified.
+        InputError: a client the run does not have, or options out of range.
+    """
+    if options.images < 1 or options.directions < 2:
+        raise InputError("An attack needs at least 1 image per client and 2 directions.")
+    started, run = time.perf_counter(), OpenRun(path, options.data_dir, options.code)
+    run.require_finished()
+    clients = _clients(run.certificates, options.client)
+    confirm = _TIMES * int(run.certificates.conditions["n"])
+    budget = AttackBudget(directions=options.directions, confirm=confirm)
+    with run.folder.locked():
+        attacks = _attacks(run, clients, budget, options)
+        record = {
+            "format": FORMAT,
+            "spec_hash": run.manifest.get("spec_hash"),
+            "created": now(),
+            "seconds": round(time.perf_counter() - started, 3),
+            **_record(attacks, budget, options.images),
+        }
+        write_json(run.folder.attack, record)
+    return record
+
+
+def _clients(certificates: Certificates, client: int | None) -> list[int]:
+    known = sorted(set(certificates.client.tolist()))
+    if client is None:
+        return known
+    if client not in known:
+        some = "some of " if len(known) <= known[-1] - known[0] else ""
+        raise InputError(
+            f"--client {client}: the run has certificates of {some}the clients {known[0]} to "
+            f"{known[-1]}."
+        )
+    return [client]
+
+
+def _attacks(
+    run: OpenRun, clients: Sequence[int], budget: AttackBudget, options: Options
+) -> list[Attack]:
+    certificates, seed = run.certificates, run.spec.seed
+    chosen = [_chosen(certificates, client, options.images, seed) for client in clients]
+    promised = [_promised(part) for part in chosen]
+    total, done, attacks = sum(map(len, chosen)), 0, []
+    for client, part, own in zip(clients, chosen, promised, strict=True):
+        perturbation = run.perturbations[client]
+        if perturbation is None:
+            raise StoreMismatch(
+                f"The run holds certificates of client {client}, but its spec gives that client "
+                "no perturbation; `certifl verify` says more."
+            )
+        network = run.network(client, options.device)
+        counter = VoteCounter(network, perturbation, run.spec.seed)
+        images = to_float(run.dataset.test.take(part.index).images).to(network.device)
+        share = int(own.sum()) / max(1, sum(int(each.sum()) for each in promised))
+        level = budget.level * (share or 1.0)
+        attacks.append(
+            _attack(counter, images, part, own, dataclasses.replace(budget, level=level))
+        )
+        done += len(part)
+        if options.report is not None:
+            options.report("attacking", done, total, "images")
+    return attacks
+
+
+def _chosen(certificates: Certificates, client: int, images: int, seed: int) -> Certificates:
+    own = certificates.of_client(client)
+    return own.select(choose(np.arange(len(own)), images, seed, client))
+
+
+def _promised(certificates: Certificates) -> np.ndarray:
+    """Where there is a set to attack: a radius above 0, or an interval to one side at least."""
+    interval, reaches = certificates.interval, certificates.radius > 0
+    if interval is not None:
+        reaches = reaches | (interval[:, 1] > interval[:, 0])
+    return ~certificates.abstained & reaches
+
+
+def _attack(
+    counter: VoteCounter,
+    images: Tensor,
+    certificates: Certificates,
+    promised: np.ndarray,
+    budget: AttackBudget,
+) -> Attack:
+    found = None
+    if promised.any():
+        own = certificates.select(promised)
+        inside = images[torch.as_tensor(promised, device=images.device)]
+        found = search(counter, inside, own.predicted, own.radius, own.interval, budget)
+    deltas = _deltas(counter, images, certificates, promised, budget.directions)
+    votes = deformed_first(counter, images, deltas, VOTES)
+    right = votes.argmax(axis=2) == certificates.label[:, None]
+    half = 1 + budget.directions // 2
+    changed = np.zeros(len(images), np.bool_)
+    for row in np.flatnonzero(promised):
+        expected = np.full(budget.directions, certificates.predicted[row])
+        p_values = sign_test_against(votes[row, 1:], expected)
+        changed[row] = p_values.min() <= _CHANGED / budget.directions
+    return Attack(
+        certificates,
+        promised,
+        found,
+        clean=right[:, 0],
+        random=right[:, 1:half].mean(axis=1),
+        worst=right[:, 1:].all(axis=1),
+        changed=changed,
+        network=counter.network,
+    )
+
+
+def _deltas(
+    counter: VoteCounter,
+    images: Tensor,
+    certificates: Certificates,
+    promised: np.ndarray,
+    count: int,
+) -> Tensor:
+    """No delta, deltas drawn from the certified set, and a grid or boundary of it, per image.
+
+    Images without a certificate stay as they are: nothing is promised about any delta.
+    """
+    channels, height, width = images.shape[1:]
+    radius = np.where(promised, certificates.radius, 0.0)
+    interval = certificates.interval
+    if interval is not None:
+        interval = np.where(promised[:, None], interval, 0.0)
+    shape, device = (channels, height, width), images.device
+    region = region_of(counter.perturbation, shape, radius, interval, device)
+    streams = [
+        generator(counter.seed, "deformed first", image_key(image), device=device)
+        for image in images
+    ]
+    drawn = region.random(count // 2, streams)
+    direction = region.directions(1, streams)[:, 0]
+    edge = region.first(count - drawn.shape[1], direction, streams)
+    return torch.cat([torch.zeros_like(drawn[:, :1]), drawn, edge], dim=1)
+
+
+# The record of the attacks.
+
+
+def _record(attacks: Sequence[Attack], budget: AttackBudget, images: int) -> dict[str, Any]:
     groups: dict[str, list[Attack]] = {}
     for attack in attacks:
-        noise = attack.certificates.conditions.get("description")
-        groups.setdefault(json.dumps(noise, sort_keys=True), []).append(attack)
+        perturbation = attack.certificates.conditions.get("description")
+        groups.setdefault(json.dumps(perturbation, sort_keys=True), []).append(attack)
     parts = [_of_perturbation(group, budget) for group in groups.values()]
-    alone = len(parts) == 1
+    mixed = len(parts) > 1
     return {
-        "family": parts[0]["family"] if alone else None,
-        "device": str(network.device),
-        "precision": network.precision,
+        "family": None if mixed else parts[0]["family"],
+        "device": str(attacks[0].network.device),
+        "precision": attacks[0].network.precision,
         "options": {
             "images": images,
-            "clients": clients,
+            "clients": [attack.client for attack in attacks],
             "directions": budget.directions,
             "votes": VOTES,
         },
-        "parameters": parts[0]["parameters"] if alone else _altogether(parts),
-        "deformed_first": parts[0]["deformed_first"] if alone else None,
-        **({} if alone else {"perturbations": parts}),
+        "parameters": _together(parts) if mixed else parts[0]["parameters"],
+        "deformed_first": None if mixed else parts[0]["deformed_first"],
+        **({"perturbations": parts} if mixed else {}),
         "clients": [
             {
-                "client": int(attack.certificates.client[0]),
+                "client": attack.client,
                 "violations": 0 if attack.found is None else int(attack.found.violated.sum()),
                 **_shares([attack]),
             }
@@ -350,14 +305,15 @@ def record_of(
 
 
 def _of_perturbation(attacks: Sequence[Attack], budget: AttackBudget) -> dict[str, Any]:
-    """What came of the clients that certify one perturbation."""
-    facts = attacks[0].certificates.conditions
+    """The record of the clients that certify one perturbation."""
+    metadata = attacks[0].certificates.conditions
     found = [attack.found for attack in attacks if attack.found is not None]
     cases = [case for attack in attacks for case in _cases(attack)]
+    closest = min(cases, key=_lead, default=None)
     return {
-        "family": facts["family"],
-        "unit": facts["unit"],
-        "clients": [int(attack.certificates.client[0]) for attack in attacks],
+        "family": metadata["family"],
+        "unit": metadata["unit"],
+        "clients": [attack.client for attack in attacks],
         "parameters": {
             "images": len(cases),
             "deltas": sum(part.tried for part in found),
@@ -365,36 +321,27 @@ def _of_perturbation(attacks: Sequence[Attack], budget: AttackBudget) -> dict[st
             "suspicious": sum(part.suspicious for part in found),
             "confirm": budget.confirm,
             "level": budget.level,
-            "smallest_lead": _closest(cases),
+            "smallest_lead": closest and _without(closest, "violated", "p_value", "rival"),
             "violations": [_without(case, "violated") for case in cases if case["violated"]],
         },
-        "deformed_first": {
-            "votes": VOTES,
-            "deltas": budget.directions,
-            **_shares(attacks),
-        },
+        "deformed_first": {"votes": VOTES, "deltas": budget.directions, **_shares(attacks)},
     }
 
 
-def _altogether(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What was found inside certificates of any perturbation; lengths keep their own unit."""
+def _together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The search inside certificates of all perturbations; lengths keep their own unit."""
     inside = [part["parameters"] for part in parts]
     units = [{"family": part["family"], "unit": part["unit"]} for part in parts]
-    sums = ("images", "deltas", "votes", "suspicious")
-    leads = [
-        {**one["smallest_lead"], **unit}
-        for one, unit in zip(inside, units, strict=True)
-        if one["smallest_lead"] is not None
+    pairs = list(zip(inside, units, strict=True))
+    closest = [
+        {**one["smallest_lead"], **unit} for one, unit in pairs if one["smallest_lead"] is not None
     ]
+    sums = ("images", "deltas", "votes", "suspicious")
     return {
         **inside[0],
         **{name: sum(one[name] for one in inside) for name in sums},
-        "smallest_lead": min(leads, key=lambda case: case["lead"], default=None),
-        "violations": [
-            {**case, **unit}
-            for one, unit in zip(inside, units, strict=True)
-            for case in one["violations"]
-        ],
+        "smallest_lead": min(closest, key=_lead, default=None),
+        "violations": [{**case, **unit} for one, unit in pairs for case in one["violations"]],
     }
 
 
@@ -402,36 +349,33 @@ def _cases(attack: Attack) -> list[dict[str, Any]]:
     """The worst delta of every attacked image, in plain numbers."""
     if attack.found is None:
         return []
-    held, found = attack.certificates.select(attack.promised), attack.found
-    lead = vote_margins(found.counts, held.predicted)
-    cases = []
-    for row in range(len(held)):
-        others = found.counts[row].copy()
-        others[held.predicted[row]] = -1
-        case = {
-            "client": int(held.client[row]),
-            "index": int(held.index[row]),
-            "predicted": int(held.predicted[row]),
-            "rival": int(others.argmax()),
-            "radius": float(held.radius[row]),
-            "length": float(found.length[row]),
-            "lead": float(lead[row]),
-            "votes": int(found.counts[row].sum()),
-            "p_value": float(found.p_value[row]),
-            "violated": bool(found.violated[row]),
-        }
-        delta = found.delta[row].flatten()
-        cases.append({**case, "delta": delta.tolist()} if len(delta) <= _SHORT else case)
-    return cases
+    own, found = attack.certificates.select(attack.promised), attack.found
+    rows = np.arange(len(own))
+    others = found.counts.copy()
+    others[rows, own.predicted] = -1
+    columns: dict[str, list[Any]] = {
+        "client": own.client.tolist(),
+        "index": own.index.tolist(),
+        "predicted": own.predicted.tolist(),
+        "rival": others.argmax(axis=1).tolist(),
+        "radius": own.radius.tolist(),
+        "length": found.length.astype(np.float64).tolist(),
+        "lead": vote_margins(found.counts, own.predicted).tolist(),
+        "votes": found.counts.sum(axis=1).tolist(),
+        "p_value": found.p_value.tolist(),
+        "violated": found.violated.tolist(),
+    }
+    deltas = found.delta.flatten(1)
+    if deltas.shape[1] <= _SHORT:
+        columns["delta"] = deltas.tolist()
+    return [{name: values[row] for name, values in columns.items()} for row in rows]
 
 
-def _closest(cases: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    if not cases:
-        return None
-    return _without(min(cases, key=lambda case: case["lead"]), "violated", "p_value", "rival")
+def _lead(case: Mapping[str, Any]) -> float:
+    return case["lead"]
 
 
-def _without(case: dict[str, Any], *names: str) -> dict[str, Any]:
+def _without(case: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in case.items() if name not in names}
 
 

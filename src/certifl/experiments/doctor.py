@@ -17,7 +17,7 @@ from certifl.certification.network import choose_precision
 from certifl.data import EMBEDDED
 from certifl.data.cache import cache_folder
 from certifl.data.loading import DATA_ENV
-from certifl.study.environment import machine_facts, versions
+from certifl.study.environment import machine_metadata, versions
 
 # extra -> (a module it brings, what is not possible without it)
 EXTRAS = {
@@ -63,7 +63,7 @@ def _software() -> list[Fact]:
 
 
 def _hardware() -> list[Fact]:
-    facts = machine_facts("cpu")
+    facts = machine_metadata("cpu")
     cpu = torch.device("cpu")
     rounded = choose_precision("auto", cpu) == "bfloat16"
     found = [

@@ -29,8 +29,8 @@ import io
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from certifl.certification import Certificates
-from certifl.certification.network import Network, prepare
 from certifl.certification.sampling import CHUNK, VoteCounter
 from certifl.certification.sweeps import (
     STEPS,
@@ -50,25 +49,13 @@ from certifl.certification.sweeps import (
     sweep_along,
     sweeps_of,
 )
-from certifl.data import Dataset, to_float
-from certifl.errors import StoreError, StoreMismatch
-from certifl.models import fingerprint
-from certifl.perturbations import Perturbation
+from certifl.data import to_float
+from certifl.errors import StoreError
+from certifl.progress import StageCallback
 from certifl.runs.atomic import read_json, write_json
-from certifl.runs.folder import RunFolder
-from certifl.spec import Spec
-from certifl.study.opened_run import (
-    data_folder,
-    deployed,
-    finished_run,
-    last_round,
-    load_data,
-    run_model,
-    run_spec,
-)
+from certifl.study.opened_run import OpenRun
 
 FORMAT = 4
-Report = Callable[[str, int, int, str], None]
 
 _MOST_IMAGES, _SHARED_IMAGES = 8, 6
 _MOST_VOTES = 500
@@ -81,7 +68,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Explored:
-    """What exploring a run came to.
+    """The result of exploring a run.
 
     Attributes:
         images: that can be explored now.
@@ -95,72 +82,52 @@ class Explored:
 
 
 def explore_run(
-    place: Path,
+    path: Path,
     data_dir: Path | None = None,
     device: str = "auto",
-    report: Report | None = None,
+    report: StageCallback | None = None,
     code: Path | None = None,
 ) -> Explored:
     """Explore a finished run, whatever it costs; what was explored before is kept.
 
     Args:
-        place: the run folder.
+        path: the run folder.
         data_dir: folder of data sets. device: "auto" or a torch device.
-        report: told about progress.
+        report: called with progress.
         code: the folder that holds a run's own network, which its user trusts.
 
     Raises:
-        StoreMismatch: no finished run, or other data or models than were certified.
+        StoreMismatch: not a finished run, or other data or models than were certified.
     """
-    folder = finished_run(place)
-    spec, certificates = run_spec(folder), folder.load_certificates()
-    dataset = load_data(spec, data_folder(folder, data_dir))
-    if dataset.fingerprint != certificates.conditions["data_fingerprint"]:
-        raise StoreMismatch(
-            f"The data set {spec.data.name!r} holds other images than were certified in {place}. "
-            "Give --data-dir with the data it was made with."
-        )
-    model, last = run_model(folder, spec, code), last_round(folder, spec)
-    with folder.locked():
-        return explore(
-            folder,
-            spec,
-            dataset,
-            lambda client: deployed(last, spec, model, client),
-            device=device,
-            report=report,
-            limited=False,
-        )
+    run = OpenRun(path, data_dir, code)
+    run.require_finished()
+    with run.folder.locked():
+        return explore(run, device, report, limited=False)
 
 
 def explore(
-    folder: RunFolder,
-    spec: Spec,
-    dataset: Dataset,
-    deployed: Callable[[int], nn.Module],
-    device: str,
-    report: Report | None = None,
-    limited: bool = True,
+    run: OpenRun, device: str, report: StageCallback | None = None, limited: bool = True
 ) -> Explored:
-    """Take a few certified test images through the deformations, and write what was seen.
+    """Take a few certified test images through the deformations, and write the results.
 
     Args:
-        deployed: the model a client uses at test time.
+        run: certified.
+        device: "auto" or a torch device. report: called with progress.
         limited: whether to keep to a small share of the run's votes; where even one image would
             take more, the reason is written instead.
 
     Returns:
-        What can be explored now. Images that were explored for the same question are kept.
+        What can be explored now. Images that were explored under the same conditions are kept.
     """
-    certificates = folder.load_certificates()
-    walks = max(len(sweeps_of(p)) for p in spec.perturbations() if p is not None)
-    weights = sum(p.numel() for p in deployed(int(certificates.client[0])).parameters())
-    per_image = walks * STEPS[walks]
+    certificates = run.certificates
+    sweeps = max(len(sweeps_of(p)) for p in run.perturbations if p is not None)
+    weights = sum(p.numel() for p in run.architecture.parameters())
+    per_image = sweeps * STEPS[sweeps]
     budget = _budget(certificates, weights) if limited else None
     images, votes = _size(per_image, budget)
-    facts = {
+    metadata = {
         "format": FORMAT,
-        "spec_hash": folder.manifest().get("spec_hash"),
+        "spec_hash": run.folder.manifest().get("spec_hash"),
         "votes": votes,
     }
     if images == 0:
@@ -168,40 +135,39 @@ def explore(
             f"One image would have taken {per_image * CHUNK:,} votes, more than this run has to "
             f"spare ({budget:,}). `certifl explore` takes them all the same."
         )
-        write_json(folder.explorer, {**facts, "key": "", "images": [], "skipped": reason})
+        write_json(run.folder.explorer, {**metadata, "key": "", "images": [], "skipped": reason})
         return Explored(0, votes, reason)
     key = _key(certificates, votes, device)
-    record = {**facts, "key": key, "skipped": None, "images": _before(folder, key)}
-    bench = Explorer(spec, dataset, certificates, deployed, device, votes)
+    record = {**metadata, "key": key, "skipped": None, "images": _before(run, key)}
     rows = _chosen(certificates, images)
-    _go(folder, bench, record, rows, report)
+    _explore_missing(Explorer(run, device, votes), record, rows, report)
     return Explored(len(rows), votes)
 
 
 def _key(certificates: Certificates, votes: int, device: str) -> str:
     """A name of everything that pictures and votes depend on."""
-    facts = certificates.conditions
+    metadata = certificates.conditions
     names = ("model_fingerprint", "data_fingerprint", "precision", "seed")
-    same = {name: facts.get(name) for name in (*names, "description", "perturbations")}
+    same = {name: metadata.get(name) for name in (*names, "description", "perturbations")}
     text = json.dumps([FORMAT, same, votes, torch.__version__, device], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _go(
-    folder: RunFolder,
-    bench: Explorer,
+def _explore_missing(
+    explorer: Explorer,
     record: Mapping[str, Any],
     rows: Sequence[int],
-    report: Report | None,
+    report: StageCallback | None,
 ) -> None:
-    """Explore what is missing; the file is whole after every save."""
-    held = {(image["client"], image["index"]): image for image in record["images"]}
-    client, index = bench.certificates.client, bench.certificates.index
+    """Explore the images that are missing; the file is whole after every save."""
+    known = {(image["client"], image["index"]): image for image in record["images"]}
+    certificates, path = explorer.run.certificates, explorer.run.folder.explorer
     saved, images = time.monotonic(), []
     for done, row in enumerate(rows, start=1):
-        images.append(held.get((int(client[row]), int(index[row]))) or bench.image(row))
+        name = (int(certificates.client[row]), int(certificates.index[row]))
+        images.append(known.get(name) or explorer.image(row))
         if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES or done == len(rows):
-            write_json(folder.explorer, {**record, "images": images})
+            write_json(path, {**record, "images": images})
             saved = time.monotonic()
         if report is not None:
             report("exploring", done, len(rows), "images")
@@ -245,20 +211,21 @@ def _chosen(certificates: Certificates, count: int) -> list[int]:
     return chosen
 
 
-def _before(folder: RunFolder, key: str) -> list[dict[str, Any]]:
-    """Images that an earlier start explored for the same question."""
-    if not folder.explorer.is_file():
+def _before(run: OpenRun, key: str) -> list[dict[str, Any]]:
+    """Images that an earlier start explored under the same conditions."""
+    path = run.folder.explorer
+    if not path.is_file():
         return []
     try:
-        held = read_json(folder.explorer)
+        stored = read_json(path)
     except StoreError as error:
         _log.warning("Images are explored again: %s", error)
         return []
-    same = isinstance(held, dict) and held.get("format") == FORMAT and held.get("key") == key
-    return list(held["images"]) if same else []
+    same = isinstance(stored, dict) and stored.get("format") == FORMAT and stored.get("key") == key
+    return list(stored["images"]) if same else []
 
 
-# One test image on its walks, as the record of an exploration holds it: pictures and votes.
+# One test image on its sweeps, as the record of an exploration holds it: pictures and votes.
 
 
 _WINNERS = 5
@@ -267,79 +234,51 @@ _LARGEST_TILE = 64
 
 @dataclass(frozen=True, eq=False)
 class Explorer:
-    """What it takes to explore the certified images of a run.
+    """Explores the certified images of a run.
 
     Attributes:
-        spec: of the run. dataset: its images. certificates: of all its clients.
-        deployed: the model a client uses at test time. device: where it votes.
-        votes: at each step.
+        run: with images, certificates and models.
+        device: where the networks vote. votes: at each step.
     """
 
-    spec: Spec
-    dataset: Dataset
-    certificates: Certificates
-    deployed: Callable[[int], nn.Module]
+    run: OpenRun
     device: str
     votes: int
-    _networks: dict[str, Network] = field(default_factory=dict, repr=False)
 
     def image(self, row: int) -> dict[str, Any]:
-        """The image of one certificate on all walks of its client's perturbation."""
-        client = int(self.certificates.client[row])
-        perturbation = self.spec.perturbations()[client]
+        """The image of one certificate on all sweeps of its client's perturbation."""
+        certificates = self.run.certificates
+        client = int(certificates.client[row])
+        perturbation = self.run.perturbations[client]
         assert perturbation is not None, "a client with certificates certifies something"
-        walks = sweeps_of(perturbation, self.certificates.interval is not None)
-        return self._on(walks, perturbation, client, row)
-
-    def _on(
-        self, walks: tuple[Sweep, ...], perturbation: Perturbation, client: int, row: int
-    ) -> dict[str, Any]:
-        network = self._network(client)
-        counter = VoteCounter(network, perturbation, self.spec.seed)
+        sweeps = sweeps_of(perturbation, certificates.interval is not None)
+        network = self.run.network(client, self.device)
+        counter = VoteCounter(network, perturbation, self.run.spec.seed)
         image, other = (self._picture(r).to(network.device) for r in (row, self._other(row)))
-        steps = STEPS[len(walks)]
-        walked = [sweep_along(counter, walk, image, other, steps, self.votes) for walk in walks]
+        steps = STEPS[len(sweeps)]
+        walked = [sweep_along(counter, sweep, image, other, steps, self.votes) for sweep in sweeps]
         height, width = _tile(walked[0].frames[0]).shape[1:]
         return {
             "client": client,
-            "index": int(self.certificates.index[row]),
-            "label": int(self.certificates.label[row]),
+            "index": int(certificates.index[row]),
+            "label": int(certificates.label[row]),
             "tile": [height, width],
-            "walks": [_seen(*one) for one in zip(walks, walked, strict=True)],
+            "walks": [_seen(*one) for one in zip(sweeps, walked, strict=True)],
         }
 
     def _picture(self, row: int) -> Tensor:
-        index = self.certificates.index[row : row + 1]
-        return to_float(self.dataset.test.take(index).images)[0]
+        index = self.run.certificates.index[row : row + 1]
+        return to_float(self.run.dataset.test.take(index).images)[0]
 
     def _other(self, row: int) -> int:
-        """Another picture of the same client, of another class where it has one."""
-        client, label = self.certificates.client, self.certificates.label
+        """Another image of the same client, of another class where it has one."""
+        client, label = self.run.certificates.client, self.run.certificates.label
         others = np.flatnonzero(client == client[row])
         others = others[others != row]
         if len(others) == 0:
-            return (row + 1) % len(self.certificates)
+            return (row + 1) % len(client)
         foreign = others[label[others] != label[row]]
         return int(foreign[0] if len(foreign) else others[0])
-
-    def _network(self, client: int) -> Network:
-        """The network as it was certified; clients of one global model share it.
-
-        Raises:
-            StoreMismatch: it is another one.
-        """
-        facts, model = self.certificates.conditions, self.deployed(client)
-        name = fingerprint(model)
-        if name != facts["model_fingerprint"].get(str(client)):
-            raise StoreMismatch(
-                f"The stored model of client {client} is not the one that was certified; `certifl "
-                "verify` says more. Compute the run again with --overwrite."
-            )
-        if name not in self._networks:
-            probe = to_float(self.dataset.test.images[:1])
-            self._networks.clear()
-            self._networks[name] = prepare(model, probe, self.device, facts["precision"])
-        return self._networks[name]
 
 
 def _seen(walk: Sweep, walked: SweepVotes) -> dict[str, Any]:

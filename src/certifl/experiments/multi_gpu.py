@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -19,23 +19,14 @@ import torch
 
 from certifl.certification.network import choose_device
 from certifl.errors import CertiflError, InputError, WorkError
-from certifl.runs.folder import RunFolder
+from certifl.progress import StageCallback
 from certifl.study.certify import certify_clients
-from certifl.study.opened_run import (
-    code_folder,
-    deployed,
-    last_round,
-    open_data,
-    run_model,
-    run_spec,
-)
-
-Report = Callable[[str, int, int, str], None]
+from certifl.study.opened_run import OpenRun, code_folder
 
 
 @dataclass(frozen=True)
 class _Share:
-    place: Path
+    run: Path
     data_dir: Path | None
     device: str
     number: int
@@ -68,7 +59,7 @@ def _kind(device: torch.device) -> str:
 
 
 def cast_votes(
-    place: Path, data_dir: Path | None, devices: Sequence[str], report: Report | None
+    run: OpenRun, data_dir: Path | None, devices: Sequence[str], report: StageCallback | None
 ) -> None:
     """Cast and save the votes of all clients of a trained run, one process per device.
 
@@ -78,10 +69,10 @@ def cast_votes(
     context = multiprocessing.get_context("spawn")
     messages: Any = context.Queue()
     threads = torch.get_num_threads()
-    found = code_folder(run_spec(RunFolder(place)).model.name)
-    code = None if found is None else Path(found)
+    folder = code_folder(run.spec.model.name)
+    code = None if folder is None else Path(folder)
     shares = [
-        _Share(place, data_dir, name, number, len(devices), threads, code)
+        _Share(run.path, data_dir, name, number, len(devices), threads, code)
         for number, name in enumerate(devices)
     ]
     processes = [context.Process(target=_cast, args=(share, messages)) for share in shares]
@@ -107,43 +98,31 @@ def _running(processes: Sequence[BaseProcess]) -> Iterator[None]:
             process.join()
 
 
-def _listen(processes: Sequence[BaseProcess], messages: Any, report: Report | None) -> None:
+def _listen(processes: Sequence[BaseProcess], messages: Any, report: StageCallback | None) -> None:
     """Pass progress on until all processes have ended, or one has failed."""
-    standing: dict[int, tuple[int, int]] = {}
+    progress: dict[int, tuple[int, int]] = {}
     while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
         with contextlib.suppress(queue.Empty):
             number, done, total, failure = messages.get(timeout=0.2)
             if failure:
                 raise WorkError(failure)
-            standing[number] = (done, total)
-            if report is not None and len(standing) == len(processes):
-                sums = [sum(part) for part in zip(*standing.values(), strict=True)]
+            progress[number] = (done, total)
+            if report is not None and len(progress) == len(processes):
+                sums = [sum(part) for part in zip(*progress.values(), strict=True)]
                 report("certifying", sums[0], sums[1], "votes at most")
 
 
 def _cast(share: _Share, messages: Any) -> None:
-    """One process: the votes of every client whose number falls to this share."""
+    """One process: the votes of every client of this share."""
     torch.set_num_threads(share.threads)
-    messages.put((share.number, 0, 0, ""))  # a share of clients that certify nothing says no more
+    messages.put((share.number, 0, 0, ""))  # clients that certify nothing report no more
 
-    def tell(_what: str, done: int, total: int, _unit: str) -> None:
+    def send(_what: str, done: int, total: int, _unit: str) -> None:
         messages.put((share.number, done, total, ""))
 
     try:
-        folder = RunFolder(share.place)
-        spec = run_spec(folder)
-        dataset, partition = open_data(spec, share.data_dir)
-        model, last = run_model(folder, spec, share.code), last_round(folder, spec)
-        certify_clients(
-            folder,
-            spec,
-            dataset,
-            partition,
-            lambda client: deployed(last, spec, model, client),
-            device=share.device,
-            report=tell,
-            share=(share.number, share.of),
-        )
+        run = OpenRun(share.run, share.data_dir, share.code)
+        certify_clients(run, share.device, send, (share.number, share.of))
     except CertiflError as error:
         messages.put((share.number, 0, 0, str(error)))
         raise SystemExit(1) from error

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,15 +33,17 @@ from certifl.data.readers import ColumnNames
 from certifl.errors import DataUnavailable
 from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.states import ClientData, ClientState, Parts, ServerState
-from certifl.federated.training.batches import augmentation_of, together
+from certifl.federated.training.batches import augmentation_of, combine_augmentations
 from certifl.federated.training.local_training import LocalTraining, check_images
 from certifl.models import build, state_of
 from certifl.perturbations import Perturbation
 from certifl.rng import generator, image_key
 from certifl.spec import Spec
-from certifl.spec.study import Choice
-from certifl.study.environment import machine_facts, training_threads
-from certifl.study.opened_run import asked_columns, load_data, open_data
+from certifl.study.environment import machine_metadata, training_threads
+from certifl.study.opened_run import data_columns, load_data, open_data
+
+if TYPE_CHECKING:
+    from certifl.spec.study import Choice
 
 EXPECTED_SHARE = 0.3
 """Of the votes at most, where votes stop early: 0.08 to 0.45 was seen, fewer with few radii."""
@@ -127,7 +130,7 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
         device_bytes=_peak_on(place),
         disk_bytes=_disk(spec, parts, certified, data.classes),
         facts={
-            "device": str(machine_facts(str(place))["device"]),
+            "device": str(machine_metadata(str(place))["device"]),
             "precision of votes": network.precision,
             "noisy images per batch": f"{network.batch_size:,}",
             "parameters of the model": f"{sum(p.numel() for p in model.parameters()):,}",
@@ -258,7 +261,7 @@ def _alike(
 def _votes_per_second(spec: Spec, network: Network, data: Facts, images: np.ndarray) -> float:
     """Of all certified images together, which may be of several perturbations."""
     perturbations = spec.perturbations()
-    groups = _alike([together(perturbations)], images).values()
+    groups = _alike([combine_augmentations(perturbations)], images).values()
     parts = [(perturbations[client], count) for client, count in groups]
     seconds = sum(
         count / _pace(perturbation, spec.seed, network, data)
@@ -353,7 +356,7 @@ def data_facts(spec: Spec, data_dir: Path | None) -> tuple[Facts, str]:
     Raises:
         DataUnavailable: it is neither known here nor at hand.
     """
-    name, columns, test = spec.data.name, asked_columns(spec), spec.data.test_split
+    name, columns, test = spec.data.name, data_columns(spec), spec.data.test_split
     if name in KNOWN and columns == ColumnNames() and test is None:
         facts = KNOWN[name]
         return facts, f"Measured on random images of the shape of {name}; it was not read."

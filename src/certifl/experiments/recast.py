@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,23 +23,21 @@ from torch import Tensor
 from certifl._version import __version__
 from certifl.certification import Certificates
 from certifl.certification.counts import Request, Votes, fresh
+from certifl.certification.estimators import Estimator
 from certifl.certification.network import (
     REMOVED_PRECISIONS,
     Network,
     choose_device,
-    prepare,
     tf32_state,
 )
-from certifl.certification.record import Record, read_record
+from certifl.certification.record import read_record
 from certifl.certification.sampling import VoteCounter
-from certifl.data import Dataset, to_float
-from certifl.errors import DataUnavailable, InputError, StoreMismatch
-from certifl.experiments.verify_run import images_at_hand
+from certifl.data import to_float
+from certifl.errors import DataUnavailable, InputError, StoreMismatch, first_line
+from certifl.progress import StageCallback
 from certifl.rng import image_key
-from certifl.runs.folder import RunFolder
-from certifl.spec import Spec
-from certifl.study.environment import machine_facts
-from certifl.study.opened_run import deployed, finished_run, last_round, run_model, run_spec
+from certifl.study.environment import machine_metadata
+from certifl.study.opened_run import OpenRun
 
 EXACT, ROUNDING, FRESH = "exact", "rounding", "fresh"
 LEVEL = 1e-6
@@ -55,8 +53,6 @@ _WORDS = {
     ROUNDING: "on another kind of machine, where rounding may flip some",
     FRESH: "with other noise, as another device or version draws it",
 }
-
-Report = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ class Options:
     code: Path | None = None
     data_dir: Path | None = None
     device: str = "auto"
-    report: Report | None = None
+    report: StageCallback | None = None
 
 
 @dataclass(frozen=True)
@@ -103,70 +99,53 @@ class Recast:
         )
 
 
-def recast_run(place: Path, options: Options) -> Recast:
+def recast_run(path: Path, options: Options) -> Recast:
+    """As `recast_votes`, for the run in a folder."""
+    return recast_votes(OpenRun(path, options.data_dir, options.code, offline=True), options)
+
+
+def recast_votes(run: OpenRun, options: Options) -> Recast:
     """Cast the votes of some random images of each client again, and compare them.
 
     Raises:
-        InputError: nothing is asked for. ModelError: the run's network has code of its own and
+        InputError: no images are wanted. ModelError: the run's network has its own code and
             `code` is not given. StoreMismatch: not a finished run, one whose images are with its
-            clients, or other data. DataUnavailable: the data set is not at hand.
+            clients, or other data. DataUnavailable: the data set is not available.
     """
-    folder = _with_images(place, options)
-    spec, certificates = run_spec(folder), folder.load_certificates()
-    _check_arithmetic(certificates, place)
-    dataset = _dataset(folder, spec, certificates, options)
+    _check_request(run, options)
     seed = secrets.randbits(63) if options.seed is None else options.seed
-    chosen = _chosen(certificates, options.images, seed)
-    caster = _Caster(folder, spec, dataset, options)
+    chosen = _chosen(run.certificates, options.images, seed)
     again = []
     for number, part in enumerate(chosen):
-        again.append(caster.cast(part))
+        again.append(_cast_again(run, part, options.device))
         if options.report is not None:
             options.report("casting votes again", number + 1, len(chosen), "clients")
     return _compared(chosen, again, seed)
 
 
-def _with_images(place: Path, options: Options) -> RunFolder:
+def _check_request(run: OpenRun, options: Options) -> None:
     if options.images < 1:
         raise InputError(f"--recast must be at least 1 image per client, got {options.images}.")
-    if place.is_file():
-        raise InputError(
-            f"{place} is a file: --recast needs the run folder, with its models and spec."
-        )
-    folder = finished_run(place)
-    if "deployment" in folder.manifest():
+    run.require_finished()
+    if "deployment" in run.manifest:
         raise StoreMismatch(
-            f"The votes of {place} cannot be cast again here: its images are with its clients, "
+            f"The votes of {run.path} cannot be cast again here: its images are with its clients, "
             "where `certifl verify studies/ID/certificates.parquet` checks what follows from them."
         )
-    return folder
-
-
-def _check_arithmetic(certificates: Certificates, place: Path) -> None:
-    """The votes were cast in a precision that this version still has."""
-    precision = certificates.conditions.get("precision")
+    precision = run.certificates.conditions.get("precision")
     if precision in REMOVED_PRECISIONS:
         raise StoreMismatch(
-            f"The votes of {place} were cast in the precision {precision!r}, which was removed in "
-            "0.2.0, so they cannot be cast again. `certifl verify` without --recast checks what "
-            "follows from them; certifl 0.1.0 can still cast them."
+            f"The votes of {run.path} were cast in the precision {precision!r}, which was removed "
+            "in 0.2.0, so they cannot be cast again. `certifl verify` without --recast checks "
+            "what follows from them; certifl 0.1.0 can still cast them."
         )
-
-
-def _dataset(
-    folder: RunFolder, spec: Spec, certificates: Certificates, options: Options
-) -> Dataset:
-    images = images_at_hand(folder, spec, options.data_dir)
-    if images.dataset is None:
+    try:
+        _ = run.dataset
+    except DataUnavailable as error:
         raise DataUnavailable(
-            f"--recast needs the images of {spec.data.name!r}: {images.why}. Give --data-dir."
-        )
-    if images.dataset.fingerprint != certificates.conditions.get("data_fingerprint"):
-        raise StoreMismatch(
-            f"The data set {spec.data.name!r} holds other images than were certified in "
-            f"{folder.path}. Give --data-dir with the data it was made with."
-        )
-    return images.dataset
+            f"--recast needs the images of {run.spec.data.name!r}: {first_line(error)}. Give "
+            "--data-dir."
+        ) from error
 
 
 def _chosen(certificates: Certificates, images: int, seed: int) -> list[Certificates]:
@@ -195,52 +174,44 @@ class _Cast:
     flips: tuple[float, float]
 
 
-class _Caster:
-    """Casts the recorded numbers of votes of clients of one run."""
+def _cast_again(run: OpenRun, part: Certificates, device: str) -> _Cast:
+    """The votes of one client's images again, in the recorded arithmetic."""
+    record, client = read_record(part.conditions), int(part.client[0])
+    perturbation, estimator, metadata = (
+        run.perturbations[client],
+        record.estimator,
+        record.metadata,
+    )
+    assert perturbation is not None, "rows of clients that certify nothing are a problem"
+    assert estimator is not None, "metadata that cannot be read are a problem"
+    size: Any = metadata.get("batch_size")
+    if type(size) is not int or not 1 <= size <= _LARGEST_BATCH:
+        size = "auto"
+    images = to_float(run.dataset.test.take(part.index).images)
+    stored, _ = estimator.recorded_votes(part, _unreadable)
+    with _threads(metadata.get("threads")):
+        network = run.network(client, str(_device(device, metadata)), size)
+        counter = VoteCounter(network, perturbation, run.spec.seed)
+        again = _votes_again(counter, images.to(network.device), stored, estimator)
+        how = _comparison(run.manifest, metadata, network)
+    reduced = "bfloat16" in network.precision or any(_tf32(metadata).values())
+    return _Cast(how, stored, again, _FLIPS["reduced" if reduced else "float32"])
 
-    def __init__(self, folder: RunFolder, spec: Spec, dataset: Dataset, options: Options) -> None:
-        self._folder, self._spec, self._dataset = folder, spec, dataset
-        self._options = options
-        self._last = last_round(folder, spec)
-        self._model = run_model(folder, spec, options.code).eval()
 
-    def cast(self, part: Certificates) -> _Cast:
-        """The votes of one client's images again, in the recorded arithmetic."""
-        record = read_record(part.conditions)
-        perturbation = self._spec.perturbations()[int(part.client[0])]
-        assert perturbation is not None, "rows of clients that certify nothing were a finding"
-        images = to_float(self._dataset.test.take(part.index).images)
-        with _threads(record.metadata.get("threads")):
-            network = self._network(part, record.metadata, images)
-            counter = VoteCounter(network, perturbation, self._spec.seed)
-            return self._cast(counter, part, record, images.to(network.device))
-
-    def _network(self, part: Certificates, facts: Mapping[str, Any], images: Tensor) -> Network:
-        model = deployed(self._last, self._spec, self._model, int(part.client[0]))
-        size: Any = facts.get("batch_size")
-        if type(size) is not int or not 1 <= size <= _LARGEST_BATCH:
-            size = "auto"
-        device = _device(self._options.device, facts)
-        return prepare(model, images[:1], device, facts["precision"], size)
-
-    def _cast(
-        self, counter: VoteCounter, part: Certificates, record: Record, images: Tensor
-    ) -> _Cast:
-        assert record.estimator is not None, "metadata that cannot be read were a finding"
-        stored, _ = record.estimator.recorded_votes(part, _unreadable)
-        keys = [image_key(image) for image in images]
-        totals = {"selection": stored.selection, "estimation": stored.estimation}
-        requests = [
-            Request(row, row, keys[row], purpose, 0, int(counts[row].sum()))
-            for purpose, counts in totals.items()
-            for row in range(len(part))
-        ]
-        again = fresh(len(part), counter.network.classes)
-        record.estimator.cast(counter, images, requests, again)
-        how = _comparison(self._folder.manifest(), record.metadata, counter.network)
-        reduced = "bfloat16" in counter.network.precision or any(_tf32(record.metadata).values())
-        flips = _FLIPS["reduced" if reduced else "float32"]
-        return _Cast(how, stored, again, flips)
+def _votes_again(
+    counter: VoteCounter, images: Tensor, stored: Votes, estimator: Estimator
+) -> Votes:
+    """As many votes of every image and purpose as were recorded."""
+    keys = [image_key(image) for image in images]
+    totals = {"selection": stored.selection, "estimation": stored.estimation}
+    requests = [
+        Request(row, row, keys[row], purpose, 0, int(counts[row].sum()))
+        for purpose, counts in totals.items()
+        for row in range(len(images))
+    ]
+    again = fresh(len(images), counter.network.classes)
+    estimator.cast(counter, images, requests, again)
+    return again
 
 
 def _unreadable(rows: np.ndarray, problem: str) -> None:
@@ -300,7 +271,7 @@ def _same_machine(manifest: Mapping[str, Any], facts: Mapping[str, Any], network
     if network.device.type == "cuda":
         name = torch.cuda.get_device_name(network.device)
         return name == facts.get("device") and tf32_state() == _tf32(facts)
-    here = machine_facts(network.device.type)
+    here = machine_metadata(network.device.type)
     same = ("processor", "instructions")
     threads = torch.get_num_threads() == facts.get("threads")
     return threads and all(recorded.get(k) == here[k] for k in same)

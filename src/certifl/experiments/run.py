@@ -1,8 +1,8 @@
 """From a spec to a finished run folder: data, partition, training, certificates, in this order.
 
-Each step writes what it finished before the next begins, and a step that finds its result does not
-repeat it. The same call therefore starts a run, goes on with an interrupted one, and returns a
-finished one as it is.
+Each step writes its result before the next begins, and a step that finds its result does not
+repeat it. The same call therefore starts a run, resumes an interrupted one, and returns a finished
+one as it is.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
-from torch import nn
+import numpy as np
 
 from certifl.certification.network import choose_device, prepare
 from certifl.data import Dataset, Partition, named_folder, to_float
@@ -26,28 +24,33 @@ from certifl.federated.algorithms.personalized import Personalized
 from certifl.federated.rounds import Progress
 from certifl.federated.states import ClientData
 from certifl.federated.trainer import train
+from certifl.progress import StageCallback
 from certifl.runs.atomic import write_json
 from certifl.runs.checkpoints import Checkpoints, StoredRound
 from certifl.runs.folder import FINISHED, RUNNING, RunFolder
 from certifl.spec import Spec
 from certifl.study.certify import certify_clients
 from certifl.study.environment import (
-    give_back_memory,
-    machine_facts,
+    machine_metadata,
+    now,
+    release_memory,
     threads_of_workers,
     training_threads,
     versions,
 )
-from certifl.study.opened_run import DATA_DIR, deployed, initial_model, open_data, study_facts
-from certifl.study.privacy import Protection, protection, spent, training_key
+from certifl.study.opened_run import (
+    DATA_DIR,
+    OpenRun,
+    initial_model,
+    open_data,
+    study_metadata,
+)
+from certifl.study.privacy import protection, spent, training_key
 from certifl.study.setup import by_client, check_training, local_training, participation
 from certifl.tracking import check_trackers
 from certifl.tracking.run_tracker import News, track_finished, tracked
 
 _log = logging.getLogger(__name__)
-
-Report = Callable[[str, int, int, str], None]
-"""Called with (what is under way, done, all, unit)."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,13 @@ class Options:
             "cuda:0,cuda:1": training takes the first, certification all, a process each.
         overwrite: replace a run that lies in `out`.
         siblings: run folders whose finished training may be taken over instead of repeated.
-        report: told about progress.
+        report: called with progress.
         command: how the run was started, for the record.
         track: names of experiment trackers that follow the run.
         workers: processes that train clients beside this one, one thread each; 0 = none. Networks
             of a million weights and more then round as on one thread.
         answer_within: seconds after which a client is left out of a round; needs workers.
-        explore: deform test images for readers of the report; `explore.explore` does so later.
+        explore: deform test images for readers of the report; `certifl explore` does so later.
     """
 
     out: Path
@@ -74,7 +77,7 @@ class Options:
     device: str = "auto"
     overwrite: bool = False
     siblings: tuple[Path, ...] = ()
-    report: Report | None = None
+    report: StageCallback | None = None
     command: str = ""
     track: tuple[str, ...] = ()
     workers: int = 0
@@ -83,84 +86,84 @@ class Options:
 
 
 def run(spec: Spec, options: Options) -> RunFolder:
-    """Train, deploy and certify as the spec says; goes on where an earlier call was stopped.
+    """Train, deploy and certify as the spec says; resumes where an earlier call was stopped.
 
     Raises:
         RequestError: the spec does not fit the data, the folder holds something else, or a
             tracker is not installed.
-        TooFewClients, TrainingDiverged: training cannot go on; finished rounds are kept.
-        StoreError: the folder cannot be written; what is there stays whole.
+        TooFewClients, TrainingDiverged: training cannot continue; finished rounds are kept.
+        StoreError: the folder cannot be written; its files stay whole.
     """
-    folder = RunFolder(options.out)
-    folder.check(spec.hash(), options.overwrite, spec.to_toml())
+    return compute(spec, options).folder
+
+
+def compute(spec: Spec, options: Options) -> OpenRun:
+    """As `run`; the run is returned with what was computed, so that it need not be read again."""
+    opened = OpenRun(options.out)
+    opened.folder.check(spec.hash(), options.overwrite, spec.to_toml())
     check_trackers(options.track)
-    if not options.overwrite and folder.complete():
-        track_finished(options.track, folder)
-        return folder
-    # Whatever the request can be refused for is found before anything is written.
+    if not options.overwrite and opened.complete():
+        track_finished(options.track, opened)
+        return opened
+    opened = OpenRun(options.out)  # what was read of an unfinished run is about to change
+    opened.spec = spec
+    device = _prepare(opened, options)
+    with opened.folder.locked():
+        opened.folder.begin(spec.to_toml(), spec.hash(), options.overwrite)
+        _describe(opened, options)
+        with tracked(options.track, opened) as news:
+            with training_threads(opened.architecture):
+                opened.last_round = _train(opened, options, device, news)
+            release_memory()  # training is over: certification may need all there is
+            news()
+            if len(devices := device_names(options.device)) > 1:
+                cast_votes(opened, options.data_dir, devices, options.report)
+            certify_clients(opened, device, options.report)
+            news()
+        if options.explore:
+            explore(opened, device, options.report)
+        opened.manifest = opened.folder.update({"status": FINISHED, "finished": now()})
+    return opened
+
+
+def _prepare(run: OpenRun, options: Options) -> str:
+    """Load the data, build the network, and find whatever the request can be refused for.
+
+    Nothing is written yet. Returns the device.
+    """
     if options.answer_within is not None and not options.workers:
         raise InputError(
             "--answer-within needs --workers: a client that is trained in this very process "
-            "cannot be given up on."
+            "cannot be left out."
         )
-    devices = device_names(options.device)
-    device = choose_device(devices[0])
-    dataset, partition = open_data(spec, options.data_dir)
+    spec, device = run.spec, choose_device(device_names(options.device)[0])
+    run.dataset, run.partition = dataset, partition = open_data(spec, options.data_dir)
     if spec.training.crop >= min(dataset.image_size):
         raise SpecError(
             f"training.crop = {spec.training.crop} pads by more than the images have: it must be "
             f"below {min(dataset.image_size)}, usually an eighth of it."
         )
-    model = initial_model(spec, dataset)
+    run.architecture = model = initial_model(spec, dataset)
     prepare(model, to_float(dataset.test.images[:1]), device, spec.certification.precision)
     protection(spec, model, _sizes(partition), b"not the key")
-    image_shape = (dataset.in_channels, *dataset.image_size)
-    check_training(spec, model, _sizes(partition), image_shape)
-    with folder.locked():
-        folder.begin(spec.to_toml(), spec.hash(), options.overwrite)
-        _describe(folder, spec, model, dataset, options)
-        write_json(folder.partition, partition.to_manifest())
-        if partition.names:
-            folder.update({"client_names": list(partition.names)})
-        with tracked(options.track, folder) as news:
-            with training_threads(model):
-                last = _train(folder, spec, model, dataset, partition, options, str(device), news)
-            give_back_memory()  # training is over: certification may need all there is
-            news()
-            if len(devices) > 1:
-                cast_votes(folder.path, options.data_dir, devices, options.report)
-            certify_clients(
-                folder,
-                spec,
-                dataset,
-                partition,
-                lambda client: deployed(last, spec, model, client),
-                device=str(device),
-                report=options.report,
-            )
-            news()
-        network = partial(deployed, last, spec, model)
-        if options.explore:
-            explore(folder, spec, dataset, network, str(device), options.report)
-        folder.update({"status": FINISHED, "finished": _now()})
-    return folder
+    check_training(spec, model, _sizes(partition), (dataset.in_channels, *dataset.image_size))
+    return str(device)
 
 
-def _describe(
-    folder: RunFolder, spec: Spec, model: nn.Module, dataset: Dataset, options: Options
-) -> None:
-    known = folder.manifest()
-    before = known.get("data", {}).get("fingerprint", dataset.fingerprint)
-    if before != dataset.fingerprint:
+def _describe(run: OpenRun, options: Options) -> None:
+    """Write the manifest and the partition of a run that begins or is resumed."""
+    spec, dataset, partition = run.spec, run.dataset, run.partition
+    before = run.folder.manifest()
+    if before.get("data", {}).get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
         raise StoreMismatch(
-            f"{folder.path} was begun with other images: the data set {dataset.name!r} changed "
-            "since. Give the data it was begun with, or choose another folder with --out."
+            f"{run.path} was begun with other images: the data set {dataset.name!r} has "
+            "changed. Restore the original data, or choose another folder with --out."
         )
-    place = named_folder(options.data_dir)
-    folder.update(
+    data_dir = named_folder(options.data_dir)
+    run.folder.update(
         {
-            **study_facts(spec),
-            **({} if place is None else {DATA_DIR: str(place.resolve())}),
+            **study_metadata(spec),
+            **({} if data_dir is None else {DATA_DIR: str(data_dir.resolve())}),
             "status": RUNNING,
             "data": {
                 "name": dataset.name,
@@ -173,52 +176,49 @@ def _describe(
                 "test_images": spec.data.test_images or len(dataset.test),
             },
             "machine": {
-                **machine_facts(device_names(options.device)[0]),
-                **threads_of_workers(model, options.workers),
+                **machine_metadata(device_names(options.device)[0]),
+                **threads_of_workers(run.architecture, options.workers),
             },
             "versions": versions(),
-            "command": known.get("command") or options.command,
-            "created": known.get("created") or _now(),
+            "command": before.get("command") or options.command,
+            "created": before.get("created") or now(),
+            **({"client_names": list(partition.names)} if partition.names else {}),
         }
     )
+    write_json(run.folder.partition, partition.to_manifest())
 
 
-def _train(
-    folder: RunFolder,
-    spec: Spec,
-    model: nn.Module,
-    dataset: Dataset,
-    partition: Partition,
-    options: Options,
-    device: str,
-    news: News,
-) -> StoredRound:
+def _train(run: OpenRun, options: Options, device: str, news: News) -> StoredRound:
     """Run the rounds that are missing, from a sibling's finished training where one fits."""
     started = time.perf_counter()
-    private = _protection(folder, spec, model, partition)
-    training = local_training(spec, model, device, private)
-    clients = [_client_data(dataset, partition, c) for c in range(len(partition.clients))]
+    folder, spec, dataset, model = run.folder, run.spec, run.dataset, run.architecture
+    clients = run.partition.clients
+    private = protection(spec, model, _sizes(run.partition), training_key(spec, folder.path))
     last = train(
-        spec.build_algorithm(),
+        run.algorithm,
         model,
-        clients,
-        training,
+        [_client_data(dataset, client.train, number) for number, client in enumerate(clients)],
+        local_training(spec, model, device, private),
         Checkpoints(folder.training),
-        progress=_rounds(spec, options.report, news),
+        progress=_rounds(run, options.report, news),
         participation=participation(spec, len(clients)),
         ledger=private.ledger,
-        start_from=_taken_over(folder, _sibling_training(folder, spec, options.siblings)),
+        start_from=_taken_over(folder, _sibling_training(run, options.siblings)),
         rule=private.client or spec.aggregation.build(),
         min_clients=spec.clients.min_clients,
         workers=options.workers,
         answer_within=options.answer_within,
     )
-    folder.write_history([by_client(entry) for entry in last.history])
+    run.history = [by_client(entry) for entry in last.history]
+    folder.write_history(run.history)
     seconds = folder.manifest().get("training_seconds", 0.0) + time.perf_counter() - started
-    facts = {"training_seconds": round(seconds, 3)}
-    if private.ledger is not None:
-        facts["privacy"] = spent(spec, private, last.history)
-    folder.update(facts)
+    spending = spent(spec, private, last.history)
+    folder.update(
+        {
+            "training_seconds": round(seconds, 3),
+            **({"privacy": spending} if spending else {}),
+        }
+    )
     return last
 
 
@@ -226,58 +226,50 @@ def _sizes(partition: Partition) -> list[int]:
     return [len(client.train) for client in partition.clients]
 
 
-def _protection(
-    folder: RunFolder, spec: Spec, model: nn.Module, partition: Partition
-) -> Protection:
-    key = training_key(spec, folder.path)
-    return protection(spec, model, _sizes(partition), key)
+def _rounds(run: OpenRun, report: StageCallback | None, news: News) -> Callable[[Progress], None]:
+    scheduled, each = run.spec.training.rounds, run.spec.clients.participants
+    extra = run.algorithm.extra_rounds * run.spec.clients.count
 
-
-def _rounds(spec: Spec, report: Report | None, news: News) -> Callable[[Progress], None]:
-    scheduled, each = spec.training.rounds, spec.clients.participants
-    extra = spec.build_algorithm().extra_rounds * spec.clients.count
-
-    def told(now: Progress) -> None:
-        if now.done == 1:  # every round before this one is committed
+    def on_client(progress: Progress) -> None:
+        if progress.done == 1:  # every round before this one is committed
             news()
         if report is None:
             return
-        before = (
-            min(now.round, scheduled) * each + max(0, now.round - scheduled) * now.participants
-        )
-        total = scheduled * each + extra  # with private clients, how many take part is chance
-        report("training", min(before + now.done, total), total, "client rounds")
+        participants = progress.participants
+        before = min(progress.round, scheduled) * each
+        before += max(0, progress.round - scheduled) * participants
+        total = scheduled * each + extra  # with private clients, participation is random
+        report("training", min(before + progress.done, total), total, "client rounds")
 
-    return told
+    return on_client
 
 
-def _client_data(dataset: Dataset, partition: Partition, client: int) -> ClientData:
-    part = dataset.train.take(partition.clients[client].train)
+def _client_data(dataset: Dataset, index: np.ndarray, client: int) -> ClientData:
+    part = dataset.train.take(index)
     return ClientData(client, part.images, part.labels)
 
 
-def _sibling_training(
-    folder: RunFolder, spec: Spec, siblings: tuple[Path, ...]
-) -> RunFolder | None:
-    """A finished training that this one continues: the same, or the base it personalises.
+def _sibling_training(run: OpenRun, siblings: tuple[Path, ...]) -> RunFolder | None:
+    """A finished training that this one continues: the same, or the base it personalizes.
 
-    Only one of the same images, versions, processor and device is taken over: its bits are then
-    those that this run would compute. A network of the user's own is always trained: its code may
-    have changed under the same name. So is a run whose noise has a secret key: each has its own.
+    It must have the same images, versions, processor and device: its bits are then those that
+    this run would compute. A user's network is always trained: its code may have changed under
+    the same name. So is a run whose noise has a secret key: each has its own.
     """
+    spec = run.spec
     if ":" in spec.model.name or spec.privacy.noise_key == "secret":
         return None
-    own, wanted = folder.manifest(), {spec.training_hash()}
-    if isinstance(spec.build_algorithm(), Personalized):
+    own, wanted = run.folder.manifest(), {spec.training_hash()}
+    if isinstance(run.algorithm, Personalized):
         wanted.add(spec.training_hash(of_base=True))
     for sibling in siblings:
         try:
-            facts = RunFolder(sibling).manifest()
-        except StoreError:  # somebody else's trouble
+            other = RunFolder(sibling).manifest()
+        except StoreError:  # a damaged sibling is no reason to stop
             continue
-        alike = all(facts.get(key) == own[key] for key in ("data", "machine", "versions"))
-        finished = facts.get("status") == FINISHED
-        if alike and finished and facts.get("training_hash") in wanted:
+        alike = all(other.get(key) == own[key] for key in ("data", "machine", "versions"))
+        finished = other.get("status") == FINISHED
+        if alike and finished and other.get("training_hash") in wanted:
             _log.info("taking over the training in %s", sibling)
             return RunFolder(sibling)
     return None
@@ -290,7 +282,3 @@ def _taken_over(folder: RunFolder, origin: RunFolder | None) -> Checkpoints | No
     if "training_seconds" not in folder.manifest():
         folder.update({"training_seconds": origin.manifest().get("training_seconds", 0.0)})
     return Checkpoints(origin.training)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -1,4 +1,4 @@
-"""Certificates outside a study: for a model somebody already has, or for one image."""
+"""Certificates outside a study: for an existing model, for one image, in shards."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from certifl.certification import Certificates, certify
+from certifl.certification import Certificates
+from certifl.certification.api import certify
 from certifl.certification.network import prepare
 from certifl.certification.settings import Settings
 from certifl.data import Dataset, changes_of, choose, load, read_image, to_float
@@ -23,17 +24,14 @@ from certifl.models import build
 from certifl.models.weights import load_weights, read_checkpoint, weights_in
 from certifl.module_copies import evaluating
 from certifl.path_checks import WEIGHTS, check_certificate_file, check_file
-from certifl.perturbations import Perturbation, PixelNoise, describe, from_description
+from certifl.perturbations import DEFAULT, Perturbation, describe, from_description
+from certifl.progress import StageCallback
 from certifl.runs.atomic import load_tensors
-from certifl.runs.folder import RunFolder
-from certifl.spec import Spec
-from certifl.study.certify import Job, certify_job
-from certifl.study.client_study import KeptStudy
-from certifl.study.opened_run import data_folder, finished_run, open_data, run_spec, trained_model
+from certifl.study.certify import Job, VoteSource, certify_job
+from certifl.study.opened_run import ClientStudy, Deployed, OpenRun, certified_by
 
 _log = logging.getLogger(__name__)
 
-Report = Callable[[str, int, int, str], None]
 _DEFAULT_SIGMA = 0.25
 
 
@@ -99,7 +97,7 @@ class Request:
     code: Path | None = None
 
 
-def certify_standalone(request: Request, report: Report | None = None) -> Certificates:
+def certify_standalone(request: Request, report: StageCallback | None = None) -> Certificates:
     """Certify test images; votes are kept beside `out` until it is written, so the call resumes.
 
     Raises:
@@ -107,36 +105,35 @@ def certify_standalone(request: Request, report: Report | None = None) -> Certif
         StoreError: `out` cannot be written; the votes are kept.
     """
     _check_options(request)
-    perturbation = _perturbation(request)
-    model, dataset, index = _from_run(request) if request.run else _from_model(request)
+    run = None if request.run is None else OpenRun(request.run, request.data_dir, request.code)
+    if run is not None:
+        run.require_finished()
+    perturbation = _perturbation(request, run)
+    model, dataset, index = _from_model(request) if run is None else _from_run(request, run)
     index = request.shard.of(index)
     part = dataset.test.take(index)
     saved = request.out.with_name(f".{request.out.name}.votes.safetensors")
     job = Job(request.client, index, part.images, part.labels.numpy(), saved)
     network = prepare(model, to_float(part.images[:1]), request.device, request.precision)
-    told = None if report is None else lambda done, all_: report("certifying", done, all_, "votes")
-    made = certify_job(
-        job,
-        model,
-        network,
-        perturbation,
-        request.settings,
-        request.seed,
-        dataset.fingerprint,
-        told,
-    )
+    source = VoteSource(perturbation, request.settings, request.seed, dataset.fingerprint)
+    progress = None
+    if report is not None:
+        progress = lambda done, total: report("certifying", done, total, "votes")  # noqa: E731
+    certificates = certify_job(job, model, network, source, progress)
     if request.shard != WHOLE:
-        facts = {**made.conditions, "shard": str(request.shard)}
-        made = dataclasses.replace(made, conditions=facts)
-    try:
-        made.save(request.out)
-    except OSError as error:
-        raise StoreError(
-            f"Cannot write {request.out}: {error}. All votes are kept: free some space, then "
-            "repeat the command."
-        ) from error
+        metadata = {**certificates.conditions, "shard": str(request.shard)}
+        certificates = dataclasses.replace(certificates, conditions=metadata)
+    advice = "All votes are kept: free some space, then repeat the command."
+    _save(certificates, request.out, advice)
     saved.unlink(missing_ok=True)
-    return made
+    return certificates
+
+
+def _save(certificates: Certificates, out: Path, advice: str) -> None:
+    try:
+        certificates.save(out)
+    except OSError as error:
+        raise StoreError(f"Cannot write {out}: {error}. {advice}") from error
 
 
 def _check_options(request: Request) -> None:
@@ -149,7 +146,7 @@ def _check_options(request: Request) -> None:
             "and --data."
         )
     if request.run is not None and request.weights is not None:
-        raise InputError("--run brings its own weights; leave out --weights.")
+        raise InputError("--run has its own weights; leave out --weights.")
     if request.run is None and request.code is not None:
         raise InputError(
             "--code says where a run's own network is; --model is found where you are."
@@ -158,8 +155,8 @@ def _check_options(request: Request) -> None:
         raise InputError("--client names a client of a run, so it needs --run.")
 
 
-def _perturbation(request: Request) -> Perturbation:
-    """The one asked for; what is not said is taken from the run, or is pixel noise of 0.25."""
+def _perturbation(request: Request, run: OpenRun | None) -> Perturbation:
+    """The requested one; by default the run's own, or pixel noise of 0.25."""
     if request.family is not None:
         return from_description(
             {
@@ -167,39 +164,20 @@ def _perturbation(request: Request) -> Perturbation:
                 **({} if request.sigma is None else {"sigma": request.sigma}),
             }
         )
-    own: Perturbation = PixelNoise(_DEFAULT_SIGMA)
-    if request.run is not None:
-        own = _certified_by(run_spec(finished_run(request.run)), request.client)
+    own = from_description(DEFAULT)
+    if run is not None:
+        own = certified_by(run.spec, request.client)
     if request.sigma is None:
         return own
     return from_description({**describe(own), "sigma": request.sigma})
 
 
-def _certified_by(spec: Spec, client: int) -> Perturbation:
-    """What a client of a run certifies."""
-    own = spec.perturbations()[client] if client < spec.clients.count else spec.perturbation()
-    if own is None:
-        raise InputError(
-            f"Client {client} of this run certifies nothing, so there is no perturbation to take "
-            "from it. Ask another client, or `certifl certify` with --family and --sigma."
-        )
-    return own
-
-
-def _from_run(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:
-    assert request.run is not None
-    folder = finished_run(request.run)
-    model, spec = _model_of(folder, request.client, request.code)
-    if request.data is not None and request.data != spec.data.name:
-        raise InputError(f"--run brings its own data ({spec.data.name}); leave out --data.")
-    dataset, partition = open_data(spec, data_folder(folder, request.data_dir))
-    if dataset.fingerprint != folder.data()["fingerprint"]:
-        raise StoreMismatch(
-            f"The data set {spec.data.name!r} holds other images than the run in {folder.path} "
-            "was made with. Give --data-dir with the data it was made with."
-        )
-    held = partition.clients[request.client].test
-    return model, dataset, choose(held, request.images, request.seed, request.client)
+def _from_run(request: Request, run: OpenRun) -> tuple[nn.Module, Dataset, np.ndarray]:
+    model = run.deployed(request.client).model
+    if request.data is not None and request.data != run.spec.data.name:
+        raise InputError(f"--run has its own data ({run.spec.data.name}); leave out --data.")
+    own = run.partition.clients[request.client].test
+    return model, run.dataset, choose(own, request.images, request.seed, request.client)
 
 
 def _from_model(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:
@@ -248,23 +226,14 @@ def _require_plain(path: Path) -> None:
         )
 
 
-def _model_of(folder: RunFolder, client: int, code: Path | None) -> tuple[nn.Module, Spec]:
-    spec = run_spec(folder)
-    if client >= spec.clients.count:
-        raise InputError(
-            f"--client {client}: the run has the clients 0 to {spec.clients.count - 1}."
-        )
-    return trained_model(folder, spec, client, code), spec
-
-
 @dataclass(frozen=True)
-class Answer:
-    """What the smoothed classifier says of one image, and how sure.
+class Prediction:
+    """The smoothed classifier's prediction for one image.
 
     Attributes:
         certificates: one row. class_name: of the predicted class, "" where it abstained.
-        client: whose model answered. deploys: which model that is, in words.
-        changed: what was done to the file's pixels before, in words; "" = nothing.
+        client: whose model predicted. deploys: which model that is, in words.
+        changed: how the file's pixels were converted, in words; "" = not at all.
     """
 
     certificates: Certificates
@@ -282,56 +251,49 @@ def certify_image(
     resize: bool,
     device: str,
     code: Path | None = None,
-) -> Answer:
+) -> Prediction:
     """Certify one image with the model that a client of a run deploys.
 
     Args:
         path: the image.
         run: a finished run, or a client's own folder of a study, `CLIENT/studies/ID`.
-        client: whose model answers; None = client 0 of a run, or the one whose folder it is.
+        client: whose model predicts; None = client 0 of a run, or the one whose folder it is.
         n: votes; None = the run's own. resize: fit the image to the model. device: as elsewhere.
         code: folder with the network's own code.
     """
-    model, spec, about = _deployed_by(run, client, code)
-    own, channels, size = int(about["client"]), about["in_channels"], about["image_size"]
-    image = read_image(path, channels, size, resize=resize)
-    wanted = spec.certification
-    perturbation, settings = _certified_by(spec, own), wanted.settings(own)
-    made = certify(
-        model,
+    used = _deployed(run, client, code)
+    image = read_image(path, used.in_channels, used.image_size, resize=resize)
+    wanted = used.spec.certification
+    settings = wanted.settings(used.client)
+    certificates = certify(
+        used.model,
         image,
-        perturbation,
+        used.perturbation,
         n0=wanted.n0,
         n=wanted.n if n is None else n,
         alpha=wanted.alpha,
         estimator=wanted.estimator,
         radii=settings.radii,
-        seed=spec.seed,
+        seed=used.spec.seed,
         precision=wanted.precision,
         device=device,
         reach=settings.reach,
         keep=wanted.keep,
     )
-    label = int(made.predicted[0])
-    name = about["class_names"][label] if label >= 0 else ""
-    changed = changes_of(path, channels, size)
-    return Answer(made, name, own, about["deploys"], changed)
+    label = int(certificates.predicted[0])
+    name = used.class_names[label] if label >= 0 else ""
+    changed = changes_of(path, used.in_channels, used.image_size)
+    return Prediction(certificates, name, used.client, used.deploys, changed)
 
 
-def _deployed_by(
-    run: Path, asked: int | None, code: Path | None
-) -> tuple[nn.Module, Spec, dict[str, Any]]:
-    """A client's model, its study, and what it is used with."""
-    kept = KeptStudy(run)
-    if kept.exists():
-        spec, about = kept.spec(), kept.about(asked)
-        return kept.model(spec, about, code), spec, about
-    folder, client = finished_run(run), asked or 0
-    model, spec = _model_of(folder, client, code)
-    data = folder.fact("data")
-    about = {name: data[name] for name in ("in_channels", "class_names")}
-    about |= {"client": client, "deploys": folder.fact("deploys")}
-    return model, spec, {**about, "image_size": tuple(data["image_size"])}
+def _deployed(path: Path, client: int | None, code: Path | None) -> Deployed:
+    """The model of a client of a run, or of the client whose folder it is."""
+    study = ClientStudy(path)
+    if study.exists():
+        return study.deployed(client, code)
+    run = OpenRun(path, code=code)
+    run.require_finished()
+    return run.deployed(client or 0)
 
 
 # A certification cut into shards, for a cluster's job arrays, and put together again.
@@ -390,14 +352,8 @@ def save_merged(certificates: Certificates, out: Path, overwrite: bool) -> Certi
         InputError: `out` is of another kind. StoreMismatch: it exists already.
         StoreError: it cannot be written.
     """
-    if out.suffix not in (".parquet", ".tsv"):
-        raise InputError(f"--out must be a file .parquet or .tsv; got {str(out)!r}.")
-    if out.exists() and not overwrite:
-        raise StoreMismatch(f"{out} exists already; give --overwrite to replace it.")
-    try:
-        certificates.save(out)
-    except OSError as error:
-        raise StoreError(f"Cannot write {out}: {error}. The shards are as they were.") from error
+    check_certificate_file(out, overwrite)
+    _save(certificates, out, "The shards are as they were.")
     return certificates
 
 

@@ -1,7 +1,8 @@
-"""Everything about a finished run that can be checked again from its own files."""
+"""Verification of a finished run: everything that can be recomputed from its own files."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,30 +17,25 @@ from certifl.certification.certificates import Predictions
 from certifl.certification.metadata import AMOUNTS, differs, entries
 from certifl.certification.network import PRECISIONS
 from certifl.certification.record import known_words
-from certifl.data import Dataset
 from certifl.errors import InputError, SpecError, StoreError
+from certifl.experiments.recast import Options, Recast, recast_votes
 from certifl.experiments.verify_run import (
     Images,
+    available_images,
     chosen_problems,
     column_problems,
     history_problems,
-    images_at_hand,
     label_problems,
     manifest_problems,
     partition_problems,
     privacy_problems,
-    read_partition,
 )
-from certifl.federated.rounds import deployed_model
 from certifl.models import fingerprint
 from certifl.perturbations import Perturbation, from_record
-from certifl.runs.atomic import read_json
-from certifl.runs.checkpoints import StoredRound
-from certifl.runs.folder import RunFolder
 from certifl.safe_io import MALFORMED
 from certifl.spec import Spec
 from certifl.study.curves import possible_averages
-from certifl.study.opened_run import finished_run, last_round, run_spec
+from certifl.study.opened_run import OpenRun
 
 _SHOWN = 4  # images that are named where the same is wrong with many
 _MODELS = "models, which are with the clients"
@@ -48,13 +44,14 @@ _VOTES = "the votes themselves (--recast K casts some of them again)"
 
 @dataclass(frozen=True)
 class Verification:
-    """What came of checking a run or a file of certificates.
+    """The result of checking a run or a file of certificates.
 
     Attributes:
         checked: number of certificates. problems: one sentence each; empty when all is well.
         kept: why certificates of the run could not be verified here, and who can; empty where
             all of them were.
         compared: what the certificates agree with. unchecked: what nothing was compared with.
+        recast: the comparison with votes cast again, where that was wanted.
     """
 
     checked: int
@@ -62,35 +59,49 @@ class Verification:
     kept: str = ""
     compared: tuple[str, ...] = ()
     unchecked: tuple[str, ...] = ()
+    recast: Recast | None = None
 
 
-def verify_run(place: Path, data_dir: Path | None = None) -> Verification:
+def verify_run(
+    path: Path, data_dir: Path | None = None, recast: Options | None = None
+) -> Verification:
     """Recompute every certificate from its votes, and compare all that a run says of itself.
 
     Args:
-        place: a run folder, or one certificate file (.parquet).
+        path: a run folder, or one certificate file (.parquet).
         data_dir: folder of data sets; else where the run found its data. Nothing is downloaded.
+        recast: which votes are cast again where no problem was found; None = none.
 
     Raises:
-        StoreMismatch: the folder is no run, or is not finished.
+        StoreMismatch: the folder is not a run, or is not finished.
         StoreError: a file of the run is missing or damaged.
         InputError: the file holds no certificates, or none with votes.
-        DataUnavailable: the data set is not in the folder that was asked for.
+        DataUnavailable: the data set is not in the folder that the user names.
     """
-    if place.is_file():
-        return _of_file(place)
-    folder = finished_run(place)
-    spec = run_spec(folder)
-    if folder.curves.is_file() and not folder.certificates.is_file():
-        return _of_curves(folder, spec)
-    return _OfRun(folder, spec, images_at_hand(folder, spec, data_dir)).verification()
+    if path.is_file():
+        found = _of_file(path)
+        if recast is not None and not found.problems:
+            raise InputError(
+                f"{path} is a file: --recast needs the run folder, with its models and spec."
+            )
+        return found
+    run = OpenRun(path, data_dir, None if recast is None else recast.code, offline=True)
+    run.require_finished()
+    if run.curves_only:
+        found = _of_curves(run)
+    else:
+        found = _OfRun(run, available_images(run, data_dir)).verification()
+    if recast is None or found.problems:
+        return found
+    again = recast_votes(run, recast)
+    return dataclasses.replace(found, problems=again.problems, recast=again)
 
 
-def _of_file(place: Path) -> Verification:
-    certificates = Certificates.load(place)
+def _of_file(path: Path) -> Verification:
+    certificates = Certificates.load(path)
     problems = _from_votes(certificates)
-    if place.suffix.lower() == ".parquet":
-        problems += column_problems(place, certificates)
+    if path.suffix.lower() == ".parquet":
+        problems += column_problems(path, certificates)
     if problems:
         return Verification(len(certificates), tuple(problems))
     unchecked = (*unverified(certificates), "the votes themselves")
@@ -100,16 +111,17 @@ def _of_file(place: Path) -> Verification:
 class _OfRun:
     """A run whose certificates are in its folder."""
 
-    def __init__(self, folder: RunFolder, spec: Spec, images: Images) -> None:
-        self.folder, self.spec, self.images = folder, spec, images
-        self.manifest = folder.manifest()
+    def __init__(self, run: OpenRun, images: Images) -> None:
+        self.run, self.spec, self.images = run, run.spec, images
+        self.manifest = run.manifest
         self.notes: list[str] = []
         self.local = "deployment" not in self.manifest
-        self.certificates = folder.load_certificates()
-        certifies = spec.perturbations()
-        self.certifying = [c for c, p in enumerate(certifies) if p is not None]
-        self.plain = [c for c, p in enumerate(certifies) if p is None]
-        self.predictions = folder.load_predictions() if self.plain and self.local else None
+        self.certificates = run.certificates
+        self.certifying = [c for c, p in enumerate(run.perturbations) if p is not None]
+        self.plain = [c for c, p in enumerate(run.perturbations) if p is None]
+        # Because the spec says so: whether run.json does is one of the things checked.
+        wanted = self.plain and self.local
+        self.predictions = run.folder.load_predictions() if wanted else None
 
     def verification(self) -> Verification:
         """Everything compared, in the order in which it is easiest to understand."""
@@ -120,7 +132,7 @@ class _OfRun:
             *self._of_the_data(),
             *self._of_the_training(),
             *manifest_problems(
-                self.manifest, self.spec, self.certificates, self.predictions, self._dataset()
+                self.manifest, self.spec, self.certificates, self.predictions, self.images.dataset
             ),
         ]
         if self.spec.hash() != self.manifest.get("spec_hash"):
@@ -134,7 +146,7 @@ class _OfRun:
             found = _from_votes(self.certificates)
         except InputError as error:
             found = [str(error)]
-        return found + column_problems(self.folder.certificates, self.certificates)
+        return found + column_problems(self.run.folder.certificates, self.certificates)
 
     def _as_asked(self) -> list[str]:
         problems: list[str] = []
@@ -152,7 +164,7 @@ class _OfRun:
         if not self.local:
             return _too_many(self.certificates, self.spec)
         try:
-            partition = read_partition(self.folder)
+            partition = self.run.stored_partition
         except StoreError as error:
             return [str(error)]
         problems = partition_problems(partition, self.spec, self.images)
@@ -165,51 +177,43 @@ class _OfRun:
             problems += chosen_problems(self.predictions, partition, self.spec, self.plain)
         return problems
 
-    def _dataset(self) -> Dataset | None:
-        """The data set, where it is at hand and the one that was certified."""
-        dataset = self.images.dataset
-        named = self.certificates.conditions.get("data_fingerprint")
-        return None if dataset is None or dataset.fingerprint != named else dataset
-
     def _of_the_data(self) -> list[str]:
-        if self.images.dataset is None:
-            return []
-        dataset = self._dataset()
-        if dataset is None:
+        dataset = self.images.dataset
+        if self.images.others:
             return [
-                f"the data set {self.spec.data.name!r} at hand holds other images than were "
+                f"the data set {self.spec.data.name!r} here holds other images than were "
                 "certified (its fingerprint differs); --data-dir names another folder"
             ]
+        if dataset is None:
+            return []
         rows = [self.certificates, *([] if self.predictions is None else [self.predictions])]
         return [problem for part in rows for problem in label_problems(part, dataset)]
 
     def _of_the_training(self) -> list[str]:
         try:
-            last = last_round(self.folder, self.spec)
-            models = self._models(last)
+            models = self._models()
         except StoreError as error:
             return [str(error)]
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             return [f"the final checkpoint cannot be read ({error!r})"]
-        return models + history_problems(self.folder, last) + self._privacy(last)
+        return models + history_problems(self.run) + self._privacy()
 
-    def _privacy(self, last: StoredRound) -> list[str]:
-        """What of the images' privacy was spent; networks of a user's own are not built here."""
+    def _privacy(self) -> list[str]:
+        """The images' privacy that was spent; networks of a user's own are not built here."""
         if self.spec.privacy.kind == "none":
             stray = "privacy" in self.manifest
-            return ["run.json says what privacy was spent, but none was asked for"] * stray
-        dataset = self._dataset()
+            return ["run.json says what privacy was spent, but the spec has none"] * stray
+        dataset = self.images.dataset
         if not self.local or dataset is None or ":" in self.spec.model.name:
             self.notes.append("the privacy spent")
             return []
         try:
-            partition = read_partition(self.folder)
-            return privacy_problems(self.folder, self.spec, partition, last, dataset)
+            return privacy_problems(self.run, dataset)
         except (SpecError, StoreError) as error:  # a damaged partition is a finding already
             self.notes.append(f"the privacy spent: {str(error).partition('. ')[0]}")
             return []
 
-    def _models(self, last: StoredRound) -> list[str]:
+    def _models(self) -> list[str]:
         # States alone, without the network: checking somebody's run must not run their code.
         recorded: dict[str, Any] = {}
         for rows in (self.certificates, self.predictions):
@@ -217,16 +221,17 @@ class _OfRun:
             if not isinstance(named, Mapping):
                 return ["the certificates do not say by client which model they are of"]
             recorded |= named
-        algorithm, clients = self.spec.build_algorithm(), range(self.spec.clients.count)
-        if not self.local:  # who only told its accuracy told no model
+        run, clients = self.run, range(self.spec.clients.count)
+        _ = run.last_round  # also where the models cannot be compared, it must be whole
+        if not self.local:  # a client that shared only its accuracy shared no model
             clients = self.certifying
-            if algorithm.keeps_client_state:
+            if run.algorithm.keeps_client_state:
                 self.notes.append(_MODELS)
                 return []
         problems = [
             f"client {client}: the stored model is not the one that was certified"
             for client in clients
-            if fingerprint(deployed_model(algorithm, last, client)) != recorded.get(str(client))
+            if fingerprint(run.state(client)) != recorded.get(str(client))
         ]
         if strangers := sorted(set(recorded) - {str(client) for client in clients}):
             problems.append(f"a model of client {strangers[0]} is recorded, which certified none")
@@ -242,7 +247,7 @@ class _OfRun:
             unchecked.insert(0, "precision (auto)")
         if self.local:
             compared.append("partition.json")
-        if self._dataset() is not None:
+        if self.images.dataset is not None:
             compared.append(f"images and labels of {self.spec.data.name}")
         else:
             unchecked.append(f"labels not checked: {self.images.why}")
@@ -253,29 +258,32 @@ class _OfRun:
         return tuple(compared), (*unchecked, *self.notes, _VOTES)
 
 
-def _of_curves(folder: RunFolder, spec: Spec) -> Verification:
-    """A federation whose clients kept their certificates: what they told, as far as it goes."""
+def _of_curves(run: OpenRun) -> Verification:
+    """A federation whose clients kept their certificates: the curves they shared."""
     problems: list[str] = []
-    if spec.hash() != folder.manifest().get("spec_hash"):
+    if run.spec.hash() != run.manifest.get("spec_hash"):
         problems.append("spec.toml was changed after the run was begun")
-    curves, checked = curves_of(folder), 0
+    curves, checked = run.curves or {}, 0
     for client, curve in curves.items():
-        problems += impossible(client, curve, spec)
-        problems += _told_as_asked(client, curve.get("conditions"), spec)
-    for path in shared_rows(folder):
+        problems += impossible(client, curve, run.spec)
+        problems += _curve_settings_problems(client, curve.get("conditions"), run.spec)
+    # Rows of single clients that shared them, where others did not.
+    for path in sorted(run.folder.votes(0).parent.glob("rows-*.parquet")):
         rows = Certificates.load(path)
         problems += _from_votes(rows) + column_problems(path, rows)
         checked += len(rows)
-    return Verification(checked, tuple(problems), kept_words(folder.path, len(curves)))
+    return Verification(checked, tuple(problems), _kept_words(run.path, len(curves)))
 
 
-def _told_as_asked(client: int, facts: Any, spec: Spec) -> list[str]:
-    """A client may certify a perturbation of its own; everything else is the study's."""
+def _curve_settings_problems(client: int, metadata: Any, spec: Spec) -> list[str]:
+    """A client may certify its own perturbation; everything else is the study's."""
     try:
-        perturbation = from_record(facts["description"])
+        perturbation = from_record(metadata["description"])
         own = perturbation != spec.perturbations()[client]
         left_out = AMOUNTS if own else ()
-        return _other_facts(facts, spec, client, perturbation, f"of client {client} ", left_out)
+        return _metadata_problems(
+            metadata, spec, client, perturbation, f"of client {client} ", left_out
+        )
     except (InputError, KeyError, TypeError, AttributeError, IndexError) as error:
         return [f"client {client}: what it certified is damaged ({error!r})"]
 
@@ -302,19 +310,19 @@ def _asked_problems(
     """Where the conditions in the file are not those that the spec asks for."""
     problems: dict[str, None] = {}  # clients that share a perturbation say it once
     perturbations = spec.perturbations()
-    for clients, facts in entries(conditions):
+    for clients, metadata in entries(conditions):
         for client in certifying if clients is None else clients:
             known = 0 <= client < len(perturbations)
             perturbation = perturbations[client] if known else None
             if perturbation is not None:
                 who = "" if clients is None else f"of client {client} "
-                found = _other_facts(facts, spec, client, perturbation, who)
+                found = _metadata_problems(metadata, spec, client, perturbation, who)
                 problems |= dict.fromkeys(found)
     return list(problems)
 
 
-def _other_facts(
-    facts: Mapping[str, Any],
+def _metadata_problems(
+    metadata: Mapping[str, Any],
     spec: Spec,
     client: int,
     perturbation: Perturbation,
@@ -325,21 +333,23 @@ def _other_facts(
     settings = spec.certification.settings(client)
     estimator = settings.estimator_for(perturbation)
     if "boundaries" in estimator.metadata:  # a record of 0.1 names none
-        estimator = estimator.recorded(settings, perturbation, facts)
+        estimator = estimator.recorded(settings, perturbation, metadata)
     wanted = asked_conditions(perturbation, settings, spec.seed, estimator)
     # Records of 0.1.0 may name neither; the range of a scan is compared all the same.
-    held = {"keep": "certificates", "reach": wanted.get("reach"), **facts}
+    stored = {"keep": "certificates", "reach": wanted.get("reach"), **metadata}
     problems = [
-        f"the certificates {who}say {key} = {held.get(key)!r:.80}, the spec {value!r:.80}"
+        f"the certificates {who}say {key} = {stored.get(key)!r:.80}, the spec {value!r:.80}"
         for key, value in wanted.items()
         if key not in left_out
-        and known_words(key, held)
-        and (key not in held or differs(held[key], value))
+        and known_words(key, stored)
+        and (key not in stored or differs(stored[key], value))
     ]
-    asked, told = spec.certification.precision, facts.get("precision")
+    asked, recorded = spec.certification.precision, metadata.get("precision")
     allowed = [asked] if asked != "auto" else list(PRECISIONS)
-    if told not in allowed:
-        problems.append(f"the certificates {who}say precision = {told!r:.80}, the spec {asked!r}")
+    if recorded not in allowed:
+        problems.append(
+            f"the certificates {who}say precision = {recorded!r:.80}, the spec {asked!r}"
+        )
     return problems
 
 
@@ -392,19 +402,6 @@ def _too_many(certificates: Certificates, spec: Spec) -> list[str]:
 _ROUNDING = 1e-9
 
 
-def curves_of(folder: RunFolder) -> dict[int, Mapping[str, Any]]:
-    """The told curves, by client.
-
-    Raises:
-        StoreError: the file is damaged.
-    """
-    held = read_json(folder.curves)
-    try:
-        return {int(client): dict(curve) for client, curve in held["clients"].items()}
-    except MALFORMED as error:
-        raise StoreError(f"{folder.curves} is damaged: {error!r}.") from error
-
-
 def impossible(client: int, curve: Mapping[str, Any], spec: Spec) -> list[str]:
     """Why no certificates can come to this curve; nothing if some can."""
     try:
@@ -429,14 +426,9 @@ def impossible(client: int, curve: Mapping[str, Any], spec: Spec) -> list[str]:
     return found
 
 
-def shared_rows(folder: RunFolder) -> list[Path]:
-    """Certificates that single clients told in full, where others did not."""
-    return sorted(folder.votes(0).parent.glob("rows-*.parquet"))
-
-
-def kept_words(place: Path, curves: int) -> str:
+def _kept_words(path: Path, curves: int) -> str:
     """What of such a run is not verified, why, and where it can be."""
-    told = "told curves" if curves else "told nothing of them"
+    shared = "shared curves" if curves else "shared nothing of them"
     checked = ""
     if curves:
         checked = (
@@ -444,7 +436,7 @@ def kept_words(place: Path, curves: int) -> str:
             "fall on its grid, averages that go with them), which does not make them true."
         )
     return (
-        f"{place} holds no certificates to verify: its clients certified on their own machines, "
-        f"{told} and kept votes and radii of their images.{checked} Every client can verify its "
+        f"{path} holds no certificates to verify: its clients certified on their own machines, "
+        f"{shared} and kept votes and radii of their images.{checked} Every client can verify its "
         "own: `certifl verify studies/ID/certificates.parquet` in its folder."
     )

@@ -1,12 +1,11 @@
-"""What the files of a run say of each other: spec, run.json, partition.json, history, images.
+"""Consistency of the files of a run: spec, run.json, partition.json, history, images.
 
-Everything that follows from spec, seed and data is made again and compared. Functions return one
-sentence for each thing that is wrong, and nothing where all is well.
+Everything that follows from spec, seed and data is computed again and compared. Functions return
+one sentence per problem.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +20,10 @@ from certifl.certification import Certificates
 from certifl.certification.certificates import Predictions
 from certifl.certification.metadata import differs
 from certifl.data import Dataset, Partition, check, choose
-from certifl.errors import CertiflError, InputError, StoreError
+from certifl.errors import CertiflError, InputError, StoreError, StoreMismatch
 from certifl.models import build
-from certifl.runs.atomic import read_json
-from certifl.runs.checkpoints import StoredRound
-from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
-from certifl.study.opened_run import DATA_DIR, load_data, partition_of, study_facts
+from certifl.study.opened_run import OpenRun, partition_of, study_metadata
 from certifl.study.privacy import protection, spent
 from certifl.study.setup import by_client
 
@@ -38,42 +34,36 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Images:
-    """The data set of a run, where it is at hand.
+    """The data set of a run, where it is available.
 
     Attributes:
         dataset: None where it is not. why: then says why.
+        others: whether a data set of that name holds other images.
     """
 
     dataset: Dataset | None
     why: str = ""
+    others: bool = False
 
 
-def images_at_hand(folder: RunFolder, spec: Spec, data_dir: Path | None) -> Images:
-    """The data set of a run: from the folder asked for, or from where the run found it.
-
-    Nothing is downloaded, and nothing is taken from the run folder itself, which may be somebody
-    else's.
+def available_images(run: OpenRun, data_dir: Path | None) -> Images:
+    """The data set of a run: from the folder that the user names, or from where the run found it.
 
     Raises:
-        CertiflError: the data set is not in the folder that was asked for.
+        CertiflError: the data set is not in the folder that the user names.
     """
-    if "deployment" in folder.manifest():
+    if "deployment" in run.manifest:
         return Images(None, "they are with its clients")
     try:
-        place = data_dir or _remembered(folder)
-        return Images(load_data(spec, place, offline=True))
+        return Images(run.dataset)
+    except StoreMismatch:
+        return Images(None, "the data set holds other images", others=True)
+    except StoreError:
+        raise
     except (CertiflError, OSError) as error:
         if data_dir is not None:
             raise
         return Images(None, str(error).partition(". ")[0].rstrip("."))
-
-
-def _remembered(folder: RunFolder) -> Path | None:
-    before = folder.manifest().get(DATA_DIR)
-    if not isinstance(before, str) or not Path(before).is_dir():
-        return None
-    inside = Path(before).resolve().is_relative_to(folder.path.resolve())
-    return None if inside else Path(before)
 
 
 def column_problems(path: Path, certificates: Certificates) -> list[str]:
@@ -85,21 +75,6 @@ def column_problems(path: Path, certificates: Certificates) -> list[str]:
         if name in table.column_names
         and table[name].to_pylist() != getattr(certificates, name).tolist()
     ]
-
-
-def read_partition(folder: RunFolder) -> Partition:
-    """Who holds which images, as the run recorded it.
-
-    Raises:
-        StoreError: the file is missing or damaged.
-    """
-    try:
-        held = read_json(folder.partition)
-        if not isinstance(held, dict):
-            raise InputError("It is not a JSON object.")
-        return Partition.from_manifest(held)
-    except (InputError, AttributeError, ValueError, RecursionError) as error:
-        raise StoreError(f"partition.json is damaged: {error}") from error
 
 
 def partition_problems(partition: Partition, spec: Spec, images: Images) -> list[str]:
@@ -191,53 +166,51 @@ def label_problems(rows: Certificates | Predictions, dataset: Dataset) -> list[s
     return problems
 
 
-def history_problems(folder: RunFolder, last: StoredRound) -> list[str]:
+def history_problems(run: OpenRun) -> list[str]:
     """Where history.jsonl is not what the final checkpoint says of the rounds."""
     try:
-        lines = folder.history.read_text().splitlines()
-        found = [json.loads(line) for line in lines]
-    except (OSError, ValueError, RecursionError) as error:
-        return [f"history.jsonl cannot be read: {error}"]
-    rounds = [by_client(entry) for entry in last.history]
+        found = run.history
+    except StoreError as error:
+        return [str(error).rstrip(".")]
+    rounds = [by_client(entry) for entry in run.last_round.history]
     if len(found) != len(rounds):
         return [f"history.jsonl has {len(found)} rounds, the final checkpoint {len(rounds)}"]
     wrong = [
         number
-        for number, (told, made) in enumerate(zip(found, rounds, strict=True), 1)
-        if differs(told, made)
+        for number, (stored, committed) in enumerate(zip(found, rounds, strict=True), 1)
+        if differs(stored, committed)
     ]
     return [f"history.jsonl: round {n} is not as the checkpoint recorded it" for n in wrong]
 
 
-def privacy_problems(
-    folder: RunFolder, spec: Spec, partition: Partition, last: StoredRound, dataset: Dataset
-) -> list[str]:
+def privacy_problems(run: OpenRun, dataset: Dataset) -> list[str]:
     """Where run.json says that another privacy was spent than spec, data and history give.
 
     Raises:
         SpecError: opacus, which accounts for it, is not installed.
     """
-    told = folder.manifest().get("privacy")
-    sizes = [len(client.train) for client in partition.clients]
+    recorded, spec = run.manifest.get("privacy"), run.spec
+    sizes = [len(client.train) for client in run.stored_partition.clients]
     model = build(spec.model.name, dataset.in_channels, dataset.num_classes, spec.seed)
-    made = spent(spec, protection(spec, model, sizes, b"not the key"), last.history)
-    if not isinstance(told, Mapping):
+    again = spent(spec, protection(spec, model, sizes, b"not the key"), run.last_round.history)
+    if not isinstance(recorded, Mapping):
         return ["run.json does not say what privacy was spent"]
     return [
-        f"run.json says privacy: {name} = {told.get(name)!r:.80}, spec and history {value!r:.80}"
-        for name, value in made.items()
-        if name != "accountant" and not _alike(told.get(name), value)
+        f"run.json says privacy: {name} = {recorded.get(name)!r:.80}, spec and history "
+        f"{value!r:.80}"
+        for name, value in again.items()
+        if name != "accountant" and not _alike(recorded.get(name), value)
     ]
 
 
-def _alike(told: Any, made: Any) -> bool:
+def _alike(recorded: Any, again: Any) -> bool:
     """Equal; numbers up to the rounding of another version of the accountant."""
-    if isinstance(made, list):
-        same = isinstance(told, list) and len(told) == len(made)
-        return same and all(_alike(*pair) for pair in zip(told, made, strict=True))
-    if isinstance(made, float) and isinstance(told, float):
-        return math.isclose(told, made, rel_tol=_ROUNDING)
-    return not differs(told, made)
+    if isinstance(again, list):
+        same = isinstance(recorded, list) and len(recorded) == len(again)
+        return same and all(_alike(*pair) for pair in zip(recorded, again, strict=True))
+    if isinstance(again, float) and isinstance(recorded, float):
+        return math.isclose(recorded, again, rel_tol=_ROUNDING)
+    return not differs(recorded, again)
 
 
 def manifest_problems(
@@ -250,7 +223,7 @@ def manifest_problems(
     """Where run.json is not what spec, certificates and data give."""
     versions = manifest.get("versions")
     same_version = isinstance(versions, Mapping) and versions.get("certifl") == __version__
-    wanted = study_facts(spec)
+    wanted = study_metadata(spec)
     del wanted["code"]
     if not same_version:
         wanted = {name: value for name, value in wanted.items() if name not in _WORDS}

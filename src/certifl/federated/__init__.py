@@ -3,7 +3,7 @@
 Names are imported when they are first used, so that specs are checked without torch.
 """
 
-from certifl.registry import lazy_names
+from certifl.lazy import lazy_names
 
 _HOMES = {
     "certifl.federated.algorithms": ("ALGORITHMS", "describe", "from_description"),

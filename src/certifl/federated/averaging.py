@@ -8,14 +8,14 @@ key has a policy:
 | average | floating tensors: weights, running means and variances | weighted mean in float64 |
 | maximum | integers and booleans: BatchNorm's `num_batches_tracked` | largest value, dtype kept |
 
-The mean is accumulated as deviations from the first model in float64. So averaging equal models
-gives them back bit for bit, whatever the weights and the dtype; and since updates arrive in client
-order, the rounding does not depend on who finished first.
+The mean is accumulated as deviations from the first model in float64. So the average
+of equal models is exact, whatever the weights and the dtype; and since updates arrive in client
+order, rounding does not depend on which client finished first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -39,24 +39,17 @@ def average_models(updates: Iterable[Update], weighting: str = "uniform") -> Mod
     """The average of the updates' models; None where no update has one.
 
     Args:
-        updates: in client order; each is dropped before the next is asked for.
+        updates: in client order; each is dropped before the next arrives.
         weighting: "uniform" (1/n) or "size" (by `Update.weight`).
 
     Raises:
         InputError: a client sent other keys or shapes than the first one; it is named.
     """
-    check_choice("weighting", weighting, WEIGHTINGS)
-    mean: RunningMean | None = None
-    for update in updates:
-        if update.model is None:
-            continue
-        weight = 1.0 if weighting == "uniform" else float(update.weight)
-        if mean is None:
-            mean = RunningMean(update.model, weight)
-        else:
-            mean.add(update, weight)
-        del update  # or it would be held while the next one arrives
-    return None if mean is None else mean.result()
+    return average_parts(map(_model_only, updates), weighting).get("model")
+
+
+def _model_only(update: Update) -> Update:
+    return replace(update, extra={})
 
 
 class RunningMean:
@@ -69,7 +62,7 @@ class RunningMean:
         self._maxima = {k: v for k, v in first.items() if policy_of(v) == "maximum"}
 
     def add(self, update: Update, weight: float) -> None:
-        """One model more, with its weight."""
+        """Add a model with its weight."""
         model = update.model or {}
         check_alike(self._first, update.client, model)
         self._weight += weight
@@ -88,9 +81,9 @@ class RunningMean:
             self._deviations[name] = deviation.mul_(weight)
 
     def result(self) -> ModelState:
-        """The weighted mean of the models so far; nothing can be added any more.
+        """The weighted mean; call it once.
 
-        Each sum is dropped with its mean, so the means take no memory beside the sums.
+        Each sum is dropped with its mean, so that the means need no extra memory.
         """
         first, self._first = self._first, {}
         return {name: self._combined(name, value) for name, value in first.items()}
@@ -123,29 +116,16 @@ def check_alike(first: ModelState, client: int, model: ModelState) -> None:
         )
 
 
-# Averages of several parts of an update in one pass, and steps of a server towards an average.
-
-
-MODEL = "model"
-
-
-def sent_parts(update: Update) -> Iterator[tuple[str, ModelState]]:
-    """Everything an update carries: its model (if it has one) and its extra parts, by name."""
-    if update.model is not None:
-        yield MODEL, update.model
-    yield from update.extra.items()
-
-
 def average_parts(updates: Iterable[Update], weighting: str = "uniform") -> Parts:
     """The average of every part that arrives, over the updates that have it.
 
     Args:
-        updates: in client order; each is dropped before the next is asked for, so memory does not
+        updates: in client order; each is dropped before the next arrives, so memory does not
             grow with the number of clients.
         weighting: "uniform" (1/n) or "size" (by `Update.weight`).
 
     Returns:
-        Averages by name, that of the models as "model"; none of a part that nobody sent.
+        Averages by name, that of the models as "model".
 
     Raises:
         InputError: a client sent other keys or shapes than the first one; it is named.
@@ -154,18 +134,18 @@ def average_parts(updates: Iterable[Update], weighting: str = "uniform") -> Part
     means: dict[str, RunningMean] = {}
     for update in updates:
         weight = 1.0 if weighting == "uniform" else float(update.weight)
-        for part, held in sent_parts(update):
+        for part, tensors in update.parts.items():
             if part in means:
-                means[part].add(replace(update, model=held), weight)
+                means[part].add(replace(update, model=tensors), weight)
             else:
-                means[part] = RunningMean(held, weight)
-            del held
-        del update  # or it would be held while the next one arrives
+                means[part] = RunningMean(tensors, weight)
+            del tensors
+        del update  # frees it before the next one arrives
     return {part: mean.result() for part, mean in means.items()}
 
 
 def change(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """How far new is from old, in float64."""
+    """New - old in float64."""
     return new.to(torch.float64) - old.to(torch.float64)
 
 
@@ -176,10 +156,10 @@ def moved(old: ModelState, average: ModelState, factor: float, names: Iterable[s
     old agree it is both, bit for bit.
     """
     chosen = set(names)
-    made = dict(average)
+    result = dict(average)
     for name, value in average.items():
         if factor != 1 and name in chosen and policy_of(value) == "average":
             far = change(old[name], value)
             step = (value.to(torch.float64) + (factor - 1) * far).to(value.dtype)
-            made[name] = torch.where(far == 0, value, step)
-    return made
+            result[name] = torch.where(far == 0, value, step)
+    return result

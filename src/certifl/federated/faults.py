@@ -1,14 +1,14 @@
-"""Clients that fail: what a fault is, what an answer must be, how many clients must remain.
+"""Faults of clients: what counts as one, checks of results, how many clients a round requires.
 
-A client that fails is left out of one round. Its own state stays what it was, and the round goes
-on with the others while enough of them remain (`needed`).
+A client that fails is left out of the round. Its own state is unchanged, and the round continues
+with the others while enough of them remain (`required_clients`).
 
-| a fault of the client | not a fault: training stops, and goes on once it is mended |
+| a fault of the client | not a fault: training stops, and can be resumed after a repair |
 |---|---|
 | it raises, its training diverges | the request is wrong (`RequestError`: no images) |
 | NaN or infinity in what it sends or keeps | a checkpoint cannot be written (`StoreError`) |
 | wrong keys, shapes, dtypes, numbers | memory ran out: this machine's fault |
-| no answer in time, its process ends | Ctrl-C; a capture on a GPU that broke off |
+| no answer in time, its process ends | Ctrl-C |
 """
 
 from __future__ import annotations
@@ -27,34 +27,28 @@ from certifl.errors import (
     StoreError,
     TrainingDiverged,
     WorkError,
+    first_line,
     one_line,
 )
 from certifl.federated.states import ClientState, ModelState, Parts, ServerState, Update
+from certifl.torch_env import out_of_memory
 
 Result = TypeVar("Result")
 
 _LONGEST_REASON = 500
 _LARGEST = 1e18
-"""Beyond every weight that training gives; its square is still finite in float32, so that a
+"""Larger than any weight of a working training; its square is still finite in float32, so that a
 server's optimizer cannot be made to overflow."""
 RESERVED = frozenset({"client", "seconds", "reason", "round", "epsilon", "participants"})
-"""What the server itself writes into the history; no client's metric has such a name."""
+"""Keys that the server writes into the history; no metric may have such a name."""
 _MOST_METRICS = 32
 _STOP = (RequestError, StoreError, RandomSourceBroken)
-_NO_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "alloc_failed",
-    "unable to find an engine",  # cuDNN, without room for its workspace
-)
 _ADVICE = {
     "diverged": "Lower training.lr or training.momentum.",
-    "raised": "See to what they raised.",
-    "wrong": "See to what they send.",
-    "late": "Give them longer to answer.",
-    "ended": "A process that ends by itself is often one that memory ran out for: take fewer "
-    "workers.",
+    "raised": "Check the exceptions that they raised.",
+    "wrong": "Check what they send.",
+    "late": "Raise the time limit.",
+    "ended": "Processes often end because memory ran out: take fewer workers.",
 }
 
 
@@ -64,9 +58,8 @@ class Fault:
 
     Attributes:
         kind: "diverged", "raised", "wrong" (what it sent), "late" or "ended" (its process).
-        reason: in words, to follow "client 3:"; made safe to print, for a client may have a say
-            in it.
-        error: what was raised, where it is known.
+        reason: completes "client 3:"; sanitized for printing, since a client may have written it.
+        error: the exception, where there is one.
     """
 
     kind: str
@@ -78,20 +71,24 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What came back from one client: a result that nobody has looked at yet, or a fault."""
+class ClientResult:
+    """What one client returned, not checked yet, or its fault.
+
+    Attributes:
+        content: update and client state, if they pass `ResultChecker`; None with a fault.
+    """
 
     client: int
     seconds: float
-    result: object
+    content: object
     fault: Fault | None = None
 
 
-def attempt(client: int, work: Callable[[], Result]) -> Result | Fault:
-    """What a client's work gives, or its fault.
+def try_client(client: int, work: Callable[[], Result]) -> Result | Fault:
+    """The result of a client's work, or its fault.
 
     Raises:
-        RequestError, StoreError, CaptureFailed: not the client's fault (see the table above).
+        RequestError, StoreError, RandomSourceBroken: not the client's fault (table above).
         WorkError: memory ran out.
     """
     try:
@@ -103,30 +100,18 @@ def attempt(client: int, work: Callable[[], Result]) -> Result | Fault:
     except Exception as error:
         if out_of_memory(error):
             raise WorkError(
-                f"Memory ran out while client {client} trained ({_first_line(error)}). Make "
-                "training.batch_size or the number of workers smaller, or free memory; rounds "
-                "finished so far are kept, and the same command goes on from the last one."
+                f"Memory ran out while client {client} trained ({first_line(error)}). Make "
+                "training.batch_size or the number of workers smaller, or free memory; finished "
+                "rounds are kept, and the same command resumes after the last one."
             ) from error
-        return Fault("raised", f"it raised {type(error).__name__}: {_first_line(error)}", error)
+        return Fault("raised", f"it raised {type(error).__name__}: {first_line(error)}", error)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the device or of the machine."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".") or "nothing more"
-
-
-def needed(participants: int, min_clients: int | None) -> int:
-    """How many participants of a round must remain: by default half of them, rounded up.
+def required_clients(participants: int, min_clients: int | None) -> int:
+    """Number of participants that must not fail: by default half of them, rounded up.
 
     Raises:
-        InputError: more than take part.
+        InputError: min_clients exceeds the number of participants.
     """
     if min_clients is None:
         return math.ceil(participants / 2)
@@ -138,22 +123,22 @@ def needed(participants: int, min_clients: int | None) -> int:
     return min_clients
 
 
-def advice(faults: Iterable[Fault]) -> str:
-    """What to do about faults, most urgent first."""
+def suggestions(faults: Iterable[Fault]) -> str:
+    """What to do about these faults."""
     kinds = {fault.kind for fault in faults}
-    told = [text for kind, text in _ADVICE.items() if kind in kinds]
-    return " ".join([*told, "A smaller min_clients lets training go on with fewer."])
+    hints = [text for kind, text in _ADVICE.items() if kind in kinds]
+    return " ".join([*hints, "A smaller min_clients lets training go on with fewer."])
 
 
 Signature = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-class Inspection:
-    """Looks at the answers of one round before anything is kept of them.
+class ResultChecker:
+    """Checks the results of one round before any of them is stored.
 
     A model must have the keys, shapes and dtypes of the part "model" of the broadcast, or of the
     network where the broadcast has none. An extra part must look like the broadcast's part of the
-    same name, or else like the first one that was accepted in this round.
+    same name, otherwise like the first one that was accepted in this round.
 
     Args:
         broadcast: what the clients started from.
@@ -164,27 +149,25 @@ class Inspection:
         self._wanted = {part: _signature(held) for part, held in broadcast.parts.items()}
         self._wanted.setdefault("model", _signature(network))
 
-    def problem(self, client: int, result: object) -> Fault | None:
-        """What is wrong with an answer; None if it may be kept."""
+    def fault(self, client: int, result: object) -> Fault | None:
+        """What is wrong with a result; None if it is valid."""
         if not (isinstance(result, tuple) and len(result) == 2):
             return Fault("wrong", f"it returned {type(result).__name__}, not update and state")
         update, state = result
         if not (isinstance(update, Update) and isinstance(state, ClientState)):
             kinds = f"{type(update).__name__} and {type(state).__name__}"
             return Fault("wrong", f"it returned {kinds}, not update and state")
-        sent = (
-            {**update.extra} if update.model is None else {**update.extra, "model": update.model}
-        )
+        sent = update.parts
         wrong = _wrong_numbers(client, update) or self._wrong_parts(sent, state.parts)
         if wrong is not None:
             return Fault("wrong", wrong)
         own = {part: held for part, held in state.parts.items() if held is not sent.get(part)}
-        sick = not_finite(sent) or not_finite(own)
-        if sick is not None:
-            return Fault("diverged", f"{sick} is not finite")
-        huge = _beyond(sent)
-        if huge is not None:
-            return Fault("diverged", f"{huge} is larger than {_LARGEST:g}")
+        bad = not_finite(sent) or not_finite(own)
+        if bad is not None:
+            return Fault("diverged", f"{bad} is not finite")
+        large = _too_large(sent)
+        if large is not None:
+            return Fault("diverged", f"{large} is larger than {_LARGEST:g}")
         for part, held in sent.items():
             self._wanted.setdefault(part, _signature(held))
         return None
@@ -192,7 +175,7 @@ class Inspection:
     def _wrong_parts(self, sent: Parts, kept: Parts) -> str | None:
         for part, held in (*sent.items(), *kept.items()):
             if not isinstance(held, Mapping) or not all(map(torch.is_tensor, held.values())):
-                return f"its {part} is no table of tensors"
+                return f"its {part} is not a dictionary of tensors"
         for part, held in sent.items():
             wanted = self._wanted.get(part)
             different = None if wanted is None else _difference(wanted, _signature(held))
@@ -205,7 +188,7 @@ class Inspection:
 
 
 def not_finite(parts: Parts) -> str | None:
-    """The first tensor that holds NaN or infinity, in words; None where all are finite."""
+    """The first tensor with NaN or infinity, in words; None if all are finite."""
     for part, held in parts.items():
         for name, value in held.items():
             floating = value.is_floating_point() or value.is_complex()
@@ -214,8 +197,8 @@ def not_finite(parts: Parts) -> str | None:
     return None
 
 
-def _beyond(parts: Parts) -> str | None:
-    """The first tensor with a value beyond `_LARGEST`, in words."""
+def _too_large(parts: Parts) -> str | None:
+    """The first tensor with a value above `_LARGEST`, in words."""
     for part, held in parts.items():
         for name, value in held.items():
             if value.is_floating_point() and bool((value.abs() > _LARGEST).any()):
@@ -223,8 +206,8 @@ def _beyond(parts: Parts) -> str | None:
     return None
 
 
-def misfit(wanted: ModelState, found: ModelState) -> str | None:
-    """The first key in which two tables of tensors differ in shape or type; None where none."""
+def mismatch(wanted: ModelState, found: ModelState) -> str | None:
+    """The first key in which two states differ in shape or dtype; None if none does."""
     return _difference(_signature(wanted), _signature(found))
 
 
@@ -234,10 +217,10 @@ def _wrong_numbers(client: int, update: Update) -> str | None:
     if not (_is_finite_number(update.weight) and update.weight > 0):
         return f"its weight is {update.weight!r}"
     if len(update.metrics) > _MOST_METRICS:
-        return f"it sends {len(update.metrics)} metrics; at most {_MOST_METRICS} are taken"
+        return f"it sends {len(update.metrics)} metrics; at most {_MOST_METRICS} are accepted"
     for name, value in update.metrics.items():
         if name in RESERVED:
-            return f"its metric {name!r} has a name that the history keeps for itself"
+            return f"its metric {name!r} has a name that is reserved in the history"
         if not _is_finite_number(value):
             return f"its {name} is {value!r}"
     return None
@@ -248,7 +231,7 @@ def _is_finite_number(value: object) -> bool:
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number beyond every float
+    except OverflowError:  # an integer too large for a float
         return False
 
 
@@ -257,12 +240,12 @@ def _signature(held: ModelState) -> Signature:
 
 
 def _difference(wanted: Signature, found: Signature) -> str | None:
-    """The first key in which two tables of tensors differ, in words."""
+    """The first key in which two states differ, in words."""
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
             return f"{name} is missing"
         if name not in wanted:
-            return f"{name} is not part of it"
+            return f"{name} is unexpected"
         if wanted[name] != found[name]:
             shapes = [f"{dtype} {shape}" for shape, dtype in (wanted[name], found[name])]
             return f"{name} is {shapes[1]} instead of {shapes[0]}"

@@ -1,4 +1,4 @@
-"""One round after the other: broadcast, clients, rule, aggregation, commit."""
+"""The rounds of a training: broadcast, client rounds, aggregation, commit."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ from certifl import rng as streams
 from certifl.errors import InputError, TooFewClients, TrainingDiverged
 from certifl.federated.aggregation import Rule
 from certifl.federated.algorithms.base import Algorithm
-from certifl.federated.faults import Answer, Fault, Inspection, advice, needed, not_finite
-from certifl.federated.privacy.ledger import Ledger
+from certifl.federated.faults import (
+    ClientResult,
+    Fault,
+    ResultChecker,
+    not_finite,
+    required_clients,
+    suggestions,
+)
+from certifl.federated.privacy.accounting import Ledger
 from certifl.federated.states import ClientState, ModelState, ServerState, Update
+from certifl.federated.training.schedule import participants
 from certifl.registry import check_number
 from certifl.runs.checkpoints import Checkpoints, PendingRound, StoredRound
 
@@ -23,14 +31,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training stands: `done` of the `participants` of `round` (from 0) of `rounds`.
+    """Progress of a training: `done` of `participants` clients in `round` (from 0) of `rounds`.
 
     Attributes:
-        round: the one that is worked on.
+        round: the current one.
         rounds: of the whole training, with the algorithm's extra ones.
-        done: clients of this round that have answered.
-        participants: clients that were asked in this round.
-        client: the one that answered last.
+        done: clients that have finished this round.
+        participants: clients selected for this round.
+        client: the client that finished last.
         metrics: of this client; empty where it was left out.
         left_out: why this client was left out of the round; None = it was not.
     """
@@ -44,25 +52,25 @@ class Progress:
     left_out: str | None = None
 
 
-ProgressCallback = Callable[[Progress], None]
+RoundCallback = Callable[[Progress], None]
 
 
 class Runner(Protocol):
-    """Whoever works on the clients of a round, here or in other processes."""
+    """Runs the client rounds: in this process, in others, or over a network."""
 
-    def work(self, current: StoredRound, participants: Sequence[int]) -> Iterator[Answer]:
-        """An answer from every participant, in the order given, one at a time."""
+    def work(self, current: StoredRound, participants: Sequence[int]) -> Iterator[ClientResult]:
+        """Yield the result of every participant, in the order given, one at a time."""
         ...
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """Everything that the rounds of one training have in common.
+    """What the rounds of one training have in common.
 
     Attributes:
         algorithm, checkpoints, progress, participation, rule, min_clients, ledger: as in `train`.
-        runner: works on the clients.
-        clients: how many there are.
+        runner: runs the client rounds.
+        clients: number of clients.
         scheduled: rounds of the schedule; the algorithm's extra ones come after them.
         network: a state of the network that is trained, for its keys, shapes and dtypes.
         identity: what is stored with every round.
@@ -75,7 +83,7 @@ class Rounds:
     scheduled: int
     network: ModelState
     identity: dict[str, Any]
-    progress: ProgressCallback | None = None
+    progress: RoundCallback | None = None
     participation: Participation | None = None
     rule: Rule | None = None
     min_clients: int | None = None
@@ -87,48 +95,48 @@ class Rounds:
         return self.scheduled + self.algorithm.extra_rounds
 
     def next(self, current: StoredRound) -> StoredRound:
-        """The round after a committed one, committed."""
+        """Run and commit the round after a committed one."""
         started = time.perf_counter()
         broadcast, participants = server_state(current), self.participants(current.number)
         rule = self.rule if current.number < self.scheduled else None
         if rule is not None:
             rule.check(len(participants))
         with self.checkpoints.begin(current.number + 1) as pending:
-            gathered = _Gathered(
+            collected = _RoundResults(
                 self,
                 current.number,
                 participants,
                 pending,
-                Inspection(broadcast, self.network),
-                needed(len(participants), self.min_clients),
+                ResultChecker(broadcast, self.network),
+                required_clients(len(participants), self.min_clients),
             )
-            updates = gathered.updates(self.runner.work(current, participants))
-            heard = updates if rule is None else rule(broadcast, updates)
-            server = self.algorithm.aggregate(broadcast, heard)
-            for _ in updates:  # an algorithm may stop listening; its clients still train
+            updates = collected.updates(self.runner.work(current, participants))
+            filtered = updates if rule is None else rule(broadcast, updates)
+            server = self.algorithm.aggregate(broadcast, filtered)
+            for _ in updates:  # an algorithm may ignore the rest; its clients still train
                 pass
-            del broadcast, heard  # the new state is enough from here on
-            if (sick := not_finite(server.parts)) is not None:
-                raise TrainingDiverged(None, current.number, f"{sick} is not finite")
-            # Whoever was left out keeps what it had.
-            for client in set(current.clients).difference(gathered.trained):
+            del broadcast, filtered  # frees their memory
+            if (bad := not_finite(server.parts)) is not None:
+                raise TrainingDiverged(None, current.number, f"{bad} is not finite")
+            # Clients that did not train keep their states.
+            for client in set(current.clients).difference(collected.trained):
                 pending.carry_client(client, current)
             pending.put_server(server.parts)
             entry = {
                 "round": current.number,
                 "seconds": time.perf_counter() - started,
                 "participants": participants,
-                **gathered.record(),
+                **collected.record(),
             }
             if self.ledger is not None:
                 entry = self.ledger(current.history, entry)
             return pending.commit(identity=self.identity, history=[*current.history, entry])
 
     def participants(self, round: int) -> list[int]:
-        """Who takes part, in client order; everyone in the algorithm's extra rounds.
+        """Participants in client order; all clients in the algorithm's extra rounds.
 
         Raises:
-            InputError: nobody, or clients that do not exist.
+            InputError: clients that do not exist.
         """
         everyone = range(self.clients)
         if self.participation is None or round >= self.scheduled:
@@ -136,22 +144,22 @@ class Rounds:
         chosen = sorted(set(self.participation(round)))
         if unknown := [client for client in chosen if client not in everyone]:
             raise InputError(
-                f"Round {round} asks for the clients {unknown}, but there are {len(everyone)} "
-                "clients, counted from 0."
+                f"The participants of round {round} include clients {unknown}, but there are only "
+                f"{len(everyone)} clients, counted from 0."
             )
         return chosen
 
 
 @dataclass
-class _Gathered:
-    """What comes back from the clients of one round."""
+class _RoundResults:
+    """Results of the clients of one round, checked and stored as they arrive."""
 
     rounds: Rounds
     round: int
     participants: list[int]
     pending: PendingRound
-    inspection: Inspection
-    needed: int
+    checker: ResultChecker
+    required: int
     rows: list[dict[str, Any]] = field(default_factory=list)
     faults: dict[int, Fault] = field(default_factory=dict)
 
@@ -159,24 +167,24 @@ class _Gathered:
     def trained(self) -> list[int]:
         return [row["client"] for row in self.rows]
 
-    def updates(self, answers: Iterator[Answer]) -> Iterator[Update]:
-        """Updates of clients that did not fail; each state is on disk before it is handed on."""
-        for answer in answers:
-            fault = answer.fault or self.inspection.problem(answer.client, answer.result)
+    def updates(self, results: Iterator[ClientResult]) -> Iterator[Update]:
+        """Yield the updates of clients that did not fail, after their states are on disk."""
+        for result in results:
+            fault = result.fault or self.checker.fault(result.client, result.content)
             if fault is not None:
-                self._leave_out(answer.client, fault)
+                self._leave_out(result.client, fault)
                 continue
-            update, state = _whole(answer.result)
-            self.pending.put_client(answer.client, state.parts)
-            # Who it was and how long it took come last: no metric can write them.
-            row = {**update.metrics, "client": answer.client, "seconds": answer.seconds}
+            update, state = _checked(result.content)
+            self.pending.put_client(result.client, state.parts)
+            # Client and seconds come last, so that no metric can overwrite them.
+            row = {**update.metrics, "client": result.client, "seconds": result.seconds}
             self.rows.append(row)
-            self._tell(answer.client, update.metrics, None)
+            self._report(result.client, update.metrics, None)
             yield update
-            del answer, update, state  # or they would be held while the next one arrives
+            del result, update, state  # frees them before the next one arrives
 
     def record(self) -> dict[str, Any]:
-        """The round's part of the history: a row for each client that trained, and who did not."""
+        """The round's history: a row for each client that trained, and reasons for the others."""
         if not self.faults:
             return {"clients": self.rows}
         left_out = [
@@ -187,30 +195,30 @@ class _Gathered:
     def _leave_out(self, client: int, fault: Fault) -> None:
         self.faults[client] = fault
         _log.warning("Client %d is left out of round %d: %s.", client, self.round, fault.reason)
-        if len(self.participants) - len(self.faults) < self.needed:
+        if len(self.participants) - len(self.faults) < self.required:
             raise TooFewClients(
                 self.round,
                 {client: fault.reason for client, fault in self.faults.items()},
                 len(self.participants),
-                self.needed,
-                advice(self.faults.values()),
+                self.required,
+                suggestions(self.faults.values()),
             ) from fault.error
-        self._tell(client, {}, fault.reason)
+        self._report(client, {}, fault.reason)
 
-    def _tell(self, client: int, metrics: dict[str, float], left_out: str | None) -> None:
+    def _report(self, client: int, metrics: dict[str, float], left_out: str | None) -> None:
         if self.rounds.progress is not None:
             done, all_ = len(self.rows) + len(self.faults), len(self.participants)
             now = Progress(self.round, self.rounds.total, done, all_, client, metrics, left_out)
             self.rounds.progress(now)
 
 
-def _whole(result: object) -> tuple[Update, ClientState]:
-    """The result of an answer that was inspected."""
-    assert isinstance(result, tuple)
-    return result[0], result[1]
+def _checked(content: object) -> tuple[Update, ClientState]:
+    """Update and client state in a result that passed its checks."""
+    assert isinstance(content, tuple)
+    return content[0], content[1]
 
 
-# States as a committed round holds them.
+# States in a committed round.
 
 
 def server_state(stored: StoredRound) -> ServerState:
@@ -235,7 +243,7 @@ def deployed_model(algorithm: Algorithm, stored: StoredRound, client: int) -> Mo
     """The model that client `client` uses at test time, as of a committed round.
 
     Args:
-        algorithm: the one that trained it.
+        algorithm: the one that trained.
         stored: usually the last round.
         client: its number, from 0.
 
@@ -245,22 +253,22 @@ def deployed_model(algorithm: Algorithm, stored: StoredRound, client: int) -> Mo
     return algorithm.deployed(server_state(stored), client_state(stored, client))
 
 
-# Who takes part in a round: everyone, or a random share that a resumed training repeats.
+# Participation: all clients, or a random share that a resumed training repeats.
 
 
 Participation = Callable[[int], Sequence[int]]
-"""Which clients take part in a round; of the round alone, so that resuming repeats it."""
+"""Participants of a round, as a function of the round alone, so that resuming repeats it."""
 
 
 @dataclass(frozen=True)
 class RandomShare:
-    """max(1, round(share n)) of the n clients, chosen anew in every round, without replacement.
+    """max(1, round(share n)) of the n clients, drawn in every round without replacement.
 
-    The choice is a function of (seed, round) alone.
+    The draw is a function of (seed, round) alone.
 
     Attributes:
-        share: in (0, 1]; 1 = everyone.
-        clients: n, how many there are.
+        share: in (0, 1]; 1 = all clients.
+        clients: n, the number of clients.
         seed: the study's seed.
 
     Source: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized
@@ -277,8 +285,8 @@ class RandomShare:
 
     @property
     def size(self) -> int:
-        """How many clients take part in a round."""
-        return max(1, round(self.share * self.clients))
+        """Number of participants of a round."""
+        return participants(self.share, self.clients)
 
     def __call__(self, round: int) -> list[int]:
         """The participants of a round, in client order."""

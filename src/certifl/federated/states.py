@@ -1,8 +1,7 @@
-"""What moves between server and clients, and the images a client trains on.
+"""States and updates that move between server and clients, and a client's training images.
 
-State is made of named parts, each a plain dict of CPU tensors, so that it can be stored as
-safetensors and sent as arrays without knowing which algorithm it belongs to. Nothing here is ever
-mutated.
+A state consists of named parts, each a dict of CPU tensors, so that it can be stored as
+safetensors and sent as arrays whatever the algorithm. Nothing here is ever mutated.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ Parts = dict[str, ModelState]
 
 @dataclass(frozen=True)
 class ServerState:
-    """What the server holds after `round` finished rounds, and broadcasts before the next one.
+    """The server's state after `round` finished rounds, broadcast before the next one.
 
     Attributes:
         round: finished rounds, from 0.
@@ -32,7 +31,7 @@ class ServerState:
 
 @dataclass(frozen=True)
 class ClientState:
-    """What one client keeps between rounds; no parts at all is a client that has not trained.
+    """What one client keeps between rounds; no parts before it has trained.
 
     Attributes:
         parts: named dicts of CPU tensors, such as "model" or "momentum".
@@ -46,10 +45,10 @@ class Update:
     """What one client sends to the server after a round.
 
     Attributes:
-        client: who sends it.
-        weight: number of training images behind it.
-        model: the trained model; None where the client keeps it to itself.
-        metrics: numbers about this client's round (loss and accuracy on its training stream).
+        client: number of the client.
+        weight: its number of training images.
+        model: the trained model; None if it stays with the client.
+        metrics: of this client's round (training loss and accuracy).
         extra: further named parts that an algorithm sends (control variates, for instance).
     """
 
@@ -58,6 +57,11 @@ class Update:
     model: ModelState | None
     metrics: dict[str, float]
     extra: Parts = field(default_factory=dict)
+
+    @property
+    def parts(self) -> Parts:
+        """Everything that is sent: the model, where there is one, as "model", and the extra."""
+        return self.extra if self.model is None else {"model": self.model, **self.extra}
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,5 +97,5 @@ class ClientData:
         return len(self.images)
 
     def to(self, device: torch.device | str) -> ClientData:
-        """The same data on another device (the very same tensors where they are there already)."""
+        """The same data on another device."""
         return ClientData(self.client, self.images.to(device), self.labels.to(device))

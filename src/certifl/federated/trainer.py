@@ -1,9 +1,9 @@
-"""Training together on one machine, with a committed checkpoint after every round.
+"""Federated training with a committed checkpoint after every round.
 
-Every round begins from what the disk holds, also when nothing was interrupted, so a resumed
-training and an uninterrupted one run the same code on the same bytes. Clients are worked on one
-after the other with one model object, or by a few processes; the server takes their updates one at
-a time: memory does not grow with the number of clients. A client that fails is left out of a round
+Every round starts from the checkpoint on disk, whether interrupted or not, so a resumed training
+runs the same code on the same bytes as an uninterrupted one. Clients train one after the other
+with one model object, or in a few processes; the server consumes their updates one at a time:
+memory does not grow with the number of clients. A client that fails is left out of a round
 (`federated.faults`).
 """
 
@@ -21,20 +21,20 @@ from certifl.federated.aggregation import Rule
 from certifl.federated.algorithms import describe
 from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.objectives import Augmented, Objective
+from certifl.federated.privacy.accounting import Ledger
 from certifl.federated.privacy.client_level import ClientLevel
 from certifl.federated.privacy.compatibility import check_network
-from certifl.federated.privacy.ledger import Ledger
 from certifl.federated.rounds import (
     Participation,
-    ProgressCallback,
     RandomShare,
+    RoundCallback,
     Rounds,
     Runner,
 )
 from certifl.federated.training.batches import Augmentation, PerClient
 from certifl.federated.training.local_training import LocalTraining, check_images
-from certifl.federated.worker import Clients, Serial
-from certifl.federated.worker_pool import Pool
+from certifl.federated.worker import Clients, SerialRunner
+from certifl.federated.worker_pool import WorkerPool
 from certifl.models import fingerprint, state_of
 from certifl.registry import check_number
 from certifl.runs.checkpoints import Checkpoints, StoredRound
@@ -47,7 +47,7 @@ def train(
     training: LocalTraining,
     checkpoints: Checkpoints,
     *,
-    progress: ProgressCallback | None = None,
+    progress: RoundCallback | None = None,
     participation: Participation | None = None,
     start_from: Checkpoints | None = None,
     rule: Rule | None = None,
@@ -57,60 +57,59 @@ def train(
     ledger: Ledger | None = None,
     runner: Runner | None = None,
 ) -> StoredRound:
-    """Train together until the schedule's last round (and the algorithm's extra ones).
+    """Train for the schedule's rounds and the algorithm's extra ones.
 
-    Goes on from the last committed round in `checkpoints`, with bit-identical results on the same
-    machine; a finished training returns at once. Results do not depend on the order in which
-    clients are named or worked on, nor on `workers`, given the same number of torch threads: a
-    worker has one.
+    Resumes from the last committed round in `checkpoints`, with bit-identical results on the same
+    machine; a finished training returns at once. Results do not depend on `workers`, given the
+    same number of torch threads (a worker has one).
 
-    A client that fails is left out of the round with a warning, its own state stays what it was,
-    and the history says who was left out and why. Such a round is repeated on a resume only as far
-    as the fault is; a client that was too slow may be in time then.
+    A client that fails is left out of the round with a warning. Its state is unchanged, and the
+    history says why it was left out. Faults need not repeat when the round is: a client that was
+    too slow may be in time after a resume.
 
     Args:
-        algorithm: the way of training together.
-        model: its weights are the initial model of all clients; it is not changed.
+        algorithm: the federated algorithm.
+        model: the initial model of all clients; it is not changed.
         clients: `clients[i]` is the data of client i.
-        training: a client's half: schedule, augmentations, seed, device.
+        training: local training: schedule, augmentations, seed, device.
         checkpoints: where rounds are committed.
         progress: called after every client.
         participation: which clients take part in a round of the schedule; None = all. In an
             algorithm's extra rounds, which need no communication, all do.
-        start_from: another training's checkpoints, whose last round to begin from (its algorithm
-            may be the base of a `personalized` one); only looked at where `checkpoints` is empty.
+        start_from: another training's checkpoints, to start from their last round (its algorithm
+            may be the base of a `personalized` one); ignored unless `checkpoints` is empty.
         rule: robust or private aggregation, before the algorithm's own; None = none. A private
-            one says who takes part.
+            rule draws the participants itself.
         min_clients: how many of a round's participants must not fail; None = half of them,
             rounded up.
-        workers: processes that work on clients beside this one; 0 = this one does.
-        answer_within: seconds after which a client is given up on; needs workers.
-        ledger: writes what privacy was spent into the history of each round; None = nothing.
-        runner: works on the clients instead, wherever they are; `clients` then only counts them.
+        workers: worker processes that train clients; 0 = this process does.
+        answer_within: timeout of a client in seconds; needs workers.
+        ledger: adds the privacy spent to the history of each round; None = no privacy.
+        runner: runs the client rounds elsewhere; `clients` is then only counted.
 
     Returns:
         The final round; `server_state`, `client_state` and `deployed_model` read it.
 
     Raises:
-        RequestError: what was asked for cannot be done, for instance a client without images.
+        RequestError: the request is wrong, for instance a client has no images.
         StoreMismatch: `checkpoints` or `start_from` belong to another training.
         TooFewClients: too many clients of a round failed; finished rounds are kept.
         TrainingDiverged: the server's state is no longer finite; finished rounds are kept.
         StoreError: a checkpoint could not be written; finished rounds are kept.
     """
     _check(len(clients), min_clients, workers, answer_within)
-    if isinstance(clients, (list, tuple)):  # others may read a client's images when asked for it
+    if isinstance(clients, (list, tuple)):  # other sequences may load images on access
         check_images(training.network, {data.client: len(data) for data in clients})
-    participation = _drawn(rule, participation, model)
+    participation = _participation(rule, participation, model)
     identity = _identity(algorithm, model, clients, training, participation, rule)
     current = _resumed(checkpoints, identity)
     checkpoints.clean(None if current is None else current.number)
     if current is not None and current.number == total_rounds(algorithm, training):
         return current
     with contextlib.ExitStack() as stack:
-        runner = Serial(algorithm, training, clients) if runner is None else runner
+        runner = SerialRunner(algorithm, training, clients) if runner is None else runner
         if workers:
-            pool = Pool(algorithm, training, clients, workers, answer_within)
+            pool = WorkerPool(algorithm, training, clients, workers, answer_within)
             runner = stack.enter_context(pool)
         rounds = Rounds(
             algorithm,
@@ -118,7 +117,7 @@ def train(
             checkpoints,
             clients=len(clients),
             scheduled=training.schedule.rounds,
-            # Shapes and types are all that is looked at: they need no memory.
+            # Only shapes and dtypes are used: no memory.
             network={name: value.to("meta") for name, value in model.state_dict().items()},
             identity=identity,
             progress=progress,
@@ -128,7 +127,7 @@ def train(
             ledger=ledger,
         )
         if current is None:
-            current = _begun(checkpoints, identity, algorithm, model, start_from)
+            current = _first_round(checkpoints, identity, algorithm, model, start_from)
         while current.number < rounds.total:
             current = rounds.next(current)
     return current
@@ -152,19 +151,17 @@ def _check(
         check_number("min_clients", min_clients, allowed, low=1, high=clients, whole=True)
     check_number("workers", workers, "a whole number from 0", low=0, whole=True)
     if answer_within is not None and not workers:
-        raise InputError(
-            "answer_within needs workers: a client in this very process cannot be given up on."
-        )
+        raise InputError("answer_within needs workers: a client in this process has no timeout.")
 
 
-def _drawn(
+def _participation(
     rule: Rule | None, participation: Participation | None, model: nn.Module
 ) -> Participation | None:
-    """Who takes part; what a private rule accounts for is a draw of its own."""
+    """How participants are chosen: a private rule accounts for its own draw."""
     if not isinstance(rule, ClientLevel):
         return participation
     if participation is not None:
-        raise InputError("Client-level privacy draws the participants itself: give no others.")
+        raise InputError("Client-level privacy draws the participants itself: omit participation.")
     check_network(model, rule.kind)
     return rule.participants
 
@@ -173,14 +170,14 @@ def _resumed(checkpoints: Checkpoints, identity: dict[str, Any]) -> StoredRound 
     latest = checkpoints.latest()
     if latest is not None and latest.identity != identity:
         raise StoreMismatch(
-            f"{checkpoints.folder} holds another training "
-            f"({_difference(latest.identity, identity)}). Ask for the "
-            "training it holds, or choose another folder."
+            f"{checkpoints.folder} belongs to another training "
+            f"({_difference(latest.identity, identity)}). Choose another folder, or the settings "
+            "of the stored training."
         )
     return latest
 
 
-def _begun(
+def _first_round(
     checkpoints: Checkpoints,
     identity: dict[str, Any],
     algorithm: Algorithm,
@@ -199,12 +196,12 @@ def _begun(
 
 
 def _check_origin(origin: StoredRound, own: dict[str, Any]) -> None:
-    """Rounds of the same training, or of the one it wraps, may be gone on from."""
+    """Only rounds of the same training, or of the one it wraps, may be resumed."""
     base = {**own, "finetuning_augmentation": _printed(None)}
     base["algorithm"] = own["algorithm"].get("base", own["algorithm"])
     if origin.identity not in (own, base):
         raise StoreMismatch(
-            f"{origin.path} cannot be gone on from: it is a round of another training "
+            f"{origin.path} cannot be resumed: it is a round of another training "
             f"({_difference(origin.identity, base)})."
         )
 
@@ -217,9 +214,9 @@ def _identity(
     participation: Participation | None,
     rule: Rule | None,
 ) -> dict[str, Any]:
-    """What a checkpoint must agree with to be gone on from, as plain JSON.
+    """What a checkpoint must match to be resumed, as plain JSON.
 
-    What has its default is left out, so that checkpoints written before it existed still agree.
+    Defaults are left out, so that checkpoints written before a setting existed still match.
     """
     tuned = "base" in describe(algorithm)  # other extra rounds have the federated augmentation
     tuning = training.finetuning_augmentation if tuned else None
@@ -248,11 +245,13 @@ def _identity(
 
 
 def _printed(augmentation: Augmentation | PerClient | Objective | None) -> str:
-    """An augmentation in words; one that prints its address is known by its class alone."""
+    """The repr of an augmentation; the class name where the repr is an address."""
     text = repr(augmentation)
     return type(augmentation).__qualname__ if " at 0x" in text else text
 
 
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     keys = sorted(key for key in {**found, **wanted} if found.get(key) != wanted.get(key))
-    return "; ".join(f"{key}: {found.get(key)} there, {wanted.get(key)} asked for" for key in keys)
+    return "; ".join(
+        f"{key}: {found.get(key)} stored, {wanted.get(key)} requested" for key in keys
+    )

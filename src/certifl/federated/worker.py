@@ -1,4 +1,4 @@
-"""A worker process: reads states from the last committed round, trains, answers, never writes."""
+"""Client rounds in this process, and in a worker process that only reads committed rounds."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ import torch
 
 from certifl.errors import CertiflError, InputError
 from certifl.federated.algorithms.base import Algorithm
-from certifl.federated.faults import Answer, Fault, attempt
+from certifl.federated.faults import ClientResult, Fault, try_client
 from certifl.federated.rounds import client_state, server_state
 from certifl.federated.states import ClientData, ServerState
 from certifl.federated.training.local_training import LocalTraining
 from certifl.models import adopt_code
 from certifl.runs.checkpoints import StoredRound
 
-Question = tuple[StoredRound, int, ClientData]
+ClientTask = tuple[StoredRound, int, ClientData]
 """The committed round to start from, a client, its data."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """What a worker says.
+    """A message from a worker.
 
     Attributes:
         kind: "ready", "result", "fault", or "stop" for an error that must stop the training.
         content: the result, the fault or the error.
-        seconds: that the client took.
+        seconds: duration of the client's round.
     """
 
     kind: str
@@ -42,9 +42,9 @@ class Message:
 
 
 def pack(message: object) -> bytes:
-    """A message between processes, tensors as plain bytes.
+    """Serialize a message between processes, tensors as bytes.
 
-    torch would send tensors through shared memory and open files, which run out with many clients.
+    torch would use shared memory and open files, which run out with many clients.
     """
     written = io.BytesIO()
     _Pickler(written, protocol=5).dump(message)
@@ -52,7 +52,7 @@ def pack(message: object) -> bytes:
 
 
 def unpack(message: bytes) -> Any:
-    """What `pack` was given; only for messages of processes that this training started."""
+    """Deserialize a message of a process that this training started."""
     return pickle.loads(message)
 
 
@@ -74,15 +74,15 @@ def _tensor(content: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch
 
 
 def serve(line: Connection, payload: bytes) -> None:
-    """A worker's life: one thread, one algorithm, one trainer, clients until nobody asks."""
-    # Ctrl-C reaches all processes of a terminal; the one that asked decides what follows.
+    """Main loop of a worker: train clients on one thread until the connection closes."""
+    # Ctrl-C reaches all processes of a terminal; the main process decides what follows.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     code, work = pickle.loads(payload)
     adopt_code(code)
     algorithm, training = pickle.loads(work)
     broadcast: ServerState | None = None
-    load_what_a_step_needs()
+    warm_up()
     line.send_bytes(pack(Message("ready")))
     while True:
         try:
@@ -92,50 +92,50 @@ def serve(line: Connection, payload: bytes) -> None:
         try:
             if broadcast is None or broadcast.round != stored.number:
                 broadcast = server_state(stored)
-            answer = _answer(algorithm, training, broadcast, (stored, client, data))
+            reply = _client_round(algorithm, training, broadcast, (stored, client, data))
         except CertiflError as error:
-            answer = pack(Message("stop", error))
-        line.send_bytes(answer)
+            reply = pack(Message("stop", error))
+        line.send_bytes(reply)
 
 
-def load_what_a_step_needs() -> None:
-    """Import what torch imports at the first step of a process: not in the first client's time."""
+def warm_up() -> None:
+    """Take a step, so that torch's lazy imports do not count as the first client's time."""
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     weight.sum().backward()
     optimizer.step()
 
 
-def _answer(
-    algorithm: Algorithm, training: LocalTraining, broadcast: ServerState, question: Question
+def _client_round(
+    algorithm: Algorithm, training: LocalTraining, broadcast: ServerState, task: ClientTask
 ) -> bytes:
-    stored, client, data = question
+    stored, client, data = task
     started = time.perf_counter()
 
     def trained() -> object:
         state = client_state(stored, client)
         return algorithm.client_round(broadcast, state, data, training)
 
-    result = attempt(client, trained)
+    result = try_client(client, trained)
     seconds = time.perf_counter() - started
     if isinstance(result, Fault):
         return _fault(result.kind, result.reason, seconds)
-    packed = attempt(client, lambda: pack(Message("result", result, seconds)))
+    packed = try_client(client, lambda: pack(Message("result", result, seconds)))
     if isinstance(packed, Fault):
-        return _fault("wrong", f"its answer cannot be sent, {packed.reason}", seconds)
+        return _fault("wrong", f"its result cannot be sent, {packed.reason}", seconds)
     return packed
 
 
 def _fault(kind: str, reason: str, seconds: float) -> bytes:
-    """Without the exception, whose class may not survive the way."""
+    """A fault without its exception, whose class may not be picklable."""
     return pack(Message("fault", Fault(kind, reason), seconds))
 
 
-# Clients worked on in this process, one after the other.
+# Clients in this process, one after the other.
 
 
 class Clients(Protocol):
-    """The clients' data by position: a list, or anything that loads client i when asked."""
+    """The clients' data by position: a list, or a sequence that loads client i on access."""
 
     def __len__(self) -> int: ...
 
@@ -146,7 +146,7 @@ def data_of(clients: Clients, client: int) -> ClientData:
     """The data of one client.
 
     Raises:
-        InputError: at its place stands another client.
+        InputError: it is the data of another client.
     """
     data = clients[client]
     if data.client != client:
@@ -156,14 +156,14 @@ def data_of(clients: Clients, client: int) -> ClientData:
     return data
 
 
-class Serial:
-    """One client after the other, with one model object."""
+class SerialRunner:
+    """Trains one client after the other, with one model object."""
 
     def __init__(self, algorithm: Algorithm, training: LocalTraining, clients: Clients) -> None:
         self._algorithm, self._training, self._clients = algorithm, training, clients
 
-    def work(self, current: StoredRound, participants: Sequence[int]) -> Iterator[Answer]:
-        """An answer from every participant, in the order given."""
+    def work(self, current: StoredRound, participants: Sequence[int]) -> Iterator[ClientResult]:
+        """Yield the result of every participant, in the order given."""
         broadcast = server_state(current)
         for client in participants:
             started = time.perf_counter()
@@ -172,10 +172,10 @@ class Serial:
                 state, data = client_state(current, client), data_of(self._clients, client)
                 return self._algorithm.client_round(broadcast, state, data, self._training)
 
-            result = attempt(client, trained)
+            result = try_client(client, trained)
             seconds = time.perf_counter() - started
             if isinstance(result, Fault):
-                yield Answer(client, seconds, None, result)
+                yield ClientResult(client, seconds, None, result)
             else:
-                yield Answer(client, seconds, result)
-            del result  # or it would be held while the next client trains
+                yield ClientResult(client, seconds, result)
+            del result  # frees it before the next client trains

@@ -1,6 +1,6 @@
 """Networks from images in [0, 1] to logits.
 
-Normalisation is the first layer of every network, so that sigma and intensities mean the same
+Normalization is the first layer of every network, so that sigma and intensities mean the same
 everywhere outside it.
 
 Source: He et al. 2016 (ResNet-18, in its usual form for 32 x 32 images, as in the study); Wu and
@@ -38,7 +38,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.full(shape, std), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalise images (m, c, h, w)."""
+        """Normalize images (m, c, h, w)."""
         return (images - self.mean) / self.std
 
 
@@ -56,7 +56,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": _batch_norm, "group": _
 
 
 class BasicBlock(nn.Module):
-    """Two normalised 3 x 3 convolutions and a shortcut, projected where the shape changes."""
+    """Two normalized 3 x 3 convolutions and a shortcut, projected where the shape changes."""
 
     def __init__(self, in_width: int, width: int, stride: int, norm: str = "batch") -> None:
         super().__init__()
@@ -205,7 +205,7 @@ def small_cnn(
             many. The noise of privacy grows with the number of weights: 4 leaves about 2 200.
 
     Raises:
-        ModelError: a width that is no multiple of 4.
+        ModelError: a width that is not a multiple of 4.
     """
     if width < 4 or width % 4:
         raise ModelError(f"width = {width!r} is not allowed: it must be a multiple of 4.")

@@ -10,15 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from certifl.errors import ModelError
-from certifl.models.architectures import resnet18, small_cnn, small_resnet
+from certifl.models import MODELS
 from certifl.module_copies import answer_in_words, evaluating, format_advice
+from certifl.registry import choices
 from certifl.rng import derive_seed
-
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "resnet18": resnet18,
-    "small_resnet": small_resnet,
-    "small_cnn": small_cnn,
-}
 
 
 def build(
@@ -31,7 +26,7 @@ def build(
 ) -> nn.Module:
     """A network whose weights depend on the seed alone.
 
-    Torch's global generator is seeded for the duration of the call and put back as it was.
+    Torch's global generator is seeded for the duration of the call, then restored.
 
     Args:
         name: a name in `MODELS`, or `module:function` for one's own, called as
@@ -46,12 +41,18 @@ def build(
         The network as the function made it, from images (m, c, h, w) to logits.
 
     Raises:
-        ModelError: a name that is unknown or cannot be imported, something that is no function,
-            a call that fails, a result that is no torch module, or logits of the wrong shape.
+        SpecError: an option that the network in `MODELS` does not have, or a value that is not
+            allowed.
+        ModelError: a name that is unknown or cannot be imported, something that is not a function,
+            a call that fails, a result that is not a torch module, or logits of the wrong shape.
     """
-    function = MODELS[name] if name in MODELS else _users_function(name)
+    if name in MODELS:
+        MODELS.check_named(name, options or {})
+        function: Callable[..., Any] = MODELS[name]
+    else:
+        function = _users_function(name)
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: that would also seed the generators of all GPUs, for good.
+        # Not torch.manual_seed: that would also seed the generators of all GPUs.
         torch.default_generator.manual_seed(derive_seed(seed, "model", name))
         try:
             model = function(
@@ -77,10 +78,7 @@ def _users_function(name: str) -> Callable[..., Any]:
     """The function behind `module:function`, or an error that says where it went wrong."""
     module_name, colon, function_name = name.partition(":")
     if not (colon and module_name and function_name):
-        raise ModelError(
-            f"There is no model {name!r}. Choose one of {', '.join(MODELS)}, or name your own as "
-            "module:function."
-        )
+        raise ModelError(f"model name = {name!r} is unknown: {choices(name, MODELS, MODELS.also)}")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:

@@ -92,7 +92,7 @@ _NAMED = _NamedModules()
 def allow_code(name: str, *folders: Path | str) -> None:
     """Let `module:function` be imported from folders that the user gave, its package included.
 
-    Where Python looks by itself comes first, so that nothing is replaced. Other files of the
+    Python's own import path comes first, so that nothing is replaced. Other files of the
     folders are not importable: `torch` and others import optional packages if they find them.
 
     Args:
@@ -135,11 +135,11 @@ def require_code(name: str, folder: Path) -> None:
             f"that holds {top}.py, or the package {top}, with --code."
         )
     allow_code(name, folder)
-    place = _place_of(top)
-    if place is None or place != folder.resolve():
+    location = _location_of(top)
+    if location is None or location != folder.resolve():
         raise ModelError(
-            f"Python finds the module {top!r} of the network {name!r} in {place or 'itself'}, not "
-            f"in {folder}. Give the folder that it is in with --code, or rename your module."
+            f"Python finds the module {top!r} of the network {name!r} in {location or 'itself'}, "
+            f"not in {folder}. Give the folder that it is in with --code, or rename your module."
         )
 
 
@@ -147,7 +147,7 @@ def _top(name: str) -> str:
     return name.partition(":")[0].partition(".")[0]
 
 
-def _place_of(top: str) -> Path | None:
+def _location_of(top: str) -> Path | None:
     """The folder that a module, or its package, is found in; nothing is imported for that."""
     try:
         found = importlib.util.find_spec(top)

@@ -62,12 +62,12 @@ def read_checkpoint(path: Path) -> object:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the file is, it is not a plain file of weights
         raise InputError(
-            f"{path} is no plain file of weights ({type(error).__name__}). {advice}"
+            f"{path} is not a plain file of weights ({type(error).__name__}). {advice}"
         ) from error
     if isinstance(content, _Inert) and not content:
         raise InputError(
-            f"{path} is no plain file of weights but a whole pickled object, whose code is never "
-            f"run here. {advice}"
+            f"{path} is not a plain file of weights but a whole pickled object, whose code is "
+            f"never run here. {advice}"
         )
     return content
 
@@ -103,7 +103,7 @@ def weights_in(content: object, where: str) -> State:
     if len(found) > 1:
         keys = ", ".join(key or "the file itself" for key in sorted(found))
         raise InputError(
-            f"{where} holds weights in several places ({keys}): save those that are meant alone."
+            f"{where} holds weights in several places ({keys}): save the intended ones alone."
         )
     if not found:
         raise InputError(f"{where} holds no weights by name. Save model.state_dict() into it.")
@@ -158,7 +158,7 @@ def _loaded(model: nn.Module, state: State) -> bool:
 
 
 def _renamed(state: State, own: State) -> tuple[dict[str, Tensor], str]:
-    """The weights under the network's names as far as these can be told, and what was changed."""
+    """The weights under the network's names where they match, and what was changed."""
     bare = {_bare(name): value for name, value in state.items()}
     theirs = {_bare(name): name for name in own}
     if len(bare) < len(state) or len(theirs) < len(own):

@@ -1,8 +1,8 @@
-"""What is left to do in a study, and roughly how long it takes.
+"""Remaining work of a study, and roughly how long it takes.
 
-Speeds are those of finished runs of the same study: images trained and votes cast in a second, and
-the share of votes that early stopping left. Where there are none yet, a small table stands in for
-them, which is rough: another machine may be several times faster or slower.
+Speeds are those of finished runs of the same study: images trained and votes cast per second, and
+the share of votes cast despite early stopping. Without finished runs a small table is used, which
+is rough: another machine may be several times faster or slower.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from certifl.spec import Spec, load_stored
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast one network works.
+    """Speed of one network.
 
     Attributes:
-        images: trained in a second. votes: cast in a second.
-        share: of the votes at most, that were cast.
+        images: trained per second. votes: cast per second.
+        share: votes cast, as a share of the maximum.
     """
 
     images: float
@@ -50,14 +50,14 @@ ROUGH: Mapping[tuple[str, str], Speed] = {
 
 @dataclass(frozen=True)
 class Cost:
-    """What some runs take.
+    """Remaining work of some runs.
 
     Attributes:
-        runs: distinct ones. done: how many are finished.
-        trainings: that are left to do, fine-tuning not counted.
-        votes_at_most: that are left to cast.
-        seconds: rough time that is left.
-        measured: share of the runs left whose speed is known from finished runs here.
+        runs: number of distinct ones. done: number of finished ones.
+        trainings: remaining, fine-tuning not counted.
+        votes_at_most: remaining.
+        seconds: remaining, roughly.
+        measured: share of the remaining runs whose speed is known from finished runs.
     """
 
     runs: int
@@ -69,30 +69,30 @@ class Cost:
 
 
 def costs(plan: Plan, device: str) -> dict[str, Cost]:
-    """Per figure what it would take by itself, and under "all" what all take together.
+    """Cost of each figure alone, and under "all" of all figures together.
 
     Raises:
         InputError: the device is unknown or absent.
     """
-    kind, known = choose_device(device_names(device)[0]).type, _measured(plan.out)
+    kind, speeds = choose_device(device_names(device)[0]).type, _measured(plan.out)
     parts = {name: plan.jobs_of(name) for name in plan.figures}
     done = {job.path: job.done() for job in plan.jobs}
     every = {**parts, "all": plan.jobs} if len(parts) > 1 else parts
-    return {name: _cost(jobs, done, known, kind) for name, jobs in every.items()}
+    return {name: _cost(jobs, done, speeds, kind) for name, jobs in every.items()}
 
 
 def _cost(
     jobs: Sequence[Job],
     done: Mapping[Path, bool],
-    known: Mapping[tuple[str, str], Speed],
+    speeds: Mapping[tuple[str, str], Speed],
     kind: str,
 ) -> Cost:
-    left = [job.spec for job in jobs if not done[job.path]]
+    remaining = [job.spec for job in jobs if not done[job.path]]
     trained = {job.spec.training_hash() for job in jobs if done[job.path]}
     trainings = votes = 0
     seconds, measured = 0.0, 0
-    for spec in left:
-        speed = known.get(_material(spec))
+    for spec in remaining:
+        speed = speeds.get(_material(spec))
         measured += speed is not None
         speed = speed or ROUGH.get((spec.model.name, kind), ROUGH["resnet18", kind])
         at_most = _votes_at_most(spec)
@@ -102,8 +102,8 @@ def _cost(
             trained.add(spec.training_hash())
             trainings += "base" not in spec.algorithm
             seconds += _images_trained(spec) / speed.images
-    share = measured / len(left) if left else 1.0
-    return Cost(len(jobs), len(jobs) - len(left), trainings, votes, seconds, share)
+    share = measured / len(remaining) if remaining else 1.0
+    return Cost(len(jobs), len(jobs) - len(remaining), trainings, votes, seconds, share)
 
 
 def _material(spec: Spec) -> tuple[str, str]:
@@ -117,14 +117,14 @@ def _share(spec: Spec, speed: Speed) -> float:
 
 
 def _votes_at_most(spec: Spec) -> int:
-    held = (spec.data.test_images or KNOWN[spec.data.name].test) // spec.clients.count
+    available = (spec.data.test_images or KNOWN[spec.data.name].test) // spec.clients.count
     certified = sum(perturbation is not None for perturbation in spec.perturbations())
-    images = certified * min(held, spec.certification.images or held)
+    images = certified * min(available, spec.certification.images or available)
     return expected_votes(images, spec.certification.settings())
 
 
 def _images_trained(spec: Spec) -> int:
-    """Images seen in training; what a personalised run continues is another run's work."""
+    """Images seen in training; the base of a personalized run is another run's work."""
     images = spec.data.train_images or KNOWN[spec.data.name].train
     if "base" in spec.algorithm:
         return images * spec.algorithm["epochs"]
@@ -140,16 +140,16 @@ def _measured(out: Path) -> dict[tuple[str, str], Speed]:
         try:
             if not folder.finished():
                 continue
-            spec, facts = load_stored(folder.spec), folder.manifest()
+            spec, manifest = load_stored(folder.spec), folder.manifest()
             own = totals.setdefault(_material(spec), [0.0] * 5)
             if "base" not in spec.algorithm:
                 own[0] += _images_trained(spec)
                 own[1] += sum(_round_seconds(folder.path))
-            own[2] += facts["votes"]
-            own[3] += facts["certification_seconds"]
+            own[2] += manifest["votes"]
+            own[3] += manifest["certification_seconds"]
             own[4] += _votes_at_most(spec)
         except (KeyError, TypeError, ValueError, OSError, StoreError):
-            continue  # a plan is no place to stumble over a damaged run
+            continue  # a damaged run is reported when it is computed
     return {
         name: Speed(images / trained, votes / certified, votes / at_most)
         for name, (images, trained, votes, certified, at_most) in totals.items()
@@ -158,6 +158,6 @@ def _measured(out: Path) -> dict[tuple[str, str], Speed]:
 
 
 def _round_seconds(folder: Path) -> Iterable[float]:
-    """Seconds of every round, also of those another run of the study computed."""
+    """Seconds of every round, including those computed by another run of the study."""
     for line in read_text(folder / "history.jsonl").splitlines():
         yield float(parse_json(line)["seconds"])

@@ -16,14 +16,14 @@ from certifl.report.figures.files import Drawing
 from certifl.report.figures.plots import INK, band, frame, line, named_legend, panel, short_name
 from certifl.report.results import RunResults, check_comparable
 from certifl.report.style import LOOKS, Look, look_number, looks_of
-from certifl.report.summary import client_acr, client_curves, largest_radius, radius_grid
-from certifl.report.units import RadiusScale, family_words, scales, sigma_text
+from certifl.report.summary import client_acr, client_curves, first_unit, radius_grid
+from certifl.report.units import RadiusScale, family_words, sigma_text
 from certifl.smoothing.curves import mean_and_band
 
 COLUMNS = ("panel", "measure", "regime", "client", "x", "value", "unit")
 _WIDTH, _HEIGHT = 3.0, 2.35
 _LEGEND_COLUMNS = 5
-# Sigmas of one panel are told apart by shade, dash and marker, in their order.
+# Sigmas of one panel differ in shade, dash and marker, in their order.
 _SIGMA_LOOKS = (LOOKS[3], LOOKS[6], LOOKS[4])
 
 
@@ -33,7 +33,7 @@ class Curve:
 
     Attributes:
         run: finished; its label is the one in the legend.
-        personalization: lambda of Eq. (4); None for regimes without one.
+        personalization: lambda of Eq. (4); None for algorithms without one.
     """
 
     run: RunResults
@@ -42,7 +42,7 @@ class Curve:
 
 @dataclass(frozen=True, eq=False)
 class GridPanel:
-    """One panel and its place.
+    """One panel and its position.
 
     Attributes:
         kind: "curves": a mean with its band per run; "clients": a curve per client of one run;
@@ -70,7 +70,7 @@ def paper_figure(panels: Sequence[GridPanel], title: str) -> Drawing:
         title: above all of them.
 
     Raises:
-        StoreMismatch: no panel, or runs in one panel that cannot stand in one figure.
+        StoreMismatch: no panel, or runs in one panel that cannot be in one figure.
     """
     if not panels:
         raise StoreMismatch("A figure needs at least one panel.")
@@ -83,10 +83,9 @@ def paper_figure(panels: Sequence[GridPanel], title: str) -> Drawing:
     numbers: list[tuple[Any, ...]] = []
     for part, name in zip(panels, names, strict=True):
         check_comparable(part.runs)
-        place = axes[part.row, part.column]
-        for row in _DRAWERS[part.kind](place, part, name):
+        for row in _DRAWERS[part.kind](axes[part.row, part.column], part, name):
             numbers.append((name, *row))
-    _leave_free(axes, panels)
+    _hide_unused(axes, panels)
     heading = short_name(_heading(panels, title), 34 * columns)
     figure.suptitle(heading, fontsize=11, color=INK, parse_math=False)
     looks, labels = _legend_entries(panels)
@@ -95,21 +94,21 @@ def paper_figure(panels: Sequence[GridPanel], title: str) -> Drawing:
     return Drawing(figure, COLUMNS, tuple(numbers))
 
 
-def _leave_free(axes: Any, panels: Sequence[GridPanel]) -> None:
-    taken = {(p.row, p.column) for p in panels}
+def _hide_unused(axes: Any, panels: Sequence[GridPanel]) -> None:
+    used = {(p.row, p.column) for p in panels}
     for row, column in np.ndindex(*axes.shape):
-        if (row, column) not in taken:
+        if (row, column) not in used:
             axes[row, column].set_visible(False)
 
 
 def _panel_names(panels: Sequence[GridPanel]) -> list[str]:
     """The perturbation, and what else differs between the panels."""
     many_clients = len({len(p.runs[0].clients) for p in panels}) > 1
-    many_data = len({_data(p.runs[0]) for p in panels}) > 1
+    many_data = len({p.runs[0].data_name for p in panels}) > 1
     names = []
     for part in panels:
         run = part.runs[0]
-        words = [_data(run)] if many_data else []
+        words = [run.data_name] if many_data else []
         words.append(family_words(run.conditions))
         if part.kind != "mixture":
             words[-1] += f", σ = {_short_sigma(run)}"
@@ -125,16 +124,11 @@ def _panel_names(panels: Sequence[GridPanel]) -> list[str]:
 
 def _heading(panels: Sequence[GridPanel], title: str) -> str:
     """The title, and what is the same in all panels."""
-    data = {_data(p.runs[0]) for p in panels}
+    data = {p.runs[0].data_name for p in panels}
     clients = {len(p.runs[0].clients) for p in panels}
     same = [*data] if len(data) == 1 else []
     same += [f"{count} clients" for count in clients if len(clients) == 1]
     return f"{title} ({', '.join(same)})" if same else title
-
-
-def _data(run: RunResults) -> str:
-    data = run.manifest.get("data")
-    return str(data.get("name", "")) if isinstance(data, Mapping) else ""
 
 
 def _short_sigma(run: RunResults) -> str:
@@ -144,16 +138,16 @@ def _short_sigma(run: RunResults) -> str:
 
 
 def _legend_entries(panels: Sequence[GridPanel]) -> tuple[list[Look], list[str]]:
-    """Every name once, with the look it has wherever it appears."""
-    found: dict[str, Look] = {}
+    """Every name once, with its look."""
+    looks: dict[str, Look] = {}
     for part in panels:
         if part.kind == "clients":
-            for place, client in enumerate(part.runs[0].clients):
-                found.setdefault(f"client {client}", look_number(place))
+            for at, client in enumerate(part.runs[0].clients):
+                looks.setdefault(f"client {client}", look_number(at))
         elif part.kind == "curves":
             for run, look in zip(part.runs, looks_of(part.runs), strict=True):
-                found.setdefault(run.label, look)
-    return list(found.values()), list(found)
+                looks.setdefault(run.label, look)
+    return list(looks.values()), list(looks)
 
 
 Rows = Iterator[tuple[Any, ...]]
@@ -173,19 +167,17 @@ def _draw_clients(axes: Axes, part: GridPanel, name: str) -> Rows:
     radii, unit = _radius_axes(axes, part, name)
     run = part.runs[0]
     named = _by_client(run, client_curves(run, radii))
-    for place, (client, curve) in enumerate(named.items()):
-        line(axes, look_number(place), radii * unit.factor, curve, f"client {client}")
+    for at, (client, curve) in enumerate(named.items()):
+        line(axes, look_number(at), radii * unit.factor, curve, f"client {client}")
     yield from _curve_rows(run, radii, named)
 
 
 def _radius_axes(axes: Axes, part: GridPanel, name: str) -> tuple[np.ndarray, RadiusScale]:
     """Axes of certified accuracy against the radius in the unit that is read first."""
-    radii, facts = radius_grid(part.runs), part.runs[0].conditions
-    unit = scales(facts, largest_radius(part.runs))[0]
+    radii, unit = radius_grid(part.runs), first_unit(part.runs)
+    norm = part.runs[0].conditions["norm"]
     panel(axes, name, radii[-1] * unit.factor, left=True, lowest=True)
-    axes.set_xlabel(
-        f"radius in {unit.name} ({facts['norm']})", fontsize=8, color=INK, parse_math=False
-    )
+    axes.set_xlabel(f"radius in {unit.name} ({norm})", fontsize=8, color=INK, parse_math=False)
     if part.column == 0:
         axes.set_ylabel("certified accuracy", fontsize=8, color=INK)
     return radii, unit
@@ -203,7 +195,7 @@ def _curve_rows(run: RunResults, radii: np.ndarray, curves: Mapping[Any, np.ndar
 
 
 def _draw_mixture(axes: Axes, part: GridPanel, name: str) -> Rows:
-    """ACR in units of sigma, so that small and large sigma can be read off one axis."""
+    """ACR in units of sigma, so that small and large sigma share an axis."""
     frame(axes)
     axes.set_title(name, fontsize=9, color=INK)
     axes.set_xlabel("personalization λ", fontsize=8, color=INK)
@@ -212,11 +204,11 @@ def _draw_mixture(axes: Axes, part: GridPanel, name: str) -> Rows:
     top, styles = 0.0, []
     for look, (sigma, curves) in zip(_SIGMA_LOOKS, _by_sigma(part).items(), strict=False):
         curves.sort(key=lambda c: -1.0 if c.personalization is None else c.personalization)
-        found = [(c, client_acr(c.run)) for c in curves]
-        top = max(top, *(float(radii.max()) / sigma for _, radii in found))
-        _draw_against_lambda(axes, look, sigma, found)
+        clients = [(c, client_acr(c.run)) for c in curves]
+        top = max(top, *(float(radii.max()) / sigma for _, radii in clients))
+        _draw_against_lambda(axes, look, sigma, clients)
         styles.append((look, _short_sigma(curves[0].run)))
-        for curve, radii in found:
+        for curve, radii in clients:
             yield from _radius_rows(curve, radii)
     axes.set(xlim=(0, 1.04), ylim=(0, top * 1.45 or 1.0))
     _sigma_legend(axes, styles)
@@ -230,22 +222,22 @@ def _by_sigma(part: GridPanel) -> dict[float, list[Curve]]:
 
 
 def _draw_against_lambda(
-    axes: Axes, look: Look, sigma: float, found: Sequence[tuple[Curve, np.ndarray]]
+    axes: Axes, look: Look, sigma: float, clients: Sequence[tuple[Curve, np.ndarray]]
 ) -> None:
-    """Mean and band over clients against lambda; regimes without lambda as level lines."""
-    along = [(c.personalization, r / sigma) for c, r in found if c.personalization is not None]
+    """Mean and band over clients against lambda; algorithms without lambda as level lines."""
+    along = [(c.personalization, r / sigma) for c, r in clients if c.personalization is not None]
     if along:
         x = np.array([value for value, _ in along])
         mean, low, high = mean_and_band(np.stack([radii for _, radii in along], axis=1))
         band(axes, look, x, mean, low, high, "")
-    for curve, radii in found:
+    for curve, radii in clients:
         if curve.personalization is None:
             level = float(radii.mean()) / sigma
-            axes.axhline(level, color=look.colour, lw=1.1, dashes=(1.0, 1.6))
+            axes.axhline(level, color=look.color, lw=1.1, dashes=(1.0, 1.6))
 
 
 def _sigma_legend(axes: Axes, styles: Sequence[tuple[Look, str]]) -> None:
-    """What tells the sigmas apart; the dotted lines are FedAvg."""
+    """The look of each sigma; the dotted lines are FedAvg."""
     named_legend(axes, [s[0] for s in styles], [f"σ = {s[1]}" for s in styles], "upper left", 2)
     legend = axes.get_legend()
     if legend is not None:

@@ -1,7 +1,7 @@
 """The figures of the study as one table: figure -> rows of panels -> settings and regimes.
 
-The table holds no spec: a `Scale` turns a setting and a regime into one. Where the study leaves a
-choice open, docs/figures.md says what was chosen and why.
+The table contains no specs: a `Scale` turns a setting and a regime into one. Where the study
+leaves a choice open, docs/figures.md says what was chosen and why.
 
 Source: the paper, sections 4.1 to 4.4 and appendices A.1, A.2, A.3, A.5.
 """
@@ -21,11 +21,11 @@ Kind = Literal["curves", "clients", "mixture"]
 
 @dataclass(frozen=True)
 class Setting:
-    """What the clients are up against, in the study's own terms.
+    """Data, clients and perturbation, in the study's own terms.
 
     Attributes:
         data: "cifar10" or "mnist".
-        clients: how many share the data.
+        clients: their number.
         family, sigma: of the perturbation that is certified.
     """
 
@@ -46,11 +46,11 @@ class Regime:
 
     Attributes:
         label: in the legend.
-        algorithm: its name; a personalised one fine-tunes what `fedavg` deploys.
-        trained: what augments federated (or local) training: the perturbation that is certified,
-            nothing, or affine deformations. Personalisation always takes the certified one.
+        algorithm: its name; "personalized" fine-tunes what `fedavg` deploys.
+        trained: augmentation of federated (or local) training: the certified perturbation,
+            none, or affine deformations. Personalization always takes the certified one.
         personalization: lambda of Eq. (4); None for algorithms without one.
-        matched_steps: divide the learning rate by lambda, which Eq. (5) multiplies it with.
+        matched_steps: divide the learning rate by lambda, which Eq. (5) multiplies it by.
     """
 
     label: str
@@ -108,11 +108,11 @@ SIX = (PIXEL, ROTATION, TRANSLATION)
 
 LOCAL = Regime("Local", "local")
 FEDAVG = Regime("FedAvg", "fedavg")
-PERSONALISED = Regime("Personalised", "personalized")
+PERSONALIZED = Regime("Personalized", "personalized")
 NOMINAL = Regime("FedAvg (nominal)", "fedavg", "nominal")
-FROM_NOMINAL = Regime("Personalised (nominal start)", "personalized", "nominal")
+FROM_NOMINAL = Regime("Personalized (nominal start)", "personalized", "nominal")
 AFFINE = Regime("FedAvg (affine)", "fedavg", "affine")
-FROM_AFFINE = Regime("Personalised (affine start)", "personalized", "affine")
+FROM_AFFINE = Regime("Personalized (affine start)", "personalized", "affine")
 LAMBDAS = (0.1, 0.5, 0.9)
 # lambda = 1 is local training bit for bit, so that run is shared with the other figures.
 ALONE = Regime("λ = 1.0 (local)", "local", personalization=1.0)
@@ -133,8 +133,8 @@ MATCHED = (
 Family = tuple[str, tuple[float | str, ...]]
 
 
-def _setting(clients: int, family: Family, place: int, data: str = "cifar10") -> Setting:
-    return Setting(data, clients, family[0], family[1][place])
+def _setting(clients: int, family: Family, size: int, data: str = "cifar10") -> Setting:
+    return Setting(data, clients, family[0], family[1][size])
 
 
 def _row(settings: Iterable[Setting], *regimes: Regime) -> tuple[Panel, ...]:
@@ -144,8 +144,8 @@ def _row(settings: Iterable[Setting], *regimes: Regime) -> tuple[Panel, ...]:
 def _by_clients(family: Family, clients: tuple[int, ...]) -> tuple[tuple[Panel, ...], ...]:
     """Small sigma above large sigma, client counts from left to right."""
     return tuple(
-        _row([_setting(n, family, place) for n in clients], LOCAL, FEDAVG, PERSONALISED)
-        for place in (0, 1)
+        _row([_setting(n, family, size) for n in clients], LOCAL, FEDAVG, PERSONALIZED)
+        for size in (0, 1)
     )
 
 
@@ -154,8 +154,7 @@ def _by_family(
 ) -> tuple[tuple[Panel, ...], ...]:
     """Small sigma above large sigma, families from left to right."""
     return tuple(
-        _row([_setting(clients, family, place) for family in families], *regimes)
-        for place in (0, 1)
+        _row([_setting(clients, family, size) for family in families], *regimes) for size in (0, 1)
     )
 
 
@@ -163,33 +162,33 @@ def _mixture(
     family: Family, data: str = "cifar10", regimes: tuple[Regime, ...] = MIXTURES
 ) -> tuple[Panel, ...]:
     """Curves for both sigmas, then the average certified radius against lambda."""
-    settings = tuple(_setting(10, family, place, data) for place in (0, 1))
+    settings = tuple(_setting(10, family, size, data) for size in (0, 1))
     return (*_row(settings, *regimes), Panel("mixture", settings, regimes))
 
 
 def _every_client(clients: int) -> tuple[tuple[Panel, ...], ...]:
-    """Local training on the left, personalised on the right, a row per setting."""
-    settings = [_setting(clients, f, place) for f in (ROTATION, TRANSLATION) for place in (0, 1)]
+    """Local training on the left, personalized on the right, a row per setting."""
+    settings = [_setting(clients, f, size) for f in (ROTATION, TRANSLATION) for size in (0, 1)]
     return tuple(
-        tuple(Panel("clients", (setting,), (regime,)) for regime in (LOCAL, PERSONALISED))
+        tuple(Panel("clients", (setting,), (regime,)) for regime in (LOCAL, PERSONALIZED))
         for setting in settings
     )
 
 
 FIGURES: Mapping[str, Figure] = {
     "figure1": Figure(
-        "Local, federated and personalised training against rotation",
+        "Local, federated and personalized training against rotation",
         _by_clients(ROTATION, (4, 10, 20)),
     ),
     "figure2": Figure(
-        "Personalisation of a nominally trained model", _by_family(10, SIX, NOMINAL, FROM_NOMINAL)
+        "Personalization of a nominally trained model", _by_family(10, SIX, NOMINAL, FROM_NOMINAL)
     ),
     "figure3": Figure(
-        "Personalisation of a model trained with affine deformations",
+        "Personalization of a model trained with affine deformations",
         _by_family(10, (ROTATION, TRANSLATION), AFFINE, FROM_AFFINE),
     ),
     "figure4": Figure(
-        "Personalised from a nominal model, or trained robustly alone",
+        "Personalized from a nominal model, or trained robustly alone",
         (
             *_by_family(10, SIX, LOCAL, FROM_NOMINAL),
             _row([_setting(10, family, 1, "mnist") for family in SIX], LOCAL, FROM_NOMINAL),
@@ -199,15 +198,15 @@ FIGURES: Mapping[str, Figure] = {
         "Mixtures of global and local models", (_mixture(ROTATION), _mixture(TRANSLATION))
     ),
     "figure6": Figure(
-        "Local, federated and personalised training against translation",
+        "Local, federated and personalized training against translation",
         _by_clients(TRANSLATION, (4, 10)),
     ),
     "figure7": Figure(
         "Nominal federated training, robust personalisation",
         _by_family(100, SIX, LOCAL, NOMINAL, FROM_NOMINAL),
     ),
-    "figure8": Figure("Every client by itself", _every_client(4)),
-    "figure9": Figure("Every client by itself", _every_client(10)),
+    "figure8": Figure("Every client", _every_client(4)),
+    "figure9": Figure("Every client", _every_client(10)),
     "figure10": Figure(
         "Mixtures of global and local models, further data and perturbations",
         (
@@ -227,10 +226,10 @@ EXTRA: Mapping[str, Figure] = {
 
 
 def figure_named(name: str) -> Figure:
-    """A figure of the study by its name.
+    """A figure of the study by name.
 
     Raises:
-        InputError: there is none of this name.
+        InputError: there is no such figure.
     """
     known = {**FIGURES, **EXTRA}
     if name in known:
@@ -246,6 +245,6 @@ def chosen_figures(name: str) -> dict[str, Figure]:
     """The figure of this name, or for "all" the study's ten.
 
     Raises:
-        InputError: there is none of this name.
+        InputError: there is no such figure.
     """
     return dict(FIGURES) if name == "all" else {name: figure_named(name)}

@@ -1,13 +1,13 @@
-"""A study folder: the distinct runs of some figures, and what each figure shows.
+"""A study folder: the distinct runs of some figures, and an index of each figure.
 
-Every run is trained and certified once, however many figures show it.
+Every run is trained and certified once, whatever the number of figures that show it.
 
 ```
 <out>/runs/<spec hash>/       one run folder per distinct spec, shared by all figures of the study
 <out>/<figure>/figure.json    which run is which curve of which panel, and which runs share a page
 ```
-Several processes may work through one folder at the same time, on several GPUs for instance: each
-takes what is free, and waits for a training that another one is at.
+Several processes may work in one folder at the same time, on several GPUs for instance: each
+takes a free run, and waits for a training that another one computes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from certifl.spec import Spec
 from certifl.torch_env import follow_parent
 
 INDEX = "figure.json"
-_SECONDS_BETWEEN_LOOKS = 2.0
+_POLL_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Job:
     """One distinct run of a study.
 
     Attributes:
-        spec: what it is.
-        path: its run folder.
+        spec: of the run.
+        path: of the run folder.
         figures: names of the figures that show it.
-        support: whether it exists only for others to continue its training.
+        support: whether it exists only so that others continue its training.
     """
 
     spec: Spec
@@ -58,18 +58,18 @@ class Job:
         return RunFolder(self.path).complete()
 
     def trainings(self) -> set[str]:
-        """Names of the finished trainings that this run can take over."""
+        """Hashes of the finished trainings that this run can reuse."""
         return {self.spec.training_hash(), self.spec.training_hash(of_base=True)}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What some figures need at one scale.
+    """The runs of some figures at one scale.
 
     Attributes:
-        scale: their size. out: the study folder.
+        scale: of the study. out: the study folder.
         figures: by name.
-        jobs: distinct runs; a training stands before those that continue it.
+        jobs: distinct runs; a training comes before those that continue it.
     """
 
     scale: Scale
@@ -86,7 +86,7 @@ def make_plan(figures: Mapping[str, Figure], scale: Scale, out: Path) -> Plan:
     """The distinct runs of some figures, in an order in which shared training is done once.
 
     Raises:
-        StoreMismatch: the study folder holds figures of another scale.
+        StoreMismatch: the study folder contains figures of another scale.
         StoreError: a run in it is damaged.
     """
     _check_scale(out, scale)
@@ -113,7 +113,7 @@ def make_plan(figures: Mapping[str, Figure], scale: Scale, out: Path) -> Plan:
 
 
 def _bases_first(shown: Sequence[Spec], support: Mapping[str, Spec]) -> list[Spec]:
-    """The order of the figures, but whatever is continued stands before its continuation."""
+    """The order of the figures, with each training before its continuations."""
     first: dict[str, Spec] = dict(support)
     for spec in shown:
         first.setdefault(spec.training_hash(), spec)
@@ -133,19 +133,19 @@ def _continued_by(base: Spec, shown: Sequence[Spec], users: Mapping[str, set[str
 
 def _finished_trainings(out: Path) -> set[str]:
     folders = (RunFolder(mark.parent) for mark in out.glob("runs/*/run.json"))
-    facts = (folder.manifest() for folder in folders if folder.finished())
-    return {str(held.get("training_hash")) for held in facts}
+    manifests = (folder.manifest() for folder in folders if folder.finished())
+    return {str(manifest.get("training_hash")) for manifest in manifests}
 
 
 def _check_scale(out: Path, scale: Scale) -> None:
     for path in sorted(out.glob(f"*/{INDEX}")):
-        held = read_json(path)
-        if not isinstance(held, dict):
-            raise StoreError(f"{path} is damaged: it is no JSON object. Delete it and repeat.")
-        found = (held.get("scale"), *held.get("settings", ()))
-        if found != (scale.name, *scale.settings):
+        index = read_json(path)
+        if not isinstance(index, dict):
+            raise StoreError(f"{path} is damaged: it is not a JSON object. Delete it and repeat.")
+        stored = (index.get("scale"), *index.get("settings", ()))
+        if stored != (scale.name, *scale.settings):
             raise StoreMismatch(
-                f"{out} holds figures at the scale {_scale_words(*found)}; asked for is "
+                f"{out} contains figures at the scale {_scale_words(*stored)}, not "
                 f"{_scale_words(scale.name, *scale.settings)}. Choose another folder with --out."
             )
 
@@ -157,12 +157,12 @@ def _scale_words(name: object, *settings: object) -> str:
 def reproduce(
     plan: Plan, options: Options, stage: Callable[[str], None] | None = None
 ) -> Iterator[tuple[Path, bool]]:
-    """Compute the figures one after the other; goes on where an earlier call was stopped.
+    """Compute the figures one after the other; resumes where an earlier call was stopped.
 
     Args:
         plan: of the figures.
         options: as for one run; `out` and `siblings` are set for each.
-        stage: told which run is under way.
+        stage: called with the name of the run in progress.
 
     Yields:
         A figure's folder as soon as its runs are finished and its index is written, and whether
@@ -175,14 +175,14 @@ def reproduce(
     for name in plan.figures:
         jobs = [j for j in plan.jobs_of(name) if j.path not in renewed]
         pending = [job for job in jobs if options.overwrite or not job.done()]
-        told = None if stage is None else _prefixed(stage, name)
-        _compute(pending, options, renewed, told)
+        report = None if stage is None else _prefixed(stage, name)
+        _compute(pending, options, renewed, report)
         changed = _write_index(plan, name, options.command)
         yield plan.out / name, changed or bool(pending) or options.overwrite
 
 
 def compute_free(plan: Plan, options: Options) -> None:
-    """Compute the plan's runs beside another process that works on it, and write nothing else.
+    """Compute the plan's runs beside another process, and write nothing else.
 
     Raises:
         CertiflError: a run failed; the rest is left to the other process.
@@ -200,7 +200,7 @@ def _compute(
     renewed: list[Path],
     stage: Callable[[str], None] | None,
 ) -> None:
-    """Compute runs, passing over those that another process is at until it has finished them."""
+    """Compute runs, and wait for those that another process computes."""
     pending = list(jobs)
     while pending:
         before = len(pending)
@@ -208,29 +208,29 @@ def _compute(
             if _waits(job, pending):
                 continue
             if stage is not None:
-                place = len(jobs) - len(pending) + 1
-                stage(f"[{place}/{len(jobs)}] {job.spec.name}")
+                number = len(jobs) - len(pending) + 1
+                stage(f"[{number}/{len(jobs)}] {job.spec.name}")
             if _compute_one(job, options, renewed):
                 renewed.append(job.path)
                 pending.remove(job)
         if len(pending) == before:
             if stage is not None:
-                stage(f"waits for {len(pending)} runs in the hands of another process")
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+                stage(f"waits for {len(pending)} runs of another process")
+            time.sleep(_POLL_SECONDS)
             pending = [job for job in pending if options.overwrite or not job.done()]
 
 
 def _waits(job: Job, pending: Sequence[Job]) -> bool:
-    """Whether an earlier run that is not finished will hold a training this one can take over."""
+    """Whether an earlier, unfinished run will have a training that this one can reuse."""
     wanted = job.trainings()
     earlier = pending[: pending.index(job)]
     return any(other.spec.training_hash() in wanted for other in earlier)
 
 
 def _compute_one(job: Job, options: Options, renewed: Sequence[Path]) -> bool:
-    """Compute one run, unless another process is at it.
+    """Compute one run, unless another process does.
 
-    With `overwrite`, only trainings of this very call are taken over: older ones are replaced.
+    With `overwrite`, only trainings of this call are reused: older ones are replaced.
     """
     beside = sorted(mark.parent for mark in job.path.parent.glob("*/run.json"))
     siblings = tuple(renewed) if options.overwrite else tuple(beside)
@@ -238,13 +238,13 @@ def _compute_one(job: Job, options: Options, renewed: Sequence[Path]) -> bool:
     try:
         run(job.spec, own)
     except StoreMismatch:
-        if _held_by_another(job.path):
+        if _locked_by_another(job.path):
             return False
         raise
     return True
 
 
-def _held_by_another(path: Path) -> bool:
+def _locked_by_another(path: Path) -> bool:
     try:
         with RunFolder(path).locked():
             return False
@@ -253,11 +253,11 @@ def _held_by_another(path: Path) -> bool:
 
 
 def _write_index(plan: Plan, name: str, command: str) -> bool:
-    """Write what a figure shows and from which runs; returns whether that is news."""
+    """Write the index of a figure; returns whether it changed."""
     path, wanted = plan.out / name / INDEX, figure_index(plan, name)
     if path.is_file():
-        held = read_json(path)
-        if isinstance(held, dict) and {**held, "command": ""} == {**wanted, "command": ""}:
+        stored = read_json(path)
+        if isinstance(stored, dict) and {**stored, "command": ""} == {**wanted, "command": ""}:
             return False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -322,45 +322,44 @@ def _pages(figure: Figure, scale: Scale) -> list[dict[str, Any]]:
     ]
 
 
-# Runs of a study side by side: helpers that take what is free, as other terminals would.
+# Parallel runs of a study: helper processes that take free runs, as other terminals would.
 #
-# A helper is a process that computes runs of the plan until none is left that nobody is at. It
-# writes what a process working alone writes, and nothing else: figures and pages are left to
-# whoever
-# asked. What a helper fails at is tried again, and told, by that process.
+# A helper computes runs of the plan until all are finished or taken. It writes run folders only:
+# the main process writes figures and pages. It also repeats a run that fails in a helper, and
+# reports the error.
 
 
-def jobs_here(asked: int | None, plan: Plan, device: str, overwrite: bool) -> int:
-    """How many runs are computed at a time.
+def jobs_here(requested: int | None, plan: Plan, device: str, overwrite: bool) -> int:
+    """Number of runs that are computed at a time.
 
     Args:
-        asked: by the user; None = one for each core, as many as the scale allows, on a CPU.
+        requested: by the user; None = one for each core, up to the limit of the scale, on a CPU.
         plan: of the figures. device: as in `Options`.
-        overwrite: replace finished runs; then one after the other, for a helper cannot tell what
-            was replaced already.
+        overwrite: replace finished runs; then one after the other, since a helper cannot know
+            what was replaced already.
 
     Raises:
         InputError: more than one with `overwrite`.
     """
     if overwrite:
-        if asked is not None and asked > 1:
+        if requested is not None and requested > 1:
             raise InputError(
                 "--overwrite replaces runs one after the other. Leave --jobs out, or choose a new "
                 "folder with --out."
             )
         return 1
-    if asked is not None:
-        return asked
+    if requested is not None:
+        return requested
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     return min(os.cpu_count() or 1, plan.scale.jobs) if on_cpu else 1
 
 
 @contextlib.contextmanager
 def helped(plan: Plan, options: Options, jobs: int) -> Iterator[None]:
-    """`jobs` - 1 helpers work on the plan meanwhile; torch's threads are shared among all.
+    """Run `jobs` - 1 helpers on the plan; torch's threads are shared among all processes.
 
-    However the block is left, they end with it; should this process be killed, they end
-    themselves. Their unfinished runs are gone on with like any other.
+    They end with the block, also after an error; if this process is killed, they end themselves.
+    Their unfinished runs are resumed like any other.
     """
     before = torch.get_num_threads()
     threads = max(1, before // jobs) if jobs > 1 else before
@@ -385,5 +384,7 @@ def helped(plan: Plan, options: Options, jobs: int) -> Iterator[None]:
 def _help(plan: Plan, options: Options, threads: int) -> None:
     follow_parent()
     torch.set_num_threads(threads)
-    with contextlib.suppress(CertiflError):  # the process that asked meets it, and tells
+    with contextlib.suppress(
+        CertiflError
+    ):  # the main process repeats the run, and reports the error
         compute_free(plan, options)

@@ -1,7 +1,7 @@
 """The study at three sizes: what a figure's settings and regimes are as specs.
 
 smoke: the whole chain in seconds, numbers without meaning. laptop: two cores, the structure of the
-study with a small network and few images, which is the regime the study is about. paper: the
+study with a small network and few images, the situation the study is about. paper: the
 study's own numbers. docs/figures.md explains the choices.
 """
 
@@ -20,11 +20,11 @@ AFFINE: Mapping[str, Any] = {"family": "affine", "sigma": 0.1}
 
 @dataclass(frozen=True)
 class Material:
-    """What stands for one data set of the study.
+    """The stand-in for one data set of the study.
 
     Attributes:
         name: as a spec names it.
-        train_images: shared by all clients, however many they are; None = all.
+        train_images: over all clients, whatever their number; None = all.
         n: votes that estimate.
         images: certified test images of a client, by the study's number of clients.
     """
@@ -40,14 +40,14 @@ class Scale:
     """The study at one size.
 
     Attributes:
-        name: for the command line. words: what it is for.
+        name: for the command line. words: its purpose.
         model: the network.
-        data: what stands for "cifar10" and "mnist".
+        data: stand-ins for "cifar10" and "mnist".
         clients: number of clients by the study's number of clients.
         training: section of the spec.
-        finetuning: epochs and learning rate of personalisation.
+        finetuning: epochs and learning rate of personalization.
         certification: section of the spec, without perturbation, images and n.
-        jobs: runs side by side that a CPU is trusted with by default, a core each.
+        jobs: parallel runs on a CPU by default, a core each.
         settings: `key=value`, applied to every spec last.
     """
 
@@ -109,7 +109,7 @@ class Scale:
 
 
 def _augmentation(setting: Setting, regime: Regime) -> dict[str, Any]:
-    """What augments training; personalisation meets the perturbation that is certified."""
+    """Augmentation of training; personalization uses the certified perturbation."""
     federated = {
         "matching": setting.perturbation,
         "nominal": "none",
@@ -121,9 +121,9 @@ def _augmentation(setting: Setting, regime: Regime) -> dict[str, Any]:
 
 
 def base_spec(spec: Spec) -> Spec:
-    """The training that a personalised spec starts from, with next to no certification.
+    """The training that a personalized spec continues, with next to no certification.
 
-    For a study in which no curve shows that training by itself: its run exists to be continued.
+    For a study in which no curve shows that training: its run exists only to be continued.
     """
     values = spec.model_dump(exclude_none=True)
     values["name"] = f"{spec.name}: its start"
@@ -197,17 +197,17 @@ SCALES: Mapping[str, Scale] = {scale.name: scale for scale in (SMOKE, LAPTOP, PA
 
 
 def scale_named(name: str, settings: Sequence[str] = ()) -> Scale:
-    """A scale by its name, with `key=value` settings for all its specs.
+    """A scale by name, with `key=value` settings for all its specs.
 
     Raises:
-        InputError: there is none of this name.
+        InputError: there is no such scale.
     """
     if name not in SCALES:
         raise InputError(f"There is no scale {name!r}. Choose one of {', '.join(SCALES)}.")
     return replace(SCALES[name], settings=tuple(settings))
 
 
-# Studies by name: what to compute, as specs.
+# The quickstart study.
 
 
 REGIMES: dict[str, dict[str, Any]] = {
@@ -222,8 +222,8 @@ REGIMES: dict[str, dict[str, Any]] = {
 def quickstart(seed: int = 0) -> dict[str, Spec]:
     """The main job on embedded data: digits, ten clients, rotation, all four regimes.
 
-    Fifty training images per client: few on purpose, that is the regime the paper is about. One
-    schedule for all; rotation by up to 18 degrees (0.1 pi) as in the paper's Figure 1.
+    Fifty training images per client, few as in the paper. One schedule for all; rotation by up to
+    18 degrees (0.1 pi) as in the paper's Figure 1.
     """
     rotation = {"family": "rotation", "sigma": "0.1pi"}
     shared = {

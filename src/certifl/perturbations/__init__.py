@@ -1,6 +1,6 @@
 """Perturbations: what may happen to an image, and the noise that smooths a classifier against it.
 
-| family | parameters | law | unit |
+| family | parameters | distribution | unit |
 |---|---|---|---|
 | pixel | one per pixel and channel | Gaussian | intensity |
 | translation | (t_u, t_v) | Gaussian | half-widths |
@@ -9,18 +9,32 @@
 | affine | 6, added to the identity's | Gaussian | coefficients |
 | smooth_flow | 2 k^2 cosine coefficients | Gaussian | coefficients |
 | dense_flow | one (u, v) per pixel | Gaussian | half-widths |
+
+One row each: a new family is one file and one row. Nothing here imports torch: a spec builds its
+perturbations without it.
 """
 
 from __future__ import annotations
 
-from certifl.perturbations.base import Perturbation
-from certifl.perturbations.deformations import Affine, Rotation, Scaling, Translation
-from certifl.perturbations.flows import DenseFlow, SmoothFlow
-from certifl.perturbations.pixel import PixelNoise
-from certifl.perturbations.registry import PERTURBATIONS, describe, from_description, from_record
-from certifl.perturbations.units import format_amount, parse_sigma
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from certifl.errors import InputError
+from certifl.lazy import lazy_names
+from certifl.perturbations.base import Geometry, Padding, Perturbation
+from certifl.perturbations.units import format_amount, from_records, parse_sigma
+from certifl.registry import Flag, Parameters, PositiveInt, Registry, Row, parameters
+
+if TYPE_CHECKING:
+    from certifl.perturbations.deformations import Affine, Rotation, Scaling, Translation
+    from certifl.perturbations.flows import DenseFlow, SmoothFlow
+    from certifl.perturbations.pixel import PixelNoise
 
 __all__ = [
+    "DEFAULT",
     "PERTURBATIONS",
     "Affine",
     "DenseFlow",
@@ -31,8 +45,113 @@ __all__ = [
     "SmoothFlow",
     "Translation",
     "describe",
+    "family_label",
     "format_amount",
     "from_description",
     "from_record",
     "parse_sigma",
+    "trait",
 ]
+
+# The class itself reads a sigma: it knows the unit.
+_Sigma = Annotated[
+    Any, Field(description='the scale of the noise, such as 0.25 or, of an angle, "18deg"')
+]
+
+
+def _moving(**options: Any) -> type[Parameters]:
+    """Parameters of a family that moves pixels."""
+    return parameters(
+        sigma=_Sigma, padding=(Padding, "zeros"), geometry=(Geometry, "centre"), **options
+    )
+
+
+_DEFORMATIONS, _FLOWS = "certifl.perturbations.deformations", "certifl.perturbations.flows"
+
+PERTURBATIONS: Registry[Row] = Registry(
+    "perturbation",
+    {
+        "pixel": Row(
+            "certifl.perturbations.pixel:PixelNoise",
+            parameters(sigma=_Sigma, exact=(Flag, False)),
+            "pixel noise",
+        ),
+        "translation": Row(f"{_DEFORMATIONS}:Translation", _moving(), "translation"),
+        "rotation": Row(f"{_DEFORMATIONS}:Rotation", _moving(), "rotation"),
+        "scaling": Row(f"{_DEFORMATIONS}:Scaling", _moving(), "scaling"),
+        "affine": Row(f"{_DEFORMATIONS}:Affine", _moving(), "affine deformation"),
+        "smooth_flow": Row(f"{_FLOWS}:SmoothFlow", _moving(bases=(PositiveInt, 2)), "smooth flow"),
+        "dense_flow": Row(f"{_FLOWS}:DenseFlow", _moving(), "dense flow"),
+    },
+    key="family",
+)
+
+DEFAULT: Mapping[str, Any] = {"family": "pixel", "sigma": 0.25}
+"""What a model is certified against where nothing else is said."""
+
+__getattr__ = lazy_names(
+    __name__, {row.attribute: row.module for row in PERTURBATIONS.rows.values()}
+)
+
+
+def describe(perturbation: Perturbation) -> dict[str, Any]:
+    """A perturbation as data that JSON and TOML can hold: its family and every field.
+
+    Guarantee: `from_description(describe(p)) == p`.
+
+    Raises:
+        InputError: a perturbation that is not a dataclass, which has no fields to write down.
+    """
+    if isinstance(perturbation, type) or not dataclasses.is_dataclass(perturbation):
+        raise InputError(
+            f"{type(perturbation).__name__} is not a dataclass, so its settings cannot be "
+            "recorded. Make it a frozen dataclass."
+        )
+    return PERTURBATIONS.describe(perturbation)
+
+
+def from_description(description: Mapping[str, Any]) -> Perturbation:
+    """The perturbation that `describe` wrote down, or that a person did.
+
+    >>> from_description({"family": "rotation", "sigma": "18deg"}).sigma
+    0.3141592653589793
+
+    Args:
+        description: "family", "sigma" and the family's options; the rest by default.
+
+    Returns:
+        A perturbation that equals the one described.
+
+    Raises:
+        SpecError: an unknown family or option, a missing sigma, or an option out of range.
+        InputError: a sigma that is not a positive amount in the family's unit.
+    """
+    return PERTURBATIONS.build(description)
+
+
+def from_record(description: Mapping[str, Any]) -> Perturbation:
+    """The perturbation that `describe` wrote down; an unusual sigma is not warned of again.
+
+    Raises:
+        SpecError, InputError: as `from_description`.
+    """
+    with from_records():
+        return from_description(description)
+
+
+def trait(family: object, name: str, default: Any) -> Any:
+    """An optional attribute of a family that a record names; see `Perturbation`.
+
+    Args:
+        family: as in the record; it may have no row in `PERTURBATIONS`.
+        name: of the attribute.
+        default: where there is no such family or attribute.
+    """
+    known = str(family) in PERTURBATIONS
+    return getattr(PERTURBATIONS[str(family)], name, default) if known else default
+
+
+def family_label(family: object) -> str:
+    """A family's name for people; the name in the record where it has no row."""
+    row = PERTURBATIONS.rows.get(str(family))
+    return str(family) if row is None else row.label

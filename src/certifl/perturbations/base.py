@@ -1,25 +1,63 @@
 """What every perturbation family promises, and the checks and draws they share.
 
-A perturbation T_phi changes an image by parameters phi. The same object draws phi from its law and
-applies it: training augments with one draw, certification votes over many, plots take its unit.
+A perturbation T_phi changes an image by parameters phi. The same object draws phi from its
+distribution and applies it: training augments with one draw, certification votes over many, plots
+take its unit.
+
+A spec builds perturbations, so the files of families import torch only where they compute.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from certifl.errors import InputError
 from certifl.smoothing.laws import Law, drawn_width
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Padding = Literal["zeros", "border", "reflection"]
+Geometry = Literal["centre", "deformrs"]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A line of parameters through 0, along which `certifl explore` shows deformed images.
+
+    Attributes:
+        name: of the sweep. words: what happens to the image on the way.
+        forward, backward: which way positive and negative steps go; `backward` is empty where
+            there are none.
+        axis: number of the parameter that changes; None for a direction drawn for the image.
+        reach: length of the longest parameter, in the family's unit; None = up to another image.
+    """
+
+    name: str
+    words: str
+    forward: str
+    backward: str
+    axis: int | None
+    reach: float | None
+
 
 class Perturbation(Protocol):
-    """A perturbation family with its smoothing law: frozen, hashable, printable.
+    """A perturbation family with its smoothing distribution: frozen, hashable, printable.
 
-    Adding a family: a frozen dataclass with these members in a file of its own, and a row in
-    `PERTURBATIONS`; the conformance tests then run on it.
+    Adding a family: a frozen dataclass with these members in its own file, and a row in
+    `PERTURBATIONS`; the conformance tests then run on it. A family may also have
+
+    - `promise`: completes "the smoothed classifier gives the certified class ..." in reports;
+      {family}, {norm} and {unit} are filled in;
+    - `additive = True`: parameters are added to the intensities, one each, so that a system that
+      receives the changed image is covered;
+    - `exact`: images and parameters lie on the grid of 8-bit intensities;
+    - `sweeps(reach)`: lines of parameters to explore, and `sweep_note`, what they do not show;
+    - `scan_range(reach)`: (low, high, whether the two ends are one), where the "scan" estimator
+      votes for a certificate up to `reach`; None = the family's own. Families of one uniform
+      parameter only.
     """
 
     @property
@@ -29,7 +67,7 @@ class Perturbation(Protocol):
 
     @property
     def sigma(self) -> float:
-        """Scale of the law in `unit`: standard deviation (Gaussian) or half width (uniform)."""
+        """Scale in `unit`: standard deviation (Gaussian) or half width (uniform)."""
         ...
 
     @property
@@ -93,10 +131,18 @@ class Perturbation(Protocol):
         ...
 
 
-def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Refuse an option that is none of the allowed ones."""
-    if value not in allowed:
-        raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+def family_sweeps(perturbation: Perturbation, reach: float) -> tuple[Sweep, ...]:
+    """The sweeps of a family; by default one line in a direction drawn for each image.
+
+    Args:
+        perturbation: of any family.
+        reach: how far to go, in the family's unit; a family may stop earlier.
+    """
+    sweeps = getattr(perturbation, "sweeps", None)
+    if sweeps is not None:
+        return sweeps(reach)
+    words = "deformed along one drawn direction"
+    return (Sweep("drawn", words, "along it", "against it", None, reach),)
 
 
 def check_image_shape(image_shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -115,9 +161,9 @@ def draw(
     sigma: float,
     shape: tuple[int, ...],
     generator: torch.Generator,
-    dtype: torch.dtype = torch.float32,
+    double: bool = False,
 ) -> Tensor:
-    """Independent draws of a law, on the generator's device.
+    """Independent draws from a distribution, on the generator's device.
 
     Uniform draws lie in [-w, w] with w = `drawn_width(sigma)`, the width that radii use. Normal
     draws in float32 end at 5.77 sigma on a CPU (24-bit uniforms, Box and Muller 1958), which
@@ -128,18 +174,21 @@ def draw(
         sigma: its scale.
         shape: of the result.
         generator: where the randomness comes from.
-        dtype: in which normal numbers are drawn.
+        double: whether normal numbers are drawn in float64.
     """
+    import torch
+
     if min(shape) < 1:
         raise InputError(f"At least one parameter set must be drawn, got n = {shape[0]}.")
     if law.name == "gaussian":
+        dtype = torch.float64 if double else torch.float32
         normal = torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
         return normal.mul_(sigma)
     if law.name == "uniform":
         unit = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32)
         return unit.mul_(2.0).sub_(1.0).mul_(float(drawn_width(sigma)))
     raise InputError(
-        f"No way to draw from the law {law.name!r}; known are 'gaussian' and 'uniform'."
+        f"Cannot draw from the distribution {law.name!r}: choose 'gaussian' or 'uniform'."
     )
 
 
@@ -174,6 +223,8 @@ def matched(images: Tensor, params: Tensor, shape: tuple[int, ...]) -> tuple[Ten
             f"Images are on {images.device} and params on {params.device}. Move one of them; the "
             "generator's device decides where sample() draws."
         )
+    import torch
+
     kind = torch.promote_types(images.dtype, torch.float32)
     return images.to(kind), params.to(kind)
 
@@ -190,7 +241,9 @@ def image_shape_of(images: Tensor) -> tuple[int, int, int]:
 
 
 def _check_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
+    import torch
+
+    if not isinstance(value, torch.Tensor):
         raise InputError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
     if not value.is_floating_point():
         raise InputError(

@@ -11,15 +11,27 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, get_args
 
 from certifl.errors import InputError
-from certifl.perturbations.base import check_image_shape, draw, image_shape_of, matched, one_of
+from certifl.perturbations.base import (
+    Geometry,
+    Padding,
+    Sweep,
+    check_image_shape,
+    draw,
+    image_shape_of,
+    matched,
+)
 from certifl.perturbations.units import parse_sigma, warn_beyond
-from certifl.perturbations.warp import GEOMETRIES, PADDINGS, Grid, grid_of, warp
+from certifl.registry import check_choice
 from certifl.smoothing.laws import GAUSSIAN, UNIFORM, Law
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from certifl.perturbations.warp import Grid
 
 _ONE_INTERPOLATION = (
     "The certificate is in parameter space: it promises the smoothed classifier of ONE "
@@ -34,7 +46,7 @@ _LEAVES = (
 
 @dataclass(frozen=True)
 class Deformation(ABC):
-    """A perturbation that moves pixels. Families fill in `params_shape` and `sources`.
+    """A perturbation that moves pixels. Families fill in their constants and `sources`.
 
     Attributes:
         sigma: scale of the law in the family's unit.
@@ -42,7 +54,8 @@ class Deformation(ABC):
         geometry: "centre", or "deformrs" to reproduce published curves; see `warp`.
 
     Raises:
-        InputError: a sigma that is no positive amount in the family's unit, or another option.
+        InputError: sigma is not a positive amount in the family's unit.
+        SpecError: an unknown padding or geometry.
     """
 
     sigma: float
@@ -53,7 +66,10 @@ class Deformation(ABC):
     family: str = field(init=False, repr=False, compare=False)
     law: Law = field(init=False, repr=False, compare=False)
     unit: str = field(init=False, repr=False, compare=False)
-    reach: str = field(init=False, repr=False, compare=False)
+    count: int | None = field(
+        init=False, repr=False, compare=False
+    )  # of parameters; None = varies
+    certified: str = field(init=False, repr=False, compare=False)  # begins `threat`
     exception: str = field(init=False, repr=False, compare=False, default="")
     # The largest sigma that passes without a warning, and what a larger one does.
     usual: float = field(init=False, repr=False, compare=False, default=1.0)
@@ -62,8 +78,8 @@ class Deformation(ABC):
     def __post_init__(self) -> None:
         given = self.sigma
         object.__setattr__(self, "sigma", parse_sigma(given, self.unit))
-        one_of("padding", self.padding, PADDINGS)
-        one_of("geometry", self.geometry, GEOMETRIES)
+        check_choice("padding", self.padding, get_args(Padding))
+        check_choice("geometry", self.geometry, get_args(Geometry))
         self.check()
         warn_beyond(given, self.sigma, self.usual, self.unit, self.beyond)
 
@@ -82,16 +98,18 @@ class Deformation(ABC):
     @property
     def threat(self) -> str:
         """What a certificate covers and what it does not."""
-        return f"{self.reach} {_ONE_INTERPOLATION.format(self.exception)}"
+        return f"{self.certified} {_ONE_INTERPOLATION.format(self.exception)}"
 
     @property
-    @abstractmethod
     def dim(self) -> int | None:
         """Number of parameters; None where it depends on the image."""
+        return self.count
 
-    @abstractmethod
     def params_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
         """Shape of one parameter set for an image of shape (c, h, w)."""
+        check_image_shape(image_shape)
+        assert self.count is not None
+        return (self.count,)
 
     @abstractmethod
     def sources(self, params: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -113,6 +131,8 @@ class Deformation(ABC):
 
     def apply(self, images: Tensor, params: Tensor) -> Tensor:
         """Deform the images (m, c, h, w); see `Perturbation.apply`."""
+        from certifl.perturbations.warp import grid_of, warp
+
         shape = self.params_shape(image_shape_of(images))
         images, params = matched(images, params, shape)
         x, y = self.sources(params, grid_of(images, self.geometry))
@@ -134,21 +154,16 @@ class Translation(Deformation):
     family = "translation"
     law = GAUSSIAN
     unit = "half-widths"
-    reach = (
+    count = 2
+    certified = (
         "Translations (t_u, t_v) whose l2 length is at most the radius, in half-widths of the "
         "image (half its width across, half its height down)."
     )
     exception = ", except that whole-pixel shifts away from the border are the same either way"
-
-    @property
-    def dim(self) -> int | None:
-        """Two: across and down."""
-        return 2
-
-    def params_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
-        """(t_u, t_v)."""
-        check_image_shape(image_shape)
-        return (2,)
+    sweep_note = (
+        "A certificate covers every shift of at most its l2 length, across and down together; "
+        "the slider shifts along one axis. "
+    )
 
     def sources(self, params: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Shifted coordinates; x stays constant down a column and y along a row."""
@@ -156,6 +171,13 @@ class Translation(Deformation):
         x = grid.columns + t_u * grid.half_width
         y = grid.rows + t_v * grid.half_height
         return x, y
+
+    def sweeps(self, reach: float) -> tuple[Sweep, ...]:
+        """Along either axis."""
+        return (
+            Sweep("across", "shifted across", "to the left", "to the right", 0, reach),
+            Sweep("down", "shifted up and down", "up", "down", 1, reach),
+        )
 
 
 @dataclass(frozen=True)
@@ -177,7 +199,9 @@ class Rotation(Deformation):
     family = "rotation"
     law = UNIFORM
     unit = "radians"
-    reach = "Rotations about the image centre, either way, by an angle of at most the radius."
+    count = 1
+    certified = "Rotations about the image centre, either way, by an angle of at most the radius."
+    promise = "for every rotation by at most the radius, in either direction"
     usual = math.pi / 2
     beyond = (
         "angles are in radians, and this one turns images upside down. An angle in degrees is "
@@ -192,16 +216,6 @@ class Rotation(Deformation):
                 'than a half turn either way. An angle in degrees is written "18deg".'
             )
 
-    @property
-    def dim(self) -> int | None:
-        """One: the angle."""
-        return 1
-
-    def params_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
-        """(beta,)."""
-        check_image_shape(image_shape)
-        return (1,)
-
     def sources(self, params: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Rotated coordinates."""
         beta = params[:, :, None]
@@ -209,6 +223,17 @@ class Rotation(Deformation):
         x = (grid.columns + grid.x * shrink) - grid.y * turn
         y = (grid.rows + grid.y * shrink) + grid.x * turn
         return x, y
+
+    def sweeps(self, reach: float) -> tuple[Sweep, ...]:
+        """Up to a half turn either way."""
+        turned, ends = "turned about its centre", min(reach, math.pi)
+        return (Sweep("turn", turned, "counter-clockwise", "clockwise", 0, ends),)
+
+    def scan_range(self, reach: float | None) -> tuple[float, float, bool]:
+        """Once round, or less where that is enough for the reach."""
+        if reach is None or self.sigma + reach >= math.pi:
+            return -math.pi, math.pi, True
+        return -self.sigma - reach, self.sigma + reach, False
 
 
 @dataclass(frozen=True)
@@ -227,10 +252,12 @@ class Scaling(Deformation):
     family = "scaling"
     law = UNIFORM
     unit = "relative"
-    reach = (
+    count = 1
+    certified = (
         "Scalings of the sampling grid about the image centre by a factor between 1 - radius and "
         "1 + radius."
     )
+    promise = "for every scaling whose factor differs from 1 by at most the radius"
 
     def check(self) -> None:
         """At most 1, where the image shrinks to a point or turns over."""
@@ -240,20 +267,29 @@ class Scaling(Deformation):
                 "Write 0.2 for up to a fifth larger or smaller."
             )
 
-    @property
-    def dim(self) -> int | None:
-        """One: the factor minus 1."""
-        return 1
-
-    def params_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
-        """(s,)."""
-        check_image_shape(image_shape)
-        return (1,)
-
     def sources(self, params: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Scaled coordinates."""
         s = params[:, :, None]
         return grid.columns + grid.x * s, grid.rows + grid.y * s
+
+    def sweeps(self, reach: float) -> tuple[Sweep, ...]:
+        """Short of -1, where nothing is left of the sampling grid."""
+        ends = min(reach, 0.9)
+        return (Sweep("scale", "scaled about its centre", "smaller", "larger", 0, ends),)
+
+    def scan_range(self, reach: float | None) -> tuple[float, float, bool]:
+        """As far as the reach, by default three times sigma, but never to a factor below 0.
+
+        Raises:
+            InputError: sigma leaves nothing to scan.
+        """
+        if self.sigma >= 1.0:
+            raise InputError(
+                f"sigma = {self.sigma} scales by factors down to 0 and below, where there is no "
+                "image to scan. Use a sigma below 1."
+            )
+        far = self.sigma + (3.0 * self.sigma if reach is None else reach)
+        return max(-far, -1.0), far, False
 
 
 @dataclass(frozen=True)
@@ -272,20 +308,11 @@ class Affine(Deformation):
     family = "affine"
     law = GAUSSIAN
     unit = "coefficients"
-    reach = (
+    count = 6
+    certified = (
         "Affine maps whose six numbers, added to the identity's in half-width coordinates, have "
         "an l2 length of at most the radius."
     )
-
-    @property
-    def dim(self) -> int | None:
-        """Six."""
-        return 6
-
-    def params_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
-        """(a, b, c, d, e, f), row by row."""
-        check_image_shape(image_shape)
-        return (6,)
 
     def sources(self, params: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Mapped coordinates."""

@@ -1,4 +1,4 @@
-"""Deformations with a displacement of its own for every pixel: smooth and dense flows.
+"""Deformations with a separate displacement for every pixel: smooth and dense flows.
 
 Source: Alfarra et al. 2022 (DeformRS); conventions as in `deformations`.
 """
@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from certifl.errors import InputError
 from certifl.perturbations.base import check_image_shape
 from certifl.perturbations.deformations import Deformation
-from certifl.perturbations.warp import Grid
+from certifl.registry import check_number
 from certifl.smoothing.laws import GAUSSIAN
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from certifl.perturbations.warp import Grid
 
 
 @dataclass(frozen=True)
 class SmoothFlow(Deformation):
-    """A smooth displacement field: a sum of k x k cosines (DCT-II, not normalised), Gaussian.
+    """A smooth displacement field: a sum of k x k cosines (DCT-II, not normalized), Gaussian.
 
     At row i and column j, for either component, in half-widths:
     nu(i, j) = sum over a, b < k of phi[a, b] cos(pi a (2i + 1) / (2h)) cos(pi b (2j + 1) / (2w)).
@@ -32,7 +34,7 @@ class SmoothFlow(Deformation):
         padding, geometry: as in `Deformation`.
 
     Raises:
-        InputError: as `Deformation`; bases that are no whole number from 1.
+        InputError: as `Deformation`. SpecError: `bases` is not a whole number from 1.
     """
 
     bases: int = 2
@@ -40,15 +42,14 @@ class SmoothFlow(Deformation):
     family = "smooth_flow"
     law = GAUSSIAN
     unit = "coefficients"
-    reach = (
+    certified = (
         "Displacement fields made of the lowest cosines, whose coefficients have an l2 length of "
         "at most the radius."
     )
 
     def check(self) -> None:
         """At least one cosine an axis."""
-        if isinstance(self.bases, bool) or not isinstance(self.bases, int) or self.bases < 1:
-            raise InputError(f"bases must be a whole number of at least 1, got {self.bases!r}.")
+        check_number("bases", self.bases, "a whole number from 1", low=1, whole=True)
 
     @property
     def dim(self) -> int | None:
@@ -92,15 +93,11 @@ class DenseFlow(Deformation):
     family = "dense_flow"
     law = GAUSSIAN
     unit = "half-widths"
-    reach = (
+    count = None
+    certified = (
         "Displacement fields with any (u, v) at any pixel, whose l2 length over all pixels "
         "together is at most the radius, in half-widths."
     )
-
-    @property
-    def dim(self) -> int | None:
-        """Depends on the image: 2 h w."""
-        return None
 
     def params_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
         """(2, h, w): component (across, down), row, column."""
@@ -114,6 +111,8 @@ class DenseFlow(Deformation):
 
 def _cosines(count: int, size: int, like: Tensor) -> Tensor:
     """cos(pi a (2i + 1) / (2 size)) for a < count, i < size; shape (count, size)."""
+    import torch
+
     centres = torch.arange(size, dtype=like.dtype, device=like.device) + 0.5
     order = torch.arange(count, dtype=like.dtype, device=like.device)
     return torch.cos(order[:, None] * centres * (math.pi / size))

@@ -6,13 +6,15 @@ Source: Cohen, Rosenfeld and Kolter 2019; the paper, Eq. (1).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from certifl.perturbations.base import check_image_shape, draw, image_shape_of, matched
+from certifl.perturbations.base import Sweep, check_image_shape, draw, image_shape_of, matched
 from certifl.perturbations.units import parse_sigma, warn_beyond
 from certifl.smoothing.laws import GAUSSIAN
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _LEVELS = 255.0
 _LARGEST_USUAL = 2.0
@@ -20,7 +22,7 @@ _LARGEST_USUAL = 2.0
 
 @dataclass(frozen=True)
 class PixelNoise:
-    """Gaussian noise added to every intensity, before the network normalises: T_phi(x) = x + phi.
+    """Gaussian noise added to every intensity, before the network normalizes: T_phi(x) = x + phi.
 
     One parameter per pixel and channel; results are not clipped to [0, 1].
 
@@ -36,7 +38,7 @@ class PixelNoise:
         exact: noise on the 8-bit grid.
 
     Raises:
-        InputError: a sigma that is no positive number.
+        InputError: sigma is not a positive number.
     """
 
     sigma: float
@@ -46,6 +48,13 @@ class PixelNoise:
     law = GAUSSIAN
     unit = "intensity"
     dim = None
+    additive = True
+    promise = "for every change of the pixel intensities whose {norm} norm is at most the radius"
+    sweep_note = (
+        "A certificate covers every change of at most its length, the worst included. The two "
+        "changes shown here are not attacks, so the class often stays the same far beyond the "
+        "radius. Pictures are clipped to black and white; the network sees unclipped intensities."
+    )
 
     def __post_init__(self) -> None:
         given = self.sigma
@@ -88,7 +97,7 @@ class PixelNoise:
         shape = (n, *self.params_shape(image_shape))
         if not self.exact:
             return draw(self.law, self.sigma, shape, generator)
-        noise = draw(self.law, self.sigma, shape, generator, torch.float64)
+        noise = draw(self.law, self.sigma, shape, generator, double=True)
         return _from_levels(_to_levels(noise).float())
 
     def apply(self, images: Tensor, params: Tensor) -> Tensor:
@@ -98,12 +107,22 @@ class PixelNoise:
             return _from_levels(_to_levels(images) + _to_levels(params))
         return images + params
 
+    def sweeps(self, reach: float) -> tuple[Sweep, ...]:
+        """One noise image, and the way to another picture."""
+        noise = "with one drawn noise image added or taken away"
+        return (
+            Sweep("noise", noise, "added", "taken away", None, reach),
+            Sweep("towards", "blended into another picture", "of the way there", "", None, None),
+        )
+
 
 def _to_levels(intensities: Tensor) -> Tensor:
     return (intensities * _LEVELS).round_()
 
 
 def _from_levels(levels: Tensor) -> Tensor:
+    import torch
+
     # A divisor on the device: GPUs turn division by a host number into a product with its rounded
     # reciprocal, which is not k / 255.
     return levels / torch.full((), _LEVELS, dtype=levels.dtype, device=levels.device)

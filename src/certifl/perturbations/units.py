@@ -22,7 +22,7 @@ _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _SMALLEST, _LARGEST = 1e-12, 1e9  # float32 holds their squares, and sums of those
 _TEXT = re.compile(rf"\s*(?P<number>{_NUMBER})\s*(?P<unit>\*?\s*(?:pi|π)|deg|°)?\s*")
 _WAYS = 'Write a positive number such as 0.25; for angles also "0.1pi", "0.1*pi" or "18deg".'
-_ANGLE = "radians"
+ANGLE = "radians"
 _recorded: ContextVar[bool] = ContextVar("recorded", default=False)
 
 
@@ -90,7 +90,7 @@ def parse_amount(value: float | str, unit: str | None, name: str) -> float:
         return _parse_text(value, unit, name)
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return float(value)
-    angle = ', or an angle with its unit such as "5deg"' if unit == _ANGLE else f" in {unit}"
+    angle = ', or an angle with its unit such as "5deg"' if unit == ANGLE else f" in {unit}"
     raise InputError(f"{name} must be a positive number{angle}; got {value!r}.")
 
 
@@ -100,7 +100,7 @@ def parse_amounts(values: Any, unit: str | None, name: str = "radii") -> tuple[f
     Raises:
         InputError: no list of amounts, or one of them cannot be read.
     """
-    example = '["5deg", "10deg"]' if unit == _ANGLE else "[0.0, 0.1]"
+    example = '["5deg", "10deg"]' if unit == ANGLE else "[0.0, 0.1]"
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise InputError(f"{name} must be a list such as {example}; got {values!r}.")
     try:
@@ -110,20 +110,20 @@ def parse_amounts(values: Any, unit: str | None, name: str = "radii") -> tuple[f
 
 
 def warn_beyond(given: float | str, sigma: float, limit: float, unit: str, meaning: str) -> None:
-    """Warn that a sigma given as a plain number is larger than anybody is likely to mean.
+    """Warn that a sigma given as a plain number is larger than anyone is likely to mean.
 
     An angle with its unit written out was meant, and a sigma from a record was warned of before.
 
     Args:
         given: as it was written.
         sigma: as it was read.
-        limit: the largest that passes without a word.
+        limit: the largest that passes without a warning.
         unit: of the family.
         meaning: what such a sigma does to an image, and what was perhaps meant.
     """
     written_out = isinstance(given, str) and _unit_of(given) is not None
     if sigma > limit and not written_out and not _recorded.get():
-        # The level of whoever calls the constructor: this, __post_init__, __init__, the call.
+        # The level of the constructor's caller: this, __post_init__, __init__, the call.
         warnings.warn(f"sigma = {sigma:g} {unit}: {meaning}", UnusualValue, stacklevel=4)
 
 
@@ -149,7 +149,7 @@ def _parse_text(text: str, unit: str | None, name: str) -> float:
     number, suffix = float(found["number"]), found["unit"]
     if suffix is None:
         return number
-    if unit not in (None, _ANGLE):
+    if unit not in (None, ANGLE):
         raise InputError(
             f"{text!r} is an angle, but {name} of this family is measured in {unit}. "
             "Write a plain number in that unit."
@@ -173,6 +173,6 @@ def format_amount(value: float, unit: str, digits: int = 3) -> str:
     Raises:
         InputError: a value that is not a number.
     """
-    if unit == "radians":
+    if unit == ANGLE:
         return f"{floor_text(value, digits)} rad ({floor_text(math.degrees(value), 1)} deg)"
     return f"{floor_text(value, digits)} {unit}"

@@ -3,7 +3,7 @@
 Convention: a pixel is named by its index, column x to the right and row y downwards; its centre is
 at the whole number. The output at p takes the input at p + nu_phi(p) (the paper, Eq. (3) and 3.2).
 Coordinates stay in pixels from end to end, so zero displacement is the identity to the last bit;
-normalised coordinates, as in `torch.nn.functional.grid_sample`, are not exact for most sizes.
+normalized coordinates, as in `torch.nn.functional.grid_sample`, are not exact for most sizes.
 
 Two geometries say where pixels lie:
 
@@ -22,9 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from certifl.errors import InputError
-
-GEOMETRIES = ("centre", "deformrs")
-PADDINGS = ("zeros", "border", "reflection")
 
 # The sampler counts positions in float32, which is exact up to here; so is 32-bit indexing.
 _MOST_PIXELS = 1 << 24

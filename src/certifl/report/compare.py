@@ -1,11 +1,10 @@
-"""Which regime is better, and whether the images at hand can tell: paired comparisons of ACR.
+"""Which algorithm is better, and whether the images show it: paired comparisons of ACR.
 
-A regime may have been trained with several seeds. Two regimes are compared within a seed, image by
-image, on the test images that both runs of that seed certified; what counts is the mean over
-clients of the difference between two average certified radii (ACR), and its mean over the seeds
-that both have. With one seed an interval says what another choice of test images would have done,
-with several also what training again with another seed would have. See `intervals` for how they
-are made, and docs/mathematics.md for why.
+An algorithm may have been trained with several seeds. Two algorithms are compared within a seed,
+image by image, on the test images that both runs of that seed certified. The estimate is the mean
+over clients of the difference between two average certified radii (ACR), and its mean over the
+seeds that both have. With one seed an interval covers another choice of test images, with several
+also another training. `intervals` says how intervals are computed, docs/mathematics.md why.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from certifl.errors import StoreMismatch
 from certifl.report.intervals import FEWEST_IMAGES, Sample, interval_over_seeds, too_few
@@ -29,20 +27,18 @@ from certifl.report.summary import (
     largest_radius,
     mean_acr,
 )
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from certifl.smoothing.arrays import Floats, Ints
 
 _NO_SEED = "they have no seed in common"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Average certified radius of one regime minus that of another, on the same images.
+    """Average certified radius of one algorithm minus that of another, on the same images.
 
     Attributes:
         first, second: positions of the two.
-        estimate: the difference on the images at hand; not a number where none is stated.
+        estimate: the difference on the certified images; NaN where none is stated.
         low, high: its interval; infinite where there is none.
         images: how many images were compared, over all seeds. seeds: how many trainings.
         why: why no difference is stated; empty where one is.
@@ -86,12 +82,12 @@ Pairs = Mapping[tuple[int, int], Difference]
 
 @dataclass(frozen=True)
 class ClientComparison:
-    """The regimes on one client's test images.
+    """The algorithms on one client's test images.
 
     Attributes:
         client: number of the client.
         images: how many of its images were compared; the fewest of all pairs.
-        acr: (regimes,) its own average certified radius; not a number without certificates.
+        acr: (algorithms,) its average certified radius; NaN without certificates.
         pairs: differences, keyed by positions (first < second).
     """
 
@@ -103,16 +99,16 @@ class ClientComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Regimes compared two at a time, on the test images that both of them certified.
+    """Algorithms compared two at a time, on the test images that both of them certified.
 
     Attributes:
-        images: how many they are; the fewest of all pairs of which a difference is stated.
+        images: their number; the smallest of all pairs with a stated difference.
         whole: whether these are all images of every run, with all seeds.
-        acr: (regimes,) mean over clients and seeds of the average certified radius.
+        acr: (algorithms,) mean over clients and seeds of the average certified radius.
         pairs: differences of the mean over clients; all of them hold together with 95 %.
-        clients: the same for every client by itself; all pairs of all clients hold together.
-        paired: whether images were compared one by one. Where clients kept their certificates
-            they cannot be: differences then have no intervals, and no client has an answer.
+        clients: the same for every single client; all pairs of all clients hold together.
+        paired: whether images were compared one by one. Where clients share curves only this is
+            not possible: differences then have no intervals, and clients no recommendation.
     """
 
     images: int
@@ -125,14 +121,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Standing:
-    """Who leads, and who cannot be told from the leader.
+    """The leader, and those that are not shown to be behind it.
 
     Attributes:
-        best: position of the leader: the largest average certified radius among those of which
-            some difference is stated and that no other is shown to exceed.
-        tied: the others of which no difference to the leader is shown.
+        best: position of the leader: the largest average certified radius among those that have
+            a stated difference and that no other is shown to exceed.
+        tied: the others without a shown difference to the leader.
         margin: to the next best; None where there is none.
-        unknown: the others of which no difference to the leader is stated.
+        unknown: the others without a stated difference to the leader.
     """
 
     best: int
@@ -143,7 +139,7 @@ class Standing:
 
 @dataclass(frozen=True, eq=False)
 class _Couple:
-    """Two regimes on the images that both certified: of each seed the clients and differences."""
+    """Two algorithms on the images that both certified: clients and differences of each seed."""
 
     samples: tuple[tuple[Ints, Sample], ...]
     images: int
@@ -155,29 +151,29 @@ def compare(runs: Sequence[Row]) -> Comparison:
     """Compare average certified radii, image by image within each seed.
 
     Args:
-        runs: in the order of the report; what `by_seed` puts together is one regime.
+        runs: in the order of the report; a row of `by_seed` is one algorithm.
 
     Returns:
         Differences with intervals at 95 % together: each of the p pairs is given 1 - 0.05 / p
-        (Bonferroni), since the leader is picked after looking; and each pair of each of the c
-        clients 1 - 0.05 / (p c), since readers look for the clients that differ. Fewer than ten
-        common images, or fewer than two of a client, support no statement: then none is made.
+        (Bonferroni), since the leader is chosen after looking; and each pair of each of the c
+        clients 1 - 0.05 / (p c), since readers look for the clients that differ. With fewer than
+        ten common images, or fewer than two of a client, no difference is stated.
 
     Raises:
-        StoreMismatch: no two of several runs have a test image (where clients told curves alone:
+        StoreMismatch: no two of several runs have a test image (where clients share curves only:
             a client) in common although their seeds agree, or two disagree about a label.
     """
-    if len(runs) > 1 and any(run.told for run in flat(runs)):
+    if len(runs) > 1 and any(run.curves_only for run in flat(runs)):
         return _of_curves(runs)
-    places = list(itertools.combinations(range(len(runs)), 2))
-    couples = {(i, j): _couple(runs[i], runs[j]) for i, j in places}
-    if places and not any(c.images or c.why == _NO_SEED for c in couples.values()):
+    positions = list(itertools.combinations(range(len(runs)), 2))
+    couples = {(i, j): _couple(runs[i], runs[j]) for i, j in positions}
+    if positions and not any(c.images or c.why == _NO_SEED for c in couples.values()):
         raise StoreMismatch(
             "The runs certified no test image in common, so they cannot be compared image by "
             "image. Report them separately, or run them with the same data, clients and seed."
         )
     scale = largest_radius(runs)
-    error = (1.0 - CONFIDENCE) / max(1, len(places))
+    error = (1.0 - CONFIDENCE) / max(1, len(positions))
     pairs = {at: _difference(at, couple, error, scale) for at, couple in couples.items()}
     stated = [pair.images for pair in pairs.values() if pair.stated]
     alone = len(runs[0].runs[0].certificates) if len(runs) == 1 else 0
@@ -191,42 +187,54 @@ def compare(runs: Sequence[Row]) -> Comparison:
 
 
 def _couple(first: Row, second: Row) -> _Couple:
-    """Pair two regimes within every seed that both have."""
-    ones = {run.seed: run for run in first.runs}
-    twos = {run.seed: run for run in second.runs}
+    """Pair two algorithms within every seed that both have."""
+    ones, twos = ({run.seed: run for run in row.runs} for row in (first, second))
     common = [seed for seed in ones if seed in twos]
     if not common:
         return _Couple((), 0, False, _NO_SEED)
-    paired = [_paired(ones[seed], twos[seed]) for seed in common]
+    paired = [paired_differences(ones[seed], twos[seed]) for seed in common]
     usable = [(c, s) for c, s in paired if len(c) and not too_few([len(v) for v in s.values])]
     sizes = [len(v) for _, sample in paired for v in sample.values]
     runs = [*first.runs, *second.runs]
     whole = len(ones) == len(twos) == len(usable) and 2 * sum(sizes) == sum(
         len(run.certificates) for run in runs
     )
-    why = "" if usable else few_words(sum(sizes), min(sizes, default=0))
+    why = "" if usable else _too_few_words(sum(sizes), min(sizes, default=0))
     return _Couple(tuple(usable), sum(sizes), whole, why)
 
 
-def few_words(images: int, fewest: int) -> str:
-    """Why so many common images, of the client with the fewest, support no statement."""
+def _too_few_words(images: int, fewest: int) -> str:
+    """Why no difference is stated on so many common images, `fewest` of some client."""
     least = f", {fewest} of some client" if images >= FEWEST_IMAGES else ""
     return (
-        f"too few images in common ({images}{least}; a statement needs {FEWEST_IMAGES}, and two "
+        f"too few images in common ({images}{least}; at least {FEWEST_IMAGES} are needed, and two "
         "of every client)"
     )
 
 
-def _paired(first: RunResults, second: RunResults) -> tuple[Ints, Sample]:
-    """Clients, and differences of gains on the images that two runs of one seed certified."""
+def paired_differences(
+    first: RunResults,
+    second: RunResults,
+    value: Callable[[RunResults], Floats] = gains,
+) -> tuple[Ints, Sample]:
+    """Clients, and differences on the images that two runs of one seed certified.
+
+    Args:
+        first, second: the difference is first minus second.
+        value: of a run's images, in the order of its certificates.
+
+    Raises:
+        StoreMismatch: one image has two labels.
+    """
     tables = [_rows_by_image(run) for run in (first, second)]
     common = sorted(set(tables[0]).intersection(tables[1]))
     one, two = (np.array([t[image] for image in common], np.int64) for t in tables)
     _check_labels(first, second, one, two)
-    apart, numbers = gains(first)[one] - gains(second)[two], image_numbers(first)[one]
+    differences = np.asarray(value(first)[one] - value(second)[two], np.float64)
+    numbers = image_numbers(first)[one]
     owner = first.certificates.client[one]
     clients = np.intersect1d(first.clients, second.clients)  # of each, two images at least count
-    values = [apart[owner == client] for client in clients]
+    values = [differences[owner == client] for client in clients]
     return clients, Sample.of(values, [numbers[owner == client] for client in clients])
 
 
@@ -241,14 +249,14 @@ def _check_labels(first: RunResults, second: RunResults, one: Ints, two: Ints) -
 def _difference(
     at: tuple[int, int], couple: _Couple, error: float, scale: float, client: int | None = None
 ) -> Difference:
-    """The difference of two regimes, of one client where one is named."""
+    """The difference of two algorithms, of one client where one is named."""
     samples = [sample for _, sample in couple.samples]
     why = couple.why
     if client is not None:
-        samples = [_of_client(*found, client) for found in couple.samples if client in found[0]]
+        samples = [_of_client(*pair, client) for pair in couple.samples if client in pair[0]]
         sizes = [len(sample.values[0]) for sample in samples]
         samples = [s for s, size in zip(samples, sizes, strict=True) if not too_few([size])]
-        why = why or ("" if samples else few_words(sum(sizes), sum(sizes)))
+        why = why or ("" if samples else _too_few_words(sum(sizes), sum(sizes)))
     if why:
         return Difference(*at, np.nan, -np.inf, np.inf, couple.images, len(samples), why)
     low, high = interval_over_seeds(samples, error, scale)
@@ -263,16 +271,16 @@ def _difference(
 
 
 def _of_client(clients: Ints, sample: Sample, client: int) -> Sample:
-    place = int(np.flatnonzero(clients == client)[0])
-    return Sample((sample.values[place],), (sample.images[place],))
+    at = int(np.flatnonzero(clients == client)[0])
+    return Sample((sample.values[at],), (sample.images[at],))
 
 
 def _by_client(
     runs: Sequence[Row], couples: Mapping[tuple[int, int], _Couple], error: float, scale: float
 ) -> tuple[ClientComparison, ...]:
-    """Every client that some pair of regimes has in common, or of the only one all."""
-    found = [c.tolist() for couple in couples.values() for c, _ in couple.samples]
-    clients = sorted({client for own in found for client in own})
+    """Every client that some pair has in common, or all clients of a single row."""
+    common = [own for couple in couples.values() for own, _ in couple.samples]
+    clients = sorted({int(client) for own in common for client in own})
     if len(runs) == 1:
         clients = runs[0].clients.tolist()
     radii = [
@@ -291,9 +299,9 @@ def _by_client(
 
 
 def _of_curves(runs: Sequence[Row]) -> Comparison:
-    """Average radii side by side where single images are not known: numbers without intervals.
+    """Average radii where single images are not known: numbers without intervals.
 
-    Which image is which was not told, and rows made from curves must never be paired.
+    Rows made from curves must never be paired: which image is which was not shared.
     """
     shared = sorted(set.intersection(*(set(run.clients.tolist()) for run in runs)))
     if not shared:
@@ -307,31 +315,30 @@ def _of_curves(runs: Sequence[Row]) -> Comparison:
         )
         for run in runs
     ]
-    places = itertools.combinations(range(len(runs)), 2)
+    positions = itertools.combinations(range(len(runs)), 2)
     return Comparison(
         images=0,
         whole=all(len(run.clients) == len(shared) for run in runs),
         acr=tuple(means),
-        pairs={(i, j): _apart(i, j, runs, means) for i, j in places},
+        pairs={(i, j): _of_means(i, j, runs, means) for i, j in positions},
         clients=(),
         paired=False,
     )
 
 
-def _apart(i: int, j: int, runs: Sequence[Row], means: Sequence[float]) -> Difference:
+def _of_means(i: int, j: int, runs: Sequence[Row], means: Sequence[float]) -> Difference:
     """The difference of two mean radii of curves; none without a seed in common."""
-    seeds = [{run.seed for run in runs[place].runs} for place in (i, j)]
+    seeds = [{run.seed for run in runs[at].runs} for at in (i, j)]
     if not seeds[0] & seeds[1]:
         return Difference(i, j, np.nan, -np.inf, np.inf, why=_NO_SEED)
     return Difference(i, j, means[i] - means[j], -np.inf, np.inf)
 
 
 def own_interval(row: Row) -> tuple[float, float] | None:
-    """95 % interval of a regime's own average certified radius, the mean over clients and seeds.
+    """95 % interval of an algorithm's average certified radius, the mean over clients and seeds.
 
     Returns:
-        The two ends, not outside of what an average radius can be; None where there are too few
-        images for an interval.
+        The two ends, limited to possible average radii; None where there are too few images.
     """
     samples = [_own_sample(run) for run in row.runs]
     if any(too_few([len(own) for own in sample.values]) for sample in samples):
@@ -350,8 +357,8 @@ def _own_sample(run: RunResults) -> Sample:
 def ranking(acr: Sequence[float], pairs: Pairs) -> list[int]:
     """Positions, the best first.
 
-    By average certified radius, but none before another that the images show to be ahead of it,
-    which radii of different images may hide; last those of which no difference is stated.
+    By average certified radius, but none before another that is shown to be ahead of it, which
+    radii of different images may hide; those without a stated difference come last.
     """
 
     def rank(i: int) -> tuple[bool, int, float, int]:
@@ -364,7 +371,7 @@ def ranking(acr: Sequence[float], pairs: Pairs) -> list[int]:
 
 
 def standing(acr: Sequence[float], pairs: Pairs) -> Standing:
-    """The leader of some regimes, those tied with it, and its margin over the next best."""
+    """The leader of some algorithms, those tied with it, and its margin over the next best."""
     best, *others = ranking(acr, pairs)
     to_others = {i: pairs[min(best, i), max(best, i)].seen_from(best) for i in others}
     stated = [i for i in others if to_others[i].stated]
@@ -374,37 +381,6 @@ def standing(acr: Sequence[float], pairs: Pairs) -> Standing:
         to_others[stated[0]] if stated else None,
         tuple(i for i in others if not to_others[i].stated),
     )
-
-
-def paired_values(
-    runs: Sequence[RunResults], value: Callable[[RunResults], Floats]
-) -> tuple[Ints, list[Floats]]:
-    """One number per image on the images that all runs certified.
-
-    Args:
-        runs: in the order of the report.
-        value: of a run's images, in the order of its certificates.
-
-    Returns:
-        (clients, values): clients in order, and for each an array (its images, runs).
-
-    Raises:
-        StoreMismatch: no image in common, or one image with two labels.
-    """
-    tables = [_rows_by_image(run) for run in runs]
-    common = sorted(set(tables[0]).intersection(*tables[1:]))
-    if not common:
-        raise StoreMismatch(
-            "The runs certified no test image in common, so they cannot be compared image by "
-            "image. Report them separately, or run them with the same data, clients and seed."
-        )
-    rows = [np.array([table[image] for image in common]) for table in tables]
-    for run, at in zip(runs[1:], rows[1:], strict=True):
-        _check_labels(runs[0], run, rows[0], at)
-    values = np.stack([value(r)[at] for r, at in zip(runs, rows, strict=True)], axis=1)
-    owner = np.array([client for client, _ in common], np.int64)
-    clients = np.unique(owner)
-    return clients, [values[owner == client] for client in clients]
 
 
 def _rows_by_image(run: RunResults) -> dict[tuple[int, int], int]:

@@ -1,11 +1,10 @@
-"""How far a mean over clients, images and trainings may be off: for report pages and for claims.
+"""Intervals of means over clients, images and trainings: for report pages and for claims.
 
-One set of rules for everything that is a mean of one number per image: average certified radii,
-certified accuracies, and differences of these between two trainings on the same images. Three
-things widen an interval: the scatter of the images within their clients, the scatter between
-trainings with different seeds, and kinds of images that are too rare to have been met.
-docs/mathematics.md derives the rules, and tests/report/test_coverage.py repeats them on studies of
-known truth.
+One set of rules for every mean of one number per image: average certified radii, certified
+accuracies, and differences of these between two trainings on the same images. Three things widen
+an interval: variation between the images of a client, variation between trainings with different
+seeds, and kinds of images so rare that none was sampled. docs/mathematics.md derives the rules,
+and tests/report/test_coverage.py tests their coverage in simulated studies.
 """
 
 from __future__ import annotations
@@ -19,21 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from certifl.smoothing.arrays import Floats, Ints
 
-# As a share of the scale. An image counts as unlike the others of its client only if it is so far
-# away that it shows what a rare image can do. Images that differ by a few points, however many,
+# As a share of the scale. An image counts as unlike the others of its client only if it is far
+# enough away to show what a rare image can do. Images that differ by a few points, however many,
 # say nothing about images that lose nearly all of their radius.
 ALIKE = 0.25
-FEWEST_UNLIKE = 10  # with so many, the scatter itself shows how far a mean may be off
-# Fewer images than these support no statement at all.
+FEWEST_UNLIKE = 10  # with so many, the sample variance itself shows how far a mean may be off
+# With fewer images than these no interval is given.
 FEWEST_IMAGES = 10
 FEWEST_OF_A_CLIENT = 2
 
 
 def hidden_share(images: float | Floats, error: float) -> Any:
-    """Largest share of all images that may be unlike every one of those at hand.
+    """Largest share of all images that may be unlike every sampled one (rule of three).
 
     With probability error / 2 or more, none of `images` drawn is of a kind whose share is at most
     1 - (error / 2) ** (1 / images).
@@ -44,14 +42,14 @@ def hidden_share(images: float | Floats, error: float) -> Any:
 
 
 def unlike_images(values: Sequence[Floats] | Floats, scale: float) -> int:
-    """How many images lie far from the median of THEIR client.
+    """Number of images that are far from the median of THEIR client.
 
     Clients that differ from each other, each alike within, must not count: none of their images
     shows what a rare one can do.
 
     Args:
         values: of each client, of its own images (m,).
-        scale: how far one image can lie from another.
+        scale: largest possible distance between two images.
     """
     return int(_unlike([np.atleast_1d(own) for own in values], scale))
 
@@ -63,23 +61,23 @@ def _unlike(values: Sequence[Floats], scale: float) -> Ints:
 
 
 def even_images(sizes: Sequence[int]) -> float:
-    """As many images, spread evenly over the clients, would bound their mean as well."""
+    """Number of images that would bound the mean equally well, spread evenly over the clients."""
     return len(sizes) ** 2 / sum(1.0 / size for size in sizes)
 
 
 def too_few(sizes: Sequence[int]) -> bool:
-    """Whether the images of the clients, so many of each, support no statement."""
+    """Whether there are too few images, so many of each client, for any interval."""
     return sum(sizes) < FEWEST_IMAGES or min(sizes) < FEWEST_OF_A_CLIENT
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """What the images of one training say: some numbers of every image.
+    """The images of one training with some numbers of each.
 
     Attributes:
-        values: of each client, (its images, columns). Every column is a quantity of its own.
+        values: of each client, (its images, columns). Every column is a separate quantity.
         images: of each client, (its images,). Equal numbers in two samples are the same image.
-        earlier: a sample of other clients whose mean is subtracted: a difference of differences.
+        earlier: a sample of other clients whose mean is subtracted (difference of differences).
     """
 
     values: tuple[Floats, ...]
@@ -101,16 +99,16 @@ class Sample:
         own = np.mean([part.mean(axis=0) for part in self.values], axis=0)
         return own if self.earlier is None else own - self.earlier.means
 
-    def spans(self) -> list[tuple[Floats, int]]:
-        """Of each client: (columns,) its part of the variance of the mean, and its images."""
+    def variances(self) -> list[tuple[Floats, int]]:
+        """Of each client: (columns,) its part of the variance of the mean, and its image count."""
         count = len(self.values)
         own = [(v.var(axis=0, ddof=1) / len(v) / count**2, len(v)) for v in self.values]
-        return own if self.earlier is None else own + self.earlier.spans()
+        return own if self.earlier is None else own + self.earlier.variances()
 
     def floors(self, scale: float) -> Floats:
         """(independent sets of images, columns): how many images limit how narrow an interval is.
 
-        Infinite where so many are unlike that their scatter says how far the mean may be off.
+        Infinite where so many are unlike that the sample variance is enough.
         """
         shown = _unlike(self.values, scale) >= FEWEST_UNLIKE
         own = np.where(shown, np.inf, even_images([len(v) for v in self.values]))[None]
@@ -136,67 +134,67 @@ def interval_over_seeds(
     """Interval of the mean over trainings with different seeds.
 
     One sample: an interval over images, about the models trained. Several: Student's t of the
-    means of the seeds, which carry the scatter of their own images already; images that several
-    seeds certified are not new ones each time, so what these have in common is added. The interval
-    is no narrower than the images alone make it, nor than images that were not met could move it;
+    means of the seeds, which include the variation of their images already; images that several
+    seeds certified are not new ones each time, so their covariance is added. The interval is no
+    narrower than the images alone make it, nor than unsampled kinds of images could move the mean;
     for these the seed with the fewest images counts.
 
     Args:
         samples: one of each seed; every client of each has two images at least.
         error: probability, about, of missing the true mean.
-        scale: how far one image can lie from another.
+        scale: largest possible distance between two images.
 
     Returns:
         (low, high), each (columns,).
     """
-    found = scatter_of(samples, scale)
-    half = found.reach(error)
-    return found.mean - half, found.mean + half
+    scatter = scatter_of(samples, scale)
+    half = scatter.half_width(error)
+    return scatter.mean - half, scatter.mean + half
 
 
 @dataclass(frozen=True, eq=False)
 class Scatter:
-    """What an interval of a mean over seeds is made of; every array is (columns,).
+    """The parts of an interval of a mean over seeds; every array is (columns,).
 
     Attributes:
         mean: the estimate. seeds: how many.
-        images: variance from the choice of images. common: the part that seeds have in common.
+        images: variance from the choice of images. common: the part that seeds share.
         freedom: degrees of freedom of both.
-        between: standard error from the scatter between seeds; 0 for one seed.
+        between: standard error from the variation between seeds; 0 for one seed.
         floors: of every independent set of images (sets, columns), how many limit the interval.
-        scale: how far one image can lie from another.
+        scale: largest possible distance between two images.
     """
 
     mean: Floats
     seeds: int
     images: Floats
     common: Floats
-    freedom: Floats
+    degrees_of_freedom: Floats
     between: Floats
     floors: Floats
     scale: float
 
-    def reach(self, error: float) -> Floats:
+    def half_width(self, error: float) -> Floats:
         """Half the width of the interval that misses with probability about `error`."""
-        quantile = -special.stdtrit(self.freedom, error / 2.0)
+        quantile = -special.stdtrit(self.degrees_of_freedom, error / 2.0)
         half = np.sqrt(self.images) * quantile
         if self.seeds > 1:
             between = self.between * -float(special.stdtrit(self.seeds - 1, error / 2.0))
             half = np.maximum(half, np.hypot(between, np.sqrt(self.common) * quantile))
-        return np.maximum(half, hidden_reach([self.floors], error) * self.scale)
+        return np.maximum(half, rule_of_three_margin([self.floors], error) * self.scale)
 
 
 def scatter_of(samples: Sequence[Sample], scale: float) -> Scatter:
     """Everything that widens the interval of a mean over seeds; see `interval_over_seeds`."""
     means = np.stack([sample.means for sample in samples])
     seeds, none = len(samples), np.zeros(means.shape[1])
-    variance, common, freedom = _of_images(samples)
+    variance, common, degrees_of_freedom = _of_images(samples)
     return Scatter(
         mean=means.mean(axis=0),
         seeds=seeds,
         images=variance,
         common=common,
-        freedom=freedom,
+        degrees_of_freedom=degrees_of_freedom,
         between=means.std(axis=0, ddof=1) / math.sqrt(seeds) if seeds > 1 else none,
         floors=fewest_floors([sample.floors(scale) for sample in samples]),
         scale=scale,
@@ -206,13 +204,13 @@ def scatter_of(samples: Sequence[Sample], scale: float) -> Scatter:
 def fewest_floors(floors: Sequence[Floats]) -> Floats:
     """Over seeds the smallest number of images counts.
 
-    One seed with many unlike images says nothing of what another one did not meet.
+    One seed with many unlike images says nothing about what another one did not sample.
     """
     return np.min(floors, axis=0)
 
 
-def hidden_reach(floors: Sequence[Floats], error: float) -> Floats:
-    """How far images that were not met may move a mean over seeds, as a share of the scale.
+def rule_of_three_margin(floors: Sequence[Floats], error: float) -> Floats:
+    """How far unsampled kinds of images may move a mean over seeds, as a share of the scale.
 
     Args:
         floors: of each seed, as `Sample.floors` gives them.
@@ -222,13 +220,13 @@ def hidden_reach(floors: Sequence[Floats], error: float) -> Floats:
 
 
 def _of_images(samples: Sequence[Sample]) -> tuple[Floats, Floats, Floats]:
-    """What the choice of images adds to the variance of a mean over seeds.
+    """The contribution of the choice of images to the variance of a mean over seeds.
 
     Returns:
-        The whole, the part that images common to two seeds have in both (the mean covariance of
-        two seeds, at least 0), and the degrees of freedom of the seed that has the fewest.
+        The variance, its part from images common to two seeds (the mean covariance of two seeds,
+        at least 0), and the degrees of freedom of the seed that has the fewest.
     """
-    own, freedom = zip(*(_welch(sample) for sample in samples), strict=True)
+    own, degrees = zip(*(_welch(sample) for sample in samples), strict=True)
     seeds = len(samples)
     common = np.zeros_like(own[0])
     if seeds > 1:
@@ -236,14 +234,14 @@ def _of_images(samples: Sequence[Sample]) -> tuple[Floats, Floats, Floats]:
         pairs = [_covariance(moved[i], moved[j]) for j in range(seeds) for i in range(j)]
         common = np.maximum(np.mean(pairs, axis=0), 0.0)
     whole = np.sum(own, axis=0) / seeds**2 + common * (seeds - 1) / seeds
-    return whole, common, np.min(freedom, axis=0)
+    return whole, common, np.min(degrees, axis=0)
 
 
 def _welch(sample: Sample) -> tuple[Floats, Floats]:
     """Variance of the mean over images, and its degrees of freedom."""
-    parts = sample.spans()
-    spans, sizes = np.stack([span for span, _ in parts]), np.array([size for _, size in parts])
-    total, squares = spans.sum(axis=0), (spans**2 / (sizes - 1)[:, None]).sum(axis=0)
+    parts = sample.variances()
+    variances, sizes = np.stack([span for span, _ in parts]), np.array([size for _, size in parts])
+    total, squares = variances.sum(axis=0), (variances**2 / (sizes - 1)[:, None]).sum(axis=0)
     most = float((sizes - 1).sum())
     ratio = np.divide(total**2, squares, out=np.full_like(total, most), where=squares > 0.0)
     return total, ratio
@@ -259,12 +257,12 @@ def mean_interval(values: Sequence[Floats], error: float, scale: float) -> tuple
     """Interval of the mean over clients of each client's mean over all its images.
 
     Student's t with the variances within clients and Welch and Satterthwaite's degrees of freedom,
-    no narrower than what images of a kind that was not met could have moved.
+    no narrower than unsampled kinds of images could have moved the mean.
 
     Args:
         values: of each client, of its own images (m,), m >= 2.
         error: probability, about, of missing the true mean.
-        scale: how far one image can lie from another.
+        scale: largest possible distance between two images.
 
     Returns:
         The two ends.

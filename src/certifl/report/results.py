@@ -1,4 +1,4 @@
-"""One finished run as stored: its manifest, certificates, training history and spec."""
+"""Finished runs as stored: manifest, certificates, training history and spec of each."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ import math
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from certifl.certification.certificates import ABSTAINED, UNLABELLED, Certificates, Predictions
-from certifl.certification.metadata import PERTURBATIONS, entries, masks
+from certifl.certification.certificates import UNLABELLED, Certificates, Predictions
+from certifl.certification.metadata import entries, masks
 from certifl.errors import InputError, StoreError, StoreMismatch
-from certifl.runs.atomic import read_json
-from certifl.safe_io import MALFORMED, parse_json, read_text
+from certifl.report.curves_only import CURVES_ONLY, certificates_from_curves
+from certifl.runs.folder import StoredRun, damaged_manifest
+from certifl.safe_io import read_text
+from certifl.smoothing.arrays import Ints
 
-Ints = NDArray[np.int64]
-
-_NEEDED_CONDITIONS = ("family", "sigma", "norm", "unit", "alpha")
+_REQUIRED_METADATA = ("family", "sigma", "norm", "unit", "alpha")
 _MUST_AGREE = ("family", "norm", "unit")
-# Keys of a spec in which runs of one row may differ, and conditions in which they may not.
+# Runs of one row may differ in these keys of the spec, and must agree in this metadata.
 _NO_SETTINGS = ("seed", "name", "certification.precision")
 _DECISIVE = ("family", "sigma", "law", "norm", "alpha", "n0", "n", "estimator")
 
 
 @dataclass(frozen=True, eq=False)
 class RunResults:
-    """What a finished run folder holds.
+    """Contents of a finished run folder.
 
     Attributes:
-        folder: the run folder, as it was given.
-        label: the regime's name for people, e.g. "FedAvg"; unique within a report.
-        manifest: `run.json`: regime, label, data, clients, machine, versions, times.
+        folder: path of the run folder, as given.
+        label: name of the algorithm for people, e.g. "FedAvg"; unique within a report.
+        manifest: `run.json`: algorithm, label, data, clients, machine, versions, times.
         certificates: one row per certified test image, the rows of all clients.
         history: one mapping per communication round; empty where nothing was trained.
-        spec: the text of `spec.toml`.
+        spec: text of `spec.toml`.
         plain: plain predictions of the clients that certify nothing; None where all certify.
     """
 
@@ -52,14 +52,31 @@ class RunResults:
     plain: Predictions | None = None
 
     @property
-    def regime(self) -> str:
-        """The regime's name in specs, e.g. "fedavg"."""
+    def algorithm(self) -> str:
+        """Name of the algorithm in specs, e.g. "fedavg"."""
         return str(self.manifest["regime"])
 
     @property
+    def data(self) -> Mapping[str, Any]:
+        """The data set as the manifest describes it; empty where it does not."""
+        data = self.manifest.get("data")
+        return data if isinstance(data, Mapping) else {}
+
+    @property
+    def data_name(self) -> str:
+        """Name of the data set; empty where it was not recorded."""
+        return str(self.data.get("name", ""))
+
+    @property
     def conditions(self) -> Mapping[str, Any]:
-        """What holds for all certificates: family, sigma, norm, unit, alpha, ..."""
+        """Metadata of all certificates: family, sigma, norm, unit, alpha, ..."""
         return self.certificates.conditions
+
+    @cached_property
+    def parts(self) -> tuple[RunResults, ...]:
+        """The run once for each perturbation, with the clients that certify it."""
+        parts = self.certificates.by_perturbation()
+        return tuple(dataclasses.replace(self, certificates=part) for part in parts)
 
     @property
     def clients(self) -> Ints:
@@ -67,23 +84,23 @@ class RunResults:
         return np.unique(self.certificates.client)
 
     @property
-    def told(self) -> bool:
-        """Whether the clients told curves alone and kept their certificates to themselves."""
-        return TOLD in self.conditions
+    def curves_only(self) -> bool:
+        """Whether the clients shared curves and kept their certificates to themselves."""
+        return CURVES_ONLY in self.conditions
 
     @property
     def seed(self) -> int | None:
-        """The seed of the study; None where the run does not say it."""
+        """Seed of the study; None where the run does not say it."""
         seed = self.manifest.get("seed")
         return seed if isinstance(seed, int) and not isinstance(seed, bool) else None
 
     @property
     def runs(self) -> tuple[RunResults, ...]:
-        """The run itself, so that it can stand where `Trainings` do."""
+        """The run itself: a row of one seed."""
         return (self,)
 
-    def name_of(self, client: int) -> str:
-        """A client's number, and what it is called where the split of the data knows it."""
+    def client_name(self, client: int) -> str:
+        """A client's number, with its name where the partition of the data has one."""
         names = self.manifest.get("client_names")
         if not isinstance(names, list) or client >= len(names):
             return str(client)
@@ -94,11 +111,11 @@ class RunResults:
 
 
 @dataclass(frozen=True, eq=False)
-class Trainings:
+class SeedGroup:
     """Runs that differ in their seed alone: one row of a page.
 
     Attributes:
-        label: the algorithm's name for people; unique within a report.
+        label: name of the algorithm for people; unique within a report.
         runs: one of each seed, in the order of the seeds.
     """
 
@@ -106,18 +123,13 @@ class Trainings:
     runs: tuple[RunResults, ...]
 
     @property
-    def regime(self) -> str:
-        """The algorithm's name in specs."""
-        return self.runs[0].regime
-
-    @property
-    def manifest(self) -> Mapping[str, Any]:
-        """`run.json` of the first seed; the others agree in everything but the seed."""
-        return self.runs[0].manifest
+    def algorithm(self) -> str:
+        """Name of the algorithm in specs."""
+        return self.runs[0].algorithm
 
     @property
     def conditions(self) -> Mapping[str, Any]:
-        """What holds for the certificates of the first seed."""
+        """Metadata of the certificates of the first seed."""
         return self.runs[0].conditions
 
     @property
@@ -126,27 +138,33 @@ class Trainings:
         return self.runs[0].folder
 
     @property
+    def parts(self) -> tuple[RunResults, ...]:
+        """Of the first seed."""
+        return self.runs[0].parts
+
+    @property
+    def data_name(self) -> str:
+        """Name of the data set."""
+        return self.runs[0].data_name
+
+    @property
     def clients(self) -> Ints:
         """Numbers of the clients that have certificates with any seed, in order."""
         return np.unique(np.concatenate([run.clients for run in self.runs]))
 
     @property
-    def told(self) -> bool:
-        """Whether some of the runs know curves alone."""
-        return any(run.told for run in self.runs)
+    def curves_only(self) -> bool:
+        """Whether some of the runs have curves only."""
+        return any(run.curves_only for run in self.runs)
 
     @property
     def seeds(self) -> tuple[int | None, ...]:
         """Of the runs."""
         return tuple(run.seed for run in self.runs)
 
-    def name_of(self, client: int) -> str:
-        """A client's number, and what it is called where the split of the data knows it."""
-        return self.runs[0].name_of(client)
 
-
-Row = RunResults | Trainings
-"""What a page shows in one row: runs of several seeds, or one run."""
+Row = RunResults | SeedGroup
+"""One row of a page: runs of several seeds, or one run."""
 
 
 def flat(rows: Sequence[Row]) -> list[RunResults]:
@@ -154,30 +172,36 @@ def flat(rows: Sequence[Row]) -> list[RunResults]:
     return [run for row in rows for run in row.runs]
 
 
-def load_run(folder: str | Path) -> RunResults:
+def all_clients(rows: Sequence[Row]) -> list[int]:
+    """Numbers of the clients that have certificates in any row, in order."""
+    return sorted({int(client) for row in rows for client in row.clients})
+
+
+def load_run(folder: str | Path | StoredRun) -> RunResults:
     """Read a finished run folder.
 
     Args:
-        folder: holds run.json, spec.toml, certificates.parquet and history.jsonl.
+        folder: holds run.json, spec.toml, certificates.parquet and history.jsonl; or a run that
+            was opened before, whose files are not read again.
 
     Raises:
-        StoreMismatch: the folder holds no run, or one that is not finished.
+        StoreMismatch: there is no run in the folder, or one that is not finished.
         StoreError: a file of the run is missing or damaged.
     """
-    place = Path(folder)
-    manifest = _manifest(place)
+    run = folder if isinstance(folder, StoredRun) else StoredRun(Path(folder))
+    label = _label(run)
     return RunResults(
-        folder=place,
-        label=str(manifest["label"]),
-        manifest=manifest,
-        certificates=_certificates(place),
-        history=_history(place / "history.jsonl"),
-        spec=_text(place / "spec.toml"),
-        plain=_predictions(place) if manifest.get("plain") else None,
+        folder=run.path,
+        label=label,
+        manifest={**run.manifest, "label": label},
+        certificates=_certificates(run),
+        history=_history(run),
+        spec=_text(run.folder.spec),
+        plain=run.predictions,
     )
 
 
-def load_runs(folders: Sequence[str | Path | RunResults]) -> list[RunResults]:
+def load_runs(folders: Sequence[str | Path | StoredRun | RunResults]) -> list[RunResults]:
     """Read the runs of one report.
 
     Runs of equal label are distinguished by their seed where they differ in nothing else, by name
@@ -192,236 +216,176 @@ def load_runs(folders: Sequence[str | Path | RunResults]) -> list[RunResults]:
     """
     runs = [f if isinstance(f, RunResults) else load_run(f) for f in folders]
     check_comparable(runs)
-    rows = by_seed(runs)
     labels = {
         id(run): row.label if len(row.runs) == 1 else f"{row.label}, seed {run.seed}"
-        for row in rows
+        for row in by_seed(runs)
         for run in row.runs
     }
     return [dataclasses.replace(run, label=labels[id(run)]) for run in runs]
 
 
-def by_seed(runs: Sequence[RunResults]) -> list[Trainings]:
-    """The rows of a page: runs that differ in their seed alone are put together.
+def by_seed(runs: Sequence[RunResults]) -> list[SeedGroup]:
+    """Group runs that differ in their seed alone: the rows of a page.
 
-    A second run of one seed is a row of its own, for nothing says which of the two counts. Runs
-    that differ in any other setting are rows of their own as well.
+    A second run of one seed is a separate row, since nothing says which of the two counts. Runs
+    that differ in any other setting are separate rows as well.
     """
-    found: dict[str, list[dict[int | None, RunResults]]] = {}
-    order: list[dict[int | None, RunResults]] = []
+    by_settings: dict[str, list[dict[int | None, RunResults]]] = {}
+    rows: list[dict[int | None, RunResults]] = []
     for run in runs:
-        groups = found.setdefault(_apart_from_seed(run), [])
+        groups = by_settings.setdefault(_settings_key(run), [])
         free = [group for group in groups if run.seed not in group and None not in group]
         if not free or run.seed is None:
             free = [{}]
             groups += free
-            order += free
+            rows += free
         free[0][run.seed] = run
-    members = [tuple(group[seed] for seed in sorted(group, key=_seed_order)) for group in order]
-    return [Trainings(label, own) for label, own in zip(_labels(members), members, strict=True)]
+    members = [
+        tuple(by[s] for s in sorted(by, key=lambda s: -1 if s is None else s)) for by in rows
+    ]
+    return [SeedGroup(label, own) for label, own in zip(_labels(members), members, strict=True)]
 
 
-def _seed_order(seed: int | None) -> int:
-    return -1 if seed is None else seed
-
-
-def _apart_from_seed(run: RunResults) -> str:
-    """Equal for runs that differ in their seed, their name and their machine alone."""
+def _settings_key(run: RunResults) -> str:
+    """Equal for runs that differ in their seed, name and machine alone."""
     try:
         settings = decisive_settings(tomllib.loads(run.spec))
     except tomllib.TOMLDecodeError:
         settings = {"spec": run.spec}
-    left = {k: v for k, v in settings.items() if k not in _NO_SETTINGS}
+    compared = {k: v for k, v in settings.items() if k not in _NO_SETTINGS}
     decisive = {name: run.conditions.get(name) for name in _DECISIVE}
-    names = (run.regime, str(run.manifest["label"]), _data_name(run))
-    return json.dumps([names, left, decisive], sort_keys=True, default=str)
+    names = (run.algorithm, str(run.manifest["label"]), run.data_name)
+    return json.dumps([names, compared, decisive], sort_keys=True, default=str)
 
 
 def _labels(members: Sequence[tuple[RunResults, ...]]) -> list[str]:
     """A name for each row, by what distinguishes the first runs where labels are equal."""
     firsts = [own[0] for own in members]
     labels = [own[0].label if len(own) == 1 else str(own[0].manifest["label"]) for own in members]
-    if len(set(labels)) == len(labels):
-        return labels
+    numbers = {id(run): str(number) for number, run in enumerate(firsts, start=1)}
+    details: tuple[Callable[[RunResults], str], ...] = (
+        lambda run: str(run.manifest.get("name", "")),
+        lambda run: run.folder.resolve().name,
+        lambda run: numbers[id(run)],
+    )
     candidates = labels
-    for apart in (_study_name, _folder_name, _number(firsts)):
-        candidates = [
-            f"{label} ({apart(run)})" if labels.count(label) > 1 else label
-            for label, run in zip(labels, firsts, strict=True)
-        ]
+    for detail in details:
         if len(set(candidates)) == len(candidates):
             break
+        candidates = [
+            f"{label} ({detail(run)})" if labels.count(label) > 1 else label
+            for label, run in zip(labels, firsts, strict=True)
+        ]
     return candidates
 
 
-def _study_name(run: RunResults) -> str:
-    return str(run.manifest.get("name", ""))
-
-
-def _folder_name(run: RunResults) -> str:
-    return run.folder.resolve().name
-
-
-def _number(runs: Sequence[RunResults]) -> Callable[[RunResults], str]:
-    places = {id(run): str(position) for position, run in enumerate(runs, start=1)}
-    return lambda run: places[id(run)]
-
-
-def apart(runs: Sequence[RunResults]) -> list[list[RunResults]]:
+def by_perturbation(runs: Sequence[RunResults]) -> list[list[RunResults]]:
     """The runs of a report once for every perturbation, each with the clients that certify it.
 
-    Radii of different perturbations have no common axis and no common mean, so everything is
-    shown for one of them at a time. Runs that are comparable come apart alike.
+    Radii of different perturbations have no common axis and no common mean, so each perturbation
+    is reported separately. The parts of comparable runs correspond.
     """
-    parts = [run.certificates.by_perturbation() for run in runs]
-    return [
-        [
-            dataclasses.replace(run, certificates=part[at])
-            for run, part in zip(runs, parts, strict=True)
-        ]
-        for at in range(len(parts[0]))
-    ]
+    return [list(part) for part in zip(*(run.parts for run in runs), strict=True)]
 
 
 def check_comparable(runs: Sequence[Row]) -> None:
-    """Refuse to put runs side by side whose radii or images mean different things.
+    """Refuse to compare runs whose radii or images mean different things.
 
     Raises:
         StoreMismatch: no run, or runs of different data, family, norm or unit, or whose clients
-            certify different perturbations of their own.
+            certify different perturbations.
     """
     if not runs:
         raise StoreMismatch("A report needs at least one run folder.")
     for run in runs[1:]:
-        one, other = (_own_perturbations(r) for r in (runs[0], run))
-        _agree(runs[0], run, "perturbations of clients", one, other)
+        one, other = (_perturbations_by_client(r) for r in (runs[0], run))
+        _require_equal(runs[0], run, "perturbations of clients", one, other)
         for name in _MUST_AGREE if one is None else ():
-            _agree(runs[0], run, name, runs[0].conditions[name], run.conditions[name])
-        _agree(runs[0], run, "data", _data_name(runs[0]), _data_name(run))
+            _require_equal(runs[0], run, name, runs[0].conditions[name], run.conditions[name])
+        _require_equal(runs[0], run, "data", runs[0].data_name, run.data_name)
 
 
-def _agree(first: Row, second: Row, name: str, one: object, other: object) -> None:
+def _require_equal(first: Row, second: Row, name: str, one: object, other: object) -> None:
     if one != other:
         raise StoreMismatch(
-            f"{first.folder} and {second.folder} cannot stand in one report: they differ in "
+            f"{first.folder} and {second.folder} cannot be in one report: they differ in "
             f"{name} ({one} and {other}), so their radii cannot be compared. Report them "
             "separately."
         )
 
 
-def _own_perturbations(run: Row) -> dict[str, str] | None:
+def _perturbations_by_client(run: Row) -> dict[str, str] | None:
     """By client what it certifies; None where all certify one perturbation."""
-    if PERTURBATIONS not in run.conditions:
+    if len(run.parts) == 1:
         return None
     return {
-        f"client {client}": json.dumps(facts.get("description"), sort_keys=True)
-        for clients, facts in entries(run.conditions)
-        for client in clients or ()
+        f"client {client}": json.dumps(part.conditions.get("description"), sort_keys=True)
+        for part in run.parts
+        for client in part.clients
     }
 
 
-def _data_name(run: Row) -> str:
-    data = run.manifest.get("data")
-    return str(data.get("name", "")) if isinstance(data, Mapping) else ""
+def _label(run: StoredRun) -> str:
+    run.require_finished()
+    if not {"label", "regime"} <= set(run.manifest):
+        raise damaged_manifest(run.path, "it must name the run's label and regime")
+    return str(run.manifest["label"]).replace("Personalised", "Personalized")  # runs of 0.1.0
 
 
-def _manifest(place: Path) -> Mapping[str, Any]:
-    path = place / "run.json"
-    if not path.is_file():
-        raise StoreMismatch(
-            f"{place} holds no run: there is no run.json. "
-            "Give the folder that `certifl run` wrote."
-        )
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or not {"label", "regime", "status"} <= set(manifest):
-        raise StoreError(
-            f"{path} is damaged: it must name the run's label, regime and status. "
-            "Repeat the command that made the run."
-        )
-    if manifest["status"] != "finished":
-        command = manifest.get("command", "certifl run")
-        raise StoreMismatch(
-            f"The run in {place} is not finished (status: {manifest['status']}). "
-            f"Go on with `{command}`, then report."
-        )
-    return manifest
-
-
-def _certificates(place: Path) -> Certificates:
-    path = place / "certificates.parquet"
-    if not path.is_file() and (place / CURVES).is_file():
-        return told_certificates(place)
-    try:
-        certificates = Certificates.load(path)
-    except (InputError, OSError) as error:
-        raise StoreError(f"{error} Repeat the command that made the run in {place}.") from error
-    problem = _problem(certificates)
+def _certificates(run: StoredRun) -> Certificates:
+    if run.curves_only:
+        return certificates_from_curves(run)
+    problem = _problem(run.certificates)
     if problem:
-        raise StoreError(f"{path} cannot be reported: {problem}.")
-    return certificates
-
-
-def _predictions(place: Path) -> Predictions:
-    try:
-        return Predictions.load(place / "predictions.parquet")
-    except InputError as error:
-        raise StoreError(f"{error} Repeat the command that made the run in {place}.") from error
+        raise StoreError(f"{run.folder.certificates} cannot be reported: {problem}.")
+    return run.certificates
 
 
 def _problem(certificates: Certificates) -> str | None:
-    """Why these certificates cannot be summarised, or None."""
+    """Why these certificates cannot be summarized, or None."""
     try:
-        described = [facts for _, facts in entries(certificates.conditions)]
+        described = [metadata for _, metadata in entries(certificates.conditions)]
     except (KeyError, TypeError, ValueError):
         return "its conditions do not say whose perturbation is which"
-    missing = [n for n in _NEEDED_CONDITIONS if any(n not in facts for facts in described)]
+    missing = [n for n in _REQUIRED_METADATA if any(n not in one for one in described)]
     if missing:
         return f"its conditions do not name {', '.join(missing)}"
     if len(certificates) == 0:
-        return "it holds no image"
+        return "it contains no image"
     if not np.all(np.isfinite(certificates.radius) & (certificates.radius >= 0)):
-        return "it holds a radius that is no finite number from 0 up"
+        return "a radius is not a finite number from 0 up"
     if np.any(certificates.label == UNLABELLED):
         return "some images have no label, so nothing can be called correct"
-    places = np.stack([certificates.client, certificates.index], axis=1)
-    if len(np.unique(places, axis=0)) != len(places):
+    images = np.stack([certificates.client, certificates.index], axis=1)
+    if len(np.unique(images, axis=0)) != len(images):
         return "the same image of a client appears twice"
-    if not all(math.isfinite(float(facts["sigma"])) for facts in described):
-        return "its sigma is no finite number"
+    if not all(math.isfinite(float(metadata["sigma"])) for metadata in described):
+        return "its sigma is not a finite number"
     owners = np.sum(masks(certificates.conditions, certificates.client), axis=0)
     if np.any(owners != 1):
         return "it does not say which perturbation some client certified"
     return None
 
 
-def _history(path: Path) -> tuple[Mapping[str, Any], ...]:
-    """Every round's line; a run of a model that was trained elsewhere has none."""
-    if not path.is_file():
-        return ()
-    rounds = []
-    for number, line in enumerate(_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            rounds.append(_round(parse_json(line)))
-        except ValueError as error:
-            raise StoreError(f"{path}, line {number} is damaged: {error}.") from error
-    return tuple(rounds)
+def _history(run: StoredRun) -> tuple[Mapping[str, Any], ...]:
+    """Every round's entry; a run of a model that was trained elsewhere has none."""
+    for number, entry in enumerate(run.history, start=1):
+        if problem := _round_problem(entry):
+            raise StoreError(f"{run.folder.history}, line {number} is damaged: {problem}.")
+    return tuple(run.history)
 
 
-def _round(entry: Any) -> Mapping[str, Any]:
-    """A round as it was recorded: what the page computes with is of the type that it takes."""
-    if not isinstance(entry, dict):
-        raise InputError("it is not a JSON object")
+def _round_problem(entry: Mapping[str, Any]) -> str:
+    """Why the page cannot compute with a round; "" where it can."""
     if not isinstance(entry.get("round", 0), int):
-        raise InputError("its round is not a number")
+        return "its round is not a number"
     clients, left_out = entry.get("clients", {}), entry.get("left_out", [])
     rows = list(clients.values()) if isinstance(clients, dict) else clients
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError("its clients are not objects")
+        return "its clients are not objects"
     if not isinstance(left_out, list) or not all(_is_fault(fault) for fault in left_out):
-        raise InputError("it does not say which client was left out, and why")
-    return entry
+        return "it does not say which client was left out, and why"
+    return ""
 
 
 def _is_fault(fault: object) -> bool:
@@ -439,125 +403,18 @@ def _text(path: Path) -> str:
         raise StoreError(f"Cannot read {path}: {error}. Is this a whole run folder?") from error
 
 
-# Runs whose clients told curves and kept their certificates to themselves.
-#
-# A curve is, at every radius of a grid, how many of a client's test images are certified correct,
-# and their average certified radius. Rows that come to just this are made from it, so that the
-# page
-# is the one of a run in one place: at the grid's radii, where curves are drawn, and for the
-# average,
-# they say what was told; between two radii they say nothing that was not implied.
-#
-# Who abstained, which image is which, and what votes were cast is not told and not shown.
+# Settings of a spec that decide whether runs can be compared.
 
 
-CURVES, TOLD = "curves.json", "told"
-_MOST_IMAGES = 10**7
-
-Floats = NDArray[np.float64]
-
-
-def told_certificates(place: Path) -> Certificates:
-    """Rows that come to what the clients told.
-
-    Raises:
-        StoreMismatch: no client told anything. StoreError: the file is damaged.
-    """
-    held = read_json(place / CURVES)
-    try:
-        clients = {int(client): curve for client, curve in held["clients"].items()}
-        if not clients:
-            raise StoreMismatch(
-                f"In {place} every client keeps its certificates to itself: there is nothing to "
-                "report. Their own folders hold them."
-            )
-        parts = [implied(client, clients[client]) for client in sorted(clients)]
-        return Certificates.concatenate(parts)
-    except MALFORMED as error:
-        if isinstance(error, StoreMismatch):
-            raise
-        raise StoreError(f"{place / CURVES} is damaged: {error!r}.") from error
-
-
-def implied(client: int, curve: Mapping[str, Any]) -> Certificates:
-    """One client's rows; `curve` holds radii, correct, images, acr and conditions."""
-    grid = np.asarray(curve["radii"], np.float64)
-    counts = np.asarray(curve["correct"], np.int64)
-    images, acr = int(curve["images"]), float(curve["acr"])
-    _check(grid, counts, images, acr)
-    in_step = counts - np.append(counts[1:], 0)
-    reach = _within(grid, in_step, images * acr)
-    right = len(reach)
-    radius = np.zeros(images)
-    radius[:right] = reach
-    predicted = np.full(images, ABSTAINED, np.int64)
-    predicted[:right] = 0
-    none, nothing = np.zeros(images, np.int64), np.full(images, np.nan)
-    made = Certificates(
-        client=np.full(images, client, np.int64),
-        index=np.arange(images),
-        label=none,
-        predicted=predicted,
-        radius=radius,
-        p_lower=nothing,
-        p_upper=nothing,
-        counts=np.zeros((images, 1), np.int64),
-        selection_counts=np.zeros((images, 1), np.int64),
-        looks=none,
-        level=nothing,
-        seconds=np.zeros(images),
-    )
-    conditions = {**curve["conditions"], TOLD: "curve"}
-    return dataclasses.replace(made, conditions=conditions)
-
-
-def _check(grid: Floats, counts: NDArray[np.int64], images: int, acr: float) -> None:
-    """Refuse numbers that no certificates come to, before memory is taken for them.
-
-    Raises:
-        ValueError: they are such numbers.
-    """
-    if grid.ndim != 1 or grid.shape != counts.shape or not len(grid):
-        raise ValueError(f"{counts.size} counts for {grid.size} radii")
-    falling = counts[0] <= images and counts[-1] >= 0 and bool((np.diff(counts) <= 0).all())
-    rising = bool(np.isfinite(grid).all()) and grid[0] >= 0 and bool((np.diff(grid) >= 0).all())
-    if not (1 <= images <= _MOST_IMAGES and falling and rising):
-        raise ValueError("counts must fall from at most all images, at radii that rise")
-    if not (np.isfinite(acr) and acr >= 0):
-        raise ValueError(f"an average certified radius of {acr}")
-
-
-def _within(grid: Floats, in_step: NDArray[np.int64], total: float) -> Floats:
-    """A radius for every image that is certified correct, in its step of the grid.
-
-    All lie at the same part of their steps, such that they sum to `total`; images at the last
-    radius of the grid lie there, or as far beyond it as the sum demands.
-    """
-    low = np.repeat(grid, in_step)
-    if not len(low):
-        return low
-    room = np.repeat(np.append(np.diff(grid), 0.0), in_step)
-    rest = max(0.0, total - float(low.sum()))
-    inside = float(room.sum())
-    if inside > 0:
-        part = min(rest / inside, 1.0 - 1e-9)
-        low = low + part * room
-        rest -= part * inside
-    last = int(in_step[-1])
-    if rest > 1e-12 and last:
-        low[-last:] += rest / last
-    return low
-
-
-# Keys that specs of older runs lack, which were computed as these values have it.
+# Keys that specs of older runs lack, with the values those runs were computed with.
 LATER: Mapping[str, Any] = {"training.steps": "plain", "training.precision": "float32"}
 
 
 def decisive_settings(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a spec by "section.key".
 
-    Where a key that came later says what every run was before, it is left out, so that runs of
-    older versions stand beside newer ones.
+    A later key with the value that all older runs had is left out, so that runs of older versions
+    can be compared with newer ones.
     """
     return {key: value for key, value in _by_key(spec) if key not in LATER or value != LATER[key]}
 

@@ -1,32 +1,44 @@
-"""How a regime looks everywhere: one colour, dash and marker, the same in figures and on the page.
+"""How algorithms and numbers look everywhere, in figures and on the page.
 
-Colours are those of Okabe and Ito (2008), chosen to be told apart with any common colour
-blindness, and two more in place of black and grey: grey stands for "too close to call". Dash and
-marker repeat the distinction for print in black and white.
+An algorithm has one color, dash and marker. Colors are those of Okabe and Ito (2008), which can be
+distinguished with any common color blindness, and two more in place of black and gray: gray means
+"too close to call". Dash and marker repeat the distinction for print in black and white.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from certifl.report.results import Row
 
+_NBSP = "\N{NO-BREAK SPACE}"
+_PER_CENT = re.compile(r"(?<=\d) (?=%)")
+_NAMED = re.compile(r"\b(λ|lambda) = (?=[\d.])")
+
+
+def unbroken(text: str) -> str:
+    """The text with no line break within "95 %" or "λ = 0.5"; for people, never for data."""
+    if " " not in text:
+        return text
+    return _NAMED.sub(rf"\1{_NBSP}={_NBSP}", _PER_CENT.sub(_NBSP, text))
+
 
 @dataclass(frozen=True)
 class Look:
-    """The look of one regime.
+    """The look of one algorithm.
 
     Attributes:
-        slot: its position in `LOOKS`; the page's style sheet has one colour per slot.
-        colour: on white.
-        dash: lengths of dash and gap in line widths; empty for a whole line.
+        slot: its position in `LOOKS`; the page's style sheet has one color per slot.
+        color: on white.
+        dash: lengths of dash and gap in line widths; empty for a solid line.
         marker: as matplotlib names it; the page draws the same shapes.
     """
 
     slot: int
-    colour: str
+    color: str
     dash: tuple[float, ...]
     marker: str
 
@@ -46,12 +58,12 @@ _OWN_SLOT = {"local": 0, "fedavg": 1, "personalized": 2, "mixture": 3}
 
 
 def looks_of(runs: Sequence[Row]) -> list[Look]:
-    """One look per run: a regime keeps its own wherever it appears; others take what is free."""
+    """One look per run: common algorithms have fixed looks, others take the free ones."""
     taken: list[int | None] = []
     for run in runs:
-        own = _OWN_SLOT.get(run.regime)
+        own = _OWN_SLOT.get(run.algorithm)
         taken.append(own if own is not None and own not in taken else None)
-    # Slots that belong to no regime go first: one known regime more then changes no other colour.
+    # Slots without a fixed algorithm go first, so one more fixed look changes no other color.
     order = [4, 5, 6, 7, 0, 1, 2, 3]
     free = [slot for slot in order if slot not in taken]
     looks = []
@@ -64,12 +76,12 @@ def looks_of(runs: Sequence[Row]) -> list[Look]:
 
 
 def look_number(position: int) -> Look:
-    """The look of the curve at a position, where curves are no regimes: the clients of one run."""
+    """The look of the curve at a position, where curves are the clients of one run."""
     return LOOKS[position] if position < len(LOOKS) else _mixed(position)
 
 
 def _mixed(position: int) -> Look:
-    """A ninth look and more: a colour again, with another dash and another marker."""
+    """Looks from the ninth on: a color again, with another dash and another marker."""
     count = len(LOOKS)
     dash, marker = LOOKS[(position + 3) % count].dash, LOOKS[(position + 5) % count].marker
     return dataclasses.replace(LOOKS[position % count], dash=dash, marker=marker)

@@ -1,9 +1,9 @@
-"""What a run's certificates come to: curves per client, radii, shares, votes, with intervals.
+"""Summaries of a run's certificates: curves per client, radii, shares, votes, with intervals.
 
-Two averages appear and are named wherever they are shown. Curves and average certified radii
-count every CLIENT once, as the paper does; certified accuracies in tables count every IMAGE once,
-so that an exact binomial interval belongs to them. With equally many images per client the two
-agree. A row of several seeds has the mean over its seeds, each seed counted once.
+There are two averages, named wherever they are shown. Curves and average certified radii count
+every CLIENT once, as the paper does; certified accuracies in tables count every IMAGE once, so
+that they have an exact binomial interval. With equally many images per client the two agree. A row
+of several seeds has the mean over its seeds, each seed counted once.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ from certifl.certification.certificates import Certificates
 from certifl.certification.settings import GRID_POINTS
 from certifl.report.intervals import Sample, interval_over_seeds, too_few
 from certifl.report.results import Row, RunResults, flat
-from certifl.report.units import RadiusScale
+from certifl.report.units import RadiusScale, family_words, scales, sigma_text
 from certifl.smoothing import curves
+from certifl.smoothing.arrays import Floats, Ints
 from certifl.smoothing.bounds import clopper_pearson_lower, clopper_pearson_upper
 from certifl.smoothing.laws import LAWS
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 _CLIENT_STEP = 2**40
 
@@ -41,7 +39,7 @@ class Share:
     """A share of images with its 95 % interval.
 
     Attributes:
-        value: the share of the images at hand.
+        value: the share of the certified images.
         low, high: exact (Clopper-Pearson) 95 % limits of the share among all images like these.
     """
 
@@ -57,7 +55,7 @@ class Votes:
     Attributes:
         estimation: votes that bound probabilities.
         selection: votes that chose classes.
-        fixed: what n0 + n votes on every image would have been; None where n is not recorded.
+        fixed: votes with n0 + n on every image; None where n is not recorded.
         per_image: mean estimation votes of an image.
     """
 
@@ -73,7 +71,7 @@ class Votes:
 
     @property
     def saved(self) -> float | None:
-        """Share of the votes of a fixed n that were not needed."""
+        """Share of the votes of a fixed n that were saved by stopping early."""
         return None if not self.fixed else 1.0 - self.spent / self.fixed
 
 
@@ -115,9 +113,9 @@ def _curve(certificates: Certificates, radii: Sequence[float] | Floats) -> Float
 
 def _over_seeds(row: Row, value: Callable[[RunResults], Floats]) -> Floats:
     """(clients, ...) mean over seeds of what each run gives for each of its clients."""
-    found = [(run.clients.tolist(), value(run)) for run in row.runs]
+    by_run = [(run.clients.tolist(), value(run)) for run in row.runs]
     of_client = [
-        [values[clients.index(client)] for clients, values in found if client in clients]
+        [values[clients.index(client)] for clients, values in by_run if client in clients]
         for client in row.clients.tolist()
     ]
     return np.stack([np.mean(values, axis=0) for values in of_client])
@@ -132,7 +130,7 @@ def spread(row: Row) -> tuple[int, int, float]:
     """The client with the largest and with the smallest average certified radius, and the gap.
 
     Over several seeds the gap is the mean of the seeds' own: with another seed another client is
-    the best, and averaging each client first would make clients more alike than they ever were.
+    the best, and averaging each client first would make clients more alike than they are.
     """
     radii = client_acr(row)
     best, worst = int(radii.argmax()), int(radii.argmin())
@@ -148,40 +146,61 @@ def share(count: int, images: int) -> Share:
     return Share(count / images, low, high)
 
 
-def shares_over_seeds(held: Sequence[NDArray[np.bool_]], images: Sequence[Ints]) -> Share:
+def shares_over_seeds(hits: Sequence[NDArray[np.bool_]], images: Sequence[Ints]) -> Share:
     """Mean over seeds of a share of images, with an interval over images and seeds.
 
     Args:
-        held: of each seed, (its images,).
-        images: of each seed, which these are.
+        hits: of each seed, (its images,).
+        images: of each seed, the numbers of these images.
     """
-    samples = [Sample.of([own], [which]) for own, which in zip(held, images, strict=True)]
-    if len(held) == 1:
-        return share(int(held[0].sum()), len(held[0]))
-    value = float(np.mean([own.mean() for own in held]))
-    if any(too_few([len(own)]) for own in held):
+    if len(hits) == 1:
+        return share(int(hits[0].sum()), len(hits[0]))
+    value = float(np.mean([own.mean() for own in hits]))
+    if any(too_few([len(own)]) for own in hits):
         return Share(value, 0.0, 1.0)
+    samples = [Sample.of([own], [numbers]) for own, numbers in zip(hits, images, strict=True)]
     low, high = interval_over_seeds(samples, 1.0 - CONFIDENCE, 1.0)
     return Share(value, max(0.0, float(low[0])), min(1.0, float(high[0])))
 
 
 def accuracy_share(row: Row, radius: float) -> Share:
     """Certified accuracy at a radius over all images of all clients."""
-    held = [r.certificates.correct & (r.certificates.radius >= radius) for r in row.runs]
-    return shares_over_seeds(held, [image_numbers(run) for run in row.runs])
+    hits = [r.certificates.correct & (r.certificates.radius >= radius) for r in row.runs]
+    return shares_over_seeds(hits, [image_numbers(run) for run in row.runs])
 
 
 def abstained_share(row: Row) -> Share:
     """Share of all images without a certificate."""
-    held = [run.certificates.abstained for run in row.runs]
-    return shares_over_seeds(held, [image_numbers(run) for run in row.runs])
+    hits = [run.certificates.abstained for run in row.runs]
+    return shares_over_seeds(hits, [image_numbers(run) for run in row.runs])
+
+
+def client_share(row: Row, client: int) -> Share | None:
+    """A client's certified accuracy at radius 0; None where it has no certificates."""
+    own = [(run, run.certificates.client == client) for run in row.runs]
+    own = [(run, at) for run, at in own if at.any()]
+    if not own:
+        return None
+    hits = [run.certificates.correct[at] for run, at in own]
+    return shares_over_seeds(hits, [image_numbers(run)[at] for run, at in own])
+
+
+def plain_rows(rows: Sequence[Row]) -> list[tuple[str, int, int, int]]:
+    """(label, client, images, correct) of every client that certifies nothing."""
+    return [
+        (run.label, client, int((run.plain.client == client).sum()), int(hits.sum()))
+        for run in flat(rows)
+        if run.plain is not None
+        for client in run.plain.clients
+        for hits in [run.plain.correct[run.plain.client == client]]
+    ]
 
 
 def image_numbers(run: RunResults) -> NDArray[Any]:
     """(m,) equal numbers in two runs of one data set are the same image.
 
     The index in the data, whichever client holds it; where two clients of a run have images of
-    the same index, each has data of its own, and the client belongs to the number.
+    the same index, each has its own data, and the client is part of the number.
     """
     certificates = run.certificates
     index = certificates.index.astype(np.int64)
@@ -191,7 +210,7 @@ def image_numbers(run: RunResults) -> NDArray[Any]:
 
 
 def vote_cost(row: Row) -> Votes:
-    """Votes spent, and what a fixed number of votes on every image would have cost.
+    """Votes cast, and what a fixed number of votes on every image would have cost.
 
     Of several seeds the sum, and votes per image over all of their images.
     """
@@ -206,12 +225,12 @@ def vote_cost(row: Row) -> Votes:
 
 
 def _vote_cost(run: RunResults) -> Votes:
-    certificates, facts = run.certificates, run.conditions
+    certificates, metadata = run.certificates, run.conditions
     estimation = int(certificates.counts.sum())
     selection = int(certificates.selection_counts.sum())
     fixed = None
-    if facts.get("n") and facts.get("n0") and estimation:
-        fixed = len(certificates) * (int(facts["n"]) + int(facts["n0"]))
+    if metadata.get("n") and metadata.get("n0") and estimation:
+        fixed = len(certificates) * (int(metadata["n"]) + int(metadata["n0"]))
     return Votes(estimation, selection, fixed, estimation / len(certificates))
 
 
@@ -220,22 +239,37 @@ def largest_radius(rows: Sequence[Row]) -> float:
     runs = flat(rows)
     ends = [float(run.certificates.radius.max()) for run in runs]
     for run in runs:
-        facts = run.conditions
-        law = LAWS.get(str(facts.get("law")))
-        if law is not None and facts.get("n"):
-            ends.append(
-                law.largest_radius(float(facts["sigma"]), int(facts["n"]), float(facts["alpha"]))
-            )
+        radius = unanimous_radius(run.conditions)
+        ends += [] if radius is None else [radius]
     end = max(ends)
     return end if end > 0 else float(runs[0].conditions["sigma"])
+
+
+def unanimous_radius(metadata: Mapping[str, Any]) -> float | None:
+    """The radius of unanimous votes; None where the certificates do not say enough."""
+    law = LAWS.get(str(metadata.get("law")))
+    if law is None or not metadata.get("n"):
+        return None
+    sigma, n, alpha = metadata["sigma"], metadata["n"], metadata["alpha"]
+    return law.largest_radius(float(sigma), int(n), float(alpha))
+
+
+def first_unit(rows: Sequence[Row]) -> RadiusScale:
+    """The unit that is read first: degrees for angles."""
+    return scales(rows[0].conditions, largest_radius(rows))[0]
+
+
+def noise_words(metadata: Mapping[str, Any]) -> str:
+    """The perturbation and its sigma."""
+    return f"{family_words(metadata)}, σ = {sigma_text(metadata)}"
 
 
 def radius_grid(rows: Sequence[Row]) -> Floats:
     """Radii for curves, in the stored unit, from 0 up.
 
-    The radii the votes were spent for: those the runs name, if they are enough for a curve, or the
-    even grid that certification takes by default. Between two radii of that grid a certificate may
-    be smaller than more votes would have made it.
+    The radii that voting aimed at: those the runs name, if they are enough for a curve, or the
+    even grid that is the default of certification. Between two radii of that grid a certificate
+    may be smaller than more votes would have made it.
     """
     runs = flat(rows)
     named = [run.conditions.get("radii") for run in runs]
@@ -266,7 +300,7 @@ def _nice_step(smallest: float) -> float:
     return next(nice * power for nice in _NICE if nice * power >= smallest * (1 - 1e-12))
 
 
-# Training history as curves: what was recorded each round, mean over clients with its band.
+# Training history: measures recorded each round, mean over clients with its band.
 
 
 _FIRST = ("loss", "accuracy")
@@ -295,7 +329,7 @@ class MeasureCurve:
 
 def measures_of(rows: Sequence[Row]) -> list[str]:
     """Names of all recorded measures: loss and accuracy first, the others by name."""
-    found = {
+    names = {
         str(name)
         for run in flat(rows)
         for entry in run.history
@@ -303,18 +337,18 @@ def measures_of(rows: Sequence[Row]) -> list[str]:
         for name, value in measures.items()
         if _number(value) is not None
     }
-    return [n for n in _FIRST if n in found] + sorted(found.difference(_FIRST))
+    return [n for n in _FIRST if n in names] + sorted(names.difference(_FIRST))
 
 
 def measure_curves(row: Row, measure: str) -> MeasureCurve | None:
     """One measure, over the clients of all seeds; None where it was never recorded."""
-    known: dict[float, list[float]] = {}
+    by_round: dict[float, list[float]] = {}
     for run in row.runs:
         for position, entry in enumerate(run.history):
             numbers = [_number(measures.get(measure)) for measures in _clients(entry)]
             number = float(entry.get("round", position)) + 1.0
-            known.setdefault(number, []).extend(n for n in numbers if n is not None)
-    rows = [(n, float(np.mean(v)), min(v), max(v)) for n, v in sorted(known.items()) if v]
+            by_round.setdefault(number, []).extend(n for n in numbers if n is not None)
+    rows = [(n, float(np.mean(v)), min(v), max(v)) for n, v in sorted(by_round.items()) if v]
     if not rows:
         return None
     rounds, mean, low, high = np.array(rows, np.float64).T
@@ -322,7 +356,7 @@ def measure_curves(row: Row, measure: str) -> MeasureCurve | None:
 
 
 def left_out_words(run: RunResults) -> str | None:
-    """Which clients failed and were left out of rounds, in a sentence; None where none was."""
+    """Which clients failed and were left out of rounds, in a sentence; None where none did."""
     faults = [
         (int(fault["client"]), entry.get("round", position), str(fault["reason"]))
         for position, entry in enumerate(run.history)

@@ -1,4 +1,4 @@
-"""The summary of some runs as rows, for a table on the terminal or for further work."""
+"""The summary of some runs as rows, for a table on the terminal or for further processing."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from certifl.report.compare import own_interval
-from certifl.report.page.perturbations import noise_words, plain_rows
-from certifl.report.page.privacy import privacy_words
-from certifl.report.results import Row, RunResults, apart, by_seed, load_runs
+from certifl.report.page.background import privacy_words
+from certifl.report.results import Row, RunResults, by_perturbation, by_seed, load_runs
 from certifl.report.summary import (
     abstained_share,
     accuracy_share,
-    largest_radius,
+    first_unit,
     left_out_words,
     mean_acr,
+    noise_words,
+    plain_rows,
     selected_radii,
     spread,
     vote_cost,
 )
-from certifl.report.units import scales
 from certifl.report.wording import percent
 
 
@@ -28,9 +28,9 @@ def summary_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]
     """One row per algorithm and setting, the same numbers as on the page.
 
     Runs that differ in their seed alone are one row: means over the seeds, with intervals that
-    contain the scatter between them.
+    include the variation between them.
 
-    Where clients certify perturbations of their own, one row per perturbation and run.
+    Where clients certify different perturbations, one row per perturbation and run.
 
     Args:
         runs: run folders, or runs that were read before.
@@ -42,24 +42,24 @@ def summary_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]
         `spread` between best and worst client and `spread_text`; `accuracy`, a list of {`radius`,
         `radius_text`, `value`, `text`, `low`, `high`} with 95 % limits, exact for one seed;
         `abstained` (None where not reported); `votes_per_image`; `votes_saved` relative to a fixed
-        number (None if not recorded); `left_out`, which clients
-        failed in training, in words (None if none did); `privacy`, what training spent of it, in
-        words (None without privacy). Where clients certify perturbations of
-        their own, `perturbation`, in words, and `of_clients`, who certifies it, else None.
-        `plain`, one {`client`, `images`, `correct`} for each client of the run that certifies
-        nothing: its plain accuracy, which no other number of the row contains.
+        number (None if not recorded); `left_out`, which clients failed in training, in words (None
+        if none did); `privacy`, the privacy spent by training, in words (None without privacy).
+        Where clients certify different perturbations, `perturbation`, in words, and `of_clients`,
+        the clients that certify it, else None. `plain`, one {`client`, `images`, `correct`} for
+        each client of the run that certifies nothing: its plain accuracy, which no other number of
+        the row includes.
 
     Raises:
         StoreMismatch: a run that is missing or unfinished, or runs that cannot be compared.
         StoreError: a run that is damaged.
     """
-    groups = apart(load_runs(runs))
+    groups = by_perturbation(load_runs(runs))
     return [row for group in groups for row in _rows(by_seed(group), len(groups) > 1)]
 
 
 def _rows(loaded: Sequence[Row], own: bool) -> list[dict[str, Any]]:
     """Rows about the clients that certify one perturbation."""
-    scale = scales(loaded[0].conditions, largest_radius(loaded))[0]
+    scale = first_unit(loaded)
     radii = selected_radii(loaded, scale)
     rows = []
     for run in loaded:
@@ -68,7 +68,7 @@ def _rows(loaded: Sequence[Row], own: bool) -> list[dict[str, Any]]:
         shares = [(text, radius, accuracy_share(run, radius)) for text, radius in radii]
         rows.append(
             {
-                "regime": run.regime,
+                "regime": run.algorithm,
                 "label": run.label,
                 "seeds": [one.seed for one in run.runs],
                 "images": sum(len(one.certificates) for one in run.runs),
@@ -92,12 +92,12 @@ def _rows(loaded: Sequence[Row], own: bool) -> list[dict[str, Any]]:
                     }
                     for text, radius, s in shares
                 ],
-                "abstained": None if run.told else abstained_share(run).value,
+                "abstained": None if run.curves_only else abstained_share(run).value,
                 "votes_per_image": votes.per_image,
                 "votes_saved": votes.saved,
                 "left_out": _of_runs(run, left_out_words),
                 "privacy": _of_runs(run, privacy_words),
-                "perturbation": noise_words(loaded) if own else None,
+                "perturbation": noise_words(run.conditions) if own else None,
                 "of_clients": run.clients.tolist() if own else None,
                 "plain": [
                     {"client": client, "images": images, "correct": correct}
@@ -109,9 +109,8 @@ def _rows(loaded: Sequence[Row], own: bool) -> list[dict[str, Any]]:
 
 
 def _of_runs(row: Row, words: Callable[[RunResults], str | None]) -> str | None:
-    """What is to say of the runs of a row; of several seeds, which one it is said of."""
-    found = [(run.seed, words(run)) for run in row.runs]
-    told = [(seed, said) for seed, said in found if said is not None]
-    if len({said for _, said in told}) <= 1 and len(told) in (0, len(found)):
-        return told[0][1] if told else None
-    return "; ".join(f"seed {seed}: {said}" for seed, said in told)
+    """Words about the runs of a row; with their seeds where these differ."""
+    found = [(run.seed, text) for run in row.runs if (text := words(run)) is not None]
+    if len({text for _, text in found}) <= 1 and len(found) in (0, len(row.runs)):
+        return found[0][1] if found else None
+    return "; ".join(f"seed {seed}: {text}" for seed, text in found)

@@ -7,17 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from certifl.perturbations import family_label
+from certifl.perturbations.units import ANGLE
 from certifl.smoothing.rounding import floor_text
-
-FAMILY_WORDS = {
-    "pixel": "pixel noise",
-    "translation": "translation",
-    "rotation": "rotation",
-    "scaling": "scaling",
-    "affine": "affine deformation",
-    "smooth_flow": "smooth flow",
-    "dense_flow": "dense flow",
-}
 
 _SIGNIFICANT = 4
 # The factor, two products and the reading of the text are off by at most 2**-53 of the result
@@ -91,7 +83,7 @@ def scales(conditions: Mapping[str, Any], largest: float) -> tuple[RadiusScale, 
     """
     unit = str(conditions["unit"])
     stored = RadiusScale(unit, f" {unit}", 1.0, _digits(largest))
-    if conditions["family"] != "rotation":
+    if unit != ANGLE:
         return (stored,)
     factor = 180.0 / math.pi
     return (RadiusScale("degrees", "°", factor, _digits(largest * factor)), stored)
@@ -111,13 +103,12 @@ def _digits(largest: float) -> int:
 
 def family_words(conditions: Mapping[str, Any]) -> str:
     """The family's name in plain words."""
-    family = str(conditions["family"])
-    return FAMILY_WORDS.get(family, family)
+    return family_label(conditions["family"])
 
 
 def sigma_text(conditions: Mapping[str, Any]) -> str:
-    """Sigma with its unit; rotation in degrees and in multiples of pi."""
+    """Sigma with its unit; an angle in degrees and in multiples of pi."""
     sigma = float(conditions["sigma"])
-    if conditions["family"] == "rotation":
+    if conditions["unit"] == ANGLE:
         return f"{math.degrees(sigma):.4g}° ({sigma / math.pi:.4g} π {conditions['unit']})"
     return f"{sigma:.4g} {conditions['unit']}"

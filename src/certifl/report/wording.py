@@ -1,4 +1,4 @@
-"""What the comparison says, in sentences that are true of the data at hand."""
+"""The comparison in sentences that are true of the given data."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from certifl.report.units import RadiusScale
 
 NO_DIFFERENCE = "no difference shown"
 NOT_PAIRED = (
-    "Regimes are compared image by image, on the same test images; clients that told only curves "
-    "kept the certificates of theirs. So this page has no interval of a difference, no "
-    "recommendation and no claim put to the test. Clients that share rows make them possible "
+    "Algorithms are compared image by image, on the same test images. Clients that share curves "
+    "only keep the certificates of their images, so this page has no interval of a difference, no "
+    "recommendation and no test of a claim. Clients that share rows make these possible "
     '(`share = "rows"`).'
 )
 _MOST_NAMED = 3
@@ -23,7 +23,7 @@ _MOST_NAMED = 3
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Which regime gives one client the largest average certified radius.
+    """The algorithm that gives one client the largest average certified radius.
 
     Attributes:
         client: number of the client. images: its test images.
@@ -31,7 +31,7 @@ class Recommendation:
         tied: runs of which no difference to the leader is shown.
         acr: the leader's average certified radius.
         margin: leader minus the next best run.
-        alone: leader minus training alone; None where that was not run or leads itself.
+        alone: leader minus training alone; None where that was not run or is the leader.
         why: why there is no recommendation; empty where there is one.
     """
 
@@ -47,38 +47,42 @@ class Recommendation:
 
 def recommendations(runs: Sequence[Row], comparison: Comparison) -> list[Recommendation]:
     """One recommendation per client, from its own test images alone."""
-    local = next((i for i, run in enumerate(runs) if run.regime == "local"), None)
-    found = []
+    local = position_of_local(runs)
+    answers = []
     for part in comparison.clients if len(runs) > 1 else ():
-        place = standing(part.acr, part.pairs)
-        alone = None
-        if local is not None and local != place.best:
-            pair = min(local, place.best), max(local, place.best)
-            alone = part.pairs[pair].seen_from(place.best)
-        found.append(
+        result = standing(part.acr, part.pairs)
+        best, alone = result.best, None
+        if local is not None and local != best:
+            alone = part.pairs[min(local, best), max(local, best)].seen_from(best)
+        answers.append(
             Recommendation(
                 part.client,
                 part.images,
-                place.best,
-                place.tied,
-                part.acr[place.best],
-                place.margin,
+                best,
+                result.tied,
+                part.acr[best],
+                result.margin,
                 alone,
-                "" if place.margin else next(iter(part.pairs.values())).why,
+                "" if result.margin else next(iter(part.pairs.values())).why,
             )
         )
-    return found
+    return answers
 
 
-def grouped(found: Sequence[Recommendation]) -> list[tuple[tuple[int, ...], list[int]]]:
-    """Clients with one answer: (regimes that cannot be told apart, clients), most clients first.
+def position_of_local(runs: Sequence[Row]) -> int | None:
+    """Position of training alone; None where it was not run."""
+    return next((i for i, run in enumerate(runs) if run.algorithm == "local"), None)
 
-    Clients without a recommendation are a group without regimes.
+
+def grouped(answers: Sequence[Recommendation]) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Clients by answer: (best algorithm and those tied with it, clients), most clients first.
+
+    Clients without a recommendation are a group without algorithms.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
-    for one in found:
-        places = () if one.why else tuple(sorted((one.best, *one.tied)))
-        groups.setdefault(places, []).append(one.client)
+    for one in answers:
+        positions = () if one.why else tuple(sorted((one.best, *one.tied)))
+        groups.setdefault(positions, []).append(one.client)
     return sorted(groups.items(), key=lambda item: (-len(item[1]), len(item[0]), item[0]))
 
 
@@ -103,52 +107,52 @@ def _one_run(run: Row, scale: RadiusScale) -> tuple[str, list[str]]:
         f"{f' and {seeds} seeds' if seeds > 1 else ''}."
     ]
     if len(run.clients) > 1:
-        ends = (" and the worst", "") if seeds > 1 else (f" ({best}) and the worst", f" ({worst})")
-        support.append(f"Between the best client{ends[0]}{ends[1]} lie {scale.text(gap)}.")
+        numbers = ("", "") if seeds > 1 else (f" ({best})", f" ({worst})")
+        support.append(
+            f"The best client{numbers[0]} and the worst{numbers[1]} are {scale.text(gap)} apart."
+        )
     return f"{finding}.", support
 
 
 def _several(
     runs: Sequence[Row], comparison: Comparison, scale: RadiusScale
 ) -> tuple[str, list[str]]:
-    place = standing(comparison.acr, comparison.pairs)
-    if place.margin is None:
+    result = standing(comparison.acr, comparison.pairs)
+    if result.margin is None:
         return _not_compared(runs, comparison)
     ranked = ranking(comparison.acr, comparison.pairs)
-    stated = [i for i in ranked if i not in place.unknown]
-    behind = [i for i in stated if i not in (place.best, *place.tied)]
-    finding, support = _finding(runs, comparison, scale, place)
+    behind = [i for i in ranked if i not in (result.best, *result.tied, *result.unknown)]
+    finding, support = _finding(runs, comparison, scale, result)
     if behind:
-        support = [_lead(runs, comparison, scale, place.best, behind), _brackets(comparison)]
-    return finding, [*support, *_left_apart(runs, comparison, place)]
+        support = [_margins(runs, comparison, scale, result.best, behind), _brackets(comparison)]
+    return finding, [*support, *_without_comparison(runs, comparison, result)]
 
 
 def _finding(
-    runs: Sequence[Row], comparison: Comparison, scale: RadiusScale, place: Standing
+    runs: Sequence[Row], comparison: Comparison, scale: RadiusScale, result: Standing
 ) -> tuple[str, list[str]]:
-    """Who leads; where nobody does, between which values the radii lie."""
+    """The leader; where there is none, the range of the radii."""
     labels = [run.label for run in runs]
-    best, radius = labels[place.best], scale.text(comparison.acr[place.best])
-    among = "Of those compared, " if place.unknown else ""
-    if len(place.tied) + len(place.unknown) == len(runs) - 1:
-        level = sorted((place.best, *place.tied))
+    best, radius = labels[result.best], scale.text(comparison.acr[result.best])
+    among = "Of those compared, " if result.unknown else ""
+    if len(result.tied) + len(result.unknown) == len(runs) - 1:
+        level = sorted((result.best, *result.tied))
         low, high = (end(comparison.acr[i] for i in level) for end in (min, max))
         finding = f"No difference shown between {listed([labels[i] for i in level])}."
-        between = f"lie between {scale.text(low)} and {scale.text(high)}"
-        said = f"Their average certified radii {between}." if high > low else f"All have {radius}."
-        return finding, [said]
-    if place.tied:
-        tied = listed([labels[i] for i in place.tied])
-        said = f"has the largest average certified radius, {radius}; {NO_DIFFERENCE} from {tied}."
+        span = f"from {scale.text(low)} to {scale.text(high)}" if high > low else radius
+        return finding, [f"Their average certified radius is {span}."]
+    if result.tied:
+        tied = listed([labels[i] for i in result.tied])
+        text = f"has the largest average certified radius, {radius}; {NO_DIFFERENCE} from {tied}."
     else:
-        said = f"gives the largest average certified radius: {radius}."
-    return f"{among}{best} {said}", []
+        text = f"gives the largest average certified radius: {radius}."
+    return f"{among}{best} {text}", []
 
 
-def _lead(
+def _margins(
     runs: Sequence[Row], comparison: Comparison, scale: RadiusScale, best: int, behind: list[int]
 ) -> str:
-    """How far the leader is ahead of those that the images show to be behind."""
+    """How far the leader is ahead of those that are shown to be behind."""
     ahead = [
         f"{by_margin(_from(comparison, best, i), scale)} ahead of {runs[i].label}"
         for i in behind[:_MOST_NAMED]
@@ -162,48 +166,51 @@ def _brackets(comparison: Comparison) -> str:
     seeds = any(pair.seeds > 1 for pair in comparison.pairs.values())
     over = "test images and seeds" if seeds else "test images"
     together = ", wide enough for all comparisons at once" if len(comparison.pairs) > 1 else ""
-    return f"In brackets: 95 % intervals over {over}{together}."
+    return f"In parentheses: 95 % intervals over {over}{together}."
 
 
-def _left_apart(runs: Sequence[Row], comparison: Comparison, place: Standing) -> list[str]:
-    """Which regimes the leader is not compared with, and why."""
-    best = runs[place.best].label
+def _without_comparison(
+    runs: Sequence[Row], comparison: Comparison, result: Standing
+) -> list[str]:
+    """Which algorithms the leader is not compared with, and why."""
+    best = runs[result.best].label
     return [
-        f"{runs[i].label} is not compared with {best}: {_from(comparison, place.best, i).why}."
-        for i in place.unknown
+        f"{runs[i].label} is not compared with {best}: {_from(comparison, result.best, i).why}."
+        for i in result.unknown
     ]
 
 
 def _not_compared(runs: Sequence[Row], comparison: Comparison) -> tuple[str, list[str]]:
     """That no difference and no leader is stated, and why."""
-    whys = list(dict.fromkeys(pair.why for pair in comparison.pairs.values()))
+    reasons = list(dict.fromkeys(pair.why for pair in comparison.pairs.values()))
     names = listed([run.label for run in runs])
     none = "No two of " if len(runs) > 2 else ""
-    finding = f"{none}{names} are {'' if none else 'not '}compared: {'; '.join(whys)}."
-    return finding, ["So no radius, difference or recommendation is stated here."]
+    finding = f"{none}{names} are {'' if none else 'not '}compared: {'; '.join(reasons)}."
+    return finding, ["No radius, difference or recommendation is stated."]
 
 
-def why_clients_are_open(
-    runs: Sequence[Row], comparison: Comparison, found: Sequence[Recommendation]
+def why_clients_stay_undecided(
+    runs: Sequence[Row], comparison: Comparison, answers: Sequence[Recommendation]
 ) -> str | None:
-    """Why the mean shows a difference that single clients do not; None where none is open.
+    """Why the mean shows a difference that single clients do not; None where all clients do.
 
-    A reader who sees "ahead" above and "no difference shown" below takes one of them for wrong.
+    Without this, "ahead" above and "no difference shown" below look like a contradiction.
     """
-    if not found or not comparison.paired:
+    if not answers or not comparison.paired:
         return None
-    place = standing(comparison.acr, comparison.pairs)
-    ahead = [i for i in range(len(runs)) if i not in (place.best, *place.tied, *place.unknown)]
-    both = [one for one in found if not one.why and place.best in (one.best, *one.tied)]
-    still = [one for one in both if any(i in (one.best, *one.tied) for i in ahead)]
-    if not still:
+    result = standing(comparison.acr, comparison.pairs)
+    behind = [i for i in range(len(runs)) if i not in (result.best, *result.tied, *result.unknown)]
+    both = [one for one in answers if not one.why and result.best in (one.best, *one.tied)]
+    undecided = [one for one in both if any(i in (one.best, *one.tied) for i in behind)]
+    if not undecided:
         return None
-    images = range_of([one.images for one in still])
+    images = range_of([one.images for one in undecided])
     return (
-        f"{runs[place.best].label} is ahead of {listed([runs[i].label for i in ahead])} on "
-        f"average over all clients, and yet {NO_DIFFERENCE} is what {len(still)} of {len(found)} "
-        f"clients see of them: a client has {images} test images of its own, the mean over "
-        f"clients rests on {comparison.images:,}, and fewer images tell only larger differences."
+        f"{runs[result.best].label} is ahead of {listed([runs[i].label for i in behind])} on "
+        f"average over all clients, but for {len(undecided)} of {len(answers)} clients no "
+        f"difference is shown. A client has {images} test images, the average over "
+        f"clients is based on {comparison.images:,}, and fewer images show larger differences "
+        "only."
     )
 
 
@@ -216,10 +223,10 @@ def range_of(counts: Sequence[int]) -> str:
 def _side_by_side(
     runs: Sequence[Row], comparison: Comparison, scale: RadiusScale
 ) -> tuple[str, list[str]]:
-    """Average radii of regimes that cannot be told apart image by image."""
+    """Average radii of algorithms that cannot be compared image by image."""
     order = _by_acr(comparison)
     radii = [f"{runs[i].label} {scale.text(comparison.acr[i])}" for i in order]
-    largest = f"The largest average certified radius at hand is that of {runs[order[0]].label}"
+    largest = f"{runs[order[0]].label} has the largest average certified radius of these runs"
     return f"{largest}: {listed(radii)}.", [NOT_PAIRED]
 
 
@@ -242,12 +249,12 @@ def by_margin(difference: Difference, scale: RadiusScale) -> str:
 
 
 def percent(value: float) -> str:
-    """A share of images, to a tenth of a per cent."""
+    """A share of images, to a tenth of a percent."""
     return f"{tenths(value)} %"
 
 
 def tenths(value: float) -> str:
-    """A share in per cent; halves go up, here and in the page's script, so that both agree."""
+    """A share in percent; halves round up, here and in the page's script, so that both agree."""
     return f"{math.floor(1000 * value + 0.5 + 1e-9) / 10:.1f}"
 
 
@@ -257,7 +264,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def client_list(clients: Sequence[int]) -> str:
-    """Numbers of clients with runs of neighbours drawn together: 0-3, 7."""
+    """Numbers of clients, consecutive ones as a range: clients 0–3, 7."""
     parts: list[list[int]] = []
     for client in sorted(clients):
         if parts and client == parts[-1][-1] + 1:

@@ -1,14 +1,9 @@
-"""Files that are either whole or absent: written beside their place, flushed, then renamed.
-
-A process killed at any moment leaves the old file or the new one, never half of either; what a
-kill leaves behind is a file ending in `.tmp`, which no reader looks at.
-"""
+"""Files that are either whole or absent: written beside their path, flushed, then renamed."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,43 +12,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from certifl import safe_io as outside
+from certifl import safe_io
 from certifl.errors import InputError, StoreError
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Hand out a temporary path beside `path`; on leaving without error it takes `path`'s place.
+    """Yield a temporary path beside `path`; on leaving without error it replaces `path`.
 
     Raises:
         StoreError: the folder cannot be written, or the disk is full; `path` is as it was.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if part.is_symlink():  # somebody else's: it could lead anywhere
-            part.unlink()
-        yield part
-        flush(part)
-        os.replace(part, path)
-        flush(path.parent)
+        with safe_io.replacing(path) as part:
+            yield part
     except (OSError, SafetensorError) as error:
         raise StoreError(
-            f"Cannot write {path}: {error}. What was there before is unchanged; "
+            f"Cannot write {path}: {error}. The previous file is unchanged; "
             "free some space or choose another folder with --out, then repeat the command."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def flush(path: Path) -> None:
-    """What was written to a file, or the names in a folder, is on the disk when this returns."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -76,15 +53,15 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        StoreError: the file is missing or is no JSON.
+        StoreError: the file is missing or is not JSON.
     """
     try:
-        return outside.read_json(path)
+        return safe_io.read_json(path)
     except OSError as error:
         raise StoreError(f"Cannot read {path}: {error}. Is this a run folder?") from error
     except InputError as error:
         raise StoreError(
-            f"{path} is damaged: {error}. The command that made it makes it again "
+            f"{path} is damaged: {error}. The command that wrote it writes it again "
             "with --overwrite."
         ) from error
 
@@ -117,7 +94,7 @@ def tensor_metadata(path: Path) -> dict[str, str]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
-        outside.require_regular(path)
+        safe_io.require_regular(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:

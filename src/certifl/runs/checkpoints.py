@@ -36,8 +36,8 @@ import torch
 from safetensors.torch import save
 
 from certifl.errors import InputError, StoreError
-from certifl.runs.atomic import flush, load_tensors
-from certifl.safe_io import TEXT_BYTES, open_regular, parse_json, read_bytes
+from certifl.runs.atomic import load_tensors
+from certifl.safe_io import TEXT_BYTES, flush, open_regular, parse_json, read_bytes
 
 _FORMAT = 1
 _KEPT = 2
@@ -46,7 +46,7 @@ _FLUSHED_TOGETHER = 8
 _FILE_NAME = re.compile(r"server\.safetensors|clients/\d{5,9}\.safetensors", re.ASCII)
 _log = logging.getLogger(__name__)
 
-Parts = Mapping[str, Mapping[str, torch.Tensor]]
+ReadableParts = Mapping[str, Mapping[str, torch.Tensor]]
 
 
 class StoredRound:
@@ -138,7 +138,7 @@ class PendingRound:
     ) -> None:
         shutil.rmtree(self._path, ignore_errors=True)
 
-    def put_client(self, client: int, parts: Parts) -> None:
+    def put_client(self, client: int, parts: ReadableParts) -> None:
         """Write what a client keeps; a client that keeps nothing has no file."""
         if any(parts.values()):
             self._write(_client_file(client), save(_flatten(parts)))
@@ -152,7 +152,7 @@ class PendingRound:
         for name in previous.files:
             self._carry(name, previous)
 
-    def put_server(self, parts: Parts) -> None:
+    def put_server(self, parts: ReadableParts) -> None:
         """Write the server's parts."""
         self._write("server.safetensors", save(_flatten(parts)))
 
@@ -308,7 +308,7 @@ def _client_file(client: int) -> str:
     return f"clients/{client:05d}.safetensors"
 
 
-def _flatten(parts: Parts) -> dict[str, torch.Tensor]:
+def _flatten(parts: ReadableParts) -> dict[str, torch.Tensor]:
     """Named tensors that share no memory, which the format demands; copied where they do."""
     flat: dict[str, torch.Tensor] = {}
     taken: set[int] = set()

@@ -16,16 +16,24 @@ import fcntl
 import json
 import os
 import shutil
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
 from certifl.certification.certificates import Certificates, Predictions
 from certifl.errors import InputError, StoreError, StoreMismatch
+from certifl.path_checks import check_run
 from certifl.runs.atomic import read_json, write_json, write_text
-from certifl.safe_io import MALFORMED, SPEC_BYTES, read_text
+from certifl.safe_io import (
+    MALFORMED,
+    SPEC_BYTES,
+    is_temporary,
+    parse_json,
+    parse_toml,
+    read_text,
+)
 
 RUNNING, FINISHED = "running", "finished"
 _MARK, _LOCK = "run.json", ".lock"
@@ -107,78 +115,34 @@ class RunFolder:
         return (self.path / _MARK).is_file()
 
     def manifest(self) -> dict[str, Any]:
-        """What is known of the run: status, hashes, data, machine, versions, times.
+        """The record of the run: status, hashes, data, machine, versions, times.
 
         Raises:
-            StoreError: this is no run folder, or its manifest is damaged.
+            StoreError: this is not a run folder, or its manifest is damaged.
         """
         if not self.exists():
-            raise StoreError(f"{self.path} is no run folder: it has no {_MARK}.")
+            raise StoreError(f"{self.path} is not a run folder: it has no {_MARK}.")
         try:
-            held = read_json(self.path / _MARK)
+            stored = read_json(self.path / _MARK)
         except StoreError as error:
-            raise _damaged(self.path, str(error.__cause__)) from error
-        if not isinstance(held, dict):
-            raise _damaged(self.path, "it is no JSON object")
-        return held
+            raise damaged_manifest(self.path, str(error.__cause__)) from error
+        if not isinstance(stored, dict):
+            raise damaged_manifest(self.path, "it is not a JSON object")
+        return stored
 
-    def fact(self, name: str) -> Any:
-        """One fact of the manifest.
-
-        Raises:
-            StoreError: the manifest is damaged or does not hold it.
-        """
-        held = self.manifest()
-        if name not in held:
-            raise _damaged(self.path, f"it does not say {name!r}")
-        return held[name]
-
-    def data(self) -> dict[str, Any]:
-        """What the manifest says about the images: name, fingerprint, shape and classes.
-
-        Raises:
-            StoreError: the manifest is damaged or does not hold it.
-        """
-        held = self.fact("data")
-        try:
-            size, names = held["image_size"], held["class_names"]
-            numbers = [held["in_channels"], held["num_classes"], *size]
-            right = len(size) == 2 and len(names) == held["num_classes"]
-            right = right and all(isinstance(n, int) and 0 < n <= _MOST for n in numbers)
-            right = right and all(isinstance(held[n], str) for n in ("name", "fingerprint"))
-        except MALFORMED:
-            right = False
-        if not right:
-            raise _damaged(self.path, "it does not say what the images are")
-        return held
-
-    def update(self, facts: Mapping[str, Any]) -> None:
-        """Add facts to the manifest."""
-        known = self.manifest() if self.exists() else {}
-        write_json(self.path / _MARK, {**known, **facts})
+    def update(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        """Add entries to the manifest, which is returned."""
+        manifest = {**(self.manifest() if self.exists() else {}), **entries}
+        write_json(self.path / _MARK, manifest)
+        return manifest
 
     def finished(self) -> bool:
         """Whether everything was computed."""
         return self.exists() and self.manifest().get("status") == FINISHED
 
-    def told_nothing(self) -> bool:
-        """Whether this was a federation whose clients told nothing of their certificates."""
-        if not self.curves.is_file():
-            return False
-        return not read_json(self.curves)["clients"]
-
     def complete(self) -> bool:
         """Whether everything was computed and the certificates can still be read."""
-        if not self.finished():
-            return False
-        try:
-            if "deployment" in self.manifest() and self.curves.is_file():
-                return bool(read_json(self.curves))
-            if self.manifest().get("plain"):
-                self.load_predictions()
-            return len(self.load_certificates()) > 0
-        except (StoreError, StoreMismatch):
-            return False
+        return StoredRun(self.path).complete()
 
     def check(self, spec_hash: str, overwrite: bool = False, spec_toml: str = "") -> None:
         """Refuse the folder if it is not free for one spec; nothing is written.
@@ -192,20 +156,21 @@ class RunFolder:
             StoreMismatch: the folder holds another study, or files that are no run.
         """
         if self.exists() and not overwrite:
-            held = self.manifest().get("spec_hash")
-            if held != spec_hash:
+            stored = self.manifest().get("spec_hash")
+            if stored != spec_hash:
                 raise StoreMismatch(
-                    f"{self.path} holds another study (spec {held}, asked for {spec_hash})"
+                    f"{self.path} holds another study (spec {stored}, requested {spec_hash})"
                     f"{self._differing(spec_toml)}. "
                     "Choose another folder with --out, or give --overwrite to replace it."
                 )
         if self.exists() or not self.path.is_dir():
             return
         entries = sorted(p.name for p in self.path.iterdir())
-        strangers = [n for n in entries if n not in (_LOCK, self.spec.name) and not _left_over(n)]
-        if strangers:
+        own = (_LOCK, self.spec.name)
+        foreign = [name for name in entries if name not in own and not is_temporary(name)]
+        if foreign:
             raise StoreMismatch(
-                f"{self.path} holds files that are no run ({strangers[0]}, ...). "
+                f"{self.path} holds files that do not belong to a run ({foreign[0]}, ...). "
                 "Choose an empty or new folder with --out."
             )
 
@@ -215,9 +180,9 @@ class RunFolder:
             return ""
         try:
             stored, asked = (
-                _flat(tomllib.loads(text)) for text in (self.spec.read_text(), spec_toml)
+                flat(parse_toml(text)) for text in (read_text(self.spec, SPEC_BYTES), spec_toml)
             )
-        except (OSError, ValueError):
+        except (OSError, InputError):
             return ""  # a damaged spec is reported where it is read
         differing = [key for key in {**stored, **asked} if stored.get(key) != asked.get(key)]
         keys = [key for key in differing if key != "name"]  # a name changes no result
@@ -252,25 +217,26 @@ class RunFolder:
         except (OSError, InputError):
             return None
 
-    def left_over(self) -> list[Path]:
+    def temporary_files(self) -> list[Path]:
         """Files that were being written when a process was killed."""
-        places = (self.path, self.figures, self.training.parent, self.votes(0).parent)
-        there = [place for place in places if place.is_dir() and not place.is_symlink()]
-        found = (path for place in there for path in place.iterdir() if _left_over(path.name))
-        return [path for path in found if path.is_symlink() or not path.is_dir()]
+        folders = (self.path, self.figures, self.training.parent, self.votes(0).parent)
+        existing = [folder for folder in folders if folder.is_dir() and not folder.is_symlink()]
+        found = (path for folder in existing for path in folder.iterdir())
+        temporary = (path for path in found if is_temporary(path.name))
+        return [path for path in temporary if path.is_symlink() or not path.is_dir()]
 
     def clean(self) -> None:
         """Remove what a killed process left behind; only while it is `locked`."""
-        for path in self.left_over():
+        for path in self.temporary_files():
             path.unlink(missing_ok=True)
 
     def _clear(self) -> None:
         """Remove all but lock and manifest; killed half-way, it leaves an unfinished run."""
         try:
-            held = self.manifest()
+            manifest = self.manifest()
         except StoreError:
-            held = {}
-        write_json(self.path / _MARK, {**held, "status": RUNNING})
+            manifest = {}
+        write_json(self.path / _MARK, {**manifest, "status": RUNNING})
         try:
             for entry in self.path.iterdir():
                 if entry.is_dir() and not entry.is_symlink():
@@ -288,9 +254,9 @@ class RunFolder:
             StoreMismatch: another process is at work here, or this is a file.
             StoreError: the folder cannot be written.
         """
-        for place in (self.path, *self.path.parents):
-            if place.exists() and not place.is_dir():
-                raise StoreMismatch(f"{place} is a file. Choose a folder with --out.")
+        for folder in (self.path, *self.path.parents):
+            if folder.exists() and not folder.is_dir():
+                raise StoreMismatch(f"{folder} is a file. Choose a folder with --out.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = _opened_lock(self.path / _LOCK)
@@ -325,7 +291,7 @@ class RunFolder:
             raise StoreMismatch(
                 f"{self.path} holds no certificates: its clients certified on their own machines "
                 "and kept them. This can be done where they are, or with clients that share rows "
-                '(`share = "rows"`); `certifl report` shows what was told.'
+                '(`share = "rows"`); `certifl report` shows what was shared.'
             )
         try:
             return Certificates.load(self.certificates)
@@ -345,33 +311,163 @@ class RunFolder:
         except InputError as error:
             raise StoreError(f"{error} Repeat the command that made the run.") from error
 
-    def save_predictions(self, predictions: Predictions) -> None:
-        """Write the plain predictions.
-
-        Raises:
-            StoreError: the folder cannot be written, or the disk is full.
-        """
-        try:
-            predictions.save(self.predictions)
-        except OSError as error:
-            raise StoreError(
-                f"Cannot write {self.predictions}: {error}. Free some space, then repeat the "
-                "command."
-            ) from error
-
     def save_certificates(self, certificates: Certificates) -> None:
         """Write all clients' certificates.
 
         Raises:
             StoreError: the folder cannot be written, or the disk is full.
         """
+        _save(certificates, self.certificates, "All votes are kept: free")
+
+    def save_predictions(self, predictions: Predictions) -> None:
+        """Write the plain predictions.
+
+        Raises:
+            StoreError: the folder cannot be written, or the disk is full.
+        """
+        _save(predictions, self.predictions, "Free")
+
+
+class StoredRun:
+    """The results in a run folder, each file read once, when it is first asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a run folder; nothing is read yet."""
+        self.path = path
+        self.folder = RunFolder(path)
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """The record of the run, run.json."""
+        return self.folder.manifest()
+
+    def entry(self, name: str) -> Any:
+        """One entry of the manifest.
+
+        Raises:
+            StoreError: the manifest is damaged or does not hold it.
+        """
+        if name not in self.manifest:
+            raise damaged_manifest(self.path, f"it has no {name!r}")
+        return self.manifest[name]
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """Name, fingerprint, shape and classes of the images.
+
+        Raises:
+            StoreError: the manifest is damaged or does not hold them.
+        """
+        data = self.entry("data")
         try:
-            certificates.save(self.certificates)
-        except OSError as error:
-            raise StoreError(
-                f"Cannot write {self.certificates}: {error}. All votes are kept: free some "
-                "space, then repeat the command."
-            ) from error
+            size, names = data["image_size"], data["class_names"]
+            numbers = [data["in_channels"], data["num_classes"], *size]
+            valid = len(size) == 2 and len(names) == data["num_classes"]
+            valid = valid and all(isinstance(n, int) and 0 < n <= _MOST for n in numbers)
+            valid = valid and all(isinstance(data[n], str) for n in ("name", "fingerprint"))
+        except MALFORMED:
+            valid = False
+        if not valid:
+            raise damaged_manifest(self.path, "it does not say what the images are")
+        return data
+
+    @cached_property
+    def certificates(self) -> Certificates:
+        """All clients' certificates; see `RunFolder.load_certificates`."""
+        return self.folder.load_certificates()
+
+    @cached_property
+    def predictions(self) -> Predictions | None:
+        """Plain predictions of the clients that certify nothing; None where all certify.
+
+        Raises:
+            StoreError: the file is missing or damaged.
+        """
+        return self.folder.load_predictions() if self.manifest.get("plain") else None
+
+    @cached_property
+    def history(self) -> list[dict[str, Any]]:
+        """One entry per communication round; none where nothing was trained here.
+
+        Raises:
+            StoreError: the file is damaged.
+        """
+        path = self.folder.history
+        if not path.is_file():
+            return []
+        try:
+            lines = read_text(path).splitlines()
+        except (OSError, InputError) as error:
+            raise StoreError(f"{path} cannot be read: {error}.") from error
+        return [_round(path, *line) for line in enumerate(lines, start=1) if line[1].strip()]
+
+    @cached_property
+    def curves(self) -> dict[int, dict[str, Any]] | None:
+        """By client the curve it shared, where clients kept their certificates; else None.
+
+        Raises:
+            StoreError: the file is damaged.
+        """
+        path = self.folder.curves
+        if not path.is_file():
+            return None
+        try:
+            clients = read_json(path)["clients"]
+            return {int(client): dict(curve) for client, curve in clients.items()}
+        except MALFORMED as error:
+            raise StoreError(f"{path} is damaged: {error!r}.") from error
+
+    @property
+    def curves_only(self) -> bool:
+        """Whether the clients shared no certificates, but curves at most."""
+        return self.folder.curves.is_file() and not self.folder.certificates.is_file()
+
+    def require_finished(self) -> None:
+        """Refuse a run in which something is still to be computed.
+
+        Raises:
+            StoreMismatch: it is not a run, or not finished. StoreError: its manifest is damaged.
+        """
+        check_run(self.path)
+        status = self.entry("status")
+        if status != FINISHED:
+            command = self.manifest.get("command") or "certifl run"
+            raise StoreMismatch(
+                f"The run in {self.path} is not finished (status: {status}). Repeat `{command}`, "
+                "which resumes it."
+            )
+
+    def complete(self) -> bool:
+        """Whether everything was computed and the certificates can still be read."""
+        if not self.folder.exists() or self.manifest.get("status") != FINISHED:
+            return False
+        try:
+            if "deployment" in self.manifest and self.folder.curves.is_file():
+                return bool(read_json(self.folder.curves))
+            return (self.predictions is None or len(self.predictions) > 0) and (
+                len(self.certificates) > 0
+            )
+        except (StoreError, StoreMismatch):
+            return False
+
+
+def _round(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        entry = parse_json(line)
+        if not isinstance(entry, dict):
+            raise InputError("it is not a JSON object")
+    except InputError as error:
+        raise StoreError(f"{path}, line {number} is damaged: {error}.") from error
+    return entry
+
+
+def _save(rows: Certificates | Predictions, path: Path, advice: str) -> None:
+    try:
+        rows.save(path)
+    except OSError as error:
+        raise StoreError(
+            f"Cannot write {path}: {error}. {advice} some space, then repeat the command."
+        ) from error
 
 
 def _opened_lock(path: Path) -> TextIO:
@@ -392,51 +488,47 @@ def locked_for(page: Path) -> Iterator[None]:
         yield
 
 
-def require_own_folder(place: Path, runs: Sequence[str], others: Sequence[str]) -> None:
-    """Refuse a folder that holds something else than some runs and what is made of them.
+def require_own_folder(path: Path, runs: Sequence[str], others: Sequence[str]) -> None:
+    """Refuse a folder that holds anything but some runs and what is made of them.
 
     Args:
-        place: where runs and their page are written.
+        path: where runs and their page are written.
         runs: names of the run folders in it.
         others: what is written beside them, once there are runs.
 
     Raises:
         StoreMismatch: it is a file, or holds something else.
     """
-    if not place.exists():
+    if not path.exists():
         return
-    if not place.is_dir():
-        raise StoreMismatch(f"{place} is a file. Choose a folder with --out.")
-    begun = any(RunFolder(place / name).exists() for name in runs)
+    if not path.is_dir():
+        raise StoreMismatch(f"{path} is a file. Choose a folder with --out.")
+    begun = any(RunFolder(path / name).exists() for name in runs)
     known = {*runs, *(others if begun else ())}
-    names = sorted(path.name for path in place.iterdir() if not _left_over(path.name))
-    strangers = [name for name in names if name not in known]
-    if strangers:
+    names = sorted(entry.name for entry in path.iterdir() if not is_temporary(entry.name))
+    foreign = [name for name in names if name not in known]
+    if foreign:
         raise StoreMismatch(
-            f"{place} holds something else ({strangers[0]}, ...). Choose an empty or new folder "
+            f"{path} holds something else ({foreign[0]}, ...). Choose an empty or new folder "
             "with --out."
         )
 
 
-def _left_over(name: str) -> bool:
-    """Whether a file was being written when the process was killed."""
-    return name.startswith(".") and name.endswith(".tmp")
-
-
-def _damaged(path: Path, why: str) -> StoreError:
+def damaged_manifest(path: Path, why: str) -> StoreError:
+    """The error for a run.json that cannot be used."""
     return StoreError(
         f"{path / _MARK} is damaged ({why}). The command that computed the run makes "
         "it again with --overwrite, or elsewhere with --out."
     )
 
 
-def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Tables in tables as keys such as training.lr."""
-    found: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys: {"data": {"name": "digits"}} is {"data.name": "digits"}."""
+    keys: dict[str, Any] = {}
     for key, value in values.items():
-        inner = value if isinstance(value, Mapping) else None
-        found.update({before + key: value} if inner is None else _flat(inner, f"{before}{key}."))
-    return found
+        name = f"{before}{key}"
+        keys |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return keys
 
 
 def _value(values: Mapping[str, Any], key: str) -> str:

@@ -48,10 +48,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from certifl.smoothing.arrays import Floats, Ints
 from certifl.smoothing.bounds import clopper_pearson_upper
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 
 _MARGIN = 2.0**-20
 # The share of its own increment that a look keeps for rounding; half of it where a boundary is
@@ -83,7 +81,7 @@ class Limits:
         self._boundaries = np.full((len(self.grid), len(looks)), -1, dtype=np.int64)
         self._computed = np.zeros(len(self.grid), dtype=np.int64)
 
-    def upper(self, count: IntArray, look: IntArray) -> FloatArray:
+    def upper(self, count: Ints, look: Ints) -> Floats:
         """The limits of counts of events, each at its look (an index from 0)."""
         found = np.ones(len(count))
         for j in np.unique(look):
@@ -92,7 +90,7 @@ class Limits:
             found[rows] = self._at_look(distinct, int(j))[back]
         return found
 
-    def _at_look(self, counts: IntArray, j: int) -> FloatArray:
+    def _at_look(self, counts: Ints, j: int) -> Floats:
         votes, level = self.looks[j], self.levels[j]
         safe = clopper_pearson_upper(counts, votes, level * (1.0 - _SPARE))
         end = np.searchsorted(self.grid, safe)  # from here on all points are crossed for certain
@@ -106,7 +104,7 @@ class Limits:
         last = j == len(self.looks) - 1
         return np.minimum(found, clopper_pearson_upper(counts, votes, level)) if last else found
 
-    def _compute(self, points: IntArray, j: int) -> None:
+    def _compute(self, points: Ints, j: int) -> None:
         missing = points[self._computed[points] <= j]
         until = min(len(self.looks), j + 1 + len(self.looks) // 8)
         for start in range(0, len(missing), _BLOCK):
@@ -131,7 +129,7 @@ def _grid_size(n: int) -> int:
     return int(min(_FINEST, 2 ** np.ceil(np.log2(wanted))))
 
 
-def boundaries(q: FloatArray, looks: Sequence[int], levels: Sequence[float]) -> IntArray:
+def boundaries(q: Floats, looks: Sequence[int], levels: Sequence[float]) -> Ints:
     """b_j(q), the largest counts of events that reject q, (points, looks); -1 where none does.
 
     Args:
@@ -140,7 +138,7 @@ def boundaries(q: FloatArray, looks: Sequence[int], levels: Sequence[float]) -> 
         levels: their increments of level.
     """
     found = np.empty((len(q), len(looks)), dtype=np.int64)
-    state: FloatArray = np.ones((len(q), 1))
+    state: Floats = np.ones((len(q), 1))
     low = np.zeros(len(q), dtype=np.int64)
     spent, allowed, before = np.zeros(len(q)), 0.0, 0
     for j, (votes, level) in enumerate(zip(looks, levels, strict=True)):
@@ -160,18 +158,14 @@ def boundaries(q: FloatArray, looks: Sequence[int], levels: Sequence[float]) -> 
     return found
 
 
-def _own_level_allows(
-    count: IntArray, votes: int, q: FloatArray, level: float
-) -> NDArray[np.bool_]:
+def _own_level_allows(count: Ints, votes: int, q: Floats, level: float) -> NDArray[np.bool_]:
     """Whether so few events have at most the probability that a look alone may spend."""
     some = np.minimum(count, votes - 1)
     tail = special.betaincc(some + 1.0, votes - some, q)
     return (count < votes) & (tail <= level * (1.0 - _SPARE / 2.0))
 
 
-def _step_distribution(
-    q: FloatArray, votes: int, level: float
-) -> tuple[FloatArray, IntArray, FloatArray]:
+def _step_distribution(q: Floats, votes: int, level: float) -> tuple[Floats, Ints, Floats]:
     """Distributions of the events of a step, where they start, and what is cut off below."""
     mean, deviation = votes * q, np.sqrt(votes * q * (1.0 - q))
     first, lost = _start_of_step(q, votes, level)
@@ -186,7 +180,7 @@ def _step_distribution(
     return pmf, first.astype(np.int64), lost
 
 
-def _start_of_step(q: FloatArray, votes: int, level: float) -> tuple[FloatArray, FloatArray]:
+def _start_of_step(q: Floats, votes: int, level: float) -> tuple[Floats, Floats]:
     """Where the laws of a step are cut off below, and the probability of less, rounded up."""
     mean, deviation = votes * q, np.sqrt(votes * q * (1.0 - q))
     deep = 1.0 - special.ndtri(level * _MARGIN / 2.0)
@@ -199,9 +193,7 @@ def _start_of_step(q: FloatArray, votes: int, level: float) -> tuple[FloatArray,
         deep *= 1.25
 
 
-def _window(
-    state: FloatArray, crossed: IntArray, q: FloatArray, votes: int, low: IntArray
-) -> FloatArray:
+def _window(state: Floats, crossed: Ints, q: Floats, votes: int, low: Ints) -> Floats:
     """The distribution of what did not cross; what lies above the window goes to its end."""
     top = np.ceil(votes * q + _ABOVE * np.sqrt(votes * q * (1.0 - q)) + 4.0).astype(np.int64)
     width = max(1, int(np.max(top - low - crossed)) + 1)

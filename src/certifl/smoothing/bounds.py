@@ -18,12 +18,12 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
 
 from certifl.errors import InputError
+from certifl.smoothing import special
+from certifl.smoothing.arrays import Floats
 
-FloatArray = NDArray[np.float64]
-BoundsRule = Callable[[ArrayLike, ArrayLike, ArrayLike, ArrayLike], tuple[FloatArray, FloatArray]]
+BoundsRule = Callable[[ArrayLike, ArrayLike, ArrayLike, ArrayLike], tuple[Floats, Floats]]
 
 # scipy's regularised incomplete beta is off by at most 1.5e-13 of its value at n = 1e5 and 1.3e-12
 # at n = 1e7 (against sums in 50 digits), growing about like sqrt(n). 2**-30 = 9.3e-10 leaves a
@@ -33,7 +33,7 @@ RUNNER_UP_SHARE = 0.1
 _MOST_VOTES = 10**8
 
 
-def clopper_pearson_lower(k: ArrayLike, n: ArrayLike, level: ArrayLike) -> FloatArray:
+def clopper_pearson_lower(k: ArrayLike, n: ArrayLike, level: ArrayLike) -> Floats:
     """Lower confidence limit of a binomial probability: p >= L with probability >= 1 - level.
 
     L(k, n, a) = Beta.ppf(a; k, n - k + 1), L(0, n, a) = 0.
@@ -58,7 +58,7 @@ def clopper_pearson_lower(k: ArrayLike, n: ArrayLike, level: ArrayLike) -> Float
     return np.where(some, found, 0.0)[()]
 
 
-def clopper_pearson_upper(k: ArrayLike, n: ArrayLike, level: ArrayLike) -> FloatArray:
+def clopper_pearson_upper(k: ArrayLike, n: ArrayLike, level: ArrayLike) -> Floats:
     """Upper confidence limit of a binomial probability: p <= U with probability >= 1 - level.
 
     U(k, n, a) = Beta.ppf(1 - a; k + 1, n - k), U(n, n, a) = 1.
@@ -83,9 +83,7 @@ def clopper_pearson_upper(k: ArrayLike, n: ArrayLike, level: ArrayLike) -> Float
     return np.where(some, found, 1.0)[()]
 
 
-def top_class_bounds(
-    k_top: ArrayLike, n: ArrayLike, level: ArrayLike
-) -> tuple[FloatArray, FloatArray]:
+def top_class_bounds(k_top: ArrayLike, n: ArrayLike, level: ArrayLike) -> tuple[Floats, Floats]:
     """Bounds on the probabilities of c_A and of every other class from the count of c_A alone.
 
     p_lower = L(n_A, n, alpha), p_upper = 1 - p_lower (rounded up). Certifies above one half only.
@@ -109,7 +107,7 @@ def top_class_bounds(
 
 def runner_up_bounds(
     k_top: ArrayLike, k_runner: ArrayLike, n: ArrayLike, level: ArrayLike
-) -> tuple[FloatArray, FloatArray]:
+) -> tuple[Floats, Floats]:
     """Bounds on c_A and on the most likely other class; certify wherever p_lower > p_upper.
 
     p_lower = L(n_A, n, 0.9 alpha), p_upper = min(U(M, n, 0.1 alpha), 1 - p_lower), M the largest
@@ -142,7 +140,7 @@ def runner_up_bounds(
     return p_lower, np.minimum(p_runner, _one_minus_up(p_lower))
 
 
-def two_sided_sign_test(k_first: ArrayLike, k_second: ArrayLike) -> FloatArray:
+def two_sided_sign_test(k_first: ArrayLike, k_second: ArrayLike) -> Floats:
     """How surprising the two largest counts are if their classes were equally likely (PREDICT).
 
     p = min(1, 2 P(Binomial(k1 + k2, 1/2) >= max(k1, k2))), rounded up. Predicting the first class
@@ -172,7 +170,7 @@ def two_sided_sign_test(k_first: ArrayLike, k_second: ArrayLike) -> FloatArray:
 
 def _top_class(
     k_top: ArrayLike, k_runner: ArrayLike, n: ArrayLike, level: ArrayLike
-) -> tuple[FloatArray, FloatArray]:
+) -> tuple[Floats, Floats]:
     """`top_class_bounds` in the signature all rules share; the runner-up's count is not used."""
     return top_class_bounds(k_top, n, level)
 
@@ -180,15 +178,13 @@ def _top_class(
 BOUNDS: dict[str, BoundsRule] = {"top-class": _top_class, "runner-up": runner_up_bounds}
 
 
-def _one_minus_up(p: FloatArray) -> FloatArray:
+def _one_minus_up(p: Floats) -> Floats:
     """1 - p, rounded up. The difference is exact for p >= 1/2 (Sterbenz), rounded below."""
     rest = 1.0 - np.asarray(p)
     return np.where(np.asarray(p) >= 0.5, rest, np.minimum(1.0, np.nextafter(rest, 2.0)))[()]
 
 
-def _move_until(
-    found: FloatArray, end: float, holds: Callable[[FloatArray], NDArray[np.bool_]]
-) -> FloatArray:
+def _move_until(found: Floats, end: float, holds: Callable[[Floats], NDArray[np.bool_]]) -> Floats:
     """Move limits towards `end`, one float first and twice as far each time, until they hold."""
     step = np.abs(np.nextafter(found, end) - found)
     for _ in range(1100):  # doubling from the smallest float spans [0, 1] in 1075 steps
@@ -201,7 +197,7 @@ def _move_until(
     return np.where(holds(found), found, end)
 
 
-def _together(*values: ArrayLike) -> tuple[FloatArray, ...]:
+def _together(*values: ArrayLike) -> tuple[Floats, ...]:
     """The values as float64 arrays of one shape, or an error that says what to do."""
     try:
         arrays = [np.asarray(value, dtype=np.float64) for value in values]
@@ -212,9 +208,7 @@ def _together(*values: ArrayLike) -> tuple[FloatArray, ...]:
         ) from error
 
 
-def _checked(
-    k: ArrayLike, n: ArrayLike, level: ArrayLike
-) -> tuple[FloatArray, FloatArray, FloatArray]:
+def _checked(k: ArrayLike, n: ArrayLike, level: ArrayLike) -> tuple[Floats, Floats, Floats]:
     """The three arguments as float64 arrays of one shape, or an error that says what to do."""
     counts, totals, levels = _together(k, n, level)
     if not np.all((totals >= 1) & (totals <= _MOST_VOTES) & (totals == np.floor(totals))):

@@ -9,11 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from certifl.errors import InputError
+from certifl.smoothing.arrays import Floats
 
-FloatArray = NDArray[np.float64]
 
-
-def certified_accuracy(correct: ArrayLike, radius: ArrayLike, radii: ArrayLike) -> FloatArray:
+def certified_accuracy(correct: ArrayLike, radius: ArrayLike, radii: ArrayLike) -> Floats:
     """Certified accuracy at R: the share of all images that are correct with radius >= R.
 
     Args:
@@ -55,7 +54,7 @@ def average_certified_radius(correct: ArrayLike, radius: ArrayLike) -> float:
     return float(np.mean(np.where(right, reach, 0.0)))
 
 
-def even_grid(largest: float, count: int = 50) -> FloatArray:
+def even_grid(largest: float, count: int = 50) -> Floats:
     """An even grid of `count` radii from 0 up to `largest`, both included.
 
     Args:
@@ -74,7 +73,7 @@ def even_grid(largest: float, count: int = 50) -> FloatArray:
     return np.linspace(0.0, largest, count)
 
 
-def mean_and_band(curves: ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray]:
+def mean_and_band(curves: ArrayLike) -> tuple[Floats, Floats, Floats]:
     """Mean, lowest and highest client at every radius.
 
     Every client counts the same, however many images it holds (the paper's average over clients).
@@ -99,7 +98,7 @@ def mean_and_band(curves: ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray
     return table.mean(axis=0), table.min(axis=0), table.max(axis=0)
 
 
-def _images(correct: ArrayLike, radius: ArrayLike) -> tuple[NDArray[np.bool_], FloatArray]:
+def _images(correct: ArrayLike, radius: ArrayLike) -> tuple[NDArray[np.bool_], Floats]:
     """Both columns as arrays of one length, or an error that says what to do."""
     right = np.asarray(correct).astype(bool)
     reach = np.asarray(radius, dtype=np.float64)
@@ -112,7 +111,7 @@ def _images(correct: ArrayLike, radius: ArrayLike) -> tuple[NDArray[np.bool_], F
     return right, reach
 
 
-def floor_to_grid(radius: ArrayLike, grid: ArrayLike) -> FloatArray:
+def floor_to_grid(radius: ArrayLike, grid: ArrayLike) -> Floats:
     """The largest value of the grid that does not exceed the radius; 0.0 below the whole grid.
 
     Args:

@@ -32,18 +32,14 @@ from functools import cached_property
 from typing import cast
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import special
 
 from certifl.errors import InputError
+from certifl.smoothing.arrays import Bools, Floats, Ints
 from certifl.smoothing.boundaries import Limits, limits
 from certifl.smoothing.bounds import RUNNER_UP_SHARE
 from certifl.smoothing.laws import Law
-from certifl.smoothing.sequential import LARGEST_CHANCE, Counts, count_at_most, grid_steps
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
+from certifl.smoothing.sequential import LARGEST_CHANCE, count_at_most, grid_steps
 
 PER_DOUBLING = 8
 _EARLY_SHARE = 0.25
@@ -74,7 +70,7 @@ def increments(alpha: float, looks: Sequence[int]) -> tuple[float, ...]:
     return (*early, (alpha - math.fsum(early)) * (1.0 - 2.0**-49))
 
 
-def reported_misses(radii: FloatArray, law: Law, sigma: float) -> tuple[float, ...]:
+def reported_misses(radii: Floats, law: Law, sigma: float) -> tuple[float, ...]:
     """The probabilities of a miss below which radii are certified by the top class alone.
 
     With these among the values of the limits, no reported radius is missed by a rounding.
@@ -117,9 +113,7 @@ class GroupSequential:
     def _of_runner_up(self) -> Limits:
         return limits(self.looks, tuple(RUNNER_UP_SHARE * level for level in self.levels))
 
-    def bounds(
-        self, top: IntArray, runner_up: IntArray, look: IntArray
-    ) -> tuple[FloatArray, FloatArray]:
+    def bounds(self, top: Ints, runner_up: Ints, look: Ints) -> tuple[Floats, Floats]:
         """(p_lower, p_upper) of counts, each at its look; with probability 1 - alpha all hold.
 
         Args:
@@ -140,13 +134,13 @@ class GroupSequential:
 
     def reach(
         self,
-        top: IntArray,
-        runner_up: IntArray,
-        look: IntArray,
+        top: Ints,
+        runner_up: Ints,
+        look: Ints,
         law: Law,
         sigma: float,
         price: float,
-    ) -> FloatArray:
+    ) -> Floats:
         """The largest radius that is worth further votes at this price of n votes, in steps."""
         top, runner_up, look = self._checked(top, runner_up, look)
         later, share = self._ahead(look)
@@ -155,13 +149,13 @@ class GroupSequential:
 
     def gains(
         self,
-        top: IntArray,
-        runner_up: IntArray,
-        look: IntArray,
+        top: Ints,
+        runner_up: Ints,
+        look: Ints,
         law: Law,
         sigma: float,
         price: float,
-    ) -> BoolArray:
+    ) -> Bools:
         """Whether some later look is worth its votes at this price of n votes, a radius."""
         top, runner_up, look = self._checked(top, runner_up, look)
         later, share = self._ahead(look)
@@ -174,14 +168,14 @@ class GroupSequential:
 
     def finished(
         self,
-        top: IntArray,
-        runner_up: IntArray,
-        look: IntArray,
+        top: Ints,
+        runner_up: Ints,
+        look: Ints,
         law: Law,
         sigma: float,
-        grid: FloatArray,
+        grid: Floats,
         price: float,
-    ) -> BoolArray:
+    ) -> Bools:
         """Which images may stop: no next grid step is worth further votes. Any answer is valid."""
         done = np.asarray(look) >= len(self.looks) - 1
         wanted = grid_steps(self.reach(top, runner_up, look, law, sigma, price), grid)
@@ -191,9 +185,9 @@ class GroupSequential:
         rows = np.flatnonzero(uncertain)  # elsewhere the exact bounds cannot have that step yet
         exact = law.radius(sigma, *self.bounds(top[rows], runner_up[rows], look[rows]))
         done[rows] = wanted[rows] <= grid_steps(exact, grid)
-        return cast(BoolArray, done)
+        return cast(Bools, done)
 
-    def _ahead(self, look: IntArray) -> tuple[IntArray, FloatArray]:
+    def _ahead(self, look: Ints) -> tuple[Ints, Floats]:
         """Later looks (1, 2, 4, ... on, and the last; by images) and the votes until then / n."""
         last, votes = len(self.looks) - 1, np.array(self.looks, dtype=np.float64)
         on = np.array([*(2**i for i in range(last.bit_length())), last])
@@ -202,14 +196,14 @@ class GroupSequential:
 
     def _forecast(
         self,
-        top: IntArray,
-        runner_up: IntArray,
-        look: IntArray,
-        later: IntArray,
-        chance: FloatArray,
+        top: Ints,
+        runner_up: Ints,
+        look: Ints,
+        later: Ints,
+        chance: Floats,
         law: Law,
         sigma: float,
-    ) -> FloatArray:
+    ) -> Floats:
         """Radii that later looks exceed with such a chance, about."""
         votes = np.array(self.looks, dtype=np.float64)
         now, then = votes[look], votes[later]
@@ -221,8 +215,8 @@ class GroupSequential:
         return np.asarray(law.radius(sigma, p_lower, p_upper))
 
     def _at_level(
-        self, top: Counts, runner_up: Counts, votes: Counts, level: FloatArray
-    ) -> tuple[FloatArray, FloatArray]:
+        self, top: Floats | Ints, runner_up: Floats | Ints, votes: Floats | Ints, level: Floats
+    ) -> tuple[Floats, Floats]:
         """Clopper-Pearson limits without rounding outward: for forecasts, not for certificates."""
         share = RUNNER_UP_SHARE if self.runner_up else 0.0
         some = np.maximum(top, 1)
@@ -234,9 +228,7 @@ class GroupSequential:
         p_upper = special.betainccinv(some + 1.0, votes - some, level * share)
         return p_lower, np.minimum(np.where(runner_up < votes, p_upper, 1.0), 1.0 - p_lower)
 
-    def _checked(
-        self, top: IntArray, runner_up: IntArray, look: IntArray
-    ) -> tuple[IntArray, IntArray, IntArray]:
+    def _checked(self, top: Ints, runner_up: Ints, look: Ints) -> tuple[Ints, Ints, Ints]:
         top, runner_up, look = np.broadcast_arrays(
             *(np.atleast_1d(np.asarray(value)) for value in (top, runner_up, look))
         )

@@ -23,13 +23,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy import special
+from numpy.typing import ArrayLike
 
 from certifl.errors import InputError
+from certifl.smoothing import special
+from certifl.smoothing.arrays import Floats
 from certifl.smoothing.bounds import top_class_bounds
-
-FloatArray = NDArray[np.float64]
 
 # scipy's PhiInv (Cephes ndtri) is off by at most 7.2e-16 of its value by its authors' tables;
 # 4.1e-16 is the most seen against 40 digits. 2**-48 = 3.6e-15 is five times the tabulated error.
@@ -53,7 +52,7 @@ class Law(Protocol):
         """The norm in which the radius is measured."""
         ...
 
-    def radius(self, sigma: ArrayLike, p_lower: ArrayLike, p_upper: ArrayLike) -> FloatArray:
+    def radius(self, sigma: ArrayLike, p_lower: ArrayLike, p_upper: ArrayLike) -> Floats:
         """The certified radius, rounded down; 0.0 where p_lower <= p_upper.
 
         Args:
@@ -92,7 +91,7 @@ class Gaussian:
     name: str = "gaussian"
     norm: str = "l2"
 
-    def radius(self, sigma: ArrayLike, p_lower: ArrayLike, p_upper: ArrayLike) -> FloatArray:
+    def radius(self, sigma: ArrayLike, p_lower: ArrayLike, p_upper: ArrayLike) -> Floats:
         """Certified l2 radius, R = sigma / 2 (PhiInv(p_lower) - PhiInv(p_upper)), rounded down.
 
         The two quantiles a and b carry relative errors below 2**-48 (five times what their authors
@@ -138,7 +137,7 @@ class Gaussian:
         return float(self.radius(sigma, *top_class_bounds(n, n, alpha)))
 
 
-def drawn_width(sigma: ArrayLike) -> FloatArray:
+def drawn_width(sigma: ArrayLike) -> Floats:
     """Half the width on which uniform noise is drawn: sigma rounded down to float32.
 
     At most 1.2e-7 of sigma is lost. Radii that used sigma itself would be too large by as much.
@@ -163,7 +162,7 @@ class Uniform:
     name: str = "uniform"
     norm: str = "l1"
 
-    def radius(self, sigma: ArrayLike, p_lower: ArrayLike, p_upper: ArrayLike) -> FloatArray:
+    def radius(self, sigma: ArrayLike, p_lower: ArrayLike, p_upper: ArrayLike) -> Floats:
         """Certified l1 radius, R = w (p_lower - p_upper) with w the drawn width, rounded down.
 
         Difference and product are off by at most 2**-53 of the result each; 2**-49 of it is taken
@@ -208,7 +207,7 @@ LAWS: dict[str, Law] = {"gaussian": GAUSSIAN, "uniform": UNIFORM}
 
 def _checked(
     sigma: ArrayLike, p_lower: ArrayLike, p_upper: ArrayLike
-) -> tuple[FloatArray, FloatArray, FloatArray]:
+) -> tuple[Floats, Floats, Floats]:
     """The three arguments as float64 arrays of one shape, or an error that says what to do."""
     scale, low, high = np.broadcast_arrays(
         *(np.asarray(value, dtype=np.float64) for value in (sigma, p_lower, p_upper))

@@ -38,22 +38,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from certifl.errors import InputError
+from certifl.smoothing.arrays import Bools, Floats, Ints
 from certifl.smoothing.strata import Cells, Scan
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
 
 # Bets from nearly 1 (votes all agree) down to where 1e6 votes that all differ are best betted on,
 # and the share of each: large ones first, for h seldom changes within a stratum.
-BETS: FloatArray = np.asarray(0.95 * 2.0 ** (-0.5 * np.arange(14)), dtype=np.float64)
-SHARES: FloatArray = (1.0 - 2.0**-40) / np.arange(1, 15) / np.sum(1.0 / np.arange(1, 15))
+BETS: Floats = np.asarray(0.95 * 2.0 ** (-0.5 * np.arange(14)), dtype=np.float64)
+SHARES: Floats = (1.0 - 2.0**-40) / np.arange(1, 15) / np.sum(1.0 / np.arange(1, 15))
 
 # Far above the rounding of a sum of a dozen float64 terms, far below anything that matters.
 _SLACK = 1e-9
 
 
-def log_weight(bet: float, tops: ArrayLike, ones: ArrayLike, twos: ArrayLike) -> FloatArray:
+def log_weight(bet: float, tops: ArrayLike, ones: ArrayLike, twos: ArrayLike) -> Floats:
     """Logarithm of the product of the weights w of some pairs (see the head of this file).
 
     Args:
@@ -77,11 +74,11 @@ class _Evidence:
         ones, twos: pairs whose z differ by 1, by 2.
     """
 
-    tops: IntArray
-    ones: IntArray
-    twos: IntArray
+    tops: Ints
+    ones: Ints
+    twos: Ints
 
-    def exceeds(self, discrepancy: FloatArray, alpha: float) -> BoolArray:
+    def exceeds(self, discrepancy: Floats, alpha: float) -> Bools:
         """Where E(delta) >= 2 / alpha: the test of one side, at level alpha / 2."""
         total = np.zeros(self.tops.shape)
         for bet, share in zip(BETS, SHARES, strict=True):
@@ -89,10 +86,10 @@ class _Evidence:
             total += share * np.exp(np.minimum(log, 100.0))
         return total >= 2.0 / alpha * (1.0 + _SLACK)
 
-    def hopeful(self) -> BoolArray:
-        """Where more votes may still certify: the lead, plus two standard errors, is positive."""
-        lead = self.tops - 0.5 * self.ones - self.twos
-        return lead + 2.0 * np.sqrt(0.25 * self.ones + self.twos + 1.0) > 0
+    def hopeful(self) -> Bools:
+        """Where more votes may still certify: margin plus two standard errors is positive."""
+        margin = self.tops - 0.5 * self.ones - self.twos
+        return margin + 2.0 * np.sqrt(0.25 * self.ones + self.twos + 1.0) > 0
 
 
 @dataclass(frozen=True)
@@ -105,9 +102,9 @@ class Reading:
         hope: (m, 2) ends that more votes may reach at best, judged by the votes so far.
     """
 
-    certified: BoolArray
-    interval: FloatArray
-    hope: FloatArray
+    certified: Bools
+    interval: Floats
+    hope: Floats
 
 
 def read_scan(scan: Scan, votes: ArrayLike, chosen: ArrayLike, alpha: float) -> Reading:

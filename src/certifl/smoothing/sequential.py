@@ -35,15 +35,12 @@ from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
 
 from certifl.errors import InputError
+from certifl.smoothing import special
+from certifl.smoothing.arrays import Bools, Floats, Ints
 from certifl.smoothing.bounds import BoundsRule
 from certifl.smoothing.laws import Law
-
-FloatArray = NDArray[np.float64]
-BoolArray = NDArray[np.bool_]
-Counts = NDArray[np.int64] | NDArray[np.float64]
 
 # A chance above this would stop images that more likely than not still improve at every look.
 LARGEST_CHANCE = 0.9
@@ -140,7 +137,7 @@ def reachable_radius(
     sigma: float,
     bounds_rule: BoundsRule,
     futility: float = 0.01,
-) -> FloatArray:
+) -> Floats:
     """The radius the last look may still give, exceeded with a chance of about futility * n_j / n.
 
     The last look's counts are predicted from those so far: an upper limit for c_A (never above the
@@ -194,7 +191,7 @@ def finished(
     bounds_rule: BoundsRule,
     wrong: ArrayLike | None = None,
     futility: float = 0.01,
-) -> BoolArray:
+) -> Bools:
     """Which images may stop at this look: their next grid step is out of reach, or c_A is wrong.
 
     Any answer is valid (see the head of this file). Pure and vectorised over images, which may be
@@ -228,12 +225,12 @@ def finished(
     level = np.asarray(levels)[look]
     now = law.radius(sigma, *bounds_rule(k_top, k_runner, spent, level))
     done = (grid_steps(best, grid) <= grid_steps(now, grid)) | (spent >= looks[-1])
-    return cast(BoolArray, done if wrong is None else done | np.asarray(wrong, dtype=bool))
+    return cast(Bools, done if wrong is None else done | np.asarray(wrong, dtype=bool))
 
 
 def count_at_most(
-    k: Counts, spent: Counts, n: float | FloatArray, chance: FloatArray
-) -> FloatArray:
+    k: Floats | Ints, spent: Floats | Ints, n: float | Floats, chance: Floats
+) -> Floats:
     """An upper limit of a count after n votes that was k after `spent`; best case included."""
     left = np.maximum(n - spent, 1.0)
     hits, misses = k * n / left, (spent - k) * n / left

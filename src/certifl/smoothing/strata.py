@@ -11,13 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from certifl.errors import InputError
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
+from certifl.smoothing.arrays import Bools, Floats, Ints
 
 _STRATA_PER_WINDOW = 20
 _FIRST_PASS = 1000
@@ -64,11 +61,11 @@ class Scan:
         return self.low + self.sigma, self.high - self.sigma
 
     @property
-    def totals(self) -> IntArray:
+    def totals(self) -> Ints:
         """Votes cast after each pass."""
         return 2 * np.cumsum(np.asarray(self.passes, dtype=np.int64))
 
-    def parameters(self, votes: ArrayLike, uniforms: ArrayLike) -> FloatArray:
+    def parameters(self, votes: ArrayLike, uniforms: ArrayLike) -> Floats:
         """The t of some votes: a uniform place in the stratum each of them belongs to.
 
         Args:
@@ -133,35 +130,35 @@ class Runs:
             (k for k in (near, near - 1, near + 1) if 0 <= k <= self.strata), key=difference
         )
 
-    def centre(self, start: ArrayLike) -> FloatArray:
+    def centre(self, start: ArrayLike) -> Floats:
         """The delta in the middle of the run that begins with stratum `start`."""
         return self.scan.low + (np.asarray(start) + self.length / 2) * self.width
 
-    def turns(self) -> FloatArray:
+    def turns(self) -> Floats:
         """The deltas at which the nearest run changes."""
         first, last = 0, self.strata - self.length
         if self.scan.periodic:
             first, last = -self.length, self.strata
         return self.centre(np.arange(first, last) + 0.5)
 
-    def nearest(self, delta: FloatArray) -> IntArray:
+    def nearest(self, delta: Floats) -> Ints:
         """First strata of the nearest runs."""
         start = np.rint((delta - self.scan.low) / self.width - self.length / 2).astype(np.int64)
         return start if self.scan.periodic else np.clip(start, 0, self.strata - self.length)
 
-    def discrepancy(self, start: IntArray, lows: FloatArray, highs: FloatArray) -> FloatArray:
+    def discrepancy(self, start: Ints, lows: Floats, highs: Floats) -> Floats:
         """In strata, the most that a run and the window of a delta in [low, high] differ by."""
         centre = self.centre(start)
         offset = np.maximum(np.abs(lows - centre), np.abs(highs - centre))
         misfit = abs(self.scan.sigma - self.length * self.width / 2)
         return 2.0 * np.maximum(offset, misfit) / self.width + _SLACK
 
-    def sums(self, start: IntArray, per_stratum: IntArray) -> IntArray:
+    def sums(self, start: Ints, per_stratum: Ints) -> Ints:
         """Sums over runs, (images, runs), of values (images, strata); a circle repeats."""
         before = np.zeros((len(per_stratum), self.strata + 1), np.int64)
         np.cumsum(per_stratum, axis=1, out=before[:, 1:])
 
-        def up_to(index: IntArray) -> IntArray:
+        def up_to(index: Ints) -> Ints:
             rounds, rest = np.divmod(index, self.strata)
             return before[:, rest] + rounds * before[:, -1:]
 
@@ -190,14 +187,14 @@ class Cells:
         for runs, start in zip(self.runs, self.starts, strict=True):
             self.discrepancy += runs.discrepancy(start, self.lows, self.highs)
 
-    def around_zero(self, good: BoolArray) -> slice:
+    def around_zero(self, good: Bools) -> slice:
         """The cells that any image may still be connected with, given (images, cells)."""
-        some: BoolArray = np.logical_or.reduce(good, axis=0)
+        some: Bools = np.logical_or.reduce(good, axis=0)
         right = int(np.cumprod(some[self.zero :], dtype=np.int64).sum())
         left = int(np.cumprod(some[self.zero :: -1], dtype=np.int64).sum())
         return slice(max(0, self.zero - left), self.zero + right + 1)
 
-    def connected(self, good: BoolArray) -> FloatArray:
+    def connected(self, good: Bools) -> Floats:
         """Ends of the stretch of good cells around 0, rounded towards 0; zeros where 0 is bad."""
         right = np.cumprod(good[:, self.zero :], axis=1, dtype=np.int64).sum(axis=1)
         left = np.cumprod(good[:, self.zero :: -1], axis=1, dtype=np.int64).sum(axis=1)

@@ -28,7 +28,7 @@ def load(path: Path, settings: Sequence[str] = ()) -> Spec:
         settings: such as `training.lr=0.05`; later ones win.
 
     Raises:
-        SpecError: the file is missing, is no TOML, or a key, type, range or combination is wrong.
+        SpecError: the file is missing, is not TOML, or a key, type, range or combination is wrong.
     """
     return with_settings(read_spec_file(path), settings)
 
@@ -37,7 +37,7 @@ def load_stored(path: Path) -> Spec:
     """Read the spec that a run wrote into its folder.
 
     Raises:
-        StoreError: it is missing or no longer a spec, so the run is damaged.
+        StoreError: it is missing or no longer a spec: the run is damaged.
     """
     try:
         with from_records():
@@ -63,7 +63,7 @@ def with_settings(values: dict[str, Any], settings: Sequence[str] = ()) -> Spec:
             raise SpecError(
                 f"--set takes key=value, for instance training.lr=0.05; got {setting!r}."
             )
-        _place(merged, key.strip().split("."), _value(text.strip()), key.strip())
+        _set_value(merged, key.strip().split("."), _value(text.strip()), key.strip())
     return _checked(merged)
 
 
@@ -72,11 +72,11 @@ def _checked(values: dict[str, Any], context: Mapping[str, Any] | None = None) -
         return Spec.model_validate(values, context=context)
     except ValidationError as error:
         raise SpecError(_message(error)) from error
-    except (InputError, SpecError) as error:
+    except InputError as error:
         raise SpecError(str(error)) from error
 
 
-def _place(values: dict[str, Any], keys: list[str], value: Any, whole: str) -> None:
+def _set_value(values: dict[str, Any], keys: list[str], value: Any, whole: str) -> None:
     for key in keys[:-1]:
         values = values.setdefault(key, {})
         if not isinstance(values, dict):
@@ -85,7 +85,7 @@ def _place(values: dict[str, Any], keys: list[str], value: Any, whole: str) -> N
 
 
 def _value(text: str) -> Any:
-    """A TOML value; what is no TOML is taken as text, so that quotes may be left out."""
+    """A TOML value; what is not TOML is taken as text, so that quotes may be omitted."""
     try:
         return parse_toml(f"value = {text}")["value"]
     except InputError as error:

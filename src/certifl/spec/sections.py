@@ -1,10 +1,10 @@
-"""The sections of a spec, each checked on its own."""
+"""The sections of a spec, each checked on its own; nothing here imports torch or scipy."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -16,20 +16,25 @@ from pydantic import (
     model_validator,
 )
 
-from certifl.certification.network import PRECISIONS, REMOVED_PRECISIONS, removed_precision
+from certifl.certification.precisions import PRECISIONS, REMOVED_PRECISIONS, removed_precision
 from certifl.certification.settings import Settings
-from certifl.data import Column, Splitter, make_splitter
-from certifl.errors import SpecError
+from certifl.data import SPLITS
 from certifl.federated.aggregation import RULES, check_rule, make_rule
-from certifl.federated.aggregation.base import Rule
-from certifl.federated.privacy import Budget, check_algorithm
-from certifl.federated.rounds import RandomShare
-from certifl.federated.training.schedule import Schedule
+from certifl.federated.training.schedule import Schedule, participants
 from certifl.models import MODELS
 from certifl.perturbations import describe as describe_perturbation
-from certifl.perturbations import from_description as perturbation_asked
+from certifl.perturbations import from_description as new_perturbation
 from certifl.perturbations import from_record as perturbation_from
 from certifl.perturbations.units import parse_amount, parse_amounts
+from certifl.registry import choices
+
+if TYPE_CHECKING:
+    from certifl.data import Column, Splitter
+    from certifl.federated.aggregation.base import Rule
+    from certifl.federated.privacy import Budget
+
+S = TypeVar("S")
+R = TypeVar("R")
 
 NONE, SAME, OWN = "none", "same", "own"
 # The context of validation in which a run's own record is read: what an older version could
@@ -41,6 +46,20 @@ class Section(BaseModel):
     """A table of a spec: no unknown keys, no conversions, unchangeable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def once(method: Callable[[S], R]) -> Callable[[S], R]:
+    """A method without arguments, called once per object: its result is cached."""
+    key = f"_{method.__name__}"
+
+    @functools.wraps(method)
+    def cached(self: S) -> R:
+        values = self.__dict__  # pydantic compares and writes fields alone
+        if key not in values:
+            values[key] = method(self)
+        return values[key]
+
+    return cached
 
 
 def _perturbation(*words: str) -> BeforeValidator:
@@ -55,18 +74,18 @@ def _perturbation(*words: str) -> BeforeValidator:
                 f'must be {also}a table such as {{ family = "rotation", sigma = "18deg" }}; '
                 f"got {value!r}"
             )
-        return describe_perturbation(perturbation_asked(value))
+        return describe_perturbation(new_perturbation(value))
 
     return BeforeValidator(check)
 
 
 def _whole(value: Any) -> Any:
-    """1e4 is a float in TOML, and a whole number to whoever writes it."""
+    """1e4 is a float in TOML, and a whole number to the person who writes it."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
-Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+PositiveWhole = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
 
 
 def _in_unit(value: Any, name: str, described: Any) -> Any:
@@ -89,14 +108,14 @@ class Data(Section):
     """
 
     name: Annotated[str, Field(min_length=1)]
-    train_images: Positive | None = None
-    test_images: Positive | None = None
+    train_images: PositiveWhole | None = None
+    test_images: PositiveWhole | None = None
     label_column: str | None = None
     test_split: Literal["test", "validation", "valid", "val"] | None = None
 
 
 class Clients(Section):
-    """Who takes part, and how the images are dealt out.
+    """How many clients take part, and how the images are split over them.
 
     Attributes:
         count: number of clients.
@@ -108,15 +127,15 @@ class Clients(Section):
             = half of them, rounded up.
     """
 
-    count: Positive = 10
+    count: PositiveWhole = 10
     split: str = "uniform"
     options: dict[str, Any] = Field(default_factory=dict)
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0
-    min_clients: Positive | None = None
+    min_clients: PositiveWhole | None = None
 
     @model_validator(mode="after")
-    def _splitter_exists(self) -> Clients:
-        self.splitter()
+    def _known_split(self) -> Clients:
+        SPLITS.check_named(self.split, self.options)
         return self
 
     @model_validator(mode="after")
@@ -131,11 +150,12 @@ class Clients(Section):
     @property
     def participants(self) -> int:
         """How many clients take part in a round."""
-        return RandomShare(self.participation, self.count, 0).size
+        return participants(self.participation, self.count)
 
+    @once
     def splitter(self) -> Splitter | Column:
         """The partition rule."""
-        return make_splitter(self.split, self.options)
+        return SPLITS[self.split](**self.options)
 
 
 class Model(Section):
@@ -143,16 +163,17 @@ class Model(Section):
 
     Attributes:
         name: resnet18, small_resnet, small_cnn, or your own as `module:function`.
-        options: further arguments of your own function.
+        options: further arguments of the function, for instance { norm = "group" }.
     """
 
     name: str = "resnet18"
     options: dict[str, Any] = Field(default_factory=dict)
 
-    @field_validator("name")
-    @classmethod
-    def _known_model(cls, value: str) -> str:
-        return value if ":" in value else _one_of(value, MODELS, "your own as module:function")
+    @model_validator(mode="after")
+    def _known_model(self) -> Model:
+        if ":" not in self.name:
+            MODELS.check_named(self.name, self.options)
+        return self
 
 
 class Training(Section):
@@ -168,9 +189,9 @@ class Training(Section):
         precision: "float32", or "bfloat16" (the network's arithmetic; weights stay in float32).
     """
 
-    rounds: Positive = 45
-    local_epochs: Positive = 2
-    batch_size: Positive = 64
+    rounds: PositiveWhole = 45
+    local_epochs: PositiveWhole = 2
+    batch_size: PositiveWhole = 64
     lr: Annotated[float, Field(gt=0)] = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
@@ -211,14 +232,11 @@ class Aggregation(Section):
     clip: Annotated[float, Field(gt=0)] | None = None
     trim: float | None = None
     malicious: float | None = None
-    keep: Positive | None = None
+    keep: PositiveWhole | None = None
 
     @model_validator(mode="after")
     def _rule_exists(self) -> Aggregation:
-        try:
-            check_rule(self.rule, self._options(), self.clip)
-        except SpecError as error:
-            raise ValueError(str(error)) from error  # pydantic then says which section it is
+        check_rule(self.rule, self._options(), self.clip)
         return self
 
     def _options(self) -> dict[str, Any]:
@@ -286,7 +304,7 @@ class Certification(Section):
     """
 
     perturbation: Annotated[dict[str, Any], _perturbation()]
-    images: Positive | None = 500
+    images: PositiveWhole | None = 500
     estimator: str = "sequential"
     n0: Whole = 100
     n: Whole = 100_000
@@ -310,18 +328,22 @@ class Certification(Section):
             if info.context == STORED:
                 return value
             raise ValueError(removed_precision(value))
-        return value if value == "auto" else _one_of(value, PRECISIONS, "auto")
+        if value != "auto" and value not in PRECISIONS:
+            raise ValueError(f"{value!r} is unknown: {choices(value, PRECISIONS, 'auto')}")
+        return value
 
     @model_validator(mode="after")
     def _settings_fit(self) -> Certification:
         named = [client for own in self.own or () for client in own.clients]
         if twice := sorted({client for client in named if named.count(client) > 1}):
             raise ValueError(f"own names client {twice[0]} twice; a client has one perturbation")
-        for client in (None, *(own.clients[0] for own in self.own or ())):
-            described, settings = self.of(client), self.settings(client)
-            if described != NONE:
-                settings.estimator_for(perturbation_from(described)).check()
+        for client in self.differing():
+            self.settings(client)
         return self
+
+    def differing(self) -> list[int | None]:
+        """One client of each group that certifies alike; None for all that have nothing own."""
+        return [None, *(own.clients[0] for own in self.own or ())]
 
     def of(self, client: int | None = None) -> Any:
         """The description of what a client certifies, or "none"; by default the common one."""
@@ -336,42 +358,29 @@ class Certification(Section):
         own, common = self._own(client), getattr(self, name)
         if own is None or own.perturbation == NONE:
             return common
-        asked = getattr(own, name)
-        if asked is None and common is not None:
+        specific = getattr(own, name)
+        if specific is None and common is not None:
             units = [perturbation_from(d).unit for d in (self.perturbation, own.perturbation)]
             if units[0] != units[1]:
                 raise ValueError(
                     f"{name} is in {units[0]}, but own certifies {own.perturbation['family']} in "
                     f"{units[1]}: give that entry of own its {name}, or leave {name} out"
                 )
-        return common if asked is None else asked
+        return common if specific is None else specific
 
     def settings(self, client: int | None = None) -> Settings:
         """As `certifl.certification` expects it for a client; by default the common settings."""
-        asked = self._amount("radii", client)
-        radii = None if asked is None else tuple(asked)
+        radii = self._amount("radii", client)
         return Settings(
             estimator=self.estimator,
             n0=self.n0,
             n=self.n,
             alpha=self.alpha,
-            radii=radii,
+            radii=None if radii is None else tuple(radii),
             label_aware=self.label_aware,
             reach=self._amount("reach", client),
             keep=self.keep,
         )
-
-
-def _one_of(value: str, known: Any, also: str = "") -> str:
-    if value not in known:
-        near = difflib.get_close_matches(value, list(known), 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        more = f", or {also}" if also else ""
-        raise ValueError(f"must be one of {', '.join(known)}{more}; got {value!r}.{hint}")
-    return value
-
-
-# The section [privacy] of a spec, and what it can be combined with.
 
 
 Above0 = Annotated[float, Field(gt=0)]
@@ -421,6 +430,8 @@ class Privacy(Section):
 
     def budget(self) -> Budget:
         """As `certifl.federated` expects it."""
+        from certifl.federated.privacy import Budget
+
         return Budget(self.max_norm, self.delta, self.noise_multiplier, self.target_epsilon)
 
 
@@ -440,12 +451,11 @@ def check_privacy(
     """
     if privacy.kind == "none":
         return
-    try:
-        check_algorithm(algorithm, privacy.kind)
-        if privacy.kind == "client":
-            privacy.budget().check_delta(clients.count, "clients")
-    except SpecError as error:
-        raise ValueError(str(error)) from error
+    from certifl.federated.privacy import check_algorithm
+
+    check_algorithm(algorithm, privacy.kind)
+    if privacy.kind == "client":
+        privacy.budget().check_delta(clients.count, "clients")
     if privacy.kind == "client" and aggregation.build() is not None:
         raise ValueError(
             'privacy.kind = "client" is a rule of aggregation itself, with clipping of its own: '

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tomli_w
 from pydantic import Field, field_validator, model_validator
 
-from certifl.errors import SpecError
+from certifl.errors import InputError
 from certifl.federated.algorithms import ALGORITHMS
-from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.objectives import OBJECTIVES
-from certifl.federated.objectives.base import Objective
-from certifl.federated.training.batches import PerClient, together
-from certifl.perturbations import Perturbation
 from certifl.perturbations import from_record as perturbation_from
 from certifl.spec.sections import (
     NONE,
@@ -31,9 +27,16 @@ from certifl.spec.sections import (
     Section,
     Training,
     check_privacy,
+    once,
 )
 
-Choice = Perturbation | PerClient | None
+if TYPE_CHECKING:
+    from certifl.federated.algorithms.base import Algorithm
+    from certifl.federated.objectives.base import Objective
+    from certifl.federated.training.batches import PerClient
+    from certifl.perturbations import Perturbation
+
+    Choice = Perturbation | PerClient | None
 
 # Raised when a default of the spec changes its value, or what it means, so that results differ.
 _DEFAULTS = 1
@@ -45,7 +48,7 @@ class Spec(Section):
     Attributes:
         name: free text for people. seed: the one seed all streams are derived from.
         algorithm: { name = "fedavg", ... } with the algorithm's own parameters.
-        objective: { name = "augmented", ... }, what clients minimise on a batch, in federated
+        objective: { name = "augmented", ... }, what clients minimize on a batch, in federated
             training and in fine-tuning, with the objective's own parameters.
     """
 
@@ -66,18 +69,12 @@ class Spec(Section):
     @field_validator("algorithm")
     @classmethod
     def _known_algorithm(cls, value: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return ALGORITHMS.check(value)
-        except SpecError as error:
-            raise ValueError(str(error)) from error  # pydantic then says which key it is
+        return ALGORITHMS.check(value)
 
     @field_validator("objective")
     @classmethod
     def _known_objective(cls, value: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return OBJECTIVES.check(value)
-        except SpecError as error:
-            raise ValueError(str(error)) from error
+        return OBJECTIVES.check(value)
 
     @model_validator(mode="after")
     def _combinations(self) -> Spec:
@@ -107,11 +104,26 @@ class Spec(Section):
                 'privacy.kind = "example" clips the gradient of every image: it needs '
                 'training.precision = "float32"'
             )
+        self._check_votes()  # last: it imports torch and scipy
         return self
+
+    def _check_votes(self) -> None:
+        """The votes can certify something, also for clients that certify something else."""
+        for client in self.certification.differing():
+            perturbation = _built(self.certification.of(client))
+            if perturbation is not None:
+                try:
+                    self.certification.settings(client).estimator_for(perturbation).check()
+                except InputError as error:
+                    raise ValueError(f"certification: {error}") from error
 
     def _check_objective(self) -> None:
         """A robust objective has a perturbation to train against somewhere."""
-        if self.objective["name"] != "augmented" and self.augmentations() == (None, None):
+        nothing = self.augmentation.federated == NONE and self.augmentation.personalized in (
+            NONE,
+            SAME,
+        )
+        if self.objective["name"] != "augmented" and nothing:
             raise ValueError(
                 f"objective.name = {self.objective['name']!r} needs a perturbation to train "
                 "against, and nothing augments this training: set augmentation.federated, for "
@@ -122,7 +134,7 @@ class Spec(Section):
         """The rule of aggregation can do what it promises with the clients of a round."""
         try:
             self.aggregation.check(self.clients.participants)
-        except SpecError as error:
+        except InputError as error:
             raise ValueError(f"aggregation: {error}") from error
 
     def _check_own(self) -> None:
@@ -136,21 +148,25 @@ class Spec(Section):
                 )
         if all(self.certification.of(client) == NONE for client in range(count)):
             raise ValueError(
-                'certification.own gives every client "none": nobody is left to certify anything'
+                'certification.own gives every client "none": no client certifies anything'
             )
 
+    @once
     def build_algorithm(self) -> Algorithm:
         """The algorithm as an object."""
         return ALGORITHMS.build(self.algorithm)
 
+    @once
     def build_objective(self) -> Objective:
         """The objective as an object."""
         return OBJECTIVES.build(self.objective)
 
+    @once
     def perturbation(self) -> Perturbation:
         """The perturbation that all clients certify that have none of their own."""
         return perturbation_from(self.certification.perturbation)
 
+    @once
     def perturbations(self) -> tuple[Perturbation | None, ...]:
         """What each client certifies; None = nothing."""
         return tuple(_built(description) for description in self._descriptions())
@@ -163,6 +179,7 @@ class Spec(Section):
         own = self._descriptions()
         return own[0] if all(one == own[0] for one in own) else own
 
+    @once
     def augmentations(self) -> tuple[Choice, Choice]:
         """What augments federated training and personalisation: for all, or per client."""
         chosen = (self.augmentation.federated, self.augmentation.personalized)
@@ -170,7 +187,11 @@ class Spec(Section):
         return federated, federated if chosen[1] == SAME else self._augmentation(chosen[1])
 
     def _augmentation(self, description: Any) -> Choice:
-        return together(self.perturbations()) if description == OWN else _built(description)
+        if description == OWN:
+            from certifl.federated.training.batches import combine_augmentations
+
+            return combine_augmentations(self.perturbations())
+        return _built(description)
 
     def to_toml(self) -> str:
         """The spec as TOML, every default spelled out."""
@@ -181,7 +202,7 @@ class Spec(Section):
 
         Keys that have their default are left out, so a key that a later version adds renames no
         study whose results it leaves alone. So is clients.min_clients: it says when training
-        stops, not what it gives, and a training that stopped can be gone on with at a lower one.
+        stops, not what it gives, and a training that stopped can be resumed with a lower one.
         """
         return _hash(_decisive(self.model_dump(exclude={"name"}, exclude_defaults=True)))
 

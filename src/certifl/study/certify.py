@@ -1,4 +1,4 @@
-"""One client's certificates of its own test images, resumable vote by vote."""
+"""Certificates of the clients' own test images, resumable vote by vote."""
 
 from __future__ import annotations
 
@@ -20,22 +20,24 @@ from certifl.certification import Certificates, conditions, counts
 from certifl.certification import adaptive as engine
 from certifl.certification.certificates import Predictions, predict_plain
 from certifl.certification.counts import Votes
-from certifl.certification.network import Network, prepare
+from certifl.certification.network import Network
 from certifl.certification.rng_check import check_random_source_once
 from certifl.certification.sampling import VoteCounter
 from certifl.certification.settings import Settings
-from certifl.data import Dataset, Partition, choose, to_float
+from certifl.data import choose, to_float
 from certifl.errors import StoreError
 from certifl.models import code_fingerprint, fingerprint
 from certifl.perturbations import Perturbation
+from certifl.progress import ProgressCallback, StageCallback
 from certifl.runs.atomic import load_tensors, save_tensors, tensor_metadata
-from certifl.runs.folder import RunFolder
-from certifl.spec import Spec
+from certifl.study.opened_run import NetworkCache, OpenRun
 
 _SECONDS_BETWEEN_SAVES = 15.0
 # The reach decides nothing beyond the scan that it gives, which is part of the name.
 _MAY_DIFFER = ("threads", "versions", "reach")
 _log = logging.getLogger(__name__)
+
+"""Called with (what is under way, done, all, unit)."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Job:
         client: number of the client.
         index: (m,) positions in the data set's test split.
         images: (m, c, h, w) uint8. labels: (m,).
-        saved: where the votes cast so far are kept.
+        saved: the file of the votes cast so far.
     """
 
     client: int
@@ -56,40 +58,9 @@ class Job:
     saved: Path
 
 
-class NetworkCache:
-    """Networks made ready to vote; clients that deploy the same global model share one."""
-
-    def __init__(self, device: str, precision: str) -> None:
-        self._device, self._precision = device, precision
-        self._ready: Network | None = None
-        self.name = ""
-
-    def network(self, model: nn.Module, job: Job) -> Network:
-        """The model of a job, made ready; its fingerprint is then the bench's name."""
-        name = fingerprint(model)
-        if self._ready is None or name != self.name:
-            probe = to_float(job.images[:1])
-            self._ready = prepare(model, probe, self._device, self._precision)
-            self.name = name
-        return self._ready
-
-
-def predicted(job: Job, network: Network, model: str, data: str) -> Predictions:
-    """What a client that certifies nothing answers: one prediction for each of its images."""
-    client = np.full(len(job.index), job.client, np.int64)
-    facts = {
-        "model_fingerprint": model,
-        "data_fingerprint": data,
-        "precision": network.precision,
-        "device": network.device.type,
-    }
-    found = predict_plain(network, to_float(job.images))
-    return Predictions(client, job.index, job.labels, found, facts)
-
-
 @dataclass(frozen=True)
-class Question:
-    """What is certified, and what its votes depend on besides the images and the network.
+class VoteSource:
+    """What votes depend on besides the images and the network.
 
     Attributes:
         perturbation, settings: as in `certifl.certify`.
@@ -102,83 +73,75 @@ class Question:
     data: str
 
 
+class Paused(Exception):
+    """A certification ended before all votes were cast; those cast so far are saved."""
+
+
+def predicted(job: Job, network: Network, model: str, data: str) -> Predictions:
+    """Plain predictions of a client that certifies nothing, one for each of its images."""
+    metadata = {
+        "model_fingerprint": model,
+        "data_fingerprint": data,
+        "precision": network.precision,
+        "device": network.device.type,
+    }
+    client = np.full(len(job.index), job.client, np.int64)
+    classes = predict_plain(network, to_float(job.images))
+    return Predictions(client, job.index, job.labels, classes, metadata)
+
+
 def certify_job(
     job: Job,
     model: nn.Module,
     network: Network,
-    perturbation: Perturbation,
-    settings: Settings,
-    seed: int,
-    data: str,
-    progress: engine.Progress | None,
+    source: VoteSource,
+    progress: ProgressCallback | None = None,
+    enough: Callable[[], bool] | None = None,
 ) -> Certificates:
-    """One client's certificates; votes already cast and saved are not cast again."""
-    question = Question(perturbation, settings, seed, data)
-    return _certified(job, model, network, question, progress, None)
+    """One client's certificates; votes that are saved already are not cast again.
 
+    Args:
+        job: the images. model: the client's. network: the model, prepared for voting.
+        source: what else the votes depend on.
+        progress: called with (votes cast, votes at most).
+        enough: asked after every batch of votes whether to pause.
 
-def certify_piece(
-    job: Job,
-    model: nn.Module,
-    network: Network,
-    question: Question,
-    progress: engine.Progress | None,
-    enough: Callable[[], bool],
-) -> Certificates | None:
-    """One client's certificates, or None where it was enough before all votes were cast.
-
-    The votes cast until then are saved, and the next piece goes on from them.
+    Raises:
+        Paused: it was enough before all votes were cast.
+        StoreError: the votes cannot be saved.
     """
-    try:
-        return _certified(job, model, network, question, progress, enough)
-    except _Enough:
-        return None
-
-
-class _Enough(Exception):
-    """A piece ends here."""
-
-
-def _certified(
-    job: Job,
-    model: nn.Module,
-    network: Network,
-    question: Question,
-    progress: engine.Progress | None,
-    enough: Callable[[], bool] | None,
-) -> Certificates:
-    perturbation, settings = question.perturbation, question.settings
-    facts = conditions(perturbation, settings, network, question.seed, model, question.data)
+    perturbation, settings = source.perturbation, source.settings
+    metadata = conditions(perturbation, settings, network, source.seed, model, source.data)
     estimator = settings.estimator_for(perturbation)
-    saver = _Saver(job.saved, _votes_key(job, facts, code_fingerprint(model)))
+    saver = _Saver(job.saved, _votes_key(job, metadata, code_fingerprint(model)))
     votes = saver.load() or counts.fresh(len(job.index), network.classes)
 
     def after_batch(votes: Votes) -> None:
         saver.maybe(votes)
         if enough is not None and enough() and not votes.done.all():
             saver.save(votes)
-            raise _Enough
+            raise Paused
 
     if not votes.done.all():
-        saver.save(votes)  # a place that cannot be written shows before the votes are cast
+        saver.save(votes)  # a path that cannot be written shows before the votes are cast
         images = to_float(job.images).to(network.device)
-        counter = VoteCounter(network, perturbation, question.seed)
+        counter = VoteCounter(network, perturbation, source.seed)
         engine.count_all(counter, images, job.labels, estimator, votes, after_batch, progress)
         saver.save(votes)
-        facts["batch_size"] = counter.network.batch_size
+        metadata["batch_size"] = counter.network.batch_size
     elif progress is not None:
         progress(engine.expected_votes(len(job.index), settings), 0)
-    return engine.finalize(votes, estimator, job.labels, job.index, job.client, facts)
+    return engine.finalize(votes, estimator, job.labels, job.index, job.client, metadata)
 
 
-def _votes_key(job: Job, facts: Mapping[str, Any], code: str) -> str:
-    """A name of the votes asked for: another image, noise, network or look makes another.
+def _votes_key(job: Job, metadata: Mapping[str, Any], code: str) -> str:
+    """A name of the votes wanted: another image, noise, network or look has another.
 
-    Votes of two functions must never be counted together, and a network of somebody's own may
-    change with its code while its weights stay: so its code is part of the name.
+    Votes of two functions must never be counted together, and a user's network may change with
+    its code while its weights stay: so its code is part of the name.
     """
-    same = {name: value for name, value in facts.items() if name not in _MAY_DIFFER}
-    same["torch"] = facts["versions"]["torch"]  # another version may round the network otherwise
+    same = {name: value for name, value in metadata.items() if name not in _MAY_DIFFER}
+    same["torch"] = metadata["versions"]["torch"]  # another version may round differently
     if code:
         same["code"] = code
     images = [job.index.tolist(), job.labels.tolist()]
@@ -187,14 +150,14 @@ def _votes_key(job: Job, facts: Mapping[str, Any], code: str) -> str:
 
 
 class _Saver:
-    """Keeps the votes on disk, not more often than every few seconds."""
+    """Saves the votes, not more often than every few seconds."""
 
     def __init__(self, path: Path, key: str) -> None:
         self._path, self._key = path, key
         self._last = time.monotonic()
 
     def load(self) -> Votes | None:
-        """Votes of an earlier start, if they were cast for the same question."""
+        """Votes of an earlier start, if they were cast under the same conditions."""
         if not self._path.is_file():
             return None
         try:
@@ -221,70 +184,62 @@ class _Saver:
         self._last = time.monotonic()
 
 
-# Every client's certificates of its own test images, resumable vote by vote.
-
-
-Report = Callable[[str, int, int, str], None]
-
-
 def certify_clients(
-    folder: RunFolder,
-    spec: Spec,
-    dataset: Dataset,
-    partition: Partition,
-    deployed: Callable[[int], nn.Module],
+    run: OpenRun,
     device: str,
-    report: Report | None,
+    report: StageCallback | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> None:
-    """Certify clients one after the other; a whole set of them is put into one file.
+    """Certify the clients one after the other and store the results of all in the run.
 
-    Every client certifies its own perturbation where it has one. Those that certify nothing leave
-    plain predictions in a file of their own.
+    Each client certifies its own perturbation. Those that certify nothing leave plain predictions
+    in a file of their own.
 
     Args:
-        deployed: the model a client uses at test time.
-        share: (k, n): only clients k, k + n, k + 2 n, ...; with n > 1 votes are saved for whoever
-            concludes, and no certificates are written.
+        run: trained.
+        share: (k, n): only clients k, k + n, k + 2 n, ...; with n > 1 votes are saved, and no
+            certificates are written.
     """
-    perturbations, settings = spec.perturbations(), spec.certification.settings
-    mine = range(share[0], len(partition.clients), share[1])
-    jobs = [_job(folder, spec, dataset, partition, client) for client in mine]
+    spec = run.spec
+    settings = spec.certification.settings
+    jobs = [_job(run, client) for client in range(share[0], spec.clients.count, share[1])]
     at_most = [
         0
-        if perturbations[job.client] is None
+        if run.perturbations[job.client] is None
         else engine.expected_votes(len(job.index), settings(job.client))
         for job in jobs
     ]
     parts: list[Certificates] = []
     plain: list[Predictions] = []
-    bench = NetworkCache(device, spec.certification.precision)
-    for place, job in enumerate(jobs):
-        model, perturbation = deployed(job.client), perturbations[job.client]
-        network = bench.network(model, job)
+    cache = NetworkCache(device, spec.certification.precision)
+    for number, job in enumerate(jobs):
+        model, perturbation = run.model(job.client), run.perturbations[job.client]
+        network = cache.network(model, job.images)
         if perturbation is None:
-            plain.append(predicted(job, network, bench.name, dataset.fingerprint))
+            plain.append(predicted(job, network, cache.fingerprint, run.dataset.fingerprint))
             continue
         check_random_source_once(perturbation, tuple(job.images.shape[1:]), network.device)
-        told = _progress(report, sum(at_most[:place]), sum(at_most))
-        asked = (perturbation, settings(job.client), spec.seed, dataset.fingerprint)
-        parts.append(certify_job(job, model, network, *asked, told))
+        source = VoteSource(perturbation, settings(job.client), spec.seed, run.dataset.fingerprint)
+        progress = _progress(report, sum(at_most[:number]), sum(at_most))
+        parts.append(certify_job(job, model, network, source, progress))
     if share[1] == 1:
-        _store(folder, parts, plain)
+        _store(run, parts, plain)
 
 
-def _store(folder: RunFolder, parts: Sequence[Certificates], plain: Sequence[Predictions]) -> None:
-    """Everybody's predictions and certificates as one file each."""
+def _store(run: OpenRun, parts: Sequence[Certificates], plain: Sequence[Predictions]) -> None:
+    """The predictions and the certificates of all clients as one file each."""
     if plain:
         models = {str(p.clients[0]): p.conditions["model_fingerprint"] for p in plain}
-        facts = {**plain[0].conditions, "model_fingerprint": models}
-        predictions = Predictions.concatenate(plain)
-        folder.save_predictions(dataclasses.replace(predictions, conditions=facts))
-    folder.update({**_summary(parts), **({"plain": _accuracies(plain)} if plain else {})})
+        metadata = {**plain[0].conditions, "model_fingerprint": models}
+        joined = Predictions.concatenate(plain)
+        run.predictions = dataclasses.replace(joined, conditions=metadata)
+        run.folder.save_predictions(run.predictions)
+    run.folder.update({**_summary(parts), **({"plain": _accuracies(plain)} if plain else {})})
     together = Certificates.concatenate(parts)
     models = {str(int(p.client[0])): p.conditions["model_fingerprint"] for p in parts}
-    facts = {**together.conditions, "model_fingerprint": models}
-    folder.save_certificates(dataclasses.replace(together, conditions=facts))
+    metadata = {**together.conditions, "model_fingerprint": models}
+    run.certificates = dataclasses.replace(together, conditions=metadata)
+    run.folder.save_certificates(run.certificates)
 
 
 def _accuracies(plain: Sequence[Predictions]) -> dict[str, dict[str, int]]:
@@ -295,26 +250,23 @@ def _accuracies(plain: Sequence[Predictions]) -> dict[str, dict[str, int]]:
     }
 
 
-def _progress(report: Report | None, before: int, everything: int) -> engine.Progress | None:
+def _progress(report: StageCallback | None, before: int, total: int) -> ProgressCallback | None:
     if report is None:
         return None
-    return lambda done, _all: report("certifying", before + done, everything, "votes at most")
+    return lambda done, _all: report("certifying", before + done, total, "votes at most")
 
 
-def _job(
-    folder: RunFolder, spec: Spec, dataset: Dataset, partition: Partition, client: int
-) -> Job:
-    held = partition.clients[client].test
-    index = choose(held, spec.certification.images, spec.seed, client)
-    part = dataset.test.take(index)
-    return Job(client, index, part.images, part.labels.numpy(), folder.votes(client))
+def _job(run: OpenRun, client: int) -> Job:
+    own = run.partition.clients[client].test
+    index = choose(own, run.spec.certification.images, run.spec.seed, client)
+    part = run.dataset.test.take(index)
+    return Job(client, index, part.images, part.labels.numpy(), run.folder.votes(client))
 
 
 def _summary(parts: Sequence[Certificates]) -> dict[str, object]:
     cast = sum(int(p.votes.sum()) + int(p.selection_counts.sum()) for p in parts)
-    facts = parts[0].conditions
     return {
         "votes": cast,
         "certification_seconds": round(sum(float(p.seconds.sum()) for p in parts), 3),
-        "precision": facts["precision"],
+        "precision": parts[0].conditions["precision"],
     }

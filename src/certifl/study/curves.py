@@ -1,6 +1,6 @@
-"""Whether certificates can come to a curve at all: falling counts, and an average to match.
+"""Whether a curve is possible at all: falling counts, and an average that they allow.
 
-Whether they do, only whoever has the votes can say.
+Whether it is true can only be checked with the votes.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def impossible_curve(
     acr: float,
     largest: float = math.inf,
 ) -> str | None:
-    """Why no certificates can come to these numbers, in words; None where some can.
+    """Why no certificates can have these numbers, in words; None where some can.
 
     Args:
-        radii: in rising order. counts: images that are certified correct at each of them.
-        images: all of them. acr: the average certified radius.
+        radii: ascending. counts: images that are certified correct at each of them.
+        images: total. acr: the average certified radius.
         largest: the largest radius that one certificate can have.
     """
     if len(radii) != len(counts) or not radii:
@@ -38,7 +38,7 @@ def impossible_curve(
     off = _ROUNDING * max(1.0, abs(low))
     if not (math.isfinite(acr) and low - off <= acr <= high + off):
         return (
-            f"an average certified radius of {acr:.6g} does not go with its curve, which allows "
+            f"an average certified radius of {acr:.6g} does not fit its curve, which allows "
             f"{low:.6g} to {high:.6g}"
         )
     return None
@@ -47,9 +47,9 @@ def impossible_curve(
 def possible_averages(
     radii: np.ndarray, counts: np.ndarray, images: int, largest: float = math.inf
 ) -> tuple[float, float]:
-    """The smallest and the largest average radius that go with these counts.
+    """The smallest and largest average radius that these counts allow.
 
-    Every image lies somewhere in its step; those of the last step between the last radius and the
+    Every image is somewhere in its step; those of the last step between the last radius and the
     largest possible one. Images that are not counted at the first radius may be certified correct
     below it.
     """

@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,12 @@ _ROUNDING = ("avx", "amx", "fma", "sse4", "asimd", "bf16", "sve", "i8mm")
 _RECORDED = ("torch", "numpy", "scipy")
 
 
-def machine_facts(device: str) -> dict[str, Any]:
+def now() -> str:
+    """The time as records hold it: 2026-01-31T12:00:00Z."""
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def machine_metadata(device: str) -> dict[str, Any]:
     """Processor, cores, memory and the device asked for; of several, the first."""
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     return {
@@ -83,7 +89,7 @@ def training_threads(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def give_back_memory() -> None:
+def release_memory() -> None:
     """Hand back what torch keeps of a GPU's memory without using it.
 
     The memory of dropped graphs and models can then be had by other processes on the same GPU, and

@@ -1,40 +1,53 @@
-"""What a study begins with, the images dealt out to the clients, and what is left of a run."""
+"""Data and models of a study, and a finished run opened once for every command that reads it."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from certifl.certification.network import Network, prepare
 from certifl.data import (
     ClientIndices,
     Column,
     Dataset,
     Partition,
-    deal_out,
+    assign_images,
+    check,
     label_checksum,
     load,
     random_part,
+    to_float,
 )
 from certifl.data.readers import ColumnNames
-from certifl.errors import ModelError, StoreError, StoreMismatch, WorkError
+from certifl.errors import InputError, ModelError, StoreError, StoreMismatch, WorkError
+from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.rounds import deployed_model
+from certifl.federated.states import ModelState
 from certifl.models import build, fingerprint, require_code
-from certifl.module_copies import evaluating
-from certifl.path_checks import check_run
+from certifl.module_copies import copy_of, evaluating
+from certifl.path_checks import CLIENT_STUDY
+from certifl.perturbations import Perturbation
+from certifl.runs.atomic import load_tensors, read_json, write_json, write_text
 from certifl.runs.checkpoints import Checkpoints, StoredRound
-from certifl.runs.folder import RunFolder
+from certifl.runs.folder import StoredRun
 from certifl.spec import Spec, load_stored
 from certifl.study.setup import label_of
 
 DATA_DIR = "data_dir"  # in run.json
 
 
-def asked_columns(spec: Spec) -> ColumnNames:
-    """The columns that a study asks for, where its data set is a table."""
+# The data of a study.
+
+
+def data_columns(spec: Spec) -> ColumnNames:
+    """The columns that a study reads, where its data set is a table."""
     splitter = spec.clients.splitter()
     kept = splitter.column if isinstance(splitter, Column) else None
     return ColumnNames(label=spec.data.label_column, kept=kept)
@@ -45,12 +58,12 @@ def load_data(spec: Spec, data_dir: Path | None, *, offline: bool = False) -> Da
 
     Args:
         spec: of the study. data_dir: folder of data sets.
-        offline: never ask the network.
+        offline: never use the network.
 
     Raises:
-        DataUnavailable: the data set is not at hand. InputError: it has no such column.
+        DataUnavailable: the data set is not available. InputError: it has no such column.
     """
-    columns = asked_columns(spec)
+    columns = data_columns(spec)
     return load(
         spec.data.name,
         data_dir,
@@ -62,17 +75,17 @@ def load_data(spec: Spec, data_dir: Path | None, *, offline: bool = False) -> Da
 
 
 def open_data(spec: Spec, data_dir: Path | None) -> tuple[Dataset, Partition]:
-    """The whole data set, and who holds which of its images by position.
+    """The whole data set, and its partition over the clients by position.
 
     Raises:
-        DataUnavailable: the data set is not at hand. InputError: it is too small for the spec.
+        DataUnavailable: the data set is not available. InputError: it is too small for the spec.
     """
     dataset = load_data(spec, data_dir)
     return dataset, partition_of(spec, dataset)
 
 
 def partition_of(spec: Spec, dataset: Dataset) -> Partition:
-    """Who holds which images of the whole data set: a function of spec and data alone.
+    """The partition of the whole data set: a function of spec and data alone.
 
     Raises:
         InputError: the data set is too small for the spec.
@@ -85,7 +98,7 @@ def partition_of(spec: Spec, dataset: Dataset) -> Partition:
     )
     labels = tuple(split.labels.numpy() for split in splits)
     columns = [split.column for split in splits]
-    dealt = deal_out(
+    dealt = assign_images(
         spec.clients.splitter(),
         (labels[0][train], labels[1][test]),
         tuple(
@@ -96,48 +109,13 @@ def partition_of(spec: Spec, dataset: Dataset) -> Partition:
         spec.seed,
     )
     clients = tuple(ClientIndices(train[c.train], test[c.test]) for c in dealt.clients)
-    # The splitter saw the part; the manifest names positions in, and labels of, the whole.
+    # The splitter saw the part; the partition names positions in, and labels of, the whole.
     whole = label_checksum(*labels)
     return dataclasses.replace(dealt, clients=clients, label_checksum=whole)
 
 
-def data_folder(folder: RunFolder, asked: Path | None) -> Path | None:
-    """The folder of data sets as it is asked for, or else where the run found its data.
-
-    It may lie elsewhere by now: whoever reads it compares fingerprints.
-    """
-    if asked is not None:
-        return asked
-    before = folder.manifest().get(DATA_DIR)
-    return Path(before) if before is not None and Path(before).is_dir() else None
-
-
-def finished_run(place: Path) -> RunFolder:
-    """A run folder in which everything was computed.
-
-    Raises:
-        StoreMismatch: it is no run, or not finished. StoreError: its manifest is damaged.
-    """
-    folder = RunFolder(place)
-    check_run(place)
-    if not folder.finished():
-        raise StoreMismatch(
-            f"The run in {place} is not finished; repeat the command that started it."
-        )
-    return folder
-
-
-def run_spec(folder: RunFolder) -> Spec:
-    """The spec of a run, from its folder.
-
-    Raises:
-        StoreError: it is missing or damaged.
-    """
-    return load_stored(folder.spec)
-
-
-def study_facts(spec: Spec) -> dict[str, Any]:
-    """What the record of a run says about its study, wherever the clients are."""
+def study_metadata(spec: Spec) -> dict[str, Any]:
+    """The study's entries in run.json, wherever the clients are."""
     algorithm = spec.build_algorithm()
     return {
         "name": spec.name,
@@ -152,7 +130,7 @@ def study_facts(spec: Spec) -> dict[str, Any]:
     }
 
 
-# The networks of a study: as all clients begin with them, and as each of them deploys one.
+# Networks of a study.
 
 
 def initial_model(spec: Spec, dataset: Dataset) -> nn.Module:
@@ -173,119 +151,411 @@ def initial_model(spec: Spec, dataset: Dataset) -> nn.Module:
 
 
 def code_folder(name: str) -> str | None:
-    """Where the package of a user's `module:function` was found; None for a network from here."""
+    """The folder of a user's `module:function`; None for a network of this package."""
     top = sys.modules.get(name.partition(":")[0].partition(".")[0]) if ":" in name else None
     file = getattr(top, "__file__", None)
     if file is None:
         return None
-    place = Path(file).resolve()
-    return str(place.parent.parent if place.stem == "__init__" else place.parent)
+    path = Path(file).resolve()
+    return str(path.parent.parent if path.stem == "__init__" else path.parent)
 
 
-def load_code(folder: Path, spec: Spec, code: Path | None, before: object = None) -> None:
-    """Make a run's own network importable from a folder that the user names; does nothing else.
+def load_code(folder: Path, spec: Spec, code: Path | None, recorded: object = None) -> None:
+    """Make a run's own network importable from a folder that the user names.
 
     A run folder may come from anybody, so it never decides what code runs: neither its spec nor
-    the place it recorded is followed unless the user says where that code is.
+    the path it recorded is followed unless the user says where that code is.
 
     Args:
         folder: of the run. spec: of the run.
         code: the folder that holds the network's module; None = the user named none.
-        before: where it was when the run was made, for the message.
+        recorded: where it was when the run was made, for the message.
 
     Raises:
-        ModelError: the run has code of its own and `code` is not given, or does not hold it.
+        ModelError: the run has its own code and `code` is not given, or does not hold it.
     """
     name = spec.model.name
     if ":" not in name:
         return
     if code is None:
-        known = f"; it was in {before} when the run was made" if isinstance(before, str) else ""
+        hint = f"; it was in {recorded} when the run was made" if isinstance(recorded, str) else ""
         raise ModelError(
-            f"The run in {folder} uses code of its own, {name!r}. Code is not run because a "
+            f"The run in {folder} uses its own code, {name!r}. Code is not run because a "
             "run folder names it: if you trust that code, name the folder that holds it with "
-            f"--code DIR{known}."
+            f"--code DIR{hint}."
         )
     require_code(name, code)
 
 
-def run_model(folder: RunFolder, spec: Spec, code: Path | None = None) -> nn.Module:
-    """The network of a run, with initial weights.
+class NetworkCache:
+    """The latest network prepared for voting; clients that deploy the same model share it."""
 
-    Args:
-        folder: of the run. spec: of the run.
-        code: the folder that holds the module of a network of the user's; see `load_code`.
+    def __init__(self, device: str, precision: str, batch_size: int | str = "auto") -> None:
+        self._device, self._precision, self._batch_size = device, precision, batch_size
+        self._ready: Network | None = None
+        self.fingerprint = ""
+
+    def network(self, model: nn.Module, images: Tensor) -> Network:
+        """The model prepared for voting; the cache's fingerprint is then that of the model.
+
+        Args:
+            model: in evaluation mode.
+            images: (m, c, h, w) uint8, one of which is tried.
+        """
+        name = fingerprint(model)
+        if self._ready is None or name != self.fingerprint:
+            probe = to_float(images[:1])
+            self._ready = prepare(model, probe, self._device, self._precision, self._batch_size)
+            self.fingerprint = name
+        return self._ready
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A client's model and what it takes to use it.
+
+    Attributes:
+        model: in evaluation mode. spec: of the study. client: number of the client.
+        deploys: which model that is, in words.
+        in_channels, image_size, class_names: of its images.
+    """
+
+    model: nn.Module
+    spec: Spec
+    client: int
+    deploys: str
+    in_channels: int
+    image_size: tuple[int, int]
+    class_names: tuple[str, ...]
+
+    @property
+    def perturbation(self) -> Perturbation:
+        """What the client certifies.
+
+        Raises:
+            InputError: nothing.
+        """
+        return certified_by(self.spec, self.client)
+
+
+def certified_by(spec: Spec, client: int) -> Perturbation:
+    """The perturbation that a client of a run certifies.
 
     Raises:
-        ModelError: a user's network whose code was not named, or that cannot be built any more.
-        StoreError: the run's manifest is damaged.
-        StoreMismatch: a federation's clients have models of their own, which are with them.
+        InputError: it certifies nothing.
     """
-    if "deployment" in folder.manifest() and spec.build_algorithm().keeps_client_state:
-        raise StoreMismatch(
-            f"The models of {folder.path} are with its clients: {spec.algorithm['name']} gives "
-            "each its own, in deployed.safetensors of its folder."
+    own = spec.perturbations()[client] if client < spec.clients.count else spec.perturbation()
+    if own is None:
+        raise InputError(
+            f"Client {client} of this run certifies nothing, so it has no perturbation. Choose "
+            "another client, or use `certifl certify` with --family and --sigma."
         )
-    data = folder.data()
-    load_code(folder.path, spec, code, folder.manifest().get("code"))
-    return build(
-        spec.model.name, data["in_channels"], data["num_classes"], spec.seed, spec.model.options
-    )
+    return own
 
 
-def last_round(folder: RunFolder, spec: Spec) -> StoredRound:
-    """The final checkpoint of a finished training.
+class OpenRun(StoredRun):
+    """A run with the spec, images and models behind its results, each read once.
 
-    Raises:
-        StoreError: it is missing or damaged, so the trained models are not known.
+    What was read is checked once: the images are those of the run, the partition belongs to
+    them, and a network is the one that was certified.
     """
-    last = Checkpoints(folder.training).latest()
-    wanted = spec.training.rounds + spec.build_algorithm().extra_rounds
-    if last is None or last.number != wanted:
-        raise StoreError(
-            f"The final checkpoint in {folder.training} is missing or damaged, so the trained "
-            "models are not known. Compute the run again with --overwrite."
+
+    def __init__(
+        self,
+        path: Path,
+        data_dir: Path | None = None,
+        code: Path | None = None,
+        *,
+        offline: bool = False,
+    ) -> None:
+        """Open a run folder; nothing is read yet.
+
+        Args:
+            path: the run folder.
+            data_dir: folder of data sets; None = where the run found its own.
+            code: folder with the network's own code, which the user trusts.
+            offline: never download images.
+        """
+        super().__init__(path)
+        self._data_dir, self._code, self._offline = data_dir, code, offline
+        self._networks: dict[tuple[str, int | str], NetworkCache] = {}
+
+    @cached_property
+    def spec(self) -> Spec:
+        """The study.
+
+        Raises:
+            StoreError: the file is missing or damaged.
+        """
+        return load_stored(self.folder.spec)
+
+    @cached_property
+    def algorithm(self) -> Algorithm:
+        """The algorithm that trained the models."""
+        return self.spec.build_algorithm()
+
+    @cached_property
+    def perturbations(self) -> list[Perturbation | None]:
+        """What each client certifies; None = nothing."""
+        return list(self.spec.perturbations())
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The images of the run.
+
+        Raises:
+            DataUnavailable: they are not available. StoreMismatch: others have their name.
+            StoreError: the run does not say which images it is of.
+        """
+        dataset = load_data(self.spec, self._data_folder(), offline=self._offline)
+        self._check_images(dataset, self.data["fingerprint"])
+        return dataset
+
+    def _check_images(self, dataset: Dataset, fingerprint: object) -> None:
+        if dataset.fingerprint != fingerprint:
+            raise StoreMismatch(
+                f"The data set {self.spec.data.name!r} holds other images than were certified in "
+                f"{self.path}. Give --data-dir with the original data."
+            )
+
+    def _data_folder(self) -> Path | None:
+        """The folder of data sets that the user names, or else the one that the run recorded.
+
+        Data inside the run folder are not used: whoever sent it may have made them up.
+        """
+        if self._data_dir is not None:
+            return self._data_dir
+        recorded = self.manifest.get(DATA_DIR)
+        if not isinstance(recorded, str) or not Path(recorded).is_dir():
+            return None
+        inside = Path(recorded).resolve().is_relative_to(self.path.resolve())
+        return None if inside else Path(recorded)
+
+    @cached_property
+    def stored_partition(self) -> Partition:
+        """Which images each client holds, as recorded; it may be of other data.
+
+        Raises:
+            StoreError: the file is missing or damaged.
+        """
+        try:
+            stored = read_json(self.folder.partition)
+            if not isinstance(stored, dict):
+                raise InputError("It is not a JSON object.")
+            return Partition.from_manifest(stored)
+        except (InputError, AttributeError, ValueError, RecursionError) as error:
+            raise StoreError(f"partition.json is damaged: {error}") from error
+
+    @cached_property
+    def partition(self) -> Partition:
+        """Which images each client holds.
+
+        Raises:
+            StoreError: the file is missing or damaged, or does not fit the data set.
+        """
+        partition, dataset = self.stored_partition, self.dataset
+        try:
+            check(partition, dataset.train.labels, dataset.test.labels)
+        except InputError as error:
+            raise StoreError(f"partition.json is damaged: {error}") from error
+        if len(partition.clients) != self.spec.clients.count:
+            raise StoreError("partition.json is damaged: it has another number of clients.")
+        return partition
+
+    @cached_property
+    def last_round(self) -> StoredRound:
+        """The final checkpoint of the training.
+
+        Raises:
+            StoreError: it is missing or damaged, so the trained models are not known.
+        """
+        last = Checkpoints(self.folder.training).latest()
+        wanted = self.spec.training.rounds + self.algorithm.extra_rounds
+        if last is None or last.number != wanted:
+            raise StoreError(
+                f"The final checkpoint in {self.folder.training} is missing or damaged, so the "
+                "trained models are not known. Compute the run again with --overwrite."
+            )
+        return last
+
+    @cached_property
+    def architecture(self) -> nn.Module:
+        """The network of the run, with initial weights.
+
+        Raises:
+            ModelError: a user's network whose code was not named, or that cannot be built.
+            StoreMismatch: a federation whose clients keep their own models.
+        """
+        if "deployment" in self.manifest and self.algorithm.keeps_client_state:
+            raise StoreMismatch(
+                f"The models of {self.path} are with its clients: {self.spec.algorithm['name']} "
+                "gives each its own, in deployed.safetensors of its folder."
+            )
+        data = self.data
+        load_code(self.path, self.spec, self._code, self.manifest.get("code"))
+        model = self.spec.model
+        return build(
+            model.name, data["in_channels"], data["num_classes"], self.spec.seed, model.options
         )
-    return last
 
+    def state(self, client: int) -> ModelState:
+        """The weights that a client uses at test time; needs no code of the network.
 
-def deployed(last: StoredRound, spec: Spec, model: nn.Module, client: int) -> nn.Module:
-    """The model that a client uses at test time, in evaluation mode.
+        Raises:
+            StoreError: the final checkpoint is missing or damaged.
+        """
+        return deployed_model(self.algorithm, self.last_round, client)
 
-    Args:
-        last: the final checkpoint.
-        spec: of the run.
-        model: the architecture; its weights are replaced.
-        client: number of the client.
+    def model(self, client: int) -> nn.Module:
+        """The model that a client uses at test time, in evaluation mode; a new one at each call.
 
-    Raises:
-        ModelError: the network is no longer the one that was trained.
-        WorkError: it never was: a certificate of initial weights would mean nothing.
-    """
-    state = deployed_model(spec.build_algorithm(), last, client)
-    if fingerprint(state) == last.identity.get("initial_model"):
-        raise WorkError(
-            f"Client {client} would deploy the network with the weights it began with: it failed "
-            f"in every round, or took no step. The history in {last.path.parent} says why it was "
-            "left out; see to that, and compute the run again with --overwrite."
+        Raises:
+            StoreError: the final checkpoint is missing or damaged.
+            ModelError: a user's network that cannot be found, or has changed.
+            WorkError: it was never trained: a certificate of initial weights means nothing.
+        """
+        last, state = self.last_round, self.state(client)
+        if fingerprint(state) == last.identity.get("initial_model"):
+            raise WorkError(
+                f"Client {client} would deploy the network with its initial weights: it failed "
+                f"in every round, or took no step. The history in {last.path.parent} says why it "
+                "was left out; correct that, and compute the run again with --overwrite."
+            )
+        return _with_weights(
+            copy_of(self.architecture),
+            state,
+            f"The trained weights in {last.path} do not fit the model {self.spec.model.name!r}: "
+            "its code must be the one that the run was trained with.",
         )
+
+    def network(self, client: int, device: str, batch_size: int | str = "auto") -> Network:
+        """A client's model prepared for voting in the precision in which it was certified.
+
+        Raises:
+            StoreMismatch: the stored model or the images are not those that were certified.
+        """
+        metadata = self.certificates.conditions
+        self._check_images(self.dataset, metadata.get("data_fingerprint"))
+        cache = self._networks.setdefault(
+            (device, batch_size), NetworkCache(device, metadata["precision"], batch_size)
+        )
+        network = cache.network(self.model(client), self.dataset.test.images)
+        if cache.fingerprint != metadata["model_fingerprint"].get(str(client)):
+            raise StoreMismatch(
+                f"The stored model of client {client} is not the one that was certified; `certifl "
+                "verify` says more. Compute the run again with --overwrite."
+            )
+        return network
+
+    def deployed(self, client: int) -> Deployed:
+        """A client's model with what it takes to use it.
+
+        Raises:
+            InputError: there is no such client. StoreError: the run is damaged.
+        """
+        count, data = self.spec.clients.count, self.data
+        if client >= count:
+            raise InputError(f"--client {client}: the run has the clients 0 to {count - 1}.")
+        return Deployed(
+            self.model(client),
+            self.spec,
+            client,
+            self.entry("deploys"),
+            data["in_channels"],
+            tuple(data["image_size"]),
+            tuple(data["class_names"]),
+        )
+
+
+def _with_weights(model: nn.Module, state: Mapping[str, Tensor], misfit: str) -> nn.Module:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ModelError(
-            f"The trained weights in {last.path} do not fit the model {spec.model.name!r}: its "
-            "code must be the one that the run was trained with."
-        ) from error
-    return model.eval()
+        raise ModelError(misfit) from error
+    return evaluating(model)
 
 
-def trained_model(
-    folder: RunFolder, spec: Spec, client: int, code: Path | None = None
-) -> nn.Module:
-    """The model that a client of a finished run uses at test time, in evaluation mode.
+@dataclass(frozen=True)
+class ClientStudy:
+    """A client's own folder of one study, on its own machine.
 
-    Raises:
-        StoreError: the final checkpoint is missing or damaged.
-        ModelError: a user's network that cannot be found, or was changed since.
+    ```
+    study.json            the client's number, shapes and class names of its images
+    spec.toml             the study, with the client's own perturbation where it has one
+    deployed.safetensors  the model that the client uses at test time
+    ```
+
+    Attributes:
+        folder: `studies/<id>` in the client's folder.
     """
-    return deployed(last_round(folder, spec), spec, run_model(folder, spec, code), client)
+
+    folder: Path
+
+    @property
+    def _metadata(self) -> Path:
+        return self.folder / CLIENT_STUDY
+
+    def exists(self) -> bool:
+        """Whether this is such a folder."""
+        return self._metadata.is_file()
+
+    def describe(self, spec: Spec, client: int, data: Mapping[str, Any]) -> None:
+        """Write what the deployed model needs to be used.
+
+        Args:
+            spec: of the study, as the client certifies it. client: its number.
+            data: in_channels, image_size and class_names of its images.
+        """
+        deploys = spec.build_algorithm().deploys
+        write_text(self.folder / "spec.toml", spec.to_toml())
+        write_json(self._metadata, {"client": client, "deploys": deploys, "data": dict(data)})
+
+    def deployed(self, client: int | None, code: Path | None = None) -> Deployed:
+        """The client's model with what it takes to use it.
+
+        Args:
+            client: whose model is wanted; None = the client of this folder.
+            code: folder with the network's own code, which the user trusts.
+
+        Raises:
+            InputError: another client than this one.
+            StoreMismatch: the client has not certified in this study yet.
+            StoreError: a file is damaged. ModelError: it does not fit the network, or the
+                network has its own code and `code` does not name its folder.
+        """
+        weights = self.folder / "deployed.safetensors"
+        own, deploys, channels, size, names = self._described()
+        if client is not None and client != own:
+            raise InputError(
+                f"{self.folder} is of client {own} and holds its model alone: leave out "
+                f"--client, or use the folder of client {client}."
+            )
+        spec = load_stored(self.folder / "spec.toml")
+        if not weights.is_file():
+            raise StoreMismatch(
+                f"{self.folder} holds no deployed model yet: it is stored when the certification "
+                "of the study begins."
+            )
+        load_code(self.folder, spec, code)
+        network = build(spec.model.name, channels, len(names), spec.seed, spec.model.options)
+        misfit = (
+            f"{weights} does not fit the network {spec.model.name!r}: its code must be the one "
+            "that it was trained with."
+        )
+        model = _with_weights(network, load_tensors(weights), misfit)
+        return Deployed(model, spec, own, deploys, channels, size, names)
+
+    def _described(self) -> tuple[int, str, int, tuple[int, int], tuple[str, ...]]:
+        stored = read_json(self._metadata)
+        try:
+            data = stored["data"]
+            height, width = map(int, data["image_size"])
+            return (
+                int(stored["client"]),
+                str(stored["deploys"]),
+                int(data["in_channels"]),
+                (height, width),
+                tuple(map(str, data["class_names"])),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"{self._metadata} is damaged ({type(error).__name__}).") from error

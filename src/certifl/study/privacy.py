@@ -1,4 +1,4 @@
-"""The privacy of a run: its key, its mechanism, and what the run's manifest says of it."""
+"""The privacy of a run: its key, its mechanism, and its entry in the run's manifest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from certifl.federated.privacy import (
     plan_examples,
     sends_nothing,
 )
-from certifl.runs.atomic import replacing
+from certifl.runs.private_files import write_secret
 from certifl.safe_io import SPEC_BYTES, read_bytes
 from certifl.spec import Spec
 
@@ -34,7 +34,7 @@ _KEY_BYTES = 32
 
 @dataclass(frozen=True)
 class Protection:
-    """What a training is given for its privacy; nothing where the spec asks for none."""
+    """Mechanism and ledger of a private training; empty where the spec has no privacy."""
 
     example: ExampleLevel | None = None
     client: ClientLevel | None = None
@@ -42,29 +42,29 @@ class Protection:
 
 
 def protection(spec: Spec, model: nn.Module, sizes: Sequence[int], key: bytes) -> Protection:
-    """The mechanism that a spec asks for.
+    """Mechanism and ledger of a spec.
 
     Args:
         spec: of the run.
         model: the network that is trained.
         sizes: number of training images of each client.
-        key: of the training, `training_key`; to see whether the request is possible, any.
+        key: of the training, `training_key`; any key to check whether the request is possible.
 
     Raises:
         ModelError: the network cannot be trained with privacy.
-        SpecError: the noise for the target cannot be found, or opacus is not installed.
+        SpecError: the target is impossible, or opacus is not installed.
     """
-    asked = spec.privacy
-    if asked.kind == "none":
+    privacy = spec.privacy
+    if privacy.kind == "none":
         return Protection()
-    check_network(model, asked.kind)
-    if asked.kind == "example":
+    check_network(model, privacy.kind)
+    if privacy.kind == "example":
         example, ledger = plan_examples(
-            asked.budget(), spec.algorithm, spec.training.schedule(), sizes, key
+            privacy.budget(), spec.algorithm, spec.training.schedule(), sizes, key
         )
         return Protection(example=example, ledger=ledger)
     client, ledger = plan_clients(
-        asked.budget(),
+        privacy.budget(),
         spec.algorithm,
         spec.training.rounds,
         len(sizes),
@@ -75,22 +75,22 @@ def protection(spec: Spec, model: nn.Module, sizes: Sequence[int], key: bytes) -
 
 
 def private_label(spec: Spec) -> str:
-    """The privacy asked for, for people: "ε = 8 per image", "noise 1.2 per client"."""
-    asked = spec.privacy
-    of = {"example": "image", "client": "client"}[asked.kind]
-    if asked.target_epsilon is not None:
-        return f"ε = {asked.target_epsilon:g} per {of}"
-    return f"noise {asked.noise_multiplier:g} per {of}"
+    """A label of the privacy: "ε = 8 per image", "noise 1.2 per client"."""
+    privacy = spec.privacy
+    of = {"example": "image", "client": "client"}[privacy.kind]
+    if privacy.target_epsilon is not None:
+        return f"ε = {privacy.target_epsilon:g} per {of}"
+    return f"noise {privacy.noise_multiplier:g} per {of}"
 
 
 def training_key(spec: Spec, folder: Path) -> bytes:
     """The key of a training's noise and samples, another one for every training.
 
-    A personalised training has the key of its base: their common rounds are the same.
+    A personalized training has the key of its base: their common rounds are the same.
 
     Args:
         spec: of the run.
-        folder: the run folder, where a secret is kept; it is drawn when it is first asked for.
+        folder: the run folder, which stores a secret; it is drawn when first needed.
 
     Raises:
         StoreError: the secret cannot be read or written.
@@ -103,30 +103,26 @@ def training_key(spec: Spec, folder: Path) -> bytes:
 
 def _secret(path: Path) -> bytes:
     if not path.exists():
-        # Never readable by others, not even for a moment.
-        with replacing(path) as part:
-            handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with open(handle, "wb") as file:
-                file.write(os.urandom(_KEY_BYTES))
+        write_secret(path, os.urandom(_KEY_BYTES))
     try:
-        held = read_bytes(path, SPEC_BYTES)
+        content = read_bytes(path, SPEC_BYTES)
     except (OSError, InputError) as error:
-        raise StoreError(f"{path} cannot be read: {error}. Give back its permissions.") from error
-    if len(held) != _KEY_BYTES:
+        raise StoreError(f"{path} cannot be read: {error}. Restore its permissions.") from error
+    if len(content) != _KEY_BYTES:
         raise StoreError(
             f"{path} is damaged: it must hold {_KEY_BYTES} bytes. Without it the training cannot "
-            "be gone on with; compute the run again with --overwrite."
+            "be resumed; repeat the run with --overwrite."
         )
-    return held
+    return content
 
 
 def spent(
     spec: Spec, protection: Protection, history: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What the manifest says of the run's privacy, after these rounds; empty without it.
+    """The manifest's entry on privacy after these rounds; empty without privacy.
 
-    "epsilon" counts every round, fine-tuning included; "epsilon_sent" only those of the schedule,
-    whose results others see. Both have one value per client.
+    "epsilon" counts every round, fine-tuning included; "epsilon_sent" only scheduled ones, whose
+    results others see. Both have one value per client.
     """
     ledger = protection.ledger
     if ledger is None:

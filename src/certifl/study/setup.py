@@ -12,7 +12,7 @@ from certifl.federated.algorithms import ALGORITHMS
 from certifl.federated.objectives import OBJECTIVES
 from certifl.federated.privacy.mechanism import try_clipping
 from certifl.federated.trainer import Participation, RandomShare
-from certifl.federated.training.batches import PerClient, together
+from certifl.federated.training.batches import PerClient, combine_augmentations
 from certifl.federated.training.local_training import LocalTraining, check_batches, check_images
 from certifl.perturbations import Perturbation
 from certifl.spec import Spec
@@ -26,7 +26,7 @@ def label_of(spec: Spec) -> str:
     where it is not the perturbation certified: "Mixture, λ = 0.1, MACER", "FedAvg (nominal)",
     "Personalized (affine start)".
     """
-    algorithm, certified = spec.algorithm, together(spec.perturbations())
+    algorithm, certified = spec.algorithm, combine_augmentations(spec.perturbations())
     name = ALGORITHMS.rows[algorithm["name"]].label
     base = algorithm.get("base", {"name": "fedavg"})["name"]
     if base != "fedavg":

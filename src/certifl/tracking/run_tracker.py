@@ -15,15 +15,17 @@ from typing import Any
 from certifl.certification import Certificates
 from certifl.runs.checkpoints import Checkpoints
 from certifl.runs.folder import RunFolder
-from certifl.safe_io import parse_json, read_text, read_toml
+from certifl.safe_io import parse_toml
 from certifl.smoothing.laws import LAWS
+from certifl.study.opened_run import OpenRun
+from certifl.study.setup import by_client
 from certifl.tracking import TRACKERS, Follower
 
 RADII_IN_SIGMA = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 """Radii for certified accuracies, as multiples of sigma; told where so many votes reach them."""
 
-_PLACE = "tracking"
-_FACTS = ("name", "label", "regime", "deploys", "spec_hash", "seed", "created", "command")
+_FOLDER = "tracking"
+_LOGGED = ("name", "label", "regime", "deploys", "spec_hash", "seed", "created", "command")
 _log = logging.getLogger(__name__)
 
 News = Callable[[], None]
@@ -31,52 +33,51 @@ News = Callable[[], None]
 
 
 @contextlib.contextmanager
-def tracked(names: Sequence[str], folder: RunFolder) -> Iterator[News]:
+def tracked(names: Sequence[str], run: OpenRun) -> Iterator[News]:
     """Open trackers for a run whose folder was begun; close them whatever happens.
 
     Args:
         names: of trackers that `check_trackers` let pass; none = nothing is done.
-        folder: of the run; held by this process.
+        run: locked by this process.
 
     Yields:
         What to call when the folder holds something new. It never raises: a tracker that fails is
         warned about and left, and the run goes on.
     """
     followers = [
-        Follower(name, TRACKERS[name], folder.path / _PLACE / name)
-        for name in dict.fromkeys(names)
+        Follower(name, TRACKERS[name], run.path / _FOLDER / name) for name in dict.fromkeys(names)
     ]
     if followers:
-        spec, facts = read_toml(folder.spec), _facts(folder)
+        spec, metadata = parse_toml(run.spec.to_toml()), _metadata(run.folder)
         for follower in followers:
-            follower.begin(spec, facts)
+            follower.begin(spec, metadata)
     try:
-        yield lambda: _tell(followers, folder)
+        yield lambda: _report(followers, run)
     finally:
         for follower in followers:
             follower.finish()
 
 
-def track_finished(names: Sequence[str], folder: RunFolder) -> None:
-    """Tell trackers of a run that is finished what they do not know of it.
+def track_finished(names: Sequence[str], run: OpenRun) -> None:
+    """Log what trackers do not have yet of a run that is finished.
 
     Raises:
         StoreMismatch: another process is at work in the folder.
     """
     if names:
-        with folder.locked(), tracked(names, folder) as news:
+        with run.folder.locked(), tracked(names, run) as news:
             news()
 
 
-def _tell(followers: Sequence[Follower], folder: RunFolder) -> None:
+def _report(followers: Sequence[Follower], run: OpenRun) -> None:
     behind = [follower for follower in followers if not follower.complete]
     if not behind:
         return
     try:
-        history = _history(folder)
-        summary = _summary(folder) if folder.certificates.is_file() else None
-    except Exception as error:  # the run meets and names its own trouble
-        _log.warning("Trackers are not told what %s holds: %s", folder.path, error)
+        history = _history(run)
+        summary = _summary(run) if run.folder.certificates.is_file() else None
+    except Exception as error:  # the run reports its own errors
+        _log.warning("Nothing is logged of what %s holds: %s", run.path, error)
         return
     for follower in behind:
         follower.rounds(history)
@@ -84,61 +85,53 @@ def _tell(followers: Sequence[Follower], folder: RunFolder) -> None:
             follower.certified(summary)
 
 
-def _facts(folder: RunFolder) -> dict[str, Any]:
-    held = folder.manifest()
-    kept = {key: held[key] for key in _FACTS if held.get(key) not in (None, "")}
-    data: Mapping[str, Any] = held["data"]
-    place = folder.path.resolve()
+def _metadata(folder: RunFolder) -> dict[str, Any]:
+    manifest, path = folder.manifest(), folder.path.resolve()
+    data: Mapping[str, Any] = manifest["data"]
     return {
-        **kept,
+        **{key: manifest[key] for key in _LOGGED if manifest.get(key) not in (None, "")},
         "data": {"name": data["name"], "fingerprint": data["fingerprint"]},
-        "machine": held["machine"],
-        "versions": held["versions"],
+        "machine": manifest["machine"],
+        "versions": manifest["versions"],
         "links": {
-            "report": str(place / folder.report.name),
-            "figures": str(place / folder.figures.name),
-            "run": str(place),
+            "report": str(path / folder.report.name),
+            "figures": str(path / folder.figures.name),
+            "run": str(path),
         },
     }
 
 
-def _history(folder: RunFolder) -> list[dict[str, Any]]:
+def _history(run: OpenRun) -> list[dict[str, Any]]:
     """All committed rounds, with their clients under their numbers."""
-    if folder.history.is_file():
-        lines = read_text(folder.history).splitlines()
-        return [_numbers(entry, entry["clients"]) for entry in map(parse_json, lines)]
-    rounds = Checkpoints(folder.training).history()
-    return [_numbers(e, {str(row["client"]): row for row in e["clients"]}) for e in rounds]
+    if run.folder.history.is_file():
+        return [_numbers(entry) for entry in run.history]
+    return [_numbers(by_client(e)) for e in Checkpoints(run.folder.training).history()]
 
 
-def _numbers(entry: Mapping[str, Any], clients: Mapping[str, Any]) -> dict[str, Any]:
-    """A round with nothing but numbers said of its clients."""
+def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A round with nothing but the numbers of its clients."""
     rows = {
-        client: {
-            name: value
-            for name, value in row.items()
-            if name != "client" and isinstance(value, int | float)
-        }
-        for client, row in clients.items()
+        client: {name: value for name, value in row.items() if isinstance(value, int | float)}
+        for client, row in entry["clients"].items()
     }
     return {**entry, "clients": rows}
 
 
-def _summary(folder: RunFolder) -> dict[str, Any]:
+def _summary(run: OpenRun) -> dict[str, Any]:
     """Average certified radius and certified accuracies of every client on its own images."""
-    certificates = folder.load_certificates()
+    certificates = run.certificates
     clients = sorted({int(client) for client in certificates.client})
     return {
-        "seconds": folder.manifest().get("certification_seconds", 0.0),
+        "seconds": run.folder.manifest().get("certification_seconds", 0.0),
         "unit": "" if len(certificates.by_kind()) > 1 else certificates.conditions["unit"],
         "clients": {str(c): _of_client(certificates.of_client(c)) for c in clients},
     }
 
 
 def _of_client(own: Certificates) -> dict[str, Any]:
-    facts = own.conditions
-    sigma = float(facts["sigma"])
-    end = LAWS[facts["law"]].largest_radius(sigma, int(facts["n"]), float(facts["alpha"]))
+    metadata = own.conditions
+    sigma, n, alpha = float(metadata["sigma"]), int(metadata["n"]), float(metadata["alpha"])
+    end = LAWS[metadata["law"]].largest_radius(sigma, n, alpha)
     radii = [radius for radius in RADII_IN_SIGMA if radius * sigma <= end]
     shares = own.certified_accuracy([sigma * radius for radius in radii])
     return {

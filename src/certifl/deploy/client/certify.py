@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from certifl.certification import adaptive as engine
 from certifl.certification.rng_check import check_random_source_once
 from certifl.deploy.client.curves import curve_of, rows_of
 from certifl.deploy.client.data import LocalData
-from certifl.deploy.client.settings import Settings, less
+from certifl.deploy.client.settings import Settings, lower_level
 from certifl.deploy.client.state import ClientStateStore
 from certifl.deploy.transport.messages import Content
 from certifl.errors import InputError, ModelError
@@ -21,10 +22,11 @@ from certifl.federated.states import ModelState
 from certifl.models import fingerprint
 from certifl.perturbations import Perturbation
 from certifl.spec import Spec
-from certifl.study.certify import Job, NetworkCache, Question, certify_piece, predicted
+from certifl.study.certify import Job, Paused, VoteSource, certify_job, predicted
+from certifl.study.opened_run import NetworkCache
 
 _SHORTEST, _LONGEST = 1.0, 3600.0
-"""Seconds of a piece, whatever the server asks for."""
+"""Limits of a piece in seconds, whatever the server asks for."""
 _STEPS = 10
 
 
@@ -32,30 +34,30 @@ class Certifier:
     """Certifies the images of one client with the model it deploys.
 
     Args:
-        settings: the party's own. spec: the study. holdings: the images.
-        kept: where votes, model and certificates go.
-        told: called with a line for people.
+        settings: the client's own. spec: the study. local_data: the images.
+        store: of votes, model and certificates.
+        report: called with a line about progress.
     """
 
     def __init__(
         self,
         settings: Settings,
         spec: Spec,
-        holdings: LocalData,
-        kept: ClientStateStore,
-        told: Callable[[str], None],
+        local_data: LocalData,
+        store: ClientStateStore,
+        report: Callable[[str], None],
     ) -> None:
-        self._settings, self._spec, self._holdings = settings, spec, holdings
-        self._kept, self._told = kept, told
+        self._settings, self._spec, self._data = settings, spec, local_data
+        self._store, self._report = store, report
 
     def piece(self, network: nn.Module, model: ModelState, seconds: float, share: str) -> Content:
-        """Go on for some seconds; at the end, what the party lets go.
+        """Certify for some seconds; at the end, what the client shares.
 
         Args:
-            network: the architecture; its weights are as they were afterwards.
+            network: the architecture; its weights are restored afterwards.
             model: what the client deploys.
             seconds: within a second and an hour, after which votes are saved and the piece ends.
-            share: how much the server asks for; the party's own setting may be less.
+            share: disclosure level that the server asks for; the client's own may be lower.
         """
         before = {name: value.clone() for name, value in network.state_dict().items()}
         try:
@@ -67,68 +69,74 @@ class Certifier:
             network.load_state_dict(before)
 
     def _piece(self, network: nn.Module, model: ModelState, seconds: float, share: str) -> Content:
-        if not self._kept.deployed.is_file():
-            self._kept.deploy(model)
+        if not self._store.deployed.is_file():
+            self._store.deploy(model)
         client, spec = self._settings.client, self._spec
         job = self._job()
         perturbation = spec.perturbations()[client]
         settings = spec.certification.settings(client)
-        bench = NetworkCache(self._settings.device, spec.certification.precision)
-        ready = bench.network(network, job)
-        shared = less(share, self._settings.share)
-        facts: dict[str, Any] = {"share": shared, "done": True}
+        networks = NetworkCache(self._settings.device, spec.certification.precision)
+        ready = networks.network(network, job.images)
+        shared = lower_level(share, self._settings.share)
+        fields: dict[str, Any] = {"share": shared, "done": True}
         if shared == "rows" or not spec.build_algorithm().keeps_client_state:
-            facts["model"] = fingerprint(model)  # else it is one that the server does not have
+            fields["model"] = fingerprint(model)  # otherwise the server does not have it
         if perturbation is None:
-            found = predicted(job, ready, bench.name, self._holdings.dataset.fingerprint)
+            fingerprints = networks.fingerprint, self._data.dataset.fingerprint
+            predictions = predicted(job, ready, *fingerprints)
             if shared != "none":
-                facts["plain"] = {"images": len(found), "correct": int(found.correct.sum())}
-            return Content({"certified": facts})
+                fields["plain"] = {
+                    "images": len(predictions),
+                    "correct": int(predictions.correct.sum()),
+                }
+            return Content({"certified": fields})
         check_random_source_once(perturbation, tuple(job.images.shape[1:]), ready.device)
-        question = Question(perturbation, settings, spec.seed, self._holdings.dataset.fingerprint)
+        source = VoteSource(perturbation, settings, spec.seed, self._data.dataset.fingerprint)
         at_most, ends = engine.expected_votes(len(job.index), settings), time.monotonic() + seconds
-        standing = [0]
+        votes = [0]
 
         def progress(done: int, _all: int) -> None:
-            standing[0] = done
+            votes[0] = done
 
-        made = certify_piece(
-            job, network, ready, question, progress, lambda: time.monotonic() > ends
-        )
+        certificates: Certificates | None = None
+        with contextlib.suppress(Paused):
+            certificates = certify_job(
+                job, network, ready, source, progress, lambda: time.monotonic() > ends
+            )
         if shared != "none":
-            cast = at_most if made is not None else _coarse(standing[0], at_most)
-            facts |= {"at_most": at_most, "cast": cast}
-        if made is None:
-            self._told(f"certifying: {standing[0]:,} of at most {at_most:,} votes")
-            return Content({"certified": {**facts, "done": False}})
-        return self._let_go(made, facts, perturbation)
+            cast = at_most if certificates is not None else _coarse(votes[0], at_most)
+            fields |= {"at_most": at_most, "cast": cast}
+        if certificates is None:
+            self._report(f"certifying: {votes[0]:,} of at most {at_most:,} votes")
+            return Content({"certified": {**fields, "done": False}})
+        return self._finish(certificates, fields, perturbation)
 
-    def _let_go(
-        self, made: Certificates, facts: dict[str, Any], perturbation: Perturbation
+    def _finish(
+        self, certificates: Certificates, fields: dict[str, Any], perturbation: Perturbation
     ) -> Content:
-        made.save(self._kept.certificates)
-        self._told(
-            f"certified {len(made)} images; certificates in {self._kept.certificates}; "
-            f"the server gets: {facts['share']}"
+        certificates.save(self._store.certificates)
+        self._report(
+            f"certified {len(certificates)} images; certificates in {self._store.certificates}; "
+            f"the server gets: {fields['share']}"
         )
-        content = Content({"certified": facts})
-        if facts["share"] == "curve":
+        content = Content({"certified": fields})
+        if fields["share"] == "curve":
             settings = self._spec.certification.settings(self._settings.client)
-            facts["curve"] = curve_of(made, perturbation, settings)
-        elif facts["share"] == "rows":
-            content.parts["rows"] = rows_of(made)
+            fields["curve"] = curve_of(certificates, perturbation, settings)
+        elif fields["share"] == "rows":
+            content.parts["rows"] = rows_of(certificates)
         return content
 
     def _job(self) -> Job:
-        index = self._holdings.tests(self._spec)
+        index = self._data.tests(self._spec)
         if not len(index):
             raise InputError("This client has no test images to certify.")
-        part = self._holdings.dataset.test.take(index)
+        part = self._data.dataset.test.take(index)
         client = self._settings.client
-        return Job(client, index, part.images, part.labels.numpy(), self._kept.votes)
+        return Job(client, index, part.images, part.labels.numpy(), self._store.votes)
 
 
 def _coarse(cast: int, at_most: int) -> int:
-    """Progress in steps of a tenth: exact numbers would tell how many votes each image took."""
+    """Progress in steps of a tenth: exact numbers would disclose the votes of each image."""
     step = max(1, at_most // _STEPS)
     return cast // step * step

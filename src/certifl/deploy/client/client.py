@@ -1,14 +1,14 @@
-"""A client's half of a federation: answers to the server's orders, whatever carries them.
+"""A client's half of a federation: answers to the server's requests, over any transport.
 
-The server names a study (its spec as text, an id) and asks for one thing at a time:
+The server names a study (its spec as text, an id) and requests one thing at a time:
 
-| order | answer |
+| request | answer |
 |---|---|
-| join | who this is, shapes and class names of its images, a fingerprint of the initial model |
-| round | the update of one round; what the client keeps goes to its own disk |
-| certify | a piece of certification; at the end what the client lets go of its certificates |
+| join | shapes and class names of the client's images, a fingerprint of the initial model |
+| round | the update of one round; the client's state goes to its own disk |
+| certify | a piece of certification; at the end what the client shares of its certificates |
 
-Whatever goes wrong is told to the server in general words; details stay in the client's own log.
+Errors are reported to the server in general words; details stay in the client's own log.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,39 +28,39 @@ from torch import nn
 from certifl._version import __version__
 from certifl.certification.network import choose_device
 from certifl.data import Dataset
-from certifl.deploy.client.answered_rounds import Answered
 from certifl.deploy.client.certify import Certifier
-from certifl.deploy.client.data import LocalData, open_holdings
+from certifl.deploy.client.data import LocalData, open_local_data
 from certifl.deploy.client.privacy_budget import (
     PrivacyBudget,
     PrivacyLedger,
     check_own_limit,
-    limit_of,
-    planned,
+    spending_limit,
+    study_plan,
 )
-from certifl.deploy.client.rejected import Rejected, plain
-from certifl.deploy.client.sent_log import Sent
+from certifl.deploy.client.sent_log import SentLog
 from certifl.deploy.client.settings import Settings
 from certifl.deploy.client.spec_policy import check_network_size, check_study
-from certifl.deploy.client.state import ClientStateStore, owner_only
-from certifl.deploy.transport.messages import Content, fingerprint_of, order_from, update_to
+from certifl.deploy.client.state import AnsweredRounds, ClientStateStore
+from certifl.deploy.transport.messages import Content, fingerprint_of, parse_request, update_to
 from certifl.deploy.transport.schemas import (
-    CertifyOrder,
-    JoinOrder,
+    CertifyRequest,
+    JoinRequest,
     MalformedMessage,
-    RoundOrder,
-    Told,
+    Rejected,
+    RoundRequest,
+    StudyReference,
 )
-from certifl.errors import CertiflError, StoreError
+from certifl.errors import CertiflError, StoreError, one_line
 from certifl.federated.algorithms.base import Algorithm
-from certifl.federated.faults import Fault, attempt
+from certifl.federated.faults import Fault, try_client
 from certifl.federated.privacy import ExampleLedger
 from certifl.federated.states import ClientState, ModelState, Parts, ServerState, Update
 from certifl.federated.training.local_training import LocalTraining, check_images
 from certifl.models import build, fingerprint
+from certifl.runs.private_files import private_files
 from certifl.safe_io import parse_toml
 from certifl.spec import Spec, with_settings
-from certifl.study.client_study import KeptStudy
+from certifl.study.opened_run import ClientStudy
 from certifl.study.privacy import Protection, protection, training_key
 from certifl.study.setup import local_training, participation
 from certifl.torch_env import threads_asked
@@ -74,120 +73,120 @@ class Study:
     """A study as a client works on it.
 
     Attributes:
-        spec: with the client's own perturbation, where it has one. holdings: its images.
+        spec: with the client's own perturbation, where it has one. local_data: its images.
         model: the initial network. training: its half of a round. algorithm: of the study.
-        kept: its folder. answered: which rounds it answered, and which model it certified.
-        spender: its ledger of privacy, where clients add the noise.
+        store: its folder. answered: which rounds it answered, and which model it certified.
+        budget: its privacy budget, where clients add the noise.
     """
 
     spec: Spec
-    holdings: LocalData
+    local_data: LocalData
     model: nn.Module
     training: LocalTraining
     algorithm: Algorithm
-    kept: ClientStateStore
-    answered: Answered
-    spender: PrivacyBudget | None = None
+    store: ClientStateStore
+    answered: AnsweredRounds
+    budget: PrivacyBudget | None = None
 
     @property
     def rounds(self) -> int:
-        """How many rounds its plan has."""
+        """Number of rounds, fine-tuning included."""
         return self.spec.training.rounds + self.algorithm.extra_rounds
 
 
 class Client:
-    """One client, with the studies it has seen since it was started.
+    """One client, with the study it is working on.
 
     Args:
-        settings: what the party decided for itself.
-        folder: where it keeps its states, models and certificates.
-        told: called with a line about every order, for people.
+        settings: its own.
+        folder: of its states, models and certificates.
+        report: called with a line about every request.
     """
 
     def __init__(
-        self, settings: Settings, folder: Path, told: Callable[[str], None] | None = None
+        self, settings: Settings, folder: Path, report: Callable[[str], None] | None = None
     ) -> None:
         self.settings = settings
         self._folder = folder
-        self._told = told or _log.info
-        self.sent = Sent(folder)
+        self._report = report or _log.info
+        self.sent = SentLog(folder)
         self._studies: dict[tuple[str, str], Study] = {}
 
-    def answer(self, order: Content) -> Content:
-        """What the server gets for an order; a fault where it cannot be done."""
+    def answer(self, content: Content) -> Content:
+        """The answer to a request; a fault where it cannot be fulfilled."""
         started = time.perf_counter()
         try:
-            with owner_only(), _threads(self.settings.threads):
-                answer = self._answer(order)
+            with private_files(), threads_asked(self.settings.threads):
+                answer = self._answer(content)
         except Rejected as refusal:
             answer = self._fault("wrong", f"it refuses: {refusal}", str(refusal))
         except StoreError as error:
             answer = self._fault("raised", "its disk failed it", str(error))
         except CertiflError as error:
             kind = type(error).__name__
-            answer = self._fault("raised", f"{kind}; its own log says more", str(error))
-        answer.facts["client"] = self.settings.client
-        answer.facts["seconds"] = time.perf_counter() - started
+            answer = self._fault("raised", f"{kind}; see its own log", str(error))
+        answer.fields["client"] = self.settings.client
+        answer.fields["seconds"] = time.perf_counter() - started
         return answer
 
-    def _fault(self, kind: str, told: str, known: str) -> Content:
-        _log.error("The server is told that this client failed: %s", plain(known))
-        return Content({"fault": {"kind": kind, "reason": plain(told)}})
+    def _fault(self, kind: str, reason: str, detail: str) -> Content:
+        _log.error("Reported a failure to the server: %s", one_line(detail, 500))
+        return Content({"fault": {"kind": kind, "reason": one_line(reason, 500)}})
 
-    def _answer(self, order: Content) -> Content:
+    def _answer(self, content: Content) -> Content:
         try:
-            asked = order_from(order)
+            request = parse_request(content)
         except MalformedMessage as error:
             raise Rejected(
                 f"{error}; the server needs certifl {__version__}, as this client has"
             ) from error
-        if not isinstance(asked, JoinOrder) and asked.client != self.settings.client:
-            raise Rejected("the order is for another client")
-        study = self._study(asked.study)
-        if isinstance(asked, JoinOrder):
+        if not isinstance(request, JoinRequest) and request.client != self.settings.client:
+            raise Rejected("the request is for another client")
+        study = self._study(request.study)
+        if isinstance(request, JoinRequest):
             return self._join(study)
-        if isinstance(asked, RoundOrder):
-            return self._round(order.parts, asked, study)
-        return self._certify(order.parts, asked, study)
+        if isinstance(request, RoundRequest):
+            return self._round(content.parts, request, study)
+        return self._certify(content.parts, request, study)
 
-    def _study(self, asked: Told) -> Study:
-        named = (asked.id, asked.hash)
-        if named not in self._studies:
-            spec = _checked(asked.spec, asked.hash)
-            self._studies = {named: self._opened(asked.id, spec, asked.own_perturbation)}
-        return self._studies[named]
+    def _study(self, request: StudyReference) -> Study:
+        spec_hash = (request.id, request.hash)
+        if spec_hash not in self._studies:
+            spec = _parse_spec(request.spec, request.hash)
+            self._studies = {spec_hash: self._open(request.id, spec, request.own_perturbation)}
+        return self._studies[spec_hash]
 
-    def _opened(self, id: str, spec: Spec, own_allowed: bool) -> Study:
-        settings, named = self.settings, spec.hash()
+    def _open(self, id: str, spec: Spec, own_perturbation: bool) -> Study:
+        settings, spec_hash = self.settings, spec.hash()
         if settings.client >= spec.clients.count:
             raise Rejected(f"the study has only {spec.clients.count} clients, counted from 0")
         check_study(spec, settings)
         if ":" in spec.model.name and spec.model.name not in settings.networks:
             raise Rejected(
-                f"the study's network {spec.model.name!r} is code that this party has not "
-                "allowed: write it into networks of client.toml if it trusts it"
+                f"the study's network {spec.model.name!r} is code that this client has not "
+                "allowed: add it to networks in client.toml if it is trusted"
             )
-        asked = spec.privacy
-        if asked.kind != "none" and asked.noise_key != "secret" and not settings.dealt:
+        privacy = spec.privacy
+        if privacy.kind != "none" and privacy.noise_key != "secret" and not settings.dealt:
             raise Rejected(
-                "the noise of the study's privacy follows from its seed, which every party knows, "
-                'and would protect nothing: the study needs privacy.noise_key = "secret"'
+                "the noise of the study's privacy follows from its seed, which every client "
+                'knows: it would protect nothing. The study needs privacy.noise_key = "secret"'
             )
         if settings.perturbation is not None:
-            if not own_allowed:
+            if not own_perturbation:
                 raise Rejected(
-                    "this party certifies a perturbation of its own; the study does not"
+                    "this client certifies its own perturbation, which the study does not allow"
                 )
-            spec = _with_own(spec, settings)
+            spec = _with_own_perturbation(spec, settings)
         try:
-            kept = ClientStateStore(self._folder / "studies", id)
+            store = ClientStateStore(self._folder / "studies", id)
         except StoreError as error:
-            raise Rejected("the study has no usable id") from error
-        return self._made(spec, kept, named)
+            raise Rejected("the study's id is not valid") from error
+        return self._prepare(spec, store, spec_hash)
 
-    def _made(self, spec: Spec, kept: ClientStateStore, named: str) -> Study:
-        settings, holdings = self.settings, open_holdings(spec, self.settings)
-        data = holdings.dataset
+    def _prepare(self, spec: Spec, store: ClientStateStore, spec_hash: str) -> Study:
+        settings, local_data = self.settings, open_local_data(spec, self.settings)
+        data = local_data.dataset
         check_network_size(spec, data.in_channels, data.num_classes)
         model = build(
             spec.model.name,
@@ -197,76 +196,80 @@ class Client:
             spec.model.options,
             data.image_size,
         ).eval()
-        check_images(model, {settings.client: len(holdings.train)})
-        kept.begin()
-        answered = Answered(kept.folder, named)
+        check_images(model, {settings.client: len(local_data.train)})
+        store.begin()
+        answered = AnsweredRounds(store.folder, spec_hash)
         answered.begin()
-        KeptStudy(kept.folder).describe(spec, settings.client, _shapes(data))
-        # Of the sizes only its own counts here: the noise of a client follows from its own.
-        sizes = [len(holdings.train)] * spec.clients.count
-        private = protection(spec, model, sizes, training_key(spec, kept.folder))
-        check_own_limit(settings, spec, len(holdings.train))
-        spender = self._spender(spec, holdings, private, kept)
-        if spender is not None and private.example is not None:
-            private = replace(private, example=spender.watched(private.example))
+        ClientStudy(store.folder).describe(spec, settings.client, _shapes(data))
+        # Only its own size matters here: a client's noise depends on its own images.
+        sizes = [len(local_data.train)] * spec.clients.count
+        private = protection(spec, model, sizes, training_key(spec, store.folder))
+        check_own_limit(settings, spec, len(local_data.train))
+        budget = self._budget(spec, local_data, private, store)
+        if budget is not None and private.example is not None:
+            private = replace(private, example=budget.observed(private.example))
         device = str(choose_device(settings.device))
         training = local_training(spec, model, device, private)
         algorithm = spec.build_algorithm()
-        return Study(spec, holdings, model, training, algorithm, kept, answered, spender)
+        return Study(spec, local_data, model, training, algorithm, store, answered, budget)
 
-    def _spender(
-        self, spec: Spec, holdings: LocalData, private: Protection, kept: ClientStateStore
+    def _budget(
+        self, spec: Spec, local_data: LocalData, private: Protection, store: ClientStateStore
     ) -> PrivacyBudget | None:
-        """The ledger of a study whose clients add the noise."""
+        """The privacy budget of a study whose clients add the noise."""
         if not isinstance(private.ledger, ExampleLedger):
             return None
-        plan, delta = planned(spec, private.ledger, self.settings.client), spec.privacy.delta
-        limit = limit_of(self.settings, plan, delta)
-        book, of = PrivacyLedger(self._folder), holdings.fingerprint
-        id, name = kept.folder.name, spec.name
-        return PrivacyBudget(book, id, name, delta, of, plan, limit, kept.folder)
+        plan, delta = study_plan(spec, private.ledger, self.settings.client), spec.privacy.delta
+        limit = spending_limit(self.settings, plan, delta)
+        ledger, of = PrivacyLedger(self._folder), local_data.fingerprint
+        id, name = store.folder.name, spec.name
+        return PrivacyBudget(ledger, id, name, delta, of, plan, limit, store.folder)
 
     def _join(self, study: Study) -> Content:
-        self._told(f"joins the study {plain(study.spec.name)!r} of {study.rounds} rounds")
+        self._report(f"joins the study {one_line(study.spec.name)!r} of {study.rounds} rounds")
         joined = {
-            **study.holdings.described(),
+            **study.local_data.described(),
             "client": self.settings.client,
             "initial_model": fingerprint(study.model),
             "versions": {"certifl": __version__, "torch": torch.__version__},
         }
         if self.settings.share != "none":
-            joined["test_images"] = len(study.holdings.tests(study.spec))
+            joined["test_images"] = len(study.local_data.tests(study.spec))
         return Content({"joined": joined})
 
-    def _round(self, parts: Parts, asked: RoundOrder, study: Study) -> Content:
-        round, counted = asked.round, asked.counted
-        started_from = _arrived(parts, asked, study)
-        before = _state(study, counted)
-        past = fingerprint_of(before.parts)
-        if study.spender is not None:
-            study.spender.begin(round, study.spec.hash(), started_from, past)
-        self._check_planned(study, asked)
-        if study.spender is None:
-            study.answered.round(round, started_from, past, study.holdings.fingerprint)
-        else:  # it refuses other states and images itself, by the samples drawn from them
+    def _round(self, parts: Parts, request: RoundRequest, study: Study) -> Content:
+        round, counted = request.round, request.counted
+        started_from = _check_broadcast(parts, request, study)
+        client_state = _load_state(study, counted)
+        state_fingerprint = fingerprint_of(client_state.parts)
+        if study.budget is not None:
+            study.budget.authorize(round, study.spec.hash(), started_from, state_fingerprint)
+        self._check_planned(study, request)
+        if study.budget is None:
+            study.answered.round(
+                round, started_from, state_fingerprint, study.local_data.fingerprint
+            )
+        else:  # the budget refuses other states and images, by the samples drawn from them
             study.answered.round(round, started_from)
-        result = self._trained(study, ServerState(round, parts), before)
+        result = self._train(study, ServerState(round, parts), client_state)
         if isinstance(result, Fault):
-            return self._fault(result.kind, _general(result), result.reason)
+            return self._fault(result.kind, _public_reason(result), result.reason)
         update, state = result
         answer = update_to(update)
         spent = ""
-        if study.spender is not None:
-            output = fingerprint_of({**answer.parts, **_kept(state), "facts": _facts(answer)})
-            spent = "; " + study.spender.answered(output, bool(answer.parts))
-        study.kept.keep(state, round, counted)
-        self._told(f"round {round + 1}: {_metrics(update)}{spent}")
-        answer.facts.update(started_from=started_from, round=round)
+        if study.budget is not None:
+            output = fingerprint_of(
+                {**answer.parts, **_state_parts(state), "facts": _fields_part(answer)}
+            )
+            spent = "; " + study.budget.record(output, bool(answer.parts))
+        study.store.save(state, round, counted)
+        self._report(f"round {round + 1}: {_metrics(update)}{spent}")
+        answer.fields.update(started_from=started_from, round=round)
         return answer
 
-    def _check_planned(self, study: Study, asked: RoundOrder) -> None:
-        """Refuse a round that is not in the study's plan, or in which others were drawn."""
-        spec, round = study.spec, asked.round
+    def _check_planned(self, study: Study, request: RoundRequest) -> None:
+        """Refuse a round that is not in the schedule, or for which this client was not drawn."""
+        spec, round = study.spec, request.round
         if round >= study.rounds:
             raise Rejected(f"the study has {study.rounds} rounds, counted from 0")
         drawn = participation(spec, spec.clients.count)
@@ -275,59 +278,61 @@ class Client:
         if self.settings.client not in set(drawn(round)):
             raise Rejected(f"it is not drawn for round {round}")
 
-    def _trained(
-        self, study: Study, broadcast: ServerState, before: ClientState
+    def _train(
+        self, study: Study, broadcast: ServerState, client_state: ClientState
     ) -> tuple[Update, ClientState] | Fault:
-        """The client's half of a round; that it failed is in the ledger before it is told."""
+        """The client's half of a round; a failure is in the ledger before it is reported."""
         failed = True
 
         def trained() -> tuple[Update, ClientState]:
-            data = study.holdings.train
-            return study.algorithm.client_round(broadcast, before, data, study.training)
+            data = study.local_data.train
+            return study.algorithm.client_round(broadcast, client_state, data, study.training)
 
         try:
-            result = attempt(self.settings.client, trained)
+            result = try_client(self.settings.client, trained)
             failed = isinstance(result, Fault)
         finally:
-            if failed and study.spender is not None:
-                study.spender.answered("", sent=True)
+            if failed and study.budget is not None:
+                study.budget.record("", sent=True)
         if isinstance(result, Fault) and isinstance(result.error, Rejected):
             raise result.error
         return result
 
-    def _certify(self, parts: Parts, asked: CertifyOrder, study: Study) -> Content:
-        if asked.round != study.rounds:
-            raise Rejected(f"it certifies after the last of {study.rounds} rounds alone")
-        _arrived(parts, asked, study)
-        state = _state(study, asked.counted)
-        model = study.algorithm.deployed(ServerState(asked.round, parts), state)
+    def _certify(self, parts: Parts, request: CertifyRequest, study: Study) -> Content:
+        if request.round != study.rounds:
+            raise Rejected(f"it certifies only after the last of {study.rounds} rounds")
+        _check_broadcast(parts, request, study)
+        state = _load_state(study, request.counted)
+        model = study.algorithm.deployed(ServerState(request.round, parts), state)
         study.answered.deployed(fingerprint(model))
-        certifier = Certifier(self.settings, study.spec, study.holdings, study.kept, self._told)
-        return certifier.piece(study.model, model, asked.piece, asked.share)
+        certifier = Certifier(
+            self.settings, study.spec, study.local_data, study.store, self._report
+        )
+        return certifier.piece(study.model, model, request.piece, request.share)
 
 
-def _arrived(parts: Parts, asked: RoundOrder | CertifyOrder, study: Study) -> str:
-    """Fingerprint of what an order brought: whole, and of the study's network."""
-    found = fingerprint_of(parts)
-    if found != asked.broadcast:
+def _check_broadcast(parts: Parts, request: RoundRequest | CertifyRequest, study: Study) -> str:
+    """Fingerprint of a request's model, which must be complete and fit the study's network."""
+    arrived = fingerprint_of(parts)
+    if arrived != request.broadcast:
         raise Rejected("the model that arrived is not the one that was sent")
     check_parts(parts, study.model.state_dict(), study.spec.clients.count)
-    return found
+    return arrived
 
 
-def _state(study: Study, counted: int) -> ClientState:
-    """What the client kept after the round that it was last counted in."""
+def _load_state(study: Study, counted: int) -> ClientState:
+    """The client's state after the round that it was last counted in."""
     try:
-        return study.kept.state(counted)
+        return study.store.state(counted)
     except StoreError as error:
         _log.error("%s", error)
         raise Rejected(
-            f"what it kept after round {counted} is lost; it can begin again with a new run"
+            f"its state after round {counted} is lost; it can take part in a new run"
         ) from error
 
 
 def _shapes(data: Dataset) -> dict[str, Any]:
-    """What a model depends on of the images it is used with."""
+    """Properties of the images that a model depends on."""
     return {
         "in_channels": data.in_channels,
         "image_size": list(data.image_size),
@@ -335,20 +340,20 @@ def _shapes(data: Dataset) -> dict[str, Any]:
     }
 
 
-def _checked(text: str, hash: str) -> Spec:
-    """The study as the server wrote it, checked as a file of one's own would be."""
+def _parse_spec(text: str, hash: str) -> Spec:
+    """The server's spec, checked like a local file."""
     try:
         spec = with_settings(parse_toml(text))
     except CertiflError as error:
-        raise Rejected(f"the study's spec is not accepted here: {plain(str(error))}") from error
+        raise Rejected(f"the study's spec is not valid here: {one_line(error, 400)}") from error
     if spec.hash() != hash:
         raise Rejected(
-            "the study's spec means something else here: install the same version of certifl"
+            "the study's spec has another hash here: install the same version of certifl"
         )
     return spec
 
 
-def _with_own(spec: Spec, settings: Settings) -> Spec:
+def _with_own_perturbation(spec: Spec, settings: Settings) -> Spec:
     values = spec.model_dump(exclude_none=True)
     certification = values["certification"]
     others = [
@@ -366,42 +371,36 @@ def _with_own(spec: Spec, settings: Settings) -> Spec:
         )
 
 
-def _general(fault: Fault) -> str:
-    """A fault without what an exception may say of data or folders."""
+def _public_reason(fault: Fault) -> str:
+    """A fault's reason without an exception's text, which may name data or folders."""
     if fault.kind == "raised" and fault.error is not None:
-        return f"it raised {type(fault.error).__name__}; its own log says more"
+        return f"it raised {type(fault.error).__name__}; see its own log"
     return fault.reason
 
 
-def _kept(state: ClientState) -> Parts:
-    return {f"kept:{part}": held for part, held in state.parts.items()}
+def _state_parts(state: ClientState) -> Parts:
+    return {f"kept:{part}": tensors for part, tensors in state.parts.items()}
 
 
-def _facts(answer: Content) -> ModelState:
-    """What an answer says beside its tensors, as a tensor, to be named with them."""
-    text = json.dumps(answer.facts, sort_keys=True).encode()
+def _fields_part(answer: Content) -> ModelState:
+    """An answer's fields as a tensor, to be fingerprinted with its parts."""
+    text = json.dumps(answer.fields, sort_keys=True).encode()
     return {"json": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
 
 def _metrics(update: Update) -> str:
-    told = [f"{name} {value:.4g}" for name, value in update.metrics.items()]
-    return ", ".join(told) or "done"
+    metrics = [f"{name} {value:.4g}" for name, value in update.metrics.items()]
+    return ", ".join(metrics) or "done"
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    with threads_asked(count):
-        yield
-
-
-# Whether tensors that the server sent can belong to a study.
+# Whether tensors from the server fit a study.
 
 
 def check_parts(parts: Parts, network: ModelState, clients: int) -> None:
-    """Refuse tensors that cannot belong to the study.
+    """Refuse tensors that do not fit the study.
 
     Args:
-        parts: as they were sent. network: entries of the study's network.
+        parts: as sent. network: entries of the study's network.
         clients: how many the study has.
 
     Raises:

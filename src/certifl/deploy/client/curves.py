@@ -1,8 +1,8 @@
-"""What a client may tell of its certificates: a curve, rows, or nothing.
+"""What a client may share of its certificates: a curve, rows, or nothing.
 
-Radii and predictions of single images describe private images. The curve is, for every radius of a
+Radii and predictions of single images describe private images. A curve has, for every radius of a
 grid that follows from the study alone, the number of test images that are certified correct at
-it; with it goes the average certified radius.
+it, and the average certified radius.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from certifl.study.curves import impossible_curve
 
 _LARGEST_ROWS = 1 << 30
 _MOST_VERSIONS = 16
-_TOLD = (
+_PUBLIC_METADATA = (
     "family",
     "sigma",
     "description",
@@ -53,12 +53,12 @@ _TOLD = (
     "batch_norm_folded",
     "versions",
 )
-"""Facts that follow from the study, or from the software; nothing of data or models."""
+"""Metadata that follow from the study or the software; nothing about data or models."""
 
 
-def told_conditions(conditions: Mapping[str, Any]) -> dict[str, Any]:
-    """The conditions of certificates as far as they are no secret of the client."""
-    return {name: conditions[name] for name in _TOLD if name in conditions}
+def public_metadata(conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of certificates that are not private to the client."""
+    return {name: conditions[name] for name in _PUBLIC_METADATA if name in conditions}
 
 
 def curve_of(
@@ -67,7 +67,7 @@ def curve_of(
     """A client's curve: how many of its images are certified correct at each radius.
 
     Returns:
-        radii, correct (counts), images, acr, and conditions (see `told_conditions`).
+        radii, correct (counts), images, acr, and conditions (see `public_metadata`).
     """
     grid = settings.estimator_for(perturbation).grid()
     correct, radius = certificates.correct, certificates.radius
@@ -77,7 +77,7 @@ def curve_of(
         "correct": counts,
         "images": len(certificates),
         "acr": certificates.average_certified_radius(),
-        "conditions": told_conditions(certificates.conditions),
+        "conditions": public_metadata(certificates.conditions),
     }
 
 
@@ -90,14 +90,14 @@ def rows_of(certificates: Certificates) -> ModelState:
 
 
 @dataclass(frozen=True)
-class Asking:
-    """What the server knows of a client's certificates before it sees them.
+class CertificateChecks:
+    """What the server checks a client's certificates against.
 
     Attributes:
         spec: of the study. client: its number.
-        images: how many test images it certifies; None = that is not known.
-        exact: whether `images` is what it said itself; otherwise it may have fewer.
-        classes: of the study. own: whether it may certify a perturbation of its own.
+        images: how many test images it certifies; None = unknown.
+        exact: whether the client reported `images`; otherwise it may have fewer.
+        classes: of the study. own: whether it may certify its own perturbation.
     """
 
     spec: Spec
@@ -107,32 +107,32 @@ class Asking:
     own: bool = False
     exact: bool = False
 
-    def curve(self, told: Curve) -> dict[str, Any]:
-        """A curve as it may be stored; what follows from the study is not taken from the client.
+    def curve(self, curve: Curve) -> dict[str, Any]:
+        """A checked curve, to be stored; what follows from the study is not taken from the client.
 
         Raises:
-            MalformedMessage: no certificates of this study come to it.
+            MalformedMessage: no certificates of this study have this curve.
         """
-        perturbation, settings = self._perturbation(told.conditions), self._settings()
-        conditions = self._conditions(told.conditions, perturbation, settings)
+        perturbation, settings = self._perturbation(curve.conditions), self._settings()
+        conditions = self._conditions(curve.conditions, perturbation, settings)
         radii = _grid(settings, perturbation)
-        if told.radii != radii:
+        if curve.radii != radii:
             raise MalformedMessage("its curve has other radii than the study's grid")
-        self._as_many(told.images)
+        self._check_count(curve.images)
         largest = _largest(perturbation, settings)
-        problem = impossible_curve(radii, told.correct, told.images, told.acr, largest)
+        problem = impossible_curve(radii, curve.correct, curve.images, curve.acr, largest)
         if problem is not None:
             raise MalformedMessage(f"its curve is impossible: {problem}")
         return {
             "radii": radii,
-            "correct": told.correct,
-            "images": told.images,
-            "acr": told.acr,
+            "correct": curve.correct,
+            "images": curve.images,
+            "acr": curve.acr,
             "conditions": conditions,
         }
 
     def rows(self, part: ModelState, model: str | None) -> Certificates:
-        """Rows as they may be stored: each follows from its votes, and from the study.
+        """Checked rows, to be stored: each follows from its votes, and from the study.
 
         Raises:
             MalformedMessage: these are not certificates of this client and study, or no model is
@@ -146,7 +146,7 @@ class Asking:
         except (ArithmeticError, CertiflError, LookupError, TypeError, ValueError) as error:
             if isinstance(error, MalformedMessage):
                 raise
-            raise MalformedMessage(f"its rows are no certificates ({error})") from error
+            raise MalformedMessage(f"its rows are not certificates ({error})") from error
         return rows
 
     def _check_rows(self, rows: Certificates, model: str) -> None:
@@ -154,9 +154,9 @@ class Asking:
         self._conditions(rows.conditions, perturbation, settings)
         if not len(rows) or set(rows.client.tolist()) != {self.client}:
             raise MalformedMessage("its rows are of another client")
-        self._as_many(len(rows))
+        self._check_count(len(rows))
         if len(set(rows.index.tolist())) < len(rows) or int(rows.index.min()) < 0:
-            raise MalformedMessage("its rows have an image twice, or one that cannot be")
+            raise MalformedMessage("its rows have an image twice, or an impossible position")
         for name, low in (("label", 0), ("predicted", -1)):
             column = getattr(rows, name)
             if int(column.min()) < low or int(column.max()) >= self.classes:
@@ -164,23 +164,25 @@ class Asking:
                     f"its rows have a {name} beyond the study's {self.classes} classes"
                 )
         if not np.isfinite(rows.seconds).all() or (rows.seconds < 0).any():
-            raise MalformedMessage("its rows took a time that cannot be")
+            raise MalformedMessage("its rows took an impossible time")
         if rows.conditions.get("model_fingerprint") != model:
             raise MalformedMessage("its rows are of another model than it names")
-        found = verify(rows)
-        if found:
-            raise MalformedMessage(f"its rows do not follow from their votes: {found[0].problem}")
+        discrepancies = verify(rows)
+        if discrepancies:
+            raise MalformedMessage(
+                f"its rows do not follow from their votes: {discrepancies[0].problem}"
+            )
 
-    def images_of(self, images: int) -> int:
-        """A number of test images as it may be stored.
+    def image_count(self, images: int) -> int:
+        """A checked number of test images, to be stored.
 
         Raises:
             MalformedMessage: the client certifies another number.
         """
-        self._as_many(images)
+        self._check_count(images)
         return images
 
-    def _as_many(self, images: int) -> None:
+    def _check_count(self, images: int) -> None:
         if self.images is None or images == self.images:
             return
         if self.exact or images > self.images:
@@ -193,7 +195,7 @@ class Asking:
         return self.spec.certification.settings(self.client)
 
     def _perturbation(self, conditions: Mapping[str, Any]) -> Perturbation:
-        """The study's for this client, or the client's own where that is allowed."""
+        """The study's for this client, or its own where that is allowed."""
         if self.own:
             try:
                 return from_record(conditions["description"])
@@ -201,34 +203,32 @@ class Asking:
                 raise MalformedMessage(
                     "its certificates do not say what perturbation they are of"
                 ) from error
-        asked = self.spec.perturbations()[self.client]
-        if asked is None:
-            raise MalformedMessage("it is asked for no certificates")
-        return asked
+        perturbation = self.spec.perturbations()[self.client]
+        if perturbation is None:
+            raise MalformedMessage("it was asked for no certificates")
+        return perturbation
 
     def _conditions(
-        self, told: Mapping[str, Any], perturbation: Perturbation, settings: Settings
+        self, sent: Mapping[str, Any], perturbation: Perturbation, settings: Settings
     ) -> dict[str, Any]:
-        """Those that follow from the study, as it has them, and the client's own, checked."""
+        """The metadata that follow from the study, and the client's own, checked."""
         try:
-            asked = asked_conditions(perturbation, settings, self.spec.seed)
+            derived = asked_conditions(perturbation, settings, self.spec.seed)
         except InputError as error:
-            raise MalformedMessage(
-                f"its perturbation does not go with the study ({error})"
-            ) from error
-        known = json.loads(json.dumps(asked))
-        for name, value in known.items():
-            if name != "threat" and told.get(name) != value:
+            raise MalformedMessage(f"its perturbation does not fit the study ({error})") from error
+        expected = json.loads(json.dumps(derived))
+        for name, value in expected.items():
+            if name != "threat" and sent.get(name) != value:
                 raise MalformedMessage(
-                    f"its {name} is {told.get(name)!r}, and the study has {value!r}"
+                    f"its {name} is {sent.get(name)!r}, and the study has {value!r}"
                 )
-        return {**known, **_of_its_own(told)}
+        return {**expected, **_own_metadata(sent)}
 
 
-def _of_its_own(told: Mapping[str, Any]) -> dict[str, Any]:
+def _own_metadata(sent: Mapping[str, Any]) -> dict[str, Any]:
     """What only the client knows: how it computed."""
-    precision, folded = told.get("precision"), told.get("batch_norm_folded", False)
-    versions = told.get("versions", {})
+    precision, folded = sent.get("precision"), sent.get("batch_norm_folded", False)
+    versions = sent.get("versions", {})
     if precision not in PRECISIONS or not isinstance(folded, bool):
         raise MalformedMessage("it does not say in which precision it computed")
     if not isinstance(versions, dict) or len(versions) > _MOST_VERSIONS:
@@ -241,7 +241,7 @@ def _grid(settings: Settings, perturbation: Perturbation) -> list[float]:
     try:
         return [float(radius) for radius in settings.estimator_for(perturbation).grid()]
     except InputError as error:
-        raise MalformedMessage(f"its perturbation does not go with the study ({error})") from error
+        raise MalformedMessage(f"its perturbation does not fit the study ({error})") from error
 
 
 def _largest(perturbation: Perturbation, settings: Settings) -> float:
@@ -253,10 +253,10 @@ def rows_from(part: ModelState, most: int | None = None) -> Certificates:
     """Rows that a client sent.
 
     Args:
-        part: of the message. most: as many rows at most.
+        part: of the message. most: maximum number of rows.
 
     Raises:
-        MalformedMessage: they are no certificates, or too many.
+        MalformedMessage: they are not certificates, or too many.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.parquet"
@@ -282,4 +282,4 @@ def rows_from(part: ModelState, most: int | None = None) -> Certificates:
             TypeError,
             ValueError,
         ) as error:
-            raise MalformedMessage(f"its rows are no certificates ({error})") from error
+            raise MalformedMessage(f"its rows are not certificates ({error})") from error

@@ -1,4 +1,4 @@
-"""A party's own images, as a study sees them."""
+"""A client's own images, as a study sees them."""
 
 from __future__ import annotations
 
@@ -29,35 +29,34 @@ class LocalData:
     Attributes:
         dataset: where they come from. train: those it trains on.
         test: positions of its test images in the data set.
-        dealt: whether the data set is a whole one that all parties have.
-        told_classes: names of the classes as the server gets them.
+        dealt: whether the data set is one that all clients have, allocated by the study.
+        public_classes: names of the classes as the server gets them.
     """
 
     dataset: Dataset
     train: ClientData
     test: np.ndarray
     dealt: bool
-    told_classes: tuple[str, ...]
+    public_classes: tuple[str, ...]
 
     def described(self) -> dict[str, Any]:
         """What the server must know of them: shapes, classes, number of training images.
 
-        Of a data set that all parties have also its name and fingerprint, so that they can be
-        compared; of a party's own neither.
+        For a data set that all clients have also its name and fingerprint, to be compared.
         """
-        facts: dict[str, Any] = {
+        properties: dict[str, Any] = {
             "in_channels": self.dataset.in_channels,
             "image_size": list(self.dataset.image_size),
-            "class_names": list(self.told_classes),
+            "class_names": list(self.public_classes),
             "train_images": len(self.train),
         }
         if self.dealt:
-            facts |= {"name": self.dataset.name, "fingerprint": self.dataset.fingerprint}
-        return facts
+            properties |= {"name": self.dataset.name, "fingerprint": self.dataset.fingerprint}
+        return properties
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Names the training images and labels."""
+        """Identifies the training images and labels."""
         return fingerprint({"images": self.train.images, "labels": self.train.labels})
 
     def tests(self, spec: Spec) -> np.ndarray:
@@ -65,11 +64,11 @@ class LocalData:
         return choose(self.test, spec.certification.images, spec.seed, self.train.client)
 
 
-def open_holdings(spec: Spec, settings: Settings) -> LocalData:
-    """A party's images for a study.
+def open_local_data(spec: Spec, settings: Settings) -> LocalData:
+    """A client's images for a study.
 
     Raises:
-        DataUnavailable: they are not at hand. InputError: they do not fit the study.
+        DataUnavailable: they are not available. InputError: they do not fit the study.
     """
     if not settings.data:
         raise InputError(
@@ -81,16 +80,16 @@ def open_holdings(spec: Spec, settings: Settings) -> LocalData:
         return _dealt(spec, settings, folder)
     whole = load(settings.data, folder, label_column=settings.label_column)
     dataset = whole if settings.classes is None else _renamed(whole, settings.classes)
-    told = dataset.class_names if settings.classes else _unnamed(dataset.class_names)
+    public = dataset.class_names if settings.classes else _anonymous(dataset.class_names)
     train = ClientData(settings.client, dataset.train.images, dataset.train.labels)
-    return LocalData(dataset, train, np.arange(len(dataset.test)), False, told)
+    return LocalData(dataset, train, np.arange(len(dataset.test)), False, public)
 
 
-def _unnamed(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Names that say how many classes there are, and whether two clients have the same ones.
+def _anonymous(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Anonymous names: they disclose the number of classes, and whether clients have the same.
 
-    What stands in the images' files or folders as the name of a class may be anything, a patient's
-    name if the wrong column was chosen. So it is not sent unless `classes` of client.toml says so.
+    The names in the images' files or folders may be anything, a patient's name if the wrong
+    column was chosen. So they are not sent unless `classes` in client.toml lists them.
     """
     numbers = tuple(str(number) for number in range(len(names)))
     if names == numbers:
@@ -100,11 +99,11 @@ def _unnamed(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _dealt(spec: Spec, settings: Settings, folder: Path | None) -> LocalData:
-    """The share of a whole data set that the study deals to this client."""
+    """The images of a common data set that the study allocates to this client."""
     if settings.client >= spec.clients.count:
         raise InputError(
-            f"The study deals images to {spec.clients.count} clients, counted from 0; there is no "
-            f"client {settings.client}."
+            f"The study allocates images to {spec.clients.count} clients, counted from 0; there "
+            f"is no client {settings.client}."
         )
     values = spec.model_dump(exclude_none=True)
     data = {k: v for k, v in values["data"].items() if k != "label_column"}
@@ -123,12 +122,12 @@ def _renamed(dataset: Dataset, classes: list[str]) -> Dataset:
     """The data set with labels counted along a longer list of classes."""
     unknown = [name for name in dataset.class_names if name not in classes]
     if unknown or len(set(classes)) != len(classes):
-        what = f"does not name {unknown[0]!r}" if unknown else "names a class twice"
-        raise InputError(f"classes in client.toml {what}: list every class of the study once.")
-    place = torch.tensor([classes.index(name) for name in dataset.class_names])
+        problem = f"does not name {unknown[0]!r}" if unknown else "names a class twice"
+        raise InputError(f"classes in client.toml {problem}: list every class of the study once.")
+    position = torch.tensor([classes.index(name) for name in dataset.class_names])
 
     def renumbered(split: ImageSplit) -> ImageSplit:
-        return dataclasses.replace(split, labels=place[split.labels])
+        return dataclasses.replace(split, labels=position[split.labels])
 
     return dataclasses.replace(
         dataset,

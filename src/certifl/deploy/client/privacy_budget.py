@@ -1,15 +1,15 @@
-"""What a party spends of its images' privacy: allowed, refused and written down by itself.
+"""A client's privacy budget: what its answers spend of its images' privacy, by its own account.
 
-The server's ledger counts the rounds that it committed. A party need not believe it: whatever a
-server asks for, however often and from whatever model, each answer that depends on the party's
-images in another way stands in the party's own ledger (`book`) before it leaves.
+The server's ledger counts the rounds that it committed. A client need not trust it: whatever a
+server requests, however often and from whatever model, each answer that depends on the client's
+images in another way is in the client's own ledger before it leaves.
 
-| asked for | then |
+| request | effect |
 |---|---|
-| something new | refused where its steps would exceed the limit, before an image is looked at |
-| the same again (a server or client was stopped in between) | the same bits again, counted once |
-| the same round from another model | another answer: counted once more |
-| the same sample with another question | refused: equal sums would have equal noise |
+| something new | refused where its steps would exceed the limit, before an image is used |
+| the same again (a server or client was stopped in between) | the same bits, counted once |
+| the same round from another model | another answer, counted again |
+| the same sample for another request | refused: equal sums would have equal noise |
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from certifl.deploy.client.rejected import Rejected
 from certifl.deploy.client.settings import Settings
+from certifl.deploy.transport.schemas import Rejected
 from certifl.errors import InputError, StoreError
 from certifl.federated.privacy import (
     ExampleLedger,
@@ -48,122 +48,123 @@ from certifl.spec import Spec
 _log = logging.getLogger(__name__)
 _ROUNDING = 1 + 1e-9
 _UNTRUSTED = (
-    "its own ledger of privacy is lost or damaged; it trains with privacy again when that has "
-    "been seen to"
+    "its own privacy ledger is lost or damaged; it trains with privacy again once that is repaired"
 )
 
 
 @dataclass(frozen=True)
-class Question:
-    """One round asked for: its number, and the name of all that the answer follows from."""
+class _RoundRequest:
+    """A requested round: its number, and a fingerprint of all that the answer depends on."""
 
     round: int
     asked: str
 
 
 class PrivacyBudget:
-    """The ledger at work for one study.
+    """The privacy budget of one study.
 
     Args:
-        book: the party's ledger.
-        study: the study's id. name: its name, for people. delta: of the study.
-        images: name of the images that are trained on.
-        plan: what the study asks for. limit: what may be spent.
-        states: the study's folder, whose kept states tell what the ledger must know.
+        ledger: the client's.
+        study: the study's id. name: its name. delta: of the study.
+        images: fingerprint of the training images.
+        plan: what the study requests. limit: what may be spent.
+        states: the study's folder: the ledger must have an entry for each of its states.
     """
 
     def __init__(
         self,
-        book: PrivacyLedger,
+        ledger: PrivacyLedger,
         study: str,
         name: str,
         delta: float,
         images: str,
-        plan: Planned,
+        plan: StudyPlan,
         limit: Limit,
         states: Path,
     ) -> None:
-        self._book, self._id, self._name, self._delta = book, study, name, delta
+        self._ledger, self._id, self._name, self._delta = ledger, study, name, delta
         self._images, self._plan, self._limit, self._states = images, plan, limit, states
-        self._known: list[Release] = []
-        self._question: Question | None = None
+        self._releases: list[Release] = []
+        self._request: _RoundRequest | None = None
         self._passes: list[tuple[str, float, PrivatePasses]] = []
 
-    def watched(self, level: ExampleLevel) -> ExampleLevel:
-        """The same mechanism, which tells of its passes."""
-        return replace(level, watch=self._begins)
+    def observed(self, level: ExampleLevel) -> ExampleLevel:
+        """The same mechanism, whose passes are recorded."""
+        return replace(level, watch=self._record_pass)
 
-    def begin(self, round: int, *parts: str) -> None:
-        """Before training: the ledger is whole, and the answer is allowed.
+    def authorize(self, round: int, *inputs: str) -> None:
+        """Before training: check that the ledger is complete and the answer is within the limit.
 
         Args:
-            round: that is asked for.
-            parts: names of all that the answer follows from, besides the images.
+            round: the requested one.
+            inputs: fingerprints of all that the answer depends on, besides the images.
 
         Raises:
-            Rejected: the ledger cannot be trusted, or too little is left.
+            Rejected: the ledger is damaged, or the remaining budget is too small.
         """
-        text = json.dumps([self._id, self._images, round, *parts])
-        self._question = Question(round, hashlib.sha256(text.encode()).hexdigest())
+        text = json.dumps([self._id, self._images, round, *inputs])
+        self._request = _RoundRequest(round, hashlib.sha256(text.encode()).hexdigest())
         self._passes = []
         entries = self._entries()
-        self._known = [entry.release for entry in entries if entry.study == self._id]
-        if any(known.asked == self._question.asked and known.output for known in self._known):
+        self._releases = [entry.release for entry in entries if entry.study == self._id]
+        if any(
+            release.asked == self._request.asked and release.output for release in self._releases
+        ):
             return
-        made, sent = self._plan.of(round)
-        release = Release(self._question.asked, "", sent, (made,))
-        self._check([entry for entry in entries if not self._is_same(entry)], release)
+        planned_pass, sent = self._plan.of(round)
+        release = Release(self._request.asked, "", sent, (planned_pass,))
+        self._check([entry for entry in entries if not self._is_current(entry)], release)
 
-    def answered(self, output: str, sent: bool) -> str:
-        """After training, before anything is kept or sent: the answer is in the ledger.
+    def record(self, output: str, sent: bool) -> str:
+        """After training, before anything is stored or sent: add the answer to the ledger.
 
         Args:
-            output: name of the answer and of what is kept; "" = it failed underway.
+            output: fingerprint of the answer and the new state; "" = it failed.
             sent: whether the answer leaves.
 
         Returns:
-            What was spent by now, for people.
+            What was spent so far, as text.
 
         Raises:
-            Rejected: too little is left, or these bits are others than those given before.
+            Rejected: the remaining budget is too small, or the answer differs from an earlier one.
             StoreError: the ledger cannot be written.
         """
-        assert self._question is not None
-        release = Release(self._question.asked, output, sent, self._taken())
-        with self._book.alone():
+        assert self._request is not None
+        release = Release(self._request.asked, output, sent, self._taken())
+        with self._ledger.locked():
             entries = self._entries()
-            before = [entry.release for entry in entries if self._is_same(entry)]
-            given = [known.output for known in before if known.output]
-            if given and output and given != [output]:
+            before = [entry.release for entry in entries if self._is_current(entry)]
+            outputs = [release.output for release in before if release.output]
+            if outputs and output and outputs != [output]:
                 raise Rejected(
-                    "the same order gave another answer than before, as arithmetic that does not "
-                    "repeat does; with privacy a second one is not given"
+                    "the same request gave another answer than before (its arithmetic is not "
+                    "reproducible); with privacy a second answer is refused"
                 )
-            if not given and (output or _steps([release]) > _steps(before)):
-                # A failure takes the same steps as the answer after it, as far as it goes.
-                entries = [entry for entry in entries if not self._is_same(entry)]
+            if not outputs and (output or _steps([release]) > _steps(before)):
+                # A failure takes the first of the steps that a later answer takes.
+                entries = [entry for entry in entries if not self._is_current(entry)]
                 self._check(entries, release)
                 self._warn(entries)
                 entries.append(self._entry(release))
-                self._book.write(entries)
+                self._ledger.write(entries)
         return _spent(entries, self._limit.delta)
 
-    def _is_same(self, entry: Entry) -> bool:
-        assert self._question is not None
-        return entry.study == self._id and entry.release.asked == self._question.asked
+    def _is_current(self, entry: Entry) -> bool:
+        assert self._request is not None
+        return entry.study == self._id and entry.release.asked == self._request.asked
 
-    def _begins(self, sample: str, multiplier: float, passes: PrivatePasses) -> None:
-        """Passes are about to begin."""
-        assert self._question is not None
-        if conflict(self._known, self._question.asked, self._named(sample)):
+    def _record_pass(self, sample: str, multiplier: float, passes: PrivatePasses) -> None:
+        """Record passes before they use an image."""
+        assert self._request is not None
+        if conflict(self._releases, self._request.asked, self._sample_id(sample)):
             raise Rejected(
                 "it has answered this round from this model before, with other states or images; "
-                "with privacy one sample answers one question"
+                "with privacy one sample answers one request"
             )
-        self._passes.append((self._named(sample), multiplier, passes))
+        self._passes.append((self._sample_id(sample), multiplier, passes))
 
-    def _named(self, sample: str) -> str:
-        """Of this study alone: with a public key, another one has the same draws."""
+    def _sample_id(self, sample: str) -> str:
+        """A sample's identifier in this study: with a public key, others have the same draws."""
         return hashlib.sha256(f"{self._id} {sample}".encode()).hexdigest()
 
     def _taken(self) -> tuple[Pass, ...]:
@@ -175,18 +176,18 @@ class PrivacyBudget:
 
     def _entries(self) -> list[Entry]:
         try:
-            entries = self._book.entries()
+            entries = self._ledger.entries()
         except StoreError as error:
             _log.error("%s", error)
             raise Rejected(_UNTRUSTED) from error
-        told = {entry.round for entry in entries if entry.study == self._id}
-        kept = {int(path.stem[6:]) for path in self._states.glob("state-*.safetensors")}
-        if kept - told:
+        recorded = {entry.round for entry in entries if entry.study == self._id}
+        stored = {int(path.stem[6:]) for path in self._states.glob("state-*.safetensors")}
+        if stored - recorded:
             _log.error(
-                "%s does not know of round %d of study %s, whose state is kept in %s: it is lost, "
-                "or a copy that is too old. Put the newest back, or begin with a new run.",
-                self._book.path,
-                min(kept - told),
+                "%s lacks round %d of study %s, whose state is in %s: it is lost, or an old copy. "
+                "Restore the newest copy, or start a new run.",
+                self._ledger.path,
+                min(stored - recorded),
                 self._id,
                 self._states,
             )
@@ -195,47 +196,47 @@ class PrivacyBudget:
 
     def _check(self, entries: Iterable[Entry], release: Release) -> None:
         limit = self._limit
-        counted = [e.release for e in entries if limit.everywhere or e.study == self._id]
+        counted = [e.release for e in entries if limit.all_studies or e.study == self._id]
         checked = [(limit.total, [*counted, release])]
         if release.sent:
             checked.append((limit.sent, [one for one in (*counted, release) if one.sent]))
-        for most, releases in checked:
-            would = released_epsilon(releases, limit.delta)
-            if would > most * _ROUNDING:
+        for limit_epsilon, releases in checked:
+            epsilon = released_epsilon(releases, limit.delta)
+            if epsilon > limit_epsilon * _ROUNDING:
                 _log.error(
                     "A further answer would spend epsilon = %.4g at delta = %g over %s; the "
                     "limit is %.4g.",
-                    would,
+                    epsilon,
                     limit.delta,
-                    "all studies" if limit.everywhere else "this study",
-                    most,
+                    "all studies" if limit.all_studies else "this study",
+                    limit_epsilon,
                 )
                 raise Rejected(
                     "a further answer would spend more privacy of its images than "
-                    + ("this party allows" if limit.everywhere else "the study planned")
+                    + ("this client allows" if limit.all_studies else "the study planned")
                 )
 
     def _warn(self, entries: Iterable[Entry]) -> None:
-        assert self._question is not None
-        number = self._question.round
+        assert self._request is not None
+        number = self._request.round
         if any(e.study == self._id and e.round == number and e.release.output for e in entries):
             _log.warning(
-                "The server asked for round %d again with another beginning: both answers count.",
+                "The server requested round %d again from another model: both answers count.",
                 number,
             )
 
     def _entry(self, release: Release) -> Entry:
-        assert self._question is not None
+        assert self._request is not None
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        return Entry(self._id, self._name, self._question.round, self._delta, now, release)
+        return Entry(self._id, self._name, self._request.round, self._delta, now, release)
 
 
-def spending_lines(folder: Path, limit: float | None, delta: float | None) -> list[str]:
-    """What a party's ledger says, for people; nothing where it has never answered with privacy.
+def ledger_lines(folder: Path, limit: float | None, delta: float | None) -> list[str]:
+    """A client's ledger as text; nothing where it has never answered with privacy.
 
     Args:
-        folder: of the party.
-        limit, delta: the party's own, where it has set them.
+        folder: of the client.
+        limit, delta: the client's own, where it has set them.
 
     Raises:
         StoreError: the ledger is damaged. SpecError: opacus is missing.
@@ -250,10 +251,10 @@ def spending_lines(folder: Path, limit: float | None, delta: float | None) -> li
         lines.append(f"Privacy of its images, by its own ledger: {_spent(entries, at)}")
     for id, own in studies.items():
         lines.append(f"  in {own[0].name!r} ({id[:8]}): {_spent(own, own[0].delta)}")
-        again = sorted({e.round for e in own if [x.round for x in own].count(e.round) > 1})
-        if again:
-            rounds = ", ".join(map(str, again))
-            lines.append(f"    asked more than once, from other models: rounds {rounds}")
+        repeated = sorted({e.round for e in own if [x.round for x in own].count(e.round) > 1})
+        if repeated:
+            rounds = ", ".join(map(str, repeated))
+            lines.append(f"    requested more than once, from other models: rounds {rounds}")
     if limit is not None:
         lines.append(f"It answers up to ε = {limit:g}, all studies together.")
     return lines
@@ -270,7 +271,7 @@ def _steps(releases: Iterable[Release]) -> int:
     return sum(released_steps(releases).values())
 
 
-# How much of its images' privacy a party may spend: its own limit, or what a study planned.
+# The limit of a privacy budget: the client's own, or what a study planned.
 
 
 @dataclass(frozen=True)
@@ -278,100 +279,99 @@ class Limit:
     """How much epsilon may be spent.
 
     Attributes:
-        sent: by answers that leave. total: also by models that stay with the party.
+        sent: by answers that leave. total: also by models that stay with the client.
         delta: at which it is counted.
-        everywhere: over all studies (the party's own limit), or in this one (what it planned).
+        everywhere: over all studies (the client's own limit), or in this one (what it planned).
     """
 
     sent: float
     total: float
     delta: float
-    everywhere: bool
+    all_studies: bool
 
 
 @dataclass(frozen=True)
-class Planned:
-    """What a study planned to ask of this party.
+class StudyPlan:
+    """What a study plans to request of this client.
 
     Attributes:
         multiplier: z. batches: of an epoch; images are drawn with probability 1 / batches.
         rounds: of the schedule. steps: private ones in each of these rounds.
-        tuning: private steps after them, for a model that stays with the party.
-        sends: whether what the rounds give is sent.
+        tuning: private steps after them, for a model that stays with the client.
+        sends: whether the rounds' results are sent.
     """
 
     multiplier: float
     batches: int
     rounds: int
     steps: int
-    tuning: int
+    finetuning: int
     sends: bool
 
     def of(self, round: int) -> tuple[Pass, bool]:
         """What a round costs, and whether its answer is sent."""
-        late = round >= self.rounds and self.tuning > 0
-        steps = self.tuning if late else self.steps
+        late = round >= self.rounds and self.finetuning > 0
+        steps = self.finetuning if late else self.steps
         return Pass("", self.multiplier, self.batches, steps), self.sends and not late
 
     def limit(self, delta: float) -> Limit:
-        """What all of it spends."""
+        """What the whole plan spends."""
 
         def spent(steps: int) -> float:
             return composed({(self.multiplier, 1 / self.batches): steps}, delta)
 
         sent = self.rounds * self.steps
-        return Limit(spent(sent), spent(sent + self.tuning), delta, everywhere=False)
+        return Limit(spent(sent), spent(sent + self.finetuning), delta, all_studies=False)
 
 
-def planned(spec: Spec, ledger: ExampleLedger, client: int) -> Planned:
-    """What a study asks of a client."""
+def study_plan(spec: Spec, ledger: ExampleLedger, client: int) -> StudyPlan:
+    """What a study requests of a client."""
     batches = round(1 / ledger.rates[client])
-    return Planned(
+    return StudyPlan(
         multiplier=ledger.multipliers[client],
         batches=batches,
         rounds=ledger.rounds,
         steps=ledger.planned[client],
-        tuning=finetuning_epochs(spec.algorithm) * batches,
+        finetuning=finetuning_epochs(spec.algorithm) * batches,
         sends=not sends_nothing(spec.algorithm),
     )
 
 
-def limit_of(settings: Settings, plan: Planned, delta: float) -> Limit:
-    """The party's own limit, or else what the study planned at its delta."""
-    most = settings.max_epsilon
-    if most is None:
+def spending_limit(settings: Settings, plan: StudyPlan, delta: float) -> Limit:
+    """The client's own limit, or else what the study planned at its delta."""
+    limit_epsilon = settings.max_epsilon
+    if limit_epsilon is None:
         return plan.limit(delta)
-    return Limit(most, most, settings.delta or delta, everywhere=True)
+    return Limit(limit_epsilon, limit_epsilon, settings.delta or delta, all_studies=True)
 
 
 def check_own_limit(settings: Settings, spec: Spec, images: int) -> None:
-    """A party with a limit takes part only where it adds the noise itself.
+    """A client with a limit takes part only where it adds the noise itself.
 
     Raises:
-        Rejected: the study asks for none of its noise, or the limit promises nothing.
+        Rejected: the study has no noise of its own, or the limit guarantees nothing.
     """
     if settings.max_epsilon is None:
         return
     if spec.privacy.kind != "example":
         raise Rejected(
-            "it has set max_epsilon, and answers only studies whose clients add the noise: "
+            "it has set max_epsilon, and takes part only in studies whose clients add the noise: "
             'privacy.kind = "example"'
         )
     if (settings.delta or spec.privacy.delta) * images >= 1:
         raise Rejected("the delta at which it counts is as large as one of its images")
 
 
-# A party's own ledger of privacy: a file beside its studies, one line for every private answer.
+# A client's own privacy ledger: a file beside its studies, one line for every private answer.
 #
 # ```
 # client-N/
 #   privacy-ledger.jsonl   a checksum, then an answer per line
 # ```
 #
-# It is written whole, flushed and renamed before an answer leaves, so a kill can leave an answer
-# counted that nobody has got, and never one uncounted. It holds for all studies together: the
-# images
-# are the same.
+# It is written whole, flushed and renamed before an answer leaves, so after a kill an answer that
+# was never sent may be counted, but none that was sent is missing. It covers all studies: the
+# images are the same.
 
 
 LEDGER = "privacy-ledger.jsonl"
@@ -384,9 +384,9 @@ class Entry:
     """One answer.
 
     Attributes:
-        study: its id. name: of the study, for people. round: counted from 0.
+        study: its id. name: of the study. round: counted from 0.
         delta: of the study. time: when it was first given, UTC.
-        release: what it let go of.
+        release: what it disclosed.
     """
 
     study: str
@@ -398,9 +398,9 @@ class Entry:
 
 
 class PrivacyLedger:
-    """The ledger in a party's folder.
+    """The ledger in a client's folder.
 
-    Every look reads the file: nothing else is believed. One process writes at a time.
+    Every access reads the file. One process writes at a time.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -410,7 +410,7 @@ class PrivacyLedger:
         """All answers so far; none where there is no file.
 
         Raises:
-            StoreError: it cannot be read, or is not what was written.
+            StoreError: it cannot be read, or was changed.
         """
         try:
             content = read_text(self.path)
@@ -418,17 +418,17 @@ class PrivacyLedger:
             return []
         except (OSError, InputError) as error:
             raise self._damaged(str(error)) from error
-        seal, _, lines = content.partition("\n")
-        if seal != _seal(lines):
-            raise self._damaged("its checksum is another")
+        checksum, _, lines = content.partition("\n")
+        if checksum != _checksum_line(lines):
+            raise self._damaged("its checksum does not match")
         try:
             return [_entry(parse_json(line)) for line in lines.splitlines()]
         except (KeyError, TypeError, ValueError) as error:
-            raise self._damaged(f"a line is none of ours ({type(error).__name__})") from error
+            raise self._damaged(f"a line is not an entry ({type(error).__name__})") from error
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Within this context no other process writes.
+    def locked(self) -> Iterator[None]:
+        """Lock the ledger: no other process writes meanwhile.
 
         Raises:
             StoreError: the folder cannot be written.
@@ -443,27 +443,27 @@ class PrivacyLedger:
             yield
 
     def write(self, entries: list[Entry]) -> None:
-        """Put these in place of what is there, durably.
+        """Replace all entries, durably.
 
         Raises:
-            StoreError: it cannot be written; what was there is as it was.
+            StoreError: it cannot be written; the old ledger is unchanged.
         """
         lines = "".join(json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in entries)
-        write_text(self.path, f"{_seal(lines)}\n{lines}")
+        write_text(self.path, f"{_checksum_line(lines)}\n{lines}")
 
     def _damaged(self, why: str) -> StoreError:
         return StoreError(
             f"{self.path} cannot be trusted: {why}. It says how much of its images' privacy this "
-            "party has spent; put back the newest copy of it, and let no study train before that."
+            "client has spent: restore its newest copy before any study trains."
         )
 
 
-def _seal(lines: str) -> str:
+def _checksum_line(lines: str) -> str:
     digest = hashlib.sha256(lines.encode()).hexdigest()
     return json.dumps({"format": _FORMAT, "sha256": digest})
 
 
-def _entry(held: dict[str, Any]) -> Entry:
-    told = held.pop("release")
-    passes = tuple(Pass(**one) for one in told.pop("passes"))
-    return Entry(**held, release=Release(**told, passes=passes))
+def _entry(stored: dict[str, Any]) -> Entry:
+    recorded = stored.pop("release")
+    passes = tuple(Pass(**one) for one in recorded.pop("passes"))
+    return Entry(**stored, release=Release(**recorded, passes=passes))

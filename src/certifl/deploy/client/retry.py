@@ -1,9 +1,8 @@
-"""When a client that is not connected tries again, and what it says meanwhile.
+"""When a client that is not connected tries again, and what it reports meanwhile.
 
-Flower answers alike to a key it does not know and to a client that it counts as connected already;
-and a client that was killed is counted as connected for up to a minute. So a refusal is never
-final: the client waits and tries again, says what may be the reason, and says it again only where
-something has changed or a while has passed.
+Flower gives the same answer to an unknown key and to a client that it counts as connected, as it
+does for up to a minute after a client was killed. So a refusal is never final: the client waits,
+tries again and reports the possible reason, again only after a change or ten minutes.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from certifl.runs.atomic import write_text
 
 _FIRST, _LONGEST = 2.0, 30.0
 _STILL_COUNTED = 90.0
-"""Seconds after which Flower counts nobody as connected that is not (60, with some to spare)."""
+"""Seconds after which Flower no longer counts a killed client as connected (60, with a margin)."""
 _SAY_AGAIN = 600.0
 _LASTING = 20.0
 
 _KEY = (
     "node.key must be the private half of clients/client-{client}.pub in the server's folder; "
-    "whoever runs the server can put it there at any time"
+    "the server's operator can put it there at any time"
 )
 
 
 class Accepted:
-    """Whether the server has accepted this folder's key before; kept in a small file.
+    """Whether the server has accepted this folder's key before; stored in a small file.
 
     Args:
         folder: of the client.
@@ -38,11 +37,11 @@ class Accepted:
         self._file, self._key = folder / "flower" / "accepted", folder / "node.key"
 
     def before(self) -> bool:
-        """Whether the key that is there now was accepted once."""
+        """Whether the current key was accepted before."""
         return self._file.is_file() and self._file.read_text() == self._name()
 
     def note(self) -> None:
-        """The key that is there now is accepted."""
+        """Store that the current key was accepted."""
         if not self.before():
             write_text(self._file, self._name())
 
@@ -56,7 +55,7 @@ class Retry:
 
     Args:
         server: its address. client: number of the client.
-        told: called with lines for people.
+        report: called with a line when something changes.
         clock: seconds; only differences count.
     """
 
@@ -64,39 +63,39 @@ class Retry:
         self,
         server: str,
         client: int,
-        told: Callable[[str], None],
+        report: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._server, self._client, self._told, self._clock = server, client, told, clock
+        self._server, self._client, self._report, self._clock = server, client, report, clock
         self._wait = _FIRST
         self._refused_since: float | None = None
-        self._said: dict[str, float] = {}
+        self._reported_at: dict[str, float] = {}
 
     def unreachable(self, problem: str) -> float:
         """The server does not answer; how many seconds to wait."""
-        self._say("Waits for the server", f": {problem}.")
-        return self._longer()
+        self._report_once("Waits for the server", f": {problem}.")
+        return self._next_wait()
 
     def refused(self, accepted_before: bool) -> float:
         """The server does not accept the client; how many seconds to wait."""
         now = self._clock()
         if self._refused_since is None:
             self._refused_since = now
-        self._say(self._why(accepted_before, now - self._refused_since), " Tries again.")
-        return self._longer()
+        self._report_once(self._why(accepted_before, now - self._refused_since), " Tries again.")
+        return self._next_wait()
 
     def ended(self, lasted: float) -> float:
-        """A connection ended by itself after so many seconds; how many to wait."""
+        """A connection ended after so many seconds; how many to wait."""
         if lasted >= _LASTING:
             self._wait = _FIRST
-            self._said.clear()
-        self._say("The connection ended; connects again.", "")
-        return self._longer()
+            self._reported_at.clear()
+        self._report_once("The connection ended; connects again.", "")
+        return self._next_wait()
 
     def connected(self) -> None:
         """The server has accepted the client."""
         self._refused_since = None
-        self._say("The server has accepted this client.", "")
+        self._report_once("The server has accepted this client.", "")
 
     def _why(self, accepted_before: bool, refused_for: float) -> str:
         whose = f"The server {self._server}"
@@ -116,14 +115,14 @@ class Retry:
             f"it as connected still, as for about a minute after it was killed. {key}."
         )
 
-    def _say(self, what: str, more: str) -> None:
-        """Say something that was not said in the last minutes."""
-        now, before = self._clock(), self._said.get(what)
+    def _report_once(self, what: str, more: str) -> None:
+        """Report something that was not reported in the last minutes."""
+        now, before = self._clock(), self._reported_at.get(what)
         if before is None or now - before >= _SAY_AGAIN:
-            self._said[what] = now
-            self._told(what + more)
+            self._reported_at[what] = now
+            self._report(what + more)
 
-    def _longer(self) -> float:
+    def _next_wait(self) -> float:
         wait = self._wait
         self._wait = min(2 * wait, _LONGEST)
         return wait

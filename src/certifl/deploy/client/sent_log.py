@@ -1,11 +1,11 @@
-"""What left a client's machine: a line for every answer, written before it is sent.
+"""Log of what left a client's machine: a line for every answer, written before it is sent.
 
 ```
 client-N/
-  sent.jsonl   time, kind, study, round, the keys of what is said, tensors by part, bytes
+  sent.jsonl   time, kind, study, round, keys of the fields, tensors by part, bytes
 ```
 
-Values are not repeated: those of tensors are in the client's own states and models.
+Values are not stored: those of tensors are in the client's own states and models.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from certifl.deploy.client.rejected import plain
 from certifl.deploy.transport.messages import Content
-from certifl.errors import StoreError
+from certifl.errors import StoreError, one_line
 
 SENT = "sent.jsonl"
 _ERROR = "error"
@@ -28,8 +27,8 @@ Tensors = dict[str, list[Any]]
 """Type and shape by name."""
 
 
-class Sent:
-    """The log in a client's folder; lines are only ever added.
+class SentLog:
+    """The log in a client's folder; lines are only added.
 
     Args:
         folder: of the client.
@@ -38,35 +37,35 @@ class Sent:
     def __init__(self, folder: Path) -> None:
         self.path = folder / SENT
 
-    def note(self, order: Mapping[str, Any], answer: Content, size: int) -> None:
-        """Write down an answer.
+    def note(self, request: Mapping[str, Any], answer: Content, size: int) -> None:
+        """Log an answer.
 
         Args:
-            order: facts of the order that it answers. answer: what is sent. size: bytes of it.
+            request: fields of the request. answer: what is sent. size: bytes of it.
 
         Raises:
             StoreError: it cannot be written, so the answer must not leave.
         """
-        kind = "fault" if "fault" in answer.facts else str(order.get("order"))
+        kind = "fault" if "fault" in answer.fields else str(request.get("order"))
         self._add(
             {
                 "kind": kind,
-                "study": _study(order),
-                "round": order.get("round") if kind in ("round", "certify") else None,
-                "says": sorted(_keys(answer.facts)),
-                "parts": {part: _tensors(held) for part, held in answer.parts.items()},
+                "study": _study(request),
+                "round": request.get("round") if kind in ("round", "certify") else None,
+                "says": sorted(_keys(answer.fields)),
+                "parts": {part: _tensors(tensors) for part, tensors in answer.parts.items()},
                 "bytes": size,
             }
         )
 
     def note_error(self, reason: str) -> None:
-        """Write down that only a reason was sent.
+        """Log that only a reason was sent.
 
         Raises:
             StoreError: it cannot be written.
         """
-        facts = {"study": "", "round": None, "says": ["reason"], "parts": {}}
-        self._add({"kind": _ERROR, **facts, "bytes": len(reason.encode())})
+        fields = {"study": "", "round": None, "says": ["reason"], "parts": {}}
+        self._add({"kind": _ERROR, **fields, "bytes": len(reason.encode())})
 
     def _add(self, entry: dict[str, Any]) -> None:
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), **entry})
@@ -80,49 +79,49 @@ class Sent:
                 os.close(handle)
         except OSError as error:
             raise StoreError(
-                f"Cannot write {self.path}: {error}. Nothing is sent that is not written down "
+                f"Cannot write {self.path}: {error}. Nothing is sent that is not logged "
                 "there: free some space."
             ) from error
 
 
-def _study(order: Mapping[str, Any]) -> str:
-    asked = order.get("study")
-    return str(asked.get("id", ""))[:64] if isinstance(asked, dict) else ""
+def _study(request: Mapping[str, Any]) -> str:
+    study = request.get("study")
+    return str(study.get("id", ""))[:64] if isinstance(study, dict) else ""
 
 
-def _keys(facts: Mapping[str, Any], before: str = "") -> Iterator[str]:
+def _keys(fields: Mapping[str, Any], before: str = "") -> Iterator[str]:
     """Keys of tables in tables, joined by dots."""
-    for key, value in facts.items():
+    for key, value in fields.items():
         if isinstance(value, Mapping) and value:
             yield from _keys(value, f"{before}{key}.")
         else:
             yield f"{before}{key}"
 
 
-def _tensors(held: Mapping[str, Any]) -> Tensors:
+def _tensors(tensors: Mapping[str, Any]) -> Tensors:
     return {
         name: [str(value.dtype).removeprefix("torch."), list(value.shape)]
-        for name, value in held.items()
+        for name, value in tensors.items()
     }
 
 
 def sent_lines(folder: Path) -> Iterator[str]:
-    """The log for people: when, what, how many bytes, which keys, which tensors.
+    """The log as text: when, what, how many bytes, which keys, which tensors.
 
-    Tensors are listed where they differ from those of the message of this kind before.
+    Tensors are listed where they differ from those of the previous message of this kind.
 
     Raises:
         StoreError: it cannot be read.
     """
-    path, before, found = folder / SENT, dict[str, Any](), False
+    path, before, any_line = folder / SENT, dict[str, Any](), False
     for number, line in enumerate(_stored(path), 1):
-        found = True
+        any_line = True
         try:
             entry = json.loads(line)
             yield from _entry_lines(entry, before)
         except (AttributeError, KeyError, TypeError, ValueError):
             yield f"line {number} of {path} is damaged"
-    if not found:
+    if not any_line:
         yield f"Nothing has left this machine yet: there is no {path}."
 
 
@@ -139,14 +138,14 @@ def _stored(path: Path) -> Iterator[str]:
 def _entry_lines(entry: dict[str, Any], before: dict[str, Any]) -> Iterator[str]:
     kind, study, number = entry["kind"], entry["study"], entry["round"]
     which = "" if number is None else f" {number}"
-    of = f"  study {plain(study[:8])}" if study else ""
+    of = f"  study {one_line(study[:8])}" if study else ""
     yield f"{entry['time']}  {kind}{which}{of}  {entry['bytes']:,} bytes"
     yield f"    says: {', '.join(entry['says'])}"
     for part, tensors in entry["parts"].items():
-        known = (kind, part)
-        if before.get(str(known)) == tensors:
+        key = (kind, part)
+        if before.get(str(key)) == tensors:
             yield f"    {part}: the same {len(tensors)} tensors as before"
             continue
-        before[str(known)] = tensors
+        before[str(key)] = tensors
         shown = (f"{name} {tuple(shape)} {dtype}" for name, (dtype, shape) in tensors.items())
         yield f"    {part}: {'; '.join(shown)}"

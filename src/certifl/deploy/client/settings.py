@@ -1,4 +1,4 @@
-"""What a party decides for itself: `client.toml`, beside its data, wins over the server."""
+"""A client's own settings: `client.toml`, beside its data, overrides the server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from certifl.errors import CertiflError, InputError, SpecError
-from certifl.path_checks import check_party_settings, quotes_missing
+from certifl.path_checks import check_client_settings, quotes_missing
 from certifl.perturbations import describe as describe_perturbation
 from certifl.perturbations import from_description as perturbation_from
 from certifl.safe_io import SPEC_BYTES, parse_toml, read_text
@@ -19,29 +19,29 @@ SHARES = {
     "curve": "numbers of certified images at fixed radii, and the average certified radius",
     "rows": "every test image's certificate: class, radius, votes, label, position",
 }
-"""How much of its certificates a client lets go, least first."""
+"""Disclosure levels of a client's certificates, lowest first."""
 
 
 class Settings(Section):
-    """A party's own settings.
+    """A client's own settings.
 
     Attributes:
         client: its number in the study, from 0.
         data: its images: a folder with train and test parts, or a data set's name.
-        dealt: `data` is a whole data set that every party has; the study's split says which
-            images are this client's. For trying a federation out.
-        data_dir: where named data sets lie.
+        dealt: `data` is a data set that every client has; the study's split allocates its images.
+            For trying a federation out.
+        data_dir: folder of named data sets.
         label_column: which column of its images is the label, where they are a table; a server
-            has no say in it.
+            cannot choose it.
         classes: the names of all classes of the study, in order. They are sent to the server;
             names found in the images never are.
-        share: the most that leaves of its certificates, a name in `SHARES`.
+        share: highest disclosure level of its certificates, a name in `SHARES`.
         perturbation: certify this instead of the study's, where the study allows it.
-        networks: networks of one's own, as module:function, that a study may name; code of no
-            other module is loaded because a server says so.
-        max_epsilon: the most that is spent of its images' privacy, over all studies; a study
-            without noise of the party's own is refused then. None = what each study planned.
-        delta: at which that is counted; None = each study's.
+        networks: its own networks, as module:function, that a study may name; no other module is
+            loaded at a server's request.
+        max_epsilon: privacy budget of its images, over all studies; a study in which it adds no
+            noise is refused then. None = what each study planned.
+        delta: at which epsilon is counted; None = each study's.
         device: "auto" or a torch device. threads: of torch; 0 = as torch chooses.
     """
 
@@ -82,19 +82,19 @@ def check_share(name: str) -> None:
         raise InputError(f"share must be one of {', '.join(SHARES)}; got {name!r}.")
 
 
-def less(one: str, other: str) -> str:
-    """Of two names in `SHARES` the one that lets less go."""
+def lower_level(one: str, other: str) -> str:
+    """The lower of two disclosure levels."""
     order = list(SHARES)
     return order[min(order.index(one), order.index(other))]
 
 
 def load_settings(path: Path) -> Settings:
-    """Read a party's settings.
+    """Read a client's settings.
 
     Raises:
-        SpecError: the file is missing, is no TOML, or holds a wrong key or value.
+        SpecError: the file is missing, is not TOML, or holds a wrong key or value.
     """
-    check_party_settings(path)
+    check_client_settings(path)
     text = ""
     try:
         text = read_text(path, SPEC_BYTES)

@@ -1,14 +1,14 @@
-"""What a server may ask of a client's own images and machine, key by key of the spec.
+"""What a server may request of a client's own images and machine, by key of the spec.
 
-A spec comes from the server. Each of its keys has one of these decisions here, which
-docs/deploy.md shows as a table; a key that has none fails a test.
+A spec comes from the server. Each of its keys has one of these decisions, which docs/deploy.md
+shows as a table; a key without one fails a test.
 
-| decision | what a client with images of its own does |
+| decision | what a client with its own images does |
 |---|---|
 | refused | refuses the study where the key selects something |
-| unused | leaves it unread: `client.toml` decides |
-| done | does as it says, within the limit that is stated |
-| server | has nothing to do with it |
+| unused | ignores it: `client.toml` decides |
+| done | follows it, within the stated limit |
+| server | is not concerned |
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 
 from certifl.data import Column
-from certifl.deploy.client.rejected import Rejected
 from certifl.deploy.client.settings import Settings
+from certifl.deploy.transport.schemas import Rejected
 from certifl.errors import ModelError
 from certifl.models import MODELS, build
 from certifl.spec import Spec
@@ -85,7 +85,7 @@ DECISIONS: dict[str, Decision] = {
     "privacy.target_epsilon": _NOISE,
     "privacy.max_norm": _NOISE,
     "privacy.delta": _NOISE,
-    "privacy.noise_key": Decision("refused", '"seed": everybody could compute the noise'),
+    "privacy.noise_key": Decision("refused", '"seed": anyone could compute the noise'),
     "augmentation.federated": _TRAINS,
     "augmentation.personalized": _TRAINS,
     "certification.perturbation": Decision("done", "or the client's own, if the study allows it"),
@@ -104,7 +104,7 @@ DECISIONS: dict[str, Decision] = {
 
 
 def check_study(spec: Spec, settings: Settings) -> None:
-    """Refuse a study that asks for what is the client's own choice, or for too much.
+    """Refuse a study that requests what is the client's own choice, or too much.
 
     Raises:
         Rejected: it does; the reason names the key.
@@ -117,7 +117,7 @@ def check_study(spec: Spec, settings: Settings) -> None:
 
 
 def _check_selection(spec: Spec, settings: Settings) -> None:
-    """What is read of a client's images is chosen in its `client.toml` alone."""
+    """Which images a client uses is chosen in its `client.toml` only."""
     column = spec.data.label_column
     if column is not None and not (settings.dealt and column == settings.label_column):
         raise Rejected(
@@ -145,14 +145,14 @@ def _check_grid(spec: Spec, settings: Settings) -> None:
     radii = spec.certification.settings(settings.client).radii
     if radii is not None and len(radii) > _MOST_RADII:
         raise Rejected(
-            f"certification.radii are more than {_MOST_RADII}, which would tell single images"
+            f"certification.radii are more than {_MOST_RADII}, which would disclose single images"
         )
 
 
 def check_network_size(spec: Spec, channels: int, classes: int) -> None:
-    """Refuse a network of certifl's that would not fit into the machine.
+    """Refuse one of certifl's networks that would not fit into the machine.
 
-    Its shapes are found without memory. A network of the client's own is its own choice.
+    Its shapes are determined without memory. The client's own networks are its own choice.
 
     Raises:
         Rejected: it is too large, or cannot be built.

@@ -1,72 +1,49 @@
-"""What a client keeps between rounds, on its own disk.
+"""A client's state between rounds, on its own disk.
 
 ```
 studies/<id>/
-  state-00007.safetensors   what the client keeps after round 7
-  state-00008.safetensors   after round 8, of which it does not know whether the server counted it
-  deployed.safetensors      the model that it uses at test time
+  state-00007.safetensors   the client's state after round 7
+  state-00008.safetensors   after round 8, which the server may not have counted
+  deployed.safetensors      the model for test time
   votes.safetensors  certificates.parquet
-  answered.json             which rounds it answered, and which model it certified
-  study.json  spec.toml     what the deployed model is used with: `certifl predict --run`
+  answered.json             which rounds it answered, which model it certified
+  study.json  spec.toml     how to use the deployed model: `certifl predict --run`
 ```
 
-All of it is readable by its owner alone.
+All of it is readable by its owner only.
 
-The server says after which round it counted the client last, and the client goes on from there. So
-a round that the server asks for twice (it was killed before it committed the answer) gives the
+The server says after which round it last counted the client, and the client resumes from there. So
+a round that is requested twice (the server was killed before it committed the answer) gets the
 same answer twice.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
+import hashlib
+import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from certifl.deploy.transport.schemas import Rejected
 from certifl.errors import StoreError
 from certifl.federated.states import ClientState, ModelState, Parts
 from certifl.models import fingerprint
-from certifl.runs.atomic import load_tensors, save_tensors, tensor_metadata
+from certifl.runs.atomic import (
+    load_tensors,
+    read_json,
+    save_tensors,
+    tensor_metadata,
+    write_json,
+)
+from certifl.runs.private_files import private_folder
 
 NEVER = -1
-"""Stands for the round before a client's first."""
+"""The round before a client's first."""
 
 _STATE = "state-{:05d}.safetensors"
-
-
-@contextlib.contextmanager
-def owner_only() -> Iterator[None]:
-    """What this process creates meanwhile is readable and writable by its owner alone.
-
-    That holds from the moment a file appears, also for files that libraries and processes started
-    meanwhile write, and for those that are written beside their place first.
-    """
-    before = os.umask(0o077)
-    try:
-        yield
-    finally:
-        os.umask(before)
-
-
-def private_folder(folder: Path) -> None:
-    """Make a folder for its owner alone, also one that others could read until now.
-
-    Raises:
-        StoreError: it cannot be made, or belongs to somebody else.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if folder.stat().st_mode & 0o077:
-            folder.chmod(0o700)
-    except OSError as error:
-        raise StoreError(
-            f"{folder} cannot be made readable by its owner alone: {error}. It must belong to the "
-            "user that starts the client."
-        ) from error
 
 
 class ClientStateStore:
@@ -77,16 +54,16 @@ class ClientStateStore:
         study: the study's id, as the server named it.
 
     Raises:
-        StoreError: the id is no plain name.
+        StoreError: the id is not valid.
     """
 
     def __init__(self, root: Path, study: str) -> None:
         if not re.fullmatch(r"[0-9a-f]{8,64}", study):
-            raise StoreError(f"{study!r} is no id of a study.")
+            raise StoreError(f"{study!r} is not an id of a study.")
         self.folder = root / study
 
     def begin(self) -> None:
-        """Make the folder, for its owner alone.
+        """Create the private folder.
 
         Raises:
             StoreError: it cannot be made.
@@ -106,14 +83,14 @@ class ClientStateStore:
 
     @property
     def deployed(self) -> Path:
-        """The model that the client uses at test time."""
+        """The model for test time."""
         return self.folder / "deployed.safetensors"
 
     def state(self, after: int) -> ClientState:
-        """What the client kept after a round.
+        """The client's state after a round.
 
         Raises:
-            StoreError: it is no longer there, or damaged.
+            StoreError: it is missing or damaged.
         """
         if after == NEVER:
             return ClientState()
@@ -127,8 +104,8 @@ class ClientStateStore:
             parts.setdefault(part, {})[name] = value
         return ClientState(parts)
 
-    def keep(self, state: ClientState, after: int, counted: int) -> None:
-        """Write what the client keeps after a round; only this and what was counted remain."""
+    def save(self, state: ClientState, after: int, counted: int) -> None:
+        """Write the client's state after a round; only this and the last counted one remain."""
         tensors = _flat(state.parts)
         save_tensors(
             self.folder / _STATE.format(after), tensors, {"checksum": fingerprint(tensors)}
@@ -144,9 +121,92 @@ class ClientStateStore:
 
 
 def _flat(parts: Parts) -> dict[str, torch.Tensor]:
-    """Tensors by part and name, none sharing memory with another."""
+    """Tensors by part and name, without shared memory."""
     return {
         f"{part}/{name}": value.detach().to("cpu", copy=True)
-        for part, held in parts.items()
-        for name, value in held.items()
+        for part, tensors in parts.items()
+        for name, value in tensors.items()
     }
+
+
+_FILE, _FORMAT = "answered.json", 1
+_LOST = "its record of what it answered in this study is lost or damaged: start a new run"
+
+
+class AnsweredRounds:
+    """The record of a study: the request of each round it answered, and the model it certified.
+
+    Otherwise a server could request the same round from many models of its choice, and learn
+    something more about the same images from each answer. A request is written down before it is
+    worked on, so neither a restart of the client nor a failure resets it. Every access reads the
+    file.
+
+    Args:
+        folder: the client's folder of the study.
+        spec: hash of the study's spec, which belongs to its id from the first request on.
+    """
+
+    def __init__(self, folder: Path, spec: str) -> None:
+        self._path, self._spec = folder / _FILE, spec
+
+    def begin(self) -> None:
+        """Create the record, or compare it with the requested study.
+
+        Raises:
+            Rejected: the id belongs to another study, or the record is damaged.
+        """
+        if not self._path.exists() and not any(self._path.parent.glob("state-*.safetensors")):
+            self._write({})
+        self._read()
+
+    def round(self, number: int, *inputs: str) -> None:
+        """Record what the answer to a round depends on; refuse a round requested otherwise before.
+
+        Args:
+            number: of the round, counted from 0.
+            inputs: fingerprints of all that the answer depends on.
+
+        Raises:
+            Rejected: it was requested with other inputs before.
+            StoreError: the record cannot be written.
+        """
+        record = self._read()
+        digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+        before = record["rounds"].setdefault(str(number), digest)
+        if before != digest:
+            raise Rejected(
+                f"it has answered round {number} of this study before, from another model or with "
+                "other states or images: a round is answered once; start a new run"
+            )
+        self._write(record)
+
+    def deployed(self, model: str) -> None:
+        """Record which model is certified; refuse another one.
+
+        Raises:
+            Rejected: it was another one before. StoreError: the record cannot be written.
+        """
+        record = self._read()
+        if record["deployed"] not in ("", model):
+            raise Rejected(
+                "it has certified another model of this study before: one deployed model is "
+                "certified per study; start a new run"
+            )
+        self._write({**record, "deployed": model})
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            record = read_json(self._path)
+            rounds, deployed, spec = record["rounds"], record["deployed"], record["spec"]
+            whole = record["format"] == _FORMAT and isinstance(rounds, dict)
+        except (KeyError, StoreError, TypeError) as error:
+            raise Rejected(_LOST) from error
+        if not whole or not isinstance(deployed, str):
+            raise Rejected(_LOST)
+        if spec != self._spec:
+            raise Rejected("this study has another spec than when it began: start a new run")
+        return record
+
+    def _write(self, record: dict[str, Any]) -> None:
+        empty = {"format": _FORMAT, "spec": self._spec, "rounds": {}, "deployed": ""}
+        write_json(self._path, {**empty, **record})

@@ -1,13 +1,12 @@
-"""Certificates and keys of a federation, and whether they still hold.
+"""Certificates and keys of a federation, and whether they are valid.
 
 One authority signs the server's certificate; clients know the authority and the server's address.
-Every client has a key of its own, whose public half the server knows.
+Every client has its own key, whose public half the server knows.
 """
 
 from __future__ import annotations
 
 import ipaddress
-import os
 import socket
 import ssl
 from dataclasses import dataclass
@@ -21,19 +20,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from certifl.errors import InputError, WorkError
-from certifl.runs.atomic import replacing, write_bytes
+from certifl.runs.atomic import write_bytes
+from certifl.runs.private_files import write_secret
 from certifl.safe_io import SPEC_BYTES, read_bytes
 
 _AUTHORITY_DAYS, _SERVER_DAYS = 3650, 825
 _LONGEST_KEY = 1 << 14  # bytes of a file with one public key
-
-
-def write_secret(path: Path, content: bytes) -> None:
-    """Write a file that nobody else may read, not even for a moment."""
-    with replacing(path) as part:
-        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
 
 
 def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -49,8 +41,8 @@ class Authority:
     """The authority of one federation.
 
     Attributes:
-        key: whoever has it can pose as the server: keep it off line.
-        certificate: everybody gets it.
+        key: with it anyone can pose as the server: keep it offline.
+        certificate: public.
     """
 
     key: ec.EllipticCurvePrivateKey
@@ -58,15 +50,15 @@ class Authority:
 
     @staticmethod
     def new(days: int = _AUTHORITY_DAYS) -> Authority:
-        """A fresh authority, allowed to sign certificates and nothing else."""
+        """A new authority, allowed to sign certificates only."""
         key = ec.generate_private_key(ec.SECP384R1())
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "certifl federation")])
-        made = _begun(name, name, key.public_key(), days)
-        made = made.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        made = made.add_extension(_usage(signs=True), critical=True)
+        cert = _begun(name, name, key.public_key(), days)
+        cert = cert.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        cert = cert.add_extension(_usage(signs=True), critical=True)
         public = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-        made = made.add_extension(public, critical=False)
-        return Authority(key, made.sign(key, hashes.SHA384()))
+        cert = cert.add_extension(public, critical=False)
+        return Authority(key, cert.sign(key, hashes.SHA384()))
 
     @staticmethod
     def load(key: Path, certificate: Path) -> Authority:
@@ -76,13 +68,13 @@ class Authority:
             InputError: they cannot be read.
         """
         try:
-            held = serialization.load_pem_private_key(read_bytes(key, SPEC_BYTES), None)
+            loaded = serialization.load_pem_private_key(read_bytes(key, SPEC_BYTES), None)
             signed = x509.load_pem_x509_certificate(read_bytes(certificate, SPEC_BYTES))
         except (OSError, ValueError) as error:
-            raise InputError(f"{key} and {certificate} are no authority: {error}.") from error
-        if not isinstance(held, ec.EllipticCurvePrivateKey):
-            raise InputError(f"{key} is no elliptic-curve key.")
-        return Authority(held, signed)
+            raise InputError(f"{key} and {certificate} are not an authority: {error}.") from error
+        if not isinstance(loaded, ec.EllipticCurvePrivateKey):
+            raise InputError(f"{key} is not an elliptic-curve key.")
+        return Authority(loaded, signed)
 
     def save(self, key: Path, certificate: Path) -> None:
         """Write both files."""
@@ -95,7 +87,7 @@ class Authority:
         """Write a server's key, and its certificate for these names and addresses."""
         own = ec.generate_private_key(ec.SECP384R1())
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "certifl server")])
-        made = _begun(name, self.certificate.subject, own.public_key(), days)
+        cert = _begun(name, self.certificate.subject, own.public_key(), days)
         names = x509.SubjectAlternativeName([_general(host) for host in hosts])
         for extension, critical in (
             (names, False),
@@ -105,8 +97,8 @@ class Authority:
             (x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), False),
             (x509.SubjectKeyIdentifier.from_public_key(own.public_key()), False),
         ):
-            made = made.add_extension(extension, critical)
-        signed = made.sign(self.key, hashes.SHA384())
+            cert = cert.add_extension(extension, critical)
+        signed = cert.sign(self.key, hashes.SHA384())
         write_secret(key, _pem(own))
         write_bytes(certificate, signed.public_bytes(serialization.Encoding.PEM))
 
@@ -115,7 +107,7 @@ def _begun(
     subject: x509.Name, issuer: x509.Name, public: ec.EllipticCurvePublicKey, days: int
 ) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
-    # A day back, for clocks that are not alike. A negative number of days: one that has expired.
+    # Valid since yesterday, for clocks that differ. Negative `days`: expired.
     begins = now - timedelta(days=1 + max(0, -days))
     return (
         x509.CertificateBuilder()
@@ -158,26 +150,26 @@ def node_key(private: Path, public: Path) -> None:
         serialization.NoEncryption(),
     )
     write_secret(private, content)
-    told = key.public_key().public_bytes(
+    public_key = key.public_key().public_bytes(
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     )
-    write_bytes(public, told + b"\n")
+    write_bytes(public, public_key + b"\n")
 
 
 def public_key_bytes(path: Path) -> bytes:
     """A client's public key as the server compares it.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not one.
     """
     from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
     try:
         key = serialization.load_ssh_public_key(read_bytes(path, _LONGEST_KEY))
     except (OSError, UnsupportedAlgorithm, ValueError) as error:
-        raise InputError(f"{path} is no public key: {error}.") from error
+        raise InputError(f"{path} is not a public key: {error}.") from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise InputError(f"{path} is no elliptic-curve key: make one with ecdsa, 384 bits.")
+        raise InputError(f"{path} is not an elliptic-curve key: make one with ecdsa, 384 bits.")
     return public_key_to_bytes(key)
 
 
@@ -188,24 +180,26 @@ def check_certificate(path: Path) -> None:
         WorkError: it has expired or is not valid yet. InputError: it cannot be read.
     """
     try:
-        held = x509.load_pem_x509_certificate(read_bytes(path, SPEC_BYTES))
+        certificate = x509.load_pem_x509_certificate(read_bytes(path, SPEC_BYTES))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no certificate: {error}.") from error
+        raise InputError(f"{path} is not a certificate: {error}.") from error
     now = datetime.now(UTC)
-    if now > held.not_valid_after_utc:
+    if now > certificate.not_valid_after_utc:
         raise WorkError(
-            f"{path} expired on {held.not_valid_after_utc:%Y-%m-%d}. Make a new one with "
-            "`certifl deploy renew`, where the authority's key lies, and put it in its place."
+            f"{path} expired on {certificate.not_valid_after_utc:%Y-%m-%d}. Make a new one with "
+            "`certifl deploy renew`, where the authority's key is, and replace this file."
         )
-    if now < held.not_valid_before_utc:
-        raise WorkError(f"{path} is not valid yet: see to this machine's clock.")
+    if now < certificate.not_valid_before_utc:
+        raise WorkError(f"{path} is not valid yet: check this machine's clock.")
 
 
-def reach(host: str, port: int, authority: Path | None, seconds: float = 5.0) -> str | None:
-    """Try to reach the server; why it cannot be reached (yet), or None.
+def connection_problem(
+    host: str, port: int, authority: Path | None, seconds: float = 5.0
+) -> str | None:
+    """Why the server cannot be reached (yet), or None.
 
     Raises:
-        WorkError: it is there, but is not who it should be.
+        WorkError: it answers, but cannot be authenticated.
     """
     try:
         with socket.create_connection((host, port), timeout=seconds) as line:
@@ -228,7 +222,7 @@ def reach(host: str, port: int, authority: Path | None, seconds: float = 5.0) ->
 def _untrusted(host: str, port: int, error: ssl.SSLCertVerificationError) -> str:
     if error.verify_code == 10:
         return (
-            f"The certificate of {host}:{port} has expired. Ask whoever runs the server for a new "
+            f"The certificate of {host}:{port} has expired. Ask the server's operator for a new "
             "one (`certifl deploy renew`); nothing was sent."
         )
     if error.verify_code in (62, 64):

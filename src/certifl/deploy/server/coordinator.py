@@ -1,59 +1,67 @@
-"""A whole study with its clients elsewhere: rounds, certificates, one run folder.
+"""A whole study with remote clients: rounds, certificates, one run folder.
 
-The run folder is the one of a study in one place: the same spec, checkpoints and history. So the
-server can be stopped at any moment, and the same call goes on from the last committed round.
+The run folder is that of a study on one machine: the same spec, checkpoints and history. The
+server can be stopped at any moment, and the same call resumes from the last committed round.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
+import hashlib
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from certifl.deploy.server.clients import ClientRegistry
-from certifl.deploy.server.collect import Asked, gather
-from certifl.deploy.server.remote_runner import Away, Remote
+from certifl.deploy.server.collect import collect_certificates
+from certifl.deploy.server.process import KeyFolder, local_endpoint
+from certifl.deploy.server.remote_runner import RemoteData, RemoteRunner
 from certifl.deploy.server.start import (
     Options,
     Reference,
-    Report,
     assemble,
+    check_clients,
     check_start,
-    crowd_of,
-    known_sizes,
+    new_registry,
+    stored_sizes,
 )
-from certifl.deploy.transport.flower_processes import private_files
-from certifl.deploy.transport.transport import Transport
+from certifl.deploy.transport.flower_processes import configure_flower, return_freed_memory
+from certifl.deploy.transport.flower_runs import opened_run
+from certifl.deploy.transport.transport import GridTransport
 from certifl.federated.algorithms.base import needed_by_clients
 from certifl.federated.privacy import ExampleLedger
 from certifl.federated.rounds import Progress
 from certifl.federated.trainer import train
 from certifl.federated.training.local_training import LocalTraining
+from certifl.progress import StageCallback
 from certifl.runs.checkpoints import Checkpoints, StoredRound
 from certifl.runs.folder import FINISHED, RUNNING, RunFolder
+from certifl.runs.private_files import private_files
 from certifl.spec import Spec
-from certifl.study.environment import machine_facts, versions
-from certifl.study.opened_run import study_facts
+from certifl.study.environment import machine_metadata, versions
+from certifl.study.opened_run import study_metadata
 from certifl.study.privacy import Protection, protection, spent, training_key
 from certifl.study.setup import by_client, local_training, participation
 
 _log = logging.getLogger(__name__)
 _FINE_TUNING = 1000
-"""An extra round may have so many times the steps of one of the schedule."""
+"""Maximum number of private steps in an extra round, in those of a scheduled round."""
 
 
-def conduct(spec: Spec, line: Transport, options: Options) -> RunFolder:
-    """Train and certify with clients elsewhere; goes on where an earlier call was stopped.
+def coordinate(spec: Spec, transport: GridTransport, options: Options) -> RunFolder:
+    """Train and certify with remote clients; resumes where an earlier call was stopped.
 
     Raises:
         RequestError: the folder holds something else, or clients do not match.
         StoreError: it cannot be written.
-        TooFewClients, TrainingDiverged: training cannot go on; finished rounds are kept.
-        WorkError: too few clients came, or one did not certify; the same command goes on.
+        TooFewClients, TrainingDiverged: training cannot continue; finished rounds are kept.
+        WorkError: too few clients joined, or one did not certify; the same command resumes.
     """
     folder = RunFolder(options.out)
     folder.check(spec.hash(), options.overwrite, spec.to_toml())
@@ -62,60 +70,59 @@ def conduct(spec: Spec, line: Transport, options: Options) -> RunFolder:
     check_start(spec, options)
     with private_files(), folder.locked():
         folder.begin(spec.to_toml(), spec.hash(), options.overwrite)
-        known = folder.manifest().get("deployment", {})
-        id = known.get("id") or uuid.uuid4().hex
-        folder.update({"deployment": {**known, "id": id}})
-        reference = Reference(known.get("facts"), spec, known_sizes(known))
-        crowd = crowd_of(spec, line, options, id, reference)
-        assemble(crowd, reference, options)
+        deployment = folder.manifest().get("deployment", {})
+        id = deployment.get("id") or uuid.uuid4().hex
+        folder.update({"deployment": {**deployment, "id": id}})
+        reference = Reference(deployment.get("facts"), spec, stored_sizes(deployment))
+        registry = new_registry(spec, transport, options, id, reference)
+        assemble(registry, reference, options)
         assert reference.model is not None
-        assert reference.facts is not None
-        sizes = _sizes(folder, crowd, spec, reference)
+        assert reference.properties is not None
+        sizes = _sizes(folder, registry, spec, reference)
         _describe(folder, spec, reference, options)
-        last = _train(folder, spec, reference, crowd, sizes, options)
-        asked = Asked(options.share, options.piece, options.patience, options.report)
-        gather(folder, spec, crowd, last, asked)
+        last = _train(folder, spec, reference, registry, sizes, options)
+        collect_certificates(folder, spec, registry, last, options)
         folder.update({"status": FINISHED, "finished": _now()})
     return folder
 
 
 def _sizes(
-    folder: RunFolder, crowd: ClientRegistry, spec: Spec, reference: Reference
+    folder: RunFolder, registry: ClientRegistry, spec: Spec, reference: Reference
 ) -> list[int]:
-    """Training images of every client as it said when it first came; 1 where it never has."""
-    known, deployment = reference.sizes, folder.manifest()["deployment"]
+    """Training images of every client as first reported; 1 where it never joined."""
+    sizes, deployment = reference.sizes, folder.manifest()["deployment"]
     tests = dict(deployment.get("test_images", {}))
-    for client, member in crowd.members.items():
-        known.setdefault(client, member.joined.train_images)
-        if member.joined.test_images is not None:
-            tests.setdefault(str(client), member.joined.test_images)
-    stored = {"train_images": {str(c): size for c, size in known.items()}, "test_images": tests}
+    for client, entry in registry.connected.items():
+        sizes.setdefault(client, entry.joined.train_images)
+        if entry.joined.test_images is not None:
+            tests.setdefault(str(client), entry.joined.test_images)
+    stored = {"train_images": {str(c): size for c, size in sizes.items()}, "test_images": tests}
     folder.update({"deployment": {**deployment, **stored}})
-    return [max(1, known.get(client, 1)) for client in range(spec.clients.count)]
+    return [max(1, sizes.get(client, 1)) for client in range(spec.clients.count)]
 
 
 def _describe(folder: RunFolder, spec: Spec, reference: Reference, options: Options) -> None:
-    known, facts = folder.manifest(), reference.facts or {}
-    sizes = known["deployment"]["train_images"]
+    manifest, properties = folder.manifest(), reference.properties or {}
+    sizes = manifest["deployment"]["train_images"]
     folder.update(
         {
-            **study_facts(spec),
+            **study_metadata(spec),
             "status": RUNNING,
-            "deployment": {**known["deployment"], "facts": facts, "share": options.share},
+            "deployment": {**manifest["deployment"], "facts": properties, "share": options.share},
             "data": {
-                "name": facts.get("name", spec.data.name),
-                "fingerprint": facts.get("fingerprint", "known to the clients alone"),
-                "in_channels": facts["in_channels"],
-                "image_size": facts["image_size"],
-                "num_classes": len(facts["class_names"]),
-                "class_names": facts["class_names"],
+                "name": properties.get("name", spec.data.name),
+                "fingerprint": properties.get("fingerprint", "known to the clients alone"),
+                "in_channels": properties["in_channels"],
+                "image_size": properties["image_size"],
+                "num_classes": len(properties["class_names"]),
+                "class_names": properties["class_names"],
                 "train_images": sum(sizes.values()),
-                "test_images": known.get("data", {}).get("test_images", 0),
+                "test_images": manifest.get("data", {}).get("test_images", 0),
             },
-            "machine": machine_facts("cpu"),
+            "machine": machine_metadata("cpu"),
             "versions": versions(),
-            "command": known.get("command") or options.command,
-            "created": known.get("created") or _now(),
+            "command": manifest.get("command") or options.command,
+            "created": manifest.get("created") or _now(),
         }
     )
 
@@ -124,19 +131,19 @@ def _train(
     folder: RunFolder,
     spec: Spec,
     reference: Reference,
-    crowd: ClientRegistry,
+    registry: ClientRegistry,
     sizes: list[int],
     options: Options,
 ) -> StoredRound:
     started, model, algorithm = time.perf_counter(), reference.model, spec.build_algorithm()
     assert model is not None
     private: Protection = protection(spec, model, sizes, training_key(spec, folder.path))
-    # Nothing is trained here: without a device it takes no memory, and says what is trained.
+    # Nothing is trained here: on "meta" it takes no memory, and describes what is trained.
     training: LocalTraining = local_training(spec, model, "meta", private)
     last = train(
         algorithm,
         model,
-        Away(spec.clients.count),
+        RemoteData(spec.clients.count),
         training,
         Checkpoints(folder.training),
         progress=_rounds(spec, options.report),
@@ -144,9 +151,9 @@ def _train(
         rule=private.client or spec.aggregation.build(),
         min_clients=spec.clients.min_clients,
         ledger=private.ledger,
-        runner=Remote(
-            crowd,
-            options.patience,
+        runner=RemoteRunner(
+            registry,
+            options.timeouts,
             needed=functools.partial(needed_by_clients, algorithm),
             begins=reference.release,
             sends=lambda round: algorithm.sends(round, spec.training.rounds),
@@ -156,33 +163,85 @@ def _train(
     )
     folder.write_history([by_client(entry) for entry in last.history])
     seconds = folder.manifest().get("training_seconds", 0.0) + time.perf_counter() - started
-    facts: dict[str, Any] = {"training_seconds": round(seconds, 3)}
+    properties: dict[str, Any] = {"training_seconds": round(seconds, 3)}
     if private.ledger is not None:
-        facts["privacy"] = spent(spec, private, last.history)
-    folder.update(facts)
+        properties["privacy"] = spent(spec, private, last.history)
+    folder.update(properties)
     return last
 
 
 def _most_steps(ledger: object, client: int, round: int) -> int:
-    """The most private steps that a client's answer to a round can have taken."""
+    """Maximum number of private steps behind a client's answer to a round."""
     if not isinstance(ledger, ExampleLedger):
         return 0
     planned = ledger.planned[client]
     return planned if round < ledger.rounds else _FINE_TUNING * max(1, planned)
 
 
-def _rounds(spec: Spec, report: Report | None) -> Callable[[Progress], None]:
+def _rounds(spec: Spec, report: StageCallback | None) -> Callable[[Progress], None]:
     scheduled, each = spec.training.rounds, spec.clients.participants
     extra = spec.build_algorithm().extra_rounds * spec.clients.count
 
-    def told(now: Progress) -> None:
+    def progress(now: Progress) -> None:
         if report is not None:
             late = max(0, now.round - scheduled)
             before = min(now.round, scheduled) * each + late * now.participants
             report("training", before + now.done, scheduled * each + extra, "client rounds")
 
-    return told
+    return progress
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def run_study(spec: Spec, server_folder: Path, options: Options) -> RunFolder:
+    """Run a study with the clients of a running server.
+
+    Args:
+        spec: the study.
+        server_folder: of the running server.
+        options: of the run; clients' keys come from the folder.
+
+    Raises:
+        RequestError: the study or a folder does not fit.
+        WorkError: the server does not answer, or the study failed; the same call resumes.
+    """
+    folder = RunFolder(options.out)
+    folder.check(spec.hash(), options.overwrite, spec.to_toml())
+    if not options.overwrite and folder.complete():
+        return folder
+    name = hashlib.sha256(str(options.out.resolve()).encode()).hexdigest()[:16]
+    with _open_transport(server_folder, f"run-{name}.txt") as transport:
+        return coordinate(
+            spec, transport, dataclasses.replace(options, keys=KeyFolder(server_folder))
+        )
+
+
+def check_study(spec: Spec, server_folder: Path, options: Options) -> str | None:
+    """List which clients of a running server would take part in a study; train nothing.
+
+    Args:
+        spec, server_folder, options: as for `run_study`; `options.log` gets the list of clients.
+
+    Returns:
+        Why the study would not start; None where it would.
+
+    Raises:
+        RequestError: the study or the folder does not fit.
+        WorkError: the server does not answer.
+    """
+    with _open_transport(server_folder, "check.txt") as transport:
+        return check_clients(
+            spec, transport, dataclasses.replace(options, keys=KeyFolder(server_folder))
+        )
+
+
+@contextlib.contextmanager
+def _open_transport(server_folder: Path, notes: str) -> Iterator[GridTransport]:
+    """The transport to the clients of a running server."""
+    endpoint = local_endpoint(server_folder)
+    configure_flower(server_folder / "flower")
+    return_freed_memory()
+    with private_files(), opened_run(endpoint, server_folder / "flower" / notes) as grid:
+        yield GridTransport(grid)

@@ -14,16 +14,16 @@ from certifl.deploy.transport.messages import Content, encode, fingerprint_of, u
 from certifl.deploy.transport.schemas import MalformedMessage, Reply, checked
 from certifl.deploy.transport.transport import Node, NoReply
 from certifl.errors import InputError
-from certifl.federated.faults import Answer, Fault, misfit
+from certifl.federated.faults import ClientResult, Fault, mismatch
 from certifl.federated.states import ClientData, ModelState, Parts, Update
 from certifl.runs.checkpoints import StoredRound
 
-_BETWEEN_LOOKS = 5.0
+_REFRESH_SECONDS = 5.0
 _KINDS = ("diverged", "raised", "wrong", "late", "ended")
 
 
-class Away:
-    """Clients that are counted here and have their data elsewhere."""
+class RemoteData:
+    """As many clients as a study has, whose data is on their own machines."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -40,8 +40,8 @@ class Timeouts:
     """How long the server waits, in seconds.
 
     Attributes:
-        answer: for an answer to an order. start: for clients to join at the beginning.
-        absent: for a participant that is not there when a round begins, or goes in it.
+        answer: for an answer to a request. start: for clients to join at the beginning.
+        absent: for a participant that is absent when a round begins, or disconnects during it.
     """
 
     answer: float = 3600.0
@@ -50,34 +50,34 @@ class Timeouts:
 
 
 @dataclass
-class _Asked:
-    """An order under way; `images` is how many the client trains on, as it joined."""
+class _Pending:
+    """A pending request; `images` is how many the client trains on, as reported on joining."""
 
     node: Node
     images: int
     name: str
     until: float
-    looked: float
+    refreshed: float
 
 
 @dataclass
-class Remote:
-    """Asks the clients of a round over a line; answers come in the order of participants.
+class RemoteRunner:
+    """Runs the clients of a round over a transport; answers come in the order of participants.
 
-    An order waits for its client: where a node was started again meanwhile, it is sent again, and
-    a client answers the same to the same order.
+    Where a node was restarted meanwhile, its request is sent again: a client gives the same answer
+    to the same request.
 
     Attributes:
-        crowd: who is there. patience: how long to wait.
-        needed: of the server's parts those that clients need.
+        registry: the connected clients. timeouts: how long to wait.
+        needed: selects those of the server's parts that clients need.
         begins: called before each round.
         sends: names of the parts that clients send in a round.
-        steps: the most private steps that a client can take in a round.
-        extra: what every part beside the model is like (it has an entry per trained weight).
+        steps: maximum number of private steps of a client in a round.
+        extra: a template of every part beside the model (it has an entry per trained weight).
     """
 
-    crowd: ClientRegistry
-    patience: Timeouts
+    registry: ClientRegistry
+    timeouts: Timeouts
     needed: Callable[[Parts], Parts]
     begins: Callable[[], None]
     sends: Callable[[int], tuple[str, ...]]
@@ -85,12 +85,12 @@ class Remote:
     extra: ModelState
     _absent: set[int] = field(default_factory=set)
 
-    def work(self, current: StoredRound, participants: Sequence[int]) -> Iterator[Answer]:
+    def work(self, current: StoredRound, participants: Sequence[int]) -> Iterator[ClientResult]:
         """An answer from every participant, in the order given, one at a time."""
         self.begins()
         wanted = set(participants)
-        missing = self.crowd.wait_for(wanted - self._absent, self.patience.absent)
-        self._absent = (missing | (self._absent & wanted)) - self.crowd.members.keys()
+        missing = self.registry.wait_for(wanted - self._absent, self.timeouts.absent)
+        self._absent = (missing | (self._absent & wanted)) - self.registry.connected.keys()
         round = _Round(self, current)
         for client in participants:
             round.ask(client)
@@ -100,121 +100,121 @@ class Remote:
 
 
 class _Round:
-    """The orders and answers of one round."""
+    """The requests and answers of one round."""
 
-    def __init__(self, remote: Remote, current: StoredRound) -> None:
-        self._crowd, self._patience = remote.crowd, remote.patience
+    def __init__(self, remote: RemoteRunner, current: StoredRound) -> None:
+        self._registry, self._timeouts = remote.registry, remote.timeouts
         self._needed, self._extra = remote.needed, remote.extra
         self._steps = remote.steps
         self._sends = set(remote.sends(current.number))
         self._current = current
         self._encoded: Mapping[str, ArrayRecord] | None = None
-        self._named = ""
-        self._asked: dict[int, _Asked] = {}
+        self._broadcast_fingerprint = ""
+        self._pending: dict[int, _Pending] = {}
         self._began = time.perf_counter()
 
     def ask(self, client: int) -> None:
-        """Send the round's order to a client that is there."""
-        member = self._crowd.members.get(client)
-        if member is None:
+        """Send the round's request to a client, if it is connected."""
+        entry = self._registry.connected.get(client)
+        if entry is None:
             return
-        facts = {
+        fields = {
             "order": "round",
-            "study": dict(self._crowd.study),
+            "study": dict(self._registry.study),
             "client": client,
             "round": self._current.number,
             "counted": last_counted(self._current, client),
         }
         encoded = self._broadcast()
-        order = Content({**facts, "broadcast": self._named}, encoded=encoded)
-        name = self._crowd.line.send(member.node.id, order, self._patience.answer)
-        now, images = time.monotonic(), member.joined.train_images
-        until = now + self._patience.answer
-        self._asked[client] = _Asked(member.node, images, name, until, now)
+        request = Content({**fields, "broadcast": self._broadcast_fingerprint}, encoded=encoded)
+        name = self._registry.transport.send(entry.node.id, request, self._timeouts.answer)
+        now, images = time.monotonic(), entry.joined.train_images
+        until = now + self._timeouts.answer
+        self._pending[client] = _Pending(entry.node, images, name, until, now)
 
     def release(self) -> None:
-        """Let go of the broadcast: it is read again should it be needed."""
+        """Free the broadcast: it is read again if needed."""
         self._encoded = None
 
     def _broadcast(self) -> Mapping[str, ArrayRecord]:
         if self._encoded is None:
             parts = self._needed(self._current.server())
-            self._named = self._named or fingerprint_of(parts)
+            self._broadcast_fingerprint = self._broadcast_fingerprint or fingerprint_of(parts)
             self._encoded = encode(parts)
         return self._encoded
 
-    def answer(self, client: int) -> Answer:
+    def answer(self, client: int) -> ClientResult:
         """Wait for a client's answer."""
-        asked = self._asked.pop(client, None)
-        if asked is None:
-            why = self._crowd.refused.get(client)
-            reason = "it is not there" if why is None else f"it was not taken, {why}"
-            return Answer(client, 0.0, None, Fault("late", reason))
+        pending = self._pending.pop(client, None)
+        if pending is None:
+            why = self._registry.refused.get(client)
+            reason = "it is not connected" if why is None else f"it was refused, {why}"
+            return ClientResult(client, 0.0, None, Fault("late", reason))
         while True:
-            content = self._crowd.line.take(asked.name)
+            content = self._registry.transport.take_reply(pending.name)
             if isinstance(content, NoReply) and content.gone:
-                again = self._back(client)
+                again = self._reconnected(client)
                 if again is not None:
-                    asked = again
+                    pending = again
                     continue
             if content is not None:
-                return self._read(client, asked.images, content)
+                return self._read(client, pending.images, content)
             now = time.monotonic()
-            if now > asked.until:
+            if now > pending.until:
                 return self._fault(client, "late", "no answer came in time")
-            if now - asked.looked > _BETWEEN_LOOKS:
-                asked = self._looked(client, asked)
+            if now - pending.refreshed > _REFRESH_SECONDS:
+                pending = self._refreshed(client, pending)
             time.sleep(POLL)
 
-    def _back(self, client: int) -> _Asked | None:
-        """A client whose machine went, asked again if it comes back; None if it does not."""
-        if self._crowd.wait_for({client}, self._patience.absent):
+    def _reconnected(self, client: int) -> _Pending | None:
+        """A client that disconnected, asked again if it returns; None if it does not."""
+        if self._registry.wait_for({client}, self._timeouts.absent):
             return None
         self.ask(client)
         self.release()
-        return self._asked.pop(client)
+        return self._pending.pop(client)
 
-    def _looked(self, client: int, asked: _Asked) -> _Asked:
-        """See whether the client's node was started again; then ask again."""
-        self._crowd.look()
-        member = self._crowd.members.get(client)
-        if member is not None and member.node != asked.node:
+    def _refreshed(self, client: int, pending: _Pending) -> _Pending:
+        """Ask again if the client's node was restarted."""
+        self._registry.refresh()
+        entry = self._registry.connected.get(client)
+        if entry is not None and entry.node != pending.node:
             self.ask(client)
             self.release()
-            again = self._asked.pop(client)
-            return replace(again, until=asked.until)
-        return replace(asked, looked=time.monotonic())
+            again = self._pending.pop(client)
+            return replace(again, until=pending.until)
+        return replace(pending, refreshed=time.monotonic())
 
-    def _read(self, client: int, images: int, content: Content | NoReply) -> Answer:
+    def _read(self, client: int, images: int, content: Content | NoReply) -> ClientResult:
         if isinstance(content, NoReply):
             return self._fault(client, "ended" if content.gone else "wrong", content.reason)
         try:
-            reply = checked(Reply, content.facts, "no answer to a round")
-            # No longer than it was waited for, whatever the client's clock says.
+            reply = checked(Reply, content.fields, "not an answer to a round")
+            # At most the time since the request, whatever the client's clock says.
             seconds = min(reply.seconds, time.perf_counter() - self._began)
             fault = fault_of(reply) or self._problem(client, reply)
             if fault is not None:
-                return Answer(client, seconds, None, fault)
+                return ClientResult(client, seconds, None, fault)
             update, state = update_from(content)
         except MalformedMessage as error:
-            return self._fault(client, "wrong", f"its answer is garbled, {error}")
-        fault = self._unlike(client, images, update)
-        return Answer(client, seconds, None if fault is not None else (update, state), fault)
+            return self._fault(client, "wrong", f"its answer is malformed, {error}")
+        fault = self._update_problem(client, images, update)
+        return ClientResult(client, seconds, None if fault is not None else (update, state), fault)
 
     def _problem(self, client: int, reply: Reply) -> Fault | None:
         if reply.client != client:
             return Fault("wrong", f"it answered as client {reply.client}")
         if reply.round != self._current.number:
             return Fault("wrong", f"it answered round {reply.round}")
-        if reply.started_from != self._named:
+        if reply.started_from != self._broadcast_fingerprint:
             return Fault("wrong", "it trained from another model than it was sent (fingerprint)")
         return None
 
-    def _unlike(self, client: int, images: int, update: Update) -> Fault | None:
-        """What an update says that this client, in this round, cannot say."""
+    def _update_problem(self, client: int, images: int, update: Update) -> Fault | None:
+        """Why an update cannot be of this client and round; None where it can."""
         if update.weight != images:
-            said = f"its weight is {update.weight:g}"
-            return Fault("wrong", f"{said}, and it has {images} training images as it joined")
+            weight = f"its weight is {update.weight:g}"
+            return Fault("wrong", f"{weight}, and it joined with {images} training images")
         most, steps = (
             self._steps(client, self._current.number),
             update.metrics.get("private_steps"),
@@ -227,22 +227,22 @@ class _Round:
         if sent != self._sends:
             listed = [", ".join(sorted(names)) or "no parts" for names in (sent, self._sends)]
             return Fault("wrong", f"it sent {listed[0]}, and this round asks for {listed[1]}")
-        for part, held in update.extra.items():
-            differs = misfit(self._extra, held)
+        for part, tensors in update.extra.items():
+            differs = mismatch(self._extra, tensors)
             if differs is not None:
                 return Fault("wrong", f"its {part} does not fit, {differs}")
         return None
 
-    def _fault(self, client: int, kind: str, reason: str) -> Answer:
-        return Answer(client, time.perf_counter() - self._began, None, Fault(kind, reason))
+    def _fault(self, client: int, kind: str, reason: str) -> ClientResult:
+        return ClientResult(client, time.perf_counter() - self._began, None, Fault(kind, reason))
 
 
 def fault_of(reply: Reply) -> Fault | None:
-    """What a client says has failed."""
-    told = reply.fault
-    if told is None:
+    """The failure that a client reports."""
+    fault = reply.fault
+    if fault is None:
         return None
-    return Fault(told.kind if told.kind in _KINDS else "raised", told.reason)
+    return Fault(fault.kind if fault.kind in _KINDS else "raised", fault.reason)
 
 
 def last_counted(current: StoredRound, client: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import importlib
 import ipaddress
 import os
@@ -19,7 +20,8 @@ from typing import Any
 import httpx
 from flwr.supercore.retry import RetryInvoker, exponential
 
-from certifl.errors import WorkError
+from certifl.errors import StoreMismatch, WorkError
+from certifl.runs.private_files import private_files
 
 _QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -33,52 +35,67 @@ _MMAP_THRESHOLD, _LARGE = -3, 1 << 18  # glibc's M_MMAP_THRESHOLD, in bytes
 
 
 @contextlib.contextmanager
-def private_files() -> Iterator[None]:
-    """Files and folders made meanwhile, also by processes started here, are their owner's alone.
-
-    They are so from their beginning: permissions taken away afterwards come too late.
-    """
-    before = os.umask(0o077)
-    try:
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Lock a folder of a federation for one process, whose files are private meanwhile."""
+    with private_files(), (folder / ".lock").open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StoreMismatch(
+                f"Another process is at work for {folder}. Server and clients are started once."
+            ) from None
         yield
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """An event that is set on SIGTERM or SIGINT."""
+    stop = threading.Event()
+    before = {
+        number: signal.signal(number, lambda *_: stop.set())
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield stop
     finally:
-        os.umask(before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Nothing is installed at run time, nobody is called home, Flower's files stay in a folder."""
+    """Variables that disable installing at run time and telemetry; Flower's files go to `home`."""
     return {**_QUIET, "FLWR_HOME": str(home.resolve())}
 
 
-def quiet(home: Path) -> None:
-    """Give this very process that environment, before Flower is used."""
+def configure_flower(home: Path) -> None:
+    """Set this environment for the current process, before Flower is used."""
     os.environ.update(environment(home))
-    direct()
+    bypass_proxies()
 
 
-def direct(*hosts: str) -> None:
-    """Reach these hosts, and this machine itself, past any proxy of the environment.
+def bypass_proxies(*hosts: str) -> None:
+    """Connect to these hosts, and to this machine, without a proxy of the environment.
 
-    A proxy would be asked for the processes on this very machine, and told their secrets; and the
-    server's certificate is checked on a direct connection before anything is sent.
+    A proxy would see the secrets of processes on this machine, and the server's certificate is
+    checked on a direct connection before anything is sent.
     """
     for name in ("NO_PROXY", "no_proxy"):
-        known = [host for host in os.environ.get(name, "").split(",") if host.strip()]
-        os.environ[name] = ",".join(dict.fromkeys([*known, *_THIS_MACHINE, *hosts]))
+        present = [host for host in os.environ.get(name, "").split(",") if host.strip()]
+        os.environ[name] = ",".join(dict.fromkeys([*present, *_THIS_MACHINE, *hosts]))
 
 
-def give_memory_back() -> None:
+def return_freed_memory() -> None:
     """Let this process return large blocks to the system as soon as they are free.
 
-    Left to itself, glibc keeps blocks of the size of a layer for later, and between tensors that
-    come and go it never finds a use for half of them. Where there is no glibc, nothing happens.
+    By default glibc caches blocks of the size of a layer, and never reuses half of them between
+    short-lived tensors. Without glibc nothing happens.
     """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE)
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
+    """An unused port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -92,7 +109,7 @@ def tail(log: Path, lines: int = 15) -> str:
 
 
 class Child:
-    """A process of Flower's that ends with this one.
+    """One of Flower's processes; it ends with this one.
 
     Args:
         entry: "module:function" that it runs.
@@ -120,21 +137,21 @@ class Child:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **environment(home)},
-                start_new_session=True,  # Ctrl-C is for the parent, which ends it in order
+                start_new_session=True,  # Ctrl-C goes to the parent, which stops it
             )
 
     @property
     def pid(self) -> int:
-        """The process's number."""
+        """Its process id."""
         return self._process.pid
 
     @property
     def ended(self) -> int | None:
-        """Its exit code; None while it lives."""
+        """Its exit code; None while it runs."""
         return self._process.poll()
 
     def stop(self) -> None:
-        """End it, in order if it can."""
+        """Terminate it, or else kill it."""
         if self.ended is None:
             self._process.send_signal(signal.SIGTERM)
             try:
@@ -144,8 +161,8 @@ class Child:
                 self._process.wait()
 
 
-def patient(seconds: float) -> RetryInvoker:
-    """Repeats calls for so long while the other side is not there."""
+def retrying(seconds: float) -> RetryInvoker:
+    """Repeat calls for this long while the other side does not answer."""
     return RetryInvoker(
         wait_gen_factory=lambda: exponential(max_delay=5),
         recoverable_exceptions=(
@@ -162,10 +179,10 @@ def patient(seconds: float) -> RetryInvoker:
 
 
 class Heartbeat:
-    """Tells Flower every few seconds that a piece of work is alive.
+    """Reports to Flower every few seconds that a task is alive.
 
     Args:
-        beat: one heartbeat; False where Flower does not want the work any more.
+        beat: sends one heartbeat; False where Flower has dropped the task.
     """
 
     _SECONDS = 15.0
@@ -178,7 +195,7 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            with contextlib.suppress(httpx.HTTPError, WorkError):  # seen where it matters
+            with contextlib.suppress(httpx.HTTPError, WorkError):  # reported where it matters
                 if not self._beat():
                     self.refused = True
                     return
@@ -186,7 +203,7 @@ class Heartbeat:
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[Heartbeat]:
-        """Beat meanwhile."""
+        """Send heartbeats meanwhile."""
         self._thread.start()
         try:
             yield self
@@ -195,11 +212,10 @@ class Heartbeat:
             self._thread.join(timeout=2.0)
 
 
-# Flower's SuperLink with a gate: from other machines, nothing but what clients need.
+# Flower's SuperLink behind a gate: from other machines, only clients' requests pass.
 #
-# A SuperLink answers everybody on one port: clients, but also whoever starts runs or registers
-# keys.
-# Behind this gate the latter works on the server's own machine alone.
+# A SuperLink answers on one port: clients, but also anyone who starts runs or registers keys.
+# Behind this gate the latter is possible on the server's own machine only.
 
 
 _FOR_ALL = ("/v1/fleet/", "/health")
@@ -210,7 +226,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class Gate:
-    """Refuses what does not come from this machine and is none of a client's requests.
+    """Refuses requests from other machines that are not a client's.
 
     Args:
         app: the application behind the gate.
@@ -220,7 +236,7 @@ class Gate:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] == "lifespan" or allowed(scope):
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
@@ -230,17 +246,17 @@ class Gate:
 
 
 def allowed(scope: Scope) -> bool:
-    """Whether a request may pass: a client's, or one of this machine."""
+    """Whether a request may pass: a client's, or one from this machine."""
     path = str(scope.get("path", ""))
     if ".." not in path and path.startswith(_FOR_ALL):
         return True
     address = (scope.get("client") or ("",))[0]
     try:
-        found = ipaddress.ip_address(address)
+        parsed = ipaddress.ip_address(address)
     except ValueError:
         return False
-    mapped = getattr(found, "ipv4_mapped", None)
-    return (mapped or found).is_loopback
+    mapped = getattr(parsed, "ipv4_mapped", None)
+    return (mapped or parsed).is_loopback
 
 
 def main() -> None:
@@ -248,7 +264,7 @@ def main() -> None:
     import uvicorn
     from flwr.superlink.main import create_app
 
-    # The package has a function of the module's name.
+    # The package has a function with the module's name.
     flower = importlib.import_module("flwr.superlink.cli.flower_superlink")
 
     config = flower._parse_superlink_lifespan_config()
@@ -259,7 +275,7 @@ def main() -> None:
         port=config.port,
         log_level="warning",
         access_log=False,
-        proxy_headers=False,  # nobody may say that he comes from elsewhere
+        proxy_headers=False,  # a client must not choose its own address
         ssl_keyfile=config.ssl_keyfile,
         ssl_certfile=config.ssl_certfile,
         workers=1,

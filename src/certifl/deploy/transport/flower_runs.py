@@ -1,7 +1,7 @@
-"""A run of Flower's, worked on in this very process, and the list of nodes that may connect.
+"""A run of Flower, whose server app is this process, and the list of nodes that may connect.
 
-The server app that Flower would start from what was submitted is not used: the SuperLink hands
-its work to whoever has its secret, which is this process.
+The server app that Flower would start from what was submitted is not used: the SuperLink gives
+its tasks to any process that has its secret, which is this one.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
-from certifl.deploy.provision.kit import app_files
-from certifl.deploy.transport.flower_processes import Heartbeat, patient
+from certifl.deploy.provision.bundle import app_files
+from certifl.deploy.transport.flower_processes import Heartbeat, retrying
 from certifl.errors import WorkError
 from certifl.runs.atomic import write_text
 
@@ -51,19 +51,19 @@ _ACQUIRE = frozenset({"/flwr.proto.Runtime/AcquireTask"})
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a SuperLink's or SuperNode's interface is.
+class Endpoint:
+    """The interface of a SuperLink or SuperNode.
 
     Attributes:
         address: host:port. authority: certificate that its TLS is checked against; None = no TLS.
-        secret: whoever has it may take work.
-        patience: seconds for which a call is repeated while nobody answers.
+        secret: permits to take tasks.
+        retry_seconds: how long a call is repeated while there is no answer.
     """
 
     address: str
     authority: Path | None
     secret: bytes
-    patience: float = 120.0
+    retry_seconds: float = 120.0
 
     @property
     def certificates(self) -> bytes | None:
@@ -71,36 +71,36 @@ class Place:
         return None if self.authority is None else self.authority.read_bytes()
 
 
-def runtime_client(place: Place, token: str | None = None) -> RuntimeHttpClient:
-    """For taking work; with a token, for doing the work that it stands for."""
-    known: list[ProtobufClientInterceptor] = [RuntimeVersionHttpInterceptor("certifl")]
+def runtime_client(endpoint: Endpoint, token: str | None = None) -> RuntimeHttpClient:
+    """A client that takes tasks; with a token, one that works on that task."""
+    interceptors: list[ProtobufClientInterceptor] = [RuntimeVersionHttpInterceptor("certifl")]
     if token is None:
-        known.append(
-            SuperExecAuthHttpInterceptor(master_secret=place.secret, protected_methods=_ACQUIRE)
+        interceptors.append(
+            SuperExecAuthHttpInterceptor(master_secret=endpoint.secret, protected_methods=_ACQUIRE)
         )
     else:
-        known.append(RuntimeTokenHttpInterceptor(token))
+        interceptors.append(RuntimeTokenHttpInterceptor(token))
     return RuntimeHttpClient.from_server_address(
-        place.address,
-        place.authority is None,
-        place.certificates,
-        known,
-        retry_invoker=patient(place.patience),
+        endpoint.address,
+        endpoint.authority is None,
+        endpoint.certificates,
+        interceptors,
+        retry_invoker=retrying(endpoint.retry_seconds),
     )
 
 
 def acquire(client: RuntimeHttpClient, kind: str) -> tuple[Any, str] | None:
-    """A waiting piece of work of a kind and the token for it; None where there is none."""
-    found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[kind]))
-    return (found.task, found.token) if found.HasField("task") and found.token else None
+    """A pending task of a kind and its token; None where there is none."""
+    reply = client.AcquireTask(AcquireTaskRequest(supported_task_types=[kind]))
+    return (reply.task, reply.token) if reply.HasField("task") and reply.token else None
 
 
 @contextlib.contextmanager
-def _control(place: Place) -> Iterator[ControlHttpClient]:
+def _control(endpoint: Endpoint) -> Iterator[ControlHttpClient]:
     client = ControlHttpClient.from_server_address(
-        place.address,
-        place.authority is None,
-        place.certificates,
+        endpoint.address,
+        endpoint.authority is None,
+        endpoint.certificates,
         [RuntimeVersionHttpInterceptor("certifl")],
     )
     try:
@@ -108,32 +108,32 @@ def _control(place: Place) -> Iterator[ControlHttpClient]:
     except httpx.HTTPStatusError as error:
         if error.response.status_code == httpx.codes.FORBIDDEN:
             raise WorkError(
-                f"The server at {place.address} takes such requests from its own machine alone: "
-                "repeat the command there."
+                f"The server at {endpoint.address} takes such requests from its own machine "
+                "alone: repeat the command there."
             ) from error
         raise WorkError(f"The server refused: {error.response.text[:300]}") from error
     except httpx.HTTPError as error:
         raise WorkError(
-            f"The server at {place.address} does not answer ({error}). Start it with "
+            f"The server at {endpoint.address} does not answer ({error}). Start it with "
             "`certifl deploy server`, then repeat the command."
         ) from error
     finally:
         client.close()
 
 
-def register(place: Place, keys: Sequence[tuple[str, bytes]]) -> int:
-    """Let nodes with these keys connect; how many of them were new."""
-    with _control(place) as client:
-        known = {info.public_key for info in client.ListNodes(ListNodesRequest()).nodes_info}
-        new = [(name, key) for name, key in keys if key not in known]
+def register(endpoint: Endpoint, keys: Sequence[tuple[str, bytes]]) -> int:
+    """Let nodes with these keys connect; returns how many of them were new."""
+    with _control(endpoint) as client:
+        registered = {info.public_key for info in client.ListNodes(ListNodesRequest()).nodes_info}
+        new = [(name, key) for name, key in keys if key not in registered]
         for name, key in new:
             client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
     return len(new)
 
 
-def nodes(place: Place) -> list[dict[str, Any]]:
+def nodes(endpoint: Endpoint) -> list[dict[str, Any]]:
     """All registered nodes: key, name, status, since when."""
-    with _control(place) as client:
+    with _control(endpoint) as client:
         return [
             {
                 "key": info.public_key,
@@ -146,19 +146,19 @@ def nodes(place: Place) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def opened_run(place: Place, notes: Path) -> Iterator[HttpGrid]:
-    """A run of Flower's, and the grid to its nodes; it ends, well or not, with the block.
+def opened_run(endpoint: Endpoint, notes: Path) -> Iterator[HttpGrid]:
+    """A run of Flower, and the grid to its nodes; the run ends with the block.
 
     Args:
         place: the server.
-        notes: keeps the run's number. A run that was killed is ended first: its orders, some of
-            them half sent, would keep the nodes waiting until Flower gives it up.
+        notes: stores the run's number. A run that was killed is ended first: its requests, some of
+            them half sent, would block the nodes until Flower drops it.
 
     Raises:
-        WorkError: the server is not there, or takes the run away.
+        WorkError: the server does not answer, or drops the run.
     """
-    _end_previous(place, notes)
-    with _control(place) as control:
+    _end_previous(endpoint, notes)
+    with _control(endpoint) as control:
         fab, _ = build_fab_from_files(app_files())
         content = Fab("", fab, {})
         started = control.StartRun(StartRunRequest(fab=fab_to_proto(content)))
@@ -167,46 +167,48 @@ def opened_run(place: Place, notes: Path) -> Iterator[HttpGrid]:
     write_text(notes, f"{started.run_id}\n")
     ended = False
     try:
-        with _worked_on(place, int(started.run_id)) as grid:
+        with _worked_on(endpoint, int(started.run_id)) as grid:
             yield grid
         ended = True
     finally:
         if not ended:
-            _end(place, int(started.run_id))
+            _end(endpoint, int(started.run_id))
         notes.unlink(missing_ok=True)
 
 
-def _end_previous(place: Place, notes: Path) -> None:
+def _end_previous(endpoint: Endpoint, notes: Path) -> None:
     if notes.is_file() and (number := notes.read_text().strip()).isdigit():
-        _end(place, int(number))
+        _end(endpoint, int(number))
 
 
-def _end(place: Place, run_id: int) -> None:
-    # It may have ended by itself, or the server may have forgotten it.
-    with contextlib.suppress(WorkError), _control(place) as control:
+def _end(endpoint: Endpoint, run_id: int) -> None:
+    # It may have ended, or the server may not know it any more.
+    with contextlib.suppress(WorkError), _control(endpoint) as control:
         control.StopRun(StopRunRequest(run_id=run_id))
 
 
 @contextlib.contextmanager
-def _worked_on(place: Place, run_id: int) -> Iterator[HttpGrid]:
-    task, token = _acquired(place, run_id)
-    grid = HttpGrid(place.address, place.authority is None, place.certificates, token=token)
-    grid._retry_invoker = patient(place.patience)
-    own = runtime_client(place, token)
+def _worked_on(endpoint: Endpoint, run_id: int) -> Iterator[HttpGrid]:
+    task, token = _acquired(endpoint, run_id)
+    grid = HttpGrid(
+        endpoint.address, endpoint.authority is None, endpoint.certificates, token=token
+    )
+    grid._retry_invoker = retrying(endpoint.retry_seconds)
+    own = runtime_client(endpoint, token)
     status = SubStatus.FAILED
     try:
-        given = own.PullTaskInput(PullTaskInputRequest())
+        task_input = own.PullTaskInput(PullTaskInputRequest())
         TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, run_id
-        TaskIdentity.node_id = given.context.node_id
-        grid.set_run(run_from_proto(given.run))
+        TaskIdentity.node_id = task_input.context.node_id
+        grid.set_run(run_from_proto(task_input.run))
         beat = Heartbeat(lambda: own.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success)
         with beat.beating():
             yield grid
         status = SubStatus.COMPLETED
     except httpx.HTTPError as error:
         raise WorkError(
-            f"The server at {place.address} no longer answers ({error}). Start it again with "
-            "`certifl deploy server`, then repeat the command: it goes on from the last round."
+            f"The server at {endpoint.address} no longer answers ({error}). Start it again with "
+            "`certifl deploy server`, then repeat the command: it resumes from the last round."
         ) from error
     finally:
         with contextlib.suppress(httpx.HTTPError):
@@ -215,16 +217,16 @@ def _worked_on(place: Place, run_id: int) -> Iterator[HttpGrid]:
         own.close()
 
 
-def _acquired(place: Place, run_id: int) -> tuple[Any, str]:
-    """The server's part of a run; other runs' parts, left by whoever started them, end here."""
-    client = runtime_client(place)
+def _acquired(endpoint: Endpoint, run_id: int) -> tuple[Any, str]:
+    """The server's task of a run; tasks of other, abandoned runs end here."""
+    client = runtime_client(endpoint)
     ends = time.monotonic() + 30.0
     try:
         while time.monotonic() < ends:
-            found = acquire(client, TaskType.SERVER_APP)
-            if found is not None and found[0].run_id == run_id:
-                return found
-            if found is None:
+            task = acquire(client, TaskType.SERVER_APP)
+            if task is not None and task[0].run_id == run_id:
+                return task
+            if task is None:
                 time.sleep(0.2)
     except httpx.HTTPStatusError as error:
         raise WorkError(

@@ -1,11 +1,11 @@
-"""What travels between the server and the clients, as Flower's records.
+"""Messages between the server and the clients, as Flower's records.
 
-A message is a few facts (`ConfigRecord`, one JSON text) and named parts of tensors
+A message has a few fields (`ConfigRecord`, one JSON text) and named parts of tensors
 (`ArrayRecord`s). The tensors of a part travel in arrays of some megabytes, each in the safetensors
-format: Flower moves every array with requests of its own, several times on each way, and a network
-has hundreds of tensors; but it puts an array together from copies, so they are not too large.
-What comes in is checked against its own size by that format; nothing is ever unpickled. What the
-facts say is checked by `schemas`, by whoever receives them.
+format: Flower moves every array with several requests in each direction, and a network has
+hundreds of tensors; but it assembles an array from copies, so they are not too large.
+That format checks what arrives against its own size; nothing is ever unpickled. The receiver
+checks the fields by `schemas`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from certifl.deploy.transport.schemas import (
-    CertifyOrder,
-    JoinOrder,
+    CertifyRequest,
+    JoinRequest,
     MalformedMessage,
-    RoundOrder,
+    RoundRequest,
     Trained,
     checked,
 )
@@ -32,35 +32,35 @@ from certifl.federated.states import ClientState, ModelState, Parts, Update
 from certifl.models import fingerprint
 
 FORMAT = 2
-"""Raised when a message changes its meaning; both sides must have the same."""
+"""Incremented when a message changes its meaning; both sides must have the same."""
 
 _FACTS, _PART = "certifl", "part:"
 _PACKED, _KIND = "tensors-{}", "certifl.safetensors"
 _PIECE = 1 << 22
-_LONGEST = 1 << 21  # characters of a message's facts
+_LONGEST = 1 << 21  # characters of a message's fields
 _DEEPEST = 12
 _MOST_PARTS, _LONGEST_NAME = 32, 200
 
 
 @dataclass(frozen=True)
 class Content:
-    """A message's facts (plain JSON) and parts, some of them perhaps encoded already."""
+    """A message's fields (plain JSON) and parts; parts may be encoded already."""
 
-    facts: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict)
     parts: Parts = field(default_factory=dict)
     encoded: Mapping[str, ArrayRecord] = field(default_factory=dict)
 
 
 def encode(parts: Parts) -> dict[str, ArrayRecord]:
     """Parts as they travel, once for many messages (`Content.encoded`)."""
-    return {part: _packed(held) for part, held in parts.items()}
+    return {part: _packed(tensors) for part, tensors in parts.items()}
 
 
 def to_records(content: Content) -> RecordDict:
     """A message as Flower carries it."""
     arrays = {**content.encoded, **encode(content.parts)}
-    facts = {"format": FORMAT, "parts": list(arrays), "facts": content.facts}
-    records = RecordDict({_FACTS: ConfigRecord({"json": json.dumps(facts)})})
+    fields = {"format": FORMAT, "parts": list(arrays), "facts": content.fields}
+    records = RecordDict({_FACTS: ConfigRecord({"json": json.dumps(fields)})})
     for part, record in arrays.items():
         records[_PART + part] = record
     return records
@@ -70,9 +70,9 @@ def from_records(records: RecordDict) -> Content:
     """A message as it was sent; its tensors are taken out of the records.
 
     Raises:
-        MalformedMessage: it is none of ours, or not whole.
+        MalformedMessage: it is not a message of certifl, or incomplete.
     """
-    names, facts = _facts_of(records)
+    names, fields = _fields_of(records)
     arrays = records.array_records
     parts: Parts = {}
     for part in names:
@@ -80,84 +80,86 @@ def from_records(records: RecordDict) -> Content:
         if record is None:
             raise MalformedMessage(f"its part {part!r} is missing")
         parts[part] = _unpacked(part, record)
-    return Content(facts, parts)
+    return Content(fields, parts)
 
 
-def _facts_of(records: RecordDict) -> tuple[list[str], dict[str, Any]]:
-    """Names of the parts, and the facts, neither larger nor deeper than a message needs."""
+def _fields_of(records: RecordDict) -> tuple[list[str], dict[str, Any]]:
+    """Names of the parts, and the fields, neither larger nor deeper than a message needs."""
     try:
         text = records.config_records[_FACTS]["json"]
         if not isinstance(text, str) or len(text) > _LONGEST:
-            raise MalformedMessage(f"its facts are no text of at most {_LONGEST} characters")
-        held = pydantic_core.from_json(text)  # bounds depth and the length of numbers
-        version, names, facts = held["format"], held["parts"], held["facts"]
+            raise MalformedMessage(f"its fields are not a text of at most {_LONGEST} characters")
+        message = pydantic_core.from_json(text)  # bounds depth and the length of numbers
+        version, names, fields = message["format"], message["parts"], message["facts"]
     except (KeyError, TypeError, ValueError) as error:
-        raise MalformedMessage(f"it holds no facts ({type(error).__name__})") from error
+        raise MalformedMessage(f"it has no fields ({type(error).__name__})") from error
     if version != FORMAT:
         raise MalformedMessage(
             f"it is of format {version!r}, this is format {FORMAT}: install the same version of "
             "certifl on both sides"
         )
-    if not (isinstance(facts, dict) and isinstance(names, list)):
-        raise MalformedMessage("its facts are no table")
+    if not (isinstance(fields, dict) and isinstance(names, list)):
+        raise MalformedMessage("its fields are not a table")
     if len(names) > _MOST_PARTS or len(set(map(str, names))) < len(names):
         raise MalformedMessage(f"it names more than {_MOST_PARTS} parts, or one of them twice")
     if not all(isinstance(name, str) and len(name) <= _LONGEST_NAME for name in names):
-        raise MalformedMessage("it names a part by something else than a short text")
-    if _deeper(facts, _DEEPEST):
-        raise MalformedMessage(f"its facts are nested deeper than {_DEEPEST} levels")
-    return names, facts
+        raise MalformedMessage("it names a part by something other than a short text")
+    if _deeper(fields, _DEEPEST):
+        raise MalformedMessage(f"its fields are nested deeper than {_DEEPEST} levels")
+    return names, fields
 
 
-def _deeper(held: object, levels: int) -> bool:
+def _deeper(value: object, levels: int) -> bool:
     """Whether tables and lists lie in each other beyond so many levels."""
-    if not isinstance(held, (dict, list)):
+    if not isinstance(value, (dict, list)):
         return False
-    inner = held.values() if isinstance(held, dict) else held
+    inner = value.values() if isinstance(value, dict) else value
     return levels == 0 or any(_deeper(value, levels - 1) for value in inner)
 
 
-Order = JoinOrder | RoundOrder | CertifyOrder
-_ORDERS: dict[str, type[Order]] = {
-    "join": JoinOrder,
-    "round": RoundOrder,
-    "certify": CertifyOrder,
+Request = JoinRequest | RoundRequest | CertifyRequest
+_ORDERS: dict[str, type[Request]] = {
+    "join": JoinRequest,
+    "round": RoundRequest,
+    "certify": CertifyRequest,
 }
 
 
-def order_from(content: Content) -> Order:
+def parse_request(content: Content) -> Request:
     """What the server asks for, as a client may take it.
 
     Raises:
-        MalformedMessage: it is no order, or one that cannot be meant.
+        MalformedMessage: it is not a request, or an impossible one.
     """
-    kind = content.facts.get("order")
+    kind = content.fields.get("order")
     schema = _ORDERS.get(kind) if isinstance(kind, str) else None
     if schema is None:
-        raise MalformedMessage(f"the order {kind!r} is unknown")
-    order = checked(schema, content.facts, f"no order to {kind}")
-    if not isinstance(order, JoinOrder) and order.counted >= order.round:
+        raise MalformedMessage(f"the request {kind!r} is unknown")
+    request = checked(schema, content.fields, f"no order to {kind}")
+    if not isinstance(request, JoinRequest) and request.counted >= request.round:
         raise MalformedMessage(
-            f"it says that round {order.counted} came before round {order.round}"
+            f"it says that round {request.counted} came before round {request.round}"
         )
-    return order
+    return request
 
 
-def _packed(held: ModelState) -> ArrayRecord:
+def _packed(tensors: ModelState) -> ArrayRecord:
     """A part in arrays of whole tensors; at least one, so that an empty part is one too."""
     pieces: list[list[str]] = [[]]
     size = 0
-    for name, value in held.items():
+    for name, value in tensors.items():
         size += value.numel() * value.element_size()
         if pieces[-1] and size > _PIECE:
             pieces.append([])
             size = value.numel() * value.element_size()
         pieces[-1].append(name)
-    return ArrayRecord({_PACKED.format(i): _array(held, names) for i, names in enumerate(pieces)})
+    return ArrayRecord(
+        {_PACKED.format(i): _array(tensors, names) for i, names in enumerate(pieces)}
+    )
 
 
-def _array(held: ModelState, names: list[str]) -> Array:
-    content = save({name: held[name].detach().to("cpu").contiguous() for name in names})
+def _array(tensors: ModelState, names: list[str]) -> Array:
+    content = save({name: tensors[name].detach().to("cpu").contiguous() for name in names})
     return Array("uint8", (len(content),), _KIND, content)
 
 
@@ -168,59 +170,59 @@ def _unpacked(part: str, record: ArrayRecord) -> ModelState:
     for number in range(count):
         packed = record.pop(_PACKED.format(number), None)
         if packed is None:
-            raise MalformedMessage(f"its part {part!r} is none of ours")
+            raise MalformedMessage(f"its part {part!r} is not one of certifl's")
         if packed.stype != _KIND:
             raise MalformedMessage(
                 f"its part {part!r} is written as {packed.stype!r}, which is unknown here"
             )
         try:
-            found = load(packed.data)
+            loaded = load(packed.data)
         except (KeyError, SafetensorError, TypeError, ValueError) as error:
             raise MalformedMessage(f"its part {part!r} is not whole ({error})") from error
-        if tensors.keys() & found.keys():
+        if tensors.keys() & loaded.keys():
             raise MalformedMessage(f"its part {part!r} holds a tensor twice")
-        tensors |= found
+        tensors |= loaded
     if not count:
-        raise MalformedMessage(f"its part {part!r} is none of ours")
+        raise MalformedMessage(f"its part {part!r} is not one of certifl's")
     return tensors
 
 
 def update_to(update: Update) -> Content:
     """What a client sends after a round."""
-    facts = {
+    fields = {
         "client": update.client,
         "weight": update.weight,
         "metrics": dict(update.metrics),
         "model": update.model is not None,
     }
-    parts: Parts = {f"extra:{part}": held for part, held in update.extra.items()}
+    parts: Parts = {f"extra:{part}": tensors for part, tensors in update.extra.items()}
     if update.model is not None:
         parts["model"] = update.model
-    return Content({"update": facts}, parts)
+    return Content({"update": fields}, parts)
 
 
 def update_from(content: Content) -> tuple[Update, ClientState]:
-    """What came back from a client; what it keeps stays with it.
+    """The update that a client sent; its own state stays with it.
 
     Raises:
-        MalformedMessage: it is no update.
+        MalformedMessage: it is not an update.
     """
-    told = checked(Trained, content.facts, "no update").update
-    if told.model != ("model" in content.parts):
-        raise MalformedMessage(
-            "it says that it carries a model and carries none, or the other way round"
-        )
+    sent = checked(Trained, content.fields, "not an update").update
+    if sent.model != ("model" in content.parts):
+        raise MalformedMessage("it claims to have a model and has none, or the other way round")
     model = content.parts.get("model")
-    metrics = told.metrics.model_dump(exclude_none=True)
+    metrics = sent.metrics.model_dump(exclude_none=True)
     extra = {
-        part.removeprefix("extra:"): held
-        for part, held in content.parts.items()
+        part.removeprefix("extra:"): tensors
+        for part, tensors in content.parts.items()
         if part.startswith("extra:")
     }
-    return Update(told.client, told.weight, model, metrics, extra), ClientState()
+    return Update(sent.client, sent.weight, model, metrics, extra), ClientState()
 
 
 def fingerprint_of(parts: Parts) -> str:
     """One name for the content of all parts."""
-    together = {f"{part}/{name}": v for part, held in parts.items() for name, v in held.items()}
+    together = {
+        f"{part}/{name}": v for part, tensors in parts.items() for name, v in tensors.items()
+    }
     return fingerprint(together)

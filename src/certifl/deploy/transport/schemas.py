@@ -1,12 +1,12 @@
-"""What each message of a federation may say: one schema per message, for both directions.
+"""What each message of a federation may contain: one schema per message, for both directions.
 
-Whoever receives a message checks it here before anything is done with it. A schema bounds every
-type, size and range; keys that it does not name are ignored. Numbers that the receiver knows (who
-is asked, in which round) are compared with its own record afterwards, by whoever has that record.
+The receiver of a message checks it here before using it. A schema bounds every type, size and
+range; keys that it does not name are ignored. Numbers that the receiver knows (which client, which
+round) are compared with its own records afterwards.
 
 | message | schema |
 |---|---|
-| order to join, to train a round, to certify | `JoinOrder`, `RoundOrder`, `CertifyOrder` |
+| request to join, to train a round, to certify | `JoinRequest`, `RoundRequest`, `CertifyRequest` |
 | any answer | `Reply` |
 | answer to join | `Joined` |
 | answer to a round | `Trained` |
@@ -21,33 +21,37 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from certifl.errors import WorkError, one_line
+from certifl.errors import CertiflError, WorkError, one_line
 
 
 class MalformedMessage(WorkError):
-    """A message that is none of ours, damaged, or says what cannot be."""
+    """A message that is not one of certifl's, is damaged, or claims the impossible."""
 
     def __init__(self, why: object) -> None:
         super().__init__(one_line(why, 500))
 
 
+class Rejected(CertiflError):
+    """A request that a client refuses; the server gets its text, which holds nothing private."""
+
+
 class _Message(BaseModel):
-    """Strict types, nothing infinite, unchangeable; unknown keys are not looked at."""
+    """Strict types, nothing infinite, frozen; unknown keys are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _plain_text(value: str) -> str:
-    """Refuse characters that no name has: controls, halves of pairs, line separators."""
+    """Refuse characters that no name has: controls, surrogates, line separators."""
     for character in value:
         if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
-            raise ValueError("it holds a character that cannot be printed")
+            raise ValueError("it has a character that cannot be printed")
     return value
 
 
-def _different(value: list[str]) -> list[str]:
+def _distinct(value: list[str]) -> list[str]:
     if len(set(value)) < len(value):
-        raise ValueError("a name stands there twice")
+        raise ValueError("a name appears twice")
     return value
 
 
@@ -65,12 +69,12 @@ _Share01 = Annotated[float, Field(ge=0, le=1)]
 _Any = Annotated[float, Field(allow_inf_nan=True)]
 
 
-class Told(_Message):
-    """What an order says of the study.
+class StudyReference(_Message):
+    """What a request says of the study.
 
     Attributes:
         id: of the run on the server. spec: its text. hash: of the spec.
-        own_perturbation: whether clients may certify a perturbation of their own.
+        own_perturbation: whether clients may certify their own perturbation.
     """
 
     id: Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
@@ -79,38 +83,38 @@ class Told(_Message):
     own_perturbation: bool
 
 
-class JoinOrder(_Message):
-    """Who are you, and what have you got?"""
+class JoinRequest(_Message):
+    """Report the client's properties."""
 
     order: Literal["join"]
-    study: Told
+    study: StudyReference
 
 
-class RoundOrder(_Message):
+class RoundRequest(_Message):
     """Train one round.
 
     Attributes:
         round: from 0. counted: the round after which the client was counted last; -1 = never.
-        broadcast: fingerprint of the parts that come along.
+        broadcast: fingerprint of the parts of the message.
     """
 
     order: Literal["round"]
-    study: Told
+    study: StudyReference
     client: _Number
     round: _Number
     counted: Annotated[int, Field(ge=-1, lt=10**6)]
     broadcast: _Hex
 
 
-class CertifyOrder(_Message):
+class CertifyRequest(_Message):
     """Certify for some seconds.
 
     Attributes:
-        piece: seconds. share: the most that the server asks for. Others: as `RoundOrder`.
+        piece: seconds. share: disclosure level asked for. Others: as `RoundRequest`.
     """
 
     order: Literal["certify"]
-    study: Told
+    study: StudyReference
     client: _Number
     round: _Number
     counted: Annotated[int, Field(ge=-1, lt=10**6)]
@@ -123,11 +127,11 @@ class Joined(_Message):
     """A client's properties.
 
     Attributes:
-        client: its number, as it says.
+        client: its number, as reported.
         in_channels, image_size, class_names: of its images.
-        train_images: how many it trains on. test_images: how many it certifies, if it says so.
-        initial_model: fingerprint of the network that the study begins with.
-        name, fingerprint: of a data set that all clients have, where the study deals its images.
+        train_images: how many it trains on. test_images: how many it certifies, if reported.
+        initial_model: fingerprint of the study's initial network.
+        name, fingerprint: of a data set that all clients have, whose images the study allocates.
         versions: of certifl and torch.
     """
 
@@ -135,7 +139,7 @@ class Joined(_Message):
     in_channels: Annotated[int, Field(ge=1, le=1024)]
     image_size: Annotated[list[_Side], Field(min_length=2, max_length=2)]
     class_names: Annotated[
-        list[_Name], Field(min_length=1, max_length=1 << 15), AfterValidator(_different)
+        list[_Name], Field(min_length=1, max_length=1 << 15), AfterValidator(_distinct)
     ]
     train_images: _Count
     test_images: _Count | None = None
@@ -172,7 +176,7 @@ class Trained(_Message):
 
 
 class Curve(_Message):
-    """Certified images at each radius; whether the numbers can be is checked elsewhere."""
+    """Certified images at each radius; whether the numbers are possible is checked elsewhere."""
 
     radii: Annotated[list[_Any], Field(min_length=1, max_length=10_000)]
     correct: Annotated[
@@ -192,10 +196,10 @@ class Plain(_Message):
 
 
 class Certified(_Message):
-    """How far a client's certification is, and at the end what it shares.
+    """Progress of a client's certification, and at the end what it shares.
 
     Attributes:
-        share: how much it shares.
+        share: disclosure level.
         model: fingerprint of what it certified; absent where the model is the client's own and
             the server gets no rows, since it would only name a model that stays on the client.
         done: whether this is the end.
@@ -217,7 +221,7 @@ class _Fault(_Message):
 
 
 class Reply(_Message):
-    """What every answer says: who it is from, how long it took, and what failed.
+    """Fields of every answer: which client, how long it took, what failed.
 
     Attributes:
         round, started_from: of an answer to a round.
@@ -233,20 +237,20 @@ class Reply(_Message):
 _Schema = TypeVar("_Schema", bound=BaseModel)
 
 
-def checked(schema: type[_Schema], facts: object, what: str) -> _Schema:
-    """A message's facts as its schema has them.
+def checked(schema: type[_Schema], fields: object, what: str) -> _Schema:
+    """A message's fields, checked by its schema.
 
     Args:
-        schema: one of this module. facts: as they came in.
-        what: names the message in the refusal, to follow "it is".
+        schema: one of this module. fields: as they arrived.
+        what: describes the message in the error, to follow "it is".
 
     Raises:
-        MalformedMessage: they do not fit; it says where first.
+        MalformedMessage: they do not fit; it names the first error.
     """
-    if not isinstance(facts, Mapping):
+    if not isinstance(fields, Mapping):
         raise MalformedMessage(f"it is {what}")
     try:
-        return schema.model_validate(dict(facts))
+        return schema.model_validate(dict(fields))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = one_line(".".join(map(str, first["loc"])), 80)

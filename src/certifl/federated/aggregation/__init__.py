@@ -1,16 +1,16 @@
-"""Rules of aggregation: what the server does with updates that may be malicious.
+"""Aggregation rules against malicious updates, one row each.
 
-A rule stands between the clients and the algorithm and works with every algorithm (`base.Rule`); a
-client that sends what no honest program would (NaN, other shapes) never reaches it
-(`federated.faults`). Nothing here imports torch: a rule's class is loaded when it is first built.
+A rule filters updates before the algorithm aggregates them, and works with every algorithm
+(`base.Rule`). Invalid updates (NaN, other shapes) never reach it (`federated.faults`). Nothing
+here imports torch: a rule's class is loaded when it is first built.
 
-| rule | holds against | memory |
+| rule | robust to | memory |
 |---|---|---|
-| mean | nobody | one update |
+| mean | no malicious client | one update |
 | median | fewer than half of the clients | all updates of a round |
 | trimmed-mean | a share `trim` of them | all updates |
 | krum | a share `malicious` of them, n >= 2 f + 3 | all updates |
-| clip, before any of these | nobody, but bounds the harm of each | one update |
+| clip, before any of these | bounds the influence of each client | one update |
 
 A robust combination gives every client the same weight, and what is rare among honest clients is
 treated like an attack: the more their data differ, the more it costs.
@@ -26,13 +26,13 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from certifl.errors import SpecError
+from certifl.lazy import lazy_names
 from certifl.registry import (
     PositiveInt,
     Registry,
     Row,
     check_number,
     check_parameters,
-    lazy_names,
     parameters,
 )
 
@@ -52,7 +52,7 @@ class RuleRow(Row):
     """A rule.
 
     Attributes:
-        check: (options, participants of a round) -> refuses what so few clients cannot give.
+        check: (options, participants of a round) -> raises if the participants are too few.
     """
 
     check: Callable[[Mapping[str, Any], int], None] = _any_number
@@ -91,7 +91,7 @@ def _check_krum(options: Mapping[str, Any], participants: int) -> None:
 RULES: Registry[RuleRow] = Registry(
     "rule",
     {
-        "mean": RuleRow("certifl.federated.aggregation.clipping:Mean", parameters(), "mean"),
+        "mean": RuleRow("certifl.federated.aggregation.base:Mean", parameters(), "mean"),
         "median": RuleRow("certifl.federated.aggregation.robust:Median", parameters(), "median"),
         "trimmed-mean": RuleRow(
             "certifl.federated.aggregation.robust:TrimmedMean",
@@ -113,14 +113,14 @@ __getattr__ = lazy_names(
     __name__,
     {
         **_CLASSES,
-        "Clip": "certifl.federated.aggregation.clipping",
+        "Clip": "certifl.federated.aggregation.base",
         "Rule": "certifl.federated.aggregation.base",
     },
 )
 
 
 def check_rule(name: str, options: Mapping[str, Any], clip: float | None = None) -> None:
-    """Refuse a rule that `make_rule` could not make.
+    """Refuse a rule that `make_rule` cannot build.
 
     Raises:
         SpecError: an unknown rule or option, a missing one, or a value that is not allowed.
@@ -151,6 +151,6 @@ def make_rule(name: str, options: Mapping[str, Any], clip: float | None = None) 
     rule = RULES[name](**options)
     if clip is None:
         return rule
-    from certifl.federated.aggregation.clipping import Clip
+    from certifl.federated.aggregation.base import Clip
 
     return Clip(clip, rule)

@@ -1,4 +1,4 @@
-"""Krum: the update that lies closest to its nearest neighbours, or the mean of several such."""
+"""Robust rules: Krum, coordinate-wise median and trimmed mean."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from certifl.federated.aggregation import RULES, share_of
 from certifl.federated.aggregation.base import blocks, combined, is_statistic, largest_counters
 from certifl.federated.averaging import average_models, policy_of
 from certifl.federated.states import ModelState, ServerState, Update
-
-Floats = NDArray[np.float64]
+from certifl.smoothing.arrays import Floats
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Krum:
     both, the squared distances of each kind are divided by their median over pairs that differ,
     and added. Without statistics it is Krum as published.
 
-    In a round that faults made too small, f is as large as n >= 2 f + 3 allows.
+    Where faults leave too few clients in a round, f is as large as n >= 2 f + 3 allows.
 
     Memory: n models; time: n^2 / 2 passes over a model.
 
@@ -96,7 +94,7 @@ def _unit(squares: Floats) -> float:
 def _squares(tables: Sequence[ModelState], counts: Callable[[str], bool]) -> Floats:
     """(n, n) squared distances over the floating tensors that count.
 
-    numpy's sums are made by one thread in a fixed order: the choice is the same on any machine.
+    numpy sums in a fixed order on one thread: the choice is the same on any machine.
     """
     squares = np.zeros((len(tables), len(tables)))
     for name, first in tables[0].items():
@@ -108,9 +106,6 @@ def _squares(tables: Sequence[ModelState], counts: Callable[[str], bool]) -> Flo
                 squares[row, row + 1 :] += apart
                 squares[row + 1 :, row] += apart
     return squares
-
-
-# Median and trimmed mean of every coordinate by itself.
 
 
 @dataclass(frozen=True)
@@ -136,7 +131,7 @@ class Median:
         return combined(updates, lambda tables: _by_coordinate(tables, _median))
 
     def check(self, participants: int) -> None:
-        """A median is one of any number of clients."""
+        """Any number of clients."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +140,8 @@ class TrimmedMean:
 
     While no more than ceil(trim n) updates are malicious, every coordinate of the result lies
     between the smallest and the largest honest value. All clients count the same. BatchNorm's
-    running statistics are coordinates like others; counters take the maximum. In a round that
-    faults made too small, (n - 1) // 2 values are dropped at each end at most.
+    running statistics are coordinates like others; counters take the maximum. Where faults
+    leave too few clients in a round, (n - 1) // 2 values are dropped at each end at most.
 
     Memory: n models, and n values of 65 536 coordinates in float64.
 
@@ -171,7 +166,7 @@ class TrimmedMean:
         return combined(updates, lambda tables: _by_coordinate(tables, self._mean))
 
     def check(self, participants: int) -> None:
-        """Something must be left between what is dropped at both ends."""
+        """At least one value must remain."""
         RULES.rows[self.name].check(asdict(self), participants)
 
     def _mean(self, values: Floats) -> Floats:
@@ -196,19 +191,19 @@ def _by_coordinate(
 ) -> ModelState:
     """A combination of sorted values, coordinate by coordinate, in float64."""
     counters = largest_counters(tables)
-    made: ModelState = {}
+    result: ModelState = {}
     for name, first in tables[0].items():
         if name in counters:
-            made[name] = counters[name]
+            result[name] = counters[name]
             continue
         pieces = [combine(np.sort(block, 0)) for block in blocks([t[name] for t in tables])]
-        made[name] = _like(np.concatenate(pieces) if pieces else np.empty(0), first)
-    return made
+        result[name] = _like(np.concatenate(pieces) if pieces else np.empty(0), first)
+    return result
 
 
 def _like(coordinates: Floats, first: torch.Tensor) -> torch.Tensor:
     """Coordinates as a tensor of the shape and dtype of `first`."""
-    made = torch.from_numpy(coordinates)
+    result = torch.from_numpy(coordinates)
     if first.is_complex():
-        return torch.view_as_complex(made.reshape(*first.shape, 2)).to(first.dtype)
-    return made.reshape(first.shape).to(first.dtype)
+        return torch.view_as_complex(result.reshape(*first.shape, 2)).to(first.dtype)
+    return result.reshape(first.shape).to(first.dtype)

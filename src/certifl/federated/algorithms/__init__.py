@@ -1,9 +1,8 @@
 """All algorithms: one row each. A new algorithm is one file and one row.
 
 Nothing here imports torch: specs are checked against these rows, and an algorithm's class is
-loaded when it is first built. A row also says what each kind of privacy needs to know; an
-algorithm that says nothing is refused there, because nobody has shown that all it sends is
-protected.
+loaded when it is first built. A row also says why each kind of privacy is not available; the
+default is to refuse privacy, until it has been shown that all an algorithm sends is protected.
 """
 
 from __future__ import annotations
@@ -47,15 +46,15 @@ class AlgorithmRow(Row):
     """An algorithm.
 
     Attributes:
-        sends_nothing: whether clients keep everything to themselves.
+        sends_nothing: whether clients send nothing.
         no_example_privacy: why example-level privacy is not available; None = it is. Everything
             that a client sends or keeps must be a function of noisy sums, of which every batch
             gives at most one.
         no_client_privacy: the same of client-level privacy. The server must send nothing but
             functions of the models' private average, so clients may send nothing else.
-        epochs: (its table, the schedule's local epochs) -> passes over its images that a client
-            takes in a round.
-        overshoots: (its table, learning rate, momentum) -> why its pull would overshoot for ever;
+        epochs: (its table, the schedule's local epochs) -> epochs that a client trains in a
+            round.
+        overshoots: (its table, learning rate, momentum) -> why its pull would diverge;
             None = it does not. SGD with momentum shrinks a penalty of curvature a while
             lr a < 2 (1 + momentum).
     """
@@ -152,7 +151,7 @@ ALGORITHMS: Registry[AlgorithmRow] = Registry(
         "personalized": AlgorithmRow(
             "certifl.federated.algorithms.personalized:Personalized",
             parameters(base=Any, epochs=(PositiveInt, 2), lr=(_Rate, None)),
-            "Personalised",
+            "Personalized",
             wraps="base",
         ),
         "mixture": _private(

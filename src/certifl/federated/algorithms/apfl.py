@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from certifl.federated.algorithms.base import GlobalModel
-from certifl.federated.algorithms.common import divided
+from certifl.federated.algorithms.common import split_state
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 from certifl.federated.training.batches import Batch
 from certifl.federated.training.local_training import LocalTraining
@@ -34,13 +34,10 @@ class APFL(GlobalModel):
     Deployed by client i: m_i with the last global model (the global model where it never trained).
 
     Attributes:
-        alpha: share of the client's own model, in [0, 1], at the beginning; held to it,
+        alpha: share of the client's own model, in [0, 1], at the beginning; fixed,
             0 = federated averaging and 1 = local training, both bit for bit.
         adaptive: whether alpha_i is learned.
         weighting: of the global average: "uniform" (1/n) or "size" (by number of training images).
-
-    Raises:
-        SpecError: a hyper-parameter outside its range.
 
     Source: Deng, Kamani, Mahdavi, Adaptive Personalized Federated Learning, 2020, Algorithm 1 and
     the update of alpha in its section on adaptively learning the mixing parameter.
@@ -55,36 +52,32 @@ class APFL(GlobalModel):
     keeps_client_state = True
 
     def client_round(
-        self,
-        broadcast: ServerState,
-        client_state: ClientState,
-        data: ClientData,
-        training: LocalTraining,
+        self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining
     ) -> tuple[Update, ClientState]:
         """Train both models side by side; send the global one, keep the own one and alpha."""
-        shared, kept = broadcast.parts["model"], client_state.parts
-        own = training.beside(
+        shared, kept = broadcast.parts["model"], state.parts
+        own = training.second_model(
             {**shared, **kept.get("own", {}), **kept.get("statistics", {})},
             momentum=kept.get("own_momentum"),
             weight_decay=0.0,
         )
-        alpha, decay = self._alpha(client_state), training.schedule.weight_decay
+        alpha, decay = self._alpha(state), training.schedule.weight_decay
         step = _SideBySide(own, alpha, decay, self.adaptive)
-        trained = training.passes(
+        trained = training.train_epochs(
             shared, data, broadcast.round, momentum=kept.get("momentum"), step=step
         )
-        personal = training.concluded(own, data.client, broadcast.round)
-        weights, statistics = divided(personal.state, frozenset(training.trainable))
+        personal = training.result_of(own, data.client, broadcast.round)
+        weights, statistics = split_state(personal.state, frozenset(training.trainable))
         parts = {
             "own": weights,
             "statistics": statistics,
             "mix": {"alpha": torch.tensor(step.alpha, dtype=torch.float64)},
             "own_momentum": personal.momentum,
-            **trained.kept,
+            **trained.momentum_part,
         }
         metrics = {**trained.metrics, "alpha": step.alpha}
         update = Update(data.client, len(data), trained.state, metrics)
-        return update, ClientState({part: held for part, held in parts.items() if held})
+        return update, ClientState({part: tensors for part, tensors in parts.items() if tensors})
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The mixture of the client's own model and the global one."""
@@ -111,24 +104,24 @@ class _SideBySide:
         self._weight_decay = weight_decay
         self._adapts = adaptive
 
-    def __call__(self, bench: StepContext, batch: Batch) -> Outcome:
-        shared, own, alpha = bench.weights(), self._own.weights(), self.alpha
+    def __call__(self, context: StepContext, batch: Batch) -> Outcome:
+        shared, own, alpha = context.copy_weights(), self._own.copy_weights(), self.alpha
         mixed = {n: torch.lerp(value, own[n], alpha) for n, value in shared.items()}
-        self._own.rate = bench.rate
-        with bench.same_draws(), self._own.at(mixed):
-            outcome = self._own.gradients(batch.again())
+        self._own.lr = context.lr
+        with context.preserve_rng_state(), self._own.at_weights(mixed):
+            outcome = self._own.compute_gradients(batch.again())
             self._own.scale_gradients(1.0, self._weight_decay)
             if self._adapts:
-                self._adapt(shared, own, bench.rate)
+                self._adapt(shared, own, context.lr)
         self._own.scale_gradients(alpha)
-        self._own.advance()
-        bench.gradients(batch)
-        bench.advance()
+        self._own.optimizer_step()
+        context.compute_gradients(batch)
+        context.optimizer_step()
         return outcome
 
     def _adapt(self, shared: ModelState, own: ModelState, rate: float) -> None:
         """Once in a round: alpha against its own gradient, within [0, 1]."""
-        gradients = self._own.taken_gradients()
+        gradients = self._own.copy_gradients()
         slope = sum(float((g * (own[n] - shared[n])).sum()) for n, g in gradients.items())
         self.alpha = min(max(self.alpha - rate * slope, 0.0), 1.0)
         self._adapts = False

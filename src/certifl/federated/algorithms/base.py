@@ -1,8 +1,8 @@
-"""What an algorithm is: a frozen record of hyper-parameters; state goes in and comes out.
+"""The interface of algorithms: frozen records of hyper-parameters, with explicit state.
 
 The client half (`client_round`) and the server half (`init`, `aggregate`) are apart, so the same
 object runs in one process and over a network. Nothing here is ever mutated: a client round copies
-what it starts from, the server builds a new state, and whoever drives the rounds keeps the states.
+what it starts from, the server builds a new state, and the caller keeps the states.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import ClassVar, Protocol
 
 from certifl.federated.algorithms import ALGORITHMS
-from certifl.federated.algorithms.common import averaged, trained_and_sent
+from certifl.federated.averaging import average_models
 from certifl.federated.states import (
     ClientData,
     ClientState,
@@ -20,7 +20,9 @@ from certifl.federated.states import (
     ServerState,
     Update,
 )
-from certifl.federated.training.local_training import GradientHook, LocalTraining
+from certifl.federated.training.local_training import LocalTraining
+from certifl.federated.training.schedule import Schedule
+from certifl.federated.training.steps import GradientHook, Step
 
 
 class Algorithm(Protocol):
@@ -61,19 +63,15 @@ class Algorithm(Protocol):
         ...
 
     def client_round(
-        self,
-        broadcast: ServerState,
-        client_state: ClientState,
-        data: ClientData,
-        training: LocalTraining,
+        self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining
     ) -> tuple[Update, ClientState]:
-        """One client's round: what it sends, and what it keeps.
+        """One client's round: its update, and its next state.
 
         Args:
             broadcast: the server's state; its `round` counts from 0.
-            client_state: what this client kept from the last round it took part in.
+            state: this client's state after the last round it took part in.
             data: the client's images.
-            training: the schedule's passes over them.
+            training: trains the schedule's epochs.
 
         Raises:
             TrainingDiverged: the loss or the weights stopped being finite.
@@ -112,15 +110,16 @@ class Algorithm(Protocol):
 class GlobalModel:
     """Base of algorithms that average a global model; a subclass says only what differs.
 
-    All clients train the broadcast model and send it, the server averages what arrives, and every
-    client deploys the global model, or its own where `own_part` names one.
+    A client trains the model that it would deploy, and sends the result. The server averages what
+    arrives. Every client deploys the global model, or its own where it has a `personal_part`.
 
     Attributes:
-        own_part: the part of a client's state that it deploys; None = the global model.
-        weighting: "uniform" (1/n) or "size" (by number of training images).
+        personal_part: the part of a client's state in which it keeps the model that it trains and
+            deploys; "" = it keeps none.
+        weighting: of the average: "uniform" (1/n) or "size" (by number of training images).
 
     Raises:
-        SpecError: a parameter outside its range, which the algorithm's row in `ALGORITHMS` says.
+        SpecError: a parameter outside the range that the algorithm's row in `ALGORITHMS` allows.
     """
 
     name: ClassVar[str]
@@ -128,7 +127,7 @@ class GlobalModel:
     keeps_client_state: ClassVar[bool] = False
     extra_rounds: ClassVar[int] = 0
     client_needs: ClassVar[tuple[str, ...] | None] = None
-    own_part: ClassVar[str | None] = None
+    personal_part: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         ALGORITHMS.check_component(self)
@@ -143,32 +142,48 @@ class GlobalModel:
         return ("model",)
 
     def client_round(
-        self,
-        broadcast: ServerState,
-        client_state: ClientState,
-        data: ClientData,
-        training: LocalTraining,
+        self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining
     ) -> tuple[Update, ClientState]:
-        """Train from the global model, send the result."""
-        hook = self.hook(broadcast, training)
-        return trained_and_sent(broadcast, client_state, data, training, hook=hook)
+        """Train the model that the client would deploy; send it, keep it as `personal_part`."""
+        trained = training.train_epochs(
+            self.deployed(broadcast, state),
+            data,
+            broadcast.round,
+            momentum=state.parts.get("momentum"),
+            hook=self.hook(broadcast, training),
+            step=self.step(),
+            weight_decay=self.weight_decay(training.schedule),
+        )
+        sent = "model" in self.sends(broadcast.round, training.schedule.rounds)
+        update = Update(data.client, len(data), trained.state if sent else None, trained.metrics)
+        kept = {self.personal_part: trained.state} if self.personal_part else {}
+        return update, ClientState({**kept, **trained.momentum_part})
 
     def hook(self, broadcast: ServerState, training: LocalTraining) -> GradientHook | None:
-        """What changes gradients before each local step; None = nothing."""
+        """Changes gradients before each local step; None = no change."""
         del broadcast, training
         return None
 
+    def step(self) -> Step | None:
+        """What is done with each batch; None = a plain step of SGD."""
+        return None
+
+    def weight_decay(self, schedule: Schedule) -> float:
+        """Of the local steps."""
+        return schedule.weight_decay
+
     def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
         """The average of the models that arrived; the old model where none did."""
-        return averaged(server_state, updates, getattr(self, "weighting", "uniform"))
+        average = average_models(updates, getattr(self, "weighting", "uniform"))
+        parts = server_state.parts if average is None else {"model": average}
+        return ServerState(server_state.round + 1, parts)
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The client's own model where it has one; else the global model."""
-        shared = server_state.parts["model"]
-        return shared if self.own_part is None else client_state.parts.get(self.own_part, shared)
+        return client_state.parts.get(self.personal_part, server_state.parts["model"])
 
 
 def needed_by_clients(algorithm: Algorithm, parts: Parts) -> Parts:
-    """What of the server's parts has to be sent to clients, and is enough for them."""
+    """The server's parts that clients need."""
     needs = algorithm.client_needs
     return parts if needs is None else {part: parts[part] for part in needs if part in parts}

@@ -1,11 +1,11 @@
-"""Ditto: a personal model beside federated averaging, held near the global one."""
+"""Ditto: a personal model beside federated averaging, kept near the global one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from certifl.federated.algorithms.base import GlobalModel
-from certifl.federated.algorithms.common import pull_towards
+from certifl.federated.algorithms.common import proximal_hook
 from certifl.federated.states import ClientData, ClientState, ServerState, Update
 from certifl.federated.training.local_training import LocalTraining
 
@@ -25,12 +25,9 @@ class Ditto(GlobalModel):
     Deployed by client i: its own v_i (the global model where it never trained).
 
     Attributes:
-        mu: lambda of the source, from 0: how much v_i is held near the global model; 0 = local
+        mu: lambda of the source, from 0: how strongly v_i is pulled to the global model; 0 = local
             training, bit for bit.
         weighting: of the global average: "uniform" (1/n) or "size" (by number of training images).
-
-    Raises:
-        SpecError: a hyper-parameter outside its range.
 
     Source: Li, Hu, Beirami, Smith, Ditto: Fair and Robust Federated Learning Through
     Personalization, 2021, Algorithm 1.
@@ -40,29 +37,25 @@ class Ditto(GlobalModel):
     weighting: str = "uniform"
 
     name = "ditto"
-    deploys = "its own model, held near the global model"
+    deploys = "its own model, kept near the global model"
     keeps_client_state = True
-    own_part = "model"
+    personal_part = "model"
 
     def client_round(
-        self,
-        broadcast: ServerState,
-        client_state: ClientState,
-        data: ClientData,
-        training: LocalTraining,
+        self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining
     ) -> tuple[Update, ClientState]:
         """Train the global model and send it; train the own model and keep it."""
-        start, kept = broadcast.parts["model"], client_state.parts
-        shared = training.passes(start, data, broadcast.round, momentum=kept.get("momentum"))
-        own = training.passes(
+        start, kept = broadcast.parts["model"], state.parts
+        shared = training.train_epochs(start, data, broadcast.round, momentum=kept.get("momentum"))
+        own = training.train_epochs(
             kept.get("model", start),
             data,
             broadcast.round,
             momentum=kept.get("own_momentum"),
-            hook=pull_towards(training.on_device(start), self.mu),
+            hook=proximal_hook(training.on_device(start), self.mu),
         )
         metrics = {**own.metrics, **{f"global_{k}": v for k, v in shared.metrics.items()}}
-        parts = {"model": own.state, **shared.kept}
+        parts = {"model": own.state, **shared.momentum_part}
         if own.momentum:
             parts["own_momentum"] = own.momentum
         return Update(data.client, len(data), shared.state, metrics), ClientState(parts)

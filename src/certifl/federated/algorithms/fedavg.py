@@ -21,9 +21,6 @@ class FedAvg(GlobalModel):
     Attributes:
         weighting: "uniform" (w_i = 1/n, the paper's) or "size" (by number of training images).
 
-    Raises:
-        SpecError: a hyper-parameter outside its range.
-
     Source: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized
     Data, 2017; the paper, section 3.3, "Federated Training".
     """

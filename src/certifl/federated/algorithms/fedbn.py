@@ -1,11 +1,11 @@
-"""FedBN: federated averaging of everything but the normalisation layers."""
+"""FedBN: federated averaging of everything but the normalization layers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from certifl.federated.algorithms.base import GlobalModel
-from certifl.federated.algorithms.common import kept_back, norm_entries
+from certifl.federated.algorithms.common import norm_keys, withhold
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 from certifl.federated.training.local_training import LocalTraining
 
@@ -19,15 +19,12 @@ class FedBN(GlobalModel):
     change. Without such layers this is federated averaging, bit for bit: networks with GroupNorm
     have none, `layers = "all"` keeps theirs at home instead.
 
-    Deployed by client i: the global model with its own normalisation layers (the initial ones
+    Deployed by client i: the global model with its own normalization layers (the initial ones
     where it never trained).
 
     Attributes:
-        layers: "batch" (BatchNorm, the source's) or "all" (every normalisation layer).
+        layers: "batch" (BatchNorm, the source's) or "all" (every normalization layer).
         weighting: "uniform" (1/n) or "size" (by number of training images).
-
-    Raises:
-        SpecError: a hyper-parameter outside its range.
 
     Source: Li, Jiang, Zhang, Kamp, Dou, FedBN: Federated Learning on Non-IID Features via Local
     Batch Normalization, 2021, Algorithm 1.
@@ -37,28 +34,16 @@ class FedBN(GlobalModel):
     weighting: str = "uniform"
 
     name = "fedbn"
-    deploys = "the global model with its own normalisation layers"
+    deploys = "the global model with its own normalization layers"
     keeps_client_state = True
 
     def client_round(
-        self,
-        broadcast: ServerState,
-        client_state: ClientState,
-        data: ClientData,
-        training: LocalTraining,
+        self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining
     ) -> tuple[Update, ClientState]:
         """Train the global model with the own layers in it; send all but these."""
-        trained = training.passes(
-            self.deployed(broadcast, client_state),
-            data,
-            broadcast.round,
-            momentum=client_state.parts.get("momentum"),
-        )
-        private = norm_entries(training.network, self.layers)
-        sent, own = kept_back(trained.state, broadcast.parts["model"], private)
-        parts = {"layers": own} if own else {}
-        update = Update(data.client, len(data), sent, trained.metrics)
-        return update, ClientState({**parts, **trained.kept})
+        update, kept = super().client_round(broadcast, state, data, training)
+        private = norm_keys(training.network, self.layers)
+        return withhold(update, kept, broadcast, private, "layers")
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The global model with the client's own layers."""

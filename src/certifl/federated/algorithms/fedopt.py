@@ -1,8 +1,8 @@
-"""Server optimisers: the average's change is a gradient for momentum, Adam, Yogi or Adagrad."""
+"""Server optimizers: momentum, Adam, Yogi or Adagrad along the change of the average."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,25 +12,21 @@ from certifl.federated.algorithms.base import GlobalModel
 from certifl.federated.averaging import average_models, change
 from certifl.federated.states import ModelState, ServerState, Update
 
-Step = Callable[[torch.Tensor, ModelState], tuple[torch.Tensor, ModelState]]
+ServerStep = tuple[torch.Tensor, ModelState]
+"""What is added to a tensor of theta, and the optimizer's next state, in float64."""
 
 
-def _stepped(
-    server_state: ServerState, updates: Iterable[Update], weighting: str, step: Step
+def _aggregate(
+    self: FedAvgM | FedAdam | FedYogi | FedAdagrad,
+    server_state: ServerState,
+    updates: Iterable[Update],
 ) -> ServerState:
-    """The server's next state: theta moved along Delta = average - theta by a server optimizer.
+    """The server's step along Delta = average - theta; no step where no model arrived.
 
     The server moves weights. BatchNorm's running statistics (recognized by their names) and
     counters are averaged: a step of Adam could make a variance negative.
-
-    Args:
-        server_state: before the round.
-        updates: in client order.
-        weighting: of the average.
-        step: (Delta, the optimizer's state) of one tensor -> (what is added to theta, its next
-            state), all in float64.
     """
-    average = average_models(updates, weighting)
+    average = average_models(updates, self.weighting)
     number = server_state.round + 1
     if average is None:
         return ServerState(number, server_state.parts)
@@ -41,7 +37,7 @@ def _stepped(
             continue
         delta = change(old["model"][name], value)
         before = {p: part[name].to(torch.float64) for p, part in old.items() if name in part}
-        moved, states = step(delta, before)
+        moved, states = self.server_step(delta, before)
         # Exact where the step is the change itself, and where there is none.
         new = (value.to(torch.float64) + (moved - delta)).to(value.dtype)
         model[name] = torch.where(moved == delta, value, new)
@@ -66,9 +62,6 @@ class FedAvgM(GlobalModel):
             averaging, bit for bit.
         weighting: "uniform" (1/n) or "size" (by number of training images).
 
-    Raises:
-        SpecError: a hyper-parameter outside its range.
-
     Source: Hsu, Qi, Brown, Measuring the Effects of Non-Identical Data Distribution for Federated
     Visual Classification, 2019, section 4.2.
     """
@@ -79,14 +72,24 @@ class FedAvgM(GlobalModel):
 
     name = "fedavgm"
     client_needs = ("model",)
+    aggregate = _aggregate
 
-    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
-        """The server's step along the average change; nothing where no model arrived."""
-        return _stepped(server_state, updates, self.weighting, self._step)
-
-    def _step(self, delta: torch.Tensor, held: ModelState) -> tuple[torch.Tensor, ModelState]:
-        velocity = delta + self.beta * held["velocity"] if "velocity" in held else delta
+    def server_step(self, delta: torch.Tensor, state: ModelState) -> ServerStep:
+        """A step of SGD with momentum."""
+        velocity = delta + self.beta * state["velocity"] if "velocity" in state else delta
         return self.server_lr * velocity, {"velocity": velocity}
+
+
+def _adaptive_step(
+    self: FedAdam | FedYogi | FedAdagrad, delta: torch.Tensor, state: ModelState
+) -> ServerStep:
+    """A step of server_lr m / (sqrt(v) + tau)."""
+    before = state.get("second", torch.full_like(delta, self.tau**2))
+    first, second = (1 - self.beta1) * delta, self.scale(before, delta.square())
+    if "first" in state:
+        first += self.beta1 * state["first"]
+    step = self.server_lr * first / (second.sqrt() + self.tau)
+    return step, {"first": first, "second": second}
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,6 @@ class FedAdam(GlobalModel):
         tau: degree of adaptivity, above 0; the larger, the nearer to FedAvgM.
         weighting: "uniform" (1/n) or "size" (by number of training images).
 
-    Raises:
-        SpecError: a hyper-parameter outside its range.
-
     Source: Reddi, Charles, Zaheer, Garrett, Rush, Konecny, Kumar, McMahan, Adaptive Federated
     Optimization, 2021, Algorithm 2 (FedAdam).
     """
@@ -123,33 +123,21 @@ class FedAdam(GlobalModel):
 
     name = "fedadam"
     client_needs = ("model",)
+    aggregate = _aggregate
+    server_step = _adaptive_step
 
-    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
-        """The server's step along the average change; nothing where no model arrived."""
-        return _stepped(server_state, updates, self.weighting, self._step)
-
-    def _step(self, delta: torch.Tensor, held: ModelState) -> tuple[torch.Tensor, ModelState]:
-        square, second = delta.square(), _second(self, delta, held)
-        return _adaptive(self, delta, held, self.beta2 * second + (1 - self.beta2) * square)
+    def scale(self, second: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+        """The next v from the last one and Delta^2."""
+        return self.beta2 * second + (1 - self.beta2) * square
 
 
 @dataclass(frozen=True)
 class FedYogi(GlobalModel):
-    """FedYogi: as FedAdam, with a scale that grows and shrinks at the same pace.
+    """FedYogi: as FedAdam, hyper-parameters included, with a scale that grows and shrinks slowly.
 
       v <- v - (1 - beta2) Delta^2 sign(v - Delta^2).
 
     Deployed by client i: the global model of the last round, the same for all.
-
-    Attributes:
-        server_lr: the server's learning rate, above 0.
-        beta1: momentum, from 0 to below 1.
-        beta2: memory of the scale, from 0 to below 1.
-        tau: degree of adaptivity, above 0.
-        weighting: "uniform" (1/n) or "size" (by number of training images).
-
-    Raises:
-        SpecError: a hyper-parameter outside its range.
 
     Source: Reddi et al., Adaptive Federated Optimization, 2021, Algorithm 2 (FedYogi).
     """
@@ -162,15 +150,12 @@ class FedYogi(GlobalModel):
 
     name = "fedyogi"
     client_needs = ("model",)
+    aggregate = _aggregate
+    server_step = _adaptive_step
 
-    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
-        """The server's step along the average change; nothing where no model arrived."""
-        return _stepped(server_state, updates, self.weighting, self._step)
-
-    def _step(self, delta: torch.Tensor, held: ModelState) -> tuple[torch.Tensor, ModelState]:
-        square, second = delta.square(), _second(self, delta, held)
-        pace = (1 - self.beta2) * square * torch.sign(second - square)
-        return _adaptive(self, delta, held, second - pace)
+    def scale(self, second: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+        """The next v from the last one and Delta^2."""
+        return second - (1 - self.beta2) * square * torch.sign(second - square)
 
 
 @dataclass(frozen=True)
@@ -180,13 +165,8 @@ class FedAdagrad(GlobalModel):
     Deployed by client i: the global model of the last round, the same for all.
 
     Attributes:
-        server_lr: the server's learning rate, above 0.
         beta1: momentum, from 0 to below 1; 0 in the source's experiments.
-        tau: degree of adaptivity, above 0.
-        weighting: "uniform" (1/n) or "size" (by number of training images).
-
-    Raises:
-        SpecError: a hyper-parameter outside its range.
+        server_lr, tau, weighting: as of `FedAdam`.
 
     Source: Reddi et al., Adaptive Federated Optimization, 2021, Algorithm 2 (FedAdagrad).
     """
@@ -198,31 +178,9 @@ class FedAdagrad(GlobalModel):
 
     name = "fedadagrad"
     client_needs = ("model",)
+    aggregate = _aggregate
+    server_step = _adaptive_step
 
-    def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
-        """The server's step along the average change; nothing where no model arrived."""
-        return _stepped(server_state, updates, self.weighting, self._step)
-
-    def _step(self, delta: torch.Tensor, held: ModelState) -> tuple[torch.Tensor, ModelState]:
-        return _adaptive(self, delta, held, _second(self, delta, held) + delta.square())
-
-
-def _second(
-    options: FedAdam | FedYogi | FedAdagrad, delta: torch.Tensor, held: ModelState
-) -> torch.Tensor:
-    """The scale v of the round before; tau^2 before the first."""
-    return held.get("second", torch.full_like(delta, options.tau**2))
-
-
-def _adaptive(
-    options: FedAdam | FedYogi | FedAdagrad,
-    delta: torch.Tensor,
-    held: ModelState,
-    second: torch.Tensor,
-) -> tuple[torch.Tensor, ModelState]:
-    """server_lr m / (sqrt(v) + tau), and what m and v are from now on."""
-    first = (1 - options.beta1) * delta
-    if "first" in held:
-        first += options.beta1 * held["first"]
-    step = options.server_lr * first / (second.sqrt() + options.tau)
-    return step, {"first": first, "second": second}
+    def scale(self, second: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+        """The next v from the last one and Delta^2."""
+        return second + square

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from certifl.federated.algorithms.base import GlobalModel
-from certifl.federated.algorithms.common import head_entries, kept_back
+from certifl.federated.algorithms.common import head_keys, withhold
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 from certifl.federated.training.local_training import GradientHook, LocalTraining
 
@@ -17,13 +17,13 @@ from certifl.federated.training.local_training import GradientHook, LocalTrainin
 class FedRep(GlobalModel):
     """FedRep: a representation that all clients train, and a head of its own for each.
 
-    In a round every client first trains its head with the representation held still, then the
-    representation with its head held still, and sends the representation.
+    In a round every client first trains its head with the representation frozen, then the
+    representation with its head frozen, and sends the representation.
 
-    The head's passes take `head_epochs` at the round's learning rate with fresh momentum and
-    random streams of their own; those of the representation are the schedule's. In what a client
-    sends the head is as it was broadcast, so nothing of it leaves. BatchNorm's running statistics
-    of the representation follow both kinds of passes and are averaged.
+    The head is trained for `head_epochs` at the round's learning rate, with fresh momentum and its
+    own random streams; the representation for the schedule's epochs. In what a client sends the
+    head is as it was broadcast, so that nothing of it leaves. BatchNorm's running statistics
+    of the representation follow both trainings and are averaged.
 
     Without a head (`head = ""`) this is federated averaging, bit for bit.
 
@@ -33,7 +33,7 @@ class FedRep(GlobalModel):
     Attributes:
         head: name of the part of the network that is personal, such as "head"; None = its last
             layer with weights; "" = nothing.
-        head_epochs: passes of the head in each round, from 1.
+        head_epochs: of the head in each round, from 1.
         weighting: "uniform" (1/n) or "size" (by number of training images).
 
     Raises:
@@ -53,49 +53,41 @@ class FedRep(GlobalModel):
     keeps_client_state = True
 
     def client_round(
-        self,
-        broadcast: ServerState,
-        client_state: ClientState,
-        data: ClientData,
-        training: LocalTraining,
+        self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining
     ) -> tuple[Update, ClientState]:
         """Train the head, then the representation; send the representation, keep the head."""
-        start = self.deployed(broadcast, client_state)
-        head = head_entries(training.network, self.head)
+        head = head_keys(training.network, self.head)
         if head:
-            start = training.passes(
-                start,
+            trained = training.train_epochs(
+                self.deployed(broadcast, state),
                 data,
                 broadcast.round,
-                hook=_still(training.trainable, but=head),
+                hook=_freeze(training.trainable, but=head),
                 stream="head-",
                 epochs=self.head_epochs,
-            ).state
-        trained = training.passes(
-            start,
-            data,
-            broadcast.round,
-            momentum=client_state.parts.get("momentum"),
-            hook=_still(head, but=()),
-        )
-        sent, own = kept_back(trained.state, broadcast.parts["model"], head)
-        parts = {"head": own} if own else {}
-        update = Update(data.client, len(data), sent, trained.metrics)
-        return update, ClientState({**parts, **trained.kept})
+            )
+            # All of it, since BatchNorm's running statistics have moved too.
+            state = ClientState({**state.parts, "head": trained.state})
+        update, kept = super().client_round(broadcast, state, data, training)
+        return withhold(update, kept, broadcast, head, "head")
+
+    def hook(self, broadcast: ServerState, training: LocalTraining) -> GradientHook | None:
+        """Freezes the head while the representation is trained."""
+        return _freeze(head_keys(training.network, self.head), but=())
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The shared representation with the client's own head."""
         return {**server_state.parts["model"], **client_state.parts.get("head", {})}
 
 
-def _still(names: Collection[str], but: Collection[str]) -> GradientHook | None:
-    """Takes the gradients of these weights away, so that no step moves them."""
-    held = frozenset(names).difference(but)
-    if not held:
+def _freeze(names: Collection[str], but: Collection[str]) -> GradientHook | None:
+    """A hook that removes the gradients of these weights."""
+    frozen = frozenset(names).difference(but)
+    if not frozen:
         return None
 
     def hook(parameters: Mapping[str, nn.Parameter]) -> None:
-        for name in held & parameters.keys():
+        for name in frozen & parameters.keys():
             parameters[name].grad = None
 
     return hook

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from certifl.federated.algorithms.base import GlobalModel
-from certifl.federated.algorithms.common import divided
+from certifl.federated.algorithms.common import split_state
 from certifl.federated.states import (
     ClientData,
     ClientState,
@@ -42,9 +42,6 @@ class FLIX(GlobalModel):
             0 = federated averaging, 1 = local training, both bit for bit.
         weighting: "uniform" (1/n) or "size" (by number of training images).
 
-    Raises:
-        SpecError: a hyper-parameter outside its range.
-
     Source: Gasanov, Khaled, Horvath, Richtarik, FLIX: A Simple and Communication-Efficient
     Alternative to Local Methods in Federated Learning, 2022, the FLIX formulation and Algorithm 1.
     """
@@ -62,20 +59,16 @@ class FLIX(GlobalModel):
         return () if self.personalization == 1 else ("model",)
 
     def client_round(
-        self,
-        broadcast: ServerState,
-        client_state: ClientState,
-        data: ClientData,
-        training: LocalTraining,
+        self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining
     ) -> tuple[Update, ClientState]:
         """Train the global model where it is mixed with the client's own; send it."""
         shared, mix = broadcast.parts["model"], self.personalization
-        kept, metrics = dict(client_state.parts), dict[str, float]()
+        kept, metrics = dict(state.parts), dict[str, float]()
         if mix > 0 and "own" not in kept:
             kept, metrics = _alone(shared, data, training)
-        if mix == 1:  # nothing else is left to train
+        if mix == 1:  # nothing else to train
             return Update(data.client, len(data), None, metrics), ClientState(kept)
-        trained = training.passes(
+        trained = training.train_epochs(
             {**shared, **kept.get("statistics", {})},
             data,
             broadcast.round,
@@ -86,7 +79,7 @@ class FLIX(GlobalModel):
         if "statistics" in kept:
             kept["statistics"] = {n: trained.state[n] for n in kept["statistics"]}
         update = Update(data.client, len(data), trained.state, trained.metrics)
-        return update, ClientState({**kept, **trained.kept})
+        return update, ClientState({**kept, **trained.momentum_part})
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The mixture of the global model and the client's own."""
@@ -104,13 +97,13 @@ class FLIX(GlobalModel):
         own, decay = training.on_device(kept["own"]), training.schedule.weight_decay
         share = 1 - self.personalization
 
-        def step(bench: StepContext, batch: Batch) -> Outcome:
-            weights = bench.weights()
+        def step(context: StepContext, batch: Batch) -> Outcome:
+            weights = context.copy_weights()
             point = {n: torch.lerp(w, own[n], self.personalization) for n, w in weights.items()}
-            with bench.at(point):
-                outcome = bench.gradients(batch)
-                bench.scale_gradients(share, decay)
-            bench.advance()
+            with context.at_weights(point):
+                outcome = context.compute_gradients(batch)
+                context.scale_gradients(share, decay)
+            context.optimizer_step()
             return outcome
 
         return step
@@ -122,9 +115,9 @@ def _alone(
     """The client's own model: all rounds of local training; its weights, and all else apart."""
     momentum, trained = None, None
     for round in range(training.schedule.rounds):
-        trained = training.passes(start, data, round, momentum=momentum)
+        trained = training.train_epochs(start, data, round, momentum=momentum)
         start, momentum = trained.state, trained.momentum
     assert trained is not None
-    weights, statistics = divided(start, set(training.trainable))
+    weights, statistics = split_state(start, set(training.trainable))
     parts = {"own": weights, "statistics": statistics}
-    return {part: held for part, held in parts.items() if held}, trained.metrics
+    return {part: tensors for part, tensors in parts.items() if tensors}, trained.metrics

@@ -1,4 +1,4 @@
-"""L2GD: the randomised way to a mixture of global and local models."""
+"""L2GD: the randomized way to a mixture of global and local models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from certifl.federated.training.local_training import LocalTraining
 class L2GD(GlobalModel):
     """Loopless local gradient descent: for every step one coin, thrown for all clients together.
 
-    Heads (probability p), everybody moves towards the average; tails, everybody takes a step on
+    Heads (probability p), all clients move towards the average; tails, all take a step on
     its own loss:
 
       theta_i <- theta_i - (gamma / p) 2 (1 - lambda) (theta_i - theta_bar)
@@ -42,9 +42,6 @@ class L2GD(GlobalModel):
         personalization: lambda in (0, 1]; 1 = local training with L steps a round.
         probability: p in (0, 1).
 
-    Raises:
-        SpecError: a hyper-parameter outside its range.
-
     Source: Hanzely and Richtarik, Federated Learning of a Mixture of Global and Local Models,
     2020, Algorithm 1 and section 4; Eq. (4) and (5) of the paper.
     """
@@ -55,31 +52,27 @@ class L2GD(GlobalModel):
     name = "l2gd"
     deploys = "its own model, pulled towards the average at random times"
     keeps_client_state = True
-    own_part = "model"
+    personal_part = "model"
 
     def client_round(
-        self,
-        broadcast: ServerState,
-        client_state: ClientState,
-        data: ClientData,
-        training: LocalTraining,
+        self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining
     ) -> tuple[Update, ClientState]:
         """Move towards the average, take local steps, send the result."""
         average, schedule = broadcast.parts["model"], training.schedule
         pulls, steps = self.coins(training.seed, broadcast.round)
         rate = schedule.lr_at(broadcast.round * schedule.local_epochs)
         kept = (1 - self.pull(rate)) ** pulls
-        own = client_state.parts.get("model", average)
-        trained = training.passes(
+        own = state.parts.get("model", average)
+        trained = training.train_epochs(
             _towards(average, own, kept, training.trainable),
             data,
             broadcast.round,
-            momentum=client_state.parts.get("momentum"),
+            momentum=state.parts.get("momentum"),
             lr_factor=self.personalization / (1 - self.probability),
             steps=steps,
         )
         update = Update(data.client, len(data), trained.state, trained.metrics)
-        return update, ClientState({"model": trained.state, **trained.kept})
+        return update, ClientState({"model": trained.state, **trained.momentum_part})
 
     def pull(self, rate: float) -> float:
         """Share of the way to the average that one step towards it goes, at a learning rate."""

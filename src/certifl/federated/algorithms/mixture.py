@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from certifl.federated.algorithms.base import GlobalModel
-from certifl.federated.algorithms.common import pull_towards
-from certifl.federated.states import ClientData, ClientState, ServerState, Update
-from certifl.federated.training.local_training import GradientHook, LocalTraining
+from certifl.federated.algorithms.common import proximal_hook
+from certifl.federated.states import ServerState
+from certifl.federated.training.local_training import LocalTraining
+from certifl.federated.training.schedule import Schedule
+from certifl.federated.training.steps import GradientHook
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,6 @@ class Mixture(GlobalModel):
     Attributes:
         personalization: lambda in [0, 1]; 1 = local training, 0 = the pull alone.
 
-    Raises:
-        SpecError: a hyper-parameter outside its range.
-
     Source: Hanzely and Richtarik, Federated Learning of a Mixture of Global and Local Models,
     2020; the paper, Eq. (4) and (5).
     """
@@ -45,29 +44,13 @@ class Mixture(GlobalModel):
     name = "mixture"
     deploys = "its own model, pulled towards the average of all"
     keeps_client_state = True
-    own_part = "model"
-
-    def client_round(
-        self,
-        broadcast: ServerState,
-        client_state: ClientState,
-        data: ClientData,
-        training: LocalTraining,
-    ) -> tuple[Update, ClientState]:
-        """Take the round's steps of Eq. (5) from this client's own model, send the result."""
-        average = broadcast.parts["model"]
-        trained = training.passes(
-            client_state.parts.get("model", average),
-            data,
-            broadcast.round,
-            momentum=client_state.parts.get("momentum"),
-            hook=self.hook(broadcast, training),
-            weight_decay=self.personalization * training.schedule.weight_decay,
-        )
-        update = Update(data.client, len(data), trained.state, trained.metrics)
-        return update, ClientState({"model": trained.state, **trained.kept})
+    personal_part = "model"
 
     def hook(self, broadcast: ServerState, training: LocalTraining) -> GradientHook | None:
         """Turns grad L_i into the bracket of Eq. (5); None at lambda = 1."""
         center = training.on_device(broadcast.parts["model"])
-        return pull_towards(center, 2 * (1 - self.personalization), self.personalization)
+        return proximal_hook(center, 2 * (1 - self.personalization), self.personalization)
+
+    def weight_decay(self, schedule: Schedule) -> float:
+        """Scaled by lambda, as part of L_i."""
+        return self.personalization * schedule.weight_decay

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from certifl.federated.algorithms.base import GlobalModel
-from certifl.federated.algorithms.common import trained_and_sent
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 from certifl.federated.training.batches import Batch
 from certifl.federated.training.local_training import LocalTraining
-from certifl.federated.training.steps import Outcome, StepContext
+from certifl.federated.training.steps import Outcome, Step, StepContext
 
 _DELTA = 1e-3
 _FEWEST = 2
@@ -20,7 +19,7 @@ _FEWEST = 2
 
 @dataclass(frozen=True)
 class PerFedAvg(GlobalModel):
-    """Per-FedAvg: federated averaging of what is good AFTER a step of personalisation.
+    """Per-FedAvg: federated averaging of what is good AFTER a step of personalization.
 
       min over theta of mean_i L_i(theta - alpha grad L_i(theta)),    alpha = inner_lr.
 
@@ -45,9 +44,6 @@ class PerFedAvg(GlobalModel):
         approximation: "first-order" or "hessian-free".
         weighting: "uniform" (1/n) or "size" (by number of training images).
 
-    Raises:
-        SpecError: a hyper-parameter outside its range.
-
     Source: Fallah, Mokhtari, Ozdaglar, Personalized Federated Learning with Theoretical
     Guarantees: A Model-Agnostic Meta-Learning Approach, 2020, Algorithm 1 and its two
     approximations in section 5.
@@ -60,7 +56,6 @@ class PerFedAvg(GlobalModel):
     name = "perfedavg"
     deploys = "the global model after one gradient step on its own images"
     keeps_client_state = True
-    own_part = "adapted"
     extra_rounds = 1
 
     def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
@@ -68,30 +63,33 @@ class PerFedAvg(GlobalModel):
         return ("model",) if round < scheduled else ()
 
     def client_round(
-        self,
-        broadcast: ServerState,
-        client_state: ClientState,
-        data: ClientData,
-        training: LocalTraining,
+        self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining
     ) -> tuple[Update, ClientState]:
         """Train the global model for its step; after the schedule's rounds, take the step."""
         if broadcast.round >= training.schedule.rounds:
             return self._adapted(broadcast.parts["model"], data, broadcast.round, training)
-        step = None if self.inner_lr == 0 else self._step
-        return trained_and_sent(broadcast, client_state, data, training, step=step)
+        return super().client_round(broadcast, state, data, training)
 
-    def _step(self, bench: StepContext, batch: Batch) -> Outcome:
+    def step(self) -> Step | None:
+        """The gradient after the inner step."""
+        return None if self.inner_lr == 0 else self._step
+
+    def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
+        """The adapted model; the global one until the extra round."""
+        return client_state.parts.get("adapted", server_state.parts["model"])
+
+    def _step(self, context: StepContext, batch: Batch) -> Outcome:
         first = self.approximation == "first-order"
         inner, outer, *curved = _parts(batch, 2 if first else 3)
-        bench.gradients(inner)
-        weights = bench.weights()
-        with bench.at(_ahead(weights, bench.taken_gradients(), -self.inner_lr)):
-            outcome = bench.gradients(outer)
+        context.compute_gradients(inner)
+        weights = context.copy_weights()
+        with context.at_weights(_ahead(weights, context.copy_gradients(), -self.inner_lr)):
+            outcome = context.compute_gradients(outer)
         if not first:
-            gradient = bench.taken_gradients()
-            bent = _curvature(bench, curved[0], weights, gradient)
-            bench.put_gradients(_ahead(gradient, bent, -self.inner_lr))
-        bench.advance()
+            gradient = context.copy_gradients()
+            bent = _curvature(context, curved[0], weights, gradient)
+            context.set_gradients(_ahead(gradient, bent, -self.inner_lr))
+        context.optimizer_step()
         return replace(outcome, images=len(outer))
 
     def _adapted(
@@ -102,14 +100,14 @@ class PerFedAvg(GlobalModel):
             return Update(data.client, len(data), None, {}), ClientState()
         total: ModelState = {}
 
-        def step(bench: StepContext, batch: Batch) -> Outcome:
-            outcome = bench.gradients(batch)
-            for name, gradient in bench.taken_gradients().items():
+        def step(context: StepContext, batch: Batch) -> Outcome:
+            outcome = context.compute_gradients(batch)
+            for name, gradient in context.copy_gradients().items():
                 share = gradient * (len(batch) / len(data))
                 total[name] = total[name] + share if name in total else share
             return outcome
 
-        seen = training.passes(start, data, round, step=step, epochs=1)
+        seen = training.train_epochs(start, data, round, step=step, epochs=1)
         gradient = {name: value.to("cpu") for name, value in total.items()}
         adapted = {**seen.state, **_ahead(start, gradient, -self.inner_lr)}
         update = Update(data.client, len(data), None, seen.metrics)
@@ -131,13 +129,13 @@ def _ahead(weights: ModelState, along: ModelState, far: float) -> ModelState:
 
 
 def _curvature(
-    bench: StepContext, batch: Batch, weights: ModelState, gradient: ModelState
+    context: StepContext, batch: Batch, weights: ModelState, gradient: ModelState
 ) -> ModelState:
     """The product of the Hessian and a vector: a central difference of gradients."""
-    with bench.same_draws(), bench.at(_ahead(weights, gradient, _DELTA)):
-        bench.gradients(batch.again())
-        above = bench.taken_gradients()
-    with bench.at(_ahead(weights, gradient, -_DELTA)):
-        bench.gradients(batch)
-        below = bench.taken_gradients()
+    with context.preserve_rng_state(), context.at_weights(_ahead(weights, gradient, _DELTA)):
+        context.compute_gradients(batch.again())
+        above = context.copy_gradients()
+    with context.at_weights(_ahead(weights, gradient, -_DELTA)):
+        context.compute_gradients(batch)
+        below = context.copy_gradients()
     return {name: (value - below[name]) / (2 * _DELTA) for name, value in above.items()}

@@ -1,4 +1,4 @@
-"""Personalisation: fine-tuning what any algorithm deploys, on each client's own images."""
+"""Personalization: fine-tuning what any algorithm deploys, on each client's own images."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from certifl.federated.training.local_training import LocalTraining
 
 @dataclass(frozen=True)
 class Personalized:
-    """Personalised training: federated rounds of `base`, then each client fine-tunes alone.
+    """Personalized training: federated rounds of `base`, then each client fine-tunes alone.
 
     The rounds are exactly those of `base`: the same states, bit for bit. In ONE extra round after
     them without communication every client starts from the model that `base` would deploy to it
-    and minimises its own loss (Eq. 4 with lambda = 1), with the personalisation's augmentation,
+    and minimizes its own loss (Eq. 4 with lambda = 1), with the personalization's augmentation,
     which may be another than the federated one, or none. Momentum starts afresh.
 
     Deployed by client i: its fine-tuned model (what `base` deploys until it has one).
 
     Attributes:
         base: any other algorithm.
-        epochs: passes of fine-tuning over the client's images.
+        epochs: of fine-tuning.
         lr: learning rate of fine-tuning, constant; None = that of the schedule's last epoch.
 
     Raises:
-        SpecError: a hyper-parameter outside its range, or a `base` that is personalised already.
+        SpecError: a hyper-parameter outside its range, or a `base` that is personalized already.
 
     Source: Yu et al., Salvaging Federated Learning by Local Adaptation, 2020; the paper,
     section 3.3, "Personalized Training".
@@ -63,16 +63,12 @@ class Personalized:
         return self.base.sends(round, scheduled) if shared else ()
 
     def client_round(
-        self,
-        broadcast: ServerState,
-        client_state: ClientState,
-        data: ClientData,
-        training: LocalTraining,
+        self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining
     ) -> tuple[Update, ClientState]:
         """The base's round, or after its last one, fine-tuning."""
         if broadcast.round < training.schedule.rounds + self.base.extra_rounds:
-            return self.base.client_round(broadcast, client_state, data, training)
-        start = self.base.deployed(broadcast, client_state)
+            return self.base.client_round(broadcast, state, data, training)
+        start = self.base.deployed(broadcast, state)
         tuned = training.finetune(start, data, broadcast.round, epochs=self.epochs, lr=self.lr)
         update = Update(data.client, len(data), None, tuned.metrics)
         return update, ClientState({"personalized": tuned.state})

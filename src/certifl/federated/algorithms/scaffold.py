@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from certifl.federated.algorithms.base import GlobalModel
 from certifl.federated.averaging import average_parts, moved
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-from certifl.federated.training import foreach as together
+from certifl.federated.training import foreach
 from certifl.federated.training.local_training import LocalTraining
 from certifl.federated.training.steps import gradients_of
 
@@ -34,7 +35,7 @@ class Scaffold(GlobalModel):
     round is federated averaging.
 
     The source divides sums by the number of all clients. Here c is the mean over the clients that
-    have taken part so far, because a server need not know who else there is; once everybody has
+    have taken part so far, because a server need not know the others; once all clients have
     taken part, and always with full participation, the two agree.
 
     BatchNorm's running statistics are averaged, without `server_lr`.
@@ -43,9 +44,6 @@ class Scaffold(GlobalModel):
 
     Attributes:
         server_lr: step of the server towards the average, above 0; 1 = the average itself.
-
-    Raises:
-        SpecError: a hyper-parameter outside its range.
 
     Source: Karimireddy, Kale, Mohri, Reddi, Stich, Suresh, SCAFFOLD: Stochastic Controlled
     Averaging for Federated Learning, 2020, Algorithm 1 and Eq. (3) to (5).
@@ -62,36 +60,28 @@ class Scaffold(GlobalModel):
         return "model", "control_step"
 
     def client_round(
-        self,
-        broadcast: ServerState,
-        client_state: ClientState,
-        data: ClientData,
-        training: LocalTraining,
+        self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining
     ) -> tuple[Update, ClientState]:
         """Train with corrected gradients; send the model and the control variate's change."""
-        common, own = broadcast.parts.get("control"), client_state.parts.get("control")
-        gradients = _MeanGradient(_difference(common, own, training.on_device))
-        trained = training.passes(
-            broadcast.parts["model"],
-            data,
-            broadcast.round,
-            momentum=client_state.parts.get("momentum"),
-            hook=gradients,
+        start, own = broadcast.parts["model"], state.parts.get("control", {})
+        correction = _difference(broadcast.parts.get("control", {}), own)
+        gradients = _MeanGradient(training.on_device(correction))
+        momentum = state.parts.get("momentum")
+        trained = training.train_epochs(
+            start, data, broadcast.round, momentum=momentum, hook=gradients
         )
-        control = gradients.result(broadcast.parts["model"], training.trainable)
-        step = control if own is None else {n: value - own[n] for n, value in control.items()}
-        update = Update(
-            data.client, len(data), trained.state, trained.metrics, {"control_step": step}
-        )
-        return update, ClientState({"control": control, **trained.kept})
+        control = gradients.result(start, training.trainable)
+        step = {"control_step": _difference(control, own)}
+        update = Update(data.client, len(data), trained.state, trained.metrics, step)
+        return update, ClientState({"control": control, **trained.momentum_part})
 
     def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
-        """A step towards the average, and the mean of all control variates known so far."""
-        old, controlled = server_state.parts, list[int]()
-        average = average_parts(_noted(updates, controlled))
+        """A step towards the average, and the mean of all control variates so far."""
+        old, senders = server_state.parts, list[int]()
+        average = average_parts(_recorded(updates, senders))
         parts = dict(old)
         if "control_step" in average:
-            parts |= _controls(old, average["control_step"], controlled)
+            parts |= _mean_control(old, average["control_step"], senders)
         if "model" in average:
             names = parts.get("control", average["model"])
             parts["model"] = moved(old["model"], average["model"], self.server_lr, names)
@@ -99,28 +89,19 @@ class Scaffold(GlobalModel):
 
 
 class _MeanGradient:
-    """A gradient hook: remembers the mean of what it sees, then adds the correction c - c_i."""
+    """A gradient hook: averages the gradients that it sees, then adds the correction c - c_i."""
 
     def __init__(self, correction: ModelState) -> None:
         self._correction = correction
-        self._sums: dict[str, torch.Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._sums: ModelState = {}
+        self._counts = Counter[str]()
 
     def __call__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         gradients = dict(zip(parameters, gradients_of(parameters.values()), strict=True))
-        self._count(gradients)
-        corrected = [name for name in gradients if name in self._correction]
-        together.add(
-            [gradients[name] for name in corrected], [self._correction[n] for n in corrected]
-        )
-
-    def _count(self, gradients: ModelState) -> None:
-        known = [name for name in gradients if name in self._sums]
-        together.add([self._sums[name] for name in known], [gradients[name] for name in known])
-        for name, gradient in gradients.items():
-            self._counts[name] = self._counts.get(name, 0) + 1
-            if name not in self._sums:
-                self._sums[name] = gradient.clone()
+        self._counts.update(gradients.keys())
+        _add(self._sums, gradients)
+        self._sums |= {n: g.clone() for n, g in gradients.items() if self._counts[n] == 1}
+        _add(gradients, self._correction)
 
     def result(self, like: ModelState, names: Iterable[str]) -> ModelState:
         """The means on the CPU; zero for a weight that no gradient reached."""
@@ -132,37 +113,37 @@ class _MeanGradient:
         }
 
 
-def _difference(
-    common: ModelState | None,
-    own: ModelState | None,
-    on_device: Callable[[ModelState], ModelState],
-) -> ModelState:
-    """The correction c - c_i, where a missing one is zero; nothing where both are."""
-    if common is None:
-        return {} if own is None else on_device({n: -value for n, value in own.items()})
-    if own is None:
-        return on_device(common)
-    return on_device({name: value - own[name] for name, value in common.items()})
+def _add(values: ModelState, others: ModelState) -> None:
+    """Add the tensors of the same names, in place."""
+    both = [name for name in values if name in others]
+    foreach.add([values[name] for name in both], [others[name] for name in both])
 
 
-def _noted(updates: Iterable[Update], controlled: list[int]) -> Iterable[Update]:
-    """The updates as they are; whoever sends a control variate is written down."""
+def _difference(one: ModelState, other: ModelState) -> ModelState:
+    """One - other, where a state without tensors is zero."""
+    if not one or not other:
+        return one or {name: -value for name, value in other.items()}
+    return {name: value - other[name] for name, value in one.items()}
+
+
+def _recorded(updates: Iterable[Update], senders: list[int]) -> Iterable[Update]:
+    """The updates as they are; clients that send a control variate are added to `senders`."""
     for update in updates:
         if "control_step" in update.extra:
-            controlled.append(update.client)
+            senders.append(update.client)
         yield update
-        del update  # or it would be held while the next one arrives
+        del update  # frees it before the next one arrives
 
 
-def _controls(
-    old: dict[str, ModelState], step: ModelState, controlled: list[int]
+def _mean_control(
+    old: Mapping[str, ModelState], step: ModelState, senders: list[int]
 ) -> dict[str, ModelState]:
     """The new c = (m c + sum of steps) / m' and its m' clients, of whom m were known before."""
     known = old.get("known", {}).get("clients", torch.empty(0, dtype=torch.int64))
-    clients = torch.unique(torch.cat([known, torch.tensor(controlled, dtype=torch.int64)]))
-    before, after = len(known) / len(clients), len(controlled) / len(clients)
+    clients = torch.unique(torch.cat([known, torch.tensor(senders, dtype=torch.int64)]))
+    before, after = len(known) / len(clients), len(senders) / len(clients)
     control = {name: value.to(torch.float64) * after for name, value in step.items()}
     for name, value in old.get("control", {}).items():
         control[name] += value.to(torch.float64) * before
-    made = {name: value.to(step[name].dtype) for name, value in control.items()}
-    return {"control": made, "known": {"clients": clients}}
+    mean = {name: value.to(step[name].dtype) for name, value in control.items()}
+    return {"control": mean, "known": {"clients": clients}}

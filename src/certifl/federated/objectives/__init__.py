@@ -9,13 +9,13 @@ from typing import Annotated
 
 from pydantic import Field
 
+from certifl.lazy import lazy_names
 from certifl.registry import (
     NonNegative,
     Positive,
     PositiveInt,
     Registry,
     Row,
-    lazy_names,
     parameters,
 )
 
@@ -26,7 +26,7 @@ OBJECTIVES: Registry[Row] = Registry(
     {
         "augmented": Row("certifl.federated.objectives.simple:Augmented", parameters(), ""),
         "consistency": Row(
-            "certifl.federated.objectives.consistency:Consistency",
+            "certifl.federated.objectives.simple:Consistency",
             parameters(
                 copies=(PositiveInt, 2), weight=(NonNegative, 10.0), entropy=(NonNegative, 0.5)
             ),

@@ -15,7 +15,7 @@ from certifl.smoothing.laws import Law
 
 
 class Objective(Protocol):
-    """The loss that a client minimises, as a frozen record of its hyper-parameters.
+    """The loss that a client minimizes, as a frozen record of its hyper-parameters.
 
     Attributes:
         name: its key in `OBJECTIVES`.
@@ -24,22 +24,22 @@ class Objective(Protocol):
     name: ClassVar[str]
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch's mean loss (a scalar with a gradient) and logits (m, classes) to judge by.
+        """The batch's mean loss (a scalar with a gradient), and logits (m, classes).
 
-        Parameters of the perturbation are drawn from the batch alone, so that results depend on
-        (seed, client, round) and nothing else. The model is in training mode when called and when
-        left. Where the batch has no perturbation, the loss is plain cross entropy.
+        Perturbations are drawn from the batch only, so that results depend on (seed, client,
+        round) only. The model is in training mode before and after. Without a perturbation the
+        loss is the plain cross entropy.
         """
         ...
 
 
 @runtime_checkable
 class Smoothing(Augmentation, Protocol):
-    """An augmentation that says how it smooths, as every family of `perturbations` does."""
+    """An augmentation with a smoothing distribution, as every family of `perturbations`."""
 
     @property
     def sigma(self) -> float:
-        """Scale of the law, in the family's unit."""
+        """Scale of the distribution, in the family's unit."""
         ...
 
     @property
@@ -54,11 +54,11 @@ class Smoothing(Augmentation, Protocol):
 
 
 def smoothing_of(batch: Batch, objective: str) -> Smoothing | None:
-    """The batch's perturbation with its law; None where the batch has no perturbation.
+    """The batch's perturbation with its distribution; None if the batch has none.
 
     Args:
         batch: the batch.
-        objective: who asks, for the message.
+        objective: name for the message.
 
     Raises:
         InputError: an augmentation that has no sigma, law and norm.
@@ -74,12 +74,10 @@ def smoothing_of(batch: Batch, objective: str) -> Smoothing | None:
 
 # Several noisy copies of a batch in one forward pass.
 #
-# Copies are concatenated, not passed one after the other. BatchNorm then normalises all of them
-# with
-# the same statistics, those of the whole noisy mixture that its running averages estimate, and
-# updates these once a step, as with one copy. Passed apart, each copy would be normalised by its
-# own statistics, and differences between two copies of an image would measure which images share a
-# batch as well as the noise.
+# Copies are concatenated, so that BatchNorm normalizes all of them with the statistics of the
+# noisy mixture, which its running averages estimate, and updates these once a step, as with one
+# copy. In separate passes each copy would have statistics of its own, and differences between two
+# copies of an image would depend on the other images of the batch.
 
 
 def single(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,9 +87,9 @@ def single(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def noisy_copies(batch: Batch, copies: int) -> torch.Tensor:
-    """Independent noisy copies (copies * m, c, h, w): all images once, then all once more.
+    """Independent noisy copies (copies * m, c, h, w), copy by copy.
 
-    The first m are those that `batch.draw()` would have given.
+    The first m are those of `batch.draw()`.
     """
     return torch.cat([batch.draw() for _ in range(copies)])
 
@@ -102,5 +100,5 @@ def by_copy(logits: torch.Tensor, copies: int) -> torch.Tensor:
 
 
 def log_mean_exp(values: torch.Tensor) -> torch.Tensor:
-    """Log of the mean of exp over the first axis; of one copy, that copy bit for bit."""
+    """Log mean exp over the first axis; exact for one copy."""
     return values.logsumexp(0) - math.log(len(values))

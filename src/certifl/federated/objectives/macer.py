@@ -1,4 +1,4 @@
-"""MACER: no attack, but the certified radius itself in the loss."""
+"""MACER: the certified radius in the loss."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Macer:
     The uniform radius is sigma (p_A - p_B): the windows [d - sigma, d + sigma] and [-sigma, sigma]
     differ by |d| at either end, so the mean over a window of any function with values in [0, 1]
     moves by at most |d| / (2 sigma), and p_A - p_B by |d| / sigma. That holds for soft votes too.
-    Its xi never exceeds 2, so gamma >= 2 never lets go of a correct image.
+    Its xi never exceeds 2, so with gamma >= 2 the hinge applies to every correct image.
 
     Only correct images with xi < gamma are pulled. Close to xi = gamma = 8 the derivative of
     PhiInv is still finite; images beyond are left out before it is taken, so gradients are always
@@ -72,10 +72,10 @@ class Macer:
         OBJECTIVES.check_component(self)
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss above as a mean over the batch; judged by the first copy.
+        """The loss above as a mean over the batch; logits of the first copy.
 
         Raises:
-            InputError: the perturbation has no sigma and law, or a law without a radius here.
+            InputError: the perturbation has no sigma and law, or its law has no radius here.
         """
         smoothing = smoothing_of(batch, self.name)
         if smoothing is None:
@@ -96,8 +96,7 @@ class Macer:
         with torch.no_grad():
             margins = soft_margins(miss, second, smoothing)
             pulled = (1 - miss > second) & (margins < self.gamma)
-        # Harmless numbers stand in for the others: a gradient that is not finite times zero is
-        # not zero.
+        # Finite values replace the others: a gradient that is not finite, times zero, is not 0.
         miss, second = (torch.where(pulled, value, 0.25) for value in (miss, second))
         short = self.gamma - soft_margins(miss, second, smoothing)
         return 0.5 * smoothing.sigma * torch.where(pulled, short, 0.0).mean()
@@ -110,18 +109,18 @@ def soft_margins(miss: torch.Tensor, second: torch.Tensor, smoothing: Smoothing)
         miss: (m,) soft votes of all classes but the label, together; taken instead of the label's
             own because near 1 a float has no digits left.
         second: (m,) largest of them.
-        smoothing: gives the law.
+        smoothing: its distribution decides the formula.
 
     Raises:
-        InputError: a law whose radius is not known here.
+        InputError: a distribution without a radius here.
     """
-    known = _MARGINS.get(smoothing.law.name)
-    if known is None:
+    margin = _MARGINS.get(smoothing.law.name)
+    if margin is None:
         raise InputError(
-            f"The objective 'macer' knows no radius for the law {smoothing.law.name!r}: it must "
-            f"be one of {', '.join(_MARGINS)}."
+            f"The objective 'macer' has no radius for the law {smoothing.law.name!r}: it must be "
+            f"one of {', '.join(_MARGINS)}."
         )
-    return known(miss, second)
+    return margin(miss, second)
 
 
 def _gaussian(miss: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

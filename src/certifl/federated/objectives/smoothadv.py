@@ -15,12 +15,11 @@ from certifl.errors import InputError
 from certifl.federated.objectives import OBJECTIVES
 from certifl.federated.objectives.base import by_copy, log_mean_exp, single, smoothing_of
 from certifl.federated.training.batches import Batch
-from certifl.perturbations import PixelNoise
 
 
 @dataclass(frozen=True)
 class SmoothAdv:
-    """Cross entropy on m noisy copies, with the noise's centre moved to where it hurts most.
+    """Cross entropy on m noisy copies, with the noise's center moved by an attack.
 
     With F the softmax output and eps_1 ... eps_m drawn once for attack and training,
 
@@ -39,7 +38,7 @@ class SmoothAdv:
       parameter (rotation, scaling) the ball is an interval and a step is a sign.
 
     Attack steps run in evaluation mode: they use BatchNorm's running averages, which the voting
-    network will use too, leave them as they are, and draw no dropout. Training copies are
+    network also uses, do not update them, and apply no dropout. Training copies are
     concatenated in training mode as everywhere. The source raises epsilon over the first epochs;
     here it is constant, because a client does not know how far the whole training is.
 
@@ -65,7 +64,7 @@ class SmoothAdv:
         OBJECTIVES.check_component(self)
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss above as a mean over the batch; judged by the first attacked copy.
+        """The loss above as a mean over the batch; logits of the first attacked copy.
 
         Raises:
             InputError: the perturbation has no sigma and norm, an l1 ball in several dimensions,
@@ -124,7 +123,7 @@ def _repeated(batch: Batch, copies: int) -> Batch:
 def _moved(copies: Batch, draws: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """T_{delta + eps} of every copy, with a gradient in delta."""
     images = copies.applied((draws + delta).flatten(0, 1))
-    if isinstance(copies.augmentation, PixelNoise):
+    if getattr(copies.augmentation, "additive", False):
         # The noisy image moves one to one with delta. Rounding (`exact`) has no derivative.
         spread = delta.expand_as(draws).flatten(0, 1)
         images = images.detach() + (spread - spread.detach())
@@ -159,7 +158,7 @@ def _lengths(values: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and back in its own afterwards."""
+    """Evaluation mode within this context, for all modules."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

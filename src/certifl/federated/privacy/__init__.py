@@ -2,8 +2,8 @@
 
 | kind | neighbors differ in | who adds the noise | holds against |
 |---|---|---|---|
-| example | one image of a client, or nothing there | the client, in every step | everybody |
-| client | one whole client | the server, in every round | everybody but the server |
+| example | one image of a client, or nothing there | the client, in every step | everyone |
+| client | one whole client | the server, in every round | everyone but the server |
 
 docs/privacy.md says what is not protected.
 """
@@ -12,9 +12,16 @@ from __future__ import annotations
 
 from certifl.federated.privacy.accounting import (
     ACCOUNTANT,
+    ClientLedger,
+    ExampleLedger,
+    Pass,
+    Release,
     composed,
+    conflict,
     epsilon,
     noise_for,
+    released_epsilon,
+    released_steps,
 )
 from certifl.federated.privacy.budget import Budget, plan_clients, plan_examples
 from certifl.federated.privacy.client_level import ClientLevel
@@ -25,15 +32,6 @@ from certifl.federated.privacy.compatibility import (
     sends_nothing,
 )
 from certifl.federated.privacy.example_level import ExampleLevel, PrivatePasses
-from certifl.federated.privacy.ledger import (
-    ClientLedger,
-    ExampleLedger,
-    Pass,
-    Release,
-    conflict,
-    released_epsilon,
-    released_steps,
-)
 from certifl.federated.privacy.mechanism import derived_key
 
 __all__ = [

@@ -1,6 +1,6 @@
-"""What was spent: epsilon of so many noisy steps, and the noise that keeps to a budget.
+"""The accountant: epsilon of noisy steps, the noise for a budget, ledgers of what was spent.
 
-Both kinds of privacy are the same mechanism told twice: a Poisson sample (every record with
+Both kinds of privacy are one mechanism: a Poisson sample (every record with
 probability q, independently) is summed with each record's share clipped to norm C, and Gaussian
 noise of standard deviation z C is added. Its Renyi divergences compose by addition, and
 
@@ -20,8 +20,11 @@ import functools
 import importlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +33,7 @@ from certifl.errors import SpecError
 from certifl.federated.training.batches import batch_bounds
 
 ACCOUNTANT = "rdp"
-# Where the minimum over orders is looked for: every order gives a bound that holds.
+# Orders to minimize over: each gives a valid bound.
 _ORDERS = (
     *(1 + tenth / 10 for tenth in range(1, 10)),
     *(2 + quarter / 4 for quarter in range(24)),
@@ -66,7 +69,7 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 
 def epsilon(noise_multiplier: float, rate: float, steps: int, delta: float) -> float:
-    """The loss of privacy after so many steps, as epsilon at this delta.
+    """The privacy loss after so many steps, as epsilon at this delta.
 
     Args:
         noise_multiplier: z, noise in units of the clipping norm; 0 gives infinity.
@@ -75,17 +78,17 @@ def epsilon(noise_multiplier: float, rate: float, steps: int, delta: float) -> f
         delta: probability of the guarantee to fail.
 
     Returns:
-        An upper bound, exact to about the distance between the orders it is minimised over.
+        An upper bound, exact to about the distance between the orders it is minimized over.
     """
     return composed({(noise_multiplier, rate): steps}, delta)
 
 
 def composed(steps: Mapping[tuple[float, float], int], delta: float) -> float:
-    """The loss of privacy after steps of several kinds, whose divergences add up.
+    """The privacy loss after steps of several kinds, whose divergences add up.
 
     Args:
-        steps: how many, by (noise multiplier z, sampling rate q); every step has a sample and
-            noise of its own.
+        steps: how many, by (noise multiplier z, sampling rate q); every step has its own
+            sample and noise.
         delta: probability of the guarantee to fail.
 
     Returns:
@@ -99,7 +102,7 @@ def composed(steps: Mapping[tuple[float, float], int], delta: float) -> float:
     analysis = _opacus("opacus.accountants.analysis.rdp")
     kinds = [count * _divergences(*kind) for kind, count in taken.items()]
     with warnings.catch_warnings():
-        # At either end of the orders the bound could be smaller, and holds as it is.
+        # At either end of the orders a smaller bound may exist; this one is valid.
         warnings.filterwarnings("ignore", message="Optimal order is the")
         spent, _ = analysis.get_privacy_spent(
             orders=_ORDERS, rdp=functools.reduce(np.add, kinds), delta=delta
@@ -129,7 +132,7 @@ def noise_for(target_epsilon: float, rate: float, steps: int, delta: float) -> f
         high *= 2
         if high > _MOST_NOISE:
             raise SpecError(
-                f"privacy.target_epsilon = {target_epsilon} cannot be kept over {steps} steps at "
+                f"privacy.target_epsilon = {target_epsilon} cannot be met over {steps} steps at "
                 f"a sampling rate of {rate:.3g}: raise it, train fewer rounds, or raise delta."
             )
     low = 0.0
@@ -140,3 +143,173 @@ def noise_for(target_epsilon: float, rate: float, steps: int, delta: float) -> f
         else:
             high = middle
     return high
+
+
+# Ledgers: what was spent so far, written into the history of the rounds.
+#
+# A ledger is a pure function of the committed rounds, so a resumed training counts the same, and a
+# round that is repeated counts once: it repeats its noise with its sums (`mechanism.add_noise`).
+
+Entry = dict[str, Any]
+Ledger = Callable[[Sequence[Mapping[str, Any]], Entry], Entry]
+"""Maps the history so far and the entry of a round to that entry with what was spent."""
+
+STEPS, EPSILON = "private_steps", "epsilon"
+_PUBLIC = ("client", "seconds", "reason")
+
+
+@dataclass(frozen=True)
+class ExampleLedger:
+    """What each client spent: its steps of all rounds composed.
+
+    In a scheduled round every participant counts with the planned steps, also one that was left
+    out: it may have sent its update too late, or to a server that dropped it. In later rounds
+    (fine-tuning) the client reports its steps.
+
+    Attributes:
+        rates: sampling rate of each client's steps.
+        multipliers: noise multiplier of each client.
+        planned: steps of each client in a round of the schedule.
+        rounds: of the schedule.
+        delta: at which epsilon is given.
+    """
+
+    rates: tuple[float, ...]
+    multipliers: tuple[float, ...]
+    planned: tuple[int, ...]
+    rounds: int
+    delta: float
+
+    def __call__(self, history: Sequence[Mapping[str, Any]], entry: Entry) -> Entry:
+        """The entry with "epsilon" of each participant up to now, and the largest of all."""
+        counted, before = dict(entry), self._steps(history)
+        for group in ("clients", "left_out"):
+            if group in entry:
+                counted[group] = [self._row(row, entry["round"], before) for row in entry[group]]
+        return counted | _finite(max(self.spent([*history, counted]), default=0.0))
+
+    def _row(self, row: Entry, round: int, before: Mapping[int, int]) -> Entry:
+        """A client's row with the steps that count for it, and its epsilon after them."""
+        client, steps = row["client"], row.get(STEPS, 0)
+        if round < self.rounds:
+            steps = max(steps, self.planned[client])
+        spent = _finite(self._epsilon(client, before.get(client, 0) + steps))
+        return _public(row) | {STEPS: steps} | spent
+
+    def spent(self, history: Sequence[Mapping[str, Any]]) -> list[float]:
+        """Epsilon of every client after these rounds."""
+        steps = self._steps(history)
+        return [self._epsilon(client, steps.get(client, 0)) for client in range(len(self.rates))]
+
+    def _steps(self, history: Iterable[Mapping[str, Any]]) -> dict[int, int]:
+        taken: dict[int, int] = {}
+        for entry in history:
+            for row in (*entry["clients"], *entry.get("left_out", ())):
+                taken[row["client"]] = taken.get(row["client"], 0) + row.get(STEPS, 0)
+        return taken
+
+    def _epsilon(self, client: int, steps: int) -> float:
+        return epsilon(self.multipliers[client], self.rates[client], steps, self.delta)
+
+
+@dataclass(frozen=True)
+class ClientLedger:
+    """What was spent on every client alike: one noisy sum per scheduled round.
+
+    Attributes:
+        rate: probability of each client to take part in a round.
+        multiplier: noise multiplier.
+        rounds: of the schedule; later ones send nothing.
+        delta: at which epsilon is given.
+    """
+
+    rate: float
+    multiplier: float
+    rounds: int
+    delta: float
+
+    def __call__(self, history: Sequence[Mapping[str, Any]], entry: Entry) -> Entry:
+        """The entry with "epsilon", without what the clients measured: that is not protected."""
+        spent = _finite(self.spent([*history, entry]))
+        rows = [_public(row) | spent for row in entry["clients"]]
+        return entry | {"clients": rows} | spent
+
+    def spent(self, history: Sequence[Mapping[str, Any]]) -> float:
+        """Epsilon of every client after these rounds."""
+        return epsilon(self.multiplier, self.rate, min(len(history), self.rounds), self.delta)
+
+
+def _public(row: Mapping[str, Any]) -> Entry:
+    """A row without what the client measured on its images, which is not protected."""
+    return {key: row[key] for key in _PUBLIC if key in row}
+
+
+def _finite(value: float) -> Entry:
+    """An entry; without noise epsilon is infinite, which JSON does not have."""
+    return {EPSILON: value} if math.isfinite(value) else {}
+
+
+# What a client disclosed, by its own account: passes by the answers that came from them.
+#
+# A server's ledger counts committed rounds, and the server must be trusted. A client that counts
+# its own answers need not trust it: every pass has its own sample and noise (their key depends on
+# the model it started from), so the steps of all passes add up, however often and by whatever
+# server they were requested. One pass must not have two outcomes: equal sums have equal noise
+# (`mechanism.add_noise`), so two answers from one sample would disclose WHETHER their sums differ,
+# which no noise hides. `conflict` detects that beforehand.
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Private steps on one stream of samples.
+
+    Attributes:
+        sample: fingerprint of the sample and its noise.
+        multiplier: z.
+        batches: of an epoch; every image is in a batch with probability 1 / batches.
+        steps: how many noisy sums were taken.
+    """
+
+    sample: str
+    multiplier: float
+    batches: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Release:
+    """One answer that came from private passes.
+
+    Attributes:
+        asked: fingerprint of all that the answer depends on: request, state, images.
+        output: fingerprint of the answer and the new state; "" = it failed.
+        sent: whether it left the client; otherwise it is in the client's own model.
+        passes: that it depends on.
+    """
+
+    asked: str
+    output: str
+    sent: bool
+    passes: tuple[Pass, ...]
+
+
+def conflict(releases: Iterable[Release], asked: str, sample: str) -> bool:
+    """Whether the sample was used for another request before."""
+    return any(
+        release.asked != asked and any(one.sample == sample for one in release.passes)
+        for release in releases
+    )
+
+
+def released_steps(releases: Iterable[Release]) -> Counter[tuple[float, float]]:
+    """Steps by (noise multiplier z, sampling rate q)."""
+    counted: Counter[tuple[float, float]] = Counter()
+    for release in releases:
+        for one in release.passes:
+            counted[one.multiplier, 1 / one.batches] += one.steps
+    return counted
+
+
+def released_epsilon(releases: Iterable[Release], delta: float) -> float:
+    """What all releases together spent of one image's privacy, as epsilon at this delta."""
+    return composed(released_steps(releases), delta)

@@ -1,4 +1,4 @@
-"""From what is asked for to a mechanism and its ledger, before the first round."""
+"""From a privacy budget to a mechanism and its ledger, before the first round."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from certifl.errors import SpecError
-from certifl.federated.privacy.accounting import noise_for, steps_per_epoch
+from certifl.federated.privacy.accounting import (
+    ClientLedger,
+    ExampleLedger,
+    noise_for,
+    steps_per_epoch,
+)
 from certifl.federated.privacy.client_level import ClientLevel
 from certifl.federated.privacy.compatibility import check_algorithm, epochs_per_round
 from certifl.federated.privacy.example_level import ExampleLevel
-from certifl.federated.privacy.ledger import ClientLedger, ExampleLedger
 from certifl.federated.training.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much privacy is asked for: a noise multiplier, or the epsilon that it must keep to.
+    """A privacy budget: a noise multiplier, or the epsilon that must not be exceeded.
 
     Attributes:
-        max_norm: length to which gradients (of images) or changes (of clients' models) are cut.
+        max_norm: norm to which gradients (of images) or changes (of clients' models) are clipped.
         delta: probability of the guarantee to fail.
-        noise_multiplier: noise in units of `max_norm`; None = found from `target_epsilon`.
-        target_epsilon: for all rounds of the schedule. Fine-tuning, which nobody else sees, comes
-            on top.
+        noise_multiplier: noise in units of `max_norm`; None = computed from `target_epsilon`.
+        target_epsilon: for all scheduled rounds. Fine-tuning, which nobody else sees, is extra.
     """
 
     max_norm: float
@@ -40,11 +43,11 @@ class Budget:
         return noise_for(self.target_epsilon, rate, steps, self.delta)
 
     def check_delta(self, records: int, of: str) -> None:
-        """Refuse a delta that would let one of the records be published."""
+        """Refuse a delta that permits publishing one of the records."""
         if self.delta * records >= 1:
             raise SpecError(
-                f"privacy.delta = {self.delta:g} promises nothing to {records} {of}: publishing "
-                f"one of them at random would keep it. Choose it well below 1 / {records}."
+                f"privacy.delta = {self.delta:g} guarantees nothing to {records} {of}: publishing "
+                f"one of them at random would satisfy it. Choose it well below 1 / {records}."
             )
 
 
@@ -61,14 +64,14 @@ def plan_examples(
     each its own epsilon, and one target gives each its own multiplier.
 
     Args:
-        budget: what is asked for.
+        budget: the privacy budget.
         algorithm: as described by `federated.describe`.
         schedule: of the rounds.
         sizes: number of training images of each client.
-        key: secret of the draws; another one for every training.
+        key: secret key of the draws; another one for every training.
 
     Raises:
-        SpecError: the algorithm, delta or target is not possible.
+        SpecError: the algorithm, delta or target is impossible.
     """
     check_algorithm(algorithm, "example")
     for size in sizes:
@@ -81,8 +84,8 @@ def plan_examples(
         budget.multiplier(rate, schedule.rounds * one)
         for rate, one in zip(rates, planned, strict=True)
     )
-    asked = budget.noise_multiplier
-    level = ExampleLevel(budget.max_norm, multipliers if asked is None else asked, key)
+    common = budget.noise_multiplier
+    level = ExampleLevel(budget.max_norm, multipliers if common is None else common, key)
     return level, ExampleLedger(rates, multipliers, planned, schedule.rounds, budget.delta)
 
 
@@ -97,15 +100,15 @@ def plan_clients(
     """Client-level privacy for so many clients.
 
     Args:
-        budget: what is asked for.
+        budget: the privacy budget.
         algorithm: as described by `federated.describe`.
         rounds: of the schedule.
         clients: how many there are.
         rate: probability of each to take part in a round.
-        key: secret of the draws; another one for every training.
+        key: secret key of the draws; another one for every training.
 
     Raises:
-        SpecError: the algorithm, delta or target is not possible.
+        SpecError: the algorithm, delta or target is impossible.
     """
     check_algorithm(algorithm, "client")
     budget.check_delta(clients, "clients")

@@ -5,8 +5,8 @@ moves the model that was broadcast by
 
     Delta = 1 / (q n) ( sum_{i drawn} clip_S(theta_i - theta_bar) + N(0, z^2 S^2 I) )
 
-with the fixed denominator q n: that of the clients that happened to be drawn would tell how many.
-The noise is added also where nobody was drawn.
+with the fixed denominator q n: the number of drawn clients would disclose participation. The noise
+is added also where no client was drawn.
 
 Source: McMahan, Ramage, Talwar, Zhang, Learning Differentially Private Recurrent Language Models,
 2018, Algorithm 1 with flat clipping, equal weights and the estimator f_f.
@@ -34,10 +34,10 @@ _SERVER = -1
 class ClientLevel:
     """Client-level differential privacy: the rule of aggregation, and who takes part.
 
-    One client more or less hardly changes the law of the models that the server sends out. It
-    holds against whoever sees those, all clients included, and not against the server, which sees
-    what each client sends. The algorithm is handed ONE update, the private average; what it makes
-    of that costs no further privacy.
+    One client more or less hardly changes the distribution of the models that the server sends
+    out. This holds against anyone who sees those, all clients included, but not against the
+    server, which sees what each client sends. The algorithm gets ONE update, the private average;
+    post-processing it costs no further privacy.
 
     Memory: one sum in float64.
 
@@ -46,7 +46,7 @@ class ClientLevel:
         noise_multiplier: z.
         rate: q, probability of each client to take part in a round.
         clients: n, how many there are; the number is public.
-        key: secret of the draws; whoever has it can take the noise away.
+        key: secret key of the draws; with it the noise can be removed.
     """
 
     max_norm: float
@@ -65,7 +65,7 @@ class ClientLevel:
         check_number("sampling_rate", self.rate, allowed, low=0, high=1, open_low=True)
 
     def described(self) -> dict[str, Any]:
-        """What a training that is gone on with must agree with; of the key, a digest."""
+        """What a resumed training must agree with; of the key, a digest."""
         return {
             "kind": self.kind,
             "max_norm": self.max_norm,
@@ -75,12 +75,12 @@ class ClientLevel:
         }
 
     def participants(self, round: int) -> list[int]:
-        """Who takes part in a round of the schedule: each with probability q, so maybe nobody."""
+        """The clients of a scheduled round: each with probability q, so possibly none."""
         drawn = streams.secret_generator(self.key, "private participation", round)
         return (drawn.random(self.clients) < self.rate).nonzero()[0].tolist()
 
     def check(self, participants: int) -> None:
-        """Any number of participants will do, also none."""
+        """Any number of participants is allowed, also none."""
 
     def __call__(self, broadcast: ServerState, updates: Iterable[Update]) -> Iterator[Update]:
         """One update in the server's name: the broadcast model, moved by the noisy average.
@@ -93,7 +93,7 @@ class ClientLevel:
         for update in updates:
             for name, change in self._clipped(update, start).items():
                 total[name] += change
-            del update  # or it would be held while the next one arrives
+            del update  # free it before the next one arrives
         std = self.noise_multiplier * self.max_norm
         noisy = add_noise(total, std, self.key, "round", broadcast.round)
         expected = self.rate * self.clients
@@ -104,11 +104,11 @@ class ClientLevel:
         yield Update(_SERVER, 1.0, model, {})
 
     def _clipped(self, update: Update, start: ModelState) -> ModelState:
-        """The change of one client's model, no longer than S; none where it is not finite."""
+        """The change of one client's model, clipped to S; none where it is not finite."""
         model = update.model
         if update.extra or model is None or model.keys() != start.keys():
             raise InputError(
-                f"Client {update.client} sent something else than the model that was broadcast, "
+                f"Client {update.client} sent something other than the model that was broadcast, "
                 'and privacy.kind = "client" protects nothing else: choose another algorithm.'
             )
         change = {n: model[n].to(torch.float64) - v.to(torch.float64) for n, v in start.items()}

@@ -1,4 +1,4 @@
-"""Which algorithms each kind of privacy has been argued through for, as their rows say it."""
+"""Which algorithms and networks each kind of privacy can be used with."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _NO_ROW = AlgorithmRow("", parameters(), "")
 
 
 def base_of(algorithm: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a description trains together: itself, or what `personalized` wraps."""
+    """The algorithm of the scheduled rounds: itself, or what `personalized` wraps."""
     row = ALGORITHMS.rows.get(algorithm["name"])
     return algorithm if row is None or row.wraps is None else algorithm[row.wraps]
 
 
 def row_of(algorithm: Mapping[str, Any]) -> AlgorithmRow:
-    """The row of what a description trains together; an algorithm without one has no privacy."""
+    """The row of the scheduled rounds' algorithm; one without a row has no privacy."""
     return ALGORITHMS.rows.get(base_of(algorithm)["name"], _NO_ROW)
 
 
 def sends_nothing(algorithm: Mapping[str, Any]) -> bool:
-    """Whether clients keep all they train to themselves."""
+    """Whether clients send nothing they train."""
     return row_of(algorithm).sends_nothing
 
 
@@ -64,7 +64,7 @@ def _reason(row: AlgorithmRow, kind: str) -> str | None:
 
 
 def epochs_per_round(algorithm: Mapping[str, Any], local_epochs: int) -> int:
-    """How many passes over its images a client takes in a round of the schedule.
+    """How many passes over its images a client takes in a scheduled round.
 
     Args:
         algorithm: as described by `federated.describe`; one that example level allows.
@@ -74,7 +74,7 @@ def epochs_per_round(algorithm: Mapping[str, Any], local_epochs: int) -> int:
 
 
 def finetuning_epochs(algorithm: Mapping[str, Any]) -> int:
-    """How many passes a client takes after the schedule, for a model that stays with it."""
+    """How many passes a client takes after the schedule, for its own model."""
     return algorithm["epochs"] if algorithm["name"] == "personalized" else 0
 
 
@@ -89,8 +89,8 @@ _ADVICE = (
 def check_network(model: nn.Module, kind: str) -> None:
     """Refuse networks whose state the mechanism would not protect.
 
-    Parameters are protected. BatchNorm is not: it mixes the images of a batch, so no image has a
-    gradient of its own to clip; and its running statistics are sums over images (example level)
+    Parameters are protected. BatchNorm is not: it mixes the images of a batch, so no image has its
+    own gradient to clip; and its running statistics are sums over images (example level)
     or a client's own averages (client level) that would be sent without clipping or noise.
 
     Args:
@@ -98,7 +98,7 @@ def check_network(model: nn.Module, kind: str) -> None:
         kind: "example" or "client".
 
     Raises:
-        ModelError: it has BatchNorm, a state beside its parameters, or (example level) layers that
+        ModelError: it has BatchNorm, buffers beside its parameters, or (example level) layers that
             write their result over their input.
         SpecError: opacus is not installed.
     """
@@ -106,7 +106,7 @@ def check_network(model: nn.Module, kind: str) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             reason = (
-                "mixes the images of a batch, so that no image has a gradient of its own"
+                "mixes the images of a batch, so that no image has its own gradient"
                 if kind == "example"
                 else "has running statistics that would be averaged without protection"
             )
@@ -125,10 +125,12 @@ def check_network(model: nn.Module, kind: str) -> None:
 
 
 def _check_in_place(model: nn.Module) -> None:
-    """Refuse `inplace=True`: gradients of single images follow from what it would write over."""
-    found = {n: m for n, m in model.named_modules() if getattr(m, "inplace", False) is True}
-    if found:
-        layers = ", ".join(f"{name} ({type(layer).__name__})" for name, layer in found.items())
+    """Refuse `inplace=True`: gradients of single images need what it would overwrite."""
+    overwriting = {n: m for n, m in model.named_modules() if getattr(m, "inplace", False) is True}
+    if overwriting:
+        layers = ", ".join(
+            f"{name} ({type(layer).__name__})" for name, layer in overwriting.items()
+        )
         raise ModelError(
             'privacy.kind = "example" needs the output of each layer as it was, and these write '
             f"over it: {layers}. Build them with inplace=False."

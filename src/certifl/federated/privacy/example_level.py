@@ -1,12 +1,12 @@
-"""Privacy of every image: a client's own stochastic gradient descent with clipping and noise.
+"""Privacy of every image: stochastic gradient descent with clipping and noise on the client.
 
 One step draws every image with probability q, clips each image's gradient to length C, sums, and
 moves along
 
     g = 1 / (q n) ( sum_{j drawn} clip_C(grad l_j) + N(0, z^2 C^2 I) ).
 
-Everything that comes later (hooks, weight decay, momentum, what the server does) is a function of
-such noisy sums and costs no further privacy.
+Everything after it (hooks, weight decay, momentum, the server) is post-processing of such noisy
+sums and costs no further privacy.
 
 Source: Abadi et al., Deep Learning with Differential Privacy, 2016, Algorithm 1; the fixed
 denominator q n as in opacus.
@@ -40,19 +40,19 @@ NO_SECOND_GRADIENT = (
 
 @dataclass(frozen=True)
 class ExampleLevel:
-    """Example-level differential privacy: one image replaced by nothing hardly shows.
+    """Example-level differential privacy, with zero-out adjacency.
 
-    The law of everything that a client sends hardly depends on any one of its images. It holds
-    against everybody, the server included, for the noise is added by the client. Two datasets are
-    neighbors if one image of the one is replaced by nothing in the other: its place stays, is
-    drawn as before, and adds nothing to the sum. The number of images is public and the same in
-    both, for it sets the sampling rate and what sums are divided by.
+    The distribution of everything that a client sends hardly depends on any one of its images.
+    This holds against everyone, the server included, since the client adds the noise. Two datasets
+    are neighbors if one image of the one is replaced by nothing in the other: its position stays,
+    is drawn as before, and adds nothing to the sum. The number of images is public and the same in
+    both, since it determines the sampling rate and the denominator.
 
     Attributes:
         max_norm: C, the length to which each image's gradient is clipped.
         noise_multiplier: z, one for all clients, or one for each.
-        key: secret of the draws; whoever has it can take the noise away.
-        watch: is told of all passes before they look at an image, and may refuse them by raising.
+        key: secret key of the draws; with it the noise can be removed.
+        watch: called before passes use an image; may refuse them by raising.
     """
 
     max_norm: float
@@ -69,13 +69,13 @@ class ExampleLevel:
             check_number("noise_multiplier", value, "a number from 0", low=0)
 
     def multiplier(self, client: int) -> float:
-        """Of one client: z."""
+        """The noise multiplier z of a client."""
         if isinstance(self.noise_multiplier, tuple):
             return self.noise_multiplier[client]
         return float(self.noise_multiplier)
 
     def described(self) -> dict[str, Any]:
-        """What a training that is gone on with must agree with; of the key, a digest."""
+        """What a resumed training must agree with; of the key, a digest."""
         return {
             "kind": self.kind,
             "max_norm": self.max_norm,
@@ -88,16 +88,15 @@ class ExampleLevel:
     ) -> PrivatePasses:
         """The draws and the mechanism for one client's passes of a round.
 
-        Two passes over the images in one round must differ in their beginning or their names, to
-        have samples of their own.
+        Two passes in one round must differ in `start` or `names`, to have different samples.
         """
         key = derived_key(self.key, data.client, round, names, fingerprint(start))
         steps = steps_per_epoch(len(data), batch_size)
         multiplier = self.multiplier(data.client)
-        made = PrivatePasses(len(data), steps, self.max_norm, multiplier * self.max_norm, key)
+        passes = PrivatePasses(len(data), steps, self.max_norm, multiplier * self.max_norm, key)
         if self.watch is not None:
-            self.watch(derived_key(key, "name").hex(), multiplier, made)
-        return made
+            self.watch(derived_key(key, "name").hex(), multiplier, passes)
+        return passes
 
 
 class PrivatePasses:
@@ -108,7 +107,7 @@ class PrivatePasses:
         steps: of an epoch; every image is in a batch with probability 1 / steps.
         max_norm: C.
         std: of the noise on every coordinate of a sum, z C.
-        key: secret of these passes.
+        key: secret key of these passes.
     """
 
     def __init__(self, images: int, steps: int, max_norm: float, std: float, key: bytes) -> None:
@@ -126,11 +125,11 @@ class PrivatePasses:
 
     @property
     def sums(self) -> int:
-        """How many noisy sums were taken so far."""
+        """Number of noisy sums so far."""
         return self._sums
 
     def metrics(self) -> dict[str, float]:
-        """What may be told: how many noisy sums were taken. Loss and accuracy may not."""
+        """The public metrics: how many noisy sums were taken. Loss and accuracy are private."""
         return {"private_steps": self._sums}
 
     def noisy_gradient(
@@ -154,15 +153,15 @@ class PrivatePasses:
 
 
 Watch = Callable[[str, float, PrivatePasses], None]
-"""Called with the name of the passes' draws (which tells nothing of their key), z, and the passes.
-Passes of one name have one sample, and one noise for equal sums."""
+"""Called with an identifier of the passes' draws (which does not disclose their key), z, and the
+passes. Passes with the same identifier have the same sample, and the same noise for equal sums."""
 
 
-class PrivateBench(StepContext):
-    """A bench whose gradients are clipped per image and noisy; all else is as without privacy.
+class PrivateStepContext(StepContext):
+    """A `StepContext` whose gradients are clipped per image and noisy; all else is the same.
 
     Args:
-        model, parameters, optimizer, objective, hook: as of `Bench`.
+        model, parameters, optimizer, objective, hook: as of `StepContext`.
         passes: the mechanism.
     """
 
@@ -178,7 +177,7 @@ class PrivateBench(StepContext):
         super().__init__(model, parameters, optimizer, objective, hook)
         self._passes = passes
 
-    def gradients(self, batch: Batch) -> Outcome:
+    def compute_gradients(self, batch: Batch) -> Outcome:
         """Put the noisy gradient into `.grad`, also where the batch is empty.
 
         The outcome is of the images as they are; it must not be sent.

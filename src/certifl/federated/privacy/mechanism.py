@@ -1,8 +1,8 @@
-"""Every image's own gradient, clipped to one length, summed.
+"""The mechanism: per-image gradients, clipped and summed, and the noise on a sum.
 
 `Augmented` sees every image of a batch once, so one backward pass of the whole batch gives all
 gradients (opacus's hooks). Other objectives may pass several copies of an image through the
-network; there every image makes a batch of one, which is right for all of them and slow.
+network; there every image is a batch of one, which is always correct and slow.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from certifl import rng as streams
-from certifl.errors import ModelError
+from certifl.errors import ModelError, first_line
 from certifl.federated.objectives import Augmented, Objective
 from certifl.federated.privacy.accounting import grad_sample
 from certifl.federated.training.batches import Batch
@@ -26,7 +26,7 @@ from certifl.module_copies import copy_of
 Gradients = dict[str, torch.Tensor]
 
 _NUMBERS_AT_ONCE = 1 << 26  # of gradients per image, 256 MiB
-_TINY = 1e-6  # as in opacus: no division by zero, and a length a little below the norm
+_TINY = 1e-6  # as in opacus: no division by zero, and a length slightly below the norm
 
 
 def clipped_sum(
@@ -38,19 +38,19 @@ def clipped_sum(
 ) -> tuple[Gradients, Outcome]:
     """sum_j g_j min(1, C / ||g_j||), g_j the gradient of image j over all parameters together.
 
-    One image replaced by nothing changes the sum by at most C, whatever the image is: a gradient
-    that is not finite counts as zero.
+    Replacing one image by nothing changes the sum by at most C: a gradient that is not finite
+    counts as zero.
 
     Args:
         model: in training mode; its `.grad` are cleared.
         parameters: the trainable ones, by name.
         objective: the loss of a batch.
-        batch: m images; there may be none.
+        batch: m images, m >= 0.
         max_norm: C; infinity = no clipping.
 
     Returns:
         The sum by parameter, and how the batch went; a loss that is not finite counts as zero, or
-        one image could make the training fail, which others see.
+        one image could make the training fail visibly.
     """
     some = next(iter(parameters.values()))
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
@@ -63,10 +63,10 @@ def clipped_sum(
 
 
 def try_clipping(model: nn.Module, image_shape: tuple[int, int, int]) -> None:
-    """Take the gradients of two blank images, to find out before the first round what cannot be.
+    """Take the gradients of two blank images: detects impossible networks before training.
 
     Args:
-        model: stays as it is.
+        model: not changed.
         image_shape: (c, h, w).
 
     Raises:
@@ -100,7 +100,7 @@ def _per_image(
     objective: Objective,
     batch: Batch,
 ) -> Iterator[tuple[Gradients, Outcome]]:
-    """Gradients (m', ...) of so many images at a time as memory allows."""
+    """Gradients (m', ...) of as many images at a time as memory allows."""
     numbers = sum(parameter.numel() for parameter in parameters.values())
     together = isinstance(objective, Augmented)
     size = max(1, _NUMBERS_AT_ONCE // numbers) if together else 1
@@ -124,14 +124,14 @@ def _of_batch(
     try:
         loss, logits = objective(model, batch)
         loss.backward()
-        found = {n: getattr(p, "grad_sample", None) for n, p in parameters.items()}
-        gradients = {name: value for name, value in found.items() if value is not None}
+        per_parameter = {n: getattr(p, "grad_sample", None) for n, p in parameters.items()}
+        gradients = {name: value for name, value in per_parameter.items() if value is not None}
     except RuntimeError as error:
         if "inplace" not in str(error):
             raise
         raise ModelError(
             'privacy.kind = "example" needs the output of each layer as it was, and the network '
-            f"writes over one ({str(error).splitlines()[0]}). Leave operations such as x += y, "
+            f"overwrites one ({first_line(error)}). Leave operations such as x += y, "
             "x.relu_() and inplace=True out of its forward."
         ) from error
     finally:
@@ -146,10 +146,10 @@ def _of_one(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], objective: Objective, batch: Batch
 ) -> tuple[Gradients, Outcome]:
     loss, logits = objective(model, batch)
-    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    per_parameter = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     gradients = {
         name: value[None]
-        for name, value in zip(parameters, found, strict=True)
+        for name, value in zip(parameters, per_parameter, strict=True)
         if value is not None
     }
     return gradients, _outcome(loss, logits, batch)
@@ -162,25 +162,21 @@ def _outcome(loss: torch.Tensor, logits: torch.Tensor, batch: Batch) -> Outcome:
         return Outcome(total, (logits.argmax(1) == batch.labels).sum())
 
 
-# Noise that repeats with the same sum and never serves two different ones.
+# Noise that repeats with the same sum and is never used for two different ones.
 #
 # A resumed training must repeat an interrupted one bit for bit, so the noise cannot be drawn
-# afresh.
-# But the same noise on two different sums would cancel in their difference and leave the images
-# bare. Noise is therefore a function of (secret key, names, THE SUM ITSELF): a step that is
-# repeated
-# releases the same bits again and reveals nothing new; any other sum, by another client that
-# failed
-# in between or another learning rate, gets noise of its own. It is the idea of deterministic
-# nonces
-# in signatures (RFC 6979).
+# anew. But the same noise on two different sums would cancel in their difference and expose the
+# images. Noise is therefore a function of (secret key, names, THE SUM ITSELF): a repeated step
+# releases the same bits again and discloses nothing new; any other sum, after a failure or with
+# another learning rate, gets its own noise. This is the idea of deterministic nonces in signatures
+# (RFC 6979).
 
 
 _KEY_BYTES = 32
 
 
 def derived_key(secret: bytes, *names: int | str) -> bytes:
-    """A key for one purpose from a secret; it tells nothing about keys for other purposes."""
+    """A key for one purpose from a secret; it discloses nothing about other keys."""
     text = "\x1f".join(map(str, names)).encode()
     shortened = hashlib.blake2b(secret, digest_size=_KEY_BYTES).digest()
     return hashlib.blake2b(text, key=shortened, digest_size=_KEY_BYTES).digest()
@@ -194,7 +190,7 @@ def add_noise(
     Args:
         sums: by name, any floating dtype and device; they are not changed.
         std: standard deviation of the noise; 0 = none.
-        key: whoever knows it can take the noise away again.
+        key: with it the noise can be removed.
         names: of the release; the noise depends on them and on the bytes of the sums.
     """
     if std == 0:

@@ -1,4 +1,4 @@
-"""The stream of training batches of one client in one round, drawn on the device."""
+"""Training batches of one client in one round, prepared on the device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Positions = Callable[[torch.device], Iterator[torch.Tensor]]
 
 
 class Augmentation(Protocol):
-    """What training needs of a perturbation: draw parameters, apply them (`perturbations`)."""
+    """A perturbation as training uses it: sample parameters and apply them."""
 
     def sample(
         self, n: int, image_shape: tuple[int, int, int], generator: torch.Generator
@@ -38,7 +38,7 @@ class Batch:
         images: float32 (m, c, h, w) in [0, 1], not perturbed yet.
         labels: int64 (m,).
         augmentation: the perturbation; None = none.
-        noise: the generator its parameters are drawn from, one sample after the other.
+        noise: generator of the parameters.
     """
 
     images: torch.Tensor
@@ -50,11 +50,11 @@ class Batch:
         return len(self.labels)
 
     def part(self, start: int, stop: int) -> Batch:
-        """Some of its images; the parts draw from one generator, one after the other."""
+        """Some of its images; parts share one generator."""
         return replace(self, images=self.images[start:stop], labels=self.labels[start:stop])
 
     def again(self) -> Batch:
-        """The same batch a second time: what is drawn for one is drawn for the other."""
+        """The same batch with a copy of the generator: both draw the same parameters."""
         return replace(self, noise=self.noise.clone_state())
 
     @torch.no_grad()
@@ -67,14 +67,14 @@ class Batch:
         return self.augmentation.sample(len(self.images), shape, self.noise)
 
     def applied(self, params: torch.Tensor | None) -> torch.Tensor:
-        """The images under these parameters, in memory of their own; gradients flow through both.
+        """The images under these parameters, never `images` itself; differentiable in both.
 
-        The batch may be looked at again, and a network may write into what it is given.
+        A copy, since a network may modify its input in place and the batch is used again.
         """
         if self.augmentation is None or params is None:
             return self.images.clone()
-        made = self.augmentation.apply(self.images, params)
-        return made.clone() if made is self.images else made
+        images = self.augmentation.apply(self.images, params)
+        return images.clone() if images is self.images else images
 
     @torch.no_grad()
     def draw(self) -> torch.Tensor:
@@ -83,11 +83,10 @@ class Batch:
 
 
 def batch_bounds(images: int, batch_size: int) -> list[tuple[int, int]]:
-    """Where the batches of an epoch begin and end; the last may be smaller.
+    """(start, stop) of the batches of an epoch; the last may be smaller.
 
-    A single image left over joins the batch before it (unless batches are of one image anyway),
-    because BatchNorm cannot normalise a batch of one. This holds for every network, so that two
-    architectures see the same batches.
+    A single remaining image joins the batch before it (unless batch_size = 1), because BatchNorm
+    cannot normalize a batch of one; for every network, so that all see the same batches.
     """
     starts = list(range(0, images, batch_size))
     if batch_size > 1 and len(starts) > 1 and images - starts[-1] == 1:
@@ -96,13 +95,13 @@ def batch_bounds(images: int, batch_size: int) -> list[tuple[int, int]]:
 
 
 class BatchStream:
-    """Shuffled batches; their generators go on from epoch to epoch within the round.
+    """Shuffled batches of a round's epochs.
 
-    Three streams, derived from (seed, purpose, client, round), so that switching one on or off
-    leaves the others as they are: "shuffle" (one permutation per epoch), "flip-crop", and
-    "augmentation" (one sample of the perturbation per image and step). `stream` names a set of
-    its own, for an algorithm that passes over the images twice in a round. Where `positions` are
-    given (privacy draws its own batches, which may be empty), nothing is shuffled.
+    Three generators, derived from (seed, purpose, client, round), so that switching one on or off
+    does not change the others: "shuffle" (one permutation per epoch), "flip-crop", and
+    "augmentation" (one sample of the perturbation per image and step). The prefix `stream` gives a
+    second training in the same round its own. With `positions` (privacy draws its own batches,
+    which may be empty), nothing is shuffled.
     """
 
     def __init__(
@@ -138,7 +137,7 @@ class BatchStream:
         return len(self._bounds)
 
     def epoch(self) -> Iterator[Batch]:
-        """One pass: batches of images in [0, 1] (before the perturbation) and their labels."""
+        """One epoch: batches of images in [0, 1] (before the perturbation) and their labels."""
         for chosen in self._positions(self._images.device):
             images = self._prepared(self._images[chosen])
             yield Batch(images, self._labels[chosen], self._augmentation, self._noise)
@@ -174,12 +173,11 @@ def _random_crop(images: torch.Tensor, margin: int, generator: torch.Generator) 
     return cut.permute(0, 3, 1, 2).contiguous()
 
 
-# Which perturbation augments which client: one for all, or each client's own.
+# Augmentation: one for all clients, or one per client.
 #
 # "Different clients could target robustness against different transformations or, in the extreme
 # case, some clients could disregard robustness entirely and simply target accuracy" (the paper,
-# section 4.2). Nothing else of a client's training depends on the choice: random streams are named
-# by client, round and purpose, so order and draws are those it would have if all trained alike.
+# section 4.2). Nothing else in a client's training depends on the choice.
 
 
 _A = TypeVar("_A", bound=Augmentation)
@@ -187,34 +185,34 @@ _A = TypeVar("_A", bound=Augmentation)
 
 @dataclass(frozen=True)
 class PerClient:
-    """Every client's own augmentation.
+    """One augmentation per client.
 
     Attributes:
-        choices: by client, from client 0; None = that client trains on images as they are.
+        choices: by client, from client 0; None = no augmentation.
     """
 
     choices: tuple[Augmentation | None, ...]
 
     def of(self, client: int) -> Augmentation | None:
-        """What augments one client's training.
+        """The augmentation of one client.
 
         Raises:
-            InputError: there is no such client.
+            InputError: no such client.
         """
         if not 0 <= client < len(self.choices):
             raise InputError(
-                f"Augmentations were chosen for {len(self.choices)} clients, counted from 0; "
-                f"client {client} is none of them."
+                f"Augmentations are given for {len(self.choices)} clients, counted from 0; "
+                f"client {client} has none."
             )
         return self.choices[client]
 
 
 def augmentation_of(choice: Augmentation | PerClient | None, client: int) -> Augmentation | None:
-    """What augments one client's training, where that may be its own or the same for all."""
+    """The augmentation of one client, from one for all or one per client."""
     return choice.of(client) if isinstance(choice, PerClient) else choice
 
 
-def together(choices: Sequence[_A | None]) -> _A | PerClient | None:
-    """The one augmentation that all clients have, or each client's own."""
+def combine_augmentations(choices: Sequence[_A | None]) -> _A | PerClient | None:
+    """One augmentation if all clients have the same, else `PerClient`."""
     first = choices[0]
     return first if all(choice == first for choice in choices) else PerClient(tuple(choices))

@@ -1,6 +1,6 @@
-"""Arithmetic on many tensors at once: on a GPU one launch for all, as in torch.optim.SGD there.
+"""Arithmetic on lists of tensors: one kernel launch on a GPU, as in torch.optim.SGD.
 
-Every tensor gets the operations that it would get alone, so the bits are the same.
+The results are the same bits as tensor by tensor.
 """
 
 from __future__ import annotations
@@ -10,35 +10,37 @@ from typing import Any
 
 import torch
 
-Tensors = Sequence[torch.Tensor]
-
 # torch has no public name for operations on lists. They refuse empty ones.
 _lists: Any = torch
 
 
-def scale(values: Tensors, factor: float) -> None:
-    """Every value becomes factor times itself, in place."""
+def scale(values: Sequence[torch.Tensor], factor: float) -> None:
+    """Multiply every value by factor, in place."""
     if values:
         _lists._foreach_mul_(values, factor)
 
 
-def add(values: Tensors, others: Tensors, factor: float = 1) -> None:
-    """Every value becomes value + factor times other, in place."""
+def add(values: Sequence[torch.Tensor], others: Sequence[torch.Tensor], factor: float = 1) -> None:
+    """Add factor times other to every value, in place."""
     if values:
         _lists._foreach_add_(values, others, alpha=factor)
 
 
-def sums(values: Tensors, others: Tensors, factor: float = 1) -> list[torch.Tensor]:
+def sums(
+    values: Sequence[torch.Tensor], others: Sequence[torch.Tensor], factor: float = 1
+) -> list[torch.Tensor]:
     """Of each pair: value + factor times other."""
     return list(_lists._foreach_add(values, others, alpha=factor)) if values else []
 
 
-def differences(values: Tensors, others: Tensors) -> list[torch.Tensor]:
+def differences(
+    values: Sequence[torch.Tensor], others: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
     """Of each pair: value - other."""
     return list(_lists._foreach_sub(values, others)) if values else []
 
 
-def copy(places: Tensors, values: Tensors) -> None:
-    """Every value is put where its place is."""
-    if places:
-        _lists._foreach_copy_(places, values)
+def copy(targets: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """Copy every value into its target."""
+    if targets:
+        _lists._foreach_copy_(targets, values)

@@ -1,9 +1,9 @@
-"""One client's passes over its own images: SGD over a stream of batches.
+"""Local training of one client: epochs of SGD over its own images.
 
-Every random choice comes from a generator derived from (seed, purpose, client, round), so a
-client's round is a pure function of what it starts from: no order of clients, no interruption and
-no global generator can change it. Images stay uint8 on the device; shuffling, flipping, cropping
-and perturbing happen there, and nothing is brought back to the host within an epoch.
+All randomness comes from generators derived from (seed, purpose, client, round), so a client's
+round is a pure function of its inputs: the order of clients, interruptions and the global
+generator do not change it. Images stay uint8 on the device; they are shuffled, flipped, cropped
+and perturbed there, and nothing is copied to the host within an epoch.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from certifl.federated.privacy.compatibility import check_network
 from certifl.federated.privacy.example_level import (
     NO_SECOND_GRADIENT,
     ExampleLevel,
-    PrivateBench,
     PrivatePasses,
+    PrivateStepContext,
 )
 from certifl.federated.states import ClientData, ModelState, Parts
 from certifl.federated.training.batches import (
@@ -33,9 +33,17 @@ from certifl.federated.training.batches import (
     PerClient,
     augmentation_of,
 )
-from certifl.federated.training.precision import TRAINING_PRECISIONS, InBfloat16, own_randomness
 from certifl.federated.training.schedule import Schedule
-from certifl.federated.training.steps import GradientHook, Outcome, Step, StepContext, plain_step
+from certifl.federated.training.steps import (
+    TRAINING_PRECISIONS,
+    GradientHook,
+    InBfloat16,
+    Outcome,
+    Step,
+    StepContext,
+    isolated_rng,
+    plain_step,
+)
 from certifl.models import state_of
 from certifl.module_copies import copy_of
 from certifl.registry import check_choice
@@ -45,13 +53,13 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Trained:
-    """What a client's passes give.
+    """The result of a client's local training.
 
     Attributes:
         state: the trained model.
         momentum: SGD's buffers by parameter name; empty unless the schedule keeps them.
-        metrics: "loss" (mean) and "accuracy" over all images seen in training mode. Neither is
-            protected: with privacy there is only the number of noisy steps.
+        metrics: "loss" (mean) and "accuracy" in training mode. Neither is protected: with privacy
+            only the number of noisy steps is reported.
     """
 
     state: ModelState
@@ -59,14 +67,14 @@ class Trained:
     metrics: dict[str, float]
 
     @property
-    def kept(self) -> Parts:
-        """The parts of a client's state that the optimiser asks for: momentum, or nothing."""
+    def momentum_part(self) -> Parts:
+        """The momentum buffers as a part of a client's state; no part where there are none."""
         return {"momentum": self.momentum} if self.momentum else {}
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Learning rate of each epoch, and what else differs from pass to pass."""
+    """Learning rate of each epoch, and the other settings of one local training."""
 
     rates: tuple[float, ...]
     weight_decay: float
@@ -80,12 +88,12 @@ class _Plan:
 
     @property
     def names(self) -> str:
-        """What sets these passes apart from others of the same round and beginning."""
+        """Distinguishes this training from others of the same round and initial model."""
         kind = (self.hook is not None, self.step is plain_step)
         return repr((self.stream, self.rates, self.steps, self.weight_decay, kind))
 
     def pieces(self, batches: int) -> list[tuple[float, int]]:
-        """Learning rate and number of batches of each pass over images of so many batches."""
+        """(learning rate, number of batches) of each epoch of `batches` batches."""
         if self.steps is None:
             return [(rate, batches) for rate in self.rates]
         whole, rest = divmod(self.steps, batches)
@@ -93,28 +101,27 @@ class _Plan:
 
 
 class LocalTraining:
-    """Everything a client's half needs besides states and data; the same object for all clients.
+    """Trains clients; one object for all of them.
 
-    It holds one model object and reuses it for every client: whatever a client trains is loaded
-    into it first and copied out of it afterwards, so the memory of a federation does not grow with
-    its clients.
+    It reuses one model object: a client's model is loaded into it and copied out afterwards, so
+    memory does not grow with the number of clients.
 
     Args:
         model: the architecture; a copy of it is used, its weights do not matter.
-        schedule: rounds, epochs and optimiser.
+        schedule: rounds, epochs and optimizer.
         seed: all random streams are derived from it.
         augmentation: perturbation sampled once per image and step in the schedule's rounds (the
-            one-sample estimate of Eq. 3), or every client's own; None = none.
-        finetuning_augmentation: the same for personalisation, which may differ; None = none.
-        objective: what is minimised on a batch; the paper's Eq. (3) unless told otherwise.
-        privacy: makes every client's gradients noisy and its batches random in size; None = none.
-        device: where the passes run.
+            one-sample estimate of Eq. 3), or one per client; None = none.
+        finetuning_augmentation: the same for personalization; None = none.
+        objective: the loss of a batch; default: the paper's Eq. (3).
+        privacy: noisy gradients and batches of random size; None = none.
+        device: where training runs.
         precision: a name in `TRAINING_PRECISIONS`.
 
     Raises:
-        ModelError: the model has nothing to train, cannot be copied, needs larger batches, or
-            cannot be trained with privacy.
-        SpecError: an unknown precision, or privacy with another one than float32.
+        ModelError: the model has no trainable parameter, cannot be copied, needs larger batches,
+            or cannot be trained with privacy.
+        SpecError: an unknown precision, or privacy with another precision than float32.
     """
 
     def __init__(
@@ -154,12 +161,12 @@ class LocalTraining:
                 "The model has no parameter that requires a gradient: nothing to train."
             )
         if precision == "bfloat16":
-            # What is fast in it; the order of a tensor in memory is not part of its state.
+            # Faster; the memory format is not part of a state.
             self._model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     @property
     def network(self) -> nn.Module:
-        """The network that is trained, to look at its layers: its weights do not matter."""
+        """The network that is trained, for its layers; its weights are arbitrary."""
         return self._model
 
     @property
@@ -167,7 +174,7 @@ class LocalTraining:
         """Names of the weights that are trained."""
         return tuple(self._trainable)
 
-    def passes(
+    def train_epochs(
         self,
         start: ModelState,
         data: ClientData,
@@ -182,24 +189,24 @@ class LocalTraining:
         epochs: int | None = None,
         steps: int | None = None,
     ) -> Trained:
-        """The schedule's passes of one round, from `start`; arguments are not changed.
+        """The schedule's epochs of one round, from `start`; arguments are not changed.
 
         Args:
-            start: the model to start from.
+            start: the initial model.
             data: the client's images.
             round: communication round, from 0; sets the learning rates and the random streams.
-            momentum: buffers the client kept; ignored where the schedule resets them.
+            momentum: the client's buffers; ignored if the schedule resets them.
             hook: changes gradients before each step.
             weight_decay: instead of the schedule's.
-            step: what is done with each batch; None = gradient, hook, optimiser.
-            stream: names random streams of its own, where one round passes over the images twice.
+            step: what is done with each batch; None = gradient, hook, optimizer step.
+            stream: prefix of the random streams, for a second training in one round.
             lr_factor: multiplies the schedule's learning rates.
-            epochs: passes instead of the schedule's, at the learning rate of the round's first.
-            steps: batches instead of passes, from 1, at the learning rate of the round's first.
+            epochs: instead of the schedule's, at the learning rate of the round's first.
+            steps: number of batches instead of epochs, at the learning rate of the round's first.
 
         Raises:
             TrainingDiverged: the loss or the weights stopped being finite.
-            ModelError: the model normalises over batches, and the client has one image.
+            ModelError: the model normalizes over batches, and the client has one image.
         """
         schedule = self.schedule
         first = round * schedule.local_epochs
@@ -221,13 +228,13 @@ class LocalTraining:
     def finetune(
         self, start: ModelState, data: ClientData, round: int, *, epochs: int, lr: float | None
     ) -> Trained:
-        """Passes of personalisation: its own augmentation, a constant rate, fresh momentum.
+        """Fine-tuning: its own augmentation, a constant learning rate, fresh momentum.
 
         Args:
-            start: the model to start from.
+            start: the initial model.
             data: the client's images.
             round: number of the round, for the random streams.
-            epochs: passes over the images.
+            epochs: over the client's images.
             lr: learning rate; None = that of the schedule's last epoch.
         """
         schedule = self.schedule
@@ -235,21 +242,21 @@ class LocalTraining:
         plan = _Plan((rate,) * epochs, schedule.weight_decay, self.finetuning_augmentation)
         return self._train(start, data, round, plan)
 
-    def beside(
+    def second_model(
         self, start: ModelState, *, momentum: ModelState | None = None, weight_decay: float
     ) -> StepContext:
-        """A second model under training, with an optimiser of its own, for steps that move two.
+        """A second model with its own optimizer, for steps that train two models.
 
-        It lives as long as the caller keeps it. Its learning rate is the schedule's first until
-        the caller sets another; `concluded` tells what has become of it.
+        Its learning rate is the schedule's first until the caller sets another; `result_of` reads
+        the trained model.
 
         Args:
-            start: the model to start from.
-            momentum: buffers the client kept; ignored where the schedule resets them.
-            weight_decay: of its optimiser.
+            start: the initial model.
+            momentum: the client's buffers; ignored if the schedule resets them.
+            weight_decay: of its optimizer.
 
         Raises:
-            SpecError: with privacy, whose noise a second model would not have.
+            SpecError: with privacy, which protects one model only.
         """
         if self.privacy is not None:
             raise SpecError(NO_SECOND_GRADIENT)
@@ -259,20 +266,22 @@ class LocalTraining:
         plan = _Plan((self.schedule.lr,), weight_decay, None, momentum=kept)
         parameters = _trainable(model)
         return StepContext(
-            model, parameters, self._optimizer(parameters, plan), self._judge(), None
+            model, parameters, self._optimizer(parameters, plan), self._loss(), None
         )
 
-    def concluded(self, bench: StepContext, client: int, round: int) -> Trained:
-        """What a bench holds: model, and momentum where the schedule keeps it; no metrics.
+    def result_of(self, context: StepContext, client: int, round: int) -> Trained:
+        """Model and momentum of a second model; no metrics.
 
         Raises:
             TrainingDiverged: a weight is not finite.
         """
-        state = _finite_state(bench.model, client, round)
-        return Trained(state, bench.momentum() if self.schedule.keeps_momentum else {}, {})
+        state = _finite_state(context.model, client, round)
+        return Trained(
+            state, context.momentum_buffers() if self.schedule.keeps_momentum else {}, {}
+        )
 
     def on_device(self, state: ModelState) -> ModelState:
-        """A state's tensors where the passes run, for gradient hooks."""
+        """A state on the training device, for gradient hooks."""
         return {name: value.to(self.device) for name, value in state.items()}
 
     def _train(self, start: ModelState, data: ClientData, round: int, plan: _Plan) -> Trained:
@@ -297,46 +306,46 @@ class LocalTraining:
             positions=None if private is None else private.positions,
         )
         seed = streams.derive_seed(self.seed, plan.stream + "model", data.client, round)
-        with own_randomness(self.device, seed):
+        with isolated_rng(self.device, seed):
             self._model.load_state_dict(start)
             optimizer = self._optimizer(self._trainable, plan)
-            bench = self._bench(optimizer, plan, private)
+            context = self._context(optimizer, plan, private)
             sums = [
-                self._epoch(bench, stream, rate, batches, plan.step, round)
+                self._epoch(context, stream, rate, batches, plan.step, round)
                 for rate, batches in plan.pieces(len(stream))
             ]
             state = _finite_state(self._model, data.client, round)
         metrics = _metrics(sums) if private is None else private.metrics()
-        return Trained(state, bench.momentum() if plan.keep else {}, metrics)
+        return Trained(state, context.momentum_buffers() if plan.keep else {}, metrics)
 
-    def _judge(self) -> Objective:
-        """The objective in the arithmetic of this training."""
+    def _loss(self) -> Objective:
+        """The objective in this training's precision."""
         return InBfloat16(self.objective) if self.precision == "bfloat16" else self.objective
 
-    def _bench(
+    def _context(
         self, optimizer: torch.optim.Optimizer, plan: _Plan, private: PrivatePasses | None
     ) -> StepContext:
-        what = self._model, self._trainable, optimizer, self._judge(), plan.hook
-        return StepContext(*what) if private is None else PrivateBench(*what, private)
+        common = self._model, self._trainable, optimizer, self._loss(), plan.hook
+        return StepContext(*common) if private is None else PrivateStepContext(*common, private)
 
     def _epoch(
         self,
-        bench: StepContext,
+        context: StepContext,
         stream: BatchStream,
         rate: float,
         batches: int,
         step: Step,
         round: int,
     ) -> tuple[float, float, int]:
-        """Steps over the first batches of a pass: summed loss, correct predictions, images."""
-        bench.rate = rate
+        """One epoch, up to `batches` batches: summed loss, correct predictions, images."""
+        context.lr = rate
         outcomes: list[Outcome] = []
         images = 0
         for batch in itertools.islice(stream.epoch(), batches):
-            outcomes.append(step(bench, batch))
-            judged = outcomes[-1].images
-            images += len(batch) if judged is None else judged
-        # The epoch's only transfer to the host.
+            outcomes.append(step(context, batch))
+            counted = outcomes[-1].images
+            images += len(batch) if counted is None else counted
+        # The epoch's only copy to the host.
         total = math.fsum(torch.stack([outcome.loss for outcome in outcomes]).tolist())
         if not math.isfinite(total):
             raise TrainingDiverged(stream.client, round, f"the loss became {total}")
@@ -367,10 +376,9 @@ def _training(model: nn.Module) -> nn.Module:
 
 
 def check_images(model: nn.Module, sizes: Mapping[int, int]) -> None:
-    """Refuse clients with one image for a network that normalises over batches.
+    """Refuse clients with one image for a network with BatchNorm.
 
-    With the statistics of a single image BatchNorm fails, where one pixel is left of it, or learns
-    from nothing but that image; such a client would stay untrained and be certified all the same.
+    BatchNorm fails on one image of one pixel, and otherwise normalizes the image by itself.
 
     Args:
         model: the network.
@@ -393,7 +401,7 @@ def check_images(model: nn.Module, sizes: Mapping[int, int]) -> None:
 
 
 def check_batches(model: nn.Module, batch_size: int) -> None:
-    """Refuse batches of one image for a network that normalises over batches.
+    """Refuse batches of one image for a network with BatchNorm.
 
     Raises:
         ModelError: names the layer.
@@ -416,7 +424,7 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _metrics(sums: Sequence[tuple[float, float, int]]) -> dict[str, float]:
-    """From loss, correct predictions and images of each pass."""
+    """From loss, correct predictions and images of each epoch."""
     seen = sum(images for _, _, images in sums)
     return {
         "loss": math.fsum(loss for loss, _, _ in sums) / seen,
@@ -425,15 +433,15 @@ def _metrics(sums: Sequence[tuple[float, float, int]]) -> dict[str, float]:
 
 
 def _finite_state(model: nn.Module, client: int, round: int) -> ModelState:
-    sick = _not_finite(model.state_dict())
-    if sick is not None:
-        raise TrainingDiverged(client, round, f"{sick} is not finite")
+    bad = _not_finite(model.state_dict())
+    if bad is not None:
+        raise TrainingDiverged(client, round, f"{bad} is not finite")
     return state_of(model)
 
 
 def _not_finite(state: ModelState) -> str | None:
-    """The first entry with NaN or infinity. Looked at where they are; the host asks once."""
-    held = {name: value for name, value in state.items() if value.is_floating_point()}
-    verdicts = [value.isfinite().all() for value in held.values()]
-    fine = torch.stack(verdicts).tolist() if verdicts else []
-    return next((name for name, good in zip(held, fine, strict=True) if not good), None)
+    """The first entry with NaN or infinity; checked on the device, with one copy to the host."""
+    floating = {name: value for name, value in state.items() if value.is_floating_point()}
+    checks = [value.isfinite().all() for value in floating.values()]
+    finite = torch.stack(checks).tolist() if checks else []
+    return next((name for name, good in zip(floating, finite, strict=True) if not good), None)

@@ -1,4 +1,4 @@
-"""How long and how fast the clients train."""
+"""The training schedule: rounds, epochs and learning rates."""
 
 from __future__ import annotations
 
@@ -12,30 +12,35 @@ MOMENTUM_BETWEEN_ROUNDS = {
 }
 
 
+def participants(share: float, clients: int) -> int:
+    """How many of the clients take part in a round, at least one."""
+    return max(1, round(share * clients))
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: rounds of local epochs of SGD, with step decay over ALL epochs.
+    """Rounds, local epochs and SGD, with step decay of the learning rate over ALL epochs.
 
-    The optimiser's state never travels. What happens to a client's momentum buffers between its
-    rounds is `momentum_between_rounds`; the paper's published code keeps them.
+    The optimizer's state is never sent. `momentum_between_rounds` says whether a client keeps its
+    momentum buffers between rounds; the paper's published code keeps them.
 
     Attributes:
         rounds: communication rounds.
-        local_epochs: passes over the client's images in each round.
-        batch_size: images in a step. The last smaller batch of an epoch is trained on too, but a
-            single image left over joins the batch before it: BatchNorm cannot normalise one image.
+        local_epochs: epochs over the client's images in each round.
+        batch_size: images in a step. The last batch of an epoch may be smaller, but a single
+            remaining image joins the batch before it: BatchNorm cannot normalize one image.
         lr: learning rate of the first epoch.
         momentum: of SGD, 0 = none.
         weight_decay: of SGD, coefficient of ||theta||^2 / 2 inside the client's loss L_i.
         decay_every: epochs between decays of the learning rate, counted over the whole training
             (round * local_epochs + epoch), None = no decay.
-        decay_factor: what the learning rate is multiplied with at each decay.
+        decay_factor: multiplies the learning rate at each decay.
         momentum_between_rounds: "reset" or "keep".
         flip: mirror each image left to right with probability 1/2.
         crop: pixels of zero padding of a random crop of the image's own size, 0 = none.
 
     Raises:
-        SpecError: a value outside its range; it is named, with what is allowed.
+        SpecError: a value outside its range.
     """
 
     rounds: int

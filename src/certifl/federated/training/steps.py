@@ -1,8 +1,8 @@
-"""Where a client takes its steps: model, optimiser and objective, one batch at a time.
+"""A client's training step: model, optimizer and objective, one batch at a time.
 
-An algorithm that needs another step than plain SGD gives `LocalTraining.passes` its own `Step`,
-which works with the bench: gradients of a batch at the present weights, changes to weights or
-gradients, the optimiser's move.
+An algorithm whose step is not plain SGD passes its own `Step` to `LocalTraining.train_epochs`. The
+step works with the context: gradients of a batch at the current weights, changes to weights or
+gradients, the optimizer's step.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from certifl.federated.objectives import Objective
 from certifl.federated.states import ModelState
-from certifl.federated.training import foreach as together
+from certifl.federated.training import foreach
 from certifl.federated.training.batches import Batch
+from certifl.torch_env import exact_convolutions
 
 GradientHook = Callable[[Mapping[str, nn.Parameter]], None]
 """Called before the step with the parameters that have a gradient, by name. May change gradients
@@ -26,11 +28,11 @@ in place, or set one to None so that the step leaves the parameter alone."""
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """How a batch went, still on the device.
+    """Loss and accuracy of a batch, on the device.
 
     Attributes:
         loss: summed over the images. correct: number of correct predictions.
-        images: how many images these are of; None = all of the batch.
+        images: number of images they refer to; None = the whole batch.
     """
 
     loss: torch.Tensor
@@ -39,14 +41,14 @@ class Outcome:
 
 
 class StepContext:
-    """One model under training: what a step may use.
+    """The model under training and its optimizer: what a step may use.
 
     Args:
-        model: in training mode, its weights where the client stands.
+        model: in training mode, with the current weights.
         parameters: the trainable ones, by name.
         optimizer: over exactly these.
         objective: the loss of a batch.
-        hook: changes gradients before the optimiser moves.
+        hook: changes gradients before the optimizer step.
     """
 
     def __init__(
@@ -64,86 +66,86 @@ class StepContext:
         self._hook = hook
 
     @property
-    def rate(self) -> float:
+    def lr(self) -> float:
         """The learning rate of this epoch."""
         return float(self._optimizer.param_groups[0]["lr"])
 
-    @rate.setter
-    def rate(self, rate: float) -> None:
+    @lr.setter
+    def lr(self, lr: float) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = lr
 
-    def gradients(self, batch: Batch) -> Outcome:
-        """Put the gradients of the batch's loss at the present weights into `.grad`."""
+    def compute_gradients(self, batch: Batch) -> Outcome:
+        """Compute the gradients of the batch's loss at the current weights, into `.grad`."""
         loss, logits = self._objective(self.model, batch)
         self._optimizer.zero_grad()
         loss.backward()
         with torch.no_grad():
             return Outcome(loss.detach() * len(batch), (logits.argmax(1) == batch.labels).sum())
 
-    def advance(self) -> None:
-        """Let the hook change the gradients, then the optimiser moves the weights."""
+    def optimizer_step(self) -> None:
+        """Apply the hook to the gradients, then take a step of the optimizer."""
         if self._hook is not None:
             with torch.no_grad():
-                self._hook(_reached(self.parameters))
+                self._hook(_with_gradient(self.parameters))
         self._optimizer.step()
 
     @contextlib.contextmanager
-    def at(self, point: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Within this context the trainable weights are those of `point`, afterwards their own.
+    def at_weights(self, point: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Set the trainable weights to those of `point` within this context.
 
-        Gradients that are computed meanwhile stay where they are, for `advance`. Running
-        statistics of BatchNorm follow the network as it was used.
+        Gradients computed within it remain, for `optimizer_step`, and so do updates of BatchNorm's
+        running statistics.
         """
-        own = self.weights()
+        own = self.copy_weights()
         self._put(point)
         yield
         self._put(own)
 
     @torch.no_grad()
     def _put(self, weights: Mapping[str, torch.Tensor]) -> None:
-        places = self.parameters
-        together.copy(list(places.values()), [weights[name] for name in places])
+        parameters = self.parameters
+        foreach.copy(list(parameters.values()), [weights[name] for name in parameters])
 
     @torch.no_grad()
     def scale_gradients(self, factor: float, weight_decay: float = 0.0) -> None:
-        """Each gradient becomes factor (gradient + weight_decay times the present weight)."""
-        reached = list(_reached(self.parameters).values())
-        gradients = gradients_of(reached)
+        """Each gradient becomes factor (gradient + weight_decay times the current weight)."""
+        parameters = list(_with_gradient(self.parameters).values())
+        gradients = gradients_of(parameters)
         if weight_decay != 0:
-            together.add(gradients, reached, weight_decay)
-        together.scale(gradients, factor)
+            foreach.add(gradients, parameters, weight_decay)
+        foreach.scale(gradients, factor)
 
-    def taken_gradients(self) -> ModelState:
-        """Copies of the gradients; zero for a weight that none reached."""
+    def copy_gradients(self) -> ModelState:
+        """Copies of the gradients; zero for a weight without one."""
         return {
             name: torch.zeros_like(value) if value.grad is None else value.grad.clone()
             for name, value in self.parameters.items()
         }
 
     @torch.no_grad()
-    def put_gradients(self, gradients: Mapping[str, torch.Tensor]) -> None:
-        """Gradients for `advance` to follow, where there are any."""
-        reached = _reached(self.parameters)
-        together.copy(gradients_of(reached.values()), [gradients[name] for name in reached])
+    def set_gradients(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """Replace the gradients, of parameters that have one, for `optimizer_step`."""
+        parameters = _with_gradient(self.parameters)
+        foreach.copy(gradients_of(parameters.values()), [gradients[name] for name in parameters])
 
-    def same_draws(self) -> contextlib.AbstractContextManager[None]:
-        """What layers draw within this context (dropout), they draw once more after it."""
+    def preserve_rng_state(self) -> contextlib.AbstractContextManager[None]:
+        """Restore the random state afterwards, so that layers (dropout) draw the same again."""
         device = next(iter(self.parameters.values())).device
         return torch.random.fork_rng([] if device.type == "cpu" else [device])
 
-    def weights(self) -> ModelState:
-        """The trainable weights as copies, where they are."""
+    def copy_weights(self) -> ModelState:
+        """Copies of the trainable weights, on their device."""
         return {name: value.detach().clone() for name, value in self.parameters.items()}
 
-    def momentum(self) -> ModelState:
-        """The optimiser's momentum buffers on the CPU, by parameter."""
+    def momentum_buffers(self) -> ModelState:
+        """The optimizer's momentum buffers on the CPU, by parameter."""
         states = self._optimizer.state
         buffers = {n: states[p].get("momentum_buffer") for n, p in self.parameters.items()}
         return {n: b.detach().to("cpu", copy=True) for n, b in buffers.items() if b is not None}
 
 
-def _reached(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+def _with_gradient(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     return {name: value for name, value in parameters.items() if value.grad is not None}
 
 
@@ -156,8 +158,67 @@ Step = Callable[[StepContext, Batch], Outcome]
 """What is done with one batch."""
 
 
-def plain_step(bench: StepContext, batch: Batch) -> Outcome:
-    """SGD: the gradient of the batch, the hook, the optimiser's move."""
-    outcome = bench.gradients(batch)
-    bench.advance()
+def plain_step(context: StepContext, batch: Batch) -> Outcome:
+    """SGD: the gradient of the batch, the hook, the optimizer's move."""
+    outcome = context.compute_gradients(batch)
+    context.optimizer_step()
     return outcome
+
+
+# Arithmetic and randomness around the steps.
+
+TRAINING_PRECISIONS = {
+    "float32": "weights, activations and gradients in float32",
+    "bfloat16": "convolutions and matrix products in bfloat16; weights, their gradients, momentum "
+    "and the loss stay in float32",
+}
+
+
+@dataclass(frozen=True)
+class InBfloat16:
+    """An objective whose network computes in bfloat16 (autocast) and returns float32.
+
+    bfloat16 has the range of float32, so losses need no scaling.
+
+    Attributes:
+        objective: the loss of a batch.
+
+    Source: Micikevicius et al., Mixed Precision Training, 2018; Kalamkar et al., A Study of
+    BFLOAT16 for Deep Learning Training, 2019.
+    """
+
+    objective: Objective
+
+    name: ClassVar[str] = "bfloat16"
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The objective's loss and logits."""
+        return self.objective(_Autocast(model), batch)
+
+
+class _Autocast(nn.Module):
+    """A network under autocast."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            return self.network(images).float()
+
+
+@contextlib.contextmanager
+def isolated_rng(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed the global generator within this context, for modules that draw from it (dropout).
+
+    On CUDA, convolutions use deterministic algorithms, so that a resumed run repeats bit for bit.
+    """
+    cuda = device.type == "cuda"
+    index = [torch.cuda.current_device() if device.index is None else device.index] if cuda else []
+    with torch.random.fork_rng(devices=index), exact_convolutions(device):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(index[0]):
+                torch.cuda.manual_seed(seed)
+        yield

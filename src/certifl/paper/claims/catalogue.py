@@ -1,4 +1,4 @@
-"""The paper's claims as data: what it says, which runs show it, what is measured, when it holds.
+"""The paper's claims as data: the sentence, the runs, the quantity and the rule.
 
 Words: "robust" is trained with the perturbation that is certified, "nominal" without augmentation.
 A small sigma is like the paper's smaller one of the family, a large one like its larger one.
@@ -72,7 +72,7 @@ class Claim:
         designs: which runs are compared, and what is measured on them.
         combination: how the verdicts of one group, for instance of all values of lambda, become
             one. across: how those of all groups do.
-        telling: whether the details of the comparisons belong to the verdict's words.
+        show_details: whether the verdict's words include the details of the comparisons.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Claim:
     designs: tuple[Design, ...]
     combination: Combination = every
     across: Combination = every
-    telling: bool = False
+    show_details: bool = False
 
     @property
     def rule(self) -> str:
@@ -133,7 +133,7 @@ CLAIMS: tuple[Claim, ...] = (
         "With more clients (10 or 20), each with little data, FedAvg is more robust than training "
         "alone.",
         "The ACR of FedAvg is larger than that of Local.",
-        (Pairs(FEDAVG, LOCAL, _SEVERAL, _AHEAD, told=("accuracy",)),),
+        (Pairs(FEDAVG, LOCAL, _SEVERAL, _AHEAD, reported=("accuracy",)),),
     ),
     Claim(
         "4.1 (ii) by over 20 points",
@@ -147,9 +147,9 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         "4.1 (iii)",
         "figures 1 and 6",
-        "Where federated training was robust, personalised models are about as good as the global "
+        "Where federated training was robust, personalized models are about as good as the global "
         "one.",
-        "ACR and accuracy of Personalised and of FedAvg differ by less than 3 points and by less "
+        "ACR and accuracy of Personalized and of FedAvg differ by less than 3 points and by less "
         "than a quarter of the larger one.",
         (
             Pairs(
@@ -172,31 +172,31 @@ CLAIMS: tuple[Claim, ...] = (
         "figures 1 and 6",
         "The more clients, the more the spread of training alone exceeds that of FedAvg.",
         "The difference of the two spreads is larger with many clients than with few. Spreads of "
-        "more clients are larger by chance alone; the scatter is told beside it.",
-        (Growth(LOCAL, FEDAVG, _FIGURE_1, "spread", told=("scatter",)),),
-        telling=True,
+        "more clients are larger by chance alone; the variation is reported beside it.",
+        (Growth(LOCAL, FEDAVG, _FIGURE_1, "spread", reported=("scatter",)),),
+        show_details=True,
     ),
     Claim(
         "4.2 from nominal",
         "figure 2",
-        "Robust personalisation of a nominally trained model makes it more robust, for all three "
+        "Robust personalization of a nominally trained model makes it more robust, for all three "
         "perturbations and both sigmas.",
-        "The ACR of Personalised from nominal is larger than that of the nominal FedAvg.",
-        (Pairs(FROM_NOMINAL, NOMINAL_FEDAVG, _FIGURE_2, _AHEAD, told=("accuracy",)),),
+        "The ACR of Personalized from nominal is larger than that of the nominal FedAvg.",
+        (Pairs(FROM_NOMINAL, NOMINAL_FEDAVG, _FIGURE_2, _AHEAD, reported=("accuracy",)),),
     ),
     Claim(
         "4.2 from affine",
         "figure 3",
-        "Robust personalisation of a model that was trained with affine deformations makes it "
+        "Robust personalization of a model that was trained with affine deformations makes it "
         "more robust, to rotations and to translations.",
-        "The ACR of Personalised from affine is larger than that of the affine FedAvg.",
+        "The ACR of Personalized from affine is larger than that of the affine FedAvg.",
         (
             Pairs(
                 FROM_AFFINE,
                 AFFINE_FEDAVG,
                 _FIGURE_3,
                 _AHEAD,
-                told=("accuracy",),
+                reported=("accuracy",),
                 same_start=True,
             ),
         ),
@@ -204,48 +204,52 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         "4.3 (i)",
         "figure 4",
-        "At a small sigma, a nominal model that was robustly personalised beats robust training "
+        "At a small sigma, a nominal model that was robustly personalized beats robust training "
         "alone.",
-        "The ACR of Personalised from nominal is larger than that of Local.",
-        (Pairs(FROM_NOMINAL, LOCAL, _FIGURE_4_SMALL, _AHEAD, told=("accuracy",)),),
+        "The ACR of Personalized from nominal is larger than that of Local.",
+        (Pairs(FROM_NOMINAL, LOCAL, _FIGURE_4_SMALL, _AHEAD, reported=("accuracy",)),),
     ),
     Claim(
         "4.3 (i) growth",
         "figure 4",
-        "At a small sigma, the advantage of robustly personalising a nominal model over robust "
+        "At a small sigma, the advantage of robustly personalizing a nominal model over robust "
         "training alone grows with the number of clients.",
         "The difference of ACR is larger with many clients than with few.",
         (Growth(FROM_NOMINAL, LOCAL, _ANY_SMALL, "acr"),),
-        telling=True,
+        show_details=True,
     ),
     Claim(
         "4.3 (ii)",
         "figure 4",
-        "At a large sigma, a nominal model that was robustly personalised is about as robust as "
+        "At a large sigma, a nominal model that was robustly personalized is about as robust as "
         "robust training alone.",
-        "The ACR of Personalised from nominal and of Local differ by less than 3 points and by "
+        "The ACR of Personalized from nominal and of Local differ by less than 3 points and by "
         "less than a quarter of the larger one.",
         (
             Pairs(
-                FROM_NOMINAL, LOCAL, _FIGURE_4_LARGE, (("acr", Equivalence()),), told=("accuracy",)
+                FROM_NOMINAL,
+                LOCAL,
+                _FIGURE_4_LARGE,
+                (("acr", Equivalence()),),
+                reported=("accuracy",),
             ),
         ),
     ),
     Claim(
         "A.2",
         "figure 7",
-        "With 100 clients, robust personalisation of a nominal model beats robust training alone.",
-        "The ACR of Personalised from nominal is larger than that of Local.",
-        (Pairs(FROM_NOMINAL, LOCAL, _FIGURE_7, _AHEAD, told=("accuracy",)),),
+        "With 100 clients, robust personalization of a nominal model beats robust training alone.",
+        "The ACR of Personalized from nominal is larger than that of Local.",
+        (Pairs(FROM_NOMINAL, LOCAL, _FIGURE_7, _AHEAD, reported=("accuracy",)),),
     ),
     Claim(
         "A.2 growth",
         "figures 4 and 7",
-        "With 100 clients, robust personalisation of a nominal model is farther ahead of robust "
+        "With 100 clients, robust personalization of a nominal model is farther ahead of robust "
         "training alone than with few.",
         "The difference of ACR is larger with 100 clients than with the most that are not many.",
         (Growth(FROM_NOMINAL, LOCAL, _FIGURES_4_AND_7, "acr", from_at_most=_MOST_SEVERAL),),
-        telling=True,
+        show_details=True,
     ),
     Claim(
         "4.4 (i)",
@@ -259,10 +263,10 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         "4.4 (i) best",
         "figures 5 and 10",
-        "λ = 0.1, the least personalised mixture, is the most robust one.",
+        "λ = 0.1, the least personalized mixture, is the most robust one.",
         "The ACR of λ = 0.1 is larger than that of every other λ.",
         (Best(0.1, _FIGURE_5),),
-        telling=True,
+        show_details=True,
     ),
     Claim(
         "4.4 (i) matched steps",
@@ -273,14 +277,14 @@ CLAIMS: tuple[Claim, ...] = (
         "for all 0 < λ < 1 but one.",
         (Matched(_FIGURE_5),),
         all_but_one,
-        telling=True,
+        show_details=True,
     ),
     Claim(
         "4.4 (ii)",
         "figures 4 and 5",
         "The clients of the mixture lie closer together than those of training alone and of "
-        "personalisation.",
-        "Best minus worst client, in ACR, is larger for Local, and for Personalised from nominal, "
+        "personalization.",
+        "Best minus worst client, in ACR, is larger for Local, and for Personalized from nominal, "
         "than for the mixture.",
         (
             Pairs(LOCAL, MIXTURE, _FIGURE_5, _SPREAD),

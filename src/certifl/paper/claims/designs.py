@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from certifl.paper.claims import effects as statistics
 from certifl.paper.claims.bootstrap import Sampler
 from certifl.paper.claims.effects import QUANTITIES, Effect, Quantity
-from certifl.paper.claims.matching import Cell, Pool, Role, Scope, names
+from certifl.paper.claims.matching import Cell, Pool, Role, Scope, folders_of
 from certifl.paper.claims.rules import Rule, Superiority
-from certifl.paper.claims.runs import ANOTHER_COUNT, ANOTHER_TRAINING, SMALL, Facts, Noise
+from certifl.paper.claims.runs import ANOTHER_COUNT, ANOTHER_TRAINING, SMALL, Noise, RunMetadata
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Two ways of training in every setting at hand.
+    """Two ways of training in every available setting.
 
     Attributes:
         first, second: the difference is first minus second.
-        scope: where the claim holds.
-        judged: quantities that decide, with their rule. told: quantities that are only told.
+        scope: where the claim applies.
+        judged: quantities that decide, with their rule. reported: further quantities.
         same_start: whether both must have been augmented alike during federated training.
         together: whether all values of lambda of a setting are judged as one group.
     """
@@ -30,57 +30,55 @@ class Pairs:
     second: Role
     scope: Scope
     judged: tuple[tuple[str, Rule], ...]
-    told: tuple[str, ...] = ()
+    reported: tuple[str, ...] = ()
     same_start: bool = False
     together: bool = False
 
-    def findings(self, pool: Pool, sampler: Sampler) -> Found:
-        """All pairs."""
+    def findings(self, pool: Pool, sampler: Sampler) -> DesignResult:
+        """All pairs of matching runs."""
         firsts, seconds = pool.of(self.first, self.scope), pool.of(self.second, self.scope)
         found: list[Finding] = []
         covered: set[tuple[str, str, int]] = set()
         for first in firsts:
-            for second in pool.beside(first, self.second, ANOTHER_TRAINING):
+            for second in pool.partners(first, self.second, ANOTHER_TRAINING):
                 pair = self._pair(sampler, first, second)
                 found += pair
                 covered |= {_where(first)} if pair else set()
         tested = {finding.panel for finding in found}
-        # A run that has another step or tuning is not missed where its setting was compared, nor
-        # one whose number of clients the paper does not have.
+        # A run with another step or tuning is not missing where its setting was compared, nor one
+        # whose number of clients the paper does not have.
         lonely = [
             [
                 cell
                 for cell in cells
                 if _where(cell) not in covered
-                and (cell.facts.clients in self.scope.counts.paper or panel(cell) not in tested)
+                and (cell.metadata.clients in self.scope.counts.paper or panel(cell) not in tested)
             ]
             for cells in (firsts, seconds)
         ]
         known = tested | {panel(cell) for cells in lonely for cell in cells}
         both = f"{self.first.words} and {self.second.words}"
         missing = (
-            *partnerless(pool, lonely[0], self.second),
-            *partnerless(pool, lonely[1], self.first),
-            *untested(self.scope, known, both),
+            *unmatched_runs(pool, lonely[0], self.second),
+            *unmatched_runs(pool, lonely[1], self.first),
+            *untested_panels(self.scope, known, both),
         )
-        return Found(tuple(found), missing)
+        return DesignResult(tuple(found), missing)
 
     def _pair(self, sampler: Sampler, first: Cell, second: Cell) -> list[Finding]:
-        if self.same_start and first.facts.federated != second.facts.federated:
+        if self.same_start and first.metadata.federated != second.metadata.federated:
             return []
-        one, two = (
-            Partner(first, label(first, self.first)),
-            Partner(second, label(second, self.second)),
-        )
+        difference = f"{label(first, self.first)} minus {label(second, self.second)}"
         group = setting_key(first) if self.together else ""
-        rules = (*self.judged, *((name, None) for name in self.told))
+        rules = (*self.judged, *((name, None) for name in self.reported))
         return present(
-            compared(sampler, QUANTITIES[name], one, two, rule, group) for name, rule in rules
+            compared(sampler, QUANTITIES[name], first, second, difference, rule, group)
+            for name, rule in rules
         )
 
 
 def _where(cell: Cell) -> tuple[str, str, int]:
-    return cell.facts.data, cell.facts.certified.description, cell.facts.clients
+    return cell.metadata.data, cell.metadata.certified.description, cell.metadata.clients
 
 
 Pair = tuple[Cell, Cell]
@@ -92,19 +90,19 @@ class Growth:
 
     Attributes:
         first, second, scope: as in `Pairs`.
-        quantity: whose difference is taken. told: further ones.
+        quantity: whose difference is taken. reported: further ones.
         from_at_most: the smaller number of clients is the largest one up to this, and the larger
-            the largest of all; None = the smallest and the largest at hand.
+            the largest of all; None = the smallest and the largest available.
     """
 
     first: Role
     second: Role
     scope: Scope
     quantity: str
-    told: tuple[str, ...] = ()
+    reported: tuple[str, ...] = ()
     from_at_most: int | None = None
 
-    def findings(self, pool: Pool, sampler: Sampler) -> Found:
+    def findings(self, pool: Pool, sampler: Sampler) -> DesignResult:
         """One comparison for each set of runs that differ in the number of clients alone."""
         found: list[Finding] = []
         missing: list[str] = []
@@ -113,36 +111,36 @@ class Growth:
             if ends is not None:
                 found += self._compare(sampler, *ends)
                 continue
-            counts = ", ".join(str(first.facts.clients) for first, _ in pairs)
+            counts = ", ".join(str(first.metadata.clients) for first, _ in pairs)
             missing.append(
                 f"{self.first.words} and {self.second.words}, another number of clients: "
-                f"{pairs[0][0].facts.setting} (at hand: {counts})"
+                f"{pairs[0][0].metadata.setting} (available: {counts})"
             )
         what = f"{self.first.words} and {self.second.words} at two numbers of clients"
         tested = {finding.panel for finding in found}
-        return Found(tuple(found), (*missing, *untested(self.scope, tested, what)))
+        return DesignResult(tuple(found), (*missing, *untested_panels(self.scope, tested, what)))
 
     def _series(self, pool: Pool, sampler: Sampler) -> dict[str, list[Pair]]:
         series: dict[str, list[Pair]] = {}
         for first in pool.of(self.first, self.scope):
-            for second in pool.beside(first, self.second, ANOTHER_TRAINING):
+            for second in pool.partners(first, self.second, ANOTHER_TRAINING):
                 if common_seeds(sampler, first, second):
-                    key = [first.facts.key(ANOTHER_COUNT), *map(_variant, (first, second))]
+                    key = [first.metadata.key(ANOTHER_COUNT), *map(_variant, (first, second))]
                     series.setdefault(" ".join(key), []).append((first, second))
         return series
 
     def _ends(self, pairs: Sequence[Pair]) -> tuple[Pair, Pair] | None:
-        ordered = sorted(pairs, key=lambda pair: pair[0].facts.clients)
+        ordered = sorted(pairs, key=lambda pair: pair[0].metadata.clients)
         few, many = ordered[0], ordered[-1]
         if self.from_at_most is not None:
-            below = [p for p in ordered if p[0].facts.clients <= self.from_at_most]
-            if not below or many[0].facts.clients <= self.from_at_most:
+            below = [p for p in ordered if p[0].metadata.clients <= self.from_at_most]
+            if not below or many[0].metadata.clients <= self.from_at_most:
                 return None
             few = below[-1]
-        return (few, many) if few[0].facts.clients < many[0].facts.clients else None
+        return (few, many) if few[0].metadata.clients < many[0].metadata.clients else None
 
     def _compare(self, sampler: Sampler, few: Pair, many: Pair) -> list[Finding]:
-        rules = ((self.quantity, Superiority()), *((name, None) for name in self.told))
+        rules = ((self.quantity, Superiority()), *((name, None) for name in self.reported))
         return present(
             self._change(sampler, QUANTITIES[name], few, many, rule) for name, rule in rules
         )
@@ -154,39 +152,39 @@ class Growth:
         seeds = sorted(set(before) & set(after))
         if not seeds:
             return None
-        facts, start = many[0].facts, few[0].facts.clients
+        metadata, start = many[0].metadata, few[0].metadata.clients
         difference = f"{self.first.words} minus {self.second.words}"
         first, last = (_mean(effects, seeds) for effects in (before, after))
         return Finding(
-            setting=_series_setting(facts, start),
-            group=facts.key(ANOTHER_COUNT) + " ".join(map(_variant, many)),
+            setting=_series_setting(metadata, start),
+            group=metadata.key(ANOTHER_COUNT) + " ".join(map(_variant, many)),
             panel=panel(many[0]),
-            difference=f"({difference}) at {facts.clients} clients less the same at {start}",
+            difference=f"({difference}) at {metadata.clients} clients less the same at {start}",
             quantity=quantity.words,
             effect=statistics.over_seeds([statistics.change(after[s], before[s]) for s in seeds]),
             rule=rule,
-            runs=names((*few, *many)),
+            runs=folders_of((*few, *many)),
             detail=f"{100 * first:+.1f} points at {start} clients, {100 * last:+.1f} at "
-            f"{facts.clients}",
+            f"{metadata.clients}",
         )
 
 
-def _series_setting(facts: Facts, start: int) -> str:
-    words = facts.certified.words(facts.unit)
-    return f"{facts.data}, {words}, {start} and {facts.clients} clients"
+def _series_setting(metadata: RunMetadata, start: int) -> str:
+    words = metadata.certified.words(metadata.unit)
+    return f"{metadata.data}, {words}, {start} and {metadata.clients} clients"
 
 
 def _variant(cell: Cell) -> str:
     """The algorithm's own parameters and the augmentation, which must agree along a series."""
     chosen = ("algorithm.", "augmentation.")
-    return repr(sorted((k, v) for k, v in cell.facts.settings.items() if k.startswith(chosen)))
+    return repr(sorted((k, v) for k, v in cell.metadata.settings.items() if k.startswith(chosen)))
 
 
 def _mean(effects: Mapping[int, Effect], seeds: Sequence[int]) -> float:
     return sum(effects[s].estimate for s in seeds) / len(seeds)
 
 
-# One comparison of runs, and which runs were missing for others.
+# Single comparisons, and the runs that are missing for others.
 
 
 _PAPER_SIGMA = {
@@ -202,10 +200,10 @@ class Finding:
     """One comparison.
 
     Attributes:
-        setting: data, perturbation, clients. group: findings that are judged as one setting.
+        setting: data, perturbation, clients. group: findings judged as one setting.
         panel: family and size of sigma.
         difference: what minus what. quantity: of what, in words.
-        effect: how large. rule: how it is judged; None = it is told, not judged.
+        effect: its size. rule: how it is judged; None = reported only.
         runs: folders. detail: further words.
     """
 
@@ -221,30 +219,22 @@ class Finding:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """Comparisons that could be made, and runs without which others could not."""
+class DesignResult:
+    """Comparisons that could be made, and the runs that are missing for others."""
 
     findings: tuple[Finding, ...]
     missing: tuple[str, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Partner:
-    """A cell and how a claim calls it."""
-
-    cell: Cell
-    words: str
-
-
 def label(cell: Cell, role: Role) -> str:
     """The role, with lambda where there is one."""
-    value = cell.facts.personalization
+    value = cell.metadata.personalization
     return role.words if value is None else f"{role.words} λ = {value:g}"
 
 
 def panel(cell: Cell) -> tuple[str, str]:
     """Family and size of sigma."""
-    return cell.facts.certified.family, cell.facts.certified.size
+    return cell.metadata.certified.family, cell.metadata.certified.size
 
 
 def common_seeds(sampler: Sampler, first: Cell, second: Cell) -> list[int]:
@@ -264,49 +254,49 @@ def per_seed(sampler: Sampler, quantity: Quantity, first: Cell, second: Cell) ->
 def compared(
     sampler: Sampler,
     quantity: Quantity,
-    first: Partner,
-    second: Partner,
+    first: Cell,
+    second: Cell,
+    difference: str,
     rule: Rule | None,
     group: str = "",
 ) -> Finding | None:
-    """First minus second; None where they share no images."""
-    one, two = first.cell, second.cell
-    effects = per_seed(sampler, quantity, one, two)
+    """First minus second, called `difference`; None where they share no images."""
+    effects = per_seed(sampler, quantity, first, second)
     if not effects:
         return None
     seed = min(effects)
-    told = quantity.detail
+    detail = quantity.detail
     return Finding(
-        setting=one.facts.setting,
-        group=group or f"{one.facts.key(())} {two.facts.key(())}",
-        panel=panel(one),
-        difference=f"{first.words} minus {second.words}",
+        setting=first.metadata.setting,
+        group=group or f"{first.metadata.key(())} {second.metadata.key(())}",
+        panel=panel(first),
+        difference=difference,
         quantity=quantity.words,
         effect=statistics.over_seeds(list(effects.values())),
         rule=rule,
-        runs=names((one, two)),
-        detail=told(sampler, one.runs[seed], two.runs[seed]) if told else "",
+        runs=folders_of((first, second)),
+        detail=detail(sampler, first.runs[seed], second.runs[seed]) if detail else "",
     )
 
 
 def present(found: Iterable[Finding | None]) -> list[Finding]:
-    """Those that could be made."""
+    """The comparisons that could be made."""
     return [finding for finding in found if finding is not None]
 
 
-def partnerless(pool: Pool, cells: Sequence[Cell], wanted: Role) -> list[str]:
-    """The runs that these cells would be compared with, if only they were there."""
+def unmatched_runs(pool: Pool, cells: Sequence[Cell], wanted: Role) -> list[str]:
+    """The missing runs that these cells would be compared with."""
     found = []
     for cell in cells:
         near = pool.nearest(cell, wanted)
         why = f" (the closest one differs in {near})" if near else ""
         seeds = ", ".join(str(seed) for seed in sorted(cell.runs))
-        found.append(f"{wanted.words}: {cell.facts.setting}, seed {seeds}{why}")
+        found.append(f"{wanted.words}: {cell.metadata.setting}, seed {seeds}{why}")
     return list(dict.fromkeys(found))
 
 
-def untested(scope: Scope, known: Collection[tuple[str, str]], what: str) -> list[str]:
-    """The paper's panels of which nothing is known."""
+def untested_panels(scope: Scope, known: Collection[tuple[str, str]], what: str) -> list[str]:
+    """The paper's panels without any comparison."""
     counts = " or ".join(str(count) for count in scope.counts.paper)
     texts = []
     for family, size in scope.panels():
@@ -318,4 +308,4 @@ def untested(scope: Scope, known: Collection[tuple[str, str]], what: str) -> lis
 
 def setting_key(cell: Cell) -> str:
     """Equal for runs that agree in all but the way of training."""
-    return cell.facts.key(ANOTHER_TRAINING)
+    return cell.metadata.key(ANOTHER_TRAINING)

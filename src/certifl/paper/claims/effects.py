@@ -14,18 +14,16 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import special
 
 from certifl.certification.settings import GRID_POINTS
-from certifl.paper.claims.bootstrap import Sampled, Sampler
+from certifl.paper.claims.bootstrap import ResampledMeans, Sampler
 from certifl.paper.claims.runs import StudyRun
-from certifl.report.intervals import Sample, hidden_reach, interval_over_seeds
-
-Floats = NDArray[np.float64]
+from certifl.report.intervals import Sample, interval_over_seeds, rule_of_three_margin
+from certifl.smoothing.arrays import Floats
 
 # With ten images of each of 20 clients a 95 % interval of spreads misses 15 % of the time: many
-# clients have none or all correct, and no draw changes them. With twenty it misses 2 to 6 %.
+# clients have none or all correct, and resampling changes nothing. With twenty it misses 2 to 6 %.
 _FEWEST_FOR_A_SPREAD = 20
 
 
@@ -60,14 +58,14 @@ class Means:
 
 
 @dataclass(frozen=True, eq=False)
-class Drawn:
-    """A statistic of clients' means that is no mean itself, on images drawn again.
+class ResampledStatistic:
+    """A statistic of clients' means that is not a mean itself, on resampled images.
 
     Attributes:
-        values: of each seed, on the images at hand.
+        values: of each seed, on the certified images.
         draws: of each seed, those of every independent part with its sign.
-        samples: of each seed, the differences that tell what was not met.
-        unit: what one unit of the statistic is in shares.
+        samples: of each seed, the differences that limit how narrow an interval is.
+        unit: one unit of the statistic in shares.
     """
 
     values: tuple[float, ...]
@@ -83,7 +81,7 @@ class Drawn:
     def ends(self, error: float) -> tuple[float, float]:
         """Percentiles of the draws; parts, and seeds beside images, add as squares.
 
-        The scatter between seeds is Student's t. Images count as if all seeds had been tested on
+        The variation between seeds is Student's t. Images count as if all seeds had been tested on
         the same ones, which makes the interval too wide rather than too narrow.
 
         Source: Zou and Donner 2008 (limits of a difference from limits of its parts).
@@ -92,42 +90,43 @@ class Drawn:
         if seeds > 1:
             scatter = float(np.std(self.values, ddof=1)) / math.sqrt(seeds)
             between = -float(special.stdtrit(seeds - 1, error / 2.0)) * scatter
-        sides = [[_reaches(parts, error)[side] for parts in self.draws] for side in (0, 1)]
-        hidden = float(hidden_reach([s.floors(1.0) for s in self.samples], error)[0]) / self.unit
+        sides = [[_margins(parts, error)[side] for parts in self.draws] for side in (0, 1)]
+        floors = [sample.floors(1.0) for sample in self.samples]
+        hidden = float(rule_of_three_margin(floors, error)[0]) / self.unit
         down, up = (
             max(hidden, math.hypot(between, math.sqrt(float(np.mean(np.square(side))))))
             for side in sides
         )
         return self.estimate - down, self.estimate + up
 
-    def over_seeds(self, others: Sequence[Drawn]) -> Drawn:
+    def over_seeds(self, others: Sequence[ResampledStatistic]) -> ResampledStatistic:
         """The mean over these and other seeds."""
         every = (self, *others)
-        return Drawn(
+        return ResampledStatistic(
             tuple(value for one in every for value in one.values),
             tuple(parts for one in every for parts in one.draws),
             tuple(sample for one in every for sample in one.samples),
             self.unit,
         )
 
-    def minus(self, earlier: Drawn) -> Drawn:
+    def minus(self, earlier: ResampledStatistic) -> ResampledStatistic:
         """The change from an earlier one of independent images, seed by seed."""
         values = tuple(a - b for a, b in zip(self.values, earlier.values, strict=True))
         draws = tuple(
-            (*later, *((-sign, drawn) for sign, drawn in before))
+            (*later, *((-sign, resampled) for sign, resampled in before))
             for later, before in zip(self.draws, earlier.draws, strict=True)
         )
         pairs = zip(self.samples, earlier.samples, strict=True)
         samples = tuple(dataclasses.replace(one, earlier=before) for one, before in pairs)
-        return Drawn(values, draws, samples, min(self.unit, earlier.unit))
+        return ResampledStatistic(values, draws, samples, min(self.unit, earlier.unit))
 
 
-def _reaches(parts: Sequence[tuple[float, Floats]], error: float) -> tuple[float, float]:
-    """How far below and above the value of one seed its interval over images reaches."""
+def _margins(parts: Sequence[tuple[float, Floats]], error: float) -> tuple[float, float]:
+    """How far the interval over images extends below and above the value of one seed."""
     down, up = [], []
-    for sign, drawn in parts:  # draws are deviations from the value at hand
-        low = -float(np.quantile(drawn, error / 2.0, method="lower"))
-        high = float(np.quantile(drawn, 1.0 - error / 2.0, method="higher"))
+    for sign, resampled in parts:  # draws are deviations from the observed value
+        low = -float(np.quantile(resampled, error / 2.0, method="lower"))
+        high = float(np.quantile(resampled, 1.0 - error / 2.0, method="higher"))
         low, high = max(low, 0.0), max(high, 0.0)
         down.append(low if sign > 0 else high)
         up.append(high if sign > 0 else low)
@@ -136,19 +135,19 @@ def _reaches(parts: Sequence[tuple[float, Floats]], error: float) -> tuple[float
 
 @dataclass(frozen=True, eq=False)
 class Effect:
-    """An estimate and how far it may be off.
+    """An estimate with its interval.
 
     Attributes:
-        source: where its interval comes from.
-        images, clients: how many are behind it, of all samples.
-        seeds: how many trainings.
+        source: what its interval is computed from.
+        images, clients: their numbers, of all samples.
+        seeds: number of trainings.
         enough: whether there are enough images for any interval.
-        level: of the better run, in what is compared or in what it is a spread of; next to a small
-            one every difference is small. Infinite where there is none.
-        limit: no value lies farther from 0; intervals end there.
+        level: of the better run, in the compared quantity or the one it is a spread of; at a small
+            level every difference is small. Infinite where there is none.
+        limit: no value is farther from 0; intervals end there.
     """
 
-    source: Means | Drawn
+    source: Means | ResampledStatistic
     images: int
     clients: tuple[int, ...]
     seeds: int
@@ -158,7 +157,7 @@ class Effect:
 
     @property
     def estimate(self) -> float:
-        """On the images at hand."""
+        """On the certified images."""
         return self.source.estimate
 
     def interval(self, error: float) -> tuple[float, float]:
@@ -171,7 +170,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Quantity:
-    """Something to compare two runs of the same images by.
+    """A quantity in which two runs of the same images are compared.
 
     Attributes:
         name: for files. words: for people.
@@ -186,7 +185,7 @@ class Quantity:
 
 
 def _effect(
-    sampler: Sampler, run: StudyRun, source: Means | Drawn, level: float = math.inf
+    sampler: Sampler, run: StudyRun, source: Means | ResampledStatistic, level: float = math.inf
 ) -> Effect:
     layout = sampler.layout(run)
     return Effect(
@@ -215,34 +214,34 @@ def _largest_gain(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect
     return _effect(sampler, first, Means((sampler.curves(first, second, shares),)))
 
 
-def _seen_spread(sampled: Sampled) -> float:
+def _observed_spread(sampled: ResampledMeans) -> float:
     return float(np.ptp(sampled.means))
 
 
-def spread_draws(sampled: Sampled) -> tuple[float, Floats]:
-    """Best minus worst client, without what the choice of few images adds to it.
+def resampled_spread(sampled: ResampledMeans) -> tuple[float, Floats]:
+    """Best minus worst client, corrected for the choice of few images.
 
     Noise of the clients' means makes the largest larger and the smallest smaller. With
-    S^2 the squared spread seen and E[S*^2] that of images drawn again, which carry the noise a
-    second time, 2 S^2 - E[S*^2] is free of it where the noise is like the scatter of the clients.
-    Without this a regime whose images vary more would seem to treat its clients less alike.
+    S^2 the observed squared spread and E[S*^2] that of resampled images, which have the noise
+    twice, 2 S^2 - E[S*^2] is free of it where the noise is like the variation of the clients.
+    Without this an algorithm whose images vary more would seem to treat its clients less alike.
 
     Returns:
         (estimate, draws), both at least 0.
     """
-    seen = _seen_spread(sampled) ** 2
-    drawn = np.ptp(sampled.drawn, axis=1).astype(np.float64) ** 2
-    noise = float(drawn.mean()) - seen
-    return math.sqrt(max(seen - noise, 0.0)), np.sqrt(np.maximum(drawn - 2.0 * noise, 0.0))
+    observed = _observed_spread(sampled) ** 2
+    resampled = np.ptp(sampled.resampled, axis=1).astype(np.float64) ** 2
+    noise = float(resampled.mean()) - observed
+    return math.sqrt(max(observed - noise, 0.0)), np.sqrt(np.maximum(resampled - 2.0 * noise, 0.0))
 
 
 def _spread(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
     (one, one_drawn), (two, two_drawn) = (
-        spread_draws(sampler.acr(run)) for run in (first, second)
+        resampled_spread(sampler.acr(run)) for run in (first, second)
     )
     deviations = one_drawn - two_drawn - (one - two)
     samples = (sampler.gains(first, second),)
-    source = Drawn((one - two,), (((1.0, deviations),),), samples)
+    source = ResampledStatistic((one - two,), (((1.0, deviations),),), samples)
     # Clients whose ACRs are all near 0 lie close together for that reason alone. A spread near 0
     # is no such reason: clients may be alike at any ACR.
     effect = _effect(sampler, first, source, sampler.level(first, second, accuracy=False))
@@ -251,10 +250,12 @@ def _spread(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
 
 
 def _spread_detail(sampler: Sampler, first: StudyRun, second: StudyRun) -> str:
-    a, b = sampler.acr(first), sampler.acr(second)
-    seen = f"{100 * _seen_spread(a):.1f} and {100 * _seen_spread(b):.1f} points seen"
+    both = sampler.acr(first), sampler.acr(second)
+    one, two = (100 * _observed_spread(means) for means in both)
+    corrected = [100 * resampled_spread(means)[0] for means in both]
     return (
-        f"{seen}, {100 * spread_draws(a)[0]:.1f} and {100 * spread_draws(b)[0]:.1f} beyond chance"
+        f"{one:.1f} and {two:.1f} points observed, {corrected[0]:.1f} and {corrected[1]:.1f} "
+        "beyond chance"
     )
 
 
@@ -267,15 +268,15 @@ def expected_range(clients: int) -> float:
 
 
 def _scatter(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
-    """The spread in units of what so many equally scattered clients have."""
+    """The spread in units of that of as many clients with equal variation."""
     whole = _spread(sampler, first, second)
     unit = expected_range(max(2, whole.clients[0]))
-    spread = cast(Drawn, whole.source)
+    spread = cast(ResampledStatistic, whole.source)
     values = tuple(value / unit for value in spread.values)
-    draws = tuple(tuple((s, drawn / unit) for s, drawn in parts) for parts in spread.draws)
+    draws = tuple(tuple((s, resampled / unit) for s, resampled in parts) for parts in spread.draws)
     return dataclasses.replace(
         whole,
-        source=Drawn(values, draws, spread.samples, unit),
+        source=ResampledStatistic(values, draws, spread.samples, unit),
         level=whole.level / unit,
         limit=1.0 / unit,
     )
@@ -294,7 +295,7 @@ QUANTITIES: dict[str, Quantity] = {quantity.name: quantity for quantity in _LIST
 def change(later: Effect, earlier: Effect) -> Effect:
     """One effect minus another of independent images: a difference of differences.
 
-    Its level is the lower one: where one difference can only be small, so may be the change.
+    Its level is the lower one: where one difference can only be small, so can the change.
     """
     return Effect(
         source=later.source.minus(cast(Any, earlier.source)),
@@ -311,7 +312,7 @@ def over_seeds(effects: Sequence[Effect]) -> Effect:
     """The mean over trainings with different seeds.
 
     One seed: the interval holds for the models trained, over images. Several: it contains the
-    scatter between the seeds too, by Student's t with one degree of freedom less than seeds.
+    variation between the seeds too, by Student's t with one degree of freedom fewer than seeds.
     """
     first, *others = effects
     if not others:
@@ -327,8 +328,8 @@ def over_seeds(effects: Sequence[Effect]) -> Effect:
     )
 
 
-def leads(sampler: Sampler, run: StudyRun, others: Sequence[StudyRun]) -> float:
+def share_of_draws_led(sampler: Sampler, run: StudyRun, others: Sequence[StudyRun]) -> float:
     """Share of the draws in which a run has the largest ACR of all."""
-    mine = sampler.acr(run).drawn.mean(axis=1)
-    best = np.max([sampler.acr(other).drawn.mean(axis=1) for other in others], axis=0)
+    mine = sampler.acr(run).resampled.mean(axis=1)
+    best = np.max([sampler.acr(other).resampled.mean(axis=1) for other in others], axis=0)
     return float((mine > best).mean())

@@ -1,4 +1,4 @@
-"""The claims with their verdicts as sentences, rows, Markdown and JSON."""
+"""Claims with their verdicts as sentences, rows, Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from certifl.paper.claims.rules import (
     range_words,
     some,
 )
-from certifl.paper.claims.testing import ClaimResult, Report, Tested
+from certifl.paper.claims.testing import ClaimResult, Outcome, Report
 from certifl.report.wording import listed
 from certifl.runs.atomic import write_text
 
@@ -81,42 +81,42 @@ def claim_rows(report: Report) -> list[dict[str, Any]]:
     ]
 
 
-def deciding(result: ClaimResult) -> tuple[Tested, ...]:
+def deciding(result: ClaimResult) -> tuple[Outcome, ...]:
     """The comparisons on which a verdict rests.
 
-    Of a claim that something can happen the supported ones: the intervals of the others may reach
-    far below what is claimed, and shown together with them would seem to contradict the verdict.
+    Of a claim that something can happen, the supported ones: the intervals of the others may
+    extend far below what is claimed, and would seem to contradict the verdict.
     """
     if result.claim.across is some and result.verdict == SUPPORTED:
-        return tuple(t for t in result.judged if t.judged and t.judged.verdict == SUPPORTED)
+        return tuple(t for t in result.judged if t.verdict == SUPPORTED)
     return result.judged
 
 
 def explanation(report: Report) -> list[str]:
-    """What a reader must know of all numbers."""
+    """Notes on all numbers."""
     seeds = len(report.seeds)
     training = (
-        "One training seed: the verdicts are about the models trained, tested on other images "
+        "One training seed: the verdicts are about the trained models, tested on other images "
         "like these; they say nothing about training again."
         if seeds < 2
         else f"{seeds} training seeds: where a comparison has several, its interval includes "
-        "their scatter (Student's t)."
+        "their variation (Student's t)."
     )
     return [
         "1 point is 1 % of the largest possible radius for ACR (the mean of the certified "
         "accuracy over all radii), and 1 % of the images for a certified accuracy.",
-        "Intervals: 95 %, Student's t, paired over images within clients, no narrower than what "
-        f"images that were not met could hide (spreads: {report.draws:,} draws of images), wide "
+        "Intervals: 95 %, Student's t, paired over images within clients, no narrower than "
+        f"unsampled kinds of images allow (spreads: {report.draws:,} bootstrap draws), wide "
         "enough for all judged comparisons of one claim at once; claims are not corrected for "
-        "each other. A comparison that is told, not judged, has its own 95 % interval, marked "
-        "(alone).",
+        "each other. A comparison that is reported but not judged has its own 95 % interval, "
+        "marked (alone).",
         training,
         *report.notes,
     ]
 
 
 def verdict_words(result: ClaimResult) -> str:
-    """The verdict as a sentence or two that are true of the runs at hand."""
+    """The verdict in a few sentences that are true of the given runs."""
     if result.verdict == NOT_TESTED:
         return f"Not tested: runs are missing. {_missing_words(result)}".strip()
     judged = result.judged
@@ -125,40 +125,40 @@ def verdict_words(result: ClaimResult) -> str:
     else:
         sentence = f"{result.verdict.capitalize()}: {_several(judged)}."
     sentence += _threshold_words(result)
-    if result.claim.telling:
-        sentence += _told(judged)
+    if result.claim.show_details:
+        sentence += _details(judged)
     if result.partly:
         sentence += f" Not all of the claim was tested. {_missing_words(result)}"
     return sentence
 
 
 def _threshold_words(result: ClaimResult) -> str:
-    """What a claim about a threshold rests on: the whole interval, not the estimate."""
-    rule, found = result.claim.judged_by, deciding(result)
-    if not isinstance(rule, MinimumEffect) or result.verdict != SUPPORTED or not found:
+    """That a claim about a threshold is decided by the whole interval, not by the estimate."""
+    rule, supporting = result.claim.judged_by, deciding(result)
+    if not isinstance(rule, MinimumEffect) or result.verdict != SUPPORTED or not supporting:
         return ""
-    limit, enough = point_words(rule.threshold, upward=True), "this" if len(found) == 1 else "one"
-    told = (
-        f" In {len(found)} of {len(result.judged)} comparisons the whole interval lies above "
-        f"{limit} ({_hull(found)}): not the estimate but the lower limit was tested. The claim is "
-        f"that it can happen, so {enough} is enough"
-    )
-    others = [tested for tested in result.judged if tested not in found]
+    limit = point_words(rule.threshold, upward=True)
+    enough = "this" if len(supporting) == 1 else "one"
+    others = [tested for tested in result.judged if tested not in supporting]
     smaller = f"; elsewhere the interval contains smaller values too ({_hull(others)})"
-    return f"{told}{smaller if others else ''}."
+    return (
+        f" In {len(supporting)} of {len(result.judged)} comparisons the whole interval is above "
+        f"{limit} ({_hull(supporting)}): the lower limit was tested, not the estimate. The claim "
+        f"is that it can happen, so {enough} is enough{smaller if others else ''}."
+    )
 
 
-def _one(tested: Tested) -> str:
-    finding, judged = tested.finding, tested.judged
-    why = f" ({judged.why})" if judged is not None and judged.why else ""
+def _one(tested: Outcome) -> str:
+    finding = tested.finding
+    why = f" ({tested.why})" if tested.why else ""
     return (
         f"{finding.difference} is {change_words(finding.effect.estimate)} "
         f"({interval_words(tested.together)}) of {finding.quantity}{why}"
     )
 
 
-def _told(judged: Sequence[Tested]) -> str:
-    """Details, each setting named once."""
+def _details(judged: Sequence[Outcome]) -> str:
+    """Details of the comparisons, each setting named once."""
     lines: dict[str, dict[str, None]] = {}
     for finding in (t.finding for t in judged):
         if finding.detail:
@@ -166,17 +166,17 @@ def _told(judged: Sequence[Tested]) -> str:
     return "".join(f" {setting}: {'; '.join(details)}." for setting, details in lines.items())
 
 
-def _several(judged: Sequence[Tested]) -> str:
+def _several(judged: Sequence[Outcome]) -> str:
     by_verdict = {
-        verdict: [t for t in judged if t.judged is not None and t.judged.verdict == verdict]
+        verdict: [t for t in judged if t.verdict == verdict]
         for verdict in (SUPPORTED, NOT_SUPPORTED, UNDECIDED)
     }
     parts = []
     for verdict, group in by_verdict.items():
         if group:
-            whys = sorted({t.judged.why for t in group if t.judged is not None and t.judged.why})
+            whys = sorted({t.why for t in group if t.why})
             reasons = f": {'; '.join(whys)}" if whys and verdict == NOT_SUPPORTED else ""
-            few = sum(t.judged is not None and t.judged.why == TOO_FEW for t in group)
+            few = sum(t.why == TOO_FEW for t in group)
             if few:
                 reasons = f": {f'{few} with ' if few < len(group) else ''}{TOO_FEW}"
             parts.append(f"{verdict} in {len(group)} ({_estimates(group)} points{reasons})")
@@ -191,13 +191,13 @@ def _missing_words(result: ClaimResult) -> str:
     return f"Missing: {shown}{f'; and {more} more' if more > 0 else ''}."
 
 
-def _estimates(judged: Sequence[Tested]) -> str:
+def _estimates(judged: Sequence[Outcome]) -> str:
     values = sorted({f"{100 * t.finding.effect.estimate:+.1f}" for t in judged}, key=float)
     return "" if not values else values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
 
 
-def _hull(judged: Sequence[Tested]) -> str:
-    """Where the intervals lie that could be given, and how many these are."""
+def _hull(judged: Sequence[Outcome]) -> str:
+    """The range of the intervals that could be given, and their number."""
     if not judged:
         return ""
     known = [t.together for t in judged if math.isfinite(t.together[0])]
@@ -207,13 +207,13 @@ def _hull(judged: Sequence[Tested]) -> str:
     return hull if len(known) == len(judged) else f"{hull} (of {len(known)} of {len(judged)})"
 
 
-def _clients(judged: Sequence[Tested]) -> str:
+def _clients(judged: Sequence[Outcome]) -> str:
     counts = sorted({count for t in judged for count in t.finding.effect.clients})
     return ", ".join(str(count) for count in counts)
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """Everything, for further work; infinite ends are null."""
+    """Everything, for further processing; infinite ends are null."""
     return {
         "runs": report.runs,
         "seeds": list(report.seeds),
@@ -237,8 +237,8 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
-def _comparison(tested: Tested) -> dict[str, Any]:
-    finding, effect, judged = tested.finding, tested.finding.effect, tested.judged
+def _comparison(tested: Outcome) -> dict[str, Any]:
+    finding, effect, judgment = tested.finding, tested.finding.effect, tested.judgment
     return {
         "setting": finding.setting,
         "difference": finding.difference,
@@ -246,15 +246,15 @@ def _comparison(tested: Tested) -> dict[str, Any]:
         "estimate": effect.estimate,
         "low": _finite(tested.together[0]),
         "high": _finite(tested.together[1]),
-        "low_and_high_hold": "alone" if tested.told else "together",
+        "low_and_high_hold": "alone" if tested.judgment is None else "together",
         "low_alone": _finite(tested.alone[0]),
         "high_alone": _finite(tested.alone[1]),
         "images": effect.images,
         "clients": list(effect.clients),
         "seeds": effect.seeds,
         "level": _finite(effect.level),
-        "verdict": None if judged is None else judged.verdict,
-        "why": None if judged is None else judged.why,
+        "verdict": None if judgment is None else judgment.verdict,
+        "why": None if judgment is None else judgment.why,
         "detail": finding.detail,
         "runs": list(finding.runs),
     }
@@ -270,7 +270,7 @@ def as_markdown(report: Report) -> str:
     keys = ("claim", "verdict", "effect", "interval", "images", "clients")
     rows = [[str(row[key]) for key in keys] for row in claim_rows(report)]
     parts = [
-        "# Claims of the paper and what these runs say",
+        "# Claims of the paper, tested on these runs",
         "\n".join(f"- {line}" for line in explanation(report)),
         _markdown_table(head, rows),
         *(_markdown_claim(result) for result in report.results),
@@ -293,18 +293,18 @@ def _markdown_claim(result: ClaimResult) -> str:
     return "\n\n".join(parts)
 
 
-def comparison_row(tested: Tested) -> list[str]:
+def comparison_row(tested: Outcome) -> list[str]:
     """One comparison as texts, in the order of `COMPARISON_HEAD`."""
-    finding, judged = tested.finding, tested.judged
-    verdict = "told" if judged is None else judged.verdict
-    why = f" ({judged.why})" if judged is not None and judged.why else ""
+    finding = tested.finding
+    verdict = tested.verdict or "reported only"
+    why = f" ({tested.why})" if tested.why else ""
     detail = f"; {finding.detail}" if finding.detail else ""
     return [
         finding.setting,
         finding.difference,
         finding.quantity,
         f"{100 * finding.effect.estimate:+.1f}",
-        f"{interval_words(tested.together)}{' (alone)' if tested.told else ''}",
+        f"{interval_words(tested.together)}{'' if tested.verdict else ' (alone)'}",
         f"{finding.effect.images:,}",
         f"{verdict}{why}{detail}",
     ]

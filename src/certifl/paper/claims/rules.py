@@ -1,4 +1,4 @@
-"""When an interval supports a hypothesis, and what several settings say together."""
+"""When an interval supports a hypothesis, and how verdicts of several settings combine."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Combination = Callable[[Sequence[str]], str]
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What one interval says. `why` is empty where the verdict says it all."""
+class Judgment:
+    """The verdict of one interval; `why` is empty where it needs no reason."""
 
     verdict: str
     why: str = ""
@@ -38,20 +38,22 @@ class Equivalence:
     def words(self) -> str:
         """The rule in words."""
         return (
-            f"supported if the whole interval lies within {_size(self.margin)} of 0 {_NEAR_ZERO}, "
-            "not supported if it lies entirely outside, else undecided"
+            f"supported if the whole interval lies within {point_words(self.margin)} of 0 "
+            f"{_NEAR_ZERO}, not supported if it lies entirely outside, else undecided"
         )
 
-    def judge(self, low: float, high: float, level: float = math.inf) -> Judged:
+    def judge(self, low: float, high: float, level: float = math.inf) -> Judgment:
         """The verdict of an interval, at the level of the better run."""
         margin = _margin_at(self.margin, level)
         if _within(low, high, margin):
             less = margin < self.margin
-            return Judged(SUPPORTED, f"within {_fraction(margin, level)}" if less else "")
+            return Judgment(SUPPORTED, f"within {_fraction(margin, level)}" if less else "")
         if low > margin or high < -margin:
             way = "ahead" if low > 0 else "behind"
-            return Judged(NOT_SUPPORTED, f"{way} by more than {_size(margin, upward=False)}")
-        return Judged(UNDECIDED, _open(low, high, self.margin, level))
+            return Judgment(
+                NOT_SUPPORTED, f"{way} by more than {point_words(margin, upward=False)}"
+            )
+        return Judgment(UNDECIDED, _open(low, high, self.margin, level))
 
 
 @dataclass(frozen=True)
@@ -65,47 +67,48 @@ class Superiority:
         """The rule in words."""
         return (
             "supported if the whole interval lies above 0; not supported if it lies entirely "
-            f"below 0 (the other way), or contains 0 and lies within {_size(self.margin)} of it "
-            f"{_NEAR_ZERO} (no difference larger than that); else undecided"
+            "below 0 (the other way), or contains 0 and lies within "
+            f"{point_words(self.margin)} of it {_NEAR_ZERO} (no difference larger than that); "
+            "else undecided"
         )
 
-    def judge(self, low: float, high: float, level: float = math.inf) -> Judged:
+    def judge(self, low: float, high: float, level: float = math.inf) -> Judgment:
         """The verdict of an interval, at the level of the better run."""
         margin = _margin_at(self.margin, level)
-        size = _fraction(margin, level) if margin < self.margin else _size(margin)
+        size = _fraction(margin, level) if margin < self.margin else point_words(margin)
         if low > 0.0:
-            return Judged(SUPPORTED, f"but less than {size}" if high < margin else "")
+            return Judgment(SUPPORTED, f"but less than {size}" if high < margin else "")
         if high < 0.0:
-            return Judged(NOT_SUPPORTED, "the other way")
+            return Judgment(NOT_SUPPORTED, "the other way")
         if _within(low, high, margin):
-            return Judged(NOT_SUPPORTED, f"no difference larger than {size}")
-        return Judged(UNDECIDED, _open(low, high, self.margin, level))
+            return Judgment(NOT_SUPPORTED, f"no difference larger than {size}")
+        return Judgment(UNDECIDED, _open(low, high, self.margin, level))
 
 
 @dataclass(frozen=True)
 class MinimumEffect:
-    """Hypothesis: the difference is larger than a threshold, which the claim itself names."""
+    """Hypothesis: the difference is larger than a threshold named by the claim."""
 
     threshold: float
 
     @property
     def words(self) -> str:
         """The rule in words."""
-        limit = _size(self.threshold)
+        limit = point_words(self.threshold)
         return (
             f"supported if the whole interval lies above {limit}, not supported if it lies "
             "entirely below, else undecided"
         )
 
-    def judge(self, low: float, high: float, level: float = math.inf) -> Judged:
+    def judge(self, low: float, high: float, level: float = math.inf) -> Judgment:
         """The verdict of an interval, the same at every level."""
         if low > self.threshold:
-            return Judged(SUPPORTED)
+            return Judgment(SUPPORTED)
         if high < self.threshold:
-            return Judged(NOT_SUPPORTED, f"less than {_size(self.threshold)}")
+            return Judgment(NOT_SUPPORTED, f"less than {point_words(self.threshold)}")
         if math.isinf(low) or math.isinf(high):
-            return Judged(UNDECIDED, TOO_FEW)
-        return Judged(UNDECIDED, f"the interval contains {_size(self.threshold)}")
+            return Judgment(UNDECIDED, TOO_FEW)
+        return Judgment(UNDECIDED, f"the interval contains {point_words(self.threshold)}")
 
 
 Rule = Equivalence | Superiority | MinimumEffect
@@ -119,13 +122,9 @@ def _within(low: float, high: float, margin: float) -> bool:
     return -margin < low and high < margin
 
 
-def _size(share: float, upward: bool = True) -> str:
-    return point_words(share, upward)
-
-
 def _fraction(margin: float, level: float) -> str:
-    """A margin that is smaller for being next to 0."""
-    return f"{_size(margin)}, a quarter of the {_size(level)} at hand"
+    """A margin that is reduced next to 0."""
+    return f"{point_words(margin)}, a quarter of the {point_words(level)} of the better run"
 
 
 def _open(low: float, high: float, margin: float, level: float) -> str:
@@ -134,7 +133,7 @@ def _open(low: float, high: float, margin: float, level: float) -> str:
     if here == margin or not _within(low, high, margin):
         return _width(low, high)
     return (
-        f"{_width(low, high)} and lies within {_size(margin)} of 0, but so near 0 only "
+        f"{_width(low, high)} and lies within {point_words(margin)} of 0, but so near 0 only "
         f"{_fraction(here, level)}, count as no difference"
     )
 
@@ -146,7 +145,7 @@ def _width(low: float, high: float) -> str:
 
 
 def every(verdicts: Sequence[str]) -> str:
-    """A claim about all of several settings, each judged at a level that makes all hold together.
+    """A claim about all of several settings, judged at a level at which all hold together.
 
     All must be supported; one that is not supported refutes the claim.
     """
@@ -184,14 +183,14 @@ def change_words(share: float) -> str:
     return f"{100 * share:+.1f} points"
 
 
-def point_words(share: float, upward: bool) -> str:
-    """A size, rounded to a tenth of a point to the side on which the sentence stays true."""
+def point_words(share: float, upward: bool = True) -> str:
+    """A size, rounded to a tenth of a point to the side on which the sentence remains true."""
     tenths = _tenths(share, upward)
     return "1 point" if tenths == 10 else f"{tenths / 10:g} points"
 
 
 def interval_words(ends: tuple[float, float]) -> str:
-    """An interval in points, rounded outward; why there is none where it has no end."""
+    """An interval in points, rounded outward; why there is none where it is infinite."""
     if not math.isfinite(ends[1] - ends[0]):
         return TOO_FEW
     return f"{_end(ends[0], upward=False)} to {_end(ends[1], upward=True)}"

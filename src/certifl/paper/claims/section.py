@@ -1,4 +1,4 @@
-"""The paper's claims on the page: verdict, effect and interval, and everything behind them."""
+"""The paper's claims on the page: verdict, effect and interval, with all comparisons."""
 
 from __future__ import annotations
 
@@ -17,55 +17,50 @@ from certifl.paper.claims.render import (
 from certifl.paper.claims.rules import NOT_SUPPORTED, NOT_TESTED, SUPPORTED, UNDECIDED
 from certifl.paper.claims.runs import has_own_perturbations, read_run
 from certifl.paper.claims.testing import ClaimResult, Report, check_runs
-from certifl.report.page.html import Markup, el, join, table
+from certifl.report.page.html import Markup, details, el, join, note, paragraph, section, table
 from certifl.report.results import Row, flat
 
 _SIGNS = {SUPPORTED: "✓", NOT_SUPPORTED: "✗", UNDECIDED: "?"}
-_KINDS = {SUPPORTED: "held", NOT_SUPPORTED: "refuted", UNDECIDED: "open"}
+_KINDS = {SUPPORTED: "supported", NOT_SUPPORTED: "refuted", UNDECIDED: "open"}
 _WIDTH, _LINE, _MOST_LINES = 150.0, 9.0, 12
+_HEADING = "Tests of the paper’s claims"
 
 
 def verdicts_section(rows: Sequence[Row]) -> Markup:
-    """The claims that these runs can be held against; nothing where there are none.
+    """The claims that these runs can test; nothing where there are none.
 
-    A claim is shown as soon as one comparison of it could be made. What of it was not tested is
-    said beside its verdict.
+    A claim is shown as soon as one of its comparisons could be made. Its verdict says what was not
+    tested.
     """
     runs = flat(rows)
-    if len(runs) < 2 or any(run.told or has_own_perturbations(run) for run in runs):
+    if len(runs) < 2 or any(run.curves_only or has_own_perturbations(run) for run in runs):
         return Markup()
     try:
         report = check_runs([read_run(run) for run in runs])
     except StoreError as error:
-        body: list[str] = [el("p", {"class": "note"}, f"They were not tested. {error}")]
-        return _section(body)
+        return section("claims", _HEADING, note(f"They were not tested. {error}"))
     tested = [result for result in report.results if result.verdict != NOT_TESTED]
     if not tested:
         return Markup()
-    told = {row["claim"]: row for row in claim_rows(report)}
-    cards = [_card(one, told[one.claim.name]) for one in tested]
-    known = el("ul", {"class": "limits"}, *(el("li", None, line) for line in explanation(report)))
-    behind = el("details", None, el("summary", None, "What the numbers mean"), known)
-    return _section([el("p", None, _summary(report, tested)), *cards, behind])
-
-
-def _section(body: Sequence[str]) -> Markup:
-    heading = el("h2", None, "The paper’s claims, put to the test")
-    return el("section", {"id": "claims"}, heading, *body)
+    by_claim = {row["claim"]: row for row in claim_rows(report)}
+    cards = [_card(one, by_claim[one.claim.name]) for one in tested]
+    notes = el("ul", {"class": "limits"}, *(el("li", None, line) for line in explanation(report)))
+    summary = paragraph(_summary(report, tested))
+    return section("claims", _HEADING, summary, *cards, details("What the numbers mean", notes))
 
 
 def _summary(report: Report, tested: Sequence[ClaimResult]) -> str:
     counts = {verdict: sum(one.verdict == verdict for one in tested) for verdict in _SIGNS}
-    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
     return (
-        f"{len(tested)} of {len(report.results)} claims of the paper speak of runs like these: "
-        f"{told}. Effects are in points, 1 % of the largest possible radius or of the images, "
+        f"{len(tested)} of {len(report.results)} claims of the paper are about runs like these: "
+        f"{verdicts}. Effects are in points, 1 % of the largest possible radius or of the images, "
         "with 95 % intervals over test images that hold for all comparisons of a claim at once."
     )
 
 
 def _card(result: ClaimResult, row: Mapping[str, Any]) -> Markup:
-    """One claim: closed it says verdict and effect, open everything else."""
+    """One claim: verdict and effect, and everything else when unfolded."""
     claim, verdict = result.claim, result.verdict
     badge = el("span", {"class": f"badge {_KINDS[verdict]}"}, f"{_SIGNS[verdict]} {verdict}")
     numbers = el("b", None, f"{row['effect']} points" if row["effect"] else "no number")
@@ -80,13 +75,13 @@ def _card(result: ClaimResult, row: Mapping[str, Any]) -> Markup:
         el("span", {"class": "claim-says"}, claim.sentence),
         el("span", {"class": "claim-size"}, numbers, ends, _forest(result)),
     )
-    facts = (
+    metadata = (
         ("Shown in", claim.figure),
         ("Hypothesis", claim.hypothesis),
         ("Rule", claim.rule),
         ("Outcome", verdict_words(result)),
     )
-    pairs = [join([el("dt", None, k), el("dd", None, v)]) for k, v in facts]
+    pairs = [join([el("dt", None, k), el("dd", None, v)]) for k, v in metadata]
     comparisons = [comparison_row(one) for one in result.comparisons]
     body = el("dl", {"class": "claim-facts"}, *pairs)
     head_row = [text[0].upper() + text[1:] for text in COMPARISON_HEAD]
@@ -109,8 +104,8 @@ def _forest(result: ClaimResult) -> Markup:
     height = _LINE * len(judged) + 4
     zero = el("line", {"class": "zero", "x1": x(0), "x2": x(0), "y1": "0", "y2": f"{height:g}"})
     shapes = [zero]
-    for place, one in enumerate(judged):
-        y = f"{_LINE * (place + 0.5) + 2:g}"
+    for row, one in enumerate(judged):
+        y = f"{_LINE * (row + 0.5) + 2:g}"
         low, high = one.together
         shapes.append(
             el("line", {"class": "reach", "x1": x(low), "x2": x(high), "y1": y, "y2": y})

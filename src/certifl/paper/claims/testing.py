@@ -1,4 +1,4 @@
-"""The claims put to the test on the runs at hand."""
+"""The claims tested on given runs."""
 
 from __future__ import annotations
 
@@ -10,32 +10,37 @@ from certifl.paper.claims.bootstrap import DRAWS, Sampler, layout_of
 from certifl.paper.claims.catalogue import CLAIMS, Claim
 from certifl.paper.claims.designs import Finding
 from certifl.paper.claims.matching import Pool
-from certifl.paper.claims.rules import NOT_TESTED, SUPPORTED, UNDECIDED, Judged
+from certifl.paper.claims.rules import NOT_TESTED, SUPPORTED, UNDECIDED, Judgment
 from certifl.paper.claims.runs import StudyRun, find_runs
 from certifl.report.summary import CONFIDENCE
 
 
 @dataclass(frozen=True, eq=False)
-class Tested:
-    """One comparison with its interval and what follows from it.
+class Outcome:
+    """One comparison with its intervals and verdict.
 
     Attributes:
         finding: what was compared.
         alone: its 95 % interval.
         together: wide enough for all judged comparisons of the claim to hold at once with 95 %;
-            the verdict rests on it. Of a comparison that is told it is `alone` again.
-        judged: the verdict; None where the comparison is told, not judged.
+            the verdict is based on it. Of a comparison that is only reported it is `alone`.
+        judgment: the verdict; None where the comparison is only reported.
     """
 
     finding: Finding
     alone: tuple[float, float]
     together: tuple[float, float]
-    judged: Judged | None
+    judgment: Judgment | None
 
     @property
-    def told(self) -> bool:
-        """Whether it decides nothing, so that its interval holds alone."""
-        return self.judged is None
+    def verdict(self) -> str:
+        """The verdict; empty where the comparison is only reported."""
+        return "" if self.judgment is None else self.judgment.verdict
+
+    @property
+    def why(self) -> str:
+        """The reason of the verdict where it needs one."""
+        return "" if self.judgment is None else self.judgment.why
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,31 +49,31 @@ class ClaimResult:
 
     Attributes:
         claim: what was tested. verdict: supported, not supported, undecided, not tested.
-        comparisons: all that could be made; those that are judged rest on one level.
+        comparisons: all that could be made; those that are judged share one level.
         missing: runs that other comparisons would need, in words.
-        partly: whether something the claim speaks of was not tested.
+        partly: whether part of the claim was not tested.
     """
 
     claim: Claim
     verdict: str
-    comparisons: tuple[Tested, ...]
+    comparisons: tuple[Outcome, ...]
     missing: tuple[str, ...]
     partly: bool
 
     @property
-    def judged(self) -> tuple[Tested, ...]:
+    def judged(self) -> tuple[Outcome, ...]:
         """The comparisons that decide."""
-        return tuple(t for t in self.comparisons if t.judged is not None)
+        return tuple(t for t in self.comparisons if t.judgment is not None)
 
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """All claims, and what else a reader must know.
+    """All claims, with notes for the reader.
 
     Attributes:
         results: one for each claim.
-        runs: how many could be compared. seeds: trainings with other seeds.
-        draws: how often images were drawn again. notes: what was left out.
+        runs: number that could be compared. seeds: of the trainings.
+        draws: number of bootstrap draws. notes: what was left out.
     """
 
     results: tuple[ClaimResult, ...]
@@ -78,12 +83,12 @@ class Report:
     notes: tuple[str, ...]
 
 
-def check_claims(places: Sequence[str | Path], draws: int = DRAWS) -> Report:
-    """Put the paper's claims to the test.
+def check_claims(paths: Sequence[str | Path], draws: int = DRAWS) -> Report:
+    """Test the paper's claims.
 
     Args:
-        places: run folders, or study folders that hold `runs/` or runs.
-        draws: how often images are drawn again.
+        paths: run folders, or study folders that contain `runs/` or runs.
+        draws: number of bootstrap draws.
 
     Returns:
         A verdict for each claim. Within one claim all judged intervals hold together with 95 %
@@ -93,24 +98,29 @@ def check_claims(places: Sequence[str | Path], draws: int = DRAWS) -> Report:
         StoreMismatch: a folder without a run, or a named run that is not finished.
         StoreError: a run that is damaged.
     """
-    runs, notes = find_runs(places)
+    runs, notes = find_runs(paths)
     return check_runs(runs, draws, notes)
 
 
-def check_runs(runs: Sequence[StudyRun], draws: int = DRAWS, notes: Sequence[str] = ()) -> Report:
-    """As `check_claims`, of runs that were read before."""
+def check_runs(
+    runs: Sequence[StudyRun],
+    draws: int = DRAWS,
+    notes: Sequence[str] = (),
+    claims: Sequence[Claim] = CLAIMS,
+) -> Report:
+    """As `check_claims`, of runs that were read before, and of some claims alone."""
     whole = [run for run in runs if layout_of(run).enough]
     if len(whole) < len(runs):
         notes = (
             *notes,
             f"{len(runs) - len(whole)} of {len(runs)} runs certify fewer than ten images, or one "
-            "image a client: no interval can be given for them, and they were left out.",
+            "image per client: no interval can be given for them, and they were left out.",
         )
     pool, sampler = Pool(whole), Sampler(whole, draws)
     return Report(
-        results=tuple(_check(claim, pool, sampler) for claim in CLAIMS),
+        results=tuple(_check(claim, pool, sampler) for claim in claims),
         runs=len(whole),
-        seeds=tuple(sorted({run.facts.seed for run in whole})),
+        seeds=tuple(sorted({run.metadata.seed for run in whole})),
         draws=draws,
         notes=tuple(notes),
     )
@@ -132,19 +142,19 @@ def _check(claim: Claim, pool: Pool, sampler: Sampler) -> ClaimResult:
     return ClaimResult(claim, verdict, tested, tuple(missing), partly)
 
 
-def _test(finding: Finding, error: float) -> Tested:
+def _test(finding: Finding, error: float) -> Outcome:
     alone = finding.effect.interval(1.0 - CONFIDENCE)
     if finding.rule is None:
-        return Tested(finding, alone, alone, None)
+        return Outcome(finding, alone, alone, None)
     together = finding.effect.interval(error)
-    return Tested(finding, alone, together, finding.rule.judge(*together, finding.effect.level))
+    return Outcome(finding, alone, together, finding.rule.judge(*together, finding.effect.level))
 
 
-def _verdict(claim: Claim, tested: Sequence[Tested]) -> str:
+def _verdict(claim: Claim, tested: Sequence[Outcome]) -> str:
     groups: dict[str, list[str]] = {}
     for one in tested:
-        if one.judged is not None:
-            groups.setdefault(one.finding.group, []).append(one.judged.verdict)
+        if one.judgment is not None:
+            groups.setdefault(one.finding.group, []).append(one.judgment.verdict)
     if not groups:
         return NOT_TESTED
     return claim.across([claim.combination(group) for group in groups.values()])

@@ -1,6 +1,6 @@
 "use strict";
 const report = JSON.parse(document.getElementById("report-data").textContent);
-// Begun once for every panel, with its numbers and a way to ask to be drawn anew in another width.
+// Each is called once for every panel, with its numbers and a way to be redrawn at another width.
 const parts = [];
 
 // Shapes and axes that all charts of the page are made of.
@@ -48,8 +48,8 @@ const drawing = (() => {
     shape(b.root, "text", { x: (b.left + b.right) / 2, y: b.height - 3, "text-anchor": "middle" }, xLabel);
     return { x, y };
   }
-  // A regime's swatch and name, as the page shows them in its controls.
-  const regime = (place) => document.querySelector(`[data-regime="${place}"] ~ .regime`).cloneNode(true);
+  // An algorithm's swatch and name, as the page shows them in its controls.
+  const algorithm = (index) => document.querySelector(`[data-algorithm="${index}"] ~ .algorithm`).cloneNode(true);
   const each = (selector, act) => document.querySelectorAll(selector).forEach(act);
   const put = (parent, name, text, kind) => {
     const made = document.createElement(name);
@@ -57,5 +57,5 @@ const drawing = (() => {
     if (kind) made.className = kind;
     return parent.appendChild(made);
   };
-  return { shape, trace, tenths, ticks, tickText, board, axes, regime, each, put };
+  return { shape, trace, tenths, ticks, tickText, board, axes, algorithm, each, put };
 })();

@@ -1,52 +1,52 @@
-// The image explorer: a picture on its way through the deformations, and what is voted on it.
+// The image explorer: a picture along sweeps of the deformation, and the votes on it.
 parts.push((data, fit) => {
   const { shape, each, put } = drawing;
   const explorer = data.explorer;
   if (!explorer) return;
-  const picked = { image: 0, walk: 0, step: 0 };
+  const picked = { image: 0, sweep: 0, step: 0 };
   const slider = document.getElementById("step"), canvas = document.getElementById("picture");
-  const spots = [];
-  const thumb = 10;  // half a thumb in pixels: the strips begin and end where its centre does
+  const cursors = [];
+  const thumb = 10;  // half a thumb in pixels: the strips begin and end where its center does
 
   const named = (label) => explorer.names && explorer.names[label] !== undefined ? explorer.names[label] : String(label);
   const titled = (label) => explorer.names && explorer.names[label] === String(label) || !explorer.names ? `class ${label}` : named(label);
   const now = () => explorer.images[picked.image];
-  const way = () => now().walks[picked.walk];
-  const seen = (run) => run.walks[picked.walk];
-  const centre = () => way().values.indexOf(0);
+  const sweep = () => now().sweeps[picked.sweep];
+  const seen = (run) => run.sweeps[picked.sweep];
+  const center = () => sweep().values.indexOf(0);
 
-  // What is said ------------------------------------------------------------------------------
+  // Words -------------------------------------------------------------------------------------
   function stepText(step) {
-    const { forward, backward } = explorer.walks[picked.walk], value = way().values[step];
-    return value === 0 ? "none" : `${way().texts[step]} ${value > 0 ? forward : backward}`;
+    const { forward, backward } = explorer.sweeps[picked.sweep], value = sweep().values[step];
+    return value === 0 ? "none" : `${sweep().texts[step]} ${value > 0 ? forward : backward}`;
   }
   function promised(run) {
-    if (!run.ends) return "no certificate: the votes did not suffice";
-    const right = run.predicted === now().label ? "right" : "wrong", [first, second] = run.certified;
-    const { forward, backward } = explorer.walks[picked.walk];
+    if (!run.ends) return "no certificate: too few votes agree";
+    const right = run.predicted === now().label ? "correct" : "wrong", [first, second] = run.certified;
+    const { forward, backward } = explorer.sweeps[picked.sweep];
     const reach = second === undefined ? `up to ${first}` : `from ${first} ${backward} to ${second} ${forward}`;
     return `certified ${titled(run.predicted)} ${reach}, ${right}`;
   }
   // The class that other steps are compared with: the certified one, or the one without deformation.
-  const expected = (run) => run.ends ? run.predicted : seen(run).winners[centre()][0][0];
+  const expected = (run) => run.ends ? run.predicted : seen(run).winners[center()][0][0];
   function kind(run, step) {
     const { close, winners } = seen(run);
     if (close[step] === "1") return "close";
     return winners[step][0][0] === expected(run) ? "same" : "other";
   }
-  function placed(run, inside) {
+  function range(run, inside) {
     if (!run.ends) return "nothing is certified";
     return inside ? "inside the certified range" : "outside the certified range";
   }
-  function says(run, step) {
+  function answerOf(run, step) {
     const { winners, inside } = seen(run), [label, votes] = winners[step][0], what = kind(run, step);
-    const share = `${votes} of ${explorer.votes[run.run]} votes`, held = inside[step] === "1";
+    const share = `${votes} of ${explorer.votes[run.run]} votes`, certified = inside[step] === "1";
     const answer = what === "close" ? `too close to call, ${titled(label)} first with ${share}` : `${titled(label)}, ${share}`;
-    const right = label === now().label ? "right" : "wrong";
+    const correct = label === now().label ? "correct" : "wrong";
     const same = { same: "still the same class", other: "another class", close: "" }[what];
-    const against = held && what === "other" ? ": against the certificate; `certifl attack` puts it to the test" : "";
-    const still = step === centre() || !same ? "" : `, ${same}${against}`;
-    return { answer, right: what === "close" ? "" : right, place: `${placed(run, held)}${still}` };
+    const against = certified && what === "other" ? ": against the certificate; test it with `certifl attack`" : "";
+    const still = step === center() || !same ? "" : `, ${same}${against}`;
+    return { answer, verdict: what === "close" ? "" : correct, where: `${range(run, certified)}${still}` };
   }
 
   // Pictures ----------------------------------------------------------------------------------
@@ -67,47 +67,47 @@ parts.push((data, fit) => {
   }
   function load() {
     if (!explorer.pictures) return;
-    const wanted = loaded(way().strip);
+    const wanted = loaded(sweep().strip);
     shown = wanted;
     wanted.decode().then(() => { if (shown === wanted) repaint(); });
   }
 
   // The strips --------------------------------------------------------------------------------
   function drawStrip(line, run) {
-    const container = line.querySelector(".strip"), values = way().values, last = values.length - 1;
+    const container = line.querySelector(".strip"), values = sweep().values, last = values.length - 1;
     const width = Math.max(160, container.clientWidth), root = shape(container, "svg", { viewBox: `0 0 ${width} 34`, "aria-hidden": "true" });
     const layer = shape(root, "g", { class: `s${data.runs[run.run].slot}` });
     const x = (value) => thumb + (value - values[0]) / (values[last] - values[0]) * (width - 2 * thumb);
     const gap = (width - 2 * thumb) / last;
-    shape(layer, "line", { class: "way", x1: thumb, x2: width - thumb, y1: 5, y2: 5 });
+    shape(layer, "line", { class: "track", x1: thumb, x2: width - thumb, y1: 5, y2: 5 });
     if (run.ends) {
       const from = x(Math.max(values[0], run.ends[0])), to = x(Math.min(values[last], run.ends[1]));
-      shape(layer, "rect", { class: "held", x: from, y: 1, width: Math.max(2, to - from), height: 8, rx: 2 });
+      shape(layer, "rect", { class: "certified", x: from, y: 1, width: Math.max(2, to - from), height: 8, rx: 2 });
     }
     values.forEach((value, step) => {
       const what = kind(run, step), tall = { same: 16, close: 8, other: 3 }[what];
       shape(layer, "rect", { class: `cell ${what}`, x: x(value) - gap * 0.36, y: 30 - tall, width: gap * 0.72, height: tall, rx: 1 });
     });
-    const spot = shape(root, "line", { class: "spot", y1: 0, y2: 34 });
+    const cursor = shape(root, "line", { class: "cursor", y1: 0, y2: 34 });
     root.addEventListener("click", (event) => {
       const box = root.getBoundingClientRect(), at = ((event.clientX - box.left) * width / box.width - thumb) / gap;
       picked.step = Math.max(0, Math.min(last, Math.round(at)));
       move();
     });
-    const put = () => { for (const end of ["x1", "x2"]) spot.setAttribute(end, x(values[picked.step])); };
-    spots.push({ put, line, run });
+    const put = () => { for (const end of ["x1", "x2"]) cursor.setAttribute(end, x(values[picked.step])); };
+    cursors.push({ put, line, run });
   }
 
   // All together ------------------------------------------------------------------------------
   function move() {
     const text = stepText(picked.step), heard = [];
-    for (const { put: mark, line, run } of spots) {
+    for (const { put: mark, line, run } of cursors) {
       mark();
-      const { answer, right, place: where } = says(run, picked.step), told = line.querySelector(".walker-says");
-      told.replaceChildren();
-      put(told, "b", answer);
-      if (right) put(told, "span", right, `mark ${right}`);
-      put(told, "span", where, "place");
+      const { answer, verdict, where } = answerOf(run, picked.step), output = line.querySelector(".explored-answer");
+      output.replaceChildren();
+      put(output, "b", answer);
+      if (verdict) put(output, "span", verdict, `mark ${verdict}`);
+      put(output, "span", where, "where");
       heard.push(`${data.runs[run.run].label}: ${answer}, ${where}`);
     }
     slider.value = String(picked.step);
@@ -116,9 +116,9 @@ parts.push((data, fit) => {
     repaint();
   }
   function drawStrips() {
-    spots.length = 0;
-    each("[data-walker]", (line) => {
-      const run = now().runs.find((one) => one.run === Number(line.dataset.walker));
+    cursors.length = 0;
+    each("[data-explored]", (line) => {
+      const run = now().runs.find((one) => one.run === Number(line.dataset.explored));
       line.hidden = !run;
       line.querySelector(".strip").replaceChildren();
       if (!run) return;
@@ -132,14 +132,14 @@ parts.push((data, fit) => {
     const { client, label, index } = now(), words = document.getElementById("picture-words");
     words.replaceChildren();
     put(words, "b", `True class: ${named(label)}.`);
-    words.append(` Test image ${index} of the data, held by client ${client}.`);
-    picked.step = centre();
+    words.append(` Test image ${index} of client ${client}.`);
+    picked.step = center();
     labelRail();
     load();
     drawStrips();
   }
   function labelRail() {
-    const { values } = way(), last = values.length - 1, ends = document.getElementById("rail-ends");
+    const { values } = sweep(), last = values.length - 1, ends = document.getElementById("rail-ends");
     slider.max = String(last);
     ends.replaceChildren();
     put(ends, "span", values[0] ? stepText(0) : "none");
@@ -148,28 +148,28 @@ parts.push((data, fit) => {
   }
   // Controls ----------------------------------------------------------------------------------
   const pictures = document.getElementById("pictures");
-  explorer.images.forEach((image, place) => {
+  explorer.images.forEach((image, number) => {
     const label = put(pictures, "label", undefined, "thumb"), box = put(label, "input");
     box.type = "radio";
     box.name = "picture";
-    box.addEventListener("change", () => pick(place));
+    box.addEventListener("change", () => pick(number));
     if (explorer.pictures) {
-      const small = put(label, "canvas"), picture = loaded(image.walks[0].strip);
+      const small = put(label, "canvas"), picture = loaded(image.sweeps[0].strip);
       small.width = 56;
       small.setAttribute("aria-hidden", "true");
-      picture.decode().then(() => paint(small, picture, image, image.walks[0].values.indexOf(0)));
+      picture.decode().then(() => paint(small, picture, image, image.sweeps[0].values.indexOf(0)));
     }
     put(label, "span", `client ${image.client}: ${named(image.label)}`);
   });
   slider.addEventListener("input", () => { picked.step = Number(slider.value); move(); });
-  each('input[name="walk"]', (box) => box.addEventListener("change", () => { picked.walk = Number(box.value); pick(picked.image); }));
+  each('input[name="sweep"]', (box) => box.addEventListener("change", () => { picked.sweep = Number(box.value); pick(picked.image); }));
   fit(drawStrips);
-  // The first to be seen is certified rightly by most regimes, and has something to tell farther out.
-  const telling = (image, run) => run.walks[0].winners.filter(([[label]]) => label !== image.label).length > 0;
-  const held = explorer.images.map((image) => image.runs
+  // The first image is certified correctly by most algorithms, and changes its class farther out.
+  const changes = (image, run) => run.sweeps[0].winners.filter(([[label]]) => label !== image.label).length > 0;
+  const score = explorer.images.map((image) => image.runs
     .filter((run) => run.ends && run.predicted === image.label)
-    .reduce((sum, run) => sum + 1 + (telling(image, run) ? 0.1 : 0), 0));
-  const start = held.indexOf(Math.max(...held));
+    .reduce((sum, run) => sum + 1 + (changes(image, run) ? 0.1 : 0), 0));
+  const start = score.indexOf(Math.max(...score));
   pictures.querySelectorAll("input")[start].checked = true;
   pick(start);
 });

@@ -1,9 +1,9 @@
-// Curves, average certified radii and training, with everything that can be switched.
+// Curves, average certified radii and training, with their options.
 parts.push((data, fit) => {
-  const { shape, trace, tenths, ticks, tickText, board, axes, regime, each } = drawing;
+  const { shape, trace, tenths, ticks, tickText, board, axes, algorithm, each } = drawing;
   const state = {
     unit: 0, shares: false, band: document.getElementById("show-band").defaultChecked, lines: false, radius: Math.floor(data.radii.length / 4),
-    regimes: data.runs.map(() => true),
+    algorithms: data.runs.map(() => true),
     clients: new Set(data.clients),
   };
 
@@ -50,9 +50,9 @@ parts.push((data, fit) => {
     scales = axes(b, [0, end], [0, 1], shown.map((t) => t / unit.factor), [0, 0.2, 0.4, 0.6, 0.8, 1],
       `radius in ${unit.name}`, (t) => tickText(t * unit.factor), (t) => state.shares ? t.toFixed(1) : `${Math.round(100 * t)} %`);
     const xs = data.radii.map(scales.x);
-    data.runs.forEach((run, place) => {
+    data.runs.forEach((run, index) => {
       const curves = chosen(run);
-      if (!state.regimes[place] || !curves.length) return;
+      if (!state.algorithms[index] || !curves.length) return;
       const points = data.radii.map((_, i) => summary(curves, i));
       const of = (key) => points.map((p) => scales.y(p[key]));
       const layer = series(b.root, run, xs, of("mean"), of("low"), of("high"), state.band);
@@ -74,21 +74,21 @@ parts.push((data, fit) => {
     slider.value = String(state.radius);
     slider.setAttribute("aria-valuetext", text);
     document.getElementById("radius-text").textContent = text;
-    const rows = data.runs.map((run, place) => {
+    const rows = data.runs.map((run, index) => {
       const curves = chosen(run);
-      return state.regimes[place] && curves.length ? readoutRow(run, place, summary(curves, state.radius), curves.length) : null;
+      return state.algorithms[index] && curves.length ? readoutRow(run, index, summary(curves, state.radius), curves.length) : null;
     }).filter(Boolean);
     if (!rows.length) {
       const empty = document.createElement("p");
-      empty.textContent = "Choose at least one regime and one client.";
+      empty.textContent = "Choose at least one algorithm and one client.";
       rows.push(empty);
     }
     readout.replaceChildren(...rows);
   }
 
-  function readoutRow(run, place, values, clients) {
+  function readoutRow(run, index, values, clients) {
     const row = document.createElement("div"), mean = document.createElement("b"), range = document.createElement("small");
-    row.append(regime(place), mean);
+    row.append(algorithm(index), mean);
     mean.textContent = withSign(shareText(values.mean));
     if (clients > 1) {
       range.textContent = `${shareText(values.low)} to ${shareText(values.high)}`;
@@ -117,8 +117,8 @@ parts.push((data, fit) => {
     const shown = ticks(0, end * unit.factor, b.width < 480 ? 4 : 8);
     const { x } = axes(b, [0, end], [0, 1], shown.map((t) => t / unit.factor), [],
       `average certified radius in ${unit.name}`, (t) => tickText(t * unit.factor), String);
-    data.runs.forEach((run, place) => {
-      const layer = shape(b.root, "g", { class: `s${run.slot}` }), y = place * rowHeight + 38;
+    data.runs.forEach((run, index) => {
+      const layer = shape(b.root, "g", { class: `s${run.slot}` }), y = index * rowHeight + 38;
       const longest = Math.floor(b.width / 9) - 14, name = run.label;
       const short = name.length > longest ? `${name.slice(0, longest - 1)}…` : name;
       shape(layer, "text", { class: "name", x: b.left, y: y - 22 }, `${short}: ${run.meanTexts[state.unit]}`);
@@ -147,7 +147,7 @@ parts.push((data, fit) => {
       const of = (key) => s[key].map(y);
       series(b.root, data.runs[s.run], s.rounds.map(x), of("mean"), of("low"), of("high"), true);
     }
-    container.setAttribute("aria-label", `${measure.name} per round, one line per regime`);
+    container.setAttribute("aria-label", `${measure.name} per round, one line per algorithm`);
   }
 
   // Controls ----------------------------------------------------------------------------------
@@ -166,8 +166,8 @@ parts.push((data, fit) => {
   slider.addEventListener("input", () => { state.radius = Number(slider.value); moveCursor(); });
   curveChart.addEventListener("pointermove", follow);
   curveChart.addEventListener("pointerdown", follow);
-  each("[data-regime]", (box) => box.addEventListener("change", () => {
-    state.regimes[Number(box.dataset.regime)] = box.checked;
+  each("[data-algorithm]", (box) => box.addEventListener("change", () => {
+    state.algorithms[Number(box.dataset.algorithm)] = box.checked;
     drawCurves();
   }));
   each("[data-client]", (box) => box.addEventListener("change", () => {
@@ -181,7 +181,7 @@ parts.push((data, fit) => {
   each("#show-band", (box) => box.addEventListener("change", () => { state.band = box.checked; drawCurves(); }));
   each("#show-clients", (box) => box.addEventListener("change", () => { state.lines = box.checked; drawCurves(); }));
   fit(drawAll);
-  // A browser may have kept the boxes of an earlier visit; the page starts with all of them as written.
+  // A browser may restore the boxes of an earlier visit; the page starts with the defaults.
   each("input", (box) => { if (box.type === "checkbox" || box.type === "radio") box.checked = box.defaultChecked; });
   drawAll();
 });

@@ -5,53 +5,53 @@
   const fits = panels.map(() => null), drawnAt = panels.map(() => 0);
   let shown = 0;
 
-  panels.forEach((panel, place) => {
-    if (!place) return;
+  panels.forEach((panel, index) => {
+    if (!index) return;
     const bare = (name) => panel.querySelectorAll(`[${name}]`).forEach((part) => part.setAttribute(name, part.getAttribute(name).replace(/--\d+$/, "")));
     ["id", "for", "aria-describedby"].forEach(bare);
     panel.remove();
   });
 
-  function draw(place) {
-    if (!fits[place]) {
-      fits[place] = [];
-      parts.forEach((begin) => begin(report.groups[place], (act) => fits[place].push(act)));
-    } else if (drawnAt[place] !== document.body.clientWidth) fits[place].forEach((act) => act());
-    drawnAt[place] = document.body.clientWidth;
+  function draw(index) {
+    if (!fits[index]) {
+      fits[index] = [];
+      parts.forEach((begin) => begin(report.groups[index], (act) => fits[index].push(act)));
+    } else if (drawnAt[index] !== document.body.clientWidth) fits[index].forEach((act) => act());
+    drawnAt[index] = document.body.clientWidth;
   }
-  // Whoever switches while reading a section reads on in the same section of the other panel.
+  // A reader who switches stays in the same section of the other panel.
   function reading() {
     const sections = [...panels[shown].querySelectorAll("section[id]")].filter((one) => one.getBoundingClientRect().top < innerHeight / 2);
     return sections.length ? sections[sections.length - 1] : null;
   }
-  function show(place) {
+  function show(index) {
     const before = reading(), top = before ? before.getBoundingClientRect().top : 0, from = shown;
     tabs.forEach((tab, at) => {
-      tab.setAttribute("aria-selected", String(at === place));
-      tab.tabIndex = at === place ? 0 : -1;
-      if (at === place) tab.setAttribute("aria-controls", panels[place].id);
+      tab.setAttribute("aria-selected", String(at === index));
+      tab.tabIndex = at === index ? 0 : -1;
+      if (at === index) tab.setAttribute("aria-controls", panels[index].id);
       else tab.removeAttribute("aria-controls");
     });
-    if (place === from) return;
-    panels[from].replaceWith(panels[place]);
-    shown = place;
-    draw(place);
-    tabs[place].scrollIntoView({ block: "nearest", inline: "nearest" });
-    const after = before && panels[place].querySelector(`#${before.id}`);
+    if (index === from) return;
+    panels[from].replaceWith(panels[index]);
+    shown = index;
+    draw(index);
+    tabs[index].scrollIntoView({ block: "nearest", inline: "nearest" });
+    const after = before && panels[index].querySelector(`#${before.id}`);
     if (after) scrollBy(0, after.getBoundingClientRect().top - top);
   }
   // Paper has no tabs and nothing to unfold: every panel is printed, the others as copies.
   const copies = [], unfolded = [];
-  function copyOf(place) {
-    show(place);
-    const copy = panels[place].cloneNode(true);
+  function copyOf(index) {
+    show(index);
+    const copy = panels[index].cloneNode(true);
     copy.querySelectorAll("[name]").forEach((box) => box.removeAttribute("name")); // or the page's own would be unchosen
     return copy;
   }
   addEventListener("beforeprint", () => {
     if (unfolded.length || copies.length) return;
     const here = shown;
-    panels.forEach((_, place) => copies.push(place === here ? null : copyOf(place)));
+    panels.forEach((_, index) => copies.push(index === here ? null : copyOf(index)));
     show(here);
     panels[here].before(...copies.slice(0, here));
     panels[here].after(...copies.slice(here + 1));
@@ -65,11 +65,11 @@
 
   const named = () => panels.findIndex((panel) => panel.id && `#${panel.id}` === location.hash);
 
-  tabs.forEach((tab, place) => {
-    tab.addEventListener("click", () => show(place));
+  tabs.forEach((tab, index) => {
+    tab.addEventListener("click", () => show(index));
     tab.addEventListener("keydown", (event) => {
       const last = tabs.length - 1;
-      const to = { ArrowRight: place + 1, ArrowLeft: place - 1, Home: 0, End: last }[event.key];
+      const to = { ArrowRight: index + 1, ArrowLeft: index - 1, Home: 0, End: last }[event.key];
       if (to === undefined) return;
       event.preventDefault();
       const next = (to + tabs.length) % tabs.length;

@@ -1,4 +1,4 @@
-"""Figures of stored results; nothing here leaves a trace in matplotlib's global state.
+"""Figures of stored results; matplotlib's global state is left alone.
 
 Every figure is a function of runs and returns a `Drawing`: the figure and the numbers it shows.
 `save` writes both. No other part of the program imports matplotlib.

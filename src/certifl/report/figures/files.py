@@ -1,4 +1,4 @@
-"""A figure and its numbers, and how both become files: equal results give equal files."""
+"""A figure with its numbers, and both as files: equal results give equal files."""
 
 from __future__ import annotations
 
@@ -69,19 +69,15 @@ def save(drawing: Drawing, folder: str | Path, stem: str) -> list[Path]:
     Raises:
         StoreError: the folder cannot be written.
     """
-    place = Path(folder)
-    written = []
-    for kind in FORMATS:
-        path = place / f"{stem}.{kind}"
+    *images, numbers = (Path(folder) / f"{stem}.{kind}" for kind in (*FORMATS, "csv"))
+    for path, kind in zip(images, FORMATS, strict=True):
         write_bytes(path, image_bytes(drawing, kind))
-        written.append(path)
-    numbers = place / f"{stem}.csv"
     write_text(numbers, _csv(drawing))
-    return [*written, numbers]
+    return [*images, numbers]
 
 
 def _settle(figure: Figure) -> None:
-    """Place the panels once; doing it again for every file takes most of the time."""
+    """Lay out the panels once; repeating it for every file would take most of the time."""
     if figure.get_layout_engine() is not None:
         figure.draw_without_rendering()
         figure.set_layout_engine("none")

@@ -11,37 +11,38 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from certifl.report.characters import unbroken
 from certifl.report.figures.files import Drawing
-from certifl.report.results import Row, check_comparable
-from certifl.report.style import Look, looks_of
+from certifl.report.results import Row, all_clients, check_comparable
+from certifl.report.style import Look, looks_of, unbroken
 from certifl.report.summary import (
     client_acr,
     client_curves,
+    first_unit,
     largest_radius,
     mean_acr,
     measure_curves,
     measures_of,
+    noise_words,
     radius_grid,
 )
-from certifl.report.units import RadiusScale, family_words, scales, sigma_text
+from certifl.report.units import RadiusScale, scales
 from certifl.smoothing.curves import mean_and_band
 
 _COLUMNS = 5
 
 
 def certified_accuracy_figure(runs: Sequence[Row], title: str | None = None) -> Drawing:
-    """The paper's plot: certified accuracy against the radius, one curve per regime.
+    """The paper's plot: certified accuracy against the radius, one curve per algorithm.
 
     The line is the mean over clients, the shaded band reaches from the smallest to the largest
-    client. The numbers also hold every client's own curve.
+    client. The numbers also contain every client's curve.
 
     Args:
-        runs: one per regime, of the same data and perturbation.
+        runs: one per algorithm, of the same data and perturbation.
         title: above the axes; the perturbation and its sigma where None.
 
     Raises:
-        StoreMismatch: runs that cannot stand in one figure.
+        StoreMismatch: runs that cannot be in one figure.
     """
     check_comparable(runs)
     radii = radius_grid(runs)
@@ -54,24 +55,24 @@ def certified_accuracy_figure(runs: Sequence[Row], title: str | None = None) -> 
         band(axes, look, radii, mean, low, high, run.label)
         rows += _curve_rows(run, radii, curves)
     certified_axes(axes, runs, radii)
-    title_above(axes, title if title is not None else default_title(runs[0]))
+    title_above(axes, title if title is not None else noise_words(runs[0].conditions))
     legend(axes, runs, loc="best", ncols=1 if len(runs) < 5 else 2)
     return Drawing(figure, ("regime", "client", "radius", "certified_accuracy"), tuple(rows))
 
 
 def per_client_figure(runs: Sequence[Row], title: str | None = None) -> Drawing:
-    """Certified accuracy of every client, a small panel each, one curve per regime.
+    """Certified accuracy of every client, a small panel each, one curve per algorithm.
 
     Args:
-        runs: one per regime, of the same data and perturbation.
+        runs: one per algorithm, of the same data and perturbation.
         title: above all panels; the perturbation and its sigma where None.
 
     Raises:
-        StoreMismatch: runs that cannot stand in one figure.
+        StoreMismatch: runs that cannot be in one figure.
     """
     check_comparable(runs)
     radii = radius_grid(runs)
-    clients = sorted({int(c) for run in runs for c in run.clients})
+    clients = all_clients(runs)
     columns = min(_COLUMNS, len(clients))
     lines, unit = -(-len(clients) // columns), first_unit(runs)
     figure = Figure(figsize=(1.9 * columns + 1.2, 1.7 * lines + 1.3), layout="constrained")
@@ -83,9 +84,9 @@ def per_client_figure(runs: Sequence[Row], title: str | None = None) -> Drawing:
         for client, curve in zip(run.clients, curves, strict=True):
             line(panels[clients.index(int(client))], look, radii, curve, run.label)
         rows += _curve_rows(run, radii, curves)
-    for place, (client, axes) in enumerate(zip(clients, panels, strict=False)):
-        lowest = place + columns >= len(clients)
-        panel(axes, f"client {client}", radii[-1], left=place % columns == 0, lowest=lowest)
+    for at, (client, axes) in enumerate(zip(clients, panels, strict=False)):
+        lowest = at + columns >= len(clients)
+        panel(axes, f"client {client}", radii[-1], left=at % columns == 0, lowest=lowest)
         ticks_in(axes, unit, 3)
         if lowest:
             axes.set_xlabel(f"radius in {unit.name}", fontsize=8, color=INK, parse_math=False)
@@ -97,27 +98,27 @@ def per_client_figure(runs: Sequence[Row], title: str | None = None) -> Drawing:
 
 
 def average_radius_figure(runs: Sequence[Row], title: str | None = None) -> Drawing:
-    """Average certified radius (ACR) per regime: every client a dot, the mean over clients a bar.
+    """Average certified radius (ACR) per algorithm: clients as dots, their mean as a bar.
 
     Args:
-        runs: one per regime, of the same data and perturbation.
+        runs: one per algorithm, of the same data and perturbation.
         title: above the axes; the perturbation and its sigma where None.
 
     Raises:
-        StoreMismatch: runs that cannot stand in one figure.
+        StoreMismatch: runs that cannot be in one figure.
     """
     check_comparable(runs)
     figure = Figure(figsize=(6.4, 1.3 + 0.55 * len(runs)), layout="constrained")
     axes = figure.add_subplot()
     rows: list[tuple[Any, ...]] = []
-    for place, (run, look) in enumerate(zip(runs, looks_of(runs), strict=True)):
+    for y, (run, look) in enumerate(zip(runs, looks_of(runs), strict=True)):
         radii = client_acr(run)
         mean = mean_acr(run)
-        axes.barh(place, mean, height=0.62, color=look.colour, alpha=0.22, linewidth=0)
-        axes.plot([mean, mean], [place - 0.31, place + 0.31], color=look.colour, lw=2.2)
+        axes.barh(y, mean, height=0.62, color=look.color, alpha=0.22, linewidth=0)
+        axes.plot([mean, mean], [y - 0.31, y + 0.31], color=look.color, lw=2.2)
         offsets = spread_out(len(radii))
         style = {"ls": "", "marker": look.marker, "ms": 5, "mec": "white", "mew": 0.6}
-        axes.plot(radii, place + offsets, color=look.colour, **style)
+        axes.plot(radii, y + offsets, color=look.color, **style)
         rows += [(run.label, int(c), float(r)) for c, r in zip(run.clients, radii, strict=True)]
         rows.append((run.label, "mean", mean))
     frame(axes)
@@ -126,7 +127,7 @@ def average_radius_figure(runs: Sequence[Row], title: str | None = None) -> Draw
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     radius_axis(axes, runs, "average certified radius")
-    title_above(axes, title if title is not None else default_title(runs[0]))
+    title_above(axes, title if title is not None else noise_words(runs[0].conditions))
     return Drawing(figure, ("regime", "client", "average_certified_radius"), tuple(rows))
 
 
@@ -134,7 +135,7 @@ def history_figure(runs: Sequence[Row], title: str | None = None) -> Drawing:
     """Training: each recorded measure against the round, mean over clients with its band.
 
     Args:
-        runs: one per regime; runs without history are left out.
+        runs: one per algorithm; runs without history are left out.
         title: above all panels; nothing where None.
     """
     names = measures_of(runs)
@@ -193,19 +194,19 @@ def band(
     label: str,
 ) -> None:
     """A mean with its band from low to high; thin edges keep bands apart in print."""
-    axes.fill_between(x, low, high, color=look.colour, alpha=0.13, linewidth=0)
+    axes.fill_between(x, low, high, color=look.color, alpha=0.13, linewidth=0)
     for edge in (low, high):
-        axes.plot(x, edge, color=look.colour, alpha=0.35, lw=0.6, dashes=look.dash or (None, None))
+        axes.plot(x, edge, color=look.color, alpha=0.35, lw=0.6, dashes=look.dash or (None, None))
     line(axes, look, x, mean, label)
 
 
 def line(axes: Axes, look: Look, x: np.ndarray, y: np.ndarray, label: str) -> None:
-    """One curve; its markers start where those of no other look do, so that none is hidden."""
+    """One curve; markers of different looks start at different points, so that none is hidden."""
     every = max(1, len(x) // _MARKERS_PER_CURVE)
     axes.plot(
         x,
         y,
-        color=look.colour,
+        color=look.color,
         lw=1.7,
         dashes=look.dash or (None, None),
         marker=look.marker,
@@ -236,16 +237,11 @@ def panel(axes: Axes, name: str, end: float, left: bool, lowest: bool) -> None:
     axes.tick_params(labelleft=left, labelbottom=lowest)
 
 
-def first_unit(runs: Sequence[Row]) -> RadiusScale:
-    """The unit that is read first, as on the page: degrees for angles."""
-    return scales(runs[0].conditions, largest_radius(runs))[0]
-
-
 def radius_axis(axes: Axes, runs: Sequence[Row], what: str) -> None:
     """The radius in the unit that is read first below; angles also in radians above."""
-    facts = runs[0].conditions
-    first, *others = scales(facts, largest_radius(runs))
-    axes.set_xlabel(f"{what} in {first.name} ({facts['norm']})", color=INK, parse_math=False)
+    metadata = runs[0].conditions
+    first, *others = scales(metadata, largest_radius(runs))
+    axes.set_xlabel(f"{what} in {first.name} ({metadata['norm']})", color=INK, parse_math=False)
     ticks_in(axes, first, 8)
     for other in others:
         above = axes.secondary_xaxis("top")
@@ -276,11 +272,6 @@ def frame(axes: Axes) -> None:
     axes.tick_params(labelsize=8, colors=INK, length=3)
 
 
-def default_title(run: Row) -> str:
-    """The perturbation and its sigma."""
-    return f"{family_words(run.conditions)}, σ = {sigma_text(run.conditions)}"
-
-
 def title_above(axes: Axes, title: str) -> None:
     """A title, cut where it would be wider than the axes."""
     axes.set_title(
@@ -290,7 +281,7 @@ def title_above(axes: Axes, title: str) -> None:
 
 def heading(figure: Figure, runs: Sequence[Row], title: str | None) -> None:
     """A title and one legend for all panels."""
-    text = title if title is not None else default_title(runs[0]) if runs else ""
+    text = title if title is not None else noise_words(runs[0].conditions) if runs else ""
     if text:
         figure.suptitle(
             short_name(text, _LONGEST_TITLE), fontsize=10.5, color=INK, parse_math=False
@@ -299,33 +290,33 @@ def heading(figure: Figure, runs: Sequence[Row], title: str | None) -> None:
         legend(figure, runs, loc="outside lower center", ncols=min(4, len(runs)))
 
 
-def legend(place: Axes | Figure, runs: Sequence[Row], loc: Any, ncols: int) -> None:
-    """One entry per run, its name word for word; `loc` as matplotlib names places."""
-    named_legend(place, looks_of(runs), [run.label for run in runs], loc, ncols)
+def legend(target: Axes | Figure, runs: Sequence[Row], loc: Any, ncols: int) -> None:
+    """One entry per run with its name; `loc` as in matplotlib."""
+    named_legend(target, looks_of(runs), [run.label for run in runs], loc, ncols)
 
 
 def named_legend(
-    place: Axes | Figure, looks: Sequence[Look], names: Sequence[str], loc: Any, ncols: int
+    target: Axes | Figure, looks: Sequence[Look], names: Sequence[str], loc: Any, ncols: int
 ) -> None:
-    """One entry per look; `loc` as matplotlib names places."""
+    """One entry per look; `loc` as in matplotlib."""
     handles = [_handle(look) for look in looks]
     numbers = [str(number) for number in range(len(looks))]
     style: dict[str, Any] = {"frameon": False, "fontsize": 9, "handlelength": 3.6}
-    legend = place.legend(handles, numbers, loc=loc, ncols=ncols, **style)
+    legend = target.legend(handles, numbers, loc=loc, ncols=ncols, **style)
     # The names come last: as labels, those that begin with an underscore would be left out.
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set(text=short_name(name), parse_math=False, color=INK)
 
 
 def _handle(look: Look) -> Line2D:
-    line = Line2D([], [], color=look.colour, marker=look.marker, lw=1.7, ms=4.5)
+    line = Line2D([], [], color=look.color, marker=look.marker, lw=1.7, ms=4.5)
     line.set_dashes(look.dash or (None, None))
     line.set(markeredgecolor="white", markeredgewidth=0.6)
     return line
 
 
 def short_name(text: str, longest: int = _LONGEST_NAME) -> str:
-    """A name that leaves room for the axes; the numbers beside the figure hold it in full."""
+    """A name that leaves room for the axes; the numbers beside the figure have it in full."""
     return unbroken(text if len(text) <= longest else text[: longest - 1] + "…")
 
 

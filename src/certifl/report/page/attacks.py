@@ -1,4 +1,4 @@
-"""The part of the page about attacks: what certificates promise, tried; what not, measured."""
+"""Attacks on certificates: what they promise, tried; what they do not cover, measured."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from certifl.errors import StoreError
+from certifl.perturbations import trait
 from certifl.report.page.background import count_text
 from certifl.report.page.context import ReportContext, named_run
-from certifl.report.page.html import Markup, el, join, table
+from certifl.report.page.html import Markup, note, notice, paragraph, section, stacked, table
 from certifl.report.results import RunResults
 from certifl.report.wording import percent
 from certifl.runs.atomic import read_json
@@ -18,17 +19,18 @@ _FILE = "attack.json"
 _FORMAT = 1
 _MOST_NAMED = 10
 
+Record = Mapping[str, Any]
 
-def threats_section(story: ReportContext) -> Markup:
+
+def attacks_section(context: ReportContext) -> Markup:
     """Attacks on the certificates; nothing where none were tried (`certifl attack`).
 
     Raises:
         StoreError: a run's record of attacks is damaged.
     """
     try:
-        found = [(run, _record(run)) for run in story.trained]
-        known = [(run, record) for run, record in found if record is not None]
-        return _section(story, known) if known else Markup()
+        records = [(run, _record(run)) for run in context.trained]
+        return _section(context, [(run, record) for run, record in records if record is not None])
     except MALFORMED as error:
         raise StoreError(
             f"The {_FILE} of one of the runs is damaged ({type(error).__name__}: {error}). "
@@ -36,24 +38,23 @@ def threats_section(story: ReportContext) -> Markup:
         ) from error
 
 
-def _section(
-    story: ReportContext, known: Sequence[tuple[RunResults, Mapping[str, Any]]]
-) -> Markup:
-    head = ["Regime", "Class changed inside", "Certified correct", "Predicted correct"]
+def _section(context: ReportContext, attacked: Sequence[tuple[RunResults, Record]]) -> Markup:
+    if not attacked:
+        return Markup()
+    head = ["Algorithm", "Class changed inside", "Certified correct", "Predicted correct"]
     head += ["Deformed first, at random", "Deformed first, worst", "Changed by it"]
-    rows = [_row(story, run, record) for run, record in known]
-    return el(
-        "section",
-        {"id": "threats"},
-        el("h2", None, "Under attack"),
-        *_warnings(known),
-        el("p", None, _what(story, [record for _, record in known])),
+    rows = [_row(context, run, record) for run, record in attacked]
+    return section(
+        "attacks",
+        "Under attack",
+        *(_warning(run, record) for run, record in attacked if record["parameters"]["violations"]),
+        paragraph(_explanation(context, [record for _, record in attacked])),
         table("Attacks on certified images, and accuracy on deformed ones", head, rows),
-        el("p", {"class": "note"}, _how([record for _, record in known])),
+        note(_method(attacked[0][1])),
     )
 
 
-def _record(run: RunResults) -> Mapping[str, Any] | None:
+def _record(run: RunResults) -> Record | None:
     """The run's attack.json; None where it is missing, of another spec or of another format."""
     path = run.folder / _FILE
     if not path.is_file():
@@ -62,7 +63,7 @@ def _record(run: RunResults) -> Mapping[str, Any] | None:
     same = isinstance(record, dict) and record.get("format") == _FORMAT
     if not same or record.get("spec_hash") != run.manifest.get("spec_hash"):
         return None
-    # Where clients certify perturbations of their own, only the part about those shown here.
+    # Where clients certify different perturbations, only the part about those shown here.
     own = set(run.clients.tolist())
     parts = record.get("perturbations") or [
         {"clients": [one["client"] for one in record.get("clients", [])]}
@@ -71,76 +72,65 @@ def _record(run: RunResults) -> Mapping[str, Any] | None:
     return {**record, **fitting[0]} if fitting else None
 
 
-def _row(story: ReportContext, run: RunResults, record: Mapping[str, Any]) -> list[str]:
-    inside, beyond = record["parameters"], record["deformed_first"]
-    changes = _two(
-        f"{len(inside['violations'])} of {inside['images']}",
-        f"{count_text(inside['deltas'])} parameters tried",
-    )
+def _row(context: ReportContext, run: RunResults, record: Record) -> list[str]:
+    inside, deformed = record["parameters"], record["deformed_first"]
     return [
-        named_run(story, run),
-        changes,
-        percent(beyond["certified"]),
-        percent(beyond["clean"]),
-        percent(beyond["random"]),
-        _two(percent(beyond["worst"]), f"of {beyond['deltas']} deformations"),
-        f"{beyond['changed']} of {beyond['promised']}",
+        named_run(context, run),
+        stacked(
+            f"{len(inside['violations'])} of {inside['images']}",
+            f"{count_text(inside['deltas'])} parameters tried",
+        ),
+        percent(deformed["certified"]),
+        percent(deformed["clean"]),
+        percent(deformed["random"]),
+        stacked(percent(deformed["worst"]), f"of {deformed['deltas']} deformations"),
+        f"{deformed['changed']} of {deformed['promised']}",
     ]
 
 
-def _two(first: str, second: str) -> Markup:
-    return join([el("b", None, first), el("small", None, second)])
+def _warning(run: RunResults, record: Record) -> Markup:
+    """The images whose class changed although a certificate said that it does not."""
+    cases = record["parameters"]["violations"]
+    images = ", ".join(f"image {c['index']} of client {c['client']}" for c in cases[:_MOST_NAMED])
+    more = f" and {len(cases) - _MOST_NAMED} more" if len(cases) > _MOST_NAMED else ""
+    return notice(
+        f"{run.label}: the attack found another class inside the certified radius of "
+        f"{images}{more}. These certificates are wrong."
+    )
 
 
-def _warnings(known: Sequence[tuple[RunResults, Mapping[str, Any]]]) -> list[Markup]:
-    """Every image whose class changed where a certificate said that it does not."""
-    warnings = []
-    for run, record in known:
-        cases = record["parameters"]["violations"]
-        if cases:
-            named_ones = ", ".join(
-                f"image {case['index']} of client {case['client']}" for case in cases[:_MOST_NAMED]
-            )
-            more = f" and {len(cases) - _MOST_NAMED} more" if len(cases) > _MOST_NAMED else ""
-            text = (
-                f"{run.label}: the attack found another class inside the certified "
-                f"radius of {named_ones}{more}. These certificates are wrong."
-            )
-            warnings.append(el("p", {"class": "notice", "role": "note"}, text))
-    return warnings
-
-
-def _what(story: ReportContext, records: Sequence[Mapping[str, Any]]) -> str:
+def _explanation(context: ReportContext, records: Sequence[Record]) -> str:
     images = max(record["deformed_first"]["images"] for record in records)
     promise = (
-        "Inside a certificate the class of the smoothed classifier must not change; the search "
-        "for a parameter that changes it is in the second column. "
+        "Within the certified radius the class of the smoothed classifier must not change. The "
+        "second column is a search for parameters that change it. "
     )
-    if story.runs[0].conditions["family"] == "pixel":
+    if trait(context.runs[0].conditions["family"], "additive", False):
         return (
-            f"{promise}Changed pixels are added before the noise either way, so an image that "
-            "arrives changed is covered too, up to rounding; the columns behind it say how "
-            f"{images:,} images fared."
+            f"{promise}An image whose pixels were changed before it arrives is covered too, up to "
+            "rounding, since noise is added to it either way. The other columns are about "
+            f"{images:,} images."
         )
     return (
-        f"{promise}Certificates are about parameters that are added before one interpolation. A "
-        "system that receives a deformed image interpolates twice, which no certificate here "
-        f"covers: the last three columns say how {images:,} images of a run fared when they were "
-        "deformed first, by parameters inside their certificates, and smoothed second."
+        f"{promise}Certificates are about parameters that are added before a single "
+        "interpolation. A system that receives a deformed image interpolates twice, which no "
+        f"certificate here covers. The last three columns are about {images:,} images of a run "
+        "that were first deformed, by parameters within their certificates, and then smoothed."
     )
 
 
-def _how(records: Sequence[Mapping[str, Any]]) -> str:
-    inside, beyond = records[0]["parameters"], records[0]["deformed_first"]
+def _method(record: Record) -> str:
+    inside, deformed = record["parameters"], record["deformed_first"]
     return (
-        "All shares are of the images chosen for the attack, a fixed random part of each "
-        "client's certified test images; those without a certificate are left as they are. "
-        f"Parameters that looked suspicious got {inside['confirm']:,} fresh votes, ten times "
-        "those of a certificate; a change is only called one by tests that err with probability "
-        f"at most {_power(inside['level'])} over all of them. Predictions on deformed images take "
-        f"{beyond['votes']:,} votes, and the worst of several deformations is chosen with the "
-        "label known. “Changed” are certified images that some deformation gives another class "
-        "(sign test at 0.001 per image). That a search finds nothing proves nothing by itself."
+        "All shares refer to the attacked images, a fixed random sample of each client's "
+        "certified test images; images without a certificate are not deformed. Suspicious "
+        f"parameters are tested with {inside['confirm']:,} fresh votes, ten times those of a "
+        "certificate; with probability at most "
+        f"{_power(inside['level'])} in total, a change is reported where there is none. "
+        f"Predictions on deformed images take {deformed['votes']:,} votes, and the worst of "
+        "several deformations is chosen by someone who knows the label. “Changed” are certified "
+        "images that some deformation gives another class (sign test at 0.001 per image). A "
+        "search that finds nothing proves nothing."
     )
 
 

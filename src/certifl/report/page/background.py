@@ -1,215 +1,186 @@
-"""The parts of the page behind the results: what they mean, what they cost, how to check them."""
+"""What the results mean, how they were computed, and how to verify and repeat them."""
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from certifl.perturbations import trait
 from certifl.report.page.context import ReportContext, named_run
-from certifl.report.page.html import Markup, el, table
+from certifl.report.page.html import Markup, details, el, join, paragraph, section, table
 from certifl.report.results import RunResults
 from certifl.report.summary import vote_cost
 from certifl.report.units import family_words, sigma_text
 
-_REACH = {
-    "pixel": "for every change of the pixel intensities whose {norm} norm is at most the radius",
-    "rotation": "for every rotation by at most the radius, in either direction",
-    "scaling": "for every scaling whose factor differs from 1 by at most the radius",
-}
-_REACH_OF_OTHERS = (
-    "for every {family} whose parameters have {norm} norm at most the radius, in {unit}"
-)
-_RECOMPUTE = "Recompute every radius from the stored votes:"
-_ONLY_THERE = (
-    "Clients that told curves kept their votes: each verifies its own certificates where they "
-    "are, with certifl verify."
-)
+_PROMISE = "for every {family} whose parameters have {norm} norm at most the radius, in {unit}"
 
 
-def facts_list(story: ReportContext) -> Markup:
+def overview_list(context: ReportContext) -> Markup:
     """The study at a glance."""
-    run = story.runs[0]
-    facts, data = run.conditions, _mapping(run.manifest, "data")
-    spent = [vote_cost(r) for r in story.trained]
-    saved = [votes.saved for votes in spent if votes.saved is not None]
+    runs, metadata = context.trained, context.runs[0].conditions
+    costs = [vote_cost(run) for run in runs]
+    spent = sum(votes.spent for votes in costs)
+    data = runs[0].data
     items = [
         ("Data", f"{data.get('name', 'not recorded')}, {_image_words(data)}"),
-        ("Clients", _each(str(len(r.clients)) for r in story.trained)),
-        ("Test images", _each(f"{len(r.certificates):,}" for r in story.trained)),
-        ("Perturbation", f"{family_words(facts)}, σ\u00a0=\u00a0{sigma_text(facts)}"),
-        ("Risk per image", f"α = {_each(_plain(r.conditions['alpha']) for r in story.trained)}"),
-        ("Votes spent", _votes_words(story, sum(votes.spent for votes in spent))),
+        ("Clients", _distinct(str(len(run.clients)) for run in runs)),
+        ("Test images", _distinct(f"{len(run.certificates):,}" for run in runs)),
+        ("Perturbation", f"{family_words(metadata)}, σ\u00a0=\u00a0{sigma_text(metadata)}"),
+        ("Risk per image", f"α = {_distinct(_plain(run.conditions['alpha']) for run in runs)}"),
+        ("Votes", "not shared" if any(run.curves_only for run in runs) else count_text(spent)),
     ]
-    if saved and max(saved) > 0.005:
-        all_fixed = sum(votes.fixed or 0 for votes in spent)
-        share = 1.0 - sum(votes.spent for votes in spent) / all_fixed
-        items.append(("Saved against a fixed n", f"{100 * share:.0f} %"))
+    if any(votes.saved is not None and votes.saved > 0.005 for votes in costs):
+        share = 1.0 - spent / sum(votes.fixed or 0 for votes in costs)
+        items.append(("Saved by stopping early", f"{100 * share:.0f} % of the votes"))
     pairs = [el("div", None, el("dt", None, k), el("dd", None, v)) for k, v in items]
     return el("dl", {"class": "facts"}, *pairs)
-
-
-def _votes_words(story: ReportContext, votes: int) -> str:
-    return "not told" if any(run.told for run in story.trained) else count_text(votes)
 
 
 def _image_words(data: Mapping[str, Any]) -> str:
     size = data.get("image_size")
     if not isinstance(size, list) or len(size) != 2:
         return "image size not recorded"
-    channels = {1: "grey", 3: "colour"}.get(data.get("in_channels", 0), "")
+    channels = {1: "gray", 3: "color"}.get(data.get("in_channels", 0), "")
     return f"{channels} {size[0]}\u00a0×\u00a0{size[1]}".strip()
 
 
-def meaning_section(story: ReportContext) -> Markup:
+def meaning_section(context: ReportContext) -> Markup:
     """What a certificate promises, under which threat model, and what it does not promise."""
-    facts = story.runs[0].conditions
-    alpha = max(float(run.conditions["alpha"]) for run in story.trained)
-    sure = f"{100 * (1 - alpha):.6g} %"
-    reach = _REACH.get(str(facts["family"]), _REACH_OF_OTHERS)
-    words = {k: str(facts[k]) for k in ("norm", "unit")} | {"family": family_words(facts)}
-    shown = f"; this page shows them in {story.scale.name} first"
+    metadata = context.runs[0].conditions
+    alpha = max(float(run.conditions["alpha"]) for run in context.trained)
+    reach = trait(metadata["family"], "promise", _PROMISE)
+    words = {k: str(metadata[k]) for k in ("norm", "unit")} | {"family": family_words(metadata)}
+    unit = "" if context.scale.factor == 1.0 else f"; this page shows {context.scale.name} first"
     promise = (
-        f"For each image by itself, with probability at least {sure} over the votes that were "
-        f"cast, the smoothed classifier gives the certified class {reach.format(**words)}. "
-        f"Radii are measured in {facts['unit']}, norm {facts['norm']}"
-        + (f"{shown}." if story.scale.factor != 1.0 else ".")
+        f"For each single image, with probability at least {100 * (1 - alpha):.6g} % over the "
+        "votes that were cast, the smoothed classifier gives the certified class "
+        f"{reach.format(**words)}. Radii are measured in {metadata['unit']}, norm "
+        f"{metadata['norm']}{unit}."
     )
-    denials = [el("li", None, el("b", None, k), " ", v) for k, v in _limits(story, alpha)]
-    return el(
-        "section",
-        {"id": "meaning"},
-        el("h2", None, "What a certificate means, and what it does not"),
-        el("p", None, promise),
+    limits = [el("li", None, el("b", None, k), " ", v) for k, v in _limits(context, alpha)]
+    return section(
+        "meaning",
+        "What a certificate means, and what it does not",
+        paragraph(promise),
         el("h3", None, "Threat model"),
-        el("p", None, str(facts.get("threat", "Not recorded."))),
+        paragraph(str(metadata.get("threat", "Not recorded."))),
         el("h3", None, "What it does not say"),
-        el("ul", {"class": "limits"}, *denials),
+        el("ul", {"class": "limits"}, *limits),
     )
 
 
-def _limits(story: ReportContext, alpha: float) -> list[tuple[str, str]]:
-    facts = story.runs[0].conditions
-    images = max(len(run.certificates) for run in story.trained)
-    limits = [
+def _limits(context: ReportContext, alpha: float) -> list[tuple[str, str]]:
+    metadata = context.runs[0].conditions
+    images = max(len(run.certificates) for run in context.trained)
+    precision = _distinct(
+        str(run.conditions.get("precision", "not recorded")) for run in context.trained
+    )
+    interpolated_once = (
+        "The original image is deformed once.",
+        "The promise is about parameters: noise and the attacker's deformation are added, and "
+        "the original image is interpolated once. An image that arrives already deformed is "
+        "interpolated a second time, which is not covered. Measure the accuracy under such an "
+        "attack before you rely on it.",
+    )
+    return [
         (
             "It is about the smoothed classifier.",
-            "That is the class most votes go to, over noisy copies of the image; a single answer "
-            "of the network carries no promise.",
+            "That is the class with the most votes over noisy copies of the image. A single "
+            "answer of the network promises nothing.",
         ),
         (
-            "Stable is not right.",
-            "A certificate says the answer does not change. Whether it is correct is known here "
-            "only because the test images have labels.",
+            "Stable does not mean correct.",
+            "A certificate says that the answer does not change. Whether it is correct is known "
+            "here only because the test images have labels.",
         ),
+        *([] if trait(metadata["family"], "additive", False) else [interpolated_once]),
         (
             "The risk is per image.",
-            f"Among the {images:,} images of a run, up to {_plain(alpha * images)} certificates "
-            "may be expected to promise too much.",
+            f"Among the {images:,} images of a run, on average up to "
+            f"{_plain(alpha * images)} certificates promise too much.",
         ),
         (
             "Only this perturbation.",
-            f"Nothing is promised for perturbations other than {family_words(facts)}, nor for "
+            f"Nothing is promised for perturbations other than {family_words(metadata)}, nor for "
             "several at once.",
         ),
+        ("The network is certified as it was run.", f"Arithmetic of the network: {precision}."),
     ]
-    if facts["family"] != "pixel":
-        limits.insert(
-            2,
-            (
-                "The original image is deformed once.",
-                "The promise holds in the space of parameters: the noise and the adversary's "
-                "deformation are added and the original image is interpolated once. An image that "
-                "arrives already deformed is interpolated a second time, which is not covered; "
-                "measure the accuracy under such an attack before relying on it.",
-            ),
-        )
-    precision = _each(
-        str(run.conditions.get("precision", "not recorded")) for run in story.trained
-    )
-    limits.append(
-        ("The network is certified as it was run.", f"Arithmetic of the network: {precision}.")
-    )
-    return limits
 
 
-def cost_section(story: ReportContext) -> Markup:
+def cost_section(context: ReportContext) -> Markup:
     """Votes, time, hardware and versions of every run."""
-    head = ["Property", *(run.label for run in story.trained)]
-    lines = [_cost_facts(run) for run in story.trained]
-    names = list(dict.fromkeys(name for facts in lines for name in facts))
-    rows = [[name, *(facts.get(name, "–") for facts in lines)] for name in names]
-    return el(
-        "section",
-        {"id": "cost"},
-        el("h2", None, "How it was made"),
-        table("Training, certification, time and machine of every run", head, rows),
-    )
+    head = ["Property", *(run.label for run in context.trained)]
+    columns = [_properties(run) for run in context.trained]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [[name, *(column.get(name, "–") for column in columns)] for name in names]
+    caption = "Training, certification, time and machine of every run"
+    return section("cost", "How the runs were computed", table(caption, head, rows))
 
 
-def _cost_facts(run: RunResults) -> dict[str, str]:
-    facts, votes, known = run.conditions, vote_cost(run), run.manifest
-    saved = "–" if votes.saved is None else f"{100 * votes.saved:.1f} %"
-    machine, versions = _mapping(known, "machine"), _mapping(known, "versions")
-    lines = {
-        "Deploys": str(known.get("deploys", "–")),
-        "Model": str(known.get("model", "–")),
-        "Seed": str(known.get("seed", "–")),
-        "Estimator": str(facts.get("estimator", "–")),
-        "Votes that choose the class (n0)": _number(facts.get("n0")),
-        "Votes that bound it, at most (n)": _number(facts.get("n")),
-        "Votes that bound it, per image": _unless_kept(run, f"{votes.per_image:,.0f}"),
-        "Votes spent": _unless_kept(run, f"{votes.spent:,}"),
-        "Votes of a fixed n": "–" if votes.fixed is None else f"{votes.fixed:,}",
-        "Saved": saved,
-        "Training took": seconds_text(known.get("training_seconds")),
-        "Certification took": seconds_text(known.get("certification_seconds")),
-        "Device": str(facts.get("device", machine.get("device", "–"))),
+def _properties(run: RunResults) -> dict[str, str]:
+    metadata, votes, manifest = run.conditions, vote_cost(run), run.manifest
+    machine, versions = (_mapping(manifest, name) for name in ("machine", "versions"))
+    properties = {
+        "Deployed model": str(manifest.get("deploys", "–")),
+        "Network": str(manifest.get("model", "–")),
+        "Seed": str(manifest.get("seed", "–")),
+        "Estimator": str(metadata.get("estimator", "–")),
+        "Votes that select the class (n0)": _number(metadata.get("n0")),
+        "Votes that bound its probability, at most (n)": _number(metadata.get("n")),
+        "Votes per image, on average": f"{votes.per_image:,.0f}",
+        "Votes cast": f"{votes.spent:,}",
+        "Votes without early stopping": _number(votes.fixed),
+        "Saved": "–" if votes.saved is None else f"{100 * votes.saved:.1f} %",
+        "Training took": seconds_text(manifest.get("training_seconds")),
+        "Certification took": seconds_text(manifest.get("certification_seconds")),
+        "Device": str(metadata.get("device", machine.get("device", "–"))),
         "Processor": str(machine.get("processor", "–")),
         "Cores, memory": f"{machine.get('cores', '–')}, {machine.get('memory_gb', '–')} GB",
         "Versions": ", ".join(f"{k} {v}" for k, v in sorted(versions.items())) or "–",
-        "Begun": str(known.get("created", "–")),
-        "Spec": str(known.get("spec_hash", "–")),
+        "Started": str(manifest.get("created", "–")),
+        "Spec": str(manifest.get("spec_hash", "–")),
     }
-    model = facts.get("model_fingerprint")
-    return lines | ({"Model fingerprint": str(model)} if isinstance(model, str) else {})
+    if run.curves_only:
+        properties |= dict.fromkeys(("Votes per image, on average", "Votes cast"), "not shared")
+    model = metadata.get("model_fingerprint")
+    return properties | ({"Model fingerprint": model} if isinstance(model, str) else {})
 
 
-def _unless_kept(run: RunResults, text: str) -> str:
-    return "not told" if run.told else text
-
-
-def reproduce_section(story: ReportContext, page: Path) -> Markup:
-    """Commands that check and repeat the runs, and every run's spec, word for word."""
-    shown = [(run, _shown_path(run.folder, page)) for run in story.trained]
-    held = [path for run, path in shown if not run.told]
-    verify = "\n".join(f"certifl verify {shlex.quote(path)}" for path in held)
-    repeat = "\n".join(
-        dict.fromkeys(str(run.manifest.get("command") or "certifl run") for run in story.trained)
-    )
-    specs = [
-        el(
-            "details",
-            None,
-            el("summary", None, "Spec of ", named_run(story, run)),
-            _code(run.spec, f"Spec of {run.label}"),
+def reproduce_section(context: ReportContext, page: Path) -> Markup:
+    """Commands that verify and repeat the runs, and the spec of every run, word for word."""
+    runs = context.trained
+    paths = [_shown_path(run.folder, page) for run in runs if not run.curves_only]
+    verify = "\n".join(f"certifl verify {shlex.quote(path)}" for path in paths)
+    commands = dict.fromkeys(str(run.manifest.get("command") or "certifl run") for run in runs)
+    parts: list[Markup] = []
+    if paths:
+        parts += [
+            paragraph("Recompute every radius from the stored votes:"),
+            _code(verify, "Commands to verify the runs"),
+        ]
+    if len(paths) < len(runs):
+        text = (
+            "Clients that share curves only keep their votes: each of them verifies its "
+            "certificates on its own machine with certifl verify."
         )
-        for run in story.trained
+        parts.append(paragraph(text))
+    specs = [
+        details(
+            join(["Spec of ", named_run(context, run)]), _code(run.spec, f"Spec of {run.label}")
+        )
+        for run in runs
     ]
-    return el(
-        "section",
-        {"id": "reproduce"},
-        el("h2", None, "Check it, repeat it"),
-        *(
-            [el("p", None, _RECOMPUTE), _code(verify, "Commands to verify the runs")]
-            if held
-            else []
-        ),
-        el("p", None, _ONLY_THERE) if len(held) < len(shown) else Markup(),
-        el("p", None, "Repeat the runs with the same spec and seed:"),
-        _code(repeat, "Commands to repeat the runs"),
+    return section(
+        "reproduce",
+        "Verify and repeat",
+        *parts,
+        paragraph("Repeat the runs with the same spec and seed:"),
+        _code("\n".join(commands), "Commands to repeat the runs"),
         *specs,
     )
 
@@ -226,12 +197,82 @@ def _shown_path(folder: Path, page: Path) -> str:
     return os.path.relpath(folder, page.resolve().parent)
 
 
+# Differential privacy of training.
+
+
+_PROTECTED = {"example": "image", "client": "client"}
+_NOISE_ADDED_BY = {
+    "example": "every client, in every step: the server learns no more either",
+    "client": "the server, which sees what every client sends",
+}
+_PRIVACY_LIMITS = (
+    "ε bounds what the trained models reveal about one training image, or about one client, at "
+    "the given δ; a smaller ε reveals less. It is an upper bound over all rounds, the largest of "
+    "all clients. It does not cover the test images behind the certificates and accuracies on "
+    "this page, the number of images of each client, or the choice of settings. Certificates "
+    "mean the same with and without privacy."
+)
+
+
+def privacy_words(run: RunResults) -> str | None:
+    """One sentence: epsilon, of what, at which delta; None for a run without privacy."""
+    privacy = _mapping(run.manifest, "privacy")
+    if not privacy:
+        return None
+    sent, total = (max(privacy[name]) for name in ("epsilon_sent", "epsilon"))
+    words = (
+        f"private per {_PROTECTED[privacy['kind']]}, ε = {_up(sent)} at δ = {privacy['delta']:g}"
+    )
+    if total > sent:
+        words += f" for what clients send, {_up(total)} with what they keep"
+    if privacy["noise_key"] == "seed":
+        words += "; the noise follows from the seed, so anyone with the spec can remove it"
+    return words
+
+
+def privacy_section(context: ReportContext) -> Markup:
+    """A row for each run that was trained with privacy; nothing where none was."""
+    private = [(run, _mapping(run.manifest, "privacy")) for run in context.trained]
+    rows = [_privacy_row(context, run, privacy) for run, privacy in private if privacy]
+    if not rows:
+        return Markup()
+    head = ["Algorithm", "Protects one", "ε of what is sent", "ε with fine-tuning", "δ"]
+    head += ["Noise multiplier", "Clipped to", "Noise is added by", "Key of the noise"]
+    caption = "Differential privacy of every private run"
+    return section(
+        "privacy", "Privacy of training", paragraph(_PRIVACY_LIMITS), table(caption, head, rows)
+    )
+
+
+def _privacy_row(context: ReportContext, run: RunResults, privacy: Mapping[str, Any]) -> list[str]:
+    low, high = min(privacy["noise_multiplier"]), max(privacy["noise_multiplier"])
+    return [
+        named_run(context, run),
+        _PROTECTED[privacy["kind"]],
+        _up(max(privacy["epsilon_sent"])),
+        _up(max(privacy["epsilon"])),
+        f"{privacy['delta']:g}",
+        f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}",
+        f"{privacy['max_norm']:g}",
+        _NOISE_ADDED_BY[privacy["kind"]],
+        "the seed, known to anyone with the spec" if privacy["noise_key"] == "seed" else "secret",
+    ]
+
+
+def _up(epsilon: float) -> str:
+    """Rounded up: a bound remains one."""
+    return f"{math.ceil(100 * epsilon - 1e-9) / 100:.2f}"
+
+
+# Words for numbers.
+
+
 def _mapping(manifest: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = manifest.get(name)
     return value if isinstance(value, Mapping) else {}
 
 
-def _each(values: Any) -> str:
+def _distinct(values: Iterable[str]) -> str:
     """The values of all runs, each once."""
     return ", ".join(dict.fromkeys(values))
 
@@ -245,12 +286,12 @@ def _number(value: object) -> str:
 
 
 def count_text(count: int) -> str:
-    """A large count in words of people: 12,345 or 3.4 million."""
+    """A large count for people: 12,345 or 3.4 million."""
     return f"{count / 1e6:.1f} million" if count >= 1_000_000 else f"{count:,}"
 
 
 def seconds_text(value: object) -> str:
-    """A time in the largest units that help: 12.3 s, 4 min 5 s, 2 h 3 min."""
+    """A time in suitable units: 12.3 s, 4 min 5 s, 2 h 3 min."""
     if not isinstance(value, (int, float)):
         return "–"
     if value < 60:

@@ -1,29 +1,35 @@
-"""What all sections of the page draw on, and how a regime is named on it."""
+"""What all sections of the page use: runs, comparison, units, names and common cells."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from certifl.report.compare import Comparison, own_interval
-from certifl.report.page.html import Markup, el
-from certifl.report.results import Row, RunResults, flat
+from certifl.report.compare import Comparison, compare, own_interval
+from certifl.report.page.html import Markup, el, stacked
+from certifl.report.results import Row, RunResults, all_clients, flat
 from certifl.report.style import Look, looks_of
 from certifl.report.summary import (
+    Share,
     client_acr,
     client_curves,
+    client_share,
+    largest_radius,
     mean_acr,
     measure_curves,
     measures_of,
     radius_grid,
+    spread,
 )
-from certifl.report.units import RadiusScale
+from certifl.report.units import RadiusScale, scales, share_of_sigma
+from certifl.report.wording import percent, tenths
 
 
 @dataclass(frozen=True, eq=False)
 class ReportContext:
-    """What all sections draw on.
+    """What all sections of one perturbation use.
 
     Attributes:
         runs: the rows of the page in the order of the report, each of one or several seeds.
@@ -35,6 +41,16 @@ class ReportContext:
     units: tuple[RadiusScale, ...]
     comparison: Comparison
 
+    @classmethod
+    def of(cls, runs: Sequence[Row]) -> ReportContext:
+        """The context of some rows, with radii in percent of sigma where all have one sigma."""
+        largest = largest_radius(runs)
+        units = scales(runs[0].conditions, largest)
+        sigmas = {float(run.conditions["sigma"]) for run in flat(runs)}
+        if len(sigmas) == 1 and min(sigmas) > 0:
+            units = (*units, share_of_sigma(sigmas.pop(), largest))
+        return cls(tuple(runs), units, compare(runs))
+
     @property
     def scale(self) -> RadiusScale:
         """The unit of radii in text and tables."""
@@ -42,42 +58,77 @@ class ReportContext:
 
     @property
     def trained(self) -> tuple[RunResults, ...]:
-        """Every run by itself: those of a row differ in their seed."""
+        """Every single run: those of a row differ in their seed."""
         return tuple(flat(self.runs))
 
-    def place_of(self, run: RunResults) -> int:
-        """The row in which a run stands."""
+    @property
+    def clients(self) -> list[int]:
+        """All clients that have certificates."""
+        return all_clients(self.runs)
+
+    @property
+    def several_seeds(self) -> bool:
+        """Whether some row has several seeds."""
+        return len(self.trained) > len(self.runs)
+
+    @cached_property
+    def accuracies(self) -> dict[int, tuple[Share | None, ...]]:
+        """Of every compared client its certified accuracy at radius 0 in each row."""
+        clients = [part.client for part in self.comparison.clients]
+        return {c: tuple(client_share(row, c) for row in self.runs) for c in clients}
+
+    def row_of(self, run: RunResults) -> int:
+        """Position of the row that contains a run."""
         return next(at for at, row in enumerate(self.runs) if any(one is run for one in row.runs))
 
 
-def swatch(look: Look) -> Markup:
-    """A short piece of a regime's line with its marker."""
+def named(context: ReportContext, row: int) -> Markup:
+    """The name of a row's algorithm with its swatch."""
+    return _with_swatch(context, row, context.runs[row].label)
+
+
+def named_run(context: ReportContext, run: RunResults) -> Markup:
+    """The name of a run, with the swatch of its row."""
+    return _with_swatch(context, context.row_of(run), run.label)
+
+
+def _with_swatch(context: ReportContext, row: int, label: str) -> Markup:
+    look = looks_of(context.runs)[row]
+    return el("span", {"class": "algorithm"}, _swatch(look), el("span", None, label))
+
+
+def _swatch(look: Look) -> Markup:
+    """A short piece of an algorithm's line with its marker."""
     line = {"x1": "1", "y1": "7", "x2": "33", "y2": "7"}
     if look.dash:
-        line["stroke-dasharray"] = dash_text(look)
-    shapes = el("line", line) + el(
-        "path", {"d": MARKERS[look.marker], "transform": "translate(17 7)"}
-    )
+        line["stroke-dasharray"] = _dash_text(look)
+    marker = el("path", {"d": MARKERS[look.marker], "transform": "translate(17 7)"})
     box = {"class": f"swatch s{look.slot}", "viewBox": "0 0 34 14", "aria-hidden": "true"}
-    return el("svg", box, Markup(shapes))
+    return el("svg", box, el("line", line), marker)
 
 
-def named(story: ReportContext, place: int) -> Markup:
-    """A regime's name with its swatch."""
-    return _with_swatch(story, place, story.runs[place].label)
+def acr_cell(row: Row, scale: RadiusScale) -> Markup:
+    """Average certified radius with its interval."""
+    ends = own_interval(row)
+    interval = scale.interval(*ends) if ends else "too few images for an interval"
+    return stacked(scale.text(mean_acr(row)), interval)
 
 
-def named_run(story: ReportContext, run: RunResults) -> Markup:
-    """A run's name, with the swatch of its row."""
-    return _with_swatch(story, story.place_of(run), run.label)
+def spread_cell(row: Row, scale: RadiusScale) -> str:
+    """How far best and worst client are apart, and which they are."""
+    if len(row.clients) < 2:
+        return "–"
+    best, worst, gap = spread(row)
+    clients = f"client {best} and client {worst}" if len(row.runs) == 1 else "mean over seeds"
+    return stacked(f"{scale.text(gap)} apart", clients)
 
 
-def _with_swatch(story: ReportContext, place: int, label: str) -> Markup:
-    look = looks_of(story.runs)[place]
-    return el("span", {"class": "regime"}, swatch(look), el("span", None, label))
+def share_cell(share: Share) -> Markup:
+    """A share of images with its limits."""
+    return stacked(percent(share.value), f"{tenths(share.low)} to {tenths(share.high)}")
 
 
-# The numbers the page's script draws, and the look of each regime.
+# The numbers the page's script draws, and the look of each algorithm.
 
 
 _SHARE_DIGITS = 5
@@ -97,25 +148,26 @@ MARKERS = {
 }
 
 
-def dash_text(look: Look) -> str:
-    """Dash lengths as SVG takes them; empty for a whole line."""
+def _dash_text(look: Look) -> str:
+    """Dash lengths as SVG takes them; empty for a solid line."""
     return " ".join(f"{length * _LINE_WIDTH:g}" for length in look.dash)
 
 
-def payload(runs: Sequence[Row], units: Sequence[RadiusScale]) -> dict[str, Any]:
-    """Everything the page draws, ready for JSON.
+def chart_payload(context: ReportContext) -> dict[str, Any]:
+    """Everything the charts show, ready for JSON.
 
     Radii come with their texts, rounded down in every unit, so that the script prints no radius
-    of its own making.
+    that it rounded itself.
     """
-    radii = radius_grid(runs)
+    runs, radii = context.runs, radius_grid(context.runs)
     return {
         "radii": radii.tolist(),
-        "units": [_unit(unit, radii.tolist()) for unit in units],
+        "units": [_unit(unit, radii.tolist()) for unit in context.units],
         "runs": [
-            _run(run, look, radii, units) for run, look in zip(runs, looks_of(runs), strict=True)
+            _run(run, look, radii, context.units)
+            for run, look in zip(runs, looks_of(runs), strict=True)
         ],
-        "clients": sorted({int(client) for run in runs for client in run.clients}),
+        "clients": context.clients,
         "history": [_measure(runs, name) for name in measures_of(runs)],
     }
 
@@ -130,27 +182,27 @@ def _unit(unit: RadiusScale, radii: list[float]) -> dict[str, Any]:
 
 
 def _run(run: Row, look: Look, radii: Any, units: Sequence[RadiusScale]) -> dict[str, Any]:
-    acr = client_acr(run)
+    acr, mean = client_acr(run), mean_acr(run)
     return {
         "label": run.label,
         "slot": look.slot,
-        "dash": dash_text(look),
+        "dash": _dash_text(look),
         "marker": MARKERS[look.marker],
         "clients": run.clients.tolist(),
         "curves": client_curves(run, radii).round(_SHARE_DIGITS).tolist(),
         "acr": acr.tolist(),
         "acrTexts": [[unit.text(float(radius)) for radius in acr] for unit in units],
-        "mean": mean_acr(run),
-        "meanTexts": [unit.text(mean_acr(run)) for unit in units],
+        "mean": mean,
+        "meanTexts": [unit.text(mean) for unit in units],
         "interval": own_interval(run),
     }
 
 
 def _measure(runs: Sequence[Row], name: str) -> dict[str, Any]:
     series = []
-    for place, run in enumerate(runs):
+    for row, run in enumerate(runs):
         curve = measure_curves(run, name)
         if curve is not None:
             rounds, mean, low, high = curve.columns()
-            series.append({"run": place, "rounds": rounds, "mean": mean, "low": low, "high": high})
+            series.append({"run": row, "rounds": rounds, "mean": mean, "low": low, "high": high})
     return {"name": name, "series": series}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from certifl.report.characters import unbroken
+from certifl.report.figures import Drawing, image_bytes
+from certifl.report.style import unbroken
 
 Attributes = Mapping[str, str | bool]
 
@@ -27,7 +29,7 @@ def el(name: str, attributes: Attributes | None = None, *children: str) -> Marku
 
     Args:
         name: of the element.
-        attributes: a true value stands for an attribute without value, a false one for none.
+        attributes: a true value is an attribute without value, a false one is left out.
         children: plain text is escaped, `Markup` is taken as it is.
     """
     shown = "".join(_attribute(key, value) for key, value in (attributes or {}).items())
@@ -58,13 +60,74 @@ def _attribute(key: str, value: str | bool) -> str:
     return f" {key}" if value is True else f' {key}="{html.escape(value)}"'
 
 
+# Elements that several parts of the page consist of.
+
+
+def section(name: str, heading: str, *children: str) -> Markup:
+    """A section with its heading."""
+    return el("section", {"id": name}, el("h2", None, heading), *children)
+
+
+def paragraph(text: str) -> Markup:
+    """Ordinary text."""
+    return el("p", None, text)
+
+
+def note(text: str) -> Markup:
+    """Small print."""
+    return el("p", {"class": "note"}, text)
+
+
+def notice(text: str) -> Markup:
+    """Something no reader should miss."""
+    return el("p", {"class": "notice", "role": "note"}, text)
+
+
+def details(summary: str, *children: str) -> Markup:
+    """Text that unfolds."""
+    return el("details", None, el("summary", None, summary), *children)
+
+
+def stacked(first: str, second: str) -> Markup:
+    """A cell of two lines: a number, and what belongs to it in small print."""
+    return join([el("b", None, first), el("small", None, second)])
+
+
+def toggle(box: Attributes, label: str) -> Markup:
+    """A check box or radio button with its label."""
+    words = label if isinstance(label, Markup) else el("span", None, label)
+    return el("label", {"class": "toggle"}, el("input", box), words)
+
+
+def fieldset(legend: str, *children: str, name: str = "", kind: str = "") -> Markup:
+    """Controls that belong together."""
+    attributes = {"class": f"toggles {kind}".strip(), **({"id": name} if name else {})}
+    return el("fieldset", attributes, el("legend", None, legend), *children)
+
+
+def choice(legend: str, name: str, options: Sequence[str]) -> Markup:
+    """Radio buttons, the first of them chosen; the script finds their number in `data-<name>`."""
+    boxes: list[dict[str, str | bool]] = [
+        {"type": "radio", "name": name, f"data-{name}": str(i), "checked": i == 0}
+        for i in range(len(options))
+    ]
+    return fieldset(legend, *map(toggle, boxes, options))
+
+
+def picture(drawing: Drawing, alt: str) -> Markup:
+    """A figure as an image inside the page."""
+    data = base64.b64encode(image_bytes(drawing, "svg")).decode()
+    source = f"data:image/svg+xml;base64,{data}"
+    return el("img", {"src": source, "alt": alt, "class": "fallback"})
+
+
 def table(
     caption: str,
     head: Sequence[str],
     rows: Iterable[Sequence[str]],
     attributes: Attributes | None = None,
 ) -> Markup:
-    """A table in a container of its own that scrolls; the first cell of a row names the row.
+    """A table in its own scrolling container; the first cell of a row names the row.
 
     Args:
         caption: what the table shows; also the container's name for screen readers.

@@ -14,7 +14,6 @@ from string import Template
 
 from certifl._version import __version__
 from certifl.errors import InputError
-from certifl.report.compare import compare
 from certifl.report.figures import (
     Drawing,
     average_radius_figure,
@@ -33,36 +32,35 @@ from certifl.report.page.panels import (
     asset,
     eyebrow,
     panel_of,
-    switch,
     tab_frame,
+    tabs,
 )
-from certifl.report.page.perturbations import overview, slugs
-from certifl.report.results import Row, RunResults, apart, by_seed, flat, load_runs
-from certifl.report.summary import largest_radius
-from certifl.report.units import family_words, scales, share_of_sigma
+from certifl.report.page.perturbations import Groups, overview
+from certifl.report.results import RunResults, by_perturbation, by_seed, load_runs
+from certifl.report.units import family_words
 from certifl.report.wording import listed
 from certifl.runs.atomic import write_text
 
 _LONGEST_NAME = 80
-_STYLES = ("page.css", "advice.css", "claims.css", "explorer.css", "print.css")
-_SCRIPTS = ("drawing.js", "page.js", "advice.js", "explorer.js", "switch.js")
+_STYLES = ("page.css", "recommendation.css", "claims.css", "explorer.css", "print.css")
+_SCRIPTS = ("drawing.js", "page.js", "recommendation.js", "explorer.js", "switch.js")
 _BARE = '<meta name="certifl-images" content="left out">'
 
 
 def page_beside(run_folders: Sequence[Path]) -> Path:
-    """Where a page belongs for which no place was named.
+    """Default path of the page about some runs.
 
     Returns:
-        `report.html` in the folder of a single run; for several a folder of their own beside the
+        `report.html` in the folder of a single run; for several runs in a new folder beside the
         first, so that neither another page nor its figures are replaced.
     """
-    places = [folder.resolve() for folder in run_folders]
-    if len(places) == 1:
+    folders = [folder.resolve() for folder in run_folders]
+    if len(folders) == 1:
         return run_folders[0] / "report.html"
-    name = "-".join(place.name for place in places)
+    name = "-".join(folder.name for folder in folders)
     if len(name) > _LONGEST_NAME:
-        digest = hashlib.sha256("\n".join(map(str, places)).encode()).hexdigest()[:8]
-        name = f"{len(places)}-runs-{digest}"
+        digest = hashlib.sha256("\n".join(map(str, folders)).encode()).hexdigest()[:8]
+        name = f"{len(folders)}-runs-{digest}"
     return run_folders[0].parent / f"comparison-{name}" / "report.html"
 
 
@@ -76,31 +74,31 @@ def write_report(
 ) -> Path:
     """Write the page, and the figures beside it.
 
-    Where clients certify perturbations of their own, the page has a panel for each of these, one
-    of which is shown at a time.
+    Where clients certify different perturbations, the page has a panel for each, one of which is
+    shown at a time.
 
     Args:
         run_folders: finished runs of the same data and perturbation; those that differ in their
-            seed alone are one regime.
+            seed alone share a row.
         out_path: the page; figures go to the folder `figures` beside it.
         title: the page's heading; the data and perturbation where None.
         figures: whether the figures are written as files too.
         images: whether test images are shown on the page; None = as on the page that is replaced,
-            and shown where there is none. Without them no pixel of an image is in the file.
-        claims: makes a section that holds the runs against published claims; None = no section.
+            or shown if there is none. Without them no pixel of an image is in the file.
+        claims: makes a section that compares the runs with published claims; None = no section.
 
     Returns:
         The page's path. Equal results give an equal page.
 
     Raises:
-        InputError: the page is no .html file, or a run is named twice.
+        InputError: the page is not an .html file, or a run is named twice.
         StoreMismatch: a run that is missing or unfinished, or runs that cannot be compared.
-        StoreError: a run that is damaged, or a place that cannot be written.
+        StoreError: a run that is damaged, or a path that cannot be written.
     """
     page = Path(out_path)
     _check_request(run_folders, page)
     runs = load_runs(run_folders)
-    groups = [by_seed(group) for group in apart(runs)]
+    groups = [by_seed(group) for group in by_perturbation(runs)]
     if images is None:
         images = not _without_images(page)
     if figures:
@@ -111,22 +109,23 @@ def write_report(
 
 def _check_request(runs: Sequence[str | Path | RunResults], page: Path) -> None:
     if page.suffix.lower() not in (".html", ".htm") or page.is_dir():
-        raise InputError(f"A report is a file .html; got {str(page)!r}.")
-    folders = [Path(run).resolve() for run in runs if isinstance(run, str | Path)]
+        raise InputError(f"A report must be an .html file; got {str(page)!r}.")
+    paths = (run.folder if isinstance(run, RunResults) else run for run in runs)
+    folders = [Path(path).resolve() for path in paths]
     twice = next((folder for folder in folders if folders.count(folder) > 1), None)
     if twice is not None:
-        raise InputError(f"{twice} is named twice: compare a run with others.")
+        raise InputError(f"{twice} is named twice. Name each run once.")
 
 
 def _without_images(page: Path) -> bool:
-    """Whether a page that is there was made without test images."""
+    """Whether an existing page was made without test images."""
     return page.is_file() and _BARE in page.read_text(encoding="utf-8", errors="replace")
 
 
 def write_figures(runs: Sequence[RunResults], folder: str | Path) -> list[Path]:
     """Write all figures of some runs as PNG, PDF, SVG and CSV.
 
-    Where clients certify perturbations of their own, each of these gets a folder inside.
+    Where clients certify different perturbations, each has its own folder inside.
 
     Returns:
         The files: curves, clients, average_radius, and history where training was recorded.
@@ -134,9 +133,9 @@ def write_figures(runs: Sequence[RunResults], folder: str | Path) -> list[Path]:
     Raises:
         StoreMismatch: runs that cannot be compared. StoreError: the folder cannot be written.
     """
-    groups = apart(runs)
+    groups = by_perturbation(runs)
     if len(groups) > 1:
-        inside = zip(groups, slugs(groups), strict=True)
+        inside = zip(groups, _folder_names(groups), strict=True)
         return [path for part, name in inside for path in write_figures(part, Path(folder) / name)]
     rows = by_seed(runs)
     drawings: dict[str, Drawing] = {
@@ -149,58 +148,56 @@ def write_figures(runs: Sequence[RunResults], folder: str | Path) -> list[Path]:
     return [path for stem, drawn in drawings.items() for path in save(drawn, folder, stem)]
 
 
-def _story(runs: Sequence[Row]) -> ReportContext:
-    largest = largest_radius(runs)
-    units = scales(runs[0].conditions, largest)
-    sigmas = {float(run.conditions["sigma"]) for run in flat(runs)}
-    if len(sigmas) == 1 and min(sigmas) > 0:
-        units = (*units, share_of_sigma(sigmas.pop(), largest))
-    return ReportContext(tuple(runs), units, compare(runs))
+def _folder_names(groups: Groups) -> list[str]:
+    """A short name for each group: its family, numbered where several share it."""
+    families = [str(runs[0].conditions["family"]) for runs in groups]
+    return [
+        family if families.count(family) == 1 else f"{family}-{families[:at].count(family) + 1}"
+        for at, family in enumerate(families)
+    ]
 
 
 def _page(
-    groups: Sequence[Sequence[Row]],
+    groups: Groups,
     page: Path,
     title: str | None,
     images: bool,
     claims: ClaimsSection | None,
 ) -> str:
-    stories = [_story(group) for group in groups]
-    frames, above = _frames(groups, stories, title)
-    most = MOST_PICTURES // len(stories)
+    contexts = [ReportContext.of(group) for group in groups]
+    frames, above = _frames(groups, contexts, title)
+    most = MOST_PICTURES // len(contexts)
     panels = [
-        panel_of(story, at, frame, images, most, claims)
-        for at, (story, frame) in enumerate(zip(stories, frames, strict=True))
+        panel_of(context, at, frame, images, most, claims)
+        for at, (context, frame) in enumerate(zip(contexts, frames, strict=True))
     ]
     style, script = ("".join(map(asset, names)) for names in (_STYLES, _SCRIPTS))
     parts = {
-        "title": el("title", None, _heading(stories) if title is None else title),
+        "title": el("title", None, _heading(contexts) if title is None else title),
         "policy": join([_policy(style, script), Markup("" if images else f"\n{_BARE}")]),
         "style": Markup(style),
         "script": Markup(script),
         "data": embedded_json("report-data", {"groups": [panel.numbers for panel in panels]}),
         "above": above,
         "panels": join(panel.html for panel in panels),
-        "reproduce": background.reproduce_section(stories[0], page),
+        "reproduce": background.reproduce_section(contexts[0], page),
         "version": join([f"certifl {__version__}"]),
-        "bare": "" if images else " Test images are left out of it.",
+        "bare": "" if images else " It contains no test images.",
     }
     return Template(asset("page.html")).substitute(parts)
 
 
 def _frames(
-    groups: Sequence[Sequence[Row]], stories: Sequence[ReportContext], title: str | None
+    groups: Groups, contexts: Sequence[ReportContext], title: str | None
 ) -> tuple[list[PageFrame], Markup]:
-    """What stands around every panel, and above all of them where there are several."""
-    heading = el("h1", None, _heading(stories) if title is None else title)
-    if len(stories) == 1:
-        above = el("p", {"class": "eyebrow"}, eyebrow(stories[0]))
-        return [PageFrame(join([above, heading]), overview(groups), Markup())], Markup()
-    clients = sorted({int(c) for story in stories for c in story.runs[0].clients})
-    who = eyebrow(stories[0], len(clients))
-    head = el("header", None, el("p", {"class": "eyebrow"}, who), heading)
-    frames = [tab_frame(story, at) for at, story in enumerate(stories)]
-    return frames, join([head, overview(groups), switch(stories)])
+    """What surrounds every panel, and what is above all of them where there are several."""
+    heading = el("h1", None, _heading(contexts) if title is None else title)
+    clients = {client for context in contexts for client in context.runs[0].clients.tolist()}
+    top = join([el("p", {"class": "eyebrow"}, eyebrow(contexts[0], len(clients))), heading])
+    if len(contexts) == 1:
+        return [PageFrame(top, overview(groups), Markup())], Markup()
+    frames = [tab_frame(context, at) for at, context in enumerate(contexts)]
+    return frames, join([el("header", None, top), overview(groups), tabs(contexts)])
 
 
 def _policy(style: str, script: str) -> Markup:
@@ -221,6 +218,6 @@ def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _heading(stories: Sequence[ReportContext]) -> str:
-    words = [family_words(story.runs[0].conditions) for story in stories]
+def _heading(contexts: Sequence[ReportContext]) -> str:
+    words = [family_words(context.runs[0].conditions) for context in contexts]
     return f"Certified robustness to {listed(list(dict.fromkeys(words)))}"

@@ -1,17 +1,22 @@
-"""Which regime gives a client the largest average certified radius at an accuracy it accepts."""
+"""Which algorithm gives a client the largest average certified radius at an accepted accuracy."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from certifl.report.compare import ClientComparison, ranking
 from certifl.report.page.context import ReportContext, named
-from certifl.report.page.html import Markup, el, table, verbatim
-from certifl.report.results import Row
-from certifl.report.summary import Share, image_numbers, shares_over_seeds
+from certifl.report.page.html import (
+    Markup,
+    details,
+    el,
+    paragraph,
+    section,
+    table,
+    verbatim,
+)
+from certifl.report.summary import Share
 from certifl.report.wording import (
     NO_DIFFERENCE,
     Recommendation,
@@ -20,146 +25,114 @@ from certifl.report.wording import (
     grouped,
     listed,
     percent,
+    position_of_local,
+    recommendations,
     tenths,
-    why_clients_are_open,
+    why_clients_stay_undecided,
 )
 
 MOST_GROUPS = 8
-NO_ADVICE = "No recommendation, for want of images in common"
+NO_RECOMMENDATION = "No recommendation: too few images in common"
+_HEADING = "Which algorithm for which client"
 _HEAD = (
     "Client",
     "Images",
     "Recommendation",
     "Its average certified radius",
     "Its accuracy",
-    "Over the next best",
-    "Over training alone",
+    "Ahead of the next best",
+    "Ahead of training alone",
 )
 
 
-@dataclass(frozen=True)
-class _Accuracies:
-    """Certified accuracy at radius 0 of every regime on one client's images."""
-
-    client: int
-    shares: tuple[Share | None, ...]
-
-
-def _accuracies(story: ReportContext) -> list[_Accuracies]:
-    """Of every client that is compared, on its own images under each regime."""
-    return [
-        _Accuracies(part.client, tuple(_share(row, part.client) for row in story.runs))
-        for part in story.comparison.clients
-    ]
-
-
-def _share(row: Row, client: int) -> Share | None:
-    """A client's certified accuracy at radius 0; None where it has no certificates."""
-    own = [(run, run.certificates.client == client) for run in row.runs]
-    own = [(run, at) for run, at in own if at.any()]
-    if not own:
+def recommendation_payload(context: ReportContext) -> dict[str, Any] | None:
+    """What the script needs to recommend at another accuracy; None without recommendations."""
+    parts = context.comparison.clients
+    if len(context.runs) < 2 or not any(p.stated for one in parts for p in one.pairs.values()):
         return None
-    held = [run.certificates.correct[at] for run, at in own]
-    return shares_over_seeds(held, [image_numbers(run)[at] for run, at in own])
-
-
-def advice_payload(story: ReportContext) -> dict[str, Any] | None:
-    """What the script needs to advise at another accuracy; None where there is no advice."""
-    parts = story.comparison.clients
-    if len(story.runs) < 2 or not any(p.stated for one in parts for p in one.pairs.values()):
-        return None
-    clients = zip(story.comparison.clients, _accuracies(story), strict=True)
     return {
-        "local": _local(story.runs),
+        "local": position_of_local(context.runs),
         "most": MOST_GROUPS,
         "none": NO_DIFFERENCE,
-        "few": f"{NO_ADVICE}:",
-        "clients": [_client(story, part, found) for part, found in clients],
+        "few": f"{NO_RECOMMENDATION}:",
+        "clients": [_client(context, part) for part in parts],
     }
 
 
-def _local(runs: Sequence[Row]) -> int | None:
-    return next((place for place, run in enumerate(runs) if run.regime == "local"), None)
-
-
-def _client(story: ReportContext, part: ClientComparison, found: _Accuracies) -> dict[str, Any]:
+def _client(context: ReportContext, part: ClientComparison) -> dict[str, Any]:
     order = ranking(part.acr, part.pairs)
-    whys = [pair.why for pair in part.pairs.values()]
+    reasons = [pair.why for pair in part.pairs.values()]
     pairs = {}
     for rank, ahead in enumerate(order):
         for behind in order[rank + 1 :]:
             pair = part.pairs[min(ahead, behind), max(ahead, behind)].seen_from(ahead)
-            known = int(pair.shown) if pair.stated else None
-            pairs[f"{ahead}-{behind}"] = [by_margin(pair, story.scale), known]
+            shown = int(pair.shown) if pair.stated else None
+            pairs[f"{ahead}-{behind}"] = [by_margin(pair, context.scale), shown]
     return {
         "client": part.client,
         "images": str(part.images),
-        "why": whys[0] if all(whys) else "",
+        "why": reasons[0] if all(reasons) else "",
         "order": order,
-        "acr": ["–" if math.isnan(radius) else story.scale.text(radius) for radius in part.acr],
-        "accuracy": [_share_numbers(one) for one in found.shares],
+        "acr": ["–" if math.isnan(radius) else context.scale.text(radius) for radius in part.acr],
+        "accuracy": [_share_numbers(share) for share in context.accuracies[part.client]],
         "pairs": pairs,
     }
 
 
-def _share_numbers(found: Share | None) -> list[Any]:
-    """For the script; no accuracy that a client accepts is as small as that of no certificates."""
-    if found is None:
-        return [-1.0, -1.0, -1.0, _share_text(found)]
-    return [found.value, found.low, found.high, _share_text(found)]
+def _share_numbers(share: Share | None) -> list[Any]:
+    """For the script; a client without certificates is below every accuracy."""
+    if share is None:
+        return [-1.0, -1.0, -1.0, _share_text(share)]
+    return [share.value, share.low, share.high, _share_text(share)]
 
 
-def _share_text(found: Share | None) -> str:
-    if found is None:
+def _share_text(share: Share | None) -> str:
+    if share is None:
         return "–"
-    return f"{percent(found.value)} ({tenths(found.low)} to {tenths(found.high)})"
+    return f"{percent(share.value)} ({tenths(share.low)} to {tenths(share.high)})"
 
 
-def advice_section(story: ReportContext, found: Sequence[Recommendation]) -> Markup:
-    """Which regime each client should take, grouped by answer; nothing for a single run."""
-    if len(story.runs) < 2 or not story.comparison.paired:
+def recommendation_section(context: ReportContext) -> Markup:
+    """Which algorithm each client should use, grouped by answer; nothing for a single run."""
+    if len(context.runs) < 2 or not context.comparison.paired:
         return Markup()
-    if not found or all(one.why for one in found):
-        return _no_advice(story)
-    groups = grouped(found)
-    items = [_group(story, places, clients) for places, clients in groups[:MOST_GROUPS]]
+    answers = recommendations(context.runs, context.comparison)
+    if not answers or all(one.why for one in answers):
+        return _no_recommendation(context)
+    groups = grouped(answers)
+    items = [_group(context, rows, clients) for rows, clients in groups[:MOST_GROUPS]]
     rest = [client for _, clients in groups[MOST_GROUPS:] for client in clients]
     if rest:
-        others = el("span", {"class": "verdict"}, "Other answers, in the table below:")
-        items.append(el("li", None, others, el("span", {"class": "who"}, client_list(rest))))
-    accuracies = _accuracies(story)
-    rows = [_row(story, one, own) for one, own in zip(found, accuracies, strict=True)]
-    open_words = why_clients_are_open(story.runs, story.comparison, found)
+        items.append(_item("Other answers, in the table below:", rest))
+    undecided = why_clients_stay_undecided(context.runs, context.comparison, answers)
+    status = {"class": "note js-only", "id": "recommendation-status", "role": "status"}
     caption = "Recommendation for every client, from its own test images"
-    return el(
-        "section",
-        {"id": "recommendation"},
-        el("h2", None, "Which regime for which client"),
-        el("p", None, _how(story)),
-        *([] if open_words is None else [el("p", None, open_words)]),
+    rows = [_row(context, one) for one in answers]
+    return section(
+        "recommendation",
+        _HEADING,
+        paragraph(_method(context)),
+        *([] if undecided is None else [paragraph(undecided)]),
         _accepted(),
-        el("ul", {"class": "groups", "id": "advice"}, *items),
-        el("p", {"class": "note js-only", "id": "advice-told", "role": "status", "hidden": True}),
-        el(
-            "details",
-            None,
-            el("summary", None, "Every client, with numbers"),
-            table(caption, _HEAD, rows, {"id": "advice-table"}),
+        el("ul", {"class": "groups", "id": "recommendations"}, *items),
+        el("p", {**status, "hidden": True}),
+        details(
+            "Every client, with numbers",
+            table(caption, _HEAD, rows, {"id": "recommendation-table"}),
         ),
     )
 
 
-def _no_advice(story: ReportContext) -> Markup:
+def _no_recommendation(context: ReportContext) -> Markup:
     """That no client gets a recommendation, and why."""
-    pairs = [p for part in story.comparison.clients for p in part.pairs.values()]
-    whys = dict.fromkeys(p.why for p in pairs or story.comparison.pairs.values() if p.why)
-    heading = el("h2", None, "Which regime for which client")
-    said = el("p", None, f"No recommendation for any client: {'; '.join(whys)}.")
-    return el("section", {"id": "recommendation"}, heading, said)
+    pairs = [p for part in context.comparison.clients for p in part.pairs.values()]
+    reasons = dict.fromkeys(p.why for p in pairs or context.comparison.pairs.values() if p.why)
+    text = f"No recommendation for any client: {'; '.join(reasons)}."
+    return section("recommendation", _HEADING, paragraph(text))
 
 
 def _accepted() -> Markup:
-    """The one thing a client must say: which accuracy it needs at least."""
+    """The one thing a client chooses: the accuracy it needs at least."""
     slider = {"type": "range", "id": "accepted", "min": "0", "max": "100", "step": "1"}
     label = "A client accepts a certified accuracy of at least"
     return el(
@@ -170,45 +143,46 @@ def _accepted() -> Markup:
     )
 
 
-def _how(story: ReportContext) -> str:
-    clients = len(story.comparison.clients)
-    pairs = clients * len(story.runs) * (len(story.runs) - 1) // 2
+def _method(context: ReportContext) -> str:
+    clients = len(context.comparison.clients)
+    pairs = clients * len(context.runs) * (len(context.runs) - 1) // 2
     wide = f" (wide enough for all {pairs} comparisons of all clients at once)"
     wide = wide if pairs > 1 else ""
     return (
-        "The regime with the largest average certified radius on the client's own test images, "
-        "among those that reach the accuracy it accepts (correct with a certificate). "
-        f"Where the 95 % interval of a paired difference{wide} contains 0, these images do not "
-        f"tell the regimes apart: {NO_DIFFERENCE}, and other reasons may decide."
+        "The recommendation is the algorithm with the largest average certified radius on the "
+        "client's own test images, among those that reach the accuracy the client accepts "
+        f"(correct with a certificate). Where the 95 % interval of a paired difference{wide} "
+        f"contains 0, these images do not show which is better: {NO_DIFFERENCE}, and other "
+        "reasons may decide."
     )
 
 
-def _group(story: ReportContext, places: tuple[int, ...], clients: list[int]) -> Markup:
-    if not places:
-        told = el("span", {"class": "verdict"}, f"{NO_ADVICE}:")
-        return el("li", None, told, el("span", {"class": "who"}, client_list(clients)))
-    names = [named(story, place) for place in places]
-    parts = [el("span", {"class": "choice"}, *names)]
-    if len(places) > 1:
-        parts.append(el("span", {"class": "verdict"}, NO_DIFFERENCE))
-    parts.append(el("span", {"class": "who"}, client_list(clients)))
-    return el("li", None, *parts)
+def _group(context: ReportContext, rows: tuple[int, ...], clients: list[int]) -> Markup:
+    if not rows:
+        return _item(f"{NO_RECOMMENDATION}:", clients)
+    names = el("span", {"class": "choice"}, *(named(context, row) for row in rows))
+    return _item(NO_DIFFERENCE if len(rows) > 1 else "", clients, names)
 
 
-def _row(story: ReportContext, one: Recommendation, own: _Accuracies) -> list[str]:
+def _item(answer: str, clients: list[int], names: str = "") -> Markup:
+    words = el("span", {"class": "verdict"}, answer) if answer else Markup()
+    return el("li", None, names, words, el("span", {"class": "who"}, client_list(clients)))
+
+
+def _row(context: ReportContext, one: Recommendation) -> list[str]:
     if one.why:
         return [str(one.client), str(one.images), f"none: {one.why}", *["–"] * 4]
-    scale, labels = story.scale, [run.label for run in story.runs]
-    advice = labels[one.best]
+    scale, labels = context.scale, [run.label for run in context.runs]
+    best = labels[one.best]
     if one.tied:
         others = listed([labels[i] for i in sorted(one.tied)])
-        advice = f"{advice}; {NO_DIFFERENCE} from {others}"
+        best = f"{best}; {NO_DIFFERENCE} from {others}"
     return [
         str(one.client),
         str(one.images),
-        verbatim(advice),
+        verbatim(best),
         scale.text(one.acr),
-        _share_text(own.shares[one.best]),
+        _share_text(context.accuracies[one.client][one.best]),
         by_margin(one.margin, scale) if one.margin else "–",
         by_margin(one.alone, scale) if one.alone else "–",
     ]

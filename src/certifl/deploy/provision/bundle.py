@@ -1,4 +1,4 @@
-"""What each party of a federation gets: certificates, keys, settings, scripts, a page to read."""
+"""Provisioning bundles for server and clients: certificates, keys, settings, scripts, README."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from pathlib import Path
 import tomli_w
 
 from certifl._version import __version__
-from certifl.deploy.client.state import private_folder
-from certifl.deploy.provision.keys import Authority, node_key, write_secret
-from certifl.deploy.transport.flower_processes import private_files
+from certifl.deploy.provision.keys import Authority, node_key
 from certifl.errors import InputError, SpecError, StoreMismatch
-from certifl.path_checks import CONNECTION, check_party
+from certifl.path_checks import CONNECTION, check_deploy_folder
 from certifl.runs.atomic import write_bytes, write_text
+from certifl.runs.private_files import private_files, private_folder, write_secret
 from certifl.safe_io import SPEC_BYTES, read_bytes, read_toml
 
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _FILE = CONNECTION
+INSECURE = (
+    "WITHOUT ENCRYPTION AND WITHOUT KEYS: anybody on the network can read all models and join."
+)
 
 
 @dataclass(frozen=True)
 class Connection:
-    """How a party's folder says where the server is.
+    """The server's address, as stored in each bundle.
 
     Attributes:
-        host, port: of the server, as clients reach it.
+        host, port: of the server, for clients.
         insecure: neither encryption nor keys.
-        listen: address at which the server listens; its own folder alone uses it.
+        listen: address at which the server listens; used by its own folder only.
     """
 
     host: str
@@ -50,7 +52,7 @@ class Connection:
         """From HOST:PORT.
 
         Raises:
-            InputError: it is not of this form.
+            InputError: it has another form.
         """
         host, _, port = text.rpartition(":")
         host = host.removeprefix("[").removesuffix("]")
@@ -62,22 +64,24 @@ class Connection:
         return Connection(host, number, insecure, "::" if ":" in host else "0.0.0.0")
 
     def save(self, folder: Path) -> None:
-        """Write it into a party's folder."""
+        """Write it into a bundle."""
         values = {"server": self.address, "insecure": self.insecure, "listen": self.listen}
         write_text(folder / _FILE, tomli_w.dumps(values))
 
 
 def load_connection(folder: Path) -> Connection:
-    """Where the server is, as a party's folder says.
+    """Read the server's address from a bundle.
 
     Raises:
-        SpecError: the folder is none of a party's, or its file is wrong.
+        SpecError: it is not a bundle, or its file is wrong.
     """
-    check_party(folder)
+    check_deploy_folder(folder)
     try:
-        held = read_toml(folder / _FILE)
-        made = Connection.parse(str(held["server"]), held.get("insecure", False) is True)
-        return Connection(made.host, made.port, made.insecure, str(held.get("listen", "0.0.0.0")))
+        stored = read_toml(folder / _FILE)
+        parsed = Connection.parse(str(stored["server"]), stored.get("insecure", False) is True)
+        return Connection(
+            parsed.host, parsed.port, parsed.insecure, str(stored.get("listen", "0.0.0.0"))
+        )
     except (OSError, KeyError, InputError) as error:
         raise SpecError(f"{folder / _FILE} is wrong: {error}") from error
 
@@ -90,32 +94,32 @@ def client_name(client: int) -> str:
 def init(
     folder: Path, clients: int, server: str, insecure: bool, names: Sequence[str] = ()
 ) -> list[Path]:
-    """Write the folders of all parties.
+    """Write the bundles of the server and all clients.
 
     Args:
         folder: new or empty.
-        clients: how many.
-        server: HOST:PORT, as clients reach the server.
+        clients: their number.
+        server: HOST:PORT, for clients.
         insecure: without certificates and keys.
-        names: further names and addresses of the server.
+        names: additional names and addresses of the server.
 
     Returns:
-        The parties' folders, the server's first.
+        The bundles' folders, the server's first.
 
     Raises:
-        InputError: the address is none, or the folder a file. StoreMismatch: the folder holds
-            something.
+        InputError: the address is not valid, or the folder is a file.
+        StoreMismatch: the folder is not empty.
     """
     connection = Connection.parse(server, insecure)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: give a new folder.")
     if folder.is_dir() and any(folder.iterdir()):
         raise StoreMismatch(
-            f"{folder} is not empty. Choose a new folder: keys that parties have are not replaced."
+            f"{folder} is not empty. Choose a new folder: existing keys are not replaced."
         )
     if clients < 1:
         raise InputError("A federation needs at least one client: --clients 2.")
-    with private_files():  # certificates, keys, and later states and votes lie here
+    with private_files():  # for certificates, keys, and later states and votes
         return _written(folder, clients, connection, names)
 
 
@@ -123,11 +127,11 @@ def _written(
     folder: Path, clients: int, connection: Connection, names: Sequence[str]
 ) -> list[Path]:
     home, insecure = folder / "server", connection.insecure
-    parties = [home, *(folder / client_name(client) for client in range(clients))]
-    for party in parties:
-        private_folder(party)
-        connection.save(party)
-        write_text(party / "flower.env", environment_file())
+    folders = [home, *(folder / client_name(client) for client in range(clients))]
+    for bundle in folders:
+        private_folder(bundle)
+        connection.save(bundle)
+        write_text(bundle / "flower.env", environment_file())
     (home / "clients").mkdir()
     write_secret(home / "superexec.secret", secrets.token_bytes(32))
     if not insecure:
@@ -135,20 +139,20 @@ def _written(
         authority.save(folder / "authority.key", folder / "ca.crt")
         hosts = list(dict.fromkeys([connection.host, *names, *_LOCAL]))
         authority.server(hosts, home / "server.key", home / "server.crt")
-        for party in parties:
-            write_bytes(party / "ca.crt", read_bytes(folder / "ca.crt", SPEC_BYTES))
+        for bundle in folders:
+            write_bytes(bundle / "ca.crt", read_bytes(folder / "ca.crt", SPEC_BYTES))
     for client in range(clients):
         _client(folder / client_name(client), client, home, insecure)
     _server(home, connection)
     write_text(folder / "README.md", readme(connection.address, clients, insecure))
-    return parties
+    return folders
 
 
-def _client(place: Path, client: int, home: Path, insecure: bool) -> None:
+def _client(folder: Path, client: int, home: Path, insecure: bool) -> None:
     if not insecure:
-        node_key(place / "node.key", home / "clients" / f"{client_name(client)}.pub")
-    write_text(place / "client.toml", client_settings(client))
-    _scripts(place, "client", client_name(client))
+        node_key(folder / "node.key", home / "clients" / f"{client_name(client)}.pub")
+    write_text(folder / "client.toml", client_settings(client))
+    _scripts(folder, "client", client_name(client))
 
 
 def _server(home: Path, connection: Connection) -> None:
@@ -161,23 +165,23 @@ def _server(home: Path, connection: Connection) -> None:
     _scripts(home, "server", "server")
 
 
-def _scripts(place: Path, command: str, name: str) -> None:
-    script = place / "start.sh"
+def _scripts(folder: Path, command: str, name: str) -> None:
+    script = folder / "start.sh"
     write_text(script, start_script(command))
     script.chmod(0o700)
-    text = unit(command, name, shlex.quote(str(place.resolve())))
-    write_text(place / f"certifl-{name}.service", text)
+    text = unit(command, name, shlex.quote(str(folder.resolve())))
+    write_text(folder / f"certifl-{name}.service", text)
 
 
 def renew(folder: Path, names: Sequence[str] = ()) -> Path:
-    """A new certificate for the server, signed by the authority that clients know.
+    """Write a new certificate for the server, signed by the authority that clients trust.
 
     Args:
         folder: as `init` wrote it, with the authority's key.
-        names: further names and addresses of the server.
+        names: additional names and addresses of the server.
 
     Raises:
-        InputError: the authority's key is not there.
+        InputError: the authority's key is missing.
     """
     home = folder / "server"
     authority = Authority.load(folder / "authority.key", folder / "ca.crt")
@@ -186,11 +190,11 @@ def renew(folder: Path, names: Sequence[str] = ()) -> Path:
     return home / "server.crt"
 
 
-# The texts of a kit: scripts, units, settings with their meaning, the page for all parties.
+# The texts of a bundle: scripts, units, commented settings, the README.
 
 
 def environment_file() -> str:
-    """What Flower's processes are told; the commands set it themselves."""
+    """Variables for Flower's processes; certifl's own commands set them, too."""
     return (
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1\n"
         "FLWR_TELEMETRY_ENABLED=0\n"
@@ -200,7 +204,7 @@ def environment_file() -> str:
 
 
 def flower_connection(local: str, authority: Path | None) -> str:
-    """For Flower's own command line, on the server's machine."""
+    """Settings of Flower's own command line, on the server's machine."""
     secured = "insecure = true" if authority is None else f'root-certificates = "{authority}"'
     return (
         "[superlink]\n"
@@ -212,16 +216,16 @@ def flower_connection(local: str, authority: Path | None) -> str:
 
 
 def start_script(command: str) -> str:
-    """Starts a party from its own folder."""
+    """A script that starts the server or a client from its own folder."""
     return (
         "#!/bin/sh\n"
-        "# Starts this party; further options may follow.\n"
+        "# Runs from this folder; additional options may follow.\n"
         'cd "$(dirname "$0")" || exit 1\n'
         f'exec certifl deploy {command} . "$@"\n'
     )
 
 
-def unit(command: str, name: str, place: str) -> str:
+def unit(command: str, name: str, folder: str) -> str:
     """A systemd unit; PATH must lead to the environment that certifl is installed in."""
     return f"""\
 [Unit]
@@ -231,9 +235,9 @@ Wants=network-online.target
 
 [Service]
 # Correct both paths to where this folder and certifl are on this machine.
-WorkingDirectory={place}
-EnvironmentFile={place}/flower.env
-ExecStart=/usr/bin/env certifl deploy {command} {place}
+WorkingDirectory={folder}
+EnvironmentFile={folder}/flower.env
+ExecStart=/usr/bin/env certifl deploy {command} {folder}
 Restart=on-failure
 RestartSec=10
 NoNewPrivileges=true
@@ -246,35 +250,35 @@ WantedBy=multi-user.target
 
 
 def client_settings(client: int) -> str:
-    """A party's settings, each with what it means."""
+    """A client's commented settings."""
     return f"""\
-# What this party decides for itself. It wins over what the server asks for.
+# This client's own settings. They override the server's requests.
 
 client = {client}           # its number in the study
-data = ""            # its images: a folder with train and test parts (or --data PATH)
-# label_column = "finding"   # which column is the label, where the images are a table with several
-# dealt = true       # data is a whole data set that all have; the study deals out shares of it
-# classes = ["cat", "dog", "horse"]   # all classes of the study, in order. The server gets these
-#                    names; without them it gets numbers, and names in the images' files stay here
+data = ""            # its images: a folder with training and test images (or --data PATH)
+# label_column = "finding"   # the label, where the images are a table with several such columns
+# dealt = true       # data is a data set that all clients have; the study allocates its images
+# classes = ["cat", "dog", "horse"]   # all classes of the study, in order. These names are sent
+#                    to the server; without them it gets numbers, and names in the files stay here
 
-share = "curve"      # the most that leaves of its certificates:
+share = "curve"      # disclosure level of its certificates:
                      #   "none": only that it has finished
                      #   "curve": numbers of certified images at fixed radii, and their average
                      #   "rows": every test image's certificate, with label and position
-# perturbation = {{ family = "rotation", sigma = "9deg" }}   # its own, where the study allows it
-networks = []        # networks as module:function that a study may name; code runs here
+# perturbation = {{ family = "rotation", sigma = "9deg" }}   # its own, if the study allows it
+networks = []        # networks as module:function that a study may name; their code runs here
 
-# max_epsilon = 8.0  # the most it spends of its images' privacy, all studies together; studies
-                     #   in which clients add no noise are refused then
-# delta = 1e-5       # at which that is counted; left out: the study's
+# max_epsilon = 8.0  # privacy budget of its images over all studies; studies in which clients
+                     #   add no noise are then refused
+# delta = 1e-5       # at which epsilon is counted; default: the study's
 
 device = "auto"      # or "cpu", "cuda:0"
-threads = 1          # of torch; 0 = as torch chooses. One gives the same bits everywhere
+threads = 1          # of torch; 0 = torch's default. One gives the same bits everywhere
 """
 
 
 def readme(address: str, clients: int, insecure: bool) -> str:
-    """The page for everybody."""
+    """The README of a federation."""
     return (_README_INSECURE if insecure else _README).format(
         address=address, clients=clients, last=clients - 1, version=__version__
     )
@@ -283,49 +287,49 @@ def readme(address: str, clients: int, insecure: bool) -> str:
 _README = """\
 # A federation of {clients} clients
 
-| folder | who gets it | secret in it |
+| folder | for | secrets |
 |---|---|---|
-| `server/` | whoever runs the server, {address} | `server.key`, `superexec.secret` |
-| `client-0/` ... `client-{last}/` | one party each | `node.key` |
-| `authority.key` | nobody: keep it off line, for renewing the server's certificate | all of it |
+| `server/` | the server's operator, {address} | `server.key`, `superexec.secret` |
+| `client-0/` ... `client-{last}/` | one client each | `node.key` |
+| `authority.key` | no machine: keep it offline, to renew the server's certificate | all of it |
 
-Hand each folder over on a safe way, then delete it here. A party that wants to make its own key
-runs `ssh-keygen -t ecdsa -b 384 -N "" -f node.key` and sends `node.key.pub`, which goes to
+Deliver each folder over a confidential channel, then delete it here. A client that prefers its own
+key runs `ssh-keygen -t ecdsa -b 384 -N "" -f node.key` and sends `node.key.pub`, which goes to
 `server/clients/client-N.pub`.
 
 ## Who runs what
 
-1. Everybody installs the same version of certifl. No package index serves it yet: whoever runs the
-   server makes a wheel in a checkout, `pip wheel --no-deps --wheel-dir dist .`, and hands it over
-   with each folder. There: `pip install "certifl-{version}-py3-none-any.whl[flower]"`.
+1. All machines install the same version of certifl. It is not on a package index yet: build a
+   wheel in a checkout, `pip wheel --no-deps --wheel-dir dist .`, and deliver it with each folder.
+   There: `pip install "certifl-{version}-py3-none-any.whl[flower]"`.
 2. The server: `certifl deploy server server/`.
-3. Every party: `certifl deploy client client-N/ --data IMAGES` (or `data` in `client.toml`).
+3. Every client: `certifl deploy client client-N/ --data IMAGES` (or `data` in `client.toml`).
 4. On the server's machine: `certifl deploy run study.toml --kit server/`.
 
-`start.sh` does 2 and 3; `certifl-*.service` is a systemd unit for it. Clients call the server, so
-only the server needs an open port. `certifl deploy status server/` says who is there.
+`start.sh` does 2 and 3; `certifl-*.service` is a systemd unit for it. Clients connect to the
+server, so only the server needs an open port. `certifl deploy status server/` lists the clients.
 
-All clients count equally in an average, however many images each has, unless the study says
+All clients have equal weight in an average, however many images each has, unless the study sets
 `weighting = "size"` in `[algorithm]`.
 
-## What never leaves whose machine
+## What never leaves each machine
 
-- A party's images, labels, and positions of images: they stay with it. So do its personal model,
+- A client's images, labels, and positions of images stay on its machine. So do its personal model,
   its momentum and other states, its certificates of single images (unless `share = "rows"` in its
   own `client.toml`), the votes behind them, and `node.key`.
-- What leaves a party each round: its model (unless the algorithm keeps it: `local`, fine-tuning),
-  the number of its training images, loss and accuracy on its training images. A model tells
-  something of the images it was trained on; `[privacy]` in the study bounds how much.
-- When it joins, a party says how large its images are and how many it trains on. Names of classes
-  leave it only where it lists them as `classes` in its `client.toml`.
-- What leaves a party at the end: with `share = "curve"` numbers of certified test images at fixed
+- What leaves a client each round: its model (unless the algorithm keeps it: `local`, fine-tuning),
+  the number of its training images, loss and accuracy on its training images. A model discloses
+  something about its training images; `[privacy]` in the study bounds how much.
+- When it joins, a client reports the size and number of its training images. Names of classes
+  leave it only if it lists them as `classes` in its `client.toml`.
+- What leaves a client at the end: with `share = "curve"` numbers of certified test images at fixed
   radii and their average radius; with "none" only that it has finished.
 - A server cannot bring code to a client: messages are answered by the certifl installed there.
   Runs are started, and keys admitted, on the server's own machine alone.
-- It answers each round of a study once. `certifl deploy log client-N/` lists all that has left it.
+- A client answers each round of a study once. `certifl deploy log client-N/` lists what left it.
 
-The server's certificate ends after 825 days: `certifl deploy renew THIS_FOLDER` writes a new
-`server/server.crt` and `server.key` with the authority's key; clients need nothing new.
+The server's certificate expires after 825 days: `certifl deploy renew THIS_FOLDER` writes a new
+`server/server.crt` and `server.key` with the authority's key; clients need no change.
 """
 
 _README_INSECURE = """\
@@ -333,20 +337,20 @@ _README_INSECURE = """\
 
 Anybody on the network can read all models, and can join as any client or pose as the server at
 {address}. For trying out on one machine only. `certifl deploy init` without `--insecure` writes
-a safe one.
+a secure one.
 
-1. Everybody installs the same version of certifl: a wheel made in a checkout with
+1. All machines install the same version of certifl: a wheel made in a checkout with
    `pip wheel --no-deps --wheel-dir dist .`, then
    `pip install "certifl-{version}-py3-none-any.whl[flower]"`.
 2. The server: `certifl deploy server server/`.
-3. Every party, 0 to {last}: `certifl deploy client client-N/ --data IMAGES`.
+3. Every client, 0 to {last}: `certifl deploy client client-N/ --data IMAGES`.
 4. On the server's machine: `certifl deploy run study.toml --kit server/`.
 """
 
-# The thin app that Flower carries: two names in the installed package, and no dependencies.
+# The app that Flower distributes: two names in the installed package, and no dependencies.
 #
-# Flower would install what an app depends on, at every run, beside what is there. This one depends
-# on nothing; certifl is installed where it runs.
+# Flower would install an app's dependencies at every run. This one has none; certifl is installed
+# where it runs.
 
 
 _PROJECT = f"""\
@@ -383,7 +387,7 @@ def app_files() -> dict[str, bytes]:
     halves = {f"certifl_app/{name}.py": half.format(name) for name in ("client", "server")}
     files = {
         "pyproject.toml": _PROJECT,
-        "certifl_app/__init__.py": '"""Names what the installed package holds."""\n',
+        "certifl_app/__init__.py": '"""The apps of the installed package."""\n',
         **halves,
     }
     return {path: text.encode() for path, text in files.items()}

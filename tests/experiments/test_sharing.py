@@ -9,6 +9,7 @@ import pytest
 from certifl.errors import InputError, WorkError
 from certifl.experiments.multi_gpu import cast_votes, device_names
 from certifl.experiments.run import Options, run
+from certifl.study.opened_run import OpenRun
 from tiny_study import spec
 
 
@@ -33,7 +34,7 @@ def test_a_process_that_fails_is_told_with_its_reason(tmp_path: Path) -> None:
     for server in folder.training.glob("round-*/server.safetensors"):
         server.write_bytes(b"damaged")
     with pytest.raises(WorkError, match=r"missing or damaged|ended early"):
-        cast_votes(folder.path, None, ("cpu", "cpu"), None)
+        cast_votes(OpenRun(folder.path), None, ("cpu", "cpu"), None)
 
 
 def test_names_of_devices() -> None:
