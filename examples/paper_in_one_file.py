@@ -176,7 +176,7 @@ def federated_averaging(parts: list[Images], study: Study) -> list[nn.Module]:
     return [global_model for _ in parts]
 
 
-def personalised_training(parts: list[Images], study: Study) -> list[nn.Module]:
+def personalized_training(parts: list[Images], study: Study) -> list[nn.Module]:
     """Federated averaging, then each client fine-tunes the global model on its own data."""
     models = [copy.deepcopy(model) for model in federated_averaging(parts, study)]
     tuning = [rates(study, study.rounds - 1)[-1]] * study.tuning_epochs
@@ -219,7 +219,7 @@ def certify(model: nn.Module, image: Tensor, study: Study) -> tuple[int, float]:
 REGIMES = {
     "local": local_training,
     "fedavg": federated_averaging,
-    "personalised": personalised_training,
+    "personalized": personalized_training,
     "mixture": mixture_of_models,
 }
 

@@ -51,7 +51,7 @@ def test_the_proximal_term_is_equation_2_of_the_source():
     local = quadratics.training(rounds=1, steps=steps, lr=lr)
     server, _ = quadratics.run(FedProx(mu), local, start=0.2)
     ends = []
-    for a, b in zip(quadratics.CURVATURES, quadratics.CENTRES, strict=True):
+    for a, b in zip(quadratics.CURVATURES, quadratics.CENTERS, strict=True):
         best = (a * b + mu * 0.2) / (a + mu)
         ends.append(best + (1 - lr * (a + mu)) ** steps * (0.2 - best))
     assert quadratics.value(server.parts["model"]) == pytest.approx(sum(ends) / 3, rel=1e-6)

@@ -70,7 +70,7 @@ def test_exit_codes_of_a_real_process(tmp_path: Path) -> None:
         ("seed=-1", ["seed", "greater than or equal to 0"]),
         ("clients.count=41", ["data.test_images", "clients.count"]),
         ("clients.split=even", ["clients", "uniform"]),
-        ("model.name=resnet81", ["model.name", "small_resnet", "module:function"]),
+        ("model.name=resnet81", ["model", "small_resnet", "module:function"]),
         ("algorithm=fedavg", ["algorithm", '{ name = "fedavg" }']),
         ("algorithm.name=fedsgd", ["algorithm", "'fedsgd'", "mixture"]),
         ("algorithm.lambda=1", ["algorithm", "'lambda'", "weighting"]),
@@ -90,7 +90,7 @@ def test_exit_codes_of_a_real_process(tmp_path: Path) -> None:
         ("data.label_column=digit", ["digits has no columns"]),
         ("model.name=no_such_module:make", ["no_such_module", "PYTHONPATH"]),
         ("model.name=json:dumps", ["json:dumps", "in_channels"]),
-        ("model.options={width=3}", ["small_cnn", "width"]),
+        ("model.options={width=3}", ["model", "width"]),
         ("lr", ["--set takes key=value"]),
     ],
 )

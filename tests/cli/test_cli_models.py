@@ -57,7 +57,7 @@ def test_predict_takes_grey_and_colour_of_the_right_size_only(
     assert colour.out.replace(changed, "") == plain.out != colour.out
     tiny.cli("predict", tmp_path / "large.png", *run).refused("10 x 12", "8 x 8", "resize")
     tiny.cli("predict", tmp_path / "large.png", *run, "--resize").fine("resized from 10 x 12")
-    tiny.cli("predict", tmp_path / "text.png", *run).refused("no image", "PNG")
+    tiny.cli("predict", tmp_path / "text.png", *run).refused("not an image", "PNG")
     tiny.cli("predict", tmp_path / "none.png", *run).refused("no image file")
     tiny.cli("predict", digit[0], *run, "--client", "2").refused("0 to 1")
     tiny.cli("predict", digit[0], "--run", tmp_path).refused("not a run folder")

@@ -75,7 +75,7 @@ def test_report_on_several_runs(finished: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", ["page.pdf", "folder.html"])
 def test_a_report_is_a_file_html(finished: Path, tmp_path: Path, page: str) -> None:
     (tmp_path / "folder.html").mkdir()
-    tiny.cli("report", finished, "--out", tmp_path / page).refused("a file .html", page)
+    tiny.cli("report", finished, "--out", tmp_path / page).refused("an .html file", page)
     assert [path.name for path in tmp_path.iterdir()] == ["folder.html"]
 
 
@@ -85,7 +85,7 @@ def test_a_run_is_not_compared_with_itself(finished: Path, tmp_path: Path) -> No
 
 
 def test_report_on_what_is_no_finished_run(copied: Path, tmp_path: Path) -> None:
-    tiny.cli("report", tmp_path / "none").refused("holds no run")
+    tiny.cli("report", tmp_path / "none").refused("not a run folder")
     manifest = json.loads((copied / "run.json").read_text())
     (copied / "run.json").write_text(json.dumps({**manifest, "status": "running"}))
     tiny.cli("report", copied).refused("not finished", "certifl run")

@@ -163,7 +163,6 @@ def test_every_key_of_a_spec_has_a_documented_decision():
     [
         ("model.options={width=30000}", "GiB"),
         ("model.options={width=1000000000}", "network"),
-        ("model.options={no_such=1}", "model.options"),
         (f"certification.radii={[i / 1000 for i in range(300)]}", "certification.radii"),
     ],
 )

@@ -189,7 +189,7 @@ def test_training_stops_when_too_few_remain_and_goes_on_when_mended(tmp_path):
         "client 0 (it raised RuntimeError: the camera is broken)",
         "client 3 (its loss is nan)",
         "Lower training.lr",
-        "the same command goes on",
+        "the same command resumes",
     ):
         assert words in str(error)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["round-00000", "round-00001"]
@@ -214,7 +214,7 @@ def test_the_cause_is_chained(tmp_path):
 
 def test_training_in_which_everybody_diverges_says_what_to_do(tmp_path):
     local = training(lr=1e18, momentum=0.0, weight_decay=1.0)
-    with pytest.raises(TooFewClients, match=r"diverged.*Lower training\.lr.*goes on") as caught:
+    with pytest.raises(TooFewClients, match=r"diverged.*Lower training\.lr.*resumes") as caught:
         run(tmp_path, FedAvg(), local=local)
     assert isinstance(caught.value.__cause__, TrainingDiverged)
 

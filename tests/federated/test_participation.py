@@ -75,7 +75,7 @@ def test_another_share_is_another_training(tmp_path):
         return train(FedAvg(), TinyNet(), clients(), local, folder, participation=chosen)
 
     go(0.4)
-    with pytest.raises(Exception, match=r"participation: .*'share': 0\.4.* there"):
+    with pytest.raises(Exception, match=r"participation: .*'share': 0\.4.* stored"):
         go(0.7)
 
 

@@ -93,11 +93,11 @@ def test_momentum_is_kept_only_where_the_schedule_says_so():
     data, start = client_data(0), state_of(TinyNet())
     kept = training(momentum_between_rounds="keep").train_epochs(start, data, 0)
     assert set(kept.momentum) == {name for name, _ in TinyNet().named_parameters()}
-    assert set(kept.kept) == {"momentum"}
+    assert set(kept.momentum_part) == {"momentum"}
     for change in ({"momentum_between_rounds": "reset"}, {"momentum": 0.0}):
         local = training(**{"momentum_between_rounds": "keep", **change})
         trained = local.train_epochs(start, data, 0)
-        assert trained.kept == {}
+        assert trained.momentum_part == {}
         ignored = local.train_epochs(start, data, 0, momentum=kept.momentum)
         assert_same(ignored.state, trained.state)
 

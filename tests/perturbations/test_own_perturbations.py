@@ -324,7 +324,7 @@ def test_runs_that_certify_otherwise_do_not_stand_side_by_side(mixed: Path) -> N
 
 
 def test_claims_leave_such_runs_out(mixed: Path) -> None:
-    with pytest.raises(StoreMismatch, match="perturbations of their own"):
+    with pytest.raises(StoreMismatch, match="different perturbations"):
         find_runs([mixed])
     runs, notes = find_runs([mixed.parent])
     assert runs == []

@@ -111,7 +111,7 @@ def test_places_that_cannot_be_written_or_read(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "x")
     with pytest.raises(StoreError, match="--out"):
         write_text(tmp_path / "file" / "below", "y")
-    with pytest.raises(StoreError, match="is damaged: it is no JSON"):
+    with pytest.raises(StoreError, match="is damaged: it is not JSON"):
         read_json(tmp_path / "file")
     with pytest.raises(StoreError, match="Cannot read"):
         read_json(tmp_path / "none")

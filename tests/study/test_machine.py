@@ -97,7 +97,7 @@ def test_training_and_voting_know_memory_that_ran_out_by_the_same_words(message:
     assert out_of_memory(error)
     assert sampling.out_of_memory is faults.out_of_memory is out_of_memory
     with pytest.raises(WorkError, match="Memory ran out while client 3 trained"):
-        faults.attempt(3, lambda: _raised(error))
+        faults.try_client(3, lambda: _raised(error))
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 

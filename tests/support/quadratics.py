@@ -26,9 +26,9 @@ from certifl.federated import (
 
 CURVATURES = (1, 2, 4)
 BYTES = (0, 102, 255)
-CENTRES = tuple(byte / 255 for byte in BYTES)
+CENTERS = tuple(byte / 255 for byte in BYTES)
 # All weights of the clients equal, the mean loss is least here.
-BEST = sum(a * b for a, b in zip(CURVATURES, CENTRES, strict=True)) / sum(CURVATURES)
+BEST = sum(a * b for a, b in zip(CURVATURES, CENTERS, strict=True)) / sum(CURVATURES)
 
 
 class Point(nn.Module):
