@@ -134,7 +134,7 @@ def test_the_first_federation_word_by_word(tmp_path):
             assert "Report:" in first.run(study)
             folder = RunFolder(first.home / "first")
             assert folder.complete()
-            assert "told, for each radius" in folder.report.read_text()
+            assert "shared curves only: for each radius" in folder.report.read_text()
             assert list(second.home.glob("client-1/studies/*/certificates.parquet"))
             assert not list(first.home.glob("federation/client-1/studies"))
         finally:

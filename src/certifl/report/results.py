@@ -212,8 +212,12 @@ def load_runs(folders: Sequence[str | Path | StoredRun | RunResults]) -> list[Ru
 
     Raises:
         StoreMismatch: a run that is missing or unfinished, or runs that cannot be compared.
-        StoreError: a run that is damaged.
+        StoreError: a run that is damaged. InputError: a folder that is named twice.
     """
+    paths = [Path(f).resolve() for f in folders if isinstance(f, str | Path)]
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice is not None:
+        raise InputError(f"{twice} is named twice. Name each run once.")
     runs = [f if isinstance(f, RunResults) else load_run(f) for f in folders]
     check_comparable(runs)
     labels = {

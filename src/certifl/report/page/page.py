@@ -110,10 +110,6 @@ def write_report(
 def _check_request(runs: Sequence[str | Path | RunResults], page: Path) -> None:
     if page.suffix.lower() not in (".html", ".htm") or page.is_dir():
         raise InputError(f"A report must be an .html file; got {str(page)!r}.")
-    folders = [Path(run).resolve() for run in runs if isinstance(run, str | Path)]
-    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
-    if twice is not None:
-        raise InputError(f"{twice} is named twice. Name each run once.")
 
 
 def _without_images(page: Path) -> bool:
