@@ -15,6 +15,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -631,7 +632,9 @@ def work(base: Path, place: Path, cases: range) -> None:
             answers.write(json.dumps({"begun": case}) + "\n")
             if wrong := attempt(case, base, place / str(case)):
                 answers.write(json.dumps({"case": case, "wrong": wrong}) + "\n")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss, which a new process inherits from the one that started it.
+    status = Path("/proc/self/status").read_text()
+    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])  # type: ignore[index]
     answers.write(json.dumps({"peak": peak}) + "\n")
 
 
