@@ -94,8 +94,6 @@ def test_real_certificates_hold_and_inflated_ones_are_found() -> None:
     made = certifl.certify(
         model, images, noise, n0=1000, n=4000, precision="float32", estimator="runner-up"
     )
-        model, images, noise, n0=1000, n=4000, precision="float32", estimator="runner-up"
-    )
     assert not made.abstained.any()
     budget = dataclasses.replace(QUICK, confirm=10 * 4000)
     honest = attacked(model, images, noise, made.predicted, made.radius, budget)
