@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from certifl.certification.counts import (
     UNLABELLED,
@@ -27,6 +26,7 @@ from certifl.certification.counts import (
 from certifl.certification.settings import ESTIMATORS, GRID_POINTS, Settings
 from certifl.errors import InputError
 from certifl.smoothing import curves, group_sequential, sequential
+from certifl.smoothing.arrays import Bools, Floats, Ints
 from certifl.smoothing.bounds import BOUNDS
 from certifl.smoothing.group_sequential import GroupSequential
 from certifl.smoothing.laws import LAWS, Law
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from certifl.certification.sampling import VoteCounter
 
 Metadata = Mapping[str, Any]
-BoolArray = NDArray[np.bool_]
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
 
 
 class Noise(Protocol):
@@ -129,14 +126,14 @@ class Estimator:
         """Confidence level of each look, in all at most alpha; one alone holds for all looks."""
         return (self.settings.alpha,)
 
-    def level(self, look: IntArray) -> FloatArray:
+    def level(self, look: Ints) -> Floats:
         """Confidence level of images after some looks, numbered from 0."""
         levels = np.array(self.levels)
         return np.full(len(look), levels[0]) if len(levels) == 1 else levels[look]
 
     def limits(
-        self, top: IntArray | int, runner_up: IntArray | int, look: IntArray | int
-    ) -> tuple[FloatArray, FloatArray]:
+        self, top: Ints | int, runner_up: Ints | int, look: Ints | int
+    ) -> tuple[Floats, Floats]:
         """(p_lower, p_upper) from counts after some looks, numbered from 0."""
         votes, levels = np.array(self.looks)[look], np.array(self.levels)[look]
         return BOUNDS[self.bounds](top, runner_up, votes, levels)
@@ -146,7 +143,7 @@ class Estimator:
         noise, settings = self.noise, self.settings
         return float(noise.law.largest_radius(noise.sigma, settings.n, settings.alpha))
 
-    def grid(self) -> FloatArray:
+    def grid(self) -> Floats:
         """The radii that will be reported: those asked for, or evenly up to the largest possible.
 
         Raises:
@@ -222,11 +219,11 @@ class Estimator:
         votes.done[rows] |= self.misclassified(votes, labels)[rows]
         votes.looks[rows] += 1
 
-    def finished(self, top: IntArray, runner_up: IntArray, look: IntArray) -> BoolArray:
+    def finished(self, top: Ints, runner_up: Ints, look: Ints) -> Bools:
         """Which images may stop at these looks; any answer is valid."""
         return look >= len(self.looks) - 1
 
-    def misclassified(self, votes: Votes, labels: np.ndarray | None) -> BoolArray:
+    def misclassified(self, votes: Votes, labels: np.ndarray | None) -> Bools:
         """Images that stop at the first look, because their selected class is not their label."""
         if labels is None or not self.settings.label_aware:
             return np.zeros(len(votes.done), np.bool_)
@@ -284,8 +281,8 @@ class Estimator:
         return None
 
     def recorded_votes(
-        self, certificates: Certificates, report: Callable[[BoolArray, str], None]
-    ) -> tuple[Votes, BoolArray]:
+        self, certificates: Certificates, report: Callable[[Bools, str], None]
+    ) -> tuple[Votes, Bools]:
         """Votes of the certificates that can be read, and which those are; others are reported.
 
         Raises:
@@ -294,7 +291,7 @@ class Estimator:
         del report
         return Votes.of(certificates), np.ones(len(certificates), np.bool_)
 
-    def stopped_early(self, votes: Votes, radius: FloatArray, tolerance: float) -> BoolArray:
+    def stopped_early(self, votes: Votes, radius: Floats, tolerance: float) -> Bools:
         """Whose recorded votes stopped although more could have helped, were the class right.
 
         Args:
@@ -315,12 +312,12 @@ class Estimator:
 
     def gains(
         self,
-        top: IntArray,
-        runner_up: IntArray,
-        look: IntArray,
-        radius: FloatArray,
+        top: Ints,
+        runner_up: Ints,
+        look: Ints,
+        radius: Floats,
         tolerance: float,
-    ) -> BoolArray:
+    ) -> Bools:
         """Whose votes go on after these looks, at which they certify these radii.
 
         Args:
@@ -366,8 +363,8 @@ class Sequential(Estimator):
         return GroupSequential(self.looks, self.levels, self.bounds == "runner-up", misses)
 
     def limits(
-        self, top: IntArray | int, runner_up: IntArray | int, look: IntArray | int
-    ) -> tuple[FloatArray, FloatArray]:
+        self, top: Ints | int, runner_up: Ints | int, look: Ints | int
+    ) -> tuple[Floats, Floats]:
         """(p_lower, p_upper) from counts after some looks; those of all looks hold at once."""
         if len(self.looks) == 1:
             return super().limits(top, runner_up, look)
@@ -378,7 +375,7 @@ class Sequential(Estimator):
         low, high = super().limits(self.settings.n, 0, len(self.looks) - 1)
         return bool(low > high)
 
-    def finished(self, top: IntArray, runner_up: IntArray, look: IntArray) -> BoolArray:
+    def finished(self, top: Ints, runner_up: Ints, look: Ints) -> Bools:
         """Which images may stop at these looks; any answer is valid."""
         grid = self.grid()
         if len(self.looks) == 1:
@@ -391,12 +388,12 @@ class Sequential(Estimator):
 
     def gains(
         self,
-        top: IntArray,
-        runner_up: IntArray,
-        look: IntArray,
-        radius: FloatArray,
+        top: Ints,
+        runner_up: Ints,
+        look: Ints,
+        radius: Floats,
         tolerance: float,
-    ) -> BoolArray:
+    ) -> Bools:
         """Whose votes go on after these looks, at which they certify these radii."""
         law, sigma = self.noise.law, self.noise.sigma
         if self.settings.radii is None:
@@ -462,12 +459,12 @@ class UnionBound(Estimator):
 
     def gains(
         self,
-        top: IntArray,
-        runner_up: IntArray,
-        look: IntArray,
-        radius: FloatArray,
+        top: Ints,
+        runner_up: Ints,
+        look: Ints,
+        radius: Floats,
         tolerance: float,
-    ) -> BoolArray:
+    ) -> Bools:
         """Whose votes went on after these looks, at which they certify these radii."""
         grid, saving = self.grid(), self._saving
         steps = max(1, np.unique(grid[grid > 0]).size if saving.of_curve else 1)
@@ -485,9 +482,7 @@ class UnionBound(Estimator):
         return _more_steps(best, radius, grid, tolerance)
 
 
-def _more_steps(
-    best: FloatArray, radius: FloatArray, grid: FloatArray, tolerance: float
-) -> BoolArray:
+def _more_steps(best: Floats, radius: Floats, grid: Floats, tolerance: float) -> Bools:
     """Where the best radius reaches more steps; one missed by a rounding counts as reached."""
     reachable = sequential.grid_steps(best * (1 - tolerance), grid)
     return np.asarray(reachable > sequential.grid_steps(radius * (1 + tolerance), grid))

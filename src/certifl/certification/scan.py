@@ -21,9 +21,7 @@ from torch import Tensor
 from certifl.certification.certificates import Certificates
 from certifl.certification.counts import Request, Votes, next_requests
 from certifl.certification.estimators import (
-    BoolArray,
     Estimator,
-    FloatArray,
     Metadata,
     Noise,
     least_that,
@@ -34,6 +32,7 @@ from certifl.certification.settings import GRID_POINTS, Settings
 from certifl.errors import InputError
 from certifl.perturbations import PERTURBATIONS
 from certifl.rng import vote_generator
+from certifl.smoothing.arrays import Bools, Floats
 from certifl.smoothing.scan import BETS, SHARES, Reading, read_scan
 from certifl.smoothing.sequential import grid_steps
 from certifl.smoothing.strata import Scan, passes_of
@@ -156,7 +155,7 @@ class ScanEstimator(Estimator):
         }
 
     def _readings(
-        self, votes: Votes, which: BoolArray, look: np.ndarray
+        self, votes: Votes, which: Bools, look: np.ndarray
     ) -> Iterator[tuple[np.ndarray, Reading]]:
         """Readings of some images after the pass `look` of each, a few images at a time."""
         selected = votes.selected
@@ -168,7 +167,7 @@ class ScanEstimator(Estimator):
                 path = votes.path[rows, : self.looks[at]]
                 yield rows, read_scan(self.scan, path, selected[rows], self.settings.alpha)
 
-    def _settled(self, reading: Reading) -> BoolArray:
+    def _settled(self, reading: Reading) -> Bools:
         """Where no more can be gained that would be reported: see `Settings.radii`."""
         if self.settings.radii is not None:
             grid = np.array(self.settings.radii)
@@ -221,8 +220,8 @@ class ScanEstimator(Estimator):
         )
 
     def recorded_votes(
-        self, certificates: Certificates, report: Callable[[BoolArray, str], None]
-    ) -> tuple[Votes, BoolArray]:
+        self, certificates: Certificates, report: Callable[[Bools, str], None]
+    ) -> tuple[Votes, Bools]:
         """As `Estimator.recorded_votes`, with the votes in their order."""
         if certificates.interval is None or certificates.scan_votes is None:
             raise InputError(
@@ -243,7 +242,7 @@ class ScanEstimator(Estimator):
                 report(np.arange(m) == row, f"its votes cannot be read: {error}")
         return votes.rows(readable), readable
 
-    def stopped_early(self, votes: Votes, radius: FloatArray, tolerance: float) -> BoolArray:
+    def stopped_early(self, votes: Votes, radius: Floats, tolerance: float) -> Bools:
         """As `Estimator.stopped_early`; passes are read exactly, so nothing is tolerated."""
         del radius, tolerance
         early = np.zeros(len(votes.done), np.bool_)

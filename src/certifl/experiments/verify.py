@@ -391,7 +391,7 @@ def _too_many(certificates: Certificates, spec: Spec) -> list[str]:
     ]
 
 
-# What can be checked of a federation whose clients told curves and kept their certificates.
+# What can be checked of a federation whose clients shared curves only.
 #
 # A curve says how many of a client's test images are certified correct at each radius of the
 # study's

@@ -63,7 +63,7 @@ class StoredRound:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What training this is, as whoever wrote it described it."""
+        """The training as it was described when it was stored."""
         return self._record["identity"]
 
     @property

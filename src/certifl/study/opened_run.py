@@ -321,7 +321,7 @@ class OpenRun(StoredRun):
     def _data_folder(self) -> Path | None:
         """The folder of data sets that the user names, or else the one that the run recorded.
 
-        Data inside the run folder are not used: whoever sent it may have made them up.
+        Data inside the run folder are not used: its sender may have invented them.
         """
         if self._data_dir is not None:
             return self._data_dir

@@ -105,7 +105,7 @@ class MLflow:
             self._client.log_batch(self._run, metrics=part)
 
     def finish(self, complete: bool) -> None:
-        """Mark the run as finished, or as killed: to be gone on with."""
+        """Mark the run as finished, or as killed: to be resumed."""
         self._client.set_terminated(self._run, "FINISHED" if complete else "KILLED")
 
 

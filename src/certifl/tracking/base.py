@@ -55,7 +55,7 @@ class Tracker(Protocol):
         ...
 
     def finish(self, complete: bool) -> None:
-        """Close the run: complete, or to be gone on with."""
+        """Close the run: complete, or to be resumed."""
         ...
 
 
