@@ -149,6 +149,30 @@ def show_summary(rows: Sequence[Mapping[str, Any]]) -> None:
         console.print(warning)
 
 
+def show_classes(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table of classes for each row of the summary."""
+    rows = _printable(list(rows))
+    for label, noise in dict.fromkeys((row["label"], row["perturbation"]) for row in rows):
+        part = [row for row in rows if (row["label"], row["perturbation"]) == (label, noise)]
+        table = Table(
+            title=f"{label}, by class" + (f": {noise}" if noise else ""),
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        table.add_column("class")
+        radii = [one["radius_text"] for one in part[0]["accuracy"]]
+        for title in ("images", "ACR", *radii, "abstained"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for row in part:
+            shares = [*(one["text"] for one in row["accuracy"]), row["abstained_text"]]
+            texts = [text.replace(" %", "%") for text in shares]
+            table.add_row(row["name"], f"{row['images']:,}", row["acr_text"], *texts)
+        console = _console()
+        needed = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
+        _console(width=max(console.width, needed)).print(table)
+
+
 def _clients(numbers: Sequence[int]) -> str:
     return f"client{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
@@ -253,7 +277,8 @@ def show_prediction(prediction: Prediction) -> None:
             f"label   {visible(prediction.class_name)} (class {int(certificates.predicted[0])})"
         )
         console.print(f"radius  {radius} in {facts['norm']} norm, {facts['family']}")
-    console.print(f"model   client {prediction.client} uses {prediction.deploys}")
+    whose = "" if prediction.client is None else f"client {prediction.client} uses "
+    console.print(f"model   {whose}{visible(prediction.deploys)}")
     if prediction.changed:
         console.print(
             f"image   {prediction.changed}: the certificate holds for the converted image"

@@ -294,9 +294,19 @@ def results_of(certificates: Certificates, name: str = "", path: Path | None = N
         where = "These certificates" if path is None else str(path)
         raise InputError(f"{where} cannot be reported: {problem}.")
     label = name.strip() or "Model"
-    manifest = {"regime": MODEL, "label": label, "name": label, "clients": 1}
+    clients = len(np.unique(certificates.client))
+    manifest = {"regime": MODEL, "label": label, "name": label, "clients": clients}
     folder = Path("certificates.parquet") if path is None else path
     return RunResults(folder, label, manifest, certificates, (), "")
+
+
+def load_model(path: Path, name: str | None = None) -> RunResults:
+    """Read the certificates of one model, named as the user says or by its file.
+
+    Raises:
+        InputError: the file holds no certificates, or some that cannot be reported.
+    """
+    return results_of(Certificates.load(path), path.stem if name is None else name, path)
 
 
 def load_runs(folders: Sequence[str | Path | StoredRun | RunResults]) -> list[RunResults]:

@@ -57,7 +57,7 @@ LOOKS = (
     Look(7, "#7A5C2E", (1.2, 3.0), "*"),
 )
 
-_OWN_SLOT = {"local": 0, "fedavg": 1, "personalized": 2, "mixture": 3}
+_OWN_SLOT = {"local": 0, "fedavg": 1, "model": 1, "personalized": 2, "mixture": 3}
 
 
 @dataclass(frozen=True)

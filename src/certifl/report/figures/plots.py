@@ -380,7 +380,7 @@ def named_legend(
     style: FigureStyle = _USUAL,
 ) -> None:
     """One entry per look; `loc` as in matplotlib."""
-    handles = [_handle(look) for look in looks]
+    handles = [_handle(look, style) for look in looks]
     numbers = [str(number) for number in range(len(looks))]
     form: dict[str, Any] = {"frameon": False, "fontsize": 7 if style.size else 9}
     form |= {"handlelength": 3.6, "labelspacing": 0.3 if style.size else 0.5}
@@ -390,8 +390,9 @@ def named_legend(
         text.set(text=short_name(name), parse_math=False, color=INK)
 
 
-def _handle(look: Look) -> Line2D:
-    line = Line2D([], [], color=look.color, marker=look.marker, lw=1.7, ms=4.5)
+def _handle(look: Look, style: FigureStyle) -> Line2D:
+    lw, ms = (1.2, 3.2) if style.size else (1.7, 4.5)
+    line = Line2D([], [], color=look.color, marker=look.marker, lw=lw, ms=ms)
     line.set_dashes(look.dash or (None, None))
     line.set(markeredgecolor="white", markeredgewidth=0.6)
     return line

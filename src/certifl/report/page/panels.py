@@ -21,6 +21,7 @@ from certifl.report.figures import (
 from certifl.report.page import background
 from certifl.report.page import results as sections
 from certifl.report.page.attacks import attacks_section
+from certifl.report.page.classes import classes_section
 from certifl.report.page.context import ReportContext, chart_payload
 from certifl.report.page.explorer import explorer_payload, explorer_section
 from certifl.report.page.html import Markup, el, join, picture
@@ -32,6 +33,21 @@ from certifl.report.wording import client_list, headline
 
 ClaimsSection = Callable[[Sequence[Row]], Markup]
 """Makes the section that compares runs with published claims; empty where none applies."""
+
+
+_CURVES_WORDS = (
+    " Lines are means over clients; the shaded band reaches from the smallest to the largest "
+    "client."
+)
+_ACR_WORDS = Markup(
+    "The mean of radius × correct over a client's test images, which is the area under its curve. "
+    "One mark per client; the tall stroke is the mean over clients, the line through it its "
+    "95&nbsp;% interval."
+)
+_MODEL_ACR_WORDS = Markup(
+    "The mean of radius × correct over the test images, which is the area under the curve; the "
+    "line through it is its 95&nbsp;% interval."
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +115,10 @@ def panel_of(
         ),
         "results": sections.results_section(context),
         "comparison": sections.comparison_section(context),
+        "curves_words": "" if context.of_model else _CURVES_WORDS,
+        "acr_words": _MODEL_ACR_WORDS if context.of_model else _ACR_WORDS,
         "clients": sections.clients_section(context),
+        "classes": classes_section(context),
         "claims": Markup() if claims is None else claims(context.runs),
         "explorer": explorer_section(context, explored),
         "attacks": attacks_section(context),
@@ -131,6 +150,8 @@ def eyebrow(context: ReportContext, clients: int) -> str:
     """Data, number of clients and algorithms in a few words."""
     first = context.runs[0]
     run = first.runs[0]
+    if context.of_model:
+        return f"{first.label} · {len(run.certificates):,} test images"
     algorithms = f"{len(context.runs)} algorithms" if len(context.runs) > 1 else first.label
     words = f"{clients} client{'s' if clients > 1 else ''}"
     total = run.manifest.get("clients")
