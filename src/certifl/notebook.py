@@ -107,6 +107,7 @@ class Study:
         overwrite: bool = False,
         workers: int = 0,
         track: Sequence[str] = (),
+        report: bool = True,
         progress: bool | StageCallback = True,
     ) -> RunResults:
         """Train, certify and report the study.
@@ -123,6 +124,7 @@ class Study:
             overwrite: replace another study in the folder.
             workers: processes that train clients, one thread each.
             track: names of experiment trackers.
+            report: write the page and the figures; `certifl report` does so later.
             progress: True for a bar with the time left, also in a notebook; or a function of
                 (what is under way, done, total, unit).
 
@@ -137,22 +139,22 @@ class Study:
         check_data_folder(data)
         allow_code(self.spec.model.name, *dict.fromkeys((self._folder, Path.cwd())))
         reporting = stages() if progress is True else contextlib.nullcontext(progress or None)
-        with reporting as report:
+        with reporting as shown:
             options = Options(
                 out=path,
                 data_dir=data,
                 device=device,
                 overwrite=overwrite,
                 siblings=siblings_of(path),
-                report=report,
+                report=shown,
                 command=_command(path),
                 track=tuple(track),
                 workers=workers,
             )
-            return run_and_report(self.spec, options)
+            return run_and_report(self.spec, options, report)
 
 
-def run_and_report(spec: Spec, options: Options) -> RunResults:
+def run_and_report(spec: Spec, options: Options, report: bool = True) -> RunResults:
     """Compute a study and write its page; what is finished already stays as it is.
 
     Raises:
@@ -161,7 +163,7 @@ def run_and_report(spec: Spec, options: Options) -> RunResults:
     folder = RunFolder(options.out)
     complete = not options.overwrite and folder.finished()
     results = load_runs([compute(spec, options)])
-    if not (complete and folder.report.is_file()):
+    if report and not (complete and folder.report.is_file()):
         with folder.locked():
             write_report(results, folder.report, title=spec.name)
     elif folder.temporary_files():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,10 @@ from certifl.certification.certificates import Certificates
 from certifl.certification.checks import Model, check_perturbation
 from certifl.certification.settings import Settings
 from certifl.perturbations.base import Perturbation
+
+# Voting sets torch's threads and arithmetic for the whole process; two calls at once, as a service
+# makes them, would reset each other's.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class SmoothedClassifier:
@@ -97,20 +102,21 @@ class SmoothedClassifier:
             InputError, ModelError: as `certify`.
         """
         votes = self._votes
-        return certify(
-            self.model,
-            images,
-            self.perturbation,
-            labels=labels,
-            n0=votes.n0,
-            n=votes.n,
-            alpha=votes.alpha,
-            estimator=votes.estimator,
-            seed=votes.seed,
-            precision=votes.precision,
-            device=self.device,
-            batch_size=votes.batch_size,
-        )
+        with _ONE_AT_A_TIME:
+            return certify(
+                self.model,
+                images,
+                self.perturbation,
+                labels=labels,
+                n0=votes.n0,
+                n=votes.n,
+                alpha=votes.alpha,
+                estimator=votes.estimator,
+                seed=votes.seed,
+                precision=votes.precision,
+                device=self.device,
+                batch_size=votes.batch_size,
+            )
 
     def to(self, device: str | torch.device) -> SmoothedClassifier:
         """Move the model, if it is a module, and vote on another device; returns itself."""

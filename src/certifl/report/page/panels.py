@@ -94,6 +94,7 @@ def panel_of(
     explored = explorer_payload(context, pictures, most)
     numbers = chart_payload(context)
     numbers |= {"recommendation": recommendation_payload(context), "explorer": explored}
+    model = context.of_model
     finding, support = headline(context.runs, context.comparison, context.scale)
     parts = {
         "at": str(at),
@@ -111,12 +112,14 @@ def panel_of(
         ),
         "acr_fallback": _fallback(
             average_radius_figure(context.runs),
-            "Average certified radius per algorithm and client",
+            f"Average certified radius{'' if model else ' per algorithm and client'}",
         ),
         "results": sections.results_section(context),
         "comparison": sections.comparison_section(context),
-        "curves_words": "" if context.of_model else _CURVES_WORDS,
-        "acr_words": _MODEL_ACR_WORDS if context.of_model else _ACR_WORDS,
+        "curves_words": "" if model else _CURVES_WORDS,
+        "curves_lines": "" if model else ", one line per algorithm",
+        "acr_marks": "" if model else " per algorithm, one mark per client",
+        "acr_words": _MODEL_ACR_WORDS if model else _ACR_WORDS,
         "clients": sections.clients_section(context),
         "classes": classes_section(context),
         "claims": Markup() if claims is None else claims(context.runs),
