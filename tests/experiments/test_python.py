@@ -249,3 +249,11 @@ def test_a_run_of_the_command_is_read(finished: Path) -> None:
     assert result.label == "FedAvg"
     assert len(result.history) == 2
     assert result.certificates.same_results(RunFolder(finished).load_certificates())
+
+
+def test_certificates_of_several_calls_are_drawn_and_counted_together() -> None:
+    blocks = [make_certificates(0.8, 1, 20, seed=seed) for seed in (0, 1)]
+    both = certifl.Certificates.concatenate(blocks)
+    assert both.table()["images"].tolist() == [40]
+    curves = [block.curves([0.0])["mean"].iloc[0] for block in blocks]
+    assert both.curves([0.0])["mean"].iloc[0] == pytest.approx(np.mean(curves))

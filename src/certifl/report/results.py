@@ -282,13 +282,16 @@ def results_of(certificates: Certificates, name: str = "", path: Path | None = N
     """Certificates of a model that no study trained, as results that a report takes.
 
     Args:
-        certificates: with labels.
+        certificates: with labels; each row counts as another image.
         name: of the model; "Model" where empty.
         path: of their file; None where they are in memory only.
 
     Raises:
         InputError: they cannot be reported: no image, or none with a label.
     """
+    distinct = np.unique(np.stack([certificates.client, certificates.index], axis=1), axis=0)
+    if len(distinct) < len(certificates):  # of several calls, each of which counts from 0
+        certificates = dataclasses.replace(certificates, index=np.arange(len(certificates)))
     problem = certificates_problem(certificates)
     if problem:
         where = "These certificates" if path is None else str(path)

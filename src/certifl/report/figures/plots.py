@@ -175,12 +175,15 @@ def average_radius_figure(
     return Drawing(figure, ("regime", "client", "average_certified_radius"), tuple(rows))
 
 
-def history_figure(runs: Sequence[Row], title: str | None = None) -> Drawing:
+def history_figure(
+    runs: Sequence[Row], title: str | None = None, style: FigureStyle = _USUAL
+) -> Drawing:
     """Training: each recorded measure against the round, mean over clients with its band.
 
     Args:
         runs: one per algorithm; runs without history are left out.
         title: above all panels; nothing where None.
+        style: whether bands are drawn.
     """
     names = measures_of(runs)
     width = max(1, len(names))
@@ -192,7 +195,10 @@ def history_figure(runs: Sequence[Row], title: str | None = None) -> Drawing:
             curve = measure_curves(run, name)
             if curve is None:
                 continue
-            band(axes, look, curve.rounds, curve.mean, curve.low, curve.high, run.label)
+            if style.bands:
+                band(axes, look, curve.rounds, curve.mean, curve.low, curve.high, run.label)
+            else:
+                line(axes, look, curve.rounds, curve.mean, run.label)
             rows += [
                 (run.label, name, int(r), m, lo, hi)
                 for r, m, lo, hi in zip(*curve.columns(), strict=True)

@@ -149,7 +149,7 @@ def write_figures(
         "average_radius": average_radius_figure(rows, style=style),
     }
     if any(run.history for run in runs):
-        drawings["history"] = history_figure(rows)
+        drawings["history"] = history_figure(rows, style=style)
     return [
         path
         for stem, drawn in drawings.items()
@@ -219,7 +219,7 @@ def _chosen_colors(rows: Sequence[Row]) -> str:
     ]
     light = "".join(f".s{slot} {{ --c: {color}; }}\n" for slot, color in looks)
     dark = "".join(
-        f".s{slot} {{ --c: color-mix(in srgb, {color} 60%, white); }}\n" for slot, color in looks
+        f".s{slot} {{ --c: color-mix(in srgb, {color} 45%, white); }}\n" for slot, color in looks
     )
     return f"{light}@media (prefers-color-scheme: dark) {{\n{dark}}}\n" if looks else ""
 
