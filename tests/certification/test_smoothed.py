@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -41,6 +43,15 @@ def test_predict_with_radius_is_certify() -> None:
     assert (some.labels[0], some.radii[0]) == (labels[5], radii[5])
     assert (labels == -1).any()
     assert (radii[labels == -1] == 0.0).all()
+
+
+def test_calls_at_the_same_time_have_the_same_answers() -> None:
+    smoothed, images = certifl.SmoothedClassifier(half_space(), NOISE, n=200), some_images(8, 1.0)
+    alone = smoothed.predict(images)
+    with ThreadPoolExecutor(4) as pool:
+        for labels, radii in pool.map(smoothed.predict, [images] * 4):
+            assert np.array_equal(labels, alone.labels)
+            assert np.array_equal(radii, alone.radii)
 
 
 def test_it_moves_with_its_model() -> None:
