@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from certifl.errors import StoreMismatch
+from certifl.experiments import parallel as module
 from certifl.experiments.run import Options
-from certifl.paper import reproduce as module
 from certifl.paper.costs import costs
 from certifl.paper.drawing import COLUMNS
 from certifl.paper.figures import FIGURES, Figure, Panel, Regime, Setting

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from certifl.errors import InputError
+from certifl.experiments.parallel import helped
 from certifl.experiments.run import Options
 from certifl.paper.figures import FIGURES, Figure, Panel, Regime, Setting
-from certifl.paper.reproduce import Plan, compute_free, helped, jobs_here, make_plan
+from certifl.paper.reproduce import Plan, compute_free, jobs_here, make_plan
 from certifl.paper.scales import SCALES
 from certifl.runs.folder import RunFolder
 from tiny_study import cli, environment
@@ -43,7 +44,7 @@ def test_helpers_do_the_whole_study_with_the_same_results(tmp_path):
     alone, together = study(tmp_path / "alone"), study(tmp_path / "together")
     compute_free(alone, options(alone.out))
     before = torch.get_num_threads()
-    with helped(together, options(together.out), jobs=3):
+    with helped(together.jobs, options(together.out), 3):
         assert len(multiprocessing.active_children()) == 2
         deadline = time.monotonic() + 120
         while not all(job.done() for job in together.jobs):
@@ -63,7 +64,7 @@ def test_leaving_early_ends_the_helpers_and_loses_nothing(tmp_path):
     plan = study(tmp_path)
 
     def leave() -> None:
-        with helped(plan, options(tmp_path), jobs=2):
+        with helped(plan.jobs, options(tmp_path), 2):
             deadline = time.monotonic() + 120
             while not plan.jobs[0].path.is_dir():
                 assert time.monotonic() < deadline

@@ -160,11 +160,12 @@ def reproduce(
     """
     check_data_folder(data_dir)
     from certifl.cli import terminal
+    from certifl.experiments.parallel import helped
     from certifl.experiments.run import Options
     from certifl.paper.costs import costs
     from certifl.paper.figures import chosen_figures
     from certifl.paper.pages import complete, write_paper_figure
-    from certifl.paper.reproduce import helped, jobs_here, make_plan
+    from certifl.paper.reproduce import jobs_here, make_plan
     from certifl.paper.reproduce import reproduce as compute
     from certifl.paper.scales import scale_named
 
@@ -184,7 +185,7 @@ def reproduce(
             command=command_line(),
             workers=workers,
         )
-        with helped(study, options, at_once):
+        with helped(study.jobs, options, at_once):
             for folder, changed in compute(study, options, board.stage):
                 page = folder / "report.html"
                 if changed or not complete(folder):

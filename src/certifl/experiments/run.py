@@ -249,15 +249,23 @@ def _client_data(dataset: Dataset, index: np.ndarray, client: int) -> ClientData
     return ClientData(client, part.images, part.labels)
 
 
+def shares_training(spec: Spec) -> bool:
+    """Whether a training may be taken over by another run, or taken from one.
+
+    A user's network is always trained: its code may have changed under the same name. So is a run
+    whose noise has a secret key: each has its own.
+    """
+    return ":" not in spec.model.name and spec.privacy.noise_key != "secret"
+
+
 def _sibling_training(run: OpenRun, siblings: tuple[Path, ...]) -> RunFolder | None:
     """A finished training that this one continues: the same, or the base it personalizes.
 
     It must have the same images, versions, processor and device: its bits are then those that
-    this run would compute. A user's network is always trained: its code may have changed under
-    the same name. So is a run whose noise has a secret key: each has its own.
+    this run would compute.
     """
     spec = run.spec
-    if ":" in spec.model.name or spec.privacy.noise_key == "secret":
+    if not shares_training(spec):
         return None
     own, wanted = run.folder.manifest(), {spec.training_hash()}
     if isinstance(run.algorithm, Personalized):
