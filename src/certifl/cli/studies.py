@@ -5,6 +5,8 @@ Heavy imports happen inside the commands, so that help and usage errors appear a
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,9 +28,12 @@ from certifl.cli.common import (
     run_folder,
     say,
 )
-from certifl.path_checks import check_data_folder
+from certifl.errors import WorkError
+from certifl.path_checks import check_data_folder, read_spec_file
 
 if TYPE_CHECKING:
+    from certifl.experiments.parallel import Job
+    from certifl.experiments.sweep import Sweep
     from certifl.report import RunResults
 
 
@@ -128,6 +133,118 @@ def plan(
     from certifl.experiments.plan import plan as plan_study
 
     terminal.show_plan(study.name, plan_study(study, data_dir, device))
+
+
+def sweep(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC.toml", help="The study.")],
+    seeds: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Seeds; default: that of the spec.")
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[ALGORITHM:]KEY=V,V,...",
+            help="A key of the spec and its values; repeatable, all combinations are run.",
+        ),
+    ] = None,
+    set_: Settings = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the results; default: runs/<name>-sweep-<hash>."),
+    ] = None,
+    data_dir: DataDir = None,
+    device: Devices = "auto",
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only list the runs and estimate their time.")
+    ] = False,
+    overwrite: Overwrite = False,
+    workers: Workers = 0,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Runs in parallel, one process each; default: on a CPU one per core, up to 16; "
+            "otherwise 1.",
+        ),
+    ] = None,
+) -> None:
+    """Run a study with several algorithms, settings and seeds, and compare them in one table.
+
+    Keys that an algorithm lacks are left out for it, and equal specs run once. The same command
+    resumes an interrupted sweep.
+    """
+    check_data_folder(data_dir)
+    values = read_spec_file(spec)
+    from certifl.cli import terminal
+    from certifl.experiments import sweep as sweeps
+    from certifl.experiments.parallel import compute, helped, processes_here
+    from certifl.experiments.run import Options
+
+    asked = sweeps.make_sweep(
+        values,
+        set_ or [],
+        [sweeps.read_axis(text) for text in grid or []],
+        sweeps.read_seeds(seeds),
+        out or sweeps.default_folder(spec, values, set_ or []),
+    )
+    _allow_code_of(asked.jobs, spec)
+    if plan:
+        at_once = processes_here(jobs, sweeps.MOST_PROCESSES, device, overwrite=False)
+        terminal.show_sweep(asked.name, sweeps.costs(asked, data_dir, device), at_once)
+        return
+    options = Options(
+        asked.out, data_dir, device, overwrite, command=command_line(), workers=workers
+    )
+    sweeps.check_sweep(asked, options)
+    pending = [job for job in asked.jobs if overwrite or not job.done()]
+    most = min(len(pending), sweeps.MOST_PROCESSES)
+    at_once = processes_here(jobs, max(1, most), device, overwrite)
+    failures: dict[Path, str] = {}
+    with interruptible(overwrite), terminal.Board() as board:
+        options = replace(options, report=board.report)
+        with helped(pending, options, at_once, tolerant=True):
+            compute(pending, options, [], board.stage, sweeps.collected(failures))
+    _show_sweep(asked, failures)
+
+
+def _allow_code_of(jobs: Sequence[Job], spec: Path) -> None:
+    """Make the networks of some runs importable from beside the spec, or from here."""
+    from certifl.models import allow_code
+
+    for name in {job.spec.model.name for job in jobs}:
+        allow_code(name, spec.parent, Path.cwd())
+
+
+def _show_sweep(asked: Sweep, failures: Mapping[Path, str]) -> None:
+    """Write table, figure and page of what a sweep has finished, and name what failed."""
+    from certifl.report.seed_table import write_comparison
+
+    results = _sweep_results(asked, failures)
+    if results:
+        say(write_comparison(results, asked.out, asked.name).text())
+        for what, name in (("Table", "table.txt, .csv, .md, .tex"), ("Report", "report.html")):
+            say(f"{what}: {asked.out.resolve() / name}")
+        say(f"Figure: {asked.out.resolve() / 'figure.png'}, .pdf, .svg, .csv")
+    if failures:
+        first, why = next(iter(failures.items()))
+        raise WorkError(
+            f"{len(failures)} of {len(asked.jobs)} runs failed and are not in the table; the "
+            f"first was {first}: {why}"
+        )
+
+
+def _sweep_results(asked: Sweep, failures: Mapping[Path, str]) -> list[RunResults]:
+    """The finished runs under the names of their rows."""
+    from certifl.report import load_run
+
+    found = []
+    for variant in asked.variants:
+        for folder in asked.folders(variant):
+            if folder not in failures:
+                run = load_run(folder)
+                manifest = {**run.manifest, "label": variant.label}
+                found.append(replace(run, label=variant.label, manifest=manifest))
+    return found
 
 
 def reproduce(

@@ -42,11 +42,13 @@ class Job:
     Attributes:
         spec: of the run.
         path: of the run folder.
+        title: what progress calls it.
         support: whether it exists only so that others continue its training.
     """
 
     spec: Spec
     path: Path
+    title: str
     support: bool = False
 
     def done(self) -> bool:
@@ -60,7 +62,13 @@ class Job:
         return {self.spec.training_hash(), self.spec.training_hash(of_base=True)}
 
 
-def jobs_of(specs: Sequence[Spec], out: Path) -> tuple[Job, ...]:
+def _name_of(spec: Spec) -> str:
+    return spec.name
+
+
+def jobs_of(
+    specs: Sequence[Spec], out: Path, title: Callable[[Spec], str] = _name_of
+) -> tuple[Job, ...]:
     """The distinct runs of some specs, in an order in which shared training is done once.
 
     A base that several runs continue and that is none of them has a run of its own, with next to
@@ -69,6 +77,7 @@ def jobs_of(specs: Sequence[Spec], out: Path) -> tuple[Job, ...]:
     Args:
         specs: in the order wanted; equal ones are one run.
         out: the folder; trainings that are finished in it are not repeated.
+        title: what progress calls a run.
 
     Raises:
         StoreError: a run in it is damaged.
@@ -82,7 +91,7 @@ def jobs_of(specs: Sequence[Spec], out: Path) -> tuple[Job, ...]:
             support.setdefault(start, base_spec(spec))
     own = {spec.hash() for spec in shown}
     return tuple(
-        Job(spec, out / "runs" / spec.hash(), support=spec.hash() not in own)
+        Job(spec, out / "runs" / spec.hash(), title(spec), support=spec.hash() not in own)
         for spec in _bases_first(shown, support)
     )
 
@@ -145,7 +154,7 @@ def compute(
                 continue
             if stage is not None:
                 number = len(jobs) - len(pending) + 1
-                stage(f"[{number}/{len(jobs)}] {job.spec.name}")
+                stage(f"[{number}/{len(jobs)}] {job.title}")
             if _ended(job, options, renewed, failed):
                 pending.remove(job)
         if len(pending) == before:

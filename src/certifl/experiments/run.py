@@ -126,6 +126,17 @@ def compute(spec: Spec, options: Options) -> OpenRun:
     return opened
 
 
+def check(spec: Spec, options: Options) -> None:
+    """Refuse, with nothing written, a study that does not fit its data, network or device.
+
+    Raises:
+        RequestError: it does not.
+    """
+    opened = OpenRun(options.out)
+    opened.spec = spec
+    _prepare(opened, options)
+
+
 def _prepare(run: OpenRun, options: Options) -> str:
     """Load the data, build the network, and find whatever the request can be refused for.
 
