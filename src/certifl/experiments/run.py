@@ -212,7 +212,7 @@ def _train(run: OpenRun, options: Options, device: str, news: News) -> StoredRou
         local_training(spec, model, device, private),
         Checkpoints(folder.training),
         progress=_rounds(run, options.report, news),
-        participation=participation(spec, len(clients)),
+        participation=participation(spec),
         ledger=private.ledger,
         start_from=_taken_over(folder, _sibling_training(run, options.siblings)),
         rule=private.client or spec.aggregation.build(),

@@ -277,6 +277,8 @@ def _foreign(key: str, name: str, names: set[str]) -> bool:
     """Whether an algorithm lacks a key that another one of the sweep has."""
     if key == "augmentation.personalized":
         return name != "personalized" and "personalized" in names
+    if key == "clients.unseen":
+        return not _can_give(name) and any(map(_can_give, names))
     section, _, parameter = key.partition(".")
     rows, parameter = ALGORITHMS.rows, parameter.partition(".")[0]
     if section != _TABLE or name not in rows or parameter in ("", "name"):
@@ -291,10 +293,17 @@ def _without_foreign(values: dict[str, Any], name: str, names: set[str]) -> dict
     """The values without keys of the spec file that belong to other algorithms of the sweep."""
     table = {k: v for k, v in values[_TABLE].items() if not _foreign(f"{_TABLE}.{k}", name, names)}
     result = {**values, _TABLE: table}
-    trained = values.get("augmentation")
-    if isinstance(trained, dict) and _foreign("augmentation.personalized", name, names):
-        result["augmentation"] = {k: v for k, v in trained.items() if k != "personalized"}
+    for section in ("augmentation", "clients"):
+        own = values.get(section)
+        if isinstance(own, dict):
+            left = {k: v for k, v in own.items() if not _foreign(f"{section}.{k}", name, names)}
+            result[section] = left
     return result
+
+
+def _can_give(name: str) -> bool:
+    """Whether an algorithm has a model for clients that took no part in training."""
+    return name in ALGORITHMS.rows and ALGORITHMS.rows[name].no_unseen is None
 
 
 def _with_base(values: dict[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:

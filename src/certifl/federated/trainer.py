@@ -233,7 +233,10 @@ def _identity(
         identity["objective"] = _printed(training.objective)
     if training.precision != "float32":
         identity["precision"] = training.precision
-    if isinstance(participation, RandomShare) and participation.share < 1:
+    partial = isinstance(participation, RandomShare) and (
+        participation.share < 1 or participation.clients < len(clients)
+    )
+    if partial:
         identity["participation"] = asdict(participation)
     if training.privacy is not None:
         identity["privacy"] = training.privacy.described()

@@ -109,7 +109,8 @@ def write_comparison(runs: Sequence[RunResults], folder: Path, title: str) -> Se
     ```
     table.txt, .csv, .md, .tex   figure.png, .pdf, .svg, .csv   report.html
     ```
-    Where clients certify different perturbations, there is a figure for each, numbered.
+    Where clients certify different perturbations, or some took no part in training, each group
+    has a figure: `figure`, `figure-2` and so on.
 
     Raises:
         StoreMismatch: runs that cannot be compared. StoreError: the folder cannot be written.
@@ -125,7 +126,7 @@ def write_comparison(runs: Sequence[RunResults], folder: Path, title: str) -> Se
         write_text(folder / f"table.{kind}", form())
     groups = by_perturbation(load_runs(runs))
     for number, group in enumerate(groups, start=1):
-        stem = "figure" if len(groups) == 1 else f"figure-{number}"
+        stem = "figure" if number == 1 else f"figure-{number}"
         save(certified_accuracy_figure(by_seed(group)), folder, stem)
     write_report(runs, folder / "report.html", title, figures=False)
     return table
@@ -172,9 +173,9 @@ def _texts(
     compared: bool,
 ) -> tuple[str, ...]:
     low, high = summary["acr_low_text"], summary["acr_high_text"]
-    noise = f", {summary['perturbation']}" if summary["perturbation"] else ""
+    group = f" ({summary['perturbation']})" if summary["perturbation"] else ""
     cells = [
-        f"{summary['label']}{noise}",
+        f"{summary['label']}{group}",
         str(len(row.runs)),
         summary["acr_text"],
         f"{low} to {high}" if low else "–",

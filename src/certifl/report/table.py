@@ -13,9 +13,9 @@ from certifl.report.summary import (
     abstained_share,
     accuracy_share,
     first_unit,
+    group_words,
     left_out_words,
     mean_acr,
-    noise_words,
     plain_rows,
     selected_radii,
     spread,
@@ -97,7 +97,7 @@ def _rows(loaded: Sequence[Row], own: bool) -> list[dict[str, Any]]:
                 "votes_saved": votes.saved,
                 "left_out": _of_runs(run, left_out_words),
                 "privacy": _of_runs(run, privacy_words),
-                "perturbation": noise_words(run.conditions) if own else None,
+                "perturbation": group_words(run) if own else None,
                 "of_clients": run.clients.tolist() if own else None,
                 "plain": [
                     {"client": client, "images": images, "correct": correct}

@@ -122,7 +122,10 @@ class Clients(Section):
         split: a name in `data.SPLITS`; training and test images of a client follow it alike.
         options: the splitter's own options, for instance { alpha = 0.3 } for dirichlet, or
             { column = "hospital" } for the split by a column of the data set.
-        participation: share of the clients that takes part in a round, chosen anew each time.
+        unseen: so many of them, the last ones, take part in no round. Then they are given the
+            global model, which `personalized` fine-tunes for them as well, and certify it; the
+            report shows them apart.
+        participation: share of the others that takes part in a round, chosen anew each time.
         min_clients: how many participants of a round must not fail for training to go on; absent
             = half of them, rounded up.
     """
@@ -130,12 +133,22 @@ class Clients(Section):
     count: PositiveWhole = 10
     split: str = "uniform"
     options: dict[str, Any] = Field(default_factory=dict)
+    unseen: Annotated[int, BeforeValidator(_whole), Field(ge=0)] = 0
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_clients: PositiveWhole | None = None
 
     @model_validator(mode="after")
     def _known_split(self) -> Clients:
         SPLITS.check_named(self.split, self.options)
+        return self
+
+    @model_validator(mode="after")
+    def _some_are_seen(self) -> Clients:
+        if self.unseen >= self.count:
+            raise ValueError(
+                f"unseen = {self.unseen} of count = {self.count} clients leaves none to train: "
+                "lower it, or raise count"
+            )
         return self
 
     @model_validator(mode="after")
@@ -150,7 +163,12 @@ class Clients(Section):
     @property
     def participants(self) -> int:
         """How many clients take part in a round."""
-        return participants(self.participation, self.count)
+        return participants(self.participation, self.seen)
+
+    @property
+    def seen(self) -> int:
+        """How many clients take part in training: those numbered from 0 up to here."""
+        return self.count - self.unseen
 
     @once
     def splitter(self) -> Splitter | Column:
@@ -455,7 +473,7 @@ def check_privacy(
 
     check_algorithm(algorithm, privacy.kind)
     if privacy.kind == "client":
-        privacy.budget().check_delta(clients.count, "clients")
+        privacy.budget().check_delta(clients.seen, "clients")
     if privacy.kind == "client" and aggregation.build() is not None:
         raise ValueError(
             'privacy.kind = "client" is a rule of aggregation itself, with clipping of its own: '

@@ -96,6 +96,12 @@ class Spec(Section):
                 "without a test image: take fewer clients or more test images"
             )
         self._check_own()
+        if self.clients.unseen and row.no_unseen is not None:
+            raise ValueError(
+                f"clients.unseen cannot be had with {trained['name']!r}: {row.no_unseen}. Remove "
+                'it, or choose an algorithm with one global model, such as "fedavg", or '
+                '"personalized"'
+            )
         self._check_objective()
         self._check_rule()
         check_privacy(self.privacy, self.algorithm, self.clients, self.aggregation)

@@ -116,14 +116,16 @@ def partition_of(spec: Spec, dataset: Dataset) -> Partition:
 
 def study_metadata(spec: Spec) -> dict[str, Any]:
     """The study's entries in run.json, wherever the clients are."""
-    algorithm = spec.build_algorithm()
+    algorithm, clients = spec.build_algorithm(), spec.clients
+    unseen = list(range(clients.seen, clients.count))
     return {
         "name": spec.name,
         "regime": algorithm.name,
         "label": label_of(spec),
         "deploys": algorithm.deploys,
         "seed": spec.seed,
-        "clients": spec.clients.count,
+        "clients": clients.count,
+        **({"unseen": unseen} if unseen else {}),
         "model": spec.model.name,
         "code": code_folder(spec.model.name),
         "training_hash": spec.training_hash(),

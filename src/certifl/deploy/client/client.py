@@ -272,7 +272,7 @@ class Client:
         spec, round = study.spec, request.round
         if round >= study.rounds:
             raise Rejected(f"the study has {study.rounds} rounds, counted from 0")
-        drawn = participation(spec, spec.clients.count)
+        drawn = participation(spec)
         if drawn is None or round >= spec.training.rounds:
             return
         if self.settings.client not in set(drawn(round)):

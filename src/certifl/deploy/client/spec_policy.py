@@ -57,6 +57,7 @@ DECISIONS: dict[str, Decision] = {
     "clients.count": Decision("done", f"at most {_MOST_CLIENTS:,}"),
     "clients.split": Decision("unused", 'its images are its own; refused as "column"'),
     "clients.options": Decision("unused", "as `clients.split`"),
+    "clients.unseen": Decision("refused", "a client that is not to train does not join"),
     "clients.participation": Decision("done", "it answers only rounds that it is drawn for"),
     "clients.min_clients": _SERVER,
     "model.name": Decision("done", "one of certifl's, or one in `networks` of `client.toml`"),
@@ -111,6 +112,8 @@ def check_study(spec: Spec, settings: Settings) -> None:
     """
     if spec.clients.count > _MOST_CLIENTS:
         raise Rejected(f"clients.count is more than {_MOST_CLIENTS:,}")
+    if spec.clients.unseen:
+        raise Rejected("clients.unseen: a client that is not to train does not join")
     _check_selection(spec, settings)
     if not settings.dealt:
         _check_grid(spec, settings)

@@ -155,12 +155,18 @@ def check_clients(spec: Spec, transport: GridTransport, options: Options) -> str
 
 
 def check_start(spec: Spec, options: Options) -> None:
-    """Refuse an impossible minimum number of clients.
+    """Refuse an impossible minimum number of clients, and clients that are not to train.
 
     Raises:
         RequestError: it is impossible.
     """
     count, minimum = spec.clients.count, options.min_clients
+    if spec.clients.unseen:
+        raise RequestError(
+            "clients.unseen is for studies on one machine: here a client that is not to train "
+            "does not join, and certifies the global model on its own with `certifl certify`. "
+            "Remove the key, and count the clients that join."
+        )
     if minimum is not None and not 1 <= minimum <= count:
         raise RequestError(
             f"--min-clients {minimum} does not fit the {count} clients of the study: give a "

@@ -18,11 +18,11 @@ from certifl.report.summary import (
     client_acr,
     client_curves,
     first_unit,
+    group_words,
     largest_radius,
     mean_acr,
     measure_curves,
     measures_of,
-    noise_words,
     radius_grid,
 )
 from certifl.report.units import RadiusScale, scales
@@ -55,7 +55,7 @@ def certified_accuracy_figure(runs: Sequence[Row], title: str | None = None) -> 
         band(axes, look, radii, mean, low, high, run.label)
         rows += _curve_rows(run, radii, curves)
     certified_axes(axes, runs, radii)
-    title_above(axes, title if title is not None else noise_words(runs[0].conditions))
+    title_above(axes, title if title is not None else group_words(runs[0]))
     legend(axes, runs, loc="best", ncols=1 if len(runs) < 5 else 2)
     return Drawing(figure, ("regime", "client", "radius", "certified_accuracy"), tuple(rows))
 
@@ -127,7 +127,7 @@ def average_radius_figure(runs: Sequence[Row], title: str | None = None) -> Draw
     axes.invert_yaxis()
     axes.set_xlim(left=0)
     radius_axis(axes, runs, "average certified radius")
-    title_above(axes, title if title is not None else noise_words(runs[0].conditions))
+    title_above(axes, title if title is not None else group_words(runs[0]))
     return Drawing(figure, ("regime", "client", "average_certified_radius"), tuple(rows))
 
 
@@ -281,7 +281,7 @@ def title_above(axes: Axes, title: str) -> None:
 
 def heading(figure: Figure, runs: Sequence[Row], title: str | None) -> None:
     """A title and one legend for all panels."""
-    text = title if title is not None else noise_words(runs[0].conditions) if runs else ""
+    text = title if title is not None else group_words(runs[0]) if runs else ""
     if text:
         figure.suptitle(
             short_name(text, _LONGEST_TITLE), fontsize=10.5, color=INK, parse_math=False
