@@ -39,6 +39,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "quickstart": (studies.quickstart, "Example study on embedded data, with a report."),
     "run": (studies.run, "Train, certify and report one study."),
     "sweep": (studies.sweep, "Compare algorithms and settings over seeds."),
+    "finetune": (studies.finetune, "Fine-tune your weights; certify before and after."),
     "plan": (studies.plan, "Estimate votes, time and memory of a study."),
     "reproduce": (studies.reproduce, "Reproduce figures of the paper."),
     "report": (results.report, "Write a report on one run, or compare several."),

@@ -47,6 +47,7 @@ from certifl.study.opened_run import (
 )
 from certifl.study.privacy import protection, spent, training_key
 from certifl.study.setup import by_client, check_training, local_training, participation
+from certifl.study.weights import keep_weights
 from certifl.tracking import check_trackers
 from certifl.tracking.run_tracker import News, track_finished, tracked
 
@@ -197,6 +198,7 @@ def _describe(run: OpenRun, options: Options) -> None:
         }
     )
     write_json(run.folder.partition, partition.to_manifest())
+    keep_weights(run.folder, spec, run.architecture)
 
 
 def _train(run: OpenRun, options: Options, device: str, news: News) -> StoredRound:

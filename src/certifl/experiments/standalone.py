@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from certifl.certification import Certificates
 from certifl.certification.api import certify
@@ -21,16 +19,13 @@ from certifl.certification.settings import Settings
 from certifl.data import Dataset, changes_of, choose, load, read_image, to_float
 from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.models import build
-from certifl.models.weights import load_weights, read_checkpoint, weights_in
 from certifl.module_copies import evaluating
-from certifl.path_checks import WEIGHTS, check_certificate_file, check_file
+from certifl.path_checks import check_certificate_file
 from certifl.perturbations import DEFAULT, Perturbation, describe, from_description
 from certifl.progress import StageCallback
-from certifl.runs.atomic import load_tensors
 from certifl.study.certify import Job, VoteSource, certify_job
 from certifl.study.opened_run import ClientStudy, Deployed, OpenRun, certified_by
-
-_log = logging.getLogger(__name__)
+from certifl.study.weights import begin_with
 
 _DEFAULT_SIGMA = 0.25
 
@@ -192,38 +187,9 @@ def _from_model(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:
         request.seed,
         image_size=dataset.image_size,
     )
-    misfit = f"{request.weights} does not fit {request.model}"
-    if change := load_weights(model, _weights(request.weights), misfit):
-        _log.warning("%s: %s", request.weights, change)
+    begin_with(model, request.weights, request.model)
     everything = np.arange(len(dataset.test))
     return evaluating(model), dataset, choose(everything, request.images, request.seed, 0)
-
-
-def _weights(path: Path) -> Mapping[str, Tensor]:
-    check_file(path, WEIGHTS)
-    if path.suffix == ".safetensors":
-        try:
-            return load_tensors(path)
-        except StoreError as error:
-            raise InputError(
-                f"{error} It is no whole file of weights: save model.state_dict() anew with "
-                "safetensors.torch.save_file."
-            ) from error
-    _require_plain(path)
-    return weights_in(read_checkpoint(path), str(path))
-
-
-def _require_plain(path: Path) -> None:
-    """Refuse a file of weights that expands: torch writes them without compression."""
-    try:
-        with zipfile.ZipFile(path) as packed:
-            inside = sum(entry.file_size for entry in packed.infolist())
-    except (OSError, ValueError, zipfile.BadZipFile):
-        return  # older files of torch are no archive; what is damaged is refused when it is read
-    if inside > path.stat().st_size:
-        raise InputError(
-            f"{path} would expand to {inside:,} bytes. Save model.state_dict() with torch.save."
-        )
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,11 @@ class RunFolder:
         return self.path / "partition.json"
 
     @property
+    def initial(self) -> Path:
+        """The weights that training began with, where they came from a file; else absent."""
+        return self.path / "initial.safetensors"
+
+    @property
     def training(self) -> Path:
         """Checkpoints of the rounds."""
         return self.path / "checkpoints" / "training"

@@ -16,7 +16,7 @@ from certifl.errors import InputError, SpecError, StoreError
 from certifl.path_checks import read_spec_file
 from certifl.perturbations.units import from_records
 from certifl.safe_io import parse_toml
-from certifl.spec.sections import STORED
+from certifl.spec.sections import RECEIVED, STORED
 from certifl.spec.study import Spec
 
 
@@ -44,6 +44,15 @@ def load_stored(path: Path) -> Spec:
             return _checked(read_spec_file(path), STORED)
     except SpecError as error:
         raise StoreError(f"{path} is damaged: {error}") from error
+
+
+def received(text: str) -> Spec:
+    """A spec that a server sent to a client: it may name no file of this machine.
+
+    Raises:
+        SpecError: a key, type, range or combination is wrong. InputError: the text is not TOML.
+    """
+    return _checked(parse_toml(text), RECEIVED)
 
 
 def with_settings(values: dict[str, Any], settings: Sequence[str] = ()) -> Spec:

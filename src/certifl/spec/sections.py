@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -19,14 +21,17 @@ from pydantic import (
 from certifl.certification.precisions import PRECISIONS, REMOVED_PRECISIONS, removed_precision
 from certifl.certification.settings import Settings
 from certifl.data import SPLITS
+from certifl.errors import InputError
 from certifl.federated.aggregation import RULES, check_rule, make_rule
 from certifl.federated.training.schedule import Schedule, participants
 from certifl.models import MODELS
+from certifl.path_checks import WEIGHTS, check_file
 from certifl.perturbations import describe as describe_perturbation
 from certifl.perturbations import from_description as new_perturbation
 from certifl.perturbations import from_record as perturbation_from
 from certifl.perturbations.units import parse_amount, parse_amounts
 from certifl.registry import choices
+from certifl.safe_io import DATA_BYTES, open_regular
 
 if TYPE_CHECKING:
     from certifl.data import Column, Splitter
@@ -40,6 +45,8 @@ NONE, SAME, OWN = "none", "same", "own"
 # The context of validation in which a run's own record is read: what an older version could
 # compute stays readable, though it can no longer be asked for.
 STORED = {"stored": True}
+# The context in which a client reads the spec of a server: it may name no file of this machine.
+RECEIVED = {"received": True}
 
 
 class Section(BaseModel):
@@ -86,6 +93,27 @@ def _whole(value: Any) -> Any:
 
 Whole = Annotated[int, BeforeValidator(_whole)]
 PositiveWhole = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+
+
+@functools.lru_cache
+def _checksum(path: Path, size: int, changed: int) -> str:
+    del size, changed  # another file has others
+    with open_regular(path, DATA_BYTES) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file of weights.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    try:
+        check_file(path, WEIGHTS)
+        stat = path.stat()
+        return _checksum(path.resolve(), stat.st_size, stat.st_mtime_ns)
+    except (InputError, OSError) as error:
+        raise ValueError(f"weights: {error}") from error
 
 
 def _in_unit(value: Any, name: str, described: Any) -> Any:
@@ -182,10 +210,36 @@ class Model(Section):
     Attributes:
         name: resnet18, small_resnet, small_cnn, or your own as `module:function`.
         options: further arguments of the function, for instance { norm = "group" }.
+        weights: a file of weights that training begins with, .safetensors or .pt; absent = drawn
+            from the seed. weights_sha256: its checksum, filled in when the spec is read, and part
+            of the study's hash instead of the path.
     """
 
     name: str = "resnet18"
     options: dict[str, Any] = Field(default_factory=dict)
+    weights: Annotated[str, Field(min_length=1)] | None = None
+    weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_checksum(cls, values: Any, info: ValidationInfo) -> Any:
+        """The checksum of the weights, which is the file's unless a run's own record is read."""
+        if not isinstance(values, dict) or info.context == STORED:
+            return values
+        path, recorded = values.get("weights"), values.get("weights_sha256")
+        if path is None or not isinstance(path, str):
+            if recorded is not None:
+                raise ValueError("weights_sha256 needs weights, the file that it is of")
+            return values
+        if info.context == RECEIVED:
+            raise ValueError("weights name a file, which a server may not do: remove the key")
+        found = file_checksum(Path(path))
+        if recorded not in (None, found):
+            raise ValueError(
+                f"weights: {path} is not the file that weights_sha256 is of. Restore it, or "
+                "remove weights_sha256 to begin with these weights"
+            )
+        return {**values, "weights_sha256": found}
 
     @model_validator(mode="after")
     def _known_model(self) -> Model:
@@ -198,7 +252,8 @@ class Training(Section):
     """The schedule, the same for every algorithm; the defaults are the paper's.
 
     Attributes:
-        rounds: communication rounds. local_epochs: passes of a client over its data per round.
+        rounds: communication rounds; 0 deploys `model.weights` as they are.
+        local_epochs: passes of a client over its data per round.
         batch_size, lr, momentum, weight_decay: stochastic gradient descent.
         decay_every: local epochs, counted over the whole training, after which lr is multiplied by
             `decay_factor`; 0 = never.
@@ -207,7 +262,7 @@ class Training(Section):
         precision: "float32", or "bfloat16" (the network's arithmetic; weights stay in float32).
     """
 
-    rounds: PositiveWhole = 45
+    rounds: Annotated[int, BeforeValidator(_whole), Field(ge=0)] = 45
     local_epochs: PositiveWhole = 2
     batch_size: PositiveWhole = 64
     lr: Annotated[float, Field(gt=0)] = 0.1

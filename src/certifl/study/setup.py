@@ -26,6 +26,8 @@ def label_of(spec: Spec) -> str:
     where it is not the perturbation certified: "Mixture, λ = 0.1, MACER", "FedAvg (nominal)",
     "Personalized (affine start)".
     """
+    if spec.training.rounds == 0:
+        return "Given weights"
     algorithm, certified = spec.algorithm, combine_augmentations(spec.perturbations())
     name = ALGORITHMS.rows[algorithm["name"]].label
     base = algorithm.get("base", {"name": "fedavg"})["name"]

@@ -62,6 +62,8 @@ DECISIONS: dict[str, Decision] = {
     "clients.min_clients": _SERVER,
     "model.name": Decision("done", "one of certifl's, or one in `networks` of `client.toml`"),
     "model.options": Decision("done", f"networks of at most {_LARGEST_NETWORK >> 30} GiB"),
+    "model.weights": Decision("refused", "a server names no file of this machine"),
+    "model.weights_sha256": Decision("refused", "as `model.weights`"),
     "algorithm": Decision("done", "one of certifl's"),
     "objective": Decision("done", "one of certifl's"),
     "training.rounds": Decision("done", "each of so many rounds is answered once"),
