@@ -115,6 +115,10 @@ class RunFolder:
         """Votes cast so far on one client's test images."""
         return self.path / "checkpoints" / "certification" / f"client-{client:05d}.safetensors"
 
+    def shared(self, client: int) -> Path:
+        """What a client of a federation shared of its certification; absent until it finished."""
+        return self.votes(client).with_name(f"told-{client:05d}.json")
+
     def exists(self) -> bool:
         """Whether a run was begun here."""
         return (self.path / _MARK).is_file()
