@@ -408,12 +408,17 @@ def show_study(costs: Mapping[str, Cost], scale: str, words: str) -> None:
             f"{cost.done}",
             f"{cost.trainings}",
             f"{cost.votes_at_most:,}",
-            _left(cost.seconds),
+            "not measured" if cost.unknown else _left(cost.seconds),
         )
         for name, cost in costs.items()
     ]
     _print_costs(("figure", "runs", "done", "trainings left", "votes at most", "rough time"), rows)
     measured = list(costs.values())[-1].measured
+    if any(cost.unknown for cost in costs.values()):
+        console.print(
+            "No GPU's speed is known before it has finished a run of each network of this study.",
+            style="dim",
+        )
     console.print(
         f"Speeds are measured in finished runs of this study for {100 * measured:.0f} % of the "
         "runs left, otherwise orders of magnitude. A figure's runs are counted in its line even "
