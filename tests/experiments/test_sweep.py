@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,18 @@ def test_an_axis_of_one_algorithm_and_keys_that_others_lack():
     assert labels[3:] == ["Mixture, λ = 0.1", "Mixture, λ = 0.5"]
     assert [spec.seed for spec in sweep.variants[0].specs] == [0, 1, 2]
     assert len(sweep.jobs) == 15
+
+
+def test_the_sweep_of_the_documentation_has_twelve_runs():
+    root = Path(__file__).resolve().parents[2]
+    command = (root / "docs" / "sweep.md").read_text().split("```\n")[1]
+    words = shlex.split(command.splitlines()[0])
+    grids = [words[at + 1] for at, word in enumerate(words) if word == "--grid"]
+    seeds = words[words.index("--seeds") + 1]
+    values = tomllib.loads((root / words[2]).read_text())
+    sweep = asked(*grids, seeds=seeds, **values)
+    assert len(sweep.jobs) == 12
+    assert [v.label for v in sweep.variants][2:] == ["Mixture, λ = 0.1", "Mixture, λ = 0.5"]
 
 
 def test_keys_of_the_file_that_an_algorithm_lacks_are_left_out():

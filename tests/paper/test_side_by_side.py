@@ -112,7 +112,7 @@ def test_a_failure_of_a_helper_is_reported_by_the_command(tmp_path):
 
 
 def test_how_many_by_default(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("certifl.experiments.parallel.cores", lambda: 8)
     plans = {name: dataclasses.replace(study(tmp_path), scale=SCALES[name]) for name in SCALES}
     assert {name: jobs_here(None, plan, "cpu", False) for name, plan in plans.items()} == {
         "smoke": 1,
@@ -122,7 +122,7 @@ def test_how_many_by_default(tmp_path, monkeypatch):
     assert jobs_here(None, plans["laptop"], "cuda:0", False) == 1
     assert jobs_here(None, plans["laptop"], "cpu", True) == 1
     assert jobs_here(3, plans["paper"], "cuda", False) == 3
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("certifl.experiments.parallel.cores", lambda: 2)
     assert jobs_here(None, plans["laptop"], "auto", False) == 2
     with pytest.raises(InputError, match="one after the other"):
         jobs_here(2, plans["laptop"], "cpu", True)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from certifl.experiments.sweep import Sweep
     from certifl.report import RunResults
     from certifl.runs.folder import StoredRun
+    from certifl.study.opened_run import OpenRun
 
 
 def quickstart(
@@ -299,7 +300,7 @@ def finetune(
     folder = out or Path("runs") / f"{weights.stem}-{specs['after'].hash()[:8]}"
     page = folder / "report.html"
     require_own_folder(folder, list(specs), (page.name, "figures", tuning.WEIGHTS))
-    results: list[RunResults] = []
+    runs: dict[str, OpenRun] = {}
     with interruptible(overwrite), terminal.Board() as board:
         for name, spec in specs.items():
             board.stage(name)
@@ -311,9 +312,10 @@ def finetune(
                 report=board.report,
                 command=command_line(),
             )
-            run = compute(spec, options)
-            results.append(_labelled(run, getattr(tuning, name.upper())))
-        tuned = tuning.save_finetuned(run, folder)
+            runs[name] = compute(spec, options)
+        labels = {"before": tuning.BEFORE, "after": tuning.AFTER}
+        results = [_labelled(runs[name], label) for name, label in labels.items()]
+        tuned = tuning.save_finetuned(runs["after"], folder)
         write_report(results, page, title=specs["after"].name)
     terminal.show_summary(summary_rows(results))
     say(f"\nReport: {page.resolve()}\nWeights: {tuned.resolve()}")

@@ -235,7 +235,13 @@ def processes_here(requested: int | None, most: int, device: str, overwrite: boo
     if requested is not None:
         return requested
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    return min(os.cpu_count() or 1, most) if on_cpu else 1
+    return min(cores(), most) if on_cpu else 1
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed is not None else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

@@ -233,10 +233,9 @@ def _identity(
         identity["objective"] = _printed(training.objective)
     if training.precision != "float32":
         identity["precision"] = training.precision
-    partial = isinstance(participation, RandomShare) and (
+    if isinstance(participation, RandomShare) and (
         participation.share < 1 or participation.clients < len(clients)
-    )
-    if partial:
+    ):
         identity["participation"] = asdict(participation)
     if training.privacy is not None:
         identity["privacy"] = training.privacy.described()

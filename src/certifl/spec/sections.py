@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 S = TypeVar("S")
 R = TypeVar("R")
 
+_PIECE = 1 << 20  # bytes of a file of weights that are read at a time
 NONE, SAME, OWN = "none", "same", "own"
 # The context of validation in which a run's own record is read: what an older version could
 # compute stays readable, though it can no longer be asked for.
@@ -98,8 +99,11 @@ PositiveWhole = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
 @functools.lru_cache
 def _checksum(path: Path, size: int, changed: int) -> str:
     del size, changed  # another file has others
+    digest = hashlib.sha256()
     with open_regular(path, DATA_BYTES) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def file_checksum(path: Path) -> str:
