@@ -21,6 +21,7 @@ from certifl.experiments.verify import verify_run
 from certifl.federated.algorithms import ALGORITHMS
 from certifl.report import load_runs, summary_rows, write_report
 from certifl.report.results import TRAINED, UNSEEN, by_perturbation
+from certifl.report.seed_table import seed_table
 from certifl.study.opened_run import OpenRun
 from tiny_study import spec
 
@@ -71,6 +72,7 @@ def test_the_report_shows_it_apart(runs, tmp_path):
     rows = summary_rows(loaded)
     assert [row["of_clients"] for row in rows] == [[0, 1]] * 3 + [[2]] * 3
     assert all(UNSEEN in row["perturbation"] for row in rows[3:])
+    assert [part.title for part in seed_table(loaded).parts] == [TRAINED, UNSEEN]
     written = write_report(loaded, tmp_path / "page.html", figures=False).read_text()
     assert "took part in no round of training" in written
     assert "Groups of clients" in written

@@ -17,7 +17,7 @@ from certifl.report.compare import Comparison, Difference, compare, standing
 from certifl.report.figures import certified_accuracy_figure, save
 from certifl.report.page.page import write_report
 from certifl.report.results import Row, RunResults, by_perturbation, by_seed, load_runs
-from certifl.report.summary import first_unit
+from certifl.report.summary import first_unit, group_words, noise_words
 from certifl.report.table import summary_rows
 from certifl.report.units import RadiusScale
 from certifl.runs.atomic import write_text
@@ -29,25 +29,23 @@ _NUMBERS = (
 
 
 @dataclass(frozen=True)
-class SeedTable:
-    """The table.
+class TableOfGroup:
+    """The rows about one group of clients, which certify one perturbation.
 
     Attributes:
+        title: which group; "" where there is one.
         head: titles of the columns of `rows`.
         rows: texts; radii are rounded down and intervals outward.
         leading: whether each row leads, or is not shown to be behind the row that does.
-        notes: what the columns mean, in sentences.
-        numbers: by column of the CSV, one mapping for each row.
     """
 
+    title: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     leading: tuple[bool, ...]
-    notes: tuple[str, ...]
-    numbers: tuple[Mapping[str, Any], ...]
 
     def text(self) -> str:
-        """Columns side by side, and the notes below."""
+        """Columns side by side."""
         lines = [self.head, *self.rows]
         widths = [max(len(line[at]) for line in lines) for at in range(len(self.head))]
         shown = [
@@ -58,18 +56,7 @@ class SeedTable:
             for line in lines
         ]
         shown.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([*shown, "", *self.notes]) + "\n"
-
-    def csv(self) -> str:
-        """Unrounded numbers, in the units in which they are stored."""
-        columns = list(dict.fromkeys([*_NUMBERS, *(key for row in self.numbers for key in row)]))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
-            {k: "" if v is None else v for k, v in row.items()} for row in self.numbers
-        )
-        return text.getvalue()
+        return "\n".join([*([self.title] if self.title else []), *shown])
 
     def markdown(self) -> str:
         """A Markdown table; rows that lead are bold."""
@@ -77,7 +64,8 @@ class SeedTable:
         ruler = ["---", *["---:"] * (len(self.head) - 1)]
         lines = [[_markdown(cell) for cell in self.head], ruler]
         lines += [[_markdown(cell) for cell in row] for row in rows]
-        return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *self.notes]) + "\n"
+        title = [f"{self.title}:", ""] if self.title else []
+        return "\n".join([*title, *(f"| {' | '.join(line)} |" for line in lines)])
 
     def latex(self) -> str:
         """A tabular with the rules of the package booktabs; rows that lead are bold."""
@@ -87,7 +75,7 @@ class SeedTable:
             for at, row in enumerate(self.rows)
         ]
         lines = [
-            *(f"% {note}" for note in self.notes),
+            *([f"% {self.title}"] if self.title else []),
             rf"\begin{{tabular}}{{l{'r' * (len(self.head) - 1)}}}",
             r"\toprule",
             rf"{head} \\",
@@ -96,11 +84,49 @@ class SeedTable:
             r"\bottomrule",
             r"\end{tabular}",
         ]
-        return "\n".join(lines) + "\n"
+        return "\n".join(lines)
 
     def _emphasized(self, row: Sequence[str], at: int, form: str) -> list[str]:
         name, *rest = row
         return [form.format(name) if self.leading[at] else name, *rest]
+
+
+@dataclass(frozen=True)
+class SeedTable:
+    """The table: one part for each group of clients that is reported apart.
+
+    Attributes:
+        parts: usually one.
+        notes: what the columns mean, in sentences.
+        numbers: by column of the CSV, one mapping for each row.
+    """
+
+    parts: tuple[TableOfGroup, ...]
+    notes: tuple[str, ...]
+    numbers: tuple[Mapping[str, Any], ...]
+
+    def text(self) -> str:
+        """Columns side by side, and the notes below."""
+        return "\n\n".join([*(part.text() for part in self.parts), "\n".join(self.notes)]) + "\n"
+
+    def csv(self) -> str:
+        """Unrounded numbers, in the units in which they are stored."""
+        columns = list(dict.fromkeys([*_NUMBERS, *(key for row in self.numbers for key in row)]))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.numbers)  # None is written as an empty cell
+        return text.getvalue()
+
+    def markdown(self) -> str:
+        """Markdown tables with the notes below."""
+        parts = [part.markdown() for part in self.parts]
+        return "\n\n".join([*parts, "\n".join(self.notes)]) + "\n"
+
+    def latex(self) -> str:
+        """Tabulars, with the notes as comments above."""
+        notes = "\n".join(f"% {note}" for note in self.notes)
+        return "\n\n".join([notes, *(part.latex() for part in self.parts)]) + "\n"
 
 
 def write_comparison(runs: Sequence[RunResults], folder: Path, title: str) -> SeedTable:
@@ -139,24 +165,38 @@ def seed_table(runs: Sequence[str | Path | RunResults]) -> SeedTable:
         StoreMismatch: a run that is missing or unfinished, or runs that cannot be compared.
         StoreError: a run that is damaged.
     """
-    groups = by_perturbation(load_runs(runs))
+    groups = [by_seed(group) for group in by_perturbation(load_runs(runs))]
     summaries = iter(summary_rows(runs))
-    head: tuple[str, ...] = ()
-    rows: list[tuple[str, ...]] = []
-    leading: list[bool] = []
+    one_noise = len({noise_words(group[0].conditions) for group in groups}) == 1
+    parts: list[TableOfGroup] = []
     numbers: list[Mapping[str, Any]] = []
-    several = any(len(row.runs) > 1 for group in groups for row in by_seed(group))
     for group in groups:
-        own = by_seed(group)
-        compared, scale = compare(own), first_unit(own)
-        behind = _behind(compared)
-        for at, row in enumerate(own):
-            summary = next(summaries)
-            head = head or _head(summary, len(own) > 1)
-            rows.append(_texts(summary, row, scale, behind.get(at), len(own) > 1))
-            leading.append(at in _leaders(compared))
-            numbers.append(_numbers(summary, row, behind.get(at), leading[-1]))
-    return SeedTable(head, tuple(rows), tuple(leading), _notes(several), tuple(numbers))
+        own = [next(summaries) for _ in group]
+        title = group[0].group if one_noise else group_words(group[0])
+        part, more = _of_group(title, group, own)
+        parts.append(part)
+        numbers += more
+    several = any(len(row.runs) > 1 for group in groups for row in group)
+    return SeedTable(tuple(parts), _notes(several), tuple(numbers))
+
+
+def _of_group(
+    title: str, rows: Sequence[Row], summaries: Sequence[Mapping[str, Any]]
+) -> tuple[TableOfGroup, list[Mapping[str, Any]]]:
+    """One group's table, and the numbers in it."""
+    compared, scale, several = compare(rows), first_unit(rows), len(rows) > 1
+    behind, leaders = _behind(compared), _leaders(compared)
+    pairs = list(zip(rows, summaries, strict=True))
+    texts = [
+        _texts(summary, row, scale, behind.get(at), several)
+        for at, (row, summary) in enumerate(pairs)
+    ]
+    numbers = [
+        _numbers(summary, row, behind.get(at), at in leaders)
+        for at, (row, summary) in enumerate(pairs)
+    ]
+    leading = tuple(at in leaders for at in range(len(rows)))
+    return TableOfGroup(title, _head(summaries[0], several), tuple(texts), leading), numbers
 
 
 def _head(summary: Mapping[str, Any], compared: bool) -> tuple[str, ...]:
@@ -173,9 +213,8 @@ def _texts(
     compared: bool,
 ) -> tuple[str, ...]:
     low, high = summary["acr_low_text"], summary["acr_high_text"]
-    group = f" ({summary['perturbation']})" if summary["perturbation"] else ""
     cells = [
-        f"{summary['label']}{group}",
+        str(summary["label"]),
         str(len(row.runs)),
         summary["acr_text"],
         f"{low} to {high}" if low else "–",
