@@ -201,8 +201,8 @@ def sweep(
     )
     sweeps.check_sweep(asked, options)
     pending = [job for job in asked.jobs if overwrite or not job.done()]
-    most = min(len(pending), sweeps.MOST_PROCESSES)
-    at_once = processes_here(jobs, max(1, most), device, overwrite)
+    at_once = processes_here(jobs, sweeps.MOST_PROCESSES, device, overwrite)
+    at_once = max(1, min(at_once, len(pending)))
     failures: dict[Path, str] = {}
     with interruptible(overwrite), terminal.Board() as board:
         options = replace(options, report=board.report)

@@ -374,7 +374,8 @@ def show_sweep(name: str, costs: Sequence[SweepCost], at_once: int) -> None:
     console.print(
         f"Times are those of one run after the other{several if at_once > 1 and seconds else ''}. "
         "Each variant was measured on random images for a few seconds; a training that several "
-        "runs share is counted once. `certifl plan` says more about one of them.",
+        "runs share is counted once. Not counted are a few seconds for each run: its start, the "
+        "images of the explorer, the page. `certifl plan` says more about one of them.",
         style="dim",
     )
 
