@@ -94,6 +94,18 @@ def test_its_training_images_are_never_used(runs, tmp_path):
     assert all(torch.equal(trained[name], before[name]) for name in before)
 
 
+def test_it_resumes_with_the_same_bits(runs, tmp_path):
+    def stop(what: str, done: int, total: int, unit: str) -> None:
+        if done == 2:  # both clients of the only round, before the unseen one is fine-tuned
+            raise KeyboardInterrupt
+
+    asked, out = spec(*SETTINGS, PERSONALIZED), tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        compute(asked, Options(out, device="cpu", report=stop, explore=False))
+    again = compute(asked, Options(out, device="cpu", explore=False))
+    assert again.certificates.same_results(runs["personalized"].certificates)
+
+
 def test_the_plan_and_the_hash_know_it():
     assert spec(*SETTINGS).training_hash() != spec(*SETTINGS, "clients.unseen=0").training_hash()
     assert spec("clients.unseen=0").hash() == spec().hash()
