@@ -20,6 +20,7 @@ from certifl.certification.metadata import below_sigma
 from certifl.experiments.doctor import Fact
 from certifl.experiments.plan import Plan
 from certifl.experiments.standalone import Prediction
+from certifl.experiments.sweep import Cost as SweepCost
 from certifl.paper.claims.rules import NOT_TESTED
 from certifl.paper.costs import Cost
 from certifl.perturbations import trait
@@ -29,6 +30,7 @@ from certifl.safe_io import visible
 
 _QUIET_SECONDS = 10.0
 _WIDEST = 400
+_YEAR = 365.25  # days
 
 
 class Board:
@@ -368,27 +370,68 @@ def show_plan(name: str, plan: Plan) -> None:
         console.print(f"- {sentence}", style="dim")
 
 
+def show_sweep(name: str, costs: Sequence[SweepCost], at_once: int) -> None:
+    """What the variants of a sweep will take."""
+    console = _console(soft_wrap=True)
+    console.print(f"Plan of the sweep {visible(name)}: nothing was trained or written.")
+    rows = [
+        (visible(c.label), f"{c.runs}", f"{c.done}", f"{c.votes:,}", _left(c.seconds))
+        for c in costs
+    ]
+    runs, done, votes = (sum(getattr(c, key) for c in costs) for key in ("runs", "done", "votes"))
+    seconds = sum(c.seconds for c in costs)
+    rows.append(("all", f"{runs}", f"{done}", f"{votes:,}", _left(seconds)))
+    _print_costs(("variant", "runs", "done", "votes expected", "time"), rows)
+    several = f"; {at_once} at a time (--jobs) at best {_roughly(seconds / at_once)}"
+    console.print(
+        f"Times are those of one run after the other{several if at_once > 1 and seconds else ''}. "
+        "Each variant was measured on random images for a few seconds; a training that several "
+        "runs share is counted once. Not counted are a few seconds for each run: its start, the "
+        "images of the explorer, the page. `certifl plan` says more about one of them.",
+        style="dim",
+    )
+
+
+def _left(seconds: float) -> str:
+    return _roughly(seconds) if seconds else "finished"
+
+
+def _print_costs(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table of names and numbers, wider than the terminal if need be."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(head[0], no_wrap=True)
+    for title in head[1:]:
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = _console()
+    needed = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
+    _console(width=max(console.width, needed)).print(table)
+
+
 def show_study(costs: Mapping[str, Cost], scale: str, words: str) -> None:
     """What figures will take: runs they share are counted in each, and once in the last line."""
     console = _console(soft_wrap=True)
     console.print(f"Plan at scale {scale}: nothing was computed or written.")
     console.print(f"This scale is {words}.", style="dim")
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("figure", no_wrap=True)
-    for title in ("runs", "done", "trainings left", "votes at most", "rough time"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for name, cost in costs.items():
-        table.add_row(
+    rows = [
+        (
             name,
             f"{cost.runs}",
             f"{cost.done}",
             f"{cost.trainings}",
             f"{cost.votes_at_most:,}",
-            _roughly(cost.seconds) if cost.seconds else "finished",
+            "not measured" if cost.unknown else _left(cost.seconds),
         )
-    needed = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
-    _console(width=max(console.width, needed)).print(table)
+        for name, cost in costs.items()
+    ]
+    _print_costs(("figure", "runs", "done", "trainings left", "votes at most", "rough time"), rows)
     measured = list(costs.values())[-1].measured
+    if any(cost.unknown for cost in costs.values()):
+        console.print(
+            "No GPU's speed is known before it has finished a run of each network of this study.",
+            style="dim",
+        )
     console.print(
         f"Speeds are measured in finished runs of this study for {100 * measured:.0f} % of the "
         "runs left, otherwise orders of magnitude. A figure's runs are counted in its line even "
@@ -398,7 +441,10 @@ def show_study(costs: Mapping[str, Cost], scale: str, words: str) -> None:
 
 
 def _roughly(seconds: float) -> str:
-    return _clock(seconds) if seconds < 2 * 86_400 else f"{seconds / 86_400:,.0f} days"
+    days = seconds / 86_400
+    if days < 2:
+        return _clock(seconds)
+    return f"{days:,.0f} days" if days < _YEAR else f"{days / _YEAR:,.1f} years"
 
 
 def _clock(seconds: float) -> str:

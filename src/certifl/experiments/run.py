@@ -47,6 +47,7 @@ from certifl.study.opened_run import (
 )
 from certifl.study.privacy import protection, spent, training_key
 from certifl.study.setup import by_client, check_training, local_training, participation
+from certifl.study.weights import keep_weights
 from certifl.tracking import check_trackers
 from certifl.tracking.run_tracker import Update, track_finished, tracked
 
@@ -126,6 +127,17 @@ def compute(spec: Spec, options: Options) -> OpenRun:
     return opened
 
 
+def check(spec: Spec, options: Options) -> None:
+    """Refuse, with nothing written, a study that does not fit its data, network or device.
+
+    Raises:
+        RequestError: it does not.
+    """
+    opened = OpenRun(options.out)
+    opened.spec = spec
+    _prepare(opened, options)
+
+
 def _prepare(run: OpenRun, options: Options) -> str:
     """Load the data, build the network, and find whatever the request can be refused for.
 
@@ -186,6 +198,7 @@ def _describe(run: OpenRun, options: Options) -> None:
         }
     )
     write_json(run.folder.partition, partition.to_manifest())
+    keep_weights(run.folder, spec, run.architecture)
 
 
 def _train(run: OpenRun, options: Options, device: str, update: Update) -> StoredRound:
@@ -201,7 +214,7 @@ def _train(run: OpenRun, options: Options, device: str, update: Update) -> Store
         local_training(spec, model, device, private),
         Checkpoints(folder.training),
         progress=_rounds(run, options.report, update),
-        participation=participation(spec, len(clients)),
+        participation=participation(spec),
         ledger=private.ledger,
         start_from=_taken_over(folder, _sibling_training(run, options.siblings)),
         rule=private.client or spec.aggregation.build(),
@@ -251,15 +264,23 @@ def _client_data(dataset: Dataset, index: np.ndarray, client: int) -> ClientData
     return ClientData(client, part.images, part.labels)
 
 
+def shares_training(spec: Spec) -> bool:
+    """Whether a training may be taken over by another run, or taken from one.
+
+    A user's network is always trained: its code may have changed under the same name. So is a run
+    whose noise has a secret key: each has its own.
+    """
+    return ":" not in spec.model.name and spec.privacy.noise_key != "secret"
+
+
 def _sibling_training(run: OpenRun, siblings: tuple[Path, ...]) -> RunFolder | None:
     """A finished training that this one continues: the same, or the base it personalizes.
 
     It must have the same images, versions, processor and device: its bits are then those that
-    this run would compute. A user's network is always trained: its code may have changed under
-    the same name. So is a run whose noise has a secret key: each has its own.
+    this run would compute.
     """
     spec = run.spec
-    if ":" in spec.model.name or spec.privacy.noise_key == "secret":
+    if not shares_training(spec):
         return None
     own, wanted = run.folder.manifest(), {spec.training_hash()}
     if isinstance(run.algorithm, Personalized):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from certifl.certification import Certificates
 from certifl.certification.api import certify
@@ -29,16 +27,13 @@ from certifl.data import (
 )
 from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.models import build
-from certifl.models.weights import load_weights, read_checkpoint, weights_in
 from certifl.module_copies import evaluating
-from certifl.path_checks import WEIGHTS, check_certificate_file, check_file
+from certifl.path_checks import check_certificate_file
 from certifl.perturbations import DEFAULT, Perturbation, describe, from_description
 from certifl.progress import StageCallback
-from certifl.runs.atomic import load_tensors
 from certifl.study.certify import Job, VoteSource, certify_job
 from certifl.study.opened_run import ClientStudy, Deployed, OpenRun, certified_by
-
-_log = logging.getLogger(__name__)
+from certifl.study.weights import begin_with
 
 _DEFAULT_SIGMA = 0.25
 _MOST_CLASSES = 100_000
@@ -217,36 +212,8 @@ def _trained(name: str, weights: Path, images: ImageKind, seed: int) -> nn.Modul
     """A network with its weights, in evaluation mode."""
     classes = len(images.class_names)
     model = build(name, images.in_channels, classes, seed, image_size=images.image_size)
-    if change := load_weights(model, _weights(weights), f"{weights} does not fit {name}"):
-        _log.warning("%s: %s", weights, change)
+    begin_with(model, weights, name)
     return evaluating(model)
-
-
-def _weights(path: Path) -> Mapping[str, Tensor]:
-    check_file(path, WEIGHTS)
-    if path.suffix == ".safetensors":
-        try:
-            return load_tensors(path)
-        except StoreError as error:
-            raise InputError(
-                f"{error} It is no whole file of weights: save model.state_dict() anew with "
-                "safetensors.torch.save_file."
-            ) from error
-    _require_plain(path)
-    return weights_in(read_checkpoint(path), str(path))
-
-
-def _require_plain(path: Path) -> None:
-    """Refuse a file of weights that expands: torch writes them without compression."""
-    try:
-        with zipfile.ZipFile(path) as packed:
-            inside = sum(entry.file_size for entry in packed.infolist())
-    except (OSError, ValueError, zipfile.BadZipFile):
-        return  # older files of torch are no archive; what is damaged is refused when it is read
-    if inside > path.stat().st_size:
-        raise InputError(
-            f"{path} would expand to {inside:,} bytes. Save model.state_dict() with torch.save."
-        )
 
 
 @dataclass(frozen=True)

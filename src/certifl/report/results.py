@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 MODEL = "model"
 """Stands for the algorithm where certificates are of a model that no study trained."""
 _MUST_AGREE = ("family", "norm", "unit")
+# Parts of a run whose clients are reported apart.
+TRAINED, UNSEEN = "clients in training", "unseen clients"
 # Runs of one row may differ in these keys of the spec, and must agree in this metadata.
 _NO_SETTINGS = ("seed", "name", "certification.precision")
 _DECISIVE = ("family", "sigma", "law", "norm", "alpha", "n0", "n", "estimator")
@@ -47,6 +49,7 @@ class RunResults:
         spec: text of `spec.toml`.
         plain: plain predictions of the clients that certify nothing; None where all certify.
         color: that the user chose, as "#rrggbb"; None = the algorithm's own.
+        group: which clients these are, where some took no part in training; "" = all.
     """
 
     folder: Path
@@ -57,6 +60,7 @@ class RunResults:
     spec: str
     plain: Predictions | None = None
     color: str | None = None
+    group: str = ""
 
     @property
     def algorithm(self) -> str:
@@ -89,6 +93,12 @@ class RunResults:
     def clients(self) -> Ints:
         """Numbers of the clients that have certificates, in order."""
         return np.unique(self.certificates.client)
+
+    @property
+    def unseen(self) -> tuple[int, ...]:
+        """Numbers of the clients that took part in no round, from the manifest."""
+        listed = self.manifest.get("unseen")
+        return tuple(c for c in listed if type(c) is int) if isinstance(listed, list) else ()
 
     @property
     def curves_only(self) -> bool:
@@ -213,6 +223,11 @@ class SeedGroup:
     def folder(self) -> Path:
         """Of the first seed."""
         return self.runs[0].folder
+
+    @property
+    def group(self) -> str:
+        """Which clients these are; see `RunResults`."""
+        return self.runs[0].group
 
     @property
     def parts(self) -> tuple[RunResults, ...]:
@@ -398,9 +413,25 @@ def by_perturbation(runs: Sequence[RunResults]) -> list[list[RunResults]]:
     """The runs of a report once for every perturbation, each with the clients that certify it.
 
     Radii of different perturbations have no common axis and no common mean, so each perturbation
-    is reported separately. The parts of comparable runs correspond.
+    is reported separately. So are clients that took part in no round of some run: there the
+    others are a group, too. The parts of comparable runs correspond.
     """
-    return [list(part) for part in zip(*(run.parts for run in runs), strict=True)]
+    parts = [list(part) for part in zip(*(run.parts for run in runs), strict=True)]
+    unseen = {client for run in runs for client in run.unseen}
+    if not unseen:
+        return parts
+    halves = [_of_group(part, unseen, group) for part in parts for group in (TRAINED, UNSEEN)]
+    return [half for half in halves if all(len(run.certificates) for run in half)]
+
+
+def _of_group(runs: Sequence[RunResults], unseen: set[int], group: str) -> list[RunResults]:
+    """The runs with the unseen clients alone, or without them."""
+    found = []
+    for run in runs:
+        rows = np.isin(run.certificates.client, sorted(unseen)) == (group == UNSEEN)
+        own = run.certificates.select(rows)
+        found.append(dataclasses.replace(run, certificates=own, group=group))
+    return found
 
 
 def check_comparable(runs: Sequence[Row]) -> None:

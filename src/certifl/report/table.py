@@ -14,9 +14,9 @@ from certifl.report.summary import (
     abstained_share,
     accuracy_share,
     first_unit,
+    group_words,
     left_out_words,
     mean_acr,
-    noise_words,
     plain_rows,
     selected_radii,
     spread,
@@ -80,7 +80,7 @@ def _class_rows(rows: Sequence[Row], several: bool) -> list[dict[str, Any]]:
     return [
         {
             "label": row.label,
-            "perturbation": noise_words(row.conditions) if several else None,
+            "perturbation": group_words(row) if several else None,
             "class": one.number,
             "name": one.name,
             "images": one.images,
@@ -137,7 +137,7 @@ def _rows(loaded: Sequence[Row], own: bool) -> list[dict[str, Any]]:
                 "votes_saved": votes.saved,
                 "left_out": _of_runs(run, left_out_words),
                 "privacy": _of_runs(run, privacy_words),
-                "perturbation": noise_words(run.conditions) if own else None,
+                "perturbation": group_words(run) if own else None,
                 "of_clients": run.clients.tolist() if own else None,
                 "plain": [
                     {"client": client, "images": images, "correct": correct}

@@ -18,11 +18,11 @@ from certifl.report.style import FigureStyle, Look, looks_of, unbroken
 from certifl.report.summary import (
     client_acr,
     client_curves,
+    group_words,
     largest_radius,
     mean_acr,
     measure_curves,
     measures_of,
-    noise_words,
     radius_grid,
 )
 from certifl.report.units import RadiusScale, scales
@@ -94,7 +94,7 @@ def _title(runs: Sequence[Row], title: str | None, style: FigureStyle) -> str:
     """The one that was asked for; otherwise the perturbation, unless a caption will give it."""
     if title is not None:
         return title
-    return "" if style.size else noise_words(runs[0].conditions)
+    return "" if style.size else group_words(runs[0])
 
 
 def per_client_figure(
@@ -363,7 +363,7 @@ def title_above(axes: Axes, title: str) -> None:
 
 def heading(figure: Figure, runs: Sequence[Row], title: str | None) -> None:
     """A title and one legend for all panels."""
-    text = title if title is not None else noise_words(runs[0].conditions) if runs else ""
+    text = title if title is not None else group_words(runs[0]) if runs else ""
     if text:
         figure.suptitle(
             short_name(text, _LONGEST_TITLE), fontsize=10.5, color=INK, parse_math=False

@@ -36,7 +36,7 @@ from certifl.report.page.panels import (
     tabs,
 )
 from certifl.report.page.perturbations import Groups, overview
-from certifl.report.results import Row, RunResults, by_perturbation, by_seed, load_runs
+from certifl.report.results import UNSEEN, Row, RunResults, by_perturbation, by_seed, load_runs
 from certifl.report.style import FigureStyle, looks_of
 from certifl.report.units import family_words
 from certifl.report.wording import listed
@@ -159,7 +159,10 @@ def write_figures(
 
 def _folder_names(groups: Groups) -> list[str]:
     """A short name for each group: its family, numbered where several share it."""
-    families = [str(runs[0].conditions["family"]) for runs in groups]
+    families = [
+        f"{runs[0].conditions['family']}{'-unseen' if runs[0].group == UNSEEN else ''}"
+        for runs in groups
+    ]
     return [
         family if families.count(family) == 1 else f"{family}-{families[:at].count(family) + 1}"
         for at, family in enumerate(families)

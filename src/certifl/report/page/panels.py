@@ -28,7 +28,7 @@ from certifl.report.page.html import Markup, el, join, picture
 from certifl.report.page.perturbations import panel_id
 from certifl.report.page.recommendation import recommendation_payload, recommendation_section
 from certifl.report.results import Row
-from certifl.report.summary import noise_words
+from certifl.report.summary import group_words
 from certifl.report.wording import client_list, headline
 
 ClaimsSection = Callable[[Sequence[Row]], Markup]
@@ -197,5 +197,5 @@ def _tab_id(at: int) -> str:
 
 
 def _name(context: ReportContext) -> str:
-    words = noise_words(context.runs[0].conditions)
+    words = group_words(context.runs[0])
     return words[0].upper() + words[1:]
