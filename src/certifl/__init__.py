@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from certifl.certification.api import certify, predict
     from certifl.perturbations import (
         Affine,
+        Brightness,
+        Contrast,
         DenseFlow,
+        GaussianBlur,
         PixelNoise,
         Rotation,
         Scaling,
@@ -32,8 +35,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Affine",
+    "Brightness",
     "Certificates",
+    "Contrast",
     "DenseFlow",
+    "GaussianBlur",
     "PixelNoise",
     "Rotation",
     "Scaling",
@@ -52,7 +58,10 @@ _HOMES = {
     **dict.fromkeys(
         (
             "Affine",
+            "Brightness",
+            "Contrast",
             "DenseFlow",
+            "GaussianBlur",
             "PixelNoise",
             "Rotation",
             "Scaling",

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from certifl.perturbations import trait
 from certifl.report.figures.files import Drawing
 from certifl.report.results import Row, all_clients, check_comparable
 from certifl.report.style import Look, looks_of, unbroken
@@ -241,6 +242,7 @@ def radius_axis(axes: Axes, runs: Sequence[Row], what: str) -> None:
     """The radius in the unit that is read first below; angles also in radians above."""
     metadata = runs[0].conditions
     first, *others = scales(metadata, largest_radius(runs))
+    what += trait(metadata["family"], "radius_note", "")
     axes.set_xlabel(f"{what} in {first.name} ({metadata['norm']})", color=INK, parse_math=False)
     ticks_in(axes, first, 8)
     for other in others:
