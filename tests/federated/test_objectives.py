@@ -359,9 +359,8 @@ def test_macers_hinge_raises_the_certified_radius(perturbation):
 
 def cases_of_perturbations() -> list[Any]:
     paddings = ("zeros", "border", "reflection")
-    moves = {
-        n for n, row in PERTURBATIONS.rows.items() if "padding" in row.parameters.model_fields
-    }
+    rows = PERTURBATIONS.rows.items()
+    moves = [name for name, row in rows if "padding" in row.parameters.model_fields]
     moved = [PERTURBATIONS[name](0.1, padding=padding) for name in moves for padding in paddings]
     return [*(kind(0.1) for name, kind in PERTURBATIONS.items() if name not in moves), *moved]
 

@@ -169,8 +169,8 @@ def draw(
 
     Uniform draws lie in [-w, w] with w = `drawn_width(sigma)`, the width that radii use. Normal
     draws in float32 end at 5.77 sigma on a CPU (24-bit uniforms, Box and Muller 1958), which
-    leaves out a probability of 8e-9 per number; in float64 they end at 8.57 sigma. Exponential draws are
-    the inverse of the distribution at 53-bit uniforms; they end at 36.7 sigma.
+    leaves out a probability of 8e-9 per number; in float64 they end at 8.57 sigma. Exponential
+    draws invert the distribution at 53-bit uniforms and end at 36.7 sigma.
 
     Args:
         law: Gaussian, uniform or exponential.

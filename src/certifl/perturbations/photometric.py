@@ -144,8 +144,8 @@ class Contrast(Photometric):
     law = GAUSSIAN
     unit = LOG_FACTOR
     certified = (
-        "The image with its contrast about middle gray (0.5) multiplied by one factor between e^-R "
-        "and e^R, R the radius."
+        "The image with its contrast about middle gray (0.5) multiplied by one factor between "
+        "e^-R and e^R, R the radius."
     )
     promise = "for every contrast factor from e^-R to e^R, R the radius"
     usual = 2.0
@@ -153,7 +153,7 @@ class Contrast(Photometric):
     most = 10.0  # beyond it, factors of draws overflow float32
 
     def changed(self, images: Tensor, amount: Tensor) -> Tensor:
-        """x + (e^k - 1) (x - 1/2), which is x itself at k = 0."""
+        """Moved by (e^k - 1) (x - 1/2), which is 0 at k = 0."""
         return images + amount.expm1() * (images - _GRAY)
 
     def sweeps(self, reach: float) -> tuple[Sweep, ...]:
@@ -237,6 +237,6 @@ def _frequencies(size: int, like: Tensor) -> Tensor:
 
 
 def _product(left: Tensor, images: Tensor, right: Tensor) -> Tensor:
-    """left @ image @ right for every image (k, h, w), each by itself: `bmm` joins no rows."""
+    """The products left @ image @ right of images (k, h, w), each by itself."""
     k = len(images)
     return left.expand(k, *left.shape).bmm(images).bmm(right.expand(k, *right.shape))
