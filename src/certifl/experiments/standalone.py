@@ -262,7 +262,8 @@ def certify_image(
         code: folder with the network's own code.
     """
     used = _deployed(run, client, code)
-    image = read_image(path, used.in_channels, used.image_size, resize=resize)
+    prepare = used.spec.data.preparation()
+    image = read_image(path, used.in_channels, used.image_size, resize, prepare)
     wanted = used.spec.certification
     settings = wanted.settings(used.client)
     certificates = certify(
@@ -282,7 +283,7 @@ def certify_image(
     )
     label = int(certificates.predicted[0])
     name = used.class_names[label] if label >= 0 else ""
-    changed = changes_of(path, used.in_channels, used.image_size)
+    changed = changes_of(path, used.in_channels, used.image_size, prepare)
     return Prediction(certificates, name, used.client, used.deploys, changed)
 
 

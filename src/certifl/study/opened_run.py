@@ -25,7 +25,7 @@ from certifl.data import (
     random_part,
     to_float,
 )
-from certifl.data.readers import ColumnNames
+from certifl.data.readers import ReadOptions
 from certifl.errors import InputError, ModelError, StoreError, StoreMismatch, WorkError
 from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.rounds import deployed_model
@@ -46,11 +46,11 @@ DATA_DIR = "data_dir"  # in run.json
 # The data of a study.
 
 
-def data_columns(spec: Spec) -> ColumnNames:
+def data_columns(spec: Spec) -> ReadOptions:
     """The columns that a study reads, where its data set is a table."""
     splitter = spec.clients.splitter()
     kept = splitter.column if isinstance(splitter, Column) else None
-    return ColumnNames(label=spec.data.label_column, kept=kept)
+    return ReadOptions(label=spec.data.label_column, kept=kept, prepare=spec.data.preparation())
 
 
 def load_data(spec: Spec, data_dir: Path | None, *, offline: bool = False) -> Dataset:
@@ -70,6 +70,9 @@ def load_data(spec: Spec, data_dir: Path | None, *, offline: bool = False) -> Da
         label_column=columns.label,
         keep_column=columns.kept,
         test_split=spec.data.test_split,
+        resize=spec.data.resize,
+        crop=spec.data.crop,
+        window=spec.data.window,
         offline=offline,
     )
 
