@@ -233,7 +233,8 @@ def certify(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Your network as module:function, or a model's name; needs --weights and --data."
+            help="Your network as module:function or a model's name, with --weights; or "
+            "hf:OWNER/NAME, hf:./folder. Needs --data."
         ),
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Weights: .safetensors or .pt.")] = None,
@@ -241,6 +242,16 @@ def certify(
     client: Annotated[int, typer.Option(min=0, help="Client of the run.")] = 0,
     data: Annotated[
         str | None, typer.Option(help="Data set whose test images are certified.")
+    ] = None,
+    resize: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Resize the images to a square.")
+    ] = None,
+    crop: Annotated[
+        str | None, typer.Option(help="center or pad: make them square before --resize.")
+    ] = None,
+    window: Annotated[
+        tuple[float, float] | None,
+        typer.Option(metavar="LOW HIGH", help="Black and white of 16-bit gray images and DICOM."),
     ] = None,
     family: Family = None,
     sigma: Sigma = None,
@@ -311,6 +322,9 @@ def certify(
         overwrite=overwrite,
         shard=read_shard(shard),
         code=code,
+        resize=resize,
+        crop=crop,
+        window=window,
     )
     if model is not None:
         allow_code(model, Path.cwd())

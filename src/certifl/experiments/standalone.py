@@ -74,6 +74,7 @@ class Request:
         images: how many test images, a fixed random choice by `seed`.
         settings: how votes become certificates.
         precision, device, out, overwrite: as on the command line.
+        resize, crop, window: what is done to the images; a run brings its own.
         shard: which part of the images.
         code: the folder that holds a run's own network, which its user trusts.
     """
@@ -95,6 +96,9 @@ class Request:
     overwrite: bool
     shard: Shard = WHOLE
     code: Path | None = None
+    resize: int | None = None
+    crop: str | None = None
+    window: tuple[float, float] | None = None
 
 
 def certify_standalone(request: Request, report: StageCallback | None = None) -> Certificates:
@@ -151,6 +155,8 @@ def _check_options(request: Request) -> None:
         raise InputError(
             "--code says where a run's own network is; --model is found where you are."
         )
+    if request.run is not None and (request.resize or request.crop or request.window):
+        raise InputError("--run prepares its images as its spec says: leave out --resize, ...")
     if request.run is None and request.client:
         raise InputError("--client names a client of a run, so it needs --run.")
 
@@ -182,9 +188,20 @@ def _from_run(request: Request, run: OpenRun) -> tuple[nn.Module, Dataset, np.nd
 
 def _from_model(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:
     assert request.model is not None
-    if request.data is None or request.weights is None:
+    on_hub = request.model.startswith("hf:")
+    if request.data is None or (request.weights is None and not on_hub):
         raise InputError("--model needs --weights FILE and --data NAME.")
-    dataset = load(request.data, request.data_dir)
+    dataset = load(
+        request.data,
+        request.data_dir,
+        resize=request.resize,
+        crop=request.crop,
+        window=request.window,
+    )
+    everything = np.arange(len(dataset.test))
+    index = choose(everything, request.images, request.seed, 0)
+    if request.weights is None:
+        return _from_hub(request.model, dataset), dataset, index
     model = build(
         request.model,
         dataset.in_channels,
@@ -195,8 +212,14 @@ def _from_model(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:
     misfit = f"{request.weights} does not fit {request.model}"
     if change := load_weights(model, _weights(request.weights), misfit):
         _log.warning("%s: %s", request.weights, change)
-    everything = np.arange(len(dataset.test))
-    return evaluating(model), dataset, choose(everything, request.images, request.seed, 0)
+    return evaluating(model), dataset, index
+
+
+def _from_hub(name: str, dataset: Dataset) -> nn.Module:
+    from certifl.models.huggingface import load as load_model  # imports an optional package
+
+    size, names = dataset.image_size, dataset.class_names
+    return load_model(name, dataset.in_channels, dataset.num_classes, size, class_names=names)
 
 
 def _weights(path: Path) -> Mapping[str, Tensor]:

@@ -30,7 +30,7 @@ from certifl.errors import InputError, ModelError, StoreError, StoreMismatch, Wo
 from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.rounds import deployed_model
 from certifl.federated.states import ModelState
-from certifl.models import build, fingerprint, require_code
+from certifl.models import build, fingerprint, is_users_code, require_code
 from certifl.module_copies import copy_of, evaluating
 from certifl.path_checks import CLIENT_STUDY
 from certifl.perturbations import Perturbation
@@ -155,7 +155,8 @@ def initial_model(spec: Spec, dataset: Dataset) -> nn.Module:
 
 def code_folder(name: str) -> str | None:
     """The folder of a user's `module:function`; None for a network of this package."""
-    top = sys.modules.get(name.partition(":")[0].partition(".")[0]) if ":" in name else None
+    own = is_users_code(name)
+    top = sys.modules.get(name.partition(":")[0].partition(".")[0]) if own else None
     file = getattr(top, "__file__", None)
     if file is None:
         return None
@@ -178,7 +179,7 @@ def load_code(folder: Path, spec: Spec, code: Path | None, recorded: object = No
         ModelError: the run has its own code and `code` is not given, or does not hold it.
     """
     name = spec.model.name
-    if ":" not in name:
+    if not is_users_code(name):
         return
     if code is None:
         hint = f"; it was in {recorded} when the run was made" if isinstance(recorded, str) else ""
