@@ -48,6 +48,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "certify": (results.certify, "Certify an existing model."),
     "merge": (results.merge, "Merge the shards of a certification."),
     "predict": (results.predict, "Predict one image, with its certified radius."),
+    "push": (results.push, "Push a client's model with a card to the hub."),
     "doctor": (studies.doctor, "Check the installation and the hardware."),
     "list": (studies.list_, "List registered components."),
 }

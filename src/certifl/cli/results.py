@@ -362,7 +362,8 @@ def predict(
     run: Annotated[
         Path,
         typer.Option(
-            help="The run whose model is used, or a client's own folder CLIENT/studies/ID."
+            help="The run whose model is used, a client's own folder CLIENT/studies/ID, or a "
+            "pushed model: a folder or hf:OWNER/NAME."
         ),
     ],
     client: Annotated[
@@ -381,9 +382,40 @@ def predict(
     code: Code = None,
 ) -> None:
     """Predict one image: its label and certified radius, or abstention."""
-    check_model_folder(run)
+    on_hub = str(run).startswith("hf:")
+    if not on_hub:
+        check_model_folder(run)
     check_file(image, IMAGE)
     from certifl.cli import terminal
+    from certifl.experiments.hub import local_folder
     from certifl.experiments.standalone import certify_image
 
+    run = local_folder(run) if on_hub else run
     terminal.show_prediction(certify_image(image, run, client, n, resize, device, code))
+
+
+def push(
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="A run, or a client's folder CLIENT/studies/ID."),
+    ],
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="hf:OWNER/NAME, or a new folder.")
+    ],
+    client: Annotated[
+        int | None, typer.Option(min=0, help="Client whose model is pushed; default: 0.")
+    ] = None,
+    share: Annotated[
+        str,
+        typer.Option(help="curve, or rows: also every test image's certificate with its votes."),
+    ] = "curve",
+    public: Annotated[
+        bool, typer.Option("--public", help="A new repository of the hub is public.")
+    ] = False,
+    code: Code = None,
+) -> None:
+    """Push the model that a client deploys, with a card, to the Hugging Face hub or a folder."""
+    check_model_folder(run)
+    from certifl.experiments.hub import push as push_model
+
+    say(f"Model and card: {push_model(run, target, client, share, public, code)}")

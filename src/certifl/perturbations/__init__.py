@@ -58,6 +58,7 @@ __all__ = [
     "from_description",
     "from_record",
     "parse_sigma",
+    "received_words",
     "trait",
 ]
 
@@ -175,6 +176,13 @@ def covers_received(family: object) -> bool:
         family: as in a record.
     """
     return bool(trait(family, "received", False) or trait(family, "additive", False))
+
+
+def received_words(family: object) -> str:
+    """Whether certificates of a family also hold for images that arrive changed, in a sentence."""
+    if covers_received(family):
+        return "Covered, up to rounding and clipping by whoever sends the image."
+    return "Not covered: certificates are in parameter space only, about the original image."
 
 
 def family_label(family: object) -> str:

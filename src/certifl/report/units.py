@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from certifl.perturbations import covers_received, family_label
+from certifl.perturbations import family_label
 from certifl.perturbations.units import ANGLE
 from certifl.smoothing.rounding import floor_text
 
@@ -104,13 +104,6 @@ def _digits(largest: float) -> int:
 def family_words(conditions: Mapping[str, Any]) -> str:
     """The family's name in plain words."""
     return family_label(conditions["family"])
-
-
-def received_words(family: object) -> str:
-    """Whether certificates of a family also hold for images that arrive changed, in a sentence."""
-    if covers_received(family):
-        return "Covered, up to rounding and clipping by whoever sends the image."
-    return "Not covered: certificates are in parameter space only, about the original image."
 
 
 def sigma_text(conditions: Mapping[str, Any]) -> str:

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from certifl.perturbations import covers_received, trait
+from certifl.perturbations import covers_received, received_words, trait
 from certifl.report.page.context import ReportContext, named_run
 from certifl.report.page.html import Markup, details, el, join, paragraph, section, table
 from certifl.report.results import RunResults
 from certifl.report.summary import vote_cost
-from certifl.report.units import family_words, received_words, sigma_text
+from certifl.report.units import family_words, sigma_text
 
 _PROMISE = "for every {family} whose parameters have {norm} norm at most the radius, in {unit}"
 
