@@ -88,9 +88,12 @@ class Preparation:
             width, height = self._frame(image.width, image.height)
             left, top = int((image.width - width) / 2), int((image.height - height) / 2)
             image = image.crop((left, top, left + width, top + height))  # beyond the image: black
-        if self.resize is not None and image.size != self.resize[::-1]:
-            image = image.resize(self.resize[::-1], Image.Resampling.BILINEAR)
-        return image
+        if self.resize is None:
+            return image
+        height, width = self.resize
+        if image.size == (width, height):
+            return image
+        return image.resize((width, height), Image.Resampling.BILINEAR)
 
     def _frame(self, width: int, height: int) -> tuple[int, int]:
         """Width and height of the largest frame inside an image, or the smallest around it."""

@@ -178,7 +178,8 @@ def _normalization(
     if processor.get("do_rescale", True):
         scale = 255.0 * float(processor.get("rescale_factor", 1 / 255))
         offset = -1.0 if processor.get("rescale_offset", False) else 0.0
-    mean, std = [0.0] * channels, [1.0] * channels
+    mean: Any = [0.0] * channels
+    std: Any = [1.0] * channels
     if processor.get("do_normalize", True):
         mean, std = processor.get("image_mean"), processor.get("image_std")
     if not (_numbers(mean, channels) and _numbers(std, channels) and scale > 0 and min(std) > 0):
