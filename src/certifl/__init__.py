@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from certifl.notebook import Study, load
     from certifl.perturbations import (
         Affine,
+        Brightness,
+        Contrast,
         DenseFlow,
+        GaussianBlur,
         PixelNoise,
         Rotation,
         Scaling,
@@ -36,8 +39,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Affine",
+    "Brightness",
     "Certificates",
+    "Contrast",
     "DenseFlow",
+    "GaussianBlur",
     "PixelNoise",
     "Rotation",
     "Scaling",
@@ -66,7 +72,10 @@ _HOMES = {
     **dict.fromkeys(
         (
             "Affine",
+            "Brightness",
+            "Contrast",
             "DenseFlow",
+            "GaussianBlur",
             "PixelNoise",
             "Rotation",
             "Scaling",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -158,6 +159,26 @@ def to_format(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     Unlike `module.to(dtype)` it leaves complex numbers complex.
     """
     return module._apply(lambda value: value.to(dtype) if value.is_floating_point() else value)
+
+
+def logits_in(answer: Any) -> Any:
+    """The logits of an answer: its `.logits` where it is an object that has some, else itself."""
+    return answer if isinstance(answer, Tensor) else getattr(answer, "logits", answer)
+
+
+def answers_with_logits(model: Callable[[Tensor], Any], images: Tensor) -> bool:
+    """Whether a model's answer is an object that has a tensor as `.logits`."""
+    try:
+        with torch.inference_mode():
+            answer = model(images.clone())
+    except Exception:  # whatever it raises is reported where its logits are checked
+        return False
+    return not isinstance(answer, Tensor) and isinstance(logits_in(answer), Tensor)
+
+
+def take_logits(_model: nn.Module, _images: object, answer: Any) -> Tensor:
+    """A forward hook that returns the logits alone; names of weights stay as they are."""
+    return answer.logits
 
 
 def answer_in_words(answer: object) -> str:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from certifl.data import load
-from certifl.data.readers import ColumnNames, read_parquet
+from certifl.data.readers import ReadOptions, read_parquet
 from certifl.errors import DataUnavailable, InputError
 from image_sets import pixels_for, png, write_idx, write_set, write_table
 
@@ -273,7 +273,7 @@ class TestUnavailable:
 
         features = {"label": {"_type": "ClassLabel", "names": list("abc")}}
         write_set(tmp_path / "bugs", features=features)
-        raw = read_hub(str(tmp_path / "bugs"), ColumnNames(), "")
+        raw = read_hub(str(tmp_path / "bugs"), ReadOptions(), "")
         assert assemble("bugs", *raw).fingerprint == load("bugs", tmp_path).fingerprint
 
 
@@ -294,7 +294,7 @@ class TestRealData:
     def test_cifar10_rows_are_what_pillow_makes_of_them(self):
         needs_shared("cifar10")
         file = next((SHARED / "cifar10").glob("test-*.parquet"))
-        raw = read_parquet((file,), ColumnNames())
+        raw = read_parquet((file,), ReadOptions())
         assert raw.images.shape == (10_000, 3, 32, 32)
         assert np.bincount(raw.labels).tolist() == [1000] * 10
         assert raw.class_names is not None

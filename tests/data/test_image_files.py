@@ -95,7 +95,7 @@ def test_camera_orientation_is_applied():
 
 def test_sixteen_bits_are_refused():
     deep = Image.fromarray(GREY.astype(np.uint16) * 256)
-    with pytest.raises(InputError, match=r"image 0 has more than 8 bits.*Convert"):
+    with pytest.raises(InputError, match=r"image 0 has more than 8 bits.*convert"):
         decoded(encoded(deep))
 
 

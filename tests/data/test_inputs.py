@@ -34,9 +34,9 @@ PAIRS = DataLoader(TensorDataset(X, Y), batch_size=2)
 @pytest.mark.parametrize(
     ("images", "labels", "says"),
     [
-        (PAIRS, None, r"pair.*\(x for x, _ in loader\).*does not shuffle"),
-        (TensorDataset(X, Y), None, r"DataLoader.*\(x for x, _ in loader\)"),
-        ([(X, Y)], None, "pair"),
+        (PAIRS, Y.split(2), r"labels= must be left out"),
+        (DataLoader(TensorDataset(X, Y), shuffle=True), None, "shuffle=False"),
+        ([(X, Y, Y)], None, r"pair or a longer tuple.*\(x for x, _ in loader\)"),
         ([{"pixel_values": X, "label": Y}], None, r"b\['pixel_values'\] for b in loader"),
         ({"image": X}, None, "iterable of such"),
         ((X, Y), None, "four axes.*labels="),
@@ -72,6 +72,8 @@ def test_the_advice_works() -> None:
     blocks = [X[:2], X[2:]]
     for images, labels in (
         ((x for x, _ in PAIRS), (y for _, y in PAIRS)),
+        (PAIRS, None),
+        (TensorDataset(X, Y), None),
         (blocks, Y.split([len(x) for x in blocks])),
         (blocks, [[0, 1], [2, 3]]),
         (resampled(float(X[0, 0, 0, 0])).clamp(0, 1), [0, 1, 2, 3]),
@@ -81,11 +83,11 @@ def test_the_advice_works() -> None:
         assert certify(images, labels).same_results(whole)
 
 
-def test_predict_says_the_same() -> None:
-    held: tuple[Any, ...] = (PAIRS, (x for x, _ in PAIRS), [X[:2], X[2:]])
+def test_predict_takes_and_says_the_same() -> None:
+    whole = certifl.predict(NET, X, NOISE, n=100).tolist()
+    held: tuple[Any, ...] = (PAIRS, (x for x, _ in PAIRS), [X[:2], X[2:]], TensorDataset(X, Y))
     for images in held:
-        with pytest.raises(InputError, match=r"torch\.cat"):
-            certifl.predict(NET, images, NOISE, n=100)
+        assert certifl.predict(NET, images, NOISE, n=100).tolist() == whole
     with pytest.raises(InputError, match="channels last"):
         certifl.predict(NET, X.permute(0, 2, 3, 1), NOISE, n=100)
 

@@ -6,10 +6,12 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from certifl.report.compare import Difference
 from certifl.runs.folder import RunFolder
+from tiny_study import cli
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -78,3 +80,27 @@ def test_comparing_regimes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     zero = float(low) <= 0.0 <= float(high)
     assert said[5].endswith("no difference shown") == zero
     assert said[7].endswith("too few images for an interval")
+
+
+def test_a_natural_federation_of_images_of_unlike_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path / "cache"))
+    example("fed_isic2019").main([str(tmp_path / "data"), "--train", "12", "--test", "3"])
+    study = EXAMPLES / "fed_isic2019.toml"
+    quick = [
+        "training.rounds=1",
+        "training.local_epochs=1",
+        "certification.n=200",
+        "certification.images=2",
+    ]
+    settings = [word for setting in quick for word in ("--set", setting)]
+    cli("run", study, "--data-dir", tmp_path / "data", *settings, "--out", tmp_path / "run").fine()
+    run = RunFolder(tmp_path / "run")
+    certificates = run.load_certificates()
+    assert set(certificates.client.tolist()) == set(range(6))
+    assert certificates.conditions["unit"] == "log factor"
+    assert run.manifest()["data"]["image_size"] == [32, 32]
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(example("fed_isic2019").lesion(np.random.default_rng(0), 1, 3))
+    cli("predict", photo, "--run", tmp_path / "run", "--n", "100").fine("crop = center", "factor")

@@ -359,13 +359,10 @@ def test_macers_hinge_raises_the_certified_radius(perturbation):
 
 def cases_of_perturbations() -> list[Any]:
     paddings = ("zeros", "border", "reflection")
-    moved = [
-        kind(0.1, padding=padding)  # type: ignore[call-arg]
-        for name, kind in PERTURBATIONS.items()
-        if name != "pixel"
-        for padding in paddings
-    ]
-    return [PixelNoise(0.1), *moved]
+    rows = PERTURBATIONS.rows.items()
+    moves = [name for name, row in rows if "padding" in row.parameters.model_fields]
+    moved = [PERTURBATIONS[name](0.1, padding=padding) for name in moves for padding in paddings]
+    return [*(kind(0.1) for name, kind in PERTURBATIONS.items() if name not in moves), *moved]
 
 
 @pytest.mark.parametrize("perturbation", cases_of_perturbations(), ids=str)

@@ -25,35 +25,35 @@ _EXAMPLES = re.compile(r'family = "rotation"|e\.g\. .*|certifl\.Rotation\(sigma=
 
 
 @pytest.fixture
-def brightness(monkeypatch: pytest.MonkeyPatch) -> type:
+def exposure(monkeypatch: pytest.MonkeyPatch) -> type:
     """The family of CONTRIBUTING, with its file and its row."""
     page = (ROOT / "CONTRIBUTING.md").read_text()
     block = page[page.index("## A new perturbation family") :]
     source = block[block.index("```python\n") + 10 : block.index("\n\n\nrow = Row(")]
-    module = types.ModuleType("certifl.perturbations.brightness")
+    module = types.ModuleType("certifl.perturbations.exposure")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(source, "brightness.py", "exec", dont_inherit=True), module.__dict__)
-    row = Row(f"{module.__name__}:Brightness", parameters(sigma=Positive), "brightness")
-    monkeypatch.setitem(PERTURBATIONS.rows, "brightness", row)
-    return module.__dict__["Brightness"]
+    exec(compile(source, "exposure.py", "exec", dont_inherit=True), module.__dict__)
+    row = Row(f"{module.__name__}:Exposure", parameters(sigma=Positive), "exposure")
+    monkeypatch.setitem(PERTURBATIONS.rows, "exposure", row)
+    return module.__dict__["Exposure"]
 
 
-def test_a_file_and_a_row_are_enough(brightness: type) -> None:
-    described = {"family": "brightness", "sigma": 0.1}
+def test_a_file_and_a_row_are_enough(exposure: type) -> None:
+    described = {"family": "exposure", "sigma": 0.1}
     spec = with_settings(
         {"data": {"name": "digits"}, "certification": {"perturbation": described, "n": 300}}
     )
     perturbation = spec.perturbation()
-    assert perturbation == brightness(0.1)
-    assert [sweep.forward for sweep in sweeps_of(perturbation)] == ["brighter"]
+    assert perturbation == exposure(0.1)
+    assert [sweep.forward for sweep in sweeps_of(perturbation)] == ["more"]
     images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     model = certifl.models.small_cnn(1, 10).eval()
     certificates = certifl.certify(model, images, perturbation, n=300, n0=20)
     facts = certificates.conditions
     assert facts["description"] == described
-    assert family_words(facts) == family_label("brightness") == "brightness"
-    assert [scale.name for scale in scales(facts, 0.1)] == ["intensity"]
-    assert trait("brightness", "promise", "").startswith("for every change of brightness")
+    assert family_words(facts) == family_label("exposure") == "exposure"
+    assert [scale.name for scale in scales(facts, 0.1)] == ["log factor"]
+    assert trait("exposure", "promise", "").startswith("for every exposure")
 
 
 def test_families_are_named_in_their_files_and_rows_alone() -> None:

@@ -17,15 +17,18 @@ from certifl.perturbations import (
     PERTURBATIONS,
     Affine,
     DenseFlow,
+    GaussianBlur,
     PixelNoise,
     Rotation,
     Scaling,
     SmoothFlow,
     Translation,
+    covers_received,
     describe,
     from_description,
 )
-from certifl.smoothing.laws import GAUSSIAN, UNIFORM
+from certifl.perturbations.deformations import Deformation
+from certifl.smoothing.laws import EXPONENTIAL, GAUSSIAN, UNIFORM
 from pictures import IMAGE, pictures, rng
 
 SIGMA = 0.2
@@ -36,7 +39,7 @@ MEMBERS = [family(SIGMA) for family in PERTURBATIONS.values()] + [
     Rotation(SIGMA, padding="border"),
     Translation(SIGMA, padding="reflection"),
 ]
-DEFORMATIONS = [family for name, family in PERTURBATIONS.items() if name != "pixel"]
+DEFORMATIONS = [family for family in PERTURBATIONS.values() if issubclass(family, Deformation)]
 each = pytest.mark.parametrize("p", MEMBERS, ids=repr)
 
 # --- what a family is -------------------------------------------------------------------------
@@ -51,6 +54,9 @@ def test_the_table_of_families():
         "affine": (GAUSSIAN, "l2", "coefficients", 6),
         "smooth_flow": (GAUSSIAN, "l2", "coefficients", 8),
         "dense_flow": (GAUSSIAN, "l2", "half-widths", None),
+        "brightness": (GAUSSIAN, "l2", "intensity", 1),
+        "contrast": (GAUSSIAN, "l2", "log factor", 1),
+        "gaussian_blur": (EXPONENTIAL, "l1", "px^2", 1),
     }
     found = {
         name: (p.law, p.norm, p.unit, p.dim)
@@ -87,8 +93,10 @@ def test_dim_counts_the_parameters(p):
 def test_the_threat_model_says_what_is_not_covered(p):
     text = p.threat
     assert "radius" in text
-    if p.family == "pixel":
+    assert covers_received(p.family) == (not isinstance(p, Deformation))
+    if covers_received(p.family):
         assert "twice" not in text
+        assert "is covered" in text
     else:
         assert "parameter space" in text
         assert "ONE interpolation" in text
@@ -122,6 +130,12 @@ def test_samples_come_from_the_generator_alone(p):
     assert not torch.equal(p.sample(4, IMAGE, shared), first)
 
 
+def _distribution(law, scale):
+    if law is GAUSSIAN:
+        return stats.norm(0, scale)
+    return stats.expon(0, scale) if law is EXPONENTIAL else stats.uniform(-scale, 2 * scale)
+
+
 @pytest.mark.statistical
 @pytest.mark.parametrize("p", [m for m in MEMBERS if m != PixelNoise(SIGMA, exact=True)], ids=repr)
 def test_samples_follow_the_law(p):
@@ -134,14 +148,9 @@ def test_samples_follow_the_law(p):
     n = 32_768 // math.prod(p.params_shape(image))
     values = p.sample(n, image, rng(7)).double().flatten().numpy()
     scale = SIGMA
-    law = stats.norm(0, scale) if p.law is GAUSSIAN else stats.uniform(-scale, 2 * scale)
+    law, wrong = (_distribution(p.law, factor * scale) for factor in (1.0, 1.1))
     bound = math.sqrt(math.log(2 / 1e-9) / (2 * values.size))
     assert stats.kstest(values, law.cdf).statistic < bound
-    wrong = (
-        stats.norm(0, 1.1 * scale)
-        if p.law is GAUSSIAN
-        else stats.uniform(-1.1 * scale, 2.2 * scale)
-    )
     assert stats.kstest(values, wrong.cdf).statistic > bound
 
 
@@ -224,8 +233,8 @@ def test_results_are_images_of_the_same_shape(p):
     assert changed.isfinite().all()
     assert not changed.requires_grad
     assert not torch.equal(changed, images)
-    if p.family != "pixel":
-        assert changed.min() >= 0
+    if isinstance(p, (Deformation, GaussianBlur)):  # others are not clipped
+        assert changed.min() >= -1e-6
         assert changed.max() <= 1 + 1e-6
 
 
@@ -368,7 +377,7 @@ def test_descriptions_that_do_not_fit_are_refused():
     assert from_description({"family": "rotation", "sigma": "18deg"}) == Rotation("0.1pi")
     assert from_description({"family": "smooth_flow", "sigma": 1, "bases": 4}).dim == 32
     with pytest.raises(InputError, match="choose one of pixel, translation"):
-        from_description({"family": "blur", "sigma": 0.1})
+        from_description({"family": "fog", "sigma": 0.1})
     with pytest.raises(InputError, match="choose one of"):
         from_description({"sigma": 0.1})
     with pytest.raises(InputError, match="no parameter 'bases'"):

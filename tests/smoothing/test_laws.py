@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from certifl.errors import InputError
-from certifl.smoothing import GAUSSIAN, LAWS, UNIFORM, floor_text, top_class_bounds
+from certifl.smoothing import EXPONENTIAL, GAUSSIAN, LAWS, UNIFORM, floor_text, top_class_bounds
 from certifl.smoothing.laws import drawn_width
 
 exact = settings(max_examples=50, deadline=None, derandomize=True)
@@ -60,6 +60,17 @@ def test_uniform_radius_is_never_above_the_formula_and_close_to_it(sigma, first,
 
 
 @exact
+@given(sigmas, probability, probability)
+def test_exponential_radius_is_never_above_the_formula_and_close_to_it(sigma, first, second):
+    low, high = max(first, second), min(first, second)
+    radius = float(EXPONENTIAL.radius(sigma, low, high))
+    with mpmath.workdps(400):
+        formula = -mpmath.mpf(sigma) * mpmath.log(1 - mpmath.mpf(low) + mpmath.mpf(high))
+        assert radius <= formula
+        assert formula - radius <= formula * 1e-14 + mpmath.mpf(sigma) * 1e-14
+
+
+@exact
 @given(st.floats(1e-30, 1e300))
 def test_the_drawn_width_is_the_largest_float32_not_above_sigma(sigma):
     width = np.float32(drawn_width(sigma))
@@ -92,6 +103,8 @@ def test_unanimous_votes():
 def test_certain_classes():
     assert GAUSSIAN.radius(1.0, 1.0, 0.2) == np.inf
     assert GAUSSIAN.radius(1.0, 0.3, 0.0) == np.inf
+    assert EXPONENTIAL.radius(1.0, 1.0, 0.0) == np.inf
+    assert EXPONENTIAL.radius(2.0, 1.0, 0.25) == pytest.approx(2 * np.log(4), rel=1e-12)
     assert UNIFORM.radius(0.5, 1.0, 0.0) == pytest.approx(0.5, rel=1e-12)
     assert UNIFORM.radius(0.5, 1.0, 0.0) <= 0.5
 
@@ -110,6 +123,7 @@ def test_names_and_norms():
     assert {name: (law.name, law.norm) for name, law in LAWS.items()} == {
         "gaussian": ("gaussian", "l2"),
         "uniform": ("uniform", "l1"),
+        "exponential": ("exponential", "l1"),
     }
 
 

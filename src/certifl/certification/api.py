@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from certifl._version import __version__
 from certifl.certification import adaptive as engine
 from certifl.certification import counts
+from certifl.certification.blocks import ImageLabels, Images, checked_blocks
 from certifl.certification.certificates import ABSTAINED, Certificates
 from certifl.certification.checks import (
     Model,
-    check_exact,
-    check_images,
     check_labels,
     check_perturbation,
     check_seed,
@@ -42,11 +41,6 @@ from certifl.smoothing.bounds import two_sided_sign_test
 
 # Images on the device at once; results do not depend on it.
 _BLOCK = 256
-
-Images = Tensor | np.ndarray | Iterable[Tensor | np.ndarray]
-ImageLabels = (
-    Tensor | np.ndarray | Sequence[int] | Iterable[Tensor | np.ndarray | Sequence[int]] | None
-)
 
 
 def certify(
@@ -82,10 +76,11 @@ def certify(
     Radii of uniform laws (rotation, scaling) stay below sigma, unless the estimator is "scan".
 
     Args:
-        model: callable from images (m, c, h, w) in [0, 1] to logits (m, classes); modules must be
-            in evaluation mode.
+        model: callable from images (m, c, h, w) in [0, 1] to logits (m, classes), or to an object
+            with `.logits`; modules must be in evaluation mode.
         images: (m, c, h, w) floating point in [0, 1]; or blocks of such, as an iterable that may
-            read them one at a time, where they are more than memory holds.
+            read them one at a time, where they are more than memory holds. A `DataLoader` that
+            does not shuffle, or a map-style data set, of images or of pairs (image, label).
         perturbation: for instance `certifl.Rotation(sigma="18deg")`; its sigma is in its own unit.
         labels: (m,) true classes, or as many blocks of them as of images; they only mark which
             certificates are correct and, with `sequential`, let votes stop early on wrong ones.
@@ -131,7 +126,7 @@ def certify(
     settings = Settings(estimator, n0, n, alpha, amounts, label_aware, farthest, keep)
     chosen = settings.estimator_for(perturbation)
     chosen.check()
-    blocks = _blocks(images, labels, perturbation)
+    blocks = checked_blocks(images, labels, perturbation)
     first = next(blocks, None)
     if first is None:
         raise InputError("There is nothing to certify: images holds no block.")
@@ -157,63 +152,6 @@ def certify(
         perturbation, settings, counter.network, seed, model, content.hexdigest()
     )
     return dataclasses.replace(joined, conditions=metadata)
-
-
-def _blocks(
-    images: Images, labels: ImageLabels, perturbation: Perturbation
-) -> Iterator[tuple[Tensor, Any]]:
-    """Checked images and their labels as they were given, block by block.
-
-    Raises:
-        InputError: images that cannot be used, blocks of different shapes, or not as many blocks
-            of labels as of images.
-    """
-    shape = None
-    for number, (block, given) in enumerate(_pairs(images, labels)):
-        if block is None or (given is None) != (labels is None):
-            raise InputError(
-                "There must be as many blocks of labels as of images, but there is only one of "
-                f"both for block {number}."
-            )
-        values = check_images(block)
-        check_exact(values, perturbation)
-        if shape is not None and values.shape[1:] != shape:
-            raise InputError(
-                f"All images must have one shape; block {number} has {tuple(values.shape[1:])}, "
-                f"those before it {tuple(shape)}."
-            )
-        shape = values.shape[1:]
-        yield values, given
-
-
-def _pairs(images: Images, labels: ImageLabels) -> Iterator[tuple[Any, Any]]:
-    """Blocks of images and of labels, as they were given.
-
-    Raises:
-        InputError: images or labels come in no blocks, as far as that is seen without reading.
-    """
-    if isinstance(images, (Tensor, np.ndarray)):
-        yield images, labels
-        return
-    if not isinstance(images, Iterable) or isinstance(images, (str, Mapping)):
-        raise InputError(
-            f"images must be a tensor or an array (m, c, h, w), or an iterable of such; got "
-            f"{images!r:.80}. From a data set of pairs, make loader = DataLoader(data, 256) and "
-            "give images=(x for x, _ in loader)."
-        )
-    if isinstance(images, (tuple, list)):  # at hand, so refused before the first vote
-        for block in images:
-            if getattr(block, "ndim", 4) != 4:
-                check_images(block)
-    if labels is not None and not isinstance(labels, Iterable):
-        raise InputError(f"labels must be numbers of classes, one per image; got {labels!r:.80}.")
-    for block, given in itertools.zip_longest(images, () if labels is None else labels):
-        if isinstance(given, (int, float, np.number)) or getattr(given, "ndim", 1) == 0:
-            raise InputError(
-                "images come in blocks, so labels must, too: a block of labels for each block of "
-                "images, such as labels=y.split([len(x) for x in blocks]) for one tensor y."
-            )
-        yield block, given
 
 
 def _certified(
@@ -350,7 +288,7 @@ class Predicted(NamedTuple):
 @overload
 def predict(
     model: Model,
-    images: Tensor | np.ndarray,
+    images: Images,
     perturbation: Perturbation,
     *,
     n: int = 1000,
@@ -366,7 +304,7 @@ def predict(
 @overload
 def predict(
     model: Model,
-    images: Tensor | np.ndarray,
+    images: Images,
     perturbation: Perturbation,
     *,
     n: int = 1000,
@@ -381,7 +319,7 @@ def predict(
 
 def predict(
     model: Model,
-    images: Tensor | np.ndarray,
+    images: Images,
     perturbation: Perturbation,
     *,
     n: int = 1000,
@@ -433,19 +371,22 @@ def predict(
     check_seed(seed)
     n = Settings(n=n, alpha=alpha).n  # the same ranges hold
     _check_decides(n, alpha)
-    values = check_images(images)
-    check_exact(values, perturbation)
-    network = prepare(model, values, device, precision, batch_size)
-    check_random_source_once(perturbation, tuple(values.shape[1:]), network.device)
+    blocks = checked_blocks(images, None, perturbation)
+    first = next(blocks, None)
+    if first is None:
+        raise InputError("There is nothing to predict: images holds no block.")
+    network = prepare(model, first[0], device, precision, batch_size)
+    check_random_source_once(perturbation, tuple(first[0].shape[1:]), network.device)
     counter = VoteCounter(network, perturbation, seed)
     answers = []
-    for start in range(0, len(values), _BLOCK):
-        block = values[start : start + _BLOCK].to(network.device)
-        requests = [
-            counts.Request(row, row, image_key(image), "predict", 0, n)
-            for row, image in enumerate(block)
-        ]
-        answers.append(_decided(counter.count(block, requests, slots=len(block)), alpha))
+    for values, _ in itertools.chain([first], blocks):
+        for start in range(0, len(values), _BLOCK):
+            block = values[start : start + _BLOCK].to(network.device)
+            requests = [
+                counts.Request(row, row, image_key(image), "predict", 0, n)
+                for row, image in enumerate(block)
+            ]
+            answers.append(_decided(counter.count(block, requests, slots=len(block)), alpha))
     return np.concatenate(answers)
 
 

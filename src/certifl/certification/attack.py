@@ -6,8 +6,10 @@ noise of wrongly voted copies points (for a half-space, the best there is), and 
 refinement. Few votes find suspicious deltas, many fresh ones judge them, and a violation is only
 reported if a test says so at a level that holds for all deltas together.
 
-A system that receives a deformed image smooths AFTER the deformation, which a certificate in
-parameter space does not cover. `deformed_first` gives the votes of that, for a measured accuracy.
+A system that receives a changed image smooths AFTER the change, which a certificate in parameter
+space does not cover. `deformed_first` gives the votes of that, for a measured accuracy. Families
+whose certificates cover received images do so up to what the sender does besides: there the image
+arrives clipped to [0, 1] and rounded to 8 bits.
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ from certifl.certification.certified_sets import CertifiedRegion, lengths, regio
 from certifl.certification.counts import Request, sign_test_against, vote_margins
 from certifl.certification.sampling import CHUNK, VoteCounter
 from certifl.errors import InputError
+from certifl.perturbations import covers_received
 from certifl.rng import generator, image_key
 
 # Images whose deltas are on the device at once; results do not depend on it.
 _BLOCK = 8
 # A delta is no longer confirmed once votes favor the certified class at this level.
 _NO_LONGER_SUSPICIOUS = 1e-4
+_LEVELS = 255.0
 
 
 @dataclass(frozen=True)
@@ -278,7 +282,10 @@ def _worst(deltas: Tensor, margins: np.ndarray, count: int) -> tuple[Tensor, np.
 
 
 def deformed_first(counter: VoteCounter, images: Tensor, deltas: Tensor, votes: int) -> np.ndarray:
-    """Votes of the smoothed classifier on images that arrive deformed: two interpolations.
+    """Votes of the smoothed classifier on images that arrive changed.
+
+    Deformations are then interpolated twice; where that makes no difference (`covers_received`),
+    the image is sent as a camera would: clipped to [0, 1] and rounded to 8 bits.
 
     Args:
         counter: the prepared network, the perturbation and the seed.
@@ -292,6 +299,8 @@ def deformed_first(counter: VoteCounter, images: Tensor, deltas: Tensor, votes: 
     counts = []
     for image, own in zip(images, deltas, strict=True):
         arrived = counter.perturbation.apply(image[None], own)
+        if covers_received(counter.perturbation.family):
+            arrived = (arrived.clamp(0.0, 1.0) * _LEVELS).round() / _LEVELS
         requests = [
             Request(row, row, image_key(one), "attack", 0, votes)
             for row, one in enumerate(arrived)

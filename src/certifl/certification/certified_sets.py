@@ -25,7 +25,8 @@ class CertifiedRegion:
     Attributes:
         radius: (m,) float64: ||delta|| <= radius in `norm`.
         low, high: (m,) float64, families of one parameter: low <= delta <= high, which reaches
-            beyond the radius on one side where a certificate is an interval.
+            beyond the radius on one side where a certificate is an interval, and begins at 0 where
+            the distribution is one-sided.
         norm: "l2" or "l1".
         shape: of one parameter set.
         exact: parameters are multiples of 1/255 (`exact=True`).
@@ -187,7 +188,8 @@ def region_of(
     if size.ndim != 1 or not bool((torch.isfinite(size) & (size >= 0)).all()):
         raise InputError("radius must hold one finite number of at least 0 for each image.")
     shape = perturbation.params_shape(image_shape)
-    low, high = -size, size
+    one_sided = getattr(perturbation.law, "one_sided", False)
+    low, high = torch.zeros_like(size) if one_sided else -size, size
     if interval is not None and math.prod(shape) == 1:
         ends = torch.as_tensor(np.asarray(interval, np.float64), device=device)
         if ends.shape != (len(size), 2) or not bool(((ends[:, 0] <= 0) & (ends[:, 1] >= 0)).all()):

@@ -32,6 +32,8 @@ def fold_batch_norm(module: nn.Module, probe: Tensor) -> nn.Module | None:
     except Exception as error:  # tracing runs the model's own forward: anything may be raised
         _log.info("BatchNorm is not folded, the model cannot be traced: %s", error)
         return None
+    if not isinstance(before, Tensor):
+        return None
     if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * (1.0 + float(before.abs().max()))):
         _log.warning("BatchNorm is not folded: it changed the logits beyond rounding.")
         return None

@@ -33,6 +33,7 @@ from certifl.module_copies import (
     bare_copy_of,
     foreign_formats,
     format_advice,
+    logits_in,
     to_format,
     unwrapped,
 )
@@ -90,7 +91,8 @@ def prepare(
     """Prepare a model for voting on images like these; the model itself is left as it is.
 
     Args:
-        model: callable from images (m, c, h, w) in [0, 1] to logits (m, classes). Modules are
+        model: callable from images (m, c, h, w) in [0, 1] to logits (m, classes), or to an object
+            that has them as `.logits`. Modules are
             copied; any other callable, and a module that cannot be copied, is used as it is, in
             its own precision and on its device.
         images: (m, c, h, w); only shapes and one image as a probe are used.
@@ -246,7 +248,18 @@ class _OwnInput:
         return self.call(images.clone())
 
 
+@dataclass(frozen=True)
+class _Logits:
+    """A network of whose answer `.logits` are taken where it has them (Hugging Face)."""
+
+    call: Model
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return logits_in(self.call(images))
+
+
 def _own_input(call: Model, probe: Tensor) -> Model:
+    call = _Logits(call)
     return _OwnInput(call) if writes_into_its_input(call, probe) else call
 
 

@@ -26,8 +26,12 @@ Source = Callable[[int, str, int, int, torch.device], torch.Generator]
 _SEED, _IMAGE = 20_230_206, 1_618_033_988
 # A correct source is further off than this in one of 5e8 statistics.
 _STANDARD_ERRORS = 6.0
-# law -> (variance, fourth central moment), in units of sigma^2 and sigma^4
-_MOMENTS = {"gaussian": (1.0, 3.0), "uniform": (1.0 / 3.0, 1.0 / 5.0)}
+# law -> (mean, variance, fourth central moment), in units of sigma, sigma^2 and sigma^4
+_MOMENTS = {
+    "gaussian": (0.0, 1.0, 3.0),
+    "uniform": (0.0, 1.0 / 3.0, 1.0 / 5.0),
+    "exponential": (1.0, 1.0, 9.0),
+}
 # Noise on the grid of 8-bit intensities differs from the law by at most half a level a draw.
 _LEVEL = 1.0 / 255.0
 
@@ -92,13 +96,14 @@ def check_random_source(
 def _check_moments(
     perturbation: Perturbation, first: Tensor, second: Tensor, device: torch.device
 ) -> None:
-    """Mean, variance and correlation of two chunks against the distribution, which has mean 0."""
+    """Mean, variance and correlation of two chunks against the distribution."""
     if perturbation.law.name not in _MOMENTS:
         return  # a custom distribution, whose moments are unknown here
-    variance, fourth = (
+    mean, variance, fourth = (
         unit * perturbation.sigma**power
-        for unit, power in zip(_MOMENTS[perturbation.law.name], (2, 4), strict=True)
+        for unit, power in zip(_MOMENTS[perturbation.law.name], (1, 2, 4), strict=True)
     )
+    first, second = first - mean, second - mean
     both, pairs = torch.cat([first, second]), len(first)
     slack = _LEVEL if getattr(perturbation, "exact", False) else 0.0
     statistics = {

@@ -27,8 +27,8 @@ STEPS = {1: 31, 2: 21}
 
 _LEVELS = 255.0
 # Ends in multiples of sigma: radii of uniform distributions end at sigma, Gaussian ones seldom
-# reach three.
-_SIGMAS = {"uniform": 2.0, "gaussian": 3.0}
+# reach three; an exponential one with 99 % of the votes reaches four.
+_SIGMAS = {"uniform": 2.0, "gaussian": 3.0, "exponential": 5.0}
 _SIGMAS_OF_INTERVALS = 4.0
 
 

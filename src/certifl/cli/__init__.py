@@ -67,6 +67,7 @@ _PANELS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
         "merge": (results.merge, "Merge the shards of a certification."),
         "finetune": (studies.finetune, "Fine-tune your weights; certify before and after."),
         "predict": (results.predict, "Predict one image, with its certified radius."),
+        "push": (results.push, "Push a client's model with a card to the hub."),
     },
     "Federation": {},
     "Results": {

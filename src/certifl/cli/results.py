@@ -313,7 +313,8 @@ def certify(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Your network as module:function, or a model's name; needs --weights and --data."
+            help="Your network as module:function or a model's name, with --weights; or "
+            "hf:OWNER/NAME, hf:./folder. Needs --data."
         ),
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Weights: .safetensors or .pt.")] = None,
@@ -321,6 +322,16 @@ def certify(
     client: Annotated[int, typer.Option(min=0, help="Client of the run.")] = 0,
     data: Annotated[
         str | None, typer.Option(help="Data set whose test images are certified.")
+    ] = None,
+    resize: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Resize the images to a square.")
+    ] = None,
+    crop: Annotated[
+        str | None, typer.Option(help="center or pad: make them square before --resize.")
+    ] = None,
+    window: Annotated[
+        tuple[float, float] | None,
+        typer.Option(metavar="LOW HIGH", help="Black and white of 16-bit gray images and DICOM."),
     ] = None,
     family: Family = None,
     sigma: Sigma = None,
@@ -391,6 +402,9 @@ def certify(
         overwrite=overwrite,
         shard=read_shard(shard),
         code=code,
+        resize=resize,
+        crop=crop,
+        window=window,
     )
     if model is not None:
         allow_code(model, Path.cwd())
@@ -428,7 +442,8 @@ def predict(
     run: Annotated[
         Path | None,
         typer.Option(
-            help="The run whose model is used, or a client's own folder CLIENT/studies/ID."
+            help="The run whose model is used, a client's own folder CLIENT/studies/ID, or a "
+            "pushed model: a folder or hf:OWNER/NAME."
         ),
     ] = None,
     client: Annotated[
@@ -482,11 +497,13 @@ def predict(
     from certifl.experiments import standalone
 
     if run is not None:
+        from certifl.experiments.hub import local_folder
+
+        run = local_folder(run) if str(run).startswith("hf:") else run
         answer = standalone.certify_image(image, run, client, n, resize, device, code)
         terminal.show_prediction(answer)
         return
     assert model is not None
-    assert weights is not None
     from certifl.models import allow_code
 
     allow_code(model, Path.cwd())
@@ -513,11 +530,40 @@ def _check_predictor(
     if run is not None:
         if given := [name for name, value in own.items() if value is not None]:
             raise InputError(f"--run has a model of its own; leave out {', '.join(given)}.")
-        check_model_folder(run)
+        if not str(run).startswith("hf:"):
+            check_model_folder(run)
         return
     if client is not None or code is not None:
         raise InputError("--client and --code are about a run; leave them out with --model.")
     weights = own["--weights"]
-    if not isinstance(weights, Path):
+    if isinstance(weights, Path):
+        check_file(weights, WEIGHTS)
+    elif not str(model).startswith("hf:"):
         raise InputError("--model needs --weights FILE: a network without training says nothing.")
-    check_file(weights, WEIGHTS)
+
+
+def push(
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="A run, or a client's folder CLIENT/studies/ID."),
+    ],
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="hf:OWNER/NAME, or a new folder.")
+    ],
+    client: Annotated[
+        int | None, typer.Option(min=0, help="Client whose model is pushed; default: 0.")
+    ] = None,
+    share: Annotated[
+        str,
+        typer.Option(help="curve, or rows: also every test image's certificate with its votes."),
+    ] = "curve",
+    public: Annotated[
+        bool, typer.Option("--public", help="A new repository of the hub is public.")
+    ] = False,
+    code: Code = None,
+) -> None:
+    """Push the model that a client deploys, with a card, to the Hugging Face hub or a folder."""
+    check_model_folder(run)
+    from certifl.experiments.hub import push as push_model
+
+    say(f"Model and card: {push_model(run, target, client, share, public, code)}")

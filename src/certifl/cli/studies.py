@@ -405,7 +405,7 @@ def list_() -> None:
     from certifl.federated.algorithms import ALGORITHMS
     from certifl.federated.objectives import OBJECTIVES
     from certifl.models import MODELS
-    from certifl.perturbations import PERTURBATIONS
+    from certifl.perturbations import PERTURBATIONS, covers_received
 
     terminal.show_names(
         {
@@ -423,6 +423,10 @@ def list_() -> None:
             "objectives": list(OBJECTIVES),
             "rules": list(RULES),
             "perturbations": list(PERTURBATIONS),
+            "  received": [
+                *filter(covers_received, PERTURBATIONS),
+                "whose certificates also hold for images that arrive changed",
+            ],
             "estimators": list(ESTIMATORS),
         }
     )

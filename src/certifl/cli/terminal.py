@@ -23,7 +23,7 @@ from certifl.experiments.standalone import Prediction
 from certifl.experiments.sweep import Cost as SweepCost
 from certifl.paper.claims.rules import NOT_TESTED
 from certifl.paper.costs import Cost
-from certifl.perturbations import trait
+from certifl.perturbations import covers_received
 from certifl.perturbations.units import format_amount
 from certifl.progress import Pace, short
 from certifl.safe_io import visible
@@ -338,8 +338,9 @@ def _show_attack(result: Mapping[str, Any]) -> None:
     for title, text in lines.items():
         console.print(f"{title:35}{text}")
     second = (
-        "Changed pixels are covered on arrival, too."
-        if trait(result["family"], "additive", False)
+        "Images that arrive changed are covered too, up to rounding and clipping; both are "
+        "measured here."
+        if covers_received(result["family"])
         else "An image that arrives deformed and is smoothed then is interpolated twice: measured "
         "here, not guaranteed."
     )

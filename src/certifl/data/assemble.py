@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 
 from certifl.data.dataset import SMALLEST_SIDE, Dataset, ImageSplit, fingerprint
-from certifl.data.decode import size_text
+from certifl.data.decode import ONE_SIZE, size_text
 from certifl.data.readers import RawSplit
 from certifl.errors import InputError
 
@@ -21,12 +24,18 @@ _INSTEAD = {
 """What to do where images of a split have no label."""
 
 
-def assemble(name: str, train: RawSplit, test: RawSplit) -> Dataset:
+def assemble(
+    name: str, train: RawSplit, test: RawSplit, prepared: Mapping[str, Any] | None = None
+) -> Dataset:
     """Check two splits against each other and build the data set.
 
     Class names come from the files where they say them. Otherwise the classes are the sorted
     different labels of the training split, and labels are renumbered 0..K-1 in that order (texts
     sort as texts: "10" comes before "2").
+
+    Args:
+        name: of the data set. train, test: as they were read.
+        prepared: what was done to every image, `Preparation.described`.
 
     Raises:
         InputError: sizes differ, images are smaller than 8 x 8, labels do not fit the classes.
@@ -39,8 +48,8 @@ def assemble(name: str, train: RawSplit, test: RawSplit) -> Dataset:
         ImageSplit(_with_channels(raw.images, channels), torch.from_numpy(numbers), raw.column)
         for raw, numbers in zip((train, test), labels, strict=True)
     ]
-    found = fingerprint(made[0], made[1], class_names)
-    return Dataset(name, made[0], made[1], class_names, found)
+    found = fingerprint(made[0], made[1], class_names, prepared)
+    return Dataset(name, made[0], made[1], class_names, found, prepared or {})
 
 
 def _with_channels(images: np.ndarray, channels: int) -> torch.Tensor:
@@ -62,8 +71,7 @@ def _require_fitting_sizes(name: str, train: np.ndarray, test: np.ndarray) -> No
     if train.shape[2:] != test.shape[2:]:
         raise InputError(
             f"The training images of {name} are {size_text(train.shape)}, its test images "
-            f"{size_text(test.shape)}. All images of a data set must have one size: crop or "
-            "resize them beforehand."
+            f"{size_text(test.shape)}. {ONE_SIZE}"
         )
     if min(train.shape[2:]) < SMALLEST_SIDE:
         raise InputError(

@@ -68,7 +68,8 @@ def read_cached(path: Path, name: str) -> Dataset | None:
             values = json.loads(about.get("column_values", "null"))
             train, test = (_cached_split(file, which, values) for which in ("train", "test"))
         class_names = tuple(json.loads(about["class_names"]))
-        found = fingerprint(train, test, class_names)
+        prepared = json.loads(about.get("prepared", "{}"))
+        found = fingerprint(train, test, class_names, prepared)
         if found != about["fingerprint"]:
             raise ValueError("its content does not match its fingerprint")
     except FileNotFoundError:
@@ -78,7 +79,7 @@ def read_cached(path: Path, name: str) -> Dataset | None:
             "The cache file %s is damaged (%s); the images are decoded again.", path, error
         )
         return None
-    return Dataset(name, train, test, class_names, found)
+    return Dataset(name, train, test, class_names, found, prepared)
 
 
 def _cached_split(file: Any, which: str, values: list[Any] | None) -> ImageSplit:
@@ -102,6 +103,8 @@ def write_cached(path: Path, dataset: Dataset) -> None:
         "class_names": json.dumps(list(dataset.class_names)),
         "fingerprint": dataset.fingerprint,
     }
+    if dataset.prepared:
+        about["prepared"] = json.dumps(dataset.prepared)
     if dataset.train.column is not None and dataset.test.column is not None:
         both = np.concatenate([dataset.train.column, dataset.test.column])
         values, codes = np.unique(both, return_inverse=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,6 +86,7 @@ class Dataset:
         test: test images, of the same number of channels and the same size.
         class_names: one for each label 0..K-1.
         fingerprint: see `fingerprint`; equal content has an equal one, whatever file it came from.
+        prepared: what was done to every image, `Preparation.described`; empty = nothing.
     """
 
     name: str
@@ -91,6 +94,7 @@ class Dataset:
     test: ImageSplit
     class_names: tuple[str, ...]
     fingerprint: str
+    prepared: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def in_channels(self) -> int:
@@ -108,7 +112,12 @@ class Dataset:
         return len(self.class_names)
 
 
-def fingerprint(train: ImageSplit, test: ImageSplit, class_names: tuple[str, ...]) -> str:
+def fingerprint(
+    train: ImageSplit,
+    test: ImageSplit,
+    class_names: tuple[str, ...],
+    prepared: Mapping[str, Any] | None = None,
+) -> str:
     """SHA-256 over shapes, class names, and the bytes of images and labels of both splits.
 
     A column that was asked for counts, too: who holds which image follows from it. The lengths
@@ -117,9 +126,11 @@ def fingerprint(train: ImageSplit, test: ImageSplit, class_names: tuple[str, ...
     Args:
         train, test: both splits.
         class_names: one for each label.
+        prepared: what was done to every image, see `Dataset`; it counts where it is not empty.
     """
     shapes = [list(split.images.shape) for split in (train, test)]
-    header = json.dumps({"shapes": shapes, "class_names": list(class_names)}, sort_keys=True)
+    about: dict[str, Any] = {"shapes": shapes, "class_names": list(class_names)}
+    header = json.dumps(about | ({"prepared": prepared} if prepared else {}), sort_keys=True)
     digest = hashlib.sha256(header.encode() + b"\0")
     for split in (train, test):
         digest.update(split.images.contiguous().reshape(-1).numpy().data)

@@ -3,8 +3,9 @@
 Convention: 8-bit gray stays one channel. Everything else (RGB, palettes, CMYK, ...) becomes RGB.
 An alpha channel is dropped and a recorded camera orientation is applied. If one image of a set is
 RGB, the gray ones get three equal channels. Whatever would lose part of an image is refused: more
-than 8 bits per channel, because there is no one right way to bring them to [0, 255], and files
-with several frames or pages, because only one of them can be the image. (The second image that
+than 8 bits per channel, because there is no one right way to bring them to [0, 255] (a study may
+name one for gray images, `Preparation.window`), and files with several frames or pages, because
+only one of them can be the image. (The second image that
 cameras put into a JPEG is a preview of the first, which alone is read.)
 """
 
@@ -29,6 +30,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from certifl.data.dataset import SMALLEST_SIDE, to_float
+from certifl.data.dicom import is_dicom, read_dicom
+from certifl.data.preparation import AS_THEY_ARE, WINDOW_OF_8_BITS, Preparation
 from certifl.errors import InputError
 from certifl.safe_io import read_bytes
 
@@ -40,9 +43,10 @@ _ENDINGS = {
     "GIF": (".gif",),
     "TIFF": (".tif", ".tiff"),
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "DICOM": (".dcm", ".dicom"),
 }
 IMAGE_SUFFIXES = tuple(ending for endings in _ENDINGS.values() for ending in endings)
-_FORMATS = tuple(_ENDINGS)
+_FORMATS = tuple(name for name in _ENDINGS if name != "DICOM")  # those that Pillow reads
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _DEEP_STORAGE = re.compile(r";(1[0-9]|32|64)[A-Z]+$")
 """How Pillow names more than 8 bits per channel: RGB;16B, but not BGR;16, which is 5 + 6 + 5."""
@@ -59,6 +63,14 @@ _DAMAGED = (
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
+)
+ONE_SIZE = (
+    "All images of a data set must have one size: give data.resize, such as 64, and to keep their "
+    'shapes data.crop, "center" or "pad"; or resize them beforehand.'
+)
+_GIVE_WINDOW = (
+    "Give the intensities that become black and white, data.window = [low, high], or convert the "
+    "images to 8 bits first."
 )
 _IMAGE_BYTES = 1 << 28
 _PIXELS, _SMALL = 1 << 25, 1 << 16
@@ -77,12 +89,13 @@ def size_text(shape: tuple[int, ...]) -> str:
     return f"{shape[-2]} x {shape[-1]} (height x width)"
 
 
-def decode_all(items: Iterable[NamedImage]) -> np.ndarray:
-    """Decode images of one size, in order, to uint8 (n, c, h, w).
+def decode_all(items: Iterable[NamedImage], prepare: Preparation = AS_THEY_ARE) -> np.ndarray:
+    """Decode images in order to uint8 (n, c, h, w), all of one size after their preparation.
 
     Raises:
         InputError: an image cannot be decoded, differs in size from the first, is smaller than
-            8 x 8, has more than 8 bits per channel or several frames; the message names the image.
+            8 x 8, has more than 8 bits per channel (without a window) or several frames; the
+            message names the image.
     """
     Image.init()  # registers the formats once: doing so from several threads would race
     done: list[np.ndarray] = []
@@ -93,10 +106,12 @@ def decode_all(items: Iterable[NamedImage]) -> np.ndarray:
         for batch in _chunks(iter(items), _BATCH):
             groups = [batch[i : i + _GROUP] for i in range(0, len(batch), _GROUP)]
             if first is None:
-                first = (batch[0][0](), _decode_group(batch[:1], _PIXELS)[0][0].shape)
-                # All have one size, and what is larger need not be decoded to be refused.
-                most = max(first[1][0] * first[1][1], _SMALL)
-            work = partial(_decode_group, most=most)
+                shape = _decode_group(batch[:1], _PIXELS, prepare)[0][0].shape
+                first = (batch[0][0](), shape)
+                if not prepare.described:
+                    # All have one size, and what is larger need not be decoded to be refused.
+                    most = max(shape[0] * shape[1], _SMALL)
+            work = partial(_decode_group, most=most, prepare=prepare)
             opened = [image for group in pool.map(work, groups) for image in group]
             decoded = [pixels for pixels, _ in opened]
             clear += [name for (name, _), (_, see) in zip(batch, opened, strict=True) if see]
@@ -115,7 +130,11 @@ def decode_all(items: Iterable[NamedImage]) -> np.ndarray:
 
 
 def read_image(
-    path: str | Path, in_channels: int, image_size: tuple[int, int], resize: bool = False
+    path: str | Path,
+    in_channels: int,
+    image_size: tuple[int, int],
+    resize: bool = False,
+    prepare: Preparation = AS_THEY_ARE,
 ) -> torch.Tensor:
     """One image file as float32 (1, c, h, w) in [0, 1], ready for a model.
 
@@ -128,6 +147,7 @@ def read_image(
         image_size: height and width in pixels.
         resize: resample an image of another size (bilinear, antialiased). A certificate then
             speaks of the resampled image, not of the file.
+        prepare: what is done first, as to the images that the model was trained on.
 
     Raises:
         InputError: no such file, no image, more than 8 bits per channel, several frames, or
@@ -138,7 +158,7 @@ def read_image(
     file = Path(path)
     if not file.is_file():
         raise InputError(f"There is no image file {file}. Check the path.")
-    image = _open(lambda: str(file), file)
+    image = _open(lambda: str(file), file, prepare=prepare)
     image = image.convert("RGB" if in_channels == 3 else "L")
     height, width = image_size
     if image.size != (width, height):
@@ -164,12 +184,19 @@ def shape_of_file(path: str | Path) -> tuple[int, tuple[int, int]]:
     return len(image.getbands()), (image.height, image.width)
 
 
-def changes_of(path: str | Path, in_channels: int, image_size: tuple[int, int]) -> str:
+def changes_of(
+    path: str | Path,
+    in_channels: int,
+    image_size: tuple[int, int],
+    prepare: Preparation = AS_THEY_ARE,
+) -> str:
     """How `read_image` changes a file's pixels for the model, in words; "" = not at all."""
     file = Path(path)
-    image = _open(lambda: str(file), file)
+    image = _open(lambda: str(file), file, prepare=prepare)
     height, width = image_size
-    changes = ["transparency dropped"] if image.info.get(_TRANSPARENT) else []
+    changes = [f"{name} = {value}" for name, value in prepare.described.items()]
+    if image.info.get(_TRANSPARENT):
+        changes.append("transparency dropped")
     if (len(image.getbands()) == 1) != (in_channels == 1):
         changes.append(
             "converted to gray" if in_channels == 1 else "gray repeated in three channels"
@@ -179,32 +206,62 @@ def changes_of(path: str | Path, in_channels: int, image_size: tuple[int, int]) 
     return ", ".join(changes)
 
 
-def _open(name: Callable[[], str], source: bytes | Path, most: int = _PIXELS) -> Image.Image:
-    """Decode to mode L or RGB by the module's convention, if it has at most so many pixels."""
+def _open(
+    name: Callable[[], str],
+    source: bytes | Path,
+    most: int = _PIXELS,
+    prepare: Preparation = AS_THEY_ARE,
+) -> Image.Image:
+    """Decode to mode L or RGB by the module's convention, and prepare.
+
+    Args:
+        name: of the image, for errors. source: where it is.
+        most: pixels that it may have. prepare: what is done to it.
+    """
     try:
         content = source if isinstance(source, bytes) else read_bytes(source, _IMAGE_BYTES)
-        image = _small(io.BytesIO(content), most)
-        lost = _would_lose(image)
+        if is_dicom(content):
+            image, lost = _of_dicom(content, most, prepare)
+        else:
+            image = _small(io.BytesIO(content), most)
+            lost = _would_lose(image, prepare.window is not None)
         if not lost:
             image.load()
             image = ImageOps.exif_transpose(image)
+            if image.mode in _DEEP_MODES:
+                image = Image.fromarray(prepare.windowed(np.asarray(image)))
     except _DAMAGED as error:
         reason = "it is not an image in a supported format" if _unknown(error) else str(error)
         raise InputError(
-            f"Cannot decode {name()}: {reason}. Readable are {', '.join(_FORMATS)}; "
+            f"Cannot decode {name()}: {reason}. Readable are {', '.join(_ENDINGS)}; "
             "remove or replace the file."
         ) from error
     if lost:
         raise InputError(f"{name()} {lost}")
-    return _converted(image, name)
+    converted = _converted(image, name)
+    fitted = prepare.fitted(converted)
+    fitted.info.update(converted.info)
+    return fitted
 
 
-def _would_lose(image: Image.Image) -> str:
+def _of_dicom(content: bytes, most: int, prepare: Preparation) -> tuple[Image.Image, str]:
+    """A DICOM file's image in 8 bits, and what decoding would lose of it."""
+    if prepare.window is None:
+        return Image.new("L", (1, 1)), f"is a DICOM image, of no fixed range. {_GIVE_WINDOW}"
+    intensities, low_is_white = read_dicom(content, most)
+    gray = prepare.windowed(intensities)
+    return Image.fromarray(255 - gray if low_is_white else gray), ""
+
+
+def _would_lose(image: Image.Image, windowed: bool = False) -> str:
     """What of an opened image decoding would lose, and what to do; "" = nothing."""
-    if depth := _depth(image):
+    depth = _depth(image)
+    if windowed and not depth:
+        return f"has 8 bits per channel. {WINDOW_OF_8_BITS}"
+    if depth and not (windowed and image.mode in _DEEP_MODES):
+        way = _GIVE_WINDOW if image.mode in _DEEP_MODES else "Convert the images to 8 bits first."
         return (
-            f"has more than 8 bits per channel ({depth}), which has no one right conversion. "
-            "Convert the images to 8 bits first."
+            f"has more than 8 bits per channel ({depth}), which has no one right conversion. {way}"
         )
     if image.format != "MPO" and getattr(image, "is_animated", False):
         return (
@@ -287,9 +344,11 @@ def _unknown(error: Exception) -> bool:
     return isinstance(error, UnidentifiedImageError)  # its own text shows a memory address
 
 
-def _decode_group(group: list[NamedImage], most: int) -> list[tuple[np.ndarray, bool]]:
+def _decode_group(
+    group: list[NamedImage], most: int, prepare: Preparation
+) -> list[tuple[np.ndarray, bool]]:
     """Pixels of images, and whether transparency was dropped from each."""
-    images = [_open(name, source, most) for name, source in group]
+    images = [_open(name, source, most, prepare) for name, source in group]
     return [(np.asarray(image), image.info.get(_TRANSPARENT, False)) for image in images]
 
 
@@ -301,8 +360,7 @@ def _require_one_size(
         if image.shape[:2] != shape[:2]:
             raise InputError(
                 f"{name()} is {size_text(image.shape[:2])}, but {first_name} is "
-                f"{size_text(shape[:2])}. All images of a data set must have one size: crop or "
-                "resize them beforehand."
+                f"{size_text(shape[:2])}. {ONE_SIZE}"
             )
     if min(shape[:2]) < SMALLEST_SIDE:
         raise InputError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from certifl.data.assemble import assemble
 from certifl.data.cache import cache_folder, cache_key, cache_path, read_cached, write_cached
 from certifl.data.dataset import Dataset
 from certifl.data.layouts import TEST_NAMES, Layout, find_layout
-from certifl.data.readers import READERS, ColumnNames, RawSplit
+from certifl.data.preparation import Preparation, preparation_of
+from certifl.data.readers import READERS, RawSplit, ReadOptions
 from certifl.data.sources import HUB_NAMES, read_digits, read_hub
 from certifl.errors import DataUnavailable, InputError
 
@@ -58,6 +59,9 @@ def load(
     image_column: str | None = None,
     keep_column: str | None = None,
     test_split: str | None = None,
+    resize: int | Sequence[int] | None = None,
+    crop: str | None = None,
+    window: Sequence[float] | None = None,
     offline: bool = False,
 ) -> Dataset:
     """Load a data set, decoding its images once.
@@ -73,6 +77,7 @@ def load(
         keep_column: a further column of a table to keep, such as the writer of each image.
         test_split: the split whose images are certified, of "test", "validation", "valid" and
             "val"; None takes the first of them that is there.
+        resize, crop, window: what is done to every image, see `Preparation`.
         offline: never ask the network; a copy decoded before is still read.
 
     Returns:
@@ -83,7 +88,8 @@ def load(
         InputError: its content cannot be used; the message says why.
     """
     base, columns = _parse(name, label_column, image_column)
-    columns = replace(columns, kept=keep_column)
+    prepare = preparation_of(resize, crop, window)
+    columns = replace(columns, kept=keep_column, prepare=prepare)
     if test_split not in (None, *TEST_NAMES):
         raise InputError(
             f"test_split = {test_split!r} must be one of {', '.join(TEST_NAMES)}, or left out."
@@ -100,13 +106,13 @@ def load(
     if dataset is None:
         if offline and choices[0] == "hub":
             raise DataUnavailable(f"{name} is not on this machine. {_ways(base)}")
-        dataset = assemble(name, *build())
+        dataset = assemble(name, *build(), columns.prepare.described)
         write_cached(path, dataset)
     _say_order(dataset)
     return dataset
 
 
-def hub_choices(base: str, columns: ColumnNames, test_split: str | None) -> tuple[str | None, ...]:
+def hub_choices(base: str, columns: ReadOptions, test_split: str | None) -> tuple[str | None, ...]:
     """What the cache of a data set of the hub is named by."""
     return ("hub", base, *columns.choices, *_chosen_split(test_split))
 
@@ -139,7 +145,7 @@ def _by_number(name: str) -> list[tuple[int, int, str]]:
 
 
 def _source(
-    base: str, data_dir: str | Path | None, columns: ColumnNames, test_split: str | None
+    base: str, data_dir: str | Path | None, columns: ReadOptions, test_split: str | None
 ) -> _Source:
     if base in EMBEDDED:
         if test_split not in (None, "test"):
@@ -152,9 +158,10 @@ def _source(
                 f"{base} is not a table, so it has no column {columns.kept!r} to split by. Choose "
                 "another split, or a data set in parquet files with such a column."
             )
-        if columns != ColumnNames():
+        if not columns.no_columns:
             raise InputError(f"{base} has no columns to choose from. Write {base!r} alone.")
-        return (), ("embedded", base), EMBEDDED[base]
+        choices = ("embedded", base, *columns.prepare.choices)
+        return (), choices, lambda: _embedded(base, columns.prepare)
     layout = _find(base, data_dir, test_split)
     if layout is None:
         choices = hub_choices(base, columns, test_split)
@@ -166,7 +173,7 @@ def _source(
 
 
 def _read(
-    layout: Layout, columns: ColumnNames, known: tuple[str, ...] | None
+    layout: Layout, columns: ReadOptions, known: tuple[str, ...] | None
 ) -> tuple[RawSplit, RawSplit]:
     read = READERS[layout.kind]
     train, test = (read(files, columns, layout.root) for files in (layout.train, layout.test))
@@ -175,9 +182,17 @@ def _read(
     return train, test
 
 
+def _embedded(base: str, prepare: Preparation) -> tuple[RawSplit, RawSplit]:
+    train, test = EMBEDDED[base]()
+    return (
+        replace(train, images=prepare.arrays(train.images)),
+        replace(test, images=prepare.arrays(test.images)),
+    )
+
+
 def _parse(
     name: str, label_column: str | None, image_column: str | None
-) -> tuple[str, ColumnNames]:
+) -> tuple[str, ReadOptions]:
     match = re.fullmatch(r"(?P<base>[^\[\]]+)(\[(?P<column>[^\[\]]+)\])?", name.strip())
     if match is None:
         raise InputError(
@@ -189,7 +204,7 @@ def _parse(
             f"The label column is {column!r} in {name!r} but {label_column!r} in label_column. "
             "Give it once."
         )
-    return match["base"], ColumnNames(image_column, column or label_column)
+    return match["base"], ReadOptions(image_column, column or label_column)
 
 
 def _find(base: str, data_dir: str | Path | None, test_split: str | None) -> Layout | None:

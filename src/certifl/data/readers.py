@@ -10,28 +10,36 @@ from pathlib import Path
 import numpy as np
 
 from certifl.data.decode import NamedImage, decode_all
+from certifl.data.preparation import AS_THEY_ARE, Preparation
 from certifl.errors import InputError
 from certifl.safe_io import read_bytes, read_gzip
 
 
 @dataclass(frozen=True)
-class ColumnNames:
-    """The columns asked for in a table; None lets the reader find them.
+class ReadOptions:
+    """The columns asked for in a table, where None lets the reader find them, and what images get.
 
     Args:
         image, label: the columns of images and labels.
         kept: one further column to keep beside them; None keeps none.
+        prepare: what is done to every image.
     """
 
     image: str | None = None
     label: str | None = None
     kept: str | None = None
+    prepare: Preparation = AS_THEY_ARE
 
     @property
     def choices(self) -> tuple[str | None, ...]:
         """As a cache is named by them."""
         kept = () if self.kept is None else ("kept", self.kept)
-        return (self.image, self.label, *kept)
+        return (self.image, self.label, *kept, *self.prepare.choices)
+
+    @property
+    def no_columns(self) -> bool:
+        """Whether no column is named."""
+        return self.image is self.label is self.kept is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,21 +59,21 @@ class RawSplit:
     column: np.ndarray | None = None
 
 
-def read_parquet(files: tuple[Path, ...], columns: ColumnNames) -> RawSplit:
+def read_parquet(files: tuple[Path, ...], columns: ReadOptions) -> RawSplit:
     """Read parquet files in the hub's layout, in the order given."""
     from certifl.data.tables import read_tables
 
     return read_tables(files, columns)
 
 
-def read_folder(files: tuple[Path, ...], columns: ColumnNames, root: Path) -> RawSplit:
+def read_folder(files: tuple[Path, ...], columns: ReadOptions, root: Path) -> RawSplit:
     """Read the images `root/<split>/<class>/...`, however deep below the folder of their class."""
     _refuse_columns(columns, root)
     labels = np.array([file.relative_to(root).parts[1] for file in files])
-    return RawSplit(decode_all(_named(files)), labels)
+    return RawSplit(decode_all(_named(files), columns.prepare), labels)
 
 
-def read_idx(files: tuple[Path, ...], columns: ColumnNames) -> RawSplit:
+def read_idx(files: tuple[Path, ...], columns: ReadOptions) -> RawSplit:
     """Read an image file and a label file in the IDX format of MNIST, gzipped or not."""
     images_file, labels_file = files
     _refuse_columns(columns, images_file.parent)
@@ -75,10 +83,11 @@ def read_idx(files: tuple[Path, ...], columns: ColumnNames) -> RawSplit:
             f"{images_file} holds {len(images)} images, but {labels_file.name} {len(labels)} "
             "labels. One of the two belongs to another data set or is incomplete; copy both again."
         )
-    return RawSplit(images[:, None], labels.astype(np.int64))
+    prepared = columns.prepare.arrays(images[:, None])
+    return RawSplit(prepared, labels.astype(np.int64))
 
 
-READERS: dict[str, Callable[[tuple[Path, ...], ColumnNames, Path], RawSplit]] = {
+READERS: dict[str, Callable[[tuple[Path, ...], ReadOptions, Path], RawSplit]] = {
     "parquet": lambda files, columns, _root: read_parquet(files, columns),
     "idx": lambda files, columns, _root: read_idx(files, columns),
     "folder": read_folder,
@@ -91,13 +100,13 @@ def _named(files: tuple[Path, ...]) -> Iterator[NamedImage]:
         yield file.__str__, file
 
 
-def _refuse_columns(columns: ColumnNames, where: Path) -> None:
+def _refuse_columns(columns: ReadOptions, where: Path) -> None:
     if columns.kept is not None:
         raise InputError(
             f"{where} is not a table, so it has no column {columns.kept!r}. Store the data set as "
             "parquet files with that column beside the images and labels."
         )
-    if columns != ColumnNames():
+    if not columns.no_columns:
         raise InputError(
             f"{where} is not a table, so it has no columns. Leave out the column's name."
         )

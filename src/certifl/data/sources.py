@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from certifl.data.layouts import choose_test
-from certifl.data.readers import ColumnNames, RawSplit
+from certifl.data.readers import RawSplit, ReadOptions
 from certifl.errors import DataUnavailable, first_line
 from certifl.rng import numpy_generator
 
@@ -37,7 +37,7 @@ class _HubSplit(Protocol):
 
 
 def read_hub(
-    name: str, columns: ColumnNames, ways: str, test_split: str | None = None
+    name: str, columns: ReadOptions, ways: str, test_split: str | None = None
 ) -> tuple[RawSplit, RawSplit]:
     """Download (or take from the hub's own cache) and decode both splits.
 
@@ -79,7 +79,7 @@ def _download(hub_id: str, ways: str) -> dict[str, _HubSplit]:
         ) from error
 
 
-def _read(split: _HubSplit, columns: ColumnNames, where: str) -> RawSplit:
+def _read(split: _HubSplit, columns: ReadOptions, where: str) -> RawSplit:
     from certifl.data.tables import choose_columns, read_rows
 
     features = {
@@ -89,7 +89,7 @@ def _read(split: _HubSplit, columns: ColumnNames, where: str) -> RawSplit:
     schema = split.features.arrow_schema
     chosen = choose_columns(schema, features, columns.image, columns.label, where, columns.kept)
     parts = split.select_columns(chosen.read).with_format("arrow").iter(_BATCH)
-    return read_rows(((where, Path(), part) for part in parts), chosen)
+    return read_rows(((where, Path(), part) for part in parts), chosen, columns.prepare)
 
 
 # The data set that comes with the installation: scikit-learn's handwritten digits.

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from certifl.data.decode import NamedImage, decode_all
-from certifl.data.readers import ColumnNames, RawSplit
+from certifl.data.preparation import Preparation
+from certifl.data.readers import RawSplit, ReadOptions
 from certifl.errors import InputError
 from certifl.safe_io import open_parquet
 
@@ -24,7 +25,7 @@ TableRows = Iterator[tuple[str, Path, pa.RecordBatch | pa.Table]]
 """Parts of a table: how an error names it, the folder of its image paths, and its rows."""
 
 
-def read_tables(files: tuple[Path, ...], columns: ColumnNames) -> RawSplit:
+def read_tables(files: tuple[Path, ...], columns: ReadOptions) -> RawSplit:
     """Read parquet files that all have the columns of the first, with the same names of classes.
 
     Raises:
@@ -35,14 +36,14 @@ def read_tables(files: tuple[Path, ...], columns: ColumnNames) -> RawSplit:
     chosen = choose_columns(
         schema, features_of(schema), columns.image, columns.label, str(files[0]), columns.kept
     )
-    return read_rows(_rows(files, chosen), chosen)
+    return read_rows(_rows(files, chosen), chosen, columns.prepare)
 
 
-def read_rows(rows: TableRows, chosen: Chosen) -> RawSplit:
+def read_rows(rows: TableRows, chosen: Chosen, prepare: Preparation) -> RawSplit:
     """Decode all rows, a few thousand in memory at a time."""
     labels: list[np.ndarray] = []
     kept: list[np.ndarray] = []
-    images = decode_all(_images(rows, chosen, labels, kept))
+    images = decode_all(_images(rows, chosen, labels, kept), prepare)
     column = _joined(kept, chosen.kept or "") if kept else None
     return RawSplit(images, _joined(labels, chosen.label), chosen.class_names, column)
 

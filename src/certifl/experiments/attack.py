@@ -15,7 +15,8 @@ parameters            inside the certified sets, where no violation may be found
                       radius, lead (share of votes), votes
     violations        the same of every image whose class changed, with rival, p_value, and delta
                       where it has at most eight numbers
-deformed_first        images deformed by a delta inside their certified set, then smoothed:
+deformed_first        images changed by a delta inside their certified set, then smoothed; where
+                      certificates cover received images, clipped and rounded to 8 bits between:
     images            chosen, certified or not (the latter stay as they are)
     votes, deltas     votes of a prediction, deltas per image
     certified         share of the images that are certified correctly

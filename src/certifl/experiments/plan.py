@@ -29,7 +29,7 @@ from certifl.certification.settings import ESTIMATORS
 from certifl.data import Column, Partition, named_folder, random_part
 from certifl.data.cache import cache_folder, cache_key, cache_path
 from certifl.data.loading import hub_choices
-from certifl.data.readers import ColumnNames
+from certifl.data.readers import ReadOptions
 from certifl.errors import DataUnavailable
 from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.states import ClientData, ClientState, Parts, ServerState
@@ -361,8 +361,11 @@ def data_facts(spec: Spec, data_dir: Path | None) -> tuple[Facts, str]:
         DataUnavailable: it is neither known here nor at hand.
     """
     name, columns, test = spec.data.name, data_columns(spec), spec.data.test_split
-    if name in KNOWN and columns == ColumnNames() and test is None:
+    prepare = columns.prepare
+    if name in KNOWN and columns.no_columns and test is None and prepare.crop is None:
         facts = KNOWN[name]
+        if prepare.resize is not None:
+            facts = replace(facts, shape=(facts.shape[0], *prepare.resize))
         return facts, f"Measured on random images of the shape of {name}; it was not read."
     if not _at_hand(name, data_dir, columns, test):
         raise DataUnavailable(
@@ -376,7 +379,7 @@ def data_facts(spec: Spec, data_dir: Path | None) -> tuple[Facts, str]:
     return facts, f"Measured on random images; numbers and shape are those of {name}."
 
 
-def _at_hand(name: str, data_dir: Path | None, columns: ColumnNames, test: str | None) -> bool:
+def _at_hand(name: str, data_dir: Path | None, columns: ReadOptions, test: str | None) -> bool:
     """Whether loading finds a folder, or images decoded before, and needs no network."""
     base = name.partition("[")[0].strip()
     folders = [Path(base).expanduser()] if "/" in base or base[:1] in (".", "~") else []

@@ -25,6 +25,7 @@ from certifl.data import (
     shape_of_file,
     to_float,
 )
+from certifl.data.preparation import AS_THEY_ARE, Preparation
 from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.models import build
 from certifl.module_copies import evaluating
@@ -78,6 +79,7 @@ class Request:
         images: how many test images, a fixed random choice by `seed`.
         settings: how votes become certificates.
         precision, device, out, overwrite: as on the command line.
+        resize, crop, window: what is done to the images; a run brings its own.
         shard: which part of the images.
         code: the folder that holds a run's own network, which its user trusts.
     """
@@ -99,6 +101,9 @@ class Request:
     overwrite: bool
     shard: Shard = WHOLE
     code: Path | None = None
+    resize: int | None = None
+    crop: str | None = None
+    window: tuple[float, float] | None = None
 
 
 def certify_standalone(request: Request, report: StageCallback | None = None) -> Certificates:
@@ -155,6 +160,8 @@ def _check_options(request: Request) -> None:
         raise InputError(
             "--code says where a run's own network is; --model is found where you are."
         )
+    if request.run is not None and (request.resize or request.crop or request.window):
+        raise InputError("--run prepares its images as its spec says: leave out --resize, ...")
     if request.run is None and request.client:
         raise InputError("--client names a client of a run, so it needs --run.")
 
@@ -190,10 +197,17 @@ def _from_run(request: Request, run: OpenRun) -> tuple[nn.Module, Dataset, np.nd
 
 def _from_model(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:
     assert request.model is not None
-    if request.data is None or request.weights is None:
+    on_hub = request.model.startswith("hf:")
+    if request.data is None or (request.weights is None and not on_hub):
         raise InputError("--model needs --weights FILE and --data NAME.")
-    dataset = load(request.data, request.data_dir)
-    images = ImageKind(dataset.in_channels, dataset.image_size, tuple(dataset.class_names))
+    dataset = load(
+        request.data,
+        request.data_dir,
+        resize=request.resize,
+        crop=request.crop,
+        window=request.window,
+    )
+    images = ImageKind.of(dataset)
     model = _trained(request.model, request.weights, images, request.seed)
     everything = np.arange(len(dataset.test))
     return model, dataset, choose(everything, request.images, request.seed, 0)
@@ -207,10 +221,20 @@ class ImageKind:
     image_size: tuple[int, int]
     class_names: tuple[str, ...]
 
+    @classmethod
+    def of(cls, dataset: Dataset) -> ImageKind:
+        """The images and classes of a data set."""
+        return cls(dataset.in_channels, dataset.image_size, tuple(dataset.class_names))
 
-def _trained(name: str, weights: Path, images: ImageKind, seed: int) -> nn.Module:
-    """A network with its weights, in evaluation mode."""
-    classes = len(images.class_names)
+
+def _trained(name: str, weights: Path | None, images: ImageKind, seed: int) -> nn.Module:
+    """A network with its weights, in evaluation mode; one of the hub has its own."""
+    classes, names = len(images.class_names), images.class_names
+    if weights is None:
+        from certifl.models.huggingface import load as load_model  # imports an optional package
+
+        channels, size = images.in_channels, images.image_size
+        return load_model(name, channels, classes, size, class_names=names)
     model = build(name, images.in_channels, classes, seed, image_size=images.image_size)
     begin_with(model, weights, name)
     return evaluating(model)
@@ -252,7 +276,8 @@ def certify_image(
         code: folder with the network's own code.
     """
     used = _deployed(run, client, code)
-    image = read_image(path, used.in_channels, used.image_size, resize=resize)
+    prepare = used.spec.data.preparation()
+    image = read_image(path, used.in_channels, used.image_size, resize, prepare)
     wanted = used.spec.certification
     settings = wanted.settings(used.client)
     certificates = certify(
@@ -271,15 +296,20 @@ def certify_image(
         keep=wanted.keep,
     )
     images = ImageKind(used.in_channels, used.image_size, used.class_names)
-    return _prediction(path, certificates, images, used.client, used.deploys)
+    return _prediction(path, certificates, images, used.client, used.deploys, prepare)
 
 
 def _prediction(
-    path: Path, certificates: Certificates, images: ImageKind, client: int | None, deploys: str
+    path: Path,
+    certificates: Certificates,
+    images: ImageKind,
+    client: int | None,
+    deploys: str,
+    prepare: Preparation = AS_THEY_ARE,
 ) -> Prediction:
     label = int(certificates.predicted[0])
     name = images.class_names[label] if label >= 0 else ""
-    changed = changes_of(path, images.in_channels, images.image_size)
+    changed = changes_of(path, images.in_channels, images.image_size, prepare)
     return Prediction(certificates, name, client, deploys, changed)
 
 
@@ -295,7 +325,7 @@ class OwnModel:
     """
 
     name: str
-    weights: Path
+    weights: Path | None
     data: str | None
     data_dir: Path | None
     classes: str | None
@@ -317,8 +347,7 @@ class OwnModel:
             )
         if self.data is not None:
             dataset = load(self.data, self.data_dir)
-            names = tuple(dataset.class_names)
-            return ImageKind(dataset.in_channels, dataset.image_size, names)
+            return ImageKind.of(dataset)
         return ImageKind(*shape_of_file(path), _class_names(str(self.classes)))
 
 
@@ -356,7 +385,8 @@ def certify_image_with(path: Path, own: OwnModel, resize: bool, device: str) -> 
         precision=own.precision,
         device=device,
     )
-    return _prediction(path, certificates, images, None, f"{own.name} with {own.weights}")
+    deploys = own.name if own.weights is None else f"{own.name} with {own.weights}"
+    return _prediction(path, certificates, images, None, deploys)
 
 
 def _deployed(path: Path, client: int | None, code: Path | None) -> Deployed:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         allowed_code,
         code_fingerprint,
         fingerprint,
+        is_users_code,
         require_code,
         state_of,
     )
@@ -35,6 +36,7 @@ __all__ = [
     "check_logits",
     "code_fingerprint",
     "fingerprint",
+    "is_users_code",
     "require_code",
     "resnet18",
     "small_cnn",
@@ -58,7 +60,7 @@ MODELS: Registry[Row] = Registry(
             "small CNN",
         ),
     },
-    also="your own as module:function",
+    also="your own as module:function, or hf:OWNER/NAME of the Hugging Face hub",
 )
 
 __getattr__ = lazy_names(
@@ -68,6 +70,6 @@ __getattr__ = lazy_names(
         "Normalize": _ARCHITECTURES,
         **dict.fromkeys(("build", "check_logits"), "certifl.models.building"),
         **dict.fromkeys(("adopt_code", "allow_code", "allowed_code", "code_fingerprint"), _STATE),
-        **dict.fromkeys(("fingerprint", "require_code", "state_of"), _STATE),
+        **dict.fromkeys(("fingerprint", "is_users_code", "require_code", "state_of"), _STATE),
     },
 )

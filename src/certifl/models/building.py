@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,13 @@ from torch import Tensor, nn
 
 from certifl.errors import ModelError
 from certifl.models import MODELS
-from certifl.module_copies import answer_in_words, evaluating, format_advice
+from certifl.module_copies import (
+    answer_in_words,
+    answers_with_logits,
+    evaluating,
+    format_advice,
+    take_logits,
+)
 from certifl.registry import choices
 from certifl.rng import derive_seed
 
@@ -29,8 +36,9 @@ def build(
     Torch's global generator is seeded for the duration of the call, then restored.
 
     Args:
-        name: a name in `MODELS`, or `module:function` for one's own, called as
-            `function(in_channels=..., num_classes=..., **options)`.
+        name: a name in `MODELS`; `module:function` for one's own, called as
+            `function(in_channels=..., num_classes=..., **options)`; or hf:OWNER/NAME of the
+            Hugging Face hub, hf:./folder, whose weights the network begins with.
         in_channels: channels of the images.
         num_classes: logits that must come out.
         seed: the study's seed.
@@ -46,6 +54,8 @@ def build(
         ModelError: a name that is unknown or cannot be imported, something that is not a function,
             a call that fails, a result that is not a torch module, or logits of the wrong shape.
     """
+    if name.startswith("hf:"):
+        return _from_hub(name, in_channels, num_classes, seed, options, image_size)
     if name in MODELS:
         MODELS.check_named(name, options or {})
         function: Callable[..., Any] = MODELS[name]
@@ -70,8 +80,30 @@ def build(
                 "Return the network itself."
             )
         if image_size is not None:
+            with _in_evaluation(model):
+                blank = torch.zeros(1, in_channels, *image_size)
+                if answers_with_logits(model, blank):
+                    model.register_forward_hook(take_logits)
             check_logits(model, in_channels, num_classes, image_size)
     return model
+
+
+def _from_hub(
+    name: str,
+    in_channels: int,
+    num_classes: int,
+    seed: int,
+    options: Mapping[str, Any] | None,
+    image_size: tuple[int, int] | None,
+) -> nn.Module:
+    """A network of the hub with its weights; a new last layer depends on the seed alone."""
+    from certifl.models.huggingface import load  # it builds on this file
+
+    if options:
+        raise ModelError(f"{name} takes no options; leave out {', '.join(options)}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(seed, "model", name))
+        return load(name, in_channels, num_classes, image_size, new_head=True).train()
 
 
 def _users_function(name: str) -> Callable[..., Any]:
@@ -114,10 +146,8 @@ def check_logits(
     """
     first = next(model.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
-    modes = [(m, m.training) for m in model.modules() if hasattr(m, "training")]
-    evaluating(model)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _in_evaluation(model):
             logits = model(torch.zeros(1, in_channels, *image_size, device=device))
     except Exception as error:
         raise ModelError(
@@ -125,11 +155,20 @@ def check_logits(
             f"{image_size[1]}) with {type(error).__name__}: {error}. "
             f"{format_advice(model) or 'It must take images (m, c, h, w).'}"
         ) from error
-    finally:
-        for module, training in modes:
-            module.training = training
     if not isinstance(logits, Tensor) or logits.shape != (1, num_classes):
         raise ModelError(
             f"The model must return logits of shape (1, {num_classes}) for one image, got "
             f"{answer_in_words(logits)} Give its last layer num_classes outputs."
         )
+
+
+@contextlib.contextmanager
+def _in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is in evaluation mode; its layers' modes are put back."""
+    modes = [(m, m.training) for m in model.modules() if hasattr(m, "training")]
+    evaluating(model)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

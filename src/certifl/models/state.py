@@ -99,8 +99,13 @@ def allow_code(name: str, *folders: Path | str) -> None:
         name: `module:function`; the name of a network of certifl's own allows nothing.
         folders: in the order in which they are searched.
     """
-    if ":" in name:
+    if is_users_code(name):
         adopt_code({_top(name): tuple(str(Path(folder).resolve()) for folder in folders)})
+
+
+def is_users_code(name: str) -> bool:
+    """Whether a network's name is `module:function`; "hf:..." runs no code of its own."""
+    return ":" in name and not name.startswith("hf:")
 
 
 def allowed_code() -> NamedCode:

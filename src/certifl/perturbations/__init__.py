@@ -9,6 +9,9 @@
 | affine | 6, added to the identity's | Gaussian | coefficients |
 | smooth_flow | 2 k^2 cosine coefficients | Gaussian | coefficients |
 | dense_flow | one (u, v) per pixel | Gaussian | half-widths |
+| brightness | one, added to all intensities | Gaussian | intensity |
+| contrast | logarithm of the factor | Gaussian | log factor |
+| gaussian_blur | added variance, from 0 | exponential | px^2 |
 
 One row each: a new family is one file and one row. Nothing here imports torch: a spec builds its
 perturbations without it.
@@ -31,25 +34,31 @@ from certifl.registry import Flag, Parameters, PositiveInt, Registry, Row, param
 if TYPE_CHECKING:
     from certifl.perturbations.deformations import Affine, Rotation, Scaling, Translation
     from certifl.perturbations.flows import DenseFlow, SmoothFlow
+    from certifl.perturbations.photometric import Brightness, Contrast, GaussianBlur
     from certifl.perturbations.pixel import PixelNoise
 
 __all__ = [
     "DEFAULT",
     "PERTURBATIONS",
     "Affine",
+    "Brightness",
+    "Contrast",
     "DenseFlow",
+    "GaussianBlur",
     "Perturbation",
     "PixelNoise",
     "Rotation",
     "Scaling",
     "SmoothFlow",
     "Translation",
+    "covers_received",
     "describe",
     "family_label",
     "format_amount",
     "from_description",
     "from_record",
     "parse_sigma",
+    "received_words",
     "trait",
 ]
 
@@ -66,6 +75,7 @@ def _moving(**options: Any) -> type[Parameters]:
     )
 
 
+_PHOTOMETRIC = "certifl.perturbations.photometric"
 _DEFORMATIONS, _FLOWS = "certifl.perturbations.deformations", "certifl.perturbations.flows"
 
 PERTURBATIONS: Registry[Row] = Registry(
@@ -82,6 +92,11 @@ PERTURBATIONS: Registry[Row] = Registry(
         "affine": Row(f"{_DEFORMATIONS}:Affine", _moving(), "affine deformation"),
         "smooth_flow": Row(f"{_FLOWS}:SmoothFlow", _moving(bases=(PositiveInt, 2)), "smooth flow"),
         "dense_flow": Row(f"{_FLOWS}:DenseFlow", _moving(), "dense flow"),
+        "brightness": Row(f"{_PHOTOMETRIC}:Brightness", parameters(sigma=_Sigma), "brightness"),
+        "contrast": Row(f"{_PHOTOMETRIC}:Contrast", parameters(sigma=_Sigma), "contrast"),
+        "gaussian_blur": Row(
+            f"{_PHOTOMETRIC}:GaussianBlur", parameters(sigma=_Sigma), "Gaussian blur"
+        ),
     },
     key="family",
 )
@@ -149,6 +164,25 @@ def trait(family: object, name: str, default: Any) -> Any:
     """
     known = str(family) in PERTURBATIONS
     return getattr(PERTURBATIONS[str(family)], name, default) if known else default
+
+
+def covers_received(family: object) -> bool:
+    """Whether certificates of a family also hold for images that arrive changed.
+
+    They do where T_a(T_b(x)) = T_{a + b}(x): up to rounding and clipping by whoever sends the
+    image. Elsewhere a certificate is about parameters of one change of the original image.
+
+    Args:
+        family: as in a record.
+    """
+    return bool(trait(family, "received", False) or trait(family, "additive", False))
+
+
+def received_words(family: object) -> str:
+    """Whether certificates of a family also hold for images that arrive changed, in a sentence."""
+    if covers_received(family):
+        return "Covered, up to rounding and clipping by whoever sends the image."
+    return "Not covered: certificates are in parameter space only, about the original image."
 
 
 def family_label(family: object) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from certifl.errors import InputError
-from certifl.smoothing.laws import Law, drawn_width
+from certifl.smoothing.laws import LAWS, Law, drawn_width
 
 if TYPE_CHECKING:
     import torch
@@ -51,8 +51,10 @@ class Perturbation(Protocol):
 
     - `promise`: completes "the smoothed classifier gives the certified class ..." in reports;
       {family}, {norm} and {unit} are filled in;
-    - `additive = True`: parameters are added to the intensities, one each, so that a system that
-      receives the changed image is covered;
+    - `received = True`: T_a(T_b(x)) = T_{a + b}(x), so that a system that receives the changed
+      image is covered, up to rounding and clipping by the sender;
+    - `additive = True`: parameters are added to the intensities, one each, which implies it;
+    - `radius_note`: follows "radius" on axes;
     - `exact`: images and parameters lie on the grid of 8-bit intensities;
     - `sweeps(reach)`: lines of parameters to explore, and `sweep_note`, what they do not show;
     - `scan_range(reach)`: (low, high, whether the two ends are one), where the "scan" estimator
@@ -67,7 +69,7 @@ class Perturbation(Protocol):
 
     @property
     def sigma(self) -> float:
-        """Scale in `unit`: standard deviation (Gaussian) or half width (uniform)."""
+        """Scale in `unit`: standard deviation (Gaussian), half width (uniform), mean (exp.)."""
         ...
 
     @property
@@ -167,10 +169,11 @@ def draw(
 
     Uniform draws lie in [-w, w] with w = `drawn_width(sigma)`, the width that radii use. Normal
     draws in float32 end at 5.77 sigma on a CPU (24-bit uniforms, Box and Muller 1958), which
-    leaves out a probability of 8e-9 per number; in float64 they end at 8.57 sigma.
+    leaves out a probability of 8e-9 per number; in float64 they end at 8.57 sigma. Exponential
+    draws invert the distribution at 53-bit uniforms and end at 36.7 sigma.
 
     Args:
-        law: Gaussian or uniform.
+        law: Gaussian, uniform or exponential.
         sigma: its scale.
         shape: of the result.
         generator: where the randomness comes from.
@@ -187,8 +190,11 @@ def draw(
     if law.name == "uniform":
         unit = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float32)
         return unit.mul_(2.0).sub_(1.0).mul_(float(drawn_width(sigma)))
+    if law.name == "exponential":
+        unit = torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
+        return unit.neg_().log1p_().mul_(-sigma).to(torch.float32)
     raise InputError(
-        f"Cannot draw from the distribution {law.name!r}: choose 'gaussian' or 'uniform'."
+        f"Cannot draw from the distribution {law.name!r}: choose one of {', '.join(LAWS)}."
     )
 
 

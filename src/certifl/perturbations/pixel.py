@@ -49,6 +49,7 @@ class PixelNoise:
     unit = "intensity"
     dim = None
     additive = True
+    received = True
     promise = "for every change of the pixel intensities whose {norm} norm is at most the radius"
     sweep_note = (
         "A certificate covers every change of at most its length, the worst included. The two "

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
+from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
 from certifl.errors import InputError, UnusualValue
@@ -22,7 +23,8 @@ _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _SMALLEST, _LARGEST = 1e-12, 1e9  # float32 holds their squares, and sums of those
 _TEXT = re.compile(rf"\s*(?P<number>{_NUMBER})\s*(?P<unit>\*?\s*(?:pi|π)|deg|°)?\s*")
 _WAYS = 'Write a positive number such as 0.25; for angles also "0.1pi", "0.1*pi" or "18deg".'
-ANGLE = "radians"
+ANGLE, LOG_FACTOR, VARIANCE = "radians", "log factor", "px^2"
+_LARGEST_EXPONENT = 709.0
 _recorded: ContextVar[bool] = ContextVar("recorded", default=False)
 
 
@@ -164,15 +166,33 @@ def format_amount(value: float, unit: str, digits: int = 3) -> str:
     '0.314 rad (18.0 deg)'
     >>> format_amount(1.9057, "intensity")
     '1.905 intensity'
+    >>> format_amount(0.2236, "log factor")
+    '0.223 log factor (factor 0.801 to 1.249)'
+    >>> format_amount(3.2, "px^2")
+    'added variance 0 to 3.200 px^2'
 
     Args:
         value: amount in `unit`.
-        unit: "intensity", "half-widths", "radians", "relative" or "coefficients".
-        digits: decimals; angles carry degrees with one decimal beside them.
+        unit: of a family, such as "intensity", "half-widths" or "radians".
+        digits: decimals; angles carry degrees with one decimal beside them, logarithms of a factor
+            the factors, rounded towards 1.
 
     Raises:
         InputError: a value that is not a number.
     """
     if unit == ANGLE:
         return f"{floor_text(value, digits)} rad ({floor_text(math.degrees(value), 1)} deg)"
-    return f"{floor_text(value, digits)} {unit}"
+    amount = floor_text(value, digits)
+    if unit == LOG_FACTOR:
+        low, high = factor_texts(float(amount), digits)
+        return f"{amount} {unit} (factor {low} to {high})"
+    return f"added variance 0 to {amount} {unit}" if unit == VARIANCE else f"{amount} {unit}"
+
+
+def factor_texts(radius: float, digits: int = 3) -> tuple[str, str]:
+    """The factors e^-R and e^R as text, rounded towards 1."""
+    inward = 2.0**-50  # exp is off by less than that
+    low = math.exp(-radius) * (1.0 + inward)
+    up = Decimal(low).quantize(Decimal(1).scaleb(-digits), rounding=ROUND_CEILING)
+    high = math.exp(radius) * (1.0 - inward) if radius < _LARGEST_EXPONENT else math.inf
+    return f"{min(up, Decimal(1)):f}", floor_text(max(1.0, high), digits)

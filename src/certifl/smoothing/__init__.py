@@ -17,12 +17,13 @@ from certifl.smoothing.curves import (
     floor_to_grid,
     mean_and_band,
 )
-from certifl.smoothing.laws import GAUSSIAN, LAWS, UNIFORM, Law
+from certifl.smoothing.laws import EXPONENTIAL, GAUSSIAN, LAWS, UNIFORM, Law
 from certifl.smoothing.rounding import floor_text
 from certifl.smoothing.sequential import finished, grid_steps, levels, looks, reachable_radius
 
 __all__ = [
     "BOUNDS",
+    "EXPONENTIAL",
     "GAUSSIAN",
     "LAWS",
     "UNIFORM",

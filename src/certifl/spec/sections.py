@@ -21,6 +21,7 @@ from pydantic import (
 from certifl.certification.precisions import PRECISIONS, REMOVED_PRECISIONS, removed_precision
 from certifl.certification.settings import Settings
 from certifl.data import SPLITS
+from certifl.data.preparation import Preparation, preparation_of
 from certifl.errors import InputError
 from certifl.federated.aggregation import RULES, check_rule, make_rule
 from certifl.federated.training.schedule import Schedule, participants
@@ -137,6 +138,11 @@ class Data(Section):
         label_column: which column is the label, where a data set has several.
         test_split: test, validation, valid or val: the split whose images are certified, for a
             data set whose test images have no public labels; absent = the first of these there is.
+        resize: 64, or [height, width]: pixels that every image is resampled to.
+        crop: center (cut out the largest square about the middle) or pad (black up to a square),
+            before `resize`; where that is not a square, its aspect ratio.
+        window: [low, high]: stored intensities of gray images of more than 8 bits (PNG, TIFF) or
+            DICOM that become black and white; first of all.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -144,6 +150,21 @@ class Data(Section):
     test_images: PositiveWhole | None = None
     label_column: str | None = None
     test_split: Literal["test", "validation", "valid", "val"] | None = None
+    resize: PositiveWhole | list[PositiveWhole] | None = None
+    crop: Literal["center", "pad"] | None = None
+    window: list[float] | None = None
+
+    @model_validator(mode="after")
+    def _known_preparation(self) -> Data:
+        try:
+            self.preparation()
+        except InputError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def preparation(self) -> Preparation:
+        """What is done to every image."""
+        return preparation_of(self.resize, self.crop, self.window)
 
 
 class Clients(Section):

@@ -25,12 +25,12 @@ from certifl.data import (
     random_part,
     to_float,
 )
-from certifl.data.readers import ColumnNames
+from certifl.data.readers import ReadOptions
 from certifl.errors import InputError, ModelError, StoreError, StoreMismatch, WorkError
 from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.rounds import deployed_model
 from certifl.federated.states import ModelState
-from certifl.models import build, fingerprint, require_code
+from certifl.models import build, fingerprint, is_users_code, require_code
 from certifl.module_copies import copy_of, evaluating
 from certifl.path_checks import CLIENT_STUDY
 from certifl.perturbations import Perturbation
@@ -47,11 +47,11 @@ DATA_DIR = "data_dir"  # in run.json
 # The data of a study.
 
 
-def data_columns(spec: Spec) -> ColumnNames:
+def data_columns(spec: Spec) -> ReadOptions:
     """The columns that a study reads, where its data set is a table."""
     splitter = spec.clients.splitter()
     kept = splitter.column if isinstance(splitter, Column) else None
-    return ColumnNames(label=spec.data.label_column, kept=kept)
+    return ReadOptions(label=spec.data.label_column, kept=kept, prepare=spec.data.preparation())
 
 
 def load_data(spec: Spec, data_dir: Path | None, *, offline: bool = False) -> Dataset:
@@ -71,6 +71,9 @@ def load_data(spec: Spec, data_dir: Path | None, *, offline: bool = False) -> Da
         label_column=columns.label,
         keep_column=columns.kept,
         test_split=spec.data.test_split,
+        resize=spec.data.resize,
+        crop=spec.data.crop,
+        window=spec.data.window,
         offline=offline,
     )
 
@@ -159,7 +162,8 @@ def initial_model(spec: Spec, dataset: Dataset) -> nn.Module:
 
 def code_folder(name: str) -> str | None:
     """The folder of a user's `module:function`; None for a network of this package."""
-    top = sys.modules.get(name.partition(":")[0].partition(".")[0]) if ":" in name else None
+    own = is_users_code(name)
+    top = sys.modules.get(name.partition(":")[0].partition(".")[0]) if own else None
     file = getattr(top, "__file__", None)
     if file is None:
         return None
@@ -182,7 +186,7 @@ def load_code(folder: Path, spec: Spec, code: Path | None, recorded: object = No
         ModelError: the run has its own code and `code` is not given, or does not hold it.
     """
     name = spec.model.name
-    if ":" not in name:
+    if not is_users_code(name):
         return
     if code is None:
         hint = f"; it was in {recorded} when the run was made" if isinstance(recorded, str) else ""

@@ -78,7 +78,14 @@ def open_local_data(spec: Spec, settings: Settings) -> LocalData:
     folder = None if settings.data_dir is None else Path(settings.data_dir)
     if settings.dealt:
         return _dealt(spec, settings, folder)
-    whole = load(settings.data, folder, label_column=settings.label_column)
+    whole = load(
+        settings.data,
+        folder,
+        label_column=settings.label_column,
+        resize=settings.resize,
+        crop=settings.crop,
+        window=settings.window,
+    )
     dataset = whole if settings.classes is None else _renamed(whole, settings.classes)
     public = dataset.class_names if settings.classes else _anonymous(dataset.class_names)
     train = ClientData(settings.client, dataset.train.images, dataset.train.labels)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from certifl.data.preparation import Preparation, preparation_of
 from certifl.errors import CertiflError, InputError, SpecError
 from certifl.path_checks import check_client_settings, quotes_missing
 from certifl.perturbations import describe as describe_perturbation
@@ -33,6 +34,8 @@ class Settings(Section):
         data_dir: folder of named data sets.
         label_column: which column of its images is the label, where they are a table; a server
             cannot choose it.
+        resize, crop, window: what is done to every image, as in a spec's `data`; a study that
+            names one of them is refused unless it is the same here.
         classes: the names of all classes of the study, in order. They are sent to the server;
             names found in the images never are.
         share: highest disclosure level of its certificates, a name in `SHARES`.
@@ -50,6 +53,9 @@ class Settings(Section):
     dealt: bool = False
     data_dir: str | None = None
     label_column: str | None = None
+    resize: int | list[int] | None = None
+    crop: Literal["center", "pad"] | None = None
+    window: list[float] | None = None
     classes: list[str] | None = None
     share: Literal["none", "curve", "rows"] = "curve"
     perturbation: Any = None
@@ -58,6 +64,18 @@ class Settings(Section):
     delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     device: str = "auto"
     threads: Annotated[int, Field(ge=0)] = 1
+
+    @model_validator(mode="after")
+    def _known_preparation(self) -> Settings:
+        try:
+            self.preparation()
+        except InputError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def preparation(self) -> Preparation:
+        """What is done to every image."""
+        return preparation_of(self.resize, self.crop, self.window)
 
     @field_validator("perturbation")
     @classmethod

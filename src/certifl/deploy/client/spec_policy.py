@@ -13,6 +13,7 @@ shows as a table; a key without one fails a test.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,9 @@ DECISIONS: dict[str, Decision] = {
     "data.train_images": Decision("unused", "it trains on all its training images"),
     "data.test_images": Decision("unused", "`certification.images` of all its test images"),
     "data.test_split": Decision("refused", "its own test images, as `data` has them"),
+    "data.resize": Decision("refused", "unless `resize` of `client.toml` is the same"),
+    "data.crop": Decision("refused", "unless `crop` of `client.toml` is the same"),
+    "data.window": Decision("refused", "unless `window` of `client.toml` is the same"),
     "data.label_column": Decision("refused", "`label_column` of `client.toml` alone"),
     "clients.count": Decision("done", f"at most {_MOST_CLIENTS:,}"),
     "clients.split": Decision("unused", 'its images are its own; refused as "column"'),
@@ -130,6 +134,7 @@ def _check_selection(spec: Spec, settings: Settings) -> None:
             "client's choice alone, label_column in client.toml. Leave the key out of the spec"
             + ("" if not settings.dealt else ", or let all clients choose the same column")
         )
+    _check_preparation(spec, settings)
     if settings.dealt:
         return
     if spec.data.test_split is not None:
@@ -144,6 +149,24 @@ def _check_selection(spec: Spec, settings: Settings) -> None:
             'clients.split = "column" asks for a column of its images, which are its own already: '
             "leave the key out of the spec"
         )
+
+
+def _check_preparation(spec: Spec, settings: Settings) -> None:
+    """A client prepares its images as its `client.toml` says; a study that differs is refused."""
+    wanted, own = spec.data.preparation().described, settings.preparation().described
+    if settings.dealt and not own:
+        return
+    for name in (*wanted, *own):
+        if (name in wanted or settings.dealt) and wanted.get(name) != own.get(name):
+            raise Rejected(
+                f"data.{name} of the study is {_as_toml(wanted.get(name))}, but this client "
+                f"prepares its images with {name} = {_as_toml(own.get(name))}: both must be the "
+                f"same. Write {name} into client.toml, or leave data.{name} out of the spec"
+            )
+
+
+def _as_toml(value: object) -> str:
+    return "nothing" if value is None else json.dumps(value)
 
 
 def _check_grid(spec: Spec, settings: Settings) -> None:

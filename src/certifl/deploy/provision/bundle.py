@@ -257,6 +257,8 @@ def client_settings(client: int) -> str:
 client = {client}           # its number in the study
 data = ""            # its images: a folder with training and test images (or --data PATH)
 # label_column = "finding"   # the label, where the images are a table with several such columns
+# resize = 64         # pixels that every image is resampled to; with crop = "center" or "pad" and
+#                    #   window = [low, high], as the study's spec says them (docs/data.md)
 # dealt = true       # data is a data set that all clients have; the study allocates its images
 # classes = ["cat", "dog", "horse"]   # all classes of the study, in order. These names are sent
 #                    to the server; without them it gets numbers, and names in the files stay here

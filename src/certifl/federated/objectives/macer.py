@@ -35,6 +35,7 @@ class Macer:
 
       Gaussian:  xi = PhiInv(z^beta_y) - PhiInv(max_{c != y} z^beta_c)     (the source)
       uniform:   xi = 2 (z^beta_y - max_{c != y} z^beta_c)                 (ours)
+      exponential:  xi = -2 ln(1 - z^beta_y + max_{c != y} z^beta_c)       (ours)
 
     The uniform radius is sigma (p_A - p_B): the windows [d - sigma, d + sigma] and [-sigma, sigma]
     differ by |d| at either end, so the mean over a window of any function with values in [0, 1]
@@ -131,7 +132,12 @@ def _uniform(miss: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return 2 * ((1 - miss) - second)
 
 
+def _exponential(miss: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return -2 * (miss + second).log()
+
+
 _MARGINS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "gaussian": _gaussian,
     "uniform": _uniform,
+    "exponential": _exponential,
 }

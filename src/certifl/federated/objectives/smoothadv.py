@@ -95,7 +95,7 @@ class SmoothAdv:
         """
         reach = self.epsilon * _scale(batch, draws)
         step, copies = 2 * reach / self.steps, _repeated(batch, len(draws))
-        delta = torch.zeros_like(draws[0])
+        delta, least = torch.zeros_like(draws[0]), _least(batch)
         with _evaluating(model):
             for _ in range(self.steps):
                 delta.requires_grad_()
@@ -106,6 +106,7 @@ class SmoothAdv:
                 (uphill,) = torch.autograd.grad(loss, delta)
                 delta = delta.detach() + step * (uphill / _lengths(uphill))
                 delta = delta * (reach / _lengths(delta)).clamp(max=1.0)
+                delta = delta if least is None else delta.clamp(min=least)
         return delta
 
 
@@ -148,6 +149,12 @@ def _scale(batch: Batch, draws: torch.Tensor) -> float:
             f"{draws[0, 0].numel()} parameters: choose another objective."
         )
     return smoothing.sigma
+
+
+def _least(batch: Batch) -> float | None:
+    """The least parameter that certificates of the perturbation cover, where there is one."""
+    law = getattr(batch.augmentation, "law", None)
+    return 0.0 if getattr(law, "one_sided", False) else None
 
 
 def _lengths(values: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from certifl.errors import InputError
+from certifl.perturbations import trait
 from certifl.report.figures.files import Drawing
 from certifl.report.results import Row, all_clients, check_comparable
 from certifl.report.style import FigureStyle, Look, looks_of, unbroken
@@ -299,9 +300,10 @@ def panel(axes: Axes, name: str, end: float, left: bool, lowest: bool) -> None:
 
 def radius_axis(axes: Axes, runs: Sequence[Row], what: str, style: FigureStyle = _USUAL) -> None:
     """The radius in the unit that is read first below; angles also in radians above."""
-    norm = runs[0].conditions["norm"]
+    metadata = runs[0].conditions
     first, *others = shown_units(runs, style)
-    words = f"{what} in {first.name} ({norm})"
+    words = f"{what}{trait(metadata['family'], 'radius_note', '')} in {first.name}"
+    words += f" ({metadata['norm']})"
     axes.set_xlabel(words, color=INK, fontsize=_text_size(style), parse_math=False)
     ticks_in(axes, first, 5 if style.size else 8)
     for other in others if not axes.child_axes else ():

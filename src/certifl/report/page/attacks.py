@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from certifl.errors import StoreError
-from certifl.perturbations import trait
+from certifl.perturbations import covers_received
 from certifl.report.page.background import count_text
 from certifl.report.page.context import ReportContext, named_run
 from certifl.report.page.html import Markup, note, notice, paragraph, section, stacked, table
@@ -105,11 +105,12 @@ def _explanation(context: ReportContext, records: Sequence[Record]) -> str:
         "Within the certified radius the class of the smoothed classifier must not change. The "
         "second column is a search for parameters that change it. "
     )
-    if trait(context.runs[0].conditions["family"], "additive", False):
+    if covers_received(context.runs[0].conditions["family"]):
         return (
-            f"{promise}An image whose pixels were changed before it arrives is covered too, up to "
-            "rounding, since noise is added to it either way. The other columns are about "
-            f"{images:,} images."
+            f"{promise}An image that was changed before it arrives is covered too, up to rounding "
+            "and clipping by its sender, since noise is added to the change either way. The last "
+            f"three columns are about {images:,} images of a run that were first changed, then "
+            "clipped to [0, 1] and rounded to 8 bits, and smoothed on arrival."
         )
     return (
         f"{promise}Certificates are about parameters that are added before a single "

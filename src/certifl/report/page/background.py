@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from certifl.perturbations import trait
+from certifl.perturbations import covers_received, received_words, trait
 from certifl.report.page.context import ReportContext, named_run
 from certifl.report.page.html import Markup, details, el, join, paragraph, section, table
 from certifl.report.results import RunResults
@@ -70,6 +70,8 @@ def meaning_section(context: ReportContext) -> Markup:
         paragraph(promise),
         el("h3", None, "Threat model"),
         paragraph(str(metadata.get("threat", "Not recorded."))),
+        el("h3", None, "Images that arrive changed"),
+        paragraph(received_words(metadata["family"])),
         el("h3", None, "What it does not say"),
         el("ul", {"class": "limits"}, *limits),
     )
@@ -99,7 +101,7 @@ def _limits(context: ReportContext, alpha: float) -> list[tuple[str, str]]:
             "A certificate says that the answer does not change. Whether it is correct is known "
             "here only because the test images have labels.",
         ),
-        *([] if trait(metadata["family"], "additive", False) else [interpolated_once]),
+        *([] if covers_received(metadata["family"]) else [interpolated_once]),
         (
             "The risk is per image.",
             f"Among the {images:,} images of a run, on average up to "

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from certifl.errors import StoreError
-from certifl.perturbations import trait
+from certifl.perturbations import covers_received, trait
 from certifl.report.page.context import ReportContext, named
 from certifl.report.page.html import (
     Markup,
@@ -164,7 +164,7 @@ def _method(context: ReportContext, explored: Mapping[str, Any]) -> str:
             "random for each image, and is hardly the worst. "
         )
     text += trait(family, "sweep_note", "")
-    if trait(family, "additive", False):
+    if covers_received(family):
         return text
     return text + (
         "Every vote is one interpolation of the stored image with the summed parameter, your step "

@@ -1,0 +1,302 @@
+"""Deployed models on the Hugging Face hub, or in a folder: pushed with a card, and loaded.
+
+```
+README.md             the card: perturbation, sigma, curve, what it means and how to verify
+study.json, spec.toml, deployed.safetensors     as `ClientStudy` reads them
+card.json             the numbers of the card, and the fingerprint of the weights
+certificates.parquet  only with share = "rows": every test image's votes
+```
+Rows describe private test images, so the default shares a curve. Nothing in such a folder is ever
+run: weights are safetensors, and a network of one's own needs the folder of its code.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from certifl.certification import Certificates
+from certifl.certification.metadata import of_client
+from certifl.errors import CertiflError, DataUnavailable, InputError, StoreMismatch, first_line
+from certifl.models import fingerprint
+from certifl.path_checks import CLIENT_STUDY
+from certifl.perturbations import family_label, format_amount, received_words
+from certifl.runs.atomic import read_json, save_tensors, write_json, write_text
+from certifl.smoothing import even_grid, floor_text
+from certifl.spec import Spec, with_settings
+from certifl.study.opened_run import ClientStudy, Deployed, OpenRun
+
+PREFIX = "hf:"
+SHARES = ("curve", "rows")
+_CARD, _CERTIFICATES = "card.json", "certificates.parquet"
+_FILES = ["README.md", CLIENT_STUDY, "spec.toml", "deployed.safetensors", _CARD, _CERTIFICATES]
+_STEPS = 8
+
+
+def push(
+    run: Path,
+    target: str,
+    client: int | None = None,
+    share: str = "curve",
+    public: bool = False,
+    code: Path | None = None,
+) -> str:
+    """Push the model that a client deploys, with its card.
+
+    Args:
+        run: a finished run, or a client's own folder of a study.
+        target: "hf:OWNER/NAME", or a folder that does not exist yet.
+        client: of the run; None = 0, or the client whose folder it is.
+        share: "curve", or "rows" to add every test image's certificate with its votes.
+        public: whether a new repository of the hub can be seen by everybody.
+        code: the folder of the network's own code.
+
+    Returns:
+        Where it is now: an address or a folder.
+
+    Raises:
+        InputError: an option that is not allowed. StoreMismatch: no finished run, or the folder
+            exists. DataUnavailable: the hub did not take it, or the extra is missing.
+    """
+    if share not in SHARES:
+        raise InputError(f"share must be one of {', '.join(SHARES)}; got {share!r}.")
+    if not target.startswith(PREFIX) and Path(target).exists():
+        raise StoreMismatch(f"{target} exists already: name a new folder, or {PREFIX}OWNER/NAME.")
+    deployed, certificates = _of_run(run, client, code)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "model"
+        folder.mkdir()
+        _write(folder, target, deployed, certificates, share)
+        if target.startswith(PREFIX):
+            return _upload(folder, target.removeprefix(PREFIX), public)
+        shutil.copytree(folder, target)
+    return str(Path(target).resolve())
+
+
+def load(source: str | Path, code: Path | None = None) -> Deployed:
+    """A model that was pushed: the network, its study and its perturbation.
+
+    Args:
+        source: "hf:OWNER/NAME", or a folder.
+        code: the folder of the network's own code, which the user trusts.
+
+    Raises:
+        DataUnavailable: the hub did not give it. StoreMismatch: weights other than the card's.
+        StoreError, ModelError: as `ClientStudy.deployed`.
+    """
+    folder = local_folder(source)
+    deployed = ClientStudy(folder).deployed(None, code)
+    card = read_json(folder / _CARD)
+    named = card.get("model_fingerprint") if isinstance(card, dict) else None
+    if named != fingerprint(deployed.model):
+        raise StoreMismatch(
+            f"The weights of {source} are not those that its card is about: {named!r:.40}. Its "
+            "certificates say nothing about them."
+        )
+    return deployed
+
+
+def local_folder(source: str | Path) -> Path:
+    """The folder of a pushed model on this machine; one of the hub is fetched.
+
+    Raises:
+        DataUnavailable: the hub did not give it, or the extra is missing.
+    """
+    name = str(source)
+    if not name.startswith(PREFIX):
+        return Path(source)
+    hub = _hub()
+    fetch: Callable[..., str] = hub.snapshot_download
+    base = name.removeprefix(PREFIX)
+    return Path(_asked(name, lambda: fetch(base, allow_patterns=_FILES)))
+
+
+def _of_run(run: Path, client: int | None, code: Path | None) -> tuple[Deployed, Certificates]:
+    """A client's model and the certificates of its own test images."""
+    study = ClientStudy(run)
+    if study.exists():
+        stored = run / _CERTIFICATES
+        if not stored.is_file():
+            raise StoreMismatch(f"{run} holds no certificates yet: nothing is known of its model.")
+        return study.deployed(client, code), Certificates.load(stored)
+    opened = OpenRun(run, code=code)
+    opened.require_finished()
+    number = client or 0
+    return opened.deployed(number), opened.certificates.of_client(number)
+
+
+def _write(
+    folder: Path, target: str, deployed: Deployed, certificates: Certificates, share: str
+) -> None:
+    spec = _publishable(deployed.spec)
+    data = {
+        "in_channels": deployed.in_channels,
+        "image_size": list(deployed.image_size),
+        "class_names": list(deployed.class_names),
+    }
+    ClientStudy(folder).describe(spec, deployed.client, data)
+    save_tensors(folder / "deployed.safetensors", deployed.model.state_dict())
+    numbers = card_numbers(deployed, certificates, spec.data.name)
+    write_json(folder / _CARD, numbers)
+    write_text(folder / "README.md", card_text(numbers, target, share == "rows", spec.model.name))
+    if share == "rows":
+        certificates.save(folder / _CERTIFICATES)
+
+
+def _publishable(spec: Spec) -> Spec:
+    """The spec without the path of a data set, which says more of a machine than of a model."""
+    name = spec.model.name
+    if name.startswith("hf:") and name[3:4] in (".", "~", "/"):
+        raise InputError(
+            f"The network was made from {name}, a folder of this machine, which nobody else can "
+            "load. Push that model to the hub first, and train from its name there."
+        )
+    values = spec.model_dump(exclude_none=True)
+    base, bracket, column = spec.data.name.partition("[")
+    shown = Path(base).name + bracket + column
+    return with_settings({**values, "data": {**values["data"], "name": shown}})
+
+
+def card_numbers(deployed: Deployed, certificates: Certificates, data: str) -> dict[str, Any]:
+    """What the card says, as data.
+
+    Args:
+        deployed: the model. certificates: of its client. data: name of the data set.
+
+    Raises:
+        InputError: the client certified nothing, or its test images have no labels.
+    """
+    metadata = of_client(certificates.conditions, deployed.client)
+    radii = metadata.get("radii") or even_grid(
+        float(certificates.radius.max()) if len(certificates) else 0.0, _STEPS
+    )
+    named = ("family", "sigma", "unit", "norm", "law", "threat", "estimator", "alpha", "n0", "n")
+    return {
+        "format": 1,
+        "data": data,
+        "prepared": deployed.spec.data.preparation().described,
+        "deploys": deployed.deploys,
+        "model_fingerprint": fingerprint(deployed.model),
+        "perturbation": metadata["description"],
+        **{name: metadata[name] for name in (*named, "precision", "seed") if name in metadata},
+        "images": len(certificates),
+        "radii": [float(radius) for radius in radii],
+        "certified_accuracy": certificates.certified_accuracy(list(map(float, radii))).tolist(),
+        "average_certified_radius": certificates.average_certified_radius(),
+        "abstained": int(certificates.abstained.sum()),
+    }
+
+
+def card_text(numbers: dict[str, Any], target: str, rows: bool, network: str) -> str:
+    """The card: what is certified, the curve, what it means, and how to use and verify it."""
+    unit = numbers["unit"]
+    curve = "\n".join(
+        f"| {floor_text(radius, 4)} | {floor_text(100 * share, 1)} % |"
+        for radius, share in zip(numbers["radii"], numbers["certified_accuracy"], strict=True)
+    )
+    verify = _VERIFY_ROWS if rows else _VERIFY_CURVE
+    code = f"--code DIR (the folder of {network!r})" if _own(network) else ""
+    return _TEXT.format(
+        **{k: v for k, v in numbers.items() if isinstance(v, (str, int, float))},
+        what=family_label(numbers["family"]),
+        described=numbers["perturbation"],
+        received=received_words(numbers["family"]),
+        acr=format_amount(numbers["average_certified_radius"], unit),
+        sure=f"{100 * (1 - numbers['alpha']):.6g}",
+        curve=curve,
+        target=target,
+        network=network,
+        code=code,
+        verify=verify.format(target=target),
+    )
+
+
+def _own(network: str) -> bool:
+    return ":" in network and not network.startswith("hf:")
+
+
+_TEXT = """\
+---
+library_name: certifl
+pipeline_tag: image-classification
+tags: [certified-robustness, randomized-smoothing, federated-learning]
+---
+# A smoothed classifier, certified against {what}
+
+The model that one client of a federation deploys ({deploys}, network {network}), trained and
+certified by certifl.
+
+| | |
+|---|---|
+| perturbation | `{described}` |
+| sigma | {sigma:.6g} {unit} |
+| data | {data}, {images} test images of the client |
+| average certified radius | {acr} |
+| abstained | {abstained} of {images} |
+| risk | alpha = {alpha:g} an image, {n} votes at most, estimator {estimator} |
+| weights | SHA-256 `{model_fingerprint}` |
+
+| radius ({unit}, {norm}) | certified accuracy |
+|---|---|
+{curve}
+
+**What it means.** For each single image, with probability at least {sure} % over the votes, the
+smoothed classifier's class does not change within the radius. {threat}
+
+**Images that arrive changed.** {received}
+
+**Use.** It is the smoothed classifier that is certified, not the network's single answer:
+
+```
+certifl predict IMAGE --run {target} {code}
+```
+
+{verify}"""
+_VERIFY_CURVE = """\
+**Verify.** The test images are private, so the votes behind the curve are not here: it is the
+publisher's statement. Certify images of your own: `certifl predict IMAGE --run {target} --n 10000`
+counts fresh votes. Loading compares the weights with the fingerprint above.
+"""
+_VERIFY_ROWS = """\
+**Verify.** `certificates.parquet` has the votes of every test image: `certifl verify
+certificates.parquet` recomputes each radius from them. Loading compares the weights with the
+fingerprint above; `certifl predict IMAGE --run {target} --n 100000` counts fresh votes on an image
+of your own.
+"""
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub  # pyright: ignore[reportMissingImports]  # optional
+    except ImportError as error:
+        raise DataUnavailable(
+            "Models of the Hugging Face hub need the package `huggingface_hub`: install the extra "
+            "`certifl[hub]`, or name a folder."
+        ) from error
+    return huggingface_hub
+
+
+def _upload(folder: Path, name: str, public: bool) -> str:
+    api = _hub().HfApi()
+
+    def sent() -> str:
+        address = api.create_repo(name, private=not public, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=str(folder))
+        return str(address)
+
+    return _asked(f"{PREFIX}{name}", sent)
+
+
+def _asked(name: str, work: Callable[[], str]) -> str:
+    try:
+        return work()
+    except CertiflError:
+        raise
+    except Exception as error:  # the hub's client raises many unrelated types
+        raise DataUnavailable(
+            f"The Hugging Face hub did not take or give {name} ({type(error).__name__}: "
+            f"{first_line(error)}). Check its name, the network and `hf auth login`."
+        ) from error

@@ -1,0 +1,139 @@
+"""Deployed models pushed with a card, to a folder and to a hub that is a folder here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import certifl
+from certifl.errors import DataUnavailable, InputError, StoreMismatch
+from certifl.experiments.hub import load, push
+from certifl.models import fingerprint
+from tiny_study import cli, write_spec
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("hub")
+    noise = 'certification.perturbation={family="gaussian_blur", sigma=0.3}'
+    settings = (
+        'augmentation.federated="own"',
+        noise,
+        "certification.n=100",
+        "certification.images=3",
+    )
+    cli("run", write_spec(place, *settings), "--out", place / "run").fine()
+    return place / "run"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub that is a folder: what is uploaded there is downloaded from there."""
+    store = tmp_path / "hub"
+
+    class Api:
+        def create_repo(self, name: str, private: bool, exist_ok: bool) -> str:
+            (store / name).parent.mkdir(parents=True, exist_ok=exist_ok)
+            (store / f"{name}.private").write_text(str(private))
+            return f"https://hub.example/{name}"
+
+        def upload_folder(self, repo_id: str, folder_path: str) -> None:
+            shutil.copytree(folder_path, store / repo_id)
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        assert "README.md" in allow_patterns
+        if not (store / name).is_dir():
+            raise FileNotFoundError(name)
+        return str(store / name)
+
+    module = SimpleNamespace(HfApi=Api, snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    return store
+
+
+def photo(folder: Path) -> Path:
+    file = folder / "digit.png"
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(file)
+    return file
+
+
+def test_a_model_is_pushed_to_a_folder_with_its_card(run: Path, tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    cli("push", run, target, "--client", "1").fine("Model and card")
+    assert sorted(path.name for path in target.iterdir()) == [
+        "README.md", "card.json", "deployed.safetensors", "spec.toml", "study.json",
+    ]  # fmt: skip
+    card, numbers = (
+        (target / "README.md").read_text(),
+        json.loads((target / "card.json").read_text()),
+    )
+    own = certifl.Certificates.load(run / "certificates.parquet").of_client(1)
+    assert numbers["images"] == len(own)
+    assert numbers["certified_accuracy"] == own.certified_accuracy(numbers["radii"]).tolist()
+    assert numbers["average_certified_radius"] == own.average_certified_radius()
+    for words in (
+        "certified against Gaussian blur", "0.3 px^2", "'sigma': 0.3", "alpha = 0.001",
+        "Covered, up to rounding", "fresh votes", f"--run {target}", numbers["model_fingerprint"],
+    ):  # fmt: skip
+        assert words in card, words
+    assert "parquet" not in card
+    deployed = load(target)
+    assert deployed.client == 1
+    assert deployed.perturbation == certifl.GaussianBlur(0.3)
+    assert fingerprint(deployed.model) == numbers["model_fingerprint"]
+    said = cli("predict", photo(tmp_path), "--run", target, "--n", "100").out
+    assert said == cli("predict", photo(tmp_path), "--run", run, "--client", 1, "--n", "100").out
+    with pytest.raises(StoreMismatch, match="exists already"):
+        push(run, str(target))
+
+
+def test_rows_are_shared_only_when_asked_for_and_verify(run: Path, tmp_path: Path) -> None:
+    push(run, str(tmp_path / "model"), share="rows")
+    rows = tmp_path / "model" / "certificates.parquet"
+    cli("verify", rows).fine()
+    assert set(certifl.Certificates.load(rows).client.tolist()) == {0}
+    assert "recomputes each radius" in (tmp_path / "model" / "README.md").read_text()
+    with pytest.raises(InputError, match="share must be one of curve, rows"):
+        push(run, str(tmp_path / "other"), share="all")
+
+
+def test_the_hub_takes_the_same_folder_and_gives_it_back(
+    run: Path, hub: Path, tmp_path: Path
+) -> None:
+    assert push(run, "hf:me/blurred") == "https://hub.example/me/blurred"
+    push(run, str(tmp_path / "folder"))
+    for file in ("card.json", "deployed.safetensors", "spec.toml", "study.json"):
+        assert (hub / "me/blurred" / file).read_bytes() == (
+            tmp_path / "folder" / file
+        ).read_bytes()
+    assert (hub / "me/blurred.private").read_text() == "True"
+    push(run, "hf:me/open", public=True)
+    assert (hub / "me/open.private").read_text() == "False"
+    assert load("hf:me/blurred").spec == load(tmp_path / "folder").spec
+    cli("predict", photo(tmp_path), "--run", "hf:me/blurred", "--n", "100").fine("radius")
+    with pytest.raises(DataUnavailable, match=r"did not take or give hf:me/absent"):
+        load("hf:me/absent")
+
+
+def test_other_weights_than_the_cards_are_refused(run: Path, tmp_path: Path) -> None:
+    push(run, str(tmp_path / "model"))
+    weights = tmp_path / "model" / "deployed.safetensors"
+    state = load_file(weights)
+    first = next(iter(state))
+    save_file({**state, first: state[first] + 1}, weights)
+    with pytest.raises(StoreMismatch, match="not those that its card is about"):
+        load(tmp_path / "model")
+
+
+def test_the_extra_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(DataUnavailable, match=r"certifl\[hub\]"):
+        push(run, "hf:me/blurred")
