@@ -21,7 +21,7 @@ from typing import Any
 from certifl.certification import Certificates
 from certifl.certification.metadata import of_client
 from certifl.errors import CertiflError, DataUnavailable, InputError, StoreMismatch, first_line
-from certifl.models import fingerprint
+from certifl.models import fingerprint, is_users_code
 from certifl.path_checks import CLIENT_STUDY
 from certifl.perturbations import family_label, format_amount, received_words
 from certifl.runs.atomic import read_json, save_tensors, write_json, write_text
@@ -198,7 +198,7 @@ def card_text(numbers: dict[str, Any], target: str, rows: bool, network: str) ->
         for radius, share in zip(numbers["radii"], numbers["certified_accuracy"], strict=True)
     )
     verify = _VERIFY_ROWS if rows else _VERIFY_CURVE
-    code = f"--code DIR (the folder of {network!r})" if _own(network) else ""
+    code = f"--code DIR (the folder of {network!r})" if is_users_code(network) else ""
     return _TEXT.format(
         **{k: v for k, v in numbers.items() if isinstance(v, (str, int, float))},
         what=family_label(numbers["family"]),
@@ -212,10 +212,6 @@ def card_text(numbers: dict[str, Any], target: str, rows: bool, network: str) ->
         code=code,
         verify=verify.format(target=target),
     )
-
-
-def _own(network: str) -> bool:
-    return ":" in network and not network.startswith("hf:")
 
 
 _TEXT = """\
