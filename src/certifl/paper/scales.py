@@ -170,6 +170,31 @@ LAPTOP = Scale(
     jobs=4,
 )
 
+OVERNIGHT = Scale(
+    name="overnight",
+    words="two cores without a GPU, a night or two: enough images and rounds to decide claims",
+    model="small_resnet",
+    data={
+        "cifar10": Material("cifar10", 15_000, 2000, {4: 1000, 10: 400, 20: 200, 100: 20}),
+        "mnist": Material("mnist", 3000, 2000, {10: 200}),
+    },
+    clients=_PAPER_CLIENTS,
+    training={
+        "rounds": 30,
+        "local_epochs": 2,
+        "batch_size": 32,
+        "lr": 0.05,
+        "momentum": 0.9,
+        "decay_every": 20,
+        "decay_factor": 0.1,
+        "momentum_between_rounds": "keep",
+        "precision": "bfloat16",
+    },
+    finetuning={"epochs": 5, "lr": 0.005},
+    certification={"estimator": "sequential", "n0": 100, "alpha": 0.001},
+    jobs=2,
+)
+
 PAPER = Scale(
     name="paper",
     words="the study's own numbers: ResNet-18, all images, 100 000 votes an image; for GPUs",
@@ -193,7 +218,7 @@ PAPER = Scale(
     certification={"estimator": "top-class", "n0": 100, "alpha": 0.001},
 )
 
-SCALES: Mapping[str, Scale] = {scale.name: scale for scale in (SMOKE, LAPTOP, PAPER)}
+SCALES: Mapping[str, Scale] = {scale.name: scale for scale in (SMOKE, LAPTOP, OVERNIGHT, PAPER)}
 
 
 def scale_named(name: str, settings: Sequence[str] = ()) -> Scale:
