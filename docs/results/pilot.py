@@ -143,6 +143,7 @@ def verdicts(out: Path, specs: dict[str, Spec]) -> list[str]:
 
 
 def main() -> None:
+    """Compute the parts, and say what they mean for the criteria."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -190,7 +190,9 @@ def published_history_problems(run: OpenRun) -> list[str]:
     except StoreError as error:
         return [str(error).rstrip(".")]
     wanted = list(range(run.spec.training.rounds + run.algorithm.extra_rounds))
-    return [] if found == wanted else ["history.jsonl does not have the rounds that the spec gives"]
+    return (
+        [] if found == wanted else ["history.jsonl does not have the rounds that the spec gives"]
+    )
 
 
 def privacy_problems(run: OpenRun, dataset: Dataset) -> list[str]:

@@ -106,8 +106,8 @@ class Spec(Section):
             )
         if self.privacy.kind == "example" and self.training.memory_format == "channels-last":
             raise ValueError(
-                'privacy.kind = "example" computes the gradient of every image by itself: it needs '
-                'training.memory_format = "contiguous"'
+                'privacy.kind = "example" computes the gradient of every image by itself: it '
+                'needs training.memory_format = "contiguous"'
             )
         self._check_votes()  # last: it imports torch and scipy
         return self

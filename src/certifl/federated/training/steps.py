@@ -177,7 +177,7 @@ TRAINING_PRECISIONS = {
 MEMORY_FORMATS = {
     "auto": "contiguous in float32, channels-last in bfloat16",
     "contiguous": "an image's channels one after the other",
-    "channels-last": "an image's pixels one after the other: convolutions are faster on processors",
+    "channels-last": "an image's pixels one after the other, which is faster on processors",
 }
 
 
