@@ -104,7 +104,8 @@ def measured(part: str, spec: Spec, data_dir: Path | None, out: Path) -> dict[st
     dataset, partition = open_data(spec, data_dir)
     alone = part == "alone"
     count = 1 if alone else len(partition.clients)
-    network, seconds = trained(spec, dataset, partition, count, out / f"{part}-{spec.hash()}")
+    name = f"{part}-{spec.training_hash()}"
+    network, seconds = trained(spec, dataset, partition, count, out / name)
     chosen = partition.clients[0].train if alone else held_out(dataset, partition)
     split = dataset.train.take(chosen)
     labels = split.labels.numpy()
@@ -113,20 +114,20 @@ def measured(part: str, spec: Spec, data_dir: Path | None, out: Path) -> dict[st
     seen = sum(len(c.train) for c in partition.clients[:count]) * spec.training.rounds
     result: dict[str, object] = {
         "part": part,
-        "spec": spec.hash(),
+        "spec": spec.training_hash(),
         "rounds": spec.training.rounds,
         "images": len(chosen),
         "accuracy": float(correct.mean()),
         "images_per_second": seen * spec.training.local_epochs / seconds,
         "seconds": seconds,
     }
-    write_json(out / f"{part}-{spec.hash()}.json", {**result, "correct": correct.tolist()})
+    write_json(out / f"{name}.json", {**result, "correct": correct.tolist()})
     return result
 
 
 def verdicts(out: Path, specs: dict[str, Spec]) -> list[str]:
     """What the finished parts say about the two criteria."""
-    paths = {part: out / f"{part}-{spec.hash()}.json" for part, spec in specs.items()}
+    paths = {part: out / f"{part}-{spec.training_hash()}.json" for part, spec in specs.items()}
     done = {part: json.loads(path.read_text()) for part, path in paths.items() if path.is_file()}
     lines = []
     if "alone" in done:

@@ -190,9 +190,7 @@ def published_history_problems(run: OpenRun) -> list[str]:
     except StoreError as error:
         return [str(error).rstrip(".")]
     wanted = list(range(run.spec.training.rounds + run.algorithm.extra_rounds))
-    return (
-        [] if found == wanted else ["history.jsonl does not have the rounds that the spec gives"]
-    )
+    return ["history.jsonl has other rounds than the spec gives"] * (found != wanted)
 
 
 def privacy_problems(run: OpenRun, dataset: Dataset) -> list[str]:
