@@ -49,7 +49,7 @@ from certifl.study.opened_run import (
 from certifl.study.privacy import protection, spent, training_key
 from certifl.study.setup import by_client, check_training, local_training, participation
 from certifl.tracking import check_trackers
-from certifl.tracking.run_tracker import News, track_finished, tracked
+from certifl.tracking.run_tracker import Update, track_finished, tracked
 
 _log = logging.getLogger(__name__)
 
@@ -112,15 +112,15 @@ def compute(spec: Spec, options: Options) -> OpenRun:
     with opened.folder.locked():
         opened.folder.begin(spec.to_toml(), spec.hash(), options.overwrite)
         _describe(opened, options)
-        with tracked(options.track, opened) as news:
+        with tracked(options.track, opened) as update:
             with training_threads(opened.architecture):
-                opened.last_round = _train(opened, options, device, news)
+                opened.last_round = _train(opened, options, device, update)
             release_memory()  # training is over: certification may need all there is
-            news()
+            update()
             if len(devices := device_names(options.device)) > 1:
                 cast_votes(opened, options.data_dir, devices, options.report)
             certify_clients(opened, device, options.report)
-            news()
+            update()
         if options.explore:
             explore(opened, device, options.report)
         opened.manifest = opened.folder.update({"status": FINISHED, "finished": now()})
@@ -189,7 +189,7 @@ def _describe(run: OpenRun, options: Options) -> None:
     write_json(run.folder.partition, partition.to_manifest())
 
 
-def _train(run: OpenRun, options: Options, device: str, news: News) -> StoredRound:
+def _train(run: OpenRun, options: Options, device: str, update: Update) -> StoredRound:
     """Run the rounds that are missing, from a sibling's finished training where one fits."""
     started = time.perf_counter()
     folder, spec, dataset, model = run.folder, run.spec, run.dataset, run.architecture
@@ -201,7 +201,7 @@ def _train(run: OpenRun, options: Options, device: str, news: News) -> StoredRou
         [_client_data(dataset, client.train, number) for number, client in enumerate(clients)],
         local_training(spec, model, device, private),
         Checkpoints(folder.training),
-        progress=_rounds(run, options.report, news),
+        progress=_rounds(run, options.report, update),
         participation=participation(spec, len(clients)),
         ledger=private.ledger,
         start_from=_taken_over(folder, _sibling_training(run, options.siblings)),
@@ -227,13 +227,15 @@ def _sizes(partition: Partition) -> list[int]:
     return [len(client.train) for client in partition.clients]
 
 
-def _rounds(run: OpenRun, report: StageCallback | None, news: News) -> Callable[[Progress], None]:
+def _rounds(
+    run: OpenRun, report: StageCallback | None, update: Update
+) -> Callable[[Progress], None]:
     scheduled, each = run.spec.training.rounds, run.spec.clients.participants
     extra = run.algorithm.extra_rounds * run.spec.clients.count
 
     def on_client(progress: Progress) -> None:
         if progress.done == 1:  # every round before this one is committed
-            news()
+            update()
         if report is None:
             return
         participants = progress.participants
