@@ -101,9 +101,11 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--into", type=Path, default=DATA)
     parser.add_argument("--commit", default="")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE, as the study had")
     options = parser.parse_args()
     try:
-        plan = make_plan({**FIGURES, **EXTRA}, scale_named(options.scale), options.study)
+        scale = scale_named(options.scale, options.set)
+        plan = make_plan({**FIGURES, **EXTRA}, scale, options.study)
         ready, waiting = finished_groups(plan)
         if not ready:
             parser.exit(
