@@ -148,6 +148,14 @@ def test_the_overnight_scale_has_the_papers_schedule_and_clients():
     assert {len(found) for found in certified.values()} == {1}
 
 
+def test_a_start_that_no_curve_shows_is_sound_at_every_scale(tmp_path):
+    """Its estimator is another one, which has no parameter of the scale's."""
+    for scale in SCALES.values():
+        plan = make_plan(chosen_figures("figure4"), scale, tmp_path)
+        (start,) = (job for job in plan.jobs if job.support)
+        assert start.spec.certification.estimator == "top-class"
+
+
 def test_starts_of_personalization():
     rotation = {"family": "rotation", "sigma": 0.1 * math.pi}
     starts = {}

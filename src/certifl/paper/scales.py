@@ -132,7 +132,8 @@ def base_spec(spec: Spec) -> Spec:
     values["name"] = f"{spec.name}: its start"
     values["algorithm"] = values["algorithm"]["base"]
     values["augmentation"]["personalized"] = "same"
-    values["certification"].update(images=1, estimator="top-class", n0=10, n=100)
+    few = {"images": 1, "estimator": "top-class", "n0": 10, "n": 100, "keep": "certificates"}
+    values["certification"].update(few)
     return with_settings(values)
 
 
@@ -173,8 +174,8 @@ LAPTOP = Scale(
     jobs=4,
 )
 
-# Votes of Gaussian noise: the largest radius is 2.9 sigma; rotation's is 0.99 sigma with 2 000.
-_MORE_VOTES = {"pixel": 4000, "translation": 4000}
+# Votes of Gaussian noise: the largest radius is 2.8 sigma; rotation's is 0.99 sigma with 2 000.
+_MORE_VOTES = {"pixel": 3000, "translation": 3000}
 VOTING = "auto"
 """Arithmetic of the votes at overnight scale."""
 
@@ -205,6 +206,7 @@ OVERNIGHT = Scale(
         "estimator": "sequential",
         "n0": 100,
         "alpha": 0.001,
+        "keep": "curve",
         "precision": VOTING,
     },
     jobs=2,
