@@ -84,35 +84,28 @@ def run(
     check_data_folder(data_dir)
     study = load_study(spec, set_)
     from certifl.cli import terminal
-    from certifl.experiments.run import Options, compute
-    from certifl.report import load_runs, summary_rows, write_report
-    from certifl.runs.folder import RunFolder
+    from certifl.experiments.run import Options
+    from certifl.notebook import run_and_report, siblings_of
+    from certifl.report import summary_rows
 
-    folder = RunFolder(run_folder(spec, study, out))
+    folder = run_folder(spec, study, out)
     with interruptible(overwrite), terminal.Board() as board:
         board.stage(study.name)
         options = Options(
-            out=folder.path,
+            out=folder,
             data_dir=data_dir,
             device=device,
             overwrite=overwrite,
-            siblings=tuple(sorted(p.parent for p in folder.path.parent.glob("*/run.json"))),
+            siblings=siblings_of(folder),
             report=board.report,
             command=command_line(),
             track=tuple(track or ()),
             workers=workers,
             answer_within=answer_within,
         )
-        complete = not overwrite and folder.finished()
-        results = load_runs([compute(study, options)])
-        if not (complete and folder.report.is_file()):
-            with folder.locked():
-                write_report(results, folder.report, title=study.name)
-        elif folder.temporary_files():
-            with folder.locked():
-                folder.clean()
-    terminal.show_summary(summary_rows(results))
-    say(f"\nRun: {folder.path.resolve()}\nReport: {folder.report.resolve()}")
+        result = run_and_report(study, options)
+    terminal.show_summary(summary_rows([result]))
+    say(f"\nRun: {folder.resolve()}\nReport: {(folder / 'report.html').resolve()}")
 
 
 def plan(
