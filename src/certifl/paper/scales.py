@@ -185,23 +185,23 @@ OVERNIGHT = Scale(
     model="small_resnet",
     data={
         "cifar10": Material(
-            "cifar10", 15_000, 2000, {4: 1000, 10: 400, 20: 200, 100: 20}, _MORE_VOTES
+            "cifar10", 10_000, 2000, {4: 1000, 10: 400, 20: 200, 100: 20}, _MORE_VOTES
         ),
         "mnist": Material("mnist", 3000, 2000, {10: 200}, _MORE_VOTES),
     },
     clients=_PAPER_CLIENTS,
     training={
-        "rounds": 30,
+        "rounds": 48,
         "local_epochs": 2,
         "batch_size": 32,
-        "lr": 0.05,
+        "lr": 0.02,
         "momentum": 0.9,
-        "decay_every": 20,
+        "decay_every": 32,
         "decay_factor": 0.1,
         "momentum_between_rounds": "keep",
         "precision": "bfloat16",
     },
-    finetuning={"epochs": 5, "lr": 0.005},
+    finetuning={"epochs": 5, "lr": 0.002},
     certification={
         "estimator": "sequential",
         "n0": 100,
