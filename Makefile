@@ -6,7 +6,7 @@ export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
 
 PEERS := build/peers
 
-.PHONY: quickstart test lint types contracts format check docs measure benchmark benchmark-peers clean
+.PHONY: results quickstart test lint types contracts format check docs measure benchmark benchmark-peers clean
 
 quickstart: $(VENV)/.package
 	$(BIN)/certifl quickstart --out runs/quickstart
@@ -38,6 +38,10 @@ docs: $(VENV)/.dev
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/python docs/make_algorithms.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# Every table, figure and page of docs/results from the runs published there, without training.
+results: $(VENV)/.dev
+	$(BIN)/python docs/results/figures.py
 
 measure: $(VENV)/.dev
 	$(BIN)/python benchmarks/code.py

@@ -1,11 +1,11 @@
-"""Make docs/results/figure*.md and docs/results/README.md from a computed study.
+"""Make docs/results/figure*.md, paper.md and README.md, from published runs or a computed study.
 
-    certifl reproduce all --scale laptop --data-dir DATA --out STUDY
-    python docs/results/figures.py STUDY [--commit HASH] [--into docs/results]
+    make results                                   # from docs/results/data, without training
+    python docs/results/figures.py STUDY [--commit HASH] [--into FOLDER]
 
-Every word and number of the pages comes from the study folder: equal studies give equal pages.
-A study of some figures gives the pages of those. `--commit` names the code that computed the
-study; by default it is the one this script belongs to.
+Every word and number of the pages comes from the folder: equal studies give equal pages. Figures
+of which runs are missing are listed as not computed yet; their older pages stay. `--commit` names
+the code that computed a study; published runs say it themselves.
 """
 
 from __future__ import annotations
@@ -16,13 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from certifl.errors import CertiflError
 from certifl.paper.claims import Report, check_claims, explanation
+from certifl.paper.figures import EXTRA, FIGURES
+from certifl.paper.pages import draw_paper_figure
+from certifl.report.figures.files import image_bytes
 from certifl.runs.atomic import read_json, write_text
 from paging import command_words, machine_words, picture, table
+from paper_page import paper_page
 from study_numbers import COUNTED, Cost, comparison_tables, cost_of, manifest, setting_words
-from verdict_words import figure_claims, overview, tally
+from verdict_words import figure_claims, overview, sentences, tally
 
 HERE = Path(__file__).resolve().parent
+DATA = HERE / "data"
 OTHERS = {
     "algorithms.md": "All algorithms on MNIST",
     "objectives.md": "Training objectives beside each other",
@@ -59,24 +65,58 @@ class Shown:
         return "A line for every client." if kinds == {"clients"} else mean
 
 
-def figures_of(study: Path) -> list[Shown]:
-    """The figures of a study that are finished, in their order."""
-    found = []
-    for path in study.glob("*/figure.json"):
+@dataclass(frozen=True)
+class Missing:
+    """A figure of which runs are missing.
+
+    Attributes:
+        name: "figure1". title: what it shows. runs: it needs so many. done: there are so many.
+    """
+
+    name: str
+    title: str
+    runs: int
+    done: int
+
+    def row(self, into: Path) -> list[str]:
+        """Its row among the figures; an older page of it is named by its own heading."""
+        page, words = into / f"{self.name}.md", ""
+        if page.is_file():
+            heading = page.read_text().partition("\n")[0].removeprefix("# ")
+            words = f"; computed before: [{heading.partition(':')[0]}]({page.name})"
+        number = self.name.removeprefix("figure")
+        here = f"not computed yet ({self.done} of {self.runs} runs){words}"
+        return [f"Figure {number}: {self.title}", here, *[""] * 4]
+
+
+def figures_of(study: Path) -> tuple[list[Shown], list[Missing]]:
+    """The finished figures of a study and the others, in their order."""
+    found: list[Shown] = []
+    missing: list[Missing] = []
+    for path in sorted(study.glob("*/figure.json"), key=lambda p: (len(str(p)), str(p))):
         index = read_json(path)
+        name, title = str(index["figure"]), str(index["title"])
         curves = [curve for panel in index["panels"] for curve in panel["curves"]]
         runs = tuple(dict.fromkeys((path.parent / curve["run"]).resolve() for curve in curves))
-        resampled = (path.parent / f"{index['figure']}.png").is_file()
-        if resampled and all(finished(run) for run in runs):
-            found.append(Shown(str(index["figure"]), path.parent, index, runs, cost_of(runs)))
+        done = sum(finished(run) for run in runs)
+        if done == len(runs):
+            found.append(Shown(name, path.parent, index, runs, cost_of(runs)))
         else:
-            print(f"{index['figure']} is left out: it is not finished.")
-    return sorted(found, key=lambda shown: (len(shown.name), shown.name))
+            print(f"{name} is left out: {done} of its {len(runs)} runs are finished.")
+            missing.append(Missing(name, title, len(runs), done))
+    return found, missing
 
 
 def finished(run: Path) -> bool:
     """Whether a run folder holds a finished run."""
     return (run / "run.json").is_file() and manifest(run)["status"] == "finished"
+
+
+def commits_of(study: Path, runs: tuple[Path, ...], commit: str) -> str:
+    """The commits of the code that computed these runs, as published; or the given one."""
+    path = study / "commits.json"
+    known = read_json(path) if path.is_file() else {}
+    return ", ".join(sorted({str(known.get(run.name, commit)) for run in runs}))
 
 
 def made_by(shown: Shown, commit: str) -> list[str]:
@@ -94,6 +134,12 @@ def made_by(shown: Shown, commit: str) -> list[str]:
     ]
 
 
+def paper_words(name: str) -> str:
+    """What the paper says of a figure, where its definition has words for it."""
+    figure = {**FIGURES, **EXTRA}.get(name)
+    return str(getattr(figure, "words", "") or "")
+
+
 def page(shown: Shown, report: Report, commit: str) -> str:
     """A figure's page."""
     made, *rest = made_by(shown, commit)
@@ -102,7 +148,10 @@ def page(shown: Shown, report: Report, commit: str) -> str:
         f"# {shown.heading}",
         f"Made by `python docs/results/figures.py`. {shown.caption}",
         f"![{shown.index['title']}]({shown.name}.png)",
-        "## In words",
+        "## What the paper says",
+        paper_words(shown.name),
+        sentences(report, shown.name),
+        "## What is seen here",
         words,
         "\n".join(f"- {line}" for line in explanation(report)),
         "## Numbers",
@@ -115,34 +164,43 @@ def page(shown: Shown, report: Report, commit: str) -> str:
         "\n".join(rest[1:]),
         *(("## Every comparison", comparisons) if comparisons else ()),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def index_page(figures: list[Shown], report: Report, study: Path, commit: str) -> str:
+def index_page(
+    figures: list[Shown],
+    missing: list[Missing],
+    report: Report,
+    study: Path,
+    into: Path,
+    commit: str,
+) -> str:
     """The page of the whole study."""
     runs = [mark.parent for mark in study.glob("runs/*/run.json") if finished(mark.parent)]
     pages = {shown.name: f"{shown.name}.md" for shown in figures}
     rows = [[f"[{shown.heading}]({shown.name}.md)", *_cost_cells(shown.cost)] for shown in figures]
-    whole = cost_of(runs)
-    rows.append(["all runs, each once", *_cost_cells(whole)])
+    rows += [one.row(into) for one in missing]
+    rows.append(["all runs, each once", *_cost_cells(cost_of(runs))])
     machines = dict.fromkeys(machine_words(manifest(run)) for run in runs)
     commands = dict.fromkeys(command_words(shown.index["command"]) for shown in figures)
+    code = commits_of(study, tuple(runs), commit)
     parts = [
         "# Results",
         "Made by `python docs/results/figures.py`.",
         "## The paper's claims",
-        f"{tally(report)} [What is measured, and when a claim counts as supported](../claims.md).",
+        f"{tally(report)} [Does the paper hold?](paper.md) has them on one page. "
+        "[What is measured, and when a claim counts as supported](../claims.md).",
         overview(report, pages),
         "\n".join(f"- {line}" for line in explanation(report)),
         "## The figures",
         table(("figure", "runs", "trainings", "training", "certification", "on the clock"), rows),
         COUNTED,
-        "```\n" + "\n".join(commands) + "\n```",
-        "\n".join([f"- code: commit `{commit}`", *(f"- machine: {words}" for words in machines)]),
+        "```\n" + "\n".join(commands) + "\n```" if commands else "",
+        "\n".join([f"- code: commit `{code}`", *(f"- machine: {words}" for words in machines)]),
         "## Other pages",
         "\n".join(f"- [{title}]({name})" for name, title in OTHERS.items()),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _cost_cells(cost: Cost) -> list[str]:
@@ -155,29 +213,53 @@ def head_commit() -> str:
     return subprocess.run(call, check=True, capture_output=True, text=True).stdout.strip()
 
 
+def write_pages(study: Path, into: Path, commit: str) -> list[Path]:
+    """Pages and pictures of all finished figures, the claims on one page, and the index.
+
+    Returns:
+        The pages. None where the folder holds no finished run of a figure.
+
+    Raises:
+        CertiflError: a run or an index is damaged.
+    """
+    figures, missing = figures_of(study)
+    runs = [mark.parent for mark in sorted(study.glob("runs/*/run.json")) if finished(mark.parent)]
+    if not runs or not (figures or missing):
+        return []
+    report = check_claims(runs)
+    into.mkdir(parents=True, exist_ok=True)
+    written: dict[str, str] = {}
+    for shown in figures:
+        drawing = draw_paper_figure(shown.place)
+        picture(image_bytes(drawing, "png"), into / f"{shown.name}.png")
+        code = commits_of(study, shown.runs, commit)
+        written[f"{shown.name}.md"] = page(shown, report, code)
+    written["paper.md"] = paper_page(report, [one.name for one in missing])
+    written["README.md"] = index_page(figures, missing, report, study, into, commit)
+    for name, text in written.items():
+        write_text(into / name, text)
+    return [into / name for name in written]
+
+
 def main() -> None:
-    """Write the pages and pictures of all finished figures, then the index."""
+    """Write the pages of a folder; without one, those of the published runs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("study", type=Path)
+    parser.add_argument("study", type=Path, nargs="?", default=DATA)
     parser.add_argument("--commit", default="")
     parser.add_argument("--into", type=Path, default=HERE)
     options = parser.parse_args()
-    commit = options.commit or head_commit()
-    figures = figures_of(options.study)
-    if not figures:
+    if options.study == DATA and not DATA.is_dir():
+        print(f"No runs are published in {DATA.name}/: the pages stay as they are.")
+        return
+    try:
+        pages = write_pages(options.study, options.into, options.commit or head_commit())
+    except CertiflError as error:
+        parser.exit(2, f"{error}\n")
+    if not pages:
         parser.exit(2, f"{options.study} holds no finished figure.\n")
-    runs = sorted(mark.parent for mark in options.study.glob("runs/*/run.json"))
-    report = check_claims([run for run in runs if finished(run)])
-    options.into.mkdir(parents=True, exist_ok=True)
-    for shown in figures:
-        picture(shown.place / f"{shown.name}.png", options.into / f"{shown.name}.png")
-        write_text(options.into / f"{shown.name}.md", page(shown, report, commit))
-        print(options.into / f"{shown.name}.md")
-    index = index_page(figures, report, options.study, commit)
-    write_text(options.into / "README.md", index)
-    print(options.into / "README.md")
+    print("\n".join(map(str, pages)))
 
 
 if __name__ == "__main__":

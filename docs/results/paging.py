@@ -58,9 +58,9 @@ def range_words(values: Iterable[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def picture(source: Path, target: Path, most_bytes: int = 250_000, colors: int = 96) -> None:
-    """Copy a drawing as a PNG of few colors, made smaller until it is light enough."""
-    with Image.open(source) as opened:
+def picture(content: bytes, target: Path, most_bytes: int = 250_000, colors: int = 96) -> None:
+    """Write a drawing as a PNG of few colors, made smaller until it is light enough."""
+    with Image.open(io.BytesIO(content)) as opened:
         drawing = opened.convert("RGB")
     scale = 1.0
     while True:

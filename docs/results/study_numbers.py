@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,6 +23,7 @@ from certifl.report.summary import (
 from certifl.report.units import RadiusScale
 from certifl.report.wording import percent
 from certifl.runs.atomic import read_json
+from certifl.safe_io import parse_json, read_text, read_toml
 from paging import duration, range_words, table
 
 __all__ = ["COUNTED", "Cost", "comparison_tables", "cost_of", "manifest", "setting_words"]
@@ -79,7 +78,7 @@ def cost_of(runs: Iterable[Path]) -> Cost:
     """Cost of distinct runs, each round of training counted once."""
     folders = sorted(set(runs))
     facts = [manifest(run) for run in folders]
-    rounds = [json.loads(line) for line in {line for run in folders for line in _rounds(run)}]
+    rounds = [parse_json(line) for line in {line for run in folders for line in _rounds(run)}]
     return Cost(
         runs=len(folders),
         trainings=sum(entry["round"] == 0 for entry in rounds),
@@ -92,7 +91,7 @@ def cost_of(runs: Iterable[Path]) -> Cost:
 
 def _rounds(run: Path) -> list[str]:
     """A run's rounds; one that was taken over has the same line, to the last digit of its time."""
-    return [line for line in (run / "history.jsonl").read_text().splitlines() if line.strip()]
+    return [line for line in read_text(run / "history.jsonl").splitlines() if line.strip()]
 
 
 def _union(times: Iterable[tuple[str, str]]) -> float:
@@ -146,7 +145,7 @@ def _row(run: Row, scale: RadiusScale, radii: Sequence[float]) -> list[str]:
 
 def setting_words(runs: Sequence[Path]) -> list[str]:
     """How the runs were set up: what they share, and the range of what they do not."""
-    specs = [tomllib.loads((run / "spec.toml").read_text()) for run in runs]
+    specs = [read_toml(run / "spec.toml") for run in runs]
     facts = [manifest(run) for run in runs]
     training = [spec["training"] for spec in specs]
     certified = [spec["certification"] for spec in specs]

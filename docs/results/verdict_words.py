@@ -14,7 +14,7 @@ from certifl.paper.claims.rules import MARGIN, NOT_TESTED, UNDECIDED, VERDICTS
 from certifl.paper.claims.testing import Outcome
 from paging import range_words, table
 
-__all__ = ["bears_on", "figure_claims", "overview", "tally"]
+__all__ = ["bears_on", "figure_claims", "overview", "sentences", "tally"]
 
 _HEAD = ("claim", "verdict", "effect (points)", "95 % together", "images", "clients")
 _KEYS = ("claim", "verdict", "effect", "interval", "images", "clients")
@@ -45,6 +45,15 @@ def figure_claims(report: Report, figure: str, runs: Collection[Path]) -> tuple[
     return "\n\n".join(part for part in parts if part), "\n\n".join(tables)
 
 
+def sentences(report: Report, figure: str) -> str:
+    """What the paper says of a figure: the sentences of its claims."""
+    return "\n".join(
+        f"- {result.claim.name}: {result.claim.sentence}"
+        for result in report.results
+        if bears_on(result, figure)
+    )
+
+
 def _verdicts(report: Report, results: Sequence[ClaimResult]) -> str:
     rows = claim_rows(dataclasses.replace(report, results=tuple(results)))
     return table(_HEAD, [[str(row[key]) for key in _KEYS] for row in rows])
@@ -64,7 +73,7 @@ def _words(result: ClaimResult, comparisons: tuple[Outcome, ...]) -> str:
     own = dataclasses.replace(
         result, verdict=_HERE, comparisons=comparisons, missing=(), partly=False
     )
-    sentences = [f"**{result.claim.name}: {result.verdict}.** {result.claim.sentence}"]
+    sentences = [f"**{result.claim.name}: {result.verdict}.**"]
     if own.judged:
         sentences.append(f"{verdict_words(own)} {_reach(own.judged)}")
     else:

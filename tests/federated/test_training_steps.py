@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from certifl import rng as streams
-from certifl.errors import InputError, ModelError, TrainingDiverged
+from certifl.errors import InputError, ModelError, SpecError, StoreMismatch, TrainingDiverged
 from certifl.federated import ClientData, FedAvg, LocalTraining, state_of, train
 from certifl.federated.training.batches import BatchStream, batch_bounds
 from certifl.runs.checkpoints import Checkpoints
@@ -327,3 +327,45 @@ def test_requests_that_cannot_be_trained_are_refused():
         ClientData(0, pixels.float(), labels[:2])
     with pytest.raises(InputError, match="as many labels"):
         ClientData(0, pixels, labels)
+
+
+# Arithmetic and layout in memory ---------------------------------------------------------------
+
+
+def formatted(precision: str, memory_format: str) -> LocalTraining:
+    return LocalTraining(
+        TinyNet(), SCHEDULE, seed=SEED, precision=precision, memory_format=memory_format
+    )
+
+
+def trained_in(precision: str, memory_format: str):
+    local = formatted(precision, memory_format)
+    return local.train_epochs(state_of(TinyNet()), client_data(0, 12), 0).state
+
+
+def test_auto_is_the_layout_that_a_precision_always_had() -> None:
+    """No bit of an older study changes: float32 stays contiguous, bfloat16 channels-last."""
+    for precision, layout in (("float32", "contiguous"), ("bfloat16", "channels-last")):
+        assert_same(trained_in(precision, "auto"), trained_in(precision, layout))
+
+
+def test_channels_last_in_float32_is_the_same_training_up_to_rounding() -> None:
+    local = formatted("float32", "channels-last")
+    weight = next(p for p in local.network.parameters() if p.dim() == 4)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    plain, last = (trained_in("float32", layout) for layout in ("auto", "channels-last"))
+    for name, value in plain.items():
+        torch.testing.assert_close(last[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_another_layout_does_not_resume_a_training(tmp_path) -> None:
+    clients = [client_data(0, 12)]
+    folder = Checkpoints(tmp_path)
+    train(FedAvg(), TinyNet(), clients, formatted("float32", "auto"), folder)
+    with pytest.raises(StoreMismatch, match="memory_format"):
+        train(FedAvg(), TinyNet(), clients, formatted("float32", "channels-last"), folder)
+
+
+def test_unknown_layouts_are_refused() -> None:
+    with pytest.raises(SpecError, match="contiguous"):
+        formatted("float32", "channels_last")

@@ -109,7 +109,7 @@ def test_sigma_of_rotation_is_in_units_of_pi():
     }
 
 
-@pytest.mark.parametrize("scale", ["laptop", "paper"])
+@pytest.mark.parametrize("scale", ["laptop", "overnight", "paper"])
 def test_runs_that_figures_share_are_counted_once(scale):
     assert len(specs(scale, *FIGURES)) == 123
     shown = specs(scale, "figure1", "figure6")
@@ -128,6 +128,31 @@ def test_the_paper_scale_is_the_papers():
         assert (c.images, c.n0, c.n, c.alpha) == (500, 100, 100_000, 0.001)
         assert (c.estimator, spec.model.name) == ("top-class", "resnet18")
         assert spec.data.train_images is spec.data.test_images is None
+
+
+def test_the_overnight_scale_has_the_papers_schedule_and_clients():
+    """Two local epochs, decay by 10 at one and two thirds, momentum kept; rows can be paired."""
+    for spec in specs("overnight", *EVERY).values():
+        t = spec.training
+        assert (t.local_epochs, t.decay_factor, t.momentum_between_rounds) == (2, 0.1, "keep")
+        assert 3 * t.decay_every == t.rounds * t.local_epochs
+        assert spec.clients.count in (4, 10, 20, 100)
+        assert spec.clients.count * spec.certification.images <= 10_000
+    certified = {
+        (s.data.name, s.clients.count, s.certification.perturbation["family"]): set()
+        for s in specs("overnight", *EVERY).values()
+    }
+    for s in specs("overnight", *EVERY).values():
+        name = (s.data.name, s.clients.count, s.certification.perturbation["family"])
+        certified[name].add((s.certification.images, s.certification.n))
+    assert {len(found) for found in certified.values()} == {1}
+
+
+def test_a_start_that_no_curve_shows_has_no_parameter_of_another_estimator(tmp_path):
+    plan = make_plan(chosen_figures("figure4"), SCALES["overnight"], tmp_path)
+    (mnist,) = (job.spec for job in plan.jobs if job.support and job.spec.data.name == "mnist")
+    assert mnist.certification.estimator == "top-class"
+    assert mnist.certification.keep == "certificates"
 
 
 def test_starts_of_personalization():
@@ -236,5 +261,5 @@ def test_settings_apply_to_every_spec_of_a_scale():
 def test_unknown_names_are_refused_with_what_there_is():
     with pytest.raises(InputError, match="Did you mean 'figure10'"):
         figure_named("figure_10")
-    with pytest.raises(InputError, match="smoke, laptop, paper"):
+    with pytest.raises(InputError, match="smoke, laptop, overnight, paper"):
         scale_named("huge")

@@ -117,6 +117,7 @@ def test_how_many_by_default(tmp_path, monkeypatch):
     assert {name: jobs_here(None, plan, "cpu", False) for name, plan in plans.items()} == {
         "smoke": 1,
         "laptop": 4,
+        "overnight": 2,
         "paper": 1,
     }
     assert jobs_here(None, plans["laptop"], "cuda:0", False) == 1

@@ -200,7 +200,8 @@ def verify(
     """Recompute every certificate from its votes, and compare all that a run says of itself.
 
     Exit code 1: something does not agree. Exit code 2: the clients of a run kept their
-    certificates, and only they can verify them.
+    certificates, and only they can verify them; or a run was published without its models, and
+    only what follows from spec and votes was compared.
     """
     for run in runs:
         if not run.is_file():

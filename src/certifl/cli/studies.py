@@ -327,7 +327,7 @@ def reproduce(
         str,
         typer.Argument(metavar="FIGURE|all", help="figure1 to figure10, figure5-matched, or all."),
     ],
-    scale: Annotated[str, typer.Option(help="smoke, laptop or paper.")] = "laptop",
+    scale: Annotated[str, typer.Option(help="smoke, laptop, overnight or paper.")] = "laptop",
     set_: Settings = None,
     out: Out = None,
     data_dir: DataDir = None,
@@ -341,8 +341,8 @@ def reproduce(
         int | None,
         typer.Option(
             min=1,
-            help="Runs in parallel, one process each; default: at laptop scale on a CPU one per "
-            "core, up to 4; otherwise 1.",
+            help="Runs in parallel, one process each; default: at laptop and overnight scale on a "
+            "CPU one per core, up to 4 and 2; otherwise 1.",
         ),
     ] = None,
 ) -> None:

@@ -27,6 +27,7 @@ from certifl.experiments.run import Options, run, shares_training
 from certifl.models import adopt_code, allowed_code
 from certifl.models.state import NamedCode
 from certifl.runs.folder import RunFolder
+from certifl.runs.published import is_published
 from certifl.spec import Spec, with_settings
 from certifl.torch_env import follow_parent
 
@@ -102,7 +103,8 @@ def base_spec(spec: Spec) -> Spec:
     values["name"] = f"{spec.name}: its start"
     values["algorithm"] = values["algorithm"]["base"]
     values["augmentation"]["personalized"] = "same"
-    values["certification"].update(images=1, estimator="top-class", n0=10, n=100)
+    few = {"images": 1, "estimator": "top-class", "n0": 10, "n": 100, "keep": "certificates"}
+    values["certification"].update(few)
     return with_settings(values)
 
 
@@ -123,7 +125,8 @@ def _bases_first(shown: Sequence[Spec], support: Mapping[str, Spec]) -> list[Spe
 def _finished_trainings(out: Path) -> set[str]:
     folders = (RunFolder(mark.parent) for mark in out.glob("runs/*/run.json"))
     manifests = (folder.manifest() for folder in folders if folder.finished())
-    return {str(manifest.get("training_hash")) for manifest in manifests}
+    own = (manifest for manifest in manifests if not is_published(manifest))  # with a model
+    return {str(manifest.get("training_hash")) for manifest in own}
 
 
 def compute(

@@ -210,6 +210,7 @@ def _training_seconds(
             objective=spec.build_objective(),
             device=device,
             precision=spec.training.precision,
+            memory_format=spec.training.memory_format,
         )
         bench = _Rounds(algorithm, training, algorithm.init(state_of(model)), data)
         few, more = (

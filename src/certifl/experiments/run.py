@@ -28,6 +28,7 @@ from certifl.progress import StageCallback
 from certifl.runs.atomic import write_json
 from certifl.runs.checkpoints import Checkpoints, StoredRound
 from certifl.runs.folder import FINISHED, RUNNING, RunFolder
+from certifl.runs.published import is_published
 from certifl.spec import Spec
 from certifl.study.certify import certify_clients
 from certifl.study.environment import (
@@ -289,6 +290,8 @@ def _sibling_training(run: OpenRun, siblings: tuple[Path, ...]) -> RunFolder | N
         try:
             other = RunFolder(sibling).manifest()
         except StoreError:  # a damaged sibling is no reason to stop
+            continue
+        if is_published(other):  # its rounds are elsewhere
             continue
         alike = all(other.get(key) == own[key] for key in ("data", "machine", "versions"))
         finished = other.get("status") == FINISHED

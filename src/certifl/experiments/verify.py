@@ -29,18 +29,24 @@ from certifl.experiments.verify_run import (
     manifest_problems,
     partition_problems,
     privacy_problems,
+    published_history_problems,
 )
 from certifl.models import fingerprint
 from certifl.perturbations import Perturbation, from_record
+from certifl.runs.published import is_published
 from certifl.safe_io import MALFORMED
 from certifl.spec import Spec
 from certifl.study.curves import possible_averages
-from certifl.study.opened_run import OpenRun
+from certifl.study.opened_run import OpenRun, partition_of
 from certifl.study.weights import weights_problems
 
 _SHOWN = 4  # images that are named where the same is wrong with many
 _MODELS = "models, which are with the clients"
 _VOTES = "the votes themselves (--recast K casts some of them again)"
+_PUBLISHED = (
+    "The run was published without its models: whether its votes are theirs cannot be checked "
+    "here. The spec computes it again: `certifl run spec.toml`."
+)
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,7 @@ class Verification:
 
     Attributes:
         checked: number of certificates. problems: one sentence each; empty when all is well.
-        kept: why certificates of the run could not be verified here, and who can; empty where
-            all of them were.
+        kept: what of the run could not be verified here, and why; empty where all of it was.
         compared: what the certificates agree with. unchecked: what nothing was compared with.
         recast: the comparison with votes cast again, where that was wanted.
     """
@@ -69,7 +74,7 @@ def verify_run(
     """Recompute every certificate from its votes, and compare all that a run says of itself.
 
     Args:
-        path: a run folder, or one certificate file (.parquet).
+        path: a run folder, also a published one, or one certificate file (.parquet).
         data_dir: folder of data sets; else where the run found its data. Nothing is downloaded.
         recast: which votes are cast again where no problem was found; None = none.
 
@@ -94,6 +99,8 @@ def verify_run(
         found = _OfRun(run, available_images(run, data_dir)).verification()
     if recast is None or found.problems:
         return found
+    if is_published(run.manifest):
+        raise InputError(f"{path} was published without its models, which --recast needs.")
     again = recast_votes(run, recast)
     return dataclasses.replace(found, problems=again.problems, recast=again)
 
@@ -117,6 +124,7 @@ class _OfRun:
         self.manifest = run.manifest
         self.notes: list[str] = []
         self.local = "deployment" not in self.manifest
+        self.published = is_published(self.manifest)
         self.certificates = run.certificates
         self.certifying = [c for c, p in enumerate(run.perturbations) if p is not None]
         self.plain = [c for c, p in enumerate(run.perturbations) if p is None]
@@ -140,7 +148,8 @@ class _OfRun:
             problems.append("spec.toml was changed after the run was begun")
         found = tuple(dict.fromkeys(problems))
         compared, unchecked = self._extent()
-        return Verification(len(self.certificates), found, "", compared, unchecked)
+        kept = _PUBLISHED if self.published and not found else ""
+        return Verification(len(self.certificates), found, kept, compared, unchecked)
 
     def _rows(self) -> list[str]:
         try:
@@ -164,6 +173,8 @@ class _OfRun:
         """Which images each client certifies; a federation's clients choose among their own."""
         if not self.local:
             return _too_many(self.certificates, self.spec)
+        if self.published:
+            return self._of_published_images()
         try:
             partition = self.run.stored_partition
         except StoreError as error:
@@ -178,6 +189,18 @@ class _OfRun:
             problems += chosen_problems(self.predictions, partition, self.spec, self.plain)
         return problems
 
+    def _of_published_images(self) -> list[str]:
+        """As spec, seed and data give them: a published run contains no partition."""
+        dataset = self.images.dataset
+        if dataset is None:
+            self.notes.append("which images the clients certified")
+            return _too_many(self.certificates, self.spec)
+        try:
+            partition = partition_of(self.spec, dataset)
+        except InputError as error:
+            return [str(error)]
+        return chosen_problems(self.certificates, partition, self.spec, self.certifying)
+
     def _of_the_data(self) -> list[str]:
         dataset = self.images.dataset
         if self.images.others:
@@ -191,6 +214,9 @@ class _OfRun:
         return [problem for part in rows for problem in label_problems(part, dataset)]
 
     def _of_the_training(self) -> list[str]:
+        if self.published:
+            self.notes += ["models, which are not published", "history, but for its rounds"]
+            return published_history_problems(self.run)
         try:
             models = self._models()
         except StoreError as error:
@@ -242,16 +268,18 @@ class _OfRun:
 
     def _extent(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """What is compared, and what is not."""
-        compared = ["spec", "run.json", "history"]
-        if _MODELS not in self.notes:
-            compared.append("models")
+        compared = ["spec", "run.json"]
+        if not self.published:
+            compared += ["history"] if _MODELS in self.notes else ["history", "models"]
         unchecked = ["batch size, device, threads, seconds"]
         if self.spec.certification.precision == "auto":
             unchecked.insert(0, "precision (auto)")
-        if self.spec.model.weights is not None:
+        if self.spec.model.weights is not None and not self.published:
             compared.append("initial weights")
-        if self.local:
+        if self.local and not self.published:
             compared.append("partition.json")
+        elif self.published and self.images.dataset is not None:
+            compared.append("which images the clients certified")
         if self.images.dataset is not None:
             compared.append(f"images and labels of {self.spec.data.name}")
         else:
@@ -260,7 +288,8 @@ class _OfRun:
             unchecked.append("which images of theirs the clients certified")
         if self.predictions is not None:
             unchecked.append("plain predictions")
-        return tuple(compared), (*unchecked, *self.notes, _VOTES)
+        votes = "the votes themselves" if self.published else _VOTES
+        return tuple(compared), (*unchecked, *self.notes, votes)
 
 
 def _of_curves(run: OpenRun) -> Verification:

@@ -183,6 +183,16 @@ def history_problems(run: OpenRun) -> list[str]:
     return [f"history.jsonl: round {n} is not as the checkpoint recorded it" for n in wrong]
 
 
+def published_history_problems(run: OpenRun) -> list[str]:
+    """Where history.jsonl of a published run has other rounds than its spec gives."""
+    try:
+        found = [entry.get("round") for entry in run.history]
+    except StoreError as error:
+        return [str(error).rstrip(".")]
+    wanted = list(range(run.spec.training.rounds + run.algorithm.extra_rounds))
+    return ["history.jsonl has other rounds than the spec gives"] * (found != wanted)
+
+
 def privacy_problems(run: OpenRun, dataset: Dataset) -> list[str]:
     """Where run.json says that another privacy was spent than spec, data and history give.
 

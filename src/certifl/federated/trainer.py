@@ -233,6 +233,8 @@ def _identity(
         identity["objective"] = _printed(training.objective)
     if training.precision != "float32":
         identity["precision"] = training.precision
+    if training.memory_format != "auto":
+        identity["memory_format"] = training.memory_format
     if isinstance(participation, RandomShare) and (
         participation.share < 1 or participation.clients < len(clients)
     ):

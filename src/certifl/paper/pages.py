@@ -57,16 +57,7 @@ def write_paper_figure(folder: str | Path) -> Path:
     path = Path(folder)
     index = _read(path)
     runs = _Runs(path)
-    panels = [
-        GridPanel(
-            panel["kind"],
-            int(panel["row"]),
-            int(panel["column"]),
-            tuple(Curve(runs.labelled(c), c.get("personalization")) for c in panel["curves"]),
-        )
-        for panel in index["panels"]
-    ]
-    drawing = paper_figure(panels, str(index["title"]))
+    drawing = _drawing(index, runs)
     save(drawing, path, str(index["figure"]))
     sections, comparisons = [], []
     for page in index["pages"]:
@@ -82,6 +73,30 @@ def write_paper_figure(folder: str | Path) -> Path:
     sections.insert(0, beside_section(str(index["figure"]), runs.all(), comparisons))
     write_text(path / _PAGE, _page(index, drawing, sections))
     return path / _PAGE
+
+
+def draw_paper_figure(folder: str | Path) -> Drawing:
+    """The figure of the `figure.json` in a folder, of runs that may be published ones.
+
+    Raises:
+        StoreMismatch: a run that is missing or unfinished, or runs that cannot be compared.
+        StoreError: a file that is damaged.
+    """
+    path = Path(folder)
+    return _drawing(_read(path), _Runs(path))
+
+
+def _drawing(index: Mapping[str, Any], runs: _Runs) -> Drawing:
+    panels = [
+        GridPanel(
+            panel["kind"],
+            int(panel["row"]),
+            int(panel["column"]),
+            tuple(Curve(runs.labelled(c), c.get("personalization")) for c in panel["curves"]),
+        )
+        for panel in index["panels"]
+    ]
+    return paper_figure(panels, str(index["title"]))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -506,7 +506,11 @@ def _text(path: Path) -> str:
 
 
 # Keys that specs of older runs lack, with the values those runs were computed with.
-LATER: Mapping[str, Any] = {"training.steps": "plain", "training.precision": "float32"}
+LATER: Mapping[str, Any] = {
+    "training.steps": "plain",
+    "training.precision": "float32",
+    "training.memory_format": "auto",
+}
 
 
 def decisive_settings(spec: Mapping[str, Any]) -> dict[str, Any]:

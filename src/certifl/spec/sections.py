@@ -285,6 +285,8 @@ class Training(Section):
         momentum_between_rounds: "reset", or "keep" (each client keeps its own buffers).
         flip, crop: random mirror image, random crop after zero padding by so many pixels.
         precision: "float32", or "bfloat16" (the network's arithmetic; weights stay in float32).
+        memory_format: "contiguous" or "channels-last" layout of images and weights, which changes
+            speed and rounding; "auto" is channels-last in bfloat16, contiguous in float32.
     """
 
     rounds: Annotated[int, BeforeValidator(_whole), Field(ge=0)] = 45
@@ -299,6 +301,7 @@ class Training(Section):
     flip: bool = False
     crop: Annotated[int, Field(ge=0)] = 0
     precision: Literal["float32", "bfloat16"] = "float32"
+    memory_format: Literal["auto", "contiguous", "channels-last"] = "auto"
 
     @model_validator(mode="before")
     @classmethod
@@ -312,7 +315,7 @@ class Training(Section):
 
     def schedule(self) -> Schedule:
         """As `certifl.federated` expects it."""
-        values = self.model_dump(exclude={"precision"})
+        values = self.model_dump(exclude={"precision", "memory_format"})
         return Schedule(**{**values, "decay_every": self.decay_every or None})
 
 

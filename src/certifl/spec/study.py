@@ -111,6 +111,11 @@ class Spec(Section):
                 'privacy.kind = "example" clips the gradient of every image: it needs '
                 'training.precision = "float32"'
             )
+        if self.privacy.kind == "example" and self.training.memory_format == "channels-last":
+            raise ValueError(
+                'privacy.kind = "example" computes the gradient of every image by itself: it '
+                'needs training.memory_format = "contiguous"'
+            )
         self._check_votes()  # last: it imports torch and scipy
         return self
 

@@ -87,6 +87,7 @@ def local_training(
         privacy=private.example,
         device=device,
         precision=spec.training.precision,
+        memory_format=spec.training.memory_format,
     )
 
 

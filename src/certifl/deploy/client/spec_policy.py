@@ -82,6 +82,7 @@ DECISIONS: dict[str, Decision] = {
     "training.flip": _TRAINS,
     "training.crop": _TRAINS,
     "training.precision": _TRAINS,
+    "training.memory_format": _TRAINS,
     "aggregation.rule": _SERVER,
     "aggregation.clip": _SERVER,
     "aggregation.trim": _SERVER,

@@ -35,6 +35,7 @@ from certifl.federated.training.batches import (
 )
 from certifl.federated.training.schedule import Schedule
 from certifl.federated.training.steps import (
+    MEMORY_FORMATS,
     TRAINING_PRECISIONS,
     GradientHook,
     InBfloat16,
@@ -43,6 +44,7 @@ from certifl.federated.training.steps import (
     StepContext,
     isolated_rng,
     plain_step,
+    put_in_format,
 )
 from certifl.models import state_of
 from certifl.module_copies import copy_of
@@ -117,11 +119,13 @@ class LocalTraining:
         privacy: noisy gradients and batches of random size; None = none.
         device: where training runs.
         precision: a name in `TRAINING_PRECISIONS`.
+        memory_format: a name in `MEMORY_FORMATS`.
 
     Raises:
         ModelError: the model has no trainable parameter, cannot be copied, needs larger batches,
             or cannot be trained with privacy.
-        SpecError: an unknown precision, or privacy with another precision than float32.
+        SpecError: an unknown precision or format, or privacy with another precision than float32
+            or with channels-last.
     """
 
     def __init__(
@@ -136,9 +140,12 @@ class LocalTraining:
         privacy: ExampleLevel | None = None,
         device: torch.device | str = "cpu",
         precision: str = "float32",
+        memory_format: str = "auto",
     ) -> None:
         check_choice("precision", precision, TRAINING_PRECISIONS)
+        check_choice("memory_format", memory_format, MEMORY_FORMATS)
         self.precision = precision
+        self.memory_format = memory_format
         self.schedule = schedule
         self.seed = seed
         self.augmentation = augmentation
@@ -151,6 +158,11 @@ class LocalTraining:
                     'privacy.kind = "example" clips the gradient of every image: it needs '
                     'training.precision = "float32".'
                 )
+            if memory_format == "channels-last":
+                raise SpecError(
+                    'privacy.kind = "example" computes the gradient of every image by itself: it '
+                    'needs training.memory_format = "contiguous".'
+                )
             check_network(model, privacy.kind)
         self.device = torch.device(device)
         self._model = _training(copy_of(model).to(self.device))
@@ -160,9 +172,7 @@ class LocalTraining:
             raise ModelError(
                 "The model has no parameter that requires a gradient: nothing to train."
             )
-        if precision == "bfloat16":
-            # Faster; the memory format is not part of a state.
-            self._model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        put_in_format(self._model, memory_format, precision)
 
     @property
     def network(self) -> nn.Module:

@@ -174,6 +174,22 @@ TRAINING_PRECISIONS = {
 }
 
 
+MEMORY_FORMATS = {
+    "auto": "contiguous in float32, channels-last in bfloat16",
+    "contiguous": "an image's channels one after the other",
+    "channels-last": "an image's pixels one after the other, which is faster on processors",
+}
+
+
+def put_in_format(model: nn.Module, memory_format: str, precision: str) -> None:
+    """Lay out a model's weights in memory; activations follow them. No part of a state."""
+    if memory_format == "auto" and precision == "float32":
+        return  # as the model came
+    contiguous = memory_format == "contiguous"
+    layout = torch.contiguous_format if contiguous else torch.channels_last
+    model.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+
+
 @dataclass(frozen=True)
 class InBfloat16:
     """An objective whose network computes in bfloat16 (autocast) and returns float32.
