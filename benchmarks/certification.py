@@ -22,7 +22,8 @@ from torch.nn import functional
 import certifl
 from certifl.certification.adaptive import advance
 from certifl.certification.counts import fresh
-from certifl.certification.network import PRECISIONS, choose_device, prepare
+from certifl.certification.network import choose_device, prepare
+from certifl.certification.precisions import PRECISIONS
 from certifl.certification.sampling import VoteCounter
 from certifl.certification.settings import Settings
 from certifl.rng import image_key

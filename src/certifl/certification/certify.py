@@ -26,7 +26,7 @@ from certifl.certification.checks import (
     check_perturbation,
     check_seed,
 )
-from certifl.certification.network import PRECISIONS, Network, prepare, tf32_state
+from certifl.certification.network import Network, prepare, tf32_state
 from certifl.certification.rng_check import check_random_source_once
 from certifl.certification.sampling import Request, VoteCounter
 from certifl.certification.settings import Settings, least_that, too_few_votes
@@ -318,7 +318,7 @@ def asked_conditions(perturbation: Perturbation, settings: Settings, seed: int) 
 
 def _rounding(network: Network) -> dict[str, Any]:
     """What else decides how a network rounds: float32 is not one arithmetic on a GPU."""
-    if network.device.type != "cuda" or PRECISIONS[network.precision] is not torch.float32:
+    if network.device.type != "cuda" or network.precision != "float32":
         return {}
     return {"tf32": tf32_state()}
 

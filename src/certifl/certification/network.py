@@ -23,6 +23,11 @@ from certifl.certification.checks import (
     writes_into_its_input,
 )
 from certifl.certification.inference import fold_batch_norm
+from certifl.certification.precisions import (
+    PRECISIONS,
+    REMOVED_PRECISIONS,
+    removed_precision,
+)
 from certifl.errors import InputError, ModelError
 from certifl.module_copies import (
     bare_copy_of,
@@ -35,9 +40,7 @@ from certifl.torch_env import exact_convolutions, is_small, one_thread, threads_
 
 Model = Callable[[Tensor], Tensor]
 _log = logging.getLogger(__name__)
-PRECISIONS: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Precisions of 0.1.0, which stored votes may still name, and what to choose in their place.
-REMOVED_PRECISIONS = {"float32-compiled": "float32", "bfloat16-compiled": "bfloat16"}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
 
@@ -183,13 +186,13 @@ def _prepared(
     largest = _largest_activation(plain, probe)  # before its weights are rounded
     chosen = choose_precision(precision, place, ready)
     try:
-        call, classes = _called(ready, PRECISIONS[chosen], probe)
+        call, classes = _called(ready, _DTYPES[chosen], probe)
     except ModelError as error:
         if precision != "auto" or chosen == "float32":
             raise
         _log.info("The network votes in float32, since it fails in %s: %s", chosen, error)
         return _prepared(model, bare_copy_of(model), probe, place, "float32", batch_size)
-    size = _batch(batch_size, place, largest * PRECISIONS[chosen].itemsize)
+    size = _batch(batch_size, place, largest * _DTYPES[chosen].itemsize)
     return Network(call, classes, place, chosen, folded is not None, size, is_small(plain))
 
 
@@ -314,14 +317,6 @@ def choose_precision(precision: str, device: torch.device, module: nn.Module | N
     supported = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     normalises = module is not None and any(isinstance(m, _NORMS) for m in module.modules())
     return "bfloat16" if supported and not normalises else "float32"
-
-
-def removed_precision(name: str) -> str:
-    """What to say to somebody who asks for a precision of `REMOVED_PRECISIONS`."""
-    return (
-        f'the precision "{name}" was removed in 0.2.0: choose "{REMOVED_PRECISIONS[name]}", the '
-        "same arithmetic in another order, so votes differ only where rounding decides."
-    )
 
 
 def _batch(batch_size: int | str, device: torch.device, per_image: int) -> int:

@@ -22,13 +22,8 @@ from torch import Tensor
 
 from certifl._version import __version__
 from certifl.certification import Certificates
-from certifl.certification.network import (
-    REMOVED_PRECISIONS,
-    Network,
-    choose_device,
-    prepare,
-    tf32_state,
-)
+from certifl.certification.network import Network, choose_device, prepare, tf32_state
+from certifl.certification.precisions import REMOVED_PRECISIONS
 from certifl.certification.record import Record, read_record
 from certifl.certification.sampling import Request, VoteCounter
 from certifl.certification.scan import parameters, unpacked

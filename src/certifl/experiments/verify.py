@@ -14,7 +14,7 @@ from certifl.certification import Certificates, unverified, verify
 from certifl.certification.certificates import Predictions
 from certifl.certification.certify import asked_conditions
 from certifl.certification.metadata import entries
-from certifl.certification.network import PRECISIONS
+from certifl.certification.precisions import PRECISIONS
 from certifl.certification.record import differs, known_words
 from certifl.data import Dataset
 from certifl.errors import InputError, SpecError, StoreError

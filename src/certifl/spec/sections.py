@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from certifl.certification.network import PRECISIONS, REMOVED_PRECISIONS, removed_precision
+from certifl.certification.precisions import PRECISIONS, REMOVED_PRECISIONS, removed_precision
 from certifl.certification.scan import check_votes
 from certifl.certification.settings import Settings
 from certifl.data import Column, Splitter, make_splitter

@@ -20,7 +20,7 @@ import torch
 
 from certifl.certification import Certificates, verify
 from certifl.certification.certify import asked_conditions
-from certifl.certification.network import PRECISIONS
+from certifl.certification.precisions import PRECISIONS
 from certifl.certification.scan import scan_of
 from certifl.certification.settings import Settings
 from certifl.deploy.transport.schemas import Curve, MalformedMessage
