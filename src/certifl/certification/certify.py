@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from certifl._version import __version__
 from certifl.certification import adaptive as engine
 from certifl.certification import counts, scan
+from certifl.certification.arithmetic import Trial, ready
 from certifl.certification.certificates import ABSTAINED, Certificates
 from certifl.certification.checks import (
     Model,
@@ -26,7 +27,7 @@ from certifl.certification.checks import (
     check_perturbation,
     check_seed,
 )
-from certifl.certification.network import Network, prepare, tf32_state
+from certifl.certification.network import Network, tf32_state
 from certifl.certification.rng_check import check_random_source_once
 from certifl.certification.sampling import Request, VoteCounter
 from certifl.certification.settings import Settings, least_that, too_few_votes
@@ -41,6 +42,7 @@ from certifl.smoothing.bounds import two_sided_sign_test
 
 # Images on the device at once; results do not depend on it.
 _BLOCK = 256
+_SELECTION = 100  # votes of an image with which `predict` compares two arithmetics
 
 Images = Tensor | np.ndarray | Iterable[Tensor | np.ndarray]
 Labels = Tensor | np.ndarray | Sequence[int] | Iterable[Tensor | np.ndarray | Sequence[int]] | None
@@ -98,7 +100,8 @@ def certify(
             the largest radius that n votes can give, and for `scan` for ends known to a 50th of
             sigma.
         seed: votes are a function of (seed, image content), not of the position of an image.
-        precision: arithmetic of the network: "auto", "float32", "bfloat16".
+        precision: arithmetic of the network: "float32", "bfloat16", or "auto", which is measured
+            once for each network, perturbation and machine, and then kept; see `arithmetic`.
         device: "auto" or a torch device.
         batch_size: noisy images per call, or "auto".
         progress: True for a bar with the time left, or a function of (votes so far, at most).
@@ -129,7 +132,8 @@ def certify(
     first = next(blocks, None)
     if first is None:
         raise InputError("There is nothing to certify: images holds no block.")
-    network = prepare(model, first[0], device, precision, batch_size)
+    trial = Trial.of(perturbation, settings, seed, len(first[0]))
+    network = ready(model, first[0], trial, device, precision, batch_size)
     check_random_source_once(perturbation, tuple(first[0].shape[1:]), network.device)
     counter = VoteCounter(network, perturbation, seed)
     content, parts, done = hashlib.sha256(), list[Certificates](), 0
@@ -363,7 +367,8 @@ def predict(
     _check_decides(n, alpha)
     values = check_images(images)
     check_exact(values, perturbation)
-    network = prepare(model, values, device, precision, batch_size)
+    trial = Trial(perturbation, seed, min(_SELECTION, n), len(values) * n)
+    network = ready(model, values, trial, device, precision, batch_size)
     check_random_source_once(perturbation, tuple(values.shape[1:]), network.device)
     counter = VoteCounter(network, perturbation, seed)
     answers = []

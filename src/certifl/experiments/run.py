@@ -30,7 +30,7 @@ from certifl.runs.atomic import write_json
 from certifl.runs.checkpoints import Checkpoints, StoredRound
 from certifl.runs.folder import FINISHED, RUNNING, RunFolder
 from certifl.spec import Spec
-from certifl.study.certify import certify_clients
+from certifl.study.certify import certify_clients, run_arithmetic
 from certifl.study.environment import (
     give_back_memory,
     machine_facts,
@@ -127,19 +127,20 @@ def run(spec: Spec, options: Options) -> RunFolder:
                 last = _train(folder, spec, model, dataset, partition, options, str(device), news)
             give_back_memory()  # training is over: certification may need all there is
             news()
+            network = partial(deployed, last, spec, model)
             if len(devices) > 1:
+                run_arithmetic(folder, spec, dataset, partition, network, str(device))
                 cast_votes(folder.path, options.data_dir, devices, options.report)
             certify_clients(
                 folder,
                 spec,
                 dataset,
                 partition,
-                lambda client: deployed(last, spec, model, client),
+                network,
                 device=str(device),
                 report=options.report,
             )
             news()
-        network = partial(deployed, last, spec, model)
         if options.explore:
             explore(folder, spec, dataset, network, str(device), options.report)
         folder.update({"status": FINISHED, "finished": _now()})

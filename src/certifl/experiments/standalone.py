@@ -15,7 +15,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from certifl.certification import Certificates, certify
-from certifl.certification.network import prepare
+from certifl.certification.arithmetic import Arithmetic, Trial, device_name, ready
+from certifl.certification.network import Network, choose_device
 from certifl.certification.settings import Settings
 from certifl.data import Dataset, changes_of, choose, load, read_image, to_float
 from certifl.errors import InputError, StoreError, StoreMismatch
@@ -27,7 +28,7 @@ from certifl.perturbations import Perturbation, PixelNoise, describe, from_descr
 from certifl.runs.atomic import load_tensors
 from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
-from certifl.study.certify import Job, certify_job
+from certifl.study.certify import Job, certify_job, stored_arithmetic
 from certifl.study.client_study import KeptStudy
 from certifl.study.opened_run import data_folder, finished_run, open_data, run_spec, trained_model
 
@@ -113,7 +114,7 @@ def certify_standalone(request: Request, report: Report | None = None) -> Certif
     part = dataset.test.take(index)
     saved = request.out.with_name(f".{request.out.name}.votes.safetensors")
     job = Job(request.client, index, part.images, part.labels.numpy(), saved)
-    network = prepare(model, to_float(part.images[:1]), request.device, request.precision)
+    network = _network(request, model, job, perturbation)
     told = None if report is None else lambda done, all_: report("certifying", done, all_, "votes")
     made = certify_job(
         job,
@@ -137,6 +138,27 @@ def certify_standalone(request: Request, report: Report | None = None) -> Certif
         ) from error
     saved.unlink(missing_ok=True)
     return made
+
+
+def _network(request: Request, model: nn.Module, job: Job, perturbation: Perturbation) -> Network:
+    """The model ready to vote; "auto" is what the votes at hand or the run chose, or measured.
+
+    Raises:
+        InputError: a shard would have to choose alone.
+    """
+    trial = Trial.of(perturbation, request.settings, request.seed, len(job.index))
+    choice = stored_arithmetic(job.saved)
+    if choice is None and request.run is not None:
+        known = finished_run(request.run).manifest().get("arithmetic", {})
+        choice = Arithmetic.read(known.get(device_name(choose_device(request.device))))
+    if choice is None and request.precision == "auto" and request.shard != WHOLE:
+        raise InputError(
+            "--shard needs --precision float32 or bfloat16 (or int8): what auto stands for is "
+            "measured, and each shard could measure another. Only a run that was certified with "
+            'precision = "auto" on such a device knows its choice.'
+        )
+    images = to_float(job.images[: max(1, trial.images)])
+    return ready(model, images, trial, request.device, request.precision, stored=choice)
 
 
 def _check_options(request: Request) -> None:

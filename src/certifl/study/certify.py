@@ -18,14 +18,23 @@ from torch import nn
 
 from certifl.certification import Certificates, conditions, counts
 from certifl.certification import adaptive as engine
+from certifl.certification.arithmetic import (
+    Arithmetic,
+    Trial,
+    choose_arithmetic,
+    device_name,
+    in_arithmetic,
+    loses,
+    ready,
+)
 from certifl.certification.certificates import Predictions, predict_plain
 from certifl.certification.counts import Votes
-from certifl.certification.network import Network, prepare
+from certifl.certification.network import Network, choose_device, prepare
 from certifl.certification.rng_check import check_random_source_once
 from certifl.certification.sampling import VoteCounter
 from certifl.certification.settings import Settings
 from certifl.data import Dataset, Partition, choose, to_float
-from certifl.errors import StoreError
+from certifl.errors import InputError, StoreError
 from certifl.models import code_fingerprint, fingerprint
 from certifl.perturbations import Perturbation
 from certifl.runs.atomic import load_tensors, save_tensors, tensor_metadata
@@ -57,21 +66,45 @@ class Job:
 
 
 class NetworkCache:
-    """Networks made ready to vote; clients that deploy the same global model share one."""
+    """Networks made ready to vote; clients that deploy the same global model share one.
 
-    def __init__(self, device: str, precision: str) -> None:
-        self._device, self._precision = device, precision
+    Args:
+        device, precision: as `certifl.certify` takes them.
+        choice: what "auto" stands for in this run; None where each client chooses.
+    """
+
+    def __init__(self, device: str, precision: str, choice: Arithmetic | None = None) -> None:
+        self._device, self._precision, self._choice = device, precision, choice
         self._ready: Network | None = None
         self.name = ""
 
-    def network(self, model: nn.Module, job: Job) -> Network:
-        """The model of a job, made ready; its fingerprint is then the bench's name."""
+    def network(self, model: nn.Module, job: Job, trial: Trial | None = None) -> Network:
+        """The model of a job, made ready; its fingerprint is then the bench's name.
+
+        Args:
+            trial: the votes of the job, for "auto"; None where there are none.
+        """
         name = fingerprint(model)
         if self._ready is None or name != self.name:
-            probe = to_float(job.images[:1])
-            self._ready = prepare(model, probe, self._device, self._precision)
+            images = to_float(job.images[: 1 if trial is None else max(1, trial.images)])
+            stored = self._choice or stored_arithmetic(job.saved)
+            where = (self._device, self._precision)
+            if trial is not None:
+                self._ready = ready(model, images, trial, *where, stored=stored)
+            elif stored is not None and self._precision == "auto":
+                self._ready = in_arithmetic(model, images, stored, self._device)
+            else:
+                self._ready = prepare(model, images, *where)
             self.name = name
         return self._ready
+
+
+def stored_arithmetic(saved: Path) -> Arithmetic | None:
+    """The arithmetic of votes cast so far, which a call that goes on from them takes."""
+    try:
+        return Arithmetic.read(json.loads(tensor_metadata(saved).get("arithmetic", "null")))
+    except (StoreError, ValueError):
+        return None
 
 
 def predicted(job: Job, network: Network, model: str, data: str) -> Predictions:
@@ -149,7 +182,8 @@ def _certified(
 ) -> Certificates:
     perturbation, settings = question.perturbation, question.settings
     facts = conditions(perturbation, settings, network, question.seed, model, question.data)
-    saver = _Saver(job.saved, _votes_key(job, facts, code_fingerprint(model)))
+    key = _votes_key(job, facts, code_fingerprint(model))
+    saver = _Saver(job.saved, key, Arithmetic.of(network))
     votes = saver.load() or counts.fresh(len(job.index), network.classes)
 
     def after_wave(votes: Votes) -> None:
@@ -190,8 +224,9 @@ def _votes_key(job: Job, facts: Mapping[str, Any], code: str) -> str:
 class _Saver:
     """Keeps the votes on disk, not more often than every few seconds."""
 
-    def __init__(self, path: Path, key: str) -> None:
+    def __init__(self, path: Path, key: str, arithmetic: Arithmetic) -> None:
         self._path, self._key = path, key
+        self._arithmetic = json.dumps(arithmetic.stored())
         self._last = time.monotonic()
 
     def load(self) -> Votes | None:
@@ -216,7 +251,11 @@ class _Saver:
 
     def save(self, votes: Votes) -> None:
         tensors = votes.tensors()
-        about = {"key": self._key, "checksum": fingerprint(tensors)}
+        about = {
+            "key": self._key,
+            "checksum": fingerprint(tensors),
+            "arithmetic": self._arithmetic,
+        }
         save_tensors(self._path, tensors, about)
         self._last = time.monotonic()
 
@@ -258,7 +297,8 @@ def certify_clients(
     ]
     parts: list[Certificates] = []
     plain: list[Predictions] = []
-    bench = NetworkCache(device, spec.certification.precision)
+    choice = run_arithmetic(folder, spec, dataset, partition, deployed, device, share)
+    bench = NetworkCache(device, spec.certification.precision, choice)
     for place, job in enumerate(jobs):
         model, perturbation = deployed(job.client), perturbations[job.client]
         network = bench.network(model, job)
@@ -271,6 +311,66 @@ def certify_clients(
         parts.append(certify_job(job, model, network, *asked, told))
     if share[1] == 1:
         _store(folder, parts, plain)
+
+
+def run_arithmetic(
+    folder: RunFolder,
+    spec: Spec,
+    dataset: Dataset,
+    partition: Partition,
+    deployed: Callable[[int], nn.Module],
+    device: str,
+    share: tuple[int, int] = (0, 1),
+) -> Arithmetic | None:
+    """What "auto" stands for in a run, read from its manifest or measured and written there.
+
+    It is measured with the first client that certifies; bfloat16 must lose nothing for any.
+
+    Raises:
+        InputError: a share of the clients, which must not choose alone.
+    """
+    if spec.certification.precision != "auto":
+        return None
+    name = device_name(choose_device(device))
+    known = folder.manifest().get("arithmetic", {})
+    if (choice := Arithmetic.read(known.get(name))) is not None:
+        return choice
+    if share[1] > 1:
+        raise InputError(
+            f'The run in {folder.path} does not say what precision = "auto" stands for on this '
+            'device, and shares must not choose alone. Set certification.precision = "float32" '
+            'or "bfloat16", or certify on one device first.'
+        )
+    trials = []
+    for client, perturbation in enumerate(spec.perturbations()):
+        if perturbation is not None:
+            job = _job(folder, spec, dataset, partition, client)
+            settings = spec.certification.settings(client)
+            trials.append((job, Trial.of(perturbation, settings, spec.seed, len(job.index))))
+    choice = _chosen_for_all(trials, deployed, device)
+    folder.update({"arithmetic": {**known, name: choice.stored()}})
+    return choice
+
+
+def _chosen_for_all(
+    trials: Sequence[tuple[Job, Trial]], deployed: Callable[[int], nn.Module], device: str
+) -> Arithmetic:
+    job, trial = trials[0]
+    model = deployed(job.client)
+    images = to_float(job.images[: max(1, trial.images)])
+    choice, seen = choose_arithmetic(model, images, trial, device), {fingerprint(model)}
+    plain = Arithmetic.of(prepare(model, images, device, "float32"))
+    for other, its_trial in trials[1:]:
+        if choice.precision == "float32":
+            return choice
+        model = deployed(other.client)
+        if (name := fingerprint(model)) not in seen:
+            seen.add(name)
+            images = to_float(other.images[: max(1, its_trial.images)])
+            networks = (in_arithmetic(model, images, how, device) for how in (plain, choice))
+            if loses(*networks, images, its_trial):
+                choice = plain
+    return choice
 
 
 def _store(folder: RunFolder, parts: Sequence[Certificates], plain: Sequence[Predictions]) -> None:

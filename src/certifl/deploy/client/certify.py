@@ -10,6 +10,7 @@ from torch import nn
 
 from certifl.certification import Certificates
 from certifl.certification import adaptive as engine
+from certifl.certification.arithmetic import Trial
 from certifl.certification.rng_check import check_random_source_once
 from certifl.deploy.client.curves import curve_of, rows_of
 from certifl.deploy.client.data import LocalData
@@ -74,7 +75,8 @@ class Certifier:
         perturbation = spec.perturbations()[client]
         settings = spec.certification.settings(client)
         bench = NetworkCache(self._settings.device, spec.certification.precision)
-        ready = bench.network(network, job)
+        trial = perturbation and Trial.of(perturbation, settings, spec.seed, len(job.index))
+        ready = bench.network(network, job, trial)
         shared = less(share, self._settings.share)
         facts: dict[str, Any] = {"share": shared, "done": True}
         if shared == "rows" or not spec.build_algorithm().keeps_client_state:
