@@ -99,6 +99,7 @@ _FUNCTIONS = {
     functional.dropout,
 }
 _METHODS = {"add", "add_", "relu", "relu_", "flatten", "view", "reshape", "size", "mean"}
+_AFFINE = {operator.add, operator.sub, operator.mul, operator.truediv}
 _SIZES = {operator.getitem, getattr, operator.mul, operator.floordiv}  # of shapes alone
 
 
@@ -262,24 +263,49 @@ def _threads_matter(network: Network) -> bool:
     return several and not several_threads_asked()
 
 
+class _Tracer(fx.Tracer):
+    """Takes known layers as a whole."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _LAYERS) or super().is_leaf_module(m, module_qualified_name)
+
+
 def bears_rounding(model: nn.Module) -> bool:
     """Whether everything that a network computes is known to bear eight bits."""
+    inner = unwrapped(model)
     try:
-        graph = fx.symbolic_trace(unwrapped(model))
+        nodes = list(_Tracer().trace(inner).nodes)
     except Exception as error:  # tracing runs the model's own forward: anything may be raised
         _log.info("The network votes in float32, since it cannot be traced: %s", error)
         return False
-    return all(_bears(node, graph) for node in graph.graph.nodes)
+    strange = next((node for node in nodes if not _bears(node, inner)), None)
+    if strange is not None:
+        _log.info("The network votes in float32: %s may not bear bfloat16.", strange.target)
+    return strange is None
 
 
-def _bears(node: fx.Node, graph: fx.GraphModule) -> bool:
+def _bears(node: fx.Node, model: nn.Module) -> bool:
     if node.op == "call_module":
-        return isinstance(graph.get_submodule(str(node.target)), _LAYERS)
+        return isinstance(model.get_submodule(str(node.target)), _LAYERS)
     if node.op == "call_function":
-        return node.target in _FUNCTIONS or node.target in _SIZES
+        known = node.target in _FUNCTIONS or node.target in _SIZES
+        return known or _normalizes(node)
     if node.op == "call_method":
         return node.target in _METHODS
-    return node.op in ("placeholder", "output")
+    if node.op == "get_attr":  # a mean or a deviation for each channel
+        value = operator.attrgetter(str(node.target))(model)
+        flat = value.numel() == 1 or value.shape[-2:] == (1, 1)
+        return flat and all(map(_normalizes, node.users))
+    return True
+
+
+def _normalizes(node: fx.Node) -> bool:
+    """Whether it shifts or scales the images themselves, before any layer."""
+    if node.op == "placeholder":
+        return True
+    affine = node.op == "call_function" and node.target in _AFFINE
+    values = [value for value in node.args if isinstance(value, fx.Node)]
+    return affine and all(value.op == "get_attr" or _normalizes(value) for value in values)
 
 
 def loses(plain: Network, rounded: Network, images: Tensor, trial: Trial) -> bool:
@@ -430,9 +456,9 @@ def _kept(path: Path, choice: Arithmetic) -> Arithmetic:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x") as file:
             json.dump(choice.stored(), file)
-    except FileExistsError:
-        return _read(path) or choice
     except OSError as error:
+        if (kept := _read(path)) is not None:
+            return kept
         _log.warning(
             "The measured arithmetic cannot be kept (%s), so another call may choose another: "
             "give the precision, or a folder in CERTIFL_CACHE.",
