@@ -33,6 +33,7 @@ from torch.nn import functional
 
 from certifl._version import __version__
 from certifl.certification.network import Model, Network, computes_bfloat16, prepare
+from certifl.certification.quantization import Calibration, Scales
 from certifl.certification.sampling import Request, VoteCounter
 from certifl.certification.settings import ESTIMATORS, Settings
 from certifl.data.cache import cache_folder
@@ -176,6 +177,7 @@ def ready(
     precision: str = "auto",
     batch_size: int | str = "auto",
     stored: Arithmetic | None = None,
+    calibration: Calibration | Scales | None = None,
 ) -> Network:
     """A model prepared for votes, in the arithmetic asked for; "auto" is stored, or measured.
 
@@ -184,9 +186,10 @@ def ready(
         images: (m, c, h, w), some of those that are certified.
         trial: the votes.
         stored: the choice of an earlier call, for "auto".
+        calibration: for "int8", as `network.prepare` takes it.
     """
     if precision != "auto":
-        return prepare(model, images, device, precision, batch_size)
+        return prepare(model, images, device, precision, batch_size, calibration)
     if stored is None:
         stored = choose_arithmetic(model, images, trial, device, batch_size)
     return in_arithmetic(model, images, stored, device)

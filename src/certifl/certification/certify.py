@@ -28,6 +28,7 @@ from certifl.certification.checks import (
     check_seed,
 )
 from certifl.certification.network import Network, tf32_state
+from certifl.certification.quantization import calibration_of
 from certifl.certification.rng_check import check_random_source_once
 from certifl.certification.sampling import Request, VoteCounter
 from certifl.certification.settings import Settings, least_that, too_few_votes
@@ -67,6 +68,7 @@ def certify(
     label_aware: bool = True,
     reach: float | str | None = None,
     keep: str = "certificates",
+    calibration: Tensor | np.ndarray | Mapping[str, Any] | None = None,
 ) -> Certificates:
     """Certify the smoothed classifier of a model at some images.
 
@@ -100,8 +102,8 @@ def certify(
             the largest radius that n votes can give, and for `scan` for ends known to a 50th of
             sigma.
         seed: votes are a function of (seed, image content), not of the position of an image.
-        precision: arithmetic of the network: "float32", "bfloat16", or "auto", which is measured
-            once for each network, perturbation and machine, and then kept; see `arithmetic`.
+        precision: arithmetic of the network: "float32", "bfloat16", "int8" (on a CPU), or "auto",
+            which is measured once for each network, perturbation and machine, and then kept.
         device: "auto" or a torch device.
         batch_size: noisy images per call, or "auto".
         progress: True for a bar with the time left, or a function of (votes so far, at most).
@@ -110,6 +112,8 @@ def certify(
             way round for rotation, and three times sigma for scaling.
         keep: what `sequential` keeps while stopping early: "certificates" (of what n votes would
             give), or the "curve" of certified accuracies, for a third to two thirds of the votes.
+        calibration: for "int8", images of the kind that the model was trained with, the first 128
+            of which fix the ranges of 8 bits; or another record's `conditions["quantization"]`.
 
     Returns:
         A row for each image, in their order, with its votes, radius in the perturbation's unit
@@ -133,7 +137,8 @@ def certify(
     if first is None:
         raise InputError("There is nothing to certify: images holds no block.")
     trial = Trial.of(perturbation, settings, seed, len(first[0]))
-    network = ready(model, first[0], trial, device, precision, batch_size)
+    scales = calibration_of(calibration, perturbation, seed)
+    network = ready(model, first[0], trial, device, precision, batch_size, calibration=scales)
     check_random_source_once(perturbation, tuple(first[0].shape[1:]), network.device)
     counter = VoteCounter(network, perturbation, seed)
     content, parts, done = hashlib.sha256(), list[Certificates](), 0
@@ -269,6 +274,7 @@ def conditions(
         **asked_conditions(perturbation, settings, seed),
         "precision": network.precision,
         **_rounding(network),
+        **_quantization(network, model),
         "batch_norm_folded": network.folded,
         "batch_size": network.batch_size,
         "device": _device_name(network.device),
@@ -320,6 +326,23 @@ def asked_conditions(perturbation: Perturbation, settings: Settings, seed: int) 
     }
 
 
+def _quantization(network: Network, model: Model) -> dict[str, Any]:
+    """The scales of a network in int8, and how often it agrees with float32."""
+    if network.quantized is None:
+        return {}
+    scales, layers = network.quantized.scales, network.quantized.layers
+    weights = fingerprint(model) if isinstance(model, nn.Module) else None
+    return {
+        "quantization": {
+            "fingerprint": scales.fingerprint(weights),
+            "scales": scales.stored(),
+            "layers": list(layers),
+            "processor": torch.backends.cpu.get_cpu_capability(),
+        },
+        "agreement_with_float32": network.quantized.agreement,
+    }
+
+
 def _rounding(network: Network) -> dict[str, Any]:
     """What else decides how a network rounds: float32 is not one arithmetic on a GPU."""
     if network.device.type != "cuda" or network.precision != "float32":
@@ -342,6 +365,7 @@ def predict(
     precision: str = "auto",
     device: str | torch.device = "auto",
     batch_size: int | str = "auto",
+    calibration: Tensor | np.ndarray | Mapping[str, Any] | None = None,
 ) -> np.ndarray:
     """The smoothed classifier's class of each image, or -1 where the votes do not decide.
 
@@ -349,7 +373,9 @@ def predict(
     likely class of the smoothed classifier. No radius is certified.
 
     Args:
-        model, images, perturbation, seed, precision, device, batch_size: as in `certify`.
+        model, images, perturbation, seed, precision, device, batch_size, calibration: as in
+            `certify`; with the `precision` and the `quantization` of a record's conditions, it is
+            the network that the record is about.
         n: votes per image.
         alpha: level of the two-sided binomial test between the two most frequent classes.
 
@@ -368,7 +394,8 @@ def predict(
     values = check_images(images)
     check_exact(values, perturbation)
     trial = Trial(perturbation, seed, min(_SELECTION, n), len(values) * n)
-    network = ready(model, values, trial, device, precision, batch_size)
+    scales = calibration_of(calibration, perturbation, seed)
+    network = ready(model, values, trial, device, precision, batch_size, calibration=scales)
     check_random_source_once(perturbation, tuple(values.shape[1:]), network.device)
     counter = VoteCounter(network, perturbation, seed)
     answers = []

@@ -28,6 +28,7 @@ from certifl.certification.precisions import (
     REMOVED_PRECISIONS,
     removed_precision,
 )
+from certifl.certification.quantization import Calibration, Quantized, Scales, quantize
 from certifl.errors import InputError, ModelError
 from certifl.module_copies import (
     bare_copy_of,
@@ -40,7 +41,8 @@ from certifl.torch_env import exact_convolutions, is_small, one_thread, threads_
 
 Model = Callable[[Tensor], Tensor]
 _log = logging.getLogger(__name__)
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Of images and weights as they enter; int8 has 8 bits inside, see `quantization`.
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 # Bytes of the largest activation of one batch that still keep caches warm (CPU), and the share of
@@ -66,6 +68,7 @@ class Network:
         small: whether it has so few weights that it votes on one thread, see `threads`.
         one_thread: whether it votes on one thread in any case.
         as_it_is: whether it is called as it was given: a function, or a module without a copy.
+        quantized: how it computes in integers; None in other precisions.
     """
 
     call: Model
@@ -77,6 +80,7 @@ class Network:
     small: bool = False
     one_thread: bool = False
     as_it_is: bool = False
+    quantized: Quantized | None = None
 
     @property
     def threads(self) -> int:
@@ -90,6 +94,7 @@ def prepare(
     device: str | torch.device = "auto",
     precision: str = "auto",
     batch_size: int | str = "auto",
+    calibration: Calibration | Scales | None = None,
 ) -> Network:
     """Prepare a model for voting on images like these; the model itself is left as it is.
 
@@ -99,11 +104,12 @@ def prepare(
             its own precision and on its device.
         images: (m, c, h, w); only shapes and one image as a probe are used.
         device: "auto", or a torch device.
-        precision: "float32" or "bfloat16"; "auto" is float32 here, see `arithmetic.ready`.
+        precision: "float32", "bfloat16" or "int8"; "auto" is float32 here, see `arithmetic.ready`.
         batch_size: "auto", or a number of noisy images per call.
+        calibration: for "int8", what its scales are read from, or the scales of a record.
 
     Raises:
-        ModelError: see `guards.check_model` and `guards.probe_classes`.
+        ModelError: see `checks.check_model`, `checks.probe_classes` and `quantization.quantize`.
         InputError: unknown device, precision or batch size.
     """
     if isinstance(model, nn.Module):
@@ -118,7 +124,8 @@ def prepare(
     with exact_convolutions(place), one_thread(threads_in_use(small) == 1):
         if copied is None or not isinstance(model, nn.Module):
             return _as_it_is(model, probe, place, precision, batch_size)
-        return _prepared(copied, probe, place, choose_precision(precision), batch_size)
+        chosen = choose_precision(precision)
+        return _prepared(copied, probe, place, chosen, batch_size, calibration)
 
 
 def _copied(model: Model) -> nn.Module | None:
@@ -141,7 +148,11 @@ def _as_it_is(
     model: Model, probe: Tensor, place: torch.device, precision: str, batch_size: int | str
 ) -> Network:
     """A network that cannot be changed: a function, or a module that cannot be copied."""
-    choose_precision(precision)
+    if choose_precision(precision) == "int8":
+        raise ModelError(
+            "Only a module that can be copied can be quantized: give an nn.Module, or choose "
+            'precision = "float32".'
+        )
     if isinstance(model, nn.Module):
         _check_as_it_is(model, precision)
     call = _own_input(model, probe)
@@ -168,6 +179,7 @@ def _prepared(
     place: torch.device,
     precision: str,
     batch_size: int | str,
+    calibration: Calibration | Scales | None,
 ) -> Network:
     """A copy of a model, probed on a few images under the conditions it votes under."""
     advice = format_advice(plain)
@@ -182,10 +194,50 @@ def _prepared(
     folded = None if changes else fold_batch_norm(plain, probe_of(probe))
     ready = folded if folded is not None else plain
     largest = _largest_activation(plain, probe)  # before its weights are rounded
-    dtype = _DTYPES[precision]
+    dtype, quantized = _DTYPES[precision], None
+    if precision == "int8":
+        quantized = _quantized(ready, changes, place, calibration)
+        ready = quantized.module
     call, classes = _called(ready, dtype, probe)
-    size = _batch(batch_size, place, largest * dtype.itemsize)
-    return Network(call, classes, place, precision, folded is not None, size, is_small(plain))
+    size = _batch(batch_size, place, largest * (1 if quantized else dtype.itemsize))
+    return Network(
+        call,
+        classes,
+        place,
+        precision,
+        folded is not None,
+        size,
+        is_small(plain),
+        quantized=quantized,
+    )
+
+
+def _quantized(
+    module: nn.Module, changes: bool, place: torch.device, calibration: Calibration | Scales | None
+) -> Quantized:
+    """The network in integers.
+
+    Raises:
+        InputError: no images to calibrate with, or another device than the processor.
+        ModelError: a network that cannot be quantized.
+    """
+    if place.type != "cpu":
+        raise InputError(
+            f'precision = "int8" computes on the processor alone, not on {place}: choose '
+            'device = "cpu", or precision = "bfloat16".'
+        )
+    if calibration is None:
+        raise InputError(
+            'precision = "int8" needs calibration: images such as those of training, from which '
+            "the ranges of activations are read (a hundred are enough), or the scales that a "
+            'record holds in conditions["quantization"].'
+        )
+    if changes:
+        raise ModelError("The network writes into its own state, so it cannot be quantized.")
+    made = quantize(module, calibration)
+    if made.layers[0] < made.layers[1]:
+        _log.info("%d of %d layers compute in int8, the others in float32.", *made.layers)
+    return made
 
 
 def _moved(plain: nn.Module, place: torch.device) -> nn.Module:

@@ -6,7 +6,7 @@ order of rounding. What has no integer form here (GroupNorm, means over quarters
 between an integer layer and the next.
 
 This module is the only one that knows how: it rewrites the traced network onto oneDNN's integer
-kernels, which torch ships and its compiler uses. Another engine would replace `quantized` alone.
+kernels, which torch ships and its compiler uses. Another engine would replace `quantize` alone.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from certifl.certification.checks import check_images
 from certifl.certification.inference import is_plain
 from certifl.errors import InputError, ModelError
 from certifl.perturbations.base import Perturbation
@@ -102,6 +104,39 @@ class Calibration:
         return cls(noisy[:, 0].flatten(0, 1), noisy[:, 1].flatten(0, 1))
 
 
+def calibration_of(
+    given: Tensor | np.ndarray | Mapping[str, Any] | None, perturbation: Perturbation, seed: int
+) -> Calibration | Scales | None:
+    """What `certify` and `predict` are given to quantize a network with.
+
+    Args:
+        given: images (m, c, h, w) in [0, 1]; or `conditions["quantization"]` of a record.
+        perturbation, seed: of the noise that the images get.
+    """
+    if given is None:
+        return None
+    if isinstance(given, Mapping):
+        return Scales.read(given.get("scales"))
+    return Calibration.of(check_images(given), perturbation, seed)
+
+
+def recorded(conditions: Mapping[str, Any], client: int | None = None) -> Scales | None:
+    """The scales that a record's votes were cast with; None in other precisions.
+
+    Args:
+        client: whose, in a record of several clients.
+
+    Raises:
+        InputError: a record in int8 without scales.
+    """
+    if conditions.get("precision") != "int8":
+        return None
+    known = conditions.get("quantization")
+    if client is not None and isinstance(known, Mapping) and "scales" not in known:
+        known = known.get(str(client))
+    return Scales.read(known.get("scales") if isinstance(known, Mapping) else None)
+
+
 @dataclass(frozen=True)
 class Quantized:
     """A network in integers.
@@ -120,7 +155,7 @@ class Quantized:
     agreement: float | None
 
 
-def quantized(module: nn.Module, given: Calibration | Scales) -> Quantized:
+def quantize(module: nn.Module, given: Calibration | Scales) -> Quantized:
     """A network in integers; the module, in evaluation mode and float32 on the CPU, is left as is.
 
     Args:
@@ -408,6 +443,10 @@ class _Writer:
             self._pass_on(node)
         elif self._is_mean(node):
             self._write_mean(node)
+        elif _is(node, self._old, (), nn.GroupNorm):
+            # In channels-last its sums depend on the number of threads.
+            source = self._add(_Contiguous(), self._float(node.all_input_nodes[0]))
+            self._floats[node] = self._new.node_copy(node, lambda _old: source)
         else:
             self._floats[node] = self._new.node_copy(node, self._float)
 
@@ -491,6 +530,11 @@ class _Dequantize(nn.Module):
         return x.float().sub_(self.own.zero).mul_(self.own.scale)
 
 
+class _Contiguous(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.contiguous()
+
+
 class _Mean(nn.Module):
     """Means over all places; sums of so few bits are exact in float32."""
 
@@ -532,10 +576,6 @@ class _MaxPool(nn.Module):
 class _Layer(nn.Module):
     """The weights of a layer as 8-bit numbers, with a scale for each output channel."""
 
-    weight: Tensor
-    scales: Tensor
-    zeros: Tensor
-
     def __init__(
         self, layer: nn.Conv2d | nn.Linear, source: Range, out: Range | None, relu: bool
     ) -> None:
@@ -545,8 +585,7 @@ class _Layer(nn.Module):
         scales = largest / 127
         shape = (-1, *(1 for _ in weight.shape[1:]))
         self.numbers = (weight / scales.view(shape)).round().clamp(-127, 127).to(torch.int8)
-        self.register_buffer("scales", scales)
-        self.register_buffer("zeros", torch.zeros(len(scales), dtype=torch.int64))
+        self.scales, self.zeros = scales, torch.zeros(len(scales), dtype=torch.int64)
         self.bias = None if layer.bias is None else layer.bias.detach().float()
         self.source, self.relu = source, "relu" if relu else "none"
         self.out = out or Range(1.0, 0)
@@ -554,26 +593,36 @@ class _Layer(nn.Module):
 
 
 class _Linear(_Layer):
+    """Its kernel gives whole sums, scaled afterwards: it would round otherwise by batch size."""
+
     def __init__(self, layer: nn.Linear, source: Range, out: Range | None, relu: bool) -> None:
         super().__init__(layer, source, out, relu)
-        self.register_buffer("weight", _kernels.qlinear_prepack(self.numbers, None))
+        self.weight = _kernels.qlinear_prepack(self.numbers, None)
+        self.factors = self.scales * source.scale
+        self.ones = torch.ones_like(self.scales)
+        self.quantize = None if out is None else _Quantize(out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _kernels.qlinear_pointwise(
+        sums = _kernels.qlinear_pointwise(
             x,
-            self.source.scale,
+            1.0,
             self.source.zero,
             self.weight,
-            self.scales,
+            self.ones,
             self.zeros,
-            self.bias,
-            self.out.scale,
-            self.out.zero,
-            self.dtype,
-            self.relu,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
             [],
             "",
-        )
+        ).mul_(self.factors)
+        if self.bias is not None:
+            sums.add_(self.bias)
+        if self.relu == "relu":
+            sums.relu_()
+        return sums if self.quantize is None else self.quantize(sums)
 
 
 class _Convolution(_Layer):
@@ -589,7 +638,7 @@ class _Convolution(_Layer):
         packed = _kernels.qconv_prepack(
             self.numbers, self.scales, source.scale, source.zero, *self.shape, None
         )
-        self.register_buffer("weight", packed)
+        self.weight = packed
         self.before = (source.scale, source.zero)
         self.after = (self.out.scale, self.out.zero, self.dtype)
 

@@ -260,7 +260,7 @@ def certify(
         str, typer.Option(help="What stopping early keeps: certificates, or (cheaper) the curve.")
     ] = "certificates",
     seed: Annotated[int, typer.Option(min=0, help="Of the noise and the choice of images.")] = 0,
-    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or int8.")] = "auto",
     data_dir: DataDir = None,
     device: Device = "auto",
     out: Annotated[Path, typer.Option("--out", help=".parquet or .tsv")] = Path(

@@ -20,6 +20,7 @@ from certifl.certification.attack import AttackBudget, AttackResult, deformed_fi
 from certifl.certification.certified_sets import reach_of
 from certifl.certification.counts import lead_of, sign_test_against
 from certifl.certification.network import Network, prepare
+from certifl.certification.quantization import recorded
 from certifl.certification.sampling import VoteCounter
 from certifl.data import Dataset, choose, to_float
 from certifl.errors import InputError, StoreMismatch
@@ -180,7 +181,8 @@ def _network(
             f"The stored model of client {client} is not the one that was certified; `certifl "
             "verify` says more. Compute the run again with --overwrite."
         )
-    return prepare(model, to_float(dataset.test.images[:1]), device, facts["precision"])
+    probe, scales = to_float(dataset.test.images[:1]), recorded(facts, client)
+    return prepare(model, probe, device, facts["precision"], calibration=scales)
 
 
 def _attack(

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from certifl.certification import Certificates
 from certifl.certification.network import Network, prepare
+from certifl.certification.quantization import recorded
 from certifl.certification.sampling import CHUNK, VoteCounter
 from certifl.certification.sweeps import (
     STEPS,
@@ -335,10 +336,15 @@ class Explorer:
                 f"The stored model of client {client} is not the one that was certified; `certifl "
                 "verify` says more. Compute the run again with --overwrite."
             )
+        if facts["precision"] == "int8":
+            name = f"{name}, {client}"  # each client has scales of its own
         if name not in self._networks:
             probe = to_float(self.dataset.test.images[:1])
             self._networks.clear()
-            self._networks[name] = prepare(model, probe, self.device, facts["precision"])
+            scales = recorded(facts, client)
+            self._networks[name] = prepare(
+                model, probe, self.device, facts["precision"], calibration=scales
+            )
         return self._networks[name]
 
 

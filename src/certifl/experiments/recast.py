@@ -24,6 +24,7 @@ from certifl._version import __version__
 from certifl.certification import Certificates
 from certifl.certification.network import Network, choose_device, prepare, tf32_state
 from certifl.certification.precisions import REMOVED_PRECISIONS
+from certifl.certification.quantization import recorded
 from certifl.certification.record import Record, read_record
 from certifl.certification.sampling import Request, VoteCounter
 from certifl.certification.scan import parameters, unpacked
@@ -218,7 +219,8 @@ class _Caster:
         if type(size) is not int or not 1 <= size <= _LARGEST_BATCH:
             size = "auto"
         device = _device(self._options.device, facts)
-        return prepare(model, images[:1], device, facts["precision"], size)
+        scales = recorded(facts, int(part.client[0]))
+        return prepare(model, images[:1], device, facts["precision"], size, scales)
 
     def _cast(
         self, counter: VoteCounter, part: Certificates, record: Record, images: Tensor
@@ -242,7 +244,7 @@ class _Caster:
             )
         )
         how = _comparison(self._folder.manifest(), record.facts, counter.network)
-        reduced = "bfloat16" in counter.network.precision or any(_tf32(record.facts).values())
+        reduced = counter.network.precision != "float32" or any(_tf32(record.facts).values())
         flips = _FLIPS["reduced" if reduced else "float32"]
         return _Cast(how, counted[:m], counted[m:], paths, flips)
 

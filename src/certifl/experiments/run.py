@@ -15,9 +15,11 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from certifl.certification.network import choose_device, prepare
+from certifl.certification.quantization import Calibration
 from certifl.data import Dataset, Partition, named_folder, to_float
 from certifl.errors import InputError, SpecError, StoreError, StoreMismatch
 from certifl.experiments.explore import explore
@@ -112,7 +114,7 @@ def run(spec: Spec, options: Options) -> RunFolder:
             f"below {min(dataset.image_size)}, usually an eighth of it."
         )
     model = initial_model(spec, dataset)
-    prepare(model, to_float(dataset.test.images[:1]), device, spec.certification.precision)
+    _check_votes(spec, model, dataset, device)
     protection(spec, model, _sizes(partition), b"not the key")
     image_shape = (dataset.in_channels, *dataset.image_size)
     check_training(spec, model, _sizes(partition), image_shape)
@@ -145,6 +147,16 @@ def run(spec: Spec, options: Options) -> RunFolder:
             explore(folder, spec, dataset, network, str(device), options.report)
         folder.update({"status": FINISHED, "finished": _now()})
     return folder
+
+
+def _check_votes(spec: Spec, model: nn.Module, dataset: Dataset, device: torch.device) -> None:
+    """Refuse a model that could not vote, before it is trained."""
+    calibration = None
+    if spec.certification.precision == "int8":
+        images = to_float(dataset.train.images[:4])
+        calibration = Calibration.of(images, spec.perturbation(), spec.seed)
+    probe = to_float(dataset.test.images[:1])
+    prepare(model, probe, device, spec.certification.precision, calibration=calibration)
 
 
 def _describe(

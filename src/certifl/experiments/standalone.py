@@ -28,7 +28,13 @@ from certifl.perturbations import Perturbation, PixelNoise, describe, from_descr
 from certifl.runs.atomic import load_tensors
 from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
-from certifl.study.certify import Job, certify_job, stored_arithmetic
+from certifl.study.certify import (
+    Job,
+    calibration,
+    calibration_images,
+    certify_job,
+    stored_arithmetic,
+)
 from certifl.study.client_study import KeptStudy
 from certifl.study.opened_run import data_folder, finished_run, open_data, run_spec, trained_model
 
@@ -113,7 +119,8 @@ def certify_standalone(request: Request, report: Report | None = None) -> Certif
     index = request.shard.of(index)
     part = dataset.test.take(index)
     saved = request.out.with_name(f".{request.out.name}.votes.safetensors")
-    job = Job(request.client, index, part.images, part.labels.numpy(), saved)
+    training = _training(request, dataset)
+    job = Job(request.client, index, part.images, part.labels.numpy(), saved, training)
     network = _network(request, model, job, perturbation)
     told = None if report is None else lambda done, all_: report("certifying", done, all_, "votes")
     made = certify_job(
@@ -157,8 +164,21 @@ def _network(request: Request, model: nn.Module, job: Job, perturbation: Perturb
             "measured, and each shard could measure another. Only a run that was certified with "
             'precision = "auto" on such a device knows its choice.'
         )
-    images = to_float(job.images[: max(1, trial.images)])
-    return ready(model, images, trial, request.device, request.precision, stored=choice)
+    images, scales = to_float(job.images[: max(1, trial.images)]), calibration(job, trial)
+    where = (request.device, request.precision)
+    return ready(model, images, trial, *where, stored=choice, calibration=scales)
+
+
+def _training(request: Request, dataset: Dataset) -> Tensor | None:
+    """Training images that fix the ranges of int8: the client's own, or of the whole data set."""
+    if request.precision != "int8":
+        return None
+    held = np.arange(len(dataset.train))
+    if request.run is not None:
+        folder = finished_run(request.run)
+        _, partition = open_data(run_spec(folder), data_folder(folder, request.data_dir))
+        held = partition.clients[request.client].train
+    return calibration_images(dataset, held, request.seed, request.client)
 
 
 def _check_options(request: Request) -> None:
@@ -333,11 +353,17 @@ def certify_image(
         device=device,
         reach=settings.reach,
         keep=wanted.keep,
+        calibration=_scales(run, own) if wanted.precision == "int8" else None,
     )
     label = int(made.predicted[0])
     name = about["class_names"][label] if label >= 0 else ""
     changed = changes_of(path, channels, size)
     return Answer(made, name, own, about["deploys"], changed)
+
+
+def _scales(run: Path, client: int) -> Mapping[str, Any]:
+    """The scales that a client of a run certified with, as its record holds them."""
+    return finished_run(run).load_certificates().conditions["quantization"][str(client)]
 
 
 def _deployed_by(

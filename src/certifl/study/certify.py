@@ -30,6 +30,7 @@ from certifl.certification.arithmetic import (
 from certifl.certification.certificates import Predictions, predict_plain
 from certifl.certification.counts import Votes
 from certifl.certification.network import Network, choose_device, prepare
+from certifl.certification.quantization import CALIBRATION_IMAGES, Calibration
 from certifl.certification.rng_check import check_random_source_once
 from certifl.certification.sampling import VoteCounter
 from certifl.certification.settings import Settings
@@ -43,7 +44,8 @@ from certifl.spec import Spec
 
 _SECONDS_BETWEEN_SAVES = 15.0
 # The reach decides nothing beyond the scan that it gives, which is part of the name.
-_MAY_DIFFER = ("threads", "versions", "reach")
+_MAY_DIFFER = ("threads", "versions", "reach", "agreement_with_float32")
+_OF_A_QUANTIZED_NETWORK = ("quantization", "agreement_with_float32")
 _log = logging.getLogger(__name__)
 
 
@@ -56,6 +58,7 @@ class Job:
         index: (m,) positions in the data set's test split.
         images: (m, c, h, w) uint8. labels: (m,).
         saved: where the votes cast so far are kept.
+        training: (k, c, h, w) uint8, training images that fix the ranges of int8.
     """
 
     client: int
@@ -63,6 +66,7 @@ class Job:
     images: torch.Tensor
     labels: np.ndarray
     saved: Path
+    training: torch.Tensor | None = None
 
 
 class NetworkCache:
@@ -76,6 +80,7 @@ class NetworkCache:
     def __init__(self, device: str, precision: str, choice: Arithmetic | None = None) -> None:
         self._device, self._precision, self._choice = device, precision, choice
         self._ready: Network | None = None
+        self._of: tuple[str, int | None] | None = None
         self.name = ""
 
     def network(self, model: nn.Module, job: Job, trial: Trial | None = None) -> Network:
@@ -84,19 +89,32 @@ class NetworkCache:
         Args:
             trial: the votes of the job, for "auto"; None where there are none.
         """
-        name = fingerprint(model)
-        if self._ready is None or name != self.name:
-            images = to_float(job.images[: 1 if trial is None else max(1, trial.images)])
-            stored = self._choice or stored_arithmetic(job.saved)
-            where = (self._device, self._precision)
-            if trial is not None:
-                self._ready = ready(model, images, trial, *where, stored=stored)
-            elif stored is not None and self._precision == "auto":
-                self._ready = in_arithmetic(model, images, stored, self._device)
-            else:
-                self._ready = prepare(model, images, *where)
-            self.name = name
+        self.name = fingerprint(model)
+        # In int8 a client's own training images fix the ranges.
+        of = (self.name, job.client if self._precision == "int8" else None)
+        if self._ready is None or of != self._of:
+            self._ready, self._of = self._prepared(model, job, trial), of
         return self._ready
+
+    def _prepared(self, model: nn.Module, job: Job, trial: Trial | None) -> Network:
+        stored = self._choice or stored_arithmetic(job.saved)
+        if trial is not None:
+            images = to_float(job.images[: max(1, trial.images)])
+            where, scales = (self._device, self._precision), calibration(job, trial)
+            return ready(model, images, trial, *where, stored=stored, calibration=scales)
+        probe = to_float(job.images[:1])
+        if stored is not None and self._precision == "auto":
+            return in_arithmetic(model, probe, stored, self._device)
+        # No perturbation, so no ranges under it.
+        precision = "float32" if self._precision == "int8" else self._precision
+        return prepare(model, probe, self._device, precision)
+
+
+def calibration(job: Job, trial: Trial) -> Calibration | None:
+    """What the scales of a job are read from; None where it has no training images."""
+    if job.training is None:
+        return None
+    return Calibration.of(to_float(job.training), trial.perturbation, trial.seed)
 
 
 def stored_arithmetic(saved: Path) -> Arithmetic | None:
@@ -301,7 +319,9 @@ def certify_clients(
     bench = NetworkCache(device, spec.certification.precision, choice)
     for place, job in enumerate(jobs):
         model, perturbation = deployed(job.client), perturbations[job.client]
-        network = bench.network(model, job)
+        asked = (perturbation, settings(job.client), spec.seed)
+        trial = None if perturbation is None else Trial.of(*asked, len(job.index))
+        network = bench.network(model, job, trial)
         if perturbation is None:
             plain.append(predicted(job, network, bench.name, dataset.fingerprint))
             continue
@@ -382,8 +402,9 @@ def _store(folder: RunFolder, parts: Sequence[Certificates], plain: Sequence[Pre
         folder.save_predictions(dataclasses.replace(predictions, conditions=facts))
     folder.update({**_summary(parts), **({"plain": _accuracies(plain)} if plain else {})})
     together = Certificates.concatenate(parts)
-    models = {str(int(p.client[0])): p.conditions["model_fingerprint"] for p in parts}
-    facts = {**together.conditions, "model_fingerprint": models}
+    facts = dict(together.conditions)
+    for name in {"model_fingerprint", *_OF_A_QUANTIZED_NETWORK} & set(facts):
+        facts[name] = {str(int(p.client[0])): p.conditions[name] for p in parts}
     folder.save_certificates(dataclasses.replace(together, conditions=facts))
 
 
@@ -406,8 +427,16 @@ def _job(
 ) -> Job:
     held = partition.clients[client].test
     index = choose(held, spec.certification.images, spec.seed, client)
-    part = dataset.test.take(index)
-    return Job(client, index, part.images, part.labels.numpy(), folder.votes(client))
+    part, training = dataset.test.take(index), None
+    if spec.certification.precision == "int8":
+        training = calibration_images(dataset, partition.clients[client].train, spec.seed, client)
+    saved = folder.votes(client)
+    return Job(client, index, part.images, part.labels.numpy(), saved, training)
+
+
+def calibration_images(dataset: Dataset, held: np.ndarray, seed: int, client: int) -> torch.Tensor:
+    """Some of the training images that a client has, (k, c, h, w) uint8."""
+    return dataset.train.take(choose(held, CALIBRATION_IMAGES, seed, client)).images
 
 
 def _summary(parts: Sequence[Certificates]) -> dict[str, object]:
