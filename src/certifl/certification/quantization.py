@@ -299,9 +299,9 @@ class _Plan:
 
     def wants_integers(self, node: fx.Node) -> bool:
         """Whether some user of a value takes it in 8 bits."""
-        return any(self._takes_integers(node, user) for user in node.users)
+        return any(self.takes_integers(node, user) for user in node.users)
 
-    def _takes_integers(self, node: fx.Node, user: fx.Node) -> bool:
+    def takes_integers(self, node: fx.Node, user: fx.Node) -> bool:
         if user in self.layers:
             return True
         if any(group.other is node for group in self.groups.values()):
@@ -439,8 +439,12 @@ class _Writer:
             self._write_group(group)
         elif node in self._plan.layers or self._is_part(node):
             return  # written with its group
-        elif passes(node, self._old) and node.all_input_nodes[0] in self._integers:
+        elif passes(node, self._old) and self._passed_as_integers(node):
             self._pass_on(node)
+        elif _is(node, self._old, _RELU, nn.ReLU) and self._only_integers(node):
+            # Its range begins at 0, so writing it in 8 bits cuts negative values off.
+            own = self._scales[node.name]
+            self._integers[node] = self._add(_Quantize(own), self._float(node.args[0])), own
         elif self._is_mean(node):
             self._write_mean(node)
         elif _is(node, self._old, (), nn.GroupNorm):
@@ -474,8 +478,16 @@ class _Writer:
             self._integers[node] = self._add(_Quantize(own), self._float(node)), own
         return self._integers[node]
 
+    def _passed_as_integers(self, node: fx.Node) -> bool:
+        source = node.all_input_nodes[0]
+        return source in self._integers or self._plan.wants_integers(node)
+
+    def _only_integers(self, node: fx.Node) -> bool:
+        """Whether all users of a value take it in 8 bits."""
+        return bool(node.users) and all(self._plan.takes_integers(node, u) for u in node.users)
+
     def _pass_on(self, node: fx.Node) -> None:
-        value, own = self._integers[node.all_input_nodes[0]]
+        value, own = self._integer(node.all_input_nodes[0])
         layer = _called(node, self._old)
         if isinstance(layer, nn.MaxPool2d):
             made = self._add(_MaxPool(layer), value)
@@ -543,7 +555,7 @@ class _Mean(nn.Module):
         self.own = own
 
     def forward(self, x: Tensor) -> Tensor:
-        total = x.sum((-2, -1), keepdim=True, dtype=torch.int32).float()
+        total = x.float().sum((-2, -1), keepdim=True)
         places = x.shape[-2] * x.shape[-1]
         return total.sub_(self.own.zero * places).mul_(self.own.scale / places)
 
