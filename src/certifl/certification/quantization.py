@@ -203,8 +203,9 @@ def _traced(module: nn.Module) -> fx.GraphModule:
 
 
 def _called(node: object, graph: fx.GraphModule) -> nn.Module | None:
-    known = isinstance(node, fx.Node) and node.op == "call_module"
-    return graph.get_submodule(str(node.target)) if known else None
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return None
+    return graph.get_submodule(str(node.target))
 
 
 def _kind(node: fx.Node, graph: fx.GraphModule) -> type[nn.Module] | None:
@@ -310,10 +311,10 @@ class _Plan:
 
     def _ranged(self) -> Iterator[fx.Node]:
         """Nodes whose values are written in 8 bits, once each, in order."""
-        wanted = {group.layer.args[0] for group in self.groups.values()}
+        wanted = {group.layer.all_input_nodes[0] for group in self.groups.values()}
         wanted |= {group.other for group in self.groups.values() if group.other is not None}
         wanted |= {group.last for group in self.groups.values() if self.in_integers(group)}
-        sources = {self._source(node) for node in wanted if isinstance(node, fx.Node)}
+        sources = {self._source(node) for node in wanted}
         return iter(sorted(sources, key=self.order.__getitem__))
 
     def in_integers(self, group: _Group) -> bool:
@@ -444,7 +445,10 @@ class _Writer:
         elif _is(node, self._old, _RELU, nn.ReLU) and self._only_integers(node):
             # Its range begins at 0, so writing it in 8 bits cuts negative values off.
             own = self._scales[node.name]
-            self._integers[node] = self._add(_Quantize(own), self._float(node.args[0])), own
+            self._integers[node] = (
+                self._add(_Quantize(own), self._float(node.all_input_nodes[0])),
+                own,
+            )
         elif self._is_mean(node):
             self._write_mean(node)
         elif _is(node, self._old, (), nn.GroupNorm):
@@ -679,7 +683,7 @@ class _Sum(_Convolution):
         super().__init__(layer, source, out, relu)
         self.other = (other.scale, other.zero)
 
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return _kernels.qconv2d_pointwise.binary(
             x,
             *self.before,

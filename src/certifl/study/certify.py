@@ -319,8 +319,9 @@ def certify_clients(
     bench = NetworkCache(device, spec.certification.precision, choice)
     for place, job in enumerate(jobs):
         model, perturbation = deployed(job.client), perturbations[job.client]
-        asked = (perturbation, settings(job.client), spec.seed)
-        trial = None if perturbation is None else Trial.of(*asked, len(job.index))
+        trial = None
+        if perturbation is not None:
+            trial = Trial.of(perturbation, settings(job.client), spec.seed, len(job.index))
         network = bench.network(model, job, trial)
         if perturbation is None:
             plain.append(predicted(job, network, bench.name, dataset.fingerprint))
@@ -387,8 +388,8 @@ def _chosen_for_all(
         if (name := fingerprint(model)) not in seen:
             seen.add(name)
             images = to_float(other.images[: max(1, its_trial.images)])
-            networks = (in_arithmetic(model, images, how, device) for how in (plain, choice))
-            if loses(*networks, images, its_trial):
+            first, rounded = (in_arithmetic(model, images, how, device) for how in (plain, choice))
+            if loses(first, rounded, images, its_trial):
                 choice = plain
     return choice
 

@@ -75,7 +75,9 @@ class Certifier:
         perturbation = spec.perturbations()[client]
         settings = spec.certification.settings(client)
         bench = NetworkCache(self._settings.device, spec.certification.precision)
-        trial = perturbation and Trial.of(perturbation, settings, spec.seed, len(job.index))
+        trial = None
+        if perturbation is not None:
+            trial = Trial.of(perturbation, settings, spec.seed, len(job.index))
         ready = bench.network(network, job, trial)
         shared = less(share, self._settings.share)
         facts: dict[str, Any] = {"share": shared, "done": True}
