@@ -78,10 +78,14 @@ def is_small(model: nn.Module) -> bool:
 
 def threads_in_use(small: bool) -> int:
     """The threads that votes of a network are cast with."""
-    several_asked = _asked.get() or any(
+    return 1 if small and not several_threads_asked() else torch.get_num_threads()
+
+
+def several_threads_asked() -> bool:
+    """Whether several threads were asked for, so that no network may choose fewer."""
+    return _asked.get() or any(
         count.isdigit() and int(count) > 1 for count in map(os.environ.get, _VARIABLES) if count
     )
-    return 1 if small and not several_asked else torch.get_num_threads()
 
 
 @contextlib.contextmanager

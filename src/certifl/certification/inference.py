@@ -68,17 +68,17 @@ def _hooked(module: nn.Module) -> bool:
 
 def _pair(node: fx.Node, graph: fx.GraphModule) -> tuple[fx.Node, fx.Node] | None:
     """The convolution and the BatchNorm that reads it alone, where `node` is such a BatchNorm."""
-    if not _plain(_called(node, graph), nn.BatchNorm2d):
+    if not is_plain(_called(node, graph), nn.BatchNorm2d):
         return None
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or len(source.users) != 1:
         return None
-    if not _plain(_called(source, graph), nn.Conv2d) or _used_elsewhere(source, graph):
+    if not is_plain(_called(source, graph), nn.Conv2d) or _used_elsewhere(source, graph):
         return None
     return source, node
 
 
-def _plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     """Whether a layer is exactly of this kind and computes with the weights that it stores.
 
     `spectral_norm`, `weight_norm`, pruning and other parametrizations compute the weight at every

@@ -174,7 +174,7 @@ class VoteCounter:
         if missing:
             rows = torch.cat([rows, rows[-1:].expand(missing)])
             params = torch.cat([params, params[-1:].expand(missing, *params.shape[1:])])
-        noisy = self.perturbation.apply(images[rows], params)
+        noisy = self.perturbation.apply(_chosen(images, rows), params)
         return self.network.call(noisy).argmax(dim=1)
 
     def _chunks(self, images: Tensor, requests: Sequence[Request]) -> Iterator[_Votes]:
@@ -194,6 +194,13 @@ class VoteCounter:
 def _chw(images: Tensor) -> tuple[int, int, int]:
     channels, height, width = images.shape[1:]
     return channels, height, width
+
+
+def _chosen(images: Tensor, rows: Tensor) -> Tensor:
+    """The images of these rows; one alone where all rows are its: it is then not copied."""
+    if rows.device.type == "cpu" and bool((rows == rows[0]).all()):
+        return images[int(rows[0])][None]
+    return images[rows]
 
 
 def _like(values: Tensor, params: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from certifl.certification import adaptive as engine
 from certifl.certification.counts import Request
 from certifl.certification.network import Network, choose_device, prepare
+from certifl.certification.quantization import Calibration
 from certifl.certification.sampling import VoteCounter
 from certifl.certification.settings import ESTIMATORS
 from certifl.data import Column, Partition, named_folder, random_part
@@ -110,8 +111,11 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
     )
     check_images(model, dict(enumerate(train.tolist())))
     training, parts = _training_seconds(spec, model, data, train, place)
+    pixels, calibration = _pixels(data, 16).float() / 255, None
+    if spec.certification.precision == "int8":
+        calibration = Calibration.of(pixels, spec.perturbation(), spec.seed)
     network = prepare(
-        model.eval(), _pixels(data, 1).float() / 255, place, spec.certification.precision
+        model.eval(), pixels, place, spec.certification.precision, calibration=calibration
     )
     speed = _votes_per_second(spec, network, data, images_of)
     settings = spec.certification.settings()

@@ -24,12 +24,8 @@ from certifl._version import __version__
 from certifl.certification import Certificates
 from certifl.certification.counts import Request, Votes, fresh
 from certifl.certification.estimators import Estimator
-from certifl.certification.network import (
-    REMOVED_PRECISIONS,
-    Network,
-    choose_device,
-    tf32_state,
-)
+from certifl.certification.network import Network, choose_device, tf32_state
+from certifl.certification.precisions import REMOVED_PRECISIONS
 from certifl.certification.record import read_record
 from certifl.certification.sampling import VoteCounter
 from certifl.data import to_float
@@ -194,7 +190,7 @@ def _cast_again(run: OpenRun, part: Certificates, device: str) -> _Cast:
         counter = VoteCounter(network, perturbation, run.spec.seed)
         again = _votes_again(counter, images.to(network.device), stored, estimator)
         how = _comparison(run.manifest, metadata, network)
-    reduced = "bfloat16" in network.precision or any(_tf32(metadata).values())
+    reduced = network.precision != "float32" or any(_tf32(metadata).values())
     return _Cast(how, stored, again, _FLIPS["reduced" if reduced else "float32"])
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from certifl.certification import Certificates
 from certifl.certification.api import certify
-from certifl.certification.network import prepare
+from certifl.certification.arithmetic import Arithmetic, Trial, device_name
+from certifl.certification.network import Network, choose_device
 from certifl.certification.settings import Settings
-from certifl.data import Dataset, changes_of, choose, load, read_image, to_float
+from certifl.data import Dataset, changes_of, choose, load, read_image
 from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.models import build
 from certifl.models.weights import load_weights, read_checkpoint, weights_in
@@ -27,7 +28,14 @@ from certifl.path_checks import WEIGHTS, check_certificate_file, check_file
 from certifl.perturbations import DEFAULT, Perturbation, describe, from_description
 from certifl.progress import StageCallback
 from certifl.runs.atomic import load_tensors
-from certifl.study.certify import Job, VoteSource, certify_job
+from certifl.study.certify import (
+    Job,
+    VoteSource,
+    calibration_images,
+    certify_job,
+    job_network,
+    stored_arithmetic,
+)
 from certifl.study.opened_run import ClientStudy, Deployed, OpenRun, certified_by
 
 _log = logging.getLogger(__name__)
@@ -113,8 +121,10 @@ def certify_standalone(request: Request, report: StageCallback | None = None) ->
     index = request.shard.of(index)
     part = dataset.test.take(index)
     saved = request.out.with_name(f".{request.out.name}.votes.safetensors")
-    job = Job(request.client, index, part.images, part.labels.numpy(), saved)
-    network = prepare(model, to_float(part.images[:1]), request.device, request.precision)
+    training = _training(request, run, dataset)
+    job = Job(request.client, index, part.images, part.labels.numpy(), saved, training)
+    trial = Trial.of(perturbation, request.settings, request.seed, len(job.index))
+    network = _network(request, run, model, job, trial)
     source = VoteSource(perturbation, request.settings, request.seed, dataset.fingerprint)
     progress = None
     if report is not None:
@@ -134,6 +144,37 @@ def _save(certificates: Certificates, out: Path, advice: str) -> None:
         certificates.save(out)
     except OSError as error:
         raise StoreError(f"Cannot write {out}: {error}. {advice}") from error
+
+
+def _network(
+    request: Request, run: OpenRun | None, model: nn.Module, job: Job, trial: Trial
+) -> Network:
+    """The model prepared for voting; "auto" is what the saved votes or the run chose, or measured.
+
+    Raises:
+        InputError: a shard would have to choose alone.
+    """
+    choice = stored_arithmetic(job.saved)
+    if choice is None and run is not None:
+        known = run.manifest.get("arithmetic", {})
+        choice = Arithmetic.read(known.get(device_name(choose_device(request.device))))
+    if choice is None and request.precision == "auto" and request.shard != WHOLE:
+        raise InputError(
+            "--shard needs --precision float32 or bfloat16 (or int8): what auto stands for is "
+            "measured, and each shard could measure another. Only a run that was certified with "
+            'precision = "auto" on such a device knows its choice.'
+        )
+    return job_network(job, model, trial, request.device, request.precision, choice)
+
+
+def _training(request: Request, run: OpenRun | None, dataset: Dataset) -> Tensor | None:
+    """Training images that fix the ranges of int8: the client's own, or of the whole data set."""
+    if request.precision != "int8":
+        return None
+    own = np.arange(len(dataset.train))
+    if run is not None:
+        own = run.partition.clients[request.client].train
+    return calibration_images(dataset, own, request.seed, request.client)
 
 
 def _check_options(request: Request) -> None:
@@ -279,11 +320,17 @@ def certify_image(
         device=device,
         reach=settings.reach,
         keep=wanted.keep,
+        calibration=_scales(run, used.client) if wanted.precision == "int8" else None,
     )
     label = int(certificates.predicted[0])
     name = used.class_names[label] if label >= 0 else ""
     changed = changes_of(path, used.in_channels, used.image_size)
     return Prediction(certificates, name, used.client, used.deploys, changed)
+
+
+def _scales(path: Path, client: int) -> Mapping[str, Any]:
+    """The scales that a client of a run certified with, as its record holds them."""
+    return OpenRun(path).certificates.conditions["quantization"][str(client)]
 
 
 def _deployed(path: Path, client: int | None, code: Path | None) -> Deployed:

@@ -15,7 +15,7 @@ from certifl.certification import Certificates, unverified, verify
 from certifl.certification.api import asked_conditions
 from certifl.certification.certificates import Predictions
 from certifl.certification.metadata import AMOUNTS, differs, entries
-from certifl.certification.network import PRECISIONS
+from certifl.certification.precisions import PRECISIONS
 from certifl.certification.record import known_words
 from certifl.errors import InputError, SpecError, StoreError
 from certifl.experiments.recast import Options, Recast, recast_votes
@@ -345,7 +345,7 @@ def _metadata_problems(
         and (key not in stored or differs(stored[key], value))
     ]
     asked, recorded = spec.certification.precision, metadata.get("precision")
-    allowed = [asked] if asked != "auto" else list(PRECISIONS)
+    allowed = [asked] if asked != "auto" else [name for name in PRECISIONS if name != "int8"]
     if recorded not in allowed:
         problems.append(
             f"the certificates {who}say precision = {recorded!r:.80}, the spec {asked!r}"
