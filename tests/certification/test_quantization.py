@@ -132,6 +132,28 @@ def test_what_cannot_be_quantized_is_refused_in_words() -> None:
         prepare(model("small_resnet"), images, "cpu", "int8", "auto", made.scales)
 
 
+class OverwritesLater(nn.Module):
+    """Its ReLU changes a value that the graph reads from before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x.relu_()
+        return self.head(x.mean((2, 3)))
+
+
+def test_networks_that_tracing_would_change_are_refused() -> None:
+    with pytest.raises(ModelError, match="relu_ writes over a value"):
+        int8(OverwritesLater().eval())
+    hooked = nn.Sequential(nn.Conv2d(3, 5, 16), nn.Sequential(nn.Flatten())).eval()
+    hooked[1].register_forward_hook(lambda _module, _inputs, logits: -logits)
+    with pytest.raises(ModelError, match="leaves out hooks"):
+        int8(hooked)
+
+
 @pytest.mark.parametrize("stored", [None, {"a": 1}, {"a": [0, 0]}, {"a": [1.0, 256]}])
 def test_scales_that_are_none_are_refused(stored: object) -> None:
     with pytest.raises(InputError, match="scales of a quantized network"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,9 @@ import pytest
 
 import certifl
 import tiny_study as tiny
+from certifl.certification.quantization import Scales
+from certifl.experiments.recast import Options
+from certifl.experiments.verify import verify_run
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +35,10 @@ def test_each_client_has_scales_of_its_own_in_the_record(run: Path) -> None:
 
 
 def test_votes_are_cast_again_and_attacked_with_the_recorded_network(run: Path) -> None:
-    tiny.cli("verify", run).fine()
-    tiny.cli("verify", run, "--recast", "3").fine("all as recorded")
+    tiny.cli("verify", run).fine("fingerprints of weights and scales", "the scales of int8")
+    tiny.cli("verify", run, "--recast", "3").fine(
+        "all as recorded", "scales of int8 computed again"
+    )
     tiny.cli("attack", run, "--images", "2").fine()
 
 
@@ -45,3 +53,22 @@ def test_certifying_a_client_again_gives_its_certificates(run: Path, tmp_path: P
     assert np.array_equal(again.counts, made.select(made.client == 0).counts)
     own = made.conditions["quantization"]["0"]
     assert json.dumps(again.conditions["quantization"]) == json.dumps(own)
+
+
+def test_changed_scales_are_found(run: Path, tmp_path: Path) -> None:
+    """By their fingerprint, and where that was changed too, when they are computed again."""
+    made = certifl.Certificates.load(run / "certificates.parquet")
+    changed = copy.deepcopy(dict(made.conditions))
+    own = changed["quantization"]["1"]
+    own["scales"][next(iter(own["scales"]))][0] *= 1.25
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    stored = folder / "certificates.parquet"
+    dataclasses.replace(made, conditions=changed).save(stored)
+    assert any("client 1" in p and "weights and scales" in p for p in verify_run(folder).problems)
+    assert verify_run(stored).problems
+    own["fingerprint"] = Scales.read(own["scales"]).fingerprint(changed["model_fingerprint"]["1"])
+    dataclasses.replace(made, conditions=changed).save(stored)
+    assert verify_run(folder).problems == ()
+    again = verify_run(folder, recast=Options(1, seed=0)).problems
+    assert any(p.startswith("client 1: the scales of int8 are others") for p in again)

@@ -41,7 +41,7 @@ def fold_batch_norm(module: nn.Module, probe: Tensor) -> nn.Module | None:
 def _folded(module: nn.Module) -> fx.GraphModule | None:
     """The traced network with its BatchNorm folded; None where there is nothing to fold."""
     graph = fx.symbolic_trace(copy.deepcopy(module))
-    if _loses_hooks(module, graph):
+    if loses_hooks(module, graph):
         _log.info("BatchNorm is not folded: tracing would leave out hooks of the model.")
         return None
     pairs = [pair for node in graph.graph.nodes if (pair := _pair(node, graph)) is not None]
@@ -56,7 +56,7 @@ def _folded(module: nn.Module) -> fx.GraphModule | None:
     return graph
 
 
-def _loses_hooks(module: nn.Module, graph: fx.GraphModule) -> bool:
+def loses_hooks(module: nn.Module, graph: fx.GraphModule) -> bool:
     """Whether a layer has hooks and is not called as a whole in the traced network."""
     called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
     return any(_hooked(part) and name not in called for name, part in module.named_modules())

@@ -195,7 +195,7 @@ def _prepared(
     largest = _largest_activation(plain, probe)  # before its weights are rounded
     dtype, quantized = _DTYPES[precision], None
     if precision == "int8":
-        quantized = _quantized(ready, changes, place, calibration)
+        quantized = _quantized(ready, changes, probe, calibration)
         ready = quantized.module
     call, classes = _called(ready, dtype, probe)
     size = _batch(batch_size, place, largest * (1 if quantized else dtype.itemsize))
@@ -212,7 +212,7 @@ def _prepared(
 
 
 def _quantized(
-    module: nn.Module, changes: bool, place: torch.device, calibration: Calibration | Scales | None
+    module: nn.Module, changes: bool, probe: Tensor, calibration: Calibration | Scales | None
 ) -> Quantized:
     """The network in integers.
 
@@ -220,9 +220,9 @@ def _quantized(
         InputError: no images to calibrate with, or another device than the processor.
         ModelError: a network that cannot be quantized.
     """
-    if place.type != "cpu":
+    if probe.device.type != "cpu":
         raise InputError(
-            f'precision = "int8" computes on the processor alone, not on {place}: choose '
+            f'precision = "int8" computes on the processor alone, not on {probe.device}: choose '
             'device = "cpu", or precision = "bfloat16".'
         )
     if calibration is None:
@@ -233,10 +233,7 @@ def _quantized(
         )
     if changes:
         raise ModelError("The network writes into its own state, so it cannot be quantized.")
-    made = quantize(module, calibration)
-    if made.layers[0] < made.layers[1]:
-        _log.info("%d of %d layers compute in int8, the others in float32.", *made.layers)
-    return made
+    return quantize(module, calibration, probe)
 
 
 def _moved(plain: nn.Module, place: torch.device) -> nn.Module:

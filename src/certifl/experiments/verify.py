@@ -13,6 +13,7 @@ import numpy as np
 
 from certifl.certification import Certificates, unverified, verify
 from certifl.certification.api import asked_conditions
+from certifl.certification.arithmetic import Arithmetic
 from certifl.certification.certificates import Predictions
 from certifl.certification.metadata import AMOUNTS, differs, entries
 from certifl.certification.precisions import PRECISIONS
@@ -39,6 +40,7 @@ from certifl.study.opened_run import OpenRun
 
 _SHOWN = 4  # images that are named where the same is wrong with many
 _MODELS = "models, which are with the clients"
+_SCALES = "the scales of int8 (--recast K computes them again)"
 _VOTES = "the votes themselves (--recast K casts some of them again)"
 
 
@@ -155,9 +157,23 @@ class _OfRun:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             problems.append(f"the conditions of the certificates cannot be read ({error!r})")
         problems += _clients_problems(self.certificates, self.certifying)
+        recorded, chosen = self.certificates.conditions.get("precision"), self._chosen()
+        if chosen and recorded not in chosen:
+            problems.append(
+                f"the certificates say precision = {recorded!r:.80}, but in run.json auto stands "
+                f"for {' or '.join(chosen)}"
+            )
         if self.predictions is not None:
             problems += _plain_problems(self.predictions, self.plain)
         return problems
+
+    def _chosen(self) -> list[str]:
+        """What "auto" stands for in this run; nothing where run.json does not say it."""
+        stored = self.manifest.get("arithmetic")
+        if self.spec.certification.precision != "auto" or not isinstance(stored, Mapping):
+            return []
+        choices = (Arithmetic.read(choice) for choice in stored.values())
+        return sorted({choice.precision for choice in choices if choice is not None})
 
     def _whose_images(self) -> list[str]:
         """Which images each client certifies; a federation's clients choose among their own."""
@@ -243,8 +259,11 @@ class _OfRun:
         if _MODELS not in self.notes:
             compared.append("models")
         unchecked = ["batch size, device, threads, seconds"]
-        if self.spec.certification.precision == "auto":
+        if self.spec.certification.precision == "auto" and not self._chosen():
             unchecked.insert(0, "precision (auto)")
+        if self.spec.certification.precision == "int8":
+            compared.append("fingerprints of weights and scales")
+            unchecked.append(_SCALES)
         if self.local:
             compared.append("partition.json")
         if self.images.dataset is not None:
