@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import certifl
@@ -15,6 +16,8 @@ import tiny_study as tiny
 from certifl.certification import arithmetic
 from certifl.certification.arithmetic import Arithmetic, Trial, bears_rounding, choose_arithmetic
 from certifl.certification.network import Network, prepare
+from certifl.experiments.standalone import certify_image
+from certifl.experiments.verify import verify_run
 
 NOISE = certifl.PixelNoise(0.1)
 IMAGES = torch.rand((4, 3, 8, 8), generator=torch.Generator().manual_seed(0))
@@ -121,6 +124,14 @@ def test_batch_size_and_threads_are_chosen_in_the_same_measurement(
     assert choose_arithmetic(net(), wider, trial, "cpu", 5) == Arithmetic("float32", 5, 1)
 
 
+def test_a_batch_size_that_takes_too_long_to_be_timed_is_not_chosen(
+    clock: Callable[[Seconds], None],
+) -> None:
+    own = prepare(net(), IMAGES, "cpu").batch_size
+    clock(lambda network: 0.15 / own * (1 if network.batch_size == own else 0.1))
+    assert choose_arithmetic(net(), IMAGES, TRIAL, "cpu").batch_size == own
+
+
 def test_a_choice_that_cannot_be_kept_is_said(
     clock: Callable[[Seconds], None],
     tmp_path: Path,
@@ -139,10 +150,21 @@ def test_a_damaged_choice_is_measured_anew(stored: object) -> None:
     assert Arithmetic.read(stored) is None
 
 
-def test_a_run_keeps_its_choice_and_its_shards_take_it(copied: Path, tmp_path: Path) -> None:
+def test_a_run_keeps_its_choice_for_shards_predictions_and_verification(
+    copied: Path, tmp_path: Path
+) -> None:
     manifest = json.loads((copied / "run.json").read_text())
     (choice,) = manifest["arithmetic"].values()
     assert Arithmetic.read(choice) is not None
+    choice["precision"] = "bfloat16"
+    (copied / "run.json").write_text(json.dumps(manifest))
+    Image.new("L", (8, 8)).save(tmp_path / "x.png")
+    predicted = certify_image(tmp_path / "x.png", copied, None, 50, False, "cpu")
+    assert predicted.certificates.conditions["precision"] == "bfloat16"
+    (problem,) = verify_run(copied).problems
+    assert "in run.json auto stands for bfloat16" in problem
+    choice["precision"] = "float32"
+    (copied / "run.json").write_text(json.dumps(manifest))
     options = ("--images", "4", "--n", "200", "--out", tmp_path / "part.parquet")
     tiny.cli("certify", "--run", copied, *options, "--shard", "1/2").fine()
     del manifest["arithmetic"]

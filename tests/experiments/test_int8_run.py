@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import certifl
 import tiny_study as tiny
 from certifl.certification.quantization import Scales
 from certifl.experiments.recast import Options
+from certifl.experiments.standalone import certify_image
 from certifl.experiments.verify import verify_run
 
 
@@ -34,12 +36,18 @@ def test_each_client_has_scales_of_its_own_in_the_record(run: Path) -> None:
     assert set(made.conditions["agreement_with_float32"]) == {"0", "1"}
 
 
-def test_votes_are_cast_again_and_attacked_with_the_recorded_network(run: Path) -> None:
+def test_votes_are_cast_again_and_attacked_with_the_recorded_network(
+    run: Path, tmp_path: Path
+) -> None:
     tiny.cli("verify", run).fine("fingerprints of weights and scales", "the scales of int8")
     tiny.cli("verify", run, "--recast", "3").fine(
         "all as recorded", "scales of int8 computed again"
     )
     tiny.cli("attack", run, "--images", "2").fine()
+    Image.new("L", (8, 8)).save(tmp_path / "x.png")
+    predicted = certify_image(tmp_path / "x.png", run, 1, 50, False, "cpu").certificates
+    made = certifl.Certificates.load(run / "certificates.parquet").conditions["quantization"]["1"]
+    assert predicted.conditions["quantization"] == made
 
 
 def test_certifying_a_client_again_gives_its_certificates(run: Path, tmp_path: Path) -> None:

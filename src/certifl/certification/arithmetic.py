@@ -50,11 +50,12 @@ from certifl.torch_env import exact_convolutions, one_thread, several_threads_as
 _log = logging.getLogger(__name__)
 
 FASTER = 1.15  # what a change of arithmetic, batch size or threads has to gain
-_SECONDS = 1.0  # of all timed calls together
+_SECONDS = 1.5  # of all timed calls together
 _CALLS = 5  # of each candidate; the fastest counts, since other work on a machine only slows
-_LONGEST_CALL = 0.05
+_LONGEST_CALL = 0.1
 _SHARE_OF_VOTES = 0.01  # of the planned votes, for the comparison of both arithmetics
 _FEWEST_IMAGES = 2
+_LARGEST_BATCH = 1 << 15
 _EARLY = 10  # times fewer votes than n that sequential certification takes on average
 _SURPLUS = 1.6  # standard deviations by which lost votes may exceed won ones
 
@@ -130,7 +131,7 @@ class Arithmetic:
         if not isinstance(stored, Mapping) or set(stored) != _FIELDS:
             return None
         read = cls(**stored)
-        sizes = type(read.batch_size) is int and read.batch_size > 0
+        sizes = type(read.batch_size) is int and 0 < read.batch_size <= _LARGEST_BATCH
         known = read.precision in ("float32", "bfloat16") and read.threads in (0, 1)
         return read if sizes and known else None
 
@@ -229,14 +230,14 @@ def choose_arithmetic(
 def _measured(
     model: nn.Module, images: Tensor, trial: Trial, plain: Network, batch_size: int | str
 ) -> Arithmetic:
-    clock = _Clock(images, trial)
+    clock = _Clock(images[:1])
     network = _faster_precision(model, images, trial, plain, batch_size, clock)
     if batch_size == "auto":
-        sizes = (max(1, network.batch_size // 4), 4 * network.batch_size)
-        others = [dataclasses.replace(network, batch_size=size) for size in sizes]
-        network = clock.fastest([network, *others])
+        longest = clock.longest(network)
+        network = clock.fastest(_sizes(network, longest), longest)
     if _threads_matter(network):
-        network = clock.fastest([network, dataclasses.replace(network, one_thread=True)])
+        networks = [network, dataclasses.replace(network, one_thread=True)]
+        network = clock.fastest(networks, clock.longest(network))
     _log.info("Votes are cast in %s, %d at a time.", network.precision, network.batch_size)
     return Arithmetic.of(network)
 
@@ -257,9 +258,20 @@ def _faster_precision(
     except ModelError as error:  # a constant that is neither a weight nor a buffer, say
         _log.info("The network votes in float32, since it fails in bfloat16: %s", error)
         return plain
-    if clock.fastest([plain, rounded]) is plain or loses(plain, rounded, images, trial):
+    faster = clock.fastest([plain, rounded], clock.longest(plain))
+    if faster is plain or loses(plain, rounded, images, trial):
         return plain
     return rounded
+
+
+def _sizes(network: Network, longest: int) -> list[Network]:
+    """The network with its batch size, a quarter and four times of it, as far as it can be timed.
+
+    A size that only shorter calls were timed for would be chosen by chance.
+    """
+    own = network.batch_size
+    others = [size for size in (max(1, own // 4), 4 * own) if own <= longest >= size]
+    return [network, *(dataclasses.replace(network, batch_size=size) for size in others)]
 
 
 def _threads_matter(network: Network) -> bool:
@@ -369,18 +381,20 @@ def _now(device: torch.device) -> float:
 
 
 class _Clock:
-    """Times networks against each other, within a second for all of them."""
+    """Times networks against each other, within about a second for all of them."""
 
-    def __init__(self, images: Tensor, trial: Trial) -> None:
+    def __init__(self, image: Tensor) -> None:
         self._left = _SECONDS
-        self._image = images[:1]
-        self._trial = trial
+        self._image = image
 
-    def fastest(self, networks: list[Network]) -> Network:
-        """The first network, or that which is fastest if it is faster by `FASTER`."""
-        if self._left <= 0:
+    def fastest(self, networks: list[Network], rows: int) -> Network:
+        """The first network, or that which is fastest if it is faster by `FASTER`.
+
+        Args:
+            networks: timed in turn. rows: the most of a call.
+        """
+        if self._left <= 0 or len(networks) == 1:
             return networks[0]
-        rows = self._rows(networks[0])
         sizes = [min(network.batch_size, rows) for network in networks]
         best = [math.inf] * len(networks)
         for _ in range(_CALLS):
@@ -392,8 +406,8 @@ class _Clock:
         winner = int(np.argmin(best))
         return networks[winner] if best[0] >= FASTER * best[winner] else networks[0]
 
-    def _rows(self, network: Network) -> int:
-        """Rows of a call that is short enough to be repeated, found with few."""
+    def longest(self, network: Network) -> int:
+        """The most rows of a call that is short enough to be repeated, found with few."""
         few = min(16, network.batch_size)
         self._call(network, few)
         each = self._call(network, few) / few

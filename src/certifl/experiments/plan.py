@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from certifl.certification import adaptive as engine
+from certifl.certification.arithmetic import Trial, ready
 from certifl.certification.counts import Request
-from certifl.certification.network import Network, choose_device, prepare
+from certifl.certification.network import Network, choose_device
 from certifl.certification.quantization import Calibration
 from certifl.certification.sampling import VoteCounter
 from certifl.certification.settings import ESTIMATORS
@@ -111,12 +112,7 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
     )
     check_images(model, dict(enumerate(train.tolist())))
     training, parts = _training_seconds(spec, model, data, train, place)
-    pixels, calibration = _pixels(data, 16).float() / 255, None
-    if spec.certification.precision == "int8":
-        calibration = Calibration.of(pixels, spec.perturbation(), spec.seed)
-    network = prepare(
-        model.eval(), pixels, place, spec.certification.precision, calibration=calibration
-    )
+    network = _network(spec, model.eval(), data, place, certified)
     speed = _votes_per_second(spec, network, data, images_of)
     settings = spec.certification.settings()
     at_most = engine.expected_votes(certified, settings)
@@ -193,6 +189,18 @@ def _numbers(dealt: Partition) -> tuple[np.ndarray, np.ndarray]:
 def _pixels(data: Facts, count: int) -> Tensor:
     drawn = generator(0, "plan", count)
     return torch.randint(256, (count, *data.shape), generator=drawn, dtype=torch.uint8)
+
+
+def _network(
+    spec: Spec, model: nn.Module, data: Facts, place: torch.device, images: int
+) -> Network:
+    """The network as a run would vote with it, with its initial weights."""
+    precision, perturbation = spec.certification.precision, spec.perturbation()
+    pixels, calibration = _pixels(data, 16).float() / 255, None
+    if precision == "int8":
+        calibration = Calibration.of(pixels, perturbation, spec.seed)
+    trial = Trial.of(perturbation, spec.certification.settings(), spec.seed, images)
+    return ready(model, pixels, trial, place, precision, calibration=calibration)
 
 
 def _training_seconds(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from certifl.certification import Certificates
 from certifl.certification.api import certify
-from certifl.certification.arithmetic import Arithmetic, Trial, device_name
-from certifl.certification.network import Network, choose_device
+from certifl.certification.arithmetic import Arithmetic, Trial
+from certifl.certification.network import Network
 from certifl.certification.settings import Settings
 from certifl.data import Dataset, changes_of, choose, load, read_image
 from certifl.errors import InputError, StoreError, StoreMismatch
@@ -34,9 +34,11 @@ from certifl.study.certify import (
     calibration_images,
     certify_job,
     job_network,
+    recorded_arithmetic,
     stored_arithmetic,
 )
 from certifl.study.opened_run import ClientStudy, Deployed, OpenRun, certified_by
+from certifl.torch_env import one_thread
 
 _log = logging.getLogger(__name__)
 
@@ -156,8 +158,7 @@ def _network(
     """
     choice = stored_arithmetic(job.saved)
     if choice is None and run is not None:
-        known = run.manifest.get("arithmetic", {})
-        choice = Arithmetic.read(known.get(device_name(choose_device(request.device))))
+        choice = recorded_arithmetic(run, request.device)
     if choice is None and request.precision == "auto" and request.shard != WHOLE:
         raise InputError(
             "--shard needs --precision float32 or bfloat16 (or int8): what auto stands for is "
@@ -306,26 +307,34 @@ def certify_image(
     image = read_image(path, used.in_channels, used.image_size, resize=resize)
     wanted = used.spec.certification
     settings = wanted.settings(used.client)
-    certificates = certify(
-        used.model,
-        image,
-        used.perturbation,
-        n0=wanted.n0,
-        n=wanted.n if n is None else n,
-        alpha=wanted.alpha,
-        estimator=wanted.estimator,
-        radii=settings.radii,
-        seed=used.spec.seed,
-        precision=wanted.precision,
-        device=device,
-        reach=settings.reach,
-        keep=wanted.keep,
-        calibration=_scales(run, used.client) if wanted.precision == "int8" else None,
-    )
+    choice = _choice(run, device) if wanted.precision == "auto" else None
+    with one_thread(choice is not None and choice.threads == 1):
+        certificates = certify(
+            used.model,
+            image,
+            used.perturbation,
+            n0=wanted.n0,
+            n=wanted.n if n is None else n,
+            alpha=wanted.alpha,
+            estimator=wanted.estimator,
+            radii=settings.radii,
+            seed=used.spec.seed,
+            precision=wanted.precision if choice is None else choice.precision,
+            device=device,
+            batch_size="auto" if choice is None else choice.batch_size,
+            reach=settings.reach,
+            keep=wanted.keep,
+            calibration=_scales(run, used.client) if wanted.precision == "int8" else None,
+        )
     label = int(certificates.predicted[0])
     name = used.class_names[label] if label >= 0 else ""
     changed = changes_of(path, used.in_channels, used.image_size)
     return Prediction(certificates, name, used.client, used.deploys, changed)
+
+
+def _choice(path: Path, device: str) -> Arithmetic | None:
+    """What "auto" stands for in a run on such a device, where the run recorded it."""
+    return None if ClientStudy(path).exists() else recorded_arithmetic(OpenRun(path), device)
 
 
 def _scales(path: Path, client: int) -> Mapping[str, Any]:

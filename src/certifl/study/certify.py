@@ -301,9 +301,7 @@ def run_arithmetic(
     """
     if run.spec.certification.precision != "auto":
         return None
-    name = device_name(choose_device(device))
-    known = run.folder.manifest().get("arithmetic", {})
-    if (choice := Arithmetic.read(known.get(name))) is not None:
+    if (choice := recorded_arithmetic(run, device)) is not None:
         return choice
     if share[1] > 1:
         raise InputError(
@@ -313,8 +311,18 @@ def run_arithmetic(
         )
     jobs = [_job(run, client) for client, own in enumerate(run.perturbations) if own is not None]
     choice = _chosen_for_all([(job, _trial(run, job)) for job in jobs], run.model, device)
-    run.manifest = run.folder.update({"arithmetic": {**known, name: choice.stored()}})
+    known = run.folder.manifest().get("arithmetic", {})
+    stored = {**known, device_name(choose_device(device)): choice.stored()}
+    run.manifest = run.folder.update({"arithmetic": stored})
     return choice
+
+
+def recorded_arithmetic(run: OpenRun, device: str) -> Arithmetic | None:
+    """What a run recorded for "auto" on such a device; None where it recorded nothing."""
+    stored = run.folder.manifest().get("arithmetic")
+    if not isinstance(stored, Mapping):
+        return None
+    return Arithmetic.read(stored.get(device_name(choose_device(device))))
 
 
 def _trial(run: OpenRun, job: Job) -> Trial | None:
