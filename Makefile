@@ -11,8 +11,12 @@ PEERS := build/peers
 quickstart: $(VENV)/.package
 	$(BIN)/certifl quickstart --out runs/quickstart
 
+# One process more than there are cores, since some tests wait for processes of their own.
+# loadgroup: the tests of one running federation stay in one process.
+WORKERS ?= $(shell expr $$(nproc) + 1)
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadgroup $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests examples benchmarks docs
@@ -24,7 +28,7 @@ types: $(VENV)/.dev
 contracts: $(VENV)/.dev
 	$(BIN)/lint-imports
 
-check: lint types contracts test
+check: test lint types contracts
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix src tests examples benchmarks docs

@@ -6,6 +6,7 @@ that the site does not show becomes plain text in the file's own words.
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path, PurePosixPath
@@ -35,9 +36,8 @@ def on_files(files: Files, config: Any) -> Files:
     for source, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text()))
     for example in _examples():
-        language = _LANGUAGES.get(example.suffix, "text")
         name = example.relative_to(ROOT).as_posix()
-        content = f"# {name}\n\n```{language}\n{example.read_text()}```\n"
+        content = _notebook(example) if example.suffix == ".ipynb" else _listing(example, name)
         files.append(File.generated(config, f"{name}.md", content=content))
     return files
 
@@ -68,4 +68,17 @@ def _turned(found: re.Match[str], source: str, here: PurePosixPath, known: set[s
 
 
 def _examples() -> list[Path]:
-    return sorted(p for p in (ROOT / "examples").rglob("*") if p.suffix in _LANGUAGES)
+    suffixes = (*_LANGUAGES, ".ipynb")
+    return sorted(p for p in (ROOT / "examples").rglob("*") if p.suffix in suffixes)
+
+
+def _listing(example: Path, name: str) -> str:
+    return f"# {name}\n\n```{_LANGUAGES[example.suffix]}\n{example.read_text()}```\n"
+
+
+def _notebook(example: Path) -> str:
+    """Text and code of a notebook, one cell after the other."""
+    cells = json.loads(example.read_text())["cells"]
+    sources = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+    parts = [text if kind == "markdown" else f"```python\n{text}\n```" for kind, text in sources]
+    return "\n\n".join(parts) + "\n"

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from certifl import models
     from certifl.certification import Certificates
     from certifl.certification.api import certify, predict
+    from certifl.certification.smoothed import SmoothedClassifier
+    from certifl.notebook import Study, load
     from certifl.perturbations import (
         Affine,
         DenseFlow,
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
         SmoothFlow,
         Translation,
     )
+    from certifl.report.figures.axes import plot
+    from certifl.report.frames import table
 
 __all__ = [
     "Affine",
@@ -38,17 +42,27 @@ __all__ = [
     "Rotation",
     "Scaling",
     "SmoothFlow",
+    "SmoothedClassifier",
+    "Study",
     "Translation",
     "__version__",
     "certify",
+    "load",
     "models",
+    "plot",
     "predict",
+    "table",
 ]
 
 _HOMES = {
     "Certificates": "certifl.certification",
+    "SmoothedClassifier": "certifl.certification.smoothed",
+    "Study": "certifl.notebook",
     "certify": "certifl.certification.api",
+    "load": "certifl.notebook",
+    "plot": "certifl.report.figures.axes",
     "predict": "certifl.certification.api",
+    "table": "certifl.report.frames",
     **dict.fromkeys(
         (
             "Affine",

@@ -23,6 +23,11 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]
     def get(name: str) -> Any:
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(modules[name]), name)
+        return attribute(modules[name], name)
 
     return get
+
+
+def attribute(module: str, name: str) -> Any:
+    """An attribute of a module that is imported now."""
+    return getattr(importlib.import_module(module), name)

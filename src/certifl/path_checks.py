@@ -23,13 +23,18 @@ _UNQUOTED = re.compile(
 )
 
 
+def is_run(path: Path) -> bool:
+    """Whether a path is a run folder, finished or not."""
+    return (path / _MARK).is_file()
+
+
 def check_run(path: Path) -> None:
     """Refuse a path that is not a run folder.
 
     Raises:
         StoreMismatch: it holds no run.
     """
-    if not (path / _MARK).is_file():
+    if not is_run(path):
         raise StoreMismatch(
             f"{path} is not a run folder: it has no {_MARK}. Give the folder that `certifl run` "
             "wrote."

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+import certifl
 import tiny_study as tiny
 from certifl.certification import Certificates
 from certifl.certification import adaptive as engine
-from certifl.data import load
+from certifl.data import load, to_float
 from certifl.models import build, state_of
 from certifl.runs.atomic import load_tensors
 from certifl.study import certify as certifying
@@ -61,6 +62,61 @@ def test_predict_takes_grey_and_colour_of_the_right_size_only(
     tiny.cli("predict", tmp_path / "none.png", *run).refused("no image file")
     tiny.cli("predict", digit[0], *run, "--client", "2").refused("0 to 1")
     tiny.cli("predict", digit[0], "--run", tmp_path).refused("not a run folder")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("trained") / "net.safetensors"
+    save_file(build("small_cnn", 1, 10, seed=0).state_dict(), path)
+    return path
+
+
+def test_predict_takes_a_model_that_no_study_trained(
+    digit: tuple[Path, int], trained: Path
+) -> None:
+    own = ("predict", digit[0], "--model", "small_cnn", "--weights", trained, "--n", "300")
+    rotation = ("--family", "rotation", "--sigma", "18deg", "--precision", "float32")
+    said = tiny.cli(*own, "--classes", "10", *rotation)
+    said.fine("small_cnn with", "rotation", "0.001")
+    assert tiny.cli(*own, "--data", "digits", *rotation).out == said.out
+    network = build("small_cnn", 1, 10, seed=0)
+    network.load_state_dict(load_file(trained))
+    image = to_float(load("digits").test.images[:1])
+    label = certifl.predict(
+        network.eval(),
+        image,
+        certifl.Rotation("18deg"),
+        n=300,
+        radius=True,
+        precision="float32",
+    ).labels[0]
+    assert ("abstained:" if label < 0 else f"(class {label})") in said.out
+    tiny.cli(*own, "--classes", ",".join("abcdefghij")).fine("abstained" if label < 0 else "label")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "either --run"),
+        (("--model", "small_cnn"), "needs --weights"),
+        (("--model", "small_cnn", "--weights", "none.pt"), "no weights at"),
+        (("--run", "x", "--model", "small_cnn"), "either --run"),
+        (("--run", "x", "--classes", "3"), "leave out --classes"),
+        (("--model", "small_cnn", "--client", "1"), "--client"),
+    ],
+)
+def test_predict_refuses_what_does_not_go_together(
+    digit: tuple[Path, int], arguments: tuple[str, ...], says: str
+) -> None:
+    tiny.cli("predict", digit[0], *arguments).refused(says)
+
+
+def test_predict_needs_the_classes_of_the_weights(digit: tuple[Path, int], trained: Path) -> None:
+    own = ("predict", digit[0], "--model", "small_cnn", "--weights", trained)
+    tiny.cli(*own).refused("--classes", "--data")
+    tiny.cli(*own, "--classes", "7").refused("does not fit", "(7, 256)")
+    tiny.cli(*own, "--classes", "1").refused("at least two")
+    tiny.cli(*own, "--classes", "7", "--data", "digits").refused("--classes")
 
 
 def test_predict_never_answers_with_an_older_model(copied: Path, digit: tuple[Path, int]) -> None:

@@ -144,7 +144,9 @@ def test_weights_that_are_none_are_a_wrong_request(name: str, tmp_path: Path) ->
 
 
 def test_help_shows_whole_sentences_and_list_every_name() -> None:
-    commands = tiny.cli("--help").out.partition("Commands:")[2]
+    commands = tiny.cli("--help").out.partition("Studies:")[2]
+    groups = [line[:-1] for line in commands.splitlines() if line.endswith(":")]
+    assert groups == ["Models", "Federation", "Results", "Installation"]
     assert "quickstart" in commands
     assert "..." not in commands
     listed = tiny.cli("list").out

@@ -100,6 +100,27 @@ def test_only_what_the_disclosure_level_permits_leaves_a_client(own, tmp_path):
     assert "rows" not in json.dumps(folder.manifest()["deployment"]["shares"])
 
 
+def test_the_status_of_a_study_while_it_runs_and_after(tmp_path):
+    seen = []
+
+    def look(node, request, reply):
+        seen.append(cli("deploy", "status", tmp_path / "run").out)  # the server holds the lock
+        return reply
+
+    study = spec("certification.images=2", "certification.n=20", "certification.n0=5")
+    folder, _ = federation(tmp_path, "none", study, change=look)
+    rounds = study.training.rounds
+    assert "No round has begun" in seen[0]
+    under_way = next(text for text in seen if f"Rounds: 1 of {rounds}" in text)
+    assert "round 1: loss " in under_way
+    assert "clients 0, 1 answered" in under_way
+    assert "Time left for the rounds: about" in under_way
+    assert "Certification: 0 of 2 clients have finished." in "".join(seen)
+    done = cli("deploy", "status", folder.path)
+    done.fine(f"Rounds: {rounds} of {rounds}", "Finished.")
+    assert "test" not in done.out  # with `share = "none"`, how many images they test is theirs
+
+
 def test_share_none_gives_the_server_nothing_and_the_client_everything(tmp_path):
     folder, _ = federation(tmp_path, "none")
     assert folder.finished()

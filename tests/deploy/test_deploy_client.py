@@ -265,7 +265,7 @@ def test_only_rounds_that_a_client_is_drawn_for_are_answered(tmp_path):
     from certifl.study.setup import participation
 
     asked = spec(*LIGHT, "clients.count=4", "clients.participation=0.5", "training.rounds=6")
-    drawn = participation(asked, 4)
+    drawn = participation(asked)
     assert drawn is not None
     client = dealt(tmp_path)
     rounds = [0 in set(drawn(number)) for number in range(6)]

@@ -48,7 +48,7 @@ def in_process(study: Spec, root):
         data,
         local_training(study, model, "cpu", private),
         Checkpoints(root / "training"),
-        participation=participation(study, len(data)),
+        participation=participation(study),
         rule=private.client or study.aggregation.build(),
         ledger=private.ledger,
     )

@@ -17,7 +17,7 @@ import pytest
 import certifl
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = ("torch", "pydantic", "pyarrow", "matplotlib", "scipy", "sklearn")
+HEAVY = ("torch", "pydantic", "pyarrow", "matplotlib", "scipy", "sklearn", "pandas")
 
 
 def python(code: str) -> str:

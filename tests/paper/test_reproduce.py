@@ -11,13 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from certifl.errors import StoreMismatch
+from certifl.experiments import parallel as module
 from certifl.experiments.run import Options
-from certifl.paper import reproduce as module
+from certifl.paper.beside import claims_of
 from certifl.paper.costs import costs
 from certifl.paper.drawing import COLUMNS
-from certifl.paper.figures import FIGURES, Figure, Panel, Regime, Setting
+from certifl.paper.figures import EXTRA, FIGURES, Figure, Panel, Regime, Setting
 from certifl.paper.pages import complete, write_paper_figure
 from certifl.paper.reproduce import make_plan, reproduce
 from certifl.paper.scales import SCALES
@@ -171,6 +173,27 @@ def test_costs_count_shared_runs_once_and_use_speeds_of_finished_runs(study):
     assert left.trainings == 8
     assert left.votes_at_most == (2 * 3 * 2 * 6 + 2 * 3 * 3 * 5) * 210
     assert 0 < left.seconds < found["all"].seconds
+
+
+def test_no_time_is_named_for_a_gpu_that_was_not_measured(study, tmp_path, monkeypatch):
+    monkeypatch.setattr("certifl.paper.costs.choose_device", lambda name: torch.device("cuda"))
+    figure = {"figure6": FIGURES["figure6"]}
+    unknown = costs(make_plan(figure, SMOKE, tmp_path), "cpu")["figure6"]
+    assert (unknown.unknown, unknown.seconds) == (12, 0.0)
+    assert costs(make_plan(figure, SMOKE, study), "cpu")["figure6"].unknown == 0
+    cli("reproduce", "figure6", "--plan", "--out", tmp_path / "none").fine("not measured")
+    monkeypatch.undo()
+    cli("reproduce", "all", "--scale", "paper", "--plan", "--out", tmp_path / "no").fine("years")
+
+
+def test_a_figure_says_what_the_paper_says_beside_what_is_seen(study):
+    page = (study / "figure1" / "report.html").read_text()
+    assert "What the paper says of it, and what is seen here" in page
+    assert "With 4 clients, whose data are plenty" in page
+    assert page.count("<li><b>digits, ") == 2  # one finding for each comparison
+    for name, figure in {**WHOLE, **EXTRA}.items():
+        assert figure.says, name
+        assert claims_of(name), name
 
 
 def test_unknown_figures_and_scales_are_refused(tmp_path):

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from certifl.errors import InputError
+from certifl.experiments.parallel import helped
 from certifl.experiments.run import Options
 from certifl.paper.figures import FIGURES, Figure, Panel, Regime, Setting
-from certifl.paper.reproduce import Plan, compute_free, helped, jobs_here, make_plan
+from certifl.paper.reproduce import Plan, compute_free, jobs_here, make_plan
 from certifl.paper.scales import SCALES
 from certifl.runs.folder import RunFolder
 from tiny_study import cli, environment
@@ -43,7 +44,7 @@ def test_helpers_do_the_whole_study_with_the_same_results(tmp_path):
     alone, together = study(tmp_path / "alone"), study(tmp_path / "together")
     compute_free(alone, options(alone.out))
     before = torch.get_num_threads()
-    with helped(together, options(together.out), jobs=3):
+    with helped(together.jobs, options(together.out), 3):
         assert len(multiprocessing.active_children()) == 2
         deadline = time.monotonic() + 120
         while not all(job.done() for job in together.jobs):
@@ -63,7 +64,7 @@ def test_leaving_early_ends_the_helpers_and_loses_nothing(tmp_path):
     plan = study(tmp_path)
 
     def leave() -> None:
-        with helped(plan, options(tmp_path), jobs=2):
+        with helped(plan.jobs, options(tmp_path), 2):
             deadline = time.monotonic() + 120
             while not plan.jobs[0].path.is_dir():
                 assert time.monotonic() < deadline
@@ -111,7 +112,7 @@ def test_a_failure_of_a_helper_is_reported_by_the_command(tmp_path):
 
 
 def test_how_many_by_default(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("certifl.experiments.parallel.cores", lambda: 8)
     plans = {name: dataclasses.replace(study(tmp_path), scale=SCALES[name]) for name in SCALES}
     assert {name: jobs_here(None, plan, "cpu", False) for name, plan in plans.items()} == {
         "smoke": 1,
@@ -121,7 +122,7 @@ def test_how_many_by_default(tmp_path, monkeypatch):
     assert jobs_here(None, plans["laptop"], "cuda:0", False) == 1
     assert jobs_here(None, plans["laptop"], "cpu", True) == 1
     assert jobs_here(3, plans["paper"], "cuda", False) == 3
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("certifl.experiments.parallel.cores", lambda: 2)
     assert jobs_here(None, plans["laptop"], "auto", False) == 2
     with pytest.raises(InputError, match="one after the other"):
         jobs_here(2, plans["laptop"], "cpu", True)

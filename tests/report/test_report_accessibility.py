@@ -36,7 +36,7 @@ PRIVACY = {
 
 def single(place: Path) -> Path:
     """One run, trained with privacy."""
-    (run,) = write_study(place, {"local": ("Local", 0.6)}, clients=3, images=12)
+    (run,) = write_study(place, {"local": ("Local", 0.6)}, clients=3, images=4)
     manifest = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**manifest, "privacy": PRIVACY}))
     return write_report([run], place / "report.html", figures=False)
@@ -45,18 +45,14 @@ def single(place: Path) -> Path:
 def several(place: Path) -> Path:
     """As many regimes as there are colors, some of them with explored images."""
     regimes = {f"regime{number}": (f"Regime {number}", 0.6 + 0.04 * number) for number in range(8)}
-    runs = write_study(place, regimes, clients=3, images=12)
+    runs = write_study(place, regimes, clients=3, images=4)
     for run in runs[:3]:
-        write_explorer(run, [0, 13])
+        write_explorer(run, [0, 5])
     return write_report(runs, place / "report.html", figures=False, claims=verdicts_section)
 
 
 def of_shifts(place: Path) -> Path:
     return write_report(shifted_runs(place), place / "report.html", figures=False)
-
-
-def without_images(place: Path) -> Path:
-    return write_report(shifted_runs(place), place / "report.html", figures=False, images=False)
 
 
 def with_claims(place: Path) -> Path:
@@ -67,7 +63,7 @@ def with_claims(place: Path) -> Path:
 
 
 def curves_only(place: Path) -> Path:
-    folders = write_study(place, clients=3, images=20)
+    folders = write_study(place, clients=3, images=4)
     for folder in folders[:2]:
         keep_to_themselves(folder, Certificates.load(folder / "certificates.parquet"))
     return write_report(folders, place / "report.html", figures=False)
@@ -90,7 +86,6 @@ KINDS: tuple[Callable[[Path], Path], ...] = (
     single,
     several,
     of_shifts,
-    without_images,
     with_claims,
     curves_only,
     of_a_figure,

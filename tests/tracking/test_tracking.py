@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 Points = dict[str, list[tuple[int, float]]]
-"""Every (step, value) by its name, in the order in which they were told."""
+"""Every (step, value) by its name, in the order in which they were logged."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -135,7 +135,7 @@ def needed(name: str) -> None:
         pytest.skip(f"{name} is not installed: pip install 'certifl[{name}]'")
 
 
-def assert_told(points: Points, folder: Path) -> None:
+def assert_logged(points: Points, folder: Path) -> None:
     """Each round once and in order, the certificates once; the numbers are the folder's own."""
     held = RunFolder(folder)
     history = [json.loads(line) for line in held.history.read_text().splitlines()]
@@ -175,7 +175,7 @@ def interrupted_after(rounds: int) -> Callable[[str, int, int, str], None]:
 
 
 @each_tracker
-def test_an_interrupted_run_is_told_in_full_and_once(
+def test_an_interrupted_run_is_logged_completely_and_once(
     name: str, tmp_path: Path, untracked: Path
 ) -> None:
     needed(name)
@@ -191,23 +191,23 @@ def test_an_interrupted_run_is_told_in_full_and_once(
         "rounds": ROUNDS,
         "certified": True,
     }
-    assert_told(READERS[name](place / "tracking" / name), place)
+    assert_logged(READERS[name](place / "tracking" / name), place)
     # The run is what it is without a tracker, to the last bit.
     assert tiny.weights(place) == tiny.weights(untracked)
     assert RunFolder(place).manifest()["spec_hash"] == RunFolder(untracked).manifest()["spec_hash"]
 
 
 @each_tracker
-def test_a_finished_run_is_told_later_and_only_once(name: str, tmp_path: Path) -> None:
+def test_a_finished_run_can_be_logged_later_and_only_once(name: str, tmp_path: Path) -> None:
     needed(name)
     place = run(STUDY, Options(tmp_path / "run")).path
     before = tiny.files(place)
     run(STUDY, Options(place, track=(name,)))
-    told = tiny.files(place)
-    assert {path: told[path] for path in before} == before
+    logged = tiny.files(place)
+    assert {path: logged[path] for path in before} == before
     run(STUDY, Options(place, track=(name,)))
-    assert tiny.files(place) == told
-    assert_told(READERS[name](place / "tracking" / name), place)
+    assert tiny.files(place) == logged
+    assert_logged(READERS[name](place / "tracking" / name), place)
 
 
 def test_the_command_names_trackers_and_parameters_are_the_spec(
@@ -223,10 +223,10 @@ def test_the_command_names_trackers_and_parameters_are_the_spec(
     held = EventAccumulator(str(place / "tracking" / "tensorboard"))
     held.Reload()
     content = held.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    told = HParamsPluginData.FromString(content).session_start_info.hparams
-    assert told["training.lr"].number_value == 0.05
-    assert told["algorithm.name"].string_value == "fedavg"
-    assert told["certification.perturbation.family"].string_value == "rotation"
+    logged = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert logged["training.lr"].number_value == 0.05
+    assert logged["algorithm.name"].string_value == "fedavg"
+    assert logged["certification.perturbation.family"].string_value == "rotation"
     text = held.Tensors("files/text_summary")[0].tensor_proto.string_val[0].decode()
     assert str(place / "report.html") in text
     assert str(place / "figures") in text
@@ -241,7 +241,7 @@ def test_mlflow_begins_anew_where_a_kill_left_half_a_data_base(tmp_path: Path) -
         half.execute("CREATE TABLE trace_info (request_id VARCHAR(50))")
     half.close()
     run(STUDY, Options(place, track=("mlflow",)))
-    assert_told(in_mlflow(base.parent), place)
+    assert_logged(in_mlflow(base.parent), place)
 
 
 def test_mlflow_holds_the_spec_as_parameters(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ class Broken:
     working = False
 
     def __init__(self, folder: Path) -> None:
-        self.told = folder / "told.txt"
+        self.log = folder / "log.txt"
 
     @staticmethod
     def installed() -> bool:
@@ -276,11 +276,11 @@ class Broken:
     def round(self, entry: Any) -> None:
         if entry["round"] == 1 and not Broken.working:
             raise ConnectionError("the server went away")
-        with self.told.open("a") as file:
+        with self.log.open("a") as file:
             file.write(f"{entry['round']} ")
 
     def certified(self, summary: Any) -> None:
-        with self.told.open("a") as file:
+        with self.log.open("a") as file:
             file.write(f"certified {len(summary['clients'])}")
 
     def finish(self, complete: bool) -> None:
@@ -302,11 +302,11 @@ def test_a_tracker_that_fails_costs_a_warning_and_nothing_else(
     assert len(warned) == 1
     assert "mlflow" in warned[0]
     assert "ConnectionError: the server went away" in warned[0]
-    assert (place / "tracking/mlflow/told.txt").read_text() == "0 "
-    # The same command tells it what it missed.
+    assert (place / "tracking/mlflow/log.txt").read_text() == "0 "
+    # The same command logs what is missing.
     monkeypatch.setattr(Broken, "working", True)
     run(STUDY, Options(place, track=("mlflow",)))
-    assert (place / "tracking/mlflow/told.txt").read_text() == "0 1 2 3 certified 2"
+    assert (place / "tracking/mlflow/log.txt").read_text() == "0 1 2 3 certified 2"
 
 
 def test_a_place_that_cannot_be_written_costs_a_warning(
@@ -339,11 +339,11 @@ def test_a_folder_of_a_library_s_name_is_no_library(
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "certifl_no_such_tracker").mkdir()
-    from certifl.tracking.base import found
+    from certifl.tracking.base import importable
 
-    assert not found("certifl_no_such_tracker")
-    assert not found("certifl_not_even_a_folder")
-    assert found("json", "torch")
+    assert not importable("certifl_no_such_tracker")
+    assert not importable("certifl_not_even_a_folder")
+    assert importable("json", "torch")
 
 
 def test_names_and_means_of_a_round() -> None:

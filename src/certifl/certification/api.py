@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -362,6 +362,19 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
+class Predicted(NamedTuple):
+    """Answers of a smoothed classifier.
+
+    Attributes:
+        labels: (m,) int64, the class of each image, or -1 where the votes do not decide.
+        radii: (m,) certified radius in the unit of the perturbation, rounded down; 0 where -1.
+    """
+
+    labels: np.ndarray
+    radii: np.ndarray
+
+
+@overload
 def predict(
     model: Model,
     images: Tensor | np.ndarray,
@@ -374,27 +387,81 @@ def predict(
     device: str | torch.device = "auto",
     batch_size: int | str = "auto",
     calibration: Tensor | np.ndarray | Mapping[str, Any] | None = None,
-) -> np.ndarray:
+    radius: Literal[False] = False,
+) -> np.ndarray: ...
+
+
+@overload
+def predict(
+    model: Model,
+    images: Tensor | np.ndarray,
+    perturbation: Perturbation,
+    *,
+    n: int = 1000,
+    alpha: float = 1e-3,
+    seed: int = 0,
+    precision: str = "auto",
+    device: str | torch.device = "auto",
+    batch_size: int | str = "auto",
+    calibration: Tensor | np.ndarray | Mapping[str, Any] | None = None,
+    radius: Literal[True],
+) -> Predicted: ...
+
+
+def predict(
+    model: Model,
+    images: Tensor | np.ndarray,
+    perturbation: Perturbation,
+    *,
+    n: int = 1000,
+    alpha: float = 1e-3,
+    seed: int = 0,
+    precision: str = "auto",
+    device: str | torch.device = "auto",
+    batch_size: int | str = "auto",
+    calibration: Tensor | np.ndarray | Mapping[str, Any] | None = None,
+    radius: bool = False,
+) -> np.ndarray | Predicted:
     """The smoothed classifier's class of each image, or -1 where the votes do not decide.
 
     Guarantee: for each image, with probability at least 1 - alpha, the answer is -1 or the most
-    likely class of the smoothed classifier. No radius is certified.
+    likely class of the smoothed classifier. With `radius` that of `certify`: with probability at
+    least 1 - alpha, the label is -1 or the class at every parameter of norm at most the radius.
+    Both statements are about one call: an image that is asked for with and without `radius` has
+    two answers, each wrong with probability at most alpha.
 
     Args:
         model, images, perturbation, seed, precision, device, batch_size, calibration: as in
             `certify`; with the `precision` and the `quantization` of a record's conditions, it is
             the network that the record is about.
-        n: votes per image.
-        alpha: level of the two-sided binomial test between the two most frequent classes.
+        n: votes per image; with `radius` those that bound a probability, after 100 others that
+            choose the class: the votes that chose it would make it look too likely.
+        alpha: level of the two-sided binomial test between the two most frequent classes; with
+            `radius` probability of a wrong answer, per image.
+        radius: also certify a radius, as `certify` does with n0 = 100.
 
     Returns:
-        (m,) int64.
+        (m,) int64; with `radius` labels and radii, see `Predicted`.
 
     Raises:
         InputError: as `certify`; n so small that the answer could only be -1.
 
-    Source: Cohen et al. 2019, algorithm PREDICT (test of Hung and Fithian).
+    Source: Cohen et al. 2019, algorithms PREDICT (test of Hung and Fithian) and CERTIFY.
     """
+    if radius:
+        certificates = certify(
+            model,
+            images,
+            perturbation,
+            n=n,
+            alpha=alpha,
+            seed=seed,
+            precision=precision,
+            device=device,
+            batch_size=batch_size,
+            calibration=calibration,
+        )
+        return Predicted(certificates.predicted, certificates.radius)
     check_perturbation(perturbation)
     check_seed(seed)
     n = Settings(n=n, alpha=alpha).n  # the same ranges hold

@@ -22,6 +22,7 @@ from certifl.certification import metadata as groups
 from certifl.certification.counts import UNLABELLED
 from certifl.certification.metadata import kinds, require_groups
 from certifl.errors import InputError, UnusualValue
+from certifl.lazy import attribute
 from certifl.perturbations.units import parse_amount, parse_amounts
 from certifl.safe_io import MALFORMED, open_parquet, parse_json, replacing
 from certifl.smoothing import curves
@@ -30,6 +31,8 @@ from certifl.smoothing.rounding import floor_text
 from certifl.torch_env import exact_convolutions, one_thread
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from certifl.certification.network import Network
 
 ABSTAINED = -1
@@ -222,6 +225,46 @@ class Certificates:
             np.array_equal(getattr(self, n), getattr(other, n), equal_nan=n not in ("scan_votes",))
             for n in names
         )
+
+    def to_pandas(self) -> DataFrame:
+        """One row per image; needs pandas, the extra `certifl[pandas]`.
+
+        Returns:
+            Columns client, index, label, predicted (-1 = abstained), correct, abstained, radius,
+            p_lower, p_upper, votes, looks, level, seconds; of a scan also interval_low and
+            interval_high; where clients certify different perturbations also family, sigma and
+            unit. Otherwise `attrs` has the last three, norm, alpha and estimator.
+
+        Raises:
+            InputError: pandas is not installed, or the clients shared curves only.
+        """
+        from certifl.certification.frames import per_image
+
+        return per_image(self)
+
+    def curves(self, radii: Sequence[float | str] | Floats | None = None) -> DataFrame:
+        """Certified accuracy by radius: `RunResults.curves` of these certificates alone."""
+        return self._results().curves(radii)
+
+    def table(self, by: str | None = None) -> DataFrame:
+        """Radii and accuracies in rows: `RunResults.table` of these certificates alone."""
+        return self._results().table(by)
+
+    def plot(
+        self,
+        ax: Any = None,
+        *,
+        label: str | None = None,
+        color: str | None = None,
+        unit: str | None = None,
+        bands: bool = True,
+    ) -> Any:
+        """Draw certified accuracy against the radius on matplotlib axes: `RunResults.plot`."""
+        return self._results().plot(ax, label=label, color=color, unit=unit, bands=bands)
+
+    def _results(self) -> Any:
+        """What reports are made of; found by its name, since nothing else here needs reports."""
+        return attribute("certifl.report.results", "results_of")(self)
 
     def save(self, path: str | Path) -> None:
         """Write `.parquet` (everything) or `.tsv` (the layout of published code)."""

@@ -26,6 +26,8 @@ from certifl.certification.settings import ESTIMATORS
 from certifl.errors import InputError
 
 PERTURBATIONS = "perturbations"
+CURVES_ONLY = "curves_only"
+"""Marks rows that stand for a curve: nothing is known of single images."""
 
 Conditions = Mapping[str, Any]
 AMOUNTS = (

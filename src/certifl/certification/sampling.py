@@ -25,7 +25,7 @@ from certifl.certification.network import Network
 from certifl.errors import first_line
 from certifl.perturbations.base import Perturbation
 from certifl.rng import vote_generator
-from certifl.torch_env import exact_convolutions, one_thread, out_of_memory
+from certifl.torch_env import exact_convolutions, keep_freed_memory, one_thread, out_of_memory
 
 CHUNK = 100
 _log = logging.getLogger(__name__)
@@ -59,6 +59,8 @@ class VoteCounter:
         self.network = network
         self.perturbation = perturbation
         self.seed = seed
+        if network.device.type == "cpu":
+            keep_freed_memory()
 
     def count(
         self, images: Tensor, requests: Sequence[Request], slots: int, centre: Tensor | None = None

@@ -6,7 +6,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import typer.core
@@ -24,8 +24,27 @@ __all__ = ["app", "main"]
 if hasattr(typer.core, "HAS_RICH"):
     setattr(typer.core, "HAS_RICH", False)  # noqa: B010 - newer ones have no such name
 
+
+class _Panels(typer.core.TyperGroup):
+    """Commands in the help under the titles of their panels, as rich would show them."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write a section for each panel, in the order of `_PANELS`."""
+        panels: dict[str, list[tuple[str, str]]] = {title: [] for title in _PANELS}
+        for name in self.list_commands(ctx):
+            command = self.get_command(ctx, name)
+            if command is not None and not command.hidden:
+                panel = getattr(command, "rich_help_panel", None)
+                panels[str(panel)].append((name, command.get_short_help_str(80)))
+        width = max(len(name) for rows in panels.values() for name, _ in rows)
+        for title, rows in panels.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(width), text) for name, text in rows])
+
+
 app = typer.Typer(
     name="certifl",
+    cls=_Panels,
     help="Certified robustness in federated learning: train together, then prove how stable every "
     "client's predictions are.",
     no_args_is_help=True,
@@ -35,25 +54,42 @@ app = typer.Typer(
 )
 
 # Short helps, whole in `certifl --help`: longer texts would be cut there.
-_COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
-    "quickstart": (studies.quickstart, "Example study on embedded data, with a report."),
-    "run": (studies.run, "Train, certify and report one study."),
-    "plan": (studies.plan, "Estimate votes, time and memory of a study."),
-    "reproduce": (studies.reproduce, "Reproduce figures of the paper."),
-    "report": (results.report, "Write a report on one run, or compare several."),
-    "claims": (results.claims, "Test the paper's claims."),
-    "verify": (results.verify, "Recompute every certificate from its votes."),
-    "attack": (results.attack, "Attack a run's certificates."),
-    "explore": (results.explore, "Add deformed test images to a report."),
-    "certify": (results.certify, "Certify an existing model."),
-    "merge": (results.merge, "Merge the shards of a certification."),
-    "predict": (results.predict, "Predict one image, with its certified radius."),
-    "doctor": (studies.doctor, "Check the installation and the hardware."),
-    "list": (studies.list_, "List registered components."),
+_PANELS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
+    "Studies": {
+        "quickstart": (studies.quickstart, "Example study on embedded data, with a report."),
+        "run": (studies.run, "Train, certify and report one study."),
+        "sweep": (studies.sweep, "Compare algorithms and settings over seeds."),
+        "plan": (studies.plan, "Estimate votes, time and memory of a study."),
+        "reproduce": (studies.reproduce, "Reproduce figures of the paper."),
+    },
+    "Models": {
+        "certify": (results.certify, "Certify an existing model."),
+        "merge": (results.merge, "Merge the shards of a certification."),
+        "finetune": (studies.finetune, "Fine-tune your weights; certify before and after."),
+        "predict": (results.predict, "Predict one image, with its certified radius."),
+    },
+    "Federation": {},
+    "Results": {
+        "report": (results.report, "Write a report on one run, or compare several."),
+        "claims": (results.claims, "Test the paper's claims."),
+        "verify": (results.verify, "Recompute every certificate from its votes."),
+        "attack": (results.attack, "Attack a run's certificates."),
+        "explore": (results.explore, "Add deformed test images to a report."),
+    },
+    "Installation": {
+        "doctor": (studies.doctor, "Check the installation and the hardware."),
+        "list": (studies.list_, "List registered components."),
+    },
 }
-for _name, (_command, _short) in _COMMANDS.items():
-    app.command(_name, short_help=_short)(_command)
-app.add_typer(deploy, name="deploy", short_help="Federations over a network, with Flower.")
+for _panel, _commands_of in _PANELS.items():
+    for _name, (_command, _short) in _commands_of.items():
+        app.command(_name, short_help=_short, rich_help_panel=_panel)(_command)
+app.add_typer(
+    deploy,
+    name="deploy",
+    short_help="Federations over a network, with Flower.",
+    rich_help_panel="Federation",
+)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from certifl.errors import first_line
+from certifl.errors import InputError, first_line
 from certifl.path_checks import read_spec_file
 from certifl.safe_io import visible
 
@@ -163,6 +163,18 @@ def positive(value: str | int) -> int:
     if number < 1:
         raise typer.BadParameter(f"{number} is not at least 1.")
     return number
+
+
+def inches(value: str) -> tuple[float, float]:
+    """Width and height, written as 3.3x2.2.
+
+    Raises:
+        InputError: it is not of this form.
+    """
+    with contextlib.suppress(ValueError):
+        width, height = map(float, value.lower().replace("×", "x").split("x"))
+        return width, height
+    raise InputError(f"--size is a width and a height in inches, such as 3.3x2.2; got {value!r}.")
 
 
 @contextlib.contextmanager

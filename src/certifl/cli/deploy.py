@@ -13,7 +13,7 @@ import typer
 
 from certifl.cli.common import command_line, load_study, run_folder, say
 from certifl.errors import RequestError, WorkError
-from certifl.path_checks import check_client_settings, check_deploy_folder
+from certifl.path_checks import check_client_settings, check_deploy_folder, is_run
 
 deploy = typer.Typer(
     help="Real federations: every client on its own machine, over Flower.",
@@ -276,8 +276,20 @@ def _show_results(path: Path, title: str) -> None:
 
 
 @deploy.command()
-def status(folder: ClientFolder = Path(".")) -> None:
-    """On the server's machine: connected clients. On a client's: whether the server answers."""
+def status(
+    folder: Annotated[
+        Path, typer.Argument(metavar="[FOLDER]", help="The bundle's folder, or that of a run.")
+    ] = Path("."),
+) -> None:
+    """On the server's machine: connected clients. On a client's: whether the server answers.
+
+    For the folder of a run: its rounds, who answered, the loss, and the time left.
+    """
+    if is_run(folder):
+        from certifl.deploy.server.study_status import study_lines
+
+        say("\n".join(study_lines(folder)))
+        return
     check_deploy_folder(folder)
     with _flower():
         from certifl.deploy.status import status_lines

@@ -18,11 +18,13 @@ from certifl.cli.common import (
     OverwriteFile,
     RunDir,
     Sigma,
+    inches,
     interruptible,
     positive,
     say,
     whole,
 )
+from certifl.errors import InputError
 from certifl.path_checks import (
     IMAGE,
     SHARD,
@@ -41,7 +43,10 @@ if TYPE_CHECKING:
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished run folders.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Run folders, or a file of certificates."),
+    ],
     out: Annotated[
         Path | None,
         typer.Option("--out", help="The page to write; default: in the run, or beside the first."),
@@ -53,20 +58,95 @@ def report(
             help="Show test images, or none (private data); default: as on the existing page.",
         ),
     ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Name of the model of a file of certificates; default: the file's."),
+    ] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=LABEL,...", help='New labels: "FedAvg=Global model".'),
+    ] = None,
+    order: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME,...", help='Which come first: "Local,FedAvg".'),
+    ] = None,
+    colors: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=COLOR,...", help='Colors: "FedAvg=#0072B2,Local=tab:orange".'),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="WxH", help="Inches of figures with one panel, for print: 3.3x2.2."),
+    ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="png, pdf or svg; default: all; repeatable."),
+    ] = None,
+    unit: Annotated[
+        str | None,
+        typer.Option(help="Unit of radii in figures: degrees or radians; default: both."),
+    ] = None,
+    bands: Annotated[
+        bool,
+        typer.Option("--bands/--no-bands", help="Shade from worst to best client."),
+    ] = True,
+    by_class: Annotated[
+        bool, typer.Option("--by-class", help="Also print a table of the classes.")
+    ] = False,
 ) -> None:
-    """Write a report on one run, or compare several."""
-    for run in runs:
-        check_run(run)
+    """Write a report on one run, compare several, or report the certificates of one model."""
+    _check_reported(runs, name)
+    measures = None if size is None else inches(size)
     from certifl.cli import terminal
     from certifl.paper.claims.section import verdicts_section
-    from certifl.report import load_runs, page_beside, summary_rows, write_report
+    from certifl.report import (
+        FigureStyle,
+        arranged,
+        assignments,
+        class_rows,
+        known_names,
+        listed_names,
+        load_model,
+        load_runs,
+        page_beside,
+        summary_rows,
+        write_report,
+    )
     from certifl.runs.folder import locked_for
 
-    path, results = out or page_beside(runs), load_runs(runs)
+    kinds = tuple(kind.strip() for text in formats or () for kind in text.split(","))
+    style = FigureStyle(measures, unit, bands, kinds or FigureStyle.formats)
+    path = out or page_beside(runs)
+    results = load_runs([load_model(runs[0], name)] if runs[0].is_file() else runs)
+    known = known_names(results)
+    new = assignments(labels or (), known, "--labels")
+    results = arranged(
+        results,
+        new,
+        listed_names(order or (), [*new.values(), *known], "--order"),
+        assignments(colors or (), [*new.values(), *known], "--colors"),
+    )
     with locked_for(path):
-        page = write_report(results, path, images=images, claims=verdicts_section)
+        page = write_report(results, path, images=images, claims=verdicts_section, style=style)
     terminal.show_summary(summary_rows(results))
+    if by_class:
+        terminal.show_classes(class_rows(results))
     say(f"\nReport: {page.resolve()}\nFigures: {(page.parent / 'figures').resolve()}")
+
+
+def _check_reported(paths: list[Path], name: str | None) -> None:
+    """Refuse what no report is made of: several files, or a name where there is no file."""
+    files = [path for path in paths if path.is_file()]
+    for path in paths:
+        if path not in files:
+            check_run(path)
+    if files and len(paths) > 1:
+        raise InputError(
+            f"{files[0]} is a file of certificates, which has a page of its own: report it alone. "
+            "Several run folders can be compared."
+        )
+    if name is not None and not files:
+        raise InputError("--name names the model of a file of certificates; runs have --labels.")
 
 
 def claims(
@@ -346,30 +426,98 @@ def merge(
 def predict(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG or JPEG file.")],
     run: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             help="The run whose model is used, or a client's own folder CLIENT/studies/ID."
         ),
-    ],
+    ] = None,
     client: Annotated[
         int | None, typer.Option(min=0, help="Client whose model is used; default: 0.")
     ] = None,
     n: Annotated[
         int | None,
         typer.Option(
-            "--n", parser=positive, metavar="VOTES", help="Votes; default: as in the run."
+            "--n",
+            parser=positive,
+            metavar="VOTES",
+            help="Votes; default: as in the run, 10,000 with --model.",
         ),
     ] = None,
     resize: Annotated[
         bool, typer.Option("--resize", help="Resize the image to fit the model.")
     ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Your network as module:function, or a model's name, instead of --run; needs "
+            "--weights, and --classes or --data."
+        ),
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights: .safetensors or .pt.")] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(metavar="NUMBER|NAME,...", help="Its classes: 10, or cat,dog."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data set whose images and classes are those of the model.")
+    ] = None,
+    family: Annotated[
+        str | None, typer.Option(help="Perturbation family with --model; default: pixel.")
+    ] = None,
+    sigma: Sigma = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise with --model.")] = 0,
+    precision: Annotated[
+        str, typer.Option(help="With --model: auto, float32 or bfloat16.")
+    ] = "auto",
+    data_dir: DataDir = None,
     device: Device = "auto",
     code: Code = None,
 ) -> None:
     """Predict one image: its label and certified radius, or abstention."""
-    check_model_folder(run)
+    own = {"--weights": weights, "--classes": classes, "--data": data, "--family": family}
+    own |= {"--sigma": sigma}
+    _check_predictor(run, client, code, model, own)
     check_file(image, IMAGE)
     from certifl.cli import terminal
-    from certifl.experiments.standalone import certify_image
+    from certifl.experiments import standalone
 
-    terminal.show_prediction(certify_image(image, run, client, n, resize, device, code))
+    if run is not None:
+        answer = standalone.certify_image(image, run, client, n, resize, device, code)
+        terminal.show_prediction(answer)
+        return
+    assert model is not None
+    assert weights is not None
+    from certifl.models import allow_code
+
+    allow_code(model, Path.cwd())
+    noise = standalone.perturbation_named(family, sigma)
+    network = standalone.OwnModel(
+        model, weights, data, data_dir, classes, noise, n or _PREDICT_VOTES, seed, precision
+    )
+    terminal.show_prediction(standalone.certify_image_with(image, network, resize, device))
+
+
+_PREDICT_VOTES = 10_000
+
+
+def _check_predictor(
+    run: Path | None,
+    client: int | None,
+    code: Path | None,
+    model: str | None,
+    own: dict[str, object],
+) -> None:
+    """Refuse options that do not go together; a wrong path is refused before torch is imported."""
+    if (run is None) == (model is None):
+        raise InputError("Give either --run RUN, or --model module:function with --weights.")
+    if run is not None:
+        if given := [name for name, value in own.items() if value is not None]:
+            raise InputError(f"--run has a model of its own; leave out {', '.join(given)}.")
+        check_model_folder(run)
+        return
+    if client is not None or code is not None:
+        raise InputError("--client and --code are about a run; leave them out with --model.")
+    weights = own["--weights"]
+    if not isinstance(weights, Path):
+        raise InputError("--model needs --weights FILE: a network without training says nothing.")
+    check_file(weights, WEIGHTS)

@@ -5,6 +5,8 @@ Heavy imports happen inside the commands, so that help and usage errors appear a
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,18 +20,25 @@ from certifl.cli.common import (
     Out,
     Overwrite,
     Settings,
+    Sigma,
     Track,
     Workers,
     command_line,
     interruptible,
     load_study,
+    positive,
     run_folder,
     say,
 )
-from certifl.path_checks import check_data_folder
+from certifl.errors import WorkError
+from certifl.path_checks import WEIGHTS, check_data_folder, check_file, read_spec_file
 
 if TYPE_CHECKING:
+    from certifl.experiments.parallel import Job
+    from certifl.experiments.sweep import Sweep
     from certifl.report import RunResults
+    from certifl.runs.folder import StoredRun
+    from certifl.study.opened_run import OpenRun
 
 
 def quickstart(
@@ -84,35 +93,28 @@ def run(
     check_data_folder(data_dir)
     study = load_study(spec, set_)
     from certifl.cli import terminal
-    from certifl.experiments.run import Options, compute
-    from certifl.report import load_runs, summary_rows, write_report
-    from certifl.runs.folder import RunFolder
+    from certifl.experiments.run import Options
+    from certifl.notebook import run_and_report, siblings_of
+    from certifl.report import summary_rows
 
-    folder = RunFolder(run_folder(spec, study, out))
+    folder = run_folder(spec, study, out)
     with interruptible(overwrite), terminal.Board() as board:
         board.stage(study.name)
         options = Options(
-            out=folder.path,
+            out=folder,
             data_dir=data_dir,
             device=device,
             overwrite=overwrite,
-            siblings=tuple(sorted(p.parent for p in folder.path.parent.glob("*/run.json"))),
+            siblings=siblings_of(folder),
             report=board.report,
             command=command_line(),
             track=tuple(track or ()),
             workers=workers,
             answer_within=answer_within,
         )
-        complete = not overwrite and folder.finished()
-        results = load_runs([compute(study, options)])
-        if not (complete and folder.report.is_file()):
-            with folder.locked():
-                write_report(results, folder.report, title=study.name)
-        elif folder.temporary_files():
-            with folder.locked():
-                folder.clean()
-    terminal.show_summary(summary_rows(results))
-    say(f"\nRun: {folder.path.resolve()}\nReport: {folder.report.resolve()}")
+        result = run_and_report(study, options)
+    terminal.show_summary(summary_rows([result]))
+    say(f"\nRun: {folder.resolve()}\nReport: {(folder / 'report.html').resolve()}")
 
 
 def plan(
@@ -128,6 +130,196 @@ def plan(
     from certifl.experiments.plan import plan as plan_study
 
     terminal.show_plan(study.name, plan_study(study, data_dir, device))
+
+
+def sweep(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC.toml", help="The study.")],
+    seeds: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Seeds; default: that of the spec.")
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[ALGORITHM:]KEY=V,V,...",
+            help="A key of the spec and its values; repeatable, all combinations are run.",
+        ),
+    ] = None,
+    set_: Settings = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the results; default: runs/<name>-sweep-<hash>."),
+    ] = None,
+    data_dir: DataDir = None,
+    device: Devices = "auto",
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only list the runs and estimate their time.")
+    ] = False,
+    overwrite: Overwrite = False,
+    workers: Workers = 0,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Runs in parallel, one process each; default: on a CPU one per core, up to 16; "
+            "otherwise 1.",
+        ),
+    ] = None,
+) -> None:
+    """Run a study with several algorithms, settings and seeds, and compare them in one table.
+
+    Keys that an algorithm lacks are left out for it, and equal specs run once. The same command
+    resumes an interrupted sweep.
+    """
+    check_data_folder(data_dir)
+    values = read_spec_file(spec)
+    from certifl.cli import terminal
+    from certifl.experiments import sweep as sweeps
+    from certifl.experiments.parallel import compute, helped, processes_here
+    from certifl.experiments.run import Options
+
+    asked = sweeps.make_sweep(
+        values,
+        set_ or [],
+        [sweeps.read_axis(text) for text in grid or []],
+        sweeps.read_seeds(seeds),
+        out or sweeps.default_folder(spec, values, set_ or []),
+    )
+    _allow_code_of(asked.jobs, spec)
+    if plan:
+        at_once = processes_here(jobs, sweeps.MOST_PROCESSES, device, overwrite=False)
+        terminal.show_sweep(asked.name, sweeps.costs(asked, data_dir, device), at_once)
+        return
+    options = Options(
+        asked.out, data_dir, device, overwrite, command=command_line(), workers=workers
+    )
+    sweeps.check_sweep(asked, options)
+    pending = [job for job in asked.jobs if overwrite or not job.done()]
+    at_once = processes_here(jobs, sweeps.MOST_PROCESSES, device, overwrite)
+    at_once = max(1, min(at_once, len(pending)))
+    failures: dict[Path, str] = {}
+    with interruptible(overwrite), terminal.Board() as board:
+        options = replace(options, report=board.report)
+        with helped(pending, options, at_once, tolerant=True):
+            compute(pending, options, [], board.stage, sweeps.collected(failures))
+    _show_sweep(asked, failures)
+
+
+def _allow_code_of(jobs: Sequence[Job], spec: Path) -> None:
+    """Make the networks of some runs importable from beside the spec, or from here."""
+    from certifl.models import allow_code
+
+    for name in {job.spec.model.name for job in jobs}:
+        allow_code(name, spec.parent, Path.cwd())
+
+
+def _show_sweep(asked: Sweep, failures: Mapping[Path, str]) -> None:
+    """Write table, figure and page of what a sweep has finished, and name what failed."""
+    from certifl.report.seed_table import write_comparison
+
+    results = _sweep_results(asked, failures)
+    if results:
+        say(write_comparison(results, asked.out, asked.name).text())
+        for what, name in (("Table", "table.txt, .csv, .md, .tex"), ("Report", "report.html")):
+            say(f"{what}: {asked.out.resolve() / name}")
+        say(f"Figure: {asked.out.resolve() / 'figure.png'}, .pdf, .svg, .csv")
+    if failures:
+        first, why = next(iter(failures.items()))
+        raise WorkError(
+            f"{len(failures)} of {len(asked.jobs)} runs failed and are not in the table; the "
+            f"first was {first}: {why}"
+        )
+
+
+def _sweep_results(asked: Sweep, failures: Mapping[Path, str]) -> list[RunResults]:
+    """The finished runs under the names of their rows."""
+    return [
+        _labelled(folder, variant.label)
+        for variant in asked.variants
+        for folder in asked.folders(variant)
+        if folder not in failures
+    ]
+
+
+def finetune(
+    model: Annotated[
+        str, typer.Option(help="Your network as module:function, or a model's name.")
+    ],
+    weights: Annotated[Path, typer.Option(help="Weights to begin with: .safetensors or .pt.")],
+    data: Annotated[
+        str, typer.Option(help="Data set: training images tune, test images are certified.")
+    ],
+    perturbation: Annotated[
+        str, typer.Option(help="Family, with --sigma, or FAMILY:SIGMA, such as rotation:18deg.")
+    ],
+    sigma: Sigma = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs over the training images.")] = 10,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 0.01,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a step.")] = 64,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Test images to certify; default: 500.")
+    ] = None,
+    n: Annotated[
+        int, typer.Option("--n", parser=positive, metavar="VOTES", help="Votes for each image.")
+    ] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of steps and noise.")] = 0,
+    set_: Settings = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the results; default: runs/<weights>-<hash>."),
+    ] = None,
+    data_dir: DataDir = None,
+    device: Devices = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Fine-tune your own weights with noise, and certify them before and after.
+
+    A short form of a study with one client; the same command resumes an interrupted one.
+    """
+    check_data_folder(data_dir)
+    check_file(weights, WEIGHTS)
+    from certifl.cli import terminal
+    from certifl.experiments import finetune as tuning
+    from certifl.experiments.run import Options, compute
+    from certifl.models import allow_code
+    from certifl.report import summary_rows, write_report
+    from certifl.runs.folder import require_own_folder
+
+    request = tuning.Request(
+        *(model, weights, data, perturbation, sigma, epochs, lr, batch_size, images, n, seed),
+        settings=set_ or [],
+    )
+    specs = tuning.finetune_specs(request)
+    allow_code(model, Path.cwd())
+    folder = out or Path("runs") / f"{weights.stem}-{specs['after'].hash()[:8]}"
+    page = folder / "report.html"
+    require_own_folder(folder, list(specs), (page.name, "figures", tuning.WEIGHTS))
+    runs: dict[str, OpenRun] = {}
+    with interruptible(overwrite), terminal.Board() as board:
+        for name, spec in specs.items():
+            board.stage(name)
+            options = Options(
+                folder / name,
+                data_dir,
+                device,
+                overwrite,
+                report=board.report,
+                command=command_line(),
+            )
+            runs[name] = compute(spec, options)
+        labels = {"before": tuning.BEFORE, "after": tuning.AFTER}
+        results = [_labelled(runs[name], label) for name, label in labels.items()]
+        tuned = tuning.save_finetuned(runs["after"], folder)
+        write_report(results, page, title=specs["after"].name)
+    terminal.show_summary(summary_rows(results))
+    say(f"\nReport: {page.resolve()}\nWeights: {tuned.resolve()}")
+
+
+def _labelled(run: Path | StoredRun, label: str) -> RunResults:
+    """A finished run under another name."""
+    from certifl.report import load_run
+
+    found = load_run(run)
+    return replace(found, label=label, manifest={**found.manifest, "label": label})
 
 
 def reproduce(
@@ -160,11 +352,12 @@ def reproduce(
     """
     check_data_folder(data_dir)
     from certifl.cli import terminal
+    from certifl.experiments.parallel import helped
     from certifl.experiments.run import Options
     from certifl.paper.costs import costs
     from certifl.paper.figures import chosen_figures
     from certifl.paper.pages import complete, write_paper_figure
-    from certifl.paper.reproduce import helped, jobs_here, make_plan
+    from certifl.paper.reproduce import jobs_here, make_plan
     from certifl.paper.reproduce import reproduce as compute
     from certifl.paper.scales import scale_named
 
@@ -184,7 +377,7 @@ def reproduce(
             command=command_line(),
             workers=workers,
         )
-        with helped(study, options, at_once):
+        with helped(study.jobs, options, at_once):
             for folder, changed in compute(study, options, board.stage):
                 page = folder / "report.html"
                 if changed or not complete(folder):

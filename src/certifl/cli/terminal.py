@@ -20,14 +20,17 @@ from certifl.certification.metadata import below_sigma
 from certifl.experiments.doctor import Fact
 from certifl.experiments.plan import Plan
 from certifl.experiments.standalone import Prediction
+from certifl.experiments.sweep import Cost as SweepCost
 from certifl.paper.claims.rules import NOT_TESTED
 from certifl.paper.costs import Cost
 from certifl.perturbations import trait
 from certifl.perturbations.units import format_amount
+from certifl.progress import Pace, short
 from certifl.safe_io import visible
 
 _QUIET_SECONDS = 10.0
 _WIDEST = 400
+_YEAR = 365.25  # days
 
 
 class Board:
@@ -51,10 +54,9 @@ class Board:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._stage, self._what = "", ""
+        self._stage, self._pace = "", Pace()
         self._task: TaskID | None = None
-        self._started = self._said = 0.0
-        self._first = 0
+        self._said = 0.0
         self._interrupted = False
         self._handler_before: Any = None
 
@@ -82,15 +84,15 @@ class Board:
 
     def stage(self, name: str) -> None:
         """What the next reports belong to."""
-        self._stage, self._what = name, ""
+        self._stage, self._pace = name, Pace()
 
     def report(self, what: str, done: int, total: int, unit: str) -> None:
         """Progress of one piece of work, with the time left as its pace so far suggests."""
         if self._interrupted:
             raise KeyboardInterrupt
-        if what != self._what:
-            self._begin(what, done)
-        left = self._time_left(done, total)
+        if self._pace.begins(what, done):
+            self._begin(what)
+        left = self._pace.left(done, total)
         detail = f"{done:,}/{total:,} {unit}"
         if self._task is not None:
             self._bars.update(self._task, completed=done, total=total, detail=detail, left=left)
@@ -100,19 +102,10 @@ class Board:
             line = f"{self._stage}: {what} {detail} {left}".rstrip()
             self._console.print(line, highlight=False, soft_wrap=True)
 
-    def _begin(self, what: str, done: int) -> None:
-        self._what, self._first = what, done
-        self._started = self._said = time.monotonic()
+    def _begin(self, what: str) -> None:
+        self._said = time.monotonic()
         title = f"{self._stage}: {what}"
         self._task = self._bars.add_task(title, total=None, detail="", left="")
-
-    def _time_left(self, done: int, total: int) -> str:
-        spent, gone = time.monotonic() - self._started, done - self._first
-        if gone <= 0 or done >= total:
-            return ""
-        seconds = math.ceil(spent * (total - done) / gone)
-        hours, minutes = seconds // 3600, seconds // 60 % 60
-        return f"about {hours} h {minutes} min left" if hours else f"about {_short(seconds)} left"
 
 
 def _console(*, soft_wrap: bool = False, width: int | None = None) -> Console:
@@ -127,10 +120,6 @@ def _printable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _printable(inner) for key, inner in value.items()}
     return [_printable(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _short(seconds: int) -> str:
-    return f"{seconds // 60} min {seconds % 60} s" if seconds >= 60 else f"{seconds} s"
 
 
 def show_summary(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -160,6 +149,30 @@ def show_summary(rows: Sequence[Mapping[str, Any]]) -> None:
         f"Warning: {row['label']}: {row['left_out']}" for row in rows if row.get("left_out")
     ):
         console.print(warning)
+
+
+def show_classes(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table of classes for each row of the summary."""
+    rows = _printable(list(rows))
+    for label, noise in dict.fromkeys((row["label"], row["perturbation"]) for row in rows):
+        part = [row for row in rows if (row["label"], row["perturbation"]) == (label, noise)]
+        table = Table(
+            title=f"{label}, by class" + (f": {noise}" if noise else ""),
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        table.add_column("class")
+        radii = [one["radius_text"] for one in part[0]["accuracy"]]
+        for title in ("images", "ACR", *radii, "abstained"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for row in part:
+            shares = [*(one["text"] for one in row["accuracy"]), row["abstained_text"]]
+            texts = [text.replace(" %", "%") for text in shares]
+            table.add_row(row["name"], f"{row['images']:,}", row["acr_text"], *texts)
+        console = _console()
+        needed = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
+        _console(width=max(console.width, needed)).print(table)
 
 
 def _clients(numbers: Sequence[int]) -> str:
@@ -266,7 +279,8 @@ def show_prediction(prediction: Prediction) -> None:
             f"label   {visible(prediction.class_name)} (class {int(certificates.predicted[0])})"
         )
         console.print(f"radius  {radius} in {facts['norm']} norm, {facts['family']}")
-    console.print(f"model   client {prediction.client} uses {prediction.deploys}")
+    whose = "" if prediction.client is None else f"client {prediction.client} uses "
+    console.print(f"model   {whose}{visible(prediction.deploys)}")
     if prediction.changed:
         console.print(
             f"image   {prediction.changed}: the certificate holds for the converted image"
@@ -356,27 +370,68 @@ def show_plan(name: str, plan: Plan) -> None:
         console.print(f"- {sentence}", style="dim")
 
 
+def show_sweep(name: str, costs: Sequence[SweepCost], at_once: int) -> None:
+    """What the variants of a sweep will take."""
+    console = _console(soft_wrap=True)
+    console.print(f"Plan of the sweep {visible(name)}: nothing was trained or written.")
+    rows = [
+        (visible(c.label), f"{c.runs}", f"{c.done}", f"{c.votes:,}", _left(c.seconds))
+        for c in costs
+    ]
+    runs, done, votes = (sum(getattr(c, key) for c in costs) for key in ("runs", "done", "votes"))
+    seconds = sum(c.seconds for c in costs)
+    rows.append(("all", f"{runs}", f"{done}", f"{votes:,}", _left(seconds)))
+    _print_costs(("variant", "runs", "done", "votes expected", "time"), rows)
+    several = f"; {at_once} at a time (--jobs) at best {_roughly(seconds / at_once)}"
+    console.print(
+        f"Times are those of one run after the other{several if at_once > 1 and seconds else ''}. "
+        "Each variant was measured on random images for a few seconds; a training that several "
+        "runs share is counted once. Not counted are a few seconds for each run: its start, the "
+        "images of the explorer, the page. `certifl plan` says more about one of them.",
+        style="dim",
+    )
+
+
+def _left(seconds: float) -> str:
+    return _roughly(seconds) if seconds else "finished"
+
+
+def _print_costs(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table of names and numbers, wider than the terminal if need be."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(head[0], no_wrap=True)
+    for title in head[1:]:
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = _console()
+    needed = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
+    _console(width=max(console.width, needed)).print(table)
+
+
 def show_study(costs: Mapping[str, Cost], scale: str, words: str) -> None:
     """What figures will take: runs they share are counted in each, and once in the last line."""
     console = _console(soft_wrap=True)
     console.print(f"Plan at scale {scale}: nothing was computed or written.")
     console.print(f"This scale is {words}.", style="dim")
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("figure", no_wrap=True)
-    for title in ("runs", "done", "trainings left", "votes at most", "rough time"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for name, cost in costs.items():
-        table.add_row(
+    rows = [
+        (
             name,
             f"{cost.runs}",
             f"{cost.done}",
             f"{cost.trainings}",
             f"{cost.votes_at_most:,}",
-            _roughly(cost.seconds) if cost.seconds else "finished",
+            "not measured" if cost.unknown else _left(cost.seconds),
         )
-    needed = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
-    _console(width=max(console.width, needed)).print(table)
+        for name, cost in costs.items()
+    ]
+    _print_costs(("figure", "runs", "done", "trainings left", "votes at most", "rough time"), rows)
     measured = list(costs.values())[-1].measured
+    if any(cost.unknown for cost in costs.values()):
+        console.print(
+            "No GPU's speed is known before it has finished a run of each network of this study.",
+            style="dim",
+        )
     console.print(
         f"Speeds are measured in finished runs of this study for {100 * measured:.0f} % of the "
         "runs left, otherwise orders of magnitude. A figure's runs are counted in its line even "
@@ -386,13 +441,16 @@ def show_study(costs: Mapping[str, Cost], scale: str, words: str) -> None:
 
 
 def _roughly(seconds: float) -> str:
-    return _clock(seconds) if seconds < 2 * 86_400 else f"{seconds / 86_400:,.0f} days"
+    days = seconds / 86_400
+    if days < 2:
+        return _clock(seconds)
+    return f"{days:,.0f} days" if days < _YEAR else f"{days / _YEAR:,.1f} years"
 
 
 def _clock(seconds: float) -> str:
     whole = math.ceil(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours} h {minutes} min" if hours else _short(whole)
+    return f"{hours} h {minutes} min" if hours else short(whole)
 
 
 def _bytes(count: int) -> str:

@@ -15,7 +15,7 @@ from certifl.registry import NonNegative, Positive, PositiveInt, Registry, Row, 
 if TYPE_CHECKING:
     from certifl.data.allocation import Column
     from certifl.data.dataset import Dataset, ImageSplit, fingerprint, random_part, to_float
-    from certifl.data.decode import changes_of, read_image
+    from certifl.data.decode import changes_of, read_image, shape_of_file
     from certifl.data.loading import EMBEDDED, load, named_folder
     from certifl.data.partition import ClientIndices, Partition, check, choose, label_checksum
     from certifl.data.splitters import Splitter, assign_images
@@ -39,6 +39,7 @@ __all__ = [
     "named_folder",
     "random_part",
     "read_image",
+    "shape_of_file",
     "to_float",
 ]
 
@@ -74,7 +75,7 @@ SPLITS: Registry[Row] = Registry(
 _MODULES = {
     "certifl.data.allocation": ("Column",),
     "certifl.data.dataset": ("Dataset", "ImageSplit", "fingerprint", "random_part", "to_float"),
-    "certifl.data.decode": ("changes_of", "read_image"),
+    "certifl.data.decode": ("changes_of", "read_image", "shape_of_file"),
     "certifl.data.loading": ("EMBEDDED", "load", "named_folder"),
     "certifl.data.partition": ("ClientIndices", "Partition", "check", "choose", "label_checksum"),
     _SPLITTERS: ("Splitter", "assign_images"),

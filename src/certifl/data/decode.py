@@ -153,6 +153,17 @@ def read_image(
     return to_float(torch.from_numpy(_stack([np.asarray(image)])))
 
 
+def shape_of_file(path: str | Path) -> tuple[int, tuple[int, int]]:
+    """Channels (1 or 3), and height and width, of an image file.
+
+    Raises:
+        InputError: as `read_image`.
+    """
+    file = Path(path)
+    image = _open(lambda: str(file), file)
+    return len(image.getbands()), (image.height, image.width)
+
+
 def changes_of(path: str | Path, in_channels: int, image_size: tuple[int, int]) -> str:
     """How `read_image` changes a file's pixels for the model, in words; "" = not at all."""
     file = Path(path)

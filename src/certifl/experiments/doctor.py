@@ -22,6 +22,7 @@ from certifl.study.environment import machine_metadata, versions
 # extra -> (a module it brings, what is not possible without it)
 EXTRAS = {
     "hub": ("datasets", "data sets by their name on the Hugging Face hub"),
+    "pandas": ("pandas", "data frames of results in Python"),
     "flower": ("flwr", "`certifl deploy`: federations over a network"),
     "dp": ("opacus", "[privacy] in a spec: differential privacy"),
     "tensorboard": ("tensorboard", "`certifl run --track tensorboard`"),

@@ -63,6 +63,7 @@ class Plan:
     Attributes:
         votes_at_most, votes_expected: of all clients together.
         training_seconds: of all rounds.
+        tuning_seconds: of these, what is left where the training that it continues is finished.
         certification_seconds_at_most, certification_seconds: of those votes.
         votes_per_second: measured.
         memory_bytes: peak of the process. device_bytes: peak on the GPU, 0 without one.
@@ -74,6 +75,7 @@ class Plan:
     votes_at_most: int
     votes_expected: int
     training_seconds: float
+    tuning_seconds: float
     certification_seconds_at_most: float
     certification_seconds: float
     votes_per_second: float
@@ -111,7 +113,7 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
         (data.shape[1], data.shape[2]),
     )
     check_images(model, dict(enumerate(train.tolist())))
-    training, parts = _training_seconds(spec, model, data, train, place)
+    (training, tuning), parts = _training_seconds(spec, model, data, train, place)
     network = _network(spec, model.eval(), data, place, certified)
     speed = _votes_per_second(spec, network, data, images_of)
     settings = spec.certification.settings()
@@ -123,6 +125,7 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
         votes_at_most=at_most,
         votes_expected=expected,
         training_seconds=training,
+        tuning_seconds=tuning,
         certification_seconds_at_most=at_most / speed,
         certification_seconds=expected / speed,
         votes_per_second=speed,
@@ -205,8 +208,8 @@ def _network(
 
 def _training_seconds(
     spec: Spec, model: nn.Module, data: Facts, train: np.ndarray, device: torch.device
-) -> tuple[float, tuple[Parts, Parts]]:
-    """Seconds of all rounds of all clients, and what server and client keep after one."""
+) -> tuple[tuple[float, float], tuple[Parts, Parts]]:
+    """Seconds of all rounds of all clients, and of the last extra one; what is kept after one."""
     schedule, algorithm = spec.training.schedule(), spec.build_algorithm()
     federated, personal = spec.augmentations()
     with training_threads(model):
@@ -226,14 +229,15 @@ def _training_seconds(
             for batches in (1, _BATCHES)
         )
         taking_part = spec.clients.participants / spec.clients.count
-        passes, seconds = taking_part * schedule.rounds * schedule.local_epochs, 0.0
+        passes, seconds, tuning = taking_part * schedule.rounds * schedule.local_epochs, 0.0, 0.0
         for client, images in _alike(spec.augmentations(), train).values():
             size, epoch = few, bench.seconds(client, 0, few)
             if epoch < _SECONDS / _BATCHES:
                 size, epoch = more, bench.seconds(client, 0, more)
-            extra = sum(bench.seconds(client, 1, size) for _ in range(algorithm.extra_rounds))
-            seconds += (epoch * passes + extra) / size * images
-    return seconds, (bench.start.parts, bench.kept.parts)
+            extra = [bench.seconds(client, 1, size) for _ in range(algorithm.extra_rounds)]
+            seconds += (epoch * passes + sum(extra)) / size * images
+            tuning += sum(extra[-1:]) / size * images
+    return (seconds, tuning), (bench.start.parts, bench.kept.parts)
 
 
 class _Rounds:

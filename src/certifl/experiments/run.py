@@ -50,8 +50,9 @@ from certifl.study.opened_run import (
 )
 from certifl.study.privacy import protection, spent, training_key
 from certifl.study.setup import by_client, check_training, local_training, participation
+from certifl.study.weights import keep_weights
 from certifl.tracking import check_trackers
-from certifl.tracking.run_tracker import News, track_finished, tracked
+from certifl.tracking.run_tracker import Update, track_finished, tracked
 
 _log = logging.getLogger(__name__)
 
@@ -114,20 +115,31 @@ def compute(spec: Spec, options: Options) -> OpenRun:
     with opened.folder.locked():
         opened.folder.begin(spec.to_toml(), spec.hash(), options.overwrite)
         _describe(opened, options)
-        with tracked(options.track, opened) as news:
+        with tracked(options.track, opened) as update:
             with training_threads(opened.architecture):
-                opened.last_round = _train(opened, options, device, news)
+                opened.last_round = _train(opened, options, device, update)
             release_memory()  # training is over: certification may need all there is
-            news()
+            update()
             if len(devices := device_names(options.device)) > 1:
                 run_arithmetic(opened, device)
                 cast_votes(opened, options.data_dir, devices, options.report)
             certify_clients(opened, device, options.report)
-            news()
+            update()
         if options.explore:
             explore(opened, device, options.report)
         opened.manifest = opened.folder.update({"status": FINISHED, "finished": now()})
     return opened
+
+
+def check(spec: Spec, options: Options) -> None:
+    """Refuse, with nothing written, a study that does not fit its data, network or device.
+
+    Raises:
+        RequestError: it does not.
+    """
+    opened = OpenRun(options.out)
+    opened.spec = spec
+    _prepare(opened, options)
 
 
 def _prepare(run: OpenRun, options: Options) -> str:
@@ -200,9 +212,10 @@ def _describe(run: OpenRun, options: Options) -> None:
         }
     )
     write_json(run.folder.partition, partition.to_manifest())
+    keep_weights(run.folder, spec, run.architecture)
 
 
-def _train(run: OpenRun, options: Options, device: str, news: News) -> StoredRound:
+def _train(run: OpenRun, options: Options, device: str, update: Update) -> StoredRound:
     """Run the rounds that are missing, from a sibling's finished training where one fits."""
     started = time.perf_counter()
     folder, spec, dataset, model = run.folder, run.spec, run.dataset, run.architecture
@@ -214,8 +227,8 @@ def _train(run: OpenRun, options: Options, device: str, news: News) -> StoredRou
         [_client_data(dataset, client.train, number) for number, client in enumerate(clients)],
         local_training(spec, model, device, private),
         Checkpoints(folder.training),
-        progress=_rounds(run, options.report, news),
-        participation=participation(spec, len(clients)),
+        progress=_rounds(run, options.report, update),
+        participation=participation(spec),
         ledger=private.ledger,
         start_from=_taken_over(folder, _sibling_training(run, options.siblings)),
         rule=private.client or spec.aggregation.build(),
@@ -240,13 +253,15 @@ def _sizes(partition: Partition) -> list[int]:
     return [len(client.train) for client in partition.clients]
 
 
-def _rounds(run: OpenRun, report: StageCallback | None, news: News) -> Callable[[Progress], None]:
+def _rounds(
+    run: OpenRun, report: StageCallback | None, update: Update
+) -> Callable[[Progress], None]:
     scheduled, each = run.spec.training.rounds, run.spec.clients.participants
     extra = run.algorithm.extra_rounds * run.spec.clients.count
 
     def on_client(progress: Progress) -> None:
         if progress.done == 1:  # every round before this one is committed
-            news()
+            update()
         if report is None:
             return
         participants = progress.participants
@@ -263,15 +278,23 @@ def _client_data(dataset: Dataset, index: np.ndarray, client: int) -> ClientData
     return ClientData(client, part.images, part.labels)
 
 
+def shares_training(spec: Spec) -> bool:
+    """Whether a training may be taken over by another run, or taken from one.
+
+    A user's network is always trained: its code may have changed under the same name. So is a run
+    whose noise has a secret key: each has its own.
+    """
+    return ":" not in spec.model.name and spec.privacy.noise_key != "secret"
+
+
 def _sibling_training(run: OpenRun, siblings: tuple[Path, ...]) -> RunFolder | None:
     """A finished training that this one continues: the same, or the base it personalizes.
 
     It must have the same images, versions, processor and device: its bits are then those that
-    this run would compute. A user's network is always trained: its code may have changed under
-    the same name. So is a run whose noise has a secret key: each has its own.
+    this run would compute.
     """
     spec = run.spec
-    if ":" in spec.model.name or spec.privacy.noise_key == "secret":
+    if not shares_training(spec):
         return None
     own, wanted = run.folder.manifest(), {spec.training_hash()}
     if isinstance(run.algorithm, Personalized):

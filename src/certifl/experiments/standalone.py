@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +17,20 @@ from certifl.certification.api import certify
 from certifl.certification.arithmetic import Arithmetic, Trial
 from certifl.certification.network import Network
 from certifl.certification.settings import Settings
-from certifl.data import Dataset, changes_of, choose, load, read_image
+from certifl.data import (
+    Dataset,
+    changes_of,
+    choose,
+    load,
+    read_image,
+    shape_of_file,
+)
 from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.models import build
-from certifl.models.weights import load_weights, read_checkpoint, weights_in
 from certifl.module_copies import evaluating
-from certifl.path_checks import WEIGHTS, check_certificate_file, check_file
+from certifl.path_checks import check_certificate_file
 from certifl.perturbations import DEFAULT, Perturbation, describe, from_description
 from certifl.progress import StageCallback
-from certifl.runs.atomic import load_tensors
 from certifl.study.certify import (
     Job,
     VoteSource,
@@ -38,11 +41,11 @@ from certifl.study.certify import (
     stored_arithmetic,
 )
 from certifl.study.opened_run import ClientStudy, Deployed, OpenRun, certified_by
+from certifl.study.weights import begin_with
 from certifl.torch_env import one_thread
 
-_log = logging.getLogger(__name__)
-
 _DEFAULT_SIGMA = 0.25
+_MOST_CLASSES = 100_000
 
 
 @dataclass(frozen=True)
@@ -199,19 +202,23 @@ def _check_options(request: Request) -> None:
 
 def _perturbation(request: Request, run: OpenRun | None) -> Perturbation:
     """The requested one; by default the run's own, or pixel noise of 0.25."""
-    if request.family is not None:
-        return from_description(
-            {
-                "family": request.family,
-                **({} if request.sigma is None else {"sigma": request.sigma}),
-            }
-        )
-    own = from_description(DEFAULT)
-    if run is not None:
-        own = certified_by(run.spec, request.client)
-    if request.sigma is None:
-        return own
-    return from_description({**describe(own), "sigma": request.sigma})
+    own = None if run is None else certified_by(run.spec, request.client)
+    return perturbation_named(request.family, request.sigma, own)
+
+
+def perturbation_named(
+    family: str | None, sigma: str | None, own: Perturbation | None = None
+) -> Perturbation:
+    """The one that a family and sigma name; without a family `own`, or pixel noise of 0.25.
+
+    Raises:
+        InputError: there is no such family, or sigma is no amount in its unit.
+    """
+    given = {} if sigma is None else {"sigma": sigma}
+    if family is not None:
+        return from_description({"family": family, **given})
+    usual = from_description(DEFAULT) if own is None else own
+    return from_description({**describe(usual), **given}) if given else usual
 
 
 def _from_run(request: Request, run: OpenRun) -> tuple[nn.Module, Dataset, np.ndarray]:
@@ -227,45 +234,27 @@ def _from_model(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:
     if request.data is None or request.weights is None:
         raise InputError("--model needs --weights FILE and --data NAME.")
     dataset = load(request.data, request.data_dir)
-    model = build(
-        request.model,
-        dataset.in_channels,
-        dataset.num_classes,
-        request.seed,
-        image_size=dataset.image_size,
-    )
-    misfit = f"{request.weights} does not fit {request.model}"
-    if change := load_weights(model, _weights(request.weights), misfit):
-        _log.warning("%s: %s", request.weights, change)
+    images = ImageKind(dataset.in_channels, dataset.image_size, tuple(dataset.class_names))
+    model = _trained(request.model, request.weights, images, request.seed)
     everything = np.arange(len(dataset.test))
-    return evaluating(model), dataset, choose(everything, request.images, request.seed, 0)
+    return model, dataset, choose(everything, request.images, request.seed, 0)
 
 
-def _weights(path: Path) -> Mapping[str, Tensor]:
-    check_file(path, WEIGHTS)
-    if path.suffix == ".safetensors":
-        try:
-            return load_tensors(path)
-        except StoreError as error:
-            raise InputError(
-                f"{error} It is no whole file of weights: save model.state_dict() anew with "
-                "safetensors.torch.save_file."
-            ) from error
-    _require_plain(path)
-    return weights_in(read_checkpoint(path), str(path))
+@dataclass(frozen=True)
+class ImageKind:
+    """What a network takes: channels, height and width, and what its classes are called."""
+
+    in_channels: int
+    image_size: tuple[int, int]
+    class_names: tuple[str, ...]
 
 
-def _require_plain(path: Path) -> None:
-    """Refuse a file of weights that expands: torch writes them without compression."""
-    try:
-        with zipfile.ZipFile(path) as packed:
-            inside = sum(entry.file_size for entry in packed.infolist())
-    except (OSError, ValueError, zipfile.BadZipFile):
-        return  # older files of torch are no archive; what is damaged is refused when it is read
-    if inside > path.stat().st_size:
-        raise InputError(
-            f"{path} would expand to {inside:,} bytes. Save model.state_dict() with torch.save."
-        )
+def _trained(name: str, weights: Path, images: ImageKind, seed: int) -> nn.Module:
+    """A network with its weights, in evaluation mode."""
+    classes = len(images.class_names)
+    model = build(name, images.in_channels, classes, seed, image_size=images.image_size)
+    begin_with(model, weights, name)
+    return evaluating(model)
 
 
 @dataclass(frozen=True)
@@ -274,13 +263,13 @@ class Prediction:
 
     Attributes:
         certificates: one row. class_name: of the predicted class, "" where it abstained.
-        client: whose model predicted. deploys: which model that is, in words.
+        client: whose model predicted; None = that of no study. deploys: which model, in words.
         changed: how the file's pixels were converted, in words; "" = not at all.
     """
 
     certificates: Certificates
     class_name: str
-    client: int
+    client: int | None
     deploys: str
     changed: str = ""
 
@@ -326,10 +315,93 @@ def certify_image(
             keep=wanted.keep,
             calibration=_scales(run, used.client) if wanted.precision == "int8" else None,
         )
+    images = ImageKind(used.in_channels, used.image_size, used.class_names)
+    return _prediction(path, certificates, images, used.client, used.deploys)
+
+
+def _prediction(
+    path: Path, certificates: Certificates, images: ImageKind, client: int | None, deploys: str
+) -> Prediction:
     label = int(certificates.predicted[0])
-    name = used.class_names[label] if label >= 0 else ""
-    changed = changes_of(path, used.in_channels, used.image_size)
-    return Prediction(certificates, name, used.client, used.deploys, changed)
+    name = images.class_names[label] if label >= 0 else ""
+    changed = changes_of(path, images.in_channels, images.image_size)
+    return Prediction(certificates, name, client, deploys, changed)
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    """A network that no study trained, and how it is smoothed.
+
+    Attributes:
+        name: of a network, or module:function. weights: its file.
+        data, data_dir: a data set whose channels, image size and classes are the network's; or
+        classes: their number, or their names with commas between; the image gives the rest.
+        perturbation: as `certifl certify` takes it. n: votes. seed, precision: as elsewhere.
+    """
+
+    name: str
+    weights: Path
+    data: str | None
+    data_dir: Path | None
+    classes: str | None
+    perturbation: Perturbation
+    n: int
+    seed: int
+    precision: str
+
+    def images(self, path: Path) -> ImageKind:
+        """What the network takes.
+
+        Raises:
+            InputError: neither a data set nor classes are named, or both.
+        """
+        if (self.data is None) == (self.classes is None):
+            raise InputError(
+                "--model needs to know its classes: give --classes with their number or names, "
+                "such as 10 or cat,dog, or --data with the data set it was trained on."
+            )
+        if self.data is not None:
+            dataset = load(self.data, self.data_dir)
+            names = tuple(dataset.class_names)
+            return ImageKind(dataset.in_channels, dataset.image_size, names)
+        return ImageKind(*shape_of_file(path), _class_names(str(self.classes)))
+
+
+def _class_names(text: str) -> tuple[str, ...]:
+    """Names from a number, 0 to n - 1, or from a list."""
+    names = tuple(name.strip() for name in text.split(","))
+    if len(names) == 1 and text.strip().isdigit() and int(text) <= _MOST_CLASSES:
+        names = tuple(map(str, range(int(text))))
+    if len(names) < 2 or not all(names):
+        raise InputError(
+            f"--classes is a number from 2 to {_MOST_CLASSES:,}, or at least two names; got "
+            f"{text!r}."
+        )
+    return names
+
+
+def certify_image_with(path: Path, own: OwnModel, resize: bool, device: str) -> Prediction:
+    """Certify one image with a network that no study trained.
+
+    Args:
+        path: the image. own: the network. resize: fit the image to it. device: as elsewhere.
+
+    Raises:
+        InputError, ModelError: the image, the network or its weights do not fit.
+    """
+    images = own.images(path)
+    model = _trained(own.name, own.weights, images, own.seed)
+    image = read_image(path, images.in_channels, images.image_size, resize=resize)
+    certificates = certify(
+        model,
+        image,
+        own.perturbation,
+        n=own.n,
+        seed=own.seed,
+        precision=own.precision,
+        device=device,
+    )
+    return _prediction(path, certificates, images, None, f"{own.name} with {own.weights}")
 
 
 def _choice(path: Path, device: str) -> Arithmetic | None:

@@ -37,6 +37,7 @@ from certifl.safe_io import MALFORMED
 from certifl.spec import Spec
 from certifl.study.curves import possible_averages
 from certifl.study.opened_run import OpenRun
+from certifl.study.weights import weights_problems
 
 _SHOWN = 4  # images that are named where the same is wrong with many
 _MODELS = "models, which are with the clients"
@@ -212,6 +213,8 @@ class _OfRun:
             return [str(error)]
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             return [f"the final checkpoint cannot be read ({error!r})"]
+        initial = self.run.last_round.identity.get("initial_model")
+        models += weights_problems(self.run.folder, self.spec, initial)
         return models + history_problems(self.run) + self._privacy()
 
     def _privacy(self) -> list[str]:
@@ -264,6 +267,8 @@ class _OfRun:
         if self.spec.certification.precision == "int8":
             compared.append("fingerprints of weights and scales")
             unchecked.append(_SCALES)
+        if self.spec.model.weights is not None:
+            compared.append("initial weights")
         if self.local:
             compared.append("partition.json")
         if self.images.dataset is not None:

@@ -233,7 +233,9 @@ def _identity(
         identity["objective"] = _printed(training.objective)
     if training.precision != "float32":
         identity["precision"] = training.precision
-    if isinstance(participation, RandomShare) and participation.share < 1:
+    if isinstance(participation, RandomShare) and (
+        participation.share < 1 or participation.clients < len(clients)
+    ):
         identity["participation"] = asdict(participation)
     if training.privacy is not None:
         identity["privacy"] = training.privacy.described()

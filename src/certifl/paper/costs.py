@@ -2,7 +2,7 @@
 
 Speeds are those of finished runs of the same study: images trained and votes cast per second, and
 the share of votes cast despite early stopping. Without finished runs a small table is used, which
-is rough: another machine may be several times faster or slower.
+is rough: another processor may be several times faster or slower. It has no GPU.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from certifl.certification.network import choose_device
 from certifl.certification.settings import ESTIMATORS
 from certifl.errors import StoreError
 from certifl.experiments.multi_gpu import device_names
+from certifl.experiments.parallel import Job
 from certifl.experiments.plan import EXPECTED_SHARE, KNOWN
-from certifl.paper.reproduce import Job, Plan
+from certifl.paper.reproduce import Plan
 from certifl.runs.folder import RunFolder
 from certifl.safe_io import parse_json, read_text
 from certifl.spec import Spec, load_stored
@@ -41,11 +42,10 @@ ROUGH: Mapping[tuple[str, str], Speed] = {
     ("small_cnn", "cpu"): Speed(2_000, 5_000),
     ("small_resnet", "cpu"): Speed(600, 3_000),
     ("resnet18", "cpu"): Speed(40, 150),
-    ("small_cnn", "cuda"): Speed(20_000, 200_000),
-    ("small_resnet", "cuda"): Speed(15_000, 100_000),
-    ("resnet18", "cuda"): Speed(5_000, 30_000),
 }
-"""By network and kind of device, for images up to 32 x 32; orders of magnitude only."""
+"""By network and kind of device, for images up to 32 x 32; orders of magnitude only.
+
+No GPU was measured: there, finished runs of the study say how fast it is, or nothing does."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Cost:
         votes_at_most: remaining.
         seconds: remaining, roughly.
         measured: share of the remaining runs whose speed is known from finished runs.
+        unknown: number of remaining runs whose speed nothing says; `seconds` leaves them out.
     """
 
     runs: int
@@ -66,6 +67,7 @@ class Cost:
     votes_at_most: int
     seconds: float
     measured: float
+    unknown: int = 0
 
 
 def costs(plan: Plan, device: str) -> dict[str, Cost]:
@@ -90,20 +92,26 @@ def _cost(
     remaining = [job.spec for job in jobs if not done[job.path]]
     trained = {job.spec.training_hash() for job in jobs if done[job.path]}
     trainings = votes = 0
-    seconds, measured = 0.0, 0
+    seconds, measured, unknown = 0.0, 0, 0
     for spec in remaining:
         speed = speeds.get(_material(spec))
         measured += speed is not None
-        speed = speed or ROUGH.get((spec.model.name, kind), ROUGH["resnet18", kind])
+        if speed is None and kind == "cpu":
+            speed = ROUGH.get((spec.model.name, kind), ROUGH["resnet18", kind])
         at_most = _votes_at_most(spec)
         votes += at_most
-        seconds += at_most * _share(spec, speed) / speed.votes
-        if spec.training_hash() not in trained:
+        new = spec.training_hash() not in trained
+        if new:
             trained.add(spec.training_hash())
             trainings += "base" not in spec.algorithm
-            seconds += _images_trained(spec) / speed.images
+        if speed is None:
+            unknown += 1
+            continue
+        seconds += at_most * _share(spec, speed) / speed.votes
+        seconds += _images_trained(spec) / speed.images if new else 0.0
     share = measured / len(remaining) if remaining else 1.0
-    return Cost(len(jobs), len(jobs) - len(remaining), trainings, votes, seconds, share)
+    done_runs = len(jobs) - len(remaining)
+    return Cost(len(jobs), done_runs, trainings, votes, seconds, share, unknown)
 
 
 def _material(spec: Spec) -> tuple[str, str]:

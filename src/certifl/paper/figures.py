@@ -83,10 +83,12 @@ class Figure:
     Attributes:
         title: what it shows.
         rows: of panels, from top to bottom.
+        says: what the paper says of it, in our words; "" where the paper does not have it.
     """
 
     title: str
     rows: tuple[tuple[Panel, ...], ...] = field(repr=False)
+    says: str = field(default="", repr=False)
 
     @property
     def panels(self) -> tuple[Panel, ...]:
@@ -175,17 +177,35 @@ def _every_client(clients: int) -> tuple[tuple[Panel, ...], ...]:
     )
 
 
+_EVERY_CLIENT = (
+    "The paper (A.3) draws each of {clients} clients instead of their mean. It finds that clients "
+    "differ far more with training alone than with personalized models, although their images "
+    "were dealt out evenly."
+)
+
 FIGURES: Mapping[str, Figure] = {
     "figure1": Figure(
         "Local, federated and personalized training against rotation",
         _by_clients(ROTATION, (4, 10, 20)),
+        "The paper (4.1) reads three things from it. With 4 clients, whose data are plenty, "
+        "training alone is good enough. With 10 or 20 clients it falls behind FedAvg, in places "
+        "by over 20 points of certified accuracy. Personalized models do as well as the global "
+        "one, which was trained robustly already. The best and the worst client lie farther apart "
+        "with training alone, the more so the more clients there are.",
     ),
     "figure2": Figure(
-        "Personalization of a nominally trained model", _by_family(10, SIX, NOMINAL, FROM_NOMINAL)
+        "Personalization of a nominally trained model",
+        _by_family(10, SIX, NOMINAL, FROM_NOMINAL),
+        "In the paper (4.2) clients train together without augmentation, and each then fine-tunes "
+        "with the perturbation that it wants to withstand. It finds that this improves robustness "
+        "much, for all three perturbations and both values of sigma.",
     ),
     "figure3": Figure(
         "Personalization of a model trained with affine deformations",
         _by_family(10, (ROTATION, TRANSLATION), AFFINE, FROM_AFFINE),
+        "In the paper (4.2) clients train together with affine deformations, another augmentation "
+        "than the one wanted. It finds that fine-tuning with rotations or translations still "
+        "improves robustness.",
     ),
     "figure4": Figure(
         "Personalized from a nominal model, or trained robustly alone",
@@ -193,26 +213,42 @@ FIGURES: Mapping[str, Figure] = {
             *_by_family(10, SIX, LOCAL, FROM_NOMINAL),
             _row([_setting(10, family, 1, "mnist") for family in SIX], LOCAL, FROM_NOMINAL),
         ),
+        "The paper (4.3) asks what serves a client better: robust training alone, or robust "
+        "fine-tuning of a model that was trained together without augmentation. At a small sigma, "
+        "it finds, fine-tuning is clearly ahead, for less computation. At a large sigma the two "
+        "are about equal, which it puts down to the small number of clients.",
     ),
     "figure5": Figure(
-        "Mixtures of global and local models", (_mixture(ROTATION), _mixture(TRANSLATION))
+        "Mixtures of global and local models",
+        (_mixture(ROTATION), _mixture(TRANSLATION)),
+        "The paper (4.4) varies λ of Eq. (4) between FedAvg (0) and training alone (1). It finds "
+        "mixtures ahead of FedAvg for both deformations, both values of sigma and nearly every λ, "
+        "and λ = 0.1, the least personal one, ahead of all. Their clients lie closer together "
+        "than those of fine-tuning and of training alone.",
     ),
     "figure6": Figure(
         "Local, federated and personalized training against translation",
         _by_clients(TRANSLATION, (4, 10)),
+        "The paper (A.1) repeats its first figure for translations, with 4 and 10 clients, and "
+        "sees the same: the more clients share the data, the worse training alone becomes.",
     ),
     "figure7": Figure(
         "Nominal federated training, robust personalisation",
         _by_family(100, SIX, LOCAL, NOMINAL, FROM_NOMINAL),
+        "With 100 clients each has too little data to train alone. The paper (A.2) finds that "
+        "robust fine-tuning of a model that was trained together without augmentation is then "
+        "farther ahead of training alone than with 10 clients.",
     ),
-    "figure8": Figure("Every client", _every_client(4)),
-    "figure9": Figure("Every client", _every_client(10)),
+    "figure8": Figure("Every client", _every_client(4), _EVERY_CLIENT.format(clients=4)),
+    "figure9": Figure("Every client", _every_client(10), _EVERY_CLIENT.format(clients=10)),
     "figure10": Figure(
         "Mixtures of global and local models, further data and perturbations",
         (
             *(_mixture(family, "mnist") for family in (ROTATION, TRANSLATION, PIXEL)),
             _mixture(PIXEL),
         ),
+        "The paper (A.5) adds pixel perturbations, and MNIST. It finds mixtures ahead of FedAvg "
+        "for most values of λ again, while the best λ depends on the perturbation and on sigma.",
     ),
 }
 
@@ -220,6 +256,9 @@ EXTRA: Mapping[str, Figure] = {
     "figure5-matched": Figure(
         "Mixtures with the learning rate divided by λ",
         tuple(_mixture(family, regimes=MATCHED) for family in (ROTATION, TRANSLATION)),
+        "The paper has no such figure. Eq. (5) multiplies the learning rate by λ, so a mixture "
+        "also takes smaller steps than FedAvg. Here it is divided by λ, which leaves the pull to "
+        "the mean as the only difference.",
     )
 }
 """Beyond the paper; not part of `all`."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from certifl._version import __version__
 from certifl.errors import StoreError
+from certifl.paper.beside import beside_section
 from certifl.paper.claims.section import verdicts_section
 from certifl.paper.drawing import Curve, GridPanel, paper_figure
 from certifl.report.figures import Drawing, save
@@ -67,16 +68,18 @@ def write_paper_figure(folder: str | Path) -> Path:
     ]
     drawing = paper_figure(panels, str(index["title"]))
     save(drawing, path, str(index["figure"]))
-    sections = []
+    sections, comparisons = [], []
     for page in index["pages"]:
         compared = [runs.labelled(run) for run in page["runs"]]
         title = _page_title(compared[0])
+        comparisons.append((title, compared))
         write_report(
             compared, _page_path(path, page), title, figures=False, claims=verdicts_section
         )
         link = f"{_PAGES}/{page['name']}.html"
         sections.append(_section(title, link, compared))
     sections.insert(0, verdicts_section(runs.all()))
+    sections.insert(0, beside_section(str(index["figure"]), runs.all(), comparisons))
     write_text(path / _PAGE, _page(index, drawing, sections))
     return path / _PAGE
 

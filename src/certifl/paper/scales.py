@@ -120,19 +120,6 @@ def _augmentation(setting: Setting, regime: Regime) -> dict[str, Any]:
     return {"federated": federated}
 
 
-def base_spec(spec: Spec) -> Spec:
-    """The training that a personalized spec continues, with next to no certification.
-
-    For a study in which no curve shows that training: its run exists only to be continued.
-    """
-    values = spec.model_dump(exclude_none=True)
-    values["name"] = f"{spec.name}: its start"
-    values["algorithm"] = values["algorithm"]["base"]
-    values["augmentation"]["personalized"] = "same"
-    values["certification"].update(images=1, estimator="top-class", n0=10, n=100)
-    return with_settings(values)
-
-
 _PAPER_CLIENTS = {4: 4, 10: 10, 20: 20, 100: 100}
 
 SMOKE = Scale(

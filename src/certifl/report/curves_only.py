@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from certifl.certification.certificates import ABSTAINED, Certificates
+from certifl.certification.metadata import CURVES_ONLY
 from certifl.errors import StoreError, StoreMismatch
 from certifl.runs.folder import StoredRun
 from certifl.safe_io import MALFORMED
@@ -24,7 +25,6 @@ from certifl.study.curves import impossible_curve
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-CURVES_ONLY = "curves_only"
 _MOST_IMAGES = 10**7
 
 

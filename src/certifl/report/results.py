@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from certifl.certification.certificates import UNLABELLED, Certificates, Predictions
-from certifl.certification.metadata import entries, masks
+from certifl.certification.certificates import Certificates, Predictions
+from certifl.certification.metadata import CURVES_ONLY
 from certifl.errors import InputError, StoreError, StoreMismatch
-from certifl.report.curves_only import CURVES_ONLY, certificates_from_curves
+from certifl.report.checks import certificates_problem, round_problem
+from certifl.report.curves_only import certificates_from_curves
 from certifl.runs.folder import StoredRun, damaged_manifest
 from certifl.safe_io import read_text
-from certifl.smoothing.arrays import Ints
+from certifl.smoothing.arrays import Floats, Ints
 
-_REQUIRED_METADATA = ("family", "sigma", "norm", "unit", "alpha")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
+
+MODEL = "model"
+"""Stands for the algorithm where certificates are of a model that no study trained."""
 _MUST_AGREE = ("family", "norm", "unit")
+# Parts of a run whose clients are reported apart.
+TRAINED, UNSEEN = "clients in training", "unseen clients"
 # Runs of one row may differ in these keys of the spec, and must agree in this metadata.
 _NO_SETTINGS = ("seed", "name", "certification.precision")
 _DECISIVE = ("family", "sigma", "law", "norm", "alpha", "n0", "n", "estimator")
@@ -41,6 +48,8 @@ class RunResults:
         history: one mapping per communication round; empty where nothing was trained.
         spec: text of `spec.toml`.
         plain: plain predictions of the clients that certify nothing; None where all certify.
+        color: that the user chose, as "#rrggbb"; None = the algorithm's own.
+        group: which clients these are, where some took no part in training; "" = all.
     """
 
     folder: Path
@@ -50,6 +59,8 @@ class RunResults:
     history: tuple[Mapping[str, Any], ...]
     spec: str
     plain: Predictions | None = None
+    color: str | None = None
+    group: str = ""
 
     @property
     def algorithm(self) -> str:
@@ -84,6 +95,12 @@ class RunResults:
         return np.unique(self.certificates.client)
 
     @property
+    def unseen(self) -> tuple[int, ...]:
+        """Numbers of the clients that took part in no round, from the manifest."""
+        listed = self.manifest.get("unseen")
+        return tuple(c for c in listed if type(c) is int) if isinstance(listed, list) else ()
+
+    @property
     def curves_only(self) -> bool:
         """Whether the clients shared curves and kept their certificates to themselves."""
         return CURVES_ONLY in self.conditions
@@ -105,6 +122,71 @@ class RunResults:
         if not isinstance(names, list) or client >= len(names):
             return str(client)
         return f"{client} ({names[client]})"
+
+    def curves(self, radii: Sequence[float | str] | Floats | None = None) -> DataFrame:
+        """Certified accuracy by radius; needs pandas, the extra `certifl[pandas]`.
+
+        Args:
+            radii: in the unit of the certificates, angles also as "5deg"; None = those of the
+                report's curves.
+
+        Returns:
+            A row for each radius, which is the index. Columns mean, min and max over clients, in
+            which each client counts once, and a column for each client, named by its number.
+
+        Raises:
+            InputError: clients certify different perturbations: take one of `parts`.
+        """
+        from certifl.report.frames import curves_frame
+
+        return curves_frame(self, radii)
+
+    def table(self, by: str | None = None) -> DataFrame:
+        """The numbers of the report's tables; needs pandas, the extra `certifl[pandas]`.
+
+        Args:
+            by: None = one row; "client" or "class" = one for each.
+
+        Returns:
+            Columns images, acr (average certified radius), "at R" (certified accuracy at a few
+            radii, share of images), abstained, votes_per_image. Without `by` also the 95 % limits
+            acr_low and acr_high, and the spread between best and worst client.
+
+        Raises:
+            InputError: clients certify different perturbations: take one of `parts`; or single
+                images are not known.
+        """
+        from certifl.report.frames import table_frame
+
+        return table_frame(self, by)
+
+    def plot(
+        self,
+        ax: Axes | None = None,
+        *,
+        label: str | None = None,
+        color: str | None = None,
+        unit: str | None = None,
+        bands: bool = True,
+    ) -> Axes:
+        """Draw certified accuracy against the radius; several calls share axes.
+
+        Args:
+            ax: matplotlib axes to draw on; None = those of a new figure.
+            label, color: of the curve; None = the algorithm's.
+            unit: "degrees" or "radians" for angles; None = degrees, with radians above.
+            bands: shade the area from the smallest to the largest client.
+
+        Returns:
+            The axes. Radii on them are in the stored unit, whatever their ticks show.
+
+        Raises:
+            InputError: a unit, a color, or clients that certify different perturbations.
+        """
+        from certifl.report.figures.axes import plot
+
+        chosen = {self.label: label} if label else None
+        return plot([self], ax, chosen, None, {self.label: color} if color else None, unit, bands)
 
     def __repr__(self) -> str:
         return f"RunResults({self.label!r}, {len(self.clients)} clients, {self.certificates!r})"
@@ -128,6 +210,11 @@ class SeedGroup:
         return self.runs[0].algorithm
 
     @property
+    def color(self) -> str | None:
+        """That the user chose for the row."""
+        return self.runs[0].color
+
+    @property
     def conditions(self) -> Mapping[str, Any]:
         """Metadata of the certificates of the first seed."""
         return self.runs[0].conditions
@@ -136,6 +223,11 @@ class SeedGroup:
     def folder(self) -> Path:
         """Of the first seed."""
         return self.runs[0].folder
+
+    @property
+    def group(self) -> str:
+        """Which clients these are; see `RunResults`."""
+        return self.runs[0].group
 
     @property
     def parts(self) -> tuple[RunResults, ...]:
@@ -199,6 +291,40 @@ def load_run(folder: str | Path | StoredRun) -> RunResults:
         spec=_text(run.folder.spec),
         plain=run.predictions,
     )
+
+
+def results_of(certificates: Certificates, name: str = "", path: Path | None = None) -> RunResults:
+    """Certificates of a model that no study trained, as results that a report takes.
+
+    Args:
+        certificates: with labels; each row counts as another image.
+        name: of the model; "Model" where empty.
+        path: of their file; None where they are in memory only.
+
+    Raises:
+        InputError: they cannot be reported: no image, or none with a label.
+    """
+    distinct = np.unique(np.stack([certificates.client, certificates.index], axis=1), axis=0)
+    if len(distinct) < len(certificates):  # of several calls, each of which counts from 0
+        certificates = dataclasses.replace(certificates, index=np.arange(len(certificates)))
+    problem = certificates_problem(certificates)
+    if problem:
+        where = "These certificates" if path is None else str(path)
+        raise InputError(f"{where} cannot be reported: {problem}.")
+    label = name.strip() or "Model"
+    clients = len(np.unique(certificates.client))
+    manifest = {"regime": MODEL, "label": label, "name": label, "clients": clients}
+    folder = Path("certificates.parquet") if path is None else path
+    return RunResults(folder, label, manifest, certificates, (), "")
+
+
+def load_model(path: Path, name: str | None = None) -> RunResults:
+    """Read the certificates of one model, named as the user says or by its file.
+
+    Raises:
+        InputError: the file holds no certificates, or some that cannot be reported.
+    """
+    return results_of(Certificates.load(path), path.stem if name is None else name, path)
 
 
 def load_runs(folders: Sequence[str | Path | StoredRun | RunResults]) -> list[RunResults]:
@@ -287,9 +413,25 @@ def by_perturbation(runs: Sequence[RunResults]) -> list[list[RunResults]]:
     """The runs of a report once for every perturbation, each with the clients that certify it.
 
     Radii of different perturbations have no common axis and no common mean, so each perturbation
-    is reported separately. The parts of comparable runs correspond.
+    is reported separately. So are clients that took part in no round of some run: there the
+    others are a group, too. The parts of comparable runs correspond.
     """
-    return [list(part) for part in zip(*(run.parts for run in runs), strict=True)]
+    parts = [list(part) for part in zip(*(run.parts for run in runs), strict=True)]
+    unseen = {client for run in runs for client in run.unseen}
+    if not unseen:
+        return parts
+    halves = [_of_group(part, unseen, group) for part in parts for group in (TRAINED, UNSEEN)]
+    return [half for half in halves if all(len(run.certificates) for run in half)]
+
+
+def _of_group(runs: Sequence[RunResults], unseen: set[int], group: str) -> list[RunResults]:
+    """The runs with the unseen clients alone, or without them."""
+    found = []
+    for run in runs:
+        rows = np.isin(run.certificates.client, sorted(unseen)) == (group == UNSEEN)
+        own = run.certificates.select(rows)
+        found.append(dataclasses.replace(run, certificates=own, group=group))
+    return found
 
 
 def check_comparable(runs: Sequence[Row]) -> None:
@@ -339,65 +481,18 @@ def _label(run: StoredRun) -> str:
 def _certificates(run: StoredRun) -> Certificates:
     if run.curves_only:
         return certificates_from_curves(run)
-    problem = _problem(run.certificates)
+    problem = certificates_problem(run.certificates)
     if problem:
         raise StoreError(f"{run.folder.certificates} cannot be reported: {problem}.")
     return run.certificates
 
 
-def _problem(certificates: Certificates) -> str | None:
-    """Why these certificates cannot be summarized, or None."""
-    try:
-        described = [metadata for _, metadata in entries(certificates.conditions)]
-    except (KeyError, TypeError, ValueError):
-        return "its conditions do not say whose perturbation is which"
-    missing = [n for n in _REQUIRED_METADATA if any(n not in one for one in described)]
-    if missing:
-        return f"its conditions do not name {', '.join(missing)}"
-    if len(certificates) == 0:
-        return "it contains no image"
-    if not np.all(np.isfinite(certificates.radius) & (certificates.radius >= 0)):
-        return "a radius is not a finite number from 0 up"
-    if np.any(certificates.label == UNLABELLED):
-        return "some images have no label, so nothing can be called correct"
-    images = np.stack([certificates.client, certificates.index], axis=1)
-    if len(np.unique(images, axis=0)) != len(images):
-        return "the same image of a client appears twice"
-    if not all(math.isfinite(float(metadata["sigma"])) for metadata in described):
-        return "its sigma is not a finite number"
-    owners = np.sum(masks(certificates.conditions, certificates.client), axis=0)
-    if np.any(owners != 1):
-        return "it does not say which perturbation some client certified"
-    return None
-
-
 def _history(run: StoredRun) -> tuple[Mapping[str, Any], ...]:
     """Every round's entry; a run of a model that was trained elsewhere has none."""
     for number, entry in enumerate(run.history, start=1):
-        if problem := _round_problem(entry):
+        if problem := round_problem(entry):
             raise StoreError(f"{run.folder.history}, line {number} is damaged: {problem}.")
     return tuple(run.history)
-
-
-def _round_problem(entry: Mapping[str, Any]) -> str:
-    """Why the page cannot compute with a round; "" where it can."""
-    if not isinstance(entry.get("round", 0), int):
-        return "its round is not a number"
-    clients, left_out = entry.get("clients", {}), entry.get("left_out", [])
-    rows = list(clients.values()) if isinstance(clients, dict) else clients
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        return "its clients are not objects"
-    if not isinstance(left_out, list) or not all(_is_fault(fault) for fault in left_out):
-        return "it does not say which client was left out, and why"
-    return ""
-
-
-def _is_fault(fault: object) -> bool:
-    return (
-        isinstance(fault, dict)
-        and isinstance(fault.get("client"), int)
-        and isinstance(fault.get("reason"), str)
-    )
 
 
 def _text(path: Path) -> str:

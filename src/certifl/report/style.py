@@ -12,8 +12,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from certifl.errors import InputError
 from certifl.report.results import Row
 
+FORMATS = ("png", "pdf", "svg")
+_LEAST, _MOST = 1.0, 30.0
 _NBSP = "\N{NO-BREAK SPACE}"
 _PER_CENT = re.compile(r"(?<=\d) (?=%)")
 _NAMED = re.compile(r"\b(λ|lambda) = (?=[\d.])")
@@ -54,11 +57,49 @@ LOOKS = (
     Look(7, "#7A5C2E", (1.2, 3.0), "*"),
 )
 
-_OWN_SLOT = {"local": 0, "fedavg": 1, "personalized": 2, "mixture": 3}
+_OWN_SLOT = {"local": 0, "fedavg": 1, "model": 1, "personalized": 2, "mixture": 3}
+
+
+@dataclass(frozen=True)
+class FigureStyle:
+    """What is drawn and how large, as a paper wants it.
+
+    Attributes:
+        size: width and height in inches, of the figures with a single panel. They then have no
+            title, which a caption gives, and text of 7 and 8 points. None = their own size.
+        unit: that radii are shown in, such as "degrees" or "radians"; None = the one that is read
+            first, with the others above.
+        bands: whether the area from the smallest to the largest client is shaded.
+        formats: of the image files.
+    """
+
+    size: tuple[float, float] | None = None
+    unit: str | None = None
+    bands: bool = True
+    formats: tuple[str, ...] = FORMATS
+
+    def __post_init__(self) -> None:
+        if self.size is not None and not all(_LEAST <= side <= _MOST for side in self.size):
+            raise InputError(
+                f"A figure measures {_LEAST:g} to {_MOST:g} inches each way; got {self.size}."
+            )
+        if unknown := [kind for kind in self.formats if kind not in FORMATS]:
+            raise InputError(f"Figures are {', '.join(FORMATS)}; got {unknown[0]!r}.")
 
 
 def looks_of(runs: Sequence[Row]) -> list[Look]:
-    """One look per run: common algorithms have fixed looks, others take the free ones."""
+    """One look per run: common algorithms have fixed looks, others take the free ones.
+
+    A color that the user chose replaces that of the look.
+    """
+    looks = _usual_looks(runs)
+    return [
+        look if run.color is None else dataclasses.replace(look, color=run.color)
+        for run, look in zip(runs, looks, strict=True)
+    ]
+
+
+def _usual_looks(runs: Sequence[Row]) -> list[Look]:
     taken: list[int | None] = []
     for run in runs:
         own = _OWN_SLOT.get(run.algorithm)

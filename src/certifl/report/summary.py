@@ -264,6 +264,12 @@ def noise_words(metadata: Mapping[str, Any]) -> str:
     return f"{family_words(metadata)}, σ = {sigma_text(metadata)}"
 
 
+def group_words(row: Row) -> str:
+    """The perturbation, and which clients these are where some took no part in training."""
+    noise = noise_words(row.conditions)
+    return f"{noise}, {row.group}" if row.group else noise
+
+
 def radius_grid(rows: Sequence[Row]) -> Floats:
     """Radii for curves, in the stored unit, from 0 up.
 

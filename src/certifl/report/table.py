@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from certifl.report.compare import own_interval
+from certifl.report.groups import by_class
 from certifl.report.page.background import privacy_words
 from certifl.report.results import Row, RunResults, by_perturbation, by_seed, load_runs
 from certifl.report.summary import (
     abstained_share,
     accuracy_share,
     first_unit,
+    group_words,
     left_out_words,
     mean_acr,
-    noise_words,
     plain_rows,
     selected_radii,
     spread,
@@ -55,6 +56,45 @@ def summary_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]
     """
     groups = by_perturbation(load_runs(runs))
     return [row for group in groups for row in _rows(by_seed(group), len(groups) > 1)]
+
+
+def class_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]]:
+    """One row per class of each row of `summary_rows`, the same numbers as on the page.
+
+    Returns:
+        Per row: `label`, `perturbation` (None where all clients certify one), `class` and its
+        `name`, `images`, `acr_text`, `accuracy`, a list of {`radius_text`, `text`}, and
+        `abstained_text`. Runs whose clients share curves only have no rows.
+
+    Raises:
+        StoreMismatch, StoreError: as `summary_rows`.
+    """
+    groups = by_perturbation(load_runs(runs))
+    several = len(groups) > 1
+    return [row for group in groups for row in _class_rows(by_seed(group), several)]
+
+
+def _class_rows(rows: Sequence[Row], several: bool) -> list[dict[str, Any]]:
+    scale = first_unit(rows)
+    radii = selected_radii(rows, scale)
+    return [
+        {
+            "label": row.label,
+            "perturbation": group_words(row) if several else None,
+            "class": one.number,
+            "name": one.name,
+            "images": one.images,
+            "acr_text": scale.text(one.acr),
+            "accuracy": [
+                {"radius_text": text, "text": percent(share.value)}
+                for (text, _), share in zip(radii, one.accuracy, strict=True)
+            ],
+            "abstained_text": "" if one.abstained is None else percent(one.abstained.value),
+        }
+        for row in rows
+        if not row.curves_only
+        for one in by_class(row, [radius for _, radius in radii])
+    ]
 
 
 def _rows(loaded: Sequence[Row], own: bool) -> list[dict[str, Any]]:
@@ -97,7 +137,7 @@ def _rows(loaded: Sequence[Row], own: bool) -> list[dict[str, Any]]:
                 "votes_saved": votes.saved,
                 "left_out": _of_runs(run, left_out_words),
                 "privacy": _of_runs(run, privacy_words),
-                "perturbation": noise_words(run.conditions) if own else None,
+                "perturbation": group_words(run) if own else None,
                 "of_clients": run.clients.tolist() if own else None,
                 "plain": [
                     {"client": client, "images": images, "correct": correct}

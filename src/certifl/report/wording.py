@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from certifl.report.compare import Comparison, Difference, Standing, ranking, standing
-from certifl.report.results import Row
+from certifl.report.results import MODEL, Row
 from certifl.report.summary import accuracy_share, mean_acr, spread
 from certifl.report.units import RadiusScale
 
@@ -102,10 +102,10 @@ def _one_run(run: Row, scale: RadiusScale) -> tuple[str, list[str]]:
     finding = f"{run.label} certifies {percent(at_zero.value)} of the test images correctly"
     over = f"{len(run.clients)} {'clients' if len(run.clients) > 1 else 'client'}"
     seeds = len(run.runs)
-    support = [
-        f"The average certified radius is {radius}, the mean over {over}"
-        f"{f' and {seeds} seeds' if seeds > 1 else ''}."
-    ]
+    mean = f", the mean over {over}{f' and {seeds} seeds' if seeds > 1 else ''}"
+    if run.algorithm == MODEL and len(run.clients) == 1:
+        mean = ""
+    support = [f"The average certified radius is {radius}{mean}."]
     if len(run.clients) > 1:
         numbers = ("", "") if seeds > 1 else (f" ({best})", f" ({worst})")
         support.append(

@@ -62,6 +62,11 @@ class RunFolder:
         return self.path / "partition.json"
 
     @property
+    def initial(self) -> Path:
+        """The weights that training began with, where they came from a file; else absent."""
+        return self.path / "initial.safetensors"
+
+    @property
     def training(self) -> Path:
         """Checkpoints of the rounds."""
         return self.path / "checkpoints" / "training"
@@ -109,6 +114,10 @@ class RunFolder:
     def votes(self, client: int) -> Path:
         """Votes cast so far on one client's test images."""
         return self.path / "checkpoints" / "certification" / f"client-{client:05d}.safetensors"
+
+    def shared(self, client: int) -> Path:
+        """What a client of a federation shared of its certification; absent until it finished."""
+        return self.votes(client).with_name(f"told-{client:05d}.json")
 
     def exists(self) -> bool:
         """Whether a run was begun here."""

@@ -16,7 +16,7 @@ from certifl.errors import InputError, SpecError, StoreError
 from certifl.path_checks import read_spec_file
 from certifl.perturbations.units import from_records
 from certifl.safe_io import parse_toml
-from certifl.spec.sections import STORED
+from certifl.spec.sections import RECEIVED, STORED
 from certifl.spec.study import Spec
 
 
@@ -46,6 +46,15 @@ def load_stored(path: Path) -> Spec:
         raise StoreError(f"{path} is damaged: {error}") from error
 
 
+def received(text: str) -> Spec:
+    """A spec that a server sent to a client: it may name no file of this machine.
+
+    Raises:
+        SpecError: a key, type, range or combination is wrong. InputError: the text is not TOML.
+    """
+    return _checked(parse_toml(text), RECEIVED)
+
+
 def with_settings(values: dict[str, Any], settings: Sequence[str] = ()) -> Spec:
     """A checked spec from plain values and `key=value` settings such as `training.lr=0.05`.
 
@@ -56,15 +65,24 @@ def with_settings(values: dict[str, Any], settings: Sequence[str] = ()) -> Spec:
     Raises:
         SpecError: a key, type, range or combination is wrong; the message names the key.
     """
-    merged = copy.deepcopy(values)
+    return _checked(merged(values, settings))
+
+
+def merged(values: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """Plain values with `key=value` settings applied, not checked yet.
+
+    Raises:
+        SpecError: a setting is not `key=value`, or goes into what is not a section.
+    """
+    result = copy.deepcopy(dict(values))
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
             raise SpecError(
                 f"--set takes key=value, for instance training.lr=0.05; got {setting!r}."
             )
-        _set_value(merged, key.strip().split("."), _value(text.strip()), key.strip())
-    return _checked(merged)
+        _set_value(result, key.strip().split("."), _value(text.strip()), key.strip())
+    return result
 
 
 def _checked(values: dict[str, Any], context: Mapping[str, Any] | None = None) -> Spec:
@@ -78,9 +96,11 @@ def _checked(values: dict[str, Any], context: Mapping[str, Any] | None = None) -
 
 def _set_value(values: dict[str, Any], keys: list[str], value: Any, whole: str) -> None:
     for key in keys[:-1]:
-        values = values.setdefault(key, {})
-        if not isinstance(values, dict):
+        inner = values.get(key, {})
+        if not isinstance(inner, dict):
             raise SpecError(f"--set {whole}: {key!r} is a value, not a section.")
+        values[key] = {**inner}  # a table that two keys share is changed under one of them
+        values = values[key]
     values[keys[-1]] = value
 
 

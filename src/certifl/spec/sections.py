@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -19,14 +21,17 @@ from pydantic import (
 from certifl.certification.precisions import PRECISIONS, REMOVED_PRECISIONS, removed_precision
 from certifl.certification.settings import Settings
 from certifl.data import SPLITS
+from certifl.errors import InputError
 from certifl.federated.aggregation import RULES, check_rule, make_rule
 from certifl.federated.training.schedule import Schedule, participants
 from certifl.models import MODELS
+from certifl.path_checks import WEIGHTS, check_file
 from certifl.perturbations import describe as describe_perturbation
 from certifl.perturbations import from_description as new_perturbation
 from certifl.perturbations import from_record as perturbation_from
 from certifl.perturbations.units import parse_amount, parse_amounts
 from certifl.registry import choices
+from certifl.safe_io import DATA_BYTES, open_regular
 
 if TYPE_CHECKING:
     from certifl.data import Column, Splitter
@@ -36,10 +41,13 @@ if TYPE_CHECKING:
 S = TypeVar("S")
 R = TypeVar("R")
 
+_PIECE = 1 << 20  # bytes of a file of weights that are read at a time
 NONE, SAME, OWN = "none", "same", "own"
 # The context of validation in which a run's own record is read: what an older version could
 # compute stays readable, though it can no longer be asked for.
 STORED = {"stored": True}
+# The context in which a client reads the spec of a server: it may name no file of this machine.
+RECEIVED = {"received": True}
 
 
 class Section(BaseModel):
@@ -88,6 +96,30 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 PositiveWhole = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
 
 
+@functools.lru_cache
+def _checksum(path: Path, size: int, changed: int) -> str:
+    del size, changed  # another file has others
+    digest = hashlib.sha256()
+    with open_regular(path, DATA_BYTES) as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file of weights.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    try:
+        check_file(path, WEIGHTS)
+        stat = path.stat()
+        return _checksum(path.resolve(), stat.st_size, stat.st_mtime_ns)
+    except (InputError, OSError) as error:
+        raise ValueError(f"weights: {error}") from error
+
+
 def _in_unit(value: Any, name: str, described: Any) -> Any:
     """Radii or a reach as floats in the unit of what is certified; "5deg" is an amount too."""
     if value is None or not isinstance(described, dict):
@@ -122,7 +154,10 @@ class Clients(Section):
         split: a name in `data.SPLITS`; training and test images of a client follow it alike.
         options: the splitter's own options, for instance { alpha = 0.3 } for dirichlet, or
             { column = "hospital" } for the split by a column of the data set.
-        participation: share of the clients that takes part in a round, chosen anew each time.
+        unseen: so many of them, the last ones, take part in no round. Then they are given the
+            global model, which `personalized` fine-tunes for them as well, and certify it; the
+            report shows them apart.
+        participation: share of the others that takes part in a round, chosen anew each time.
         min_clients: how many participants of a round must not fail for training to go on; absent
             = half of them, rounded up.
     """
@@ -130,12 +165,22 @@ class Clients(Section):
     count: PositiveWhole = 10
     split: str = "uniform"
     options: dict[str, Any] = Field(default_factory=dict)
+    unseen: Annotated[int, BeforeValidator(_whole), Field(ge=0)] = 0
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_clients: PositiveWhole | None = None
 
     @model_validator(mode="after")
     def _known_split(self) -> Clients:
         SPLITS.check_named(self.split, self.options)
+        return self
+
+    @model_validator(mode="after")
+    def _some_are_seen(self) -> Clients:
+        if self.unseen >= self.count:
+            raise ValueError(
+                f"unseen = {self.unseen} of count = {self.count} clients leaves none to train: "
+                "lower it, or raise count"
+            )
         return self
 
     @model_validator(mode="after")
@@ -150,7 +195,12 @@ class Clients(Section):
     @property
     def participants(self) -> int:
         """How many clients take part in a round."""
-        return participants(self.participation, self.count)
+        return participants(self.participation, self.seen)
+
+    @property
+    def seen(self) -> int:
+        """How many clients take part in training: those numbered from 0 up to here."""
+        return self.count - self.unseen
 
     @once
     def splitter(self) -> Splitter | Column:
@@ -164,10 +214,36 @@ class Model(Section):
     Attributes:
         name: resnet18, small_resnet, small_cnn, or your own as `module:function`.
         options: further arguments of the function, for instance { norm = "group" }.
+        weights: a file of weights that training begins with, .safetensors or .pt; absent = drawn
+            from the seed. weights_sha256: its checksum, filled in when the spec is read, and part
+            of the study's hash instead of the path.
     """
 
     name: str = "resnet18"
     options: dict[str, Any] = Field(default_factory=dict)
+    weights: Annotated[str, Field(min_length=1)] | None = None
+    weights_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_checksum(cls, values: Any, info: ValidationInfo) -> Any:
+        """The checksum of the weights, which is the file's unless a run's own record is read."""
+        if not isinstance(values, dict) or info.context == STORED:
+            return values
+        path, recorded = values.get("weights"), values.get("weights_sha256")
+        if path is None or not isinstance(path, str):
+            if recorded is not None:
+                raise ValueError("weights_sha256 needs weights, the file that it is of")
+            return values
+        if info.context == RECEIVED:
+            raise ValueError("weights name a file, which a server may not do: remove the key")
+        found = file_checksum(Path(path))
+        if recorded not in (None, found):
+            raise ValueError(
+                f"weights: {path} is not the file that weights_sha256 is of. Restore it, or "
+                "remove weights_sha256 to begin with these weights"
+            )
+        return {**values, "weights_sha256": found}
 
     @model_validator(mode="after")
     def _known_model(self) -> Model:
@@ -180,7 +256,8 @@ class Training(Section):
     """The schedule, the same for every algorithm; the defaults are the paper's.
 
     Attributes:
-        rounds: communication rounds. local_epochs: passes of a client over its data per round.
+        rounds: communication rounds; 0 deploys `model.weights` as they are.
+        local_epochs: passes of a client over its data per round.
         batch_size, lr, momentum, weight_decay: stochastic gradient descent.
         decay_every: local epochs, counted over the whole training, after which lr is multiplied by
             `decay_factor`; 0 = never.
@@ -189,7 +266,7 @@ class Training(Section):
         precision: "float32", or "bfloat16" (the network's arithmetic; weights stay in float32).
     """
 
-    rounds: PositiveWhole = 45
+    rounds: Annotated[int, BeforeValidator(_whole), Field(ge=0)] = 45
     local_epochs: PositiveWhole = 2
     batch_size: PositiveWhole = 64
     lr: Annotated[float, Field(gt=0)] = 0.1
@@ -457,7 +534,7 @@ def check_privacy(
 
     check_algorithm(algorithm, privacy.kind)
     if privacy.kind == "client":
-        privacy.budget().check_delta(clients.count, "clients")
+        privacy.budget().check_delta(clients.seen, "clients")
     if privacy.kind == "client" and aggregation.build() is not None:
         raise ValueError(
             'privacy.kind = "client" is a rule of aggregation itself, with clipping of its own: '

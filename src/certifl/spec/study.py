@@ -96,6 +96,13 @@ class Spec(Section):
                 "without a test image: take fewer clients or more test images"
             )
         self._check_own()
+        self._check_rounds()
+        if self.clients.unseen and row.no_unseen is not None:
+            raise ValueError(
+                f"clients.unseen cannot be had with {trained['name']!r}: {row.no_unseen}. Remove "
+                'it, or choose an algorithm with one global model, such as "fedavg", or '
+                '"personalized"'
+            )
         self._check_objective()
         self._check_rule()
         check_privacy(self.privacy, self.algorithm, self.clients, self.aggregation)
@@ -136,6 +143,20 @@ class Spec(Section):
             self.aggregation.check(self.clients.participants)
         except InputError as error:
             raise ValueError(f"aggregation: {error}") from error
+
+    def _check_rounds(self) -> None:
+        """Without rounds there is nothing but given weights to certify."""
+        if self.training.rounds > 0:
+            return
+        if self.model.weights is None:
+            raise ValueError(
+                "training.rounds = 0 deploys the initial model: give model.weights, or 1 at least"
+            )
+        if self.build_algorithm().extra_rounds:
+            raise ValueError(
+                f"training.rounds = 0 leaves {self.algorithm['name']!r} nothing to begin its last "
+                'round with: choose algorithm.name = "local", or give 1 round at least'
+            )
 
     def _check_own(self) -> None:
         """Own perturbations are those of clients that exist, and somebody certifies something."""
@@ -232,8 +253,10 @@ class Spec(Section):
 def _decisive(values: dict[str, Any]) -> dict[str, Any]:
     """The values of a spec without those that change no result."""
     clients = {k: v for k, v in values.get("clients", {}).items() if k != "min_clients"}
-    rest = {key: value for key, value in values.items() if key != "clients"}
-    return {**rest, "clients": clients} if clients else rest
+    model = {k: v for k, v in values.get("model", {}).items() if k != "weights"}  # a path
+    rest = {key: value for key, value in values.items() if key not in ("clients", "model")}
+    left = {"clients": clients, "model": model}
+    return rest | {section: own for section, own in left.items() if own}
 
 
 def _built(description: Any) -> Perturbation | None:

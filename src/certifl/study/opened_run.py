@@ -40,6 +40,7 @@ from certifl.runs.checkpoints import Checkpoints, StoredRound
 from certifl.runs.folder import StoredRun
 from certifl.spec import Spec, load_stored
 from certifl.study.setup import label_of
+from certifl.study.weights import begin_with
 
 DATA_DIR = "data_dir"  # in run.json
 
@@ -117,14 +118,16 @@ def partition_of(spec: Spec, dataset: Dataset) -> Partition:
 
 def study_metadata(spec: Spec) -> dict[str, Any]:
     """The study's entries in run.json, wherever the clients are."""
-    algorithm = spec.build_algorithm()
+    algorithm, clients = spec.build_algorithm(), spec.clients
+    unseen = list(range(clients.seen, clients.count))
     return {
         "name": spec.name,
         "regime": algorithm.name,
         "label": label_of(spec),
         "deploys": algorithm.deploys,
         "seed": spec.seed,
-        "clients": spec.clients.count,
+        "clients": clients.count,
+        **({"unseen": unseen} if unseen else {}),
         "model": spec.model.name,
         "code": code_folder(spec.model.name),
         "training_hash": spec.training_hash(),
@@ -138,7 +141,9 @@ def initial_model(spec: Spec, dataset: Dataset) -> nn.Module:
     """The network all clients begin with, in evaluation mode.
 
     Raises:
-        ModelError: a user's network that cannot be built or does not fit the images.
+        ModelError: a user's network that cannot be built or does not fit the images, or weights
+            that do not fit the network.
+        InputError: `model.weights` is no plain file of weights.
     """
     model = build(
         spec.model.name,
@@ -148,6 +153,8 @@ def initial_model(spec: Spec, dataset: Dataset) -> nn.Module:
         spec.model.options,
         dataset.image_size,
     )
+    if spec.model.weights is not None:
+        begin_with(model, Path(spec.model.weights), spec.model.name)
     return evaluating(model)
 
 
@@ -417,7 +424,8 @@ class OpenRun(StoredRun):
             WorkError: it was never trained: a certificate of initial weights means nothing.
         """
         last, state = self.last_round, self.state(client)
-        if fingerprint(state) == last.identity.get("initial_model"):
+        trained = self.spec.training.rounds > 0
+        if trained and fingerprint(state) == last.identity.get("initial_model"):
             raise WorkError(
                 f"Client {client} would deploy the network with its initial weights: it failed "
                 f"in every round, or took no step. The history in {last.path.parent} says why it "

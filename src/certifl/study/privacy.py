@@ -47,14 +47,14 @@ def protection(spec: Spec, model: nn.Module, sizes: Sequence[int], key: bytes) -
     Args:
         spec: of the run.
         model: the network that is trained.
-        sizes: number of training images of each client.
+        sizes: number of training images of each client; unseen ones are left out.
         key: of the training, `training_key`; any key to check whether the request is possible.
 
     Raises:
         ModelError: the network cannot be trained with privacy.
         SpecError: the target is impossible, or opacus is not installed.
     """
-    privacy = spec.privacy
+    privacy, sizes = spec.privacy, sizes[: spec.clients.seen]
     if privacy.kind == "none":
         return Protection()
     check_network(model, privacy.kind)
@@ -122,12 +122,12 @@ def spent(
     """The manifest's entry on privacy after these rounds; empty without privacy.
 
     "epsilon" counts every round, fine-tuning included; "epsilon_sent" only scheduled ones, whose
-    results others see. Both have one value per client.
+    results others see. Both have one value per client that trains.
     """
     ledger = protection.ledger
     if ledger is None:
         return {}
-    clients, sent = spec.clients.count, history[: spec.training.rounds]
+    clients, sent = spec.clients.seen, history[: spec.training.rounds]
     if sends_nothing(spec.algorithm):
         sent = []
     if isinstance(ledger, ExampleLedger):

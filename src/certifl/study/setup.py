@@ -26,6 +26,8 @@ def label_of(spec: Spec) -> str:
     where it is not the perturbation certified: "Mixture, λ = 0.1, MACER", "FedAvg (nominal)",
     "Personalized (affine start)".
     """
+    if spec.training.rounds == 0:
+        return "Given weights"
     algorithm, certified = spec.algorithm, combine_augmentations(spec.perturbations())
     name = ALGORITHMS.rows[algorithm["name"]].label
     base = algorithm.get("base", {"name": "fedavg"})["name"]
@@ -109,10 +111,12 @@ def check_training(
         try_clipping(model, image_shape)
 
 
-def participation(spec: Spec, clients: int) -> Participation | None:
-    """Which of so many clients take part in a round; None = all, or the privacy's own choice."""
+def participation(spec: Spec) -> Participation | None:
+    """Which clients take part in a round; None = all, or the privacy's own choice."""
     share, private = spec.clients.participation, spec.privacy.kind == "client"
-    return None if share == 1 or private else RandomShare(share, clients, spec.seed)
+    if private or (share == 1 and not spec.clients.unseen):
+        return None
+    return RandomShare(share, spec.clients.seen, spec.seed)
 
 
 def by_client(entry: dict[str, Any]) -> dict[str, Any]:

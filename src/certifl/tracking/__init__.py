@@ -1,8 +1,8 @@
-"""Experiment trackers: told of a run as it goes on, offline unless the user says otherwise.
+"""Experiment trackers that log a run while it proceeds, offline unless the user asks otherwise.
 
-TensorBoard, MLflow and Weights & Biases stand behind one small interface, `Tracker`. A tracker is
-told plain dicts: the spec and what is known of the run, each committed round, and what the
-certificates came to. It never decides anything, and a tracker that fails never harms a run.
+TensorBoard, MLflow and Weights & Biases implement one small interface, `Tracker`. A tracker
+receives plain dicts: the spec and metadata of the run, each committed round, and a summary of the
+certificates. It never decides anything, and a tracker that fails never harms a run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""MLflow: a data base of its own in the run folder, or the server that MLFLOW_TRACKING_URI names.
+"""MLflow: a database in the run folder, or the server that MLFLOW_TRACKING_URI names.
 
 Usage statistics, which MLflow sends by default, are switched off unless the user switched them on
 (MLFLOW_DISABLE_TELEMETRY=false).
@@ -18,7 +18,7 @@ from certifl.tracking.base import (
     PROJECT,
     certified_numbers,
     flat,
-    found,
+    importable,
     links_text,
     round_numbers,
 )
@@ -30,7 +30,7 @@ _NO_STATISTICS = "MLFLOW_DISABLE_TELEMETRY"
 
 
 class MLflow:
-    """Metrics per round, the spec as parameters, links and facts as tags."""
+    """Metrics per round, the spec as parameters, links and metadata as tags."""
 
     def __init__(self, folder: Path) -> None:
         os.environ.setdefault(_NO_STATISTICS, "true")  # read when mlflow is imported
@@ -39,7 +39,7 @@ class MLflow:
         from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
 
         self._server = os.environ.get(_SERVER)
-        self._place = folder.resolve()
+        self._folder = folder.resolve()
         self._connect = MlflowClient
         self._entities = entities
         self._client: Any = None
@@ -48,45 +48,49 @@ class MLflow:
 
     @staticmethod
     def installed() -> bool:
-        """Whether its library is at hand; without a server, its data base too."""
-        return found("mlflow") and (_SERVER in os.environ or found("sqlalchemy", "alembic"))
+        """Whether its library is installed; without a server, its database too."""
+        return importable("mlflow") and (
+            _SERVER in os.environ or importable("sqlalchemy", "alembic")
+        )
 
     def begin(
-        self, spec: Mapping[str, Any], facts: Mapping[str, Any], known: str | None, rounds: int
+        self, spec: Mapping[str, Any], metadata: Mapping[str, Any], run_id: str | None, rounds: int
     ) -> str:
-        """Open a run, or the one it was told of before."""
+        """Open a new run, or the run that was logged before."""
         self._rounds = rounds
-        base = self._place / "mlflow.db"
-        if known is None and self._server is None:
-            base.unlink(missing_ok=True)  # a kill while it was being made leaves half of it
-        self._client = self._connect(tracking_uri=self._server or f"sqlite:///{base}")
-        if known is not None:
-            self._run = known
-            self._client.update_run(known, status="RUNNING")
-            return known
+        database = self._folder / "mlflow.db"
+        if run_id is None and self._server is None:
+            database.unlink(missing_ok=True)  # an interrupted start leaves an incomplete file
+        self._client = self._connect(tracking_uri=self._server or f"sqlite:///{database}")
+        if run_id is not None:
+            self._run = run_id
+            self._client.update_run(run_id, status="RUNNING")
+            return run_id
         self._run = self._client.create_run(
-            self._experiment(), run_name=str(facts["name"])
+            self._experiment(), run_name=str(metadata["name"])
         ).info.run_id
-        plain = {key: value for key, value in flat(facts).items() if not key.startswith("links.")}
+        plain = {
+            key: value for key, value in flat(metadata).items() if not key.startswith("links.")
+        }
         tags = {f"certifl.{key}": str(value) for key, value in plain.items()}
-        tags["mlflow.note.content"] = links_text(facts)  # what its pages show as the description
+        tags["mlflow.note.content"] = links_text(metadata)  # the description on its pages
         self._batches(params=flat(spec), tags=tags)
         return self._run
 
     def _experiment(self) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        held = self._client.get_experiment_by_name(name)
-        if held is not None:
-            return held.experiment_id
-        artifacts = None if self._server else (self._place / "artifacts").as_uri()
-        return self._client.create_experiment(name, artifact_location=artifacts)
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is not None:
+            return experiment.experiment_id
+        artimetadata = None if self._server else (self._folder / "artimetadata").as_uri()
+        return self._client.create_experiment(name, artifact_location=artimetadata)
 
     def _batches(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        told = [self._entities.Param(key, str(value)) for key, value in params.items()]
-        marks = [self._entities.RunTag(key, value) for key, value in tags.items()]
-        for part in _parts(told, _MOST_PARAMS):
+        parameters = [self._entities.Param(key, str(value)) for key, value in params.items()]
+        labels = [self._entities.RunTag(key, value) for key, value in tags.items()]
+        for part in _parts(parameters, _MOST_PARAMS):
             self._client.log_batch(self._run, params=part)
-        for part in _parts(marks, _MOST_PARAMS):
+        for part in _parts(labels, _MOST_PARAMS):
             self._client.log_batch(self._run, tags=part)
 
     def round(self, entry: Mapping[str, Any]) -> None:
@@ -100,8 +104,8 @@ class MLflow:
 
     def _metrics(self, numbers: Mapping[str, float], step: int) -> None:
         now = int(time.time() * 1000)
-        told = [self._entities.Metric(key, value, now, step) for key, value in numbers.items()]
-        for part in _parts(told, _MOST_METRICS):
+        points = [self._entities.Metric(key, value, now, step) for key, value in numbers.items()]
+        for part in _parts(points, _MOST_METRICS):
             self._client.log_batch(self._run, metrics=part)
 
     def finish(self, complete: bool) -> None:
@@ -133,22 +137,22 @@ class TensorBoard:
 
     @staticmethod
     def installed() -> bool:
-        """Whether its library is at hand."""
-        return found("tensorboard")
+        """Whether its library is installed."""
+        return importable("tensorboard")
 
     def begin(
-        self, spec: Mapping[str, Any], facts: Mapping[str, Any], known: str | None, rounds: int
+        self, spec: Mapping[str, Any], metadata: Mapping[str, Any], run_id: str | None, rounds: int
     ) -> str:
-        """Open a further event file; readers hide what a killed process told beyond `rounds`."""
+        """Open a further event file; readers hide what a killed process logged beyond `rounds`."""
         self._rounds = rounds
         self._writer = self._open(
-            str(self._folder), purge_step=rounds if known is not None else None
+            str(self._folder), purge_step=rounds if run_id is not None else None
         )
-        if known is None:
-            self._describe(spec, facts)
+        if run_id is None:
+            self._describe(spec, metadata)
         return self._folder.name
 
-    def _describe(self, spec: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    def _describe(self, spec: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard.summary import hparams
 
         plain = {
@@ -159,7 +163,7 @@ class TensorBoard:
             self._writer.file_writer.add_summary(part)
         table = "\n".join(f"| {key} | {value} |" for key, value in plain.items())
         self._writer.add_text("spec", f"| key | value |\n|---|---|\n{table}", 0)
-        self._writer.add_text("files", links_text(facts), 0)
+        self._writer.add_text("files", links_text(metadata), 0)
         self._writer.flush()
 
     def round(self, entry: Mapping[str, Any]) -> None:
@@ -183,12 +187,11 @@ class TensorBoard:
 
 # Weights & Biases: offline files in the run folder, unless WANDB_MODE says otherwise.
 #
-# `wandb sync RUN/tracking/wandb/wandb/offline-run-*` uploads them later, should the user want
-# that.
+# `wandb sync RUN/tracking/wandb/wandb/offline-run-*` uploads them later.
 # Crash reports, which the library sends by default, are off unless WANDB_ERROR_REPORTING is set.
 
 
-# Its own process holds back what it was told for 15 s by default; a kill would lose that.
+# Its process buffers what is logged for 15 s by default; a kill would lose that.
 _SECONDS_UNTIL_WRITTEN = 0.05
 
 
@@ -206,30 +209,30 @@ class WeightsAndBiases:
 
     @staticmethod
     def installed() -> bool:
-        """Whether its library is at hand."""
-        return found("wandb")
+        """Whether its library is installed."""
+        return importable("wandb")
 
     def begin(
-        self, spec: Mapping[str, Any], facts: Mapping[str, Any], known: str | None, rounds: int
+        self, spec: Mapping[str, Any], metadata: Mapping[str, Any], run_id: str | None, rounds: int
     ) -> str:
-        """Open a run, or a further part of the one it was told of before."""
+        """Open a new run, or a further part of the run that was logged before."""
         self._rounds = rounds
-        told = {key: value for key, value in facts.items() if key != "links"}
+        shown = {key: value for key, value in metadata.items() if key != "links"}
         self._run = self._wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            id=known or secrets.token_hex(8),
+            id=run_id or secrets.token_hex(8),
             resume="allow",
-            name=str(facts["name"]),
-            notes=links_text(facts),
+            name=str(metadata["name"]),
+            notes=links_text(metadata),
             dir=str(self._folder),
             mode=os.environ.get("WANDB_MODE", "offline"),
-            config={**spec, "run": told},
+            config={**spec, "run": shown},
             settings=self._quiet(),
         )
         return str(self._run.id)
 
     def _quiet(self) -> Any:
-        """Nothing is recorded but what it is told: no console, code or machine; and that soon."""
+        """Record only what is logged (no console, code or machine), and write it soon."""
         return self._wandb.Settings(
             console="off",
             silent=True,

@@ -25,33 +25,33 @@ _SECONDS = "seconds"
 class Tracker(Protocol):
     """One experiment tracker following one run.
 
-    Calls come in this order: `begin`, then `round` for every round not told before, in order, then
-    `certified` once, then `finish`. Whatever was told must survive a kill of the process as soon
-    as the call returns, as far as the library allows.
+    Calls come in this order: `begin`, then `round` for every round not logged before, in order,
+    then `certified` once, then `finish`. What was logged must survive a kill of the process as
+    soon as the call returns, as far as the library allows.
     """
 
     def begin(
-        self, spec: Mapping[str, Any], facts: Mapping[str, Any], known: str | None, rounds: int
+        self, spec: Mapping[str, Any], metadata: Mapping[str, Any], run_id: str | None, rounds: int
     ) -> str:
         """Open the tracker's run.
 
         Args:
             spec: the study, every default spelled out: the run's parameters.
-            facts: name, label, spec hash, data, machine, versions, links.
-            known: the name under which the tracker knows this run; None at its first start.
-            rounds: how many rounds it was told before.
+            metadata: name, label, spec hash, data, machine, versions, links.
+            run_id: the tracker's name of this run; None at its first start.
+            rounds: how many rounds were logged before.
 
         Returns:
-            The name to go on with after an interruption.
+            The name with which to resume after an interruption.
         """
         ...
 
     def round(self, entry: Mapping[str, Any]) -> None:
-        """Take one committed round: `round` (from 0), `seconds`, `clients` {number: metrics}."""
+        """Log one committed round: `round` (from 0), `seconds`, `clients` {number: metrics}."""
         ...
 
     def certified(self, summary: Mapping[str, Any]) -> None:
-        """Take what the certificates came to; see `certified_numbers`."""
+        """Log a summary of the certificates; see `certified_numbers`."""
         ...
 
     def finish(self, complete: bool) -> None:
@@ -63,15 +63,15 @@ class TrackerFactory(Protocol):
     """A class of trackers, as a row of the table."""
 
     def __call__(self, folder: Path) -> Tracker:
-        """A tracker that keeps its files in a folder of the run."""
+        """A tracker that writes its files to a folder of the run."""
         ...
 
     def installed(self) -> bool:
-        """Whether its library is at hand; asked without importing it."""
+        """Whether its library is installed; it is not imported."""
         ...
 
 
-def found(*packages: str) -> bool:
+def importable(*packages: str) -> bool:
     """Whether packages can be imported, without importing them.
 
     A folder without code does not count: trackers leave folders of their own name behind.
@@ -105,9 +105,9 @@ def certified_numbers(summary: Mapping[str, Any]) -> dict[str, float]:
     """
     clients: Mapping[str, Mapping[str, Any]] = summary["clients"]
     columns: dict[str, dict[str, float]] = {}
-    for client, held in clients.items():
-        columns.setdefault("acr", {})[client] = float(held["acr"])
-        for radius, value in held["accuracy"].items():
+    for client, row in clients.items():
+        columns.setdefault("acr", {})[client] = float(row["acr"])
+        for radius, value in row["accuracy"].items():
             columns.setdefault(f"certified_accuracy/{radius}-sigma", {})[client] = float(value)
     numbers = {f"{_SECONDS}/certification": float(summary[_SECONDS])}
     for name, column in columns.items():
@@ -129,7 +129,7 @@ def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return plain
 
 
-def links_text(facts: Mapping[str, Any]) -> str:
-    """Where the report page, the figures and the run's files lie, as Markdown."""
-    links: Mapping[str, str] = facts["links"]
-    return "\n".join(f"- {name}: `{place}`" for name, place in links.items())
+def links_text(metadata: Mapping[str, Any]) -> str:
+    """Links to the report page, the figures and the run folder, as Markdown."""
+    links: Mapping[str, str] = metadata["links"]
+    return "\n".join(f"- {name}: `{path}`" for name, path in links.items())

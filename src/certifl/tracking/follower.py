@@ -1,7 +1,7 @@
-"""One tracker kept level with a run: what it was told is noted, what is missing is told.
+"""One tracker that follows one run: what was logged is recorded, and only the rest is logged.
 
 ```
-<run>/tracking/<tracker>/certifl.json    the tracker's own name of the run, rounds told, certified
+<run>/tracking/<tracker>/certifl.json    the tracker's name of the run, rounds logged, certified
 <run>/tracking/<tracker>/...             the tracker's files, unless the user named a server
 ```
 """
@@ -18,17 +18,18 @@ from certifl.errors import StoreError
 from certifl.runs.atomic import read_json, write_json
 from certifl.tracking.base import Tracker, TrackerFactory
 
-_NOTE = "certifl.json"
+_RECORD = "certifl.json"
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What a tracker was told before.
+class _Logged:
+    """What was logged to a tracker so far.
 
     Attributes:
-        run: the tracker's own name of the run; None before its first start.
-        rounds: how many rounds. certified: whether it knows the certificates.
+        run: the tracker's name of the run; None before its first start.
+        rounds: number of rounds logged.
+        certified: whether the certificates were logged.
     """
 
     run: str | None = None
@@ -37,85 +38,85 @@ class _Told:
 
 
 class Follower:
-    """Keeps one tracker level with one run; never raises because of the tracker.
+    """Log one run to one tracker; never raises because of the tracker.
 
-    A round is noted as told right after the tracker took it. A kill between the two repeats that
-    one round at the next start, with the same step and the same values. After a failure the
-    tracker is left alone until the next start, which tells it what it missed.
+    A round is recorded as logged right after the tracker accepted it. A kill between the two
+    repeats that one round at the next start, with the same step and the same values. After a
+    failure the tracker is not used until the next start, which logs what is missing.
     """
 
     def __init__(self, name: str, make: TrackerFactory, folder: Path) -> None:
         self._name = name
         self._make = make
         self._folder = folder
-        self._told = _Told()
+        self._logged = _Logged()
         self._tracker: Tracker | None = None
         self._failed = False
 
     @property
     def complete(self) -> bool:
-        """Whether the tracker knows everything: all rounds and the certificates."""
-        return self._told.certified
+        """Whether everything was logged: all rounds and the certificates."""
+        return self._logged.certified
 
-    def begin(self, spec: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Open the tracker, or go on with what it holds; nothing if it knows everything."""
+    def begin(self, spec: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+        """Open the tracker, or resume its run; nothing if everything was logged."""
 
         def opened() -> None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._told = self._noted()
+            self._logged = self._stored()
             if self.complete:
                 return
             tracker = self._make(self._folder)
-            run = tracker.begin(spec, facts, self._told.run, self._told.rounds)
+            run = tracker.begin(spec, metadata, self._logged.run, self._logged.rounds)
             self._tracker = tracker
-            self._note(replace(self._told, run=run))
+            self._store(replace(self._logged, run=run))
 
         self._safely(opened)
 
     def rounds(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Tell the rounds that the tracker does not know yet, in order."""
+        """Log the rounds that were not logged yet, in order."""
         for entry in history:
-            if entry["round"] >= self._told.rounds:
-                self._safely(lambda entry=entry: self._tell_round(entry))
+            if entry["round"] >= self._logged.rounds:
+                self._safely(lambda entry=entry: self._log_round(entry))
 
     def certified(self, summary: Mapping[str, Any]) -> None:
-        """Tell what the certificates came to, once."""
+        """Log a summary of the certificates, once."""
         if not self.complete:
-            self._safely(lambda: self._tell_certified(summary))
+            self._safely(lambda: self._log_certified(summary))
 
     def finish(self) -> None:
-        """Close the tracker; what it does not know yet is told at the next start."""
+        """Close the tracker; what is missing is logged at the next start."""
         tracker = self._tracker
         if tracker is not None:
             self._safely(lambda: tracker.finish(self.complete))
             self._tracker = None
 
-    def _tell_round(self, entry: Mapping[str, Any]) -> None:
+    def _log_round(self, entry: Mapping[str, Any]) -> None:
         if self._tracker is not None:
             self._tracker.round(entry)
-            self._note(replace(self._told, rounds=entry["round"] + 1))
+            self._store(replace(self._logged, rounds=entry["round"] + 1))
 
-    def _tell_certified(self, summary: Mapping[str, Any]) -> None:
+    def _log_certified(self, summary: Mapping[str, Any]) -> None:
         if self._tracker is not None:
             self._tracker.certified(summary)
-            self._note(replace(self._told, certified=True))
+            self._store(replace(self._logged, certified=True))
 
-    def _noted(self) -> _Told:
-        path = self._folder / _NOTE
+    def _stored(self) -> _Logged:
+        path = self._folder / _RECORD
         if not path.is_file():
-            return _Told()
-        held = read_json(path)
+            return _Logged()
+        stored = read_json(path)
         try:
-            return _Told(**held)
+            return _Logged(**stored)
         except TypeError as error:
             raise StoreError(
                 f"{path} is damaged ({error}). Delete {self._folder} to track the run from its "
                 "beginning."
             ) from error
 
-    def _note(self, told: _Told) -> None:
-        write_json(self._folder / _NOTE, asdict(told))
-        self._told = told
+    def _store(self, logged: _Logged) -> None:
+        write_json(self._folder / _RECORD, asdict(logged))
+        self._logged = logged
 
     def _safely(self, action: Callable[[], None]) -> None:
         """Whatever a tracker's library raises: the run matters more than its tracker."""
@@ -127,7 +128,7 @@ class Follower:
             self._failed = True
             _log.warning(
                 "Tracking with %s stopped: %s: %s. The run goes on and keeps everything; the "
-                "same command tells the tracker later what it missed.",
+                "same command later logs what is missing.",
                 self._name,
                 type(error).__name__,
                 error,

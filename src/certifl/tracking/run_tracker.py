@@ -1,8 +1,8 @@
-"""Trackers kept level with a run, from what its folder holds: nothing is told that is not kept.
+"""Trackers that follow a run through its folder: only what is stored is logged.
 
-A round is told once it is committed, the certificates once they are stored. A run that was
-interrupted, continued from another's training, or computed before anybody asked for a tracker is
-therefore told in full, and nothing twice.
+A round is logged once it is committed, the certificates once they are stored. A run that was
+interrupted, continued from another's training, or computed without a tracker is therefore logged
+in full, and nothing twice.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from certifl.study.setup import by_client
 from certifl.tracking import TRACKERS, Follower
 
 RADII_IN_SIGMA = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
-"""Radii for certified accuracies, as multiples of sigma; told where so many votes reach them."""
+"""Radii for certified accuracies, as multiples of sigma; logged where so many votes reach them."""
 
 _FOLDER = "tracking"
 _LOGGED = ("name", "label", "regime", "deploys", "spec_hash", "seed", "created", "command")
 _log = logging.getLogger(__name__)
 
-News = Callable[[], None]
-"""Called when the folder may hold something that the trackers do not know."""
+Update = Callable[[], None]
+"""Called when the folder may hold something that is not logged yet."""
 
 
 @contextlib.contextmanager
-def tracked(names: Sequence[str], run: OpenRun) -> Iterator[News]:
+def tracked(names: Sequence[str], run: OpenRun) -> Iterator[Update]:
     """Open trackers for a run whose folder was begun; close them whatever happens.
 
     Args:
-        names: of trackers that `check_trackers` let pass; none = nothing is done.
+        names: names of trackers that passed `check_trackers`; none: nothing is done.
         run: locked by this process.
 
     Yields:
         What to call when the folder holds something new. It never raises: a tracker that fails is
-        warned about and left, and the run goes on.
+        reported in a warning and stopped, and the run goes on.
     """
     followers = [
         Follower(name, TRACKERS[name], run.path / _FOLDER / name) for name in dict.fromkeys(names)
@@ -65,8 +65,8 @@ def track_finished(names: Sequence[str], run: OpenRun) -> None:
         StoreMismatch: another process is at work in the folder.
     """
     if names:
-        with run.folder.locked(), tracked(names, run) as news:
-            news()
+        with run.folder.locked(), tracked(names, run) as update:
+            update()
 
 
 def _report(followers: Sequence[Follower], run: OpenRun) -> None:
@@ -77,7 +77,7 @@ def _report(followers: Sequence[Follower], run: OpenRun) -> None:
         history = _history(run)
         summary = _summary(run) if run.folder.certificates.is_file() else None
     except Exception as error:  # the run reports its own errors
-        _log.warning("Nothing is logged of what %s holds: %s", run.path, error)
+        _log.warning("Nothing of %s is logged: %s", run.path, error)
         return
     for follower in behind:
         follower.rounds(history)

@@ -58,8 +58,7 @@ from certifl.federated.states import ClientState, ModelState, Parts, ServerState
 from certifl.federated.training.local_training import LocalTraining, check_images
 from certifl.models import build, fingerprint
 from certifl.runs.private_files import private_files
-from certifl.safe_io import parse_toml
-from certifl.spec import Spec, with_settings
+from certifl.spec import Spec, received, with_settings
 from certifl.study.opened_run import ClientStudy
 from certifl.study.privacy import Protection, protection, training_key
 from certifl.study.setup import local_training, participation
@@ -272,7 +271,7 @@ class Client:
         spec, round = study.spec, request.round
         if round >= study.rounds:
             raise Rejected(f"the study has {study.rounds} rounds, counted from 0")
-        drawn = participation(spec, spec.clients.count)
+        drawn = participation(spec)
         if drawn is None or round >= spec.training.rounds:
             return
         if self.settings.client not in set(drawn(round)):
@@ -343,7 +342,7 @@ def _shapes(data: Dataset) -> dict[str, Any]:
 def _parse_spec(text: str, hash: str) -> Spec:
     """The server's spec, checked like a local file."""
     try:
-        spec = with_settings(parse_toml(text))
+        spec = received(text)
     except CertiflError as error:
         raise Rejected(f"the study's spec is not valid here: {one_line(error, 400)}") from error
     if spec.hash() != hash:

@@ -57,10 +57,13 @@ DECISIONS: dict[str, Decision] = {
     "clients.count": Decision("done", f"at most {_MOST_CLIENTS:,}"),
     "clients.split": Decision("unused", 'its images are its own; refused as "column"'),
     "clients.options": Decision("unused", "as `clients.split`"),
+    "clients.unseen": Decision("refused", "a client that is not to train does not join"),
     "clients.participation": Decision("done", "it answers only rounds that it is drawn for"),
     "clients.min_clients": _SERVER,
     "model.name": Decision("done", "one of certifl's, or one in `networks` of `client.toml`"),
     "model.options": Decision("done", f"networks of at most {_LARGEST_NETWORK >> 30} GiB"),
+    "model.weights": Decision("refused", "a server names no file of this machine"),
+    "model.weights_sha256": Decision("refused", "as `model.weights`"),
     "algorithm": Decision("done", "one of certifl's"),
     "objective": Decision("done", "one of certifl's"),
     "training.rounds": Decision("done", "each of so many rounds is answered once"),
@@ -116,6 +119,8 @@ def check_study(spec: Spec, settings: Settings) -> None:
             'certification.precision = "int8" stands in the record with the ranges of activations '
             'on its training images: choose "auto", "float32" or "bfloat16"'
         )
+    if spec.clients.unseen:
+        raise Rejected("clients.unseen: a client that is not to train does not join")
     _check_selection(spec, settings)
     if not settings.dealt:
         _check_grid(spec, settings)

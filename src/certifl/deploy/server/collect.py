@@ -65,10 +65,6 @@ def collect_certificates(
     store_shared(folder, spec)
 
 
-def _shared(folder: RunFolder, client: int) -> Path:
-    return folder.votes(client).with_name(f"told-{client:05d}.json")
-
-
 def _rows(folder: RunFolder, client: int) -> Path:
     return folder.votes(client).with_name(f"rows-{client:05d}.parquet")
 
@@ -154,7 +150,7 @@ class _Collector:
             Why clients are left out, by client.
         """
         everyone = range(self.spec.clients.count)
-        remaining = {c for c in everyone if not _shared(self.folder, c).is_file()}
+        remaining = {c for c in everyone if not self.folder.shared(c).is_file()}
         if not remaining:
             return {}
         parts = self.last.server()
@@ -311,7 +307,7 @@ class _Collector:
             path = _rows(self.folder, client)
             path.parent.mkdir(parents=True, exist_ok=True)
             rows.save(path)
-        write_json(_shared(self.folder, client), shared)
+        write_json(self.folder.shared(client), shared)
 
     def _checks(self, client: int) -> CertificateChecks:
         """What a client's certificates are checked against."""
@@ -350,8 +346,8 @@ class _Collector:
 
 def store_shared(folder: RunFolder, spec: Spec) -> None:
     """Store the rows of all clients as certificates, or else the curves that were sent."""
-    clients = [c for c in range(spec.clients.count) if _shared(folder, c).is_file()]
-    shared = {client: read_json(_shared(folder, client)) for client in clients}
+    clients = [c for c in range(spec.clients.count) if folder.shared(c).is_file()]
+    shared = {client: read_json(folder.shared(client)) for client in clients}
     plain = {str(c): s["plain"] for c, s in shared.items() if "plain" in s}
     certifying = {c: s for c, s in shared.items() if "plain" not in s}
     shares = {str(c): s["share"] for c, s in shared.items()}

@@ -147,7 +147,7 @@ def _train(
         training,
         Checkpoints(folder.training),
         progress=_rounds(spec, options.report),
-        participation=participation(spec, spec.clients.count),
+        participation=participation(spec),
         rule=private.client or spec.aggregation.build(),
         min_clients=spec.clients.min_clients,
         ledger=private.ledger,

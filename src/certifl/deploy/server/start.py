@@ -155,7 +155,7 @@ def check_clients(spec: Spec, transport: GridTransport, options: Options) -> str
 
 
 def check_start(spec: Spec, options: Options) -> None:
-    """Refuse an impossible minimum number of clients.
+    """Refuse an impossible minimum number of clients, and what only one machine can do.
 
     Raises:
         RequestError: it is impossible.
@@ -166,6 +166,17 @@ def check_start(spec: Spec, options: Options) -> None:
             'the server of training images. Choose "auto", "float32" or "bfloat16".'
         )
     count, minimum = spec.clients.count, options.min_clients
+    if spec.clients.unseen:
+        raise RequestError(
+            "clients.unseen is for studies on one machine: here a client that is not to train "
+            "does not join, and certifies the global model on its own with `certifl certify`. "
+            "Remove the key, and count the clients that join."
+        )
+    if spec.model.weights is not None:
+        raise RequestError(
+            "model.weights names a file of this machine, which clients do not have. Remove the "
+            "key: studies over a network begin with weights drawn from the seed."
+        )
     if minimum is not None and not 1 <= minimum <= count:
         raise RequestError(
             f"--min-clients {minimum} does not fit the {count} clients of the study: give a "

@@ -29,6 +29,7 @@ from certifl.registry import (
 
 Table = Mapping[str, Any]
 UNKNOWN = "nobody has shown that all it sends is protected"
+PERSONAL = "every client deploys what it trained in the rounds, and an unseen client has nothing"
 
 
 def _never(table: Table, lr: float, momentum: float) -> str | None:
@@ -52,6 +53,8 @@ class AlgorithmRow(Row):
             gives at most one.
         no_client_privacy: the same of client-level privacy. The server must send nothing but
             functions of the models' private average, so clients may send nothing else.
+        no_unseen: why a client that took part in no round cannot be given a model; None = it can:
+            the global model, or what the algorithm's extra rounds make of it.
         epochs: (its table, the schedule's local epochs) -> epochs that a client trains in a
             round.
         overshoots: (its table, learning rate, momentum) -> why its pull would diverge;
@@ -62,6 +65,7 @@ class AlgorithmRow(Row):
     sends_nothing: bool = False
     no_example_privacy: str | None = UNKNOWN
     no_client_privacy: str | None = UNKNOWN
+    no_unseen: str | None = PERSONAL
     epochs: Callable[[Table, int], int] = _once
     overshoots: Callable[[Table, float, float], str | None] = _never
 
@@ -72,6 +76,7 @@ def _private(
     label: str,
     epochs: Callable[[Table, int], int] = _once,
     overshoots: Callable[[Table, float, float], str | None] = _never,
+    no_unseen: str | None = PERSONAL,
 ) -> AlgorithmRow:
     """An algorithm that may be trained with either kind of privacy."""
     return AlgorithmRow(
@@ -80,6 +85,7 @@ def _private(
         label,
         no_example_privacy=None,
         no_client_privacy=None,
+        no_unseen=no_unseen,
         epochs=epochs,
         overshoots=overshoots,
     )
@@ -144,15 +150,20 @@ ALGORITHMS: Registry[AlgorithmRow] = Registry(
             sends_nothing=True,
             no_example_privacy=None,
             no_client_privacy="its clients send nothing, so there is nothing to protect",
+            no_unseen="every client trains alone, so there is nothing to give to another one",
         ),
         "fedavg": _private(
-            "certifl.federated.algorithms.fedavg:FedAvg", parameters(weighting=_UNIFORM), "FedAvg"
+            "certifl.federated.algorithms.fedavg:FedAvg",
+            parameters(weighting=_UNIFORM),
+            "FedAvg",
+            no_unseen=None,
         ),
         "personalized": AlgorithmRow(
             "certifl.federated.algorithms.personalized:Personalized",
             parameters(base=Any, epochs=(PositiveInt, 2), lr=(_Rate, None)),
             "Personalized",
             wraps="base",
+            no_unseen=None,
         ),
         "mixture": _private(
             "certifl.federated.algorithms.mixture:Mixture",
@@ -165,6 +176,7 @@ ALGORITHMS: Registry[AlgorithmRow] = Registry(
             parameters(mu=NonNegative, weighting=_UNIFORM),
             "FedProx",
             overshoots=_proximal_overshoots,
+            no_unseen=None,
         ),
         "scaffold": AlgorithmRow(
             "certifl.federated.algorithms.scaffold:Scaffold",
@@ -172,11 +184,13 @@ ALGORITHMS: Registry[AlgorithmRow] = Registry(
             "SCAFFOLD",
             no_example_privacy=None,
             no_client_privacy="its clients send control variates, which are not protected",
+            no_unseen=None,
         ),
         "fedavgm": _private(
             "certifl.federated.algorithms.fedopt:FedAvgM",
             parameters(beta=(Fraction, 0.9), server_lr=(Positive, 1.0), weighting=_UNIFORM),
             "FedAvgM",
+            no_unseen=None,
         ),
         "fedadam": _private(
             "certifl.federated.algorithms.fedopt:FedAdam",
@@ -188,6 +202,7 @@ ALGORITHMS: Registry[AlgorithmRow] = Registry(
                 weighting=_UNIFORM,
             ),
             "FedAdam",
+            no_unseen=None,
         ),
         "fedyogi": _private(
             "certifl.federated.algorithms.fedopt:FedYogi",
@@ -199,11 +214,13 @@ ALGORITHMS: Registry[AlgorithmRow] = Registry(
                 weighting=_UNIFORM,
             ),
             "FedYogi",
+            no_unseen=None,
         ),
         "fedadagrad": _private(
             "certifl.federated.algorithms.fedopt:FedAdagrad",
             parameters(server_lr=_SERVER_LR, beta1=(Fraction, 0.0), tau=_TAU, weighting=_UNIFORM),
             "FedAdagrad",
+            no_unseen=None,
         ),
         "l2gd": AlgorithmRow(
             "certifl.federated.algorithms.l2gd:L2GD",
@@ -255,6 +272,7 @@ ALGORITHMS: Registry[AlgorithmRow] = Registry(
             "Per-FedAvg",
             no_example_privacy="it takes several gradients of one batch",
             no_client_privacy=None,
+            no_unseen=None,
         ),
     },
 )

@@ -25,7 +25,7 @@ class Schedule:
     momentum buffers between rounds; the paper's published code keeps them.
 
     Attributes:
-        rounds: communication rounds.
+        rounds: communication rounds; 0 = the initial model is deployed.
         local_epochs: epochs over the client's images in each round.
         batch_size: images in a step. The last batch of an epoch may be smaller, but a single
             remaining image joins the batch before it: BatchNorm cannot normalize one image.
@@ -56,7 +56,8 @@ class Schedule:
     crop: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("rounds", "local_epochs", "batch_size"):
+        check_number("rounds", self.rounds, "a whole number from 0", low=0, whole=True)
+        for key in ("local_epochs", "batch_size"):
             check_number(key, getattr(self, key), "a whole number from 1", low=1, whole=True)
         check_number("lr", self.lr, "a number above 0", low=0, open_low=True)
         check_number("momentum", self.momentum, "a number from 0 up to 1", low=0, high=1)

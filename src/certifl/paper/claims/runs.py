@@ -161,6 +161,8 @@ def _unfit(results: RunResults) -> str:
     """Why a run cannot be compared with others; empty where it can."""
     if has_own_perturbations(results):
         return "its clients certify different perturbations"
+    if results.unseen:
+        return "some of its clients took no part in training"
     if results.curves_only:
         return "its clients share curves only, no single images"
     no_scale = "its certificates are of a scan and do not say where it looked"
@@ -212,6 +214,11 @@ def read_run(results: RunResults) -> StudyRun:
         raise StoreMismatch(
             f"{cannot}its clients certify different perturbations, and the claims are about one "
             "perturbation for all. Leave this run out; `certifl report` shows it."
+        )
+    if results.unseen:
+        raise StoreMismatch(
+            f"{cannot}some of its clients took no part in training, and the claims are about "
+            "those that do. Leave this run out; `certifl report` shows it."
         )
     if results.curves_only:
         raise StoreMismatch(

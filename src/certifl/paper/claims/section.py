@@ -33,7 +33,8 @@ def verdicts_section(rows: Sequence[Row]) -> Markup:
     tested.
     """
     runs = flat(rows)
-    if len(runs) < 2 or any(run.curves_only or has_own_perturbations(run) for run in runs):
+    unfit = (run.curves_only or run.unseen or has_own_perturbations(run) for run in runs)
+    if len(runs) < 2 or any(unfit):
         return Markup()
     try:
         report = check_runs([read_run(run) for run in runs])

@@ -2,7 +2,7 @@
 parts.push((data, fit) => {
   const { shape, trace, tenths, ticks, tickText, board, axes, algorithm, each } = drawing;
   const state = {
-    unit: 0, shares: false, band: document.getElementById("show-band").defaultChecked, lines: false, radius: Math.floor(data.radii.length / 4),
+    unit: 0, shares: false, band: document.getElementById("show-band")?.defaultChecked, lines: false, radius: Math.floor(data.radii.length / 4),
     algorithms: data.runs.map(() => true),
     clients: new Set(data.clients),
   };

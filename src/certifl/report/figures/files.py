@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from certifl.report.style import FORMATS
 from certifl.runs.atomic import write_bytes, write_text
 
-FORMATS = ("png", "pdf", "svg")
 _DPI = 200
 # No dates and no program versions inside the files: the same results give the same bytes.
 _METADATA: dict[str, dict[str, Any]] = {
@@ -60,8 +61,10 @@ def image_bytes(drawing: Drawing, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def save(drawing: Drawing, folder: str | Path, stem: str) -> list[Path]:
-    """Write `stem`.png, .pdf, .svg and the numbers as .csv.
+def save(
+    drawing: Drawing, folder: str | Path, stem: str, formats: Sequence[str] = FORMATS
+) -> list[Path]:
+    """Write `stem` as .png, .pdf, .svg or some of these, and the numbers as .csv.
 
     Returns:
         The files, in that order.
@@ -69,8 +72,8 @@ def save(drawing: Drawing, folder: str | Path, stem: str) -> list[Path]:
     Raises:
         StoreError: the folder cannot be written.
     """
-    *images, numbers = (Path(folder) / f"{stem}.{kind}" for kind in (*FORMATS, "csv"))
-    for path, kind in zip(images, FORMATS, strict=True):
+    *images, numbers = (Path(folder) / f"{stem}.{kind}" for kind in (*formats, "csv"))
+    for path, kind in zip(images, formats, strict=True):
         write_bytes(path, image_bytes(drawing, kind))
     write_text(numbers, _csv(drawing))
     return [*images, numbers]

@@ -11,18 +11,18 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from certifl.errors import InputError
 from certifl.report.figures.files import Drawing
 from certifl.report.results import Row, all_clients, check_comparable
-from certifl.report.style import Look, looks_of, unbroken
+from certifl.report.style import FigureStyle, Look, looks_of, unbroken
 from certifl.report.summary import (
     client_acr,
     client_curves,
-    first_unit,
+    group_words,
     largest_radius,
     mean_acr,
     measure_curves,
     measures_of,
-    noise_words,
     radius_grid,
 )
 from certifl.report.units import RadiusScale, scales
@@ -31,7 +31,12 @@ from certifl.smoothing.curves import mean_and_band
 _COLUMNS = 5
 
 
-def certified_accuracy_figure(runs: Sequence[Row], title: str | None = None) -> Drawing:
+_USUAL = FigureStyle()
+
+
+def certified_accuracy_figure(
+    runs: Sequence[Row], title: str | None = None, style: FigureStyle = _USUAL
+) -> Drawing:
     """The paper's plot: certified accuracy against the radius, one curve per algorithm.
 
     The line is the mean over clients, the shaded band reaches from the smallest to the largest
@@ -40,32 +45,67 @@ def certified_accuracy_figure(runs: Sequence[Row], title: str | None = None) -> 
     Args:
         runs: one per algorithm, of the same data and perturbation.
         title: above the axes; the perturbation and its sigma where None.
+        style: size, unit and bands.
 
     Raises:
         StoreMismatch: runs that cannot be in one figure.
     """
     check_comparable(runs)
     radii = radius_grid(runs)
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.add_subplot()
-    rows: list[tuple[Any, ...]] = []
-    for run, look in zip(runs, looks_of(runs), strict=True):
-        curves = client_curves(run, radii)
-        mean, low, high = mean_and_band(curves)
-        band(axes, look, radii, mean, low, high, run.label)
-        rows += _curve_rows(run, radii, curves)
-    certified_axes(axes, runs, radii)
-    title_above(axes, title if title is not None else noise_words(runs[0].conditions))
-    legend(axes, runs, loc="best", ncols=1 if len(runs) < 5 else 2)
+    figure = Figure(figsize=style.size or (6.4, 4.4), layout="constrained")
+    axes, looks = figure.add_subplot(), looks_of(runs)
+    rows = draw_curves(axes, runs, looks, radii, style)
+    finished_axes(axes, runs, float(radii[-1]), style, _title(runs, title, style))
+    columns = 1 if len(runs) < 5 or style.size else 2
+    named_legend(axes, looks, [run.label for run in runs], "best", columns, style)
     return Drawing(figure, ("regime", "client", "radius", "certified_accuracy"), tuple(rows))
 
 
-def per_client_figure(runs: Sequence[Row], title: str | None = None) -> Drawing:
+def draw_curves(
+    axes: Axes,
+    runs: Sequence[Row],
+    looks: Sequence[Look],
+    radii: np.ndarray,
+    style: FigureStyle,
+) -> list[tuple[Any, ...]]:
+    """Draw a mean with its band for each run; the numbers are those of every client as well."""
+    rows: list[tuple[Any, ...]] = []
+    for run, look in zip(runs, looks, strict=True):
+        curves = client_curves(run, radii)
+        mean, low, high = mean_and_band(curves)
+        if style.bands:
+            band(axes, look, radii, mean, low, high, run.label, style)
+        else:
+            line(axes, look, radii, mean, run.label, style)
+        rows += _curve_rows(run, radii, curves)
+    return rows
+
+
+def finished_axes(
+    axes: Axes, runs: Sequence[Row], end: float, style: FigureStyle, title: str
+) -> None:
+    """Labels, limits and ticks of certified accuracy against the radius; a title if not empty."""
+    certified_axes(axes, runs, end, style)
+    if title:
+        title_above(axes, title)
+
+
+def _title(runs: Sequence[Row], title: str | None, style: FigureStyle) -> str:
+    """The one that was asked for; otherwise the perturbation, unless a caption will give it."""
+    if title is not None:
+        return title
+    return "" if style.size else group_words(runs[0])
+
+
+def per_client_figure(
+    runs: Sequence[Row], title: str | None = None, style: FigureStyle = _USUAL
+) -> Drawing:
     """Certified accuracy of every client, a small panel each, one curve per algorithm.
 
     Args:
         runs: one per algorithm, of the same data and perturbation.
         title: above all panels; the perturbation and its sigma where None.
+        style: the unit; the size follows from the number of clients.
 
     Raises:
         StoreMismatch: runs that cannot be in one figure.
@@ -74,7 +114,7 @@ def per_client_figure(runs: Sequence[Row], title: str | None = None) -> Drawing:
     radii = radius_grid(runs)
     clients = all_clients(runs)
     columns = min(_COLUMNS, len(clients))
-    lines, unit = -(-len(clients) // columns), first_unit(runs)
+    lines, unit = -(-len(clients) // columns), shown_units(runs, style)[0]
     figure = Figure(figsize=(1.9 * columns + 1.2, 1.7 * lines + 1.3), layout="constrained")
     # Not shared axes: matplotlib's time for those grows with the square of their number.
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
@@ -97,18 +137,21 @@ def per_client_figure(runs: Sequence[Row], title: str | None = None) -> Drawing:
     return Drawing(figure, ("regime", "client", "radius", "certified_accuracy"), tuple(rows))
 
 
-def average_radius_figure(runs: Sequence[Row], title: str | None = None) -> Drawing:
+def average_radius_figure(
+    runs: Sequence[Row], title: str | None = None, style: FigureStyle = _USUAL
+) -> Drawing:
     """Average certified radius (ACR) per algorithm: clients as dots, their mean as a bar.
 
     Args:
         runs: one per algorithm, of the same data and perturbation.
         title: above the axes; the perturbation and its sigma where None.
+        style: size and unit.
 
     Raises:
         StoreMismatch: runs that cannot be in one figure.
     """
     check_comparable(runs)
-    figure = Figure(figsize=(6.4, 1.3 + 0.55 * len(runs)), layout="constrained")
+    figure = Figure(figsize=style.size or (6.4, 1.3 + 0.55 * len(runs)), layout="constrained")
     axes = figure.add_subplot()
     rows: list[tuple[Any, ...]] = []
     for y, (run, look) in enumerate(zip(runs, looks_of(runs), strict=True)):
@@ -117,26 +160,30 @@ def average_radius_figure(runs: Sequence[Row], title: str | None = None) -> Draw
         axes.barh(y, mean, height=0.62, color=look.color, alpha=0.22, linewidth=0)
         axes.plot([mean, mean], [y - 0.31, y + 0.31], color=look.color, lw=2.2)
         offsets = spread_out(len(radii))
-        style = {"ls": "", "marker": look.marker, "ms": 5, "mec": "white", "mew": 0.6}
-        axes.plot(radii, y + offsets, color=look.color, **style)
+        dots = {"ls": "", "marker": look.marker, "ms": 5, "mec": "white", "mew": 0.6}
+        axes.plot(radii, y + offsets, color=look.color, **dots)
         rows += [(run.label, int(c), float(r)) for c, r in zip(run.clients, radii, strict=True)]
         rows.append((run.label, "mean", mean))
-    frame(axes)
+    frame(axes, style)
     axes.grid(axis="y", visible=False)
     axes.set_yticks(range(len(runs)), [short_name(run.label) for run in runs], parse_math=False)
     axes.invert_yaxis()
     axes.set_xlim(left=0)
-    radius_axis(axes, runs, "average certified radius")
-    title_above(axes, title if title is not None else noise_words(runs[0].conditions))
+    radius_axis(axes, runs, "average certified radius", style)
+    if text := _title(runs, title, style):
+        title_above(axes, text)
     return Drawing(figure, ("regime", "client", "average_certified_radius"), tuple(rows))
 
 
-def history_figure(runs: Sequence[Row], title: str | None = None) -> Drawing:
+def history_figure(
+    runs: Sequence[Row], title: str | None = None, style: FigureStyle = _USUAL
+) -> Drawing:
     """Training: each recorded measure against the round, mean over clients with its band.
 
     Args:
         runs: one per algorithm; runs without history are left out.
         title: above all panels; nothing where None.
+        style: whether bands are drawn.
     """
     names = measures_of(runs)
     width = max(1, len(names))
@@ -148,7 +195,10 @@ def history_figure(runs: Sequence[Row], title: str | None = None) -> Drawing:
             curve = measure_curves(run, name)
             if curve is None:
                 continue
-            band(axes, look, curve.rounds, curve.mean, curve.low, curve.high, run.label)
+            if style.bands:
+                band(axes, look, curve.rounds, curve.mean, curve.low, curve.high, run.label)
+            else:
+                line(axes, look, curve.rounds, curve.mean, run.label)
             rows += [
                 (run.label, name, int(r), m, lo, hi)
                 for r, m, lo, hi in zip(*curve.columns(), strict=True)
@@ -192,39 +242,49 @@ def band(
     low: np.ndarray,
     high: np.ndarray,
     label: str,
+    style: FigureStyle = _USUAL,
 ) -> None:
     """A mean with its band from low to high; thin edges keep bands apart in print."""
     axes.fill_between(x, low, high, color=look.color, alpha=0.13, linewidth=0)
     for edge in (low, high):
         axes.plot(x, edge, color=look.color, alpha=0.35, lw=0.6, dashes=look.dash or (None, None))
-    line(axes, look, x, mean, label)
+    line(axes, look, x, mean, label, style)
 
 
-def line(axes: Axes, look: Look, x: np.ndarray, y: np.ndarray, label: str) -> None:
+def line(
+    axes: Axes,
+    look: Look,
+    x: np.ndarray,
+    y: np.ndarray,
+    label: str,
+    style: FigureStyle = _USUAL,
+) -> None:
     """One curve; markers of different looks start at different points, so that none is hidden."""
     every = max(1, len(x) // _MARKERS_PER_CURVE)
     axes.plot(
         x,
         y,
         color=look.color,
-        lw=1.7,
+        lw=1.2 if style.size else 1.7,
         dashes=look.dash or (None, None),
         marker=look.marker,
         markevery=(look.slot * every // 4 % every, every),
-        ms=4.5,
+        ms=3.2 if style.size else 4.5,
         mec="white",
         mew=0.6,
         label=label,
     )
 
 
-def certified_axes(axes: Axes, runs: Sequence[Row], radii: np.ndarray) -> None:
-    """Axes of certified accuracy against the radius."""
-    frame(axes)
-    axes.set(xlim=(0, radii[-1]), ylim=(0, 1))
-    axes.set_ylabel("certified accuracy", color=INK)
+def certified_axes(
+    axes: Axes, runs: Sequence[Row], end: float, style: FigureStyle = _USUAL
+) -> None:
+    """Axes of certified accuracy against the radius, up to the radius `end`."""
+    frame(axes, style)
+    axes.set(xlim=(0, end), ylim=(0, 1))
+    axes.set_ylabel("certified accuracy", color=INK, fontsize=_text_size(style))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol="\N{NO-BREAK SPACE}%"))
-    radius_axis(axes, runs, "radius")
+    radius_axis(axes, runs, "radius", style)
 
 
 def panel(axes: Axes, name: str, end: float, left: bool, lowest: bool) -> None:
@@ -237,17 +297,39 @@ def panel(axes: Axes, name: str, end: float, left: bool, lowest: bool) -> None:
     axes.tick_params(labelleft=left, labelbottom=lowest)
 
 
-def radius_axis(axes: Axes, runs: Sequence[Row], what: str) -> None:
+def radius_axis(axes: Axes, runs: Sequence[Row], what: str, style: FigureStyle = _USUAL) -> None:
     """The radius in the unit that is read first below; angles also in radians above."""
-    metadata = runs[0].conditions
-    first, *others = scales(metadata, largest_radius(runs))
-    axes.set_xlabel(f"{what} in {first.name} ({metadata['norm']})", color=INK, parse_math=False)
-    ticks_in(axes, first, 8)
-    for other in others:
+    norm = runs[0].conditions["norm"]
+    first, *others = shown_units(runs, style)
+    words = f"{what} in {first.name} ({norm})"
+    axes.set_xlabel(words, color=INK, fontsize=_text_size(style), parse_math=False)
+    ticks_in(axes, first, 5 if style.size else 8)
+    for other in others if not axes.child_axes else ():
         above = axes.secondary_xaxis("top")
         above.set_xlabel(other.name, color=INK, fontsize=9)
         above.tick_params(labelsize=8, colors=INK, length=3)
         above.spines["top"].set_color(_FAINT)
+
+
+def shown_units(runs: Sequence[Row], style: FigureStyle) -> tuple[RadiusScale, ...]:
+    """The units of the radius axis: the one that was chosen, or all, the first read first.
+
+    Raises:
+        InputError: these radii have no such unit.
+    """
+    units = scales(runs[0].conditions, largest_radius(runs))
+    if style.unit is None:
+        return units[:1] if style.size else units
+    chosen = tuple(unit for unit in units if unit.name == style.unit)
+    if not chosen:
+        known = " or ".join(unit.name for unit in units)
+        raise InputError(f"These radii are in {known}; got {style.unit!r}.")
+    return chosen
+
+
+def _text_size(style: FigureStyle) -> float:
+    """Points of the labels of axes."""
+    return 8 if style.size else 10
 
 
 def ticks_in(axes: Axes, unit: RadiusScale, most: int) -> None:
@@ -261,7 +343,7 @@ def ticks_in(axes: Axes, unit: RadiusScale, most: int) -> None:
     axes.set_xticks([mark / unit.factor for mark in marks], [f"{mark:g}" for mark in marks])
 
 
-def frame(axes: Axes) -> None:
+def frame(axes: Axes, style: FigureStyle = _USUAL) -> None:
     """Two spines, a faint grid, small ticks."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -269,7 +351,7 @@ def frame(axes: Axes) -> None:
         axes.spines[side].set_color("#888888")
     axes.grid(color=_FAINT, lw=0.6)
     axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8, colors=INK, length=3)
+    axes.tick_params(labelsize=7 if style.size else 8, colors=INK, length=3)
 
 
 def title_above(axes: Axes, title: str) -> None:
@@ -281,7 +363,7 @@ def title_above(axes: Axes, title: str) -> None:
 
 def heading(figure: Figure, runs: Sequence[Row], title: str | None) -> None:
     """A title and one legend for all panels."""
-    text = title if title is not None else noise_words(runs[0].conditions) if runs else ""
+    text = title if title is not None else group_words(runs[0]) if runs else ""
     if text:
         figure.suptitle(
             short_name(text, _LONGEST_TITLE), fontsize=10.5, color=INK, parse_math=False
@@ -296,20 +378,27 @@ def legend(target: Axes | Figure, runs: Sequence[Row], loc: Any, ncols: int) -> 
 
 
 def named_legend(
-    target: Axes | Figure, looks: Sequence[Look], names: Sequence[str], loc: Any, ncols: int
+    target: Axes | Figure,
+    looks: Sequence[Look],
+    names: Sequence[str],
+    loc: Any,
+    ncols: int,
+    style: FigureStyle = _USUAL,
 ) -> None:
     """One entry per look; `loc` as in matplotlib."""
-    handles = [_handle(look) for look in looks]
+    handles = [_handle(look, style) for look in looks]
     numbers = [str(number) for number in range(len(looks))]
-    style: dict[str, Any] = {"frameon": False, "fontsize": 9, "handlelength": 3.6}
-    legend = target.legend(handles, numbers, loc=loc, ncols=ncols, **style)
+    form: dict[str, Any] = {"frameon": False, "fontsize": 7 if style.size else 9}
+    form |= {"handlelength": 3.6, "labelspacing": 0.3 if style.size else 0.5}
+    legend = target.legend(handles, numbers, loc=loc, ncols=ncols, **form)
     # The names come last: as labels, those that begin with an underscore would be left out.
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set(text=short_name(name), parse_math=False, color=INK)
 
 
-def _handle(look: Look) -> Line2D:
-    line = Line2D([], [], color=look.color, marker=look.marker, lw=1.7, ms=4.5)
+def _handle(look: Look, style: FigureStyle) -> Line2D:
+    lw, ms = (1.2, 3.2) if style.size else (1.7, 4.5)
+    line = Line2D([], [], color=look.color, marker=look.marker, lw=lw, ms=ms)
     line.set_dashes(look.dash or (None, None))
     line.set(markeredgecolor="white", markeredgewidth=0.6)
     return line

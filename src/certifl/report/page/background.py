@@ -36,6 +36,8 @@ def overview_list(context: ReportContext) -> Markup:
     if any(votes.saved is not None and votes.saved > 0.005 for votes in costs):
         share = 1.0 - spent / sum(votes.fixed or 0 for votes in costs)
         items.append(("Saved by stopping early", f"{100 * share:.0f} % of the votes"))
+    if context.of_model:
+        items = [(name, text) for name, text in items if name not in ("Data", "Clients")]
     pairs = [el("div", None, el("dt", None, k), el("dd", None, v)) for k, v in items]
     return el("dl", {"class": "facts"}, *pairs)
 
@@ -117,9 +119,15 @@ def cost_section(context: ReportContext) -> Markup:
     head = ["Property", *(run.label for run in context.trained)]
     columns = [_properties(run) for run in context.trained]
     names = list(dict.fromkeys(name for column in columns for name in column))
+    if context.of_model:  # a file of certificates records no training and no machine
+        names = [n for n in names if columns[0][n] not in ("–", "–, – GB")]
     rows = [[name, *(column.get(name, "–") for column in columns)] for name in names]
-    caption = "Training, certification, time and machine of every run"
-    return section("cost", "How the runs were computed", table(caption, head, rows))
+    if context.of_model:
+        caption, heading = "Votes and settings", "How the model was certified"
+    else:
+        caption = "Training, certification, time and machine of every run"
+        heading = "How the runs were computed"
+    return section("cost", heading, table(caption, head, rows))
 
 
 def _properties(run: RunResults) -> dict[str, str]:
@@ -154,6 +162,8 @@ def _properties(run: RunResults) -> dict[str, str]:
 def reproduce_section(context: ReportContext, page: Path) -> Markup:
     """Commands that verify and repeat the runs, and the spec of every run, word for word."""
     runs = context.trained
+    if context.of_model:
+        return _verify_model(runs[0].folder, page)
     paths = [_shown_path(run.folder, page) for run in runs if not run.curves_only]
     verify = "\n".join(f"certifl verify {shlex.quote(path)}" for path in paths)
     commands = dict.fromkeys(str(run.manifest.get("command") or "certifl run") for run in runs)
@@ -183,6 +193,16 @@ def reproduce_section(context: ReportContext, page: Path) -> Markup:
         _code("\n".join(commands), "Commands to repeat the runs"),
         *specs,
     )
+
+
+def _verify_model(file: Path, page: Path) -> Markup:
+    """How to verify a file of certificates; nothing for one without votes."""
+    if file.suffix.lower() != ".parquet":
+        return Markup()
+    command = f"certifl verify {shlex.quote(_shown_path(file, page))}"
+    text = "Recompute every radius from the stored votes:"
+    code = _code(command, "Command to verify the certificates")
+    return section("reproduce", "Verify", paragraph(text), code)
 
 
 def _code(text: str, name: str) -> Markup:

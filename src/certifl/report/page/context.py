@@ -9,7 +9,7 @@ from typing import Any
 
 from certifl.report.compare import Comparison, compare, own_interval
 from certifl.report.page.html import Markup, el, stacked
-from certifl.report.results import Row, RunResults, all_clients, flat
+from certifl.report.results import MODEL, Row, RunResults, all_clients, flat
 from certifl.report.style import Look, looks_of
 from certifl.report.summary import (
     Share,
@@ -65,6 +65,11 @@ class ReportContext:
     def clients(self) -> list[int]:
         """All clients that have certificates."""
         return all_clients(self.runs)
+
+    @property
+    def of_model(self) -> bool:
+        """Whether the page is about one model that no study trained."""
+        return self.runs[0].algorithm == MODEL and len(self.clients) == 1
 
     @property
     def several_seeds(self) -> bool:

@@ -36,11 +36,13 @@ from certifl.report.page.panels import (
     tabs,
 )
 from certifl.report.page.perturbations import Groups, overview
-from certifl.report.results import RunResults, by_perturbation, by_seed, load_runs
+from certifl.report.results import UNSEEN, Row, RunResults, by_perturbation, by_seed, load_runs
+from certifl.report.style import FigureStyle, looks_of
 from certifl.report.units import family_words
 from certifl.report.wording import listed
 from certifl.runs.atomic import write_text
 
+_USUAL = FigureStyle()
 _LONGEST_NAME = 80
 _STYLES = ("page.css", "recommendation.css", "claims.css", "explorer.css", "print.css")
 _SCRIPTS = ("drawing.js", "page.js", "recommendation.js", "explorer.js", "switch.js")
@@ -51,10 +53,13 @@ def page_beside(run_folders: Sequence[Path]) -> Path:
     """Default path of the page about some runs.
 
     Returns:
-        `report.html` in the folder of a single run; for several runs in a new folder beside the
-        first, so that neither another page nor its figures are replaced.
+        `report.html` in the folder of a single run; for several runs, or a file of certificates,
+        in a new folder beside the first, so that neither another page nor its figures are
+        replaced.
     """
     folders = [folder.resolve() for folder in run_folders]
+    if len(folders) == 1 and run_folders[0].is_file():
+        return run_folders[0].with_name(f"{run_folders[0].stem}-report") / "report.html"
     if len(folders) == 1:
         return run_folders[0] / "report.html"
     name = "-".join(folder.name for folder in folders)
@@ -71,6 +76,7 @@ def write_report(
     figures: bool = True,
     images: bool | None = None,
     claims: ClaimsSection | None = None,
+    style: FigureStyle = _USUAL,
 ) -> Path:
     """Write the page, and the figures beside it.
 
@@ -86,6 +92,7 @@ def write_report(
         images: whether test images are shown on the page; None = as on the page that is replaced,
             or shown if there is none. Without them no pixel of an image is in the file.
         claims: makes a section that compares the runs with published claims; None = no section.
+        style: of the figures that are written as files.
 
     Returns:
         The page's path. Equal results give an equal page.
@@ -102,7 +109,7 @@ def write_report(
     if images is None:
         images = not _without_images(page)
     if figures:
-        write_figures(runs, page.parent / "figures")
+        write_figures(runs, page.parent / "figures", style)
     write_text(page, _page(groups, page, title, images, claims))
     return page
 
@@ -117,8 +124,10 @@ def _without_images(page: Path) -> bool:
     return page.is_file() and _BARE in page.read_text(encoding="utf-8", errors="replace")
 
 
-def write_figures(runs: Sequence[RunResults], folder: str | Path) -> list[Path]:
-    """Write all figures of some runs as PNG, PDF, SVG and CSV.
+def write_figures(
+    runs: Sequence[RunResults], folder: str | Path, style: FigureStyle = _USUAL
+) -> list[Path]:
+    """Write all figures of some runs as PNG, PDF, SVG and CSV, or in the formats of `style`.
 
     Where clients certify different perturbations, each has its own folder inside.
 
@@ -131,21 +140,29 @@ def write_figures(runs: Sequence[RunResults], folder: str | Path) -> list[Path]:
     groups = by_perturbation(runs)
     if len(groups) > 1:
         inside = zip(groups, _folder_names(groups), strict=True)
-        return [path for part, name in inside for path in write_figures(part, Path(folder) / name)]
+        written = [write_figures(part, Path(folder) / name, style) for part, name in inside]
+        return [path for paths in written for path in paths]
     rows = by_seed(runs)
     drawings: dict[str, Drawing] = {
-        "curves": certified_accuracy_figure(rows),
-        "clients": per_client_figure(rows),
-        "average_radius": average_radius_figure(rows),
+        "curves": certified_accuracy_figure(rows, style=style),
+        "clients": per_client_figure(rows, style=style),
+        "average_radius": average_radius_figure(rows, style=style),
     }
     if any(run.history for run in runs):
-        drawings["history"] = history_figure(rows)
-    return [path for stem, drawn in drawings.items() for path in save(drawn, folder, stem)]
+        drawings["history"] = history_figure(rows, style=style)
+    return [
+        path
+        for stem, drawn in drawings.items()
+        for path in save(drawn, folder, stem, style.formats)
+    ]
 
 
 def _folder_names(groups: Groups) -> list[str]:
     """A short name for each group: its family, numbered where several share it."""
-    families = [str(runs[0].conditions["family"]) for runs in groups]
+    families = [
+        f"{runs[0].conditions['family']}{'-unseen' if runs[0].group == UNSEEN else ''}"
+        for runs in groups
+    ]
     return [
         family if families.count(family) == 1 else f"{family}-{families[:at].count(family) + 1}"
         for at, family in enumerate(families)
@@ -167,6 +184,7 @@ def _page(
         for at, (context, frame) in enumerate(zip(contexts, frames, strict=True))
     ]
     style, script = ("".join(map(asset, names)) for names in (_STYLES, _SCRIPTS))
+    style += _chosen_colors(contexts[0].runs)
     parts = {
         "title": el("title", None, _heading(contexts) if title is None else title),
         "policy": join([_policy(style, script), Markup("" if images else f"\n{_BARE}")]),
@@ -193,6 +211,20 @@ def _frames(
         return [PageFrame(top, overview(groups), Markup())], Markup()
     frames = [tab_frame(context, at) for at, context in enumerate(contexts)]
     return frames, join([el("header", None, top), overview(groups), tabs(contexts)])
+
+
+def _chosen_colors(rows: Sequence[Row]) -> str:
+    """Style rules for colors that the user chose; lighter on a dark page."""
+    looks = [
+        (look.slot, row.color)
+        for row, look in zip(rows, looks_of(rows), strict=True)
+        if row.color is not None
+    ]
+    light = "".join(f".s{slot} {{ --c: {color}; }}\n" for slot, color in looks)
+    dark = "".join(
+        f".s{slot} {{ --c: color-mix(in srgb, {color} 45%, white); }}\n" for slot, color in looks
+    )
+    return f"{light}@media (prefers-color-scheme: dark) {{\n{dark}}}\n" if looks else ""
 
 
 def _policy(style: str, script: str) -> Markup:

@@ -21,17 +21,33 @@ from certifl.report.figures import (
 from certifl.report.page import background
 from certifl.report.page import results as sections
 from certifl.report.page.attacks import attacks_section
+from certifl.report.page.classes import classes_section
 from certifl.report.page.context import ReportContext, chart_payload
 from certifl.report.page.explorer import explorer_payload, explorer_section
 from certifl.report.page.html import Markup, el, join, picture
 from certifl.report.page.perturbations import panel_id
 from certifl.report.page.recommendation import recommendation_payload, recommendation_section
 from certifl.report.results import Row
-from certifl.report.summary import noise_words
+from certifl.report.summary import group_words
 from certifl.report.wording import client_list, headline
 
 ClaimsSection = Callable[[Sequence[Row]], Markup]
 """Makes the section that compares runs with published claims; empty where none applies."""
+
+
+_CURVES_WORDS = (
+    " Lines are means over clients; the shaded band reaches from the smallest to the largest "
+    "client."
+)
+_ACR_WORDS = Markup(
+    "The mean of radius × correct over a client's test images, which is the area under its curve. "
+    "One mark per client; the tall stroke is the mean over clients, the line through it its "
+    "95&nbsp;% interval."
+)
+_MODEL_ACR_WORDS = Markup(
+    "The mean of radius × correct over the test images, which is the area under the curve; the "
+    "line through it is its 95&nbsp;% interval."
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +94,7 @@ def panel_of(
     explored = explorer_payload(context, pictures, most)
     numbers = chart_payload(context)
     numbers |= {"recommendation": recommendation_payload(context), "explorer": explored}
+    model = context.of_model
     finding, support = headline(context.runs, context.comparison, context.scale)
     parts = {
         "at": str(at),
@@ -95,11 +112,16 @@ def panel_of(
         ),
         "acr_fallback": _fallback(
             average_radius_figure(context.runs),
-            "Average certified radius per algorithm and client",
+            f"Average certified radius{'' if model else ' per algorithm and client'}",
         ),
         "results": sections.results_section(context),
         "comparison": sections.comparison_section(context),
+        "curves_words": "" if model else _CURVES_WORDS,
+        "curves_lines": "" if model else ", one line per algorithm",
+        "acr_marks": "" if model else " per algorithm, one mark per client",
+        "acr_words": _MODEL_ACR_WORDS if model else _ACR_WORDS,
         "clients": sections.clients_section(context),
+        "classes": classes_section(context),
         "claims": Markup() if claims is None else claims(context.runs),
         "explorer": explorer_section(context, explored),
         "attacks": attacks_section(context),
@@ -131,6 +153,8 @@ def eyebrow(context: ReportContext, clients: int) -> str:
     """Data, number of clients and algorithms in a few words."""
     first = context.runs[0]
     run = first.runs[0]
+    if context.of_model:
+        return f"{first.label} · {len(run.certificates):,} test images"
     algorithms = f"{len(context.runs)} algorithms" if len(context.runs) > 1 else first.label
     words = f"{clients} client{'s' if clients > 1 else ''}"
     total = run.manifest.get("clients")
@@ -173,5 +197,5 @@ def _tab_id(at: int) -> str:
 
 
 def _name(context: ReportContext) -> str:
-    words = noise_words(context.runs[0].conditions)
+    words = group_words(context.runs[0])
     return words[0].upper() + words[1:]

@@ -8,7 +8,14 @@ from certifl.report.figures import certified_accuracy_figure
 from certifl.report.page.context import acr_cell, share_cell, spread_cell
 from certifl.report.page.html import Markup, el, join, note, paragraph, picture, section, table
 from certifl.report.results import Row, RunResults, all_clients
-from certifl.report.summary import accuracy_share, first_unit, noise_words, plain_rows, share
+from certifl.report.summary import (
+    accuracy_share,
+    first_unit,
+    group_words,
+    noise_words,
+    plain_rows,
+    share,
+)
 from certifl.report.wording import client_list
 
 Groups = Sequence[Sequence[Row]]
@@ -25,6 +32,12 @@ _SEVERAL = (
     "Radii of different perturbations mean different things, so nothing is averaged over them: "
     "curves, means, bands and comparisons cover the clients that certify the same perturbation. "
     "Below, one perturbation is shown at a time, in its own unit; the tabs switch between them."
+)
+_APART = (
+    "Some clients took part in no round of training. They were given the global model "
+    "afterwards, fine-tuned on their own images where the algorithm does so. They are shown "
+    "apart: no mean, curve or comparison covers both groups. An algorithm that cannot leave them "
+    "out has trained with them."
 )
 _PLAIN = (
     "These clients certify nothing. The accuracy is that of the network itself on unchanged "
@@ -47,23 +60,31 @@ def overview(groups: Groups) -> Markup:
     plain = plain_rows(groups[0])
     if len(groups) == 1 and not plain:
         return Markup()
-    explanation = "Some clients certify nothing; everything below is about those that do."
     panels = [_panel(runs, at) for at, runs in enumerate(groups)]
     return section(
         "perturbations",
-        "Perturbations of the clients",
-        paragraph(_SEVERAL if len(groups) > 1 else explanation),
+        "Groups of clients" if groups[0][0].group else "Perturbations of the clients",
+        *(paragraph(text) for text in _explanations(groups)),
         table("What the clients certify", _HEAD, [row for runs in groups for row in _rows(runs)]),
         el("div", {"class": "panels"}, *panels) if len(groups) > 1 else Markup(),
         _plain(groups[0][0].runs[0], plain) if plain else Markup(),
     )
 
 
+def _explanations(groups: Groups) -> list[str]:
+    """Why the clients are in groups."""
+    if len(groups) == 1:
+        return ["Some clients certify nothing; everything below is about those that do."]
+    apart = [_APART] if groups[0][0].group else []
+    noises = {noise_words(runs[0].conditions) for runs in groups}
+    return [*apart, *([_SEVERAL] if len(noises) > 1 or not apart else [])]
+
+
 def _rows(runs: Sequence[Row]) -> list[list[str]]:
     scale = first_unit(runs)
     return [
         [
-            noise_words(run.conditions),
+            group_words(run),
             client_list(run.clients.tolist()),
             run.label,
             acr_cell(run, scale),
@@ -77,7 +98,7 @@ def _rows(runs: Sequence[Row]) -> list[list[str]]:
 def _panel(runs: Sequence[Row], at: int) -> Markup:
     """The curves of one perturbation, with a link to its panel."""
     clients = client_list(all_clients(runs))
-    name = f"{noise_words(runs[0].conditions)}: {clients}"
+    name = f"{group_words(runs[0])}: {clients}"
     image = picture(certified_accuracy_figure(runs, title=clients), f"Certified accuracy, {name}")
     link = el("a", {"href": f"#{panel_id(at)}"}, "details")
     return el("figure", None, el("figcaption", None, name, " (", link, ")"), image)

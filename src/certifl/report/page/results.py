@@ -80,13 +80,14 @@ def _curves_only(context: ReportContext) -> str:
 def results_section(context: ReportContext) -> Markup:
     """Average certified radius and certified accuracies per algorithm, with intervals."""
     radii, scale = selected_radii(context.runs, context.scale), context.scale
-    head = ["Algorithm", "Average certified radius", "Best and worst client"]
+    what, over = ("Model", []) if context.of_model else ("Algorithm", ["Best and worst client"])
+    head = [what, "Average certified radius", *over]
     head += [f"At {text}" for text, _ in radii] + ["Abstained"]
     rows = [
         [
             _named_with_seeds(context, row),
             acr_cell(run, scale),
-            spread_cell(run, scale),
+            *(spread_cell(run, scale) for _ in over),
             *(share_cell(accuracy_share(run, radius)) for _, radius in radii),
             "not shared" if run.curves_only else share_cell(abstained_share(run)),
         ]
@@ -107,10 +108,11 @@ def _named_with_seeds(context: ReportContext, row: int) -> Markup:
 
 
 def _result_note(context: ReportContext) -> str:
+    over = "images" if context.of_model else "clients"
     text = (
         "Certified accuracy at a radius: share of all certified test images that are classified "
         "correctly with at least that radius, with exact (Clopper-Pearson) 95 % limits over "
-        "images. Average certified radius: mean over clients of radius × correct, with a 95 % "
+        f"images. Average certified radius: mean over {over} of radius × correct, with a 95 % "
         f"interval over images. {_seeds_note(context)} Radii are rounded down."
     )
     sizes = {int((r.certificates.client == c).sum()) for r in context.trained for c in r.clients}
@@ -207,6 +209,8 @@ def _unpaired_note(context: ReportContext) -> str:
 
 def clients_section(context: ReportContext) -> Markup:
     """Every client under every algorithm: average certified radius and accuracy at radius 0."""
+    if context.of_model:
+        return Markup()
     cells: dict[tuple[int, int], Markup] = {}
     for row, run in enumerate(context.runs):
         accuracies = client_curves(run, [0.0])[:, 0]
@@ -230,6 +234,8 @@ def _client_name(context: ReportContext, client: int) -> str:
 
 def training_section(context: ReportContext) -> Markup:
     """Where the script draws the training history; a sentence where nothing was recorded."""
+    if context.of_model:
+        return Markup()
     failures = [(run.label, left_out_words(run)) for run in context.trained]
     warnings = [notice(f"{label}: {words}") for label, words in failures if words is not None]
     names = measures_of(context.runs)
@@ -281,8 +287,10 @@ def chart_controls(context: ReportContext) -> Markup:
     units = [unit.name for unit in context.units]
     return join(
         [
-            fieldset("Algorithms", *algorithms, name="algorithm-toggles"),
-            fieldset("Show", *show),
+            fieldset("Curves", *algorithms, name="algorithm-toggles")
+            if context.of_model
+            else fieldset("Algorithms", *algorithms, name="algorithm-toggles"),
+            Markup() if context.of_model else fieldset("Show", *show),
             choice("Radius in", "unit", units) if len(units) > 1 else Markup(),
             choice("Accuracy in", "accuracy", ["percent", "shares from 0 to 1"]),
             _client_toggles(context.clients),

@@ -1,0 +1,311 @@
+"""One table of algorithms over seeds, as text, CSV, Markdown and LaTeX.
+
+The numbers are those of the page: `summary_rows`, and the differences of `compare`, paired image
+by image within each seed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from certifl.report.compare import Comparison, Difference, compare, standing
+from certifl.report.figures import certified_accuracy_figure, save
+from certifl.report.page.page import write_report
+from certifl.report.results import Row, RunResults, by_perturbation, by_seed, load_runs
+from certifl.report.summary import first_unit, group_words, noise_words
+from certifl.report.table import summary_rows
+from certifl.report.units import RadiusScale
+from certifl.runs.atomic import write_text
+
+_NUMBERS = (
+    *("perturbation", "algorithm", "seeds", "images", "unit", "acr", "acr_low", "acr_high"),
+    *("spread", "behind", "behind_low", "behind_high", "leads"),
+)
+
+
+@dataclass(frozen=True)
+class TableOfGroup:
+    """The rows about one group of clients, which certify one perturbation.
+
+    Attributes:
+        title: which group; "" where there is one.
+        head: titles of the columns of `rows`.
+        rows: texts; radii are rounded down and intervals outward.
+        leading: whether each row leads, or is not shown to be behind the row that does.
+    """
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    leading: tuple[bool, ...]
+
+    def text(self) -> str:
+        """Columns side by side."""
+        lines = [self.head, *self.rows]
+        widths = [max(len(line[at]) for line in lines) for at in range(len(self.head))]
+        shown = [
+            "  ".join(
+                cell.ljust(width) if at == 0 else cell.rjust(width)
+                for at, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        shown.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join([*([self.title] if self.title else []), *shown])
+
+    def markdown(self) -> str:
+        """A Markdown table; rows that lead are bold."""
+        rows = [self._emphasized(row, at, "**{}**") for at, row in enumerate(self.rows)]
+        ruler = ["---", *["---:"] * (len(self.head) - 1)]
+        lines = [[_markdown(cell) for cell in self.head], ruler]
+        lines += [[_markdown(cell) for cell in row] for row in rows]
+        title = [f"{self.title}:", ""] if self.title else []
+        return "\n".join([*title, *(f"| {' | '.join(line)} |" for line in lines)])
+
+    def latex(self) -> str:
+        """A tabular with the rules of the package booktabs; rows that lead are bold."""
+        head = " & ".join(_latex(cell) for cell in self.head)
+        rows = [
+            self._emphasized([_latex(cell) for cell in row], at, r"\textbf{{{}}}")
+            for at, row in enumerate(self.rows)
+        ]
+        lines = [
+            *([f"% {self.title}"] if self.title else []),
+            rf"\begin{{tabular}}{{l{'r' * (len(self.head) - 1)}}}",
+            r"\toprule",
+            rf"{head} \\",
+            r"\midrule",
+            *(rf"{' & '.join(row)} \\" for row in rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+        return "\n".join(lines)
+
+    def _emphasized(self, row: Sequence[str], at: int, form: str) -> list[str]:
+        name, *rest = row
+        return [form.format(name) if self.leading[at] else name, *rest]
+
+
+@dataclass(frozen=True)
+class SeedTable:
+    """The table: one part for each group of clients that is reported apart.
+
+    Attributes:
+        parts: usually one.
+        notes: what the columns mean, in sentences.
+        numbers: by column of the CSV, one mapping for each row.
+    """
+
+    parts: tuple[TableOfGroup, ...]
+    notes: tuple[str, ...]
+    numbers: tuple[Mapping[str, Any], ...]
+
+    def text(self) -> str:
+        """Columns side by side, and the notes below."""
+        return "\n\n".join([*(part.text() for part in self.parts), "\n".join(self.notes)]) + "\n"
+
+    def csv(self) -> str:
+        """Unrounded numbers, in the units in which they are stored."""
+        columns = list(dict.fromkeys([*_NUMBERS, *(key for row in self.numbers for key in row)]))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.numbers)  # None is written as an empty cell
+        return text.getvalue()
+
+    def markdown(self) -> str:
+        """Markdown tables with the notes below."""
+        parts = [part.markdown() for part in self.parts]
+        return "\n\n".join([*parts, "\n".join(self.notes)]) + "\n"
+
+    def latex(self) -> str:
+        """Tabulars, with the notes as comments above."""
+        notes = "\n".join(f"% {note}" for note in self.notes)
+        return "\n\n".join([notes, *(part.latex() for part in self.parts)]) + "\n"
+
+
+def write_comparison(runs: Sequence[RunResults], folder: Path, title: str) -> SeedTable:
+    """Write the table, the figure of certified accuracy and the page of some runs.
+
+    ```
+    table.txt, .csv, .md, .tex   figure.png, .pdf, .svg, .csv   report.html
+    ```
+    Where clients certify different perturbations, or some took no part in training, each group
+    has a figure: `figure`, `figure-2` and so on.
+
+    Raises:
+        StoreMismatch: runs that cannot be compared. StoreError: the folder cannot be written.
+    """
+    table = seed_table(runs)
+    forms: dict[str, Callable[[], str]] = {
+        "txt": table.text,
+        "csv": table.csv,
+        "md": table.markdown,
+        "tex": table.latex,
+    }
+    for kind, form in forms.items():
+        write_text(folder / f"table.{kind}", form())
+    groups = by_perturbation(load_runs(runs))
+    for number, group in enumerate(groups, start=1):
+        stem = "figure" if number == 1 else f"figure-{number}"
+        save(certified_accuracy_figure(by_seed(group)), folder, stem)
+    write_report(runs, folder / "report.html", title, figures=False)
+    return table
+
+
+def seed_table(runs: Sequence[str | Path | RunResults]) -> SeedTable:
+    """The table of some runs; those that differ in their seed alone are one row.
+
+    Raises:
+        StoreMismatch: a run that is missing or unfinished, or runs that cannot be compared.
+        StoreError: a run that is damaged.
+    """
+    groups = [by_seed(group) for group in by_perturbation(load_runs(runs))]
+    summaries = iter(summary_rows(runs))
+    one_noise = len({noise_words(group[0].conditions) for group in groups}) == 1
+    parts: list[TableOfGroup] = []
+    numbers: list[Mapping[str, Any]] = []
+    for group in groups:
+        own = [next(summaries) for _ in group]
+        title = group[0].group if one_noise else group_words(group[0])
+        part, more = _of_group(title, group, own)
+        parts.append(part)
+        numbers += more
+    several = any(len(row.runs) > 1 for group in groups for row in group)
+    return SeedTable(tuple(parts), _notes(several), tuple(numbers))
+
+
+def _of_group(
+    title: str, rows: Sequence[Row], summaries: Sequence[Mapping[str, Any]]
+) -> tuple[TableOfGroup, list[dict[str, Any]]]:
+    """One group's table, and the numbers in it."""
+    compared, scale, several = compare(rows), first_unit(rows), len(rows) > 1
+    behind, leaders = _behind(compared), _leaders(compared)
+    pairs = list(zip(rows, summaries, strict=True))
+    texts = [
+        _texts(summary, row, scale, behind.get(at), several)
+        for at, (row, summary) in enumerate(pairs)
+    ]
+    numbers = [
+        _numbers(summary, row, behind.get(at), at in leaders)
+        for at, (row, summary) in enumerate(pairs)
+    ]
+    leading = tuple(at in leaders for at in range(len(rows)))
+    return TableOfGroup(title, _head(summaries[0], several), tuple(texts), leading), numbers
+
+
+def _head(summary: Mapping[str, Any], compared: bool) -> tuple[str, ...]:
+    radii = [f"≥ {share['radius_text']}" for share in summary["accuracy"]]
+    last = ["behind the best", "95 %"] if compared else []
+    return ("algorithm", "seeds", "ACR", "95 %", *radii, "spread", *last)
+
+
+def _texts(
+    summary: Mapping[str, Any],
+    row: Row,
+    scale: RadiusScale,
+    behind: Difference | None,
+    compared: bool,
+) -> tuple[str, ...]:
+    low, high = summary["acr_low_text"], summary["acr_high_text"]
+    cells = [
+        str(summary["label"]),
+        str(len(row.runs)),
+        summary["acr_text"],
+        f"{low} to {high}" if low else "–",
+        *(share["text"] for share in summary["accuracy"]),
+        summary["spread_text"],
+    ]
+    if compared:
+        cells += ["–", "–"] if behind is None else _difference(behind, scale)
+    return tuple(cells)
+
+
+def _difference(behind: Difference, scale: RadiusScale) -> list[str]:
+    if not behind.stated:
+        return ["–", "–"]
+    return [scale.text(behind.estimate), scale.interval(behind.low, behind.high)]
+
+
+def _numbers(
+    summary: Mapping[str, Any], row: Row, behind: Difference | None, leads: bool
+) -> dict[str, Any]:
+    stated = behind if behind is not None and behind.stated else None
+    shares = {
+        f"accuracy_{share['radius']:.6g}{end}": share[key]
+        for share in summary["accuracy"]
+        for key, end in (("value", ""), ("low", "_low"), ("high", "_high"))
+    }
+    return {
+        "perturbation": summary["perturbation"],
+        "algorithm": summary["label"],
+        "seeds": " ".join(str(run.seed) for run in row.runs),
+        "images": summary["images"],
+        "unit": row.conditions["unit"],
+        **{key: summary[key] for key in ("acr", "acr_low", "acr_high", "spread")},
+        "behind": None if stated is None else stated.estimate,
+        "behind_low": None if stated is None else stated.low,
+        "behind_high": None if stated is None else stated.high,
+        "leads": int(leads),
+        **shares,
+    }
+
+
+def _behind(compared: Comparison) -> dict[int, Difference]:
+    """Of every row but the leading one, how far it is behind."""
+    if len(compared.acr) < 2:
+        return {}
+    best = standing(compared.acr, compared.pairs).best
+    others = (i for i in range(len(compared.acr)) if i != best)
+    return {i: compared.pairs[min(best, i), max(best, i)].seen_from(best) for i in others}
+
+
+def _leaders(compared: Comparison) -> set[int]:
+    """The leading row, and those that are not shown to be behind it."""
+    if len(compared.acr) < 2:
+        return set()
+    found = standing(compared.acr, compared.pairs)
+    return {found.best, *found.tied}
+
+
+def _notes(several: bool) -> tuple[str, ...]:
+    over = "images and seeds" if several else "images"
+    return (
+        f"ACR: average certified radius, mean over clients{' and seeds' if several else ''}, "
+        f"with a 95 % interval over {over}.",
+        "Columns of radii: share of all images, correct with at least that radius. Spread: best "
+        "minus worst client.",
+        "Behind the best: difference of ACR to the leading row, paired image by image within "
+        "each seed; all these intervals hold together with 95 %. Bold (Markdown, LaTeX): the row "
+        "that leads, and those that are not shown to be behind it.",
+    )
+
+
+def _markdown(cell: str) -> str:
+    return cell.replace("|", "/")
+
+
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "°": r"$^{\circ}$",
+    "≥": r"$\geq$",
+    "–": "--",
+    "λ": r"$\lambda$",
+    "μ": r"$\mu$",
+    "σ": r"$\sigma$",
+    "π": r"$\pi$",
+    "α": r"$\alpha$",
+    "\N{NO-BREAK SPACE}": "~",
+}
+
+
+def _latex(cell: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in cell)
