@@ -11,6 +11,7 @@ all alike; ratios are medians over rounds with their range.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import statistics
@@ -30,7 +31,7 @@ from certifl.certification.sampling import VoteCounter
 from certifl.perturbations.base import Perturbation
 
 _TOLD = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-ROTATION, PIXEL = certifl.Rotation("0.1pi"), certifl.PixelNoise(0.25)
+ROTATION, PIXEL = certifl.Rotation(0.1 * math.pi), certifl.PixelNoise(0.25)
 
 
 def instruction_sets() -> str:
@@ -84,7 +85,7 @@ def compare(name: str, rounds: int, seconds: float) -> None:
     networks["int8"] = quantized[ROTATION]
     votes = {kind: _votes(network, seconds) for kind, network in networks.items()}
     loop = max(400, int(votes["float32"] / 400) * 400)
-    work = {
+    work: dict[str, Callable[[], float]] = {
         kind: (lambda n=network, v=votes[kind]: whole(n, ROTATION, image, v))
         for kind, network in networks.items()
     }
