@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -154,10 +155,10 @@ def test_votes_of_the_same_question_are_taken_over(tmp_path: Path) -> None:
 
 
 def test_clients_of_different_models_are_certified_with_their_own() -> None:
-    bench, work = NetworkCache("cpu", "float32"), job(Path())
-    images = to_float(work.images)
+    cache, images = NetworkCache(), to_float(job(Path()).images)
     for number in (0, 1, 1, 0):
-        network = bench.network(model(number), work.images)
+        prepared = partial(prepare, model(number), images, "cpu", "float32")
+        network = cache.network(model(number), prepared)
         assert torch.equal(network.call(images), model(number)(images))
 
 

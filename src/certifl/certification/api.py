@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from certifl._version import __version__
 from certifl.certification import adaptive as engine
 from certifl.certification import counts
+from certifl.certification.arithmetic import Trial, ready
 from certifl.certification.blocks import ImageLabels, Images, checked_blocks
 from certifl.certification.certificates import ABSTAINED, Certificates
 from certifl.certification.checks import (
@@ -26,7 +27,8 @@ from certifl.certification.checks import (
     check_seed,
 )
 from certifl.certification.estimators import Estimator, least_that, too_few_votes
-from certifl.certification.network import Network, prepare, tf32_state
+from certifl.certification.network import Network, tf32_state
+from certifl.certification.quantization import calibration_of
 from certifl.certification.rng_check import check_random_source_once
 from certifl.certification.sampling import VoteCounter
 from certifl.certification.settings import Settings
@@ -41,6 +43,7 @@ from certifl.smoothing.bounds import two_sided_sign_test
 
 # Images on the device at once; results do not depend on it.
 _BLOCK = 256
+_SELECTION = 100  # votes of an image with which `predict` compares two arithmetics
 
 
 def certify(
@@ -62,6 +65,7 @@ def certify(
     label_aware: bool = True,
     reach: float | str | None = None,
     keep: str = "certificates",
+    calibration: Tensor | np.ndarray | Mapping[str, Any] | None = None,
 ) -> Certificates:
     """Certify the smoothed classifier of a model at some images.
 
@@ -96,7 +100,8 @@ def certify(
             stops where the average radius gains too little, see `keep`, and `scan` where its ends
             are known to a 50th of sigma.
         seed: votes are a function of (seed, image content), not of the position of an image.
-        precision: arithmetic of the network: "auto", "float32", "bfloat16".
+        precision: arithmetic of the network: "float32", "bfloat16", "int8" (on a CPU), or "auto",
+            which is measured once for each network, perturbation and machine, and then kept.
         device: "auto" or a torch device.
         batch_size: noisy images per call, or "auto".
         progress: True for a bar with the time left, or a function of (votes so far, at most).
@@ -107,6 +112,8 @@ def certify(
             steps of the radii an image, so that one image in a thousand misses a step that n votes
             reach; with "curve" .22 steps (about two in a hundred). Without radii 1 or 3 % of the
             largest radius, which costs about 1 or 2 % of the average radius.
+        calibration: for "int8", images of the kind that the model was trained with, the first 128
+            of which fix the ranges of 8 bits; or another record's `conditions["quantization"]`.
 
     Returns:
         A row for each image, in their order, with its votes, radius in the perturbation's unit
@@ -130,7 +137,9 @@ def certify(
     first = next(blocks, None)
     if first is None:
         raise InputError("There is nothing to certify: images holds no block.")
-    network = prepare(model, first[0], device, precision, batch_size)
+    trial = Trial.of(perturbation, settings, seed, len(first[0]))
+    scales = calibration_of(calibration, perturbation, seed)
+    network = ready(model, first[0], trial, device, precision, batch_size, calibration=scales)
     check_random_source_once(perturbation, tuple(first[0].shape[1:]), network.device)
     counter = VoteCounter(network, perturbation, seed)
     content, parts, done = hashlib.sha256(), list[Certificates](), 0
@@ -210,6 +219,7 @@ def conditions(
         **asked_conditions(perturbation, settings, seed),
         "precision": network.precision,
         **_rounding(network),
+        **_quantization(network, model),
         "batch_norm_folded": network.folded,
         "batch_size": network.batch_size,
         "device": _device_name(network.device),
@@ -262,6 +272,23 @@ def asked_conditions(
     }
 
 
+def _quantization(network: Network, model: Model) -> dict[str, Any]:
+    """The scales of a network in int8, and how often it agrees with float32."""
+    if network.quantized is None:
+        return {}
+    scales, layers = network.quantized.scales, network.quantized.layers
+    weights = fingerprint(model) if isinstance(model, nn.Module) else None
+    return {
+        "quantization": {
+            "fingerprint": scales.fingerprint(weights),
+            "scales": scales.stored(),
+            "layers": list(layers),
+            "processor": torch.backends.cpu.get_cpu_capability(),
+        },
+        "agreement_with_float32": network.quantized.agreement,
+    }
+
+
 def _rounding(network: Network) -> dict[str, Any]:
     """What else decides how a network rounds: float32 is not one arithmetic on a GPU."""
     if network.device.type != "cuda" or network.precision != "float32":
@@ -297,6 +324,7 @@ def predict(
     precision: str = "auto",
     device: str | torch.device = "auto",
     batch_size: int | str = "auto",
+    calibration: Tensor | np.ndarray | Mapping[str, Any] | None = None,
     radius: Literal[False] = False,
 ) -> np.ndarray: ...
 
@@ -313,6 +341,7 @@ def predict(
     precision: str = "auto",
     device: str | torch.device = "auto",
     batch_size: int | str = "auto",
+    calibration: Tensor | np.ndarray | Mapping[str, Any] | None = None,
     radius: Literal[True],
 ) -> Predicted: ...
 
@@ -328,6 +357,7 @@ def predict(
     precision: str = "auto",
     device: str | torch.device = "auto",
     batch_size: int | str = "auto",
+    calibration: Tensor | np.ndarray | Mapping[str, Any] | None = None,
     radius: bool = False,
 ) -> np.ndarray | Predicted:
     """The smoothed classifier's class of each image, or -1 where the votes do not decide.
@@ -339,7 +369,9 @@ def predict(
     two answers, each wrong with probability at most alpha.
 
     Args:
-        model, images, perturbation, seed, precision, device, batch_size: as in `certify`.
+        model, images, perturbation, seed, precision, device, batch_size, calibration: as in
+            `certify`; with the `precision` and the `quantization` of a record's conditions, it is
+            the network that the record is about.
         n: votes per image; with `radius` those that bound a probability, after 100 others that
             choose the class: the votes that chose it would make it look too likely.
         alpha: level of the two-sided binomial test between the two most frequent classes; with
@@ -365,6 +397,7 @@ def predict(
             precision=precision,
             device=device,
             batch_size=batch_size,
+            calibration=calibration,
         )
         return Predicted(certificates.predicted, certificates.radius)
     check_perturbation(perturbation)
@@ -375,7 +408,9 @@ def predict(
     first = next(blocks, None)
     if first is None:
         raise InputError("There is nothing to predict: images holds no block.")
-    network = prepare(model, first[0], device, precision, batch_size)
+    trial = Trial(perturbation, seed, min(_SELECTION, n), len(first[0]) * n)
+    scales = calibration_of(calibration, perturbation, seed)
+    network = ready(model, first[0], trial, device, precision, batch_size, calibration=scales)
     check_random_source_once(perturbation, tuple(first[0].shape[1:]), network.device)
     counter = VoteCounter(network, perturbation, seed)
     answers = []

@@ -43,7 +43,7 @@ def fold_batch_norm(module: nn.Module, probe: Tensor) -> nn.Module | None:
 def _folded(module: nn.Module) -> fx.GraphModule | None:
     """The traced network with its BatchNorm folded; None where there is nothing to fold."""
     graph = fx.symbolic_trace(copy.deepcopy(module))
-    if _loses_hooks(module, graph):
+    if loses_hooks(module, graph):
         _log.info("BatchNorm is not folded: tracing would leave out hooks of the model.")
         return None
     pairs = [pair for node in graph.graph.nodes if (pair := _pair(node, graph)) is not None]
@@ -58,7 +58,7 @@ def _folded(module: nn.Module) -> fx.GraphModule | None:
     return graph
 
 
-def _loses_hooks(module: nn.Module, graph: fx.GraphModule) -> bool:
+def loses_hooks(module: nn.Module, graph: fx.GraphModule) -> bool:
     """Whether a layer has hooks and is not called as a whole in the traced network."""
     called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
     return any(_hooked(part) and name not in called for name, part in module.named_modules())
@@ -70,17 +70,17 @@ def _hooked(module: nn.Module) -> bool:
 
 def _pair(node: fx.Node, graph: fx.GraphModule) -> tuple[fx.Node, fx.Node] | None:
     """The convolution and the BatchNorm that reads it alone, where `node` is such a BatchNorm."""
-    if not _plain(_called(node, graph), nn.BatchNorm2d):
+    if not is_plain(_called(node, graph), nn.BatchNorm2d):
         return None
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or len(source.users) != 1:
         return None
-    if not _plain(_called(source, graph), nn.Conv2d) or _used_elsewhere(source, graph):
+    if not is_plain(_called(source, graph), nn.Conv2d) or _used_elsewhere(source, graph):
         return None
     return source, node
 
 
-def _plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     """Whether a layer is exactly of this kind and computes with the weights that it stores.
 
     `spectral_norm`, `weight_norm`, pruning and other parametrizations compute the weight at every

@@ -28,6 +28,7 @@ from certifl.certification.precisions import (
     REMOVED_PRECISIONS,
     removed_precision,
 )
+from certifl.certification.quantization import Calibration, Quantized, Scales, quantize
 from certifl.errors import InputError, ModelError, first_line
 from certifl.module_copies import (
     bare_copy_of,
@@ -40,9 +41,9 @@ from certifl.module_copies import (
 from certifl.torch_env import exact_convolutions, is_small, one_thread, threads_in_use
 
 _log = logging.getLogger(__name__)
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Of images and weights as they enter; int8 has 8 bits inside, see `quantization`.
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
 _DEVICES = ("cpu", "cuda", "xpu", "mps")
-_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
 
 # Bytes of the largest activation of one batch that still keep caches warm (CPU), and the share of
 # the memory that one activation may take (GPU). Only the speed depends on them.
@@ -65,6 +66,9 @@ class Network:
         folded: whether BatchNorm was folded into the convolutions.
         batch_size: images per call; every call has exactly this many rows.
         small: whether it has so few weights that it votes on one thread, see `threads`.
+        one_thread: whether it votes on one thread in any case.
+        as_it_is: whether it is called as it was given: a function, or a module without a copy.
+        quantized: how it computes in integers; None in other precisions.
     """
 
     call: Model
@@ -74,11 +78,14 @@ class Network:
     folded: bool
     batch_size: int
     small: bool = False
+    one_thread: bool = False
+    as_it_is: bool = False
+    quantized: Quantized | None = None
 
     @property
     def threads(self) -> int:
         """The threads that its votes are cast with."""
-        return threads_in_use(self.small)
+        return 1 if self.one_thread else threads_in_use(self.small)
 
 
 def prepare(
@@ -87,6 +94,7 @@ def prepare(
     device: str | torch.device = "auto",
     precision: str = "auto",
     batch_size: int | str = "auto",
+    calibration: Calibration | Scales | None = None,
 ) -> Network:
     """Prepare a model for voting on images like these; the model itself is left as it is.
 
@@ -97,11 +105,12 @@ def prepare(
             its own precision and on its device.
         images: (m, c, h, w); only shapes and one image as a probe are used.
         device: "auto", or a torch device.
-        precision: "auto" (bfloat16 where the hardware computes in it), "float32", "bfloat16".
+        precision: "float32", "bfloat16" or "int8"; "auto" is float32 here, see `arithmetic.ready`.
         batch_size: "auto", or a number of noisy images per call.
+        calibration: for "int8", what its scales are read from, or the scales of a record.
 
     Raises:
-        ModelError: see `guards.check_model` and `guards.probe_classes`.
+        ModelError: see `checks.check_model`, `checks.probe_classes` and `quantization.quantize`.
         InputError: unknown device, precision or batch size.
     """
     if isinstance(model, nn.Module):
@@ -116,7 +125,8 @@ def prepare(
     with exact_convolutions(place), one_thread(threads_in_use(small) == 1):
         if copied is None or not isinstance(model, nn.Module):
             return _as_it_is(model, probe, place, precision, batch_size)
-        return _prepared(model, copied, probe, place, precision, batch_size)
+        chosen = choose_precision(precision)
+        return _prepared(copied, probe, place, chosen, batch_size, calibration)
 
 
 def _copied(model: Model) -> nn.Module | None:
@@ -139,7 +149,11 @@ def _as_it_is(
     model: Model, probe: Tensor, place: torch.device, precision: str, batch_size: int | str
 ) -> Network:
     """A network that cannot be changed: a function, or a module that cannot be copied."""
-    choose_precision(precision, place)
+    if choose_precision(precision) == "int8":
+        raise ModelError(
+            "Only a module that can be copied can be quantized: give an nn.Module, or choose "
+            'precision = "float32".'
+        )
     if isinstance(model, nn.Module):
         _check_as_it_is(model, precision)
     call = _own_input(model, probe)
@@ -147,7 +161,7 @@ def _as_it_is(
     if isinstance(model, nn.Module):
         depends_on_its_past(call, model, probe)
     size = _batch(batch_size, place, _UNSEEN * 4 * probe.numel())
-    return Network(call, classes, place, "float32", False, size)
+    return Network(call, classes, place, "float32", False, size, as_it_is=True)
 
 
 def _check_as_it_is(model: nn.Module, precision: str) -> None:
@@ -161,18 +175,14 @@ def _check_as_it_is(model: nn.Module, precision: str) -> None:
 
 
 def _prepared(
-    model: nn.Module,
     plain: nn.Module,
     probe: Tensor,
     place: torch.device,
     precision: str,
     batch_size: int | str,
+    calibration: Calibration | Scales | None,
 ) -> Network:
-    """A copy of a model, probed on a few images under the conditions it votes under.
-
-    "auto" falls back to float32 where a network fails in bfloat16, as it does if some of its
-    constants are neither weights nor buffers.
-    """
+    """A copy of a model, probed on a few images under the conditions it votes under."""
     advice = format_advice(plain)
     plain = _moved(plain, place)
     try:
@@ -185,16 +195,47 @@ def _prepared(
     folded = None if changes else fold_batch_norm(plain, probe_of(probe))
     ready = folded if folded is not None else plain
     largest = _largest_activation(plain, probe)  # before its weights are rounded
-    chosen = choose_precision(precision, place, ready)
-    try:
-        call, classes = _called(ready, _DTYPES[chosen], probe)
-    except ModelError as error:
-        if precision != "auto" or chosen == "float32":
-            raise
-        _log.info("The network votes in float32, since it fails in %s: %s", chosen, error)
-        return _prepared(model, bare_copy_of(model), probe, place, "float32", batch_size)
-    size = _batch(batch_size, place, largest * _DTYPES[chosen].itemsize)
-    return Network(call, classes, place, chosen, folded is not None, size, is_small(plain))
+    dtype, quantized = _DTYPES[precision], None
+    if precision == "int8":
+        quantized = _quantized(ready, changes, probe, calibration)
+        ready = quantized.module
+    call, classes = _called(ready, dtype, probe)
+    size = _batch(batch_size, place, largest * (1 if quantized else dtype.itemsize))
+    return Network(
+        call,
+        classes,
+        place,
+        precision,
+        folded is not None,
+        size,
+        is_small(plain),
+        quantized=quantized,
+    )
+
+
+def _quantized(
+    module: nn.Module, changes: bool, probe: Tensor, calibration: Calibration | Scales | None
+) -> Quantized:
+    """The network in integers.
+
+    Raises:
+        InputError: no images to calibrate with, or another device than the processor.
+        ModelError: a network that cannot be quantized.
+    """
+    if probe.device.type != "cpu":
+        raise InputError(
+            f'precision = "int8" computes on the processor alone, not on {probe.device}: choose '
+            'device = "cpu", or precision = "bfloat16".'
+        )
+    if calibration is None:
+        raise InputError(
+            'precision = "int8" needs calibration: images such as those of training, from which '
+            "the ranges of activations are read (a hundred are enough), or the scales that a "
+            'record holds in conditions["quantization"].'
+        )
+    if changes:
+        raise ModelError("The network writes into its own state, so it cannot be quantized.")
+    return quantize(module, calibration, probe)
 
 
 def _moved(plain: nn.Module, place: torch.device) -> nn.Module:
@@ -308,27 +349,27 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     return place
 
 
-def choose_precision(precision: str, device: torch.device, module: nn.Module | None = None) -> str:
-    """The network's arithmetic; "auto" is bfloat16 where the hardware is faster in it.
-
-    On a CPU that is so for convolutions and matrix products; a normalisation layer that could not
-    be folded away is slower in bfloat16 than the rest gains (measured: small_cnn at 0.6 times).
+def choose_precision(precision: str) -> str:
+    """The network's arithmetic; "auto" is float32 until another one was measured to be better.
 
     Raises:
         InputError: unknown name.
     """
-    if precision != "auto":
-        if precision in REMOVED_PRECISIONS:
-            raise InputError(removed_precision(precision))
-        if precision not in PRECISIONS:
-            known = ", ".join(PRECISIONS)
-            raise InputError(f"precision must be auto or one of {known}; got {precision!r}.")
-        return precision
+    if precision == "auto":
+        return "float32"
+    if precision in REMOVED_PRECISIONS:
+        raise InputError(removed_precision(precision))
+    if precision not in PRECISIONS:
+        known = ", ".join(PRECISIONS)
+        raise InputError(f"precision must be auto or one of {known}; got {precision!r}.")
+    return precision
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware has instructions for bfloat16; they need not be faster."""
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float32"
-    supported = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    normalises = module is not None and any(isinstance(m, _NORMS) for m in module.modules())
-    return "bfloat16" if supported and not normalises else "float32"
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _batch(batch_size: int | str, device: torch.device, per_image: int) -> int:

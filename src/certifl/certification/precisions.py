@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "int8")
 # Precisions of 0.1.0, which stored votes may still name, and what to choose in their place.
 REMOVED_PRECISIONS = {"float32-compiled": "float32", "bfloat16-compiled": "bfloat16"}
 

@@ -11,6 +11,7 @@ from certifl.certification.certificates import ABSTAINED, UNLABELLED, Certificat
 from certifl.certification.counts import Votes
 from certifl.certification.estimators import Estimator, Metadata
 from certifl.certification.metadata import PERTURBATIONS, masks
+from certifl.certification.quantization import fingerprint_problems
 from certifl.certification.record import read_record
 from certifl.errors import InputError
 from certifl.smoothing.laws import UNIFORM
@@ -55,7 +56,8 @@ def verify(certificates: Certificates) -> list[Finding]:
 
     Checked for all rows: the metadata agree with each other; looks and levels are those that
     estimator, n, alpha and `keep` give, to the last bit, and the range of a scan is the one its
-    reach gives. If they could be chosen after the votes, they could be chosen favorably.
+    reach gives. If they could be chosen after the votes, they could be chosen favorably. The
+    scales of a network in int8 give the recorded fingerprint of weights and scales.
     Checked per row: n0 selection votes; a number of estimation votes that is one of the looks; the
     level of that look; that the votes stopped there by the recorded rule; class, bounds, radius
     and interval are those that the counts give, and never more.
@@ -97,6 +99,8 @@ def unverified(certificates: Certificates) -> tuple[str, ...]:
     """What `verify` cannot compare with anything, in words."""
     notes = ["labels", "which images, model and data these are", "the seed"]
     notes += ["precision, batch size, device, threads, versions and seconds"]
+    if certificates.conditions.get("precision") == "int8":
+        notes.append("that the scales of int8 are those of training images")
     parts = certificates.by_perturbation() if len(certificates) else ()
     for record in (read_record(part.conditions) for part in parts):
         if record.perturbation is None:
@@ -141,6 +145,8 @@ def _verified(certificates: Certificates) -> list[Finding]:
             client, index = int(certificates.client[row]), int(certificates.index[row])
             findings.append(Finding(client, index, problem))
 
+    for client, problem in fingerprint_problems(certificates.conditions):
+        report((certificates.client == client) | (client is None), problem)
     record = read_record(certificates.conditions)
     for problem in record.problems:
         # Bounds at levels that were not fixed in advance bound nothing: no row is read further.

@@ -25,7 +25,7 @@ from certifl.certification.network import Network
 from certifl.errors import first_line
 from certifl.perturbations.base import Perturbation
 from certifl.rng import vote_generator
-from certifl.torch_env import exact_convolutions, one_thread, out_of_memory
+from certifl.torch_env import exact_convolutions, keep_freed_memory, one_thread, out_of_memory
 
 CHUNK = 100
 _log = logging.getLogger(__name__)
@@ -59,6 +59,8 @@ class VoteCounter:
         self.network = network
         self.perturbation = perturbation
         self.seed = seed
+        if network.device.type == "cpu":
+            keep_freed_memory()
 
     def count(
         self, images: Tensor, requests: Sequence[Request], slots: int, centre: Tensor | None = None
@@ -174,7 +176,7 @@ class VoteCounter:
         if missing:
             rows = torch.cat([rows, rows[-1:].expand(missing)])
             params = torch.cat([params, params[-1:].expand(missing, *params.shape[1:])])
-        noisy = self.perturbation.apply(images[rows], params)
+        noisy = self.perturbation.apply(_chosen(images, rows), params)
         return self.network.call(noisy).argmax(dim=1)
 
     def _chunks(self, images: Tensor, requests: Sequence[Request]) -> Iterator[_Votes]:
@@ -194,6 +196,13 @@ class VoteCounter:
 def _chw(images: Tensor) -> tuple[int, int, int]:
     channels, height, width = images.shape[1:]
     return channels, height, width
+
+
+def _chosen(images: Tensor, rows: Tensor) -> Tensor:
+    """The images of these rows; one alone where all rows are its: it is then not copied."""
+    if rows.device.type == "cpu" and bool((rows == rows[0]).all()):
+        return images[int(rows[0])][None]
+    return images[rows]
 
 
 def _like(values: Tensor, params: Tensor) -> Tensor:

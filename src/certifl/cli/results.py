@@ -361,7 +361,7 @@ def certify(
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of the noise and the choice of images.")
     ] = 0,
-    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or int8.")] = "auto",
     data_dir: DataDir = None,
     device: Device = "auto",
     out: Annotated[Path, typer.Option("--out", help="File to write, .parquet or .tsv.")] = Path(

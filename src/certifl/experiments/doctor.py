@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from certifl._version import __version__
-from certifl.certification.network import choose_precision
+from certifl.certification.network import computes_bfloat16
 from certifl.data import EMBEDDED
 from certifl.data.cache import cache_folder
 from certifl.data.loading import DATA_ENV
@@ -66,22 +66,27 @@ def _software() -> list[Fact]:
 def _hardware() -> list[Fact]:
     facts = machine_metadata("cpu")
     cpu = torch.device("cpu")
-    rounded = choose_precision("auto", cpu) == "bfloat16"
+    rounded = computes_bfloat16(cpu)
     found = [
         Fact("processor", f"{facts['processor']}, {facts['cores']} cores"),
         Fact("memory", f"{facts['memory_gb']} GB"),
         Fact(
             "bfloat16",
-            "computed by this processor: votes of ResNets cost about a quarter"
+            "computed by this processor; whether votes are cast in it is measured"
             if rounded
             else "not computed by this processor: votes are cast in float32",
         ),
     ]
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
-        half = choose_precision("auto", torch.device("cuda", index))
+        half = computes_bfloat16(torch.device("cuda", index))
         size = about.total_memory / 2**30
-        found.append(Fact(f"cuda:{index}", f"{about.name}, {size:.0f} GB, votes in {half}"))
+        found.append(
+            Fact(
+                f"cuda:{index}",
+                f"{about.name}, {size:.0f} GB, {'with' if half else 'without'} bfloat16",
+            )
+        )
     if not torch.cuda.is_available():
         why = "" if torch.version.cuda is None else " (torch has CUDA, but finds no device)"
         found.append(Fact("GPU", f"none; everything runs on the processor{why}"))

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from certifl.certification import adaptive as engine
+from certifl.certification.arithmetic import Trial, ready
 from certifl.certification.counts import Request
-from certifl.certification.network import Network, choose_device, prepare
+from certifl.certification.network import Network, choose_device
+from certifl.certification.quantization import Calibration
 from certifl.certification.sampling import VoteCounter
 from certifl.certification.settings import ESTIMATORS
 from certifl.data import Column, Partition, named_folder, random_part
@@ -112,9 +114,7 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
     )
     check_images(model, dict(enumerate(train.tolist())))
     (training, tuning), parts = _training_seconds(spec, model, data, train, place)
-    network = prepare(
-        model.eval(), _pixels(data, 1).float() / 255, place, spec.certification.precision
-    )
+    network = _network(spec, model.eval(), data, place, certified)
     speed = _votes_per_second(spec, network, data, images_of)
     settings = spec.certification.settings()
     at_most = engine.expected_votes(certified, settings)
@@ -192,6 +192,18 @@ def _numbers(dealt: Partition) -> tuple[np.ndarray, np.ndarray]:
 def _pixels(data: Facts, count: int) -> Tensor:
     drawn = generator(0, "plan", count)
     return torch.randint(256, (count, *data.shape), generator=drawn, dtype=torch.uint8)
+
+
+def _network(
+    spec: Spec, model: nn.Module, data: Facts, place: torch.device, images: int
+) -> Network:
+    """The network as a run would vote with it, with its initial weights."""
+    precision, perturbation = spec.certification.precision, spec.perturbation()
+    pixels, calibration = _pixels(data, 16).float() / 255, None
+    if precision == "int8":
+        calibration = Calibration.of(pixels, perturbation, spec.seed)
+    trial = Trial.of(perturbation, spec.certification.settings(), spec.seed, images)
+    return ready(model, pixels, trial, place, precision, calibration=calibration)
 
 
 def _training_seconds(

@@ -24,18 +24,16 @@ from certifl._version import __version__
 from certifl.certification import Certificates
 from certifl.certification.counts import Request, Votes, fresh
 from certifl.certification.estimators import Estimator
-from certifl.certification.network import (
-    REMOVED_PRECISIONS,
-    Network,
-    choose_device,
-    tf32_state,
-)
+from certifl.certification.network import Network, choose_device, prepare, tf32_state
+from certifl.certification.precisions import REMOVED_PRECISIONS
+from certifl.certification.quantization import Calibration, recorded
 from certifl.certification.record import read_record
 from certifl.certification.sampling import VoteCounter
 from certifl.data import to_float
 from certifl.errors import DataUnavailable, InputError, StoreMismatch, first_line
 from certifl.progress import StageCallback
 from certifl.rng import image_key
+from certifl.study.certify import calibration_images
 from certifl.study.environment import machine_metadata
 from certifl.study.opened_run import OpenRun
 
@@ -82,6 +80,7 @@ class Recast:
         images, votes: cast again. differing: votes that are not as recorded, at least.
         how: EXACT, ROUNDING or FRESH. seed: of the choice of images.
         problems: one sentence each.
+        scales: whether the scales of int8 were computed again, in words; "" = no int8.
     """
 
     images: int
@@ -90,12 +89,13 @@ class Recast:
     how: str
     seed: int
     problems: tuple[str, ...]
+    scales: str = ""
 
     def __str__(self) -> str:
         same = "all as recorded" if not self.differing else f"{self.differing:,} differ"
         return (
             f"{self.images} images, {self.votes:,} votes cast again {_WORDS[self.how]}: {same} "
-            f"(--recast-seed {self.seed} repeats the choice)"
+            f"(--recast-seed {self.seed} repeats the choice){self.scales}"
         )
 
 
@@ -166,12 +166,16 @@ class _Cast:
     Attributes:
         how: how they may be compared. stored, again: the recorded votes, and those cast now.
         flips: shares of votes that rounding may flip, over all images and of one.
+        quantized: whether the network computes in integers.
+        scales_problem: what is wrong with its scales; None = nothing, or they are not compared.
     """
 
     how: str
     stored: Votes
     again: Votes
     flips: tuple[float, float]
+    quantized: bool = False
+    scales_problem: str | None = None
 
 
 def _cast_again(run: OpenRun, part: Certificates, device: str) -> _Cast:
@@ -194,8 +198,31 @@ def _cast_again(run: OpenRun, part: Certificates, device: str) -> _Cast:
         counter = VoteCounter(network, perturbation, run.spec.seed)
         again = _votes_again(counter, images.to(network.device), stored, estimator)
         how = _comparison(run.manifest, metadata, network)
-    reduced = "bfloat16" in network.precision or any(_tf32(metadata).values())
-    return _Cast(how, stored, again, _FLIPS["reduced" if reduced else "float32"])
+        quantized = network.quantized is not None
+        problem = _scales_problem(run, client) if quantized and how == EXACT else None
+    reduced = network.precision != "float32" or any(_tf32(metadata).values())
+    flips = _FLIPS["reduced" if reduced else "float32"]
+    return _Cast(how, stored, again, flips, quantized, problem)
+
+
+def _scales_problem(run: OpenRun, client: int) -> str | None:
+    """Where the scales of a client's network in int8 are not those of its training images."""
+    perturbation, spec = run.perturbations[client], run.spec
+    assert perturbation is not None, "the client certifies something"
+    own = run.partition.clients[client].train
+    images = to_float(calibration_images(run.dataset, own, spec.seed, client))
+    calibration = Calibration.of(images, perturbation, spec.seed)
+    network = prepare(run.model(client), images, "cpu", "int8", calibration=calibration)
+    metadata, again = run.certificates.conditions, network.quantized
+    assert again is not None, "the network is prepared in int8"
+    if again.scales != recorded(metadata, client):
+        return f"client {client}: the scales of int8 are others when computed again"
+    agreement = metadata.get("agreement_with_float32")
+    if not isinstance(agreement, Mapping) or agreement.get(str(client)) != again.agreement:
+        return (
+            f"client {client}: its agreement with float32 is {again.agreement} when counted again"
+        )
+    return None
 
 
 def _votes_again(
@@ -295,9 +322,14 @@ def _compared(chosen: list[Certificates], again: list[_Cast], seed: int) -> Reca
         flipped, total = _flipped(cast)
         differing, votes = differing + int(flipped.sum()), votes + int(total.sum())
         problems += flips_problems(part, cast, flipped, total, level)
+        problems += [] if cast.scales_problem is None else [cast.scales_problem]
     hows = {cast.how for cast in again}
     how = next(how for how in (FRESH, ROUNDING, EXACT) if how in hows)
-    return Recast(images, votes, differing, how, seed, tuple(problems))
+    scales = ""
+    if any(cast.quantized for cast in again):
+        compared = "computed again" if how == EXACT else "not checked: another machine"
+        scales = f"; scales of int8 {compared}"
+    return Recast(images, votes, differing, how, seed, tuple(problems), scales)
 
 
 def _flipped(cast: _Cast) -> tuple[np.ndarray, np.ndarray]:

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 
 from certifl.certification.network import choose_device, prepare
+from certifl.certification.quantization import Calibration
 from certifl.data import Dataset, Partition, named_folder, to_float
 from certifl.errors import InputError, SpecError, StoreError, StoreMismatch
 from certifl.experiments.explore import explore
@@ -30,7 +33,7 @@ from certifl.runs.checkpoints import Checkpoints, StoredRound
 from certifl.runs.folder import FINISHED, RUNNING, RunFolder
 from certifl.runs.published import is_published
 from certifl.spec import Spec
-from certifl.study.certify import certify_clients
+from certifl.study.certify import certify_clients, run_arithmetic
 from certifl.study.environment import (
     machine_metadata,
     now,
@@ -119,6 +122,7 @@ def compute(spec: Spec, options: Options) -> OpenRun:
             release_memory()  # training is over: certification may need all there is
             update()
             if len(devices := device_names(options.device)) > 1:
+                run_arithmetic(opened, device)
                 cast_votes(opened, options.data_dir, devices, options.report)
             certify_clients(opened, device, options.report)
             update()
@@ -157,10 +161,20 @@ def _prepare(run: OpenRun, options: Options) -> str:
             f"below {min(dataset.image_size)}, usually an eighth of it."
         )
     run.architecture = model = initial_model(spec, dataset)
-    prepare(model, to_float(dataset.test.images[:1]), device, spec.certification.precision)
+    _check_votes(spec, model, dataset, device)
     protection(spec, model, _sizes(partition), b"not the key")
     check_training(spec, model, _sizes(partition), (dataset.in_channels, *dataset.image_size))
     return str(device)
+
+
+def _check_votes(spec: Spec, model: nn.Module, dataset: Dataset, device: torch.device) -> None:
+    """Refuse a model that could not vote, before it is trained."""
+    calibration = None
+    if spec.certification.precision == "int8":
+        images = to_float(dataset.train.images[:4])
+        calibration = Calibration.of(images, spec.perturbation(), spec.seed)
+    probe = to_float(dataset.test.images[:1])
+    prepare(model, probe, device, spec.certification.precision, calibration=calibration)
 
 
 def _describe(run: OpenRun, options: Options) -> None:

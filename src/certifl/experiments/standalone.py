@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from certifl.certification import Certificates
 from certifl.certification.api import certify
-from certifl.certification.network import prepare
+from certifl.certification.arithmetic import Arithmetic, Trial
+from certifl.certification.network import Network
 from certifl.certification.settings import Settings
 from certifl.data import (
     Dataset,
@@ -23,7 +24,6 @@ from certifl.data import (
     load,
     read_image,
     shape_of_file,
-    to_float,
 )
 from certifl.data.preparation import AS_THEY_ARE, Preparation
 from certifl.errors import InputError, StoreError, StoreMismatch
@@ -32,9 +32,18 @@ from certifl.module_copies import evaluating
 from certifl.path_checks import check_certificate_file
 from certifl.perturbations import DEFAULT, Perturbation, describe, from_description
 from certifl.progress import StageCallback
-from certifl.study.certify import Job, VoteSource, certify_job
+from certifl.study.certify import (
+    Job,
+    VoteSource,
+    calibration_images,
+    certify_job,
+    job_network,
+    recorded_arithmetic,
+    stored_arithmetic,
+)
 from certifl.study.opened_run import ClientStudy, Deployed, OpenRun, certified_by
 from certifl.study.weights import begin_with
+from certifl.torch_env import one_thread
 
 _DEFAULT_SIGMA = 0.25
 _MOST_CLASSES = 100_000
@@ -122,8 +131,10 @@ def certify_standalone(request: Request, report: StageCallback | None = None) ->
     index = request.shard.of(index)
     part = dataset.test.take(index)
     saved = request.out.with_name(f".{request.out.name}.votes.safetensors")
-    job = Job(request.client, index, part.images, part.labels.numpy(), saved)
-    network = prepare(model, to_float(part.images[:1]), request.device, request.precision)
+    training = _training(request, run, dataset)
+    job = Job(request.client, index, part.images, part.labels.numpy(), saved, training)
+    trial = Trial.of(perturbation, request.settings, request.seed, len(job.index))
+    network = _network(request, run, model, job, trial)
     source = VoteSource(perturbation, request.settings, request.seed, dataset.fingerprint)
     progress = None
     if report is not None:
@@ -143,6 +154,36 @@ def _save(certificates: Certificates, out: Path, advice: str) -> None:
         certificates.save(out)
     except OSError as error:
         raise StoreError(f"Cannot write {out}: {error}. {advice}") from error
+
+
+def _network(
+    request: Request, run: OpenRun | None, model: nn.Module, job: Job, trial: Trial
+) -> Network:
+    """The model prepared for voting; "auto" is what the saved votes or the run chose, or measured.
+
+    Raises:
+        InputError: a shard would have to choose alone.
+    """
+    choice = stored_arithmetic(job.saved)
+    if choice is None and run is not None:
+        choice = recorded_arithmetic(run, request.device)
+    if choice is None and request.precision == "auto" and request.shard != WHOLE:
+        raise InputError(
+            "--shard needs --precision float32 or bfloat16 (or int8): what auto stands for is "
+            "measured, and each shard could measure another. Only a run that was certified with "
+            'precision = "auto" on such a device knows its choice.'
+        )
+    return job_network(job, model, trial, request.device, request.precision, choice)
+
+
+def _training(request: Request, run: OpenRun | None, dataset: Dataset) -> Tensor | None:
+    """Training images that fix the ranges of int8: the client's own, or of the whole data set."""
+    if request.precision != "int8":
+        return None
+    own = np.arange(len(dataset.train))
+    if run is not None:
+        own = run.partition.clients[request.client].train
+    return calibration_images(dataset, own, request.seed, request.client)
 
 
 def _check_options(request: Request) -> None:
@@ -280,21 +321,25 @@ def certify_image(
     image = read_image(path, used.in_channels, used.image_size, resize, prepare)
     wanted = used.spec.certification
     settings = wanted.settings(used.client)
-    certificates = certify(
-        used.model,
-        image,
-        used.perturbation,
-        n0=wanted.n0,
-        n=wanted.n if n is None else n,
-        alpha=wanted.alpha,
-        estimator=wanted.estimator,
-        radii=settings.radii,
-        seed=used.spec.seed,
-        precision=wanted.precision,
-        device=device,
-        reach=settings.reach,
-        keep=wanted.keep,
-    )
+    choice = _choice(run, device) if wanted.precision == "auto" else None
+    with one_thread(choice is not None and choice.threads == 1):
+        certificates = certify(
+            used.model,
+            image,
+            used.perturbation,
+            n0=wanted.n0,
+            n=wanted.n if n is None else n,
+            alpha=wanted.alpha,
+            estimator=wanted.estimator,
+            radii=settings.radii,
+            seed=used.spec.seed,
+            precision=wanted.precision if choice is None else choice.precision,
+            device=device,
+            batch_size="auto" if choice is None else choice.batch_size,
+            reach=settings.reach,
+            keep=wanted.keep,
+            calibration=_scales(run, used.client) if wanted.precision == "int8" else None,
+        )
     images = ImageKind(used.in_channels, used.image_size, used.class_names)
     return _prediction(path, certificates, images, used.client, used.deploys, prepare)
 
@@ -387,6 +432,16 @@ def certify_image_with(path: Path, own: OwnModel, resize: bool, device: str) -> 
     )
     deploys = own.name if own.weights is None else f"{own.name} with {own.weights}"
     return _prediction(path, certificates, images, None, deploys)
+
+
+def _choice(path: Path, device: str) -> Arithmetic | None:
+    """What "auto" stands for in a run on such a device, where the run recorded it."""
+    return None if ClientStudy(path).exists() else recorded_arithmetic(OpenRun(path), device)
+
+
+def _scales(path: Path, client: int) -> Mapping[str, Any]:
+    """The scales that a client of a run certified with, as its record holds them."""
+    return OpenRun(path).certificates.conditions["quantization"][str(client)]
 
 
 def _deployed(path: Path, client: int | None, code: Path | None) -> Deployed:

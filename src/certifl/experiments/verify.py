@@ -13,9 +13,10 @@ import numpy as np
 
 from certifl.certification import Certificates, unverified, verify
 from certifl.certification.api import asked_conditions
+from certifl.certification.arithmetic import Arithmetic
 from certifl.certification.certificates import Predictions
 from certifl.certification.metadata import AMOUNTS, differs, entries
-from certifl.certification.network import PRECISIONS
+from certifl.certification.precisions import PRECISIONS
 from certifl.certification.record import known_words
 from certifl.errors import InputError, SpecError, StoreError
 from certifl.experiments.recast import Options, Recast, recast_votes
@@ -42,6 +43,7 @@ from certifl.study.weights import weights_problems
 
 _SHOWN = 4  # images that are named where the same is wrong with many
 _MODELS = "models, which are with the clients"
+_SCALES = "the scales of int8 (--recast K computes them again)"
 _VOTES = "the votes themselves (--recast K casts some of them again)"
 _PUBLISHED = (
     "The run was published without its models: whether its votes are theirs cannot be checked "
@@ -165,9 +167,23 @@ class _OfRun:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             problems.append(f"the conditions of the certificates cannot be read ({error!r})")
         problems += _clients_problems(self.certificates, self.certifying)
+        recorded, chosen = self.certificates.conditions.get("precision"), self._chosen()
+        if chosen and recorded not in chosen:
+            problems.append(
+                f"the certificates say precision = {recorded!r:.80}, but in run.json auto stands "
+                f"for {' or '.join(chosen)}"
+            )
         if self.predictions is not None:
             problems += _plain_problems(self.predictions, self.plain)
         return problems
+
+    def _chosen(self) -> list[str]:
+        """What "auto" stands for in this run; nothing where run.json does not say it."""
+        stored = self.manifest.get("arithmetic")
+        if self.spec.certification.precision != "auto" or not isinstance(stored, Mapping):
+            return []
+        choices = (Arithmetic.read(choice) for choice in stored.values())
+        return sorted({choice.precision for choice in choices if choice is not None})
 
     def _whose_images(self) -> list[str]:
         """Which images each client certifies; a federation's clients choose among their own."""
@@ -272,8 +288,11 @@ class _OfRun:
         if not self.published:
             compared += ["history"] if _MODELS in self.notes else ["history", "models"]
         unchecked = ["batch size, device, threads, seconds"]
-        if self.spec.certification.precision == "auto":
+        if self.spec.certification.precision == "auto" and not self._chosen():
             unchecked.insert(0, "precision (auto)")
+        if self.spec.certification.precision == "int8":
+            compared.append("fingerprints of weights and scales")
+            unchecked.append(_SCALES)
         if self.spec.model.weights is not None and not self.published:
             compared.append("initial weights")
         if self.local and not self.published:
@@ -379,7 +398,7 @@ def _metadata_problems(
         and (key not in stored or differs(stored[key], value))
     ]
     asked, recorded = spec.certification.precision, metadata.get("precision")
-    allowed = [asked] if asked != "auto" else list(PRECISIONS)
+    allowed = [asked] if asked != "auto" else [name for name in PRECISIONS if name != "int8"]
     if recorded not in allowed:
         problems.append(
             f"the certificates {who}say precision = {recorded!r:.80}, the spec {asked!r}"

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,24 @@ from torch import nn
 
 from certifl.certification import Certificates, conditions, counts
 from certifl.certification import adaptive as engine
+from certifl.certification.arithmetic import (
+    Arithmetic,
+    Trial,
+    choose_arithmetic,
+    device_name,
+    in_arithmetic,
+    loses,
+    ready,
+)
 from certifl.certification.certificates import Predictions, predict_plain
 from certifl.certification.counts import Votes
-from certifl.certification.network import Network
+from certifl.certification.network import Network, choose_device, prepare
+from certifl.certification.quantization import CALIBRATION_IMAGES, Calibration
 from certifl.certification.rng_check import check_random_source_once
 from certifl.certification.sampling import VoteCounter
 from certifl.certification.settings import Settings
-from certifl.data import choose, to_float
-from certifl.errors import StoreError
+from certifl.data import Dataset, choose, to_float
+from certifl.errors import InputError, StoreError
 from certifl.models import code_fingerprint, fingerprint
 from certifl.perturbations import Perturbation
 from certifl.progress import ProgressCallback, StageCallback
@@ -34,10 +45,9 @@ from certifl.study.opened_run import NetworkCache, OpenRun
 
 _SECONDS_BETWEEN_SAVES = 15.0
 # The reach decides nothing beyond the scan that it gives, which is part of the name.
-_MAY_DIFFER = ("threads", "versions", "reach")
+_MAY_DIFFER = ("threads", "versions", "reach", "agreement_with_float32")
+_OF_A_QUANTIZED_NETWORK = ("quantization", "agreement_with_float32")
 _log = logging.getLogger(__name__)
-
-"""Called with (what is under way, done, all, unit)."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ class Job:
         index: (m,) positions in the data set's test split.
         images: (m, c, h, w) uint8. labels: (m,).
         saved: the file of the votes cast so far.
+        training: (k, c, h, w) uint8, training images that fix the ranges of int8.
     """
 
     client: int
@@ -56,6 +67,50 @@ class Job:
     images: torch.Tensor
     labels: np.ndarray
     saved: Path
+    training: torch.Tensor | None = None
+
+
+def job_network(
+    job: Job,
+    model: nn.Module,
+    trial: Trial | None,
+    device: str,
+    precision: str,
+    choice: Arithmetic | None = None,
+) -> Network:
+    """The model of a job, prepared for voting.
+
+    Args:
+        job: the images. model: the client's, in evaluation mode.
+        trial: the votes of the job; None where there are none.
+        device, precision: as `certifl.certify` takes them.
+        choice: what "auto" stands for; None = as for the votes saved so far, or else measured.
+    """
+    stored = choice or stored_arithmetic(job.saved)
+    if trial is not None:
+        images = to_float(job.images[: max(1, trial.images)])
+        scales = calibration(job, trial)
+        return ready(model, images, trial, device, precision, stored=stored, calibration=scales)
+    probe = to_float(job.images[:1])
+    if stored is not None and precision == "auto":
+        return in_arithmetic(model, probe, stored, device)
+    # No perturbation, so no ranges under it.
+    return prepare(model, probe, device, "float32" if precision == "int8" else precision)
+
+
+def calibration(job: Job, trial: Trial) -> Calibration | None:
+    """What the scales of a job are read from; None where it has no training images."""
+    if job.training is None:
+        return None
+    return Calibration.of(to_float(job.training), trial.perturbation, trial.seed)
+
+
+def stored_arithmetic(saved: Path) -> Arithmetic | None:
+    """The arithmetic of votes cast so far, which a call that resumes from them takes."""
+    try:
+        return Arithmetic.read(json.loads(tensor_metadata(saved).get("arithmetic", "null")))
+    except (StoreError, ValueError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -113,7 +168,8 @@ def certify_job(
     perturbation, settings = source.perturbation, source.settings
     metadata = conditions(perturbation, settings, network, source.seed, model, source.data)
     estimator = settings.estimator_for(perturbation)
-    saver = _Saver(job.saved, _votes_key(job, metadata, code_fingerprint(model)))
+    key = _votes_key(job, metadata, code_fingerprint(model))
+    saver = _Saver(job.saved, key, Arithmetic.of(network))
     votes = saver.load() or counts.fresh(len(job.index), network.classes)
 
     def after_batch(votes: Votes) -> None:
@@ -152,8 +208,9 @@ def _votes_key(job: Job, metadata: Mapping[str, Any], code: str) -> str:
 class _Saver:
     """Saves the votes, not more often than every few seconds."""
 
-    def __init__(self, path: Path, key: str) -> None:
+    def __init__(self, path: Path, key: str, arithmetic: Arithmetic) -> None:
         self._path, self._key = path, key
+        self._arithmetic = json.dumps(arithmetic.stored())
         self._last = time.monotonic()
 
     def load(self) -> Votes | None:
@@ -179,7 +236,11 @@ class _Saver:
     def save(self, votes: Votes) -> None:
         arrays = votes.arrays().items()
         tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays}
-        about = {"key": self._key, "checksum": fingerprint(tensors)}
+        about = {
+            "key": self._key,
+            "checksum": fingerprint(tensors),
+            "arithmetic": self._arithmetic,
+        }
         save_tensors(self._path, tensors, about)
         self._last = time.monotonic()
 
@@ -211,10 +272,12 @@ def certify_clients(
     ]
     parts: list[Certificates] = []
     plain: list[Predictions] = []
-    cache = NetworkCache(device, spec.certification.precision)
+    cache, choice = NetworkCache(), run_arithmetic(run, device, share)
+    precision = spec.certification.precision
     for number, job in enumerate(jobs):
         model, perturbation = run.model(job.client), run.perturbations[job.client]
-        network = cache.network(model, job.images)
+        prepared = partial(job_network, job, model, _trial(run, job), device, precision, choice)
+        network = cache.network(model, prepared, job.client if precision == "int8" else None)
         if perturbation is None:
             plain.append(predicted(job, network, cache.fingerprint, run.dataset.fingerprint))
             continue
@@ -224,6 +287,74 @@ def certify_clients(
         parts.append(certify_job(job, model, network, source, progress))
     if share[1] == 1:
         _store(run, parts, plain)
+
+
+def run_arithmetic(
+    run: OpenRun, device: str, share: tuple[int, int] = (0, 1)
+) -> Arithmetic | None:
+    """What "auto" stands for in a run, read from its manifest or measured and written there.
+
+    It is measured with the first client that certifies; bfloat16 must lose nothing for any.
+
+    Raises:
+        InputError: a share of the clients, which must not choose alone.
+    """
+    if run.spec.certification.precision != "auto":
+        return None
+    if (choice := recorded_arithmetic(run, device)) is not None:
+        return choice
+    if share[1] > 1:
+        raise InputError(
+            f'The run in {run.path} does not record what precision = "auto" stands for on this '
+            "device, and a share of its clients must not choose alone. Set "
+            'certification.precision = "float32" or "bfloat16", or certify on one device first.'
+        )
+    jobs = [_job(run, client) for client, own in enumerate(run.perturbations) if own is not None]
+    choice = _chosen_for_all([(job, _trial(run, job)) for job in jobs], run.model, device)
+    known = run.folder.manifest().get("arithmetic", {})
+    stored = {**known, device_name(choose_device(device)): choice.stored()}
+    run.manifest = run.folder.update({"arithmetic": stored})
+    return choice
+
+
+def recorded_arithmetic(run: OpenRun, device: str) -> Arithmetic | None:
+    """What a run recorded for "auto" on such a device; None where it recorded nothing."""
+    stored = run.folder.manifest().get("arithmetic")
+    if not isinstance(stored, Mapping):
+        return None
+    return Arithmetic.read(stored.get(device_name(choose_device(device))))
+
+
+def _trial(run: OpenRun, job: Job) -> Trial | None:
+    """The votes of a job; None where its client certifies nothing."""
+    perturbation = run.perturbations[job.client]
+    if perturbation is None:
+        return None
+    settings = run.spec.certification.settings(job.client)
+    return Trial.of(perturbation, settings, run.spec.seed, len(job.index))
+
+
+def _chosen_for_all(
+    trials: Sequence[tuple[Job, Trial | None]], deployed: Callable[[int], nn.Module], device: str
+) -> Arithmetic:
+    job, trial = trials[0]
+    assert trial is not None, "only clients that certify something"
+    model = deployed(job.client)
+    images = to_float(job.images[: max(1, trial.images)])
+    choice, seen = choose_arithmetic(model, images, trial, device), {fingerprint(model)}
+    plain = Arithmetic.of(prepare(model, images, device, "float32"))
+    for other, its_trial in trials[1:]:
+        if choice.precision == "float32":
+            return choice
+        assert its_trial is not None, "only clients that certify something"
+        model = deployed(other.client)
+        if (name := fingerprint(model)) not in seen:
+            seen.add(name)
+            images = to_float(other.images[: max(1, its_trial.images)])
+            first, rounded = (in_arithmetic(model, images, how, device) for how in (plain, choice))
+            if loses(first, rounded, images, its_trial):
+                choice = plain
+    return choice
 
 
 def _store(run: OpenRun, parts: Sequence[Certificates], plain: Sequence[Predictions]) -> None:
@@ -236,8 +367,9 @@ def _store(run: OpenRun, parts: Sequence[Certificates], plain: Sequence[Predicti
         run.folder.save_predictions(run.predictions)
     run.folder.update({**_summary(parts), **({"plain": _accuracies(plain)} if plain else {})})
     together = Certificates.concatenate(parts)
-    models = {str(int(p.client[0])): p.conditions["model_fingerprint"] for p in parts}
-    metadata = {**together.conditions, "model_fingerprint": models}
+    metadata = dict(together.conditions)
+    for name in {"model_fingerprint", *_OF_A_QUANTIZED_NETWORK} & set(metadata):
+        metadata[name] = {str(int(p.client[0])): p.conditions[name] for p in parts}
     run.certificates = dataclasses.replace(together, conditions=metadata)
     run.folder.save_certificates(run.certificates)
 
@@ -257,10 +389,18 @@ def _progress(report: StageCallback | None, before: int, total: int) -> Progress
 
 
 def _job(run: OpenRun, client: int) -> Job:
-    own = run.partition.clients[client].test
-    index = choose(own, run.spec.certification.images, run.spec.seed, client)
+    own, spec, training = run.partition.clients[client], run.spec, None
+    index = choose(own.test, spec.certification.images, spec.seed, client)
     part = run.dataset.test.take(index)
-    return Job(client, index, part.images, part.labels.numpy(), run.folder.votes(client))
+    if spec.certification.precision == "int8":
+        training = calibration_images(run.dataset, own.train, spec.seed, client)
+    saved = run.folder.votes(client)
+    return Job(client, index, part.images, part.labels.numpy(), saved, training)
+
+
+def calibration_images(dataset: Dataset, own: np.ndarray, seed: int, client: int) -> torch.Tensor:
+    """Some of the training images that a client has, (k, c, h, w) uint8."""
+    return dataset.train.take(choose(own, CALIBRATION_IMAGES, seed, client)).images
 
 
 def _summary(parts: Sequence[Certificates]) -> dict[str, object]:

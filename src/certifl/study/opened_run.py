@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from certifl.certification.network import Network, prepare
+from certifl.certification.quantization import recorded
 from certifl.data import (
     ClientIndices,
     Column,
@@ -201,23 +202,24 @@ def load_code(folder: Path, spec: Spec, code: Path | None, recorded: object = No
 class NetworkCache:
     """The latest network prepared for voting; clients that deploy the same model share it."""
 
-    def __init__(self, device: str, precision: str, batch_size: int | str = "auto") -> None:
-        self._device, self._precision, self._batch_size = device, precision, batch_size
+    def __init__(self) -> None:
         self._ready: Network | None = None
+        self._scales_of: object = None
         self.fingerprint = ""
 
-    def network(self, model: nn.Module, images: Tensor) -> Network:
+    def network(
+        self, model: nn.Module, prepared: Callable[[], Network], scales_of: object = None
+    ) -> Network:
         """The model prepared for voting; the cache's fingerprint is then that of the model.
 
         Args:
-            model: in evaluation mode.
-            images: (m, c, h, w) uint8, one of which is tried.
+            model: in evaluation mode. prepared: prepares it.
+            scales_of: in int8 the client whose images give the scales; None in other precisions.
         """
         name = fingerprint(model)
-        if self._ready is None or name != self.fingerprint:
-            probe = to_float(images[:1])
-            self._ready = prepare(model, probe, self._device, self._precision, self._batch_size)
-            self.fingerprint = name
+        if self._ready is None or (name, scales_of) != (self.fingerprint, self._scales_of):
+            self._ready = prepared()
+            self.fingerprint, self._scales_of = name, scales_of
         return self._ready
 
 
@@ -448,10 +450,12 @@ class OpenRun(StoredRun):
         """
         metadata = self.certificates.conditions
         self._check_images(self.dataset, metadata.get("data_fingerprint"))
-        cache = self._networks.setdefault(
-            (device, batch_size), NetworkCache(device, metadata["precision"], batch_size)
-        )
-        network = cache.network(self.model(client), self.dataset.test.images)
+        cache = self._networks.setdefault((device, batch_size), NetworkCache())
+        probe, scales = to_float(self.dataset.test.images[:1]), recorded(metadata, client)
+        how = (device, metadata["precision"], batch_size, scales)
+        model = self.model(client)
+        own = None if scales is None else client
+        network = cache.network(model, lambda: prepare(model, probe, *how), own)
         if cache.fingerprint != metadata["model_fingerprint"].get(str(client)):
             raise StoreMismatch(
                 f"The stored model of client {client} is not the one that was certified; `certifl "

@@ -11,6 +11,7 @@ from torch import nn
 
 from certifl.certification import Certificates
 from certifl.certification import adaptive as engine
+from certifl.certification.arithmetic import Trial
 from certifl.certification.rng_check import check_random_source_once
 from certifl.deploy.client.curves import curve_of, rows_of
 from certifl.deploy.client.data import LocalData
@@ -22,8 +23,14 @@ from certifl.federated.states import ModelState
 from certifl.models import fingerprint
 from certifl.perturbations import Perturbation
 from certifl.spec import Spec
-from certifl.study.certify import Job, Paused, VoteSource, certify_job, predicted
-from certifl.study.opened_run import NetworkCache
+from certifl.study.certify import (
+    Job,
+    Paused,
+    VoteSource,
+    certify_job,
+    job_network,
+    predicted,
+)
 
 _SHORTEST, _LONGEST = 1.0, 3600.0
 """Limits of a piece in seconds, whatever the server asks for."""
@@ -75,14 +82,17 @@ class Certifier:
         job = self._job()
         perturbation = spec.perturbations()[client]
         settings = spec.certification.settings(client)
-        networks = NetworkCache(self._settings.device, spec.certification.precision)
-        ready = networks.network(network, job.images)
+        trial = None
+        if perturbation is not None:
+            trial = Trial.of(perturbation, settings, spec.seed, len(job.index))
+        precision = spec.certification.precision
+        ready = job_network(job, network, trial, self._settings.device, precision)
         shared = lower_level(share, self._settings.share)
         fields: dict[str, Any] = {"share": shared, "done": True}
         if shared == "rows" or not spec.build_algorithm().keeps_client_state:
             fields["model"] = fingerprint(model)  # otherwise the server does not have it
         if perturbation is None:
-            fingerprints = networks.fingerprint, self._data.dataset.fingerprint
+            fingerprints = fingerprint(network), self._data.dataset.fingerprint
             predictions = predicted(job, ready, *fingerprints)
             if shared != "none":
                 fields["plain"] = {

@@ -106,7 +106,7 @@ DECISIONS: dict[str, Decision] = {
     "certification.label_aware": _VOTES,
     "certification.reach": _VOTES,
     "certification.keep": _VOTES,
-    "certification.precision": _VOTES,
+    "certification.precision": Decision("done", 'all but "int8": its scales tell of the images'),
     "certification.own": Decision("done", "as `certification.perturbation` and `radii`"),
 }
 
@@ -119,6 +119,11 @@ def check_study(spec: Spec, settings: Settings) -> None:
     """
     if spec.clients.count > _MOST_CLIENTS:
         raise Rejected(f"clients.count is more than {_MOST_CLIENTS:,}")
+    if spec.certification.precision == "int8":
+        raise Rejected(
+            'certification.precision = "int8" stands in the record with the ranges of activations '
+            'on its training images: choose "auto", "float32" or "bfloat16"'
+        )
     if spec.clients.unseen:
         raise Rejected("clients.unseen: a client that is not to train does not join")
     _check_selection(spec, settings)

@@ -160,6 +160,11 @@ def check_start(spec: Spec, options: Options) -> None:
     Raises:
         RequestError: it is impossible.
     """
+    if spec.certification.precision == "int8":
+        raise RequestError(
+            'certification.precision = "int8" is for runs on one machine: its ranges would tell '
+            'the server of training images. Choose "auto", "float32" or "bfloat16".'
+        )
     count, minimum = spec.clients.count, options.min_clients
     if spec.clients.unseen:
         raise RequestError(

@@ -1,0 +1,307 @@
+"""A traced network written anew with integer layers: what is computed together, and in 8 bits.
+
+A convolution takes with it the sum and the ReLU that follow; values pass from an integer layer to
+the next without leaving 8 bits where everything between them can.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from certifl.certification.inference import is_plain
+from certifl.certification.quantized_layers import (
+    Contiguous,
+    Convolution,
+    Dequantize,
+    Linear,
+    MaxPool,
+    Mean,
+    Quantize,
+    Range,
+    Sum,
+    pool_pairs,
+)
+
+_ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
+_AUGMENTED = ("iadd", "isub", "imul", "itruediv")
+_RELU = (torch.relu, functional.relu, "relu", "relu_")
+
+
+def called(node: object, graph: fx.GraphModule) -> nn.Module | None:
+    """The layer that a node calls; None where it calls none."""
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return None
+    return graph.get_submodule(str(node.target))
+
+
+def kind_of(node: fx.Node, graph: fx.GraphModule) -> type[nn.Module] | None:
+    """nn.Conv2d or nn.Linear where a node is a plain one that can compute in integers."""
+    layer = called(node, graph)
+    if is_plain(layer, nn.Linear):
+        return nn.Linear
+    if is_plain(layer, nn.Conv2d):
+        assert isinstance(layer, nn.Conv2d)
+        if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+            return nn.Conv2d
+    return None
+
+
+def _is(node: object, graph: fx.GraphModule, targets: tuple[Any, ...], *kinds: type) -> bool:
+    if not isinstance(node, fx.Node):
+        return False
+    if node.op in ("call_function", "call_method"):
+        return node.target in targets
+    return type(called(node, graph)) in kinds
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+@dataclass
+class _Group:
+    """A layer with what is computed along with it: a sum, and a ReLU.
+
+    Attributes:
+        layer: the convolution or product. last: the node whose value the group has.
+        other: what is added, overwritten by the sum. relu: whether negative values become 0.
+    """
+
+    layer: fx.Node
+    last: fx.Node
+    other: fx.Node | None = None
+    relu: bool = False
+
+
+class Plan:
+    """Which nodes are computed together, and which values have 8 bits."""
+
+    def __init__(self, graph: fx.GraphModule, layers: Sequence[fx.Node]) -> None:
+        self.graph = graph
+        self.order = {node: place for place, node in enumerate(graph.graph.nodes)}
+        self.groups: dict[fx.Node, _Group] = {}
+        self._sums: set[fx.Node] = set()
+        for layer in layers:
+            group = self._group(layer)
+            self.groups[group.last] = group
+        self.layers = set(layers)
+        self.ranged = list(self._ranged())
+
+    def _group(self, layer: fx.Node) -> _Group:
+        group = _Group(layer, layer)
+        user = _only_user(layer)
+        if user is not None and kind_of(layer, self.graph) is nn.Conv2d:
+            other = self._added(layer, user)
+            if other is not None:
+                self._sums.add(user)
+                group = _Group(layer, user, other)
+                user = _only_user(user)
+        if user is not None and _is(user, self.graph, _RELU, nn.ReLU):
+            group.relu, group.last = True, user
+        return group
+
+    def _added(self, layer: fx.Node, user: fx.Node) -> fx.Node | None:
+        """What is added to a convolution, where its memory may be overwritten by the sum."""
+        if user in self._sums or not _is(user, self.graph, _ADD) or user.kwargs:
+            return None
+        others = [value for value in user.args if value is not layer]
+        if len(user.args) != 2 or len(others) != 1 or not isinstance(others[0], fx.Node):
+            return None
+        other = others[0]
+        last = max(other.users, key=lambda node: self.order[node])
+        free = last is user and other is not layer.args[0] and other.op != "placeholder"
+        return other if free and self._computed(other) else None
+
+    def _computed(self, node: fx.Node) -> bool:
+        """Whether its value has memory of its own: of a layer, a sum or a ReLU."""
+        relu = _is(node, self.graph, _RELU, nn.ReLU)
+        return relu or kind_of(node, self.graph) is not None or _is(node, self.graph, _ADD)
+
+    def wants_integers(self, node: fx.Node) -> bool:
+        """Whether some user of a value takes it in 8 bits."""
+        return any(self.takes_integers(node, user) for user in node.users)
+
+    def takes_integers(self, node: fx.Node, user: fx.Node) -> bool:
+        """Whether a user of a value takes it in 8 bits."""
+        if user in self.layers:
+            return True
+        if any(group.other is node for group in self.groups.values()):
+            return True
+        return passes(user, self.graph) and self.wants_integers(user)
+
+    def _ranged(self) -> Iterator[fx.Node]:
+        """Nodes whose values are written in 8 bits, once each, in order."""
+        wanted = {group.layer.all_input_nodes[0] for group in self.groups.values()}
+        wanted |= {group.other for group in self.groups.values() if group.other is not None}
+        wanted |= {group.last for group in self.groups.values() if self.in_integers(group)}
+        sources = {self.source_of(node) for node in wanted}
+        return iter(sorted(sources, key=self.order.__getitem__))
+
+    def in_integers(self, group: _Group) -> bool:
+        """Whether the value of a group is 8 bits: where somebody wants it, and every sum."""
+        return group.other is not None or self.wants_integers(group.last)
+
+    def source_of(self, node: fx.Node) -> fx.Node:
+        """The value that a passed-on one has its range from."""
+        while passes(node, self.graph):
+            node = node.all_input_nodes[0]
+        return node
+
+
+def overwritten(graph: fx.GraphModule) -> fx.Node | None:
+    """A node that writes over a value which another one reads later; None where there is none."""
+    order = {node: number for number, node in enumerate(graph.graph.nodes)}
+    for node in order:
+        if _in_place(node, graph) and node.all_input_nodes:
+            last = max(node.all_input_nodes[0].users, key=order.__getitem__)
+            if last is not node:
+                return node
+    return None
+
+
+def _in_place(node: fx.Node, graph: fx.GraphModule) -> bool:
+    name = str(getattr(node.target, "__name__", node.target))
+    if node.op == "call_module":
+        return bool(getattr(called(node, graph), "inplace", False))
+    asked = bool(node.kwargs.get("inplace")) or (len(node.args) > 1 and node.args[1] is True)
+    named = name.endswith("_") and not name.endswith("__")
+    return node.op.startswith("call") and (asked or named or name in _AUGMENTED)
+
+
+def passes(node: fx.Node, graph: fx.GraphModule) -> bool:
+    """Whether a node passes 8-bit values on as they are: pooling by maximum, flattening."""
+    layer = called(node, graph)
+    if type(layer) is nn.MaxPool2d:
+        return not layer.return_indices and not layer.ceil_mode and pool_pairs(layer)[2] == (1, 1)
+    return type(layer) in (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d) or (
+        _is(node, graph, (torch.flatten, "flatten")) and bool(node.all_input_nodes)
+    )
+
+
+class Writer:
+    """Writes the integer network, node by node."""
+
+    def __init__(self, graph: fx.GraphModule, plan: Plan, ranges: Mapping[str, Range]) -> None:
+        self._old, self._plan, self._scales = graph, plan, ranges
+        self._new = fx.Graph()
+        self._root = nn.Module()
+        self._floats: dict[fx.Node, fx.Node] = {}
+        self._integers: dict[fx.Node, tuple[fx.Node, Range]] = {}
+        self._made = 0
+
+    def written(self) -> fx.GraphModule:
+        """The whole network."""
+        for node in self._old.graph.nodes:
+            self._write(node)
+        for name, module in self._old.named_children():
+            if not hasattr(self._root, name):
+                self._root.add_module(name, module)
+        for name, value in [*self._old.named_parameters(), *self._old.named_buffers()]:
+            if "." not in name:
+                self._root.register_buffer(name, value.detach())
+        for name, value in vars(self._old).items():
+            if name.startswith("_tensor_constant"):
+                setattr(self._root, name, value)
+        made = fx.GraphModule(self._root, self._new)
+        made.delete_all_unused_submodules()
+        return made.eval()
+
+    def _write(self, node: fx.Node) -> None:
+        group = self._plan.groups.get(node)
+        if group is not None:
+            self._write_group(group)
+        elif node in self._plan.layers or self._is_part(node):
+            return  # written with its group
+        elif passes(node, self._old) and self._passed_as_integers(node):
+            self._pass_on(node)
+        elif _is(node, self._old, _RELU, nn.ReLU) and self._only_integers(node):
+            # Its range begins at 0, so writing it in 8 bits cuts negative values off.
+            own = self._scales[node.name]
+            self._integers[node] = (
+                self._add(Quantize(own), self._float(node.all_input_nodes[0])),
+                own,
+            )
+        elif self._is_mean(node):
+            self._write_mean(node)
+        elif _is(node, self._old, (), nn.GroupNorm):
+            # In channels-last its sums depend on the number of threads.
+            source = self._add(Contiguous(), self._float(node.all_input_nodes[0]))
+            self._floats[node] = self._new.node_copy(node, lambda _old: source)
+        else:
+            self._floats[node] = self._new.node_copy(node, self._float)
+
+    def _is_part(self, node: fx.Node) -> bool:
+        """A sum inside a group that ends in a ReLU."""
+        after = _only_user(node)
+        group = self._plan.groups.get(after) if after is not None else None
+        return group is not None and group.other is not None and group.last is not node
+
+    def _add(self, module: nn.Module, *args: fx.Node) -> fx.Node:
+        self._made += 1
+        name = f"int8_{self._made}"
+        self._root.add_module(name, module)
+        return self._new.call_module(name, args)
+
+    def _float(self, node: fx.Node) -> fx.Node:
+        if node not in self._floats:
+            value, own = self._integers[node]
+            self._floats[node] = self._add(Dequantize(own), value)
+        return self._floats[node]
+
+    def _integer(self, node: Any) -> tuple[fx.Node, Range]:
+        if node not in self._integers:
+            own = self._scales[self._plan.source_of(node).name]
+            self._integers[node] = self._add(Quantize(own), self._float(node)), own
+        return self._integers[node]
+
+    def _passed_as_integers(self, node: fx.Node) -> bool:
+        source = node.all_input_nodes[0]
+        return source in self._integers or self._plan.wants_integers(node)
+
+    def _only_integers(self, node: fx.Node) -> bool:
+        """Whether all users of a value take it in 8 bits."""
+        return bool(node.users) and all(self._plan.takes_integers(node, u) for u in node.users)
+
+    def _pass_on(self, node: fx.Node) -> None:
+        value, own = self._integer(node.all_input_nodes[0])
+        layer = called(node, self._old)
+        if isinstance(layer, nn.MaxPool2d):
+            made = self._add(MaxPool(layer), value)
+        else:
+            made = self._new.node_copy(node, lambda _old: value)
+        self._integers[node] = made, own
+
+    def _is_mean(self, node: fx.Node) -> bool:
+        layer = called(node, self._old)
+        one = isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size in (1, (1, 1))
+        return one and node.all_input_nodes[0] in self._integers
+
+    def _write_mean(self, node: fx.Node) -> None:
+        value, own = self._integers[node.all_input_nodes[0]]
+        self._floats[node] = self._add(Mean(own), value)
+
+    def _write_group(self, group: _Group) -> None:
+        layer = called(group.layer, self._old)
+        value, source = self._integer(group.layer.args[0])
+        out = self._scales[group.last.name] if self._plan.in_integers(group) else None
+        if isinstance(layer, nn.Linear):
+            made = self._add(Linear(layer, source, out, group.relu), value)
+        else:
+            assert isinstance(layer, nn.Conv2d)
+            if group.other is None:
+                made = self._add(Convolution(layer, source, out, group.relu), value)
+            else:
+                assert out is not None
+                other, own = self._integer(group.other)
+                made = self._add(Sum(layer, source, out, group.relu, own), value, other)
+        if out is None:
+            self._floats[group.last] = made
+        else:
+            self._integers[group.last] = made, out
