@@ -298,7 +298,9 @@ def test_findings_come_before_casting_again(runs: dict[str, Path], tmp_path: Pat
 def compiled(place: Path) -> Path:
     """As if 0.1.0 had cast the votes with a compiled network."""
     folder, name = RunFolder(place), "float32-compiled"
-    folder.spec.write_text(folder.spec.read_text().replace('"auto"', f'"{name}"'))
+    folder.spec.write_text(
+        folder.spec.read_text().replace('precision = "auto"', f'precision = "{name}"')
+    )
     folder.update({"spec_hash": load_stored(folder.spec).hash(), "precision": name})
     made = folder.load_certificates()
     dataclasses.replace(made, conditions={**made.conditions, "precision": name}).save(

@@ -70,7 +70,7 @@ def test_wrong_descriptions_name_the_key_and_what_is_allowed(description, said):
 @pytest.mark.parametrize(
     "change",
     [
-        {"rounds": 0},
+        {"rounds": -1},
         {"local_epochs": 1.5},
         {"batch_size": -1},
         {"lr": 0.0},

@@ -23,6 +23,8 @@ from certifl.study.environment import machine_metadata, versions
 EXTRAS = {
     "hub": ("datasets", "data sets by their name on the Hugging Face hub"),
     "pandas": ("pandas", "data frames of results in Python"),
+    "hf": ("transformers", "--model hf:OWNER/NAME: classifiers of the Hugging Face hub"),
+    "dicom": ("pydicom", "DICOM images"),
     "flower": ("flwr", "`certifl deploy`: federations over a network"),
     "dp": ("opacus", "[privacy] in a spec: differential privacy"),
     "tensorboard": ("tensorboard", "`certifl run --track tensorboard`"),

@@ -168,6 +168,8 @@ class _OfRun:
             problems.append(f"the conditions of the certificates cannot be read ({error!r})")
         problems += _clients_problems(self.certificates, self.certifying)
         recorded, chosen = self.certificates.conditions.get("precision"), self._chosen()
+        if "arithmetic" in self.manifest and not all(self._choices() or [None]):
+            problems.append("what auto stands for in run.json cannot be read")
         if chosen and recorded not in chosen:
             problems.append(
                 f"the certificates say precision = {recorded!r:.80}, but in run.json auto stands "
@@ -179,11 +181,16 @@ class _OfRun:
 
     def _chosen(self) -> list[str]:
         """What "auto" stands for in this run; nothing where run.json does not say it."""
-        stored = self.manifest.get("arithmetic")
-        if self.spec.certification.precision != "auto" or not isinstance(stored, Mapping):
+        if self.spec.certification.precision != "auto":
             return []
-        choices = (Arithmetic.read(choice) for choice in stored.values())
-        return sorted({choice.precision for choice in choices if choice is not None})
+        return sorted({choice.precision for choice in self._choices() if choice is not None})
+
+    def _choices(self) -> list[Arithmetic | None]:
+        """The choices in run.json, one a device; None for what cannot be read."""
+        stored = self.manifest.get("arithmetic", {})
+        if not isinstance(stored, Mapping):
+            return [None]
+        return [Arithmetic.read(choice) for choice in stored.values()]
 
     def _whose_images(self) -> list[str]:
         """Which images each client certifies; a federation's clients choose among their own."""
