@@ -286,7 +286,7 @@ def test_figures_of_each_perturbation_have_a_folder(
 ) -> None:
     saved: list[tuple[str, str]] = []
 
-    def note(_drawn: Drawing, folder: Path, stem: str) -> list[Path]:
+    def note(_drawn: Drawing, folder: Path, stem: str, _formats: object) -> list[Path]:
         saved.append((folder.name, stem))
         return []
 

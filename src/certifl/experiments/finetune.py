@@ -87,7 +87,7 @@ def read_perturbation(text: str, sigma: str | None) -> dict[str, Any]:
     """A perturbation as a spec takes it.
 
     Args:
-        text: a family such as `rotation`, `rotation:18deg`, or a table as in a spec.
+        text: FAMILY, FAMILY:SIGMA such as rotation:18deg, or a table as in a spec.
         sigma: of a family that is named alone.
 
     Raises:
@@ -104,8 +104,8 @@ def read_perturbation(text: str, sigma: str | None) -> dict[str, Any]:
     family, colon, amount = text.partition(":")
     if bool(colon) == (sigma is not None):
         raise SpecError(
-            f"--perturbation {text}: give sigma once, for instance --perturbation rotation:18deg, "
-            "or --perturbation rotation --sigma 18deg."
+            f"--perturbation {text}: give sigma once, as --perturbation {family.strip()}:SIGMA, "
+            f"or --perturbation {family.strip()} --sigma SIGMA."
         )
     return {"family": family.strip(), "sigma": _amount(amount.strip() if colon else str(sigma))}
 
