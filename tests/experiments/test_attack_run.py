@@ -16,6 +16,9 @@ from certifl.report import write_report
 from certifl.runs.folder import RunFolder
 from tiny_study import cli, write_spec
 
+# One process computes what its tests share.
+pytestmark = pytest.mark.xdist_group("attack run")
+
 N = 400
 
 

@@ -21,6 +21,9 @@ from certifl.spec import load_stored, received
 from certifl.study.opened_run import OpenRun
 from tiny_study import cli, files, spec
 
+# One process computes what its tests share.
+pytestmark = pytest.mark.xdist_group("finetune")
+
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:

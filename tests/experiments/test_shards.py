@@ -14,6 +14,9 @@ from certifl.certification import Certificates
 from certifl.errors import InputError
 from certifl.experiments.standalone import Shard, read_shard
 
+# One process computes what its tests share.
+pytestmark = pytest.mark.xdist_group("shards")
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "cluster"
 QUICK = ("--images", "7", "--n", "300")
 

@@ -18,6 +18,9 @@ from certifl.report.results import by_seed
 from certifl.runs.folder import RunFolder
 from tiny_study import VALUES, cli, files, write_spec
 
+# One process computes what its tests share.
+pytestmark = pytest.mark.xdist_group("sweep")
+
 GRID = (
     *("--grid", "algorithm.name=local,personalized"),
     *("--grid", "personalized:algorithm.epochs=1,2", "--jobs", "1"),

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from certifl.errors import InputError, SpecError
+from certifl.experiments.parallel import base_spec
 from certifl.paper.figures import EXTRA, FIGURES, chosen_figures, figure_named
 from certifl.paper.reproduce import figure_index, make_plan
-from certifl.paper.scales import SCALES, base_spec, scale_named
+from certifl.paper.scales import SCALES, scale_named
 from certifl.spec import with_settings
 from certifl.study.setup import label_of
 

@@ -28,6 +28,9 @@ from certifl.report.summary import client_acr, client_curves
 from certifl.runs.folder import RunFolder
 from tiny_study import cli, files
 
+# One process computes what its tests share.
+pytestmark = pytest.mark.xdist_group("reproduce")
+
 SMOKE, WHOLE = SCALES["smoke"], dict(FIGURES)
 ROTATION = Setting("cifar10", 4, "rotation", "0.1pi")
 NOMINAL = Regime("FedAvg (nominal)", "fedavg", "nominal")

@@ -12,6 +12,9 @@ from certifl.report.wording import percent, tenths
 from report_factory import REGIMES
 from report_pages import HOSTILE, data_of
 
+# One process computes what its tests share.
+pytestmark = pytest.mark.xdist_group("report browser")
+
 
 @pytest.fixture
 def report(study_report: Path) -> Path:

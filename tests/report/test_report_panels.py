@@ -12,6 +12,9 @@ from playwright.sync_api import Page, expect
 from browser import tab_to
 from report_pages import data_of
 
+# One process computes what its tests share.
+pytestmark = pytest.mark.xdist_group("report panels")
+
 UNITS = ("degrees", "half-widths")
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from certifl.certification.network import choose_precision
 from certifl.errors import InputError, SpecError
@@ -170,7 +169,7 @@ def test_compiled_precisions_are_refused_with_what_to_choose(kind: str) -> None:
     with pytest.raises(SpecError, match=f'removed in 0.2.0: choose "{kind}"'):
         with_settings(SMALL, [f"certification.precision={kind}-compiled"])
     with pytest.raises(InputError, match=f'removed in 0.2.0: choose "{kind}"'):
-        choose_precision(f"{kind}-compiled", torch.device("cpu"))
+        choose_precision(f"{kind}-compiled")
 
 
 _REFUSED = """
