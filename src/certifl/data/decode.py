@@ -238,10 +238,11 @@ def _open(
         ) from error
     if lost:
         raise InputError(f"{name()} {lost}")
-    converted = _converted(image, name)
-    fitted = prepare.fitted(converted)
-    fitted.info.update(converted.info)
-    return fitted
+    image = _converted(image, name)  # one large image at a time: the one before is freed
+    notes = image.info
+    image = prepare.fitted(image)
+    image.info.update(notes)
+    return image
 
 
 def _of_dicom(content: bytes, most: int, prepare: Preparation) -> tuple[Image.Image, str]:
@@ -321,10 +322,9 @@ def _converted(image: Image.Image, name: Callable[[], str]) -> Image.Image:
 
 
 def _without_alpha(image: Image.Image, mode: str) -> Image.Image:
-    alpha = np.asarray(image.getchannel("A"))
-    made = image.convert(mode)
-    made.info[_TRANSPARENT] = bool(alpha.min() < 255)
-    return made
+    opaque = image.convert(mode)
+    opaque.info[_TRANSPARENT] = image.getchannel("A").getextrema() != (255, 255)
+    return opaque
 
 
 def _small(content: io.BytesIO, most: int) -> Image.Image:
