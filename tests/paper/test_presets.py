@@ -209,7 +209,7 @@ def test_a_plan_holds_distinct_runs_and_trainings_before_their_continuation(name
         assert start == job.spec.training_hash() or start in done, job.spec.name
         done.add(job.spec.training_hash())
         assert job.path == tmp_path / "runs" / job.spec.hash()
-        assert job.figures
+        assert any(job in plan.jobs_of(figure) for figure in plan.figures)
 
 
 def test_a_base_that_no_curve_shows_is_trained_once_and_hardly_certified(tmp_path):
