@@ -132,7 +132,7 @@ def test_a_batch_size_that_takes_too_long_to_be_timed_is_not_chosen(
     assert choose_arithmetic(net(), IMAGES, TRIAL, "cpu").batch_size == own
 
 
-def test_a_choice_that_cannot_be_kept_is_said(
+def test_a_choice_that_cannot_be_cached_is_reported(
     clock: Callable[[Seconds], None],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -140,7 +140,7 @@ def test_a_choice_that_cannot_be_kept_is_said(
     clock(rounded_at(1.0))
     (tmp_path / "arithmetic").write_text("a file where the folder would be")
     choose_arithmetic(net(), IMAGES, TRIAL, "cpu")
-    assert "cannot be kept" in caplog.text
+    assert "cannot be cached" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The arithmetic that `precision = "auto"` stands for: measured once, then stored.
 
 A choice by time is random: two measurements of one network may end differently, and the votes with
-them. So a choice is made once and read from then on. It is kept in the folder of caches, one file
+them. So a choice is made once and read from then on. It is stored in the cache folder, one file
 for each network, perturbation, processor and version, and besides in the manifest of a run, beside
 saved votes, and in every record (`precision`, `batch_size`, `threads`).
 
@@ -223,7 +223,7 @@ def choose_arithmetic(
     path = _cached(model, images, trial.perturbation, plain.device, batch_size)
     choice = _read(path)
     if choice is None and trial.images >= _FEWEST_IMAGES:
-        choice = _kept(path, _measured(model, images, trial, plain, batch_size))
+        choice = _cache(path, _measured(model, images, trial, plain, batch_size))
     return choice or Arithmetic.of(plain)
 
 
@@ -328,11 +328,11 @@ def loses(plain: Network, rounded: Network, images: Tensor, trial: Trial) -> boo
     """Whether images that are unanimous in float32 lose votes in another arithmetic.
 
     Rounding moves votes both ways: an image may be unanimous in one arithmetic by luck. So the
-    votes that are lost are held against those that are won where the other is unanimous.
+    votes that are lost are compared with those that are won where the other is unanimous.
     """
     chosen = images[: trial.images]
     first, other = (_selection(network, chosen, trial) for network in (plain, rounded))
-    lost, won = _strays(first, other), _strays(other, first)
+    lost, won = _changed_votes(first, other), _changed_votes(other, first)
     surplus = lost - won
     loses = surplus > _SURPLUS * math.sqrt(lost + won)
     if loses:
@@ -347,15 +347,15 @@ def loses(plain: Network, rounded: Network, images: Tensor, trial: Trial) -> boo
 
 def _selection(network: Network, images: Tensor, trial: Trial) -> np.ndarray:
     counter = VoteCounter(network, trial.perturbation, trial.seed)
-    held = images.to(network.device)
+    on_device = images.to(network.device)
     requests = [
         Request(row, row, image_key(image), "selection", 0, trial.n0)
-        for row, image in enumerate(held)
+        for row, image in enumerate(on_device)
     ]
-    return counter.count(held, requests, slots=len(held))
+    return counter.count(on_device, requests, slots=len(on_device))
 
 
-def _strays(first: np.ndarray, other: np.ndarray) -> int:
+def _changed_votes(first: np.ndarray, other: np.ndarray) -> int:
     """Votes of `other` that leave the class of images on which `first` is unanimous."""
     rows, top = np.arange(len(first)), first.argmax(axis=1)
     unanimous = first[rows, top] == first.sum(axis=1)
@@ -398,9 +398,9 @@ class _Clock:
         sizes = [min(network.batch_size, rows) for network in networks]
         best = [math.inf] * len(networks)
         for _ in range(_CALLS):
-            for place, network in enumerate(networks):
-                seconds = self._call(network, sizes[place]) / sizes[place]
-                best[place] = min(best[place], seconds)
+            for index, network in enumerate(networks):
+                seconds = self._call(network, sizes[index]) / sizes[index]
+                best[index] = min(best[index], seconds)
             if self._left <= 0:
                 break
         winner = int(np.argmin(best))
@@ -444,7 +444,7 @@ def _cached(
 
 
 def device_name(device: torch.device) -> str:
-    """A device in words that differ where it computes otherwise."""
+    """A name of the device that differs where its arithmetic may differ."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {_processor()}"
@@ -468,17 +468,17 @@ def _read(path: Path) -> Arithmetic | None:
         return None
 
 
-def _kept(path: Path, choice: Arithmetic) -> Arithmetic:
-    """The choice that is kept: the first one, where two processes measured at once."""
+def _cache(path: Path, choice: Arithmetic) -> Arithmetic:
+    """Cache a choice; where two processes measured at once, the first one is returned."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x") as file:
             json.dump(choice.stored(), file)
     except OSError as error:
-        if (kept := _read(path)) is not None:
-            return kept
+        if (cached := _read(path)) is not None:
+            return cached
         _log.warning(
-            "The measured arithmetic cannot be kept (%s), so another call may choose another: "
+            "The measured arithmetic cannot be cached (%s), so another call may choose another: "
             "give the precision, or a folder in CERTIFL_CACHE.",
             error,
         )

@@ -63,12 +63,12 @@ class Scales:
         """From a record.
 
         Raises:
-            InputError: they are no scales.
+            InputError: they cannot be read as scales.
         """
         try:
             ranges = {str(k): Range(float(v[0]), int(v[1])) for k, v in stored.items()}
         except (AttributeError, TypeError, ValueError, IndexError) as error:
-            raise InputError(f"These are no scales of a quantized network: {error}") from error
+            raise InputError(f"These are not scales of a quantized network: {error}") from error
         fine = all(math.isfinite(r.scale) and r.scale > 0 for r in ranges.values())
         if not fine or not all(0 <= r.zero <= LEVELS for r in ranges.values()):
             raise InputError("The scales of a quantized network must be positive numbers.")
@@ -217,15 +217,17 @@ def quantize(module: nn.Module, given: Calibration | Scales, probe: Tensor) -> Q
     else:
         scales = _calibrated(graph, plan.ranged, given.noisy)
     with torch.inference_mode():
-        made = Writer(graph, plan, scales.ranges).written()
-    share = _agreement(module, made, given.held_out) if isinstance(given, Calibration) else None
-    quantized = Quantized(made, scales, (len(layers), len(layers) + _others(graph, layers)), share)
+        written = Writer(graph, plan, scales.ranges).written()
+    share = _agreement(module, written, given.held_out) if isinstance(given, Calibration) else None
+    quantized = Quantized(
+        written, scales, (len(layers), len(layers) + _others(graph, layers)), share
+    )
     _report(quantized)
     return quantized
 
 
 def _report(quantized: Quantized) -> None:
-    """What stays in float32, and how often the two networks agree, in words."""
+    """Log what stays in float32, and how often the two networks agree."""
     if quantized.layers[0] < quantized.layers[1]:
         _log.info("%d of %d layers compute in int8, the others in float32.", *quantized.layers)
     if quantized.agreement is None:
@@ -279,7 +281,7 @@ def _traced(module: nn.Module, probe: Tensor) -> fx.GraphModule:
 
 
 class _Observer(fx.Interpreter):
-    """Runs a network and keeps values of some of its nodes."""
+    """Runs a network and records values of some of its nodes."""
 
     def __init__(self, graph: fx.GraphModule, wanted: Sequence[fx.Node]) -> None:
         super().__init__(graph)
@@ -288,7 +290,7 @@ class _Observer(fx.Interpreter):
         self.ends: dict[str, list[float]] = {node.name: [0.0, 0.0] for node in wanted}
 
     def run_node(self, n: fx.Node) -> Any:
-        """The value of a node, kept where it is wanted."""
+        """The value of a node, recorded where it is wanted."""
         value = super().run_node(n)
         if n in self._wanted:
             flat = value.flatten()
@@ -330,10 +332,10 @@ def _fitted(low: float, high: float) -> Range:
     return Range(scale, min(LEVELS, max(0, round(-low / scale))))
 
 
-def _agreement(module: nn.Module, made: nn.Module, noisy: Tensor) -> float:
+def _agreement(module: nn.Module, quantized: nn.Module, noisy: Tensor) -> float:
     same = 0
     with torch.inference_mode():
         for batch in noisy.split(16):
-            held = batch.contiguous(memory_format=torch.channels_last)
-            same += int((module(held.clone()).argmax(1) == made(held).argmax(1)).sum())
+            images = batch.contiguous(memory_format=torch.channels_last)
+            same += int((module(images.clone()).argmax(1) == quantized(images).argmax(1)).sum())
     return same / len(noisy)

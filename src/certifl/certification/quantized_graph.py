@@ -85,7 +85,7 @@ class Plan:
 
     def __init__(self, graph: fx.GraphModule, layers: Sequence[fx.Node]) -> None:
         self.graph = graph
-        self.order = {node: place for place, node in enumerate(graph.graph.nodes)}
+        self.order = {node: position for position, node in enumerate(graph.graph.nodes)}
         self.groups: dict[fx.Node, _Group] = {}
         self._sums: set[fx.Node] = set()
         for layer in layers:

@@ -45,6 +45,9 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec; repeatable."),
 ]
+PlanOnly = Annotated[
+    bool, typer.Option("--plan", help="Only list the runs and estimate their time.")
+]
 Track = Annotated[
     list[str] | None,
     typer.Option(help="Log to tensorboard, mlflow or wandb, offline; repeatable."),

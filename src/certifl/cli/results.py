@@ -530,7 +530,7 @@ def _check_predictor(
         raise InputError("Give either --run RUN, or --model module:function with --weights.")
     if run is not None:
         if given := [name for name, value in own.items() if value is not None]:
-            raise InputError(f"--run has a model of its own; leave out {', '.join(given)}.")
+            raise InputError(f"--run names a model already; leave out {', '.join(given)}.")
         if not str(run).startswith("hf:"):
             check_model_folder(run)
         return

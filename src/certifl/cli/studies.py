@@ -19,6 +19,7 @@ from certifl.cli.common import (
     Devices,
     Out,
     Overwrite,
+    PlanOnly,
     Settings,
     Sigma,
     Track,
@@ -151,9 +152,7 @@ def sweep(
     ] = None,
     data_dir: DataDir = None,
     device: Devices = "auto",
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Only list the runs and estimate their time.")
-    ] = False,
+    plan: PlanOnly = False,
     overwrite: Overwrite = False,
     workers: Workers = 0,
     jobs: Annotated[
@@ -332,9 +331,7 @@ def reproduce(
     out: Out = None,
     data_dir: DataDir = None,
     device: Devices = "auto",
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Only list the runs and estimate their time.")
-    ] = False,
+    plan: PlanOnly = False,
     overwrite: Overwrite = False,
     workers: Workers = 0,
     jobs: Annotated[

@@ -131,20 +131,20 @@ def show_summary(rows: Sequence[Mapping[str, Any]]) -> None:
     for noise in dict.fromkeys(row["perturbation"] for row in rows):
         part = [row for row in rows if row["perturbation"] == noise]
         if noise is not None:
-            told = f"{noise}, certified by {_clients(part[0]['of_clients'])}"
-            console.print(told, style="bold")
+            line = f"{noise}, certified by {_clients(part[0]['of_clients'])}"
+            console.print(line, style="bold")
         _show_table(part)
-    for told in dict.fromkeys(
+    for line in dict.fromkeys(
         f"{row['label']}, client {one['client']} certifies nothing: plain accuracy "
         f"{100 * one['correct'] / one['images']:.1f} % of {one['images']} images"
         for row in rows
         for one in row["plain"]
     ):
-        console.print(told)
-    for told in dict.fromkeys(
+        console.print(line)
+    for line in dict.fromkeys(
         f"{row['label']}: {row['privacy']}" for row in rows if row.get("privacy")
     ):
-        console.print(told)
+        console.print(line)
     for warning in dict.fromkeys(
         f"Warning: {row['label']}: {row['left_out']}" for row in rows if row.get("left_out")
     ):
@@ -307,8 +307,8 @@ def show_attack(result: Mapping[str, Any]) -> None:
     result = _printable(result)
     for part in result.get("perturbations", [result]):
         if part is not result:
-            told = f"{part['family']}, certified by {_clients(part['clients'])}"
-            _console().print(told, style="bold")
+            line = f"{part['family']}, certified by {_clients(part['clients'])}"
+            _console().print(line, style="bold")
         _show_attack(part)
 
 

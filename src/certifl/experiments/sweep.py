@@ -395,7 +395,7 @@ def costs(sweep: Sweep, data_dir: Path | None, device: str) -> list[Cost]:
     """Remaining work of every variant, from a few measured seconds of each.
 
     Raises:
-        RequestError: a spec does not fit the data, or its data set is not at hand.
+        RequestError: a spec does not fit the data, or its data set is not available.
     """
     jobs = {job.spec.hash(): job for job in sweep.jobs}
     done = {name for name, job in jobs.items() if job.done()}

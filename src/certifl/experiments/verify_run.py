@@ -290,11 +290,11 @@ def _of_the_conditions(
         if "precision" in manifest:
             both["precision"] = manifest["precision"]
         problems += _unlike(f"the file of {what}", rows.conditions, both, "run.json")
-    told = certificates.conditions.get("versions")
-    if isinstance(versions, Mapping) and isinstance(told, Mapping):
+    recorded = certificates.conditions.get("versions")
+    if isinstance(versions, Mapping) and isinstance(recorded, Mapping):
         known = {name: versions.get(name) for name in ("certifl", "torch", "python")}
-        problems += _unlike("the file of certificates", told, known, "run.json")
-    elif differs(type(versions).__name__, type(told).__name__):
+        problems += _unlike("the file of certificates", recorded, known, "run.json")
+    elif differs(type(versions).__name__, type(recorded).__name__):
         problems.append("run.json and certificates do not both say the versions they were made by")
     classes = certificates.counts.shape[1]
     if data.get("num_classes") != classes:
@@ -310,10 +310,11 @@ def _sums(
     """Numbers of run.json that add up from the rows."""
     votes = int(certificates.votes.sum()) + int(certificates.selection_counts.sum())
     problems = _unlike("run.json", manifest, {"votes": votes}, "the certificates")
-    seconds, told = float(certificates.seconds.sum()), manifest.get("certification_seconds")
-    if not isinstance(told, (int, float)) or not math.isclose(told, seconds, abs_tol=2e-3):
+    seconds, recorded = float(certificates.seconds.sum()), manifest.get("certification_seconds")
+    if not isinstance(recorded, (int, float)) or not math.isclose(recorded, seconds, abs_tol=2e-3):
         problems.append(
-            f"run.json says certification_seconds = {told!r:.40}, the certificates {seconds:.3f}"
+            f"run.json says certification_seconds = {recorded!r:.40}, the certificates "
+            f"{seconds:.3f}"
         )
     if predictions is not None:
         plain = {str(client): _accuracy(predictions, client) for client in predictions.clients}

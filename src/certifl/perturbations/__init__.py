@@ -169,8 +169,8 @@ def trait(family: object, name: str, default: Any) -> Any:
 def covers_received(family: object) -> bool:
     """Whether certificates of a family also hold for images that arrive changed.
 
-    They do where T_a(T_b(x)) = T_{a + b}(x): up to rounding and clipping by whoever sends the
-    image. Elsewhere a certificate is about parameters of one change of the original image.
+    They do where T_a(T_b(x)) = T_{a + b}(x): up to rounding and clipping by the sender. Elsewhere
+    a certificate is about parameters of one change of the original image.
 
     Args:
         family: as in a record.
@@ -181,7 +181,7 @@ def covers_received(family: object) -> bool:
 def received_words(family: object) -> str:
     """Whether certificates of a family also hold for images that arrive changed, in a sentence."""
     if covers_received(family):
-        return "Covered, up to rounding and clipping by whoever sends the image."
+        return "Covered, up to rounding and clipping by the sender of the image."
     return "Not covered: certificates are in parameter space only, about the original image."
 
 

@@ -11,6 +11,7 @@ Source: Li et al. 2021, TSS (resolvable transformations).
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ _GRAY = 0.5
 
 
 @dataclass(frozen=True)
-class Photometric:
+class Photometric(ABC):
     """A change of intensities by one number. Families fill in their constants and `changed`.
 
     Results are not clipped to [0, 1].
@@ -94,9 +95,9 @@ class Photometric:
         images, params = matched(images, params, (1,))
         return self.changed(images, params[:, :, None, None])
 
+    @abstractmethod
     def changed(self, images: Tensor, amount: Tensor) -> Tensor:
         """The images (m, c, h, w) changed by amounts (m, 1, 1, 1), either broadcast."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,9 @@ class Contrast(Photometric):
 class GaussianBlur(Photometric):
     """Blur by a Gaussian of variance v: T_v(x) = x + IDCT((exp(-v w^2 / 2) - 1) DCT(x)), v >= 0.
 
-    w is the frequency in radians a pixel, and w^2 the sum of both axes'; the image goes on
-    mirrored beyond its border (DCT-II). At v = 0 the image comes back exactly, and variances add:
-    T_a(T_b(x)) = T_{a + b}(x).
+    w is the frequency in radians a pixel, and w^2 the sum of both axes'; the image is
+    continued by reflection at its border (DCT-II). At v = 0 the image comes back exactly, and
+    variances add: T_a(T_b(x)) = T_{a + b}(x).
 
     The distribution is exponential and one-sided: certificates cover ADDED variances from 0 to the
     radius. An image is never certified against being sharpened.

@@ -31,7 +31,7 @@ def arranged(
         colors: of each row that gets another, as matplotlib names them: "#0072B2", "tab:orange".
 
     Raises:
-        InputError: a name that is no row's or several rows', equal labels, or no color.
+        InputError: a name that matches no row or several, equal labels, or not a color.
     """
     rows = by_seed(runs)
     new = _by_row(rows, labels or {}, names_of)

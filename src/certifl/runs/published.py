@@ -27,7 +27,7 @@ from certifl.safe_io import SPEC_BYTES, read_text
 
 PUBLISHED = "published"
 _FORMAT = 1
-_PLACES = {"--data-dir": "DATA", "--out": "OUT"}
+_PLACEHOLDERS = {"--data-dir": "DATA", "--out": "OUT"}
 _LEFT_OUT = ("data_dir", "code")
 _PATH = re.compile(r"(?<![\w.:/~-])~?(?:/[\w.+-]+)+/?")
 _DIGITS = 3  # of the seconds of an image
@@ -95,9 +95,9 @@ def published_manifest(manifest: Mapping[str, Any], certificates: Certificates) 
 def without_folders(command: str) -> str:
     """A command as a reader would give it, without the folders of the machine."""
     words = shlex.split(command)
-    for place, word in enumerate(words[:-1]):
-        if word in _PLACES:
-            words[place + 1] = _PLACES[word]
+    for index, word in enumerate(words[:-1]):
+        if word in _PLACEHOLDERS:
+            words[index + 1] = _PLACEHOLDERS[word]
     return shlex.join(_PATH.sub(lambda found: Path(found.group()).name, word) for word in words)
 
 

@@ -146,7 +146,7 @@ def initial_model(spec: Spec, dataset: Dataset) -> nn.Module:
     Raises:
         ModelError: a user's network that cannot be built or does not fit the images, or weights
             that do not fit the network.
-        InputError: `model.weights` is no plain file of weights.
+        InputError: `model.weights` is not a file of plain weights.
     """
     model = build(
         spec.model.name,

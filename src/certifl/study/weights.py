@@ -32,7 +32,7 @@ def begin_with(model: nn.Module, path: Path, name: str) -> None:
         name: of the network, for messages.
 
     Raises:
-        InputError: there is no such file, or it is no plain file of weights.
+        InputError: there is no such file, or it is not a file of plain weights.
         ModelError: the weights do not fit the network.
     """
     if change := load_weights(model, read_weights(path), f"{path} does not fit {name}"):
@@ -43,7 +43,7 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
     """Weights by name, from a file as people have them.
 
     Raises:
-        InputError: there is no such file, or it is no plain file of weights.
+        InputError: there is no such file, or it is not a file of plain weights.
     """
     check_file(path, WEIGHTS)
     if path.suffix == ".safetensors":
@@ -51,7 +51,7 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
             return load_tensors(path)
         except StoreError as error:
             raise InputError(
-                f"{error} It is no whole file of weights: save model.state_dict() anew with "
+                f"{error} The file is incomplete: save model.state_dict() again with "
                 "safetensors.torch.save_file."
             ) from error
     _require_plain(path)

@@ -83,7 +83,7 @@ def _uncertified(row: Row, groups: list[Group]) -> str:
 def _note(context: ReportContext) -> str:
     text = (
         "Classes are those of the labels, and every image counts once, whichever client has it. "
-        "The limits (95 %) hold for each number by itself: among many, some miss."
+        "Each number has its own 95 % limits: among many numbers, some miss theirs."
     )
     if context.several_seeds:
         text += " Rows of several seeds show means over seeds, and count images once per seed."
