@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import certifl.report
+import certifl.notebook
 import tiny_study as tiny
 from certifl.runs.folder import RunFolder
 from certifl.spec import load
@@ -80,7 +80,7 @@ def test_the_commands_do_what_the_page_says(folder: Path, monkeypatch: pytest.Mo
             if verb == "run":
                 given += [word for setting in SMALL for word in ("--set", setting)]
                 # A run's own page has tests of its own; those of the comparisons are written.
-                patch.setattr(certifl.report, "write_report", lambda *_, **__: None)
+                patch.setattr(certifl.notebook, "write_report", lambda *_, **__: None)
             tiny.cli(verb, *given).fine()
     regimes = {
         place.name: RunFolder(place).manifest()["regime"]

@@ -21,6 +21,8 @@ import pytest
 import torch
 from PIL import Image
 
+import certifl.notebook
+import certifl.report
 import tiny_study as tiny
 from certifl import PixelNoise
 from certifl import safe_io as outside
@@ -268,9 +270,13 @@ def test_the_page_is_written_under_the_lock(tmp_path: Path) -> None:
             pass
         return folder.report
 
-    with mock.patch("certifl.report.write_report", locked):
+    # `run` and `report` each have the function under a name of their module.
+    run_page = mock.patch.object(certifl.notebook, "write_report", side_effect=locked)
+    report_page = mock.patch.object(certifl.report, "write_report", side_effect=locked)
+    with run_page as in_run, report_page as in_report:
         tiny.cli("run", spec, "--out", folder.path).fine()
         tiny.cli("report", folder.path).fine()
+    assert (in_run.call_count, in_report.call_count) == (1, 1)
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-import certifl.report
+import certifl.notebook
 import tiny_study as tiny
 from certifl.experiments.run import Options, run
 from certifl.runs.folder import RunFolder
@@ -214,7 +214,7 @@ def test_the_command_names_trackers_and_parameters_are_the_spec(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed("tensorboard")
-    monkeypatch.setattr(certifl.report, "write_report", lambda *_, **__: None)  # slow, and tested
+    monkeypatch.setattr(certifl.notebook, "write_report", lambda *_, **__: None)  # slow
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
