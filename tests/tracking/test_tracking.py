@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import socket
 import sqlite3
 import struct
@@ -14,11 +16,15 @@ import pytest
 
 import certifl.notebook
 import tiny_study as tiny
+from certifl.certification import Certificates
 from certifl.experiments.run import Options, run
+from certifl.progress import StageCallback
 from certifl.runs.folder import RunFolder
 from certifl.smoothing.laws import LAWS
+from certifl.study.opened_run import OpenRun
 from certifl.tracking import TRACKERS
-from certifl.tracking.base import certified_numbers, round_numbers
+from certifl.tracking.backends import importable
+from certifl.tracking.run_tracker import certified_numbers, round_numbers
 
 ROUNDS = 4
 STUDY = tiny.spec(f"training.rounds={ROUNDS}", "certification.n=100")
@@ -58,8 +64,19 @@ def _nothing_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def untracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The study without any tracker."""
-    return run(STUDY, Options(tmp_path_factory.mktemp("untracked") / "run")).path
+    """The study without any tracker, which no test changes."""
+    return run(STUDY, Options(tmp_path_factory.mktemp("untracked") / "run", explore=False)).path
+
+
+@pytest.fixture
+def finished(untracked: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be logged."""
+    return Path(shutil.copytree(untracked, tmp_path / "run"))
+
+
+def tracked(place: Path, *names: str, report: StageCallback | None = None) -> None:
+    """The study with trackers; a run that is finished is only logged."""
+    run(STUDY, Options(place, track=names, report=report, explore=False))
 
 
 def in_tensorboard(folder: Path) -> Points:
@@ -181,11 +198,11 @@ def test_an_interrupted_run_is_logged_completely_and_once(
     needed(name)
     place = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        run(STUDY, Options(place, report=interrupted_after(2), track=(name,)))
+        tracked(place, name, report=interrupted_after(2))
     note = json.loads((place / "tracking" / name / "certifl.json").read_text())
     assert note["rounds"] == 2
     assert not note["certified"]
-    run(STUDY, Options(place, track=(name,)))
+    tracked(place, name)
     assert json.loads((place / "tracking" / name / "certifl.json").read_text()) == {
         "run": note["run"],
         "rounds": ROUNDS,
@@ -198,16 +215,15 @@ def test_an_interrupted_run_is_logged_completely_and_once(
 
 
 @each_tracker
-def test_a_finished_run_can_be_logged_later_and_only_once(name: str, tmp_path: Path) -> None:
+def test_a_finished_run_can_be_logged_later_and_only_once(name: str, finished: Path) -> None:
     needed(name)
-    place = run(STUDY, Options(tmp_path / "run")).path
-    before = tiny.files(place)
-    run(STUDY, Options(place, track=(name,)))
-    logged = tiny.files(place)
+    before = tiny.files(finished)
+    tracked(finished, name)
+    logged = tiny.files(finished)
     assert {path: logged[path] for path in before} == before
-    run(STUDY, Options(place, track=(name,)))
-    assert tiny.files(place) == logged
-    assert_logged(READERS[name](place / "tracking" / name), place)
+    tracked(finished, name)
+    assert tiny.files(finished) == logged
+    assert_logged(READERS[name](finished / "tracking" / name), finished)
 
 
 def test_the_command_names_trackers_and_parameters_are_the_spec(
@@ -232,30 +248,25 @@ def test_the_command_names_trackers_and_parameters_are_the_spec(
     assert str(place / "figures") in text
 
 
-def test_mlflow_begins_anew_where_a_kill_left_half_a_data_base(tmp_path: Path) -> None:
+def test_mlflow_begins_anew_where_a_kill_left_half_a_database_and_has_the_spec_as_parameters(
+    finished: Path,
+) -> None:
     needed("mlflow")
-    place = run(STUDY, Options(tmp_path / "run")).path
-    base = place / "tracking/mlflow/mlflow.db"
+    from mlflow.tracking import MlflowClient
+
+    base = finished / "tracking/mlflow/mlflow.db"
     base.parent.mkdir(parents=True)
     with sqlite3.connect(base) as half:
         half.execute("CREATE TABLE trace_info (request_id VARCHAR(50))")
     half.close()
-    run(STUDY, Options(place, track=("mlflow",)))
-    assert_logged(in_mlflow(base.parent), place)
-
-
-def test_mlflow_holds_the_spec_as_parameters(tmp_path: Path) -> None:
-    needed("mlflow")
-    from mlflow.tracking import MlflowClient
-
-    place = run(STUDY, Options(tmp_path / "run", track=("mlflow",))).path
-    client = MlflowClient(tracking_uri=f"sqlite:///{place / 'tracking/mlflow/mlflow.db'}")
-    note = json.loads((place / "tracking/mlflow/certifl.json").read_text())
-    found = client.get_run(note["run"])
+    tracked(finished, "mlflow")
+    assert_logged(in_mlflow(base.parent), finished)
+    note = json.loads((base.parent / "certifl.json").read_text())
+    found = MlflowClient(tracking_uri=f"sqlite:///{base}").get_run(note["run"])
     assert found.info.status == "FINISHED"
     assert found.data.params["training.rounds"] == str(ROUNDS)
     assert found.data.params["augmentation.federated.family"] == "rotation"
-    assert str(place / "report.html") in found.data.tags["mlflow.note.content"]
+    assert str(finished / "report.html") in found.data.tags["mlflow.note.content"]
 
 
 class Broken:
@@ -264,24 +275,21 @@ class Broken:
     working = False
 
     def __init__(self, folder: Path) -> None:
-        self.log = folder / "log.txt"
+        self.written = folder / "log.txt"
 
     @staticmethod
     def installed() -> bool:
         return True
 
-    def begin(self, spec: Any, facts: Any, known: str | None, rounds: int) -> str:
-        return known or "mine"
+    def begin(self, spec: Any, metadata: Any, run_id: str | None, rounds: int) -> str:
+        return run_id or "mine"
 
-    def round(self, entry: Any) -> None:
-        if entry["round"] == 1 and not Broken.working:
+    def log(self, numbers: Any, step: int) -> None:
+        if step == 1 and not Broken.working:
             raise ConnectionError("the server went away")
-        with self.log.open("a") as file:
-            file.write(f"{entry['round']} ")
-
-    def certified(self, summary: Any) -> None:
-        with self.log.open("a") as file:
-            file.write(f"certified {len(summary['clients'])}")
+        what = "round" if "seconds/round" in numbers else "certificates"
+        with self.written.open("a") as file:
+            file.write(f"{what} {step}, ")
 
     def finish(self, complete: bool) -> None:
         raise OSError("and it does not answer")
@@ -295,31 +303,30 @@ def test_a_tracker_that_fails_costs_a_warning_and_nothing_else(
 ) -> None:
     monkeypatch.setitem(TRACKERS, "mlflow", Broken)
     monkeypatch.setattr(Broken, "working", False)
-    place = run(STUDY, Options(tmp_path / "run", track=("mlflow",))).path
+    place = tmp_path / "run"
+    tracked(place, "mlflow")
     assert RunFolder(place).complete()
     assert tiny.weights(place) == tiny.weights(untracked)
     warned = [r.message for r in caplog.records if r.levelname == "WARNING"]
     assert len(warned) == 1
     assert "mlflow" in warned[0]
     assert "ConnectionError: the server went away" in warned[0]
-    assert (place / "tracking/mlflow/log.txt").read_text() == "0 "
+    assert (place / "tracking/mlflow/log.txt").read_text() == "round 0, "
     # The same command logs what is missing.
     monkeypatch.setattr(Broken, "working", True)
-    run(STUDY, Options(place, track=("mlflow",)))
-    assert (place / "tracking/mlflow/log.txt").read_text() == "0 1 2 3 certified 2"
+    tracked(place, "mlflow")
+    rounds = "".join(f"round {number}, " for number in range(ROUNDS))
+    logged = (place / "tracking/mlflow/log.txt").read_text()
+    assert logged == f"{rounds}certificates {ROUNDS}, "
 
 
-def test_a_place_that_cannot_be_written_costs_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, untracked: Path
+def test_a_folder_that_cannot_be_written_costs_a_warning(
+    finished: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     needed("tensorboard")
-    place = tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt):
-        run(STUDY, Options(place, report=interrupted_after(1)))
-    (place / "tracking").write_text("in the way")
-    run(STUDY, Options(place, track=("tensorboard",)))
-    assert RunFolder(place).complete()
-    assert tiny.weights(place) == tiny.weights(untracked)
+    (finished / "tracking").write_text("in the way")
+    tracked(finished, "tensorboard")
+    assert RunFolder(finished).complete()
     assert any("Tracking with tensorboard stopped" in r.message for r in caplog.records)
 
 
@@ -339,8 +346,6 @@ def test_a_folder_of_a_library_s_name_is_no_library(
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "certifl_no_such_tracker").mkdir()
-    from certifl.tracking.base import importable
-
     assert not importable("certifl_no_such_tracker")
     assert not importable("certifl_not_even_a_folder")
     assert importable("json", "torch")
@@ -367,20 +372,18 @@ def test_names_and_means_of_a_round() -> None:
     }
 
 
-def test_names_and_means_of_certificates() -> None:
-    summary = {
-        "seconds": 8.0,
-        "clients": {
-            "0": {"acr": 0.25, "accuracy": {"0": 1.0, "0.5": 0.5}},
-            "1": {"acr": 0.75, "accuracy": {"0": 0.5, "0.5": 0.0}},
-        },
-    }
-    numbers = certified_numbers(summary)
-    assert numbers["seconds/certification"] == 8.0
-    assert numbers["acr/mean"] == 0.5
-    assert numbers["certified_accuracy/0-sigma/mean"] == 0.75
-    assert numbers["certified_accuracy/0.5-sigma/client-0"] == 0.5
-    assert numbers["certified_accuracy/0.5-sigma/mean"] == 0.25
-    # Degrees and intensities have no mean.
-    apart = certified_numbers({**summary, "unit": ""})
+def test_means_of_certificates_count_every_client_once_and_never_mix_units(
+    untracked: Path,
+) -> None:
+    opened = OpenRun(untracked)
+    numbers = certified_numbers(opened)
+    accuracy = "certified_accuracy/0.5-sigma"
+    for name in ("acr", accuracy):
+        mean = (numbers[f"{name}/client-0"] + numbers[f"{name}/client-1"]) / 2
+        assert numbers[f"{name}/mean"] == pytest.approx(mean)
+    one, other = (opened.certificates.of_client(client) for client in (0, 1))
+    pixels = {**other.conditions, "family": "pixel", "unit": "intensity"}
+    both = Certificates.concatenate([one, dataclasses.replace(other, conditions=pixels)])
+    opened.certificates = both
+    apart = certified_numbers(opened)
     assert apart == {name: v for name, v in numbers.items() if not name.endswith("/mean")}

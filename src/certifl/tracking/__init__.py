@@ -1,8 +1,8 @@
 """Experiment trackers that log a run while it proceeds, offline unless the user asks otherwise.
 
 TensorBoard, MLflow and Weights & Biases implement one small interface, `Tracker`. A tracker
-receives plain dicts: the spec and metadata of the run, each committed round, and a summary of the
-certificates. It never decides anything, and a tracker that fails never harms a run.
+receives the spec and metadata of the run, then named numbers. It never decides anything, and a
+tracker that fails never harms a run.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from certifl.errors import RequestError
-from certifl.tracking.backends import MLflow, TensorBoard, WeightsAndBiases
-from certifl.tracking.base import Tracker, TrackerFactory
-from certifl.tracking.follower import Follower
+from certifl.tracking.backends import (
+    MLflow,
+    TensorBoard,
+    Tracker,
+    TrackerFactory,
+    WeightsAndBiases,
+)
 
-__all__ = ["TRACKERS", "Follower", "Tracker", "check_trackers"]
+__all__ = ["TRACKERS", "Tracker", "check_trackers"]
 
 TRACKERS: dict[str, TrackerFactory] = {
     "tensorboard": TensorBoard,
