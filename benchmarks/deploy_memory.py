@@ -33,9 +33,13 @@ from flwr.supercore.inflatable.inflatable_utils import (  # noqa: E402
 )
 
 from certifl.deploy.server.coordinator import coordinate  # noqa: E402
-from certifl.deploy.transport.flower_processes import return_freed_memory  # noqa: E402
-from certifl.deploy.transport.messages import Content, encode, to_records  # noqa: E402
-from certifl.deploy.transport.transport import GridTransport  # noqa: E402
+from certifl.deploy.transport.flower import return_freed_memory  # noqa: E402
+from certifl.deploy.transport.messages import (  # noqa: E402
+    Content,
+    GridTransport,
+    encode,
+    to_records,
+)
 from certifl.errors import WorkError  # noqa: E402
 from certifl.models import build, fingerprint  # noqa: E402
 from certifl.spec import with_settings  # noqa: E402

@@ -14,11 +14,9 @@ from flwr.app import ConfigRecord, Message
 
 from certifl.certification import Certificates
 from certifl.deploy.client.client import Client
-from certifl.deploy.client.data import open_local_data
-from certifl.deploy.client.settings import Settings
+from certifl.deploy.client.settings import Settings, open_local_data
 from certifl.deploy.server.coordinator import coordinate
-from certifl.deploy.transport.messages import from_records, to_records
-from certifl.deploy.transport.transport import GridTransport
+from certifl.deploy.transport.messages import GridTransport, from_records, to_records
 from certifl.errors import InputError, StoreMismatch, WorkError
 from certifl.experiments.run import Options as Here
 from certifl.experiments.run import run

@@ -19,13 +19,11 @@ from test_deploy_certify import parquet
 from test_deploy_rounds import LIGHT, described, in_process
 
 from certifl.deploy.client.client import Client
-from certifl.deploy.client.sent_log import SENT, sent_lines
 from certifl.deploy.client.settings import Settings
 from certifl.deploy.client.spec_policy import DECISIONS
-from certifl.deploy.client.state import NEVER
+from certifl.deploy.client.state import NEVER, SENT, sent_lines
 from certifl.deploy.server.coordinator import coordinate
-from certifl.deploy.transport.messages import Content, fingerprint_of, from_records
-from certifl.deploy.transport.transport import GridTransport
+from certifl.deploy.transport.messages import Content, GridTransport, fingerprint_of, from_records
 from certifl.federated import deployed_model
 from certifl.spec import Spec
 from certifl.study.opened_run import ClientStudy
@@ -402,7 +400,7 @@ def test_with_share_none_a_server_learns_only_that_a_client_has_finished(case, t
 
 @pytest.mark.parametrize("share", ["none", "curve"])
 def test_pieces_do_not_disclose_the_votes_of_each_image(share, tmp_path, monkeypatch):
-    monkeypatch.setattr("certifl.deploy.client.certify._SHORTEST", 0.0)
+    monkeypatch.setattr("certifl.deploy.client.client._SHORTEST", 0.0)
     asked = spec("certification.images=8", "training.rounds=1", "certification.n=2000")
     heard, _ = listened(tmp_path, asked, share, piece=1e-9)
     told = [a.fields["certified"] for kind, a in heard if kind == "query.certify"]

@@ -24,9 +24,14 @@ from test_deploy_messages import packed
 from certifl.deploy.client.curves import CertificateChecks
 from certifl.deploy.server.collect import _ClientProgress
 from certifl.deploy.server.coordinator import coordinate
-from certifl.deploy.transport.messages import Content, MalformedMessage, from_records, to_records
+from certifl.deploy.transport.messages import (
+    Content,
+    GridTransport,
+    MalformedMessage,
+    from_records,
+    to_records,
+)
 from certifl.deploy.transport.schemas import Certified
-from certifl.deploy.transport.transport import GridTransport
 from certifl.errors import WorkError
 from certifl.report import write_report
 from certifl.runs.atomic import read_json

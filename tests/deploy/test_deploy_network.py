@@ -30,7 +30,7 @@ from certifl.deploy.provision.keys import (
     connection_problem,
     node_key,
 )
-from certifl.deploy.transport.flower_processes import allowed
+from certifl.deploy.transport.gate import allowed
 from certifl.errors import InputError, WorkError
 from certifl.experiments.run import Options, run
 from certifl.runs.checkpoints import Checkpoints

@@ -11,8 +11,7 @@ import pytest
 pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
 
 from certifl.deploy.client import process as serving
-from certifl.deploy.client.process import _refused
-from certifl.deploy.client.retry import Accepted, Retry
+from certifl.deploy.client.process import Accepted, Retry, _refused
 from certifl.deploy.provision.bundle import Connection, init, load_connection
 from certifl.deploy.server.process import Endpoint, _not_started, local_endpoint
 from certifl.errors import WorkError
@@ -65,7 +64,7 @@ def test_an_unreachable_server_and_short_connections_are_reported_rarely():
 
 
 def test_connections_of_the_federation_bypass_proxies(monkeypatch):
-    from certifl.deploy.transport.flower_processes import bypass_proxies
+    from certifl.deploy.transport.flower import bypass_proxies
 
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "example.net")
@@ -126,7 +125,7 @@ def test_a_refused_client_tries_until_it_is_accepted_and_ends_when_asked(tmp_pat
 
     monkeypatch.setattr(serving, "_connected", connected)
     monkeypatch.setattr(serving, "connection_problem", lambda *_: None)
-    monkeypatch.setattr("certifl.deploy.client.retry._FIRST", 0.01)
+    monkeypatch.setattr("certifl.deploy.client.process._FIRST_WAIT", 0.01)
     settings = serving.Settings(client=0, data="digits", dealt=True)
     serving.run_client(folder, settings, lines.append)
     said = "\n".join(lines)

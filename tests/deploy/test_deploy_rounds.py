@@ -17,7 +17,7 @@ from certifl.deploy.client.settings import Settings
 from certifl.deploy.client.state import ClientStateStore
 from certifl.deploy.server.coordinator import coordinate
 from certifl.deploy.server.remote_runner import last_counted
-from certifl.deploy.transport.transport import GridTransport
+from certifl.deploy.transport.messages import GridTransport
 from certifl.errors import StoreMismatch, TooFewClients, WorkError
 from certifl.federated import ALGORITHMS, ClientData, client_state, deployed_model, describe, train
 from certifl.runs.atomic import load_tensors

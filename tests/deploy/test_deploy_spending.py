@@ -14,15 +14,13 @@ import torch
 from test_deploy_rounds import LIGHT, described
 
 from certifl.deploy.client.client import Client
-from certifl.deploy.client.data import open_local_data
 from certifl.deploy.client.privacy_budget import LEDGER, PrivacyLedger, ledger_lines
-from certifl.deploy.client.settings import Settings
+from certifl.deploy.client.settings import Settings, open_local_data
 from certifl.deploy.client.state import NEVER, ClientStateStore
 from certifl.deploy.provision.bundle import init
 from certifl.deploy.server.coordinator import coordinate
 from certifl.deploy.status import status_lines
-from certifl.deploy.transport.messages import Content, fingerprint_of
-from certifl.deploy.transport.transport import GridTransport
+from certifl.deploy.transport.messages import Content, GridTransport, fingerprint_of
 from certifl.federated.privacy import epsilon
 from certifl.federated.privacy import example_level as example
 from certifl.federated.privacy import mechanism as clipping

@@ -17,10 +17,14 @@ from certifl.deploy.provision.keys import node_key
 from certifl.deploy.server.coordinator import coordinate
 from certifl.deploy.server.process import KeyFolder, _KeyAdmission, client_keys
 from certifl.deploy.server.start import check_clients
-from certifl.deploy.transport import flower_runs as flower_runs
-from certifl.deploy.transport.flower_runs import Endpoint
-from certifl.deploy.transport.messages import Content, MalformedMessage, parse_request
-from certifl.deploy.transport.transport import GridTransport
+from certifl.deploy.transport import flower
+from certifl.deploy.transport.flower import Endpoint
+from certifl.deploy.transport.messages import (
+    Content,
+    GridTransport,
+    MalformedMessage,
+    parse_request,
+)
 from certifl.errors import RequestError, WorkError
 from certifl.runs.checkpoints import Checkpoints
 from deploy_factory import options
@@ -156,17 +160,17 @@ def test_a_half_copied_key_is_named_once_and_read_again(tmp_path, monkeypatch):
     (home / "clients" / "client-²٣.pub").write_bytes(whole)
     (home / "clients" / "client-4.pub").mkdir()
     os.mkfifo(home / "clients" / "client-5.pub")
-    monkeypatch.setattr(flower_runs, "register", lambda root, keys: registered.extend(keys))
+    monkeypatch.setattr(flower, "register", lambda _, name, key: registered.append(name))
     admission = _KeyAdmission(home, Endpoint("127.0.0.1:1", None, b""), said.append)
     admission.check()
     admission.check()
-    assert [name for name, _ in registered] == ["client-0"]
+    assert registered == ["client-0"]
     assert sum("client-1.pub" in line for line in said) == 1
     keys = KeyFolder(home)
     assert list(keys) == [0]
     public.write_bytes(whole)
     admission.check()
-    assert [name for name, _ in registered][-1] == "client-1"
+    assert registered[-1] == "client-1"
     assert sorted(keys) == [0, 1]
     node_key(tmp_path / "node.key", home / "clients" / "client-3.pub")
     assert sorted(client_keys(home, said.append)) == [0, 1, 3]
@@ -176,12 +180,12 @@ def test_a_key_that_is_not_admitted_is_retried(tmp_path, monkeypatch):
     init(tmp_path / "kit", 1, "127.0.0.1:9900", insecure=False)
     said, tries = [], []
 
-    def register(root, keys):
-        tries.append(keys)
+    def register(_endpoint, _name, key):
+        tries.append(key)
         if len(tries) == 1:
             raise WorkError("The server refused: busy")
 
-    monkeypatch.setattr(flower_runs, "register", register)
+    monkeypatch.setattr(flower, "register", register)
     monkeypatch.setattr("certifl.deploy.server.process._RETRY_SECONDS", 0.05)
     server = tmp_path / "kit" / "server"
     admission = _KeyAdmission(server, Endpoint("127.0.0.1:1", None, b""), said.append)

@@ -158,7 +158,7 @@ def _find_networks(names: list[str], code: Path | None) -> None:
 def log(folder: ClientFolder = Path(".")) -> None:
     """List what left a client's machine: time, kind, keys, shapes, bytes."""
     with _flower():
-        from certifl.deploy.client.sent_log import SENT, sent_lines
+        from certifl.deploy.client.state import SENT, sent_lines
 
         if not any((folder / name).is_file() for name in ("client.toml", SENT)):
             raise RequestError(f"{folder} is not a client's folder: it has no client.toml.")

@@ -12,8 +12,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from certifl.deploy.server.coordinator import Options, coordinate
-from certifl.deploy.transport.flower_processes import return_freed_memory
-from certifl.deploy.transport.transport import GridTransport
+from certifl.deploy.transport.flower import return_freed_memory
+from certifl.deploy.transport.messages import GridTransport
 from certifl.errors import InputError
 from certifl.spec import load
 

@@ -13,6 +13,7 @@ Errors are reported to the server in general words; details stay in the client's
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -26,21 +27,21 @@ import torch
 from torch import nn
 
 from certifl._version import __version__
+from certifl.certification import Certificates
+from certifl.certification import adaptive as engine
+from certifl.certification.arithmetic import Trial
 from certifl.certification.network import choose_device
-from certifl.data import Dataset
-from certifl.deploy.client.certify import Certifier
-from certifl.deploy.client.data import LocalData, open_local_data
-from certifl.deploy.client.privacy_budget import (
-    PrivacyBudget,
-    PrivacyLedger,
-    check_own_limit,
-    spending_limit,
-    study_plan,
+from certifl.certification.rng_check import check_random_source_once
+from certifl.deploy.client.curves import curve_of, rows_of
+from certifl.deploy.client.privacy_budget import PrivacyBudget, check_own_limit, open_budget
+from certifl.deploy.client.settings import (
+    LocalData,
+    Settings,
+    lower_level,
+    open_local_data,
 )
-from certifl.deploy.client.sent_log import SentLog
-from certifl.deploy.client.settings import Settings
 from certifl.deploy.client.spec_policy import check_network_size, check_study
-from certifl.deploy.client.state import AnsweredRounds, ClientStateStore
+from certifl.deploy.client.state import AnsweredRounds, ClientStateStore, SentLog
 from certifl.deploy.transport.messages import Content, fingerprint_of, parse_request, update_to
 from certifl.deploy.transport.schemas import (
     CertifyRequest,
@@ -50,21 +51,26 @@ from certifl.deploy.transport.schemas import (
     RoundRequest,
     StudyReference,
 )
-from certifl.errors import CertiflError, StoreError, one_line
+from certifl.errors import CertiflError, InputError, ModelError, StoreError, one_line
 from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.faults import Fault, try_client
 from certifl.federated.privacy import ExampleLedger
 from certifl.federated.states import ClientState, ModelState, Parts, ServerState, Update
 from certifl.federated.training.local_training import LocalTraining, check_images
 from certifl.models import build, fingerprint
+from certifl.runs.atomic import save_tensors
 from certifl.runs.private_files import private_files
 from certifl.spec import Spec, received, with_settings
+from certifl.study.certify import Job, Paused, VoteSource, certify_job, job_network, predicted
 from certifl.study.opened_run import ClientStudy
-from certifl.study.privacy import Protection, protection, training_key
+from certifl.study.privacy import protection, training_key
 from certifl.study.setup import local_training, participation
 from certifl.torch_env import threads_asked
 
 _log = logging.getLogger(__name__)
+_SHORTEST, _LONGEST = 1.0, 3600.0
+"""Limits of a piece of certification in seconds, whatever the server asks for."""
+_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ class Client:
         self._folder = folder
         self._report = report or _log.info
         self.sent = SentLog(folder)
-        self._studies: dict[tuple[str, str], Study] = {}
+        self._current: tuple[tuple[str, str], Study] | None = None
 
     def answer(self, content: Content) -> Content:
         """The answer to a request; a fault where it cannot be fulfilled."""
@@ -149,14 +155,14 @@ class Client:
         return self._certify(content.parts, request, study)
 
     def _study(self, request: StudyReference) -> Study:
-        spec_hash = (request.id, request.hash)
-        if spec_hash not in self._studies:
+        name = (request.id, request.hash)
+        if self._current is None or self._current[0] != name:
             spec = _parse_spec(request.spec, request.hash)
-            self._studies = {spec_hash: self._open(request.id, spec, request.own_perturbation)}
-        return self._studies[spec_hash]
+            self._current = name, self._open(request.id, spec, request.own_perturbation)
+        return self._current[1]
 
     def _open(self, id: str, spec: Spec, own_perturbation: bool) -> Study:
-        settings, spec_hash = self.settings, spec.hash()
+        settings, spec_hash = self.settings, spec.hash()  # without its own perturbation
         if settings.client >= spec.clients.count:
             raise Rejected(f"the study has only {spec.clients.count} clients, counted from 0")
         check_study(spec, settings)
@@ -199,30 +205,28 @@ class Client:
         store.begin()
         answered = AnsweredRounds(store.folder, spec_hash)
         answered.begin()
-        ClientStudy(store.folder).describe(spec, settings.client, _shapes(data))
+        shapes = {
+            "in_channels": data.in_channels,
+            "image_size": list(data.image_size),
+            "class_names": list(data.class_names),
+        }
+        ClientStudy(store.folder).describe(spec, settings.client, shapes)
         # Only its own size matters here: a client's noise depends on its own images.
         sizes = [len(local_data.train)] * spec.clients.count
         private = protection(spec, model, sizes, training_key(spec, store.folder))
         check_own_limit(settings, spec, len(local_data.train))
-        budget = self._budget(spec, local_data, private, store)
+        budget = None
+        if isinstance(private.ledger, ExampleLedger):  # this client adds the noise
+            images = local_data.fingerprint
+            budget = open_budget(
+                settings, spec, private.ledger, images, self._folder, store.folder
+            )
         if budget is not None and private.example is not None:
             private = replace(private, example=budget.observed(private.example))
         device = str(choose_device(settings.device))
         training = local_training(spec, model, device, private)
         algorithm = spec.build_algorithm()
         return Study(spec, local_data, model, training, algorithm, store, answered, budget)
-
-    def _budget(
-        self, spec: Spec, local_data: LocalData, private: Protection, store: ClientStateStore
-    ) -> PrivacyBudget | None:
-        """The privacy budget of a study whose clients add the noise."""
-        if not isinstance(private.ledger, ExampleLedger):
-            return None
-        plan, delta = study_plan(spec, private.ledger, self.settings.client), spec.privacy.delta
-        limit = spending_limit(self.settings, plan, delta)
-        ledger, of = PrivacyLedger(self._folder), local_data.fingerprint
-        id, name = store.folder.name, spec.name
-        return PrivacyBudget(ledger, id, name, delta, of, plan, limit, store.folder)
 
     def _join(self, study: Study) -> Content:
         self._report(f"joins the study {one_line(study.spec.name)!r} of {study.rounds} rounds")
@@ -252,17 +256,19 @@ class Client:
             study.answered.round(round, started_from)
         result = self._train(study, ServerState(round, parts), client_state)
         if isinstance(result, Fault):
-            return self._fault(result.kind, _public_reason(result), result.reason)
+            reason = result.reason
+            if result.kind == "raised" and result.error is not None:
+                # The exception's text may name data or folders.
+                reason = f"it raised {type(result.error).__name__}; see its own log"
+            return self._fault(result.kind, reason, result.reason)
         update, state = result
         answer = update_to(update)
         spent = ""
         if study.budget is not None:
-            output = fingerprint_of(
-                {**answer.parts, **_state_parts(state), "facts": _fields_part(answer)}
-            )
-            spent = "; " + study.budget.record(output, bool(answer.parts))
+            spent = "; " + study.budget.record(_output(answer, state), bool(answer.parts))
         study.store.save(state, round, counted)
-        self._report(f"round {round + 1}: {_metrics(update)}{spent}")
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in update.metrics.items())
+        self._report(f"round {round + 1}: {metrics or 'done'}{spent}")
         answer.fields.update(started_from=started_from, round=round)
         return answer
 
@@ -304,10 +310,85 @@ class Client:
         state = _load_state(study, request.counted)
         model = study.algorithm.deployed(ServerState(request.round, parts), state)
         study.answered.deployed(fingerprint(model))
-        certifier = Certifier(
-            self.settings, study.spec, study.local_data, study.store, self._report
+        network = study.model
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        try:
+            network.load_state_dict(model)
+            return self._piece(study, model, request)
+        except RuntimeError as error:
+            raise ModelError("The deployed model does not fit the study's network.") from error
+        finally:
+            network.load_state_dict(before)
+
+    def _piece(self, study: Study, model: ModelState, request: CertifyRequest) -> Content:
+        """Certify for some seconds; at the end, what the client shares.
+
+        The server may ask for more than this client shares.
+        """
+        if not study.store.deployed.is_file():
+            save_tensors(study.store.deployed, model)
+        client, spec, job = self.settings.client, study.spec, self._job(study)
+        perturbation, settings = spec.perturbations()[client], spec.certification.settings(client)
+        trial = None
+        if perturbation is not None:
+            trial = Trial.of(perturbation, settings, spec.seed, len(job.index))
+        precision = spec.certification.precision
+        ready = job_network(job, study.model, trial, self.settings.device, precision)
+        shared = lower_level(request.share, self.settings.share)
+        fields: dict[str, Any] = {"share": shared, "done": True}
+        if shared == "rows" or not spec.build_algorithm().keeps_client_state:
+            fields["model"] = fingerprint(model)  # otherwise the server does not have it
+        data = study.local_data.dataset.fingerprint
+        if perturbation is None:
+            plain = predicted(job, ready, fingerprint(study.model), data)
+            if shared != "none":
+                correct = int(plain.correct.sum())
+                fields["plain"] = {"images": len(plain), "correct": correct}
+            return Content({"certified": fields})
+        check_random_source_once(perturbation, tuple(job.images.shape[1:]), ready.device)
+        source = VoteSource(perturbation, settings, spec.seed, data)
+        ends = time.monotonic() + min(max(request.piece, _SHORTEST), _LONGEST)
+        votes = [0]
+
+        def progress(done: int, _all: int) -> None:
+            votes[0] = done
+
+        certificates: Certificates | None = None
+        with contextlib.suppress(Paused):
+            certificates = certify_job(
+                job, study.model, ready, source, progress, lambda: time.monotonic() > ends
+            )
+        at_most = engine.expected_votes(len(job.index), settings)
+        if shared != "none":
+            # Exact progress would disclose the votes of each image.
+            step = max(1, at_most // _STEPS)
+            cast = at_most if certificates is not None else votes[0] // step * step
+            fields |= {"at_most": at_most, "cast": cast}
+        if certificates is None:
+            self._report(f"certifying: {votes[0]:,} of at most {at_most:,} votes")
+            return Content({"certified": {**fields, "done": False}})
+        self._keep(study, certificates, shared)
+        content = Content({"certified": fields})
+        if shared == "curve":
+            fields["curve"] = curve_of(certificates, perturbation, settings)
+        elif shared == "rows":
+            content.parts["rows"] = rows_of(certificates)
+        return content
+
+    def _keep(self, study: Study, certificates: Certificates, shared: str) -> None:
+        certificates.save(study.store.certificates)
+        self._report(
+            f"certified {len(certificates)} images; certificates in {study.store.certificates}; "
+            f"the server gets: {shared}"
         )
-        return certifier.piece(study.model, model, request.piece, request.share)
+
+    def _job(self, study: Study) -> Job:
+        index = study.local_data.tests(study.spec)
+        if not len(index):
+            raise InputError("This client has no test images to certify.")
+        part = study.local_data.dataset.test.take(index)
+        client, votes = self.settings.client, study.store.votes
+        return Job(client, index, part.images, part.labels.numpy(), votes)
 
 
 def _check_broadcast(parts: Parts, request: RoundRequest | CertifyRequest, study: Study) -> str:
@@ -328,15 +409,6 @@ def _load_state(study: Study, counted: int) -> ClientState:
         raise Rejected(
             f"its state after round {counted} is lost; it can take part in a new run"
         ) from error
-
-
-def _shapes(data: Dataset) -> dict[str, Any]:
-    """Properties of the images that a model depends on."""
-    return {
-        "in_channels": data.in_channels,
-        "image_size": list(data.image_size),
-        "class_names": list(data.class_names),
-    }
 
 
 def _parse_spec(text: str, hash: str) -> Spec:
@@ -370,26 +442,12 @@ def _with_own_perturbation(spec: Spec, settings: Settings) -> Spec:
         )
 
 
-def _public_reason(fault: Fault) -> str:
-    """A fault's reason without an exception's text, which may name data or folders."""
-    if fault.kind == "raised" and fault.error is not None:
-        return f"it raised {type(fault.error).__name__}; see its own log"
-    return fault.reason
-
-
-def _state_parts(state: ClientState) -> Parts:
-    return {f"kept:{part}": tensors for part, tensors in state.parts.items()}
-
-
-def _fields_part(answer: Content) -> ModelState:
-    """An answer's fields as a tensor, to be fingerprinted with its parts."""
-    text = json.dumps(answer.fields, sort_keys=True).encode()
-    return {"json": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
-
-
-def _metrics(update: Update) -> str:
-    metrics = [f"{name} {value:.4g}" for name, value in update.metrics.items()]
-    return ", ".join(metrics) or "done"
+def _output(answer: Content, state: ClientState) -> str:
+    """A fingerprint of an answer and the state that stays here."""
+    fields = json.dumps(answer.fields, sort_keys=True).encode()
+    kept = {f"kept:{part}": tensors for part, tensors in state.parts.items()}
+    text = {"json": torch.frombuffer(bytearray(fields), dtype=torch.uint8)}
+    return fingerprint_of({**answer.parts, **kept, "facts": text})
 
 
 # Whether tensors from the server fit a study.

@@ -52,40 +52,31 @@ _UNTRUSTED = (
 )
 
 
-@dataclass(frozen=True)
-class _RoundRequest:
-    """A requested round: its number, and a fingerprint of all that the answer depends on."""
-
-    round: int
-    asked: str
-
-
 class PrivacyBudget:
     """The privacy budget of one study.
 
     Args:
         ledger: the client's.
-        study: the study's id. name: its name. delta: of the study.
+        spec: of the study. states: its folder, named by its id; the ledger must have an entry for
+            each of its states.
         images: fingerprint of the training images.
         plan: what the study requests. limit: what may be spent.
-        states: the study's folder: the ledger must have an entry for each of its states.
     """
 
     def __init__(
         self,
         ledger: PrivacyLedger,
-        study: str,
-        name: str,
-        delta: float,
+        spec: Spec,
+        states: Path,
         images: str,
         plan: StudyPlan,
         limit: Limit,
-        states: Path,
     ) -> None:
-        self._ledger, self._id, self._name, self._delta = ledger, study, name, delta
-        self._images, self._plan, self._limit, self._states = images, plan, limit, states
+        self._ledger, self._id, self._states = ledger, states.name, states
+        self._name, self._delta = spec.name, spec.privacy.delta
+        self._images, self._plan, self._limit = images, plan, limit
         self._releases: list[Release] = []
-        self._request: _RoundRequest | None = None
+        self._round, self._asked = -1, ""  # the request: fingerprint of all it depends on
         self._passes: list[tuple[str, float, PrivatePasses]] = []
 
     def observed(self, level: ExampleLevel) -> ExampleLevel:
@@ -103,16 +94,14 @@ class PrivacyBudget:
             Rejected: the ledger is damaged, or the remaining budget is too small.
         """
         text = json.dumps([self._id, self._images, round, *inputs])
-        self._request = _RoundRequest(round, hashlib.sha256(text.encode()).hexdigest())
+        self._round, self._asked = round, hashlib.sha256(text.encode()).hexdigest()
         self._passes = []
         entries = self._entries()
         self._releases = [entry.release for entry in entries if entry.study == self._id]
-        if any(
-            release.asked == self._request.asked and release.output for release in self._releases
-        ):
+        if any(one.asked == self._asked and one.output for one in self._releases):
             return
         planned_pass, sent = self._plan.of(round)
-        release = Release(self._request.asked, "", sent, (planned_pass,))
+        release = Release(self._asked, "", sent, (planned_pass,))
         self._check([entry for entry in entries if not self._is_current(entry)], release)
 
     def record(self, output: str, sent: bool) -> str:
@@ -129,8 +118,12 @@ class PrivacyBudget:
             Rejected: the remaining budget is too small, or the answer differs from an earlier one.
             StoreError: the ledger cannot be written.
         """
-        assert self._request is not None
-        release = Release(self._request.asked, output, sent, self._taken())
+        passes = tuple(
+            Pass(sample, multiplier, taken.steps, taken.sums)
+            for sample, multiplier, taken in self._passes
+            if taken.sums
+        )
+        release = Release(self._asked, output, sent, passes)
         with self._ledger.locked():
             entries = self._entries()
             before = [entry.release for entry in entries if self._is_current(entry)]
@@ -144,35 +137,35 @@ class PrivacyBudget:
                 # A failure takes the first of the steps that a later answer takes.
                 entries = [entry for entry in entries if not self._is_current(entry)]
                 self._check(entries, release)
-                self._warn(entries)
-                entries.append(self._entry(release))
+                if any(self._is_answered(entry) for entry in entries):
+                    _log.warning(
+                        "The server requested round %d again from another model: both answers "
+                        "count.",
+                        self._round,
+                    )
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                entry = Entry(self._id, self._name, self._round, self._delta, now, release)
+                entries.append(entry)
                 self._ledger.write(entries)
         return _spent(entries, self._limit.delta)
 
     def _is_current(self, entry: Entry) -> bool:
-        assert self._request is not None
-        return entry.study == self._id and entry.release.asked == self._request.asked
+        return entry.study == self._id and entry.release.asked == self._asked
+
+    def _is_answered(self, entry: Entry) -> bool:
+        same_round = entry.study == self._id and entry.round == self._round
+        return same_round and bool(entry.release.output)
 
     def _record_pass(self, sample: str, multiplier: float, passes: PrivatePasses) -> None:
         """Record passes before they use an image."""
-        assert self._request is not None
-        if conflict(self._releases, self._request.asked, self._sample_id(sample)):
+        # With a public key other studies have the same draws: the name is that in this study.
+        name = hashlib.sha256(f"{self._id} {sample}".encode()).hexdigest()
+        if conflict(self._releases, self._asked, name):
             raise Rejected(
                 "it has answered this round from this model before, with other states or images; "
                 "with privacy one sample answers one request"
             )
-        self._passes.append((self._sample_id(sample), multiplier, passes))
-
-    def _sample_id(self, sample: str) -> str:
-        """A sample's identifier in this study: with a public key, others have the same draws."""
-        return hashlib.sha256(f"{self._id} {sample}".encode()).hexdigest()
-
-    def _taken(self) -> tuple[Pass, ...]:
-        return tuple(
-            Pass(sample, multiplier, passes.steps, passes.sums)
-            for sample, multiplier, passes in self._passes
-            if passes.sums
-        )
+        self._passes.append((name, multiplier, passes))
 
     def _entries(self) -> list[Entry]:
         try:
@@ -215,20 +208,6 @@ class PrivacyBudget:
                     "a further answer would spend more privacy of its images than "
                     + ("this client allows" if limit.all_studies else "the study planned")
                 )
-
-    def _warn(self, entries: Iterable[Entry]) -> None:
-        assert self._request is not None
-        number = self._request.round
-        if any(e.study == self._id and e.round == number and e.release.output for e in entries):
-            _log.warning(
-                "The server requested round %d again from another model: both answers count.",
-                number,
-            )
-
-    def _entry(self, release: Release) -> Entry:
-        assert self._request is not None
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        return Entry(self._id, self._name, self._request.round, self._delta, now, release)
 
 
 def ledger_lines(folder: Path, limit: float | None, delta: float | None) -> list[str]:
@@ -281,7 +260,7 @@ class Limit:
     Attributes:
         sent: by answers that leave. total: also by models that stay with the client.
         delta: at which it is counted.
-        everywhere: over all studies (the client's own limit), or in this one (what it planned).
+        all_studies: over all studies (the client's own limit), or in this one (what it planned).
     """
 
     sent: float
@@ -297,7 +276,7 @@ class StudyPlan:
     Attributes:
         multiplier: z. batches: of an epoch; images are drawn with probability 1 / batches.
         rounds: of the schedule. steps: private ones in each of these rounds.
-        tuning: private steps after them, for a model that stays with the client.
+        finetuning: private steps after them, for a model that stays with the client.
         sends: whether the rounds' results are sent.
     """
 
@@ -324,10 +303,19 @@ class StudyPlan:
         return Limit(spent(sent), spent(sent + self.finetuning), delta, all_studies=False)
 
 
-def study_plan(spec: Spec, ledger: ExampleLedger, client: int) -> StudyPlan:
-    """What a study requests of a client."""
+def open_budget(
+    settings: Settings, spec: Spec, ledger: ExampleLedger, images: str, folder: Path, states: Path
+) -> PrivacyBudget:
+    """The budget of a study whose clients add the noise: the client's own, or what it planned.
+
+    Args:
+        settings: the client's. spec: the study. ledger: what it plans.
+        images: fingerprint of the training images.
+        folder: of the client. states: of the study in it.
+    """
+    client, delta = settings.client, spec.privacy.delta
     batches = round(1 / ledger.rates[client])
-    return StudyPlan(
+    plan = StudyPlan(
         multiplier=ledger.multipliers[client],
         batches=batches,
         rounds=ledger.rounds,
@@ -335,14 +323,10 @@ def study_plan(spec: Spec, ledger: ExampleLedger, client: int) -> StudyPlan:
         finetuning=finetuning_epochs(spec.algorithm) * batches,
         sends=not sends_nothing(spec.algorithm),
     )
-
-
-def spending_limit(settings: Settings, plan: StudyPlan, delta: float) -> Limit:
-    """The client's own limit, or else what the study planned at its delta."""
-    limit_epsilon = settings.max_epsilon
-    if limit_epsilon is None:
-        return plan.limit(delta)
-    return Limit(limit_epsilon, limit_epsilon, settings.delta or delta, all_studies=True)
+    limit, most = plan.limit(delta), settings.max_epsilon
+    if most is not None:
+        limit = Limit(most, most, settings.delta or delta, all_studies=True)
+    return PrivacyBudget(PrivacyLedger(folder), spec, states, images, plan, limit)
 
 
 def check_own_limit(settings: Settings, spec: Spec, images: int) -> None:

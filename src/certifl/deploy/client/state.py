@@ -1,6 +1,8 @@
-"""A client's state between rounds, on its own disk.
+"""What a client stores on its own disk: its state between rounds, what it answered and sent.
 
 ```
+client-N/
+  sent.jsonl                a line for every answer, written before it is sent
 studies/<id>/
   state-00007.safetensors   the client's state after round 7
   state-00008.safetensors   after round 8, which the server may not have counted
@@ -21,15 +23,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from certifl.deploy.transport.messages import Content
 from certifl.deploy.transport.schemas import Rejected
-from certifl.errors import StoreError
-from certifl.federated.states import ClientState, ModelState, Parts
+from certifl.errors import StoreError, one_line
+from certifl.federated.states import ClientState, Parts
 from certifl.models import fingerprint
 from certifl.runs.atomic import (
     load_tensors,
@@ -106,27 +110,17 @@ class ClientStateStore:
 
     def save(self, state: ClientState, after: int, counted: int) -> None:
         """Write the client's state after a round; only this and the last counted one remain."""
-        tensors = _flat(state.parts)
-        save_tensors(
-            self.folder / _STATE.format(after), tensors, {"checksum": fingerprint(tensors)}
-        )
+        tensors = {  # without shared memory
+            f"{part}/{name}": value.detach().to("cpu", copy=True)
+            for part, tensors in state.parts.items()
+            for name, value in tensors.items()
+        }
+        path = self.folder / _STATE.format(after)
+        save_tensors(path, tensors, {"checksum": fingerprint(tensors)})
         remain = {_STATE.format(after), _STATE.format(counted)}
         for path in self.folder.glob("state-*.safetensors"):
             if path.name not in remain:
                 path.unlink(missing_ok=True)
-
-    def deploy(self, model: ModelState) -> None:
-        """Write the deployed model."""
-        save_tensors(self.deployed, model)
-
-
-def _flat(parts: Parts) -> dict[str, torch.Tensor]:
-    """Tensors by part and name, without shared memory."""
-    return {
-        f"{part}/{name}": value.detach().to("cpu", copy=True)
-        for part, tensors in parts.items()
-        for name, value in tensors.items()
-    }
 
 
 _FILE, _FORMAT = "answered.json", 1
@@ -210,3 +204,130 @@ class AnsweredRounds:
     def _write(self, record: dict[str, Any]) -> None:
         empty = {"format": _FORMAT, "spec": self._spec, "rounds": {}, "deployed": ""}
         write_json(self._path, {**empty, **record})
+
+
+# The log of what left the machine: time, kind, study, round, keys of the fields, tensors, bytes.
+#
+# Values are not stored: those of tensors are in the client's own states and models.
+
+
+SENT = "sent.jsonl"
+
+
+class SentLog:
+    """The log in a client's folder; lines are only added.
+
+    Args:
+        folder: of the client.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / SENT
+
+    def note(self, request: Mapping[str, Any], answer: Content, size: int) -> None:
+        """Log an answer.
+
+        Args:
+            request: fields of the request. answer: what is sent. size: bytes of it.
+
+        Raises:
+            StoreError: it cannot be written, so the answer must not leave.
+        """
+        kind = "fault" if "fault" in answer.fields else str(request.get("order"))
+        study = request.get("study")
+        self._add(
+            {
+                "kind": kind,
+                "study": str(study.get("id", ""))[:64] if isinstance(study, dict) else "",
+                "round": request.get("round") if kind in ("round", "certify") else None,
+                "says": sorted(_keys(answer.fields)),
+                "parts": {
+                    part: {
+                        name: [str(value.dtype).removeprefix("torch."), list(value.shape)]
+                        for name, value in tensors.items()
+                    }
+                    for part, tensors in answer.parts.items()
+                },
+                "bytes": size,
+            }
+        )
+
+    def note_error(self, reason: str) -> None:
+        """Log that only a reason was sent.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        fields = {"study": "", "round": None, "says": ["reason"], "parts": {}}
+        self._add({"kind": "error", **fields, "bytes": len(reason.encode())})
+
+    def _add(self, entry: dict[str, Any]) -> None:
+        line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), **entry})
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            try:
+                os.write(handle, (line + "\n").encode())
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise StoreError(
+                f"Cannot write {self.path}: {error}. Nothing is sent that is not logged "
+                "there: free some space."
+            ) from error
+
+
+def _keys(fields: Mapping[str, Any], before: str = "") -> Iterator[str]:
+    """Keys of tables in tables, joined by dots."""
+    for key, value in fields.items():
+        if isinstance(value, Mapping) and value:
+            yield from _keys(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}"
+
+
+def sent_lines(folder: Path) -> Iterator[str]:
+    """The log as text: when, what, how many bytes, which keys, which tensors.
+
+    Tensors are listed where they differ from those of the previous message of this kind.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    path, before, any_line = folder / SENT, dict[str, Any](), False
+    for number, line in enumerate(_stored(path), 1):
+        any_line = True
+        try:
+            entry = json.loads(line)
+            yield from _entry_lines(entry, before)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            yield f"line {number} of {path} is damaged"
+    if not any_line:
+        yield f"Nothing has left this machine yet: there is no {path}."
+
+
+def _stored(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            yield from file
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StoreError(f"Cannot read {path}: {error}.") from error
+
+
+def _entry_lines(entry: dict[str, Any], before: dict[str, Any]) -> Iterator[str]:
+    kind, study, number = entry["kind"], entry["study"], entry["round"]
+    which = "" if number is None else f" {number}"
+    of = f"  study {one_line(study[:8])}" if study else ""
+    yield f"{entry['time']}  {kind}{which}{of}  {entry['bytes']:,} bytes"
+    yield f"    says: {', '.join(entry['says'])}"
+    for part, tensors in entry["parts"].items():
+        key = (kind, part)
+        if before.get(str(key)) == tensors:
+            yield f"    {part}: the same {len(tensors)} tensors as before"
+            continue
+        before[str(key)] = tensors
+        shown = (f"{name} {tuple(shape)} {dtype}" for name, (dtype, shape) in tensors.items())
+        yield f"    {part}: {'; '.join(shown)}"

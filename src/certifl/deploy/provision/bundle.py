@@ -21,6 +21,13 @@ from certifl.safe_io import SPEC_BYTES, read_bytes, read_toml
 
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _FILE = CONNECTION
+FLOWER_VARIABLES = {
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Environment of Flower's processes: nothing is installed at run time, nothing reported."""
 INSECURE = (
     "WITHOUT ENCRYPTION AND WITHOUT KEYS: anybody on the network can read all models and join."
 )
@@ -86,11 +93,6 @@ def load_connection(folder: Path) -> Connection:
         raise SpecError(f"{folder / _FILE} is wrong: {error}") from error
 
 
-def client_name(client: int) -> str:
-    """A client's folder, and the name of its node."""
-    return f"client-{client}"
-
-
 def init(
     folder: Path, clients: int, server: str, insecure: bool, names: Sequence[str] = ()
 ) -> list[Path]:
@@ -127,11 +129,13 @@ def _written(
     folder: Path, clients: int, connection: Connection, names: Sequence[str]
 ) -> list[Path]:
     home, insecure = folder / "server", connection.insecure
-    folders = [home, *(folder / client_name(client) for client in range(clients))]
+    folders = [home, *(folder / f"client-{client}" for client in range(clients))]
+    variables = "".join(f"{name}={value}\n" for name, value in FLOWER_VARIABLES.items())
     for bundle in folders:
         private_folder(bundle)
         connection.save(bundle)
-        write_text(bundle / "flower.env", environment_file())
+        write_text(bundle / "flower.env", variables)
+        _scripts(bundle)
     (home / "clients").mkdir()
     write_secret(home / "superexec.secret", secrets.token_bytes(32))
     if not insecure:
@@ -141,36 +145,28 @@ def _written(
         authority.server(hosts, home / "server.key", home / "server.crt")
         for bundle in folders:
             write_bytes(bundle / "ca.crt", read_bytes(folder / "ca.crt", SPEC_BYTES))
-    for client in range(clients):
-        _client(folder / client_name(client), client, home, insecure)
-    _server(home, connection)
-    write_text(folder / "README.md", readme(connection.address, clients, insecure))
+    for client, bundle in enumerate(folders[1:]):
+        if not insecure:
+            node_key(bundle / "node.key", home / "clients" / f"{bundle.name}.pub")
+        write_text(bundle / "client.toml", client_settings(client))
+    for name, content in app_files().items():
+        write_bytes(home / "app" / name, content)
+    write_text(home / "flower" / "config.toml", _flower_connection(home, connection))
+    text = (_README_INSECURE if insecure else _README).format(
+        address=connection.address, clients=clients, last=clients - 1, version=__version__
+    )
+    write_text(folder / "README.md", text)
     return folders
 
 
-def _client(folder: Path, client: int, home: Path, insecure: bool) -> None:
-    if not insecure:
-        node_key(folder / "node.key", home / "clients" / f"{client_name(client)}.pub")
-    write_text(folder / "client.toml", client_settings(client))
-    _scripts(folder, "client", client_name(client))
-
-
-def _server(home: Path, connection: Connection) -> None:
-    for name, content in app_files().items():
-        write_bytes(home / "app" / name, content)
-    flower = home / "flower"
-    authority = None if connection.insecure else (home / "ca.crt").resolve()
-    local = f"{'[::1]' if connection.listen == '::' else '127.0.0.1'}:{connection.port}"
-    write_text(flower / "config.toml", flower_connection(local, authority))
-    _scripts(home, "server", "server")
-
-
-def _scripts(folder: Path, command: str, name: str) -> None:
-    script = folder / "start.sh"
-    write_text(script, start_script(command))
+def _scripts(bundle: Path) -> None:
+    """A script and a systemd unit that start the server or client of a bundle."""
+    command = bundle.name.partition("-")[0]
+    script, folder = bundle / "start.sh", shlex.quote(str(bundle.resolve()))
+    write_text(script, _START.format(command=command))
     script.chmod(0o700)
-    text = unit(command, name, shlex.quote(str(folder.resolve())))
-    write_text(folder / f"certifl-{name}.service", text)
+    unit = _UNIT.format(command=command, name=bundle.name, folder=folder)
+    write_text(bundle / f"certifl-{bundle.name}.service", unit)
 
 
 def renew(folder: Path, names: Sequence[str] = ()) -> Path:
@@ -193,41 +189,28 @@ def renew(folder: Path, names: Sequence[str] = ()) -> Path:
 # The texts of a bundle: scripts, units, commented settings, the README.
 
 
-def environment_file() -> str:
-    """Variables for Flower's processes; certifl's own commands set them, too."""
-    return (
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1\n"
-        "FLWR_TELEMETRY_ENABLED=0\n"
-        "FLWR_DISABLE_UPDATE_CHECK=1\n"
-        "RAY_USAGE_STATS_ENABLED=0\n"
-    )
-
-
-def flower_connection(local: str, authority: Path | None) -> str:
+def _flower_connection(home: Path, connection: Connection) -> str:
     """Settings of Flower's own command line, on the server's machine."""
-    secured = "insecure = true" if authority is None else f'root-certificates = "{authority}"'
+    local = f"{'[::1]' if connection.listen == '::' else '127.0.0.1'}:{connection.port}"
+    authority = f'root-certificates = "{(home / "ca.crt").resolve()}"'
     return (
         "[superlink]\n"
         'default = "certifl"\n\n'
         "[superlink.certifl]\n"
         f'address = "{local}"\n'
-        f"{secured}\n"
+        f"{'insecure = true' if connection.insecure else authority}\n"
     )
 
 
-def start_script(command: str) -> str:
-    """A script that starts the server or a client from its own folder."""
-    return (
-        "#!/bin/sh\n"
-        "# Runs from this folder; additional options may follow.\n"
-        'cd "$(dirname "$0")" || exit 1\n'
-        f'exec certifl deploy {command} . "$@"\n'
-    )
+_START = """\
+#!/bin/sh
+# Runs from this folder; additional options may follow.
+cd "$(dirname "$0")" || exit 1
+exec certifl deploy {command} . "$@"
+"""
 
-
-def unit(command: str, name: str, folder: str) -> str:
-    """A systemd unit; PATH must lead to the environment that certifl is installed in."""
-    return f"""\
+# PATH must lead to the environment that certifl is installed in.
+_UNIT = """\
 [Unit]
 Description=certifl {name}
 After=network-online.target
@@ -277,13 +260,6 @@ networks = []        # networks as module:function that a study may name; their 
 device = "auto"      # or "cpu", "cuda:0"
 threads = 1          # of torch; 0 = torch's default. One gives the same bits everywhere
 """
-
-
-def readme(address: str, clients: int, insecure: bool) -> str:
-    """The README of a federation."""
-    return (_README_INSECURE if insecure else _README).format(
-        address=address, clients=clients, last=clients - 1, version=__version__
-    )
 
 
 _README = """\

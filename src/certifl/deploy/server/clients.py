@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from certifl.deploy.transport.messages import Content
+from certifl.deploy.transport.messages import Content, GridTransport, Node, NoReply
 from certifl.deploy.transport.schemas import Joined, MalformedMessage, Reply, checked
-from certifl.deploy.transport.transport import GridTransport, Node, NoReply
 from certifl.errors import one_line
 
 _log = logging.getLogger(__name__)

@@ -18,9 +18,8 @@ from certifl.deploy.client.settings import lower_level
 from certifl.deploy.server.clients import POLL, ClientRegistry
 from certifl.deploy.server.remote_runner import fault_of, last_counted
 from certifl.deploy.server.start import Options
-from certifl.deploy.transport.messages import Content, encode, fingerprint_of
+from certifl.deploy.transport.messages import Content, Node, NoReply, encode, fingerprint_of
 from certifl.deploy.transport.schemas import Certified, MalformedMessage, Reply, checked
-from certifl.deploy.transport.transport import Node, NoReply
 from certifl.errors import WorkError, one_line
 from certifl.federated.algorithms.base import needed_by_clients
 from certifl.federated.faults import required_clients

@@ -31,9 +31,8 @@ from certifl.deploy.server.start import (
     new_registry,
     stored_sizes,
 )
-from certifl.deploy.transport.flower_processes import configure_flower, return_freed_memory
-from certifl.deploy.transport.flower_runs import opened_run
-from certifl.deploy.transport.transport import GridTransport
+from certifl.deploy.transport.flower import configure_flower, opened_run, return_freed_memory
+from certifl.deploy.transport.messages import GridTransport
 from certifl.federated.algorithms.base import needed_by_clients
 from certifl.federated.privacy import ExampleLedger
 from certifl.federated.rounds import Progress

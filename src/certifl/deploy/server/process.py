@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
@@ -13,16 +12,16 @@ from typing import Any
 
 from certifl.deploy.provision.bundle import INSECURE, Connection, load_connection
 from certifl.deploy.provision.keys import check_certificate, connection_problem, public_key_bytes
-from certifl.deploy.transport import flower_runs as flower_runs
-from certifl.deploy.transport.flower_processes import (
+from certifl.deploy.transport import flower
+from certifl.deploy.transport.flower import (
     Child,
+    Endpoint,
     bypass_proxies,
     configure_flower,
     locked_folder,
     stop_on_signals,
     tail,
 )
-from certifl.deploy.transport.flower_runs import Endpoint
 from certifl.errors import InputError, WorkError
 
 _log = logging.getLogger(__name__)
@@ -93,7 +92,7 @@ class KeyFolder(Mapping[int, bytes]):
 def registered_clients(folder: Path) -> list[dict[str, Any]]:
     """The clients of a running server: number, whether connected, since when."""
     numbers = {key: client for client, key in client_keys(folder).items()}
-    nodes = flower_runs.nodes(local_endpoint(folder))
+    nodes = flower.nodes(local_endpoint(folder))
     return [{**node, "client": numbers.get(node["key"])} for node in nodes]
 
 
@@ -114,15 +113,21 @@ def run_server(folder: Path, report: Callable[[str], None]) -> None:
     with locked_folder(folder), stop_on_signals() as stop:
         configure_flower(home)
         child = Child(
-            "certifl.deploy.transport.flower_processes:main",
+            "certifl.deploy.transport.gate:main",
             _superlink(folder, connection),
             log,
             home,
         )
         try:
-            _wait_until_up(child, endpoint, log)
+            _wait_until_up(child, endpoint)
             report(f"Server at {connection.address}; log in {log}.")
-            _watch(folder, endpoint, child, stop, report)
+            admission = _KeyAdmission(folder, endpoint, report)
+            while not stop.is_set():
+                admission.check()  # also of keys that come later
+                if child.ended is not None:
+                    end = tail(child.log)
+                    raise WorkError(f"The server ended on its own; its log says:\n{end}")
+                stop.wait(1.0)
         finally:
             child.stop()
 
@@ -139,18 +144,17 @@ def _superlink(folder: Path, connection: Connection) -> list[str]:
     return [*arguments, "--enable-supernode-auth"]
 
 
-def _wait_until_up(child: Child, endpoint: Endpoint, log: Path) -> None:
+def _wait_until_up(child: Child, endpoint: Endpoint) -> None:
     host, _, port = endpoint.address.rpartition(":")
-    ends = time.monotonic() + _START_SECONDS
-    host = host.strip("[]")
-    while (
-        connection_problem(host, int(port), endpoint.authority) is not None
-        or child.ended is not None
-    ):
+    host, ends = host.strip("[]"), time.monotonic() + _START_SECONDS
+    while True:
+        answers = connection_problem(host, int(port), endpoint.authority) is None
         if child.ended is not None:
-            raise WorkError(_not_started(endpoint, tail(log), log))
+            raise WorkError(_not_started(endpoint, tail(child.log), child.log))
+        if answers:
+            return
         if time.monotonic() > ends:
-            raise WorkError(f"The server did not start in time; its log is {log}.")
+            raise WorkError(f"The server did not start in time; its log is {child.log}.")
         time.sleep(0.2)
 
 
@@ -166,22 +170,6 @@ def _not_started(endpoint: Endpoint, end: str, log: Path) -> str:
         f"The server did not start. Is another program listening on {endpoint.address}? "
         f"Its log {log} ends with:\n{end}"
     )
-
-
-def _watch(
-    folder: Path,
-    endpoint: Endpoint,
-    child: Child,
-    stop: threading.Event,
-    report: Callable[[str], None],
-) -> None:
-    """Admit keys, also those that come later, until the server ends."""
-    admission = _KeyAdmission(folder, endpoint, report)
-    while not stop.is_set():
-        admission.check()
-        if child.ended is not None:
-            raise WorkError(f"The server ended on its own; its log says:\n{tail(child.log)}")
-        stop.wait(1.0)
 
 
 class _KeyAdmission:
@@ -201,20 +189,20 @@ class _KeyAdmission:
         keys = client_keys(self._folder, self._once)
         if keys == self._seen or time.monotonic() < self._next:
             return
-        problems = [self._registered(client, key) for client, key in sorted(keys.items())]
-        self._report(f"{problems.count(None)} clients may connect.")
-        if all(problem is None for problem in problems):
+        admitted = [client for client, key in sorted(keys.items()) if self._admit(client, key)]
+        self._report(f"{len(admitted)} clients may connect.")
+        if len(admitted) == len(keys):
             self._seen = keys
         else:
             self._next = time.monotonic() + _RETRY_SECONDS
 
-    def _registered(self, client: int, key: bytes) -> str | None:
+    def _admit(self, client: int, key: bytes) -> bool:
         try:
-            flower_runs.register(self._endpoint, [(f"client-{client}", key)])
+            flower.register(self._endpoint, f"client-{client}", key)
         except WorkError as error:
             self._once(f"The key of client {client} is not admitted, and tried again: {error}")
-            return str(error)
-        return None
+            return False
+        return True
 
     def _once(self, line: str) -> None:
         if line not in self._reported:

@@ -10,9 +10,15 @@ from flwr.app import ArrayRecord
 
 from certifl.deploy.client.state import NEVER
 from certifl.deploy.server.clients import POLL, ClientRegistry
-from certifl.deploy.transport.messages import Content, encode, fingerprint_of, update_from
+from certifl.deploy.transport.messages import (
+    Content,
+    Node,
+    NoReply,
+    encode,
+    fingerprint_of,
+    update_from,
+)
 from certifl.deploy.transport.schemas import MalformedMessage, Reply, checked
-from certifl.deploy.transport.transport import Node, NoReply
 from certifl.errors import InputError
 from certifl.federated.faults import ClientResult, Fault, mismatch
 from certifl.federated.states import ClientData, ModelState, Parts, Update

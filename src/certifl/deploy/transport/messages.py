@@ -1,4 +1,4 @@
-"""Messages between the server and the clients, as Flower's records.
+"""Messages between the server and the clients: as Flower's records, and over Flower's grid.
 
 A message has a few fields (`ConfigRecord`, one JSON text) and named parts of tensors
 (`ArrayRecord`s). The tensors of a part travel in arrays of some megabytes, each in the safetensors
@@ -11,12 +11,14 @@ checks the fields by `schemas`.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pydantic_core
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
@@ -28,8 +30,11 @@ from certifl.deploy.transport.schemas import (
     Trained,
     checked,
 )
+from certifl.errors import one_line
 from certifl.federated.states import ClientState, ModelState, Parts, Update
 from certifl.models import fingerprint
+
+_log = logging.getLogger(__name__)
 
 FORMAT = 2
 """Incremented when a message changes its meaning; both sides must have the same."""
@@ -40,6 +45,7 @@ _PIECE = 1 << 22
 _LONGEST = 1 << 21  # characters of a message's fields
 _DEEPEST = 12
 _MOST_PARTS, _LONGEST_NAME = 32, 200
+_GONE = 5  # Flower's NODE_UNAVAILABLE
 
 
 @dataclass(frozen=True)
@@ -118,11 +124,12 @@ def _deeper(value: object, levels: int) -> bool:
 
 
 Request = JoinRequest | RoundRequest | CertifyRequest
-_ORDERS: dict[str, type[Request]] = {
-    "join": JoinRequest,
-    "round": RoundRequest,
-    "certify": CertifyRequest,
+_ORDERS: dict[str, tuple[type[Request], str]] = {
+    "join": (JoinRequest, "query.join"),
+    "round": (RoundRequest, "train"),
+    "certify": (CertifyRequest, "query.certify"),
 }
+"""Schema and Flower's message type of each request."""
 
 
 def parse_request(content: Content) -> Request:
@@ -132,10 +139,9 @@ def parse_request(content: Content) -> Request:
         MalformedMessage: it is not a request, or an impossible one.
     """
     kind = content.fields.get("order")
-    schema = _ORDERS.get(kind) if isinstance(kind, str) else None
-    if schema is None:
+    if not isinstance(kind, str) or kind not in _ORDERS:
         raise MalformedMessage(f"the request {kind!r} is unknown")
-    request = checked(schema, content.fields, f"no order to {kind}")
+    request = checked(_ORDERS[kind][0], content.fields, f"not a request to {kind}")
     if not isinstance(request, JoinRequest) and request.counted >= request.round:
         raise MalformedMessage(
             f"it says that round {request.counted} came before round {request.round}"
@@ -153,14 +159,11 @@ def _packed(tensors: ModelState) -> ArrayRecord:
             pieces.append([])
             size = value.numel() * value.element_size()
         pieces[-1].append(name)
-    return ArrayRecord(
-        {_PACKED.format(i): _array(tensors, names) for i, names in enumerate(pieces)}
-    )
-
-
-def _array(tensors: ModelState, names: list[str]) -> Array:
-    content = save({name: tensors[name].detach().to("cpu").contiguous() for name in names})
-    return Array("uint8", (len(content),), _KIND, content)
+    arrays: dict[str, Array] = {}
+    for number, names in enumerate(pieces):
+        content = save({name: tensors[name].detach().to("cpu").contiguous() for name in names})
+        arrays[_PACKED.format(number)] = Array("uint8", (len(content),), _KIND, content)
+    return ArrayRecord(arrays)
 
 
 def _unpacked(part: str, record: ArrayRecord) -> ModelState:
@@ -226,3 +229,78 @@ def fingerprint_of(parts: Parts) -> str:
         f"{part}/{name}": v for part, tensors in parts.items() for name, v in tensors.items()
     }
     return fingerprint(together)
+
+
+# How requests reach clients and answers come back: Flower's grid, as the server needs it.
+
+
+@dataclass(frozen=True)
+class Node:
+    """A client's machine as the server sees it.
+
+    Attributes:
+        id: Flower's number of the node.
+        since: changes whenever the node is started again.
+        key: its public key, as it was registered; empty where nodes show none.
+    """
+
+    id: int
+    since: str
+    key: bytes = b""
+
+
+@dataclass(frozen=True)
+class NoReply:
+    """Why there is no answer.
+
+    Attributes:
+        reason: in words. gone: whether the client's machine has disconnected.
+        malformed: whether something arrived that is not an answer.
+    """
+
+    reason: str
+    gone: bool = False
+    malformed: bool = False
+
+
+class GridTransport:
+    """Sends requests to clients and takes their answers, over Flower's grid."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def nodes(self) -> dict[int, Node]:
+        """The nodes that are connected now."""
+        return {
+            info.node_id: Node(info.node_id, info.last_activated_at, info.public_key)
+            for info in self._grid.get_nodes()
+        }
+
+    def send(self, node: int, content: Content, within: float) -> str:
+        """Send a request that expires after some seconds; returns the name of its answer."""
+        kind = _ORDERS[content.fields["order"]][1]
+        group = str(content.fields.get("round", ""))
+        message = Message(to_records(content), node, kind, ttl=within, group_id=group)
+        return str(next(iter(self._grid.push_messages([message]))))
+
+    def take_reply(self, name: str) -> Content | NoReply | None:
+        """An answer, once; None while there is none."""
+        for message in self._grid.pull_messages([name]):
+            if message.has_error():
+                gone = message.error.code == _GONE
+                why = one_line(message.error.reason)
+                return NoReply("its machine is gone" if gone else f"no answer came ({why})", gone)
+            return _read(message)
+        return None
+
+
+def _read(message: Message) -> Content | NoReply:
+    """What a client sent, or why it cannot be read; no message raises an error here."""
+    try:
+        return from_records(message.content)
+    except MalformedMessage as error:
+        return NoReply(f"its answer is malformed, {error}", malformed=True)
+    except Exception as error:  # unforeseen, of the libraries that read it
+        _log.debug("An answer that cannot be read.", exc_info=True)
+        why = f"its answer is malformed, it cannot be read ({type(error).__name__})"
+        return NoReply(why, malformed=True)
