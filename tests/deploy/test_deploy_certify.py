@@ -10,13 +10,12 @@ import pytest
 pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
 
 import torch
-from flwr.app import ConfigRecord, Message
+from flwr.app import Message
 
 from certifl.certification import Certificates
 from certifl.deploy.client.client import Client
 from certifl.deploy.client.settings import Settings, open_local_data
-from certifl.deploy.server.coordinator import coordinate
-from certifl.deploy.transport.messages import GridTransport, from_records, to_records
+from certifl.deploy.transport.messages import from_records, to_records
 from certifl.errors import InputError, StoreMismatch, WorkError
 from certifl.experiments.run import Options as Here
 from certifl.experiments.run import run
@@ -26,7 +25,7 @@ from certifl.report.summary import client_acr, client_curves, radius_grid
 from certifl.runs.checkpoints import Checkpoints
 from certifl.runs.folder import StoredRun
 from certifl.study.opened_run import open_data
-from deploy_factory import MemoryGrid, carried, clients_of, options
+from deploy_factory import MemoryGrid, carried, clients_of, coordinated, options
 from tiny_federation import assert_same
 from tiny_study import cli, spec
 
@@ -42,14 +41,12 @@ def own(tmp_path_factory):
 def federation(root, share="curve", study=STUDY, change=None, **settings):
     at = clients_of(root, study.clients.count, **settings)
     grid = MemoryGrid(at, change)
-    return coordinate(study, GridTransport(grid), options(root / "run", share=share)), grid
+    return coordinated(study, grid, options(root / "run", share=share)), grid
 
 
 def test_rows_are_the_certificates_of_one_process(own, tmp_path):
     at = clients_of(tmp_path, 2, share="rows")
-    folder = coordinate(
-        STUDY, GridTransport(MemoryGrid(at)), options(tmp_path / "rows", share="rows")
-    )
+    folder = coordinated(STUDY, at, options(tmp_path / "rows", share="rows"))
     assert folder.load_certificates().same_results(own.load_certificates())
     page = write_report([folder.path], tmp_path / "page.html", figures=False).read_text()
     assert "for each radius of a fixed grid" not in page
@@ -133,133 +130,14 @@ def test_certifying_in_pieces_gives_the_same_certificates(own, tmp_path):
     at = clients_of(tmp_path, 2, share="rows")
     grid = MemoryGrid(at)
     asked = options(tmp_path / "run", share="rows", piece=1e-9)
-    folder = coordinate(STUDY, GridTransport(grid), asked)
+    folder = coordinated(STUDY, grid, asked)
     pieces = [n for n, request in grid.sent if request.metadata.message_type == "query.certify"]
     assert folder.load_certificates().same_results(own.load_certificates())
     assert len(pieces) >= 2
 
 
-def nan(content):
-    content.parts["model"] = {k: v * float("nan") for k, v in content.parts["model"].items()}
-
-
-def reshaped(content):
-    content.parts["model"] = {k: v.reshape(-1) for k, v in content.parts["model"].items()}
-
-
-def missing(content):
-    content.parts["model"].popitem()
-
-
-def other_start(content):
-    content.fields["started_from"] = "0" * 64
-
-
-def other_client(content):
-    content.fields["update"]["client"] = 0
-
-
-def no_update(content):
-    del content.fields["update"]
-
-
-def other_round(content):
-    content.fields["round"] = 7
-
-
 def reply_to(request, content):
     return Message(to_records(content), reply_to=request)
-
-
-@pytest.mark.parametrize(
-    ("trick", "word"),
-    [
-        (nan, "not finite"),
-        (reshaped, "does not fit"),
-        (missing, "missing"),
-        (other_start, "another model"),
-        (other_client, "as client 0"),
-        (no_update, "malformed"),
-        (other_round, "round 7"),
-    ],
-)
-def test_invalid_updates_are_left_out_by_name_and_never_averaged(trick, word, tmp_path):
-    def plays(node, request, reply):
-        if request.metadata.message_type != "train":
-            return reply
-        content = from_records(carried(reply).content)
-        if node == 100:
-            sent.update(content.parts)
-            return reply
-        trick(content)
-        return reply_to(request, content)
-
-    sent = {}
-    folder, _ = federation(tmp_path, change=plays)
-    last = Checkpoints(folder.training).latest()
-    assert last is not None
-    assert [row["client"] for row in last.history[0]["clients"]] == [0]
-    assert word in last.history[0]["left_out"][0]["reason"]
-    # Nothing of it: the model is the one that client 0 sent.
-    assert_same(last.server()["model"], sent["model"])
-
-
-def test_invalid_messages_are_left_out(tmp_path):
-    def plays(node, request, reply):
-        if request.metadata.message_type == "train" and node == 101:
-            reply.content.config_records["certifl"] = ConfigRecord({"json": "{"})
-        return reply
-
-    folder, _ = federation(tmp_path, change=plays)
-    history = Checkpoints(folder.training).history()
-    assert "malformed" in history[0]["left_out"][0]["reason"]
-
-
-def set_curve(**changes):
-    def change(content):
-        content.fields["certified"]["curve"].update(changes)
-
-    return change
-
-
-def other_model(content):
-    content.fields["certified"]["model"] = "0" * 64
-
-
-@pytest.mark.parametrize(
-    ("trick", "word"),
-    [
-        (other_model, "another model"),
-        (set_curve(correct=[9] * 50), "impossible"),
-        (set_curve(correct=list(range(50))), "impossible"),
-        (set_curve(correct=["x"]), "malformed"),
-        (set_curve(acr=float("nan")), "impossible"),
-        (set_curve(radii=[0.0, 1.0]), "other radii"),
-        (lambda content: content.fields.pop("certified"), "not an answer about this client"),
-    ],
-)
-def test_an_impossible_curve_leaves_its_client_out_by_name(trick, word, own, tmp_path, caplog):
-    def plays(node, request, reply):
-        if request.metadata.message_type != "query.certify" or node != 101:
-            return reply
-        content = from_records(carried(reply).content)
-        trick(content)
-        return reply_to(request, content)
-
-    folder, grid = federation(tmp_path, change=plays)
-    assert folder.complete()
-    left_out = folder.manifest()["deployment"]["left_out"]
-    assert left_out.keys() == {"1"}
-    assert word in left_out["1"]
-    assert "Client 1 is left out of the certificates" in caplog.text
-    asked = [n for n, request in grid.sent if request.metadata.message_type == "query.certify"]
-    assert asked == [100, 101, 101, 101]
-    # The other's part is the one of a run without a liar.
-    there = load_run(folder.path).certificates
-    assert set(there.client.tolist()) == {0}
-    honest = own.load_certificates().of_client(0)
-    assert there.average_certified_radius() == pytest.approx(honest.average_certified_radius())
-    write_report([folder.path], tmp_path / "page.html", figures=False)
 
 
 def test_with_mostly_impossible_certificates_the_run_stops_and_resumes(tmp_path):
@@ -275,10 +153,10 @@ def test_with_mostly_impossible_certificates_the_run_stops_and_resumes(tmp_path)
     study = spec("clients.count=3", "certification.images=4", "training.rounds=1")
     at = clients_of(tmp_path, 3)
     with pytest.raises(WorkError, match=r"2 of 3.*client 1 \(.*1000 does not fit.*client 2"):
-        coordinate(study, GridTransport(MemoryGrid(at, plays)), options(tmp_path / "run"))
+        coordinated(study, MemoryGrid(at, plays), tmp_path / "run")
     lies.clear()
     again = MemoryGrid(at, plays)
-    assert coordinate(study, GridTransport(again), options(tmp_path / "run")).complete()
+    assert coordinated(study, again, tmp_path / "run").complete()
     asked = [n for n, request in again.sent if request.metadata.message_type == "query.certify"]
     assert asked == [101, 102]
 
@@ -294,7 +172,7 @@ def test_a_failing_client_reports_it_without_private_details(tmp_path):
     )
     grid = MemoryGrid(at)
     with pytest.raises(WorkError, match="client 1"):
-        coordinate(STUDY, GridTransport(grid), options(tmp_path / "run"))
+        coordinated(STUDY, grid, tmp_path / "run")
     assert "private" not in (tmp_path / "run" / "run.json").read_text()
 
 
@@ -314,7 +192,7 @@ def test_own_perturbations_are_certified_if_the_study_allows_it(tmp_path):
     at = clients_of(tmp_path)
     at |= {101: clients_of(tmp_path, perturbation={"family": "pixel", "sigma": 0.2})[101]}
     asked = options(tmp_path / "run", own_perturbation=True)
-    folder = coordinate(STUDY, GridTransport(MemoryGrid(at)), asked)
+    folder = coordinated(STUDY, at, asked)
     kinds = load_run(folder.path).certificates.by_kind()
     assert {part.conditions["family"] for part in kinds} == {"rotation", "pixel"}
     write_report([folder.path], tmp_path / "page.html", figures=False)
@@ -329,13 +207,11 @@ def test_code_named_by_a_server_is_not_loaded(tmp_path):
 def test_a_node_cannot_pose_as_another_client(tmp_path):
     at = clients_of(tmp_path)
     at[103] = clients_of(tmp_path / "twin")[101]
-    coordinate(STUDY, GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
+    coordinated(STUDY, at, tmp_path / "run")
     swapped = {100: at[101], 101: at[100]}
     keys = {0: b"key 100", 1: b"key 101"}
     with pytest.raises(WorkError, match="another key"):
-        coordinate(
-            STUDY, GridTransport(MemoryGrid(swapped)), options(tmp_path / "other", keys=keys)
-        )
+        coordinated(STUDY, swapped, options(tmp_path / "other", keys=keys))
 
 
 def test_a_lost_state_is_reported_and_not_replaced(tmp_path):
@@ -349,7 +225,7 @@ def test_a_lost_state_is_reported_and_not_replaced(tmp_path):
         return reply
 
     with pytest.raises(WorkError, match="its state after round 1 is lost"):
-        coordinate(study, GridTransport(MemoryGrid(at, loses)), options(tmp_path / "run"))
+        coordinated(study, MemoryGrid(at, loses), tmp_path / "run")
     history = Checkpoints(tmp_path / "run/checkpoints/training").history()
     assert "is lost" in history[2]["left_out"][0]["reason"]
 
@@ -388,9 +264,7 @@ def test_clients_own_folders_give_the_same_models_and_certificates(own, tmp_path
             parquet(folder, split, chosen.images, chosen.labels, names)
         settings = Settings(client=client, data=str(folder), share="rows")
         at[100 + client] = Client(settings, tmp_path / f"client-{client}")
-    folder = coordinate(
-        STUDY, GridTransport(MemoryGrid(at)), options(tmp_path / "run", share="rows")
-    )
+    folder = coordinated(STUDY, at, options(tmp_path / "run", share="rows"))
     here = Checkpoints(own.training).latest()
     there = Checkpoints(folder.training).latest()
     assert here is not None

@@ -22,23 +22,27 @@ from certifl.deploy.client.client import Client
 from certifl.deploy.client.settings import Settings
 from certifl.deploy.client.spec_policy import DECISIONS
 from certifl.deploy.client.state import NEVER, SENT, sent_lines
-from certifl.deploy.server.coordinator import coordinate
-from certifl.deploy.transport.messages import Content, GridTransport, fingerprint_of, from_records
+from certifl.deploy.transport.messages import Content, from_records
 from certifl.federated import deployed_model
 from certifl.spec import Spec
 from certifl.study.opened_run import ClientStudy
-from deploy_factory import MemoryGrid, carried, clients_of, options
+from deploy_factory import (
+    ID,
+    MemoryGrid,
+    ask,
+    carried,
+    clients_of,
+    coordinated,
+    dealt,
+    model,
+    options,
+    study_of,
+)
 from tiny_federation import assert_same
 from tiny_study import cli, spec
 
 ROOT = Path(__file__).resolve().parents[2]
-ID = "0123456789abcdef"
 PATIENTS = [f"Jane Doe {number}" for number in range(40)]
-
-
-def study_of(asked: Spec, id: str = ID, **changes) -> dict:
-    named = {"id": id, "spec": asked.to_toml(), "hash": asked.hash(), "own_perturbation": False}
-    return {**named, **changes}
 
 
 def join(client: Client, asked: Spec) -> Content:
@@ -174,27 +178,9 @@ def test_a_study_of_too_many_clients_is_refused(tmp_path):
     assert "clients.count" in reason(join(client, asking(clients={"count": 10**12})))
 
 
-def model(change: float = 0.0) -> dict:
-    from certifl.models import build
-
-    state = build("small_cnn", 1, 10, 0, {}, (8, 8)).state_dict()
-    return {"model": {name: value + change for name, value in state.items()}}
-
-
-def ask(client: Client, /, asked: Spec, parts=None, id: str = ID, **fields) -> Content:
-    parts = model() if parts is None else parts
-    request = {"order": "round", "study": study_of(asked, id), "client": 0, "round": 0}
-    request |= {"counted": NEVER, "broadcast": fingerprint_of(parts), **fields}
-    return client.answer(Content(request, parts))
-
-
 def certify(client: Client, /, asked: Spec, parts=None, **fields) -> Content:
     request = {"order": "certify", "round": asked.training.rounds, "piece": 60.0, "share": "curve"}
     return ask(client, asked, parts, **{**request, **fields})
-
-
-def dealt(root: Path, **settings) -> Client:
-    return Client(Settings(client=0, data="digits", dealt=True, **settings), root)
 
 
 def test_a_round_is_answered_once_with_the_same_bits(tmp_path):
@@ -366,7 +352,7 @@ def listened(root: Path, asked: Spec, share: str, **changes):
 
     at = clients_of(root, asked.clients.count, share=share)
     options_ = options(root / "run", share="rows", **changes)
-    folder = coordinate(asked, GridTransport(MemoryGrid(at, listen)), options_)
+    folder = coordinated(asked, MemoryGrid(at, listen), options_)
     return heard, folder
 
 
@@ -401,7 +387,7 @@ def test_with_share_none_a_server_learns_only_that_a_client_has_finished(case, t
 @pytest.mark.parametrize("share", ["none", "curve"])
 def test_pieces_do_not_disclose_the_votes_of_each_image(share, tmp_path, monkeypatch):
     monkeypatch.setattr("certifl.deploy.client.client._SHORTEST", 0.0)
-    asked = spec("certification.images=8", "training.rounds=1", "certification.n=2000")
+    asked = spec("certification.images=4", "training.rounds=1", "certification.n=1000")
     heard, _ = listened(tmp_path, asked, share, piece=1e-9)
     told = [a.fields["certified"] for kind, a in heard if kind == "query.certify"]
     pieces = [fields for fields in told if not fields["done"]]
@@ -477,9 +463,7 @@ def test_the_model_for_predictions_is_the_one_that_was_deployed(tmp_path):
     picture = tmp_path / "digit.png"
     Image.new("L", (8, 8), 100).save(picture)
     study = described("mixture")
-    folder = coordinate(
-        study, GridTransport(MemoryGrid(clients_of(tmp_path))), options(tmp_path / "run")
-    )
+    folder = coordinated(study, clients_of(tmp_path), tmp_path / "run")
     last = in_process(study, tmp_path / "own")
     study_folder = tmp_path / "client-1" / "studies" / folder.manifest()["deployment"]["id"]
     cli("predict", picture, "--run", study_folder, "--client", "1").fine()

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import pytest
 pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
 
 from certifl.runs.folder import RunFolder
-from deploy_network import quick_flower, until
+from deploy_network import Running
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST, SECOND = "192.168.77.1", "192.168.77.2"
@@ -72,45 +71,27 @@ class Machine:
     def __init__(self, namespace: str, home: Path) -> None:
         self.namespace, self.home = namespace, home
         home.mkdir()
-        tools = home / ".tools"
-        tools.mkdir()
-        (tools / "certifl").write_text(f'#!/bin/sh\nexec {sys.executable} -m certifl "$@"\n')
-        (tools / "certifl").chmod(0o755)
-        self.env = {**os.environ, **quick_flower(), "PATH": f"{tools}:{os.environ['PATH']}"}
-        self.started: list[subprocess.Popen[bytes]] = []
+        self.started: list[Running] = []
 
-    def start(self, line: str, log: str) -> Path:
-        path = self.home / log
-        words = ["ip", "netns", "exec", self.namespace, *shlex.split(line)]
-        with path.open("wb") as out:
-            self.started.append(
-                subprocess.Popen(words, cwd=self.home, env=self.env, stdout=out, stderr=out)
-            )
-        return path
+    def start(self, line: str, log: str) -> Running:
+        command, *arguments = shlex.split(line)
+        assert command == "certifl"
+        log_file, folder = self.home / log, self.home
+        running = Running(log_file, *arguments, folder=folder, namespace=self.namespace)
+        self.started.append(running)
+        return running
 
     def run(self, line: str) -> str:
-        words = ["ip", "netns", "exec", self.namespace, *shlex.split(line)]
-        done = subprocess.run(
-            words, cwd=self.home, env=self.env, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        outcome = self.start(line, f"{len(self.started)}.out").result()
+        outcome.fine()
+        return outcome.out
 
     def stop(self) -> None:
-        for process in reversed(self.started):
-            process.send_signal(signal.SIGINT)
-        for process in reversed(self.started):
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        for running in reversed(self.started):
+            running.stop(signal.SIGINT)
 
 
-def says(log: Path, text: str) -> None:
-    until(lambda: text in log.read_text(), 240, f"for {text!r} in {log.read_text()}")
-
-
+@pytest.mark.xdist_group("federation")  # with the tests that fork from the same process
 @pytest.mark.slow
 def test_the_first_federation_word_by_word(tmp_path):
     why_not = _possible()
@@ -126,10 +107,10 @@ def test_the_first_federation_word_by_word(tmp_path):
             assert (scp, target) == ("scp", f"{SECOND}:")
             shutil.copytree(first.home / folder, second.home / Path(folder).name)
             server = first.start(serve, "server.out")  # clients wait for it until it answers
-            clients = [first.start(first_client, "0.out"), second.start(second_client, "1.out")]
-            says(server, "2 clients may connect")
+            clients = [first.start(first_client, "c.out"), second.start(second_client, "c.out")]
+            server.prints("2 clients may connect", 240)
             for client in clients:
-                says(client, "has accepted this client")
+                client.prints("has accepted this client", 240)
             assert first.run(status).count("online") == 2
             assert "Report:" in first.run(study)
             folder = RunFolder(first.home / "first")

@@ -23,10 +23,8 @@ from test_deploy_messages import packed
 
 from certifl.deploy.client.curves import CertificateChecks
 from certifl.deploy.server.collect import _ClientProgress
-from certifl.deploy.server.coordinator import coordinate
 from certifl.deploy.transport.messages import (
     Content,
-    GridTransport,
     MalformedMessage,
     from_records,
     to_records,
@@ -34,10 +32,11 @@ from certifl.deploy.transport.messages import (
 from certifl.deploy.transport.schemas import Certified
 from certifl.errors import WorkError
 from certifl.report import write_report
+from certifl.report.results import load_run
 from certifl.runs.atomic import read_json
 from certifl.runs.checkpoints import Checkpoints
 from certifl.runs.folder import RunFolder
-from deploy_factory import MemoryGrid, carried, clients_of, options
+from deploy_factory import MemoryGrid, carried, clients_of, coordinated, options
 from tiny_federation import assert_same
 from tiny_study import spec
 
@@ -50,7 +49,8 @@ STUDY = spec(
     "certification.n0=5",
 )
 KEYS = {client: b"key %d" % (100 + client) for client in range(3)}
-KINDS = {"query.join": "join", "train": "round", "query.certify": "certify"}
+CERTIFYING = "query.certify"
+KINDS = {"query.join": "join", "train": "round", CERTIFYING: "certify"}
 
 Lie = Callable[[Content], object]
 """Changes an honest answer, or returns what arrives in its place."""
@@ -91,7 +91,7 @@ def recorded(root: Path, silent: bool) -> tuple[dict, dict]:
         return Message(Error(1, "lost"), reply_to=request) if lost else reply
 
     grid = MemoryGrid(clients_of(root, 3), listen)
-    folder = coordinate(STUDY, GridTransport(grid), options(root / "run"))
+    folder = coordinated(STUDY, grid, root / "run")
     last = Checkpoints(folder.training).latest()
     assert last is not None
     return record, {"model": last.server()["model"], **read_json(folder.curves)["clients"]}
@@ -146,6 +146,14 @@ def nested(depth: int, *path: str) -> Lie:
         return records
 
     return lie
+
+
+def cut_short(content: Content) -> RecordDict:
+    """Sends a part that ends early."""
+    records = to_records(content)
+    several = {"tensors-0": packed(save({"a": torch.ones(2)})[:-1])}
+    records["part:model"] = ArrayRecord(several)
+    return records
 
 
 def tensor(change: Callable[[torch.Tensor], torch.Tensor]) -> Lie:
@@ -326,7 +334,7 @@ def test_a_lie_leaves_out_the_liar_and_no_other_client(kind, number, honest, tmp
     folder, lost = RunFolder(tmp_path / "run"), _failure(lie) and kind != "round"
     # A client that failed, instead of lying, can be asked again by the same command.
     with pytest.raises(WorkError, match="client 0 ") if lost else contextlib.nullcontext():
-        coordinate(STUDY, GridTransport(grid), asked)
+        coordinated(STUDY, grid, asked)
     root, deployment = tmp_path / "run", read_json(tmp_path / "run" / "run.json")["deployment"]
     last = Checkpoints(root / "checkpoints/training").latest()
     assert last is not None
@@ -349,6 +357,59 @@ def test_a_lie_leaves_out_the_liar_and_no_other_client(kind, number, honest, tmp
         assert "\u202e" not in text
 
 
+@pytest.mark.parametrize(
+    ("lie", "word"),
+    [
+        (tensor(lambda value: value * math.nan), "not finite"),
+        (tensor(lambda value: value.reshape(-1)), "does not fit"),
+        (lambda content: content.parts["model"].popitem(), "missing"),
+        (put("started_from", value="0" * 64), "another model"),
+        (put("update", "client", value=1), "as client 1"),
+        (without("update"), "malformed"),
+        (put("round", value=7), "round 7"),
+        (raw("{"), "malformed"),
+        (cut_short, "malformed"),
+    ],
+)
+def test_an_invalid_update_is_left_out_with_its_reason_and_never_averaged(
+    lie, word, honest, tmp_path
+):
+    record, result = honest[True]
+    asked = options(tmp_path / "run", min_clients=2, keys=KEYS)
+    folder = coordinated(STUDY, Replayed(record, "round", lie), asked)
+    last = Checkpoints(folder.training).latest()
+    assert last is not None
+    assert word in last.history[0]["left_out"][0]["reason"]
+    assert_same(last.server()["model"], result["model"])
+
+
+@pytest.mark.parametrize(
+    ("lie", "word"),
+    [
+        (put("certified", "model", value="0" * 64), "another model"),
+        (put("certified", "curve", "correct", value=[9] * 50), "impossible"),
+        (put("certified", "curve", "correct", value=list(range(50))), "impossible"),
+        (put("certified", "curve", "correct", value=["x"]), "malformed"),
+        (put("certified", "curve", "acr", value=NAN), "impossible"),
+        (put("certified", "curve", "radii", value=[0.0, 1.0]), "other radii"),
+        (without("certified"), "not an answer about this client"),
+    ],
+)
+def test_an_impossible_curve_is_asked_for_three_times_and_left_out_with_its_reason(
+    lie, word, honest, tmp_path, caplog
+):
+    grid = Replayed(honest[False][0], "certify", lie)
+    asked = options(tmp_path / "run", min_clients=2, keys=KEYS)
+    folder = coordinated(STUDY, grid, asked)
+    left_out = folder.manifest()["deployment"]["left_out"]
+    assert left_out.keys() == {"0"}
+    assert word in left_out["0"]
+    assert "Client 0 is left out of the certificates" in caplog.text
+    sent = [node for node, message in grid.sent if message.metadata.message_type == CERTIFYING]
+    assert sorted(sent) == [100, 100, 100, 101, 102]
+    assert set(load_run(folder.path).certificates.client.tolist()) == {1, 2}
+
+
 def _failure(lie: Lie) -> bool:
     """Whether a lie is an error of Flower's, which comes of a crash as well."""
     probe = Content({"certified": {}})
@@ -362,7 +423,7 @@ def test_a_report_without_the_liar_names_it(honest, tmp_path):
     record, _ = honest[False]
     lie = put("certified", "curve", "acr", value=1000.0)
     asked = options(tmp_path / "run", min_clients=2, keys=KEYS)
-    folder = coordinate(STUDY, GridTransport(Replayed(record, "certify", lie)), asked)
+    folder = coordinated(STUDY, Replayed(record, "certify", lie), asked)
     write_report([folder.path], tmp_path / "page.html", figures=False)
     assert "1000" in folder.manifest()["deployment"]["left_out"]["0"]
 
@@ -375,7 +436,7 @@ def test_the_number_of_test_images_must_not_change_after_joining(honest, tmp_pat
         record[100 + client, "join"][0]["joined"]["test_images"] = 3
     lie = put("certified", "curve", "images", value=2)
     asked = options(tmp_path / "run", min_clients=2, keys=KEYS)
-    folder = coordinate(STUDY, GridTransport(Replayed(record, "certify", lie)), asked)
+    folder = coordinated(STUDY, Replayed(record, "certify", lie), asked)
     why = folder.manifest()["deployment"]["left_out"]
     assert list(why) == ["0"]
     assert "2 test images, and certifies 3" in why["0"]
@@ -432,23 +493,7 @@ def test_a_never_ending_certification_is_ended_by_the_server(honest, tmp_path, m
 
     asked = options(tmp_path / "run", min_clients=2, keys=KEYS, piece=1e-9)
     grid = Replayed(record, "certify", never)
-    folder = coordinate(STUDY, GridTransport(grid), asked)
+    folder = coordinated(STUDY, grid, asked)
     assert "makes no progress" in folder.manifest()["deployment"]["left_out"]["0"]
     assert read_json(folder.curves)["clients"]["1"] == result["1"]
     assert len(grid.sent) < 60
-
-
-def test_invalid_tensors_are_left_out(honest, tmp_path):
-    record, result = honest[True]
-
-    def lie(content: Content) -> RecordDict:
-        records = to_records(content)
-        several = {"tensors-0": packed(save({"a": torch.ones(2)})[:-1])}
-        records["part:model"] = ArrayRecord(several)
-        return records
-
-    asked = options(tmp_path / "run", min_clients=2, keys=KEYS)
-    folder = coordinate(STUDY, GridTransport(Replayed(record, "round", lie)), asked)
-    last = Checkpoints(folder.training).latest()
-    assert last is not None
-    assert_same(last.server()["model"], result["model"])

@@ -1,6 +1,7 @@
 """Real processes on loopback, with TLS and keys: training, certificates, kills, wrong keys.
 
 All tests of the running federation share one; xdist gives them to one worker (`--dist loadgroup`).
+The server and client 0 are at first new interpreters, also those of Flower; the rest are forks.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ from certifl.deploy.provision.keys import (
 from certifl.deploy.transport.gate import allowed
 from certifl.errors import InputError, WorkError
 from certifl.experiments.run import Options, run
+from certifl.report.results import load_run
+from certifl.report.summary import client_curves, radius_grid
 from certifl.runs.checkpoints import Checkpoints
 from certifl.runs.folder import RunFolder
-from deploy_network import Federation, Running, alive, children, free_port, until
+from deploy_network import Federation, Running, alive, free_port, until
 from tiny_study import cli, spec, write_spec
 
 MIXTURE = 'algorithm={name="mixture",personalization=0.5}'
@@ -49,8 +52,8 @@ def federation(tmp_path_factory):
     """A server and two clients, with certificates and keys."""
     made = Federation(tmp_path_factory.mktemp("federation"), 2)
     with made.ended():
-        made.server().prints("2 clients may connect")
-        clients = [made.client(number) for number in range(2)]
+        made.server(anew=True).prints("2 clients may connect")
+        clients = [made.client(0, anew=True), made.client(1)]
         for client in clients:
             client.prints("has accepted this client", 180)
         yield made
@@ -64,33 +67,71 @@ class _Folder:
         self.settings = type("Number", (), {"client": client})
 
 
-def as_in_one_process(study, run_folder: Path, bundle: Path) -> None:
-    torch.set_num_threads(1)
-    at = {client: _Folder(bundle, client) for client in range(study.clients.count)}
-    same_training(study, run_folder.with_name(run_folder.name + "-own"), RunFolder(run_folder), at)
+STUDY = (MIXTURE, KEEP, "training.rounds=3")
 
 
-@NETWORK
-def test_training_and_certificates_are_those_of_one_process(federation, tmp_path):
-    study = spec(MIXTURE, KEEP)
+def round_committed(run_folder: Path, number: int) -> None:
+    folder = run_folder / f"checkpoints/training/round-{number:05d}"
+    until(folder.is_dir, what=f"for {folder}")
+
+
+def end_with_its_children(running: Running, what: str) -> None:
+    """As if the machine's power failed; Flower's process notices and ends."""
+    flower = running.flower()
+    assert flower
+    running.kill()
+    until(lambda: not any(map(alive, flower)), 20, f"for the {what} to end with its parent")
+
+
+@pytest.fixture(scope="module")
+def survived(federation, tmp_path_factory):
+    """The folder of a study whose run, client and server were killed, one after the other."""
     for client in range(2):
         settings = federation.bundle / f"client-{client}" / "client.toml"
         assert 'share = "curve"' in settings.read_text()
-    path, run_folder = write_spec(tmp_path, MIXTURE, KEEP), tmp_path / "run"
-    federation.study(path, run_folder, *PATIENT, "--share", "rows").result().fine("Report:")
-    as_in_one_process(study, run_folder, federation.bundle)
-    assert RunFolder(run_folder).complete()
-    assert not (
-        run_folder / "certificates.parquet"
-    ).exists()  # their own settings win: curves alone
-    own = run(study, Options(tmp_path / "here", device="cpu")).load_certificates()
-    from certifl.report.results import load_run
-    from certifl.report.summary import client_curves, radius_grid
+    folder = tmp_path_factory.mktemp("killed")
+    path, run_folder = write_spec(folder, *STUDY), folder / "run"
+    asked = (*PATIENT, "--share", "rows")
+    first = federation.study(path, run_folder, *asked)
+    round_committed(run_folder, 1)
+    first.kill()
+    assert len(Checkpoints(run_folder / "checkpoints/training").history()) < 3
+    end_with_its_children(federation.last("client-1"), "SuperNode")
+    federation.client(1)
+    second = federation.study(path, run_folder, *asked)
+    round_committed(run_folder, 2)
+    end_with_its_children(federation.last("server"), "SuperLink")
+    federation.server().prints("2 clients may connect")
+    outcome = second.result()
+    if outcome.code != 0:  # it may have been between two calls; then the same command resumes
+        assert "repeat the command" in outcome.err
+        outcome = federation.study(path, run_folder, *asked).result()
+    outcome.fine("Report:")
+    return run_folder
 
-    told, grid = load_run(run_folder), radius_grid([load_run(tmp_path / "here")])
-    here = load_run(tmp_path / "here")
-    assert (client_curves(told, grid) == client_curves(here, grid)).all()
-    assert len(own) == len(told.certificates)
+
+@NETWORK
+def test_a_run_a_client_and_a_server_killed_give_the_models_and_curves_of_one_process(
+    survived, federation, tmp_path
+):
+    study = spec(*STUDY)
+    torch.set_num_threads(1)
+    at = {client: _Folder(federation.bundle, client) for client in range(2)}
+    same_training(study, tmp_path / "own", RunFolder(survived), at)
+    assert RunFolder(survived).complete()
+    # The clients' own settings win over the requested rows: only curves are there.
+    assert not (survived / "certificates.parquet").exists()
+    run(study, Options(tmp_path / "here", device="cpu", explore=False))
+    there, here = load_run(survived), load_run(tmp_path / "here")
+    grid = radius_grid([here])
+    assert (client_curves(there, grid) == client_curves(here, grid)).all()
+    assert len(there.certificates) == len(here.certificates)
+
+
+@NETWORK
+def test_status_and_log_describe_the_folders_and_their_files_are_private(
+    survived, federation, tmp_path
+):
     assert cli("deploy", "status", federation.bundle / "server").out.count("online") == 2
     cli("deploy", "status", federation.bundle / "client-0").fine("It answers", "certificates")
     cli("deploy", "log", federation.bundle / "client-0").fine("round 1", "certified.curve.correct")
@@ -99,41 +140,7 @@ def test_training_and_certificates_are_those_of_one_process(federation, tmp_path
     for name in ("server/state.db", "client-0/sent.jsonl", "client-0/log/supernode.log"):
         assert stat.S_IMODE((federation.bundle / name).stat().st_mode) == 0o600, name
     Image.new("L", (8, 8)).save(tmp_path / "x.png")
-    cli("predict", tmp_path / "x.png", "--run", run_folder).refused("with its clients")
-
-
-def round_committed(run_folder: Path, number: int) -> Path:
-    folder = run_folder / f"checkpoints/training/round-{number:05d}"
-    until(folder.is_dir, what=f"for {folder}")
-    return folder
-
-
-def end_with_its_children(running: Running, what: str) -> None:
-    """As if the machine's power failed; Flower's process notices and ends."""
-    flower = children(running.pid)
-    running.kill()
-    until(lambda: not any(map(alive, flower)), 20, f"for the {what} to end with its parent")
-
-
-@NETWORK
-def test_a_run_a_client_and_a_server_killed_give_the_same_models(federation, tmp_path):
-    settings = (MIXTURE, KEEP, "training.rounds=3", "certification.images=2")
-    path, run_folder = write_spec(tmp_path, *settings), tmp_path / "run"
-    first = federation.study(path, run_folder, *PATIENT)
-    round_committed(run_folder, 1)
-    first.kill()
-    assert len(Checkpoints(run_folder / "checkpoints/training").history()) < 3
-    end_with_its_children(federation.last("client-1"), "SuperNode")
-    federation.client(1)
-    second = federation.study(path, run_folder, *PATIENT)
-    round_committed(run_folder, 2)
-    end_with_its_children(federation.last("server"), "SuperLink")
-    federation.server().prints("2 clients may connect")
-    outcome = second.result()
-    if outcome.code != 0:  # it may have been between two calls; then the same command resumes
-        assert "repeat the command" in outcome.err
-        federation.study(path, run_folder, *PATIENT).result().fine("Report:")
-    as_in_one_process(spec(*settings), run_folder, federation.bundle)
+    cli("predict", tmp_path / "x.png", "--run", survived).refused("with its clients")
 
 
 @NETWORK
@@ -143,7 +150,7 @@ def test_absent_clients_are_named_and_a_late_one_completes_the_study(federation,
     settings = ("clients.count=3", "clients.min_clients=2", "certification.images=2")
     path, run_folder = write_spec(tmp_path, *settings, "training.rounds=1"), tmp_path / "run"
     bundle = federation.bundle
-    few = ("--wait", "8", "--absent", "0", "--answer-within", "60", "--min-clients", "2")
+    few = ("--wait", "5", "--absent", "0", "--answer-within", "60", "--min-clients", "2")
     outcome = federation.study(path, run_folder, *few).result()
     assert "client 1: certifl" in outcome.out
     assert "client 2 is not connected" in outcome.out
@@ -174,7 +181,7 @@ def test_a_client_that_is_counted_as_connected_waits_until_it_is_accepted(federa
     waiting = federation.start("waiting", "client", again, "--data", "digits", "--dealt")
     waiting.prints("does not accept this client yet, as it did before", 180)
     assert "key" not in waiting.output
-    for pid in (*children(client.pid), client.pid):
+    for pid in (*client.flower(), client.pid):
         os.kill(pid, signal.SIGKILL)
     waiting.prints("has accepted this client", 180)
     waiting.stop()

@@ -9,31 +9,36 @@ import pytest
 pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
 
 
-from PIL import Image
-
 from algorithm_cases import CASES
 from certifl.deploy.client.client import Client, Rejected
 from certifl.deploy.client.settings import Settings
 from certifl.deploy.client.state import ClientStateStore
-from certifl.deploy.server.coordinator import coordinate
 from certifl.deploy.server.remote_runner import last_counted
-from certifl.deploy.transport.messages import GridTransport
 from certifl.errors import StoreMismatch, TooFewClients, WorkError
 from certifl.federated import ALGORITHMS, ClientData, client_state, deployed_model, describe, train
 from certifl.runs.atomic import load_tensors
-from certifl.runs.checkpoints import Checkpoints
+from certifl.runs.checkpoints import Checkpoints, StoredRound
 from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
 from certifl.study.opened_run import initial_model, open_data
 from certifl.study.privacy import protection, training_key
 from certifl.study.setup import local_training, participation
-from deploy_factory import MemoryGrid, clients_of, options
+from deploy_factory import MemoryGrid, clients_of, coordinated, options
 from tiny_federation import assert_same, without_seconds
-from tiny_study import cli, spec
+from tiny_study import spec
+
+_TRAINED: dict[str, StoredRound] = {}
 
 
-def in_process(study: Spec, root):
-    """The rounds of a study in one process."""
+def in_process(study: Spec, root) -> StoredRound:
+    """The rounds of a study in one process; without noise it is trained once."""
+    name = study.hash()
+    if name not in _TRAINED or study.privacy.kind != "none":
+        _TRAINED[name] = _trained(study, root)
+    return _TRAINED[name]
+
+
+def _trained(study: Spec, root) -> StoredRound:
     dataset, partition = open_data(study, None)
     model = initial_model(study, dataset)
     data = []
@@ -85,14 +90,11 @@ def test_all_algorithms_are_tested():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_algorithm_gives_the_models_of_one_process_and_predicts(case, tmp_path):
+def test_every_algorithm_gives_the_models_of_one_process(case, tmp_path):
     study = described(case, 'training.momentum_between_rounds="keep"')
     at = clients_of(tmp_path)
-    folder = coordinate(study, GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
+    folder = coordinated(study, at, tmp_path / "run")
     same_training(study, tmp_path / "own", folder, at)
-    Image.new("L", (8, 8), 100).save(tmp_path / "digit.png")
-    study_folder = tmp_path / "client-1" / "studies" / folder.manifest()["deployment"]["id"]
-    cli("predict", tmp_path / "digit.png", "--run", study_folder).fine("client 1")
 
 
 def test_participation_and_robust_rules_give_the_models_of_one_process(tmp_path):
@@ -104,7 +106,7 @@ def test_participation_and_robust_rules_give_the_models_of_one_process(tmp_path)
         "training.rounds=3",
     )
     at = clients_of(tmp_path, 4)
-    folder = coordinate(study, GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
+    folder = coordinated(study, at, tmp_path / "run")
     same_training(study, tmp_path / "own", folder, at)
 
 
@@ -113,7 +115,7 @@ def test_private_training_gives_the_models_of_one_process(kind, tmp_path):
     pytest.importorskip("opacus", reason="accounting needs opacus: pip install certifl[dp]")
     study = described("fedavg", f'privacy.kind="{kind}"', "privacy.noise_multiplier=1.0")
     at = clients_of(tmp_path)
-    folder = coordinate(study, GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
+    folder = coordinated(study, at, tmp_path / "run")
     same_training(study, tmp_path / "own", folder, at)
     assert folder.manifest()["privacy"]["kind"] == kind
 
@@ -138,9 +140,9 @@ def test_a_server_killed_at_any_answer_resumes_to_the_same_models(at_answer, tmp
         return reply
 
     with pytest.raises(Stopped):
-        coordinate(study, GridTransport(MemoryGrid(at, killed)), options(tmp_path / "run"))
+        coordinated(study, MemoryGrid(at, killed), tmp_path / "run")
     again = clients_of(tmp_path)  # the clients were started again, too
-    folder = coordinate(study, GridTransport(MemoryGrid(again)), options(tmp_path / "run"))
+    folder = coordinated(study, again, tmp_path / "run")
     same_training(study, tmp_path / "own", folder, again)
 
 
@@ -154,7 +156,7 @@ def test_clients_get_only_the_parts_they_need(case, tmp_path):
         study = Spec.model_validate({**values, "algorithm": algorithm})
     at = clients_of(tmp_path)
     grid = MemoryGrid(at)
-    folder = coordinate(study, GridTransport(grid), options(tmp_path / "run"))
+    folder = coordinated(study, grid, tmp_path / "run")
     same_training(study, tmp_path / "own", folder, at)
     requests = [request for _, request in grid.sent if request.metadata.group_id == "1"]
     asked = [json.loads(request.content["certifl"]["json"])["parts"] for request in requests]
@@ -168,7 +170,7 @@ def test_clients_get_only_the_parts_they_need(case, tmp_path):
 def test_answers_are_taken_in_client_order_one_at_a_time(tmp_path):
     study = described("fedavg", "clients.count=3", "training.rounds=1")
     grid = MemoryGrid(dict(reversed(clients_of(tmp_path, 3).items())))
-    coordinate(study, GridTransport(grid), options(tmp_path / "run"))
+    coordinated(study, grid, tmp_path / "run")
     trained = [node for node, request in grid.sent if request.metadata.message_type == "train"]
     assert trained == [100, 101, 102]
     assert all(request.metadata.ttl <= 120 for _, request in grid.sent)
@@ -187,7 +189,7 @@ def test_a_node_restarted_during_a_round_is_asked_again(tmp_path, monkeypatch):
         return reply
 
     grid = MemoryGrid(at, swallow)
-    folder = coordinate(study, GridTransport(grid), options(tmp_path / "run"))
+    folder = coordinated(study, grid, tmp_path / "run")
     assert lost
     same_training(study, tmp_path / "own", folder, at)
 
@@ -204,7 +206,7 @@ def test_a_late_client_takes_part_from_the_next_round(tmp_path):
         return reply
 
     grid = MemoryGrid(at, comes)
-    folder = coordinate(study, GridTransport(grid), options(tmp_path / "run", min_clients=2))
+    folder = coordinated(study, grid, options(tmp_path / "run", min_clients=2))
     history = Checkpoints(folder.training).history()
     counted = [[row["client"] for row in entry["clients"]] for entry in history]
     assert counted == [[0, 1], [0, 1, 2], [0, 1, 2]]
@@ -216,7 +218,7 @@ def test_too_few_clients_are_reported_and_the_same_call_resumes(tmp_path):
     at = clients_of(tmp_path, 3)
     alone = {100: at[100]}
     with pytest.raises(WorkError, match=r"1 of 3.*client 1 is not connected; client 2"):
-        coordinate(study, GridTransport(MemoryGrid(alone)), options(tmp_path / "run"))
+        coordinated(study, alone, tmp_path / "run")
 
     def gone(node, request, reply):
         if request.metadata.group_id == "1":
@@ -234,17 +236,17 @@ def test_too_few_clients_are_reported_and_the_same_call_resumes(tmp_path):
 
     grid.change = unavailable
     with pytest.raises(TooFewClients, match="its machine is gone"):
-        coordinate(study, GridTransport(grid), options(tmp_path / "run"))
+        coordinated(study, grid, tmp_path / "run")
     assert len(Checkpoints(tmp_path / "run/checkpoints/training").history()) == 1
-    folder = coordinate(study, GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
+    folder = coordinated(study, at, tmp_path / "run")
     same_training(study, tmp_path / "own", folder, at)
 
 
 def test_a_folder_of_another_study_is_refused(tmp_path):
     at = clients_of(tmp_path)
-    coordinate(described("local"), GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
+    coordinated(described("local"), at, tmp_path / "run")
     with pytest.raises(StoreMismatch):
-        coordinate(described("fedavg"), GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
+        coordinated(described("fedavg"), at, tmp_path / "run")
 
 
 @pytest.mark.parametrize("kind", ["example", "client"])

@@ -13,47 +13,26 @@ pytest.importorskip("opacus", reason="accounting needs opacus: pip install certi
 import torch
 from test_deploy_rounds import LIGHT, described
 
-from certifl.deploy.client.client import Client
 from certifl.deploy.client.privacy_budget import LEDGER, PrivacyLedger, ledger_lines
 from certifl.deploy.client.settings import Settings, open_local_data
 from certifl.deploy.client.state import NEVER, ClientStateStore
 from certifl.deploy.provision.bundle import init
-from certifl.deploy.server.coordinator import coordinate
 from certifl.deploy.status import status_lines
-from certifl.deploy.transport.messages import Content, GridTransport, fingerprint_of
+from certifl.deploy.transport.messages import Content, fingerprint_of
 from certifl.federated.privacy import epsilon
 from certifl.federated.privacy import example_level as example
 from certifl.federated.privacy import mechanism as clipping
-from certifl.models import build
 from certifl.spec import Spec
-from deploy_factory import MemoryGrid, clients_of, options
+from deploy_factory import ID, ask, clients_of, coordinated, dealt, model
 from deploy_network import free_port
 from tiny_federation import assert_same
 
 Z, DELTA, STEPS = 1.1, 1e-5, 2  # 30 images in batches of 16
 PRIVATE = ('privacy.kind="example"', f"privacy.noise_multiplier={Z}", 'privacy.noise_key="secret"')
-ID = "0123456789abcdef"
 
 
 def study(case: str = "fedavg", *settings: str) -> Spec:
     return described(case, *PRIVATE, *settings)
-
-
-def client(folder, **settings) -> Client:
-    return Client(Settings(client=0, data="digits", dealt=True, **settings), folder)
-
-
-def model(change: float = 0.0) -> dict:
-    state = build("small_cnn", 1, 10, 0, {}, (8, 8)).state_dict()
-    return {"model": {name: value + change for name, value in state.items()}}
-
-
-def ask(to: Client, spec: Spec, round: int = 0, parts=None, counted: int = NEVER, id: str = ID):
-    """What a server gets for the order of a round."""
-    parts = model() if parts is None else parts
-    named = {"id": id, "spec": spec.to_toml(), "hash": spec.hash(), "own_perturbation": False}
-    fields = {"order": "round", "study": named, "client": 0, "round": round, "counted": counted}
-    return to.answer(Content({**fields, "broadcast": fingerprint_of(parts)}, parts))
 
 
 def refused(answer: Content, words: str) -> None:
@@ -79,7 +58,7 @@ def worth(steps: int, answers: int) -> str:
 
 def test_with_an_honest_server_both_ledgers_agree(tmp_path):
     spec, at = study(), clients_of(tmp_path)
-    folder = coordinate(spec, GridTransport(MemoryGrid(at)), options(tmp_path / "run"))
+    folder = coordinated(spec, at, tmp_path / "run")
     told = folder.manifest()["privacy"]["epsilon"]
     assert told == [epsilon(Z, 1 / STEPS, 2 * STEPS, DELTA)] * 2
     for client in range(2):
@@ -87,21 +66,23 @@ def test_with_an_honest_server_both_ledgers_agree(tmp_path):
 
 
 def test_a_round_requested_with_two_models_is_answered_once(tmp_path):
-    spec, own = study(), client(tmp_path)  # it planned two rounds
+    spec, own = study(), dealt(tmp_path)  # it planned two rounds
     fine(ask(own, spec))
     refused(ask(own, spec, parts=model(0.1)), "a round is answered once")
-    refused(ask(client(tmp_path), spec, parts=model(0.1)), "a round is answered once")
+    refused(ask(dealt(tmp_path), spec, parts=model(0.1)), "a round is answered once")
     assert spent(tmp_path) == worth(STEPS, 1)
-    fine(ask(own, spec, 1, model(0.2), counted=0))
-    refused(ask(own, spec, 2, model(0.3), counted=1), "more privacy of its images than the study")
+    fine(ask(own, spec, model(0.2), round=1, counted=0))
+    refused(
+        ask(own, spec, model(0.3), round=2, counted=1), "more privacy of its images than the study"
+    )
     assert spent(tmp_path) == worth(2 * STEPS, 2)
 
 
 def test_a_repeated_request_gets_the_same_bits_and_counts_once(tmp_path):
     spec = study("mixture", "training.rounds=1", 'training.momentum_between_rounds="keep"')
-    first = fine(ask(client(tmp_path), spec))
+    first = fine(ask(dealt(tmp_path), spec))
     stored = (tmp_path / LEDGER).read_bytes()
-    again = fine(ask(client(tmp_path), spec))  # started again, with nothing left to spend
+    again = fine(ask(dealt(tmp_path), spec))  # started again, with nothing left to spend
     assert_same(again.parts, first.parts)
     assert again.fields["update"] == first.fields["update"]
     assert (tmp_path / LEDGER).read_bytes() == stored
@@ -114,7 +95,7 @@ class Killed(BaseException):
 
 def test_an_answer_lost_by_a_kill_is_counted_and_repeated(tmp_path, monkeypatch):
     spec = study("mixture", "training.rounds=1")
-    calm = fine(ask(client(tmp_path / "calm"), spec))
+    calm = fine(ask(dealt(tmp_path / "calm"), spec))
 
     def killed(*_):
         raise Killed
@@ -122,22 +103,22 @@ def test_an_answer_lost_by_a_kill_is_counted_and_repeated(tmp_path, monkeypatch)
     with monkeypatch.context() as at:
         at.setattr(ClientStateStore, "save", killed)
         with pytest.raises(Killed):
-            ask(client(tmp_path), spec)
+            ask(dealt(tmp_path), spec)
     assert spent(tmp_path) == worth(STEPS, 1)
     stored = (tmp_path / LEDGER).read_bytes()
     key = tmp_path / "studies" / ID / "privacy.key"
-    after = fine(ask(client(tmp_path), spec))
+    after = fine(ask(dealt(tmp_path), spec))
     assert (tmp_path / LEDGER).read_bytes() == stored
     # The same secret without the kill gives the same bits.
     (tmp_path / "calm" / "studies" / ID / "privacy.key").write_bytes(key.read_bytes())
     for name in (LEDGER, f"studies/{ID}/state-00000.safetensors"):
         (tmp_path / "calm" / name).unlink()
-    assert_same(fine(ask(client(tmp_path / "calm"), spec)).parts, after.parts)
+    assert_same(fine(ask(dealt(tmp_path / "calm"), spec)).parts, after.parts)
     assert fingerprint_of(calm.parts) != fingerprint_of(after.parts)
 
 
 def test_an_answer_that_cannot_be_recorded_does_not_leave(tmp_path, monkeypatch):
-    spec, own, real = study(), client(tmp_path), os.replace
+    spec, own, real = study(), dealt(tmp_path), os.replace
 
     def full(source, target):
         if str(target).endswith(LEDGER):
@@ -156,10 +137,10 @@ def test_an_answer_that_cannot_be_recorded_does_not_leave(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("how", ["changed", "cut", "emptied", "removed", "an old copy"])
 def test_a_damaged_ledger_stops_training(how, tmp_path, caplog, monkeypatch):
-    spec, own, ledger = study(), client(tmp_path), tmp_path / LEDGER
+    spec, own, ledger = study(), dealt(tmp_path), tmp_path / LEDGER
     fine(ask(own, spec))
     old = ledger.read_bytes()
-    fine(ask(own, spec, 1, model(0.1), counted=0))
+    fine(ask(own, spec, model(0.1), round=1, counted=0))
     whole = ledger.read_bytes()
     lines = whole.splitlines(keepends=True)
     damaged = {
@@ -173,30 +154,30 @@ def test_a_damaged_ledger_stops_training(how, tmp_path, caplog, monkeypatch):
     else:
         ledger.write_bytes(damaged[how])
     monkeypatch.setattr(example, "clipped_sum", None)  # no image is looked at
-    refused(ask(own, spec, 2, model(0.2), counted=1), "privacy ledger is lost or damaged")
+    refused(ask(own, spec, model(0.2), round=2, counted=1), "privacy ledger is lost or damaged")
     assert LEDGER in caplog.text
     assert "newest" in caplog.text
     monkeypatch.undo()
     ledger.write_bytes(whole)
-    fine(ask(own, spec, 1, model(0.1), counted=0))
+    fine(ask(own, spec, model(0.1), round=1, counted=0))
 
 
 def test_one_sample_answers_one_request(tmp_path, monkeypatch):
     """Equal sums have equal noise, so a second answer would show whether sums differ."""
     spec = study("fedavg", "training.rounds=5", 'training.momentum_between_rounds="keep"')
-    own = client(tmp_path)
+    own = dealt(tmp_path)
     fine(ask(own, spec))
-    fine(ask(own, spec, 1, counted=0))
+    fine(ask(own, spec, round=1, counted=0))
     monkeypatch.setattr(example, "clipped_sum", None)  # no image is looked at
     words = "one sample answers one request"
-    refused(ask(own, spec, 1, counted=NEVER), words)  # the same model, with other momentum
+    refused(ask(own, spec, round=1, counted=NEVER), words)  # the same model, with other momentum
     monkeypatch.undo()
     assert spent(tmp_path) == worth(2 * STEPS, 2)
     # So do images that changed in between.
     monkeypatch.setattr("certifl.deploy.client.client.open_local_data", other_images)
-    changed = client(tmp_path)
-    refused(ask(changed, spec, 1, counted=0), words)
-    fine(ask(changed, spec, 2, counted=1))
+    changed = dealt(tmp_path)
+    refused(ask(changed, spec, round=1, counted=0), words)
+    fine(ask(changed, spec, round=2, counted=1))
 
 
 def other_images(spec: Spec, settings: Settings):
@@ -208,24 +189,24 @@ def other_images(spec: Spec, settings: Settings):
 
 def test_a_clients_own_limit_covers_all_studies(tmp_path):
     most = epsilon(Z, 1 / STEPS, 3 * STEPS, DELTA)
-    own, spec, other = client(tmp_path, max_epsilon=most), study(), study("fedavg", "seed=1")
+    own, spec, other = dealt(tmp_path, max_epsilon=most), study(), study("fedavg", "seed=1")
     fine(ask(own, spec))
     fine(ask(own, other, id="fedcba9876543210"))
-    fine(ask(own, spec, 1, counted=0))
-    refused(ask(own, other, 1, counted=0, id="fedcba9876543210"), "than this client allows")
+    fine(ask(own, spec, round=1, counted=0))
+    refused(ask(own, other, round=1, counted=0, id="fedcba9876543210"), "than this client allows")
     lines = ledger_lines(tmp_path, most, None)
     assert worth(3 * STEPS, 3) in lines[0]
     assert [worth(2 * STEPS, 2) in lines[1], worth(STEPS, 1) in lines[2]] == [True, True]
     assert f"up to ε = {most:g}, all studies together" in lines[-1]
     refused(
-        ask(client(tmp_path, max_epsilon=8.0, delta=0.5), spec), "as large as one of its images"
+        ask(dealt(tmp_path, max_epsilon=8.0, delta=0.5), spec), "as large as one of its images"
     )
 
 
 def test_a_larger_own_limit_replaces_the_plan_but_adds_no_rounds(tmp_path):
-    spec, own = study("fedavg", "training.rounds=1"), client(tmp_path, max_epsilon=100.0)
+    spec, own = study("fedavg", "training.rounds=1"), dealt(tmp_path, max_epsilon=100.0)
     fine(ask(own, spec))
-    refused(ask(own, spec, 1, counted=0), "has 1 rounds")
+    refused(ask(own, spec, round=1, counted=0), "has 1 rounds")
     for number, id in enumerate(("fedcba9876543210", "0011223344556677"), 2):
         fine(ask(own, spec, id=id))  # another study: within the limit of all of them together
         assert spent(tmp_path) == worth(number * STEPS, number)
@@ -235,13 +216,13 @@ def test_a_larger_own_limit_replaces_the_plan_but_adds_no_rounds(tmp_path):
 def test_with_a_limit_only_studies_with_clients_noise_are_answered(kind, tmp_path):
     settings = ('privacy.kind="client"', "privacy.noise_multiplier=1.0")
     spec = described("fedavg", *(settings if kind == "client" else LIGHT))
-    refused(ask(client(tmp_path, max_epsilon=8.0), spec), 'privacy.kind = "example"')
-    fine(ask(client(tmp_path), spec))
+    refused(ask(dealt(tmp_path, max_epsilon=8.0), spec), 'privacy.kind = "example"')
+    fine(ask(dealt(tmp_path), spec))
     assert not (tmp_path / LEDGER).exists()
 
 
 def test_a_failed_round_counts_until_its_answer_does(tmp_path, monkeypatch):
-    spec, own, taken = study(), client(tmp_path), []
+    spec, own, taken = study(), dealt(tmp_path), []
     real = clipping.clipped_sum
 
     def fails(*arguments):
@@ -257,29 +238,29 @@ def test_a_failed_round_counts_until_its_answer_does(tmp_path, monkeypatch):
     fine(ask(own, spec))
     assert spent(tmp_path) == worth(STEPS, 1)
     sick = {"model": {name: value * torch.inf for name, value in model()["model"].items()}}
-    assert ask(own, spec, 1, sick, counted=0).fields["fault"]["kind"] == "diverged"
+    assert ask(own, spec, sick, round=1, counted=0).fields["fault"]["kind"] == "diverged"
     assert spent(tmp_path) == worth(2 * STEPS, 2)
 
 
 def test_fine_tuning_is_extra_and_not_sent(tmp_path):
     spec = study("personalized", "training.rounds=1")
     tuning = spec.algorithm["epochs"] * STEPS
-    own = client(tmp_path)
+    own = dealt(tmp_path)
     fine(ask(own, spec))
-    assert not fine(ask(own, spec, 1, model(0.1), counted=0)).parts
+    assert not fine(ask(own, spec, model(0.1), round=1, counted=0)).parts
     assert spent(tmp_path) == worth(STEPS + tuning, 2)
     sent = [entry.release.sent for entry in PrivacyLedger(tmp_path).entries()]
     assert sent == [True, False]
     # What is left for fine-tuning is none for a further round.
-    other = client(tmp_path / "other")
+    other = dealt(tmp_path / "other")
     fine(ask(other, spec))
-    refused(ask(other, spec, 0, model(0.1)), "than the study planned")
+    refused(ask(other, spec, model(0.1), round=0), "than the study planned")
 
 
 def test_the_status_of_a_client_reports_what_was_spent(tmp_path):
     init(tmp_path / "kit", 1, f"127.0.0.1:{free_port()}", insecure=True)
     folder = tmp_path / "kit" / "client-0"
-    fine(ask(client(folder), study()))
+    fine(ask(dealt(folder), study()))
     said = "\n".join(status_lines(folder)[0])
     assert f"by its own ledger: {worth(STEPS, 1)}" in said
     assert f"in 'tiny' ({ID[:8]}): {worth(STEPS, 1)}" in said

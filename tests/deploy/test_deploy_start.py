@@ -14,20 +14,14 @@ from test_deploy_lies import KEYS, STUDY, Replayed, honest, put
 
 from certifl.deploy.provision.bundle import init
 from certifl.deploy.provision.keys import node_key
-from certifl.deploy.server.coordinator import coordinate
 from certifl.deploy.server.process import KeyFolder, _KeyAdmission, client_keys
 from certifl.deploy.server.start import check_clients
 from certifl.deploy.transport import flower
 from certifl.deploy.transport.flower import Endpoint
-from certifl.deploy.transport.messages import (
-    Content,
-    GridTransport,
-    MalformedMessage,
-    parse_request,
-)
+from certifl.deploy.transport.messages import GridTransport
 from certifl.errors import RequestError, WorkError
 from certifl.runs.checkpoints import Checkpoints
-from deploy_factory import options
+from deploy_factory import coordinated, options
 from tiny_study import spec
 
 __all__ = ["honest"]  # a fixture
@@ -63,7 +57,7 @@ def test_a_mismatched_client_stops_the_study_even_if_it_joined_first(
     grid = Replayed(joined(honest[False][0], 0, **properties), "", nothing)
     for word in words:
         with pytest.raises(RequestError, match=word):
-            coordinate(STUDY, GridTransport(grid), options(tmp_path / "run", keys=KEYS))
+            coordinated(STUDY, grid, options(tmp_path / "run", keys=KEYS))
     assert not (tmp_path / "run" / "checkpoints").exists()
     listed = []
     asked = options(tmp_path / "run", keys=KEYS, log=listed.append)
@@ -75,9 +69,7 @@ def test_a_mismatched_client_stops_the_study_even_if_it_joined_first(
 
 def test_with_min_clients_the_others_start_and_a_late_mismatch_is_named(honest, tmp_path, caplog):
     grid = Replayed(joined(honest[True][0], 0, **LARGE), "", nothing)
-    folder = coordinate(
-        STUDY, GridTransport(grid), options(tmp_path / "run", keys=KEYS, min_clients=2)
-    )
+    folder = coordinated(STUDY, grid, options(tmp_path / "run", keys=KEYS, min_clients=2))
     entry = Checkpoints(folder.training).history()[0]
     assert [row["client"] for row in entry["clients"]] == [1, 2]
     assert "image size" in entry["left_out"][0]["reason"]
@@ -95,7 +87,7 @@ def test_without_a_majority_nothing_starts(honest, tmp_path):
         with pytest.raises(
             RequestError, match=r"of client 2: its image size.*others have \[9, 8\]"
         ):
-            coordinate(study, GridTransport(grid), options(tmp_path / f"{least}", keys=KEYS))
+            coordinated(study, grid, options(tmp_path / f"{least}", keys=KEYS))
         assert "no group of clients" in str(check_clients(study, GridTransport(grid), asked))
 
 
@@ -114,28 +106,28 @@ def test_all_clients_must_join_unless_fewer_are_allowed(honest, tmp_path):
     grid = Replayed(honest[False][0], "", nothing)
     del grid.clients[101]
     with pytest.raises(WorkError, match=r"2 of 3.*client 1 is not connected.*--min-clients"):
-        coordinate(STUDY, GridTransport(grid), options(tmp_path / "run", keys=KEYS))
+        coordinated(STUDY, grid, options(tmp_path / "run", keys=KEYS))
     for least, words in ((0, "from 1 to 3"), (4, "from 1 to 3")):
         with pytest.raises(RequestError, match=words):
-            coordinate(STUDY, GridTransport(grid), options(tmp_path / "run", min_clients=least))
+            coordinated(STUDY, grid, options(tmp_path / "run", min_clients=least))
     one = spec("clients.count=1")
     with pytest.raises(RequestError, match="not a federation"):
-        coordinate(one, GridTransport(grid), options(tmp_path / "one"))
+        coordinated(one, grid, tmp_path / "one")
     private = spec("clients.count=3", 'privacy.kind="example"', "privacy.noise_multiplier=1.0")
     with pytest.raises(RequestError, match="how much noise"):
-        coordinate(private, GridTransport(grid), options(tmp_path / "private", min_clients=2))
+        coordinated(private, grid, options(tmp_path / "private", min_clients=2))
 
 
 def test_a_client_that_rejoins_with_other_images_is_named(honest, tmp_path):
     grid = Replayed(honest[True][0], "round", put("update", "weight", value=7))
     asked = options(tmp_path / "run", keys=KEYS, min_clients=2)
     with pytest.raises(WorkError, match="answered round 0"):
-        coordinate(spec("clients.count=3", "training.rounds=2"), GridTransport(grid), asked)
+        coordinated(spec("clients.count=3", "training.rounds=2"), grid, asked)
     again = Replayed(joined(honest[True][0], 0, train_images=10**7), "", nothing)
     listed = []
     asked = options(tmp_path / "run", keys=KEYS, min_clients=2, log=listed.append)
     with pytest.raises(WorkError):
-        coordinate(spec("clients.count=3", "training.rounds=2"), GridTransport(again), asked)
+        coordinated(spec("clients.count=3", "training.rounds=2"), again, asked)
     assert any("10000000 training images, and had 20" in line for line in listed)
 
 
@@ -143,7 +135,7 @@ def test_a_servers_files_are_private(honest, tmp_path):
     before = os.umask(0o022)
     try:
         grid = Replayed(honest[False][0], "", nothing)
-        folder = coordinate(STUDY, GridTransport(grid), options(tmp_path / "run", keys=KEYS))
+        folder = coordinated(STUDY, grid, options(tmp_path / "run", keys=KEYS))
         assert os.umask(0o022) == 0o022
     finally:
         os.umask(before)
@@ -203,45 +195,3 @@ def test_a_key_folder_is_true_while_no_key_can_be_read(tmp_path):
     assert KeyFolder(tmp_path / "kit" / "server")
     init(tmp_path / "open", 1, "127.0.0.1:9900", insecure=True)
     assert not KeyFolder(tmp_path / "open" / "server")
-
-
-STUDY_TOLD = {"id": "0" * 32, "spec": "", "hash": "0" * 64, "own_perturbation": False}
-ROUND = {
-    "order": "round",
-    "study": STUDY_TOLD,
-    "client": 1,
-    "round": 3,
-    "counted": 2,
-    "broadcast": "0" * 64,
-}
-CERTIFY = {**ROUND, "order": "certify", "piece": 60.0, "share": "curve"}
-
-
-@pytest.mark.parametrize("fields", [{"order": "join", "study": STUDY_TOLD}, ROUND, CERTIFY])
-def test_requests_are_parsed(fields):
-    assert parse_request(Content(fields)).order == fields["order"]
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"order": ["join"]},
-        {"order": "erase", "study": STUDY_TOLD},
-        {"order": "join"},
-        {"order": "join", "study": {**STUDY_TOLD, "id": "../../etc"}},
-        {"order": "join", "study": {**STUDY_TOLD, "id": "0" * 32 + "\n"}},
-        {"order": "join", "study": {**STUDY_TOLD, "own_perturbation": 1}},
-        {**ROUND, "client": True},
-        {**ROUND, "round": 10**400},
-        {**ROUND, "counted": 3},
-        {**ROUND, "counted": -2},
-        {**ROUND, "broadcast": None},
-        {**CERTIFY, "piece": float("nan")},
-        {**CERTIFY, "piece": 0.0},
-        {**CERTIFY, "share": "all"},
-    ],
-)
-def test_invalid_requests_are_refused(fields):
-    with pytest.raises(MalformedMessage):
-        parse_request(Content(fields))

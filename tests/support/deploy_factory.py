@@ -22,10 +22,16 @@ from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
 from certifl.deploy.client.client import Client  # noqa: E402
 from certifl.deploy.client.settings import Settings  # noqa: E402
+from certifl.deploy.client.state import NEVER  # noqa: E402
 from certifl.deploy.client_app import respond  # noqa: E402
-from certifl.deploy.server.coordinator import Options  # noqa: E402
+from certifl.deploy.server.coordinator import Options, coordinate  # noqa: E402
 from certifl.deploy.server.remote_runner import Timeouts  # noqa: E402
+from certifl.deploy.transport.messages import Content, GridTransport, fingerprint_of  # noqa: E402
+from certifl.models import build  # noqa: E402
+from certifl.runs.folder import RunFolder  # noqa: E402
+from certifl.spec import Spec  # noqa: E402
 
+ID = "0123456789abcdef"
 NO_WAIT = Timeouts(answer=60.0, start=0.0, absent=0.0)
 
 Change = Callable[[int, Message, Message], Message | None]
@@ -116,3 +122,35 @@ def clients_of(folder: Path, count: int = 2, **settings) -> dict[int, Client]:
 def options(out: Path, **changes) -> Options:
     """Options of a server that waits for nobody."""
     return Options(out=out, **{"timeouts": NO_WAIT, **changes})
+
+
+def coordinated(study: Spec, to: dict[int, Client] | Grid, asked: Path | Options) -> RunFolder:
+    """A study with these clients, in a folder or with these options."""
+    grid = to if isinstance(to, Grid) else MemoryGrid(to)
+    asked = asked if isinstance(asked, Options) else options(asked)
+    return coordinate(study, GridTransport(grid), asked)
+
+
+def dealt(folder: Path, **settings) -> Client:
+    """Client 0 with its share of digits."""
+    return Client(Settings(client=0, data="digits", dealt=True, **settings), folder)
+
+
+def model(change: float = 0.0) -> dict:
+    """The initial network of the tiny study, with all its numbers changed."""
+    state = build("small_cnn", 1, 10, 0, {}, (8, 8)).state_dict()
+    return {"model": {name: value + change for name, value in state.items()}}
+
+
+def study_of(asked: Spec, id: str = ID, **changes) -> dict:
+    """What a request says of the study."""
+    named = {"id": id, "spec": asked.to_toml(), "hash": asked.hash(), "own_perturbation": False}
+    return {**named, **changes}
+
+
+def ask(to: Client, /, asked: Spec, parts=None, id: str = ID, **fields) -> Content:
+    """A client's answer to the request of a round, or to another with the same fields."""
+    parts = model() if parts is None else parts
+    request = {"order": "round", "study": study_of(asked, id), "client": 0, "round": 0}
+    request |= {"counted": NEVER, "broadcast": fingerprint_of(parts), **fields}
+    return to.answer(Content(request, parts))

@@ -286,7 +286,7 @@ def status(
     For the folder of a run: its rounds, who answered, the loss, and the time left.
     """
     if is_run(folder):
-        from certifl.deploy.server.study_status import study_lines
+        from certifl.deploy.status import study_lines
 
         say("\n".join(study_lines(folder)))
         return

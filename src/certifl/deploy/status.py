@@ -1,23 +1,40 @@
-"""The state of a folder of `certifl deploy init`, on the server's machine or a client's."""
+"""The state of a folder: a server's or client's bundle, or the run folder of a study.
+
+Of a study only what clients sent in the rounds is shown: who answered, and the loss of their
+training, as a mean. What `share` keeps with a client is not in the folder. Nothing is locked, and
+Flower is not needed for it.
+"""
 
 from __future__ import annotations
 
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from certifl.deploy.client.privacy_budget import ledger_lines
-from certifl.deploy.client.settings import load_settings
-from certifl.deploy.provision.bundle import load_connection
-from certifl.deploy.provision.keys import check_certificate, connection_problem
-from certifl.deploy.server.process import registered_clients
-from certifl.errors import CertiflError
+from certifl.errors import CertiflError, one_line
+from certifl.runs.checkpoints import Checkpoints
+from certifl.runs.folder import FINISHED, RunFolder
+from certifl.spec import load_stored
+
+_SHOWN = 10
+_PACE = 5  # rounds whose median is the pace
+_LONGEST = 120
 
 
 def status_lines(folder: Path) -> tuple[list[str], bool]:
-    """The state of a folder as text, and whether it has no problem.
+    """The state of a bundle as text, and whether it has no problem.
 
     Raises:
         SpecError: it is not a folder of a federation.
     """
+    from certifl.deploy.client.privacy_budget import ledger_lines
+    from certifl.deploy.client.settings import load_settings
+    from certifl.deploy.provision.bundle import load_connection
+    from certifl.deploy.provision.keys import check_certificate, connection_problem
+
     connection = load_connection(folder)
     is_server = (folder / "superexec.secret").is_file()
     lines, ok = [f"Server: {connection.address}"], True
@@ -48,13 +65,16 @@ def status_lines(folder: Path) -> tuple[list[str], bool]:
 
 
 def _clients(folder: Path) -> list[str]:
-    lines = []
-    for node in registered_clients(folder):
-        client = node["client"]
-        who = node["name"] or f"node {node['key'].hex()[:8]}"
+    from certifl.deploy.server.process import client_keys, local_endpoint
+    from certifl.deploy.transport.flower import nodes
+
+    lines, numbers = [], {key: client for client, key in client_keys(folder).items()}
+    for node in nodes(local_endpoint(folder)):
+        client, active = numbers.get(node.public_key), node.last_activated_at
+        who = node.name or f"node {node.public_key.hex()[:8]}"
         who = who if client is None else f"client {client}"
-        since = f" since {node['since']}" if node["since"] and node["status"] == "online" else ""
-        lines.append(f"{who}: {node['status']}{since}")
+        since = f" since {active}" if active and node.status == "online" else ""
+        lines.append(f"{who}: {node.status}{since}")
     return lines or ["No client has been admitted yet."]
 
 
@@ -66,3 +86,65 @@ def _contents(folder: Path) -> str:
     }
     present = [text for pattern, text in names.items() if any(folder.glob(pattern))]
     return ", ".join(present) or "nothing"
+
+
+def study_lines(path: Path) -> list[str]:
+    """The state of a study in sentences: rounds, who answered, loss, time left.
+
+    Args:
+        path: the run folder of `certifl deploy run`, under way or finished.
+
+    Raises:
+        StoreError: a file of the run is damaged.
+    """
+    folder = RunFolder(path)
+    manifest, spec = folder.manifest(), load_stored(folder.spec)
+    last = Checkpoints(folder.training).latest()
+    history = [] if last is None else last.history
+    total = spec.training.rounds + spec.build_algorithm().extra_rounds
+    lines = [f"Study {spec.name!r} (spec {spec.hash()[:8]}), {spec.clients.count} clients"]
+    if last is None:
+        return [*lines, "No round has begun: it waits for its clients."]
+    since = _clock(time.time() - (last.path / "round.json").stat().st_mtime)
+    lines.append(f"Rounds: {len(history)} of {total}, the last stored {since} ago")
+    lines += [_round(entry) for entry in history[-_SHOWN:]]
+    if manifest.get("status") == FINISHED:
+        return [*lines, "Finished."]
+    left = total - len(history)
+    if left:
+        pace = [float(entry.get("seconds", 0.0)) for entry in history[-_PACE:]]
+        known = f"about {_clock(left * statistics.median(pace))}" if pace else "not known yet"
+        return [*lines, f"Time left for the rounds: {known}; certification comes after them."]
+    done = [client for client in range(spec.clients.count) if folder.shared(client).is_file()]
+    who = f" ({_named(done)})" if done else ""
+    finished = f"{len(done)} of {spec.clients.count} clients have finished{who}."
+    return [*lines, f"Certification: {finished}"]
+
+
+def _round(entry: Mapping[str, Any]) -> str:
+    rows = [row for row in entry.get("clients", ()) if isinstance(row, Mapping)]
+    answered = sorted(int(row["client"]) for row in rows)
+    losses = [float(row["loss"]) for row in rows if isinstance(row.get("loss"), int | float)]
+    loss = f"loss {statistics.fmean(losses):.4g}" if losses else "no loss"
+    words = [
+        f"  round {int(entry['round']) + 1}: {loss}",
+        f"{_named(answered)} answered" if answered else "nobody answered",
+        f"{_clock(float(entry.get('seconds', 0.0)))}",
+    ]
+    failed = [
+        f"client {fault['client']} was left out ({one_line(fault['reason'], _LONGEST)})"
+        for fault in entry.get("left_out", ())
+    ]
+    return ", ".join([*words, *failed])
+
+
+def _named(clients: Sequence[int]) -> str:
+    return f"client{'s' if len(clients) > 1 else ''} {', '.join(map(str, clients))}"
+
+
+def _clock(seconds: float) -> str:
+    whole = max(0, math.ceil(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"

@@ -56,28 +56,24 @@ _PUBLIC_METADATA = (
 """Metadata that follow from the study or the software; nothing about data or models."""
 
 
-def public_metadata(conditions: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of certificates that are not private to the client."""
-    return {name: conditions[name] for name in _PUBLIC_METADATA if name in conditions}
-
-
 def curve_of(
     certificates: Certificates, perturbation: Perturbation, settings: Settings
 ) -> dict[str, Any]:
     """A client's curve: how many of its images are certified correct at each radius.
 
     Returns:
-        radii, correct (counts), images, acr, and conditions (see `public_metadata`).
+        radii, correct (counts), images, acr, and conditions: the metadata that are not private.
     """
     grid = settings.estimator_for(perturbation).grid()
     correct, radius = certificates.correct, certificates.radius
     counts = [int((correct & (radius >= r)).sum()) for r in grid]
+    metadata = certificates.conditions
     return {
         "radii": [float(r) for r in grid],
         "correct": counts,
         "images": len(certificates),
         "acr": certificates.average_certified_radius(),
-        "conditions": public_metadata(certificates.conditions),
+        "conditions": {name: metadata[name] for name in _PUBLIC_METADATA if name in metadata},
     }
 
 
@@ -113,13 +109,16 @@ class CertificateChecks:
         Raises:
             MalformedMessage: no certificates of this study have this curve.
         """
-        perturbation, settings = self._perturbation(curve.conditions), self._settings()
-        conditions = self._conditions(curve.conditions, perturbation, settings)
-        radii = _grid(settings, perturbation)
+        perturbation, conditions = self._conditions(curve.conditions)
+        try:
+            estimator = self._settings().estimator_for(perturbation)
+            radii = [float(radius) for radius in estimator.grid()]
+        except InputError as error:
+            raise MalformedMessage(f"its perturbation does not fit the study ({error})") from error
         if curve.radii != radii:
             raise MalformedMessage("its curve has other radii than the study's grid")
-        self._check_count(curve.images)
-        largest = _largest(perturbation, settings)
+        self.check_count(curve.images)
+        largest = estimator.largest_radius()
         problem = impossible_curve(radii, curve.correct, curve.images, curve.acr, largest)
         if problem is not None:
             raise MalformedMessage(f"its curve is impossible: {problem}")
@@ -140,7 +139,7 @@ class CertificateChecks:
         """
         if model is None:
             raise MalformedMessage("it does not say which model its rows are of")
-        rows = rows_from(part, self.images)
+        rows = _rows_from(part, self.images)
         try:
             self._check_rows(rows, model)
         except (ArithmeticError, CertiflError, LookupError, TypeError, ValueError) as error:
@@ -150,11 +149,10 @@ class CertificateChecks:
         return rows
 
     def _check_rows(self, rows: Certificates, model: str) -> None:
-        perturbation, settings = self._perturbation(rows.conditions), self._settings()
-        self._conditions(rows.conditions, perturbation, settings)
+        self._conditions(rows.conditions)
         if not len(rows) or set(rows.client.tolist()) != {self.client}:
             raise MalformedMessage("its rows are of another client")
-        self._check_count(len(rows))
+        self.check_count(len(rows))
         if len(set(rows.index.tolist())) < len(rows) or int(rows.index.min()) < 0:
             raise MalformedMessage("its rows have an image twice, or an impossible position")
         for name, low in (("label", 0), ("predicted", -1)):
@@ -173,16 +171,12 @@ class CertificateChecks:
                 f"its rows do not follow from their votes: {discrepancies[0].problem}"
             )
 
-    def image_count(self, images: int) -> int:
-        """A checked number of test images, to be stored.
+    def check_count(self, images: int) -> None:
+        """Compare a number of test images with the one that the client certifies.
 
         Raises:
             MalformedMessage: the client certifies another number.
         """
-        self._check_count(images)
-        return images
-
-    def _check_count(self, images: int) -> None:
         if self.images is None or images == self.images:
             return
         if self.exact or images > self.images:
@@ -208,12 +202,11 @@ class CertificateChecks:
             raise MalformedMessage("it was asked for no certificates")
         return perturbation
 
-    def _conditions(
-        self, sent: Mapping[str, Any], perturbation: Perturbation, settings: Settings
-    ) -> dict[str, Any]:
-        """The metadata that follow from the study, and the client's own, checked."""
+    def _conditions(self, sent: Mapping[str, Any]) -> tuple[Perturbation, dict[str, Any]]:
+        """The perturbation, and the metadata that follow from the study; the client's, checked."""
+        perturbation = self._perturbation(sent)
         try:
-            derived = asked_conditions(perturbation, settings, self.spec.seed)
+            derived = asked_conditions(perturbation, self._settings(), self.spec.seed)
         except InputError as error:
             raise MalformedMessage(f"its perturbation does not fit the study ({error})") from error
         expected = json.loads(json.dumps(derived))
@@ -222,7 +215,7 @@ class CertificateChecks:
                 raise MalformedMessage(
                     f"its {name} is {sent.get(name)!r}, and the study has {value!r}"
                 )
-        return {**expected, **_own_metadata(sent)}
+        return perturbation, {**expected, **_own_metadata(sent)}
 
 
 def _own_metadata(sent: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,19 +230,7 @@ def _own_metadata(sent: Mapping[str, Any]) -> dict[str, Any]:
     return {"precision": precision, "batch_norm_folded": folded, "versions": named}
 
 
-def _grid(settings: Settings, perturbation: Perturbation) -> list[float]:
-    try:
-        return [float(radius) for radius in settings.estimator_for(perturbation).grid()]
-    except InputError as error:
-        raise MalformedMessage(f"its perturbation does not fit the study ({error})") from error
-
-
-def _largest(perturbation: Perturbation, settings: Settings) -> float:
-    """The largest radius that a certificate of these settings can have."""
-    return settings.estimator_for(perturbation).largest_radius()
-
-
-def rows_from(part: ModelState, most: int | None = None) -> Certificates:
+def _rows_from(part: ModelState, most: int | None) -> Certificates:
     """Rows that a client sent.
 
     Args:

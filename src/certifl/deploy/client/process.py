@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 _START_SECONDS = 60.0
 _LONGEST_LOG = 4 << 20
 _LOCAL_RETRY_SECONDS = 3.0
-_POLL = 0.1
+_POLL = 0.25
 _FIRST_WAIT, _LONGEST_WAIT = 2.0, 30.0
 _STILL_COUNTED = 90.0
 """Seconds after which Flower no longer counts a killed client as connected (60, with a margin)."""

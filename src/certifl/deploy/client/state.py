@@ -53,6 +53,10 @@ _STATE = "state-{:05d}.safetensors"
 class ClientStateStore:
     """A client's folder of one study.
 
+    Attributes:
+        folder: of the study. votes: file of the votes cast so far on its test images.
+        certificates, deployed: files of its certificates, and of the model for test time.
+
     Args:
         root: the folder of all studies.
         study: the study's id, as the server named it.
@@ -65,6 +69,9 @@ class ClientStateStore:
         if not re.fullmatch(r"[0-9a-f]{8,64}", study):
             raise StoreError(f"{study!r} is not an id of a study.")
         self.folder = root / study
+        self.votes = self.folder / "votes.safetensors"
+        self.certificates = self.folder / "certificates.parquet"
+        self.deployed = self.folder / "deployed.safetensors"
 
     def begin(self) -> None:
         """Create the private folder.
@@ -74,21 +81,6 @@ class ClientStateStore:
         """
         private_folder(self.folder.parent)
         private_folder(self.folder)
-
-    @property
-    def votes(self) -> Path:
-        """Votes cast so far on the client's test images."""
-        return self.folder / "votes.safetensors"
-
-    @property
-    def certificates(self) -> Path:
-        """The client's certificates."""
-        return self.folder / "certificates.parquet"
-
-    @property
-    def deployed(self) -> Path:
-        """The model for test time."""
-        return self.folder / "deployed.safetensors"
 
     def state(self, after: int) -> ClientState:
         """The client's state after a round.

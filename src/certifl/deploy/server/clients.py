@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from flwr.app import ArrayRecord
+
 from certifl.deploy.transport.messages import Content, GridTransport, Node, NoReply
 from certifl.deploy.transport.schemas import Joined, MalformedMessage, Reply, checked
 from certifl.errors import one_line
@@ -30,6 +32,21 @@ class ConnectedClient:
     client: int
     node: Node
     joined: Joined
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A request under way.
+
+    Attributes:
+        entry: its receiver, as it had joined. name: of the answer.
+        since: when it was sent. until: when it times out.
+    """
+
+    entry: ConnectedClient
+    name: str
+    since: float
+    until: float
 
 
 @dataclass
@@ -90,6 +107,32 @@ class ClientRegistry:
             elif time.monotonic() > until:
                 del self._join_requests[id]
                 del self._nodes[id]  # asked again at the next refresh
+
+    def ask(
+        self,
+        client: int,
+        fields: Mapping[str, Any],
+        encoded: Mapping[str, ArrayRecord],
+        within: float,
+    ) -> Pending | None:
+        """Send a request to a client; None where it is not connected.
+
+        Args:
+            client: its number. fields: of the request, without study and client.
+            encoded: parts of the request. within: seconds after which it times out.
+        """
+        entry = self.connected.get(client)
+        if entry is None:
+            return None
+        request = {**fields, "study": dict(self.study), "client": client}
+        name = self.transport.send(entry.node.id, Content(request, encoded=encoded), within)
+        now = time.monotonic()
+        return Pending(entry, name, now, now + within)
+
+    def restarted(self, pending: Pending) -> bool:
+        """Whether the receiver of a request was started again: it does not know of the request."""
+        entry = self.connected.get(pending.entry.client)
+        return entry is not None and entry.node != pending.entry.node
 
     def wait_for(self, clients: set[int], seconds: float, skip_refused: bool = False) -> set[int]:
         """Wait for some clients; returns those that are still missing.

@@ -15,10 +15,10 @@ from flwr.app import ArrayRecord
 from certifl.certification import Certificates
 from certifl.deploy.client.curves import CertificateChecks, curve_of
 from certifl.deploy.client.settings import lower_level
-from certifl.deploy.server.clients import POLL, ClientRegistry
-from certifl.deploy.server.remote_runner import fault_of, last_counted
-from certifl.deploy.server.start import Options
-from certifl.deploy.transport.messages import Content, Node, NoReply, encode, fingerprint_of
+from certifl.deploy.server.clients import POLL, ClientRegistry, Pending
+from certifl.deploy.server.remote_runner import fault_of, request_fields
+from certifl.deploy.server.start import Options, record
+from certifl.deploy.transport.messages import Content, NoReply, encode, fingerprint_of
 from certifl.deploy.transport.schemas import Certified, MalformedMessage, Reply, checked
 from certifl.errors import WorkError, one_line
 from certifl.federated.algorithms.base import needed_by_clients
@@ -58,28 +58,12 @@ def collect_certificates(
             the same command resumes.
     """
     left_out = _Collector(folder, spec, registry, last, options).run()
-    deployment = folder.manifest()["deployment"]
-    reasons = {str(client): why for client, why in left_out.items()}
-    folder.update({"deployment": {**deployment, "left_out": reasons}})
+    record(folder, {"left_out": {str(client): why for client, why in left_out.items()}})
     store_shared(folder, spec)
 
 
 def _rows(folder: RunFolder, client: int) -> Path:
     return folder.votes(client).with_name(f"rows-{client:05d}.parquet")
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """A request under way.
-
-    Attributes:
-        name: of its answer. until: when it times out. node: its receiver. since: when it was sent.
-    """
-
-    name: str
-    until: float
-    node: Node
-    since: float
 
 
 @dataclass
@@ -138,9 +122,9 @@ class _Collector:
     _progress_of: dict[int, _ClientProgress] = field(default_factory=dict)
     _failed: dict[int, list[str]] = field(default_factory=dict)
     _wrong: set[int] = field(default_factory=set)
-    _pending: dict[int, _Pending] = field(default_factory=dict)
+    _pending: dict[int, Pending] = field(default_factory=dict)
     _common: str | None = None
-    _broadcast: tuple[str, Mapping[str, ArrayRecord]] | None = None
+    _broadcast: tuple[str, Mapping[str, ArrayRecord]] = ("", {})
 
     def run(self) -> dict[int, str]:
         """Ask until all clients have finished, or none of the others will.
@@ -152,9 +136,11 @@ class _Collector:
         remaining = {c for c in everyone if not self.folder.shared(c).is_file()}
         if not remaining:
             return {}
-        parts = self.last.server()
-        self._common = self._common_model(parts)
-        parts = needed_by_clients(self.spec.build_algorithm(), parts)
+        algorithm, parts = self.spec.build_algorithm(), self.last.server()
+        if not algorithm.keeps_client_state:  # every client deploys the same model
+            state = ServerState(self.last.number, parts)
+            self._common = fingerprint(algorithm.deployed(state, ClientState()))
+        parts = needed_by_clients(algorithm, parts)
         self._broadcast = fingerprint_of(parts), encode(parts)
         del parts
         last_pending = time.monotonic()
@@ -201,50 +187,30 @@ class _Collector:
         return self._failed.get(client, [refused or "it is not connected"])[-1]
 
     def _ask(self, client: int) -> None:
-        entry = self.registry.connected.get(client)
-        if entry is None or len(self._failed.get(client, ())) >= _ATTEMPTS:
+        if len(self._failed.get(client, ())) >= _ATTEMPTS:
             return
-        assert self._broadcast is not None
-        named, encoded = self._broadcast
-        request = Content(self._request(client, named), encoded=encoded)
-        seconds = self.options.timeouts.answer
-        name = self.registry.transport.send(entry.node.id, request, seconds)
-        now = time.monotonic()
-        self._pending[client] = _Pending(name, now + seconds, entry.node, now)
+        broadcast, encoded = self._broadcast
+        fields = {
+            **request_fields("certify", self.last, client, broadcast),
+            "piece": self.options.piece,
+            "share": self.options.share,
+        }
+        asked = self.registry.ask(client, fields, encoded, self.options.timeouts.answer)
+        if asked is not None:
+            self._pending[client] = asked
 
-    def _finished_or_failed(self, client: int, request: _Pending) -> bool:
+    def _finished_or_failed(self, client: int, request: Pending) -> bool:
         """Whether a client has finished; one that failed or was restarted is asked again."""
         answer = self.registry.transport.take_reply(request.name)
-        entry = self.registry.connected.get(client)
         if answer is not None:
             del self._pending[client]
             return self._handle(client, answer, time.monotonic() - request.since)
         if time.monotonic() > request.until:
             del self._pending[client]
             self._fail(client, "no answer came in time", wrong=False)
-        elif entry is not None and entry.node != request.node:
+        elif self.registry.restarted(request):
             del self._pending[client]
         return False
-
-    def _request(self, client: int, named: str) -> dict[str, Any]:
-        return {
-            "order": "certify",
-            "study": dict(self.registry.study),
-            "client": client,
-            "round": self.last.number,
-            "counted": last_counted(self.last, client),
-            "broadcast": named,
-            "piece": self.options.piece,
-            "share": self.options.share,
-        }
-
-    def _common_model(self, parts: Any) -> str | None:
-        """Fingerprint of the model that every client deploys; None where each has its own."""
-        algorithm = self.spec.build_algorithm()
-        if algorithm.keeps_client_state:
-            return None
-        state = ServerState(self.last.number, parts)
-        return fingerprint(algorithm.deployed(state, ClientState()))
 
     def _handle(self, client: int, answer: Content | NoReply, took: float) -> bool:
         """Whether a client has finished."""
@@ -293,10 +259,8 @@ class _Collector:
             if certified.plain is not None:
                 if certified.plain.correct > certified.plain.images:
                     raise MalformedMessage("its accuracy is impossible")
-                shared["plain"] = {
-                    "images": checks.image_count(certified.plain.images),
-                    "correct": certified.plain.correct,
-                }
+                checks.check_count(certified.plain.images)
+                shared["plain"] = certified.plain.model_dump()
         elif certified.share == "curve":
             if certified.curve is None:
                 raise MalformedMessage("its curve is missing")
@@ -350,16 +314,18 @@ def store_shared(folder: RunFolder, spec: Spec) -> None:
     plain = {str(c): s["plain"] for c, s in shared.items() if "plain" in s}
     certifying = {c: s for c, s in shared.items() if "plain" not in s}
     shares = {str(c): s["share"] for c, s in shared.items()}
-    deployment = folder.manifest()["deployment"]
-    folder.update({"deployment": {**deployment, "shares": shares, "plain": plain}})
+    record(folder, {"shares": shares, "plain": plain})
     if certifying and all(s["share"] == "rows" for s in certifying.values()):
         parts = [Certificates.load(_rows(folder, c)) for c in certifying]
         together = Certificates.concatenate(parts)
         models = {str(int(p.client[0])): p.conditions["model_fingerprint"] for p in parts}
         conditions = {**together.conditions, "model_fingerprint": models}
         folder.save_certificates(dataclasses.replace(together, conditions=conditions))
-        folder.update(_spent(parts))
-        _count_tests(folder, {c: len(p) for c, p in zip(certifying, parts, strict=True)})
+        cast = sum(int(p.votes.sum()) + int(p.selection_counts.sum()) for p in parts)
+        seconds = round(sum(float(p.seconds.sum()) for p in parts), 3)
+        precision = parts[0].conditions["precision"]
+        folder.update({"votes": cast, "certification_seconds": seconds, "precision": precision})
+        _count_tests(folder, len(together))
         return
     curves: dict[str, Any] = {}
     for client, entry in certifying.items():
@@ -371,18 +337,9 @@ def store_shared(folder: RunFolder, spec: Spec) -> None:
         elif entry["share"] == "curve":
             curves[str(client)] = entry["curve"]
     write_json(folder.curves, {"format": 1, "clients": curves})
-    _count_tests(folder, {int(c): entry["images"] for c, entry in curves.items()})
+    _count_tests(folder, sum(entry["images"] for entry in curves.values()))
 
 
-def _count_tests(folder: RunFolder, images: Mapping[int, int]) -> None:
+def _count_tests(folder: RunFolder, images: int) -> None:
     data = folder.manifest()["data"]
-    folder.update({"data": {**data, "test_images": sum(images.values())}})
-
-
-def _spent(parts: list[Certificates]) -> dict[str, Any]:
-    cast = sum(int(p.votes.sum()) + int(p.selection_counts.sum()) for p in parts)
-    return {
-        "votes": cast,
-        "certification_seconds": round(sum(float(p.seconds.sum()) for p in parts), 3),
-        "precision": parts[0].conditions["precision"],
-    }
+    folder.update({"data": {**data, "test_images": images}})

@@ -14,7 +14,6 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from certifl.deploy.server.start import (
     check_clients,
     check_start,
     new_registry,
-    stored_sizes,
+    record,
 )
 from certifl.deploy.transport.flower import configure_flower, opened_run, return_freed_memory
 from certifl.deploy.transport.messages import GridTransport
@@ -43,7 +42,7 @@ from certifl.runs.checkpoints import Checkpoints, StoredRound
 from certifl.runs.folder import FINISHED, RUNNING, RunFolder
 from certifl.runs.private_files import private_files
 from certifl.spec import Spec
-from certifl.study.environment import machine_metadata, versions
+from certifl.study.environment import machine_metadata, now, versions
 from certifl.study.opened_run import study_metadata
 from certifl.study.privacy import Protection, protection, spent, training_key
 from certifl.study.setup import by_client, local_training, participation
@@ -71,8 +70,9 @@ def coordinate(spec: Spec, transport: GridTransport, options: Options) -> RunFol
         folder.begin(spec.to_toml(), spec.hash(), options.overwrite)
         deployment = folder.manifest().get("deployment", {})
         id = deployment.get("id") or uuid.uuid4().hex
-        folder.update({"deployment": {**deployment, "id": id}})
-        reference = Reference(deployment.get("facts"), spec, stored_sizes(deployment))
+        record(folder, {"id": id})
+        reported = {int(c): size for c, size in deployment.get("train_images", {}).items()}
+        reference = Reference(deployment.get("facts"), spec, reported)
         registry = new_registry(spec, transport, options, id, reference)
         assemble(registry, reference, options)
         assert reference.model is not None
@@ -81,7 +81,7 @@ def coordinate(spec: Spec, transport: GridTransport, options: Options) -> RunFol
         _describe(folder, spec, reference, options)
         last = _train(folder, spec, reference, registry, sizes, options)
         collect_certificates(folder, spec, registry, last, options)
-        folder.update({"status": FINISHED, "finished": _now()})
+        folder.update({"status": FINISHED, "finished": now()})
     return folder
 
 
@@ -89,14 +89,13 @@ def _sizes(
     folder: RunFolder, registry: ClientRegistry, spec: Spec, reference: Reference
 ) -> list[int]:
     """Training images of every client as first reported; 1 where it never joined."""
-    sizes, deployment = reference.sizes, folder.manifest()["deployment"]
-    tests = dict(deployment.get("test_images", {}))
+    sizes, tests = reference.sizes, dict(folder.manifest()["deployment"].get("test_images", {}))
     for client, entry in registry.connected.items():
         sizes.setdefault(client, entry.joined.train_images)
         if entry.joined.test_images is not None:
             tests.setdefault(str(client), entry.joined.test_images)
-    stored = {"train_images": {str(c): size for c, size in sizes.items()}, "test_images": tests}
-    folder.update({"deployment": {**deployment, **stored}})
+    stored = {str(client): size for client, size in sizes.items()}
+    record(folder, {"train_images": stored, "test_images": tests})
     return [max(1, sizes.get(client, 1)) for client in range(spec.clients.count)]
 
 
@@ -121,7 +120,7 @@ def _describe(folder: RunFolder, spec: Spec, reference: Reference, options: Opti
             "machine": machine_metadata("cpu"),
             "versions": versions(),
             "command": manifest.get("command") or options.command,
-            "created": manifest.get("created") or _now(),
+            "created": manifest.get("created") or now(),
         }
     )
 
@@ -181,17 +180,13 @@ def _rounds(spec: Spec, report: StageCallback | None) -> Callable[[Progress], No
     scheduled, each = spec.training.rounds, spec.clients.participants
     extra = spec.build_algorithm().extra_rounds * spec.clients.count
 
-    def progress(now: Progress) -> None:
+    def progress(at: Progress) -> None:
         if report is not None:
-            late = max(0, now.round - scheduled)
-            before = min(now.round, scheduled) * each + late * now.participants
-            report("training", before + now.done, scheduled * each + extra, "client rounds")
+            late = max(0, at.round - scheduled)
+            before = min(at.round, scheduled) * each + late * at.participants
+            report("training", before + at.done, scheduled * each + extra, "client rounds")
 
     return progress
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def run_study(spec: Spec, server_folder: Path, options: Options) -> RunFolder:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from certifl.deploy.provision.bundle import INSECURE, Connection, load_connection
 from certifl.deploy.provision.keys import check_certificate, connection_problem, public_key_bytes
@@ -87,13 +86,6 @@ class KeyFolder(Mapping[int, bytes]):
 
     def __len__(self) -> int:
         return len(client_keys(self._folder))
-
-
-def registered_clients(folder: Path) -> list[dict[str, Any]]:
-    """The clients of a running server: number, whether connected, since when."""
-    numbers = {key: client for client, key in client_keys(folder).items()}
-    nodes = flower.nodes(local_endpoint(folder))
-    return [{**node, "client": numbers.get(node["key"])} for node in nodes]
 
 
 def run_server(folder: Path, report: Callable[[str], None]) -> None:

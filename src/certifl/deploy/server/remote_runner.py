@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 from flwr.app import ArrayRecord
 
 from certifl.deploy.client.state import NEVER
-from certifl.deploy.server.clients import POLL, ClientRegistry
+from certifl.deploy.server.clients import POLL, ClientRegistry, Pending
 from certifl.deploy.transport.messages import (
     Content,
-    Node,
     NoReply,
     encode,
     fingerprint_of,
@@ -56,17 +56,6 @@ class Timeouts:
 
 
 @dataclass
-class _Pending:
-    """A pending request; `images` is how many the client trains on, as reported on joining."""
-
-    node: Node
-    images: int
-    name: str
-    until: float
-    refreshed: float
-
-
-@dataclass
 class RemoteRunner:
     """Runs the clients of a round over a transport; answers come in the order of participants.
 
@@ -98,98 +87,66 @@ class RemoteRunner:
         missing = self.registry.wait_for(wanted - self._absent, self.timeouts.absent)
         self._absent = (missing | (self._absent & wanted)) - self.registry.connected.keys()
         round = _Round(self, current)
-        for client in participants:
-            round.ask(client)
+        pending = {client: round.ask(client) for client in participants}
         round.release()
         for client in participants:
-            yield round.answer(client)
+            yield round.answer(client, pending.pop(client))
 
 
 class _Round:
     """The requests and answers of one round."""
 
     def __init__(self, remote: RemoteRunner, current: StoredRound) -> None:
-        self._registry, self._timeouts = remote.registry, remote.timeouts
-        self._needed, self._extra = remote.needed, remote.extra
-        self._steps = remote.steps
-        self._sends = set(remote.sends(current.number))
-        self._current = current
+        self._remote, self._registry, self._current = remote, remote.registry, current
         self._encoded: Mapping[str, ArrayRecord] | None = None
         self._broadcast_fingerprint = ""
-        self._pending: dict[int, _Pending] = {}
         self._began = time.perf_counter()
 
-    def ask(self, client: int) -> None:
-        """Send the round's request to a client, if it is connected."""
-        entry = self._registry.connected.get(client)
-        if entry is None:
-            return
-        fields = {
-            "order": "round",
-            "study": dict(self._registry.study),
-            "client": client,
-            "round": self._current.number,
-            "counted": last_counted(self._current, client),
-        }
-        encoded = self._broadcast()
-        request = Content({**fields, "broadcast": self._broadcast_fingerprint}, encoded=encoded)
-        name = self._registry.transport.send(entry.node.id, request, self._timeouts.answer)
-        now, images = time.monotonic(), entry.joined.train_images
-        until = now + self._timeouts.answer
-        self._pending[client] = _Pending(entry.node, images, name, until, now)
+    def ask(self, client: int) -> Pending | None:
+        """Send the round's request to a client; None where it is not connected."""
+        if client not in self._registry.connected:
+            return None
+        if self._encoded is None:
+            parts = self._remote.needed(self._current.server())
+            self._broadcast_fingerprint = self._broadcast_fingerprint or fingerprint_of(parts)
+            self._encoded = encode(parts)
+        fields = request_fields("round", self._current, client, self._broadcast_fingerprint)
+        return self._registry.ask(client, fields, self._encoded, self._remote.timeouts.answer)
 
     def release(self) -> None:
         """Free the broadcast: it is read again if needed."""
         self._encoded = None
 
-    def _broadcast(self) -> Mapping[str, ArrayRecord]:
-        if self._encoded is None:
-            parts = self._needed(self._current.server())
-            self._broadcast_fingerprint = self._broadcast_fingerprint or fingerprint_of(parts)
-            self._encoded = encode(parts)
-        return self._encoded
-
-    def answer(self, client: int) -> ClientResult:
+    def answer(self, client: int, pending: Pending | None) -> ClientResult:
         """Wait for a client's answer."""
-        pending = self._pending.pop(client, None)
         if pending is None:
             why = self._registry.refused.get(client)
             reason = "it is not connected" if why is None else f"it was refused, {why}"
             return ClientResult(client, 0.0, None, Fault("late", reason))
+        until, refreshed = pending.until, pending.since
         while True:
             content = self._registry.transport.take_reply(pending.name)
-            if isinstance(content, NoReply) and content.gone:
-                again = self._reconnected(client)
-                if again is not None:
-                    pending = again
-                    continue
+            gone = isinstance(content, NoReply) and content.gone
+            if gone and not self._registry.wait_for({client}, self._remote.timeouts.absent):
+                pending = self._again(client, pending)  # it disconnected, and is here again
+                until, refreshed = pending.until, pending.since
+                continue
             if content is not None:
-                return self._read(client, pending.images, content)
+                return self._read(client, pending.entry.joined.train_images, content)
             now = time.monotonic()
-            if now > pending.until:
+            if now > until:
                 return self._fault(client, "late", "no answer came in time")
-            if now - pending.refreshed > _REFRESH_SECONDS:
-                pending = self._refreshed(client, pending)
+            if now - refreshed > _REFRESH_SECONDS:
+                refreshed = now
+                self._registry.refresh()
+                if self._registry.restarted(pending):
+                    pending = self._again(client, pending)
             time.sleep(POLL)
 
-    def _reconnected(self, client: int) -> _Pending | None:
-        """A client that disconnected, asked again if it returns; None if it does not."""
-        if self._registry.wait_for({client}, self._timeouts.absent):
-            return None
-        self.ask(client)
+    def _again(self, client: int, before: Pending) -> Pending:
+        asked = self.ask(client)
         self.release()
-        return self._pending.pop(client)
-
-    def _refreshed(self, client: int, pending: _Pending) -> _Pending:
-        """Ask again if the client's node was restarted."""
-        self._registry.refresh()
-        entry = self._registry.connected.get(client)
-        if entry is not None and entry.node != pending.node:
-            self.ask(client)
-            self.release()
-            again = self._pending.pop(client)
-            return replace(again, until=pending.until)
-        return replace(pending, refreshed=time.monotonic())
+        return asked or before
 
     def _read(self, client: int, images: int, content: Content | NoReply) -> ClientResult:
         if isinstance(content, NoReply):
@@ -221,20 +178,19 @@ class _Round:
         if update.weight != images:
             weight = f"its weight is {update.weight:g}"
             return Fault("wrong", f"{weight}, and it joined with {images} training images")
-        most, steps = (
-            self._steps(client, self._current.number),
-            update.metrics.get("private_steps"),
-        )
+        number, steps = self._current.number, update.metrics.get("private_steps")
+        most = self._remote.steps(client, number)
         if steps is not None and steps > most:
             return Fault(
                 "wrong", f"it counts {steps} private steps, and at most {most} were asked"
             )
         sent = set(update.extra) | ({"model"} if update.model is not None else set())
-        if sent != self._sends:
-            listed = [", ".join(sorted(names)) or "no parts" for names in (sent, self._sends)]
+        asked = set(self._remote.sends(number))
+        if sent != asked:
+            listed = [", ".join(sorted(names)) or "no parts" for names in (sent, asked)]
             return Fault("wrong", f"it sent {listed[0]}, and this round asks for {listed[1]}")
         for part, tensors in update.extra.items():
-            differs = mismatch(self._extra, tensors)
+            differs = mismatch(self._remote.extra, tensors)
             if differs is not None:
                 return Fault("wrong", f"its {part} does not fit, {differs}")
         return None
@@ -249,6 +205,18 @@ def fault_of(reply: Reply) -> Fault | None:
     if fault is None:
         return None
     return Fault(fault.kind if fault.kind in _KINDS else "raised", fault.reason)
+
+
+def request_fields(
+    order: str, current: StoredRound, client: int, broadcast: str
+) -> dict[str, Any]:
+    """Fields of a request that sends a client the parts of a stored round."""
+    return {
+        "order": order,
+        "round": current.number,
+        "counted": last_counted(current, client),
+        "broadcast": broadcast,
+    }
 
 
 def last_counted(current: StoredRound, client: int) -> int:

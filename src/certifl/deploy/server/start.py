@@ -24,6 +24,7 @@ from certifl.errors import CertiflError, InputError, RequestError, WorkError, on
 from certifl.federated.faults import required_clients
 from certifl.models import build, fingerprint
 from certifl.progress import StageCallback
+from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
 
 _log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class Options:
         out: the run folder. overwrite: replace an existing run.
         share: the most that clients are asked for, a name in `settings.SHARES`.
         own_perturbation: clients may certify a perturbation of their own.
-        patience: how long is waited. piece: seconds of certification per order.
+        timeouts: how long is waited. piece: seconds of certification per request.
         keys: public keys by client; a node must then have the key of its client.
         min_clients: how many clients are enough to start; None = all of them. Once the study
             has begun, `clients.min_clients` of the spec alone says how many a round needs.
@@ -278,9 +279,10 @@ def _absent(registry: ClientRegistry, missing: set[int]) -> str:
     return "; ".join(reasons)
 
 
-def stored_sizes(deployment: Mapping[str, Any]) -> dict[int, int]:
-    """Training images by client, as stored in a run folder."""
-    return {int(client): size for client, size in deployment.get("train_images", {}).items()}
+def record(folder: RunFolder, entries: Mapping[str, Any]) -> None:
+    """Add entries to what the run's manifest says of the deployment."""
+    before = folder.manifest().get("deployment", {})
+    folder.update({"deployment": {**before, **entries}})
 
 
 # Which clients match before a study starts, and how the others differ.

@@ -31,6 +31,7 @@ from flwr.proto.control_pb2 import (
     StartRunRequest,
     StopRunRequest,
 )
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
     PullTaskInputRequest,
@@ -290,23 +291,15 @@ def _control(endpoint: Endpoint) -> Iterator[ControlHttpClient]:
 def register(endpoint: Endpoint, name: str, key: bytes) -> None:
     """Let a node with this public key connect; nothing if it may already."""
     with _control(endpoint) as client:
-        registered = {info.public_key for info in client.ListNodes(ListNodesRequest()).nodes_info}
-        if key not in registered:
+        registered = client.ListNodes(ListNodesRequest()).nodes_info
+        if key not in {info.public_key for info in registered}:
             client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
 
 
-def nodes(endpoint: Endpoint) -> list[dict[str, Any]]:
-    """All registered nodes: key, name, status, since when."""
+def nodes(endpoint: Endpoint) -> list[NodeInfo]:
+    """All registered nodes."""
     with _control(endpoint) as client:
-        return [
-            {
-                "key": info.public_key,
-                "name": info.name,
-                "status": info.status,
-                "since": info.last_activated_at,
-            }
-            for info in client.ListNodes(ListNodesRequest()).nodes_info
-        ]
+        return list(client.ListNodes(ListNodesRequest()).nodes_info)
 
 
 @contextlib.contextmanager
