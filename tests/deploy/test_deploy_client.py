@@ -387,7 +387,7 @@ def test_with_share_none_a_server_learns_only_that_a_client_has_finished(case, t
 @pytest.mark.parametrize("share", ["none", "curve"])
 def test_pieces_do_not_disclose_the_votes_of_each_image(share, tmp_path, monkeypatch):
     monkeypatch.setattr("certifl.deploy.client.client._SHORTEST", 0.0)
-    asked = spec("certification.images=4", "training.rounds=1", "certification.n=1000")
+    asked = spec("certification.images=8", "training.rounds=1", "certification.n=2000")
     heard, _ = listened(tmp_path, asked, share, piece=1e-9)
     told = [a.fields["certified"] for kind, a in heard if kind == "query.certify"]
     pieces = [fields for fields in told if not fields["done"]]

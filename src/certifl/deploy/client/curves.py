@@ -27,6 +27,7 @@ from certifl.deploy.transport.schemas import Curve, MalformedMessage
 from certifl.errors import CertiflError, InputError, one_line
 from certifl.federated.states import ModelState
 from certifl.perturbations import Perturbation, from_record
+from certifl.safe_io import MALFORMED
 from certifl.spec import Spec
 from certifl.study.curves import impossible_curve
 
@@ -142,9 +143,9 @@ class CertificateChecks:
         rows = _rows_from(part, self.images)
         try:
             self._check_rows(rows, model)
-        except (ArithmeticError, CertiflError, LookupError, TypeError, ValueError) as error:
-            if isinstance(error, MalformedMessage):
-                raise
+        except MalformedMessage:
+            raise
+        except (CertiflError, *MALFORMED) as error:
             raise MalformedMessage(f"its rows are not certificates ({error})") from error
         return rows
 
@@ -252,15 +253,5 @@ def _rows_from(part: ModelState, most: int | None) -> Certificates:
             return Certificates.load(path)
         except MalformedMessage:
             raise
-        except (
-            ArithmeticError,
-            AttributeError,
-            InputError,
-            LookupError,
-            MemoryError,
-            OSError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except (MemoryError, OSError, RuntimeError, *MALFORMED) as error:
             raise MalformedMessage(f"its rows are not certificates ({error})") from error

@@ -43,6 +43,7 @@ from certifl.runs.atomic import (
     write_json,
 )
 from certifl.runs.private_files import private_folder
+from certifl.safe_io import MALFORMED
 
 NEVER = -1
 """The round before a client's first."""
@@ -287,24 +288,17 @@ def sent_lines(folder: Path) -> Iterator[str]:
     Raises:
         StoreError: it cannot be read.
     """
-    path, before, any_line = folder / SENT, dict[str, Any](), False
-    for number, line in enumerate(_stored(path), 1):
-        any_line = True
-        try:
-            entry = json.loads(line)
-            yield from _entry_lines(entry, before)
-        except (AttributeError, KeyError, TypeError, ValueError):
-            yield f"line {number} of {path} is damaged"
-    if not any_line:
+    path, before = folder / SENT, dict[str, Any]()
+    if not path.exists():
         yield f"Nothing has left this machine yet: there is no {path}."
-
-
-def _stored(path: Path) -> Iterator[str]:
+        return
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
-            yield from file
-    except FileNotFoundError:
-        return
+            for number, line in enumerate(file, 1):
+                try:
+                    yield from _entry_lines(json.loads(line), before)
+                except MALFORMED:
+                    yield f"line {number} of {path} is damaged"
     except OSError as error:
         raise StoreError(f"Cannot read {path}: {error}.") from error
 
@@ -316,10 +310,9 @@ def _entry_lines(entry: dict[str, Any], before: dict[str, Any]) -> Iterator[str]
     yield f"{entry['time']}  {kind}{which}{of}  {entry['bytes']:,} bytes"
     yield f"    says: {', '.join(entry['says'])}"
     for part, tensors in entry["parts"].items():
-        key = (kind, part)
-        if before.get(str(key)) == tensors:
+        if before.get(f"{kind} {part}") == tensors:
             yield f"    {part}: the same {len(tensors)} tensors as before"
             continue
-        before[str(key)] = tensors
+        before[f"{kind} {part}"] = tensors
         shown = (f"{name} {tuple(shape)} {dtype}" for name, (dtype, shape) in tensors.items())
         yield f"    {part}: {'; '.join(shown)}"

@@ -21,7 +21,7 @@ POLL = 0.3
 UNKNOWN = -1
 """Number of a node that cannot be identified as any client's."""
 _RETRY_SECONDS = 10.0
-_FAILED, _MISMATCHED, _IMPOSTOR = "failed", "mismatched", "impostor"
+FAILED, MISMATCHED, IMPOSTOR = "failed", "mismatched", "impostor"
 """Why a node is refused: it reports a fault, it does not match, it is not the client it claims."""
 
 
@@ -63,8 +63,7 @@ class ClientRegistry:
         within: seconds in which a node must answer a request to join.
         connected: clients that joined, by number.
         refused: why other clients are not among them.
-        unfit: those of them that claim the impossible. mismatched: of these, those whose
-            properties or answer do not fit the study.
+        kinds: of these refusals: `FAILED`, `MISMATCHED`, `IMPOSTOR`.
     """
 
     transport: GridTransport
@@ -74,8 +73,7 @@ class ClientRegistry:
     within: float = 120.0
     connected: dict[int, ConnectedClient] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
-    unfit: set[int] = field(default_factory=set)
-    mismatched: set[int] = field(default_factory=set)
+    kinds: dict[int, str] = field(default_factory=dict)
     _join_requests: dict[int, tuple[Node, str, float]] = field(default_factory=dict)
     _nodes: dict[int, Node] = field(default_factory=dict)
     _retry_at: dict[int, float] = field(default_factory=dict)
@@ -156,12 +154,12 @@ class ClientRegistry:
             problem = self.mismatch(entry.joined)
             if problem is not None:
                 del self.connected[client]
-                self._refuse(client, problem, _MISMATCHED)
+                self._refuse(client, problem, MISMATCHED)
 
     def _handle_join(self, node: Node, answer: Content | NoReply) -> None:
         if isinstance(answer, NoReply):
             if answer.malformed:
-                self._refuse(self._identify(node, None), answer.reason, _MISMATCHED)
+                self._refuse(self._identify(node, None), answer.reason, MISMATCHED)
             else:
                 _log.warning("Node %d does not join: %s.", node.id, answer.reason)
                 self._retry_at[node.id] = time.monotonic() + _RETRY_SECONDS
@@ -170,7 +168,7 @@ class ClientRegistry:
         try:
             reply = checked(Reply, answer.fields, "not an answer to a request")
             if reply.fault is not None:
-                self._refuse(who, reply.fault.reason, _FAILED)
+                self._refuse(who, reply.fault.reason, FAILED)
                 return
             joined = checked(Joined, answer.fields.get("joined"), "not an answer to join")
             if joined.client != reply.client:
@@ -178,16 +176,15 @@ class ClientRegistry:
                     f"it claims to be client {joined.client}, and client {reply.client}"
                 )
         except MalformedMessage as error:
-            self._refuse(who, f"its answer is malformed, {error}", _MISMATCHED)
+            self._refuse(who, f"its answer is malformed, {error}", MISMATCHED)
             return
         impostor = self._identity_problem(joined.client, node)
         problem = impostor or self.mismatch(joined)
         if problem is not None:
-            self._refuse(who, problem, _MISMATCHED if impostor is None else _IMPOSTOR)
+            self._refuse(who, problem, MISMATCHED if impostor is None else IMPOSTOR)
             return
         self.refused.pop(who, None)
-        self.unfit.discard(who)
-        self.mismatched.discard(who)
+        self.kinds.pop(who, None)
         self.connected[joined.client] = ConnectedClient(joined.client, node, joined)
         _log.info("Client %d joined.", joined.client)
 
@@ -215,11 +212,4 @@ class ClientRegistry:
         _log.warning("%s is refused: %s.", who, shown)
         if client in self.connected:  # another node claimed to be this client
             return
-        self.refused[client] = shown
-        for group, kinds in (
-            (self.unfit, (_MISMATCHED, _IMPOSTOR)),
-            (self.mismatched, (_MISMATCHED,)),
-        ):
-            group.discard(client)
-            if kind in kinds:
-                group.add(client)
+        self.refused[client], self.kinds[client] = shown, kind

@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord
 from certifl.certification import Certificates
 from certifl.deploy.client.curves import CertificateChecks, curve_of
 from certifl.deploy.client.settings import lower_level
-from certifl.deploy.server.clients import POLL, ClientRegistry, Pending
+from certifl.deploy.server.clients import FAILED, POLL, ClientRegistry, Pending
 from certifl.deploy.server.remote_runner import fault_of, request_fields
 from certifl.deploy.server.start import Options, record
 from certifl.deploy.transport.messages import Content, NoReply, encode, fingerprint_of
@@ -165,8 +165,8 @@ class _Collector:
     def _unusable(self, clients: set[int]) -> set[int]:
         """Those whose answers are impossible, repeatedly, or that do not match the study."""
         failed = {c for c in self._wrong if len(self._failed.get(c, ())) >= _ATTEMPTS}
-        absent = self.registry.unfit - self.registry.connected.keys()
-        return clients & (failed | absent)
+        unfit = {c for c, kind in self.registry.kinds.items() if kind != FAILED}
+        return clients & (failed | (unfit - self.registry.connected.keys()))
 
     def _left_out(self, clients: set[int]) -> dict[int, str]:
         """Why clients are left out, if enough remain.

@@ -16,7 +16,7 @@ from torch import nn
 
 from certifl.data import EMBEDDED, load
 from certifl.deploy.client.settings import check_share
-from certifl.deploy.server.clients import UNKNOWN, ClientRegistry
+from certifl.deploy.server.clients import MISMATCHED, UNKNOWN, ClientRegistry
 from certifl.deploy.server.remote_runner import Timeouts
 from certifl.deploy.transport.messages import GridTransport
 from certifl.deploy.transport.schemas import Joined
@@ -83,9 +83,22 @@ class Reference:
 
     def build(self, properties: Mapping[str, Any]) -> None:
         """Build the initial network, once."""
-        if self.model is None:
-            self.model = _built(self.spec, properties)
-            self.model_fingerprint = fingerprint(self.model)
+        if self.model is not None:
+            return
+        spec, (height, width) = self.spec, properties["image_size"]
+        channels, classes = int(properties["in_channels"]), len(properties["class_names"])
+        size = (int(height), int(width))
+        try:
+            self.model = build(
+                spec.model.name, channels, classes, spec.seed, spec.model.options, size
+            ).eval()
+        except (MemoryError, OverflowError, RuntimeError) as error:
+            raise InputError(
+                f"The network {spec.model.name!r} cannot be built for {channels} channels, "
+                f"{height} x {width} pixels and {classes} classes, which is what most clients "
+                f"have: {one_line(error)}. Check their images, or choose another network."
+            ) from error
+        self.model_fingerprint = fingerprint(self.model)
 
     def release(self) -> None:
         """Free the initial weights: the first round is stored, and has its own."""
@@ -114,26 +127,6 @@ class Reference:
                 "the same version of torch"
             )
         return None
-
-
-def _built(spec: Spec, properties: Mapping[str, Any]) -> nn.Module:
-    height, width = properties["image_size"]
-    channels, classes = int(properties["in_channels"]), len(properties["class_names"])
-    try:
-        return build(
-            spec.model.name,
-            channels,
-            classes,
-            spec.seed,
-            spec.model.options,
-            (int(height), int(width)),
-        ).eval()
-    except (MemoryError, OverflowError, RuntimeError) as error:
-        raise InputError(
-            f"The network {spec.model.name!r} cannot be built for {channels} channels, "
-            f"{height} x {width} pixels and {classes} classes, which is what most clients have: "
-            f"{one_line(error)}. Check their images, or choose another network."
-        ) from error
 
 
 def check_clients(spec: Spec, transport: GridTransport, options: Options) -> str | None:
@@ -255,7 +248,7 @@ def _too_few(
 ) -> CertiflError:
     """Too few clients joined, or too few of them match."""
     missing, connected = everyone - registry.connected.keys(), len(registry.connected)
-    if registry.mismatched:
+    if MISMATCHED in registry.kinds.values():
         matching = f"those that match: --min-clients {connected}" if connected else "others"
         return RequestError(
             f"The study does not start: {connected} of {len(everyone)} clients match, and "
