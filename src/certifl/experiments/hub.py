@@ -12,9 +12,10 @@ run: weights are safetensors, and a network of one's own needs the folder of its
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from certifl.study.opened_run import ClientStudy, Deployed, OpenRun
 PREFIX = "hf:"
 SHARES = ("curve", "rows")
 _CARD, _CERTIFICATES = "card.json", "certificates.parquet"
+_OF_A_NETWORK = ("model_fingerprint", "quantization", "agreement_with_float32")
 _FILES = ["README.md", CLIENT_STUDY, "spec.toml", "deployed.safetensors", _CARD, _CERTIFICATES]
 _STEPS = 8
 
@@ -67,6 +69,12 @@ def push(
     if not target.startswith(PREFIX) and Path(target).exists():
         raise StoreMismatch(f"{target} exists already: name a new folder, or {PREFIX}OWNER/NAME.")
     deployed, certificates = _of_run(run, client, code)
+    if share != "rows" and certificates.conditions.get("precision") == "int8":
+        raise InputError(
+            "The certificates are of a network in int8, whose ranges of activations tell of "
+            'training images: share = "rows" (--share rows) publishes them in its record, else '
+            "certify in float32 or bfloat16. Without them nobody can vote with that network."
+        )
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
         folder.mkdir()
@@ -126,7 +134,17 @@ def _of_run(run: Path, client: int | None, code: Path | None) -> tuple[Deployed,
     opened = OpenRun(run, code=code)
     opened.require_finished()
     number = client or 0
-    return opened.deployed(number), opened.certificates.of_client(number)
+    return opened.deployed(number), _of_one(opened.certificates.of_client(number), number)
+
+
+def _of_one(certificates: Certificates, client: int) -> Certificates:
+    """A client's certificates without what the metadata say of others' networks."""
+    own = {
+        name: {str(client): value[str(client)]}
+        for name, value in certificates.conditions.items()
+        if name in _OF_A_NETWORK and isinstance(value, Mapping) and str(client) in value
+    }
+    return dataclasses.replace(certificates, conditions={**certificates.conditions, **own})
 
 
 def _write(
