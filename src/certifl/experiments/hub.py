@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from certifl.certification import Certificates
 from certifl.certification.metadata import of_client
 from certifl.errors import CertiflError, DataUnavailable, InputError, StoreMismatch, first_line
@@ -33,9 +35,9 @@ from certifl.study.opened_run import ClientStudy, Deployed, OpenRun
 
 PREFIX = "hf:"
 SHARES = ("curve", "rows")
-_CARD, _CERTIFICATES = "card.json", "certificates.parquet"
+CARD, CERTIFICATES = "card.json", "certificates.parquet"
 _OF_A_NETWORK = ("model_fingerprint", "quantization", "agreement_with_float32")
-_FILES = ["README.md", CLIENT_STUDY, "spec.toml", "deployed.safetensors", _CARD, _CERTIFICATES]
+_FILES = ["README.md", CLIENT_STUDY, "spec.toml", "deployed.safetensors", CARD, CERTIFICATES]
 _STEPS = 8
 
 
@@ -98,14 +100,23 @@ def load(source: str | Path, code: Path | None = None) -> Deployed:
     """
     folder = local_folder(source)
     deployed = ClientStudy(folder).deployed(None, code)
-    card = read_json(folder / _CARD)
+    check_card(folder, deployed.model)
+    return deployed
+
+
+def check_card(folder: Path, model: nn.Module) -> None:
+    """Refuse weights that the card of a pushed model is not about.
+
+    Raises:
+        StoreMismatch: they are others. StoreError: the card is missing or damaged.
+    """
+    card = read_json(folder / CARD)
     named = card.get("model_fingerprint") if isinstance(card, dict) else None
-    if named != fingerprint(deployed.model):
+    if named != fingerprint(model):
         raise StoreMismatch(
-            f"The weights of {source} are not those that its card is about: {named!r:.40}. Its "
+            f"The weights in {folder} are not those that its card is about: {named!r:.40}. Its "
             "certificates say nothing about them."
         )
-    return deployed
 
 
 def local_folder(source: str | Path) -> Path:
@@ -127,7 +138,7 @@ def _of_run(run: Path, client: int | None, code: Path | None) -> tuple[Deployed,
     """A client's model and the certificates of its own test images."""
     study = ClientStudy(run)
     if study.exists():
-        stored = run / _CERTIFICATES
+        stored = run / CERTIFICATES
         if not stored.is_file():
             raise StoreMismatch(f"{run} holds no certificates yet: nothing is known of its model.")
         return study.deployed(client, code), Certificates.load(stored)
@@ -159,10 +170,10 @@ def _write(
     ClientStudy(folder).describe(spec, deployed.client, data)
     save_tensors(folder / "deployed.safetensors", deployed.model.state_dict())
     numbers = card_numbers(deployed, certificates, spec.data.name)
-    write_json(folder / _CARD, numbers)
+    write_json(folder / CARD, numbers)
     write_text(folder / "README.md", card_text(numbers, target, share == "rows", spec.model.name))
     if share == "rows":
-        certificates.save(folder / _CERTIFICATES)
+        certificates.save(folder / CERTIFICATES)
 
 
 def _publishable(spec: Spec) -> Spec:
