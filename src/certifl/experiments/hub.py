@@ -25,6 +25,7 @@ from certifl.certification import Certificates
 from certifl.certification.metadata import of_client
 from certifl.errors import CertiflError, DataUnavailable, InputError, StoreMismatch, first_line
 from certifl.models import fingerprint, is_users_code
+from certifl.models.state import constants_of
 from certifl.path_checks import CLIENT_STUDY
 from certifl.perturbations import family_label, format_amount, received_words
 from certifl.runs.atomic import read_json, save_tensors, write_json, write_text
@@ -105,7 +106,7 @@ def load(source: str | Path, code: Path | None = None) -> Deployed:
 
 
 def check_card(folder: Path, model: nn.Module) -> None:
-    """Refuse weights that the card of a pushed model is not about.
+    """Refuse weights, or a normalization, that the card of a pushed model is not about.
 
     Raises:
         StoreMismatch: they are others. StoreError: the card is missing or damaged.
@@ -116,6 +117,12 @@ def check_card(folder: Path, model: nn.Module) -> None:
         raise StoreMismatch(
             f"The weights in {folder} are not those that its card is about: {named!r:.40}. Its "
             "certificates say nothing about them."
+        )
+    constants = constants_of(model)
+    if constants != card.get("constants", constants):
+        raise StoreMismatch(
+            f"The network of {folder} is made from a model of the hub, whose normalization is now "
+            f"{constants}: its card is about {card['constants']!r:.200}."
         )
 
 
@@ -211,6 +218,7 @@ def card_numbers(deployed: Deployed, certificates: Certificates, data: str) -> d
         "prepared": deployed.spec.data.preparation().described,
         "deploys": deployed.deploys,
         "model_fingerprint": fingerprint(deployed.model),
+        **({"constants": constants} if (constants := constants_of(deployed.model)) else {}),
         "perturbation": metadata["description"],
         **{name: metadata[name] for name in (*named, "precision", "seed") if name in metadata},
         "images": len(certificates),
