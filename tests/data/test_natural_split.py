@@ -20,7 +20,7 @@ from certifl.experiments.plan import data_facts
 from certifl.experiments.run import Options, run
 from certifl.report import load_run
 from certifl.spec import Spec, with_settings
-from certifl.study.opened_run import open_data
+from certifl.study.setup import open_data
 from image_sets import png
 
 # (hospital, training images, test images)

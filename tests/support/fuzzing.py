@@ -47,7 +47,7 @@ from certifl.report.page.explorer import explorer_payload
 from certifl.report.results import by_perturbation, load_runs
 from certifl.report.summary import left_out_words, measure_curves, measures_of
 from certifl.spec import load as load_spec
-from certifl.study.opened_run import open_data
+from certifl.study.setup import open_data
 
 __all__ = ["CASES", "KINDS", "SECONDS", "Kind", "Wrong", "prepare"]
 

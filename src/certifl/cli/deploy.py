@@ -202,7 +202,7 @@ def run(
         from certifl.cli import terminal
         from certifl.deploy.server.coordinator import Options, run_study
         from certifl.deploy.server.remote_runner import Timeouts
-        from certifl.runs.private_files import private_files
+        from certifl.runs.atomic import private_files
 
         with terminal.Board() as board:
             board.stage(study.name)

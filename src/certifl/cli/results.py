@@ -220,22 +220,23 @@ def verify(
 def _verify(run: Path, data_dir: Path | None, recast: Options | None) -> int:
     """Verify one run and print the result; returns the exit status."""
     from certifl.experiments.verify import verify_run
-    from certifl.experiments.verify_run import shortened
 
     result = verify_run(run, data_dir, recast)
-    failed = bool(result.problems)
-    for problem in shortened(result.problems, _FINDINGS):
+    failed, more = bool(result.problems), len(result.problems) - _FINDINGS
+    for problem in result.problems[:_FINDINGS]:
         say(f"{run}: {problem}", err=True)
-    if not failed and (result.checked or not result.kept):
+    if more > 0:
+        say(f"{run}: and {more} more findings", err=True)
+    if not failed and (result.checked or not result.elsewhere):
         say(f"{run}: {result.checked} certificates follow from their votes.")
         for name, items in (("compared", result.compared), ("not checked", result.unchecked)):
             if items:
                 say(f"  {name}: {'; '.join(items)}")
     if result.recast is not None:
         say(f"  recast: {result.recast}", err=failed)
-    if result.kept:
-        say(result.kept, err=True)
-    return 1 if failed else 2 if result.kept else 0
+    if result.elsewhere:
+        say(result.elsewhere, err=True)
+    return 1 if failed else 2 if result.elsewhere else 0
 
 
 def attack(

@@ -21,7 +21,8 @@ from certifl.certification.network import choose_device
 from certifl.errors import CertiflError, InputError, WorkError
 from certifl.progress import StageCallback
 from certifl.study.certify import certify_clients
-from certifl.study.opened_run import OpenRun, code_folder
+from certifl.study.opened_run import OpenRun
+from certifl.study.setup import code_folder
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ from certifl.federated.algorithms.personalized import Personalized
 from certifl.federated.rounds import Progress
 from certifl.federated.states import ClientData
 from certifl.federated.trainer import train
+from certifl.models import state_of
 from certifl.progress import StageCallback
-from certifl.runs.atomic import write_json
+from certifl.runs.atomic import save_tensors, write_json
 from certifl.runs.checkpoints import Checkpoints, StoredRound
 from certifl.runs.folder import FINISHED, RUNNING, RunFolder
 from certifl.runs.published import is_published
@@ -42,16 +43,17 @@ from certifl.study.environment import (
     training_threads,
     versions,
 )
-from certifl.study.opened_run import (
-    DATA_DIR,
-    OpenRun,
+from certifl.study.opened_run import DATA_DIR, OpenRun
+from certifl.study.privacy import protection, spent, training_key
+from certifl.study.setup import (
+    by_client,
+    check_training,
     initial_model,
+    local_training,
     open_data,
+    participation,
     study_metadata,
 )
-from certifl.study.privacy import protection, spent, training_key
-from certifl.study.setup import by_client, check_training, local_training, participation
-from certifl.study.weights import keep_weights
 from certifl.tracking import check_trackers
 from certifl.tracking.run_tracker import Update, track_finished, tracked
 
@@ -213,7 +215,8 @@ def _describe(run: OpenRun, options: Options) -> None:
         }
     )
     write_json(run.folder.partition, partition.to_manifest())
-    keep_weights(run.folder, spec, run.architecture)
+    if spec.model.weights is not None and not run.folder.initial.is_file():
+        save_tensors(run.folder.initial, state_of(run.architecture))
 
 
 def _train(run: OpenRun, options: Options, device: str, update: Update) -> StoredRound:

@@ -42,7 +42,7 @@ from certifl.study.certify import (
     stored_arithmetic,
 )
 from certifl.study.opened_run import ClientStudy, Deployed, OpenRun, certified_by
-from certifl.study.weights import begin_with
+from certifl.study.setup import begin_with
 from certifl.torch_env import one_thread
 
 _DEFAULT_SIGMA = 0.25

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,53 +16,38 @@ import pyarrow.parquet as pq
 
 from certifl._version import __version__
 from certifl.certification import Certificates
+from certifl.certification.api import asked_conditions
 from certifl.certification.certificates import Predictions
-from certifl.certification.metadata import differs
+from certifl.certification.metadata import AMOUNTS, differs, entries
+from certifl.certification.precisions import PRECISIONS
+from certifl.certification.record import known_words
 from certifl.data import Dataset, Partition, check, choose
-from certifl.errors import CertiflError, InputError, StoreError, StoreMismatch
+from certifl.errors import InputError, StoreError
 from certifl.models import build
+from certifl.perturbations import Perturbation, from_record
 from certifl.spec import Spec
-from certifl.study.opened_run import OpenRun, partition_of, study_metadata
+from certifl.study.opened_run import OpenRun
 from certifl.study.privacy import protection, spent
-from certifl.study.setup import by_client
+from certifl.study.setup import by_client, partition_of, study_metadata
+
+Rows = Certificates | Predictions
 
 _WORDS = ("label", "deploys")  # another version may say the same otherwise
 _SHOWN = 5
 _ROUNDING = 1e-6
 
 
-@dataclass(frozen=True)
-class Images:
-    """The data set of a run, where it is available.
-
-    Attributes:
-        dataset: None where it is not. why: then says why.
-        others: whether a data set of that name holds other images.
-    """
-
-    dataset: Dataset | None
-    why: str = ""
-    others: bool = False
+def _unlike(
+    where: str, found: Mapping[str, Any], expected: Mapping[str, Any], source: str
+) -> list[str]:
+    return [
+        f"{where} says {name} = {found.get(name)!r:.80}, {source} {value!r:.80}"
+        for name, value in expected.items()
+        if differs(found.get(name), value)
+    ]
 
 
-def available_images(run: OpenRun, data_dir: Path | None) -> Images:
-    """The data set of a run: from the folder that the user names, or from where the run found it.
-
-    Raises:
-        CertiflError: the data set is not in the folder that the user names.
-    """
-    if "deployment" in run.manifest:
-        return Images(None, "they are with its clients")
-    try:
-        return Images(run.dataset)
-    except StoreMismatch:
-        return Images(None, "the data set holds other images", others=True)
-    except StoreError:
-        raise
-    except (CertiflError, OSError) as error:
-        if data_dir is not None:
-            raise
-        return Images(None, str(error).partition(". ")[0].rstrip("."))
+# Certificates and the spec.
 
 
 def column_problems(path: Path, certificates: Certificates) -> list[str]:
@@ -77,20 +61,119 @@ def column_problems(path: Path, certificates: Certificates) -> list[str]:
     ]
 
 
-def partition_problems(partition: Partition, spec: Spec, images: Images) -> list[str]:
-    """Where it is not the one that spec, seed and, where they are at hand, labels give."""
-    wanted = {"split": spec.clients.split, "seed": spec.seed, "clients": spec.clients.count}
-    found = {"split": partition.split, "seed": partition.seed, "clients": len(partition.clients)}
+def settings_problems(
+    conditions: Mapping[str, Any], spec: Spec, certifying: Sequence[int]
+) -> list[str]:
+    """Where the conditions in the file are not those that the spec asks for."""
+    problems: dict[str, None] = {}  # clients that share a perturbation say it once
+    perturbations = spec.perturbations()
+    for clients, metadata in entries(conditions):
+        for client in certifying if clients is None else clients:
+            known = 0 <= client < len(perturbations)
+            perturbation = perturbations[client] if known else None
+            if perturbation is not None:
+                who = "" if clients is None else f"of client {client} "
+                found = _metadata_problems(metadata, spec, client, perturbation, who)
+                problems |= dict.fromkeys(found)
+    return list(problems)
+
+
+def curve_settings_problems(client: int, metadata: Any, spec: Spec) -> list[str]:
+    """As `settings_problems`, of a shared curve; its client may have its own perturbation."""
+    try:
+        perturbation = from_record(metadata["description"])
+        own = perturbation != spec.perturbations()[client]
+        left_out, who = AMOUNTS if own else (), f"of client {client} "
+        return _metadata_problems(metadata, spec, client, perturbation, who, left_out)
+    except (InputError, KeyError, TypeError, AttributeError, IndexError) as error:
+        return [f"client {client}: what it certified is damaged ({error!r})"]
+
+
+def _metadata_problems(
+    metadata: Mapping[str, Any],
+    spec: Spec,
+    client: int,
+    perturbation: Perturbation,
+    who: str,
+    left_out: Sequence[str] = (),
+) -> list[str]:
+    settings = spec.certification.settings(client)
+    estimator = settings.estimator_for(perturbation)
+    if "boundaries" in estimator.metadata:  # a record of 0.1 names none
+        estimator = estimator.recorded(settings, perturbation, metadata)
+    expected = asked_conditions(perturbation, settings, spec.seed, estimator)
+    # Records of 0.1.0 may name neither; the range of a scan is compared all the same.
+    stored = {"keep": "certificates", "reach": expected.get("reach"), **metadata}
     problems = [
-        f"partition.json says {name} = {found[name]!r}, the spec {value!r}"
-        for name, value in wanted.items()
-        if found[name] != value
+        f"the certificates {who}say {key} = {stored.get(key)!r:.80}, the spec {value!r:.80}"
+        for key, value in expected.items()
+        if key not in left_out
+        and known_words(key, stored)
+        and (key not in stored or differs(stored[key], value))
     ]
-    if problems:
+    asked, recorded = spec.certification.precision, metadata.get("precision")
+    allowed = [asked] if asked != "auto" else [name for name in PRECISIONS if name != "int8"]
+    if recorded not in allowed:
+        problems.append(
+            f"the certificates {who}say precision = {recorded!r:.80}, the spec {asked!r}"
+        )
+    return problems
+
+
+def clients_problems(certificates: Certificates, certifying: Sequence[int]) -> list[str]:
+    """Certificates are those of the clients that certify something, once for each image."""
+    problems = []
+    if _twice(certificates):
+        problems.append("an image is certified twice for one client")
+    there = set(certificates.client.tolist())
+    if set(certifying) - there:
+        problems.append("some clients have no certificates")
+    if strangers := sorted(there - set(certifying)):
+        problems.append(f"client {strangers[0]} has certificates, but the spec asks for none")
+    return problems
+
+
+def plain_problems(predictions: Predictions, plain: Sequence[int]) -> list[str]:
+    """Plain predictions are those of the clients that certify nothing, once for each image."""
+    problems = []
+    if predictions.clients != list(plain):
+        problems.append("plain predictions are not those of the clients that certify nothing")
+    if _twice(predictions):
+        problems.append("an image is predicted twice for one client")
+    return problems
+
+
+def _twice(rows: Rows) -> bool:
+    pairs = np.stack([rows.client, rows.index], axis=1)
+    return len(np.unique(pairs, axis=0)) != len(pairs)
+
+
+def too_many(certificates: Certificates, spec: Spec) -> list[str]:
+    """More images of a client than the spec certifies."""
+    asked = spec.certification.images
+    clients, counts = np.unique(certificates.client, return_counts=True)
+    return [
+        f"client {client}: {count} images, but the spec certifies {asked}"
+        for client, count in zip(clients, counts, strict=True)
+        if asked is not None and count > asked
+    ]
+
+
+# Images.
+
+
+def partition_problems(partition: Partition, spec: Spec, dataset: Dataset | None) -> list[str]:
+    """Where it is not the one that spec, seed and, where they are at hand, labels give."""
+    found = {"split": partition.split, "seed": partition.seed, "clients": len(partition.clients)}
+    expected = {"split": spec.clients.split, "seed": spec.seed, "clients": spec.clients.count}
+    if problems := _unlike("partition.json", found, expected, "the spec"):
         return problems
-    dataset = images.dataset
-    if dataset is None:
-        return _shared_images(partition)
+    if dataset is None:  # at least, no partition gives an image to two clients
+        for name in ("train", "test"):
+            images = np.concatenate([getattr(client, name) for client in partition.clients])
+            if np.unique(images).size != images.size:
+                return [f"partition.json gives a {name} image to two clients"]
+        return []
     try:
         check(partition, dataset.train.labels, dataset.test.labels)
         again = partition_of(spec, dataset)
@@ -101,17 +184,8 @@ def partition_problems(partition: Partition, spec: Spec, images: Images) -> list
     return []
 
 
-def _shared_images(partition: Partition) -> list[str]:
-    """Images that two clients hold, which no partition gives."""
-    for name in ("train", "test"):
-        held = np.concatenate([getattr(client, name) for client in partition.clients])
-        if np.unique(held).size != held.size:
-            return [f"partition.json gives a {name} image to two clients"]
-    return []
-
-
 def chosen_problems(
-    rows: Certificates | Predictions, partition: Partition, spec: Spec, clients: Iterable[int]
+    rows: Rows, partition: Partition, spec: Spec, clients: Iterable[int]
 ) -> list[str]:
     """Where the rows are not the images that spec, seed and partition choose, in their order."""
     expected = {
@@ -122,19 +196,19 @@ def chosen_problems(
         if client < len(partition.clients)
     }
     problems: list[str] = []
-    for client, wanted in expected.items():
-        problems += _differing(client, rows.index[rows.client == client], wanted)
-    owners = [np.full(len(wanted), client) for client, wanted in expected.items()]
+    for client, index in expected.items():
+        problems += _differing(client, rows.index[rows.client == client], index)
+    owners = [np.full(len(index), client) for client, index in expected.items()]
     in_order = np.concatenate(owners) if owners else np.zeros(0, np.int64)
     if not problems and not np.array_equal(rows.client, in_order):
         problems.append("the rows are not in the order of the clients")
     return problems
 
 
-def _differing(client: int, found: np.ndarray, wanted: np.ndarray) -> list[str]:
-    if np.array_equal(found, wanted):
+def _differing(client: int, found: np.ndarray, expected: np.ndarray) -> list[str]:
+    if np.array_equal(found, expected):
         return []
-    missing, extra = np.setdiff1d(wanted, found), np.setdiff1d(found, wanted)
+    missing, extra = np.setdiff1d(expected, found), np.setdiff1d(found, expected)
     problems = []
     if missing.size:
         problems.append(f"client {client}: {_named(missing)} missing")
@@ -151,7 +225,7 @@ def _named(index: np.ndarray) -> str:
     return f"image {shown} is" if index.size == 1 else f"images {shown}{more} are"
 
 
-def label_problems(rows: Certificates | Predictions, dataset: Dataset) -> list[str]:
+def label_problems(rows: Rows, dataset: Dataset) -> list[str]:
     """Where labels are not those of the data set."""
     known = (rows.index >= 0) & (rows.index < len(dataset.test))
     true = dataset.test.labels.numpy()[rows.index[known]]
@@ -166,6 +240,9 @@ def label_problems(rows: Certificates | Predictions, dataset: Dataset) -> list[s
     return problems
 
 
+# Training.
+
+
 def history_problems(run: OpenRun) -> list[str]:
     """Where history.jsonl is not what the final checkpoint says of the rounds."""
     try:
@@ -175,12 +252,11 @@ def history_problems(run: OpenRun) -> list[str]:
     rounds = [by_client(entry) for entry in run.last_round.history]
     if len(found) != len(rounds):
         return [f"history.jsonl has {len(found)} rounds, the final checkpoint {len(rounds)}"]
-    wrong = [
-        number
+    return [
+        f"history.jsonl: round {number} is not as the checkpoint recorded it"
         for number, (stored, committed) in enumerate(zip(found, rounds, strict=True), 1)
         if differs(stored, committed)
     ]
-    return [f"history.jsonl: round {n} is not as the checkpoint recorded it" for n in wrong]
 
 
 def published_history_problems(run: OpenRun) -> list[str]:
@@ -189,8 +265,8 @@ def published_history_problems(run: OpenRun) -> list[str]:
         found = [entry.get("round") for entry in run.history]
     except StoreError as error:
         return [str(error).rstrip(".")]
-    wanted = list(range(run.spec.training.rounds + run.algorithm.extra_rounds))
-    return ["history.jsonl has other rounds than the spec gives"] * (found != wanted)
+    expected = list(range(run.spec.training.rounds + run.algorithm.extra_rounds))
+    return ["history.jsonl has other rounds than the spec gives"] * (found != expected)
 
 
 def privacy_problems(run: OpenRun, dataset: Dataset) -> list[str]:
@@ -223,6 +299,9 @@ def _alike(recorded: Any, again: Any) -> bool:
     return not differs(recorded, again)
 
 
+# The record of the run.
+
+
 def manifest_problems(
     manifest: Mapping[str, Any],
     spec: Spec,
@@ -231,35 +310,22 @@ def manifest_problems(
     dataset: Dataset | None,
 ) -> list[str]:
     """Where run.json is not what spec, certificates and data give."""
-    versions = manifest.get("versions")
+    versions, data = manifest.get("versions"), manifest.get("data")
     same_version = isinstance(versions, Mapping) and versions.get("certifl") == __version__
-    wanted = study_metadata(spec)
-    del wanted["code"]
-    if not same_version:
-        wanted = {name: value for name, value in wanted.items() if name not in _WORDS}
-    problems = _unlike("run.json", manifest, wanted, "the spec")
-    local = "deployment" not in manifest
-    data = manifest.get("data")
+    expected = study_metadata(spec)
+    for name in ("code", *(() if same_version else _WORDS)):
+        del expected[name]
+    problems = _unlike("run.json", manifest, expected, "the spec")
     if not isinstance(data, Mapping):
         return [*problems, "run.json does not say which data the run is of"]
-    if local:
-        problems += _of_the_data(data, spec, dataset)
-        problems += _of_the_conditions(manifest, certificates, predictions)
+    if "deployment" not in manifest:
+        problems += _data_problems(data, spec, dataset)
+        problems += _conditions_problems(manifest, certificates, predictions)
     return problems + _sums(manifest, certificates, predictions)
 
 
-def _unlike(
-    where: str, found: Mapping[str, Any], wanted: Mapping[str, Any], source: str
-) -> list[str]:
-    return [
-        f"{where} says {name} = {found.get(name)!r:.80}, {source} {value!r:.80}"
-        for name, value in wanted.items()
-        if differs(found.get(name), value)
-    ]
-
-
-def _of_the_data(data: Mapping[str, Any], spec: Spec, dataset: Dataset | None) -> list[str]:
-    asked = {
+def _data_problems(data: Mapping[str, Any], spec: Spec, dataset: Dataset | None) -> list[str]:
+    asked: dict[str, Any] = {
         "name": spec.data.name,
         "train_images": spec.data.train_images,
         "test_images": spec.data.test_images,
@@ -277,19 +343,17 @@ def _of_the_data(data: Mapping[str, Any], spec: Spec, dataset: Dataset | None) -
     return _unlike("run.json, data:", data, known, "the study")
 
 
-def _of_the_conditions(
+def _conditions_problems(
     manifest: Mapping[str, Any], certificates: Certificates, predictions: Predictions | None
 ) -> list[str]:
     """What certificates and run.json both say must be one thing: one process wrote them."""
-    data, versions = manifest["data"], manifest.get("versions")
-    problems = []
+    data, versions, problems = manifest["data"], manifest.get("versions"), list[str]()
+    both = {"data_fingerprint": data.get("fingerprint")}
+    if "precision" in manifest:
+        both["precision"] = manifest["precision"]
     for what, rows in (("certificates", certificates), ("predictions", predictions)):
-        if rows is None:
-            continue
-        both = {"data_fingerprint": data.get("fingerprint")}
-        if "precision" in manifest:
-            both["precision"] = manifest["precision"]
-        problems += _unlike(f"the file of {what}", rows.conditions, both, "run.json")
+        if rows is not None:
+            problems += _unlike(f"the file of {what}", rows.conditions, both, "run.json")
     recorded = certificates.conditions.get("versions")
     if isinstance(versions, Mapping) and isinstance(recorded, Mapping):
         known = {name: versions.get(name) for name in ("certifl", "torch", "python")}
@@ -317,18 +381,10 @@ def _sums(
             f"{seconds:.3f}"
         )
     if predictions is not None:
-        plain = {str(client): _accuracy(predictions, client) for client in predictions.clients}
+        plain = {}
+        for client in predictions.clients:
+            own = predictions.client == client
+            correct = int(predictions.correct[own].sum())
+            plain[str(client)] = {"images": int(own.sum()), "correct": correct}
         problems += _unlike("run.json", manifest, {"plain": plain}, "the predictions")
     return problems
-
-
-def _accuracy(predictions: Predictions, client: int) -> dict[str, int]:
-    own = predictions.client == client
-    return {"images": int(own.sum()), "correct": int(predictions.correct[own].sum())}
-
-
-def shortened(problems: Sequence[str], most: int) -> list[str]:
-    """At most so many sentences, and how many more there are."""
-    if len(problems) <= most:
-        return list(problems)
-    return [*problems[:most], f"and {len(problems) - most} more findings"]
