@@ -63,14 +63,15 @@ def received(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# The commands in one process, with the import path that `python -m certifl` leaves.
 COMMANDS = (
     ("list",),
     ("verify", "run"),
     ("report", "run", "--out", "page.html"),
     ("claims", "run"),
     ("plan", "run/spec.toml"),
+    ("predict", "grey.png", "--run", "run"),
 )
-# The other commands in one process, with the import path that `python -m certifl` leaves.
 DRIVER = """
 import sys
 sys.path.remove("")
@@ -82,19 +83,18 @@ for line in sys.argv[1:]:
     except SystemExit as exit:
         assert not exit.code, (line, exit.code)
 """
-MODULE = (sys.executable, "-m", "certifl")
-SCRIPT = (str(Path(sys.executable).with_name("certifl")),)
-PREDICT = ("predict", "grey.png", "--run", "run")
+SCRIPT = Path(sys.executable).with_name("certifl")
+# How a process is started decides about its import path, whatever the command is.
 STARTS = {
-    "module": (*MODULE, *PREDICT),
-    "script": (*SCRIPT, *PREDICT),
+    "module": (sys.executable, "-m", "certifl", "list"),
+    "script": (str(SCRIPT), "list"),
     "every command": (sys.executable, "-c", DRIVER, *map(" ".join, COMMANDS)),
 }
 
 
 @pytest.mark.parametrize("start", STARTS)
 def test_nothing_of_the_folder_is_imported(received: Path, start: str) -> None:
-    if start == "script" and not Path(SCRIPT[0]).is_file():
+    if start == "script" and not SCRIPT.is_file():
         pytest.skip("certifl is not installed here")
     done = subprocess.run(
         STARTS[start],
@@ -109,25 +109,19 @@ def test_nothing_of_the_folder_is_imported(received: Path, start: str) -> None:
     assert not (received / "hit").exists(), (received / "hit").read_text()
 
 
-def test_processes_that_a_command_starts_import_nothing_either(received: Path) -> None:
-    asked = ("run", "run/spec.toml", "--set", "training.rounds=2", "--workers", "1")
-    tiny.process(*asked, "--out", "../other", cwd=received).fine("FedAvg")
-    assert not (received / "hit").exists(), (received / "hit").read_text()
-    assert "PYTHONSAFEPATH" not in os.environ
-
-
-def test_a_network_of_the_spec_brings_its_package_and_nothing_else(tmp_path: Path) -> None:
-    package = tmp_path / "own_package"
+def test_a_network_of_the_spec_brings_its_package_and_nothing_else(received: Path) -> None:
+    """Nor do the worker processes that the command starts."""
+    package = received / "own_package"
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "parts.py").write_text(NET)
     (package / "net.py").write_text("from own_package.parts import make\n")
-    (tmp_path / "dill.py").write_text(f"open({str(tmp_path / 'hit')!r}, 'w')")
     own = ("model.name=own_package.net:make", "training.rounds=1", "certification.n=100")
-    spec = tiny.write_spec(tmp_path, *own)
-    done = tiny.process("run", spec, "--out", "run", "--workers", "1", cwd=tmp_path)
-    done.fine("FedAvg")
-    assert not (tmp_path / "hit").exists()
+    spec = tiny.write_spec(received, *own)
+    asked = ("run", spec, "--out", "../other", "--workers", "1")
+    tiny.process(*asked, cwd=received).fine("FedAvg")
+    assert not (received / "hit").exists(), (received / "hit").read_text()
+    assert "PYTHONSAFEPATH" not in os.environ
 
 
 def test_a_module_beside_the_named_one_is_not_importable(tmp_path: Path) -> None:

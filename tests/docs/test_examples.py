@@ -14,6 +14,9 @@ from certifl.runs.folder import RunFolder
 from tiny_study import cli
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+FEW = ("training.rounds=1", "certification.n=100", "certification.images=6")
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def example(name: str) -> ModuleType:
@@ -27,6 +30,7 @@ def example(name: str) -> ModuleType:
 
 def test_choosing_lambda(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     choose = example("choose_lambda")
+    choose.QUICK = (*choose.QUICK, *FEW)
     choose.main(["--quick", "--out", str(tmp_path)])
     said = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in said.splitlines() if line}
@@ -62,6 +66,7 @@ def test_what_is_recommended() -> None:
 
 def test_comparing_regimes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compare = example("compare_regimes")
+    compare.QUICK = (*compare.QUICK, *FEW)
     compare.main(["fedavg", "local", "--quick", "--seeds", "2", "--out", str(tmp_path)])
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 4 + 4  # a line for every run, then the comparison
@@ -91,7 +96,7 @@ def test_a_natural_federation_of_images_of_unlike_sizes(
     quick = [
         "training.rounds=1",
         "training.local_epochs=1",
-        "certification.n=200",
+        "certification.n=100",
         "certification.images=2",
     ]
     settings = [word for setting in quick for word in ("--set", setting)]

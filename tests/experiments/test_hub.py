@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 import certifl
 from certifl.errors import DataUnavailable, InputError, StoreMismatch
 from certifl.experiments.hub import load, push
+from certifl.experiments.run import Options, compute
 from certifl.models import fingerprint
-from tiny_study import cli, write_spec
+from tiny_study import cli, spec
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "certification.n=100",
         "certification.images=3",
     )
-    cli("run", write_spec(place, *settings), "--out", place / "run").fine()
-    return place / "run"
+    return compute(spec(*settings), Options(place / "run", explore=False)).path
 
 
 @pytest.fixture

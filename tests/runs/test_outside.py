@@ -14,7 +14,6 @@ import zlib
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -205,9 +204,9 @@ def test_an_image_that_declares_any_number_of_pixels_is_refused(side: int, tmp_p
 
 def test_a_table_that_declares_any_number_of_rows_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "certificates.parquet"
-    part = pa.table({"client": pa.array(np.zeros(1 << 20, np.int64))})
+    part = pa.table({"client": pa.nulls(1 << 24)})
     with pq.ParquetWriter(path, part.schema) as file:
-        for _ in range(130):
+        for _ in range(9):
             file.write_table(part)
     with pytest.raises(InputError, match="declares"):
         Certificates.load(path)

@@ -390,7 +390,7 @@ def doctor(data_dir: DataDir = None) -> None:
     from certifl.cli import terminal
     from certifl.experiments.doctor import examine
 
-    terminal.show_facts(examine(data_dir))
+    terminal.show_checks(examine(data_dir))
 
 
 def list_() -> None:

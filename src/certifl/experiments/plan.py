@@ -68,7 +68,7 @@ class Plan:
         votes_per_second: measured.
         memory_bytes: peak of the process. device_bytes: peak on the GPU, 0 without one.
         disk_bytes: checkpoints and certificates.
-        facts: what it was planned for, in words: device, precision, parameters, images.
+        setting: what it was planned for, in words: device, precision, parameters, images.
         assumptions: what the numbers rest on, in sentences.
     """
 
@@ -82,7 +82,7 @@ class Plan:
     memory_bytes: int
     device_bytes: int
     disk_bytes: int
-    facts: dict[str, str]
+    setting: dict[str, str]
     assumptions: tuple[str, ...]
 
 
@@ -91,15 +91,15 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
 
     Args:
         spec: the study.
-        data_dir: folder of data sets; not needed for those in `data_facts.KNOWN`.
+        data_dir: folder of data sets; not needed for those in `KNOWN`.
         device: "auto" or a torch device.
 
     Raises:
         DataUnavailable: a data set that is not known here and not at hand.
         RequestError: a spec that does not fit the data, or a model that cannot be built.
     """
-    place = choose_device(device)
-    data, assumed = data_facts(spec, data_dir)
+    where = choose_device(device)
+    data, assumed = data_size(spec, data_dir)
     train, test = _images_of_clients(spec, data, data_dir)
     images_of = np.minimum(test, spec.certification.images or test.max())
     images_of[[one is None for one in spec.perturbations()]] = 0  # nothing to certify
@@ -113,8 +113,8 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
         (data.shape[1], data.shape[2]),
     )
     check_images(model, dict(enumerate(train.tolist())))
-    (training, tuning), parts = _training_seconds(spec, model, data, train, place)
-    network = _network(spec, model.eval(), data, place, certified)
+    (training, tuning), parts = _training_seconds(spec, model, data, train, where)
+    network = _network(spec, model.eval(), data, where, certified)
     speed = _votes_per_second(spec, network, data, images_of)
     settings = spec.certification.settings()
     at_most = engine.expected_votes(certified, settings)
@@ -130,10 +130,10 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
         certification_seconds=expected / speed,
         votes_per_second=speed,
         memory_bytes=_peak_memory() + images,
-        device_bytes=_peak_on(place),
+        device_bytes=_peak_on(where),
         disk_bytes=_disk(spec, parts, certified, data.classes),
-        facts={
-            "device": str(machine_metadata(str(place))["device"]),
+        setting={
+            "device": str(machine_metadata(str(where))["device"]),
             "precision of votes": network.precision,
             "noisy images per batch": f"{network.batch_size:,}",
             "parameters of the model": f"{sum(p.numel() for p in model.parameters()):,}",
@@ -166,7 +166,7 @@ def _assumptions(spec: Spec, share: float) -> list[str]:
 
 
 def _images_of_clients(
-    spec: Spec, data: Facts, data_dir: Path | None
+    spec: Spec, data: DataSize, data_dir: Path | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Training and test images per client, dealt out with labels in equal shares.
 
@@ -189,13 +189,13 @@ def _numbers(dealt: Partition) -> tuple[np.ndarray, np.ndarray]:
     return train, np.array([len(client.test) for client in dealt.clients])
 
 
-def _pixels(data: Facts, count: int) -> Tensor:
+def _pixels(data: DataSize, count: int) -> Tensor:
     drawn = generator(0, "plan", count)
     return torch.randint(256, (count, *data.shape), generator=drawn, dtype=torch.uint8)
 
 
 def _network(
-    spec: Spec, model: nn.Module, data: Facts, place: torch.device, images: int
+    spec: Spec, model: nn.Module, data: DataSize, where: torch.device, images: int
 ) -> Network:
     """The network as a run would vote with it, with its initial weights."""
     precision, perturbation = spec.certification.precision, spec.perturbation()
@@ -203,11 +203,11 @@ def _network(
     if precision == "int8":
         calibration = Calibration.of(pixels, perturbation, spec.seed)
     trial = Trial.of(perturbation, spec.certification.settings(), spec.seed, images)
-    return ready(model, pixels, trial, place, precision, calibration=calibration)
+    return ready(model, pixels, trial, where, precision, calibration=calibration)
 
 
 def _training_seconds(
-    spec: Spec, model: nn.Module, data: Facts, train: np.ndarray, device: torch.device
+    spec: Spec, model: nn.Module, data: DataSize, train: np.ndarray, device: torch.device
 ) -> tuple[tuple[float, float], tuple[Parts, Parts]]:
     """Seconds of all rounds of all clients, and of the last extra one; what is kept after one."""
     schedule, algorithm = spec.training.schedule(), spec.build_algorithm()
@@ -245,7 +245,7 @@ class _Rounds:
     """Rounds of one client at a time, to be measured; what the client keeps is passed on."""
 
     def __init__(
-        self, algorithm: Algorithm, training: LocalTraining, start: ServerState, data: Facts
+        self, algorithm: Algorithm, training: LocalTraining, start: ServerState, data: DataSize
     ) -> None:
         self._algorithm, self._training, self._data = algorithm, training, data
         self.start, self.kept = start, ClientState()
@@ -275,7 +275,7 @@ def _alike(
     return groups
 
 
-def _votes_per_second(spec: Spec, network: Network, data: Facts, images: np.ndarray) -> float:
+def _votes_per_second(spec: Spec, network: Network, data: DataSize, images: np.ndarray) -> float:
     """Of all certified images together, which may be of several perturbations."""
     perturbations = spec.perturbations()
     groups = _alike([combine_augmentations(perturbations)], images).values()
@@ -288,7 +288,7 @@ def _votes_per_second(spec: Spec, network: Network, data: Facts, images: np.ndar
     return float(images.sum()) / seconds
 
 
-def _pace(perturbation: Perturbation, seed: int, network: Network, data: Facts) -> float:
+def _pace(perturbation: Perturbation, seed: int, network: Network, data: DataSize) -> float:
     counter = VoteCounter(network, perturbation, seed)
     images = (_pixels(data, 1).float() / 255).to(network.device)
     key, votes = image_key(images[0]), 2 * network.batch_size
@@ -343,7 +343,7 @@ def _peak_on(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class Facts:
+class DataSize:
     """What must be known of a data set to plan with it.
 
     Attributes:
@@ -358,16 +358,16 @@ class Facts:
 
 
 KNOWN = {
-    "digits": Facts(1397, 400, (1, 8, 8), 10),
-    "mnist": Facts(60_000, 10_000, (1, 28, 28), 10),
-    "fashion_mnist": Facts(60_000, 10_000, (1, 28, 28), 10),
-    "cifar10": Facts(50_000, 10_000, (3, 32, 32), 10),
-    "cifar100": Facts(50_000, 10_000, (3, 32, 32), 100),
+    "digits": DataSize(1397, 400, (1, 8, 8), 10),
+    "mnist": DataSize(60_000, 10_000, (1, 28, 28), 10),
+    "fashion_mnist": DataSize(60_000, 10_000, (1, 28, 28), 10),
+    "cifar10": DataSize(50_000, 10_000, (3, 32, 32), 10),
+    "cifar100": DataSize(50_000, 10_000, (3, 32, 32), 100),
 }
 """Data sets that are planned for without being read."""
 
 
-def data_facts(spec: Spec, data_dir: Path | None) -> tuple[Facts, str]:
+def data_size(spec: Spec, data_dir: Path | None) -> tuple[DataSize, str]:
     """Sizes of a spec's data set, and a sentence on where they come from.
 
     Raises:
@@ -376,10 +376,10 @@ def data_facts(spec: Spec, data_dir: Path | None) -> tuple[Facts, str]:
     name, columns, test = spec.data.name, data_columns(spec), spec.data.test_split
     prepare = columns.prepare
     if name in KNOWN and columns.no_columns and test is None and prepare.crop is None:
-        facts = KNOWN[name]
+        size = KNOWN[name]
         if prepare.resize is not None:
-            facts = replace(facts, shape=(facts.shape[0], *prepare.resize))
-        return facts, f"Measured on random images of the shape of {name}; it was not read."
+            size = replace(size, shape=(size.shape[0], *prepare.resize))
+        return size, f"Measured on random images of the shape of {name}; it was not read."
     if not _at_hand(name, data_dir, columns, test):
         raise DataUnavailable(
             f"A plan needs the size of the images of {name!r}, which is not on this machine, and "
@@ -388,8 +388,8 @@ def data_facts(spec: Spec, data_dir: Path | None) -> tuple[Facts, str]:
         )
     whole = load_data(spec, data_dir)
     shape = (whole.in_channels, *whole.image_size)
-    facts = Facts(len(whole.train), len(whole.test), shape, whole.num_classes)
-    return facts, f"Measured on random images; numbers and shape are those of {name}."
+    size = DataSize(len(whole.train), len(whole.test), shape, whole.num_classes)
+    return size, f"Measured on random images; numbers and shape are those of {name}."
 
 
 def _at_hand(name: str, data_dir: Path | None, columns: ReadOptions, test: str | None) -> bool:
