@@ -50,7 +50,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CERTIFL_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("CERTIFL_DATA", raising=False)
-        done = tiny.cli("run", tiny.write_spec(folder), "--out", folder / "run")
+        with tiny.undrawn():
+            done = tiny.cli("run", tiny.write_spec(folder), "--out", folder / "run")
     done.fine("FedAvg", "ACR", "Report:")
     return folder / "run"
 

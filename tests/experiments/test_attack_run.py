@@ -18,6 +18,8 @@ from certifl.report import write_report
 from certifl.runs.folder import RunFolder
 from tiny_study import cli
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(autouse=True)
 def few_votes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,13 +29,13 @@ def few_votes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_run_is_attacked_and_the_report_shows_it(copied: Path) -> None:
     certificates = RunFolder(copied).load_certificates()
-    done = cli("attack", copied, "--images", "3", "--directions", "4")
-    done.fine("class changes inside certificates 0 of", "deformed first, worst of 4")
+    done = cli("attack", copied, "--images", "3", "--directions", "8")
+    done.fine("class changes inside certificates 0 of", "deformed first, worst of 8")
     held = json.loads((copied / "attack.json").read_text())
     inside, beyond = held["parameters"], held["deformed_first"]
     assert inside["violations"] == []
     assert inside["confirm"] == 10 * tiny.VALUES["certification"]["n"]
-    assert inside["deltas"] == inside["images"] * (4 + 3 * 4)
+    assert inside["deltas"] == inside["images"] * (8 + 3 * 8)
     assert beyond["images"] == 6
     assert beyond["worst"] <= beyond["random"] <= 1
     assert 0 <= beyond["changed"] <= beyond["promised"] == inside["images"] <= 6

@@ -24,7 +24,8 @@ from certifl.experiments.verify import verify_run
 def run(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("int8")
     spec = tiny.write_spec(folder, "certification.precision=int8", "algorithm.name=local")
-    tiny.cli("run", spec, "--out", folder / "run").fine("ACR")
+    with tiny.undrawn():
+        tiny.cli("run", spec, "--out", folder / "run").fine("ACR")
     return folder / "run"
 
 

@@ -211,6 +211,7 @@ def by_batch(in_channels, num_classes):
 
 
 @pytest.mark.usefixtures("_own_modules")
+@tiny.undrawn()
 def test_a_network_beside_the_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "home"
     home.mkdir()
@@ -328,6 +329,7 @@ def test_the_training_of_a_network_whose_code_may_have_changed_is_not_taken_over
 # The main job.
 
 
+@tiny.undrawn()
 def test_quickstart_shows_all_regimes_on_one_page_and_is_not_done_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

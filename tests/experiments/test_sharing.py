@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from certifl.errors import InputError, WorkError
-from certifl.experiments.multi_gpu import cast_votes, device_names
-from certifl.experiments.run import Options, run
+from certifl.experiments.run import Options, cast_votes, device_names, run
 from certifl.study.opened_run import OpenRun
 from tiny_study import spec
 

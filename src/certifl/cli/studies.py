@@ -21,25 +21,22 @@ from certifl.cli.common import (
     Overwrite,
     PlanOnly,
     Settings,
-    Sigma,
     Track,
     Workers,
     command_line,
     interruptible,
+    labelled,
     load_study,
-    positive,
     run_folder,
     say,
 )
 from certifl.errors import WorkError
-from certifl.path_checks import WEIGHTS, check_data_folder, check_file, read_spec_file
+from certifl.path_checks import check_data_folder, read_spec_file
 
 if TYPE_CHECKING:
     from certifl.experiments.parallel import Job
     from certifl.experiments.sweep import Sweep
     from certifl.report import RunResults
-    from certifl.runs.folder import StoredRun
-    from certifl.study.opened_run import OpenRun
 
 
 def quickstart(
@@ -232,93 +229,11 @@ def _show_sweep(asked: Sweep, failures: Mapping[Path, str]) -> None:
 def _sweep_results(asked: Sweep, failures: Mapping[Path, str]) -> list[RunResults]:
     """The finished runs under the names of their rows."""
     return [
-        _labelled(folder, variant.label)
+        labelled(folder, variant.label)
         for variant in asked.variants
         for folder in asked.folders(variant)
         if folder not in failures
     ]
-
-
-def finetune(
-    model: Annotated[
-        str, typer.Option(help="Your network as module:function, or a model's name.")
-    ],
-    weights: Annotated[Path, typer.Option(help="Weights to begin with: .safetensors or .pt.")],
-    data: Annotated[
-        str, typer.Option(help="Data set: training images tune, test images are certified.")
-    ],
-    perturbation: Annotated[
-        str, typer.Option(help="Family, with --sigma, or FAMILY:SIGMA, such as rotation:18deg.")
-    ],
-    sigma: Sigma = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs over the training images.")] = 10,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 0.01,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a step.")] = 64,
-    images: Annotated[
-        int | None, typer.Option(min=1, help="Test images to certify; default: 500.")
-    ] = None,
-    n: Annotated[
-        int, typer.Option("--n", parser=positive, metavar="VOTES", help="Votes for each image.")
-    ] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of steps and noise.")] = 0,
-    set_: Settings = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Folder for the results; default: runs/<weights>-<hash>."),
-    ] = None,
-    data_dir: DataDir = None,
-    device: Devices = "auto",
-    overwrite: Overwrite = False,
-) -> None:
-    """Fine-tune your own weights with noise, and certify them before and after.
-
-    A short form of a study with one client; the same command resumes an interrupted one.
-    """
-    check_data_folder(data_dir)
-    check_file(weights, WEIGHTS)
-    from certifl.cli import terminal
-    from certifl.experiments import finetune as tuning
-    from certifl.experiments.run import Options, compute
-    from certifl.models import allow_code
-    from certifl.report import summary_rows, write_report
-    from certifl.runs.folder import require_own_folder
-
-    request = tuning.Request(
-        *(model, weights, data, perturbation, sigma, epochs, lr, batch_size, images, n, seed),
-        settings=set_ or [],
-    )
-    specs = tuning.finetune_specs(request)
-    allow_code(model, Path.cwd())
-    folder = out or Path("runs") / f"{weights.stem}-{specs['after'].hash()[:8]}"
-    page = folder / "report.html"
-    require_own_folder(folder, list(specs), (page.name, "figures", tuning.WEIGHTS))
-    runs: dict[str, OpenRun] = {}
-    with interruptible(overwrite), terminal.Board() as board:
-        for name, spec in specs.items():
-            board.stage(name)
-            options = Options(
-                folder / name,
-                data_dir,
-                device,
-                overwrite,
-                report=board.report,
-                command=command_line(),
-            )
-            runs[name] = compute(spec, options)
-        labels = {"before": tuning.BEFORE, "after": tuning.AFTER}
-        results = [_labelled(runs[name], label) for name, label in labels.items()]
-        tuned = tuning.save_finetuned(runs["after"], folder)
-        write_report(results, page, title=specs["after"].name)
-    terminal.show_summary(summary_rows(results))
-    say(f"\nReport: {page.resolve()}\nWeights: {tuned.resolve()}")
-
-
-def _labelled(run: Path | StoredRun, label: str) -> RunResults:
-    """A finished run under another name."""
-    from certifl.report import load_run
-
-    found = load_run(run)
-    return replace(found, label=label, manifest={**found.manifest, "label": label})
 
 
 def reproduce(

@@ -27,7 +27,7 @@ from certifl.perturbations import family_label, format_amount, received_words
 from certifl.runs.atomic import read_json, save_tensors, write_json, write_text
 from certifl.smoothing import even_grid, floor_text
 from certifl.spec import Spec, with_settings
-from certifl.study.opened_run import ClientStudy, Deployed, OpenRun
+from certifl.study.opened_run import ClientStudy, Deployed, open_deployed
 
 PREFIX = "hf:"
 SHARES = ("curve", "rows")
@@ -65,9 +65,16 @@ def push(
         raise InputError(f"share must be one of {', '.join(SHARES)}; got {share!r}.")
     if not target.startswith(PREFIX) and Path(target).exists():
         raise StoreMismatch(f"{target} exists already: name a new folder, or {PREFIX}OWNER/NAME.")
-    deployed, certificates = _of_run(run, client, code)
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "model"
+    deployed, opened = open_deployed(run, client, code)
+    stored = run / _CERTIFICATES
+    if opened is not None:
+        certificates = opened.certificates.of_client(deployed.client)
+    elif stored.is_file():
+        certificates = Certificates.load(stored)
+    else:
+        raise StoreMismatch(f"{run} holds no certificates yet: nothing is known of its model.")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
         folder.mkdir()
         _write(folder, target, deployed, certificates, share)
         if target.startswith(PREFIX):
@@ -112,20 +119,6 @@ def local_folder(source: str | Path) -> Path:
     fetch: Callable[..., str] = hub.snapshot_download
     base = name.removeprefix(PREFIX)
     return Path(_asked(name, lambda: fetch(base, allow_patterns=_FILES)))
-
-
-def _of_run(run: Path, client: int | None, code: Path | None) -> tuple[Deployed, Certificates]:
-    """A client's model and the certificates of its own test images."""
-    study = ClientStudy(run)
-    if study.exists():
-        stored = run / _CERTIFICATES
-        if not stored.is_file():
-            raise StoreMismatch(f"{run} holds no certificates yet: nothing is known of its model.")
-        return study.deployed(client, code), Certificates.load(stored)
-    opened = OpenRun(run, code=code)
-    opened.require_finished()
-    number = client or 0
-    return opened.deployed(number), opened.certificates.of_client(number)
 
 
 def _write(

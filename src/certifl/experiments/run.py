@@ -7,11 +7,16 @@ one as it is.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import multiprocessing
+import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +25,15 @@ from torch import nn
 from certifl.certification.network import choose_device, prepare
 from certifl.certification.quantization import Calibration
 from certifl.data import Dataset, Partition, named_folder, to_float
-from certifl.errors import InputError, SpecError, StoreError, StoreMismatch
+from certifl.errors import (
+    CertiflError,
+    InputError,
+    SpecError,
+    StoreError,
+    StoreMismatch,
+    WorkError,
+)
 from certifl.experiments.explore import explore
-from certifl.experiments.multi_gpu import cast_votes, device_names
 from certifl.federated.algorithms.personalized import Personalized
 from certifl.federated.rounds import Progress
 from certifl.federated.states import ClientData
@@ -48,6 +59,7 @@ from certifl.study.privacy import protection, spent, training_key
 from certifl.study.setup import (
     by_client,
     check_training,
+    code_folder,
     initial_model,
     local_training,
     open_data,
@@ -325,3 +337,104 @@ def _taken_over(folder: RunFolder, origin: RunFolder | None) -> Checkpoints | No
     if "training_seconds" not in folder.manifest():
         folder.update({"training_seconds": origin.manifest().get("training_seconds", 0.0)})
     return Checkpoints(origin.training)
+
+
+# Certification shared over several devices of one machine, a process each.
+#
+# Votes do not depend on where the work is cut, so a process takes every k-th client, casts its
+# votes and saves them as a single process would. The run then concludes from the saved votes.
+
+
+def device_names(text: str) -> tuple[str, ...]:
+    """Devices named in one option, "cuda:0,cuda:1"; all must be of one kind.
+
+    Raises:
+        InputError: no device, one that is not here, or devices of different kinds, whose votes
+            would be votes of differently rounding networks.
+    """
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise InputError("device is empty; give auto, cpu, cuda, or several as cuda:0,cuda:1.")
+    kinds = {_kind(choose_device(name)) for name in names}
+    if len(kinds) > 1:
+        raise InputError(
+            f"The devices {text} are of different kinds ({', '.join(sorted(kinds))}); the clients "
+            "of one study are certified on one kind."
+        )
+    return names
+
+
+def _kind(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def cast_votes(
+    run: OpenRun, data_dir: Path | None, devices: Sequence[str], report: StageCallback | None
+) -> None:
+    """Cast and save the votes of all clients of a trained run, one process per device.
+
+    Raises:
+        WorkError: a process failed; the votes saved so far are kept.
+    """
+    context, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
+    messages: Any = context.Queue()
+    folder = code_folder(run.spec.model.name)
+    code = None if folder is None else Path(folder)
+    processes = [
+        context.Process(
+            target=_cast,
+            args=(messages, run.path, data_dir, code, device, (number, len(devices)), threads),
+        )
+        for number, device in enumerate(devices)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        _listen(processes, messages, report)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+            process.join()
+    if any(process.exitcode for process in processes):
+        raise WorkError(
+            "A process that cast votes ended early. The votes saved so far are kept; repeat the "
+            "command, with fewer devices if memory ran out."
+        )
+
+
+def _listen(processes: Sequence[BaseProcess], messages: Any, report: StageCallback | None) -> None:
+    """Pass progress on until all processes have ended, or one has failed."""
+    progress: dict[int, tuple[int, int]] = {}
+    while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
+        with contextlib.suppress(queue.Empty):
+            number, done, total, failure = messages.get(timeout=0.2)
+            if failure:
+                raise WorkError(failure)
+            progress[number] = (done, total)
+            if report is not None and len(progress) == len(processes):
+                sums = [sum(part) for part in zip(*progress.values(), strict=True)]
+                report("certifying", sums[0], sums[1], "votes at most")
+
+
+def _cast(
+    messages: Any,
+    path: Path,
+    data_dir: Path | None,
+    code: Path | None,
+    device: str,
+    share: tuple[int, int],
+    threads: int,
+) -> None:
+    """One process: the votes of every client of this share."""
+    torch.set_num_threads(threads)
+    messages.put((share[0], 0, 0, ""))  # clients that certify nothing report no more
+
+    def send(_what: str, done: int, total: int, _unit: str) -> None:
+        messages.put((share[0], done, total, ""))
+
+    try:
+        certify_clients(OpenRun(path, data_dir, code), device, send, share)
+    except CertiflError as error:
+        messages.put((share[0], 0, 0, str(error)))
+        raise SystemExit(1) from error

@@ -323,6 +323,27 @@ def _with_weights(model: nn.Module, state: Mapping[str, Tensor], misfit: str) ->
     return evaluating(model)
 
 
+def open_deployed(
+    path: Path, client: int | None, code: Path | None
+) -> tuple[Deployed, OpenRun | None]:
+    """The model of a client of a run, or of the client whose own folder it is; with the run.
+
+    Args:
+        path: a finished run, or a client's own folder of a study.
+        client: None = client 0 of a run, or the one whose folder it is.
+        code: folder with the network's own code, which the user trusts.
+
+    Raises:
+        StoreMismatch: neither. InputError: there is no such client. StoreError: it is damaged.
+    """
+    study = ClientStudy(path)
+    if study.exists():
+        return study.deployed(client, code), None
+    run = OpenRun(path, code=code)
+    run.require_finished()
+    return run.deployed(client or 0), run
+
+
 @dataclass(frozen=True)
 class ClientStudy:
     """A client's own folder of one study, on its own machine.
