@@ -67,7 +67,7 @@ def received(tmp_path_factory: pytest.TempPathFactory) -> Path:
 COMMANDS = (
     ("list",),
     ("verify", "run"),
-    ("report", "run", "--out", "page.html"),
+    ("report", "run", "--out", "page.html", "--format", "svg"),
     ("claims", "run"),
     ("plan", "run/spec.toml"),
     ("predict", "grey.png", "--run", "run"),
@@ -87,7 +87,7 @@ SCRIPT = Path(sys.executable).with_name("certifl")
 # How a process is started decides about its import path, whatever the command is.
 STARTS = {
     "module": (sys.executable, "-m", "certifl", "list"),
-    "script": (str(SCRIPT), "list"),
+    "script": (str(SCRIPT), "--version"),
     "every command": (sys.executable, "-c", DRIVER, *map(" ".join, COMMANDS)),
 }
 

@@ -14,7 +14,7 @@ from certifl.runs.folder import RunFolder
 from tiny_study import cli
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-FEW = ("training.rounds=1", "certification.n=100", "certification.images=6")
+FEW = ("training.rounds=1", "certification.n=100")
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

@@ -26,7 +26,7 @@ GRID = (
     *("--grid", "personalized:algorithm.epochs=1,2", "--jobs", "1"),
 )
 
-SMALL = ("training.rounds=1", "certification.images=4", "certification.n=100")
+SMALL = ("training.rounds=1", "certification.n=100")
 
 
 def asked(*axes: str, seeds: str = "0", **values: object) -> Sweep:

@@ -218,11 +218,19 @@ def finetune(
     from certifl.report import summary_rows, write_report
     from certifl.runs.folder import require_own_folder
 
-    request = tuning.Request(
-        *(model, weights, data, perturbation, sigma, epochs, lr, batch_size, images, n, seed),
+    specs = tuning.finetune_specs(
+        model,
+        weights,
+        data,
+        tuning.read_perturbation(perturbation, sigma),
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        images=images,
+        n=n,
+        seed=seed,
         settings=set_ or [],
     )
-    specs = tuning.finetune_specs(request)
     allow_code(model, Path.cwd())
     folder = out or Path("runs") / f"{weights.stem}-{specs['after'].hash()[:8]}"
     page = folder / "report.html"

@@ -5,7 +5,7 @@ Heavy imports happen inside the commands, so that help and usage errors appear a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,7 +34,6 @@ from certifl.errors import WorkError
 from certifl.path_checks import check_data_folder, read_spec_file
 
 if TYPE_CHECKING:
-    from certifl.experiments.parallel import Job
     from certifl.experiments.sweep import Sweep
     from certifl.report import RunResults
 
@@ -172,6 +171,7 @@ def sweep(
     from certifl.experiments import sweep as sweeps
     from certifl.experiments.parallel import compute, helped, processes_here
     from certifl.experiments.run import Options
+    from certifl.models import allow_code
 
     asked = sweeps.make_sweep(
         values,
@@ -180,7 +180,8 @@ def sweep(
         sweeps.read_seeds(seeds),
         out or sweeps.default_folder(spec, values, set_ or []),
     )
-    _allow_code_of(asked.jobs, spec)
+    for name in {job.spec.model.name for job in asked.jobs}:
+        allow_code(name, spec.parent, Path.cwd())
     if plan:
         at_once = processes_here(jobs, sweeps.MOST_PROCESSES, device, overwrite=False)
         terminal.show_sweep(asked.name, sweeps.costs(asked, data_dir, device), at_once)
@@ -200,19 +201,16 @@ def sweep(
     _show_sweep(asked, failures)
 
 
-def _allow_code_of(jobs: Sequence[Job], spec: Path) -> None:
-    """Make the networks of some runs importable from beside the spec, or from here."""
-    from certifl.models import allow_code
-
-    for name in {job.spec.model.name for job in jobs}:
-        allow_code(name, spec.parent, Path.cwd())
-
-
 def _show_sweep(asked: Sweep, failures: Mapping[Path, str]) -> None:
     """Write table, figure and page of what a sweep has finished, and name what failed."""
     from certifl.report.seed_table import write_comparison
 
-    results = _sweep_results(asked, failures)
+    results = [
+        labelled(folder, variant.label)
+        for variant in asked.variants
+        for folder in asked.folders(variant)
+        if folder not in failures
+    ]
     if results:
         say(write_comparison(results, asked.out, asked.name).text())
         for what, name in (("Table", "table.txt, .csv, .md, .tex"), ("Report", "report.html")):
@@ -224,16 +222,6 @@ def _show_sweep(asked: Sweep, failures: Mapping[Path, str]) -> None:
             f"{len(failures)} of {len(asked.jobs)} runs failed and are not in the table; the "
             f"first was {first}: {why}"
         )
-
-
-def _sweep_results(asked: Sweep, failures: Mapping[Path, str]) -> list[RunResults]:
-    """The finished runs under the names of their rows."""
-    return [
-        labelled(folder, variant.label)
-        for variant in asked.variants
-        for folder in asked.folders(variant)
-        if folder not in failures
-    ]
 
 
 def reproduce(

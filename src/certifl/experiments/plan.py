@@ -121,6 +121,7 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
     share = EXPECTED_SHARE if _stops_early(spec) else 1.0
     expected = math.ceil(share * at_most)
     images = (data.train + data.test) * math.prod(data.shape)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Plan(
         votes_at_most=at_most,
         votes_expected=expected,
@@ -129,8 +130,8 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
         certification_seconds_at_most=at_most / speed,
         certification_seconds=expected / speed,
         votes_per_second=speed,
-        memory_bytes=_peak_memory() + images,
-        device_bytes=_peak_on(where),
+        memory_bytes=(peak if sys.platform == "darwin" else 1024 * peak) + images,
+        device_bytes=torch.cuda.max_memory_allocated(where) if where.type == "cuda" else 0,
         disk_bytes=_disk(spec, parts, certified, data.classes),
         setting={
             "device": str(machine_metadata(str(where))["device"]),
@@ -328,15 +329,6 @@ def _disk(spec: Spec, parts: tuple[Parts, Parts], images: int, classes: int) -> 
     )
     votes = images * (2 * classes + 8) * 8
     return _CHECKPOINTS * (server + client * spec.clients.count) + 2 * votes
-
-
-def _peak_memory() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _peak_on(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 # Numbers and shapes of data sets, without reading those that everybody knows.

@@ -18,7 +18,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -235,18 +234,23 @@ def _train(run: OpenRun, options: Options, device: str, update: Update) -> Store
     """Run the rounds that are missing, from a sibling's finished training where one fits."""
     started = time.perf_counter()
     folder, spec, dataset, model = run.folder, run.spec, run.dataset, run.architecture
-    clients = run.partition.clients
+    parts = [dataset.train.take(client.train) for client in run.partition.clients]
+    data = [ClientData(client, part.images, part.labels) for client, part in enumerate(parts)]
     private = protection(spec, model, _sizes(run.partition), training_key(spec, folder.path))
+    origin = _sibling_training(run, options.siblings)
+    if origin is not None and "training_seconds" not in folder.manifest():
+        # They count as this run's, for they were spent.
+        folder.update({"training_seconds": origin.manifest().get("training_seconds", 0.0)})
     last = train(
         run.algorithm,
         model,
-        [_client_data(dataset, client.train, number) for number, client in enumerate(clients)],
+        data,
         local_training(spec, model, device, private),
         Checkpoints(folder.training),
         progress=_rounds(run, options.report, update),
         participation=participation(spec),
         ledger=private.ledger,
-        start_from=_taken_over(folder, _sibling_training(run, options.siblings)),
+        start_from=None if origin is None else Checkpoints(origin.training),
         rule=private.client or spec.aggregation.build(),
         min_clients=spec.clients.min_clients,
         workers=options.workers,
@@ -289,11 +293,6 @@ def _rounds(
     return on_client
 
 
-def _client_data(dataset: Dataset, index: np.ndarray, client: int) -> ClientData:
-    part = dataset.train.take(index)
-    return ClientData(client, part.images, part.labels)
-
-
 def shares_training(spec: Spec) -> bool:
     """Whether a training may be taken over by another run, or taken from one.
 
@@ -328,15 +327,6 @@ def _sibling_training(run: OpenRun, siblings: tuple[Path, ...]) -> RunFolder | N
             _log.info("taking over the training in %s", sibling)
             return RunFolder(sibling)
     return None
-
-
-def _taken_over(folder: RunFolder, origin: RunFolder | None) -> Checkpoints | None:
-    """The origin's checkpoints; its seconds count as this run's, for they were spent."""
-    if origin is None:
-        return None
-    if "training_seconds" not in folder.manifest():
-        folder.update({"training_seconds": origin.manifest().get("training_seconds", 0.0)})
-    return Checkpoints(origin.training)
 
 
 # Certification shared over several devices of one machine, a process each.

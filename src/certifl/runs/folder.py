@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from certifl.certification.certificates import Certificates, Predictions
 from certifl.errors import InputError, StoreError, StoreMismatch
@@ -41,6 +41,16 @@ _MOST = 100_000  # pixels of a side, channels, classes
 _MOST_KEYS = 6
 
 
+class _Inside:
+    """The path of a file or folder of a run folder, as an attribute of the `RunFolder`."""
+
+    def __init__(self, *parts: str) -> None:
+        self._parts = parts
+
+    def __get__(self, folder: RunFolder, _owner: object) -> Path:
+        return folder.path.joinpath(*self._parts)
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Names of everything in a run folder, and how it is opened.
@@ -51,72 +61,40 @@ class RunFolder:
 
     path: Path
 
-    @property
-    def spec(self) -> Path:
-        """The spec, every default spelled out."""
-        return self.path / "spec.toml"
-
-    @property
-    def partition(self) -> Path:
-        """Which images each client holds."""
-        return self.path / "partition.json"
-
-    @property
-    def initial(self) -> Path:
-        """The weights that training began with, where they came from a file; else absent."""
-        return self.path / "initial.safetensors"
-
-    @property
-    def training(self) -> Path:
-        """Checkpoints of the rounds."""
-        return self.path / "checkpoints" / "training"
-
-    @property
-    def history(self) -> Path:
-        """What every round came to, one line of JSON each; written when training is finished."""
-        return self.path / "history.jsonl"
-
-    @property
-    def certificates(self) -> Path:
-        """All clients' certificates."""
-        return self.path / "certificates.parquet"
-
-    @property
-    def curves(self) -> Path:
-        """Curves of clients that keep their certificates to themselves; else absent."""
-        return self.path / "curves.json"
-
-    @property
-    def predictions(self) -> Path:
-        """Plain predictions of the clients that certify nothing; absent where all certify."""
-        return self.path / "predictions.parquet"
-
-    @property
-    def attack(self) -> Path:
-        """What attacks on the certificates came to; absent where none were tried."""
-        return self.path / "attack.json"
-
-    @property
-    def explorer(self) -> Path:
-        """A few test images on the way through the deformations, with votes; may be absent."""
-        return self.path / "explorer.json"
-
-    @property
-    def figures(self) -> Path:
-        """Figures and the numbers behind them."""
-        return self.path / "figures"
-
-    @property
-    def report(self) -> Path:
-        """The report page."""
-        return self.path / "report.html"
+    spec = _Inside("spec.toml")
+    """The spec, every default spelled out."""
+    partition = _Inside("partition.json")
+    """Which images each client holds."""
+    initial = _Inside("initial.safetensors")
+    """The weights that training began with, where they came from a file; else absent."""
+    training = _Inside("checkpoints", "training")
+    """Checkpoints of the rounds."""
+    history = _Inside("history.jsonl")
+    """The rounds, one line of JSON each; written when training is finished."""
+    certificates = _Inside("certificates.parquet")
+    """All clients' certificates."""
+    curves = _Inside("curves.json")
+    """Curves of clients that keep their certificates to themselves; else absent."""
+    predictions = _Inside("predictions.parquet")
+    """Plain predictions of the clients that certify nothing; absent where all certify."""
+    attack = _Inside("attack.json")
+    """Results of attacks on the certificates; absent where none were tried."""
+    explorer = _Inside("explorer.json")
+    """A few test images on the way through the deformations, with votes; may be absent."""
+    figures = _Inside("figures")
+    """Figures and the numbers behind them."""
+    report = _Inside("report.html")
+    """The report page."""
 
     def votes(self, client: int) -> Path:
         """Votes cast so far on one client's test images."""
         return self.path / "checkpoints" / "certification" / f"client-{client:05d}.safetensors"
 
     def shared(self, client: int) -> Path:
-        """What a client of a federation shared of its certification; absent until it finished."""
+        """What a client of a federation shared of its certification; absent until it finished.
+
+        The name of the file is that of older versions, whose folders stay readable.
+        """
         return self.votes(client).with_name(f"told-{client:05d}.json")
 
     def exists(self) -> bool:
@@ -185,24 +163,25 @@ class RunFolder:
 
     def _differing(self, spec_toml: str) -> str:
         """Which keys of the stored spec have other values in this one, in words."""
-        if not spec_toml:
-            return ""
         try:
             stored, asked = (
                 flat(parse_toml(text)) for text in (read_text(self.spec, SPEC_BYTES), spec_toml)
             )
         except (OSError, InputError):
             return ""  # a damaged spec is reported where it is read
-        differing = [key for key in {**stored, **asked} if stored.get(key) != asked.get(key)]
-        keys = [key for key in differing if key != "name"]  # a name changes no result
-        if not keys:
-            return ""
-        shown = [
-            f"{key} is {_value(stored, key)} there and {_value(asked, key)} here"
-            for key in keys[:_MOST_KEYS]
+
+        def shown(values: Mapping[str, Any], key: str) -> str:
+            return json.dumps(values[key], default=str) if key in values else "not set"
+
+        keys = [key for key in {**stored, **asked} if stored.get(key) != asked.get(key)]
+        words = [
+            f"{key} is {shown(stored, key)} there and {shown(asked, key)} here"
+            for key in keys
+            if key != "name"  # which changes no result
         ]
-        more = len(keys) - _MOST_KEYS
-        return ": " + "; ".join([*shown, *([f"and {more} more"] if more > 0 else [])])
+        if len(words) > _MOST_KEYS:
+            words[_MOST_KEYS:] = [f"and {len(words) - _MOST_KEYS} more"]
+        return f": {'; '.join(words)}" if words and spec_toml else ""
 
     def begin(self, spec_toml: str, spec_hash: str, overwrite: bool = False) -> None:
         """Open the folder for one spec, new or to go on with; only while it is `locked`.
@@ -215,16 +194,14 @@ class RunFolder:
         if overwrite and self.exists():
             self._clear()
         self.clean()
-        if self._stored_spec() != spec_toml:  # missing, or damaged: it is known what it must be
+        try:
+            stored = read_text(self.spec, SPEC_BYTES)
+        except (OSError, InputError):  # missing, or damaged: it is known what it must be
+            stored = None
+        if stored != spec_toml:
             write_text(self.spec, spec_toml)
         if not self.exists() or overwrite:
             write_json(self.path / _MARK, {"spec_hash": spec_hash, "status": RUNNING})
-
-    def _stored_spec(self) -> str | None:
-        try:
-            return read_text(self.spec, SPEC_BYTES)
-        except (OSError, InputError):
-            return None
 
     def temporary_files(self) -> list[Path]:
         """Files that were being written when a process was killed."""
@@ -268,7 +245,9 @@ class RunFolder:
                 raise StoreMismatch(f"{folder} is a file. Choose a folder with --out.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = _opened_lock(self.path / _LOCK)
+            # A link or a pipe in the place of the file is not followed.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            handle = os.fdopen(os.open(self.path / _LOCK, flags, 0o666), "w")
         except OSError as error:
             raise StoreError(
                 f"Cannot write to {self.path}: {error}. Make it writable; commands that compute a "
@@ -408,7 +387,18 @@ class StoredRun:
             lines = read_text(path).splitlines()
         except (OSError, InputError) as error:
             raise StoreError(f"{path} cannot be read: {error}.") from error
-        return [_round(path, *line) for line in enumerate(lines, start=1) if line[1].strip()]
+        entries = []
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                entry = parse_json(line)
+                if not isinstance(entry, dict):
+                    raise InputError("it is not a JSON object")
+            except InputError as error:
+                raise StoreError(f"{path}, line {number} is damaged: {error}.") from error
+            entries.append(entry)
+        return entries
 
     @cached_property
     def curves(self) -> dict[int, dict[str, Any]] | None:
@@ -460,16 +450,6 @@ class StoredRun:
             return False
 
 
-def _round(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        entry = parse_json(line)
-        if not isinstance(entry, dict):
-            raise InputError("it is not a JSON object")
-    except InputError as error:
-        raise StoreError(f"{path}, line {number} is damaged: {error}.") from error
-    return entry
-
-
 def _save(rows: Certificates | Predictions, path: Path, advice: str) -> None:
     try:
         rows.save(path)
@@ -477,12 +457,6 @@ def _save(rows: Certificates | Predictions, path: Path, advice: str) -> None:
         raise StoreError(
             f"Cannot write {path}: {error}. {advice} some space, then repeat the command."
         ) from error
-
-
-def _opened_lock(path: Path) -> TextIO:
-    """The file that is locked, made if need be; a link or a pipe in its place is not followed."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    return os.fdopen(os.open(path, flags, 0o666), "w")
 
 
 @contextlib.contextmanager
@@ -538,7 +512,3 @@ def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
         name = f"{before}{key}"
         keys |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return keys
-
-
-def _value(values: Mapping[str, Any], key: str) -> str:
-    return json.dumps(values[key], default=str) if key in values else "not set"
