@@ -199,7 +199,7 @@ def verify(
 
     options = None
     if recast is not None:
-        options = Options(recast, recast_seed, code, data_dir, device)
+        options = Options(recast, recast_seed, code, device)
     codes = [_verify(run, data_dir, options) for run in runs]
     worst = 1 if 1 in codes else max(codes)
     if worst:
@@ -289,9 +289,9 @@ def explore(
     with interruptible(), terminal.Board() as board:
         for run in runs:
             board.stage(f"explore {run.name}")
-            seen = explore_run(run, data_dir, device, board.report, code)
+            images, votes = explore_run(run, data_dir, device, board.report, code)
             _renew_page(RunFolder(run))
             say(
-                f"{run}: {seen.images} images, {seen.votes:,} votes at each deformation. "
+                f"{run}: {images} images, {votes:,} votes at each deformation. "
                 "`certifl report` shows them."
             )

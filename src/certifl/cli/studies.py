@@ -34,6 +34,7 @@ from certifl.errors import WorkError
 from certifl.path_checks import check_data_folder, read_spec_file
 
 if TYPE_CHECKING:
+    from certifl.experiments.parallel import Job
     from certifl.experiments.sweep import Sweep
     from certifl.report import RunResults
 
@@ -194,10 +195,14 @@ def sweep(
     at_once = processes_here(jobs, sweeps.MOST_PROCESSES, device, overwrite)
     at_once = max(1, min(at_once, len(pending)))
     failures: dict[Path, str] = {}
+
+    def failed(job: Job, error: WorkError) -> None:
+        failures[job.path] = str(error)
+
     with interruptible(overwrite), terminal.Board() as board:
         options = replace(options, report=board.report)
         with helped(pending, options, at_once, tolerant=True):
-            compute(pending, options, [], board.stage, sweeps.collected(failures))
+            compute(pending, options, [], board.stage, failed)
     _show_sweep(asked, failures)
 
 

@@ -31,7 +31,6 @@ from certifl.certification.record import read_record
 from certifl.certification.sampling import VoteCounter
 from certifl.data import to_float
 from certifl.errors import DataUnavailable, InputError, StoreMismatch, first_line
-from certifl.progress import StageCallback
 from certifl.rng import image_key
 from certifl.study.certify import calibration_images
 from certifl.study.environment import machine_metadata
@@ -60,16 +59,13 @@ class Options:
     Attributes:
         images: images of each client. seed: of their choice; None draws a secure one.
         code: folder of the network's own code; needed where the run has a network of its own.
-        data_dir: folder of data sets. device: "auto" takes the recorded kind where there is one.
-        report: called with progress.
+        device: "auto" takes the recorded kind where there is one.
     """
 
     images: int
     seed: int | None = None
     code: Path | None = None
-    data_dir: Path | None = None
     device: str = "auto"
-    report: StageCallback | None = None
 
 
 @dataclass(frozen=True)
@@ -99,11 +95,6 @@ class Recast:
         )
 
 
-def recast_run(path: Path, options: Options) -> Recast:
-    """As `recast_votes`, for the run in a folder."""
-    return recast_votes(OpenRun(path, options.data_dir, options.code, offline=True), options)
-
-
 def recast_votes(run: OpenRun, options: Options) -> Recast:
     """Cast the votes of some random images of each client again, and compare them.
 
@@ -115,11 +106,7 @@ def recast_votes(run: OpenRun, options: Options) -> Recast:
     _check_request(run, options)
     seed = secrets.randbits(63) if options.seed is None else options.seed
     chosen = _chosen(run.certificates, options.images, seed)
-    again = []
-    for number, part in enumerate(chosen):
-        again.append(_cast_again(run, part, options.device))
-        if options.report is not None:
-            options.report("casting votes again", number + 1, len(chosen), "clients")
+    again = [_cast_again(run, part, options.device) for part in chosen]
     return _compared(chosen, again, seed)
 
 
