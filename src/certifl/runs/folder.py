@@ -55,6 +55,9 @@ class _Inside:
 class RunFolder:
     """Names of everything in a run folder, and how it is opened.
 
+    Reading raises a StoreError where a file is missing or damaged, writing where the folder cannot
+    be written or the disk is full.
+
     Attributes:
         path: the folder.
     """
@@ -102,11 +105,7 @@ class RunFolder:
         return (self.path / _MARK).is_file()
 
     def manifest(self) -> dict[str, Any]:
-        """The record of the run: status, hashes, data, machine, versions, times.
-
-        Raises:
-            StoreError: this is not a run folder, or its manifest is damaged.
-        """
+        """The record of the run: status, hashes, data, machine, versions, times."""
         if not self.exists():
             raise StoreError(f"{self.path} is not a run folder: it has no {_MARK}.")
         try:
@@ -289,35 +288,26 @@ class RunFolder:
             ) from error
 
     def load_predictions(self) -> Predictions:
-        """Plain predictions of the clients that certify nothing.
-
-        Raises:
-            StoreError: there are none, or the file is damaged.
-        """
+        """Plain predictions of the clients that certify nothing."""
         try:
             return Predictions.load(self.predictions)
         except InputError as error:
             raise StoreError(f"{error} Repeat the command that made the run.") from error
 
     def save_certificates(self, certificates: Certificates) -> None:
-        """Write all clients' certificates.
-
-        Raises:
-            StoreError: the folder cannot be written, or the disk is full.
-        """
+        """Write all clients' certificates."""
         _save(certificates, self.certificates, "All votes are kept: free")
 
     def save_predictions(self, predictions: Predictions) -> None:
-        """Write the plain predictions.
-
-        Raises:
-            StoreError: the folder cannot be written, or the disk is full.
-        """
+        """Write the plain predictions."""
         _save(predictions, self.predictions, "Free")
 
 
 class StoredRun:
-    """The results in a run folder, each file read once, when it is first asked for."""
+    """The results in a run folder, each file read once, when it is first asked for.
+
+    Whatever is asked for raises a StoreError where its file is missing or damaged.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open a run folder; nothing is read yet."""
@@ -330,22 +320,14 @@ class StoredRun:
         return self.folder.manifest()
 
     def entry(self, name: str) -> Any:
-        """One entry of the manifest.
-
-        Raises:
-            StoreError: the manifest is damaged or does not hold it.
-        """
+        """One entry of the manifest."""
         if name not in self.manifest:
             raise damaged_manifest(self.path, f"it has no {name!r}")
         return self.manifest[name]
 
     @cached_property
     def data(self) -> dict[str, Any]:
-        """Name, fingerprint, shape and classes of the images.
-
-        Raises:
-            StoreError: the manifest is damaged or does not hold them.
-        """
+        """Name, fingerprint, shape and classes of the images."""
         data = self.entry("data")
         try:
             size, names = data["image_size"], data["class_names"]
@@ -366,20 +348,12 @@ class StoredRun:
 
     @cached_property
     def predictions(self) -> Predictions | None:
-        """Plain predictions of the clients that certify nothing; None where all certify.
-
-        Raises:
-            StoreError: the file is missing or damaged.
-        """
+        """Plain predictions of the clients that certify nothing; None where all certify."""
         return self.folder.load_predictions() if self.manifest.get("plain") else None
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
-        """One entry per communication round; none where nothing was trained here.
-
-        Raises:
-            StoreError: the file is damaged.
-        """
+        """One entry per communication round; none where nothing was trained here."""
         path = self.folder.history
         if not path.is_file():
             return []
@@ -402,11 +376,7 @@ class StoredRun:
 
     @cached_property
     def curves(self) -> dict[int, dict[str, Any]] | None:
-        """By client the curve it shared, where clients kept their certificates; else None.
-
-        Raises:
-            StoreError: the file is damaged.
-        """
+        """By client the curve it shared, where clients kept their certificates; else None."""
         path = self.folder.curves
         if not path.is_file():
             return None

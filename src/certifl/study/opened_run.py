@@ -75,11 +75,7 @@ class Deployed:
 
     @property
     def perturbation(self) -> Perturbation:
-        """What the client certifies.
-
-        Raises:
-            InputError: nothing.
-        """
+        """What the client certifies."""
         return certified_by(self.spec, self.client)
 
 
@@ -102,7 +98,8 @@ class OpenRun(StoredRun):
     """A run with the spec, images and models behind its results, each read once.
 
     What was read is checked once: the images are those of the run, the partition belongs to
-    them, and a network is the one that was certified.
+    them, and a network is the one that was certified. Whatever is asked for raises a StoreError
+    where a file that it needs is missing or damaged.
     """
 
     def __init__(
@@ -127,11 +124,7 @@ class OpenRun(StoredRun):
 
     @cached_property
     def spec(self) -> Spec:
-        """The study.
-
-        Raises:
-            StoreError: the file is missing or damaged.
-        """
+        """The study."""
         return load_stored(self.folder.spec)
 
     @cached_property
@@ -178,11 +171,7 @@ class OpenRun(StoredRun):
 
     @cached_property
     def stored_partition(self) -> Partition:
-        """Which images each client holds, as recorded; it may be of other data.
-
-        Raises:
-            StoreError: the file is missing or damaged.
-        """
+        """Which images each client holds, as recorded; it may be of other data."""
         try:
             stored = read_json(self.folder.partition)
             if not isinstance(stored, dict):
@@ -193,11 +182,7 @@ class OpenRun(StoredRun):
 
     @cached_property
     def partition(self) -> Partition:
-        """Which images each client holds.
-
-        Raises:
-            StoreError: the file is missing or damaged, or does not fit the data set.
-        """
+        """Which images each client holds."""
         partition, dataset = self.stored_partition, self.dataset
         try:
             check(partition, dataset.train.labels, dataset.test.labels)
@@ -209,11 +194,7 @@ class OpenRun(StoredRun):
 
     @cached_property
     def last_round(self) -> StoredRound:
-        """The final checkpoint of the training.
-
-        Raises:
-            StoreError: it is missing or damaged, so the trained models are not known.
-        """
+        """The final checkpoint of the training."""
         last = Checkpoints(self.folder.training).latest()
         wanted = self.spec.training.rounds + self.algorithm.extra_rounds
         if last is None or last.number != wanted:
@@ -244,11 +225,7 @@ class OpenRun(StoredRun):
         )
 
     def state(self, client: int) -> ModelState:
-        """The weights that a client uses at test time; needs no code of the network.
-
-        Raises:
-            StoreError: the final checkpoint is missing or damaged.
-        """
+        """The weights that a client uses at test time; needs no code of the network."""
         return deployed_model(self.algorithm, self.last_round, client)
 
     def model(self, client: int) -> nn.Module:
