@@ -158,6 +158,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(build("small_cnn", 1, 10, seed=3), folder / "whole.pt")
     torch.save([1, 2], folder / "list.pt")
     save_file(state_of(build("small_cnn", 3, 10, seed=3)), folder / "colour.safetensors")
+    for name in ("text.pt", "text.safetensors"):
+        (folder / name).write_text("no weights")
     (folder / "cut.safetensors").write_bytes((folder / "net.safetensors").read_bytes()[:500])
     return folder
 
@@ -205,6 +207,8 @@ def test_certify_refuses_what_cannot_be_meant(
         ("list.pt", ["state_dict"]),
         ("colour.safetensors", ["does not fit small_cnn", "conv1.weight is (16, 3, 3, 3) where"]),
         ("cut.safetensors", ["Cannot read", "save_file"]),
+        ("text.pt", ["model.state_dict()"]),
+        ("text.safetensors", ["model.state_dict()"]),
     ],
 )
 def test_weights_that_are_none(name: str, words: list[str], weights: Path, tmp_path: Path) -> None:

@@ -239,17 +239,17 @@ def _training_seconds(
             extra = [bench.seconds(client, 1, size) for _ in range(algorithm.extra_rounds)]
             seconds += (epoch * passes + sum(extra)) / size * images
             tuning += sum(extra[-1:]) / size * images
-    return (seconds, tuning), (bench.start.parts, bench.kept.parts)
+    return (seconds, tuning), (bench.start.parts, bench.client_state.parts)
 
 
 class _Rounds:
-    """Rounds of one client at a time, to be measured; what the client keeps is passed on."""
+    """Rounds of one client at a time, to be measured; its state is passed on."""
 
     def __init__(
         self, algorithm: Algorithm, training: LocalTraining, start: ServerState, data: DataSize
     ) -> None:
         self._algorithm, self._training, self._data = algorithm, training, data
-        self.start, self.kept = start, ClientState()
+        self.start, self.client_state = start, ClientState()
 
     def seconds(self, client: int, number: int, size: int) -> float:
         """Seconds of round `number` of a client with so many images."""
@@ -258,7 +258,9 @@ class _Rounds:
         server = ServerState(number, self.start.parts)
 
         def work() -> None:
-            _, self.kept = self._algorithm.client_round(server, self.kept, held, self._training)
+            _, self.client_state = self._algorithm.client_round(
+                server, self.client_state, held, self._training
+            )
 
         return _measured(work, self._training.device)
 

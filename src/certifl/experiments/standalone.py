@@ -163,11 +163,7 @@ def _save(certificates: Certificates, out: Path, advice: str) -> None:
 def _network(
     request: Request, run: OpenRun | None, model: nn.Module, job: Job, trial: Trial
 ) -> Network:
-    """The model prepared for voting; "auto" is what the saved votes or the run chose, or measured.
-
-    Raises:
-        InputError: a shard would have to choose alone.
-    """
+    """The model prepared for voting; "auto" is as the saved votes or the run chose, or measured."""
     choice = stored_arithmetic(job.saved)
     if choice is None and run is not None:
         choice = recorded_arithmetic(run, request.device)
@@ -380,22 +376,17 @@ class OwnModel:
                 "such as 10 or cat,dog, or --data with the data set it was trained on."
             )
         if self.data is not None:
-            dataset = load(self.data, self.data_dir)
-            return ImageKind.of(dataset)
-        return ImageKind(*shape_of_file(path), _class_names(str(self.classes)))
-
-
-def _class_names(text: str) -> tuple[str, ...]:
-    """Names from a number, 0 to n - 1, or from a list."""
-    names = tuple(name.strip() for name in text.split(","))
-    if len(names) == 1 and text.strip().isdigit() and int(text) <= _MOST_CLASSES:
-        names = tuple(map(str, range(int(text))))
-    if len(names) < 2 or not all(names):
-        raise InputError(
-            f"--classes is a number from 2 to {_MOST_CLASSES:,}, or at least two names; got "
-            f"{text!r}."
-        )
-    return names
+            return ImageKind.of(load(self.data, self.data_dir))
+        text = str(self.classes).strip()
+        names = tuple(name.strip() for name in text.split(","))
+        if text.isdigit() and int(text) <= _MOST_CLASSES:
+            names = tuple(map(str, range(int(text))))
+        if len(names) < 2 or not all(names):
+            raise InputError(
+                f"--classes is a number from 2 to {_MOST_CLASSES:,}, or at least two names; got "
+                f"{self.classes!r}."
+            )
+        return ImageKind(*shape_of_file(path), names)
 
 
 def certify_image_with(path: Path, own: OwnModel, resize: bool, device: str) -> Prediction:
