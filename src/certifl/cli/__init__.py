@@ -128,8 +128,8 @@ def _shown_plainly(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object
 ) -> None:
     """A warning in one line."""
-    place = "" if issubclass(category, UnusualValue) else f"{filename}:{lineno}: "
-    typer.echo(f"certifl: {place}{message}", err=True)
+    where = "" if issubclass(category, UnusualValue) else f"{filename}:{lineno}: "
+    typer.echo(f"certifl: {where}{message}", err=True)
 
 
 def _version(value: bool) -> None:

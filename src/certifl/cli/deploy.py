@@ -82,7 +82,7 @@ def init_(
         folders = init(folder, clients, server, insecure, name or [])
     if insecure:
         say(INSECURE, err=True)
-    say("\n".join(f"{place}/" for place in folders))
+    say("\n".join(f"{each}/" for each in folders))
     say(f"\nWho runs what, and what never leaves each machine: {folder / 'README.md'}")
 
 

@@ -72,7 +72,7 @@ def jobs_of(
     no certification.
 
     Args:
-        specs: in the order wanted; equal ones are one run.
+        specs: in their order; equal ones are one run.
         out: the folder; trainings that are finished in it are not repeated.
         title: what progress calls a run.
 
@@ -165,9 +165,9 @@ def compute(
 
 def _waits(job: Job, pending: Sequence[Job]) -> bool:
     """Whether an earlier, unfinished run will have a training that this one can reuse."""
-    wanted = job.trainings()
+    reusable = job.trainings()
     earlier = pending[: pending.index(job)]
-    return any(other.spec.training_hash() in wanted for other in earlier)
+    return any(other.spec.training_hash() in reusable for other in earlier)
 
 
 def _ended(job: Job, options: Options, renewed: list[Path], failed: Failed | None) -> bool:

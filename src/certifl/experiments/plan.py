@@ -169,7 +169,7 @@ def _assumptions(spec: Spec, share: float) -> list[str]:
 def _images_of_clients(
     spec: Spec, data: DataSize, data_dir: Path | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Training and test images per client, dealt out with labels in equal shares.
+    """Training and test images per client, allocated with labels in equal shares.
 
     Where the clients follow from a column of the data set, its own.
     """
@@ -178,16 +178,16 @@ def _images_of_clients(
         return _numbers(open_data(spec, data_dir)[1])
     splits = ((data.train, spec.data.train_images), (data.test, spec.data.test_images))
     taken = [
-        random_part(available, wanted, spec.seed, which)
-        for (available, wanted), which in zip(splits, ("train", "test"), strict=True)
+        random_part(available, count, spec.seed, which)
+        for (available, count), which in zip(splits, ("train", "test"), strict=True)
     ]
     labels = [part % data.classes for part in taken]
     return _numbers(splitter.split(labels[0], labels[1], spec.clients.count, spec.seed))
 
 
-def _numbers(dealt: Partition) -> tuple[np.ndarray, np.ndarray]:
-    train = np.array([len(client.train) for client in dealt.clients])
-    return train, np.array([len(client.test) for client in dealt.clients])
+def _numbers(partition: Partition) -> tuple[np.ndarray, np.ndarray]:
+    train = np.array([len(client.train) for client in partition.clients])
+    return train, np.array([len(client.test) for client in partition.clients])
 
 
 def _pixels(data: DataSize, count: int) -> Tensor:
@@ -225,7 +225,7 @@ def _training_seconds(
             precision=spec.training.precision,
             memory_format=spec.training.memory_format,
         )
-        bench = _Rounds(algorithm, training, algorithm.init(state_of(model)), data)
+        measured = _Rounds(algorithm, training, algorithm.init(state_of(model)), data)
         few, more = (
             max(2, min(math.ceil(train.mean()), batches * schedule.batch_size))
             for batches in (1, _BATCHES)
@@ -233,13 +233,13 @@ def _training_seconds(
         taking_part = spec.clients.participants / spec.clients.count
         passes, seconds, tuning = taking_part * schedule.rounds * schedule.local_epochs, 0.0, 0.0
         for client, images in _alike(spec.augmentations(), train).values():
-            size, epoch = few, bench.seconds(client, 0, few)
+            size, epoch = few, measured.seconds(client, 0, few)
             if epoch < _SECONDS / _BATCHES:
-                size, epoch = more, bench.seconds(client, 0, more)
-            extra = [bench.seconds(client, 1, size) for _ in range(algorithm.extra_rounds)]
+                size, epoch = more, measured.seconds(client, 0, more)
+            extra = [measured.seconds(client, 1, size) for _ in range(algorithm.extra_rounds)]
             seconds += (epoch * passes + sum(extra)) / size * images
             tuning += sum(extra[-1:]) / size * images
-    return (seconds, tuning), (bench.start.parts, bench.client_state.parts)
+    return (seconds, tuning), (measured.start.parts, measured.client_state.parts)
 
 
 class _Rounds:
@@ -254,12 +254,12 @@ class _Rounds:
     def seconds(self, client: int, number: int, size: int) -> float:
         """Seconds of round `number` of a client with so many images."""
         labels = torch.arange(size) % self._data.classes
-        held = ClientData(client, _pixels(self._data, size), labels)
+        own = ClientData(client, _pixels(self._data, size), labels)
         server = ServerState(number, self.start.parts)
 
         def work() -> None:
             _, self.client_state = self._algorithm.client_round(
-                server, self.client_state, held, self._training
+                server, self.client_state, own, self._training
             )
 
         return _measured(work, self._training.device)
@@ -327,7 +327,7 @@ def _measured(work: Callable[[], object], device: torch.device) -> float:
 def _disk(spec: Spec, parts: tuple[Parts, Parts], images: int, classes: int) -> int:
     """Bytes of checkpoints (server, and clients that keep something), votes and certificates."""
     server, client = (
-        sum(value.nbytes for part in held.values() for value in part.values()) for held in parts
+        sum(value.nbytes for part in state.values() for value in part.values()) for state in parts
     )
     votes = images * (2 * classes + 8) * 8
     return _CHECKPOINTS * (server + client * spec.clients.count) + 2 * votes
@@ -390,10 +390,10 @@ def _at_hand(name: str, data_dir: Path | None, columns: ReadOptions, test: str |
     """Whether loading finds a folder, or images decoded before, and needs no network."""
     base = name.partition("[")[0].strip()
     folders = [Path(base).expanduser()] if "/" in base or base[:1] in (".", "~") else []
-    held = named_folder(data_dir)
-    if held is not None:
+    folder = named_folder(data_dir)
+    if folder is not None:
         tail = base.rsplit("/", 1)[-1]
         names = {base, tail, tail.replace("_", "-"), tail.replace("-", "_")}
-        folders += [held / one for one in names]
+        folders += [folder / one for one in names]
     decoded = cache_path(cache_folder(), name, cache_key((), *hub_choices(base, columns, test)))
-    return decoded.is_file() or any(folder.is_dir() for folder in folders)
+    return decoded.is_file() or any(each.is_dir() for each in folders)

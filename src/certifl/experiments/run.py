@@ -311,9 +311,9 @@ def _sibling_training(run: OpenRun, siblings: tuple[Path, ...]) -> RunFolder | N
     spec = run.spec
     if not shares_training(spec):
         return None
-    own, wanted = run.folder.manifest(), {spec.training_hash()}
+    own, hashes = run.folder.manifest(), {spec.training_hash()}
     if isinstance(run.algorithm, Personalized):
-        wanted.add(spec.training_hash(of_base=True))
+        hashes.add(spec.training_hash(of_base=True))
     for sibling in siblings:
         try:
             other = RunFolder(sibling).manifest()
@@ -323,7 +323,7 @@ def _sibling_training(run: OpenRun, siblings: tuple[Path, ...]) -> RunFolder | N
             continue
         alike = all(other.get(key) == own[key] for key in ("data", "machine", "versions"))
         finished = other.get("status") == FINISHED
-        if alike and finished and other.get("training_hash") in wanted:
+        if alike and finished and other.get("training_hash") in hashes:
             _log.info("taking over the training in %s", sibling)
             return RunFolder(sibling)
     return None

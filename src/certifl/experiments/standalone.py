@@ -163,7 +163,7 @@ def _save(certificates: Certificates, out: Path, advice: str) -> None:
 def _network(
     request: Request, run: OpenRun | None, model: nn.Module, job: Job, trial: Trial
 ) -> Network:
-    """The model prepared for voting; "auto" is as the saved votes or the run chose, or measured."""
+    """The model prepared for voting; "auto" is what saved votes or the run chose, or measured."""
     choice = stored_arithmetic(job.saved)
     if choice is None and run is not None:
         choice = recorded_arithmetic(run, request.device)

@@ -191,7 +191,7 @@ def certify_job(
 
 
 def _votes_key(job: Job, metadata: Mapping[str, Any], code: str) -> str:
-    """A name of the votes wanted: another image, noise, network or look has another.
+    """A name of the votes: another image, noise, network or look has another.
 
     Votes of two functions must never be counted together, and a user's network may change with
     its code while its weights stay: so its code is part of the name.

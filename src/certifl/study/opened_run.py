@@ -196,8 +196,8 @@ class OpenRun(StoredRun):
     def last_round(self) -> StoredRound:
         """The final checkpoint of the training."""
         last = Checkpoints(self.folder.training).latest()
-        wanted = self.spec.training.rounds + self.algorithm.extra_rounds
-        if last is None or last.number != wanted:
+        rounds = self.spec.training.rounds + self.algorithm.extra_rounds
+        if last is None or last.number != rounds:
             raise StoreError(
                 f"The final checkpoint in {self.folder.training} is missing or damaged, so the "
                 "trained models are not known. Compute the run again with --overwrite."
@@ -360,7 +360,7 @@ class ClientStudy:
         """The client's model with what it takes to use it.
 
         Args:
-            client: whose model is wanted; None = the client of this folder.
+            client: whose model; None = the client of this folder.
             code: folder with the network's own code, which the user trusts.
 
         Raises:
