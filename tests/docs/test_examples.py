@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
 from certifl.report.compare import Difference
 from certifl.runs.folder import RunFolder
+from scripts import load_script
 from tiny_study import cli
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -19,17 +18,8 @@ FEW = ("training.rounds=1", "certification.n=100")
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
-def example(name: str) -> ModuleType:
-    found = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert found is not None
-    assert found.loader is not None
-    made = importlib.util.module_from_spec(found)
-    found.loader.exec_module(made)
-    return made
-
-
 def test_choosing_lambda(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    choose = example("choose_lambda")
+    choose = load_script("examples/choose_lambda.py")
     choose.QUICK = (*choose.QUICK, *FEW)
     choose.main(["--quick", "--out", str(tmp_path)])
     said = capsys.readouterr().out
@@ -48,7 +38,7 @@ def test_choosing_lambda(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_what_is_recommended() -> None:
     """The best, and exactly those whose interval to it contains 0."""
-    choose, lambdas = example("choose_lambda"), (0.1, 0.5, 0.9)
+    choose, lambdas = load_script("examples/choose_lambda.py"), (0.1, 0.5, 0.9)
     acr = (0.2, 0.3, 0.1)
 
     def pairs(low: float) -> dict[tuple[int, int], Difference]:
@@ -65,7 +55,7 @@ def test_what_is_recommended() -> None:
 
 
 def test_comparing_regimes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    compare = example("compare_regimes")
+    compare = load_script("examples/compare_regimes.py")
     compare.QUICK = (*compare.QUICK, *FEW)
     compare.main(["fedavg", "local", "--quick", "--seeds", "2", "--out", str(tmp_path)])
     said = capsys.readouterr().out.splitlines()
@@ -91,7 +81,8 @@ def test_a_natural_federation_of_images_of_unlike_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path / "cache"))
-    example("fed_isic2019").main([str(tmp_path / "data"), "--train", "12", "--test", "3"])
+    isic = load_script("examples/fed_isic2019.py")
+    isic.main([str(tmp_path / "data"), "--train", "12", "--test", "3"])
     study = EXAMPLES / "fed_isic2019.toml"
     quick = [
         "training.rounds=1",
@@ -107,5 +98,5 @@ def test_a_natural_federation_of_images_of_unlike_sizes(
     assert certificates.conditions["unit"] == "log factor"
     assert run.manifest()["data"]["image_size"] == [32, 32]
     photo = tmp_path / "photo.jpg"
-    photo.write_bytes(example("fed_isic2019").lesion(np.random.default_rng(0), 1, 3))
+    photo.write_bytes(isic.lesion(np.random.default_rng(0), 1, 3))
     cli("predict", photo, "--run", tmp_path / "run", "--n", "100").fine("crop = center", "factor")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from pathlib import Path
-from types import ModuleType
 
 import nbformat
 import numpy as np
@@ -16,6 +14,7 @@ from PIL import Image
 
 import certifl
 from certifl.certification import Certificates
+from scripts import load_script
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -43,15 +42,6 @@ def test_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Certificates.load(tmp_path / "certificates.parquet").label[0] >= 0
 
 
-def example(name: str) -> ModuleType:
-    found = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert found is not None
-    assert found.loader is not None
-    made = importlib.util.module_from_spec(found)
-    found.loader.exec_module(made)
-    return made
-
-
 def png(size: tuple[int, int], mode: str = "L") -> bytes:
     file = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, size, np.uint8)
@@ -65,7 +55,7 @@ def test_the_service_answers_as_the_classifier_does() -> None:
 
     model = certifl.models.build("small_cnn", 1, 10, seed=0).eval()
     smoothed = certifl.SmoothedClassifier(model, certifl.Rotation("18deg"), n=300)
-    client = TestClient(example("service").service(smoothed))
+    client = TestClient(load_script("examples/service.py").service(smoothed))
     answer = client.post("/predict", files={"image": png((8, 8))})
     image = np.asarray(Image.open(io.BytesIO(png((8, 8)))), np.float32) / 255
     labels, radii = smoothed.predict(torch.from_numpy(image)[None, None])

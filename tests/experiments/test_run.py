@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -24,6 +23,7 @@ from certifl.experiments.verify import verify_run
 from certifl.paper import scales as presets
 from certifl.runs.folder import RunFolder
 from certifl.spec import load, with_settings
+from scripts import load_script
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TRANSLATION = {"family": "translation", "sigma": 0.1}
@@ -367,12 +367,7 @@ def test_the_example_of_a_network_of_ones_own(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_own_modules")
 def test_the_example_of_a_model_somebody_has(capsys: pytest.CaptureFixture[str]) -> None:
-    place = EXAMPLES / "certify_your_model.py"
-    found = importlib.util.spec_from_file_location("certify_your_model", place)
-    assert found is not None
-    assert found.loader is not None
-    example = importlib.util.module_from_spec(found)
-    found.loader.exec_module(example)
+    example = load_script("examples/certify_your_model.py")
     example.EPOCHS = 3
     example.main()
     said = capsys.readouterr().out
