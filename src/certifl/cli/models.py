@@ -326,11 +326,21 @@ def predict(
     from certifl.models import allow_code
 
     allow_code(model, Path.cwd())
-    noise = standalone.perturbation_named(family, sigma)
-    network = standalone.OwnModel(
-        model, weights, data, data_dir, classes, noise, n or _PREDICT_VOTES, seed, precision
+    answer = standalone.certify_image_with(
+        image,
+        model,
+        weights,
+        standalone.perturbation_named(family, sigma),
+        n=n or _PREDICT_VOTES,
+        data=data,
+        data_dir=data_dir,
+        classes=classes,
+        seed=seed,
+        precision=precision,
+        resize=resize,
+        device=device,
     )
-    terminal.show_prediction(standalone.certify_image_with(image, network, resize, device))
+    terminal.show_prediction(answer)
 
 
 def _check_predictor(

@@ -42,7 +42,8 @@ from certifl.perturbations import Perturbation
 from certifl.rng import generator, image_key
 from certifl.spec import Spec
 from certifl.study.environment import machine_metadata, training_threads
-from certifl.study.setup import data_columns, load_data, open_data
+from certifl.study.privacy import Protection
+from certifl.study.setup import data_columns, load_data, local_training, open_data
 
 if TYPE_CHECKING:
     from certifl.spec.study import Choice
@@ -212,19 +213,10 @@ def _training_seconds(
 ) -> tuple[tuple[float, float], tuple[Parts, Parts]]:
     """Seconds of all rounds of all clients, and of the last extra one; what is kept after one."""
     schedule, algorithm = spec.training.schedule(), spec.build_algorithm()
-    federated, personal = spec.augmentations()
+    short = {"rounds": 1, "local_epochs": 1}
+    once = spec.model_copy(update={"training": spec.training.model_copy(update=short)})
     with training_threads(model):
-        training = LocalTraining(
-            model,
-            replace(schedule, rounds=1, local_epochs=1),
-            seed=spec.seed,
-            augmentation=federated,
-            finetuning_augmentation=personal,
-            objective=spec.build_objective(),
-            device=device,
-            precision=spec.training.precision,
-            memory_format=spec.training.memory_format,
-        )
+        training = local_training(once, model, str(device), Protection())
         measured = _Rounds(algorithm, training, algorithm.init(state_of(model)), data)
         few, more = (
             max(2, min(math.ceil(train.mean()), batches * schedule.batch_size))

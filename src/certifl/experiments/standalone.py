@@ -343,75 +343,64 @@ def _prediction(
     return Prediction(certificates, name, client, deploys, changed)
 
 
-@dataclass(frozen=True)
-class OwnModel:
-    """A network that no study trained, and how it is smoothed.
-
-    Attributes:
-        name: of a network, or module:function. weights: its file.
-        data, data_dir: a data set whose channels, image size and classes are the network's; or
-        classes: their number, or their names with commas between; the image gives the rest.
-        perturbation: as `certifl certify` takes it. n: votes. seed, precision: as elsewhere.
-    """
-
-    name: str
-    weights: Path | None
-    data: str | None
-    data_dir: Path | None
-    classes: str | None
-    perturbation: Perturbation
-    n: int
-    seed: int
-    precision: str
-
-    def images(self, path: Path) -> ImageKind:
-        """What the network takes.
-
-        Raises:
-            InputError: neither a data set nor classes are named, or both.
-        """
-        if (self.data is None) == (self.classes is None):
-            raise InputError(
-                "--model needs to know its classes: give --classes with their number or names, "
-                "such as 10 or cat,dog, or --data with the data set it was trained on."
-            )
-        if self.data is not None:
-            return ImageKind.of(load(self.data, self.data_dir))
-        text = str(self.classes).strip()
-        names = tuple(name.strip() for name in text.split(","))
-        if text.isdigit() and int(text) <= _MOST_CLASSES:
-            names = tuple(map(str, range(int(text))))
-        if len(names) < 2 or not all(names):
-            raise InputError(
-                f"--classes is a number from 2 to {_MOST_CLASSES:,}, or at least two names; got "
-                f"{self.classes!r}."
-            )
-        return ImageKind(*shape_of_file(path), names)
-
-
-def certify_image_with(path: Path, own: OwnModel, resize: bool, device: str) -> Prediction:
+def certify_image_with(
+    path: Path,
+    model: str,
+    weights: Path | None,
+    perturbation: Perturbation,
+    *,
+    n: int,
+    data: str | None = None,
+    data_dir: Path | None = None,
+    classes: str | None = None,
+    seed: int = 0,
+    precision: str = "auto",
+    resize: bool = False,
+    device: str = "auto",
+) -> Prediction:
     """Certify one image with a network that no study trained.
 
     Args:
-        path: the image. own: the network. resize: fit the image to it. device: as elsewhere.
+        path: the image.
+        model: name of a network, or module:function. weights: its file.
+        perturbation: as `certifl certify` takes it. n: votes.
+        data, data_dir: a data set whose channels, image size and classes are the network's; or
+        classes: their number, or their names with commas between; the image gives the rest.
+        resize: fit the image to the network. seed, precision, device: as elsewhere.
 
     Raises:
+        InputError: neither a data set nor classes are named, or both.
         InputError, ModelError: the image, the network or its weights do not fit.
     """
-    images = own.images(path)
-    model = _trained(own.name, own.weights, images, own.seed)
+    if (data is None) == (classes is None):
+        raise InputError(
+            "--model needs to know its classes: give --classes with their number or names, "
+            "such as 10 or cat,dog, or --data with the data set it was trained on."
+        )
+    if data is not None:
+        images = ImageKind.of(load(data, data_dir))
+    else:
+        images = ImageKind(*shape_of_file(path), _class_names(str(classes)))
+    network = _trained(model, weights, images, seed)
     image = read_image(path, images.in_channels, images.image_size, resize=resize)
     certificates = certify(
-        model,
-        image,
-        own.perturbation,
-        n=own.n,
-        seed=own.seed,
-        precision=own.precision,
-        device=device,
+        network, image, perturbation, n=n, seed=seed, precision=precision, device=device
     )
-    deploys = own.name if own.weights is None else f"{own.name} with {own.weights}"
+    deploys = model if weights is None else f"{model} with {weights}"
     return _prediction(path, certificates, images, None, deploys)
+
+
+def _class_names(text: str) -> tuple[str, ...]:
+    """Names from a number, 0 to n - 1, or from a list."""
+    names = tuple(name.strip() for name in text.split(","))
+    if text.strip().isdigit() and int(text) <= _MOST_CLASSES:
+        names = tuple(map(str, range(int(text))))
+    if len(names) < 2 or not all(names):
+        raise InputError(
+            f"--classes is a number from 2 to {_MOST_CLASSES:,}, or at least two names; got "
+            f"{text!r}."
+        )
+    return names
 
 
 # A certification cut into shards, for a cluster's job arrays, and put together again.
