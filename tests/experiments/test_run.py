@@ -17,12 +17,13 @@ from PIL import Image
 
 import tiny_study as tiny
 from certifl.certification import Certificates
-from certifl.errors import ModelError, StoreMismatch
-from certifl.experiments.run import Options, run
+from certifl.errors import InputError, ModelError, StoreMismatch, WorkError
+from certifl.experiments.run import Options, cast_votes, device_names, run
 from certifl.experiments.verify import verify_run
 from certifl.paper import scales as presets
 from certifl.runs.folder import RunFolder
 from certifl.spec import load, with_settings
+from certifl.study.opened_run import OpenRun
 from scripts import load_script
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -375,3 +376,39 @@ def test_the_example_of_a_model_somebody_has(capsys: pytest.CaptureFixture[str])
     assert len(shares) == 4
     assert shares[0] >= 70
     assert shares == sorted(shares, reverse=True)
+
+
+# Certification by several processes gives what one process gives.
+
+
+def test_two_processes_cast_the_votes_of_one(tmp_path: Path) -> None:
+    study, seen = tiny.spec("clients.count=3"), []
+    alone = run(study, Options(tmp_path / "alone", device="cpu"))
+    shared = run(
+        study,
+        Options(
+            tmp_path / "shared",
+            device="cpu,cpu",
+            report=lambda what, done, total, _unit: seen.append((what, done, total)),
+        ),
+    )
+    assert shared.load_certificates().same_results(alone.load_certificates())
+    voted = [(done, total) for what, done, total in seen if what == "certifying"]
+    assert voted[-1][0] == voted[-1][1]
+
+
+def test_a_process_that_fails_is_reported_with_its_reason(tmp_path: Path) -> None:
+    folder = run(tiny.spec(), Options(tmp_path / "run", device="cpu", explore=False))
+    for server in folder.training.glob("round-*/server.safetensors"):
+        server.write_bytes(b"damaged")
+    with pytest.raises(WorkError, match=r"missing or damaged|ended early"):
+        cast_votes(OpenRun(folder.path), None, ("cpu",), None)
+
+
+def test_names_of_devices() -> None:
+    assert device_names("cpu") == ("cpu",)
+    assert device_names("cpu, cpu") == ("cpu", "cpu")
+    with pytest.raises(InputError, match="device is empty"):
+        device_names(" , ")
+    with pytest.raises(InputError, match="cannot be used"):
+        device_names("cpu,quantum")
