@@ -19,8 +19,8 @@ from certifl.models import fingerprint
 from certifl.runs.atomic import load_tensors
 from certifl.runs.published import is_published
 from certifl.safe_io import MALFORMED
+from certifl.smoothing.curves import impossible_curve
 from certifl.spec import Spec
-from certifl.study.curves import impossible_curve
 from certifl.study.opened_run import OpenRun
 from certifl.study.setup import partition_of
 
