@@ -369,7 +369,7 @@ def test_the_example_of_a_network_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_own_modules")
 def test_the_example_of_a_model_somebody_has(capsys: pytest.CaptureFixture[str]) -> None:
     example = load_script("examples/certify_your_model.py")
-    example.EPOCHS = 3
+    example.EPOCHS, example.TESTED = 3, 12
     example.main()
     said = capsys.readouterr().out
     shares = [int(line.split()[-1][:-1]) for line in said.splitlines() if "degrees" in line]

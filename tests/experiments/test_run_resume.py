@@ -43,7 +43,7 @@ LONG = (
 KILLS = 2
 
 # One process computes what its tests share.
-pytestmark = [pytest.mark.xdist_group("resume"), pytest.mark.usefixtures("own_cache", "undrawn")]
+pytestmark = [pytest.mark.xdist_group("resume"), pytest.mark.usefixtures("own_cache")]
 
 
 @pytest.fixture(scope="module")

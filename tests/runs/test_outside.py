@@ -108,7 +108,6 @@ def test_a_name_with_a_nul_character_is_refused() -> None:
         ("[" * 60 + "]" * 60, "nested deeper"),
         ("9" * 5000, "64 bits"),
         ('{"seed": -99999999999999999999}', "64 bits"),
-        ("[" + "[]," * 4_000_001 + "1]", "lists and objects"),
         ('{"a": "\\ud800', "not JSON"),
         ("", "not JSON"),
     ],
@@ -171,7 +170,7 @@ def test_a_folder_whose_name_is_not_utf_8(tmp_path: Path) -> None:
 
 def test_a_gzip_bomb_is_not_expanded(tmp_path: Path) -> None:
     head = bytes((0, 0, 8, 3)) + struct.pack(">III", 2, 8, 8)
-    content = gzip.compress(head + bytes(400 << 20), 1)
+    content = gzip.compress(head + bytes(100 << 20), 1)
     for name in ("train-images-idx3", "t10k-images-idx3"):
         (tmp_path / f"{name}-ubyte.gz").write_bytes(content)
     labels = gzip.compress(bytes((0, 0, 8, 1)) + struct.pack(">I", 2) + bytes((0, 1)))
@@ -336,7 +335,7 @@ def test_weights_that_are_none(way: str, tmp_path: Path) -> None:
         torch.save({"state_dict": {"a": {"b": torch.zeros(1)}}}, path)
     else:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
-            packed.writestr("archive/data.pkl", bytes(100 << 20))
+            packed.writestr("archive/data.pkl", bytes(20 << 20))
     asked = ("certify", "--model", "small_cnn", "--weights", path, "--data", "digits")
     told = tiny.cli(*asked, "--out", tmp_path / "c.parquet")
     told.refused("names are not in the file" if way == "nested" else "state_dict")
