@@ -230,12 +230,12 @@ def test_certify_goes_on_where_it_was_stopped_and_only_with_the_same_question(
 
     monkeypatch.setattr(certifying, "_SECONDS_BETWEEN_SAVES", 0.0)
     monkeypatch.setattr(engine, "_CALLS_PER_BATCH", 4)
-    real, waves = engine.advance, 0
+    real, batches = engine.advance, 0
 
     def stopped(*given: object) -> None:
-        nonlocal waves
-        waves += 1
-        if waves == 4:
+        nonlocal batches
+        batches += 1
+        if batches == 4:
             raise KeyboardInterrupt
         real(*given)  # pyright: ignore
 
@@ -258,7 +258,7 @@ def test_certify_goes_on_where_it_was_stopped_and_only_with_the_same_question(
     monkeypatch.setattr(engine, "advance", lambda *given: spent.append(real(*given)))
     tiny.cli(*asked, *narrow, "--out", out).fine()
     assert Certificates.load(out).same_results(Certificates.load(tmp_path / "narrow.parquet"))
-    assert len(spent) < 4 * 6000 / 2048  # fewer waves than from the beginning
+    assert len(spent) < 4 * 6000 / 2048  # fewer batches than from the beginning
     assert not kept.exists()
 
 

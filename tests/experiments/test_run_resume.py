@@ -69,7 +69,7 @@ def assert_same_run(found: Path, wanted: Path) -> None:
 
 
 def work(spec: Spec, place: Path) -> None:
-    """The study in a process of its own, with votes saved after every small wave."""
+    """The study in a process of its own, with votes saved after every small batch."""
     torch.set_num_threads(1)
     certifying._SECONDS_BETWEEN_SAVES = 0.0
     engine._CALLS_PER_BATCH = 2
@@ -136,16 +136,16 @@ def test_killed_at_random_moments_and_gone_on_with(
 def test_votes_of_a_killed_certification_are_not_cast_again(
     study: Spec, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, real, waves = tmp_path / "run", engine.advance, []
+    place, real, batches = tmp_path / "run", engine.advance, []
     monkeypatch.setattr(certifying, "_SECONDS_BETWEEN_SAVES", 0.0)
 
     class Killed(BaseException):
         """Stands for the end of the process."""
 
     def dying(*given: object) -> None:
-        if len(waves) == 1:
+        if len(batches) == 1:
             raise Killed
-        waves.append(1)
+        batches.append(1)
         real(*given)  # pyright: ignore
 
     with monkeypatch.context() as patch:
@@ -153,15 +153,15 @@ def test_votes_of_a_killed_certification_are_not_cast_again(
         with pytest.raises(Killed):
             run(study, Options(place, device="cpu"))
     kept = {name: held for name, held in tiny.files(place).items() if "round-" in name}
-    monkeypatch.setattr(engine, "advance", lambda *given: waves.append(real(*given)))
+    monkeypatch.setattr(engine, "advance", lambda *given: batches.append(real(*given)))
     run(study, Options(place, device="cpu"))
     after = {name: held for name, held in tiny.files(place).items() if "round-" in name}
     assert after == kept  # nothing was trained again
     assert_same_run(place, reference)
-    again = len(waves)
-    waves.clear()
+    again = len(batches)
+    batches.clear()
     run(study, Options(tmp_path / "whole", device="cpu"))
-    assert len(waves) == again
+    assert len(batches) == again
 
 
 def test_damaged_votes_are_cast_again(

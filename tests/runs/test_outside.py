@@ -156,8 +156,8 @@ def test_settings_have_the_same_limits() -> None:
 def test_what_is_printed_cannot_move_the_cursor(tmp_path: Path) -> None:
     shown = outside.visible("a\x1b[2J\x07\r\u202e\udcff\u00a095\u00a0% é")
     assert shown == "a\\x1b[2J\\x07\\r\\u202e\\udcff\u00a095\u00a0% é"
-    told = tiny.cli("run", tmp_path / "a\x1b[2J[/bold].toml")
-    told.refused("a\\x1b[2J[/bold].toml")
+    outcome = tiny.cli("run", tmp_path / "a\x1b[2J[/bold].toml")
+    outcome.refused("a\\x1b[2J[/bold].toml")
 
 
 def test_a_folder_whose_name_is_not_utf_8(tmp_path: Path) -> None:
@@ -311,16 +311,16 @@ def test_what_nobody_foresaw_ends_in_one_line_with_a_log(tmp_path: Path) -> None
 
     (tmp_path / "run.json").write_text("{}")
     with mock.patch("certifl.experiments.verify.verify_run", broken):
-        told = tiny.cli("verify", tmp_path)
-    told.refused("unexpected error", "ZeroDivisionError", "\\x1b[2J", code=1)
-    log = Path(re.findall(r"\S+\.log", told.err)[0])
+        outcome = tiny.cli("verify", tmp_path)
+    outcome.refused("unexpected error", "ZeroDivisionError", "\\x1b[2J", code=1)
+    log = Path(re.findall(r"\S+\.log", outcome.err)[0])
     text = log.read_text()
     log.unlink()
     assert "Traceback" in text
     assert "many lines" in text
 
 
-def test_exhausted_memory_is_told(tmp_path: Path) -> None:
+def test_exhausted_memory_is_reported(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     with mock.patch("certifl.experiments.verify.verify_run", side_effect=MemoryError):
         tiny.cli("verify", tmp_path).refused("memory ran out", code=1)
@@ -337,8 +337,8 @@ def test_weights_that_are_none(way: str, tmp_path: Path) -> None:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
             packed.writestr("archive/data.pkl", bytes(20 << 20))
     asked = ("certify", "--model", "small_cnn", "--weights", path, "--data", "digits")
-    told = tiny.cli(*asked, "--out", tmp_path / "c.parquet")
-    told.refused("names are not in the file" if way == "nested" else "state_dict")
+    outcome = tiny.cli(*asked, "--out", tmp_path / "c.parquet")
+    outcome.refused("names are not in the file" if way == "nested" else "state_dict")
 
 
 def test_a_key_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
@@ -362,9 +362,9 @@ def test_a_checkpoint_of_a_terabyte_of_nothing_is_not_read(tmp_path: Path) -> No
     newest = max(folder.training.glob("round-*"))
     with (newest / "server.safetensors").open("r+b") as file:
         file.truncate(1 << 40)
-    told = tiny.cli("verify", folder.path)
-    assert told.code == 1
-    assert "checkpoint" in told.err
+    outcome = tiny.cli("verify", folder.path)
+    assert outcome.code == 1
+    assert "checkpoint" in outcome.err
 
 
 @pytest.mark.parametrize("port", ["9" * 5000, "²", "0", "65536", ""])
