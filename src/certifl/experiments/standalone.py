@@ -16,6 +16,7 @@ from certifl.certification import Certificates
 from certifl.certification.api import certify
 from certifl.certification.arithmetic import Trial
 from certifl.certification.network import Network
+from certifl.certification.precisions import PRECISIONS
 from certifl.certification.settings import Settings
 from certifl.data import (
     Dataset,
@@ -27,10 +28,12 @@ from certifl.data import (
 )
 from certifl.data.preparation import AS_THEY_ARE, Preparation
 from certifl.errors import InputError, StoreError, StoreMismatch
+from certifl.experiments.hub import CARD, CERTIFICATES, check_card
 from certifl.models import build
 from certifl.module_copies import evaluating
 from certifl.perturbations import DEFAULT, Perturbation, describe, from_description
 from certifl.progress import StageCallback
+from certifl.runs.atomic import read_json
 from certifl.study.certify import (
     Job,
     VoteSource,
@@ -301,9 +304,15 @@ def certify_image(
     used, opened = open_deployed(run, client, code)
     prepare, study = used.spec.data.preparation(), used.spec.certification
     image = read_image(path, used.in_channels, used.image_size, resize, prepare)
-    settings, choice, scales = study.settings(used.client), None, None
-    if study.precision == "auto" and opened is not None:
-        choice = recorded_arithmetic(opened, device)
+    settings, precision = study.settings(used.client), study.precision
+    choice, scales = None, None
+    if opened is None and (run / CARD).is_file():
+        check_card(run, used.model)
+    if precision == "auto":
+        if opened is None:
+            precision = _recorded_precision(run)
+        else:
+            choice = recorded_arithmetic(opened, device)
     if study.precision == "int8":
         certified = opened or OpenRun(run)  # a client's own folder has its certificates, too
         scales = certified.certificates.conditions["quantization"][str(used.client)]
@@ -318,7 +327,7 @@ def certify_image(
             estimator=study.estimator,
             radii=settings.radii,
             seed=used.spec.seed,
-            precision=study.precision if choice is None else choice.precision,
+            precision=precision if choice is None else choice.precision,
             device=device,
             batch_size="auto" if choice is None else choice.batch_size,
             reach=settings.reach,
@@ -401,6 +410,19 @@ def _class_names(text: str) -> tuple[str, ...]:
             f"{text!r}."
         )
     return names
+
+
+def _recorded_precision(path: Path) -> str:
+    """The precision in which a client's own or pushed model was certified, else "auto".
+
+    Another one is another network, which the certificates say nothing of.
+    """
+    rows, card = path / CERTIFICATES, path / CARD
+    stored = Certificates.load(rows).conditions if rows.is_file() else {}
+    if not stored and card.is_file():
+        stored = read_json(card)
+    recorded = stored.get("precision") if isinstance(stored, Mapping) else None
+    return recorded if isinstance(recorded, str) and recorded in PRECISIONS else "auto"
 
 
 # A certification cut into shards, for a cluster's job arrays, and put together again.
