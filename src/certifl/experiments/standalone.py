@@ -302,12 +302,12 @@ def certify_image(
         code: folder with the network's own code.
     """
     used, opened = open_deployed(run, client, code)
+    if opened is None and (run / CARD).is_file():
+        check_card(run, used.model)
     prepare, study = used.spec.data.preparation(), used.spec.certification
     image = read_image(path, used.in_channels, used.image_size, resize, prepare)
     settings, precision = study.settings(used.client), study.precision
     choice, scales = None, None
-    if opened is None and (run / CARD).is_file():
-        check_card(run, used.model)
     if precision == "auto":
         if opened is None:
             precision = _recorded_precision(run)
