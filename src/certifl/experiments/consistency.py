@@ -25,6 +25,8 @@ from certifl.data import Dataset, Partition, check, choose
 from certifl.errors import InputError, StoreError
 from certifl.models import build
 from certifl.perturbations import Perturbation, from_record
+from certifl.safe_io import MALFORMED
+from certifl.smoothing.curves import possible_averages
 from certifl.spec import Spec
 from certifl.study.opened_run import OpenRun
 from certifl.study.privacy import protection, spent
@@ -34,7 +36,8 @@ Rows = Certificates | Predictions
 
 _WORDS = ("label", "deploys")  # another version may say the same otherwise
 _SHOWN = 5
-_ROUNDING = 1e-6
+_ROUNDING = 1e-6  # of accountants
+_CURVE_ROUNDING = 1e-9
 
 
 def _unlike(
@@ -78,15 +81,42 @@ def settings_problems(
     return list(problems)
 
 
-def curve_settings_problems(client: int, metadata: Any, spec: Spec) -> list[str]:
+def curve_settings_problems(client: int, curve: Mapping[str, Any], spec: Spec) -> list[str]:
     """As `settings_problems`, of a shared curve; its client may have its own perturbation."""
+    metadata: Any = curve.get("conditions")
     try:
         perturbation = from_record(metadata["description"])
         own = perturbation != spec.perturbations()[client]
         left_out, who = AMOUNTS if own else (), f"of client {client} "
-        return _metadata_problems(metadata, spec, client, perturbation, who, left_out)
+        problems = _metadata_problems(metadata, spec, client, perturbation, who, left_out)
+        return problems + _radii_problems(client, curve, spec, perturbation)
     except (InputError, KeyError, TypeError, AttributeError, IndexError) as error:
         return [f"client {client}: what it certified is damaged ({error!r})"]
+
+
+def _radii_problems(
+    client: int, curve: Mapping[str, Any], spec: Spec, perturbation: Perturbation
+) -> list[str]:
+    """Where a curve is at other radii than the study's, or goes beyond what votes can certify."""
+    estimator = spec.certification.settings(client).estimator_for(perturbation)
+    try:
+        radii, counts = np.array(curve["radii"], float), np.array(curve["correct"], np.int64)
+        images, acr = int(curve["images"]), float(curve["acr"])
+    except MALFORMED:
+        return []  # see `verify.impossible`
+    grid, rounding = estimator.grid(), _CURVE_ROUNDING
+    if radii.shape != grid.shape or not np.allclose(radii, grid, rtol=rounding, atol=rounding):
+        return [f"client {client}: its radii are not those that the spec gives"]
+    if counts.shape != grid.shape or images < 1:
+        return []
+    largest = estimator.largest_radius()
+    high = possible_averages(radii, counts, images, largest)[1]
+    if acr > high + rounding:
+        return [
+            f"client {client}: an average certified radius of {acr:.6g} is beyond {high:.6g}, "
+            f"since no votes certify more than {largest:.6g}"
+        ]
+    return []
 
 
 def _metadata_problems(

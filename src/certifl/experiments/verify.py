@@ -351,7 +351,7 @@ def _of_curves(run: OpenRun) -> Verification:
     problems, curves, checked = _spec_problems(run), run.curves or {}, 0
     for client, curve in curves.items():
         problems += impossible(client, curve, run.spec)
-        problems += consistency.curve_settings_problems(client, curve.get("conditions"), run.spec)
+        problems += consistency.curve_settings_problems(client, curve, run.spec)
     # Rows of single clients that shared them, where others did not.
     for path in sorted(run.folder.votes(0).parent.glob("rows-*.parquet")):
         rows = Certificates.load(path)
@@ -379,6 +379,8 @@ def impossible(client: int, curve: Mapping[str, Any], spec: Spec) -> list[str]:
         images, acr = int(curve["images"]), float(curve["acr"])
     except MALFORMED as error:
         return [f"client {client}: its curve is damaged ({error!r})"]
+    if images < 1:
+        return [f"client {client}: its curve is of {images} images"]
     asked, why = spec.certification.images, impossible_curve(radii, counts, images, acr)
     found = [] if why is None else [f"client {client}: {why}"]
     if asked is not None and images > asked:
