@@ -44,8 +44,7 @@ from certifl.deploy.transport.flower import (
 )
 from certifl.errors import InputError, WorkError
 from certifl.federated.worker import warm_up
-from certifl.runs.atomic import write_text
-from certifl.runs.private_files import private_folder, write_secret
+from certifl.runs.atomic import private_folder, write_secret, write_text
 
 _log = logging.getLogger(__name__)
 _START_SECONDS = 60.0

@@ -25,7 +25,7 @@ from certifl.perturbations import from_description as perturbation_from
 from certifl.safe_io import SPEC_BYTES, parse_toml, read_text
 from certifl.spec import Spec, with_settings
 from certifl.spec.sections import Section
-from certifl.study.opened_run import open_data
+from certifl.study.setup import open_data
 
 SHARES = {
     "none": "the server learns only that the client has finished",

@@ -37,12 +37,12 @@ from certifl.federated.states import ClientState, Parts
 from certifl.models import fingerprint
 from certifl.runs.atomic import (
     load_tensors,
+    private_folder,
     read_json,
     save_tensors,
     tensor_metadata,
     write_json,
 )
-from certifl.runs.private_files import private_folder
 from certifl.safe_io import MALFORMED
 
 NEVER = -1

@@ -54,8 +54,7 @@ from flwr.superlink.grid import HttpGrid
 
 from certifl.deploy.provision.bundle import FLOWER_VARIABLES, app_files
 from certifl.errors import StoreMismatch, WorkError
-from certifl.runs.atomic import write_text
-from certifl.runs.private_files import private_files
+from certifl.runs.atomic import private_files, write_text
 
 _THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 _TERM_SECONDS = 10.0
