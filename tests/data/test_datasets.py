@@ -268,8 +268,8 @@ class TestUnavailable:
 
     def test_a_set_of_the_hub(self, tmp_path):
         pytest.importorskip("datasets", reason="the extra `hub` is not installed")
-        from certifl.data.assemble import assemble
-        from certifl.data.sources import read_hub
+        from certifl.data.loading import assemble
+        from certifl.data.readers import read_hub
 
         features = {"label": {"_type": "ClassLabel", "names": list("abc")}}
         write_set(tmp_path / "bugs", features=features)

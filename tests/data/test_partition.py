@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from certifl.data.allocation import allocate, quotas, shares
 from certifl.data.partition import check, choose
 from certifl.data.splitters import (
     SPLITS,
@@ -22,7 +21,10 @@ from certifl.data.splitters import (
     Quantity,
     Shards,
     Uniform,
+    allocate,
     label_checksum,
+    quotas,
+    shares,
 )
 from certifl.errors import InputError
 

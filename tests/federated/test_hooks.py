@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from algorithm_cases import CASES, all_rounds, deployed, light
 from certifl.errors import TrainingDiverged
 from certifl.federated import Mixture
-from certifl.federated.algorithms.common import proximal_hook
+from certifl.federated.algorithms.proximal import proximal_hook
 from certifl.federated.algorithms.scaffold import _MeanGradient
 from certifl.federated.objectives import Augmented
 from certifl.federated.states import ModelState, ServerState

@@ -16,7 +16,7 @@ from certifl.errors import ModelError
 from certifl.federated import FedAvg, LocalTraining, PerFedAvg
 from certifl.federated.objectives import Augmented, Consistency, Objective, Stability
 from certifl.federated.privacy import check_network
-from certifl.federated.privacy import mechanism as clipping
+from certifl.federated.privacy import mechanisms as clipping
 from certifl.federated.states import ServerState
 from certifl.federated.training.batches import Batch
 from certifl.models import check_logits, state_of

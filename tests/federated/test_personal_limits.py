@@ -23,7 +23,7 @@ from certifl.federated import (
     ServerState,
     state_of,
 )
-from certifl.federated.algorithms.common import norm_keys
+from certifl.federated.algorithms.personal_layers import norm_keys
 from quadratics import BEST, CENTERS, CURVATURES, value
 from tiny_federation import TinyNet, assert_same, client_data, clients, differ, training
 

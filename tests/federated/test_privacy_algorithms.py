@@ -17,8 +17,8 @@ from certifl.federated import (
 )
 from certifl.federated.algorithms import UNKNOWN
 from certifl.federated.privacy import ExampleLevel, check_algorithm, plan_examples
-from certifl.federated.privacy.compatibility import allowed
-from certifl.federated.privacy.example_level import PrivatePasses
+from certifl.federated.privacy.mechanisms import PrivatePasses
+from certifl.federated.privacy.planning import allowed
 from private_federation import BUDGET, KEY, SCHEDULE, PlainNet, client_training, example_training
 from tiny_federation import assert_same, client_data, differ
 

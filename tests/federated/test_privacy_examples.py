@@ -17,9 +17,8 @@ from certifl.errors import ModelError, SpecError
 from certifl.federated import FedAvg, Local, LocalTraining, Mixture, Personalized, state_of
 from certifl.federated.objectives import Augmented, Consistency
 from certifl.federated.privacy import Budget, ExampleLevel, check_algorithm
-from certifl.federated.privacy import mechanism as clipping
-from certifl.federated.privacy.example_level import PrivatePasses
-from certifl.federated.privacy.mechanism import add_noise
+from certifl.federated.privacy import mechanisms as clipping
+from certifl.federated.privacy.mechanisms import PrivatePasses, add_noise
 from certifl.federated.training.batches import Batch
 from certifl.models import resnet18, small_cnn, small_resnet
 from private_federation import (

@@ -17,7 +17,7 @@ from certifl.errors import InputError, SpecError
 from certifl.experiments.run import Options
 from certifl.experiments.run import run as run_study
 from certifl.federated import ClientState, FedAvg, Mixture, state_of, train
-from certifl.federated.worker import pack, unpack
+from certifl.federated.workers import pack, unpack
 from certifl.runs.checkpoints import Checkpoints
 from faulty_clients import Misbehaving
 from tiny_federation import (

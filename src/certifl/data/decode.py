@@ -5,8 +5,8 @@ An alpha channel is dropped and a recorded camera orientation is applied. If one
 RGB, the gray ones get three equal channels. Whatever would lose part of an image is refused: more
 than 8 bits per channel, because there is no one right way to bring them to [0, 255] (a study may
 name one for gray images, `Preparation.window`), and files with several frames or pages, because
-only one of them can be the image. (The second image that
-cameras put into a JPEG is a preview of the first, which alone is read.)
+only one of them can be the image. (The second image that cameras put into a JPEG is a preview of
+the first, which alone is read.) Of DICOM files only pixels are read.
 """
 
 from __future__ import annotations
@@ -30,10 +30,57 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from certifl.data.dataset import SMALLEST_SIDE, to_float
-from certifl.data.dicom import is_dicom, read_dicom
 from certifl.data.preparation import AS_THEY_ARE, WINDOW_OF_8_BITS, Preparation
-from certifl.errors import InputError
+from certifl.errors import InputError, first_line
 from certifl.safe_io import read_bytes
+
+_MAGIC, _MAGIC_AT = b"DICM", 128
+_GRAY = {"MONOCHROME1": True, "MONOCHROME2": False}
+"""Kinds of gray images, and whether their lowest value is white."""
+
+
+def is_dicom(content: bytes) -> bool:
+    """Whether a file's bytes are a DICOM file's."""
+    return content[_MAGIC_AT : _MAGIC_AT + len(_MAGIC)] == _MAGIC
+
+
+def read_dicom(content: bytes, most: int) -> tuple[np.ndarray, bool]:
+    """Intensities of a DICOM file's image, after its rescale slope and intercept.
+
+    Args:
+        content: of the file. most: pixels that it may have.
+
+    Returns:
+        (h, w) float64, and whether low values are white (MONOCHROME1).
+
+    Raises:
+        InputError: the extra is missing, or the file holds no single gray image that can be read.
+    """
+    try:
+        import pydicom
+        from pydicom.pixels.processing import apply_modality_lut
+    except ImportError as error:
+        raise InputError(
+            "DICOM files are read by pydicom, which is not installed: install the extra "
+            "`certifl[dicom]`"
+        ) from error
+    try:
+        file = pydicom.dcmread(io.BytesIO(content))
+        size = int(file.Rows) * int(file.Columns)
+        kind, frames = str(file.PhotometricInterpretation), int(file.get("NumberOfFrames") or 1)
+    except Exception as error:  # pydicom raises many unrelated types for damaged files
+        raise InputError(f"it is not a readable DICOM image ({first_line(error)})") from error
+    if kind not in _GRAY or frames != 1:
+        what = f"{frames} frames" if frames != 1 else f"colors of kind {kind}"
+        raise InputError(f"it holds {what}; save the one image that is meant as gray DICOM or PNG")
+    if size > most:
+        raise InputError(f"it is {file.Rows} x {file.Columns}, too large to be read")
+    try:
+        values = np.asarray(apply_modality_lut(file.pixel_array, file), np.float64)
+    except Exception as error:  # as above, and packages for compressed files that are missing
+        raise InputError(f"its pixels cannot be read ({first_line(error)})") from error
+    return values, _GRAY[kind]
+
 
 _ENDINGS = {
     "PNG": (".png",),

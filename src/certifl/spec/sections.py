@@ -36,7 +36,7 @@ from certifl.safe_io import DATA_BYTES, open_regular
 
 if TYPE_CHECKING:
     from certifl.data import Column, Splitter
-    from certifl.federated.aggregation.base import Rule
+    from certifl.federated.aggregation.rules import Rule
     from certifl.federated.privacy import Budget
 
 S = TypeVar("S")

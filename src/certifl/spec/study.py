@@ -86,9 +86,8 @@ class Spec(Section):
             )
         trained = self.algorithm.get("base", self.algorithm)
         row = ALGORITHMS.rows[trained["name"]]
-        overshoots = row.overshoots(trained, self.training.lr, self.training.momentum)
-        if overshoots is not None:
-            raise ValueError(f"training.lr = {self.training.lr} makes {overshoots}")
+        if not row.stable(trained, self.training.lr, self.training.momentum):
+            raise ValueError(f"training.lr = {self.training.lr} makes {row.unstable}")
         tests, clients = self.data.test_images, self.clients.count
         if tests is not None and tests < clients:
             raise ValueError(

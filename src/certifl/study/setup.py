@@ -10,7 +10,7 @@ from torch import nn
 
 from certifl.federated.algorithms import ALGORITHMS
 from certifl.federated.objectives import OBJECTIVES
-from certifl.federated.privacy.mechanism import try_clipping
+from certifl.federated.privacy.mechanisms import try_clipping
 from certifl.federated.trainer import Participation, RandomShare
 from certifl.federated.training.batches import PerClient, combine_augmentations
 from certifl.federated.training.local_training import LocalTraining, check_batches, check_images

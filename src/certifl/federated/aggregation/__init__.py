@@ -91,16 +91,16 @@ def _check_krum(options: Mapping[str, Any], participants: int) -> None:
 RULES: Registry[RuleRow] = Registry(
     "rule",
     {
-        "mean": RuleRow("certifl.federated.aggregation.base:Mean", parameters(), "mean"),
-        "median": RuleRow("certifl.federated.aggregation.robust:Median", parameters(), "median"),
+        "mean": RuleRow("certifl.federated.aggregation.rules:Mean", parameters(), "mean"),
+        "median": RuleRow("certifl.federated.aggregation.rules:Median", parameters(), "median"),
         "trimmed-mean": RuleRow(
-            "certifl.federated.aggregation.robust:TrimmedMean",
+            "certifl.federated.aggregation.rules:TrimmedMean",
             parameters(trim=_Minority),
             "trimmed mean",
             check=_check_trimmed_mean,
         ),
         "krum": RuleRow(
-            "certifl.federated.aggregation.robust:Krum",
+            "certifl.federated.aggregation.rules:Krum",
             parameters(malicious=_Minority, keep=(PositiveInt, 1)),
             "krum",
             check=_check_krum,
@@ -113,8 +113,8 @@ __getattr__ = lazy_names(
     __name__,
     {
         **_CLASSES,
-        "Clip": "certifl.federated.aggregation.base",
-        "Rule": "certifl.federated.aggregation.base",
+        "Clip": "certifl.federated.aggregation.rules",
+        "Rule": "certifl.federated.aggregation.rules",
     },
 )
 
@@ -151,6 +151,6 @@ def make_rule(name: str, options: Mapping[str, Any], clip: float | None = None) 
     rule = RULES[name](**options)
     if clip is None:
         return rule
-    from certifl.federated.aggregation.base import Clip
+    from certifl.federated.aggregation.rules import Clip
 
     return Clip(clip, rule)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from certifl.federated.aggregation.base import is_statistic
 from certifl.federated.algorithms.base import GlobalModel
-from certifl.federated.averaging import average_models, change
+from certifl.federated.averaging import average_models, change, is_statistic
 from certifl.federated.states import ModelState, ServerState, Update
 
 ServerStep = tuple[torch.Tensor, ModelState]

@@ -12,9 +12,8 @@ from torch import nn
 from certifl.federated.algorithms.base import GlobalModel
 from certifl.federated.averaging import average_parts, moved
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-from certifl.federated.training import foreach
 from certifl.federated.training.local_training import LocalTraining
-from certifl.federated.training.steps import gradients_of
+from certifl.federated.training.steps import foreach_add, gradients_of
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ class _MeanGradient:
 def _add(values: ModelState, others: ModelState) -> None:
     """Add the tensors of the same names, in place."""
     both = [name for name in values if name in others]
-    foreach.add([values[name] for name in both], [others[name] for name in both])
+    foreach_add([values[name] for name in both], [others[name] for name in both])
 
 
 def _difference(one: ModelState, other: ModelState) -> ModelState:
