@@ -55,7 +55,7 @@ class TwinRotation:
 
 
 STUDY = replace(
-    twin.Study(), clients=3, batch_size=16, rounds=3, decay_every=4, tuning_epochs=1, seed=11
+    twin.Study(), clients=3, batch_size=16, rounds=2, decay_every=3, tuning_epochs=1, seed=11
 )
 REGIMES: dict[str, Algorithm] = {
     "local": Local(),
@@ -68,8 +68,8 @@ REGIMES: dict[str, Algorithm] = {
 @pytest.fixture(scope="module")
 def parts():
     images, _ = twin.handwritten_digits()
-    # 65, 65 and 65 images: four batches of 16 and one image that joins the fourth.
-    few = (images[0][:195], images[1][:195])
+    # 33, 33 and 33 images: two batches of 16 and one image that joins the second.
+    few = (images[0][:99], images[1][:99])
     return twin.partition(few, STUDY, "train")
 
 

@@ -120,13 +120,9 @@ def fingerprint(
 ) -> str:
     """SHA-256 over shapes, class names, and the bytes of images and labels of both splits.
 
-    A column that was asked for counts, too: who holds which image follows from it. The lengths
-    come first, so that no two different data sets feed the hash the same bytes.
-
-    Args:
-        train, test: both splits.
-        class_names: one for each label.
-        prepared: what was done to every image, see `Dataset`; it counts where it is not empty.
+    A column that was asked for counts, too: who holds which image follows from it. So does what
+    was done to the images. The lengths come first, so that no two different data sets feed the
+    hash the same bytes.
     """
     shapes = [list(split.images.shape) for split in (train, test)]
     about: dict[str, Any] = {"shapes": shapes, "class_names": list(class_names)}
@@ -141,19 +137,10 @@ def fingerprint(
 
 
 def random_part(available: int, wanted: int | None, seed: int, which: str) -> np.ndarray:
-    """Ascending positions of a fixed random part of a split, for small studies.
+    """Ascending positions, int64 (wanted,), of a fixed random part of a split; None takes all.
 
     The choice depends on the arguments alone, and a larger part contains every smaller one of the
-    same seed.
-
-    Args:
-        available: images of the split.
-        wanted: images to take; None takes all.
-        seed: the study's seed.
-        which: "train" or "test"; their choices are independent.
-
-    Returns:
-        int64, (wanted,), ascending and unique.
+    same seed. Those of `which` = "train" and "test" are independent.
 
     Raises:
         InputError: more images are wanted than there are, or fewer than 1.

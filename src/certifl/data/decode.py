@@ -18,7 +18,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -34,24 +34,14 @@ from certifl.data.preparation import AS_THEY_ARE, WINDOW_OF_8_BITS, Preparation
 from certifl.errors import InputError, first_line
 from certifl.safe_io import read_bytes
 
-_MAGIC, _MAGIC_AT = b"DICM", 128
 _GRAY = {"MONOCHROME1": True, "MONOCHROME2": False}
 """Kinds of gray images, and whether their lowest value is white."""
 
 
-def is_dicom(content: bytes) -> bool:
-    """Whether a file's bytes are a DICOM file's."""
-    return content[_MAGIC_AT : _MAGIC_AT + len(_MAGIC)] == _MAGIC
-
-
 def read_dicom(content: bytes, most: int) -> tuple[np.ndarray, bool]:
-    """Intensities of a DICOM file's image, after its rescale slope and intercept.
+    """Intensities (h, w) of a DICOM file's image in float64, and whether low ones are white.
 
-    Args:
-        content: of the file. most: pixels that it may have.
-
-    Returns:
-        (h, w) float64, and whether low values are white (MONOCHROME1).
+    They are those after the file's rescale slope and intercept.
 
     Raises:
         InputError: the extra is missing, or the file holds no single gray image that can be read.
@@ -148,9 +138,9 @@ def decode_all(items: Iterable[NamedImage], prepare: Preparation = AS_THEY_ARE) 
     done: list[np.ndarray] = []
     clear: list[Callable[[], str]] = []
     first: tuple[str, tuple[int, ...]] | None = None
-    most = _PIXELS
+    most, remaining = _PIXELS, iter(items)
     with ThreadPoolExecutor(_workers()) as pool:
-        for batch in _chunks(iter(items), _BATCH):
+        while batch := list(islice(remaining, _BATCH)):
             groups = [batch[i : i + _GROUP] for i in range(0, len(batch), _GROUP)]
             if first is None:
                 shape = _decode_group(batch[:1], _PIXELS, prepare)[0][0].shape
@@ -226,8 +216,7 @@ def shape_of_file(path: str | Path) -> tuple[int, tuple[int, int]]:
     Raises:
         InputError: as `read_image`.
     """
-    file = Path(path)
-    image = _open(lambda: str(file), file)
+    image = _open(lambda: str(path), Path(path))
     return len(image.getbands()), (image.height, image.width)
 
 
@@ -238,8 +227,7 @@ def changes_of(
     prepare: Preparation = AS_THEY_ARE,
 ) -> str:
     """How `read_image` changes a file's pixels for the model, in words; "" = not at all."""
-    file = Path(path)
-    image = _open(lambda: str(file), file, prepare=prepare)
+    image = _open(lambda: str(path), Path(path), prepare=prepare)
     height, width = image_size
     changes = [f"{name} = {value}" for name, value in prepare.described.items()]
     if image.info.get(_TRANSPARENT):
@@ -259,15 +247,10 @@ def _open(
     most: int = _PIXELS,
     prepare: Preparation = AS_THEY_ARE,
 ) -> Image.Image:
-    """Decode to mode L or RGB by the module's convention, and prepare.
-
-    Args:
-        name: of the image, for errors. source: where it is.
-        most: pixels that it may have. prepare: what is done to it.
-    """
+    """Decode to mode L or RGB by the module's convention, up to `most` pixels, and prepare."""
     try:
         content = source if isinstance(source, bytes) else read_bytes(source, _IMAGE_BYTES)
-        if is_dicom(content):
+        if content[128:132] == b"DICM":
             image, lost = _of_dicom(content, most, prepare)
         else:
             image = _small(io.BytesIO(content), most)
@@ -278,7 +261,8 @@ def _open(
             if image.mode in _DEEP_MODES:
                 image = Image.fromarray(prepare.windowed(np.asarray(image)))
     except _DAMAGED as error:
-        reason = "it is not an image in a supported format" if _unknown(error) else str(error)
+        unknown = isinstance(error, UnidentifiedImageError)  # its text shows a memory address
+        reason = "it is not an image in a supported format" if unknown else str(error)
         raise InputError(
             f"Cannot decode {name()}: {reason}. Readable are {', '.join(_ENDINGS)}; "
             "remove or replace the file."
@@ -387,10 +371,6 @@ def _small(content: io.BytesIO, most: int) -> Image.Image:
     return image
 
 
-def _unknown(error: Exception) -> bool:
-    return isinstance(error, UnidentifiedImageError)  # its own text shows a memory address
-
-
 def _decode_group(
     group: list[NamedImage], most: int, prepare: Preparation
 ) -> list[tuple[np.ndarray, bool]]:
@@ -444,8 +424,3 @@ def _workers() -> int:
     if hasattr(os, "sched_getaffinity"):
         return min(8, len(os.sched_getaffinity(0)))
     return min(8, os.cpu_count() or 1)
-
-
-def _chunks(items: Iterator[NamedImage], size: int) -> Iterator[list[NamedImage]]:
-    while chunk := list(islice(items, size)):
-        yield chunk

@@ -24,14 +24,7 @@ _IDX_NAMES = {
 
 @dataclass(frozen=True)
 class Layout:
-    """The files of both splits.
-
-    Args:
-        kind: how they are read.
-        root: the data set's folder.
-        train: files of the training split; for IDX the images, then the labels.
-        test: files of the test split.
-    """
+    """The files of both splits in the folder `root`; for IDX the images, then the labels."""
 
     kind: Literal["parquet", "idx", "folder"]
     root: Path
@@ -115,19 +108,13 @@ def _parquet_files(folder: Path, split: str) -> tuple[Path, ...]:
             f"{split}/{inside[0].name}. Move them into one place, or one of them elsewhere."
         )
     files = tuple(sorted(named)) or inside
-    for total in {_parts_of(file) for file in files} - {None}:
-        if total != len(files):
+    for total in {match[1] for file in files if (match := re.search(r"-of-(\d+)", file.stem))}:
+        if int(total) != len(files):
             raise InputError(
-                f"{folder} holds {len(files)} of the {total} files of the split {split!r}: "
+                f"{folder} holds {len(files)} of the {int(total)} files of the split {split!r}: "
                 f"{', '.join(file.name for file in files)}. Copy or download the missing ones."
             )
     return files
-
-
-def _parts_of(file: Path) -> int | None:
-    """The M in `train-00000-of-M.parquet`."""
-    match = re.search(r"-of-(\d+)", file.stem)
-    return int(match.group(1)) if match else None
 
 
 def _find_idx(root: Path, test_split: str | None) -> Layout | None:
@@ -214,22 +201,20 @@ def class_images(split: Path, may_be_empty: bool) -> tuple[Path, ...]:
                 )
             continue
         images = [file for file in _files(entry, ()) if _is_image(file, texts)]
+        if not images and not may_be_empty:
+            raise InputError(
+                f"The class folder {entry} holds no image. Remove the folder, or put the images "
+                "of that class into it."
+            )
         if not images:
-            _without_images(entry, may_be_empty)
+            _log.warning(
+                "The class folder %s holds no image: no certificate is about that class.", entry
+            )
         found.extend(sorted(images))
     if texts:
         more = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
         _log.warning("Text files beside images are passed over: %s%s.", texts[0], more)
     return tuple(found)
-
-
-def _without_images(folder: Path, may_be_empty: bool) -> None:
-    if not may_be_empty:
-        raise InputError(
-            f"The class folder {folder} holds no image. Remove the folder, or put the images of "
-            "that class into it."
-        )
-    _log.warning("The class folder %s holds no image: no certificate is about that class.", folder)
 
 
 def _files(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:

@@ -21,7 +21,7 @@ from certifl.data.cache import cache_folder, cache_key, cache_path, read_cached,
 from certifl.data.dataset import SMALLEST_SIDE, Dataset, ImageSplit, fingerprint
 from certifl.data.decode import ONE_SIZE, size_text
 from certifl.data.layouts import TEST_NAMES, Layout, find_layout
-from certifl.data.preparation import Preparation, preparation_of
+from certifl.data.preparation import preparation_of
 from certifl.data.readers import HUB_NAMES, READERS, RawSplit, ReadOptions, read_digits, read_hub
 from certifl.errors import DataUnavailable, InputError
 
@@ -117,17 +117,20 @@ def load(
 
 def hub_choices(base: str, columns: ReadOptions, test_split: str | None) -> tuple[str | None, ...]:
     """What the cache of a data set of the hub is named by."""
-    return ("hub", base, *columns.choices, *_chosen_split(test_split))
-
-
-def _chosen_split(test_split: str | None) -> tuple[str, ...]:
-    return () if test_split is None else ("test", test_split)
+    return ("hub", base, *columns.choices, *(() if test_split is None else ("test", test_split)))
 
 
 def _say_order(dataset: Dataset) -> None:
     """Say that classes whose names hold numbers are ordered as texts: 10 comes before 2."""
     names = list(dataset.class_names)
-    in_numbers = sorted(names, key=_by_number)
+    # A key that sorts the numbers in a name by their size.
+    parts = {name: [part for part in re.split(r"([0-9]{1,18})", name) if part] for name in names}
+    in_numbers = sorted(
+        names,
+        key=lambda name: [
+            (0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts[name]
+        ],
+    )
     if names == sorted(names) and names != in_numbers:
         _log.warning(
             "The classes of %s are ordered as texts (%s%s), so class number %d, counted from 0, "
@@ -139,12 +142,6 @@ def _say_order(dataset: Dataset) -> None:
                 (i, a) for i, (a, b) in enumerate(zip(names, in_numbers, strict=True)) if a != b
             ),
         )
-
-
-def _by_number(name: str) -> list[tuple[int, int, str]]:
-    """A key that sorts the numbers in a name by their size."""
-    parts = re.split(r"([0-9]{1,18})", name)
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
 
 
 def _source(
@@ -163,8 +160,16 @@ def _source(
             )
         if not columns.no_columns:
             raise InputError(f"{base} has no columns to choose from. Write {base!r} alone.")
-        choices = ("embedded", base, *columns.prepare.choices)
-        return (), choices, lambda: _embedded(base, columns.prepare)
+        arrays = columns.prepare.arrays
+
+        def prepared() -> tuple[RawSplit, RawSplit]:
+            train, test = EMBEDDED[base]()
+            return (
+                replace(train, images=arrays(train.images)),
+                replace(test, images=arrays(test.images)),
+            )
+
+        return (), ("embedded", base, *columns.prepare.choices), prepared
     layout = _find(base, data_dir, test_split)
     if layout is None:
         choices = hub_choices(base, columns, test_split)
@@ -183,14 +188,6 @@ def _read(
     if known:
         train, test = (replace(split, class_names=known) for split in (train, test))
     return train, test
-
-
-def _embedded(base: str, prepare: Preparation) -> tuple[RawSplit, RawSplit]:
-    train, test = EMBEDDED[base]()
-    return (
-        replace(train, images=prepare.arrays(train.images)),
-        replace(test, images=prepare.arrays(test.images)),
-    )
 
 
 def _parse(
@@ -305,30 +302,23 @@ def assemble(
         InputError: sizes differ, images are smaller than 8 x 8, labels do not fit the classes.
     """
     _require_fitting_sizes(name, train.images, test.images)
-    _require_one_kind(name, train.column, test.column)
-    channels = max(train.images.shape[1], test.images.shape[1])
-    labels, class_names = _classes(name, train, test)
-    made = [
-        ImageSplit(_with_channels(raw.images, channels), torch.from_numpy(numbers), raw.column)
-        for raw, numbers in zip((train, test), labels, strict=True)
-    ]
-    found = fingerprint(made[0], made[1], class_names, prepared)
-    return Dataset(name, made[0], made[1], class_names, found, prepared or {})
-
-
-def _with_channels(images: np.ndarray, channels: int) -> torch.Tensor:
-    """Gray images of a set that has RGB ones get three equal channels."""
-    if images.shape[1] != channels:
-        images = np.repeat(images, channels, axis=1)
-    return torch.from_numpy(np.ascontiguousarray(images))
-
-
-def _require_one_kind(name: str, train: np.ndarray | None, test: np.ndarray | None) -> None:
-    if train is not None and test is not None and train.dtype.kind != test.dtype.kind:
+    kinds = {raw.column.dtype.kind for raw in (train, test) if raw.column is not None}
+    if len(kinds) > 1:
         raise InputError(
             f"The column to split {name} by holds integers in one split and texts in the other. "
             "Store its values alike in both."
         )
+    channels = max(train.images.shape[1], test.images.shape[1])
+    labels, class_names = _classes(name, train, test)
+    splits = []
+    for raw, numbers in zip((train, test), labels, strict=True):
+        images = raw.images  # gray images of a set that has RGB ones get three equal channels
+        if images.shape[1] != channels:
+            images = np.repeat(images, channels, axis=1)
+        pixels = torch.from_numpy(np.ascontiguousarray(images))
+        splits.append(ImageSplit(pixels, torch.from_numpy(numbers), raw.column))
+    found = fingerprint(splits[0], splits[1], class_names, prepared)
+    return Dataset(name, splits[0], splits[1], class_names, found, prepared or {})
 
 
 def _require_fitting_sizes(name: str, train: np.ndarray, test: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Readers of both splits: of parquet, IDX and image folders, of the hub, and the embedded digits."""
+"""Readers of parquet, IDX and image folders, of the hub, and of the embedded digits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from certifl.data.decode import NamedImage, decode_all
+from certifl.data.decode import decode_all
 from certifl.data.layouts import choose_test
 from certifl.data.preparation import AS_THEY_ARE, Preparation
 from certifl.errors import DataUnavailable, InputError, first_line
@@ -73,7 +73,7 @@ def read_folder(files: tuple[Path, ...], columns: ReadOptions, root: Path) -> Ra
     """Read the images `root/<split>/<class>/...`, however deep below the folder of their class."""
     _refuse_columns(columns, root)
     labels = np.array([file.relative_to(root).parts[1] for file in files])
-    return RawSplit(decode_all(_named(files), columns.prepare), labels)
+    return RawSplit(decode_all(((file.__str__, file) for file in files), columns.prepare), labels)
 
 
 def read_idx(files: tuple[Path, ...], columns: ReadOptions) -> RawSplit:
@@ -96,11 +96,6 @@ READERS: dict[str, Callable[[tuple[Path, ...], ReadOptions, Path], RawSplit]] = 
     "folder": read_folder,
 }
 """How each layout is read: a split's files, the columns asked for, the data set's folder."""
-
-
-def _named(files: tuple[Path, ...]) -> Iterator[NamedImage]:
-    for file in files:
-        yield file.__str__, file
 
 
 def _refuse_columns(columns: ReadOptions, where: Path) -> None:

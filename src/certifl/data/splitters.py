@@ -78,26 +78,25 @@ class Splitter(ABC):
         return numpy_generator(seed, "partition", self.name, *ids)
 
     def _counts(
-        self, proportions: np.ndarray, train: np.ndarray, test: np.ndarray, seed: int, attempt: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Images of each class of each client, (classes, clients) for both splits."""
-        draw, classes = self._stream(seed, "quotas", attempt), proportions.shape[0]
-        of_train = quotas(class_counts(train, classes), proportions, draw)
-        return of_train, quotas(class_counts(test, classes), proportions, draw)
-
-    def _proportional(
         self,
         proportions: np.ndarray,
         train: np.ndarray,
         test: np.ndarray,
         seed: int,
         attempt: int = 0,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Images of each class of each client, (classes, clients) for both splits."""
+        draw, classes = self._stream(seed, "quotas", attempt), proportions.shape[0]
+        of_train = quotas(class_counts(train, classes), proportions, draw)
+        return of_train, quotas(class_counts(test, classes), proportions, draw)
+
+    def _allocated(
+        self, counts: tuple[np.ndarray, np.ndarray], train: np.ndarray, test: np.ndarray, seed: int
     ) -> Parts:
-        """Allocate both splits by the same proportions (classes, clients)."""
-        of_train, of_test = self._counts(proportions, train, test, seed, attempt)
+        """Allocate so many images of each class to each client."""
         return (
-            allocate(train, of_train, self._stream(seed, "train")),
-            allocate(test, of_test, self._stream(seed, "test")),
+            allocate(train, counts[0], self._stream(seed, "train")),
+            allocate(test, counts[1], self._stream(seed, "test")),
         )
 
 
@@ -128,7 +127,7 @@ class Balanced(Splitter):
     def assign(self, train: np.ndarray, test: np.ndarray, clients: int, seed: int) -> Parts:
         """Allocate each class in equal parts."""
         proportions = np.full((number_of_classes(train, test), clients), 1 / clients)
-        return self._proportional(proportions, train, test, seed)
+        return self._allocated(self._counts(proportions, train, test, seed), train, test, seed)
 
 
 @dataclass(frozen=True)
@@ -160,21 +159,16 @@ class Dirichlet(Splitter):
         draw = self._stream(seed, "proportions")
         for attempt in range(self.retries):
             proportions = draw.dirichlet(np.full(clients, self.alpha), size=classes)
-            if self._enough(proportions, train, test, seed, attempt):
-                return self._proportional(proportions, train, test, seed, attempt)
+            counts = self._counts(proportions, train, test, seed, attempt)
+            smallest = [int(count.sum(axis=0).min()) for count in counts]
+            if smallest[0] >= self.min_train and smallest[1] >= self.min_test:
+                return self._allocated(counts, train, test, seed)
         raise InputError(
             f"In {self.retries} draws of Dirichlet({self.alpha:g}) over {clients} clients, one "
             f"always had fewer than {self.min_train} training or {self.min_test} test images (of "
             f"{train.size} and {test.size} in all). Raise alpha, take fewer clients, or lower "
             "min_train or min_test."
         )
-
-    def _enough(
-        self, proportions: np.ndarray, train: np.ndarray, test: np.ndarray, seed: int, attempt: int
-    ) -> bool:
-        counts = self._counts(proportions, train, test, seed, attempt)
-        smallest = [int(count.sum(axis=0).min()) for count in counts]
-        return smallest[0] >= self.min_train and smallest[1] >= self.min_test
 
 
 @dataclass(frozen=True)
@@ -231,7 +225,7 @@ class Quantity(Splitter):
         """Allocate each class by the drawn sizes."""
         weights = (1.0 + self._stream(seed, "ranks").permutation(clients)) ** -self.exponent
         proportions = np.tile(weights / weights.sum(), (number_of_classes(train, test), 1))
-        return self._proportional(proportions, train, test, seed)
+        return self._allocated(self._counts(proportions, train, test, seed), train, test, seed)
 
 
 def assign_images(
@@ -244,13 +238,9 @@ def assign_images(
     """Split a data set over clients: by its labels, or by the column that the splitter names.
 
     Args:
-        splitter: how.
+        splitter, clients, seed: as in `Splitter.split`.
         labels: of the training and of the test images.
         columns: the same of the column that was kept; None without one.
-        clients, seed: as in `Splitter.split`.
-
-    Returns:
-        The partition, with the checksum of the labels it was made for.
 
     Raises:
         InputError: there are too few images, or values of the column, for that many clients.

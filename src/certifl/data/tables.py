@@ -87,18 +87,14 @@ def _require_same_names(file: Path, table: pq.ParquetFile, first: Path, chosen: 
     for column, names in ((chosen.label, chosen.class_names), (chosen.kept, chosen.kept_names)):
         found = None if column is None else class_names_of(features, column)
         if found != names:
+            pairs = enumerate(itertools.zip_longest(found or (), names or ()))
+            number, pair = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+            here, there = ("no name" if one is None else repr(one) for one in pair)
             raise InputError(
-                f"In {file}, {_first_difference(found or (), names or ())} in {first.name}: "
+                f"In {file}, number {number} stands for {here}, but for {there} in {first.name}: "
                 f"column {column!r} has other names for its numbers there. Export all files of a "
                 "split with the same names in the same order."
             )
-
-
-def _first_difference(found: tuple[str, ...], names: tuple[str, ...]) -> str:
-    pairs = enumerate(itertools.zip_longest(found, names))
-    number, (here, there) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
-    words = ["no name" if one is None else repr(one) for one in (here, there)]
-    return f"number {number} stands for {words[0]}, but for {words[1]}"
 
 
 def _images(

@@ -115,9 +115,7 @@ def average_parts(updates: Iterable[Update], weighting: str = "uniform") -> Part
     """The average of every part that arrives, over the updates that have it.
 
     Args:
-        updates: in client order; each is dropped before the next arrives, so memory does not
-            grow with the number of clients.
-        weighting: "uniform" (1/n) or "size" (by `Update.weight`).
+        updates, weighting: as in `average_models`.
 
     Returns:
         Averages by name, that of the models as "model".

@@ -139,10 +139,6 @@ class ResultChecker:
     A model must have the keys, shapes and dtypes of the part "model" of the broadcast, or of the
     network where the broadcast has none. An extra part must look like the broadcast's part of the
     same name, otherwise like the first one that was accepted in this round.
-
-    Args:
-        broadcast: what the clients started from.
-        network: a state of the network that is trained.
     """
 
     def __init__(self, broadcast: ServerState, network: ModelState) -> None:
@@ -162,12 +158,13 @@ class ResultChecker:
         if wrong is not None:
             return Fault("wrong", wrong)
         own = {part: held for part, held in state.parts.items() if held is not sent.get(part)}
-        bad = not_finite(sent) or not_finite(own)
-        if bad is not None:
+        if (bad := not_finite(sent) or not_finite(own)) is not None:
             return Fault("diverged", f"{bad} is not finite")
-        large = _too_large(sent)
-        if large is not None:
-            return Fault("diverged", f"{large} is larger than {_LARGEST:g}")
+        for part, held in sent.items():
+            for name, value in held.items():
+                if value.is_floating_point() and bool((value.abs() > _LARGEST).any()):
+                    reason = f"{name} of its {part} is larger than {_LARGEST:g}"
+                    return Fault("diverged", reason)
         for part, held in sent.items():
             self._wanted.setdefault(part, _signature(held))
         return None
@@ -193,15 +190,6 @@ def not_finite(parts: Parts) -> str | None:
         for name, value in held.items():
             floating = value.is_floating_point() or value.is_complex()
             if floating and not bool(value.isfinite().all()):
-                return f"{name} of its {part}"
-    return None
-
-
-def _too_large(parts: Parts) -> str | None:
-    """The first tensor with a value above `_LARGEST`, in words."""
-    for part, held in parts.items():
-        for name, value in held.items():
-            if value.is_floating_point() and bool((value.abs() > _LARGEST).any()):
                 return f"{name} of its {part}"
     return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -101,8 +101,21 @@ def blocks(values: Sequence[torch.Tensor]) -> Iterator[Floats]:
         yield torch.stack(rows).numpy()
 
 
+class _Listed:
+    """A rule with a row in `RULES`."""
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        RULES.check_component(self)
+
+    def check(self, participants: int) -> None:
+        """Refuse too few clients, as the row of the rule says."""
+        RULES.rows[self.name].check(RULES.describe(self), participants)
+
+
 @dataclass(frozen=True)
-class Mean:
+class Mean(_Listed):
     """No defense: the algorithm aggregates the updates as they are."""
 
     name: ClassVar[str] = "mean"
@@ -111,9 +124,6 @@ class Mean:
         """The updates, unchanged."""
         del broadcast
         yield from updates
-
-    def check(self, participants: int) -> None:
-        """Any number of clients."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +207,7 @@ def _moved(value: torch.Tensor, center: torch.Tensor | None, share: float) -> to
 
 
 @dataclass(frozen=True)
-class Krum:
+class Krum(_Listed):
     """Krum: of n updates, the one with the smallest score s(i).
 
       s(i) = sum over the n - f - 2 updates j nearest to i of ||theta_i - theta_j||^2,
@@ -228,17 +238,10 @@ class Krum:
 
     name: ClassVar[str] = "krum"
 
-    def __post_init__(self) -> None:
-        RULES.check_component(self)
-
     def __call__(self, broadcast: ServerState, updates: Iterable[Update]) -> Iterator[Update]:
         """Every update with the chosen one, or the mean of the chosen ones, in it."""
         del broadcast
         return combined(updates, self._chosen)
-
-    def check(self, participants: int) -> None:
-        """Enough clients for f malicious ones, n >= 2 f + 3, and no more than n - f kept."""
-        RULES.rows[self.name].check(asdict(self), participants)
 
     def _chosen(self, tables: Sequence[ModelState]) -> ModelState:
         count = len(tables)
@@ -279,7 +282,7 @@ def _squares(tables: Sequence[ModelState], counts: Callable[[str], bool]) -> Flo
 
 
 @dataclass(frozen=True)
-class Median:
+class Median(_Listed):
     """Coordinate-wise median, the mean of the two middle values where their number is even.
 
     While fewer than half of the n updates are malicious, every coordinate of the result lies
@@ -300,9 +303,6 @@ class Median:
         del broadcast
         return combined(updates, lambda tables: _by_coordinate(tables, self._median))
 
-    def check(self, participants: int) -> None:
-        """Any number of clients."""
-
     def _median(self, values: Floats) -> Floats:
         """Medians of the columns of (n, coordinates), which are sorted."""
         low, high = values[(len(values) - 1) // 2], values[len(values) // 2]
@@ -310,7 +310,7 @@ class Median:
 
 
 @dataclass(frozen=True)
-class TrimmedMean:
+class TrimmedMean(_Listed):
     """Mean of every coordinate without the largest and the smallest ceil(trim n) of n values.
 
     While no more than ceil(trim n) updates are malicious, every coordinate of the result lies
@@ -332,17 +332,10 @@ class TrimmedMean:
 
     name: ClassVar[str] = "trimmed-mean"
 
-    def __post_init__(self) -> None:
-        RULES.check_component(self)
-
     def __call__(self, broadcast: ServerState, updates: Iterable[Update]) -> Iterator[Update]:
         """Every update with the trimmed mean of all in it."""
         del broadcast
         return combined(updates, lambda tables: _by_coordinate(tables, self._mean))
-
-    def check(self, participants: int) -> None:
-        """At least one value must remain."""
-        RULES.rows[self.name].check(asdict(self), participants)
 
     def _mean(self, values: Floats) -> Floats:
         """Means of the columns of (n, coordinates), which are sorted."""

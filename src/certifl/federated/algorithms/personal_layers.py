@@ -152,11 +152,7 @@ def norm_keys(network: nn.Module, layers: str) -> frozenset[str]:
 
 
 def head_keys(network: nn.Module, head: str | None) -> frozenset[str]:
-    """Keys of the head: the module of that name, or the last layer with weights.
-
-    Args:
-        network: its modules in the order in which they were made.
-        head: name of a module; "" = no head at all; None = the last layer that has weights.
+    """Keys of the module `head`; none for "", and those of the last layer with weights for None.
 
     Raises:
         SpecError: the network has no weights under that name.
@@ -185,15 +181,8 @@ def withhold(
 ) -> tuple[Update, ClientState]:
     """A client's round in which the entries of these names do not leave the client.
 
-    Args:
-        sent, kept: the round without anything withheld.
-        broadcast: what the client started from.
-        names: entries of the model that are personal.
-        part: the part of the client's state that holds them.
-
-    Returns:
-        The update with these entries as they were broadcast, so that their average at the server
-        never changes; and the client's state with the trained ones.
+    The update has them as they were broadcast, so that their average at the server never changes;
+    the client's state has the trained ones as `part`.
     """
     assert sent.model is not None
     own = {name: value for name, value in sent.model.items() if name in names}

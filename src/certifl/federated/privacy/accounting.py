@@ -65,16 +65,12 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 
 def epsilon(noise_multiplier: float, rate: float, steps: int, delta: float) -> float:
-    """The privacy loss after so many steps, as epsilon at this delta.
+    """The privacy loss after `steps` steps, as epsilon at this delta: an upper bound.
 
     Args:
         noise_multiplier: z, noise in units of the clipping norm; 0 gives infinity.
         rate: q, probability of each record to be in a step.
-        steps: T, how many steps.
-        delta: probability of the guarantee to fail.
-
-    Returns:
-        An upper bound, exact to about the distance between the orders it is minimized over.
+        steps, delta: T, and the probability of the guarantee to fail.
     """
     return composed({(noise_multiplier, rate): steps}, delta)
 

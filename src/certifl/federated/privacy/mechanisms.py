@@ -48,8 +48,7 @@ def clipped_sum(
     Args:
         model: in training mode; its `.grad` are cleared.
         parameters: the trainable ones, by name.
-        objective: the loss of a batch.
-        batch: m images, m >= 0.
+        objective, batch: the loss of m >= 0 images.
         max_norm: C; infinity = no clipping.
 
     Returns:
@@ -67,11 +66,7 @@ def clipped_sum(
 
 
 def try_clipping(model: nn.Module, image_shape: tuple[int, int, int]) -> None:
-    """Take the gradients of two blank images: detects impossible networks before training.
-
-    Args:
-        model: not changed.
-        image_shape: (c, h, w).
+    """Take the gradients of two blank images (c, h, w), to find impossible networks beforehand.
 
     Raises:
         ModelError: the network cannot be trained with gradients of single images.

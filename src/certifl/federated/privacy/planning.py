@@ -46,14 +46,10 @@ def _refusal(row: AlgorithmRow, kind: str) -> str | None:
 
 
 def check_algorithm(algorithm: Mapping[str, Any], kind: str) -> None:
-    """Refuse an algorithm whose messages the mechanism would not protect.
-
-    Args:
-        algorithm: as described by `federated.describe`.
-        kind: "example" or "client".
+    """Refuse an algorithm (as `federated.describe` gives it) that would send what is unprotected.
 
     Raises:
-        SpecError: it may not be trained with this kind of privacy.
+        SpecError: it may not be trained with this kind of privacy, "example" or "client".
     """
     base, row = _scheduled(algorithm)
     if (reason := _refusal(row, kind)) is not None:
@@ -87,10 +83,6 @@ def check_network(model: nn.Module, kind: str) -> None:
     Parameters are protected. BatchNorm is not: it mixes the images of a batch, so no image has its
     own gradient to clip; and its running statistics are sums over images (example level)
     or a client's own averages (client level) that would be sent without clipping or noise.
-
-    Args:
-        model: the network.
-        kind: "example" or "client".
 
     Raises:
         ModelError: it has BatchNorm, buffers beside its parameters, or (example level) layers that
@@ -170,9 +162,8 @@ def plan_examples(
     each its own epsilon, and one target gives each its own multiplier.
 
     Args:
-        budget: the privacy budget.
+        budget, schedule: of the rounds.
         algorithm: as described by `federated.describe`.
-        schedule: of the rounds.
         sizes: number of training images of each client.
         key: secret key of the draws; another one for every training.
 
@@ -204,15 +195,11 @@ def plan_clients(
     rate: float,
     key: bytes,
 ) -> tuple[ClientLevel, ClientLedger]:
-    """Client-level privacy for so many clients.
+    """Client-level privacy for so many clients, each of which takes part with probability `rate`.
 
     Args:
-        budget: the privacy budget.
-        algorithm: as described by `federated.describe`.
-        rounds: of the schedule.
-        clients: how many there are.
-        rate: probability of each to take part in a round.
-        key: secret key of the draws; another one for every training.
+        budget, rounds: of the schedule.
+        algorithm, key: as in `plan_examples`.
 
     Raises:
         SpecError: the algorithm, delta or target is impossible.

@@ -32,7 +32,7 @@ from certifl.federated.training.batches import (
     PerClient,
     augmentation_of,
 )
-from certifl.federated.training.schedule import Schedule
+from certifl.federated.training.schedule import Schedule, check_arithmetic
 from certifl.federated.training.steps import (
     MEMORY_FORMATS,
     TRAINING_PRECISIONS,
@@ -102,10 +102,7 @@ class _Plan:
 
 
 class LocalTraining:
-    """Trains clients; one object for all of them.
-
-    It reuses one model object: a client's model is loaded into it and copied out afterwards, so
-    memory does not grow with the number of clients.
+    """Trains clients, one after the other, with one model object: memory does not grow with them.
 
     Args:
         model: the architecture; a copy of it is used, its weights do not matter.
@@ -152,16 +149,7 @@ class LocalTraining:
         self.objective = Augmented() if objective is None else objective
         self.privacy = privacy
         if privacy is not None:
-            if precision != "float32":
-                raise SpecError(
-                    'privacy.kind = "example" clips the gradient of every image: it needs '
-                    'training.precision = "float32".'
-                )
-            if memory_format == "channels-last":
-                raise SpecError(
-                    'privacy.kind = "example" computes the gradient of every image by itself: it '
-                    'needs training.memory_format = "contiguous".'
-                )
+            check_arithmetic(precision, memory_format)
             check_network(model, privacy.kind)
         self.device = torch.device(device)
         try:
@@ -207,8 +195,7 @@ class LocalTraining:
         """The schedule's epochs of one round, from `start`; arguments are not changed.
 
         Args:
-            start: the initial model.
-            data: the client's images.
+            start, data: the initial model, and the client's images.
             round: communication round, from 0; sets the learning rates and the random streams.
             momentum: the client's buffers; ignored if the schedule resets them.
             hook: changes gradients before each step.
@@ -246,9 +233,7 @@ class LocalTraining:
         """Fine-tuning: its own augmentation, a constant learning rate, fresh momentum.
 
         Args:
-            start: the initial model.
-            data: the client's images.
-            round: number of the round, for the random streams.
+            start, data, round: as in `train_epochs`.
             epochs: over the client's images.
             lr: learning rate; None = that of the schedule's last epoch.
         """
@@ -262,13 +247,8 @@ class LocalTraining:
     ) -> StepContext:
         """A second model with its own optimizer, for steps that train two models.
 
-        Its learning rate is the schedule's first until the caller sets another; `result_of` reads
-        the trained model.
-
-        Args:
-            start: the initial model.
-            momentum: the client's buffers; ignored if the schedule resets them.
-            weight_decay: of its optimizer.
+        Its learning rate is the schedule's first until the caller sets another, and its momentum
+        starts afresh if the schedule resets it; `result_of` reads the trained model.
 
         Raises:
             SpecError: with privacy, which protects one model only.
@@ -385,13 +365,7 @@ class LocalTraining:
 
 
 def check_images(model: nn.Module, sizes: Mapping[int, int]) -> None:
-    """Refuse clients with one image for a network with BatchNorm.
-
-    BatchNorm fails on one image of one pixel, and otherwise normalizes the image by itself.
-
-    Args:
-        model: the network.
-        sizes: number of training images by client.
+    """Refuse clients (number of images by client) with one image for a network with BatchNorm.
 
     Raises:
         ModelError: names the layer and the clients.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from certifl.errors import SpecError
 from certifl.registry import check_choice, check_number
 
 MOMENTUM_BETWEEN_ROUNDS = {
@@ -15,6 +16,24 @@ MOMENTUM_BETWEEN_ROUNDS = {
 def participants(share: float, clients: int) -> int:
     """How many of the clients take part in a round, at least one."""
     return max(1, round(share * clients))
+
+
+def check_arithmetic(precision: str, memory_format: str) -> None:
+    """Refuse arithmetic in which gradients of single images cannot be computed.
+
+    Raises:
+        SpecError: another precision than float32, or channels-last.
+    """
+    if precision != "float32":
+        raise SpecError(
+            'privacy.kind = "example" clips the gradient of every image: it needs '
+            'training.precision = "float32".'
+        )
+    if memory_format == "channels-last":
+        raise SpecError(
+            'privacy.kind = "example" computes the gradient of every image by itself: it needs '
+            'training.memory_format = "contiguous".'
+        )
 
 
 @dataclass(frozen=True)
