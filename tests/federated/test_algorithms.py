@@ -23,14 +23,7 @@ from certifl.federated import (
     train,
 )
 from certifl.runs.checkpoints import Checkpoints
-from tiny_federation import (
-    TinyNet,
-    assert_same,
-    client_data,
-    clients,
-    differ,
-    in_pieces,
-)
+from tiny_federation import TinyNet, assert_same, client_data, clients, differ, in_pieces
 
 every_algorithm = pytest.mark.parametrize("name", CASES)
 

@@ -12,13 +12,7 @@ from certifl import rng as streams
 from certifl.errors import CertiflError, InputError, SpecError, StoreMismatch
 from certifl.experiments.run import Options, run
 from certifl.federated import FedAvg, LocalTraining, train
-from certifl.federated.objectives import (
-    OBJECTIVES,
-    Consistency,
-    Macer,
-    SmoothAdv,
-    Stability,
-)
+from certifl.federated.objectives import OBJECTIVES, Consistency, Macer, SmoothAdv, Stability
 from certifl.federated.training.batches import Batch
 from certifl.perturbations import PixelNoise
 from certifl.runs.checkpoints import Checkpoints

@@ -24,13 +24,7 @@ from certifl.federated import (
 )
 from certifl.federated.privacy import Budget, ClientLevel, check_algorithm
 from certifl.runs.checkpoints import Checkpoints
-from private_federation import (
-    KEY,
-    SCHEDULE,
-    client_training,
-    models,
-    plain_training,
-)
+from private_federation import KEY, SCHEDULE, client_training, models, plain_training
 from tiny_federation import TinyNet, assert_same, clients, differ, without_seconds
 
 pytest.importorskip("opacus", reason="needs the extra [dp]")

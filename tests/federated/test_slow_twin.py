@@ -86,11 +86,7 @@ def engine_models(algorithm, parts, study, rotation, folder):
     )
     model = twin.network(study)
     local = LocalTraining(
-        model,
-        schedule,
-        seed=study.seed,
-        augmentation=rotation,
-        finetuning_augmentation=rotation,
+        model, schedule, seed=study.seed, augmentation=rotation, finetuning_augmentation=rotation
     )
     clients = [ClientData(i, images, labels) for i, (images, labels) in enumerate(parts)]
     stored = train(algorithm, model, clients, local, Checkpoints(folder))

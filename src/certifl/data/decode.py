@@ -89,17 +89,8 @@ _DEEP_STORAGE = re.compile(r";(1[0-9]|32|64)[A-Z]+$")
 """How Pillow names more than 8 bits per channel: RGB;16B, but not BGR;16, which is 5 + 6 + 5."""
 _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL = 258, 277  # tags of TIFF
 _DAMAGED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    OverflowError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, EOFError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 ONE_SIZE = (
     "All images of a data set must have one size: give data.resize, such as 64, and to keep their "
@@ -179,9 +170,8 @@ def read_image(
     0.299 R + 0.587 G + 0.114 B (ITU-R BT.601) where the model wants one channel.
 
     Args:
-        path: a PNG, JPEG, BMP, WebP, GIF, TIFF or PPM file.
-        in_channels: 1 or 3.
-        image_size: height and width in pixels.
+        path: an image file, of any format that data sets may have.
+        in_channels, image_size: 1 or 3; height and width in pixels.
         resize: resample an image of another size (bilinear, antialiased). A certificate then
             speaks of the resampled image, not of the file.
         prepare: what is done first, as to the images that the model was trained on.

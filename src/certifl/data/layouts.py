@@ -16,10 +16,7 @@ from certifl.data.decode import IMAGE_SUFFIXES
 from certifl.errors import DataUnavailable, InputError
 
 TEST_NAMES = ("test", "validation", "valid", "val")
-_IDX_NAMES = {
-    "train": ("train-images", "train-labels"),
-    "test": ("t10k-images", "t10k-labels"),
-}
+_IDX_NAMES = {"train": ("train-images", "train-labels"), "test": ("t10k-images", "t10k-labels")}
 
 
 @dataclass(frozen=True)
@@ -35,9 +32,7 @@ class Layout:
 def find_layout(root: Path, test_split: str | None = None) -> Layout | None:
     """Recognize the data set in a folder; None if the folder holds none of the layouts.
 
-    Args:
-        root: the folder.
-        test_split: the split whose images are certified; None = the first there is of TEST_NAMES.
+    Images are certified of `test_split`; None = the first there is of TEST_NAMES.
 
     Raises:
         DataUnavailable: training images without test images, or without the split asked for.
@@ -144,7 +139,7 @@ def _find_folder(root: Path, test_split: str | None) -> Layout | None:
     return Layout("folder", root, train, class_images(root / test, may_be_empty=True))
 
 
-_TEXTS = (
+_TEXTS = [
     ".txt",
     ".md",
     ".rst",
@@ -158,7 +153,7 @@ _TEXTS = (
     ".toml",
     ".html",
     ".log",
-)
+]
 _TEXT_NAMES = ("readme", "license")
 _OF_SYSTEMS = ("thumbs.db", "ehthumbs.db", "desktop.ini")
 """What Windows leaves behind; what other systems and programs leave begins with a dot."""
@@ -180,12 +175,8 @@ def class_images(split: Path, may_be_empty: bool) -> tuple[Path, ...]:
     """All images below `<split>/<class>/`, however deep, by class, then by path.
 
     Hidden files and those that Windows leaves behind are passed over, text files with a line that
-    says so.
-
-    Args:
-        split: the split's folder.
-        may_be_empty: whether a class may have no images. Of the training images none may: leaving
-            the class out would give the classes after it other numbers.
+    says so. Of the training images no class may be empty: leaving it out would give the classes
+    after it other numbers.
 
     Raises:
         InputError: a file is neither read nor passed over, or a class folder is empty.

@@ -31,17 +31,9 @@ DATA_ENV = "CERTIFL_DATA"
 EMBEDDED: dict[str, Callable[[], tuple[RawSplit, RawSplit]]] = {"digits": read_digits}
 _KNOWN_NAMES = {
     "fashionmnist": (
-        "T - shirt / top",
-        "Trouser",
-        "Pullover",
-        "Dress",
-        "Coat",
-        "Sandal",
-        "Shirt",
-        "Sneaker",
-        "Bag",
-        "Ankle boot",
-    ),
+        *("T - shirt / top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    )
 }
 """Class names of data sets in IDX files, which cannot say them; written as the hub writes them."""
 _LAYOUTS = (
@@ -293,10 +285,6 @@ def assemble(
     Class names come from the files where they say them. Otherwise the classes are the sorted
     different labels of the training split, and labels are renumbered 0..K-1 in that order (texts
     sort as texts: "10" comes before "2").
-
-    Args:
-        name: of the data set. train, test: as they were read.
-        prepared: what was done to every image, `Preparation.described`.
 
     Raises:
         InputError: sizes differ, images are smaller than 8 x 8, labels do not fit the classes.

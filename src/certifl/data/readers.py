@@ -205,7 +205,7 @@ def _read(split: _HubSplit, columns: ReadOptions, where: str) -> RawSplit:
         for name, feature in split.features.items()
     }
     schema = split.features.arrow_schema
-    chosen = choose_columns(schema, features, columns.image, columns.label, where, columns.kept)
+    chosen = choose_columns(schema, features, columns, where)
     parts = split.select_columns(chosen.read).with_format("arrow").iter(_BATCH)
     return read_rows(((where, Path(), part) for part in parts), chosen, columns.prepare)
 

@@ -33,9 +33,7 @@ def read_tables(files: tuple[Path, ...], columns: ReadOptions) -> RawSplit:
             stand for, or an image or label is unusable.
     """
     schema = _opened(files[0]).schema_arrow
-    chosen = choose_columns(
-        schema, features_of(schema), columns.image, columns.label, str(files[0]), columns.kept
-    )
+    chosen = choose_columns(schema, features_of(schema), columns, str(files[0]))
     return read_rows(_rows(files, chosen), chosen, columns.prepare)
 
 
@@ -245,12 +243,7 @@ def features_of(schema: pa.Schema) -> Features:
 
 
 def choose_columns(
-    schema: pa.Schema,
-    features: Features,
-    image_column: str | None,
-    label_column: str | None,
-    where: str,
-    kept: str | None = None,
+    schema: pa.Schema, features: Features, columns: ReadOptions, where: str
 ) -> Chosen:
     """Find the columns: as asked for, else by feature type, else by storage type and name.
 
@@ -259,11 +252,11 @@ def choose_columns(
     Raises:
         InputError: a column asked for is not there, or it is not clear which one is meant.
     """
-    image = _found("image", schema, features, where) if image_column is None else image_column
-    label = (
-        _found("label", schema, features, where, kept) if label_column is None else label_column
-    )
-    for asked in (image_column, label_column):
+    kept = columns.kept
+    image, label = columns.image, columns.label
+    image = _found("image", schema, features, where) if image is None else image
+    label = _found("label", schema, features, where, kept) if label is None else label
+    for asked in (columns.image, columns.label):
         if asked is not None and asked not in schema.names:
             raise InputError(
                 f"{where} has no column {asked!r}; its columns are {', '.join(schema.names)}."

@@ -101,7 +101,13 @@ def train(
     _check(len(clients), min_clients, workers, answer_within)
     if isinstance(clients, (list, tuple)):  # other sequences may load images on access
         check_images(training.network, {data.client: len(data) for data in clients})
-    participation = _participation(rule, participation, model)
+    if isinstance(rule, ClientLevel):  # accounts for its own draw of participants
+        if participation is not None:
+            raise InputError(
+                "Client-level privacy draws the participants itself: omit participation."
+            )
+        check_network(model, rule.kind)
+        participation = rule.participants
     identity = _identity(algorithm, model, clients, training, participation, rule)
     current = checkpoints.latest()
     if current is not None and current.identity != identity:
@@ -154,18 +160,6 @@ def _check(
     check_number("workers", workers, "a whole number from 0", low=0, whole=True)
     if answer_within is not None and not workers:
         raise InputError("answer_within needs workers: a client in this process has no timeout.")
-
-
-def _participation(
-    rule: Rule | None, participation: Participation | None, model: nn.Module
-) -> Participation | None:
-    """How participants are chosen: a private rule accounts for its own draw."""
-    if not isinstance(rule, ClientLevel):
-        return participation
-    if participation is not None:
-        raise InputError("Client-level privacy draws the participants itself: omit participation.")
-    check_network(model, rule.kind)
-    return rule.participants
 
 
 def _first_round(

@@ -27,12 +27,7 @@ from pydantic import Field
 
 from certifl.errors import SpecError
 from certifl.lazy import lazy_names
-from certifl.registry import (
-    PositiveInt,
-    Registry,
-    Row,
-    parameters,
-)
+from certifl.registry import PositiveInt, Registry, Row, parameters
 
 _RULES = "certifl.federated.aggregation.rules"
 _ROUNDING = 1e-9

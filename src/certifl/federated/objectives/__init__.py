@@ -10,14 +10,7 @@ from typing import Annotated
 from pydantic import Field
 
 from certifl.lazy import lazy_names
-from certifl.registry import (
-    NonNegative,
-    Positive,
-    PositiveInt,
-    Registry,
-    Row,
-    parameters,
-)
+from certifl.registry import NonNegative, Positive, PositiveInt, Registry, Row, parameters
 
 _Sigmas = Annotated[float, Field(ge=0, description="a number of sigmas from 0")]
 

@@ -58,10 +58,6 @@ class Smoothing(Augmentation, Protocol):
 def smoothing_of(batch: Batch, objective: str) -> Smoothing | None:
     """The batch's perturbation with its distribution; None if the batch has none.
 
-    Args:
-        batch: the batch.
-        objective: name for the message.
-
     Raises:
         InputError: an augmentation that has no sigma, law and norm.
     """

@@ -94,10 +94,7 @@ def _clipped(gradients: Gradients, max_norm: float) -> Gradients:
 
 
 def _per_image(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    objective: Objective,
-    batch: Batch,
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], objective: Objective, batch: Batch
 ) -> Iterator[tuple[Gradients, Outcome]]:
     """Gradients (m', ...) of as many images at a time as memory allows."""
     numbers = sum(parameter.numel() for parameter in parameters.values())
@@ -239,9 +236,8 @@ class ExampleLevel:
 
     def multiplier(self, client: int) -> float:
         """The noise multiplier z of a client."""
-        if isinstance(self.noise_multiplier, tuple):
-            return self.noise_multiplier[client]
-        return float(self.noise_multiplier)
+        given = self.noise_multiplier
+        return given[client] if isinstance(given, tuple) else float(given)
 
     def described(self) -> dict[str, Any]:
         """What a resumed training must agree with; of the key, a digest."""
@@ -260,8 +256,7 @@ class ExampleLevel:
         Two passes in one round must differ in `start` or `names`, to have different samples.
         """
         key = derived_key(self.key, data.client, round, names, fingerprint(start))
-        steps = steps_per_epoch(len(data), batch_size)
-        multiplier = self.multiplier(data.client)
+        steps, multiplier = steps_per_epoch(len(data), batch_size), self.multiplier(data.client)
         passes = PrivatePasses(len(data), steps, self.max_norm, multiplier * self.max_norm, key)
         if self.watch is not None:
             self.watch(derived_key(key, "name").hex(), multiplier, passes)

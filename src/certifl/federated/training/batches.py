@@ -143,8 +143,7 @@ class BatchStream:
 
     def _shuffled(self, device: torch.device) -> Iterator[torch.Tensor]:
         order = torch.randperm(len(self._labels), generator=self._shuffle, device=device)
-        for start, stop in self._bounds:
-            yield order[start:stop]
+        yield from (order[start:stop] for start, stop in self._bounds)
 
     @torch.no_grad()
     def _prepared(self, images: torch.Tensor) -> torch.Tensor:
@@ -190,11 +189,7 @@ class PerClient:
     choices: tuple[Augmentation | None, ...]
 
     def of(self, client: int) -> Augmentation | None:
-        """The augmentation of one client.
-
-        Raises:
-            InputError: no such client.
-        """
+        """The augmentation of one client; `InputError` if there is no such client."""
         if not 0 <= client < len(self.choices):
             raise InputError(
                 f"Augmentations are given for {len(self.choices)} clients, counted from 0; "
