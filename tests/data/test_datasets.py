@@ -26,12 +26,6 @@ SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 OFFICIAL_MNIST = ("2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637")
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("CERTIFL_DATA", raising=False)
-
-
 def needs_shared(name):
     if not (SHARED / name).is_dir():
         pytest.skip("the shared data folder is not beside the checkout")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -22,22 +21,10 @@ from certifl.data.decode import decode_all
 from certifl.errors import CertiflError, DataUnavailable, InputError
 from certifl.experiments.run import Options, run
 from certifl.study.opened_run import OpenRun
-from image_sets import pixels_for, png, write_set, write_table
+from image_sets import encoded, pixels_for, png, write_set, write_table
 
 RGB = Image.fromarray(pixels_for(1, (9, 12, 3))[0])
 OTHER = Image.fromarray(pixels_for(1, (9, 12, 3), 5)[0])
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("CERTIFL_DATA", raising=False)
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
 
 
 def decoded(content: bytes) -> np.ndarray:

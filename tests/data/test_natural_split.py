@@ -46,11 +46,6 @@ def write_hospitals(folder: Path, values: Sequence[Any] | None = None, **metadat
         write_split(folder / f"{split}.parquet", columns, **metadata)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     write_hospitals(tmp_path / "data" / "scans")

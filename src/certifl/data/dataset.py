@@ -136,20 +136,20 @@ def fingerprint(
     return digest.hexdigest()
 
 
-def random_part(available: int, wanted: int | None, seed: int, which: str) -> np.ndarray:
-    """Ascending positions, int64 (wanted,), of a fixed random part of a split; None takes all.
+def random_part(available: int, count: int | None, seed: int, which: str) -> np.ndarray:
+    """Ascending positions, int64 (count,), of a fixed random part of a split; None takes all.
 
     The choice depends on the arguments alone, and a larger part contains every smaller one of the
     same seed. Those of `which` = "train" and "test" are independent.
 
     Raises:
-        InputError: more images are wanted than there are, or fewer than 1.
+        InputError: more images than there are, or fewer than 1.
     """
-    if wanted is None:
+    if count is None:
         return np.arange(available)
-    if not 1 <= wanted <= available:
+    if not 1 <= count <= available:
         raise InputError(
-            f"{which}_images = {wanted}, but the {which} split has {available} images. "
+            f"{which}_images = {count}, but the {which} split has {available} images. "
             f"Choose a number from 1 to {available}, or leave it out to take all."
         )
-    return np.sort(numpy_generator(seed, "part", which).permutation(available)[:wanted])
+    return np.sort(numpy_generator(seed, "part", which).permutation(available)[:count])

@@ -129,13 +129,13 @@ def check(partition: Partition, train_labels: Labels, test_labels: Labels) -> No
             "partition again in a new run."
         )
     for name, total in (("train", len(train_labels)), ("test", len(test_labels))):
-        held = np.concatenate([getattr(client, name) for client in partition.clients])
-        if held.size and held.max() >= total:
+        indices = np.concatenate([getattr(client, name) for client in partition.clients])
+        if indices.size and indices.max() >= total:
             raise InputError(
-                f"The partition names {name} image {held.max()}, but there are only {total}. "
+                f"The partition names {name} image {indices.max()}, but there are only {total}. "
                 "The manifest was changed; make the partition again."
             )
-        if np.unique(held).size != held.size:
+        if np.unique(indices).size != indices.size:
             raise InputError(
                 f"The partition gives a {name} image to two clients. The manifest was changed; "
                 "make the partition again."

@@ -300,10 +300,10 @@ def quotas(
     return counts
 
 
-def shares(held: np.ndarray) -> np.ndarray:
+def shares(counts: np.ndarray) -> np.ndarray:
     """Counts (classes, clients) as proportions; a class that nobody holds is shared equally."""
-    held = np.where(held.sum(axis=1, keepdims=True) == 0, 1, held)
-    return held / held.sum(axis=1, keepdims=True)
+    counts = np.where(counts.sum(axis=1, keepdims=True) == 0, 1, counts)
+    return counts / counts.sum(axis=1, keepdims=True)
 
 
 def shuffled_by_class(

@@ -171,8 +171,8 @@ class ResultChecker:
             self._expected.setdefault(part, _signature(tensors))
         return None
 
-    def _wrong_parts(self, sent: Parts, kept: Parts) -> str | None:
-        for part, tensors in (*sent.items(), *kept.items()):
+    def _wrong_parts(self, sent: Parts, stored: Parts) -> str | None:
+        for part, tensors in (*sent.items(), *stored.items()):
             if not isinstance(tensors, Mapping) or not all(map(torch.is_tensor, tensors.values())):
                 return f"its {part} is not a dictionary of tensors"
         for part, tensors in sent.items():

@@ -102,7 +102,7 @@ Above0 = Annotated[float, Field(gt=0)]
 def _checksum(path: Path, size: int, changed: int) -> str:
     del size, changed  # another file has others
     with open_regular(path, DATA_BYTES) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
 
 
 def file_checksum(path: Path) -> str:

@@ -341,11 +341,11 @@ class TrimmedMean(_Listed):
         """Means of the columns of (n, coordinates), which are sorted."""
         count = len(values)
         dropped = min(share_of(self.trim, count), (count - 1) // 2)
-        kept = values[dropped : count - dropped]
-        middle = kept[len(kept) // 2]  # near the mean, so that little is rounded away
-        mean = middle + (kept - middle).mean(0)
+        rest = values[dropped : count - dropped]
+        middle = rest[len(rest) // 2]  # near the mean, so that little is rounded away
+        mean = middle + (rest - middle).mean(0)
         # -0.0 + 0.0 is 0.0: without this, equal models would lose the sign of their zeros.
-        return np.where(kept[-1] == kept[0], kept[0], mean)
+        return np.where(rest[-1] == rest[0], rest[0], mean)
 
 
 def _by_coordinate(

@@ -60,9 +60,10 @@ class L2GD(GlobalModel):
         average, schedule = broadcast.parts["model"], training.schedule
         pulls, steps = self.coins(training.seed, broadcast.round)
         rate = schedule.lr_at(broadcast.round * schedule.local_epochs)
-        kept, names = (1 - self.pull(rate)) ** pulls, training.trainable
+        share = (1 - self.pull(rate)) ** pulls
         own = state.parts.get("model", average)
-        moved = {} if kept == 1 else {n: average[n] + kept * (own[n] - average[n]) for n in names}
+        names = () if share == 1 else training.trainable
+        moved = {name: average[name] + share * (own[name] - average[name]) for name in names}
         trained = training.train_epochs(
             {**own, **moved},  # all but weights stays the client's own
             data,

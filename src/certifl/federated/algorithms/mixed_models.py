@@ -61,16 +61,16 @@ class APFL(GlobalModel):
         self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining
     ) -> tuple[Update, ClientState]:
         """Train both models side by side; send the global one, keep the own one and alpha."""
-        shared, kept = broadcast.parts["model"], state.parts
+        shared, stored = broadcast.parts["model"], state.parts
         own = training.second_model(
-            {**shared, **kept.get("own", {}), **kept.get("statistics", {})},
-            momentum=kept.get("own_momentum"),
+            {**shared, **stored.get("own", {}), **stored.get("statistics", {})},
+            momentum=stored.get("own_momentum"),
             weight_decay=0.0,
         )
         alpha, decay = self._alpha(state), training.schedule.weight_decay
         step = _SideBySide(own, alpha, decay, self.adaptive)
         trained = training.train_epochs(
-            shared, data, broadcast.round, momentum=kept.get("momentum"), step=step
+            shared, data, broadcast.round, momentum=stored.get("momentum"), step=step
         )
         personal = training.result_of(own, data.client, broadcast.round)
         parts = {
@@ -161,33 +161,33 @@ class FLIX(GlobalModel):
     ) -> tuple[Update, ClientState]:
         """Train the global model where it is mixed with the client's own; send it."""
         shared, mix = broadcast.parts["model"], self.personalization
-        kept, metrics = dict(state.parts), dict[str, float]()
-        if mix > 0 and "own" not in kept:
-            kept, metrics = _alone(shared, data, training)
+        stored, metrics = dict(state.parts), dict[str, float]()
+        if mix > 0 and "own" not in stored:
+            stored, metrics = _alone(shared, data, training)
         if mix == 1:  # nothing else to train
-            return Update(data.client, len(data), None, metrics), ClientState(kept)
+            return Update(data.client, len(data), None, metrics), ClientState(stored)
         trained = training.train_epochs(
-            {**shared, **kept.get("statistics", {})},
+            {**shared, **stored.get("statistics", {})},
             data,
             broadcast.round,
-            momentum=kept.get("momentum"),
+            momentum=stored.get("momentum"),
             weight_decay=None if mix == 0 else 0.0,
-            step=self._step(kept, training),
+            step=self._step(stored, training),
         )
-        if "statistics" in kept:
-            kept["statistics"] = {n: trained.state[n] for n in kept["statistics"]}
+        if "statistics" in stored:
+            stored["statistics"] = {n: trained.state[n] for n in stored["statistics"]}
         update = Update(data.client, len(data), trained.state, trained.metrics)
-        return update, ClientState({**kept, **trained.momentum_part})
+        return update, ClientState({**stored, **trained.momentum_part})
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The mixture of the global model and the client's own."""
         return _mixed(server_state.parts["model"], client_state.parts, self.personalization)
 
-    def _step(self, kept: Parts, training: LocalTraining) -> Step | None:
+    def _step(self, stored: Parts, training: LocalTraining) -> Step | None:
         """A step on theta with the gradient at T_i(theta); None = a plain one."""
         if self.personalization == 0:
             return None
-        own, decay = training.on_device(kept["own"]), training.schedule.weight_decay
+        own, decay = training.on_device(stored["own"]), training.schedule.weight_decay
         share = 1 - self.personalization
 
         def step(context: StepContext, batch: Batch) -> Outcome:
@@ -221,9 +221,9 @@ def _own_model(state: ModelState, training: LocalTraining) -> Parts:
     return {"own": own, "statistics": statistics} if statistics else {"own": own}
 
 
-def _mixed(shared: ModelState, kept: Parts, share: float) -> ModelState:
+def _mixed(shared: ModelState, stored: Parts, share: float) -> ModelState:
     """(1 - share) shared + share own, with the client's own statistics."""
-    if share == 0 or "own" not in kept:
+    if share == 0 or "own" not in stored:
         return shared
-    weights = {n: torch.lerp(shared[n], value, share) for n, value in kept["own"].items()}
-    return {**shared, **weights, **kept.get("statistics", {})}
+    weights = {n: torch.lerp(shared[n], value, share) for n, value in stored["own"].items()}
+    return {**shared, **weights, **stored.get("statistics", {})}

@@ -44,9 +44,9 @@ class FedBN(GlobalModel):
         self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining
     ) -> tuple[Update, ClientState]:
         """Train the global model with the own layers in it; send all but these."""
-        update, kept = super().client_round(broadcast, state, data, training)
+        update, state = super().client_round(broadcast, state, data, training)
         private = norm_keys(training.network, self.layers)
-        return withhold(update, kept, broadcast, private, "layers")
+        return withhold(update, state, broadcast, private, "layers")
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
         """The global model with the client's own layers."""
@@ -108,8 +108,8 @@ class FedRep(GlobalModel):
             )
             # All of it, since BatchNorm's running statistics have moved too.
             state = ClientState({**state.parts, "head": trained.state})
-        update, kept = super().client_round(broadcast, state, data, training)
-        return withhold(update, kept, broadcast, head, "head")
+        update, state = super().client_round(broadcast, state, data, training)
+        return withhold(update, state, broadcast, head, "head")
 
     def hook(self, broadcast: ServerState, training: LocalTraining) -> GradientHook | None:
         """Freezes the head while the representation is trained."""
@@ -177,15 +177,15 @@ def head_keys(network: nn.Module, head: str | None) -> frozenset[str]:
 
 
 def withhold(
-    sent: Update, kept: ClientState, broadcast: ServerState, names: Collection[str], part: str
+    update: Update, state: ClientState, broadcast: ServerState, names: Collection[str], part: str
 ) -> tuple[Update, ClientState]:
     """A client's round in which the entries of these names do not leave the client.
 
     The update has them as they were broadcast, so that their average at the server never changes;
     the client's state has the trained ones as `part`.
     """
-    assert sent.model is not None
-    own = {name: value for name, value in sent.model.items() if name in names}
-    public = {**sent.model, **{name: broadcast.parts["model"][name] for name in own}}
-    parts = {part: own, **kept.parts} if own else kept.parts
-    return replace(sent, model=public), ClientState(parts)
+    assert update.model is not None
+    own = {name: value for name, value in update.model.items() if name in names}
+    public = {**update.model, **{name: broadcast.parts["model"][name] for name in own}}
+    parts = {part: own, **state.parts} if own else state.parts
+    return replace(update, model=public), ClientState(parts)
