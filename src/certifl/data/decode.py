@@ -34,44 +34,9 @@ from certifl.data.preparation import AS_THEY_ARE, WINDOW_OF_8_BITS, Preparation
 from certifl.errors import InputError, first_line
 from certifl.safe_io import read_bytes
 
+_DICOM, _DICOM_AT = b"DICM", 128
 _GRAY = {"MONOCHROME1": True, "MONOCHROME2": False}
 """Kinds of gray images, and whether their lowest value is white."""
-
-
-def read_dicom(content: bytes, most: int) -> tuple[np.ndarray, bool]:
-    """Intensities (h, w) of a DICOM file's image in float64, and whether low ones are white.
-
-    They are those after the file's rescale slope and intercept.
-
-    Raises:
-        InputError: the extra is missing, or the file holds no single gray image that can be read.
-    """
-    try:
-        import pydicom
-        from pydicom.pixels.processing import apply_modality_lut
-    except ImportError as error:
-        raise InputError(
-            "DICOM files are read by pydicom, which is not installed: install the extra "
-            "`certifl[dicom]`"
-        ) from error
-    try:
-        file = pydicom.dcmread(io.BytesIO(content))
-        size = int(file.Rows) * int(file.Columns)
-        kind, frames = str(file.PhotometricInterpretation), int(file.get("NumberOfFrames") or 1)
-    except Exception as error:  # pydicom raises many unrelated types for damaged files
-        raise InputError(f"it is not a readable DICOM image ({first_line(error)})") from error
-    if kind not in _GRAY or frames != 1:
-        what = f"{frames} frames" if frames != 1 else f"colors of kind {kind}"
-        raise InputError(f"it holds {what}; save the one image that is meant as gray DICOM or PNG")
-    if size > most:
-        raise InputError(f"it is {file.Rows} x {file.Columns}, too large to be read")
-    try:
-        values = np.asarray(apply_modality_lut(file.pixel_array, file), np.float64)
-    except Exception as error:  # as above, and packages for compressed files that are missing
-        raise InputError(f"its pixels cannot be read ({first_line(error)})") from error
-    return values, _GRAY[kind]
-
-
 _ENDINGS = {
     "PNG": (".png",),
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -240,7 +205,7 @@ def _open(
     """Decode to mode L or RGB by the module's convention, up to `most` pixels, and prepare."""
     try:
         content = source if isinstance(source, bytes) else read_bytes(source, _IMAGE_BYTES)
-        if content[128:132] == b"DICM":
+        if content.startswith(_DICOM, _DICOM_AT):
             image, lost = _of_dicom(content, most, prepare)
         else:
             image = _small(io.BytesIO(content), most)
@@ -261,7 +226,12 @@ def _open(
         raise InputError(f"{name()} {lost}")
     image = _converted(image, name)  # one large image at a time: the one before is freed
     notes = image.info
-    image = prepare.fitted(image)
+    try:
+        image = prepare.fitted(image)
+    except InputError as error:
+        raise InputError(
+            f"Cannot prepare {name()}: {error}. Remove or replace the file."
+        ) from error
     image.info.update(notes)
     return image
 
@@ -270,9 +240,55 @@ def _of_dicom(content: bytes, most: int, prepare: Preparation) -> tuple[Image.Im
     """A DICOM file's image in 8 bits, and what decoding would lose of it."""
     if prepare.window is None:
         return Image.new("L", (1, 1)), f"is a DICOM image, of no fixed range. {_GIVE_WINDOW}"
-    intensities, low_is_white = read_dicom(content, most)
+    intensities, low_is_white = _read_dicom(content, most)
     gray = prepare.windowed(intensities)
     return Image.fromarray(255 - gray if low_is_white else gray), ""
+
+
+def _read_dicom(content: bytes, most: int) -> tuple[np.ndarray, bool]:
+    """Intensities (h, w) of a DICOM file's image in float64, and whether low ones are white.
+
+    They are those after the file's rescale slope and intercept.
+
+    Raises:
+        InputError: the extra is missing, or the file holds no single gray image that can be read.
+    """
+    try:
+        import pydicom
+        from pydicom.filereader import read_dataset
+        from pydicom.pixels.processing import apply_modality_lut
+        from pydicom.uid import DeflatedExplicitVRLittleEndian
+    except ImportError as error:
+        raise InputError(
+            "DICOM files are read by pydicom, which is not installed: install the extra "
+            "`certifl[dicom]`"
+        ) from error
+    try:
+        stream = io.BytesIO(content)
+        stream.seek(_DICOM_AT + len(_DICOM))
+        about = read_dataset(
+            stream, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2
+        )
+        if about.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+            # Reading it would unpack everything, however much that is.
+            raise InputError("it is compressed as a whole; save it with compressed pixels or none")
+        file = pydicom.dcmread(io.BytesIO(content))
+        size = int(file.Rows) * int(file.Columns)
+        kind, frames = str(file.PhotometricInterpretation), int(file.get("NumberOfFrames") or 1)
+    except InputError:
+        raise
+    except Exception as error:  # pydicom raises many unrelated types for damaged files
+        raise InputError(f"it is not a readable DICOM image ({first_line(error)})") from error
+    if kind not in _GRAY or frames != 1:
+        what = f"{frames} frames" if frames != 1 else f"colors of kind {kind}"
+        raise InputError(f"it holds {what}; save the one image that is meant as gray DICOM or PNG")
+    if size > most:
+        raise InputError(f"it is {file.Rows} x {file.Columns}, too large to be read")
+    try:
+        values = np.asarray(apply_modality_lut(file.pixel_array, file), np.float64)
+    except Exception as error:  # as above, and packages for compressed files that are missing
+        raise InputError(f"its pixels cannot be read ({first_line(error)})") from error
+    return values, _GRAY[kind]
 
 
 def _would_lose(image: Image.Image, windowed: bool = False) -> str:
