@@ -25,11 +25,6 @@ from certifl.errors import InputError
 from certifl.federated.states import ModelState, Parts, Update
 from certifl.registry import check_choice
 
-WEIGHTINGS = {
-    "uniform": "every client counts the same, the paper's 1/n",
-    "size": "clients count by their number of training images",
-}
-
 
 def policy_of(value: torch.Tensor) -> str:
     """How a tensor of a model state is combined over clients: "average" or "maximum"."""
@@ -123,7 +118,7 @@ def average_parts(updates: Iterable[Update], weighting: str = "uniform") -> Part
     Raises:
         InputError: a client sent other keys or shapes than the first one; it is named.
     """
-    check_choice("weighting", weighting, WEIGHTINGS)
+    check_choice("weighting", weighting, ("uniform", "size"))
     means: dict[str, _RunningMean] = {}
     for update in updates:
         weight = 1.0 if weighting == "uniform" else float(update.weight)

@@ -7,11 +7,6 @@ from dataclasses import dataclass
 from certifl.errors import SpecError
 from certifl.registry import check_choice, check_number
 
-MOMENTUM_BETWEEN_ROUNDS = {
-    "reset": "every round starts with empty momentum buffers; clients keep nothing for it",
-    "keep": "every client keeps its momentum buffers from one of its rounds to the next",
-}
-
 
 def participants(share: float, clients: int) -> int:
     """How many of the clients take part in a round, at least one."""
@@ -54,7 +49,8 @@ class Schedule:
         decay_every: epochs between decays of the learning rate, counted over the whole training
             (round * local_epochs + epoch), None = no decay.
         decay_factor: multiplies the learning rate at each decay.
-        momentum_between_rounds: "reset" or "keep".
+        momentum_between_rounds: "reset" (every round starts with empty buffers), or "keep" (every
+            client keeps its own from one of its rounds to the next).
         flip: mirror each image left to right with probability 1/2.
         crop: pixels of zero padding of a random crop of the image's own size, 0 = none.
 
@@ -88,9 +84,7 @@ class Schedule:
             "decay_factor", self.decay_factor, "above 0, up to 1", low=0, high=1, open_low=True
         )
         check_number("crop", self.crop, "a whole number of pixels from 0", low=0, whole=True)
-        check_choice(
-            "momentum_between_rounds", self.momentum_between_rounds, MOMENTUM_BETWEEN_ROUNDS
-        )
+        check_choice("momentum_between_rounds", self.momentum_between_rounds, ("reset", "keep"))
 
     @property
     def epochs(self) -> int:

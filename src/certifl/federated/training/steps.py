@@ -199,18 +199,10 @@ def foreach_copy(targets: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
 
 # Arithmetic and randomness around the steps.
 
-TRAINING_PRECISIONS = {
-    "float32": "weights, activations and gradients in float32",
-    "bfloat16": "convolutions and matrix products in bfloat16; weights, their gradients, momentum "
-    "and the loss stay in float32",
-}
-
-
-MEMORY_FORMATS = {
-    "auto": "contiguous in float32, channels-last in bfloat16",
-    "contiguous": "an image's channels one after the other",
-    "channels-last": "an image's pixels one after the other, which is faster on processors",
-}
+TRAINING_PRECISIONS = ("float32", "bfloat16")
+"""bfloat16: of convolutions and matrix products; weights, gradients and the loss stay float32."""
+MEMORY_FORMATS = ("auto", "contiguous", "channels-last")
+"""auto: contiguous in float32; channels-last, faster on processors, in bfloat16."""
 
 
 def put_in_format(model: nn.Module, memory_format: str, precision: str) -> None:
