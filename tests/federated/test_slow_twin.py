@@ -148,7 +148,10 @@ def test_certify_in_the_two_extremes():
     assert twin.certify(Coin(), image, STUDY) == (-1, 0.0)
 
 
-def test_the_script_prints_a_table(capsys):
+def test_the_script_prints_a_table(capsys, monkeypatch):
+    (images, labels), test = twin.handwritten_digits()
+    few = (images[:99], labels[:99]), test
+    monkeypatch.setattr(twin, "handwritten_digits", lambda: few)
     twin.main(replace(STUDY, rounds=1, n=50, n0=10, test_images=2))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == list(twin.REGIMES)

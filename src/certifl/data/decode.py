@@ -237,7 +237,6 @@ def _open(
 
 
 def _of_dicom(content: bytes, most: int, prepare: Preparation) -> tuple[Image.Image, str]:
-    """A DICOM file's image in 8 bits, and what decoding would lose of it."""
     if prepare.window is None:
         return Image.new("L", (1, 1)), f"is a DICOM image, of no fixed range. {_GIVE_WINDOW}"
     intensities, low_is_white = _read_dicom(content, most)

@@ -145,8 +145,6 @@ _BATCH = 2048
 
 
 class _HubSplit(Protocol):
-    """What is used of a `datasets.Dataset`."""
-
     features: Any
 
     def select_columns(self, column_names: list[str]) -> _HubSplit: ...

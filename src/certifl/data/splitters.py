@@ -93,7 +93,6 @@ class Splitter(ABC):
     def _allocated(
         self, counts: tuple[np.ndarray, np.ndarray], train: np.ndarray, test: np.ndarray, seed: int
     ) -> Parts:
-        """Allocate so many images of each class to each client."""
         return (
             allocate(train, counts[0], self._stream(seed, "train")),
             allocate(test, counts[1], self._stream(seed, "test")),
@@ -386,7 +385,6 @@ class Column:
         return Partition(chosen_images, self.name, asdict(self), seed, "", names)
 
     def _chosen(self, train: np.ndarray, test: np.ndarray, clients: int) -> np.ndarray:
-        """The values that are clients, in order."""
         values, of_train = np.unique(train, return_counts=True)
         tested = Counter(test.tolist())
         of_test = np.array([tested[value] for value in values.tolist()])

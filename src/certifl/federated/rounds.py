@@ -216,8 +216,6 @@ class Rounds:
 
 @dataclass
 class _RoundResults:
-    """Results of the clients of one round, checked and stored as they arrive."""
-
     rounds: Rounds
     round: int
     participants: list[int]

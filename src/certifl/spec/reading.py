@@ -157,7 +157,6 @@ _EXAMPLES = {
 
 
 def _example(key: str) -> str:
-    """How a section or an inline table is written."""
     return _EXAMPLES.get(key, f"written as a section [{key}] with its own keys")
 
 

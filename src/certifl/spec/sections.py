@@ -155,10 +155,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _known_preparation(self) -> Data:
-        try:
-            self.preparation()
-        except InputError as error:
-            raise ValueError(str(error)) from error
+        self.preparation()
         return self
 
     def preparation(self) -> Preparation:

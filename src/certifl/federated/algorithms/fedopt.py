@@ -82,7 +82,6 @@ class FedAvgM(GlobalModel):
 def _adaptive_step(
     self: FedAdam | FedYogi | FedAdagrad, delta: torch.Tensor, state: ModelState
 ) -> ServerStep:
-    """A step of server_lr m / (sqrt(v) + tau)."""
     before = state.get("second", torch.full_like(delta, self.tau**2))
     first, second = (1 - self.beta1) * delta, self.scale(before, delta.square())
     if "first" in state:

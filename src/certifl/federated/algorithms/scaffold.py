@@ -119,7 +119,6 @@ class _MeanGradient:
 
 
 def _add(values: ModelState, others: ModelState) -> None:
-    """Add the tensors of the same names, in place."""
     both = [name for name in values if name in others]
     foreach_add([values[name] for name in both], [others[name] for name in both])
 

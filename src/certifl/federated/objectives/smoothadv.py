@@ -157,7 +157,6 @@ def _lengths(values: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within this context, for all modules."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

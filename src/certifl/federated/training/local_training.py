@@ -324,7 +324,6 @@ class LocalTraining:
         return Trained(state, context.momentum_buffers() if plan.keep else {}, metrics)
 
     def _loss(self) -> Objective:
-        """The objective in this training's precision."""
         return InBfloat16(self.objective) if self.precision == "bfloat16" else self.objective
 
     def _epoch(

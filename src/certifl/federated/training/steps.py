@@ -237,8 +237,6 @@ class InBfloat16:
 
 
 class _Autocast(nn.Module):
-    """A network under autocast."""
-
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
