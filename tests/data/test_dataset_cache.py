@@ -14,12 +14,6 @@ from certifl.errors import InputError
 from image_sets import pixels_for, write_idx, write_set
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("CERTIFL_DATA", raising=False)
-
-
 class TestCache:
     def test_images_are_decoded_once(self, tmp_path, monkeypatch):
         write_set(tmp_path / "bugs")

@@ -22,16 +22,8 @@ from certifl.errors import DataUnavailable, InputError
 from image_sets import pixels_for, png, write_idx, write_set, write_table
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
-OFFICIAL_MNIST = {  # MD5 of the four unpacked files as published
-    "train": ("6bbc9ace898e44ae57da46a324031adb", "a25bea736e30d166cdddb491f175f624"),
-    "test": ("2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637"),
-}
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("CERTIFL_DATA", raising=False)
+# MD5 of the unpacked files of test images and labels as published
+OFFICIAL_MNIST = ("2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637")
 
 
 def needs_shared(name):
@@ -268,8 +260,8 @@ class TestUnavailable:
 
     def test_a_set_of_the_hub(self, tmp_path):
         pytest.importorskip("datasets", reason="the extra `hub` is not installed")
-        from certifl.data.assemble import assemble
-        from certifl.data.sources import read_hub
+        from certifl.data.loading import assemble
+        from certifl.data.readers import read_hub
 
         features = {"label": {"_type": "ClassLabel", "names": list("abc")}}
         write_set(tmp_path / "bugs", features=features)
@@ -279,17 +271,15 @@ class TestUnavailable:
 
 @pytest.mark.shared
 class TestRealData:
-    def test_mnist_is_the_official_one_to_the_byte(self, tmp_path):
+    def test_mnists_test_split_is_the_official_one_to_the_byte(self):
         needs_shared("mnist")
-        mnist = load("mnist", SHARED, tmp_path)
-        assert mnist.class_names == tuple("0123456789")
-        for which, (images_md5, labels_md5) in OFFICIAL_MNIST.items():
-            split = getattr(mnist, which)
-            head = struct.pack(">IIII", 0x803, len(split), 28, 28)
-            assert hashlib.md5(head + split.images.numpy().tobytes()).hexdigest() == images_md5
-            labels = split.labels.numpy().astype(np.uint8).tobytes()
-            head = struct.pack(">II", 0x801, len(split))
-            assert hashlib.md5(head + labels).hexdigest() == labels_md5
+        raw = read_parquet(tuple((SHARED / "mnist").glob("test-*.parquet")), ReadOptions())
+        assert raw.class_names == tuple("0123456789")
+        head = struct.pack(">IIII", 0x803, 10_000, 28, 28)
+        assert hashlib.md5(head + raw.images.tobytes()).hexdigest() == OFFICIAL_MNIST[0]
+        head = struct.pack(">II", 0x801, 10_000)
+        labels = raw.labels.astype(np.uint8).tobytes()
+        assert hashlib.md5(head + labels).hexdigest() == OFFICIAL_MNIST[1]
 
     def test_cifar10_rows_are_what_pillow_makes_of_them(self):
         needs_shared("cifar10")

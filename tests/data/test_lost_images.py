@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -20,22 +19,12 @@ import tiny_study as tiny
 from certifl.data import changes_of, load, read_image
 from certifl.data.decode import decode_all
 from certifl.errors import CertiflError, DataUnavailable, InputError
-from image_sets import pixels_for, png, write_set, write_table
+from certifl.experiments.run import Options, run
+from certifl.study.opened_run import OpenRun
+from image_sets import encoded, pixels_for, png, write_set, write_table
 
 RGB = Image.fromarray(pixels_for(1, (9, 12, 3))[0])
 OTHER = Image.fromarray(pixels_for(1, (9, 12, 3), 5)[0])
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("CERTIFL_DATA", raising=False)
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
 
 
 def decoded(content: bytes) -> np.ndarray:
@@ -200,8 +189,10 @@ def test_every_image_of_a_class_is_read(name: str, tmp_path: Path) -> None:
         assert split.labels[bright].tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("name", ["2.jp2", "2.avif", "2.npy", "2", "2.png.zip", "deep/2.heic"])
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [*((name, "train") for name in ("2.jp2", "2", "2.png.zip", "deep/2.heic")), ("2.npy", "test")],
+)
 def test_a_file_that_is_not_read_is_named(name: str, split: str, tmp_path: Path) -> None:
     bugs = folder(tmp_path)
     picture(bugs / split / "bee" / name, b"\0")
@@ -489,14 +480,16 @@ def test_a_study_can_certify_another_split_and_its_run_remembers_where_its_data_
     monkeypatch.setenv("CERTIFL_DATA", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
     own = ("data={ name = 'bugs' }", "clients.count=2", "certification.images=1")
-    study = tiny.write_spec(tmp_path, *own, "training.rounds=1")
-    tiny.cli("run", study, "--out", "run").refused("-1", "data.test_split")
-    tiny.cli("run", study, "--out", "run", "--set", "data.test_split=validation").fine()
+    rest = (*own, "training.rounds=1", "certification.n=100")
+    with pytest.raises(InputError, match=r"-1.*data\.test_split"):
+        run(tiny.spec(*rest), Options(Path("run")))
+    run(tiny.spec(*rest, "data.test_split=validation"), Options(Path("run")))
     monkeypatch.delenv("CERTIFL_DATA")
-    facts = json.loads((tmp_path / "run/run.json").read_text())
-    assert facts["data_dir"] == str((tmp_path / "data").resolve())
-    tiny.cli("attack", "run", "--images", "1").fine()
-    tiny.cli("run", study, "--set", "data.test_split=dev").refused("data.test_split")
+    opened = OpenRun(tmp_path / "run")
+    assert opened.manifest["data_dir"] == str((tmp_path / "data").resolve())
+    assert opened.dataset.test.labels.tolist() == [1, 0]
+    with pytest.raises(InputError, match=r"data\.test_split"):
+        tiny.spec("data.test_split=dev")
 
 
 def test_the_split_is_part_of_a_studys_name_only_where_it_is_chosen() -> None:

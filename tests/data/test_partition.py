@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from certifl.data.allocation import allocate, quotas, shares
 from certifl.data.partition import check, choose
 from certifl.data.splitters import (
     SPLITS,
@@ -22,7 +21,10 @@ from certifl.data.splitters import (
     Quantity,
     Shards,
     Uniform,
+    allocate,
     label_checksum,
+    quotas,
+    shares,
 )
 from certifl.errors import InputError
 
@@ -124,14 +126,14 @@ class TestEveryPartition:
 
 class TestWhatEachPromises:
     @given(images=st.tuples(st.integers(20, 300), st.integers(20, 90)), clients=st.integers(1, 20))
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=20, deadline=None)
     def test_uniform_sizes_differ_by_at_most_one(self, images, clients):
         made = Uniform().split(TRAIN[: images[0]], TEST[: images[1]], clients, seed=0)
         assert np.ptp(sizes(made, "train")) <= 1
         assert np.ptp(sizes(made, "test")) <= 1
 
     @given(images=st.tuples(st.integers(20, 300), st.integers(20, 90)), clients=st.integers(1, 20))
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=20, deadline=None)
     def test_balanced_differs_by_at_most_one_in_every_class_and_in_all(self, images, clients):
         train, test = TRAIN[: images[0]], TEST[: images[1]]
         made = Balanced().split(train, test, clients, seed=0)
@@ -152,8 +154,8 @@ class TestWhatEachPromises:
 
     def test_dirichlet_has_the_moments_of_its_law(self):
         # p ~ Beta(a, (C-1) a), mean 1/C and variance (1/C)(1-1/C)/(C a + 1), for each class and
-        # client; 300 seeds x 10 classes give 3000 independent draws of client 0's share.
-        alpha, clients, draws = 1.0, 4, 300
+        # client; 150 seeds x 10 classes give 1500 independent draws of client 0's share.
+        alpha, clients, draws = 1.0, 4, 150
         found = np.concatenate(
             [
                 counts(Dirichlet(alpha, 1, 1).split(TRAIN, TEST, clients, seed), "train", TRAIN)[0]
@@ -163,7 +165,7 @@ class TestWhatEachPromises:
         )
         variance = (1 / clients) * (1 - 1 / clients) / (clients * alpha + 1)
         assert abs(found.mean() - 1 / clients) < 5 * np.sqrt(variance / found.size)
-        assert found.var() == pytest.approx(variance, rel=0.15)  # 5 standard errors at kurtosis 3
+        assert found.var() == pytest.approx(variance, rel=0.2)  # 5 standard errors at kurtosis 3
 
     def test_dirichlet_keeps_its_minima(self):
         for seed in range(5):
@@ -237,7 +239,7 @@ class TestAllocation:
         alpha=st.sampled_from([0.01, 0.3, 1.0, 100.0]),
         seed=st.integers(0, 1000),
     )
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=100, deadline=None)
     def test_quotas_are_shares_rounded_up_or_down_with_none_lost(
         self, totals, clients, alpha, seed
     ):

@@ -20,8 +20,7 @@ from certifl.deploy.provision.bundle import init
 from certifl.deploy.status import status_lines
 from certifl.deploy.transport.messages import Content, fingerprint_of
 from certifl.federated.privacy import epsilon
-from certifl.federated.privacy import example_level as example
-from certifl.federated.privacy import mechanism as clipping
+from certifl.federated.privacy import mechanisms as example
 from certifl.spec import Spec
 from deploy_factory import ID, ask, clients_of, coordinated, dealt, model
 from deploy_network import free_port
@@ -223,7 +222,7 @@ def test_with_a_limit_only_studies_with_clients_noise_are_answered(kind, tmp_pat
 
 def test_a_failed_round_counts_until_its_answer_does(tmp_path, monkeypatch):
     spec, own, taken = study(), dealt(tmp_path), []
-    real = clipping.clipped_sum
+    real = example.clipped_sum
 
     def fails(*arguments):
         taken.append(1)

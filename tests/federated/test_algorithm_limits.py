@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from algorithm_cases import CASES, all_rounds, light
+from algorithm_cases import CASES, all_rounds, in_memory, light
 from certifl.federated import (
     ClientState,
     FedAvg,
@@ -31,13 +31,9 @@ from tiny_federation import (
     without_seconds,
 )
 
-either_momentum = pytest.mark.parametrize("momentum", ["reset", "keep"])
 
-
-@either_momentum
-def test_mixture_at_lambda_1_is_local_training_bit_for_bit(momentum):
-    local = training(momentum_between_rounds=momentum)
-    alone, own = all_rounds(Local(), [0, 1, 2], local)
+def test_mixture_at_lambda_1_is_local_training_bit_for_bit():
+    local, alone, own = in_memory("local")
     mixed, pulled = all_rounds(Mixture(personalization=1.0), [0, 1, 2], local)
     for a, b in zip(own, pulled, strict=True):
         assert_same(a.parts, b.parts)
@@ -45,7 +41,7 @@ def test_mixture_at_lambda_1_is_local_training_bit_for_bit(momentum):
 
 
 def test_mixture_near_lambda_1_is_near_local_training():
-    local = training(rounds=1)
+    local = light(rounds=1)
     _, own = all_rounds(Local(), [0, 1], local)
     _, pulled = all_rounds(Mixture(1 - 1e-7), [0, 1], local)
     for a, b in zip(own, pulled, strict=True):
@@ -96,29 +92,31 @@ def test_a_mixture_step_is_equation_5():
         torch.testing.assert_close(state.parts["model"][name], value - gamma * bracket)
 
 
-def test_mixture_clients_keep_their_own_batchnorm_statistics(tmp_path):
-    stored = train(Mixture(0.2), TinyNet(), clients(), training(), Checkpoints(tmp_path))
-    means = [stored.client(i)["model"]["norm.running_mean"] for i in range(3)]
+def test_mixture_clients_keep_their_own_batchnorm_statistics():
+    _, server, states = in_memory("mixture")
+    means = [state.parts["model"]["norm.running_mean"] for state in states]
     assert not torch.equal(means[0], means[1])
     averaged = torch.stack(means).double().mean(0).float()
-    torch.testing.assert_close(stored.server()["model"]["norm.running_mean"], averaged)
+    torch.testing.assert_close(server.parts["model"]["norm.running_mean"], averaged)
 
 
-def test_a_smaller_lambda_keeps_clients_closer_together(tmp_path):
+def test_a_smaller_lambda_keeps_clients_closer_together():
     spreads = []
-    for lam in (1.0, 0.7, 0.3):
-        stored = train(
-            Mixture(lam), TinyNet(), clients(), training(), Checkpoints(tmp_path / f"{lam}")
-        )
-        weights = [stored.client(i)["model"]["head.weight"] for i in range(3)]
+    for states in (
+        in_memory("local")[2],
+        all_rounds(Mixture(0.7), [0, 1, 2], light(momentum_between_rounds="keep"))[1],
+        in_memory("mixture")[2],
+    ):
+        weights = [state.parts["model"]["head.weight"] for state in states]
         spreads.append(torch.stack(weights).std(0).mean().item())
     assert spreads[0] > spreads[1] > spreads[2] > 0
 
 
-@pytest.mark.parametrize(
-    "base", [case for case in CASES.values() if case.name != "personalized"], ids=lambda b: b.name
-)
-def test_personalized_rounds_are_those_of_the_base(base, tmp_path):
+@pytest.mark.parametrize("name", ["fedavg", "mixture", "scaffold", "apfl", "perfedavg"])
+def test_personalized_rounds_are_those_of_the_base(name, tmp_path):
+    """A global model, one of its own, another part that is sent, a mixed one, an extra round."""
+    base = CASES[name]
+
     def trained(algorithm, folder, **options):
         return train(algorithm, TinyNet(), clients(2), light(), Checkpoints(folder), **options)
 

@@ -8,7 +8,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 import pytest
 import torch
 
-from algorithm_cases import CASES, INITIAL, all_rounds, light, one_round
+from algorithm_cases import CASES, INITIAL, all_rounds, in_memory, light
 from certifl.federated import (
     ALGORITHMS,
     ClientState,
@@ -23,20 +23,9 @@ from certifl.federated import (
     train,
 )
 from certifl.runs.checkpoints import Checkpoints
-from tiny_federation import (
-    TinyNet,
-    assert_same,
-    client_data,
-    clients,
-    differ,
-    in_pieces,
-    without_seconds,
-)
+from tiny_federation import TinyNet, assert_same, client_data, clients, differ, in_pieces
 
-MOMENTUM = ("reset", "keep")
-
-every_algorithm = pytest.mark.parametrize("algorithm", CASES.values(), ids=CASES.keys())
-either_momentum = pytest.mark.parametrize("momentum", MOMENTUM)
+every_algorithm = pytest.mark.parametrize("name", CASES)
 
 
 def test_every_row_of_the_table_is_tested():
@@ -52,31 +41,27 @@ def copied(parts):
 
 
 @every_algorithm
-def test_a_record_of_hyper_parameters_that_cannot_change(algorithm):
+def test_a_record_of_hyper_parameters_that_cannot_change(name):
+    algorithm = CASES[name]
     assert algorithm == replace(algorithm)
     assert hash(algorithm) == hash(replace(algorithm))
     assert algorithm.deploys
     for option in fields(algorithm):
         with pytest.raises(FrozenInstanceError):
             setattr(algorithm, option.name, None)
-
-
-@every_algorithm
-def test_a_description_gives_the_algorithm_back(algorithm):
     table = json.loads(json.dumps(describe(algorithm)))
     assert from_description(table) == algorithm
     assert None not in table.values()
 
 
 @every_algorithm
-def test_nothing_received_is_mutated(algorithm):
-    local = light(momentum_between_rounds="keep")
-    server = algorithm.init(state_of(TinyNet()))
-    server, states = one_round(algorithm, server, [ClientState()] * 2, [0, 1], local)
+def test_nothing_received_is_mutated(name):
+    algorithm, (local, server, states) = CASES[name], in_memory(name)
     before = copied(server.parts), [copied(state.parts) for state in states]
     data = client_data(0)
     images = data.images.clone()
 
+    server = replace(server, round=1)  # the last round of the schedule
     update, state = algorithm.client_round(server, states[0], data, local)
     sent = copied(update.parts)
     algorithm.aggregate(server, [update, replace(update, client=1)])
@@ -90,62 +75,40 @@ def test_nothing_received_is_mutated(algorithm):
 
 
 @every_algorithm
-@either_momentum
-def test_the_order_in_which_clients_are_worked_on_changes_nothing(algorithm, momentum):
-    local = light(momentum_between_rounds=momentum)
-    server, states = all_rounds(algorithm, [0, 1, 2], local)
-    # The same trainer object again: what the last client left in it must not leak either.
-    again, other_states = all_rounds(algorithm, [2, 0, 1], local)
+def test_neither_the_order_of_clients_nor_the_global_generator_changes_anything(name):
+    """With the same trainer again: what the last client left in it must not leak either."""
+    local, server, states = in_memory(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        before = torch.get_rng_state()
+        again, other_states = all_rounds(CASES[name], [2, 0, 1], local)
+        assert torch.equal(torch.get_rng_state(), before)
     assert_same(server.parts, again.parts)
     for state, other in zip(states, other_states, strict=True):
         assert_same(state.parts, other.parts)
 
 
 @every_algorithm
-def test_the_global_generator_is_neither_read_nor_disturbed(algorithm):
-    local = light(rounds=1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        first = all_rounds(algorithm, [0, 1], local)
-        after = torch.rand(1)
-        torch.manual_seed(1)
-        assert torch.equal(torch.rand(1), after)
-        second = all_rounds(algorithm, [0, 1], local)
-    assert_same(first[0].parts, second[0].parts)
+def test_the_seed_matters(name):
+    algorithm, (_, server, states) = CASES[name], in_memory(name)
+    local = light(momentum_between_rounds="keep")
+    local.seed += 1
+    other, changed = all_rounds(algorithm, [0, 1, 2], local)
+    for a, b in zip(states, changed, strict=True):
+        assert differ(algorithm.deployed(server, a), algorithm.deployed(other, b))
 
 
 @every_algorithm
-def test_the_seed_matters(algorithm):
-    one, two = light(rounds=1), light(rounds=1)
-    two.seed += 1
-    first = all_rounds(algorithm, [0, 1], one)
-    second = all_rounds(algorithm, [0, 1], two)
-    for a, b in zip(first[1], second[1], strict=True):
-        assert differ(algorithm.deployed(first[0], a), algorithm.deployed(second[0], b))
+def test_a_resumed_training_is_the_one_in_memory_and_deploys_a_loadable_model(name, tmp_path):
+    algorithm, (local, server, states) = CASES[name], in_memory(name)
 
+    def run(stop):
+        return train(algorithm, TinyNet(), clients(), local, Checkpoints(tmp_path), progress=stop)
 
-@every_algorithm
-@either_momentum
-def test_a_resumed_training_is_the_uninterrupted_one(algorithm, momentum, tmp_path):
-    def run(folder, progress=None):
-        local, data = light(momentum_between_rounds=momentum), clients(2)
-        return train(algorithm, TinyNet(), data, local, Checkpoints(folder), progress=progress)
-
-    whole = run(tmp_path / "whole")
-    resumed, stops = in_pieces(3, lambda stop: run(tmp_path / "resumed", stop))
+    stored, stops = in_pieces(4, run)
     assert stops >= 1
-    assert_same(resumed.server(), whole.server())
-    for client in range(2):
-        assert_same(resumed.client(client), whole.client(client))
-    assert without_seconds(resumed.history) == without_seconds(whole.history)
-
-
-@every_algorithm
-def test_states_survive_storage_and_deploy_a_loadable_model(algorithm, tmp_path):
-    local = light(rounds=1)
-    server, states = all_rounds(algorithm, [0, 1], local)
-    stored = train(algorithm, TinyNet(), clients(2), local, Checkpoints(tmp_path))
     assert stored.number == server.round == total_rounds(algorithm, local)
+    assert [entry["round"] for entry in stored.history] == list(range(stored.number))
     assert_same(server_state(stored).parts, server.parts)
     models = []
     for client, state in enumerate(states):
@@ -157,48 +120,34 @@ def test_states_survive_storage_and_deploy_a_loadable_model(algorithm, tmp_path)
 
 
 @every_algorithm
-def test_a_round_in_which_no_model_arrives_changes_no_part(algorithm):
-    server = algorithm.init(state_of(TinyNet()))
+def test_equal_models_and_no_model_leave_the_server_as_it_is(name):
+    algorithm, model = CASES[name], state_of(TinyNet(seed=3))
+    server = algorithm.init(model)
     for updates in ([], [Update(0, 20.0, None, {})]):
         after = algorithm.aggregate(server, iter(updates))
         assert after.round == server.round + 1
         assert_same(after.parts, server.parts)
-
-
-@every_algorithm
-def test_averaging_equal_models_changes_nothing(algorithm):
-    model = state_of(TinyNet(seed=3))
-    server = algorithm.init(model)
     equal = [Update(i, 10.0 + i, {k: v.clone() for k, v in model.items()}, {}) for i in range(7)]
     after = algorithm.aggregate(server, equal).parts
     assert_same({part: after[part] for part in server.parts}, server.parts)
 
 
 @every_algorithm
-def test_many_equal_updates_move_the_model_like_one(algorithm):
-    """What a robust rule hands on: the same parts from everybody."""
-    local = light()
-    server, states = one_round(
-        algorithm, algorithm.init(INITIAL), [ClientState()] * 2, [0, 1], local
-    )
-    update, _ = algorithm.client_round(server, states[0], client_data(0), local)
-    many = [replace(update, client=client) for client in range(5)]
-    assert_same(
-        {"model": algorithm.aggregate(server, many).parts["model"]},
-        {"model": algorithm.aggregate(server, [update]).parts["model"]},
-    )
-
-
-@every_algorithm
-def test_the_order_in_which_updates_arrive_hardly_matters(algorithm):
-    local, data = light(), clients()
+def test_many_equal_updates_move_the_model_like_one_and_their_order_hardly_matters(name):
+    """Equal parts from everybody are what a robust rule hands on."""
+    algorithm, (local, _, _), data = CASES[name], in_memory(name), clients()
     server = algorithm.init(INITIAL)
     updates = [algorithm.client_round(server, ClientState(), one, local)[0] for one in data]
+    many = [replace(updates[0], client=client) for client in range(5)]
+    assert_same(
+        {"model": algorithm.aggregate(server, many).parts["model"]},
+        {"model": algorithm.aggregate(server, updates[:1]).parts["model"]},
+    )
     forth, back = (algorithm.aggregate(server, some).parts for some in (updates, updates[::-1]))
     assert forth.keys() == back.keys()
     for part, held in forth.items():
-        for name, value in held.items():
-            torch.testing.assert_close(back[part][name], value, rtol=1e-5, atol=1e-6)
+        for key, value in held.items():
+            torch.testing.assert_close(back[part][key], value, rtol=1e-5, atol=1e-6)
 
 
 class Failing(list):
@@ -213,48 +162,31 @@ class Failing(list):
 
 
 @every_algorithm
-def test_a_client_whose_update_does_not_arrive_counts_as_absent(algorithm, tmp_path):
-    local, data = light(momentum_between_rounds="keep"), Failing(clients())
+def test_a_client_whose_update_does_not_arrive_counts_as_absent_and_keeps_its_state(
+    name, tmp_path
+):
+    algorithm, local, data = CASES[name], in_memory(name)[0], Failing(clients())
+    dropped, absent = (Checkpoints(tmp_path / name) for name in ("dropped", "absent"))
+    states = []
 
     def break_down(progress):
         data.broken = 1 if (progress.round, progress.client) == (0, 2) else data.broken
         data.broken = None if progress.round == 1 and progress.client == 2 else data.broken
 
-    def without_1(round):
-        return [0, 1, 2] if round == 0 else [0, 2]
-
-    dropped, absent = (Checkpoints(tmp_path / name) for name in ("dropped", "absent"))
-    failed = train(algorithm, TinyNet(), data, local, dropped, progress=break_down)
-    missed = train(algorithm, TinyNet(), clients(), local, absent, participation=without_1)
-    assert failed.history[1]["left_out"][0]["client"] == 1
-    assert failed.files == missed.files
-
-
-@every_algorithm
-def test_a_client_that_misses_rounds_keeps_its_state(algorithm, tmp_path):
-    def odd_rounds_without_client_1(round):
-        return [0, 1, 2] if round % 2 == 0 else [2, 0]
-
-    local = light(momentum_between_rounds="keep")
-    checkpoints = Checkpoints(tmp_path)
-    states = []
-
     def remember(progress):
         if progress.client == 0 and progress.round == 1:
-            states.append(client_state(checkpoints.latest(), 1))
+            states.append(client_state(absent.latest(), 1))
 
-    stored = train(
-        algorithm,
-        TinyNet(),
-        clients(),
-        local,
-        checkpoints,
-        participation=odd_rounds_without_client_1,
-        progress=remember,
+    def without_1(round):
+        return [0, 1, 2] if round == 0 else [2, 0]
+
+    failed = train(algorithm, TinyNet(), data, local, dropped, progress=break_down)
+    missed = train(
+        algorithm, TinyNet(), clients(), local, absent, participation=without_1, progress=remember
     )
-    assert [entry["participants"] for entry in stored.history[:2]] == [[0, 1, 2], [0, 2]]
-    assert [len(entry["participants"]) for entry in stored.history[2:]] == [3] * (
-        algorithm.extra_rounds
-    )
+    assert failed.history[1]["left_out"][0]["client"] == 1
+    assert failed.files == missed.files
+    assert [entry["participants"] for entry in missed.history[:2]] == [[0, 1, 2], [0, 2]]
+    assert all(entry["participants"] == [0, 1, 2] for entry in missed.history[2:])
     if algorithm.extra_rounds == 0:
-        assert_same(client_state(stored, 1).parts, states[0].parts)
+        assert_same(client_state(missed, 1).parts, states[0].parts)

@@ -20,15 +20,7 @@ from certifl.federated import (
 )
 from certifl.models.architectures import QuarterMeans
 from certifl.perturbations import Rotation
-from tiny_federation import (
-    SCHEDULE,
-    Noise,
-    TinyNet,
-    assert_same,
-    client_data,
-    federate,
-    in_pieces,
-)
+from tiny_federation import SCHEDULE, Noise, TinyNet, assert_same, client_data, federate, in_pieces
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="torch sees no CUDA device: training on a GPU needs one"

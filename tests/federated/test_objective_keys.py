@@ -9,15 +9,10 @@ import pytest
 import torch
 
 from certifl import rng as streams
-from certifl.errors import InputError, SpecError, StoreMismatch
+from certifl.errors import CertiflError, InputError, SpecError, StoreMismatch
+from certifl.experiments.run import Options, run
 from certifl.federated import FedAvg, LocalTraining, train
-from certifl.federated.objectives import (
-    OBJECTIVES,
-    Consistency,
-    Macer,
-    SmoothAdv,
-    Stability,
-)
+from certifl.federated.objectives import OBJECTIVES, Consistency, Macer, SmoothAdv, Stability
 from certifl.federated.training.batches import Batch
 from certifl.perturbations import PixelNoise
 from certifl.runs.checkpoints import Checkpoints
@@ -25,7 +20,7 @@ from certifl.smoothing.laws import UNIFORM, Law
 from certifl.spec import load, with_settings
 from certifl.study.setup import label_of
 from tiny_federation import SCHEDULE, Noise, TinyNet, client_data
-from tiny_study import VALUES, cli, spec, write_spec
+from tiny_study import VALUES, cli, spec
 
 PIXEL = PixelNoise(0.3)
 
@@ -120,15 +115,15 @@ def test_the_list_shows_objectives():
 
 
 def test_a_run_trains_with_the_objective_of_its_spec(tmp_path):
-    few = ("training.rounds=1", "certification.n=50", "certification.images=2")
-    toml = write_spec(tmp_path, "objective={name='smoothadv', epsilon=0.5}", *few)
-    cli("run", toml, "--out", tmp_path / "run").fine()
+    few = ("training.rounds=1", "certification.n=50", "certification.images=1")
+    options = Options(tmp_path / "run")
+    run(spec("objective={name='smoothadv', epsilon=0.5}", *few), options)
     assert load(tmp_path / "run" / "spec.toml").objective["epsilon"] == 0.5
     last = Checkpoints(tmp_path / "run" / "checkpoints" / "training").latest()
     assert last is not None
     assert last.identity["objective"] == repr(SmoothAdv(epsilon=0.5))
-    toml = write_spec(tmp_path, "objective.name=macer", *few)
-    cli("run", toml, "--out", tmp_path / "run").refused("another")
+    with pytest.raises(CertiflError, match="another"):
+        run(spec("objective.name=macer", *few), options)
 
 
 def test_checkpoints_belong_to_an_objective(tmp_path):

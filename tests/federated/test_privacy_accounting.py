@@ -39,9 +39,7 @@ def test_without_sampling_it_bounds_the_exact_loss_closely(z, steps):
     assert exact <= bound <= 1.1 * exact
 
 
-@pytest.mark.parametrize(
-    ("z", "rate", "steps"), [(1.0, 0.1, 50), (0.7, 0.25, 20), (2.0, 0.05, 200), (1.1, 0.01, 300)]
-)
+@pytest.mark.parametrize(("z", "rate", "steps"), [(1.0, 0.1, 50), (1.1, 0.01, 300)])
 def test_with_sampling_it_bounds_a_tighter_accountant(z, rate, steps):
     tight, own = accountants.PRVAccountant(), accountants.RDPAccountant()
     tight.history = own.history = [(z, rate, steps)]

@@ -14,12 +14,11 @@ from torch.nn import functional
 
 from certifl import rng as streams
 from certifl.errors import ModelError, SpecError
-from certifl.federated import FedAvg, Local, LocalTraining, Mixture, Personalized, state_of
+from certifl.federated import FedAvg, LocalTraining, Mixture, Personalized, state_of
 from certifl.federated.objectives import Augmented, Consistency
 from certifl.federated.privacy import Budget, ExampleLevel, check_algorithm
-from certifl.federated.privacy import mechanism as clipping
-from certifl.federated.privacy.example_level import PrivatePasses
-from certifl.federated.privacy.mechanism import add_noise
+from certifl.federated.privacy import mechanisms as clipping
+from certifl.federated.privacy.mechanisms import PrivatePasses, add_noise
 from certifl.federated.training.batches import Batch
 from certifl.models import resnet18, small_cnn, small_resnet
 from private_federation import (
@@ -235,7 +234,7 @@ def test_without_noise_and_clipping_it_is_federated_averaging(tmp_path):
     assert "epsilon" not in private.history[-1]
 
 
-@pytest.mark.parametrize("algorithm", [FedAvg(), Local(), Mixture(0.4), Personalized(FedAvg())])
+@pytest.mark.parametrize("algorithm", [Mixture(0.4), Personalized(FedAvg())])
 def test_training_is_the_same_after_an_interruption(algorithm, tmp_path):
     whole = example_training(algorithm, tmp_path / "whole")
 

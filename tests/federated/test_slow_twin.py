@@ -55,7 +55,7 @@ class TwinRotation:
 
 
 STUDY = replace(
-    twin.Study(), clients=3, batch_size=16, rounds=3, decay_every=4, tuning_epochs=1, seed=11
+    twin.Study(), clients=3, batch_size=16, rounds=2, decay_every=3, tuning_epochs=1, seed=11
 )
 REGIMES: dict[str, Algorithm] = {
     "local": Local(),
@@ -68,8 +68,8 @@ REGIMES: dict[str, Algorithm] = {
 @pytest.fixture(scope="module")
 def parts():
     images, _ = twin.handwritten_digits()
-    # 65, 65 and 65 images: four batches of 16 and one image that joins the fourth.
-    few = (images[0][:195], images[1][:195])
+    # 33, 33 and 33 images: two batches of 16 and one image that joins the second.
+    few = (images[0][:99], images[1][:99])
     return twin.partition(few, STUDY, "train")
 
 
@@ -86,11 +86,7 @@ def engine_models(algorithm, parts, study, rotation, folder):
     )
     model = twin.network(study)
     local = LocalTraining(
-        model,
-        schedule,
-        seed=study.seed,
-        augmentation=rotation,
-        finetuning_augmentation=rotation,
+        model, schedule, seed=study.seed, augmentation=rotation, finetuning_augmentation=rotation
     )
     clients = [ClientData(i, images, labels) for i, (images, labels) in enumerate(parts)]
     stored = train(algorithm, model, clients, local, Checkpoints(folder))
@@ -152,7 +148,10 @@ def test_certify_in_the_two_extremes():
     assert twin.certify(Coin(), image, STUDY) == (-1, 0.0)
 
 
-def test_the_script_prints_a_table(capsys):
+def test_the_script_prints_a_table(capsys, monkeypatch):
+    (images, labels), test = twin.handwritten_digits()
+    few = (images[:99], labels[:99]), test
+    monkeypatch.setattr(twin, "handwritten_digits", lambda: few)
     twin.main(replace(STUDY, rounds=1, n=50, n0=10, test_images=2))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == list(twin.REGIMES)

@@ -16,15 +16,7 @@ from certifl.errors import InputError, ModelError, SpecError, StoreMismatch, Tra
 from certifl.federated import ClientData, FedAvg, LocalTraining, state_of, train
 from certifl.federated.training.batches import BatchStream, batch_bounds
 from certifl.runs.checkpoints import Checkpoints
-from tiny_federation import (
-    SCHEDULE,
-    Noise,
-    TinyNet,
-    assert_same,
-    client_data,
-    differ,
-    training,
-)
+from tiny_federation import SCHEDULE, Noise, TinyNet, assert_same, client_data, differ, training
 
 SEED = 5
 

@@ -17,10 +17,7 @@ from certifl.paper.scales import REGIMES, quickstart
 from certifl.spec import Spec, load, with_settings
 
 ROTATION = {"family": "rotation", "sigma": "18deg"}
-SMALL: dict[str, Any] = {
-    "data": {"name": "digits"},
-    "certification": {"perturbation": ROTATION},
-}
+SMALL: dict[str, Any] = {"data": {"name": "digits"}, "certification": {"perturbation": ROTATION}}
 
 
 def test_defaults_are_the_papers() -> None:
@@ -121,10 +118,7 @@ def test_augmentation_of_personalisation_is_separate() -> None:
         (["certification.perturbation=none"], "certification.perturbation"),
         (["augmentation.personalized=none"], "no effect with 'fedavg'"),
         (["augmentation.federated=rotation"], "augmentation.federated: .*table"),
-        (
-            ["algorithm={name='mixture', personalization=0.0}", "training.lr=2.0"],
-            "overshoot",
-        ),
+        (["algorithm={name='mixture', personalization=0.0}", "training.lr=2.0"], "overshoot"),
         (["algorithm={name='fedprox', mu=40.0}"], "lr mu must stay below"),
         (
             ["algorithm={name='personalized', base={name='ditto', mu=40.0}}"],

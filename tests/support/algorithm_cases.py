@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from certifl.federated import (
@@ -86,6 +87,13 @@ def all_rounds(
     for _ in range(total_rounds(algorithm, local)):
         server, states = one_round(algorithm, server, states, order, local)
     return server, states
+
+
+@cache
+def in_memory(name: str) -> tuple[LocalTraining, ServerState, list[ClientState]]:
+    """A trainer after all rounds of a case with kept momentum, and the states at their end."""
+    local = light(momentum_between_rounds="keep")
+    return local, *all_rounds(CASES[name], [0, 1, 2], local)
 
 
 def deployed(algorithm: Algorithm, server: ServerState, states: Sequence[ClientState]) -> list:

@@ -6,17 +6,29 @@ import gzip
 import io
 import json
 import struct
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from certifl.data.decode import decode_all
+
+
+def encoded(image, kind="PNG", **options):
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
 
 def png(pixels):
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
+    return encoded(Image.fromarray(pixels))
+
+
+def decoded(*contents):
+    """The pixels of images that errors call "image 0" and so on."""
+    return decode_all((partial("image {}".format, i), one) for i, one in enumerate(contents))
 
 
 def pixels_for(count, shape, seed=0):

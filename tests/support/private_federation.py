@@ -74,14 +74,7 @@ def client_training(
     )
     training = LocalTraining(model, SCHEDULE, seed=5)
     return train(
-        algorithm,
-        model,
-        data,
-        training,
-        Checkpoints(folder),
-        ledger=ledger,
-        rule=level,
-        **options,
+        algorithm, model, data, training, Checkpoints(folder), ledger=ledger, rule=level, **options
     )
 
 

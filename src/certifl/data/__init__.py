@@ -13,12 +13,11 @@ from certifl.lazy import lazy_names
 from certifl.registry import NonNegative, Positive, PositiveInt, Registry, Row, parameters
 
 if TYPE_CHECKING:
-    from certifl.data.allocation import Column
     from certifl.data.dataset import Dataset, ImageSplit, fingerprint, random_part, to_float
     from certifl.data.decode import changes_of, read_image, shape_of_file
     from certifl.data.loading import EMBEDDED, load, named_folder
     from certifl.data.partition import ClientIndices, Partition, check, choose, label_checksum
-    from certifl.data.splitters import Splitter, assign_images
+    from certifl.data.splitters import Column, Splitter, assign_images
 
 __all__ = [
     "EMBEDDED",
@@ -64,7 +63,7 @@ SPLITS: Registry[Row] = Registry(
             f"{_SPLITTERS}:Quantity", parameters(exponent=(NonNegative, 1.0)), "quantity"
         ),
         "column": Row(
-            "certifl.data.allocation:Column",
+            f"{_SPLITTERS}:Column",
             parameters(column=_ColumnName, min_train=(PositiveInt, 1), min_test=(PositiveInt, 1)),
             "by column",
         ),
@@ -73,12 +72,11 @@ SPLITS: Registry[Row] = Registry(
 """All ways to split: those that look at the labels alone, and the one by a column."""
 
 _MODULES = {
-    "certifl.data.allocation": ("Column",),
     "certifl.data.dataset": ("Dataset", "ImageSplit", "fingerprint", "random_part", "to_float"),
     "certifl.data.decode": ("changes_of", "read_image", "shape_of_file"),
     "certifl.data.loading": ("EMBEDDED", "load", "named_folder"),
     "certifl.data.partition": ("ClientIndices", "Partition", "check", "choose", "label_checksum"),
-    _SPLITTERS: ("Splitter", "assign_images"),
+    _SPLITTERS: ("Column", "Splitter", "assign_images"),
 }
 __getattr__ = lazy_names(
     __name__, {n: module for module, names in _MODULES.items() for n in names}

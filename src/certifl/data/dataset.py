@@ -120,13 +120,9 @@ def fingerprint(
 ) -> str:
     """SHA-256 over shapes, class names, and the bytes of images and labels of both splits.
 
-    A column that was asked for counts, too: who holds which image follows from it. The lengths
-    come first, so that no two different data sets feed the hash the same bytes.
-
-    Args:
-        train, test: both splits.
-        class_names: one for each label.
-        prepared: what was done to every image, see `Dataset`; it counts where it is not empty.
+    A column that was asked for counts, too: who holds which image follows from it. So does what
+    was done to the images. The lengths come first, so that no two different data sets feed the
+    hash the same bytes.
     """
     shapes = [list(split.images.shape) for split in (train, test)]
     about: dict[str, Any] = {"shapes": shapes, "class_names": list(class_names)}
@@ -140,29 +136,20 @@ def fingerprint(
     return digest.hexdigest()
 
 
-def random_part(available: int, wanted: int | None, seed: int, which: str) -> np.ndarray:
-    """Ascending positions of a fixed random part of a split, for small studies.
+def random_part(available: int, count: int | None, seed: int, which: str) -> np.ndarray:
+    """Ascending positions, int64 (count,), of a fixed random part of a split; None takes all.
 
     The choice depends on the arguments alone, and a larger part contains every smaller one of the
-    same seed.
-
-    Args:
-        available: images of the split.
-        wanted: images to take; None takes all.
-        seed: the study's seed.
-        which: "train" or "test"; their choices are independent.
-
-    Returns:
-        int64, (wanted,), ascending and unique.
+    same seed. Those of `which` = "train" and "test" are independent.
 
     Raises:
-        InputError: more images are wanted than there are, or fewer than 1.
+        InputError: more images than there are, or fewer than 1.
     """
-    if wanted is None:
+    if count is None:
         return np.arange(available)
-    if not 1 <= wanted <= available:
+    if not 1 <= count <= available:
         raise InputError(
-            f"{which}_images = {wanted}, but the {which} split has {available} images. "
+            f"{which}_images = {count}, but the {which} split has {available} images. "
             f"Choose a number from 1 to {available}, or leave it out to take all."
         )
-    return np.sort(numpy_generator(seed, "part", which).permutation(available)[:wanted])
+    return np.sort(numpy_generator(seed, "part", which).permutation(available)[:count])

@@ -5,8 +5,8 @@ An alpha channel is dropped and a recorded camera orientation is applied. If one
 RGB, the gray ones get three equal channels. Whatever would lose part of an image is refused: more
 than 8 bits per channel, because there is no one right way to bring them to [0, 255] (a study may
 name one for gray images, `Preparation.window`), and files with several frames or pages, because
-only one of them can be the image. (The second image that
-cameras put into a JPEG is a preview of the first, which alone is read.)
+only one of them can be the image. (The second image that cameras put into a JPEG is a preview of
+the first, which alone is read.) Of DICOM files only pixels are read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -30,11 +30,13 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from certifl.data.dataset import SMALLEST_SIDE, to_float
-from certifl.data.dicom import is_dicom, read_dicom
 from certifl.data.preparation import AS_THEY_ARE, WINDOW_OF_8_BITS, Preparation
-from certifl.errors import InputError
+from certifl.errors import InputError, first_line
 from certifl.safe_io import read_bytes
 
+_DICOM, _DICOM_AT = b"DICM", 128
+_GRAY = {"MONOCHROME1": True, "MONOCHROME2": False}
+"""Kinds of gray images, and whether their lowest value is white."""
 _ENDINGS = {
     "PNG": (".png",),
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -52,17 +54,8 @@ _DEEP_STORAGE = re.compile(r";(1[0-9]|32|64)[A-Z]+$")
 """How Pillow names more than 8 bits per channel: RGB;16B, but not BGR;16, which is 5 + 6 + 5."""
 _BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL = 258, 277  # tags of TIFF
 _DAMAGED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    OverflowError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, EOFError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 ONE_SIZE = (
     "All images of a data set must have one size: give data.resize, such as 64, and to keep their "
@@ -101,9 +94,9 @@ def decode_all(items: Iterable[NamedImage], prepare: Preparation = AS_THEY_ARE) 
     done: list[np.ndarray] = []
     clear: list[Callable[[], str]] = []
     first: tuple[str, tuple[int, ...]] | None = None
-    most = _PIXELS
+    most, remaining = _PIXELS, iter(items)
     with ThreadPoolExecutor(_workers()) as pool:
-        for batch in _chunks(iter(items), _BATCH):
+        while batch := list(islice(remaining, _BATCH)):
             groups = [batch[i : i + _GROUP] for i in range(0, len(batch), _GROUP)]
             if first is None:
                 shape = _decode_group(batch[:1], _PIXELS, prepare)[0][0].shape
@@ -142,9 +135,8 @@ def read_image(
     0.299 R + 0.587 G + 0.114 B (ITU-R BT.601) where the model wants one channel.
 
     Args:
-        path: a PNG, JPEG, BMP, WebP, GIF, TIFF or PPM file.
-        in_channels: 1 or 3.
-        image_size: height and width in pixels.
+        path: an image file, of any format that data sets may have.
+        in_channels, image_size: 1 or 3; height and width in pixels.
         resize: resample an image of another size (bilinear, antialiased). A certificate then
             speaks of the resampled image, not of the file.
         prepare: what is done first, as to the images that the model was trained on.
@@ -179,8 +171,7 @@ def shape_of_file(path: str | Path) -> tuple[int, tuple[int, int]]:
     Raises:
         InputError: as `read_image`.
     """
-    file = Path(path)
-    image = _open(lambda: str(file), file)
+    image = _open(lambda: str(path), Path(path))
     return len(image.getbands()), (image.height, image.width)
 
 
@@ -191,8 +182,7 @@ def changes_of(
     prepare: Preparation = AS_THEY_ARE,
 ) -> str:
     """How `read_image` changes a file's pixels for the model, in words; "" = not at all."""
-    file = Path(path)
-    image = _open(lambda: str(file), file, prepare=prepare)
+    image = _open(lambda: str(path), Path(path), prepare=prepare)
     height, width = image_size
     changes = [f"{name} = {value}" for name, value in prepare.described.items()]
     if image.info.get(_TRANSPARENT):
@@ -212,15 +202,10 @@ def _open(
     most: int = _PIXELS,
     prepare: Preparation = AS_THEY_ARE,
 ) -> Image.Image:
-    """Decode to mode L or RGB by the module's convention, and prepare.
-
-    Args:
-        name: of the image, for errors. source: where it is.
-        most: pixels that it may have. prepare: what is done to it.
-    """
+    """Decode to mode L or RGB by the module's convention, up to `most` pixels, and prepare."""
     try:
         content = source if isinstance(source, bytes) else read_bytes(source, _IMAGE_BYTES)
-        if is_dicom(content):
+        if content.startswith(_DICOM, _DICOM_AT):
             image, lost = _of_dicom(content, most, prepare)
         else:
             image = _small(io.BytesIO(content), most)
@@ -231,7 +216,8 @@ def _open(
             if image.mode in _DEEP_MODES:
                 image = Image.fromarray(prepare.windowed(np.asarray(image)))
     except _DAMAGED as error:
-        reason = "it is not an image in a supported format" if _unknown(error) else str(error)
+        unknown = isinstance(error, UnidentifiedImageError)  # its text shows a memory address
+        reason = "it is not an image in a supported format" if unknown else str(error)
         raise InputError(
             f"Cannot decode {name()}: {reason}. Readable are {', '.join(_ENDINGS)}; "
             "remove or replace the file."
@@ -251,12 +237,57 @@ def _open(
 
 
 def _of_dicom(content: bytes, most: int, prepare: Preparation) -> tuple[Image.Image, str]:
-    """A DICOM file's image in 8 bits, and what decoding would lose of it."""
     if prepare.window is None:
         return Image.new("L", (1, 1)), f"is a DICOM image, of no fixed range. {_GIVE_WINDOW}"
-    intensities, low_is_white = read_dicom(content, most)
+    intensities, low_is_white = _read_dicom(content, most)
     gray = prepare.windowed(intensities)
     return Image.fromarray(255 - gray if low_is_white else gray), ""
+
+
+def _read_dicom(content: bytes, most: int) -> tuple[np.ndarray, bool]:
+    """Intensities (h, w) of a DICOM file's image in float64, and whether low ones are white.
+
+    They are those after the file's rescale slope and intercept.
+
+    Raises:
+        InputError: the extra is missing, or the file holds no single gray image that can be read.
+    """
+    try:
+        import pydicom
+        from pydicom.filereader import read_dataset
+        from pydicom.pixels.processing import apply_modality_lut
+        from pydicom.uid import DeflatedExplicitVRLittleEndian
+    except ImportError as error:
+        raise InputError(
+            "DICOM files are read by pydicom, which is not installed: install the extra "
+            "`certifl[dicom]`"
+        ) from error
+    try:
+        stream = io.BytesIO(content)
+        stream.seek(_DICOM_AT + len(_DICOM))
+        about = read_dataset(
+            stream, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2
+        )
+        if about.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+            # Reading it would unpack everything, however much that is.
+            raise InputError("it is compressed as a whole; save it with compressed pixels or none")
+        file = pydicom.dcmread(io.BytesIO(content))
+        size = int(file.Rows) * int(file.Columns)
+        kind, frames = str(file.PhotometricInterpretation), int(file.get("NumberOfFrames") or 1)
+    except InputError:
+        raise
+    except Exception as error:  # pydicom raises many unrelated types for damaged files
+        raise InputError(f"it is not a readable DICOM image ({first_line(error)})") from error
+    if kind not in _GRAY or frames != 1:
+        what = f"{frames} frames" if frames != 1 else f"colors of kind {kind}"
+        raise InputError(f"it holds {what}; save the one image that is meant as gray DICOM or PNG")
+    if size > most:
+        raise InputError(f"it is {file.Rows} x {file.Columns}, too large to be read")
+    try:
+        values = np.asarray(apply_modality_lut(file.pixel_array, file), np.float64)
+    except Exception as error:  # as above, and packages for compressed files that are missing
+        raise InputError(f"its pixels cannot be read ({first_line(error)})") from error
+    return values, _GRAY[kind]
 
 
 def _would_lose(image: Image.Image, windowed: bool = False) -> str:
@@ -345,10 +376,6 @@ def _small(content: io.BytesIO, most: int) -> Image.Image:
     return image
 
 
-def _unknown(error: Exception) -> bool:
-    return isinstance(error, UnidentifiedImageError)  # its own text shows a memory address
-
-
 def _decode_group(
     group: list[NamedImage], most: int, prepare: Preparation
 ) -> list[tuple[np.ndarray, bool]]:
@@ -402,8 +429,3 @@ def _workers() -> int:
     if hasattr(os, "sched_getaffinity"):
         return min(8, len(os.sched_getaffinity(0)))
     return min(8, os.cpu_count() or 1)
-
-
-def _chunks(items: Iterator[NamedImage], size: int) -> Iterator[list[NamedImage]]:
-    while chunk := list(islice(items, size)):
-        yield chunk

@@ -1,32 +1,27 @@
-"""Which files of a folder make up a data set: parquet as on the hub, IDX, or image folders."""
+"""Which files of a folder make up a data set: parquet as on the hub, IDX, or image folders.
+
+Of an image folder every file is read, passed over by name, or refused.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from certifl.data.image_folders import class_images, has_class_folders, subfolders
+from certifl.data.decode import IMAGE_SUFFIXES
 from certifl.errors import DataUnavailable, InputError
 
 TEST_NAMES = ("test", "validation", "valid", "val")
-_IDX_NAMES = {
-    "train": ("train-images", "train-labels"),
-    "test": ("t10k-images", "t10k-labels"),
-}
+_IDX_NAMES = {"train": ("train-images", "train-labels"), "test": ("t10k-images", "t10k-labels")}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The files of both splits.
-
-    Args:
-        kind: how they are read.
-        root: the data set's folder.
-        train: files of the training split; for IDX the images, then the labels.
-        test: files of the test split.
-    """
+    """The files of both splits in the folder `root`; for IDX the images, then the labels."""
 
     kind: Literal["parquet", "idx", "folder"]
     root: Path
@@ -37,9 +32,7 @@ class Layout:
 def find_layout(root: Path, test_split: str | None = None) -> Layout | None:
     """Recognize the data set in a folder; None if the folder holds none of the layouts.
 
-    Args:
-        root: the folder.
-        test_split: the split whose images are certified; None = the first there is of TEST_NAMES.
+    Images are certified of `test_split`; None = the first there is of TEST_NAMES.
 
     Raises:
         DataUnavailable: training images without test images, or without the split asked for.
@@ -110,19 +103,13 @@ def _parquet_files(folder: Path, split: str) -> tuple[Path, ...]:
             f"{split}/{inside[0].name}. Move them into one place, or one of them elsewhere."
         )
     files = tuple(sorted(named)) or inside
-    for total in {_parts_of(file) for file in files} - {None}:
-        if total != len(files):
+    for total in {match[1] for file in files if (match := re.search(r"-of-(\d+)", file.stem))}:
+        if int(total) != len(files):
             raise InputError(
-                f"{folder} holds {len(files)} of the {total} files of the split {split!r}: "
+                f"{folder} holds {len(files)} of the {int(total)} files of the split {split!r}: "
                 f"{', '.join(file.name for file in files)}. Copy or download the missing ones."
             )
     return files
-
-
-def _parts_of(file: Path) -> int | None:
-    """The M in `train-00000-of-M.parquet`."""
-    match = re.search(r"-of-(\d+)", file.stem)
-    return int(match.group(1)) if match else None
 
 
 def _find_idx(root: Path, test_split: str | None) -> Layout | None:
@@ -150,3 +137,111 @@ def _find_folder(root: Path, test_split: str | None) -> Layout | None:
     test = choose_test(available, str(root), test_split)
     train = class_images(root / "train", may_be_empty=False)
     return Layout("folder", root, train, class_images(root / test, may_be_empty=True))
+
+
+_TEXTS = [
+    ".txt",
+    ".md",
+    ".rst",
+    ".csv",
+    ".tsv",
+    ".json",
+    ".jsonl",
+    ".xml",
+    ".yaml",
+    ".yml",
+    ".toml",
+    ".html",
+    ".log",
+]
+_TEXT_NAMES = ("readme", "license")
+_OF_SYSTEMS = ("thumbs.db", "ehthumbs.db", "desktop.ini")
+"""What Windows leaves behind; what other systems and programs leave begins with a dot."""
+
+_log = logging.getLogger(__name__)
+
+
+def subfolders(root: Path) -> list[Path]:
+    """The folders in a folder whose names do not begin with a dot, sorted."""
+    return sorted(folder for folder in _visible(root) if folder.is_dir())
+
+
+def has_class_folders(split: Path) -> bool:
+    """Whether a split has a folder with something in it: one of images without labels has not."""
+    return any(any(_visible(folder)) for folder in subfolders(split))
+
+
+def class_images(split: Path, may_be_empty: bool) -> tuple[Path, ...]:
+    """All images below `<split>/<class>/`, however deep, by class, then by path.
+
+    Hidden files and those that Windows leaves behind are passed over, text files with a line that
+    says so. Of the training images no class may be empty: leaving it out would give the classes
+    after it other numbers.
+
+    Raises:
+        InputError: a file is neither read nor passed over, or a class folder is empty.
+    """
+    found: list[Path] = []
+    texts: list[Path] = []
+    for entry in sorted(_visible(split)):
+        if not entry.is_dir():
+            if _is_image(entry, texts):
+                raise InputError(
+                    f"{entry} lies in no class folder, so it has no label. Move it into "
+                    f"{split}/CLASS/, or out of {split}."
+                )
+            continue
+        images = [file for file in _files(entry, ()) if _is_image(file, texts)]
+        if not images and not may_be_empty:
+            raise InputError(
+                f"The class folder {entry} holds no image. Remove the folder, or put the images "
+                "of that class into it."
+            )
+        if not images:
+            _log.warning(
+                "The class folder %s holds no image: no certificate is about that class.", entry
+            )
+        found.extend(sorted(images))
+    if texts:
+        more = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
+        _log.warning("Text files beside images are passed over: %s%s.", texts[0], more)
+    return tuple(found)
+
+
+def _files(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """Every file below a folder, following links but never in a circle."""
+    real = folder.resolve()
+    if real in above:
+        raise InputError(f"{folder} is a link to a folder that it lies in. Remove the link.")
+    for entry in _visible(folder):
+        if entry.is_dir():
+            yield from _files(entry, (*above, real))
+        else:
+            yield entry
+
+
+def _is_image(file: Path, texts: list[Path]) -> bool:
+    """Whether a file is read; what is passed over as text is added to `texts`.
+
+    Raises:
+        InputError: it is neither, so it may be an image that would be lost.
+    """
+    name, ending = file.name.lower(), file.suffix.lower()
+    if name in _OF_SYSTEMS:
+        return False
+    if not file.is_file():
+        raise InputError(f"{file} cannot be read (a broken link?). Remove it.")
+    if ending in IMAGE_SUFFIXES:
+        return True
+    if ending in _TEXTS or name in _TEXT_NAMES:
+        texts.append(file)
+        return False
+    raise InputError(
+        f"{file} is not read: images end in {' '.join(IMAGE_SUFFIXES)}, in small or capital "
+        "letters. Convert or rename it if it is an image, else move it elsewhere."
+    )
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        yield from (entry for entry in folder.iterdir() if not entry.name.startswith("."))

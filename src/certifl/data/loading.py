@@ -9,17 +9,20 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from certifl.data.assemble import assemble
+import numpy as np
+import torch
+
 from certifl.data.cache import cache_folder, cache_key, cache_path, read_cached, write_cached
-from certifl.data.dataset import Dataset
+from certifl.data.dataset import SMALLEST_SIDE, Dataset, ImageSplit, fingerprint
+from certifl.data.decode import ONE_SIZE, size_text
 from certifl.data.layouts import TEST_NAMES, Layout, find_layout
-from certifl.data.preparation import Preparation, preparation_of
-from certifl.data.readers import READERS, RawSplit, ReadOptions
-from certifl.data.sources import HUB_NAMES, read_digits, read_hub
+from certifl.data.preparation import preparation_of
+from certifl.data.readers import HUB_NAMES, READERS, RawSplit, ReadOptions, read_digits, read_hub
 from certifl.errors import DataUnavailable, InputError
 
 _log = logging.getLogger(__name__)
@@ -28,17 +31,9 @@ DATA_ENV = "CERTIFL_DATA"
 EMBEDDED: dict[str, Callable[[], tuple[RawSplit, RawSplit]]] = {"digits": read_digits}
 _KNOWN_NAMES = {
     "fashionmnist": (
-        "T - shirt / top",
-        "Trouser",
-        "Pullover",
-        "Dress",
-        "Coat",
-        "Sandal",
-        "Shirt",
-        "Sneaker",
-        "Bag",
-        "Ankle boot",
-    ),
+        *("T - shirt / top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    )
 }
 """Class names of data sets in IDX files, which cannot say them; written as the hub writes them."""
 _LAYOUTS = (
@@ -114,17 +109,20 @@ def load(
 
 def hub_choices(base: str, columns: ReadOptions, test_split: str | None) -> tuple[str | None, ...]:
     """What the cache of a data set of the hub is named by."""
-    return ("hub", base, *columns.choices, *_chosen_split(test_split))
-
-
-def _chosen_split(test_split: str | None) -> tuple[str, ...]:
-    return () if test_split is None else ("test", test_split)
+    return ("hub", base, *columns.choices, *(() if test_split is None else ("test", test_split)))
 
 
 def _say_order(dataset: Dataset) -> None:
     """Say that classes whose names hold numbers are ordered as texts: 10 comes before 2."""
     names = list(dataset.class_names)
-    in_numbers = sorted(names, key=_by_number)
+    # A key that sorts the numbers in a name by their size.
+    parts = {name: [part for part in re.split(r"([0-9]{1,18})", name) if part] for name in names}
+    in_numbers = sorted(
+        names,
+        key=lambda name: [
+            (0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts[name]
+        ],
+    )
     if names == sorted(names) and names != in_numbers:
         _log.warning(
             "The classes of %s are ordered as texts (%s%s), so class number %d, counted from 0, "
@@ -136,12 +134,6 @@ def _say_order(dataset: Dataset) -> None:
                 (i, a) for i, (a, b) in enumerate(zip(names, in_numbers, strict=True)) if a != b
             ),
         )
-
-
-def _by_number(name: str) -> list[tuple[int, int, str]]:
-    """A key that sorts the numbers in a name by their size."""
-    parts = re.split(r"([0-9]{1,18})", name)
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
 
 
 def _source(
@@ -160,8 +152,16 @@ def _source(
             )
         if not columns.no_columns:
             raise InputError(f"{base} has no columns to choose from. Write {base!r} alone.")
-        choices = ("embedded", base, *columns.prepare.choices)
-        return (), choices, lambda: _embedded(base, columns.prepare)
+        arrays = columns.prepare.arrays
+
+        def prepared() -> tuple[RawSplit, RawSplit]:
+            train, test = EMBEDDED[base]()
+            return (
+                replace(train, images=arrays(train.images)),
+                replace(test, images=arrays(test.images)),
+            )
+
+        return (), ("embedded", base, *columns.prepare.choices), prepared
     layout = _find(base, data_dir, test_split)
     if layout is None:
         choices = hub_choices(base, columns, test_split)
@@ -180,14 +180,6 @@ def _read(
     if known:
         train, test = (replace(split, class_names=known) for split in (train, test))
     return train, test
-
-
-def _embedded(base: str, prepare: Preparation) -> tuple[RawSplit, RawSplit]:
-    train, test = EMBEDDED[base]()
-    return (
-        replace(train, images=prepare.arrays(train.images)),
-        replace(test, images=prepare.arrays(test.images)),
-    )
 
 
 def _parse(
@@ -271,4 +263,126 @@ def _ways(base: str) -> str:
         f"give --data-dir DIR or set {DATA_ENV}=DIR; (2) with network, install the extra "
         f"`certifl[hub]`, which fetches {hub_id} from the Hugging Face hub; (3) use the embedded "
         f"data set {', '.join(EMBEDDED)}."
+    )
+
+
+_INSTEAD = {
+    "training": "Remove those images, from test or validation images too.",
+    "test": (
+        "If there is a validation split with labels, certify its images: data.test_split = "
+        '"validation" (from Python test_split="validation"), or move the test files elsewhere, so '
+        "that validation serves as test. Else remove those images."
+    ),
+}
+"""What to do where images of a split have no label."""
+
+
+def assemble(
+    name: str, train: RawSplit, test: RawSplit, prepared: Mapping[str, Any] | None = None
+) -> Dataset:
+    """Check two splits against each other and build the data set.
+
+    Class names come from the files where they say them. Otherwise the classes are the sorted
+    different labels of the training split, and labels are renumbered 0..K-1 in that order (texts
+    sort as texts: "10" comes before "2").
+
+    Raises:
+        InputError: sizes differ, images are smaller than 8 x 8, labels do not fit the classes.
+    """
+    _require_fitting_sizes(name, train.images, test.images)
+    kinds = {raw.column.dtype.kind for raw in (train, test) if raw.column is not None}
+    if len(kinds) > 1:
+        raise InputError(
+            f"The column to split {name} by holds integers in one split and texts in the other. "
+            "Store its values alike in both."
+        )
+    channels = max(train.images.shape[1], test.images.shape[1])
+    labels, class_names = _classes(name, train, test)
+    splits = []
+    for raw, numbers in zip((train, test), labels, strict=True):
+        images = raw.images  # gray images of a set that has RGB ones get three equal channels
+        if images.shape[1] != channels:
+            images = np.repeat(images, channels, axis=1)
+        pixels = torch.from_numpy(np.ascontiguousarray(images))
+        splits.append(ImageSplit(pixels, torch.from_numpy(numbers), raw.column))
+    found = fingerprint(splits[0], splits[1], class_names, prepared)
+    return Dataset(name, splits[0], splits[1], class_names, found, prepared or {})
+
+
+def _require_fitting_sizes(name: str, train: np.ndarray, test: np.ndarray) -> None:
+    if train.shape[2:] != test.shape[2:]:
+        raise InputError(
+            f"The training images of {name} are {size_text(train.shape)}, its test images "
+            f"{size_text(test.shape)}. {ONE_SIZE}"
+        )
+    if min(train.shape[2:]) < SMALLEST_SIDE:
+        raise InputError(
+            f"The images of {name} are {size_text(train.shape)}; they must be at least "
+            f"{SMALLEST_SIDE} x {SMALLEST_SIDE} pixels. Enlarge them beforehand."
+        )
+
+
+def _classes(
+    name: str, train: RawSplit, test: RawSplit
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[str, ...]]:
+    """Labels of both splits as 0..K-1, and the K names."""
+    if train.class_names != test.class_names:
+        raise InputError(
+            f"The two splits of {name} name their classes differently"
+            f"{'' if train.class_names and test.class_names else ' (one of them not at all)'}. "
+            "Export them with the same class names in the same order."
+        )
+    if train.class_names is None:
+        names, both = _numbered(name, train.labels, test.labels)
+    else:
+        names, both = train.class_names, (train.labels, test.labels)
+        _require_named(name, train, test)
+    if len(names) < 2:
+        raise InputError(
+            f"{name} has {len(names)} class; a classifier needs at least two. Check the labels."
+        )
+    return both, names
+
+
+def _numbered(
+    name: str, train: np.ndarray, test: np.ndarray
+) -> tuple[tuple[str, ...], tuple[np.ndarray, np.ndarray]]:
+    for which, labels in (("training", train), ("test", test)):
+        if labels.dtype.kind == "i" and labels.min() < 0:
+            raise InputError(_hidden(name, which, int(labels.min())))
+    values, train_numbers = np.unique(train, return_inverse=True)
+    if train.dtype.kind != test.dtype.kind or not np.isin(test, values).all():
+        extra = sorted(set(map(str, np.unique(test))) - set(map(str, values)))
+        raise InputError(
+            f"{name} has test images of classes without training images: "
+            f"{', '.join(extra[:10]) or 'the labels differ in type'}. Both splits need the same "
+            "classes, written the same way; where test images have no labels, data.test_split "
+            "takes another split."
+        )
+    numbers = (train_numbers.astype(np.int64), np.searchsorted(values, test).astype(np.int64))
+    return tuple(str(value) for value in values), numbers
+
+
+def _require_named(name: str, train: RawSplit, test: RawSplit) -> None:
+    names = train.class_names or ()
+    for which, labels in (("training", train.labels), ("test", test.labels)):
+        if labels.dtype.kind != "i":
+            raise InputError(
+                f"{name} names its classes, but its {which} labels are texts. Store class numbers."
+            )
+        if labels.min() < 0:
+            raise InputError(_hidden(name, which, int(labels.min())))
+        if labels.max() >= len(names):
+            raise InputError(
+                f"{name} has the {which} label {labels.max()}, but its {len(names)} classes are "
+                f"numbered 0 to {len(names) - 1}. Correct the labels or the names of the classes."
+            )
+
+
+def _hidden(name: str, which: str, label: int) -> str:
+    """What a label below 0 means, and what to do."""
+    means = "usually marks images whose label is not public" if label == -1 else "is not a class"
+    return (
+        f"{name} has the {which} label {label}, which {means}. {_INSTEAD[which]} If {label} is a "
+        "class of yours, store the labels as texts."
     )

@@ -107,11 +107,7 @@ class Partition:
 
 
 def label_checksum(train_labels: Labels, test_labels: Labels) -> str:
-    """SHA-256 over the numbers of images and the labels of both splits, in order.
-
-    Args:
-        train_labels, test_labels: (n,) whole numbers.
-    """
+    """SHA-256 over the numbers of images and the labels (n,) of both splits, in order."""
     train, test = as_labels(train_labels), as_labels(test_labels)
     digest = hashlib.sha256(f"{train.size} {test.size}\n".encode())
     digest.update(train.astype("<i8").tobytes())
@@ -120,11 +116,7 @@ def label_checksum(train_labels: Labels, test_labels: Labels) -> str:
 
 
 def check(partition: Partition, train_labels: Labels, test_labels: Labels) -> None:
-    """Make sure that a partition belongs to a data set and gives no image twice.
-
-    Args:
-        partition: of its images over clients.
-        train_labels, test_labels: (n,) of the whole data set, in its order.
+    """Make sure that a partition belongs to the data set of these labels; no image is given twice.
 
     Raises:
         InputError: the labels are others than the partition was made for, an index is out of
@@ -137,13 +129,13 @@ def check(partition: Partition, train_labels: Labels, test_labels: Labels) -> No
             "partition again in a new run."
         )
     for name, total in (("train", len(train_labels)), ("test", len(test_labels))):
-        held = np.concatenate([getattr(client, name) for client in partition.clients])
-        if held.size and held.max() >= total:
+        indices = np.concatenate([getattr(client, name) for client in partition.clients])
+        if indices.size and indices.max() >= total:
             raise InputError(
-                f"The partition names {name} image {held.max()}, but there are only {total}. "
+                f"The partition names {name} image {indices.max()}, but there are only {total}. "
                 "The manifest was changed; make the partition again."
             )
-        if np.unique(held).size != held.size:
+        if np.unique(indices).size != indices.size:
             raise InputError(
                 f"The partition gives a {name} image to two clients. The manifest was changed; "
                 "make the partition again."
@@ -159,8 +151,7 @@ def choose(indices: np.ndarray, count: int | None, seed: int, client: int) -> np
     Args:
         indices: the client's test images.
         count: how many; None, or as many as there are, takes all.
-        seed: the study's seed.
-        client: the client's number.
+        seed, client: the study's seed, and the client's number.
 
     Returns:
         int64, ascending.

@@ -33,9 +33,7 @@ def read_tables(files: tuple[Path, ...], columns: ReadOptions) -> RawSplit:
             stand for, or an image or label is unusable.
     """
     schema = _opened(files[0]).schema_arrow
-    chosen = choose_columns(
-        schema, features_of(schema), columns.image, columns.label, str(files[0]), columns.kept
-    )
+    chosen = choose_columns(schema, features_of(schema), columns, str(files[0]))
     return read_rows(_rows(files, chosen), chosen, columns.prepare)
 
 
@@ -87,18 +85,14 @@ def _require_same_names(file: Path, table: pq.ParquetFile, first: Path, chosen: 
     for column, names in ((chosen.label, chosen.class_names), (chosen.kept, chosen.kept_names)):
         found = None if column is None else class_names_of(features, column)
         if found != names:
+            pairs = enumerate(itertools.zip_longest(found or (), names or ()))
+            number, pair = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+            here, there = ("no name" if one is None else repr(one) for one in pair)
             raise InputError(
-                f"In {file}, {_first_difference(found or (), names or ())} in {first.name}: "
+                f"In {file}, number {number} stands for {here}, but for {there} in {first.name}: "
                 f"column {column!r} has other names for its numbers there. Export all files of a "
                 "split with the same names in the same order."
             )
-
-
-def _first_difference(found: tuple[str, ...], names: tuple[str, ...]) -> str:
-    pairs = enumerate(itertools.zip_longest(found, names))
-    number, (here, there) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
-    words = ["no name" if one is None else repr(one) for one in (here, there)]
-    return f"number {number} stands for {words[0]}, but for {words[1]}"
 
 
 def _images(
@@ -249,12 +243,7 @@ def features_of(schema: pa.Schema) -> Features:
 
 
 def choose_columns(
-    schema: pa.Schema,
-    features: Features,
-    image_column: str | None,
-    label_column: str | None,
-    where: str,
-    kept: str | None = None,
+    schema: pa.Schema, features: Features, columns: ReadOptions, where: str
 ) -> Chosen:
     """Find the columns: as asked for, else by feature type, else by storage type and name.
 
@@ -263,11 +252,11 @@ def choose_columns(
     Raises:
         InputError: a column asked for is not there, or it is not clear which one is meant.
     """
-    image = _found("image", schema, features, where) if image_column is None else image_column
-    label = (
-        _found("label", schema, features, where, kept) if label_column is None else label_column
-    )
-    for asked in (image_column, label_column):
+    kept = columns.kept
+    image, label = columns.image, columns.label
+    image = _found("image", schema, features, where) if image is None else image
+    label = _found("label", schema, features, where, kept) if label is None else label
+    for asked in (columns.image, columns.label):
         if asked is not None and asked not in schema.names:
             raise InputError(
                 f"{where} has no column {asked!r}; its columns are {', '.join(schema.names)}."

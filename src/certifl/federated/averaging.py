@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -24,15 +25,15 @@ from certifl.errors import InputError
 from certifl.federated.states import ModelState, Parts, Update
 from certifl.registry import check_choice
 
-WEIGHTINGS = {
-    "uniform": "every client counts the same, the paper's 1/n",
-    "size": "clients count by their number of training images",
-}
-
 
 def policy_of(value: torch.Tensor) -> str:
     """How a tensor of a model state is combined over clients: "average" or "maximum"."""
     return "average" if value.is_floating_point() or value.is_complex() else "maximum"
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a key names a running mean or variance of BatchNorm, by torch's names for them."""
+    return name.rpartition(".")[2] in ("running_mean", "running_var")
 
 
 def average_models(updates: Iterable[Update], weighting: str = "uniform") -> ModelState | None:
@@ -45,14 +46,11 @@ def average_models(updates: Iterable[Update], weighting: str = "uniform") -> Mod
     Raises:
         InputError: a client sent other keys or shapes than the first one; it is named.
     """
-    return average_parts(map(_model_only, updates), weighting).get("model")
+    # A generator expression would keep each update until the next one has arrived.
+    return average_parts(map(partial(replace, extra={}), updates), weighting).get("model")
 
 
-def _model_only(update: Update) -> Update:
-    return replace(update, extra={})
-
-
-class RunningMean:
+class _RunningMean:
     """First model, float64 sum of weighted deviations from it, running maxima of counters."""
 
     def __init__(self, first: ModelState, weight: float) -> None:
@@ -61,34 +59,26 @@ class RunningMean:
         self._deviations: dict[str, torch.Tensor] = {}
         self._maxima = {k: v for k, v in first.items() if policy_of(v) == "maximum"}
 
-    def add(self, update: Update, weight: float) -> None:
-        """Add a model with its weight."""
-        model = update.model or {}
-        check_alike(self._first, update.client, model)
+    def add(self, client: int, model: ModelState, weight: float) -> None:
+        check_alike(self._first, client, model)
         self._weight += weight
         for name, value in model.items():
             if name in self._maxima:
                 self._maxima[name] = torch.maximum(self._maxima[name], value)
+                continue
+            wide = torch.complex128 if value.is_complex() else torch.float64
+            deviation = value.to(wide, copy=True).sub_(self._first[name])
+            if name in self._deviations:
+                self._deviations[name].add_(deviation, alpha=weight)
             else:
-                self._deviate(name, value, weight)
-
-    def _deviate(self, name: str, value: torch.Tensor, weight: float) -> None:
-        wide = torch.complex128 if value.is_complex() else torch.float64
-        deviation = value.to(wide, copy=True).sub_(self._first[name])
-        if name in self._deviations:
-            self._deviations[name].add_(deviation, alpha=weight)
-        else:
-            self._deviations[name] = deviation.mul_(weight)
+                self._deviations[name] = deviation.mul_(weight)
 
     def result(self) -> ModelState:
-        """The weighted mean; call it once.
-
-        Each sum is dropped with its mean, so that the means need no extra memory.
-        """
+        """The weighted mean; call it once: each sum is dropped with its mean."""
         first, self._first = self._first, {}
-        return {name: self._combined(name, value) for name, value in first.items()}
+        return {name: self._mean(name, value) for name, value in first.items()}
 
-    def _combined(self, name: str, first: torch.Tensor) -> torch.Tensor:
+    def _mean(self, name: str, first: torch.Tensor) -> torch.Tensor:
         if name in self._maxima:
             return self._maxima[name].clone()
         total = self._deviations.pop(name, None)
@@ -120,9 +110,7 @@ def average_parts(updates: Iterable[Update], weighting: str = "uniform") -> Part
     """The average of every part that arrives, over the updates that have it.
 
     Args:
-        updates: in client order; each is dropped before the next arrives, so memory does not
-            grow with the number of clients.
-        weighting: "uniform" (1/n) or "size" (by `Update.weight`).
+        updates, weighting: as in `average_models`.
 
     Returns:
         Averages by name, that of the models as "model".
@@ -130,15 +118,15 @@ def average_parts(updates: Iterable[Update], weighting: str = "uniform") -> Part
     Raises:
         InputError: a client sent other keys or shapes than the first one; it is named.
     """
-    check_choice("weighting", weighting, WEIGHTINGS)
-    means: dict[str, RunningMean] = {}
+    check_choice("weighting", weighting, ("uniform", "size"))
+    means: dict[str, _RunningMean] = {}
     for update in updates:
         weight = 1.0 if weighting == "uniform" else float(update.weight)
         for part, tensors in update.parts.items():
             if part in means:
-                means[part].add(replace(update, model=tensors), weight)
+                means[part].add(update.client, tensors, weight)
             else:
-                means[part] = RunningMean(tensors, weight)
+                means[part] = _RunningMean(tensors, weight)
             del tensors
         del update  # frees it before the next one arrives
     return {part: mean.result() for part, mean in means.items()}

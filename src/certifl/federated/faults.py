@@ -139,15 +139,11 @@ class ResultChecker:
     A model must have the keys, shapes and dtypes of the part "model" of the broadcast, or of the
     network where the broadcast has none. An extra part must look like the broadcast's part of the
     same name, otherwise like the first one that was accepted in this round.
-
-    Args:
-        broadcast: what the clients started from.
-        network: a state of the network that is trained.
     """
 
     def __init__(self, broadcast: ServerState, network: ModelState) -> None:
-        self._wanted = {part: _signature(held) for part, held in broadcast.parts.items()}
-        self._wanted.setdefault("model", _signature(network))
+        self._expected = {part: _signature(tensors) for part, tensors in broadcast.parts.items()}
+        self._expected.setdefault("model", _signature(network))
 
     def fault(self, client: int, result: object) -> Fault | None:
         """What is wrong with a result; None if it is valid."""
@@ -161,27 +157,30 @@ class ResultChecker:
         wrong = _wrong_numbers(client, update) or self._wrong_parts(sent, state.parts)
         if wrong is not None:
             return Fault("wrong", wrong)
-        own = {part: held for part, held in state.parts.items() if held is not sent.get(part)}
-        bad = not_finite(sent) or not_finite(own)
-        if bad is not None:
+        own = {
+            part: tensors for part, tensors in state.parts.items() if tensors is not sent.get(part)
+        }
+        if (bad := not_finite(sent) or not_finite(own)) is not None:
             return Fault("diverged", f"{bad} is not finite")
-        large = _too_large(sent)
-        if large is not None:
-            return Fault("diverged", f"{large} is larger than {_LARGEST:g}")
-        for part, held in sent.items():
-            self._wanted.setdefault(part, _signature(held))
+        for part, tensors in sent.items():
+            for name, value in tensors.items():
+                if value.is_floating_point() and bool((value.abs() > _LARGEST).any()):
+                    reason = f"{name} of its {part} is larger than {_LARGEST:g}"
+                    return Fault("diverged", reason)
+        for part, tensors in sent.items():
+            self._expected.setdefault(part, _signature(tensors))
         return None
 
-    def _wrong_parts(self, sent: Parts, kept: Parts) -> str | None:
-        for part, held in (*sent.items(), *kept.items()):
-            if not isinstance(held, Mapping) or not all(map(torch.is_tensor, held.values())):
+    def _wrong_parts(self, sent: Parts, stored: Parts) -> str | None:
+        for part, tensors in (*sent.items(), *stored.items()):
+            if not isinstance(tensors, Mapping) or not all(map(torch.is_tensor, tensors.values())):
                 return f"its {part} is not a dictionary of tensors"
-        for part, held in sent.items():
-            wanted = self._wanted.get(part)
-            different = None if wanted is None else _difference(wanted, _signature(held))
+        for part, tensors in sent.items():
+            expected = self._expected.get(part)
+            different = None if expected is None else _difference(expected, _signature(tensors))
             if different is not None:
                 return f"its {part} does not fit, {different}"
-            for name, value in held.items():
+            for name, value in tensors.items():
                 if name.endswith("running_var") and bool((value < 0).any()):
                     return f"its {part} holds a variance below 0 ({name})"
         return None
@@ -189,26 +188,17 @@ class ResultChecker:
 
 def not_finite(parts: Parts) -> str | None:
     """The first tensor with NaN or infinity, in words; None if all are finite."""
-    for part, held in parts.items():
-        for name, value in held.items():
+    for part, tensors in parts.items():
+        for name, value in tensors.items():
             floating = value.is_floating_point() or value.is_complex()
             if floating and not bool(value.isfinite().all()):
                 return f"{name} of its {part}"
     return None
 
 
-def _too_large(parts: Parts) -> str | None:
-    """The first tensor with a value above `_LARGEST`, in words."""
-    for part, held in parts.items():
-        for name, value in held.items():
-            if value.is_floating_point() and bool((value.abs() > _LARGEST).any()):
-                return f"{name} of its {part}"
-    return None
-
-
-def mismatch(wanted: ModelState, found: ModelState) -> str | None:
+def mismatch(expected: ModelState, found: ModelState) -> str | None:
     """The first key in which two states differ in shape or dtype; None if none does."""
-    return _difference(_signature(wanted), _signature(found))
+    return _difference(_signature(expected), _signature(found))
 
 
 def _wrong_numbers(client: int, update: Update) -> str | None:
@@ -235,18 +225,18 @@ def _is_finite_number(value: object) -> bool:
         return False
 
 
-def _signature(held: ModelState) -> Signature:
-    return {name: (tuple(value.shape), value.dtype) for name, value in held.items()}
+def _signature(tensors: ModelState) -> Signature:
+    return {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
 
 
-def _difference(wanted: Signature, found: Signature) -> str | None:
+def _difference(expected: Signature, found: Signature) -> str | None:
     """The first key in which two states differ, in words."""
-    for name in sorted(wanted.keys() | found.keys()):
+    for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             return f"{name} is missing"
-        if name not in wanted:
+        if name not in expected:
             return f"{name} is unexpected"
-        if wanted[name] != found[name]:
-            shapes = [f"{dtype} {shape}" for shape, dtype in (wanted[name], found[name])]
+        if expected[name] != found[name]:
+            shapes = [f"{dtype} {shape}" for shape, dtype in (expected[name], found[name])]
             return f"{name} is {shapes[1]} instead of {shapes[0]}"
     return None

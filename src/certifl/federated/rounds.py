@@ -19,9 +19,11 @@ from certifl.federated.faults import (
     not_finite,
     required_clients,
     suggestions,
+    try_client,
 )
 from certifl.federated.privacy.accounting import Ledger
-from certifl.federated.states import ClientState, ModelState, ServerState, Update
+from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
+from certifl.federated.training.local_training import LocalTraining
 from certifl.federated.training.schedule import participants
 from certifl.registry import check_number
 from certifl.runs.checkpoints import Checkpoints, PendingRound, StoredRound
@@ -61,6 +63,67 @@ class Runner(Protocol):
     def work(self, current: StoredRound, participants: Sequence[int]) -> Iterator[ClientResult]:
         """Yield the result of every participant, in the order given, one at a time."""
         ...
+
+
+class Clients(Protocol):
+    """The clients' data by position: a list, or a sequence that loads client i on access."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> ClientData: ...
+
+
+def data_of(clients: Clients, client: int) -> ClientData:
+    """The data of one client.
+
+    Raises:
+        InputError: it is the data of another client.
+    """
+    data = clients[client]
+    if data.client != client:
+        raise InputError(
+            f"clients[{client}] is the data of client {data.client}: list clients in order."
+        )
+    return data
+
+
+def run_client(
+    algorithm: Algorithm,
+    training: LocalTraining,
+    broadcast: ServerState,
+    current: StoredRound,
+    client: int,
+    clients: Clients,
+) -> ClientResult:
+    """One client's round and its duration, or its fault."""
+    started = time.perf_counter()
+
+    def trained() -> object:
+        state, data = client_state(current, client), data_of(clients, client)
+        return algorithm.client_round(broadcast, state, data, training)
+
+    result = try_client(client, trained)
+    seconds = time.perf_counter() - started
+    if isinstance(result, Fault):
+        return ClientResult(client, seconds, None, result)
+    return ClientResult(client, seconds, result)
+
+
+@dataclass(frozen=True)
+class SerialRunner:
+    """Trains one client after the other in this process, with one model object."""
+
+    algorithm: Algorithm
+    training: LocalTraining
+    clients: Clients
+
+    def work(self, current: StoredRound, participants: Sequence[int]) -> Iterator[ClientResult]:
+        """Yield the result of every participant, in the order given."""
+        broadcast = server_state(current)
+        for client in participants:
+            yield run_client(
+                self.algorithm, self.training, broadcast, current, client, self.clients
+            )
 
 
 @dataclass(frozen=True)
@@ -119,7 +182,8 @@ class Rounds:
             if (bad := not_finite(server.parts)) is not None:
                 raise TrainingDiverged(None, current.number, f"{bad} is not finite")
             # Clients that did not train keep their states.
-            for client in set(current.clients).difference(collected.trained):
+            trained = [row["client"] for row in collected.rows]
+            for client in set(current.clients).difference(trained):
                 pending.carry_client(client, current)
             pending.put_server(server.parts)
             entry = {
@@ -152,8 +216,6 @@ class Rounds:
 
 @dataclass
 class _RoundResults:
-    """Results of the clients of one round, checked and stored as they arrive."""
-
     rounds: Rounds
     round: int
     participants: list[int]
@@ -163,10 +225,6 @@ class _RoundResults:
     rows: list[dict[str, Any]] = field(default_factory=list)
     faults: dict[int, Fault] = field(default_factory=dict)
 
-    @property
-    def trained(self) -> list[int]:
-        return [row["client"] for row in self.rows]
-
     def updates(self, results: Iterator[ClientResult]) -> Iterator[Update]:
         """Yield the updates of clients that did not fail, after their states are on disk."""
         for result in results:
@@ -174,7 +232,8 @@ class _RoundResults:
             if fault is not None:
                 self._leave_out(result.client, fault)
                 continue
-            update, state = _checked(result.content)
+            assert isinstance(result.content, tuple)  # update and client state, as checked
+            update, state = result.content
             self.pending.put_client(result.client, state.parts)
             # Client and seconds come last, so that no metric can overwrite them.
             row = {**update.metrics, "client": result.client, "seconds": result.seconds}
@@ -185,12 +244,8 @@ class _RoundResults:
 
     def record(self) -> dict[str, Any]:
         """The round's history: a row for each client that trained, and reasons for the others."""
-        if not self.faults:
-            return {"clients": self.rows}
-        left_out = [
-            {"client": client, "reason": fault.reason} for client, fault in self.faults.items()
-        ]
-        return {"clients": self.rows, "left_out": left_out}
+        left_out = [{"client": c, "reason": fault.reason} for c, fault in self.faults.items()]
+        return {"clients": self.rows, **({"left_out": left_out} if left_out else {})}
 
     def _leave_out(self, client: int, fault: Fault) -> None:
         self.faults[client] = fault
@@ -212,12 +267,6 @@ class _RoundResults:
             self.rounds.progress(now)
 
 
-def _checked(content: object) -> tuple[Update, ClientState]:
-    """Update and client state in a result that passed its checks."""
-    assert isinstance(content, tuple)
-    return content[0], content[1]
-
-
 # States in a committed round.
 
 
@@ -229,10 +278,6 @@ def server_state(stored: StoredRound) -> ServerState:
 def client_state(stored: StoredRound, client: int) -> ClientState:
     """A client's state in a committed round.
 
-    Args:
-        stored: the round, as `Checkpoints.latest` gives it.
-        client: its number, from 0.
-
     Raises:
         StoreError: its file is damaged.
     """
@@ -240,12 +285,7 @@ def client_state(stored: StoredRound, client: int) -> ClientState:
 
 
 def deployed_model(algorithm: Algorithm, stored: StoredRound, client: int) -> ModelState:
-    """The model that client `client` uses at test time, as of a committed round.
-
-    Args:
-        algorithm: the one that trained.
-        stored: usually the last round.
-        client: its number, from 0.
+    """The model that a client uses at test time, as of a committed round.
 
     Raises:
         StoreError: a file of the round is damaged.

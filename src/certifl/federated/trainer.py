@@ -22,19 +22,20 @@ from certifl.federated.algorithms import describe
 from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.objectives import Augmented, Objective
 from certifl.federated.privacy.accounting import Ledger
-from certifl.federated.privacy.client_level import ClientLevel
-from certifl.federated.privacy.compatibility import check_network
+from certifl.federated.privacy.mechanisms import ClientLevel
+from certifl.federated.privacy.planning import check_network
 from certifl.federated.rounds import (
+    Clients,
     Participation,
     RandomShare,
     RoundCallback,
     Rounds,
     Runner,
+    SerialRunner,
 )
 from certifl.federated.training.batches import Augmentation, PerClient
 from certifl.federated.training.local_training import LocalTraining, check_images
-from certifl.federated.worker import Clients, SerialRunner
-from certifl.federated.worker_pool import WorkerPool
+from certifl.federated.workers import WorkerPool
 from certifl.models import fingerprint, state_of
 from certifl.registry import check_number
 from certifl.runs.checkpoints import Checkpoints, StoredRound
@@ -100,9 +101,21 @@ def train(
     _check(len(clients), min_clients, workers, answer_within)
     if isinstance(clients, (list, tuple)):  # other sequences may load images on access
         check_images(training.network, {data.client: len(data) for data in clients})
-    participation = _participation(rule, participation, model)
+    if isinstance(rule, ClientLevel):  # accounts for its own draw of participants
+        if participation is not None:
+            raise InputError(
+                "Client-level privacy draws the participants itself: omit participation."
+            )
+        check_network(model, rule.kind)
+        participation = rule.participants
     identity = _identity(algorithm, model, clients, training, participation, rule)
-    current = _resumed(checkpoints, identity)
+    current = checkpoints.latest()
+    if current is not None and current.identity != identity:
+        raise StoreMismatch(
+            f"{checkpoints.folder} belongs to another training "
+            f"({_difference(current.identity, identity)}). Choose another folder, or the settings "
+            "of the stored training."
+        )
     checkpoints.clean(None if current is None else current.number)
     if current is not None and current.number == total_rounds(algorithm, training):
         return current
@@ -134,12 +147,7 @@ def train(
 
 
 def total_rounds(algorithm: Algorithm, training: LocalTraining) -> int:
-    """The schedule's rounds and the algorithm's extra ones.
-
-    Args:
-        algorithm: its `extra_rounds` come last, without communication.
-        training: holds the schedule.
-    """
+    """The schedule's rounds and the algorithm's extra ones, which come last."""
     return training.schedule.rounds + algorithm.extra_rounds
 
 
@@ -154,29 +162,6 @@ def _check(
         raise InputError("answer_within needs workers: a client in this process has no timeout.")
 
 
-def _participation(
-    rule: Rule | None, participation: Participation | None, model: nn.Module
-) -> Participation | None:
-    """How participants are chosen: a private rule accounts for its own draw."""
-    if not isinstance(rule, ClientLevel):
-        return participation
-    if participation is not None:
-        raise InputError("Client-level privacy draws the participants itself: omit participation.")
-    check_network(model, rule.kind)
-    return rule.participants
-
-
-def _resumed(checkpoints: Checkpoints, identity: dict[str, Any]) -> StoredRound | None:
-    latest = checkpoints.latest()
-    if latest is not None and latest.identity != identity:
-        raise StoreMismatch(
-            f"{checkpoints.folder} belongs to another training "
-            f"({_difference(latest.identity, identity)}). Choose another folder, or the settings "
-            "of the stored training."
-        )
-    return latest
-
-
 def _first_round(
     checkpoints: Checkpoints,
     identity: dict[str, Any],
@@ -189,21 +174,17 @@ def _first_round(
         with checkpoints.begin(0) as pending:
             pending.put_server(algorithm.init(state_of(model)).parts)
             return pending.commit(identity=identity, history=[])
-    _check_origin(origin, identity)
-    with checkpoints.begin(origin.number) as pending:
-        pending.carry_all(origin)
-        return pending.commit(identity=identity, history=origin.history)
-
-
-def _check_origin(origin: StoredRound, own: dict[str, Any]) -> None:
-    """Only rounds of the same training, or of the one it wraps, may be resumed."""
-    base = {**own, "finetuning_augmentation": _printed(None)}
-    base["algorithm"] = own["algorithm"].get("base", own["algorithm"])
-    if origin.identity not in (own, base):
+    # Only rounds of the same training, or of the one it wraps, may be resumed.
+    base = {**identity, "finetuning_augmentation": _printed(None)}
+    base["algorithm"] = identity["algorithm"].get("base", identity["algorithm"])
+    if origin.identity not in (identity, base):
         raise StoreMismatch(
             f"{origin.path} cannot be resumed: it is a round of another training "
             f"({_difference(origin.identity, base)})."
         )
+    with checkpoints.begin(origin.number) as pending:
+        pending.carry_all(origin)
+        return pending.commit(identity=identity, history=origin.history)
 
 
 def _identity(
@@ -254,8 +235,10 @@ def _printed(augmentation: Augmentation | PerClient | Objective | None) -> str:
     return type(augmentation).__qualname__ if " at 0x" in text else text
 
 
-def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    keys = sorted(key for key in {**found, **wanted} if found.get(key) != wanted.get(key))
+def _difference(stored: dict[str, Any], requested: dict[str, Any]) -> str:
+    pairs = {key: (stored.get(key), requested.get(key)) for key in sorted({**stored, **requested})}
     return "; ".join(
-        f"{key}: {found.get(key)} stored, {wanted.get(key)} requested" for key in keys
+        f"{key}: {one} stored, {other} requested"
+        for key, (one, other) in pairs.items()
+        if one != other
     )

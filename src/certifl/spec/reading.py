@@ -121,7 +121,8 @@ def _message(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         reason = _unknown_key(first["loc"])
     elif first["type"] == "missing":
-        reason = f"this key is required{_how_to_give(key)}"
+        shown = key in _EXAMPLES or "." not in key  # where the name alone does not say it
+        reason = f"this key is required{f', {_example(key)}' if shown else ''}"
     elif first["type"] in ("model_type", "dict_type"):
         reason = f"must be a table, {_example(key)}; got {first['input']!r}"
     elif first["type"] not in ("value_error",):
@@ -129,36 +130,34 @@ def _message(error: ValidationError) -> str:
     return f"{key}: {reason}" if key else reason
 
 
-def _how_to_give(key: str) -> str:
-    """How to write what is missing, where its name alone does not say it."""
-    if key == "certification.perturbation":
-        return ', such as perturbation = { family = "rotation", sigma = "18deg" }'
-    return "" if "." in key else f", {_example(key)}"
+_KINDS = {
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "bool_type": "true or false",
+    "list_type": "a list, written in [ ]",
+    "string_type": "a string, in quotes",
+}
 
 
 def _plainly(error: ErrorDetails) -> str:
     """What is wrong with a value, in the words of TOML."""
-    kinds = {
-        "float_type": "a number",
-        "int_type": "a whole number",
-        "bool_type": "true or false",
-        "list_type": "a list, written in [ ]",
-        "string_type": "a string, in quotes",
-    }
-    if error["type"] in kinds:
+    if error["type"] in _KINDS:
         given = error["input"]
         quoted = isinstance(given, str) and isinstance(_value(given), int | float)
-        return f"must be {kinds[error['type']]}{', without quotes' if quoted else ''}"
+        return f"must be {_KINDS[error['type']]}{', without quotes' if quoted else ''}"
     return error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
 
 
+_EXAMPLES = {
+    "algorithm": 'such as algorithm = { name = "fedavg" }',
+    "objective": 'such as objective = { name = "consistency" }',
+    "certification.perturbation": 'such as perturbation = { family = "rotation", '
+    'sigma = "18deg" }',
+}
+
+
 def _example(key: str) -> str:
-    """How a section or an inline table is written."""
-    inline = {
-        "algorithm": 'such as algorithm = { name = "fedavg" }',
-        "objective": 'such as objective = { name = "consistency" }',
-    }
-    return inline.get(key, f"written as a section [{key}] with its own keys")
+    return _EXAMPLES.get(key, f"written as a section [{key}] with its own keys")
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:

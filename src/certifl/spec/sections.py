@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -23,7 +23,7 @@ from certifl.certification.settings import Settings
 from certifl.data import SPLITS
 from certifl.data.preparation import Preparation, preparation_of
 from certifl.errors import InputError
-from certifl.federated.aggregation import RULES, check_rule, make_rule
+from certifl.federated.aggregation import RULES, make_rule
 from certifl.federated.training.schedule import Schedule, participants
 from certifl.models import MODELS
 from certifl.path_checks import WEIGHTS, check_file
@@ -36,13 +36,12 @@ from certifl.safe_io import DATA_BYTES, open_regular
 
 if TYPE_CHECKING:
     from certifl.data import Column, Splitter
-    from certifl.federated.aggregation.base import Rule
+    from certifl.federated.aggregation.rules import Rule
     from certifl.federated.privacy import Budget
 
 S = TypeVar("S")
 R = TypeVar("R")
 
-_PIECE = 1 << 20  # bytes of a file of weights that are read at a time
 NONE, SAME, OWN = "none", "same", "own"
 # The context of validation in which a run's own record is read: what an older version could
 # compute stays readable, though it can no longer be asked for.
@@ -94,17 +93,16 @@ def _whole(value: Any) -> Any:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
+WholeFrom0 = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
 PositiveWhole = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+Above0 = Annotated[float, Field(gt=0)]
 
 
 @functools.lru_cache
 def _checksum(path: Path, size: int, changed: int) -> str:
     del size, changed  # another file has others
-    digest = hashlib.sha256()
     with open_regular(path, DATA_BYTES) as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
 
 
 def file_checksum(path: Path) -> str:
@@ -121,8 +119,9 @@ def file_checksum(path: Path) -> str:
         raise ValueError(f"weights: {error}") from error
 
 
-def _in_unit(value: Any, name: str, described: Any) -> Any:
+def _in_unit(value: Any, info: ValidationInfo) -> Any:
     """Radii or a reach as floats in the unit of what is certified; "5deg" is an amount too."""
+    name, described = str(info.field_name), info.data.get("perturbation")
     if value is None or not isinstance(described, dict):
         return value  # the perturbation is refused, or there is nothing to certify
     unit = perturbation_from(described).unit
@@ -156,10 +155,7 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _known_preparation(self) -> Data:
-        try:
-            self.preparation()
-        except InputError as error:
-            raise ValueError(str(error)) from error
+        self.preparation()
         return self
 
     def preparation(self) -> Preparation:
@@ -186,26 +182,18 @@ class Clients(Section):
     count: PositiveWhole = 10
     split: str = "uniform"
     options: dict[str, Any] = Field(default_factory=dict)
-    unseen: Annotated[int, BeforeValidator(_whole), Field(ge=0)] = 0
+    unseen: WholeFrom0 = 0
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_clients: PositiveWhole | None = None
 
     @model_validator(mode="after")
-    def _known_split(self) -> Clients:
+    def _fits_together(self) -> Clients:
         SPLITS.check_named(self.split, self.options)
-        return self
-
-    @model_validator(mode="after")
-    def _some_are_seen(self) -> Clients:
         if self.unseen >= self.count:
             raise ValueError(
                 f"unseen = {self.unseen} of count = {self.count} clients leaves none to train: "
                 "lower it, or raise count"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _enough_take_part(self) -> Clients:
         if self.min_clients is not None and self.min_clients > self.participants:
             raise ValueError(
                 f"min_clients = {self.min_clients} is more than the {self.participants} clients "
@@ -289,10 +277,10 @@ class Training(Section):
             speed and rounding; "auto" is channels-last in bfloat16, contiguous in float32.
     """
 
-    rounds: Annotated[int, BeforeValidator(_whole), Field(ge=0)] = 45
+    rounds: WholeFrom0 = 45
     local_epochs: PositiveWhole = 2
     batch_size: PositiveWhole = 64
-    lr: Annotated[float, Field(gt=0)] = 0.1
+    lr: Above0 = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     decay_every: Annotated[int, Field(ge=0)] = 30
@@ -330,14 +318,14 @@ class Aggregation(Section):
     """
 
     rule: str = "mean"
-    clip: Annotated[float, Field(gt=0)] | None = None
+    clip: Above0 | None = None
     trim: float | None = None
     malicious: float | None = None
     keep: PositiveWhole | None = None
 
     @model_validator(mode="after")
     def _rule_exists(self) -> Aggregation:
-        check_rule(self.rule, self._options(), self.clip)
+        RULES.check_named(self.rule, self._options())
         return self
 
     def _options(self) -> dict[str, Any]:
@@ -384,10 +372,7 @@ class OwnPerturbation(Section):
     radii: list[float] | None = None
     reach: float | None = None
 
-    @field_validator("radii", "reach", mode="before")
-    @classmethod
-    def _amounts(cls, value: Any, info: ValidationInfo) -> Any:
-        return _in_unit(value, str(info.field_name), info.data.get("perturbation"))
+    _amounts = field_validator("radii", "reach", mode="before")(_in_unit)
 
 
 class Certification(Section):
@@ -419,10 +404,7 @@ class Certification(Section):
     precision: str = "auto"
     own: list[OwnPerturbation] | None = None
 
-    @field_validator("radii", "reach", mode="before")
-    @classmethod
-    def _amounts(cls, value: Any, info: ValidationInfo) -> Any:
-        return _in_unit(value, str(info.field_name), info.data.get("perturbation"))
+    _amounts = field_validator("radii", "reach", mode="before")(_in_unit)
 
     @field_validator("precision")
     @classmethod
@@ -486,9 +468,6 @@ class Certification(Section):
         )
 
 
-Above0 = Annotated[float, Field(gt=0)]
-
-
 class Privacy(Section):
     """Differential privacy of training; docs/privacy.md says what it covers and what not.
 
@@ -517,11 +496,10 @@ class Privacy(Section):
     def _one_amount(self) -> Privacy:
         given = [name for name in ("noise_multiplier", "target_epsilon") if getattr(self, name)]
         if self.kind == "none":
-            if named := sorted(self.model_fields_set - {"kind"}):
-                value = getattr(self, named[0])
-                if value != type(self).model_fields[named[0]].default:
+            for key in sorted(self.model_fields_set - {"kind"})[:1]:
+                if getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(
-                        f'{named[0]} has no effect with kind = "none": set kind = "example" or '
+                        f'{key} has no effect with kind = "none": set kind = "example" or '
                         'kind = "client", or remove it'
                     )
         elif len(given) != 1:
@@ -536,36 +514,3 @@ class Privacy(Section):
         from certifl.federated.privacy import Budget
 
         return Budget(self.max_norm, self.delta, self.noise_multiplier, self.target_epsilon)
-
-
-def check_privacy(
-    privacy: Privacy, algorithm: Mapping[str, Any], clients: Clients, aggregation: Aggregation
-) -> None:
-    """Refuse a kind of privacy beside what it cannot be had with.
-
-    Args:
-        privacy: the section.
-        algorithm: as described by `federated.describe`.
-        clients: who takes part.
-        aggregation: the server's rule.
-
-    Raises:
-        ValueError: the combination is not possible; the message says why and what to do.
-    """
-    if privacy.kind == "none":
-        return
-    from certifl.federated.privacy import check_algorithm
-
-    check_algorithm(algorithm, privacy.kind)
-    if privacy.kind == "client":
-        privacy.budget().check_delta(clients.seen, "clients")
-    if privacy.kind == "client" and aggregation.build() is not None:
-        raise ValueError(
-            'privacy.kind = "client" is a rule of aggregation itself, with clipping of its own: '
-            "remove the section [aggregation]"
-        )
-    if privacy.kind == "client" and clients.min_clients is not None:
-        raise ValueError(
-            'privacy.kind = "client" draws each client by chance, so any number may take part: '
-            "remove clients.min_clients"
-        )

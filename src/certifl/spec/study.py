@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from certifl.errors import InputError
 from certifl.federated.algorithms import ALGORITHMS
 from certifl.federated.objectives import OBJECTIVES
+from certifl.federated.training.schedule import check_arithmetic
 from certifl.perturbations import from_record as perturbation_from
 from certifl.spec.sections import (
     NONE,
@@ -26,7 +27,6 @@ from certifl.spec.sections import (
     Privacy,
     Section,
     Training,
-    check_privacy,
     once,
 )
 
@@ -86,9 +86,8 @@ class Spec(Section):
             )
         trained = self.algorithm.get("base", self.algorithm)
         row = ALGORITHMS.rows[trained["name"]]
-        overshoots = row.overshoots(trained, self.training.lr, self.training.momentum)
-        if overshoots is not None:
-            raise ValueError(f"training.lr = {self.training.lr} makes {overshoots}")
+        if not row.stable(trained, self.training.lr, self.training.momentum):
+            raise ValueError(f"training.lr = {self.training.lr} makes {row.unstable}")
         tests, clients = self.data.test_images, self.clients.count
         if tests is not None and tests < clients:
             raise ValueError(
@@ -104,20 +103,36 @@ class Spec(Section):
                 '"personalized"'
             )
         self._check_objective()
-        self._check_rule()
-        check_privacy(self.privacy, self.algorithm, self.clients, self.aggregation)
-        if self.privacy.kind == "example" and self.training.precision != "float32":
-            raise ValueError(
-                'privacy.kind = "example" clips the gradient of every image: it needs '
-                'training.precision = "float32"'
-            )
-        if self.privacy.kind == "example" and self.training.memory_format == "channels-last":
-            raise ValueError(
-                'privacy.kind = "example" computes the gradient of every image by itself: it '
-                'needs training.memory_format = "contiguous"'
-            )
+        try:
+            self.aggregation.check(self.clients.participants)
+        except InputError as error:
+            raise ValueError(f"aggregation: {error}") from error
+        self._check_privacy()
         self._check_votes()  # last: it imports torch and scipy
         return self
+
+    def _check_privacy(self) -> None:
+        """A kind of privacy beside what it can be had with."""
+        kind = self.privacy.kind
+        if kind == "none":
+            return
+        from certifl.federated.privacy import check_algorithm
+
+        check_algorithm(self.algorithm, kind)
+        if kind == "example":
+            check_arithmetic(self.training.precision, self.training.memory_format)
+            return
+        self.privacy.budget().check_delta(self.clients.seen, "clients")
+        if self.aggregation.build() is not None:
+            raise ValueError(
+                'privacy.kind = "client" is a rule of aggregation itself, with clipping of its '
+                "own: remove the section [aggregation]"
+            )
+        if self.clients.min_clients is not None:
+            raise ValueError(
+                'privacy.kind = "client" draws each client by chance, so any number may take '
+                "part: remove clients.min_clients"
+            )
 
     def _check_votes(self) -> None:
         """The votes can certify something, also for clients that certify something else."""
@@ -141,13 +156,6 @@ class Spec(Section):
                 "against, and nothing augments this training: set augmentation.federated, for "
                 'instance to what is certified, or choose objective.name = "augmented"'
             )
-
-    def _check_rule(self) -> None:
-        """The rule of aggregation can do what it promises with the clients of a round."""
-        try:
-            self.aggregation.check(self.clients.participants)
-        except InputError as error:
-            raise ValueError(f"aggregation: {error}") from error
 
     def _check_rounds(self) -> None:
         """Without rounds there is nothing but given weights to certify."""
@@ -200,11 +208,6 @@ class Spec(Section):
     def _descriptions(self) -> list[Any]:
         return [self.certification.of(client) for client in range(self.clients.count)]
 
-    def _own_descriptions(self) -> Any:
-        """What every client certifies; one description where all certify the same."""
-        own = self._descriptions()
-        return own[0] if all(one == own[0] for one in own) else own
-
     @once
     def augmentations(self) -> tuple[Choice, Choice]:
         """What augments federated training and personalisation: for all, or per client."""
@@ -241,9 +244,11 @@ class Spec(Section):
         values = self.model_dump(exclude={"name", "certification"}, exclude_defaults=True)
         values = _decisive(values)
         values.setdefault("algorithm", self.algorithm)
+        own = self._descriptions()  # one where all clients certify the same
         for key, value in values.get("augmentation", {}).items():
-            if value == OWN:  # said in full: it comes from the section that is left out
-                values["augmentation"][key] = self._own_descriptions()
+            if value == OWN:  # in full: it comes from the section that is left out
+                alike = all(one == own[0] for one in own)
+                values["augmentation"][key] = own[0] if alike else own
         if of_base and "base" in values["algorithm"]:
             values["algorithm"] = values["algorithm"]["base"]
         if "base" not in values["algorithm"]:

@@ -27,7 +27,7 @@ from certifl.data.readers import ReadOptions
 from certifl.errors import InputError, ModelError, StoreError
 from certifl.federated.algorithms import ALGORITHMS
 from certifl.federated.objectives import OBJECTIVES
-from certifl.federated.privacy.mechanism import try_clipping
+from certifl.federated.privacy.mechanisms import try_clipping
 from certifl.federated.trainer import Participation, RandomShare
 from certifl.federated.training.batches import PerClient, combine_augmentations
 from certifl.federated.training.local_training import LocalTraining, check_batches, check_images

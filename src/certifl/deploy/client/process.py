@@ -43,7 +43,7 @@ from certifl.deploy.transport.flower import (
     stop_on_signals,
 )
 from certifl.errors import InputError, WorkError
-from certifl.federated.worker import warm_up
+from certifl.federated.workers import warm_up
 from certifl.runs.atomic import private_folder, write_secret, write_text
 
 _log = logging.getLogger(__name__)

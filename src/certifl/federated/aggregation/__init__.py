@@ -1,7 +1,7 @@
 """Aggregation rules against malicious updates, one row each.
 
 A rule filters updates before the algorithm aggregates them, and works with every algorithm
-(`base.Rule`). Invalid updates (NaN, other shapes) never reach it (`federated.faults`). Nothing
+(`rules.Rule`). Invalid updates (NaN, other shapes) never reach it (`federated.faults`). Nothing
 here imports torch: a rule's class is loaded when it is first built.
 
 | rule | robust to | memory |
@@ -27,24 +27,14 @@ from pydantic import Field
 
 from certifl.errors import SpecError
 from certifl.lazy import lazy_names
-from certifl.registry import (
-    PositiveInt,
-    Registry,
-    Row,
-    check_number,
-    check_parameters,
-    parameters,
-)
+from certifl.registry import PositiveInt, Registry, Row, parameters
 
+_RULES = "certifl.federated.aggregation.rules"
 _ROUNDING = 1e-9
 _Minority = Annotated[
     float,
     Field(ge=0, lt=0.5, description="a share of the clients, from 0 up to (not including) 0.5"),
 ]
-
-
-def _any_number(options: Mapping[str, Any], participants: int) -> None:
-    del options, participants
 
 
 @dataclass(frozen=True)
@@ -55,7 +45,7 @@ class RuleRow(Row):
         check: (options, participants of a round) -> raises if the participants are too few.
     """
 
-    check: Callable[[Mapping[str, Any], int], None] = _any_number
+    check: Callable[[Mapping[str, Any], int], None] = lambda *_: None
 
 
 def share_of(share: float, count: int) -> int:
@@ -91,16 +81,16 @@ def _check_krum(options: Mapping[str, Any], participants: int) -> None:
 RULES: Registry[RuleRow] = Registry(
     "rule",
     {
-        "mean": RuleRow("certifl.federated.aggregation.base:Mean", parameters(), "mean"),
-        "median": RuleRow("certifl.federated.aggregation.robust:Median", parameters(), "median"),
+        "mean": RuleRow(f"{_RULES}:Mean", parameters(), "mean"),
+        "median": RuleRow(f"{_RULES}:Median", parameters(), "median"),
         "trimmed-mean": RuleRow(
-            "certifl.federated.aggregation.robust:TrimmedMean",
+            f"{_RULES}:TrimmedMean",
             parameters(trim=_Minority),
             "trimmed mean",
             check=_check_trimmed_mean,
         ),
         "krum": RuleRow(
-            "certifl.federated.aggregation.robust:Krum",
+            f"{_RULES}:Krum",
             parameters(malicious=_Minority, keep=(PositiveInt, 1)),
             "krum",
             check=_check_krum,
@@ -108,49 +98,22 @@ RULES: Registry[RuleRow] = Registry(
     },
 )
 
-_CLASSES = {row.attribute: row.module for row in RULES.rows.values()}
-__getattr__ = lazy_names(
-    __name__,
-    {
-        **_CLASSES,
-        "Clip": "certifl.federated.aggregation.base",
-        "Rule": "certifl.federated.aggregation.base",
-    },
-)
-
-
-def check_rule(name: str, options: Mapping[str, Any], clip: float | None = None) -> None:
-    """Refuse a rule that `make_rule` cannot build.
-
-    Raises:
-        SpecError: an unknown rule or option, a missing one, or a value that is not allowed.
-    """
-    if name not in RULES:
-        raise SpecError(f"rule = {name!r} is unknown: choose one of {', '.join(RULES)}.")
-    model = RULES.rows[name].parameters
-    for key in options:
-        if key not in model.model_fields:
-            raise SpecError(f"{key} has no effect with rule = {name!r}: remove it.")
-    for key, field in model.model_fields.items():
-        if field.is_required() and key not in options:
-            raise SpecError(f"rule = {name!r} needs {key}: the share that may be malicious.")
-    check_parameters(name, model, options)
-    if clip is not None:
-        check_number("clip", clip, "a number above 0", low=0, open_low=True)
+_CLASSES = [row.attribute for row in RULES.rows.values()]
+__getattr__ = lazy_names(__name__, dict.fromkeys([*_CLASSES, "Clip", "Rule"], _RULES))
 
 
 def make_rule(name: str, options: Mapping[str, Any], clip: float | None = None) -> Any:
     """A rule by name, after clipping where a norm is given; None for the plain mean.
 
     Raises:
-        SpecError: as `check_rule`.
+        SpecError: an unknown rule or option, a missing one, or a value that is not allowed.
     """
-    check_rule(name, options, clip)
+    RULES.check_named(name, options)
     if name == "mean" and clip is None:
         return None
     rule = RULES[name](**options)
     if clip is None:
         return rule
-    from certifl.federated.aggregation.base import Clip
+    from certifl.federated.aggregation.rules import Clip
 
     return Clip(clip, rule)

@@ -32,16 +32,6 @@ UNKNOWN = "nobody has shown that all it sends is protected"
 PERSONAL = "every client deploys what it trained in the rounds, and an unseen client has nothing"
 
 
-def _never(table: Table, lr: float, momentum: float) -> str | None:
-    del table, lr, momentum
-    return None
-
-
-def _once(table: Table, local_epochs: int) -> int:
-    del table
-    return local_epochs
-
-
 @dataclass(frozen=True)
 class AlgorithmRow(Row):
     """An algorithm.
@@ -57,75 +47,18 @@ class AlgorithmRow(Row):
             the global model, or what the algorithm's extra rounds make of it.
         epochs: (its table, the schedule's local epochs) -> epochs that a client trains in a
             round.
-        overshoots: (its table, learning rate, momentum) -> why its pull would diverge;
-            None = it does not. SGD with momentum shrinks a penalty of curvature a while
-            lr a < 2 (1 + momentum).
+        stable: (its table, learning rate, momentum) -> whether its pull converges. SGD with
+            momentum shrinks a penalty of curvature a while lr a < 2 (1 + momentum).
+        unstable: completes "training.lr = 1 makes ..." where it does not.
     """
 
     sends_nothing: bool = False
     no_example_privacy: str | None = UNKNOWN
     no_client_privacy: str | None = UNKNOWN
     no_unseen: str | None = PERSONAL
-    epochs: Callable[[Table, int], int] = _once
-    overshoots: Callable[[Table, float, float], str | None] = _never
-
-
-def _private(
-    home: str,
-    parameters: type[Parameters],
-    label: str,
-    epochs: Callable[[Table, int], int] = _once,
-    overshoots: Callable[[Table, float, float], str | None] = _never,
-    no_unseen: str | None = PERSONAL,
-) -> AlgorithmRow:
-    """An algorithm that may be trained with either kind of privacy."""
-    return AlgorithmRow(
-        home,
-        parameters,
-        label,
-        no_example_privacy=None,
-        no_client_privacy=None,
-        no_unseen=no_unseen,
-        epochs=epochs,
-        overshoots=overshoots,
-    )
-
-
-def _mixture_overshoots(table: Table, lr: float, momentum: float) -> str | None:
-    if lr * (1.0 - table["personalization"]) < 1.0 + momentum:
-        return None
-    return (
-        "the pull of Eq. (5) overshoot for ever: lr (1 - personalization) must stay below "
-        "1 + momentum"
-    )
-
-
-def _proximal_overshoots(table: Table, lr: float, momentum: float) -> str | None:
-    if lr * table["mu"] < 2.0 * (1.0 + momentum):
-        return None
-    return (
-        "the pull of mu overshoot for ever: lr mu must stay below 2 (1 + momentum), so lower "
-        "one of them"
-    )
-
-
-def _l2gd_overshoots(table: Table, lr: float, momentum: float) -> str | None:
-    del momentum  # acts on local steps alone
-    if lr * (1.0 - table["personalization"]) < table["probability"]:
-        return None
-    return (
-        "a step towards the average overshoot for ever: lr (1 - personalization) must stay "
-        "below probability"
-    )
-
-
-def _ditto_epochs(table: Table, local_epochs: int) -> int:
-    del table
-    return 2 * local_epochs
-
-
-def _fedrep_epochs(table: Table, local_epochs: int) -> int:
-    return local_epochs if table.get("head") == "" else table["head_epochs"] + local_epochs
+    epochs: Callable[[Table, int], int] = lambda _, local_epochs: local_epochs
+    stable: Callable[[Table, float, float], bool] = lambda *_: True
+    unstable: str = ""
 
 
 _UNIFORM = (Weighting, "uniform")
@@ -140,11 +73,50 @@ _Head = Annotated[
     Field(description="the name of a part of the network, or left out for its last layer"),
 ]
 
+
+def _one_model(home: str, label: str, takes: type[Parameters]) -> AlgorithmRow:
+    """An algorithm with one global model that may be trained with either kind of privacy."""
+    return AlgorithmRow(
+        f"{__name__}.{home}",
+        takes,
+        label,
+        no_example_privacy=None,
+        no_client_privacy=None,
+        no_unseen=None,
+    )
+
+
+def _proximal(
+    home: str, label: str, epochs: Callable[[Table, int], int], no_unseen: str | None
+) -> AlgorithmRow:
+    """An algorithm whose clients are pulled with the strength mu."""
+    return AlgorithmRow(
+        f"{__name__}.{home}",
+        parameters(mu=NonNegative, weighting=_UNIFORM),
+        label,
+        no_example_privacy=None,
+        no_client_privacy=None,
+        no_unseen=no_unseen,
+        epochs=epochs,
+        stable=lambda table, lr, momentum: lr * table["mu"] < 2.0 * (1.0 + momentum),
+        unstable="the pull of mu overshoot for ever: lr mu must stay below 2 (1 + momentum), so "
+        "lower one of them",
+    )
+
+
+_ADAPTIVE = parameters(
+    server_lr=_SERVER_LR,
+    beta1=(Fraction, 0.9),
+    beta2=(Fraction, 0.99),
+    tau=_TAU,
+    weighting=_UNIFORM,
+)
+
 ALGORITHMS: Registry[AlgorithmRow] = Registry(
     "algorithm",
     {
         "local": AlgorithmRow(
-            "certifl.federated.algorithms.local:Local",
+            f"{__name__}.local:Local",
             parameters(),
             "Local",
             sends_nothing=True,
@@ -152,118 +124,94 @@ ALGORITHMS: Registry[AlgorithmRow] = Registry(
             no_client_privacy="its clients send nothing, so there is nothing to protect",
             no_unseen="every client trains alone, so there is nothing to give to another one",
         ),
-        "fedavg": _private(
-            "certifl.federated.algorithms.fedavg:FedAvg",
-            parameters(weighting=_UNIFORM),
-            "FedAvg",
-            no_unseen=None,
-        ),
+        "fedavg": _one_model("fedavg:FedAvg", "FedAvg", parameters(weighting=_UNIFORM)),
         "personalized": AlgorithmRow(
-            "certifl.federated.algorithms.personalized:Personalized",
+            f"{__name__}.personalized:Personalized",
             parameters(base=Any, epochs=(PositiveInt, 2), lr=(_Rate, None)),
             "Personalized",
             wraps="base",
             no_unseen=None,
         ),
-        "mixture": _private(
-            "certifl.federated.algorithms.mixture:Mixture",
+        "mixture": AlgorithmRow(
+            f"{__name__}.proximal:Mixture",
             parameters(personalization=Share),
             "Mixture",
-            overshoots=_mixture_overshoots,
+            no_example_privacy=None,
+            no_client_privacy=None,
+            stable=lambda table, lr, momentum: (
+                lr * (1.0 - table["personalization"]) < 1.0 + momentum
+            ),
+            unstable="the pull of Eq. (5) overshoot for ever: lr (1 - personalization) must stay "
+            "below 1 + momentum",
         ),
-        "fedprox": _private(
-            "certifl.federated.algorithms.fedprox:FedProx",
-            parameters(mu=NonNegative, weighting=_UNIFORM),
-            "FedProx",
-            overshoots=_proximal_overshoots,
-            no_unseen=None,
-        ),
+        "fedprox": _proximal("proximal:FedProx", "FedProx", lambda _, epochs: epochs, None),
         "scaffold": AlgorithmRow(
-            "certifl.federated.algorithms.scaffold:Scaffold",
+            f"{__name__}.scaffold:Scaffold",
             parameters(server_lr=(Positive, 1.0)),
             "SCAFFOLD",
             no_example_privacy=None,
             no_client_privacy="its clients send control variates, which are not protected",
             no_unseen=None,
         ),
-        "fedavgm": _private(
-            "certifl.federated.algorithms.fedopt:FedAvgM",
-            parameters(beta=(Fraction, 0.9), server_lr=(Positive, 1.0), weighting=_UNIFORM),
+        "fedavgm": _one_model(
+            "fedopt:FedAvgM",
             "FedAvgM",
-            no_unseen=None,
+            parameters(beta=(Fraction, 0.9), server_lr=(Positive, 1.0), weighting=_UNIFORM),
         ),
-        "fedadam": _private(
-            "certifl.federated.algorithms.fedopt:FedAdam",
-            parameters(
-                server_lr=_SERVER_LR,
-                beta1=(Fraction, 0.9),
-                beta2=(Fraction, 0.99),
-                tau=_TAU,
-                weighting=_UNIFORM,
-            ),
-            "FedAdam",
-            no_unseen=None,
-        ),
-        "fedyogi": _private(
-            "certifl.federated.algorithms.fedopt:FedYogi",
-            parameters(
-                server_lr=_SERVER_LR,
-                beta1=(Fraction, 0.9),
-                beta2=(Fraction, 0.99),
-                tau=_TAU,
-                weighting=_UNIFORM,
-            ),
-            "FedYogi",
-            no_unseen=None,
-        ),
-        "fedadagrad": _private(
-            "certifl.federated.algorithms.fedopt:FedAdagrad",
-            parameters(server_lr=_SERVER_LR, beta1=(Fraction, 0.0), tau=_TAU, weighting=_UNIFORM),
+        "fedadam": _one_model("fedopt:FedAdam", "FedAdam", _ADAPTIVE),
+        "fedyogi": _one_model("fedopt:FedYogi", "FedYogi", _ADAPTIVE),
+        "fedadagrad": _one_model(
+            "fedopt:FedAdagrad",
             "FedAdagrad",
-            no_unseen=None,
+            parameters(server_lr=_SERVER_LR, beta1=(Fraction, 0.0), tau=_TAU, weighting=_UNIFORM),
         ),
         "l2gd": AlgorithmRow(
-            "certifl.federated.algorithms.l2gd:L2GD",
+            f"{__name__}.l2gd:L2GD",
             parameters(personalization=_SomeShare, probability=(_Probability, 0.1)),
             "L2GD",
             no_example_privacy="its steps are as many as coins say, and are not accounted for",
             no_client_privacy=None,
-            overshoots=_l2gd_overshoots,
+            # Momentum acts on local steps alone.
+            stable=lambda table, lr, _: (
+                lr * (1.0 - table["personalization"]) < table["probability"]
+            ),
+            unstable="a step towards the average overshoot for ever: lr (1 - personalization) "
+            "must stay below probability",
         ),
-        "ditto": _private(
-            "certifl.federated.algorithms.ditto:Ditto",
-            parameters(mu=NonNegative, weighting=_UNIFORM),
-            "Ditto",
-            epochs=_ditto_epochs,
-            overshoots=_proximal_overshoots,
-        ),
+        "ditto": _proximal("proximal:Ditto", "Ditto", lambda _, epochs: 2 * epochs, PERSONAL),
         "flix": AlgorithmRow(
-            "certifl.federated.algorithms.flix:FLIX",
+            f"{__name__}.mixed_models:FLIX",
             parameters(personalization=Share, weighting=_UNIFORM),
             "FLIX",
             no_example_privacy="it trains models beforehand whose steps are not accounted for",
             no_client_privacy=None,
         ),
         "apfl": AlgorithmRow(
-            "certifl.federated.algorithms.apfl:APFL",
+            f"{__name__}.mixed_models:APFL",
             parameters(alpha=(Share, 0.5), adaptive=(Flag, True), weighting=_UNIFORM),
             "APFL",
             no_example_privacy="it takes two gradients of one batch",
             no_client_privacy=None,
         ),
-        "fedbn": _private(
-            "certifl.federated.algorithms.fedbn:FedBN",
+        "fedbn": AlgorithmRow(
+            f"{__name__}.personal_layers:FedBN",
             parameters(layers=(Literal["batch", "all"], "batch"), weighting=_UNIFORM),
             "FedBN",
+            no_example_privacy=None,
+            no_client_privacy=None,
         ),
-        "fedrep": _private(
-            "certifl.federated.algorithms.fedrep:FedRep",
+        "fedrep": AlgorithmRow(
+            f"{__name__}.personal_layers:FedRep",
             parameters(head=(_Head, None), head_epochs=(PositiveInt, 1), weighting=_UNIFORM),
             "FedRep",
-            epochs=_fedrep_epochs,
+            no_example_privacy=None,
+            no_client_privacy=None,
+            epochs=lambda table, local_epochs: (
+                local_epochs + (0 if table.get("head") == "" else table["head_epochs"])
+            ),
         ),
         "perfedavg": AlgorithmRow(
-            "certifl.federated.algorithms.perfedavg:PerFedAvg",
+            f"{__name__}.perfedavg:PerFedAvg",
             parameters(
                 inner_lr=(NonNegative, 0.01),
                 approximation=(Literal["first-order", "hessian-free"], "first-order"),

@@ -156,8 +156,8 @@ class GlobalModel:
         )
         sent = "model" in self.sends(broadcast.round, training.schedule.rounds)
         update = Update(data.client, len(data), trained.state if sent else None, trained.metrics)
-        kept = {self.personal_part: trained.state} if self.personal_part else {}
-        return update, ClientState({**kept, **trained.momentum_part})
+        own = {self.personal_part: trained.state} if self.personal_part else {}
+        return update, ClientState({**own, **trained.momentum_part})
 
     def hook(self, broadcast: ServerState, training: LocalTraining) -> GradientHook | None:
         """Changes gradients before each local step; None = no change."""

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from certifl.federated.aggregation.base import is_statistic
 from certifl.federated.algorithms.base import GlobalModel
-from certifl.federated.averaging import average_models, change
+from certifl.federated.averaging import average_models, change, is_statistic
 from certifl.federated.states import ModelState, ServerState, Update
 
 ServerStep = tuple[torch.Tensor, ModelState]
@@ -83,7 +82,6 @@ class FedAvgM(GlobalModel):
 def _adaptive_step(
     self: FedAdam | FedYogi | FedAdagrad, delta: torch.Tensor, state: ModelState
 ) -> ServerStep:
-    """A step of server_lr m / (sqrt(v) + tau)."""
     before = state.get("second", torch.full_like(delta, self.tau**2))
     first, second = (1 - self.beta1) * delta, self.scale(before, delta.square())
     if "first" in state:

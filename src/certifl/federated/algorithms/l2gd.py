@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from certifl import rng as streams
 from certifl.federated.algorithms.base import GlobalModel
-from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
+from certifl.federated.states import ClientData, ClientState, ServerState, Update
 from certifl.federated.training.local_training import LocalTraining
 
 
@@ -61,10 +60,12 @@ class L2GD(GlobalModel):
         average, schedule = broadcast.parts["model"], training.schedule
         pulls, steps = self.coins(training.seed, broadcast.round)
         rate = schedule.lr_at(broadcast.round * schedule.local_epochs)
-        kept = (1 - self.pull(rate)) ** pulls
+        share = (1 - self.pull(rate)) ** pulls
         own = state.parts.get("model", average)
+        names = () if share == 1 else training.trainable
+        moved = {name: average[name] + share * (own[name] - average[name]) for name in names}
         trained = training.train_epochs(
-            _towards(average, own, kept, training.trainable),
+            {**own, **moved},  # all but weights stays the client's own
             data,
             broadcast.round,
             momentum=state.parts.get("momentum"),
@@ -79,23 +80,6 @@ class L2GD(GlobalModel):
         return rate * 2 * (1 - self.personalization) / self.probability
 
     def coins(self, seed: int, round: int) -> tuple[int, int]:
-        """How many heads and then tails came up in a round, each at least 1; for all clients.
-
-        Args:
-            seed: the training's; the same for all clients, so all throw the same coins.
-            round: from 0.
-        """
+        """How many heads and then tails came up in a round, each at least 1; for all clients."""
         thrown = streams.numpy_generator(seed, "l2gd coins", round)
         return int(thrown.geometric(1 - self.probability)), int(thrown.geometric(self.probability))
-
-
-def _towards(
-    average: ModelState, own: ModelState, kept: float, names: Iterable[str]
-) -> ModelState:
-    """The average + kept (own - average) for weights; all else stays the client's own."""
-    if kept == 1:
-        return own
-    moved = dict(own)
-    for name in names:
-        moved[name] = average[name] + kept * (own[name] - average[name])
-    return moved

@@ -12,9 +12,8 @@ from torch import nn
 from certifl.federated.algorithms.base import GlobalModel
 from certifl.federated.averaging import average_parts, moved
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-from certifl.federated.training import foreach
 from certifl.federated.training.local_training import LocalTraining
-from certifl.federated.training.steps import gradients_of
+from certifl.federated.training.steps import foreach_add, gradients_of
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,13 @@ class Scaffold(GlobalModel):
     def aggregate(self, server_state: ServerState, updates: Iterable[Update]) -> ServerState:
         """A step towards the average, and the mean of all control variates so far."""
         old, senders = server_state.parts, list[int]()
-        average = average_parts(_recorded(updates, senders))
+
+        def recorded(update: Update) -> Update:
+            if "control_step" in update.extra:
+                senders.append(update.client)
+            return update
+
+        average = average_parts(map(recorded, updates))
         parts = dict(old)
         if "control_step" in average:
             parts |= _mean_control(old, average["control_step"], senders)
@@ -114,9 +119,8 @@ class _MeanGradient:
 
 
 def _add(values: ModelState, others: ModelState) -> None:
-    """Add the tensors of the same names, in place."""
     both = [name for name in values if name in others]
-    foreach.add([values[name] for name in both], [others[name] for name in both])
+    foreach_add([values[name] for name in both], [others[name] for name in both])
 
 
 def _difference(one: ModelState, other: ModelState) -> ModelState:
@@ -124,15 +128,6 @@ def _difference(one: ModelState, other: ModelState) -> ModelState:
     if not one or not other:
         return one or {name: -value for name, value in other.items()}
     return {name: value - other[name] for name, value in one.items()}
-
-
-def _recorded(updates: Iterable[Update], senders: list[int]) -> Iterable[Update]:
-    """The updates as they are; clients that send a control variate are added to `senders`."""
-    for update in updates:
-        if "control_step" in update.extra:
-            senders.append(update.client)
-        yield update
-        del update  # frees it before the next one arrives
 
 
 def _mean_control(

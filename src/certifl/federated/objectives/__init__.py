@@ -10,23 +10,16 @@ from typing import Annotated
 from pydantic import Field
 
 from certifl.lazy import lazy_names
-from certifl.registry import (
-    NonNegative,
-    Positive,
-    PositiveInt,
-    Registry,
-    Row,
-    parameters,
-)
+from certifl.registry import NonNegative, Positive, PositiveInt, Registry, Row, parameters
 
 _Sigmas = Annotated[float, Field(ge=0, description="a number of sigmas from 0")]
 
 OBJECTIVES: Registry[Row] = Registry(
     "objective",
     {
-        "augmented": Row("certifl.federated.objectives.simple:Augmented", parameters(), ""),
+        "augmented": Row("certifl.federated.objectives.base:Augmented", parameters(), ""),
         "consistency": Row(
-            "certifl.federated.objectives.simple:Consistency",
+            "certifl.federated.objectives.base:Consistency",
             parameters(
                 copies=(PositiveInt, 2), weight=(NonNegative, 10.0), entropy=(NonNegative, 0.5)
             ),
@@ -48,7 +41,7 @@ OBJECTIVES: Registry[Row] = Registry(
             "MACER",
         ),
         "stability": Row(
-            "certifl.federated.objectives.simple:Stability",
+            "certifl.federated.objectives.base:Stability",
             parameters(weight=(NonNegative, 2.0)),
             "stability training",
         ),

@@ -124,20 +124,8 @@ def soft_margins(miss: torch.Tensor, second: torch.Tensor, smoothing: Smoothing)
     return margin(miss, second)
 
 
-def _gaussian(miss: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    return -torch.special.ndtri(miss) - torch.special.ndtri(second)
-
-
-def _uniform(miss: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    return 2 * ((1 - miss) - second)
-
-
-def _exponential(miss: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    return -2 * (miss + second).log()
-
-
 _MARGINS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "gaussian": _gaussian,
-    "uniform": _uniform,
-    "exponential": _exponential,
+    "gaussian": lambda miss, second: -torch.special.ndtri(miss) - torch.special.ndtri(second),
+    "uniform": lambda miss, second: 2 * ((1 - miss) - second),
+    "exponential": lambda miss, second: -2 * (miss + second).log(),
 }

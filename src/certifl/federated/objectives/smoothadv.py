@@ -86,16 +86,14 @@ class SmoothAdv:
         """The delta (m, *params_shape) of the ascent; the model is left as it was.
 
         Args:
-            model: the network under attack.
-            batch: images, labels and perturbation.
+            model, batch: the network under attack; images, labels and perturbation.
             draws: eps_1 ... eps_m, (copies, m, *params_shape).
-
-        Raises:
-            InputError: as `__call__`.
         """
         reach = self.epsilon * _scale(batch, draws)
         step, copies = 2 * reach / self.steps, _repeated(batch, len(draws))
-        delta, least = torch.zeros_like(draws[0]), _least(batch)
+        delta = torch.zeros_like(draws[0])
+        # Certificates of a one-sided law cover no parameter below 0.
+        one_sided = getattr(getattr(batch.augmentation, "law", None), "one_sided", False)
         with _evaluating(model):
             for _ in range(self.steps):
                 delta.requires_grad_()
@@ -106,7 +104,7 @@ class SmoothAdv:
                 (uphill,) = torch.autograd.grad(loss, delta)
                 delta = delta.detach() + step * (uphill / _lengths(uphill))
                 delta = delta * (reach / _lengths(delta)).clamp(max=1.0)
-                delta = delta if least is None else delta.clamp(min=least)
+                delta = delta.clamp(min=0.0) if one_sided else delta
         return delta
 
 
@@ -151,12 +149,6 @@ def _scale(batch: Batch, draws: torch.Tensor) -> float:
     return smoothing.sigma
 
 
-def _least(batch: Batch) -> float | None:
-    """The least parameter that certificates of the perturbation cover, where there is one."""
-    law = getattr(batch.augmentation, "law", None)
-    return 0.0 if getattr(law, "one_sided", False) else None
-
-
 def _lengths(values: torch.Tensor) -> torch.Tensor:
     """l2 length of each image's parameters, kept above 0, shaped to divide by."""
     lengths = values.flatten(1).norm(dim=1).clamp_min(torch.finfo(values.dtype).tiny)
@@ -165,7 +157,6 @@ def _lengths(values: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within this context, for all modules."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

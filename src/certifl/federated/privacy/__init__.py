@@ -23,16 +23,21 @@ from certifl.federated.privacy.accounting import (
     released_epsilon,
     released_steps,
 )
-from certifl.federated.privacy.budget import Budget, plan_clients, plan_examples
-from certifl.federated.privacy.client_level import ClientLevel
-from certifl.federated.privacy.compatibility import (
+from certifl.federated.privacy.mechanisms import (
+    ClientLevel,
+    ExampleLevel,
+    PrivatePasses,
+    derived_key,
+)
+from certifl.federated.privacy.planning import (
+    Budget,
     check_algorithm,
     check_network,
     finetuning_epochs,
+    plan_clients,
+    plan_examples,
     sends_nothing,
 )
-from certifl.federated.privacy.example_level import ExampleLevel, PrivatePasses
-from certifl.federated.privacy.mechanism import derived_key
 
 __all__ = [
     "ACCOUNTANT",

@@ -44,16 +44,12 @@ _MOST_NOISE = 1e4
 _PRECISION = 1e-3
 
 
-def grad_sample() -> ModuleType:
-    """Gradients per sample of opacus, or an error that says how to get them.
+def opacus(name: str) -> ModuleType:
+    """A module of opacus.
 
     Raises:
-        SpecError: opacus is not installed.
+        SpecError: opacus is not installed; the message says how to get it.
     """
-    return _opacus("opacus.grad_sample")
-
-
-def _opacus(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -69,16 +65,12 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 
 def epsilon(noise_multiplier: float, rate: float, steps: int, delta: float) -> float:
-    """The privacy loss after so many steps, as epsilon at this delta.
+    """The privacy loss after `steps` steps, as epsilon at this delta: an upper bound.
 
     Args:
         noise_multiplier: z, noise in units of the clipping norm; 0 gives infinity.
         rate: q, probability of each record to be in a step.
-        steps: T, how many steps.
-        delta: probability of the guarantee to fail.
-
-    Returns:
-        An upper bound, exact to about the distance between the orders it is minimized over.
+        steps, delta: T, and the probability of the guarantee to fail.
     """
     return composed({(noise_multiplier, rate): steps}, delta)
 
@@ -89,7 +81,7 @@ def composed(steps: Mapping[tuple[float, float], int], delta: float) -> float:
     Args:
         steps: how many, by (noise multiplier z, sampling rate q); every step has its own
             sample and noise.
-        delta: probability of the guarantee to fail.
+        delta: as in `epsilon`.
 
     Returns:
         An upper bound on epsilon; infinity where a step had no noise.
@@ -99,7 +91,7 @@ def composed(steps: Mapping[tuple[float, float], int], delta: float) -> float:
         return 0.0
     if any(noise_multiplier == 0 for noise_multiplier, _ in taken):
         return math.inf
-    analysis = _opacus("opacus.accountants.analysis.rdp")
+    analysis = opacus("opacus.accountants.analysis.rdp")
     kinds = [count * _divergences(*kind) for kind, count in taken.items()]
     with warnings.catch_warnings():
         # At either end of the orders a smaller bound may exist; this one is valid.
@@ -113,7 +105,7 @@ def composed(steps: Mapping[tuple[float, float], int], delta: float) -> float:
 @functools.lru_cache(maxsize=4096)
 def _divergences(noise_multiplier: float, rate: float) -> NDArray[np.float64]:
     """rho_a(q, z) of one step, for all orders."""
-    analysis = _opacus("opacus.accountants.analysis.rdp")
+    analysis = opacus("opacus.accountants.analysis.rdp")
     return analysis.compute_rdp(q=rate, noise_multiplier=noise_multiplier, steps=1, orders=_ORDERS)
 
 
@@ -155,7 +147,7 @@ Ledger = Callable[[Sequence[Mapping[str, Any]], Entry], Entry]
 """Maps the history so far and the entry of a round to that entry with what was spent."""
 
 STEPS, EPSILON = "private_steps", "epsilon"
-_PUBLIC = ("client", "seconds", "reason")
+_PUBLIC = ("client", "seconds", "reason")  # not what a client measured on its images
 
 
 @dataclass(frozen=True)
@@ -188,24 +180,24 @@ class ExampleLedger:
                 counted[group] = [self._row(row, entry["round"], before) for row in entry[group]]
         return counted | _finite(max(self.spent([*history, counted]), default=0.0))
 
-    def _row(self, row: Entry, round: int, before: Mapping[int, int]) -> Entry:
+    def _row(self, row: Entry, round: int, before: Counter[int]) -> Entry:
         """A client's row with the steps that count for it, and its epsilon after them."""
         client, steps = row["client"], row.get(STEPS, 0)
         if round < self.rounds:
             steps = max(steps, self.planned[client])
-        spent = _finite(self._epsilon(client, before.get(client, 0) + steps))
+        spent = _finite(self._epsilon(client, before[client] + steps))
         return _public(row) | {STEPS: steps} | spent
 
     def spent(self, history: Sequence[Mapping[str, Any]]) -> list[float]:
         """Epsilon of every client after these rounds."""
         steps = self._steps(history)
-        return [self._epsilon(client, steps.get(client, 0)) for client in range(len(self.rates))]
+        return [self._epsilon(client, steps[client]) for client in range(len(self.rates))]
 
-    def _steps(self, history: Iterable[Mapping[str, Any]]) -> dict[int, int]:
-        taken: dict[int, int] = {}
+    def _steps(self, history: Iterable[Mapping[str, Any]]) -> Counter[int]:
+        taken = Counter[int]()
         for entry in history:
             for row in (*entry["clients"], *entry.get("left_out", ())):
-                taken[row["client"]] = taken.get(row["client"], 0) + row.get(STEPS, 0)
+                taken[row["client"]] += row.get(STEPS, 0)
         return taken
 
     def _epsilon(self, client: int, steps: int) -> float:
@@ -240,7 +232,7 @@ class ClientLedger:
 
 
 def _public(row: Mapping[str, Any]) -> Entry:
-    """A row without what the client measured on its images, which is not protected."""
+    """A row without what is not protected."""
     return {key: row[key] for key in _PUBLIC if key in row}
 
 

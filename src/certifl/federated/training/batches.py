@@ -63,8 +63,7 @@ class Batch:
         if self.augmentation is None:
             return None
         channels, height, width = self.images.shape[1:]
-        shape = (channels, height, width)
-        return self.augmentation.sample(len(self.images), shape, self.noise)
+        return self.augmentation.sample(len(self), (channels, height, width), self.noise)
 
     def applied(self, params: torch.Tensor | None) -> torch.Tensor:
         """The images under these parameters, never `images` itself; differentiable in both.
@@ -144,21 +143,18 @@ class BatchStream:
 
     def _shuffled(self, device: torch.device) -> Iterator[torch.Tensor]:
         order = torch.randperm(len(self._labels), generator=self._shuffle, device=device)
-        for start, stop in self._bounds:
-            yield order[start:stop]
+        yield from (order[start:stop] for start, stop in self._bounds)
 
     @torch.no_grad()
     def _prepared(self, images: torch.Tensor) -> torch.Tensor:
         if self._flip:
-            images = _random_flip(images, self._geometry)
+            coins = torch.rand(
+                len(images), 1, 1, 1, generator=self._geometry, device=images.device
+            )
+            images = torch.where(coins < 0.5, images.flip(-1), images)
         if self._crop:
             images = _random_crop(images, self._crop, self._geometry)
         return images.to(torch.float32).div_(255)
-
-
-def _random_flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    coins = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
-    return torch.where(coins < 0.5, images.flip(-1), images)
 
 
 def _random_crop(images: torch.Tensor, margin: int, generator: torch.Generator) -> torch.Tensor:
@@ -179,7 +175,6 @@ def _random_crop(images: torch.Tensor, margin: int, generator: torch.Generator) 
 # case, some clients could disregard robustness entirely and simply target accuracy" (the paper,
 # section 4.2). Nothing else in a client's training depends on the choice.
 
-
 _A = TypeVar("_A", bound=Augmentation)
 
 
@@ -194,11 +189,7 @@ class PerClient:
     choices: tuple[Augmentation | None, ...]
 
     def of(self, client: int) -> Augmentation | None:
-        """The augmentation of one client.
-
-        Raises:
-            InputError: no such client.
-        """
+        """The augmentation of one client; `InputError` if there is no such client."""
         if not 0 <= client < len(self.choices):
             raise InputError(
                 f"Augmentations are given for {len(self.choices)} clients, counted from 0; "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,13 +19,12 @@ from torch import nn
 from certifl import rng as streams
 from certifl.errors import InputError, ModelError, SpecError, TrainingDiverged
 from certifl.federated.objectives import Augmented, Objective
-from certifl.federated.privacy.compatibility import check_network
-from certifl.federated.privacy.example_level import (
+from certifl.federated.privacy.mechanisms import (
     NO_SECOND_GRADIENT,
     ExampleLevel,
-    PrivatePasses,
     PrivateStepContext,
 )
+from certifl.federated.privacy.planning import check_network
 from certifl.federated.states import ClientData, ModelState, Parts
 from certifl.federated.training.batches import (
     Augmentation,
@@ -33,7 +32,7 @@ from certifl.federated.training.batches import (
     PerClient,
     augmentation_of,
 )
-from certifl.federated.training.schedule import Schedule
+from certifl.federated.training.schedule import Schedule, check_arithmetic
 from certifl.federated.training.steps import (
     MEMORY_FORMATS,
     TRAINING_PRECISIONS,
@@ -103,10 +102,7 @@ class _Plan:
 
 
 class LocalTraining:
-    """Trains clients; one object for all of them.
-
-    It reuses one model object: a client's model is loaded into it and copied out afterwards, so
-    memory does not grow with the number of clients.
+    """Trains clients, one after the other, with one model object: memory does not grow with them.
 
     Args:
         model: the architecture; a copy of it is used, its weights do not matter.
@@ -153,19 +149,16 @@ class LocalTraining:
         self.objective = Augmented() if objective is None else objective
         self.privacy = privacy
         if privacy is not None:
-            if precision != "float32":
-                raise SpecError(
-                    'privacy.kind = "example" clips the gradient of every image: it needs '
-                    'training.precision = "float32".'
-                )
-            if memory_format == "channels-last":
-                raise SpecError(
-                    'privacy.kind = "example" computes the gradient of every image by itself: it '
-                    'needs training.memory_format = "contiguous".'
-                )
+            check_arithmetic(precision, memory_format)
             check_network(model, privacy.kind)
         self.device = torch.device(device)
-        self._model = _training(copy_of(model).to(self.device))
+        try:
+            self._model = copy_of(model).to(self.device).train()
+        except (NotImplementedError, RuntimeError) as error:
+            raise ModelError(
+                f"The model cannot be trained ({error}): give the network itself, not a program "
+                "exported or frozen from it, which can only be certified."
+            ) from error
         check_batches(self._model, schedule.batch_size)
         self._trainable = _trainable(self._model)
         if not self._trainable:
@@ -202,8 +195,7 @@ class LocalTraining:
         """The schedule's epochs of one round, from `start`; arguments are not changed.
 
         Args:
-            start: the initial model.
-            data: the client's images.
+            start, data: the initial model, and the client's images.
             round: communication round, from 0; sets the learning rates and the random streams.
             momentum: the client's buffers; ignored if the schedule resets them.
             hook: changes gradients before each step.
@@ -241,9 +233,7 @@ class LocalTraining:
         """Fine-tuning: its own augmentation, a constant learning rate, fresh momentum.
 
         Args:
-            start: the initial model.
-            data: the client's images.
-            round: number of the round, for the random streams.
+            start, data, round: as in `train_epochs`.
             epochs: over the client's images.
             lr: learning rate; None = that of the schedule's last epoch.
         """
@@ -257,13 +247,8 @@ class LocalTraining:
     ) -> StepContext:
         """A second model with its own optimizer, for steps that train two models.
 
-        Its learning rate is the schedule's first until the caller sets another; `result_of` reads
-        the trained model.
-
-        Args:
-            start: the initial model.
-            momentum: the client's buffers; ignored if the schedule resets them.
-            weight_decay: of its optimizer.
+        Its learning rate is the schedule's first until the caller sets another, and its momentum
+        starts afresh if the schedule resets it; `result_of` reads the trained model.
 
         Raises:
             SpecError: with privacy, which protects one model only.
@@ -319,24 +304,27 @@ class LocalTraining:
         with isolated_rng(self.device, seed):
             self._model.load_state_dict(start)
             optimizer = self._optimizer(self._trainable, plan)
-            context = self._context(optimizer, plan, private)
+            common = self._model, self._trainable, optimizer, self._loss(), plan.hook
+            context = (
+                StepContext(*common) if private is None else PrivateStepContext(*common, private)
+            )
             sums = [
                 self._epoch(context, stream, rate, batches, plan.step, round)
                 for rate, batches in plan.pieces(len(stream))
             ]
             state = _finite_state(self._model, data.client, round)
-        metrics = _metrics(sums) if private is None else private.metrics()
+        if private is not None:
+            metrics = private.metrics()
+        else:
+            losses, correct, images = zip(*sums, strict=True)
+            metrics = {
+                "loss": math.fsum(losses) / sum(images),
+                "accuracy": sum(correct) / sum(images),
+            }
         return Trained(state, context.momentum_buffers() if plan.keep else {}, metrics)
 
     def _loss(self) -> Objective:
-        """The objective in this training's precision."""
         return InBfloat16(self.objective) if self.precision == "bfloat16" else self.objective
-
-    def _context(
-        self, optimizer: torch.optim.Optimizer, plan: _Plan, private: PrivatePasses | None
-    ) -> StepContext:
-        common = self._model, self._trainable, optimizer, self._loss(), plan.hook
-        return StepContext(*common) if private is None else PrivateStepContext(*common, private)
 
     def _epoch(
         self,
@@ -375,24 +363,8 @@ class LocalTraining:
         return optimizer
 
 
-def _training(model: nn.Module) -> nn.Module:
-    try:
-        return model.train()
-    except (NotImplementedError, RuntimeError) as error:
-        raise ModelError(
-            f"The model cannot be trained ({error}): give the network itself, not a program "
-            "exported or frozen from it, which can only be certified."
-        ) from error
-
-
 def check_images(model: nn.Module, sizes: Mapping[int, int]) -> None:
-    """Refuse clients with one image for a network with BatchNorm.
-
-    BatchNorm fails on one image of one pixel, and otherwise normalizes the image by itself.
-
-    Args:
-        model: the network.
-        sizes: number of training images by client.
+    """Refuse clients (number of images by client) with one image for a network with BatchNorm.
 
     Raises:
         ModelError: names the layer and the clients.
@@ -433,25 +405,11 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
-def _metrics(sums: Sequence[tuple[float, float, int]]) -> dict[str, float]:
-    """From loss, correct predictions and images of each epoch."""
-    seen = sum(images for _, _, images in sums)
-    return {
-        "loss": math.fsum(loss for loss, _, _ in sums) / seen,
-        "accuracy": sum(correct for _, correct, _ in sums) / seen,
-    }
-
-
 def _finite_state(model: nn.Module, client: int, round: int) -> ModelState:
-    bad = _not_finite(model.state_dict())
-    if bad is not None:
-        raise TrainingDiverged(client, round, f"{bad} is not finite")
-    return state_of(model)
-
-
-def _not_finite(state: ModelState) -> str | None:
-    """The first entry with NaN or infinity; checked on the device, with one copy to the host."""
-    floating = {name: value for name, value in state.items() if value.is_floating_point()}
+    floating = {n: value for n, value in model.state_dict().items() if value.is_floating_point()}
     checks = [value.isfinite().all() for value in floating.values()]
-    finite = torch.stack(checks).tolist() if checks else []
-    return next((name for name, good in zip(floating, finite, strict=True) if not good), None)
+    finite = torch.stack(checks).tolist() if checks else []  # one copy to the host
+    for name, good in zip(floating, finite, strict=True):
+        if not good:
+            raise TrainingDiverged(client, round, f"{name} is not finite")
+    return state_of(model)

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from certifl.errors import SpecError
 from certifl.registry import check_choice, check_number
-
-MOMENTUM_BETWEEN_ROUNDS = {
-    "reset": "every round starts with empty momentum buffers; clients keep nothing for it",
-    "keep": "every client keeps its momentum buffers from one of its rounds to the next",
-}
 
 
 def participants(share: float, clients: int) -> int:
     """How many of the clients take part in a round, at least one."""
     return max(1, round(share * clients))
+
+
+def check_arithmetic(precision: str, memory_format: str) -> None:
+    """Refuse arithmetic in which gradients of single images cannot be computed.
+
+    Raises:
+        SpecError: another precision than float32, or channels-last.
+    """
+    if precision != "float32":
+        raise SpecError(
+            'privacy.kind = "example" clips the gradient of every image: it needs '
+            'training.precision = "float32".'
+        )
+    if memory_format == "channels-last":
+        raise SpecError(
+            'privacy.kind = "example" computes the gradient of every image by itself: it needs '
+            'training.memory_format = "contiguous".'
+        )
 
 
 @dataclass(frozen=True)
@@ -35,7 +49,8 @@ class Schedule:
         decay_every: epochs between decays of the learning rate, counted over the whole training
             (round * local_epochs + epoch), None = no decay.
         decay_factor: multiplies the learning rate at each decay.
-        momentum_between_rounds: "reset" or "keep".
+        momentum_between_rounds: "reset" (every round starts with empty buffers), or "keep" (every
+            client keeps its own from one of its rounds to the next).
         flip: mirror each image left to right with probability 1/2.
         crop: pixels of zero padding of a random crop of the image's own size, 0 = none.
 
@@ -69,9 +84,7 @@ class Schedule:
             "decay_factor", self.decay_factor, "above 0, up to 1", low=0, high=1, open_low=True
         )
         check_number("crop", self.crop, "a whole number of pixels from 0", low=0, whole=True)
-        check_choice(
-            "momentum_between_rounds", self.momentum_between_rounds, MOMENTUM_BETWEEN_ROUNDS
-        )
+        check_choice("momentum_between_rounds", self.momentum_between_rounds, ("reset", "keep"))
 
     @property
     def epochs(self) -> int:

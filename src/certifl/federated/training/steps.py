@@ -8,16 +8,15 @@ gradients, the optimizer's step.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from certifl.federated.objectives import Objective
 from certifl.federated.states import ModelState
-from certifl.federated.training import foreach
 from certifl.federated.training.batches import Batch
 from certifl.torch_env import exact_convolutions
 
@@ -105,7 +104,7 @@ class StepContext:
     @torch.no_grad()
     def _put(self, weights: Mapping[str, torch.Tensor]) -> None:
         parameters = self.parameters
-        foreach.copy(list(parameters.values()), [weights[name] for name in parameters])
+        foreach_copy(list(parameters.values()), [weights[name] for name in parameters])
 
     @torch.no_grad()
     def scale_gradients(self, factor: float, weight_decay: float = 0.0) -> None:
@@ -113,8 +112,8 @@ class StepContext:
         parameters = list(_with_gradient(self.parameters).values())
         gradients = gradients_of(parameters)
         if weight_decay != 0:
-            foreach.add(gradients, parameters, weight_decay)
-        foreach.scale(gradients, factor)
+            foreach_add(gradients, parameters, weight_decay)
+        foreach_scale(gradients, factor)
 
     def copy_gradients(self) -> ModelState:
         """Copies of the gradients; zero for a weight without one."""
@@ -127,7 +126,7 @@ class StepContext:
     def set_gradients(self, gradients: Mapping[str, torch.Tensor]) -> None:
         """Replace the gradients, of parameters that have one, for `optimizer_step`."""
         parameters = _with_gradient(self.parameters)
-        foreach.copy(gradients_of(parameters.values()), [gradients[name] for name in parameters])
+        foreach_copy(gradients_of(parameters.values()), [gradients[n] for n in parameters])
 
     def preserve_rng_state(self) -> contextlib.AbstractContextManager[None]:
         """Restore the random state afterwards, so that layers (dropout) draw the same again."""
@@ -165,20 +164,45 @@ def plain_step(context: StepContext, batch: Batch) -> Outcome:
     return outcome
 
 
+# Arithmetic on lists of tensors: one kernel launch on a GPU, as in torch.optim.SGD, and the same
+# bits as tensor by tensor. torch has no public name for these operations; they refuse empty lists.
+
+_lists: Any = torch
+
+
+def foreach_scale(values: Sequence[torch.Tensor], factor: float) -> None:
+    """Multiply every value by factor, in place."""
+    if values:
+        _lists._foreach_mul_(values, factor)
+
+
+def foreach_add(
+    values: Sequence[torch.Tensor], others: Sequence[torch.Tensor], factor: float = 1
+) -> None:
+    """Add factor times other to every value, in place."""
+    if values:
+        _lists._foreach_add_(values, others, alpha=factor)
+
+
+def foreach_sub(
+    values: Sequence[torch.Tensor], others: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Of each pair: value - other."""
+    return list(_lists._foreach_sub(values, others)) if values else []
+
+
+def foreach_copy(targets: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """Copy every value into its target."""
+    if targets:
+        _lists._foreach_copy_(targets, values)
+
+
 # Arithmetic and randomness around the steps.
 
-TRAINING_PRECISIONS = {
-    "float32": "weights, activations and gradients in float32",
-    "bfloat16": "convolutions and matrix products in bfloat16; weights, their gradients, momentum "
-    "and the loss stay in float32",
-}
-
-
-MEMORY_FORMATS = {
-    "auto": "contiguous in float32, channels-last in bfloat16",
-    "contiguous": "an image's channels one after the other",
-    "channels-last": "an image's pixels one after the other, which is faster on processors",
-}
+TRAINING_PRECISIONS = ("float32", "bfloat16")
+"""bfloat16: of convolutions and matrix products; weights, gradients and the loss stay float32."""
+MEMORY_FORMATS = ("auto", "contiguous", "channels-last")
+"""auto: contiguous in float32; channels-last, faster on processors, in bfloat16."""
 
 
 def put_in_format(model: nn.Module, memory_format: str, precision: str) -> None:
@@ -213,8 +237,6 @@ class InBfloat16:
 
 
 class _Autocast(nn.Module):
-    """A network under autocast."""
-
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network

@@ -7,25 +7,116 @@ killing a worker damages nothing on disk.
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import pickle
+import signal
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
-from types import TracebackType
+from typing import Any
 
-from certifl.errors import InputError, WorkError
+import torch
+
+from certifl.errors import CertiflError, InputError, WorkError
 from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.faults import ClientResult, Fault, try_client
+from certifl.federated.rounds import Clients, data_of, run_client, server_state
+from certifl.federated.states import ServerState
 from certifl.federated.training.local_training import LocalTraining
-from certifl.federated.worker import Clients, Message, data_of, pack, serve, unpack
-from certifl.models import allowed_code
+from certifl.models import adopt_code, allowed_code
 from certifl.registry import check_number
 from certifl.runs.checkpoints import StoredRound
 
-_PRELOADED = ["certifl.federated.worker", "torch._dynamo"]
+_PRELOADED = ["certifl.federated.workers", "torch._dynamo"]
 _EXIT_SECONDS = 5.0  # until a process that closed its connection has an exit code
 _MOST_KILLED_STARTS = 3  # processes killed while starting, before it is an error
+_READY = "ready"
+
+# In a worker. It receives (the committed round to start from, a client, its data), and sends
+# `_READY` once, then a `ClientResult` for each client, or an error that must stop the training.
+
+
+def serve(connection: Connection, payload: bytes) -> None:
+    """Main loop of a worker: train clients on one thread until the connection closes."""
+    # Ctrl-C reaches all processes of a terminal; the main process decides what follows.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    code, work = pickle.loads(payload)
+    adopt_code(code)
+    algorithm, training = pickle.loads(work)
+    broadcast: ServerState | None = None
+    warm_up()
+    connection.send_bytes(pack(_READY))
+    while True:
+        try:
+            stored, client, data = unpack(connection.recv_bytes())
+        except EOFError:
+            return
+        try:
+            if broadcast is None or broadcast.round != stored.number:
+                broadcast = server_state(stored)
+            result = run_client(algorithm, training, broadcast, stored, client, {client: data})
+            reply = _packed(result)
+        except CertiflError as error:
+            reply = pack(error)
+        connection.send_bytes(reply)
+
+
+def warm_up() -> None:
+    """Take a step, so that torch's lazy imports do not count as the first client's time."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    weight.sum().backward()
+    optimizer.step()
+
+
+def _packed(result: ClientResult) -> bytes:
+    """A result as bytes; a fault without its exception, whose class may not be picklable."""
+    if result.fault is not None:
+        return pack(replace(result, fault=replace(result.fault, error=None)))
+    packed = try_client(result.client, lambda: pack(result))
+    if isinstance(packed, Fault):
+        fault = Fault("wrong", f"its result cannot be sent, {packed.reason}")
+        return pack(replace(result, content=None, fault=fault))
+    return packed
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors that appear twice (a model that is sent and kept) are written once."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is not torch.Tensor:
+            return NotImplemented
+        plain = value.detach().to("cpu").contiguous()
+        content = plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+        return _tensor, (content, plain.dtype, tuple(plain.shape))
+
+
+def _tensor(content: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    if not content:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(content), dtype=dtype).reshape(shape)
+
+
+def pack(message: object) -> bytes:
+    """Serialize a message between processes, tensors as bytes.
+
+    torch would use shared memory and open files, which run out with many clients.
+    """
+    written = io.BytesIO()
+    _Pickler(written, protocol=5).dump(message)
+    return written.getvalue()
+
+
+def unpack(message: bytes) -> Any:
+    """Deserialize a message of a process that this training started."""
+    return pickle.loads(message)
+
+
+# In the main process.
 
 
 class WorkerPool:
@@ -56,7 +147,16 @@ class WorkerPool:
         if answer_within is not None:
             allowed = "a number of seconds above 0"
             check_number("answer_within", answer_within, allowed, low=0, open_low=True)
-        self._payload = _payload(algorithm, training)
+        try:
+            # Pickled separately: the code must be allowed before the rest can be read.
+            self._payload = pickle.dumps((allowed_code(), pickle.dumps((algorithm, training))))
+        except Exception as error:
+            raise InputError(
+                "This training cannot be sent to worker processes "
+                f"({type(error).__name__}: {error}). Define the network's classes and functions "
+                "at the top of a module (no lambda, no class within a function), or set "
+                "workers = 0."
+            ) from error
         self._clients, self._count, self._timeout = clients, workers, answer_within
         self._workers: list[_Worker] = []
         self._killed_at_start = 0
@@ -64,12 +164,7 @@ class WorkerPool:
     def __enter__(self) -> WorkerPool:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for worker in self._workers:
             worker.end()
         self._workers.clear()
@@ -87,16 +182,13 @@ class WorkerPool:
         sent = yielded = 0
         while yielded < len(participants):
             ahead = min(len(participants), yielded + 2 * self._count)
-            while sent < ahead and (worker := self._free()) is not None:
+            while sent < ahead and (worker := next((w for w in self._workers if w.free), None)):
                 sent += self._send(worker, sent, participants[sent], current, done)
             if yielded in done:
                 yield done.pop(yielded)
                 yielded += 1
             else:
                 self._receive(done)
-
-    def _free(self) -> _Worker | None:
-        return next((worker for worker in self._workers if worker.free), None)
 
     def _send(
         self,
@@ -118,24 +210,19 @@ class WorkerPool:
 
     def _receive(self, done: dict[int, ClientResult]) -> None:
         """Wait until a worker sends a message, exits, or times out."""
-        readable = wait_for([worker.connection for worker in self._workers], self._time_left())
+        spent = [worker.seconds for worker in self._workers if worker.position is not None]
+        left = max(0.0, self._timeout - max(spent)) if self._timeout and spent else None
+        readable = wait_for([worker.connection for worker in self._workers], left)
         for worker in list(self._workers):
             if worker.connection in readable:
                 self._read(worker, done)
-            elif worker.position is not None and self._timed_out(worker):
-                reason = f"it did not answer within {self._timeout:g} seconds"
-                done[worker.position] = ClientResult(
-                    worker.client, worker.seconds, None, Fault("late", reason)
-                )
-                self._replace(worker)
-
-    def _time_left(self) -> float | None:
-        """Seconds until the next client times out; None = none will."""
-        spent = [worker.seconds for worker in self._workers if worker.position is not None]
-        return max(0.0, self._timeout - max(spent)) if self._timeout and spent else None
-
-    def _timed_out(self, worker: _Worker) -> bool:
-        return self._timeout is not None and worker.seconds >= self._timeout
+            elif worker.position is not None and self._timeout is not None:
+                seconds = worker.seconds
+                if seconds >= self._timeout:
+                    reason = f"it did not answer within {self._timeout:g} seconds"
+                    fault = Fault("late", reason)
+                    done[worker.position] = ClientResult(worker.client, seconds, None, fault)
+                    self._replace(worker)
 
     def _read(self, worker: _Worker, done: dict[int, ClientResult]) -> None:
         try:
@@ -144,13 +231,15 @@ class WorkerPool:
             self._exited(worker, done)
             return
         message = try_client(worker.client, lambda: unpack(received))
-        if isinstance(message, Message) and message.kind == "ready":
+        if message == _READY:
             worker.ready = True
-        elif isinstance(message, Message) and message.kind == "stop":
-            raise message.content
+        elif isinstance(message, CertiflError):
+            raise message
         elif worker.position is not None:
-            done[worker.position] = _result_in(worker.client, worker.seconds, message)
-            worker.position = None
+            if isinstance(message, Fault):
+                fault = Fault("wrong", f"its result cannot be read, {message.reason}")
+                message = ClientResult(worker.client, worker.seconds, None, fault)
+            done[worker.position], worker.position = message, None
 
     def _exited(self, worker: _Worker, done: dict[int, ClientResult]) -> None:
         """A process that exited: a fault of its client, if it had one."""
@@ -224,26 +313,3 @@ class _Worker:
         self._process.close()
         self.connection.close()
         return code
-
-
-def _result_in(client: int, seconds: float, message: object) -> ClientResult:
-    """The result in a message; a message that cannot be read is a fault."""
-    if isinstance(message, Fault):
-        fault = Fault("wrong", f"its result cannot be read, {message.reason}")
-        return ClientResult(client, seconds, None, fault)
-    assert isinstance(message, Message)
-    if message.kind == "fault":
-        return ClientResult(client, message.seconds, None, message.content)
-    return ClientResult(client, message.seconds, message.content)
-
-
-def _payload(algorithm: Algorithm, training: LocalTraining) -> bytes:
-    try:
-        # Pickled separately: the code must be allowed before the rest can be read.
-        return pickle.dumps((allowed_code(), pickle.dumps((algorithm, training))))
-    except Exception as error:
-        raise InputError(
-            f"This training cannot be sent to worker processes ({type(error).__name__}: {error}). "
-            "Define the network's classes and functions at the top of a module (no lambda, no "
-            "class within a function), or set workers = 0."
-        ) from error
