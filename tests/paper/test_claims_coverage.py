@@ -11,8 +11,7 @@ import pytest
 from scipy import special, stats
 
 from certifl.paper.claims import effects as statistics
-from certifl.paper.claims.bootstrap import Sampler
-from certifl.paper.claims.effects import QUANTITIES, Effect, change
+from certifl.paper.claims.effects import QUANTITIES, Effect, Sampler, change
 from certifl.paper.claims.runs import StudyRun, largest_radius, read_run
 from certifl.report import intervals
 from certifl.report.results import RunResults

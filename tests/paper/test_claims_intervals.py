@@ -11,14 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from certifl.paper.claims.bootstrap import ResampledMeans, Sampler, resampled_means
 from certifl.paper.claims.effects import (
     QUANTITIES,
     Effect,
     Means,
+    ResampledMeans,
+    Sampler,
     change,
     expected_range,
     over_seeds,
+    resampled_means,
     resampled_spread,
 )
 from certifl.paper.claims.rules import (

@@ -16,11 +16,10 @@ import torch
 from certifl.errors import StoreMismatch
 from certifl.experiments import parallel as module
 from certifl.experiments.run import Options
-from certifl.paper.beside import claims_of
 from certifl.paper.costs import costs
 from certifl.paper.drawing import COLUMNS
 from certifl.paper.figures import EXTRA, FIGURES, Figure, Panel, Regime, Setting
-from certifl.paper.pages import complete, write_paper_figure
+from certifl.paper.pages import claims_of, complete, write_paper_figure
 from certifl.paper.reproduce import make_plan, reproduce
 from certifl.paper.scales import SCALES
 from certifl.report import load_run

@@ -33,7 +33,7 @@ def scripts() -> Iterator[Scripts]:
     """The script and what it imports, as Python finds them when it is started."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(RESULTS))
-        names = ("paging", "study_numbers", "verdict_words", "figures")
+        names = ("paging", "study_numbers", "figures")
         yield {name: importlib.import_module(name) for name in names}
 
 

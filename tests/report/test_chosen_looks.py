@@ -17,10 +17,10 @@ from browser import Windows
 from certifl.errors import InputError
 from certifl.report import FigureStyle, load_runs
 from certifl.report.figures import average_radius_figure, certified_accuracy_figure
-from certifl.report.naming import arranged, assignments, known_names, listed_names
-from certifl.report.page.classes import classes_section
 from certifl.report.page.context import ReportContext
+from certifl.report.page.results import classes_section
 from certifl.report.results import RunResults
+from certifl.report.style import arranged, assignments, known_names, listed_names
 from report_factory import PIXEL, make_certificates, make_run, write_study
 
 MIXTURE = "Mixture, λ = 0.5"

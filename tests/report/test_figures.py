@@ -16,7 +16,7 @@ from matplotlib.collections import FillBetweenPolyCollection
 from matplotlib.colors import to_hex
 
 from certifl.errors import StoreError, StoreMismatch
-from certifl.report import load_runs
+from certifl.report import load_runs, write_figures
 from certifl.report.figures import (
     Drawing,
     average_radius_figure,
@@ -26,7 +26,6 @@ from certifl.report.figures import (
     per_client_figure,
     save,
 )
-from certifl.report.page.page import write_figures
 from certifl.report.style import looks_of
 from certifl.report.summary import client_acr, client_curves, radius_grid
 from report_factory import PIXEL, make_certificates, make_run, write_study

@@ -13,7 +13,7 @@ from playwright.sync_api import Page, expect
 
 import claims_factory as claims
 from certifl.certification.certificates import Certificates
-from certifl.paper.claims.section import verdicts_section
+from certifl.paper.claims import verdicts_section
 from certifl.paper.pages import write_paper_figure
 from certifl.report import write_report
 from explorer_factory import write_explorer

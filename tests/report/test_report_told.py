@@ -19,8 +19,7 @@ from certifl.errors import StoreMismatch
 from certifl.experiments.run import Options
 from certifl.experiments.run import run as run_study
 from certifl.experiments.verify import impossible, verify_run
-from certifl.paper.claims import check_claims
-from certifl.paper.claims.section import verdicts_section
+from certifl.paper.claims import check_claims, verdicts_section
 from certifl.report import load_runs, summary_rows, write_report
 from certifl.report.compare import compare
 from certifl.report.summary import client_acr, client_curves, radius_grid

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from certifl.certification.certificates import Certificates
-from certifl.paper.claims.section import verdicts_section
+from certifl.paper.claims import verdicts_section
 from certifl.report import write_report
 from explorer_factory import write_explorer
 from report_factory import (

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from certifl.errors import StoreMismatch
-from certifl.report.figures.files import Drawing
-from certifl.report.figures.plots import INK, band, frame, line, named_legend, panel, short_name
+from certifl.report.axes import INK, band, frame, line, named_legend, panel, short_name
+from certifl.report.figures import Drawing
 from certifl.report.results import RunResults, check_comparable
 from certifl.report.style import LOOKS, Look, look_number, looks_of
 from certifl.report.summary import client_acr, client_curves, first_unit, radius_grid

@@ -16,8 +16,7 @@ import numpy as np
 from certifl.certification.certificates import Certificates, Predictions
 from certifl.certification.metadata import CURVES_ONLY
 from certifl.errors import InputError, StoreError, StoreMismatch
-from certifl.report.checks import certificates_problem, round_problem
-from certifl.report.curves_only import certificates_from_curves
+from certifl.report.stored import certificates_from_curves, certificates_problem, round_problem
 from certifl.runs.folder import StoredRun, damaged_manifest
 from certifl.safe_io import read_text
 from certifl.smoothing.arrays import Floats, Ints
@@ -116,6 +115,12 @@ class RunResults:
         """The run itself: a row of one seed."""
         return (self,)
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes, where the data set has some."""
+        names = self.data.get("class_names")
+        return [str(name) for name in names] if isinstance(names, list) and names else None
+
     def client_name(self, client: int) -> str:
         """A client's number, with its name where the partition of the data has one."""
         names = self.manifest.get("client_names")
@@ -137,7 +142,7 @@ class RunResults:
         Raises:
             InputError: clients certify different perturbations: take one of `parts`.
         """
-        from certifl.report.frames import curves_frame
+        from certifl.report.table import curves_frame
 
         return curves_frame(self, radii)
 
@@ -156,7 +161,7 @@ class RunResults:
             InputError: clients certify different perturbations: take one of `parts`; or single
                 images are not known.
         """
-        from certifl.report.frames import table_frame
+        from certifl.report.table import table_frame
 
         return table_frame(self, by)
 
@@ -183,7 +188,7 @@ class RunResults:
         Raises:
             InputError: a unit, a color, or clients that certify different perturbations.
         """
-        from certifl.report.figures.axes import plot
+        from certifl.report.figures import plot
 
         chosen = {self.label: label} if label else None
         return plot([self], ax, chosen, None, {self.label: color} if color else None, unit, bands)
@@ -469,6 +474,20 @@ def _perturbations_by_client(run: Row) -> dict[str, str] | None:
         for part in run.parts
         for client in part.clients
     }
+
+
+def require_one_perturbation(row: Row) -> None:
+    """Refuse a row whose clients certify different perturbations.
+
+    Raises:
+        InputError: they do: their radii have no common axis.
+    """
+    if len(row.parts) > 1:
+        noise = ", ".join(str(part.conditions.get("family")) for part in row.parts)
+        raise InputError(
+            f"The clients of {row.label} certify different perturbations ({noise}), whose radii "
+            "have no common axis. Take them one by one: for part in result.parts."
+        )
 
 
 def _label(run: StoredRun) -> str:

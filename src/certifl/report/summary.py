@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,44 +86,30 @@ def client_acr(row: Row) -> Floats:
 
     Over several seeds the mean of those in which the client has certificates.
     """
-    return _over_seeds(row, _own_acr)
+    return _by_client(row, lambda own: own.average_certified_radius())
 
 
 def client_curves(row: Row, radii: Sequence[float] | Floats) -> Floats:
-    """(clients, radii) certified accuracy of every client on its own test images."""
-    return _over_seeds(row, lambda run: _own_curves(run, radii))
+    """(clients, radii) certified accuracy of every client on its own test images.
+
+    One grid serves all runs of a page, so it may pass what the votes of one could certify.
+    """
+    grid = np.asarray(radii, np.float64)
+    return _by_client(row, lambda own: curves.certified_accuracy(own.correct, own.radius, grid))
 
 
-def _own_acr(run: RunResults) -> Floats:
-    return np.array(
-        [run.certificates.of_client(c).average_certified_radius() for c in run.clients]
-    )
-
-
-def _own_curves(run: RunResults, radii: Sequence[float] | Floats) -> Floats:
-    return np.stack([_curve(run.certificates.of_client(c), radii) for c in run.clients])
-
-
-def _curve(certificates: Certificates, radii: Sequence[float] | Floats) -> Floats:
-    """One grid serves all runs of a page, so it may pass what the votes of one could certify."""
-    return curves.certified_accuracy(
-        certificates.correct, certificates.radius, np.asarray(radii, np.float64)
-    )
-
-
-def _over_seeds(row: Row, value: Callable[[RunResults], Floats]) -> Floats:
-    """(clients, ...) mean over seeds of what each run gives for each of its clients."""
-    by_run = [(run.clients.tolist(), value(run)) for run in row.runs]
-    of_client = [
-        [values[clients.index(client)] for clients, values in by_run if client in clients]
-        for client in row.clients.tolist()
-    ]
-    return np.stack([np.mean(values, axis=0) for values in of_client])
+def _by_client(row: Row, value: Callable[[Certificates], Any]) -> Floats:
+    """(clients, ...) mean over seeds of a value of each client's certificates."""
+    by_client: dict[int, list[Any]] = {client: [] for client in row.clients.tolist()}
+    for run in row.runs:
+        for client in run.clients.tolist():
+            by_client[client].append(value(run.certificates.of_client(client)))
+    return np.stack([np.mean(values, axis=0) for values in by_client.values()])
 
 
 def mean_acr(row: Row) -> float:
     """Mean over clients of the average certified radius, and over seeds."""
-    return float(np.mean([_own_acr(run).mean() for run in row.runs]))
+    return float(np.mean([client_acr(run).mean() for run in row.runs]))
 
 
 def spread(row: Row) -> tuple[int, int, float]:
@@ -134,7 +120,7 @@ def spread(row: Row) -> tuple[int, int, float]:
     """
     radii = client_acr(row)
     best, worst = int(radii.argmax()), int(radii.argmin())
-    gap = float(np.mean([np.ptp(_own_acr(run)) for run in row.runs]))
+    gap = float(np.mean([np.ptp(client_acr(run)) for run in row.runs]))
     return int(row.clients[best]), int(row.clients[worst]), gap
 
 
@@ -163,9 +149,14 @@ def shares_over_seeds(hits: Sequence[NDArray[np.bool_]], images: Sequence[Ints])
     return Share(value, max(0.0, float(low[0])), min(1.0, float(high[0])))
 
 
+def certified_at(run: RunResults, radius: float) -> NDArray[np.bool_]:
+    """(m,) whether each image is certified correct with at least this radius."""
+    return run.certificates.correct & (run.certificates.radius >= radius)
+
+
 def accuracy_share(row: Row, radius: float) -> Share:
     """Certified accuracy at a radius over all images of all clients."""
-    hits = [r.certificates.correct & (r.certificates.radius >= radius) for r in row.runs]
+    hits = [certified_at(run, radius) for run in row.runs]
     return shares_over_seeds(hits, [image_numbers(run) for run in row.runs])
 
 
@@ -214,24 +205,17 @@ def vote_cost(row: Row) -> Votes:
 
     Of several seeds the sum, and votes per image over all of their images.
     """
-    spent = [_vote_cost(run) for run in row.runs]
-    fixed = [one.fixed for one in spent if one.fixed is not None]
-    return Votes(
-        sum(one.estimation for one in spent),
-        sum(one.selection for one in spent),
-        sum(fixed) if len(fixed) == len(spent) else None,
-        sum(one.estimation for one in spent) / sum(len(run.certificates) for run in row.runs),
-    )
-
-
-def _vote_cost(run: RunResults) -> Votes:
-    certificates, metadata = run.certificates, run.conditions
-    estimation = int(certificates.counts.sum())
-    selection = int(certificates.selection_counts.sum())
-    fixed = None
-    if metadata.get("n") and metadata.get("n0") and estimation:
-        fixed = len(certificates) * (int(metadata["n"]) + int(metadata["n0"]))
-    return Votes(estimation, selection, fixed, estimation / len(certificates))
+    estimation, selection, fixed, images = 0, 0, [], 0
+    for run in row.runs:
+        certificates, metadata = run.certificates, run.conditions
+        own = int(certificates.counts.sum())
+        if metadata.get("n") and metadata.get("n0") and own:
+            fixed.append(len(certificates) * (int(metadata["n"]) + int(metadata["n0"])))
+        estimation += own
+        selection += int(certificates.selection_counts.sum())
+        images += len(certificates)
+    known = sum(fixed) if len(fixed) == len(row.runs) else None
+    return Votes(estimation, selection, known, estimation / images)
 
 
 def largest_radius(rows: Sequence[Row]) -> float:
@@ -314,8 +298,7 @@ _NO_MEASURES = ("client", "seconds", "private_steps")
 _CLIENTS_SHOWN = 5
 
 
-@dataclass(frozen=True, eq=False)
-class MeasureCurve:
+class MeasureCurve(NamedTuple):
     """One measure over the rounds.
 
     Attributes:
@@ -327,10 +310,6 @@ class MeasureCurve:
     mean: Floats
     low: Floats
     high: Floats
-
-    def columns(self) -> tuple[list[float], ...]:
-        """The four columns as plain lists."""
-        return tuple(c.tolist() for c in (self.rounds, self.mean, self.low, self.high))
 
 
 def measures_of(rows: Sequence[Row]) -> list[str]:
@@ -357,8 +336,7 @@ def measure_curves(row: Row, measure: str) -> MeasureCurve | None:
     rows = [(n, float(np.mean(v)), min(v), max(v)) for n, v in sorted(by_round.items()) if v]
     if not rows:
         return None
-    rounds, mean, low, high = np.array(rows, np.float64).T
-    return MeasureCurve(rounds, mean, low, high)
+    return MeasureCurve(*np.array(rows, np.float64).T)
 
 
 def left_out_words(run: RunResults) -> str | None:

@@ -9,20 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from certifl.paper.claims.designs import Growth, Pairs
-from certifl.paper.claims.matching import (
-    AFFINE_FEDAVG,
-    FEDAVG,
-    FROM_AFFINE,
-    FROM_NOMINAL,
-    FROM_ROBUST,
-    LOCAL,
-    MIXTURE,
-    NOMINAL_FEDAVG,
-    Counts,
-    Scope,
-)
-from certifl.paper.claims.mixture_designs import Best, Matched
+from certifl.paper.claims.designs import Best, Growth, Matched, Pairs
 from certifl.paper.claims.rules import (
     Combination,
     Equivalence,
@@ -32,7 +19,20 @@ from certifl.paper.claims.rules import (
     every,
     some,
 )
-from certifl.paper.claims.runs import LARGE, SMALL
+from certifl.paper.claims.runs import (
+    AFFINE_FEDAVG,
+    FEDAVG,
+    FROM_AFFINE,
+    FROM_NOMINAL,
+    FROM_ROBUST,
+    LARGE,
+    LOCAL,
+    MIXTURE,
+    NOMINAL_FEDAVG,
+    SMALL,
+    Counts,
+    Scope,
+)
 
 Design = Pairs | Growth | Best | Matched
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from certifl.report.compare import ClientComparison, ranking
+from certifl.report.compare import ClientComparison, difference, ranking
 from certifl.report.page.context import ReportContext, named
 from certifl.report.page.html import (
     Markup,
@@ -65,7 +65,7 @@ def _client(context: ReportContext, part: ClientComparison) -> dict[str, Any]:
     pairs = {}
     for rank, ahead in enumerate(order):
         for behind in order[rank + 1 :]:
-            pair = part.pairs[min(ahead, behind), max(ahead, behind)].seen_from(ahead)
+            pair = difference(part.pairs, ahead, behind)
             shown = int(pair.shown) if pair.stated else None
             pairs[f"{ahead}-{behind}"] = [by_margin(pair, context.scale), shown]
     return {
