@@ -73,10 +73,10 @@ def rare_losses(gain: float) -> list[Effect]:
 @pytest.mark.statistical
 @pytest.mark.parametrize("gain", [GAIN, 0.06])
 def test_a_gain_of_nearly_all_images_does_not_hide_the_few_that_lose(gain, monkeypatch):
-    true = (1.0 - RARE) * gain - RARE * LOSS
-    assert misses(rare_losses(gain), true) < 0.10 * STUDIES
+    true, effects = (1.0 - RARE) * gain - RARE * LOSS, rare_losses(gain)
+    assert misses(effects, true) < 0.10 * STUDIES
     monkeypatch.setattr(intervals, "ALIKE", 0.0)  # the last digits alone make images unlike
-    assert misses(rare_losses(gain), true) > 0.12 * STUDIES
+    assert misses(effects, true) > 0.12 * STUDIES
 
 
 def test_images_are_unlike_by_a_quarter_from_what_most_of_their_client_show():
@@ -99,7 +99,7 @@ def alike_but_paired(rng: np.random.Generator, clients: int, images: int) -> tup
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize(("clients", "images"), [(4, 10), (10, 4), (10, 10)])
+@pytest.mark.parametrize(("clients", "images"), [(4, 10), (10, 4)])
 def test_with_images_enough_an_interval_misses_at_most_about_twice_as_often_as_it_says(
     clients, images
 ):

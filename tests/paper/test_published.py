@@ -67,7 +67,8 @@ def compute(study: Path, *regimes) -> None:
         beside = tuple(sorted((study / "runs").glob("*")))
         own = study / "runs" / spec(regime).hash()
         command = f"/opt/bin/certifl reproduce figure1 --out {study}"
-        run(spec(regime), Options(own, device="cpu", siblings=beside, command=command))
+        options = Options(own, device="cpu", siblings=beside, command=command, explore=False)
+        run(spec(regime), options)
 
 
 def start(script: ModuleType, *words: str | Path) -> None:

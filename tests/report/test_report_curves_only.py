@@ -1,4 +1,4 @@
-"""Runs whose clients told curves and kept their certificates: one page, and what is verified."""
+"""Runs whose clients share curves and keep their certificates: one page, and what is verified."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from report_pages import data_of
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two regimes that told curves, and one with all certificates."""
-    place, folders = tmp_path_factory.mktemp("told"), []
+    """Two regimes of which curves are known, and one with all certificates."""
+    place, folders = tmp_path_factory.mktemp("curves"), []
     for number, regime in enumerate(("local", "fedavg", "ditto")):
         certificates = make_certificates(0.6 + 0.15 * number, 3, 20, seed=number)
         manifest = make_manifest(regime, regime.capitalize(), 3, 60)
@@ -41,7 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.parametrize("chosen", [slice(0, 2), slice(0, 3)])
-def test_curves_stand_on_one_page_and_nothing_is_paired(runs, chosen, tmp_path):
+def test_curves_stand_on_one_page_and_nothing_is_paired(bare, runs, chosen, tmp_path):
     loaded = load_runs(runs[chosen])
     page = write_report(
         runs[chosen], tmp_path / "report.html", figures=False, claims=verdicts_section
@@ -91,7 +91,7 @@ def test_claims_are_never_tested_on_rows_made_from_curves(tmp_path):
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("kept") / "run"
-    folder = run_study(tiny.spec(), Options(place))
+    folder = run_study(tiny.spec(), Options(place, explore=False))
     certificates = folder.load_certificates()
     shutil.copy(folder.certificates, place.parent / "own.parquet")
     return keep_to_themselves(place, certificates)
@@ -149,9 +149,9 @@ Change = Callable[[dict[str, Any]], Any]
 def test_an_impossible_curve_is_a_problem(kept: Path, tmp_path: Path, change: Change, says: str):
     place = tmp_path / "run"
     shutil.copytree(kept, place)
-    held = json.loads((place / "curves.json").read_text())
-    change(held["clients"]["1"])
-    (place / "curves.json").write_text(json.dumps(held))
+    shared = json.loads((place / "curves.json").read_text())
+    change(shared["clients"]["1"])
+    (place / "curves.json").write_text(json.dumps(shared))
     assert any(says in problem for problem in verify_run(place).problems)
     assert tiny.cli("verify", place).code == 1
 
