@@ -265,7 +265,7 @@ def test_widths_go_with_the_root_of_the_images(scripts, tmp_path) -> None:
 
 
 def test_the_pilot_measures_both_criteria_and_resumes(scripts, tmp_path, capsys) -> None:
-    words = ("--scale", "smoke", "--out", tmp_path)
+    words = ("--scale", "smoke", "--out", tmp_path, "--set", "training.local_epochs=1")
     start(scripts["pilot"], *words, "--part", "alone")
     start(scripts["pilot"], *words)
     said = capsys.readouterr().out

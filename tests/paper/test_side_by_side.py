@@ -80,7 +80,7 @@ def test_leaving_early_ends_the_helpers_and_loses_nothing(tmp_path):
 
 def test_helpers_end_when_the_command_is_killed(tmp_path):
     psutil = pytest.importorskip("psutil")
-    asked = ("reproduce", "figure1", "--scale", "smoke", "--out", str(tmp_path), "--jobs", "3")
+    asked = ("reproduce", "figure1", "--scale", "smoke", "--out", str(tmp_path), "--jobs", "2")
     process = subprocess.Popen(
         [sys.executable, "-m", "certifl", *asked],
         stdout=subprocess.DEVNULL,
@@ -88,12 +88,12 @@ def test_helpers_end_when_the_command_is_killed(tmp_path):
         env=environment(),
     )
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("runs/*/spec.toml"))) < 3:
+    while len(list(tmp_path.glob("runs/*/spec.toml"))) < 2:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     helpers = psutil.Process(process.pid).children(recursive=True)
-    assert len(helpers) >= 2
+    assert helpers
     process.kill()
     assert process.wait() == -signal.SIGKILL
     _, left = psutil.wait_procs(helpers, timeout=60)

@@ -38,9 +38,8 @@ class Difference:
 
     Attributes:
         first, second: positions of the two.
-        estimate: the difference on the certified images; NaN where none is stated.
-        low, high: its interval; infinite where there is none.
-        images: how many images were compared, over all seeds. seeds: how many trainings.
+        estimate: NaN where no difference is stated. low, high: infinite without an interval.
+        images: how many were compared, over all seeds. seeds: how many trainings.
         why: why no difference is stated; empty where one is.
     """
 
@@ -90,8 +89,7 @@ class ClientComparison:
     """The algorithms on one client's test images.
 
     Attributes:
-        client: number of the client.
-        images: how many of its images were compared; the fewest of all pairs.
+        client: its number. images: how many of its images were compared; the fewest of all pairs.
         acr: (algorithms,) its average certified radius; NaN without certificates.
         pairs: differences, keyed by positions (first < second).
     """

@@ -48,9 +48,8 @@ class Layout:
     """Which images a run certified; runs of equal layout are compared image by image.
 
     Attributes:
-        seed, clients: of the study; they name the stream of the draws.
-        sizes: images of each client.
-        images: the clients, positions and labels of all images, as bytes.
+        seed, clients: of the study; they name the stream of the draws. sizes: images of each
+            client. images: clients, positions and labels of all images, as bytes.
     """
 
     seed: int
@@ -67,12 +66,7 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class ResampledMeans:
-    """One quantity of one run.
-
-    Attributes:
-        means: (clients,) on the certified images.
-        drawn: (draws, clients) on resampled images.
-    """
+    """One quantity of one run: (clients,) as certified and (draws, clients) resampled."""
 
     means: Floats
     resampled: NDArray[np.floating[Any]]
@@ -93,15 +87,14 @@ def layout_of(run: StudyRun) -> Layout:
 
 
 def resampled_means(values: Floats, draws: int, *ids: int) -> Floats:
-    """Means of one client's resampled images.
+    """(draws, columns) means of one client's resampled images.
+
+    A single image has no spread: all its draws are equal.
 
     Args:
         values: (images, columns), at least one image.
         draws: number of draws.
         ids: name the stream; equal ids and images give the same draws.
-
-    Returns:
-        (draws, columns). A single image has no spread: all its draws are equal.
     """
     images = len(values)
     if images == 1:
@@ -221,9 +214,10 @@ class Means:
         low, high = interval_over_seeds(self.samples, error / columns, 1.0)
         return float(low.max()), float(high.max())
 
-    def over_seeds(self, others: Sequence[Means]) -> Means:
-        """The mean over these and other seeds."""
-        return Means((*self.samples, *(one for other in others for one in other.samples)))
+    @classmethod
+    def over_seeds(cls, every: Sequence[Means]) -> Means:
+        """The mean over the seeds of all of them."""
+        return cls(tuple(sample for one in every for sample in one.samples))
 
     def minus(self, earlier: Means) -> Means:
         """The change from an earlier one, seed by seed."""
@@ -273,14 +267,14 @@ class ResampledStatistic:
         )
         return self.estimate - down, self.estimate + up
 
-    def over_seeds(self, others: Sequence[ResampledStatistic]) -> ResampledStatistic:
-        """The mean over these and other seeds."""
-        every = (self, *others)
-        return ResampledStatistic(
+    @classmethod
+    def over_seeds(cls, every: Sequence[ResampledStatistic]) -> ResampledStatistic:
+        """The mean over the seeds of all of them."""
+        return cls(
             tuple(value for one in every for value in one.values),
             tuple(parts for one in every for parts in one.draws),
             tuple(sample for one in every for sample in one.samples),
-            self.unit,
+            every[0].unit,
         )
 
     def minus(self, earlier: ResampledStatistic) -> ResampledStatistic:
@@ -481,14 +475,14 @@ def change(later: Effect, earlier: Effect) -> Effect:
 def over_seeds(effects: Sequence[Effect]) -> Effect:
     """The mean over trainings with different seeds.
 
-    One seed: the interval holds for the models trained, over images. Several: it contains the
-    variation between the seeds too, by Student's t with one degree of freedom fewer than seeds.
+    With one seed an interval is about the models trained, over images. With several it contains
+    the variation between seeds, by Student's t with one degree of freedom fewer than seeds.
     """
-    first, *others = effects
-    if not others:
+    first = effects[0]
+    if len(effects) == 1:
         return first
     return Effect(
-        source=first.source.over_seeds(cast(Any, [effect.source for effect in others])),
+        source=type(first.source).over_seeds(cast(Any, [effect.source for effect in effects])),
         images=sum(effect.images for effect in effects),
         clients=first.clients,
         seeds=len(effects),

@@ -36,9 +36,13 @@ def overview_list(context: ReportContext) -> Markup:
     runs, metadata = context.trained, context.runs[0].conditions
     costs = [vote_cost(run) for run in runs]
     spent = sum(votes.spent for votes in costs)
-    data = runs[0].data
+    data, images = runs[0].data, "image size not recorded"
+    size = data.get("image_size")
+    if isinstance(size, list) and len(size) == 2:
+        channels = {1: "gray", 3: "color"}.get(data.get("in_channels", 0), "")
+        images = f"{channels} {size[0]}\u00a0×\u00a0{size[1]}".strip()
     items = [
-        ("Data", f"{data.get('name', 'not recorded')}, {_image_words(data)}"),
+        ("Data", f"{data.get('name', 'not recorded')}, {images}"),
         ("Clients", _distinct(str(len(run.clients)) for run in runs)),
         ("Test images", _distinct(f"{len(run.certificates):,}" for run in runs)),
         ("Perturbation", f"{family_words(metadata)}, σ\u00a0=\u00a0{sigma_text(metadata)}"),
@@ -52,14 +56,6 @@ def overview_list(context: ReportContext) -> Markup:
         items = [(name, text) for name, text in items if name not in ("Data", "Clients")]
     pairs = [el("div", None, el("dt", None, k), el("dd", None, v)) for k, v in items]
     return el("dl", {"class": "facts"}, *pairs)
-
-
-def _image_words(data: Mapping[str, Any]) -> str:
-    size = data.get("image_size")
-    if not isinstance(size, list) or len(size) != 2:
-        return "image size not recorded"
-    channels = {1: "gray", 3: "color"}.get(data.get("in_channels", 0), "")
-    return f"{channels} {size[0]}\u00a0×\u00a0{size[1]}".strip()
 
 
 def meaning_section(context: ReportContext) -> Markup:
@@ -133,14 +129,12 @@ def cost_section(context: ReportContext) -> Markup:
     head = ["Property", *(run.label for run in context.trained)]
     columns = [_properties(run) for run in context.trained]
     names = list(dict.fromkeys(name for column in columns for name in column))
+    caption = "Training, certification, time and machine of every run"
+    heading = "How the runs were computed"
     if context.of_model:  # a file of certificates records no training and no machine
         names = [n for n in names if columns[0][n] not in ("–", "–, – GB")]
-    rows = [[name, *(column.get(name, "–") for column in columns)] for name in names]
-    if context.of_model:
         caption, heading = "Votes and settings", "How the model was certified"
-    else:
-        caption = "Training, certification, time and machine of every run"
-        heading = "How the runs were computed"
+    rows = [[name, *(column.get(name, "–") for column in columns)] for name in names]
     return section("cost", heading, table(caption, head, rows))
 
 
@@ -173,6 +167,13 @@ def _properties(run: RunResults) -> dict[str, str]:
     return properties | ({"Model fingerprint": model} if isinstance(model, str) else {})
 
 
+_RECOMPUTE = "Recompute every radius from the stored votes:"
+_OWN_VOTES = (
+    "Clients that share curves only keep their votes: each of them verifies its certificates on "
+    "its own machine with certifl verify."
+)
+
+
 def reproduce_section(context: ReportContext, page: Path) -> Markup:
     """Commands that verify and repeat the runs, and the spec of every run, word for word."""
     runs = context.trained
@@ -183,22 +184,13 @@ def reproduce_section(context: ReportContext, page: Path) -> Markup:
     commands = dict.fromkeys(str(run.manifest.get("command") or "certifl run") for run in runs)
     parts: list[Markup] = []
     if paths:
-        parts += [
-            paragraph("Recompute every radius from the stored votes:"),
-            _code(verify, "Commands to verify the runs"),
-        ]
+        parts = [paragraph(_RECOMPUTE), _code(verify, "Commands to verify the runs")]
     if len(paths) < len(runs):
-        text = (
-            "Clients that share curves only keep their votes: each of them verifies its "
-            "certificates on its own machine with certifl verify."
-        )
-        parts.append(paragraph(text))
-    specs = [
-        details(
-            join(["Spec of ", named_run(context, run)]), _code(run.spec, f"Spec of {run.label}")
-        )
-        for run in runs
-    ]
+        parts.append(paragraph(_OWN_VOTES))
+    specs = []
+    for run in runs:
+        code = _code(run.spec, f"Spec of {run.label}")
+        specs.append(details(join(["Spec of ", named_run(context, run)]), code))
     return section(
         "reproduce",
         "Verify and repeat",
@@ -214,9 +206,8 @@ def _verify_model(file: Path, page: Path) -> Markup:
     if file.suffix.lower() != ".parquet":
         return Markup()
     command = f"certifl verify {shlex.quote(_shown_path(file, page))}"
-    text = "Recompute every radius from the stored votes:"
     code = _code(command, "Command to verify the certificates")
-    return section("reproduce", "Verify", paragraph(text), code)
+    return section("reproduce", "Verify", paragraph(_RECOMPUTE), code)
 
 
 def _code(text: str, name: str) -> Markup:

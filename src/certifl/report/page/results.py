@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from certifl.certification.metadata import below_sigma
 from certifl.report.compare import Difference
@@ -42,41 +41,34 @@ from certifl.report.summary import (
 from certifl.report.table import Group, by_class
 from certifl.report.wording import NO_DIFFERENCE, NOT_PAIRED, by_margin, listed, percent, range_of
 
-DIFFERENCES_SHOWN = ("sigma", "law", "alpha", "n0", "n", "estimator", "precision", "seed")
+_COMPARED = ("sigma", "law", "alpha", "n0", "n", "estimator", "precision", "seed")
 
 
 def notices(context: ReportContext) -> Markup:
     """Warnings: runs that differ in more than the algorithm, clients that share curves only."""
-    return join(notice(text) for text in (_differences(context), _curves_only(context)) if text)
-
-
-def _differences(context: ReportContext) -> str:
+    texts: list[str] = []
     values = {
         name: [str(run.conditions.get(name)) for run in context.trained]
-        for name in DIFFERENCES_SHOWN
+        for name in _COMPARED
         if not (name == "seed" and context.several_seeds)
     }
     differing = [f"{name} ({', '.join(v)})" for name, v in values.items() if len(set(v)) > 1]
-    if not differing:
-        return ""
-    return (
-        f"The runs differ in more than the algorithm: {', '.join(differing)}. Compare them with "
-        "care."
-    )
-
-
-def _curves_only(context: ReportContext) -> str:
-    """That single images are not known here, and of which runs."""
+    if differing:
+        texts.append(
+            f"The runs differ in more than the algorithm: {', '.join(differing)}. Compare them "
+            "with care."
+        )
     labels = [run.label for run in context.trained if run.curves_only]
-    if not labels:
-        return ""
-    of = "" if len(labels) == len(context.trained) else f" of {listed(labels)}"
-    return (
-        f"The clients{of} certified on their own machines and shared curves only: for each radius "
-        "of a fixed grid, how many of their test images are certified correct, and their average "
-        "certified radius. Radii, votes and abstentions of single images stayed with the clients. "
-        "Intervals over images place each radius within its step of the grid."
-    )
+    if labels:
+        of = "" if len(labels) == len(context.trained) else f" of {listed(labels)}"
+        texts.append(
+            f"The clients{of} certified on their own machines and shared curves only: for each "
+            "radius of a fixed grid, how many of their test images are certified correct, and "
+            "their average certified radius. Radii, votes and abstentions of single images stayed "
+            "with the clients. Intervals over images place each radius within its step of the "
+            "grid."
+        )
+    return join(map(notice, texts))
 
 
 def results_section(context: ReportContext) -> Markup:
@@ -128,7 +120,9 @@ def _result_note(context: ReportContext) -> str:
             " Radii of this uniform distribution stay below σ (Corollary 1); a scan has no such "
             "limit."
         )
-    if any(_stops_early_on_wrong(run.conditions) for run in context.trained):
+    looks = [run.conditions.get("look_votes") or () for run in context.trained]
+    wrong = [bool(run.conditions.get("label_aware")) for run in context.trained]
+    if any(w and isinstance(v, list) and len(v) > 1 for w, v in zip(wrong, looks, strict=True)):
         text += (
             " Voting may have stopped early on images that were clearly classified wrongly; some "
             "of those count as abstained."
@@ -149,11 +143,6 @@ def _seeds_note(context: ReportContext) -> str:
         "than seeds; wide where there are few). Its accuracies have no exact limits. A row "
         "of one seed has intervals over images alone."
     )
-
-
-def _stops_early_on_wrong(metadata: Mapping[str, Any]) -> bool:
-    looks = metadata.get("look_votes")
-    return bool(metadata.get("label_aware")) and isinstance(looks, list) and len(looks) > 1
 
 
 def comparison_section(context: ReportContext) -> Markup:
@@ -219,19 +208,15 @@ def clients_section(context: ReportContext) -> Markup:
         for client, radius, accuracy in zip(run.clients, client_acr(run), accuracies, strict=True):
             at_zero = f"{percent(float(accuracy))} at 0"
             cells[int(client), row] = stacked(context.scale.text(float(radius)), at_zero)
-    rows = [
-        [_client_name(context, c), *(cells.get((c, row), "–") for row in range(len(context.runs)))]
-        for c in context.clients
-    ]
+    rows = []
+    for c in context.clients:
+        # With several seeds a client's number alone, unless all seeds agree on a name.
+        names = {run.client_name(c) for run in context.trained}
+        name = names.pop() if len(names) == 1 else str(c)
+        rows.append([name, *(cells.get((c, row), "–") for row in range(len(context.runs)))])
     head = ["Client", *(run.label for run in context.runs)]
     caption = "Average certified radius and certified accuracy at radius 0, per client"
     return details("Average certified radius of every client", table(caption, head, rows))
-
-
-def _client_name(context: ReportContext, client: int) -> str:
-    """A client's name; with several seeds its number alone, unless all seeds agree on a name."""
-    names = {run.client_name(client) for run in context.trained}
-    return names.pop() if len(names) == 1 else str(client)
 
 
 def training_section(context: ReportContext) -> Markup:
@@ -244,15 +229,10 @@ def training_section(context: ReportContext) -> Markup:
     if not names:
         nothing = paragraph("No training history was recorded.")
         return section("training", "Training", *warnings, nothing)
-    panels = [
-        el(
-            "figure",
-            None,
-            el("figcaption", None, f"{name} per round"),
-            el("div", {"class": "chart", "data-measure": str(number), "role": "img"}),
-        )
-        for number, name in enumerate(names)
-    ]
+    panels = []
+    for number, name in enumerate(names):
+        chart = el("div", {"class": "chart", "data-measure": str(number), "role": "img"})
+        panels.append(el("figure", None, el("figcaption", None, f"{name} per round"), chart))
     explanation = (
         "Recorded during the clients' training in every round. Lines are means over clients; "
         "bands reach from the smallest to the largest client."
@@ -278,7 +258,8 @@ _MOST_BANDS = 5
 def chart_controls(context: ReportContext) -> Markup:
     """All options of the charts; native form controls, reachable by keyboard."""
     rows = range(len(context.runs))
-    algorithms = [_checked({"data-algorithm": str(row)}, named(context, row)) for row in rows]
+    box: dict[str, str | bool] = {"type": "checkbox", "checked": True}
+    algorithms = [toggle({**box, "data-algorithm": str(r)}, named(context, r)) for r in rows]
     show = [
         toggle(
             {"type": "checkbox", "id": "show-band", "checked": len(rows) <= _MOST_BANDS},
@@ -289,9 +270,11 @@ def chart_controls(context: ReportContext) -> Markup:
     units = [unit.name for unit in context.units]
     return join(
         [
-            fieldset("Curves", *algorithms, name="algorithm-toggles")
-            if context.of_model
-            else fieldset("Algorithms", *algorithms, name="algorithm-toggles"),
+            fieldset(
+                "Curves" if context.of_model else "Algorithms",
+                *algorithms,
+                name="algorithm-toggles",
+            ),
             Markup() if context.of_model else fieldset("Show", *show),
             choice("Radius in", "unit", units) if len(units) > 1 else Markup(),
             choice("Accuracy in", "accuracy", ["percent", "shares from 0 to 1"]),
@@ -300,22 +283,13 @@ def chart_controls(context: ReportContext) -> Markup:
     )
 
 
-def _checked(box: Mapping[str, str | bool], label: str) -> Markup:
-    return toggle({"type": "checkbox", "checked": True, **box}, label)
-
-
 def _client_toggles(clients: Sequence[int]) -> Markup:
     if len(clients) < 2:
         return Markup()
-    chips = [
-        el(
-            "label",
-            {"class": "chip"},
-            el("input", {"type": "checkbox", "checked": True, "data-client": str(client)}),
-            el("span", None, str(client)),
-        )
-        for client in clients
-    ]
+    chips = []
+    for client in map(str, clients):
+        box = el("input", {"type": "checkbox", "checked": True, "data-client": client})
+        chips.append(el("label", {"class": "chip"}, box, el("span", None, client)))
     buttons = [
         el("button", {"type": "button", "id": f"clients-{word}"}, word) for word in ("all", "none")
     ]
@@ -342,12 +316,16 @@ def classes_section(context: ReportContext) -> Markup:
     else:
         shown = _side_by_side(rows, groups)
     sentences = [_uncertified(row, own) for row, own in zip(rows, groups, strict=True)]
-    words = [paragraph(sentence) for sentence in sentences if sentence]
-    body = join([*words, shown, note(_note(context))])
-    heading = el("h3", None, "By class")
-    if len(rows) == 1 and len(groups[0]) <= _MOST_SHOWN:
-        return join([heading, body])
-    return join([heading, details("Certified accuracy of every class", body)])
+    text = (
+        "Classes are those of the labels, and every image counts once, whichever client has it. "
+        "Each number has its own 95 % limits: among many numbers, some miss theirs."
+    )
+    if context.several_seeds:
+        text += " Rows of several seeds show means over seeds, and count images once per seed."
+    body = join([*(paragraph(one) for one in sentences if one), shown, note(text)])
+    if len(rows) > 1 or len(groups[0]) > _MOST_SHOWN:
+        body = details("Certified accuracy of every class", body)
+    return join([el("h3", None, "By class"), body])
 
 
 def _one_row(context: ReportContext, groups: list[Group], radii: list[str]) -> Markup:
@@ -395,13 +373,3 @@ def _uncertified(row: Row, groups: list[Group]) -> str:
         f"{row.label} certifies no test image of {'class' if one else 'classes'} {listed(names)} "
         "correctly."
     )
-
-
-def _note(context: ReportContext) -> str:
-    text = (
-        "Classes are those of the labels, and every image counts once, whichever client has it. "
-        "Each number has its own 95 % limits: among many numbers, some miss theirs."
-    )
-    if context.several_seeds:
-        text += " Rows of several seeds show means over seeds, and count images once per seed."
-    return text
