@@ -80,9 +80,9 @@ def test_leaving_early_ends_the_helpers_and_loses_nothing(tmp_path):
 
 def test_helpers_end_when_the_command_is_killed(tmp_path):
     psutil = pytest.importorskip("psutil")
-    asked = ("reproduce", "figure1", "--scale", "smoke", "--out", str(tmp_path), "--jobs", "2")
+    arguments = ("reproduce", "figure1", "--scale", "smoke", "--out", str(tmp_path), "--jobs", "2")
     process = subprocess.Popen(
-        [sys.executable, "-m", "certifl", *asked],
+        [sys.executable, "-m", "certifl", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=environment(),
@@ -101,12 +101,12 @@ def test_helpers_end_when_the_command_is_killed(tmp_path):
 
 
 def test_a_failure_of_a_helper_is_reported_by_the_command(tmp_path):
-    asked = ("reproduce", "figure1", "--scale", "smoke", "--out", tmp_path)
+    arguments = ("reproduce", "figure1", "--scale", "smoke", "--out", tmp_path)
     plan = make_plan({"figure1": FIGURES["figure1"]}, SMOKE, tmp_path)
     first = plan.jobs[0].path
     first.mkdir(parents=True)
     (first / "notes.txt").write_text("mine")
-    cli(*asked, "--jobs", "2").refused("notes.txt")
+    cli(*arguments, "--jobs", "2").refused("notes.txt")
     assert not multiprocessing.active_children()
     assert (first / "notes.txt").read_text() == "mine"
 

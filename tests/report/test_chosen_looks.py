@@ -212,7 +212,8 @@ def test_wrong_requests_write_nothing(
 def model_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     make_certificates(0.7, 1, 100).save(folder / "certificates.parquet")
-    tiny.cli("report", folder / "certificates.parquet", "--name", "My model").fine("My model")
+    arguments = ("report", folder / "certificates.parquet", "--name", "My model", "--format", "pdf")
+    tiny.cli(*arguments).fine("My model")
     return folder / "certificates-report" / "report.html"
 
 

@@ -80,13 +80,7 @@ _STYLE: Any = {
 
 @dataclass(frozen=True, eq=False)
 class Drawing:
-    """A figure and the numbers in it.
-
-    Attributes:
-        figure: ready to be saved.
-        columns: names of the numbers' columns.
-        rows: the numbers, in the units of the columns.
-    """
+    """A figure and the numbers in it: names of their columns, and rows."""
 
     figure: Figure
     columns: tuple[str, ...]
@@ -94,12 +88,7 @@ class Drawing:
 
 
 def image_bytes(drawing: Drawing, kind: str) -> bytes:
-    """The figure as the bytes of a file, the same for the same results.
-
-    Args:
-        drawing: what to write.
-        kind: "png" (200 dots per inch), "pdf" or "svg".
-    """
+    """The bytes of a "png" (200 dots per inch), "pdf" or "svg", the same for the same results."""
     buffer, figure = io.BytesIO(), drawing.figure
     with mpl.rc_context(_STYLE):
         # Lay out the panels once; repeating it for every file would take most of the time.
@@ -172,7 +161,7 @@ def draw_curves(
     for run, look in zip(runs, looks, strict=True):
         curves = client_curves(run, radii)
         band(axes, look, radii, *mean_and_band(curves), run.label, style)
-        rows += _curve_rows(run, radii, curves)
+        rows += curve_rows(run, radii, curves)
     return rows
 
 
@@ -203,7 +192,7 @@ def per_client_figure(
         curves = client_curves(run, radii)
         for client, curve in zip(run.clients, curves, strict=True):
             line(panels[clients.index(int(client))], look, radii, curve, run.label)
-        rows += _curve_rows(run, radii, curves)
+        rows += curve_rows(run, radii, curves)
     for at, (client, axes) in enumerate(zip(clients, panels, strict=False)):
         lowest = at + columns >= len(clients)
         panel(axes, f"client {client}", radii[-1], left=at % columns == 0, lowest=lowest)
@@ -253,10 +242,7 @@ def history_figure(
 ) -> Drawing:
     """Training: each recorded measure against the round, mean over clients with its band.
 
-    Args:
-        runs: one per algorithm; runs without history are left out.
-        title: above all panels; nothing where None.
-        style: whether bands are drawn.
+    As `certified_accuracy_figure`; runs without history are left out, and no title is the default.
     """
     names, plain = measures_of(runs), FigureStyle(bands=style.bands)
     width = max(1, len(names))
@@ -282,7 +268,8 @@ def history_figure(
     return Drawing(figure, ("regime", "measure", "round", "mean", "min", "max"), tuple(rows))
 
 
-def _curve_rows(run: Row, radii: np.ndarray, curves: np.ndarray) -> list[tuple[Any, ...]]:
+def curve_rows(run: Row, radii: np.ndarray, curves: np.ndarray) -> list[tuple[Any, ...]]:
+    """(label, client, radius, value): every client's curve, then their mean, min and max."""
     named: list[tuple[Any, np.ndarray]] = [
         (int(client), curve) for client, curve in zip(run.clients, curves, strict=True)
     ]
@@ -391,10 +378,13 @@ def plot(
     else:
         axes = ax
     before: list[tuple[Look, str]] = list(getattr(axes, _DRAWN, []))
-    looks = [
-        _next_look(look, len(before) + at, row.color) if before else look
-        for at, (row, look) in enumerate(zip(rows, looks_of(rows), strict=True))
-    ]
+    looks = looks_of(rows)
+    if before:  # looks beside those of earlier calls, in the colors that were chosen
+        free = [look_number(len(before) + at) for at in range(len(rows))]
+        looks = [
+            look if row.color is None else dataclasses.replace(look, color=row.color)
+            for row, look in zip(rows, free, strict=True)
+        ]
     radii = radius_grid(rows)
     end = max(radii[-1], axes.get_xlim()[1] if before else 0.0)
     draw_curves(axes, rows, looks, radii, style)
@@ -404,9 +394,3 @@ def plot(
     certified_axes(axes, rows, end, style, title if ax is None else "")
     named_legend(axes, [look for look, _ in drawn], [name for _, name in drawn], "best", 1, style)
     return axes
-
-
-def _next_look(look: Look, position: int, color: str | None) -> Look:
-    """The look of a curve beside those of earlier calls."""
-    free = look_number(position)
-    return free if color is None else dataclasses.replace(free, color=look.color)

@@ -36,12 +36,7 @@ _NICE = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 @dataclass(frozen=True)
 class Share:
-    """A share of images with its 95 % interval.
-
-    Attributes:
-        value: the share of the certified images.
-        low, high: exact (Clopper-Pearson) 95 % limits of the share among all images like these.
-    """
+    """A share of the certified images, with its 95 % limits among all images like these."""
 
     value: float
     low: float
@@ -50,24 +45,16 @@ class Share:
 
 @dataclass(frozen=True)
 class Votes:
-    """Votes of one run.
+    """Votes of a row.
 
     Attributes:
-        estimation: votes that bound probabilities.
-        selection: votes that chose classes.
+        spent: all votes. per_image: mean votes that bound the probabilities of an image.
         fixed: votes with n0 + n on every image; None where n is not recorded.
-        per_image: mean estimation votes of an image.
     """
 
-    estimation: int
-    selection: int
+    spent: int
     fixed: int | None
     per_image: float
-
-    @property
-    def spent(self) -> int:
-        """All votes."""
-        return self.estimation + self.selection
 
     @property
     def saved(self) -> float | None:
@@ -113,10 +100,10 @@ def mean_acr(row: Row) -> float:
 
 
 def spread(row: Row) -> tuple[int, int, float]:
-    """The client with the largest and with the smallest average certified radius, and the gap.
+    """The clients with the largest and the smallest average certified radius, and the gap.
 
-    Over several seeds the gap is the mean of the seeds' own: with another seed another client is
-    the best, and averaging each client first would make clients more alike than they are.
+    Over several seeds the gap is the mean of the seeds' own: averaging each client first would
+    make clients more alike than they are.
     """
     radii = client_acr(row)
     best, worst = int(radii.argmax()), int(radii.argmin())
@@ -136,8 +123,7 @@ def shares_over_seeds(hits: Sequence[NDArray[np.bool_]], images: Sequence[Ints])
     """Mean over seeds of a share of images, with an interval over images and seeds.
 
     Args:
-        hits: of each seed, (its images,).
-        images: of each seed, the numbers of these images.
+        hits, images: of each seed, (its images,): whether each counts, and their numbers.
     """
     if len(hits) == 1:
         return share(int(hits[0].sum()), len(hits[0]))
@@ -215,7 +201,7 @@ def vote_cost(row: Row) -> Votes:
         selection += int(certificates.selection_counts.sum())
         images += len(certificates)
     known = sum(fixed) if len(fixed) == len(row.runs) else None
-    return Votes(estimation, selection, known, estimation / images)
+    return Votes(estimation + selection, known, estimation / images)
 
 
 def largest_radius(rows: Sequence[Row]) -> float:
@@ -255,11 +241,11 @@ def group_words(row: Row) -> str:
 
 
 def radius_grid(rows: Sequence[Row]) -> Floats:
-    """Radii for curves, in the stored unit, from 0 up.
+    """Radii for curves, in the stored unit, from 0 up: those that voting aimed at.
 
-    The radii that voting aimed at: those the runs name, if they are enough for a curve, or the
-    even grid that is the default of certification. Between two radii of that grid a certificate
-    may be smaller than more votes would have made it.
+    The runs name them, if they are enough for a curve; otherwise the even grid that is the default
+    of certification. Between two of them a certificate may be smaller than more votes would have
+    made it.
     """
     runs = flat(rows)
     named = [run.conditions.get("radii") for run in runs]
@@ -277,17 +263,14 @@ def selected_radii(rows: Sequence[Row], scale: RadiusScale) -> list[tuple[str, f
     chosen = [(scale.threshold(0.0), 0.0)]
     if reached <= 0:
         return chosen
-    step = _nice_step(reached / _MOST_STEPS)
+    # The smallest step of 1, 2, 2.5, 5 times a power of ten that needs no more radii.
+    smallest = reached / _MOST_STEPS
+    power = 10.0 ** math.floor(math.log10(smallest))
+    step = next(nice * power for nice in _NICE if nice * power >= smallest * (1 - 1e-12))
     for multiple in range(1, math.floor(reached / step) + 1):
         shown = multiple * step
         chosen.append((scale.threshold(shown), scale.stored(shown)))
     return chosen
-
-
-def _nice_step(smallest: float) -> float:
-    """The smallest of 1, 2, 2.5, 5 times a power of ten that is at least `smallest`."""
-    power = 10.0 ** math.floor(math.log10(smallest))
-    return next(nice * power for nice in _NICE if nice * power >= smallest * (1 - 1e-12))
 
 
 # Training history: measures recorded each round, mean over clients with its band.

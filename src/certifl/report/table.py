@@ -189,10 +189,9 @@ class Group:
     """Some images of a row: those of one class, or of one client.
 
     Attributes:
-        number: of the class or client. name: for people.
-        images: certified test images, over all seeds.
+        number, name: of the class or client. images: how many, over all seeds.
         acr: average certified radius, mean over these images and then over seeds.
-        accuracy: certified accuracy at each radius asked for, with 95 % limits.
+        accuracy: certified accuracy at each given radius.
         abstained: share without a certificate; None where it was not shared.
         votes: estimation votes per image.
     """

@@ -212,10 +212,8 @@ class Finding:
 
     Attributes:
         setting: data, perturbation, clients. group: findings judged as one setting.
-        panel: family and size of sigma.
-        difference: what minus what. quantity: of what, in words.
-        effect: its size. rule: how it is judged; None = reported only.
-        runs: folders. detail: further words.
+        panel: family and size of sigma. difference: what minus what. quantity: of what, in words.
+        rule: how it is judged; None = reported only. runs: folders. detail: further words.
     """
 
     setting: str

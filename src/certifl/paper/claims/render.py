@@ -384,7 +384,7 @@ def _card(result: ClaimResult, row: Mapping[str, Any]) -> Markup:
     )
     pairs = [join([el("dt", None, k), el("dd", None, v)]) for k, v in metadata]
     comparisons = [comparison_row(one) for one in result.comparisons]
-    body = el("dl", {"class": "claim-facts"}, *pairs)
+    body = el("dl", {"class": "claim-details"}, *pairs)
     head_row = [text[0].upper() + text[1:] for text in COMPARISON_HEAD]
     whole = table(f"All comparisons of claim {claim.name}", head_row, comparisons)
     return el("details", {"class": "claim"}, head, body, whole)

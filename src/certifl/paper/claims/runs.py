@@ -70,9 +70,7 @@ class RunMetadata:
     """Metadata of a run.
 
     Attributes:
-        algorithm: local, fedavg, personalized, mixture, ...
         base: what `personalized` fine-tunes; None elsewhere.
-        data: name of the data set. clients: how many take part. seed: of everything.
         certified: the perturbation of the certificates. unit: of its sigma.
         federated: augmentation of the federated (or local) training; None = without.
         personal: augmentation of fine-tuning; None = without, or no fine-tuning.
@@ -145,7 +143,8 @@ def find_runs(paths: Iterable[str | Path]) -> tuple[list[StudyRun], list[str]]:
             if folder.resolve() in seen:
                 continue
             seen.add(folder.resolve())
-            if not named and _unfinished(folder):
+            manifest = {} if named else read_json(folder / "run.json")
+            if not named and isinstance(manifest, dict) and manifest.get("status") != "finished":
                 notes.append(f"{folder} is not finished and was left out.")
                 continue
             results = load_run(folder)
@@ -205,11 +204,6 @@ def _folders(path: Path) -> list[tuple[Path, bool]]:
         return [(path, True)]
     marks = sorted(path.glob("runs/*/run.json")) or sorted(path.glob("*/run.json"))
     return [(mark.parent, False) for mark in marks]
-
-
-def _unfinished(folder: Path) -> bool:
-    manifest = read_json(folder / "run.json")
-    return isinstance(manifest, dict) and manifest.get("status") != "finished"
 
 
 def read_run(results: RunResults) -> StudyRun:
@@ -312,11 +306,7 @@ def _shorter_side(metadata: Mapping[str, Any]) -> float:
 
 @dataclass(frozen=True)
 class Role:
-    """A way of training that a claim is about.
-
-    Attributes:
-        words: for people. fits: whether a run was trained that way.
-    """
+    """A way of training that a claim is about: in words, and whether a run was trained so."""
 
     words: str
     fits: Callable[[RunMetadata], bool]
@@ -341,10 +331,6 @@ def _tuned(metadata: RunMetadata) -> bool:
     )
 
 
-def _fedavg(metadata: RunMetadata) -> bool:
-    return metadata.algorithm == "fedavg"
-
-
 def _mixture(metadata: RunMetadata) -> bool:
     """A true mixture: lambda = 1 is local training, lambda = 0 trains on no image."""
     value = metadata.personalization
@@ -352,9 +338,9 @@ def _mixture(metadata: RunMetadata) -> bool:
 
 
 LOCAL = Role("Local", lambda f: f.algorithm == "local" and _robust(f))
-FEDAVG = Role("FedAvg", lambda f: _fedavg(f) and _robust(f))
-NOMINAL_FEDAVG = Role("nominal FedAvg", lambda f: _fedavg(f) and f.federated is None)
-AFFINE_FEDAVG = Role("affine FedAvg", lambda f: _fedavg(f) and _affine(f))
+FEDAVG = Role("FedAvg", lambda f: f.algorithm == "fedavg" and _robust(f))
+NOMINAL_FEDAVG = Role("nominal FedAvg", lambda f: f.algorithm == "fedavg" and f.federated is None)
+AFFINE_FEDAVG = Role("affine FedAvg", lambda f: f.algorithm == "fedavg" and _affine(f))
 FROM_ROBUST = Role("Personalized", lambda f: _tuned(f) and _robust(f))
 FROM_NOMINAL = Role("Personalized from nominal", lambda f: _tuned(f) and f.federated is None)
 FROM_AFFINE = Role("Personalized from affine", lambda f: _tuned(f) and _affine(f))
@@ -363,11 +349,7 @@ MIXTURE = Role("Mixture", lambda f: _mixture(f) and _robust(f))
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of clients that a claim is about.
-
-    Attributes:
-        low, high: the range. paper: the numbers that the paper has.
-    """
+    """Numbers of clients that a claim is about: a range, and those that the paper has."""
 
     low: int
     high: float
@@ -407,12 +389,7 @@ class Scope:
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """Runs that differ in their seed alone.
-
-    Attributes:
-        metadata: of one of them.
-        runs: by seed.
-    """
+    """Runs by seed that differ in it alone, with the metadata of one of them."""
 
     metadata: RunMetadata
     runs: Mapping[int, StudyRun]
@@ -429,17 +406,13 @@ def folders_of(cells: Sequence[Cell]) -> tuple[str, ...]:
 
 
 class Pool:
-    """All given runs, as cells.
-
-    Args:
-        runs: of any number of studies; of equal runs the first counts.
-    """
+    """All given runs, of any number of studies, as cells; of equal runs the first counts."""
 
     def __init__(self, runs: Sequence[StudyRun]) -> None:
-        found: dict[str, dict[int, StudyRun]] = {}
+        cells: dict[str, dict[int, StudyRun]] = {}
         for run in runs:
-            found.setdefault(run.metadata.key(ANOTHER_SEED), {}).setdefault(run.metadata.seed, run)
-        self.cells = [Cell(next(iter(by.values())).metadata, by) for by in found.values()]
+            cells.setdefault(run.metadata.key(ANOTHER_SEED), {}).setdefault(run.metadata.seed, run)
+        self.cells = [Cell(next(iter(by.values())).metadata, by) for by in cells.values()]
 
     def of(self, role: Role, scope: Scope) -> list[Cell]:
         """Cells trained in one way, inside a claim's scope, in the order of their settings."""

@@ -20,12 +20,10 @@ class Outcome:
     """One comparison with its intervals and verdict.
 
     Attributes:
-        finding: what was compared.
         alone: its 95 % interval.
         together: wide enough for all judged comparisons of the claim to hold at once with 95 %;
             the verdict is based on it. Of a comparison that is only reported it is `alone`.
-        verdict: empty where the comparison is only reported.
-        why: the reason of the verdict where it needs one.
+        verdict, why: empty where the comparison is only reported, or no reason is needed.
     """
 
     finding: Finding
@@ -40,7 +38,6 @@ class ClaimResult:
     """One claim with its verdict.
 
     Attributes:
-        claim: what was tested. verdict: supported, not supported, undecided, not tested.
         comparisons: all that could be made; those that are judged share one level.
         missing: runs that other comparisons would need, in words.
         partly: whether part of the claim was not tested.
@@ -63,7 +60,6 @@ class Report:
     """All claims, with notes for the reader.
 
     Attributes:
-        results: one for each claim.
         runs: number that could be compared. seeds: of the trainings.
         draws: number of bootstrap draws. notes: what was left out.
     """

@@ -55,7 +55,7 @@ def overview_list(context: ReportContext) -> Markup:
     if context.of_model:
         items = [(name, text) for name, text in items if name not in ("Data", "Clients")]
     pairs = [el("div", None, el("dt", None, k), el("dd", None, v)) for k, v in items]
-    return el("dl", {"class": "facts"}, *pairs)
+    return el("dl", {"class": "key-figures"}, *pairs)
 
 
 def meaning_section(context: ReportContext) -> Markup:
@@ -427,18 +427,15 @@ def _explanation(context: ReportContext, records: Sequence[Record]) -> str:
 
 def _method(record: Record) -> str:
     inside, deformed = record["parameters"], record["deformed_first"]
+    level = f"{inside['level']:.0e}".replace("e-0", "e-")
     return (
         "All shares refer to the attacked images, a fixed random sample of each client's "
         "certified test images; images without a certificate are not deformed. Suspicious "
         f"parameters are tested with {inside['confirm']:,} fresh votes, ten times those of a "
         "certificate; with probability at most "
-        f"{_power(inside['level'])} in total, a change is reported where there is none. "
+        f"{level} in total, a change is reported where there is none. "
         f"Predictions on deformed images take {deformed['votes']:,} votes, and the worst of "
         "several deformations is chosen by someone who knows the label. “Changed” are certified "
         "images that some deformation gives another class (sign test at 0.001 per image). A "
         "search that finds nothing proves nothing."
     )
-
-
-def _power(level: float) -> str:
-    return f"{level:.0e}".replace("e-0", "e-")

@@ -33,13 +33,7 @@ from certifl.safe_io import MALFORMED
 
 @dataclass(frozen=True, eq=False)
 class ReportContext:
-    """What all sections of one perturbation use.
-
-    Attributes:
-        runs: the rows of the page in the order of the report, each of one or several seeds.
-        units: to show radii in, the first one first.
-        comparison: of all runs, image by image.
-    """
+    """What all sections of one perturbation use: rows in order, units of radii, comparison."""
 
     runs: tuple[Row, ...]
     units: tuple[RadiusScale, ...]

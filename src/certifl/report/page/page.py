@@ -275,7 +275,7 @@ def _panel(
         "headline": el("p", {"class": "headline"}, finding),
         "support": join(el("p", {"class": "support"}, sentence) for sentence in support),
         "notices": sections.notices(context),
-        "facts": background.overview_list(context),
+        "key_figures": background.overview_list(context),
         "recommendation": recommendation_section(context),
         "controls": sections.chart_controls(context),
         "curves_fallback": el(

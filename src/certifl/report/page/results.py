@@ -156,11 +156,14 @@ def comparison_section(context: ReportContext) -> Markup:
         head = ["Difference", "Average certified radius"]
         rows = [row[:2] for row in rows]
     kind = "Paired differences" if paired else "Differences"
+    unpaired = f"{NOT_PAIRED} The table above has an interval for each algorithm."
+    if not context.comparison.whole:
+        unpaired += " Only clients that all runs have are compared."
     return join(
         [
             el("h3", None, "Differences between algorithms"),
             table(f"{kind} of the average certified radius", head, rows),
-            note(_paired_note(context) if paired else _unpaired_note(context)),
+            note(_paired_note(context) if paired else unpaired),
         ]
     )
 
@@ -190,12 +193,6 @@ def _paired_note(context: ReportContext) -> str:
     if not context.comparison.whole:
         text += " Only images and seeds that both algorithms have are compared."
     return text
-
-
-def _unpaired_note(context: ReportContext) -> str:
-    text = f"{NOT_PAIRED} The table above has an interval for each algorithm."
-    whole = context.comparison.whole
-    return text if whole else f"{text} Only clients that all runs have are compared."
 
 
 def clients_section(context: ReportContext) -> Markup:
