@@ -212,8 +212,8 @@ def test_wrong_requests_write_nothing(
 def model_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     make_certificates(0.7, 1, 100).save(folder / "certificates.parquet")
-    arguments = ("report", folder / "certificates.parquet", "--name", "My model", "--format", "pdf")
-    tiny.cli(*arguments).fine("My model")
+    file, chosen = folder / "certificates.parquet", ("--name", "My model", "--format", "pdf")
+    tiny.cli("report", file, *chosen).fine("My model")
     return folder / "certificates-report" / "report.html"
 
 
