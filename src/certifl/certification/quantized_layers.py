@@ -66,6 +66,14 @@ class Contiguous(nn.Module):
         return x.contiguous()
 
 
+class Copy(nn.Module):
+    """Values in memory of their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return x.clone()
+
+
 class Mean(nn.Module):
     """Means over all places; sums of so few bits are exact in float32."""
 
