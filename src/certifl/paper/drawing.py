@@ -86,8 +86,8 @@ def paper_figure(panels: Sequence[GridPanel], title: str) -> Drawing:
         for row in _DRAWERS[part.kind](axes[part.row, part.column], part, name):
             numbers.append((name, *row))
     used = {(p.row, p.column) for p in panels}
-    for at in np.ndindex(*axes.shape):
-        axes[at].set_visible(at in used)
+    for row, column in np.ndindex(*axes.shape):
+        axes[row, column].set_visible((row, column) in used)
     heading = short_name(_heading(panels, title), 34 * columns)
     figure.suptitle(heading, fontsize=11, color=INK, parse_math=False)
     looks, labels = _legend_entries(panels)
