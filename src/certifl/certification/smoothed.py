@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from certifl.certification.api import ImageLabels, Images, Predicted, certify
 from certifl.certification.certificates import Certificates
-from certifl.certification.checks import Model, check_perturbation
+from certifl.certification.checks import Model, check_perturbation, check_seed
+from certifl.certification.network import choose_precision
 from certifl.certification.settings import Settings
 from certifl.perturbations.base import Perturbation
+from certifl.torch_env import one_thread
 
 # Voting sets torch's threads and arithmetic for the whole process; two calls at once, as a service
 # makes them, would reset each other's.
@@ -55,21 +59,25 @@ class SmoothedClassifier:
         precision: str = "auto",
         device: str | torch.device = "auto",
         batch_size: int | str = "auto",
+        calibration: Tensor | np.ndarray | Mapping[str, Any] | None = None,
     ) -> None:
         """Name a model and how it votes; nothing is computed yet.
 
         Args:
-            model, perturbation, n0, alpha, estimator, seed, precision, device, batch_size: as in
-                `certify`.
+            model, perturbation, n0, alpha, estimator, seed, precision, device, batch_size,
+                calibration: as in `certify`; what "auto" stands for is fixed by the first call.
             n: votes that bound a probability, at most. More give larger radii.
 
         Raises:
             InputError: settings that cannot be used, or so few votes that nothing is certified.
         """
         check_perturbation(perturbation)
+        check_seed(seed)
+        choose_precision(precision)
         Settings(estimator, n0, n, alpha).estimator_for(perturbation).check()
         self.model, self.perturbation, self.device = model, perturbation, device
-        self._votes = _Votes(n0, n, alpha, estimator, seed, precision, batch_size)
+        self._votes = _Votes(n0, n, alpha, estimator, seed, precision, batch_size, calibration)
+        self._arithmetic: _Arithmetic | None = None
 
     def __repr__(self) -> str:
         return f"SmoothedClassifier({type(self.model).__name__}, {self.perturbation!r})"
@@ -103,26 +111,37 @@ class SmoothedClassifier:
         """
         votes = self._votes
         with _ONE_AT_A_TIME:
-            return certify(
-                self.model,
-                images,
-                self.perturbation,
-                labels=labels,
-                n0=votes.n0,
-                n=votes.n,
-                alpha=votes.alpha,
-                estimator=votes.estimator,
-                seed=votes.seed,
-                precision=votes.precision,
-                device=self.device,
-                batch_size=votes.batch_size,
-            )
+            fixed = self._arithmetic or _Arithmetic(votes.precision, votes.batch_size, 0)
+            with one_thread(fixed.threads == 1):
+                made = certify(
+                    self.model,
+                    images,
+                    self.perturbation,
+                    labels=labels,
+                    n0=votes.n0,
+                    n=votes.n,
+                    alpha=votes.alpha,
+                    estimator=votes.estimator,
+                    seed=votes.seed,
+                    precision=fixed.precision,
+                    device=self.device,
+                    batch_size=fixed.batch_size,
+                    calibration=votes.calibration,
+                )
+            if self._arithmetic is None:
+                # Another call, of more images, might choose otherwise: one image, two answers.
+                facts = made.conditions
+                self._arithmetic = _Arithmetic(
+                    facts["precision"], facts["batch_size"], facts["threads"]
+                )
+            return made
 
     def to(self, device: str | torch.device) -> SmoothedClassifier:
         """Move the model, if it is a module, and vote on another device; returns itself."""
         if isinstance(self.model, nn.Module):
             self.model.to(device)
-        self.device = device
+        with _ONE_AT_A_TIME:
+            self.device, self._arithmetic = device, None
         return self
 
 
@@ -136,3 +155,12 @@ class _Votes(NamedTuple):
     seed: int
     precision: str
     batch_size: int | str
+    calibration: Tensor | np.ndarray | Mapping[str, Any] | None
+
+
+class _Arithmetic(NamedTuple):
+    """In which arithmetic all calls vote; threads: 1, or as many as torch computes with."""
+
+    precision: str
+    batch_size: int | str
+    threads: int
