@@ -78,7 +78,7 @@ def paper_figure(panels: Sequence[GridPanel], title: str) -> Drawing:
     columns = 1 + max(p.column for p in panels)
     size = (_WIDTH * columns + 0.5, _HEIGHT * rows + 0.9)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes: Any = figure.subplots(rows, columns, squeeze=False)
     names = _panel_names(panels)
     numbers: list[tuple[Any, ...]] = []
     for part, name in zip(panels, names, strict=True):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from certifl.certification.scan import scan_from
 from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.path_checks import check_study
 from certifl.report import summary
@@ -20,7 +21,6 @@ from certifl.report.results import RunResults, decisive_settings, load_run
 from certifl.report.units import family_words, sigma_text
 from certifl.runs.atomic import read_json
 from certifl.safe_io import MALFORMED, parse_toml
-from certifl.smoothing.strata import Scan
 
 SMALL, LARGE = "small", "large"
 # Between the paper's two sigmas of each family: 0.1 and 0.5 (times pi for rotation), 0.12 and 0.5.
@@ -269,9 +269,6 @@ def _noise(described: Any) -> Noise | None:
 # The largest radius that a run's certificates can have, of which all radii are shares.
 
 
-_SCAN = "scan"
-
-
 def largest_radius(run: RunResults) -> float:
     """The radius of unanimous votes; of a scan, which goes farther, the shorter side it covers.
 
@@ -279,26 +276,13 @@ def largest_radius(run: RunResults) -> float:
         InputError: certificates of a scan that do not say where it looked.
     """
     metadata = run.conditions
-    if _SCAN in metadata or metadata.get("estimator") == _SCAN:
-        return _shorter_side(metadata)
+    if "scan" in metadata or metadata.get("estimator") == "scan":
+        low, high = scan_from(metadata).ends
+        if min(-low, high) <= 0.0:
+            raise InputError("These certificates are of a scan that can certify no radius.")
+        return min(-low, high)
     radius = summary.unanimous_radius(metadata)
     return summary.largest_radius([run]) if radius is None else radius
-
-
-def _shorter_side(metadata: Mapping[str, Any]) -> float:
-    """The shorter side of the scan, as a radius is the shorter side of an interval."""
-    try:
-        scan = metadata[_SCAN]
-        ends = float(metadata["sigma"]), float(scan["low"]), float(scan["high"])
-        passes = tuple(int(strata) for strata in scan["passes"])
-        low, high = Scan(*ends, periodic=bool(scan["periodic"]), passes=passes).ends
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"These certificates do not say where they were scanned: {error}"
-        ) from error
-    if min(-low, high) <= 0.0:
-        raise InputError("These certificates are of a scan that can certify no radius.")
-    return min(-low, high)
 
 
 # Which runs can be compared: equal in everything but the way of training.
