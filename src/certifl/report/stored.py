@@ -21,7 +21,7 @@ from certifl.errors import StoreError, StoreMismatch
 from certifl.runs.folder import StoredRun
 from certifl.safe_io import MALFORMED
 from certifl.smoothing.arrays import Floats, Ints
-from certifl.study.curves import impossible_curve
+from certifl.smoothing.curves import impossible_curve
 
 _REQUIRED_METADATA = ("family", "sigma", "norm", "unit", "alpha")
 _MOST_IMAGES = 10**7
