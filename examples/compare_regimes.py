@@ -19,8 +19,7 @@ from pathlib import Path
 
 from certifl.experiments.run import Options, run
 from certifl.paper.claims import find_runs
-from certifl.paper.claims.bootstrap import Sampler
-from certifl.paper.claims.effects import QUANTITIES, Quantity, over_seeds
+from certifl.paper.claims.effects import QUANTITIES, Quantity, Sampler, over_seeds
 from certifl.paper.claims.runs import StudyRun
 from certifl.paper.scales import REGIMES, quickstart
 from certifl.spec import Spec, with_settings

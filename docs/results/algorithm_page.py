@@ -7,12 +7,12 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from algorithm_intervals import Paired
-from algorithm_numbers import Numbers, Row, Section, section
-from algorithm_runs import CLEAN, SECONDS
+from algorithm_numbers import Numbers, Paired, Row, Section, section
 from algorithm_study import (
+    CLEAN,
     OPTIONS,
     PERTURBATIONS,
+    SECONDS,
     SEEDS,
     SPLITS,
     Disturbance,
@@ -20,12 +20,11 @@ from algorithm_study import (
     studies,
 )
 from certifl.federated import ALGORITHMS
+from certifl.report.wording import markdown_table
 from certifl.runs.atomic import read_json
 from certifl.runs.folder import RunFolder
-from paging import duration, machine_words, table
+from paging import duration, machine_words
 from study_numbers import cost_of, manifest
-
-__all__ = ["page", "section_lines", "verdict"]
 
 INTRODUCTION = """
 # All algorithms on MNIST
@@ -170,7 +169,7 @@ def section_lines(one: Section) -> list[str]:
     ]
     seeds = ", ".join(map(str, one.seeds))
     missing = "" if len(one.seeds) == len(SEEDS) else f" (of {len(SEEDS)}; the rest is not made)"
-    lines = table(head, [_cells(row, disturbance) for row in one.rows])
+    lines = markdown_table(head, [_cells(row, disturbance) for row in one.rows])
     return [f"## {heading(one)}", f"Training seeds: {seeds}{missing}.", lines]
 
 

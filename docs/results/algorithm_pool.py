@@ -11,8 +11,6 @@ from typing import TypeVar
 
 from certifl.torch_env import follow_parent
 
-__all__ = ["run_jobs"]
-
 Job = TypeVar("Job")
 
 

@@ -1,28 +1,23 @@
-"""What docs/results/algorithms.md compares: perturbations, splits, algorithms, seeds."""
+"""What docs/results/algorithms.md compares, and one run of it, computed if missing."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from certifl.federated import ALGORITHMS
-from certifl.spec import Spec
+import torch
 
-__all__ = [
-    "BASELINE",
-    "OPTIONS",
-    "PERTURBATIONS",
-    "SEEDS",
-    "SPLITS",
-    "Disturbance",
-    "Study",
-    "jobs",
-    "label",
-    "studies",
-]
+from certifl.data import to_float
+from certifl.experiments.run import Options, run
+from certifl.federated import ALGORITHMS
+from certifl.runs.atomic import write_json
+from certifl.runs.folder import RunFolder
+from certifl.spec import Spec
+from certifl.study.opened_run import OpenRun
 
 SEEDS = (1, 2, 3, 4, 5)
 BASELINE = "fedavg"
@@ -188,3 +183,54 @@ def label(algorithm: str) -> str:
     options = ", ".join(f"{key} = {value}" for key, value in OPTIONS.get(algorithm, {}).items())
     label = ALGORITHMS.rows[algorithm].label
     return f"{label} ({options})" if options else label
+
+
+# One run.
+
+
+CLEAN = "clean.json"
+SECONDS = "processor_seconds"
+
+
+def ready(study: Study, runs: Path) -> bool:
+    """Whether a run is finished, with its accuracy on undisturbed images.
+
+    Raises:
+        StoreMismatch: its folder contains something else.
+    """
+    folder = RunFolder(study.folder(runs))
+    folder.check(study.spec().hash())
+    return folder.finished() and (folder.path / CLEAN).exists()
+
+
+def compute(study: Study, runs: Path, data_dir: Path) -> None:
+    """Compute the run, and the accuracy of its deployed networks on undisturbed images.
+
+    A run computed without interruption also records its seconds of processor time, which other
+    work on the machine hardly changes.
+    """
+    started = time.process_time()
+    folder, spec = study.folder(runs), study.spec()
+    base = Study(study.perturbation, BASELINE, study.split, study.seed).folder(runs)
+    whole = not folder.exists()
+    siblings = (base,) if study.algorithm == "personalized" else ()
+    options = Options(folder, data_dir, device="cpu", siblings=siblings, explore=False)
+    finished = run(spec, options)
+    if not (folder / CLEAN).exists():
+        right, images = _clean(finished.path, data_dir)
+        spent = {SECONDS: round(time.process_time() - started, 3)} if whole else {}
+        write_json(folder / CLEAN, {"right": right, "images": images, **spent})
+
+
+@torch.no_grad()
+def _clean(path: Path, data_dir: Path) -> tuple[int, int]:
+    """Clean test images that the clients' networks classify correctly, and all of them."""
+    run = OpenRun(path, data_dir)
+    right = images = 0
+    for client, part in enumerate(run.partition.clients):
+        if len(part.test):
+            test = run.dataset.test.take(part.test)
+            logits = run.model(client)(to_float(test.images))
+            right += int((logits.argmax(1) == test.labels).sum())
+            images += len(test.labels)
+    return right, images

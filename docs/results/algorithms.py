@@ -19,8 +19,7 @@ import torch
 
 from algorithm_page import page
 from algorithm_pool import run_jobs
-from algorithm_runs import compute, ready
-from algorithm_study import SEEDS, Study, jobs, studies
+from algorithm_study import SEEDS, Study, compute, jobs, ready, studies
 from certifl.errors import CertiflError
 from certifl.runs.atomic import write_text
 

@@ -20,12 +20,12 @@ from certifl.errors import CertiflError
 from certifl.paper.claims import Report, check_claims, explanation
 from certifl.paper.figures import EXTRA, FIGURES
 from certifl.paper.pages import draw_paper_figure
-from certifl.report.figures.files import image_bytes
+from certifl.report.figures import image_bytes
+from certifl.report.wording import markdown_table
 from certifl.runs.atomic import read_json, write_text
-from paging import command_words, machine_words, picture, table
-from paper_page import paper_page
+from paging import command_words, machine_words, picture
 from study_numbers import COUNTED, Cost, comparison_tables, cost_of, manifest, setting_words
-from verdict_words import figure_claims, overview, sentences, tally
+from verdicts import figure_claims, overview, paper_page, sentences, tally
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
@@ -122,7 +122,7 @@ def commits_of(study: Path, runs: tuple[Path, ...], commit: str) -> str:
 def made_by(shown: Shown, commit: str) -> list[str]:
     """Command, code, machine and time."""
     metadata = [manifest(run) for run in shown.runs]
-    machines = dict.fromkeys(machine_words(held) for held in metadata)
+    machines = dict.fromkeys(machine_words(one) for one in metadata)
     return [
         "## How it was made",
         f"```\n{command_words(shown.index['command'])}\n```",
@@ -134,22 +134,17 @@ def made_by(shown: Shown, commit: str) -> list[str]:
     ]
 
 
-def paper_words(name: str) -> str:
-    """What the paper says of a figure, where its definition has words for it."""
-    figure = {**FIGURES, **EXTRA}.get(name)
-    return str(getattr(figure, "words", "") or "")
-
-
 def page(shown: Shown, report: Report, commit: str) -> str:
     """A figure's page."""
     made, *rest = made_by(shown, commit)
+    figure = {**FIGURES, **EXTRA}.get(shown.name)
     words, comparisons = figure_claims(report, shown.name, shown.runs)
     parts = [
         f"# {shown.heading}",
         f"Made by `python docs/results/figures.py`. {shown.caption}",
         f"![{shown.index['title']}]({shown.name}.png)",
         "## What the paper says",
-        paper_words(shown.name),
+        figure.says if figure is not None else "",
         sentences(report, shown.name),
         "## What is seen here",
         words,
@@ -193,7 +188,9 @@ def index_page(
         overview(report, pages),
         "\n".join(f"- {line}" for line in explanation(report)),
         "## The figures",
-        table(("figure", "runs", "trainings", "training", "certification", "on the clock"), rows),
+        markdown_table(
+            ("figure", "runs", "trainings", "training", "certification", "on the clock"), rows
+        ),
         COUNTED,
         "```\n" + "\n".join(commands) + "\n```" if commands else "",
         "\n".join([f"- code: commit `{code}`", *(f"- machine: {words}" for words in machines)]),

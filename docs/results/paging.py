@@ -1,40 +1,32 @@
-"""What the pages in docs/results have in common: tables, commands, machines, pictures."""
+"""What the pages in docs/results have in common: commands, machines, times, pictures."""
 
 from __future__ import annotations
 
 import io
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-__all__ = ["command_words", "duration", "machine_words", "picture", "range_words", "table"]
-
 # What a reader puts in the place of folders of the machine that made the page.
-_PLACES = {"--data-dir": "DATA", "--out": "runs/paper"}
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; a stroke within a cell would end it."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in cells)} |" for cells in lines)
+_FOLDERS = {"--data-dir": "DATA", "--out": "runs/paper"}
 
 
 def command_words(command: str) -> str:
     """A command as a reader would give it, without the folders of the machine at hand."""
     words = shlex.split(command)
     words[0] = Path(words[0]).name
-    for place, word in enumerate(words[:-1]):
-        if word in _PLACES:
-            words[place + 1] = _PLACES[word]
+    for at, word in enumerate(words[:-1]):
+        if word in _FOLDERS:
+            words[at + 1] = _FOLDERS[word]
     return shlex.join(words)
 
 
-def machine_words(facts: Mapping[str, Any]) -> str:
+def machine_words(manifest: Mapping[str, Any]) -> str:
     """The machine and the versions of one run's manifest."""
-    machine, versions = facts["machine"], facts["versions"]
+    machine, versions = manifest["machine"], manifest["versions"]
     threads = f", {machine['threads']} thread for training" if machine.get("threads") == 1 else ""
     return (
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB, "
@@ -51,13 +43,6 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def range_words(values: Iterable[int]) -> str:
-    """Whole numbers as one or as a range: "200", "160 to 200"."""
-    found = sorted(set(values))
-    low, high = found[0], found[-1]
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
 def picture(content: bytes, target: Path, most_bytes: int = 250_000, colors: int = 96) -> None:
     """Write a drawing as a PNG of few colors, made smaller until it is light enough."""
     with Image.open(io.BytesIO(content)) as opened:
@@ -66,10 +51,10 @@ def picture(content: bytes, target: Path, most_bytes: int = 250_000, colors: int
     while True:
         size = (round(drawing.width * scale), round(drawing.height * scale))
         resized = drawing if scale == 1.0 else drawing.resize(size, Image.Resampling.LANCZOS)
-        held = io.BytesIO()
+        smaller = io.BytesIO()
         few = resized.quantize(colors, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-        few.save(held, "PNG", optimize=True)
-        if held.tell() <= most_bytes or scale < 0.3:
-            target.write_bytes(held.getvalue())
+        few.save(smaller, "PNG", optimize=True)
+        if smaller.tell() <= most_bytes or scale < 0.3:
+            target.write_bytes(smaller.getvalue())
             return
         scale *= 0.9

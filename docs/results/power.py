@@ -22,8 +22,8 @@ from certifl.paper.claims import CLAIMS
 from certifl.paper.claims.catalogue import Claim
 from certifl.paper.claims.rules import MARGIN, Equivalence
 from certifl.paper.scales import SCALES, Scale
+from certifl.report.wording import markdown_table
 from certifl.safe_io import read_text
-from paging import table
 
 HERE = Path(__file__).resolve().parent
 _TEST_IMAGES = 10_000
@@ -122,7 +122,7 @@ def main() -> None:
     options = parser.parse_args()
     head = ("claim", "comparisons", "pilot", "images", "planned interval", "then decided")
     scale = SCALES[options.scale]
-    print(table(head, [row(c, widths(options.pages, c.name, scale)) for c in CLAIMS]))
+    print(markdown_table(head, [row(c, widths(options.pages, c.name, scale)) for c in CLAIMS]))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from typing import Any
 from certifl.experiments.run import Options, run
 from certifl.models import small_cnn
 from certifl.report import summary_rows
+from certifl.report.wording import markdown_table
 from certifl.runs.folder import RunFolder
 from certifl.spec import load
-from paging import machine_words, table
+from paging import machine_words
 
 HERE = Path(__file__).resolve().parent
 EXAMPLE = HERE.parent.parent / "examples" / "digits_private.toml"
@@ -76,7 +77,7 @@ def section(study: str, folders: Mapping[str, Path]) -> list[str]:
     return [
         f"## {TITLES[study]}",
         "",
-        table(
+        markdown_table(
             head,
             [
                 _cells(asked, folder, row)

@@ -21,12 +21,10 @@ from certifl.report.summary import (
     selected_radii,
 )
 from certifl.report.units import RadiusScale
-from certifl.report.wording import percent
+from certifl.report.wording import markdown_table, percent, range_of
 from certifl.runs.atomic import read_json
 from certifl.safe_io import parse_json, read_text, read_toml
-from paging import duration, range_words, table
-
-__all__ = ["COUNTED", "Cost", "comparison_tables", "cost_of", "manifest", "setting_words"]
+from paging import duration
 
 COUNTED = (
     "How time is counted: a round of training by its own clock and once, however many runs go on "
@@ -77,15 +75,15 @@ def manifest(run: Path) -> dict[str, Any]:
 def cost_of(runs: Iterable[Path]) -> Cost:
     """Cost of distinct runs, each round of training counted once."""
     folders = sorted(set(runs))
-    facts = [manifest(run) for run in folders]
+    manifests = [manifest(run) for run in folders]
     rounds = [parse_json(line) for line in {line for run in folders for line in _rounds(run)}]
     return Cost(
         runs=len(folders),
         trainings=sum(entry["round"] == 0 for entry in rounds),
         training=sum(float(entry["seconds"]) for entry in rounds),
-        certification=sum(float(held["certification_seconds"]) for held in facts),
-        wall=_union([(held["created"], held["finished"]) for held in facts]),
-        votes=sum(int(held["votes"]) for held in facts),
+        certification=sum(float(one["certification_seconds"]) for one in manifests),
+        wall=_union([(one["created"], one["finished"]) for one in manifests]),
+        votes=sum(int(one["votes"]) for one in manifests),
     )
 
 
@@ -108,12 +106,12 @@ def _stamp(text: str) -> float:
     return datetime.fromisoformat(text).timestamp()
 
 
-def comparison_tables(place: Path, index: Mapping[str, Any]) -> list[str]:
+def comparison_tables(folder: Path, index: Mapping[str, Any]) -> list[str]:
     """One heading and table for each set of runs that can be compared."""
     parts = []
     for page in index["pages"]:
         runs = [
-            dataclasses.replace(load_run(place / one["run"]), label=str(one["label"]))
+            dataclasses.replace(load_run(folder / one["run"]), label=str(one["label"]))
             for one in page["runs"]
         ]
         parts += [f"### {_heading(runs[0])}", _table(by_seed(runs))]
@@ -129,7 +127,9 @@ def _table(runs: Sequence[Row]) -> str:
     radii = selected_radii(runs, scale)
     head = ["algorithm", "ACR", "95 %", "clients, smallest to largest"]
     head += [f"at {text}" for text, _ in radii]
-    return table(head, [_row(run, scale, [radius for _, radius in radii]) for run in runs])
+    return markdown_table(
+        head, [_row(run, scale, [radius for _, radius in radii]) for run in runs]
+    )
 
 
 def _row(run: Row, scale: RadiusScale, radii: Sequence[float]) -> list[str]:
@@ -146,16 +146,16 @@ def _row(run: Row, scale: RadiusScale, radii: Sequence[float]) -> list[str]:
 def setting_words(runs: Sequence[Path]) -> list[str]:
     """How the runs were set up: what they share, and the range of what they do not."""
     specs = [read_toml(run / "spec.toml") for run in runs]
-    facts = [manifest(run) for run in runs]
+    manifests = [manifest(run) for run in runs]
     training = [spec["training"] for spec in specs]
     certified = [spec["certification"] for spec in specs]
     sets = [
-        f"{name} ({range_words(_of(facts, name))} training images, over all clients)"
-        for name in sorted({held["data"]["name"] for held in facts})
+        f"{name} ({range_of(_of(manifests, name))} training images, over all clients)"
+        for name in sorted({one["data"]["name"] for one in manifests})
     ]
     return [
-        f"- data: {', '.join(sets)}; {range_words(held['clients'] for held in facts)} clients",
-        f"- network: {_named(held['model'] for held in facts)}",
+        f"- data: {', '.join(sets)}; {range_of(one['clients'] for one in manifests)} clients",
+        f"- network: {_named(one['model'] for one in manifests)}",
         f"- training: {_named(one['rounds'] for one in training)} rounds of "
         f"{_named(one['local_epochs'] for one in training)} local epochs, batches of "
         f"{_named(one['batch_size'] for one in training)}, learning rate "
@@ -163,12 +163,12 @@ def setting_words(runs: Sequence[Path]) -> list[str]:
         f"- certification: {_named(one['estimator'] for one in certified)}, n0 = "
         f"{_named(one['n0'] for one in certified)}, n = {_named(one['n'] for one in certified)}, "
         f"α = {_named(one['alpha'] for one in certified)}; "
-        f"{range_words(int(one['images']) for one in certified)} test images of every client",
+        f"{range_of(int(one['images']) for one in certified)} test images of every client",
     ]
 
 
-def _of(facts: Iterable[Mapping[str, Any]], data: str) -> list[int]:
-    return [held["data"]["train_images"] for held in facts if held["data"]["name"] == data]
+def _of(manifests: Iterable[Mapping[str, Any]], data: str) -> list[int]:
+    return [one["data"]["train_images"] for one in manifests if one["data"]["name"] == data]
 
 
 def _named(values: Iterable[object]) -> str:

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
         SmoothFlow,
         Translation,
     )
-    from certifl.report.figures.axes import plot
-    from certifl.report.frames import table
+    from certifl.report.figures import plot
+    from certifl.report.table import table
 
 __all__ = [
     "Affine",
@@ -67,9 +67,9 @@ _HOMES = {
     "Study": "certifl.notebook",
     "certify": "certifl.certification.api",
     "load": "certifl.notebook",
-    "plot": "certifl.report.figures.axes",
+    "plot": "certifl.report.figures",
     "predict": "certifl.certification.api",
-    "table": "certifl.report.frames",
+    "table": "certifl.report.table",
     **dict.fromkeys(
         (
             "Affine",

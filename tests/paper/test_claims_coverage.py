@@ -11,8 +11,7 @@ import pytest
 from scipy import special, stats
 
 from certifl.paper.claims import effects as statistics
-from certifl.paper.claims.bootstrap import Sampler
-from certifl.paper.claims.effects import QUANTITIES, Effect, change
+from certifl.paper.claims.effects import QUANTITIES, Effect, Sampler, change
 from certifl.paper.claims.runs import StudyRun, largest_radius, read_run
 from certifl.report import intervals
 from certifl.report.results import RunResults
@@ -54,30 +53,7 @@ def misses(effects: list[Effect], true: float, error: float = 0.05) -> int:
     return sum(not low <= true <= high for low, high in ends)
 
 
-# Few that lose much ------------------------------------------------------------------------------
-
-RARE, GAIN, LOSS, STUDIES = 0.01, 0.005, 0.9, 120
-
-
-def rare_losses(gain: float) -> list[Effect]:
-    """Nearly all images gain a little, unlike in the last digits; a rare one loses nearly all."""
-    rng = np.random.default_rng(1)
-    effects = []
-    for _ in range(STUDIES):
-        base = rng.uniform(0.90, 0.93, (4, 40))
-        little = gain + 1e-12 * rng.standard_normal(base.shape)
-        ahead = base + np.where(rng.random(base.shape) < RARE, -LOSS, little)
-        effects.append(effect_of("acr", ahead, base))
-    return effects
-
-
-@pytest.mark.statistical
-@pytest.mark.parametrize("gain", [GAIN, 0.06])
-def test_a_gain_of_nearly_all_images_does_not_hide_the_few_that_lose(gain, monkeypatch):
-    true = (1.0 - RARE) * gain - RARE * LOSS
-    assert misses(rare_losses(gain), true) < 0.10 * STUDIES
-    monkeypatch.setattr(intervals, "ALIKE", 0.0)  # the last digits alone make images unlike
-    assert misses(rare_losses(gain), true) > 0.12 * STUDIES
+STUDIES = 120
 
 
 def test_images_are_unlike_by_a_quarter_from_what_most_of_their_client_show():
@@ -100,7 +76,7 @@ def alike_but_paired(rng: np.random.Generator, clients: int, images: int) -> tup
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize(("clients", "images"), [(4, 10), (10, 4), (10, 10)])
+@pytest.mark.parametrize(("clients", "images"), [(4, 10), (10, 4)])
 def test_with_images_enough_an_interval_misses_at_most_about_twice_as_often_as_it_says(
     clients, images
 ):

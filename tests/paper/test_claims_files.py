@@ -90,12 +90,12 @@ def test_an_interval_that_holds_alone_is_marked_as_that(tmp_path):
     assert "marked (alone)" in " ".join(explanation(report))
     held = next(one for one in as_json(report)["claims"] if one["claim"] == "4.1 (ii)")
     for one in held["comparisons"]:
-        told = one["verdict"] is None
-        assert one["low_and_high_hold"] == ("alone" if told else "together")
-        assert (one["low"] == one["low_alone"]) == told
+        reported = one["verdict"] is None
+        assert one["low_and_high_hold"] == ("alone" if reported else "together")
+        assert (one["low"] == one["low_alone"]) == reported
 
 
-def test_too_few_images_of_some_comparisons_are_told_in_the_verdict():
+def test_the_verdict_says_that_some_comparisons_have_too_few_images():
     runs = [*pair(0.4, 0.5, images=40), *pair(0.4, 0.5, clients=20, images=10)]
     report = check_runs(runs, DRAWS)
     rows = {row["claim"]: row["words"] for row in claim_rows(report)}

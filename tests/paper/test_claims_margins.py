@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from certifl.paper.claims.bootstrap import Sampler
 from certifl.paper.claims.catalogue import CLAIMS
-from certifl.paper.claims.effects import QUANTITIES, Effect, change, over_seeds
+from certifl.paper.claims.effects import QUANTITIES, Effect, Sampler, change, over_seeds
 from certifl.paper.claims.rules import (
     MARGIN,
     NOT_SUPPORTED,

@@ -67,7 +67,8 @@ def compute(study: Path, *regimes) -> None:
         beside = tuple(sorted((study / "runs").glob("*")))
         own = study / "runs" / spec(regime).hash()
         command = f"/opt/bin/certifl reproduce figure1 --out {study}"
-        run(spec(regime), Options(own, device="cpu", siblings=beside, command=command))
+        options = Options(own, device="cpu", siblings=beside, command=command, explore=False)
+        run(spec(regime), options)
 
 
 def start(script: ModuleType, *words: str | Path) -> None:
@@ -264,7 +265,7 @@ def test_widths_go_with_the_root_of_the_images(scripts, tmp_path) -> None:
 
 
 def test_the_pilot_measures_both_criteria_and_resumes(scripts, tmp_path, capsys) -> None:
-    words = ("--scale", "smoke", "--out", tmp_path)
+    words = ("--scale", "smoke", "--out", tmp_path, "--set", "training.local_epochs=1")
     start(scripts["pilot"], *words, "--part", "alone")
     start(scripts["pilot"], *words)
     said = capsys.readouterr().out

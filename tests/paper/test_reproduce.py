@@ -16,16 +16,16 @@ import torch
 from certifl.errors import StoreMismatch
 from certifl.experiments import parallel as module
 from certifl.experiments.run import Options
-from certifl.paper.beside import claims_of
 from certifl.paper.costs import costs
 from certifl.paper.drawing import COLUMNS
 from certifl.paper.figures import EXTRA, FIGURES, Figure, Panel, Regime, Setting
-from certifl.paper.pages import complete, write_paper_figure
+from certifl.paper.pages import claims_of, complete, write_paper_figure
 from certifl.paper.reproduce import make_plan, reproduce
 from certifl.paper.scales import SCALES
 from certifl.report import load_run
 from certifl.report.summary import client_acr, client_curves
 from certifl.runs.folder import RunFolder
+from report_pages import without_drawings
 from tiny_study import cli, files
 
 # One process computes what its tests share.
@@ -43,13 +43,37 @@ def mini(out: Path, report=None, overwrite: bool = False, stage=None):
     return list(reproduce(make_plan(MINI, SMOKE, out), options, stage))
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The mini study, which no test changes."""
+    out = tmp_path_factory.mktemp("mini")
+    assert mini(out) == [(out / "mini", True)]
+    return out
+
+
+@pytest.fixture
+def copied(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "mini"))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def smaller_figures() -> Iterator[None]:
-    """Two panels of Figure 1 and the first row of Figure 5: every kind of run, a few of each."""
+    """Figure 1 for 4 and 10 clients, Figure 5 for one sigma: every kind of run, one of each."""
+    few, many = (panel for panel in FIGURES["figure1"].rows[0][:2])
+    curves, _, mixture = FIGURES["figure5"].rows[0]
+    ways = tuple(way for way in mixture.regimes if way.personalization in (None, 0.5, 1.0))
+    rows = {
+        "figure1": (replace(few, regimes=few.regimes[:1]), many),
+        "figure5": (
+            replace(curves, regimes=ways),
+            replace(mixture, settings=mixture.settings[:1], regimes=ways),
+        ),
+    }
     with pytest.MonkeyPatch.context() as patch:
-        for name, columns in (("figure1", 2), ("figure5", 3)):
-            figure = FIGURES[name]
-            patch.setitem(FIGURES, name, replace(figure, rows=(figure.rows[0][:columns],)))
+        for name, panels in rows.items():
+            patch.setitem(FIGURES, name, replace(FIGURES[name], rows=(panels,)))
+        patch.setattr("certifl.experiments.run.explore", lambda *_: None)
+        without_drawings(patch)
         yield
 
 
@@ -72,11 +96,11 @@ def rows(study: Path, figure: str) -> list[dict[str, str]]:
 
 def test_shared_runs_are_computed_once(study):
     folders = list((study / "runs").iterdir())
-    assert len(folders) == 6 + 10 - 2  # local and FedAvg against the small rotation
+    assert len(folders) == 4 + 3 - 2  # local and FedAvg of 10 clients
     assert all(RunFolder(folder).complete() for folder in folders)
 
 
-@pytest.mark.parametrize(("figure", "pages"), [("figure1", 2), ("figure5", 2)])
+@pytest.mark.parametrize(("figure", "pages"), [("figure1", 2), ("figure5", 1)])
 def test_a_figure_is_there_as_pictures_numbers_and_pages(study, figure, pages):
     place = study / figure
     names = {path.name for path in place.iterdir()}
@@ -115,7 +139,7 @@ def test_average_radii_against_lambda(study):
     panel = next(p for p in held["panels"] if p["kind"] == "mixture")
     shown = [r for r in rows(study, "figure5") if r["panel"] == "rotation · ACR"]
     means = [r for r in shown if r["client"] == "mean"]
-    assert len(means) == len(panel["curves"]) == 10
+    assert len(means) == len(panel["curves"]) == 3
     found = {(r["measure"], r["regime"], r["x"]): float(r["value"]) for r in means}
     for curve in panel["curves"]:
         run = load_run(study / "figure5" / curve["run"])
@@ -166,10 +190,10 @@ def test_a_plan_writes_nothing(study, tmp_path):
 def test_costs_count_shared_runs_once_and_use_speeds_of_finished_runs(study):
     both = {name: FIGURES[name] for name in ("figure1", "figure6", "figure8")}
     found = costs(make_plan(both, SMOKE, study), "cpu")
-    # Figure 8 needs one training that none of them shows: FedAvg against the large rotation.
-    assert [c.runs for c in found.values()] == [6, 12, 9, 21]
-    # Its local and personalized runs against the small rotation are those of Figure 1.
-    assert [c.done for c in found.values()] == [6, 0, 2, 6]
+    # Figure 8 needs a FedAvg of every setting; Figure 6 has those against translation.
+    assert [c.runs for c in found.values()] == [4, 12, 10, 21]
+    # Its local run against the small rotation is that of Figure 1.
+    assert [c.done for c in found.values()] == [4, 0, 1, 4]
     assert found["figure1"].seconds == 0
     left = found["figure6"]
     assert left.measured == 1.0
@@ -207,9 +231,7 @@ def test_unknown_figures_and_scales_are_refused(tmp_path):
     assert not out.exists()
 
 
-def test_a_stopped_study_resumes_and_ends_with_the_same_certificates(tmp_path):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert mini(whole) == [(whole / "mini", True)]
+def test_a_stopped_study_resumes_and_ends_with_the_same_certificates(whole, tmp_path):
     seen: list[str] = []
 
     def stop(what: str, done: int, total: int, unit: str) -> None:
@@ -220,28 +242,26 @@ def test_a_stopped_study_resumes_and_ends_with_the_same_certificates(tmp_path):
     for expected in (["training", "certifying"], ["certifying"]):
         seen.clear()
         with pytest.raises(KeyboardInterrupt):
-            mini(stopped, stop)
+            mini(tmp_path, stop)
         assert list(dict.fromkeys(seen)) == expected
-        assert not (stopped / "mini").exists()
-    mini(stopped)
-    for folder in (whole / "runs").iterdir():
-        mine = stopped / "runs" / folder.name
-        expected = RunFolder(folder).load_certificates()
-        found = RunFolder(mine).load_certificates()
-        assert np.array_equal(found.counts, expected.counts)
-        assert np.array_equal(found.radius, expected.radius)
-
-
-def test_a_damaged_run_is_computed_again(tmp_path):
+        assert not (tmp_path / "mini").exists()
     mini(tmp_path)
-    plan = make_plan(MINI, SMOKE, tmp_path)
+    for folder in (whole / "runs").iterdir():
+        expected = RunFolder(folder).load_certificates()
+        resumed = RunFolder(tmp_path / "runs" / folder.name).load_certificates()
+        assert np.array_equal(resumed.counts, expected.counts)
+        assert np.array_equal(resumed.radius, expected.radius)
+
+
+def test_a_damaged_run_is_computed_again(copied):
+    plan = make_plan(MINI, SMOKE, copied)
     plan.jobs[1].path.joinpath("certificates.parquet").write_bytes(b"no table")
-    assert mini(tmp_path) == [(tmp_path / "mini", True)]
+    assert mini(copied) == [(copied / "mini", True)]
     assert all(job.done() for job in plan.jobs)
-    assert mini(tmp_path) == [(tmp_path / "mini", False)]
+    assert mini(copied) == [(copied / "mini", False)]
 
 
-def test_personalization_continues_the_training_beside_it(tmp_path):
+def test_personalization_continues_the_training_beside_it(copied):
     spent: dict[str, int] = {}
     stages: list[str] = []
 
@@ -249,30 +269,29 @@ def test_personalization_continues_the_training_beside_it(tmp_path):
         if what == "training":
             spent[stages[-1]] = spent.get(stages[-1], 0) + 1
 
-    mini(tmp_path, count, stage=stages.append)
-    assert len(stages) == 2
+    mini(copied, count, stage=stages.append)
+    assert stages == []
+    mini(copied, count, overwrite=True, stage=stages.append)
+    assert len(stages) == 2  # each run once more, in the order in which they build on each other
     # Two clients: two rounds of FedAvg, then one of fine-tuning alone.
     assert list(spent.values()) == [4, 2]
-    mini(tmp_path, count, overwrite=True, stage=stages.append)
-    assert len(stages) == 4  # each run once more, in the order in which they build on each other
-    assert sum(spent.values()) == 12
 
 
-def test_a_run_of_another_process_is_waited_for(tmp_path, monkeypatch):
-    plan = make_plan(MINI, SMOKE, tmp_path)
-    first = RunFolder(plan.jobs[0].path)
-    held = first.locked()
-    held.__enter__()
+def test_a_run_of_another_process_is_waited_for(copied, monkeypatch):
+    plan = make_plan(MINI, SMOKE, copied)
+    shutil.rmtree(plan.jobs[1].path)
+    other = RunFolder(plan.jobs[1].path).locked()
+    other.__enter__()
     naps: list[float] = []
 
     def nap(seconds: float) -> None:
         """The other process gives up in the middle."""
         naps.append(seconds)
-        held.__exit__(None, None, None)
+        other.__exit__(None, None, None)
 
     monkeypatch.setattr(module.time, "sleep", nap)
     stages: list[str] = []
-    assert mini(tmp_path, stage=stages.append) == [(tmp_path / "mini", True)]
+    assert mini(copied, stage=stages.append) == [(copied / "mini", True)]
     assert len(naps) == 1
     assert any("another process" in text for text in stages)
     assert all(job.done() for job in plan.jobs)
@@ -286,9 +305,8 @@ def test_a_folder_of_strangers_is_refused(tmp_path):
         mini(tmp_path)
 
 
-def test_figures_need_finished_runs(tmp_path):
-    mini(tmp_path)
-    plan = make_plan(MINI, SMOKE, tmp_path)
+def test_figures_need_finished_runs(copied):
+    plan = make_plan(MINI, SMOKE, copied)
     RunFolder(plan.jobs[0].path).update({"status": "running"})
     with pytest.raises(StoreMismatch, match="not finished"):
-        write_paper_figure(tmp_path / "mini")
+        write_paper_figure(copied / "mini")

@@ -17,6 +17,7 @@ from PIL import Image
 
 import claims_factory as factory
 from certifl.paper.claims import CLAIMS
+from certifl.paper.figures import FIGURES
 from certifl.report import load_run
 from certifl.report.summary import client_acr, client_curves, largest_radius
 from certifl.report.units import scales
@@ -33,7 +34,7 @@ def scripts() -> Iterator[Scripts]:
     """The script and what it imports, as Python finds them when it is started."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(RESULTS))
-        names = ("paging", "study_numbers", "verdict_words", "figures")
+        names = ("paging", "study_numbers", "figures")
         yield {name: importlib.import_module(name) for name in names}
 
 
@@ -127,13 +128,16 @@ def test_the_numbers_are_those_of_the_runs(study: Path, made: Path) -> None:
 
 def test_a_planted_effect_is_reported_and_undecided_ones_are_called_that(made: Path) -> None:
     page = (made / "figure1.md").read_text()
-    words = page.split("## What is seen here")[1].split("## Numbers")[0]
+    paper, _, rest = page.partition("## What is seen here")
+    assert f"\n\n{FIGURES['figure1'].says}\n\n- 4.1 (i): " in paper
+    words = rest.split("## Numbers")[0]
     assert "**4.1 (i): not supported.**" in words
     assert "**4.1 (ii): supported.**" in words
-    told = next(line for line in words.splitlines() if "4.1 (ii):" in line)
-    assert "In this figure: of 2 comparisons, supported in 2" in told
-    assert "Not all runs that the claim is about were computed." in told  # rotation alone
-    low, high = map(float, re.findall(r"between ([+-]\d+\.\d) and ([+-]\d+\.\d) points", told)[0])
+    verdict = next(line for line in words.splitlines() if "4.1 (ii):" in line)
+    assert "In this figure: of 2 comparisons, supported in 2" in verdict
+    assert "Not all runs that the claim is about were computed." in verdict  # rotation alone
+    ends = re.findall(r"between ([+-]\d+\.\d) and ([+-]\d+\.\d) points", verdict)
+    low, high = map(float, ends[0])
     assert 0 < low < 30 < high
     assert "More images would decide them" in words
     assert "**4.2" not in page
@@ -219,8 +223,8 @@ def test_pictures_are_light(scripts: Scripts, tmp_path: Path) -> None:
 
 
 def test_durations(scripts: Scripts) -> None:
-    told = [scripts["paging"].duration(s) for s in (0.4, 89, 91, 3569, 3600, 7500)]
-    assert told == ["0 s", "89 s", "2 min", "59 min", "1 h 00 min", "2 h 05 min"]
+    texts = [scripts["paging"].duration(s) for s in (0.4, 89, 91, 3569, 3600, 7500)]
+    assert texts == ["0 s", "89 s", "2 min", "59 min", "1 h 00 min", "2 h 05 min"]
 
 
 def test_the_committed_pages_are_whole() -> None:

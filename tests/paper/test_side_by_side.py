@@ -80,20 +80,20 @@ def test_leaving_early_ends_the_helpers_and_loses_nothing(tmp_path):
 
 def test_helpers_end_when_the_command_is_killed(tmp_path):
     psutil = pytest.importorskip("psutil")
-    asked = ("reproduce", "figure1", "--scale", "smoke", "--out", str(tmp_path), "--jobs", "3")
+    arguments = ("reproduce", "figure1", "--scale", "smoke", "--out", str(tmp_path), "--jobs", "2")
     process = subprocess.Popen(
-        [sys.executable, "-m", "certifl", *asked],
+        [sys.executable, "-m", "certifl", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=environment(),
     )
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("runs/*/spec.toml"))) < 3:
+    while len(list(tmp_path.glob("runs/*/spec.toml"))) < 2:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     helpers = psutil.Process(process.pid).children(recursive=True)
-    assert len(helpers) >= 2
+    assert helpers
     process.kill()
     assert process.wait() == -signal.SIGKILL
     _, left = psutil.wait_procs(helpers, timeout=60)
@@ -101,12 +101,12 @@ def test_helpers_end_when_the_command_is_killed(tmp_path):
 
 
 def test_a_failure_of_a_helper_is_reported_by_the_command(tmp_path):
-    asked = ("reproduce", "figure1", "--scale", "smoke", "--out", tmp_path)
+    arguments = ("reproduce", "figure1", "--scale", "smoke", "--out", tmp_path)
     plan = make_plan({"figure1": FIGURES["figure1"]}, SMOKE, tmp_path)
     first = plan.jobs[0].path
     first.mkdir(parents=True)
     (first / "notes.txt").write_text("mine")
-    cli(*asked, "--jobs", "2").refused("notes.txt")
+    cli(*arguments, "--jobs", "2").refused("notes.txt")
     assert not multiprocessing.active_children()
     assert (first / "notes.txt").read_text() == "mine"
 

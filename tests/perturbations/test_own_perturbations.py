@@ -28,9 +28,8 @@ from certifl.experiments.verify import verify_run
 from certifl.federated.trainer import train
 from certifl.federated.training.batches import PerClient, augmentation_of, combine_augmentations
 from certifl.paper.claims.runs import find_runs
-from certifl.report import load_run, summary_rows, write_figures, write_report
+from certifl.report import figures, load_run, summary_rows, write_figures, write_report
 from certifl.report.figures import Drawing
-from certifl.report.page import page as page_module
 from certifl.report.results import by_perturbation, check_comparable
 from certifl.runs.checkpoints import Checkpoints
 from certifl.runs.folder import RunFolder
@@ -290,7 +289,7 @@ def test_figures_of_each_perturbation_have_a_folder(
         saved.append((folder.name, stem))
         return []
 
-    monkeypatch.setattr(page_module, "save", note)
+    monkeypatch.setattr(figures, "save", note)
     write_figures([load_run(mixed)], Path("figures"))
     stems = ("curves", "clients", "average_radius", "history")
     assert saved == [(noise, stem) for noise in ("rotation", "pixel") for stem in stems]

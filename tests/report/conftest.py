@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from report_pages import hostile_page, own_page, shifted_runs, study_page, study_runs
+from report_pages import (
+    hostile_page,
+    own_page,
+    shifted_runs,
+    study_page,
+    study_runs,
+    without_drawings,
+)
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +24,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def study_report(study: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return study_page(study, tmp_path_factory.mktemp("page"), figures=True)
+    return study_page(study, tmp_path_factory.mktemp("page"))
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +41,9 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shifted(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return shifted_runs(tmp_path_factory.mktemp("shifted"))
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that do not look at the drawings of a page."""
+    without_drawings(monkeypatch)

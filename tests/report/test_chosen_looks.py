@@ -17,10 +17,10 @@ from browser import Windows
 from certifl.errors import InputError
 from certifl.report import FigureStyle, load_runs
 from certifl.report.figures import average_radius_figure, certified_accuracy_figure
-from certifl.report.naming import arranged, assignments, known_names, listed_names
-from certifl.report.page.classes import classes_section
 from certifl.report.page.context import ReportContext
+from certifl.report.page.results import classes_section
 from certifl.report.results import RunResults
+from certifl.report.style import arranged, assignments, known_names, listed_names
 from report_factory import PIXEL, make_certificates, make_run, write_study
 
 MIXTURE = "Mixture, λ = 0.5"
@@ -212,7 +212,8 @@ def test_wrong_requests_write_nothing(
 def model_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     make_certificates(0.7, 1, 100).save(folder / "certificates.parquet")
-    tiny.cli("report", folder / "certificates.parquet", "--name", "My model").fine("My model")
+    file, chosen = folder / "certificates.parquet", ("--name", "My model", "--format", "pdf")
+    tiny.cli("report", file, *chosen).fine("My model")
     return folder / "certificates-report" / "report.html"
 
 

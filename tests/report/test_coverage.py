@@ -19,8 +19,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from certifl.paper.claims.bootstrap import Sampler
-from certifl.paper.claims.effects import QUANTITIES, over_seeds
+from certifl.paper.claims.effects import QUANTITIES, Sampler, over_seeds
 from certifl.paper.claims.runs import StudyRun, largest_radius, read_run
 from certifl.report import intervals
 from certifl.report.compare import compare

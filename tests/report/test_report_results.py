@@ -268,6 +268,10 @@ def test_equal_runs_show_no_difference(runs):
     assert not pair.shown
     assert headline(twins, found, DEGREES)[0] == "No difference shown between FedAvg and Twin."
     assert all(one.tied == (1,) for one in recommendations(twins, found))
+    three = [runs[0], *twins]
+    sentence, _ = headline(three, compare(three), DEGREES)
+    assert sentence.startswith("FedAvg has the largest average certified radius, ")
+    assert sentence.endswith("°; no difference shown from Twin.")
 
 
 def test_a_clear_difference_is_shown_and_has_its_sign(runs):

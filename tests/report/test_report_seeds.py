@@ -102,7 +102,7 @@ def test_a_handful_of_common_images_states_nothing() -> None:
     assert compare([local, part_of(fedavg, 3)]).pairs[0, 1].stated
 
 
-def test_the_page_says_why_and_the_terminal_agrees(tmp_path: Path) -> None:
+def test_the_page_says_why_and_the_terminal_agrees(bare: None, tmp_path: Path) -> None:
     runs = [trained("local", 0), part_of(trained("fedavg", 0), 2)]
     page = html.unescape(write_report(runs, tmp_path / "a.html", figures=False).read_text())
     text = re.sub(r"<[^>]+>", " ", re.sub(r"(?s)<(script|style).*?</\1>", "", page))
@@ -148,9 +148,9 @@ def test_no_printed_end_lies_beyond_what_is_possible() -> None:
 def test_ahead_on_average_beside_no_difference_for_a_client_is_explained() -> None:
     runs = by_seed([trained("local", 0, 12), trained("fedavg", 0, 12)])
     found = compare(runs)
-    told = recommendations(runs, found)
+    answers = recommendations(runs, found)
     assert found.pairs[0, 1].shown
-    assert any(one.tied for one in told)
-    words = why_clients_stay_undecided(runs, found, told) or ""
+    assert any(one.tied for one in answers)
+    words = why_clients_stay_undecided(runs, found, answers) or ""
     assert "Fedavg is ahead of Local on average over all clients" in words
     assert "A client has 12 test images, the average over clients is based on 48" in words

@@ -49,6 +49,7 @@ class Windows:
     browser: Browser
     complaints: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    pages: list[Page] = field(default_factory=list)
 
     def __call__(
         self, report: Path, width: int = 1280, *, dark: bool = False, scripts: bool = True
@@ -61,6 +62,7 @@ class Windows:
             is_mobile=phone,
             has_touch=phone,
         )
+        self.pages.append(page)
         page.set_default_timeout(20_000)
         page.on("console", lambda message: self.complaints.append(message.text))
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
@@ -68,22 +70,43 @@ class Windows:
         page.goto(report.resolve().as_uri())
         return page
 
+    def require_quiet(self) -> None:
+        """Whatever a test does with a report: it complains of nothing and loads nothing."""
+        outside = [one for one in self.requests if not one.startswith(("file:", "data:"))]
+        assert (self.complaints, outside) == ([], [])
+
+    def close(self) -> None:
+        for page in self.pages:
+            page.context.close()
+
 
 @pytest.fixture
 def windows(chromium: Browser) -> Iterator[Windows]:
-    """Whatever a test does with a report: it complains of nothing and loads nothing."""
     opened = Windows(chromium)
     yield opened
-    for context in chromium.contexts:
-        context.close()
-    assert opened.complaints == []
-    assert [one for one in opened.requests if not one.startswith(("file:", "data:"))] == []
+    opened.close()
+    opened.require_quiet()
+
+
+@pytest.fixture(scope="module")
+def desktop(chromium: Browser) -> Iterator[Windows]:
+    """One window for all tests of a file."""
+    opened = Windows(chromium)
+    yield opened
+    opened.close()
 
 
 @pytest.fixture
-def page(windows: Windows, report: Path) -> Page:
-    """The report of the test's file, on a desktop."""
-    return windows(report)
+def page(desktop: Windows, report: Path) -> Iterator[Page]:
+    """The report of the test's file, loaded anew on a desktop."""
+    if not desktop.pages:
+        desktop(report)
+    else:
+        desktop.pages[0].set_viewport_size({"width": 1280, "height": 900})
+        desktop.pages[0].emulate_media(color_scheme="light")
+        desktop.pages[0].goto(report.resolve().as_uri())
+    yield desktop.pages[0]
+    desktop.require_quiet()
 
 
 def tab_to(page: Page, selector: str) -> None:

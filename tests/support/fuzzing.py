@@ -41,7 +41,7 @@ from certifl.deploy.client.settings import load_settings
 from certifl.deploy.provision.bundle import load_connection
 from certifl.errors import CertiflError
 from certifl.report import summary_rows
-from certifl.report.page.attacks import attacks_section
+from certifl.report.page.background import attacks_section
 from certifl.report.page.context import ReportContext
 from certifl.report.page.explorer import explorer_payload
 from certifl.report.results import by_perturbation, load_runs

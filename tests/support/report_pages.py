@@ -8,8 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from certifl.certification.certificates import Certificates
-from certifl.paper.claims.section import verdicts_section
+from certifl.paper.claims import verdicts_section
 from certifl.report import write_report
 from explorer_factory import write_explorer
 from report_factory import (
@@ -22,22 +24,18 @@ from report_factory import (
     write_study,
 )
 
-__all__ = [
-    "HOSTILE",
-    "data_of",
-    "hostile_page",
-    "own_page",
-    "shifted_runs",
-    "study_page",
-    "study_runs",
-]
-
+CLIENTS = 4
 HOSTILE = "<script>document.title='broken'</script>\"'&$x ${y} </noscript><img src=x>"
+
+
+def without_drawings(patch: pytest.MonkeyPatch) -> None:
+    """Pages lack the drawings for browsers without scripts, which take most of their time."""
+    patch.setattr("certifl.report.page.html.image_bytes", lambda *_: b"<svg/>")
 
 
 def study_runs(place: Path) -> list[Path]:
     """Four regimes; all but the last were explored, on images that most of them share."""
-    folders = write_study(place)
+    folders = write_study(place, clients=CLIENTS)
     for number, folder in enumerate(folders[:-1]):
         write_explorer(folder, [0, 45, 90 + number])
     return folders
@@ -56,15 +54,10 @@ def shifted_runs(place: Path) -> list[Path]:
     return folders
 
 
-def study_page(runs: list[Path], place: Path, figures: bool = False) -> Path:
+def study_page(runs: list[Path], place: Path) -> Path:
     """The page of the study."""
-    return write_report(
-        runs,
-        place / "report.html",
-        title="Handwritten digits",
-        figures=figures,
-        claims=verdicts_section,
-    )
+    page, title = place / "report.html", "Handwritten digits"
+    return write_report(runs, page, title=title, figures=False, claims=verdicts_section)
 
 
 def hostile_page(place: Path) -> Path:
@@ -94,16 +87,21 @@ def two_perturbations(quality: float, seed: int) -> Certificates:
     return Certificates.concatenate(parts)
 
 
-def own_page(place: Path) -> Path:
-    """A page with a panel for each of two perturbations, all clients explored."""
+def own_runs(place: Path) -> list[Path]:
+    """Two regimes whose clients certify two perturbations, all explored."""
     folders = []
     for number, regime in enumerate(("local", "fedavg")):
         certificates = two_perturbations(0.7 + 0.2 * number, number)
         manifest = make_manifest(regime, regime.capitalize(), 4, 48)
-        folder = write_run(place / regime, certificates, manifest)
-        folders.append(folder)
-        write_explorer(folder, [0, 12, 24, 36])
-    return write_report(folders, place / "report.html", figures=False, claims=verdicts_section)
+        folders.append(write_run(place / regime, certificates, manifest))
+        write_explorer(folders[-1], [0, 12, 24, 36])
+    return folders
+
+
+def own_page(place: Path) -> Path:
+    """A page with a panel for each of two perturbations."""
+    runs = own_runs(place)
+    return write_report(runs, place / "report.html", figures=False, claims=verdicts_section)
 
 
 def data_of(page: Path, at: int = 0) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def report(
     _check_reported(runs, name)
     measures = None if size is None else inches(size)
     from certifl.cli import terminal
-    from certifl.paper.claims.section import verdicts_section
+    from certifl.paper.claims import verdicts_section
     from certifl.report import (
         FigureStyle,
         arranged,

@@ -7,7 +7,7 @@ is rough: another processor may be several times faster or slower. It has no GPU
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,11 +111,14 @@ def _cost(
         if speed is None:
             unknown += 1
             continue
-        seconds += at_most * _share(spec, speed) / speed.votes
+        share = EXPECTED_SHARE if speed.share is None else speed.share
+        if not ESTIMATORS[spec.certification.estimator].stops_early:
+            share = 1.0
+        seconds += at_most * share / speed.votes
         seconds += _images_trained(spec) / speed.images if new else 0.0
-    share = measured / len(remaining) if remaining else 1.0
+    known = measured / len(remaining) if remaining else 1.0
     done_runs = len(jobs) - len(remaining)
-    return Cost(len(jobs), done_runs, trainings, votes, seconds, share, unknown)
+    return Cost(len(jobs), done_runs, trainings, votes, seconds, known, unknown)
 
 
 def _rough(spec: Spec) -> Speed:
@@ -128,12 +131,6 @@ def _rough(spec: Spec) -> Speed:
 
 def _material(spec: Spec) -> tuple[str, str]:
     return spec.model.name, spec.data.name
-
-
-def _share(spec: Spec, speed: Speed) -> float:
-    if not ESTIMATORS[spec.certification.estimator].stops_early:
-        return 1.0
-    return EXPECTED_SHARE if speed.share is None else speed.share
 
 
 def _votes_at_most(spec: Spec) -> int:
@@ -164,7 +161,9 @@ def _measured(out: Path) -> dict[tuple[str, str], Speed]:
             own = totals.setdefault(_material(spec), [0.0] * 5)
             if "base" not in spec.algorithm:
                 own[0] += _images_trained(spec)
-                own[1] += sum(_round_seconds(folder.path))
+                # Of every round, including those computed by another run of the study.
+                rounds = read_text(folder.path / "history.jsonl").splitlines()
+                own[1] += sum(float(parse_json(line)["seconds"]) for line in rounds)
             own[2] += manifest["votes"]
             own[3] += manifest["certification_seconds"]
             own[4] += _votes_at_most(spec)
@@ -175,9 +174,3 @@ def _measured(out: Path) -> dict[tuple[str, str], Speed]:
         for name, (images, trained, votes, certified, at_most) in totals.items()
         if min(images, trained, votes, certified) > 0
     }
-
-
-def _round_seconds(folder: Path) -> Iterable[float]:
-    """Seconds of every round, including those computed by another run of the study."""
-    for line in read_text(folder / "history.jsonl").splitlines():
-        yield float(parse_json(line)["seconds"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from certifl.errors import StoreMismatch
-from certifl.report.figures.files import Drawing
-from certifl.report.figures.plots import INK, band, frame, line, named_legend, panel, short_name
+from certifl.report.axes import INK, band, frame, line, named_legend, panel, short_name
+from certifl.report.figures import Drawing, curve_rows
 from certifl.report.results import RunResults, check_comparable
 from certifl.report.style import LOOKS, Look, look_number, looks_of
 from certifl.report.summary import client_acr, client_curves, first_unit, radius_grid
@@ -78,27 +78,22 @@ def paper_figure(panels: Sequence[GridPanel], title: str) -> Drawing:
     columns = 1 + max(p.column for p in panels)
     size = (_WIDTH * columns + 0.5, _HEIGHT * rows + 0.9)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes: Any = figure.subplots(rows, columns, squeeze=False)
     names = _panel_names(panels)
     numbers: list[tuple[Any, ...]] = []
     for part, name in zip(panels, names, strict=True):
         check_comparable(part.runs)
         for row in _DRAWERS[part.kind](axes[part.row, part.column], part, name):
             numbers.append((name, *row))
-    _hide_unused(axes, panels)
+    used = {(p.row, p.column) for p in panels}
+    for row, column in np.ndindex(*axes.shape):
+        axes[row, column].set_visible((row, column) in used)
     heading = short_name(_heading(panels, title), 34 * columns)
     figure.suptitle(heading, fontsize=11, color=INK, parse_math=False)
     looks, labels = _legend_entries(panels)
     ncols = min(_LEGEND_COLUMNS, max(2, columns * 2 - 1), len(looks))
     named_legend(figure, looks, labels, "outside lower center", ncols)
     return Drawing(figure, COLUMNS, tuple(numbers))
-
-
-def _hide_unused(axes: Any, panels: Sequence[GridPanel]) -> None:
-    used = {(p.row, p.column) for p in panels}
-    for row, column in np.ndindex(*axes.shape):
-        if (row, column) not in used:
-            axes[row, column].set_visible(False)
 
 
 def _panel_names(panels: Sequence[GridPanel]) -> list[str]:
@@ -157,19 +152,19 @@ def _draw_curves(axes: Axes, part: GridPanel, name: str) -> Rows:
     radii, unit = _radius_axes(axes, part, name)
     for run, look in zip(part.runs, looks_of(part.runs), strict=True):
         curves = client_curves(run, radii)
-        mean, low, high = mean_and_band(curves)
-        band(axes, look, radii * unit.factor, mean, low, high, run.label)
-        named = {"mean": mean, "min": low, "max": high}
-        yield from _curve_rows(run, radii, {**_by_client(run, curves), **named})
+        band(axes, look, radii * unit.factor, *mean_and_band(curves), run.label)
+        for row in curve_rows(run, radii, curves):
+            yield "certified accuracy", *row, run.conditions["unit"]
 
 
 def _draw_clients(axes: Axes, part: GridPanel, name: str) -> Rows:
     radii, unit = _radius_axes(axes, part, name)
     run = part.runs[0]
-    named = _by_client(run, client_curves(run, radii))
-    for at, (client, curve) in enumerate(named.items()):
+    curves = client_curves(run, radii)
+    for at, (client, curve) in enumerate(zip(run.clients, curves, strict=True)):
         line(axes, look_number(at), radii * unit.factor, curve, f"client {client}")
-    yield from _curve_rows(run, radii, named)
+    for row in curve_rows(run, radii, curves)[: curves.size]:  # without mean, min and max
+        yield "certified accuracy", *row, run.conditions["unit"]
 
 
 def _radius_axes(axes: Axes, part: GridPanel, name: str) -> tuple[np.ndarray, RadiusScale]:
@@ -183,17 +178,6 @@ def _radius_axes(axes: Axes, part: GridPanel, name: str) -> tuple[np.ndarray, Ra
     return radii, unit
 
 
-def _by_client(run: RunResults, curves: np.ndarray) -> dict[Any, np.ndarray]:
-    return {int(client): curve for client, curve in zip(run.clients, curves, strict=True)}
-
-
-def _curve_rows(run: RunResults, radii: np.ndarray, curves: Mapping[Any, np.ndarray]) -> Rows:
-    unit = str(run.conditions["unit"])
-    for name, curve in curves.items():
-        for radius, value in zip(radii, curve, strict=True):
-            yield "certified accuracy", run.label, name, float(radius), float(value), unit
-
-
 def _draw_mixture(axes: Axes, part: GridPanel, name: str) -> Rows:
     """ACR in units of sigma, so that small and large sigma share an axis."""
     frame(axes)
@@ -202,7 +186,10 @@ def _draw_mixture(axes: Axes, part: GridPanel, name: str) -> Rows:
     axes.set_ylabel("ACR / σ", fontsize=8, color=INK)
     axes.yaxis.set_major_locator(MaxNLocator(4))
     top, styles = 0.0, []
-    for look, (sigma, curves) in zip(_SIGMA_LOOKS, _by_sigma(part).items(), strict=False):
+    by_sigma: dict[float, list[Curve]] = {}
+    for curve in part.curves:
+        by_sigma.setdefault(float(curve.run.conditions["sigma"]), []).append(curve)
+    for look, (sigma, curves) in zip(_SIGMA_LOOKS, by_sigma.items(), strict=False):
         curves.sort(key=lambda c: -1.0 if c.personalization is None else c.personalization)
         clients = [(c, client_acr(c.run)) for c in curves]
         top = max(top, *(float(radii.max()) / sigma for _, radii in clients))
@@ -212,13 +199,6 @@ def _draw_mixture(axes: Axes, part: GridPanel, name: str) -> Rows:
             yield from _radius_rows(curve, radii)
     axes.set(xlim=(0, 1.04), ylim=(0, top * 1.45 or 1.0))
     _sigma_legend(axes, styles)
-
-
-def _by_sigma(part: GridPanel) -> dict[float, list[Curve]]:
-    groups: dict[float, list[Curve]] = {}
-    for curve in part.curves:
-        groups.setdefault(float(curve.run.conditions["sigma"]), []).append(curve)
-    return groups
 
 
 def _draw_against_lambda(

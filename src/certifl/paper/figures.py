@@ -180,7 +180,7 @@ def _every_client(clients: int) -> tuple[tuple[Panel, ...], ...]:
 _EVERY_CLIENT = (
     "The paper (A.3) draws each of {clients} clients instead of their mean. It finds that clients "
     "differ far more with training alone than with personalized models, although their images "
-    "were dealt out evenly."
+    "were divided evenly."
 )
 
 FIGURES: Mapping[str, Figure] = {

@@ -6,23 +6,37 @@ Reads `figure.json`, which names the panels, their curves and runs, and the run 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from certifl._version import __version__
-from certifl.errors import StoreError
-from certifl.paper.beside import beside_section
-from certifl.paper.claims.section import verdicts_section
+from certifl.errors import CertiflError, StoreError
+from certifl.paper.claims.catalogue import CLAIMS, Claim
+from certifl.paper.claims.render import verdict_words, verdicts_section
+from certifl.paper.claims.rules import NOT_TESTED
+from certifl.paper.claims.runs import read_run
+from certifl.paper.claims.testing import check_runs
 from certifl.paper.drawing import Curve, GridPanel, paper_figure
+from certifl.paper.figures import EXTRA, FIGURES
+from certifl.report.compare import compare
 from certifl.report.figures import Drawing, save
-from certifl.report.page.html import Markup, el, join, picture, table
+from certifl.report.page.html import (
+    Markup,
+    asset,
+    el,
+    join,
+    paragraph,
+    picture,
+    section,
+    table,
+)
 from certifl.report.page.page import write_report
-from certifl.report.page.panels import asset
-from certifl.report.results import RunResults, load_run
+from certifl.report.results import RunResults, by_seed, load_run
 from certifl.report.summary import accuracy_share, client_acr, first_unit, noise_words, spread
-from certifl.report.wording import percent
+from certifl.report.wording import headline, percent
 from certifl.runs.atomic import read_json, write_text
 
 _STYLES = ("page.css", "claims.css")
@@ -62,7 +76,9 @@ def write_paper_figure(folder: str | Path) -> Path:
     sections, comparisons = [], []
     for page in index["pages"]:
         compared = [runs.labelled(run) for run in page["runs"]]
-        title = _page_title(compared[0])
+        first = compared[0]
+        clients, noise = len(first.clients), noise_words(first.conditions)
+        title = f"{first.data_name or 'images'}, {clients} clients, {noise}"
         comparisons.append((title, compared))
         write_report(
             compared, _page_path(path, page), title, figures=False, claims=verdicts_section
@@ -133,11 +149,6 @@ def _page_path(path: Path, page: Mapping[str, Any]) -> Path:
     return path / _PAGES / f"{page['name']}.html"
 
 
-def _page_title(run: RunResults) -> str:
-    data, noise = run.data_name or "images", noise_words(run.conditions)
-    return f"{data}, {len(run.clients)} clients, {noise}"
-
-
 def _section(title: str, link: str, runs: list[RunResults]) -> Markup:
     """One comparison: its numbers, and a link to its page."""
     scale = first_unit(runs)
@@ -171,3 +182,64 @@ def _page(index: Mapping[str, Any], drawing: Drawing, sections: list[Markup]) ->
         "command": el("code", None, str(index.get("command", "certifl reproduce"))),
     }
     return Markup(Template(asset("figure.html")).substitute(parts))
+
+
+# What the paper says of a figure in words, beside what the runs of this figure show.
+
+
+Comparisons = Sequence[tuple[str, Sequence[RunResults]]]
+
+_FINDINGS = (
+    "One line for each comparison of the figure: which algorithm leads in the average certified "
+    "radius on the images of these runs."
+)
+
+
+def beside_section(name: str, runs: Sequence[RunResults], comparisons: Comparisons) -> Markup:
+    """The paper's words about a figure, and what is seen here; nothing for other figures.
+
+    Args:
+        name: of the figure. runs: all of its runs.
+        comparisons: titles, with runs that can be compared image by image.
+    """
+    figure = {**FIGURES, **EXTRA}.get(name)
+    if figure is None or not figure.says:
+        return Markup()
+    claims, findings = claims_of(name), []
+    for title, own in comparisons:
+        rows = by_seed(own)
+        finding = headline(rows, compare(rows), first_unit(rows))[0]
+        findings.append(el("li", None, el("b", None, title), ": ", finding))
+    return section(
+        "beside",
+        "What the paper says of it, and what is seen here",
+        paragraph(figure.says),
+        _statements(claims, runs) if claims else Markup(),
+        paragraph(_FINDINGS),
+        el("ul", {"class": "limits"}, *findings),
+    )
+
+
+def claims_of(name: str) -> list[Claim]:
+    """The claims that the paper shows in a figure."""
+    if name in EXTRA:
+        return [claim for claim in CLAIMS if "further runs" in claim.figure]
+    number = name.removeprefix("figure")
+    shown = [claim for claim in CLAIMS if "further runs" not in claim.figure]
+    return [claim for claim in shown if number in re.findall(r"\d+", claim.figure)]
+
+
+def _statements(claims: Sequence[Claim], runs: Sequence[RunResults]) -> Markup:
+    """A row for each claim: the paper's statement, and its verdict on these runs alone."""
+    try:
+        report = check_runs([read_run(run) for run in runs], claims=claims)
+    except CertiflError as error:
+        return paragraph(f"Its statements were not tested: {error}")
+    rows = []
+    for result in report.results:
+        first, _, rest = verdict_words(result).partition(": ")
+        verdict = join([el("b", None, first), ": ", el("span", None, rest)])
+        if result.verdict == NOT_TESTED:
+            verdict = el("span", None, "Not tested: the figure's runs cannot decide it.")
+        rows.append([el("span", None, result.claim.sentence), verdict])
+    return table("Statements", ["The paper", "These runs"], rows)

@@ -46,12 +46,12 @@ class Plan:
 
     def jobs_of(self, figure: str) -> tuple[Job, ...]:
         """The runs of one figure, in the plan's order, with trainings that they continue."""
-        own = [job for job in self.jobs if job.spec.hash() in self.shown[figure]]
-        starts = {job.spec.training_hash(of_base=True) for job in own}
+        own = {job.path for job in self.jobs if job.path.name in self.shown[figure]}
+        starts = {job.spec.training_hash(of_base=True) for job in self.jobs if job.path in own}
         return tuple(
             job
             for job in self.jobs
-            if job in own or (job.support and job.spec.training_hash() in starts)
+            if job.path in own or (job.support and job.spec.training_hash() in starts)
         )
 
 
@@ -109,8 +109,12 @@ def reproduce(
     for name in plan.figures:
         jobs = [j for j in plan.jobs_of(name) if j.path not in renewed]
         pending = [job for job in jobs if options.overwrite or not job.done()]
-        report = None if stage is None else _prefixed(stage, name)
-        compute(pending, options, renewed, report)
+
+        def named(text: str, name: str = name) -> None:
+            if stage is not None:
+                stage(f"{name} {text}")
+
+        compute(pending, options, renewed, named)
         changed = _write_index(plan, name, options.command)
         yield plan.out / name, changed or bool(pending) or options.overwrite
 
@@ -124,16 +128,12 @@ def compute_free(plan: Plan, options: Options) -> None:
     compute([job for job in plan.jobs if not job.done()], options, [])
 
 
-def _prefixed(stage: Callable[[str], None], name: str) -> Callable[[str], None]:
-    return lambda text: stage(f"{name} {text}")
-
-
 def _write_index(plan: Plan, name: str, command: str) -> bool:
     """Write the index of a figure; returns whether it changed."""
-    path, wanted = plan.out / name / INDEX, figure_index(plan, name)
+    path, index = plan.out / name / INDEX, figure_index(plan, name)
     if path.is_file():
         stored = read_json(path)
-        if isinstance(stored, dict) and {**stored, "command": ""} == {**wanted, "command": ""}:
+        if isinstance(stored, dict) and {**stored, "command": ""} == {**index, "command": ""}:
             return False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ def _write_index(plan: Plan, name: str, command: str) -> bool:
         raise StoreError(
             f"Cannot write to {path.parent}: {error}. Choose another folder with --out."
         ) from error
-    write_json(path, {**wanted, "command": command})
+    write_json(path, {**index, "command": command})
     return True
 
 

@@ -71,14 +71,22 @@ class Scale:
         data: dict[str, Any] = {"name": material.name}
         if material.train_images is not None:
             data["train_images"] = material.train_images
+        algorithm: dict[str, Any] = {"name": regime.algorithm}
+        if regime.algorithm == "personalized":
+            algorithm |= {"base": {"name": "fedavg"}, **self.finetuning}
+        if regime.algorithm == "mixture":
+            algorithm["personalization"] = regime.personalization
+        training = dict(self.training)
+        if regime.matched_steps and regime.personalization:
+            training["lr"] /= regime.personalization
         return with_settings(
             {
                 "name": self._name(setting, regime),
                 "data": data,
                 "clients": {"count": clients},
                 "model": {"name": self.model},
-                "algorithm": self._algorithm(regime),
-                "training": self._training(regime),
+                "algorithm": algorithm,
+                "training": training,
                 "augmentation": _augmentation(setting, regime),
                 "certification": {
                     **self.certification,
@@ -97,18 +105,6 @@ class Scale:
         how = f"{regime.algorithm}{value if regime.algorithm == 'mixture' else ''}{steps}"
         training = "" if regime.trained == "matching" else f", {regime.trained} training"
         return f"{where}, {setting.family} {setting.sigma}: {how}{training}"
-
-    def _algorithm(self, regime: Regime) -> dict[str, Any]:
-        if regime.algorithm == "personalized":
-            return {"name": "personalized", "base": {"name": "fedavg"}, **self.finetuning}
-        if regime.algorithm == "mixture":
-            return {"name": "mixture", "personalization": regime.personalization}
-        return {"name": regime.algorithm}
-
-    def _training(self, regime: Regime) -> dict[str, Any]:
-        if not (regime.matched_steps and regime.personalization):
-            return dict(self.training)
-        return {**self.training, "lr": self.training["lr"] / regime.personalization}
 
 
 def _augmentation(setting: Setting, regime: Regime) -> dict[str, Any]:

@@ -38,9 +38,8 @@ class Difference:
 
     Attributes:
         first, second: positions of the two.
-        estimate: the difference on the certified images; NaN where none is stated.
-        low, high: its interval; infinite where there is none.
-        images: how many images were compared, over all seeds. seeds: how many trainings.
+        estimate: NaN where no difference is stated. low, high: infinite without an interval.
+        images: how many were compared, over all seeds. seeds: how many trainings.
         why: why no difference is stated; empty where one is.
     """
 
@@ -80,13 +79,17 @@ class Difference:
 Pairs = Mapping[tuple[int, int], Difference]
 
 
+def difference(pairs: Pairs, run: int, other: int) -> Difference:
+    """The difference of two positions as `run` minus `other`."""
+    return pairs[min(run, other), max(run, other)].seen_from(run)
+
+
 @dataclass(frozen=True)
 class ClientComparison:
     """The algorithms on one client's test images.
 
     Attributes:
-        client: number of the client.
-        images: how many of its images were compared; the fewest of all pairs.
+        client: its number. images: how many of its images were compared; the fewest of all pairs.
         acr: (algorithms,) its average certified radius; NaN without certificates.
         pairs: differences, keyed by positions (first < second).
     """
@@ -129,12 +132,14 @@ class Standing:
         tied: the others without a shown difference to the leader.
         margin: to the next best; None where there is none.
         unknown: the others without a stated difference to the leader.
+        behind: the others, which are shown to be behind the leader, best first.
     """
 
     best: int
     tied: tuple[int, ...]
     margin: Difference | None
-    unknown: tuple[int, ...] = ()
+    unknown: tuple[int, ...]
+    behind: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,24 +231,23 @@ def paired_differences(
     Raises:
         StoreMismatch: one image has two labels.
     """
-    tables = [_rows_by_image(run) for run in (first, second)]
+    tables = []
+    for certificates in (first.certificates, second.certificates):
+        images = zip(certificates.client.tolist(), certificates.index.tolist(), strict=True)
+        tables.append({image: row for row, image in enumerate(images)})
     common = sorted(set(tables[0]).intersection(tables[1]))
     one, two = (np.array([t[image] for image in common], np.int64) for t in tables)
-    _check_labels(first, second, one, two)
+    if np.any(first.certificates.label[one] != second.certificates.label[two]):
+        raise StoreMismatch(
+            "The runs give the same test image different labels: they were made from different "
+            "data. Report them separately."
+        )
     differences = np.asarray(value(first)[one] - value(second)[two], np.float64)
     numbers = image_numbers(first)[one]
     owner = first.certificates.client[one]
     clients = np.intersect1d(first.clients, second.clients)  # of each, two images at least count
     values = [differences[owner == client] for client in clients]
     return clients, Sample.of(values, [numbers[owner == client] for client in clients])
-
-
-def _check_labels(first: RunResults, second: RunResults, one: Ints, two: Ints) -> None:
-    if np.any(first.certificates.label[one] != second.certificates.label[two]):
-        raise StoreMismatch(
-            "The runs give the same test image different labels: they were made from different "
-            "data. Report them separately."
-        )
 
 
 def _difference(
@@ -253,7 +257,11 @@ def _difference(
     samples = [sample for _, sample in couple.samples]
     why = couple.why
     if client is not None:
-        samples = [_of_client(*pair, client) for pair in couple.samples if client in pair[0]]
+        samples = [
+            Sample((sample.values[at],), (sample.images[at],))
+            for clients, sample in couple.samples
+            for at in np.flatnonzero(clients == client)
+        ]
         sizes = [len(sample.values[0]) for sample in samples]
         samples = [s for s, size in zip(samples, sizes, strict=True) if not too_few([size])]
         why = why or ("" if samples else _too_few_words(sum(sizes), sum(sizes)))
@@ -268,11 +276,6 @@ def _difference(
         images=sum(len(own) for sample in samples for own in sample.values),
         seeds=len(samples),
     )
-
-
-def _of_client(clients: Ints, sample: Sample, client: int) -> Sample:
-    at = int(np.flatnonzero(clients == client)[0])
-    return Sample((sample.values[at],), (sample.images[at],))
 
 
 def _by_client(
@@ -309,29 +312,21 @@ def _of_curves(runs: Sequence[Row]) -> Comparison:
             "The runs have no client in common, so they cannot be compared. Report them "
             "separately."
         )
-    means = [
-        float(
-            np.mean([r for c, r in zip(run.clients, client_acr(run), strict=True) if c in shared])
-        )
-        for run in runs
-    ]
-    positions = itertools.combinations(range(len(runs)), 2)
+    means = [float(client_acr(run)[np.isin(run.clients, shared)].mean()) for run in runs]
+    seeds = [{one.seed for one in run.runs} for run in runs]
+    pairs = {}
+    for i, j in itertools.combinations(range(len(runs)), 2):
+        common = bool(seeds[i] & seeds[j])
+        estimate, why = (means[i] - means[j], "") if common else (np.nan, _NO_SEED)
+        pairs[i, j] = Difference(i, j, estimate, -np.inf, np.inf, why=why)
     return Comparison(
         images=0,
         whole=all(len(run.clients) == len(shared) for run in runs),
         acr=tuple(means),
-        pairs={(i, j): _of_means(i, j, runs, means) for i, j in positions},
+        pairs=pairs,
         clients=(),
         paired=False,
     )
-
-
-def _of_means(i: int, j: int, runs: Sequence[Row], means: Sequence[float]) -> Difference:
-    """The difference of two mean radii of curves; none without a seed in common."""
-    seeds = [{run.seed for run in runs[at].runs} for at in (i, j)]
-    if not seeds[0] & seeds[1]:
-        return Difference(i, j, np.nan, -np.inf, np.inf, why=_NO_SEED)
-    return Difference(i, j, means[i] - means[j], -np.inf, np.inf)
 
 
 def own_interval(row: Row) -> tuple[float, float] | None:
@@ -340,18 +335,16 @@ def own_interval(row: Row) -> tuple[float, float] | None:
     Returns:
         The two ends, limited to possible average radii; None where there are too few images.
     """
-    samples = [_own_sample(run) for run in row.runs]
+    samples = []
+    for run in row.runs:
+        own, numbers = gains(run), image_numbers(run)
+        parts = [run.certificates.client == client for client in run.clients]
+        samples.append(Sample.of([own[at] for at in parts], [numbers[at] for at in parts]))
     if any(too_few([len(own) for own in sample.values]) for sample in samples):
         return None
     scale = possible_radius([row])
     low, high = interval_over_seeds(samples, 1.0 - CONFIDENCE, scale)
     return max(0.0, float(low[0])), min(scale, float(high[0]))
-
-
-def _own_sample(run: RunResults) -> Sample:
-    owner, own, numbers = run.certificates.client, gains(run), image_numbers(run)
-    parts = [owner == client for client in run.clients]
-    return Sample.of([own[at] for at in parts], [numbers[at] for at in parts])
 
 
 def ranking(acr: Sequence[float], pairs: Pairs) -> list[int]:
@@ -373,17 +366,12 @@ def ranking(acr: Sequence[float], pairs: Pairs) -> list[int]:
 def standing(acr: Sequence[float], pairs: Pairs) -> Standing:
     """The leader of some algorithms, those tied with it, and its margin over the next best."""
     best, *others = ranking(acr, pairs)
-    to_others = {i: pairs[min(best, i), max(best, i)].seen_from(best) for i in others}
+    to_others = {i: difference(pairs, best, i) for i in others}
     stated = [i for i in others if to_others[i].stated]
     return Standing(
         best,
-        tuple(i for i in stated if not to_others[i].shown),
-        to_others[stated[0]] if stated else None,
-        tuple(i for i in others if not to_others[i].stated),
+        tied=tuple(i for i in stated if not to_others[i].shown),
+        margin=to_others[stated[0]] if stated else None,
+        unknown=tuple(i for i in others if not to_others[i].stated),
+        behind=tuple(i for i in stated if to_others[i].shown),
     )
-
-
-def _rows_by_image(run: RunResults) -> dict[tuple[int, int], int]:
-    certificates = run.certificates
-    images = zip(certificates.client.tolist(), certificates.index.tolist(), strict=True)
-    return {image: row for row, image in enumerate(images)}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +17,7 @@ import numpy as np
 from certifl.certification.certificates import Certificates, Predictions
 from certifl.certification.metadata import CURVES_ONLY
 from certifl.errors import InputError, StoreError, StoreMismatch
-from certifl.report.checks import certificates_problem, round_problem
-from certifl.report.curves_only import certificates_from_curves
+from certifl.report.stored import certificates_from_curves, certificates_problem, round_problem
 from certifl.runs.folder import StoredRun, damaged_manifest
 from certifl.safe_io import read_text
 from certifl.smoothing.arrays import Floats, Ints
@@ -96,7 +96,7 @@ class RunResults:
 
     @property
     def unseen(self) -> tuple[int, ...]:
-        """Numbers of the clients that took part in no round, from the manifest."""
+        """Clients that took part in no round, from the manifest."""
         listed = self.manifest.get("unseen")
         return tuple(c for c in listed if type(c) is int) if isinstance(listed, list) else ()
 
@@ -116,6 +116,12 @@ class RunResults:
         """The run itself: a row of one seed."""
         return (self,)
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes, where the data set has some."""
+        names = self.data.get("class_names")
+        return [str(name) for name in names] if isinstance(names, list) and names else None
+
     def client_name(self, client: int) -> str:
         """A client's number, with its name where the partition of the data has one."""
         names = self.manifest.get("client_names")
@@ -131,13 +137,13 @@ class RunResults:
                 report's curves.
 
         Returns:
-            A row for each radius, which is the index. Columns mean, min and max over clients, in
-            which each client counts once, and a column for each client, named by its number.
+            Indexed by radius: columns mean, min and max over clients, each of which counts once,
+            and a column for each client, named by its number.
 
         Raises:
             InputError: clients certify different perturbations: take one of `parts`.
         """
-        from certifl.report.frames import curves_frame
+        from certifl.report.table import curves_frame
 
         return curves_frame(self, radii)
 
@@ -153,10 +159,9 @@ class RunResults:
             acr_low and acr_high, and the spread between best and worst client.
 
         Raises:
-            InputError: clients certify different perturbations: take one of `parts`; or single
-                images are not known.
+            InputError: as `curves`, or single images are not known.
         """
-        from certifl.report.frames import table_frame
+        from certifl.report.table import table_frame
 
         return table_frame(self, by)
 
@@ -183,7 +188,7 @@ class RunResults:
         Raises:
             InputError: a unit, a color, or clients that certify different perturbations.
         """
-        from certifl.report.figures.axes import plot
+        from certifl.report.figures import plot
 
         chosen = {self.label: label} if label else None
         return plot([self], ax, chosen, None, {self.label: color} if color else None, unit, bands)
@@ -281,16 +286,27 @@ def load_run(folder: str | Path | StoredRun) -> RunResults:
         StoreError: a file of the run is missing or damaged.
     """
     run = folder if isinstance(folder, StoredRun) else StoredRun(Path(folder))
-    label = _label(run)
-    return RunResults(
-        folder=run.path,
-        label=label,
-        manifest={**run.manifest, "label": label},
-        certificates=_certificates(run),
-        history=_history(run),
-        spec=_text(run.folder.spec),
-        plain=run.predictions,
-    )
+    run.require_finished()
+    if not {"label", "regime"} <= set(run.manifest):
+        raise damaged_manifest(run.path, "it must name the run's label and regime")
+    label = str(run.manifest["label"]).replace("Personalised", "Personalized")  # runs of 0.1.0
+    certificates = certificates_from_curves(run) if run.curves_only else run.certificates
+    problem = None if run.curves_only else certificates_problem(certificates)
+    if problem:
+        raise StoreError(f"{run.folder.certificates} cannot be reported: {problem}.")
+    # A run of a model that was trained elsewhere has no history.
+    for number, entry in enumerate(run.history, start=1):
+        if problem := round_problem(entry):
+            raise StoreError(f"{run.folder.history}, line {number} is damaged: {problem}.")
+    try:
+        spec = read_text(run.folder.spec)
+    except (OSError, InputError) as error:
+        raise StoreError(
+            f"Cannot read {run.folder.spec}: {error}. Is this a whole run folder?"
+        ) from error
+    manifest = {**run.manifest, "label": label}
+    history = tuple(run.history)
+    return RunResults(run.path, label, manifest, certificates, history, spec, run.predictions)
 
 
 def results_of(certificates: Certificates, name: str = "", path: Path | None = None) -> RunResults:
@@ -328,13 +344,10 @@ def load_model(path: Path, name: str | None = None) -> RunResults:
 
 
 def load_runs(folders: Sequence[str | Path | StoredRun | RunResults]) -> list[RunResults]:
-    """Read the runs of one report.
+    """Read the runs of one report, those that were not read before.
 
     Runs of equal label are distinguished by their seed where they differ in nothing else, by name
     or by folder otherwise.
-
-    Args:
-        folders: run folders, or runs that were read before.
 
     Raises:
         StoreMismatch: a run that is missing or unfinished, or runs that cannot be compared.
@@ -398,108 +411,86 @@ def _labels(members: Sequence[tuple[RunResults, ...]]) -> list[str]:
         lambda run: run.folder.resolve().name,
         lambda run: numbers[id(run)],
     )
-    candidates = labels
+    distinct = labels
     for detail in details:
-        if len(set(candidates)) == len(candidates):
+        if len(set(distinct)) == len(distinct):
             break
-        candidates = [
+        distinct = [
             f"{label} ({detail(run)})" if labels.count(label) > 1 else label
             for label, run in zip(labels, firsts, strict=True)
         ]
-    return candidates
+    return distinct
 
 
 def by_perturbation(runs: Sequence[RunResults]) -> list[list[RunResults]]:
     """The runs of a report once for every perturbation, each with the clients that certify it.
 
-    Radii of different perturbations have no common axis and no common mean, so each perturbation
-    is reported separately. So are clients that took part in no round of some run: there the
-    others are a group, too. The parts of comparable runs correspond.
+    Radii of different perturbations have no common axis and no common mean. Clients that took
+    part in no round of some run are apart from the others, too. Parts of comparable runs
+    correspond.
     """
     parts = [list(part) for part in zip(*(run.parts for run in runs), strict=True)]
     unseen = {client for run in runs for client in run.unseen}
     if not unseen:
         return parts
-    halves = [_of_group(part, unseen, group) for part in parts for group in (TRAINED, UNSEEN)]
-    return [half for half in halves if all(len(run.certificates) for run in half)]
-
-
-def _of_group(runs: Sequence[RunResults], unseen: set[int], group: str) -> list[RunResults]:
-    """The runs with the unseen clients alone, or without them."""
-    found = []
-    for run in runs:
-        rows = np.isin(run.certificates.client, sorted(unseen)) == (group == UNSEEN)
-        own = run.certificates.select(rows)
-        found.append(dataclasses.replace(run, certificates=own, group=group))
-    return found
+    halves = []
+    for part, group in itertools.product(parts, (TRAINED, UNSEEN)):
+        half = []
+        for run in part:
+            rows = np.isin(run.certificates.client, sorted(unseen)) == (group == UNSEEN)
+            own = run.certificates.select(rows)
+            half.append(dataclasses.replace(run, certificates=own, group=group))
+        if all(len(run.certificates) for run in half):
+            halves.append(half)
+    return halves
 
 
 def check_comparable(runs: Sequence[Row]) -> None:
     """Refuse to compare runs whose radii or images mean different things.
 
     Raises:
-        StoreMismatch: no run, or runs of different data, family, norm or unit, or whose clients
-            certify different perturbations.
+        StoreMismatch: no run, or runs of different data, family, norm or unit.
     """
     if not runs:
         raise StoreMismatch("A report needs at least one run folder.")
+    first = runs[0]
     for run in runs[1:]:
-        one, other = (_perturbations_by_client(r) for r in (runs[0], run))
-        _require_equal(runs[0], run, "perturbations of clients", one, other)
-        for name in _MUST_AGREE if one is None else ():
-            _require_equal(runs[0], run, name, runs[0].conditions[name], run.conditions[name])
-        _require_equal(runs[0], run, "data", runs[0].data_name, run.data_name)
+        mine, its = (_comparable_values(row) for row in (first, run))
+        for name in mine:
+            one, other = mine[name], its.get(name)
+            if one != other:
+                raise StoreMismatch(
+                    f"{first.folder} and {run.folder} cannot be in one report: they differ in "
+                    f"{name} ({one} and {other}), so their radii cannot be compared. Report them "
+                    "separately."
+                )
 
 
-def _require_equal(first: Row, second: Row, name: str, one: object, other: object) -> None:
-    if one != other:
-        raise StoreMismatch(
-            f"{first.folder} and {second.folder} cannot be in one report: they differ in "
-            f"{name} ({one} and {other}), so their radii cannot be compared. Report them "
-            "separately."
+def _comparable_values(run: Row) -> dict[str, object]:
+    """What must be equal for two rows in one report, by name."""
+    by_client = None
+    if len(run.parts) > 1:
+        by_client = {
+            f"client {client}": json.dumps(part.conditions.get("description"), sort_keys=True)
+            for part in run.parts
+            for client in part.clients
+        }
+    same = {} if by_client else {name: run.conditions[name] for name in _MUST_AGREE}
+    return {"perturbations of clients": by_client, **same, "data": run.data_name}
+
+
+def require_one_perturbation(row: Row) -> None:
+    """Refuse a row whose clients certify different perturbations.
+
+    Raises:
+        InputError: they do: their radii have no common axis.
+    """
+    if len(row.parts) > 1:
+        noise = ", ".join(str(part.conditions.get("family")) for part in row.parts)
+        raise InputError(
+            f"The clients of {row.label} certify different perturbations ({noise}), whose radii "
+            "have no common axis. Take them one by one: for part in result.parts."
         )
-
-
-def _perturbations_by_client(run: Row) -> dict[str, str] | None:
-    """By client what it certifies; None where all certify one perturbation."""
-    if len(run.parts) == 1:
-        return None
-    return {
-        f"client {client}": json.dumps(part.conditions.get("description"), sort_keys=True)
-        for part in run.parts
-        for client in part.clients
-    }
-
-
-def _label(run: StoredRun) -> str:
-    run.require_finished()
-    if not {"label", "regime"} <= set(run.manifest):
-        raise damaged_manifest(run.path, "it must name the run's label and regime")
-    return str(run.manifest["label"]).replace("Personalised", "Personalized")  # runs of 0.1.0
-
-
-def _certificates(run: StoredRun) -> Certificates:
-    if run.curves_only:
-        return certificates_from_curves(run)
-    problem = certificates_problem(run.certificates)
-    if problem:
-        raise StoreError(f"{run.folder.certificates} cannot be reported: {problem}.")
-    return run.certificates
-
-
-def _history(run: StoredRun) -> tuple[Mapping[str, Any], ...]:
-    """Every round's entry; a run of a model that was trained elsewhere has none."""
-    for number, entry in enumerate(run.history, start=1):
-        if problem := round_problem(entry):
-            raise StoreError(f"{run.folder.history}, line {number} is damaged: {problem}.")
-    return tuple(run.history)
-
-
-def _text(path: Path) -> str:
-    try:
-        return read_text(path)
-    except (OSError, InputError) as error:
-        raise StoreError(f"Cannot read {path}: {error}. Is this a whole run folder?") from error
 
 
 # Settings of a spec that decide whether runs can be compared.
@@ -519,12 +510,14 @@ def decisive_settings(spec: Mapping[str, Any]) -> dict[str, Any]:
     A later key with the value that all older runs had is left out, so that runs of older versions
     can be compared with newer ones.
     """
-    return {key: value for key, value in _by_key(spec) if key not in LATER or value != LATER[key]}
-
-
-def _by_key(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _by_key(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
+    settings: dict[str, Any] = {}
+    nested = [("", spec)]
+    while nested:
+        before, values = nested.pop()
+        for key, value in values.items():
+            name = f"{before}{key}"
+            if isinstance(value, Mapping):
+                nested.append((f"{name}.", value))
+            elif name not in LATER or value != LATER[name]:
+                settings[name] = value
+    return settings

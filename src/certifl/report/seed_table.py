@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from certifl.report.compare import Comparison, Difference, compare, standing
+from certifl.report.compare import Difference, compare, difference, standing
 from certifl.report.figures import certified_accuracy_figure, save
 from certifl.report.page.page import write_report
 from certifl.report.results import Row, RunResults, by_perturbation, by_seed, load_runs
 from certifl.report.summary import first_unit, group_words, noise_words
 from certifl.report.table import summary_rows
-from certifl.report.units import RadiusScale
+from certifl.report.wording import markdown_table
 from certifl.runs.atomic import write_text
 
 _NUMBERS = (
@@ -61,17 +61,14 @@ class TableOfGroup:
     def markdown(self) -> str:
         """A Markdown table; rows that lead are bold."""
         rows = [self._emphasized(row, at, "**{}**") for at, row in enumerate(self.rows)]
-        ruler = ["---", *["---:"] * (len(self.head) - 1)]
-        lines = [[_markdown(cell) for cell in self.head], ruler]
-        lines += [[_markdown(cell) for cell in row] for row in rows]
-        title = [f"{self.title}:", ""] if self.title else []
-        return "\n".join([*title, *(f"| {' | '.join(line)} |" for line in lines)])
+        title = f"{self.title}:\n\n" if self.title else ""
+        return title + markdown_table(self.head, rows, numbers=True)
 
     def latex(self) -> str:
         """A tabular with the rules of the package booktabs; rows that lead are bold."""
-        head = " & ".join(_latex(cell) for cell in self.head)
+        head = " & ".join(cell.translate(_LATEX) for cell in self.head)
         rows = [
-            self._emphasized([_latex(cell) for cell in row], at, r"\textbf{{{}}}")
+            self._emphasized([cell.translate(_LATEX) for cell in row], at, r"\textbf{{{}}}")
             for at, row in enumerate(self.rows)
         ]
         lines = [
@@ -142,14 +139,10 @@ def write_comparison(runs: Sequence[RunResults], folder: Path, title: str) -> Se
         StoreMismatch: runs that cannot be compared. StoreError: the folder cannot be written.
     """
     table = seed_table(runs)
-    forms: dict[str, Callable[[], str]] = {
-        "txt": table.text,
-        "csv": table.csv,
-        "md": table.markdown,
-        "tex": table.latex,
-    }
-    for kind, form in forms.items():
-        write_text(folder / f"table.{kind}", form())
+    write_text(folder / "table.txt", table.text())
+    write_text(folder / "table.csv", table.csv())
+    write_text(folder / "table.md", table.markdown())
+    write_text(folder / "table.tex", table.latex())
     groups = by_perturbation(load_runs(runs))
     for number, group in enumerate(groups, start=1):
         stem = "figure" if number == 1 else f"figure-{number}"
@@ -185,35 +178,34 @@ def _of_group(
 ) -> tuple[TableOfGroup, list[dict[str, Any]]]:
     """One group's table, and the numbers in it."""
     compared, scale, several = compare(rows), first_unit(rows), len(rows) > 1
-    behind, leaders = _behind(compared), _leaders(compared)
-    pairs = list(zip(rows, summaries, strict=True))
-    texts = [
-        _texts(summary, row, scale, behind.get(at), several)
-        for at, (row, summary) in enumerate(pairs)
-    ]
-    numbers = [
-        _numbers(summary, row, behind.get(at), at in leaders)
-        for at, (row, summary) in enumerate(pairs)
-    ]
+    behind: list[Difference | None] = [None] * len(rows)  # the leading row
+    leaders: set[int] = set()
+    if several:
+        result = standing(compared.acr, compared.pairs)
+        leaders = {result.best, *result.tied}
+        for at in range(len(rows)):
+            pair = None if at == result.best else difference(compared.pairs, result.best, at)
+            behind[at] = pair if pair is not None and pair.stated else None
+    radii = [f"≥ {share['radius_text']}" for share in summaries[0]["accuracy"]]
+    last = ["behind the best", "95 %"] if several else []
+    head = ("algorithm", "seeds", "ACR", "95 %", *radii, "spread", *last)
+    texts, numbers = [], []
+    for at, (row, summary) in enumerate(zip(rows, summaries, strict=True)):
+        cells = _texts(summary, row)
+        pair = behind[at]
+        if several and pair is None:
+            cells += ["–", "–"]
+        elif pair is not None:
+            cells += [scale.text(pair.estimate), scale.interval(pair.low, pair.high)]
+        texts.append(tuple(cells))
+        numbers.append(_numbers(summary, row, pair, at in leaders))
     leading = tuple(at in leaders for at in range(len(rows)))
-    return TableOfGroup(title, _head(summaries[0], several), tuple(texts), leading), numbers
+    return TableOfGroup(title, head, tuple(texts), leading), numbers
 
 
-def _head(summary: Mapping[str, Any], compared: bool) -> tuple[str, ...]:
-    radii = [f"≥ {share['radius_text']}" for share in summary["accuracy"]]
-    last = ["behind the best", "95 %"] if compared else []
-    return ("algorithm", "seeds", "ACR", "95 %", *radii, "spread", *last)
-
-
-def _texts(
-    summary: Mapping[str, Any],
-    row: Row,
-    scale: RadiusScale,
-    behind: Difference | None,
-    compared: bool,
-) -> tuple[str, ...]:
+def _texts(summary: Mapping[str, Any], row: Row) -> list[str]:
     low, high = summary["acr_low_text"], summary["acr_high_text"]
-    cells = [
+    return [
         str(summary["label"]),
         str(len(row.runs)),
         summary["acr_text"],
@@ -221,21 +213,11 @@ def _texts(
         *(share["text"] for share in summary["accuracy"]),
         summary["spread_text"],
     ]
-    if compared:
-        cells += ["–", "–"] if behind is None else _difference(behind, scale)
-    return tuple(cells)
-
-
-def _difference(behind: Difference, scale: RadiusScale) -> list[str]:
-    if not behind.stated:
-        return ["–", "–"]
-    return [scale.text(behind.estimate), scale.interval(behind.low, behind.high)]
 
 
 def _numbers(
     summary: Mapping[str, Any], row: Row, behind: Difference | None, leads: bool
 ) -> dict[str, Any]:
-    stated = behind if behind is not None and behind.stated else None
     shares = {
         f"accuracy_{share['radius']:.6g}{end}": share[key]
         for share in summary["accuracy"]
@@ -248,29 +230,12 @@ def _numbers(
         "images": summary["images"],
         "unit": row.conditions["unit"],
         **{key: summary[key] for key in ("acr", "acr_low", "acr_high", "spread")},
-        "behind": None if stated is None else stated.estimate,
-        "behind_low": None if stated is None else stated.low,
-        "behind_high": None if stated is None else stated.high,
+        "behind": None if behind is None else behind.estimate,
+        "behind_low": None if behind is None else behind.low,
+        "behind_high": None if behind is None else behind.high,
         "leads": int(leads),
         **shares,
     }
-
-
-def _behind(compared: Comparison) -> dict[int, Difference]:
-    """Of every row but the leading one, how far it is behind."""
-    if len(compared.acr) < 2:
-        return {}
-    best = standing(compared.acr, compared.pairs).best
-    others = (i for i in range(len(compared.acr)) if i != best)
-    return {i: compared.pairs[min(best, i), max(best, i)].seen_from(best) for i in others}
-
-
-def _leaders(compared: Comparison) -> set[int]:
-    """The leading row, and those that are not shown to be behind it."""
-    if len(compared.acr) < 2:
-        return set()
-    found = standing(compared.acr, compared.pairs)
-    return {found.best, *found.tied}
 
 
 def _notes(several: bool) -> tuple[str, ...]:
@@ -286,26 +251,20 @@ def _notes(several: bool) -> tuple[str, ...]:
     )
 
 
-def _markdown(cell: str) -> str:
-    return cell.replace("|", "/")
-
-
-_LATEX = {
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "°": r"$^{\circ}$",
-    "≥": r"$\geq$",
-    "–": "--",
-    "λ": r"$\lambda$",
-    "μ": r"$\mu$",
-    "σ": r"$\sigma$",
-    "π": r"$\pi$",
-    "α": r"$\alpha$",
-    "\N{NO-BREAK SPACE}": "~",
-}
-
-
-def _latex(cell: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in cell)
+_LATEX = str.maketrans(
+    {
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "°": r"$^{\circ}$",
+        "≥": r"$\geq$",
+        "–": "--",
+        "λ": r"$\lambda$",
+        "μ": r"$\mu$",
+        "σ": r"$\sigma$",
+        "π": r"$\pi$",
+        "α": r"$\alpha$",
+        "\N{NO-BREAK SPACE}": "~",
+    }
+)

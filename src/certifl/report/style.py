@@ -1,4 +1,4 @@
-"""How algorithms and numbers look everywhere, in figures and on the page.
+"""How rows and numbers look everywhere, in figures and on the page: labels, order, colors, looks.
 
 An algorithm has one color, dash and marker. Colors are those of Okabe and Ito (2008), which can be
 distinguished with any common color blindness, and two more in place of black and gray: gray means
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from matplotlib.colors import is_color_like, to_hex
+
 from certifl.errors import InputError
-from certifl.report.results import Row
+from certifl.report.results import Row, RunResults, SeedGroup, by_seed
 
 FORMATS = ("png", "pdf", "svg")
 _LEAST, _MOST = 1.0, 30.0
@@ -87,32 +89,26 @@ class FigureStyle:
             raise InputError(f"Figures are {', '.join(FORMATS)}; got {unknown[0]!r}.")
 
 
+USUAL = FigureStyle()
+
+
 def looks_of(runs: Sequence[Row]) -> list[Look]:
     """One look per run: common algorithms have fixed looks, others take the free ones.
 
     A color that the user chose replaces that of the look.
     """
-    looks = _usual_looks(runs)
-    return [
-        look if run.color is None else dataclasses.replace(look, color=run.color)
-        for run, look in zip(runs, looks, strict=True)
-    ]
-
-
-def _usual_looks(runs: Sequence[Row]) -> list[Look]:
     taken: list[int | None] = []
     for run in runs:
         own = _OWN_SLOT.get(run.algorithm)
         taken.append(own if own is not None and own not in taken else None)
     # Slots without a fixed algorithm go first, so one more fixed look changes no other color.
-    order = [4, 5, 6, 7, 0, 1, 2, 3]
-    free = [slot for slot in order if slot not in taken]
+    free = [slot for slot in (4, 5, 6, 7, 0, 1, 2, 3) if slot not in taken]
     looks = []
-    for position, slot in enumerate(taken):
-        if slot is None and not free:
-            looks.append(_mixed(position))
-        else:
-            looks.append(LOOKS[slot if slot is not None else free.pop(0)])
+    for position, (run, slot) in enumerate(zip(runs, taken, strict=True)):
+        if slot is None:
+            slot = free.pop(0) if free else None
+        look = _mixed(position) if slot is None else LOOKS[slot]
+        looks.append(look if run.color is None else dataclasses.replace(look, color=run.color))
     return looks
 
 
@@ -126,3 +122,153 @@ def _mixed(position: int) -> Look:
     count = len(LOOKS)
     dash, marker = LOOKS[(position + 3) % count].dash, LOOKS[(position + 5) % count].marker
     return dataclasses.replace(LOOKS[position % count], dash=dash, marker=marker)
+
+
+# Labels, order and colors that a user chooses for the rows of a figure or page.
+
+
+Names = Mapping[str, str]
+
+
+def arranged(
+    runs: Sequence[RunResults],
+    labels: Names | None = None,
+    order: Sequence[str] | None = None,
+    colors: Names | None = None,
+) -> list[RunResults]:
+    """The runs with other labels and colors, in another order.
+
+    A row is named by its label, by its algorithm, by its folder or, in `order` and `colors`, by
+    its new label.
+
+    Args:
+        runs: of one report.
+        labels: new label of each row that gets one.
+        order: the rows that come first; the others follow in the order of `runs`.
+        colors: of each row that gets another, as matplotlib names them: "#0072B2", "tab:orange".
+
+    Raises:
+        InputError: a name that matches no row or several, equal labels, or not a color.
+    """
+    rows = by_seed(runs)
+    names = [_names_of(row) for row in rows]
+    new = _by_row(names, labels or {})
+    renamed = [_relabelled(row, new.get(at)) for at, row in enumerate(rows)]
+    shown = [row.label for row in renamed]
+    twice = next((label for label in shown if shown.count(label) > 1), None)
+    if twice is not None:
+        raise InputError(f"Two rows would be labelled {twice!r}: give each its own label.")
+    names = [(label, *own) for label, own in zip(shown, names, strict=True)]
+    chosen = _by_row(names, colors or {})
+    colored = [_colored(row, chosen.get(at)) for at, row in enumerate(renamed)]
+    first = [_position(names, name) for name in order or ()]
+    if len(set(first)) < len(first):
+        raise InputError(f"order names a row twice: {', '.join(order or ())}.")
+    rest = [at for at in range(len(rows)) if at not in first]
+    return [run for at in (*first, *rest) for run in colored[at].runs]
+
+
+def _names_of(row: SeedGroup) -> tuple[str, ...]:
+    return (row.label, row.algorithm, row.folder.name)
+
+
+def known_names(runs: Sequence[RunResults]) -> list[str]:
+    """What the rows of some runs can be called by."""
+    return list(dict.fromkeys(name for row in by_seed(runs) for name in _names_of(row)))
+
+
+def _by_row(names: Sequence[tuple[str, ...]], values: Names) -> dict[int, str]:
+    return {_position(names, name): str(value) for name, value in values.items()}
+
+
+def _position(names: Sequence[tuple[str, ...]], name: str) -> int:
+    """The row that a name means: that of this label, or else the only one of another name."""
+    for kind in zip(*names, strict=True):
+        matching = [at for at, own in enumerate(kind) if own == name]
+        if len(matching) == 1:
+            return matching[0]
+        if matching:
+            labels = ", ".join(names[at][0] for at in matching)
+            raise InputError(f"{name!r} could be any of {labels}: name its label or folder.")
+    known = ", ".join(dict.fromkeys(repr(own[0]) for own in names))
+    raise InputError(f"There is no row {name!r}. There are {known}.")
+
+
+def _relabelled(row: SeedGroup, label: str | None) -> SeedGroup:
+    if label is None:
+        return row
+    if not label.strip():
+        raise InputError(f"The new label of {row.label!r} is empty.")
+    several = len(row.runs) > 1
+    runs = tuple(
+        dataclasses.replace(
+            run,
+            label=f"{label}, seed {run.seed}" if several else label,
+            manifest={**run.manifest, "label": label},
+        )
+        for run in row.runs
+    )
+    return SeedGroup(label, runs)
+
+
+def _colored(row: SeedGroup, color: str | None) -> SeedGroup:
+    if color is None:
+        return row
+    if not is_color_like(color):
+        raise InputError(
+            f"{color!r} is not a color. Give one such as '#0072B2', 'tab:orange' or 'black'."
+        )
+    runs = tuple(dataclasses.replace(run, color=to_hex(color)) for run in row.runs)
+    return SeedGroup(row.label, runs)
+
+
+# Lists and assignments as they are written on a command line. A label may contain a comma or an
+# equals sign ("Mixture, λ = 0.5"), so names are recognized, not cut out.
+
+
+def assignments(texts: Sequence[str], known: Sequence[str], option: str) -> dict[str, str]:
+    """Values by name, from texts such as "FedAvg=Global model,Local=Alone".
+
+    Raises:
+        InputError: a text does not begin with a known name and an equals sign.
+    """
+    values: dict[str, str] = {}
+    for text in texts:
+        rest = text
+        while rest:
+            name = _beginning(rest, known, "=")
+            if name is None:
+                raise InputError(
+                    f"{option} takes NAME=VALUE, where NAME is one of {', '.join(known)}; got "
+                    f"{rest!r}."
+                )
+            rest = rest[len(name) + 1 :]
+            commas = [at for at, character in enumerate(rest) if character == ","]
+            ends = [at for at in commas if _beginning(rest[at + 1 :].lstrip(), known, "=")]
+            end = min(ends, default=len(rest))
+            values[name], rest = rest[:end].strip(), rest[end + 1 :].lstrip()
+    return values
+
+
+def listed_names(texts: Sequence[str], known: Sequence[str], option: str) -> list[str]:
+    """Names from texts such as "Local,FedAvg".
+
+    Raises:
+        InputError: a text does not begin with a known name.
+    """
+    names: list[str] = []
+    for text in texts:
+        rest = text
+        while rest:
+            name = rest if rest in known else _beginning(rest, known, ",")
+            if name is None:
+                raise InputError(f"{option} takes names of {', '.join(known)}; got {rest!r}.")
+            names.append(name)
+            rest = rest[len(name) + 1 :].lstrip()
+    return names
+
+
+def _beginning(text: str, known: Sequence[str], then: str) -> str | None:
+    """The longest known name that a text begins with, before `then`."""
+    found = [name for name in known if text.startswith(name + then)]
+    return max(found, key=len, default=None)

@@ -12,7 +12,7 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,12 +39,7 @@ _NICE = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 @dataclass(frozen=True)
 class Share:
-    """A share of images with its 95 % interval.
-
-    Attributes:
-        value: the share of the certified images.
-        low, high: exact (Clopper-Pearson) 95 % limits of the share among all images like these.
-    """
+    """A share of the certified images, with its 95 % limits among all images like these."""
 
     value: float
     low: float
@@ -53,24 +48,16 @@ class Share:
 
 @dataclass(frozen=True)
 class Votes:
-    """Votes of one run.
+    """Votes of a row.
 
     Attributes:
-        estimation: votes that bound probabilities.
-        selection: votes that chose classes.
+        spent: all votes. per_image: mean votes that bound the probabilities of an image.
         fixed: votes with n0 + n on every image; None where n is not recorded.
-        per_image: mean estimation votes of an image.
     """
 
-    estimation: int
-    selection: int
+    spent: int
     fixed: int | None
     per_image: float
-
-    @property
-    def spent(self) -> int:
-        """All votes."""
-        return self.estimation + self.selection
 
     @property
     def saved(self) -> float | None:
@@ -89,55 +76,41 @@ def client_acr(row: Row) -> Floats:
 
     Over several seeds the mean of those in which the client has certificates.
     """
-    return _over_seeds(row, _own_acr)
+    return _by_client(row, lambda own: own.average_certified_radius())
 
 
 def client_curves(row: Row, radii: Sequence[float] | Floats) -> Floats:
-    """(clients, radii) certified accuracy of every client on its own test images."""
-    return _over_seeds(row, lambda run: _own_curves(run, radii))
+    """(clients, radii) certified accuracy of every client on its own test images.
+
+    One grid serves all runs of a page, so it may pass what the votes of one could certify.
+    """
+    grid = np.asarray(radii, np.float64)
+    return _by_client(row, lambda own: curves.certified_accuracy(own.correct, own.radius, grid))
 
 
-def _own_acr(run: RunResults) -> Floats:
-    return np.array(
-        [run.certificates.of_client(c).average_certified_radius() for c in run.clients]
-    )
-
-
-def _own_curves(run: RunResults, radii: Sequence[float] | Floats) -> Floats:
-    return np.stack([_curve(run.certificates.of_client(c), radii) for c in run.clients])
-
-
-def _curve(certificates: Certificates, radii: Sequence[float] | Floats) -> Floats:
-    """One grid serves all runs of a page, so it may pass what the votes of one could certify."""
-    return curves.certified_accuracy(
-        certificates.correct, certificates.radius, np.asarray(radii, np.float64)
-    )
-
-
-def _over_seeds(row: Row, value: Callable[[RunResults], Floats]) -> Floats:
-    """(clients, ...) mean over seeds of what each run gives for each of its clients."""
-    by_run = [(run.clients.tolist(), value(run)) for run in row.runs]
-    of_client = [
-        [values[clients.index(client)] for clients, values in by_run if client in clients]
-        for client in row.clients.tolist()
-    ]
-    return np.stack([np.mean(values, axis=0) for values in of_client])
+def _by_client(row: Row, value: Callable[[Certificates], Any]) -> Floats:
+    """(clients, ...) mean over seeds of a value of each client's certificates."""
+    by_client: dict[int, list[Any]] = {client: [] for client in row.clients.tolist()}
+    for run in row.runs:
+        for client in run.clients.tolist():
+            by_client[client].append(value(run.certificates.of_client(client)))
+    return np.stack([np.mean(values, axis=0) for values in by_client.values()])
 
 
 def mean_acr(row: Row) -> float:
     """Mean over clients of the average certified radius, and over seeds."""
-    return float(np.mean([_own_acr(run).mean() for run in row.runs]))
+    return float(np.mean([client_acr(run).mean() for run in row.runs]))
 
 
 def spread(row: Row) -> tuple[int, int, float]:
-    """The client with the largest and with the smallest average certified radius, and the gap.
+    """The clients with the largest and the smallest average certified radius, and the gap.
 
-    Over several seeds the gap is the mean of the seeds' own: with another seed another client is
-    the best, and averaging each client first would make clients more alike than they are.
+    Over several seeds the gap is the mean of the seeds' own: averaging each client first would
+    make clients more alike than they are.
     """
     radii = client_acr(row)
     best, worst = int(radii.argmax()), int(radii.argmin())
-    gap = float(np.mean([np.ptp(_own_acr(run)) for run in row.runs]))
+    gap = float(np.mean([np.ptp(client_acr(run)) for run in row.runs]))
     return int(row.clients[best]), int(row.clients[worst]), gap
 
 
@@ -153,8 +126,7 @@ def shares_over_seeds(hits: Sequence[NDArray[np.bool_]], images: Sequence[Ints])
     """Mean over seeds of a share of images, with an interval over images and seeds.
 
     Args:
-        hits: of each seed, (its images,).
-        images: of each seed, the numbers of these images.
+        hits, images: of each seed, (its images,): whether each counts, and their numbers.
     """
     if len(hits) == 1:
         return share(int(hits[0].sum()), len(hits[0]))
@@ -166,9 +138,14 @@ def shares_over_seeds(hits: Sequence[NDArray[np.bool_]], images: Sequence[Ints])
     return Share(value, max(0.0, float(low[0])), min(1.0, float(high[0])))
 
 
+def certified_at(run: RunResults, radius: float) -> NDArray[np.bool_]:
+    """(m,) whether each image is certified correct with at least this radius."""
+    return run.certificates.correct & (run.certificates.radius >= radius)
+
+
 def accuracy_share(row: Row, radius: float) -> Share:
     """Certified accuracy at a radius over all images of all clients."""
-    hits = [r.certificates.correct & (r.certificates.radius >= radius) for r in row.runs]
+    hits = [certified_at(run, radius) for run in row.runs]
     return shares_over_seeds(hits, [image_numbers(run) for run in row.runs])
 
 
@@ -217,24 +194,17 @@ def vote_cost(row: Row) -> Votes:
 
     Of several seeds the sum, and votes per image over all of their images.
     """
-    spent = [_vote_cost(run) for run in row.runs]
-    fixed = [one.fixed for one in spent if one.fixed is not None]
-    return Votes(
-        sum(one.estimation for one in spent),
-        sum(one.selection for one in spent),
-        sum(fixed) if len(fixed) == len(spent) else None,
-        sum(one.estimation for one in spent) / sum(len(run.certificates) for run in row.runs),
-    )
-
-
-def _vote_cost(run: RunResults) -> Votes:
-    certificates, metadata = run.certificates, run.conditions
-    estimation = int(certificates.counts.sum())
-    selection = int(certificates.selection_counts.sum())
-    fixed = None
-    if metadata.get("n") and metadata.get("n0") and estimation:
-        fixed = len(certificates) * (int(metadata["n"]) + int(metadata["n0"]))
-    return Votes(estimation, selection, fixed, estimation / len(certificates))
+    estimation, selection, fixed, images = 0, 0, [], 0
+    for run in row.runs:
+        certificates, metadata = run.certificates, run.conditions
+        own = int(certificates.counts.sum())
+        if metadata.get("n") and metadata.get("n0") and own:
+            fixed.append(len(certificates) * (int(metadata["n"]) + int(metadata["n0"])))
+        estimation += own
+        selection += int(certificates.selection_counts.sum())
+        images += len(certificates)
+    known = sum(fixed) if len(fixed) == len(row.runs) else None
+    return Votes(estimation + selection, known, estimation / images)
 
 
 def largest_radius(rows: Sequence[Row]) -> float:
@@ -287,11 +257,11 @@ def group_words(row: Row) -> str:
 
 
 def radius_grid(rows: Sequence[Row]) -> Floats:
-    """Radii for curves, in the stored unit, from 0 up.
+    """Radii for curves, in the stored unit, from 0 up: those that voting aimed at.
 
-    The radii that voting aimed at: those the runs name, if they are enough for a curve, or the
-    even grid that is the default of certification. Between two radii of that grid a certificate
-    may be smaller than more votes would have made it.
+    The runs name them, if they are enough for a curve; otherwise the even grid that is the default
+    of certification. Between two of them a certificate may be smaller than more votes would have
+    made it.
     """
     runs = flat(rows)
     named = [run.conditions.get("radii") for run in runs]
@@ -309,17 +279,14 @@ def selected_radii(rows: Sequence[Row], scale: RadiusScale) -> list[tuple[str, f
     chosen = [(scale.threshold(0.0), 0.0)]
     if reached <= 0:
         return chosen
-    step = _nice_step(reached / _MOST_STEPS)
+    # The smallest step of 1, 2, 2.5, 5 times a power of ten that needs no more radii.
+    smallest = reached / _MOST_STEPS
+    power = 10.0 ** math.floor(math.log10(smallest))
+    step = next(nice * power for nice in _NICE if nice * power >= smallest * (1 - 1e-12))
     for multiple in range(1, math.floor(reached / step) + 1):
         shown = multiple * step
         chosen.append((scale.threshold(shown), scale.stored(shown)))
     return chosen
-
-
-def _nice_step(smallest: float) -> float:
-    """The smallest of 1, 2, 2.5, 5 times a power of ten that is at least `smallest`."""
-    power = 10.0 ** math.floor(math.log10(smallest))
-    return next(nice * power for nice in _NICE if nice * power >= smallest * (1 - 1e-12))
 
 
 # Training history: measures recorded each round, mean over clients with its band.
@@ -330,8 +297,7 @@ _NO_MEASURES = ("client", "seconds", "private_steps")
 _CLIENTS_SHOWN = 5
 
 
-@dataclass(frozen=True, eq=False)
-class MeasureCurve:
+class MeasureCurve(NamedTuple):
     """One measure over the rounds.
 
     Attributes:
@@ -343,10 +309,6 @@ class MeasureCurve:
     mean: Floats
     low: Floats
     high: Floats
-
-    def columns(self) -> tuple[list[float], ...]:
-        """The four columns as plain lists."""
-        return tuple(c.tolist() for c in (self.rounds, self.mean, self.low, self.high))
 
 
 def measures_of(rows: Sequence[Row]) -> list[str]:
@@ -373,8 +335,7 @@ def measure_curves(row: Row, measure: str) -> MeasureCurve | None:
     rows = [(n, float(np.mean(v)), min(v), max(v)) for n, v in sorted(by_round.items()) if v]
     if not rows:
         return None
-    rounds, mean, low, high = np.array(rows, np.float64).T
-    return MeasureCurve(rounds, mean, low, high)
+    return MeasureCurve(*np.array(rows, np.float64).T)
 
 
 def left_out_words(run: RunResults) -> str | None:

@@ -1,28 +1,55 @@
-"""The summary of some runs as rows, for a table on the terminal or for further processing."""
+"""The numbers of reports as rows: for the terminal, as data frames, by class and by client."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from certifl.certification.certificates import Certificates
+from certifl.certification.frames import pandas, require_rows
+from certifl.errors import InputError
+from certifl.perturbations.units import parse_amounts
 from certifl.report.compare import own_interval
-from certifl.report.groups import by_class
 from certifl.report.page.background import privacy_words
-from certifl.report.results import Row, RunResults, by_perturbation, by_seed, load_runs
+from certifl.report.results import (
+    Row,
+    RunResults,
+    by_perturbation,
+    by_seed,
+    load_runs,
+    require_one_perturbation,
+)
 from certifl.report.summary import (
+    Share,
     abstained_share,
     accuracy_share,
+    certified_at,
+    client_curves,
     first_unit,
+    gains,
     group_words,
+    image_numbers,
     left_out_words,
     mean_acr,
     plain_rows,
+    radius_grid,
     selected_radii,
+    shares_over_seeds,
     spread,
     vote_cost,
 )
 from certifl.report.wording import percent
+from certifl.smoothing.arrays import Floats, Ints
+from certifl.smoothing.curves import mean_and_band
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+_MEANING = ("family", "sigma", "unit", "norm", "alpha", "estimator")
 
 
 def summary_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]]:
@@ -69,32 +96,30 @@ def class_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]]:
     Raises:
         StoreMismatch, StoreError: as `summary_rows`.
     """
-    groups = by_perturbation(load_runs(runs))
-    several = len(groups) > 1
-    return [row for group in groups for row in _class_rows(by_seed(group), several)]
-
-
-def _class_rows(rows: Sequence[Row], several: bool) -> list[dict[str, Any]]:
-    scale = first_unit(rows)
-    radii = selected_radii(rows, scale)
-    return [
-        {
-            "label": row.label,
-            "perturbation": group_words(row) if several else None,
-            "class": one.number,
-            "name": one.name,
-            "images": one.images,
-            "acr_text": scale.text(one.acr),
-            "accuracy": [
-                {"radius_text": text, "text": percent(share.value)}
-                for (text, _), share in zip(radii, one.accuracy, strict=True)
-            ],
-            "abstained_text": "" if one.abstained is None else percent(one.abstained.value),
-        }
-        for row in rows
-        if not row.curves_only
-        for one in by_class(row, [radius for _, radius in radii])
-    ]
+    groups = [by_seed(group) for group in by_perturbation(load_runs(runs))]
+    rows: list[dict[str, Any]] = []
+    for group in groups:
+        scale = first_unit(group)
+        radii = selected_radii(group, scale)
+        rows += [
+            {
+                "label": row.label,
+                "perturbation": group_words(row) if len(groups) > 1 else None,
+                "class": one.number,
+                "name": one.name,
+                "images": one.images,
+                "acr_text": scale.text(one.acr),
+                "accuracy": [
+                    {"radius_text": text, "text": percent(share.value)}
+                    for (text, _), share in zip(radii, one.accuracy, strict=True)
+                ],
+                "abstained_text": "" if one.abstained is None else percent(one.abstained.value),
+            }
+            for row in group
+            if not row.curves_only
+            for one in by_class(row, [radius for _, radius in radii])
+        ]
+    return rows
 
 
 def _rows(loaded: Sequence[Row], own: bool) -> list[dict[str, Any]]:
@@ -154,3 +179,169 @@ def _of_runs(row: Row, words: Callable[[RunResults], str | None]) -> str | None:
     if len({text for _, text in found}) <= 1 and len(found) in (0, len(row.runs)):
         return found[0][1] if found else None
     return "; ".join(f"seed {seed}: {text}" for seed, text in found)
+
+
+# Results by class and by client: which images are certified, and which disease is not.
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some images of a row: those of one class, or of one client.
+
+    Attributes:
+        number, name: of the class or client. images: how many, over all seeds.
+        acr: average certified radius, mean over these images and then over seeds.
+        accuracy: certified accuracy at each given radius.
+        abstained: share without a certificate; None where it was not shared.
+        votes: estimation votes per image.
+    """
+
+    number: int
+    name: str
+    images: int
+    acr: float
+    accuracy: tuple[Share, ...]
+    abstained: Share | None
+    votes: float
+
+
+def by_class(row: Row, radii: Sequence[float]) -> list[Group]:
+    """One group for each class that some test image of a row has.
+
+    Classes are those of the labels: what a client with this disease can expect. Images of all
+    clients count once each.
+
+    Args:
+        row: one or several seeds whose single images are known.
+        radii: in the stored unit.
+    """
+    names = row.runs[0].class_names or []
+
+    def name(label: int) -> str:
+        return names[label] if label < len(names) else str(label)
+
+    return _groups(row, radii, lambda certificates: certificates.label, name)
+
+
+def by_client(row: Row, radii: Sequence[float]) -> list[Group]:
+    """One group for each client of a row that has certificates."""
+    name = row.runs[0].client_name
+    return _groups(row, radii, lambda certificates: certificates.client, name)
+
+
+def _groups(
+    row: Row,
+    radii: Sequence[float],
+    key: Callable[[Certificates], Ints],
+    name: Callable[[int], str],
+) -> list[Group]:
+    groups = []
+    for number in np.unique(np.concatenate([key(run.certificates) for run in row.runs])):
+        inside = [(run, key(run.certificates) == number) for run in row.runs]
+        inside = [(run, own) for run, own in inside if own.any()]
+        images = [image_numbers(run)[own] for run, own in inside]
+        certified = [[certified_at(run, r)[own] for run, own in inside] for r in radii]
+        abstained = [run.certificates.abstained[own] for run, own in inside]
+        votes = np.concatenate([run.certificates.votes[own] for run, own in inside])
+        groups.append(
+            Group(
+                int(number),
+                name(int(number)),
+                sum(len(own) for own in images),
+                float(np.mean([gains(run)[own].mean() for run, own in inside])),
+                tuple(shares_over_seeds(hits, images) for hits in certified),
+                None if row.curves_only else shares_over_seeds(abstained, images),
+                float(np.mean(votes)),
+            )
+        )
+    return groups
+
+
+# Data frames.
+
+
+_GROUPS = {"client": by_client, "class": by_class}
+
+
+def curves_frame(run: RunResults, radii: Sequence[float | str] | Floats | None) -> DataFrame:
+    """Certified accuracy by radius; see `RunResults.curves`."""
+    require_one_perturbation(run)
+    if radii is None:
+        grid = radius_grid([run])
+    else:
+        amounts = [r if isinstance(r, str) else float(r) for r in radii]
+        grid = np.asarray(parse_amounts(amounts, str(run.conditions["unit"])), np.float64)
+    curves = client_curves(run, grid)
+    named = dict(zip(("mean", "min", "max"), mean_and_band(curves), strict=True))
+    columns: dict[Any, Floats] = {**named, **dict(zip(run.clients.tolist(), curves, strict=True))}
+    frame = pandas().DataFrame(columns, index=pandas().Index(grid, name="radius"))
+    return _described(frame, run.conditions)
+
+
+def table_frame(run: RunResults, by: str | None) -> DataFrame:
+    """The numbers of the report's tables; see `RunResults.table`."""
+    require_one_perturbation(run)
+    if by is None:
+        return table([run])
+    if by not in _GROUPS:
+        raise InputError(f"table(by=...) takes None, 'client' or 'class'; got {by!r}.")
+    if by == "class":
+        require_rows(run.certificates)
+    radii = selected_radii([run], first_unit([run]))
+    groups = _GROUPS[by](run, [radius for _, radius in radii])
+    index = pandas().Index([group.number for group in groups], name=by)
+    frame = pandas().DataFrame([_columns(group, radii) for group in groups], index=index)
+    return _described(frame, run.conditions)
+
+
+def _columns(group: Group, radii: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    at = {f"at {text}": s.value for (text, _), s in zip(radii, group.accuracy, strict=True)}
+    return {
+        "name": group.name,
+        "images": group.images,
+        "acr": group.acr,
+        **at,
+        "abstained": None if group.abstained is None else group.abstained.value,
+        "votes_per_image": group.votes,
+    }
+
+
+def table(results: Sequence[RunResults]) -> DataFrame:
+    """Several results side by side: the numbers of the report's table; needs pandas.
+
+    Args:
+        results: of the same data and perturbation; those that differ in their seed alone share a
+            row: means over seeds, with intervals that include the variation between them.
+
+    Returns:
+        A row for each algorithm and setting, its label the index: algorithm, seeds, clients,
+        images, acr with its 95 % limits acr_low and acr_high, spread, "at R" (certified accuracy
+        at a few radii), abstained, votes_per_image. Where clients certify different perturbations,
+        a row for each of these, named in the column perturbation.
+
+    Raises:
+        StoreMismatch: results that cannot be compared. InputError: pandas is not installed.
+    """
+    rows = summary_rows(results)
+    index = pandas().Index([row["label"] for row in rows], name="label")
+    frame = pandas().DataFrame([_summary(row) for row in rows], index=index)
+    if all(row["perturbation"] is None for row in rows):
+        return _described(frame.drop(columns="perturbation"), results[0].conditions)
+    return frame
+
+
+def _summary(row: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("perturbation", "seeds", "clients", "images", "acr", "acr_low", "acr_high", "spread")
+    return {
+        "algorithm": row["regime"],
+        **{name: row[name] for name in names},
+        **{f"at {one['radius_text']}": one["value"] for one in row["accuracy"]},
+        "abstained": row["abstained"],
+        "votes_per_image": row["votes_per_image"],
+    }
+
+
+def _described(frame: DataFrame, metadata: Mapping[str, Any]) -> DataFrame:
+    """The frame with the unit and meaning of its radii."""
+    frame.attrs = {name: metadata[name] for name in _MEANING if name in metadata}
+    return frame

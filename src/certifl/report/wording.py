@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from certifl.report.compare import Comparison, Difference, Standing, ranking, standing
+from certifl.report.compare import Comparison, Difference, Standing, difference, standing
 from certifl.report.results import MODEL, Row
 from certifl.report.summary import accuracy_share, mean_acr, spread
 from certifl.report.units import RadiusScale
@@ -53,7 +53,7 @@ def recommendations(runs: Sequence[Row], comparison: Comparison) -> list[Recomme
         result = standing(part.acr, part.pairs)
         best, alone = result.best, None
         if local is not None and local != best:
-            alone = part.pairs[min(local, best), max(local, best)].seen_from(best)
+            alone = difference(part.pairs, best, local)
         answers.append(
             Recommendation(
                 part.client,
@@ -92,7 +92,19 @@ def headline(
     """The finding in one sentence, and the sentences that support it."""
     if not comparison.paired:
         return _side_by_side(runs, comparison, scale)
-    return _one_run(runs[0], scale) if len(runs) == 1 else _several(runs, comparison, scale)
+    if len(runs) == 1:
+        return _one_run(runs[0], scale)
+    result = standing(comparison.acr, comparison.pairs)
+    if result.margin is None:
+        return _not_compared(runs, comparison)
+    finding, support = _finding(runs, comparison, scale, result)
+    if result.behind:
+        support = _margins(runs, comparison, scale, result)
+    best = runs[result.best].label
+    for i in result.unknown:
+        why = difference(comparison.pairs, result.best, i).why
+        support.append(f"{runs[i].label} is not compared with {best}: {why}.")
+    return finding, support
 
 
 def _one_run(run: Row, scale: RadiusScale) -> tuple[str, list[str]]:
@@ -112,20 +124,6 @@ def _one_run(run: Row, scale: RadiusScale) -> tuple[str, list[str]]:
             f"The best client{numbers[0]} and the worst{numbers[1]} are {scale.text(gap)} apart."
         )
     return f"{finding}.", support
-
-
-def _several(
-    runs: Sequence[Row], comparison: Comparison, scale: RadiusScale
-) -> tuple[str, list[str]]:
-    result = standing(comparison.acr, comparison.pairs)
-    if result.margin is None:
-        return _not_compared(runs, comparison)
-    ranked = ranking(comparison.acr, comparison.pairs)
-    behind = [i for i in ranked if i not in (result.best, *result.tied, *result.unknown)]
-    finding, support = _finding(runs, comparison, scale, result)
-    if behind:
-        support = [_margins(runs, comparison, scale, result.best, behind), _brackets(comparison)]
-    return finding, [*support, *_without_comparison(runs, comparison, result)]
 
 
 def _finding(
@@ -150,34 +148,21 @@ def _finding(
 
 
 def _margins(
-    runs: Sequence[Row], comparison: Comparison, scale: RadiusScale, best: int, behind: list[int]
-) -> str:
-    """How far the leader is ahead of those that are shown to be behind."""
+    runs: Sequence[Row], comparison: Comparison, scale: RadiusScale, result: Standing
+) -> list[str]:
+    """How far the leader is ahead of those behind it, and what the intervals mean."""
+    behind, pairs = result.behind, comparison.pairs
     ahead = [
-        f"{by_margin(_from(comparison, best, i), scale)} ahead of {runs[i].label}"
+        f"{by_margin(difference(pairs, result.best, i), scale)} ahead of {runs[i].label}"
         for i in behind[:_MOST_NAMED]
     ]
     if len(behind) > _MOST_NAMED:
         ahead.append(f"further ahead of the other {len(behind) - _MOST_NAMED}")
-    return f"It is {listed(ahead)}."
-
-
-def _brackets(comparison: Comparison) -> str:
-    seeds = any(pair.seeds > 1 for pair in comparison.pairs.values())
+    seeds = any(pair.seeds > 1 for pair in pairs.values())
     over = "test images and seeds" if seeds else "test images"
-    together = ", wide enough for all comparisons at once" if len(comparison.pairs) > 1 else ""
-    return f"In parentheses: 95 % intervals over {over}{together}."
-
-
-def _without_comparison(
-    runs: Sequence[Row], comparison: Comparison, result: Standing
-) -> list[str]:
-    """Which algorithms the leader is not compared with, and why."""
-    best = runs[result.best].label
-    return [
-        f"{runs[i].label} is not compared with {best}: {_from(comparison, result.best, i).why}."
-        for i in result.unknown
-    ]
+    together = ", wide enough for all comparisons at once" if len(pairs) > 1 else ""
+    meaning = f"In parentheses: 95 % intervals over {over}{together}."
+    return [f"It is {listed(ahead)}.", meaning]
 
 
 def _not_compared(runs: Sequence[Row], comparison: Comparison) -> tuple[str, list[str]]:
@@ -199,7 +184,7 @@ def why_clients_stay_undecided(
     if not answers or not comparison.paired:
         return None
     result = standing(comparison.acr, comparison.pairs)
-    behind = [i for i in range(len(runs)) if i not in (result.best, *result.tied, *result.unknown)]
+    behind = sorted(result.behind)
     both = [one for one in answers if not one.why and result.best in (one.best, *one.tied)]
     undecided = [one for one in both if any(i in (one.best, *one.tied) for i in behind)]
     if not undecided:
@@ -214,38 +199,38 @@ def why_clients_stay_undecided(
     )
 
 
-def range_of(counts: Sequence[int]) -> str:
-    """Smallest to largest count."""
-    low, high = min(counts), max(counts)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+def range_of(counts: Iterable[int]) -> str:
+    """Smallest to largest count; empty without counts."""
+    distinct = sorted(set(counts))
+    return " to ".join(f"{count:,}" for count in dict.fromkeys(distinct[:1] + distinct[-1:]))
+
+
+def markdown_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = False
+) -> str:
+    """A table in Markdown; with `numbers`, columns after the first are aligned on the right."""
+    lines = [head, ["---", *["---:" if numbers else "---"] * (len(head) - 1)], *rows]
+    # A stroke within a cell would end it.
+    return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in cells)} |" for cells in lines)
 
 
 def _side_by_side(
     runs: Sequence[Row], comparison: Comparison, scale: RadiusScale
 ) -> tuple[str, list[str]]:
     """Average radii of algorithms that cannot be compared image by image."""
-    order = _by_acr(comparison)
+    order = sorted(range(len(runs)), key=lambda i: (-comparison.acr[i], i))
     radii = [f"{runs[i].label} {scale.text(comparison.acr[i])}" for i in order]
     largest = f"{runs[order[0]].label} has the largest average certified radius of these runs"
     return f"{largest}: {listed(radii)}.", [NOT_PAIRED]
 
 
-def _by_acr(comparison: Comparison) -> list[int]:
-    return sorted(range(len(comparison.acr)), key=lambda i: (-comparison.acr[i], i))
-
-
-def _from(comparison: Comparison, run: int, other: int) -> Difference:
-    return comparison.pairs[min(run, other), max(run, other)].seen_from(run)
-
-
-def by_margin(difference: Difference, scale: RadiusScale) -> str:
+def by_margin(pair: Difference, scale: RadiusScale) -> str:
     """A difference with its interval; the estimate is rounded down, the interval outward."""
-    if not difference.stated:
-        return f"not stated: {difference.why}"
-    if not (difference.low > -float("inf") and difference.high < float("inf")):
-        return f"{scale.down(difference.estimate)}{scale.suffix} (too few images for an interval)"
-    interval = scale.interval(difference.low, difference.high)
-    return f"{scale.down(difference.estimate)}{scale.suffix} ({interval})"
+    if not pair.stated:
+        return f"not stated: {pair.why}"
+    finite = math.isfinite(pair.low) and math.isfinite(pair.high)
+    interval = scale.interval(pair.low, pair.high) if finite else "too few images for an interval"
+    return f"{scale.down(pair.estimate)}{scale.suffix} ({interval})"
 
 
 def percent(value: float) -> str:
@@ -271,10 +256,5 @@ def client_list(clients: Sequence[int]) -> str:
             parts[-1].append(client)
         else:
             parts.append([client])
-    texts = []
-    for part in parts:
-        if len(part) < 3:
-            texts += [str(client) for client in part]
-        else:
-            texts.append(f"{part[0]}–{part[-1]}")
+    texts = [f"{p[0]}–{p[-1]}" if len(p) > 2 else ", ".join(map(str, p)) for p in parts]
     return f"client{'s' if len(clients) > 1 else ''} {', '.join(texts)}"

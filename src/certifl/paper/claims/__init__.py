@@ -1,7 +1,7 @@
 """The paper's claims put to the test on stored runs: effect, interval, verdict."""
 
 from certifl.paper.claims.catalogue import CLAIMS
-from certifl.paper.claims.render import claim_rows, explanation, write_claims
+from certifl.paper.claims.render import claim_rows, explanation, verdicts_section, write_claims
 from certifl.paper.claims.runs import find_runs
 from certifl.paper.claims.testing import ClaimResult, Report, check_claims
 
@@ -13,5 +13,6 @@ __all__ = [
     "claim_rows",
     "explanation",
     "find_runs",
+    "verdicts_section",
     "write_claims",
 ]

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from certifl.paper.claims import effects as statistics
-from certifl.paper.claims.bootstrap import Sampler
-from certifl.paper.claims.effects import QUANTITIES, Effect, Quantity
-from certifl.paper.claims.matching import Cell, Pool, Role, Scope, folders_of
+from certifl.paper.claims.effects import (
+    QUANTITIES,
+    Effect,
+    Quantity,
+    Sampler,
+    change,
+    over_seeds,
+    share_of_draws_led,
+)
 from certifl.paper.claims.rules import Rule, Superiority
-from certifl.paper.claims.runs import ANOTHER_COUNT, ANOTHER_TRAINING, SMALL, Noise, RunMetadata
+from certifl.paper.claims.runs import (
+    ANOTHER_COUNT,
+    ANOTHER_STEP,
+    ANOTHER_TRAINING,
+    FEDAVG,
+    MIXTURE,
+    SMALL,
+    Cell,
+    Noise,
+    Pool,
+    Role,
+    Scope,
+    folders_of,
+)
 
 
 @dataclass(frozen=True)
@@ -52,24 +71,23 @@ class Pairs:
                 cell
                 for cell in cells
                 if _where(cell) not in covered
-                and (cell.metadata.clients in self.scope.counts.paper or panel(cell) not in tested)
+                and (cell.metadata.clients in self.scope.counts.paper or cell.panel not in tested)
             ]
             for cells in (firsts, seconds)
         ]
-        known = tested | {panel(cell) for cells in lonely for cell in cells}
-        both = f"{self.first.words} and {self.second.words}"
         missing = (
             *unmatched_runs(pool, lonely[0], self.second),
             *unmatched_runs(pool, lonely[1], self.first),
-            *untested_panels(self.scope, known, both),
         )
-        return DesignResult(tuple(found), missing)
+        seen = {cell.panel for cells in lonely for cell in cells}
+        both = f"{self.first.words} and {self.second.words}"
+        return _result(found, missing, self.scope, both, seen)
 
     def _pair(self, sampler: Sampler, first: Cell, second: Cell) -> list[Finding]:
         if self.same_start and first.metadata.federated != second.metadata.federated:
             return []
         difference = f"{label(first, self.first)} minus {label(second, self.second)}"
-        group = setting_key(first) if self.together else ""
+        group = first.metadata.key(ANOTHER_TRAINING) if self.together else ""
         rules = (*self.judged, *((name, None) for name in self.reported))
         return present(
             compared(sampler, QUANTITIES[name], first, second, difference, rule, group)
@@ -117,8 +135,7 @@ class Growth:
                 f"{pairs[0][0].metadata.setting} (available: {counts})"
             )
         what = f"{self.first.words} and {self.second.words} at two numbers of clients"
-        tested = {finding.panel for finding in found}
-        return DesignResult(tuple(found), (*missing, *untested_panels(self.scope, tested, what)))
+        return _result(found, missing, self.scope, what)
 
     def _series(self, pool: Pool, sampler: Sampler) -> dict[str, list[Pair]]:
         series: dict[str, list[Pair]] = {}
@@ -153,15 +170,18 @@ class Growth:
         if not seeds:
             return None
         metadata, start = many[0].metadata, few[0].metadata.clients
+        noise = metadata.certified.words(metadata.unit)
         difference = f"{self.first.words} minus {self.second.words}"
-        first, last = (_mean(effects, seeds) for effects in (before, after))
+        first, last = (
+            sum(effects[s].estimate for s in seeds) / len(seeds) for effects in (before, after)
+        )
         return Finding(
-            setting=_series_setting(metadata, start),
+            setting=f"{metadata.data}, {noise}, {start} and {metadata.clients} clients",
             group=metadata.key(ANOTHER_COUNT) + " ".join(map(_variant, many)),
-            panel=panel(many[0]),
+            panel=many[0].panel,
             difference=f"({difference}) at {metadata.clients} clients less the same at {start}",
             quantity=quantity.words,
-            effect=statistics.over_seeds([statistics.change(after[s], before[s]) for s in seeds]),
+            effect=over_seeds([change(after[s], before[s]) for s in seeds]),
             rule=rule,
             runs=folders_of((*few, *many)),
             detail=f"{100 * first:+.1f} points at {start} clients, {100 * last:+.1f} at "
@@ -169,19 +189,10 @@ class Growth:
         )
 
 
-def _series_setting(metadata: RunMetadata, start: int) -> str:
-    words = metadata.certified.words(metadata.unit)
-    return f"{metadata.data}, {words}, {start} and {metadata.clients} clients"
-
-
 def _variant(cell: Cell) -> str:
     """The algorithm's own parameters and the augmentation, which must agree along a series."""
     chosen = ("algorithm.", "augmentation.")
     return repr(sorted((k, v) for k, v in cell.metadata.settings.items() if k.startswith(chosen)))
-
-
-def _mean(effects: Mapping[int, Effect], seeds: Sequence[int]) -> float:
-    return sum(effects[s].estimate for s in seeds) / len(seeds)
 
 
 # Single comparisons, and the runs that are missing for others.
@@ -201,10 +212,8 @@ class Finding:
 
     Attributes:
         setting: data, perturbation, clients. group: findings judged as one setting.
-        panel: family and size of sigma.
-        difference: what minus what. quantity: of what, in words.
-        effect: its size. rule: how it is judged; None = reported only.
-        runs: folders. detail: further words.
+        panel: family and size of sigma. difference: what minus what. quantity: of what, in words.
+        rule: how it is judged; None = reported only. runs: folders. detail: further words.
     """
 
     setting: str
@@ -230,11 +239,6 @@ def label(cell: Cell, role: Role) -> str:
     """The role, with lambda where there is one."""
     value = cell.metadata.personalization
     return role.words if value is None else f"{role.words} λ = {value:g}"
-
-
-def panel(cell: Cell) -> tuple[str, str]:
-    """Family and size of sigma."""
-    return cell.metadata.certified.family, cell.metadata.certified.size
 
 
 def common_seeds(sampler: Sampler, first: Cell, second: Cell) -> list[int]:
@@ -269,10 +273,10 @@ def compared(
     return Finding(
         setting=first.metadata.setting,
         group=group or f"{first.metadata.key(())} {second.metadata.key(())}",
-        panel=panel(first),
+        panel=first.panel,
         difference=difference,
         quantity=quantity.words,
-        effect=statistics.over_seeds(list(effects.values())),
+        effect=over_seeds(list(effects.values())),
         rule=rule,
         runs=folders_of((first, second)),
         detail=detail(sampler, first.runs[seed], second.runs[seed]) if detail else "",
@@ -284,28 +288,177 @@ def present(found: Iterable[Finding | None]) -> list[Finding]:
     return [finding for finding in found if finding is not None]
 
 
-def unmatched_runs(pool: Pool, cells: Sequence[Cell], wanted: Role) -> list[str]:
+def unmatched_runs(pool: Pool, cells: Sequence[Cell], role: Role) -> list[str]:
     """The missing runs that these cells would be compared with."""
-    found = []
+    texts = []
     for cell in cells:
-        near = pool.nearest(cell, wanted)
+        near = pool.nearest(cell, role)
         why = f" (the closest one differs in {near})" if near else ""
         seeds = ", ".join(str(seed) for seed in sorted(cell.runs))
-        found.append(f"{wanted.words}: {cell.metadata.setting}, seed {seeds}{why}")
-    return list(dict.fromkeys(found))
+        texts.append(f"{role.words}: {cell.metadata.setting}, seed {seeds}{why}")
+    return list(dict.fromkeys(texts))
 
 
-def untested_panels(scope: Scope, known: Collection[tuple[str, str]], what: str) -> list[str]:
-    """The paper's panels without any comparison."""
+def _result(
+    findings: Sequence[Finding],
+    missing: Sequence[str],
+    scope: Scope,
+    what: str,
+    seen: Collection[tuple[str, str]] = (),
+) -> DesignResult:
+    """The comparisons, and what is missing: runs, and panels of the paper without any run.
+
+    Args:
+        what: the runs that would be compared. seen: panels that `missing` names already.
+    """
+    known = {finding.panel for finding in findings}.union(seen)
     counts = " or ".join(str(count) for count in scope.counts.paper)
-    texts = []
+    untested = []
     for family, size in scope.panels():
         if (family, size) not in known:
             noise = Noise(family, _PAPER_SIGMA[family][0 if size == SMALL else 1], "")
-            texts.append(f"{what}: {noise.words(_UNITS[family])}, {counts} clients")
-    return texts
+            untested.append(f"{what}: {noise.words(_UNITS[family])}, {counts} clients")
+    return DesignResult(tuple(findings), (*missing, *untested))
 
 
-def setting_key(cell: Cell) -> str:
-    """Equal for runs that agree in all but the way of training."""
-    return cell.metadata.key(ANOTHER_TRAINING)
+# Claims about lambda: which value is best, and how much of its gain is the pull to the mean.
+
+
+# A learning rate written with few digits still counts as lr / lambda.
+_SAME_STEP = 0.01
+
+
+@dataclass(frozen=True)
+class Best:
+    """Whether one value of lambda gives the largest ACR of all.
+
+    Attributes:
+        value: of lambda. scope: where the claim applies.
+    """
+
+    value: float
+    scope: Scope
+
+    def findings(self, pool: Pool, sampler: Sampler) -> DesignResult:
+        """The value against every other one with the same learning rate."""
+        cells = pool.of(MIXTURE, self.scope)
+        named = [c for c in cells if math.isclose(_lambda(c), self.value)]
+        found = [f for cell in named for f in self._against(pool, sampler, cell)]
+        missing: list[str] = []
+        if not found and cells:
+            has = ", ".join(sorted({f"{_lambda(c):g}" for c in cells}))
+            missing.append(
+                f"Mixture λ = {self.value:g} and another λ with the same learning rate "
+                f"(available: λ = {has})"
+            )
+        what = f"Mixture λ = {self.value:g} and others"
+        return _result(found, missing, self.scope, what)
+
+    def _against(self, pool: Pool, sampler: Sampler, cell: Cell) -> list[Finding]:
+        others = [
+            other
+            for other in pool.partners(cell, MIXTURE, ANOTHER_TRAINING)
+            if other is not cell and common_seeds(sampler, cell, other)
+        ]
+        if not others:
+            return []
+        certainty, acr = self._certainty(sampler, cell, others), QUANTITIES["acr"]
+        group, rule = cell.metadata.key(ANOTHER_TRAINING), Superiority()
+        names = {id(one): label(one, MIXTURE) for one in (cell, *others)}
+        findings = present(
+            compared(
+                sampler, acr, cell, one, f"{names[id(cell)]} minus {names[id(one)]}", rule, group
+            )
+            for one in others
+        )
+        return [dataclasses.replace(finding, detail=certainty) for finding in findings]
+
+    def _certainty(self, sampler: Sampler, cell: Cell, others: Sequence[Cell]) -> str:
+        seeds = sorted(set(cell.runs).intersection(*(other.runs for other in others)))
+        if not seeds:
+            return ""
+        shares = [
+            share_of_draws_led(sampler, cell.runs[s], [other.runs[s] for other in others])
+            for s in seeds
+        ]
+        share = 100 * sum(shares) / len(shares)
+        return f"λ = {self.value:g} leads all others in {share:.0f} % of the draws of images"
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Which part of a mixture's gain is due to the pull to the mean, and which to smaller steps.
+
+    Eq. (5) takes steps of lr lambda on the loss. With lr / lambda instead of lr these steps are
+    FedAvg's, and the remaining gain is due to the pull:
+
+      M(lambda, lr) - F(lr)
+        = [M(lambda, lr / lambda) - F(lr)] + [M(lambda, lr) - M(lambda, lr / lambda)]
+
+    where M and F are the mixture's and FedAvg's ACR. The first bracket is judged. Where a FedAvg
+    with lr lambda was run too, the gain is also split with the small step on both sides.
+
+    Attributes:
+        scope: where the claim applies.
+    """
+
+    scope: Scope
+
+    def findings(self, pool: Pool, sampler: Sampler) -> DesignResult:
+        """One decomposition for each lambda that has a run with matched steps."""
+        found: list[Finding] = []
+        missing: list[str] = []
+        for plain in pool.of(MIXTURE, self.scope):
+            for fedavg in pool.partners(plain, FEDAVG, ANOTHER_TRAINING):
+                matched = _with_step(pool, plain, MIXTURE, 1.0 / _lambda(plain))
+                small = _with_step(pool, plain, FEDAVG, _lambda(plain))
+                for one in matched:
+                    found += _split(sampler, plain, fedavg, one, small)
+                if not matched:
+                    step = plain.metadata.lr / _lambda(plain)
+                    name = f"{label(plain, MIXTURE)} with training.lr = {step:.4g}"
+                    missing.append(f"{name}: {plain.metadata.setting}")
+        what = "Mixture with lr and with lr / λ, and FedAvg with lr"
+        return _result(found, missing, self.scope, what)
+
+
+def _split(
+    sampler: Sampler, plain: Cell, fedavg: Cell, matched: Cell, small: Sequence[Cell]
+) -> list[Finding]:
+    value = f"λ = {_lambda(plain):g}"
+    parts: list[tuple[Cell, Cell, str, Rule | None]] = [
+        (matched, fedavg, f"{value}: the pull, at FedAvg's step (lr / λ)", Superiority()),
+        (plain, matched, f"{value}: the smaller step", None),
+        (plain, fedavg, f"{value}: the whole gain, their sum", None),
+    ]
+    for other in small:
+        parts.append((plain, other, f"{value}: the pull, at the small step (FedAvg lr λ)", None))
+        parts.append((other, fedavg, f"{value}: the small step without pull (FedAvg lr λ)", None))
+    acr, group = QUANTITIES["acr"], plain.metadata.key(ANOTHER_TRAINING)
+    named = present(
+        compared(sampler, acr, one, two, words, rule, group) for one, two, words, rule in parts
+    )
+    if len(named) < len(parts):
+        return []
+    pull, step, gain = (100 * finding.effect.estimate for finding in named[:3])
+    detail = (
+        f"at {value}, of a gain of {gain:+.1f} points {pull:+.1f} are the pull and {step:+.1f} "
+        "the smaller step"
+    )
+    return [dataclasses.replace(named[0], detail=detail), *named[1:]]
+
+
+def _lambda(cell: Cell) -> float:
+    value = cell.metadata.personalization
+    return math.nan if value is None else value
+
+
+def _with_step(pool: Pool, cell: Cell, role: Role, factor: float) -> list[Cell]:
+    """Cells with so many times the learning rate of a cell, and its lambda if they have any."""
+    lr = cell.metadata.lr * factor
+    return [
+        other
+        for other in pool.partners(cell, role, ANOTHER_STEP)
+        if abs(other.metadata.lr - lr) <= _SAME_STEP * lr
+        and other.metadata.personalization in (None, cell.metadata.personalization)
+    ]

@@ -1,8 +1,16 @@
-"""Effects with intervals: differences between two runs, and differences of those.
+"""Differences between two runs with intervals, and differences of those.
 
 Everything is in shares of 1: an average certified radius (ACR) counts as its share of the largest
 possible radius, which is the mean of the certified accuracy over all radii up to that one. 0.01 is
 one point.
+
+Means and their differences have the intervals of `report.intervals`. Spreads between best and
+worst client are not means, so images are resampled for them: with replacement within every client,
+and with the SAME draw for runs that certified the same images, so that a difference between two
+runs is paired image by image. A client with m images contributes m - 1 of them to each draw, which
+makes the variance of its mean unbiased where m draws would make it too small by (m - 1) / m.
+
+Source: Efron and Tibshirani 1993, chapter 13; Rao and Wu 1988 (strata of few units).
 """
 
 from __future__ import annotations
@@ -14,17 +22,176 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import special
 
 from certifl.certification.settings import GRID_POINTS
-from certifl.paper.claims.bootstrap import ResampledMeans, Sampler
-from certifl.paper.claims.runs import StudyRun
-from certifl.report.intervals import Sample, interval_over_seeds, rule_of_three_margin
-from certifl.smoothing.arrays import Floats
+from certifl.paper.claims.runs import StudyRun, largest_radius
+from certifl.report.intervals import Sample, interval_over_seeds, rule_of_three_margin, too_few
+from certifl.report.summary import image_numbers
+from certifl.rng import numpy_generator
+from certifl.smoothing.arrays import Floats, Ints
 
+DRAWS = 10_000
+_BATCH = 2_000
+_SEED = 0
+# Images beyond one of each client. A claim makes several comparisons at once, at levels so strict
+# that fewer images have too little scatter too often (docs/claims.md).
+_FEWEST_BEYOND = 30
 # With ten images of each of 20 clients a 95 % interval of spreads misses 15 % of the time: many
 # clients have none or all correct, and resampling changes nothing. With twenty it misses 2 to 6 %.
 _FEWEST_FOR_A_SPREAD = 20
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which images a run certified; runs of equal layout are compared image by image.
+
+    Attributes:
+        seed, clients: of the study; they name the stream of the draws. sizes: images of each
+            client. images: clients, positions and labels of all images, as bytes.
+    """
+
+    seed: int
+    clients: int
+    sizes: tuple[int, ...]
+    images: bytes
+
+    @property
+    def enough_for_intervals(self) -> bool:
+        """Whether an interval of a mean has about its nominal coverage."""
+        beyond = sum(self.sizes) - len(self.sizes)
+        return not too_few(self.sizes) and beyond >= _FEWEST_BEYOND
+
+
+@dataclass(frozen=True, eq=False)
+class ResampledMeans:
+    """One quantity of one run: (clients,) as certified and (draws, clients) resampled."""
+
+    means: Floats
+    resampled: NDArray[np.floating[Any]]
+
+
+def _order(run: StudyRun) -> Ints:
+    certificates = run.results.certificates
+    return np.lexsort((certificates.index, certificates.client))
+
+
+def layout_of(run: StudyRun) -> Layout:
+    """Which images a run certified."""
+    certificates, order = run.results.certificates, _order(run)
+    columns = (certificates.client, certificates.index, certificates.label)
+    _, sizes = np.unique(certificates.client, return_counts=True)
+    images = b"".join(np.ascontiguousarray(c[order], np.int64).tobytes() for c in columns)
+    return Layout(run.metadata.seed, run.metadata.clients, tuple(sizes.tolist()), images)
+
+
+def resampled_means(values: Floats, draws: int, *ids: int) -> Floats:
+    """(draws, columns) means of one client's resampled images.
+
+    A single image has no spread: all its draws are equal.
+
+    Args:
+        values: (images, columns), at least one image.
+        draws: number of draws.
+        ids: name the stream; equal ids and images give the same draws.
+    """
+    images = len(values)
+    if images == 1:
+        return np.repeat(values, draws, axis=0)
+    stream, means = numpy_generator(_SEED, "claims-images", *ids), []
+    for start in range(0, draws, _BATCH):
+        rows = min(_BATCH, draws - start)
+        picked = stream.integers(0, images, size=(rows, images - 1))
+        cells = (picked + images * np.arange(rows)[:, None]).ravel()
+        counts = np.bincount(cells, minlength=rows * images).reshape(rows, images)
+        means.append((counts / (images - 1)) @ values)
+    return np.concatenate(means)
+
+
+def _split(values: NDArray[Any], layout: Layout) -> list[NDArray[Any]]:
+    return np.split(values, np.cumsum(layout.sizes)[:-1])
+
+
+class Sampler:
+    """Compares the runs of a study; those of one layout are resampled together, once."""
+
+    def __init__(self, runs: Sequence[StudyRun], draws: int = DRAWS) -> None:
+        self.draws = draws
+        self._layouts = {id(run): layout_of(run) for run in runs}
+        self._together: dict[Layout, list[StudyRun]] = {}
+        for run in runs:
+            self._together.setdefault(self._layouts[id(run)], []).append(run)
+        self._acr: dict[int, ResampledMeans] = {}
+
+    def layout(self, run: StudyRun) -> Layout:
+        """Which images a run certified."""
+        return self._layouts[id(run)]
+
+    def paired(self, first: StudyRun, second: StudyRun) -> bool:
+        """Whether two runs certified the same images of the same clients."""
+        return self.layout(first) == self.layout(second)
+
+    def acr(self, run: StudyRun) -> ResampledMeans:
+        """Average certified radius as a share of the largest possible radius.
+
+        It is the mean of the certified accuracy over all radii up to the largest.
+        """
+        if id(run) not in self._acr:
+            layout = self.layout(run)
+            runs = self._together[layout]
+            parts = _split(np.stack([_gain(one) for one in runs], axis=1), layout)
+            means = np.stack([part.mean(axis=0) for part in parts])
+            # Single precision halves the memory; seven digits are enough for an interval.
+            resampled = np.empty((self.draws, len(parts), len(runs)), np.float32)
+            for client, part in enumerate(parts):
+                ids = (layout.seed, layout.clients, client)
+                resampled[:, client] = resampled_means(part, self.draws, *ids)
+            for at, one in enumerate(runs):
+                self._acr[id(one)] = ResampledMeans(means[:, at], resampled[:, :, at])
+        return self._acr[id(run)]
+
+    def gains(self, first: StudyRun, second: StudyRun) -> Sample:
+        """Radius times correct of one run minus another, as shares of the largest radius."""
+        return self._sample(first, _gain(first) - _gain(second))
+
+    def curves(self, first: StudyRun, second: StudyRun, shares: Floats) -> Sample:
+        """Correct with at least a radius in one run minus the same in another.
+
+        A column for each of these shares of the largest radius. Equal shares are equal radii in
+        runs of equal perturbation, votes and alpha.
+        """
+        return self._sample(first, _certified(first, shares) - _certified(second, shares))
+
+    def level(self, first: StudyRun, second: StudyRun, accuracy: bool) -> float:
+        """Mean over clients of the better run: its certified accuracy, or ACR as a share."""
+        values = [
+            _certified(run, np.zeros(1))[:, 0] if accuracy else _gain(run)
+            for run in (first, second)
+        ]
+        return max(float(self._sample(first, own).means[0]) for own in values)
+
+    def _sample(self, run: StudyRun, values: Floats) -> Sample:
+        layout = self.layout(run)
+        numbers = image_numbers(run.results)[_order(run)]
+        return Sample.of(_split(values, layout), _split(numbers, layout))
+
+
+def _radius(run: StudyRun) -> Floats:
+    """(m,) radius where correct, -1 elsewhere, in the order of the layout."""
+    certificates = run.results.certificates
+    return np.where(certificates.correct, certificates.radius, -1.0)[_order(run)]
+
+
+def _gain(run: StudyRun) -> Floats:
+    return np.maximum(_radius(run), 0.0) / largest_radius(run.results)
+
+
+def _certified(run: StudyRun, shares: Floats) -> Floats:
+    """(m, radii) 1 where correct with at least these shares of the largest radius, else 0."""
+    radius = _radius(run)[:, None]
+    certified = (radius >= shares * largest_radius(run.results)) & (radius >= 0.0)
+    return certified.astype(np.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +214,10 @@ class Means:
         low, high = interval_over_seeds(self.samples, error / columns, 1.0)
         return float(low.max()), float(high.max())
 
-    def over_seeds(self, others: Sequence[Means]) -> Means:
-        """The mean over these and other seeds."""
-        return Means((*self.samples, *(one for other in others for one in other.samples)))
+    @classmethod
+    def over_seeds(cls, every: Sequence[Means]) -> Means:
+        """The mean over the seeds of all of them."""
+        return cls(tuple(sample for one in every for sample in one.samples))
 
     def minus(self, earlier: Means) -> Means:
         """The change from an earlier one, seed by seed."""
@@ -99,14 +267,14 @@ class ResampledStatistic:
         )
         return self.estimate - down, self.estimate + up
 
-    def over_seeds(self, others: Sequence[ResampledStatistic]) -> ResampledStatistic:
-        """The mean over these and other seeds."""
-        every = (self, *others)
-        return ResampledStatistic(
+    @classmethod
+    def over_seeds(cls, every: Sequence[ResampledStatistic]) -> ResampledStatistic:
+        """The mean over the seeds of all of them."""
+        return cls(
             tuple(value for one in every for value in one.values),
             tuple(parts for one in every for parts in one.draws),
             tuple(sample for one in every for sample in one.samples),
-            self.unit,
+            every[0].unit,
         )
 
     def minus(self, earlier: ResampledStatistic) -> ResampledStatistic:
@@ -190,7 +358,7 @@ def _effect(
     layout = sampler.layout(run)
     return Effect(
         source=source,
-        images=layout.total,
+        images=sum(layout.sizes),
         clients=(len(layout.sizes),),
         seeds=1,
         enough=layout.enough_for_intervals,
@@ -204,7 +372,7 @@ def _acr(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
 
 
 def _accuracy(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
-    source = Means((sampler.corrects(first, second),))
+    source = Means((sampler.curves(first, second, np.zeros(1)),))
     return _effect(sampler, first, source, sampler.level(first, second, accuracy=True))
 
 
@@ -212,10 +380,6 @@ def _largest_gain(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect
     """Largest difference of mean certified accuracy over all radii, which are all tested."""
     shares = np.linspace(0.0, 1.0, GRID_POINTS)
     return _effect(sampler, first, Means((sampler.curves(first, second, shares),)))
-
-
-def _observed_spread(sampled: ResampledMeans) -> float:
-    return float(np.ptp(sampled.means))
 
 
 def resampled_spread(sampled: ResampledMeans) -> tuple[float, Floats]:
@@ -229,7 +393,7 @@ def resampled_spread(sampled: ResampledMeans) -> tuple[float, Floats]:
     Returns:
         (estimate, draws), both at least 0.
     """
-    observed = _observed_spread(sampled) ** 2
+    observed = float(np.ptp(sampled.means)) ** 2
     resampled = np.ptp(sampled.resampled, axis=1).astype(np.float64) ** 2
     noise = float(resampled.mean()) - observed
     return math.sqrt(max(observed - noise, 0.0)), np.sqrt(np.maximum(resampled - 2.0 * noise, 0.0))
@@ -251,8 +415,8 @@ def _spread(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
 
 def _spread_detail(sampler: Sampler, first: StudyRun, second: StudyRun) -> str:
     both = sampler.acr(first), sampler.acr(second)
-    one, two = (100 * _observed_spread(means) for means in both)
-    corrected = [100 * resampled_spread(means)[0] for means in both]
+    one, two = (100 * float(np.ptp(sampled.means)) for sampled in both)
+    corrected = [100 * resampled_spread(sampled)[0] for sampled in both]
     return (
         f"{one:.1f} and {two:.1f} points observed, {corrected[0]:.1f} and {corrected[1]:.1f} "
         "beyond chance"
@@ -311,14 +475,14 @@ def change(later: Effect, earlier: Effect) -> Effect:
 def over_seeds(effects: Sequence[Effect]) -> Effect:
     """The mean over trainings with different seeds.
 
-    One seed: the interval holds for the models trained, over images. Several: it contains the
-    variation between the seeds too, by Student's t with one degree of freedom fewer than seeds.
+    With one seed an interval is about the models trained, over images. With several it contains
+    the variation between seeds, by Student's t with one degree of freedom fewer than seeds.
     """
-    first, *others = effects
-    if not others:
+    first = effects[0]
+    if len(effects) == 1:
         return first
     return Effect(
-        source=first.source.over_seeds(cast(Any, [effect.source for effect in others])),
+        source=type(first.source).over_seeds(cast(Any, [effect.source for effect in effects])),
         images=sum(effect.images for effect in effects),
         clients=first.clients,
         seeds=len(effects),

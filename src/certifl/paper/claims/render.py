@@ -1,14 +1,14 @@
-"""Claims with their verdicts as sentences, rows, Markdown and JSON."""
+"""Claims with their verdicts as sentences, rows, Markdown, JSON and a section of a page."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from certifl.errors import InputError
+from certifl.errors import InputError, StoreError
 from certifl.paper.claims.rules import (
     NOT_SUPPORTED,
     NOT_TESTED,
@@ -16,14 +16,24 @@ from certifl.paper.claims.rules import (
     TOO_FEW,
     UNDECIDED,
     MinimumEffect,
-    change_words,
     interval_words,
     point_words,
-    range_words,
     some,
 )
-from certifl.paper.claims.testing import ClaimResult, Outcome, Report
-from certifl.report.wording import listed
+from certifl.paper.claims.runs import has_own_perturbations, read_run
+from certifl.paper.claims.testing import ClaimResult, Outcome, Report, check_runs
+from certifl.report.page.html import (
+    Markup,
+    details,
+    el,
+    join,
+    note,
+    paragraph,
+    section,
+    table,
+)
+from certifl.report.results import Row, flat
+from certifl.report.wording import listed, markdown_table, range_of
 from certifl.runs.atomic import write_text
 
 COMPARISON_HEAD = (
@@ -73,8 +83,8 @@ def claim_rows(report: Report) -> list[dict[str, Any]]:
             "interval": _hull(deciding(result)),
             "comparisons": len(result.judged),
             "deciding": len(deciding(result)),
-            "images": range_words([t.finding.effect.images for t in result.judged]),
-            "clients": _clients(result.judged),
+            "images": range_of(t.finding.effect.images for t in result.judged),
+            "clients": _counts(result.judged),
             "words": verdict_words(result),
         }
         for result in report.results
@@ -120,11 +130,8 @@ def verdict_words(result: ClaimResult) -> str:
     if result.verdict == NOT_TESTED:
         return f"Not tested: runs are missing. {_missing_words(result)}".strip()
     judged = result.judged
-    if len(judged) == 1:
-        sentence = f"{result.verdict.capitalize()}: {_one(judged[0])}."
-    else:
-        sentence = f"{result.verdict.capitalize()}: {_several(judged)}."
-    sentence += _threshold_words(result)
+    words = _one(judged[0]) if len(judged) == 1 else _several(judged)
+    sentence = f"{result.verdict.capitalize()}: {words}.{_threshold_words(result)}"
     if result.claim.show_details:
         sentence += _details(judged)
     if result.partly:
@@ -152,7 +159,7 @@ def _one(tested: Outcome) -> str:
     finding = tested.finding
     why = f" ({tested.why})" if tested.why else ""
     return (
-        f"{finding.difference} is {change_words(finding.effect.estimate)} "
+        f"{finding.difference} is {100 * finding.effect.estimate:+.1f} points "
         f"({interval_words(tested.together)}) of {finding.quantity}{why}"
     )
 
@@ -207,9 +214,9 @@ def _hull(judged: Sequence[Outcome]) -> str:
     return hull if len(known) == len(judged) else f"{hull} (of {len(known)} of {len(judged)})"
 
 
-def _clients(judged: Sequence[Outcome]) -> str:
-    counts = sorted({count for t in judged for count in t.finding.effect.clients})
-    return ", ".join(str(count) for count in counts)
+def _counts(judged: Sequence[Outcome]) -> str:
+    """Numbers of clients."""
+    return ", ".join(map(str, sorted({n for t in judged for n in t.finding.effect.clients})))
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -238,7 +245,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def _comparison(tested: Outcome) -> dict[str, Any]:
-    finding, effect, judgment = tested.finding, tested.finding.effect, tested.judgment
+    finding, effect, judged = tested.finding, tested.finding.effect, bool(tested.verdict)
     return {
         "setting": finding.setting,
         "difference": finding.difference,
@@ -246,15 +253,15 @@ def _comparison(tested: Outcome) -> dict[str, Any]:
         "estimate": effect.estimate,
         "low": _finite(tested.together[0]),
         "high": _finite(tested.together[1]),
-        "low_and_high_hold": "alone" if tested.judgment is None else "together",
+        "low_and_high_hold": "together" if judged else "alone",
         "low_alone": _finite(tested.alone[0]),
         "high_alone": _finite(tested.alone[1]),
         "images": effect.images,
         "clients": list(effect.clients),
         "seeds": effect.seeds,
         "level": _finite(effect.level),
-        "verdict": None if judgment is None else judgment.verdict,
-        "why": None if judgment is None else judgment.why,
+        "verdict": tested.verdict if judged else None,
+        "why": tested.why if judged else None,
         "detail": finding.detail,
         "runs": list(finding.runs),
     }
@@ -272,7 +279,7 @@ def as_markdown(report: Report) -> str:
     parts = [
         "# Claims of the paper, tested on these runs",
         "\n".join(f"- {line}" for line in explanation(report)),
-        _markdown_table(head, rows),
+        markdown_table(head, rows),
         *(_markdown_claim(result) for result in report.results),
     ]
     return "\n\n".join(parts) + "\n"
@@ -286,7 +293,7 @@ def _markdown_claim(result: ClaimResult) -> str:
     ]
     if result.comparisons:
         parts.append(
-            _markdown_table(COMPARISON_HEAD, [comparison_row(t) for t in result.comparisons])
+            markdown_table(COMPARISON_HEAD, [comparison_row(t) for t in result.comparisons])
         )
     if result.missing and result.verdict != NOT_TESTED:
         parts.append("Missing: " + "; ".join(result.missing) + ".")
@@ -310,6 +317,101 @@ def comparison_row(tested: Outcome) -> list[str]:
     ]
 
 
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in cells)} |" for cells in lines)
+# The claims on a page: verdict, effect and interval, with all comparisons.
+
+
+_SIGNS = {SUPPORTED: "✓", NOT_SUPPORTED: "✗", UNDECIDED: "?"}
+_KINDS = {SUPPORTED: "supported", NOT_SUPPORTED: "refuted", UNDECIDED: "open"}
+_WIDTH, _LINE, _MOST_LINES = 150.0, 9.0, 12
+_HEADING = "Tests of the paper’s claims"
+
+
+def verdicts_section(rows: Sequence[Row]) -> Markup:
+    """The claims that these runs can test; nothing where there are none.
+
+    A claim is shown as soon as one of its comparisons could be made. Its verdict says what was not
+    tested.
+    """
+    runs = flat(rows)
+    unfit = (run.curves_only or run.unseen or has_own_perturbations(run) for run in runs)
+    if len(runs) < 2 or any(unfit):
+        return Markup()
+    try:
+        report = check_runs([read_run(run) for run in runs])
+    except StoreError as error:
+        return section("claims", _HEADING, note(f"They were not tested. {error}"))
+    tested = [result for result in report.results if result.verdict != NOT_TESTED]
+    if not tested:
+        return Markup()
+    by_claim = {row["claim"]: row for row in claim_rows(report)}
+    cards = [_card(one, by_claim[one.claim.name]) for one in tested]
+    notes = el("ul", {"class": "limits"}, *(el("li", None, line) for line in explanation(report)))
+    summary = paragraph(_summary(report, tested))
+    return section("claims", _HEADING, summary, *cards, details("What the numbers mean", notes))
+
+
+def _summary(report: Report, tested: Sequence[ClaimResult]) -> str:
+    counts = {verdict: sum(one.verdict == verdict for one in tested) for verdict in _SIGNS}
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    return (
+        f"{len(tested)} of {len(report.results)} claims of the paper are about runs like these: "
+        f"{verdicts}. Effects are in points, 1 % of the largest possible radius or of the images, "
+        "with 95 % intervals over test images that hold for all comparisons of a claim at once."
+    )
+
+
+def _card(result: ClaimResult, row: Mapping[str, Any]) -> Markup:
+    """One claim: verdict and effect, and everything else when unfolded."""
+    claim, verdict = result.claim, result.verdict
+    badge = el("span", {"class": f"badge {_KINDS[verdict]}"}, f"{_SIGNS[verdict]} {verdict}")
+    numbers = el("b", None, f"{row['effect']} points" if row["effect"] else "no number")
+    count, decide = len(result.judged), row["deciding"]
+    many = f"{count} comparisons, " if count == decide else f"{decide} of {count} comparisons, "
+    many = many if count > 1 else ""
+    ends = el("small", None, f"{many}95 %: {row['interval']}" if row["interval"] else "")
+    head = el(
+        "summary",
+        None,
+        el("span", {"class": "claim-name"}, badge, el("small", None, f"Section {claim.name}")),
+        el("span", {"class": "claim-says"}, claim.sentence),
+        el("span", {"class": "claim-size"}, numbers, ends, _forest(result)),
+    )
+    metadata = (
+        ("Shown in", claim.figure),
+        ("Hypothesis", claim.hypothesis),
+        ("Rule", claim.rule),
+        ("Outcome", verdict_words(result)),
+    )
+    pairs = [join([el("dt", None, k), el("dd", None, v)]) for k, v in metadata]
+    comparisons = [comparison_row(one) for one in result.comparisons]
+    body = el("dl", {"class": "claim-details"}, *pairs)
+    head_row = [text[0].upper() + text[1:] for text in COMPARISON_HEAD]
+    whole = table(f"All comparisons of claim {claim.name}", head_row, comparisons)
+    return el("details", {"class": "claim"}, head, body, whole)
+
+
+def _forest(result: ClaimResult) -> Markup:
+    """The judged intervals as lines around 0; endless ones leave the picture."""
+    judged = result.judged[:_MOST_LINES]
+    ends = [abs(v) for t in judged for v in (*t.together, t.finding.effect.estimate)]
+    largest = max((v for v in ends if math.isfinite(v)), default=0.0)
+    if not largest > 0:
+        return Markup()
+
+    def x(value: float) -> str:
+        shown = min(1.0, max(-1.0, value / largest))
+        return f"{_WIDTH / 2 + shown * (_WIDTH / 2 - 5):.1f}"
+
+    height = _LINE * len(judged) + 4
+    zero = el("line", {"class": "zero", "x1": x(0), "x2": x(0), "y1": "0", "y2": f"{height:g}"})
+    shapes = [zero]
+    for row, one in enumerate(judged):
+        y = f"{_LINE * (row + 0.5) + 2:g}"
+        low, high = one.together
+        shapes.append(
+            el("line", {"class": "reach", "x1": x(low), "x2": x(high), "y1": y, "y2": y})
+        )
+        spot = {"class": "estimate", "cx": x(one.finding.effect.estimate), "cy": y, "r": "3"}
+        shapes.append(el("circle", spot))
+    box = {"class": "forest", "viewBox": f"0 0 {_WIDTH:g} {height:g}", "aria-hidden": "true"}
+    return el("svg", box, *shapes)

@@ -178,11 +178,6 @@ def _tolerating(verdicts: Sequence[str], failures: int) -> str:
 TOO_FEW = "too few images for an interval"
 
 
-def change_words(share: float) -> str:
-    """A signed difference."""
-    return f"{100 * share:+.1f} points"
-
-
 def point_words(share: float, upward: bool = True) -> str:
     """A size, rounded to a tenth of a point to the side on which the sentence remains true."""
     tenths = _tenths(share, upward)
@@ -194,14 +189,6 @@ def interval_words(ends: tuple[float, float]) -> str:
     if not math.isfinite(ends[1] - ends[0]):
         return TOO_FEW
     return f"{_end(ends[0], upward=False)} to {_end(ends[1], upward=True)}"
-
-
-def range_words(values: Sequence[int]) -> str:
-    """Smallest to largest."""
-    if not values:
-        return ""
-    low, high = min(values), max(values)
-    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
 
 
 def _end(share: float, upward: bool) -> str:

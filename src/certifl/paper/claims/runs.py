@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from certifl.certification.scan import scan_from
 from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.path_checks import check_study
 from certifl.report import summary
@@ -20,7 +21,6 @@ from certifl.report.results import RunResults, decisive_settings, load_run
 from certifl.report.units import family_words, sigma_text
 from certifl.runs.atomic import read_json
 from certifl.safe_io import MALFORMED, parse_toml
-from certifl.smoothing.strata import Scan
 
 SMALL, LARGE = "small", "large"
 # Between the paper's two sigmas of each family: 0.1 and 0.5 (times pi for rotation), 0.12 and 0.5.
@@ -70,9 +70,7 @@ class RunMetadata:
     """Metadata of a run.
 
     Attributes:
-        algorithm: local, fedavg, personalized, mixture, ...
         base: what `personalized` fine-tunes; None elsewhere.
-        data: name of the data set. clients: how many take part. seed: of everything.
         certified: the perturbation of the certificates. unit: of its sigma.
         federated: augmentation of the federated (or local) training; None = without.
         personal: augmentation of fine-tuning; None = without, or no fine-tuning.
@@ -145,37 +143,48 @@ def find_runs(paths: Iterable[str | Path]) -> tuple[list[StudyRun], list[str]]:
             if folder.resolve() in seen:
                 continue
             seen.add(folder.resolve())
-            if not named and _unfinished(folder):
+            manifest = {} if named else read_json(folder / "run.json")
+            if not named and isinstance(manifest, dict) and manifest.get("status") != "finished":
                 notes.append(f"{folder} is not finished and was left out.")
                 continue
             results = load_run(folder)
-            unfit = "" if named else _unfit(results)
-            if unfit:
-                notes.append(f"{folder} was left out: {unfit}.")
+            unfit = None if named else unfit_for_claims(results)
+            if unfit is not None:
+                notes.append(f"{folder} was left out: {unfit[0]}.")
                 continue
             runs.append(read_run(results))
     return runs, notes
 
 
-def _unfit(results: RunResults) -> str:
-    """Why a run cannot be compared with others; empty where it can."""
+_SHOWN = "Leave this run out; `certifl report` shows it."
+
+
+def unfit_for_claims(results: RunResults) -> tuple[str, str] | None:
+    """Why a run cannot be compared with others, and what to do; None where it can."""
     if has_own_perturbations(results):
-        return "its clients certify different perturbations"
+        return (
+            "its clients certify different perturbations",
+            f"The claims are about one perturbation for all. {_SHOWN}",
+        )
     if results.unseen:
-        return "some of its clients took no part in training"
+        return (
+            "some of its clients took no part in training",
+            f"The claims are about those that do. {_SHOWN}",
+        )
     if results.curves_only:
-        return "its clients share curves only, no single images"
-    no_scale = "its certificates are of a scan and do not say where it looked"
-    return no_scale if _has_no_scale(results) else ""
-
-
-def _has_no_scale(results: RunResults) -> bool:
-    """Whether it is unknown how large radii can be."""
+        return (
+            "its clients share curves only, no single images",
+            "Claims are tested image by image. Leave this run out, or repeat it with clients "
+            'that share rows (`share = "rows"`).',
+        )
     try:
         largest_radius(results)
     except InputError:
-        return True
-    return False
+        return (
+            "its certificates are of a scan and do not say where it looked",
+            "Leave this run out, or certify again.",
+        )
+    return None
 
 
 def has_own_perturbations(results: RunResults) -> bool:
@@ -197,11 +206,6 @@ def _folders(path: Path) -> list[tuple[Path, bool]]:
     return [(mark.parent, False) for mark in marks]
 
 
-def _unfinished(folder: Path) -> bool:
-    manifest = read_json(folder / "run.json")
-    return isinstance(manifest, dict) and manifest.get("status") != "finished"
-
-
 def read_run(results: RunResults) -> StudyRun:
     """A run with its metadata.
 
@@ -209,26 +213,10 @@ def read_run(results: RunResults) -> StudyRun:
         StoreMismatch: a run whose radii or images cannot be compared with those of others.
         StoreError: the stored spec is not TOML, or required keys are missing.
     """
-    cannot = f"{results.folder} cannot be compared with the paper's claims: "
-    if has_own_perturbations(results):
+    unfit = unfit_for_claims(results)
+    if unfit is not None:
         raise StoreMismatch(
-            f"{cannot}its clients certify different perturbations, and the claims are about one "
-            "perturbation for all. Leave this run out; `certifl report` shows it."
-        )
-    if results.unseen:
-        raise StoreMismatch(
-            f"{cannot}some of its clients took no part in training, and the claims are about "
-            "those that do. Leave this run out; `certifl report` shows it."
-        )
-    if results.curves_only:
-        raise StoreMismatch(
-            f"{cannot}they are tested image by image, and its clients share curves only. "
-            'Leave this run out, or repeat it with clients that share rows (`share = "rows"`).'
-        )
-    if _has_no_scale(results):
-        raise StoreMismatch(
-            f"{cannot}its certificates are of a scan and do not say where it looked. Leave this "
-            "run out, or certify again."
+            f"{results.folder} cannot be compared with the paper's claims: {'. '.join(unfit)}"
         )
     try:
         spec = parse_toml(results.spec)
@@ -281,9 +269,6 @@ def _noise(described: Any) -> Noise | None:
 # The largest radius that a run's certificates can have, of which all radii are shares.
 
 
-_SCAN = "scan"
-
-
 def largest_radius(run: RunResults) -> float:
     """The radius of unanimous votes; of a scan, which goes farther, the shorter side it covers.
 
@@ -291,23 +276,176 @@ def largest_radius(run: RunResults) -> float:
         InputError: certificates of a scan that do not say where it looked.
     """
     metadata = run.conditions
-    if _SCAN in metadata or metadata.get("estimator") == _SCAN:
-        return _shorter_side(metadata)
+    if "scan" in metadata or metadata.get("estimator") == "scan":
+        low, high = scan_from(metadata).ends
+        if min(-low, high) <= 0.0:
+            raise InputError("These certificates are of a scan that can certify no radius.")
+        return min(-low, high)
     radius = summary.unanimous_radius(metadata)
     return summary.largest_radius([run]) if radius is None else radius
 
 
-def _shorter_side(metadata: Mapping[str, Any]) -> float:
-    """The shorter side of the scan, as a radius is the shorter side of an interval."""
-    try:
-        scan = metadata[_SCAN]
-        ends = float(metadata["sigma"]), float(scan["low"]), float(scan["high"])
-        passes = tuple(int(strata) for strata in scan["passes"])
-        low, high = Scan(*ends, periodic=bool(scan["periodic"]), passes=passes).ends
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"These certificates do not say where they were scanned: {error}"
-        ) from error
-    if min(-low, high) <= 0.0:
-        raise InputError("These certificates are of a scan that can certify no radius.")
-    return min(-low, high)
+# Which runs can be compared: equal in everything but the way of training.
+
+
+@dataclass(frozen=True)
+class Role:
+    """A way of training that a claim is about: in words, and whether a run was trained so."""
+
+    words: str
+    fits: Callable[[RunMetadata], bool]
+
+
+def _robust(metadata: RunMetadata) -> bool:
+    """Trained with the very perturbation that is certified."""
+    return metadata.federated == metadata.certified
+
+
+def _affine(metadata: RunMetadata) -> bool:
+    federated = metadata.federated
+    return federated is not None and federated.family == "affine" and not _robust(metadata)
+
+
+def _tuned(metadata: RunMetadata) -> bool:
+    """FedAvg, fine-tuned with the perturbation that is certified."""
+    return (
+        metadata.algorithm == "personalized"
+        and metadata.base == "fedavg"
+        and metadata.personal == metadata.certified
+    )
+
+
+def _mixture(metadata: RunMetadata) -> bool:
+    """A true mixture: lambda = 1 is local training, lambda = 0 trains on no image."""
+    value = metadata.personalization
+    return metadata.algorithm == "mixture" and value is not None and 0.0 < value < 1.0
+
+
+LOCAL = Role("Local", lambda f: f.algorithm == "local" and _robust(f))
+FEDAVG = Role("FedAvg", lambda f: f.algorithm == "fedavg" and _robust(f))
+NOMINAL_FEDAVG = Role("nominal FedAvg", lambda f: f.algorithm == "fedavg" and f.federated is None)
+AFFINE_FEDAVG = Role("affine FedAvg", lambda f: f.algorithm == "fedavg" and _affine(f))
+FROM_ROBUST = Role("Personalized", lambda f: _tuned(f) and _robust(f))
+FROM_NOMINAL = Role("Personalized from nominal", lambda f: _tuned(f) and f.federated is None)
+FROM_AFFINE = Role("Personalized from affine", lambda f: _tuned(f) and _affine(f))
+MIXTURE = Role("Mixture", lambda f: _mixture(f) and _robust(f))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of clients that a claim is about: a range, and those that the paper has."""
+
+    low: int
+    high: float
+    paper: tuple[int, ...]
+
+    def __contains__(self, clients: int) -> bool:
+        return self.low <= clients <= self.high
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Where a claim holds.
+
+    Attributes:
+        families, sizes: of the certified perturbation and its sigma.
+        counts: of clients.
+        required: families without which a claim about "all" of them cannot be supported: each
+            must have been tested at each size of sigma.
+    """
+
+    families: tuple[str, ...]
+    sizes: tuple[str, ...]
+    counts: Counts
+    required: tuple[str, ...] = ()
+
+    def __contains__(self, metadata: RunMetadata) -> bool:
+        return (
+            metadata.certified.family in self.families
+            and metadata.certified.size in self.sizes
+            and metadata.clients in self.counts
+        )
+
+    def panels(self) -> list[tuple[str, str]]:
+        """All pairs of family and size of sigma."""
+        return [(family, size) for family in self.families for size in self.sizes]
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """Runs by seed that differ in it alone, with the metadata of one of them."""
+
+    metadata: RunMetadata
+    runs: Mapping[int, StudyRun]
+
+    @property
+    def panel(self) -> tuple[str, str]:
+        """Family and size of sigma."""
+        return self.metadata.certified.family, self.metadata.certified.size
+
+
+def folders_of(cells: Sequence[Cell]) -> tuple[str, ...]:
+    """The folders of the runs of several cells, by cell and seed."""
+    return tuple(str(c.runs[seed].results.folder) for c in cells for seed in sorted(c.runs))
+
+
+class Pool:
+    """All given runs, of any number of studies, as cells; of equal runs the first counts."""
+
+    def __init__(self, runs: Sequence[StudyRun]) -> None:
+        cells: dict[str, dict[int, StudyRun]] = {}
+        for run in runs:
+            cells.setdefault(run.metadata.key(ANOTHER_SEED), {}).setdefault(run.metadata.seed, run)
+        self.cells = [Cell(next(iter(by.values())).metadata, by) for by in cells.values()]
+
+    def of(self, role: Role, scope: Scope) -> list[Cell]:
+        """Cells trained in one way, inside a claim's scope, in the order of their settings."""
+        fitting = [c for c in self.cells if role.fits(c.metadata) and c.metadata in scope]
+        return sorted(fitting, key=_order)
+
+    def partners(self, cell: Cell, role: Role, ignoring: Sequence[str]) -> list[Cell]:
+        """Cells trained in another way that agree in all else, with a seed in common."""
+        key = cell.metadata.key(ignoring)
+        return sorted(
+            (
+                other
+                for other in self.cells
+                if role.fits(other.metadata)
+                and other.metadata.key(ignoring) == key
+                and set(other.runs) & set(cell.runs)
+            ),
+            key=_order,
+        )
+
+    def nearest(self, cell: Cell, role: Role) -> str:
+        """Why no partner of a cell was found: how the closest candidate differs."""
+        candidates = [
+            c
+            for c in self.cells
+            if role.fits(c.metadata)
+            and c.metadata.data == cell.metadata.data
+            and c.metadata.certified == cell.metadata.certified
+        ]
+        reasons = sorted((_differences(cell, other) for other in candidates), key=len)
+        return "; ".join(reasons[0][:3]) if reasons else ""
+
+
+def _differences(cell: Cell, other: Cell) -> list[str]:
+    reasons = cell.metadata.differences(other.metadata, ANOTHER_TRAINING)
+    if not set(cell.runs) & set(other.runs):
+        mine, its = sorted(cell.runs)[0], sorted(other.runs)[0]
+        reasons.append(f"seed ({mine} against {its})")
+    return reasons
+
+
+def _order(cell: Cell) -> tuple[str, str, float, int, float, str]:
+    metadata = cell.metadata
+    value = metadata.personalization
+    return (
+        metadata.data,
+        metadata.certified.family,
+        metadata.certified.sigma,
+        metadata.clients,
+        math.inf if value is None else value,
+        metadata.key(ANOTHER_SEED),
+    )

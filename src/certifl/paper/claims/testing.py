@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from certifl.paper.claims.bootstrap import DRAWS, Sampler, layout_of
 from certifl.paper.claims.catalogue import CLAIMS, Claim
 from certifl.paper.claims.designs import Finding
-from certifl.paper.claims.matching import Pool
-from certifl.paper.claims.rules import NOT_TESTED, SUPPORTED, UNDECIDED, Judgment
-from certifl.paper.claims.runs import StudyRun, find_runs
+from certifl.paper.claims.effects import DRAWS, Sampler, layout_of
+from certifl.paper.claims.rules import NOT_TESTED, SUPPORTED, UNDECIDED
+from certifl.paper.claims.runs import Pool, StudyRun, find_runs
+from certifl.report.intervals import too_few
 from certifl.report.summary import CONFIDENCE
 
 
@@ -20,27 +20,17 @@ class Outcome:
     """One comparison with its intervals and verdict.
 
     Attributes:
-        finding: what was compared.
         alone: its 95 % interval.
         together: wide enough for all judged comparisons of the claim to hold at once with 95 %;
             the verdict is based on it. Of a comparison that is only reported it is `alone`.
-        judgment: the verdict; None where the comparison is only reported.
+        verdict, why: empty where the comparison is only reported, or no reason is needed.
     """
 
     finding: Finding
     alone: tuple[float, float]
     together: tuple[float, float]
-    judgment: Judgment | None
-
-    @property
-    def verdict(self) -> str:
-        """The verdict; empty where the comparison is only reported."""
-        return "" if self.judgment is None else self.judgment.verdict
-
-    @property
-    def why(self) -> str:
-        """The reason of the verdict where it needs one."""
-        return "" if self.judgment is None else self.judgment.why
+    verdict: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +38,6 @@ class ClaimResult:
     """One claim with its verdict.
 
     Attributes:
-        claim: what was tested. verdict: supported, not supported, undecided, not tested.
         comparisons: all that could be made; those that are judged share one level.
         missing: runs that other comparisons would need, in words.
         partly: whether part of the claim was not tested.
@@ -63,7 +52,7 @@ class ClaimResult:
     @property
     def judged(self) -> tuple[Outcome, ...]:
         """The comparisons that decide."""
-        return tuple(t for t in self.comparisons if t.judgment is not None)
+        return tuple(t for t in self.comparisons if t.verdict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +60,6 @@ class Report:
     """All claims, with notes for the reader.
 
     Attributes:
-        results: one for each claim.
         runs: number that could be compared. seeds: of the trainings.
         draws: number of bootstrap draws. notes: what was left out.
     """
@@ -109,7 +97,7 @@ def check_runs(
     claims: Sequence[Claim] = CLAIMS,
 ) -> Report:
     """As `check_claims`, of runs that were read before, and of some claims alone."""
-    whole = [run for run in runs if layout_of(run).enough]
+    whole = [run for run in runs if not too_few(layout_of(run).sizes)]
     if len(whole) < len(runs):
         notes = (
             *notes,
@@ -145,16 +133,17 @@ def _check(claim: Claim, pool: Pool, sampler: Sampler) -> ClaimResult:
 def _test(finding: Finding, error: float) -> Outcome:
     alone = finding.effect.interval(1.0 - CONFIDENCE)
     if finding.rule is None:
-        return Outcome(finding, alone, alone, None)
+        return Outcome(finding, alone, alone)
     together = finding.effect.interval(error)
-    return Outcome(finding, alone, together, finding.rule.judge(*together, finding.effect.level))
+    judgment = finding.rule.judge(*together, finding.effect.level)
+    return Outcome(finding, alone, together, judgment.verdict, judgment.why)
 
 
 def _verdict(claim: Claim, tested: Sequence[Outcome]) -> str:
     groups: dict[str, list[str]] = {}
     for one in tested:
-        if one.judgment is not None:
-            groups.setdefault(one.finding.group, []).append(one.judgment.verdict)
+        if one.verdict:
+            groups.setdefault(one.finding.group, []).append(one.verdict)
     if not groups:
         return NOT_TESTED
     return claim.across([claim.combination(group) for group in groups.values()])

@@ -15,8 +15,8 @@ const drawing = (() => {
   const trace = (xs, ys) => xs.map((x, i) => `${i ? "L" : "M"}${x.toFixed(1)} ${ys[i].toFixed(1)}`).join("");
   const tenths = (value) => (Math.floor(1000 * value + 0.5 + 1e-9) / 10).toFixed(1);
 
-  function ticks(low, high, wanted) {
-    const raw = (high - low) / wanted;
+  function ticks(low, high, most) {
+    const raw = (high - low) / most;
     if (!(raw > 0)) return [low];
     const power = 10 ** Math.floor(Math.log10(raw));
     const step = [1, 2, 2.5, 5, 10].map((n) => n * power).find((s) => s >= raw * 0.999);

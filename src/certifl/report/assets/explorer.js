@@ -67,9 +67,9 @@ parts.push((data, fit) => {
   }
   function load() {
     if (!explorer.pictures) return;
-    const wanted = loaded(sweep().strip);
-    shown = wanted;
-    wanted.decode().then(() => { if (shown === wanted) repaint(); });
+    const next = loaded(sweep().strip);
+    shown = next;
+    next.decode().then(() => { if (shown === next) repaint(); });
   }
 
   // The strips --------------------------------------------------------------------------------

@@ -5,16 +5,28 @@ from __future__ import annotations
 import math
 import os
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from certifl.perturbations import covers_received, received_words, trait
-from certifl.report.page.context import ReportContext, named_run
-from certifl.report.page.html import Markup, details, el, join, paragraph, section, table
+from certifl.report.page.context import ReportContext, damage_named, named_run, stored_record
+from certifl.report.page.html import (
+    Markup,
+    details,
+    el,
+    join,
+    note,
+    notice,
+    paragraph,
+    section,
+    stacked,
+    table,
+)
 from certifl.report.results import RunResults
 from certifl.report.summary import vote_cost
 from certifl.report.units import family_words, sigma_text
+from certifl.report.wording import percent
 
 _PROMISE = "for every {family} whose parameters have {norm} norm at most the radius, in {unit}"
 
@@ -24,9 +36,13 @@ def overview_list(context: ReportContext) -> Markup:
     runs, metadata = context.trained, context.runs[0].conditions
     costs = [vote_cost(run) for run in runs]
     spent = sum(votes.spent for votes in costs)
-    data = runs[0].data
+    data, images = runs[0].data, "image size not recorded"
+    size = data.get("image_size")
+    if isinstance(size, list) and len(size) == 2:
+        channels = {1: "gray", 3: "color"}.get(data.get("in_channels", 0), "")
+        images = f"{channels} {size[0]}\u00a0×\u00a0{size[1]}".strip()
     items = [
-        ("Data", f"{data.get('name', 'not recorded')}, {_image_words(data)}"),
+        ("Data", f"{data.get('name', 'not recorded')}, {images}"),
         ("Clients", _distinct(str(len(run.clients)) for run in runs)),
         ("Test images", _distinct(f"{len(run.certificates):,}" for run in runs)),
         ("Perturbation", f"{family_words(metadata)}, σ\u00a0=\u00a0{sigma_text(metadata)}"),
@@ -39,15 +55,7 @@ def overview_list(context: ReportContext) -> Markup:
     if context.of_model:
         items = [(name, text) for name, text in items if name not in ("Data", "Clients")]
     pairs = [el("div", None, el("dt", None, k), el("dd", None, v)) for k, v in items]
-    return el("dl", {"class": "facts"}, *pairs)
-
-
-def _image_words(data: Mapping[str, Any]) -> str:
-    size = data.get("image_size")
-    if not isinstance(size, list) or len(size) != 2:
-        return "image size not recorded"
-    channels = {1: "gray", 3: "color"}.get(data.get("in_channels", 0), "")
-    return f"{channels} {size[0]}\u00a0×\u00a0{size[1]}".strip()
+    return el("dl", {"class": "key-figures"}, *pairs)
 
 
 def meaning_section(context: ReportContext) -> Markup:
@@ -121,14 +129,12 @@ def cost_section(context: ReportContext) -> Markup:
     head = ["Property", *(run.label for run in context.trained)]
     columns = [_properties(run) for run in context.trained]
     names = list(dict.fromkeys(name for column in columns for name in column))
+    caption = "Training, certification, time and machine of every run"
+    heading = "How the runs were computed"
     if context.of_model:  # a file of certificates records no training and no machine
         names = [n for n in names if columns[0][n] not in ("–", "–, – GB")]
-    rows = [[name, *(column.get(name, "–") for column in columns)] for name in names]
-    if context.of_model:
         caption, heading = "Votes and settings", "How the model was certified"
-    else:
-        caption = "Training, certification, time and machine of every run"
-        heading = "How the runs were computed"
+    rows = [[name, *(column.get(name, "–") for column in columns)] for name in names]
     return section("cost", heading, table(caption, head, rows))
 
 
@@ -161,6 +167,13 @@ def _properties(run: RunResults) -> dict[str, str]:
     return properties | ({"Model fingerprint": model} if isinstance(model, str) else {})
 
 
+_RECOMPUTE = "Recompute every radius from the stored votes:"
+_OWN_VOTES = (
+    "Clients that share curves only keep their votes: each of them verifies its certificates on "
+    "its own machine with certifl verify."
+)
+
+
 def reproduce_section(context: ReportContext, page: Path) -> Markup:
     """Commands that verify and repeat the runs, and the spec of every run, word for word."""
     runs = context.trained
@@ -171,22 +184,13 @@ def reproduce_section(context: ReportContext, page: Path) -> Markup:
     commands = dict.fromkeys(str(run.manifest.get("command") or "certifl run") for run in runs)
     parts: list[Markup] = []
     if paths:
-        parts += [
-            paragraph("Recompute every radius from the stored votes:"),
-            _code(verify, "Commands to verify the runs"),
-        ]
+        parts = [paragraph(_RECOMPUTE), _code(verify, "Commands to verify the runs")]
     if len(paths) < len(runs):
-        text = (
-            "Clients that share curves only keep their votes: each of them verifies its "
-            "certificates on its own machine with certifl verify."
-        )
-        parts.append(paragraph(text))
-    specs = [
-        details(
-            join(["Spec of ", named_run(context, run)]), _code(run.spec, f"Spec of {run.label}")
-        )
-        for run in runs
-    ]
+        parts.append(paragraph(_OWN_VOTES))
+    specs = []
+    for run in runs:
+        code = _code(run.spec, f"Spec of {run.label}")
+        specs.append(details(join(["Spec of ", named_run(context, run)]), code))
     return section(
         "reproduce",
         "Verify and repeat",
@@ -202,9 +206,8 @@ def _verify_model(file: Path, page: Path) -> Markup:
     if file.suffix.lower() != ".parquet":
         return Markup()
     command = f"certifl verify {shlex.quote(_shown_path(file, page))}"
-    text = "Recompute every radius from the stored votes:"
     code = _code(command, "Command to verify the certificates")
-    return section("reproduce", "Verify", paragraph(text), code)
+    return section("reproduce", "Verify", paragraph(_RECOMPUTE), code)
 
 
 def _code(text: str, name: str) -> Markup:
@@ -322,3 +325,117 @@ def seconds_text(value: object) -> str:
     if minutes < 60:
         return f"{minutes} min {seconds} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+# Attacks on certificates: what they promise, tried; what they do not cover, measured.
+
+
+_FILE = "attack.json"
+_FORMAT = 1
+_MOST_NAMED = 10
+
+Record = Mapping[str, Any]
+
+
+def attacks_section(context: ReportContext) -> Markup:
+    """Attacks on the certificates; nothing where none were tried (`certifl attack`).
+
+    Raises:
+        StoreError: a run's record of attacks is damaged.
+    """
+    with damage_named(_FILE, "certifl attack"):
+        records = [(run, _record(run)) for run in context.trained]
+        attacked = [(run, record) for run, record in records if record is not None]
+        if not attacked:
+            return Markup()
+        head = ["Algorithm", "Class changed inside", "Certified correct", "Predicted correct"]
+        head += ["Deformed first, at random", "Deformed first, worst", "Changed by it"]
+        return section(
+            "attacks",
+            "Under attack",
+            *(_warning(run, one) for run, one in attacked if one["parameters"]["violations"]),
+            paragraph(_explanation(context, [record for _, record in attacked])),
+            table(
+                "Attacks on certified images, and accuracy on deformed ones",
+                head,
+                [_row(context, run, record) for run, record in attacked],
+            ),
+            note(_method(attacked[0][1])),
+        )
+
+
+def _record(run: RunResults) -> Record | None:
+    """The run's attack.json; where clients certify different perturbations, about those here."""
+    record = stored_record(run, _FILE, (_FORMAT,))
+    if record is None:
+        return None
+    own = set(run.clients.tolist())
+    parts = record.get("perturbations") or [
+        {"clients": [one["client"] for one in record.get("clients", [])]}
+    ]
+    fitting = [part for part in parts if own.issuperset(part["clients"])]
+    return {**record, **fitting[0]} if fitting else None
+
+
+def _row(context: ReportContext, run: RunResults, record: Record) -> list[str]:
+    inside, deformed = record["parameters"], record["deformed_first"]
+    return [
+        named_run(context, run),
+        stacked(
+            f"{len(inside['violations'])} of {inside['images']}",
+            f"{count_text(inside['deltas'])} parameters tried",
+        ),
+        percent(deformed["certified"]),
+        percent(deformed["clean"]),
+        percent(deformed["random"]),
+        stacked(percent(deformed["worst"]), f"of {deformed['deltas']} deformations"),
+        f"{deformed['changed']} of {deformed['promised']}",
+    ]
+
+
+def _warning(run: RunResults, record: Record) -> Markup:
+    """The images whose class changed although a certificate said that it does not."""
+    cases = record["parameters"]["violations"]
+    images = ", ".join(f"image {c['index']} of client {c['client']}" for c in cases[:_MOST_NAMED])
+    more = f" and {len(cases) - _MOST_NAMED} more" if len(cases) > _MOST_NAMED else ""
+    return notice(
+        f"{run.label}: the attack found another class inside the certified radius of "
+        f"{images}{more}. These certificates are wrong."
+    )
+
+
+def _explanation(context: ReportContext, records: Sequence[Record]) -> str:
+    images = max(record["deformed_first"]["images"] for record in records)
+    promise = (
+        "Within the certified radius the class of the smoothed classifier must not change. The "
+        "second column is a search for parameters that change it. "
+    )
+    if covers_received(context.runs[0].conditions["family"]):
+        return (
+            f"{promise}An image that was changed before it arrives is covered too, up to rounding "
+            "and clipping by its sender, since noise is added to the change either way. The last "
+            f"three columns are about {images:,} images of a run that were first changed, then "
+            "clipped to [0, 1] and rounded to 8 bits, and smoothed on arrival."
+        )
+    return (
+        f"{promise}Certificates are about parameters that are added before a single "
+        "interpolation. A system that receives a deformed image interpolates twice, which no "
+        f"certificate here covers. The last three columns are about {images:,} images of a run "
+        "that were first deformed, by parameters within their certificates, and then smoothed."
+    )
+
+
+def _method(record: Record) -> str:
+    inside, deformed = record["parameters"], record["deformed_first"]
+    level = f"{inside['level']:.0e}".replace("e-0", "e-")
+    return (
+        "All shares refer to the attacked images, a fixed random sample of each client's "
+        "certified test images; images without a certificate are not deformed. Suspicious "
+        f"parameters are tested with {inside['confirm']:,} fresh votes, ten times those of a "
+        "certificate; with probability at most "
+        f"{level} in total, a change is reported where there is none. "
+        f"Predictions on deformed images take {deformed['votes']:,} votes, and the worst of "
+        "several deformations is chosen by someone who knows the label. “Changed” are certified "
+        "images that some deformation gives another class (sign test at 0.001 per image). A "
+        "search that finds nothing proves nothing."
+    )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from certifl.errors import StoreError
 from certifl.report.compare import Comparison, compare, own_interval
 from certifl.report.page.html import Markup, el, stacked
 from certifl.report.results import MODEL, Row, RunResults, all_clients, flat
@@ -25,17 +27,13 @@ from certifl.report.summary import (
 )
 from certifl.report.units import RadiusScale, scales, share_of_sigma
 from certifl.report.wording import percent, tenths
+from certifl.runs.atomic import read_json
+from certifl.safe_io import MALFORMED
 
 
 @dataclass(frozen=True, eq=False)
 class ReportContext:
-    """What all sections of one perturbation use.
-
-    Attributes:
-        runs: the rows of the page in the order of the report, each of one or several seeds.
-        units: to show radii in, the first one first.
-        comparison: of all runs, image by image.
-    """
+    """What all sections of one perturbation use: rows in order, units of radii, comparison."""
 
     runs: tuple[Row, ...]
     units: tuple[RadiusScale, ...]
@@ -85,6 +83,31 @@ class ReportContext:
     def row_of(self, run: RunResults) -> int:
         """Position of the row that contains a run."""
         return next(at for at, row in enumerate(self.runs) if any(one is run for one in row.runs))
+
+
+def stored_record(run: RunResults, name: str, formats: Collection[int]) -> dict[str, Any] | None:
+    """A record beside a run's certificates; None where it is of another spec or format."""
+    path = run.folder / name
+    record = read_json(path) if path.is_file() else None
+    if not isinstance(record, dict) or record.get("format") not in formats:
+        return None
+    return record if record.get("spec_hash") == run.manifest.get("spec_hash") else None
+
+
+@contextlib.contextmanager
+def damage_named(name: str, command: str) -> Iterator[None]:
+    """Malformed content of such a record is reported as its damage.
+
+    Raises:
+        StoreError: the record is damaged.
+    """
+    try:
+        yield
+    except MALFORMED as error:
+        raise StoreError(
+            f"The {name} of one of the runs is damaged ({type(error).__name__}: {error}). "
+            f"Remove it, or repeat `{command}`."
+        ) from error
 
 
 def named(context: ReportContext, row: int) -> Markup:
@@ -204,10 +227,10 @@ def _run(run: Row, look: Look, radii: Any, units: Sequence[RadiusScale]) -> dict
 
 
 def _measure(runs: Sequence[Row], name: str) -> dict[str, Any]:
-    series = []
-    for row, run in enumerate(runs):
-        curve = measure_curves(run, name)
-        if curve is not None:
-            rounds, mean, low, high = curve.columns()
-            series.append({"run": row, "rounds": rounds, "mean": mean, "low": low, "high": high})
+    curves = [(row, measure_curves(run, name)) for row, run in enumerate(runs)]
+    series = [
+        {"run": row, **{key: values.tolist() for key, values in curve._asdict().items()}}
+        for row, curve in curves
+        if curve is not None
+    ]
     return {"name": name, "series": series}

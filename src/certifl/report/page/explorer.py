@@ -6,18 +6,20 @@ The page's script fills it from `explorer_payload`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from string import Template
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from certifl.errors import StoreError
 from certifl.perturbations import covers_received, trait
-from certifl.report.page.context import ReportContext, named
+from certifl.report.page.context import ReportContext, damage_named, named, stored_record
 from certifl.report.page.html import (
     Markup,
+    asset,
     el,
     fieldset,
+    join,
     note,
     notice,
     paragraph,
@@ -25,10 +27,7 @@ from certifl.report.page.html import (
     toggle,
 )
 from certifl.report.results import RunResults
-from certifl.report.units import RadiusScale
 from certifl.report.wording import listed, range_of
-from certifl.runs.atomic import read_json
-from certifl.safe_io import MALFORMED
 from certifl.smoothing.bounds import two_sided_sign_test
 
 _NO_PICTURES = "Test images are left out of this page. It shows the votes on them, no pictures."
@@ -41,20 +40,23 @@ def explorer_section(context: ReportContext, explored: Mapping[str, Any] | None)
         reasons = {str(r["skipped"]) for _, r in _records(context) if r.get("skipped")}
         texts = [paragraph(f"No images to explore. {reason}") for reason in sorted(reasons)]
         return section("explorer", "Images", *texts) if texts else Markup()
-    rows = [_row(context, row) for row in sorted(_rows_shown(explored))]
-    live = (
-        fieldset("Test image", name="pictures", kind=_kind("pictures", explored)),
-        _stage(explored),
-        el("div", {"class": "explored", "id": "explored"}, *rows),
-        _legend(),
-    )
+    pictures = bool(explored["pictures"])
+    canvas = {"id": "picture", "width": "224", "height": "224", "role": "img"}
+    picture = el("canvas", {**canvas, "aria-label": "The deformed image"})
+    parts = {
+        "bare": "" if pictures else " bare",
+        "picture": picture if pictures else "",
+        "sweeps": _sweep_choice(explored),
+        "rows": join(_row(context, row) for row in sorted(_rows_shown(explored))),
+    }
+    live = Markup(Template(asset("explorer.html")).substitute(parts))
     return section(
         "explorer",
         "Explore test images",
         paragraph(_instructions(context, explored)),
-        Markup() if explored["pictures"] else notice(_NO_PICTURES),
+        Markup() if pictures else notice(_NO_PICTURES),
         el("noscript", None, el("p", {"class": "notice"}, _NO_SCRIPT)),
-        el("div", {"class": "js-only", "hidden": True}, *live),
+        el("div", {"class": "js-only", "hidden": True}, live),
         note(_method(context, explored)),
     )
 
@@ -62,10 +64,6 @@ def explorer_section(context: ReportContext, explored: Mapping[str, Any] | None)
 def _rows_shown(explored: Mapping[str, Any]) -> set[int]:
     """The rows under which every image is shown."""
     return {run["run"] for run in explored["images"][0]["runs"]}
-
-
-def _kind(name: str, explored: Mapping[str, Any]) -> str:
-    return name if explored["pictures"] else f"{name} bare"
 
 
 def _instructions(context: ReportContext, explored: Mapping[str, Any]) -> str:
@@ -86,21 +84,6 @@ def _instructions(context: ReportContext, explored: Mapping[str, Any]) -> str:
     )
 
 
-def _stage(explored: Mapping[str, Any]) -> Markup:
-    """The picture, its description, the slider."""
-    canvas = {"id": "picture", "width": "224", "height": "224", "role": "img"}
-    picture = el("canvas", {**canvas, "aria-label": "The deformed image"})
-    controls = el(
-        "div",
-        {"class": "picture-facts"},
-        el("p", {"id": "picture-words"}),
-        _sweep_choice(explored),
-        _slider(),
-    )
-    kind = _kind("picture-stage", explored)
-    return el("div", {"class": kind}, picture if explored["pictures"] else Markup(), controls)
-
-
 def _sweep_choice(explored: Mapping[str, Any]) -> Markup:
     """How the image is deformed, where there are several ways."""
     words = [str(sweep["words"]) for sweep in explored["sweeps"]]
@@ -113,19 +96,6 @@ def _sweep_choice(explored: Mapping[str, Any]) -> Markup:
     return fieldset("The image is", *options)
 
 
-def _slider() -> Markup:
-    slider = {"type": "range", "id": "step", "min": "0", "max": "1", "step": "1", "value": "0"}
-    label = el(
-        "label",
-        {"for": "step", "class": "step-label"},
-        "Deformation ",
-        el("output", {"id": "step-text", "for": "step"}),
-    )
-    ends = {"class": "rail-ends", "id": "rail-ends", "aria-hidden": "true"}
-    rail = el("div", {"class": "rail"}, el("input", slider))
-    return el("div", None, label, rail, el("div", ends))
-
-
 def _row(context: ReportContext, row: int) -> Markup:
     """One algorithm: its answer now, and the strip of all steps."""
     return el(
@@ -135,20 +105,6 @@ def _row(context: ReportContext, row: int) -> Markup:
         el("p", {"class": "explored-answer"}),
         el("div", {"class": "strip"}),
     )
-
-
-def _legend() -> Markup:
-    kinds = [
-        ("certified", "certified range"),
-        ("same", "same class"),
-        ("close", "too close to call"),
-        ("other", "another class"),
-    ]
-    items = [
-        el("span", None, el("i", {"class": f"key key-{kind}", "aria-hidden": "true"}), words)
-        for kind, words in kinds
-    ]
-    return el("p", {"class": "legend keys"}, *items)
 
 
 def _method(context: ReportContext, explored: Mapping[str, Any]) -> str:
@@ -203,30 +159,25 @@ def explorer_payload(
     Raises:
         StoreError: a run's record is damaged.
     """
-    try:
+    with damage_named(_FILE, "certifl explore"):
         records = {row: record for row, record in _records(context) if record["images"]}
         if not records:
             return None
-        images = [
-            (_words_of(seen), _image(context, key, seen, pictures))
-            for key, seen in _chosen(records, most)
-        ]
+        images = []
+        for key, seen in _chosen(records, most):
+            sweeps = [{name: str(one[name]) for name in _WORDS} for one in _first(seen)["walks"]]
+            images.append((sweeps, _image(context, key, seen, pictures)))
         # One perturbation has the same sweeps in every run; a run with others is left out.
         words = images[0][0]
         shown = _seen_by_all([image for own, image in images if own == words])
         rows = {run["run"] for run in shown[0]["runs"]}
         return {
             "sweeps": words,
-            "names": _class_names(context.runs[0].runs[0]),
+            "names": context.runs[0].runs[0].class_names,
             "pictures": pictures,
             "votes": {str(row): record["votes"] for row, record in records.items() if row in rows},
             "images": shown,
         }
-    except MALFORMED as error:
-        raise StoreError(
-            f"The {_FILE} of one of the runs is damaged ({type(error).__name__}: {error}). "
-            "Remove it, or repeat `certifl explore`."
-        ) from error
 
 
 def _explored_runs(context: ReportContext) -> list[RunResults]:
@@ -244,11 +195,8 @@ def _records(context: ReportContext) -> list[tuple[int, Record]]:
     """Records that belong to their runs, by row, with the images of the clients shown here."""
     records: list[tuple[int, Record]] = []
     for row, run in enumerate(_explored_runs(context)):
-        path = run.folder / _FILE
-        record = read_json(path) if path.is_file() else None
-        if not isinstance(record, dict) or record.get("format") not in _FORMATS:
-            continue
-        if record.get("spec_hash") == run.manifest.get("spec_hash"):
+        record = stored_record(run, _FILE, _FORMATS)
+        if record is not None:
             own = set(run.clients.tolist())
             images = [image for image in record["images"] if image["client"] in own]
             records.append((row, {**record, "images": images}))
@@ -276,10 +224,6 @@ def _first(seen: Mapping[int, Record]) -> Record:
     return next(iter(seen.values()))
 
 
-def _words_of(seen: Mapping[int, Record]) -> list[dict[str, str]]:
-    return [{name: str(sweep[name]) for name in _WORDS} for sweep in _first(seen)["walks"]]
-
-
 def _seen_by_all(images: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The images that the same runs explored, as many runs as there is an image for.
 
@@ -299,12 +243,14 @@ def _image(
     context: ReportContext, key: Key, seen: Mapping[int, Record], pictures: bool
 ) -> dict[str, Any]:
     """One image, as all runs saw it that took the same steps as the first."""
-    first = _first(seen)
-    alike = {row: image for row, image in seen.items() if _steps(image) == _steps(first)}
+    first, scale = _first(seen), context.scale
+    steps = {row: [sweep["values"] for sweep in image["walks"]] for row, image in seen.items()}
+    alike = {row: image for row, image in seen.items() if steps[row] == next(iter(steps.values()))}
+    # Texts are lengths without their sign, to the nearest: positions, not promises.
     sweeps = [
         {
             "values": sweep["values"],
-            "texts": [_step(value, context.scale) for value in sweep["values"]],
+            "texts": [f"{abs(v) * scale.factor:.3g}{scale.suffix}" for v in sweep["values"]],
             **({"strip": sweep["strip"]} if pictures else {}),
         }
         for sweep in first["walks"]
@@ -317,15 +263,6 @@ def _image(
         "sweeps": sweeps,
         "runs": [_answers(context, row, image) for row, image in alike.items()],
     }
-
-
-def _steps(image: Record) -> list[Any]:
-    return [sweep["values"] for sweep in image["walks"]]
-
-
-def _step(value: float, scale: RadiusScale) -> str:
-    """A step's length without its sign, to the nearest: a position, not a promise."""
-    return f"{abs(value) * scale.factor:.3g}{scale.suffix}"
 
 
 def _answers(context: ReportContext, row: int, image: Record) -> dict[str, Any]:
@@ -342,19 +279,15 @@ def _answers(context: ReportContext, row: int, image: Record) -> dict[str, Any]:
     if one.interval is not None and np.isfinite(one.interval[0]).all():
         low, high = map(float, one.interval[0])
     ends = None if bool(one.abstained[0]) else (low, high)
+    # Ends of the certified range, rounded inward; one where both are the same.
+    texts = [context.scale.text(end) for end in dict.fromkeys((-low, high))]
     return {
         "run": row,
         "predicted": int(one.predicted[0]),
         "ends": ends,
         "sweeps": [_sweep(sweep, radius, ends) for sweep in image["walks"]],
-        "certified": "" if ends is None else _certified(ends, context.scale),
+        "certified": "" if ends is None else texts,
     }
-
-
-def _certified(ends: tuple[float, float], scale: RadiusScale) -> list[str]:
-    """Ends of the certified range, rounded inward; one where both are the same."""
-    low, high = ends
-    return [scale.text(high)] if -low == high else [scale.text(-low), scale.text(high)]
 
 
 def _sweep(sweep: Record, radius: float, ends: tuple[float, float] | None) -> dict[str, Any]:
@@ -366,20 +299,12 @@ def _sweep(sweep: Record, radius: float, ends: tuple[float, float] | None) -> di
         inside = lengths <= radius
     else:  # the interval of a scan
         inside = (ends[0] <= values) & (values <= ends[1])
-    first, second = (_votes_of(sweep["winners"], rank) for rank in (0, 1))
-    close = np.asarray(two_sided_sign_test(first, second)) > _TOO_CLOSE
     winners = [step[:2] for step in sweep["winners"]]
+    votes = [[*(int(count) for _, count in step), 0, 0] for step in winners]
+    first, second = ([counts[rank] for counts in votes] for rank in (0, 1))
+    close = np.asarray(two_sided_sign_test(first, second)) > _TOO_CLOSE
     return {"winners": winners, "close": _flags(close), "inside": _flags(inside)}
-
-
-def _votes_of(winners: Sequence[Sequence[Sequence[int]]], rank: int) -> list[int]:
-    return [int(step[rank][1]) if rank < len(step) else 0 for step in winners]
 
 
 def _flags(values: NDArray[np.bool_]) -> str:
     return "".join("1" if value else "0" for value in values)
-
-
-def _class_names(run: RunResults) -> list[str] | None:
-    names = run.data.get("class_names")
-    return [str(name) for name in names] if isinstance(names, list) and names else None

@@ -6,6 +6,7 @@ import base64
 import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
 from typing import Any
 
 from certifl.report.figures import Drawing, image_bytes
@@ -112,6 +113,11 @@ def choice(legend: str, name: str, options: Sequence[str]) -> Markup:
         for i in range(len(options))
     ]
     return fieldset(legend, *map(toggle, boxes, options))
+
+
+def asset(name: str) -> str:
+    """A file that belongs to the page: style, script or template."""
+    return (resources.files("certifl.report") / "assets" / name).read_text(encoding="utf-8")
 
 
 def picture(drawing: Drawing, alt: str) -> Markup:

@@ -8,41 +8,67 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import Template
+from typing import Any, NamedTuple
 
 from certifl._version import __version__
 from certifl.errors import InputError
 from certifl.report.figures import (
-    Drawing,
     average_radius_figure,
     certified_accuracy_figure,
-    history_figure,
-    per_client_figure,
-    save,
+    write_figures,
 )
 from certifl.report.page import background
-from certifl.report.page.context import ReportContext
-from certifl.report.page.explorer import MOST_PICTURES
-from certifl.report.page.html import Markup, el, embedded_json, join
-from certifl.report.page.panels import (
-    ClaimsSection,
-    PageFrame,
-    asset,
-    eyebrow,
-    panel_of,
-    tab_frame,
-    tabs,
+from certifl.report.page import results as sections
+from certifl.report.page.context import (
+    ReportContext,
+    acr_cell,
+    chart_payload,
+    share_cell,
+    spread_cell,
 )
-from certifl.report.page.perturbations import Groups, overview
-from certifl.report.results import UNSEEN, Row, RunResults, by_perturbation, by_seed, load_runs
-from certifl.report.style import FigureStyle, looks_of
+from certifl.report.page.explorer import MOST_PICTURES, explorer_payload, explorer_section
+from certifl.report.page.html import (
+    Markup,
+    asset,
+    el,
+    embedded_json,
+    join,
+    note,
+    paragraph,
+    picture,
+    section,
+    table,
+)
+from certifl.report.page.recommendation import recommendation_payload, recommendation_section
+from certifl.report.results import (
+    Row,
+    RunResults,
+    all_clients,
+    by_perturbation,
+    by_seed,
+    load_runs,
+)
+from certifl.report.style import USUAL, FigureStyle, looks_of
+from certifl.report.summary import (
+    accuracy_share,
+    first_unit,
+    group_words,
+    noise_words,
+    plain_rows,
+    share,
+)
 from certifl.report.units import family_words
-from certifl.report.wording import listed
+from certifl.report.wording import client_list, headline, listed
 from certifl.runs.atomic import write_text
 
-_USUAL = FigureStyle()
+ClaimsSection = Callable[[Sequence[Row]], Markup]
+"""Makes the section that compares runs with published claims; empty where none applies."""
+Groups = Sequence[Sequence[Row]]
+
 _LONGEST_NAME = 80
 _STYLES = ("page.css", "recommendation.css", "claims.css", "explorer.css", "print.css")
 _SCRIPTS = ("drawing.js", "page.js", "recommendation.js", "explorer.js", "switch.js")
@@ -76,7 +102,7 @@ def write_report(
     figures: bool = True,
     images: bool | None = None,
     claims: ClaimsSection | None = None,
-    style: FigureStyle = _USUAL,
+    style: FigureStyle = USUAL,
 ) -> Path:
     """Write the page, and the figures beside it.
 
@@ -103,70 +129,17 @@ def write_report(
         StoreError: a run that is damaged, or a path that cannot be written.
     """
     page = Path(out_path)
-    _check_request(run_folders, page)
+    if page.suffix.lower() not in (".html", ".htm") or page.is_dir():
+        raise InputError(f"A report must be an .html file; got {str(page)!r}.")
     runs = load_runs(run_folders)
     groups = [by_seed(group) for group in by_perturbation(runs)]
     if images is None:
-        images = not _without_images(page)
+        before = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
+        images = _BARE not in before
     if figures:
         write_figures(runs, page.parent / "figures", style)
     write_text(page, _page(groups, page, title, images, claims))
     return page
-
-
-def _check_request(runs: Sequence[str | Path | RunResults], page: Path) -> None:
-    if page.suffix.lower() not in (".html", ".htm") or page.is_dir():
-        raise InputError(f"A report must be an .html file; got {str(page)!r}.")
-
-
-def _without_images(page: Path) -> bool:
-    """Whether an existing page was made without test images."""
-    return page.is_file() and _BARE in page.read_text(encoding="utf-8", errors="replace")
-
-
-def write_figures(
-    runs: Sequence[RunResults], folder: str | Path, style: FigureStyle = _USUAL
-) -> list[Path]:
-    """Write all figures of some runs as PNG, PDF, SVG and CSV, or in the formats of `style`.
-
-    Where clients certify different perturbations, each has its own folder inside.
-
-    Returns:
-        The files: curves, clients, average_radius, and history where training was recorded.
-
-    Raises:
-        StoreMismatch: runs that cannot be compared. StoreError: the folder cannot be written.
-    """
-    groups = by_perturbation(runs)
-    if len(groups) > 1:
-        inside = zip(groups, _folder_names(groups), strict=True)
-        written = [write_figures(part, Path(folder) / name, style) for part, name in inside]
-        return [path for paths in written for path in paths]
-    rows = by_seed(runs)
-    drawings: dict[str, Drawing] = {
-        "curves": certified_accuracy_figure(rows, style=style),
-        "clients": per_client_figure(rows, style=style),
-        "average_radius": average_radius_figure(rows, style=style),
-    }
-    if any(run.history for run in runs):
-        drawings["history"] = history_figure(rows, style=style)
-    return [
-        path
-        for stem, drawn in drawings.items()
-        for path in save(drawn, folder, stem, style.formats)
-    ]
-
-
-def _folder_names(groups: Groups) -> list[str]:
-    """A short name for each group: its family, numbered where several share it."""
-    families = [
-        f"{runs[0].conditions['family']}{'-unseen' if runs[0].group == UNSEEN else ''}"
-        for runs in groups
-    ]
-    return [
-        family if families.count(family) == 1 else f"{family}-{families[:at].count(family) + 1}"
-        for at, family in enumerate(families)
-    ]
 
 
 def _page(
@@ -177,40 +150,30 @@ def _page(
     claims: ClaimsSection | None,
 ) -> str:
     contexts = [ReportContext.of(group) for group in groups]
+    if title is None:
+        words = [family_words(context.runs[0].conditions) for context in contexts]
+        title = f"Certified robustness to {listed(list(dict.fromkeys(words)))}"
     frames, above = _frames(groups, contexts, title)
     most = MOST_PICTURES // len(contexts)
     panels = [
-        panel_of(context, at, frame, images, most, claims)
+        _panel(context, at, frame, images, most, claims)
         for at, (context, frame) in enumerate(zip(contexts, frames, strict=True))
     ]
     style, script = ("".join(map(asset, names)) for names in (_STYLES, _SCRIPTS))
     style += _chosen_colors(contexts[0].runs)
     parts = {
-        "title": el("title", None, _heading(contexts) if title is None else title),
+        "title": el("title", None, title),
         "policy": join([_policy(style, script), Markup("" if images else f"\n{_BARE}")]),
         "style": Markup(style),
         "script": Markup(script),
-        "data": embedded_json("report-data", {"groups": [panel.numbers for panel in panels]}),
+        "data": embedded_json("report-data", {"groups": [numbers for _, numbers in panels]}),
         "above": above,
-        "panels": join(panel.html for panel in panels),
+        "panels": join(html for html, _ in panels),
         "reproduce": background.reproduce_section(contexts[0], page),
         "version": join([f"certifl {__version__}"]),
         "bare": "" if images else " It contains no test images.",
     }
     return Template(asset("page.html")).substitute(parts)
-
-
-def _frames(
-    groups: Groups, contexts: Sequence[ReportContext], title: str | None
-) -> tuple[list[PageFrame], Markup]:
-    """What surrounds every panel, and what is above all of them where there are several."""
-    heading = el("h1", None, _heading(contexts) if title is None else title)
-    clients = {client for context in contexts for client in context.runs[0].clients.tolist()}
-    top = join([el("p", {"class": "eyebrow"}, eyebrow(contexts[0], len(clients))), heading])
-    if len(contexts) == 1:
-        return [PageFrame(top, overview(groups), Markup())], Markup()
-    frames = [tab_frame(context, at) for at, context in enumerate(contexts)]
-    return frames, join([el("header", None, top), overview(groups), tabs(contexts)])
 
 
 def _chosen_colors(rows: Sequence[Row]) -> str:
@@ -229,22 +192,267 @@ def _chosen_colors(rows: Sequence[Row]) -> str:
 
 def _policy(style: str, script: str) -> Markup:
     """Nothing may be loaded, and only the page's own script and style count."""
-    rules = [
-        "default-src 'none'",
-        f"script-src '{_digest(script)}'",
-        f"style-src '{_digest(style)}'",
-        "img-src data:",
-        "base-uri 'none'",
-        "form-action 'none'",
+    own = [
+        "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for text in (script, style)
     ]
-    name = "Content-Security-Policy"
-    return el("meta", {"http-equiv": name, "content": "; ".join(rules)})
+    rules = (
+        f"default-src 'none'; script-src '{own[0]}'; style-src '{own[1]}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    return el("meta", {"http-equiv": "Content-Security-Policy", "content": rules})
 
 
-def _digest(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+# The part of the page about one perturbation, and the tabs that switch between them.
 
 
-def _heading(contexts: Sequence[ReportContext]) -> str:
-    words = [family_words(context.runs[0].conditions) for context in contexts]
-    return f"Certified robustness to {listed(list(dict.fromkeys(words)))}"
+_CURVES_WORDS = (
+    " Lines are means over clients; the shaded band reaches from the smallest to the largest "
+    "client."
+)
+_ACR_WORDS = Markup(
+    "The mean of radius × correct over a client's test images, which is the area under its curve. "
+    "One mark per client; the tall stroke is the mean over clients, the line through it its "
+    "95&nbsp;% interval."
+)
+_MODEL_ACR_WORDS = Markup(
+    "The mean of radius × correct over the test images, which is the area under the curve; the "
+    "line through it is its 95&nbsp;% interval."
+)
+
+
+class PageFrame(NamedTuple):
+    """What surrounds a panel: above its finding, below its key figures, and its attributes."""
+
+    header: Markup
+    overview: Markup
+    attributes: Markup
+
+
+def _frames(
+    groups: Groups, contexts: Sequence[ReportContext], title: str
+) -> tuple[list[PageFrame], Markup]:
+    """What surrounds every panel, and what is above all of them where there are several."""
+    clients = {client for context in contexts for client in context.runs[0].clients.tolist()}
+    eyebrow = el("p", {"class": "eyebrow"}, _eyebrow(contexts[0], len(clients)))
+    top = join([eyebrow, el("h1", None, title)])
+    if len(contexts) == 1:
+        return [PageFrame(top, overview(groups), Markup())], Markup()
+    frames = []
+    for at, context in enumerate(contexts):
+        who = el("p", {"class": "eyebrow"}, _eyebrow(context, len(context.runs[0].clients)))
+        header = join([who, el("h2", None, _name(context))])
+        attributes = f' id="{_panel_id(at)}" role="tabpanel" aria-labelledby="{_tab_id(at)}"'
+        frames.append(PageFrame(header, Markup(), Markup(attributes)))
+    return frames, join([el("header", None, top), overview(groups), _tabs(contexts)])
+
+
+def _panel(
+    context: ReportContext,
+    at: int,
+    frame: PageFrame,
+    pictures: bool,
+    most: int,
+    claims: ClaimsSection | None,
+) -> tuple[Markup, dict[str, Any]]:
+    """The panel of one perturbation, and the numbers its script draws.
+
+    Args:
+        context: the runs and their comparison. at: its number on the page. frame: around it.
+        pictures: whether test images are shown. most: characters they may take.
+        claims: makes the section about published claims; None = no section.
+    """
+    explored = explorer_payload(context, pictures, most)
+    numbers = chart_payload(context)
+    numbers |= {"recommendation": recommendation_payload(context), "explorer": explored}
+    model = context.of_model
+    finding, support = headline(context.runs, context.comparison, context.scale)
+    parts = {
+        "at": str(at),
+        "attributes": frame.attributes,
+        "header": frame.header,
+        "overview": frame.overview,
+        "headline": el("p", {"class": "headline"}, finding),
+        "support": join(el("p", {"class": "support"}, sentence) for sentence in support),
+        "notices": sections.notices(context),
+        "key_figures": background.overview_list(context),
+        "recommendation": recommendation_section(context),
+        "controls": sections.chart_controls(context),
+        "curves_fallback": el(
+            "noscript",
+            None,
+            picture(
+                certified_accuracy_figure(context.runs), "Certified accuracy against the radius"
+            ),
+        ),
+        "acr_fallback": el(
+            "noscript",
+            None,
+            picture(
+                average_radius_figure(context.runs),
+                f"Average certified radius{'' if model else ' per algorithm and client'}",
+            ),
+        ),
+        "results": sections.results_section(context),
+        "comparison": sections.comparison_section(context),
+        "curves_words": "" if model else _CURVES_WORDS,
+        "curves_lines": "" if model else ", one line per algorithm",
+        "acr_marks": "" if model else " per algorithm, one mark per client",
+        "acr_words": _MODEL_ACR_WORDS if model else _ACR_WORDS,
+        "clients": sections.clients_section(context),
+        "classes": sections.classes_section(context),
+        "claims": Markup() if claims is None else claims(context.runs),
+        "explorer": explorer_section(context, explored),
+        "attacks": background.attacks_section(context),
+        "training": sections.training_section(context),
+        "meaning": background.meaning_section(context),
+        "privacy": background.privacy_section(context),
+        "cost": background.cost_section(context),
+    }
+    html = Markup(Template(asset("panel.html")).substitute(parts))
+    return _numbered(html, at), numbers
+
+
+def _numbered(html: Markup, at: int) -> Markup:
+    """Make names of elements unique among the panels; the script takes the numbers off again.
+
+    Every quotation mark in text is escaped (`html.el`), so what looks like an attribute is one.
+    """
+    if at == 0:
+        return html
+    own = re.compile(rf'( (?:id|for|aria-describedby)="(?!{_panel_id(at)}")[^"]*)"')
+    return Markup(own.sub(rf'\1--{at}"', html))
+
+
+def _eyebrow(context: ReportContext, clients: int) -> str:
+    """Data, number of clients and algorithms in a few words."""
+    first = context.runs[0]
+    run = first.runs[0]
+    if context.of_model:
+        return f"{first.label} · {len(run.certificates):,} test images"
+    algorithms = f"{len(context.runs)} algorithms" if len(context.runs) > 1 else first.label
+    words = f"{clients} client{'s' if clients > 1 else ''}"
+    total = run.manifest.get("clients")
+    if isinstance(total, int) and clients < total:
+        words = f"{clients} of {total} clients"
+    return f"{run.data_name or 'images'} · {words} · {algorithms}"
+
+
+def _tabs(contexts: Sequence[ReportContext]) -> Markup:
+    """One tab for each perturbation."""
+    buttons = []
+    for at, context in enumerate(contexts):
+        button = {"type": "button", "role": "tab", "id": _tab_id(at)}
+        button |= {"aria-selected": "false", "tabindex": "-1"}
+        button |= {"aria-selected": "true", "tabindex": "0"} if at == 0 else {}
+        clients = el("small", None, client_list(context.runs[0].clients.tolist()))
+        buttons.append(el("button", button, el("span", None, _name(context)), clients))
+    bar = {"class": "tabs", "role": "tablist", "aria-label": "Perturbation", "hidden": True}
+    return el("div", bar, *buttons)
+
+
+def _tab_id(at: int) -> str:
+    return f"tab-{at + 1}"
+
+
+def _panel_id(at: int) -> str:
+    return f"perturbation-{at + 1}"
+
+
+def _name(context: ReportContext) -> str:
+    words = group_words(context.runs[0])
+    return words[0].upper() + words[1:]
+
+
+# Clients that certify different perturbations, or none: an overview above the panels.
+
+
+_HEAD = [
+    "Perturbation",
+    "Clients",
+    "Algorithm",
+    "Average certified radius",
+    "Certified accuracy at 0",
+    "Best and worst client",
+]
+_SEVERAL = (
+    "Radii of different perturbations mean different things, so nothing is averaged over them: "
+    "curves, means, bands and comparisons cover the clients that certify the same perturbation. "
+    "Below, one perturbation is shown at a time, in its own unit; the tabs switch between them."
+)
+_APART = (
+    "Some clients took part in no round of training. They were given the global model "
+    "afterwards, fine-tuned on their own images where the algorithm does so. They are shown "
+    "apart: no mean, curve or comparison covers both groups. An algorithm that cannot leave them "
+    "out has trained with them."
+)
+_PLAIN = (
+    "These clients certify nothing. The accuracy is that of the network itself on unchanged "
+    "images, one prediction each. It promises nothing about any perturbation, and no mean, curve "
+    "or comparison of this page includes it."
+)
+
+
+def overview(groups: Groups) -> Markup:
+    """What each client certifies, and how well; nothing where all clients certify the same.
+
+    Args:
+        groups: the runs once for every perturbation.
+    """
+    plain = plain_rows(groups[0])
+    if len(groups) == 1 and not plain:
+        return Markup()
+    pictures = [_small_picture(runs, at) for at, runs in enumerate(groups)]
+    apart = [_APART] if groups[0][0].group else []
+    noises = {noise_words(runs[0].conditions) for runs in groups}
+    why = [*apart, *([_SEVERAL] if len(noises) > 1 or not apart else [])]
+    if len(groups) == 1:
+        why = ["Some clients certify nothing; everything below is about those that do."]
+    return section(
+        "perturbations",
+        "Groups of clients" if apart else "Perturbations of the clients",
+        *map(paragraph, why),
+        table("What the clients certify", _HEAD, [row for runs in groups for row in _rows(runs)]),
+        el("div", {"class": "panels"}, *pictures) if len(groups) > 1 else Markup(),
+        _plain(groups[0][0].runs[0], plain) if plain else Markup(),
+    )
+
+
+def _rows(runs: Sequence[Row]) -> list[list[str]]:
+    scale = first_unit(runs)
+    return [
+        [
+            group_words(run),
+            client_list(run.clients.tolist()),
+            run.label,
+            acr_cell(run, scale),
+            share_cell(accuracy_share(run, 0.0)),
+            spread_cell(run, scale),
+        ]
+        for run in runs
+    ]
+
+
+def _small_picture(runs: Sequence[Row], at: int) -> Markup:
+    """The curves of one perturbation, with a link to its panel."""
+    clients = client_list(all_clients(runs))
+    name = f"{group_words(runs[0])}: {clients}"
+    image = picture(certified_accuracy_figure(runs, title=clients), f"Certified accuracy, {name}")
+    link = el("a", {"href": f"#{_panel_id(at)}"}, "details")
+    return el("figure", None, el("figcaption", None, name, " (", link, ")"), image)
+
+
+def _plain(run: RunResults, rows: Sequence[tuple[str, int, int, int]]) -> Markup:
+    """Plain accuracies, which are no certificates."""
+    cells = [
+        [run.client_name(client), label, f"{images:,}", share_cell(share(correct, images))]
+        for label, client, images, correct in rows
+    ]
+    head = ["Client", "Algorithm", "Images", "Plain accuracy"]
+    return join(
+        [
+            el("h3", None, "Clients that certify nothing"),
+            table("Plain accuracy", head, cells),
+            note(_PLAIN),
+        ]
+    )

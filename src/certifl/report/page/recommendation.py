@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from certifl.report.compare import ClientComparison, ranking
+from certifl.report.compare import ClientComparison, difference, ranking
 from certifl.report.page.context import ReportContext, named
 from certifl.report.page.html import (
     Markup,
@@ -65,7 +65,7 @@ def _client(context: ReportContext, part: ClientComparison) -> dict[str, Any]:
     pairs = {}
     for rank, ahead in enumerate(order):
         for behind in order[rank + 1 :]:
-            pair = part.pairs[min(ahead, behind), max(ahead, behind)].seen_from(ahead)
+            pair = difference(part.pairs, ahead, behind)
             shown = int(pair.shown) if pair.stated else None
             pairs[f"{ahead}-{behind}"] = [by_margin(pair, context.scale), shown]
     return {
@@ -74,16 +74,13 @@ def _client(context: ReportContext, part: ClientComparison) -> dict[str, Any]:
         "why": reasons[0] if all(reasons) else "",
         "order": order,
         "acr": ["–" if math.isnan(radius) else context.scale.text(radius) for radius in part.acr],
-        "accuracy": [_share_numbers(share) for share in context.accuracies[part.client]],
+        # A client without certificates is below every accuracy.
+        "accuracy": [
+            [*((-1.0,) * 3 if one is None else (one.value, one.low, one.high)), _share_text(one)]
+            for one in context.accuracies[part.client]
+        ],
         "pairs": pairs,
     }
-
-
-def _share_numbers(share: Share | None) -> list[Any]:
-    """For the script; a client without certificates is below every accuracy."""
-    if share is None:
-        return [-1.0, -1.0, -1.0, _share_text(share)]
-    return [share.value, share.low, share.high, _share_text(share)]
 
 
 def _share_text(share: Share | None) -> str:
@@ -98,9 +95,17 @@ def recommendation_section(context: ReportContext) -> Markup:
         return Markup()
     answers = recommendations(context.runs, context.comparison)
     if not answers or all(one.why for one in answers):
-        return _no_recommendation(context)
-    groups = grouped(answers)
-    items = [_group(context, rows, clients) for rows, clients in groups[:MOST_GROUPS]]
+        pairs = [p for part in context.comparison.clients for p in part.pairs.values()]
+        reasons = dict.fromkeys(p.why for p in pairs or context.comparison.pairs.values() if p.why)
+        text = f"No recommendation for any client: {'; '.join(reasons)}."
+        return section("recommendation", _HEADING, paragraph(text))
+    groups, items = grouped(answers), []
+    for rows, clients in groups[:MOST_GROUPS]:
+        names = el("span", {"class": "choice"}, *(named(context, row) for row in rows))
+        answer = NO_DIFFERENCE if len(rows) > 1 else ""
+        items.append(
+            _item(answer, clients, names) if rows else _item(f"{NO_RECOMMENDATION}:", clients)
+        )
     rest = [client for _, clients in groups[MOST_GROUPS:] for client in clients]
     if rest:
         items.append(_item("Other answers, in the table below:", rest))
@@ -121,14 +126,6 @@ def recommendation_section(context: ReportContext) -> Markup:
             table(caption, _HEAD, rows, {"id": "recommendation-table"}),
         ),
     )
-
-
-def _no_recommendation(context: ReportContext) -> Markup:
-    """That no client gets a recommendation, and why."""
-    pairs = [p for part in context.comparison.clients for p in part.pairs.values()]
-    reasons = dict.fromkeys(p.why for p in pairs or context.comparison.pairs.values() if p.why)
-    text = f"No recommendation for any client: {'; '.join(reasons)}."
-    return section("recommendation", _HEADING, paragraph(text))
 
 
 def _accepted() -> Markup:
@@ -155,13 +152,6 @@ def _method(context: ReportContext) -> str:
         f"contains 0, these images do not show which is better: {NO_DIFFERENCE}, and other "
         "reasons may decide."
     )
-
-
-def _group(context: ReportContext, rows: tuple[int, ...], clients: list[int]) -> Markup:
-    if not rows:
-        return _item(f"{NO_RECOMMENDATION}:", clients)
-    names = el("span", {"class": "choice"}, *(named(context, row) for row in rows))
-    return _item(NO_DIFFERENCE if len(rows) > 1 else "", clients, names)
 
 
 def _item(answer: str, clients: list[int], names: str = "") -> Markup:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from certifl.certification.metadata import below_sigma
 from certifl.report.compare import Difference
@@ -29,6 +28,7 @@ from certifl.report.page.html import (
     table,
     toggle,
 )
+from certifl.report.results import Row
 from certifl.report.summary import (
     abstained_share,
     accuracy_share,
@@ -38,43 +38,37 @@ from certifl.report.summary import (
     measures_of,
     selected_radii,
 )
+from certifl.report.table import Group, by_class
 from certifl.report.wording import NO_DIFFERENCE, NOT_PAIRED, by_margin, listed, percent, range_of
 
-DIFFERENCES_SHOWN = ("sigma", "law", "alpha", "n0", "n", "estimator", "precision", "seed")
+_COMPARED = ("sigma", "law", "alpha", "n0", "n", "estimator", "precision", "seed")
 
 
 def notices(context: ReportContext) -> Markup:
     """Warnings: runs that differ in more than the algorithm, clients that share curves only."""
-    return join(notice(text) for text in (_differences(context), _curves_only(context)) if text)
-
-
-def _differences(context: ReportContext) -> str:
+    texts: list[str] = []
     values = {
         name: [str(run.conditions.get(name)) for run in context.trained]
-        for name in DIFFERENCES_SHOWN
+        for name in _COMPARED
         if not (name == "seed" and context.several_seeds)
     }
     differing = [f"{name} ({', '.join(v)})" for name, v in values.items() if len(set(v)) > 1]
-    if not differing:
-        return ""
-    return (
-        f"The runs differ in more than the algorithm: {', '.join(differing)}. Compare them with "
-        "care."
-    )
-
-
-def _curves_only(context: ReportContext) -> str:
-    """That single images are not known here, and of which runs."""
+    if differing:
+        texts.append(
+            f"The runs differ in more than the algorithm: {', '.join(differing)}. Compare them "
+            "with care."
+        )
     labels = [run.label for run in context.trained if run.curves_only]
-    if not labels:
-        return ""
-    of = "" if len(labels) == len(context.trained) else f" of {listed(labels)}"
-    return (
-        f"The clients{of} certified on their own machines and shared curves only: for each radius "
-        "of a fixed grid, how many of their test images are certified correct, and their average "
-        "certified radius. Radii, votes and abstentions of single images stayed with the clients. "
-        "Intervals over images place each radius within its step of the grid."
-    )
+    if labels:
+        of = "" if len(labels) == len(context.trained) else f" of {listed(labels)}"
+        texts.append(
+            f"The clients{of} certified on their own machines and shared curves only: for each "
+            "radius of a fixed grid, how many of their test images are certified correct, and "
+            "their average certified radius. Radii, votes and abstentions of single images stayed "
+            "with the clients. Intervals over images place each radius within its step of the "
+            "grid."
+        )
+    return join(map(notice, texts))
 
 
 def results_section(context: ReportContext) -> Markup:
@@ -126,7 +120,9 @@ def _result_note(context: ReportContext) -> str:
             " Radii of this uniform distribution stay below σ (Corollary 1); a scan has no such "
             "limit."
         )
-    if any(_stops_early_on_wrong(run.conditions) for run in context.trained):
+    looks = [run.conditions.get("look_votes") or () for run in context.trained]
+    wrong = [bool(run.conditions.get("label_aware")) for run in context.trained]
+    if any(w and isinstance(v, list) and len(v) > 1 for w, v in zip(wrong, looks, strict=True)):
         text += (
             " Voting may have stopped early on images that were clearly classified wrongly; some "
             "of those count as abstained."
@@ -149,11 +145,6 @@ def _seeds_note(context: ReportContext) -> str:
     )
 
 
-def _stops_early_on_wrong(metadata: Mapping[str, Any]) -> bool:
-    looks = metadata.get("look_votes")
-    return bool(metadata.get("label_aware")) and isinstance(looks, list) and len(looks) > 1
-
-
 def comparison_section(context: ReportContext) -> Markup:
     """All differences between algorithms, image by image; nothing for a single run."""
     if len(context.runs) < 2:
@@ -165,11 +156,14 @@ def comparison_section(context: ReportContext) -> Markup:
         head = ["Difference", "Average certified radius"]
         rows = [row[:2] for row in rows]
     kind = "Paired differences" if paired else "Differences"
+    unpaired = f"{NOT_PAIRED} The table above has an interval for each algorithm."
+    if not context.comparison.whole:
+        unpaired += " Only clients that all runs have are compared."
     return join(
         [
             el("h3", None, "Differences between algorithms"),
             table(f"{kind} of the average certified radius", head, rows),
-            note(_paired_note(context) if paired else _unpaired_note(context)),
+            note(_paired_note(context) if paired else unpaired),
         ]
     )
 
@@ -201,12 +195,6 @@ def _paired_note(context: ReportContext) -> str:
     return text
 
 
-def _unpaired_note(context: ReportContext) -> str:
-    text = f"{NOT_PAIRED} The table above has an interval for each algorithm."
-    whole = context.comparison.whole
-    return text if whole else f"{text} Only clients that all runs have are compared."
-
-
 def clients_section(context: ReportContext) -> Markup:
     """Every client under every algorithm: average certified radius and accuracy at radius 0."""
     if context.of_model:
@@ -217,19 +205,15 @@ def clients_section(context: ReportContext) -> Markup:
         for client, radius, accuracy in zip(run.clients, client_acr(run), accuracies, strict=True):
             at_zero = f"{percent(float(accuracy))} at 0"
             cells[int(client), row] = stacked(context.scale.text(float(radius)), at_zero)
-    rows = [
-        [_client_name(context, c), *(cells.get((c, row), "–") for row in range(len(context.runs)))]
-        for c in context.clients
-    ]
+    rows = []
+    for c in context.clients:
+        # With several seeds a client's number alone, unless all seeds agree on a name.
+        names = {run.client_name(c) for run in context.trained}
+        name = names.pop() if len(names) == 1 else str(c)
+        rows.append([name, *(cells.get((c, row), "–") for row in range(len(context.runs)))])
     head = ["Client", *(run.label for run in context.runs)]
     caption = "Average certified radius and certified accuracy at radius 0, per client"
     return details("Average certified radius of every client", table(caption, head, rows))
-
-
-def _client_name(context: ReportContext, client: int) -> str:
-    """A client's name; with several seeds its number alone, unless all seeds agree on a name."""
-    names = {run.client_name(client) for run in context.trained}
-    return names.pop() if len(names) == 1 else str(client)
 
 
 def training_section(context: ReportContext) -> Markup:
@@ -242,15 +226,10 @@ def training_section(context: ReportContext) -> Markup:
     if not names:
         nothing = paragraph("No training history was recorded.")
         return section("training", "Training", *warnings, nothing)
-    panels = [
-        el(
-            "figure",
-            None,
-            el("figcaption", None, f"{name} per round"),
-            el("div", {"class": "chart", "data-measure": str(number), "role": "img"}),
-        )
-        for number, name in enumerate(names)
-    ]
+    panels = []
+    for number, name in enumerate(names):
+        chart = el("div", {"class": "chart", "data-measure": str(number), "role": "img"})
+        panels.append(el("figure", None, el("figcaption", None, f"{name} per round"), chart))
     explanation = (
         "Recorded during the clients' training in every round. Lines are means over clients; "
         "bands reach from the smallest to the largest client."
@@ -276,7 +255,8 @@ _MOST_BANDS = 5
 def chart_controls(context: ReportContext) -> Markup:
     """All options of the charts; native form controls, reachable by keyboard."""
     rows = range(len(context.runs))
-    algorithms = [_checked({"data-algorithm": str(row)}, named(context, row)) for row in rows]
+    box: dict[str, str | bool] = {"type": "checkbox", "checked": True}
+    algorithms = [toggle({**box, "data-algorithm": str(r)}, named(context, r)) for r in rows]
     show = [
         toggle(
             {"type": "checkbox", "id": "show-band", "checked": len(rows) <= _MOST_BANDS},
@@ -287,9 +267,11 @@ def chart_controls(context: ReportContext) -> Markup:
     units = [unit.name for unit in context.units]
     return join(
         [
-            fieldset("Curves", *algorithms, name="algorithm-toggles")
-            if context.of_model
-            else fieldset("Algorithms", *algorithms, name="algorithm-toggles"),
+            fieldset(
+                "Curves" if context.of_model else "Algorithms",
+                *algorithms,
+                name="algorithm-toggles",
+            ),
             Markup() if context.of_model else fieldset("Show", *show),
             choice("Radius in", "unit", units) if len(units) > 1 else Markup(),
             choice("Accuracy in", "accuracy", ["percent", "shares from 0 to 1"]),
@@ -298,24 +280,93 @@ def chart_controls(context: ReportContext) -> Markup:
     )
 
 
-def _checked(box: Mapping[str, str | bool], label: str) -> Markup:
-    return toggle({"type": "checkbox", "checked": True, **box}, label)
-
-
 def _client_toggles(clients: Sequence[int]) -> Markup:
     if len(clients) < 2:
         return Markup()
-    chips = [
-        el(
-            "label",
-            {"class": "chip"},
-            el("input", {"type": "checkbox", "checked": True, "data-client": str(client)}),
-            el("span", None, str(client)),
-        )
-        for client in clients
-    ]
+    chips = []
+    for client in map(str, clients):
+        box = el("input", {"type": "checkbox", "checked": True, "data-client": client})
+        chips.append(el("label", {"class": "chip"}, box, el("span", None, client)))
     buttons = [
         el("button", {"type": "button", "id": f"clients-{word}"}, word) for word in ("all", "none")
     ]
     chips_box = el("div", {"class": "chips"}, *chips)
     return fieldset("Clients in mean and band", chips_box, *buttons, kind="clients")
+
+
+# Certified accuracy and abstentions by class: which class is not certified.
+
+
+_MOST_SHOWN = 20
+_MOST_NAMED = 6
+
+
+def classes_section(context: ReportContext) -> Markup:
+    """A table of classes for one row, or all rows side by side; nothing for curves alone."""
+    rows = [row for row in context.runs if not row.curves_only]
+    if not rows:
+        return Markup()
+    radii = selected_radii(rows, context.scale)
+    groups = [by_class(row, [radius for _, radius in radii]) for row in rows]
+    if len(rows) == 1:
+        shown = _one_row(context, groups[0], [text for text, _ in radii])
+    else:
+        shown = _side_by_side(rows, groups)
+    sentences = [_uncertified(row, own) for row, own in zip(rows, groups, strict=True)]
+    text = (
+        "Classes are those of the labels, and every image counts once, whichever client has it. "
+        "Each number has its own 95 % limits: among many numbers, some miss theirs."
+    )
+    if context.several_seeds:
+        text += " Rows of several seeds show means over seeds, and count images once per seed."
+    body = join([*(paragraph(one) for one in sentences if one), shown, note(text)])
+    if len(rows) > 1 or len(groups[0]) > _MOST_SHOWN:
+        body = details("Certified accuracy of every class", body)
+    return join([el("h3", None, "By class"), body])
+
+
+def _one_row(context: ReportContext, groups: list[Group], radii: list[str]) -> Markup:
+    head = ["Class", "Images", "Average certified radius", *(f"At {text}" for text in radii)]
+    cells = [
+        [
+            group.name,
+            f"{group.images:,}",
+            context.scale.text(group.acr),
+            *map(share_cell, group.accuracy),
+            "not shared" if group.abstained is None else share_cell(group.abstained),
+        ]
+        for group in groups
+    ]
+    return table("Certified accuracy by class", [*head, "Abstained"], cells)
+
+
+def _side_by_side(rows: list[Row], groups: list[list[Group]]) -> Markup:
+    """A class's accuracy at radius 0 and abstentions under every algorithm."""
+    found = [{group.number: group for group in own} for own in groups]
+    names = {group.number: group.name for own in groups for group in own}
+    cells = [
+        [names[number], *(_brief(own.get(number)) for own in found)] for number in sorted(names)
+    ]
+    head = ["Class", *(row.label for row in rows)]
+    return table("Certified accuracy at radius 0 and abstentions, by class", head, cells)
+
+
+def _brief(group: Group | None) -> str:
+    if group is None:
+        return "–"
+    abstained = "" if group.abstained is None else f", {percent(group.abstained.value)} abstained"
+    return stacked(percent(group.accuracy[0].value), f"of {group.images:,} images{abstained}")
+
+
+def _uncertified(row: Row, groups: list[Group]) -> str:
+    """Which classes have no image that is certified correctly; "" where all have one."""
+    names = [group.name for group in groups if group.accuracy[0].value == 0.0]
+    if not names:
+        return ""
+    if len(names) > _MOST_NAMED:
+        names = [*names[:_MOST_NAMED], f"{len(names) - _MOST_NAMED} more"]
+    one = len(names) == 1
+    return (
+        f"{row.label} certifies no test image of {'class' if one else 'classes'} {listed(names)} "
+        "correctly."
+    )

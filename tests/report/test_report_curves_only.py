@@ -1,4 +1,4 @@
-"""Runs whose clients told curves and kept their certificates: one page, and what is verified."""
+"""Runs whose clients share curves and keep their certificates: one page, and what is verified."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from certifl.errors import StoreMismatch
 from certifl.experiments.run import Options
 from certifl.experiments.run import run as run_study
 from certifl.experiments.verify import impossible, verify_run
-from certifl.paper.claims import check_claims
-from certifl.paper.claims.section import verdicts_section
+from certifl.paper.claims import check_claims, verdicts_section
 from certifl.report import load_runs, summary_rows, write_report
 from certifl.report.compare import compare
 from certifl.report.summary import client_acr, client_curves, radius_grid
@@ -31,8 +30,8 @@ from report_pages import data_of
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two regimes that told curves, and one with all certificates."""
-    place, folders = tmp_path_factory.mktemp("told"), []
+    """Two regimes of which curves are known, and one with all certificates."""
+    place, folders = tmp_path_factory.mktemp("curves"), []
     for number, regime in enumerate(("local", "fedavg", "ditto")):
         certificates = make_certificates(0.6 + 0.15 * number, 3, 20, seed=number)
         manifest = make_manifest(regime, regime.capitalize(), 3, 60)
@@ -42,7 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.parametrize("chosen", [slice(0, 2), slice(0, 3)])
-def test_curves_stand_on_one_page_and_nothing_is_paired(runs, chosen, tmp_path):
+def test_curves_stand_on_one_page_and_nothing_is_paired(bare, runs, chosen, tmp_path):
     loaded = load_runs(runs[chosen])
     page = write_report(
         runs[chosen], tmp_path / "report.html", figures=False, claims=verdicts_section
@@ -93,7 +92,7 @@ def test_claims_are_never_tested_on_rows_made_from_curves(tmp_path):
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("kept") / "run"
     study = tiny.spec()
-    folder = run_study(study, Options(place))
+    folder = run_study(study, Options(place, explore=False))
     certificates = folder.load_certificates()
     shutil.copy(folder.certificates, place.parent / "own.parquet")
     estimator = study.certification.settings().estimator_for(study.perturbation())
@@ -161,9 +160,9 @@ Change = Callable[[dict[str, Any]], Any]
 def test_an_impossible_curve_is_a_problem(kept: Path, tmp_path: Path, change: Change, says: str):
     place = tmp_path / "run"
     shutil.copytree(kept, place)
-    held = json.loads((place / "curves.json").read_text())
-    change(held["clients"]["1"])
-    (place / "curves.json").write_text(json.dumps(held))
+    shared = json.loads((place / "curves.json").read_text())
+    change(shared["clients"]["1"])
+    (place / "curves.json").write_text(json.dumps(shared))
     assert any(says in problem for problem in verify_run(place).problems)
     assert tiny.cli("verify", place).code == 1
 
