@@ -19,8 +19,7 @@ from certifl._version import __version__  # noqa: E402
 if TYPE_CHECKING:
     from certifl import models
     from certifl.certification import Certificates
-    from certifl.certification.api import certify, predict
-    from certifl.certification.smoothed import SmoothedClassifier
+    from certifl.certification.api import SmoothedClassifier, certify, predict
     from certifl.notebook import Study, load
     from certifl.perturbations import (
         Affine,
@@ -62,7 +61,7 @@ __all__ = [
 
 _HOMES = {
     "Certificates": "certifl.certification",
-    "SmoothedClassifier": "certifl.certification.smoothed",
+    "SmoothedClassifier": "certifl.certification.api",
     "Study": "certifl.notebook",
     "certify": "certifl.certification.api",
     "load": "certifl.notebook",

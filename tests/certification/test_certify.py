@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 import certifl
-from certifl.certification.adaptive import advance, finalize
-from certifl.certification.counts import Request, Votes, fresh
+from certifl.certification.counts import Request, Votes, advance, finalize, fresh
 from certifl.certification.network import prepare
 from certifl.certification.sampling import CHUNK, VoteCounter
 from certifl.certification.settings import ESTIMATORS, Settings

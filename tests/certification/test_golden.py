@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from certifl.certification.record import RecordedNoise
+from certifl.certification.recompute import RecordedNoise
 from certifl.certification.settings import Settings
 from certifl.smoothing import (
     BOUNDS,

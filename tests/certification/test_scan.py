@@ -17,18 +17,16 @@ from torch import Tensor
 
 import certifl
 import tiny_study as tiny
-from certifl.certification import adaptive as engine
+from certifl.certification import counts as engine
 from certifl.certification import verify
-from certifl.certification.adaptive import advance, finalize
-from certifl.certification.counts import Votes, fresh
+from certifl.certification.counts import Votes, advance, finalize, fresh
 from certifl.certification.network import prepare
 from certifl.certification.sampling import VoteCounter
 from certifl.certification.scan import scan_of, unpacked
 from certifl.certification.settings import Settings
 from certifl.errors import InputError, SpecError
 from certifl.rng import image_key
-from certifl.smoothing.scan import BETS, SHARES, read_scan
-from certifl.smoothing.strata import Scan, passes_of
+from certifl.smoothing.scan import BETS, SHARES, Scan, passes_of, read_scan
 from certifl.spec import with_settings
 from certifl.study import certify as certifying
 from known_models import ramps, read_angle, read_factor, votes_for

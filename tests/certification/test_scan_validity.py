@@ -22,8 +22,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from certifl.smoothing.scan import BETS, SHARES, log_weight, read_scan
-from certifl.smoothing.strata import Scan
+from certifl.smoothing.scan import BETS, SHARES, Scan, log_weight, read_scan
 
 pytestmark = pytest.mark.statistical
 ALPHA, RUNS, BLOCK = 0.05, 20_000, 500

@@ -17,7 +17,7 @@ import torch
 import own_study
 import tiny_study as tiny
 from certifl.certification import Certificates
-from certifl.certification import adaptive as engine
+from certifl.certification import counts as engine
 from certifl.certification.counts import Votes
 from certifl.errors import InputError
 from certifl.experiments import recast as recasting

@@ -18,7 +18,7 @@ from transformers import ViTForImageClassification as ViT
 import certifl
 from certifl.certification.network import prepare
 from certifl.errors import InputError, ModelError
-from certifl.models.huggingface import load
+from certifl.models.building import load
 from image_sets import write_set
 from tiny_study import cli, write_spec
 

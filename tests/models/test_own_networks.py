@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import certifl
-from certifl.certification.certificates import predict_plain
 from certifl.certification.network import Network, prepare
+from certifl.certification.sampling import predict_plain
 from certifl.errors import ModelError
 
 NOISE = certifl.PixelNoise(0.25)

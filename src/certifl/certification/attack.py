@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from certifl.certification.certified_sets import CertifiedRegion, lengths, region_of
-from certifl.certification.counts import Request, sign_test_against, vote_margins
-from certifl.certification.sampling import CHUNK, VoteCounter
+from certifl.certification.counts import CHUNK, Request, sign_test_against, vote_margins
+from certifl.certification.sampling import VoteCounter
 from certifl.errors import InputError
 from certifl.perturbations import covers_received
 from certifl.rng import generator, image_key

@@ -16,18 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from certifl.certification.counts import (
-    UNLABELLED,
-    Request,
-    Votes,
-    next_requests,
-    top_and_runner_up,
-)
+from certifl.certification.certificates import UNLABELLED
+from certifl.certification.counts import Request, Votes, top_and_runner_up
 from certifl.certification.settings import ESTIMATORS, GRID_POINTS, Settings
 from certifl.errors import InputError
 from certifl.smoothing import curves, group_sequential, sequential
-from certifl.smoothing.arrays import Bools, Floats, Ints
-from certifl.smoothing.bounds import BOUNDS
+from certifl.smoothing.bounds import BOUNDS, Bools, Floats, Ints
 from certifl.smoothing.group_sequential import GroupSequential
 from certifl.smoothing.laws import LAWS, Law
 
@@ -46,22 +40,18 @@ class Noise(Protocol):
     @property
     def family(self) -> str:
         """Name of the family."""
-        ...
 
     @property
     def sigma(self) -> float:
         """Scale of the distribution, in `unit`."""
-        ...
 
     @property
     def law(self) -> Law:
         """Distribution of the parameters."""
-        ...
 
     @property
     def unit(self) -> str:
         """Unit of sigma and of radii."""
-        ...
 
 
 PRICES = {"certificates": 0.003, "curve": 0.22}
@@ -150,11 +140,9 @@ class Estimator:
             InputError: as `check`.
         """
         self.check()
-        settings, noise = self.settings, self.noise
-        if settings.radii is not None:
-            return np.array(settings.radii, dtype=np.float64)
-        largest = noise.law.largest_radius(noise.sigma, settings.n, settings.alpha)
-        return curves.even_grid(float(largest), GRID_POINTS)
+        if self.settings.radii is not None:
+            return np.array(self.settings.radii, dtype=np.float64)
+        return curves.even_grid(self.largest_radius(), GRID_POINTS)
 
     def check(self) -> None:
         """Refuse settings with which votes that all agree certify nothing, or none of the radii.
@@ -187,13 +175,38 @@ class Estimator:
     def next_requests(
         self, votes: Votes, keys: Sequence[int], size: int, quota: int
     ) -> list[Request]:
-        """The next votes of unfinished images, about `size` in all and at most `quota` of each.
+        """The next votes of as many unfinished images, in order, as make a batch.
 
         Selection votes may be cast together with the first estimation votes: the class is chosen
         from the former alone, so the latter stay fresh.
+
+        Args:
+            votes: cast so far. keys: `rng.image_key` of each image.
+            size: votes of the batch, about. quota: the most of one image and purpose.
         """
-        n0 = self.settings.n0
-        return next_requests(votes, keys, n0, self.looks, size, quota, ("selection", "estimation"))
+        n0, looks = self.settings.n0, self.looks
+        requests: list[Request] = []
+        requested = 0
+        for row in map(int, np.flatnonzero(~votes.done)):
+            if requested >= size:
+                break
+            stages = {
+                "selection": (votes.selection, n0),
+                "estimation": (votes.estimation, looks[votes.looks[row]]),
+            }
+            for purpose in self.purposes(votes):
+                counts, end = stages[purpose]
+                start = int(counts[row].sum())
+                stop = min(int(end), start + quota)
+                if stop > start:
+                    requests.append(Request(row, row, keys[row], purpose, start, stop))
+                    requested += stop - start
+        return requests
+
+    def purposes(self, votes: Votes) -> tuple[str, ...]:
+        """What votes may be cast for next: selection, estimation, or both."""
+        del votes
+        return ("selection", "estimation")
 
     def cast(
         self, counter: VoteCounter, images: Tensor, requests: Sequence[Request], votes: Votes
@@ -311,12 +324,7 @@ class Estimator:
         return early
 
     def gains(
-        self,
-        top: Ints,
-        runner_up: Ints,
-        look: Ints,
-        radius: Floats,
-        tolerance: float,
+        self, top: Ints, runner_up: Ints, look: Ints, radius: Floats, tolerance: float
     ) -> Bools:
         """Whose votes go on after these looks, at which they certify these radii.
 
@@ -387,12 +395,7 @@ class Sequential(Estimator):
         return self._boundaries.finished(top, runner_up, look, law, sigma, grid, price)
 
     def gains(
-        self,
-        top: Ints,
-        runner_up: Ints,
-        look: Ints,
-        radius: Floats,
-        tolerance: float,
+        self, top: Ints, runner_up: Ints, look: Ints, radius: Floats, tolerance: float
     ) -> Bools:
         """Whose votes go on after these looks, at which they certify these radii."""
         law, sigma = self.noise.law, self.noise.sigma
@@ -458,12 +461,7 @@ class UnionBound(Estimator):
         return UNION_BOUND_KEEPS[self.settings.keep]
 
     def gains(
-        self,
-        top: Ints,
-        runner_up: Ints,
-        look: Ints,
-        radius: Floats,
-        tolerance: float,
+        self, top: Ints, runner_up: Ints, look: Ints, radius: Floats, tolerance: float
     ) -> Bools:
         """Whose votes went on after these looks, at which they certify these radii."""
         grid, saving = self.grid(), self._saving

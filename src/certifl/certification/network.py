@@ -7,12 +7,14 @@ says in which precision.
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from certifl.certification.checks import (
     Model,
@@ -22,13 +24,9 @@ from certifl.certification.checks import (
     probe_of,
     writes_into_its_input,
 )
-from certifl.certification.inference import fold_batch_norm
-from certifl.certification.precisions import (
-    PRECISIONS,
-    REMOVED_PRECISIONS,
-    removed_precision,
-)
 from certifl.certification.quantization import Calibration, Quantized, Scales, quantize
+from certifl.certification.quantized_graph import called, is_plain, loses_hooks
+from certifl.certification.settings import PRECISIONS, REMOVED_PRECISIONS, removed_precision
 from certifl.errors import InputError, ModelError, first_line
 from certifl.module_copies import (
     bare_copy_of,
@@ -265,43 +263,19 @@ def _laid_out(
     ready: nn.Module, dtype: torch.dtype, layout: torch.memory_format, probe: Tensor
 ) -> tuple[Model, int]:
     ready.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
-    call = _own_input(_Caller(ready, dtype, layout), probe)
+    call = _own_input(lambda images: ready(images.to(dtype, memory_format=layout)), probe)
     return call, probe_classes(call, probe)
 
 
-@dataclass(frozen=True)
-class _Caller:
-    module: nn.Module
-    dtype: torch.dtype
-    layout: torch.memory_format
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.module(images.to(self.dtype, memory_format=self.layout))
-
-
-@dataclass(frozen=True)
-class _OwnInput:
-    """A network that writes into its input, given a batch of its own at every call."""
-
-    call: Model
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.call(images.clone())
-
-
-@dataclass(frozen=True)
-class _Logits:
-    """A network of whose answer `.logits` are taken where it has them (Hugging Face)."""
-
-    call: Model
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return logits_in(self.call(images))
-
-
 def _own_input(call: Model, probe: Tensor) -> Model:
-    call = _Logits(call)
-    return _OwnInput(call) if writes_into_its_input(call, probe) else call
+    """The network's logits, or `.logits` of its answer; it may write into its own batch alone."""
+
+    def logits(images: Tensor) -> Tensor:
+        return logits_in(call(images))
+
+    if not writes_into_its_input(logits, probe):
+        return logits
+    return lambda images: logits(images.clone())
 
 
 def tf32_state() -> dict[str, bool]:
@@ -408,3 +382,75 @@ def _largest_activation(module: nn.Module, probe: Tensor) -> int:
         for hook in hooks:
             hook.remove()
     return largest[0]
+
+
+# BatchNorm in evaluation mode is affine: folded into the convolution before it, it is free.
+
+
+def fold_batch_norm(module: nn.Module, probe: Tensor) -> nn.Module | None:
+    """A copy with every BatchNorm that follows a convolution folded into it, or None.
+
+    Only a module that can be traced is folded, and only if its logits stay the same up to float32
+    rounding on a probe; otherwise the network votes unfolded, which is slower and equally valid.
+
+    Args:
+        module: in evaluation mode; left as it is.
+        probe: (m, c, h, w) images to compare the two on.
+    """
+    try:
+        graph = _folded(module)
+        if graph is None:
+            return None
+        with torch.inference_mode():
+            # Clones, for either may write into its input.
+            before, after = module(probe.clone()), graph(probe.clone())
+    except Exception as error:  # tracing runs the model's own forward: anything may be raised
+        _log.info("BatchNorm is not folded, the model cannot be traced: %s", error)
+        return None
+    if not isinstance(before, Tensor):
+        return None
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * (1.0 + float(before.abs().max()))):
+        _log.warning("BatchNorm is not folded: it changed the logits beyond rounding.")
+        return None
+    return graph
+
+
+def _folded(module: nn.Module) -> fx.GraphModule | None:
+    """The traced network with its BatchNorm folded; None where there is nothing to fold."""
+    graph = fx.symbolic_trace(copy.deepcopy(module))
+    if loses_hooks(module, graph):
+        _log.info("BatchNorm is not folded: tracing would leave out hooks of the model.")
+        return None
+    pairs = [pair for node in graph.graph.nodes if (pair := _pair(node, graph)) is not None]
+    if not pairs:
+        return None
+    for convolution, norm in pairs:
+        layers = called(convolution, graph), called(norm, graph)
+        assert isinstance(layers[0], nn.Conv2d)
+        assert isinstance(layers[1], nn.BatchNorm2d)
+        graph.set_submodule(str(convolution.target), fuse_conv_bn_eval(layers[0], layers[1]))
+        norm.replace_all_uses_with(convolution)
+        graph.graph.erase_node(norm)
+    graph.graph.lint()
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+    graph.eval()
+    return graph
+
+
+def _pair(node: fx.Node, graph: fx.GraphModule) -> tuple[fx.Node, fx.Node] | None:
+    """The convolution and the BatchNorm that reads it alone, where `node` is such a BatchNorm."""
+    if not is_plain(called(node, graph), nn.BatchNorm2d):
+        return None
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or len(source.users) != 1:
+        return None
+    if not is_plain(called(source, graph), nn.Conv2d):
+        return None
+    own = f"{source.target}."
+    used_elsewhere = any(  # the convolution, or one of its weights
+        (other.op == "call_module" and other.target == source.target and other is not source)
+        or (other.op == "get_attr" and str(other.target).startswith(own))
+        for other in graph.graph.nodes
+    )
+    return None if used_elsewhere else (source, node)

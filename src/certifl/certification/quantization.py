@@ -26,9 +26,15 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from certifl.certification.checks import check_images
-from certifl.certification.inference import loses_hooks
-from certifl.certification.quantized_graph import Plan, Writer, kind_of, overwritten
-from certifl.certification.quantized_layers import LEVELS, Range
+from certifl.certification.quantized_graph import (
+    LEVELS,
+    Plan,
+    Range,
+    Writer,
+    kind_of,
+    loses_hooks,
+    overwritten,
+)
 from certifl.errors import InputError, ModelError, first_line
 from certifl.perturbations.base import Perturbation
 from certifl.rng import generator

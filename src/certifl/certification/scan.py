@@ -19,23 +19,17 @@ import torch
 from torch import Tensor
 
 from certifl.certification.certificates import Certificates
-from certifl.certification.counts import Request, Votes, next_requests
-from certifl.certification.estimators import (
-    Estimator,
-    Metadata,
-    Noise,
-    least_that,
-)
+from certifl.certification.counts import CHUNK, Request, Votes
+from certifl.certification.estimators import Estimator, Metadata, Noise, least_that
 from certifl.certification.metadata import differs
-from certifl.certification.sampling import CHUNK, VoteCounter
+from certifl.certification.sampling import VoteCounter
 from certifl.certification.settings import GRID_POINTS, Settings
 from certifl.errors import InputError
 from certifl.perturbations import PERTURBATIONS
 from certifl.rng import vote_generator
-from certifl.smoothing.arrays import Bools, Floats
-from certifl.smoothing.scan import BETS, SHARES, Reading, read_scan
+from certifl.smoothing.bounds import Bools, Floats
+from certifl.smoothing.scan import BETS, SHARES, Reading, Scan, passes_of, read_scan
 from certifl.smoothing.sequential import grid_steps
-from certifl.smoothing.strata import Scan, passes_of
 
 # Images read at once; a reading holds a few numbers per image, rival and cell.
 _BLOCK = 16
@@ -96,14 +90,10 @@ class ScanEstimator(Estimator):
         pairs = least_that(lambda k: 2.0 / alpha < float(SHARES @ np.exp(BETS * (k - 2.0))))
         return 2 * math.ceil((pairs + 1) * scan.width / (2.0 * scan.sigma))
 
-    def next_requests(
-        self, votes: Votes, keys: Sequence[int], size: int, quota: int
-    ) -> list[Request]:
+    def purposes(self, votes: Votes) -> tuple[str, ...]:
         """Selection votes first, at delta = 0; the scan's own votes are others."""
-        n0 = self.settings.n0
-        missing = bool((votes.selection.sum(axis=1) < n0).any())
-        purposes = ["selection" if missing else "estimation"]
-        return next_requests(votes, keys, n0, self.looks, size, quota, purposes)
+        missing = bool((votes.selection.sum(axis=1) < self.settings.n0).any())
+        return ("selection",) if missing else ("estimation",)
 
     def cast(
         self, counter: VoteCounter, images: Tensor, requests: Sequence[Request], votes: Votes

@@ -20,6 +20,19 @@ from certifl.registry import Registry, Row, check_parameters, parameters
 if TYPE_CHECKING:
     from certifl.certification.estimators import Estimator, Noise
 
+PRECISIONS = ("float32", "bfloat16", "int8")
+# Precisions of 0.1.0, which stored votes may still name, and what to choose in their place.
+REMOVED_PRECISIONS = {"float32-compiled": "float32", "bfloat16-compiled": "bfloat16"}
+
+
+def removed_precision(name: str) -> str:
+    """What to say to somebody who asks for a precision of `REMOVED_PRECISIONS`."""
+    return (
+        f'the precision "{name}" was removed in 0.2.0: choose "{REMOVED_PRECISIONS[name]}", the '
+        "same arithmetic in another order, so votes differ only where rounding decides."
+    )
+
+
 GRID_POINTS = 50
 _MOST_VOTES = 10**9
 _DEFAULTS = {"keep": "certificates", "reach": None}

@@ -16,8 +16,8 @@ from certifl.certification.api import asked_conditions
 from certifl.certification.arithmetic import Arithmetic
 from certifl.certification.certificates import Predictions
 from certifl.certification.metadata import AMOUNTS, differs, entries
-from certifl.certification.precisions import PRECISIONS
-from certifl.certification.record import known_words
+from certifl.certification.recompute import known_words
+from certifl.certification.settings import PRECISIONS
 from certifl.errors import InputError, SpecError, StoreError
 from certifl.experiments.recast import Options, Recast, recast_votes
 from certifl.experiments.verify_run import (

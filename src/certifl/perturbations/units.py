@@ -17,7 +17,7 @@ from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
 from certifl.errors import InputError, UnusualValue
-from certifl.smoothing.rounding import floor_text
+from certifl.smoothing.curves import floor_text
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _SMALLEST, _LARGEST = 1e-12, 1e9  # float32 holds their squares, and sums of those

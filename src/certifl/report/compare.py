@@ -27,7 +27,7 @@ from certifl.report.summary import (
     largest_radius,
     mean_acr,
 )
-from certifl.smoothing.arrays import Floats, Ints
+from certifl.smoothing.bounds import Floats, Ints
 
 _NO_SEED = "they have no seed in common"
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from certifl.certification.frames import pandas, require_rows
+from certifl.certification.certificates import pandas, require_rows
 from certifl.errors import InputError
 from certifl.perturbations.units import parse_amounts
 from certifl.report.groups import Group, by_class, by_client
 from certifl.report.results import Row, RunResults
 from certifl.report.summary import client_curves, first_unit, radius_grid, selected_radii
 from certifl.report.table import summary_rows
-from certifl.smoothing.arrays import Floats
+from certifl.smoothing.bounds import Floats
 from certifl.smoothing.curves import mean_and_band
 
 if TYPE_CHECKING:

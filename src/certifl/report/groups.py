@@ -10,7 +10,7 @@ import numpy as np
 from certifl.certification.certificates import Certificates
 from certifl.report.results import Row, RunResults
 from certifl.report.summary import Share, gains, image_numbers, shares_over_seeds
-from certifl.smoothing.arrays import Ints
+from certifl.smoothing.bounds import Ints
 
 
 @dataclass(frozen=True)

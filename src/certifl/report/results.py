@@ -20,7 +20,7 @@ from certifl.report.checks import certificates_problem, round_problem
 from certifl.report.curves_only import certificates_from_curves
 from certifl.runs.folder import StoredRun, damaged_manifest
 from certifl.safe_io import read_text
-from certifl.smoothing.arrays import Floats, Ints
+from certifl.smoothing.bounds import Floats, Ints
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

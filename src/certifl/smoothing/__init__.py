@@ -14,11 +14,11 @@ from certifl.smoothing.curves import (
     average_certified_radius,
     certified_accuracy,
     even_grid,
+    floor_text,
     floor_to_grid,
     mean_and_band,
 )
 from certifl.smoothing.laws import EXPONENTIAL, GAUSSIAN, LAWS, UNIFORM, Law
-from certifl.smoothing.rounding import floor_text
 from certifl.smoothing.sequential import finished, grid_steps, levels, looks, reachable_radius
 
 __all__ = [

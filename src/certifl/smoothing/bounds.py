@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from certifl.errors import InputError
-from certifl.smoothing import special
-from certifl.smoothing.arrays import Floats
 
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 BoundsRule = Callable[[ArrayLike, ArrayLike, ArrayLike, ArrayLike], tuple[Floats, Floats]]
 
 # scipy's regularised incomplete beta is off by at most 1.5e-13 of its value at n = 1e5 and 1.3e-12
@@ -49,6 +50,8 @@ def clopper_pearson_lower(k: ArrayLike, n: ArrayLike, level: ArrayLike) -> Float
     Raises:
         InputError: counts that are no whole numbers or out of range, or a level outside (0, 1).
     """
+    from scipy import special  # takes a while to import: when a bound is first computed
+
     k, n, level = _checked(k, n, level)
     some = k > 0
     a, b = np.where(some, k, 1.0), n - np.where(some, k, 1.0) + 1.0
@@ -74,6 +77,8 @@ def clopper_pearson_upper(k: ArrayLike, n: ArrayLike, level: ArrayLike) -> Float
     Raises:
         InputError: counts that are no whole numbers or out of range, or a level outside (0, 1).
     """
+    from scipy import special
+
     k, n, level = _checked(k, n, level)
     some = k < n
     a, b = np.where(some, k, 0.0) + 1.0, n - np.where(some, k, 0.0)
@@ -159,6 +164,8 @@ def two_sided_sign_test(k_first: ArrayLike, k_second: ArrayLike) -> Floats:
 
     Source: Hung and Fithian 2019; Cohen, Rosenfeld and Kolter 2019, PREDICT.
     """
+    from scipy import special
+
     first, second = _together(k_first, k_second)
     total = np.maximum(first + second, 1.0)
     _checked(first, total, 0.5)

@@ -37,9 +37,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from certifl.errors import InputError
-from certifl.smoothing import special
-from certifl.smoothing.arrays import Bools, Floats, Ints
-from certifl.smoothing.bounds import BoundsRule
+from certifl.smoothing.bounds import Bools, BoundsRule, Floats, Ints
 from certifl.smoothing.laws import Law
 
 # A chance above this would stop images that more likely than not still improve at every look.
@@ -232,6 +230,8 @@ def count_at_most(
     k: Floats | Ints, spent: Floats | Ints, n: float | Floats, chance: Floats
 ) -> Floats:
     """An upper limit of a count after n votes that was k after `spent`; best case included."""
+    from scipy import special
+
     left = np.maximum(n - spent, 1.0)
     hits, misses = k * n / left, (spent - k) * n / left
     missed = special.betaincinv(np.where(misses > 0, misses, 1.0), hits + 1.0, chance)
@@ -240,10 +240,7 @@ def count_at_most(
 
 
 def _check_schedule(
-    looks: Sequence[int],
-    levels: Sequence[float],
-    look: int | NDArray[np.int64],
-    futility: float,
+    looks: Sequence[int], levels: Sequence[float], look: int | NDArray[np.int64], futility: float
 ) -> None:
     index = np.asarray(look)
     if len(looks) != len(levels) or np.any(np.diff(np.asarray(looks)) <= 0):

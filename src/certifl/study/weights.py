@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from certifl.errors import InputError, StoreError
 from certifl.models import fingerprint, state_of
-from certifl.models.weights import load_weights, read_checkpoint, weights_in
+from certifl.models.state import load_weights, read_checkpoint, weights_in
 from certifl.path_checks import WEIGHTS, check_file
 from certifl.runs.atomic import load_tensors, save_tensors
 from certifl.runs.folder import RunFolder

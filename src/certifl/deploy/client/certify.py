@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from certifl.certification import Certificates
-from certifl.certification import adaptive as engine
+from certifl.certification import counts as engine
 from certifl.certification.arithmetic import Trial
-from certifl.certification.rng_check import check_random_source_once
+from certifl.certification.sampling import check_random_source_once
 from certifl.deploy.client.curves import curve_of, rows_of
 from certifl.deploy.client.data import LocalData
 from certifl.deploy.client.settings import Settings, lower_level

@@ -13,7 +13,7 @@ from certifl.errors import InputError
 from certifl.federated.averaging import check_alike, policy_of
 from certifl.federated.states import ModelState, Parts, ServerState, Update
 from certifl.registry import check_number
-from certifl.smoothing.arrays import Floats
+from certifl.smoothing.bounds import Floats
 
 _COORDINATES = 1 << 16
 

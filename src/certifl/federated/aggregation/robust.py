@@ -13,7 +13,7 @@ from certifl.federated.aggregation import RULES, share_of
 from certifl.federated.aggregation.base import blocks, combined, is_statistic, largest_counters
 from certifl.federated.averaging import average_models, policy_of
 from certifl.federated.states import ModelState, ServerState, Update
-from certifl.smoothing.arrays import Floats
+from certifl.smoothing.bounds import Floats
 
 
 @dataclass(frozen=True)

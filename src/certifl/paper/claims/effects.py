@@ -20,7 +20,7 @@ from certifl.certification.settings import GRID_POINTS
 from certifl.paper.claims.bootstrap import ResampledMeans, Sampler
 from certifl.paper.claims.runs import StudyRun
 from certifl.report.intervals import Sample, interval_over_seeds, rule_of_three_margin
-from certifl.smoothing.arrays import Floats
+from certifl.smoothing.bounds import Floats
 
 # With ten images of each of 20 clients a 95 % interval of spreads misses 15 % of the time: many
 # clients have none or all correct, and resampling changes nothing. With twenty it misses 2 to 6 %.

@@ -20,7 +20,7 @@ from certifl.report.results import RunResults, decisive_settings, load_run
 from certifl.report.units import family_words, sigma_text
 from certifl.runs.atomic import read_json
 from certifl.safe_io import MALFORMED, parse_toml
-from certifl.smoothing.strata import Scan
+from certifl.smoothing.scan import Scan
 
 SMALL, LARGE = "small", "large"
 # Between the paper's two sigmas of each family: 0.1 and 0.5 (times pi for rotation), 0.12 and 0.5.
