@@ -183,13 +183,13 @@ def test_tf32_is_read_by_its_older_name_before_torch_2_9(on: bool) -> None:
 def test_votes_of_another_tf32_are_not_counted_with_these(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(conditions.__globals__, "_device_name", str)
+    monkeypatch.setattr(torch.cuda, "get_device_name", str)
     job = Job(0, np.arange(3), (IMAGES * 255).byte(), np.zeros(3, np.int64), tmp_path / "votes")
 
     def key(device: str, precision: str = "float32") -> str:
         ready = network_of(device, precision)
-        facts = conditions(NOISE, Settings(), ready, 0, MODEL, "data")
-        return _votes_key(job, facts, "")
+        metadata = conditions(NOISE, Settings(), ready, 0, MODEL, "data")
+        return _votes_key(job, metadata, "")
 
     devices = ("cuda", "cpu")
     by_default = [key(device) for device in devices] + [key("cuda", "bfloat16")]
