@@ -126,8 +126,8 @@ def test_verification_finds_every_kind_of_tampering(made: certifl.Certificates) 
 
 
 def test_verification_finds_levels_that_spend_more_than_alpha(made: certifl.Certificates) -> None:
-    facts = {**made.conditions, "alpha": made.conditions["alpha"] / 2}
-    assert len(verify(dataclasses.replace(made, conditions=facts))) == len(made)
+    metadata = {**made.conditions, "alpha": made.conditions["alpha"] / 2}
+    assert len(verify(dataclasses.replace(made, conditions=metadata))) == len(made)
 
 
 def test_certificates_without_votes_cannot_be_verified(tmp_path: Path) -> None:

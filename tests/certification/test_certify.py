@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import certifl
-from certifl.certification.counts import Request, Votes, advance, finalize, fresh
+from certifl.certification.counts import Request
 from certifl.certification.network import prepare
 from certifl.certification.sampling import CHUNK, VoteCounter
 from certifl.certification.settings import ESTIMATORS, Settings
@@ -48,7 +48,7 @@ def test_a_half_space_is_never_certified_beyond_its_true_radius(estimator: str) 
         model,
         images,
         certifl.PixelNoise(sigma),
-        n=10_000,
+        n=4000,
         estimator=estimator,
         precision="float32",
     )
@@ -61,16 +61,21 @@ def test_a_half_space_is_never_certified_beyond_its_true_radius(estimator: str) 
 def test_a_half_space_is_certified_up_to_nearly_its_true_radius() -> None:
     model, images = half_space()
     sigma = 0.25
-    made = certifl.certify(
-        model, images, certifl.PixelNoise(sigma), estimator="top-class", precision="float32"
-    )
-    true = model.true_radius(images).numpy()
+    true = model.true_radius(images)
     # At p between 0.85 and 0.99 the bound of 100 000 votes lies 3.1 standard errors below p, which
     # is 1.4 to 1.6 % of the radius; the votes of one image add or take 0.5 %.
-    moderate = (true / sigma > 1.05) & (true / sigma < 2.4)
-    assert moderate.sum() >= 3
-    assert (made.radius[moderate] / true[moderate]).mean() >= 0.98
-    assert (made.radius[moderate] >= 0.97 * true[moderate]).all()
+    moderate = ((true / sigma > 1.05) & (true / sigma < 2.4)).nonzero()[:3, 0]
+    assert len(moderate) == 3
+    made = certifl.certify(
+        model,
+        images[moderate],
+        certifl.PixelNoise(sigma),
+        estimator="top-class",
+        precision="float32",
+    )
+    share = made.radius / true[moderate].numpy()
+    assert share.mean() >= 0.98
+    assert share.min() >= 0.97
 
 
 @pytest.mark.parametrize("estimator", AT_ZERO)
@@ -162,7 +167,7 @@ def test_a_chunk_is_drawn_alike_however_much_of_it_is_wanted() -> None:
 
 
 def test_sequential_stops_early_and_keeps_what_fixed_votes_certify_on_the_grid() -> None:
-    model, images = half_space(images=20)
+    model, images = half_space(images=12)
     noise, grid = certifl.PixelNoise(0.5), [0.0, 0.25, 0.5, 0.75, 1.0]
     options = {"n": 20_000, "precision": "float32"}
     fixed = certifl.certify(model, images, noise, estimator="runner-up", **options)
@@ -176,14 +181,14 @@ def test_sequential_stops_early_and_keeps_what_fixed_votes_certify_on_the_grid()
 
 
 def test_keeping_the_curve_costs_fewer_votes_and_never_claims_more() -> None:
-    model, images = half_space(images=40)
+    model, images = half_space(images=20)
     noise, grid = certifl.PixelNoise(0.5), np.arange(11) * 0.1
-    options = {"n": 20_000, "precision": "float32", "radii": grid.tolist()}
+    options = {"n": 10_000, "precision": "float32", "radii": grid.tolist()}
     kept = certifl.certify(model, images, noise, **options)
     curve = certifl.certify(model, images, noise, keep="curve", **options)
     assert curve.votes.mean() < 0.75 * kept.votes.mean()
     assert set(curve.votes.tolist()) <= set(
-        Settings(n=20_000, keep="curve").estimator_for(noise).looks
+        Settings(n=10_000, keep="curve").estimator_for(noise).looks
     )
     assert sum(curve.conditions["look_levels"]) <= curve.conditions["alpha"]
     steps = [np.searchsorted(grid, held.radius, side="right") for held in (curve, kept)]
@@ -216,34 +221,17 @@ def test_sequential_votes_are_the_first_of_the_fixed_ones() -> None:
 
 
 def test_label_aware_stopping_needs_labels_and_a_wrong_class() -> None:
-    model, images = half_space(images=6)
+    model, images = half_space(images=4)
     noise = certifl.PixelNoise(0.5)
-    plain = certifl.certify(model, images, noise, n=20_000)
+    plain = certifl.certify(model, images, noise, n=4000)
     chosen = plain.selection_counts.argmax(axis=1)
-    right = certifl.certify(model, images, noise, n=20_000, labels=chosen)
-    wrong = certifl.certify(model, images, noise, n=20_000, labels=1 - chosen)
+    right = certifl.certify(model, images, noise, n=4000, labels=chosen)
+    wrong = certifl.certify(model, images, noise, n=4000, labels=1 - chosen)
     assert np.array_equal(right.votes, plain.votes)
-    assert (wrong.votes == Settings(n=20_000).estimator_for(noise).looks[0]).all()
+    assert (wrong.votes == Settings(n=4000).estimator_for(noise).looks[0]).all()
     assert not wrong.correct.any()
-    patient = certifl.certify(model, images, noise, n=20_000, labels=1 - chosen, label_aware=False)
+    patient = certifl.certify(model, images, noise, n=4000, labels=1 - chosen, label_aware=False)
     assert np.array_equal(patient.votes, plain.votes)
-
-
-def test_certification_can_be_interrupted_after_any_batch() -> None:
-    model, images = half_space(images=5)
-    network = prepare(model, images, precision="float32", batch_size=16)
-    noise = certifl.PixelNoise(0.5)
-    estimator = Settings(n=2000).estimator_for(noise)
-    counter, keys = VoteCounter(network, noise, 0), [image_key(i) for i in images]
-    votes = fresh(5, 2)
-    batches = 0
-    while not votes.done.all():
-        advance(counter, images, keys, None, estimator, votes)
-        votes = Votes(**{name: values.copy() for name, values in votes.arrays().items()})
-        batches += 1
-    assert batches > 3
-    whole = certifl.certify(model, images, noise, n=2000, precision="float32")
-    assert np.array_equal(finalize(votes, estimator).counts, whole.counts)
 
 
 def test_predict_answers_or_abstains() -> None:
@@ -263,11 +251,11 @@ def test_predict_answers_or_abstains() -> None:
 
 def test_folding_and_bfloat16_keep_the_network_the_same_function() -> None:
     torch.manual_seed(0)
-    net = certifl.models.resnet18(in_channels=3, num_classes=10).train()
+    net = certifl.models.small_resnet(in_channels=3, num_classes=10).train()
     for _ in range(2):
-        net(torch.rand(16, 3, 32, 32))  # running statistics that are not the identity
+        net(torch.rand(16, 3, 16, 16))  # running statistics that are not the identity
     net.eval()
-    images = torch.rand(8, 3, 32, 32)
+    images = torch.rand(8, 3, 16, 16)
     folded = prepare(net, images, device="cpu", precision="float32")
     assert folded.folded
     with torch.no_grad():
@@ -295,30 +283,21 @@ def test_a_convolution_used_twice_is_not_folded() -> None:
 def test_the_record_says_what_was_certified() -> None:
     model, images = half_space(images=2)
     made = certifl.certify(model, images, certifl.PixelNoise(0.5), n=500, seed=9)
-    facts = made.conditions
-    assert facts["family"] == "pixel"
-    assert (facts["sigma"], facts["alpha"], facts["n"], facts["seed"]) == (0.5, 1e-3, 500, 9)
-    assert facts["norm"] == "l2"
-    assert facts["unit"] == "intensity"
-    assert facts["threat"]
-    assert math.isclose(sum(facts["look_levels"]), 1e-3, rel_tol=1e-9)
-    assert facts["model_fingerprint"] == certifl.models.fingerprint(model)
+    metadata = made.conditions
+    assert metadata["family"] == "pixel"
+    assert (metadata["sigma"], metadata["alpha"], metadata["n"], metadata["seed"]) == (
+        0.5,
+        1e-3,
+        500,
+        9,
+    )
+    assert metadata["norm"] == "l2"
+    assert metadata["unit"] == "intensity"
+    assert metadata["threat"]
+    assert math.isclose(sum(metadata["look_levels"]), 1e-3, rel_tol=1e-9)
+    assert metadata["model_fingerprint"] == certifl.models.fingerprint(model)
     assert made.votes.shape == (2,)
     assert made.seconds.sum() > 0
-
-
-def test_progress_is_reported_up_to_the_end() -> None:
-    model, images = half_space(images=3)
-    seen: list[tuple[int, int]] = []
-    certifl.certify(
-        model,
-        images,
-        certifl.PixelNoise(0.5),
-        n=500,
-        progress=lambda done, total: seen.append((done, total)),
-    )
-    assert seen[-1] == (3 * 600, 3 * 600)
-    assert seen == sorted(seen)
 
 
 def test_radii_of_another_unit_are_refused_before_a_vote() -> None:

@@ -106,14 +106,16 @@ def test_predict_with_the_scales_of_a_record_is_the_network_of_the_record() -> N
     net, images = model("small_cnn"), pictures(3)
     options = {"precision": "int8", "device": "cpu"}
     made = certifl.certify(net, images, NOISE, n=500, calibration=TRAINING, **options)  # pyright: ignore
-    facts = made.conditions
-    assert facts["precision"] == "int8"
-    assert 0 <= facts["agreement_with_float32"] <= 1
-    scales = recorded(facts)
+    metadata = made.conditions
+    assert metadata["precision"] == "int8"
+    assert 0 <= metadata["agreement_with_float32"] <= 1
+    scales = recorded(metadata)
     assert scales is not None
-    assert scales == Scales.read(facts["quantization"]["scales"])
+    assert scales == Scales.read(metadata["quantization"]["scales"])
     with_images = certifl.predict(net, images, NOISE, calibration=TRAINING, **options)  # pyright: ignore
-    with_scales = certifl.predict(net, images, NOISE, calibration=facts["quantization"], **options)  # pyright: ignore
+    with_scales = certifl.predict(
+        net, images, NOISE, calibration=metadata["quantization"], **options
+    )  # pyright: ignore
     assert np.array_equal(with_images, with_scales)
     assert certifl.certification.verify(made) == []
 

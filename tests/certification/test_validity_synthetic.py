@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import pytest
@@ -28,7 +27,6 @@ from certifl.smoothing import (
     Law,
     clopper_pearson_lower,
     clopper_pearson_upper,
-    finished,
     floor_text,
     levels,
     looks,
@@ -172,29 +170,6 @@ SEQUENTIAL = {
     "tie below half": (UNIFORM, [0.4, 0.4, 0.2]),
     "below half, at a step": (UNIFORM, [0.45, 0.2, 0.2, 0.15]),
 }
-GRID = np.array([0.25, 0.5, 0.75, 1.0])
-
-
-@pytest.mark.parametrize(("rule", "futility"), [("top-class", 3.0), ("runner-up", 0.01)])
-@pytest.mark.parametrize("cell", SEQUENTIAL)
-def test_radii_of_the_sequential_rule_hold(cell, rule, futility):
-    law, shares = SEQUENTIAL[cell][0], np.array(SEQUENTIAL[cell][1])
-    rng, schedule = generator(5), looks(1600, first=50)
-    level = levels(ALPHA, schedule)
-    chosen = rng.multinomial(20, shares, size=RUNS).argmax(1)
-    radius, active = np.zeros(RUNS), np.ones(RUNS, bool)
-    for j, counts in enumerate(paths(schedule, shares, rng)):
-        at = top_and_runner(counts, chosen)
-        now = each_once(radius_at(law, rule, schedule[j], level[j]), *at)
-        stop = partial(
-            finished, look=j, looks=schedule, levels=level, grid=GRID, law=law, sigma=1.0,
-            bounds_rule=BOUNDS[rule], futility=futility,
-        )  # fmt: skip
-        done = each_once(stop, *at)
-        radius = np.where(active & done, now, radius)
-        active &= ~done
-    assert not active.any()
-    assert not rejected(radius > true_radius(law, shares, chosen))
 
 
 @pytest.mark.parametrize("cell", SEQUENTIAL)

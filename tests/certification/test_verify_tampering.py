@@ -424,15 +424,15 @@ def test_a_file_alone_contradicts_itself(
 
 def _longer(made: Certificates, factor: float = 2.0) -> Certificates:
     """The scan looked twice as far: every interval and radius is twice as long."""
-    facts = dict(made.conditions)
-    scan = {**facts["scan"], "low": factor * facts["scan"]["low"]}
-    scan["high"] = factor * facts["scan"]["high"]
+    metadata = dict(made.conditions)
+    scan = {**metadata["scan"], "low": factor * metadata["scan"]["low"]}
+    scan["high"] = factor * metadata["scan"]["high"]
     assert made.interval is not None
     return _with(
         made,
         radius=factor * made.radius,
         interval=factor * made.interval,
-        conditions={**facts, "scan": scan},
+        conditions={**metadata, "scan": scan},
     )
 
 
@@ -442,13 +442,13 @@ def test_a_longer_scan_is_found(reach: str, where: str, altered: Callable[[str],
     place = altered("scan")
     file = place / "certificates.parquet"
     longer = _longer(Certificates.load(file))
-    facts = dict(longer.conditions)
-    assert facts["reach"] is None
+    metadata = dict(longer.conditions)
+    assert metadata["reach"] is None
     if reach == "doubled":
-        facts["reach"] = 2 * np.pi
+        metadata["reach"] = 2 * np.pi
     elif reach == "left out":
-        del facts["reach"]
-    _with(longer, conditions=facts).save(file)
+        del metadata["reach"]
+    _with(longer, conditions=metadata).save(file)
     found(place if where == "run" else file, "scan")
 
 
@@ -661,10 +661,10 @@ def test_privacy_that_was_not_spent_so_is_found(tmp_path: Path) -> None:
     folder = run(study, Options(tmp_path / "run", explore=False))
     passes(folder.path)
     honest = _json(folder.path, "run.json")
-    told = honest["privacy"]
-    for key, value in told.items():
+    privacy = honest["privacy"]
+    for key, value in privacy.items():
         other = [0.5 * v for v in value] if isinstance(value, list) else _twice(value)
-        _write(folder.path, "run.json", {**honest, "privacy": {**told, key: other}})
+        _write(folder.path, "run.json", {**honest, "privacy": {**privacy, key: other}})
         assert _agrees(folder.path) is (key == "accountant"), key
     _write(folder.path, "run.json", {k: v for k, v in honest.items() if k != "privacy"})
     found(folder.path, "privacy")

@@ -49,10 +49,10 @@ def test_a_file_and_a_row_are_enough(exposure: type) -> None:
     images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     model = certifl.models.small_cnn(1, 10).eval()
     certificates = certifl.certify(model, images, perturbation, n=300, n0=20)
-    facts = certificates.conditions
-    assert facts["description"] == described
-    assert family_words(facts) == family_label("exposure") == "exposure"
-    assert [scale.name for scale in scales(facts, 0.1)] == ["log factor"]
+    stored = certificates.conditions
+    assert stored["description"] == described
+    assert family_words(stored) == family_label("exposure") == "exposure"
+    assert [scale.name for scale in scales(stored, 0.1)] == ["log factor"]
     assert trait("exposure", "promise", "").startswith("for every exposure")
 
 

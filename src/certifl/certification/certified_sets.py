@@ -86,8 +86,8 @@ class CertifiedRegion:
             (m, k, *shape) float32, never longer than the radius.
         """
         size = lengths(directions, self.norm, len(self.shape))
-        wanted = self.radius[:, None] * share * _INSIDE
-        factor = (wanted / torch.where(size > 0, size, 1.0)).reshape(
+        length = self.radius[:, None] * share * _INSIDE
+        factor = (length / torch.where(size > 0, size, 1.0)).reshape(
             *size.shape, *(1 for _ in self.shape)
         )
         deltas = (directions.double() * factor).to(torch.float32)

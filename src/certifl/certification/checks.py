@@ -390,8 +390,8 @@ def _logits(network: Model, batch: Tensor) -> Tensor:
             f"classes); got {answer_in_words(logits)}"
         )
     if logits.shape[1] < 2:
-        found = "one class only" if logits.shape[1] == 1 else "no class at all"
-        raise ModelError(f"The model answers with {found}: there is nothing to certify.")
+        number = "one class only" if logits.shape[1] == 1 else "no class at all"
+        raise ModelError(f"The model answers with {number}: there is nothing to certify.")
     if logits.dtype is torch.bool or logits.is_complex():
         raise ModelError(f"The model answers with {logits.dtype}: logits are real numbers.")
     if not bool(torch.isfinite(logits).all()):
@@ -514,9 +514,9 @@ def _of_dataset(data: Any) -> Iterator[Any]:
 
 def _stacked(images: Sequence[Any]) -> Tensor:
     if not all(isinstance(image, (Tensor, np.ndarray)) for image in images):
-        found = next(type(i).__name__ for i in images if not isinstance(i, (Tensor, np.ndarray)))
+        kind = next(type(i).__name__ for i in images if not isinstance(i, (Tensor, np.ndarray)))
         raise InputError(
-            f"The data set gives images as {found}: they must be tensors or arrays (c, h, w) in "
+            f"The data set gives images as {kind}: they must be tensors or arrays (c, h, w) in "
             "[0, 1], alone or as pairs (image, label). Give it a transform such as ToTensor()."
         )
     try:

@@ -37,7 +37,7 @@ _CALLS_PER_IMAGE = 4
 
 @dataclass(frozen=True)
 class Request:
-    """Votes wanted: numbers `start` to `stop` of one image's votes of one purpose.
+    """Requested votes: numbers `start` to `stop` of one image's votes of one purpose.
 
     Attributes:
         slot: the row of the result that counts them.
@@ -64,7 +64,7 @@ class Votes:
         selection: (m, classes) votes that choose the class.
         estimation: (m, classes) votes that bound its probability.
         looks: (m,) looks taken.
-        done: (m,) no more votes are wanted.
+        done: (m,) no more votes are needed.
         seconds: (m,) computing time attributed to the image.
         path: (m, v) scan only: the class of every estimation vote, in order; v is as far as any
             image has come.

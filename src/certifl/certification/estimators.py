@@ -68,7 +68,7 @@ class Saving:
 
     Attributes:
         per_doubling, early_share: as `sequential.looks` and `sequential.levels` take them.
-        price: of n votes, in grid steps (`sequential.finished`'s futility); or where `of_curve`,
+        price: of n votes, in grid steps (`futility` of `reachable_radius`); or where `of_curve`,
             as a share of the curve: a lost step is 1 / steps of what an image adds to it.
     """
 

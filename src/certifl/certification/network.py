@@ -117,14 +117,14 @@ def prepare(
     copied = _copied(model)
     if device == "auto" and copied is None:
         device = _own_device(model, images)
-    place = choose_device(device)
-    probe = images[:1].to(place, copy=True)  # a copy, for a network may write into it
+    target = choose_device(device)
+    probe = images[:1].to(target, copy=True)  # a copy, for a network may write into it
     small = isinstance(model, nn.Module) and is_small(model)
-    with exact_convolutions(place), one_thread(threads_in_use(small) == 1):
+    with exact_convolutions(target), one_thread(threads_in_use(small) == 1):
         if copied is None or not isinstance(model, nn.Module):
-            return _as_it_is(model, probe, place, precision, batch_size)
+            return _as_it_is(model, probe, target, precision, batch_size)
         chosen = choose_precision(precision)
-        return _prepared(copied, probe, place, chosen, batch_size, calibration)
+        return _prepared(copied, probe, target, chosen, batch_size, calibration)
 
 
 def _copied(model: Model) -> nn.Module | None:
@@ -144,7 +144,7 @@ def _own_device(model: Model, images: Tensor) -> torch.device:
 
 
 def _as_it_is(
-    model: Model, probe: Tensor, place: torch.device, precision: str, batch_size: int | str
+    model: Model, probe: Tensor, target: torch.device, precision: str, batch_size: int | str
 ) -> Network:
     """A network that cannot be changed: a function, or a module that cannot be copied."""
     if choose_precision(precision) == "int8":
@@ -158,8 +158,8 @@ def _as_it_is(
     classes = probe_classes(call, probe)
     if isinstance(model, nn.Module):
         depends_on_its_past(call, model, probe)
-    size = _batch(batch_size, place, _UNSEEN * 4 * probe.numel())
-    return Network(call, classes, place, "float32", False, size, as_it_is=True)
+    size = _batch(batch_size, target, _UNSEEN * 4 * probe.numel())
+    return Network(call, classes, target, "float32", False, size, as_it_is=True)
 
 
 def _check_as_it_is(model: nn.Module, precision: str) -> None:
@@ -175,14 +175,14 @@ def _check_as_it_is(model: nn.Module, precision: str) -> None:
 def _prepared(
     plain: nn.Module,
     probe: Tensor,
-    place: torch.device,
+    target: torch.device,
     precision: str,
     batch_size: int | str,
     calibration: Calibration | Scales | None,
 ) -> Network:
     """A copy of a model, probed on a few images under the conditions it votes under."""
     advice = format_advice(plain)
-    plain = _moved(plain, place)
+    plain = _moved(plain, target)
     try:
         call = _own_input(plain, probe)
         probe_classes(call, probe)
@@ -198,11 +198,11 @@ def _prepared(
         quantized = _quantized(ready, changes, probe, calibration)
         ready = quantized.module
     call, classes = _called(ready, dtype, probe)
-    size = _batch(batch_size, place, largest * (1 if quantized else dtype.itemsize))
+    size = _batch(batch_size, target, largest * (1 if quantized else dtype.itemsize))
     return Network(
         call,
         classes,
-        place,
+        target,
         precision,
         folded is not None,
         size,
@@ -236,12 +236,12 @@ def _quantized(
     return quantize(module, calibration, probe)
 
 
-def _moved(plain: nn.Module, place: torch.device) -> nn.Module:
+def _moved(plain: nn.Module, target: torch.device) -> nn.Module:
     """The copy on its device, in float32."""
     try:
-        made = to_format(plain.to(place), torch.float32)
+        made = to_format(plain.to(target), torch.float32)
     except NotImplementedError as error:  # weights on the device "meta" have no values
-        raise ModelError(f"The model cannot be moved to {place}: {error}") from error
+        raise ModelError(f"The model cannot be moved to {target}: {error}") from error
     for value in made.parameters():
         value.requires_grad_(False)
     return made
@@ -312,15 +312,15 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
             "several as cuda:1."
         )
     try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
+        target = torch.device(device)
+        torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
         first = first_line(error)
         raise InputError(
             f"device {device!r} cannot be used here: {first}. Choose another, or auto; `certifl "
             "doctor` says what this machine has."
         ) from error
-    return place
+    return target
 
 
 def choose_precision(precision: str) -> str:

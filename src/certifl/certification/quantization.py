@@ -289,16 +289,16 @@ def _traced(module: nn.Module, probe: Tensor) -> fx.GraphModule:
 class _Observer(fx.Interpreter):
     """Runs a network and records values of some of its nodes."""
 
-    def __init__(self, graph: fx.GraphModule, wanted: Sequence[fx.Node]) -> None:
+    def __init__(self, graph: fx.GraphModule, ranged: Sequence[fx.Node]) -> None:
         super().__init__(graph)
-        self._wanted = set(wanted)
-        self.seen: dict[str, list[Tensor]] = {node.name: [] for node in wanted}
-        self.ends: dict[str, list[float]] = {node.name: [0.0, 0.0] for node in wanted}
+        self._ranged = set(ranged)
+        self.seen: dict[str, list[Tensor]] = {node.name: [] for node in ranged}
+        self.ends: dict[str, list[float]] = {node.name: [0.0, 0.0] for node in ranged}
 
     def run_node(self, n: fx.Node) -> Any:
-        """The value of a node, recorded where it is wanted."""
+        """The value of a node, recorded where it gets a range."""
         value = super().run_node(n)
-        if n in self._wanted:
+        if n in self._ranged:
             flat = value.flatten()
             low, high = self.ends[n.name]
             self.ends[n.name] = [min(low, float(flat.min())), max(high, float(flat.max()))]

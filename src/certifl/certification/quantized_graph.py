@@ -2,6 +2,9 @@
 
 A convolution takes with it the sum and the ReLU that follow; values pass from an integer layer to
 the next without leaving 8 bits where everything between them can.
+
+Layers compute on oneDNN's kernels (CPU), which torch ships and its compiler uses. They are
+internal to torch, and this file is the only one that calls them.
 """
 
 from __future__ import annotations
@@ -31,12 +34,12 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
-def pool_pairs(pool: nn.MaxPool2d) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+def _pool_pairs(pool: nn.MaxPool2d) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     """Kernel size, stride and dilation of a pooling, for both axes."""
     return _pair(pool.kernel_size), _pair(pool.stride), _pair(pool.dilation)
 
 
-class Quantize(nn.Module):
+class _Quantize(nn.Module):
     """float32 to 8 bits."""
 
     def __init__(self, own: Range) -> None:
@@ -44,11 +47,10 @@ class Quantize(nn.Module):
         self.inverse, self.shift = 1.0 / own.scale, own.zero + 0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
         return x.mul(self.inverse).add_(self.shift).clamp_(0, LEVELS).to(torch.uint8)
 
 
-class Dequantize(nn.Module):
+class _Dequantize(nn.Module):
     """8 bits to float32."""
 
     def __init__(self, own: Range) -> None:
@@ -56,19 +58,10 @@ class Dequantize(nn.Module):
         self.own = own
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
         return x.float().sub_(self.own.zero).mul_(self.own.scale)
 
 
-class Contiguous(nn.Module):
-    """Values in the usual order of memory."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        return x.contiguous()
-
-
-class Mean(nn.Module):
+class _Mean(nn.Module):
     """Means over all places; sums of so few bits are exact in float32."""
 
     def __init__(self, own: Range) -> None:
@@ -76,22 +69,20 @@ class Mean(nn.Module):
         self.own = own
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
         total = x.float().sum((-2, -1), keepdim=True)
         places = x.shape[-2] * x.shape[-1]
         return total.sub_(self.own.zero * places).mul_(self.own.scale / places)
 
 
-class MaxPool(nn.Module):
+class _MaxPool(nn.Module):
     """By the maximum of shifted slices: torch's own pooling has no fast kernel for 8 bits."""
 
     def __init__(self, layer: nn.MaxPool2d) -> None:
         super().__init__()
-        self.size, self.stride, _ = pool_pairs(layer)
+        self.size, self.stride, _ = _pool_pairs(layer)
         self.padding = _pair(layer.padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
         down, across = self.padding
         if down or across:
             x = functional.pad(x, (across, across, down, down), value=0)  # the least number
@@ -127,7 +118,7 @@ class _Layer(nn.Module):
         self.dtype = torch.float32 if out is None else torch.uint8
 
 
-class Linear(_Layer):
+class _Linear(_Layer):
     """Its kernel gives whole sums, scaled afterwards: it would round otherwise by batch size."""
 
     def __init__(self, layer: nn.Linear, source: Range, out: Range | None, relu: bool) -> None:
@@ -135,10 +126,9 @@ class Linear(_Layer):
         self.weight = _kernels.qlinear_prepack(self.numbers, None)
         self.factors = self.scales * source.scale
         self.ones = torch.ones_like(self.scales)
-        self.quantize = None if out is None else Quantize(out)
+        self.quantize = None if out is None else _Quantize(out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
         sums = _kernels.qlinear_pointwise(
             x,
             1.0,
@@ -161,7 +151,7 @@ class Linear(_Layer):
         return sums if self.quantize is None else self.quantize(sums)
 
 
-class Convolution(_Layer):
+class _Convolution(_Layer):
     """A convolution in integers, with a ReLU where one follows."""
 
     def __init__(self, layer: nn.Conv2d, source: Range, out: Range | None, relu: bool) -> None:
@@ -176,7 +166,6 @@ class Convolution(_Layer):
         self.after = (self.out.scale, self.out.zero, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
         return _kernels.qconv_pointwise(
             x,
             *self.before,
@@ -192,7 +181,7 @@ class Convolution(_Layer):
         )
 
 
-class Sum(Convolution):
+class _Sum(_Convolution):
     """A convolution added to other values, whose memory the sum takes."""
 
     def __init__(
@@ -202,7 +191,6 @@ class Sum(Convolution):
         self.other = (other.scale, other.zero)
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """See the class."""
         return _kernels.qconv2d_pointwise.binary(
             x,
             *self.before,
@@ -352,11 +340,11 @@ class Plan:
 
     def _ranged(self) -> Iterator[fx.Node]:
         """Nodes whose values are written in 8 bits, once each, in order."""
-        wanted = {group.layer.all_input_nodes[0] for group in self.groups.values()}
-        wanted |= {group.other for group in self.groups.values() if group.other is not None}
-        wanted |= {group.last for group in self.groups.values() if self.in_integers(group)}
-        sources = {self.source_of(node) for node in wanted}
-        return iter(sorted(sources, key=self.order.__getitem__))
+        sources = {group.layer.all_input_nodes[0] for group in self.groups.values()}
+        sources |= {group.other for group in self.groups.values() if group.other is not None}
+        sources |= {group.last for group in self.groups.values() if self.in_integers(group)}
+        ranged = {self.source_of(node) for node in sources}
+        return iter(sorted(ranged, key=self.order.__getitem__))
 
     def in_integers(self, group: _Group) -> bool:
         """Whether the value of a group is 8 bits: where somebody wants it, and every sum."""
@@ -384,16 +372,16 @@ def _in_place(node: fx.Node, graph: fx.GraphModule) -> bool:
     name = str(getattr(node.target, "__name__", node.target))
     if node.op == "call_module":
         return bool(getattr(called(node, graph), "inplace", False))
-    asked = bool(node.kwargs.get("inplace")) or (len(node.args) > 1 and node.args[1] is True)
+    requested = bool(node.kwargs.get("inplace")) or (len(node.args) > 1 and node.args[1] is True)
     named = name.endswith("_") and not name.endswith("__")
-    return node.op.startswith("call") and (asked or named or name in _AUGMENTED)
+    return node.op.startswith("call") and (requested or named or name in _AUGMENTED)
 
 
 def passes(node: fx.Node, graph: fx.GraphModule) -> bool:
     """Whether a node passes 8-bit values on as they are: pooling by maximum, flattening."""
     layer = called(node, graph)
     if type(layer) is nn.MaxPool2d:
-        return not layer.return_indices and not layer.ceil_mode and pool_pairs(layer)[2] == (1, 1)
+        return not layer.return_indices and not layer.ceil_mode and _pool_pairs(layer)[2] == (1, 1)
     return type(layer) in (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d) or (
         _is(node, graph, (torch.flatten, "flatten")) and bool(node.all_input_nodes)
     )
@@ -439,14 +427,16 @@ class Writer:
             # Its range begins at 0, so writing it in 8 bits cuts negative values off.
             own = self._scales[node.name]
             self._integers[node] = (
-                self._add(Quantize(own), self._float(node.all_input_nodes[0])),
+                self._add(_Quantize(own), self._float(node.all_input_nodes[0])),
                 own,
             )
         elif self._is_mean(node):
-            self._write_mean(node)
+            value, own = self._integers[node.all_input_nodes[0]]
+            self._floats[node] = self._add(_Mean(own), value)
         elif _is(node, self._old, (), nn.GroupNorm):
             # In channels-last its sums depend on the number of threads.
-            source = self._add(Contiguous(), self._float(node.all_input_nodes[0]))
+            values = self._float(node.all_input_nodes[0])
+            source = self._new.call_method("contiguous", (values,))
             self._floats[node] = self._new.node_copy(node, lambda _old: source)
         else:
             self._floats[node] = self._new.node_copy(node, self._float)
@@ -466,13 +456,13 @@ class Writer:
     def _float(self, node: fx.Node) -> fx.Node:
         if node not in self._floats:
             value, own = self._integers[node]
-            self._floats[node] = self._add(Dequantize(own), value)
+            self._floats[node] = self._add(_Dequantize(own), value)
         return self._floats[node]
 
     def _integer(self, node: Any) -> tuple[fx.Node, Range]:
         if node not in self._integers:
             own = self._scales[self._plan.source_of(node).name]
-            self._integers[node] = self._add(Quantize(own), self._float(node)), own
+            self._integers[node] = self._add(_Quantize(own), self._float(node)), own
         return self._integers[node]
 
     def _passed_as_integers(self, node: fx.Node) -> bool:
@@ -487,7 +477,7 @@ class Writer:
         value, own = self._integer(node.all_input_nodes[0])
         layer = called(node, self._old)
         if isinstance(layer, nn.MaxPool2d):
-            made = self._add(MaxPool(layer), value)
+            made = self._add(_MaxPool(layer), value)
         else:
             made = self._new.node_copy(node, lambda _old: value)
         self._integers[node] = made, own
@@ -497,24 +487,20 @@ class Writer:
         one = isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size in (1, (1, 1))
         return one and node.all_input_nodes[0] in self._integers
 
-    def _write_mean(self, node: fx.Node) -> None:
-        value, own = self._integers[node.all_input_nodes[0]]
-        self._floats[node] = self._add(Mean(own), value)
-
     def _write_group(self, group: _Group) -> None:
         layer = called(group.layer, self._old)
         value, source = self._integer(group.layer.args[0])
         out = self._scales[group.last.name] if self._plan.in_integers(group) else None
         if isinstance(layer, nn.Linear):
-            made = self._add(Linear(layer, source, out, group.relu), value)
+            made = self._add(_Linear(layer, source, out, group.relu), value)
         else:
             assert isinstance(layer, nn.Conv2d)
             if group.other is None:
-                made = self._add(Convolution(layer, source, out, group.relu), value)
+                made = self._add(_Convolution(layer, source, out, group.relu), value)
             else:
                 assert out is not None
                 other, own = self._integer(group.other)
-                made = self._add(Sum(layer, source, out, group.relu, own), value, other)
+                made = self._add(_Sum(layer, source, out, group.relu, own), value, other)
         if out is None:
             self._floats[group.last] = made
         else:

@@ -124,10 +124,10 @@ def _users_function(name: str) -> Callable[..., Any]:
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        found = "is not callable" if function is not None else "does not exist"
+        reason = "is not callable" if function is not None else "does not exist"
         raise ModelError(
-            f"{function_name!r} in the module {module_name!r} {found}. Name a function that takes "
-            "in_channels and num_classes and returns a torch.nn.Module."
+            f"{function_name!r} in the module {module_name!r} {reason}. Name a function that "
+            "takes in_channels and num_classes and returns a torch.nn.Module."
         )
     return function
 
@@ -243,7 +243,7 @@ def load(
             "last layer: name it as model.name of a study."
         )
     _check_order(name, config, class_names)
-    channels, wanted = int(getattr(config, "num_channels", 3)), _size_of(processor)
+    channels, side = int(getattr(config, "num_channels", 3)), _size_of(processor)
     if in_channels not in (1, channels):
         raise ModelError(f"{name} takes images of {channels} channels, these have {in_channels}.")
     network = _network(name, num_classes if known != num_classes else None)
@@ -254,8 +254,8 @@ def load(
             check_logits(model, in_channels, num_classes, image_size)
         except ModelError as error:
             raise ModelError(
-                f"{error} {name} was made for images of {wanted or _ANY_SIZE} pixels: "
-                f"data.resize = {wanted or _ANY_SIZE} (--resize {wanted or _ANY_SIZE})."
+                f"{error} {name} was made for images of {side or _ANY_SIZE} pixels: "
+                f"data.resize = {side or _ANY_SIZE} (--resize {side or _ANY_SIZE})."
             ) from error
     return model
 

@@ -157,14 +157,14 @@ def _top(name: str) -> str:
 def _location_of(top: str) -> Path | None:
     """The folder that a module, or its package, is found in; nothing is imported for that."""
     try:
-        found = importlib.util.find_spec(top)
+        spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
         return None
-    if found is None:
+    if spec is None:
         return None
-    if found.submodule_search_locations:
-        return Path(next(iter(found.submodule_search_locations))).resolve().parent
-    return Path(found.origin).resolve().parent if found.has_location and found.origin else None
+    if spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations))).resolve().parent
+    return Path(spec.origin).resolve().parent if spec.has_location and spec.origin else None
 
 
 def code_fingerprint(model: nn.Module) -> str:
@@ -176,13 +176,13 @@ def code_fingerprint(model: nn.Module) -> str:
     """
     names = {type(layer).__module__ for layer in model.modules()}
     own = sorted(name for name in names if name.partition(".")[0] not in _KNOWN_BY_VERSION)
-    digest, found = hashlib.sha256(), False
+    digest, any_source = hashlib.sha256(), False
     for name in own:
         source = _source(name)
         if source is not None:
             digest.update(f"{name}\x1f{source}\x1e".encode())
-            found = True
-    return digest.hexdigest() if found else ""
+            any_source = True
+    return digest.hexdigest() if any_source else ""
 
 
 def _source(module: str) -> str | None:
@@ -280,17 +280,17 @@ def weights_in(content: object, where: str) -> State:
     Raises:
         InputError: there are none, or several and nothing says which are meant.
     """
-    found = _states(content, _DEEPEST)
-    usual = {key: state for key, state in found.items() if key.split(".")[-1] in _USUAL}
-    found = usual if usual else found
-    if len(found) > 1:
-        keys = ", ".join(key or "the file itself" for key in sorted(found))
+    tables = _states(content, _DEEPEST)
+    usual = {key: state for key, state in tables.items() if key.split(".")[-1] in _USUAL}
+    tables = usual or tables
+    if len(tables) > 1:
+        keys = ", ".join(key or "the file itself" for key in sorted(tables))
         raise InputError(
             f"{where} holds weights in several places ({keys}): save the intended ones alone."
         )
-    if not found:
+    if not tables:
         raise InputError(f"{where} holds no weights by name. Save model.state_dict() into it.")
-    return next(iter(found.values()))
+    return next(iter(tables.values()))
 
 
 def _states(content: Any, depth: int, key: str = "") -> dict[str, State]:
@@ -298,14 +298,14 @@ def _states(content: Any, depth: int, key: str = "") -> dict[str, State]:
     if not isinstance(content, Mapping) or not all(isinstance(name, str) for name in content):
         return {}
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    found: dict[str, State] = {}
+    tables: dict[str, State] = {}
     for name, value in content.items() if depth else ():
-        found.update(_states(value, depth - 1, f"{key}.{name}" if key else name))
+        tables.update(_states(value, depth - 1, f"{key}.{name}" if key else name))
     # Beside a table of weights, a single number is a result such as the best accuracy so far.
-    if tensors and (not found or any(value.ndim for value in tensors.values())):
+    if tensors and (not tables or any(value.ndim for value in tensors.values())):
         # The table itself where it holds nothing else: it knows its versions of layers.
-        found[key] = content if len(tensors) == len(content) else tensors
-    return found
+        tables[key] = content if len(tensors) == len(content) else tensors
+    return tables
 
 
 def load_weights(model: nn.Module, state: State, what: str) -> str:
@@ -346,12 +346,12 @@ def _renamed(state: State, own: State) -> tuple[dict[str, Tensor], str]:
     theirs = {_bare(name): name for name in own}
     if len(bare) < len(state) or len(theirs) < len(own):
         return dict(state), ""  # names that only a wrapper tells apart
-    wanted = {name for name in theirs if not name.endswith(_COUNTER)}
+    weights = {name for name in theirs if not name.endswith(_COUNTER)}
     prefix, change = "", ""
-    if not wanted <= bare.keys():
-        prefix, new = _common_prefix(bare), _common_prefix(wanted)
+    if not weights <= bare.keys():
+        prefix, new = _common_prefix(bare), _common_prefix(weights)
         moved = {new + name.removeprefix(prefix): value for name, value in bare.items()}
-        if wanted <= moved.keys() <= theirs.keys():
+        if weights <= moved.keys() <= theirs.keys():
             bare, change = moved, _prefix_in_words(prefix, new)
     return {theirs.get(name, name): value for name, value in bare.items()}, change
 

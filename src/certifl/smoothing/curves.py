@@ -1,4 +1,4 @@
-"""Curves of certificates: certified accuracy, average certified radius, grids and bands.
+"""Curves of certificates: accuracy and average radius, grids and bands, and radii as text.
 
 Everything is counted over ALL certified test images: an abstention counts as not correct.
 """
@@ -29,12 +29,12 @@ def certified_accuracy(correct: ArrayLike, radius: ArrayLike, radii: ArrayLike) 
         InputError: no images, unequal lengths, or a radius or R that is negative or not a number.
     """
     right, reach = _images(correct, radius)
-    wanted = np.asarray(radii, dtype=np.float64)
-    if not np.all(wanted >= 0):
+    requested = np.asarray(radii, dtype=np.float64)
+    if not np.all(requested >= 0):
         raise InputError("The radii of a curve must be numbers from 0 up.")
-    held = np.sort(reach[right])
-    short = np.searchsorted(held, wanted, side="left")  # correct images with radius < R
-    return ((held.size - short) / reach.size)[()]
+    certified = np.sort(reach[right])
+    short = np.searchsorted(certified, requested, side="left")  # correct images with radius < R
+    return ((certified.size - short) / reach.size)[()]
 
 
 def average_certified_radius(correct: ArrayLike, radius: ArrayLike) -> float:
@@ -111,24 +111,6 @@ def _images(correct: ArrayLike, radius: ArrayLike) -> tuple[NDArray[np.bool_], F
     if not np.all(reach >= 0):
         raise InputError("A certified radius is a number from 0 up; abstentions have radius 0.")
     return right, reach
-
-
-def floor_to_grid(radius: ArrayLike, grid: ArrayLike) -> Floats:
-    """The largest value of the grid that does not exceed the radius; 0.0 below the whole grid.
-
-    Args:
-        radius: certified radii, any shape.
-        grid: the radii that will be reported, in any order.
-
-    Raises:
-        InputError: an empty grid, or a value that is negative or not a number.
-    """
-    reach = np.asarray(radius, dtype=np.float64)
-    steps = np.unique(np.asarray(grid, dtype=np.float64))
-    if steps.size == 0 or not np.all(steps >= 0) or not np.all(reach >= 0):
-        raise InputError("A grid needs at least one value, and radii are numbers from 0 up.")
-    cell = np.searchsorted(steps, reach, side="right")
-    return np.concatenate([[0.0], steps])[cell]
 
 
 # A float needs up to 309 digits before the point; with the digits after it this always fits.

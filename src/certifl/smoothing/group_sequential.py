@@ -72,12 +72,12 @@ class Limits:
 
     def upper(self, count: Ints, look: Ints) -> Floats:
         """The limits of counts of events, each at its look (an index from 0)."""
-        found = np.ones(len(count))
+        result = np.ones(len(count))
         for j in np.unique(look):
             rows = look == j
             distinct, back = np.unique(count[rows], return_inverse=True)
-            found[rows] = self._at_look(distinct, int(j))[back]
-        return found
+            result[rows] = self._at_look(distinct, int(j))[back]
+        return result
 
     def _at_look(self, counts: Ints, j: int) -> Floats:
         votes, level = self.looks[j], self.levels[j]
@@ -89,9 +89,9 @@ class Limits:
         for row, count in enumerate(counts):
             crossed = boundary[start[row] : end[row]] >= count
             end[row] -= int(np.argmin(np.append(crossed[::-1], False)))
-        found = np.append(self.grid, 1.0)[end]
+        result = np.append(self.grid, 1.0)[end]
         last = j == len(self.looks) - 1
-        return np.minimum(found, clopper_pearson_upper(counts, votes, level)) if last else found
+        return np.minimum(result, clopper_pearson_upper(counts, votes, level)) if last else result
 
     def _compute(self, points: Ints, j: int) -> None:
         missing = points[self._computed[points] <= j]
@@ -114,8 +114,8 @@ def limits(
 
 def _grid_size(n: int) -> int:
     """About three points a standard deviation of sqrt(M / n), 1 / (2 sqrt(n)); a power of two."""
-    wanted = 2.0 * _PER_DEVIATION * np.sqrt(n)
-    return int(min(_FINEST, 2 ** np.ceil(np.log2(wanted))))
+    points = 2.0 * _PER_DEVIATION * np.sqrt(n)
+    return int(min(_FINEST, 2 ** np.ceil(np.log2(points))))
 
 
 def boundaries(q: Floats, looks: Sequence[int], levels: Sequence[float]) -> Ints:
@@ -126,7 +126,7 @@ def boundaries(q: Floats, looks: Sequence[int], levels: Sequence[float]) -> Ints
         looks: increasing vote counts.
         levels: their increments of level.
     """
-    found = np.empty((len(q), len(looks)), dtype=np.int64)
+    result = np.empty((len(q), len(looks)), dtype=np.int64)
     state: Floats = np.ones((len(q), 1))
     low = np.zeros(len(q), dtype=np.int64)
     spent, allowed, before = np.zeros(len(q)), 0.0, 0
@@ -142,9 +142,9 @@ def boundaries(q: Floats, looks: Sequence[int], levels: Sequence[float]) -> Ints
         spent = spent + np.where(crossed > 0, cost, 0.0)
         while np.any(more := _own_level_allows(low + crossed, votes, q, level)):
             crossed, spent = crossed + more, np.where(more, allowed, spent)
-        found[:, j] = low + crossed - 1
+        result[:, j] = low + crossed - 1
         state, low = _window(state, crossed, q, votes, low), low + crossed
-    return found
+    return result
 
 
 def _own_level_allows(count: Ints, votes: int, q: Floats, level: float) -> NDArray[np.bool_]:
@@ -188,9 +188,9 @@ def _window(state: Floats, crossed: Ints, q: Floats, votes: int, low: Ints) -> F
     width = max(1, int(np.max(top - low - crossed)) + 1)
     at = crossed[:, None] + np.arange(state.shape[1])
     inside = np.take_along_axis(state, np.minimum(at, state.shape[1] - 1), axis=1)
-    kept = np.where(at < state.shape[1], inside, 0.0)
-    kept[:, width - 1 : width] += kept[:, width:].sum(axis=1, keepdims=True)
-    return kept[:, :width]
+    remaining = np.where(at < state.shape[1], inside, 0.0)
+    remaining[:, width - 1 : width] += remaining[:, width:].sum(axis=1, keepdims=True)
+    return remaining[:, :width]
 
 
 PER_DOUBLING = 8
@@ -231,12 +231,12 @@ def reported_misses(radii: Floats, law: Law, sigma: float) -> tuple[float, ...]:
         For "certified at all" and each positive radius the largest multiple q of 2**-40, so that 1
         - q is exact, with law.radius(sigma, 1 - q, q) >= radius; those of at least 2**-40.
     """
-    wanted = np.unique(np.append(radii[radii > 0], np.nextafter(0.0, 1.0)))
+    thresholds = np.unique(np.append(radii[radii > 0], np.nextafter(0.0, 1.0)))
     unit = 2.0**-_FRACTION_BITS
-    low, high = np.zeros(len(wanted)), np.full(len(wanted), 2.0 ** (_FRACTION_BITS - 1))
+    low, high = np.zeros(len(thresholds)), np.full(len(thresholds), 2.0 ** (_FRACTION_BITS - 1))
     for _ in range(_FRACTION_BITS):
         middle = np.floor((low + high) / 2.0)
-        enough = law.radius(sigma, 1.0 - middle * unit, middle * unit) >= wanted
+        enough = law.radius(sigma, 1.0 - middle * unit, middle * unit) >= thresholds
         low, high = np.where(enough, middle, low), np.where(enough, high, middle)
     return tuple((low[low > 0] * unit).tolist())
 
@@ -318,13 +318,13 @@ class GroupSequential:
     ) -> Bools:
         """Which images may stop: no next grid step is worth further votes. Any answer is valid."""
         done = np.asarray(look) >= len(self.looks) - 1
-        wanted = grid_steps(self.reach(top, runner_up, look, law, sigma, price), grid)
+        reachable = grid_steps(self.reach(top, runner_up, look, law, sigma, price), grid)
         sums = np.cumsum(self.levels)[look]
         at_most = self._at_level(top, runner_up, np.array(self.looks)[look], sums)
-        uncertain = ~done & (wanted <= grid_steps(law.radius(sigma, *at_most), grid))
+        uncertain = ~done & (reachable <= grid_steps(law.radius(sigma, *at_most), grid))
         rows = np.flatnonzero(uncertain)  # elsewhere the exact bounds cannot have that step yet
         exact = law.radius(sigma, *self.bounds(top[rows], runner_up[rows], look[rows]))
-        done[rows] = wanted[rows] <= grid_steps(exact, grid)
+        done[rows] = reachable[rows] <= grid_steps(exact, grid)
         return cast(Bools, done)
 
     def _ahead(self, look: Ints) -> tuple[Ints, Floats]:

@@ -90,7 +90,7 @@ class Scan:
         return 2 * np.cumsum(np.asarray(self.passes, dtype=np.int64))
 
     def parameters(self, votes: ArrayLike, uniforms: ArrayLike) -> Floats:
-        """The t of some votes: a uniform place in the stratum each of them belongs to.
+        """The t of some votes: a uniform position in the stratum each of them belongs to.
 
         Args:
             votes: numbers of votes, from 0; votes 2 i and 2 i + 1 of a pass share its stratum i.
@@ -100,8 +100,8 @@ class Scan:
         current = np.searchsorted(self.totals, number, side="right")
         starts = np.concatenate([[0], self.totals[:-1]])
         strata = np.asarray(self.passes)[current]
-        place = (number - starts[current]) // 2 + np.asarray(uniforms, dtype=np.float64)
-        return self.low + place * (self.width / strata)
+        position = (number - starts[current]) // 2 + np.asarray(uniforms, dtype=np.float64)
+        return self.low + position * (self.width / strata)
 
 
 def passes_of(n: int, sigma: float, width: float) -> tuple[int, ...]:
@@ -320,9 +320,9 @@ def read_scan(scan: Scan, votes: ArrayLike, chosen: ArrayLike, alpha: float) -> 
         against = np.flatnonzero(np.ones(len(c_a), np.bool_) if rival is None else c_a != rival)
         if len(against) == 0:
             continue
-        found = _evidence(cells, classes[against], c_a[against], rival, near)
-        passed[against, near] &= found.exceeds(cells.discrepancy[near], alpha)
-        hopeful[against, near] &= found.hopeful()
+        evidence = _evidence(cells, classes[against], c_a[against], rival, near)
+        passed[against, near] &= evidence.exceeds(cells.discrepancy[near], alpha)
+        hopeful[against, near] &= evidence.hopeful()
         near = cells.around_zero(passed | hopeful)  # beyond, nothing can be connected with 0
     return Reading(
         certified=passed[:, cells.zero],
@@ -343,8 +343,8 @@ def _whole_passes(scan: Scan, classes: NDArray[np.integer]) -> int:
 
 def _rivals(classes: NDArray[np.integer]) -> list[int | None]:
     """The classes that got votes, most first; last a class that got none."""
-    found, counts = np.unique(classes, return_counts=True)
-    return [*found[np.argsort(-counts, kind="stable")].tolist(), None]
+    voted, counts = np.unique(classes, return_counts=True)
+    return [*voted[np.argsort(-counts, kind="stable")].tolist(), None]
 
 
 def _evidence(
