@@ -45,12 +45,7 @@ def test_a_half_space_is_never_certified_beyond_its_true_radius(estimator: str) 
     model, images = half_space()
     sigma = 0.5
     made = certifl.certify(
-        model,
-        images,
-        certifl.PixelNoise(sigma),
-        n=4000,
-        estimator=estimator,
-        precision="float32",
+        model, images, certifl.PixelNoise(sigma), n=4000, estimator=estimator, precision="float32"
     )
     # 12 images at alpha = 1e-3: all hold with probability 0.988, and the seed is fixed.
     assert (made.radius <= model.true_radius(images).numpy()).all()

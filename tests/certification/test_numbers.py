@@ -129,9 +129,7 @@ def test_usual_sigmas_and_angles_written_out_pass_without_a_word(family: str, si
     from_description({"family": family, "sigma": sigma})
 
 
-def test_a_study_warns_of_its_sigma_when_written_and_never_when_read_again(
-    tmp_path: Path,
-) -> None:
+def test_a_study_warns_of_its_sigma_when_written_and_never_when_read_again(tmp_path: Path) -> None:
     wide = "{ family = 'translation', sigma = 3.0 }"
     with pytest.warns(UnusualValue, match="leaves the frame"):
         spec = tiny.spec(f"certification.perturbation={wide}", "augmentation.federated='none'")

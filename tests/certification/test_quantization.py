@@ -54,14 +54,14 @@ class Pooled(nn.Module):
 
 @pytest.mark.parametrize("name", ["small_cnn", "small_resnet"])
 def test_logits_depend_neither_on_batch_size_nor_on_threads(name: str) -> None:
-    network, images = int8(model(name)), pictures(67, seed=3)
+    network, images = int8(model(name)), pictures(19, seed=3)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         whole = network.call(images)
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            for size in (1, 16, 50):
+            for size in (1, 16):
                 parts = torch.cat([network.call(part) for part in images.split(size)])
                 assert torch.equal(parts, whole), (threads, size)
     finally:

@@ -122,10 +122,7 @@ def test_looks_chosen_after_the_votes_are_found(made: certifl.Certificates) -> N
             {"look_votes": [looks[0], looks[0], *looks[2:]]},
             {"look_votes": [-1, *looks[1:]]},
         ],
-        "levels for": [
-            {"look_levels": levels[:-1]},
-            {"look_levels": [*levels, 0.0]},
-        ],
+        "levels for": [{"look_levels": levels[:-1]}, {"look_levels": [*levels, 0.0]}],
         "positive": [
             {"look_levels": [0.0, *levels[1:]]},
             {"look_levels": [*levels[:-1], float("nan")]},

@@ -65,5 +65,5 @@ def test_families_are_named_in_their_files_and_rows_alone() -> None:
         if path.relative_to(SOURCE).parts[0] not in _EXEMPT and path.parent != SOURCE
     }
     assert {path: names for path, names in found.items() if names} == {
-        "certification/metadata.py": ["rotation", "pixel"],  # a record, shown in the docstring
+        "certification/metadata.py": ["rotation", "pixel"]  # a record, shown in the docstring
     }

@@ -208,10 +208,7 @@ def test_a_planted_radius_is_found_in_either_unit(client: int, copied: Path) -> 
 
 def _swapped(held: certifl.Certificates) -> certifl.Certificates:
     first, second = held.conditions["perturbations"]
-    groups = [
-        {**first, "clients": second["clients"]},
-        {**second, "clients": first["clients"]},
-    ]
+    groups = [{**first, "clients": second["clients"]}, {**second, "clients": first["clients"]}]
     return dataclasses.replace(held, conditions={**held.conditions, "perturbations": groups})
 
 

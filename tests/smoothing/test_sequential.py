@@ -10,15 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import hypergeom
 
 from certifl.errors import InputError
-from certifl.smoothing import (
-    BOUNDS,
-    GAUSSIAN,
-    LAWS,
-    grid_steps,
-    levels,
-    looks,
-    reachable_radius,
-)
+from certifl.smoothing import BOUNDS, GAUSSIAN, LAWS, grid_steps, levels, looks, reachable_radius
 
 exact = settings(max_examples=50, deadline=None, derandomize=True)
 GRID = np.arange(1, 5) * 0.25
@@ -104,15 +96,7 @@ def test_an_image_that_would_reach_the_step_is_rarely_given_up():
         for j, spent in enumerate(schedule[:-1]):
             k = np.arange(spent + 1)
             reach = reachable_radius(
-                k,
-                0 * k,
-                j,
-                schedule,
-                level,
-                GAUSSIAN,
-                0.25,
-                BOUNDS["top-class"],
-                futility=price,
+                k, 0 * k, j, schedule, level, GAUSSIAN, 0.25, BOUNDS["top-class"], futility=price
             )
             short = grid_steps(reach, GRID) < grid_steps(radius[needed - n // 2], GRID)
             missed = hypergeom.cdf(k[short].max(initial=-1), n, needed, spent)

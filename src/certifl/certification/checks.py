@@ -70,7 +70,7 @@ def _into_range(low: float, high: float) -> str:
             "Rounding and bicubic resampling leave it by a little: give images.clamp(0, 1). If "
             "the images are normalized, put normalization inside the model instead."
         )
-    return "Put normalisation inside the model."
+    return "Put normalization inside the model."
 
 
 def _refuse_pairs(images: Any) -> None:
@@ -223,7 +223,7 @@ def check_model(model: Model) -> None:
     """Refuse a model whose vote on one noisy image would depend on the others in its batch.
 
     Raises:
-        ModelError: a module in training mode, or normalisation by batch statistics.
+        ModelError: a module in training mode, or normalization by batch statistics.
     """
     if not callable(model):
         raise ModelError(f"model must be callable on images (m, c, h, w); got {type(model)}.")
@@ -234,20 +234,19 @@ def check_model(model: Model) -> None:
     training = in_training_mode(model)
     if training is not None:
         raise ModelError(
-            f"{_place(training, model)} is in training mode: dropout and batch statistics would "
+            f"{_named(training, model)} is in training mode: dropout and batch statistics would "
             "make votes random in a way the certificate does not cover. Call model.eval() first."
         )
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise ModelError(
-                f"{_place(name, model)} normalises with the statistics of its batch even in "
+                f"{_named(name, model)} normalizes with the statistics of its batch even in "
                 "evaluation mode, so the vote of one noisy image would depend on the others. Use "
                 "track_running_stats=True, or GroupNorm."
             )
 
 
-def _place(name: str, model: nn.Module) -> str:
-    """A layer in words."""
+def _named(name: str, model: nn.Module) -> str:
     layer = type(dict(model.named_modules())[name]).__name__
     return f"module {name!r} ({layer})" if name else "the model"
 
@@ -297,7 +296,9 @@ def depends_on_its_past(network: Model, module: nn.Module, images: Tensor) -> bo
         return False
     with torch.inference_mode():
         for name, value in moved.items():
-            value.copy_(_far(value, before[name]))
+            was = before[name]
+            floating = value.is_floating_point()
+            value.copy_(was + (value - was) * _FAR if floating else value + _FAR)
         try:
             same = _agree(logits, _logits(network, probe.clone()), 1e-5)
         except ModelError:  # no longer finite
@@ -316,10 +317,6 @@ def depends_on_its_past(network: Model, module: nn.Module, images: Tensor) -> bo
 
 def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
-
-
-def _far(value: Tensor, was: Tensor) -> Tensor:
-    return was + (value - was) * _FAR if value.is_floating_point() else value + _FAR
 
 
 def _same(value: Tensor, was: Tensor) -> bool:
@@ -354,7 +351,7 @@ def probe_classes(network: Model, images: Tensor) -> int:
     if not _agree(logits, again, tolerance):
         raise ModelError(
             "The model answers differently when the same images lie in another batch, as if it "
-            "normalised over the batch; a certificate needs a function of one image."
+            "normalized over the batch; a certificate needs a function of one image."
         )
     return int(logits.shape[1])
 
@@ -477,7 +474,11 @@ def _iterable(images: Any) -> Iterable[Any]:
         InputError: they are none.
     """
     if isinstance(images, DataLoader):
-        _refuse_shuffling(images)
+        if isinstance(getattr(images, "sampler", None), RandomSampler):
+            raise InputError(
+                "The loader shuffles, so that rows of the certificates would name other images at "
+                "every call. Make it with shuffle=False."
+            )
         return images
     if isinstance(images, Dataset) and not isinstance(images, IterableDataset):
         return _of_dataset(images)
@@ -491,14 +492,6 @@ def _iterable(images: Any) -> Iterable[Any]:
             if getattr(block, "ndim", 4) != 4:
                 check_images(block)
     return images
-
-
-def _refuse_shuffling(loader: DataLoader[Any]) -> None:
-    if isinstance(getattr(loader, "sampler", None), RandomSampler):
-        raise InputError(
-            "The loader shuffles, so that rows of the certificates would name other images at "
-            "every call. Make it with shuffle=False."
-        )
 
 
 def _of_dataset(data: Any) -> Iterator[Any]:

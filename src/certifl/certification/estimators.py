@@ -153,8 +153,17 @@ class Estimator:
         settings = self.settings
         if not self.decides():
             raise too_few_votes(settings.n, settings.alpha, self.least_votes())
-        if settings.radii is not None:
-            check_reachable(settings.radii, self.largest_radius(), self.noise.unit, settings.n)
+        if settings.radii is None:
+            return
+        smallest = min((radius for radius in settings.radii if radius > 0.0), default=0.0)
+        largest, unit = self.largest_radius(), self.noise.unit
+        if largest < smallest:
+            degrees = " (5 degrees are 0.0873)" if unit == "radians" else ""
+            ways = ' An angle in degrees is written "5deg".' if unit == "radians" else ""
+            raise InputError(
+                f"radii are in {unit}{degrees}, and n = {settings.n} votes certify {largest:.4g} "
+                f"at most, so none of yours, from {smallest:g} up, can be reached.{ways}"
+            )
 
     def decides(self) -> bool:
         """Whether n votes that all agree certify anything.
@@ -516,19 +525,3 @@ def too_few_votes(n: int, alpha: float, least: int) -> InputError:
         f"n = {n} votes can decide nothing at alpha = {alpha:g}, even where they all agree: take "
         f"n = {least} or more; 1000 and more are usual."
     )
-
-
-def check_reachable(radii: Sequence[float], largest: float, unit: str, n: int) -> None:
-    """Refuse radii of which n votes can certify none.
-
-    Raises:
-        InputError: all positive ones lie beyond the largest that n votes certify.
-    """
-    smallest = min((radius for radius in radii if radius > 0.0), default=0.0)
-    if largest < smallest:
-        degrees = " (5 degrees are 0.0873)" if unit == "radians" else ""
-        ways = ' An angle in degrees is written "5deg".' if unit == "radians" else ""
-        raise InputError(
-            f"radii are in {unit}{degrees}, and n = {n} votes certify {largest:.4g} at most, so "
-            f"none of yours, from {smallest:g} up, can be reached.{ways}"
-        )

@@ -115,8 +115,9 @@ def prepare(
         model = unwrapped(model)
     check_model(model)
     copied = _copied(model)
-    if device == "auto" and copied is None:
-        device = _own_device(model, images)
+    if device == "auto" and copied is None:  # where its own values are
+        values = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+        device = values[0].device if values else images.device
     target = choose_device(device)
     probe = images[:1].to(target, copy=True)  # a copy, for a network may write into it
     small = isinstance(model, nn.Module) and is_small(model)
@@ -138,11 +139,6 @@ def _copied(model: Model) -> nn.Module | None:
         return None
 
 
-def _own_device(model: Model, images: Tensor) -> torch.device:
-    values = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-    return values[0].device if values else images.device
-
-
 def _as_it_is(
     model: Model, probe: Tensor, target: torch.device, precision: str, batch_size: int | str
 ) -> Network:
@@ -153,23 +149,20 @@ def _as_it_is(
             'precision = "float32".'
         )
     if isinstance(model, nn.Module):
-        _check_as_it_is(model, precision)
+        if foreign_formats(model):
+            raise ModelError(f"{format_advice(model)} certifl cannot copy this model to do so.")
+        if precision not in ("auto", "float32"):
+            raise ModelError(
+                f"The model cannot be copied, so it cannot vote in {precision}: choose the "
+                "precision auto or float32, or keep locks, generators and open files out of its "
+                "attributes."
+            )
     call = _own_input(model, probe)
     classes = probe_classes(call, probe)
     if isinstance(model, nn.Module):
         depends_on_its_past(call, model, probe)
     size = _batch(batch_size, target, _UNSEEN * 4 * probe.numel())
     return Network(call, classes, target, "float32", False, size, as_it_is=True)
-
-
-def _check_as_it_is(model: nn.Module, precision: str) -> None:
-    if foreign_formats(model):
-        raise ModelError(f"{format_advice(model)} certifl cannot copy this model to do so.")
-    if precision not in ("auto", "float32"):
-        raise ModelError(
-            f"The model cannot be copied, so it cannot vote in {precision}: choose the precision "
-            "auto or float32, or keep locks, generators and open files out of its attributes."
-        )
 
 
 def _prepared(

@@ -409,14 +409,6 @@ def _check_votes(
     return known & cast & (chosen == n0)
 
 
-def _check_class(certificates: Certificates, certified: np.ndarray, report: ReportRows) -> None:
-    claimed = certificates.predicted != ABSTAINED
-    selected = certificates.selection_counts.argmax(axis=1)
-    report(claimed & (certificates.predicted != selected), "its class is not the selected one")
-    report(claimed & ~certified, "its votes certify nothing, but it does not abstain")
-    report(~claimed & certified, "it abstains, but its votes certify its class")
-
-
 def _granted(metadata: Metadata) -> float:
     """Relative excess of radii that is tolerated: 0.0, except for records of certifl 0.1."""
     versions = metadata.get("versions")
@@ -468,7 +460,11 @@ def _check_claims(
         if name not in expected and getattr(certificates, name) is not None:
             everything = np.ones(len(certificates), np.bool_)
             report(everything, f"it has a column {name}, which its estimator does not give")
-    _check_class(certificates, expected["certified"], report)
+    certified, claimed = expected["certified"], certificates.predicted != ABSTAINED
+    selected = certificates.selection_counts.argmax(axis=1)
+    report(claimed & (certificates.predicted != selected), "its class is not the selected one")
+    report(claimed & ~certified, "its votes certify nothing, but it does not abstain")
+    report(~claimed & certified, "it abstains, but its votes certify its class")
     granted = 0.0 if "interval" in expected else _granted(metadata)
     _report_numbers("radius", certificates.radius, expected["radius"], 1, report, granted)
     for name, sign in {"p_lower": 1, "p_upper": -1}.items():

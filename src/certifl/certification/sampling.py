@@ -171,7 +171,11 @@ class VoteCounter:
         if missing:
             rows = torch.cat([rows, rows[-1:].expand(missing)])
             params = torch.cat([params, params[-1:].expand(missing, *params.shape[1:])])
-        noisy = self.perturbation.apply(_chosen(images, rows), params)
+        if rows.device.type == "cpu" and bool((rows == rows[0]).all()):
+            chosen = images[int(rows[0])][None]  # one image alone is not copied
+        else:
+            chosen = images[rows]
+        noisy = self.perturbation.apply(chosen, params)
         return self.network.call(noisy).argmax(dim=1)
 
     def _chunks(self, images: Tensor, requests: Sequence[Request]) -> Iterator[_Chunk]:
@@ -191,13 +195,6 @@ class VoteCounter:
 def _chw(images: Tensor) -> tuple[int, int, int]:
     channels, height, width = images.shape[1:]
     return channels, height, width
-
-
-def _chosen(images: Tensor, rows: Tensor) -> Tensor:
-    """The images of these rows; one alone where all rows are its: it is then not copied."""
-    if rows.device.type == "cpu" and bool((rows == rows[0]).all()):
-        return images[int(rows[0])][None]
-    return images[rows]
 
 
 def _like(values: Tensor, params: Tensor) -> Tensor:
@@ -235,16 +232,11 @@ def _packed(chunks: list[_Chunk]) -> tuple[Tensor, Tensor, Tensor]:
     params = torch.cat([chunk[2] for chunk in chunks])
     lengths = [len(chunk[2]) for chunk in chunks]
     of_chunks = np.array([chunk[:2] for chunk in chunks], np.int64)
-    rows, slots = _on_device(np.repeat(of_chunks, lengths, axis=0).T.copy(), params.device)
+    host = torch.from_numpy(np.repeat(of_chunks, lengths, axis=0).T.copy())
+    if params.device.type == "cuda":
+        host = host.pin_memory()  # a copy from other memory would wait for the work under way
+    rows, slots = host.to(params.device, non_blocking=True)
     return rows, slots, params
-
-
-def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """Values copied to the device, without waiting there for the work that is under way."""
-    host = torch.from_numpy(values)
-    if device.type == "cuda":
-        host = host.pin_memory()  # a copy from other memory would wait
-    return host.to(device, non_blocking=True)
 
 
 def predict_plain(network: Network, images: Tensor) -> Ints:

@@ -99,8 +99,6 @@ def _from_hub(
     image_size: tuple[int, int] | None,
 ) -> nn.Module:
     """A network of the hub with its weights; a new last layer depends on the seed alone."""
-    from certifl.models.building import load  # it builds on this file
-
     if options:
         raise ModelError(f"{name} takes no options; leave out {', '.join(options)}.")
     with torch.random.fork_rng(devices=[]):
@@ -179,11 +177,6 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
 PREFIX = "hf:"
 _ANY_SIZE = 224
 _log = logging.getLogger(__name__)
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether a model's name is one of the hub or of a local folder: "hf:OWNER/NAME"."""
-    return name.startswith(PREFIX)
 
 
 class ImageClassifier(nn.Module):

@@ -186,7 +186,8 @@ def code_fingerprint(model: nn.Module) -> str:
 
 
 def _source(module: str) -> str | None:
-    file = inspect.getsourcefile(sys.modules[module]) if _has_file(module) else None
+    has_file = getattr(sys.modules.get(module), "__file__", None) is not None
+    file = inspect.getsourcefile(sys.modules[module]) if has_file else None
     if file is None:
         return None
     try:
@@ -194,10 +195,6 @@ def _source(module: str) -> str | None:
             return text.read()
     except (OSError, UnicodeDecodeError):
         return None  # as if it had no file
-
-
-def _has_file(module: str) -> bool:
-    return getattr(sys.modules.get(module), "__file__", None) is not None
 
 
 State = Mapping[str, Tensor]
