@@ -40,18 +40,22 @@ class Noise(Protocol):
     @property
     def family(self) -> str:
         """Name of the family."""
+        ...
 
     @property
     def sigma(self) -> float:
         """Scale of the distribution, in `unit`."""
+        ...
 
     @property
     def law(self) -> Law:
         """Distribution of the parameters."""
+        ...
 
     @property
     def unit(self) -> str:
         """Unit of sigma and of radii."""
+        ...
 
 
 PRICES = {"certificates": 0.003, "curve": 0.22}

@@ -65,33 +65,41 @@ class Perturbation(Protocol):
     @property
     def family(self) -> str:
         """Name in specs and records, e.g. "rotation"."""
+        ...
 
     @property
     def sigma(self) -> float:
         """Scale in `unit`: standard deviation (Gaussian), half width (uniform), mean (exp.)."""
+        ...
 
     @property
     def law(self) -> Law:
         """Distribution of the parameters; gives the radius."""
+        ...
 
     @property
     def unit(self) -> str:
         """Unit of sigma, parameters and radii."""
+        ...
 
     @property
     def norm(self) -> str:
         """Norm of the parameters in which radii are measured: "l2" or "l1"."""
+        ...
 
     @property
     def dim(self) -> int | None:
         """Number of parameters; None where it depends on the image."""
+        ...
 
     @property
     def threat(self) -> str:
         """What a certificate covers and what it does not, in words."""
+        ...
 
     def params_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
         """Shape of one parameter set for an image of shape (c, h, w)."""
+        ...
 
     def sample(
         self, n: int, image_shape: tuple[int, int, int], generator: torch.Generator
@@ -106,6 +114,7 @@ class Perturbation(Protocol):
         Returns:
             float32, shape (n, *params_shape(image_shape)), in `unit`, on the generator's device.
         """
+        ...
 
     def apply(self, images: Tensor, params: Tensor) -> Tensor:
         """T_phi of every image. Zero parameters give the images back exactly.
@@ -121,6 +130,7 @@ class Perturbation(Protocol):
         Raises:
             InputError: shapes, types or devices that do not go together.
         """
+        ...
 
 
 def family_sweeps(perturbation: Perturbation, reach: float) -> tuple[Sweep, ...]:
