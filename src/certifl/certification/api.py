@@ -416,15 +416,12 @@ def predict(
                 engine.Request(row, row, image_key(image), "predict", 0, n)
                 for row, image in enumerate(block)
             ]
-            answers.append(_decided(counter.count(block, requests, slots=len(block)), alpha))
+            votes = counter.count(block, requests, slots=len(block))
+            order = np.argsort(-votes, axis=1, kind="stable")[:, :2]
+            first_two = np.take_along_axis(votes, order, axis=1).T
+            certain = np.asarray(two_sided_sign_test(*first_two)) <= alpha
+            answers.append(np.where(certain, order[:, 0], ABSTAINED).astype(np.int64))
     return np.concatenate(answers)
-
-
-def _decided(counts: np.ndarray, alpha: float) -> np.ndarray:
-    order = np.argsort(-counts, axis=1, kind="stable")[:, :2]
-    first, second = np.take_along_axis(counts, order, axis=1).T
-    certain = np.asarray(two_sided_sign_test(first, second)) <= alpha
-    return np.where(certain, order[:, 0], ABSTAINED).astype(np.int64)
 
 
 # Voting sets torch's threads and arithmetic for the whole process; two calls at once, as a service

@@ -138,16 +138,10 @@ def search(
         block, region = images[start:stop], whole.rows(start, stop)
         stage = _Search(counter, block, classes[start:stop], region, budget)
         parts.append(stage.judge(stage.finalists(), level))
-    return _together(parts)
-
-
-def _together(parts: list[AttackResult]) -> AttackResult:
+    columns = ("length", "counts", "p_value", "violated")
     return AttackResult(
         delta=torch.cat([part.delta for part in parts]),
-        length=np.concatenate([part.length for part in parts]),
-        counts=np.concatenate([part.counts for part in parts]),
-        p_value=np.concatenate([part.p_value for part in parts]),
-        violated=np.concatenate([part.violated for part in parts]),
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in columns},
         tried=sum(part.tried for part in parts),
         suspicious=sum(part.suspicious for part in parts),
         votes=sum(part.votes for part in parts),

@@ -33,9 +33,6 @@ from certifl.smoothing.sequential import grid_steps
 
 # Images read at once; a reading holds a few numbers per image, rival and cell.
 _BLOCK = 16
-# A scaling parameter of -1 shrinks the sampling grid to a point.
-_LEAST_SCALING = -1.0
-_SCALING_REACH = 3.0
 _ROUNDING = 1e-12  # of a reach that is derived from the ends of a scan
 
 
@@ -131,9 +128,11 @@ class ScanEstimator(Estimator):
         for rows, reading in self._readings(votes, np.ones(m, np.bool_), votes.looks - 1):
             interval[rows], certified[rows] = reading.interval, reading.certified
         packed = np.empty(m, dtype=object)
-        for row in range(m):
+        for row in range(m):  # one byte a vote, four beyond 256 classes
             assert votes.path is not None
-            packed[row] = _packed(votes.path[row, : self.looks[votes.looks[row] - 1]])
+            path = votes.path[row, : self.looks[votes.looks[row] - 1]]
+            little = path.astype(path.dtype.newbyteorder("<"))
+            packed[row] = zlib.compress(little.tobytes(), level=9)
         return {
             "certified": certified,
             "radius": _radius(interval),
@@ -296,20 +295,18 @@ def _nearly_same(first: Scan, second: Scan) -> bool:
 
 
 def parameters(scan: Scan, seed: int, key: int, start: int, stop: int) -> Tensor:
-    """The parameters of the votes start to stop of one image: (stop - start, 1) float32."""
-    drawn = _uniforms(seed, key, start, stop)
-    t = scan.parameters(np.arange(start, stop), drawn)
-    return torch.from_numpy(t).to(torch.float32)[:, None]
+    """The parameters of the votes start to stop of one image: (stop - start, 1) float32.
 
-
-def _uniforms(seed: int, key: int, start: int, stop: int) -> np.ndarray:
-    """Draws from [0, 1) of the votes start to stop of an image; float64, always on the CPU."""
+    Uniform numbers are drawn in float64, always on the CPU.
+    """
     first = start // CHUNK
     chunks = [
         torch.rand(CHUNK, dtype=torch.float64, generator=vote_generator(seed, "scan", key, chunk))
         for chunk in range(first, -(-stop // CHUNK))
     ]
-    return torch.cat(chunks).numpy()[start - first * CHUNK : stop - first * CHUNK]
+    drawn = torch.cat(chunks).numpy()[start - first * CHUNK : stop - first * CHUNK]
+    t = scan.parameters(np.arange(start, stop), drawn)
+    return torch.from_numpy(t).to(torch.float32)[:, None]
 
 
 def _append(votes: Votes, rows: np.ndarray, numbers: np.ndarray, classes: np.ndarray) -> None:
@@ -327,11 +324,6 @@ def _append(votes: Votes, rows: np.ndarray, numbers: np.ndarray, classes: np.nda
 def _radius(interval: np.ndarray) -> np.ndarray:
     """The shorter side."""
     return np.minimum(-interval[:, 0], interval[:, 1]) + 0.0
-
-
-def _packed(path: np.ndarray) -> bytes:
-    """Votes in order as one byte each (four beyond 256 classes), then compressed (zlib)."""
-    return zlib.compress(path.astype(path.dtype.newbyteorder("<")).tobytes(), level=9)
 
 
 def unpacked(packed: bytes, classes: int, most: int | None = None) -> np.ndarray:

@@ -36,6 +36,7 @@ def removed_precision(name: str) -> str:
 GRID_POINTS = 50
 _MOST_VOTES = 10**9
 _DEFAULTS = {"keep": "certificates", "reach": None}
+_HOME, _BOUNDARIES = "certifl.certification.estimators", ("boundaries",)
 _KEEP = (Literal["certificates", "curve"], "certificates")
 _REACH = (Annotated[float | None, Field(gt=0, description="a positive finite amount")], None)
 
@@ -56,23 +57,16 @@ class EstimatorRow(Row):
 ESTIMATORS: Registry[EstimatorRow] = Registry(
     "estimator",
     {
-        "top-class": EstimatorRow(
-            "certifl.certification.estimators:TopClass", parameters(), "top class"
-        ),
-        "runner-up": EstimatorRow(
-            "certifl.certification.estimators:RunnerUp", parameters(), "runner-up"
-        ),
+        "top-class": EstimatorRow(f"{_HOME}:TopClass", parameters(), "top class"),
+        "runner-up": EstimatorRow(f"{_HOME}:RunnerUp", parameters(), "runner-up"),
         "sequential": EstimatorRow(
-            "certifl.certification.estimators:Sequential",
-            parameters(keep=_KEEP),
-            "sequential",
-            metadata=("boundaries",),
+            f"{_HOME}:Sequential", parameters(keep=_KEEP), "sequential", metadata=_BOUNDARIES
         ),
         "sequential-top-class": EstimatorRow(
-            "certifl.certification.estimators:SequentialTopClass",
+            f"{_HOME}:SequentialTopClass",
             parameters(keep=_KEEP),
             "sequential, top class",
-            metadata=("boundaries",),
+            metadata=_BOUNDARIES,
         ),
         "scan": EstimatorRow(
             "certifl.certification.scan:ScanEstimator",

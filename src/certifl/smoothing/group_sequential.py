@@ -63,7 +63,9 @@ class Limits:
         self, looks: tuple[int, ...], levels: tuple[float, ...], more: Sequence[float] = ()
     ) -> None:
         self.looks, self.levels = looks, levels
-        size = _grid_size(looks[-1])
+        # About three points a standard deviation of sqrt(M / n), 1 / (2 sqrt(n)).
+        points = 2.0 * _PER_DEVIATION * np.sqrt(looks[-1])
+        size = int(min(_FINEST, 2 ** np.ceil(np.log2(points))))
         even = (np.arange(1, size) / size) ** 2
         self.grid = np.unique(np.concatenate([even, np.asarray(more, dtype=np.float64)]))
         self._sums = np.cumsum(levels)
@@ -110,12 +112,6 @@ def limits(
 ) -> Limits:
     """`Limits`, computed once per setting."""
     return Limits(looks, levels, more)
-
-
-def _grid_size(n: int) -> int:
-    """About three points a standard deviation of sqrt(M / n), 1 / (2 sqrt(n)); a power of two."""
-    points = 2.0 * _PER_DEVIATION * np.sqrt(n)
-    return int(min(_FINEST, 2 ** np.ceil(np.log2(points))))
 
 
 def boundaries(q: Floats, looks: Sequence[int], levels: Sequence[float]) -> Ints:
