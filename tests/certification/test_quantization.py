@@ -160,3 +160,45 @@ def test_networks_that_tracing_would_change_are_refused() -> None:
 def test_scales_that_are_none_are_refused(stored: object) -> None:
     with pytest.raises(InputError, match="scales of a quantized network"):
         Scales.read(stored)
+
+
+class Shared(nn.Module):
+    """A value that a sum takes the memory of is read otherwise, too.
+
+    Args:
+        how: "late", by a convolution whose ReLU comes after the sum; "alias", under another name,
+            as the convolution's own input and afterwards; "changed", after the convolution has
+            read its own input, that is written over.
+    """
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.drop, self.head = how, nn.Dropout(), nn.Linear(16, 5)
+        self.first, self.second, self.third, self.fourth = (
+            nn.Conv2d(channels, 8, 3, padding=1) for channels in (3, 8, 8, 8)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x))
+        if self.how == "late":
+            other, inner = self.third(y), self.fourth(y)
+            total = self.second(inner) + y
+            parts = total, torch.relu(other)
+        elif self.how == "alias":
+            z = self.drop(y)
+            parts = torch.relu(self.second(z) + y), torch.relu(self.third(z))
+        else:
+            inner = torch.tanh(self.third(y))
+            out = self.second(inner)
+            changed = inner.mul_(-1)
+            parts = torch.relu(out + y), changed
+        return self.head(torch.cat([part.amax((2, 3)) for part in parts], 1))
+
+
+@pytest.mark.parametrize("how", ["late", "alias", "changed"])
+def test_a_value_that_is_read_otherwise_too_is_not_written_over(how: str) -> None:
+    net, images = Shared(how).eval(), pictures(64, seed=3)
+    wanted = prepare(net, images, "cpu", "float32").call(images)
+    made = int8(net).call(images)
+    assert float((wanted - made).abs().max()) < 0.15 * float(wanted.std())  # 8 bits: .07

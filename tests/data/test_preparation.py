@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pydicom import FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, generate_uid
 
 from certifl.data import load, read_image
 from certifl.data.cache import cache_path, read_cached
@@ -29,9 +29,14 @@ def decoded(content: bytes, prepare: Preparation) -> np.ndarray:
     return decode_all([(lambda: "photo", content)], prepare)[0]
 
 
-def dicom(values: np.ndarray, kind: str = "MONOCHROME2", slope: float = 2.0) -> bytes:
+def dicom(
+    values: np.ndarray,
+    kind: str = "MONOCHROME2",
+    slope: float = 2.0,
+    syntax: str = ExplicitVRLittleEndian,
+) -> bytes:
     meta = FileMetaDataset()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.TransferSyntaxUID = syntax
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = (
         "1.2.840.10008.5.1.4.1.1.2",
         generate_uid(),
@@ -122,6 +127,17 @@ def test_dicom_is_read_in_the_units_of_its_modality():
         decoded(dicom(values, "RGB"), prepare)
     with pytest.raises(InputError, match="Cannot decode photo"):
         decoded(dicom(values)[:-50], prepare)
+
+
+def test_small_files_that_would_fill_the_memory_are_refused():
+    thin = png(np.zeros((8, 30_000), np.uint8))
+    with pytest.raises(InputError, match=r"photo: crop = pad would make it 30000 x 30000.*large"):
+        decoded(thin, Preparation((16, 16), "pad"))
+    assert decoded(thin, Preparation((16, 16), "center")).shape == (1, 16, 16)
+    values = np.zeros((9, 12), np.uint16)
+    packed = dicom(values, syntax=DeflatedExplicitVRLittleEndian)
+    with pytest.raises(InputError, match="photo: it is compressed as a whole"):
+        decoded(packed, Preparation(window=(0, 1)))
 
 
 def test_the_extra_is_named_where_it_is_missing(monkeypatch):

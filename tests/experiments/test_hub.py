@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import certifl
 from certifl.errors import DataUnavailable, InputError, StoreMismatch
 from certifl.experiments.hub import load, push
-from certifl.models import fingerprint
+from certifl.models import build, fingerprint, state_of
 from tiny_study import cli, write_spec
 
 
@@ -121,6 +121,24 @@ def test_the_hub_takes_the_same_folder_and_gives_it_back(
     cli("predict", photo(tmp_path), "--run", "hf:me/blurred", "--n", "100").fine("radius")
     with pytest.raises(DataUnavailable, match=r"did not take or give hf:me/absent"):
         load("hf:me/absent")
+
+
+def test_no_folder_of_the_machine_is_pushed_and_a_model_may_abstain_everywhere(
+    tmp_path: Path,
+) -> None:
+    weights = tmp_path / "of-this-machine" / "own.safetensors"
+    weights.parent.mkdir()
+    save_file(state_of(build("small_cnn", 1, 10, seed=7)), weights)
+    settings = (f"model.weights={weights}", "training.rounds=0", "certification.images=2")
+    noise = 'certification.perturbation={family="pixel", sigma=2.0}'
+    spec = write_spec(tmp_path, *settings, noise, "certification.n=20", 'algorithm.name="local"')
+    cli("run", spec, "--out", tmp_path / "run").fine()
+    weights.unlink()
+    push(tmp_path / "run", str(tmp_path / "model"))
+    for name in ("README.md", "card.json", "spec.toml", "study.json"):
+        assert "of-this-machine" not in (tmp_path / "model" / name).read_text()
+    assert load(tmp_path / "model").spec.model.weights == "own.safetensors"
+    assert json.loads((tmp_path / "model" / "card.json").read_text())["radii"] == [0.0]
 
 
 def test_other_weights_than_the_cards_are_refused(run: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from certifl.errors import ModelError, SpecError, StoreError, StoreMismatch
 from certifl.experiments.run import Options, run
+from certifl.experiments.verify import verify_run
 from certifl.federated.privacy import epsilon
 from certifl.report.page.page import write_report
 from certifl.report.table import summary_rows
@@ -220,3 +221,20 @@ def test_the_report_says_what_was_spent(private, tmp_path):
 def test_values_of_the_tiny_study_stay_as_they_are():
     assert "privacy" not in VALUES
     assert with_settings(VALUES).privacy.kind == "none"
+
+
+@pytest.mark.parametrize("kind", [("privacy.kind=example", "privacy.target_epsilon=9.0"), CLIENT])
+def test_an_unseen_client_is_fine_tuned_with_privacy_of_its_own(kind, tmp_path):
+    settings = ("clients.count=3", "clients.unseen=1", "training.rounds=1", *kind)
+    base = run(spec(*settings), Options(tmp_path / "base", explore=False)).path
+    tuned = 'algorithm={name="personalized",base="fedavg",epochs=1}'
+    options = Options(tmp_path / "tuned", siblings=(base,), explore=False)
+    path = run(spec(*settings, tuned), options).path
+    shared = {k: v for k, v in weights(base).items() if k.startswith("round-00001")}
+    assert weights(path).items() >= shared.items()
+    spent = RunFolder(path).manifest()["privacy"]
+    if "privacy.kind=example" in kind:
+        assert spent["epsilon_sent"][2] == 0.0 < spent["epsilon"][2]
+        assert max(spent["epsilon_sent"]) <= 9.0 < max(spent["epsilon"])
+        assert RunFolder(base).manifest()["privacy"]["epsilon"][2] == 0.0
+    assert not verify_run(path, None, None).problems

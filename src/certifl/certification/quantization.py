@@ -6,7 +6,7 @@ order of rounding. What has no integer form here (GroupNorm, means over quarters
 between an integer layer and the next.
 
 The network is traced (here), its integer form planned and written (`quantized_graph`), onto
-oneDNN's kernels (`quantized_layers`). Another engine would replace `quantize` alone.
+oneDNN's kernels. Another engine would replace `quantize` alone.
 """
 
 from __future__ import annotations

@@ -273,12 +273,14 @@ class _Group:
 
     Attributes:
         layer: the convolution or product. last: the node whose value the group has.
-        other: what is added, overwritten by the sum. relu: whether negative values become 0.
+        other: what is added, overwritten by the sum, the node `sum`.
+        relu: whether negative values become 0.
     """
 
     layer: fx.Node
     last: fx.Node
     other: fx.Node | None = None
+    sum: fx.Node | None = None
     relu: bool = False
 
 
@@ -303,7 +305,7 @@ class Plan:
             other = self._added(layer, user)
             if other is not None:
                 self._sums.add(user)
-                group = _Group(layer, user, other)
+                group = _Group(layer, user, other, user)
                 user = _only_user(user)
         if user is not None and _is(user, self.graph, _RELU, nn.ReLU):
             group.relu, group.last = True, user
@@ -319,7 +321,15 @@ class Plan:
         other = others[0]
         last = max(other.users, key=lambda node: self.order[node])
         free = last is user and other is not layer.args[0] and other.op != "placeholder"
-        return other if free and self._computed(other) else None
+        kept = not self._changed_before(user, layer.all_input_nodes[0])
+        return other if free and kept and self._computed(other) else None
+
+    def _changed_before(self, user: fx.Node, value: fx.Node) -> bool:
+        """Whether a value is written over before a node: the sum reads it as late as that."""
+        before = [node for node in value.users if self.order[node] < self.order[user]]
+        return any(
+            _in_place(node, self.graph) and node.all_input_nodes[0] is value for node in before
+        )
 
     def _computed(self, node: fx.Node) -> bool:
         """Whether its value has memory of its own: of a layer, a sum or a ReLU."""
@@ -397,11 +407,18 @@ class Writer:
         self._floats: dict[fx.Node, fx.Node] = {}
         self._integers: dict[fx.Node, tuple[fx.Node, Range]] = {}
         self._made = 0
+        self._passed: set[fx.Node] = set()
+        # A group is written where its layer or its sum stands, not where its ReLU does: its
+        # inputs may be written over in between.
+        groups = plan.groups.values()
+        self._starts = {group.sum or group.layer: group for group in groups}
+        self._parts = {node for g in groups for node in (g.layer, g.sum, g.last) if node}
 
     def written(self) -> fx.GraphModule:
         """The whole network."""
         for node in self._old.graph.nodes:
             self._write(node)
+        self._keep_what_is_read()
         for name, module in self._old.named_children():
             if not hasattr(self._root, name):
                 self._root.add_module(name, module)
@@ -415,11 +432,38 @@ class Writer:
         made.delete_all_unused_submodules()
         return made.eval()
 
+    def _keep_what_is_read(self) -> None:
+        """A sum takes the memory of what is added: a copy where that is read with it or later.
+
+        Values that are passed on share their memory with what they were made from.
+        """
+        order = {node: position for position, node in enumerate(self._new.nodes)}
+        memory: dict[fx.Node, fx.Node] = {}
+        readers: dict[fx.Node, list[fx.Node]] = {}
+        for node in order:
+            for source in node.all_input_nodes:
+                readers.setdefault(memory[source], []).append(node)
+            shared = node in self._passed
+            memory[node] = memory[node.all_input_nodes[0]] if shared else node
+        for node in order:
+            if not isinstance(self._root_module(node), _Sum):
+                continue
+            value, other = node.args
+            assert isinstance(value, fx.Node)
+            assert isinstance(other, fx.Node)
+            read = any(order[reader] > order[node] for reader in readers[memory[other]])
+            if read or memory[value] is memory[other]:
+                with self._new.inserting_before(node):
+                    node.update_arg(1, self._new.call_method("clone", (other,)))
+
+    def _root_module(self, node: fx.Node) -> nn.Module | None:
+        return getattr(self._root, str(node.target), None) if node.op == "call_module" else None
+
     def _write(self, node: fx.Node) -> None:
-        group = self._plan.groups.get(node)
+        group = self._starts.get(node)
         if group is not None:
             self._write_group(group)
-        elif node in self._plan.layers or self._is_part(node):
+        elif node in self._parts:
             return  # written with its group
         elif passes(node, self._old) and self._passed_as_integers(node):
             self._pass_on(node)
@@ -440,12 +484,6 @@ class Writer:
             self._floats[node] = self._new.node_copy(node, lambda _old: source)
         else:
             self._floats[node] = self._new.node_copy(node, self._float)
-
-    def _is_part(self, node: fx.Node) -> bool:
-        """A sum inside a group that ends in a ReLU."""
-        after = _only_user(node)
-        group = self._plan.groups.get(after) if after is not None else None
-        return group is not None and group.other is not None and group.last is not node
 
     def _add(self, module: nn.Module, *args: fx.Node) -> fx.Node:
         self._made += 1
@@ -480,6 +518,7 @@ class Writer:
             made = self._add(_MaxPool(layer), value)
         else:
             made = self._new.node_copy(node, lambda _old: value)
+        self._passed.add(made)
         self._integers[node] = made, own
 
     def _is_mean(self, node: fx.Node) -> bool:

@@ -240,7 +240,12 @@ def _open(
         raise InputError(f"{name()} {lost}")
     image = _converted(image, name)  # one large image at a time: the one before is freed
     notes = image.info
-    image = prepare.fitted(image)
+    try:
+        image = prepare.fitted(image)
+    except InputError as error:
+        raise InputError(
+            f"Cannot prepare {name()}: {error}. Remove or replace the file."
+        ) from error
     image.info.update(notes)
     return image
 

@@ -35,16 +35,28 @@ def read_dicom(content: bytes, most: int) -> tuple[np.ndarray, bool]:
     """
     try:
         import pydicom
+        from pydicom.filereader import read_dataset
         from pydicom.pixels.processing import apply_modality_lut
+        from pydicom.uid import DeflatedExplicitVRLittleEndian
     except ImportError as error:
         raise InputError(
             "DICOM files are read by pydicom, which is not installed: install the extra "
             "`certifl[dicom]`"
         ) from error
     try:
+        stream = io.BytesIO(content)
+        stream.seek(_MAGIC_AT + len(_MAGIC))
+        about = read_dataset(
+            stream, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2
+        )
+        if about.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+            # Reading it would unpack everything, however much that is.
+            raise InputError("it is compressed as a whole; save it with compressed pixels or none")
         file = pydicom.dcmread(io.BytesIO(content))
         size = int(file.Rows) * int(file.Columns)
         kind, frames = str(file.PhotometricInterpretation), int(file.get("NumberOfFrames") or 1)
+    except InputError:
+        raise
     except Exception as error:  # pydicom raises many unrelated types for damaged files
         raise InputError(f"it is not a readable DICOM image ({first_line(error)})") from error
     if kind not in _GRAY or frames != 1:

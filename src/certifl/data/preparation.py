@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CROPS = ("center", "pad")
 LARGEST_SIDE = 4096
+_MOST_PIXELS = 1 << 25  # of a padded image: a few bytes of file may ask for any number
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,20 @@ class Preparation:
         return np.floor(255.0 * share + 0.5).astype(np.uint8)
 
     def fitted(self, image: Image.Image) -> Image.Image:
-        """An 8-bit image (mode L or RGB) cropped or padded, and resized."""
+        """An 8-bit image (mode L or RGB) cropped or padded, and resized.
+
+        Raises:
+            InputError: padding would make it too large.
+        """
         from PIL import Image
 
         if self.crop is not None:
             width, height = self._frame(image.width, image.height)
+            if width * height > _MOST_PIXELS:
+                raise InputError(
+                    f"crop = {self.crop} would make it {height} x {width} (height x width), which "
+                    "is too large"
+                )
             left, top = int((image.width - width) / 2), int((image.height - height) / 2)
             image = image.crop((left, top, left + width, top + height))  # beyond the image: black
         if self.resize is None:

@@ -26,7 +26,8 @@ from certifl.path_checks import CLIENT_STUDY
 from certifl.perturbations import family_label, format_amount, received_words
 from certifl.runs.atomic import read_json, save_tensors, write_json, write_text
 from certifl.smoothing import even_grid, floor_text
-from certifl.spec import Spec, with_settings
+from certifl.spec import Spec
+from certifl.spec.sections import STORED
 from certifl.study.opened_run import ClientStudy, Deployed, OpenRun
 
 PREFIX = "hf:"
@@ -147,7 +148,7 @@ def _write(
 
 
 def _publishable(spec: Spec) -> Spec:
-    """The spec without the path of a data set, which says more of a machine than of a model."""
+    """The spec without the folders of its data and weights, which say more of a machine."""
     name = spec.model.name
     if name.startswith("hf:") and name[3:4] in (".", "~", "/"):
         raise InputError(
@@ -156,8 +157,10 @@ def _publishable(spec: Spec) -> Spec:
         )
     values = spec.model_dump(exclude_none=True)
     base, bracket, column = spec.data.name.partition("[")
-    shown = Path(base).name + bracket + column
-    return with_settings({**values, "data": {**values["data"], "name": shown}})
+    values["data"]["name"] = Path(base).name + bracket + column
+    if spec.model.weights is not None:
+        values["model"]["weights"] = Path(spec.model.weights).name  # which need not be here
+    return Spec.model_validate(values, context=STORED)
 
 
 def card_numbers(deployed: Deployed, certificates: Certificates, data: str) -> dict[str, Any]:
@@ -170,9 +173,8 @@ def card_numbers(deployed: Deployed, certificates: Certificates, data: str) -> d
         InputError: the client certified nothing, or its test images have no labels.
     """
     metadata = of_client(certificates.conditions, deployed.client)
-    radii = metadata.get("radii") or even_grid(
-        float(certificates.radius.max()) if len(certificates) else 0.0, _STEPS
-    )
+    largest = float(certificates.radius.max()) if len(certificates) else 0.0
+    radii = metadata.get("radii") or (even_grid(largest, _STEPS) if largest > 0.0 else [0.0])
     named = ("family", "sigma", "unit", "norm", "law", "threat", "estimator", "alpha", "n0", "n")
     return {
         "format": 1,

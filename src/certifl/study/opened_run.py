@@ -470,7 +470,7 @@ class OpenRun(StoredRun):
             InputError: there is no such client. StoreError: the run is damaged.
         """
         count, data = self.spec.clients.count, self.data
-        if client >= count:
+        if not 0 <= client < count:
             raise InputError(f"--client {client}: the run has the clients 0 to {count - 1}.")
         return Deployed(
             self.model(client),

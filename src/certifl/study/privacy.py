@@ -47,14 +47,14 @@ def protection(spec: Spec, model: nn.Module, sizes: Sequence[int], key: bytes) -
     Args:
         spec: of the run.
         model: the network that is trained.
-        sizes: number of training images of each client; unseen ones are left out.
+        sizes: number of training images of each client.
         key: of the training, `training_key`; any key to check whether the request is possible.
 
     Raises:
         ModelError: the network cannot be trained with privacy.
         SpecError: the target is impossible, or opacus is not installed.
     """
-    privacy, sizes = spec.privacy, sizes[: spec.clients.seen]
+    privacy = spec.privacy
     if privacy.kind == "none":
         return Protection()
     check_network(model, privacy.kind)
@@ -67,7 +67,7 @@ def protection(spec: Spec, model: nn.Module, sizes: Sequence[int], key: bytes) -
         privacy.budget(),
         spec.algorithm,
         spec.training.rounds,
-        len(sizes),
+        spec.clients.seen,
         spec.clients.participation,
         key,
     )
@@ -122,7 +122,8 @@ def spent(
     """The manifest's entry on privacy after these rounds; empty without privacy.
 
     "epsilon" counts every round, fine-tuning included; "epsilon_sent" only scheduled ones, whose
-    results others see. Both have one value per client that trains.
+    results others see. Both have a value for each client; with privacy of clients, for each that
+    takes part in rounds.
     """
     ledger = protection.ledger
     if ledger is None:
