@@ -40,8 +40,8 @@ N0 = 100
 NOISE = certifl.PixelNoise(0.25)
 GRID = (0.0, 0.25, 0.5, 0.75)
 BATCH = 128
-# Share of the images' width, epochs: most of the steps are made on images of half the width.
-STAGES = ((2, 8), (1, 3))
+# Divisor of the width of the images, epochs: most steps are made on images of half the width.
+STAGES = ((2, 5), (1, 2))
 
 
 def noisy_batches(pixels: torch.Tensor, generator: torch.Generator, shrink: int) -> Any:

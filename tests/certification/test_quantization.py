@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 import certifl
 from certifl.certification.network import Network, prepare
-from certifl.certification.quantization import Calibration, Scales, recorded
+from certifl.certification.quantization import (
+    Calibration,
+    Scales,
+    fingerprint_problems,
+    recorded,
+)
 from certifl.errors import InputError, ModelError
 
 NOISE = certifl.PixelNoise(0.25)
@@ -156,10 +161,24 @@ def test_networks_that_tracing_would_change_are_refused() -> None:
         int8(hooked)
 
 
-@pytest.mark.parametrize("stored", [None, {"a": 1}, {"a": [0, 0]}, {"a": [1.0, 256]}])
+@pytest.mark.parametrize(
+    "stored",
+    [
+        *(None, {"a": 1}, {"a": [0, 0]}, {"a": [1.0, 256]}),
+        *({"a": [1.0, float("inf")]}, {"a": [10**400, 0]}),
+    ],
+)
 def test_scales_that_are_none_are_refused(stored: object) -> None:
     with pytest.raises(InputError, match="scales of a quantized network"):
         Scales.read(stored)
+
+
+def test_networks_of_no_client_are_a_finding() -> None:
+    for name in ("abc", "1" * 5000):
+        metadata = {"precision": "int8", "model_fingerprint": {name: "1"}, "quantization": {}}
+        ((client, problem),) = fingerprint_problems(metadata)
+        assert client is None
+        assert "which is no client" in problem
 
 
 class Shared(nn.Module):

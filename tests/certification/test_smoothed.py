@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import certifl
+from certifl.certification import arithmetic
+from certifl.certification.arithmetic import Arithmetic
 from certifl.errors import InputError, ModelError
 from certifl.smoothing.bounds import top_class_bounds
 from known_models import HalfSpace
@@ -54,6 +56,37 @@ def test_calls_at_the_same_time_have_the_same_answers() -> None:
             assert np.array_equal(radii, alone.radii)
 
 
+def test_the_first_call_fixes_the_arithmetic(
+    own_cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call of many images measures what "auto" stands for; one image had its answer before."""
+    measured = Arithmetic("bfloat16", 32, 1)
+    monkeypatch.setattr(arithmetic, "_measured", lambda *_: measured)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3)).eval()
+    smoothed, images = certifl.SmoothedClassifier(model, NOISE, n=200), some_images(400, 1.0)
+    alone = smoothed.certify(images[:1]).conditions
+    assert alone["precision"] == "float32"
+    for part in (images, images[:1]):
+        metadata = smoothed.certify(part).conditions
+        assert (metadata["precision"], metadata["batch_size"]) == ("float32", alone["batch_size"])
+    many = certifl.SmoothedClassifier(model, NOISE, n=200)
+    for part in (images, images[:1]):
+        metadata = many.certify(part).conditions
+        assert (metadata["precision"], metadata["batch_size"], metadata["threads"]) == (
+            "bfloat16",
+            32,
+            1,
+        )
+
+
+def test_it_votes_in_int8() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 4), torch.nn.Flatten()).eval()
+    images = some_images(20, 1.0)
+    options = {"n": 200, "precision": "int8", "calibration": images}
+    made = certifl.SmoothedClassifier(model, NOISE, **options).certify(images[:2])
+    assert made.same_results(certifl.certify(model, images[:2], NOISE, **options))
+
+
 def test_it_moves_with_its_model() -> None:
     smoothed = certifl.SmoothedClassifier(half_space(), NOISE)
     assert smoothed.to("cpu") is smoothed
@@ -65,6 +98,10 @@ def test_it_moves_with_its_model() -> None:
 def test_what_cannot_answer_is_refused_at_once() -> None:
     with pytest.raises(InputError, match="take n = 11"):
         certifl.SmoothedClassifier(half_space(), NOISE, n=5)
+    with pytest.raises(InputError, match="precision must be"):
+        certifl.SmoothedClassifier(half_space(), NOISE, precision="int9")
+    with pytest.raises(InputError, match="seed"):
+        certifl.SmoothedClassifier(half_space(), NOISE, seed=-1)
     with pytest.raises(InputError, match="alpha"):
         certifl.SmoothedClassifier(half_space(), NOISE, alpha=2.0)
     with pytest.raises(ModelError, match="training mode"):

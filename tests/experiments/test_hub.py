@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import certifl
 from certifl.errors import DataUnavailable, InputError, StoreMismatch
 from certifl.experiments.hub import load, push
+from certifl.experiments.standalone import certify_image
 from certifl.models import build, fingerprint, state_of
 from tiny_study import cli, write_spec
 
@@ -149,6 +150,21 @@ def test_other_weights_than_the_cards_are_refused(run: Path, tmp_path: Path) -> 
     save_file({**state, first: state[first] + 1}, weights)
     with pytest.raises(StoreMismatch, match="not those that its card is about"):
         load(tmp_path / "model")
+    with pytest.raises(StoreMismatch, match="not those that its card is about"):
+        certify_image(photo(tmp_path), tmp_path / "model", None, 100, False, "cpu")
+
+
+def test_a_pushed_model_predicts_in_the_precision_of_its_certificates(
+    run: Path, tmp_path: Path
+) -> None:
+    """The run asked for "auto", which may stand for something else on another machine."""
+    push(run, str(tmp_path / "model"))
+    card = tmp_path / "model" / "card.json"
+    numbers = json.loads(card.read_text())
+    for precision in ("float32", "bfloat16"):
+        card.write_text(json.dumps({**numbers, "precision": precision}))
+        made = certify_image(photo(tmp_path), tmp_path / "model", None, 100, False, "cpu")
+        assert made.certificates.conditions["precision"] == precision
 
 
 def test_the_extra_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from PIL import Image
 import certifl
 import tiny_study as tiny
 from certifl.certification.quantization import Scales
+from certifl.errors import InputError
+from certifl.experiments.hub import push
 from certifl.experiments.recast import Options
 from certifl.experiments.standalone import certify_image
 from certifl.experiments.verify import verify_run
@@ -61,6 +63,21 @@ def test_certifying_a_client_again_gives_its_certificates(run: Path, tmp_path: P
     assert np.array_equal(again.counts, made.select(made.client == 0).counts)
     own = made.conditions["quantization"]["0"]
     assert json.dumps(again.conditions["quantization"]) == json.dumps(own)
+
+
+def test_a_pushed_network_has_its_own_scales_alone_and_only_where_rows_are_shared(
+    run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"--share rows.*nobody can vote"):
+        push(run, str(tmp_path / "curve"), client=1)
+    push(run, str(tmp_path / "rows"), client=1, share="rows")
+    rows = certifl.Certificates.load(tmp_path / "rows" / "certificates.parquet").conditions
+    for name in ("quantization", "model_fingerprint", "agreement_with_float32"):
+        assert set(rows[name]) == {"1"}, name
+    assert verify_run(tmp_path / "rows" / "certificates.parquet").problems == ()
+    Image.new("L", (8, 8)).save(tmp_path / "x.png")
+    made = certify_image(tmp_path / "x.png", tmp_path / "rows", None, 50, False, "cpu")
+    assert made.certificates.conditions["quantization"] == rows["quantization"]["1"]
 
 
 def test_changed_scales_are_found(run: Path, tmp_path: Path) -> None:

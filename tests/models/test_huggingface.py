@@ -16,8 +16,11 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig
 from transformers import ViTForImageClassification as ViT
 
 import certifl
-from certifl.errors import InputError, ModelError
+from certifl.errors import InputError, ModelError, StoreMismatch
+from certifl.experiments.hub import check_card
+from certifl.models import code_fingerprint, fingerprint
 from certifl.models.building import load
+from certifl.models.state import constants_of
 from image_sets import write_set
 from tiny_study import cli, write_spec
 
@@ -59,6 +62,20 @@ def test_the_processors_normalization_is_the_first_layer(name: str) -> None:
         torch.testing.assert_close(load(name, 3, 3, (SIZE, SIZE))(X), expected)
         gray = load(name, 1, 3)(X[:, :1])
         torch.testing.assert_close(gray, load(name, 3, 3)(X[:, :1].expand(-1, 3, -1, -1)))
+
+
+def test_another_normalization_is_another_network(tmp_path: Path) -> None:
+    """Equal weights: votes of both must not be counted together, nor one take the other's card."""
+    one, other = (
+        load(save(vit(), tmp_path / str(mean), image_mean=[mean] * 3), 3, 3) for mean in (0.4, 0.5)
+    )
+    assert fingerprint(one) == fingerprint(other)
+    assert code_fingerprint(one) != code_fingerprint(other)
+    card = {"model_fingerprint": fingerprint(one), "constants": constants_of(one)}
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    check_card(tmp_path, one)
+    with pytest.raises(StoreMismatch, match="normalization is now"):
+        check_card(tmp_path, other)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -235,3 +236,18 @@ def test_pages_and_claims_give_the_same_interval() -> None:
         for algorithm in ("fedavg", "local")
     ]
     assert on_a_page(*runs) == pytest.approx(in_claims(*runs))
+
+
+def test_unsampled_images_of_a_scan_may_have_all_that_it_looks_at() -> None:
+    """A scan goes beyond the radius of unanimous votes; a rare image may lose all of it."""
+    scan = {"low": -math.pi, "high": math.pi, "periodic": True, "passes": [500, 500]}
+    runs = []
+    for algorithm, share in (("fedavg", 0.3), ("local", 0.28)):
+        run = with_shares(template(algorithm, ORDINARY, 0), np.full(160, share))
+        certificates = run.certificates
+        metadata = {**certificates.conditions, "estimator": "scan", "scan": scan}
+        scanned = dataclasses.replace(certificates, conditions=metadata)
+        runs.append([dataclasses.replace(run, certificates=scanned)])
+    low, high = on_a_page(*runs)
+    assert (low, high) == pytest.approx(in_claims(*runs))
+    assert low < 0.0 < high

@@ -30,7 +30,7 @@ from certifl.certification.checks import (
     checked_blocks,
 )
 from certifl.certification.estimators import Estimator, least_that, too_few_votes
-from certifl.certification.network import Network, tf32_state
+from certifl.certification.network import Network, choose_precision, tf32_state
 from certifl.certification.quantization import calibration_of
 from certifl.certification.sampling import VoteCounter, check_random_source_once
 from certifl.certification.settings import Settings
@@ -41,6 +41,7 @@ from certifl.perturbations.units import parse_amount, parse_amounts
 from certifl.progress import ProgressCallback, bar
 from certifl.rng import image_key
 from certifl.smoothing.bounds import two_sided_sign_test
+from certifl.torch_env import one_thread
 
 # Images on the device at once; results do not depend on it.
 _BLOCK = 256
@@ -465,13 +466,18 @@ class SmoothedClassifier:
         precision: str = "auto",
         device: str | torch.device = "auto",
         batch_size: int | str = "auto",
+        calibration: Tensor | np.ndarray | Mapping[str, Any] | None = None,
     ) -> None:
         """Name a model and how it votes, as in `certify`; nothing is computed yet.
+
+        What "auto" stands for is fixed by the first call.
 
         Raises:
             InputError: settings that cannot be used, or so few votes that nothing is certified.
         """
         check_perturbation(perturbation)
+        check_seed(seed)
+        choose_precision(precision)
         Settings(estimator, n0, n, alpha).estimator_for(perturbation).check()
         self.model, self.perturbation, self.device = model, perturbation, device
         self._certify = functools.partial(
@@ -481,9 +487,11 @@ class SmoothedClassifier:
             alpha=alpha,
             estimator=estimator,
             seed=seed,
-            precision=precision,
-            batch_size=batch_size,
+            calibration=calibration,
         )
+        # Precision, batch size and threads: 1, or 0 for as many as torch computes with.
+        self._asked: tuple[str, int | str, int] = (precision, batch_size, 0)
+        self._fixed: tuple[str, int | str, int] | None = None
 
     def __repr__(self) -> str:
         return f"SmoothedClassifier({type(self.model).__name__}, {self.perturbation!r})"
@@ -512,13 +520,27 @@ class SmoothedClassifier:
             InputError, ModelError: as `certify`.
         """
         with _ONE_AT_A_TIME:
-            return self._certify(
-                self.model, images, self.perturbation, labels=labels, device=self.device
-            )
+            precision, batch_size, threads = self._fixed or self._asked
+            with one_thread(threads == 1):
+                made = self._certify(
+                    self.model,
+                    images,
+                    self.perturbation,
+                    labels=labels,
+                    precision=precision,
+                    device=self.device,
+                    batch_size=batch_size,
+                )
+            if self._fixed is None:
+                # Another call, of more images, might choose otherwise: one image, two answers.
+                known = made.conditions
+                self._fixed = known["precision"], known["batch_size"], known["threads"]
+            return made
 
     def to(self, device: str | torch.device) -> SmoothedClassifier:
         """Move the model, if it is a module, and vote on another device; returns itself."""
         if isinstance(self.model, nn.Module):
             self.model.to(device)
-        self.device = device
+        with _ONE_AT_A_TIME:
+            self.device, self._fixed = device, None
         return self

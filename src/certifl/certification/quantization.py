@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ _BITS = 12  # of a scale, so that the last bits of a float sum do not move it
 _SAMPLE = 1 << 16  # values of an activation in which its range is looked for
 _CLIPS = tuple(1.0 - 0.05 * k for k in range(13))
 _LOW_AGREEMENT = 0.95
+_CLIENT = re.compile("[0-9]{1,18}")
 _PRODUCTS = (
     *(functional.conv2d, functional.linear, torch.conv2d, torch.matmul, torch.bmm),
     *("matmul", "bmm", "addmm"),
@@ -73,7 +75,7 @@ class Scales:
         """
         try:
             ranges = {str(k): Range(float(v[0]), int(v[1])) for k, v in stored.items()}
-        except (AttributeError, TypeError, ValueError, IndexError) as error:
+        except (AttributeError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise InputError(f"These are not scales of a quantized network: {error}") from error
         fine = all(math.isfinite(r.scale) and r.scale > 0 for r in ranges.values())
         if not fine or not all(0 <= r.zero <= LEVELS for r in ranges.values()):
@@ -155,6 +157,8 @@ def fingerprint_problems(conditions: Mapping[str, Any]) -> list[tuple[int | None
     if not isinstance(models, Mapping):
         named: list[tuple[int | None, Any, Any]] = [(None, models, known)]
     else:
+        if strange := [name for name in models if not _CLIENT.fullmatch(str(name))]:
+            return [(None, f"a network is recorded for {strange[0]!r:.40}, which is no client")]
         by_client = known if isinstance(known, Mapping) else {}
         named = [(int(name), model, by_client.get(name)) for name, model in models.items()]
     problems = ((client, _fingerprint_problem(model, own)) for client, model, own in named)

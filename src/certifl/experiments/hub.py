@@ -12,16 +12,20 @@ run: weights are safetensors, and a network of one's own needs the folder of its
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from certifl.certification import Certificates
 from certifl.certification.metadata import of_client
 from certifl.errors import CertiflError, DataUnavailable, InputError, StoreMismatch, first_line
 from certifl.models import fingerprint, is_users_code
+from certifl.models.state import constants_of
 from certifl.path_checks import CLIENT_STUDY
 from certifl.perturbations import family_label, format_amount, received_words
 from certifl.runs.atomic import read_json, save_tensors, write_json, write_text
@@ -32,8 +36,9 @@ from certifl.study.opened_run import ClientStudy, Deployed, OpenRun
 
 PREFIX = "hf:"
 SHARES = ("curve", "rows")
-_CARD, _CERTIFICATES = "card.json", "certificates.parquet"
-_FILES = ["README.md", CLIENT_STUDY, "spec.toml", "deployed.safetensors", _CARD, _CERTIFICATES]
+CARD, CERTIFICATES = "card.json", "certificates.parquet"
+_OF_A_NETWORK = ("model_fingerprint", "quantization", "agreement_with_float32")
+_FILES = ["README.md", CLIENT_STUDY, "spec.toml", "deployed.safetensors", CARD, CERTIFICATES]
 _STEPS = 8
 
 
@@ -67,6 +72,12 @@ def push(
     if not target.startswith(PREFIX) and Path(target).exists():
         raise StoreMismatch(f"{target} exists already: name a new folder, or {PREFIX}OWNER/NAME.")
     deployed, certificates = _of_run(run, client, code)
+    if share != "rows" and certificates.conditions.get("precision") == "int8":
+        raise InputError(
+            "The certificates are of a network in int8, whose ranges of activations tell of "
+            'training images: share = "rows" (--share rows) publishes them in its record, else '
+            "certify in float32 or bfloat16. Without them nobody can vote with that network."
+        )
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
         folder.mkdir()
@@ -90,14 +101,29 @@ def load(source: str | Path, code: Path | None = None) -> Deployed:
     """
     folder = local_folder(source)
     deployed = ClientStudy(folder).deployed(None, code)
-    card = read_json(folder / _CARD)
+    check_card(folder, deployed.model)
+    return deployed
+
+
+def check_card(folder: Path, model: nn.Module) -> None:
+    """Refuse weights, or a normalization, that the card of a pushed model is not about.
+
+    Raises:
+        StoreMismatch: they are others. StoreError: the card is missing or damaged.
+    """
+    card = read_json(folder / CARD)
     named = card.get("model_fingerprint") if isinstance(card, dict) else None
-    if named != fingerprint(deployed.model):
+    if named != fingerprint(model):
         raise StoreMismatch(
-            f"The weights of {source} are not those that its card is about: {named!r:.40}. Its "
+            f"The weights in {folder} are not those that its card is about: {named!r:.40}. Its "
             "certificates say nothing about them."
         )
-    return deployed
+    constants = constants_of(model)
+    if constants != card.get("constants", constants):
+        raise StoreMismatch(
+            f"The network of {folder} is made from a model of the hub, whose normalization is now "
+            f"{constants}: its card is about {card['constants']!r:.200}."
+        )
 
 
 def local_folder(source: str | Path) -> Path:
@@ -119,14 +145,24 @@ def _of_run(run: Path, client: int | None, code: Path | None) -> tuple[Deployed,
     """A client's model and the certificates of its own test images."""
     study = ClientStudy(run)
     if study.exists():
-        stored = run / _CERTIFICATES
+        stored = run / CERTIFICATES
         if not stored.is_file():
             raise StoreMismatch(f"{run} holds no certificates yet: nothing is known of its model.")
         return study.deployed(client, code), Certificates.load(stored)
     opened = OpenRun(run, code=code)
     opened.require_finished()
     number = client or 0
-    return opened.deployed(number), opened.certificates.of_client(number)
+    return opened.deployed(number), _of_one(opened.certificates.of_client(number), number)
+
+
+def _of_one(certificates: Certificates, client: int) -> Certificates:
+    """A client's certificates without what the metadata say of others' networks."""
+    own = {
+        name: {str(client): value[str(client)]}
+        for name, value in certificates.conditions.items()
+        if name in _OF_A_NETWORK and isinstance(value, Mapping) and str(client) in value
+    }
+    return dataclasses.replace(certificates, conditions={**certificates.conditions, **own})
 
 
 def _write(
@@ -141,10 +177,10 @@ def _write(
     ClientStudy(folder).describe(spec, deployed.client, data)
     save_tensors(folder / "deployed.safetensors", deployed.model.state_dict())
     numbers = card_numbers(deployed, certificates, spec.data.name)
-    write_json(folder / _CARD, numbers)
+    write_json(folder / CARD, numbers)
     write_text(folder / "README.md", card_text(numbers, target, share == "rows", spec.model.name))
     if share == "rows":
-        certificates.save(folder / _CERTIFICATES)
+        certificates.save(folder / CERTIFICATES)
 
 
 def _publishable(spec: Spec) -> Spec:
@@ -182,6 +218,7 @@ def card_numbers(deployed: Deployed, certificates: Certificates, data: str) -> d
         "prepared": deployed.spec.data.preparation().described,
         "deploys": deployed.deploys,
         "model_fingerprint": fingerprint(deployed.model),
+        **({"constants": constants} if (constants := constants_of(deployed.model)) else {}),
         "perturbation": metadata["description"],
         **{name: metadata[name] for name in (*named, "precision", "seed") if name in metadata},
         "images": len(certificates),

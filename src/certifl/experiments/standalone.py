@@ -16,6 +16,7 @@ from certifl.certification import Certificates
 from certifl.certification.api import certify
 from certifl.certification.arithmetic import Arithmetic, Trial
 from certifl.certification.network import Network
+from certifl.certification.precisions import PRECISIONS
 from certifl.certification.settings import Settings
 from certifl.data import (
     Dataset,
@@ -27,11 +28,13 @@ from certifl.data import (
 )
 from certifl.data.preparation import AS_THEY_ARE, Preparation
 from certifl.errors import InputError, StoreError, StoreMismatch
+from certifl.experiments.hub import CARD, CERTIFICATES, check_card
 from certifl.models import build
 from certifl.module_copies import evaluating
 from certifl.path_checks import check_certificate_file
 from certifl.perturbations import DEFAULT, Perturbation, describe, from_description
 from certifl.progress import StageCallback
+from certifl.runs.atomic import read_json
 from certifl.study.certify import (
     Job,
     VoteSource,
@@ -333,7 +336,7 @@ def certify_image(
             estimator=wanted.estimator,
             radii=settings.radii,
             seed=used.spec.seed,
-            precision=wanted.precision if choice is None else choice.precision,
+            precision=_precision(run, wanted.precision) if choice is None else choice.precision,
             device=device,
             batch_size="auto" if choice is None else choice.batch_size,
             reach=settings.reach,
@@ -439,6 +442,22 @@ def _choice(path: Path, device: str) -> Arithmetic | None:
     return None if ClientStudy(path).exists() else recorded_arithmetic(OpenRun(path), device)
 
 
+def _precision(path: Path, asked: str) -> str:
+    """The precision in which a client's own or pushed model was certified, where "auto" was asked.
+
+    Another one is another network, which the certificates say nothing of.
+    """
+    study, card = ClientStudy(path), path / CARD
+    if asked != "auto" or not study.exists():
+        return asked
+    rows = path / CERTIFICATES
+    stored = Certificates.load(rows).conditions if rows.is_file() else {}
+    if not stored and card.is_file():
+        stored = read_json(card)
+    recorded = stored.get("precision") if isinstance(stored, Mapping) else None
+    return recorded if isinstance(recorded, str) and recorded in PRECISIONS else asked
+
+
 def _scales(path: Path, client: int) -> Mapping[str, Any]:
     """The scales that a client of a run certified with, as its record holds them."""
     return OpenRun(path).certificates.conditions["quantization"][str(client)]
@@ -448,7 +467,10 @@ def _deployed(path: Path, client: int | None, code: Path | None) -> Deployed:
     """The model of a client of a run, or of the client whose folder it is."""
     study = ClientStudy(path)
     if study.exists():
-        return study.deployed(client, code)
+        deployed = study.deployed(client, code)
+        if (path / CARD).is_file():
+            check_card(path, deployed.model)
+        return deployed
     run = OpenRun(path, code=code)
     run.require_finished()
     return run.deployed(client or 0)

@@ -200,6 +200,12 @@ class ImageClassifier(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(shape), persistent=False)
 
+    @property
+    def constants(self) -> dict[str, list[float]]:
+        """What the network computes with besides its state: the normalization."""
+        named = {"mean": self.mean, "std": self.std}
+        return {name: value.flatten().tolist() for name, value in named.items()}
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images (m, c, h, w) in [0, 1]."""
         wide = images.expand(-1, self._channels, -1, -1)

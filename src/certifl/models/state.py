@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import inspect
 import itertools
+import json
 import pickle
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -68,6 +69,7 @@ def _in_words(value: Any) -> str:
 
 
 _KNOWN_BY_VERSION = ("torch", "certifl")
+_HUB = "certifl.models.building"
 
 NamedCode = dict[str, tuple[str, ...]]
 """Folders in which a module, by the first part of its name, is looked for."""
@@ -171,18 +173,31 @@ def code_fingerprint(model: nn.Module) -> str:
     """SHA-256 over the source files of the classes of a network's layers, in the order of names.
 
     Layers of torch and of certifl are left out (records name their versions); "" where there is
-    no other. What a file imports, and classes that have no file (made in a notebook), are not
-    seen: the fingerprint shows that code changed, not that it did not.
+    no other. Constants from elsewhere count as code (`constants_of`). What a file imports, and
+    classes that have no file (made in a notebook), are not seen: the fingerprint shows that code
+    changed, not that it did not.
     """
     names = {type(layer).__module__ for layer in model.modules()}
     own = sorted(name for name in names if name.partition(".")[0] not in _KNOWN_BY_VERSION)
-    digest, any_source = hashlib.sha256(), False
+    digest, constants = hashlib.sha256(), constants_of(model)
+    if constants:
+        digest.update(f"{json.dumps(constants)}\x1e".encode())
+    anything = bool(constants)
     for name in own:
         source = _source(name)
         if source is not None:
             digest.update(f"{name}\x1f{source}\x1e".encode())
-            any_source = True
-    return digest.hexdigest() if any_source else ""
+            anything = True
+    return digest.hexdigest() if anything else ""
+
+
+def constants_of(model: nn.Module) -> dict[str, Any]:
+    """What a network computes with that is neither in its state nor in its code, as JSON.
+
+    A model of the Hugging Face hub has its normalization from a file beside its weights, which may
+    change while they stay.
+    """
+    return dict(getattr(model, "constants", {})) if type(model).__module__ == _HUB else {}
 
 
 def _source(module: str) -> str | None:

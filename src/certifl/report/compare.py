@@ -24,8 +24,8 @@ from certifl.report.summary import (
     client_acr,
     gains,
     image_numbers,
-    largest_radius,
     mean_acr,
+    possible_radius,
 )
 from certifl.smoothing.bounds import Floats, Ints
 
@@ -172,7 +172,7 @@ def compare(runs: Sequence[Row]) -> Comparison:
             "The runs certified no test image in common, so they cannot be compared image by "
             "image. Report them separately, or run them with the same data, clients and seed."
         )
-    scale = largest_radius(runs)
+    scale = possible_radius(runs)
     error = (1.0 - CONFIDENCE) / max(1, len(positions))
     pairs = {at: _difference(at, couple, error, scale) for at, couple in couples.items()}
     stated = [pair.images for pair in pairs.values() if pair.stated]
@@ -343,7 +343,7 @@ def own_interval(row: Row) -> tuple[float, float] | None:
     samples = [_own_sample(run) for run in row.runs]
     if any(too_few([len(own) for own in sample.values]) for sample in samples):
         return None
-    scale = largest_radius([row])
+    scale = possible_radius([row])
     low, high = interval_over_seeds(samples, 1.0 - CONFIDENCE, scale)
     return max(0.0, float(low[0])), min(scale, float(high[0]))
 

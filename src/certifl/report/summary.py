@@ -8,6 +8,7 @@ of several seeds has the mean over its seeds, each seed counted once.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from certifl.certification.certificates import Certificates
+from certifl.certification.estimators import largest_radius as largest_recorded
 from certifl.certification.settings import GRID_POINTS
+from certifl.errors import InputError
 from certifl.report.intervals import Sample, interval_over_seeds, too_few
 from certifl.report.results import Row, RunResults, flat
 from certifl.report.units import RadiusScale, family_words, scales, sigma_text
@@ -242,6 +245,19 @@ def largest_radius(rows: Sequence[Row]) -> float:
         ends += [] if radius is None else [radius]
     end = max(ends)
     return end if end > 0 else float(runs[0].conditions["sigma"])
+
+
+def possible_radius(rows: Sequence[Row]) -> float:
+    """The largest radius that an image of some rows could have: the scale of intervals.
+
+    A scan certifies beyond what unanimous votes of a fixed number give, up to where it looks.
+    """
+    ends = [largest_radius(rows)]
+    for run in flat(rows):
+        if run.conditions.get("estimator") == "scan":
+            with contextlib.suppress(InputError):  # a record that does not say where it looked
+                ends.append(largest_recorded(run.conditions))
+    return max(ends)
 
 
 def unanimous_radius(metadata: Mapping[str, Any]) -> float | None:
