@@ -16,8 +16,7 @@ from certifl.certification import Certificates
 from certifl.certification.api import certify
 from certifl.certification.arithmetic import Arithmetic, Trial
 from certifl.certification.network import Network
-from certifl.certification.precisions import PRECISIONS
-from certifl.certification.settings import Settings
+from certifl.certification.settings import PRECISIONS, Settings
 from certifl.data import (
     Dataset,
     changes_of,
