@@ -56,6 +56,13 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
 
 
+class OfItsOwn(nn.Identity):
+    """A known layer by its class alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.linspace(0, 1, x.shape[-1])
+
+
 @pytest.mark.parametrize(("share", "chosen"), [(0.86, "bfloat16"), (0.88, "float32")])
 def test_bfloat16_has_to_be_faster_by_fifteen_percent(
     clock: Callable[[Seconds], None], share: float, chosen: str
@@ -95,6 +102,12 @@ def test_networks_that_compute_with_coordinates_or_cannot_be_traced_stay_in_floa
         assert bears_rounding(certifl.models.build(name, 3, 10, seed=0)), name
     assert not bears_rounding(Coordinates())
     assert not bears_rounding(nn.Sequential(net(), nn.Softmax(1)))
+    assert not bears_rounding(nn.Sequential(net(), OfItsOwn()))
+    hooked = nn.Linear(5, 5)
+    hooked.register_forward_hook(lambda _layer, _inputs, logits: logits.softmax(1))
+    assert not bears_rounding(nn.Sequential(net(), hooked))
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(5, 5))
+    assert bears_rounding(nn.Sequential(net(), normed))
 
 
 def test_votes_lost_on_unanimous_images_keep_float32(

@@ -11,8 +11,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 import certifl
+from certifl.certification.checks import checked_blocks
 from certifl.certification.counts import Request
 from certifl.certification.network import prepare
 from certifl.certification.sampling import CHUNK, VoteCounter
@@ -402,3 +411,33 @@ def test_progress_never_goes_back(model: HalfSpace, images: Tensor) -> None:
 def test_blocks_that_do_not_fit(model: HalfSpace, blocks: list, labels: list, says: str) -> None:
     with pytest.raises(InputError, match=says):
         certifl.certify(model, blocks, NOISE, labels=labels, n=100)
+
+
+@pytest.mark.parametrize("label", [0.7, "3", None])
+def test_labels_of_a_data_set_are_never_cut_to_whole_numbers(label):
+    pairs = [(torch.rand(1, 4, 4), label)] * 3
+    with pytest.raises(InputError, match="as a label: labels must be whole numbers"):
+        next(checked_blocks(ListDataset(pairs), None, certifl.PixelNoise(0.25)))
+
+
+def test_loaders_that_shuffle_by_their_sampler_are_refused_too():
+    images = ListDataset(list(torch.rand(4, 1, 4, 4)))
+    shuffling = RandomSampler(range(4))
+    for options in (
+        {"sampler": SubsetRandomSampler(range(4))},
+        {"sampler": WeightedRandomSampler([1.0] * 4, 4)},
+        {"batch_sampler": BatchSampler(shuffling, 2, drop_last=False)},
+    ):
+        with pytest.raises(InputError, match="shuffle=False"):
+            next(checked_blocks(DataLoader(images, **options), None, certifl.PixelNoise(0.25)))
+
+
+class ListDataset(Dataset):
+    def __init__(self, items: list) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, row: int):
+        return self.items[row]

@@ -92,10 +92,12 @@ def test_claims_are_never_tested_on_rows_made_from_curves(tmp_path):
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("kept") / "run"
-    folder = run_study(tiny.spec(), Options(place))
+    study = tiny.spec()
+    folder = run_study(study, Options(place))
     certificates = folder.load_certificates()
     shutil.copy(folder.certificates, place.parent / "own.parquet")
-    return keep_to_themselves(place, certificates)
+    estimator = study.certification.settings().estimator_for(study.perturbation())
+    return keep_to_themselves(place, certificates, estimator.grid())
 
 
 def test_verify_says_what_it_can_and_where_the_rest_is_done(kept):
@@ -142,6 +144,15 @@ Change = Callable[[dict[str, Any]], Any]
         (lambda c: c.update(acr=-0.1), "does not go with its curve"),
         (lambda c: c.update(images=7), "the spec certifies 6"),
         (lambda c: c.update(correct=[1]), "1 counts for 50 radii"),
+        (
+            lambda c: c.update(acr=2 * c["acr"], radii=[2 * r for r in c["radii"]]),
+            "its radii are not those that the spec gives",
+        ),
+        (
+            lambda c: c.update(acr=1000.0, correct=[6] * len(c["radii"])),
+            "an average certified radius of 1000 is beyond",
+        ),
+        (lambda c: c.update(images=0), "is of 0 images"),
         (lambda c: c.update(radii=["x"]), "damaged"),
         (lambda c: c["conditions"].update(alpha=0.5), "say alpha = 0.5, the spec 0.001"),
         (lambda c: c["conditions"].pop("description"), "what it certified is damaged"),

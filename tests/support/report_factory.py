@@ -180,10 +180,12 @@ def write_run(
     return folder
 
 
-def keep_to_themselves(folder: Path, certificates: Certificates) -> Path:
-    """A run whose clients share curves only."""
-    end = float(certificates.radius.max())
-    radii = np.linspace(0.0, end, 50)
+def keep_to_themselves(
+    folder: Path, certificates: Certificates, radii: np.ndarray | None = None
+) -> Path:
+    """A run whose clients share curves only, by default up to the largest radius of all."""
+    if radii is None:
+        radii = np.linspace(0.0, float(certificates.radius.max()), 50)
     clients = {}
     for client in np.unique(certificates.client).tolist():
         own = certificates.of_client(client)

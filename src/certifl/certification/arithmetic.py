@@ -283,7 +283,18 @@ class _Tracer(fx.Tracer):
     """Takes known layers as a whole."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _LAYERS) or super().is_leaf_module(m, module_qualified_name)
+        return _is_known(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _is_known(layer: nn.Module) -> bool:
+    """Whether a layer computes what its class of torch or certifl says, and nothing of its own."""
+    hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
+    own = [
+        type(layer).forward,
+        *(hook if hasattr(hook, "__code__") else type(hook) for hook in hooks),
+    ]
+    known = all(part.__module__.partition(".")[0] in ("torch", "certifl") for part in own)
+    return known and isinstance(layer, _LAYERS)
 
 
 def bears_rounding(model: nn.Module) -> bool:
@@ -302,7 +313,7 @@ def bears_rounding(model: nn.Module) -> bool:
 
 def _bears(node: fx.Node, model: nn.Module) -> bool:
     if node.op == "call_module":
-        return isinstance(model.get_submodule(str(node.target)), _LAYERS)
+        return _is_known(model.get_submodule(str(node.target)))
     if node.op == "call_function":
         known = node.target in _FUNCTIONS or node.target in _SIZES
         return known or _normalizes(node)

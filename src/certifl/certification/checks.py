@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from certifl.certification.certificates import UNLABELLED
 from certifl.errors import InputError, ModelError, first_line
@@ -401,6 +409,7 @@ ImageLabels = (
     Tensor | np.ndarray | Sequence[int] | Iterable[Tensor | np.ndarray | Sequence[int]] | None
 )
 _ROWS = 256
+_SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def checked_blocks(
@@ -474,7 +483,8 @@ def _iterable(images: Any) -> Iterable[Any]:
         InputError: they are none.
     """
     if isinstance(images, DataLoader):
-        if isinstance(getattr(images, "sampler", None), RandomSampler):
+        inner = getattr(images.batch_sampler, "sampler", None)
+        if isinstance(images.sampler, _SHUFFLING) or isinstance(inner, _SHUFFLING):
             raise InputError(
                 "The loader shuffles, so that rows of the certificates would name other images at "
                 "every call. Make it with shuffle=False."
@@ -500,9 +510,21 @@ def _of_dataset(data: Any) -> Iterator[Any]:
         items = [data[row] for row in range(start, min(start + _ROWS, len(data)))]
         pairs = [one for one in items if isinstance(one, (tuple, list)) and len(one) == 2]
         if pairs and len(pairs) == len(items):
-            yield _stacked([image for image, _ in pairs]), np.array([int(y) for _, y in pairs])
+            labels = np.array([_label(y) for _, y in pairs])
+            yield _stacked([image for image, _ in pairs]), labels
         else:
             yield _stacked(items)
+
+
+def _label(value: Any) -> int:
+    """A label of a pair as a number; one number in a tensor or an array is one."""
+    try:
+        return operator.index(np.asarray(value).item())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"The data set gives {value!r:.40} as a label: labels must be whole numbers, the "
+            "classes of the model."
+        ) from error
 
 
 def _stacked(images: Sequence[Any]) -> Tensor:

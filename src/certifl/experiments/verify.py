@@ -326,7 +326,7 @@ def _of_curves(run: OpenRun) -> Verification:
     curves, checked = run.curves or {}, 0
     for client, curve in curves.items():
         problems += impossible(client, curve, run.spec)
-        problems += _curve_settings_problems(client, curve.get("conditions"), run.spec)
+        problems += _curve_settings_problems(client, curve, run.spec)
     # Rows of single clients that shared them, where others did not.
     for path in sorted(run.folder.votes(0).parent.glob("rows-*.parquet")):
         rows = Certificates.load(path)
@@ -335,17 +335,44 @@ def _of_curves(run: OpenRun) -> Verification:
     return Verification(checked, tuple(problems), _kept_words(run.path, len(curves)))
 
 
-def _curve_settings_problems(client: int, metadata: Any, spec: Spec) -> list[str]:
+def _curve_settings_problems(client: int, curve: Mapping[str, Any], spec: Spec) -> list[str]:
     """A client may certify its own perturbation; everything else is the study's."""
+    metadata: Any = curve.get("conditions")
     try:
         perturbation = from_record(metadata["description"])
         own = perturbation != spec.perturbations()[client]
         left_out = AMOUNTS if own else ()
-        return _metadata_problems(
+        problems = _metadata_problems(
             metadata, spec, client, perturbation, f"of client {client} ", left_out
         )
+        return problems + _radii_problems(client, curve, spec, perturbation)
     except (InputError, KeyError, TypeError, AttributeError, IndexError) as error:
         return [f"client {client}: what it certified is damaged ({error!r})"]
+
+
+def _radii_problems(
+    client: int, curve: Mapping[str, Any], spec: Spec, perturbation: Perturbation
+) -> list[str]:
+    """Where a curve is at other radii than the study's, or goes beyond what votes can certify."""
+    estimator = spec.certification.settings(client).estimator_for(perturbation)
+    try:
+        radii, counts = np.array(curve["radii"], float), np.array(curve["correct"], np.int64)
+        images, acr = int(curve["images"]), float(curve["acr"])
+    except MALFORMED:
+        return []  # see `impossible`
+    grid = estimator.grid()
+    if radii.shape != grid.shape or not np.allclose(radii, grid, rtol=_ROUNDING, atol=_ROUNDING):
+        return [f"client {client}: its radii are not those that the spec gives"]
+    if counts.shape != grid.shape or images < 1:
+        return []
+    largest = estimator.largest_radius()
+    high = possible_averages(radii, counts, images, largest)[1]
+    if acr > high + _ROUNDING:
+        return [
+            f"client {client}: an average certified radius of {acr:.6g} is beyond {high:.6g}, "
+            f"since no votes certify more than {largest:.6g}"
+        ]
+    return []
 
 
 def _from_votes(certificates: Certificates) -> list[str]:
@@ -471,6 +498,8 @@ def impossible(client: int, curve: Mapping[str, Any], spec: Spec) -> list[str]:
         return [f"client {client}: its curve is damaged ({error!r})"]
     if len(radii) != len(counts) or not radii:
         return [f"client {client}: its curve has {len(counts)} counts for {len(radii)} radii"]
+    if images < 1:
+        return [f"client {client}: its curve is of {images} images"]
     found = []
     if any(after > before for before, after in itertools.pairwise([images, *counts])):
         found.append(f"client {client}: its counts must fall from at most all {images} images")
