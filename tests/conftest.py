@@ -43,13 +43,24 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def finished(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the tiny study with its report, which no test changes."""
     folder = tmp_path_factory.mktemp("study")
-    done = tiny.cli("run", tiny.write_spec(folder), "--out", folder / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CERTIFL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("CERTIFL_DATA", raising=False)
+        with tiny.undrawn():
+            done = tiny.cli("run", tiny.write_spec(folder), "--out", folder / "run")
     done.fine("FedAvg", "ACR", "Report:")
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """Figures are laid out and not drawn: drawing takes most of the time of a small run."""
+    with tiny.undrawn():
+        yield
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from certifl.experiments.run import Options, run
 from certifl.federated import ClientData, LocalTraining, state_of
 from certifl.runs.folder import RunFolder
 from certifl.spec import Spec, with_settings
-from certifl.study.opened_run import initial_model, open_data
+from certifl.study.setup import initial_model, open_data
 
 HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)

@@ -33,9 +33,8 @@ from certifl.perturbations import Perturbation
 from certifl.runs.atomic import write_json
 from certifl.runs.checkpoints import Checkpoints
 from certifl.spec import Spec, with_settings
-from certifl.study.opened_run import initial_model, open_data
 from certifl.study.privacy import protection
-from certifl.study.setup import local_training
+from certifl.study.setup import initial_model, local_training, open_data
 
 HELD_OUT = 10_000
 VOTES = 16

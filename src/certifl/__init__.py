@@ -15,6 +15,7 @@ import importlib  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
 from certifl._version import __version__  # noqa: E402
+from certifl.lazy import lazy_names  # noqa: E402
 
 if TYPE_CHECKING:
     from certifl import models
@@ -84,14 +85,11 @@ _HOMES = {
         "certifl.perturbations",
     ),
 }
+_get = lazy_names("certifl", _HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "models":
-        return importlib.import_module("certifl.models")
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'certifl' has no attribute {name!r}")
+    return importlib.import_module("certifl.models") if name == "models" else _get(name)
 
 
 def __dir__() -> list[str]:

@@ -29,11 +29,7 @@ def is_run(path: Path) -> bool:
 
 
 def check_run(path: Path) -> None:
-    """Refuse a path that is not a run folder.
-
-    Raises:
-        StoreMismatch: it holds no run.
-    """
+    """Refuse a path that is not a run folder (StoreMismatch)."""
     if not is_run(path):
         raise StoreMismatch(
             f"{path} is not a run folder: it has no {_MARK}. Give the folder that `certifl run` "
@@ -42,21 +38,13 @@ def check_run(path: Path) -> None:
 
 
 def check_model_folder(path: Path) -> None:
-    """Refuse a path that is neither a run folder nor a client's own folder of a study.
-
-    Raises:
-        StoreMismatch: it holds neither.
-    """
+    """Refuse what is neither a run folder nor a client's folder of a study (StoreMismatch)."""
     if not (path / CLIENT_STUDY).is_file():
         check_run(path)
 
 
 def check_study(path: Path) -> None:
-    """Refuse a path with no run in it, nor in the folders of a study.
-
-    Raises:
-        StoreMismatch: there is none.
-    """
+    """Refuse a path with no run in it, nor in the folders of a study (StoreMismatch)."""
     patterns = (_MARK, f"runs/*/{_MARK}", f"*/{_MARK}")
     if not any(True for pattern in patterns for _ in path.glob(pattern)):
         raise StoreMismatch(
@@ -66,21 +54,13 @@ def check_study(path: Path) -> None:
 
 
 def check_file(path: Path, what: str) -> None:
-    """Refuse a path without a file.
-
-    Raises:
-        InputError: there is none; `what` says what should lie there.
-    """
+    """Refuse a path without a file (InputError); `what` says what should lie there."""
     if not path.is_file():
         raise InputError(f"There {what} {path}. Check the path.")
 
 
 def check_certificate_file(out: Path, overwrite: bool) -> None:
-    """Refuse a file that certificates cannot be written to.
-
-    Raises:
-        InputError: its name has another ending. StoreMismatch: it exists.
-    """
+    """Refuse a file that certificates cannot be written to (InputError, StoreMismatch)."""
     if out.suffix not in (".parquet", ".tsv") or out.is_dir():
         raise InputError(f"--out must be a file .parquet or .tsv; got {str(out)!r}.")
     if out.exists() and not overwrite:
@@ -88,11 +68,7 @@ def check_certificate_file(out: Path, overwrite: bool) -> None:
 
 
 def check_data_folder(folder: Path | None, variable: str = "CERTIFL_DATA") -> None:
-    """Refuse a folder of data sets that does not exist.
-
-    Raises:
-        DataUnavailable: it does not.
-    """
+    """Refuse a folder of data sets that does not exist (DataUnavailable)."""
     if folder is not None and not folder.expanduser().is_dir():
         raise DataUnavailable(
             f"The data folder {folder} does not exist. Correct --data-dir or {variable}."
@@ -100,11 +76,7 @@ def check_data_folder(folder: Path | None, variable: str = "CERTIFL_DATA") -> No
 
 
 def check_deploy_folder(folder: Path) -> None:
-    """Refuse a folder that is not of a federation.
-
-    Raises:
-        SpecError: `certifl deploy init` did not write it.
-    """
+    """Refuse a folder that is not of a federation (SpecError)."""
     if not (folder / CONNECTION).is_file():
         raise SpecError(
             f"{folder} is not a folder of a federation: it has no {CONNECTION}. Give a folder "
@@ -113,11 +85,7 @@ def check_deploy_folder(folder: Path) -> None:
 
 
 def check_client_settings(path: Path) -> None:
-    """Refuse a client's folder without its settings.
-
-    Raises:
-        SpecError: they are not there.
-    """
+    """Refuse a client's folder without its settings (SpecError)."""
     if not path.exists():
         raise SpecError(
             f"There is no {path}. It is written by `certifl deploy init`; give the folder of "
@@ -126,11 +94,7 @@ def check_client_settings(path: Path) -> None:
 
 
 def read_spec_file(path: Path) -> dict[str, Any]:
-    """The plain values of a spec file.
-
-    Raises:
-        SpecError: there is no such file, or it is not TOML.
-    """
+    """The plain values of a spec file (SpecError)."""
     text = ""
     try:
         text = read_text(path, SPEC_BYTES)

@@ -5,8 +5,9 @@ device or folder, which could block or never end) of a size that its kind can ha
 its JSON or TOML not nested deeper than any honest one, and its integers those of 64 bits. What a
 file declares about its own size is limited before memory is asked for.
 
-Every function raises `InputError`, which says in a few words what is wrong with the file; callers
-add its path and what to do.
+Every function raises `InputError`, which says in a few words what is wrong with the file (not a
+regular one, too large, damaged, of another form), and `OSError` where it cannot be opened or read;
+callers add its path and what to do.
 """
 
 from __future__ import annotations
@@ -74,21 +75,13 @@ def _escaped(character: str) -> str:
 
 
 def require_regular(path: Path, most: int | None = None) -> os.stat_result:
-    """Refuse what is not a regular file, or is larger than it may be.
-
-    Raises:
-        InputError: it is. OSError: there is nothing, or it may not be looked at.
-    """
+    """Refuse what is not a regular file, or is larger than it may be."""
     _require_name(path)
     return _checked(os.stat(path), most)
 
 
 def open_regular(path: Path, most: int | None = None) -> BinaryIO:
-    """Open a regular file for reading, without waiting for anybody.
-
-    Raises:
-        InputError: it is not a regular file, or too large. OSError: it cannot be opened.
-    """
+    """Open a regular file for reading, without waiting for anybody."""
     _require_name(path)
     # Without O_NONBLOCK, opening a pipe waits until somebody writes to it.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | os.O_CLOEXEC)
@@ -139,11 +132,7 @@ def flush(path: Path) -> None:
 
 
 def read_bytes(path: Path, most: int = DATA_BYTES) -> bytes:
-    """The content of a regular file.
-
-    Raises:
-        InputError: it is not a regular file, or too large. OSError: it cannot be read.
-    """
+    """The content of a regular file."""
     with open_regular(path, most) as file:
         content = file.read(most + 1)
     if len(content) > most:  # it grew
@@ -152,11 +141,7 @@ def read_bytes(path: Path, most: int = DATA_BYTES) -> bytes:
 
 
 def read_text(path: Path, most: int = TEXT_BYTES) -> str:
-    """The text of a regular file, which must be UTF-8.
-
-    Raises:
-        InputError: it is not a regular file, too large, or not UTF-8. OSError: it cannot be read.
-    """
+    """The text of a regular file, which must be UTF-8."""
     try:
         text = read_bytes(path, most).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -165,20 +150,12 @@ def read_text(path: Path, most: int = TEXT_BYTES) -> str:
 
 
 def read_json(path: Path, most: int = TEXT_BYTES) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        InputError: it is not usable; see `read_text` and `parse_json`. OSError: as `read_text`.
-    """
+    """The content of a JSON file."""
     return parse_json(read_text(path, most))
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-        InputError: it is not JSON, nested too deeply, or holds an integer beyond 64 bits.
-    """
+    """The value of a JSON text."""
     try:
         plain = text.decode("utf-8") if isinstance(text, bytes) else text
         _require_shallow(plain)
@@ -192,20 +169,12 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_toml(path: Path, most: int = SPEC_BYTES) -> dict[str, Any]:
-    """The content of a TOML file.
-
-    Raises:
-        InputError: it is not usable; see `read_text` and `parse_toml`. OSError: as `read_text`.
-    """
+    """The content of a TOML file."""
     return parse_toml(read_text(path, most))
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """The values of a TOML text.
-
-    Raises:
-        InputError: it is not TOML, nested too deeply, or holds an integer beyond 64 bits.
-    """
+    """The values of a TOML text."""
     if len(text) > SPEC_BYTES:
         raise InputError(_too_large(len(text), SPEC_BYTES))
     if _LONG_KEY.search(text):
@@ -221,11 +190,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def read_gzip(path: Path, header: int, most: int = DATA_BYTES) -> Iterator[bytes]:
-    """Yield the first `header` bytes of a gzipped file, then the rest in pieces.
-
-    Raises:
-        InputError: it is not a regular file, too large, or damaged. OSError: it cannot be read.
-    """
+    """Yield the first `header` bytes of a gzipped file, then the rest in pieces."""
     with open_regular(path, most) as raw:
         allowed = min(most, _GZIP_RATIO * max(1, os.fstat(raw.fileno()).st_size))
         try:
@@ -250,9 +215,6 @@ def open_parquet(
         path: the file.
         wanted: columns that must be there, once.
         values: the most numbers or texts in all columns together.
-
-    Raises:
-        InputError: it is damaged, too large, or lacks a column. OSError: it cannot be read.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

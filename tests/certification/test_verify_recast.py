@@ -21,12 +21,20 @@ from certifl.certification import counts as engine
 from certifl.certification.counts import Votes
 from certifl.errors import InputError
 from certifl.experiments import recast as recasting
-from certifl.experiments.recast import EXACT, FRESH, ROUNDING, Options, recast_run
+from certifl.experiments.recast import (
+    EXACT,
+    FRESH,
+    ROUNDING,
+    Options,
+    Recast,
+    recast_votes,
+)
 from certifl.experiments.run import Options as RunOptions
 from certifl.experiments.run import run
 from certifl.experiments.verify import verify_run
 from certifl.runs.folder import RunFolder
 from certifl.spec import Spec, load_stored
+from certifl.study.opened_run import OpenRun
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -36,6 +44,10 @@ STUDIES: dict[str, Callable[[], Spec]] = {
     "scan": lambda: tiny.spec("certification.estimator=scan", "certification.n=2000"),
     "own": lambda: own_study.spec(),
 }
+
+
+def recast_run(path: Path, options: Options) -> Recast:
+    return recast_votes(OpenRun(path, code=options.code, offline=True), options)
 
 
 @pytest.fixture(scope="module")

@@ -92,6 +92,10 @@ def test_exit_codes_of_a_real_process(tmp_path: Path) -> None:
         ("model.name=json:dumps", ["json:dumps", "in_channels"]),
         ("model.options={width=3}", ["model", "width"]),
         ("lr", ["--set takes key=value"]),
+        ("certification.n=5", ["n = 11 or more"]),
+        ("training.flip=yes", ["must be true or false"]),
+        ("certification.radii=0.1", ["must be a list"]),
+        ("privacy.kind=dp", ["must be 'none', 'example' or 'client'"]),
     ],
 )
 def test_a_wrong_setting_is_one_clear_line_and_writes_nothing(
@@ -150,6 +154,9 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     spec = tiny.write_spec(tmp_path)
     below_a_file = spec / "run"
     tiny.cli("run", spec, "--out", below_a_file).refused("tiny.toml is a file", "--out")
+    for asked in (("run", spec, "--out"), ("deploy", "init")):
+        tiny.cli(*asked, spec).refused("is a file")
+    assert "[data]" in spec.read_text()
     if os.geteuid() != 0:
         closed = tmp_path / "closed"
         closed.mkdir(mode=0o500)
@@ -164,3 +171,25 @@ def test_a_folder_with_strangers_is_left_alone(tmp_path: Path) -> None:
     for more in ([], ["--overwrite"]):
         tiny.cli("run", spec, "--out", place, *more).refused("thesis.tex", "--out")
     assert [p.name for p in place.iterdir()] == ["thesis.tex"]
+
+
+def test_answer_within_without_workers_leaves_no_folder_in_the_way(tmp_path: Path) -> None:
+    spec, out = tiny.write_spec(tmp_path), tmp_path / "run"
+    tiny.cli("run", spec, "--out", out, "--answer-within", "5").refused("needs --workers")
+    assert not out.exists()
+
+
+def test_what_clients_share_is_refused_before_any_of_them_is_asked(tmp_path: Path) -> None:
+    spec = tiny.write_spec(tmp_path)
+    asked = ("deploy", "run", spec, "--kit", tmp_path / "none", "--share", "everything")
+    tiny.cli(*asked).refused("share must be one of none, curve, rows")
+
+
+def test_help_shows_whole_sentences_and_list_every_name() -> None:
+    commands = tiny.cli("--help").out.partition("Studies:")[2]
+    groups = [line[:-1] for line in commands.splitlines() if line.endswith(":")]
+    assert groups == ["Models", "Federation", "Results", "Installation"]
+    assert "quickstart" in commands
+    assert "..." not in commands
+    listed = tiny.cli("list").out
+    assert all(name in listed for name in ("column", "trimmed-mean", "krum", "scan", "fedrep"))

@@ -19,7 +19,7 @@ from certifl.models import build, state_of
 from certifl.runs.atomic import load_tensors
 from certifl.study import certify as certifying
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache", "undrawn")
 
 
 # Predict.
@@ -158,6 +158,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(build("small_cnn", 1, 10, seed=3), folder / "whole.pt")
     torch.save([1, 2], folder / "list.pt")
     save_file(state_of(build("small_cnn", 3, 10, seed=3)), folder / "colour.safetensors")
+    for name in ("text.pt", "text.safetensors"):
+        (folder / name).write_text("no weights")
     (folder / "cut.safetensors").write_bytes((folder / "net.safetensors").read_bytes()[:500])
     return folder
 
@@ -205,6 +207,8 @@ def test_certify_refuses_what_cannot_be_meant(
         ("list.pt", ["state_dict"]),
         ("colour.safetensors", ["does not fit small_cnn", "conv1.weight is (16, 3, 3, 3) where"]),
         ("cut.safetensors", ["Cannot read", "save_file"]),
+        ("text.pt", ["model.state_dict()"]),
+        ("text.safetensors", ["model.state_dict()"]),
     ],
 )
 def test_weights_that_are_none(name: str, words: list[str], weights: Path, tmp_path: Path) -> None:
@@ -226,12 +230,12 @@ def test_certify_goes_on_where_it_was_stopped_and_only_with_the_same_question(
 
     monkeypatch.setattr(certifying, "_SECONDS_BETWEEN_SAVES", 0.0)
     monkeypatch.setattr(engine, "_CALLS_PER_BATCH", 4)
-    real, waves = engine.advance, 0
+    real, batches = engine.advance, 0
 
     def stopped(*given: object) -> None:
-        nonlocal waves
-        waves += 1
-        if waves == 4:
+        nonlocal batches
+        batches += 1
+        if batches == 4:
             raise KeyboardInterrupt
         real(*given)  # pyright: ignore
 
@@ -254,7 +258,7 @@ def test_certify_goes_on_where_it_was_stopped_and_only_with_the_same_question(
     monkeypatch.setattr(engine, "advance", lambda *given: spent.append(real(*given)))
     tiny.cli(*asked, *narrow, "--out", out).fine()
     assert Certificates.load(out).same_results(Certificates.load(tmp_path / "narrow.parquet"))
-    assert len(spent) < 4 * 6000 / 2048  # fewer waves than from the beginning
+    assert len(spent) < 4 * 6000 / 2048  # fewer batches than from the beginning
     assert not kept.exists()
 
 

@@ -55,6 +55,7 @@ def test_everything_is_on_record(finished: Path) -> None:
     assert not list(finished.rglob("*.tmp"))
 
 
+@tiny.undrawn()
 def test_a_lost_report_is_written_again_by_the_same_command(copied: Path) -> None:
     (copied / "report.html").unlink()
     tiny.cli("run", copied.parent / "tiny.toml", "--out", copied).refused("no spec")
@@ -203,6 +204,7 @@ def test_verify_tells_of_every_run_it_is_given(finished: Path, copied: Path) -> 
 
 
 @pytest.mark.parametrize("harm", [break_the_certificates, lose_the_certificates])
+@tiny.undrawn()
 def test_lost_certificates_come_back_from_the_votes(harm, finished: Path, copied: Path) -> None:
     harm(copied)
     votes = {k: v for k, v in tiny.files(copied).items() if "certification" in k}

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-# Runs the command line, and tells afterwards what was imported.
-_ASKED = """
-import sys
+# Runs each command line in one process, and writes after each what it ended with and imported.
+_CALLED = """
+import contextlib, io, json, sys
 from certifl.cli import main
-sys.argv = ["certifl", *sys.argv[1:]]
-code = 0
-try:
-    main()
-except SystemExit as ended:
-    code = ended.code
-heavy = [n for n in ("torch", "numpy", "scipy", "pyarrow", "pydantic") if n in sys.modules]
-print("code", code, "heavy", *heavy)
+before = set()
+for words in json.loads(sys.argv[1]):
+    sys.argv, code, said = ["certifl", *words], 0, io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            main()
+    except SystemExit as ended:
+        code = ended.code
+    heavy = {n for n in ("torch", "numpy", "scipy", "pyarrow", "pydantic") if n in sys.modules}
+    print(json.dumps({"code": code, "heavy": sorted(heavy - before), "said": said.getvalue()}))
+    before |= heavy
 """
-
-
-def asked(folder: Path, *arguments: str) -> tuple[str, str]:
-    """The last line of the output, and the error stream."""
-    done = subprocess.run(
-        [sys.executable, "-c", _ASKED, *arguments],
-        cwd=folder, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    return done.stdout.splitlines()[-1], done.stderr
 
 
 WRONG = [
@@ -65,22 +60,27 @@ HELP = [("--help",), *((name, "--help") for name in COMMANDS), ("deploy", "run",
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], dict[str, Any]]:
+    """What every command line ended with."""
+    folder, asked = tmp_path_factory.mktemp("place"), [*WRONG, *HELP]
     (folder / "folder").mkdir()
     (folder / "broken.toml").write_text("sigma = 18deg\n")
     (folder / "fine.toml").write_text("[data]\nname = 'digits'\n")
-    return folder
+    done = subprocess.run(
+        [sys.executable, "-c", _CALLED, json.dumps(asked)],
+        cwd=folder, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    return dict(zip(asked, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
-def test_what_is_wrong_is_refused_at_once(arguments: tuple[str, ...], place: Path) -> None:
-    last, said = asked(place, *arguments)
-    assert last == "code 2 heavy"
-    assert said.strip()
-    assert "Traceback" not in said
+def test_what_is_wrong_is_refused_at_once(arguments: tuple[str, ...], outcomes: Any) -> None:
+    ended = outcomes[arguments]
+    assert (ended["code"], ended["heavy"]) == (2, [])
+    assert ended["said"].strip()
+    assert "Traceback" not in ended["said"]
 
 
 @pytest.mark.parametrize("arguments", HELP, ids=" ".join)
-def test_help_is_shown_at_once(arguments: tuple[str, ...], place: Path) -> None:
-    assert asked(place, *arguments)[0] == "code 0 heavy"
+def test_help_is_shown_at_once(arguments: tuple[str, ...], outcomes: Any) -> None:
+    assert (outcomes[arguments]["code"], outcomes[arguments]["heavy"]) == (0, [])

@@ -16,11 +16,11 @@ from PIL import Image
 import tiny_study as tiny
 from certifl.data import Column, Partition, assign_images, check, load
 from certifl.errors import InputError
-from certifl.experiments.plan import data_facts
+from certifl.experiments.plan import data_size
 from certifl.experiments.run import Options, run
 from certifl.report import load_run
 from certifl.spec import Spec, with_settings
-from certifl.study.opened_run import open_data
+from certifl.study.setup import open_data
 from image_sets import png
 
 # (hospital, training images, test images)
@@ -181,7 +181,7 @@ def test_options_are_checked(data: Path) -> None:
 
 
 def test_a_plan_reads_the_numbers_of_the_column(data: Path) -> None:
-    facts, told = data_facts(spec(), data)
+    facts, told = data_size(spec(), data)
     assert (facts.train, facts.test) == (74, 21)
     assert "those of scans" in told
 

@@ -18,7 +18,7 @@ from certifl.deploy.client.settings import Settings
 from certifl.deploy.client.spec_policy import check_study
 from certifl.deploy.transport.schemas import Rejected
 from certifl.errors import InputError, SpecError
-from certifl.experiments.plan import data_facts
+from certifl.experiments.plan import data_size
 from image_sets import png
 from tiny_study import spec
 
@@ -92,7 +92,7 @@ def test_an_embedded_set_is_resized_and_planned(tmp_path):
     plain = load("digits", cache_dir=tmp_path)
     assert plain.prepared == {}
     assert plain.fingerprint != found.fingerprint
-    assert data_facts(spec("data.resize=16"), None)[0].shape == (1, 16, 16)
+    assert data_size(spec("data.resize=16"), None)[0].shape == (1, 16, 16)
     with pytest.raises(InputError, match=r"8 bits\. data\.window is for images of more"):
         load("digits", cache_dir=tmp_path, window=[0, 16])
 

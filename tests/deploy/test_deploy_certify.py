@@ -27,7 +27,7 @@ from certifl.report.results import load_run
 from certifl.report.summary import client_acr, client_curves, radius_grid
 from certifl.runs.checkpoints import Checkpoints
 from certifl.runs.folder import StoredRun
-from certifl.study.opened_run import open_data
+from certifl.study.setup import open_data
 from deploy_factory import MemoryGrid, carried, clients_of, options
 from tiny_federation import assert_same
 from tiny_study import cli, spec

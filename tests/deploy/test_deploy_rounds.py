@@ -24,9 +24,8 @@ from certifl.runs.atomic import load_tensors
 from certifl.runs.checkpoints import Checkpoints
 from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
-from certifl.study.opened_run import initial_model, open_data
 from certifl.study.privacy import protection, training_key
-from certifl.study.setup import local_training, participation
+from certifl.study.setup import initial_model, local_training, open_data, participation
 from deploy_factory import MemoryGrid, clients_of, options
 from tiny_federation import assert_same, without_seconds
 from tiny_study import cli, spec

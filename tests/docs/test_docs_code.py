@@ -110,7 +110,7 @@ def test_commands_are_understood(page: Path) -> None:
 def understood(command: Any, name: str, words: list[str]) -> None:
     """Parse the words as the command line would, without running anything.
 
-    A group is told by its `commands`: newer releases of typer bring a click of their own. No
+    A group is known by its `commands`: newer releases of typer bring a click of their own. No
     command asks of a path that it exists, so files that a reader has may be missing here.
     """
     inside = getattr(command, "commands", None)

@@ -21,13 +21,13 @@ MOST_LINES = 30
 # The same studies, small: data that is built in, few images, rounds and votes.
 SMALL = (
     "data.name=digits",
-    "data.train_images=90",
-    "data.test_images=60",
-    "clients.count=3",
+    "data.train_images=40",
+    "data.test_images=20",
+    "clients.count=2",
     "training.rounds=1",
     "training.batch_size=16",
-    "certification.images=4",
-    "certification.n=200",
+    "certification.images=2",
+    "certification.n=100",
 )
 
 
@@ -40,7 +40,7 @@ STUDIES = {block.split("\n", 1)[0].removeprefix("# "): block for block in blocks
 COMMANDS = [shlex.split(line) for block in blocks("") for line in block.splitlines()]
 
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache", "undrawn")
 
 
 @pytest.fixture(scope="module")

@@ -1,32 +1,33 @@
-"""The examples that choose and compare: what they print follows from what they computed."""
+"""The examples: what they print follows from what they computed; notebooks and service work."""
 
 from __future__ import annotations
 
-import importlib.util
+import io
 from pathlib import Path
-from types import ModuleType
 
+import nbformat
 import numpy as np
 import pytest
+import torch
+from nbclient import NotebookClient
+from PIL import Image
 
+import certifl
+from certifl.certification import Certificates
 from certifl.report.compare import Difference
 from certifl.runs.folder import RunFolder
+from scripts import load_script
 from tiny_study import cli
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+FEW = ("training.rounds=1", "certification.n=100")
 
-
-def example(name: str) -> ModuleType:
-    found = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert found is not None
-    assert found.loader is not None
-    made = importlib.util.module_from_spec(found)
-    found.loader.exec_module(made)
-    return made
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def test_choosing_lambda(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    choose = example("choose_lambda")
+    choose = load_script("examples/choose_lambda.py")
+    choose.QUICK = (*choose.QUICK, *FEW)
     choose.main(["--quick", "--out", str(tmp_path)])
     said = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in said.splitlines() if line}
@@ -44,7 +45,7 @@ def test_choosing_lambda(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_what_is_recommended() -> None:
     """The best, and exactly those whose interval to it contains 0."""
-    choose, lambdas = example("choose_lambda"), (0.1, 0.5, 0.9)
+    choose, lambdas = load_script("examples/choose_lambda.py"), (0.1, 0.5, 0.9)
     acr = (0.2, 0.3, 0.1)
 
     def pairs(low: float) -> dict[tuple[int, int], Difference]:
@@ -61,7 +62,8 @@ def test_what_is_recommended() -> None:
 
 
 def test_comparing_regimes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    compare = example("compare_regimes")
+    compare = load_script("examples/compare_regimes.py")
+    compare.QUICK = (*compare.QUICK, *FEW)
     compare.main(["fedavg", "local", "--quick", "--seeds", "2", "--out", str(tmp_path)])
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 4 + 4  # a line for every run, then the comparison
@@ -86,12 +88,13 @@ def test_a_natural_federation_of_images_of_unlike_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path / "cache"))
-    example("fed_isic2019").main([str(tmp_path / "data"), "--train", "12", "--test", "3"])
+    isic = load_script("examples/fed_isic2019.py")
+    isic.main([str(tmp_path / "data"), "--train", "12", "--test", "3"])
     study = EXAMPLES / "fed_isic2019.toml"
     quick = [
         "training.rounds=1",
         "training.local_epochs=1",
-        "certification.n=200",
+        "certification.n=100",
         "certification.images=2",
     ]
     settings = [word for setting in quick for word in ("--set", setting)]
@@ -102,5 +105,63 @@ def test_a_natural_federation_of_images_of_unlike_sizes(
     assert certificates.conditions["unit"] == "log factor"
     assert run.manifest()["data"]["image_size"] == [32, 32]
     photo = tmp_path / "photo.jpg"
-    photo.write_bytes(example("fed_isic2019").lesion(np.random.default_rng(0), 1, 3))
+    photo.write_bytes(isic.lesion(np.random.default_rng(0), 1, 3))
     cli("predict", photo, "--run", tmp_path / "run", "--n", "100").fine("crop = center", "factor")
+
+
+# The notebooks and the service.
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both in one kernel, which imports torch once."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path / "cache"))
+    study, model = (
+        nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4) for name in ("study", "model")
+    )
+    cells = [*study.cells, *model.cells]
+    assert not any(cell.get("outputs") for cell in cells), "stored without outputs"
+    for number, cell in enumerate(cells):
+        cell["id"] = str(number)
+    study.cells = cells
+    NotebookClient(study, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    shown = [data for output in outputs if (data := output.get("data"))]
+    assert sum("image/png" in data for data in shown) == 2
+    assert sum("<progress" in data.get("text/html", "") for data in shown) >= 3
+    assert not any(output.get("name") == "stderr" for output in outputs)
+    assert Certificates.load(tmp_path / "certificates.parquet").label[0] >= 0
+
+
+def png(size: tuple[int, int], mode: str = "L") -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    Image.fromarray(pixels).convert(mode).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_service_answers_as_the_classifier_does() -> None:
+    from fastapi.testclient import TestClient
+
+    model = certifl.models.build("small_cnn", 1, 10, seed=0).eval()
+    smoothed = certifl.SmoothedClassifier(model, certifl.Rotation("18deg"), n=300)
+    client = TestClient(load_script("examples/service.py").service(smoothed))
+    answer = client.post("/predict", files={"image": png((8, 8))})
+    image = np.asarray(Image.open(io.BytesIO(png((8, 8)))), np.float32) / 255
+    labels, radii = smoothed.predict(torch.from_numpy(image)[None, None])
+    assert answer.json() == {"label": int(labels[0]), "radius": float(radii[0])}
+    for wrong in (b"no image", png((9, 8)), png((8, 8), "RGB")):
+        refused = client.post("/predict", files={"image": wrong})
+        assert refused.status_code == 422
+        assert refused.json()["detail"]
+    assert client.post("/predict").status_code == 422
+
+
+def test_the_page_shows_the_lines_of_the_service() -> None:
+    page = (EXAMPLES.parent / "docs" / "python.md").read_text()
+    shown = page.split("```py\n")[1].split("```")[0]
+    indented = "".join(f"    {line}\n" for line in shown.splitlines())
+    assert indented in (EXAMPLES / "service.py").read_text()

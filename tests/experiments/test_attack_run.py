@@ -10,23 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tiny_study as tiny
 from certifl.errors import InputError, StoreMismatch
+from certifl.experiments import attack as attacking
 from certifl.experiments.attack import Options, attack_run
 from certifl.report import write_report
 from certifl.runs.folder import RunFolder
-from tiny_study import cli, write_spec
+from tiny_study import cli
 
-# One process computes what its tests share.
-pytestmark = pytest.mark.xdist_group("attack run")
-
-N = 400
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("attack")
-    cli("run", write_spec(place, f"certification.n={N}"), "--out", place / "run").fine()
-    return place / "run"
+@pytest.fixture(autouse=True)
+def few_votes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough to see each number in its place; how much a verdict takes is tested elsewhere."""
+    monkeypatch.setattr(attacking, "VOTES", 200)
 
 
 def test_a_run_is_attacked_and_the_report_shows_it(copied: Path) -> None:
@@ -36,7 +34,7 @@ def test_a_run_is_attacked_and_the_report_shows_it(copied: Path) -> None:
     held = json.loads((copied / "attack.json").read_text())
     inside, beyond = held["parameters"], held["deformed_first"]
     assert inside["violations"] == []
-    assert inside["confirm"] == 10 * N
+    assert inside["confirm"] == 10 * tiny.VALUES["certification"]["n"]
     assert inside["deltas"] == inside["images"] * (8 + 3 * 8)
     assert beyond["images"] == 6
     assert beyond["worst"] <= beyond["random"] <= 1
@@ -54,7 +52,7 @@ def test_a_run_is_attacked_and_the_report_shows_it(copied: Path) -> None:
 
 
 def test_one_client_and_the_same_result_again(copied: Path) -> None:
-    options = Options(images=2, client=1, directions=4)
+    options = Options(images=1, client=1, directions=2)
     first, second = attack_run(copied, options), attack_run(copied, options)
     for result in (first, second):
         result.pop("created")
@@ -69,7 +67,7 @@ def test_a_false_certificate_in_a_run_makes_the_command_fail(copied: Path) -> No
     # Nobody reads digits turned by half a circle: with such a radius some class must change.
     planted = dataclasses.replace(made, radius=np.where(made.abstained, 0.0, math.pi))
     planted.save(folder.certificates)
-    done = cli("attack", copied, "--images", "2", "--directions", "8")
+    done = cli("attack", copied, "--images", "2", "--directions", "4")
     assert done.code == 1
     assert "WRONG" in done.out
     cases = json.loads(folder.attack.read_text())["parameters"]["violations"]

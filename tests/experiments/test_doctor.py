@@ -14,11 +14,11 @@ from certifl.experiments import doctor
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def by_topic(data_dir: Path | None = None) -> dict[str, doctor.Fact]:
-    return {fact.topic: fact for fact in doctor.examine(data_dir)}
+def by_topic(data_dir: Path | None = None) -> dict[str, doctor.Check]:
+    return {check.topic: check for check in doctor.examine(data_dir)}
 
 
-def test_it_tells_what_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_says_what_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CERTIFL_DATA", raising=False)
     said = tiny.cli("doctor")
     assert said.code == 0
@@ -31,9 +31,9 @@ def test_every_extra_is_known_and_says_how_to_get_it(monkeypatch: pytest.MonkeyP
     optional = set(project["optional-dependencies"]) - {"dev", "docs", "track"}
     assert set(doctor.EXTRAS) == optional
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    facts = by_topic()
+    found = by_topic()
     for extra in optional:
-        assert f"certifl[{extra}]" in facts[f"extra {extra}"].missing
+        assert f"certifl[{extra}]" in found[f"extra {extra}"].missing
 
 
 def test_data_folders_that_are_not_there(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from certifl.certification.network import prepare
 from certifl.certification.sampling import CHUNK, VoteCounter
 from certifl.data import load, to_float
 from certifl.errors import StoreMismatch
-from certifl.experiments import explore as explored_images
 from certifl.experiments import explore as exploring
 from certifl.experiments.explore import explore_run
 from certifl.experiments.run import Options
@@ -42,6 +41,7 @@ from report_factory import make_certificates
 from report_pages import data_of
 
 SEED = 5
+pytestmark = [pytest.mark.xdist_group("explorer"), pytest.mark.usefixtures("undrawn")]
 
 
 def _halves(images: torch.Tensor) -> torch.Tensor:
@@ -192,8 +192,16 @@ def explored(run: Path) -> Path:
     """The same run, explored afterwards."""
     place = run.parent / "explored"
     shutil.copytree(run, place)
-    tiny.cli("explore", place).fine("300 votes at each deformation")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exploring, "_MOST_IMAGES", 4)
+        tiny.cli("explore", place).fine("4 images, 300 votes at each deformation")
     return place
+
+
+@pytest.fixture
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as `explored` has."""
+    monkeypatch.setattr(exploring, "_MOST_IMAGES", 4)
 
 
 def _record(place: Path) -> dict:
@@ -238,9 +246,11 @@ def test_votes_follow_the_certificates(explored):
                 assert first[0] == certificates.predicted[one] or first[1] < 200
 
 
+@pytest.mark.usefixtures("few_images")
 def test_every_client_is_explored_under_its_own_perturbation(tmp_path):
     own = '{ clients = [1], perturbation = { family = "translation", sigma = 0.1 } }'
-    run_study(tiny.spec(f"certification.own=[{own}]"), Options(tmp_path / "run"))
+    study = tiny.spec(f"certification.own=[{own}]")
+    run_study(study, Options(tmp_path / "run", explore=False))
     explore_run(tmp_path / "run")
     walks = {
         image["client"]: [walk["name"] for walk in image["walks"]]
@@ -255,30 +265,24 @@ def test_every_client_is_explored_under_its_own_perturbation(tmp_path):
         assert {len(image["sweeps"]) for image in images} == {client + 1}
 
 
-def test_exploring_goes_on_where_it_was_stopped(explored, monkeypatch):
+@pytest.mark.usefixtures("few_images")
+def test_exploring_resumes_where_it_was_stopped_and_replaces_a_damaged_record(
+    explored, monkeypatch
+):
     whole = RunFolder(explored).explorer.read_bytes()
     record = json.loads(whole)
-    record["images"] = record["images"][:3]
-    RunFolder(explored).explorer.write_text(json.dumps(record))
+    record["images"] = record["images"][:2]
     walked: list[Sweep] = []
-    real = explored_images.sweep_along
+    real = exploring.sweep_along
     monkeypatch.setattr(
-        explored_images, "sweep_along", lambda *given: walked.append(given[1]) or real(*given)
+        exploring, "sweep_along", lambda *given: walked.append(given[1]) or real(*given)
     )
-    explore_run(explored)
-    assert RunFolder(explored).explorer.read_bytes() == whole
-    assert len(walked) == len(json.loads(whole)["images"]) - 3
-    explore_run(explored)
-    assert len(walked) == len(json.loads(whole)["images"]) - 3
-
-
-def test_a_damaged_record_is_made_again(explored, tmp_path):
-    place = tmp_path / "copy"
-    shutil.copytree(explored, place)
-    whole = RunFolder(place).explorer.read_bytes()
-    RunFolder(place).explorer.write_text("{")
-    explore_run(place)
-    assert RunFolder(place).explorer.read_bytes() == whole
+    for stored, again in ((json.dumps(record), 2), ("{", 4), (whole.decode(), 0)):
+        walked.clear()
+        RunFolder(explored).explorer.write_text(stored)
+        explore_run(explored)
+        assert RunFolder(explored).explorer.read_bytes() == whole
+        assert len(walked) == again
 
 
 def test_what_is_no_finished_run_is_refused(tmp_path):

@@ -22,7 +22,7 @@ from certifl.study.opened_run import OpenRun
 from tiny_study import cli, files, spec
 
 # One process computes what its tests share.
-pytestmark = pytest.mark.xdist_group("finetune")
+pytestmark = [pytest.mark.xdist_group("finetune"), pytest.mark.usefixtures("undrawn")]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def tuned(weights) -> Path:
     out = weights.parent / "out"
     command = (
         *("finetune", "--model", "small_cnn", "--weights", weights, "--data", "digits"),
-        *("--perturbation", "rotation:18deg", "--epochs", "2", "--images", "12", "--n", "200"),
+        *("--perturbation", "rotation:18deg", "--epochs", "2", "--images", "4", "--n", "100"),
         *("--set", "data.train_images=60", "--out", out),
     )
     cli(*command).fine("Before fine-tuning", "After fine-tuning", "finetuned.safetensors")

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 import certifl
 from certifl.errors import DataUnavailable, InputError, StoreMismatch
 from certifl.experiments.hub import load, push
+from certifl.experiments.run import Options, compute
 from certifl.experiments.standalone import certify_image
 from certifl.models import build, fingerprint, state_of
-from tiny_study import cli, write_spec
+from tiny_study import cli, spec
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "certification.n=100",
         "certification.images=3",
     )
-    cli("run", write_spec(place, *settings), "--out", place / "run").fine()
-    return place / "run"
+    return compute(spec(*settings), Options(place / "run", explore=False)).path
 
 
 @pytest.fixture
@@ -132,8 +132,8 @@ def test_no_folder_of_the_machine_is_pushed_and_a_model_may_abstain_everywhere(
     save_file(state_of(build("small_cnn", 1, 10, seed=7)), weights)
     settings = (f"model.weights={weights}", "training.rounds=0", "certification.images=2")
     noise = 'certification.perturbation={family="pixel", sigma=2.0}'
-    spec = write_spec(tmp_path, *settings, noise, "certification.n=20", 'algorithm.name="local"')
-    cli("run", spec, "--out", tmp_path / "run").fine()
+    asked = spec(*settings, noise, "certification.n=20", 'algorithm.name="local"')
+    compute(asked, Options(tmp_path / "run", explore=False))
     weights.unlink()
     push(tmp_path / "run", str(tmp_path / "model"))
     for name in ("README.md", "card.json", "spec.toml", "study.json"):

@@ -26,7 +26,8 @@ from certifl.experiments.verify import verify_run
 def run(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("int8")
     spec = tiny.write_spec(folder, "certification.precision=int8", "algorithm.name=local")
-    tiny.cli("run", spec, "--out", folder / "run").fine("ACR")
+    with tiny.undrawn():
+        tiny.cli("run", spec, "--out", folder / "run").fine("ACR")
     return folder / "run"
 
 
@@ -45,7 +46,7 @@ def test_votes_are_cast_again_and_attacked_with_the_recorded_network(
     tiny.cli("verify", run, "--recast", "3").fine(
         "all as recorded", "scales of int8 computed again"
     )
-    tiny.cli("attack", run, "--images", "2").fine()
+    tiny.cli("attack", run, "--images", "1", "--directions", "4").fine()
     Image.new("L", (8, 8)).save(tmp_path / "x.png")
     predicted = certify_image(tmp_path / "x.png", run, 1, 50, False, "cpu").certificates
     made = certifl.Certificates.load(run / "certificates.parquet").conditions["quantization"]["1"]

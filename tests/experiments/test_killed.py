@@ -173,11 +173,11 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def in_round(number: int, deed):
-    def told(progress):
+    def on_progress(progress):
         if (progress.round, progress.done) == (number, 1):
             deed()
 
-    return told
+    return on_progress
 
 
 def committed(folder: Path) -> list[str]:
@@ -232,7 +232,7 @@ def test_a_folder_without_permission_loses_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9])
-def test_files_that_may_not_grow_further_are_told_and_gone_on_from(
+def test_files_that_may_not_grow_further_are_reported_and_the_training_resumes(
     share: float, tmp_path: Path
 ) -> None:
     """The record of a round grows with its history, so a limit on size strikes in a later one."""

@@ -32,8 +32,8 @@ def test_votes_are_those_of_the_certified_images() -> None:
     # two clients, six images each, n0 + n = 100 + 200 votes for each
     assert made.votes_at_most == 2 * 6 * 300
     assert made.votes_expected == pytest.approx(EXPECTED_SHARE * made.votes_at_most, abs=1)
-    assert made.facts["images to certify"] == "12"
-    assert made.facts["training images"] == "60"
+    assert made.setting["images to certify"] == "12"
+    assert made.setting["training images"] == "60"
     assert made.votes_per_second > 0
     assert made.certification_seconds_at_most == made.votes_at_most / made.votes_per_second
     assert made.certification_seconds == made.votes_expected / made.votes_per_second
@@ -91,7 +91,7 @@ def test_disk_grows_with_clients_only_where_they_keep_a_model() -> None:
     def disk(algorithm: str, clients: int) -> int:
         made = plan(spec(f"algorithm.name={algorithm}", f"clients.count={clients}"))
         per_image = 2 * 8 * (2 * 10 + 8)
-        return made.disk_bytes - per_image * int(made.facts["images to certify"])
+        return made.disk_bytes - per_image * int(made.setting["images to certify"])
 
     assert disk("fedavg", 2) == disk("fedavg", 4)
     state = disk("fedavg", 2)  # three checkpoints of one model
@@ -109,7 +109,7 @@ def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_known_facts_are_those_of_the_embedded_data() -> None:
+def test_known_sizes_are_those_of_the_embedded_data() -> None:
     held = load("digits")
     facts = KNOWN["digits"]
     assert (facts.train, facts.test) == (len(held.train), len(held.test))
@@ -118,7 +118,7 @@ def test_known_facts_are_those_of_the_embedded_data() -> None:
 
 @pytest.mark.shared
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
-def test_known_facts_are_those_of_the_shared_data(name: str) -> None:
+def test_known_sizes_are_those_of_the_shared_data(name: str) -> None:
     if not (SHARED / name).is_dir():
         pytest.skip("the shared data folder is not beside the checkout")
     rows = {
@@ -140,7 +140,7 @@ def test_a_folder_of_images_is_planned_by_what_it_holds(tmp_path: Path) -> None:
                 Image.fromarray(np.zeros((9, 11, 3), np.uint8)).save(path)
     wanted = spec("data={name='insects'}", "certification.images=100", "training.batch_size=4")
     made = plan(wanted, data_dir=tmp_path)
-    assert made.facts["training images"] == "18"
+    assert made.setting["training images"] == "18"
     assert made.votes_at_most == 12 * 300
     assert any("those of insects" in a for a in made.assumptions)
 
@@ -167,5 +167,5 @@ def test_requests_that_cannot_be_planned(tmp_path: Path) -> None:
 def test_a_plan_is_a_plain_record() -> None:
     made = plan(spec())
     assert isinstance(made, Plan)
-    assert all(isinstance(value, str) for value in made.facts.values())
+    assert all(isinstance(value, str) for value in made.setting.values())
     assert all(sentence.endswith(".") for sentence in made.assumptions)

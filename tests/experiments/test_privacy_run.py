@@ -156,12 +156,12 @@ def test_a_secret_stays_in_its_run_and_differs_between_runs(tmp_path):
     assert keys[0] != keys[1]
     assert len(keys[0]) == 32
     assert stat.S_IMODE(os.stat(first / "privacy.key").st_mode) == 0o600
-    told = "".join(
+    text = "".join(
         path.read_text(errors="replace")
         for path in first.rglob("*")
         if path.suffix != ".key" and path.is_file()
     )
-    assert keys[0].hex() not in told
+    assert keys[0].hex() not in text
     # Another run's finished training has another key: it is not taken over.
     third = run(spec(*EXAMPLE, SECRET), Options(tmp_path / "c", siblings=(first,))).path
     assert weights(third) != weights(first)

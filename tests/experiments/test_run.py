@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -18,12 +17,14 @@ from PIL import Image
 
 import tiny_study as tiny
 from certifl.certification import Certificates
-from certifl.errors import ModelError, StoreMismatch
-from certifl.experiments.run import Options, run
+from certifl.errors import InputError, ModelError, StoreMismatch, WorkError
+from certifl.experiments.run import Options, cast_votes, device_names, run
 from certifl.experiments.verify import verify_run
 from certifl.paper import scales as presets
 from certifl.runs.folder import RunFolder
 from certifl.spec import load, with_settings
+from certifl.study.opened_run import OpenRun
+from scripts import load_script
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TRANSLATION = {"family": "translation", "sigma": 0.1}
@@ -211,6 +212,7 @@ def by_batch(in_channels, num_classes):
 
 
 @pytest.mark.usefixtures("_own_modules")
+@tiny.undrawn()
 def test_a_network_beside_the_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "home"
     home.mkdir()
@@ -328,6 +330,7 @@ def test_the_training_of_a_network_whose_code_may_have_changed_is_not_taken_over
 # The main job.
 
 
+@tiny.undrawn()
 def test_quickstart_shows_all_regimes_on_one_page_and_is_not_done_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,16 +368,47 @@ def test_the_example_of_a_network_of_ones_own(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_own_modules")
 def test_the_example_of_a_model_somebody_has(capsys: pytest.CaptureFixture[str]) -> None:
-    place = EXAMPLES / "certify_your_model.py"
-    found = importlib.util.spec_from_file_location("certify_your_model", place)
-    assert found is not None
-    assert found.loader is not None
-    example = importlib.util.module_from_spec(found)
-    found.loader.exec_module(example)
-    example.EPOCHS = 3
+    example = load_script("examples/certify_your_model.py")
+    example.EPOCHS, example.TESTED = 3, 12
     example.main()
     said = capsys.readouterr().out
     shares = [int(line.split()[-1][:-1]) for line in said.splitlines() if "degrees" in line]
     assert len(shares) == 4
     assert shares[0] >= 70
     assert shares == sorted(shares, reverse=True)
+
+
+# Certification by several processes gives what one process gives.
+
+
+def test_two_processes_cast_the_votes_of_one(tmp_path: Path) -> None:
+    study, seen = tiny.spec("clients.count=3"), []
+    alone = run(study, Options(tmp_path / "alone", device="cpu"))
+    shared = run(
+        study,
+        Options(
+            tmp_path / "shared",
+            device="cpu,cpu",
+            report=lambda what, done, total, _unit: seen.append((what, done, total)),
+        ),
+    )
+    assert shared.load_certificates().same_results(alone.load_certificates())
+    voted = [(done, total) for what, done, total in seen if what == "certifying"]
+    assert voted[-1][0] == voted[-1][1]
+
+
+def test_a_process_that_fails_is_reported_with_its_reason(tmp_path: Path) -> None:
+    folder = run(tiny.spec(), Options(tmp_path / "run", device="cpu", explore=False))
+    for server in folder.training.glob("round-*/server.safetensors"):
+        server.write_bytes(b"damaged")
+    with pytest.raises(WorkError, match=r"missing or damaged|ended early"):
+        cast_votes(OpenRun(folder.path), None, ("cpu",), None)
+
+
+def test_names_of_devices() -> None:
+    assert device_names("cpu") == ("cpu",)
+    assert device_names("cpu, cpu") == ("cpu", "cpu")
+    with pytest.raises(InputError, match="device is empty"):
+        device_names(" , ")
+    with pytest.raises(InputError, match="cannot be used"):
+        device_names("cpu,quantum")

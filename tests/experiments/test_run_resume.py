@@ -33,17 +33,17 @@ from certifl.study import certify as certifying
 
 # Long enough to be hit in the middle, in training and in certification.
 LONG = (
-    "training.rounds=8",
+    "training.rounds=5",
     "clients.count=3",
-    "algorithm={name='personalized', base={name='mixture', personalization=0.5}, epochs=2}",
+    "algorithm={name='personalized', base={name='mixture', personalization=0.5}, epochs=1}",
     "training.momentum_between_rounds=keep",
     "certification.estimator=top-class",
-    "certification.n=4000",
+    "certification.n=1500",
 )
-KILLS = 3
+KILLS = 2
 
-
-pytestmark = pytest.mark.usefixtures("own_cache")
+# One process computes what its tests share.
+pytestmark = [pytest.mark.xdist_group("resume"), pytest.mark.usefixtures("own_cache")]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def assert_same_run(found: Path, wanted: Path) -> None:
 
 
 def work(spec: Spec, place: Path) -> None:
-    """The study in a process of its own, with votes saved after every small wave."""
+    """The study in a process of its own, with votes saved after every small batch."""
     torch.set_num_threads(1)
     certifying._SECONDS_BETWEEN_SAVES = 0.0
     engine._CALLS_PER_BATCH = 2
@@ -136,16 +136,16 @@ def test_killed_at_random_moments_and_gone_on_with(
 def test_votes_of_a_killed_certification_are_not_cast_again(
     study: Spec, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, real, waves = tmp_path / "run", engine.advance, []
+    place, real, batches = tmp_path / "run", engine.advance, []
     monkeypatch.setattr(certifying, "_SECONDS_BETWEEN_SAVES", 0.0)
 
     class Killed(BaseException):
         """Stands for the end of the process."""
 
     def dying(*given: object) -> None:
-        if len(waves) == 1:
+        if len(batches) == 1:
             raise Killed
-        waves.append(1)
+        batches.append(1)
         real(*given)  # pyright: ignore
 
     with monkeypatch.context() as patch:
@@ -153,15 +153,15 @@ def test_votes_of_a_killed_certification_are_not_cast_again(
         with pytest.raises(Killed):
             run(study, Options(place, device="cpu"))
     kept = {name: held for name, held in tiny.files(place).items() if "round-" in name}
-    monkeypatch.setattr(engine, "advance", lambda *given: waves.append(real(*given)))
+    monkeypatch.setattr(engine, "advance", lambda *given: batches.append(real(*given)))
     run(study, Options(place, device="cpu"))
     after = {name: held for name, held in tiny.files(place).items() if "round-" in name}
     assert after == kept  # nothing was trained again
     assert_same_run(place, reference)
-    again = len(waves)
-    waves.clear()
+    again = len(batches)
+    batches.clear()
     run(study, Options(tmp_path / "whole", device="cpu"))
-    assert len(waves) == again
+    assert len(batches) == again
 
 
 def test_damaged_votes_are_cast_again(
@@ -189,12 +189,12 @@ def test_ctrl_c_says_how_to_go_on(study: Spec, reference: Path, tmp_path: Path) 
     while not training_begun(place) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=60)
     # CPython itself ends by the signal where Ctrl-C struck inside an `exec` of text, as imports of
     # torch do many of, whatever was made of it afterwards.
-    assert process.returncode in (130, -signal.SIGINT), told
-    assert "the same command resumes it" in told
-    assert "Traceback" not in told
+    assert process.returncode in (130, -signal.SIGINT), said
+    assert "the same command resumes it" in said
+    assert "Traceback" not in said
     assert not RunFolder(place).finished()
     run(study, Options(place))
     assert_same_run(place, reference)
@@ -229,9 +229,9 @@ def test_ctrl_c_made_into_another_error_is_still_ctrl_c(
     monkeypatch.setattr(rounds, "server_state", reading)
     asked = ("run", tiny.write_spec(tmp_path), "--out", tmp_path / "run")
     if struck:
-        told = tiny.cli(*asked)
-        assert told.code == 130
-        assert "the same command resumes it" in told.err
+        stopped = tiny.cli(*asked)
+        assert stopped.code == 130
+        assert "the same command resumes it" in stopped.err
     else:
         tiny.cli(*asked).refused("unexpected error", "the shape", ".log", code=1)
 
@@ -241,30 +241,24 @@ def test_a_second_process_on_one_folder_is_refused(tmp_path: Path) -> None:
     asked = ("run", tiny.write_spec(tmp_path), "--out", place)
     with RunFolder(place).locked():
         before = tiny.files(place)
-        tiny.process(*asked).refused("Another process", "--out")
+        tiny.cli(*asked).refused("Another process", "--out")
         with pytest.raises(StoreMismatch, match="Another process"):
             run(tiny.spec(), Options(place))
         assert tiny.files(place) == before
     run(tiny.spec(), Options(place))
 
 
-def full_disk() -> None:
-    """For the new process: no file grows beyond 60 000 bytes, so no checkpoint fits."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+@pytest.fixture(scope="module")
+def undisturbed(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny study, uninterrupted."""
+    return run(tiny.spec(), Options(tmp_path_factory.mktemp("undisturbed") / "run")).path
 
 
-def test_a_full_disk_in_training_is_told_and_gone_on_from(tmp_path: Path) -> None:
-    place = tmp_path / "run"
-    asked = ("run", tiny.write_spec(tmp_path), "--out", place)
-    full = tiny.process(*asked, preexec_fn=full_disk)
-    full.refused("Cannot write", "free some space", "repeat the command", code=1)
-    assert not list(place.rglob("*.tmp"))
-    finished_after(place, tmp_path)
-
-
-@pytest.mark.parametrize("room", [500, 1500, 4000, 110_000])
-def test_a_full_disk_at_any_point_is_told_and_gone_on_from(room: int, tmp_path: Path) -> None:
-    """From the first file of the folder to the report."""
+@pytest.mark.parametrize("room", [500, 1500, 4000, 60_000, 110_000])
+def test_a_full_disk_at_any_point_is_reported_and_the_run_resumes(
+    room: int, undisturbed: Path, tmp_path: Path
+) -> None:
+    """From the first file of the folder to the report; into 60 000 bytes no checkpoint fits."""
     place = tmp_path / "run"
     asked = ("run", tiny.write_spec(tmp_path), "--out", place)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -273,15 +267,10 @@ def test_a_full_disk_at_any_point_is_told_and_gone_on_from(room: int, tmp_path: 
         full = tiny.cli(*asked)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    full.refused("Cannot write", code=1)
-    finished_after(place, tmp_path)
-
-
-def finished_after(place: Path, tmp_path: Path) -> None:
-    """The same study goes on in `place` and ends like one that was never disturbed."""
+    full.refused("Cannot write", "ree some space", "repeat the command", code=1)
+    assert not list(place.rglob("*.tmp"))
     run(tiny.spec(), Options(place))
-    run(tiny.spec(), Options(tmp_path / "undisturbed"))
-    assert_same_run(place, tmp_path / "undisturbed")
+    assert_same_run(place, undisturbed)
 
 
 def test_a_damaged_checkpoint_is_trained_again(
@@ -299,16 +288,16 @@ def test_a_damaged_checkpoint_is_trained_again(
 
 
 def test_progress_of_a_resumed_certification_ends_at_all_votes(tmp_path: Path) -> None:
-    told: list[tuple[str, int, int]] = []
+    reports: list[tuple[str, int, int]] = []
     options = Options(
-        tmp_path / "run", report=lambda what, done, all_, _: told.append((what, done, all_))
+        tmp_path / "run", report=lambda what, done, all_, _: reports.append((what, done, all_))
     )
     folder = run(tiny.spec(), options)
-    first = [entry for entry in told if entry[0] == "certifying"]
+    first = [entry for entry in reports if entry[0] == "certifying"]
     assert first[-1][1] == first[-1][2]
     folder.certificates.unlink()
-    told.clear()
+    reports.clear()
     run(tiny.spec(), options)
-    last = [entry for entry in told if entry[0] == "certifying"][-1]
+    last = [entry for entry in reports if entry[0] == "certifying"][-1]
     assert last[1] == last[2]
     assert len(Certificates.load(folder.certificates)) == 12

@@ -18,7 +18,7 @@ from certifl.experiments.standalone import Shard, read_shard
 pytestmark = pytest.mark.xdist_group("shards")
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "cluster"
-QUICK = ("--images", "7", "--n", "300")
+QUICK = ("--images", "7", "--n", "200")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_missing_doubled_and_foreign_shards_are_refused(
     twin.write_bytes(shards[0].read_bytes())
     tiny.cli("merge", twin, *shards, *out).refused("both shard 1")
     for name, options in (
-        ("n", (*QUICK[:3], "400", "--shard", "3/3")),
+        ("n", (*QUICK[:3], "300", "--shard", "3/3")),
         ("the number of shards", (*QUICK, "--shard", "3/4")),
         ("lengths", ("--images", "20", *QUICK[2:], "--shard", "3/3")),
     ):
@@ -88,7 +88,7 @@ def test_every_image_is_in_one_shard() -> None:
         Shard(1, 18).of(index)
 
 
-def test_the_cluster_scripts_certify_and_merge(finished: Path, tmp_path: Path) -> None:
+def test_the_cluster_scripts_certify_and_merge(copied: Path, tmp_path: Path) -> None:
     """As a job array calls them, task by task; the commands they give are run in this process."""
     log = tmp_path / "commands"
     (tmp_path / "certifl").write_text(f'#!/bin/sh\necho "$@" > {log}\n')
@@ -101,7 +101,7 @@ def test_the_cluster_scripts_certify_and_merge(finished: Path, tmp_path: Path) -
     def call(script: str, **more: str) -> None:
         log.unlink(missing_ok=True)
         subprocess.run(
-            ["bash", "-s", finished, "1"],
+            ["bash", "-s", copied, "1"],
             input=script,
             text=True,
             check=True,
@@ -112,4 +112,4 @@ def test_the_cluster_scripts_certify_and_merge(finished: Path, tmp_path: Path) -
     for task in ("1", "2"):
         call(small, SLURM_ARRAY_TASK_ID=task)
     call((EXAMPLES / "merge.sbatch").read_text())
-    assert len(Certificates.load(finished / "client-1.parquet")) == 4
+    assert len(Certificates.load(copied / "client-1.parquet")) == 4

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from certifl.errors import SpecError, TrainingDiverged
-from certifl.experiments import parallel
+from certifl.experiments import parallel, plan
 from certifl.experiments.sweep import Sweep, make_sweep, read_axis, read_seeds
 from certifl.report import load_runs
 from certifl.report.compare import own_interval
@@ -19,12 +19,14 @@ from certifl.runs.folder import RunFolder
 from tiny_study import VALUES, cli, files, write_spec
 
 # One process computes what its tests share.
-pytestmark = pytest.mark.xdist_group("sweep")
+pytestmark = [pytest.mark.xdist_group("sweep"), pytest.mark.usefixtures("own_cache", "undrawn")]
 
 GRID = (
     *("--grid", "algorithm.name=local,personalized"),
     *("--grid", "personalized:algorithm.epochs=1,2", "--jobs", "1"),
 )
+
+SMALL = ("training.rounds=1", "certification.n=100")
 
 
 def asked(*axes: str, seeds: str = "0", **values: object) -> Sweep:
@@ -41,7 +43,7 @@ def tables(sweep: Sweep) -> list[dict]:
 def swept(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
     out = folder / "out"
-    command = ("sweep", write_spec(folder), "--seeds", "0,1", *GRID, "--out", out)
+    command = ("sweep", write_spec(folder, *SMALL), "--seeds", "0,1", *GRID, "--out", out)
     cli(*command).fine("behind the best", "Personalized (epochs = 1)", "table.txt", "figure.png")
     return out
 
@@ -172,19 +174,21 @@ def test_the_table_as_markdown_and_latex(swept):
     assert columns == {len(markdown.splitlines()[0].split(" | "))}
 
 
-def test_bases_are_trained_once_and_the_same_command_changes_nothing(swept):
+def test_bases_are_trained_once_and_the_same_command_changes_nothing(swept, monkeypatch):
     trained = {}
     for mark in (swept / "runs").glob("*/run.json"):
         manifest = RunFolder(mark.parent).manifest()
         trained.setdefault(manifest["training_hash"], []).append(manifest)
     assert len(trained) == 2 * 3 + 2  # with two bases that no row shows
     before = files(swept / "runs")
-    command = ("sweep", write_spec(swept.parent), "--seeds", "0,1", *GRID, "--out", swept)
+    monkeypatch.setattr(plan, "_SECONDS", 0.0)
+    spec = write_spec(swept.parent, *SMALL)
+    command = ("sweep", spec, "--seeds", "0,1", *GRID, "--out", swept)
     cli(*command, "--plan").fine("finished")
     cli(*command).fine("behind the best")
     assert files(swept / "runs") == before
     again = ("--grid", "algorithm.name=fedavg,personalized", "--out", swept, "--plan")
-    cli("sweep", write_spec(swept.parent), *again).fine("FedAvg 1 0", "one run after the other")
+    cli("sweep", spec, *again).fine("FedAvg 1 0", "one run after the other")
     assert files(swept / "runs") == before
 
 
@@ -198,7 +202,8 @@ def test_a_run_that_fails_leaves_the_others(tmp_path, monkeypatch):
 
     monkeypatch.setattr(parallel, "run", run)
     out = tmp_path / "out"
-    command = ("sweep", write_spec(tmp_path), "--grid", "training.lr=0.05,0.1", "--out", out)
+    spec = write_spec(tmp_path, *SMALL)
+    command = ("sweep", spec, "--grid", "training.lr=0.05,0.1", "--out", out)
     done = cli(*command, "--jobs", "1")
     done.refused("1 of 2 runs failed", "not finite", code=1)
     assert "FedAvg (lr = 0.05)" in done.out

@@ -109,7 +109,7 @@ def test_it_resumes_with_the_same_bits(runs, tmp_path):
 def test_the_plan_and_the_hash_know_it():
     assert spec(*SETTINGS).training_hash() != spec(*SETTINGS, "clients.unseen=0").training_hash()
     assert spec("clients.unseen=0").hash() == spec().hash()
-    assert int(plan(spec(*SETTINGS)).facts["images to certify"]) == 36
+    assert int(plan(spec(*SETTINGS)).setting["images to certify"]) == 36
 
 
 @pytest.mark.parametrize(

@@ -140,8 +140,8 @@ Change = Callable[[dict[str, Any]], Any]
     ("change", "says"),
     [
         (lambda c: c["correct"].__setitem__(9, 100), "must fall"),
-        (lambda c: c.update(acr=c["acr"] + 1.0), "does not go with its curve"),
-        (lambda c: c.update(acr=-0.1), "does not go with its curve"),
+        (lambda c: c.update(acr=c["acr"] + 1.0), "does not fit its curve"),
+        (lambda c: c.update(acr=-0.1), "does not fit its curve"),
         (lambda c: c.update(images=7), "the spec certifies 6"),
         (lambda c: c.update(correct=[1]), "1 counts for 50 radii"),
         (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,19 +16,27 @@ from certifl.errors import InputError, ModelError
 NOISE = certifl.PixelNoise(0.25)
 
 
+IMAGES = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
+
+
 class Plain(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, pixels: int = 64) -> None:
         super().__init__()
-        self.head = nn.Linear(64, 3)
+        self.head = nn.Linear(pixels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(x.flatten(1))
 
 
-def certify(model: object = None, images: object = None, **options: object) -> object:
-    model = Plain().eval() if model is None else model
-    images = torch.rand(2, 1, 8, 8) if images is None else images
-    return certifl.certify(model, images, NOISE, **{"n": 100, **options})
+class Pair(Plain):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), x
+
+
+def certify(model: Any = None, images: Any = IMAGES, noise: Any = NOISE, **options: Any) -> Any:
+    made = Plain().eval() if model is None else model
+    return certifl.certify(made, images, noise, **{"n": 100, **options})
 
 
 @pytest.mark.parametrize(
@@ -38,9 +49,12 @@ def certify(model: object = None, images: object = None, **options: object) -> o
         (torch.rand(1, 1, 8, 8) * 255, "units of that range"),
         (torch.rand(1, 1, 8, 8) - 0.5, r"\[0, 1\]"),
         (torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "Divide 8-bit images by 255"),
+        (None, "images must be a tensor"),
+        ("digits", "images must be a tensor"),
+        (["digits"], "images must be a tensor"),
     ],
 )
-def test_images(images: Tensor, says: str) -> None:
+def test_images(images: Any, says: str) -> None:
     with pytest.raises(InputError, match=says):
         certify(images=images)
 
@@ -53,11 +67,21 @@ def test_images(images: Tensor, says: str) -> None:
         ([0, 3], "0 to 2"),
         ([-1, 0], "0 to 2"),
         ([0.5, 1.0], "whole numbers"),
+        (["a", "b"], "labels must be a tensor"),
     ],
 )
-def test_labels(labels: list, says: str) -> None:
+def test_labels(labels: list[Any], says: str) -> None:
+    numbers = labels if isinstance(labels[0], str) else np.array(labels)
     with pytest.raises(InputError, match=says):
-        certify(labels=np.array(labels))
+        certify(labels=numbers)
+
+
+@pytest.mark.parametrize("noise", ["rotation", certifl.Rotation])
+def test_perturbations(noise: Any) -> None:
+    with pytest.raises(InputError, match=r"such as certifl\.Rotation"):
+        certify(noise=noise)
+    with pytest.raises(InputError, match="Rotation"):
+        certifl.predict(Plain().eval(), IMAGES, noise)
 
 
 @pytest.mark.parametrize(
@@ -78,9 +102,18 @@ def test_labels(labels: list, says: str) -> None:
         ({"device": "meta"}, "choose auto, cpu"),
         ({"device": "cuda:99"}, "cannot be used here"),
         ({"batch_size": 0}, "batch_size"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"seed": "x"}, "seed must be a whole number"),
+        ({"radii": 0.5}, "radii must be a list"),
+        ({"radii": ["far"]}, "radii must be a list"),
+        (
+            {"noise": certifl.Rotation(0.3), "estimator": "scan", "reach": "1"},
+            "reach must be a po",
+        ),
+        ({"n": 9}, "n = 11 or more"),
     ],
 )
-def test_settings(options: dict, says: str) -> None:
+def test_settings(options: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         certify(**options)
 
@@ -129,6 +162,38 @@ def test_a_callable_with_noise_of_its_own() -> None:
 def test_answers_that_are_no_logits(answer: object, says: str) -> None:
     with pytest.raises(ModelError, match=says):
         certify(answer)
+
+
+@pytest.mark.parametrize(
+    ("model", "images", "says"),
+    [
+        (Plain(), IMAGES[..., :7], r"\(6, 1, 8, 7\).*size and chann"),
+        (Plain(192), IMAGES, r"RuntimeError.*was made for"),
+        (Pair(), IMAGES, "got tuple"),
+    ],
+)
+def test_models_that_do_not_fit(model: nn.Module, images: Tensor, says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        certify(model.eval(), images)
+
+
+def test_the_least_number_of_votes_that_is_named_is_enough() -> None:
+    always = certify(lambda x: torch.stack([x.mean((1, 2, 3)), -x.mean((1, 2, 3)) - 9], 1), n=11)
+    assert (always.radius > 0).all()
+
+
+def test_answers_on_the_logarithmic_scale_are_logits() -> None:
+    plain = Plain().eval()
+    logarithmic = nn.Sequential(plain, nn.LogSoftmax(dim=1)).eval()
+    one, other = (certify(model, precision="float32") for model in (logarithmic, plain))
+    assert abs(one.counts - other.counts).max() <= 2  # rounding may turn a vote at a tie
+
+
+@pytest.mark.parametrize("text", ["", "1\t2\n", HEADER + "1\t2\n", HEADER + "a\tb\tc\td\te\tf\n"])
+def test_a_damaged_tsv(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.tsv").write_text(text)
+    with pytest.raises(InputError, match="holds no certificates"):
+        certifl.Certificates.load(tmp_path / "c.tsv")
 
 
 def test_predict_refuses_the_same() -> None:

@@ -14,7 +14,6 @@ import zlib
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -109,7 +108,6 @@ def test_a_name_with_a_nul_character_is_refused() -> None:
         ("[" * 60 + "]" * 60, "nested deeper"),
         ("9" * 5000, "64 bits"),
         ('{"seed": -99999999999999999999}', "64 bits"),
-        ("[" + "[]," * 4_000_001 + "1]", "lists and objects"),
         ('{"a": "\\ud800', "not JSON"),
         ("", "not JSON"),
     ],
@@ -158,8 +156,8 @@ def test_settings_have_the_same_limits() -> None:
 def test_what_is_printed_cannot_move_the_cursor(tmp_path: Path) -> None:
     shown = outside.visible("a\x1b[2J\x07\r\u202e\udcff\u00a095\u00a0% é")
     assert shown == "a\\x1b[2J\\x07\\r\\u202e\\udcff\u00a095\u00a0% é"
-    told = tiny.cli("run", tmp_path / "a\x1b[2J[/bold].toml")
-    told.refused("a\\x1b[2J[/bold].toml")
+    outcome = tiny.cli("run", tmp_path / "a\x1b[2J[/bold].toml")
+    outcome.refused("a\\x1b[2J[/bold].toml")
 
 
 def test_a_folder_whose_name_is_not_utf_8(tmp_path: Path) -> None:
@@ -172,7 +170,7 @@ def test_a_folder_whose_name_is_not_utf_8(tmp_path: Path) -> None:
 
 def test_a_gzip_bomb_is_not_expanded(tmp_path: Path) -> None:
     head = bytes((0, 0, 8, 3)) + struct.pack(">III", 2, 8, 8)
-    content = gzip.compress(head + bytes(400 << 20), 1)
+    content = gzip.compress(head + bytes(100 << 20), 1)
     for name in ("train-images-idx3", "t10k-images-idx3"):
         (tmp_path / f"{name}-ubyte.gz").write_bytes(content)
     labels = gzip.compress(bytes((0, 0, 8, 1)) + struct.pack(">I", 2) + bytes((0, 1)))
@@ -205,9 +203,9 @@ def test_an_image_that_declares_any_number_of_pixels_is_refused(side: int, tmp_p
 
 def test_a_table_that_declares_any_number_of_rows_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "certificates.parquet"
-    part = pa.table({"client": pa.array(np.zeros(1 << 20, np.int64))})
+    part = pa.table({"client": pa.nulls(1 << 24)})
     with pq.ParquetWriter(path, part.schema) as file:
-        for _ in range(130):
+        for _ in range(9):
             file.write_table(part)
     with pytest.raises(InputError, match="declares"):
         Certificates.load(path)
@@ -313,16 +311,16 @@ def test_what_nobody_foresaw_ends_in_one_line_with_a_log(tmp_path: Path) -> None
 
     (tmp_path / "run.json").write_text("{}")
     with mock.patch("certifl.experiments.verify.verify_run", broken):
-        told = tiny.cli("verify", tmp_path)
-    told.refused("unexpected error", "ZeroDivisionError", "\\x1b[2J", code=1)
-    log = Path(re.findall(r"\S+\.log", told.err)[0])
+        outcome = tiny.cli("verify", tmp_path)
+    outcome.refused("unexpected error", "ZeroDivisionError", "\\x1b[2J", code=1)
+    log = Path(re.findall(r"\S+\.log", outcome.err)[0])
     text = log.read_text()
     log.unlink()
     assert "Traceback" in text
     assert "many lines" in text
 
 
-def test_exhausted_memory_is_told(tmp_path: Path) -> None:
+def test_exhausted_memory_is_reported(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     with mock.patch("certifl.experiments.verify.verify_run", side_effect=MemoryError):
         tiny.cli("verify", tmp_path).refused("memory ran out", code=1)
@@ -337,10 +335,10 @@ def test_weights_that_are_none(way: str, tmp_path: Path) -> None:
         torch.save({"state_dict": {"a": {"b": torch.zeros(1)}}}, path)
     else:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
-            packed.writestr("archive/data.pkl", bytes(100 << 20))
+            packed.writestr("archive/data.pkl", bytes(20 << 20))
     asked = ("certify", "--model", "small_cnn", "--weights", path, "--data", "digits")
-    told = tiny.cli(*asked, "--out", tmp_path / "c.parquet")
-    told.refused("names are not in the file" if way == "nested" else "state_dict")
+    outcome = tiny.cli(*asked, "--out", tmp_path / "c.parquet")
+    outcome.refused("names are not in the file" if way == "nested" else "state_dict")
 
 
 def test_a_key_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
@@ -364,9 +362,9 @@ def test_a_checkpoint_of_a_terabyte_of_nothing_is_not_read(tmp_path: Path) -> No
     newest = max(folder.training.glob("round-*"))
     with (newest / "server.safetensors").open("r+b") as file:
         file.truncate(1 << 40)
-    told = tiny.cli("verify", folder.path)
-    assert told.code == 1
-    assert "checkpoint" in told.err
+    outcome = tiny.cli("verify", folder.path)
+    assert outcome.code == 1
+    assert "checkpoint" in outcome.err
 
 
 @pytest.mark.parametrize("port", ["9" * 5000, "²", "0", "65536", ""])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import pytest
@@ -242,27 +244,24 @@ def test_history_is_one_line_per_round(tmp_path: Path) -> None:
 # One process at a time.
 
 
-def _hold(path: Path, holding: object, release: object) -> None:
-    with RunFolder(path).locked():
-        holding.set()  # pyright: ignore
-        release.wait(30)  # pyright: ignore
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("holding", flush=True)
+sys.stdin.read()
+"""
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    holding, release = context.Event(), context.Event()
-    other = context.Process(target=_hold, args=(tmp_path / "run", holding, release))
-    other.start()
-    try:
-        assert holding.wait(60)
-        with (
-            pytest.raises(StoreMismatch, match="Another process is at work"),
-            RunFolder(tmp_path / "run").locked(),
-        ):
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    command = [sys.executable, "-S", "-c", HOLDER, folder.path / ".lock"]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "holding\n"
+        with pytest.raises(StoreMismatch, match="Another process is at work"), folder.locked():
             pass
-    finally:
-        release.set()
-        other.join(60)
-    assert other.exitcode == 0
-    with RunFolder(tmp_path / "run").locked():
+        other.communicate("")
+    with folder.locked():
         pass

@@ -29,12 +29,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tomli_w
 from PIL import Image
 
+import tiny_study as tiny
 from certifl.cli import common, main
 from certifl.data import load as load_data
 from certifl.deploy.client.settings import load_settings
@@ -47,7 +47,7 @@ from certifl.report.page.explorer import explorer_payload
 from certifl.report.results import by_perturbation, load_runs
 from certifl.report.summary import left_out_words, measure_curves, measures_of
 from certifl.spec import load as load_spec
-from certifl.study.opened_run import open_data
+from certifl.study.setup import open_data
 
 __all__ = ["CASES", "KINDS", "SECONDS", "Kind", "Wrong", "prepare"]
 
@@ -270,17 +270,15 @@ def as_table(path: Path, rng: random.Random) -> None:
 
 
 def as_long_table(path: Path, rng: random.Random) -> None:
-    """A file of a few kilobytes that declares a thousand million rows."""
+    """A small file that declares more rows than memory may be asked for."""
     path.write_bytes(_long_table(rng.choice(("client", "radius"))))
 
 
 @functools.cache
 def _long_table(name: str) -> bytes:
-    """Made once for each column: writing it takes seconds."""
-    schema, content = pa.schema([pa.field(name, pa.int64())]), io.BytesIO()
-    with pq.ParquetWriter(content, schema) as file:
-        part = pa.table({name: pa.array(np.zeros(1 << 22, np.int64))}, schema=schema)
-        for _ in range(40):
+    part, content = pa.table({name: pa.nulls(1 << 24)}), io.BytesIO()
+    with pq.ParquetWriter(content, part.schema) as file:
+        for _ in range(9):
             file.write_table(part)
     return content.getvalue()
 
@@ -426,7 +424,7 @@ def _page(folder: Path) -> None:
     summary_rows([folder])
 
 
-def _party(folder: Path) -> None:
+def _client(folder: Path) -> None:
     load_settings(folder / "client.toml")
     load_connection(folder)
 
@@ -477,7 +475,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("own", "run.json", 20, any_of(VERIFY, REPORT), (as_json,)),
     Kind("run", "explorer.json", 30, REPORT, (*TEXT, as_json, as_json, as_json)),
     Kind("run", "attack.json", 30, REPORT, (*TEXT, as_json, as_json, as_json)),
-    Kind("told", "curves.json", 40, any_of(VERIFY, REPORT), (*TEXT, as_json, as_json, as_json)),
+    Kind("curves", "curves.json", 40, any_of(VERIFY, REPORT), (*TEXT, as_json, as_json, as_json)),
     Kind(
         "run", CHECKPOINT + "round.json", 30, any_of(VERIFY, PREDICT), (*TEXT, as_round, as_round)
     ),
@@ -518,8 +516,8 @@ KINDS: tuple[Kind, ...] = (
         DATA,
         (as_bytes, as_other, as_table, as_table, as_row_with_a_path),
     ),
-    Kind("party", "client.toml", 40, library(_party), (*TEXT, as_toml, as_toml)),
-    Kind("party", "connection.toml", 30, library(_party), (*TEXT, as_toml, as_toml)),
+    Kind("client", "client.toml", 40, library(_client), (*TEXT, as_toml, as_toml)),
+    Kind("client", "connection.toml", 30, library(_client), (*TEXT, as_toml, as_toml)),
     Kind(
         "folder",
         "grey.png",
@@ -546,23 +544,25 @@ class Wrong:
 
 
 def prepare(kind: Kind, number: int, base: Path, place: Path) -> Path:
-    """A fresh copy of a kind's folder with its file mutated."""
+    """A kind's folder with its file mutated; the others are those of the whole example."""
     rng = random.Random(f"{kind.base}/{kind.file}/{number}")
     folder = place / kind.base
-    shutil.copytree(base / kind.base, folder)
-    kind.mutators[number % len(kind.mutators)](folder / kind.file, rng)
+    shutil.copytree(base / kind.base, folder, copy_function=os.link)
+    file = folder / kind.file
+    file.unlink()
+    shutil.copy(base / kind.base / kind.file, file)
+    kind.mutators[number % len(kind.mutators)](file, rng)
     return folder
 
 
-def _files(folder: Path) -> dict[str, object]:
-    """Content of every file of a folder; of what is not a file, its kind."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        if path.is_file() and path.stat().st_size < 1 << 28 and not path.is_symlink()
-        else (path.lstat().st_mode, path.lstat().st_size)
-        for path in sorted(folder.rglob("*"))
-        if not path.is_dir() or path.is_symlink()
-    }
+def _files(folder: Path) -> dict[str, tuple[int, ...]]:
+    """What would show that a file was written: which it is, how long, and when it was changed."""
+    found = {}
+    for path in folder.rglob("*"):
+        if not path.is_dir() or path.is_symlink():
+            held = path.lstat()
+            found[str(path)] = (held.st_ino, held.st_mode, held.st_size, held.st_mtime_ns)
+    return found
 
 
 def attempt(case: int, base: Path, place: Path) -> str:
@@ -573,7 +573,7 @@ def attempt(case: int, base: Path, place: Path) -> str:
     out.mkdir()
     shutil.copy(base / "grey.png", place / "grey.png")
     if kind.base == "folder":
-        shutil.copytree(base / "run", place / "run")
+        shutil.copytree(base / "run", place / "run", copy_function=os.link)
     before = _files(folder)
     said, code = io.StringIO(), 0
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
@@ -590,16 +590,16 @@ def attempt(case: int, base: Path, place: Path) -> str:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
-    told = said.getvalue()
+    printed = said.getvalue()
     after = _files(folder)
     lost = {name for name, content in before.items() if after.get(name) != content}
     shutil.rmtree(place)
     if lost:
         return f"it changed {sorted(lost)}"
     if code not in (0, 1, 2):
-        return f"it ended with {code}: {told}"
-    if "\x1b" in told or "Traceback" in told:
-        return f"it printed {told!r}"
+        return f"it ended with {code}: {printed}"
+    if "\x1b" in printed or "Traceback" in printed:
+        return f"it printed {printed!r}"
     return ""
 
 
@@ -617,17 +617,7 @@ def work(base: Path, place: Path, cases: range) -> None:
     signal.signal(signal.SIGPROF, _too_slow)
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, _ADDRESS_SPACE))
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    from matplotlib.figure import Figure
-
-    def undrawn(_self: Figure, target: Any, **_: Any) -> None:
-        """Figures are laid out and not drawn: drawing takes most of the time."""
-        target.write(b"<svg></svg>") if hasattr(target, "write") else Path(target).touch()
-
-    with (
-        mock.patch("certifl.cli.unexpected", _unexpected),
-        mock.patch.object(Figure, "savefig", undrawn),
-        mock.patch.object(Figure, "draw_without_rendering"),
-    ):
+    with mock.patch("certifl.cli.unexpected", _unexpected), tiny.undrawn():
         for case in cases:
             answers.write(json.dumps({"begun": case}) + "\n")
             if wrong := attempt(case, base, place / str(case)):
@@ -639,5 +629,4 @@ def work(base: Path, place: Path, cases: range) -> None:
 
 
 if __name__ == "__main__":
-    first, step = int(sys.argv[3]), int(sys.argv[4])
-    work(Path(sys.argv[1]), Path(sys.argv[2]), range(first, len(CASES), step))
+    work(Path(sys.argv[1]), Path(sys.argv[2]), range(0, len(CASES), int(sys.argv[3])))

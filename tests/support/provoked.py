@@ -1,7 +1,7 @@
 """Requests that go wrong in the ways people meet most often, each by the title of its advice.
 
-A case gets a folder of its own, which is the working directory, and a finished run; it answers
-with what certifl said. The titles are the headings of docs/troubleshooting.md.
+The working directory is a case's own; it gets a finished run, and answers with what certifl said.
+The titles are the headings of docs/troubleshooting.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from certifl.experiments.run import run as compute
 
 __all__ = ["CASES"]
 
-Case = Callable[[Path, Path], str]
+Case = Callable[[Path], str]
 NOISE = certifl.PixelNoise(0.25)
 
 
@@ -121,121 +121,61 @@ class Chance(nn.Module):
 # --- data
 
 
-def no_such_data(_place: Path, _run: Path) -> str:
+def no_such_data(_run: Path) -> str:
     with mock.patch.dict(sys.modules, {"datasets": None}):
         return study("data.name=leaves")
 
 
-def no_layout(_place: Path, _run: Path) -> str:
+def no_layout(_run: Path) -> str:
     picture(Path("DATA/leaves/ash/1.png"))
     return of_leaves()
 
 
-def no_test_images(_place: Path, _run: Path) -> str:
+def no_test_images(_run: Path) -> str:
     leaves(test=False)
     return of_leaves()
 
 
-def other_sizes(_place: Path, _run: Path) -> str:
+def other_sizes(_run: Path) -> str:
     leaves()
     picture(Path("DATA/leaves/train/oak/2.png"), (8, 12))
     return of_leaves()
 
 
-def deep_grey(_place: Path, _run: Path) -> str:
+def deep_grey(_run: Path) -> str:
     leaves()
     picture(Path("DATA/leaves/train/oak/2.png"), kind=np.uint16)
     return of_leaves()
 
 
-def two_labels(_place: Path, _run: Path) -> str:
+def two_labels(_run: Path) -> str:
     table(species=[0, 1], genus=[0, 1])
     return of_leaves()
 
 
-def hidden_labels(_place: Path, _run: Path) -> str:
+def hidden_labels(_run: Path) -> str:
     leaves()
     shutil.move("DATA/leaves/test/oak", "DATA/leaves/test/elm")
     return of_leaves()
 
 
-def no_data_folder(_place: Path, _run: Path) -> str:
-    return study("data.name=leaves", options=("--out", "runs/new", "--data-dir", "DATA"))
-
-
-def too_many_clients(_place: Path, _run: Path) -> str:
-    return study("clients.count=50")
-
-
 # --- spec
 
 
-def unknown_key(_place: Path, _run: Path) -> str:
-    return study("training.epochs=3")
-
-
-def missing_key(_place: Path, _run: Path) -> str:
+def missing_key(_run: Path) -> str:
     Path("study.toml").write_text('[data]\nname = "digits"\n')
     return said("run", "study.toml")
-
-
-def text_for_number(_place: Path, _run: Path) -> str:
-    return study('training.lr="0.1"')
-
-
-def unknown_parameter(_place: Path, _run: Path) -> str:
-    return study('algorithm={ name = "mixture", lambda = 0.3 }')
-
-
-def overshooting(_place: Path, _run: Path) -> str:
-    return study('algorithm={ name = "ditto", mu = 100.0 }')
-
-
-def nothing_to_train_against(_place: Path, _run: Path) -> str:
-    return study('objective={ name = "consistency" }', "augmentation.federated=none")
-
-
-def angle_for_pixels(_place: Path, _run: Path) -> str:
-    return study('certification.perturbation={ family = "pixel", sigma = "18deg" }')
 
 
 # --- model
 
 
-def no_module(_place: Path, _run: Path) -> str:
-    return study("model.name=nowhere:make")
-
-
-def few_logits(_place: Path, _run: Path) -> str:
-    return module(
-        "from torch import nn\n\n"
-        "def make(in_channels, num_classes):\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(64 * in_channels, 2))\n"
-    )
-
-
-def training_mode(_place: Path, _run: Path) -> str:
-    return certify(linear())
-
-
-def batch_statistics(_place: Path, _run: Path) -> str:
+def batch_statistics(_run: Path) -> str:
     norm = nn.BatchNorm2d(1, track_running_stats=False)
     return certify(nn.Sequential(norm, linear()).eval())
 
 
-def other_batch(_place: Path, _run: Path) -> str:
-    return certify(Batchwise().eval())
-
-
-def chance(_place: Path, _run: Path) -> str:
-    return certify(Chance().eval())
-
-
-def wrong_range(_place: Path, _run: Path) -> str:
-    return certify(linear().eval(), torch.full((1, 1, 8, 8), 255.0))
-
-
-def private_batch_norm(_place: Path, _run: Path) -> str:
+def private_batch_norm(_run: Path) -> str:
     private = 'privacy={ kind = "example", noise_multiplier = 1.0 }'
     return study("model.name=small_resnet", private)
 
@@ -243,29 +183,25 @@ def private_batch_norm(_place: Path, _run: Path) -> str:
 # --- runs and training
 
 
-def another_study(_place: Path, run: Path) -> str:
-    return study("training.lr=0.01", options=("--out", run))
-
-
-def busy(_place: Path, run: Path) -> str:
+def busy(run: Path) -> str:
     with (run / ".lock").open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         return study("training.lr=0.01", options=("--out", run, "--overwrite"))
 
 
-def unfinished(_place: Path, run: Path) -> str:
+def unfinished(run: Path) -> str:
     facts = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**facts, "status": "running"}))
     return said("report", run)
 
 
-def incomparable(_place: Path, run: Path) -> str:
+def incomparable(run: Path) -> str:
     noise = 'certification.perturbation={ family = "pixel", sigma = 0.2 }'
     compute(tiny.spec(noise), Options(Path("runs/noise")))
     return said("report", run, "runs/noise")
 
 
-def changed_certificates(_place: Path, run: Path) -> str:
+def changed_certificates(run: Path) -> str:
     path = run / "certificates.parquet"
     held = pq.read_table(path)
     where = held.column_names.index("radius")
@@ -276,15 +212,7 @@ def changed_certificates(_place: Path, run: Path) -> str:
     return outcome.err.splitlines()[0]
 
 
-def diverged(_place: Path, _run: Path) -> str:
-    return study("training.lr=1e30")
-
-
-def no_gpu(_place: Path, _run: Path) -> str:
-    return study(options=("--out", "runs/new", "--device", "cuda:7"))
-
-
-def other_size_to_predict(_place: Path, run: Path) -> str:
+def other_size_to_predict(run: Path) -> str:
     picture(Path("digit.png"), (28, 28))
     return said("predict", "digit.png", "--run", run)
 
@@ -292,18 +220,18 @@ def other_size_to_predict(_place: Path, run: Path) -> str:
 # --- federations and extras
 
 
-def no_flower(_place: Path, _run: Path) -> str:
+def no_flower(_run: Path) -> str:
     with mock.patch("importlib.util.find_spec", return_value=None):
         return said("deploy", "init", "federation")
 
 
-def kit_is_there(_place: Path, _run: Path) -> str:
+def kit_is_there(_run: Path) -> str:
     Path("federation").mkdir()
     Path("federation/README.md").touch()
     return said("deploy", "init", "federation")
 
 
-def no_server(_place: Path, _run: Path) -> str:
+def no_server(_run: Path) -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -312,12 +240,12 @@ def no_server(_place: Path, _run: Path) -> str:
     return said("deploy", "run", spec, "--kit", "federation/server", "--out", "runs/new")
 
 
-def no_tracker(_place: Path, _run: Path) -> str:
+def no_tracker(_run: Path) -> str:
     with mock.patch("importlib.util.find_spec", return_value=None):
         return study(options=("--out", "runs/new", "--track", "mlflow"))
 
 
-def no_opacus(_place: Path, _run: Path) -> str:
+def no_opacus(_run: Path) -> str:
     with mock.patch.dict(sys.modules, {"opacus": None, "opacus.grad_sample": None}):
         return study('privacy={ kind = "example", noise_multiplier = 1.0 }')
 
@@ -330,30 +258,46 @@ CASES: dict[str, Case] = {
     "Grey with 16 bits": deep_grey,
     "Several label columns": two_labels,
     "Test images of other classes": hidden_labels,
-    "The data folder does not exist": no_data_folder,
-    "More clients than images": too_many_clients,
-    "A key that does not exist": unknown_key,
+    "The data folder does not exist": lambda _run: study(
+        "data.name=leaves", options=("--out", "runs/new", "--data-dir", "DATA")
+    ),
+    "More clients than images": lambda _run: study("clients.count=50"),
+    "A key that does not exist": lambda _run: study("training.epochs=3"),
     "A key that must be given": missing_key,
-    "Text in place of a number": text_for_number,
-    "An algorithm's parameter is misspelt": unknown_parameter,
-    "A pull that overshoots": overshooting,
-    "An objective without a perturbation": nothing_to_train_against,
-    "An angle for something that does not turn": angle_for_pixels,
-    "Your network cannot be imported": no_module,
-    "The wrong number of logits": few_logits,
-    "The model is in training mode": training_mode,
+    "Text in place of a number": lambda _run: study('training.lr="0.1"'),
+    "An algorithm's parameter is misspelt": lambda _run: study(
+        'algorithm={ name = "mixture", lambda = 0.3 }'
+    ),
+    "A pull that overshoots": lambda _run: study('algorithm={ name = "ditto", mu = 100.0 }'),
+    "An objective without a perturbation": lambda _run: study(
+        'objective={ name = "consistency" }', "augmentation.federated=none"
+    ),
+    "An angle for something that does not turn": lambda _run: study(
+        'certification.perturbation={ family = "pixel", sigma = "18deg" }'
+    ),
+    "Your network cannot be imported": lambda _run: study("model.name=nowhere:make"),
+    "The wrong number of logits": lambda _run: module(
+        "from torch import nn\n\n"
+        "def make(in_channels, num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64 * in_channels, 2))\n"
+    ),
+    "The model is in training mode": lambda _run: certify(linear()),
     "The model uses batch statistics": batch_statistics,
-    "The answer depends on the rest of the batch": other_batch,
-    "The model is random": chance,
-    "Images outside [0, 1]": wrong_range,
+    "The answer depends on the rest of the batch": lambda _run: certify(Batchwise().eval()),
+    "The model is random": lambda _run: certify(Chance().eval()),
+    "Images outside [0, 1]": lambda _run: certify(
+        linear().eval(), torch.full((1, 1, 8, 8), 255.0)
+    ),
     "BatchNorm beside differential privacy": private_batch_norm,
-    "The folder holds another study": another_study,
+    "The folder holds another study": lambda run: study(
+        "training.lr=0.01", options=("--out", run)
+    ),
     "Another process is at work": busy,
     "The run is not finished": unfinished,
     "Runs that cannot be compared": incomparable,
     "A certificate does not follow from its votes": changed_certificates,
-    "Training diverged": diverged,
-    "No such device": no_gpu,
+    "Training diverged": lambda _run: study("training.lr=1e30"),
+    "No such device": lambda _run: study(options=("--out", "runs/new", "--device", "cuda:7")),
     "An image of another size": other_size_to_predict,
     "Flower is not installed": no_flower,
     "The federation's folder is not empty": kit_is_there,

@@ -8,6 +8,7 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,21 @@ def process(*arguments: str | Path, **options: Any) -> Outcome:
         command, capture_output=True, text=True, env=environment(), check=False, **options
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+@contextlib.contextmanager
+def undrawn() -> Iterator[None]:
+    """Figures are laid out and not drawn."""
+    from matplotlib.figure import Figure
+
+    def saved(_figure: Figure, target: Any, **_: Any) -> None:
+        target.write(b"<svg></svg>") if hasattr(target, "write") else Path(target).touch()
+
+    with (
+        mock.patch.object(Figure, "savefig", saved),
+        mock.patch.object(Figure, "draw_without_rendering"),
+    ):
+        yield
 
 
 def environment() -> dict[str, str]:

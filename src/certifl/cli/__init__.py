@@ -12,7 +12,7 @@ import typer
 import typer.core
 import typer.main
 
-from certifl.cli import results, studies
+from certifl.cli import models, results, studies
 from certifl.cli.common import safe_path, say, unexpected
 from certifl.cli.deploy import deploy
 from certifl.errors import CertiflError, RequestError, UnusualValue
@@ -63,11 +63,11 @@ _PANELS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
         "reproduce": (studies.reproduce, "Reproduce figures of the paper."),
     },
     "Models": {
-        "certify": (results.certify, "Certify an existing model."),
-        "merge": (results.merge, "Merge the shards of a certification."),
-        "finetune": (studies.finetune, "Fine-tune your weights; certify before and after."),
-        "predict": (results.predict, "Predict one image, with its certified radius."),
-        "push": (results.push, "Push a client's model with a card to the hub."),
+        "certify": (models.certify, "Certify an existing model."),
+        "merge": (models.merge, "Merge the shards of a certification."),
+        "finetune": (models.finetune, "Fine-tune your weights; certify before and after."),
+        "predict": (models.predict, "Predict one image, with its certified radius."),
+        "push": (models.push, "Push a client's model with a card to the hub."),
     },
     "Federation": {},
     "Results": {
@@ -128,8 +128,8 @@ def _shown_plainly(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object
 ) -> None:
     """A warning in one line."""
-    place = "" if issubclass(category, UnusualValue) else f"{filename}:{lineno}: "
-    typer.echo(f"certifl: {place}{message}", err=True)
+    where = "" if issubclass(category, UnusualValue) else f"{filename}:{lineno}: "
+    typer.echo(f"certifl: {where}{message}", err=True)
 
 
 def _version(value: bool) -> None:

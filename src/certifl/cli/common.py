@@ -9,6 +9,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,8 @@ from certifl.path_checks import read_spec_file
 from certifl.safe_io import visible
 
 if TYPE_CHECKING:
+    from certifl.report import RunResults
+    from certifl.runs.folder import StoredRun
     from certifl.spec import Spec
 
 _SAFE_PATH = "PYTHONSAFEPATH"
@@ -64,10 +67,6 @@ AnswerWithin = Annotated[
     ),
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-Family = Annotated[
-    str | None,
-    typer.Option(help="Perturbation family; default: that of the run, or pixel with sigma 0.25."),
-]
 Sigma = Annotated[
     str | None, typer.Option(help="Noise level in the unit of the family: 0.3, 0.1pi, 18deg.")
 ]
@@ -189,6 +188,14 @@ def interruptible(overwrite: bool = False) -> Iterator[None]:
         same = "the same command without --overwrite" if overwrite else "the same command"
         say(f"\nInterrupted. Finished work is kept; {same} resumes it.", err=True)
         raise typer.Exit(130) from None
+
+
+def labelled(run: Path | StoredRun, label: str) -> RunResults:
+    """A finished run under another name."""
+    from certifl.report import load_run
+
+    found = load_run(run)
+    return replace(found, label=label, manifest={**found.manifest, "label": label})
 
 
 def command_line() -> str:

@@ -82,7 +82,7 @@ def init_(
         folders = init(folder, clients, server, insecure, name or [])
     if insecure:
         say(INSECURE, err=True)
-    say("\n".join(f"{place}/" for place in folders))
+    say("\n".join(f"{each}/" for each in folders))
     say(f"\nWho runs what, and what never leaves each machine: {folder / 'README.md'}")
 
 
@@ -202,7 +202,7 @@ def run(
         from certifl.cli import terminal
         from certifl.deploy.server.coordinator import Options, run_study
         from certifl.deploy.server.remote_runner import Timeouts
-        from certifl.runs.private_files import private_files
+        from certifl.runs.atomic import private_files
 
         with terminal.Board() as board:
             board.stage(study.name)

@@ -1,4 +1,4 @@
-"""Commands about finished runs, and about one model or one image.
+"""Commands about finished runs: report, claims, verify, attack, explore.
 
 Heavy imports happen inside the commands, so that help and usage errors appear at once.
 """
@@ -14,25 +14,14 @@ from certifl.cli.common import (
     Code,
     DataDir,
     Device,
-    Family,
-    OverwriteFile,
     RunDir,
-    Sigma,
     inches,
     interruptible,
-    positive,
     say,
-    whole,
 )
 from certifl.errors import InputError
 from certifl.path_checks import (
-    IMAGE,
-    SHARD,
-    WEIGHTS,
-    check_certificate_file,
     check_data_folder,
-    check_file,
-    check_model_folder,
     check_run,
     check_study,
 )
@@ -210,7 +199,7 @@ def verify(
 
     options = None
     if recast is not None:
-        options = Options(recast, recast_seed, code, data_dir, device)
+        options = Options(recast, recast_seed, code, device)
     codes = [_verify(run, data_dir, options) for run in runs]
     worst = 1 if 1 in codes else max(codes)
     if worst:
@@ -220,22 +209,23 @@ def verify(
 def _verify(run: Path, data_dir: Path | None, recast: Options | None) -> int:
     """Verify one run and print the result; returns the exit status."""
     from certifl.experiments.verify import verify_run
-    from certifl.experiments.verify_run import shortened
 
     result = verify_run(run, data_dir, recast)
-    failed = bool(result.problems)
-    for problem in shortened(result.problems, _FINDINGS):
+    failed, more = bool(result.problems), len(result.problems) - _FINDINGS
+    for problem in result.problems[:_FINDINGS]:
         say(f"{run}: {problem}", err=True)
-    if not failed and (result.checked or not result.kept):
+    if more > 0:
+        say(f"{run}: and {more} more findings", err=True)
+    if not failed and (result.checked or not result.elsewhere):
         say(f"{run}: {result.checked} certificates follow from their votes.")
         for name, items in (("compared", result.compared), ("not checked", result.unchecked)):
             if items:
                 say(f"  {name}: {'; '.join(items)}")
     if result.recast is not None:
         say(f"  recast: {result.recast}", err=failed)
-    if result.kept:
-        say(result.kept, err=True)
-    return 1 if failed else 2 if result.kept else 0
+    if result.elsewhere:
+        say(result.elsewhere, err=True)
+    return 1 if failed else 2 if result.elsewhere else 0
 
 
 def attack(
@@ -299,272 +289,9 @@ def explore(
     with interruptible(), terminal.Board() as board:
         for run in runs:
             board.stage(f"explore {run.name}")
-            seen = explore_run(run, data_dir, device, board.report, code)
+            images, votes = explore_run(run, data_dir, device, board.report, code)
             _renew_page(RunFolder(run))
             say(
-                f"{run}: {seen.images} images, {seen.votes:,} votes at each deformation. "
+                f"{run}: {images} images, {votes:,} votes at each deformation. "
                 "`certifl report` shows them."
             )
-
-
-# Commands about one model or one image: certify, merge, predict.
-
-
-def certify(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Your network as module:function or a model's name, with --weights; or "
-            "hf:OWNER/NAME, hf:./folder. Needs --data."
-        ),
-    ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Weights: .safetensors or .pt.")] = None,
-    run: Annotated[Path | None, typer.Option(help="Certify the model of a run instead.")] = None,
-    client: Annotated[int, typer.Option(min=0, help="Client of the run.")] = 0,
-    data: Annotated[
-        str | None, typer.Option(help="Data set whose test images are certified.")
-    ] = None,
-    resize: Annotated[
-        int | None, typer.Option(metavar="PIXELS", help="Resize the images to a square.")
-    ] = None,
-    crop: Annotated[
-        str | None, typer.Option(help="center or pad: make them square before --resize.")
-    ] = None,
-    window: Annotated[
-        tuple[float, float] | None,
-        typer.Option(metavar="LOW HIGH", help="Black and white of 16-bit gray images and DICOM."),
-    ] = None,
-    family: Family = None,
-    sigma: Sigma = None,
-    images: Annotated[
-        int,
-        typer.Option(
-            parser=positive, metavar="NUMBER", help="Number of test images, a fixed random choice."
-        ),
-    ] = 100,
-    estimator: Annotated[str, typer.Option(help="See `certifl list`.")] = "sequential",
-    n0: Annotated[
-        int,
-        typer.Option("--n0", parser=whole, metavar="VOTES", help="Votes that select the class."),
-    ] = 100,
-    n: Annotated[
-        int,
-        typer.Option(
-            "--n", parser=whole, metavar="VOTES", help="Votes that bound its probability."
-        ),
-    ] = 100_000,
-    alpha: Annotated[float, typer.Option(help="Probability of a wrong certificate.")] = 1e-3,
-    keep: Annotated[
-        str,
-        typer.Option(help="What early stopping preserves: certificates, or (cheaper) the curve."),
-    ] = "certificates",
-    seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the noise and the choice of images.")
-    ] = 0,
-    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or int8.")] = "auto",
-    data_dir: DataDir = None,
-    device: Device = "auto",
-    out: Annotated[Path, typer.Option("--out", help="File to write, .parquet or .tsv.")] = Path(
-        "certificates.parquet"
-    ),
-    overwrite: OverwriteFile = False,
-    shard: Annotated[
-        str, typer.Option(help="i/n: every n-th image from the i-th, for `certifl merge`.")
-    ] = "1/1",
-    code: Code = None,
-) -> None:
-    """Certify an existing model, or the model that a client of a run deploys."""
-    check_certificate_file(out, overwrite)
-    check_data_folder(data_dir)
-    if weights is not None:
-        check_file(weights, WEIGHTS)
-    if run is not None:
-        check_run(run)
-    from certifl.certification.settings import Settings
-    from certifl.cli import terminal
-    from certifl.experiments.standalone import Request, certify_standalone, read_shard
-    from certifl.models import allow_code
-
-    request = Request(
-        model=model,
-        weights=weights,
-        run=run,
-        client=client,
-        data=data,
-        family=family,
-        sigma=sigma,
-        images=images,
-        settings=Settings(estimator, n0, n, alpha, keep=keep),
-        seed=seed,
-        precision=precision,
-        data_dir=data_dir,
-        device=device,
-        out=out,
-        overwrite=overwrite,
-        shard=read_shard(shard),
-        code=code,
-        resize=resize,
-        crop=crop,
-        window=window,
-    )
-    if model is not None:
-        allow_code(model, Path.cwd())
-    with interruptible(), terminal.Board() as board:
-        board.stage("certify")
-        certificates = certify_standalone(request, board.report)
-    terminal.show_certificates(certificates)
-    say(f"\nCertificates: {out.resolve()}")
-
-
-def merge(
-    shards: Annotated[
-        list[Path],
-        typer.Argument(metavar="SHARD...", help="All files of `certifl certify --shard i/n`."),
-    ],
-    out: Annotated[Path, typer.Option("--out", help="File to write, .parquet or .tsv.")] = Path(
-        "certificates.parquet"
-    ),
-    overwrite: OverwriteFile = False,
-) -> None:
-    """Merge the shards of one certification; the result does not depend on their number."""
-    check_certificate_file(out, overwrite)
-    for shard in shards:
-        check_file(shard, SHARD)
-    from certifl.cli import terminal
-    from certifl.experiments.standalone import merge_shards, save_merged
-
-    certificates = save_merged(merge_shards(shards), out, overwrite)
-    terminal.show_certificates(certificates)
-    say(f"\nCertificates: {out.resolve()}")
-
-
-def predict(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG or JPEG file.")],
-    run: Annotated[
-        Path | None,
-        typer.Option(
-            help="The run whose model is used, a client's own folder CLIENT/studies/ID, or a "
-            "pushed model: a folder or hf:OWNER/NAME."
-        ),
-    ] = None,
-    client: Annotated[
-        int | None, typer.Option(min=0, help="Client whose model is used; default: 0.")
-    ] = None,
-    n: Annotated[
-        int | None,
-        typer.Option(
-            "--n",
-            parser=positive,
-            metavar="VOTES",
-            help="Votes; default: as in the run, 10,000 with --model.",
-        ),
-    ] = None,
-    resize: Annotated[
-        bool, typer.Option("--resize", help="Resize the image to fit the model.")
-    ] = False,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Your network as module:function, or a model's name, instead of --run; needs "
-            "--weights, and --classes or --data."
-        ),
-    ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Weights: .safetensors or .pt.")] = None,
-    classes: Annotated[
-        str | None,
-        typer.Option(metavar="NUMBER|NAME,...", help="Its classes: 10, or cat,dog."),
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Data set whose images and classes are those of the model.")
-    ] = None,
-    family: Annotated[
-        str | None, typer.Option(help="Perturbation family with --model; default: pixel.")
-    ] = None,
-    sigma: Sigma = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise with --model.")] = 0,
-    precision: Annotated[
-        str, typer.Option(help="With --model: auto, float32 or bfloat16.")
-    ] = "auto",
-    data_dir: DataDir = None,
-    device: Device = "auto",
-    code: Code = None,
-) -> None:
-    """Predict one image: its label and certified radius, or abstention."""
-    own = {"--weights": weights, "--classes": classes, "--data": data, "--family": family}
-    own |= {"--sigma": sigma}
-    _check_predictor(run, client, code, model, own)
-    check_file(image, IMAGE)
-    from certifl.cli import terminal
-    from certifl.experiments import standalone
-
-    if run is not None:
-        from certifl.experiments.hub import local_folder
-
-        run = local_folder(run) if str(run).startswith("hf:") else run
-        answer = standalone.certify_image(image, run, client, n, resize, device, code)
-        terminal.show_prediction(answer)
-        return
-    assert model is not None
-    from certifl.models import allow_code
-
-    allow_code(model, Path.cwd())
-    noise = standalone.perturbation_named(family, sigma)
-    network = standalone.OwnModel(
-        model, weights, data, data_dir, classes, noise, n or _PREDICT_VOTES, seed, precision
-    )
-    terminal.show_prediction(standalone.certify_image_with(image, network, resize, device))
-
-
-_PREDICT_VOTES = 10_000
-
-
-def _check_predictor(
-    run: Path | None,
-    client: int | None,
-    code: Path | None,
-    model: str | None,
-    own: dict[str, object],
-) -> None:
-    """Refuse options that do not go together; a wrong path is refused before torch is imported."""
-    if (run is None) == (model is None):
-        raise InputError("Give either --run RUN, or --model module:function with --weights.")
-    if run is not None:
-        if given := [name for name, value in own.items() if value is not None]:
-            raise InputError(f"--run names a model already; leave out {', '.join(given)}.")
-        if not str(run).startswith("hf:"):
-            check_model_folder(run)
-        return
-    if client is not None or code is not None:
-        raise InputError("--client and --code are about a run; leave them out with --model.")
-    weights = own["--weights"]
-    if isinstance(weights, Path):
-        check_file(weights, WEIGHTS)
-    elif not str(model).startswith("hf:"):
-        raise InputError("--model needs --weights FILE: a network without training says nothing.")
-
-
-def push(
-    run: Annotated[
-        Path,
-        typer.Argument(metavar="RUN", help="A run, or a client's folder CLIENT/studies/ID."),
-    ],
-    target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="hf:OWNER/NAME, or a new folder.")
-    ],
-    client: Annotated[
-        int | None, typer.Option(min=0, help="Client whose model is pushed; default: 0.")
-    ] = None,
-    share: Annotated[
-        str,
-        typer.Option(help="curve, or rows: also every test image's certificate with its votes."),
-    ] = "curve",
-    public: Annotated[
-        bool, typer.Option("--public", help="A new repository of the hub is public.")
-    ] = False,
-    code: Code = None,
-) -> None:
-    """Push the model that a client deploys, with a card, to the Hugging Face hub or a folder."""
-    check_model_folder(run)
-    from certifl.experiments.hub import push as push_model
-
-    say(f"Model and card: {push_model(run, target, client, share, public, code)}")

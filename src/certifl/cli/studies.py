@@ -5,7 +5,7 @@ Heavy imports happen inside the commands, so that help and usage errors appear a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,25 +21,22 @@ from certifl.cli.common import (
     Overwrite,
     PlanOnly,
     Settings,
-    Sigma,
     Track,
     Workers,
     command_line,
     interruptible,
+    labelled,
     load_study,
-    positive,
     run_folder,
     say,
 )
 from certifl.errors import WorkError
-from certifl.path_checks import WEIGHTS, check_data_folder, check_file, read_spec_file
+from certifl.path_checks import check_data_folder, read_spec_file
 
 if TYPE_CHECKING:
     from certifl.experiments.parallel import Job
     from certifl.experiments.sweep import Sweep
     from certifl.report import RunResults
-    from certifl.runs.folder import StoredRun
-    from certifl.study.opened_run import OpenRun
 
 
 def quickstart(
@@ -175,6 +172,7 @@ def sweep(
     from certifl.experiments import sweep as sweeps
     from certifl.experiments.parallel import compute, helped, processes_here
     from certifl.experiments.run import Options
+    from certifl.models import allow_code
 
     asked = sweeps.make_sweep(
         values,
@@ -183,7 +181,8 @@ def sweep(
         sweeps.read_seeds(seeds),
         out or sweeps.default_folder(spec, values, set_ or []),
     )
-    _allow_code_of(asked.jobs, spec)
+    for name in {job.spec.model.name for job in asked.jobs}:
+        allow_code(name, spec.parent, Path.cwd())
     if plan:
         at_once = processes_here(jobs, sweeps.MOST_PROCESSES, device, overwrite=False)
         terminal.show_sweep(asked.name, sweeps.costs(asked, data_dir, device), at_once)
@@ -196,26 +195,27 @@ def sweep(
     at_once = processes_here(jobs, sweeps.MOST_PROCESSES, device, overwrite)
     at_once = max(1, min(at_once, len(pending)))
     failures: dict[Path, str] = {}
+
+    def failed(job: Job, error: WorkError) -> None:
+        failures[job.path] = str(error)
+
     with interruptible(overwrite), terminal.Board() as board:
         options = replace(options, report=board.report)
         with helped(pending, options, at_once, tolerant=True):
-            compute(pending, options, [], board.stage, sweeps.collected(failures))
+            compute(pending, options, [], board.stage, failed)
     _show_sweep(asked, failures)
-
-
-def _allow_code_of(jobs: Sequence[Job], spec: Path) -> None:
-    """Make the networks of some runs importable from beside the spec, or from here."""
-    from certifl.models import allow_code
-
-    for name in {job.spec.model.name for job in jobs}:
-        allow_code(name, spec.parent, Path.cwd())
 
 
 def _show_sweep(asked: Sweep, failures: Mapping[Path, str]) -> None:
     """Write table, figure and page of what a sweep has finished, and name what failed."""
     from certifl.report.seed_table import write_comparison
 
-    results = _sweep_results(asked, failures)
+    results = [
+        labelled(folder, variant.label)
+        for variant in asked.variants
+        for folder in asked.folders(variant)
+        if folder not in failures
+    ]
     if results:
         say(write_comparison(results, asked.out, asked.name).text())
         for what, name in (("Table", "table.txt, .csv, .md, .tex"), ("Report", "report.html")):
@@ -227,98 +227,6 @@ def _show_sweep(asked: Sweep, failures: Mapping[Path, str]) -> None:
             f"{len(failures)} of {len(asked.jobs)} runs failed and are not in the table; the "
             f"first was {first}: {why}"
         )
-
-
-def _sweep_results(asked: Sweep, failures: Mapping[Path, str]) -> list[RunResults]:
-    """The finished runs under the names of their rows."""
-    return [
-        _labelled(folder, variant.label)
-        for variant in asked.variants
-        for folder in asked.folders(variant)
-        if folder not in failures
-    ]
-
-
-def finetune(
-    model: Annotated[
-        str, typer.Option(help="Your network as module:function, or a model's name.")
-    ],
-    weights: Annotated[Path, typer.Option(help="Weights to begin with: .safetensors or .pt.")],
-    data: Annotated[
-        str, typer.Option(help="Data set: training images tune, test images are certified.")
-    ],
-    perturbation: Annotated[
-        str, typer.Option(help="Family, with --sigma, or FAMILY:SIGMA, such as rotation:18deg.")
-    ],
-    sigma: Sigma = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs over the training images.")] = 10,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 0.01,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in a step.")] = 64,
-    images: Annotated[
-        int | None, typer.Option(min=1, help="Test images to certify; default: 500.")
-    ] = None,
-    n: Annotated[
-        int, typer.Option("--n", parser=positive, metavar="VOTES", help="Votes for each image.")
-    ] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of steps and noise.")] = 0,
-    set_: Settings = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Folder for the results; default: runs/<weights>-<hash>."),
-    ] = None,
-    data_dir: DataDir = None,
-    device: Devices = "auto",
-    overwrite: Overwrite = False,
-) -> None:
-    """Fine-tune your own weights with noise, and certify them before and after.
-
-    A short form of a study with one client; the same command resumes an interrupted one.
-    """
-    check_data_folder(data_dir)
-    check_file(weights, WEIGHTS)
-    from certifl.cli import terminal
-    from certifl.experiments import finetune as tuning
-    from certifl.experiments.run import Options, compute
-    from certifl.models import allow_code
-    from certifl.report import summary_rows, write_report
-    from certifl.runs.folder import require_own_folder
-
-    request = tuning.Request(
-        *(model, weights, data, perturbation, sigma, epochs, lr, batch_size, images, n, seed),
-        settings=set_ or [],
-    )
-    specs = tuning.finetune_specs(request)
-    allow_code(model, Path.cwd())
-    folder = out or Path("runs") / f"{weights.stem}-{specs['after'].hash()[:8]}"
-    page = folder / "report.html"
-    require_own_folder(folder, list(specs), (page.name, "figures", tuning.WEIGHTS))
-    runs: dict[str, OpenRun] = {}
-    with interruptible(overwrite), terminal.Board() as board:
-        for name, spec in specs.items():
-            board.stage(name)
-            options = Options(
-                folder / name,
-                data_dir,
-                device,
-                overwrite,
-                report=board.report,
-                command=command_line(),
-            )
-            runs[name] = compute(spec, options)
-        labels = {"before": tuning.BEFORE, "after": tuning.AFTER}
-        results = [_labelled(runs[name], label) for name, label in labels.items()]
-        tuned = tuning.save_finetuned(runs["after"], folder)
-        write_report(results, page, title=specs["after"].name)
-    terminal.show_summary(summary_rows(results))
-    say(f"\nReport: {page.resolve()}\nWeights: {tuned.resolve()}")
-
-
-def _labelled(run: Path | StoredRun, label: str) -> RunResults:
-    """A finished run under another name."""
-    from certifl.report import load_run
-
-    found = load_run(run)
-    return replace(found, label=label, manifest={**found.manifest, "label": label})
 
 
 def reproduce(
@@ -390,7 +298,7 @@ def doctor(data_dir: DataDir = None) -> None:
     from certifl.cli import terminal
     from certifl.experiments.doctor import examine
 
-    terminal.show_facts(examine(data_dir))
+    terminal.show_checks(examine(data_dir))
 
 
 def list_() -> None:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from certifl.certification.certificates import Certificates
 from certifl.certification.metadata import below_sigma
-from certifl.experiments.doctor import Fact
+from certifl.experiments.doctor import Check
 from certifl.experiments.plan import Plan
 from certifl.experiments.standalone import Prediction
 from certifl.experiments.sweep import Cost as SweepCost
@@ -156,23 +156,42 @@ def show_classes(rows: Sequence[Mapping[str, Any]]) -> None:
     rows = _printable(list(rows))
     for label, noise in dict.fromkeys((row["label"], row["perturbation"]) for row in rows):
         part = [row for row in rows if (row["label"], row["perturbation"]) == (label, noise)]
-        table = Table(
-            title=f"{label}, by class" + (f": {noise}" if noise else ""),
-            title_justify="left",
-            box=SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-        )
-        table.add_column("class")
         radii = [one["radius_text"] for one in part[0]["accuracy"]]
-        for title in ("images", "ACR", *radii, "abstained"):
-            table.add_column(title, justify="right", no_wrap=True)
+        cells = []
         for row in part:
             shares = [*(one["text"] for one in row["accuracy"]), row["abstained_text"]]
-            texts = [text.replace(" %", "%") for text in shares]
-            table.add_row(row["name"], f"{row['images']:,}", row["acr_text"], *texts)
-        console = _console()
-        needed = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
-        _console(width=max(console.width, needed)).print(table)
+            shares = [text.replace(" %", "%") for text in shares]
+            cells.append([row["name"], f"{row['images']:,}", row["acr_text"], *shares])
+        title = f"{label}, by class" + (f": {noise}" if noise else "")
+        _print_table(("class", "images", "ACR", *radii, "abstained"), cells, title=title)
+
+
+def _print_table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    title: str = "",
+    caption: str = "",
+    texts: int = 1,
+) -> None:
+    """A table whose first columns, `texts` of them, are not numbers.
+
+    One that is wider than the terminal is wrapped by it; rich would cut names and numbers off.
+    """
+    table = Table(
+        title=title or None,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption=caption or None,
+        caption_justify="left",
+    )
+    for number, name in enumerate(head):
+        table.add_column(name, justify="left" if number < texts else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = _console()
+    needed = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
+    _console(width=max(console.width, needed)).print(table)
 
 
 def _clients(numbers: Sequence[int]) -> str:
@@ -185,52 +204,31 @@ def _show_table(rows: Sequence[Mapping[str, Any]]) -> None:
     def number(text: str) -> str:
         return text.removesuffix(f" {unit}") if unit else text
 
-    table = Table(
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        caption=(f"Radii in {unit}. " if unit else "")
+    caption = (
+        (f"Radii in {unit}. " if unit else "")
         + "Columns of radii: share of all images, correct with at least that radius."
         "\nACR: average certified radius, with a 95 % interval over images, and over seeds where "
-        "a row has several.\nSpread: best minus worst client.",
-        caption_justify="left",
+        "a row has several.\nSpread: best minus worst client."
     )
-    table.add_column("regime", no_wrap=True)
-    titles = ["ACR", "95 %", *(number(s["radius_text"]) for s in rows[0]["accuracy"])]
-    for title in (*titles, "spread"):
-        table.add_column(title, justify="right", no_wrap=True)
+    radii = [number(share["radius_text"]) for share in rows[0]["accuracy"]]
+    cells = []
     for row in rows:
-        low, high = row["acr_low_text"], row["acr_high_text"]
-        table.add_row(
-            _label(row),
-            number(row["acr_text"]),
-            f"{number(low)}-{number(high)}" if low else "",
-            *(share["text"].replace(" %", "%") for share in row["accuracy"]),
-            number(row["spread_text"]),
-        )
-    console = _console()
-    # A table wider than the terminal is wrapped by it; rich would cut names and numbers off.
-    needed = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
-    _console(width=max(console.width, needed)).print(table)
-
-
-def _label(row: Mapping[str, Any]) -> str:
-    seeds = len(row["seeds"])
-    return f"{row['label']}, {seeds} seeds" if seeds > 1 else str(row["label"])
+        low, high, seeds = row["acr_low_text"], row["acr_high_text"], len(row["seeds"])
+        label = f"{row['label']}, {seeds} seeds" if seeds > 1 else str(row["label"])
+        interval = f"{number(low)}-{number(high)}" if low else ""
+        shares = [share["text"].replace(" %", "%") for share in row["accuracy"]]
+        acr, spread = number(row["acr_text"]), number(row["spread_text"])
+        cells.append([label, acr, interval, *shares, spread])
+    _print_table(("regime", "ACR", "95 %", *radii, "spread"), cells, caption=caption)
 
 
 def show_claims(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
     """A line for each claim with its verdict, then each verdict in words."""
     rows = _printable(list(rows))
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("claim", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    for title in ("effect, points", "95 %", "images", "clients"):
-        table.add_column(title, justify="right")
     keys = ("claim", "verdict", "effect", "interval", "images", "clients")
-    for row in rows:
-        table.add_row(*(str(row[key]) for key in keys))
+    head = ("claim", "verdict", "effect, points", "95 %", "images", "clients")
+    _print_table(head, [[str(row[key]) for key in keys] for row in rows], texts=2)
     console = _console()
-    console.print(table)
     tested = [row for row in rows if row["verdict"] != NOT_TESTED]
     for row in tested:
         console.print(f"{row['claim']}  {row['sentence']}")
@@ -246,59 +244,52 @@ def show_claims(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None
 
 def show_certificates(certificates: Certificates) -> None:
     """A few lines about certificates."""
-    facts, unit = certificates.conditions, str(certificates.conditions["unit"])
-    console = _console()
-    acr = certificates.average_certified_radius()
-    accuracy = certificates.certified_accuracy([0.0])[0]
-    console.print(f"images              {len(certificates)}")
-    console.print(f"abstained           {int(certificates.abstained.sum())}")
-    console.print(f"certified accuracy  {accuracy:.3f} at radius 0")
-    console.print(f"average radius      {format_amount(acr, unit)} (ACR)")
-    mean, most = certificates.votes.mean(), int(facts["n"])
-    console.print(f"votes per image     {mean:,.0f} of at most {most:,}{_where_stopped(facts)}")
-    console.print(_meaning(facts), style="dim")
-
-
-def _where_stopped(metadata: Mapping[str, Any]) -> str:
-    """Where votes stopped, if no radii say so."""
-    if metadata.get("radii") is not None or "boundaries" not in metadata:
-        return ""
-    return " (no radii given: stopped where the average radius gains little)"
+    metadata, console = certificates.conditions, _console()
+    acr, unit = certificates.average_certified_radius(), str(metadata["unit"])
+    stopped = ""
+    if metadata.get("radii") is None and "boundaries" in metadata:
+        stopped = " (no radii given: stopped where the average radius gains little)"
+    lines = {
+        "images": f"{len(certificates)}",
+        "abstained": f"{int(certificates.abstained.sum())}",
+        "certified accuracy": f"{certificates.certified_accuracy([0.0])[0]:.3f} at radius 0",
+        "average radius": f"{format_amount(acr, unit)} (ACR)",
+        "votes per image": f"{certificates.votes.mean():,.0f} of at most "
+        f"{int(metadata['n']):,}{stopped}",
+    }
+    for title, text in lines.items():
+        console.print(f"{title:20}{text}")
+    console.print(_meaning(metadata), style="dim")
 
 
 def show_prediction(prediction: Prediction) -> None:
     """Label or abstention, radius and what they mean."""
     certificates, console = prediction.certificates, _console()
-    facts = certificates.conditions
-    unit = str(facts["unit"])
+    metadata = certificates.conditions
     if certificates.abstained[0]:
         console.print("abstained: no class is certain enough")
     else:
-        radius = format_amount(float(certificates.radius[0]), unit)
+        radius = format_amount(float(certificates.radius[0]), str(metadata["unit"]))
         console.print(
             f"label   {visible(prediction.class_name)} (class {int(certificates.predicted[0])})"
         )
-        console.print(f"radius  {radius} in {facts['norm']} norm, {facts['family']}")
+        console.print(f"radius  {radius} in {metadata['norm']} norm, {metadata['family']}")
     whose = "" if prediction.client is None else f"client {prediction.client} uses "
     console.print(f"model   {whose}{visible(prediction.deploys)}")
     if prediction.changed:
         console.print(
             f"image   {prediction.changed}: the certificate holds for the converted image"
         )
-    console.print(_meaning(facts), style="dim")
+    console.print(_meaning(metadata), style="dim")
 
 
-def _limit(facts: Mapping[str, Any]) -> str:
-    """Why no radius of a uniform law reaches sigma."""
-    if not below_sigma(facts):
-        return ""
-    return "Radii of this law stay below sigma; the scan estimator has no such limit. "
-
-
-def _meaning(facts: Mapping[str, Any]) -> str:
+def _meaning(metadata: Mapping[str, Any]) -> str:
+    limit = ""
+    if below_sigma(metadata):
+        limit = "Radii of this law stay below sigma; the scan estimator has no such limit. "
     return (
-        f"Each radius ({facts['norm']} norm, {facts['unit']}) is wrong with probability at most "
-        f"{facts['alpha']}. {_limit(facts)}{facts['threat']}"
+        f"Each radius ({metadata['norm']} norm, {metadata['unit']}) is wrong with probability at "
+        f"most {metadata['alpha']}. {limit}{metadata['threat']}"
     )
 
 
@@ -354,7 +345,7 @@ def show_plan(name: str, plan: Plan) -> None:
     early = plan.votes_expected < plan.votes_at_most
     at_most = f" (at most {_clock(plan.certification_seconds_at_most)})" if early else ""
     lines = {
-        **plan.facts,
+        **plan.setting,
         "votes at most": f"{plan.votes_at_most:,}",
         "votes expected": f"{plan.votes_expected:,}",
         "votes per second": f"{plan.votes_per_second:,.0f}",
@@ -382,7 +373,7 @@ def show_sweep(name: str, costs: Sequence[SweepCost], at_once: int) -> None:
     runs, done, votes = (sum(getattr(c, key) for c in costs) for key in ("runs", "done", "votes"))
     seconds = sum(c.seconds for c in costs)
     rows.append(("all", f"{runs}", f"{done}", f"{votes:,}", _left(seconds)))
-    _print_costs(("variant", "runs", "done", "votes expected", "time"), rows)
+    _print_table(("variant", "runs", "done", "votes expected", "time"), rows)
     several = f"; {at_once} at a time (--jobs) at best {_roughly(seconds / at_once)}"
     console.print(
         f"Times are those of one run after the other{several if at_once > 1 and seconds else ''}. "
@@ -395,19 +386,6 @@ def show_sweep(name: str, costs: Sequence[SweepCost], at_once: int) -> None:
 
 def _left(seconds: float) -> str:
     return _roughly(seconds) if seconds else "finished"
-
-
-def _print_costs(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table of names and numbers, wider than the terminal if need be."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(head[0], no_wrap=True)
-    for title in head[1:]:
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console = _console()
-    needed = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
-    _console(width=max(console.width, needed)).print(table)
 
 
 def show_study(costs: Mapping[str, Cost], scale: str, words: str) -> None:
@@ -426,7 +404,7 @@ def show_study(costs: Mapping[str, Cost], scale: str, words: str) -> None:
         )
         for name, cost in costs.items()
     ]
-    _print_costs(("figure", "runs", "done", "trainings left", "votes at most", "rough time"), rows)
+    _print_table(("figure", "runs", "done", "trainings left", "votes at most", "rough time"), rows)
     measured = list(costs.values())[-1].measured
     if any(cost.unknown for cost in costs.values()):
         console.print(
@@ -458,16 +436,16 @@ def _bytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(0.1, count / 1e6):.1f} MB"
 
 
-def show_facts(facts: Sequence[Fact]) -> None:
-    """The checks of `certifl doctor`, and what is missing."""
+def show_checks(checks: Sequence[Check]) -> None:
+    """What `certifl doctor` found, and what is missing."""
     console = _console()
-    for fact in facts:
-        console.print(f"{fact.topic:18}{fact.found}", soft_wrap=True)
-    missing = [fact for fact in facts if fact.missing]
+    for check in checks:
+        console.print(f"{check.topic:18}{check.found}", soft_wrap=True)
+    missing = [check for check in checks if check.missing]
     if missing:
         console.print("\nNot possible here:")
-        for fact in missing:
-            console.print(f"  {fact.topic}: {fact.missing}", soft_wrap=True)
+        for check in missing:
+            console.print(f"  {check.topic}: {check.missing}", soft_wrap=True)
 
 
 def show_names(rows: Mapping[str, Sequence[str]]) -> None:

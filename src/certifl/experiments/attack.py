@@ -41,6 +41,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +174,15 @@ def _attacks(
     run: OpenRun, clients: Sequence[int], budget: AttackBudget, options: Options
 ) -> list[Attack]:
     certificates, seed = run.certificates, run.spec.seed
-    chosen = [_chosen(certificates, client, options.images, seed) for client in clients]
-    promised = [_promised(part) for part in chosen]
+    chosen, promised = [], []
+    for client in clients:
+        own = certificates.of_client(client)
+        part = own.select(choose(np.arange(len(own)), options.images, seed, client))
+        interval, reaches = part.interval, part.radius > 0
+        if interval is not None:  # to one side at least
+            reaches = reaches | (interval[:, 1] > interval[:, 0])
+        chosen.append(part)
+        promised.append(~part.abstained & reaches)
     total, done, attacks = sum(map(len, chosen)), 0, []
     for client, part, own in zip(clients, chosen, promised, strict=True):
         perturbation = run.perturbations[client]
@@ -195,19 +203,6 @@ def _attacks(
         if options.report is not None:
             options.report("attacking", done, total, "images")
     return attacks
-
-
-def _chosen(certificates: Certificates, client: int, images: int, seed: int) -> Certificates:
-    own = certificates.of_client(client)
-    return own.select(choose(np.arange(len(own)), images, seed, client))
-
-
-def _promised(certificates: Certificates) -> np.ndarray:
-    """Where there is a set to attack: a radius above 0, or an interval to one side at least."""
-    interval, reaches = certificates.interval, certificates.radius > 0
-    if interval is not None:
-        reaches = reaches | (interval[:, 1] > interval[:, 0])
-    return ~certificates.abstained & reaches
 
 
 def _attack(
@@ -310,7 +305,7 @@ def _of_perturbation(attacks: Sequence[Attack], budget: AttackBudget) -> dict[st
     metadata = attacks[0].certificates.conditions
     found = [attack.found for attack in attacks if attack.found is not None]
     cases = [case for attack in attacks for case in _cases(attack)]
-    closest = min(cases, key=_lead, default=None)
+    closest = min(cases, key=itemgetter("lead"), default=None)
     return {
         "family": metadata["family"],
         "unit": metadata["unit"],
@@ -341,7 +336,7 @@ def _together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         **inside[0],
         **{name: sum(one[name] for one in inside) for name in sums},
-        "smallest_lead": min(closest, key=_lead, default=None),
+        "smallest_lead": min(closest, key=itemgetter("lead"), default=None),
         "violations": [{**case, **unit} for one, unit in pairs for case in one["violations"]],
     }
 
@@ -370,10 +365,6 @@ def _cases(attack: Attack) -> list[dict[str, Any]]:
     if deltas.shape[1] <= _SHORT:
         columns["delta"] = deltas.tolist()
     return [{name: values[row] for name, values in columns.items()} for row in rows]
-
-
-def _lead(case: Mapping[str, Any]) -> float:
-    return case["lead"]
 
 
 def _without(case: Mapping[str, Any], *names: str) -> dict[str, Any]:

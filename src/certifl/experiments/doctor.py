@@ -35,7 +35,7 @@ _SCARCE_GB = 2.0
 
 
 @dataclass(frozen=True)
-class Fact:
+class Check:
     """One line of the examination.
 
     Attributes:
@@ -48,31 +48,20 @@ class Fact:
     missing: str = ""
 
 
-def examine(data_dir: Path | None = None) -> list[Fact]:
+def examine(data_dir: Path | None = None) -> list[Check]:
     """Look at everything a command may need; changes nothing and asks no network."""
-    return [
-        *_software(),
-        *_hardware(),
-        *_storage(),
-        *_data(data_dir),
-        *_extras(),
-    ]
+    return [*_hardware(), *_storage(), *_data(data_dir), *_extras()]
 
 
-def _software() -> list[Fact]:
-    known = {key: value for key, value in versions().items() if key not in ("certifl", "python")}
-    libraries = ", ".join(f"{name} {version}" for name, version in known.items())
-    return [Fact("certifl", f"{__version__}, Python {platform.python_version()}, {libraries}")]
-
-
-def _hardware() -> list[Fact]:
-    facts = machine_metadata("cpu")
-    cpu = torch.device("cpu")
-    rounded = computes_bfloat16(cpu)
+def _hardware() -> list[Check]:
+    machine, rounded = machine_metadata("cpu"), computes_bfloat16(torch.device("cpu"))
+    names = ("torch", "numpy", "scipy")
+    libraries = ", ".join(f"{name} {versions()[name]}" for name in names)
     found = [
-        Fact("processor", f"{facts['processor']}, {facts['cores']} cores"),
-        Fact("memory", f"{facts['memory_gb']} GB"),
-        Fact(
+        Check("certifl", f"{__version__}, Python {platform.python_version()}, {libraries}"),
+        Check("processor", f"{machine['processor']}, {machine['cores']} cores"),
+        Check("memory", f"{machine['memory_gb']} GB"),
+        Check(
             "bfloat16",
             "computed by this processor; whether votes are cast in it is measured"
             if rounded
@@ -80,54 +69,49 @@ def _hardware() -> list[Fact]:
         ),
     ]
     for index in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(index)
-        half = computes_bfloat16(torch.device("cuda", index))
-        size = about.total_memory / 2**30
-        found.append(
-            Fact(
-                f"cuda:{index}",
-                f"{about.name}, {size:.0f} GB, {'with' if half else 'without'} bfloat16",
-            )
-        )
+        gpu = torch.cuda.get_device_properties(index)
+        word = "with" if computes_bfloat16(torch.device("cuda", index)) else "without"
+        size = gpu.total_memory / 2**30
+        found.append(Check(f"cuda:{index}", f"{gpu.name}, {size:.0f} GB, {word} bfloat16"))
     if not torch.cuda.is_available():
         why = "" if torch.version.cuda is None else " (torch has CUDA, but finds no device)"
-        found.append(Fact("GPU", f"none; everything runs on the processor{why}"))
+        found.append(Check("GPU", f"none; everything runs on the processor{why}"))
     return found
 
 
-def _storage() -> list[Fact]:
+def _storage() -> list[Check]:
     here = Path.cwd()
     free = shutil.disk_usage(here).free / 2**30
     scarce = f"a study may need more than {_SCARCE_GB:.0f} GB: choose --out on another disk"
-    facts = [Fact("disk", f"{free:.1f} GB free here", scarce if free < _SCARCE_GB else "")]
+    found = [Check("disk", f"{free:.1f} GB free here", scarce if free < _SCARCE_GB else "")]
     if not os.access(here, os.W_OK):
-        facts.append(Fact("this folder", "read-only", "runs: give --out a folder you may write"))
-    return facts
+        found.append(Check("this folder", "read-only", "runs: give --out a folder you may write"))
+    return found
 
 
-def _data(data_dir: Path | None) -> list[Fact]:
-    facts = [Fact("embedded data", ", ".join(EMBEDDED))]
+def _data(data_dir: Path | None) -> list[Check]:
+    found = [Check("embedded data", ", ".join(EMBEDDED))]
     given = data_dir or os.environ.get(DATA_ENV)
     if given is None:
-        facts.append(Fact("data folder", f"none given (--data-dir, or the variable {DATA_ENV})"))
+        found.append(Check("data folder", f"none given (--data-dir, or the variable {DATA_ENV})"))
     else:
         folder = Path(given).expanduser()
-        held = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-        missing = "" if held else "data sets other than digits: see docs/data.md for the layout"
-        facts.append(Fact("data folder", f"{folder}: {', '.join(held) or 'nothing'}", missing))
+        names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+        missing = "" if names else "data sets other than digits: see docs/data.md for the layout"
+        found.append(Check("data folder", f"{folder}: {', '.join(names) or 'nothing'}", missing))
     cache = cache_folder()
     files = sorted(cache.glob("*.safetensors")) if cache.is_dir() else []
     size = sum(file.stat().st_size for file in files) / 2**30
-    facts.append(Fact("decoded data", f"{len(files)} data sets, {size:.2f} GB in {cache}"))
-    return facts
+    found.append(Check("decoded data", f"{len(files)} data sets, {size:.2f} GB in {cache}"))
+    return found
 
 
-def _extras() -> list[Fact]:
-    facts = []
+def _extras() -> list[Check]:
+    found = []
     for extra, (module, purpose) in EXTRAS.items():
         if importlib.util.find_spec(module) is None:
             how = f"{purpose}; pip install 'certifl[{extra}]'"
-            facts.append(Fact(f"extra {extra}", "not installed", how))
+            found.append(Check(f"extra {extra}", "not installed", how))
         else:
-            facts.append(Fact(f"extra {extra}", f"{module} {metadata.version(module)}"))
-    return facts
+            found.append(Check(f"extra {extra}", f"{module} {metadata.version(module)}"))
+    return found

@@ -66,28 +66,13 @@ _SECONDS_BETWEEN_SAVES = 5.0
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Explored:
-    """The result of exploring a run.
-
-    Attributes:
-        images: that can be explored now.
-        votes: at each step.
-        skipped: why there are none; empty where there are.
-    """
-
-    images: int
-    votes: int
-    skipped: str = ""
-
-
 def explore_run(
     path: Path,
     data_dir: Path | None = None,
     device: str = "auto",
     report: StageCallback | None = None,
     code: Path | None = None,
-) -> Explored:
+) -> tuple[int, int]:
     """Explore a finished run, whatever it costs; what was explored before is kept.
 
     Args:
@@ -95,6 +80,9 @@ def explore_run(
         data_dir: folder of data sets. device: "auto" or a torch device.
         report: called with progress.
         code: the folder that holds a run's own network, which its user trusts.
+
+    Returns:
+        As `explore`.
 
     Raises:
         StoreMismatch: not a finished run, or other data or models than were certified.
@@ -107,7 +95,7 @@ def explore_run(
 
 def explore(
     run: OpenRun, device: str, report: StageCallback | None = None, limited: bool = True
-) -> Explored:
+) -> tuple[int, int]:
     """Take a few certified test images through the deformations, and write the results.
 
     Args:
@@ -117,7 +105,8 @@ def explore(
             take more, the reason is written instead.
 
     Returns:
-        What can be explored now. Images that were explored under the same conditions are kept.
+        How many images can be explored now, and the votes at each step. Images that were explored
+        under the same conditions are kept.
     """
     certificates = run.certificates
     sweeps = max(len(sweeps_of(p)) for p in run.perturbations if p is not None)
@@ -136,12 +125,12 @@ def explore(
             f"spare ({budget:,}). `certifl explore` takes them all the same."
         )
         write_json(run.folder.explorer, {**metadata, "key": "", "images": [], "skipped": reason})
-        return Explored(0, votes, reason)
+        return 0, votes
     key = _key(certificates, votes, device)
     record = {**metadata, "key": key, "skipped": None, "images": _before(run, key)}
     rows = _chosen(certificates, images)
     _explore_missing(Explorer(run, device, votes), record, rows, report)
-    return Explored(len(rows), votes)
+    return len(rows), votes
 
 
 def _key(certificates: Certificates, votes: int, device: str) -> str:
@@ -195,8 +184,8 @@ def _chosen(certificates: Certificates, count: int) -> list[int]:
     chosen: list[int] = []
     labels: set[int] = set()
     shared = min(count, _SHARED_IMAGES, len(certificates))
-    for place in range(shared):
-        client = clients[place * len(clients) // shared % len(clients)]
+    for turn in range(shared):
+        client = clients[turn * len(clients) // shared % len(clients)]
         own = np.flatnonzero(certificates.client == client)
         free = [int(row) for row in own[np.argsort(certificates.index[own])] if row not in chosen]
         free = free or [r for r in range(len(certificates)) if r not in chosen]

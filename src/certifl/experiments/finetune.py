@@ -10,8 +10,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,61 +25,55 @@ BEFORE, AFTER = "Before fine-tuning", "After fine-tuning"
 WEIGHTS = "finetuned.safetensors"
 
 
-@dataclass(frozen=True)
-class Request:
-    """What `certifl finetune` was asked for.
+def finetune_specs(
+    model: str,
+    weights: Path,
+    data: str,
+    perturbation: Mapping[str, Any],
+    *,
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    images: int | None,
+    n: int,
+    seed: int,
+    settings: Sequence[str] = (),
+) -> dict[str, Spec]:
+    """The two studies by the names of their folders, "before" and "after".
 
-    Attributes:
+    Args:
         model: a network's name, or the user's own as module:function. weights: its file.
         data: the data set: training images tune, test images are certified.
-        perturbation: a family, `FAMILY:SIGMA`, or a table as in a spec. sigma: of a bare family.
+        perturbation: as in a spec; see `read_perturbation`.
         epochs, lr, batch_size: of fine-tuning. images: test images certified; None = all.
         n: votes of each. seed: of all random streams.
         settings: `key=value` for any other key of the spec.
-    """
-
-    model: str
-    weights: Path
-    data: str
-    perturbation: str
-    sigma: str | None
-    epochs: int
-    lr: float
-    batch_size: int
-    images: int | None
-    n: int
-    seed: int
-    settings: Sequence[str] = ()
-
-
-def finetune_specs(request: Request) -> dict[str, Spec]:
-    """The two studies by the names of their folders, "before" and "after".
 
     Raises:
         SpecError: something that was asked for is not possible; the message names the key.
     """
-    noise = read_perturbation(request.perturbation, request.sigma)
-    images = {} if request.images is None else {"images": request.images}
     values: dict[str, Any] = {
-        "name": f"{request.weights.stem}, fine-tuned",
-        "seed": request.seed,
-        "data": {"name": request.data},
+        "name": f"{weights.stem}, fine-tuned",
+        "seed": seed,
+        "data": {"name": data},
         "clients": {"count": 1},
-        "model": {"name": request.model, "weights": str(request.weights)},
+        "model": {"name": model, "weights": str(weights)},
         "algorithm": {"name": "local"},
         "training": {
-            "rounds": request.epochs,
+            "rounds": epochs,
             "local_epochs": 1,
-            "batch_size": request.batch_size,
-            "lr": request.lr,
+            "batch_size": batch_size,
+            "lr": lr,
             "decay_every": 0,
             "momentum_between_rounds": "keep",
         },
-        "augmentation": {"federated": noise},
-        "certification": {"perturbation": noise, "n": request.n, **images},
+        "augmentation": {"federated": perturbation},
+        "certification": {"perturbation": perturbation, "n": n},
     }
-    after = with_settings(values, request.settings)
-    before = with_settings(values, [*request.settings, "training.rounds=0"])
+    if images is not None:
+        values["certification"]["images"] = images
+    after = with_settings(values, settings)
+    before = with_settings(values, [*settings, "training.rounds=0"])
     return {"before": before, "after": after}
 
 
@@ -107,15 +101,10 @@ def read_perturbation(text: str, sigma: str | None) -> dict[str, Any]:
             f"--perturbation {text}: give sigma once, as --perturbation {family.strip()}:SIGMA, "
             f"or --perturbation {family.strip()} --sigma SIGMA."
         )
-    return {"family": family.strip(), "sigma": _amount(amount.strip() if colon else str(sigma))}
-
-
-def _amount(text: str) -> float | str:
-    """A plain number as a number; an angle stays text."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    given: float | str = amount.strip() if colon else str(sigma)
+    with contextlib.suppress(ValueError):  # an angle stays text
+        given = float(given)
+    return {"family": family.strip(), "sigma": given}
 
 
 def save_finetuned(run: OpenRun, out: Path) -> Path:

@@ -32,7 +32,7 @@ from certifl.runs.atomic import read_json, save_tensors, write_json, write_text
 from certifl.smoothing import even_grid, floor_text
 from certifl.spec import Spec
 from certifl.spec.sections import STORED
-from certifl.study.opened_run import ClientStudy, Deployed, OpenRun
+from certifl.study.opened_run import ClientStudy, Deployed, open_deployed
 
 PREFIX = "hf:"
 SHARES = ("curve", "rows")
@@ -71,15 +71,22 @@ def push(
         raise InputError(f"share must be one of {', '.join(SHARES)}; got {share!r}.")
     if not target.startswith(PREFIX) and Path(target).exists():
         raise StoreMismatch(f"{target} exists already: name a new folder, or {PREFIX}OWNER/NAME.")
-    deployed, certificates = _of_run(run, client, code)
+    deployed, opened = open_deployed(run, client, code)
+    stored = run / CERTIFICATES
+    if opened is not None:
+        certificates = _of_one(opened.certificates, deployed.client)
+    elif stored.is_file():
+        certificates = Certificates.load(stored)
+    else:
+        raise StoreMismatch(f"{run} holds no certificates yet: nothing is known of its model.")
     if share != "rows" and certificates.conditions.get("precision") == "int8":
         raise InputError(
             "The certificates are of a network in int8, whose ranges of activations tell of "
             'training images: share = "rows" (--share rows) publishes them in its record, else '
             "certify in float32 or bfloat16. Without them nobody can vote with that network."
         )
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "model"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
         folder.mkdir()
         _write(folder, target, deployed, certificates, share)
         if target.startswith(PREFIX):
@@ -141,22 +148,9 @@ def local_folder(source: str | Path) -> Path:
     return Path(_asked(name, lambda: fetch(base, allow_patterns=_FILES)))
 
 
-def _of_run(run: Path, client: int | None, code: Path | None) -> tuple[Deployed, Certificates]:
-    """A client's model and the certificates of its own test images."""
-    study = ClientStudy(run)
-    if study.exists():
-        stored = run / CERTIFICATES
-        if not stored.is_file():
-            raise StoreMismatch(f"{run} holds no certificates yet: nothing is known of its model.")
-        return study.deployed(client, code), Certificates.load(stored)
-    opened = OpenRun(run, code=code)
-    opened.require_finished()
-    number = client or 0
-    return opened.deployed(number), _of_one(opened.certificates.of_client(number), number)
-
-
-def _of_one(certificates: Certificates, client: int) -> Certificates:
+def _of_one(everything: Certificates, client: int) -> Certificates:
     """A client's certificates without what the metadata say of others' networks."""
+    certificates = everything.of_client(client)
     own = {
         name: {str(client): value[str(client)]}
         for name, value in certificates.conditions.items()

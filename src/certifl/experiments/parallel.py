@@ -63,12 +63,8 @@ class Job:
         return {self.spec.training_hash(), self.spec.training_hash(of_base=True)}
 
 
-def _name_of(spec: Spec) -> str:
-    return spec.name
-
-
 def jobs_of(
-    specs: Sequence[Spec], out: Path, title: Callable[[Spec], str] = _name_of
+    specs: Sequence[Spec], out: Path, title: Callable[[Spec], str] = lambda spec: spec.name
 ) -> tuple[Job, ...]:
     """The distinct runs of some specs, in an order in which shared training is done once.
 
@@ -76,7 +72,7 @@ def jobs_of(
     no certification.
 
     Args:
-        specs: in the order wanted; equal ones are one run.
+        specs: in their order; equal ones are one run.
         out: the folder; trainings that are finished in it are not repeated.
         title: what progress calls a run.
 
@@ -169,48 +165,34 @@ def compute(
 
 def _waits(job: Job, pending: Sequence[Job]) -> bool:
     """Whether an earlier, unfinished run will have a training that this one can reuse."""
-    wanted = job.trainings()
+    reusable = job.trainings()
     earlier = pending[: pending.index(job)]
-    return any(other.spec.training_hash() in wanted for other in earlier)
+    return any(other.spec.training_hash() in reusable for other in earlier)
 
 
 def _ended(job: Job, options: Options, renewed: list[Path], failed: Failed | None) -> bool:
-    """Compute one run, unless another process does; whether it is finished or has failed."""
-    try:
-        computed = _compute_one(job, options, renewed)
-    except WorkError as error:
-        if failed is None:
-            raise
-        failed(job, error)
-        return True
-    if computed:
-        renewed.append(job.path)
-    return computed
-
-
-def _compute_one(job: Job, options: Options, renewed: Sequence[Path]) -> bool:
-    """Compute one run, unless another process does.
+    """Compute one run, unless another process does; whether it is finished or has failed.
 
     With `overwrite`, only trainings of this call are reused: older ones are replaced.
     """
     beside = sorted(mark.parent for mark in job.path.parent.glob("*/run.json"))
     siblings = tuple(renewed) if options.overwrite else tuple(beside)
-    own = dataclasses.replace(options, out=job.path, siblings=siblings)
     try:
-        run(job.spec, own)
+        run(job.spec, dataclasses.replace(options, out=job.path, siblings=siblings))
     except StoreMismatch:
-        if _locked_by_another(job.path):
-            return False
+        try:
+            with RunFolder(job.path).locked():
+                pass
+        except StoreMismatch:
+            return False  # another process is at work in it
         raise
+    except WorkError as error:
+        if failed is None:
+            raise
+        failed(job, error)
+    else:
+        renewed.append(job.path)
     return True
-
-
-def _locked_by_another(path: Path) -> bool:
-    try:
-        with RunFolder(path).locked():
-            return False
-    except StoreMismatch:
-        return True
 
 
 # Helper processes that take free runs, as other terminals would.
@@ -290,9 +272,4 @@ def _help(
     adopt_code(code)
     with contextlib.suppress(CertiflError):  # the main process repeats the run, and reports it
         pending = [job for job in jobs if not job.done()]
-        compute(pending, options, [], failed=_left_to_main if tolerant else None)
-
-
-def _left_to_main(job: Job, error: WorkError) -> None:
-    """The main process repeats a run that failed here."""
-    del job, error
+        compute(pending, options, [], failed=(lambda *_: None) if tolerant else None)

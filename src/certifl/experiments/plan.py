@@ -42,7 +42,8 @@ from certifl.perturbations import Perturbation
 from certifl.rng import generator, image_key
 from certifl.spec import Spec
 from certifl.study.environment import machine_metadata, training_threads
-from certifl.study.opened_run import data_columns, load_data, open_data
+from certifl.study.privacy import Protection
+from certifl.study.setup import data_columns, load_data, local_training, open_data
 
 if TYPE_CHECKING:
     from certifl.spec.study import Choice
@@ -68,7 +69,7 @@ class Plan:
         votes_per_second: measured.
         memory_bytes: peak of the process. device_bytes: peak on the GPU, 0 without one.
         disk_bytes: checkpoints and certificates.
-        facts: what it was planned for, in words: device, precision, parameters, images.
+        setting: what it was planned for, in words: device, precision, parameters, images.
         assumptions: what the numbers rest on, in sentences.
     """
 
@@ -82,7 +83,7 @@ class Plan:
     memory_bytes: int
     device_bytes: int
     disk_bytes: int
-    facts: dict[str, str]
+    setting: dict[str, str]
     assumptions: tuple[str, ...]
 
 
@@ -91,15 +92,15 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
 
     Args:
         spec: the study.
-        data_dir: folder of data sets; not needed for those in `data_facts.KNOWN`.
+        data_dir: folder of data sets; not needed for those in `KNOWN`.
         device: "auto" or a torch device.
 
     Raises:
         DataUnavailable: a data set that is not known here and not at hand.
         RequestError: a spec that does not fit the data, or a model that cannot be built.
     """
-    place = choose_device(device)
-    data, assumed = data_facts(spec, data_dir)
+    where = choose_device(device)
+    data, assumed = data_size(spec, data_dir)
     train, test = _images_of_clients(spec, data, data_dir)
     images_of = np.minimum(test, spec.certification.images or test.max())
     images_of[[one is None for one in spec.perturbations()]] = 0  # nothing to certify
@@ -113,14 +114,15 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
         (data.shape[1], data.shape[2]),
     )
     check_images(model, dict(enumerate(train.tolist())))
-    (training, tuning), parts = _training_seconds(spec, model, data, train, place)
-    network = _network(spec, model.eval(), data, place, certified)
+    (training, tuning), parts = _training_seconds(spec, model, data, train, where)
+    network = _network(spec, model.eval(), data, where, certified)
     speed = _votes_per_second(spec, network, data, images_of)
     settings = spec.certification.settings()
     at_most = engine.expected_votes(certified, settings)
     share = EXPECTED_SHARE if _stops_early(spec) else 1.0
     expected = math.ceil(share * at_most)
     images = (data.train + data.test) * math.prod(data.shape)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Plan(
         votes_at_most=at_most,
         votes_expected=expected,
@@ -129,11 +131,11 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
         certification_seconds_at_most=at_most / speed,
         certification_seconds=expected / speed,
         votes_per_second=speed,
-        memory_bytes=_peak_memory() + images,
-        device_bytes=_peak_on(place),
+        memory_bytes=(peak if sys.platform == "darwin" else 1024 * peak) + images,
+        device_bytes=torch.cuda.max_memory_allocated(where) if where.type == "cuda" else 0,
         disk_bytes=_disk(spec, parts, certified, data.classes),
-        facts={
-            "device": str(machine_metadata(str(place))["device"]),
+        setting={
+            "device": str(machine_metadata(str(where))["device"]),
             "precision of votes": network.precision,
             "noisy images per batch": f"{network.batch_size:,}",
             "parameters of the model": f"{sum(p.numel() for p in model.parameters()):,}",
@@ -166,9 +168,9 @@ def _assumptions(spec: Spec, share: float) -> list[str]:
 
 
 def _images_of_clients(
-    spec: Spec, data: Facts, data_dir: Path | None
+    spec: Spec, data: DataSize, data_dir: Path | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Training and test images per client, dealt out with labels in equal shares.
+    """Training and test images per client, allocated with labels in equal shares.
 
     Where the clients follow from a column of the data set, its own.
     """
@@ -177,25 +179,25 @@ def _images_of_clients(
         return _numbers(open_data(spec, data_dir)[1])
     splits = ((data.train, spec.data.train_images), (data.test, spec.data.test_images))
     taken = [
-        random_part(available, wanted, spec.seed, which)
-        for (available, wanted), which in zip(splits, ("train", "test"), strict=True)
+        random_part(available, count, spec.seed, which)
+        for (available, count), which in zip(splits, ("train", "test"), strict=True)
     ]
     labels = [part % data.classes for part in taken]
     return _numbers(splitter.split(labels[0], labels[1], spec.clients.count, spec.seed))
 
 
-def _numbers(dealt: Partition) -> tuple[np.ndarray, np.ndarray]:
-    train = np.array([len(client.train) for client in dealt.clients])
-    return train, np.array([len(client.test) for client in dealt.clients])
+def _numbers(partition: Partition) -> tuple[np.ndarray, np.ndarray]:
+    train = np.array([len(client.train) for client in partition.clients])
+    return train, np.array([len(client.test) for client in partition.clients])
 
 
-def _pixels(data: Facts, count: int) -> Tensor:
+def _pixels(data: DataSize, count: int) -> Tensor:
     drawn = generator(0, "plan", count)
     return torch.randint(256, (count, *data.shape), generator=drawn, dtype=torch.uint8)
 
 
 def _network(
-    spec: Spec, model: nn.Module, data: Facts, place: torch.device, images: int
+    spec: Spec, model: nn.Module, data: DataSize, where: torch.device, images: int
 ) -> Network:
     """The network as a run would vote with it, with its initial weights."""
     precision, perturbation = spec.certification.precision, spec.perturbation()
@@ -203,28 +205,19 @@ def _network(
     if precision == "int8":
         calibration = Calibration.of(pixels, perturbation, spec.seed)
     trial = Trial.of(perturbation, spec.certification.settings(), spec.seed, images)
-    return ready(model, pixels, trial, place, precision, calibration=calibration)
+    return ready(model, pixels, trial, where, precision, calibration=calibration)
 
 
 def _training_seconds(
-    spec: Spec, model: nn.Module, data: Facts, train: np.ndarray, device: torch.device
+    spec: Spec, model: nn.Module, data: DataSize, train: np.ndarray, device: torch.device
 ) -> tuple[tuple[float, float], tuple[Parts, Parts]]:
     """Seconds of all rounds of all clients, and of the last extra one; what is kept after one."""
     schedule, algorithm = spec.training.schedule(), spec.build_algorithm()
-    federated, personal = spec.augmentations()
+    short = {"rounds": 1, "local_epochs": 1}
+    once = spec.model_copy(update={"training": spec.training.model_copy(update=short)})
     with training_threads(model):
-        training = LocalTraining(
-            model,
-            replace(schedule, rounds=1, local_epochs=1),
-            seed=spec.seed,
-            augmentation=federated,
-            finetuning_augmentation=personal,
-            objective=spec.build_objective(),
-            device=device,
-            precision=spec.training.precision,
-            memory_format=spec.training.memory_format,
-        )
-        bench = _Rounds(algorithm, training, algorithm.init(state_of(model)), data)
+        training = local_training(once, model, str(device), Protection())
+        measured = _Rounds(algorithm, training, algorithm.init(state_of(model)), data)
         few, more = (
             max(2, min(math.ceil(train.mean()), batches * schedule.batch_size))
             for batches in (1, _BATCHES)
@@ -232,32 +225,34 @@ def _training_seconds(
         taking_part = spec.clients.participants / spec.clients.count
         passes, seconds, tuning = taking_part * schedule.rounds * schedule.local_epochs, 0.0, 0.0
         for client, images in _alike(spec.augmentations(), train).values():
-            size, epoch = few, bench.seconds(client, 0, few)
+            size, epoch = few, measured.seconds(client, 0, few)
             if epoch < _SECONDS / _BATCHES:
-                size, epoch = more, bench.seconds(client, 0, more)
-            extra = [bench.seconds(client, 1, size) for _ in range(algorithm.extra_rounds)]
+                size, epoch = more, measured.seconds(client, 0, more)
+            extra = [measured.seconds(client, 1, size) for _ in range(algorithm.extra_rounds)]
             seconds += (epoch * passes + sum(extra)) / size * images
             tuning += sum(extra[-1:]) / size * images
-    return (seconds, tuning), (bench.start.parts, bench.kept.parts)
+    return (seconds, tuning), (measured.start.parts, measured.client_state.parts)
 
 
 class _Rounds:
-    """Rounds of one client at a time, to be measured; what the client keeps is passed on."""
+    """Rounds of one client at a time, to be measured; its state is passed on."""
 
     def __init__(
-        self, algorithm: Algorithm, training: LocalTraining, start: ServerState, data: Facts
+        self, algorithm: Algorithm, training: LocalTraining, start: ServerState, data: DataSize
     ) -> None:
         self._algorithm, self._training, self._data = algorithm, training, data
-        self.start, self.kept = start, ClientState()
+        self.start, self.client_state = start, ClientState()
 
     def seconds(self, client: int, number: int, size: int) -> float:
         """Seconds of round `number` of a client with so many images."""
         labels = torch.arange(size) % self._data.classes
-        held = ClientData(client, _pixels(self._data, size), labels)
+        own = ClientData(client, _pixels(self._data, size), labels)
         server = ServerState(number, self.start.parts)
 
         def work() -> None:
-            _, self.kept = self._algorithm.client_round(server, self.kept, held, self._training)
+            _, self.client_state = self._algorithm.client_round(
+                server, self.client_state, own, self._training
+            )
 
         return _measured(work, self._training.device)
 
@@ -275,7 +270,7 @@ def _alike(
     return groups
 
 
-def _votes_per_second(spec: Spec, network: Network, data: Facts, images: np.ndarray) -> float:
+def _votes_per_second(spec: Spec, network: Network, data: DataSize, images: np.ndarray) -> float:
     """Of all certified images together, which may be of several perturbations."""
     perturbations = spec.perturbations()
     groups = _alike([combine_augmentations(perturbations)], images).values()
@@ -288,7 +283,7 @@ def _votes_per_second(spec: Spec, network: Network, data: Facts, images: np.ndar
     return float(images.sum()) / seconds
 
 
-def _pace(perturbation: Perturbation, seed: int, network: Network, data: Facts) -> float:
+def _pace(perturbation: Perturbation, seed: int, network: Network, data: DataSize) -> float:
     counter = VoteCounter(network, perturbation, seed)
     images = (_pixels(data, 1).float() / 255).to(network.device)
     key, votes = image_key(images[0]), 2 * network.batch_size
@@ -324,26 +319,17 @@ def _measured(work: Callable[[], object], device: torch.device) -> float:
 def _disk(spec: Spec, parts: tuple[Parts, Parts], images: int, classes: int) -> int:
     """Bytes of checkpoints (server, and clients that keep something), votes and certificates."""
     server, client = (
-        sum(value.nbytes for part in held.values() for value in part.values()) for held in parts
+        sum(value.nbytes for part in state.values() for value in part.values()) for state in parts
     )
     votes = images * (2 * classes + 8) * 8
     return _CHECKPOINTS * (server + client * spec.clients.count) + 2 * votes
-
-
-def _peak_memory() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _peak_on(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 # Numbers and shapes of data sets, without reading those that everybody knows.
 
 
 @dataclass(frozen=True)
-class Facts:
+class DataSize:
     """What must be known of a data set to plan with it.
 
     Attributes:
@@ -358,16 +344,16 @@ class Facts:
 
 
 KNOWN = {
-    "digits": Facts(1397, 400, (1, 8, 8), 10),
-    "mnist": Facts(60_000, 10_000, (1, 28, 28), 10),
-    "fashion_mnist": Facts(60_000, 10_000, (1, 28, 28), 10),
-    "cifar10": Facts(50_000, 10_000, (3, 32, 32), 10),
-    "cifar100": Facts(50_000, 10_000, (3, 32, 32), 100),
+    "digits": DataSize(1397, 400, (1, 8, 8), 10),
+    "mnist": DataSize(60_000, 10_000, (1, 28, 28), 10),
+    "fashion_mnist": DataSize(60_000, 10_000, (1, 28, 28), 10),
+    "cifar10": DataSize(50_000, 10_000, (3, 32, 32), 10),
+    "cifar100": DataSize(50_000, 10_000, (3, 32, 32), 100),
 }
 """Data sets that are planned for without being read."""
 
 
-def data_facts(spec: Spec, data_dir: Path | None) -> tuple[Facts, str]:
+def data_size(spec: Spec, data_dir: Path | None) -> tuple[DataSize, str]:
     """Sizes of a spec's data set, and a sentence on where they come from.
 
     Raises:
@@ -376,10 +362,10 @@ def data_facts(spec: Spec, data_dir: Path | None) -> tuple[Facts, str]:
     name, columns, test = spec.data.name, data_columns(spec), spec.data.test_split
     prepare = columns.prepare
     if name in KNOWN and columns.no_columns and test is None and prepare.crop is None:
-        facts = KNOWN[name]
+        size = KNOWN[name]
         if prepare.resize is not None:
-            facts = replace(facts, shape=(facts.shape[0], *prepare.resize))
-        return facts, f"Measured on random images of the shape of {name}; it was not read."
+            size = replace(size, shape=(size.shape[0], *prepare.resize))
+        return size, f"Measured on random images of the shape of {name}; it was not read."
     if not _at_hand(name, data_dir, columns, test):
         raise DataUnavailable(
             f"A plan needs the size of the images of {name!r}, which is not on this machine, and "
@@ -388,18 +374,18 @@ def data_facts(spec: Spec, data_dir: Path | None) -> tuple[Facts, str]:
         )
     whole = load_data(spec, data_dir)
     shape = (whole.in_channels, *whole.image_size)
-    facts = Facts(len(whole.train), len(whole.test), shape, whole.num_classes)
-    return facts, f"Measured on random images; numbers and shape are those of {name}."
+    size = DataSize(len(whole.train), len(whole.test), shape, whole.num_classes)
+    return size, f"Measured on random images; numbers and shape are those of {name}."
 
 
 def _at_hand(name: str, data_dir: Path | None, columns: ReadOptions, test: str | None) -> bool:
     """Whether loading finds a folder, or images decoded before, and needs no network."""
     base = name.partition("[")[0].strip()
     folders = [Path(base).expanduser()] if "/" in base or base[:1] in (".", "~") else []
-    held = named_folder(data_dir)
-    if held is not None:
+    folder = named_folder(data_dir)
+    if folder is not None:
         tail = base.rsplit("/", 1)[-1]
         names = {base, tail, tail.replace("_", "-"), tail.replace("-", "_")}
-        folders += [held / one for one in names]
+        folders += [folder / one for one in names]
     decoded = cache_path(cache_folder(), name, cache_key((), *hub_choices(base, columns, test)))
-    return decoded.is_file() or any(folder.is_dir() for folder in folders)
+    return decoded.is_file() or any(each.is_dir() for each in folders)

@@ -31,7 +31,6 @@ from certifl.certification.sampling import VoteCounter
 from certifl.certification.settings import REMOVED_PRECISIONS
 from certifl.data import to_float
 from certifl.errors import DataUnavailable, InputError, StoreMismatch, first_line
-from certifl.progress import StageCallback
 from certifl.rng import image_key
 from certifl.study.certify import calibration_images
 from certifl.study.environment import machine_metadata
@@ -60,16 +59,13 @@ class Options:
     Attributes:
         images: images of each client. seed: of their choice; None draws a secure one.
         code: folder of the network's own code; needed where the run has a network of its own.
-        data_dir: folder of data sets. device: "auto" takes the recorded kind where there is one.
-        report: called with progress.
+        device: "auto" takes the recorded kind where there is one.
     """
 
     images: int
     seed: int | None = None
     code: Path | None = None
-    data_dir: Path | None = None
     device: str = "auto"
-    report: StageCallback | None = None
 
 
 @dataclass(frozen=True)
@@ -99,11 +95,6 @@ class Recast:
         )
 
 
-def recast_run(path: Path, options: Options) -> Recast:
-    """As `recast_votes`, for the run in a folder."""
-    return recast_votes(OpenRun(path, options.data_dir, options.code, offline=True), options)
-
-
 def recast_votes(run: OpenRun, options: Options) -> Recast:
     """Cast the votes of some random images of each client again, and compare them.
 
@@ -115,11 +106,7 @@ def recast_votes(run: OpenRun, options: Options) -> Recast:
     _check_request(run, options)
     seed = secrets.randbits(63) if options.seed is None else options.seed
     chosen = _chosen(run.certificates, options.images, seed)
-    again = []
-    for number, part in enumerate(chosen):
-        again.append(_cast_again(run, part, options.device))
-        if options.report is not None:
-            options.report("casting votes again", number + 1, len(chosen), "clients")
+    again = [_cast_again(run, part, options.device) for part in chosen]
     return _compared(chosen, again, seed)
 
 
@@ -200,7 +187,7 @@ def _cast_again(run: OpenRun, part: Certificates, device: str) -> _Cast:
         how = _comparison(run.manifest, metadata, network)
         quantized = network.quantized is not None
         problem = _scales_problem(run, client) if quantized and how == EXACT else None
-    reduced = network.precision != "float32" or any(_tf32(metadata).values())
+    reduced = network.precision != "float32" or any(_table(metadata, "tf32").values())
     flips = _FLIPS["reduced" if reduced else "float32"]
     return _Cast(how, stored, again, flips, quantized, problem)
 
@@ -264,44 +251,42 @@ def _kind(device: Any) -> str:
     return known if known in ("cpu", "mps", "xpu") else "cuda"
 
 
-def _device(asked: str, facts: Mapping[str, Any]) -> torch.device:
+def _device(asked: str, metadata: Mapping[str, Any]) -> torch.device:
     if asked != "auto":
         return choose_device(asked)
     try:
-        return choose_device(_kind(facts.get("device")))
+        return choose_device(_kind(metadata.get("device")))
     except InputError:
         return choose_device("auto")
 
 
-def _tf32(facts: Mapping[str, Any]) -> dict[str, Any]:
-    held = facts.get("tf32")
-    return held if isinstance(held, dict) else {}
+def _table(metadata: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    stored = metadata.get(name)
+    return stored if isinstance(stored, Mapping) else {}
 
 
-def _comparison(manifest: Mapping[str, Any], facts: Mapping[str, Any], network: Network) -> str:
+def _comparison(manifest: Mapping[str, Any], metadata: Mapping[str, Any], network: Network) -> str:
     """How votes cast here can be compared with the recorded ones."""
-    versions = facts.get("versions")
-    told = versions if isinstance(versions, Mapping) else {}
-    if told.get("certifl") != __version__ or told.get("torch") != torch.__version__:
+    versions = _table(metadata, "versions")
+    if (versions.get("certifl"), versions.get("torch")) != (__version__, torch.__version__):
         return FRESH
-    if _kind(facts.get("device")) != network.device.type:
+    if _kind(metadata.get("device")) != network.device.type:
         return FRESH
-    return EXACT if _same_machine(manifest, facts, network) else ROUNDING
+    return EXACT if _same_machine(_table(manifest, "machine"), metadata, network) else ROUNDING
 
 
-def _same_machine(manifest: Mapping[str, Any], facts: Mapping[str, Any], network: Network) -> bool:
-    recorded = manifest.get("machine")
-    if not isinstance(recorded, Mapping) or network.batch_size != facts.get("batch_size"):
-        return False
-    if network.folded != facts.get("batch_norm_folded"):
+def _same_machine(
+    machine: Mapping[str, Any], metadata: Mapping[str, Any], network: Network
+) -> bool:
+    recorded = (metadata.get("batch_size"), metadata.get("batch_norm_folded"))
+    if not machine or recorded != (network.batch_size, network.folded):
         return False
     if network.device.type == "cuda":
         name = torch.cuda.get_device_name(network.device)
-        return name == facts.get("device") and tf32_state() == _tf32(facts)
+        return name == metadata.get("device") and tf32_state() == _table(metadata, "tf32")
     here = machine_metadata(network.device.type)
-    same = ("processor", "instructions")
-    threads = torch.get_num_threads() == facts.get("threads")
-    return threads and all(recorded.get(k) == here[k] for k in same)
+    same = all(machine.get(name) == here[name] for name in ("processor", "instructions"))
+    return same and torch.get_num_threads() == metadata.get("threads")
 
 
 def _compared(chosen: list[Certificates], again: list[_Cast], seed: int) -> Recast:

@@ -7,28 +7,39 @@ one as it is.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import multiprocessing
+import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from certifl.certification.network import choose_device, prepare
 from certifl.certification.quantization import Calibration
 from certifl.data import Dataset, Partition, named_folder, to_float
-from certifl.errors import InputError, SpecError, StoreError, StoreMismatch
+from certifl.errors import (
+    CertiflError,
+    InputError,
+    SpecError,
+    StoreError,
+    StoreMismatch,
+    WorkError,
+)
 from certifl.experiments.explore import explore
-from certifl.experiments.multi_gpu import cast_votes, device_names
 from certifl.federated.algorithms.personalized import Personalized
 from certifl.federated.rounds import Progress
 from certifl.federated.states import ClientData
 from certifl.federated.trainer import train
+from certifl.models import state_of
 from certifl.progress import StageCallback
-from certifl.runs.atomic import write_json
+from certifl.runs.atomic import save_tensors, write_json
 from certifl.runs.checkpoints import Checkpoints, StoredRound
 from certifl.runs.folder import FINISHED, RUNNING, RunFolder
 from certifl.runs.published import is_published
@@ -42,16 +53,18 @@ from certifl.study.environment import (
     training_threads,
     versions,
 )
-from certifl.study.opened_run import (
-    DATA_DIR,
-    OpenRun,
+from certifl.study.opened_run import DATA_DIR, OpenRun
+from certifl.study.privacy import protection, spent, training_key
+from certifl.study.setup import (
+    by_client,
+    check_training,
+    code_folder,
     initial_model,
+    local_training,
     open_data,
+    participation,
     study_metadata,
 )
-from certifl.study.privacy import protection, spent, training_key
-from certifl.study.setup import by_client, check_training, local_training, participation
-from certifl.study.weights import keep_weights
 from certifl.tracking import check_trackers
 from certifl.tracking.run_tracker import Update, track_finished, tracked
 
@@ -213,25 +226,31 @@ def _describe(run: OpenRun, options: Options) -> None:
         }
     )
     write_json(run.folder.partition, partition.to_manifest())
-    keep_weights(run.folder, spec, run.architecture)
+    if spec.model.weights is not None and not run.folder.initial.is_file():
+        save_tensors(run.folder.initial, state_of(run.architecture))
 
 
 def _train(run: OpenRun, options: Options, device: str, update: Update) -> StoredRound:
     """Run the rounds that are missing, from a sibling's finished training where one fits."""
     started = time.perf_counter()
     folder, spec, dataset, model = run.folder, run.spec, run.dataset, run.architecture
-    clients = run.partition.clients
+    parts = [dataset.train.take(client.train) for client in run.partition.clients]
+    data = [ClientData(client, part.images, part.labels) for client, part in enumerate(parts)]
     private = protection(spec, model, _sizes(run.partition), training_key(spec, folder.path))
+    origin = _sibling_training(run, options.siblings)
+    if origin is not None and "training_seconds" not in folder.manifest():
+        # They count as this run's, for they were spent.
+        folder.update({"training_seconds": origin.manifest().get("training_seconds", 0.0)})
     last = train(
         run.algorithm,
         model,
-        [_client_data(dataset, client.train, number) for number, client in enumerate(clients)],
+        data,
         local_training(spec, model, device, private),
         Checkpoints(folder.training),
         progress=_rounds(run, options.report, update),
         participation=participation(spec),
         ledger=private.ledger,
-        start_from=_taken_over(folder, _sibling_training(run, options.siblings)),
+        start_from=None if origin is None else Checkpoints(origin.training),
         rule=private.client or spec.aggregation.build(),
         min_clients=spec.clients.min_clients,
         workers=options.workers,
@@ -274,11 +293,6 @@ def _rounds(
     return on_client
 
 
-def _client_data(dataset: Dataset, index: np.ndarray, client: int) -> ClientData:
-    part = dataset.train.take(index)
-    return ClientData(client, part.images, part.labels)
-
-
 def shares_training(spec: Spec) -> bool:
     """Whether a training may be taken over by another run, or taken from one.
 
@@ -297,9 +311,9 @@ def _sibling_training(run: OpenRun, siblings: tuple[Path, ...]) -> RunFolder | N
     spec = run.spec
     if not shares_training(spec):
         return None
-    own, wanted = run.folder.manifest(), {spec.training_hash()}
+    own, hashes = run.folder.manifest(), {spec.training_hash()}
     if isinstance(run.algorithm, Personalized):
-        wanted.add(spec.training_hash(of_base=True))
+        hashes.add(spec.training_hash(of_base=True))
     for sibling in siblings:
         try:
             other = RunFolder(sibling).manifest()
@@ -309,16 +323,108 @@ def _sibling_training(run: OpenRun, siblings: tuple[Path, ...]) -> RunFolder | N
             continue
         alike = all(other.get(key) == own[key] for key in ("data", "machine", "versions"))
         finished = other.get("status") == FINISHED
-        if alike and finished and other.get("training_hash") in wanted:
+        if alike and finished and other.get("training_hash") in hashes:
             _log.info("taking over the training in %s", sibling)
             return RunFolder(sibling)
     return None
 
 
-def _taken_over(folder: RunFolder, origin: RunFolder | None) -> Checkpoints | None:
-    """The origin's checkpoints; its seconds count as this run's, for they were spent."""
-    if origin is None:
-        return None
-    if "training_seconds" not in folder.manifest():
-        folder.update({"training_seconds": origin.manifest().get("training_seconds", 0.0)})
-    return Checkpoints(origin.training)
+# Certification shared over several devices of one machine, a process each.
+#
+# Votes do not depend on where the work is cut, so a process takes every k-th client, casts its
+# votes and saves them as a single process would. The run then concludes from the saved votes.
+
+
+def device_names(text: str) -> tuple[str, ...]:
+    """Devices named in one option, "cuda:0,cuda:1"; all must be of one kind.
+
+    Raises:
+        InputError: no device, one that is not here, or devices of different kinds, whose votes
+            would be votes of differently rounding networks.
+    """
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise InputError("device is empty; give auto, cpu, cuda, or several as cuda:0,cuda:1.")
+    kinds = {_kind(choose_device(name)) for name in names}
+    if len(kinds) > 1:
+        raise InputError(
+            f"The devices {text} are of different kinds ({', '.join(sorted(kinds))}); the clients "
+            "of one study are certified on one kind."
+        )
+    return names
+
+
+def _kind(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def cast_votes(
+    run: OpenRun, data_dir: Path | None, devices: Sequence[str], report: StageCallback | None
+) -> None:
+    """Cast and save the votes of all clients of a trained run, one process per device.
+
+    Raises:
+        WorkError: a process failed; the votes saved so far are kept.
+    """
+    context, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
+    messages: Any = context.Queue()
+    folder = code_folder(run.spec.model.name)
+    code = None if folder is None else Path(folder)
+    processes = [
+        context.Process(
+            target=_cast,
+            args=(messages, run.path, data_dir, code, device, (number, len(devices)), threads),
+        )
+        for number, device in enumerate(devices)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        _listen(processes, messages, report)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+            process.join()
+    if any(process.exitcode for process in processes):
+        raise WorkError(
+            "A process that cast votes ended early. The votes saved so far are kept; repeat the "
+            "command, with fewer devices if memory ran out."
+        )
+
+
+def _listen(processes: Sequence[BaseProcess], messages: Any, report: StageCallback | None) -> None:
+    """Pass progress on until all processes have ended, or one has failed."""
+    progress: dict[int, tuple[int, int]] = {}
+    while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
+        with contextlib.suppress(queue.Empty):
+            number, done, total, failure = messages.get(timeout=0.2)
+            if failure:
+                raise WorkError(failure)
+            progress[number] = (done, total)
+            if report is not None and len(progress) == len(processes):
+                sums = [sum(part) for part in zip(*progress.values(), strict=True)]
+                report("certifying", sums[0], sums[1], "votes at most")
+
+
+def _cast(
+    messages: Any,
+    path: Path,
+    data_dir: Path | None,
+    code: Path | None,
+    device: str,
+    share: tuple[int, int],
+    threads: int,
+) -> None:
+    """One process: the votes of every client of this share."""
+    torch.set_num_threads(threads)
+    messages.put((share[0], 0, 0, ""))  # clients that certify nothing report no more
+
+    def send(_what: str, done: int, total: int, _unit: str) -> None:
+        messages.put((share[0], done, total, ""))
+
+    try:
+        certify_clients(OpenRun(path, data_dir, code), device, send, share)
+    except CertiflError as error:
+        messages.put((share[0], 0, 0, str(error)))
+        raise SystemExit(1) from error

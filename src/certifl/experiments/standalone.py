@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from certifl.certification import Certificates
 from certifl.certification.api import certify
-from certifl.certification.arithmetic import Arithmetic, Trial
+from certifl.certification.arithmetic import Trial
 from certifl.certification.network import Network
 from certifl.certification.settings import PRECISIONS, Settings
 from certifl.data import (
@@ -30,7 +30,6 @@ from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.experiments.hub import CARD, CERTIFICATES, check_card
 from certifl.models import build
 from certifl.module_copies import evaluating
-from certifl.path_checks import check_certificate_file
 from certifl.perturbations import DEFAULT, Perturbation, describe, from_description
 from certifl.progress import StageCallback
 from certifl.runs.atomic import read_json
@@ -43,11 +42,10 @@ from certifl.study.certify import (
     recorded_arithmetic,
     stored_arithmetic,
 )
-from certifl.study.opened_run import ClientStudy, Deployed, OpenRun, certified_by
-from certifl.study.weights import begin_with
+from certifl.study.opened_run import OpenRun, certified_by, open_deployed
+from certifl.study.setup import begin_with
 from certifl.torch_env import one_thread
 
-_DEFAULT_SIGMA = 0.25
 _MOST_CLASSES = 100_000
 
 
@@ -89,7 +87,7 @@ class Request:
         family, sigma: the perturbation; without them the run's own, or pixel noise of 0.25.
         images: how many test images, a fixed random choice by `seed`.
         settings: how votes become certificates.
-        precision, device, out, overwrite: as on the command line.
+        precision, device, out: as on the command line.
         resize, crop, window: what is done to the images; a run brings its own.
         shard: which part of the images.
         code: the folder that holds a run's own network, which its user trusts.
@@ -109,7 +107,6 @@ class Request:
     data_dir: Path | None
     device: str
     out: Path
-    overwrite: bool
     shard: Shard = WHOLE
     code: Path | None = None
     resize: int | None = None
@@ -121,19 +118,26 @@ def certify_standalone(request: Request, report: StageCallback | None = None) ->
     """Certify test images; votes are kept beside `out` until it is written, so the call resumes.
 
     Raises:
-        InputError: the options do not fit together. StoreMismatch: `out` exists already.
+        InputError: the options do not fit together.
         StoreError: `out` cannot be written; the votes are kept.
     """
     _check_options(request)
-    run = None if request.run is None else OpenRun(request.run, request.data_dir, request.code)
-    if run is not None:
+    if request.run is None:
+        run, certified = None, None
+        model, dataset, index = _from_model(request)
+    else:
+        run = OpenRun(request.run, request.data_dir, request.code)
         run.require_finished()
-    perturbation = _perturbation(request, run)
-    model, dataset, index = _from_model(request) if run is None else _from_run(request, run)
+        certified = certified_by(run.spec, request.client)
+        model, dataset, index = _from_run(request, run)
+    perturbation = perturbation_named(request.family, request.sigma, certified)
     index = request.shard.of(index)
-    part = dataset.test.take(index)
+    part, training = dataset.test.take(index), None
+    if request.precision == "int8":  # whose ranges the client's own images fix, or all
+        own = np.arange(len(dataset.train))
+        own = own if run is None else run.partition.clients[request.client].train
+        training = calibration_images(dataset, own, request.seed, request.client)
     saved = request.out.with_name(f".{request.out.name}.votes.safetensors")
-    training = _training(request, run, dataset)
     job = Job(request.client, index, part.images, part.labels.numpy(), saved, training)
     trial = Trial.of(perturbation, request.settings, request.seed, len(job.index))
     network = _network(request, run, model, job, trial)
@@ -161,11 +165,7 @@ def _save(certificates: Certificates, out: Path, advice: str) -> None:
 def _network(
     request: Request, run: OpenRun | None, model: nn.Module, job: Job, trial: Trial
 ) -> Network:
-    """The model prepared for voting; "auto" is what the saved votes or the run chose, or measured.
-
-    Raises:
-        InputError: a shard would have to choose alone.
-    """
+    """The model prepared for voting; "auto" is what saved votes or the run chose, or measured."""
     choice = stored_arithmetic(job.saved)
     if choice is None and run is not None:
         choice = recorded_arithmetic(run, request.device)
@@ -178,18 +178,7 @@ def _network(
     return job_network(job, model, trial, request.device, request.precision, choice)
 
 
-def _training(request: Request, run: OpenRun | None, dataset: Dataset) -> Tensor | None:
-    """Training images that fix the ranges of int8: the client's own, or of the whole data set."""
-    if request.precision != "int8":
-        return None
-    own = np.arange(len(dataset.train))
-    if run is not None:
-        own = run.partition.clients[request.client].train
-    return calibration_images(dataset, own, request.seed, request.client)
-
-
 def _check_options(request: Request) -> None:
-    check_certificate_file(request.out, request.overwrite)
     if request.shard != WHOLE and request.out.suffix != ".parquet":
         raise InputError("--shard needs an --out file .parquet: `certifl merge` reads no other.")
     if (request.run is None) == (request.model is None):
@@ -207,12 +196,6 @@ def _check_options(request: Request) -> None:
         raise InputError("--run prepares its images as its spec says: leave out --resize, ...")
     if request.run is None and request.client:
         raise InputError("--client names a client of a run, so it needs --run.")
-
-
-def _perturbation(request: Request, run: OpenRun | None) -> Perturbation:
-    """The requested one; by default the run's own, or pixel noise of 0.25."""
-    own = None if run is None else certified_by(run.spec, request.client)
-    return perturbation_named(request.family, request.sigma, own)
 
 
 def perturbation_named(
@@ -250,8 +233,7 @@ def _from_model(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:
         crop=request.crop,
         window=request.window,
     )
-    images = ImageKind.of(dataset)
-    model = _trained(request.model, request.weights, images, request.seed)
+    model = _trained(request.model, request.weights, ImageKind.of(dataset), request.seed)
     everything = np.arange(len(dataset.test))
     return model, dataset, choose(everything, request.images, request.seed, 0)
 
@@ -318,29 +300,38 @@ def certify_image(
         n: votes; None = the run's own. resize: fit the image to the model. device: as elsewhere.
         code: folder with the network's own code.
     """
-    used = _deployed(run, client, code)
-    prepare = used.spec.data.preparation()
+    used, opened = open_deployed(run, client, code)
+    if opened is None and (run / CARD).is_file():
+        check_card(run, used.model)
+    prepare, study = used.spec.data.preparation(), used.spec.certification
     image = read_image(path, used.in_channels, used.image_size, resize, prepare)
-    wanted = used.spec.certification
-    settings = wanted.settings(used.client)
-    choice = _choice(run, device) if wanted.precision == "auto" else None
+    settings, precision = study.settings(used.client), study.precision
+    choice, scales = None, None
+    if precision == "auto":
+        if opened is None:
+            precision = _recorded_precision(run)
+        else:
+            choice = recorded_arithmetic(opened, device)
+    if study.precision == "int8":
+        certified = opened or OpenRun(run)  # a client's own folder has its certificates, too
+        scales = certified.certificates.conditions["quantization"][str(used.client)]
     with one_thread(choice is not None and choice.threads == 1):
         certificates = certify(
             used.model,
             image,
             used.perturbation,
-            n0=wanted.n0,
-            n=wanted.n if n is None else n,
-            alpha=wanted.alpha,
-            estimator=wanted.estimator,
+            n0=study.n0,
+            n=study.n if n is None else n,
+            alpha=study.alpha,
+            estimator=study.estimator,
             radii=settings.radii,
             seed=used.spec.seed,
-            precision=_precision(run, wanted.precision) if choice is None else choice.precision,
+            precision=precision if choice is None else choice.precision,
             device=device,
             batch_size="auto" if choice is None else choice.batch_size,
             reach=settings.reach,
-            keep=wanted.keep,
-            calibration=_scales(run, used.client) if wanted.precision == "int8" else None,
+            keep=study.keep,
+            calibration=scales,
         )
     images = ImageKind(used.in_channels, used.image_size, used.class_names)
     return _prediction(path, certificates, images, used.client, used.deploys, prepare)
@@ -360,48 +351,57 @@ def _prediction(
     return Prediction(certificates, name, client, deploys, changed)
 
 
-@dataclass(frozen=True)
-class OwnModel:
-    """A network that no study trained, and how it is smoothed.
+def certify_image_with(
+    path: Path,
+    model: str,
+    weights: Path | None,
+    perturbation: Perturbation,
+    *,
+    n: int,
+    data: str | None = None,
+    data_dir: Path | None = None,
+    classes: str | None = None,
+    seed: int = 0,
+    precision: str = "auto",
+    resize: bool = False,
+    device: str = "auto",
+) -> Prediction:
+    """Certify one image with a network that no study trained.
 
-    Attributes:
-        name: of a network, or module:function. weights: its file.
+    Args:
+        path: the image.
+        model: name of a network, or module:function. weights: its file.
+        perturbation: as `certifl certify` takes it. n: votes.
         data, data_dir: a data set whose channels, image size and classes are the network's; or
         classes: their number, or their names with commas between; the image gives the rest.
-        perturbation: as `certifl certify` takes it. n: votes. seed, precision: as elsewhere.
+        resize: fit the image to the network. seed, precision, device: as elsewhere.
+
+    Raises:
+        InputError: neither a data set nor classes are named, or both.
+        InputError, ModelError: the image, the network or its weights do not fit.
     """
-
-    name: str
-    weights: Path | None
-    data: str | None
-    data_dir: Path | None
-    classes: str | None
-    perturbation: Perturbation
-    n: int
-    seed: int
-    precision: str
-
-    def images(self, path: Path) -> ImageKind:
-        """What the network takes.
-
-        Raises:
-            InputError: neither a data set nor classes are named, or both.
-        """
-        if (self.data is None) == (self.classes is None):
-            raise InputError(
-                "--model needs to know its classes: give --classes with their number or names, "
-                "such as 10 or cat,dog, or --data with the data set it was trained on."
-            )
-        if self.data is not None:
-            dataset = load(self.data, self.data_dir)
-            return ImageKind.of(dataset)
-        return ImageKind(*shape_of_file(path), _class_names(str(self.classes)))
+    if (data is None) == (classes is None):
+        raise InputError(
+            "--model needs to know its classes: give --classes with their number or names, "
+            "such as 10 or cat,dog, or --data with the data set it was trained on."
+        )
+    if data is not None:
+        images = ImageKind.of(load(data, data_dir))
+    else:
+        images = ImageKind(*shape_of_file(path), _class_names(str(classes)))
+    network = _trained(model, weights, images, seed)
+    image = read_image(path, images.in_channels, images.image_size, resize=resize)
+    certificates = certify(
+        network, image, perturbation, n=n, seed=seed, precision=precision, device=device
+    )
+    deploys = model if weights is None else f"{model} with {weights}"
+    return _prediction(path, certificates, images, None, deploys)
 
 
 def _class_names(text: str) -> tuple[str, ...]:
     """Names from a number, 0 to n - 1, or from a list."""
     names = tuple(name.strip() for name in text.split(","))
-    if len(names) == 1 and text.strip().isdigit() and int(text) <= _MOST_CLASSES:
+    if text.strip().isdigit() and int(text) <= _MOST_CLASSES:
         names = tuple(map(str, range(int(text))))
     if len(names) < 2 or not all(names):
         raise InputError(
@@ -411,68 +411,17 @@ def _class_names(text: str) -> tuple[str, ...]:
     return names
 
 
-def certify_image_with(path: Path, own: OwnModel, resize: bool, device: str) -> Prediction:
-    """Certify one image with a network that no study trained.
-
-    Args:
-        path: the image. own: the network. resize: fit the image to it. device: as elsewhere.
-
-    Raises:
-        InputError, ModelError: the image, the network or its weights do not fit.
-    """
-    images = own.images(path)
-    model = _trained(own.name, own.weights, images, own.seed)
-    image = read_image(path, images.in_channels, images.image_size, resize=resize)
-    certificates = certify(
-        model,
-        image,
-        own.perturbation,
-        n=own.n,
-        seed=own.seed,
-        precision=own.precision,
-        device=device,
-    )
-    deploys = own.name if own.weights is None else f"{own.name} with {own.weights}"
-    return _prediction(path, certificates, images, None, deploys)
-
-
-def _choice(path: Path, device: str) -> Arithmetic | None:
-    """What "auto" stands for in a run on such a device, where the run recorded it."""
-    return None if ClientStudy(path).exists() else recorded_arithmetic(OpenRun(path), device)
-
-
-def _precision(path: Path, asked: str) -> str:
-    """The precision in which a client's own or pushed model was certified, where "auto" was asked.
+def _recorded_precision(path: Path) -> str:
+    """The precision in which a client's own or pushed model was certified, else "auto".
 
     Another one is another network, which the certificates say nothing of.
     """
-    study, card = ClientStudy(path), path / CARD
-    if asked != "auto" or not study.exists():
-        return asked
-    rows = path / CERTIFICATES
+    rows, card = path / CERTIFICATES, path / CARD
     stored = Certificates.load(rows).conditions if rows.is_file() else {}
     if not stored and card.is_file():
         stored = read_json(card)
     recorded = stored.get("precision") if isinstance(stored, Mapping) else None
-    return recorded if isinstance(recorded, str) and recorded in PRECISIONS else asked
-
-
-def _scales(path: Path, client: int) -> Mapping[str, Any]:
-    """The scales that a client of a run certified with, as its record holds them."""
-    return OpenRun(path).certificates.conditions["quantization"][str(client)]
-
-
-def _deployed(path: Path, client: int | None, code: Path | None) -> Deployed:
-    """The model of a client of a run, or of the client whose folder it is."""
-    study = ClientStudy(path)
-    if study.exists():
-        deployed = study.deployed(client, code)
-        if (path / CARD).is_file():
-            check_card(path, deployed.model)
-        return deployed
-    run = OpenRun(path, code=code)
-    run.require_finished()
-    return run.deployed(client or 0)
+    return recorded if isinstance(recorded, str) and recorded in PRECISIONS else "auto"
 
 
 # A certification cut into shards, for a cluster's job arrays, and put together again.
@@ -498,16 +447,19 @@ def read_shard(text: str) -> Shard:
     return shard
 
 
-def merge_shards(files: Sequence[Path]) -> Certificates:
+def merge_shards(files: Sequence[Path], out: Path) -> Certificates:
     """Put all shards of one certification together, rows in the order of the uncut one.
+
+    Args:
+        files: of all shards. out: where the certificates are written.
 
     Raises:
         InputError: a file is no shard. StoreMismatch: shards are missing, given twice, or of
-            different certifications.
+            different certifications. StoreError: `out` cannot be written.
     """
-    held = {path: _loaded(path) for path in files}
     by_number: dict[int, tuple[Path, Certificates]] = {}
-    for path, part in held.items():
+    for path in dict.fromkeys(files):
+        part = _loaded(path)
         number = read_shard(part.conditions["shard"]).number
         if number in by_number:
             raise StoreMismatch(f"{path} and {by_number[number][0]} are both shard {number}.")
@@ -521,39 +473,29 @@ def merge_shards(files: Sequence[Path]) -> Certificates:
     if missing := sorted(set(range(1, count + 1)) - by_number.keys()):
         named = ", ".join(f"{number}/{count}" for number in missing)
         raise StoreMismatch(f"These shards are missing: {named}. Certify them, then merge all.")
-    return _interleaved([by_number[number][1] for number in range(1, count + 1)])
-
-
-def save_merged(certificates: Certificates, out: Path, overwrite: bool) -> Certificates:
-    """Write merged certificates; gives them back.
-
-    Raises:
-        InputError: `out` is of another kind. StoreMismatch: it exists already.
-        StoreError: it cannot be written.
-    """
-    check_certificate_file(out, overwrite)
-    _save(certificates, out, "The shards are as they were.")
-    return certificates
+    merged = _interleaved([by_number[number][1] for number in range(1, count + 1)])
+    _save(merged, out, "The shards are as they were.")
+    return merged
 
 
 def _loaded(path: Path) -> Certificates:
     if path.suffix != ".parquet":
         raise InputError(f"{path} is no shard: shards are .parquet files of `certifl certify`.")
-    made = Certificates.load(path)
-    if "shard" not in made.conditions:
+    loaded = Certificates.load(path)
+    if "shard" not in loaded.conditions:
         raise InputError(f"{path} is no shard: it was certified without --shard.")
-    return made
+    return loaded
 
 
 def _check_alike(
-    first: Path, facts: Mapping[str, Any], path: Path, others: Mapping[str, Any]
+    first: Path, metadata: Mapping[str, Any], path: Path, others: Mapping[str, Any]
 ) -> None:
     """Both are of one certification, cut into as many shards."""
-    cuts = [read_shard(held["shard"]).count for held in (facts, others)]
+    cuts = [read_shard(each["shard"]).count for each in (metadata, others)]
     differing = sorted(
         key
-        for key in facts.keys() | others.keys()
-        if key not in _OF_THE_NODE and facts.get(key) != others.get(key)
+        for key in metadata.keys() | others.keys()
+        if key not in _OF_THE_NODE and metadata.get(key) != others.get(key)
     )
     if cuts[0] != cuts[1]:
         differing.insert(0, "the number of shards")
@@ -569,9 +511,9 @@ def _interleaved(parts: Sequence[Certificates]) -> Certificates:
     rows = np.concatenate([i + len(parts) * np.arange(len(p.index)) for i, p in enumerate(parts)])
     if not np.array_equal(np.sort(rows), np.arange(len(rows))):
         raise StoreMismatch("The shards are of different lengths: they had different --images.")
-    facts = {key: value for key, value in joined.conditions.items() if key != "shard"}
+    metadata = {key: value for key, value in joined.conditions.items() if key != "shard"}
     for key in _OF_THE_NODE:
         seen = [part.conditions.get(key) for part in parts]
         if key != "shard" and any(value != seen[0] for value in seen):
-            facts[key] = [value for i, value in enumerate(seen) if value not in seen[:i]]
-    return dataclasses.replace(joined.select(np.argsort(rows)), conditions=facts)
+            metadata[key] = [value for i, value in enumerate(seen) if value not in seen[:i]]
+    return dataclasses.replace(joined.select(np.argsort(rows)), conditions=metadata)

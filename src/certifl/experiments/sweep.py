@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from certifl.errors import SpecError, WorkError
-from certifl.experiments.parallel import Failed, Job, jobs_of
+from certifl.errors import SpecError
+from certifl.experiments.parallel import Job, jobs_of
 from certifl.experiments.plan import plan as plan_study
 from certifl.experiments.run import Options, check
 from certifl.federated.algorithms import ALGORITHMS
@@ -197,15 +197,6 @@ def default_folder(spec: Path, values: Mapping[str, Any], settings: Sequence[str
     """Where the sweeps of a study go: the same folder for every grid, so that runs are shared."""
     text = json.dumps(merged(values, settings), sort_keys=True, default=str)
     return Path("runs") / f"{spec.stem}-sweep-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def collected(failures: dict[Path, str]) -> Failed:
-    """Notes why a run failed, by its folder; the others go on."""
-
-    def failed(job: Job, error: WorkError) -> None:
-        failures[job.path] = str(error)
-
-    return failed
 
 
 def _names(base: Mapping[str, Any], axes: Sequence[Axis]) -> list[str]:

@@ -15,9 +15,9 @@ from certifl.certification.counts import expected_votes
 from certifl.certification.network import choose_device
 from certifl.certification.settings import ESTIMATORS
 from certifl.errors import StoreError
-from certifl.experiments.multi_gpu import device_names
 from certifl.experiments.parallel import Job
 from certifl.experiments.plan import EXPECTED_SHARE, KNOWN
+from certifl.experiments.run import device_names
 from certifl.paper.reproduce import Plan
 from certifl.runs.folder import RunFolder
 from certifl.safe_io import parse_json, read_text

@@ -20,7 +20,7 @@ from certifl.certification.metadata import CURVES_ONLY
 from certifl.errors import StoreError, StoreMismatch
 from certifl.runs.folder import StoredRun
 from certifl.safe_io import MALFORMED
-from certifl.study.curves import impossible_curve
+from certifl.smoothing.curves import impossible_curve
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -263,9 +263,9 @@ def possible_radius(rows: Sequence[Row]) -> float:
 def unanimous_radius(metadata: Mapping[str, Any]) -> float | None:
     """The radius of unanimous votes; None where the certificates do not say enough."""
     law = LAWS.get(str(metadata.get("law")))
-    if law is None or not metadata.get("n"):
+    sigma, n, alpha = (metadata.get(name) for name in ("sigma", "n", "alpha"))
+    if law is None or not (sigma and n and alpha):
         return None
-    sigma, n, alpha = metadata["sigma"], metadata["n"], metadata["alpha"]
     return law.largest_radius(float(sigma), int(n), float(alpha))
 
 

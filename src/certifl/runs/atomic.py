@@ -1,9 +1,13 @@
-"""Files that are either whole or absent: written beside their path, flushed, then renamed."""
+"""Files that are either whole or absent: written beside their path, flushed, then renamed.
+
+Some of them, and their folders, can be read by their owner alone, from the moment they appear.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -99,3 +103,44 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise StoreError(f"Cannot read {path}: {error}.") from error
+
+
+# Files and folders that only their owner can read.
+
+
+@contextlib.contextmanager
+def private_files() -> Iterator[None]:
+    """Files and folders created meanwhile, also by started processes, belong to their owner alone.
+
+    Removing permissions afterwards would be too late.
+    """
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def private_folder(folder: Path) -> None:
+    """Make a folder private, also an existing one that others could read until now.
+
+    Raises:
+        StoreError: it cannot be made, or belongs to another user.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if folder.stat().st_mode & 0o077:
+            folder.chmod(0o700)
+    except OSError as error:
+        raise StoreError(
+            f"{folder} cannot be made readable by its owner alone: {error}. It must belong to the "
+            "user that starts the client."
+        ) from error
+
+
+def write_secret(path: Path, content: bytes) -> None:
+    """Write a private file, whole or not at all."""
+    with replacing(path) as part:
+        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)

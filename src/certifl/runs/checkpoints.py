@@ -28,6 +28,7 @@ import shutil
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -49,32 +50,23 @@ _log = logging.getLogger(__name__)
 ReadableParts = Mapping[str, Mapping[str, torch.Tensor]]
 
 
+@dataclass(frozen=True)
 class StoredRound:
-    """One committed round, read from disk when asked."""
+    """One committed round, read from disk when asked.
 
-    def __init__(self, path: Path, record: Mapping[str, Any]) -> None:
-        self.path = path
-        self._record = record
+    Attributes:
+        path: its folder.
+        number: how many rounds are finished; 0 is the state before the first.
+        files: size and CRC-32 of every file, by its path within the round.
+        identity: the training as it was described when it was stored.
+        history: one entry per finished round, in order.
+    """
 
-    @property
-    def number(self) -> int:
-        """How many rounds are finished; 0 is the state before the first."""
-        return self._record["number"]
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The training as it was described when it was stored."""
-        return self._record["identity"]
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """One entry per finished round, in order."""
-        return list(self._record["history"])
-
-    @property
-    def files(self) -> dict[str, list[int]]:
-        """Size and CRC-32 of every file, by its path within the round."""
-        return self._record["files"]
+    path: Path
+    number: int
+    files: dict[str, list[int]]
+    identity: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def clients(self) -> list[int]:
@@ -85,7 +77,7 @@ class StoredRound:
         """The same round as far as one client needs it: short enough to be sent to a process."""
         names = ("server.safetensors", _client_file(client))
         files = {name: self.files[name] for name in names if name in self.files}
-        return StoredRound(self.path, {"number": self.number, "files": files})
+        return StoredRound(self.path, self.number, files)
 
     def server(self) -> dict[str, dict[str, torch.Tensor]]:
         """The server's parts."""
@@ -183,7 +175,7 @@ class PendingRound:
         except OSError as error:
             raise _cannot_write(final, error) from error
         _prune(self._folder, self._number)
-        return StoredRound(final, record)
+        return _stored(final, record)
 
     def _write(self, name: str, content: bytes) -> None:
         try:
@@ -251,9 +243,13 @@ def _open(path: Path) -> tuple[StoredRound | None, str | None]:
         _require_record(record)
     except (OSError, ValueError) as error:
         return None, f"round.json cannot be read ({error})"
-    stored = StoredRound(path, record)
+    stored = _stored(path, record)
     damage = stored.damage()
     return (stored, None) if damage is None else (None, damage)
+
+
+def _stored(path: Path, record: Mapping[str, Any]) -> StoredRound:
+    return StoredRound(path, *(record[key] for key in ("number", "files", "identity", "history")))
 
 
 def _sealed(record: Mapping[str, Any]) -> bytes:
@@ -281,10 +277,10 @@ def _require_record(record: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is missing or of another type")
     if not all(isinstance(entry, dict) for entry in record["history"]):
         raise ValueError("history holds something else than rounds")
-    for name, told in record["files"].items():
+    for name, sealed in record["files"].items():
         if not _FILE_NAME.fullmatch(name):
             raise ValueError(f"{name!r} is not a file of a round")
-        if not (isinstance(told, list) and len(told) == 2 and isinstance(told[0], int)):
+        if not (isinstance(sealed, list) and len(sealed) == 2 and isinstance(sealed[0], int)):
             raise ValueError(f"{name} has no size and checksum")
 
 

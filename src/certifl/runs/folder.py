@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from certifl.certification.certificates import Certificates, Predictions
 from certifl.errors import InputError, StoreError, StoreMismatch
@@ -41,9 +41,22 @@ _MOST = 100_000  # pixels of a side, channels, classes
 _MOST_KEYS = 6
 
 
+class _Inside:
+    """The path of a file or folder of a run folder, as an attribute of the `RunFolder`."""
+
+    def __init__(self, *parts: str) -> None:
+        self._parts = parts
+
+    def __get__(self, folder: RunFolder, _owner: object) -> Path:
+        return folder.path.joinpath(*self._parts)
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Names of everything in a run folder, and how it is opened.
+
+    Reading raises a StoreError where a file is missing or damaged, writing where the folder cannot
+    be written or the disk is full.
 
     Attributes:
         path: the folder.
@@ -51,72 +64,40 @@ class RunFolder:
 
     path: Path
 
-    @property
-    def spec(self) -> Path:
-        """The spec, every default spelled out."""
-        return self.path / "spec.toml"
-
-    @property
-    def partition(self) -> Path:
-        """Which images each client holds."""
-        return self.path / "partition.json"
-
-    @property
-    def initial(self) -> Path:
-        """The weights that training began with, where they came from a file; else absent."""
-        return self.path / "initial.safetensors"
-
-    @property
-    def training(self) -> Path:
-        """Checkpoints of the rounds."""
-        return self.path / "checkpoints" / "training"
-
-    @property
-    def history(self) -> Path:
-        """What every round came to, one line of JSON each; written when training is finished."""
-        return self.path / "history.jsonl"
-
-    @property
-    def certificates(self) -> Path:
-        """All clients' certificates."""
-        return self.path / "certificates.parquet"
-
-    @property
-    def curves(self) -> Path:
-        """Curves of clients that keep their certificates to themselves; else absent."""
-        return self.path / "curves.json"
-
-    @property
-    def predictions(self) -> Path:
-        """Plain predictions of the clients that certify nothing; absent where all certify."""
-        return self.path / "predictions.parquet"
-
-    @property
-    def attack(self) -> Path:
-        """What attacks on the certificates came to; absent where none were tried."""
-        return self.path / "attack.json"
-
-    @property
-    def explorer(self) -> Path:
-        """A few test images on the way through the deformations, with votes; may be absent."""
-        return self.path / "explorer.json"
-
-    @property
-    def figures(self) -> Path:
-        """Figures and the numbers behind them."""
-        return self.path / "figures"
-
-    @property
-    def report(self) -> Path:
-        """The report page."""
-        return self.path / "report.html"
+    spec = _Inside("spec.toml")
+    """The spec, every default spelled out."""
+    partition = _Inside("partition.json")
+    """Which images each client holds."""
+    initial = _Inside("initial.safetensors")
+    """The weights that training began with, where they came from a file; else absent."""
+    training = _Inside("checkpoints", "training")
+    """Checkpoints of the rounds."""
+    history = _Inside("history.jsonl")
+    """The rounds, one line of JSON each; written when training is finished."""
+    certificates = _Inside("certificates.parquet")
+    """All clients' certificates."""
+    curves = _Inside("curves.json")
+    """Curves of clients that keep their certificates to themselves; else absent."""
+    predictions = _Inside("predictions.parquet")
+    """Plain predictions of the clients that certify nothing; absent where all certify."""
+    attack = _Inside("attack.json")
+    """Results of attacks on the certificates; absent where none were tried."""
+    explorer = _Inside("explorer.json")
+    """A few test images on the way through the deformations, with votes; may be absent."""
+    figures = _Inside("figures")
+    """Figures and the numbers behind them."""
+    report = _Inside("report.html")
+    """The report page."""
 
     def votes(self, client: int) -> Path:
         """Votes cast so far on one client's test images."""
         return self.path / "checkpoints" / "certification" / f"client-{client:05d}.safetensors"
 
     def shared(self, client: int) -> Path:
-        """What a client of a federation shared of its certification; absent until it finished."""
+        """What a client of a federation shared of its certification; absent until it finished.
+
+        The name of the file is that of older versions, whose folders stay readable.
+        """
         return self.votes(client).with_name(f"told-{client:05d}.json")
 
     def exists(self) -> bool:
@@ -124,11 +105,7 @@ class RunFolder:
         return (self.path / _MARK).is_file()
 
     def manifest(self) -> dict[str, Any]:
-        """The record of the run: status, hashes, data, machine, versions, times.
-
-        Raises:
-            StoreError: this is not a run folder, or its manifest is damaged.
-        """
+        """The record of the run: status, hashes, data, machine, versions, times."""
         if not self.exists():
             raise StoreError(f"{self.path} is not a run folder: it has no {_MARK}.")
         try:
@@ -185,24 +162,25 @@ class RunFolder:
 
     def _differing(self, spec_toml: str) -> str:
         """Which keys of the stored spec have other values in this one, in words."""
-        if not spec_toml:
-            return ""
         try:
             stored, asked = (
                 flat(parse_toml(text)) for text in (read_text(self.spec, SPEC_BYTES), spec_toml)
             )
         except (OSError, InputError):
             return ""  # a damaged spec is reported where it is read
-        differing = [key for key in {**stored, **asked} if stored.get(key) != asked.get(key)]
-        keys = [key for key in differing if key != "name"]  # a name changes no result
-        if not keys:
-            return ""
-        shown = [
-            f"{key} is {_value(stored, key)} there and {_value(asked, key)} here"
-            for key in keys[:_MOST_KEYS]
+
+        def shown(values: Mapping[str, Any], key: str) -> str:
+            return json.dumps(values[key], default=str) if key in values else "not set"
+
+        keys = [key for key in {**stored, **asked} if stored.get(key) != asked.get(key)]
+        words = [
+            f"{key} is {shown(stored, key)} there and {shown(asked, key)} here"
+            for key in keys
+            if key != "name"  # which changes no result
         ]
-        more = len(keys) - _MOST_KEYS
-        return ": " + "; ".join([*shown, *([f"and {more} more"] if more > 0 else [])])
+        if len(words) > _MOST_KEYS:
+            words[_MOST_KEYS:] = [f"and {len(words) - _MOST_KEYS} more"]
+        return f": {'; '.join(words)}" if words and spec_toml else ""
 
     def begin(self, spec_toml: str, spec_hash: str, overwrite: bool = False) -> None:
         """Open the folder for one spec, new or to go on with; only while it is `locked`.
@@ -215,16 +193,14 @@ class RunFolder:
         if overwrite and self.exists():
             self._clear()
         self.clean()
-        if self._stored_spec() != spec_toml:  # missing, or damaged: it is known what it must be
+        try:
+            stored = read_text(self.spec, SPEC_BYTES)
+        except (OSError, InputError):  # missing, or damaged: it is known what it must be
+            stored = None
+        if stored != spec_toml:
             write_text(self.spec, spec_toml)
         if not self.exists() or overwrite:
             write_json(self.path / _MARK, {"spec_hash": spec_hash, "status": RUNNING})
-
-    def _stored_spec(self) -> str | None:
-        try:
-            return read_text(self.spec, SPEC_BYTES)
-        except (OSError, InputError):
-            return None
 
     def temporary_files(self) -> list[Path]:
         """Files that were being written when a process was killed."""
@@ -268,7 +244,9 @@ class RunFolder:
                 raise StoreMismatch(f"{folder} is a file. Choose a folder with --out.")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = _opened_lock(self.path / _LOCK)
+            # A link or a pipe in the place of the file is not followed.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            handle = os.fdopen(os.open(self.path / _LOCK, flags, 0o666), "w")
         except OSError as error:
             raise StoreError(
                 f"Cannot write to {self.path}: {error}. Make it writable; commands that compute a "
@@ -310,35 +288,26 @@ class RunFolder:
             ) from error
 
     def load_predictions(self) -> Predictions:
-        """Plain predictions of the clients that certify nothing.
-
-        Raises:
-            StoreError: there are none, or the file is damaged.
-        """
+        """Plain predictions of the clients that certify nothing."""
         try:
             return Predictions.load(self.predictions)
         except InputError as error:
             raise StoreError(f"{error} Repeat the command that made the run.") from error
 
     def save_certificates(self, certificates: Certificates) -> None:
-        """Write all clients' certificates.
-
-        Raises:
-            StoreError: the folder cannot be written, or the disk is full.
-        """
+        """Write all clients' certificates."""
         _save(certificates, self.certificates, "All votes are kept: free")
 
     def save_predictions(self, predictions: Predictions) -> None:
-        """Write the plain predictions.
-
-        Raises:
-            StoreError: the folder cannot be written, or the disk is full.
-        """
+        """Write the plain predictions."""
         _save(predictions, self.predictions, "Free")
 
 
 class StoredRun:
-    """The results in a run folder, each file read once, when it is first asked for."""
+    """The results in a run folder, each file read once, when it is first asked for.
+
+    Whatever is asked for raises a StoreError where its file is missing or damaged.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open a run folder; nothing is read yet."""
@@ -351,22 +320,14 @@ class StoredRun:
         return self.folder.manifest()
 
     def entry(self, name: str) -> Any:
-        """One entry of the manifest.
-
-        Raises:
-            StoreError: the manifest is damaged or does not hold it.
-        """
+        """One entry of the manifest."""
         if name not in self.manifest:
             raise damaged_manifest(self.path, f"it has no {name!r}")
         return self.manifest[name]
 
     @cached_property
     def data(self) -> dict[str, Any]:
-        """Name, fingerprint, shape and classes of the images.
-
-        Raises:
-            StoreError: the manifest is damaged or does not hold them.
-        """
+        """Name, fingerprint, shape and classes of the images."""
         data = self.entry("data")
         try:
             size, names = data["image_size"], data["class_names"]
@@ -387,20 +348,12 @@ class StoredRun:
 
     @cached_property
     def predictions(self) -> Predictions | None:
-        """Plain predictions of the clients that certify nothing; None where all certify.
-
-        Raises:
-            StoreError: the file is missing or damaged.
-        """
+        """Plain predictions of the clients that certify nothing; None where all certify."""
         return self.folder.load_predictions() if self.manifest.get("plain") else None
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
-        """One entry per communication round; none where nothing was trained here.
-
-        Raises:
-            StoreError: the file is damaged.
-        """
+        """One entry per communication round; none where nothing was trained here."""
         path = self.folder.history
         if not path.is_file():
             return []
@@ -408,15 +361,22 @@ class StoredRun:
             lines = read_text(path).splitlines()
         except (OSError, InputError) as error:
             raise StoreError(f"{path} cannot be read: {error}.") from error
-        return [_round(path, *line) for line in enumerate(lines, start=1) if line[1].strip()]
+        entries = []
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                entry = parse_json(line)
+                if not isinstance(entry, dict):
+                    raise InputError("it is not a JSON object")
+            except InputError as error:
+                raise StoreError(f"{path}, line {number} is damaged: {error}.") from error
+            entries.append(entry)
+        return entries
 
     @cached_property
     def curves(self) -> dict[int, dict[str, Any]] | None:
-        """By client the curve it shared, where clients kept their certificates; else None.
-
-        Raises:
-            StoreError: the file is damaged.
-        """
+        """By client the curve it shared, where clients kept their certificates; else None."""
         path = self.folder.curves
         if not path.is_file():
             return None
@@ -460,16 +420,6 @@ class StoredRun:
             return False
 
 
-def _round(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        entry = parse_json(line)
-        if not isinstance(entry, dict):
-            raise InputError("it is not a JSON object")
-    except InputError as error:
-        raise StoreError(f"{path}, line {number} is damaged: {error}.") from error
-    return entry
-
-
 def _save(rows: Certificates | Predictions, path: Path, advice: str) -> None:
     try:
         rows.save(path)
@@ -477,12 +427,6 @@ def _save(rows: Certificates | Predictions, path: Path, advice: str) -> None:
         raise StoreError(
             f"Cannot write {path}: {error}. {advice} some space, then repeat the command."
         ) from error
-
-
-def _opened_lock(path: Path) -> TextIO:
-    """The file that is locked, made if need be; a link or a pipe in its place is not followed."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    return os.fdopen(os.open(path, flags, 0o666), "w")
 
 
 @contextlib.contextmanager
@@ -538,7 +482,3 @@ def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
         name = f"{before}{key}"
         keys |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return keys
-
-
-def _value(values: Mapping[str, Any], key: str) -> str:
-    return json.dumps(values[key], default=str) if key in values else "not set"

@@ -190,7 +190,7 @@ def certify_job(
 
 
 def _votes_key(job: Job, metadata: Mapping[str, Any], code: str) -> str:
-    """A name of the votes wanted: another image, noise, network or look has another.
+    """A name of the votes: another image, noise, network or look has another.
 
     Votes of two functions must never be counted together, and a user's network may change with
     its code while its weights stay: so its code is part of the name.
@@ -358,27 +358,27 @@ def _chosen_for_all(
 
 def _store(run: OpenRun, parts: Sequence[Certificates], plain: Sequence[Predictions]) -> None:
     """The predictions and the certificates of all clients as one file each."""
+    summary: dict[str, object] = {
+        "votes": sum(int(p.votes.sum()) + int(p.selection_counts.sum()) for p in parts),
+        "certification_seconds": round(sum(float(p.seconds.sum()) for p in parts), 3),
+        "precision": parts[0].conditions["precision"],
+    }
     if plain:
         models = {str(p.clients[0]): p.conditions["model_fingerprint"] for p in plain}
         metadata = {**plain[0].conditions, "model_fingerprint": models}
         joined = Predictions.concatenate(plain)
         run.predictions = dataclasses.replace(joined, conditions=metadata)
         run.folder.save_predictions(run.predictions)
-    run.folder.update({**_summary(parts), **({"plain": _accuracies(plain)} if plain else {})})
+        summary["plain"] = {
+            str(p.clients[0]): {"images": len(p), "correct": int(p.correct.sum())} for p in plain
+        }
+    run.folder.update(summary)
     together = Certificates.concatenate(parts)
     metadata = dict(together.conditions)
     for name in {"model_fingerprint", *_OF_A_QUANTIZED_NETWORK} & set(metadata):
         metadata[name] = {str(int(p.client[0])): p.conditions[name] for p in parts}
     run.certificates = dataclasses.replace(together, conditions=metadata)
     run.folder.save_certificates(run.certificates)
-
-
-def _accuracies(plain: Sequence[Predictions]) -> dict[str, dict[str, int]]:
-    """By client that certifies nothing: its test images, and how many its model gets right."""
-    return {
-        str(part.clients[0]): {"images": len(part), "correct": int(part.correct.sum())}
-        for part in plain
-    }
 
 
 def _progress(report: StageCallback | None, before: int, total: int) -> ProgressCallback | None:
@@ -400,12 +400,3 @@ def _job(run: OpenRun, client: int) -> Job:
 def calibration_images(dataset: Dataset, own: np.ndarray, seed: int, client: int) -> torch.Tensor:
     """Some of the training images that a client has, (k, c, h, w) uint8."""
     return dataset.train.take(choose(own, CALIBRATION_IMAGES, seed, client)).images
-
-
-def _summary(parts: Sequence[Certificates]) -> dict[str, object]:
-    cast = sum(int(p.votes.sum()) + int(p.selection_counts.sum()) for p in parts)
-    return {
-        "votes": cast,
-        "certification_seconds": round(sum(float(p.seconds.sum()) for p in parts), 3),
-        "precision": parts[0].conditions["precision"],
-    }

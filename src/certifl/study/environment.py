@@ -29,30 +29,20 @@ def now() -> str:
 def machine_metadata(device: str) -> dict[str, Any]:
     """Processor, cores, memory and the device asked for; of several, the first."""
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    first = device.partition(",")[0].strip()
+    flags = f"{_cpuinfo('flags')} {_cpuinfo('Features')}".split()
     return {
-        "processor": _processor(),
-        "instructions": _instructions(),
+        "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        # They decide how a network rounds; processors of one name may differ in them.
+        "instructions": " ".join(sorted({flag for flag in flags if flag.startswith(_ROUNDING)})),
         "cores": os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "device": _gpu(device) if on_gpu else "cpu",
+        "device": torch.cuda.get_device_name(None if first == "auto" else first)
+        if on_gpu
+        else "cpu",
         "threads": torch.get_num_threads(),
         "system": platform.platform(terse=True),
     }
-
-
-def _gpu(device: str) -> str:
-    first = device.partition(",")[0].strip()
-    return torch.cuda.get_device_name(None if first == "auto" else first)
-
-
-def _processor() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def _instructions() -> str:
-    """The instructions that decide how a network rounds; processors of one name may differ."""
-    flags = f"{_cpuinfo('flags')} {_cpuinfo('Features')}".split()
-    return " ".join(sorted({flag for flag in flags if flag.startswith(_ROUNDING)}))
 
 
 def _cpuinfo(field: str) -> str:

@@ -1,9 +1,7 @@
-"""Data and models of a study, and a finished run opened once for every command that reads it."""
+"""A finished run opened once for every command that reads it, and the models that clients use."""
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,189 +12,23 @@ from torch import Tensor, nn
 
 from certifl.certification.network import Network, prepare
 from certifl.certification.quantization import recorded
-from certifl.data import (
-    ClientIndices,
-    Column,
-    Dataset,
-    Partition,
-    assign_images,
-    check,
-    label_checksum,
-    load,
-    random_part,
-    to_float,
-)
-from certifl.data.readers import ReadOptions
+from certifl.data import Dataset, Partition, check, to_float
 from certifl.errors import InputError, ModelError, StoreError, StoreMismatch, WorkError
 from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.rounds import deployed_model
 from certifl.federated.states import ModelState
-from certifl.models import build, fingerprint, is_users_code, require_code
+from certifl.models import build, fingerprint
 from certifl.module_copies import copy_of, evaluating
 from certifl.path_checks import CLIENT_STUDY
 from certifl.perturbations import Perturbation
 from certifl.runs.atomic import load_tensors, read_json, write_json, write_text
 from certifl.runs.checkpoints import Checkpoints, StoredRound
 from certifl.runs.folder import StoredRun
+from certifl.safe_io import MALFORMED
 from certifl.spec import Spec, load_stored
-from certifl.study.setup import label_of
-from certifl.study.weights import begin_with
+from certifl.study.setup import load_code, load_data
 
 DATA_DIR = "data_dir"  # in run.json
-
-
-# The data of a study.
-
-
-def data_columns(spec: Spec) -> ReadOptions:
-    """The columns that a study reads, where its data set is a table."""
-    splitter = spec.clients.splitter()
-    kept = splitter.column if isinstance(splitter, Column) else None
-    return ReadOptions(label=spec.data.label_column, kept=kept, prepare=spec.data.preparation())
-
-
-def load_data(spec: Spec, data_dir: Path | None, *, offline: bool = False) -> Dataset:
-    """The data set of a study, with the column that it is split by.
-
-    Args:
-        spec: of the study. data_dir: folder of data sets.
-        offline: never use the network.
-
-    Raises:
-        DataUnavailable: the data set is not available. InputError: it has no such column.
-    """
-    columns = data_columns(spec)
-    return load(
-        spec.data.name,
-        data_dir,
-        label_column=columns.label,
-        keep_column=columns.kept,
-        test_split=spec.data.test_split,
-        resize=spec.data.resize,
-        crop=spec.data.crop,
-        window=spec.data.window,
-        offline=offline,
-    )
-
-
-def open_data(spec: Spec, data_dir: Path | None) -> tuple[Dataset, Partition]:
-    """The whole data set, and its partition over the clients by position.
-
-    Raises:
-        DataUnavailable: the data set is not available. InputError: it is too small for the spec.
-    """
-    dataset = load_data(spec, data_dir)
-    return dataset, partition_of(spec, dataset)
-
-
-def partition_of(spec: Spec, dataset: Dataset) -> Partition:
-    """The partition of the whole data set: a function of spec and data alone.
-
-    Raises:
-        InputError: the data set is too small for the spec.
-    """
-    splits = (dataset.train, dataset.test)
-    wanted = (spec.data.train_images, spec.data.test_images)
-    train, test = (
-        random_part(len(split), count, spec.seed, which)
-        for split, count, which in zip(splits, wanted, ("train", "test"), strict=True)
-    )
-    labels = tuple(split.labels.numpy() for split in splits)
-    columns = [split.column for split in splits]
-    dealt = assign_images(
-        spec.clients.splitter(),
-        (labels[0][train], labels[1][test]),
-        tuple(
-            None if column is None else column[part]
-            for column, part in zip(columns, (train, test), strict=True)
-        ),
-        spec.clients.count,
-        spec.seed,
-    )
-    clients = tuple(ClientIndices(train[c.train], test[c.test]) for c in dealt.clients)
-    # The splitter saw the part; the partition names positions in, and labels of, the whole.
-    whole = label_checksum(*labels)
-    return dataclasses.replace(dealt, clients=clients, label_checksum=whole)
-
-
-def study_metadata(spec: Spec) -> dict[str, Any]:
-    """The study's entries in run.json, wherever the clients are."""
-    algorithm, clients = spec.build_algorithm(), spec.clients
-    unseen = list(range(clients.seen, clients.count))
-    return {
-        "name": spec.name,
-        "regime": algorithm.name,
-        "label": label_of(spec),
-        "deploys": algorithm.deploys,
-        "seed": spec.seed,
-        "clients": clients.count,
-        **({"unseen": unseen} if unseen else {}),
-        "model": spec.model.name,
-        "code": code_folder(spec.model.name),
-        "training_hash": spec.training_hash(),
-    }
-
-
-# Networks of a study.
-
-
-def initial_model(spec: Spec, dataset: Dataset) -> nn.Module:
-    """The network all clients begin with, in evaluation mode.
-
-    Raises:
-        ModelError: a user's network that cannot be built or does not fit the images, or weights
-            that do not fit the network.
-        InputError: `model.weights` is not a file of plain weights.
-    """
-    model = build(
-        spec.model.name,
-        dataset.in_channels,
-        dataset.num_classes,
-        spec.seed,
-        spec.model.options,
-        dataset.image_size,
-    )
-    if spec.model.weights is not None:
-        begin_with(model, Path(spec.model.weights), spec.model.name)
-    return evaluating(model)
-
-
-def code_folder(name: str) -> str | None:
-    """The folder of a user's `module:function`; None for a network of this package."""
-    own = is_users_code(name)
-    top = sys.modules.get(name.partition(":")[0].partition(".")[0]) if own else None
-    file = getattr(top, "__file__", None)
-    if file is None:
-        return None
-    path = Path(file).resolve()
-    return str(path.parent.parent if path.stem == "__init__" else path.parent)
-
-
-def load_code(folder: Path, spec: Spec, code: Path | None, recorded: object = None) -> None:
-    """Make a run's own network importable from a folder that the user names.
-
-    A run folder may come from anybody, so it never decides what code runs: neither its spec nor
-    the path it recorded is followed unless the user says where that code is.
-
-    Args:
-        folder: of the run. spec: of the run.
-        code: the folder that holds the network's module; None = the user named none.
-        recorded: where it was when the run was made, for the message.
-
-    Raises:
-        ModelError: the run has its own code and `code` is not given, or does not hold it.
-    """
-    name = spec.model.name
-    if not is_users_code(name):
-        return
-    if code is None:
-        hint = f"; it was in {recorded} when the run was made" if isinstance(recorded, str) else ""
-        raise ModelError(
-            f"The run in {folder} uses its own code, {name!r}. Code is not run because a "
-            "run folder names it: if you trust that code, name the folder that holds it with "
-            f"--code DIR{hint}."
-        )
-    require_code(name, code)
 
 
 class NetworkCache:
@@ -243,11 +75,7 @@ class Deployed:
 
     @property
     def perturbation(self) -> Perturbation:
-        """What the client certifies.
-
-        Raises:
-            InputError: nothing.
-        """
+        """What the client certifies."""
         return certified_by(self.spec, self.client)
 
 
@@ -270,7 +98,8 @@ class OpenRun(StoredRun):
     """A run with the spec, images and models behind its results, each read once.
 
     What was read is checked once: the images are those of the run, the partition belongs to
-    them, and a network is the one that was certified.
+    them, and a network is the one that was certified. Whatever is asked for raises a StoreError
+    where a file that it needs is missing or damaged.
     """
 
     def __init__(
@@ -295,11 +124,7 @@ class OpenRun(StoredRun):
 
     @cached_property
     def spec(self) -> Spec:
-        """The study.
-
-        Raises:
-            StoreError: the file is missing or damaged.
-        """
+        """The study."""
         return load_stored(self.folder.spec)
 
     @cached_property
@@ -346,11 +171,7 @@ class OpenRun(StoredRun):
 
     @cached_property
     def stored_partition(self) -> Partition:
-        """Which images each client holds, as recorded; it may be of other data.
-
-        Raises:
-            StoreError: the file is missing or damaged.
-        """
+        """Which images each client holds, as recorded; it may be of other data."""
         try:
             stored = read_json(self.folder.partition)
             if not isinstance(stored, dict):
@@ -361,11 +182,7 @@ class OpenRun(StoredRun):
 
     @cached_property
     def partition(self) -> Partition:
-        """Which images each client holds.
-
-        Raises:
-            StoreError: the file is missing or damaged, or does not fit the data set.
-        """
+        """Which images each client holds."""
         partition, dataset = self.stored_partition, self.dataset
         try:
             check(partition, dataset.train.labels, dataset.test.labels)
@@ -377,14 +194,10 @@ class OpenRun(StoredRun):
 
     @cached_property
     def last_round(self) -> StoredRound:
-        """The final checkpoint of the training.
-
-        Raises:
-            StoreError: it is missing or damaged, so the trained models are not known.
-        """
+        """The final checkpoint of the training."""
         last = Checkpoints(self.folder.training).latest()
-        wanted = self.spec.training.rounds + self.algorithm.extra_rounds
-        if last is None or last.number != wanted:
+        rounds = self.spec.training.rounds + self.algorithm.extra_rounds
+        if last is None or last.number != rounds:
             raise StoreError(
                 f"The final checkpoint in {self.folder.training} is missing or damaged, so the "
                 "trained models are not known. Compute the run again with --overwrite."
@@ -412,11 +225,7 @@ class OpenRun(StoredRun):
         )
 
     def state(self, client: int) -> ModelState:
-        """The weights that a client uses at test time; needs no code of the network.
-
-        Raises:
-            StoreError: the final checkpoint is missing or damaged.
-        """
+        """The weights that a client uses at test time; needs no code of the network."""
         return deployed_model(self.algorithm, self.last_round, client)
 
     def model(self, client: int) -> nn.Module:
@@ -491,6 +300,27 @@ def _with_weights(model: nn.Module, state: Mapping[str, Tensor], misfit: str) ->
     return evaluating(model)
 
 
+def open_deployed(
+    path: Path, client: int | None, code: Path | None
+) -> tuple[Deployed, OpenRun | None]:
+    """The model of a client of a run, or of the client whose own folder it is; with the run.
+
+    Args:
+        path: a finished run, or a client's own folder of a study.
+        client: None = client 0 of a run, or the one whose folder it is.
+        code: folder with the network's own code, which the user trusts.
+
+    Raises:
+        StoreMismatch: neither. InputError: there is no such client. StoreError: it is damaged.
+    """
+    study = ClientStudy(path)
+    if study.exists():
+        return study.deployed(client, code), None
+    run = OpenRun(path, code=code)
+    run.require_finished()
+    return run.deployed(client or 0), run
+
+
 @dataclass(frozen=True)
 class ClientStudy:
     """A client's own folder of one study, on its own machine.
@@ -530,7 +360,7 @@ class ClientStudy:
         """The client's model with what it takes to use it.
 
         Args:
-            client: whose model is wanted; None = the client of this folder.
+            client: whose model; None = the client of this folder.
             code: folder with the network's own code, which the user trusts.
 
         Raises:
@@ -539,8 +369,13 @@ class ClientStudy:
             StoreError: a file is damaged. ModelError: it does not fit the network, or the
                 network has its own code and `code` does not name its folder.
         """
-        weights = self.folder / "deployed.safetensors"
-        own, deploys, channels, size, names = self._described()
+        weights, data = self.folder / "deployed.safetensors", read_json(self._metadata)
+        try:
+            own, deploys, data = int(data["client"]), str(data["deploys"]), data["data"]
+            height, width = map(int, data["image_size"])
+            channels, names = int(data["in_channels"]), tuple(map(str, data["class_names"]))
+        except MALFORMED as error:
+            raise StoreError(f"{self._metadata} is damaged ({type(error).__name__}).") from error
         if client is not None and client != own:
             raise InputError(
                 f"{self.folder} is of client {own} and holds its model alone: leave out "
@@ -559,19 +394,4 @@ class ClientStudy:
             "that it was trained with."
         )
         model = _with_weights(network, load_tensors(weights), misfit)
-        return Deployed(model, spec, own, deploys, channels, size, names)
-
-    def _described(self) -> tuple[int, str, int, tuple[int, int], tuple[str, ...]]:
-        stored = read_json(self._metadata)
-        try:
-            data = stored["data"]
-            height, width = map(int, data["image_size"])
-            return (
-                int(stored["client"]),
-                str(stored["deploys"]),
-                int(data["in_channels"]),
-                (height, width),
-                tuple(map(str, data["class_names"])),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{self._metadata} is damaged ({type(error).__name__}).") from error
+        return Deployed(model, spec, own, deploys, channels, (height, width), names)

@@ -24,7 +24,7 @@ from certifl.federated.privacy import (
     plan_examples,
     sends_nothing,
 )
-from certifl.runs.private_files import write_secret
+from certifl.runs.atomic import write_secret
 from certifl.safe_io import SPEC_BYTES, read_bytes
 from certifl.spec import Spec
 

@@ -14,10 +14,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from certifl.runs.folder import flat
 from certifl.tracking.base import (
     PROJECT,
     certified_numbers,
-    flat,
     importable,
     links_text,
     round_numbers,

@@ -117,18 +117,6 @@ def certified_numbers(summary: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested tables as dotted keys: {"data": {"name": "digits"}} is {"data.name": "digits"}."""
-    plain: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{before}{key}"
-        if isinstance(value, Mapping):
-            plain |= flat(value, f"{name}.")
-        else:
-            plain[name] = value
-    return plain
-
-
 def links_text(metadata: Mapping[str, Any]) -> str:
     """Links to the report page, the figures and the run folder, as Markdown."""
     links: Mapping[str, str] = metadata["links"]

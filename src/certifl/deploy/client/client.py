@@ -57,7 +57,7 @@ from certifl.federated.privacy import ExampleLedger
 from certifl.federated.states import ClientState, ModelState, Parts, ServerState, Update
 from certifl.federated.training.local_training import LocalTraining, check_images
 from certifl.models import build, fingerprint
-from certifl.runs.private_files import private_files
+from certifl.runs.atomic import private_files
 from certifl.spec import Spec, received, with_settings
 from certifl.study.opened_run import ClientStudy
 from certifl.study.privacy import Protection, protection, training_key

@@ -26,8 +26,8 @@ from certifl.deploy.transport.schemas import Curve, MalformedMessage
 from certifl.errors import CertiflError, InputError, one_line
 from certifl.federated.states import ModelState
 from certifl.perturbations import Perturbation, from_record
+from certifl.smoothing.curves import impossible_curve
 from certifl.spec import Spec
-from certifl.study.curves import impossible_curve
 
 _LARGEST_ROWS = 1 << 30
 _MOST_VERSIONS = 16

@@ -19,7 +19,7 @@ from certifl.errors import InputError
 from certifl.federated.states import ClientData
 from certifl.models import fingerprint
 from certifl.spec import Spec, with_settings
-from certifl.study.opened_run import open_data
+from certifl.study.setup import open_data
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from certifl.deploy.transport.flower_processes import (
 from certifl.deploy.transport.flower_runs import Endpoint, acquire, runtime_client
 from certifl.errors import InputError, WorkError
 from certifl.federated.worker import warm_up
-from certifl.runs.private_files import private_folder, write_secret
+from certifl.runs.atomic import private_folder, write_secret
 
 _log = logging.getLogger(__name__)
 _START_SECONDS = 60.0

@@ -33,12 +33,12 @@ from certifl.federated.states import ClientState, ModelState, Parts
 from certifl.models import fingerprint
 from certifl.runs.atomic import (
     load_tensors,
+    private_folder,
     read_json,
     save_tensors,
     tensor_metadata,
     write_json,
 )
-from certifl.runs.private_files import private_folder
 
 NEVER = -1
 """The round before a client's first."""

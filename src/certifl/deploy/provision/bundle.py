@@ -15,8 +15,13 @@ from certifl._version import __version__
 from certifl.deploy.provision.keys import Authority, node_key
 from certifl.errors import InputError, SpecError, StoreMismatch
 from certifl.path_checks import CONNECTION, check_deploy_folder
-from certifl.runs.atomic import write_bytes, write_text
-from certifl.runs.private_files import private_files, private_folder, write_secret
+from certifl.runs.atomic import (
+    private_files,
+    private_folder,
+    write_bytes,
+    write_secret,
+    write_text,
+)
 from certifl.safe_io import SPEC_BYTES, read_bytes, read_toml
 
 _LOCAL = ("localhost", "127.0.0.1", "::1")

@@ -20,8 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from certifl.errors import InputError, WorkError
-from certifl.runs.atomic import write_bytes
-from certifl.runs.private_files import write_secret
+from certifl.runs.atomic import write_bytes, write_secret
 from certifl.safe_io import SPEC_BYTES, read_bytes
 
 _AUTHORITY_DAYS, _SERVER_DAYS = 3650, 825

@@ -40,14 +40,13 @@ from certifl.federated.rounds import Progress
 from certifl.federated.trainer import train
 from certifl.federated.training.local_training import LocalTraining
 from certifl.progress import StageCallback
+from certifl.runs.atomic import private_files
 from certifl.runs.checkpoints import Checkpoints, StoredRound
 from certifl.runs.folder import FINISHED, RUNNING, RunFolder
-from certifl.runs.private_files import private_files
 from certifl.spec import Spec
 from certifl.study.environment import machine_metadata, versions
-from certifl.study.opened_run import study_metadata
 from certifl.study.privacy import Protection, protection, spent, training_key
-from certifl.study.setup import by_client, local_training, participation
+from certifl.study.setup import by_client, local_training, participation, study_metadata
 
 _log = logging.getLogger(__name__)
 _FINE_TUNING = 1000

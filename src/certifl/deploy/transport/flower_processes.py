@@ -21,7 +21,7 @@ import httpx
 from flwr.supercore.retry import RetryInvoker, exponential
 
 from certifl.errors import StoreMismatch, WorkError
-from certifl.runs.private_files import private_files
+from certifl.runs.atomic import private_files
 
 _QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",

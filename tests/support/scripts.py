@@ -1,0 +1,23 @@
+"""Programs of the repository outside the package, loaded as modules."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["load_script"]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_script(path: str) -> Any:
+    """The module of a file, named by its path in the repository."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
