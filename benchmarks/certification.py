@@ -20,12 +20,10 @@ import torch
 from torch.nn import functional
 
 import certifl
-from certifl.certification.adaptive import advance
-from certifl.certification.counts import fresh
+from certifl.certification.counts import advance, fresh
 from certifl.certification.network import choose_device, prepare
-from certifl.certification.precisions import PRECISIONS
 from certifl.certification.sampling import VoteCounter
-from certifl.certification.settings import Settings
+from certifl.certification.settings import PRECISIONS, Settings
 from certifl.rng import image_key
 
 

@@ -27,8 +27,7 @@ from torch.nn import functional
 import certifl
 from certifl.data import load, to_float
 from certifl.smoothing import UNIFORM, clopper_pearson_lower, runner_up_bounds
-from certifl.smoothing.scan import read_scan
-from certifl.smoothing.strata import Scan, passes_of
+from certifl.smoothing.scan import Scan, passes_of, read_scan
 
 ALPHA = 1e-3
 GRID = 400

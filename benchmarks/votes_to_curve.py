@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from certifl.certification.estimators import PRICES, Estimator
-from certifl.certification.record import RecordedNoise
+from certifl.certification.recompute import RecordedNoise
 from certifl.certification.settings import Settings
 from certifl.smoothing import BOUNDS, GAUSSIAN, UNIFORM, Law, even_grid, grid_steps
 

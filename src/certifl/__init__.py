@@ -20,8 +20,7 @@ from certifl.lazy import lazy_names  # noqa: E402
 if TYPE_CHECKING:
     from certifl import models
     from certifl.certification import Certificates
-    from certifl.certification.api import certify, predict
-    from certifl.certification.smoothed import SmoothedClassifier
+    from certifl.certification.api import SmoothedClassifier, certify, predict
     from certifl.notebook import Study, load
     from certifl.perturbations import (
         Affine,
@@ -63,7 +62,7 @@ __all__ = [
 
 _HOMES = {
     "Certificates": "certifl.certification",
-    "SmoothedClassifier": "certifl.certification.smoothed",
+    "SmoothedClassifier": "certifl.certification.api",
     "Study": "certifl.notebook",
     "certify": "certifl.certification.api",
     "load": "certifl.notebook",

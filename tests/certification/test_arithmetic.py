@@ -76,7 +76,7 @@ def test_a_choice_is_the_same_for_certify_and_predict_whatever_the_clock_says_la
 ) -> None:
     model = net()
     clock(rounded_at(0.1))
-    made = certifl.certify(model, IMAGES, NOISE, n=200_000, device="cpu", alpha=0.4)
+    made = certifl.certify(model, IMAGES, NOISE, n=100_000, device="cpu", alpha=0.4)
     assert made.conditions["precision"] == "bfloat16"
     clock(rounded_at(9.0))
     again = certifl.certify(model, IMAGES, NOISE, n=2000, device="cpu", alpha=0.4)
@@ -146,9 +146,7 @@ def test_a_batch_size_that_takes_too_long_to_be_timed_is_not_chosen(
 
 
 def test_a_choice_that_cannot_be_cached_is_reported(
-    clock: Callable[[Seconds], None],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    clock: Callable[[Seconds], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock(rounded_at(1.0))
     (tmp_path / "arithmetic").write_text("a file where the folder would be")

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 import certifl
-from certifl.certification.adaptive import advance, finalize
-from certifl.certification.counts import Request, Votes, fresh
+from certifl.certification.checks import checked_blocks
+from certifl.certification.counts import Request
 from certifl.certification.network import prepare
 from certifl.certification.sampling import CHUNK, VoteCounter
 from certifl.certification.settings import ESTIMATORS, Settings
@@ -46,12 +57,7 @@ def test_a_half_space_is_never_certified_beyond_its_true_radius(estimator: str) 
     model, images = half_space()
     sigma = 0.5
     made = certifl.certify(
-        model,
-        images,
-        certifl.PixelNoise(sigma),
-        n=10_000,
-        estimator=estimator,
-        precision="float32",
+        model, images, certifl.PixelNoise(sigma), n=4000, estimator=estimator, precision="float32"
     )
     # 12 images at alpha = 1e-3: all hold with probability 0.988, and the seed is fixed.
     assert (made.radius <= model.true_radius(images).numpy()).all()
@@ -62,16 +68,21 @@ def test_a_half_space_is_never_certified_beyond_its_true_radius(estimator: str) 
 def test_a_half_space_is_certified_up_to_nearly_its_true_radius() -> None:
     model, images = half_space()
     sigma = 0.25
-    made = certifl.certify(
-        model, images, certifl.PixelNoise(sigma), estimator="top-class", precision="float32"
-    )
-    true = model.true_radius(images).numpy()
+    true = model.true_radius(images)
     # At p between 0.85 and 0.99 the bound of 100 000 votes lies 3.1 standard errors below p, which
     # is 1.4 to 1.6 % of the radius; the votes of one image add or take 0.5 %.
-    moderate = (true / sigma > 1.05) & (true / sigma < 2.4)
-    assert moderate.sum() >= 3
-    assert (made.radius[moderate] / true[moderate]).mean() >= 0.98
-    assert (made.radius[moderate] >= 0.97 * true[moderate]).all()
+    moderate = ((true / sigma > 1.05) & (true / sigma < 2.4)).nonzero()[:3, 0]
+    assert len(moderate) == 3
+    made = certifl.certify(
+        model,
+        images[moderate],
+        certifl.PixelNoise(sigma),
+        estimator="top-class",
+        precision="float32",
+    )
+    share = made.radius / true[moderate].numpy()
+    assert share.mean() >= 0.98
+    assert share.min() >= 0.97
 
 
 @pytest.mark.parametrize("estimator", AT_ZERO)
@@ -163,7 +174,7 @@ def test_a_chunk_is_drawn_alike_however_much_of_it_is_wanted() -> None:
 
 
 def test_sequential_stops_early_and_keeps_what_fixed_votes_certify_on_the_grid() -> None:
-    model, images = half_space(images=20)
+    model, images = half_space(images=12)
     noise, grid = certifl.PixelNoise(0.5), [0.0, 0.25, 0.5, 0.75, 1.0]
     options = {"n": 20_000, "precision": "float32"}
     fixed = certifl.certify(model, images, noise, estimator="runner-up", **options)
@@ -177,14 +188,14 @@ def test_sequential_stops_early_and_keeps_what_fixed_votes_certify_on_the_grid()
 
 
 def test_keeping_the_curve_costs_fewer_votes_and_never_claims_more() -> None:
-    model, images = half_space(images=40)
+    model, images = half_space(images=20)
     noise, grid = certifl.PixelNoise(0.5), np.arange(11) * 0.1
-    options = {"n": 20_000, "precision": "float32", "radii": grid.tolist()}
+    options = {"n": 10_000, "precision": "float32", "radii": grid.tolist()}
     kept = certifl.certify(model, images, noise, **options)
     curve = certifl.certify(model, images, noise, keep="curve", **options)
     assert curve.votes.mean() < 0.75 * kept.votes.mean()
     assert set(curve.votes.tolist()) <= set(
-        Settings(n=20_000, keep="curve").estimator_for(noise).looks
+        Settings(n=10_000, keep="curve").estimator_for(noise).looks
     )
     assert sum(curve.conditions["look_levels"]) <= curve.conditions["alpha"]
     steps = [np.searchsorted(grid, held.radius, side="right") for held in (curve, kept)]
@@ -217,34 +228,17 @@ def test_sequential_votes_are_the_first_of_the_fixed_ones() -> None:
 
 
 def test_label_aware_stopping_needs_labels_and_a_wrong_class() -> None:
-    model, images = half_space(images=6)
+    model, images = half_space(images=4)
     noise = certifl.PixelNoise(0.5)
-    plain = certifl.certify(model, images, noise, n=20_000)
+    plain = certifl.certify(model, images, noise, n=4000)
     chosen = plain.selection_counts.argmax(axis=1)
-    right = certifl.certify(model, images, noise, n=20_000, labels=chosen)
-    wrong = certifl.certify(model, images, noise, n=20_000, labels=1 - chosen)
+    right = certifl.certify(model, images, noise, n=4000, labels=chosen)
+    wrong = certifl.certify(model, images, noise, n=4000, labels=1 - chosen)
     assert np.array_equal(right.votes, plain.votes)
-    assert (wrong.votes == Settings(n=20_000).estimator_for(noise).looks[0]).all()
+    assert (wrong.votes == Settings(n=4000).estimator_for(noise).looks[0]).all()
     assert not wrong.correct.any()
-    patient = certifl.certify(model, images, noise, n=20_000, labels=1 - chosen, label_aware=False)
+    patient = certifl.certify(model, images, noise, n=4000, labels=1 - chosen, label_aware=False)
     assert np.array_equal(patient.votes, plain.votes)
-
-
-def test_certification_can_be_interrupted_after_any_batch() -> None:
-    model, images = half_space(images=5)
-    network = prepare(model, images, precision="float32", batch_size=16)
-    noise = certifl.PixelNoise(0.5)
-    estimator = Settings(n=2000).estimator_for(noise)
-    counter, keys = VoteCounter(network, noise, 0), [image_key(i) for i in images]
-    votes = fresh(5, 2)
-    batches = 0
-    while not votes.done.all():
-        advance(counter, images, keys, None, estimator, votes)
-        votes = Votes(**{name: values.copy() for name, values in votes.arrays().items()})
-        batches += 1
-    assert batches > 3
-    whole = certifl.certify(model, images, noise, n=2000, precision="float32")
-    assert np.array_equal(finalize(votes, estimator).counts, whole.counts)
 
 
 def test_predict_answers_or_abstains() -> None:
@@ -264,11 +258,11 @@ def test_predict_answers_or_abstains() -> None:
 
 def test_folding_and_bfloat16_keep_the_network_the_same_function() -> None:
     torch.manual_seed(0)
-    net = certifl.models.resnet18(in_channels=3, num_classes=10).train()
+    net = certifl.models.small_resnet(in_channels=3, num_classes=10).train()
     for _ in range(2):
-        net(torch.rand(16, 3, 32, 32))  # running statistics that are not the identity
+        net(torch.rand(16, 3, 16, 16))  # running statistics that are not the identity
     net.eval()
-    images = torch.rand(8, 3, 32, 32)
+    images = torch.rand(8, 3, 16, 16)
     folded = prepare(net, images, device="cpu", precision="float32")
     assert folded.folded
     with torch.no_grad():
@@ -296,30 +290,21 @@ def test_a_convolution_used_twice_is_not_folded() -> None:
 def test_the_record_says_what_was_certified() -> None:
     model, images = half_space(images=2)
     made = certifl.certify(model, images, certifl.PixelNoise(0.5), n=500, seed=9)
-    facts = made.conditions
-    assert facts["family"] == "pixel"
-    assert (facts["sigma"], facts["alpha"], facts["n"], facts["seed"]) == (0.5, 1e-3, 500, 9)
-    assert facts["norm"] == "l2"
-    assert facts["unit"] == "intensity"
-    assert facts["threat"]
-    assert math.isclose(sum(facts["look_levels"]), 1e-3, rel_tol=1e-9)
-    assert facts["model_fingerprint"] == certifl.models.fingerprint(model)
+    metadata = made.conditions
+    assert metadata["family"] == "pixel"
+    assert (metadata["sigma"], metadata["alpha"], metadata["n"], metadata["seed"]) == (
+        0.5,
+        1e-3,
+        500,
+        9,
+    )
+    assert metadata["norm"] == "l2"
+    assert metadata["unit"] == "intensity"
+    assert metadata["threat"]
+    assert math.isclose(sum(metadata["look_levels"]), 1e-3, rel_tol=1e-9)
+    assert metadata["model_fingerprint"] == certifl.models.fingerprint(model)
     assert made.votes.shape == (2,)
     assert made.seconds.sum() > 0
-
-
-def test_progress_is_reported_up_to_the_end() -> None:
-    model, images = half_space(images=3)
-    seen: list[tuple[int, int]] = []
-    certifl.certify(
-        model,
-        images,
-        certifl.PixelNoise(0.5),
-        n=500,
-        progress=lambda done, total: seen.append((done, total)),
-    )
-    assert seen[-1] == (3 * 600, 3 * 600)
-    assert seen == sorted(seen)
 
 
 def test_radii_of_another_unit_are_refused_before_a_vote() -> None:
@@ -341,3 +326,118 @@ def test_nobody_takes_unlabelled_images_for_wrong_ones() -> None:
     for ask in (made.average_certified_radius, lambda: made.certified_accuracy([0.0])):
         with pytest.raises(InputError, match=r"2 of 2 certificates have no label.*give labels"):
             ask()
+
+
+# Images that come in blocks: the same certificates as of all of them at once.
+
+
+NOISE = certifl.PixelNoise(0.5)
+
+
+@pytest.fixture
+def model() -> HalfSpace:
+    weight = torch.randn(64, generator=torch.Generator().manual_seed(2))
+    return HalfSpace(weight, -float(weight.sum() / 2)).eval()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand((7, 1, 8, 8), generator=torch.Generator().manual_seed(1))
+
+
+LABELS = np.array([0, 1, 0, 1, 0, 1, 0])
+
+
+def test_blocks_are_certified_like_the_whole(model: HalfSpace, images: Tensor) -> None:
+    whole = certifl.certify(model, images, NOISE, labels=LABELS, n=500)
+    cuts = [slice(0, 3), slice(3, 4), slice(4, 7)]
+    parts = certifl.certify(
+        model, (images[cut] for cut in cuts), NOISE, labels=(LABELS[cut] for cut in cuts), n=500
+    )
+    assert parts.same_results(whole)
+    assert parts.index.tolist() == list(range(7))
+    assert parts.conditions == whole.conditions  # the data fingerprint too
+
+
+def test_blocks_need_no_labels_and_may_be_arrays(model: HalfSpace, images: Tensor) -> None:
+    whole = certifl.certify(model, images, NOISE, n=500)
+    parts = certifl.certify(model, [images[:4].numpy(), images[4:].numpy()], NOISE, n=500)
+    assert parts.same_results(whole)
+    assert (parts.label == -1).all()
+
+
+def test_no_more_than_two_blocks_are_held(model: HalfSpace) -> None:
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def blocks() -> Iterator[Tensor]:
+        nonlocal most
+        for number in range(4):
+            gc.collect()
+            most = max(most, sum(ref() is not None for ref in alive))
+            block = torch.full((2, 1, 8, 8), number / 6)
+            alive.append(weakref.ref(block))
+            yield block
+
+    assert len(certifl.certify(model, blocks(), NOISE, n=100)) == 8
+    assert most <= 2
+
+
+def test_progress_never_goes_back(model: HalfSpace, images: Tensor) -> None:
+    seen: list[tuple[int, int]] = []
+    certifl.certify(
+        model,
+        [images[:3], images[3:]],
+        NOISE,
+        n=300,
+        progress=lambda done, most: seen.append((done, most)),
+    )
+    assert seen == sorted(seen)
+    assert seen[-1] == (7 * 400, 7 * 400)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "labels", "says"),
+    [
+        ([], None, "no block"),
+        ([torch.rand(2, 1, 8, 8), torch.rand(2, 1, 8, 7)], None, r"one shape; block 1"),
+        ([torch.rand(1, 8, 8)], None, "four axes"),
+        ([torch.rand(1, 1, 8, 8), torch.rand(0, 1, 8, 8)], None, "nothing to certify"),
+        ([torch.rand(2, 1, 8, 8)] * 2, [[0, 1]], "only one of both for block 1"),
+        ([torch.rand(2, 1, 8, 8)], [[0, 1], [0, 1]], "only one of both for block 1"),
+        ([torch.rand(2, 1, 8, 8)], [[0]], "one number per image"),
+    ],
+)
+def test_blocks_that_do_not_fit(model: HalfSpace, blocks: list, labels: list, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        certifl.certify(model, blocks, NOISE, labels=labels, n=100)
+
+
+@pytest.mark.parametrize("label", [0.7, "3", None])
+def test_labels_of_a_data_set_are_never_cut_to_whole_numbers(label):
+    pairs = [(torch.rand(1, 4, 4), label)] * 3
+    with pytest.raises(InputError, match="as a label: labels must be whole numbers"):
+        next(checked_blocks(ListDataset(pairs), None, certifl.PixelNoise(0.25)))
+
+
+def test_loaders_that_shuffle_by_their_sampler_are_refused_too():
+    images = ListDataset(list(torch.rand(4, 1, 4, 4)))
+    shuffling = RandomSampler(range(4))
+    for options in (
+        {"sampler": SubsetRandomSampler(range(4))},
+        {"sampler": WeightedRandomSampler([1.0] * 4, 4)},
+        {"batch_sampler": BatchSampler(shuffling, 2, drop_last=False)},
+    ):
+        with pytest.raises(InputError, match="shuffle=False"):
+            next(checked_blocks(DataLoader(images, **options), None, certifl.PixelNoise(0.25)))
+
+
+class ListDataset(Dataset):
+    def __init__(self, items: list) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, row: int):
+        return self.items[row]

@@ -13,8 +13,7 @@ from torch import Tensor
 
 import certifl
 from certifl.certification import verify
-from certifl.certification.adaptive import advance, finalize
-from certifl.certification.counts import Votes, fresh
+from certifl.certification.counts import Votes, advance, finalize, fresh
 from certifl.certification.estimators import Estimator
 from certifl.certification.network import prepare
 from certifl.certification.sampling import VoteCounter

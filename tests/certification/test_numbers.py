@@ -35,7 +35,7 @@ def certify(noise: Any = NOISE, **options: Any) -> certifl.Certificates:
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("alpha", [0.2, 0.05, 1e-3, 1e-6, 1e-12])
+@pytest.mark.parametrize("alpha", [0.2, 1e-3, 1e-12])
 def test_the_least_n_of_certify_is_the_least_that_certifies(estimator: str, alpha: float) -> None:
     least = Settings(estimator, alpha=alpha).estimator_for(NOISE).least_votes()
     assert certify(estimator=estimator, alpha=alpha, n=least).radius.min() > 0
@@ -62,7 +62,7 @@ def test_the_least_n_of_predict_is_the_least_that_decides(alpha: float) -> None:
         certifl.predict(always, IMAGES, NOISE, n=least - 1, alpha=alpha)
 
 
-@pytest.mark.parametrize("alpha", [0.05, 1e-3, 1e-6])
+@pytest.mark.parametrize("alpha", [0.05, 1e-6])
 @pytest.mark.parametrize(
     "noise", [certifl.Rotation("18deg"), certifl.Rotation("90deg"), certifl.Scaling(0.2)]
 )
@@ -70,7 +70,7 @@ def test_a_scan_names_a_number_of_votes_that_is_enough(noise: Any, alpha: float)
     with pytest.raises(InputError, match=r"take n = \d+ or more") as refusal:
         certify(noise, estimator="scan", alpha=alpha, n=10)
     named = int(str(refusal.value).partition("take n = ")[2].split()[0])
-    for n in (named, named + 1, named + 2, named + 4, named + 7, 2 * named, 3 * named):
+    for n in (named, named + 1, named + 4, 2 * named):
         assert not certify(noise, estimator="scan", alpha=alpha, n=n).abstained.any()
 
 
@@ -106,9 +106,9 @@ def test_a_study_and_the_command_line_refuse_too_few_votes(finished: Path, tmp_p
 def test_a_sigma_that_is_hardly_meant_is_warned_of_once(
     family: str, sigma: Any, says: str
 ) -> None:
-    with pytest.warns(UnusualValue, match=says) as told:
+    with pytest.warns(UnusualValue, match=says) as warned:
         made = from_description({"family": family, "sigma": sigma})
-    assert len(told) == 1
+    assert len(warned) == 1
     assert from_record(describe(made)) == made  # a warning would be an error here
 
 
@@ -129,9 +129,7 @@ def test_usual_sigmas_and_angles_written_out_pass_without_a_word(family: str, si
     from_description({"family": family, "sigma": sigma})
 
 
-def test_a_study_warns_of_its_sigma_when_written_and_never_when_read_again(
-    tmp_path: Path,
-) -> None:
+def test_a_study_warns_of_its_sigma_when_written_and_never_when_read_again(tmp_path: Path) -> None:
     wide = "{ family = 'translation', sigma = 3.0 }"
     with pytest.warns(UnusualValue, match="leaves the frame"):
         spec = tiny.spec(f"certification.perturbation={wide}", "augmentation.federated='none'")

@@ -14,8 +14,7 @@ from scipy.stats import binom
 import certifl
 import tiny_study as tiny
 from certifl.certification import Certificates
-from certifl.certification.adaptive import finalize
-from certifl.certification.counts import Votes
+from certifl.certification.counts import Votes, finalize
 from certifl.certification.network import prepare
 from certifl.certification.settings import Settings
 from certifl.data import to_float

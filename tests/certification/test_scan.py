@@ -17,18 +17,15 @@ from torch import Tensor
 
 import certifl
 import tiny_study as tiny
-from certifl.certification import adaptive as engine
+from certifl.certification import counts as engine
 from certifl.certification import verify
-from certifl.certification.adaptive import advance, finalize
-from certifl.certification.counts import Votes, fresh
+from certifl.certification.counts import advance
 from certifl.certification.network import prepare
-from certifl.certification.sampling import VoteCounter
 from certifl.certification.scan import scan_of, unpacked
 from certifl.certification.settings import Settings
 from certifl.errors import InputError, SpecError
-from certifl.rng import image_key
-from certifl.smoothing.scan import BETS, SHARES, read_scan
-from certifl.smoothing.strata import Scan, passes_of
+from certifl.experiments.run import Options, run
+from certifl.smoothing.scan import BETS, SHARES, Scan, passes_of, read_scan
 from certifl.spec import with_settings
 from certifl.study import certify as certifying
 from known_models import ramps, read_angle, read_factor, votes_for
@@ -201,29 +198,6 @@ def test_an_image_is_certified_alike_alone_in_a_batch_and_with_any_batch_size() 
     assert other.scan_votes[0] != together.scan_votes[4]
 
 
-def test_an_interruption_at_any_wave_changes_nothing() -> None:
-    model, images = images_and_model()
-    network = prepare(model, images, precision="float32", batch_size=16)
-    noise = certifl.Rotation("36deg")
-    estimator = Settings("scan", n=3000).estimator_for(noise)
-    counter, keys = VoteCounter(network, noise, 0), [image_key(i) for i in images]
-    votes, waves = fresh(6, 4), 0
-    while not votes.done.all():
-        advance(counter, images, keys, None, estimator, votes)
-        votes = Votes(**{name: values.copy() for name, values in votes.arrays().items()})
-        waves += 1
-    assert waves > 5
-    made = finalize(votes, estimator)
-    assert made.same_results(of_images(slice(None)))
-
-
-def test_progress_is_reported_up_to_the_end() -> None:
-    seen: list[tuple[int, int]] = []
-    of_images(slice(2), progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (2 * 3100, 2 * 3100)
-    assert seen == sorted(seen)
-
-
 def test_no_attack_succeeds_inside_an_interval() -> None:
     """Votes at the very ends and between, ten times those of the certificate, agree with it."""
     model, images = images_and_model()
@@ -232,7 +206,7 @@ def test_no_attack_succeeds_inside_an_interval() -> None:
     for row in np.flatnonzero(~made.abstained):
         low, high = made.interval[row]
         angles = torch.linspace(-0.2 * math.pi, 0.2 * math.pi, 30_000)  # sigma = 36 degrees
-        for delta in np.linspace(low, high, 9):
+        for delta in np.linspace(low, high, 5):
             params = (angles + float(delta))[:, None]
             noisy = certifl.Rotation("36deg").apply(images[row : row + 1], params)
             counts = network.call(noisy).argmax(1).bincount(minlength=4)
@@ -258,10 +232,10 @@ def test_parquet_gives_everything_back_and_tsv_the_radius(tmp_path: Path) -> Non
 
 
 def test_the_record_says_where_it_looked() -> None:
-    facts = of_images(slice(1)).conditions
-    assert facts["scan"]["periodic"]
-    assert 2 * sum(facts["scan"]["passes"]) == 3000 == facts["look_votes"][-1]
-    assert facts["look_levels"] == [1e-3]
+    metadata = of_images(slice(1)).conditions
+    assert metadata["scan"]["periodic"]
+    assert 2 * sum(metadata["scan"]["passes"]) == 3000 == metadata["look_votes"][-1]
+    assert metadata["look_levels"] == [1e-3]
     assert np.isnan(of_images(slice(1)).p_lower[0])
 
 
@@ -305,9 +279,9 @@ def test_verification_finds_every_kind_of_tampering() -> None:
     scan = {**made.conditions["scan"], "passes": [1500]}
     moved = dataclasses.replace(made, conditions={**made.conditions, "scan": scan})
     assert len(verify(moved)) >= len(made)
-    facts = {k: v for k, v in made.conditions.items() if k != "scan"}
+    metadata = {k: v for k, v in made.conditions.items() if k != "scan"}
     with pytest.raises(InputError, match="how their votes were cast"):
-        verify(dataclasses.replace(made, conditions=facts))
+        verify(dataclasses.replace(made, conditions=metadata))
 
 
 # --- a whole study
@@ -319,19 +293,21 @@ def test_a_study_that_scans_resumes_verifies_and_is_reported(
     monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(certifying, "_SECONDS_BETWEEN_SAVES", 0.0)
     scans = ("certification.estimator=scan", "certification.n=2000")
-    spec = tiny.write_spec(tmp_path, *scans)
-    tiny.cli("run", spec, "--out", tmp_path / "whole").fine("ACR")
-    waves = []
+    spec = tiny.spec(*scans)
+    options = {name: Options(tmp_path / name, explore=False) for name in ("whole", "cut")}
+    run(spec, options["whole"])
+    batches = []
 
     def advance_twice(*arguments) -> None:
-        if len(waves) == 2:
+        if len(batches) == 2:
             raise KeyboardInterrupt
-        waves.append(advance(*arguments))
+        batches.append(advance(*arguments))
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "advance", advance_twice)
-        assert tiny.cli("run", spec, "--out", tmp_path / "cut").code != 0
-    tiny.cli("run", spec, "--out", tmp_path / "cut").fine("ACR")
+        with pytest.raises(KeyboardInterrupt):
+            run(spec, options["cut"])
+    run(spec, options["cut"])
     whole, cut = (
         certifl.Certificates.load(tmp_path / name / "certificates.parquet")
         for name in ("whole", "cut")

@@ -1,11 +1,11 @@
-"""Do scan certificates claim too much? Known functions of the axis, 20 000 runs a cell.
+"""Do scan certificates claim too much? Known functions of the axis, 5000 runs a cell.
 
 A run over-claims when its interval reaches the first delta, on either side, at which c_A does not
 lead. The tolerance: of a procedure that errs with probability at most alpha = 0.05, over-claims in
-20 000 runs are bounded by Binomial(20 000, 0.05), with mean 1000 and standard deviation 30.8, so
-1097 and more (a share of 0.0549), whose probability is below 1e-3, are evidence against it. The
-planted defects at the end must give such evidence, already in 5000 runs, or this harness would not
-notice them.
+5000 runs are bounded by Binomial(5000, 0.05), with mean 250 and standard deviation 15.4, so 300
+and more (a share of 0.06), whose probability is below 1e-3, are evidence against it; a procedure
+that errs in a share of 0.07 gives such evidence with probability 0.998. The planted defects at the
+end must give it, or this harness would not notice them.
 
 Rough functions change sides a hundred times within a stratum, so that every vote of a stratum is a
 coin of the given bias: the least favourable case for votes in pairs. Smooth ones change once or
@@ -22,20 +22,16 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from certifl.smoothing.scan import BETS, SHARES, log_weight, read_scan
-from certifl.smoothing.strata import Scan
+from certifl.smoothing.scan import BETS, SHARES, Scan, log_weight, read_scan
 
 pytestmark = pytest.mark.statistical
-ALPHA, RUNS, BLOCK = 0.05, 20_000, 500
-PLANTED_RUNS = 5000
+ALPHA, RUNS, BLOCK = 0.05, 5000, 500
 A, B, C = 0, 1, 2
 
 
 def rejected(overclaims: np.ndarray) -> bool:
-    runs = len(overclaims)
-    assert overclaims.shape == (runs,)
-    assert runs in (RUNS, PLANTED_RUNS)
-    return bool(binom.sf(int(overclaims.sum()) - 1, runs, ALPHA) < 1e-3)
+    assert overclaims.shape == (RUNS,)
+    return bool(binom.sf(int(overclaims.sum()) - 1, RUNS, ALPHA) < 1e-3)
 
 
 def coin(t: np.ndarray, *shares: float) -> np.ndarray:
@@ -146,13 +142,13 @@ def e_values(tops: np.ndarray, twos: np.ndarray, discrepancy: float | np.ndarray
 
 @cache
 def windows_of_a_long_axis() -> np.ndarray:
-    """Which windows pass, (PLANTED_RUNS, 1993), on an axis right near 0 and undecided beyond.
+    """Which windows pass, (RUNS, 1993), on an axis right near 0 and undecided beyond.
 
     2000 blocks of 25 strata and windows of 8 blocks; the first 8 blocks are all A, the others
     coins, so no window from number 8 on holds more of A than of B.
     """
     rng, good = np.random.default_rng(20262), []
-    for _ in range(PLANTED_RUNS // 500):
+    for _ in range(RUNS // 500):
         pairs = rng.multinomial(25, [0.25, 0.25, 0.5], (500, 2000)).astype(np.int16)
         pairs[:, :8] = [25, 0, 0]
         before = np.pad(pairs.cumsum(axis=1), ((0, 0), (1, 0), (0, 0)))
@@ -179,7 +175,7 @@ def ended_at_the_first_failure() -> np.ndarray:
 
 def no_charge_for_pairs_that_differ() -> np.ndarray:
     """Pairs that differ count as one vote for either side and cost nothing beyond."""
-    differ = np.random.default_rng(20263).binomial(100, 0.5, PLANTED_RUNS)
+    differ = np.random.default_rng(20263).binomial(100, 0.5, RUNS)
     both_a = np.random.default_rng(20264).binomial(100 - differ, 0.5)
     lead = both_a - (100 - differ - both_a)
     total = sum(s * np.exp(bet * lead) for bet, s in zip(BETS, SHARES, strict=True))
@@ -188,9 +184,9 @@ def no_charge_for_pairs_that_differ() -> np.ndarray:
 
 def best_of_many_seeds() -> np.ndarray:
     """The scan is repeated, a thousand times, until one certifies; nothing can be certified."""
-    rng, claimed = np.random.default_rng(20265), np.zeros(PLANTED_RUNS, bool)
+    rng, claimed = np.random.default_rng(20265), np.zeros(RUNS, bool)
     for _ in range(1000):
-        both_a, both_b, differ = rng.multinomial(400, [0.25, 0.25, 0.5], PLANTED_RUNS).T
+        both_a, both_b, differ = rng.multinomial(400, [0.25, 0.25, 0.5], RUNS).T
         claimed |= e_values(both_a - both_b + differ, differ, 1.0) >= 2 / ALPHA
     return claimed
 
@@ -207,7 +203,7 @@ FINE = Scan(1.0, -3.0, 3.0, False, (240,))
 def coarse_grid_without_loss() -> np.ndarray:
     """Windows at 0, 1/2, 1, ... alone, each standing for a quarter to either side as it is."""
     wrong, per_unit = [], 40
-    for votes in cast(FINE, SPIKE, 4, PLANTED_RUNS):
+    for votes in cast(FINE, SPIKE, 4):
         z = 1 - 2 * votes.reshape(BLOCK, -1, 2)
         tops, twos = z.max(axis=2), np.ptp(z, axis=2) == 2
         good = np.ones(BLOCK, bool)
@@ -221,9 +217,7 @@ def coarse_grid_without_loss() -> np.ndarray:
 
 def spike_with_loss() -> np.ndarray:
     """The sound twin."""
-    return np.concatenate(
-        [overclaims(FINE, SPIKE, votes) for votes in cast(FINE, SPIKE, 4, PLANTED_RUNS)]
-    )
+    return np.concatenate([overclaims(FINE, SPIKE, votes) for votes in cast(FINE, SPIKE, 4)])
 
 
 DEFECTS = [

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import certifl
-from certifl.certification import rng_check as selftest
-from certifl.certification.rng_check import check_random_source
+from certifl.certification import sampling as selftest
+from certifl.certification.sampling import check_random_source
 from certifl.errors import RandomSourceBroken, WorkError
 from certifl.perturbations import PERTURBATIONS
 from certifl.rng import vote_generator

@@ -67,12 +67,16 @@ def test_the_first_call_fixes_the_arithmetic(
     alone = smoothed.certify(images[:1]).conditions
     assert alone["precision"] == "float32"
     for part in (images, images[:1]):
-        facts = smoothed.certify(part).conditions
-        assert (facts["precision"], facts["batch_size"]) == ("float32", alone["batch_size"])
+        metadata = smoothed.certify(part).conditions
+        assert (metadata["precision"], metadata["batch_size"]) == ("float32", alone["batch_size"])
     many = certifl.SmoothedClassifier(model, NOISE, n=200)
     for part in (images, images[:1]):
-        facts = many.certify(part).conditions
-        assert (facts["precision"], facts["batch_size"], facts["threads"]) == ("bfloat16", 32, 1)
+        metadata = many.certify(part).conditions
+        assert (metadata["precision"], metadata["batch_size"], metadata["threads"]) == (
+            "bfloat16",
+            32,
+            1,
+        )
 
 
 def test_it_votes_in_int8() -> None:

@@ -17,7 +17,7 @@ import torch
 import own_study
 import tiny_study as tiny
 from certifl.certification import Certificates
-from certifl.certification import adaptive as engine
+from certifl.certification import counts as engine
 from certifl.certification.counts import Votes
 from certifl.errors import InputError
 from certifl.experiments import recast as recasting
@@ -114,8 +114,8 @@ def from_elsewhere(place: Path, how: str) -> None:
     if how == FRESH:
         versions = {"torch": "2.0.0"}
         folder.update({"versions": {**manifest["versions"], **versions}})
-        facts = {**made.conditions, "versions": {**made.conditions["versions"], **versions}}
-        dataclasses.replace(made, conditions=facts).save(folder.certificates)
+        metadata = {**made.conditions, "versions": {**made.conditions["versions"], **versions}}
+        dataclasses.replace(made, conditions=metadata).save(folder.certificates)
 
 
 @pytest.mark.parametrize("how", [EXACT, ROUNDING, FRESH])
@@ -166,8 +166,8 @@ def test_a_batch_size_that_was_altered_cannot_fill_the_memory(
     place = Path(shutil.copytree(runs["runner-up"], tmp_path / "run"))
     folder = RunFolder(place)
     made = folder.load_certificates()
-    facts = {**made.conditions, "batch_size": size, "threads": size}
-    dataclasses.replace(made, conditions=facts).save(folder.certificates)
+    metadata = {**made.conditions, "batch_size": size, "threads": size}
+    dataclasses.replace(made, conditions=metadata).save(folder.certificates)
     assert recast_run(place, Options(images=1)).how == ROUNDING
 
 

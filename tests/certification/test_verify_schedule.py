@@ -15,9 +15,8 @@ import torch
 
 import certifl
 from certifl.certification import verify
-from certifl.certification.adaptive import count_all, finalize
 from certifl.certification.api import asked_conditions
-from certifl.certification.counts import fresh
+from certifl.certification.counts import count_all, finalize, fresh
 from certifl.certification.estimators import PRICES, UnionBound
 from certifl.certification.network import prepare
 from certifl.certification.sampling import VoteCounter
@@ -56,9 +55,9 @@ def made() -> certifl.Certificates:
     return certified("sequential")
 
 
-def rewritten(made: certifl.Certificates, **facts: Any) -> certifl.Certificates:
+def rewritten(made: certifl.Certificates, **metadata: Any) -> certifl.Certificates:
     """Other conditions, with level, bounds and radius of every row as they follow from them."""
-    known = {**made.conditions, **facts}
+    known = {**made.conditions, **metadata}
     looks, levels = np.array(known["look_votes"]), np.array(known["look_levels"], float)
     rows, last = np.arange(len(made)), np.minimum(made.looks, len(looks)) - 1
     level = levels[np.minimum(last, len(levels) - 1)]
@@ -123,10 +122,7 @@ def test_looks_chosen_after_the_votes_are_found(made: certifl.Certificates) -> N
             {"look_votes": [looks[0], looks[0], *looks[2:]]},
             {"look_votes": [-1, *looks[1:]]},
         ],
-        "levels for": [
-            {"look_levels": levels[:-1]},
-            {"look_levels": [*levels, 0.0]},
-        ],
+        "levels for": [{"look_levels": levels[:-1]}, {"look_levels": [*levels, 0.0]}],
         "positive": [
             {"look_levels": [0.0, *levels[1:]]},
             {"look_levels": [*levels[:-1], float("nan")]},
@@ -146,24 +142,26 @@ def test_looks_chosen_after_the_votes_are_found(made: certifl.Certificates) -> N
 
 
 def test_what_names_no_estimator_cannot_be_verified(made: certifl.Certificates) -> None:
-    facts = {k: v for k, v in made.conditions.items() if k != "estimator"}
+    metadata = {k: v for k, v in made.conditions.items() if k != "estimator"}
     with pytest.raises(InputError, match="estimator"):
-        verify(dataclasses.replace(made, conditions=facts))
+        verify(dataclasses.replace(made, conditions=metadata))
 
 
 def test_passes_of_a_scan_chosen_after_the_votes_are_found() -> None:
     made = certified("scan", n=3000)
-    scan, facts = made.conditions["scan"], made.conditions
+    scan, metadata = made.conditions["scan"], made.conditions
     assert verify(made) == []
     for change in (
         {"scan": {**scan, "passes": [1000, 500]}, "look_votes": [2000, 3000]},
         {"scan": {**scan, "passes": [500]}, "look_votes": [1000]},
-        {"look_levels": [facts["alpha"] / 2]},
-        {"look_levels": [facts["alpha"], 0.0]},
-        {"look_votes": facts["look_votes"][::-1]},
+        {"look_levels": [metadata["alpha"] / 2]},
+        {"look_levels": [metadata["alpha"], 0.0]},
+        {"look_votes": metadata["look_votes"][::-1]},
         {"n": 1000},
     ):
-        assert len(verify(dataclasses.replace(made, conditions={**facts, **change}))) >= 8, change
+        assert len(verify(dataclasses.replace(made, conditions={**metadata, **change}))) >= 8, (
+            change
+        )
 
 
 @pytest.mark.parametrize(
@@ -221,8 +219,8 @@ def test_records_of_older_versions_are_granted_a_float32_and_no_more() -> None:
     gaussian = certified("runner-up")
     assert len(verify(of_version(gaussian, "0.1.0", gaussian.radius * (1 + least / 2)))) > 0
     for versions in (None, "0.1.0", {"certifl": 0.1}, {}):
-        facts = {**made.conditions, "versions": versions}
-        larger = dataclasses.replace(made, radius=made.radius * (1 + least), conditions=facts)
+        metadata = {**made.conditions, "versions": versions}
+        larger = dataclasses.replace(made, radius=made.radius * (1 + least), conditions=metadata)
         assert len(verify(larger)) > 0
 
 
@@ -271,14 +269,14 @@ def test_records_of_the_union_bound_still_verify_and_name_no_boundaries(
 def test_records_of_exact_boundaries_are_not_read_by_the_union_bound(
     made: certifl.Certificates,
 ) -> None:
-    facts = {k: v for k, v in made.conditions.items() if k != "boundaries"}
-    assert len(verify(dataclasses.replace(made, conditions=facts))) >= len(made)
+    metadata = {k: v for k, v in made.conditions.items() if k != "boundaries"}
+    assert len(verify(dataclasses.replace(made, conditions=metadata))) >= len(made)
 
 
 def test_records_older_than_the_choice_of_what_to_keep_still_verify() -> None:
     old = of_earlier_version("certificates", None)
-    facts = {k: v for k, v in old.conditions.items() if k != "keep"}
-    assert verify(dataclasses.replace(old, conditions=facts)) == []
+    metadata = {k: v for k, v in old.conditions.items() if k != "keep"}
+    assert verify(dataclasses.replace(old, conditions=metadata)) == []
     curve = of_earlier_version("curve", None)
     hidden = {k: v for k, v in curve.conditions.items() if k != "keep"}
     assert len(verify(dataclasses.replace(curve, conditions=hidden))) == len(curve)

@@ -15,15 +15,13 @@ import torch
 from torch import Tensor
 
 import certifl
-from certifl.certification import adaptive as engine
-from certifl.certification import certificates as predictions
+from certifl.certification import counts as engine
 from certifl.certification import network
 from certifl.certification import sampling as votes
 from certifl.certification.api import _rounding, conditions
-from certifl.certification.certificates import predict_plain
-from certifl.certification.counts import Request
+from certifl.certification.counts import CHUNK, Request, votes_per_image
 from certifl.certification.network import Network, prepare, tf32_state
-from certifl.certification.sampling import CHUNK, VoteCounter, votes_per_image
+from certifl.certification.sampling import VoteCounter, predict_plain
 from certifl.certification.settings import Settings
 from certifl.study.certify import Job, _votes_key
 from known_models import HalfSpace
@@ -95,7 +93,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
         finally:
             now.pop()
 
-    for module in (network, votes, predictions):
+    for module in (network, votes):
         monkeypatch.setattr(module, "exact_convolutions", noted)
     return now
 
@@ -120,7 +118,7 @@ def test_every_call_of_a_network_is_held_to_exact_convolutions(held: list[torch.
 
 
 def test_rows_and_slots_reach_the_device_as_they_were_asked_for() -> None:
-    parts = [votes._Votes(k % 3, k, torch.full((k + 1, 2), float(k))) for k in range(4)]
+    parts = [(k % 3, k, torch.full((k + 1, 2), float(k))) for k in range(4)]
     rows, slots, params = votes._packed(parts)
     assert rows.tolist() == [0, 1, 1, 2, 2, 2, 0, 0, 0, 0]
     assert slots.tolist() == [0, 1, 1, 2, 2, 2, 3, 3, 3, 3]
@@ -185,13 +183,13 @@ def test_tf32_is_read_by_its_older_name_before_torch_2_9(on: bool) -> None:
 def test_votes_of_another_tf32_are_not_counted_with_these(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(conditions.__globals__, "_device_name", str)
+    monkeypatch.setattr(torch.cuda, "get_device_name", str)
     job = Job(0, np.arange(3), (IMAGES * 255).byte(), np.zeros(3, np.int64), tmp_path / "votes")
 
     def key(device: str, precision: str = "float32") -> str:
         ready = network_of(device, precision)
-        facts = conditions(NOISE, Settings(), ready, 0, MODEL, "data")
-        return _votes_key(job, facts, "")
+        metadata = conditions(NOISE, Settings(), ready, 0, MODEL, "data")
+        return _votes_key(job, metadata, "")
 
     devices = ("cuda", "cpu")
     by_default = [key(device) for device in devices] + [key("cuda", "bfloat16")]

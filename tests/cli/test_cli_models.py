@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import certifl
 import tiny_study as tiny
 from certifl.certification import Certificates
-from certifl.certification import adaptive as engine
+from certifl.certification import counts as engine
 from certifl.data import load, to_float
 from certifl.models import build, state_of
 from certifl.runs.atomic import load_tensors

@@ -59,7 +59,7 @@ PAIRS = DataLoader(TensorDataset(X, Y), batch_size=2)
         (X, Y - 1, "found -1 to 2. A label of -1 usually marks"),
         (resampled(1 + 1e-7), None, r"found .* to 1\.00000012: .*clamp\(0, 1\)"),
         (resampled(-0.03), None, r"found -0\.0299.*clamp\(0, 1\)"),
-        (resampled(2.6), None, r"to 2\.5\d+: .*Put normalisation inside"),
+        (resampled(2.6), None, r"to 2\.5\d+: .*Put normalization inside"),
     ],
 )
 def test_what_cannot_be_used_says_what_can(images: Any, labels: Any, says: str) -> None:

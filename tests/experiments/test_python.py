@@ -12,7 +12,7 @@ import pytest
 
 import certifl
 import tiny_study as tiny
-from certifl.certification import frames
+from certifl.certification import certificates as frames
 from certifl.errors import InputError, SpecError, StoreMismatch
 from certifl.progress import NotebookBars, Pace
 from certifl.report import load_runs

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import tiny_study as tiny
-from certifl.certification import adaptive as engine
+from certifl.certification import counts as engine
 from certifl.certification.certificates import Certificates
 from certifl.errors import StoreMismatch
 from certifl.experiments.run import Options, run

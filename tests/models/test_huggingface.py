@@ -16,11 +16,10 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig
 from transformers import ViTForImageClassification as ViT
 
 import certifl
-from certifl.certification.network import prepare
 from certifl.errors import InputError, ModelError, StoreMismatch
 from certifl.experiments.hub import check_card
 from certifl.models import code_fingerprint, fingerprint
-from certifl.models.huggingface import load
+from certifl.models.building import load
 from certifl.models.state import constants_of
 from image_sets import write_set
 from tiny_study import cli, write_spec
@@ -120,24 +119,6 @@ def test_a_resnet_is_certified_as_it_comes() -> None:
         == certifl.predict(Wrapped().eval(), X, NOISE, n=100, precision="float32").tolist()
     )
     assert certifl.certify(lambda x: network(x), X, NOISE, labels=Y, n=100).same_results(wanted)
-
-
-class Answers(nn.Module):
-    def __init__(self, made) -> None:
-        super().__init__()
-        self.layer, self.made = nn.Linear(SIZE * SIZE * 3, 3), made
-
-    def forward(self, images: torch.Tensor) -> object:
-        return self.made(self.layer(images.flatten(1)))
-
-
-@pytest.mark.parametrize(
-    ("made", "way"),
-    [(lambda y: (y,), r"tuple.*model\(x\)\[0\]"), (lambda y: {"out": y}, r"model\(x\)\['out'\]")],
-)
-def test_tuples_and_dictionaries_are_refused_with_the_way_out(made, way) -> None:
-    with pytest.raises(ModelError, match=way):
-        prepare(Answers(made).eval(), X)
 
 
 def test_loaders_and_data_sets_give_images_with_their_labels() -> None:

@@ -106,20 +106,20 @@ def test_one_images_logits_do_not_depend_on_the_others(name):
 @pytest.mark.parametrize("name", ["small_cnn", "small_resnet"])
 @pytest.mark.parametrize(("lr", "momentum"), [(0.1, 0.0), (0.02, 0.9)])
 def test_small_networks_learn_digits(name, lr, momentum):
-    """Twelve passes over 1 400 digits; 0.9 is far from chance (0.1); about 0.97 is reached."""
+    """Six passes over 1 400 digits; 0.8 is far from chance (0.1); about 0.95 is reached."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(digits.target)
     model = models.build(name, 1, 10, seed=0)
     sgd = torch.optim.SGD(model.parameters(), lr, momentum)
     made = torch.Generator().manual_seed(0)
-    for _ in range(12):
+    for _ in range(6):
         for batch in torch.randperm(1400, generator=made).split(64):
             sgd.zero_grad()
             nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
             sgd.step()
     model.eval()
-    assert (model(images[1400:]).argmax(1) == labels[1400:]).float().mean() > 0.9
+    assert (model(images[1400:]).argmax(1) == labels[1400:]).float().mean() > 0.8
 
 
 # --- seeds --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import certifl
-from certifl.certification.certificates import predict_plain
 from certifl.certification.network import Network, prepare
+from certifl.certification.sampling import predict_plain
 from certifl.errors import ModelError
 
 NOISE = certifl.PixelNoise(0.25)
@@ -200,6 +201,7 @@ def _scripted() -> nn.Module:
     return torch.jit.script(body())
 
 
+@functools.cache  # exporting takes seconds, and whoever votes with it copies it
 def _exported() -> nn.Module:
     batch = torch.export.Dim("batch")
     return torch.export.export(body(), (images(),), dynamic_shapes=({0: batch},)).module()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from certifl.errors import InputError, ModelError
-from certifl.models.weights import load_weights, read_checkpoint, weights_in
+from certifl.models.state import load_weights, read_checkpoint, weights_in
 
 State = Mapping[str, Tensor]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import certifl
-from certifl.certification.sweeps import sweeps_of
+from certifl.certification.certified_sets import sweeps_of
 from certifl.perturbations import PERTURBATIONS, family_label, trait
 from certifl.registry import Positive, Row, parameters
 from certifl.report.units import family_words, scales
@@ -49,10 +49,10 @@ def test_a_file_and_a_row_are_enough(exposure: type) -> None:
     images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     model = certifl.models.small_cnn(1, 10).eval()
     certificates = certifl.certify(model, images, perturbation, n=300, n0=20)
-    facts = certificates.conditions
-    assert facts["description"] == described
-    assert family_words(facts) == family_label("exposure") == "exposure"
-    assert [scale.name for scale in scales(facts, 0.1)] == ["log factor"]
+    stored = certificates.conditions
+    assert stored["description"] == described
+    assert family_words(stored) == family_label("exposure") == "exposure"
+    assert [scale.name for scale in scales(stored, 0.1)] == ["log factor"]
     assert trait("exposure", "promise", "").startswith("for every exposure")
 
 
@@ -65,5 +65,5 @@ def test_families_are_named_in_their_files_and_rows_alone() -> None:
         if path.relative_to(SOURCE).parts[0] not in _EXEMPT and path.parent != SOURCE
     }
     assert {path: names for path, names in found.items() if names} == {
-        "certification/metadata.py": ["rotation", "pixel"],  # a record, shown in the docstring
+        "certification/metadata.py": ["rotation", "pixel"]  # a record, shown in the docstring
     }

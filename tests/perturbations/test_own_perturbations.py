@@ -159,9 +159,9 @@ def test_files_and_joints_keep_whose_perturbation_is_which(mixed: Path, tmp_path
 def test_sigmas_of_one_family_do_have_an_average(mixed: Path) -> None:
     first = RunFolder(mixed).load_certificates().of_client(0)
     described = {**first.conditions["description"], "sigma": 0.2}
-    facts = {**first.conditions, "sigma": 0.2, "description": described}
+    metadata = {**first.conditions, "sigma": 0.2, "description": described}
     second = dataclasses.replace(
-        first, client=first.client + 5, radius=first.radius / 2, conditions=facts
+        first, client=first.client + 5, radius=first.radius / 2, conditions=metadata
     )
     both = certifl.Certificates.concatenate([first, second])
     assert "sigma" not in both.conditions
@@ -207,10 +207,7 @@ def test_a_planted_radius_is_found_in_either_unit(client: int, copied: Path) -> 
 
 def _swapped(held: certifl.Certificates) -> certifl.Certificates:
     first, second = held.conditions["perturbations"]
-    groups = [
-        {**first, "clients": second["clients"]},
-        {**second, "clients": first["clients"]},
-    ]
+    groups = [{**first, "clients": second["clients"]}, {**second, "clients": first["clients"]}]
     return dataclasses.replace(held, conditions={**held.conditions, "perturbations": groups})
 
 
@@ -241,7 +238,7 @@ def test_plain_predictions_are_checked_too(copied: Path) -> None:
     assert "an image is predicted twice for one client" in verify_run(copied).problems
     other = {**plain.conditions, "model_fingerprint": {"2": "0"}}
     dataclasses.replace(plain, conditions=other).save(folder.predictions)
-    assert any("client 2: the stored model" in told for told in verify_run(copied).problems)
+    assert any("client 2: the stored model" in text for text in verify_run(copied).problems)
     folder.predictions.unlink()
     tiny.cli("verify", copied).refused("no plain predictions", code=1)
 
@@ -306,9 +303,9 @@ def test_rows_are_about_one_perturbation_each(
     ]
     assert [one["client"] for one in rows[0]["plain"]] == [2]
     show_summary(rows)
-    told = capsys.readouterr().out
-    assert "certified by client 1" in told
-    assert told.count("client 2 certifies nothing: plain accuracy") == 1
+    shown = capsys.readouterr().out
+    assert "certified by client 1" in shown
+    assert shown.count("client 2 certifies nothing: plain accuracy") == 1
 
 
 def test_runs_that_certify_otherwise_do_not_stand_side_by_side(mixed: Path) -> None:

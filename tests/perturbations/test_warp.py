@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from certifl.errors import InputError
 from certifl.perturbations import Affine, Rotation, Scaling, Translation
-from certifl.perturbations.warp import Grid, grid_of, warp
+from certifl.perturbations.warp import grid_of, warp
 
 SIZES = [(8, 8), (9, 13), (28, 28), (32, 32), (33, 17), (64, 48)]
 PADDINGS = ("zeros", "border", "reflection")
@@ -49,18 +49,8 @@ def test_equals_grid_sample_in_double_precision(padding):
     torch.testing.assert_close(warp(images, x, y, padding), expected, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("padding", PADDINGS)
-def test_identity_is_exact_for_every_size(padding):
-    for h in range(8, 65, 4):
-        for w in range(8, 65, 7):
-            images = pictures(2, 1, h, w, seed=h * w)
-            grid = grid_of(images, "centre")
-            x, y = grid.columns.expand(1, h, w), grid.rows.expand(1, h, w)
-            assert torch.equal(warp(images, x, y, padding), images), (h, w)
-
-
-@pytest.mark.parametrize("right", [-40, -13, -3, 0, 1, 12, 13, 40])
-@pytest.mark.parametrize("down", [-9, -2, 0, 5, 100])
+@pytest.mark.parametrize("right", [-40, -13, -3, 12])
+@pytest.mark.parametrize("down", [-9, 0, 5])
 def test_whole_shifts_are_index_shifts_with_zero_fill(right, down):
     images = pictures(2, 3, 9, 13)
     grid = grid_of(images, "centre")
@@ -145,15 +135,6 @@ def test_any_memory_layout_goes_in():
     assert expected.is_contiguous()
 
 
-def test_inputs_are_left_as_they_were():
-    images = pictures(2, 1, 8, 8)
-    x, y = positions(images)
-    before = images.clone(), x.clone(), y.clone()
-    for padding in PADDINGS:
-        warp(images, x, y, padding)
-    assert all(torch.equal(a, b) for a, b in zip(before, (images, x, y), strict=True))
-
-
 def test_gradients_reach_the_images():
     images = pictures(2, 1, 8, 8).requires_grad_()
     x, y = positions(images.detach())
@@ -226,9 +207,8 @@ def test_one_unit_of_translation_is_half_the_image():
     assert not moved[..., :, 12:].any()
 
 
-@pytest.mark.parametrize("right", [-3, 0, 1, 7])
-@pytest.mark.parametrize("down", [-5, 0, 2])
-@pytest.mark.parametrize("size", [(8, 8), (28, 28), (32, 48), (20, 30)])
+@pytest.mark.parametrize(("right", "down"), [(-3, 2), (0, -5), (7, 0)])
+@pytest.mark.parametrize("size", [(8, 8), (20, 30)])
 def test_whole_pixel_translation_is_an_index_shift(size, right, down):
     h, w = size
     images = pictures(2, 1, h, w)
@@ -322,11 +302,3 @@ def test_published_geometry_under_translation_rotation_and_scaling():
     found = Scaling(1.0, geometry="deformrs").apply(images, torch.tensor([-0.3]))
     expected = F.grid_sample(images, (0.7 * base).expand(4, -1, -1, -1), align_corners=False)
     torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
-
-
-def test_grid_is_a_plain_record():
-    grid = grid_of(torch.zeros(1, 1, 3, 4), "centre")
-    assert isinstance(grid, Grid)
-    assert grid.x.tolist() == [-1.5, -0.5, 0.5, 1.5]
-    assert grid.y.flatten().tolist() == [-1.0, 0.0, 1.0]
-    assert (grid.half_width, grid.half_height) == (2.0, 1.5)

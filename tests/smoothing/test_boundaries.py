@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from certifl.smoothing.boundaries import Limits, boundaries, limits
 from certifl.smoothing.bounds import clopper_pearson_upper
-from certifl.smoothing.group_sequential import increments
+from certifl.smoothing.group_sequential import Limits, boundaries, increments, limits
 from certifl.smoothing.sequential import looks
 
 ALPHA = 0.05

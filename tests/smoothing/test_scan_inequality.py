@@ -9,8 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from certifl.smoothing.scan import BETS, SHARES, log_weight, read_scan
-from certifl.smoothing.strata import Cells, Scan, passes_of
+from certifl.smoothing.scan import BETS, SHARES, Cells, Scan, log_weight, passes_of, read_scan
 
 # --- the inequality
 

@@ -10,18 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import hypergeom
 
 from certifl.errors import InputError
-from certifl.smoothing import (
-    BOUNDS,
-    GAUSSIAN,
-    LAWS,
-    UNIFORM,
-    even_grid,
-    finished,
-    grid_steps,
-    levels,
-    looks,
-    reachable_radius,
-)
+from certifl.smoothing import BOUNDS, GAUSSIAN, LAWS, grid_steps, levels, looks, reachable_radius
 
 exact = settings(max_examples=50, deadline=None, derandomize=True)
 GRID = np.arange(1, 5) * 0.25
@@ -72,60 +61,6 @@ def test_grid_steps_start_with_being_certified_at_all():
     ]
 
 
-def run(k, runner, look, rule="top-class", grid=GRID, law=GAUSSIAN, sigma=0.25, **options):
-    schedule = looks(100_000)
-    return finished(
-        k,
-        runner,
-        look,
-        schedule,
-        levels(1e-3, schedule),
-        grid,
-        law,
-        sigma,
-        BOUNDS[rule],
-        **options,
-    )
-
-
-def test_unanimous_images_stop_once_the_last_reachable_step_is_certified():
-    # 0.75 = 3 sigma needs p >= Phi(3); 2e-5 ** (1 / n) passes it from n = 8010 on; 1.0 needs
-    # 4 sigma, which 100 000 unanimous votes do not give.
-    unanimous = [bool(run([c], [0], j)[0]) for j, c in enumerate(looks(100_000))]
-    assert unanimous == [False] * 7 + [True] * 4
-
-
-@pytest.mark.parametrize("rule", BOUNDS)
-def test_images_in_the_middle_of_a_cell_stop_early_and_those_at_a_step_do_not(rule):
-    # Between 0.25 (p = .841) and 0.5 (p = .977): 1600 votes tell p = .92 apart from both.
-    assert run([1472], [128], 4, rule)[0]
-    assert not run([1346], [254], 4, rule)[0]
-    # Hopeless: far below one half and behind the runner-up
-    assert run([100], [700], 3, rule)[0]
-
-
-def test_a_wrong_label_stops_at_the_first_look_and_no_label_changes_nothing():
-    assert list(run([95, 95], [5, 5], 0, wrong=[True, False])) == [True, False]
-    assert list(run([95, 95], [5, 5], 0)) == [False, False]
-
-
-@pytest.mark.parametrize("rule", BOUNDS)
-def test_images_at_different_looks_are_answered_as_if_alone(rule):
-    rng = np.random.default_rng(0)
-    schedule = looks(100_000)
-    look = rng.integers(0, len(schedule), 300)
-    spent = np.asarray(schedule)[look]
-    top = rng.binomial(spent, rng.uniform(0.3, 1.0, 300))
-    runner = rng.binomial(spent - top, 0.7)
-    together = run(top, runner, look, rule)
-    alone = [
-        bool(run([a], [b], int(j), rule)[0]) for a, b, j in zip(top, runner, look, strict=True)
-    ]
-    assert list(together) == alone
-    assert 0 < together.sum() < 300
-    assert together[spent == 100_000].all()
-
-
 @pytest.mark.parametrize("law", LAWS.values(), ids=list(LAWS))
 @pytest.mark.parametrize("rule", BOUNDS)
 @exact
@@ -161,30 +96,18 @@ def test_an_image_that_would_reach_the_step_is_rarely_given_up():
         for j, spent in enumerate(schedule[:-1]):
             k = np.arange(spent + 1)
             reach = reachable_radius(
-                k,
-                0 * k,
-                j,
-                schedule,
-                level,
-                GAUSSIAN,
-                0.25,
-                BOUNDS["top-class"],
-                futility=price,
+                k, 0 * k, j, schedule, level, GAUSSIAN, 0.25, BOUNDS["top-class"], futility=price
             )
             short = grid_steps(reach, GRID) < grid_steps(radius[needed - n // 2], GRID)
             missed = hypergeom.cdf(k[short].max(initial=-1), n, needed, spent)
             assert missed <= 1.6 * price * spent / n
 
 
-def test_a_higher_price_stops_earlier_and_never_later():
-    rng = np.random.default_rng(1)
-    top = rng.binomial(6400, rng.uniform(0.4, 1.0, 2000))
-    patient, hasty = (
-        run(top, 6400 - top, 6, law=UNIFORM, grid=even_grid(0.25, 21), futility=price)
-        for price in (0.01, 3.0)
-    )
-    assert np.all(hasty >= patient)
-    assert hasty.sum() > patient.sum() > 0
+def reach(k=(90,), runner=(5,), look=0, schedule=None, level=None, **options):
+    schedule = looks(100_000) if schedule is None else schedule
+    level = levels(1e-3, schedule) if level is None else level
+    bound = BOUNDS["top-class"]
+    return reachable_radius(k, runner, look, schedule, level, GAUSSIAN, 0.25, bound, **options)
 
 
 @pytest.mark.parametrize(
@@ -193,16 +116,17 @@ def test_a_higher_price_stops_earlier_and_never_later():
         {"look": 11},
         {"look": -1},
         {"k": [101]},
-        {"k": [1.5]},
-        {"grid": [-1.0]},
-        {"grid": [np.nan]},
+        {"k": [1.5], "look": 10},
         {"futility": 0.0},
         {"futility": float("nan")},
+        {"schedule": (100, 100), "level": (0.1, 0.1)},
+        {"schedule": (100, 200), "level": (0.1,)},
     ],
 )
-def test_counts_that_do_not_fit_are_refused(change):
+def test_what_does_not_fit_a_look_is_refused(change):
+    assert reach() > 0
     with pytest.raises(InputError):
-        run(**{"k": [90], "runner": [5], "look": 0, **change})
+        reach(**change)
 
 
 def test_bad_schedules_are_refused():
@@ -215,6 +139,6 @@ def test_bad_schedules_are_refused():
     for share in (0.0, 0.1, float("nan")):
         with pytest.raises(InputError):
             levels(0.1, looks(100_000), share)
-    for schedule, level in (((100, 100), (0.1, 0.1)), ((100, 200), (0.1,))):
+    for grid in ([-1.0], [np.nan]):
         with pytest.raises(InputError):
-            finished([9], [1], 0, schedule, level, GRID, GAUSSIAN, 0.25, BOUNDS["top-class"])
+            grid_steps([0.1], grid)

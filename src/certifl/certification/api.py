@@ -1,12 +1,14 @@
-"""`certify` and `predict`: certificates for any classifier of images."""
+"""`certify`, `predict` and `SmoothedClassifier`: certificates for any classifier of images."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import platform
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
@@ -15,24 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from certifl._version import __version__
-from certifl.certification import adaptive as engine
-from certifl.certification import counts
+from certifl.certification import counts as engine
 from certifl.certification.arithmetic import Trial, ready
-from certifl.certification.blocks import ImageLabels, Images, checked_blocks
 from certifl.certification.certificates import ABSTAINED, Certificates
 from certifl.certification.checks import (
+    ImageLabels,
+    Images,
     Model,
     check_labels,
     check_perturbation,
     check_seed,
+    checked_blocks,
 )
 from certifl.certification.estimators import Estimator, least_that, too_few_votes
-from certifl.certification.network import Network, tf32_state
+from certifl.certification.network import Network, choose_precision, tf32_state
 from certifl.certification.quantization import calibration_of
-from certifl.certification.rng_check import check_random_source_once
-from certifl.certification.sampling import VoteCounter
+from certifl.certification.sampling import VoteCounter, check_random_source_once
 from certifl.certification.settings import Settings
-from certifl.errors import InputError
 from certifl.models import fingerprint
 from certifl.perturbations import describe
 from certifl.perturbations.base import Perturbation
@@ -40,6 +41,7 @@ from certifl.perturbations.units import parse_amount, parse_amounts
 from certifl.progress import ProgressCallback, bar
 from certifl.rng import image_key
 from certifl.smoothing.bounds import two_sided_sign_test
+from certifl.torch_env import one_thread
 
 # Images on the device at once; results do not depend on it.
 _BLOCK = 256
@@ -134,26 +136,23 @@ def certify(
     chosen = settings.estimator_for(perturbation)
     chosen.check()
     blocks = checked_blocks(images, labels, perturbation)
-    first = next(blocks, None)
-    if first is None:
-        raise InputError("There is nothing to certify: images holds no block.")
+    first = next(blocks)
     trial = Trial.of(perturbation, settings, seed, len(first[0]))
-    scales = calibration_of(calibration, perturbation, seed)
-    network = ready(model, first[0], trial, device, precision, batch_size, calibration=scales)
-    check_random_source_once(perturbation, tuple(first[0].shape[1:]), network.device)
-    counter = VoteCounter(network, perturbation, seed)
+    counter = _counter(model, first[0], trial, device, precision, batch_size, calibration)
     content, parts, done = hashlib.sha256(), list[Certificates](), 0
     with _reporting(progress) as report:
         for values, given in itertools.chain([first], blocks):
-            known = check_labels(given, len(values), network.classes)
+            known = check_labels(given, len(values), counter.network.classes)
             content.update(values.cpu().numpy().tobytes())
             for start in range(0, len(values), _BLOCK):
                 rows = slice(start, start + _BLOCK)
                 shifted = _shifted(report, done + start, done + len(values), settings)
                 part = None if known is None else known[rows]
-                parts.append(
-                    _certified(counter, values[rows], part, chosen, done + start, shifted)
-                )
+                votes = engine.fresh(len(values[rows]), counter.network.classes)
+                on_device = values[rows].to(counter.network.device)
+                engine.count_all(counter, on_device, part, chosen, votes, progress=shifted)
+                index = np.arange(done + start, done + start + len(on_device))
+                parts.append(engine.finalize(votes, chosen, part, index))
             done += len(values)
     joined = Certificates.concatenate(parts)
     # Last, because the batch size may have been halved on the way.
@@ -163,19 +162,20 @@ def certify(
     return dataclasses.replace(joined, conditions=metadata)
 
 
-def _certified(
-    counter: VoteCounter,
+def _counter(
+    model: Model,
     images: Tensor,
-    labels: np.ndarray | None,
-    estimator: Estimator,
-    start: int,
-    progress: ProgressCallback | None,
-) -> Certificates:
-    """Certificates of images that are on the device together; `start` is the first one's index."""
-    votes = counts.fresh(len(images), counter.network.classes)
-    on_device = images.to(counter.network.device)
-    engine.count_all(counter, on_device, labels, estimator, votes, progress=progress)
-    return engine.finalize(votes, estimator, labels, np.arange(start, start + len(images)))
+    trial: Trial,
+    device: str | torch.device,
+    precision: str,
+    batch_size: int | str,
+    calibration: Tensor | np.ndarray | Mapping[str, Any] | None,
+) -> VoteCounter:
+    """The votes of a model prepared for images like these; the random source was tested."""
+    scales = calibration_of(calibration, trial.perturbation, trial.seed)
+    network = ready(model, images, trial, device, precision, batch_size, calibration=scales)
+    check_random_source_once(trial.perturbation, tuple(images.shape[1:]), network.device)
+    return VoteCounter(network, trial.perturbation, trial.seed)
 
 
 @contextlib.contextmanager
@@ -190,6 +190,7 @@ def _reporting(progress: bool | ProgressCallback) -> Iterator[ProgressCallback |
 def _shifted(
     report: ProgressCallback | None, before: int, images: int, settings: Settings
 ) -> ProgressCallback | None:
+    """Progress of some images as progress of all of them."""
     if report is None:
         return None
     offset = engine.expected_votes(before, settings)
@@ -222,7 +223,9 @@ def conditions(
         **_quantization(network, model),
         "batch_norm_folded": network.folded,
         "batch_size": network.batch_size,
-        "device": _device_name(network.device),
+        "device": torch.cuda.get_device_name(network.device)
+        if network.device.type == "cuda"
+        else str(network.device),
         "threads": network.threads,
         "model_fingerprint": fingerprint(model) if isinstance(model, nn.Module) else None,
         "data_fingerprint": data,
@@ -235,10 +238,7 @@ def conditions(
 
 
 def asked_conditions(
-    perturbation: Perturbation,
-    settings: Settings,
-    seed: int,
-    estimator: Estimator | None = None,
+    perturbation: Perturbation, settings: Settings, seed: int, estimator: Estimator | None = None
 ) -> dict[str, Any]:
     """The metadata that follow from the request, before any network is known.
 
@@ -294,10 +294,6 @@ def _rounding(network: Network) -> dict[str, Any]:
     if network.device.type != "cuda" or network.precision != "float32":
         return {}
     return {"tf32": tf32_state()}
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 class Predicted(NamedTuple):
@@ -403,40 +399,148 @@ def predict(
     check_perturbation(perturbation)
     check_seed(seed)
     n = Settings(n=n, alpha=alpha).n  # the same ranges hold
-    _check_decides(n, alpha)
-    blocks = checked_blocks(images, None, perturbation)
-    first = next(blocks, None)
-    if first is None:
-        raise InputError("There is nothing to predict: images holds no block.")
-    trial = Trial(perturbation, seed, min(_SELECTION, n), len(first[0]) * n)
-    scales = calibration_of(calibration, perturbation, seed)
-    network = ready(model, first[0], trial, device, precision, batch_size, calibration=scales)
-    check_random_source_once(perturbation, tuple(first[0].shape[1:]), network.device)
-    counter = VoteCounter(network, perturbation, seed)
-    answers = []
-    for values, _ in itertools.chain([first], blocks):
-        for start in range(0, len(values), _BLOCK):
-            block = values[start : start + _BLOCK].to(network.device)
-            requests = [
-                counts.Request(row, row, image_key(image), "predict", 0, n)
-                for row, image in enumerate(block)
-            ]
-            answers.append(_decided(counter.count(block, requests, slots=len(block)), alpha))
-    return np.concatenate(answers)
-
-
-def _check_decides(n: int, alpha: float) -> None:
-    """Refuse so few votes that the test could not decide even where they all agree."""
 
     def decides(votes: int) -> bool:
         return bool(two_sided_sign_test(votes, 0) <= alpha)
 
-    if not decides(n):
+    if not decides(n):  # not even where they all agree
         raise too_few_votes(n, alpha, least_that(decides))
+    blocks = checked_blocks(images, None, perturbation)
+    first = next(blocks)
+    trial = Trial(perturbation, seed, min(_SELECTION, n), len(first[0]) * n)
+    counter = _counter(model, first[0], trial, device, precision, batch_size, calibration)
+    answers = []
+    for values, _ in itertools.chain([first], blocks):
+        for start in range(0, len(values), _BLOCK):
+            block = values[start : start + _BLOCK].to(counter.network.device)
+            requests = [
+                engine.Request(row, row, image_key(image), "predict", 0, n)
+                for row, image in enumerate(block)
+            ]
+            votes = counter.count(block, requests, slots=len(block))
+            order = np.argsort(-votes, axis=1, kind="stable")[:, :2]
+            first_two = np.take_along_axis(votes, order, axis=1).T
+            certain = np.asarray(two_sided_sign_test(*first_two)) <= alpha
+            answers.append(np.where(certain, order[:, 0], ABSTAINED).astype(np.int64))
+    return np.concatenate(answers)
 
 
-def _decided(counts: np.ndarray, alpha: float) -> np.ndarray:
-    order = np.argsort(-counts, axis=1, kind="stable")[:, :2]
-    first, second = np.take_along_axis(counts, order, axis=1).T
-    certain = np.asarray(two_sided_sign_test(first, second)) <= alpha
-    return np.where(certain, order[:, 0], ABSTAINED).astype(np.int64)
+# Voting sets torch's threads and arithmetic for the whole process; two calls at once, as a service
+# makes them, would reset each other's.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+class SmoothedClassifier:
+    """The smoothed classifier of a model: the class that its network gives most often under noise.
+
+        smoothed = certifl.SmoothedClassifier(model, certifl.Rotation("18deg"))
+        labels, radii = smoothed.predict(images)
+
+    Guarantee: that of `certify`, in each call and for each image: with probability at least
+    1 - alpha over its votes the label is -1 (abstained), or the smoothed classifier gives it at
+    every parameter of norm at most the radius. The n0 votes that choose a label are never among
+    those that bound its probability.
+
+    Votes are a function of the seed and the image, so the same image gets the same answer however
+    often it is asked for. Who knows the seed can look for images on which the votes mislead;
+    against somebody who chooses images, draw it (`secrets.randbits(63)`) and keep it to yourself.
+    Even then about alpha of all images have a wrong answer, and somebody who may ask without limit
+    can look for those.
+
+    Attributes:
+        model: callable from images (m, c, h, w) in [0, 1] to logits (m, classes).
+        perturbation: what it is smoothed with.
+        device: on which it votes.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        perturbation: Perturbation,
+        *,
+        n0: int = 100,
+        n: int = 1000,
+        alpha: float = 1e-3,
+        estimator: str = "sequential",
+        seed: int = 0,
+        precision: str = "auto",
+        device: str | torch.device = "auto",
+        batch_size: int | str = "auto",
+        calibration: Tensor | np.ndarray | Mapping[str, Any] | None = None,
+    ) -> None:
+        """Name a model and how it votes, as in `certify`; nothing is computed yet.
+
+        What "auto" stands for is fixed by the first call.
+
+        Raises:
+            InputError: settings that cannot be used, or so few votes that nothing is certified.
+        """
+        check_perturbation(perturbation)
+        check_seed(seed)
+        choose_precision(precision)
+        Settings(estimator, n0, n, alpha).estimator_for(perturbation).check()
+        self.model, self.perturbation, self.device = model, perturbation, device
+        self._certify = functools.partial(
+            certify,
+            n0=n0,
+            n=n,
+            alpha=alpha,
+            estimator=estimator,
+            seed=seed,
+            calibration=calibration,
+        )
+        # Precision, batch size and threads: 1, or 0 for as many as torch computes with.
+        self._asked: tuple[str, int | str, int] = (precision, batch_size, 0)
+        self._fixed: tuple[str, int | str, int] | None = None
+
+    def __repr__(self) -> str:
+        return f"SmoothedClassifier({type(self.model).__name__}, {self.perturbation!r})"
+
+    def predict(self, images: Images) -> Predicted:
+        """Labels and certified radii; see the class for what is guaranteed.
+
+        Args:
+            images: (m, c, h, w) in [0, 1], or blocks of such.
+
+        Raises:
+            InputError, ModelError: as `certify`.
+        """
+        certificates = self.certify(images)
+        return Predicted(certificates.predicted, certificates.radius)
+
+    def certify(self, images: Images, labels: ImageLabels = None) -> Certificates:
+        """The certificates behind `predict`, with their votes and metadata.
+
+        Args:
+            images: as in `predict`.
+            labels: (m,) true classes; they mark which certificates are correct, and let votes stop
+                early on wrong ones.
+
+        Raises:
+            InputError, ModelError: as `certify`.
+        """
+        with _ONE_AT_A_TIME:
+            precision, batch_size, threads = self._fixed or self._asked
+            with one_thread(threads == 1):
+                made = self._certify(
+                    self.model,
+                    images,
+                    self.perturbation,
+                    labels=labels,
+                    precision=precision,
+                    device=self.device,
+                    batch_size=batch_size,
+                )
+            if self._fixed is None:
+                # Another call, of more images, might choose otherwise: one image, two answers.
+                known = made.conditions
+                self._fixed = known["precision"], known["batch_size"], known["threads"]
+            return made
+
+    def to(self, device: str | torch.device) -> SmoothedClassifier:
+        """Move the model, if it is a module, and vote on another device; returns itself."""
+        if isinstance(self.model, nn.Module):
+            self.model.to(device)
+        with _ONE_AT_A_TIME:
+            self.device, self._fixed = device, None
+        return self

@@ -35,7 +35,7 @@ from certifl._version import __version__
 from certifl.certification.counts import Request
 from certifl.certification.network import Model, Network, computes_bfloat16, prepare
 from certifl.certification.quantization import Calibration, Scales
-from certifl.certification.sampling import VoteCounter
+from certifl.certification.sampling import VoteCounter, voting
 from certifl.certification.settings import Settings
 from certifl.data.cache import cache_folder
 from certifl.errors import ModelError
@@ -45,7 +45,7 @@ from certifl.module_copies import unwrapped
 from certifl.perturbations import describe
 from certifl.perturbations.base import Perturbation
 from certifl.rng import image_key
-from certifl.torch_env import exact_convolutions, one_thread, several_threads_asked
+from certifl.torch_env import several_threads_asked
 
 _log = logging.getLogger(__name__)
 
@@ -375,20 +375,16 @@ def _changed_votes(first: np.ndarray, other: np.ndarray) -> int:
 
 def seconds_of_call(network: Network, noisy: Tensor) -> float:
     """Seconds of one call."""
-    with (
-        torch.inference_mode(),
-        exact_convolutions(network.device),
-        one_thread(network.threads == 1),
-    ):
-        started = _now(network.device)
+
+    def now() -> float:
+        if network.device.type == "cuda":
+            torch.cuda.synchronize(network.device)
+        return time.perf_counter()
+
+    with voting(network):
+        started = now()
         network.call(noisy)
-        return _now(network.device) - started
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+        return now() - started
 
 
 class _Clock:

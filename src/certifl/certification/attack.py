@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from certifl.certification.certified_sets import CertifiedRegion, lengths, region_of
-from certifl.certification.counts import Request, sign_test_against, vote_margins
-from certifl.certification.sampling import CHUNK, VoteCounter
+from certifl.certification.counts import CHUNK, Request, sign_test_against, vote_margins
+from certifl.certification.sampling import VoteCounter
 from certifl.errors import InputError
 from certifl.perturbations import covers_received
 from certifl.rng import generator, image_key
@@ -138,16 +138,10 @@ def search(
         block, region = images[start:stop], whole.rows(start, stop)
         stage = _Search(counter, block, classes[start:stop], region, budget)
         parts.append(stage.judge(stage.finalists(), level))
-    return _together(parts)
-
-
-def _together(parts: list[AttackResult]) -> AttackResult:
+    columns = ("length", "counts", "p_value", "violated")
     return AttackResult(
         delta=torch.cat([part.delta for part in parts]),
-        length=np.concatenate([part.length for part in parts]),
-        counts=np.concatenate([part.counts for part in parts]),
-        p_value=np.concatenate([part.p_value for part in parts]),
-        violated=np.concatenate([part.violated for part in parts]),
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in columns},
         tried=sum(part.tried for part in parts),
         suspicious=sum(part.suspicious for part in parts),
         votes=sum(part.votes for part in parts),
@@ -206,13 +200,13 @@ class _Search:
         slots = np.arange(len(deltas) * count)
         rows = slots // count
         counts = np.zeros((len(slots), self._counter.network.classes), np.int64)
-        doubtful, have, wanted = slots, 0, min(10 * budget.screen, budget.confirm)
+        doubtful, have, until = slots, 0, min(10 * budget.screen, budget.confirm)
         while len(doubtful) and have < budget.confirm:
-            counts += self._counts(deltas, doubtful, first + have, first + wanted)
+            counts += self._counts(deltas, doubtful, first + have, first + until)
             p_ahead = sign_test_against(counts[doubtful], self._predicted[rows[doubtful]], True)
-            if wanted < budget.confirm:
+            if until < budget.confirm:
                 doubtful = doubtful[p_ahead > _NO_LONGER_SUSPICIOUS]
-            have, wanted = wanted, min(4 * wanted, budget.confirm)
+            have, until = until, min(4 * until, budget.confirm)
         p_values = np.ones(len(slots))
         # Only deltas that took all votes are judged: stopping early cannot make a violation.
         p_values[doubtful] = sign_test_against(counts[doubtful], self._predicted[rows[doubtful]])
@@ -234,23 +228,25 @@ class _Search:
     def _aim(self, disagreement: Tensor) -> Tensor:
         """The direction of disagreement, or a random one where there is none, (m, *shape)."""
         random = self._region.directions(1, self._generators)[:, 0]
-        found = (
+        known = (
             (disagreement.flatten(1) != 0).any(dim=1).reshape(-1, *(1 for _ in self._region.shape))
         )
-        return torch.where(found, disagreement, random)
+        return torch.where(known, disagreement, random)
 
     def _disagreement(self, centre: Tensor) -> Tensor:
         """Directions of disagreement at one delta per image, (m, *shape); see `VoteCounter`."""
-        wanted = self._budget.aim or min(20_000, max(2000, 4 * self._region.dim))
-        stop = self._next_vote + wanted
+        count = self._budget.aim or min(20_000, max(2000, 4 * self._region.dim))
+        stop = self._next_vote + count
         requests = [
             Request(row, row, key, "attack", self._next_vote, stop)
             for row, key in enumerate(self._keys)
         ]
-        found = self._counter.disagreement(self._images, requests, self._expected, centre[:, 0])
+        direction = self._counter.disagreement(
+            self._images, requests, self._expected, centre[:, 0]
+        )
         self._next_vote = stop
-        self.votes += wanted * len(requests)
-        return found
+        self.votes += count * len(requests)
+        return direction
 
     def _margins(self, deltas: Tensor) -> np.ndarray:
         """Margins of the certified class at each delta, as shares of the votes, (m, k)."""

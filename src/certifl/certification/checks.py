@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from certifl.certification.certificates import UNLABELLED
 from certifl.errors import InputError, ModelError, first_line
@@ -68,7 +78,7 @@ def _into_range(low: float, high: float) -> str:
             "Rounding and bicubic resampling leave it by a little: give images.clamp(0, 1). If "
             "the images are normalized, put normalization inside the model instead."
         )
-    return "Put normalisation inside the model."
+    return "Put normalization inside the model."
 
 
 def _refuse_pairs(images: Any) -> None:
@@ -221,7 +231,7 @@ def check_model(model: Model) -> None:
     """Refuse a model whose vote on one noisy image would depend on the others in its batch.
 
     Raises:
-        ModelError: a module in training mode, or normalisation by batch statistics.
+        ModelError: a module in training mode, or normalization by batch statistics.
     """
     if not callable(model):
         raise ModelError(f"model must be callable on images (m, c, h, w); got {type(model)}.")
@@ -232,20 +242,19 @@ def check_model(model: Model) -> None:
     training = in_training_mode(model)
     if training is not None:
         raise ModelError(
-            f"{_place(training, model)} is in training mode: dropout and batch statistics would "
+            f"{_named(training, model)} is in training mode: dropout and batch statistics would "
             "make votes random in a way the certificate does not cover. Call model.eval() first."
         )
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise ModelError(
-                f"{_place(name, model)} normalises with the statistics of its batch even in "
+                f"{_named(name, model)} normalizes with the statistics of its batch even in "
                 "evaluation mode, so the vote of one noisy image would depend on the others. Use "
                 "track_running_stats=True, or GroupNorm."
             )
 
 
-def _place(name: str, model: nn.Module) -> str:
-    """A layer in words."""
+def _named(name: str, model: nn.Module) -> str:
     layer = type(dict(model.named_modules())[name]).__name__
     return f"module {name!r} ({layer})" if name else "the model"
 
@@ -295,7 +304,9 @@ def depends_on_its_past(network: Model, module: nn.Module, images: Tensor) -> bo
         return False
     with torch.inference_mode():
         for name, value in moved.items():
-            value.copy_(_far(value, before[name]))
+            was = before[name]
+            floating = value.is_floating_point()
+            value.copy_(was + (value - was) * _FAR if floating else value + _FAR)
         try:
             same = _agree(logits, _logits(network, probe.clone()), 1e-5)
         except ModelError:  # no longer finite
@@ -314,10 +325,6 @@ def depends_on_its_past(network: Model, module: nn.Module, images: Tensor) -> bo
 
 def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
-
-
-def _far(value: Tensor, was: Tensor) -> Tensor:
-    return was + (value - was) * _FAR if value.is_floating_point() else value + _FAR
 
 
 def _same(value: Tensor, was: Tensor) -> bool:
@@ -352,7 +359,7 @@ def probe_classes(network: Model, images: Tensor) -> int:
     if not _agree(logits, again, tolerance):
         raise ModelError(
             "The model answers differently when the same images lie in another batch, as if it "
-            "normalised over the batch; a certificate needs a function of one image."
+            "normalized over the batch; a certificate needs a function of one image."
         )
     return int(logits.shape[1])
 
@@ -388,10 +395,154 @@ def _logits(network: Model, batch: Tensor) -> Tensor:
             f"classes); got {answer_in_words(logits)}"
         )
     if logits.shape[1] < 2:
-        found = "one class only" if logits.shape[1] == 1 else "no class at all"
-        raise ModelError(f"The model answers with {found}: there is nothing to certify.")
+        number = "one class only" if logits.shape[1] == 1 else "no class at all"
+        raise ModelError(f"The model answers with {number}: there is nothing to certify.")
     if logits.dtype is torch.bool or logits.is_complex():
         raise ModelError(f"The model answers with {logits.dtype}: logits are real numbers.")
     if not bool(torch.isfinite(logits).all()):
         raise ModelError("The model answers with NaN or infinite logits on images in [0, 1].")
     return logits
+
+
+Images = Tensor | np.ndarray | Iterable[Any] | Dataset[Any]
+ImageLabels = (
+    Tensor | np.ndarray | Sequence[int] | Iterable[Tensor | np.ndarray | Sequence[int]] | None
+)
+_ROWS = 256
+_SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+def checked_blocks(
+    images: Images, labels: ImageLabels, perturbation: Perturbation
+) -> Iterator[tuple[Tensor, Any]]:
+    """Checked images and their labels as they were given, block by block.
+
+    Args:
+        images: one array (m, c, h, w); an iterable of such, or of pairs (images, labels), such as
+            a `DataLoader` gives; or a map-style data set of images or pairs.
+        labels: in the same form; None where there are none, or images come with theirs.
+        perturbation: whose `exact` mode images are checked for.
+
+    Raises:
+        InputError: images that cannot be used, blocks of different shapes, or not as many blocks
+            of labels as of images.
+    """
+    shape = None
+    for number, (block, given) in enumerate(_pairs(images, labels)):
+        if block is None or (given is None and labels is not None):
+            raise InputError(
+                "There must be as many blocks of labels as of images, but there is only one of "
+                f"both for block {number}."
+            )
+        values = check_images(block)
+        check_exact(values, perturbation)
+        if shape is not None and values.shape[1:] != shape:
+            raise InputError(
+                f"All images must have one shape; block {number} has {tuple(values.shape[1:])}, "
+                f"those before it {tuple(shape)}."
+            )
+        shape = values.shape[1:]
+        yield values, given
+    if shape is None:
+        raise InputError("There is nothing to certify: images holds no block.")
+
+
+def _pairs(images: Images, labels: ImageLabels) -> Iterator[tuple[Any, Any]]:
+    """Blocks of images and of labels, as they were given.
+
+    Raises:
+        InputError: images or labels come in no blocks, as far as that is seen without reading.
+    """
+    if isinstance(images, (Tensor, np.ndarray)):
+        yield images, labels
+        return
+    source = _iterable(images)
+    if labels is not None and not isinstance(labels, Iterable):
+        raise InputError(f"labels must be numbers of classes, one per image; got {labels!r:.80}.")
+    for block, given in itertools.zip_longest(source, () if labels is None else labels):
+        if _is_pair(block):
+            if labels is not None:
+                raise InputError(
+                    "images come with their labels, as pairs, so labels= must be left out; or "
+                    "give images=(x for x, _ in loader)."
+                )
+            yield block[0], block[1]
+            continue
+        if isinstance(given, (int, float, np.number)) or getattr(given, "ndim", 1) == 0:
+            raise InputError(
+                "images come in blocks, so labels must, too: a block of labels for each block of "
+                "images, such as labels=y.split([len(x) for x in blocks]) for one tensor y."
+            )
+        yield block, given
+
+
+def _iterable(images: Any) -> Iterable[Any]:
+    """Blocks, where images are no single array.
+
+    Raises:
+        InputError: they are none.
+    """
+    if isinstance(images, DataLoader):
+        inner = getattr(images.batch_sampler, "sampler", None)
+        if isinstance(images.sampler, _SHUFFLING) or isinstance(inner, _SHUFFLING):
+            raise InputError(
+                "The loader shuffles, so that rows of the certificates would name other images at "
+                "every call. Make it with shuffle=False."
+            )
+        return images
+    if isinstance(images, Dataset) and not isinstance(images, IterableDataset):
+        return _of_dataset(images)
+    if not isinstance(images, Iterable) or isinstance(images, (str, Mapping)):
+        raise InputError(
+            f"images must be a tensor or an array (m, c, h, w), an iterable of such or of pairs "
+            f"(images, labels), a DataLoader or a map-style data set; got {images!r:.80}."
+        )
+    if isinstance(images, (tuple, list)):  # at hand, so refused before the first vote
+        for block in images:
+            if getattr(block, "ndim", 4) != 4:
+                check_images(block)
+    return images
+
+
+def _of_dataset(data: Any) -> Iterator[Any]:
+    """Blocks of a map-style data set of images (c, h, w) or pairs (image, label)."""
+    for start in range(0, len(data), _ROWS):
+        items = [data[row] for row in range(start, min(start + _ROWS, len(data)))]
+        pairs = [one for one in items if isinstance(one, (tuple, list)) and len(one) == 2]
+        if pairs and len(pairs) == len(items):
+            labels = np.array([_label(y) for _, y in pairs])
+            yield _stacked([image for image, _ in pairs]), labels
+        else:
+            yield _stacked(items)
+
+
+def _label(value: Any) -> int:
+    """A label of a pair as a number; one number in a tensor or an array is one."""
+    try:
+        return operator.index(np.asarray(value).item())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"The data set gives {value!r:.40} as a label: labels must be whole numbers, the "
+            "classes of the model."
+        ) from error
+
+
+def _stacked(images: Sequence[Any]) -> Tensor:
+    if not all(isinstance(image, (Tensor, np.ndarray)) for image in images):
+        kind = next(type(i).__name__ for i in images if not isinstance(i, (Tensor, np.ndarray)))
+        raise InputError(
+            f"The data set gives images as {kind}: they must be tensors or arrays (c, h, w) in "
+            "[0, 1], alone or as pairs (image, label). Give it a transform such as ToTensor()."
+        )
+    try:
+        return torch.stack([torch.as_tensor(image) for image in images])
+    except RuntimeError as error:
+        raise InputError(f"The images of the data set differ in shape: {error}.") from error
+
+
+def _is_pair(block: Any) -> bool:
+    """Whether a block is (images, labels), as a loader gives it."""
+    if not isinstance(block, (tuple, list)) or len(block) != 2:
+        return False
+    images, labels = block
+    return getattr(images, "ndim", 0) == 4 and np.ndim(labels) in (1, 2)

@@ -1,24 +1,43 @@
-"""The state of a certification: the votes cast so far, and nothing else."""
+"""Certification in batches of votes over many images; its state is counts, and nothing else.
+
+Each batch takes the next votes of as many unfinished images as fill a set of calls, so images that
+stop early leave no gap. Certificates are a pure function of the final counts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from certifl.certification.certificates import ABSTAINED, UNLABELLED, Certificates
+from certifl.certification.settings import Settings
+from certifl.errors import InputError
+from certifl.progress import ProgressCallback
+from certifl.rng import image_key
 from certifl.smoothing.bounds import two_sided_sign_test
 
 if TYPE_CHECKING:
-    from certifl.certification.certificates import Certificates
+    from torch import Tensor
 
-UNLABELLED = -1
+    from certifl.certification.estimators import Estimator
+    from certifl.certification.sampling import VoteCounter
+
+
+CHUNK = 100  # votes that are drawn together; where they are cut changes none of them
+# Calls of the network in a batch, of which no image takes more than its quota: often enough for
+# progress and checkpoints, rare enough that fetching the counts costs nothing.
+_CALLS_PER_BATCH = 32
+_VOTES_PER_IMAGE = 3200
+_CALLS_PER_IMAGE = 4
 
 
 @dataclass(frozen=True)
 class Request:
-    """Votes wanted: numbers `start` to `stop` of one image's votes of one purpose.
+    """Requested votes: numbers `start` to `stop` of one image's votes of one purpose.
 
     Attributes:
         slot: the row of the result that counts them.
@@ -45,7 +64,7 @@ class Votes:
         selection: (m, classes) votes that choose the class.
         estimation: (m, classes) votes that bound its probability.
         looks: (m,) looks taken.
-        done: (m,) no more votes are wanted.
+        done: (m,) no more votes are needed.
         seconds: (m,) computing time attributed to the image.
         path: (m, v) scan only: the class of every estimation vote, in order; v is as far as any
             image has come.
@@ -100,37 +119,86 @@ def fresh(images: int, classes: int) -> Votes:
     )
 
 
-def next_requests(
-    votes: Votes,
-    keys: Sequence[int],
-    n0: int,
-    looks: Sequence[int],
-    size: int,
-    quota: int,
-    purposes: Sequence[str],
-) -> list[Request]:
-    """The next votes of as many unfinished images, in order, as make a batch.
+def votes_per_image(batch_size: int) -> int:
+    """The most votes of one image in a batch of requests: whole chunks, enough for some calls.
 
-    Args:
-        votes: cast so far. keys: `rng.image_key` of each image.
-        n0: selection votes of an image. looks: estimation votes at which its counts are looked at.
-        size: votes of the batch, about. quota: the most of one image and purpose.
-        purposes: "selection", "estimation" or both.
+    With fewer, a last image alone would leave most of a large call empty. The votes do not depend
+    on where they are cut.
     """
-    requests: list[Request] = []
-    requested = 0
-    for row in map(int, np.flatnonzero(~votes.done)):
-        if requested >= size:
-            break
-        ends = {"selection": n0, "estimation": looks[votes.looks[row]]}
-        counts = {"selection": votes.selection, "estimation": votes.estimation}
-        for purpose in purposes:
-            start = int(counts[purpose][row].sum())
-            stop = min(int(ends[purpose]), start + quota)
-            if stop > start:
-                requests.append(Request(row, row, keys[row], purpose, start, stop))
-                requested += stop - start
-    return requests
+    chunks = -(-_CALLS_PER_IMAGE * batch_size // CHUNK)
+    return max(_VOTES_PER_IMAGE, chunks * CHUNK)
+
+
+def expected_votes(images: int, settings: Settings) -> int:
+    """The most votes that certifying so many images can take."""
+    return images * (settings.n0 + settings.n)
+
+
+def count_all(
+    counter: VoteCounter,
+    images: Tensor,
+    labels: np.ndarray | None,
+    estimator: Estimator,
+    votes: Votes,
+    after_batch: Callable[[Votes], None] | None = None,
+    progress: ProgressCallback | None = None,
+) -> None:
+    """Cast votes, in place, until every image is done; `after_batch` may save them on the way."""
+    keys = [image_key(image) for image in images]
+    at_most = expected_votes(1, estimator.settings)
+    while not votes.done.all():
+        advance(counter, images, keys, labels, estimator, votes)
+        if after_batch is not None:
+            after_batch(votes)
+        if progress is not None:
+            # A finished image counts in full: the bar measures the work still to come.
+            progress(int(np.where(votes.done, at_most, votes.cast).sum()), at_most * len(keys))
+
+
+def advance(
+    counter: VoteCounter,
+    images: Tensor,
+    keys: list[int],
+    labels: np.ndarray | None,
+    estimator: Estimator,
+    votes: Votes,
+) -> None:
+    """Cast one batch of votes, in place, and close the images that need no more."""
+    started, before = time.perf_counter(), votes.cast
+    size = counter.network.batch_size
+    requests = estimator.next_requests(votes, keys, _CALLS_PER_BATCH * size, votes_per_image(size))
+    estimator.cast(counter, images, requests, votes)
+    added = votes.cast - before
+    votes.seconds += added * ((time.perf_counter() - started) / max(1, int(added.sum())))
+    estimator.close(votes, labels)
+
+
+def finalize(
+    votes: Votes,
+    estimator: Estimator,
+    labels: np.ndarray | None = None,
+    index: np.ndarray | None = None,
+    client: int = 0,
+    conditions: Mapping[str, Any] | None = None,
+) -> Certificates:
+    """The certificates that follow from the votes, with the estimator's guarantee."""
+    if not votes.done.all():
+        raise InputError("Some images still need votes; certificates follow from finished counts.")
+    m = len(votes.done)
+    columns = estimator.finalize(votes)
+    certified = columns.pop("certified")
+    return Certificates(
+        client=np.full(m, client, np.int64),
+        index=np.arange(m) if index is None else np.asarray(index, np.int64),
+        label=np.full(m, UNLABELLED, np.int64) if labels is None else labels.astype(np.int64),
+        predicted=np.where(certified, votes.selected, ABSTAINED).astype(np.int64),
+        counts=votes.estimation,
+        selection_counts=votes.selection,
+        looks=votes.looks,
+        seconds=votes.seconds,
+        conditions=dict(conditions or {}),
+        **columns,
+    )
 
 
 # A class against its closest rival, from the votes of both.

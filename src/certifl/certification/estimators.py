@@ -16,18 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from certifl.certification.counts import (
-    UNLABELLED,
-    Request,
-    Votes,
-    next_requests,
-    top_and_runner_up,
-)
+from certifl.certification.certificates import UNLABELLED
+from certifl.certification.counts import Request, Votes, top_and_runner_up
 from certifl.certification.settings import ESTIMATORS, GRID_POINTS, Settings
 from certifl.errors import InputError
 from certifl.smoothing import curves, group_sequential, sequential
-from certifl.smoothing.arrays import Bools, Floats, Ints
-from certifl.smoothing.bounds import BOUNDS
+from certifl.smoothing.bounds import BOUNDS, Bools, Floats, Ints
 from certifl.smoothing.group_sequential import GroupSequential
 from certifl.smoothing.laws import LAWS, Law
 
@@ -78,7 +72,7 @@ class Saving:
 
     Attributes:
         per_doubling, early_share: as `sequential.looks` and `sequential.levels` take them.
-        price: of n votes, in grid steps (`sequential.finished`'s futility); or where `of_curve`,
+        price: of n votes, in grid steps (`futility` of `reachable_radius`); or where `of_curve`,
             as a share of the curve: a lost step is 1 / steps of what an image adds to it.
     """
 
@@ -150,11 +144,9 @@ class Estimator:
             InputError: as `check`.
         """
         self.check()
-        settings, noise = self.settings, self.noise
-        if settings.radii is not None:
-            return np.array(settings.radii, dtype=np.float64)
-        largest = noise.law.largest_radius(noise.sigma, settings.n, settings.alpha)
-        return curves.even_grid(float(largest), GRID_POINTS)
+        if self.settings.radii is not None:
+            return np.array(self.settings.radii, dtype=np.float64)
+        return curves.even_grid(self.largest_radius(), GRID_POINTS)
 
     def check(self) -> None:
         """Refuse settings with which votes that all agree certify nothing, or none of the radii.
@@ -165,8 +157,17 @@ class Estimator:
         settings = self.settings
         if not self.decides():
             raise too_few_votes(settings.n, settings.alpha, self.least_votes())
-        if settings.radii is not None:
-            check_reachable(settings.radii, self.largest_radius(), self.noise.unit, settings.n)
+        if settings.radii is None:
+            return
+        smallest = min((radius for radius in settings.radii if radius > 0.0), default=0.0)
+        largest, unit = self.largest_radius(), self.noise.unit
+        if largest < smallest:
+            degrees = " (5 degrees are 0.0873)" if unit == "radians" else ""
+            ways = ' An angle in degrees is written "5deg".' if unit == "radians" else ""
+            raise InputError(
+                f"radii are in {unit}{degrees}, and n = {settings.n} votes certify {largest:.4g} "
+                f"at most, so none of yours, from {smallest:g} up, can be reached.{ways}"
+            )
 
     def decides(self) -> bool:
         """Whether n votes that all agree certify anything.
@@ -187,13 +188,38 @@ class Estimator:
     def next_requests(
         self, votes: Votes, keys: Sequence[int], size: int, quota: int
     ) -> list[Request]:
-        """The next votes of unfinished images, about `size` in all and at most `quota` of each.
+        """The next votes of as many unfinished images, in order, as make a batch.
 
         Selection votes may be cast together with the first estimation votes: the class is chosen
         from the former alone, so the latter stay fresh.
+
+        Args:
+            votes: cast so far. keys: `rng.image_key` of each image.
+            size: votes of the batch, about. quota: the most of one image and purpose.
         """
-        n0 = self.settings.n0
-        return next_requests(votes, keys, n0, self.looks, size, quota, ("selection", "estimation"))
+        n0, looks = self.settings.n0, self.looks
+        requests: list[Request] = []
+        requested = 0
+        for row in map(int, np.flatnonzero(~votes.done)):
+            if requested >= size:
+                break
+            stages = {
+                "selection": (votes.selection, n0),
+                "estimation": (votes.estimation, looks[votes.looks[row]]),
+            }
+            for purpose in self.purposes(votes):
+                counts, end = stages[purpose]
+                start = int(counts[row].sum())
+                stop = min(int(end), start + quota)
+                if stop > start:
+                    requests.append(Request(row, row, keys[row], purpose, start, stop))
+                    requested += stop - start
+        return requests
+
+    def purposes(self, votes: Votes) -> tuple[str, ...]:
+        """What votes may be cast for next: selection, estimation, or both."""
+        del votes
+        return ("selection", "estimation")
 
     def cast(
         self, counter: VoteCounter, images: Tensor, requests: Sequence[Request], votes: Votes
@@ -311,12 +337,7 @@ class Estimator:
         return early
 
     def gains(
-        self,
-        top: Ints,
-        runner_up: Ints,
-        look: Ints,
-        radius: Floats,
-        tolerance: float,
+        self, top: Ints, runner_up: Ints, look: Ints, radius: Floats, tolerance: float
     ) -> Bools:
         """Whose votes go on after these looks, at which they certify these radii.
 
@@ -387,12 +408,7 @@ class Sequential(Estimator):
         return self._boundaries.finished(top, runner_up, look, law, sigma, grid, price)
 
     def gains(
-        self,
-        top: Ints,
-        runner_up: Ints,
-        look: Ints,
-        radius: Floats,
-        tolerance: float,
+        self, top: Ints, runner_up: Ints, look: Ints, radius: Floats, tolerance: float
     ) -> Bools:
         """Whose votes go on after these looks, at which they certify these radii."""
         law, sigma = self.noise.law, self.noise.sigma
@@ -458,12 +474,7 @@ class UnionBound(Estimator):
         return UNION_BOUND_KEEPS[self.settings.keep]
 
     def gains(
-        self,
-        top: Ints,
-        runner_up: Ints,
-        look: Ints,
-        radius: Floats,
-        tolerance: float,
+        self, top: Ints, runner_up: Ints, look: Ints, radius: Floats, tolerance: float
     ) -> Bools:
         """Whose votes went on after these looks, at which they certify these radii."""
         grid, saving = self.grid(), self._saving
@@ -518,19 +529,3 @@ def too_few_votes(n: int, alpha: float, least: int) -> InputError:
         f"n = {n} votes can decide nothing at alpha = {alpha:g}, even where they all agree: take "
         f"n = {least} or more; 1000 and more are usual."
     )
-
-
-def check_reachable(radii: Sequence[float], largest: float, unit: str, n: int) -> None:
-    """Refuse radii of which n votes can certify none.
-
-    Raises:
-        InputError: all positive ones lie beyond the largest that n votes certify.
-    """
-    smallest = min((radius for radius in radii if radius > 0.0), default=0.0)
-    if largest < smallest:
-        degrees = " (5 degrees are 0.0873)" if unit == "radians" else ""
-        ways = ' An angle in degrees is written "5deg".' if unit == "radians" else ""
-        raise InputError(
-            f"radii are in {unit}{degrees}, and n = {n} votes certify {largest:.4g} at most, so "
-            f"none of yours, from {smallest:g} up, can be reached.{ways}"
-        )

@@ -37,10 +37,8 @@ AMOUNTS = (
     "look_levels",
 )
 """What depends on a perturbation and its unit."""
-_OF_A_PERTURBATION = (
-    *("family", "sigma", "description", "law", "norm", "unit", "threat"),
-    *AMOUNTS,
-)
+NOISE = ("family", "sigma", "law", "norm", "unit", "threat")
+"""What follows from the description of a perturbation."""
 
 
 def differs(first: Any, second: Any) -> bool:
@@ -85,7 +83,11 @@ def joined(parts: Sequence[tuple[int, Conditions]]) -> dict[str, Any]:
     metadata = dict(parts[0][1])
     result: dict[str, dict[str, Any]] = {}
     for client, conditions in parts:
-        own = {name: conditions[name] for name in _OF_A_PERTURBATION if name in conditions}
+        own = {
+            name: conditions[name]
+            for name in (*NOISE, "description", *AMOUNTS)
+            if name in conditions
+        }
         entry = result.setdefault(json.dumps(own, sort_keys=True), {"clients": [], **own})
         entry["clients"].append(client)
     groups = list(result.values())

@@ -7,12 +7,14 @@ says in which precision.
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from certifl.certification.checks import (
     Model,
@@ -22,13 +24,9 @@ from certifl.certification.checks import (
     probe_of,
     writes_into_its_input,
 )
-from certifl.certification.inference import fold_batch_norm
-from certifl.certification.precisions import (
-    PRECISIONS,
-    REMOVED_PRECISIONS,
-    removed_precision,
-)
 from certifl.certification.quantization import Calibration, Quantized, Scales, quantize
+from certifl.certification.quantized_graph import called, is_plain, loses_hooks
+from certifl.certification.settings import PRECISIONS, REMOVED_PRECISIONS, removed_precision
 from certifl.errors import InputError, ModelError, first_line
 from certifl.module_copies import (
     bare_copy_of,
@@ -117,16 +115,17 @@ def prepare(
         model = unwrapped(model)
     check_model(model)
     copied = _copied(model)
-    if device == "auto" and copied is None:
-        device = _own_device(model, images)
-    place = choose_device(device)
-    probe = images[:1].to(place, copy=True)  # a copy, for a network may write into it
+    if device == "auto" and copied is None:  # where its own values are
+        values = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+        device = values[0].device if values else images.device
+    target = choose_device(device)
+    probe = images[:1].to(target, copy=True)  # a copy, for a network may write into it
     small = isinstance(model, nn.Module) and is_small(model)
-    with exact_convolutions(place), one_thread(threads_in_use(small) == 1):
+    with exact_convolutions(target), one_thread(threads_in_use(small) == 1):
         if copied is None or not isinstance(model, nn.Module):
-            return _as_it_is(model, probe, place, precision, batch_size)
+            return _as_it_is(model, probe, target, precision, batch_size)
         chosen = choose_precision(precision)
-        return _prepared(copied, probe, place, chosen, batch_size, calibration)
+        return _prepared(copied, probe, target, chosen, batch_size, calibration)
 
 
 def _copied(model: Model) -> nn.Module | None:
@@ -140,13 +139,8 @@ def _copied(model: Model) -> nn.Module | None:
         return None
 
 
-def _own_device(model: Model, images: Tensor) -> torch.device:
-    values = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-    return values[0].device if values else images.device
-
-
 def _as_it_is(
-    model: Model, probe: Tensor, place: torch.device, precision: str, batch_size: int | str
+    model: Model, probe: Tensor, target: torch.device, precision: str, batch_size: int | str
 ) -> Network:
     """A network that cannot be changed: a function, or a module that cannot be copied."""
     if choose_precision(precision) == "int8":
@@ -155,36 +149,33 @@ def _as_it_is(
             'precision = "float32".'
         )
     if isinstance(model, nn.Module):
-        _check_as_it_is(model, precision)
+        if foreign_formats(model):
+            raise ModelError(f"{format_advice(model)} certifl cannot copy this model to do so.")
+        if precision not in ("auto", "float32"):
+            raise ModelError(
+                f"The model cannot be copied, so it cannot vote in {precision}: choose the "
+                "precision auto or float32, or keep locks, generators and open files out of its "
+                "attributes."
+            )
     call = _own_input(model, probe)
     classes = probe_classes(call, probe)
     if isinstance(model, nn.Module):
         depends_on_its_past(call, model, probe)
-    size = _batch(batch_size, place, _UNSEEN * 4 * probe.numel())
-    return Network(call, classes, place, "float32", False, size, as_it_is=True)
-
-
-def _check_as_it_is(model: nn.Module, precision: str) -> None:
-    if foreign_formats(model):
-        raise ModelError(f"{format_advice(model)} certifl cannot copy this model to do so.")
-    if precision not in ("auto", "float32"):
-        raise ModelError(
-            f"The model cannot be copied, so it cannot vote in {precision}: choose the precision "
-            "auto or float32, or keep locks, generators and open files out of its attributes."
-        )
+    size = _batch(batch_size, target, _UNSEEN * 4 * probe.numel())
+    return Network(call, classes, target, "float32", False, size, as_it_is=True)
 
 
 def _prepared(
     plain: nn.Module,
     probe: Tensor,
-    place: torch.device,
+    target: torch.device,
     precision: str,
     batch_size: int | str,
     calibration: Calibration | Scales | None,
 ) -> Network:
     """A copy of a model, probed on a few images under the conditions it votes under."""
     advice = format_advice(plain)
-    plain = _moved(plain, place)
+    plain = _moved(plain, target)
     try:
         call = _own_input(plain, probe)
         probe_classes(call, probe)
@@ -200,11 +191,11 @@ def _prepared(
         quantized = _quantized(ready, changes, probe, calibration)
         ready = quantized.module
     call, classes = _called(ready, dtype, probe)
-    size = _batch(batch_size, place, largest * (1 if quantized else dtype.itemsize))
+    size = _batch(batch_size, target, largest * (1 if quantized else dtype.itemsize))
     return Network(
         call,
         classes,
-        place,
+        target,
         precision,
         folded is not None,
         size,
@@ -238,12 +229,12 @@ def _quantized(
     return quantize(module, calibration, probe)
 
 
-def _moved(plain: nn.Module, place: torch.device) -> nn.Module:
+def _moved(plain: nn.Module, target: torch.device) -> nn.Module:
     """The copy on its device, in float32."""
     try:
-        made = to_format(plain.to(place), torch.float32)
+        made = to_format(plain.to(target), torch.float32)
     except NotImplementedError as error:  # weights on the device "meta" have no values
-        raise ModelError(f"The model cannot be moved to {place}: {error}") from error
+        raise ModelError(f"The model cannot be moved to {target}: {error}") from error
     for value in made.parameters():
         value.requires_grad_(False)
     return made
@@ -265,43 +256,19 @@ def _laid_out(
     ready: nn.Module, dtype: torch.dtype, layout: torch.memory_format, probe: Tensor
 ) -> tuple[Model, int]:
     ready.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
-    call = _own_input(_Caller(ready, dtype, layout), probe)
+    call = _own_input(lambda images: ready(images.to(dtype, memory_format=layout)), probe)
     return call, probe_classes(call, probe)
 
 
-@dataclass(frozen=True)
-class _Caller:
-    module: nn.Module
-    dtype: torch.dtype
-    layout: torch.memory_format
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.module(images.to(self.dtype, memory_format=self.layout))
-
-
-@dataclass(frozen=True)
-class _OwnInput:
-    """A network that writes into its input, given a batch of its own at every call."""
-
-    call: Model
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.call(images.clone())
-
-
-@dataclass(frozen=True)
-class _Logits:
-    """A network of whose answer `.logits` are taken where it has them (Hugging Face)."""
-
-    call: Model
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return logits_in(self.call(images))
-
-
 def _own_input(call: Model, probe: Tensor) -> Model:
-    call = _Logits(call)
-    return _OwnInput(call) if writes_into_its_input(call, probe) else call
+    """The network's logits, or `.logits` of its answer; it may write into its own batch alone."""
+
+    def logits(images: Tensor) -> Tensor:
+        return logits_in(call(images))
+
+    if not writes_into_its_input(logits, probe):
+        return logits
+    return lambda images: logits(images.clone())
 
 
 def tf32_state() -> dict[str, bool]:
@@ -338,15 +305,15 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
             "several as cuda:1."
         )
     try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
+        target = torch.device(device)
+        torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
         first = first_line(error)
         raise InputError(
             f"device {device!r} cannot be used here: {first}. Choose another, or auto; `certifl "
             "doctor` says what this machine has."
         ) from error
-    return place
+    return target
 
 
 def choose_precision(precision: str) -> str:
@@ -408,3 +375,75 @@ def _largest_activation(module: nn.Module, probe: Tensor) -> int:
         for hook in hooks:
             hook.remove()
     return largest[0]
+
+
+# BatchNorm in evaluation mode is affine: folded into the convolution before it, it is free.
+
+
+def fold_batch_norm(module: nn.Module, probe: Tensor) -> nn.Module | None:
+    """A copy with every BatchNorm that follows a convolution folded into it, or None.
+
+    Only a module that can be traced is folded, and only if its logits stay the same up to float32
+    rounding on a probe; otherwise the network votes unfolded, which is slower and equally valid.
+
+    Args:
+        module: in evaluation mode; left as it is.
+        probe: (m, c, h, w) images to compare the two on.
+    """
+    try:
+        graph = _folded(module)
+        if graph is None:
+            return None
+        with torch.inference_mode():
+            # Clones, for either may write into its input.
+            before, after = module(probe.clone()), graph(probe.clone())
+    except Exception as error:  # tracing runs the model's own forward: anything may be raised
+        _log.info("BatchNorm is not folded, the model cannot be traced: %s", error)
+        return None
+    if not isinstance(before, Tensor):
+        return None
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * (1.0 + float(before.abs().max()))):
+        _log.warning("BatchNorm is not folded: it changed the logits beyond rounding.")
+        return None
+    return graph
+
+
+def _folded(module: nn.Module) -> fx.GraphModule | None:
+    """The traced network with its BatchNorm folded; None where there is nothing to fold."""
+    graph = fx.symbolic_trace(copy.deepcopy(module))
+    if loses_hooks(module, graph):
+        _log.info("BatchNorm is not folded: tracing would leave out hooks of the model.")
+        return None
+    pairs = [pair for node in graph.graph.nodes if (pair := _pair(node, graph)) is not None]
+    if not pairs:
+        return None
+    for convolution, norm in pairs:
+        layers = called(convolution, graph), called(norm, graph)
+        assert isinstance(layers[0], nn.Conv2d)
+        assert isinstance(layers[1], nn.BatchNorm2d)
+        graph.set_submodule(str(convolution.target), fuse_conv_bn_eval(layers[0], layers[1]))
+        norm.replace_all_uses_with(convolution)
+        graph.graph.erase_node(norm)
+    graph.graph.lint()
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+    graph.eval()
+    return graph
+
+
+def _pair(node: fx.Node, graph: fx.GraphModule) -> tuple[fx.Node, fx.Node] | None:
+    """The convolution and the BatchNorm that reads it alone, where `node` is such a BatchNorm."""
+    if not is_plain(called(node, graph), nn.BatchNorm2d):
+        return None
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or len(source.users) != 1:
+        return None
+    if not is_plain(called(source, graph), nn.Conv2d):
+        return None
+    own = f"{source.target}."
+    used_elsewhere = any(  # the convolution, or one of its weights
+        (other.op == "call_module" and other.target == source.target and other is not source)
+        or (other.op == "get_attr" and str(other.target).startswith(own))
+        for other in graph.graph.nodes
+    )
+    return None if used_elsewhere else (source, node)

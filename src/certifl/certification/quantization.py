@@ -6,7 +6,7 @@ order of rounding. What has no integer form here (GroupNorm, means over quarters
 between an integer layer and the next.
 
 The network is traced (here), its integer form planned and written (`quantized_graph`), onto
-oneDNN's kernels (`quantized_layers`). Another engine would replace `quantize` alone.
+oneDNN's kernels. Another engine would replace `quantize` alone.
 """
 
 from __future__ import annotations
@@ -27,9 +27,15 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from certifl.certification.checks import check_images
-from certifl.certification.inference import loses_hooks
-from certifl.certification.quantized_graph import Plan, Writer, kind_of, overwritten
-from certifl.certification.quantized_layers import LEVELS, Range
+from certifl.certification.quantized_graph import (
+    LEVELS,
+    Plan,
+    Range,
+    Writer,
+    kind_of,
+    loses_hooks,
+    overwritten,
+)
 from certifl.errors import InputError, ModelError, first_line
 from certifl.perturbations.base import Perturbation
 from certifl.rng import generator
@@ -287,16 +293,16 @@ def _traced(module: nn.Module, probe: Tensor) -> fx.GraphModule:
 class _Observer(fx.Interpreter):
     """Runs a network and records values of some of its nodes."""
 
-    def __init__(self, graph: fx.GraphModule, wanted: Sequence[fx.Node]) -> None:
+    def __init__(self, graph: fx.GraphModule, ranged: Sequence[fx.Node]) -> None:
         super().__init__(graph)
-        self._wanted = set(wanted)
-        self.seen: dict[str, list[Tensor]] = {node.name: [] for node in wanted}
-        self.ends: dict[str, list[float]] = {node.name: [0.0, 0.0] for node in wanted}
+        self._ranged = set(ranged)
+        self.seen: dict[str, list[Tensor]] = {node.name: [] for node in ranged}
+        self.ends: dict[str, list[float]] = {node.name: [0.0, 0.0] for node in ranged}
 
     def run_node(self, n: fx.Node) -> Any:
-        """The value of a node, recorded where it is wanted."""
+        """The value of a node, recorded where it gets a range."""
         value = super().run_node(n)
-        if n in self._wanted:
+        if n in self._ranged:
             flat = value.flatten()
             low, high = self.ends[n.name]
             self.ends[n.name] = [min(low, float(flat.min())), max(high, float(flat.max()))]

@@ -2,6 +2,9 @@
 
 A convolution takes with it the sum and the ReLU that follow; values pass from an integer layer to
 the next without leaving 8 bits where everything between them can.
+
+Layers compute on oneDNN's kernels (CPU), which torch ships and its compiler uses. They are
+internal to torch, and this file is the only one that calls them.
 """
 
 from __future__ import annotations
@@ -12,23 +15,200 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from certifl.certification.inference import is_plain
-from certifl.certification.quantized_layers import (
-    Contiguous,
-    Convolution,
-    Copy,
-    Dequantize,
-    Linear,
-    MaxPool,
-    Mean,
-    Quantize,
-    Range,
-    Sum,
-    pool_pairs,
-)
+LEVELS = 255
+_kernels = torch.ops.onednn
+
+
+@dataclass(frozen=True)
+class Range:
+    """How an activation is written in 8 bits: value = scale * (number - zero)."""
+
+    scale: float
+    zero: int
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _pool_pairs(pool: nn.MaxPool2d) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Kernel size, stride and dilation of a pooling, for both axes."""
+    return _pair(pool.kernel_size), _pair(pool.stride), _pair(pool.dilation)
+
+
+class _Quantize(nn.Module):
+    """float32 to 8 bits."""
+
+    def __init__(self, own: Range) -> None:
+        super().__init__()
+        self.inverse, self.shift = 1.0 / own.scale, own.zero + 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul(self.inverse).add_(self.shift).clamp_(0, LEVELS).to(torch.uint8)
+
+
+class _Dequantize(nn.Module):
+    """8 bits to float32."""
+
+    def __init__(self, own: Range) -> None:
+        super().__init__()
+        self.own = own
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float().sub_(self.own.zero).mul_(self.own.scale)
+
+
+class _Mean(nn.Module):
+    """Means over all places; sums of so few bits are exact in float32."""
+
+    def __init__(self, own: Range) -> None:
+        super().__init__()
+        self.own = own
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x.float().sum((-2, -1), keepdim=True)
+        places = x.shape[-2] * x.shape[-1]
+        return total.sub_(self.own.zero * places).mul_(self.own.scale / places)
+
+
+class _MaxPool(nn.Module):
+    """By the maximum of shifted slices: torch's own pooling has no fast kernel for 8 bits."""
+
+    def __init__(self, layer: nn.MaxPool2d) -> None:
+        super().__init__()
+        self.size, self.stride, _ = _pool_pairs(layer)
+        self.padding = _pair(layer.padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, across = self.padding
+        if down or across:
+            x = functional.pad(x, (across, across, down, down), value=0)  # the least number
+        height = (x.shape[-2] - self.size[0]) // self.stride[0] + 1
+        width = (x.shape[-1] - self.size[1]) // self.stride[1] + 1
+        out: Tensor | None = None
+        for row in range(self.size[0]):
+            rows = slice(row, row + (height - 1) * self.stride[0] + 1, self.stride[0])
+            for column in range(self.size[1]):
+                end = column + (width - 1) * self.stride[1] + 1
+                part = x[:, :, rows, slice(column, end, self.stride[1])]
+                out = part if out is None else torch.maximum(out, part)
+        assert out is not None
+        return out
+
+
+class _Layer(nn.Module):
+    """The weights of a layer as 8-bit numbers, with a scale for each output channel."""
+
+    def __init__(
+        self, layer: nn.Conv2d | nn.Linear, source: Range, out: Range | None, relu: bool
+    ) -> None:
+        super().__init__()
+        weight = layer.weight.detach().float()
+        largest = weight.abs().flatten(1).amax(1).clamp(min=1e-12)
+        scales = largest / 127
+        shape = (-1, *(1 for _ in weight.shape[1:]))
+        self.numbers = (weight / scales.view(shape)).round().clamp(-127, 127).to(torch.int8)
+        self.scales, self.zeros = scales, torch.zeros(len(scales), dtype=torch.int64)
+        self.bias = None if layer.bias is None else layer.bias.detach().float()
+        self.source, self.relu = source, "relu" if relu else "none"
+        self.out = out or Range(1.0, 0)
+        self.dtype = torch.float32 if out is None else torch.uint8
+
+
+class _Linear(_Layer):
+    """Its kernel gives whole sums, scaled afterwards: it would round otherwise by batch size."""
+
+    def __init__(self, layer: nn.Linear, source: Range, out: Range | None, relu: bool) -> None:
+        super().__init__(layer, source, out, relu)
+        self.weight = _kernels.qlinear_prepack(self.numbers, None)
+        self.factors = self.scales * source.scale
+        self.ones = torch.ones_like(self.scales)
+        self.quantize = None if out is None else _Quantize(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sums = _kernels.qlinear_pointwise(
+            x,
+            1.0,
+            self.source.zero,
+            self.weight,
+            self.ones,
+            self.zeros,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        ).mul_(self.factors)
+        if self.bias is not None:
+            sums.add_(self.bias)
+        if self.relu == "relu":
+            sums.relu_()
+        return sums if self.quantize is None else self.quantize(sums)
+
+
+class _Convolution(_Layer):
+    """A convolution in integers, with a ReLU where one follows."""
+
+    def __init__(self, layer: nn.Conv2d, source: Range, out: Range | None, relu: bool) -> None:
+        super().__init__(layer, source, out, relu)
+        assert not isinstance(layer.padding, str)
+        self.shape = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
+        packed = _kernels.qconv_prepack(
+            self.numbers, self.scales, source.scale, source.zero, *self.shape, None
+        )
+        self.weight = packed
+        self.before = (source.scale, source.zero)
+        self.after = (self.out.scale, self.out.zero, self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _kernels.qconv_pointwise(
+            x,
+            *self.before,
+            self.weight,
+            self.scales,
+            self.zeros,
+            self.bias,
+            *self.shape,
+            *self.after,
+            self.relu,
+            [],
+            "",
+        )
+
+
+class _Sum(_Convolution):
+    """A convolution added to other values, whose memory the sum takes."""
+
+    def __init__(
+        self, layer: nn.Conv2d, source: Range, out: Range, relu: bool, other: Range
+    ) -> None:
+        super().__init__(layer, source, out, relu)
+        self.other = (other.scale, other.zero)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _kernels.qconv2d_pointwise.binary(
+            x,
+            *self.before,
+            self.weight,
+            self.scales,
+            self.zeros,
+            other,
+            self.bias,
+            *self.shape,
+            *self.after,
+            *self.other,
+            "sum",
+            1.0,
+            self.relu,
+            [],
+            "",
+        )
+
 
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 _AUGMENTED = ("iadd", "isub", "imul", "itruediv")
@@ -40,6 +220,27 @@ def called(node: object, graph: fx.GraphModule) -> nn.Module | None:
     if not isinstance(node, fx.Node) or node.op != "call_module":
         return None
     return graph.get_submodule(str(node.target))
+
+
+def loses_hooks(module: nn.Module, graph: fx.GraphModule) -> bool:
+    """Whether a layer has hooks and is not called as a whole in the traced network."""
+    targets = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+    return any(_hooked(part) and name not in targets for name, part in module.named_modules())
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether a layer is exactly of this kind and computes with the weights that it stores.
+
+    `spectral_norm`, `weight_norm`, pruning and other parametrizations compute the weight at every
+    call, by a hook or a subclass, and would overwrite a folded one. They stay as they are.
+    """
+    if module is None or type(module) is not kind or _hooked(module):
+        return False
+    return all(name in module._parameters for name in ("weight", "bias"))
 
 
 def kind_of(node: fx.Node, graph: fx.GraphModule) -> type[nn.Module] | None:
@@ -149,11 +350,11 @@ class Plan:
 
     def _ranged(self) -> Iterator[fx.Node]:
         """Nodes whose values are written in 8 bits, once each, in order."""
-        wanted = {group.layer.all_input_nodes[0] for group in self.groups.values()}
-        wanted |= {group.other for group in self.groups.values() if group.other is not None}
-        wanted |= {group.last for group in self.groups.values() if self.in_integers(group)}
-        sources = {self.source_of(node) for node in wanted}
-        return iter(sorted(sources, key=self.order.__getitem__))
+        sources = {group.layer.all_input_nodes[0] for group in self.groups.values()}
+        sources |= {group.other for group in self.groups.values() if group.other is not None}
+        sources |= {group.last for group in self.groups.values() if self.in_integers(group)}
+        ranged = {self.source_of(node) for node in sources}
+        return iter(sorted(ranged, key=self.order.__getitem__))
 
     def in_integers(self, group: _Group) -> bool:
         """Whether the value of a group is 8 bits: where somebody wants it, and every sum."""
@@ -181,16 +382,16 @@ def _in_place(node: fx.Node, graph: fx.GraphModule) -> bool:
     name = str(getattr(node.target, "__name__", node.target))
     if node.op == "call_module":
         return bool(getattr(called(node, graph), "inplace", False))
-    asked = bool(node.kwargs.get("inplace")) or (len(node.args) > 1 and node.args[1] is True)
+    requested = bool(node.kwargs.get("inplace")) or (len(node.args) > 1 and node.args[1] is True)
     named = name.endswith("_") and not name.endswith("__")
-    return node.op.startswith("call") and (asked or named or name in _AUGMENTED)
+    return node.op.startswith("call") and (requested or named or name in _AUGMENTED)
 
 
 def passes(node: fx.Node, graph: fx.GraphModule) -> bool:
     """Whether a node passes 8-bit values on as they are: pooling by maximum, flattening."""
     layer = called(node, graph)
     if type(layer) is nn.MaxPool2d:
-        return not layer.return_indices and not layer.ceil_mode and pool_pairs(layer)[2] == (1, 1)
+        return not layer.return_indices and not layer.ceil_mode and _pool_pairs(layer)[2] == (1, 1)
     return type(layer) in (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d) or (
         _is(node, graph, (torch.flatten, "flatten")) and bool(node.all_input_nodes)
     )
@@ -245,7 +446,7 @@ class Writer:
             shared = node in self._passed
             memory[node] = memory[node.all_input_nodes[0]] if shared else node
         for node in order:
-            if not isinstance(self._root_module(node), Sum):
+            if not isinstance(self._root_module(node), _Sum):
                 continue
             value, other = node.args
             assert isinstance(value, fx.Node)
@@ -253,7 +454,7 @@ class Writer:
             read = any(order[reader] > order[node] for reader in readers[memory[other]])
             if read or memory[value] is memory[other]:
                 with self._new.inserting_before(node):
-                    node.update_arg(1, self._add(Copy(), other))
+                    node.update_arg(1, self._new.call_method("clone", (other,)))
 
     def _root_module(self, node: fx.Node) -> nn.Module | None:
         return getattr(self._root, str(node.target), None) if node.op == "call_module" else None
@@ -270,14 +471,16 @@ class Writer:
             # Its range begins at 0, so writing it in 8 bits cuts negative values off.
             own = self._scales[node.name]
             self._integers[node] = (
-                self._add(Quantize(own), self._float(node.all_input_nodes[0])),
+                self._add(_Quantize(own), self._float(node.all_input_nodes[0])),
                 own,
             )
         elif self._is_mean(node):
-            self._write_mean(node)
+            value, own = self._integers[node.all_input_nodes[0]]
+            self._floats[node] = self._add(_Mean(own), value)
         elif _is(node, self._old, (), nn.GroupNorm):
             # In channels-last its sums depend on the number of threads.
-            source = self._add(Contiguous(), self._float(node.all_input_nodes[0]))
+            values = self._float(node.all_input_nodes[0])
+            source = self._new.call_method("contiguous", (values,))
             self._floats[node] = self._new.node_copy(node, lambda _old: source)
         else:
             self._floats[node] = self._new.node_copy(node, self._float)
@@ -291,13 +494,13 @@ class Writer:
     def _float(self, node: fx.Node) -> fx.Node:
         if node not in self._floats:
             value, own = self._integers[node]
-            self._floats[node] = self._add(Dequantize(own), value)
+            self._floats[node] = self._add(_Dequantize(own), value)
         return self._floats[node]
 
     def _integer(self, node: Any) -> tuple[fx.Node, Range]:
         if node not in self._integers:
             own = self._scales[self._plan.source_of(node).name]
-            self._integers[node] = self._add(Quantize(own), self._float(node)), own
+            self._integers[node] = self._add(_Quantize(own), self._float(node)), own
         return self._integers[node]
 
     def _passed_as_integers(self, node: fx.Node) -> bool:
@@ -312,7 +515,7 @@ class Writer:
         value, own = self._integer(node.all_input_nodes[0])
         layer = called(node, self._old)
         if isinstance(layer, nn.MaxPool2d):
-            made = self._add(MaxPool(layer), value)
+            made = self._add(_MaxPool(layer), value)
         else:
             made = self._new.node_copy(node, lambda _old: value)
         self._passed.add(made)
@@ -323,24 +526,20 @@ class Writer:
         one = isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size in (1, (1, 1))
         return one and node.all_input_nodes[0] in self._integers
 
-    def _write_mean(self, node: fx.Node) -> None:
-        value, own = self._integers[node.all_input_nodes[0]]
-        self._floats[node] = self._add(Mean(own), value)
-
     def _write_group(self, group: _Group) -> None:
         layer = called(group.layer, self._old)
         value, source = self._integer(group.layer.args[0])
         out = self._scales[group.last.name] if self._plan.in_integers(group) else None
         if isinstance(layer, nn.Linear):
-            made = self._add(Linear(layer, source, out, group.relu), value)
+            made = self._add(_Linear(layer, source, out, group.relu), value)
         else:
             assert isinstance(layer, nn.Conv2d)
             if group.other is None:
-                made = self._add(Convolution(layer, source, out, group.relu), value)
+                made = self._add(_Convolution(layer, source, out, group.relu), value)
             else:
                 assert out is not None
                 other, own = self._integer(group.other)
-                made = self._add(Sum(layer, source, out, group.relu, own), value, other)
+                made = self._add(_Sum(layer, source, out, group.relu, own), value, other)
         if out is None:
             self._floats[group.last] = made
         else:

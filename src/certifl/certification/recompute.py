@@ -2,27 +2,223 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from certifl._version import __version__
+from certifl.certification import metadata as groups
 from certifl.certification.certificates import ABSTAINED, UNLABELLED, Certificates
 from certifl.certification.counts import Votes
 from certifl.certification.estimators import Estimator, Metadata
-from certifl.certification.metadata import PERTURBATIONS, masks
+from certifl.certification.metadata import differs
 from certifl.certification.quantization import fingerprint_problems
-from certifl.certification.record import read_record
+from certifl.certification.settings import ESTIMATORS, Settings
 from certifl.errors import InputError
-from certifl.smoothing.laws import UNIFORM
+from certifl.perturbations import PERTURBATIONS, Perturbation, from_record
+from certifl.smoothing.laws import LAWS, UNIFORM, Law
+
+
+class _Types(BaseModel):
+    """Types that must hold before anything is computed."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+    law: str
+    sigma: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    estimator: str
+    bounds: str
+    alpha: Annotated[float, Field(allow_inf_nan=False)]
+    n0: int
+    n: int
+    look_votes: list[Any]
+    look_levels: list[Any]
+    family: str | None = None
+    description: dict[str, Any] | None = None
+    radii: list[float] | None = None
+    label_aware: bool = True
+    keep: str = "certificates"
+    reach: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RecordedNoise:
+    """The recorded noise of a perturbation, whose family certifl may not know."""
+
+    family: str
+    sigma: float
+    law: Law
+    unit: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """The metadata of certificates of one perturbation.
+
+    Attributes:
+        metadata: as stored.
+        estimator: how votes became certificates; None for settings that are not allowed.
+        perturbation: what was certified; None for a family that certifl does not know.
+        problems: what is wrong; if anything is, no row can be judged.
+    """
+
+    metadata: Mapping[str, Any]
+    estimator: Estimator | None = None
+    perturbation: Perturbation | None = None
+    problems: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> list[str]:
+        """Metadata of the estimator that an older version did not record."""
+        row = ESTIMATORS.rows.get(str(self.metadata["estimator"]))
+        return [name for name in (row.metadata if row else ()) if name not in self.metadata]
+
+
+def read_record(conditions: Mapping[str, Any]) -> Record:
+    """Metadata, after comparing everything that follows from other entries.
+
+    Raises:
+        InputError: unreadable, or without what the estimator needs.
+    """
+    try:
+        metadata = json.loads(json.dumps(dict(conditions), default=_plain))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"The metadata of these certificates cannot be read: {error}") from error
+    problem = _type_problem(metadata) or _schedule_problem(metadata)
+    if problem is not None:
+        return Record(metadata, problems=(problem,))
+    perturbation, problems = _described(metadata)
+    if problems:
+        return Record(metadata, None, perturbation, problems)
+    try:
+        estimator = _estimator_of(metadata, perturbation)
+        if problem := _settings_problem(metadata, estimator):
+            return Record(metadata, estimator, perturbation, (problem,))
+        problem = estimator.record_problem(metadata)
+    except KeyError as error:
+        raise InputError(
+            f"These certificates do not say how their votes were cast: {error} is missing."
+        ) from error
+    except InputError as error:
+        problem = f"its settings are not allowed: {error}"
+        return Record(metadata, None, perturbation, (problem,))
+    return Record(metadata, estimator, perturbation, () if problem is None else (problem,))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not a number, a text or a list")
+
+
+def _estimator_of(metadata: Mapping[str, Any], perturbation: Perturbation | None) -> Estimator:
+    """The estimator that is recorded; old records do not name `keep`.
+
+    Raises:
+        InputError: settings that are not allowed.
+        KeyError: the metadata lack what it needs.
+    """
+    settings = Settings(
+        metadata["estimator"],
+        metadata["n0"],
+        metadata["n"],
+        metadata["alpha"],
+        radii=metadata.get("radii"),
+        label_aware=metadata.get("label_aware", True),
+        reach=metadata.get("reach"),
+        keep=metadata.get("keep", "certificates"),
+    )
+    noise = perturbation or RecordedNoise(
+        family=str(metadata.get("family")),
+        sigma=metadata["sigma"],
+        law=LAWS[metadata["law"]],
+        unit=str(metadata.get("unit")),
+    )
+    return ESTIMATORS[settings.estimator].recorded(settings, noise, metadata)
+
+
+def _type_problem(metadata: Mapping[str, Any]) -> str | None:
+    try:
+        _Types.model_validate(metadata)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        return f"its {name} = {first['input']!r:.60} is not allowed: {first['msg']}"
+    if metadata["law"] not in LAWS:
+        return f"its law {metadata['law']!r} is not one of {', '.join(LAWS)}"
+    return None
+
+
+def _schedule_problem(metadata: Mapping[str, Any]) -> str | None:
+    """Why looks and levels cannot have been fixed before the first vote; None if they can."""
+    looks, levels, alpha = metadata["look_votes"], metadata["look_levels"], metadata["alpha"]
+    whole = all(type(votes) is int and votes > 0 for votes in looks)
+    if not (looks and whole and sorted(set(looks)) == looks):
+        return f"the looks {looks} are not rising numbers of votes"
+    if len(levels) not in (1, len(looks)):
+        return f"there are {len(levels)} levels for {len(looks)} looks"
+    numbers = all(type(level) in (int, float) and 0.0 < level < math.inf for level in levels)
+    if not numbers:
+        return f"a level of its looks is not a positive number: {levels}"
+    if math.fsum(levels) > alpha:
+        return f"the levels of the looks sum to more than alpha = {alpha}"
+    return None
+
+
+def _settings_problem(metadata: Mapping[str, Any], estimator: Estimator) -> str | None:
+    """Bounds, looks or levels that do not follow from the other settings."""
+    expected = {
+        "bounds": estimator.bounds,
+        "look_votes": list(estimator.looks),
+        "look_levels": list(estimator.levels),
+    }
+    for name, value in expected.items():
+        if metadata[name] != value:
+            return f"its {name} {metadata[name]} are not those of its settings, {value}"
+    return None
+
+
+def _described(metadata: Mapping[str, Any]) -> tuple[Perturbation | None, tuple[str, ...]]:
+    """The perturbation of the description, and entries that do not agree with it."""
+    described = metadata.get("description")
+    if metadata.get("family") not in PERTURBATIONS or described is None:
+        law = LAWS[metadata["law"]]
+        wrong = metadata.get("norm", law.norm) != law.norm
+        problem = (
+            f"its norm {metadata.get('norm')!r} is not that of the law {law.name}, {law.norm}"
+        )
+        return None, (problem,) if wrong else ()
+    try:
+        perturbation = from_record(described)
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        return None, (f"its description is not one of a perturbation: {error}",)
+    actual = {
+        n: perturbation.law.name if n == "law" else getattr(perturbation, n) for n in groups.NOISE
+    }
+    return perturbation, tuple(
+        f"its {name} {metadata[name]!r} is not that of its description, {value!r}"
+        for name, value in actual.items()
+        if name in metadata and differs(metadata[name], value) and known_words(name, metadata)
+    )
+
+
+def known_words(name: str, metadata: Mapping[str, Any]) -> bool:
+    """Whether this version wrote the entry: others may word the same threat differently."""
+    versions = metadata.get("versions")
+    actual = isinstance(versions, dict) and versions.get("certifl") == __version__
+    return actual or name != "threat"
+
 
 ReportRows = Callable[[np.ndarray, str], None]
 """Called with a mask of rows and what is wrong with them."""
 
-_NEEDED = (
-    *("law", "sigma", "estimator", "bounds", "alpha", "n0", "n"),
-    *("look_votes", "look_levels"),
-)
+_NEEDED = [name for name, field in _Types.model_fields.items() if field.is_required()]
 # Far above rounding differences between versions of scipy, far below anything that matters.
 # Granted only where a row claims LESS than its votes give.
 _ALIKE = 1e-9
@@ -74,11 +270,11 @@ def verify(certificates: Certificates) -> list[Finding]:
     problem = _column_problem(certificates)
     if problem is not None:
         raise InputError(f"These certificates are damaged: {problem}.")
-    if PERTURBATIONS not in certificates.conditions:
+    if groups.PERTURBATIONS not in certificates.conditions:
         return _verified(certificates)
     try:
-        masks_ = masks(certificates.conditions, certificates.client)
-        owners = np.sum([np.zeros(len(certificates), np.int64), *masks_], axis=0)
+        masks = groups.masks(certificates.conditions, certificates.client)
+        owners = np.sum([np.zeros(len(certificates), np.int64), *masks], axis=0)
         known = certificates.select(owners == 1).by_perturbation()
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
@@ -213,14 +409,6 @@ def _check_votes(
     return known & cast & (chosen == n0)
 
 
-def _check_class(certificates: Certificates, certified: np.ndarray, report: ReportRows) -> None:
-    claimed = certificates.predicted != ABSTAINED
-    selected = certificates.selection_counts.argmax(axis=1)
-    report(claimed & (certificates.predicted != selected), "its class is not the selected one")
-    report(claimed & ~certified, "its votes certify nothing, but it does not abstain")
-    report(~claimed & certified, "it abstains, but its votes certify its class")
-
-
 def _granted(metadata: Metadata) -> float:
     """Relative excess of radii that is tolerated: 0.0, except for records of certifl 0.1."""
     versions = metadata.get("versions")
@@ -272,7 +460,11 @@ def _check_claims(
         if name not in expected and getattr(certificates, name) is not None:
             everything = np.ones(len(certificates), np.bool_)
             report(everything, f"it has a column {name}, which its estimator does not give")
-    _check_class(certificates, expected["certified"], report)
+    certified, claimed = expected["certified"], certificates.predicted != ABSTAINED
+    selected = certificates.selection_counts.argmax(axis=1)
+    report(claimed & (certificates.predicted != selected), "its class is not the selected one")
+    report(claimed & ~certified, "its votes certify nothing, but it does not abstain")
+    report(~claimed & certified, "it abstains, but its votes certify its class")
     granted = 0.0 if "interval" in expected else _granted(metadata)
     _report_numbers("radius", certificates.radius, expected["radius"], 1, report, granted)
     for name, sign in {"p_lower": 1, "p_upper": -1}.items():

@@ -10,39 +10,39 @@ the size: counting is a pure function, so nothing is lost and nothing is counted
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from certifl.certification.counts import Request
+from certifl.certification.counts import CHUNK, Request
 from certifl.certification.network import Network
-from certifl.errors import first_line
+from certifl.errors import RandomSourceBroken, first_line
 from certifl.perturbations.base import Perturbation
 from certifl.rng import vote_generator
+from certifl.smoothing.bounds import Ints
 from certifl.torch_env import exact_convolutions, keep_freed_memory, one_thread, out_of_memory
 
-CHUNK = 100
 _log = logging.getLogger(__name__)
-
-_VOTES_PER_IMAGE = 3200
-_CALLS_PER_IMAGE = 4
 _Counted = TypeVar("_Counted")
+_Chunk = tuple[int, int, Tensor]  # row of the images, slot, parameters
 
 
-def votes_per_image(batch_size: int) -> int:
-    """The most votes of one image in a batch of requests: whole chunks, enough for some calls.
-
-    With fewer, a last image alone would leave most of a large call empty. The votes do not depend
-    on where they are cut.
-    """
-    chunks = -(-_CALLS_PER_IMAGE * batch_size // CHUNK)
-    return max(_VOTES_PER_IMAGE, chunks * CHUNK)
+@contextlib.contextmanager
+def voting(network: Network) -> Iterator[None]:
+    """Held to one way of adding up, so that the same votes are cast at every run."""
+    with (
+        torch.inference_mode(),
+        exact_convolutions(network.device),
+        one_thread(network.threads == 1),
+    ):
+        yield
 
 
 class VoteCounter:
@@ -143,12 +143,7 @@ class VoteCounter:
         """Do the work, from its start again in half the batch size whenever memory runs out."""
         while True:
             try:
-                # Held to one way of adding up, so that the same votes are cast at every run.
-                with (
-                    torch.inference_mode(),
-                    exact_convolutions(self.network.device),
-                    one_thread(self.network.threads == 1),
-                ):
+                with voting(self.network):
                     return work()
             except (RuntimeError, MemoryError) as error:
                 size = self.network.batch_size
@@ -176,10 +171,14 @@ class VoteCounter:
         if missing:
             rows = torch.cat([rows, rows[-1:].expand(missing)])
             params = torch.cat([params, params[-1:].expand(missing, *params.shape[1:])])
-        noisy = self.perturbation.apply(_chosen(images, rows), params)
+        if rows.device.type == "cpu" and bool((rows == rows[0]).all()):
+            chosen = images[int(rows[0])][None]  # one image alone is not copied
+        else:
+            chosen = images[rows]
+        noisy = self.perturbation.apply(chosen, params)
         return self.network.call(noisy).argmax(dim=1)
 
-    def _chunks(self, images: Tensor, requests: Sequence[Request]) -> Iterator[_Votes]:
+    def _chunks(self, images: Tensor, requests: Sequence[Request]) -> Iterator[_Chunk]:
         device, shape = self.network.device, _chw(images)
         for request in requests:
             for chunk in range(request.start // CHUNK, -(-request.stop // CHUNK)):
@@ -187,22 +186,15 @@ class VoteCounter:
                 generator = vote_generator(
                     self.seed, request.purpose, request.key, chunk, device=device
                 )
-                # Always the whole chunk, so that its votes do not depend on the part wanted.
+                # Always the whole chunk, so that its votes do not depend on the part requested.
                 params = self.perturbation.sample(CHUNK, shape, generator)
-                wanted = params[max(request.start - first, 0) : request.stop - first]
-                yield _Votes(request.image, request.slot, wanted)
+                requested = params[max(request.start - first, 0) : request.stop - first]
+                yield request.image, request.slot, requested
 
 
 def _chw(images: Tensor) -> tuple[int, int, int]:
     channels, height, width = images.shape[1:]
     return channels, height, width
-
-
-def _chosen(images: Tensor, rows: Tensor) -> Tensor:
-    """The images of these rows; one alone where all rows are its: it is then not copied."""
-    if rows.device.type == "cpu" and bool((rows == rows[0]).all()):
-        return images[int(rows[0])][None]
-    return images[rows]
 
 
 def _like(values: Tensor, params: Tensor) -> Tensor:
@@ -219,54 +211,174 @@ def _add_rows(totals: Tensor, slot: Tensor, rows: Tensor) -> None:
         totals.index_add_(0, slot, rows)
 
 
-@dataclass(frozen=True)
-class _Votes:
-    image: int
-    slot: int
-    params: Tensor
-
-
-def _batches(chunks: Iterator[_Votes], batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _batches(chunks: Iterator[_Chunk], size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Pack chunks of many images into batches of (image rows, slots, parameters)."""
-    waiting: list[_Votes] = []
-    size = 0
-    for chunk in chunks:
-        waiting.append(chunk)
-        size += len(chunk.params)
-        while size >= batch_size:
-            taken, waiting = _split(waiting, batch_size)
-            size -= batch_size
-            yield _packed(taken)
-    if waiting:
-        yield _packed(waiting)
+    batch: list[_Chunk] = []
+    missing = size
+    for image, slot, params in chunks:
+        rest = params
+        while len(rest):
+            part, rest = rest[:missing], rest[missing:]
+            batch.append((image, slot, part))
+            missing -= len(part)
+            if missing == 0:
+                yield _packed(batch)
+                batch, missing = [], size
+    if batch:
+        yield _packed(batch)
 
 
-def _split(chunks: list[_Votes], votes: int) -> tuple[list[_Votes], list[_Votes]]:
-    taken: list[_Votes] = []
-    for position, chunk in enumerate(chunks):
-        length = len(chunk.params)
-        if length > votes:
-            taken.append(_Votes(chunk.image, chunk.slot, chunk.params[:votes]))
-            rest = _Votes(chunk.image, chunk.slot, chunk.params[votes:])
-            return taken, [rest, *chunks[position + 1 :]]
-        taken.append(chunk)
-        votes -= length
-        if votes == 0:
-            return taken, chunks[position + 1 :]
-    return taken, []
-
-
-def _packed(chunks: list[_Votes]) -> tuple[Tensor, Tensor, Tensor]:
-    params = torch.cat([chunk.params for chunk in chunks])
-    lengths = [len(chunk.params) for chunk in chunks]
-    of_chunks = np.array([[chunk.image, chunk.slot] for chunk in chunks], np.int64)
-    rows, slots = _on_device(np.repeat(of_chunks, lengths, axis=0).T.copy(), params.device)
+def _packed(chunks: list[_Chunk]) -> tuple[Tensor, Tensor, Tensor]:
+    params = torch.cat([chunk[2] for chunk in chunks])
+    lengths = [len(chunk[2]) for chunk in chunks]
+    of_chunks = np.array([chunk[:2] for chunk in chunks], np.int64)
+    host = torch.from_numpy(np.repeat(of_chunks, lengths, axis=0).T.copy())
+    if params.device.type == "cuda":
+        host = host.pin_memory()  # a copy from other memory would wait for the work under way
+    rows, slots = host.to(params.device, non_blocking=True)
     return rows, slots, params
 
 
-def _on_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """Values copied to the device, without waiting there for the work that is under way."""
-    host = torch.from_numpy(values)
-    if device.type == "cuda":
-        host = host.pin_memory()  # a copy from other memory would wait
-    return host.to(device, non_blocking=True)
+def predict_plain(network: Network, images: Tensor) -> Ints:
+    """The network's class of every image as it is, one call each in batches of one shape.
+
+    Args:
+        network: as it would vote.
+        images: (m, c, h, w) in [0, 1].
+
+    Returns:
+        (m,) classes.
+    """
+    answers = []
+    for part in images.to(network.device).split(network.batch_size):
+        # Every call has the same number of rows, as in voting; what fills it up is not looked at.
+        filled = part[torch.arange(network.batch_size, device=part.device) % len(part)]
+        with voting(network):
+            logits = network.call(filled)[: len(part)]
+        answers.append(logits.argmax(dim=1).cpu().numpy())
+    return np.concatenate(answers).astype(np.int64)
+
+
+# The self-test of the random source, in milliseconds, before the first vote of a process.
+#
+# Certificates assume independent draws from the distribution. Votes of a broken generator, a
+# driver that replays its numbers or a perturbation that forgets to draw look like any others. So
+# streams are tested once: they repeat, they differ, and moments are those of the distribution. The
+# streams are fixed, so the result is the same at every start.
+
+
+Source = Callable[[int, str, int, int, torch.device], torch.Generator]
+"""Called with (seed, purpose, image key, chunk, device), as `rng.vote_generator`."""
+
+_SEED, _IMAGE = 20_230_206, 1_618_033_988
+# A correct source is further off than this in one of 5e8 statistics.
+_STANDARD_ERRORS = 6.0
+# law -> (mean, variance, fourth central moment), in units of sigma, sigma^2 and sigma^4
+_MOMENTS = {
+    "gaussian": (0.0, 1.0, 3.0),
+    "uniform": (0.0, 1.0 / 3.0, 1.0 / 5.0),
+    "exponential": (1.0, 1.0, 9.0),
+}
+# Noise on the grid of 8-bit intensities differs from the law by at most half a level a draw.
+_LEVEL = 1.0 / 255.0
+
+_passed: set[tuple[Any, ...]] = set()
+
+
+def check_random_source_once(
+    perturbation: Perturbation, image_shape: tuple[int, ...], device: torch.device
+) -> None:
+    """`check_random_source`, once per process for each device, perturbation and image shape."""
+    case = (str(device), repr(perturbation), tuple(image_shape))
+    if case not in _passed:
+        check_random_source(perturbation, image_shape, device)
+        _passed.add(case)
+
+
+def check_random_source(
+    perturbation: Perturbation,
+    image_shape: tuple[int, ...],
+    device: torch.device,
+    source: Source = vote_generator,
+) -> None:
+    """Refuse to vote where draws do not repeat, do not differ, or do not follow the distribution.
+
+    Args:
+        perturbation: whose draws are tested.
+        image_shape: (c, h, w).
+        device: where votes will be drawn.
+        source: gives the generator of a chunk of votes.
+
+    Raises:
+        RandomSourceBroken: a stream is not repeated by the same seed; two chunks, the two stages
+            or two images share a stream; mean, variance or the correlation of two chunks is more
+            than six standard errors from those of the distribution.
+    """
+    channels, height, width = image_shape
+    # A chunk draws as many numbers as the images have pixels; some hundred thousand are enough.
+    sets = min(CHUNK, max(2, 100_000 // (2 * channels * height * width)))
+
+    def drawn(purpose: str, image: int, chunk: int) -> Tensor:
+        draws = perturbation.sample(
+            sets, (channels, height, width), source(_SEED, purpose, image, chunk, device)
+        )
+        return draws.flatten()
+
+    first, second = drawn("estimation", _IMAGE, 0), drawn("estimation", _IMAGE, 1)
+    if not torch.equal(first, drawn("estimation", _IMAGE, 0)):
+        raise _broken("the same seed gives other numbers when it is used again", device)
+    others = {
+        "two chunks of one image": second,
+        "selection and estimation": drawn("selection", _IMAGE, 0),
+        "two images": drawn("estimation", _IMAGE + 1, 0),
+    }
+    for pair, other in others.items():
+        if torch.equal(first, other):
+            raise _broken(f"{pair} draw the same numbers", device)
+    _check_moments(perturbation, first.double(), second.double(), device)
+
+
+def _check_moments(
+    perturbation: Perturbation, first: Tensor, second: Tensor, device: torch.device
+) -> None:
+    """Mean, variance and correlation of two chunks against the distribution."""
+    if perturbation.law.name not in _MOMENTS:
+        return  # a custom distribution, whose moments are unknown here
+    mean, variance, fourth = (
+        unit * perturbation.sigma**power
+        for unit, power in zip(_MOMENTS[perturbation.law.name], (1, 2, 4), strict=True)
+    )
+    first, second = first - mean, second - mean
+    both, pairs = torch.cat([first, second]), len(first)
+    slack = _LEVEL if getattr(perturbation, "exact", False) else 0.0
+    statistics = {
+        "mean": (float(both.mean()), 0.0, math.sqrt(variance / (2 * pairs)), 0.0),
+        "variance": (
+            float(both.square().mean()),
+            variance,
+            math.sqrt((fourth - variance**2) / (2 * pairs)),
+            slack * (math.sqrt(variance) + slack),
+        ),
+        "covariance of two chunks": (
+            float((first * second).mean()),
+            0.0,
+            variance / math.sqrt(pairs),
+            slack**2,
+        ),
+    }
+    for name, (value, expected, error, rounding) in statistics.items():
+        # float32 draws are off by 6e-8 of themselves, which is far below any standard error here.
+        if not abs(value - expected) <= _STANDARD_ERRORS * error + rounding:
+            raise _broken(
+                f"the {name} of {2 * pairs} draws of {perturbation.family} is {value:.4g}, "
+                f"{abs(value - expected) / error:.1f} standard errors from {expected:.4g}",
+                device,
+            )
+
+
+def _broken(what: str, device: torch.device) -> RandomSourceBroken:
+    return RandomSourceBroken(
+        f"The random source on {device} cannot be trusted: {what}. Certificates would not hold, "
+        "so nothing was certified. Try device='cpu'; check the installation of torch and, if the "
+        "perturbation is your own, its sample()."
+    )

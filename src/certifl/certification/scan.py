@@ -19,29 +19,20 @@ import torch
 from torch import Tensor
 
 from certifl.certification.certificates import Certificates
-from certifl.certification.counts import Request, Votes, next_requests
-from certifl.certification.estimators import (
-    Estimator,
-    Metadata,
-    Noise,
-    least_that,
-)
+from certifl.certification.counts import CHUNK, Request, Votes
+from certifl.certification.estimators import Estimator, Metadata, Noise, least_that
 from certifl.certification.metadata import differs
-from certifl.certification.sampling import CHUNK, VoteCounter
+from certifl.certification.sampling import VoteCounter
 from certifl.certification.settings import GRID_POINTS, Settings
 from certifl.errors import InputError
 from certifl.perturbations import PERTURBATIONS
 from certifl.rng import vote_generator
-from certifl.smoothing.arrays import Bools, Floats
-from certifl.smoothing.scan import BETS, SHARES, Reading, read_scan
+from certifl.smoothing.bounds import Bools, Floats
+from certifl.smoothing.scan import BETS, SHARES, Reading, Scan, passes_of, read_scan
 from certifl.smoothing.sequential import grid_steps
-from certifl.smoothing.strata import Scan, passes_of
 
 # Images read at once; a reading holds a few numbers per image, rival and cell.
 _BLOCK = 16
-# A scaling parameter of -1 shrinks the sampling grid to a point.
-_LEAST_SCALING = -1.0
-_SCALING_REACH = 3.0
 _ROUNDING = 1e-12  # of a reach that is derived from the ends of a scan
 
 
@@ -96,14 +87,10 @@ class ScanEstimator(Estimator):
         pairs = least_that(lambda k: 2.0 / alpha < float(SHARES @ np.exp(BETS * (k - 2.0))))
         return 2 * math.ceil((pairs + 1) * scan.width / (2.0 * scan.sigma))
 
-    def next_requests(
-        self, votes: Votes, keys: Sequence[int], size: int, quota: int
-    ) -> list[Request]:
+    def purposes(self, votes: Votes) -> tuple[str, ...]:
         """Selection votes first, at delta = 0; the scan's own votes are others."""
-        n0 = self.settings.n0
-        missing = bool((votes.selection.sum(axis=1) < n0).any())
-        purposes = ["selection" if missing else "estimation"]
-        return next_requests(votes, keys, n0, self.looks, size, quota, purposes)
+        missing = bool((votes.selection.sum(axis=1) < self.settings.n0).any())
+        return ("selection",) if missing else ("estimation",)
 
     def cast(
         self, counter: VoteCounter, images: Tensor, requests: Sequence[Request], votes: Votes
@@ -141,9 +128,11 @@ class ScanEstimator(Estimator):
         for rows, reading in self._readings(votes, np.ones(m, np.bool_), votes.looks - 1):
             interval[rows], certified[rows] = reading.interval, reading.certified
         packed = np.empty(m, dtype=object)
-        for row in range(m):
+        for row in range(m):  # one byte a vote, four beyond 256 classes
             assert votes.path is not None
-            packed[row] = _packed(votes.path[row, : self.looks[votes.looks[row] - 1]])
+            path = votes.path[row, : self.looks[votes.looks[row] - 1]]
+            little = path.astype(path.dtype.newbyteorder("<"))
+            packed[row] = zlib.compress(little.tobytes(), level=9)
         return {
             "certified": certified,
             "radius": _radius(interval),
@@ -306,20 +295,18 @@ def _nearly_same(first: Scan, second: Scan) -> bool:
 
 
 def parameters(scan: Scan, seed: int, key: int, start: int, stop: int) -> Tensor:
-    """The parameters of the votes start to stop of one image: (stop - start, 1) float32."""
-    drawn = _uniforms(seed, key, start, stop)
-    t = scan.parameters(np.arange(start, stop), drawn)
-    return torch.from_numpy(t).to(torch.float32)[:, None]
+    """The parameters of the votes start to stop of one image: (stop - start, 1) float32.
 
-
-def _uniforms(seed: int, key: int, start: int, stop: int) -> np.ndarray:
-    """Draws from [0, 1) of the votes start to stop of an image; float64, always on the CPU."""
+    Uniform numbers are drawn in float64, always on the CPU.
+    """
     first = start // CHUNK
     chunks = [
         torch.rand(CHUNK, dtype=torch.float64, generator=vote_generator(seed, "scan", key, chunk))
         for chunk in range(first, -(-stop // CHUNK))
     ]
-    return torch.cat(chunks).numpy()[start - first * CHUNK : stop - first * CHUNK]
+    drawn = torch.cat(chunks).numpy()[start - first * CHUNK : stop - first * CHUNK]
+    t = scan.parameters(np.arange(start, stop), drawn)
+    return torch.from_numpy(t).to(torch.float32)[:, None]
 
 
 def _append(votes: Votes, rows: np.ndarray, numbers: np.ndarray, classes: np.ndarray) -> None:
@@ -337,11 +324,6 @@ def _append(votes: Votes, rows: np.ndarray, numbers: np.ndarray, classes: np.nda
 def _radius(interval: np.ndarray) -> np.ndarray:
     """The shorter side."""
     return np.minimum(-interval[:, 0], interval[:, 1]) + 0.0
-
-
-def _packed(path: np.ndarray) -> bytes:
-    """Votes in order as one byte each (four beyond 256 classes), then compressed (zlib)."""
-    return zlib.compress(path.astype(path.dtype.newbyteorder("<")).tobytes(), level=9)
 
 
 def unpacked(packed: bytes, classes: int, most: int | None = None) -> np.ndarray:

@@ -20,9 +20,23 @@ from certifl.registry import Registry, Row, check_parameters, parameters
 if TYPE_CHECKING:
     from certifl.certification.estimators import Estimator, Noise
 
+PRECISIONS = ("float32", "bfloat16", "int8")
+# Precisions of 0.1.0, which stored votes may still name, and what to choose in their place.
+REMOVED_PRECISIONS = {"float32-compiled": "float32", "bfloat16-compiled": "bfloat16"}
+
+
+def removed_precision(name: str) -> str:
+    """What to say to somebody who asks for a precision of `REMOVED_PRECISIONS`."""
+    return (
+        f'the precision "{name}" was removed in 0.2.0: choose "{REMOVED_PRECISIONS[name]}", the '
+        "same arithmetic in another order, so votes differ only where rounding decides."
+    )
+
+
 GRID_POINTS = 50
 _MOST_VOTES = 10**9
 _DEFAULTS = {"keep": "certificates", "reach": None}
+_HOME, _BOUNDARIES = "certifl.certification.estimators", ("boundaries",)
 _KEEP = (Literal["certificates", "curve"], "certificates")
 _REACH = (Annotated[float | None, Field(gt=0, description="a positive finite amount")], None)
 
@@ -43,23 +57,16 @@ class EstimatorRow(Row):
 ESTIMATORS: Registry[EstimatorRow] = Registry(
     "estimator",
     {
-        "top-class": EstimatorRow(
-            "certifl.certification.estimators:TopClass", parameters(), "top class"
-        ),
-        "runner-up": EstimatorRow(
-            "certifl.certification.estimators:RunnerUp", parameters(), "runner-up"
-        ),
+        "top-class": EstimatorRow(f"{_HOME}:TopClass", parameters(), "top class"),
+        "runner-up": EstimatorRow(f"{_HOME}:RunnerUp", parameters(), "runner-up"),
         "sequential": EstimatorRow(
-            "certifl.certification.estimators:Sequential",
-            parameters(keep=_KEEP),
-            "sequential",
-            metadata=("boundaries",),
+            f"{_HOME}:Sequential", parameters(keep=_KEEP), "sequential", metadata=_BOUNDARIES
         ),
         "sequential-top-class": EstimatorRow(
-            "certifl.certification.estimators:SequentialTopClass",
+            f"{_HOME}:SequentialTopClass",
             parameters(keep=_KEEP),
             "sequential, top class",
-            metadata=("boundaries",),
+            metadata=_BOUNDARIES,
         ),
         "scan": EstimatorRow(
             "certifl.certification.scan:ScanEstimator",

@@ -19,8 +19,8 @@ from certifl.certification import Certificates
 from certifl.certification.api import asked_conditions
 from certifl.certification.certificates import Predictions
 from certifl.certification.metadata import AMOUNTS, differs, entries
-from certifl.certification.precisions import PRECISIONS
-from certifl.certification.record import known_words
+from certifl.certification.recompute import known_words
+from certifl.certification.settings import PRECISIONS
 from certifl.data import Dataset, Partition, check, choose
 from certifl.errors import InputError, StoreError
 from certifl.models import build

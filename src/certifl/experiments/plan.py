@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from certifl.certification import adaptive as engine
+from certifl.certification import counts as engine
 from certifl.certification.arithmetic import Trial, ready
 from certifl.certification.counts import Request
 from certifl.certification.network import Network, choose_device

@@ -25,10 +25,10 @@ from certifl.certification import Certificates
 from certifl.certification.counts import Request, Votes, fresh
 from certifl.certification.estimators import Estimator
 from certifl.certification.network import Network, choose_device, prepare, tf32_state
-from certifl.certification.precisions import REMOVED_PRECISIONS
 from certifl.certification.quantization import Calibration, recorded
-from certifl.certification.record import read_record
+from certifl.certification.recompute import read_record
 from certifl.certification.sampling import VoteCounter
+from certifl.certification.settings import REMOVED_PRECISIONS
 from certifl.data import to_float
 from certifl.errors import DataUnavailable, InputError, StoreMismatch, first_line
 from certifl.rng import image_key

@@ -16,8 +16,7 @@ from certifl.certification import Certificates
 from certifl.certification.api import certify
 from certifl.certification.arithmetic import Trial
 from certifl.certification.network import Network
-from certifl.certification.precisions import PRECISIONS
-from certifl.certification.settings import Settings
+from certifl.certification.settings import PRECISIONS, Settings
 from certifl.data import (
     Dataset,
     changes_of,
@@ -257,7 +256,7 @@ def _trained(name: str, weights: Path | None, images: ImageKind, seed: int) -> n
     """A network with its weights, in evaluation mode; one of the hub has its own."""
     classes, names = len(images.class_names), images.class_names
     if weights is None:
-        from certifl.models.huggingface import load as load_model  # imports an optional package
+        from certifl.models.building import load as load_model  # imports an optional package
 
         channels, size = images.in_channels, images.image_size
         return load_model(name, channels, classes, size, class_names=names)

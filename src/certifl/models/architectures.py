@@ -42,17 +42,12 @@ class Normalize(nn.Module):
         return (images - self.mean) / self.std
 
 
-def _batch_norm(width: int) -> nn.Module:
-    return nn.BatchNorm2d(width)
-
-
-def _group_norm(width: int) -> nn.Module:
-    return nn.GroupNorm(max(4, width // 16), width)
-
-
 # BatchNorm mixes the images of a batch and keeps statistics; GroupNorm does neither, which privacy
 # asks for. Groups are of 16 channels, or a quarter of fewer.
-NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": _batch_norm, "group": _group_norm}
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    "group": lambda width: nn.GroupNorm(max(4, width // 16), width),
+}
 
 
 class BasicBlock(nn.Module):
@@ -87,7 +82,7 @@ class ResNet(nn.Module):
         depths: blocks of each stage.
         mean: subtracted from every intensity.
         std: every intensity is divided by.
-        norm: "batch" (BatchNorm) or "group" (GroupNorm).
+        norm: "batch" (BatchNorm), or "group" (GroupNorm) for training with privacy.
     """
 
     def __init__(
@@ -149,42 +144,22 @@ def _quarter_means(x: Tensor) -> Tensor:
 
 
 def _means_of_slices(x: Tensor) -> Tensor:
-    (top, bottom), (left, right) = _halves(x.shape[-2]), _halves(x.shape[-1])
-    means = [x[..., row, col].mean((-2, -1)) for row in (top, bottom) for col in (left, right)]
+    rows, columns = ((slice((n + 1) // 2), slice(n // 2, n)) for n in x.shape[-2:])
+    means = [x[..., row, column].mean((-2, -1)) for row in rows for column in columns]
     return torch.stack(means, -1).unflatten(-1, (2, 2))
-
-
-def _halves(side: int) -> tuple[slice, slice]:
-    return slice(0, (side + 1) // 2), slice(side // 2, side)
 
 
 def resnet18(
     in_channels: int, num_classes: int, mean: float = 0.5, std: float = 0.25, norm: str = "batch"
 ) -> nn.Module:
-    """The study's network: ResNet-18 for 32 x 32 images, 11.2 million weights.
-
-    Args:
-        in_channels: channels of the images.
-        num_classes: logits that come out.
-        mean: subtracted from every intensity.
-        std: every intensity is divided by.
-        norm: "batch", or "group" for training with privacy.
-    """
+    """The study's network: ResNet-18 for 32 x 32 images, 11.2 million weights; see `ResNet`."""
     return ResNet(in_channels, num_classes, (64, 128, 256, 512), (2, 2, 2, 2), mean, std, norm)
 
 
 def small_resnet(
     in_channels: int, num_classes: int, mean: float = 0.5, std: float = 0.25, norm: str = "batch"
 ) -> nn.Module:
-    """A ResNet-8 of about 78 000 weights: the paper's ingredients at a size for one core.
-
-    Args:
-        in_channels: channels of the images.
-        num_classes: logits that come out.
-        mean: subtracted from every intensity.
-        std: every intensity is divided by.
-        norm: "batch", or "group" for training with privacy.
-    """
+    """A ResNet-8 of about 78 000 weights: the paper's ingredients at a size for one core."""
     return ResNet(in_channels, num_classes, (16, 32, 64), (1, 1, 1), mean, std, norm)
 
 
@@ -197,10 +172,7 @@ def small_cnn(
     small as a client's data. It trains with rates from 0.02 to 0.1, with and without momentum.
 
     Args:
-        in_channels: channels of the images.
-        num_classes: logits that come out.
-        mean: subtracted from every intensity.
-        std: every intensity is divided by.
+        in_channels, num_classes, mean, std: as `ResNet` takes them.
         width: channels of the first convolution, a multiple of 4; the others have 2 and 4 times as
             many. The noise of privacy grows with the number of weights: 4 leaves about 2 200.
 

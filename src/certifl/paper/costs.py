@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from certifl.certification.adaptive import expected_votes
+from certifl.certification.counts import expected_votes
 from certifl.certification.network import choose_device
 from certifl.certification.settings import ESTIMATORS
 from certifl.errors import StoreError

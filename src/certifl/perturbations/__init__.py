@@ -32,10 +32,15 @@ from certifl.perturbations.units import format_amount, from_records, parse_sigma
 from certifl.registry import Flag, Parameters, PositiveInt, Registry, Row, parameters
 
 if TYPE_CHECKING:
-    from certifl.perturbations.deformations import Affine, Rotation, Scaling, Translation
-    from certifl.perturbations.flows import DenseFlow, SmoothFlow
-    from certifl.perturbations.photometric import Brightness, Contrast, GaussianBlur
-    from certifl.perturbations.pixel import PixelNoise
+    from certifl.perturbations.deformations import (
+        Affine,
+        DenseFlow,
+        Rotation,
+        Scaling,
+        SmoothFlow,
+        Translation,
+    )
+    from certifl.perturbations.photometric import Brightness, Contrast, GaussianBlur, PixelNoise
 
 __all__ = [
     "DEFAULT",
@@ -76,13 +81,13 @@ def _moving(**options: Any) -> type[Parameters]:
 
 
 _PHOTOMETRIC = "certifl.perturbations.photometric"
-_DEFORMATIONS, _FLOWS = "certifl.perturbations.deformations", "certifl.perturbations.flows"
+_DEFORMATIONS, _FLOWS = "certifl.perturbations.deformations", "certifl.perturbations.deformations"
 
 PERTURBATIONS: Registry[Row] = Registry(
     "perturbation",
     {
         "pixel": Row(
-            "certifl.perturbations.pixel:PixelNoise",
+            "certifl.perturbations.photometric:PixelNoise",
             parameters(sigma=_Sigma, exact=(Flag, False)),
             "pixel noise",
         ),

@@ -17,7 +17,7 @@ from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
 from certifl.errors import InputError, UnusualValue
-from certifl.smoothing.rounding import floor_text
+from certifl.smoothing.curves import floor_text
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _SMALLEST, _LARGEST = 1e-12, 1e9  # float32 holds their squares, and sums of those
@@ -140,15 +140,15 @@ def from_records() -> Iterator[None]:
 
 
 def _unit_of(text: str) -> str | None:
-    found = _TEXT.fullmatch(text)
-    return None if found is None else found["unit"]
+    match = _TEXT.fullmatch(text)
+    return None if match is None else match["unit"]
 
 
 def _parse_text(text: str, unit: str | None, name: str) -> float:
-    found = _TEXT.fullmatch(text)
-    if found is None:
+    match = _TEXT.fullmatch(text)
+    if match is None:
         raise InputError(f"{name} cannot be read from {text!r}. {_WAYS}")
-    number, suffix = float(found["number"]), found["unit"]
+    number, suffix = float(match["number"]), match["unit"]
     if suffix is None:
         return number
     if unit not in (None, ANGLE):

@@ -27,7 +27,7 @@ from certifl.report.summary import (
     mean_acr,
     possible_radius,
 )
-from certifl.smoothing.arrays import Floats, Ints
+from certifl.smoothing.bounds import Floats, Ints
 
 _NO_SEED = "they have no seed in common"
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from certifl.smoothing.arrays import Floats, Ints
+from certifl.smoothing.bounds import Floats, Ints
 
 # As a share of the scale. An image counts as unlike the others of its client only if it is far
 # enough away to show what a rare image can do. Images that differ by a few points, however many,

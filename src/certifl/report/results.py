@@ -20,7 +20,7 @@ from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.report.stored import certificates_from_curves, certificates_problem, round_problem
 from certifl.runs.folder import StoredRun, damaged_manifest
 from certifl.safe_io import read_text
-from certifl.smoothing.arrays import Floats, Ints
+from certifl.smoothing.bounds import Floats, Ints
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

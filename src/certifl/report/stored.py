@@ -20,7 +20,7 @@ from certifl.certification.metadata import CURVES_ONLY, entries, masks
 from certifl.errors import StoreError, StoreMismatch
 from certifl.runs.folder import StoredRun
 from certifl.safe_io import MALFORMED
-from certifl.smoothing.arrays import Floats, Ints
+from certifl.smoothing.bounds import Floats, Ints
 from certifl.smoothing.curves import impossible_curve
 
 _REQUIRED_METADATA = ("family", "sigma", "norm", "unit", "alpha")

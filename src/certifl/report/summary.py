@@ -25,8 +25,7 @@ from certifl.report.intervals import Sample, interval_over_seeds, too_few
 from certifl.report.results import Row, RunResults, flat
 from certifl.report.units import RadiusScale, family_words, scales, sigma_text
 from certifl.smoothing import curves
-from certifl.smoothing.arrays import Floats, Ints
-from certifl.smoothing.bounds import clopper_pearson_lower, clopper_pearson_upper
+from certifl.smoothing.bounds import Floats, Ints, clopper_pearson_lower, clopper_pearson_upper
 from certifl.smoothing.laws import LAWS
 
 _CLIENT_STEP = 2**40

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from certifl.certification.certificates import Certificates
-from certifl.certification.frames import pandas, require_rows
+from certifl.certification.certificates import Certificates, pandas, require_rows
 from certifl.errors import InputError
 from certifl.perturbations.units import parse_amounts
 from certifl.report.compare import own_interval
@@ -43,7 +42,7 @@ from certifl.report.summary import (
     vote_cost,
 )
 from certifl.report.wording import percent
-from certifl.smoothing.arrays import Floats, Ints
+from certifl.smoothing.bounds import Floats, Ints
 from certifl.smoothing.curves import mean_and_band
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 
 from certifl.perturbations import family_label
 from certifl.perturbations.units import ANGLE
-from certifl.smoothing.rounding import floor_text
+from certifl.smoothing.curves import floor_text
 
 _SIGNIFICANT = 4
 # The factor, two products and the reading of the text are off by at most 2**-53 of the result

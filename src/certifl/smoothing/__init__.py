@@ -14,12 +14,11 @@ from certifl.smoothing.curves import (
     average_certified_radius,
     certified_accuracy,
     even_grid,
-    floor_to_grid,
+    floor_text,
     mean_and_band,
 )
 from certifl.smoothing.laws import EXPONENTIAL, GAUSSIAN, LAWS, UNIFORM, Law
-from certifl.smoothing.rounding import floor_text
-from certifl.smoothing.sequential import finished, grid_steps, levels, looks, reachable_radius
+from certifl.smoothing.sequential import grid_steps, levels, looks, reachable_radius
 
 __all__ = [
     "BOUNDS",
@@ -33,9 +32,7 @@ __all__ = [
     "clopper_pearson_lower",
     "clopper_pearson_upper",
     "even_grid",
-    "finished",
     "floor_text",
-    "floor_to_grid",
     "grid_steps",
     "levels",
     "looks",

@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from certifl.errors import InputError
-from certifl.smoothing import special
-from certifl.smoothing.arrays import Floats
 
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 BoundsRule = Callable[[ArrayLike, ArrayLike, ArrayLike, ArrayLike], tuple[Floats, Floats]]
 
 # scipy's regularised incomplete beta is off by at most 1.5e-13 of its value at n = 1e5 and 1.3e-12
@@ -49,13 +50,15 @@ def clopper_pearson_lower(k: ArrayLike, n: ArrayLike, level: ArrayLike) -> Float
     Raises:
         InputError: counts that are no whole numbers or out of range, or a level outside (0, 1).
     """
+    from scipy import special  # takes a while to import: when a bound is first computed
+
     k, n, level = _checked(k, n, level)
     some = k > 0
     a, b = np.where(some, k, 1.0), n - np.where(some, k, 1.0) + 1.0
     allowed = level * (1.0 - TAIL_MARGIN)
-    found = np.asarray(special.betaincinv(a, b, allowed), dtype=np.float64)
-    found = _move_until(found, 0.0, lambda p: special.betainc(a, b, p) <= allowed)
-    return np.where(some, found, 0.0)[()]
+    limit = np.asarray(special.betaincinv(a, b, allowed), dtype=np.float64)
+    limit = _move_until(limit, 0.0, lambda p: special.betainc(a, b, p) <= allowed)
+    return np.where(some, limit, 0.0)[()]
 
 
 def clopper_pearson_upper(k: ArrayLike, n: ArrayLike, level: ArrayLike) -> Floats:
@@ -63,24 +66,20 @@ def clopper_pearson_upper(k: ArrayLike, n: ArrayLike, level: ArrayLike) -> Float
 
     U(k, n, a) = Beta.ppf(1 - a; k + 1, n - k), U(n, n, a) = 1.
 
-    Args:
-        k: successes, 0 <= k <= n; scalar or array, as are the others (they broadcast).
-        n: trials, at least 1.
-        level: the allowed probability of error, in (0, 1).
+    Args and errors are those of `clopper_pearson_lower`.
 
     Returns:
         float64, never below the exact limit: P(Binomial(n, U) <= k) <= level.
-
-    Raises:
-        InputError: counts that are no whole numbers or out of range, or a level outside (0, 1).
     """
+    from scipy import special
+
     k, n, level = _checked(k, n, level)
     some = k < n
     a, b = np.where(some, k, 0.0) + 1.0, n - np.where(some, k, 0.0)
     allowed = level * (1.0 - TAIL_MARGIN)
-    found = np.asarray(special.betainccinv(a, b, allowed), dtype=np.float64)
-    found = _move_until(found, 1.0, lambda p: special.betaincc(a, b, p) <= allowed)
-    return np.where(some, found, 1.0)[()]
+    limit = np.asarray(special.betainccinv(a, b, allowed), dtype=np.float64)
+    limit = _move_until(limit, 1.0, lambda p: special.betaincc(a, b, p) <= allowed)
+    return np.where(some, limit, 1.0)[()]
 
 
 def top_class_bounds(k_top: ArrayLike, n: ArrayLike, level: ArrayLike) -> tuple[Floats, Floats]:
@@ -159,6 +158,8 @@ def two_sided_sign_test(k_first: ArrayLike, k_second: ArrayLike) -> Floats:
 
     Source: Hung and Fithian 2019; Cohen, Rosenfeld and Kolter 2019, PREDICT.
     """
+    from scipy import special
+
     first, second = _together(k_first, k_second)
     total = np.maximum(first + second, 1.0)
     _checked(first, total, 0.5)
@@ -168,14 +169,11 @@ def two_sided_sign_test(k_first: ArrayLike, k_second: ArrayLike) -> Floats:
     return np.where(first + second > 0, np.minimum(1.0, 2.0 * tail * (1.0 + TAIL_MARGIN)), 1.0)[()]
 
 
-def _top_class(
-    k_top: ArrayLike, k_runner: ArrayLike, n: ArrayLike, level: ArrayLike
-) -> tuple[Floats, Floats]:
-    """`top_class_bounds` in the signature all rules share; the runner-up's count is not used."""
-    return top_class_bounds(k_top, n, level)
-
-
-BOUNDS: dict[str, BoundsRule] = {"top-class": _top_class, "runner-up": runner_up_bounds}
+BOUNDS: dict[str, BoundsRule] = {
+    "top-class": lambda k_top, _k_runner, n, level: top_class_bounds(k_top, n, level),
+    "runner-up": runner_up_bounds,
+}
+"""Both rules in one signature: votes for c_A, for the runner-up, in all, and the level."""
 
 
 def _one_minus_up(p: Floats) -> Floats:
@@ -184,17 +182,17 @@ def _one_minus_up(p: Floats) -> Floats:
     return np.where(np.asarray(p) >= 0.5, rest, np.minimum(1.0, np.nextafter(rest, 2.0)))[()]
 
 
-def _move_until(found: Floats, end: float, holds: Callable[[Floats], NDArray[np.bool_]]) -> Floats:
+def _move_until(limit: Floats, end: float, holds: Callable[[Floats], NDArray[np.bool_]]) -> Floats:
     """Move limits towards `end`, one float first and twice as far each time, until they hold."""
-    step = np.abs(np.nextafter(found, end) - found)
+    step = np.abs(np.nextafter(limit, end) - limit)
     for _ in range(1100):  # doubling from the smallest float spans [0, 1] in 1075 steps
-        failing = ~holds(found)
+        failing = ~holds(limit)
         if not failing.any():
-            return found
-        moved = found - step if end == 0.0 else found + step
-        found = np.where(failing, np.clip(moved, 0.0, 1.0), found)
+            return limit
+        moved = limit - step if end == 0.0 else limit + step
+        limit = np.where(failing, np.clip(moved, 0.0, 1.0), limit)
         step = step * 2.0
-    return np.where(holds(found), found, end)
+    return np.where(holds(limit), limit, end)
 
 
 def _together(*values: ArrayLike) -> tuple[Floats, ...]:

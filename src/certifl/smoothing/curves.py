@@ -1,4 +1,4 @@
-"""Curves of certificates: certified accuracy, average certified radius, grids and bands.
+"""Curves of certificates: accuracy and average radius, grids and bands, and radii as text.
 
 Everything is counted over ALL certified test images: an abstention counts as not correct.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from decimal import ROUND_FLOOR, Context, Decimal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from certifl.errors import InputError
-from certifl.smoothing.arrays import Floats
+from certifl.smoothing.bounds import Floats
 
 _ROUNDING = 1e-9
 
@@ -33,12 +34,12 @@ def certified_accuracy(correct: ArrayLike, radius: ArrayLike, radii: ArrayLike) 
         InputError: no images, unequal lengths, or a radius or R that is negative or not a number.
     """
     right, reach = _images(correct, radius)
-    wanted = np.asarray(radii, dtype=np.float64)
-    if not np.all(wanted >= 0):
+    requested = np.asarray(radii, dtype=np.float64)
+    if not np.all(requested >= 0):
         raise InputError("The radii of a curve must be numbers from 0 up.")
-    held = np.sort(reach[right])
-    short = np.searchsorted(held, wanted, side="left")  # correct images with radius < R
-    return ((held.size - short) / reach.size)[()]
+    certified = np.sort(reach[right])
+    short = np.searchsorted(certified, requested, side="left")  # correct images with radius < R
+    return ((certified.size - short) / reach.size)[()]
 
 
 def average_certified_radius(correct: ArrayLike, radius: ArrayLike) -> float:
@@ -117,22 +118,40 @@ def _images(correct: ArrayLike, radius: ArrayLike) -> tuple[NDArray[np.bool_], F
     return right, reach
 
 
-def floor_to_grid(radius: ArrayLike, grid: ArrayLike) -> Floats:
-    """The largest value of the grid that does not exceed the radius; 0.0 below the whole grid.
+# A float needs up to 309 digits before the point; with the digits after it this always fits.
+_EXACT = Context(prec=1400, rounding=ROUND_FLOOR)
+
+
+def floor_text(value: float, digits: int = 3) -> str:
+    """A number with `digits` decimals, rounded down: read back, it is never above the value.
+
+    The text is the largest decimal d with float(d) <= value. So 0.3, whose float is a hair below
+    three tenths, is written "0.300", and writing what was read changes nothing. Radii lie below
+    their exact formula by more than that hair (see `laws`), so the promise printed is sound too.
 
     Args:
-        radius: certified radii, any shape.
-        grid: the radii that will be reported, in any order.
+        value: usually a radius, in any unit.
+        digits: decimals, 0 to 1000.
+
+    Returns:
+        The decimal as text; "inf" and "-inf" stay what they are.
 
     Raises:
-        InputError: an empty grid, or a value that is negative or not a number.
+        InputError: a value that is not a number, or digits out of range.
     """
-    reach = np.asarray(radius, dtype=np.float64)
-    steps = np.unique(np.asarray(grid, dtype=np.float64))
-    if steps.size == 0 or not np.all(steps >= 0) or not np.all(reach >= 0):
-        raise InputError("A grid needs at least one value, and radii are numbers from 0 up.")
-    cell = np.searchsorted(steps, reach, side="right")
-    return np.concatenate([[0.0], steps])[cell]
+    if not 0 <= digits <= 1000:
+        raise InputError(f"digits must lie between 0 and 1000, not {digits}.")
+    if np.isnan(value):
+        raise InputError(
+            "A radius that is not a number cannot be printed; look for NaN in the record."
+        )
+    if np.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    step = Decimal(1).scaleb(-digits)
+    text = Decimal(float(value)).quantize(step, context=_EXACT)
+    above = _EXACT.add(text, step)
+    text = above if float(above) <= value else text
+    return f"{text if text else abs(text):f}"
 
 
 # Whether a curve is possible at all: falling counts, and an average that they allow. Whether it is

@@ -21,16 +21,15 @@ Alfarra et al. 2022 (deformations); Li et al. 2021, TSS (exponential).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from certifl.errors import InputError
-from certifl.smoothing import special
-from certifl.smoothing.arrays import Floats
-from certifl.smoothing.bounds import top_class_bounds
+from certifl.smoothing.bounds import Floats, top_class_bounds
 
 # scipy's PhiInv (Cephes ndtri) is off by at most 7.2e-16 of its value by its authors' tables;
 # 4.1e-16 is the most seen against 40 digits. 2**-48 = 3.6e-15 is five times the tabulated error.
@@ -43,21 +42,25 @@ _LOGARITHM_ERROR = 2.0**-48
 _SMALLEST = 2.0**-1074
 
 
-class Law(Protocol):
-    """A noise distribution with scale sigma and the radius that its smoothing certifies."""
+@dataclass(frozen=True)
+class Law(ABC):
+    """A noise distribution with scale sigma and the radius that its smoothing certifies.
 
-    @property
-    def name(self) -> str:
-        """The name used in specs and records."""
-        ...
+    Attributes:
+        name: as in specs and records.
+        norm: of parameters, in which radii are measured.
+        one_sided: certificates cover [0, R] instead of [-R, R].
+    """
 
-    @property
-    def norm(self) -> str:
-        """The norm in which the radius is measured."""
-        ...
+    name: str
+    norm: str
+
+    one_sided: ClassVar[bool] = False
 
     def radius(self, sigma: ArrayLike, p_lower: ArrayLike, p_upper: ArrayLike) -> Floats:
-        """The certified radius, rounded down; 0.0 where p_lower <= p_upper.
+        """The certified radius, rounded down; 0.0 where nothing is certified (p_lower <= p_upper).
+
+        If the bounds hold with probability 1 - alpha, so does the certificate.
 
         Args:
             sigma: scale of the noise in the family's unit, positive.
@@ -70,7 +73,20 @@ class Law(Protocol):
         Raises:
             InputError: sigma not positive and finite, or a probability outside [0, 1].
         """
-        ...
+        scale, low, high = np.broadcast_arrays(
+            *(np.asarray(value, dtype=np.float64) for value in (sigma, p_lower, p_upper))
+        )
+        if not np.all((scale > 0) & np.isfinite(scale)):
+            raise InputError(
+                "sigma must be positive and finite; it is the noise scale in the family's unit."
+            )
+        if not np.all((low >= 0) & (low <= 1) & (high >= 0) & (high <= 1)):
+            raise InputError("p_lower and p_upper are probabilities and must lie in [0, 1].")
+        return self._radius(scale, low, high)[()]
+
+    @abstractmethod
+    def _radius(self, scale: Floats, low: Floats, high: Floats) -> Floats:
+        """`radius` of checked arrays of one shape."""
 
     def largest_radius(self, sigma: float, n: int, alpha: float) -> float:
         """The radius of n unanimous votes at level alpha: no certificate of n votes exceeds it.
@@ -79,68 +95,36 @@ class Law(Protocol):
             sigma: scale of the noise in the family's unit, positive.
             n: votes.
             alpha: level, in (0, 1).
+
+        Raises:
+            InputError: as `radius` and `clopper_pearson_lower`.
         """
-        ...
+        return float(self.radius(sigma, *top_class_bounds(n, n, alpha)))
 
 
-@dataclass(frozen=True)
-class Gaussian:
-    """Independent normal noise of standard deviation sigma on every parameter; radii in l2.
+class Gaussian(Law):
+    """Independent normal noise of standard deviation sigma on every parameter; radii in l2."""
 
-    Attributes:
-        name: as in specs and records.
-        norm: of parameters, in which radii are measured.
-    """
-
-    name: str = "gaussian"
-    norm: str = "l2"
-
-    one_sided: ClassVar[bool] = False
-
-    def radius(self, sigma: ArrayLike, p_lower: ArrayLike, p_upper: ArrayLike) -> Floats:
-        """Certified l2 radius, R = sigma / 2 (PhiInv(p_lower) - PhiInv(p_upper)), rounded down.
+    def _radius(self, scale: Floats, low: Floats, high: Floats) -> Floats:
+        """R = sigma / 2 (PhiInv(p_lower) - PhiInv(p_upper)), rounded down.
 
         The two quantiles a and b carry relative errors below 2**-48 (five times what their authors
         tabulate), so a - b is too large by at most 2**-48 (|a| + |b|), which is taken off; then
         2**-49 of the result for the subtraction, the product and the correction themselves.
         The radius lost is below 5e-14 sigma for p in [1e-9, 1 - 1e-9].
 
-        Args:
-            sigma: standard deviation in the family's unit, positive.
-            p_lower: lower bound(s) on the probability of c_A, in [0, 1].
-            p_upper: upper bound(s) on the probability of any other class, in [0, 1].
-
-        Returns:
-            float64 in the unit of sigma; 0.0 where nothing is certified (p_lower <= p_upper).
-            If the bounds hold with probability 1 - alpha, so does the certificate.
-
-        Raises:
-            InputError: sigma not positive and finite, or a probability outside [0, 1].
-
         Source: Cohen, Rosenfeld and Kolter 2019, Theorem 1; the paper, Theorem 1.
         """
-        scale, low, high = _checked(sigma, p_lower, p_upper)
+        from scipy import special
+
         some = low > high
         a = np.asarray(special.ndtri(np.where(some, low, 0.5)))
         b = np.asarray(special.ndtri(np.where(some, high, 0.5)))
         endless = np.isinf(a) | np.isinf(b)  # p_lower = 1 or p_upper = 0: safe everywhere
         a, b = np.where(endless, 0.0, a), np.where(endless, 0.0, b)
         gap = (a - b) - _QUANTILE_ERROR * (np.abs(a) + np.abs(b))
-        found = np.maximum(0.0, 0.5 * scale * (gap * (1.0 - _ARITHMETIC_ERROR)))
-        return np.where(endless, np.inf, np.where(some, found, 0.0))[()]
-
-    def largest_radius(self, sigma: float, n: int, alpha: float) -> float:
-        """The radius of n unanimous votes: sigma PhiInv(alpha ** (1 / n)), rounded down.
-
-        Args:
-            sigma: standard deviation in the family's unit.
-            n: votes.
-            alpha: level, in (0, 1).
-
-        Raises:
-            InputError: as `radius` and `clopper_pearson_lower`.
-        """
-        return float(self.radius(sigma, *top_class_bounds(n, n, alpha)))
+        certified = np.maximum(0.0, 0.5 * scale * (gap * (1.0 - _ARITHMETIC_ERROR)))
+        return np.where(endless, np.inf, np.where(some, certified, 0.0))
 
 
 def drawn_width(sigma: ArrayLike) -> Floats:
@@ -154,79 +138,34 @@ def drawn_width(sigma: ArrayLike) -> Floats:
     return np.where(width > scale, below, width).astype(np.float64)[()]
 
 
-@dataclass(frozen=True)
-class Uniform:
-    """Independent noise, uniform on [-sigma, sigma], on every parameter; radii in l1.
+class Uniform(Law):
+    """Independent noise, uniform on [-sigma, sigma], on every parameter; radii in l1, below sigma.
 
     The noise is drawn on [-w, w] with w = `drawn_width(sigma)`, and radii are those of w.
-
-    Attributes:
-        name: as in specs and records.
-        norm: of parameters, in which radii are measured.
     """
 
-    name: str = "uniform"
-    norm: str = "l1"
-
-    one_sided: ClassVar[bool] = False
-
-    def radius(self, sigma: ArrayLike, p_lower: ArrayLike, p_upper: ArrayLike) -> Floats:
-        """Certified l1 radius, R = w (p_lower - p_upper) with w the drawn width, rounded down.
+    def _radius(self, scale: Floats, low: Floats, high: Floats) -> Floats:
+        """R = w (p_lower - p_upper) with w the drawn width, rounded down.
 
         Difference and product are off by at most 2**-53 of the result each; 2**-49 of it is taken
         off, and the smallest positive float, which is the error of results below 1e-307.
 
-        Args:
-            sigma: half the width of the noise in the family's unit, positive.
-            p_lower: lower bound(s) on the probability of c_A, in [0, 1].
-            p_upper: upper bound(s) on the probability of any other class, in [0, 1].
-
-        Returns:
-            float64 in the unit of sigma, below sigma; 0.0 where nothing is certified.
-            If the bounds hold with probability 1 - alpha, so does the certificate.
-
-        Raises:
-            InputError: sigma not positive and finite, or a probability outside [0, 1].
-
         Source: the paper, Corollary 1; Yang et al. 2020.
         """
-        scale, low, high = _checked(sigma, p_lower, p_upper)
-        found = drawn_width(scale) * ((low - high) * (1.0 - _ARITHMETIC_ERROR))
-        return np.where(low > high, np.maximum(0.0, found - _SMALLEST), 0.0)[()]
-
-    def largest_radius(self, sigma: float, n: int, alpha: float) -> float:
-        """The radius of n unanimous votes: w (2 alpha ** (1 / n) - 1), rounded down.
-
-        Args:
-            sigma: half the width of the noise in the family's unit.
-            n: votes.
-            alpha: level, in (0, 1).
-
-        Raises:
-            InputError: as `radius` and `clopper_pearson_lower`.
-        """
-        return float(self.radius(sigma, *top_class_bounds(n, n, alpha)))
+        certified = drawn_width(scale) * ((low - high) * (1.0 - _ARITHMETIC_ERROR))
+        return np.where(low > high, np.maximum(0.0, certified - _SMALLEST), 0.0)
 
 
-@dataclass(frozen=True)
-class Exponential:
+class Exponential(Law):
     """Noise of one parameter v >= 0 with density exp(-v / sigma) / sigma; one-sided radii.
 
     A radius covers what is ADDED to the parameter, delta in [0, R], and nothing below 0.
-
-    Attributes:
-        name: as in specs and records.
-        norm: of parameters, in which radii are measured.
-        one_sided: certificates cover [0, R] instead of [-R, R].
     """
-
-    name: str = "exponential"
-    norm: str = "l1"
 
     one_sided: ClassVar[bool] = True
 
-    def radius(self, sigma: ArrayLike, p_lower: ArrayLike, p_upper: ArrayLike) -> Floats:
-        """Certified R = sigma ln(1 / (1 - p_lower + p_upper)) for delta in [0, R], rounded down.
+    def _radius(self, scale: Floats, low: Floats, high: Floats) -> Floats:
+        """R = sigma ln(1 / (1 - p_lower + p_upper)) for delta in [0, R], rounded down.
 
         With g = p_lower - p_upper, R = -sigma ln(1 - g). Below one half it is computed as log1p of
         g, above from 1 - p_lower, which is exact there. Sums are off by at most 2**-53 of
@@ -234,21 +173,8 @@ class Exponential:
         off for the logarithm and the product, and the smallest positive float, the error of
         results below 1e-307.
 
-        Args:
-            sigma: mean of the noise in the family's unit, positive.
-            p_lower: lower bound(s) on the probability of c_A, in [0, 1].
-            p_upper: upper bound(s) on the probability of any other class, in [0, 1].
-
-        Returns:
-            float64 in the unit of sigma; 0.0 where nothing is certified.
-            If the bounds hold with probability 1 - alpha, so does the certificate.
-
-        Raises:
-            InputError: sigma not positive and finite, or a probability outside [0, 1].
-
         Source: Li et al. 2021, TSS, Gaussian blur with exponential smoothing; docs/mathematics.md.
         """
-        scale, low, high = _checked(sigma, p_lower, p_upper)
         gap = (low - high) * (1.0 - _ARITHMETIC_ERROR)
         rest = ((1.0 - low) + high) * (1.0 + _ARITHMETIC_ERROR)
         near = gap < 0.5
@@ -258,40 +184,11 @@ class Exponential:
             -np.log1p(-np.where(near, np.maximum(gap, 0.0), 0.0)),
             -np.log(np.where(near | endless, 1.0, rest)),
         )
-        found = scale * (logarithm * (1.0 - _LOGARITHM_ERROR)) - _SMALLEST
-        return np.where(endless, np.inf, np.where(some, np.maximum(0.0, found), 0.0))[()]
-
-    def largest_radius(self, sigma: float, n: int, alpha: float) -> float:
-        """The radius of n unanimous votes: -sigma ln(2 - 2 alpha ** (1 / n)), rounded down.
-
-        Args:
-            sigma: mean of the noise in the family's unit.
-            n: votes.
-            alpha: level, in (0, 1).
-
-        Raises:
-            InputError: as `radius` and `clopper_pearson_lower`.
-        """
-        return float(self.radius(sigma, *top_class_bounds(n, n, alpha)))
+        certified = scale * (logarithm * (1.0 - _LOGARITHM_ERROR)) - _SMALLEST
+        return np.where(endless, np.inf, np.where(some, np.maximum(0.0, certified), 0.0))
 
 
-GAUSSIAN = Gaussian()
-UNIFORM = Uniform()
-EXPONENTIAL = Exponential()
-LAWS: dict[str, Law] = {"gaussian": GAUSSIAN, "uniform": UNIFORM, "exponential": EXPONENTIAL}
-
-
-def _checked(
-    sigma: ArrayLike, p_lower: ArrayLike, p_upper: ArrayLike
-) -> tuple[Floats, Floats, Floats]:
-    """The three arguments as float64 arrays of one shape, or an error that says what to do."""
-    scale, low, high = np.broadcast_arrays(
-        *(np.asarray(value, dtype=np.float64) for value in (sigma, p_lower, p_upper))
-    )
-    if not np.all((scale > 0) & np.isfinite(scale)):
-        raise InputError(
-            "sigma must be positive and finite; it is the noise scale in the family's unit."
-        )
-    if not np.all((low >= 0) & (low <= 1) & (high >= 0) & (high <= 1)):
-        raise InputError("p_lower and p_upper are probabilities and must lie in [0, 1].")
-    return scale, low, high
+GAUSSIAN = Gaussian("gaussian", "l2")
+UNIFORM = Uniform("uniform", "l1")
+EXPONENTIAL = Exponential("exponential", "l1")
+LAWS: dict[str, Law] = {law.name: law for law in (GAUSSIAN, UNIFORM, EXPONENTIAL)}

@@ -6,40 +6,32 @@ and the forecast of counts.
 The counts are looked at after n_1 < n_2 < ... < n_m = n votes. The level a_j of each look is fixed
 BEFORE any vote and the levels sum to at most alpha, so with probability at least 1 - alpha the
 bounds of ALL looks hold at once (union bound). Hence the bounds of whichever look an image stops
-at are valid, for ANY stopping rule. What follows about the rule is thrift, never soundness.
+at are valid, for ANY stopping rule. What follows about the rule saves votes, and is no matter of
+soundness.
 
 The rule. Reported radii are floored to a grid, whose first step is "certified at all". An image
-stops when its next step is out of reach: when the chance that the last look certifies it,
-predicted from the votes so far, is below
+stopped when its next step was out of reach: when the chance that the last look certifies it,
+predicted from the votes so far, was below
 
     futility * n_j / n .
 
-The next look costs about n_j votes, so `futility` is the price of n votes in steps. The chances
-add up to about `futility` over doubling looks, and only images close to a step run any risk: with
-0.01, the default, all that n votes reach is kept; with 3, a step dearer than a third of n votes is
-dropped, which keeps the curve but not every certificate.
+The next look costs about n_j votes, so `futility` is the price of n votes in steps. The limit is
+put on the FINAL counts rather than on p, for votes are still to come and the last look needs its
+own margin; the best case (all votes to come are for c_A) caps it.
 
-This sharpens "neither the upper confidence limit nor the best case reaches the next step": the
-limit is put on the FINAL counts rather than on p, for votes are still to come and the last look
-needs its own margin; and the best case (all votes to come are for c_A) caps it.
-
-Levels. Each early look gets alpha / 50. On CIFAR-10 vote distributions alpha / 20 saves 4 % of the
-votes and loses twice as many certificates, because the last look pays; two looks a doubling with
-the same early total (`per_doubling=2`, `early_share=0.01`) save 6 to 17 % and lose about as many.
+Each early look got alpha / 50: alpha / 20 saved 4 % of the votes on CIFAR-10 vote distributions
+and lost twice as many certificates, because the last look pays.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from certifl.errors import InputError
-from certifl.smoothing import special
-from certifl.smoothing.arrays import Bools, Floats, Ints
-from certifl.smoothing.bounds import BoundsRule
+from certifl.smoothing.bounds import BoundsRule, Floats, Ints
 from certifl.smoothing.laws import Law
 
 # A chance above this would stop images that more likely than not still improve at every look.
@@ -160,9 +152,17 @@ def reachable_radius(
         float64, one an image; at the last look the radius itself.
 
     Raises:
-        InputError: as `finished`.
+        InputError: counts that do not fit the look, or a look, level or price out of range.
     """
-    _check_schedule(looks, levels, look, futility)
+    positions = np.asarray(look)
+    if len(looks) != len(levels) or np.any(np.diff(np.asarray(looks)) <= 0):
+        raise InputError("Give increasing looks and one level for each; `looks` and `levels` do.")
+    if np.any(positions < 0) or np.any(positions >= len(looks)):
+        raise InputError(f"A look is an index from 0 to {len(looks) - 1} into the looks.")
+    if not futility > 0.0:
+        raise InputError(
+            f"futility must be positive, not {futility}; 0.01 keeps every certificate."
+        )
     top, runner, index = np.broadcast_arrays(
         np.asarray(k_top, dtype=np.float64), np.asarray(k_runner, dtype=np.float64), look
     )
@@ -179,78 +179,14 @@ def reachable_radius(
     return law.radius(sigma, *bounds_rule(most, np.minimum(least, n - most), n, levels[-1]))
 
 
-def finished(
-    k_top: ArrayLike,
-    k_runner: ArrayLike,
-    look: int | NDArray[np.int64],
-    looks: Sequence[int],
-    levels: Sequence[float],
-    grid: ArrayLike,
-    law: Law,
-    sigma: float,
-    bounds_rule: BoundsRule,
-    wrong: ArrayLike | None = None,
-    futility: float = 0.01,
-) -> Bools:
-    """Which images may stop at this look: their next grid step is out of reach, or c_A is wrong.
-
-    Any answer is valid (see the head of this file). Pure and vectorised over images, which may be
-    at different looks.
-
-    Args:
-        k_top: votes for c_A so far, one an image.
-        k_runner: largest count among the other classes so far.
-        look: the index of this look in `looks`, from 0, one for all images or one an image.
-        looks: vote counts of the looks, as from `looks`.
-        levels: their levels, as from `levels`.
-        grid: the radii that will be reported, in the unit of sigma.
-        law: the smoothing law.
-        sigma: its scale, in the family's unit.
-        bounds_rule: a value of `BOUNDS`.
-        wrong: where the label is known, whether c_A differs from it: such an image counts nowhere
-            in certified accuracy and stops at once. None where no labels are given.
-        futility: the price of n votes in grid steps; 0.01 keeps what n votes reach, 3 keeps the
-            curve and not every certificate. Must be positive.
-
-    Returns:
-        bool, one an image; all True at the last look.
-
-    Raises:
-        InputError: counts that do not fit the look, a look or level out of range, a bad grid.
-    """
-    best = reachable_radius(
-        k_top, k_runner, look, looks, levels, law, sigma, bounds_rule, futility=futility
-    )
-    spent = np.asarray(looks)[look]
-    level = np.asarray(levels)[look]
-    now = law.radius(sigma, *bounds_rule(k_top, k_runner, spent, level))
-    done = (grid_steps(best, grid) <= grid_steps(now, grid)) | (spent >= looks[-1])
-    return cast(Bools, done if wrong is None else done | np.asarray(wrong, dtype=bool))
-
-
 def count_at_most(
     k: Floats | Ints, spent: Floats | Ints, n: float | Floats, chance: Floats
 ) -> Floats:
     """An upper limit of a count after n votes that was k after `spent`; best case included."""
+    from scipy import special
+
     left = np.maximum(n - spent, 1.0)
     hits, misses = k * n / left, (spent - k) * n / left
     missed = special.betaincinv(np.where(misses > 0, misses, 1.0), hits + 1.0, chance)
     share = np.where(misses > 0, 1.0 - missed, 1.0)
     return np.clip(np.floor(n * share), k, k + n - spent)
-
-
-def _check_schedule(
-    looks: Sequence[int],
-    levels: Sequence[float],
-    look: int | NDArray[np.int64],
-    futility: float,
-) -> None:
-    index = np.asarray(look)
-    if len(looks) != len(levels) or np.any(np.diff(np.asarray(looks)) <= 0):
-        raise InputError("Give increasing looks and one level for each; `looks` and `levels` do.")
-    if np.any(index < 0) or np.any(index >= len(looks)):
-        raise InputError(f"A look is an index from 0 to {len(looks) - 1} into the looks.")
-    if not futility > 0.0:
-        raise InputError(
-            f"futility must be positive, not {futility}; 0.01 keeps every certificate."
-        )

@@ -18,8 +18,12 @@ from pydantic import (
     model_validator,
 )
 
-from certifl.certification.precisions import PRECISIONS, REMOVED_PRECISIONS, removed_precision
-from certifl.certification.settings import Settings
+from certifl.certification.settings import (
+    PRECISIONS,
+    REMOVED_PRECISIONS,
+    Settings,
+    removed_precision,
+)
 from certifl.data import SPLITS
 from certifl.data.preparation import Preparation, preparation_of
 from certifl.errors import InputError

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from certifl.certification import Certificates, conditions, counts
-from certifl.certification import adaptive as engine
+from certifl.certification import counts as engine
 from certifl.certification.arithmetic import (
     Arithmetic,
     Trial,
@@ -28,12 +28,11 @@ from certifl.certification.arithmetic import (
     loses,
     ready,
 )
-from certifl.certification.certificates import Predictions, predict_plain
+from certifl.certification.certificates import Predictions
 from certifl.certification.counts import Votes
 from certifl.certification.network import Network, choose_device, prepare
 from certifl.certification.quantization import CALIBRATION_IMAGES, Calibration
-from certifl.certification.rng_check import check_random_source_once
-from certifl.certification.sampling import VoteCounter
+from certifl.certification.sampling import VoteCounter, check_random_source_once, predict_plain
 from certifl.certification.settings import Settings
 from certifl.data import Dataset, choose, to_float
 from certifl.errors import InputError, StoreError

@@ -32,7 +32,7 @@ from certifl.federated.trainer import Participation, RandomShare
 from certifl.federated.training.batches import PerClient, combine_augmentations
 from certifl.federated.training.local_training import LocalTraining, check_batches, check_images
 from certifl.models import build, is_users_code, require_code
-from certifl.models.weights import load_weights, read_checkpoint, weights_in
+from certifl.models.state import load_weights, read_checkpoint, weights_in
 from certifl.module_copies import evaluating
 from certifl.path_checks import WEIGHTS, check_file
 from certifl.perturbations import Perturbation

@@ -28,10 +28,10 @@ from torch import nn
 
 from certifl._version import __version__
 from certifl.certification import Certificates
-from certifl.certification import adaptive as engine
+from certifl.certification import counts as engine
 from certifl.certification.arithmetic import Trial
 from certifl.certification.network import choose_device
-from certifl.certification.rng_check import check_random_source_once
+from certifl.certification.sampling import check_random_source_once
 from certifl.deploy.client.curves import curve_of, rows_of
 from certifl.deploy.client.privacy_budget import PrivacyBudget, check_own_limit, open_budget
 from certifl.deploy.client.settings import (

@@ -21,8 +21,7 @@ import torch
 from certifl.certification import Certificates, verify
 from certifl.certification.api import asked_conditions
 from certifl.certification.metadata import AMOUNTS
-from certifl.certification.precisions import PRECISIONS
-from certifl.certification.settings import Settings
+from certifl.certification.settings import PRECISIONS, Settings
 from certifl.deploy.transport.schemas import Curve, MalformedMessage
 from certifl.errors import CertiflError, InputError, one_line
 from certifl.federated.states import ModelState

@@ -15,7 +15,7 @@ from certifl.federated.aggregation import RULES, share_of
 from certifl.federated.averaging import average_models, check_alike, is_statistic, policy_of
 from certifl.federated.states import ModelState, Parts, ServerState, Update
 from certifl.registry import check_number
-from certifl.smoothing.arrays import Floats
+from certifl.smoothing.bounds import Floats
 
 _COORDINATES = 1 << 16
 

@@ -30,7 +30,7 @@ from certifl.paper.claims.runs import StudyRun, largest_radius
 from certifl.report.intervals import Sample, interval_over_seeds, rule_of_three_margin, too_few
 from certifl.report.summary import image_numbers
 from certifl.rng import numpy_generator
-from certifl.smoothing.arrays import Floats, Ints
+from certifl.smoothing.bounds import Floats, Ints
 
 DRAWS = 10_000
 _BATCH = 2_000
