@@ -92,7 +92,7 @@ def test_training_and_votes_have_one_rule() -> None:
 
 
 def test_runs_attacks_and_explorations_vote_on_one_thread(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: set[int] = set()
     votes = VoteCounter._votes
@@ -102,8 +102,8 @@ def test_runs_attacks_and_explorations_vote_on_one_thread(
         return votes(counter, *arguments)
 
     monkeypatch.setattr(VoteCounter, "_votes", watched)
-    tiny.cli("attack", finished, "--images", "1", "--directions", "2").fine()
-    tiny.cli("explore", finished).fine()
+    tiny.cli("attack", copied, "--images", "1", "--directions", "2").fine()
+    tiny.cli("explore", copied).fine()
     place = tmp_path / "new"
     tiny.cli("run", tiny.write_spec(tmp_path, "seed=5"), "--out", place, "--device", "cpu").fine()
     assert used == {1}

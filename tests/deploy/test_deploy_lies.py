@@ -159,7 +159,7 @@ def cut_short(content: Content) -> RecordDict:
 def tensor(change: Callable[[torch.Tensor], torch.Tensor]) -> Lie:
     def lie(content: Content) -> None:
         model = content.parts["model"]
-        name = next(iter(model))
+        name = next(name for name in sorted(model) if model[name].ndim > 1)
         model[name] = change(model[name])
 
     return lie
