@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 ROUNDS = 6
 PROJECT = """\
@@ -142,9 +142,9 @@ def ours(place: Path) -> list[float]:
 
     federation = Federation(place, 2)
     with federation.ended():
-        federation.server().says("2 clients may connect")
+        federation.server().prints("2 clients may connect")
         for client in (federation.client(0), federation.client(1)):
-            client.says("connects to")
+            client.prints("has accepted this client", 180)
         settings = (f"training.rounds={ROUNDS}", "certification.images=1")
         spec, out = write_spec(place, *settings), place / "run"
         federation.study(spec, out).result(600).fine("Report:")

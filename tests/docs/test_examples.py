@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import io
 from pathlib import Path
 
@@ -16,10 +18,10 @@ import certifl
 from certifl.certification import Certificates
 from certifl.report.compare import Difference
 from certifl.runs.folder import RunFolder
-from scripts import load_script
+from scripts import ROOT, load_script
 from tiny_study import cli
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 FEW = ("training.rounds=1", "certification.n=100")
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -165,3 +167,23 @@ def test_the_page_shows_the_lines_of_the_service() -> None:
     shown = page.split("```py\n")[1].split("```")[0]
     indented = "".join(f"    {line}\n" for line in shown.splitlines())
     assert indented in (EXAMPLES / "service.py").read_text()
+
+
+FOLDERS = ("benchmarks", "docs", "examples")
+PROGRAMS = [path for name in FOLDERS for path in sorted((ROOT / name).rglob("*.py"))]
+    p for f in ("benchmarks", "docs", "examples") for p in sorted((ROOT / f).rglob("*.py"))
+]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_program_imports_only_names_that_exist(path):
+    support = {file.stem for file in (ROOT / "tests" / "support").glob("*.py")}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or not node.module:
+            continue
+        if node.module.partition(".")[0] in {"certifl", *support}:
+            module = importlib.import_module(node.module)
+            for name in (alias.name for alias in node.names):
+                if not hasattr(module, name):
+                    importlib.import_module(f"{node.module}.{name}")
+    assert 'ROOT / "tests"))' not in path.read_text(), "its helpers are in tests/support"

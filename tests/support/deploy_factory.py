@@ -8,28 +8,28 @@ from pathlib import Path
 
 import pytest
 
-flwr = pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
+pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
 
-from flwr.app import Message, RecordDict  # noqa: E402
-from flwr.app.error import Error  # noqa: E402
-from flwr.proto.node_pb2 import NodeInfo  # noqa: E402
-from flwr.serverapp import Grid  # noqa: E402
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects  # noqa: E402
-from flwr.supercore.inflatable.inflatable_utils import (  # noqa: E402
+from flwr.app import Message, RecordDict
+from flwr.app.error import Error
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import (
     inflate_object_from_contents,
 )
-from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+from flwr.supercore.task_identity import TaskIdentity
 
-from certifl.deploy.client.client import Client  # noqa: E402
-from certifl.deploy.client.settings import Settings  # noqa: E402
-from certifl.deploy.client.state import NEVER  # noqa: E402
-from certifl.deploy.client_app import respond  # noqa: E402
-from certifl.deploy.server.coordinator import Options, coordinate  # noqa: E402
-from certifl.deploy.server.remote_runner import Timeouts  # noqa: E402
-from certifl.deploy.transport.messages import Content, GridTransport, fingerprint_of  # noqa: E402
-from certifl.models import build  # noqa: E402
-from certifl.runs.folder import RunFolder  # noqa: E402
-from certifl.spec import Spec  # noqa: E402
+from certifl.deploy.client.client import Client
+from certifl.deploy.client.settings import Settings
+from certifl.deploy.client.state import NEVER
+from certifl.deploy.client_app import respond
+from certifl.deploy.server.coordinator import Options, coordinate
+from certifl.deploy.server.remote_runner import Timeouts
+from certifl.deploy.transport.messages import Content, GridTransport, fingerprint_of
+from certifl.models import build
+from certifl.runs.folder import RunFolder
+from certifl.spec import Spec
 
 ID = "0123456789abcdef"
 NO_WAIT = Timeouts(answer=60.0, start=0.0, absent=0.0)

@@ -347,10 +347,11 @@ class Client:
         check_random_source_once(perturbation, tuple(job.images.shape[1:]), ready.device)
         source = VoteSource(perturbation, settings, spec.seed, data)
         ends = time.monotonic() + min(max(request.piece, _SHORTEST), _LONGEST)
-        votes = [0]
+        cast = 0
 
         def progress(done: int, _all: int) -> None:
-            votes[0] = done
+            nonlocal cast
+            cast = done
 
         certificates: Certificates | None = None
         with contextlib.suppress(Paused):
@@ -361,25 +362,29 @@ class Client:
         if shared != "none":
             # Exact progress would disclose the votes of each image.
             step = max(1, at_most // _STEPS)
-            cast = at_most if certificates is not None else votes[0] // step * step
-            fields |= {"at_most": at_most, "cast": cast}
+            shown = at_most if certificates is not None else cast // step * step
+            fields |= {"at_most": at_most, "cast": shown}
         if certificates is None:
-            self._report(f"certifying: {votes[0]:,} of at most {at_most:,} votes")
+            self._report(f"certifying: {cast:,} of at most {at_most:,} votes")
             return Content({"certified": {**fields, "done": False}})
-        self._keep(study, certificates, shared)
-        content = Content({"certified": fields})
-        if shared == "curve":
-            fields["curve"] = curve_of(certificates, perturbation, settings)
-        elif shared == "rows":
-            content.parts["rows"] = rows_of(certificates)
-        return content
+        return self._finish(study, certificates, fields)
 
-    def _keep(self, study: Study, certificates: Certificates, shared: str) -> None:
+    def _finish(self, study: Study, certificates: Certificates, fields: dict[str, Any]) -> Content:
+        """Save the certificates; the answer has what this client shares of them."""
+        client, spec, shared = self.settings.client, study.spec, fields["share"]
         certificates.save(study.store.certificates)
         self._report(
             f"certified {len(certificates)} images; certificates in {study.store.certificates}; "
             f"the server gets: {shared}"
         )
+        content = Content({"certified": fields})
+        perturbation = spec.perturbations()[client]
+        if shared == "curve" and perturbation is not None:
+            settings = spec.certification.settings(client)
+            fields["curve"] = curve_of(certificates, perturbation, settings)
+        elif shared == "rows":
+            content.parts["rows"] = rows_of(certificates)
+        return content
 
     def _job(self, study: Study) -> Job:
         index = study.local_data.tests(study.spec)

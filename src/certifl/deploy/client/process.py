@@ -38,6 +38,7 @@ from certifl.deploy.transport.flower import (
     bypass_proxies,
     configure_flower,
     free_port,
+    in_background,
     locked_folder,
     runtime_client,
     stop_on_signals,
@@ -156,9 +157,8 @@ def _watched(child: Child, start: int, accepted: Callable[[], None]) -> Iterator
     A SuperNode that dropped a request after handing it over is ended: it would wait for the
     answer to that request, and match every later answer to the request before.
     """
-    over = threading.Event()
 
-    def watch() -> None:
+    def watch(over: threading.Event) -> None:
         position = start
         while not over.wait(1.0) and child.ended is None:
             with child.log.open("rb") as log:
@@ -170,13 +170,8 @@ def _watched(child: Child, start: int, accepted: Callable[[], None]) -> Iterator
             if b"Ignoring message" in new:
                 child.stop()
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
+    with in_background(watch):
         yield
-    finally:
-        over.set()
-        thread.join(timeout=2.0)
 
 
 def _refused(log: str, connection: Connection) -> bool:

@@ -136,13 +136,7 @@ class _Collector:
         remaining = {c for c in everyone if not self.folder.shared(c).is_file()}
         if not remaining:
             return {}
-        algorithm, parts = self.spec.build_algorithm(), self.last.server()
-        if not algorithm.keeps_client_state:  # every client deploys the same model
-            state = ServerState(self.last.number, parts)
-            self._common = fingerprint(algorithm.deployed(state, ClientState()))
-        parts = needed_by_clients(algorithm, parts)
-        self._broadcast = fingerprint_of(parts), encode(parts)
-        del parts
+        self._prepare()
         last_pending = time.monotonic()
         while remaining:
             self.registry.refresh()
@@ -161,6 +155,15 @@ class _Collector:
             if len(self._pending) == before:
                 time.sleep(POLL)
         return {}
+
+    def _prepare(self) -> None:
+        """Encode what clients need of the last round, once for all of them."""
+        algorithm, parts = self.spec.build_algorithm(), self.last.server()
+        if not algorithm.keeps_client_state:  # every client deploys the same model
+            state = ServerState(self.last.number, parts)
+            self._common = fingerprint(algorithm.deployed(state, ClientState()))
+        parts = needed_by_clients(algorithm, parts)
+        self._broadcast = fingerprint_of(parts), encode(parts)
 
     def _unusable(self, clients: set[int]) -> set[int]:
         """Those whose answers are impossible, repeatedly, or that do not match the study."""

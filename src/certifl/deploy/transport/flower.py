@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,24 +244,31 @@ def acquire(client: RuntimeHttpClient, kind: str) -> tuple[Any, str] | None:
 
 
 @contextlib.contextmanager
-def beating(runtime: RuntimeHttpClient) -> Iterator[None]:
-    """Report to Flower every few seconds that a task is alive, until it drops the task."""
+def in_background(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Run `work` in a thread of its own; the event that it is given ends it."""
     over = threading.Event()
-
-    def beat() -> None:
-        while not over.is_set():
-            with contextlib.suppress(httpx.HTTPError, WorkError):  # reported where it matters
-                if not runtime.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success:
-                    return
-            over.wait(_HEARTBEAT_SECONDS)
-
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=work, args=(over,), daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join(timeout=2.0)
+
+
+@contextlib.contextmanager
+def beating(runtime: RuntimeHttpClient) -> Iterator[None]:
+    """Report to Flower every few seconds that a task is alive, until it drops the task."""
+
+    def beat(over: threading.Event) -> None:
+        while not over.is_set():
+            with contextlib.suppress(httpx.HTTPError, WorkError):  # reported where it matters
+                if not runtime.SendTaskHeartbeat(SendTaskHeartbeatRequest()).success:
+                    return
+            over.wait(_HEARTBEAT_SECONDS)
+
+    with in_background(beat):
+        yield
 
 
 @contextlib.contextmanager
