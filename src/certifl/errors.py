@@ -96,7 +96,7 @@ class TrainingDiverged(WorkError):
         where = "the server" if client is None else f"client {client}"
         super().__init__(
             f"Training diverged at {where} in round {round}: {reason}. "
-            "Lower training.lr or training.momentum; rounds finished so far are kept."
+            "Lower training.lr or training.momentum; rounds finished so far are saved."
         )
 
 
@@ -119,7 +119,7 @@ class TooFewClients(WorkError):
         super().__init__(
             f"Round {round} cannot be finished: {len(left_out)} of its {participants} clients "
             f"failed and at least {needed} must remain. Left out: {failed}. {advice} Rounds "
-            "finished so far are kept; the same command resumes from the last one."
+            "finished so far are saved; the same command resumes from the last one."
         )
 
 

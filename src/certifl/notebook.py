@@ -133,7 +133,7 @@ class Study:
 
         Raises:
             RequestError: the study does not fit the data, or the folder holds something else.
-            WorkError: training or writing failed; finished work is kept.
+            WorkError: training or writing failed; finished work is saved.
         """
         path, data = Path(folder), None if data_dir is None else Path(data_dir)
         check_data_folder(data)

@@ -13,7 +13,8 @@ from typing import Any
 from certifl.errors import DataUnavailable, InputError, SpecError, StoreMismatch
 from certifl.safe_io import SPEC_BYTES, parse_toml, read_text
 
-IMAGE, WEIGHTS, SHARD = "is no image file", "are no weights at", "is no file of certificates"
+IMAGE, WEIGHTS = "is no image file at", "are no weights at"
+SHARD = "is no file of certificates at"
 CONNECTION = "connection.toml"
 CLIENT_STUDY = "study.json"
 """Marks the folder of a study on a client's own machine."""

@@ -207,13 +207,13 @@ def read_gzip(path: Path, header: int, most: int = DATA_BYTES) -> Iterator[bytes
 
 
 def open_parquet(
-    path: Path, wanted: Sequence[str] | None = None, values: int = _VALUES
+    path: Path, required: Sequence[str] | None = None, values: int = _VALUES
 ) -> pq.ParquetFile:
     """Open a parquet file whose table, as the file declares it, fits into memory.
 
     Args:
         path: the file.
-        wanted: columns that must be there, once.
+        required: columns that must be there, once.
         values: the most numbers or texts in all columns together.
     """
     import pyarrow as pa
@@ -232,7 +232,7 @@ def open_parquet(
     twice = [name for name in names if names.count(name) > 1] if len(names) < 10_000 else names
     if twice:
         raise InputError(f"it has the column {twice[0]!r} twice, or too many columns")
-    if missing := [name for name in wanted or () if name not in names]:
+    if missing := [name for name in required or () if name not in names]:
         raise InputError(f"it has no column {missing[0]!r}")
     return file
 

@@ -92,10 +92,10 @@ def several_threads_asked() -> bool:
 
 
 @contextlib.contextmanager
-def one_thread(wanted: bool) -> Iterator[None]:
-    """Compute on one thread where that is wanted; afterwards on as many as before."""
+def one_thread(enabled: bool) -> Iterator[None]:
+    """Compute on one thread if enabled; afterwards on as many as before."""
     before = torch.get_num_threads()
-    if wanted:
+    if enabled:
         torch.set_num_threads(1)
     try:
         yield

@@ -178,7 +178,7 @@ def test_networks_of_no_client_are_a_finding() -> None:
         metadata = {"precision": "int8", "model_fingerprint": {name: "1"}, "quantization": {}}
         ((client, problem),) = fingerprint_problems(metadata)
         assert client is None
-        assert "which is no client" in problem
+        assert "which is not a client" in problem
 
 
 class Shared(nn.Module):

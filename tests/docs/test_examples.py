@@ -171,8 +171,6 @@ def test_the_page_shows_the_lines_of_the_service() -> None:
 
 FOLDERS = ("benchmarks", "docs", "examples")
 PROGRAMS = [path for name in FOLDERS for path in sorted((ROOT / name).rglob("*.py"))]
-    p for f in ("benchmarks", "docs", "examples") for p in sorted((ROOT / f).rglob("*.py"))
-]
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.relative_to(ROOT).as_posix())

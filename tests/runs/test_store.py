@@ -222,7 +222,7 @@ def test_certificates_of_a_run(tmp_path: Path) -> None:
     folder = begun(tmp_path)
     with pytest.raises(StoreError, match="Repeat the command"):
         folder.load_certificates()
-    with full_after(1000), pytest.raises(StoreError, match="votes are kept"):
+    with full_after(1000), pytest.raises(StoreError, match="votes are saved"):
         folder.save_certificates(certificates())
     assert not folder.certificates.exists()
     folder.save_certificates(certificates())

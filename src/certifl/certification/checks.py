@@ -122,7 +122,7 @@ def _refuse_channels_last(shape: tuple[int, ...]) -> None:
 
 
 def check_perturbation(perturbation: Any) -> None:
-    """Refuse what is no perturbation: a name, or a family without its sigma.
+    """Refuse what is not a perturbation: a name, or a family without its sigma.
 
     Raises:
         InputError: it cannot draw and apply parameters.
@@ -135,7 +135,7 @@ def check_perturbation(perturbation: Any) -> None:
 
 
 def check_seed(seed: Any) -> None:
-    """Refuse a seed that is no whole number from 0, before it is silently cut to one.
+    """Refuse a seed that is not a whole number from 0, before it is silently cut to one.
 
     Raises:
         InputError: it is none.
@@ -148,7 +148,7 @@ def check_exact(images: Tensor, perturbation: Perturbation) -> None:
     """With `exact=True`, images must be 8-bit: whole multiples of 1/255.
 
     Raises:
-        InputError: some intensity is no multiple of 1/255.
+        InputError: some intensity is not a multiple of 1/255.
     """
     if getattr(perturbation, "exact", False):
         levels = images.double() * 255

@@ -158,7 +158,7 @@ def fingerprint_problems(conditions: Mapping[str, Any]) -> list[tuple[int | None
         named: list[tuple[int | None, Any, Any]] = [(None, models, known)]
     else:
         if strange := [name for name in models if not _CLIENT.fullmatch(str(name))]:
-            return [(None, f"a network is recorded for {strange[0]!r:.40}, which is no client")]
+            return [(None, f"a network is recorded for {strange[0]!r:.40}, which is not a client")]
         by_client = known if isinstance(known, Mapping) else {}
         named = [(int(name), model, by_client.get(name)) for name, model in models.items()]
     problems = ((client, _fingerprint_problem(model, own)) for client, model, own in named)

@@ -109,7 +109,7 @@ def main() -> None:
     except MemoryError:
         say(
             "certifl: memory ran out. Reduce the images, clients or processes, or use a machine "
-            "with more memory; finished work is kept.",
+            "with more memory; finished work is saved.",
             err=True,
         )
         sys.exit(1)

@@ -186,7 +186,7 @@ def interruptible(overwrite: bool = False) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         same = "the same command without --overwrite" if overwrite else "the same command"
-        say(f"\nInterrupted. Finished work is kept; {same} resumes it.", err=True)
+        say(f"\nInterrupted. Finished work is saved; {same} resumes it.", err=True)
         raise typer.Exit(130) from None
 
 

@@ -124,7 +124,7 @@ def report(
 
 
 def _check_reported(paths: list[Path], name: str | None) -> None:
-    """Refuse what no report is made of: several files, or a name where there is no file."""
+    """Refuse several files of certificates, and --name without one."""
     files = [path for path in paths if path.is_file()]
     for path in paths:
         if path not in files:

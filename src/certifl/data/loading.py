@@ -200,7 +200,7 @@ def _parse(
 
 
 def _find(base: str, data_dir: str | Path | None, test_split: str | None) -> Layout | None:
-    """The data set's files on this machine, or None if there is no folder of that name."""
+    """The data set's files on this machine, None where its folder does not exist."""
     for folder in _folders(base, data_dir):
         if folder.is_dir():
             layout = find_layout(folder, test_split)

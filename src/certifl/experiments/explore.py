@@ -73,7 +73,7 @@ def explore_run(
     report: StageCallback | None = None,
     code: Path | None = None,
 ) -> tuple[int, int]:
-    """Explore a finished run, whatever it costs; what was explored before is kept.
+    """Explore a finished run, whatever it costs; what was explored before is reused.
 
     Args:
         path: the run folder.

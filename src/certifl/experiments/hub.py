@@ -81,7 +81,7 @@ def push(
         raise StoreMismatch(f"{run} holds no certificates yet: nothing is known of its model.")
     if share != "rows" and certificates.conditions.get("precision") == "int8":
         raise InputError(
-            "The certificates are of a network in int8, whose ranges of activations tell of "
+            "The certificates are of a network in int8, whose ranges of activations disclose "
             'training images: share = "rows" (--share rows) publishes them in its record, else '
             "certify in float32 or bfloat16. Without them nobody can vote with that network."
         )

@@ -143,7 +143,7 @@ def compute(
         failed: called with a run whose work failed; the others go on. None = the error is raised.
 
     Raises:
-        RequestError: a spec does not fit the data. WorkError: a run failed; others are kept.
+        RequestError: a spec does not fit the data. WorkError: a run failed; the others are saved.
     """
     pending = list(jobs)
     while pending:

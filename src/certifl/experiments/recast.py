@@ -99,7 +99,7 @@ def recast_votes(run: OpenRun, options: Options) -> Recast:
     """Cast the votes of some random images of each client again, and compare them.
 
     Raises:
-        InputError: no images are wanted. ModelError: the run's network has its own code and
+        InputError: no image is requested. ModelError: the run's network has its own code and
             `code` is not given. StoreMismatch: not a finished run, one whose images are with its
             clients, or other data. DataUnavailable: the data set is not available.
     """

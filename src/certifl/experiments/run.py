@@ -109,7 +109,7 @@ def run(spec: Spec, options: Options) -> RunFolder:
     Raises:
         RequestError: the spec does not fit the data, the folder holds something else, or a
             tracker is not installed.
-        TooFewClients, TrainingDiverged: training cannot continue; finished rounds are kept.
+        TooFewClients, TrainingDiverged: training cannot continue; finished rounds are saved.
         StoreError: the folder cannot be written; its files stay whole.
     """
     return compute(spec, options).folder
@@ -317,7 +317,7 @@ def _sibling_training(run: OpenRun, siblings: tuple[Path, ...]) -> RunFolder | N
     for sibling in siblings:
         try:
             other = RunFolder(sibling).manifest()
-        except StoreError:  # a damaged sibling is no reason to stop
+        except StoreError:  # a damaged sibling does not stop the run
             continue
         if is_published(other):  # its rounds are elsewhere
             continue
@@ -364,7 +364,7 @@ def cast_votes(
     """Cast and save the votes of all clients of a trained run, one process per device.
 
     Raises:
-        WorkError: a process failed; the votes saved so far are kept.
+        WorkError: a process failed; the votes saved so far remain.
     """
     context, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
     messages: Any = context.Queue()
@@ -388,7 +388,7 @@ def cast_votes(
             process.join()
     if any(process.exitcode for process in processes):
         raise WorkError(
-            "A process that cast votes ended early. The votes saved so far are kept; repeat the "
+            "A process that cast votes ended early. The votes saved so far remain; repeat the "
             "command, with fewer devices if memory ran out."
         )
 

@@ -115,11 +115,11 @@ class Request:
 
 
 def certify_standalone(request: Request, report: StageCallback | None = None) -> Certificates:
-    """Certify test images; votes are kept beside `out` until it is written, so the call resumes.
+    """Certify test images; votes are saved beside `out` until it is written, so the call resumes.
 
     Raises:
         InputError: the options do not fit together.
-        StoreError: `out` cannot be written; the votes are kept.
+        StoreError: `out` cannot be written; the votes are saved.
     """
     _check_options(request)
     if request.run is None:
@@ -149,7 +149,7 @@ def certify_standalone(request: Request, report: StageCallback | None = None) ->
     if request.shard != WHOLE:
         metadata = {**certificates.conditions, "shard": str(request.shard)}
         certificates = dataclasses.replace(certificates, conditions=metadata)
-    advice = "All votes are kept: free some space, then repeat the command."
+    advice = "All votes are saved: free some space, then repeat the command."
     _save(certificates, request.out, advice)
     saved.unlink(missing_ok=True)
     return certificates
@@ -204,7 +204,7 @@ def perturbation_named(
     """The one that a family and sigma name; without a family `own`, or pixel noise of 0.25.
 
     Raises:
-        InputError: there is no such family, or sigma is no amount in its unit.
+        InputError: there is no such family, or sigma is not an amount in its unit.
     """
     given = {} if sigma is None else {"sigma": sigma}
     if family is not None:
@@ -454,7 +454,7 @@ def merge_shards(files: Sequence[Path], out: Path) -> Certificates:
         files: of all shards. out: where the certificates are written.
 
     Raises:
-        InputError: a file is no shard. StoreMismatch: shards are missing, given twice, or of
+        InputError: a file is not a shard. StoreMismatch: shards are missing, given twice, or of
             different certifications. StoreError: `out` cannot be written.
     """
     by_number: dict[int, tuple[Path, Certificates]] = {}
@@ -480,10 +480,10 @@ def merge_shards(files: Sequence[Path], out: Path) -> Certificates:
 
 def _loaded(path: Path) -> Certificates:
     if path.suffix != ".parquet":
-        raise InputError(f"{path} is no shard: shards are .parquet files of `certifl certify`.")
+        raise InputError(f"{path} is not a shard: shards are .parquet files of `certifl certify`.")
     loaded = Certificates.load(path)
     if "shard" not in loaded.conditions:
-        raise InputError(f"{path} is no shard: it was certified without --shard.")
+        raise InputError(f"{path} is not a shard: it was certified without --shard.")
     return loaded
 
 

@@ -94,9 +94,9 @@ def train(
     Raises:
         RequestError: the request is wrong, for instance a client has no images.
         StoreMismatch: `checkpoints` or `start_from` belong to another training.
-        TooFewClients: too many clients of a round failed; finished rounds are kept.
-        TrainingDiverged: the server's state is no longer finite; finished rounds are kept.
-        StoreError: a checkpoint could not be written; finished rounds are kept.
+        TooFewClients: too many clients of a round failed; finished rounds are saved.
+        TrainingDiverged: the server's state is no longer finite; finished rounds are saved.
+        StoreError: a checkpoint could not be written; finished rounds are saved.
     """
     _check(len(clients), min_clients, workers, answer_within)
     if isinstance(clients, (list, tuple)):  # other sequences may load images on access

@@ -204,7 +204,7 @@ FIGURES: Mapping[str, Figure] = {
         "Personalization of a model trained with affine deformations",
         _by_family(10, (ROTATION, TRANSLATION), AFFINE, FROM_AFFINE),
         "In the paper (4.2) clients train together with affine deformations, another augmentation "
-        "than the one wanted. It finds that fine-tuning with rotations or translations still "
+        "than the intended one. It finds that fine-tuning with rotations or translations still "
         "improves robustness.",
     ),
     "figure4": Figure(

@@ -103,7 +103,7 @@ def reproduce(
         anything changed there.
 
     Raises:
-        RequestError: a spec does not fit the data. WorkError: a run failed; others are kept.
+        RequestError: a spec does not fit the data. WorkError: a run failed; the others are saved.
     """
     renewed: list[Path] = []
     for name in plan.figures:

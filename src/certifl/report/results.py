@@ -282,7 +282,7 @@ def load_run(folder: str | Path | StoredRun) -> RunResults:
             was opened before, whose files are not read again.
 
     Raises:
-        StoreMismatch: there is no run in the folder, or one that is not finished.
+        StoreMismatch: the folder contains no finished run.
         StoreError: a file of the run is missing or damaged.
     """
     run = folder if isinstance(folder, StoredRun) else StoredRun(Path(folder))

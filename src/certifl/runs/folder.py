@@ -284,7 +284,7 @@ class RunFolder:
             return Certificates.load(self.certificates)
         except (InputError, OSError) as error:
             raise StoreError(
-                f"{error} Repeat the command that made the run: its votes are kept."
+                f"{error} Repeat the command that made the run: its votes are saved."
             ) from error
 
     def load_predictions(self) -> Predictions:
@@ -296,7 +296,7 @@ class RunFolder:
 
     def save_certificates(self, certificates: Certificates) -> None:
         """Write all clients' certificates."""
-        _save(certificates, self.certificates, "All votes are kept: free")
+        _save(certificates, self.certificates, "All votes are saved: free")
 
     def save_predictions(self, predictions: Predictions) -> None:
         """Write the plain predictions."""

@@ -6,7 +6,7 @@ and the forecast of counts.
 The counts are looked at after n_1 < n_2 < ... < n_m = n votes. The level a_j of each look is fixed
 BEFORE any vote and the levels sum to at most alpha, so with probability at least 1 - alpha the
 bounds of ALL looks hold at once (union bound). Hence the bounds of whichever look an image stops
-at are valid, for ANY stopping rule. What follows about the rule saves votes, and is no matter of
+at are valid, for ANY stopping rule. What follows about the rule saves votes, and does not concern
 soundness.
 
 The rule. Reported radii are floored to a grid, whose first step is "certified at all". An image

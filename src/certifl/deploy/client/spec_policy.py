@@ -42,10 +42,10 @@ class Decision:
     why: str
 
 
-_TRAINS = Decision("done", "how it trains; it costs time alone")
+_TRAINS = Decision("done", "how it trains; it costs only time")
 _SERVER = Decision("server", "the server's part of a round")
 _NOISE = Decision("done", "counted by the client's own ledger; see privacy.md")
-_VOTES = Decision("done", "how it certifies; it costs time alone")
+_VOTES = Decision("done", "how it certifies; it costs only time")
 
 DECISIONS: dict[str, Decision] = {
     "name": Decision("done", "shown to people, without control characters"),
@@ -97,7 +97,7 @@ DECISIONS: dict[str, Decision] = {
     "augmentation.federated": _TRAINS,
     "augmentation.personalized": _TRAINS,
     "certification.perturbation": Decision("done", "or the client's own, if the study allows it"),
-    "certification.images": Decision("done", "a few images make a curve that tells of each"),
+    "certification.images": Decision("done", "a few images make a curve that discloses each"),
     "certification.estimator": _VOTES,
     "certification.n0": _VOTES,
     "certification.n": _VOTES,
@@ -106,7 +106,7 @@ DECISIONS: dict[str, Decision] = {
     "certification.label_aware": _VOTES,
     "certification.reach": _VOTES,
     "certification.keep": _VOTES,
-    "certification.precision": Decision("done", 'all but "int8": its scales tell of the images'),
+    "certification.precision": Decision("done", 'all but "int8": its scales depend on images'),
     "certification.own": Decision("done", "as `certification.perturbation` and `radii`"),
 }
 
@@ -159,13 +159,13 @@ def _check_selection(spec: Spec, settings: Settings) -> None:
 
 def _check_preparation(spec: Spec, settings: Settings) -> None:
     """A client prepares its images as its `client.toml` says; a study that differs is refused."""
-    wanted, own = spec.data.preparation().described, settings.preparation().described
+    asked, own = spec.data.preparation().described, settings.preparation().described
     if settings.dealt and not own:
         return
-    for name in (*wanted, *own):
-        if (name in wanted or settings.dealt) and wanted.get(name) != own.get(name):
+    for name in (*asked, *own):
+        if (name in asked or settings.dealt) and asked.get(name) != own.get(name):
             raise Rejected(
-                f"data.{name} of the study is {_as_toml(wanted.get(name))}, but this client "
+                f"data.{name} of the study is {_as_toml(asked.get(name))}, but this client "
                 f"prepares its images with {name} = {_as_toml(own.get(name))}: both must be the "
                 f"same. Write {name} into client.toml, or leave data.{name} out of the spec"
             )

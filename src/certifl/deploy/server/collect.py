@@ -54,7 +54,7 @@ def collect_certificates(
     match the study.
 
     Raises:
-        WorkError: a client did not finish, or too few are left; what others shared is kept, and
+        WorkError: a client did not finish, or too few are left; what others shared is saved, and
             the same command resumes.
     """
     left_out = _Collector(folder, spec, registry, last, options).run()

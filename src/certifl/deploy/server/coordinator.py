@@ -57,7 +57,7 @@ def coordinate(spec: Spec, transport: GridTransport, options: Options) -> RunFol
     Raises:
         RequestError: the folder holds something else, or clients do not match.
         StoreError: it cannot be written.
-        TooFewClients, TrainingDiverged: training cannot continue; finished rounds are kept.
+        TooFewClients, TrainingDiverged: training cannot continue; finished rounds are saved.
         WorkError: too few clients joined, or one did not certify; the same command resumes.
     """
     folder = RunFolder(options.out)

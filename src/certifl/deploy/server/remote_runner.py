@@ -83,9 +83,9 @@ class RemoteRunner:
     def work(self, current: StoredRound, participants: Sequence[int]) -> Iterator[ClientResult]:
         """An answer from every participant, in the order given, one at a time."""
         self.begins()
-        wanted = set(participants)
-        missing = self.registry.wait_for(wanted - self._absent, self.timeouts.absent)
-        self._absent = (missing | (self._absent & wanted)) - self.registry.connected.keys()
+        chosen = set(participants)
+        missing = self.registry.wait_for(chosen - self._absent, self.timeouts.absent)
+        self._absent = (missing | (self._absent & chosen)) - self.registry.connected.keys()
         round = _Round(self, current)
         pending = {client: round.ask(client) for client in participants}
         round.release()

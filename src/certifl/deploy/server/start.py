@@ -232,8 +232,8 @@ def _required(spec: Spec, options: Options, resumed: bool) -> int:
 
 def _no_majority(joined: Mapping[int, Joined]) -> str:
     first, *others = sorted(joined)
-    wanted = shared_properties(joined[first])
-    differing = [(c, difference(shared_properties(joined[c]), wanted)) for c in others]
+    expected = shared_properties(joined[first])
+    differing = [(c, difference(shared_properties(joined[c]), expected)) for c in others]
     differences = [
         f"compared with client {first}, of client {c}: {why}" for c, why in differing if why
     ]
