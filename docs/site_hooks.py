@@ -1,4 +1,4 @@
-"""What the site takes from outside docs/: the README and its neighbours, examples as pages.
+"""What the site takes from outside docs/: the README and its neighbors, examples as pages.
 
 One text, two places: links are turned to where the site has what they point at. A link to a file
 that the site does not show becomes plain text in the file's own words.

@@ -2,7 +2,7 @@
 
 certifl calls the function with the channels of the images and the number of classes; further
 arguments come from `[model] options` in the spec. Images arrive in [0, 1], so whatever
-normalisation the network wants happens inside it, and logits leave it. In evaluation mode the
+normalization the network wants happens inside it, and logits leave it. In evaluation mode the
 logits of an image must not depend on the other images of its batch, nor on chance.
 """
 

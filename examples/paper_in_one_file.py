@@ -124,7 +124,7 @@ def train(
     model.train()
     for gamma in rates:
         batches = list(torch.randperm(len(labels), generator=shuffle).split(study.batch_size))
-        if len(batches) > 1 and len(batches[-1]) == 1:  # BatchNorm cannot normalise one image
+        if len(batches) > 1 and len(batches[-1]) == 1:  # BatchNorm cannot normalize one image
             batches[-2:] = [torch.cat(batches[-2:])]
         for batch in batches:
             x = images[batch].float() / 255

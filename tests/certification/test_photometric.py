@@ -29,8 +29,8 @@ TRUTHS = np.array([0.1, 0.25, 0.6])  # in units of sigma; of a blur, beyond ln 2
 
 
 def _cosine() -> torch.Tensor:
-    centres = torch.arange(SIDE, dtype=torch.float64) + 0.5
-    return (math.pi * FREQUENCY / SIDE * centres).cos().expand(SIDE, SIDE)
+    centers = torch.arange(SIDE, dtype=torch.float64) + 0.5
+    return (math.pi * FREQUENCY / SIDE * centers).cos().expand(SIDE, SIDE)
 
 
 def _brightness(sigma: float) -> tuple[HalfSpace, torch.Tensor]:
@@ -109,7 +109,7 @@ def test_a_blur_is_one_sided_in_set_sweep_and_words():
     assert drawn.max() <= 3.0
     (sweep,) = sweeps_of(blur)
     counter = SimpleNamespace(
-        perturbation=blur, seed=0, count=lambda images, requests, slots, centre: centre.numpy()
+        perturbation=blur, seed=0, count=lambda images, requests, slots, center: center.numpy()
     )
     seen = sweep_along(counter, sweep, pictures(*IMAGE), pictures(*IMAGE), 11, 100)
     assert seen.values[0] == 0

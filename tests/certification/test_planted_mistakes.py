@@ -164,9 +164,9 @@ def test_clients_of_different_models_are_certified_with_their_own() -> None:
 def test_abstaining_from_an_image_without_a_label_is_not_being_right() -> None:
     """Both are written -1."""
     made = finalized([[100, 290, 10]], _last("runner-up"), "runner-up")
-    unlabelled = dataclasses.replace(made, label=np.full(1, -1, np.int64))
-    assert unlabelled.abstained.all()
-    assert not unlabelled.correct.any()
+    unlabeled = dataclasses.replace(made, label=np.full(1, -1, np.int64))
+    assert unlabeled.abstained.all()
+    assert not unlabeled.correct.any()
 
 
 @pytest.mark.parametrize(

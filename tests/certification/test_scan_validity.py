@@ -8,7 +8,7 @@ that errs in a share of 0.07 gives such evidence with probability 0.998. The pla
 end must give it, or this harness would not notice them.
 
 Rough functions change sides a hundred times within a stratum, so that every vote of a stratum is a
-coin of the given bias: the least favourable case for votes in pairs. Smooth ones change once or
+coin of the given bias: the least favorable case for votes in pairs. Smooth ones change once or
 twice, where the method gains most and where an error of geometry would show.
 """
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("own_cache", "undrawn")
 
 @pytest.fixture(scope="module")
 def digit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """A test digit as an 8 x 8 grey PNG, and its label."""
+    """A test digit as an 8 x 8 gray PNG, and its label."""
     split = load("digits").test
     path = tmp_path_factory.mktemp("pictures") / "digit.png"
     Image.fromarray(split.images[0, 0].numpy()).save(path)
@@ -45,17 +45,17 @@ def test_predict_answers_with_label_radius_and_meaning(
 def test_predict_takes_grey_and_colour_of_the_right_size_only(
     finished: Path, digit: tuple[Path, int], tmp_path: Path
 ) -> None:
-    grey = Image.open(digit[0])
-    grey.convert("RGB").save(tmp_path / "colour.png")
-    grey.resize((12, 10)).save(tmp_path / "large.png")
+    gray = Image.open(digit[0])
+    gray.convert("RGB").save(tmp_path / "color.png")
+    gray.resize((12, 10)).save(tmp_path / "large.png")
     (tmp_path / "text.png").write_text("no image")
     run = ("--run", finished)
     plain = tiny.cli("predict", digit[0], *run)
-    colour = tiny.cli("predict", tmp_path / "colour.png", *run)
-    assert plain.code == colour.code == 0
+    color = tiny.cli("predict", tmp_path / "color.png", *run)
+    assert plain.code == color.code == 0
     assert "image  " not in plain.out
     changed = "image   converted to gray: the certificate holds for the converted image\n"
-    assert colour.out.replace(changed, "") == plain.out != colour.out
+    assert color.out.replace(changed, "") == plain.out != color.out
     tiny.cli("predict", tmp_path / "large.png", *run).refused("10 x 12", "8 x 8", "resize")
     tiny.cli("predict", tmp_path / "large.png", *run, "--resize").fine("resized from 10 x 12")
     tiny.cli("predict", tmp_path / "text.png", *run).refused("not an image", "PNG")
@@ -157,7 +157,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"state_dict": state}, folder / "wrapped.pt")
     torch.save(build("small_cnn", 1, 10, seed=3), folder / "whole.pt")
     torch.save([1, 2], folder / "list.pt")
-    save_file(state_of(build("small_cnn", 3, 10, seed=3)), folder / "colour.safetensors")
+    save_file(state_of(build("small_cnn", 3, 10, seed=3)), folder / "color.safetensors")
     for name in ("text.pt", "text.safetensors"):
         (folder / name).write_text("no weights")
     (folder / "cut.safetensors").write_bytes((folder / "net.safetensors").read_bytes()[:500])
@@ -205,7 +205,7 @@ def test_certify_refuses_what_cannot_be_meant(
         ("none.pt", ["no weights at"]),
         ("whole.pt", ["not a plain file of weights", "state_dict"]),
         ("list.pt", ["state_dict"]),
-        ("colour.safetensors", ["does not fit small_cnn", "conv1.weight is (16, 3, 3, 3) where"]),
+        ("color.safetensors", ["does not fit small_cnn", "conv1.weight is (16, 3, 3, 3) where"]),
         ("cut.safetensors", ["Cannot read", "save_file"]),
         ("text.pt", ["model.state_dict()"]),
         ("text.safetensors", ["model.state_dict()"]),

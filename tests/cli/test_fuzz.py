@@ -60,15 +60,15 @@ def _data(base: Path) -> None:
             folder.mkdir(parents=True)
             for number in range(3):
                 Image.fromarray(images[number]).save(folder / f"{number}.{ending}")
-    Image.fromarray(images[0]).save(base / "grey.png")
-    encoded = [{"bytes": (base / "grey.png").read_bytes(), "path": "grey.png"}] * 8
+    Image.fromarray(images[0]).save(base / "gray.png")
+    encoded = [{"bytes": (base / "gray.png").read_bytes(), "path": "gray.png"}] * 8
     for split in ("train", "test"):
         pq.write_table(
             pa.table({"image": encoded, "label": labels, "who": ["a", "b"] * 4}),
             base / "table" / f"{split}.parquet",
         )
-    shutil.copy(base / "grey.png", base / "secret.png")
-    shutil.copy(base / "grey.png", base / "folder")
+    shutil.copy(base / "gray.png", base / "secret.png")
+    shutil.copy(base / "gray.png", base / "folder")
 
 
 @pytest.fixture(scope="module")

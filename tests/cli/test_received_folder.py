@@ -57,7 +57,7 @@ def received(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CERTIFL_CACHE", str(folder.parent / "cache"))
         run(tiny.spec("training.rounds=1", "certification.n=100"), Options(folder / "run"))
-    Image.new("L", (8, 8), 90).save(folder / "grey.png")
+    Image.new("L", (8, 8), 90).save(folder / "gray.png")
     for name in HOSTILE:
         (folder / f"{name}.py").write_text(f"open({str(folder / 'hit')!r}, 'a').write({name!r})")
     return folder
@@ -70,7 +70,7 @@ COMMANDS = (
     ("report", "run", "--out", "page.html", "--format", "svg"),
     ("claims", "run"),
     ("plan", "run/spec.toml"),
-    ("predict", "grey.png", "--run", "run"),
+    ("predict", "gray.png", "--run", "run"),
 )
 DRIVER = """
 import sys
@@ -146,13 +146,13 @@ def own_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(study, Options(folder / "run"))
     manifest = json.loads((folder / "run" / "run.json").read_text())
     (folder / "run" / "run.json").write_text(json.dumps({**manifest, "code": "/proc/self/cwd"}))
-    Image.new("L", (8, 8), 90).save(folder / "grey.png")
+    Image.new("L", (8, 8), 90).save(folder / "gray.png")
     return folder
 
 
 def test_a_run_never_says_what_code_runs(own_run: Path) -> None:
     place = own_run / "run"
-    tiny.cli("predict", own_run / "grey.png", "--run", place).refused("--code DIR", "sent_net")
+    tiny.cli("predict", own_run / "gray.png", "--run", place).refused("--code DIR", "sent_net")
     tiny.cli("attack", place).refused("--code DIR")
     tiny.cli("explore", place).refused("--code DIR")
     out = own_run / "again.parquet"
@@ -162,7 +162,7 @@ def test_a_run_never_says_what_code_runs(own_run: Path) -> None:
 
 def test_code_that_its_user_names_is_run(own_run: Path) -> None:
     place, code = own_run / "run", own_run / "code"
-    asked = ("predict", own_run / "grey.png", "--run", place, "--code")
+    asked = ("predict", own_run / "gray.png", "--run", place, "--code")
     tiny.cli(*asked, code).fine("client 0")
     tiny.cli(*asked, own_run).refused("holds no module 'sent_net'")
     out = own_run / "again.parquet"

@@ -1,4 +1,4 @@
-"""From image files to pixels: colour, depth, orientation, size."""
+"""From image files to pixels: color, depth, orientation, size."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_alpha_is_dropped():
 
 
 def test_a_palette_becomes_rgb_even_with_transparency():
-    colours = [255, 0, 0, 0, 255, 0, 0, 0, 255]
+    colors = [255, 0, 0, 0, 255, 0, 0, 0, 255]
     indices = np.arange(9 * 12, dtype=np.uint8).reshape(9, 12) % 3
     image = Image.fromarray(indices).convert("P")
-    image.putpalette(colours)
-    expected = np.array(colours, dtype=np.uint8).reshape(3, 3)[indices]
+    image.putpalette(colors)
+    expected = np.array(colors, dtype=np.uint8).reshape(3, 3)[indices]
     for options in ({}, {"transparency": b"\x00\x80\xff"}):
         found = decoded(encoded(image, **options))
         assert np.array_equal(found[0].transpose(1, 2, 0), expected)
@@ -49,12 +49,12 @@ def test_black_and_white_becomes_0_and_255():
 
 
 def test_one_rgb_image_makes_the_set_rgb():
-    grey, rgb = encoded(Image.fromarray(GREY)), encoded(Image.fromarray(RGB))
-    found = decoded(grey, rgb, grey)
+    gray, rgb = encoded(Image.fromarray(GREY)), encoded(Image.fromarray(RGB))
+    found = decoded(gray, rgb, gray)
     assert found.shape == (3, 3, 9, 12)
     assert all(np.array_equal(found[0, c], GREY) for c in range(3))
     # the RGB image comes after the first part of images has been put together
-    late = decoded(*[grey] * 2048, rgb)
+    late = decoded(*[gray] * 2048, rgb)
     assert late.shape == (2049, 3, 9, 12)
     assert np.array_equal(late[2047, 2], GREY)
     assert np.array_equal(late[2048].transpose(1, 2, 0), RGB)
@@ -97,7 +97,7 @@ def test_damage_is_named():
 class TestReadImage:
     @pytest.fixture
     def files(self, tmp_path):
-        Image.fromarray(GREY).save(tmp_path / "grey.png")
+        Image.fromarray(GREY).save(tmp_path / "gray.png")
         Image.fromarray(RGB).save(tmp_path / "rgb.png")
         return tmp_path
 
@@ -107,7 +107,7 @@ class TestReadImage:
         assert torch.equal(found[0].permute(1, 2, 0), torch.from_numpy(RGB) / 255)
 
     def test_grey_for_an_rgb_model(self, files):
-        found = read_image(files / "grey.png", 3, (9, 12))
+        found = read_image(files / "gray.png", 3, (9, 12))
         assert all(torch.equal(found[0, c], torch.from_numpy(GREY) / 255) for c in range(3))
 
     def test_rgb_for_a_grey_model_by_luma(self, files):
@@ -118,7 +118,7 @@ class TestReadImage:
 
     def test_another_size_is_refused_with_both_named(self, files):
         with pytest.raises(InputError, match=r"is 9 x 12 .*of 8 x 8 .*resize"):
-            read_image(files / "grey.png", 1, (8, 8))
+            read_image(files / "gray.png", 1, (8, 8))
 
     def test_resizing_on_request(self, tmp_path):
         Image.fromarray(np.full((9, 12), 51, dtype=np.uint8)).save(tmp_path / "flat.png")
@@ -129,4 +129,4 @@ class TestReadImage:
         with pytest.raises(InputError, match="no image file"):
             read_image(files / "none.png", 1, (9, 12))
         with pytest.raises(InputError, match=r"1 \(gray\) or 3"):
-            read_image(files / "grey.png", 2, (9, 12))
+            read_image(files / "gray.png", 2, (9, 12))

@@ -40,8 +40,8 @@ def png16(channels: int) -> bytes:
         check = struct.pack(">I", zlib.crc32(kind + body))
         return struct.pack(">I", len(body)) + kind + body + check
 
-    colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
-    header = struct.pack(">IIBBBBB", 8, 8, 16, colour, 0, 0, 0)
+    color = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    header = struct.pack(">IIBBBBB", 8, 8, 16, color, 0, 0, 0)
     parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
@@ -63,7 +63,7 @@ def tiff(bits: int, channels: int, photometric: int, extra: int | None = None) -
 
 DEEP = {
     **{f"png {channels}": png16(channels) for channels in (1, 2, 3, 4)},
-    "tiff grey": tiff(16, 1, 1),
+    "tiff gray": tiff(16, 1, 1),
     "tiff rgb": tiff(16, 3, 2),
     "tiff rgba": tiff(16, 4, 2, extra=2),
     "tiff cmyk": tiff(16, 4, 5),
@@ -158,8 +158,8 @@ def picture(path: Path, content: bytes | None = None, level: int = 9) -> None:
         path.write_bytes(content)
         return
     kinds = {".jfif": "JPEG", ".jpe": "JPEG", ".dib": "BMP", ".pnm": "PPM"}
-    grey = Image.fromarray(np.full((8, 8), level, np.uint8))
-    grey.save(path, kinds.get(path.suffix.lower()))
+    gray = Image.fromarray(np.full((8, 8), level, np.uint8))
+    gray.save(path, kinds.get(path.suffix.lower()))
 
 
 def folder(root: Path) -> Path:

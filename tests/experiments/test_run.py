@@ -223,10 +223,10 @@ def test_a_network_beside_the_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     tiny.cli("run", spec, "--out", "run").fine("FedAvg")
     tiny.cli("verify", "run").fine("12 certificates")
     # The code runs elsewhere only if the user says where it is: a run folder may be anybody's.
-    Image.new("L", (8, 8), 90).save("grey.png")
+    Image.new("L", (8, 8), 90).save("gray.png")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    asked = ("predict", "../grey.png", "--run", "../run")
+    asked = ("predict", "../gray.png", "--run", "../run")
 
     def later(*arguments: str | Path, cwd: Path = elsewhere) -> tiny.Outcome:
         """As in a process that has not imported the network."""
@@ -251,8 +251,8 @@ def test_a_network_that_changed_since_is_refused(tmp_path: Path) -> None:
     study = tiny.spec("model.name=changing:make", "training.rounds=1")
     folder = run(study, Options(tmp_path / "run"))
     sys.modules["changing"].make = sys.modules["changing"].by_batch  # pyright: ignore
-    Image.new("L", (8, 8), 90).save(tmp_path / "grey.png")
-    asked = ("predict", tmp_path / "grey.png", "--run", folder.path)
+    Image.new("L", (8, 8), 90).save(tmp_path / "gray.png")
+    asked = ("predict", tmp_path / "gray.png", "--run", folder.path)
     tiny.cli(*asked).refused("--code DIR", "changing:make")
     tiny.cli(*asked, "--code", tmp_path).refused("do not fit", "changing:make")
 

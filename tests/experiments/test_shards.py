@@ -69,7 +69,7 @@ def test_missing_doubled_and_foreign_shards_are_refused(
     tiny.cli("merge", uncut, *out).refused("without --shard")
     published = tmp_path / "c.tsv"
     Certificates.load(uncut).save(published)
-    tiny.cli("merge", published, *out).refused("no shard")
+    tiny.cli("merge", published, *out).refused("not a shard")
     tiny.cli("merge", tmp_path / "none.parquet", *out).refused("no file of certificates")
     assert not (tmp_path / "merged.parquet").exists()
 

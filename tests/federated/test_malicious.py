@@ -59,11 +59,11 @@ def test_breakdown_points():
 
 
 ATTACKS = {
-    "sign flip": lambda model, centre, drawn: {
-        k: centre[k] - 10 * (v - centre[k]) for k, v in model.items()
+    "sign flip": lambda model, center, drawn: {
+        k: center[k] - 10 * (v - center[k]) for k, v in model.items()
     },
-    "huge": lambda model, centre, drawn: {k: v * 1e6 for k, v in model.items()},
-    "random": lambda model, centre, drawn: {
+    "huge": lambda model, center, drawn: {k: v * 1e6 for k, v in model.items()},
+    "random": lambda model, center, drawn: {
         k: 10 * torch.randn(v.shape, generator=drawn) for k, v in model.items()
     },
 }

@@ -126,8 +126,8 @@ def test_loaders_and_data_sets_give_images_with_their_labels() -> None:
     whole = certifl.certify(network, X, NOISE, labels=Y, n=100)
     for images in (DataLoader(data, 4), data, ((x, y) for x, y in DataLoader(data, 4))):
         assert certifl.certify(network, images, NOISE, n=100).same_results(whole)
-    unlabelled = certifl.certify(network, X[:1], NOISE, n=100)
-    assert unlabelled.label.tolist() == [-1]
+    unlabeled = certifl.certify(network, X[:1], NOISE, n=100)
+    assert unlabeled.label.tolist() == [-1]
     predicted = certifl.predict(network, X, NOISE, n=100)
     assert (
         certifl.predict(network, DataLoader(data, 4), NOISE, n=100).tolist() == predicted.tolist()

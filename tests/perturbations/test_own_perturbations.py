@@ -341,7 +341,7 @@ def test_an_attack_takes_the_clients_own_perturbation(copied: Path) -> None:
 
 
 def test_one_image_is_asked_with_the_clients_own(mixed: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "grey.png"
+    picture = tmp_path / "gray.png"
     Image.new("L", (8, 8), 90).save(picture)
     for client, unit in ((0, "radians"), (1, "intensity")):
         tiny.cli("predict", picture, "--run", mixed, "--client", str(client)).fine(unit)

@@ -183,7 +183,7 @@ def test_rotation_keeps_all_distances_whatever_the_shape(size):
     torch.testing.assert_close(
         torch.cdist(after, after), torch.cdist(before, before), atol=1e-5, rtol=0
     )
-    # the centre of the image stays: the mean of all positions is kept
+    # the center of the image stays: the mean of all positions is kept
     torch.testing.assert_close(after.mean(0), before.mean(0), atol=1e-10, rtol=0)
 
 

@@ -73,7 +73,7 @@ def test_rows_are_renamed_ordered_and_colored(runs: list[RunResults]) -> None:
 @pytest.mark.parametrize(
     ("labels", "order", "colors", "says"),
     [
-        ({"FedAvg": "Local"}, None, None, "Two rows would be labelled 'Local'"),
+        ({"FedAvg": "Local"}, None, None, "Two rows would be labeled 'Local'"),
         ({"FedAvg": " "}, None, None, "empty"),
         ({"nobody": "x"}, None, None, "no row 'nobody'"),
         (None, ["Local", "local"], None, "twice"),

@@ -223,12 +223,12 @@ def _pick(page: Page, number: int) -> None:
 def test_the_explorer_shows_the_picture_of_the_step(page):
     for step in (15, 4, 30):
         page.locator("#step").fill(str(step))
-        grey = 8 * step  # as the made-up strip has it
+        gray = 8 * step  # as the made-up strip has it
         page.wait_for_function(
-            "grey => { const pen = new OffscreenCanvas(1, 1).getContext('2d');"
+            "gray => { const pen = new OffscreenCanvas(1, 1).getContext('2d');"
             " pen.drawImage(document.getElementById('picture'), 9, 9, 1, 1, 0, 0, 1, 1);"
-            " return pen.getImageData(0, 0, 1, 1).data[0] === grey; }",
-            arg=grey,
+            " return pen.getImageData(0, 0, 1, 1).data[0] === gray; }",
+            arg=gray,
         )
 
 

@@ -312,7 +312,7 @@ def test_no_series_has_the_color_of_too_close_to_call():
     assert len(shades) == 3 * len(LOOKS)
     for shade in shades:
         parts = [int(shade[i : i + 2], 16) for i in (1, 3, 5)]
-        assert max(parts) - min(parts) > 40  # what is undecided is grey
+        assert max(parts) - min(parts) > 40  # what is undecided is gray
 
 
 def test_numbers_stay_on_one_line_with_their_signs(page):

@@ -52,7 +52,7 @@ def mean_e_value(shares: list[tuple[float, float]], discrepancy: float, best: bo
 
     Args:
         shares: probabilities of A and B in each stratum.
-        best: take A for the chosen class or B, whichever the same votes favour.
+        best: take A for the chosen class or B, whichever the same votes favor.
     """
     total = 0.0
     for outcome in itertools.product(itertools.product((1, 0, -1), repeat=2), repeat=len(shares)):

@@ -114,7 +114,7 @@ def test_augmentation_of_personalisation_is_separate() -> None:
         (["certification.alpha=0.9"], "alpha"),
         (["certification.perturbation.family=shear"], "certification.perturbation.*shear"),
         (["certification.perturbation.sigma=-1"], "certification.perturbation.*sigma"),
-        (["certification.perturbation.colour=1"], "certification.perturbation.*colour"),
+        (["certification.perturbation.color=1"], "certification.perturbation.*color"),
         (["certification.perturbation=none"], "certification.perturbation"),
         (["augmentation.personalized=none"], "no effect with 'fedavg'"),
         (["augmentation.federated=rotation"], "augmentation.federated: .*table"),

@@ -433,7 +433,7 @@ VERIFY = command("verify", "RUN")
 PAGE = library(_page)
 REPORT = any_of(command("report", "RUN", "--out", "OUT/page.html"), *[PAGE] * 11)
 CLAIMS = command("claims", "RUN")
-PREDICT = command("predict", "RUN/../grey.png", "--run", "RUN", "--n", "20")
+PREDICT = command("predict", "RUN/../gray.png", "--run", "RUN", "--n", "20")
 ABOUT = any_of(VERIFY, VERIFY, REPORT, CLAIMS, PREDICT)
 DATA = library(lambda folder: load_data(str(folder)))
 
@@ -520,9 +520,9 @@ KINDS: tuple[Kind, ...] = (
     Kind("client", "connection.toml", 30, library(_client), (*TEXT, as_toml, as_toml)),
     Kind(
         "folder",
-        "grey.png",
+        "gray.png",
         20,
-        command("predict", "RUN/grey.png", "--run", "RUN/../run"),
+        command("predict", "RUN/gray.png", "--run", "RUN/../run"),
         (as_image, as_bytes, as_other),
     ),
 )
@@ -571,7 +571,7 @@ def attempt(case: int, base: Path, place: Path) -> str:
     place.mkdir()
     folder, out = prepare(kind, number, base, place), place / "out"
     out.mkdir()
-    shutil.copy(base / "grey.png", place / "grey.png")
+    shutil.copy(base / "gray.png", place / "gray.png")
     if kind.base == "folder":
         shutil.copytree(base / "run", place / "run", copy_function=os.link)
     before = _files(folder)

@@ -31,7 +31,7 @@ BUDGET = Budget(max_norm=0.5, delta=1e-3, noise_multiplier=1.2)
 
 
 class PlainNet(nn.Module):
-    """No normalisation: every image's gradient is its own."""
+    """No normalization: every image's gradient is its own."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()

@@ -255,7 +255,7 @@ CASES: dict[str, Case] = {
     "The folder of the data set is not understood": no_layout,
     "There are no test images": no_test_images,
     "Images differ in size": other_sizes,
-    "Grey with 16 bits": deep_grey,
+    "Gray with 16 bits": deep_grey,
     "Several label columns": two_labels,
     "Test images of other classes": hidden_labels,
     "The data folder does not exist": lambda _run: study(
@@ -265,7 +265,7 @@ CASES: dict[str, Case] = {
     "A key that does not exist": lambda _run: study("training.epochs=3"),
     "A key that must be given": missing_key,
     "Text in place of a number": lambda _run: study('training.lr="0.1"'),
-    "An algorithm's parameter is misspelt": lambda _run: study(
+    "An algorithm's parameter is misspelled": lambda _run: study(
         'algorithm={ name = "mixture", lambda = 0.3 }'
     ),
     "A pull that overshoots": lambda _run: study('algorithm={ name = "ditto", mu = 100.0 }'),

@@ -27,7 +27,7 @@ ROTATION = {
     "law": "uniform",
     "norm": "l1",
     "unit": "radians",
-    "threat": "The image is rotated about its centre by an angle chosen by the adversary.",
+    "threat": "The image is rotated about its center by an angle chosen by the adversary.",
 }
 PIXEL = {
     "family": "pixel",

@@ -233,7 +233,7 @@ class _Search:
         )
         return torch.where(known, disagreement, random)
 
-    def _disagreement(self, centre: Tensor) -> Tensor:
+    def _disagreement(self, center: Tensor) -> Tensor:
         """Directions of disagreement at one delta per image, (m, *shape); see `VoteCounter`."""
         count = self._budget.aim or min(20_000, max(2000, 4 * self._region.dim))
         stop = self._next_vote + count
@@ -242,7 +242,7 @@ class _Search:
             for row, key in enumerate(self._keys)
         ]
         direction = self._counter.disagreement(
-            self._images, requests, self._expected, centre[:, 0]
+            self._images, requests, self._expected, center[:, 0]
         )
         self._next_vote = stop
         self.votes += count * len(requests)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 ABSTAINED = -1
-UNLABELLED = -1
+UNLABELED = -1
 _MEANING = ("family", "sigma", "unit")
 
 
@@ -98,7 +98,7 @@ class Certificates:
 
     @property
     def correct(self) -> Bools:
-        """(m,) where the certified class is the label; false where abstained or unlabelled."""
+        """(m,) where the certified class is the label; false where abstained or unlabeled."""
         return (self.predicted == self.label) & ~self.abstained
 
     def certified_accuracy(self, radii: Sequence[float | str] | Floats) -> Floats:
@@ -131,7 +131,7 @@ class Certificates:
 
     def _require_comparable(self) -> None:
         """Refuse to average where labels are unknown or radii mean different things."""
-        unknown = int((self.label == UNLABELLED).sum())
+        unknown = int((self.label == UNLABELED).sum())
         if unknown:
             raise InputError(
                 f"{unknown} of {len(self)} certificates have no label, so it is unknown whether "

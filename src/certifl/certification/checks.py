@@ -19,7 +19,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from certifl.certification.certificates import UNLABELLED
+from certifl.certification.certificates import UNLABELED
 from certifl.errors import InputError, ModelError, first_line
 from certifl.module_copies import LAZY, answer_in_words, any_lazy, in_training_mode
 from certifl.perturbations.base import Perturbation
@@ -186,7 +186,7 @@ def check_labels(
         raise InputError(
             f"labels must lie in 0 to {classes - 1}, the classes of the model; "
             f"found {values.min()} to {values.max()}."
-            f"{_HIDDEN if values.min() == UNLABELLED else ''}"
+            f"{_HIDDEN if values.min() == UNLABELED else ''}"
         )
     return values.astype(np.int64)
 

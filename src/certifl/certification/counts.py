@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from certifl.certification.certificates import ABSTAINED, UNLABELLED, Certificates
+from certifl.certification.certificates import ABSTAINED, UNLABELED, Certificates
 from certifl.certification.settings import Settings
 from certifl.errors import InputError
 from certifl.progress import ProgressCallback
@@ -190,7 +190,7 @@ def finalize(
     return Certificates(
         client=np.full(m, client, np.int64),
         index=np.arange(m) if index is None else np.asarray(index, np.int64),
-        label=np.full(m, UNLABELLED, np.int64) if labels is None else labels.astype(np.int64),
+        label=np.full(m, UNLABELED, np.int64) if labels is None else labels.astype(np.int64),
         predicted=np.where(certified, votes.selected, ABSTAINED).astype(np.int64),
         counts=votes.estimation,
         selection_counts=votes.selection,

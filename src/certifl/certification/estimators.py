@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from certifl.certification.certificates import UNLABELLED
+from certifl.certification.certificates import UNLABELED
 from certifl.certification.counts import Request, Votes, top_and_runner_up
 from certifl.certification.settings import ESTIMATORS, GRID_POINTS, Settings
 from certifl.errors import InputError
@@ -253,7 +253,7 @@ class Estimator:
         """Images that stop at the first look, because their selected class is not their label."""
         if labels is None or not self.settings.label_aware:
             return np.zeros(len(votes.done), np.bool_)
-        return (labels != UNLABELLED) & (votes.selected != labels)
+        return (labels != UNLABELED) & (votes.selected != labels)
 
     # Once votes are finished.
 

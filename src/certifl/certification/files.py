@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from certifl.certification.certificates import ABSTAINED, UNLABELLED, Certificates, Predictions
+from certifl.certification.certificates import ABSTAINED, UNLABELED, Certificates, Predictions
 from certifl.certification.metadata import kinds, require_groups
 from certifl.errors import InputError
 from certifl.safe_io import MALFORMED, open_parquet, parse_json, replacing
@@ -272,7 +272,7 @@ def _row(idx: str, label: str, predict: str, radius: str, correct: str, time: st
         raise ValueError(f"correct must be 0, 1, False or True; got {correct!r}")
     if max(index, truth, predicted) > _LARGEST:
         raise ValueError("idx, label and predict must be below 2 to the power of 63")
-    if index < 0 or truth < UNLABELLED or predicted < ABSTAINED:
+    if index < 0 or truth < UNLABELED or predicted < ABSTAINED:
         raise ValueError("idx, label and predict must not be negative, but for -1 = unknown")
     if right and predicted not in (truth, ABSTAINED):
         raise ValueError(f"correct is {correct}, but class {predict} is not the label {label}")

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from certifl._version import __version__
 from certifl.certification import metadata as groups
-from certifl.certification.certificates import ABSTAINED, UNLABELLED, Certificates
+from certifl.certification.certificates import ABSTAINED, UNLABELED, Certificates
 from certifl.certification.counts import Votes
 from certifl.certification.estimators import Estimator, Metadata
 from certifl.certification.metadata import differs
@@ -384,7 +384,7 @@ def _check_numbers(certificates: Certificates, report: ReportRows) -> np.ndarray
     faults = {
         "it has negative votes": (votes < 0).any(axis=1),
         "its client or index is negative": (certificates.client < 0) | (certificates.index < 0),
-        f"its label is not one of {classes} classes": (label < UNLABELLED) | (label >= classes),
+        f"its label is not one of {classes} classes": (label < UNLABELED) | (label >= classes),
     }
     for problem, rows in faults.items():
         report(rows, problem)

@@ -63,7 +63,7 @@ class VoteCounter:
             keep_freed_memory()
 
     def count(
-        self, images: Tensor, requests: Sequence[Request], slots: int, centre: Tensor | None = None
+        self, images: Tensor, requests: Sequence[Request], slots: int, center: Tensor | None = None
     ) -> np.ndarray:
         """Votes per slot and class, (slots, classes) int64.
 
@@ -71,14 +71,14 @@ class VoteCounter:
             images: (m, c, h, w) float32 on the network's device.
             requests: which votes of which images.
             slots: number of rows of the result.
-            centre: (slots, *params_shape) added to the drawn parameters: the votes are then those
+            center: (slots, *params_shape) added to the drawn parameters: the votes are then those
                 of g_delta, the smoothed classifier at a shifted parameter.
         """
 
         def counted() -> np.ndarray:
             classes = self.network.classes
             totals = torch.zeros(slots * classes, dtype=torch.int64, device=self.network.device)
-            for slot, _, voted in self._cast(images, requests, centre):
+            for slot, _, voted in self._cast(images, requests, center):
                 totals.scatter_add_(0, slot * classes + voted, torch.ones_like(voted))
             return totals.view(slots, classes).cpu().numpy()
 
@@ -109,7 +109,7 @@ class VoteCounter:
         images: Tensor,
         requests: Sequence[Request],
         expected: Tensor,
-        centre: Tensor | None = None,
+        center: Tensor | None = None,
     ) -> Tensor:
         """Direction of the noise whose votes disagree with the expected class, per slot.
 
@@ -118,7 +118,7 @@ class VoteCounter:
         the gradient along which the expected class loses most probability (Stein's lemma).
 
         Args:
-            images, requests, centre: as in `count`; drawn parameters are counted without `centre`.
+            images, requests, center: as in `count`; drawn parameters are counted without `centre`.
             expected: (slots,) int64, a class per slot, on the network's device.
 
         Returns:
@@ -129,7 +129,7 @@ class VoteCounter:
             shape = self.perturbation.params_shape(_chw(images))
             disagreeing = torch.zeros((len(expected), *shape), device=self.network.device)
             drawn, count = torch.zeros_like(disagreeing), disagreeing.new_zeros((len(expected), 2))
-            for slot, params, voted in self._cast(images, requests, centre):
+            for slot, params, voted in self._cast(images, requests, center):
                 other = (voted != expected[slot]).to(params.dtype)
                 _add_rows(drawn, slot, params)
                 _add_rows(disagreeing, slot, params * _like(other, params))
@@ -157,12 +157,12 @@ class VoteCounter:
             self.network = dataclasses.replace(self.network, batch_size=size // 2)
 
     def _cast(
-        self, images: Tensor, requests: Sequence[Request], centre: Tensor | None
+        self, images: Tensor, requests: Sequence[Request], center: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Batches of votes: the slots they belong to, the drawn parameters, the classes voted."""
         chunks = self._chunks(images, requests)
         for rows, slot, params in _batches(chunks, self.network.batch_size):
-            shifted = params if centre is None else params + centre[slot]
+            shifted = params if center is None else params + center[slot]
             yield slot, params, self._votes(images, rows, shifted)[: len(slot)]
 
     def _votes(self, images: Tensor, rows: Tensor, params: Tensor) -> Tensor:

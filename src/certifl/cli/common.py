@@ -190,7 +190,7 @@ def interruptible(overwrite: bool = False) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def labelled(run: Path | StoredRun, label: str) -> RunResults:
+def labeled(run: Path | StoredRun, label: str) -> RunResults:
     """A finished run under another name."""
     from certifl.report import load_run
 

@@ -21,7 +21,7 @@ from certifl.cli.common import (
     Sigma,
     command_line,
     interruptible,
-    labelled,
+    labeled,
     positive,
     say,
     whole,
@@ -249,7 +249,7 @@ def finetune(
             )
             runs[name] = compute(spec, options)
         labels = {"before": tuning.BEFORE, "after": tuning.AFTER}
-        results = [labelled(runs[name], label) for name, label in labels.items()]
+        results = [labeled(runs[name], label) for name, label in labels.items()]
         tuned = tuning.save_finetuned(runs["after"], folder)
         write_report(results, page, title=specs["after"].name)
     terminal.show_summary(summary_rows(results))

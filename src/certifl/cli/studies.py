@@ -25,7 +25,7 @@ from certifl.cli.common import (
     Workers,
     command_line,
     interruptible,
-    labelled,
+    labeled,
     load_study,
     run_folder,
     say,
@@ -211,7 +211,7 @@ def _show_sweep(asked: Sweep, failures: Mapping[Path, str]) -> None:
     from certifl.report.seed_table import write_comparison
 
     results = [
-        labelled(folder, variant.label)
+        labeled(folder, variant.label)
         for variant in asked.variants
         for folder in asked.folders(variant)
         if folder not in failures

@@ -75,7 +75,7 @@ def write_paper_figure(folder: str | Path) -> Path:
     save(drawing, path, str(index["figure"]))
     sections, comparisons = [], []
     for page in index["pages"]:
-        compared = [runs.labelled(run) for run in page["runs"]]
+        compared = [runs.labeled(run) for run in page["runs"]]
         first = compared[0]
         clients, noise = len(first.clients), noise_words(first.conditions)
         title = f"{first.data_name or 'images'}, {clients} clients, {noise}"
@@ -108,7 +108,7 @@ def _drawing(index: Mapping[str, Any], runs: _Runs) -> Drawing:
             panel["kind"],
             int(panel["row"]),
             int(panel["column"]),
-            tuple(Curve(runs.labelled(c), c.get("personalization")) for c in panel["curves"]),
+            tuple(Curve(runs.labeled(c), c.get("personalization")) for c in panel["curves"]),
         )
         for panel in index["panels"]
     ]
@@ -133,7 +133,7 @@ class _Runs:
         self._folder = path
         self._read: dict[str, RunResults] = {}
 
-    def labelled(self, curve: Mapping[str, Any]) -> RunResults:
+    def labeled(self, curve: Mapping[str, Any]) -> RunResults:
         """The run of a curve with the label of its legend."""
         name = str(curve["run"])
         if name not in self._read:

@@ -1,6 +1,6 @@
 """Deformations that move every pixel by one formula: translation, rotation, scaling, affine.
 
-Convention (see `warp`): x to the right, y downwards, relative to the image centre; the output at p
+Convention (see `warp`): x to the right, y downwards, relative to the image center; the output at p
 takes the input at p + nu_phi(p). One half-width is w / 2 pixels for x and h / 2 pixels for y.
 
 Source: the paper, Eq. (3) and section 3.2; Alfarra et al. 2022 (DeformRS).
@@ -182,7 +182,7 @@ class Translation(Deformation):
 
 @dataclass(frozen=True)
 class Rotation(Deformation):
-    """Rotation by beta about the image centre, uniform on [-sigma, sigma].
+    """Rotation by beta about the image center, uniform on [-sigma, sigma].
 
     Radii of Corollary 1 stay below sigma: to certify 18 degrees, sigma must be larger. The "scan"
     estimator has no such limit.
@@ -238,7 +238,7 @@ class Rotation(Deformation):
 
 @dataclass(frozen=True)
 class Scaling(Deformation):
-    """Scaling of the sampling grid by 1 + s about the image centre, uniform on [-sigma, sigma].
+    """Scaling of the sampling grid by 1 + s about the image center, uniform on [-sigma, sigma].
 
     Radii of Corollary 1 stay below sigma; the "scan" estimator has no such limit.
 
@@ -416,6 +416,6 @@ def _cosines(count: int, size: int, like: Tensor) -> Tensor:
     """cos(pi a (2i + 1) / (2 size)) for a < count, i < size; shape (count, size)."""
     import torch
 
-    centres = torch.arange(size, dtype=like.dtype, device=like.device) + 0.5
+    centers = torch.arange(size, dtype=like.dtype, device=like.device) + 0.5
     order = torch.arange(count, dtype=like.dtype, device=like.device)
-    return torch.cos(order[:, None] * centres * (math.pi / size))
+    return torch.cos(order[:, None] * centers * (math.pi / size))

@@ -337,8 +337,8 @@ def _cosines(size: int, like: Tensor) -> Tensor:
     """The orthonormal DCT-II as a matrix (frequency, position)."""
     import torch
 
-    centres = torch.arange(size, dtype=like.dtype, device=like.device) + 0.5
-    rows = (_frequencies(size, like)[:, None] * centres).cos() * math.sqrt(2.0 / size)
+    centers = torch.arange(size, dtype=like.dtype, device=like.device) + 0.5
+    rows = (_frequencies(size, like)[:, None] * centers).cos() * math.sqrt(2.0 / size)
     rows[0] *= math.sqrt(0.5)
     return rows
 

@@ -1,15 +1,15 @@
 """One bilinear sampler for all deformations.
 
-Convention: a pixel is named by its index, column x to the right and row y downwards; its centre is
+Convention: a pixel is named by its index, column x to the right and row y downwards; its center is
 at the whole number. The output at p takes the input at p + nu_phi(p) (the paper, Eq. (3) and 3.2).
 Coordinates stay in pixels from end to end, so zero displacement is the identity to the last bit;
 normalized coordinates, as in `torch.nn.functional.grid_sample`, are not exact for most sizes.
 
 Two geometries say where pixels lie:
 
-- "centre": the right one. Column j is at j, the centre of the image at (w - 1) / 2.
+- "centre": the right one. Column j is at j, the center of the image at (w - 1) / 2.
 - "deformrs": as in code published for this study, which builds corner coordinates linspace(-1, 1)
-  and samples them as if they were pixel centres. Column j is then read at j w / (w - 1) - 1/2: the
+  and samples them as if they were pixel centers. Column j is then read at j w / (w - 1) - 1/2: the
   identity blurs the image and darkens its border. Only for comparing with published curves.
 """
 
@@ -37,8 +37,8 @@ class Grid:
     Attributes:
         columns: (w,), where column j is read when nothing moves.
         rows: (h, 1), where row i is read when nothing moves.
-        x: (w,), column relative to the image centre, to the right.
-        y: (h, 1), row relative to the image centre, downwards.
+        x: (w,), column relative to the image center, to the right.
+        y: (h, 1), row relative to the image center, downwards.
         half_width: w / 2, one unit of horizontal displacement.
         half_height: h / 2, one unit of vertical displacement.
     """
@@ -60,7 +60,7 @@ def grid_of(images: Tensor, geometry: str) -> Grid:
 
 
 def _axis(size: int, like: Tensor, geometry: str) -> tuple[Tensor, Tensor]:
-    """(position when nothing moves, position relative to the centre) of each index of an axis."""
+    """(position when nothing moves, position relative to the center) of each index of an axis."""
     index = torch.arange(size, dtype=like.dtype, device=like.device)
     if geometry == "centre":
         return index, index - (size - 1) / 2

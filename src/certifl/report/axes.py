@@ -80,7 +80,7 @@ def certified_axes(
 
 
 def panel(axes: Axes, name: str, end: float, left: bool, lowest: bool) -> None:
-    """One small panel; only those at the edges are labelled."""
+    """One small panel; only those at the edges are labeled."""
     frame(axes)
     axes.set_title(name, fontsize=9, color=INK)
     axes.set(xlim=(0, end), ylim=(0, 1))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from certifl.certification.certificates import ABSTAINED, UNLABELLED, Certificates
+from certifl.certification.certificates import ABSTAINED, UNLABELED, Certificates
 from certifl.certification.metadata import CURVES_ONLY, entries, masks
 from certifl.errors import StoreError, StoreMismatch
 from certifl.runs.folder import StoredRun
@@ -40,7 +40,7 @@ def certificates_problem(certificates: Certificates) -> str | None:
         return "it contains no image"
     if not np.all(np.isfinite(certificates.radius) & (certificates.radius >= 0)):
         return "a radius is not a finite number from 0 up"
-    if np.any(certificates.label == UNLABELLED):
+    if np.any(certificates.label == UNLABELED):
         return "some images have no label, so nothing can be called correct"
     images = np.stack([certificates.client, certificates.index], axis=1)
     if len(np.unique(images, axis=0)) != len(images):

@@ -157,7 +157,7 @@ def arranged(
     shown = [row.label for row in renamed]
     twice = next((label for label in shown if shown.count(label) > 1), None)
     if twice is not None:
-        raise InputError(f"Two rows would be labelled {twice!r}: give each its own label.")
+        raise InputError(f"Two rows would be labeled {twice!r}: give each its own label.")
     names = [(label, *own) for label, own in zip(shown, names, strict=True)]
     chosen = _by_row(names, colors or {})
     colored = [_colored(row, chosen.get(at)) for at, row in enumerate(renamed)]

@@ -132,7 +132,7 @@ def passes_of(n: int, sigma: float, width: float) -> tuple[int, ...]:
 class Runs:
     """The runs of strata of one pass that stand for windows, and which of them for which delta.
 
-    The run of a delta is the one whose centre lies nearest; where the scan ends, it stays inside.
+    The run of a delta is the one whose center lies nearest; where the scan ends, it stays inside.
     Run and window differ at the left edge by |offset - misfit| and at the right by |offset +
     misfit|, together 2 max(|offset|, |misfit|), where misfit is half the difference in length.
     """
@@ -142,7 +142,7 @@ class Runs:
         self.length = self._length()
 
     def _length(self) -> int:
-        """Strata in a run: about a window's, of the parity that centres a run on 0."""
+        """Strata in a run: about a window's, of the parity that centers a run on 0."""
         window, zero = 2.0 * self.scan.sigma / self.width, -self.scan.low / self.width
 
         def difference(length: int) -> float:
@@ -154,7 +154,7 @@ class Runs:
             (k for k in (near, near - 1, near + 1) if 0 <= k <= self.strata), key=difference
         )
 
-    def centre(self, start: ArrayLike) -> Floats:
+    def center(self, start: ArrayLike) -> Floats:
         """The delta in the middle of the run that begins with stratum `start`."""
         return self.scan.low + (np.asarray(start) + self.length / 2) * self.width
 
@@ -163,7 +163,7 @@ class Runs:
         first, last = 0, self.strata - self.length
         if self.scan.periodic:
             first, last = -self.length, self.strata
-        return self.centre(np.arange(first, last) + 0.5)
+        return self.center(np.arange(first, last) + 0.5)
 
     def nearest(self, delta: Floats) -> Ints:
         """First strata of the nearest runs."""
@@ -172,8 +172,8 @@ class Runs:
 
     def discrepancy(self, start: Ints, lows: Floats, highs: Floats) -> Floats:
         """In strata, the most that a run and the window of a delta in [low, high] differ by."""
-        centre = self.centre(start)
-        offset = np.maximum(np.abs(lows - centre), np.abs(highs - centre))
+        center = self.center(start)
+        offset = np.maximum(np.abs(lows - center), np.abs(highs - center))
         misfit = abs(self.scan.sigma - self.length * self.width / 2)
         return 2.0 * np.maximum(offset, misfit) / self.width + _SLACK
 
