@@ -9,6 +9,9 @@ import pytest
 pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
 
 
+from flwr.app import Message
+from flwr.app.error import Error
+
 from algorithm_cases import CASES
 from certifl.deploy.client.client import Client, Rejected
 from certifl.deploy.client.settings import Settings
@@ -64,8 +67,8 @@ def same_training(study: Spec, root, folder: RunFolder, at: dict) -> None:
     assert last is not None
     assert last.number == own.number
     assert last.identity == own.identity
-    assert_same(last.server(), own.server())
     assert without_seconds(last.history) == without_seconds(own.history)
+    assert_same(last.server(), own.server())
     id = folder.manifest()["deployment"]["id"]
     for client in at.values():
         number = client.settings.client
@@ -193,6 +196,25 @@ def test_a_node_restarted_during_a_round_is_asked_again(tmp_path, monkeypatch):
     same_training(study, tmp_path / "own", folder, at)
 
 
+@pytest.mark.parametrize("crashes", [1, 2])
+def test_a_client_whose_process_crashed_is_asked_once_more(crashes, tmp_path):
+    study, at = described("mixture", "clients.count=3"), clients_of(tmp_path, 3)
+    asked = []
+
+    def crash(node, request, reply):
+        if request.metadata.message_type == "train" and node == 101:
+            asked.append(node)
+            if len(asked) <= crashes:
+                return Message(Error(8, "ClientApp stopped responding."), reply_to=request)
+        return reply
+
+    folder = coordinated(study, MemoryGrid(at, crash), options(tmp_path / "run"))
+    left_out = Checkpoints(folder.training).history()[0].get("left_out", [])
+    assert [entry["client"] for entry in left_out] == [1] * (crashes - 1)
+    if crashes == 1:
+        same_training(study, tmp_path / "own", folder, at)
+
+
 def test_a_late_client_takes_part_from_the_next_round(tmp_path):
     study = described("fedavg", "clients.count=3", "training.rounds=3")
     at = clients_of(tmp_path, 3)
@@ -226,8 +248,6 @@ def test_too_few_clients_are_reported_and_the_same_call_resumes(tmp_path):
         return reply if node in grid.clients else None
 
     grid = MemoryGrid(dict(at), gone)
-    from flwr.app import Message
-    from flwr.app.error import Error
 
     def unavailable(node, request, reply):
         done = gone(node, request, reply)

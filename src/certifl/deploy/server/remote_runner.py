@@ -118,18 +118,21 @@ class _Round:
         self._encoded = None
 
     def answer(self, client: int, pending: Pending | None) -> ClientResult:
-        """Wait for a client's answer."""
+        """Wait for a client's answer; one whose process crashed is asked once more."""
         if pending is None:
             why = self._registry.refused.get(client)
             reason = "it is not connected" if why is None else f"it was refused, {why}"
             return ClientResult(client, 0.0, None, Fault("late", reason))
-        until, refreshed = pending.until, pending.since
+        until, refreshed, crashed = pending.until, pending.since, False
         while True:
             content = self._registry.transport.take_reply(pending.name)
             gone = isinstance(content, NoReply) and content.gone
             if gone and not self._registry.wait_for({client}, self._remote.timeouts.absent):
                 pending = self._again(client, pending)  # it disconnected, and is here again
                 until, refreshed = pending.until, pending.since
+                continue
+            if isinstance(content, NoReply) and content.crashed and not crashed:
+                crashed, pending = True, self._again(client, pending)
                 continue
             if content is not None:
                 return self._read(client, pending.entry.joined.train_images, content)

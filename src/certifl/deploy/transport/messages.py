@@ -45,7 +45,7 @@ _PIECE = 1 << 22
 _LONGEST = 1 << 21  # characters of a message's fields
 _DEEPEST = 12
 _MOST_PARTS, _LONGEST_NAME = 32, 200
-_GONE = 5  # Flower's NODE_UNAVAILABLE
+_GONE, _CRASHED = 5, 8  # Flower's NODE_UNAVAILABLE and CLIENT_APP_CRASHED
 
 
 @dataclass(frozen=True)
@@ -255,11 +255,13 @@ class NoReply:
 
     Attributes:
         reason: in words. gone: whether the client's machine has disconnected.
+        crashed: whether its process ended, or was not heard of in time, while it worked.
         malformed: whether something arrived that is not an answer.
     """
 
     reason: str
     gone: bool = False
+    crashed: bool = False
     malformed: bool = False
 
 
@@ -287,9 +289,11 @@ class GridTransport:
         """An answer, once; None while there is none."""
         for message in self._grid.pull_messages([name]):
             if message.has_error():
-                gone = message.error.code == _GONE
-                why = one_line(message.error.reason)
-                return NoReply("its machine is gone" if gone else f"no answer came ({why})", gone)
+                gone, crashed = (message.error.code == code for code in (_GONE, _CRASHED))
+                why = "its machine is gone"
+                if not gone:
+                    why = f"no answer came ({one_line(message.error.reason)})"
+                return NoReply(why, gone, crashed)
             return _read(message)
         return None
 
