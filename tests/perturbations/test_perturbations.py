@@ -334,7 +334,7 @@ def test_a_sigma_that_is_no_scale_is_refused(family, sigma):
 def test_unknown_options_are_refused(family):
     with pytest.raises(InputError, match=r"padding = 'mirror'.*choose one of border, reflection"):
         family(0.1, padding="mirror")
-    with pytest.raises(InputError, match=r"geometry = 'corner'.*choose one of center, deformrs"):
+    with pytest.raises(InputError, match=r"geometry = 'corner'.*choose one of centre, deformrs"):
         family(0.1, geometry="corner")
 
 

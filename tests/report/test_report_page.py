@@ -109,7 +109,7 @@ def test_the_page_says_what_was_found_and_what_it_means(page):
     assert "ahead of Personalized" in text
     assert "at least 99.9 % over the votes" in text
     assert "interpolated a second time" in text
-    assert "The image is rotated about its centre" in text
+    assert "The image is rotated about its center" in text
     assert "certifl verify" in text
     assert "12.3 s" in text
 

@@ -18,7 +18,7 @@ from certifl.certification.metadata import of_client
 STEPS, SIZE, VOTES = 31, 8, 100
 TURN = {
     "name": "turn",
-    "words": "turned about its centre",
+    "words": "turned about its center",
     "forward": "counter-clockwise",
     "backward": "clockwise",
 }

@@ -226,7 +226,7 @@ class Rotation(Deformation):
 
     def sweeps(self, reach: float) -> tuple[Sweep, ...]:
         """Up to a half turn either way."""
-        turned, ends = "turned about its centre", min(reach, math.pi)
+        turned, ends = "turned about its center", min(reach, math.pi)
         return (Sweep("turn", turned, "counter-clockwise", "clockwise", 0, ends),)
 
     def scan_range(self, reach: float | None) -> tuple[float, float, bool]:
@@ -275,7 +275,7 @@ class Scaling(Deformation):
     def sweeps(self, reach: float) -> tuple[Sweep, ...]:
         """Short of -1, where nothing is left of the sampling grid."""
         ends = min(reach, 0.9)
-        return (Sweep("scale", "scaled about its centre", "smaller", "larger", 0, ends),)
+        return (Sweep("scale", "scaled about its center", "smaller", "larger", 0, ends),)
 
     def scan_range(self, reach: float | None) -> tuple[float, float, bool]:
         """As far as the reach, by default three times sigma, but never to a factor below 0.
