@@ -34,7 +34,7 @@ def removed_precision(name: str) -> str:
 
 
 GRID_POINTS = 50
-# Bounds are computed up to so many votes (smoothing/bounds.py). Exact boundaries cost 0.2 s for each
+# Bounds are computed up to so many votes (smoothing/bounds.py). Exact boundaries take 0.2 s a
 # radius at 10 million: a record made by others cannot make `verify` compute for hours.
 MOST_VOTES = 10**8
 MOST_SEQUENTIAL_VOTES = 10**7
