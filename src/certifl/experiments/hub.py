@@ -65,7 +65,8 @@ def push(
 
     Raises:
         InputError: an option that is not allowed, or a public repository. StoreMismatch: no
-            finished run, or the folder exists. DataUnavailable: the hub did not take it, or the extra is missing.
+            finished run, or the folder exists. DataUnavailable: the hub did not take it, or the
+            extra is missing.
     """
     if share not in SHARES:
         raise InputError(f"share must be one of {', '.join(SHARES)}; got {share!r}.")
