@@ -11,7 +11,6 @@ from certifl.federated import (
     LocalTraining,
     Personalized,
     describe,
-    from_description,
     server_state,
     state_of,
 )
@@ -19,23 +18,18 @@ from certifl.federated.algorithms import UNKNOWN
 from certifl.federated.privacy import ExampleLevel, check_algorithm, plan_examples
 from certifl.federated.privacy.mechanisms import PrivatePasses
 from certifl.federated.privacy.planning import allowed
-from private_federation import BUDGET, KEY, SCHEDULE, PlainNet, client_training, example_training
+from private_federation import (
+    BUDGET,
+    KEY,
+    SCHEDULE,
+    PlainNet,
+    algorithm_of,
+    client_training,
+    example_training,
+)
 from tiny_federation import client_data, differ
 
 pytest.importorskip("opacus", reason="needs the extra [dp]")
-
-OPTIONS = {
-    "mixture": {"personalization": 0.4},
-    "fedprox": {"mu": 0.1},
-    "ditto": {"mu": 0.2},
-    "flix": {"personalization": 0.3},
-    "l2gd": {"personalization": 0.5},
-    "fedbn": {"layers": "all"},
-}
-
-
-def algorithm_of(name: str):
-    return from_description({"name": name, **OPTIONS.get(name, {})})
 
 
 @pytest.mark.parametrize("kind", ["example", "client"])
@@ -72,6 +66,7 @@ def test_no_noisy_sum_goes_uncounted(name, monkeypatch):
         update, state = algorithm.client_round(server, state, data, training)
         server = algorithm.aggregate(server, [update])
         assert len(taken) == (round + 1) * ledger.planned[0]
+        assert update.metrics == {"private_steps": ledger.planned[0]}
     # Every pass over the images draws samples of its own.
     assert len(set(keys)) == len(keys)
 

@@ -18,6 +18,7 @@ from certifl.federated import (
     Schedule,
     deployed_model,
     describe,
+    from_description,
     server_state,
     train,
 )
@@ -28,6 +29,21 @@ from tiny_federation import CLASSES, clients
 SCHEDULE = Schedule(rounds=3, local_epochs=2, batch_size=8, lr=0.05, momentum=0.9)
 KEY = b"not known to anybody"
 BUDGET = Budget(max_norm=0.5, delta=1e-3, noise_multiplier=1.2)
+
+
+_OPTIONS = {
+    "mixture": {"personalization": 0.4},
+    "fedprox": {"mu": 0.1},
+    "ditto": {"mu": 0.2},
+    "flix": {"personalization": 0.3},
+    "l2gd": {"personalization": 0.5},
+    "fedbn": {"layers": "all"},
+}
+
+
+def algorithm_of(name: str) -> Algorithm:
+    """An algorithm by its name, with options that let it be trained with privacy."""
+    return from_description({"name": name, **_OPTIONS.get(name, {})})
 
 
 class PlainNet(nn.Module):

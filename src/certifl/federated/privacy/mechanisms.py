@@ -19,7 +19,7 @@ from torch import nn
 from certifl import rng as streams
 from certifl.errors import InputError, ModelError, SpecError, first_line
 from certifl.federated.objectives import Augmented, Objective
-from certifl.federated.privacy.accounting import opacus, steps_per_epoch
+from certifl.federated.privacy.accounting import STEPS, opacus, steps_per_epoch
 from certifl.federated.states import ClientData, ModelState, ServerState, Update
 from certifl.federated.training.batches import Batch
 from certifl.federated.training.steps import GradientHook, Outcome, StepContext
@@ -290,7 +290,7 @@ class PrivatePasses:
 
     def metrics(self) -> dict[str, float]:
         """The public metrics: how many noisy sums were taken. Loss and accuracy are private."""
-        return {"private_steps": self.sums}
+        return {STEPS: self.sums}
 
     def noisy_gradient(
         self, sum_of: Callable[[float], tuple[ModelState, Outcome]]

@@ -19,6 +19,7 @@ from torch import nn
 from certifl import rng as streams
 from certifl.errors import InputError, ModelError, SpecError, TrainingDiverged
 from certifl.federated.objectives import Augmented, Objective
+from certifl.federated.privacy.accounting import STEPS
 from certifl.federated.privacy.mechanisms import (
     NO_SECOND_GRADIENT,
     ExampleLevel,
@@ -71,6 +72,14 @@ class Trained:
     def momentum_part(self) -> Parts:
         """The momentum buffers as a part of a client's state; no part where there are none."""
         return {"momentum": self.momentum} if self.momentum else {}
+
+
+def with_counted_steps(
+    metrics: dict[str, float], *others: Mapping[str, float]
+) -> dict[str, float]:
+    """Metrics of a round whose noisy steps are those of all its trainings; as given without any."""
+    counted = [one[STEPS] for one in (metrics, *others) if STEPS in one]
+    return {**metrics, STEPS: sum(counted)} if counted else metrics
 
 
 @dataclass(frozen=True)
