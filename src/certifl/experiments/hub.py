@@ -80,7 +80,14 @@ def push(
         certificates = Certificates.load(stored)
     else:
         raise StoreMismatch(f"{run} holds no certificates yet: nothing is known of its model.")
-    if share != "rows" and certificates.conditions.get("precision") == "int8":
+    int8 = certificates.conditions.get("precision") == "int8"
+    if int8 and deployed.spec.privacy.kind != "none":
+        raise InputError(
+            "The certificates are of a network in int8, whose ranges of activations on training "
+            "images have no noise: no epsilon of its [privacy] bounds them, so they are not "
+            "published. Certify in float32 or bfloat16."
+        )
+    if int8 and share != "rows":
         raise InputError(
             "The certificates are of a network in int8, whose ranges of activations disclose "
             'training images: share = "rows" (--share rows) publishes them in its record, else '

@@ -391,8 +391,8 @@ class Certification(Section):
         radii, reach: likewise, in the perturbation's unit, which is radians for rotation, where
             "5deg" is understood as well.
         precision: arithmetic of the network: "float32", "bfloat16", "int8" (on a CPU; a client's
-            training images fix the ranges of its 8 bits), or "auto": float32 or bfloat16,
-            whichever is measured to be faster, and then kept in the run.
+            training images fix the ranges of its 8 bits, so not with [privacy]), or "auto":
+            float32 or bfloat16, whichever is measured to be faster, and then kept in the run.
     """
 
     perturbation: Annotated[dict[str, Any], _perturbation()]

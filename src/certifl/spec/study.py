@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tomli_w
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from certifl.errors import InputError
 from certifl.federated.algorithms import ALGORITHMS
@@ -18,6 +18,7 @@ from certifl.spec.sections import (
     NONE,
     OWN,
     SAME,
+    STORED,
     Aggregation,
     Augmentation,
     Certification,
@@ -77,7 +78,7 @@ class Spec(Section):
         return OBJECTIVES.check(value)
 
     @model_validator(mode="after")
-    def _combinations(self) -> Spec:
+    def _combinations(self, info: ValidationInfo) -> Spec:
         personal = self.algorithm["name"] == "personalized"
         if self.augmentation.personalized != SAME and not personal:
             raise ValueError(
@@ -107,15 +108,21 @@ class Spec(Section):
             self.aggregation.check(self.clients.participants)
         except InputError as error:
             raise ValueError(f"aggregation: {error}") from error
-        self._check_privacy()
+        self._check_privacy(stored=info.context == STORED)
         self._check_votes()  # last: it imports torch and scipy
         return self
 
-    def _check_privacy(self) -> None:
-        """A kind of privacy beside what it can be had with."""
+    def _check_privacy(self, stored: bool) -> None:
+        """A kind of privacy beside what it can be had with; runs of 0.1.0 may have int8."""
         kind = self.privacy.kind
         if kind == "none":
             return
+        if self.certification.precision == "int8" and not stored:
+            raise ValueError(
+                'certification.precision = "int8" votes with ranges of activations on training '
+                "images, which stand in the certificates and have no noise, so no epsilon of "
+                '[privacy] bounds them: choose "auto", "float32" or "bfloat16"'
+            )
         from certifl.federated.privacy import check_algorithm
 
         check_algorithm(self.algorithm, kind)
