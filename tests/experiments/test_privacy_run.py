@@ -58,6 +58,8 @@ def history(folder: Path) -> list[dict]:
         ([*CLIENT, "aggregation.rule=median"], "remove the section [aggregation]"),
         ([*CLIENT, "aggregation.clip=1.0"], "remove the section [aggregation]"),
         ([*CLIENT, "clients.min_clients=1"], "remove clients.min_clients"),
+        ([*EXAMPLE, "certification.precision=int8"], 'choose "auto", "float32" or "bfloat16"'),
+        ([*CLIENT, "certification.precision=int8"], "no epsilon of [privacy] bounds them"),
         ([*CLIENT, "privacy.delta=0.5"], "guarantees nothing to 2 clients"),
     ],
 )
@@ -238,3 +240,19 @@ def test_an_unseen_client_is_fine_tuned_with_privacy_of_its_own(kind, tmp_path):
         assert max(spent["epsilon_sent"]) <= 9.0 < max(spent["epsilon"])
         assert RunFolder(base).manifest()["privacy"]["epsilon"][2] == 0.0
     assert not verify_run(path, None, None).problems
+
+
+def test_a_private_network_with_options_is_verified(tmp_path):
+    model = 'model={name = "small_resnet", options = {norm = "group"}}'
+    asked = spec(*CLIENT, model, "training.rounds=1", "certification.images=2")
+    path = run(asked, Options(tmp_path / "run", explore=False)).path
+    found = verify_run(path)
+    assert not found.problems
+    assert not any("privacy" in words for words in found.unchecked)
+    # Without the option it has BatchNorm, which no private training can have had.
+    text = (path / "spec.toml").read_text()
+    assert 'norm = "group"' in text
+    (path / "spec.toml").write_text(text.replace('norm = "group"', 'norm = "batch"'))
+    problems = " ".join(verify_run(path).problems)
+    assert "the network of the spec cannot have been trained" in problems
+    assert "BatchNorm" in problems

@@ -22,15 +22,14 @@ from certifl.certification.metadata import AMOUNTS, differs, entries
 from certifl.certification.recompute import known_words
 from certifl.certification.settings import PRECISIONS
 from certifl.data import Dataset, Partition, check, choose
-from certifl.errors import InputError, StoreError
-from certifl.models import build
+from certifl.errors import InputError, ModelError, StoreError, first_line
 from certifl.perturbations import Perturbation, from_record
 from certifl.safe_io import MALFORMED
 from certifl.smoothing.curves import possible_averages
 from certifl.spec import Spec
 from certifl.study.opened_run import OpenRun
 from certifl.study.privacy import protection, spent
-from certifl.study.setup import by_client, partition_of, study_metadata
+from certifl.study.setup import built, by_client, partition_of, study_metadata
 
 Rows = Certificates | Predictions
 
@@ -307,8 +306,11 @@ def privacy_problems(run: OpenRun, dataset: Dataset) -> list[str]:
     """
     recorded, spec = run.manifest.get("privacy"), run.spec
     sizes = [len(client.train) for client in run.stored_partition.clients]
-    model = build(spec.model.name, dataset.in_channels, dataset.num_classes, spec.seed)
-    again = spent(spec, protection(spec, model, sizes, b"not the key"), run.last_round.history)
+    try:
+        private = protection(spec, built(spec, dataset), sizes, b"not the key")
+    except ModelError as error:
+        return [f"the network of the spec cannot have been trained: {first_line(error)}"]
+    again = spent(spec, private, run.last_round.history)
     if not isinstance(recorded, Mapping):
         return ["run.json does not say what privacy was spent"]
     return [

@@ -217,11 +217,15 @@ class OpenRun(StoredRun):
                 f"The models of {self.path} are with its clients: {self.spec.algorithm['name']} "
                 "gives each its own, in deployed.safetensors of its folder."
             )
-        data = self.data
+        data, model = self.data, self.spec.model
         load_code(self.path, self.spec, self._code, self.manifest.get("code"))
-        model = self.spec.model
         return build(
-            model.name, data["in_channels"], data["num_classes"], self.spec.seed, model.options
+            model.name,
+            data["in_channels"],
+            data["num_classes"],
+            self.spec.seed,
+            model.options,
+            tuple(data["image_size"]),
         )
 
     def state(self, client: int) -> ModelState:
@@ -388,7 +392,8 @@ class ClientStudy:
                 "of the study begins."
             )
         load_code(self.folder, spec, code)
-        network = build(spec.model.name, channels, len(names), spec.seed, spec.model.options)
+        options, size = spec.model.options, (height, width)
+        network = build(spec.model.name, channels, len(names), spec.seed, options, size)
         misfit = (
             f"{weights} does not fit the network {spec.model.name!r}: its code must be the one "
             "that it was trained with."

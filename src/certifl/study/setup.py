@@ -126,6 +126,17 @@ def partition_of(spec: Spec, dataset: Dataset) -> Partition:
 # Networks.
 
 
+def built(spec: Spec, dataset: Dataset) -> nn.Module:
+    """The network of a spec as it is before weights of a file are read into it.
+
+    Raises:
+        ModelError: it cannot be built, or does not fit the images.
+    """
+    model = spec.model
+    channels, classes, size = dataset.in_channels, dataset.num_classes, dataset.image_size
+    return build(model.name, channels, classes, spec.seed, model.options, size)
+
+
 def initial_model(spec: Spec, dataset: Dataset) -> nn.Module:
     """The network all clients begin with, in evaluation mode.
 
@@ -134,14 +145,7 @@ def initial_model(spec: Spec, dataset: Dataset) -> nn.Module:
             that do not fit the network.
         InputError: `model.weights` is not a file of plain weights.
     """
-    model = build(
-        spec.model.name,
-        dataset.in_channels,
-        dataset.num_classes,
-        spec.seed,
-        spec.model.options,
-        dataset.image_size,
-    )
+    model = built(spec, dataset)
     if spec.model.weights is not None:
         begin_with(model, Path(spec.model.weights), spec.model.name)
     return evaluating(model)

@@ -57,13 +57,13 @@ from certifl.federated.faults import Fault, try_client
 from certifl.federated.privacy import ExampleLedger
 from certifl.federated.states import ClientState, ModelState, Parts, ServerState, Update
 from certifl.federated.training.local_training import LocalTraining, check_images
-from certifl.models import build, fingerprint
+from certifl.models import fingerprint
 from certifl.runs.atomic import private_files, save_tensors
 from certifl.spec import Spec, received, with_settings
 from certifl.study.certify import Job, Paused, VoteSource, certify_job, job_network, predicted
 from certifl.study.opened_run import ClientStudy
 from certifl.study.privacy import protection, training_key
-from certifl.study.setup import local_training, participation
+from certifl.study.setup import built, local_training, participation
 from certifl.torch_env import threads_asked
 
 _log = logging.getLogger(__name__)
@@ -192,14 +192,7 @@ class Client:
         settings, local_data = self.settings, open_local_data(spec, self.settings)
         data = local_data.dataset
         check_network_size(spec, data.in_channels, data.num_classes)
-        model = build(
-            spec.model.name,
-            data.in_channels,
-            data.num_classes,
-            spec.seed,
-            spec.model.options,
-            data.image_size,
-        ).eval()
+        model = built(spec, data).eval()
         check_images(model, {settings.client: len(local_data.train)})
         store.begin()
         answered = AnsweredRounds(store.folder, spec_hash)

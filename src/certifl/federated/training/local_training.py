@@ -77,7 +77,7 @@ class Trained:
 def with_counted_steps(
     metrics: dict[str, float], *others: Mapping[str, float]
 ) -> dict[str, float]:
-    """Metrics of a round whose noisy steps are those of all its trainings; as given without any."""
+    """Metrics with the noisy steps of all trainings of a round; as they are without any."""
     counted = [one[STEPS] for one in (metrics, *others) if STEPS in one]
     return {**metrics, STEPS: sum(counted)} if counted else metrics
 
