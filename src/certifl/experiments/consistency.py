@@ -313,11 +313,15 @@ def privacy_problems(run: OpenRun, dataset: Dataset) -> list[str]:
     again = spent(spec, private, run.last_round.history)
     if not isinstance(recorded, Mapping):
         return ["run.json does not say what privacy was spent"]
+    if "epsilon_sent" in recorded:  # as 0.1.0 did, with a total also for models without noise
+        messages = again.pop("epsilon_messages")
+        again |= {"epsilon_sent": messages, "epsilon": again["epsilon"] or messages}
+    unlike = ("accountant",) if _same_version(run.manifest) else ("accountant", "covers")
     return [
         f"run.json says privacy: {name} = {recorded.get(name)!r:.80}, spec and history "
         f"{value!r:.80}"
         for name, value in again.items()
-        if name != "accountant" and not _alike(recorded.get(name), value)
+        if name not in unlike and not _alike(recorded.get(name), value)
     ]
 
 
@@ -342,10 +346,8 @@ def manifest_problems(
     dataset: Dataset | None,
 ) -> list[str]:
     """Where run.json is not what spec, certificates and data give."""
-    versions, data = manifest.get("versions"), manifest.get("data")
-    same_version = isinstance(versions, Mapping) and versions.get("certifl") == __version__
-    expected = study_metadata(spec)
-    for name in ("code", *(() if same_version else _WORDS)):
+    data, expected = manifest.get("data"), study_metadata(spec)
+    for name in ("code", *(() if _same_version(manifest) else _WORDS)):
         del expected[name]
     problems = _unlike("run.json", manifest, expected, "the spec")
     if not isinstance(data, Mapping):
@@ -354,6 +356,11 @@ def manifest_problems(
         problems += _data_problems(data, spec, dataset)
         problems += _conditions_problems(manifest, certificates, predictions)
     return problems + _sums(manifest, certificates, predictions)
+
+
+def _same_version(manifest: Mapping[str, Any]) -> bool:
+    versions = manifest.get("versions")
+    return isinstance(versions, Mapping) and versions.get("certifl") == __version__
 
 
 def _data_problems(data: Mapping[str, Any], spec: Spec, dataset: Dataset | None) -> list[str]:

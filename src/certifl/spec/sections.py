@@ -481,7 +481,8 @@ class Privacy(Section):
             average, and `clients.participation` is the probability of each client to take part in
             a round).
         noise_multiplier: noise in units of `max_norm`; or
-        target_epsilon: what the schedule's rounds may spend, from which the multiplier is found.
+        target_epsilon: what the schedule's rounds may spend, from which the multiplier is found;
+            fine-tuning spends more.
         max_norm: Euclidean length to which every image's gradient, or the change of every client's
             model, is clipped.
         delta: probability of the guarantee to fail; well below 1 / number of images or clients.
