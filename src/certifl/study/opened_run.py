@@ -29,6 +29,7 @@ from certifl.spec import Spec, load_stored
 from certifl.study.setup import load_code, load_data
 
 DATA_DIR = "data_dir"  # in run.json
+_EPSILON = "epsilon.json"  # in a client's folder of a study
 
 
 class NetworkCache:
@@ -333,6 +334,7 @@ class ClientStudy:
     study.json            the client's number, shapes and class names of its images
     spec.toml             the study, with the client's own perturbation where it has one
     deployed.safetensors  the model that the client uses at test time
+    epsilon.json          what it spent of its images' privacy, where the client adds the noise
     ```
 
     Attributes:
@@ -359,6 +361,24 @@ class ClientStudy:
         deploys = spec.build_algorithm().deploys
         write_text(self.folder / "spec.toml", spec.to_toml())
         write_json(self._metadata, {"client": client, "deploys": deploys, "data": dict(data)})
+
+    def record_epsilon(self, spent: float) -> None:
+        """Write what the deployed model spent of its images' privacy."""
+        write_json(self.folder / _EPSILON, {"epsilon": spent})
+
+    def epsilon(self) -> list[float] | None:
+        """What the deployed model spent of its images' privacy; None where it is not recorded.
+
+        Raises:
+            StoreError: the file is damaged.
+        """
+        path = self.folder / _EPSILON
+        if not path.is_file():
+            return None
+        try:
+            return [float(read_json(path)["epsilon"])]
+        except MALFORMED as error:
+            raise StoreError(f"{path} is damaged ({type(error).__name__}).") from error
 
     def deployed(self, client: int | None, code: Path | None = None) -> Deployed:
         """The client's model with what it takes to use it.

@@ -319,6 +319,8 @@ class Client:
         """
         if not study.store.deployed.is_file():
             save_tensors(study.store.deployed, model)
+        if study.budget is not None:  # stands in the card of the model where it is published
+            ClientStudy(study.store.folder).record_epsilon(study.budget.spent())
         client, spec, job = self.settings.client, study.spec, self._job(study)
         perturbation, settings = spec.perturbations()[client], spec.certification.settings(client)
         trial = None
