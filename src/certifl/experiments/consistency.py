@@ -349,6 +349,12 @@ def manifest_problems(
     data, expected = manifest.get("data"), study_metadata(spec)
     for name in ("code", *(() if _same_version(manifest) else _WORDS)):
         del expected[name]
+    # Entries that a study like this one does not have.
+    expected.setdefault("unseen", None)
+    if predictions is None:
+        expected["plain"] = None
+    if spec.privacy.kind == "none":
+        expected["privacy"] = None
     problems = _unlike("run.json", manifest, expected, "the spec")
     if not isinstance(data, Mapping):
         return [*problems, "run.json does not say which data the run is of"]
