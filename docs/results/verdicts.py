@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from certifl.paper.claims import ClaimResult, Report, claim_rows
+from certifl.paper.claims.catalogue import Outcome
 from certifl.paper.claims.render import COMPARISON_HEAD, comparison_row, verdict_words
 from certifl.paper.claims.rules import (
     MARGIN,
@@ -18,7 +19,6 @@ from certifl.paper.claims.rules import (
     UNDECIDED,
     VERDICTS,
 )
-from certifl.paper.claims.testing import Outcome
 from certifl.report.wording import markdown_table, range_of
 
 _HEAD = ("claim", "verdict", "effect (points)", "95 % together", "images", "clients")

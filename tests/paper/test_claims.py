@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from certifl.paper.claims.catalogue import check_runs
 from certifl.paper.claims.rules import NOT_SUPPORTED, NOT_TESTED, SUPPORTED, UNDECIDED
 from certifl.paper.claims.runs import read_run
-from certifl.paper.claims.testing import check_runs
 from claims_factory import (
     AFFINE,
     DRAWS,

@@ -12,9 +12,9 @@ import pytest
 from certifl.certification.scan import scan_from
 from certifl.errors import InputError, StoreMismatch
 from certifl.paper.claims import check_claims
+from certifl.paper.claims.catalogue import check_runs
 from certifl.paper.claims.effects import Sampler
 from certifl.paper.claims.runs import StudyRun, find_runs, largest_radius, read_run
-from certifl.paper.claims.testing import check_runs
 from certifl.smoothing.laws import LAWS
 from claims_factory import ALPHA, DRAWS, FEDAVG, LOCAL, ROTATION, N, results, spec, write
 

@@ -13,9 +13,13 @@ from test_report_results import DEGREES
 
 from certifl.report import summary_rows, write_report
 from certifl.report.compare import compare
+from certifl.report.page.recommendation import (
+    headline,
+    recommendations,
+    why_clients_stay_undecided,
+)
 from certifl.report.results import RunResults, by_seed, load_runs
 from certifl.report.summary import client_acr, largest_radius
-from certifl.report.wording import headline, recommendations, why_clients_stay_undecided
 from report_factory import make_certificates, make_run
 
 QUALITY = {"local": 0.62, "fedavg": 0.9}

@@ -259,10 +259,9 @@ def reproduce(
     from certifl.cli import terminal
     from certifl.experiments.parallel import helped
     from certifl.experiments.run import Options
-    from certifl.paper.costs import costs
     from certifl.paper.figures import chosen_figures
     from certifl.paper.pages import complete, write_paper_figure
-    from certifl.paper.reproduce import jobs_here, make_plan
+    from certifl.paper.reproduce import costs, jobs_here, make_plan
     from certifl.paper.reproduce import reproduce as compute
     from certifl.paper.scales import scale_named
 
@@ -296,7 +295,7 @@ def reproduce(
 def doctor(data_dir: DataDir = None) -> None:
     """Check devices, memory, data and extras, and list what is missing."""
     from certifl.cli import terminal
-    from certifl.experiments.doctor import examine
+    from certifl.study.environment import examine
 
     terminal.show_checks(examine(data_dir))
 

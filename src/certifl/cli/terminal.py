@@ -17,16 +17,16 @@ from rich.table import Table
 
 from certifl.certification.certificates import Certificates
 from certifl.certification.metadata import below_sigma
-from certifl.experiments.doctor import Check
 from certifl.experiments.plan import Plan
 from certifl.experiments.standalone import Prediction
 from certifl.experiments.sweep import Cost as SweepCost
 from certifl.paper.claims.rules import NOT_TESTED
-from certifl.paper.costs import Cost
+from certifl.paper.reproduce import Cost
 from certifl.perturbations import covers_received
 from certifl.perturbations.units import format_amount
 from certifl.progress import Pace, short
 from certifl.safe_io import visible
+from certifl.study.environment import Check
 
 _QUIET_SECONDS = 10.0
 _WIDEST = 400

@@ -42,8 +42,7 @@ from certifl.perturbations import Perturbation
 from certifl.rng import generator, image_key
 from certifl.spec import Spec
 from certifl.study.environment import machine_metadata, training_threads
-from certifl.study.privacy import Protection
-from certifl.study.setup import data_columns, load_data, local_training, open_data
+from certifl.study.setup import Protection, data_columns, load_data, local_training, open_data
 
 if TYPE_CHECKING:
     from certifl.spec.study import Choice

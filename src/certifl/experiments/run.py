@@ -54,7 +54,6 @@ from certifl.study.environment import (
     versions,
 )
 from certifl.study.opened_run import DATA_DIR, OpenRun
-from certifl.study.privacy import protection, spent, training_key
 from certifl.study.setup import (
     by_client,
     check_training,
@@ -63,7 +62,10 @@ from certifl.study.setup import (
     local_training,
     open_data,
     participation,
+    protection,
+    spent,
     study_metadata,
+    training_key,
 )
 from certifl.tracking import check_trackers
 from certifl.tracking.run_tracker import Update, track_finished, tracked

@@ -20,21 +20,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from certifl.report.axes import (
-    INK,
-    band,
-    certified_axes,
-    frame,
-    heading,
-    line,
-    named_legend,
-    panel,
-    radius_axis,
-    short_name,
-    shown_units,
-    ticks_in,
-    title_above,
-)
 from certifl.report.results import (
     UNSEEN,
     Row,
@@ -45,7 +30,28 @@ from certifl.report.results import (
     check_comparable,
     require_one_perturbation,
 )
-from certifl.report.style import FORMATS, USUAL, FigureStyle, Look, arranged, look_number, looks_of
+from certifl.report.style import (
+    FORMATS,
+    INK,
+    USUAL,
+    FigureStyle,
+    Look,
+    arranged,
+    band,
+    certified_axes,
+    frame,
+    heading,
+    line,
+    look_number,
+    looks_of,
+    named_legend,
+    panel,
+    radius_axis,
+    short_name,
+    shown_units,
+    ticks_in,
+    title_above,
+)
 from certifl.report.summary import (
     client_acr,
     client_curves,
@@ -317,7 +323,7 @@ def write_figures(
 def _folder_names(groups: Sequence[Sequence[Row]]) -> list[str]:
     """A short name for each group: its family, numbered where several share it."""
     families = [
-        f"{runs[0].conditions['family']}{'-unseen' if runs[0].group == UNSEEN else ''}"
+        f"{runs[0].conditions['family']}{'-unseen' if runs[0].runs[0].group == UNSEEN else ''}"
         for runs in groups
     ]
     return [
@@ -382,7 +388,7 @@ def plot(
     if before:  # looks beside those of earlier calls, in the colors that were chosen
         free = [look_number(len(before) + at) for at in range(len(rows))]
         looks = [
-            look if row.color is None else dataclasses.replace(look, color=row.color)
+            dataclasses.replace(look, color=row.runs[0].color or look.color)
             for row, look in zip(rows, free, strict=True)
         ]
     radii = radius_grid(rows)

@@ -165,7 +165,7 @@ def seed_table(runs: Sequence[str | Path | RunResults]) -> SeedTable:
     numbers: list[Mapping[str, Any]] = []
     for group in groups:
         own = [next(summaries) for _ in group]
-        title = group[0].group if one_noise else group_words(group[0])
+        title = group[0].runs[0].group if one_noise else group_words(group[0])
         part, more = _of_group(title, group, own)
         parts.append(part)
         numbers += more

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from certifl.errors import InputError, StoreError
+from certifl.paper.claims.catalogue import ClaimResult, Outcome, Report, check_runs
 from certifl.paper.claims.rules import (
     NOT_SUPPORTED,
     NOT_TESTED,
@@ -21,7 +22,6 @@ from certifl.paper.claims.rules import (
     some,
 )
 from certifl.paper.claims.runs import has_own_perturbations, read_run
-from certifl.paper.claims.testing import ClaimResult, Outcome, Report, check_runs
 from certifl.report.page.html import (
     Markup,
     details,

@@ -18,7 +18,7 @@ from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.path_checks import check_study
 from certifl.report import summary
 from certifl.report.results import RunResults, decisive_settings, load_run
-from certifl.report.units import family_words, sigma_text
+from certifl.report.wording import family_words, sigma_text
 from certifl.runs.atomic import read_json
 from certifl.safe_io import MALFORMED, parse_toml
 

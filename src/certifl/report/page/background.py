@@ -25,8 +25,7 @@ from certifl.report.page.html import (
 )
 from certifl.report.results import RunResults
 from certifl.report.summary import vote_cost
-from certifl.report.units import family_words, sigma_text
-from certifl.report.wording import percent
+from certifl.report.wording import family_words, percent, sigma_text
 
 _PROMISE = "for every {family} whose parameters have {norm} norm at most the radius, in {unit}"
 

@@ -25,8 +25,7 @@ from certifl.report.summary import (
     radius_grid,
     spread,
 )
-from certifl.report.units import RadiusScale, scales, share_of_sigma
-from certifl.report.wording import percent, tenths
+from certifl.report.wording import RadiusScale, percent, scales, share_of_sigma, tenths
 from certifl.runs.atomic import read_json
 from certifl.safe_io import MALFORMED
 

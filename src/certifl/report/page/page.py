@@ -43,7 +43,11 @@ from certifl.report.page.html import (
     section,
     table,
 )
-from certifl.report.page.recommendation import recommendation_payload, recommendation_section
+from certifl.report.page.recommendation import (
+    headline,
+    recommendation_payload,
+    recommendation_section,
+)
 from certifl.report.results import (
     Row,
     RunResults,
@@ -61,8 +65,7 @@ from certifl.report.summary import (
     plain_rows,
     share,
 )
-from certifl.report.units import family_words
-from certifl.report.wording import client_list, headline, listed
+from certifl.report.wording import client_list, family_words, listed
 from certifl.runs.atomic import write_text
 
 ClaimsSection = Callable[[Sequence[Row]], Markup]
@@ -179,9 +182,9 @@ def _page(
 def _chosen_colors(rows: Sequence[Row]) -> str:
     """Style rules for colors that the user chose; lighter on a dark page."""
     looks = [
-        (look.slot, row.color)
+        (look.slot, look.color)
         for row, look in zip(rows, looks_of(rows), strict=True)
-        if row.color is not None
+        if row.runs[0].color is not None
     ]
     light = "".join(f".s{slot} {{ --c: {color}; }}\n" for slot, color in looks)
     dark = "".join(
@@ -403,7 +406,7 @@ def overview(groups: Groups) -> Markup:
     if len(groups) == 1 and not plain:
         return Markup()
     pictures = [_small_picture(runs, at) for at, runs in enumerate(groups)]
-    apart = [_APART] if groups[0][0].group else []
+    apart = [_APART] if groups[0][0].runs[0].group else []
     noises = {noise_words(runs[0].conditions) for runs in groups}
     why = [*apart, *([_SEVERAL] if len(noises) > 1 or not apart else [])]
     if len(groups) == 1:

@@ -28,6 +28,7 @@ from certifl.report.page.html import (
     table,
     toggle,
 )
+from certifl.report.page.recommendation import NO_DIFFERENCE, NOT_PAIRED, by_margin
 from certifl.report.results import Row
 from certifl.report.summary import (
     abstained_share,
@@ -39,7 +40,7 @@ from certifl.report.summary import (
     selected_radii,
 )
 from certifl.report.table import Group, by_class
-from certifl.report.wording import NO_DIFFERENCE, NOT_PAIRED, by_margin, listed, percent, range_of
+from certifl.report.wording import listed, percent, range_of
 
 _COMPARED = ("sigma", "law", "alpha", "n0", "n", "estimator", "precision", "seed")
 
