@@ -1,4 +1,4 @@
-"""What a study is made of: data, partition, network, training and its privacy, and their labels."""
+"""What a study is made of: data, partition, network, training with its privacy, and labels."""
 
 from __future__ import annotations
 
