@@ -36,8 +36,7 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec."),
 ]
 OwnPerturbation = Annotated[
-    bool,
-    typer.Option("--own-perturbation", help="Allow clients their own perturbation."),
+    bool, typer.Option("--own-perturbation", help="Allow clients their own perturbation.")
 ]
 MinClients = Annotated[
     int | None,
@@ -117,10 +116,7 @@ def client(
     ] = None,
     dealt: Annotated[
         bool,
-        typer.Option(
-            "--dealt",
-            help="DATA is a common data set; the study allocates its images.",
-        ),
+        typer.Option("--dealt", help="DATA is a common data set; the study allocates its images."),
     ] = False,
     code: Annotated[
         Path | None,

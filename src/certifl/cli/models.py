@@ -289,8 +289,7 @@ def predict(
     ] = None,
     weights: Weights = None,
     classes: Annotated[
-        str | None,
-        typer.Option(metavar="NUMBER|NAME,...", help="Its classes: 10, or cat,dog."),
+        str | None, typer.Option(metavar="NUMBER|NAME,...", help="Its classes: 10, or cat,dog.")
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="Data set whose images and classes are those of the model.")
@@ -370,8 +369,7 @@ def _check_predictor(
 
 def push(
     run: Annotated[
-        Path,
-        typer.Argument(metavar="RUN", help="A run, or a client's folder CLIENT/studies/ID."),
+        Path, typer.Argument(metavar="RUN", help="A run, or a client's folder CLIENT/studies/ID.")
     ],
     target: Annotated[
         str, typer.Argument(metavar="TARGET", help="hf:OWNER/NAME, or a new folder.")

@@ -10,21 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from certifl.cli.common import (
-    Code,
-    DataDir,
-    Device,
-    RunDir,
-    inches,
-    interruptible,
-    say,
-)
+from certifl.cli.common import Code, DataDir, Device, RunDir, inches, interruptible, say
 from certifl.errors import InputError
-from certifl.path_checks import (
-    check_data_folder,
-    check_run,
-    check_study,
-)
+from certifl.path_checks import check_data_folder, check_run, check_study
 
 if TYPE_CHECKING:
     from certifl.experiments.recast import Options
@@ -76,8 +64,7 @@ def report(
         typer.Option(help="Unit of radii in figures: degrees or radians; default: both."),
     ] = None,
     bands: Annotated[
-        bool,
-        typer.Option("--bands/--no-bands", help="Shade from worst to best client."),
+        bool, typer.Option("--bands/--no-bands", help="Shade from worst to best client.")
     ] = True,
     by_class: Annotated[
         bool, typer.Option("--by-class", help="Also print a table of the classes.")

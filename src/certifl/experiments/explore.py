@@ -41,13 +41,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from certifl.certification import Certificates
-from certifl.certification.certified_sets import (
-    STEPS,
-    Sweep,
-    SweepVotes,
-    sweep_along,
-    sweeps_of,
-)
+from certifl.certification.certified_sets import STEPS, Sweep, SweepVotes, sweep_along, sweeps_of
 from certifl.certification.sampling import CHUNK, VoteCounter
 from certifl.data import to_float
 from certifl.errors import StoreError

@@ -263,10 +263,7 @@ def _train(run: OpenRun, options: Options, device: str, update: Update) -> Store
     seconds = folder.manifest().get("training_seconds", 0.0) + time.perf_counter() - started
     spending = spent(spec, private, last.history)
     folder.update(
-        {
-            "training_seconds": round(seconds, 3),
-            **({"privacy": spending} if spending else {}),
-        }
+        {"training_seconds": round(seconds, 3), **({"privacy": spending} if spending else {})}
     )
     return last
 

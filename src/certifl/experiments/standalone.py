@@ -17,14 +17,7 @@ from certifl.certification.api import certify
 from certifl.certification.arithmetic import Trial
 from certifl.certification.network import Network
 from certifl.certification.settings import PRECISIONS, Settings
-from certifl.data import (
-    Dataset,
-    changes_of,
-    choose,
-    load,
-    read_image,
-    shape_of_file,
-)
+from certifl.data import Dataset, changes_of, choose, load, read_image, shape_of_file
 from certifl.data.preparation import AS_THEY_ARE, Preparation
 from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.experiments.hub import CARD, CERTIFICATES, check_card

@@ -27,16 +27,7 @@ from certifl.paper.claims.runs import read_run
 from certifl.paper.figures import EXTRA, FIGURES
 from certifl.report.compare import compare
 from certifl.report.figures import Drawing, curve_rows, save
-from certifl.report.page.html import (
-    Markup,
-    asset,
-    el,
-    join,
-    paragraph,
-    picture,
-    section,
-    table,
-)
+from certifl.report.page.html import Markup, asset, el, join, paragraph, picture, section, table
 from certifl.report.page.page import write_report
 from certifl.report.page.recommendation import headline
 from certifl.report.results import RunResults, by_seed, check_comparable, load_run

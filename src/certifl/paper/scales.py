@@ -109,11 +109,9 @@ class Scale:
 
 def _augmentation(setting: Setting, regime: Regime) -> dict[str, Any]:
     """Augmentation of training; personalization uses the certified perturbation."""
-    federated = {
-        "matching": setting.perturbation,
-        "nominal": "none",
-        "affine": dict(AFFINE),
-    }[regime.trained]
+    federated = {"matching": setting.perturbation, "nominal": "none", "affine": dict(AFFINE)}[
+        regime.trained
+    ]
     if regime.algorithm == "personalized" and regime.trained != "matching":
         return {"federated": federated, "personalized": setting.perturbation}
     return {"federated": federated}

@@ -218,9 +218,7 @@ def _too_few_words(images: int, fewest: int) -> str:
 
 
 def paired_differences(
-    first: RunResults,
-    second: RunResults,
-    value: Callable[[RunResults], Floats] = gains,
+    first: RunResults, second: RunResults, value: Callable[[RunResults], Floats] = gains
 ) -> tuple[Ints, Sample]:
     """Clients, and differences on the images that two runs of one seed certified.
 

@@ -156,11 +156,7 @@ def certified_accuracy_figure(
 
 
 def draw_curves(
-    axes: Axes,
-    runs: Sequence[Row],
-    looks: Sequence[Look],
-    radii: np.ndarray,
-    style: FigureStyle,
+    axes: Axes, runs: Sequence[Row], looks: Sequence[Look], radii: np.ndarray, style: FigureStyle
 ) -> list[tuple[Any, ...]]:
     """Draw a mean with its band for each run; the numbers are those of every client as well."""
     rows: list[tuple[Any, ...]] = []

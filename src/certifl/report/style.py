@@ -311,12 +311,7 @@ def band(
 
 
 def line(
-    axes: Axes,
-    look: Look,
-    x: np.ndarray,
-    y: np.ndarray,
-    label: str,
-    style: FigureStyle = USUAL,
+    axes: Axes, look: Look, x: np.ndarray, y: np.ndarray, label: str, style: FigureStyle = USUAL
 ) -> None:
     """One curve; markers of different looks start at different points, so that none is hidden."""
     every = max(1, len(x) // _MARKERS_PER_CURVE)

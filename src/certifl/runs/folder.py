@@ -26,14 +26,7 @@ from certifl.certification.certificates import Certificates, Predictions
 from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.path_checks import check_run
 from certifl.runs.atomic import read_json, write_json, write_text
-from certifl.safe_io import (
-    MALFORMED,
-    SPEC_BYTES,
-    is_temporary,
-    parse_json,
-    parse_toml,
-    read_text,
-)
+from certifl.safe_io import MALFORMED, SPEC_BYTES, is_temporary, parse_json, parse_toml, read_text
 
 RUNNING, FINISHED = "running", "finished"
 _MARK, _LOCK = "run.json", ".lock"

@@ -245,10 +245,7 @@ class _Saver:
 
 
 def certify_clients(
-    run: OpenRun,
-    device: str,
-    report: StageCallback | None = None,
-    share: tuple[int, int] = (0, 1),
+    run: OpenRun, device: str, report: StageCallback | None = None, share: tuple[int, int] = (0, 1)
 ) -> None:
     """Certify the clients one after the other and store the results of all in the run.
 

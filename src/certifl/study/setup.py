@@ -112,10 +112,7 @@ def partition_of(spec: Spec, dataset: Dataset) -> Partition:
     train, test = (
         random_part(len(split), count, spec.seed, which)
         for split, count, which in zip(
-            splits,
-            (spec.data.train_images, spec.data.test_images),
-            ("train", "test"),
-            strict=True,
+            splits, (spec.data.train_images, spec.data.test_images), ("train", "test"), strict=True
         )
     )
     labels = tuple(split.labels.numpy() for split in splits)

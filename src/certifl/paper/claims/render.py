@@ -22,29 +22,12 @@ from certifl.paper.claims.rules import (
     some,
 )
 from certifl.paper.claims.runs import has_own_perturbations, read_run
-from certifl.report.page.html import (
-    Markup,
-    details,
-    el,
-    join,
-    note,
-    paragraph,
-    section,
-    table,
-)
+from certifl.report.page.html import Markup, details, el, join, note, paragraph, section, table
 from certifl.report.results import Row, flat
 from certifl.report.wording import listed, markdown_table, range_of
 from certifl.runs.atomic import write_text
 
-COMPARISON_HEAD = (
-    "setting",
-    "difference",
-    "of",
-    "points",
-    "95 % together",
-    "images",
-    "verdict",
-)
+COMPARISON_HEAD = ("setting", "difference", "of", "points", "95 % together", "images", "verdict")
 _MOST_MISSING = 3
 
 

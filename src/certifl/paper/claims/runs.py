@@ -32,12 +32,7 @@ _NEVER_COMPARED = ("name", "certification.precision")
 ANOTHER_SEED = ("seed",)
 ANOTHER_TRAINING = (*ANOTHER_SEED, "algorithm", "augmentation")
 ANOTHER_STEP = (*ANOTHER_TRAINING, "training.lr")
-ANOTHER_COUNT = (
-    *ANOTHER_TRAINING,
-    "clients.count",
-    "certification.images",
-    "data.test_images",
-)
+ANOTHER_COUNT = (*ANOTHER_TRAINING, "clients.count", "certification.images", "data.test_images")
 
 
 @dataclass(frozen=True)
@@ -260,9 +255,7 @@ def _noise(described: Any) -> Noise | None:
     if described == "none":
         return None
     return Noise(
-        str(described["family"]),
-        float(described["sigma"]),
-        json.dumps(described, sort_keys=True),
+        str(described["family"]), float(described["sigma"]), json.dumps(described, sort_keys=True)
     )
 
 

@@ -16,11 +16,7 @@ from typing import Any, NamedTuple
 
 from certifl._version import __version__
 from certifl.errors import InputError
-from certifl.report.figures import (
-    average_radius_figure,
-    certified_accuracy_figure,
-    write_figures,
-)
+from certifl.report.figures import average_radius_figure, certified_accuracy_figure, write_figures
 from certifl.report.page import background
 from certifl.report.page import results as sections
 from certifl.report.page.context import (
@@ -146,11 +142,7 @@ def write_report(
 
 
 def _page(
-    groups: Groups,
-    page: Path,
-    title: str | None,
-    images: bool,
-    claims: ClaimsSection | None,
+    groups: Groups, page: Path, title: str | None, images: bool, claims: ClaimsSection | None
 ) -> str:
     contexts = [ReportContext.of(group) for group in groups]
     if title is None:

@@ -17,15 +17,7 @@ from certifl.report.compare import (
     standing,
 )
 from certifl.report.page.context import ReportContext, named
-from certifl.report.page.html import (
-    Markup,
-    details,
-    el,
-    paragraph,
-    section,
-    table,
-    verbatim,
-)
+from certifl.report.page.html import Markup, details, el, paragraph, section, table, verbatim
 from certifl.report.results import MODEL, Row
 from certifl.report.summary import Share, accuracy_share, mean_acr, spread
 from certifl.report.wording import RadiusScale, client_list, listed, percent, range_of, tenths

@@ -6,13 +6,7 @@ from collections.abc import Sequence
 
 from certifl.certification.metadata import below_sigma
 from certifl.report.compare import Difference
-from certifl.report.page.context import (
-    ReportContext,
-    acr_cell,
-    named,
-    share_cell,
-    spread_cell,
-)
+from certifl.report.page.context import ReportContext, acr_cell, named, share_cell, spread_cell
 from certifl.report.page.html import (
     Markup,
     choice,
