@@ -212,17 +212,18 @@ def finetune(
     check_data_folder(data_dir)
     check_file(weights, WEIGHTS)
     from certifl.cli import terminal
-    from certifl.experiments import finetune as tuning
     from certifl.experiments.run import Options, compute
+    from certifl.experiments.standalone import finetune_specs, read_perturbation
     from certifl.models import allow_code
     from certifl.report import summary_rows, write_report
+    from certifl.runs.atomic import save_tensors
     from certifl.runs.folder import require_own_folder
 
-    specs = tuning.finetune_specs(
+    specs = finetune_specs(
         model,
         weights,
         data,
-        tuning.read_perturbation(perturbation, sigma),
+        read_perturbation(perturbation, sigma),
         epochs=epochs,
         lr=lr,
         batch_size=batch_size,
@@ -233,24 +234,18 @@ def finetune(
     )
     allow_code(model, Path.cwd())
     folder = out or Path("runs") / f"{weights.stem}-{specs['after'].hash()[:8]}"
-    page = folder / "report.html"
-    require_own_folder(folder, list(specs), (page.name, "figures", tuning.WEIGHTS))
-    runs: dict[str, OpenRun] = {}
+    page, tuned = folder / "report.html", folder / "finetuned.safetensors"
+    require_own_folder(folder, list(specs), (page.name, "figures", tuned.name))
+    runs: list[OpenRun] = []
     with interruptible(overwrite), terminal.Board() as board:
         for name, spec in specs.items():
             board.stage(name)
-            options = Options(
-                folder / name,
-                data_dir,
-                device,
-                overwrite,
-                report=board.report,
-                command=command_line(),
-            )
-            runs[name] = compute(spec, options)
-        labels = {"before": tuning.BEFORE, "after": tuning.AFTER}
-        results = [labeled(runs[name], label) for name, label in labels.items()]
-        tuned = tuning.save_finetuned(runs["after"], folder)
+            where = (folder / name, data_dir, device, overwrite)
+            options = Options(*where, report=board.report, command=command_line())
+            runs.append(compute(spec, options))
+        labels = ("Before fine-tuning", "After fine-tuning")
+        results = [labeled(run, text) for run, text in zip(runs, labels, strict=True)]
+        save_tensors(tuned, runs[-1].state(0))
         write_report(results, page, title=specs["after"].name)
     terminal.show_summary(summary_rows(results))
     say(f"\nReport: {page.resolve()}\nWeights: {tuned.resolve()}")
@@ -312,24 +307,23 @@ def predict(
     _check_predictor(run, client, code, model, own)
     check_file(image, IMAGE)
     from certifl.cli import terminal
-    from certifl.experiments import standalone
+    from certifl.experiments import hub
+    from certifl.experiments.standalone import perturbation_named
 
     if run is not None:
-        from certifl.experiments.hub import local_folder
-
-        run = local_folder(run) if str(run).startswith("hf:") else run
-        answer = standalone.certify_image(image, run, client, n, resize, device, code)
+        run = hub.local_folder(run) if str(run).startswith("hf:") else run
+        answer = hub.certify_image(image, run, client, n, resize, device, code)
         terminal.show_prediction(answer)
         return
     assert model is not None
     from certifl.models import allow_code
 
     allow_code(model, Path.cwd())
-    answer = standalone.certify_image_with(
+    answer = hub.certify_image_with(
         image,
         model,
         weights,
-        standalone.perturbation_named(family, sigma),
+        perturbation_named(family, sigma),
         n=n or _PREDICT_VOTES,
         data=data,
         data_dir=data_dir,

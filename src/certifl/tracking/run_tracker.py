@@ -36,8 +36,7 @@ from certifl.safe_io import parse_toml
 from certifl.smoothing.laws import LAWS
 from certifl.study.opened_run import OpenRun
 from certifl.study.setup import by_client
-from certifl.tracking import TRACKERS, Tracker
-from certifl.tracking.backends import TrackerFactory
+from certifl.tracking.backends import TRACKERS, Tracker
 
 RADII_IN_SIGMA = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 """Radii for certified accuracies, as multiples of sigma; logged where so many votes reach them."""
@@ -127,7 +126,7 @@ class _Follower:
     failure the tracker is not used until the next start, which logs what is missing.
     """
 
-    def __init__(self, name: str, make: TrackerFactory, folder: Path) -> None:
+    def __init__(self, name: str, make: type[Tracker], folder: Path) -> None:
         self._name, self._make, self._folder = name, make, folder
         self._logged = _Logged()
         self._tracker: Tracker | None = None
