@@ -257,11 +257,11 @@ def reproduce(
     """
     check_data_folder(data_dir)
     from certifl.cli import terminal
-    from certifl.experiments.parallel import helped
+    from certifl.experiments.parallel import helped, processes_here
     from certifl.experiments.run import Options
     from certifl.paper.figures import chosen_figures
     from certifl.paper.pages import complete, write_paper_figure
-    from certifl.paper.reproduce import costs, jobs_here, make_plan
+    from certifl.paper.reproduce import costs, make_plan
     from certifl.paper.reproduce import reproduce as compute
     from certifl.paper.scales import scale_named
 
@@ -270,7 +270,7 @@ def reproduce(
     if plan:
         terminal.show_study(costs(study, device), size.name, size.words)
         return
-    at_once = jobs_here(jobs, study, device, overwrite)
+    at_once = processes_here(jobs, size.jobs, device, overwrite)
     with interruptible(overwrite), terminal.Board() as board:
         options = Options(
             study.out,

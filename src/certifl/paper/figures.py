@@ -264,26 +264,19 @@ EXTRA: Mapping[str, Figure] = {
 """Beyond the paper; not part of `all`."""
 
 
-def figure_named(name: str) -> Figure:
-    """A figure of the study by name.
-
-    Raises:
-        InputError: there is no such figure.
-    """
-    known = {**FIGURES, **EXTRA}
-    if name in known:
-        return known[name]
-    near = difflib.get_close_matches(name, list(known), 1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise InputError(
-        f"There is no figure {name!r}.{hint} Choose one of {', '.join(known)}, or all."
-    )
-
-
 def chosen_figures(name: str) -> dict[str, Figure]:
     """The figure of this name, or for "all" the study's ten.
 
     Raises:
         InputError: there is no such figure.
     """
-    return dict(FIGURES) if name == "all" else {name: figure_named(name)}
+    if name == "all":
+        return dict(FIGURES)
+    known = {**FIGURES, **EXTRA}
+    if name in known:
+        return {name: known[name]}
+    near = difflib.get_close_matches(name, list(known), 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise InputError(
+        f"There is no figure {name!r}.{hint} Choose one of {', '.join(known)}, or all."
+    )

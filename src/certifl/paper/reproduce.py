@@ -21,15 +21,14 @@ from certifl.certification.counts import expected_votes
 from certifl.certification.network import choose_device
 from certifl.certification.settings import ESTIMATORS
 from certifl.errors import StoreError, StoreMismatch
-from certifl.experiments.parallel import Job, compute, jobs_of, processes_here
+from certifl.experiments.parallel import Job, compute, jobs_of
 from certifl.experiments.plan import EXPECTED_SHARE, KNOWN
 from certifl.experiments.run import Options, device_names
 from certifl.paper.figures import Figure, Regime, Setting
 from certifl.paper.scales import Scale
 from certifl.runs.atomic import read_json, write_json
-from certifl.runs.folder import RunFolder
-from certifl.safe_io import parse_json, read_text
-from certifl.spec import Spec, load_stored
+from certifl.spec import Spec
+from certifl.study.opened_run import OpenRun
 
 INDEX = "figure.json"
 
@@ -126,15 +125,6 @@ def reproduce(
         yield plan.out / name, changed or bool(pending) or options.overwrite
 
 
-def compute_free(plan: Plan, options: Options) -> None:
-    """Compute the plan's runs beside another process, and write nothing else.
-
-    Raises:
-        CertiflError: a run failed; the rest is left to the other process.
-    """
-    compute([job for job in plan.jobs if not job.done()], options, [])
-
-
 def _write_index(plan: Plan, name: str, command: str) -> bool:
     """Write the index of a figure; returns whether it changed."""
     path, index = plan.out / name / INDEX, figure_index(plan, name)
@@ -142,12 +132,6 @@ def _write_index(plan: Plan, name: str, command: str) -> bool:
         stored = read_json(path)
         if isinstance(stored, dict) and {**stored, "command": ""} == {**index, "command": ""}:
             return False
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(
-            f"Cannot write to {path.parent}: {error}. Choose another folder with --out."
-        ) from error
     write_json(path, {**index, "command": command})
     return True
 
@@ -205,16 +189,11 @@ def _pages(figure: Figure, scale: Scale) -> list[dict[str, Any]]:
     ]
 
 
-def jobs_here(requested: int | None, plan: Plan, device: str, overwrite: bool) -> int:
-    """Number of runs that are computed at a time; see `processes_here`.
-
-    Raises:
-        InputError: more than one with `overwrite`.
-    """
-    return processes_here(requested, plan.scale.jobs, device, overwrite)
-
-
 # Remaining work of a study, and roughly how long it takes.
+#
+# Speeds are those of finished runs of the same study: images trained and votes cast per second,
+# and the share of votes cast despite early stopping. Without finished runs a small table is used,
+# which is rough: another processor may be several times faster or slower. It has no GPU.
 
 
 @dataclass(frozen=True)
@@ -291,7 +270,7 @@ def _cost(
     trainings = votes = 0
     seconds, measured, unknown = 0.0, 0, 0
     for spec in remaining:
-        speed = speeds.get(_material(spec))
+        speed = speeds.get((spec.model.name, spec.data.name))
         measured += speed is not None
         if speed is None and kind == "cpu":
             speed = _rough(spec)
@@ -322,10 +301,6 @@ def _rough(spec: Spec) -> Speed:
     return Speed(speed.images * trains, speed.votes * votes, speed.share)
 
 
-def _material(spec: Spec) -> tuple[str, str]:
-    return spec.model.name, spec.data.name
-
-
 def _votes_at_most(spec: Spec) -> int:
     available = (spec.data.test_images or KNOWN[spec.data.name].test) // spec.clients.count
     certified = sum(perturbation is not None for perturbation in spec.perturbations())
@@ -346,21 +321,20 @@ def _measured(out: Path) -> dict[tuple[str, str], Speed]:
     """Speeds of the finished runs of a study, by network and data."""
     totals: dict[tuple[str, str], list[float]] = {}
     for mark in sorted(out.glob("runs/*/run.json")):
-        folder = RunFolder(mark.parent)
+        run = OpenRun(mark.parent)
         try:
-            if not folder.finished():
+            if not run.folder.finished():
                 continue
-            spec, manifest = load_stored(folder.spec), folder.manifest()
-            own = totals.setdefault(_material(spec), [0.0] * 5)
+            spec, manifest = run.spec, run.manifest
+            own = totals.setdefault((spec.model.name, spec.data.name), [0.0] * 5)
             if "base" not in spec.algorithm:
                 own[0] += _images_trained(spec)
                 # Of every round, including those computed by another run of the study.
-                rounds = read_text(folder.path / "history.jsonl").splitlines()
-                own[1] += sum(float(parse_json(line)["seconds"]) for line in rounds)
+                own[1] += sum(float(entry["seconds"]) for entry in run.history)
             own[2] += manifest["votes"]
             own[3] += manifest["certification_seconds"]
             own[4] += _votes_at_most(spec)
-        except (KeyError, TypeError, ValueError, OSError, StoreError):
+        except (KeyError, TypeError, ValueError, StoreError):
             continue  # a damaged run is reported when it is computed
     return {
         name: Speed(images / trained, votes / certified, votes / at_most)

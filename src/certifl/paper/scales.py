@@ -109,9 +109,8 @@ class Scale:
 
 def _augmentation(setting: Setting, regime: Regime) -> dict[str, Any]:
     """Augmentation of training; personalization uses the certified perturbation."""
-    federated = {"matching": setting.perturbation, "nominal": "none", "affine": dict(AFFINE)}[
-        regime.trained
-    ]
+    choices = {"matching": setting.perturbation, "nominal": "none", "affine": dict(AFFINE)}
+    federated = choices[regime.trained]
     if regime.algorithm == "personalized" and regime.trained != "matching":
         return {"federated": federated, "personalized": setting.perturbation}
     return {"federated": federated}
