@@ -25,6 +25,7 @@ from certifl.paper.claims.render import verdict_words, verdicts_section
 from certifl.paper.claims.rules import NOT_TESTED
 from certifl.paper.claims.runs import read_run
 from certifl.paper.figures import EXTRA, FIGURES
+from certifl.report import summary
 from certifl.report.compare import compare
 from certifl.report.figures import Drawing, curve_rows, save
 from certifl.report.page.html import Markup, asset, el, join, paragraph, picture, section, table
@@ -43,15 +44,6 @@ from certifl.report.style import (
     named_legend,
     panel,
     short_name,
-)
-from certifl.report.summary import (
-    accuracy_share,
-    client_acr,
-    client_curves,
-    first_unit,
-    noise_words,
-    radius_grid,
-    spread,
 )
 from certifl.report.wording import RadiusScale, family_words, percent, sigma_text
 from certifl.runs.atomic import read_json, write_text
@@ -95,7 +87,7 @@ def write_paper_figure(folder: str | Path) -> Path:
     for page in index["pages"]:
         compared = [runs.labeled(run) for run in page["runs"]]
         first = compared[0]
-        clients, noise = len(first.clients), noise_words(first.conditions)
+        clients, noise = len(first.clients), summary.noise_words(first.conditions)
         title = f"{first.data_name or 'images'}, {clients} clients, {noise}"
         comparisons.append((title, compared))
         write_report(
@@ -169,20 +161,20 @@ def _page_path(path: Path, page: Mapping[str, Any]) -> Path:
 
 def _section(title: str, link: str, runs: list[RunResults]) -> Markup:
     """One comparison: its numbers, and a link to its page."""
-    scale = first_unit(runs)
+    scale = summary.first_unit(runs)
     head = ("algorithm", "ACR", "spread over clients", "correct and certified")
     rows = [
         (
             run.label,
-            scale.text(float(client_acr(run).mean())),
-            scale.text(spread(run)[2]),
-            percent(accuracy_share(run, 0.0).value),
+            scale.text(float(summary.client_acr(run).mean())),
+            scale.text(summary.spread(run)[2]),
+            percent(summary.accuracy_share(run, 0.0).value),
         )
         for run in runs
     ]
     more = el("p", None, el("a", {"href": link}, "Curves, comparison and clients"))
-    summary = table("Numbers at a glance", head, rows)
-    return el("section", None, el("h2", None, title), summary, more)
+    glance = table("Numbers at a glance", head, rows)
+    return el("section", None, el("h2", None, title), glance, more)
 
 
 def _page(index: Mapping[str, Any], drawing: Drawing, sections: list[Markup]) -> Markup:
@@ -226,7 +218,7 @@ def beside_section(name: str, runs: Sequence[RunResults], comparisons: Compariso
     claims, findings = claims_of(name), []
     for title, own in comparisons:
         rows = by_seed(own)
-        finding = headline(rows, compare(rows), first_unit(rows))[0]
+        finding = headline(rows, compare(rows), summary.first_unit(rows))[0]
         findings.append(el("li", None, el("b", None, title), ": ", finding))
     return section(
         "beside",
@@ -397,7 +389,7 @@ Rows = Iterator[tuple[Any, ...]]
 def _draw_curves(axes: Axes, part: GridPanel, name: str) -> Rows:
     radii, unit = _radius_axes(axes, part, name)
     for run, look in zip(part.runs, looks_of(part.runs), strict=True):
-        curves = client_curves(run, radii)
+        curves = summary.client_curves(run, radii)
         band(axes, look, radii * unit.factor, *mean_and_band(curves), run.label)
         for row in curve_rows(run, radii, curves):
             yield "certified accuracy", *row, run.conditions["unit"]
@@ -406,7 +398,7 @@ def _draw_curves(axes: Axes, part: GridPanel, name: str) -> Rows:
 def _draw_clients(axes: Axes, part: GridPanel, name: str) -> Rows:
     radii, unit = _radius_axes(axes, part, name)
     run = part.runs[0]
-    curves = client_curves(run, radii)
+    curves = summary.client_curves(run, radii)
     for at, (client, curve) in enumerate(zip(run.clients, curves, strict=True)):
         line(axes, look_number(at), radii * unit.factor, curve, f"client {client}")
     for row in curve_rows(run, radii, curves)[: curves.size]:  # without mean, min and max
@@ -415,7 +407,7 @@ def _draw_clients(axes: Axes, part: GridPanel, name: str) -> Rows:
 
 def _radius_axes(axes: Axes, part: GridPanel, name: str) -> tuple[np.ndarray, RadiusScale]:
     """Axes of certified accuracy against the radius in the unit that is read first."""
-    radii, unit = radius_grid(part.runs), first_unit(part.runs)
+    radii, unit = summary.radius_grid(part.runs), summary.first_unit(part.runs)
     norm = part.runs[0].conditions["norm"]
     panel(axes, name, radii[-1] * unit.factor, left=True, lowest=True)
     axes.set_xlabel(f"radius in {unit.name} ({norm})", fontsize=8, color=INK, parse_math=False)
@@ -437,7 +429,7 @@ def _draw_mixture(axes: Axes, part: GridPanel, name: str) -> Rows:
         by_sigma.setdefault(float(curve.run.conditions["sigma"]), []).append(curve)
     for look, (sigma, curves) in zip(_SIGMA_LOOKS, by_sigma.items(), strict=False):
         curves.sort(key=lambda c: -1.0 if c.personalization is None else c.personalization)
-        clients = [(c, client_acr(c.run)) for c in curves]
+        clients = [(c, summary.client_acr(c.run)) for c in curves]
         top = max(top, *(float(radii.max()) / sigma for _, radii in clients))
         _draw_against_lambda(axes, look, sigma, clients)
         styles.append((look, _short_sigma(curves[0].run)))

@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from certifl.report import summary
 from certifl.report.results import (
     UNSEEN,
     Row,
@@ -51,16 +52,6 @@ from certifl.report.style import (
     shown_units,
     ticks_in,
     title_above,
-)
-from certifl.report.summary import (
-    client_acr,
-    client_curves,
-    group_words,
-    mean_acr,
-    measure_curves,
-    measures_of,
-    noise_words,
-    radius_grid,
 )
 from certifl.runs.atomic import write_bytes, write_text
 from certifl.smoothing.curves import mean_and_band
@@ -145,7 +136,7 @@ def certified_accuracy_figure(
         StoreMismatch: runs that cannot be in one figure.
     """
     check_comparable(runs)
-    radii = radius_grid(runs)
+    radii = summary.radius_grid(runs)
     figure = Figure(figsize=style.size or (6.4, 4.4), layout="constrained")
     axes, looks = figure.add_subplot(), looks_of(runs)
     rows = draw_curves(axes, runs, looks, radii, style)
@@ -161,7 +152,7 @@ def draw_curves(
     """Draw a mean with its band for each run; the numbers are those of every client as well."""
     rows: list[tuple[Any, ...]] = []
     for run, look in zip(runs, looks, strict=True):
-        curves = client_curves(run, radii)
+        curves = summary.client_curves(run, radii)
         band(axes, look, radii, *mean_and_band(curves), run.label, style)
         rows += curve_rows(run, radii, curves)
     return rows
@@ -171,7 +162,7 @@ def _title(runs: Sequence[Row], title: str | None, style: FigureStyle) -> str:
     """The one that was asked for; otherwise the perturbation, unless a caption will give it."""
     if title is not None:
         return title
-    return "" if style.size else group_words(runs[0])
+    return "" if style.size else summary.group_words(runs[0])
 
 
 def per_client_figure(
@@ -182,7 +173,7 @@ def per_client_figure(
     As `certified_accuracy_figure`; the size follows from the number of clients.
     """
     check_comparable(runs)
-    radii = radius_grid(runs)
+    radii = summary.radius_grid(runs)
     clients = all_clients(runs)
     columns = min(_COLUMNS, len(clients))
     lines, unit = -(-len(clients) // columns), shown_units(runs, style)[0]
@@ -191,7 +182,7 @@ def per_client_figure(
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     rows: list[tuple[Any, ...]] = []
     for run, look in zip(runs, looks_of(runs), strict=True):
-        curves = client_curves(run, radii)
+        curves = summary.client_curves(run, radii)
         for client, curve in zip(run.clients, curves, strict=True):
             line(panels[clients.index(int(client))], look, radii, curve, run.label)
         rows += curve_rows(run, radii, curves)
@@ -220,7 +211,7 @@ def average_radius_figure(
     axes = figure.add_subplot()
     rows: list[tuple[Any, ...]] = []
     for y, (run, look) in enumerate(zip(runs, looks_of(runs), strict=True)):
-        radii, mean = client_acr(run), mean_acr(run)
+        radii, mean = summary.client_acr(run), summary.mean_acr(run)
         axes.barh(y, mean, height=0.62, color=look.color, alpha=0.22, linewidth=0)
         axes.plot([mean, mean], [y - 0.31, y + 0.31], color=look.color, lw=2.2)
         # Fixed small vertical offsets, so that equal dots stay visible; no random jitter.
@@ -246,14 +237,14 @@ def history_figure(
 
     As `certified_accuracy_figure`; runs without history are left out, and no title is the default.
     """
-    names, plain = measures_of(runs), FigureStyle(bands=style.bands)
+    names, plain = summary.measures_of(runs), FigureStyle(bands=style.bands)
     width = max(1, len(names))
     figure = Figure(figsize=(4.2 * width, 3.4), layout="constrained")
     panels = figure.subplots(1, width, squeeze=False).ravel()
     rows: list[tuple[Any, ...]] = []
     for name, axes in zip(names, panels, strict=False):
         for run, look in zip(runs, looks_of(runs), strict=True):
-            curve = measure_curves(run, name)
+            curve = summary.measure_curves(run, name)
             if curve is None:
                 continue
             band(axes, look, *curve, run.label, plain)
@@ -387,12 +378,12 @@ def plot(
             dataclasses.replace(look, color=row.runs[0].color or look.color)
             for row, look in zip(rows, free, strict=True)
         ]
-    radii = radius_grid(rows)
+    radii = summary.radius_grid(rows)
     end = max(radii[-1], axes.get_xlim()[1] if before else 0.0)
     draw_curves(axes, rows, looks, radii, style)
     drawn = [*before, *((look, row.label) for row, look in zip(rows, looks, strict=True))]
     setattr(axes, _DRAWN, drawn)
-    title = "" if style.size else noise_words(rows[0].conditions)
+    title = "" if style.size else summary.noise_words(rows[0].conditions)
     certified_axes(axes, rows, end, style, title if ax is None else "")
     named_legend(axes, [look for look, _ in drawn], [name for _, name in drawn], "best", 1, style)
     return axes

@@ -23,23 +23,7 @@ from certifl.path_checks import read_spec_file
 from certifl.perturbations import from_record as perturbation_from
 from certifl.perturbations.units import from_records
 from certifl.safe_io import parse_toml
-from certifl.spec.sections import (
-    NONE,
-    OWN,
-    RECEIVED,
-    SAME,
-    STORED,
-    Aggregation,
-    Augmentation,
-    Certification,
-    Clients,
-    Data,
-    Model,
-    Privacy,
-    Section,
-    Training,
-    once,
-)
+from certifl.spec import sections
 
 if TYPE_CHECKING:
     from certifl.federated.algorithms.base import Algorithm
@@ -53,7 +37,7 @@ if TYPE_CHECKING:
 _DEFAULTS = 1
 
 
-class Spec(Section):
+class Spec(sections.Section):
     """A whole study of one algorithm.
 
     Attributes:
@@ -65,17 +49,17 @@ class Spec(Section):
 
     name: str = "study"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    data: Data
-    clients: Clients = Clients()
-    model: Model = Model()
+    data: sections.Data
+    clients: sections.Clients = sections.Clients()
+    model: sections.Model = sections.Model()
     # Described in full also where it is left out: a spec and its stored text have one hash.
     algorithm: dict[str, Any] = Field({"name": "fedavg"}, validate_default=True)
     objective: dict[str, Any] = Field(default_factory=lambda: {"name": "augmented"})
-    training: Training = Training()
-    aggregation: Aggregation = Aggregation()
-    privacy: Privacy = Privacy()
-    augmentation: Augmentation = Augmentation()
-    certification: Certification
+    training: sections.Training = sections.Training()
+    aggregation: sections.Aggregation = sections.Aggregation()
+    privacy: sections.Privacy = sections.Privacy()
+    augmentation: sections.Augmentation = sections.Augmentation()
+    certification: sections.Certification
 
     @field_validator("algorithm")
     @classmethod
@@ -90,7 +74,7 @@ class Spec(Section):
     @model_validator(mode="after")
     def _combinations(self) -> Spec:
         personal = self.algorithm["name"] == "personalized"
-        if self.augmentation.personalized != SAME and not personal:
+        if self.augmentation.personalized != sections.SAME and not personal:
             raise ValueError(
                 f"augmentation.personalized has no effect with {self.algorithm['name']!r}: "
                 'remove it, or choose name = "personalized"'
@@ -157,9 +141,9 @@ class Spec(Section):
 
     def _check_objective(self) -> None:
         """A robust objective has a perturbation to train against somewhere."""
-        nothing = self.augmentation.federated == NONE and self.augmentation.personalized in (
-            NONE,
-            SAME,
+        chosen = self.augmentation
+        nothing = chosen.federated == sections.NONE and (
+            chosen.personalized in (sections.NONE, sections.SAME)
         )
         if self.objective["name"] != "augmented" and nothing:
             raise ValueError(
@@ -191,27 +175,27 @@ class Spec(Section):
                     f"certification.own names client {max(own.clients)}, but clients.count = "
                     f"{count}, counted from 0"
                 )
-        if all(self.certification.of(client) == NONE for client in range(count)):
+        if all(self.certification.of(client) == sections.NONE for client in range(count)):
             raise ValueError(
                 'certification.own gives every client "none": no client certifies anything'
             )
 
-    @once
+    @sections.once
     def build_algorithm(self) -> Algorithm:
         """The algorithm as an object."""
         return ALGORITHMS.build(self.algorithm)
 
-    @once
+    @sections.once
     def build_objective(self) -> Objective:
         """The objective as an object."""
         return OBJECTIVES.build(self.objective)
 
-    @once
+    @sections.once
     def perturbation(self) -> Perturbation:
         """The perturbation that all clients certify that have none of their own."""
         return perturbation_from(self.certification.perturbation)
 
-    @once
+    @sections.once
     def perturbations(self) -> tuple[Perturbation | None, ...]:
         """What each client certifies; None = nothing."""
         return tuple(_built(description) for description in self._descriptions())
@@ -219,15 +203,15 @@ class Spec(Section):
     def _descriptions(self) -> list[Any]:
         return [self.certification.of(client) for client in range(self.clients.count)]
 
-    @once
+    @sections.once
     def augmentations(self) -> tuple[Choice, Choice]:
         """What augments federated training and personalisation: for all, or per client."""
-        chosen = (self.augmentation.federated, self.augmentation.personalized)
-        federated = self._augmentation(chosen[0])
-        return federated, federated if chosen[1] == SAME else self._augmentation(chosen[1])
+        personal = self.augmentation.personalized
+        federated = self._augmentation(self.augmentation.federated)
+        return federated, federated if personal == sections.SAME else self._augmentation(personal)
 
     def _augmentation(self, description: Any) -> Choice:
-        if description == OWN:
+        if description == sections.OWN:
             from certifl.federated.training.batches import combine_augmentations
 
             return combine_augmentations(self.perturbations())
@@ -257,7 +241,7 @@ class Spec(Section):
         values.setdefault("algorithm", self.algorithm)
         own = self._descriptions()  # one where all clients certify the same
         for key, value in values.get("augmentation", {}).items():
-            if value == OWN:  # in full: it comes from the section that is left out
+            if value == sections.OWN:  # in full: it comes from the section that is left out
                 alike = all(one == own[0] for one in own)
                 values["augmentation"][key] = own[0] if alike else own
         if of_base and "base" in values["algorithm"]:
@@ -281,7 +265,7 @@ def _decisive(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _built(description: Any) -> Perturbation | None:
-    return None if description == NONE else perturbation_from(description)
+    return None if description == sections.NONE else perturbation_from(description)
 
 
 def _hash(values: Any) -> str:
@@ -313,7 +297,7 @@ def load_stored(path: Path) -> Spec:
     """
     try:
         with from_records():
-            return _checked(read_spec_file(path), STORED)
+            return _checked(read_spec_file(path), sections.STORED)
     except SpecError as error:
         raise StoreError(f"{path} is damaged: {error}") from error
 
@@ -324,7 +308,7 @@ def received(text: str) -> Spec:
     Raises:
         SpecError: a key, type, range or combination is wrong. InputError: the text is not TOML.
     """
-    return _checked(parse_toml(text), RECEIVED)
+    return _checked(parse_toml(text), sections.RECEIVED)
 
 
 def with_settings(values: dict[str, Any], settings: Sequence[str] = ()) -> Spec:

@@ -9,22 +9,11 @@ from functools import cached_property
 from typing import Any
 
 from certifl.errors import StoreError
+from certifl.report import summary
 from certifl.report.compare import Comparison, compare, own_interval
 from certifl.report.page.html import Markup, el, stacked
 from certifl.report.results import MODEL, Row, RunResults, all_clients, flat
 from certifl.report.style import Look, looks_of
-from certifl.report.summary import (
-    Share,
-    client_acr,
-    client_curves,
-    client_share,
-    largest_radius,
-    mean_acr,
-    measure_curves,
-    measures_of,
-    radius_grid,
-    spread,
-)
 from certifl.report.wording import RadiusScale, percent, scales, share_of_sigma, tenths
 from certifl.runs.atomic import read_json
 from certifl.safe_io import MALFORMED
@@ -41,7 +30,7 @@ class ReportContext:
     @classmethod
     def of(cls, runs: Sequence[Row]) -> ReportContext:
         """The context of some rows, with radii in percent of sigma where all have one sigma."""
-        largest = largest_radius(runs)
+        largest = summary.largest_radius(runs)
         units = scales(runs[0].conditions, largest)
         sigmas = {float(run.conditions["sigma"]) for run in flat(runs)}
         if len(sigmas) == 1 and min(sigmas) > 0:
@@ -74,10 +63,10 @@ class ReportContext:
         return len(self.trained) > len(self.runs)
 
     @cached_property
-    def accuracies(self) -> dict[int, tuple[Share | None, ...]]:
+    def accuracies(self) -> dict[int, tuple[summary.Share | None, ...]]:
         """Of every compared client its certified accuracy at radius 0 in each row."""
         clients = [part.client for part in self.comparison.clients]
-        return {c: tuple(client_share(row, c) for row in self.runs) for c in clients}
+        return {c: tuple(summary.client_share(row, c) for row in self.runs) for c in clients}
 
     def row_of(self, run: RunResults) -> int:
         """Position of the row that contains a run."""
@@ -138,19 +127,19 @@ def acr_cell(row: Row, scale: RadiusScale) -> Markup:
     """Average certified radius with its interval."""
     ends = own_interval(row)
     interval = scale.interval(*ends) if ends else "too few images for an interval"
-    return stacked(scale.text(mean_acr(row)), interval)
+    return stacked(scale.text(summary.mean_acr(row)), interval)
 
 
 def spread_cell(row: Row, scale: RadiusScale) -> str:
     """How far best and worst client are apart, and which they are."""
     if len(row.clients) < 2:
         return "–"
-    best, worst, gap = spread(row)
+    best, worst, gap = summary.spread(row)
     clients = f"client {best} and client {worst}" if len(row.runs) == 1 else "mean over seeds"
     return stacked(f"{scale.text(gap)} apart", clients)
 
 
-def share_cell(share: Share) -> Markup:
+def share_cell(share: summary.Share) -> Markup:
     """A share of images with its limits."""
     return stacked(percent(share.value), f"{tenths(share.low)} to {tenths(share.high)}")
 
@@ -186,7 +175,7 @@ def chart_payload(context: ReportContext) -> dict[str, Any]:
     Radii come with their texts, rounded down in every unit, so that the script prints no radius
     that it rounded itself.
     """
-    runs, radii = context.runs, radius_grid(context.runs)
+    runs, radii = context.runs, summary.radius_grid(context.runs)
     return {
         "radii": radii.tolist(),
         "units": [_unit(unit, radii.tolist()) for unit in context.units],
@@ -195,7 +184,7 @@ def chart_payload(context: ReportContext) -> dict[str, Any]:
             for run, look in zip(runs, looks_of(runs), strict=True)
         ],
         "clients": context.clients,
-        "history": [_measure(runs, name) for name in measures_of(runs)],
+        "history": [_measure(runs, name) for name in summary.measures_of(runs)],
     }
 
 
@@ -209,14 +198,14 @@ def _unit(unit: RadiusScale, radii: list[float]) -> dict[str, Any]:
 
 
 def _run(run: Row, look: Look, radii: Any, units: Sequence[RadiusScale]) -> dict[str, Any]:
-    acr, mean = client_acr(run), mean_acr(run)
+    acr, mean = summary.client_acr(run), summary.mean_acr(run)
     return {
         "label": run.label,
         "slot": look.slot,
         "dash": _dash_text(look),
         "marker": MARKERS[look.marker],
         "clients": run.clients.tolist(),
-        "curves": client_curves(run, radii).round(_SHARE_DIGITS).tolist(),
+        "curves": summary.client_curves(run, radii).round(_SHARE_DIGITS).tolist(),
         "acr": acr.tolist(),
         "acrTexts": [[unit.text(float(radius)) for radius in acr] for unit in units],
         "mean": mean,
@@ -226,7 +215,7 @@ def _run(run: Row, look: Look, radii: Any, units: Sequence[RadiusScale]) -> dict
 
 
 def _measure(runs: Sequence[Row], name: str) -> dict[str, Any]:
-    curves = [(row, measure_curves(run, name)) for row, run in enumerate(runs)]
+    curves = [(row, summary.measure_curves(run, name)) for row, run in enumerate(runs)]
     series = [
         {"run": row, **{key: values.tolist() for key, values in curve._asdict().items()}}
         for row, curve in curves

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from certifl._version import __version__
 from certifl.errors import InputError
+from certifl.report import summary
 from certifl.report.figures import average_radius_figure, certified_accuracy_figure, write_figures
 from certifl.report.page import background
 from certifl.report.page import results as sections
@@ -53,14 +54,6 @@ from certifl.report.results import (
     load_runs,
 )
 from certifl.report.style import USUAL, FigureStyle, looks_of
-from certifl.report.summary import (
-    accuracy_share,
-    first_unit,
-    group_words,
-    noise_words,
-    plain_rows,
-    share,
-)
 from certifl.report.wording import client_list, family_words, listed
 from certifl.runs.atomic import write_text
 
@@ -355,7 +348,7 @@ def _panel_id(at: int) -> str:
 
 
 def _name(context: ReportContext) -> str:
-    words = group_words(context.runs[0])
+    words = summary.group_words(context.runs[0])
     return words[0].upper() + words[1:]
 
 
@@ -394,12 +387,12 @@ def overview(groups: Groups) -> Markup:
     Args:
         groups: the runs once for every perturbation.
     """
-    plain = plain_rows(groups[0])
+    plain = summary.plain_rows(groups[0])
     if len(groups) == 1 and not plain:
         return Markup()
     pictures = [_small_picture(runs, at) for at, runs in enumerate(groups)]
     apart = [_APART] if groups[0][0].runs[0].group else []
-    noises = {noise_words(runs[0].conditions) for runs in groups}
+    noises = {summary.noise_words(runs[0].conditions) for runs in groups}
     why = [*apart, *([_SEVERAL] if len(noises) > 1 or not apart else [])]
     if len(groups) == 1:
         why = ["Some clients certify nothing; everything below is about those that do."]
@@ -414,14 +407,14 @@ def overview(groups: Groups) -> Markup:
 
 
 def _rows(runs: Sequence[Row]) -> list[list[str]]:
-    scale = first_unit(runs)
+    scale = summary.first_unit(runs)
     return [
         [
-            group_words(run),
+            summary.group_words(run),
             client_list(run.clients.tolist()),
             run.label,
             acr_cell(run, scale),
-            share_cell(accuracy_share(run, 0.0)),
+            share_cell(summary.accuracy_share(run, 0.0)),
             spread_cell(run, scale),
         ]
         for run in runs
@@ -431,7 +424,7 @@ def _rows(runs: Sequence[Row]) -> list[list[str]]:
 def _small_picture(runs: Sequence[Row], at: int) -> Markup:
     """The curves of one perturbation, with a link to its panel."""
     clients = client_list(all_clients(runs))
-    name = f"{group_words(runs[0])}: {clients}"
+    name = f"{summary.group_words(runs[0])}: {clients}"
     image = picture(certified_accuracy_figure(runs, title=clients), f"Certified accuracy, {name}")
     link = el("a", {"href": f"#{_panel_id(at)}"}, "details")
     return el("figure", None, el("figcaption", None, name, " (", link, ")"), image)
@@ -440,7 +433,7 @@ def _small_picture(runs: Sequence[Row], at: int) -> Markup:
 def _plain(run: RunResults, rows: Sequence[tuple[str, int, int, int]]) -> Markup:
     """Plain accuracies, which are no certificates."""
     cells = [
-        [run.client_name(client), label, f"{images:,}", share_cell(share(correct, images))]
+        [run.client_name(client), label, f"{images:,}", share_cell(summary.share(correct, images))]
         for label, client, images, correct in rows
     ]
     head = ["Client", "Algorithm", "Images", "Plain accuracy"]
