@@ -177,14 +177,17 @@ def reproduce_section(context: ReportContext, page: Path) -> Markup:
     """Commands that verify and repeat the runs, and the spec of every run, word for word."""
     runs = context.trained
     if context.of_model:
-        return _verify_model(runs[0].folder, page)
-    paths = [_shown_path(run.folder, page) for run in runs if not run.curves_only]
-    verify = "\n".join(f"certifl verify {shlex.quote(path)}" for path in paths)
+        file = runs[0].folder
+        if file.suffix.lower() != ".parquet":  # it has no votes
+            return Markup()
+        code = _code(f"certifl verify {_quoted(file, page)}", "Command to verify the certificates")
+        return section("reproduce", "Verify", paragraph(_RECOMPUTE), code)
+    verify = [f"certifl verify {_quoted(r.folder, page)}" for r in runs if not r.curves_only]
     commands = dict.fromkeys(str(run.manifest.get("command") or "certifl run") for run in runs)
     parts: list[Markup] = []
-    if paths:
-        parts = [paragraph(_RECOMPUTE), _code(verify, "Commands to verify the runs")]
-    if len(paths) < len(runs):
+    if verify:
+        parts = [paragraph(_RECOMPUTE), _code("\n".join(verify), "Commands to verify the runs")]
+    if len(verify) < len(runs):
         parts.append(paragraph(_OWN_VOTES))
     specs = []
     for run in runs:
@@ -200,25 +203,15 @@ def reproduce_section(context: ReportContext, page: Path) -> Markup:
     )
 
 
-def _verify_model(file: Path, page: Path) -> Markup:
-    """How to verify a file of certificates; nothing for one without votes."""
-    if file.suffix.lower() != ".parquet":
-        return Markup()
-    command = f"certifl verify {shlex.quote(_shown_path(file, page))}"
-    code = _code(command, "Command to verify the certificates")
-    return section("reproduce", "Verify", paragraph(_RECOMPUTE), code)
-
-
 def _code(text: str, name: str) -> Markup:
     around = {"class": "scroll", "tabindex": "0", "role": "region", "aria-label": name}
     return el("pre", around, el("code", None, text))
 
 
-def _shown_path(folder: Path, page: Path) -> str:
+def _quoted(path: Path, page: Path) -> str:
     """A relative path as it was given; an absolute one as seen from the page's folder."""
-    if not folder.is_absolute():
-        return str(folder)
-    return os.path.relpath(folder, page.resolve().parent)
+    shown = os.path.relpath(path, page.resolve().parent) if path.is_absolute() else str(path)
+    return shlex.quote(shown)
 
 
 # Differential privacy of training.
@@ -284,8 +277,7 @@ def _privacy_row(context: ReportContext, run: RunResults, privacy: Mapping[str, 
 
 
 def _up(epsilon: float) -> str:
-    """Rounded up: a bound remains one."""
-    return f"{math.ceil(100 * epsilon - 1e-9) / 100:.2f}"
+    return f"{math.ceil(100 * epsilon - 1e-9) / 100:.2f}"  # rounded up: a bound remains one
 
 
 # Words for numbers.
@@ -297,7 +289,6 @@ def _mapping(manifest: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _distinct(values: Iterable[str]) -> str:
-    """The values of all runs, each once."""
     return ", ".join(dict.fromkeys(values))
 
 

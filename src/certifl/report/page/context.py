@@ -68,10 +68,6 @@ class ReportContext:
         clients = [part.client for part in self.comparison.clients]
         return {c: tuple(summary.client_share(row, c) for row in self.runs) for c in clients}
 
-    def row_of(self, run: RunResults) -> int:
-        """Position of the row that contains a run."""
-        return next(at for at, row in enumerate(self.runs) if any(one is run for one in row.runs))
-
 
 def stored_record(run: RunResults, name: str, formats: Collection[int]) -> dict[str, Any] | None:
     """A record beside a run's certificates; None where it is of another spec or format."""
@@ -98,29 +94,23 @@ def damage_named(name: str, command: str) -> Iterator[None]:
         ) from error
 
 
-def named(context: ReportContext, row: int) -> Markup:
-    """The name of a row's algorithm with its swatch."""
-    return _with_swatch(context, row, context.runs[row].label)
-
-
-def named_run(context: ReportContext, run: RunResults) -> Markup:
-    """The name of a run, with the swatch of its row."""
-    return _with_swatch(context, context.row_of(run), run.label)
-
-
-def _with_swatch(context: ReportContext, row: int, label: str) -> Markup:
-    look = looks_of(context.runs)[row]
-    return el("span", {"class": "algorithm"}, _swatch(look), el("span", None, label))
-
-
-def _swatch(look: Look) -> Markup:
-    """A short piece of an algorithm's line with its marker."""
+def named(context: ReportContext, row: int, label: str = "") -> Markup:
+    """The name of a row's algorithm, or of one of its runs, with a piece of its line."""
+    look, label = looks_of(context.runs)[row], label or context.runs[row].label
     line = {"x1": "1", "y1": "7", "x2": "33", "y2": "7"}
     if look.dash:
         line["stroke-dasharray"] = _dash_text(look)
     marker = el("path", {"d": MARKERS[look.marker], "transform": "translate(17 7)"})
     box = {"class": f"swatch s{look.slot}", "viewBox": "0 0 34 14", "aria-hidden": "true"}
-    return el("svg", box, el("line", line), marker)
+    swatch = el("svg", box, el("line", line), marker)
+    return el("span", {"class": "algorithm"}, swatch, el("span", None, label))
+
+
+def named_run(context: ReportContext, run: RunResults) -> Markup:
+    """The name of a run, with the swatch of its row."""
+    rows = enumerate(context.runs)
+    at = next(at for at, row in rows if any(one is run for one in row.runs))
+    return named(context, at, run.label)
 
 
 def acr_cell(row: Row, scale: RadiusScale) -> Markup:

@@ -43,16 +43,12 @@ def el(name: str, attributes: Attributes | None = None, *children: str) -> Marku
 
 def join(parts: Iterable[str]) -> Markup:
     """Parts one after the other; plain text is escaped, and numbers stay with their signs."""
-    return Markup("".join(map(_text, parts)))
+    return Markup("".join(p if isinstance(p, Markup) else html.escape(unbroken(p)) for p in parts))
 
 
 def verbatim(text: str) -> Markup:
     """Escaped text of which no character changes: the page's script writes the same."""
     return Markup(html.escape(text))
-
-
-def _text(part: str) -> str:
-    return part if isinstance(part, Markup) else html.escape(unbroken(part))
 
 
 def _attribute(key: str, value: str | bool) -> str:

@@ -243,12 +243,9 @@ def _panel(
     most: int,
     claims: ClaimsSection | None,
 ) -> tuple[Markup, dict[str, Any]]:
-    """The panel of one perturbation, and the numbers its script draws.
+    """The panel of one perturbation, number `at` on the page, and the numbers its script draws.
 
-    Args:
-        context: the runs and their comparison. at: its number on the page. frame: around it.
-        pictures: whether test images are shown. most: characters they may take.
-        claims: makes the section about published claims; None = no section.
+    Pictures of test images, if there are to be any, may take `most` characters.
     """
     explored = explorer_payload(context, pictures, most)
     numbers = chart_payload(context)
@@ -327,7 +324,6 @@ def _eyebrow(context: ReportContext, clients: int) -> str:
 
 
 def _tabs(contexts: Sequence[ReportContext]) -> Markup:
-    """One tab for each perturbation."""
     buttons = []
     for at, context in enumerate(contexts):
         button = {"type": "button", "role": "tab", "id": _tab_id(at)}
@@ -391,6 +387,18 @@ def overview(groups: Groups) -> Markup:
     if len(groups) == 1 and not plain:
         return Markup()
     pictures = [_small_picture(runs, at) for at, runs in enumerate(groups)]
+    rows = [
+        [
+            summary.group_words(run),
+            client_list(run.clients.tolist()),
+            run.label,
+            acr_cell(run, scale),
+            share_cell(summary.accuracy_share(run, 0.0)),
+            spread_cell(run, scale),
+        ]
+        for runs, scale in ((runs, summary.first_unit(runs)) for runs in groups)
+        for run in runs
+    ]
     apart = [_APART] if groups[0][0].runs[0].group else []
     noises = {summary.noise_words(runs[0].conditions) for runs in groups}
     why = [*apart, *([_SEVERAL] if len(noises) > 1 or not apart else [])]
@@ -400,29 +408,13 @@ def overview(groups: Groups) -> Markup:
         "perturbations",
         "Groups of clients" if apart else "Perturbations of the clients",
         *map(paragraph, why),
-        table("What the clients certify", _HEAD, [row for runs in groups for row in _rows(runs)]),
+        table("What the clients certify", _HEAD, rows),
         el("div", {"class": "panels"}, *pictures) if len(groups) > 1 else Markup(),
         _plain(groups[0][0].runs[0], plain) if plain else Markup(),
     )
 
 
-def _rows(runs: Sequence[Row]) -> list[list[str]]:
-    scale = summary.first_unit(runs)
-    return [
-        [
-            summary.group_words(run),
-            client_list(run.clients.tolist()),
-            run.label,
-            acr_cell(run, scale),
-            share_cell(summary.accuracy_share(run, 0.0)),
-            spread_cell(run, scale),
-        ]
-        for run in runs
-    ]
-
-
 def _small_picture(runs: Sequence[Row], at: int) -> Markup:
-    """The curves of one perturbation, with a link to its panel."""
     clients = client_list(all_clients(runs))
     name = f"{summary.group_words(runs[0])}: {clients}"
     image = picture(certified_accuracy_figure(runs, title=clients), f"Certified accuracy, {name}")

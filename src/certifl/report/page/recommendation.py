@@ -23,16 +23,12 @@ from certifl.report.summary import Share, accuracy_share, mean_acr, spread
 from certifl.report.wording import RadiusScale, client_list, listed, percent, range_of, tenths
 
 NO_DIFFERENCE = "no difference shown"
-
-
 NOT_PAIRED = (
     "Algorithms are compared image by image, on the same test images. Clients that share curves "
     "only keep the certificates of their images, so this page has no interval of a difference, no "
     "recommendation and no test of a claim. Clients that share rows make these possible "
     '(`share = "rows"`).'
 )
-
-
 _MOST_NAMED = 3
 
 
@@ -86,13 +82,19 @@ def headline(
     runs: Sequence[Row], comparison: Comparison, scale: RadiusScale
 ) -> tuple[str, list[str]]:
     """The finding in one sentence, and the sentences that support it."""
-    if not comparison.paired:
-        return _side_by_side(runs, comparison, scale)
+    if not comparison.paired:  # not image by image
+        order = sorted(range(len(runs)), key=lambda i: (-comparison.acr[i], i))
+        radii = [f"{runs[i].label} {scale.text(comparison.acr[i])}" for i in order]
+        largest = f"{runs[order[0]].label} has the largest average certified radius of these runs"
+        return f"{largest}: {listed(radii)}.", [NOT_PAIRED]
     if len(runs) == 1:
         return _one_run(runs[0], scale)
     result = standing(comparison.acr, comparison.pairs)
     if result.margin is None:
-        return _not_compared(runs, comparison)
+        reasons = list(dict.fromkeys(pair.why for pair in comparison.pairs.values()))
+        names, none = listed([run.label for run in runs]), "No two of " if len(runs) > 2 else ""
+        finding = f"{none}{names} are {'' if none else 'not '}compared: {'; '.join(reasons)}."
+        return finding, ["No radius, difference or recommendation is stated."]
     finding, support = _finding(runs, comparison, scale, result)
     if result.behind:
         support = _margins(runs, comparison, scale, result)
@@ -161,15 +163,6 @@ def _margins(
     return [f"It is {listed(ahead)}.", meaning]
 
 
-def _not_compared(runs: Sequence[Row], comparison: Comparison) -> tuple[str, list[str]]:
-    """That no difference and no leader is stated, and why."""
-    reasons = list(dict.fromkeys(pair.why for pair in comparison.pairs.values()))
-    names = listed([run.label for run in runs])
-    none = "No two of " if len(runs) > 2 else ""
-    finding = f"{none}{names} are {'' if none else 'not '}compared: {'; '.join(reasons)}."
-    return finding, ["No radius, difference or recommendation is stated."]
-
-
 def why_clients_stay_undecided(
     runs: Sequence[Row], comparison: Comparison, answers: Sequence[Recommendation]
 ) -> str | None:
@@ -195,16 +188,6 @@ def why_clients_stay_undecided(
     )
 
 
-def _side_by_side(
-    runs: Sequence[Row], comparison: Comparison, scale: RadiusScale
-) -> tuple[str, list[str]]:
-    """Average radii of algorithms that cannot be compared image by image."""
-    order = sorted(range(len(runs)), key=lambda i: (-comparison.acr[i], i))
-    radii = [f"{runs[i].label} {scale.text(comparison.acr[i])}" for i in order]
-    largest = f"{runs[order[0]].label} has the largest average certified radius of these runs"
-    return f"{largest}: {listed(radii)}.", [NOT_PAIRED]
-
-
 def by_margin(pair: Difference, scale: RadiusScale) -> str:
     """A difference with its interval; the estimate is rounded down, the interval outward."""
     if not pair.stated:
@@ -219,6 +202,7 @@ def by_margin(pair: Difference, scale: RadiusScale) -> str:
 
 MOST_GROUPS = 8
 NO_RECOMMENDATION = "No recommendation: too few images in common"
+_ACCEPTS = "A client accepts a certified accuracy of at least "
 _HEADING = "Which algorithm for which client"
 _HEAD = (
     "Client",
@@ -297,6 +281,8 @@ def recommendation_section(context: ReportContext) -> Markup:
         items.append(_item("Other answers, in the table below:", rest))
     undecided = why_clients_stay_undecided(context.runs, context.comparison, answers)
     status = {"class": "note js-only", "id": "recommendation-status", "role": "status"}
+    slider = {"type": "range", "id": "accepted", "min": "0", "max": "100", "step": "1"}
+    output = el("output", {"id": "accepted-text"}, "0 %")
     caption = "Recommendation for every client, from its own test images"
     rows = [_row(context, one) for one in answers]
     return section(
@@ -304,25 +290,18 @@ def recommendation_section(context: ReportContext) -> Markup:
         _HEADING,
         paragraph(_method(context)),
         *([] if undecided is None else [paragraph(undecided)]),
-        _accepted(),
+        el(
+            "div",
+            {"class": "accepted js-only", "hidden": True},
+            el("label", {"for": "accepted"}, _ACCEPTS, output),
+            el("input", {**slider, "value": "0"}),
+        ),
         el("ul", {"class": "groups", "id": "recommendations"}, *items),
         el("p", {**status, "hidden": True}),
         details(
             "Every client, with numbers",
             table(caption, _HEAD, rows, {"id": "recommendation-table"}),
         ),
-    )
-
-
-def _accepted() -> Markup:
-    """The one thing a client chooses: the accuracy it needs at least."""
-    slider = {"type": "range", "id": "accepted", "min": "0", "max": "100", "step": "1"}
-    label = "A client accepts a certified accuracy of at least"
-    return el(
-        "div",
-        {"class": "accepted js-only", "hidden": True},
-        el("label", {"for": "accepted"}, label, " ", el("output", {"id": "accepted-text"}, "0 %")),
-        el("input", {**slider, "value": "0"}),
     )
 
 
