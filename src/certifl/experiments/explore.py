@@ -36,7 +36,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -265,6 +264,7 @@ class Explorer:
 
 
 def _seen(walk: Sweep, walked: SweepVotes) -> dict[str, Any]:
+    order = np.argsort(-walked.counts, axis=1, kind="stable")[:, :_WINNERS]
     return {
         "name": walk.name,
         "words": walk.words,
@@ -272,18 +272,12 @@ def _seen(walk: Sweep, walked: SweepVotes) -> dict[str, Any]:
         "backward": walk.backward,
         "values": walked.values.tolist(),
         "lengths": walked.lengths.tolist(),
-        "winners": _winners(walked.counts),
+        "winners": [
+            [[int(c), int(row[c])] for c in best if row[c] > 0]
+            for row, best in zip(walked.counts, order, strict=True)
+        ],
         "strip": base64.b64encode(_strip(walked.frames)).decode(),
     }
-
-
-def _winners(counts: NDArray[np.int64]) -> list[list[list[int]]]:
-    """The classes with most votes at every step, with their votes."""
-    order = np.argsort(-counts, axis=1, kind="stable")[:, :_WINNERS]
-    return [
-        [[int(c), int(row[c])] for c in best if row[c] > 0]
-        for row, best in zip(counts, order, strict=True)
-    ]
 
 
 def _tile(frame: Tensor) -> Tensor:

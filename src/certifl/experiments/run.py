@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from certifl.certification.network import choose_device, prepare
 from certifl.certification.quantization import Calibration
-from certifl.data import Dataset, Partition, named_folder, to_float
+from certifl.data import Partition, named_folder, to_float
 from certifl.errors import (
     CertiflError,
     InputError,
@@ -176,20 +175,15 @@ def _prepare(run: OpenRun, options: Options) -> str:
             f"below {min(dataset.image_size)}, usually an eighth of it."
         )
     run.architecture = model = initial_model(spec, dataset)
-    _check_votes(spec, model, dataset, device)
-    protection(spec, model, _sizes(partition), b"not the key")
-    check_training(spec, model, _sizes(partition), (dataset.in_channels, *dataset.image_size))
-    return str(device)
-
-
-def _check_votes(spec: Spec, model: nn.Module, dataset: Dataset, device: torch.device) -> None:
-    """Refuse a model that could not vote, before it is trained."""
-    calibration = None
+    calibration = None  # a model that could not vote is refused before it is trained
     if spec.certification.precision == "int8":
         images = to_float(dataset.train.images[:4])
         calibration = Calibration.of(images, spec.perturbation(), spec.seed)
     probe = to_float(dataset.test.images[:1])
     prepare(model, probe, device, spec.certification.precision, calibration=calibration)
+    protection(spec, model, _sizes(partition), b"not the key")
+    check_training(spec, model, _sizes(partition), (dataset.in_channels, *dataset.image_size))
+    return str(device)
 
 
 def _describe(run: OpenRun, options: Options) -> None:
@@ -344,17 +338,14 @@ def device_names(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not names:
         raise InputError("device is empty; give auto, cpu, cuda, or several as cuda:0,cuda:1.")
-    kinds = {_kind(choose_device(name)) for name in names}
+    devices = [choose_device(name) for name in names]
+    kinds = {torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in devices}
     if len(kinds) > 1:
         raise InputError(
             f"The devices {text} are of different kinds ({', '.join(sorted(kinds))}); the clients "
             "of one study are certified on one kind."
         )
     return names
-
-
-def _kind(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def cast_votes(

@@ -289,7 +289,13 @@ def merge_shards(files: Sequence[Path], out: Path) -> Certificates:
     """
     by_number: dict[int, tuple[Path, Certificates]] = {}
     for path in dict.fromkeys(files):
-        part = _loaded(path)
+        if path.suffix != ".parquet":
+            raise InputError(
+                f"{path} is not a shard: shards are .parquet files of `certifl certify`."
+            )
+        part = Certificates.load(path)
+        if "shard" not in part.conditions:
+            raise InputError(f"{path} is not a shard: it was certified without --shard.")
         number = read_shard(part.conditions["shard"]).number
         if number in by_number:
             raise StoreMismatch(f"{path} and {by_number[number][0]} are both shard {number}.")
@@ -306,15 +312,6 @@ def merge_shards(files: Sequence[Path], out: Path) -> Certificates:
     merged = _interleaved([by_number[number][1] for number in range(1, count + 1)])
     _save(merged, out, "The shards are as they were.")
     return merged
-
-
-def _loaded(path: Path) -> Certificates:
-    if path.suffix != ".parquet":
-        raise InputError(f"{path} is not a shard: shards are .parquet files of `certifl certify`.")
-    loaded = Certificates.load(path)
-    if "shard" not in loaded.conditions:
-        raise InputError(f"{path} is not a shard: it was certified without --shard.")
-    return loaded
 
 
 def _check_alike(

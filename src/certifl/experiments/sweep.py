@@ -229,13 +229,10 @@ def _check_axes(base: Mapping[str, Any], axes: Sequence[Axis]) -> None:
             )
         key = axis.key.removeprefix(f"{_TABLE}.")
         if axis.algorithm is None and key not in (axis.key, "name"):
-            _check_some_has(axis, key.partition(".")[0], names)
-
-
-def _check_some_has(axis: Axis, key: str, names: Sequence[str]) -> None:
-    known = [name for name in names if name in ALGORITHMS.rows]
-    if known and not any(key in ALGORITHMS.rows[name].parameters.model_fields for name in known):
-        raise SpecError(f"{axis}: no algorithm of the sweep has it ({', '.join(known)}).")
+            known, first = [n for n in names if n in ALGORITHMS.rows], key.partition(".")[0]
+            rows = [ALGORITHMS.rows[name].parameters.model_fields for name in known]
+            if known and not any(first in fields for fields in rows):
+                raise SpecError(f"{axis}: no algorithm of the sweep has it ({', '.join(known)}).")
 
 
 def _chosen(

@@ -436,7 +436,13 @@ def _draw_mixture(axes: Axes, part: GridPanel, name: str) -> Rows:
         for curve, radii in clients:
             yield from _radius_rows(curve, radii)
     axes.set(xlim=(0, 1.04), ylim=(0, top * 1.45 or 1.0))
-    _sigma_legend(axes, styles)
+    named_legend(axes, [s[0] for s in styles], [f"σ = {s[1]}" for s in styles], "upper left", 2)
+    legend = axes.get_legend()
+    if legend is not None:
+        legend.set_title("dotted: FedAvg")
+        legend.get_title().set_color(INK)
+        for text in (legend.get_title(), *legend.get_texts()):
+            text.set_fontsize(7.5)
 
 
 def _draw_against_lambda(
@@ -452,17 +458,6 @@ def _draw_against_lambda(
         if curve.personalization is None:
             level = float(radii.mean()) / sigma
             axes.axhline(level, color=look.color, lw=1.1, dashes=(1.0, 1.6))
-
-
-def _sigma_legend(axes: Axes, styles: Sequence[tuple[Look, str]]) -> None:
-    """The look of each sigma; the dotted lines are FedAvg."""
-    named_legend(axes, [s[0] for s in styles], [f"σ = {s[1]}" for s in styles], "upper left", 2)
-    legend = axes.get_legend()
-    if legend is not None:
-        legend.set_title("dotted: FedAvg")
-        legend.get_title().set_color(INK)
-        for text in (legend.get_title(), *legend.get_texts()):
-            text.set_fontsize(7.5)
 
 
 def _radius_rows(curve: Curve, radii: np.ndarray) -> Rows:

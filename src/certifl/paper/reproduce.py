@@ -68,16 +68,6 @@ def make_plan(figures: Mapping[str, Figure], scale: Scale, out: Path) -> Plan:
         StoreMismatch: the study folder contains figures of another scale.
         StoreError: a run in it is damaged.
     """
-    _check_scale(out, scale)
-    specs = {
-        name: [scale.spec(setting, regime) for setting, regime in figure.curves()]
-        for name, figure in figures.items()
-    }
-    shown = {name: frozenset(spec.hash() for spec in own) for name, own in specs.items()}
-    return Plan(scale, out, figures, jobs_of(list(chain(*specs.values())), out), shown)
-
-
-def _check_scale(out: Path, scale: Scale) -> None:
     for path in sorted(out.glob(f"*/{INDEX}")):
         index = read_json(path)
         if not isinstance(index, dict):
@@ -88,6 +78,12 @@ def _check_scale(out: Path, scale: Scale) -> None:
                 f"{out} contains figures at the scale {_scale_words(*stored)}, not "
                 f"{_scale_words(scale.name, *scale.settings)}. Choose another folder with --out."
             )
+    specs = {
+        name: [scale.spec(setting, regime) for setting, regime in figure.curves()]
+        for name, figure in figures.items()
+    }
+    shown = {name: frozenset(spec.hash() for spec in own) for name, own in specs.items()}
+    return Plan(scale, out, figures, jobs_of(list(chain(*specs.values())), out), shown)
 
 
 def _scale_words(name: object, *settings: object) -> str:

@@ -170,7 +170,17 @@ def seed_table(runs: Sequence[str | Path | RunResults]) -> SeedTable:
         parts.append(part)
         numbers += more
     several = any(len(row.runs) > 1 for group in groups for row in group)
-    return SeedTable(tuple(parts), _notes(several), tuple(numbers))
+    over, seeds = ("images and seeds", " and seeds") if several else ("images", "")
+    notes = (
+        f"ACR: average certified radius, mean over clients{seeds}, with a 95 % interval over "
+        f"{over}.",
+        "Columns of radii: share of all images, correct with at least that radius. Spread: best "
+        "minus worst client.",
+        "Behind the best: difference of ACR to the leading row, paired image by image within "
+        "each seed; all these intervals hold together with 95 %. Bold (Markdown, LaTeX): the row "
+        "that leads, and those that are not shown to be behind it.",
+    )
+    return SeedTable(tuple(parts), notes, tuple(numbers))
 
 
 def _of_group(
@@ -191,8 +201,15 @@ def _of_group(
     head = ("algorithm", "seeds", "ACR", "95 %", *radii, "spread", *last)
     texts, numbers = [], []
     for at, (row, summary) in enumerate(zip(rows, summaries, strict=True)):
-        cells = _texts(summary, row)
-        pair = behind[at]
+        low, high, pair = summary["acr_low_text"], summary["acr_high_text"], behind[at]
+        cells = [
+            str(summary["label"]),
+            str(len(row.runs)),
+            summary["acr_text"],
+            f"{low} to {high}" if low else "–",
+            *(share["text"] for share in summary["accuracy"]),
+            summary["spread_text"],
+        ]
         if several and pair is None:
             cells += ["–", "–"]
         elif pair is not None:
@@ -201,18 +218,6 @@ def _of_group(
         numbers.append(_numbers(summary, row, pair, at in leaders))
     leading = tuple(at in leaders for at in range(len(rows)))
     return TableOfGroup(title, head, tuple(texts), leading), numbers
-
-
-def _texts(summary: Mapping[str, Any], row: Row) -> list[str]:
-    low, high = summary["acr_low_text"], summary["acr_high_text"]
-    return [
-        str(summary["label"]),
-        str(len(row.runs)),
-        summary["acr_text"],
-        f"{low} to {high}" if low else "–",
-        *(share["text"] for share in summary["accuracy"]),
-        summary["spread_text"],
-    ]
 
 
 def _numbers(
@@ -236,19 +241,6 @@ def _numbers(
         "leads": int(leads),
         **shares,
     }
-
-
-def _notes(several: bool) -> tuple[str, ...]:
-    over = "images and seeds" if several else "images"
-    return (
-        f"ACR: average certified radius, mean over clients{' and seeds' if several else ''}, "
-        f"with a 95 % interval over {over}.",
-        "Columns of radii: share of all images, correct with at least that radius. Spread: best "
-        "minus worst client.",
-        "Behind the best: difference of ACR to the leading row, paired image by image within "
-        "each seed; all these intervals hold together with 95 %. Bold (Markdown, LaTeX): the row "
-        "that leads, and those that are not shown to be behind it.",
-    )
 
 
 _LATEX = str.maketrans(

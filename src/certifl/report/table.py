@@ -271,20 +271,19 @@ def table_frame(run: RunResults, by: str | None) -> DataFrame:
     radii = summary.selected_radii([run], summary.first_unit([run]))
     groups = _GROUPS[by](run, [radius for _, radius in radii])
     index = pandas().Index([group.number for group in groups], name=by)
-    frame = pandas().DataFrame([_columns(group, radii) for group in groups], index=index)
+    columns = [
+        {
+            "name": group.name,
+            "images": group.images,
+            "acr": group.acr,
+            **{f"at {t}": s.value for (t, _), s in zip(radii, group.accuracy, strict=True)},
+            "abstained": None if group.abstained is None else group.abstained.value,
+            "votes_per_image": group.votes,
+        }
+        for group in groups
+    ]
+    frame = pandas().DataFrame(columns, index=index)
     return _described(frame, run.conditions)
-
-
-def _columns(group: Group, radii: Sequence[tuple[str, float]]) -> dict[str, Any]:
-    at = {f"at {text}": s.value for (text, _), s in zip(radii, group.accuracy, strict=True)}
-    return {
-        "name": group.name,
-        "images": group.images,
-        "acr": group.acr,
-        **at,
-        "abstained": None if group.abstained is None else group.abstained.value,
-        "votes_per_image": group.votes,
-    }
 
 
 def table(results: Sequence[RunResults]) -> DataFrame:
@@ -305,21 +304,21 @@ def table(results: Sequence[RunResults]) -> DataFrame:
     """
     rows = summary_rows(results)
     index = pandas().Index([row["label"] for row in rows], name="label")
-    frame = pandas().DataFrame([_summary(row) for row in rows], index=index)
+    names = ("perturbation", "seeds", "clients", "images", "acr", "acr_low", "acr_high", "spread")
+    columns = [
+        {
+            "algorithm": row["regime"],
+            **{name: row[name] for name in names},
+            **{f"at {one['radius_text']}": one["value"] for one in row["accuracy"]},
+            "abstained": row["abstained"],
+            "votes_per_image": row["votes_per_image"],
+        }
+        for row in rows
+    ]
+    frame = pandas().DataFrame(columns, index=index)
     if all(row["perturbation"] is None for row in rows):
         return _described(frame.drop(columns="perturbation"), results[0].conditions)
     return frame
-
-
-def _summary(row: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("perturbation", "seeds", "clients", "images", "acr", "acr_low", "acr_high", "spread")
-    return {
-        "algorithm": row["regime"],
-        **{name: row[name] for name in names},
-        **{f"at {one['radius_text']}": one["value"] for one in row["accuracy"]},
-        "abstained": row["abstained"],
-        "votes_per_image": row["votes_per_image"],
-    }
 
 
 def _described(frame: DataFrame, metadata: Mapping[str, Any]) -> DataFrame:

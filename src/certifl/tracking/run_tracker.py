@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from certifl.certification import Certificates
 from certifl.errors import StoreError
 from certifl.runs.atomic import read_json, write_json
 from certifl.runs.checkpoints import Checkpoints
@@ -257,22 +256,17 @@ def certified_numbers(run: OpenRun) -> dict[str, float]:
     for client in sorted({int(client) for client in certificates.client}):
         own = certificates.of_client(client)
         columns.setdefault("acr", {})[str(client)] = own.average_certified_radius()
-        for radius, share in _certified_accuracies(own).items():
+        metadata = own.conditions
+        sigma, n, alpha = float(metadata["sigma"]), int(metadata["n"]), float(metadata["alpha"])
+        end = LAWS[metadata["law"]].largest_radius(sigma, n, alpha)  # as far as the votes reach
+        radii = [radius for radius in RADII_IN_SIGMA if radius * sigma <= end]
+        shares = own.certified_accuracy([sigma * radius for radius in radii])
+        for radius, share in zip(radii, shares, strict=True):
             name = f"certified_accuracy/{radius:g}-sigma"
-            columns.setdefault(name, {})[str(client)] = share
+            columns.setdefault(name, {})[str(client)] = float(share)
     seconds = float(run.folder.manifest().get("certification_seconds", 0.0))
     one_unit = len(certificates.by_kind()) <= 1
     return {"seconds/certification": seconds, **_of_clients(columns, means=one_unit)}
-
-
-def _certified_accuracies(own: Certificates) -> dict[float, float]:
-    """Certified accuracy by radius in sigma, as far as the votes reach."""
-    metadata = own.conditions
-    sigma, n, alpha = float(metadata["sigma"]), int(metadata["n"]), float(metadata["alpha"])
-    end = LAWS[metadata["law"]].largest_radius(sigma, n, alpha)
-    radii = [radius for radius in RADII_IN_SIGMA if radius * sigma <= end]
-    shares = own.certified_accuracy([sigma * radius for radius in radii])
-    return {radius: float(share) for radius, share in zip(radii, shares, strict=True)}
 
 
 def _of_clients(

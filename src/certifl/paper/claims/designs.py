@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from certifl.paper.claims.effects import (
@@ -89,10 +89,11 @@ class Pairs:
         difference = f"{label(first, self.first)} minus {label(second, self.second)}"
         group = first.metadata.key(ANOTHER_TRAINING) if self.together else ""
         rules = (*self.judged, *((name, None) for name in self.reported))
-        return present(
+        pairs = (
             compared(sampler, QUANTITIES[name], first, second, difference, rule, group)
             for name, rule in rules
         )
+        return list(filter(None, pairs))
 
 
 def _where(cell: Cell) -> tuple[str, str, int]:
@@ -124,10 +125,13 @@ class Growth:
         """One comparison for each set of runs that differ in the number of clients alone."""
         found: list[Finding] = []
         missing: list[str] = []
+        rules = ((self.quantity, Superiority()), *((name, None) for name in self.reported))
         for pairs in self._series(pool, sampler).values():
             ends = self._ends(pairs)
             if ends is not None:
-                found += self._compare(sampler, *ends)
+                found += filter(
+                    None, (self._change(sampler, QUANTITIES[n], *ends, rule) for n, rule in rules)
+                )
                 continue
             counts = ", ".join(str(first.metadata.clients) for first, _ in pairs)
             missing.append(
@@ -155,12 +159,6 @@ class Growth:
                 return None
             few = below[-1]
         return (few, many) if few[0].metadata.clients < many[0].metadata.clients else None
-
-    def _compare(self, sampler: Sampler, few: Pair, many: Pair) -> list[Finding]:
-        rules = ((self.quantity, Superiority()), *((name, None) for name in self.reported))
-        return present(
-            self._change(sampler, QUANTITIES[name], few, many, rule) for name, rule in rules
-        )
 
     def _change(
         self, sampler: Sampler, quantity: Quantity, few: Pair, many: Pair, rule: Rule | None
@@ -283,11 +281,6 @@ def compared(
     )
 
 
-def present(found: Iterable[Finding | None]) -> list[Finding]:
-    """The comparisons that could be made."""
-    return [finding for finding in found if finding is not None]
-
-
 def unmatched_runs(pool: Pool, cells: Sequence[Cell], role: Role) -> list[str]:
     """The missing runs that these cells would be compared with."""
     texts = []
@@ -365,13 +358,13 @@ class Best:
         certainty, acr = self._certainty(sampler, cell, others), QUANTITIES["acr"]
         group, rule = cell.metadata.key(ANOTHER_TRAINING), Superiority()
         names = {id(one): label(one, MIXTURE) for one in (cell, *others)}
-        findings = present(
+        findings = (
             compared(
                 sampler, acr, cell, one, f"{names[id(cell)]} minus {names[id(one)]}", rule, group
             )
             for one in others
         )
-        return [dataclasses.replace(finding, detail=certainty) for finding in findings]
+        return [dataclasses.replace(one, detail=certainty) for one in filter(None, findings)]
 
     def _certainty(self, sampler: Sampler, cell: Cell, others: Sequence[Cell]) -> str:
         seeds = sorted(set(cell.runs).intersection(*(other.runs for other in others)))
@@ -435,9 +428,10 @@ def _split(
         parts.append((plain, other, f"{value}: the pull, at the small step (FedAvg lr λ)", None))
         parts.append((other, fedavg, f"{value}: the small step without pull (FedAvg lr λ)", None))
     acr, group = QUANTITIES["acr"], plain.metadata.key(ANOTHER_TRAINING)
-    named = present(
+    made = (
         compared(sampler, acr, one, two, words, rule, group) for one, two, words, rule in parts
     )
+    named = list(filter(None, made))
     if len(named) < len(parts):
         return []
     pull, step, gain = (100 * finding.effect.estimate for finding in named[:3])

@@ -67,7 +67,9 @@ def claim_rows(report: Report) -> list[dict[str, Any]]:
             "comparisons": len(result.judged),
             "deciding": len(deciding(result)),
             "images": range_of(t.finding.effect.images for t in result.judged),
-            "clients": _counts(result.judged),
+            "clients": ", ".join(
+                map(str, sorted({n for t in result.judged for n in t.finding.effect.clients}))
+            ),
             "words": verdict_words(result),
         }
         for result in report.results
@@ -115,8 +117,11 @@ def verdict_words(result: ClaimResult) -> str:
     judged = result.judged
     words = _one(judged[0]) if len(judged) == 1 else _several(judged)
     sentence = f"{result.verdict.capitalize()}: {words}.{_threshold_words(result)}"
-    if result.claim.show_details:
-        sentence += _details(judged)
+    if result.claim.show_details:  # each setting is named once
+        lines: dict[str, dict[str, None]] = {}
+        for finding in (t.finding for t in judged if t.finding.detail):
+            lines.setdefault(finding.setting, {})[finding.detail] = None
+        sentence += "".join(f" {where}: {'; '.join(details)}." for where, details in lines.items())
     if result.partly:
         sentence += f" Not all of the claim was tested. {_missing_words(result)}"
     return sentence
@@ -145,15 +150,6 @@ def _one(tested: Outcome) -> str:
         f"{finding.difference} is {100 * finding.effect.estimate:+.1f} points "
         f"({interval_words(tested.together)}) of {finding.quantity}{why}"
     )
-
-
-def _details(judged: Sequence[Outcome]) -> str:
-    """Details of the comparisons, each setting named once."""
-    lines: dict[str, dict[str, None]] = {}
-    for finding in (t.finding for t in judged):
-        if finding.detail:
-            lines.setdefault(finding.setting, {})[finding.detail] = None
-    return "".join(f" {setting}: {'; '.join(details)}." for setting, details in lines.items())
 
 
 def _several(judged: Sequence[Outcome]) -> str:
@@ -195,11 +191,6 @@ def _hull(judged: Sequence[Outcome]) -> str:
         return TOO_FEW
     hull = interval_words((min(low for low, _ in known), max(high for _, high in known)))
     return hull if len(known) == len(judged) else f"{hull} (of {len(known)} of {len(judged)})"
-
-
-def _counts(judged: Sequence[Outcome]) -> str:
-    """Numbers of clients."""
-    return ", ".join(map(str, sorted({n for t in judged for n in t.finding.effect.clients})))
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -329,18 +320,14 @@ def verdicts_section(rows: Sequence[Row]) -> Markup:
     by_claim = {row["claim"]: row for row in claim_rows(report)}
     cards = [_card(one, by_claim[one.claim.name]) for one in tested]
     notes = el("ul", {"class": "limits"}, *(el("li", None, line) for line in explanation(report)))
-    summary = paragraph(_summary(report, tested))
-    return section("claims", _HEADING, summary, *cards, details("What the numbers mean", notes))
-
-
-def _summary(report: Report, tested: Sequence[ClaimResult]) -> str:
     counts = {verdict: sum(one.verdict == verdict for one in tested) for verdict in _SIGNS}
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-    return (
+    summary = paragraph(
         f"{len(tested)} of {len(report.results)} claims of the paper are about runs like these: "
         f"{verdicts}. Effects are in points, 1 % of the largest possible radius or of the images, "
         "with 95 % intervals over test images that hold for all comparisons of a claim at once."
     )
+    return section("claims", _HEADING, summary, *cards, details("What the numbers mean", notes))
 
 
 def _card(result: ClaimResult, row: Mapping[str, Any]) -> Markup:
