@@ -209,7 +209,6 @@ def _before(run: OpenRun, key: str) -> list[dict[str, Any]]:
 
 # One test image on its sweeps, as the record of an exploration holds it: pictures and votes.
 
-
 _WINNERS = 5
 _LARGEST_TILE = 64
 

@@ -333,7 +333,6 @@ def _hub(name: str) -> Iterator[Any]:
 
 # One image, predicted with a deployed model, or with a network that no study trained.
 
-
 _MOST_CLASSES = 100_000
 
 

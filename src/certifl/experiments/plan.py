@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 EXPECTED_SHARE = 0.3
 """Of the votes at most, where votes stop early: 0.08 to 0.45 was seen, fewer with few radii."""
 
-
 _SECONDS = 1.0  # of calls measured, and what one call may take before it is measured alone
 _BATCHES = 4
 _CHECKPOINTS = 3  # two are kept while the next is written

@@ -196,7 +196,6 @@ def _page(index: Mapping[str, Any], drawing: Drawing, sections: list[Markup]) ->
 
 # What the paper says of a figure in words, beside what the runs of this figure show.
 
-
 Comparisons = Sequence[tuple[str, Sequence[RunResults]]]
 
 _FINDINGS = (
@@ -256,7 +255,6 @@ def _statements(claims: Sequence[Claim], runs: Sequence[RunResults]) -> Markup:
 
 
 # Grids of panels as in the paper: certified accuracy, clients' curves, ACR against lambda.
-
 
 COLUMNS = ("panel", "measure", "regime", "client", "x", "value", "unit")
 _WIDTH, _HEIGHT = 3.0, 2.35

@@ -230,7 +230,6 @@ def scale_named(name: str, settings: Sequence[str] = ()) -> Scale:
 
 # The quickstart study.
 
-
 REGIMES: dict[str, dict[str, Any]] = {
     "local": {"name": "local"},
     "fedavg": {"name": "fedavg"},

@@ -321,7 +321,6 @@ def _folder_names(groups: Sequence[Sequence[Row]]) -> list[str]:
 
 # Curves on axes of a notebook or script: what `plot` of results and certificates draws.
 
-
 _DRAWN = "certifl_curves"
 
 

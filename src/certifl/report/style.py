@@ -135,7 +135,6 @@ def _mixed(position: int) -> Look:
 
 # Labels, order and colors that a user chooses for the rows of a figure or page.
 
-
 Names = Mapping[str, str]
 
 
@@ -284,7 +283,6 @@ def _beginning(text: str, known: Sequence[str], then: str) -> str | None:
 
 
 # Parts of figures: a curve with its band, the radius axis, titles and legends.
-
 
 _MARKERS_PER_CURVE = 8
 _LONGEST_NAME, _LONGEST_TITLE = 32, 72

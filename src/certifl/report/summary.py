@@ -291,7 +291,6 @@ def selected_radii(rows: Sequence[Row], scale: RadiusScale) -> list[tuple[str, f
 
 # Training history: measures recorded each round, mean over clients with its band.
 
-
 _FIRST = ("loss", "accuracy")
 _NO_MEASURES = ("client", "seconds", "private_steps")
 _CLIENTS_SHOWN = 5

@@ -240,7 +240,6 @@ def _groups(
 
 # Data frames.
 
-
 _GROUPS = {"client": by_client, "class": by_class}
 
 

@@ -366,7 +366,6 @@ def by_client(entry: dict[str, Any]) -> dict[str, Any]:
 
 # The privacy of a run: its key, its mechanism, and its entry in the run's manifest.
 
-
 KEY_FILE = "privacy.key"
 _KEY_BYTES = 32
 

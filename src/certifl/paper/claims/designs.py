@@ -195,7 +195,6 @@ def _variant(cell: Cell) -> str:
 
 # Single comparisons, and the runs that are missing for others.
 
-
 _PAPER_SIGMA = {
     "rotation": (0.1 * math.pi, 0.5 * math.pi),
     "translation": (0.1, 0.5),

@@ -293,7 +293,6 @@ def comparison_row(tested: Outcome) -> list[str]:
 
 # The claims on a page: verdict, effect and interval, with all comparisons.
 
-
 _SIGNS = {SUPPORTED: "✓", NOT_SUPPORTED: "✗", UNDECIDED: "?"}
 _KINDS = {SUPPORTED: "supported", NOT_SUPPORTED: "refuted", UNDECIDED: "open"}
 _WIDTH, _LINE, _MOST_LINES = 150.0, 9.0, 12

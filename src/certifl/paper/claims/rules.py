@@ -174,7 +174,6 @@ def _tolerating(verdicts: Sequence[str], failures: int) -> str:
 
 # How the claims' numbers are written: in points, intervals rounded outward.
 
-
 TOO_FEW = "too few images for an interval"
 
 

@@ -216,7 +216,6 @@ def _quoted(path: Path, page: Path) -> str:
 
 # Differential privacy of training.
 
-
 _PROTECTED = {"example": "image", "client": "client"}
 _NOISE_ADDED_BY = {
     "example": "every client, in every step: the server learns no more either",
@@ -318,7 +317,6 @@ def seconds_text(value: object) -> str:
 
 
 # Attacks on certificates: what they promise, tried; what they do not cover, measured.
-
 
 _FILE = "attack.json"
 _FORMAT = 1

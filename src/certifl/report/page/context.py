@@ -136,7 +136,6 @@ def share_cell(share: summary.Share) -> Markup:
 
 # The numbers the page's script draws, and the look of each algorithm.
 
-
 _SHARE_DIGITS = 5
 _LINE_WIDTH = 2.0
 

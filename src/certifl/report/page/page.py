@@ -193,7 +193,6 @@ def _policy(style: str, script: str) -> Markup:
 
 # The part of the page about one perturbation, and the tabs that switch between them.
 
-
 _CURVES_WORDS = (
     " Lines are means over clients; the shaded band reaches from the smallest to the largest "
     "client."
@@ -349,7 +348,6 @@ def _name(context: ReportContext) -> str:
 
 
 # Clients that certify different perturbations, or none: an overview above the panels.
-
 
 _HEAD = [
     "Perturbation",

@@ -199,7 +199,6 @@ def by_margin(pair: Difference, scale: RadiusScale) -> str:
 
 # The section: clients by answer, and every client with numbers.
 
-
 MOST_GROUPS = 8
 NO_RECOMMENDATION = "No recommendation: too few images in common"
 _ACCEPTS = "A client accepts a certified accuracy of at least "

@@ -285,7 +285,6 @@ def _client_toggles(clients: Sequence[int]) -> Markup:
 
 # Certified accuracy and abstentions by class: which class is not certified.
 
-
 _MOST_SHOWN = 20
 _MOST_NAMED = 6
 
