@@ -79,9 +79,8 @@ class Options:
         images: certified test images per client, a fixed random choice.
         client: only this one; None takes all.
         directions: deltas tried at first per image, and deltas an image is deformed by.
-        data_dir: folder of data sets. device: "auto" or a torch device.
+        data_dir, code: as `OpenRun`. device: "auto" or a torch device.
         report: called with progress.
-        code: the folder that holds a run's own network, which its user trusts.
     """
 
     images: int = 10
@@ -125,10 +124,6 @@ class Attack:
 
 def attack_run(path: Path, options: Options) -> dict[str, Any]:
     """Attack certificates of a finished run, and write the record beside them.
-
-    Args:
-        path: the run folder.
-        options: what is attacked, and how hard.
 
     Returns:
         The content of `attack.json`.

@@ -69,10 +69,8 @@ def explore_run(
     """Explore a finished run, whatever it costs; what was explored before is reused.
 
     Args:
-        path: the run folder.
-        data_dir: folder of data sets. device: "auto" or a torch device.
-        report: called with progress.
-        code: the folder that holds a run's own network, which its user trusts.
+        path, data_dir, code: as `OpenRun`.
+        device: "auto" or a torch device. report: called with progress.
 
     Returns:
         As `explore`.
@@ -92,8 +90,7 @@ def explore(
     """Take a few certified test images through the deformations, and write the results.
 
     Args:
-        run: certified.
-        device: "auto" or a torch device. report: called with progress.
+        run: certified. device: "auto" or a torch device. report: called with progress.
         limited: whether to keep to a small share of the run's votes; where even one image would
             take more, the reason is written instead.
 
@@ -218,8 +215,7 @@ class Explorer:
     """Explores the certified images of a run.
 
     Attributes:
-        run: with images, certificates and models.
-        device: where the networks vote. votes: at each step.
+        run: certified. device: where its networks vote. votes: at each step.
     """
 
     run: OpenRun

@@ -113,8 +113,7 @@ def load(source: str | Path, code: Path | None = None) -> Deployed:
     """A model that was pushed: the network, its study and its perturbation.
 
     Args:
-        source: "hf:OWNER/NAME", or a folder.
-        code: the folder of the network's own code, which the user trusts.
+        source: "hf:OWNER/NAME", or a folder. code: as `OpenRun`.
 
     Raises:
         DataUnavailable: the hub did not give it. StoreMismatch: weights other than the card's.
@@ -207,10 +206,7 @@ def _publishable(spec: Spec) -> Spec:
 
 
 def card_numbers(deployed: Deployed, certificates: Certificates, data: str) -> dict[str, Any]:
-    """What the card says, as data.
-
-    Args:
-        deployed: the model. certificates: of its client. data: name of the data set.
+    """What the card says of a model and its client's certificates, as data.
 
     Raises:
         InputError: the client certified nothing, or its test images have no labels.
@@ -366,10 +362,8 @@ def certify_image(
 
     Args:
         path: the image.
-        run: a finished run, or a client's own folder of a study, `CLIENT/studies/ID`.
-        client: whose model predicts; None = client 0 of a run, or the one whose folder it is.
+        run, client, code: as `open_deployed`, or the folder of a pushed model.
         n: votes; None = the run's own. resize: fit the image to the model. device: as elsewhere.
-        code: folder with the network's own code.
     """
     used, opened = open_deployed(run, client, code)
     if opened is None and (run / CARD).is_file():
@@ -440,9 +434,8 @@ def certify_image_with(
     """Certify one image with a network that no study trained.
 
     Args:
-        path: the image.
+        path: the image. n: votes.
         model: name of a network, or module:function. weights: its file.
-        perturbation: as `certifl certify` takes it. n: votes.
         data, data_dir: a data set whose channels, image size and classes are the network's; or
         classes: their number, or their names with commas between; the image gives the rest.
         resize: fit the image to the network. seed, precision, device: as elsewhere.

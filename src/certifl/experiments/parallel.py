@@ -41,9 +41,7 @@ class Job:
     """One distinct run.
 
     Attributes:
-        spec: of the run.
-        path: of the run folder.
-        title: what progress calls it.
+        spec, path: of the run and its folder. title: what progress calls it.
         support: whether it exists only so that others continue its training.
     """
 

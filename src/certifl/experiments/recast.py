@@ -57,9 +57,8 @@ class Options:
     """Which votes are cast again, and where.
 
     Attributes:
-        images: images of each client. seed: of their choice; None draws a secure one.
-        code: folder of the network's own code; needed where the run has a network of its own.
-        device: "auto" takes the recorded kind where there is one.
+        images: of each client. seed: of their choice; None draws a secure one.
+        code: as `OpenRun`. device: "auto" takes the recorded kind where there is one.
     """
 
     images: int

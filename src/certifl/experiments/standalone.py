@@ -76,10 +76,9 @@ class Request:
         family, sigma: the perturbation; without them the run's own, or pixel noise of 0.25.
         images: how many test images, a fixed random choice by `seed`.
         settings: how votes become certificates.
-        precision, device, out: as on the command line.
+        precision, device, out: as on the command line. shard: which part of the images.
         resize, crop, window: what is done to the images; a run brings its own.
-        shard: which part of the images.
-        code: the folder that holds a run's own network, which its user trusts.
+        code: as `OpenRun`.
     """
 
     model: str | None
@@ -372,8 +371,8 @@ def finetune_specs(
         model: a network's name, or the user's own as module:function. weights: its file.
         data: the data set: training images tune, test images are certified.
         perturbation: as in a spec; see `read_perturbation`.
-        epochs, lr, batch_size: of fine-tuning. images: test images certified; None = all.
-        n: votes of each. seed: of all random streams.
+        epochs, lr, batch_size: of fine-tuning. seed: of all random streams.
+        images: test images certified; None = all. n: votes of each.
         settings: `key=value` for any other key of the spec.
 
     Raises:

@@ -58,8 +58,7 @@ class Variant:
     """One row of the table: one algorithm with its settings, trained with every seed.
 
     Attributes:
-        label: for people, unique in a sweep.
-        specs: one for each seed.
+        label: for people, unique in a sweep. specs: one for each seed.
     """
 
     label: str
@@ -365,8 +364,7 @@ class Cost:
     """Remaining work of one variant, or of trainings that several continue.
 
     Attributes:
-        label: of the variant.
-        runs: number of them. done: number of finished ones.
+        label: of the variant. runs: number of them. done: number of finished ones.
         votes: expected of the others.
         seconds: of the others, one after the other; a training that several share counts in the
             first.

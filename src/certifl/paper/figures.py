@@ -24,8 +24,7 @@ class Setting:
     """Data, clients and perturbation, in the study's own terms.
 
     Attributes:
-        data: "cifar10" or "mnist".
-        clients: their number.
+        data: "cifar10" or "mnist". clients: their number.
         family, sigma: of the perturbation that is certified.
     """
 
@@ -81,8 +80,7 @@ class Figure:
     """One figure.
 
     Attributes:
-        title: what it shows.
-        rows: of panels, from top to bottom.
+        title: what it shows. rows: of panels, from top to bottom.
         says: what the paper says of it, in our words; "" where the paper does not have it.
     """
 

@@ -68,15 +68,11 @@ def complete(folder: str | Path) -> bool:
 def write_paper_figure(folder: str | Path) -> Path:
     """Draw the figure of the `figure.json` in a folder, and write its pages.
 
-    Args:
-        folder: of the figure; run folders are named relative to it.
-
     Returns:
         The index page. Equal results give equal files.
 
     Raises:
-        StoreMismatch: a run that is missing or unfinished, or runs that cannot be compared.
-        StoreError: a file that is damaged or cannot be written.
+        StoreMismatch, StoreError: as `load_runs`, or a file that cannot be written.
     """
     path = Path(folder)
     index = _read(path)
@@ -105,8 +101,7 @@ def draw_paper_figure(folder: str | Path) -> Drawing:
     """The figure of the `figure.json` in a folder, of runs that may be published ones.
 
     Raises:
-        StoreMismatch: a run that is missing or unfinished, or runs that cannot be compared.
-        StoreError: a file that is damaged.
+        StoreMismatch, StoreError: as `load_runs`.
     """
     path = Path(folder)
     return _drawing(_read(path), _Runs(path))
@@ -207,9 +202,7 @@ _FINDINGS = (
 def beside_section(name: str, runs: Sequence[RunResults], comparisons: Comparisons) -> Markup:
     """The paper's words about a figure, and what is seen here; nothing for other figures.
 
-    Args:
-        name: of the figure. runs: all of its runs.
-        comparisons: titles, with runs that can be compared image by image.
+    Comparisons are titles, with runs that can be compared image by image.
     """
     figure = {**FIGURES, **EXTRA}.get(name)
     if figure is None or not figure.says:
@@ -300,10 +293,6 @@ class GridPanel:
 
 def paper_figure(panels: Sequence[GridPanel], title: str) -> Drawing:
     """Panels in a grid with one legend; the numbers name the panel they belong to.
-
-    Args:
-        panels: at least one.
-        title: above all of them.
 
     Raises:
         StoreMismatch: no panel, or runs in one panel that cannot be in one figure.

@@ -44,12 +44,10 @@ class Scale:
 
     Attributes:
         name: for the command line. words: its purpose.
-        model: the network.
-        data: stand-ins for "cifar10" and "mnist".
+        model: the network. data: stand-ins for "cifar10" and "mnist".
         clients: number of clients by the study's number of clients.
-        training: section of the spec.
+        training, certification: sections of the spec, without perturbation, images and n.
         finetuning: epochs and learning rate of personalization.
-        certification: section of the spec, without perturbation, images and n.
         jobs: parallel runs on a CPU by default, a core each.
         settings: `key=value`, applied to every spec last.
     """

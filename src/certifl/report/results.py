@@ -177,16 +177,9 @@ class RunResults:
         """Draw certified accuracy against the radius; several calls share axes.
 
         Args:
-            ax: matplotlib axes to draw on; None = those of a new figure.
             label, color: of the curve; None = the algorithm's.
-            unit: "degrees" or "radians" for angles; None = degrees, with radians above.
-            bands: shade the area from the smallest to the largest client.
-
-        Returns:
-            The axes. Radii on them are in the stored unit, whatever their ticks show.
-
-        Raises:
-            InputError: a unit, a color, or clients that certify different perturbations.
+            ax, unit, bands: as `certifl.plot` takes them, which also says what is returned and
+                refused.
         """
         from certifl.report.figures import plot
 

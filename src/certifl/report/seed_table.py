@@ -33,8 +33,7 @@ class TableOfGroup:
     """The rows about one group of clients, which certify one perturbation.
 
     Attributes:
-        title: which group; "" where there is one.
-        head: titles of the columns of `rows`.
+        title: which group; "" where there is one. head: titles of the columns of `rows`.
         rows: texts; radii are rounded down and intervals outward.
         leading: whether each row leads, or is not shown to be behind the row that does.
     """
@@ -93,8 +92,7 @@ class SeedTable:
     """The table: one part for each group of clients that is reported apart.
 
     Attributes:
-        parts: usually one.
-        notes: what the columns mean, in sentences.
+        parts: usually one. notes: what the columns mean, in sentences.
         numbers: by column of the CSV, one mapping for each row.
     """
 
@@ -155,8 +153,7 @@ def seed_table(runs: Sequence[str | Path | RunResults]) -> SeedTable:
     """The table of some runs; those that differ in their seed alone are one row.
 
     Raises:
-        StoreMismatch: a run that is missing or unfinished, or runs that cannot be compared.
-        StoreError: a run that is damaged.
+        StoreMismatch, StoreError: as `load_runs`.
     """
     groups = [by_seed(group) for group in by_perturbation(load_runs(runs))]
     summaries = iter(summary_rows(runs))

@@ -41,9 +41,6 @@ def summary_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]
 
     Where clients certify different perturbations, one row per perturbation and run.
 
-    Args:
-        runs: run folders, or runs that were read before.
-
     Returns:
         Per row: `regime`, `label`, `seeds` (of its runs), `images`, `clients`; `acr` (mean over
         clients, stored unit) with `acr_low`, `acr_high` (95 % over images and seeds, None with too
@@ -59,8 +56,7 @@ def summary_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]
         the row includes.
 
     Raises:
-        StoreMismatch: a run that is missing or unfinished, or runs that cannot be compared.
-        StoreError: a run that is damaged.
+        StoreMismatch, StoreError: as `load_runs`.
     """
     groups = by_perturbation(load_runs(runs))
     return [row for group in groups for row in _rows(by_seed(group), len(groups) > 1)]
@@ -190,11 +186,7 @@ def by_class(row: Row, radii: Sequence[float]) -> list[Group]:
     """One group for each class that some test image of a row has.
 
     Classes are those of the labels: what a client with this disease can expect. Images of all
-    clients count once each.
-
-    Args:
-        row: one or several seeds whose single images are known.
-        radii: in the stored unit.
+    clients count once each. Radii are in the stored unit.
     """
     names = row.runs[0].class_names or []
 

@@ -438,7 +438,6 @@ def require_own_folder(path: Path, runs: Sequence[str], others: Sequence[str]) -
     """Refuse a folder that holds anything but some runs and what is made of them.
 
     Args:
-        path: where runs and their page are written.
         runs: names of the run folders in it.
         others: what is written beside them, once there are runs.
 

@@ -54,8 +54,7 @@ class Job:
     """One client's test images to certify with the model it deploys.
 
     Attributes:
-        client: number of the client.
-        index: (m,) positions in the data set's test split.
+        client: its number. index: (m,) positions in the data set's test split.
         images: (m, c, h, w) uint8. labels: (m,).
         saved: the file of the votes cast so far.
         training: (k, c, h, w) uint8, training images that fix the ranges of int8.

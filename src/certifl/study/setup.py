@@ -69,11 +69,7 @@ def data_columns(spec: Spec) -> ReadOptions:
 
 
 def load_data(spec: Spec, data_dir: Path | None, *, offline: bool = False) -> Dataset:
-    """The data set of a study, with the column that it is split by.
-
-    Args:
-        spec: of the study. data_dir: folder of data sets.
-        offline: never use the network.
+    """The data set of a study, with the column that it is split by; offline without downloads.
 
     Raises:
         DataUnavailable: the data set is not available. InputError: it has no such column.
@@ -160,10 +156,7 @@ def initial_model(spec: Spec, dataset: Dataset) -> nn.Module:
 
 
 def begin_with(model: nn.Module, path: Path, name: str) -> None:
-    """Give a network the weights of a file: .safetensors, or what `torch.save` wrote.
-
-    Args:
-        model: gets the weights. path: of the file. name: of the network, for messages.
+    """Give a network, called `name`, the weights of a .safetensors file or one of `torch.save`.
 
     Raises:
         InputError: there is no such file, or it is not a file of plain weights.
@@ -334,7 +327,6 @@ def check_training(
     """Refuse, before anything is written, a network that these clients cannot train.
 
     Args:
-        spec: of the study. model: the network; it stays as it is.
         sizes: number of training images of each client. image_shape: (c, h, w).
 
     Raises:
@@ -380,11 +372,9 @@ class Protection:
 
 
 def protection(spec: Spec, model: nn.Module, sizes: Sequence[int], key: bytes) -> Protection:
-    """Mechanism and ledger of a spec.
+    """Mechanism and ledger of a spec, for the network that is trained.
 
     Args:
-        spec: of the run.
-        model: the network that is trained.
         sizes: number of training images of each client.
         key: of the training, `training_key`; any key to check whether the request is possible.
 
@@ -424,11 +414,8 @@ def private_label(spec: Spec) -> str:
 def training_key(spec: Spec, folder: Path) -> bytes:
     """The key of a training's noise and samples, another one for every training.
 
-    A personalized training has the key of its base: their common rounds are the same.
-
-    Args:
-        spec: of the run.
-        folder: the run folder, which stores a secret; it is drawn when first needed.
+    A personalized training has the key of its base: their common rounds are the same. A secret is
+    drawn when first needed, and stored in the run folder.
 
     Raises:
         StoreError: the secret cannot be read or written.

@@ -310,8 +310,7 @@ class ClaimResult:
 
     Attributes:
         comparisons: all that could be made; those that are judged share one level.
-        missing: runs that other comparisons would need, in words.
-        partly: whether part of the claim was not tested.
+        missing: runs that others would need, in words. partly: part of it was not tested.
     """
 
     claim: Claim
@@ -346,16 +345,14 @@ def check_claims(paths: Sequence[str | Path], draws: int = DRAWS) -> Report:
     """Test the paper's claims.
 
     Args:
-        paths: run folders, or study folders that contain `runs/` or runs.
-        draws: number of bootstrap draws.
+        paths: as `find_runs`. draws: number of bootstrap draws.
 
     Returns:
         A verdict for each claim. Within one claim all judged intervals hold together with 95 %
         (Bonferroni: each is given 1 - 0.05 / k); claims are not corrected for one another.
 
     Raises:
-        StoreMismatch: a folder without a run, or a named run that is not finished.
-        StoreError: a run that is damaged.
+        StoreMismatch, StoreError: as `find_runs`.
     """
     runs, notes = find_runs(paths)
     return check_runs(runs, draws, notes)

@@ -32,18 +32,10 @@ _MOST_MISSING = 3
 
 
 def write_claims(report: Report, path: Path) -> Path:
-    """Write the claims as `.json` or `.md`, by the file's ending.
-
-    Args:
-        report: what `check_claims` found.
-        path: where to; what is there is replaced as a whole.
-
-    Returns:
-        The path.
+    """Write the claims as `.json` or `.md`, by the file's ending; returns the path.
 
     Raises:
-        InputError: another ending.
-        StoreError: the file cannot be written.
+        InputError: another ending. StoreError: the file cannot be written.
     """
     ending = path.suffix.lower()
     if ending not in (".json", ".md"):

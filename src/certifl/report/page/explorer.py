@@ -143,7 +143,6 @@ def explorer_payload(
     """What the page's script draws; None where no run was explored.
 
     Args:
-        context: of the page.
         pictures: whether the images themselves are shown; without them the answer has no pixel.
         most: characters that pictures may take.
 

@@ -116,9 +116,8 @@ def write_report(
         The page's path. Equal results give an equal page.
 
     Raises:
-        InputError: the page is not an .html file, or a run is named twice.
-        StoreMismatch: a run that is missing or unfinished, or runs that cannot be compared.
-        StoreError: a run that is damaged, or a path that cannot be written.
+        InputError: the page is not an .html file.
+        InputError, StoreMismatch, StoreError: as `load_runs`, or a path that cannot be written.
     """
     page = Path(out_path)
     if page.suffix.lower() not in (".html", ".htm") or page.is_dir():
@@ -376,11 +375,7 @@ _PLAIN = (
 
 
 def overview(groups: Groups) -> Markup:
-    """What each client certifies, and how well; nothing where all clients certify the same.
-
-    Args:
-        groups: the runs once for every perturbation.
-    """
+    """What each client certifies, and how well; nothing where all clients certify the same."""
     plain = summary.plain_rows(groups[0])
     if len(groups) == 1 and not plain:
         return Markup()
