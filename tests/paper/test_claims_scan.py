@@ -53,10 +53,10 @@ def test_gains_at_large_radii_are_seen():
     report = check_runs([scanned(LOCAL, ALL_ROUND, 0.4), scanned(FEDAVG, ALL_ROUND, 0.6)], DRAWS)
     for result in report.results:
         for tested in result.comparisons:
-            assert abs(tested.finding.effect.estimate) <= 1.0
-            assert tested.finding.effect.level <= 1.0 or math.isinf(tested.finding.effect.level)
+            assert abs(tested.effect.estimate) <= 1.0
+            assert tested.effect.level <= 1.0 or math.isinf(tested.effect.level)
     gain = next(r for r in report.results if r.claim.name == "4.1 (ii)").judged[0]
-    assert gain.finding.effect.estimate == pytest.approx(0.2, abs=0.06)
+    assert gain.effect.estimate == pytest.approx(0.2, abs=0.06)
 
 
 @pytest.mark.parametrize("scan", [ALL_ROUND, PART])

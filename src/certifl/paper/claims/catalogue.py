@@ -8,23 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from certifl.paper.claims import rules
 from certifl.paper.claims.designs import Best, Finding, Growth, Matched, Pairs
 from certifl.paper.claims.effects import DRAWS, Sampler, layout_of
-from certifl.paper.claims.rules import (
-    NOT_TESTED,
-    SUPPORTED,
-    UNDECIDED,
-    Combination,
-    Equivalence,
-    MinimumEffect,
-    Superiority,
-    all_but_one,
-    every,
-    some,
-)
 from certifl.paper.claims.runs import (
     AFFINE_FEDAVG,
     FEDAVG,
@@ -91,23 +80,23 @@ class Claim:
     sentence: str
     hypothesis: str
     designs: tuple[Design, ...]
-    combination: Combination = every
-    across: Combination = every
+    combination: rules.Combination = rules.every
+    across: rules.Combination = rules.every
     show_details: bool = False
 
     @property
     def rule(self) -> str:
         """When the claim counts as supported, in words."""
-        joined = _SOME if self.across is some else _EVERY
-        if self.combination is all_but_one:
+        joined = _SOME if self.across is rules.some else _EVERY
+        if self.combination is rules.all_but_one:
             joined = _ALL_BUT_ONE
         return f"{self.judged_by.words}; {joined}"
 
     @property
-    def judged_by(self) -> Equivalence | Superiority | MinimumEffect:
+    def judged_by(self) -> rules.Equivalence | rules.Superiority | rules.MinimumEffect:
         """The rule of every judged comparison."""
         design = self.designs[0]
-        return design.judged[0][1] if isinstance(design, Pairs) else Superiority()
+        return design.judged[0][1] if isinstance(design, Pairs) else rules.Superiority()
 
     @property
     def needs(self) -> frozenset[tuple[str, str]]:
@@ -125,9 +114,9 @@ _ALL_BUT_ONE = (
     "supported refutes the claim"
 )
 
-_AHEAD = (("acr", Superiority()),)
-_SPREAD = (("spread", Superiority()),)
-_EQUAL = (("acr", Equivalence()), ("accuracy", Equivalence()))
+_AHEAD = (("acr", rules.Superiority()),)
+_SPREAD = (("spread", rules.Superiority()),)
+_EQUAL = (("acr", rules.Equivalence()), ("accuracy", rules.Equivalence()))
 _ALSO = ("accuracy",)
 
 CLAIMS: tuple[Claim, ...] = (
@@ -154,8 +143,8 @@ CLAIMS: tuple[Claim, ...] = (
         "With more clients (10 or 20), FedAvg can certify over 20 points more of the images than "
         "training alone.",
         "At some radius the certified accuracy of FedAvg exceeds that of Local by over 20 points.",
-        (Pairs(FEDAVG, LOCAL, _SEVERAL, (("largest gain", MinimumEffect(0.20)),)),),
-        across=some,
+        (Pairs(FEDAVG, LOCAL, _SEVERAL, (("largest gain", rules.MinimumEffect(0.20)),)),),
+        across=rules.some,
     ),
     Claim(
         "4.1 (iii)",
@@ -222,7 +211,7 @@ CLAIMS: tuple[Claim, ...] = (
         "robust training alone.",
         "The ACR of Personalized from nominal and of Local differ by less than 3 points and by "
         "less than a quarter of the larger one.",
-        (Pairs(FROM_NOMINAL, LOCAL, _FIGURE_4_LARGE, (("acr", Equivalence()),), _ALSO),),
+        (Pairs(FROM_NOMINAL, LOCAL, _FIGURE_4_LARGE, (("acr", rules.Equivalence()),), _ALSO),),
     ),
     Claim(
         "A.2",
@@ -247,7 +236,7 @@ CLAIMS: tuple[Claim, ...] = (
         "with both sigmas.",
         "The ACR of the mixture is larger than that of FedAvg, for all 0 < λ < 1 but one.",
         (Pairs(MIXTURE, FEDAVG, _FIGURE_5_ALL, _AHEAD, together=True),),
-        all_but_one,
+        rules.all_but_one,
     ),
     Claim(
         "4.4 (i) best",
@@ -265,7 +254,7 @@ CLAIMS: tuple[Claim, ...] = (
         "The ACR of the mixture with learning rate lr / λ is larger than that of FedAvg with lr, "
         "for all 0 < λ < 1 but one.",
         (Matched(_FIGURE_5),),
-        all_but_one,
+        rules.all_but_one,
         show_details=True,
     ),
     Claim(
@@ -287,24 +276,6 @@ CLAIMS: tuple[Claim, ...] = (
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
-    """One comparison with its intervals and verdict.
-
-    Attributes:
-        alone: its 95 % interval.
-        together: wide enough for all judged comparisons of the claim to hold at once with 95 %;
-            the verdict is based on it. Of a comparison that is only reported it is `alone`.
-        verdict, why: empty where the comparison is only reported, or no reason is needed.
-    """
-
-    finding: Finding
-    alone: tuple[float, float]
-    together: tuple[float, float]
-    verdict: str = ""
-    why: str = ""
-
-
-@dataclass(frozen=True, eq=False)
 class ClaimResult:
     """One claim with its verdict.
 
@@ -315,12 +286,12 @@ class ClaimResult:
 
     claim: Claim
     verdict: str
-    comparisons: tuple[Outcome, ...]
+    comparisons: tuple[Finding, ...]
     missing: tuple[str, ...]
     partly: bool
 
     @property
-    def judged(self) -> tuple[Outcome, ...]:
+    def judged(self) -> tuple[Finding, ...]:
         """The comparisons that decide."""
         return tuple(t for t in self.comparisons if t.verdict)
 
@@ -387,31 +358,31 @@ def _check(claim: Claim, pool: Pool, sampler: Sampler) -> ClaimResult:
     findings = [finding for part in parts for finding in part.findings]
     count = sum(finding.rule is not None for finding in findings)
     error = (1.0 - CONFIDENCE) / max(1, count)
-    tested = tuple(_test(finding, error) for finding in findings)
+    tested = tuple(_tested(finding, error) for finding in findings)
     partly = not claim.needs <= {finding.panel for finding in findings} or not all(
         part.findings for part in parts
     )
     missing = dict.fromkeys(text for part in parts for text in part.missing)
     verdict = _verdict(claim, tested)
-    if verdict == SUPPORTED and partly:
-        verdict = UNDECIDED
+    if verdict == rules.SUPPORTED and partly:
+        verdict = rules.UNDECIDED
     return ClaimResult(claim, verdict, tested, tuple(missing), partly)
 
 
-def _test(finding: Finding, error: float) -> Outcome:
+def _tested(finding: Finding, error: float) -> Finding:
     alone = finding.effect.interval(1.0 - CONFIDENCE)
     if finding.rule is None:
-        return Outcome(finding, alone, alone)
+        return replace(finding, alone=alone, together=alone)
     together = finding.effect.interval(error)
-    judgment = finding.rule.judge(*together, finding.effect.level)
-    return Outcome(finding, alone, together, judgment.verdict, judgment.why)
+    found = finding.rule.judge(*together, finding.effect.level)
+    return replace(finding, alone=alone, together=together, verdict=found.verdict, why=found.why)
 
 
-def _verdict(claim: Claim, tested: Sequence[Outcome]) -> str:
+def _verdict(claim: Claim, tested: Sequence[Finding]) -> str:
     groups: dict[str, list[str]] = {}
     for one in tested:
         if one.verdict:
-            groups.setdefault(one.finding.group, []).append(one.verdict)
+            groups.setdefault(one.group, []).append(one.verdict)
     if not groups:
-        return NOT_TESTED
+        return rules.NOT_TESTED
     return claim.across([claim.combination(group) for group in groups.values()])

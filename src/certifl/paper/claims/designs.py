@@ -205,12 +205,16 @@ _UNITS = {"rotation": "radians", "translation": "half-widths", "pixel": "intensi
 
 @dataclass(frozen=True, eq=False)
 class Finding:
-    """One comparison.
+    """One comparison, with its intervals and verdict once it was tested.
 
     Attributes:
         setting: data, perturbation, clients. group: findings judged as one setting.
         panel: family and size of sigma. difference: what minus what. quantity: of what, in words.
         rule: how it is judged; None = reported only. runs: folders. detail: further words.
+        alone: its 95 % interval.
+        together: wide enough for all judged comparisons of the claim to hold at once with 95 %;
+            the verdict is based on it. Of a comparison that is only reported it is `alone`.
+        verdict, why: empty where the comparison is only reported, or no reason is needed.
     """
 
     setting: str
@@ -222,6 +226,10 @@ class Finding:
     rule: Rule | None
     runs: tuple[str, ...]
     detail: str = ""
+    alone: tuple[float, float] = (-math.inf, math.inf)
+    together: tuple[float, float] = (-math.inf, math.inf)
+    verdict: str = ""
+    why: str = ""
 
 
 @dataclass(frozen=True, eq=False)
