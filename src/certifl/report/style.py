@@ -313,19 +313,15 @@ def line(
 ) -> None:
     """One curve; markers of different looks start at different points, so that none is hidden."""
     every = max(1, len(x) // _MARKERS_PER_CURVE)
-    axes.plot(
-        x,
-        y,
-        color=look.color,
-        lw=1.2 if style.size else 1.7,
-        dashes=look.dash or (None, None),
-        marker=look.marker,
-        markevery=(look.slot * every // 4 % every, every),
-        ms=3.2 if style.size else 4.5,
-        mec="white",
-        mew=0.6,
-        label=label,
-    )
+    marked = (look.slot * every // 4 % every, every)
+    axes.plot(x, y, markevery=marked, label=label, **_drawn(look, style))
+
+
+def _drawn(look: Look, style: FigureStyle) -> dict[str, Any]:
+    """A look as matplotlib takes it."""
+    lw, ms = (1.2, 3.2) if style.size else (1.7, 4.5)
+    form = {"color": look.color, "lw": lw, "dashes": look.dash or (None, None)}
+    return form | {"marker": look.marker, "ms": ms, "mec": "white", "mew": 0.6}
 
 
 def certified_axes(
@@ -435,7 +431,7 @@ def named_legend(
     style: FigureStyle = USUAL,
 ) -> None:
     """One entry per look; `loc` as in matplotlib."""
-    handles = [_handle(look, style) for look in looks]
+    handles = [Line2D([], [], **_drawn(look, style)) for look in looks]
     numbers = [str(number) for number in range(len(looks))]
     form: dict[str, Any] = {"frameon": False, "fontsize": 7 if style.size else 9}
     form |= {"handlelength": 3.6, "labelspacing": 0.3 if style.size else 0.5}
@@ -443,14 +439,6 @@ def named_legend(
     # The names come last: as labels, those that begin with an underscore would be left out.
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set(text=short_name(name), parse_math=False, color=INK)
-
-
-def _handle(look: Look, style: FigureStyle) -> Line2D:
-    lw, ms = (1.2, 3.2) if style.size else (1.7, 4.5)
-    line = Line2D([], [], color=look.color, marker=look.marker, lw=lw, ms=ms)
-    line.set_dashes(look.dash or (None, None))
-    line.set(markeredgecolor="white", markeredgewidth=0.6)
-    return line
 
 
 def short_name(text: str, longest: int = _LONGEST_NAME) -> str:

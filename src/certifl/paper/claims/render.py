@@ -334,7 +334,7 @@ def _card(result: ClaimResult, row: Mapping[str, Any]) -> Markup:
         ("Shown in", claim.figure),
         ("Hypothesis", claim.hypothesis),
         ("Rule", claim.rule),
-        ("Finding", verdict_words(result)),
+        ("Outcome", verdict_words(result)),
     )
     pairs = [join([el("dt", None, k), el("dd", None, v)]) for k, v in metadata]
     comparisons = [comparison_row(one) for one in result.comparisons]
