@@ -7,15 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from certifl.report.compare import (
-    ClientComparison,
-    Comparison,
-    Difference,
-    Standing,
-    difference,
-    ranking,
-    standing,
-)
+from certifl.report import compare
 from certifl.report.page.context import ReportContext, named
 from certifl.report.page.html import Markup, details, el, paragraph, section, table, verbatim
 from certifl.report.results import MODEL, Row
@@ -40,8 +32,8 @@ class Recommendation:
         part: all algorithms on the client's own test images. result: which of them leads.
     """
 
-    part: ClientComparison
-    result: Standing
+    part: compare.ClientComparison
+    result: compare.Standing
 
     @property
     def tied(self) -> tuple[int, ...]:
@@ -59,10 +51,10 @@ class Recommendation:
         return () if self.why else tuple(sorted((self.result.best, *self.tied)))
 
 
-def recommendations(runs: Sequence[Row], comparison: Comparison) -> list[Recommendation]:
+def recommendations(runs: Sequence[Row], comparison: compare.Comparison) -> list[Recommendation]:
     """One recommendation per client, from its own test images alone."""
     parts = comparison.clients if len(runs) > 1 else ()
-    return [Recommendation(part, standing(part.acr, part.pairs)) for part in parts]
+    return [Recommendation(part, compare.standing(part.acr, part.pairs)) for part in parts]
 
 
 def position_of_local(runs: Sequence[Row]) -> int | None:
@@ -79,7 +71,7 @@ def grouped(answers: Sequence[Recommendation]) -> list[tuple[tuple[int, ...], li
 
 
 def headline(
-    runs: Sequence[Row], comparison: Comparison, scale: RadiusScale
+    runs: Sequence[Row], comparison: compare.Comparison, scale: RadiusScale
 ) -> tuple[str, list[str]]:
     """The finding in one sentence, and the sentences that support it."""
     if not comparison.paired:  # not image by image
@@ -89,7 +81,7 @@ def headline(
         return f"{largest}: {listed(radii)}.", [NOT_PAIRED]
     if len(runs) == 1:
         return _one_run(runs[0], scale)
-    result = standing(comparison.acr, comparison.pairs)
+    result = compare.standing(comparison.acr, comparison.pairs)
     if result.margin is None:
         reasons = list(dict.fromkeys(pair.why for pair in comparison.pairs.values()))
         names, none = listed([run.label for run in runs]), "No two of " if len(runs) > 2 else ""
@@ -100,7 +92,7 @@ def headline(
         support = _margins(runs, comparison, scale, result)
     best = runs[result.best].label
     for i in result.unknown:
-        why = difference(comparison.pairs, result.best, i).why
+        why = compare.difference(comparison.pairs, result.best, i).why
         support.append(f"{runs[i].label} is not compared with {best}: {why}.")
     return finding, support
 
@@ -125,7 +117,10 @@ def _one_run(run: Row, scale: RadiusScale) -> tuple[str, list[str]]:
 
 
 def _finding(
-    runs: Sequence[Row], comparison: Comparison, scale: RadiusScale, result: Standing
+    runs: Sequence[Row],
+    comparison: compare.Comparison,
+    scale: RadiusScale,
+    result: compare.Standing,
 ) -> tuple[str, list[str]]:
     """The leader; where there is none, the range of the radii."""
     labels = [run.label for run in runs]
@@ -146,12 +141,15 @@ def _finding(
 
 
 def _margins(
-    runs: Sequence[Row], comparison: Comparison, scale: RadiusScale, result: Standing
+    runs: Sequence[Row],
+    comparison: compare.Comparison,
+    scale: RadiusScale,
+    result: compare.Standing,
 ) -> list[str]:
     """How far the leader is ahead of those behind it, and what the intervals mean."""
     behind, pairs = result.behind, comparison.pairs
     ahead = [
-        f"{by_margin(difference(pairs, result.best, i), scale)} ahead of {runs[i].label}"
+        f"{by_margin(compare.difference(pairs, result.best, i), scale)} ahead of {runs[i].label}"
         for i in behind[:_MOST_NAMED]
     ]
     if len(behind) > _MOST_NAMED:
@@ -164,7 +162,7 @@ def _margins(
 
 
 def why_clients_stay_undecided(
-    runs: Sequence[Row], comparison: Comparison, answers: Sequence[Recommendation]
+    runs: Sequence[Row], comparison: compare.Comparison, answers: Sequence[Recommendation]
 ) -> str | None:
     """Why the mean shows a difference that single clients do not; None where all clients do.
 
@@ -172,7 +170,7 @@ def why_clients_stay_undecided(
     """
     if not answers or not comparison.paired:
         return None
-    result = standing(comparison.acr, comparison.pairs)
+    result = compare.standing(comparison.acr, comparison.pairs)
     behind = sorted(result.behind)
     both = [one for one in answers if result.best in one.choice]
     undecided = [one for one in both if any(i in one.choice for i in behind)]
@@ -188,7 +186,7 @@ def why_clients_stay_undecided(
     )
 
 
-def by_margin(pair: Difference, scale: RadiusScale) -> str:
+def by_margin(pair: compare.Difference, scale: RadiusScale) -> str:
     """A difference with its interval; the estimate is rounded down, the interval outward."""
     if not pair.stated:
         return f"not stated: {pair.why}"
@@ -228,13 +226,13 @@ def recommendation_payload(context: ReportContext) -> dict[str, Any] | None:
     }
 
 
-def _client(context: ReportContext, part: ClientComparison) -> dict[str, Any]:
-    order = ranking(part.acr, part.pairs)
+def _client(context: ReportContext, part: compare.ClientComparison) -> dict[str, Any]:
+    order = compare.ranking(part.acr, part.pairs)
     reasons = [pair.why for pair in part.pairs.values()]
     pairs = {}
     for rank, ahead in enumerate(order):
         for behind in order[rank + 1 :]:
-            pair = difference(part.pairs, ahead, behind)
+            pair = compare.difference(part.pairs, ahead, behind)
             shown = int(pair.shown) if pair.stated else None
             pairs[f"{ahead}-{behind}"] = [by_margin(pair, context.scale), shown]
     return {
@@ -332,7 +330,7 @@ def _row(context: ReportContext, one: Recommendation) -> list[str]:
     others = listed([labels[i] for i in sorted(one.tied)]) if one.tied else ""
     local = position_of_local(context.runs)
     apart = local is not None and local != best
-    alone = difference(part.pairs, best, local) if apart else None
+    alone = compare.difference(part.pairs, best, local) if apart else None
     return [
         *known,
         verbatim(labels[best] + (f"; {NO_DIFFERENCE} from {others}" if others else "")),
