@@ -287,13 +287,17 @@ class RunFolder:
         except InputError as error:
             raise StoreError(f"{error} Repeat the command that made the run.") from error
 
-    def save_certificates(self, certificates: Certificates) -> None:
-        """Write all clients' certificates."""
-        _save(certificates, self.certificates, "All votes are saved: free")
-
-    def save_predictions(self, predictions: Predictions) -> None:
-        """Write the plain predictions."""
-        _save(predictions, self.predictions, "Free")
+    def save(self, rows: Certificates | Predictions) -> None:
+        """Write all clients' certificates, or the plain predictions."""
+        path, advice = self.certificates, "All votes are saved: free"
+        if isinstance(rows, Predictions):
+            path, advice = self.predictions, "Free"
+        try:
+            rows.save(path)
+        except OSError as error:
+            raise StoreError(
+                f"Cannot write {path}: {error}. {advice} some space, then repeat the command."
+            ) from error
 
 
 class StoredRun:
@@ -411,15 +415,6 @@ class StoredRun:
             )
         except (StoreError, StoreMismatch):
             return False
-
-
-def _save(rows: Certificates | Predictions, path: Path, advice: str) -> None:
-    try:
-        rows.save(path)
-    except OSError as error:
-        raise StoreError(
-            f"Cannot write {path}: {error}. {advice} some space, then repeat the command."
-        ) from error
 
 
 @contextlib.contextmanager

@@ -364,7 +364,7 @@ def _store(run: OpenRun, parts: Sequence[Certificates], plain: Sequence[Predicti
         metadata = {**plain[0].conditions, "model_fingerprint": models}
         joined = Predictions.concatenate(plain)
         run.predictions = dataclasses.replace(joined, conditions=metadata)
-        run.folder.save_predictions(run.predictions)
+        run.folder.save(run.predictions)
         summary["plain"] = {
             str(p.clients[0]): {"images": len(p), "correct": int(p.correct.sum())} for p in plain
         }
@@ -374,7 +374,7 @@ def _store(run: OpenRun, parts: Sequence[Certificates], plain: Sequence[Predicti
     for name in {"model_fingerprint", *_OF_A_QUANTIZED_NETWORK} & set(metadata):
         metadata[name] = {str(int(p.client[0])): p.conditions[name] for p in parts}
     run.certificates = dataclasses.replace(together, conditions=metadata)
-    run.folder.save_certificates(run.certificates)
+    run.folder.save(run.certificates)
 
 
 def _progress(report: StageCallback | None, before: int, total: int) -> ProgressCallback | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import platform
@@ -62,6 +63,7 @@ def _cpuinfo(field: str) -> str:
     return ""
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     found = {name: metadata.version(name) for name in _RECORDED}

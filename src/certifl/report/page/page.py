@@ -9,10 +9,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple
+from typing import Any
 
 from certifl._version import __version__
 from certifl.errors import InputError
@@ -207,36 +207,30 @@ _MODEL_ACR_WORDS = Markup(
 )
 
 
-class PageFrame(NamedTuple):
-    """What surrounds a panel: above its finding, below its key figures, and its attributes."""
-
-    header: Markup
-    overview: Markup
-    attributes: Markup
-
-
 def _frames(
     groups: Groups, contexts: Sequence[ReportContext], title: str
-) -> tuple[list[PageFrame], Markup]:
-    """What surrounds every panel, and what is above all of them where there are several."""
+) -> tuple[list[dict[str, Markup]], Markup]:
+    """Parts around every panel by name, and what is above all of them where there are several."""
     clients = {client for context in contexts for client in context.runs[0].clients.tolist()}
     eyebrow = el("p", {"class": "eyebrow"}, _eyebrow(contexts[0], len(clients)))
     top = join([eyebrow, el("h1", None, title)])
     if len(contexts) == 1:
-        return [PageFrame(top, overview(groups), Markup())], Markup()
+        own = {"header": top, "overview": overview(groups), "attributes": Markup()}
+        return [own], Markup()
     frames = []
     for at, context in enumerate(contexts):
         who = el("p", {"class": "eyebrow"}, _eyebrow(context, len(context.runs[0].clients)))
         header = join([who, el("h2", None, _name(context))])
         attributes = f' id="{_panel_id(at)}" role="tabpanel" aria-labelledby="{_tab_id(at)}"'
-        frames.append(PageFrame(header, Markup(), Markup(attributes)))
+        own = {"header": header, "overview": Markup(), "attributes": Markup(attributes)}
+        frames.append(own)
     return frames, join([el("header", None, top), overview(groups), _tabs(contexts)])
 
 
 def _panel(
     context: ReportContext,
     at: int,
-    frame: PageFrame,
+    frame: Mapping[str, Markup],
     pictures: bool,
     most: int,
     claims: ClaimsSection | None,
@@ -251,10 +245,8 @@ def _panel(
     model = context.of_model
     finding, support = headline(context.runs, context.comparison, context.scale)
     parts = {
+        **frame,
         "at": str(at),
-        "attributes": frame.attributes,
-        "header": frame.header,
-        "overview": frame.overview,
         "headline": el("p", {"class": "headline"}, finding),
         "support": join(el("p", {"class": "support"}, sentence) for sentence in support),
         "notices": sections.notices(context),
