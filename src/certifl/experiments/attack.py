@@ -64,8 +64,7 @@ from certifl.study.environment import now
 from certifl.study.opened_run import OpenRun
 
 FORMAT = 1
-VOTES = 1000
-"""Of a prediction on a deformed image."""
+VOTES = 1000  # of a prediction on a deformed image
 _SHORT = 8  # deltas of up to so many numbers are written down
 _CHANGED = 1e-3
 _TIMES = 10

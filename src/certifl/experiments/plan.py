@@ -47,8 +47,7 @@ from certifl.study.setup import Protection, data_columns, load_data, local_train
 if TYPE_CHECKING:
     from certifl.spec.study import Choice
 
-EXPECTED_SHARE = 0.3
-"""Of the votes at most, where votes stop early: 0.08 to 0.45 was seen, fewer with few radii."""
+EXPECTED_SHARE = 0.3  # of all votes, where they stop early: 0.08 to 0.45 was seen
 
 _SECONDS = 1.0  # of calls measured, and what one call may take before it is measured alone
 _BATCHES = 4

@@ -37,8 +37,7 @@ from certifl.study.environment import machine_metadata
 from certifl.study.opened_run import OpenRun
 
 EXACT, ROUNDING, FRESH = "exact", "rounding", "fresh"
-LEVEL = 1e-6
-"""Chance that an honest run has a finding, where votes need not be the same."""
+LEVEL = 1e-6  # of a finding in an honest run, where votes need not be the same
 
 # Share of votes that rounding may flip: over all images, and of one. Arithmetic with 8 to 11 bits
 # flips more. benchmarks: docs/certificates.md says what was measured.

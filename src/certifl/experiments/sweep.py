@@ -25,8 +25,7 @@ from certifl.registry import choices
 from certifl.spec import Spec, merged, with_settings
 from certifl.study.setup import label_of
 
-MOST_PROCESSES = 16
-"""Runs at a time by default, one per core: each needs memory of its own."""
+MOST_PROCESSES = 16  # by default, one per core: each run needs memory of its own
 
 _NAME, _TABLE = "algorithm.name", "algorithm"
 _BRACKETS = {"[": "]", "{": "}", "(": ")"}

@@ -214,10 +214,8 @@ ROUGH: Mapping[tuple[str, str], Speed] = {
 """By network and kind of device, for images up to 32 x 32; orders of magnitude only.
 
 No GPU was measured: there, finished runs of the study say how fast it is, or nothing does."""
-_BFLOAT16_TRAINS = 2.0
-"""How many times faster training in bfloat16 is, on a processor with AMX."""
-_INT8_VOTES = 2.0
-"""How many times faster votes in int8 are than those of the table."""
+_BFLOAT16_TRAINS = 2.0  # times faster training, on a processor with AMX
+_INT8_VOTES = 2.0  # times faster votes than those of the table
 
 
 @dataclass(frozen=True)

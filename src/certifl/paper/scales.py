@@ -153,8 +153,7 @@ LAPTOP = Scale(
 
 # Votes of Gaussian noise: the largest radius is 2.8 sigma; rotation's is 0.99 sigma with 2 000.
 _MORE_VOTES = {"pixel": 3000, "translation": 3000}
-VOTING = "int8"
-"""Arithmetic of the votes at overnight scale."""
+VOTING = "int8"  # arithmetic of the votes at overnight scale
 
 OVERNIGHT = Scale(
     name="overnight",

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from pandas import DataFrame
 
-MODEL = "model"
-"""Stands for the algorithm where certificates are of a model that no study trained."""
+MODEL = "model"  # stands for the algorithm of a model that no study trained
 _MUST_AGREE = ("family", "norm", "unit")
 # Parts of a run whose clients are reported apart.
 TRAINED, UNSEEN = "clients in training", "unseen clients"
@@ -228,8 +227,7 @@ class SeedGroup:
         return tuple(run.seed for run in self.runs)
 
 
-Row = RunResults | SeedGroup
-"""One row of a page: runs of several seeds, or one run."""
+Row = RunResults | SeedGroup  # one row of a page: runs of several seeds, or one run
 
 
 def flat(rows: Sequence[Row]) -> list[RunResults]:

@@ -57,30 +57,18 @@ class RunFolder:
 
     path: Path
 
-    spec = _Inside("spec.toml")
-    """The spec, every default spelled out."""
-    partition = _Inside("partition.json")
-    """Which images each client holds."""
-    initial = _Inside("initial.safetensors")
-    """The weights that training began with, where they came from a file; else absent."""
-    training = _Inside("checkpoints", "training")
-    """Checkpoints of the rounds."""
-    history = _Inside("history.jsonl")
-    """The rounds, one line of JSON each; written when training is finished."""
-    certificates = _Inside("certificates.parquet")
-    """All clients' certificates."""
-    curves = _Inside("curves.json")
-    """Curves of clients that keep their certificates to themselves; else absent."""
-    predictions = _Inside("predictions.parquet")
-    """Plain predictions of the clients that certify nothing; absent where all certify."""
-    attack = _Inside("attack.json")
-    """Results of attacks on the certificates; absent where none were tried."""
-    explorer = _Inside("explorer.json")
-    """A few test images on the way through the deformations, with votes; may be absent."""
-    figures = _Inside("figures")
-    """Figures and the numbers behind them."""
+    spec = _Inside("spec.toml")  # every default spelled out
+    partition = _Inside("partition.json")  # which images each client holds
+    initial = _Inside("initial.safetensors")  # the weights that training began with, if of a file
+    training = _Inside("checkpoints", "training")  # checkpoints of the rounds
+    history = _Inside("history.jsonl")  # a round on each line; written when training is finished
+    certificates = _Inside("certificates.parquet")  # of all clients
+    curves = _Inside("curves.json")  # only of clients that keep their certificates to themselves
+    predictions = _Inside("predictions.parquet")  # plain ones, of clients that certify nothing
+    attack = _Inside("attack.json")  # results of attacks on the certificates, if any were tried
+    explorer = _Inside("explorer.json")  # a few test images deformed, with votes; may be absent
+    figures = _Inside("figures")  # with the numbers behind them
     report = _Inside("report.html")
-    """The report page."""
 
     def votes(self, client: int) -> Path:
         """Votes cast so far on one client's test images."""

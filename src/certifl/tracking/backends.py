@@ -31,8 +31,7 @@ class Tracker:
     the call returns, as far as the library allows.
     """
 
-    packages: ClassVar[tuple[str, ...]]
-    """That it needs."""
+    packages: ClassVar[tuple[str, ...]]  # that it needs
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

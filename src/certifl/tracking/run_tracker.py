@@ -44,8 +44,7 @@ _FOLDER, _RECORD = "tracking", "certifl.json"
 _LOGGED = ("name", "label", "regime", "deploys", "spec_hash", "seed", "created", "command")
 _log = logging.getLogger(__name__)
 
-Update = Callable[[], None]
-"""Called when the folder may hold something that is not logged yet."""
+Update = Callable[[], None]  # when the folder may hold something not logged yet
 
 
 @contextlib.contextmanager

@@ -16,8 +16,7 @@ MARGIN = 0.03
 QUARTER = 0.25
 _NEAR_ZERO = "(a quarter of the better run's ACR or accuracy where that is less)"
 
-Combination = Callable[[Sequence[str]], str]
-"""How the verdicts of one group of comparisons become one."""
+Combination = Callable[[Sequence[str]], str]  # how a group's verdicts become one
 
 
 @dataclass(frozen=True)

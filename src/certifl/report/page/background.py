@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from certifl.perturbations import covers_received, received_words, trait
+from certifl.progress import clock
 from certifl.report.page.context import ReportContext, damage_named, named_run, stored_record
 from certifl.report.page.html import (
     Markup,
@@ -308,12 +309,7 @@ def seconds_text(value: object) -> str:
     """A time in suitable units: 12.3 s, 4 min 5 s, 2 h 3 min."""
     if not isinstance(value, (int, float)):
         return "–"
-    if value < 60:
-        return f"{value:.1f} s"
-    minutes, seconds = divmod(round(value), 60)
-    if minutes < 60:
-        return f"{minutes} min {seconds} s"
-    return f"{minutes // 60} h {minutes % 60} min"
+    return f"{value:.1f} s" if value < 60 else clock(round(value))
 
 
 # Attacks on certificates: what they promise, tried; what they do not cover, measured.

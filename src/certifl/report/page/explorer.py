@@ -126,8 +126,7 @@ def _method(context: ReportContext, explored: Mapping[str, Any]) -> str:
 # Reads `explorer.json` of the runs (see `certifl explore`) beside their certificates. Planes of
 # shifts in both directions, which format 3 of 0.1.0 also recorded, are ignored.
 
-MOST_PICTURES = 2_500_000
-"""Pictures on one page, in characters: the page stays well below 5 MB."""
+MOST_PICTURES = 2_500_000  # characters of pictures: the page stays well below 5 MB
 
 _FILE, _FORMATS = "explorer.json", (3, 4)
 _TOO_CLOSE = 0.001
