@@ -18,8 +18,10 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from certifl.errors import InputError
+from certifl.perturbations import trait
 from certifl.report import summary
 from certifl.report.results import (
     UNSEEN,
@@ -32,6 +34,7 @@ from certifl.report.results import (
     require_one_perturbation,
 )
 from certifl.report.style import (
+    FAINT,
     FORMATS,
     INK,
     USUAL,
@@ -39,25 +42,19 @@ from certifl.report.style import (
     Look,
     arranged,
     band,
-    certified_axes,
     frame,
-    heading,
     line,
     look_number,
     looks_of,
     named_legend,
     panel,
-    radius_axis,
     short_name,
-    shown_units,
-    ticks_in,
-    title_above,
 )
+from certifl.report.wording import RadiusScale, scales
 from certifl.runs.atomic import write_bytes, write_text
 from certifl.smoothing.curves import mean_and_band
 
-_COLUMNS = 5
-
+_COLUMNS, _LONGEST_TITLE = 5, 72
 _DPI = 200
 # No dates and no program versions inside the files: the same results give the same bytes.
 _METADATA: dict[str, dict[str, Any]] = {
@@ -386,3 +383,78 @@ def plot(
     certified_axes(axes, rows, end, style, title if ax is None else "")
     named_legend(axes, [look for look, _ in drawn], [name for _, name in drawn], "best", 1, style)
     return axes
+
+
+# Axes, titles and legends of these figures.
+
+
+def certified_axes(
+    axes: Axes, runs: Sequence[Row], end: float, style: FigureStyle, title: str
+) -> None:
+    """Axes of certified accuracy against the radius, up to the radius `end`; a title if any."""
+    frame(axes, style)
+    axes.set(xlim=(0, end), ylim=(0, 1))
+    axes.set_ylabel("certified accuracy", color=INK, fontsize=8 if style.size else 10)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol="\N{NO-BREAK SPACE}%"))
+    radius_axis(axes, runs, "radius", style)
+    title_above(axes, title)
+
+
+def radius_axis(axes: Axes, runs: Sequence[Row], what: str, style: FigureStyle = USUAL) -> None:
+    """The radius in the unit that is read first below; angles also in radians above."""
+    metadata = runs[0].conditions
+    first, *others = shown_units(runs, style)
+    words = f"{what}{trait(metadata['family'], 'radius_note', '')} in {first.name}"
+    words += f" ({metadata['norm']})"
+    axes.set_xlabel(words, color=INK, fontsize=8 if style.size else 10, parse_math=False)
+    ticks_in(axes, first, 5 if style.size else 8)
+    for other in others if not axes.child_axes else ():
+        above = axes.secondary_xaxis("top")
+        above.set_xlabel(other.name, color=INK, fontsize=9)
+        above.tick_params(labelsize=8, colors=INK, length=3)
+        above.spines["top"].set_color(FAINT)
+
+
+def shown_units(runs: Sequence[Row], style: FigureStyle) -> tuple[RadiusScale, ...]:
+    """The units of the radius axis: the one that was chosen, or all, the first read first.
+
+    Raises:
+        InputError: these radii have no such unit.
+    """
+    units = scales(runs[0].conditions, summary.largest_radius(runs))
+    if style.unit is None:
+        return units[:1] if style.size else units
+    chosen = tuple(unit for unit in units if unit.name == style.unit)
+    if not chosen:
+        known = " or ".join(unit.name for unit in units)
+        raise InputError(f"These radii are in {known}; got {style.unit!r}.")
+    return chosen
+
+
+def ticks_in(axes: Axes, unit: RadiusScale, most: int) -> None:
+    """Ticks at round numbers of a unit, on an axis of stored radii that begins at 0."""
+    if unit.factor == 1.0:
+        return
+    end = axes.get_xlim()[1] * unit.factor
+    marks = [
+        t for t in MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(0, end) if t <= end
+    ]
+    axes.set_xticks([mark / unit.factor for mark in marks], [f"{mark:g}" for mark in marks])
+
+
+def title_above(axes: Axes, title: str) -> None:
+    """A title if it is not empty, cut where it would be wider than the axes."""
+    if title:
+        text = short_name(title, _LONGEST_TITLE)
+        axes.set_title(text, fontsize=10.5, color=INK, loc="left", parse_math=False)
+
+
+def heading(figure: Figure, runs: Sequence[Row], title: str | None) -> None:
+    """A title and one legend for all panels."""
+    text = title if title is not None else summary.group_words(runs[0]) if runs else ""
+    if text:
+        shown = short_name(text, _LONGEST_TITLE)
+        figure.suptitle(shown, fontsize=10.5, color=INK, parse_math=False)
+    if runs:
+        labels, columns = [run.label for run in runs], min(4, len(runs))
+        named_legend(figure, looks_of(runs), labels, "outside lower center", columns)

@@ -21,10 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from certifl.errors import InputError
-from certifl.perturbations import trait
 from certifl.report.results import Row, RunResults, SeedGroup, by_seed
-from certifl.report.summary import group_words, largest_radius
-from certifl.report.wording import RadiusScale, scales
 
 FORMATS = ("png", "pdf", "svg")
 _LEAST, _MOST = 1.0, 30.0
@@ -282,11 +279,11 @@ def _beginning(text: str, known: Sequence[str], then: str) -> str | None:
     return max(found, key=len, default=None)
 
 
-# Parts of figures: a curve with its band, the radius axis, titles and legends.
+# Parts of all figures: a curve with its band, a panel, a legend.
 
 _MARKERS_PER_CURVE = 8
-_LONGEST_NAME, _LONGEST_TITLE = 32, 72
-INK, _FAINT = "#222222", "#DDDDDD"
+_LONGEST_NAME = 32
+INK, FAINT = "#222222", "#DDDDDD"
 
 
 def band(
@@ -324,18 +321,6 @@ def _drawn(look: Look, style: FigureStyle) -> dict[str, Any]:
     return form | {"marker": look.marker, "ms": ms, "mec": "white", "mew": 0.6}
 
 
-def certified_axes(
-    axes: Axes, runs: Sequence[Row], end: float, style: FigureStyle, title: str
-) -> None:
-    """Axes of certified accuracy against the radius, up to the radius `end`; a title if any."""
-    frame(axes, style)
-    axes.set(xlim=(0, end), ylim=(0, 1))
-    axes.set_ylabel("certified accuracy", color=INK, fontsize=_text_size(style))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol="\N{NO-BREAK SPACE}%"))
-    radius_axis(axes, runs, "radius", style)
-    title_above(axes, title)
-
-
 def panel(axes: Axes, name: str, end: float, left: bool, lowest: bool) -> None:
     """One small panel; only those at the edges are labeled."""
     frame(axes)
@@ -346,80 +331,15 @@ def panel(axes: Axes, name: str, end: float, left: bool, lowest: bool) -> None:
     axes.tick_params(labelleft=left, labelbottom=lowest)
 
 
-def radius_axis(axes: Axes, runs: Sequence[Row], what: str, style: FigureStyle = USUAL) -> None:
-    """The radius in the unit that is read first below; angles also in radians above."""
-    metadata = runs[0].conditions
-    first, *others = shown_units(runs, style)
-    words = f"{what}{trait(metadata['family'], 'radius_note', '')} in {first.name}"
-    words += f" ({metadata['norm']})"
-    axes.set_xlabel(words, color=INK, fontsize=_text_size(style), parse_math=False)
-    ticks_in(axes, first, 5 if style.size else 8)
-    for other in others if not axes.child_axes else ():
-        above = axes.secondary_xaxis("top")
-        above.set_xlabel(other.name, color=INK, fontsize=9)
-        above.tick_params(labelsize=8, colors=INK, length=3)
-        above.spines["top"].set_color(_FAINT)
-
-
-def shown_units(runs: Sequence[Row], style: FigureStyle) -> tuple[RadiusScale, ...]:
-    """The units of the radius axis: the one that was chosen, or all, the first read first.
-
-    Raises:
-        InputError: these radii have no such unit.
-    """
-    units = scales(runs[0].conditions, largest_radius(runs))
-    if style.unit is None:
-        return units[:1] if style.size else units
-    chosen = tuple(unit for unit in units if unit.name == style.unit)
-    if not chosen:
-        known = " or ".join(unit.name for unit in units)
-        raise InputError(f"These radii are in {known}; got {style.unit!r}.")
-    return chosen
-
-
-def _text_size(style: FigureStyle) -> float:
-    """Points of the labels of axes."""
-    return 8 if style.size else 10
-
-
-def ticks_in(axes: Axes, unit: RadiusScale, most: int) -> None:
-    """Ticks at round numbers of a unit, on an axis of stored radii that begins at 0."""
-    if unit.factor == 1.0:
-        return
-    end = axes.get_xlim()[1] * unit.factor
-    marks = [
-        t for t in MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(0, end) if t <= end
-    ]
-    axes.set_xticks([mark / unit.factor for mark in marks], [f"{mark:g}" for mark in marks])
-
-
 def frame(axes: Axes, style: FigureStyle = USUAL) -> None:
     """Two spines, a faint grid, small ticks."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color("#888888")
-    axes.grid(color=_FAINT, lw=0.6)
+    axes.grid(color=FAINT, lw=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=7 if style.size else 8, colors=INK, length=3)
-
-
-def title_above(axes: Axes, title: str) -> None:
-    """A title if it is not empty, cut where it would be wider than the axes."""
-    if title:
-        text = short_name(title, _LONGEST_TITLE)
-        axes.set_title(text, fontsize=10.5, color=INK, loc="left", parse_math=False)
-
-
-def heading(figure: Figure, runs: Sequence[Row], title: str | None) -> None:
-    """A title and one legend for all panels."""
-    text = title if title is not None else group_words(runs[0]) if runs else ""
-    if text:
-        shown = short_name(text, _LONGEST_TITLE)
-        figure.suptitle(shown, fontsize=10.5, color=INK, parse_math=False)
-    if runs:
-        labels, columns = [run.label for run in runs], min(4, len(runs))
-        named_legend(figure, looks_of(runs), labels, "outside lower center", columns)
 
 
 def named_legend(
