@@ -137,7 +137,6 @@ def client(
 
 
 def _find_networks(names: list[str], code: Path | None) -> None:
-    """Make the code of the client's allowed networks importable."""
     from certifl.models import require_code
 
     own = [name for name in names if ":" in name]

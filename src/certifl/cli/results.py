@@ -194,7 +194,6 @@ def verify(
 
 
 def _verify(run: Path, data_dir: Path | None, recast: Options | None) -> int:
-    """Verify one run and print the result; returns the exit status."""
     from certifl.experiments.verify import verify_run
 
     result = verify_run(run, data_dir, recast)

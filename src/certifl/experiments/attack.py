@@ -295,7 +295,6 @@ def _record(attacks: Sequence[Attack], budget: AttackBudget, images: int) -> dic
 
 
 def _of_perturbation(attacks: Sequence[Attack], budget: AttackBudget) -> dict[str, Any]:
-    """The record of the clients that certify one perturbation."""
     metadata = attacks[0].certificates.conditions
     found = [attack.found for attack in attacks if attack.found is not None]
     cases = [case for attack in attacks for case in _cases(attack)]

@@ -196,7 +196,6 @@ def _pixels(data: DataSize, count: int) -> Tensor:
 def _network(
     spec: Spec, model: nn.Module, data: DataSize, where: torch.device, images: int
 ) -> Network:
-    """The network as a run would vote with it, with its initial weights."""
     precision, perturbation = spec.certification.precision, spec.perturbation()
     pixels, calibration = _pixels(data, 16).float() / 255, None
     if precision == "int8":

@@ -406,7 +406,6 @@ def _cast(
     share: tuple[int, int],
     threads: int,
 ) -> None:
-    """One process: the votes of every client of this share."""
     torch.set_num_threads(threads)
     messages.put((share[0], 0, 0, ""))  # clients that certify nothing report no more
 

@@ -198,7 +198,6 @@ def default_folder(spec: Path, values: Mapping[str, Any], settings: Sequence[str
 
 
 def _names(base: Mapping[str, Any], axes: Sequence[Axis]) -> list[str]:
-    """Names of the algorithms of a sweep."""
     tables = [axis for axis in axes if axis.key == _TABLE]
     if tables:
         found = [merged({}, [f"{_TABLE}={value}"])[_TABLE] for value in tables[0].values]
@@ -331,7 +330,6 @@ def _check_comparable(specs: Sequence[Spec]) -> None:
 
 
 def _meaning(spec: Spec) -> dict[str, Any]:
-    """What runs of one table must have in common."""
     values = spec.model_dump()
     keys = {key: values[key.partition(".")[0]][key.partition(".")[2]] for key in _ONE_VALUE}
     noise = spec.perturbation()

@@ -155,7 +155,6 @@ def _page_path(path: Path, page: Mapping[str, Any]) -> Path:
 
 
 def _section(title: str, link: str, runs: list[RunResults]) -> Markup:
-    """One comparison: its numbers, and a link to its page."""
     scale = summary.first_unit(runs)
     head = ("algorithm", "ACR", "spread over clients", "correct and certified")
     rows = [
@@ -343,7 +342,6 @@ def _panel_names(panels: Sequence[GridPanel]) -> list[str]:
 
 
 def _heading(panels: Sequence[GridPanel], title: str) -> str:
-    """The title, and what is the same in all panels."""
     data = {p.runs[0].data_name for p in panels}
     clients = {len(p.runs[0].clients) for p in panels}
     same = [*data] if len(data) == 1 else []
@@ -358,7 +356,6 @@ def _short_sigma(run: RunResults) -> str:
 
 
 def _legend_entries(panels: Sequence[GridPanel]) -> tuple[list[Look], list[str]]:
-    """Every name once, with its look."""
     looks: dict[str, Look] = {}
     for part in panels:
         if part.kind == "clients":

@@ -106,7 +106,6 @@ class Scale:
 
 
 def _augmentation(setting: Setting, regime: Regime) -> dict[str, Any]:
-    """Augmentation of training; personalization uses the certified perturbation."""
     choices = {"matching": setting.perturbation, "nominal": "none", "affine": dict(AFFINE)}
     federated = choices[regime.trained]
     if regime.algorithm == "personalized" and regime.trained != "matching":

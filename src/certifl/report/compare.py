@@ -185,7 +185,6 @@ def compare(runs: Sequence[Row]) -> Comparison:
 
 
 def _couple(first: Row, second: Row) -> _Couple:
-    """Pair two algorithms within every seed that both have."""
     ones, twos = ({run.seed: run for run in row.runs} for row in (first, second))
     common = [seed for seed in ones if seed in twos]
     if not common:

@@ -183,7 +183,6 @@ def seed_table(runs: Sequence[str | Path | RunResults]) -> SeedTable:
 def _of_group(
     title: str, rows: Sequence[Row], summaries: Sequence[Mapping[str, Any]]
 ) -> tuple[TableOfGroup, list[dict[str, Any]]]:
-    """One group's table, and the numbers in it."""
     compared, scale, several = compare(rows), first_unit(rows), len(rows) > 1
     behind: list[Difference | None] = [None] * len(rows)  # the leading row
     leaders: set[int] = set()

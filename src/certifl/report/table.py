@@ -100,7 +100,6 @@ def class_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]]:
 
 
 def _rows(loaded: Sequence[Row], own: bool) -> list[dict[str, Any]]:
-    """Rows about the clients that certify one perturbation."""
     scale = summary.first_unit(loaded)
     radii = summary.selected_radii(loaded, scale)
     rows = []

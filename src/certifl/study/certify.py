@@ -353,7 +353,6 @@ def _chosen_for_all(
 
 
 def _store(run: OpenRun, parts: Sequence[Certificates], plain: Sequence[Predictions]) -> None:
-    """The predictions and the certificates of all clients as one file each."""
     summary: dict[str, object] = {
         "votes": sum(int(p.votes.sum()) + int(p.selection_counts.sum()) for p in parts),
         "certification_seconds": round(sum(float(p.seconds.sum()) for p in parts), 3),

@@ -128,7 +128,6 @@ class _Follower:
         self._name, self._make, self._folder = name, make, folder
         self._logged = _Logged()
         self._tracker: Tracker | None = None
-        self._failed = False
 
     @property
     def complete(self) -> bool:
@@ -137,18 +136,14 @@ class _Follower:
 
     def begin(self, spec: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
         """Open the tracker, or resume its run; nothing if everything was logged."""
-
-        def opened() -> None:
+        with self._safely():
             self._folder.mkdir(parents=True, exist_ok=True)
             self._logged = self._stored()
-            if self.complete:
-                return
-            tracker = self._make(self._folder)
-            run = tracker.begin(spec, metadata, self._logged.run, self._logged.rounds)
-            self._tracker = tracker
-            self._store(replace(self._logged, run=run))
-
-        self._safely(opened)
+            if not self.complete:
+                tracker = self._make(self._folder)
+                run = tracker.begin(spec, metadata, self._logged.run, self._logged.rounds)
+                self._tracker = tracker
+                self._store(replace(self._logged, run=run))
 
     def log(
         self, history: Sequence[Mapping[str, Any]], certified: Mapping[str, float] | None
@@ -157,8 +152,7 @@ class _Follower:
         tracker = self._tracker
         if tracker is None:
             return
-
-        def logged() -> None:
+        with self._safely():
             for entry in history:
                 if entry["round"] >= self._logged.rounds:
                     tracker.log(round_numbers(entry), entry["round"])
@@ -167,13 +161,11 @@ class _Follower:
                 tracker.log(certified, self._logged.rounds)
                 self._store(replace(self._logged, certified=True))
 
-        self._safely(logged)
-
     def finish(self) -> None:
         """Close the tracker; what is missing is logged at the next start."""
-        tracker = self._tracker
-        if tracker is not None:
-            self._safely(lambda: tracker.finish(self.complete))
+        if self._tracker is not None:
+            with self._safely():
+                self._tracker.finish(self.complete)
             self._tracker = None
 
     def _stored(self) -> _Logged:
@@ -192,14 +184,13 @@ class _Follower:
         write_json(self._folder / _RECORD, asdict(logged))
         self._logged = logged
 
-    def _safely(self, action: Callable[[], None]) -> None:
+    @contextlib.contextmanager
+    def _safely(self) -> Iterator[None]:
         """Whatever a tracker's library raises: the run matters more than its tracker."""
-        if self._failed:
-            return
         try:
-            action()
+            yield
         except Exception as error:
-            self._failed = True
+            self._tracker = None
             _log.warning(
                 "Tracking with %s stopped: %s: %s. The run continues and keeps everything; the "
                 "same command later logs what is missing.",

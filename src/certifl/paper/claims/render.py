@@ -169,7 +169,6 @@ def _estimates(judged: Sequence[Finding]) -> str:
 
 
 def _hull(judged: Sequence[Finding]) -> str:
-    """The range of the intervals that could be given, and their number."""
     if not judged:
         return ""
     known = [t.together for t in judged if math.isfinite(t.together[0])]

@@ -127,7 +127,6 @@ def _fraction(margin: float, level: float) -> str:
 
 
 def _open(low: float, high: float, margin: float, level: float) -> str:
-    """Why an interval decides nothing."""
     here = _margin_at(margin, level)
     if here == margin or not _within(low, high, margin):
         return _width(low, high)

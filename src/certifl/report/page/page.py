@@ -408,7 +408,6 @@ def _small_picture(runs: Sequence[Row], at: int) -> Markup:
 
 
 def _plain(run: RunResults, rows: Sequence[tuple[str, int, int, int]]) -> Markup:
-    """Plain accuracies, which are no certificates."""
     cells = [
         [run.client_name(client), label, f"{images:,}", share_cell(summary.share(correct, images))]
         for label, client, images, correct in rows

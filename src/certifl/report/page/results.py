@@ -118,7 +118,6 @@ def _result_note(context: ReportContext) -> str:
 
 
 def _seeds_note(context: ReportContext) -> str:
-    """What the intervals say about training again."""
     if not context.several_seeds:
         return (
             "The intervals are about the choice of test images, not about training again with "
