@@ -221,11 +221,6 @@ class SeedGroup:
         """Whether some of the runs have curves only."""
         return any(run.curves_only for run in self.runs)
 
-    @property
-    def seeds(self) -> tuple[int | None, ...]:
-        """Of the runs."""
-        return tuple(run.seed for run in self.runs)
-
 
 Row = RunResults | SeedGroup  # one row of a page: runs of several seeds, or one run
 

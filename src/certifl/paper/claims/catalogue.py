@@ -98,14 +98,6 @@ class Claim:
         design = self.designs[0]
         return design.judged[0][1] if isinstance(design, Pairs) else rules.Superiority()
 
-    @property
-    def needs(self) -> frozenset[tuple[str, str]]:
-        """Families and sizes of sigma without which the claim cannot be supported."""
-        scopes = [design.scope for design in self.designs]
-        return frozenset(
-            (family, size) for s in scopes for family in s.required for size in s.sizes
-        )
-
 
 _EVERY = "all comparisons must be supported, one that is not supported refutes the claim"
 _SOME = "one supported comparison is enough, since the claim is that it can happen"
@@ -359,9 +351,10 @@ def _check(claim: Claim, pool: Pool, sampler: Sampler) -> ClaimResult:
     count = sum(finding.rule is not None for finding in findings)
     error = (1.0 - CONFIDENCE) / max(1, count)
     tested = tuple(_tested(finding, error) for finding in findings)
-    partly = not claim.needs <= {finding.panel for finding in findings} or not all(
-        part.findings for part in parts
-    )
+    scopes = [design.scope for design in claim.designs]
+    needed = {(family, size) for s in scopes for family in s.required for size in s.sizes}
+    panels = {finding.panel for finding in findings}
+    partly = not needed <= panels or not all(part.findings for part in parts)
     missing = dict.fromkeys(text for part in parts for text in part.missing)
     verdict = _verdict(claim, tested)
     if verdict == rules.SUPPORTED and partly:

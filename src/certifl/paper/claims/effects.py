@@ -57,12 +57,6 @@ class Layout:
     sizes: tuple[int, ...]
     images: bytes
 
-    @property
-    def enough_for_intervals(self) -> bool:
-        """Whether an interval of a mean has about its nominal coverage."""
-        beyond = sum(self.sizes) - len(self.sizes)
-        return not too_few(self.sizes) and beyond >= _FEWEST_BEYOND
-
 
 @dataclass(frozen=True, eq=False)
 class ResampledMeans:
@@ -355,15 +349,10 @@ class Quantity:
 def _effect(
     sampler: Sampler, run: StudyRun, source: Means | ResampledStatistic, level: float = math.inf
 ) -> Effect:
-    layout = sampler.layout(run)
-    return Effect(
-        source=source,
-        images=sum(layout.sizes),
-        clients=(len(layout.sizes),),
-        seeds=1,
-        enough=layout.enough_for_intervals,
-        level=level,
-    )
+    sizes = sampler.layout(run).sizes
+    # With fewer, an interval of a mean does not have about its nominal coverage.
+    enough = not too_few(sizes) and sum(sizes) - len(sizes) >= _FEWEST_BEYOND
+    return Effect(source, sum(sizes), (len(sizes),), 1, enough, level)
 
 
 def _acr(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:
