@@ -88,8 +88,7 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
     """Measure a few steps of a study and say what all of it will take.
 
     Args:
-        spec: the study.
-        data_dir: folder of data sets; not needed for those in `KNOWN`.
+        spec: the study. data_dir: folder of data sets; not needed for those in `KNOWN`.
         device: "auto" or a torch device.
 
     Raises:
@@ -329,8 +328,7 @@ class DataSize:
     """What must be known of a data set to plan with it.
 
     Attributes:
-        train, test: numbers of images.
-        shape: (c, h, w). classes: number of classes.
+        train, test: numbers of images. shape: (c, h, w). classes: number of classes.
     """
 
     train: int

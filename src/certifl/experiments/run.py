@@ -82,8 +82,7 @@ class Options:
             "cuda:0,cuda:1": training takes the first, certification all, a process each.
         overwrite: replace a run that lies in `out`.
         siblings: run folders whose finished training may be taken over instead of repeated.
-        report: called with progress.
-        command: how the run was started, for the record.
+        report: called with progress. command: how the run was started, for the record.
         track: names of experiment trackers that follow the run.
         workers: processes that train clients beside this one, one thread each; 0 = none. Networks
             of a million weights and more then round as on one thread.

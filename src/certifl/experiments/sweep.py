@@ -38,8 +38,7 @@ class Axis:
     """One key of the spec and its values.
 
     Attributes:
-        key: such as "training.lr".
-        values: as they were written.
+        key: such as "training.lr". values: as they were written.
         algorithm: the only algorithm that it applies to; None = all that have the key.
     """
 
@@ -153,8 +152,7 @@ def make_sweep(
     Args:
         values: of the spec file. settings: `key=value`, applied before the axes.
         axes: keys that the algorithm of a run lacks are left out of its spec.
-        seeds: None = that of the spec.
-        out: the folder.
+        seeds: None = that of the spec. out: the folder.
 
     Raises:
         SpecError: a wrong key or value, an axis that no run has, or runs that cannot be compared.

@@ -275,8 +275,7 @@ class GridPanel:
     Attributes:
         kind: "curves": a mean with its band per run; "clients": a curve per client of one run;
             "mixture": average certified radius against lambda, a line per sigma.
-        row, column: from the top left, counted from 0.
-        curves: what it shows.
+        row, column: from the top left, counted from 0. curves: what it shows.
     """
 
     kind: Literal["curves", "clients", "mixture"]

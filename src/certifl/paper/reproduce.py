@@ -38,8 +38,7 @@ class Plan:
     """The runs of some figures at one scale.
 
     Attributes:
-        scale: of the study. out: the study folder.
-        figures: by name.
+        scale: of the study. out: the study folder. figures: by name.
         jobs: distinct runs; a training comes before those that continue it.
         shown: of each figure, the hashes of the specs of its runs.
     """
@@ -224,8 +223,7 @@ class Cost:
 
     Attributes:
         runs: number of distinct ones. done: number of finished ones.
-        trainings: remaining, fine-tuning not counted.
-        votes_at_most: remaining.
+        trainings: remaining, fine-tuning not counted. votes_at_most: remaining.
         seconds: remaining, roughly.
         measured: share of the remaining runs whose speed is known from finished runs.
         unknown: number of remaining runs whose speed nothing says; `seconds` leaves them out.

@@ -147,8 +147,7 @@ def arranged(
     its new label.
 
     Args:
-        runs: of one report.
-        labels: new label of each row that gets one.
+        runs: of one report. labels: new label of each row that gets one.
         order: the rows that come first; the others follow in the order of `runs`.
         colors: of each row that gets another, as matplotlib names them: "#0072B2", "tab:orange".
 

@@ -280,8 +280,7 @@ def load(path: Path, settings: Sequence[str] = ()) -> Spec:
     """Read a spec file and apply `key=value` settings to it.
 
     Args:
-        path: a TOML file.
-        settings: such as `training.lr=0.05`; later ones win.
+        path: a TOML file. settings: such as `training.lr=0.05`; later ones win.
 
     Raises:
         SpecError: the file is missing, is not TOML, or a key, type, range or combination is wrong.

@@ -86,8 +86,7 @@ def resampled_means(values: Floats, draws: int, *ids: int) -> Floats:
     A single image has no spread: all its draws are equal.
 
     Args:
-        values: (images, columns), at least one image.
-        draws: number of draws.
+        values: (images, columns), at least one image. draws: number of draws.
         ids: name the stream; equal ids and images give the same draws.
     """
     images = len(values)
@@ -301,8 +300,7 @@ class Effect:
 
     Attributes:
         source: what its interval is computed from.
-        images, clients: their numbers, of all samples.
-        seeds: number of trainings.
+        images, clients: their numbers, of all samples. seeds: number of trainings.
         enough: whether there are enough images for any interval.
         level: of the better run, in the compared quantity or the one it is a spread of; at a small
             level every difference is small. Infinite where there is none.
