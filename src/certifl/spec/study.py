@@ -205,7 +205,7 @@ class Spec(sections.Section):
 
     @sections.once
     def augmentations(self) -> tuple[Choice, Choice]:
-        """What augments federated training and personalisation: for all, or per client."""
+        """What augments federated training and personalization: for all, or per client."""
         personal = self.augmentation.personalized
         federated = self._augmentation(self.augmentation.federated)
         return federated, federated if personal == sections.SAME else self._augmentation(personal)
