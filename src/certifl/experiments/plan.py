@@ -115,7 +115,7 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
     speed = _votes_per_second(spec, network, data, images_of)
     settings = spec.certification.settings()
     at_most = engine.expected_votes(certified, settings)
-    share = EXPECTED_SHARE if _stops_early(spec) else 1.0
+    share = EXPECTED_SHARE if ESTIMATORS[spec.certification.estimator].stops_early else 1.0
     expected = math.ceil(share * at_most)
     images = (data.train + data.test) * math.prod(data.shape)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -143,15 +143,11 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
     )
 
 
-def _stops_early(spec: Spec) -> bool:
-    return ESTIMATORS[spec.certification.estimator].stops_early
-
-
 def _assumptions(spec: Spec, share: float) -> list[str]:
     votes = (
         f"Votes expected are {100 * share:.0f} % of those at most, a rough share: between 8 % and "
         "45 % were seen on trained models. Fewer radii to report, fewer votes."
-        if _stops_early(spec)
+        if share < 1.0
         else f"The estimator {spec.certification.estimator!r} casts all votes for every image."
     )
     return [

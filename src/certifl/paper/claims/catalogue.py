@@ -347,15 +347,15 @@ def check_runs(
 
 def _check(claim: Claim, pool: Pool, sampler: Sampler) -> ClaimResult:
     parts = [design.findings(pool, sampler) for design in claim.designs]
-    findings = [finding for part in parts for finding in part.findings]
+    findings = [finding for found, _ in parts for finding in found]
     count = sum(finding.rule is not None for finding in findings)
     error = (1.0 - CONFIDENCE) / max(1, count)
     tested = tuple(_tested(finding, error) for finding in findings)
     scopes = [design.scope for design in claim.designs]
     needed = {(family, size) for s in scopes for family in s.required for size in s.sizes}
     panels = {finding.panel for finding in findings}
-    partly = not needed <= panels or not all(part.findings for part in parts)
-    missing = dict.fromkeys(text for part in parts for text in part.missing)
+    partly = not needed <= panels or not all(found for found, _ in parts)
+    missing = dict.fromkeys(text for _, texts in parts for text in texts)
     verdict = _verdict(claim, tested)
     if verdict == rules.SUPPORTED and partly:
         verdict = rules.UNDECIDED

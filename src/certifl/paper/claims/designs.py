@@ -53,7 +53,7 @@ class Pairs:
     same_start: bool = False
     together: bool = False
 
-    def findings(self, pool: Pool, sampler: Sampler) -> DesignResult:
+    def findings(self, pool: Pool, sampler: Sampler) -> Found:
         """All pairs of matching runs."""
         firsts, seconds = pool.of(self.first, self.scope), pool.of(self.second, self.scope)
         found: list[Finding] = []
@@ -121,7 +121,7 @@ class Growth:
     reported: tuple[str, ...] = ()
     from_at_most: int | None = None
 
-    def findings(self, pool: Pool, sampler: Sampler) -> DesignResult:
+    def findings(self, pool: Pool, sampler: Sampler) -> Found:
         """One comparison for each set of runs that differ in the number of clients alone."""
         found: list[Finding] = []
         missing: list[str] = []
@@ -232,12 +232,8 @@ class Finding:
     why: str = ""
 
 
-@dataclass(frozen=True, eq=False)
-class DesignResult:
-    """Comparisons that could be made, and the runs that are missing for others."""
-
-    findings: tuple[Finding, ...]
-    missing: tuple[str, ...]
+Found = tuple[list[Finding], list[str]]
+"""Comparisons that could be made, and the runs that are missing for others."""
 
 
 def label(cell: Cell, role: Role) -> str:
@@ -305,7 +301,7 @@ def _result(
     scope: Scope,
     what: str,
     seen: Collection[tuple[str, str]] = (),
-) -> DesignResult:
+) -> Found:
     """The comparisons, and what is missing: runs, and panels of the paper without any run.
 
     Args:
@@ -318,7 +314,7 @@ def _result(
         if (family, size) not in known:
             noise = Noise(family, _PAPER_SIGMA[family][0 if size == SMALL else 1], "")
             untested.append(f"{what}: {noise.words(_UNITS[family])}, {counts} clients")
-    return DesignResult(tuple(findings), (*missing, *untested))
+    return list(findings), [*missing, *untested]
 
 
 # Claims about lambda: which value is best, and how much of its gain is the pull to the mean.
@@ -339,7 +335,7 @@ class Best:
     value: float
     scope: Scope
 
-    def findings(self, pool: Pool, sampler: Sampler) -> DesignResult:
+    def findings(self, pool: Pool, sampler: Sampler) -> Found:
         """The value against every other one with the same learning rate."""
         cells = pool.of(MIXTURE, self.scope)
         named = [c for c in cells if math.isclose(_lambda(c), self.value)]
@@ -404,7 +400,7 @@ class Matched:
 
     scope: Scope
 
-    def findings(self, pool: Pool, sampler: Sampler) -> DesignResult:
+    def findings(self, pool: Pool, sampler: Sampler) -> Found:
         """One decomposition for each lambda that has a run with matched steps."""
         found: list[Finding] = []
         missing: list[str] = []
