@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from certifl.cli.common import command_line, load_study, run_folder, say
+from certifl.cli.common import Overwrite, command_line, load_study, run_folder, say
 from certifl.errors import RequestError, WorkError
 from certifl.path_checks import check_client_settings, check_deploy_folder, is_run
 
@@ -184,9 +184,7 @@ def run(
     piece: Annotated[
         float, typer.Option(min=0.1, help="Seconds of certification per message.")
     ] = 60.0,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing run.")
-    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train and certify with the connected clients; the same command resumes.
 

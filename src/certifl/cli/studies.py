@@ -255,15 +255,8 @@ def reproduce(
         return
     at_once = processes_here(jobs, size.jobs, device, overwrite)
     with common.interruptible(overwrite), terminal.Board() as board:
-        options = Options(
-            study.out,
-            data_dir,
-            device,
-            overwrite,
-            report=board.report,
-            command=common.command_line(),
-            workers=workers,
-        )
+        where, command = (study.out, data_dir, device, overwrite), common.command_line()
+        options = Options(*where, report=board.report, command=command, workers=workers)
         with helped(study.jobs, options, at_once):
             for folder, changed in compute(study, options, board.stage):
                 page = folder / "report.html"
