@@ -5,24 +5,25 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from certifl.certification.certificates import Certificates
 from certifl.certification.metadata import below_sigma
-from certifl.experiments.hub import Prediction
-from certifl.experiments.plan import Plan
-from certifl.experiments.sweep import Cost as SweepCost
-from certifl.paper.claims.rules import NOT_TESTED
-from certifl.paper.reproduce import Cost
 from certifl.perturbations import covers_received
 from certifl.perturbations.units import format_amount
 from certifl.progress import TerminalBars, clock
 from certifl.safe_io import visible
-from certifl.study.environment import Check
+
+if TYPE_CHECKING:
+    from certifl.certification.certificates import Certificates
+    from certifl.experiments.hub import Prediction
+    from certifl.experiments.plan import Plan
+    from certifl.experiments.sweep import Cost as SweepCost
+    from certifl.paper.reproduce import Cost
+    from certifl.study.environment import Check
 
 _WIDEST = 400
 _YEAR = 365.25  # days
@@ -182,6 +183,8 @@ def _show_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def show_claims(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
     """A line for each claim with its verdict, then each verdict in words."""
+    from certifl.paper.claims.rules import NOT_TESTED  # other commands need not wait for it
+
     rows = _printable(list(rows))
     keys = ("claim", "verdict", "effect", "interval", "images", "clients")
     head = ("claim", "verdict", "effect, points", "95 %", "images", "clients")
