@@ -329,8 +329,9 @@ def _row(context: ReportContext, one: Recommendation) -> list[str]:
     scale, labels = context.scale, [run.label for run in context.runs]
     others = listed([labels[i] for i in sorted(one.tied)]) if one.tied else ""
     local = position_of_local(context.runs)
-    apart = local is not None and local != best
-    alone = compare.difference(part.pairs, best, local) if apart else None
+    alone = None
+    if local is not None and local != best:
+        alone = compare.difference(part.pairs, best, local)
     return [
         *known,
         verbatim(labels[best] + (f"; {NO_DIFFERENCE} from {others}" if others else "")),
