@@ -31,7 +31,7 @@ _MUST_AGREE = ("family", "norm", "unit")
 # Parts of a run whose clients are reported apart.
 TRAINED, UNSEEN = "clients in training", "unseen clients"
 # Runs of one row may differ in these keys of the spec, and must agree in this metadata.
-_NO_SETTINGS = ("seed", "name", "certification.precision")
+_NO_SETTINGS = ("seed", "name")
 _DECISIVE = ("family", "sigma", "law", "norm", "alpha", "n0", "n", "estimator")
 
 
@@ -466,6 +466,10 @@ def decisive_settings(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a spec by "section.key", which decide whether runs can be compared.
 
     A later key with the value that all older runs had is left out, so that runs of older versions
-    can be compared with newer ones.
+    can be compared with newer ones; so is a precision that votes with the trained network. One in
+    int8 is another network.
     """
-    return {k: v for k, v in flat_keys(spec).items() if k not in LATER or v != LATER[k]}
+    settings = {k: v for k, v in flat_keys(spec).items() if k not in LATER or v != LATER[k]}
+    if settings.get("certification.precision") != "int8":
+        settings.pop("certification.precision", None)
+    return settings
