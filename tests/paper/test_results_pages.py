@@ -17,7 +17,7 @@ from PIL import Image
 
 import claims_factory as factory
 from certifl.paper.claims import CLAIMS
-from certifl.paper.claims.testing import check_runs
+from certifl.paper.claims.catalogue import check_runs
 from certifl.paper.figures import FIGURES
 from certifl.report import load_run
 from certifl.report.summary import client_acr, client_curves, largest_radius

@@ -65,7 +65,7 @@ def test_a_seed_in_int8_is_another_row() -> None:
     spec = tomllib.loads(int8.spec)
     spec.setdefault("certification", {})["precision"] = "int8"
     int8 = dataclasses.replace(int8, spec=tomli_w.dumps(spec))
-    assert [row.seeds for row in by_seed([float32, int8])] == [(0,), (1,)]
+    assert [[run.seed for run in row.runs] for row in by_seed([float32, int8])] == [[0], [1]]
 
 
 def test_images_that_two_seeds_share_by_chance_do_not_matter() -> None:
