@@ -1,80 +1,24 @@
-"""The privacy of a run: its key, its mechanism, and its entry in the run's manifest."""
+"""What training spent of privacy, and what that covers: in run.json, labels and cards."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from certifl.errors import InputError, StoreError
 from certifl.federated.privacy import (
     ACCOUNTANT,
-    ClientLedger,
-    ClientLevel,
     ExampleLedger,
-    ExampleLevel,
-    check_network,
-    derived_key,
     epsilon,
     finetuning_epochs,
     plan_clients,
-    plan_examples,
     sends_nothing,
 )
-from certifl.runs.atomic import write_secret
-from certifl.safe_io import SPEC_BYTES, read_bytes
 from certifl.spec import Spec
 
-KEY_FILE = "privacy.key"
-_KEY_BYTES = 32
-
-
-@dataclass(frozen=True)
-class Protection:
-    """Mechanism and ledger of a private training; empty where the spec has no privacy."""
-
-    example: ExampleLevel | None = None
-    client: ClientLevel | None = None
-    ledger: ExampleLedger | ClientLedger | None = None
-
-
-def protection(spec: Spec, model: nn.Module, sizes: Sequence[int], key: bytes) -> Protection:
-    """Mechanism and ledger of a spec.
-
-    Args:
-        spec: of the run.
-        model: the network that is trained.
-        sizes: number of training images of each client.
-        key: of the training, `training_key`; any key to check whether the request is possible.
-
-    Raises:
-        ModelError: the network cannot be trained with privacy.
-        SpecError: the target is impossible, or opacus is not installed.
-    """
-    privacy = spec.privacy
-    if privacy.kind == "none":
-        return Protection()
-    check_network(model, privacy.kind)
-    if privacy.kind == "example":
-        example, ledger = plan_examples(
-            privacy.budget(), spec.algorithm, spec.training.schedule(), sizes, key
-        )
-        return Protection(example=example, ledger=ledger)
-    client, ledger = plan_clients(
-        privacy.budget(),
-        spec.algorithm,
-        spec.training.rounds,
-        spec.clients.seen,
-        spec.clients.participation,
-        key,
-    )
-    return Protection(client=client, ledger=ledger)
+if TYPE_CHECKING:
+    from certifl.study.setup import Protection
 
 
 def private_label(spec: Spec) -> str:
@@ -91,39 +35,6 @@ def private_label(spec: Spec) -> str:
             return f"{label}, own models without"
         return f"{label} before fine-tuning" if finetuning_epochs(spec.algorithm) else label
     return f"noise {privacy.noise_multiplier:g} per {of}"
-
-
-def training_key(spec: Spec, folder: Path) -> bytes:
-    """The key of a training's noise and samples, another one for every training.
-
-    A personalized training has the key of its base: their common rounds are the same.
-
-    Args:
-        spec: of the run.
-        folder: the run folder, which stores a secret; it is drawn when first needed.
-
-    Raises:
-        StoreError: the secret cannot be read or written.
-    """
-    secret = str(spec.seed).encode()
-    if spec.privacy.noise_key == "secret":
-        secret = _secret(folder / KEY_FILE)
-    return derived_key(secret, "training", spec.training_hash(of_base=True))
-
-
-def _secret(path: Path) -> bytes:
-    if not path.exists():
-        write_secret(path, os.urandom(_KEY_BYTES))
-    try:
-        content = read_bytes(path, SPEC_BYTES)
-    except (OSError, InputError) as error:
-        raise StoreError(f"{path} cannot be read: {error}. Restore its permissions.") from error
-    if len(content) != _KEY_BYTES:
-        raise StoreError(
-            f"{path} is damaged: it must hold {_KEY_BYTES} bytes. Without it the training cannot "
-            "be resumed; repeat the run with --overwrite."
-        )
-    return content
 
 
 def spent(
