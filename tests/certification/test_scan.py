@@ -271,6 +271,8 @@ def test_verification_finds_every_kind_of_tampering() -> None:
         ),
         "cannot be read": changed(made, "scan_votes", row, b"nothing"),
         "level": changed(made, "level", row, 0.01),
+        "selection votes": changed(made, "selection_counts", row, [5, 5, 0, 0]),
+        "number of looks": changed(made, "looks", row, 99),
     }
     for says, certificates in tampered.items():
         findings = verify(certificates)

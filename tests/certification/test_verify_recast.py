@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +53,11 @@ def runs(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     place = tmp_path_factory.mktemp("honest")
     options = {name: RunOptions(place / name, explore=False) for name in STUDIES}
     return {name: run(study(), options[name]).path for name, study in STUDIES.items()}
+
+
+@pytest.fixture
+def copied(runs: dict[str, Path], tmp_path: Path) -> RunFolder:
+    return RunFolder(shutil.copytree(runs["runner-up"], tmp_path / "run"))
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -135,40 +138,30 @@ def test_votes_invented_consistently_are_found_by_casting_them_again(
     assert "follow from their votes" not in answer.out
 
 
-def test_one_vote_is_found_on_the_same_machine(runs: dict[str, Path], tmp_path: Path) -> None:
-    place = Path(shutil.copytree(runs["runner-up"], tmp_path / "run"))
-    folder = RunFolder(place)
-    made = folder.load_certificates()
-    assert recast_run(place, Options(images=6)).problems == ()
+def test_one_vote_is_found_on_the_same_machine(copied):
+    made = copied.load_certificates()
+    assert recast_run(copied.path, Options(images=6)).problems == ()
     counts, row = made.counts.copy(), int(made.radius.argmin())
     top = int(counts[row].argmax())
     counts[row, [top, (top + 1) % 10]] += [-1, 1]
-    dataclasses.replace(made, counts=counts).save(folder.certificates)
-    (problem,) = recast_run(place, Options(images=6)).problems
+    dataclasses.replace(made, counts=counts).save(copied.certificates)
+    (problem,) = recast_run(copied.path, Options(images=6)).problems
     assert f"image {made.index[row]}: 1 of its 300 votes are others" in problem
 
 
-def test_an_old_record_without_instructions_is_not_taken_for_the_same_machine(
-    runs: dict[str, Path], tmp_path: Path
-) -> None:
-    place = Path(shutil.copytree(runs["runner-up"], tmp_path / "run"))
-    folder = RunFolder(place)
-    machine = {k: v for k, v in folder.manifest()["machine"].items() if k != "instructions"}
-    folder.update({"machine": machine})
-    found = recast_run(place, Options(images=1))
+def test_an_old_record_without_instructions_is_not_taken_for_the_same_machine(copied):
+    machine = {k: v for k, v in copied.manifest()["machine"].items() if k != "instructions"}
+    copied.update({"machine": machine})
+    found = recast_run(copied.path, Options(images=1))
     assert (found.how, found.differing) == (ROUNDING, 0)
 
 
 @pytest.mark.parametrize("size", [0, -5, 10**9, "all", None, True])
-def test_a_batch_size_that_was_altered_cannot_fill_the_memory(
-    size: Any, runs: dict[str, Path], tmp_path: Path
-) -> None:
-    place = Path(shutil.copytree(runs["runner-up"], tmp_path / "run"))
-    folder = RunFolder(place)
-    made = folder.load_certificates()
+def test_a_batch_size_that_was_altered_cannot_fill_the_memory(size, copied):
+    made = copied.load_certificates()
     metadata = {**made.conditions, "batch_size": size, "threads": size}
-    dataclasses.replace(made, conditions=metadata).save(folder.certificates)
-    assert recast_run(place, Options(images=1)).how == ROUNDING
+    dataclasses.replace(made, conditions=metadata).save(copied.certificates)
+    assert recast_run(copied.path, Options(images=1)).how == ROUNDING
 
 
 def test_the_threads_of_this_process_stay_what_they_were(runs: dict[str, Path]) -> None:
@@ -286,45 +279,31 @@ def test_a_network_of_ones_own_needs_its_code(tmp_path: Path) -> None:
     assert sys.path == path
 
 
-def test_what_cannot_be_cast_again_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_what_cannot_be_cast_again_is_refused(runs, copied):
     file = runs["runner-up"] / "certificates.parquet"
     tiny.cli("verify", file, "--recast", "1").refused("needs the run folder")
-    place = Path(shutil.copytree(runs["runner-up"], tmp_path / "run"))
-    manifest = json.loads((place / "run.json").read_text())
-    RunFolder(place).update({**manifest, "deployment": {"id": "x"}})
-    tiny.cli("verify", place, "--recast", "1").refused("images are with its clients")
+    copied.update({"deployment": {"id": "x"}})
+    tiny.cli("verify", copied.path, "--recast", "1").refused("images are with its clients")
     with pytest.raises(InputError, match="at least 1"):
         recast_run(runs["runner-up"], Options(images=0))
 
 
-def test_findings_come_before_casting_again(runs: dict[str, Path], tmp_path: Path) -> None:
-    place = Path(shutil.copytree(runs["runner-up"], tmp_path / "run"))
-    folder = RunFolder(place)
-    made = folder.load_certificates()
-    dataclasses.replace(made, index=made.index + 10**6).save(folder.certificates)
-    answer = tiny.cli("verify", place, "--recast", "1")
+def test_findings_come_before_casting_again(copied):
+    made = copied.load_certificates()
+    dataclasses.replace(made, index=made.index + 10**6).save(copied.certificates)
+    answer = tiny.cli("verify", copied.path, "--recast", "1")
     assert answer.code == 1
     assert "cast again" not in answer.err
 
 
-def compiled(place: Path) -> Path:
+def test_votes_of_compiled_networks_are_verified_but_not_cast_again(copied):
     """As if 0.1.0 had cast the votes with a compiled network."""
-    folder, name = RunFolder(place), "float32-compiled"
-    folder.spec.write_text(
-        folder.spec.read_text().replace('precision = "auto"', f'precision = "{name}"')
-    )
-    folder.update({"spec_hash": load_stored(folder.spec).hash(), "precision": name})
-    made = folder.load_certificates()
-    dataclasses.replace(made, conditions={**made.conditions, "precision": name}).save(
-        folder.certificates
-    )
-    return place
-
-
-def test_votes_of_compiled_networks_are_verified_but_not_cast_again(
-    runs: dict[str, Path], tmp_path: Path
-) -> None:
-    place = compiled(Path(shutil.copytree(runs["runner-up"], tmp_path / "run")))
-    tiny.cli("verify", place).fine("certificates follow")
-    said = tiny.cli("verify", place, "--recast", "1")
+    name, text = "float32-compiled", copied.spec.read_text()
+    copied.spec.write_text(text.replace('precision = "auto"', f'precision = "{name}"'))
+    copied.update({"spec_hash": load_stored(copied.spec).hash(), "precision": name})
+    made = copied.load_certificates()
+    changed = {**made.conditions, "precision": name}
+    dataclasses.replace(made, conditions=changed).save(copied.certificates)
+    tiny.cli("verify", copied.path).fine("certificates follow")
+    said = tiny.cli("verify", copied.path, "--recast", "1")
     said.refused("'float32-compiled'", "removed in 0.2.0", "without --recast")

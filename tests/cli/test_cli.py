@@ -18,12 +18,12 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_help_of_every_command() -> None:
-    whole = tiny.process("--help")
-    assert whole.code == 0
+    whole = tiny.cli("--help")
+    whole.fine()
     for command in COMMANDS:
         assert f"  {command} " in whole.out
         answer = tiny.cli(command, "--help")
-        assert answer.code == 0
+        answer.fine()
         assert "Usage: certifl" in answer.out
         assert "--help" in answer.out
 
@@ -43,14 +43,13 @@ def test_usage_errors_end_with_two(arguments: list[str], says: str) -> None:
     answer = tiny.cli(*arguments)
     assert answer.code == 2
     assert says in answer.err
-    assert "Traceback" not in answer.err
 
 
 def test_exit_codes_of_a_real_process(tmp_path: Path) -> None:
     spec = tiny.write_spec(tmp_path)
     out = tmp_path / "run"
     wrong = tiny.process("run", spec, "--out", out, "--set", "trainign.lr=1")
-    wrong.refused("trainign", "Did you mean 'training'?")
+    wrong.refused("trainign", "Did you mean 'training'?")  # others in tests/spec
     assert not out.exists()
 
 
@@ -60,42 +59,12 @@ def test_exit_codes_of_a_real_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("training.learning_rate=1", ["training.learning_rate", "no such key", "lr"]),
-        ("training.lr=fast", ["training.lr", "number", "'fast'"]),
-        ("training.lr=inf", ["training.lr", "finite"]),
-        ("training.lr=-1", ["training.lr", "greater than 0"]),
-        ("training.rounds=2.5", ["training.rounds", "whole number"]),
-        ("training=3", ["training", "section [training]"]),
-        ("seed=2020-01-01", ["seed", "whole number"]),
-        ("seed=-1", ["seed", "greater than or equal to 0"]),
-        ("clients.count=41", ["data.test_images", "clients.count"]),
-        ("clients.split=even", ["clients", "uniform"]),
-        ("model.name=resnet81", ["model", "small_resnet", "module:function"]),
-        ("algorithm=fedavg", ["algorithm", '{ name = "fedavg" }']),
-        ("algorithm.name=fedsgd", ["algorithm", "'fedsgd'", "mixture"]),
-        ("algorithm.lambda=1", ["algorithm", "'lambda'", "weighting"]),
-        ("algorithm={name='mixture', personalization=2}", ["algorithm", "personalization", "0"]),
-        ("augmentation.personalized=none", ["augmentation.personalized", "personalized"]),
-        ("augmentation.federated=blur", ["augmentation.federated", '"none"']),
-        ("certification.estimator=best", ["certification", "sequential"]),
-        ("certification.alpha=0.7", ["alpha", "0.5"]),
-        ("certification.n=0", ["certification", "n must lie between 1"]),
-        ("certification.perturbation.family=shear", ["certification.perturbation", "smooth_flow"]),
-        ("certification.perturbation.sigma=0.1pu", ["certification.perturbation", "18deg"]),
-        ("certification.precision=half", ["certification.precision", "bfloat16"]),
-        ("data.name=", ["data.name"]),
         ("data.train_images=5000", ["train_images", "1397"]),
         ("data.test_images=5000", ["test_images", "400"]),
         ("data.name=./missing", ["./missing", "train/CLASS/*.png"]),
         ("data.label_column=digit", ["digits has no columns"]),
         ("model.name=no_such_module:make", ["no_such_module", "PYTHONPATH"]),
         ("model.name=json:dumps", ["json:dumps", "in_channels"]),
-        ("model.options={width=3}", ["model", "width"]),
-        ("lr", ["--set takes key=value"]),
-        ("certification.n=5", ["n = 11 or more"]),
-        ("training.flip=yes", ["must be true or false"]),
-        ("certification.radii=0.1", ["must be a list"]),
-        ("privacy.kind=dp", ["must be 'none', 'example' or 'client'"]),
     ],
 )
 def test_a_wrong_setting_is_one_clear_line_and_writes_nothing(
@@ -120,12 +89,6 @@ def test_a_wrong_device_is_refused_before_anything_is_written(tmp_path: Path) ->
         "'warp9'", "cuda:1"
     )
     assert not (tmp_path / "r").exists()
-
-
-def test_a_date_in_a_spec_file_is_refused_like_any_other_value(tmp_path: Path) -> None:
-    spec = tiny.write_spec(tmp_path)
-    spec.write_text(spec.read_text().replace('name = "tiny"', "name = 2020-01-01"))
-    tiny.cli("run", spec, "--out", tmp_path / "r").refused("name", "string")
 
 
 def test_files_that_are_no_spec(tmp_path: Path) -> None:
@@ -191,5 +154,7 @@ def test_help_shows_whole_sentences_and_list_every_name() -> None:
     assert groups == ["Models", "Federation", "Results", "Installation"]
     assert "quickstart" in commands
     assert "..." not in commands
-    listed = tiny.cli("list").out
-    assert all(name in listed for name in ("column", "trimmed-mean", "krum", "scan", "fedrep"))
+    tiny.cli("list").fine(
+        "digits", "small_cnn", "mixture", "smooth_flow", "sequential", "column", "trimmed-mean",
+        "krum", "scan", "fedrep", "objectives augmented, consistency, smoothadv, macer, stability",
+    )  # fmt: skip

@@ -21,7 +21,8 @@ for words in json.loads(sys.argv[1]):
             main()
     except SystemExit as ended:
         code = ended.code
-    heavy = {n for n in ("torch", "numpy", "scipy", "pyarrow", "pydantic") if n in sys.modules}
+    heavy = {n for n in ("torch", "numpy", "scipy", "pyarrow", "pydantic", "matplotlib",
+             "sklearn", "pandas") if n in sys.modules}
     print(json.dumps({"code": code, "heavy": sorted(heavy - before), "said": said.getvalue()}))
     before |= heavy
 """
@@ -56,16 +57,33 @@ WRONG = [
     ("deploy", "renew", "missing"),
 ]
 COMMANDS = ("run", "plan", "report", "certify", "predict", "deploy", "list")
+# Wrong keys, names and values of a spec, with a word of what is said.
+VALUES = {
+    "clients.cuont=3": "clients.cuont",
+    "training.lr=0": "training.lr",
+    "algorithm.name=fedavgg": "fedavg",
+    "clients.split=unifrom": "uniform",
+    "model.name=resnet19": "resnet18",
+    "model.options={norm='layer'}": "norm",
+    "certification.perturbation.family=rotaton": "rotation",
+    "certification.perturbation.sigma=18grad": "sigma",
+    "certification.estimator=best": "estimator",
+    "objective.name=macre": "macer",
+    "aggregation.rule=mode": "median",
+}
 HELP = [("--help",), *((name, "--help") for name in COMMANDS), ("deploy", "run", "--help")]
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], dict[str, Any]]:
     """What every command line ended with."""
-    folder, asked = tmp_path_factory.mktemp("place"), [*WRONG, *HELP]
+    specs = [("run", "study.toml", "--set", change) for change in VALUES]
+    folder, asked = tmp_path_factory.mktemp("place"), [*WRONG, *HELP, *specs]
     (folder / "folder").mkdir()
     (folder / "broken.toml").write_text("sigma = 18deg\n")
     (folder / "fine.toml").write_text("[data]\nname = 'digits'\n")
+    certification = "perturbation = { family = 'rotation', sigma = '18deg' }"
+    (folder / "study.toml").write_text(f"data.name = 'digits'\n[certification]\n{certification}\n")
     done = subprocess.run(
         [sys.executable, "-c", _CALLED, json.dumps(asked)],
         cwd=folder, capture_output=True, text=True, timeout=60, check=True,
@@ -84,3 +102,11 @@ def test_what_is_wrong_is_refused_at_once(arguments: tuple[str, ...], outcomes: 
 @pytest.mark.parametrize("arguments", HELP, ids=" ".join)
 def test_help_is_shown_at_once(arguments: tuple[str, ...], outcomes: Any) -> None:
     assert (outcomes[arguments]["code"], outcomes[arguments]["heavy"]) == (0, [])
+
+
+@pytest.mark.parametrize("change", VALUES)
+def test_a_wrong_spec_is_refused_without_what_computes(change, outcomes):
+    ended = outcomes["run", "study.toml", "--set", change]
+    assert ended["code"] == 2
+    assert set(ended["heavy"]) <= {"pydantic", "numpy"}
+    assert VALUES[change] in ended["said"]

@@ -22,26 +22,9 @@ from certifl.study.opened_run import OpenRun
 
 # What torch and others import if they find it, what Python's own start imports, and packages.
 HOSTILE = [
-    "dill",
-    "pynvml",
-    "cuda",
-    "triton",
-    "cupy",
-    "onnx",
-    "optree",
-    "pandas",
-    "numpy",
-    "torch",
-    "pyarrow",
-    "matplotlib",
-    "datasets",
-    "typing",
-    "dataclasses",
-    "struct",
-    "multiprocessing",
-    "tomllib",
-    "__future__",
-    "usercustomize",
+    *("dill", "pynvml", "cuda", "triton", "cupy", "onnx", "optree", "pandas", "numpy", "torch"),
+    *("pyarrow", "matplotlib", "datasets", "typing", "dataclasses", "struct", "multiprocessing"),
+    *("tomllib", "__future__", "usercustomize"),
 ]
 NET = """
 from torch import nn
@@ -100,12 +83,7 @@ def test_nothing_of_the_folder_is_imported(received: Path, start: str) -> None:
     if start == "script" and not SCRIPT.is_file():
         pytest.skip("certifl is not installed here")
     done = subprocess.run(
-        STARTS[start],
-        cwd=received,
-        env=tiny.environment(),
-        capture_output=True,
-        text=True,
-        check=False,
+        STARTS[start], cwd=received, env=tiny.environment(), capture_output=True, text=True
     )
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == 0, done.stderr

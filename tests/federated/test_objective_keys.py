@@ -20,7 +20,7 @@ from certifl.smoothing.laws import UNIFORM, Law
 from certifl.spec import load, with_settings
 from certifl.study.setup import label_of
 from tiny_federation import SCHEDULE, Noise, TinyNet, client_data
-from tiny_study import VALUES, cli, spec
+from tiny_study import VALUES, spec
 
 PIXEL = PixelNoise(0.3)
 
@@ -108,10 +108,6 @@ def test_labels_name_the_objective_where_it_is_not_the_papers():
     assert label_of(spec("objective.name=consistency")) == "FedAvg, consistency"
     mixture = "algorithm={name='mixture', personalization=0.5}"
     assert label_of(spec("objective.name=macer", mixture)) == "Mixture, λ = 0.5, MACER"
-
-
-def test_the_list_shows_objectives():
-    cli("list").fine("objectives augmented, consistency, smoothadv, macer, stability")
 
 
 def test_a_run_trains_with_the_objective_of_its_spec(tmp_path):

@@ -153,12 +153,6 @@ def test_training_in_which_all_diverge_ends_with_advice(tmp_path: Path) -> None:
     again.refused("2 of its 2 clients failed and at least 1 must remain", code=1)
 
 
-def test_answer_within_needs_workers(tmp_path: Path) -> None:
-    file = tiny.write_spec(tmp_path)
-    asked = ("run", file, "--out", tmp_path / "run", "--answer-within", "10")
-    tiny.cli(*asked).refused("--answer-within needs --workers")
-
-
 # What a reader sees of clients that failed.
 
 

@@ -1,12 +1,10 @@
-"""The engine against plain loops that follow the paper's equations."""
+"""The engine against plain loops: those of the paper's equations, and those of its benchmark."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
+from argparse import Namespace
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,19 +24,9 @@ from certifl.federated import (
 )
 from certifl.perturbations import Rotation
 from certifl.runs.checkpoints import Checkpoints
+from scripts import load_script
 
-TWIN = Path(__file__).resolve().parents[2] / "examples" / "paper_in_one_file.py"
-
-
-def load_twin():
-    spec = importlib.util.spec_from_file_location("paper_in_one_file", TWIN)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-twin = load_twin()
+twin = load_script("examples/paper_in_one_file.py")
 
 
 @dataclass(frozen=True)
@@ -159,3 +147,16 @@ def test_the_script_prints_a_table(capsys, monkeypatch):
         at_0, at_5, at_10 = (float(number) for number in line.split()[1:4])
         assert 1 >= at_0 >= at_5 >= at_10 >= 0
         assert np.isfinite(float(line.split()[4]))
+
+
+def test_all_of_the_benchmark_begin_with_images_on_the_host():
+    """In benchmarks/training_gpu.py, or the engine would be spared a transfer of the loader's."""
+    benchmark = load_script("benchmarks/training_gpu.py")
+    options = Namespace(
+        images=23, clients=2, device="meta", perturbation="none", model="small_cnn", batch=4
+    )
+    setting = benchmark.setting_of(options)
+    assert setting.device == torch.device("meta")
+    assert [len(data) for data in setting.clients] == [12, 11]
+    where = {t.device.type for data in setting.clients for t in (data.images, data.labels)}
+    assert where == {"cpu"}

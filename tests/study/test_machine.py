@@ -89,6 +89,7 @@ def test_training_is_gone_before_certification_begins(tmp_path, monkeypatch):
         "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory",
         "[Errno 12] Cannot allocate memory",
         "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
         "GET was unable to find an engine to execute this computation",
     ],
 )

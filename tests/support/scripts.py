@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["load_script"]
-
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "results"
 
 
 def load_script(path: str) -> Any:
@@ -21,3 +21,10 @@ def load_script(path: str) -> Any:
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def results_scripts(*names: str) -> list[Any]:
+    """Scripts of docs/results, which import each other by name."""
+    if str(RESULTS) not in sys.path:
+        sys.path.append(str(RESULTS))
+    return [importlib.import_module(name) for name in names]
