@@ -34,9 +34,9 @@ def equally_fast() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of images that the tests of one file share and nobody else sees; no data folder."""
+    """A cache of images that the tests share and nobody else sees; no data folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CERTIFL_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("CERTIFL_DATA", raising=False)
@@ -47,11 +47,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the tiny study with its report, which no test changes."""
     folder = tmp_path_factory.mktemp("study")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CERTIFL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.delenv("CERTIFL_DATA", raising=False)
-        with tiny.undrawn():
-            done = tiny.cli("run", tiny.write_spec(folder), "--out", folder / "run")
+    with tiny.undrawn():
+        done = tiny.cli("run", tiny.write_spec(folder), "--out", folder / "run")
     done.fine("FedAvg", "ACR", "Report:")
     return folder / "run"
 

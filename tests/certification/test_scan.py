@@ -292,7 +292,6 @@ def test_verification_finds_every_kind_of_tampering() -> None:
 def test_a_study_that_scans_resumes_verifies_and_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(certifying, "_SECONDS_BETWEEN_SAVES", 0.0)
     scans = ("certification.estimator=scan", "certification.n=2000")
     spec = tiny.spec(*scans)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,11 +58,12 @@ def test_calls_at_the_same_time_have_the_same_answers() -> None:
 
 
 def test_the_first_call_fixes_the_arithmetic(
-    own_cache: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A call of many images measures what "auto" stands for; one image had its answer before."""
     measured = Arithmetic("bfloat16", 32, 1)
     monkeypatch.setattr(arithmetic, "_measured", lambda *_: measured)
+    monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path))
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3)).eval()
     smoothed, images = certifl.SmoothedClassifier(model, NOISE, n=200), some_images(400, 1.0)
     alone = smoothed.certify(images[:1]).conditions

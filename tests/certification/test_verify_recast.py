@@ -34,8 +34,6 @@ from certifl.runs.folder import RunFolder
 from certifl.spec import Spec, load_stored
 from certifl.study.opened_run import OpenRun
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 STUDIES: dict[str, Callable[[], Spec]] = {
     "runner-up": lambda: tiny.spec("certification.estimator=runner-up"),
     "sequential": lambda: tiny.spec("certification.n=800"),
@@ -49,7 +47,7 @@ def recast_run(path: Path, options: Options) -> Recast:
 
 
 @pytest.fixture(scope="module")
-def runs(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("honest")
     options = {name: RunOptions(place / name, explore=False) for name in STUDIES}
     return {name: run(study(), options[name]).path for name, study in STUDIES.items()}

@@ -28,8 +28,6 @@ from certifl.experiments.verify import verify_run
 from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 STUDIES: dict[str, Callable[[], Spec]] = {
     "sequential": lambda: tiny.spec("clients.count=3", "certification.n=800"),
     "runner-up": lambda: tiny.spec("certification.estimator=runner-up"),
@@ -48,7 +46,7 @@ BEYOND_64_BITS = 10**30
 
 
 @pytest.fixture(scope="module")
-def runs(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One finished run of each study, which no test changes."""
     place = tmp_path_factory.mktemp("honest")
     options = {name: Options(place / name, explore=False) for name in STUDIES}

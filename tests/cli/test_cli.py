@@ -11,8 +11,6 @@ import tiny_study as tiny
 
 COMMANDS = ("quickstart", "run", "report", "verify", "certify", "predict", "list")
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 
 # Help and usage.
 

@@ -19,7 +19,7 @@ from certifl.models import build, state_of
 from certifl.runs.atomic import load_tensors
 from certifl.study import certify as certifying
 
-pytestmark = pytest.mark.usefixtures("own_cache", "undrawn")
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 # Predict.

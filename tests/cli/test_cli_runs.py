@@ -14,9 +14,6 @@ import tiny_study as tiny
 from certifl.certification import Certificates
 from certifl.experiments.run import Options, run
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
-
 # A finished run.
 
 

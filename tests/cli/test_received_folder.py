@@ -37,9 +37,7 @@ def make(in_channels, num_classes):
 def received(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run and an image, among modules that leave a trace when they are imported."""
     folder = tmp_path_factory.mktemp("received")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CERTIFL_CACHE", str(folder.parent / "cache"))
-        run(tiny.spec("training.rounds=1", "certification.n=100"), Options(folder / "run"))
+    run(tiny.spec("training.rounds=1", "certification.n=100"), Options(folder / "run"))
     Image.new("L", (8, 8), 90).save(folder / "gray.png")
     for name in HOSTILE:
         (folder / f"{name}.py").write_text(f"open({str(folder / 'hit')!r}, 'a').write({name!r})")

@@ -1,4 +1,4 @@
-"""A cache of images of its own for every test, and no data folder."""
+"""A cache of images of its own for every test."""
 
 from __future__ import annotations
 
@@ -10,4 +10,3 @@ import pytest
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("CERTIFL_DATA", raising=False)

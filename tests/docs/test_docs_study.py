@@ -40,7 +40,7 @@ STUDIES = {block.split("\n", 1)[0].removeprefix("# "): block for block in blocks
 COMMANDS = [shlex.split(line) for block in blocks("") for line in block.splitlines()]
 
 
-pytestmark = pytest.mark.usefixtures("own_cache", "undrawn")
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture(scope="module")

@@ -86,10 +86,7 @@ def test_comparing_regimes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert said[7].endswith("too few images for an interval")
 
 
-def test_a_natural_federation_of_images_of_unlike_sizes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path / "cache"))
+def test_a_natural_federation_of_images_of_unlike_sizes(tmp_path: Path) -> None:
     isic = load_script("examples/fed_isic2019.py")
     isic.main([str(tmp_path / "data"), "--train", "12", "--test", "3"])
     study = EXAMPLES / "fed_isic2019.toml"
@@ -119,7 +116,6 @@ def test_a_natural_federation_of_images_of_unlike_sizes(
 def test_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both in one kernel, which imports torch once."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path / "cache"))
     study, model = (
         nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4) for name in ("study", "model")
     )

@@ -46,7 +46,6 @@ def test_the_page_says_what_certifl_says(
     title: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("CERTIFL_DATA", raising=False)
     mine = Path("runs/alone")
     shutil.copytree(finished, mine)
     said, shown = plain(CASES[title](mine)), plain(SHOWN[title])

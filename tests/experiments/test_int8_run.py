@@ -23,7 +23,7 @@ from certifl.experiments.verify import verify_run
 
 
 @pytest.fixture(scope="module")
-def run(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("int8")
     spec = tiny.write_spec(folder, "certification.precision=int8", "algorithm.name=local")
     with tiny.undrawn():

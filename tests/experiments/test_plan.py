@@ -1,7 +1,9 @@
-"""`certifl plan`: exact counts, scaling, and nothing written; times are never asserted."""
+"""`certifl plan`: exact counts, scaling, nothing written, no times asserted; `certifl doctor`."""
 
 from __future__ import annotations
 
+import importlib.util
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+import tiny_study as tiny
 from certifl.data import load
 from certifl.errors import DataUnavailable, InputError, ModelError
+from certifl.experiments import doctor
 from certifl.experiments import plan as planning
 from certifl.experiments.plan import EXPECTED_SHARE, KNOWN, Plan, plan
 from tiny_study import cli, files, spec, write_spec
@@ -24,7 +28,6 @@ def soon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One call of everything, and a cache that is empty."""
     monkeypatch.setattr(planning, "_SECONDS", 0.0)
     monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("CERTIFL_DATA", raising=False)
 
 
 def test_votes_are_those_of_the_certified_images() -> None:
@@ -169,3 +172,33 @@ def test_a_plan_is_a_plain_record() -> None:
     assert isinstance(made, Plan)
     assert all(isinstance(value, str) for value in made.setting.values())
     assert all(sentence.endswith(".") for sentence in made.assumptions)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def by_topic(data_dir: Path | None = None) -> dict[str, doctor.Check]:
+    return {check.topic: check for check in doctor.examine(data_dir)}
+
+
+def test_it_says_what_runs_here() -> None:
+    said = tiny.cli("doctor")
+    assert said.code == 0
+    for word in ("certifl", "torch", "cores", "GB free", "digits", "data folder", "bfloat16"):
+        assert word in said.out, word
+
+
+def test_every_extra_is_known_and_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = set(project["optional-dependencies"]) - {"dev", "docs", "track"}
+    assert set(doctor.EXTRAS) == optional
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    found = by_topic()
+    for extra in optional:
+        assert f"certifl[{extra}]" in found[f"extra {extra}"].missing
+
+
+def test_data_folders_that_are_not_there(tmp_path: Path) -> None:
+    (tmp_path / "mnist").mkdir()
+    assert by_topic(tmp_path)["data folder"].found.endswith(": mnist")
+    assert by_topic(tmp_path / "nowhere")["data folder"].missing

@@ -17,7 +17,6 @@ from certifl.errors import InputError, SpecError, StoreMismatch
 from certifl.progress import NotebookBars, Pace
 from certifl.report import load_runs
 from certifl.report.results import RunResults
-from certifl.runs.folder import RunFolder
 from report_factory import (
     PIXEL,
     keep_to_themselves,
@@ -239,13 +238,6 @@ def test_the_time_left_follows_the_pace(monkeypatch: pytest.MonkeyPatch) -> None
     assert pace.begins("work", 10)
     assert pace.left(20, 60) == "about 2 min 0 s left"
     assert pace.left(60, 60) == ""
-
-
-def test_a_run_of_the_command_is_read(finished: Path) -> None:
-    result = certifl.load(finished)
-    assert result.label == "FedAvg"
-    assert len(result.history) == 2
-    assert result.certificates.same_results(RunFolder(finished).load_certificates())
 
 
 def test_certificates_of_several_calls_are_drawn_and_counted_together() -> None:

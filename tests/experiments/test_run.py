@@ -41,12 +41,6 @@ REGIMES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.delenv("CERTIFL_DATA", raising=False)
-
-
 @pytest.fixture
 def _own_modules() -> Iterator[None]:
     """Networks that a test brings, and where they lie, are forgotten afterwards."""

@@ -43,7 +43,7 @@ LONG = (
 KILLS = 2
 
 # One process computes what its tests share.
-pytestmark = [pytest.mark.xdist_group("resume"), pytest.mark.usefixtures("own_cache")]
+pytestmark = pytest.mark.xdist_group("resume")
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def test_a_second_process_on_one_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny study, uninterrupted."""
     return run(tiny.spec(), Options(tmp_path_factory.mktemp("undisturbed") / "run")).path
 

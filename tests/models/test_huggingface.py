@@ -138,10 +138,7 @@ def test_loaders_and_data_sets_give_images_with_their_labels() -> None:
         certifl.certify(network, DataLoader(data, 3), NOISE, labels=[Y[:3], Y[3:]], n=100)
 
 
-def test_the_command_line_takes_a_folder_and_its_own_weights(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path / "cache"))
+def test_the_command_line_takes_a_folder_and_its_own_weights(name: str, tmp_path: Path) -> None:
     write_set(tmp_path / "data" / "photos", shape=(20, 24, 3))
     asked = ("certify", "--model", name, "--data", "photos", "--data-dir", tmp_path / "data")
     noise = ("--family", "brightness", "--sigma", "0.1", "--n", "100", "--images", "3")

@@ -205,9 +205,7 @@ def test_nothing_in_a_file_is_run(own: State, tmp_path: Path) -> None:
     assert trap.exists()  # as it would have, had it been run
 
 
-def test_the_command_names_the_prefix(
-    tmp_path: Path, own_cache: None, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_command_names_the_prefix(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     import tiny_study as tiny
     from certifl.models import build, state_of
 

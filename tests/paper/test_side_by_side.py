@@ -29,8 +29,6 @@ REGIMES = (Regime("Local", "local"), Regime("FedAvg", "fedavg"))
 TUNED = Regime("Personalized", "personalized")
 STUDY = {"study": Figure("Study", ((Panel("curves", SETTINGS, (*REGIMES, TUNED)),),))}
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 
 def options(out: Path) -> Options:
     return Options(out, device="cpu", explore=False)

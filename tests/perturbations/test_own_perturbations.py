@@ -36,8 +36,6 @@ from certifl.runs.folder import RunFolder
 from certifl.study.opened_run import OpenRun
 from own_study import OWN, spec
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:

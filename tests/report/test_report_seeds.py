@@ -1,4 +1,4 @@
-"""Runs of several seeds on one page: paired within a seed, one row per algorithm and setting."""
+"""Runs of several seeds on one page, paired within a seed; units and rounding of radii."""
 
 from __future__ import annotations
 
@@ -7,17 +7,26 @@ import html
 import re
 from pathlib import Path
 
+import mpmath
 import numpy as np
 import pytest
-from test_report_results import DEGREES
+from hypothesis import given
+from hypothesis import strategies as st
 
 from certifl.report import summary_rows, write_report
 from certifl.report.compare import compare
 from certifl.report.results import RunResults, by_seed, load_runs
 from certifl.report.summary import client_acr, largest_radius
+from certifl.report.units import RadiusScale, scales
 from certifl.report.wording import headline, recommendations, why_clients_stay_undecided
-from report_factory import make_certificates, make_run
+from report_factory import (
+    PIXEL,
+    ROTATION,
+    make_certificates,
+    make_run,
+)
 
+DEGREES, RADIANS = scales(ROTATION, 0.31)
 QUALITY = {"local": 0.62, "fedavg": 0.9}
 
 
@@ -154,3 +163,41 @@ def test_ahead_on_average_beside_no_difference_for_a_client_is_explained() -> No
     words = why_clients_stay_undecided(runs, found, answers) or ""
     assert "Fedavg is ahead of Local on average over all clients" in words
     assert "A client has 12 test images, the average over clients is based on 48" in words
+
+
+@given(st.floats(0.0, 10.0))
+def test_a_shown_radius_never_exceeds_the_stored_one(radius):
+    with mpmath.workdps(60):
+        exact = mpmath.mpf(radius) * 180 / mpmath.pi
+        shown = DEGREES.number(radius)
+        assert mpmath.mpf(shown) <= exact
+        assert exact - mpmath.mpf(shown) < mpmath.mpf(10) ** -DEGREES.digits * 1.001
+    assert float(RADIANS.number(radius)) <= radius
+
+
+@given(st.floats(-10.0, 10.0))
+def test_intervals_are_rounded_outward(value):
+    with mpmath.workdps(60):
+        exact = mpmath.mpf(value) * 180 / mpmath.pi
+        assert mpmath.mpf(DEGREES.down(value)) <= exact <= mpmath.mpf(DEGREES.up(value))
+    assert float(RADIANS.down(value)) <= value <= float(RADIANS.up(value))
+
+
+@given(st.integers(1, 180))
+def test_a_radius_chosen_in_degrees_is_asked_for_in_full(degrees):
+    with mpmath.workdps(60):
+        assert mpmath.mpf(DEGREES.stored(float(degrees))) * 180 / mpmath.pi >= degrees
+
+
+def test_other_families_have_their_own_unit_only():
+    (only,) = scales(PIXEL, 0.9)
+    assert only == RadiusScale("intensity", " intensity", 1.0, 4)
+    assert only.text(0.25) == "0.2500 intensity"
+
+
+def test_zero_and_negative_ends_read_well():
+    assert RADIANS.up(0.0) == "0.0000"
+    assert RADIANS.up(-0.00001) == "0.0000"
+    assert RADIANS.up(-0.5) == "-0.5000"
+    assert RADIANS.down(-0.00001) == "-0.0001"
+    assert RADIANS.up(0.00001) == "0.0001"

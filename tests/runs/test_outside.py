@@ -41,11 +41,6 @@ from certifl.spec import with_settings
 SHORT = ("training.rounds=1", "certification.n=100", "certification.images=2")
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 # --- files that are none ------------------------------------------------------------------------
 
 
