@@ -113,7 +113,7 @@ def load(source: str | Path, code: Path | None = None) -> Deployed:
 
 
 def check_card(folder: Path, model: nn.Module) -> None:
-    """Refuse weights, or a normalization, that the card of a pushed model is not about.
+    """Refuse weights, or files beside them, that the card of a pushed model is not about.
 
     Raises:
         StoreMismatch: they are others. StoreError: the card is missing or damaged.
@@ -127,9 +127,12 @@ def check_card(folder: Path, model: nn.Module) -> None:
         )
     constants = constants_of(model)
     if constants != card.get("constants", constants):
+        named = card["constants"] if isinstance(card["constants"], dict) else {}
+        other = sorted(k for k in constants if constants[k] != named.get(k, constants[k]))
         raise StoreMismatch(
-            f"The network of {folder} is made from a model of the hub, whose normalization is now "
-            f"{constants}: its card is about {card['constants']!r:.200}."
+            f"The network of {folder} is made from a model of the hub that changed since its card "
+            f"was written: {', '.join(other) or 'other entries'}. Its certificates say nothing "
+            "about the present network."
         )
 
 
