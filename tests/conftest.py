@@ -1,7 +1,5 @@
 """One thread per test process: tests run in parallel, and bits must not depend on the machine."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """`certify` on classifiers whose smoothed probabilities are known, and its promises."""
 
-from __future__ import annotations
-
 import gc
 import math
 import weakref
@@ -53,7 +51,7 @@ def half_space(seed: int = 0, images: int = 12) -> tuple[HalfSpace, torch.Tensor
 
 
 @pytest.mark.parametrize("estimator", AT_ZERO)
-def test_a_half_space_is_never_certified_beyond_its_true_radius(estimator: str) -> None:
+def test_a_half_space_is_never_certified_beyond_its_true_radius(estimator):
     model, images = half_space()
     sigma = 0.5
     made = certifl.certify(
@@ -65,7 +63,7 @@ def test_a_half_space_is_never_certified_beyond_its_true_radius(estimator: str) 
     assert made.radius.max() > 0.1
 
 
-def test_a_half_space_is_certified_up_to_nearly_its_true_radius() -> None:
+def test_a_half_space_is_certified_up_to_nearly_its_true_radius():
     model, images = half_space()
     sigma = 0.25
     true = model.true_radius(images)
@@ -86,7 +84,7 @@ def test_a_half_space_is_certified_up_to_nearly_its_true_radius() -> None:
 
 
 @pytest.mark.parametrize("estimator", AT_ZERO)
-def test_rotation_follows_corollary_1_where_h_of_the_angle_is_known(estimator: str) -> None:
+def test_rotation_follows_corollary_1_where_h_of_the_angle_is_known(estimator):
     # sigma = 1 and f right on |angle| <= 0.7: p_A = 0.7, Corollary 1 gives 0.4; the truth is 0.7.
     model = votes_for(lambda x: read_angle(x).abs() <= 0.7)
     made = certifl.certify(
@@ -97,14 +95,14 @@ def test_rotation_follows_corollary_1_where_h_of_the_angle_is_known(estimator: s
     assert 0.68 <= made.p_lower[0] <= 0.7
 
 
-def test_scaling_follows_corollary_1_where_h_of_the_factor_is_known() -> None:
+def test_scaling_follows_corollary_1_where_h_of_the_factor_is_known():
     model = votes_for(lambda x: read_factor(x).abs() <= 0.3)
     made = certifl.certify(model, ramps(), certifl.Scaling(0.4), n=20_000, estimator="runner-up")
     # p_A = 0.75, p_B = 0.25
     assert 0.18 <= made.radius[0] <= 0.2
 
 
-def test_translation_follows_the_gaussian_law_where_h_of_the_shift_is_known() -> None:
+def test_translation_follows_the_gaussian_law_where_h_of_the_shift_is_known():
     sigma, edge = 0.25, 0.2
     model = votes_for(lambda x: read_shift(x)[:, 0] <= edge)
     made = certifl.certify(
@@ -115,7 +113,7 @@ def test_translation_follows_the_gaussian_law_where_h_of_the_shift_is_known() ->
     assert made.p_lower[0] <= normal_cdf(edge / sigma)
 
 
-def test_an_image_is_certified_alike_alone_in_a_batch_and_with_any_batch_size() -> None:
+def test_an_image_is_certified_alike_alone_in_a_batch_and_with_any_batch_size():
     model, images = half_space(images=7)
     noise = certifl.PixelNoise(0.5)
 
@@ -133,7 +131,7 @@ def test_an_image_is_certified_alike_alone_in_a_batch_and_with_any_batch_size() 
     assert not np.array_equal(run(images, seed=1).counts, together.counts)
 
 
-def test_no_global_generator_is_read_or_moved() -> None:
+def test_no_global_generator_is_read_or_moved():
     model, images = half_space(images=2)
     torch.manual_seed(1)
     first = certifl.certify(model, images, certifl.PixelNoise(0.5), n=200)
@@ -144,7 +142,7 @@ def test_no_global_generator_is_read_or_moved() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_fewer_votes_are_a_prefix_of_more() -> None:
+def test_fewer_votes_are_a_prefix_of_more():
     model, images = half_space(images=2)
     network = prepare(model, images, precision="float32")
     counter = VoteCounter(network, certifl.PixelNoise(0.5), seed=0)
@@ -157,7 +155,7 @@ def test_fewer_votes_are_a_prefix_of_more() -> None:
     assert votes(0, 730).sum() == 730
 
 
-def test_selection_and_estimation_votes_never_share_a_stream() -> None:
+def test_selection_and_estimation_votes_never_share_a_stream():
     seeds = {
         vote_generator(3, purpose, 12345, chunk).initial_seed() % 2**32
         for purpose in ("selection", "estimation", "attack", "predict", "scan")
@@ -167,13 +165,13 @@ def test_selection_and_estimation_votes_never_share_a_stream() -> None:
     assert len(seeds) == 10_000
 
 
-def test_a_chunk_is_drawn_alike_however_much_of_it_is_wanted() -> None:
+def test_a_chunk_is_drawn_alike_however_much_of_it_is_wanted():
     noise = certifl.PixelNoise(0.5)
     draws = [noise.sample(CHUNK, (1, 8, 8), vote_generator(0, "estimation", 1, 0)) for _ in "ab"]
     assert torch.equal(*draws)
 
 
-def test_sequential_stops_early_and_keeps_what_fixed_votes_certify_on_the_grid() -> None:
+def test_sequential_stops_early_and_keeps_what_fixed_votes_certify_on_the_grid():
     model, images = half_space(images=12)
     noise, grid = certifl.PixelNoise(0.5), [0.0, 0.25, 0.5, 0.75, 1.0]
     options = {"n": 20_000, "precision": "float32"}
@@ -187,7 +185,7 @@ def test_sequential_stops_early_and_keeps_what_fixed_votes_certify_on_the_grid()
     assert set(early.votes.tolist()) <= set(Settings(n=20_000).estimator_for(noise).looks)
 
 
-def test_keeping_the_curve_costs_fewer_votes_and_never_claims_more() -> None:
+def test_keeping_the_curve_costs_fewer_votes_and_never_claims_more():
     model, images = half_space(images=20)
     noise, grid = certifl.PixelNoise(0.5), np.arange(11) * 0.1
     options = {"n": 10_000, "precision": "float32", "radii": grid.tolist()}
@@ -204,14 +202,14 @@ def test_keeping_the_curve_costs_fewer_votes_and_never_claims_more() -> None:
     assert steps[0].mean() > steps[1].mean() - 0.05 * len(grid)
 
 
-def test_keep_is_for_sequential_certification_alone() -> None:
+def test_keep_is_for_sequential_certification_alone():
     model, images = half_space(images=1)
     for wrong in ({"keep": "nothing"}, {"keep": "curve", "estimator": "runner-up"}):
         with pytest.raises(certifl.errors.InputError, match="keep"):
             certifl.certify(model, images, certifl.PixelNoise(0.5), n=100, **wrong)
 
 
-def test_sequential_votes_are_the_first_of_the_fixed_ones() -> None:
+def test_sequential_votes_are_the_first_of_the_fixed_ones():
     model, images = half_space(images=3)
     noise = certifl.PixelNoise(0.5)
     early = certifl.certify(model, images, noise, n=3000, precision="float32", radii=[0.5])
@@ -227,7 +225,7 @@ def test_sequential_votes_are_the_first_of_the_fixed_ones() -> None:
         assert np.array_equal(fixed.counts[0], early.counts[row])
 
 
-def test_label_aware_stopping_needs_labels_and_a_wrong_class() -> None:
+def test_label_aware_stopping_needs_labels_and_a_wrong_class():
     model, images = half_space(images=4)
     noise = certifl.PixelNoise(0.5)
     plain = certifl.certify(model, images, noise, n=4000)
@@ -241,7 +239,7 @@ def test_label_aware_stopping_needs_labels_and_a_wrong_class() -> None:
     assert np.array_equal(patient.votes, plain.votes)
 
 
-def test_predict_answers_or_abstains() -> None:
+def test_predict_answers_or_abstains():
     model, images = half_space(images=12)
     true = model.true_radius(images).numpy()
     answers = certifl.predict(model, images, certifl.PixelNoise(0.5), n=1000, alpha=1e-3)
@@ -256,7 +254,7 @@ def test_predict_answers_or_abstains() -> None:
     assert (few == -1).any()  # eleven votes must all agree
 
 
-def test_folding_and_bfloat16_keep_the_network_the_same_function() -> None:
+def test_folding_and_bfloat16_keep_the_network_the_same_function():
     torch.manual_seed(0)
     net = certifl.models.small_resnet(in_channels=3, num_classes=10).train()
     for _ in range(2):
@@ -273,7 +271,7 @@ def test_folding_and_bfloat16_keep_the_network_the_same_function() -> None:
     assert any(isinstance(m, nn.BatchNorm2d) for m in net.modules())  # the model is left alone
 
 
-def test_a_convolution_used_twice_is_not_folded() -> None:
+def test_a_convolution_used_twice_is_not_folded():
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -287,7 +285,7 @@ def test_a_convolution_used_twice_is_not_folded() -> None:
     assert not prepare(Twice().eval(), images, precision="float32").folded
 
 
-def test_the_record_says_what_was_certified() -> None:
+def test_the_record_says_what_was_certified():
     model, images = half_space(images=2)
     made = certifl.certify(model, images, certifl.PixelNoise(0.5), n=500, seed=9)
     metadata = made.conditions
@@ -307,7 +305,7 @@ def test_the_record_says_what_was_certified() -> None:
     assert made.seconds.sum() > 0
 
 
-def test_radii_of_another_unit_are_refused_before_a_vote() -> None:
+def test_radii_of_another_unit_are_refused_before_a_vote():
     with pytest.raises(InputError, match=r"in radians \(5 degrees are 0\.0873\).*from 5 up"):
         certifl.certify(
             certifl.models.build("small_cnn", 1, 2, seed=0).eval(),
@@ -318,7 +316,7 @@ def test_radii_of_another_unit_are_refused_before_a_vote() -> None:
         )
 
 
-def test_nobody_takes_unlabelled_images_for_wrong_ones() -> None:
+def test_nobody_takes_unlabelled_images_for_wrong_ones():
     noise = certifl.PixelNoise(0.25)
     model = certifl.models.build("small_cnn", 1, 2, seed=0).eval()
     made = certifl.certify(model, torch.zeros(2, 1, 8, 8), noise, n0=10, n=100)
@@ -348,7 +346,7 @@ def images() -> Tensor:
 LABELS = np.array([0, 1, 0, 1, 0, 1, 0])
 
 
-def test_blocks_are_certified_like_the_whole(model: HalfSpace, images: Tensor) -> None:
+def test_blocks_are_certified_like_the_whole(model, images):
     whole = certifl.certify(model, images, NOISE, labels=LABELS, n=500)
     cuts = [slice(0, 3), slice(3, 4), slice(4, 7)]
     parts = certifl.certify(
@@ -359,14 +357,14 @@ def test_blocks_are_certified_like_the_whole(model: HalfSpace, images: Tensor) -
     assert parts.conditions == whole.conditions  # the data fingerprint too
 
 
-def test_blocks_need_no_labels_and_may_be_arrays(model: HalfSpace, images: Tensor) -> None:
+def test_blocks_need_no_labels_and_may_be_arrays(model, images):
     whole = certifl.certify(model, images, NOISE, n=500)
     parts = certifl.certify(model, [images[:4].numpy(), images[4:].numpy()], NOISE, n=500)
     assert parts.same_results(whole)
     assert (parts.label == -1).all()
 
 
-def test_no_more_than_two_blocks_are_held(model: HalfSpace) -> None:
+def test_no_more_than_two_blocks_are_held(model):
     alive: list[weakref.ref] = []
     most = 0
 
@@ -383,7 +381,7 @@ def test_no_more_than_two_blocks_are_held(model: HalfSpace) -> None:
     assert most <= 2
 
 
-def test_progress_never_goes_back(model: HalfSpace, images: Tensor) -> None:
+def test_progress_never_goes_back(model, images):
     seen: list[tuple[int, int]] = []
     certifl.certify(
         model,
@@ -408,7 +406,7 @@ def test_progress_never_goes_back(model: HalfSpace, images: Tensor) -> None:
         ([torch.rand(2, 1, 8, 8)], [[0]], "one number per image"),
     ],
 )
-def test_blocks_that_do_not_fit(model: HalfSpace, blocks: list, labels: list, says: str) -> None:
+def test_blocks_that_do_not_fit(model, blocks, labels, says):
     with pytest.raises(InputError, match=says):
         certifl.certify(model, blocks, NOISE, labels=labels, n=100)
 

@@ -73,12 +73,12 @@ def resampled(level: float) -> Tensor:
         (X, list("aboa"), "labels must be a tensor"),
     ],
 )
-def test_what_cannot_be_used_says_what_can(images: Any, labels: Any, says: str) -> None:
+def test_what_cannot_be_used_says_what_can(images, labels, says):
     with pytest.raises(InputError, match=says):
         certify(images, labels)
 
 
-def test_the_advice_works() -> None:
+def test_the_advice_works():
     whole = certify(X, Y)
     blocks = [X[:2], X[2:]]
     for images, labels in (
@@ -94,7 +94,7 @@ def test_the_advice_works() -> None:
         assert certify(images, labels).same_results(whole)
 
 
-def test_predict_takes_and_says_the_same() -> None:
+def test_predict_takes_and_says_the_same():
     whole = certifl.predict(NET, X, NOISE, n=100).tolist()
     held: tuple[Any, ...] = (PAIRS, (x for x, _ in PAIRS), [X[:2], X[2:]], TensorDataset(X, Y))
     for images in held:
@@ -110,18 +110,18 @@ def test_predict_takes_and_says_the_same() -> None:
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("make", [torch.rand, lambda *shape: np.full(shape, 0.5)])
 @pytest.mark.parametrize("noise", [NOISE, certifl.Rotation(0.3), certifl.Translation(0.2)])
-def test_channels_last_is_refused(channels: int, make: Any, noise: Any) -> None:
+def test_channels_last_is_refused(channels, make, noise):
     with pytest.raises(InputError, match=r"channels last.*permute\(0, 3, 1, 2\)"):
         certify(make(4, 8, 9, channels), noise=noise)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 4), (2, 4, 16, 3), (2, 1, 64, 1)])
-def test_narrow_images_are_not_taken_for_channels_last(shape: tuple[int, ...]) -> None:
+def test_narrow_images_are_not_taken_for_channels_last(shape):
     assert len(certify(torch.rand(shape), model=plain(int(np.prod(shape[1:]))))) == 2
 
 
 @pytest.mark.parametrize("noise", ["rotation", certifl.Rotation])
-def test_perturbations(noise: Any) -> None:
+def test_perturbations(noise):
     with pytest.raises(InputError, match=r"such as certifl\.Rotation"):
         certify(noise=noise)
     with pytest.raises(InputError, match="Rotation"):
@@ -160,17 +160,17 @@ def test_perturbations(noise: Any) -> None:
         ({"radii": [step / 1001 for step in range(1001)]}, "At most 1000 radii; got 1001"),
     ],
 )
-def test_settings(options: dict[str, Any], says: str) -> None:
+def test_settings(options, says):
     with pytest.raises(InputError, match=says):
         certify(**options)
 
 
-def test_a_callable_that_normalises_over_its_batch() -> None:
+def test_a_callable_that_normalises_over_its_batch():
     with pytest.raises(ModelError, match="another batch"):
         certify(model=lambda x: NET((x - x.mean(0)) / (x.std(0) + 1e-3)))
 
 
-def test_a_callable_with_noise_of_its_own() -> None:
+def test_a_callable_with_noise_of_its_own():
     own = torch.Generator().manual_seed(0)
     with pytest.raises(ModelError, match="random"):
         certify(model=lambda x: NET(x + 0.01 * torch.randn(x.shape, generator=own)))
@@ -185,18 +185,18 @@ def test_a_callable_with_noise_of_its_own() -> None:
         (lambda x: "cat", X, "logits"),
     ],
 )
-def test_models_that_do_not_fit(model: Any, images: Tensor, says: str) -> None:
+def test_models_that_do_not_fit(model, images, says):
     with pytest.raises(ModelError, match=says):
         certify(images, model=model)
 
 
-def test_answers_on_the_logarithmic_scale_are_logits() -> None:
+def test_answers_on_the_logarithmic_scale_are_logits():
     logarithmic = nn.Sequential(NET, nn.LogSoftmax(dim=1)).eval()
     one, other = (certify(model=model, precision="float32") for model in (logarithmic, NET))
     assert abs(one.counts - other.counts).max() <= 2  # rounding may turn a vote at a tie
 
 
-def test_exact_noise_needs_8_bit_images() -> None:
+def test_exact_noise_needs_8_bit_images():
     exact = certifl.PixelNoise(0.25, exact=True)
     assert len(certify(torch.randint(0, 256, (1, 1, 8, 8)) / 255, noise=exact)) == 1
     with pytest.raises(InputError, match="multiples of 1/255"):

@@ -1,10 +1,7 @@
 """Numbers as people write them: too few votes, amounts that are hardly meant, units."""
 
-from __future__ import annotations
-
 import math
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +33,7 @@ def certify(noise: Any = NOISE, **options: Any) -> certifl.Certificates:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("alpha", [0.2, 1e-3, 1e-12])
-def test_the_least_n_of_certify_is_the_least_that_certifies(estimator: str, alpha: float) -> None:
+def test_the_least_n_of_certify_is_the_least_that_certifies(estimator, alpha):
     least = Settings(estimator, alpha=alpha).estimator_for(NOISE).least_votes()
     assert certify(estimator=estimator, alpha=alpha, n=least).radius.min() > 0
     with pytest.raises(InputError, match=f"take n = {least} or more"):
@@ -45,7 +42,7 @@ def test_the_least_n_of_certify_is_the_least_that_certifies(estimator: str, alph
         certify(estimator=estimator, alpha=alpha, n=least - 1, radii=[0.0, 0.01])
 
 
-def test_at_one_in_a_thousand_eleven_votes_are_needed_and_ten_of_the_top_class() -> None:
+def test_at_one_in_a_thousand_eleven_votes_are_needed_and_ten_of_the_top_class():
     assert [Settings(name).estimator_for(NOISE).least_votes() for name in ESTIMATORS] == [
         10,
         11,
@@ -55,7 +52,7 @@ def test_at_one_in_a_thousand_eleven_votes_are_needed_and_ten_of_the_top_class()
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1e-3, 1e-9])
-def test_the_least_n_of_predict_is_the_least_that_decides(alpha: float) -> None:
+def test_the_least_n_of_predict_is_the_least_that_decides(alpha):
     least = math.ceil(1 - math.log2(alpha))
     assert (certifl.predict(always, IMAGES, NOISE, n=least, alpha=alpha) == 3).all()
     with pytest.raises(InputError, match=f"take n = {least} or more"):
@@ -66,7 +63,7 @@ def test_the_least_n_of_predict_is_the_least_that_decides(alpha: float) -> None:
 @pytest.mark.parametrize(
     "noise", [certifl.Rotation("18deg"), certifl.Rotation("90deg"), certifl.Scaling(0.2)]
 )
-def test_a_scan_names_a_number_of_votes_that_is_enough(noise: Any, alpha: float) -> None:
+def test_a_scan_names_a_number_of_votes_that_is_enough(noise, alpha):
     with pytest.raises(InputError, match=r"take n = \d+ or more") as refusal:
         certify(noise, estimator="scan", alpha=alpha, n=10)
     named = int(str(refusal.value).partition("take n = ")[2].split()[0])
@@ -74,7 +71,7 @@ def test_a_scan_names_a_number_of_votes_that_is_enough(noise: Any, alpha: float)
         assert not certify(noise, estimator="scan", alpha=alpha, n=n).abstained.any()
 
 
-def test_a_study_and_the_command_line_refuse_too_few_votes(finished: Path, tmp_path: Path) -> None:
+def test_a_study_and_the_command_line_refuse_too_few_votes(finished, tmp_path):
     net = tmp_path / "image.png"
     from PIL import Image
 
@@ -103,9 +100,7 @@ def test_a_study_and_the_command_line_refuse_too_few_votes(finished: Path, tmp_p
         ("rotation", 2.5, '"18deg"'),
     ],
 )
-def test_a_sigma_that_is_hardly_meant_is_warned_of_once(
-    family: str, sigma: Any, says: str
-) -> None:
+def test_a_sigma_that_is_hardly_meant_is_warned_of_once(family, sigma, says):
     with pytest.warns(UnusualValue, match=says) as warned:
         made = from_description({"family": family, "sigma": sigma})
     assert len(warned) == 1
@@ -125,11 +120,11 @@ def test_a_sigma_that_is_hardly_meant_is_warned_of_once(
         ("scaling", 1.0),
     ],
 )
-def test_usual_sigmas_and_angles_written_out_pass_without_a_word(family: str, sigma: Any) -> None:
+def test_usual_sigmas_and_angles_written_out_pass_without_a_word(family, sigma):
     from_description({"family": family, "sigma": sigma})
 
 
-def test_a_study_warns_of_its_sigma_when_written_and_never_when_read_again(tmp_path: Path) -> None:
+def test_a_study_warns_of_its_sigma_when_written_and_never_when_read_again(tmp_path):
     wide = "{ family = 'translation', sigma = 3.0 }"
     with pytest.warns(UnusualValue, match="leaves the frame"):
         spec = tiny.spec(f"certification.perturbation={wide}", "augmentation.federated='none'")
@@ -140,7 +135,7 @@ def test_a_study_warns_of_its_sigma_when_written_and_never_when_read_again(tmp_p
     assert load_stored(tmp_path / "spec.toml").perturbations()[0] == certifl.Rotation("120deg")
 
 
-def test_the_command_line_shows_a_warning_as_one_line(finished: Path, tmp_path: Path) -> None:
+def test_the_command_line_shows_a_warning_as_one_line(finished, tmp_path):
     wide = ("--family", "translation", "--sigma", "5", "--images", "1", "--n", "20")
     outcome = tiny.cli("certify", "--run", finished, *wide, "--out", tmp_path / "c.parquet")
     outcome.fine()
@@ -148,7 +143,7 @@ def test_the_command_line_shows_a_warning_as_one_line(finished: Path, tmp_path: 
     assert "UnusualValue" not in outcome.err
 
 
-def test_radii_beyond_all_that_is_possible_are_pointed_out() -> None:
+def test_radii_beyond_all_that_is_possible_are_pointed_out():
     made = certify(certifl.Rotation("18deg"), n=200, labels=[3, 3])
     with pytest.warns(UnusualValue, match=r"radians.*above 0\.29.*\"5deg\""):
         assert made.certified_accuracy([5, 10]).tolist() == [0.0, 0.0]
@@ -159,7 +154,7 @@ def test_radii_beyond_all_that_is_possible_are_pointed_out() -> None:
     assert scan.certified_accuracy([0.0, "100deg"]).tolist() == [1.0, 1.0]
 
 
-def test_radii_are_taken_in_degrees_wherever_an_angle_is_certified() -> None:
+def test_radii_are_taken_in_degrees_wherever_an_angle_is_certified():
     rotation = certifl.Rotation("18deg")
     made = certify(rotation, n=200, labels=[3, 3], radii=["5deg", "10°", 0.2])
     assert made.conditions["radii"] == [math.radians(5), math.radians(10), 0.2]
@@ -177,7 +172,7 @@ def test_radii_are_taken_in_degrees_wherever_an_angle_is_certified() -> None:
         certify(certifl.Scaling(0.2), estimator="scan", n=1000, reach="5deg")
 
 
-def test_radii_of_a_study_are_taken_in_degrees_and_stored_as_numbers() -> None:
+def test_radii_of_a_study_are_taken_in_degrees_and_stored_as_numbers():
     spec = tiny.spec('certification.radii=["5deg", "10°"]')
     assert spec.certification.settings().radii == (math.radians(5), math.radians(10))
     assert (
@@ -197,7 +192,7 @@ def test_radii_of_a_study_are_taken_in_degrees_and_stored_as_numbers() -> None:
         tiny.spec(*scan, "certification.radii=['40deg']", "certification.reach=30deg")
 
 
-def test_whole_numbers_may_be_written_as_powers_of_ten(tmp_path: Path) -> None:
+def test_whole_numbers_may_be_written_as_powers_of_ten(tmp_path):
     assert tiny.spec("certification.n=1e4").hash() == tiny.spec("certification.n=10000").hash()
     assert tiny.spec("certification.n0=1e2").certification.n0 == 100
     assert tiny.spec("data.train_images=6e1").data.train_images == 60
@@ -221,7 +216,7 @@ def test_whole_numbers_may_be_written_as_powers_of_ten(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("amount", ["18deg", "18°", "0.1pi", "0.1*pi"])
-def test_an_angle_without_quotes_is_told_to_need_them(amount: str, tmp_path: Path) -> None:
+def test_an_angle_without_quotes_is_told_to_need_them(amount, tmp_path):
     text = tiny.spec().to_toml().replace("sigma = 0.3141592653589793", f"sigma = {amount}")
     (tmp_path / "study.toml").write_text(text)
     with pytest.raises(SpecError, match="in quotes") as refusal:
@@ -230,7 +225,7 @@ def test_an_angle_without_quotes_is_told_to_need_them(amount: str, tmp_path: Pat
     tiny.cli("plan", tmp_path / "study.toml").refused("in quotes")
 
 
-def test_degrees_may_be_written_with_their_sign() -> None:
+def test_degrees_may_be_written_with_their_sign():
     assert certifl.Rotation("18°") == certifl.Rotation("18 °") == certifl.Rotation("18deg")
     assert certifl.Rotation("0.1π") == certifl.Rotation("0.1pi")
     assert tiny.spec("certification.perturbation.sigma=18°").hash() == tiny.spec().hash()

@@ -1,7 +1,5 @@
 """Brightness, contrast and blur against classifiers whose true radii are known in closed form."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """Mistakes that were planted once and no other test saw: votes that are not what they are for."""
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 from pathlib import Path
@@ -55,7 +53,7 @@ def certified(
 
 
 @pytest.mark.parametrize("estimator", ["top-class", "runner-up", "sequential"])
-def test_the_votes_that_bound_a_class_are_not_those_that_chose_it(estimator: str) -> None:
+def test_the_votes_that_bound_a_class_are_not_those_that_chose_it(estimator):
     """As many estimation as selection votes: were they the same ones, so were the counts."""
     images = to_float(job(Path()).images)
     radii = [0.9]  # so far that most images are certified from all votes
@@ -77,7 +75,7 @@ def finalized(counts: list[list[int]], looks: list[int], bounds: str) -> Certifi
 
 
 @pytest.mark.parametrize("estimator", ["sequential", "sequential-top-class"])
-def test_bounds_are_those_of_the_votes_cast_at_their_look(estimator: str) -> None:
+def test_bounds_are_those_of_the_votes_cast_at_their_look(estimator):
     """Not of the n votes that might have been cast, nor at the level of all looks together."""
     rule = Settings(estimator, n0=50, n=400).estimator_for(NOISE)
     counts = [[95, 3, 2], [190, 6, 4], [285, 9, 6], [380, 12, 8]]
@@ -95,7 +93,7 @@ def test_bounds_are_those_of_the_votes_cast_at_their_look(estimator: str) -> Non
 
 
 @pytest.mark.parametrize("estimator", ["sequential", "runner-up", "top-class"])
-def test_a_chosen_class_that_does_not_lead_is_abstained_from(estimator: str) -> None:
+def test_a_chosen_class_that_does_not_lead_is_abstained_from(estimator):
     """The rival is the most voted OTHER class, also where that is the most voted of all."""
     made = finalized([[100, 290, 10], [160, 200, 40], [200, 200, 0]], _last(estimator), estimator)
     assert made.abstained.all()
@@ -125,7 +123,7 @@ def _last(estimator: str) -> list[int]:
     ],
     ids=lambda changed: "-".join(changed),
 )
-def test_votes_kept_for_another_question_are_not_taken_over(changed: dict, tmp_path: Path) -> None:
+def test_votes_kept_for_another_question_are_not_taken_over(changed, tmp_path):
     """A resume after a change of settings begins anew: its certificates are the fresh ones."""
     first = certified(tmp_path / "votes.safetensors")
     resumed = certified(tmp_path / "votes.safetensors", **changed)
@@ -135,7 +133,7 @@ def test_votes_kept_for_another_question_are_not_taken_over(changed: dict, tmp_p
     assert not np.array_equal(resumed.seconds, first.seconds)
 
 
-def test_votes_of_the_same_question_are_taken_over(tmp_path: Path) -> None:
+def test_votes_of_the_same_question_are_taken_over(tmp_path):
     """The other way round: nothing is cast twice, which the computing times show."""
     first = certified(tmp_path / "votes.safetensors")
     again = certified(tmp_path / "votes.safetensors")
@@ -143,7 +141,7 @@ def test_votes_of_the_same_question_are_taken_over(tmp_path: Path) -> None:
     assert np.array_equal(first.seconds, again.seconds)
 
 
-def test_clients_of_different_models_are_certified_with_their_own() -> None:
+def test_clients_of_different_models_are_certified_with_their_own():
     cache, images = NetworkCache(), to_float(job(Path()).images)
     for number in (0, 1, 1, 0):
         prepared = partial(prepare, model(number), images, "cpu", "float32")
@@ -151,7 +149,7 @@ def test_clients_of_different_models_are_certified_with_their_own() -> None:
         assert torch.equal(network.call(images), model(number)(images))
 
 
-def test_abstaining_from_an_image_without_a_label_is_not_being_right() -> None:
+def test_abstaining_from_an_image_without_a_label_is_not_being_right():
     """Both are written -1."""
     made = finalized([[100, 290, 10]], _last("runner-up"), "runner-up")
     unlabeled = dataclasses.replace(made, label=np.full(1, -1, np.int64))
@@ -171,7 +169,7 @@ def test_abstaining_from_an_image_without_a_label_is_not_being_right() -> None:
         "algorithm={name='local'}",
     ],
 )
-def test_what_changes_a_result_changes_the_name_of_the_study(setting: str) -> None:
+def test_what_changes_a_result_changes_the_name_of_the_study(setting):
     """A folder of another seed would otherwise be taken for the run that was asked for."""
     assert tiny.spec(setting).hash() != tiny.spec().hash()
     alike = setting.startswith("certification")

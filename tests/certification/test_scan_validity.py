@@ -12,8 +12,6 @@ coin of the given bias: the least favorable case for votes in pairs. Smooth ones
 twice, where the method gains most and where an error of geometry would show.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -105,7 +103,7 @@ def overclaims(scan: Scan, known: Known, votes: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_no_stopping_rule_makes_a_scan_claim_too_much(name: str) -> None:
+def test_no_stopping_rule_makes_a_scan_claim_too_much(name):
     """The worst rule: it knows the truth and stops after the first pass that over-claims."""
     wrong = []
     for votes in cast(LINE, KNOWN[name], 1):
@@ -115,12 +113,12 @@ def test_no_stopping_rule_makes_a_scan_claim_too_much(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["asymmetric", "comb", "tie"])
-def test_a_scan_of_a_circle_whose_strata_fit_nothing_claims_no_more(name: str) -> None:
+def test_a_scan_of_a_circle_whose_strata_fit_nothing_claims_no_more(name):
     wrong = [overclaims(CIRCLE, KNOWN[name], votes) for votes in cast(CIRCLE, KNOWN[name], 2)]
     assert not rejected(np.concatenate(wrong))
 
 
-def test_a_scan_comes_close_to_the_truth() -> None:
+def test_a_scan_comes_close_to_the_truth():
     """Without this, a scan that certifies nothing would pass all of the above."""
     known = KNOWN["asymmetric"]
     votes = np.concatenate(list(cast(LINE, known, 3, 2000)))
@@ -230,11 +228,11 @@ DEFECTS = [
 
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)
-def test_planted_defects_are_caught(defect: Callable[[], np.ndarray]) -> None:
+def test_planted_defects_are_caught(defect):
     wrong = defect()
     assert rejected(wrong)
 
 
 @pytest.mark.parametrize("twin", [ended_at_the_first_failure, spike_with_loss])
-def test_the_sound_twins_of_the_defects_pass(twin: Callable[[], np.ndarray]) -> None:
+def test_the_sound_twins_of_the_defects_pass(twin):
     assert not rejected(twin())

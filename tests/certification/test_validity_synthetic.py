@@ -10,8 +10,6 @@ The planted defects below are found in published code. Each must be rejected, or
 would not notice them in ours.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Votes cast again: the same where they were cast, and invented ones found everywhere."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 import sys
@@ -59,18 +57,18 @@ def copied(runs: dict[str, Path], tmp_path: Path) -> RunFolder:
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_honest_votes_come_out_the_same(name: str, runs: dict[str, Path]) -> None:
+def test_honest_votes_come_out_the_same(name, runs):
     answer = tiny.cli("verify", runs[name], "--recast", "2")
     answer.fine("certificates follow", "4 images", "same kind of machine: all as recorded")
 
 
-def test_all_images_are_cast_again_where_more_are_asked_for(runs: dict[str, Path]) -> None:
+def test_all_images_are_cast_again_where_more_are_asked_for(runs):
     found = recast_run(runs["runner-up"], Options(images=100))
     assert (found.images, found.votes, found.differing) == (12, 12 * 300, 0)
     assert found.how == EXACT
 
 
-def test_the_images_are_chosen_by_a_secure_seed_that_is_told(runs: dict[str, Path]) -> None:
+def test_the_images_are_chosen_by_a_secure_seed_that_is_told(runs):
     seeds = {recast_run(runs["runner-up"], Options(images=1)).seed for _ in range(2)}
     assert len(seeds) == 2
     answer = tiny.cli("verify", runs["runner-up"], "--recast", "1", "--recast-seed", "7")
@@ -121,9 +119,7 @@ def from_elsewhere(place: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", [EXACT, ROUNDING, FRESH])
 @pytest.mark.parametrize("name", ["runner-up", "scan"])
-def test_votes_invented_consistently_are_found_by_casting_them_again(
-    name: str, how: str, runs: dict[str, Path], tmp_path: Path
-) -> None:
+def test_votes_invented_consistently_are_found_by_casting_them_again(name, how, runs, tmp_path):
     place = Path(shutil.copytree(runs[name], tmp_path / "run"))
     from_elsewhere(place, how)
     honest = recast_run(place, Options(images=6))
@@ -162,7 +158,7 @@ def test_a_batch_size_that_was_altered_cannot_fill_the_memory(size, copied):
     assert recast_run(copied.path, Options(images=1)).how == ROUNDING
 
 
-def test_the_threads_of_this_process_stay_what_they_were(runs: dict[str, Path]) -> None:
+def test_the_threads_of_this_process_stay_what_they_were(runs):
     before = torch.get_num_threads()
     recast_run(runs["runner-up"], Options(images=1))
     assert torch.get_num_threads() == before
@@ -206,7 +202,7 @@ def _case(
     return recasting.flips_problems(part, cast, flipped, total, recasting.LEVEL)
 
 
-def test_flips_of_rounding_pass_and_more_do_not() -> None:
+def test_flips_of_rounding_pass_and_more_do_not():
     votes, m = 10_000, 10
     rng = np.random.default_rng(0)
     for _ in range(50):
@@ -221,7 +217,7 @@ def test_flips_of_rounding_pass_and_more_do_not() -> None:
     assert len(_case(np.array([1, 0]), votes, EXACT)) == 1
 
 
-def test_other_noise_passes_and_another_distribution_does_not() -> None:
+def test_other_noise_passes_and_another_distribution_does_not():
     rng = np.random.default_rng(1)
     for p in (0.5, 0.9, 0.999):
         draws = rng.binomial(10_000, p, (2, 200))
@@ -254,7 +250,7 @@ def _own_modules() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_own_modules")
-def test_a_network_of_ones_own_needs_its_code(tmp_path: Path) -> None:
+def test_a_network_of_ones_own_needs_its_code(tmp_path):
     code = tmp_path / "code"
     code.mkdir()
     (code / "recast_network.py").write_text(NETWORK)

@@ -4,8 +4,6 @@ Every case begins with an honest run, alters one thing consistently with all tha
 recompute, and expects exit status 1 with words.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil
@@ -20,7 +18,6 @@ import pytest
 import own_study
 import tiny_study as tiny
 from certifl.certification import Certificates, verify
-from certifl.certification.certificates import Predictions
 from certifl.certification.scan import unpacked
 from certifl.errors import InputError, WorkError
 from certifl.experiments.run import Options, run
@@ -93,7 +90,7 @@ def passes(place: Path) -> str:
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_honest_runs_pass_and_say_what_was_not_checked(name: str, runs: dict[str, Path]) -> None:
+def test_honest_runs_pass_and_say_what_was_not_checked(name, runs):
     out = passes(runs[name])
     assert "partition.json" in out
     assert "images and labels of digits" in out
@@ -229,9 +226,7 @@ def _negative(counts: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_rows_that_do_not_follow_from_their_votes_are_found(
-    name: str, runs: dict[str, Path], altered: Callable[[str], Path]
-) -> None:
+def test_rows_that_do_not_follow_from_their_votes_are_found(name, runs, altered):
     made = Certificates.load(runs[name] / "certificates.parquet")
     assert verify(made) == []
     for change, of in OF_VOTES.items():
@@ -243,9 +238,7 @@ def test_rows_that_do_not_follow_from_their_votes_are_found(
 
 @pytest.mark.parametrize("change", OF_RUN)
 @pytest.mark.parametrize("name", ["sequential", "own"])
-def test_rows_that_are_not_the_runs_are_found(
-    name: str, change: str, altered: Callable[[str], Path]
-) -> None:
+def test_rows_that_are_not_the_runs_are_found(name, change, altered):
     place = altered(name)
     file = place / "certificates.parquet"
     OF_RUN[change](Certificates.load(file)).save(file)
@@ -253,9 +246,7 @@ def test_rows_that_are_not_the_runs_are_found(
 
 
 @pytest.mark.parametrize("column", ["correct", "votes"])
-def test_columns_for_other_readers_are_compared(
-    column: str, altered: Callable[[str], Path]
-) -> None:
+def test_columns_for_other_readers_are_compared(column, altered):
     """certifl makes them again when it reads; others would believe them."""
     place = altered("sequential")
     file = place / "certificates.parquet"
@@ -267,7 +258,7 @@ def test_columns_for_other_readers_are_compared(
     found(file, f"the column {column}")
 
 
-def test_a_negative_radius_is_a_finding_of_its_image(altered: Callable[[str], Path]) -> None:
+def test_a_negative_radius_is_a_finding_of_its_image(altered):
     place = altered("sequential")
     file = place / "certificates.parquet"
     made = Certificates.load(file)
@@ -324,7 +315,7 @@ def _contradicts(made: Certificates, place: Path) -> bool:
 
 
 @pytest.mark.parametrize("name", ["sequential", "scan", "own"])
-def test_altered_conditions_are_found(name: str, altered: Callable[[str], Path]) -> None:
+def test_altered_conditions_are_found(name, altered):
     place = altered(name)
     made = Certificates.load(place / "certificates.parquet")
     for key, value in made.conditions.items():
@@ -342,9 +333,7 @@ def test_altered_conditions_are_found(name: str, altered: Callable[[str], Path])
 
 
 @pytest.mark.parametrize("own", [[], [{}], [5], [{"clients": "x"}], [{"clients": [0, 1, 1]}]])
-def test_garbled_perturbations_of_clients_are_found(
-    own: Any, altered: Callable[[str], Path]
-) -> None:
+def test_garbled_perturbations_of_clients_are_found(own, altered):
     place = altered("own")
     file = place / "certificates.parquet"
     made = Certificates.load(file)
@@ -368,9 +357,7 @@ def test_garbled_perturbations_of_clients_are_found(
         {"description": {"family": "rotation", "sigma": 0.1 * np.pi, "padding": "border"}},
     ],
 )
-def test_a_file_alone_contradicts_itself(
-    changes: dict[str, Any], runs: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_file_alone_contradicts_itself(changes, runs, tmp_path):
     """Without the run, what the conditions say of each other and of the votes is compared."""
     made = Certificates.load(runs["sequential"] / "certificates.parquet")
     file = tmp_path / "c.parquet"
@@ -397,7 +384,7 @@ def _longer(made: Certificates, factor: float = 2.0) -> Certificates:
 
 @pytest.mark.parametrize("reach", ["as recorded", "doubled", "left out"])
 @pytest.mark.parametrize("where", ["run", "file"])
-def test_a_longer_scan_is_found(reach: str, where: str, altered: Callable[[str], Path]) -> None:
+def test_a_longer_scan_is_found(reach, where, altered):
     place = altered("scan")
     file = place / "certificates.parquet"
     longer = _longer(Certificates.load(file))
@@ -411,9 +398,7 @@ def test_a_longer_scan_is_found(reach: str, where: str, altered: Callable[[str],
     found(place if where == "run" else file, "scan")
 
 
-def test_a_scan_recorded_without_its_reach_is_still_verified(
-    altered: Callable[[str], Path],
-) -> None:
+def test_a_scan_recorded_without_its_reach_is_still_verified(altered):
     place = altered("scan")
     file = place / "certificates.parquet"
     made = Certificates.load(file)
@@ -422,7 +407,7 @@ def test_a_scan_recorded_without_its_reach_is_still_verified(
     assert "how far the scan was asked to look" in passes(file)
 
 
-def test_votes_of_a_scan_in_another_order_are_found(altered: Callable[[str], Path]) -> None:
+def test_votes_of_a_scan_in_another_order_are_found(altered):
     place = altered("scan")
     file = place / "certificates.parquet"
     made = Certificates.load(file)
@@ -455,7 +440,7 @@ FREE = {
 
 
 @pytest.mark.parametrize("name", ["sequential", "own"])
-def test_an_altered_manifest_is_found(name: str, altered: Callable[[str], Path]) -> None:
+def test_an_altered_manifest_is_found(name, altered):
     place = altered(name)
     honest = _json(place, "run.json")
     for key, value in honest.items():
@@ -516,13 +501,13 @@ PARTITIONS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("change", PARTITIONS)
-def test_an_altered_partition_is_found(change: str, altered: Callable[[str], Path]) -> None:
+def test_an_altered_partition_is_found(change, altered):
     place = altered("sequential")
     _write(place, "partition.json", PARTITIONS[change](_json(place, "partition.json")))
     found(place, "partition")
 
 
-def test_a_partition_that_is_missing_or_cut_is_found(altered: Callable[[str], Path]) -> None:
+def test_a_partition_that_is_missing_or_cut_is_found(altered):
     place = altered("sequential")
     content = (place / "partition.json").read_text()
     (place / "partition.json").write_text(content[: len(content) // 2])
@@ -548,9 +533,7 @@ def _other_loss(line: str) -> str:
         lambda lines: [],
     ],
 )
-def test_an_altered_history_is_found(
-    change: Callable[[list[str]], list[str]], altered: Callable[[str], Path]
-) -> None:
+def test_an_altered_history_is_found(change, altered):
     place = altered("sequential")
     lines = change((place / "history.jsonl").read_text().splitlines())
     (place / "history.jsonl").write_text("".join(f"{line}\n" for line in lines))
@@ -571,9 +554,7 @@ def test_an_altered_history_is_found(
         lambda made: dataclasses.replace(made, conditions={}),
     ],
 )
-def test_altered_plain_predictions_are_found(
-    change: Callable[[Predictions], Predictions], altered: Callable[[str], Path]
-) -> None:
+def test_altered_plain_predictions_are_found(change, altered):
     place = altered("own")
     folder = RunFolder(place)
     change(folder.load_predictions()).save(folder.predictions)
@@ -583,9 +564,7 @@ def test_altered_plain_predictions_are_found(
 # Images that are not at hand.
 
 
-def test_without_the_images_labels_are_not_checked(
-    altered: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_images_labels_are_not_checked(altered, tmp_path, monkeypatch):
     from certifl.errors import DataUnavailable
     from certifl.study import opened_run
 
@@ -603,7 +582,7 @@ def test_without_the_images_labels_are_not_checked(
     found(place, "another order")
 
 
-def test_data_inside_the_run_folder_are_not_believed(altered: Callable[[str], Path]) -> None:
+def test_data_inside_the_run_folder_are_not_believed(altered):
     """A run folder may be somebody else's, with labels that suit its certificates."""
     from certifl.study.opened_run import OpenRun
 
@@ -613,7 +592,7 @@ def test_data_inside_the_run_folder_are_not_believed(altered: Callable[[str], Pa
     assert OpenRun(place)._data_folder() is None
 
 
-def test_privacy_that_was_not_spent_so_is_found(tmp_path: Path) -> None:
+def test_privacy_that_was_not_spent_so_is_found(tmp_path):
     pytest.importorskip("opacus")
     private = ("privacy.kind=example", "privacy.noise_multiplier=1.0", "training.rounds=1")
     study = tiny.spec("certification.n=100", "certification.images=3", *private)

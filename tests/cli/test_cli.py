@@ -1,9 +1,6 @@
 """The command line as somebody meets it who has read nothing: help, usage, wrong specs."""
 
-from __future__ import annotations
-
 import os
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +12,7 @@ COMMANDS = ("quickstart", "run", "report", "verify", "certify", "predict", "list
 # Help and usage.
 
 
-def test_help_of_every_command() -> None:
+def test_help_of_every_command():
     whole = tiny.cli("--help")
     whole.fine()
     for command in COMMANDS:
@@ -37,13 +34,13 @@ def test_help_of_every_command() -> None:
         (["predict", "x.png", "--run", "x", "--n", "0"], "'--n'"),
     ],
 )
-def test_usage_errors_end_with_two(arguments: list[str], says: str) -> None:
+def test_usage_errors_end_with_two(arguments, says):
     answer = tiny.cli(*arguments)
     assert answer.code == 2
     assert says in answer.err
 
 
-def test_exit_codes_of_a_real_process(tmp_path: Path) -> None:
+def test_exit_codes_of_a_real_process(tmp_path):
     spec = tiny.write_spec(tmp_path)
     out = tmp_path / "run"
     wrong = tiny.process("run", spec, "--out", out, "--set", "trainign.lr=1")
@@ -65,23 +62,21 @@ def test_exit_codes_of_a_real_process(tmp_path: Path) -> None:
         ("model.name=json:dumps", ["json:dumps", "in_channels"]),
     ],
 )
-def test_a_wrong_setting_is_one_clear_line_and_writes_nothing(
-    setting: str, words: list[str], tmp_path: Path
-) -> None:
+def test_a_wrong_setting_is_one_clear_line_and_writes_nothing(setting, words, tmp_path):
     spec = tiny.write_spec(tmp_path)
     out = tmp_path / "runs" / "wrong"
     tiny.cli("run", spec, "--out", out, "--set", setting).refused(*words)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.toml"]
 
 
-def test_more_clients_than_training_images(tmp_path: Path) -> None:
+def test_more_clients_than_training_images(tmp_path):
     spec = tiny.write_spec(tmp_path)
     few = ("--set", "data.train_images=3", "--set", "clients.count=4")
     tiny.cli("run", spec, "--out", tmp_path / "r", *few).refused("4 clients", "3 training")
     assert not (tmp_path / "r").exists()
 
 
-def test_a_wrong_device_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_wrong_device_is_refused_before_anything_is_written(tmp_path):
     spec = tiny.write_spec(tmp_path)
     tiny.cli("run", spec, "--out", tmp_path / "r", "--device", "warp9").refused(
         "'warp9'", "cuda:1"
@@ -89,7 +84,7 @@ def test_a_wrong_device_is_refused_before_anything_is_written(tmp_path: Path) ->
     assert not (tmp_path / "r").exists()
 
 
-def test_files_that_are_no_spec(tmp_path: Path) -> None:
+def test_files_that_are_no_spec(tmp_path):
     out = ("--out", tmp_path / "r")
     tiny.cli("run", tmp_path / "none.toml", *out).refused("no spec at", "examples")
     tiny.cli("run", tmp_path, *out).refused("is a folder", ".toml")
@@ -100,7 +95,7 @@ def test_files_that_are_no_spec(tmp_path: Path) -> None:
     assert not (tmp_path / "r").exists()
 
 
-def test_a_missing_data_set_names_the_three_ways(tmp_path: Path) -> None:
+def test_a_missing_data_set_names_the_three_ways(tmp_path):
     spec = tiny.write_spec(tmp_path, "data.name=someones/mushrooms")
     out = ("--out", tmp_path / "r")
     (tmp_path / "data").mkdir()
@@ -111,7 +106,7 @@ def test_a_missing_data_set_names_the_three_ways(tmp_path: Path) -> None:
     assert not (tmp_path / "r").exists()
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made(tmp_path):
     spec = tiny.write_spec(tmp_path)
     below_a_file = spec / "run"
     tiny.cli("run", spec, "--out", below_a_file).refused("tiny.toml is a file", "--out")
@@ -124,7 +119,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         tiny.cli("run", spec, "--out", closed / "r").refused("Cannot write", "--out", code=1)
 
 
-def test_a_folder_with_strangers_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_strangers_is_left_alone(tmp_path):
     spec = tiny.write_spec(tmp_path)
     place = tmp_path / "mine"
     place.mkdir()
@@ -134,19 +129,19 @@ def test_a_folder_with_strangers_is_left_alone(tmp_path: Path) -> None:
     assert [p.name for p in place.iterdir()] == ["thesis.tex"]
 
 
-def test_answer_within_without_workers_leaves_no_folder_in_the_way(tmp_path: Path) -> None:
+def test_answer_within_without_workers_leaves_no_folder_in_the_way(tmp_path):
     spec, out = tiny.write_spec(tmp_path), tmp_path / "run"
     tiny.cli("run", spec, "--out", out, "--answer-within", "5").refused("needs --workers")
     assert not out.exists()
 
 
-def test_what_clients_share_is_refused_before_any_of_them_is_asked(tmp_path: Path) -> None:
+def test_what_clients_share_is_refused_before_any_of_them_is_asked(tmp_path):
     spec = tiny.write_spec(tmp_path)
     asked = ("deploy", "run", spec, "--kit", tmp_path / "none", "--share", "everything")
     tiny.cli(*asked).refused("share must be one of none, curve, rows")
 
 
-def test_help_shows_whole_sentences_and_list_every_name() -> None:
+def test_help_shows_whole_sentences_and_list_every_name():
     commands = tiny.cli("--help").out.partition("Studies:")[2]
     groups = [line[:-1] for line in commands.splitlines() if line.endswith(":")]
     assert groups == ["Models", "Federation", "Results", "Installation"]

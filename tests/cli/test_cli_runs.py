@@ -1,7 +1,5 @@
 """Commands about a finished run: the same again, report, verify, damage of every kind."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil
@@ -17,7 +15,7 @@ from certifl.experiments.run import Options, run
 # A finished run.
 
 
-def test_the_same_command_again_returns_at_once_and_changes_nothing(finished: Path) -> None:
+def test_the_same_command_again_returns_at_once_and_changes_nothing(finished):
     before = tiny.files(finished)
     again = tiny.cli("run", finished.parent / "tiny.toml", "--out", finished)
     again.fine("FedAvg", "ACR", "Report:")
@@ -25,7 +23,7 @@ def test_the_same_command_again_returns_at_once_and_changes_nothing(finished: Pa
     assert tiny.files(finished) == before
 
 
-def test_another_spec_is_refused_and_changes_nothing(finished: Path) -> None:
+def test_another_spec_is_refused_and_changes_nothing(finished):
     before = tiny.files(finished)
     spec = finished.parent / "tiny.toml"
     other = tiny.cli("run", spec, "--out", finished, "--set", "seed=1")
@@ -39,7 +37,7 @@ def test_another_spec_is_refused_and_changes_nothing(finished: Path) -> None:
     assert tiny.files(finished) == before
 
 
-def test_everything_is_on_record(finished: Path) -> None:
+def test_everything_is_on_record(finished):
     manifest = json.loads((finished / "run.json").read_text())
     assert manifest["status"] == "finished"
     assert manifest["command"].startswith("certifl run ")
@@ -53,7 +51,7 @@ def test_everything_is_on_record(finished: Path) -> None:
 
 
 @tiny.undrawn()
-def test_a_lost_report_is_written_again_by_the_same_command(copied: Path) -> None:
+def test_a_lost_report_is_written_again_by_the_same_command(copied):
     (copied / "report.html").unlink()
     tiny.cli("run", copied.parent / "tiny.toml", "--out", copied).refused("no spec")
     spec = tiny.write_spec(copied.parent)
@@ -61,7 +59,7 @@ def test_a_lost_report_is_written_again_by_the_same_command(copied: Path) -> Non
     assert (copied / "report.html").is_file()
 
 
-def test_report_on_several_runs(finished: Path, tmp_path: Path) -> None:
+def test_report_on_several_runs(finished, tmp_path):
     again = shutil.copytree(finished, tmp_path / "again")
     page = tmp_path / "pages" / "both.html"
     tiny.cli("report", finished, again, "--out", page).fine("Report:", "FedAvg")
@@ -71,18 +69,18 @@ def test_report_on_several_runs(finished: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", ["page.pdf", "folder.html"])
-def test_a_report_is_a_file_html(finished: Path, tmp_path: Path, page: str) -> None:
+def test_a_report_is_a_file_html(finished, tmp_path, page):
     (tmp_path / "folder.html").mkdir()
     tiny.cli("report", finished, "--out", tmp_path / page).refused("an .html file", page)
     assert [path.name for path in tmp_path.iterdir()] == ["folder.html"]
 
 
-def test_a_run_is_not_compared_with_itself(finished: Path, tmp_path: Path) -> None:
+def test_a_run_is_not_compared_with_itself(finished, tmp_path):
     same = finished / ".." / finished.name
     tiny.cli("report", finished, same, "--out", tmp_path / "p.html").refused("named twice")
 
 
-def test_report_on_what_is_no_finished_run(copied: Path, tmp_path: Path) -> None:
+def test_report_on_what_is_no_finished_run(copied, tmp_path):
     tiny.cli("report", tmp_path / "none").refused("not a run folder")
     manifest = json.loads((copied / "run.json").read_text())
     (copied / "run.json").write_text(json.dumps({**manifest, "status": "running"}))
@@ -93,7 +91,7 @@ def test_report_on_what_is_no_finished_run(copied: Path, tmp_path: Path) -> None
 # Verify.
 
 
-def test_verify_passes_on_an_honest_run(finished: Path) -> None:
+def test_verify_passes_on_an_honest_run(finished):
     tiny.cli("verify", finished).fine("12 certificates follow from their votes")
     tiny.cli("verify", finished / "certificates.parquet").fine("12 certificates")
 
@@ -141,7 +139,7 @@ break_the_manifest = write("run.json", '{"status": "fin')
         (write("run.json", "[]"), "run.json is damaged"),
     ],
 )
-def test_verify_fails_on_a_run_that_was_tampered_with(harm, says: str, copied: Path) -> None:
+def test_verify_fails_on_a_run_that_was_tampered_with(harm, says, copied):
     harm(copied)
     answer = tiny.cli("verify", copied)
     assert answer.code == 1
@@ -149,7 +147,7 @@ def test_verify_fails_on_a_run_that_was_tampered_with(harm, says: str, copied: P
     assert "follow from their votes" not in answer.out
 
 
-def test_a_checkpoint_replaced_together_with_its_checksum_is_noticed(copied: Path) -> None:
+def test_a_checkpoint_replaced_together_with_its_checksum_is_noticed(copied):
     """Somebody puts a whole committed round of another training into the folder."""
     run(tiny.spec("training.lr=0.04"), Options(copied.parent / "other"))
     training = copied / "checkpoints" / "training"
@@ -160,7 +158,7 @@ def test_a_checkpoint_replaced_together_with_its_checksum_is_noticed(copied: Pat
     assert "client 1: the stored model is not the one that was certified" in answer.err
 
 
-def test_verify_tells_of_every_run_it_is_given(finished: Path, copied: Path) -> None:
+def test_verify_tells_of_every_run_it_is_given(finished, copied):
     raise_a_radius(copied)
     answer = tiny.cli("verify", copied, finished)
     assert answer.code == 1
@@ -169,7 +167,7 @@ def test_verify_tells_of_every_run_it_is_given(finished: Path, copied: Path) -> 
 
 @pytest.mark.parametrize("harm", [break_the_certificates, lose_the_certificates])
 @tiny.undrawn()
-def test_lost_certificates_come_back_from_the_votes(harm, finished: Path, copied: Path) -> None:
+def test_lost_certificates_come_back_from_the_votes(harm, finished, copied):
     harm(copied)
     votes = {k: v for k, v in tiny.files(copied).items() if "certification" in k}
     tiny.cli("run", tiny.write_spec(copied.parent), "--out", copied).fine("ACR")
@@ -178,7 +176,7 @@ def test_lost_certificates_come_back_from_the_votes(harm, finished: Path, copied
     assert {k: v for k, v in tiny.files(copied).items() if "certification" in k} == votes
 
 
-def test_a_damaged_manifest_stops_the_run_until_asked_to_overwrite(copied: Path) -> None:
+def test_a_damaged_manifest_stops_the_run_until_asked_to_overwrite(copied):
     break_the_manifest(copied)
     spec = tiny.write_spec(copied.parent)
     tiny.cli("run", spec, "--out", copied).refused("run.json is damaged", "--overwrite", code=1)

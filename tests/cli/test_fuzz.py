@@ -4,8 +4,6 @@ No traceback, no use of the last handler, no hang, less than 1 GB of memory, and
 there is changed.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import os
@@ -91,11 +89,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_there_are_enough_of_them() -> None:
+def test_there_are_enough_of_them():
     assert len(fuzzing.CASES) >= 1000
 
 
-def test_no_mutated_file_is_believed_or_stumbled_over(base: Path, tmp_path: Path) -> None:
+def test_no_mutated_file_is_believed_or_stumbled_over(base, tmp_path):
     step = os.environ.get("CERTIFL_FUZZ_STEP", "1")  # a larger one takes fewer
     command = [sys.executable, fuzzing.__file__, str(base), str(tmp_path), step]
     done = subprocess.run(

@@ -1,7 +1,5 @@
 """Wrong paths, commands and options are refused before anything heavy is imported."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -92,7 +90,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], 
 
 
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
-def test_what_is_wrong_is_refused_at_once(arguments: tuple[str, ...], outcomes: Any) -> None:
+def test_what_is_wrong_is_refused_at_once(arguments, outcomes):
     ended = outcomes[arguments]
     assert (ended["code"], ended["heavy"]) == (2, [])
     assert ended["said"].strip()
@@ -100,7 +98,7 @@ def test_what_is_wrong_is_refused_at_once(arguments: tuple[str, ...], outcomes: 
 
 
 @pytest.mark.parametrize("arguments", HELP, ids=" ".join)
-def test_help_is_shown_at_once(arguments: tuple[str, ...], outcomes: Any) -> None:
+def test_help_is_shown_at_once(arguments, outcomes):
     assert (outcomes[arguments]["code"], outcomes[arguments]["heavy"]) == (0, [])
 
 

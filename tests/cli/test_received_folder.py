@@ -1,7 +1,5 @@
 """Commands run inside a folder that somebody sent import nothing from it."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -77,7 +75,7 @@ STARTS = {
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_nothing_of_the_folder_is_imported(received: Path, start: str) -> None:
+def test_nothing_of_the_folder_is_imported(received, start):
     if start == "script" and not SCRIPT.is_file():
         pytest.skip("certifl is not installed here")
     done = subprocess.run(
@@ -88,7 +86,7 @@ def test_nothing_of_the_folder_is_imported(received: Path, start: str) -> None:
     assert not (received / "hit").exists(), (received / "hit").read_text()
 
 
-def test_a_network_of_the_spec_brings_its_package_and_nothing_else(received: Path) -> None:
+def test_a_network_of_the_spec_brings_its_package_and_nothing_else(received):
     """Nor do the worker processes that the command starts."""
     package = received / "own_package"
     package.mkdir()
@@ -103,7 +101,7 @@ def test_a_network_of_the_spec_brings_its_package_and_nothing_else(received: Pat
     assert "PYTHONSAFEPATH" not in os.environ
 
 
-def test_a_module_beside_the_named_one_is_not_importable(tmp_path: Path) -> None:
+def test_a_module_beside_the_named_one_is_not_importable(tmp_path):
     (tmp_path / "lonely_net.py").write_text("import beside_it\n" + NET)
     (tmp_path / "beside_it.py").touch()
     allow_code("lonely_net:make", tmp_path)
@@ -126,7 +124,7 @@ def own_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_never_says_what_code_runs(own_run: Path) -> None:
+def test_a_run_never_says_what_code_runs(own_run):
     place = own_run / "run"
     tiny.cli("predict", own_run / "gray.png", "--run", place).refused("--code DIR", "sent_net")
     tiny.cli("attack", place).refused("--code DIR")
@@ -136,7 +134,7 @@ def test_a_run_never_says_what_code_runs(own_run: Path) -> None:
     tiny.cli("verify", place).fine("certificates follow")
 
 
-def test_code_that_its_user_names_is_run(own_run: Path) -> None:
+def test_code_that_its_user_names_is_run(own_run):
     place, code = own_run / "run", own_run / "code"
     asked = ("predict", own_run / "gray.png", "--run", place, "--code")
     tiny.cli(*asked, code).fine("client 0")
@@ -149,12 +147,12 @@ def test_code_that_its_user_names_is_run(own_run: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "torch:load", "builtins:dict"])
-def test_a_module_of_python_itself_is_not_a_network(name: str, tmp_path: Path) -> None:
+def test_a_module_of_python_itself_is_not_a_network(name, tmp_path):
     with pytest.raises(ModelError, match="holds no module"):
         require_code(name, tmp_path)
 
 
-def test_a_folder_cannot_replace_a_module(tmp_path: Path) -> None:
+def test_a_folder_cannot_replace_a_module(tmp_path):
     (tmp_path / "json.py").write_text("raise SystemExit")
     with pytest.raises(ModelError, match="Python finds the module 'json'"):
         require_code("json:loads", tmp_path)

@@ -1,7 +1,5 @@
 """Data sets by name: what is found where, what a set must be, and what the cache may do."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -1,7 +1,5 @@
 """From image files to pixels: color, depth, window, crop and size; what is recorded or refused."""
 
-from __future__ import annotations
-
 import io
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The split by a column of the data set: whose images, which clients, and what is refused."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +55,7 @@ def spec(*settings: str, **clients: Any) -> Spec:
     return with_settings({**tiny.VALUES, "data": {"name": "scans"}, "clients": chosen}, settings)
 
 
-def test_every_value_is_a_client_and_keeps_its_own_test_images(data: Path) -> None:
+def test_every_value_is_a_client_and_keeps_its_own_test_images(data):
     dataset, partition = open_data(spec(), data)
     assert partition.names == ("Aarau", "Basel", "Chur")
     for name, client in zip(partition.names, partition.clients, strict=True):
@@ -72,7 +70,7 @@ def test_every_value_is_a_client_and_keeps_its_own_test_images(data: Path) -> No
     assert back.names == partition.names
 
 
-def test_fewer_clients_are_those_with_the_most_training_images(data: Path) -> None:
+def test_fewer_clients_are_those_with_the_most_training_images(data):
     assert open_data(spec(count=1), data)[1].names == ("Basel",)
     # Aarau and Chur have equally many: the first in order
     assert open_data(spec(count=2), data)[1].names == ("Aarau", "Basel")
@@ -80,7 +78,7 @@ def test_fewer_clients_are_those_with_the_most_training_images(data: Path) -> No
     assert open_data(spec(count=1, options=options), data)[1].names == ("Basel",)
 
 
-def test_too_many_clients_are_told_what_is_there(data: Path) -> None:
+def test_too_many_clients_are_told_what_is_there(data):
     with pytest.raises(InputError) as refused:
         open_data(spec(count=4), data)
     told = str(refused.value)
@@ -89,7 +87,7 @@ def test_too_many_clients_are_told_what_is_there(data: Path) -> None:
     assert "Set clients.count to 3" in told
 
 
-def test_a_part_of_the_images_is_split_by_its_own_values(data: Path) -> None:
+def test_a_part_of_the_images_is_split_by_its_own_values(data):
     small = with_settings(
         {
             **tiny.VALUES,
@@ -104,12 +102,12 @@ def test_a_part_of_the_images_is_split_by_its_own_values(data: Path) -> None:
         assert set(dataset.train.column[client.train]) == {name}
 
 
-def test_numbers_are_in_the_order_of_their_size(tmp_path: Path) -> None:
+def test_numbers_are_in_the_order_of_their_size(tmp_path):
     write_hospitals(tmp_path / "scans", values=[10, 9, 2, 3, 4])
     assert open_data(spec(), tmp_path)[1].names == ("2", "9", "10")
 
 
-def test_numbers_with_names_are_called_by_them(tmp_path: Path) -> None:
+def test_numbers_with_names_are_called_by_them(tmp_path):
     feature = {"_type": "ClassLabel", "names": ["B", "A", "C", "D", "E"]}
     features = {"hospital": feature, "label": {"_type": "ClassLabel", "names": list("xyz")}}
     about = json.dumps({"info": {"features": features}})
@@ -119,7 +117,7 @@ def test_numbers_with_names_are_called_by_them(tmp_path: Path) -> None:
     assert dataset.class_names == ("x", "y", "z")
 
 
-def test_the_column_is_kept_in_the_cache_and_only_where_asked_for(data: Path) -> None:
+def test_the_column_is_kept_in_the_cache_and_only_where_asked_for(data):
     plain = load("scans", data)
     first = load("scans", data, keep_column="hospital")
     cached = sorted((data.parent / "cache").iterdir())
@@ -142,18 +140,18 @@ def test_the_column_is_kept_in_the_cache_and_only_where_asked_for(data: Path) ->
         ("image", "holds binary; clients are named by integers or texts"),
     ],
 )
-def test_columns_that_cannot_be_are_refused(column: str, says: str, data: Path) -> None:
+def test_columns_that_cannot_be_are_refused(column, says, data):
     with pytest.raises(InputError, match=says):
         load("scans", data, keep_column=column)
 
 
-def test_images_of_nobody_are_refused(tmp_path: Path) -> None:
+def test_images_of_nobody_are_refused(tmp_path):
     write_hospitals(tmp_path / "scans", values=["A", None, "B", "C", "D"])
     with pytest.raises(InputError, match=r"missing values.*whose"):
         load("scans", tmp_path, keep_column="hospital")
 
 
-def test_what_is_no_table_has_no_column(tmp_path: Path) -> None:
+def test_what_is_no_table_has_no_column(tmp_path):
     with pytest.raises(InputError, match="digits is not a table"):
         load("digits", keep_column="writer")
     for split in ("train", "test"):
@@ -165,7 +163,7 @@ def test_what_is_no_table_has_no_column(tmp_path: Path) -> None:
         load("pictures", tmp_path, keep_column="writer")
 
 
-def test_options_are_checked(data: Path) -> None:
+def test_options_are_checked(data):
     with pytest.raises(InputError, match="must be the name of a column"):
         Column(3)
     with pytest.raises(InputError, match=r"min_test = 0 .* must"):
@@ -175,13 +173,13 @@ def test_options_are_checked(data: Path) -> None:
         assign_images(Column("hospital"), labels, (None, None), 2, 0)
 
 
-def test_a_plan_reads_the_numbers_of_the_column(data: Path) -> None:
+def test_a_plan_reads_the_numbers_of_the_column(data):
     facts, told = data_size(spec(), data)
     assert (facts.train, facts.test) == (74, 21)
     assert "those of scans" in told
 
 
-def test_a_run_names_its_clients_and_is_verified(data: Path, tmp_path: Path) -> None:
+def test_a_run_names_its_clients_and_is_verified(data, tmp_path):
     place = tmp_path / "run"
     folder = run(spec("training.rounds=1"), Options(place, data))
     assert folder.manifest()["client_names"] == ["Aarau", "Basel", "Chur"]

@@ -1,7 +1,5 @@
 """One suite for every way of splitting a data set over clients, and what each promises besides."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import FrozenInstanceError, fields
 

@@ -1,7 +1,5 @@
 """Certificates of clients elsewhere: what each lets go, and what the server makes of it."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

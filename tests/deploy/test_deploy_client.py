@@ -1,7 +1,5 @@
 """What a server may ask of a client, what leaves its machine, what it does with what it keeps."""
 
-from __future__ import annotations
-
 import json
 import stat
 from pathlib import Path

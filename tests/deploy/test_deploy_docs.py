@@ -1,7 +1,5 @@
 """docs/deploy.md, "your first federation on two machines", word by word in two namespaces."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -1,7 +1,5 @@
 """Each lie of one client against the server's real loop: the liar is named, the rest is right."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import json

@@ -1,7 +1,5 @@
 """What travels arrives as it was sent, and what is not one of certifl is refused."""
 
-from __future__ import annotations
-
 import json
 import math
 import pickle

@@ -4,8 +4,6 @@ All tests of the running federation share one; xdist gives them to one worker (`
 The server and client 0 are at first new interpreters, also those of Flower; the rest are forks.
 """
 
-from __future__ import annotations
-
 import os
 import runpy
 import shutil

@@ -1,7 +1,5 @@
 """The same algorithms with clients elsewhere: equal models, whatever comes between."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """A client's own ledger of privacy, against servers that ask for more than they say."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 

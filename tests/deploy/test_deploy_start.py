@@ -1,7 +1,5 @@
 """With which clients a study starts; a client that is not accepted waits, and says why."""
 
-from __future__ import annotations
-
 import copy
 import os
 import stat

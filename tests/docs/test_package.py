@@ -1,7 +1,5 @@
 """What is installed and its pages made from code; a required test is not passed by skipping."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import os
@@ -32,17 +30,17 @@ def python(code: str) -> str:
 
 
 @pytest.mark.parametrize("name", certifl.__all__)
-def test_every_public_name_exists(name: str) -> None:
+def test_every_public_name_exists(name):
     assert getattr(certifl, name) is not None
     assert name in dir(certifl)
 
 
-def test_another_name_is_an_ordinary_error() -> None:
+def test_another_name_is_an_ordinary_error():
     with pytest.raises(AttributeError, match="has no attribute 'certfy'"):
         certifl.certfy  # noqa: B018  # pyright: ignore
 
 
-def test_every_module_says_what_it_offers() -> None:
+def test_every_module_says_what_it_offers():
     package = ROOT / "src" / "certifl"
     for file in package.rglob("*.py"):
         if file.stem.startswith("_"):
@@ -53,22 +51,22 @@ def test_every_module_says_what_it_offers() -> None:
             assert hasattr(module, name), f"{module.__name__}.{name}"
 
 
-def test_importing_loads_nothing_heavy() -> None:
+def test_importing_loads_nothing_heavy():
     loaded = f"print([m for m in {HEAVY} if m in sys.modules])"
     assert python(f"import sys, certifl; certifl.__version__; {loaded}") == "[]"
 
 
-def test_version_is_the_distributions() -> None:
+def test_version_is_the_distributions():
     assert metadata.version("certifl") == certifl.__version__
 
 
-def test_the_version_of_the_citation_is_the_packages() -> None:
+def test_the_version_of_the_citation_is_the_packages():
     cited = (ROOT / "CITATION.cff").read_text()
     assert f"\nversion: {certifl.__version__}\n" in cited
 
 
 @pytest.mark.slow
-def test_a_wheel_works_from_any_folder(tmp_path: Path) -> None:
+def test_a_wheel_works_from_any_folder(tmp_path):
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     copy = tmp_path / "source"
     copy.mkdir()
@@ -95,7 +93,7 @@ def test_a_wheel_works_from_any_folder(tmp_path: Path) -> None:
     assert {".html", ".css", ".js"} <= set(ast.literal_eval(done.stdout.split(" ", 1)[1].strip()))
 
 
-def test_types_and_assets_are_shipped() -> None:
+def test_types_and_assets_are_shipped():
     package = resources.files("certifl")
     assert (package / "py.typed").is_file()
     for asset in ("page.html", "page.css", "page.js"):
@@ -105,7 +103,7 @@ def test_types_and_assets_are_shipped() -> None:
     assert "report/assets/*" in settings
 
 
-def test_both_ways_of_calling_the_command() -> None:
+def test_both_ways_of_calling_the_command():
     console = Path(sys.executable).with_name("certifl")
     for command in ([str(console)], [sys.executable, "-m", "certifl"]):
         done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
@@ -179,12 +177,12 @@ def made() -> dict[str, str]:
     return load_script("docs/make_reference.py").pages()
 
 
-def test_no_page_is_missing_or_left_over(made: dict[str, str]) -> None:
+def test_no_page_is_missing_or_left_over(made):
     assert {path.name for path in REFERENCE.iterdir()} == set(made)
 
 
 @pytest.mark.parametrize("name", ["commands.md", "spec.md", "errors.md"])
-def test_the_page_is_current(name: str, made: dict[str, str]) -> None:
+def test_the_page_is_current(name, made):
     again = "docs/reference is not current: run python docs/make_reference.py"
     assert (REFERENCE / name).read_text() == made[name], again
 

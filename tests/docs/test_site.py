@@ -1,7 +1,5 @@
 """The documentation's site builds without a warning: every link, anchor and page is there."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil
@@ -19,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_the_site_builds_strictly_and_a_link_to_nowhere_is_noticed(tmp_path: Path) -> None:
+def test_the_site_builds_strictly_and_a_link_to_nowhere_is_noticed(tmp_path):
     """With one planted link to nowhere: it is the only warning, and warnings are errors."""
     for name in ("docs", "examples", "benchmarks"):
         shutil.copytree(ROOT / name, tmp_path / name)

@@ -1,7 +1,5 @@
 """docs/troubleshooting.md: every message on it is what certifl says to that mistake."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path
@@ -36,15 +34,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).path
 
 
-def test_every_message_of_the_page_is_provoked() -> None:
+def test_every_message_of_the_page_is_provoked():
     assert set(SHOWN) == set(CASES)
 
 
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # in Flower
 @pytest.mark.parametrize("title", CASES)
-def test_the_page_says_what_certifl_says(
-    title: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_page_says_what_certifl_says(title, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mine = Path("runs/alone")
     shutil.copytree(finished, mine)

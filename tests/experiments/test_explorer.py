@@ -1,7 +1,5 @@
 """Exploring a run: walks through the parameters, votes at every step, a record that can go on."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,7 +1,5 @@
 """Own weights in a spec, and fine-tuning that is certified before and after."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

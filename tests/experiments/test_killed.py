@@ -1,7 +1,5 @@
 """Training killed at any moment, on a full disk, in a folder that turns read-only."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource
@@ -95,7 +93,7 @@ def in_process(script: str, *arguments: object) -> str:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
     result = json.loads(in_process(KILLER, tmp_path, KILLS))
     assert result["kills"] == KILLS
     assert result["runs"] >= 2
@@ -118,7 +116,7 @@ if __name__ == "__main__":
 )
 
 
-def test_killed_with_workers_nobody_is_left_behind(tmp_path: Path) -> None:
+def test_killed_with_workers_nobody_is_left_behind(tmp_path):
     psutil = pytest.importorskip("psutil")
     script, folder = tmp_path / "script.py", tmp_path / "killed"
     script.write_text(WITH_WORKERS.format(tests=str(TESTS)))
@@ -184,7 +182,7 @@ def committed(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("round-*"))
 
 
-def test_a_disk_that_fills_up_loses_nothing(disk: Path, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_loses_nothing(disk, tmp_path):
     filler = disk / "filler"
 
     def fill() -> None:
@@ -207,7 +205,7 @@ def test_a_disk_that_fills_up_loses_nothing(disk: Path, tmp_path: Path) -> None:
     assert_same_end(disk / "run", tmp_path / "whole")
 
 
-def test_a_folder_that_turns_read_only_loses_nothing(disk: Path, tmp_path: Path) -> None:
+def test_a_folder_that_turns_read_only_loses_nothing(disk, tmp_path):
     def remount(mode: str) -> None:
         subprocess.run(["mount", "-o", f"remount,{mode}", disk], check=True)
 
@@ -223,7 +221,7 @@ def test_a_folder_that_turns_read_only_loses_nothing(disk: Path, tmp_path: Path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission_loses_nothing(tmp_path: Path) -> None:
+def test_a_folder_without_permission_loses_nothing(tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(StoreError, match=r"Cannot write .*Permission denied"):
         work(folder, progress=in_round(2, lambda: folder.chmod(0o555)))
@@ -232,9 +230,7 @@ def test_a_folder_without_permission_loses_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9])
-def test_files_that_may_not_grow_further_are_reported_and_the_training_resumes(
-    share: float, tmp_path: Path
-) -> None:
+def test_files_that_may_not_grow_further_are_reported_and_the_training_resumes(share, tmp_path):
     """The record of a round grows with its history, so a limit on size strikes in a later one."""
     whole = work(tmp_path / "whole")
     room = int(share * (whole.path / "round.json").stat().st_size)

@@ -1,7 +1,5 @@
 """Privacy in a spec and in a run: what is refused, what is recorded, what is kept secret."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Whole studies: every regime, every kind of images, one's own network, the same twice."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -65,7 +63,7 @@ def models(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_every_regime_from_spec_to_verified_certificates(regime: str, tmp_path: Path) -> None:
+def test_every_regime_from_spec_to_verified_certificates(regime, tmp_path):
     algorithm = REGIMES[regime]
     augmentation: dict[str, Any] = {"federated": tiny.ROTATION}
     if algorithm["name"] == "personalized":
@@ -81,7 +79,7 @@ def test_every_regime_from_spec_to_verified_certificates(regime: str, tmp_path: 
     assert set(json.loads(rounds[0])["clients"]) == {"0", "1", "2"}
 
 
-def test_personalisation_has_an_augmentation_of_its_own(tmp_path: Path) -> None:
+def test_personalisation_has_an_augmentation_of_its_own(tmp_path):
     personal = {"algorithm": REGIMES["personalized"]}
     found = {}
     for name, choice in (("same", "same"), ("none", "none"), ("other", TRANSLATION)):
@@ -95,7 +93,7 @@ def test_personalisation_has_an_augmentation_of_its_own(tmp_path: Path) -> None:
     assert len(servers) == 1
 
 
-def test_settings_override_the_file_and_stand_in_the_run(tmp_path: Path) -> None:
+def test_settings_override_the_file_and_stand_in_the_run(tmp_path):
     spec = tiny.write_spec(tmp_path)
     changed = ["training.rounds=1", "certification.images=3", "name=changed"]
     study = load(spec, changed)
@@ -121,7 +119,7 @@ def write_pngs(folder: Path, shape: tuple[int, ...], per_class: int = 12) -> Non
 
 
 @pytest.mark.parametrize("family", ["translation", "dense_flow"])
-def test_colour_images_that_are_not_square(family: str, tmp_path: Path) -> None:
+def test_colour_images_that_are_not_square(family, tmp_path):
     write_pngs(tmp_path / "data" / "lights", (10, 12, 3))
     noise = {"family": family, "sigma": 0.05}
     values = {
@@ -143,7 +141,7 @@ def test_colour_images_that_are_not_square(family: str, tmp_path: Path) -> None:
         tiny.cli("predict", turned, "--run", folder.path).refused("12 x 10", "10 x 12")
 
 
-def test_a_table_with_columns_named_by_somebody_else(tmp_path: Path) -> None:
+def test_a_table_with_columns_named_by_somebody_else(tmp_path):
     place = tmp_path / "digits2"
     write_pngs(tmp_path / "png", (9, 9))
     place.mkdir()
@@ -170,7 +168,7 @@ def test_a_table_with_columns_named_by_somebody_else(tmp_path: Path) -> None:
     tiny.cli("run", spec, *out).refused("ward", "finding")
 
 
-def test_images_that_changed_under_a_run_are_noticed(tmp_path: Path) -> None:
+def test_images_that_changed_under_a_run_are_noticed(tmp_path):
     write_pngs(tmp_path / "lights", (8, 8))
     study = with_settings({**tiny.VALUES, "data": {"name": "lights"}})
     folder = run(study, Options(tmp_path / "run", tmp_path))
@@ -207,7 +205,7 @@ def by_batch(in_channels, num_classes):
 
 @pytest.mark.usefixtures("_own_modules")
 @tiny.undrawn()
-def test_a_network_beside_the_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_beside_the_spec(tmp_path, monkeypatch):
     home = tmp_path / "home"
     home.mkdir()
     (home / "my_network.py").write_text(NETWORK)
@@ -239,7 +237,7 @@ def test_a_network_beside_the_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("_own_modules")
-def test_a_network_that_changed_since_is_refused(tmp_path: Path) -> None:
+def test_a_network_that_changed_since_is_refused(tmp_path):
     (tmp_path / "changing.py").write_text(NETWORK)
     sys.path.append(str(tmp_path))
     study = tiny.spec("model.name=changing:make", "training.rounds=1")
@@ -252,7 +250,7 @@ def test_a_network_that_changed_since_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_own_modules")
-def test_a_network_that_cannot_be_certified_is_refused_before_training(tmp_path: Path) -> None:
+def test_a_network_that_cannot_be_certified_is_refused_before_training(tmp_path):
     (tmp_path / "unfit.py").write_text(NETWORK)
     sys.path.append(str(tmp_path))
     with pytest.raises(ModelError, match="another batch"):
@@ -263,7 +261,7 @@ def test_a_network_that_cannot_be_certified_is_refused_before_training(tmp_path:
 # The same again.
 
 
-def test_the_same_spec_twice_gives_the_same_bits(tmp_path: Path) -> None:
+def test_the_same_spec_twice_gives_the_same_bits(tmp_path):
     study = tiny.spec("algorithm={name='mixture', personalization=0.4}")
     for name in ("one", "two"):
         run(study, Options(tmp_path / name))
@@ -276,7 +274,7 @@ def test_the_same_spec_twice_gives_the_same_bits(tmp_path: Path) -> None:
     assert not certificates(tmp_path / "one").same_results(certificates(tmp_path / "three"))
 
 
-def test_overwrite_replaces_and_nothing_else_does(tmp_path: Path) -> None:
+def test_overwrite_replaces_and_nothing_else_does(tmp_path):
     first = run(tiny.spec(), Options(tmp_path / "run"))
     before = tiny.files(first.path)
     assert run(tiny.spec(), Options(tmp_path / "run")) == first
@@ -289,9 +287,7 @@ def test_overwrite_replaces_and_nothing_else_does(tmp_path: Path) -> None:
     assert tiny.weights(tmp_path / "run") == tiny.weights(tmp_path / "new")
 
 
-def test_a_finished_training_beside_is_taken_over_only_if_it_is_the_same(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_finished_training_beside_is_taken_over_only_if_it_is_the_same(tmp_path, caplog):
     caplog.set_level("INFO")
     first = run(tiny.spec(), Options(tmp_path / "first"))
     (tmp_path / "broken").mkdir()
@@ -309,9 +305,7 @@ def test_a_finished_training_beside_is_taken_over_only_if_it_is_the_same(
 
 
 @pytest.mark.usefixtures("_own_modules")
-def test_the_training_of_a_network_whose_code_may_have_changed_is_not_taken_over(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_training_of_a_network_whose_code_may_have_changed_is_not_taken_over(tmp_path, caplog):
     caplog.set_level("INFO")
     (tmp_path / "my_network.py").write_text(NETWORK)
     sys.path.append(str(tmp_path))
@@ -325,9 +319,7 @@ def test_the_training_of_a_network_whose_code_may_have_changed_is_not_taken_over
 
 
 @tiny.undrawn()
-def test_quickstart_shows_all_regimes_on_one_page_and_is_not_done_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quickstart_shows_all_regimes_on_one_page_and_is_not_done_twice(tmp_path, monkeypatch):
     def small(seed: int) -> dict[str, Any]:
         chosen = {"fedavg": {"name": "fedavg"}, "personalized": REGIMES["personalized"]}
         return {
@@ -352,7 +344,7 @@ def test_quickstart_shows_all_regimes_on_one_page_and_is_not_done_twice(
 
 
 @pytest.mark.usefixtures("_own_modules")
-def test_the_example_of_a_network_of_ones_own(tmp_path: Path) -> None:
+def test_the_example_of_a_network_of_ones_own(tmp_path):
     short = ("training.rounds=2", "certification.images=4", "certification.n=200")
     sys.path.append(str(EXAMPLES))
     folder = run(load(EXAMPLES / "own_model.toml", short), Options(tmp_path / "run"))
@@ -361,7 +353,7 @@ def test_the_example_of_a_network_of_ones_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_own_modules")
-def test_the_example_of_a_model_somebody_has(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_of_a_model_somebody_has(capsys):
     example = load_script("examples/certify_your_model.py")
     example.EPOCHS, example.TESTED = 3, 12
     example.main()
@@ -375,7 +367,7 @@ def test_the_example_of_a_model_somebody_has(capsys: pytest.CaptureFixture[str])
 # Certification by several processes gives what one process gives.
 
 
-def test_two_processes_cast_the_votes_of_one(tmp_path: Path) -> None:
+def test_two_processes_cast_the_votes_of_one(tmp_path):
     study, seen = tiny.spec("clients.count=3"), []
     alone = run(study, Options(tmp_path / "alone", device="cpu"))
     shared = run(
@@ -391,7 +383,7 @@ def test_two_processes_cast_the_votes_of_one(tmp_path: Path) -> None:
     assert voted[-1][0] == voted[-1][1]
 
 
-def test_a_process_that_fails_is_reported_with_its_reason(tmp_path: Path) -> None:
+def test_a_process_that_fails_is_reported_with_its_reason(tmp_path):
     folder = run(tiny.spec(), Options(tmp_path / "run", device="cpu", explore=False))
     for server in folder.training.glob("round-*/server.safetensors"):
         server.write_bytes(b"damaged")
@@ -399,7 +391,7 @@ def test_a_process_that_fails_is_reported_with_its_reason(tmp_path: Path) -> Non
         cast_votes(OpenRun(folder.path), None, ("cpu",), None)
 
 
-def test_names_of_devices() -> None:
+def test_names_of_devices():
     assert device_names("cpu") == ("cpu",)
     assert device_names("cpu, cpu") == ("cpu", "cpu")
     with pytest.raises(InputError, match="device is empty"):

@@ -1,7 +1,5 @@
 """Sweeps: which runs they have, shared trainings, resumption, one table over seeds."""
 
-from __future__ import annotations
-
 import csv
 import shlex
 import tomllib

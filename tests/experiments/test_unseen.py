@@ -1,7 +1,5 @@
 """Clients that take part in no round: they are given the model afterwards, and reported apart."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Averages of models, and robust aggregation: what each rule is, withstands and leaves alone."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

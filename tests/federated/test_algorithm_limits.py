@@ -1,7 +1,5 @@
 """Limits: what the paper's ways of training together become at the ends of their parameters."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

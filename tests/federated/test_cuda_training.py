@@ -1,7 +1,5 @@
 """Training on a GPU: repeats and resumes; skipped without."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

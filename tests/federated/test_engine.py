@@ -1,7 +1,5 @@
 """Rounds in one process: order, history, resuming after a kill, mixing nothing up."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Clients that fail: left out with a reason, nothing else disturbed; too many are an error."""
 
-from __future__ import annotations
-
 import logging
 import math
 from dataclasses import replace

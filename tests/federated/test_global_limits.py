@@ -1,7 +1,5 @@
 """Limits of the algorithms that deploy one global model: FedProx, SCAFFOLD, server optimisers."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Gradient hooks that work on all weights together: the bits of one weight after the other."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Malicious clients: what robust aggregation withstands and where it breaks; training goes on."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

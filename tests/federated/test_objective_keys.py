@@ -1,7 +1,5 @@
 """Objectives, algorithms and schedules as tables: what is read, and what is refused and how."""
 
-from __future__ import annotations
-
 import tomllib
 from dataclasses import dataclass, replace
 from typing import Any

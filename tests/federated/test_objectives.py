@@ -1,7 +1,5 @@
 """Training objectives: formulas on linear models, limits, and what they do to networks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Limits of the algorithms that deploy a model of its own to every client."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

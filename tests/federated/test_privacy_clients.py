@@ -1,7 +1,5 @@
 """Privacy of clients: what the server sums, how noisy it is, who takes part, what epsilon is."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Example-level privacy: clipping, noise, batches, and what a client may send."""
 
-from __future__ import annotations
-
 import math
 import pickle
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The engine against plain loops: those of the paper's equations, and those of its benchmark."""
 
-from __future__ import annotations
-
 import math
 from argparse import Namespace
 from dataclasses import dataclass, replace

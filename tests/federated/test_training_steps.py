@@ -1,7 +1,5 @@
 """A client's passes against bare loops of the same steps, and what they refuse."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 
@@ -335,13 +333,13 @@ def trained_in(precision: str, memory_format: str):
     return local.train_epochs(state_of(TinyNet()), client_data(0, 12), 0).state
 
 
-def test_auto_is_the_layout_that_a_precision_always_had() -> None:
+def test_auto_is_the_layout_that_a_precision_always_had():
     """No bit of an older study changes: float32 stays contiguous, bfloat16 channels-last."""
     for precision, layout in (("float32", "contiguous"), ("bfloat16", "channels-last")):
         assert_same(trained_in(precision, "auto"), trained_in(precision, layout))
 
 
-def test_channels_last_in_float32_is_the_same_training_up_to_rounding() -> None:
+def test_channels_last_in_float32_is_the_same_training_up_to_rounding():
     local = formatted("float32", "channels-last")
     weight = next(p for p in local.network.parameters() if p.dim() == 4)
     assert weight.is_contiguous(memory_format=torch.channels_last)
@@ -350,7 +348,7 @@ def test_channels_last_in_float32_is_the_same_training_up_to_rounding() -> None:
         torch.testing.assert_close(last[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_another_layout_does_not_resume_a_training(tmp_path) -> None:
+def test_another_layout_does_not_resume_a_training(tmp_path):
     clients = [client_data(0, 12)]
     folder = Checkpoints(tmp_path)
     train(FedAvg(), TinyNet(), clients, formatted("float32", "auto"), folder)
@@ -358,6 +356,6 @@ def test_another_layout_does_not_resume_a_training(tmp_path) -> None:
         train(FedAvg(), TinyNet(), clients, formatted("float32", "channels-last"), folder)
 
 
-def test_unknown_layouts_are_refused() -> None:
+def test_unknown_layouts_are_refused():
     with pytest.raises(SpecError, match="contiguous"):
         formatted("float32", "channels_last")

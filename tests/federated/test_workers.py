@@ -1,10 +1,7 @@
 """Worker processes: the same bits, and whatever happens to one of them."""
 
-from __future__ import annotations
-
 import multiprocessing
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -197,9 +194,7 @@ def mine(in_channels, num_classes):
 """
 
 
-def test_a_network_of_one_s_own_trains_in_workers_from_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_network_of_one_s_own_trains_in_workers_from_the_command_line(tmp_path, monkeypatch):
     (tmp_path / "my_own_network.py").write_text(NETWORK)
     spec = tiny.write_spec(tmp_path, "model.name=my_own_network:mine", "clients.count=3")
     asked = ("run", spec, "--out", tmp_path / "run", "--workers", "2", "--answer-within", "60")

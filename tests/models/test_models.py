@@ -1,7 +1,5 @@
 """Networks: sizes, seeds, states, pooling, convolutions, and a person's own model."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import importlib
@@ -9,7 +7,6 @@ import pickle
 import sys
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -281,7 +278,7 @@ def _network(module: str) -> torch.nn.Module:
     return importlib.import_module(module).make()
 
 
-def test_the_code_of_a_network_is_seen_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_code_of_a_network_is_seen_to_change(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     source = """
@@ -303,7 +300,7 @@ def make():
     monkeypatch.delitem(sys.modules, file.stem)
 
 
-def test_a_fingerprint_takes_in_what_is_no_tensor() -> None:
+def test_a_fingerprint_takes_in_what_is_no_tensor():
     class Extra(nn.Module):
         def __init__(self, note: object) -> None:
             super().__init__()

@@ -1,7 +1,5 @@
 """Networks as people have them: whatever votes answers as the model itself does in evaluation."""
 
-from __future__ import annotations
-
 import functools
 import threading
 from collections.abc import Callable
@@ -268,7 +266,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_votes_answers_as_the_model_does(name: str) -> None:
+def test_what_votes_answers_as_the_model_does(name):
     model = NETWORKS[name]()
     reference = model._orig_mod if name == "compiled" else model
     reference = NETWORKS["plain"]() if name == "compiled inside" else reference
@@ -299,18 +297,18 @@ FOLDED = (
 
 
 @pytest.mark.parametrize("name", FOLDED)
-def test_these_are_folded(name: str) -> None:
+def test_these_are_folded(name):
     assert prepare(NETWORKS[name](), images(), device="cpu", precision="float32").folded
 
 
 @pytest.mark.parametrize(
     "name", ["hook on the network", "hook before the network", "hook on a part", "counting"]
 )
-def test_folding_would_lose_something_of_these(name: str) -> None:
+def test_folding_would_lose_something_of_these(name):
     assert not prepare(NETWORKS[name](), images(), device="cpu", precision="float32").folded
 
 
-def test_hooks_run_at_every_vote() -> None:
+def test_hooks_run_at_every_vote():
     net, seen = body(), list[int]()
     net.register_forward_hook(lambda _m, given, _o: seen.append(len(given[0])))
     made = prepare(net, images(), device="cpu", precision="float32")
@@ -320,7 +318,7 @@ def test_hooks_run_at_every_vote() -> None:
     assert seen == [5]
 
 
-def test_a_model_is_left_as_it_is() -> None:
+def test_a_model_is_left_as_it_is():
     model = Counting().eval()
     prepare(model, images(), device="cpu")
     assert model.calls.item() == 0
@@ -348,24 +346,24 @@ class Drifting(nn.Module):
 
 
 @pytest.mark.parametrize("reassigned", [False, True])
-def test_a_model_that_drifts_with_its_votes_is_refused(reassigned: bool) -> None:
+def test_a_model_that_drifts_with_its_votes_is_refused(reassigned):
     with pytest.raises(ModelError, match="changes its own mean"):
         prepare(Drifting(reassigned).eval(), images(), device="cpu")
 
 
-def test_lazy_layers_without_weights_are_refused() -> None:
+def test_lazy_layers_without_weights_are_refused():
     lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(3)).eval()
     with pytest.raises(ModelError, match="Pass one batch of images through it"):
         prepare(lazy, images(), device="cpu")
 
 
-def test_a_program_exported_for_one_size_of_batch_says_how_to_export_it() -> None:
+def test_a_program_exported_for_one_size_of_batch_says_how_to_export_it():
     fixed = torch.export.export(body(), (images(),)).module()
     with pytest.raises(ModelError, match="dynamic_shapes"):
         prepare(fixed, images(), device="cpu")
 
 
-def test_a_program_exported_in_training_mode_is_refused() -> None:
+def test_a_program_exported_in_training_mode_is_refused():
     net = nn.Sequential(nn.Dropout(), *body(norm=False)).train()  # pyright: ignore
     batch = torch.export.Dim("batch")
     program = torch.export.export(net, (images(),), dynamic_shapes=({0: batch},)).module()
@@ -373,7 +371,7 @@ def test_a_program_exported_in_training_mode_is_refused() -> None:
         prepare(program, images(), device="cpu")
 
 
-def test_wrappers_do_not_hide_training_mode() -> None:
+def test_wrappers_do_not_hide_training_mode():
     with pytest.raises(ModelError, match="training mode"):
         prepare(nn.DataParallel(body().train()).eval().module.train(), images())  # pyright: ignore
     with pytest.raises(ModelError, match="training mode"):
@@ -382,7 +380,7 @@ def test_wrappers_do_not_hide_training_mode() -> None:
         prepare(torch.jit.script(body().train()), images())
 
 
-def test_a_model_that_cannot_be_copied_votes_in_float32_alone() -> None:
+def test_a_model_that_cannot_be_copied_votes_in_float32_alone():
     locked = Locked(body()).eval()
     assert prepare(locked, images(), device="cpu").precision == "float32"
     with pytest.raises(ModelError, match="cannot be copied, so it cannot vote in bfloat16"):
@@ -398,9 +396,7 @@ FORMATS = (torch.float16, torch.bfloat16, torch.float64)
 
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_weights_in_other_formats_vote_in_the_precision_asked_for(
-    dtype: torch.dtype, precision: str
-) -> None:
+def test_weights_in_other_formats_vote_in_the_precision_asked_for(dtype, precision):
     made = prepare(body(norm=False).to(dtype), images(), device="cpu", precision=precision)
     want = body(norm=False)(images())
     assert made.precision == precision
@@ -408,7 +404,7 @@ def test_weights_in_other_formats_vote_in_the_precision_asked_for(
         assert torch.allclose(made.call(images()).float(), want, atol=0.05)
 
 
-def test_weights_in_mixed_formats_vote_too() -> None:
+def test_weights_in_mixed_formats_vote_too():
     mixed = body()
     mixed[6].double()  # pyright: ignore
     mixed[3].half()  # pyright: ignore
@@ -426,19 +422,19 @@ class Converting(nn.Module):
         return self.body(x.half())
 
 
-def test_a_model_that_converts_its_input_is_refused_with_what_to_do() -> None:
+def test_a_model_that_converts_its_input_is_refused_with_what_to_do():
     with pytest.raises(ModelError, match=r"float16.*call model.float\(\)"):
         prepare(Converting().eval(), images(), device="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_logits_may_have_another_format(dtype: torch.dtype) -> None:
+def test_logits_may_have_another_format(dtype):
     net = body()
     made = prepare(lambda x: net(x).to(dtype), images(), device="cpu")
     assert made.classes == 3
 
 
-def test_complex_weights_stay_complex() -> None:
+def test_complex_weights_stay_complex():
     class Spectrum(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -476,7 +472,7 @@ def _same_network(kind: str) -> Network | Callable[[Tensor], Tensor]:
 
 @pytest.mark.parametrize("kind", ["module", "function", "lock"])
 @pytest.mark.parametrize("family", ["pixel", "rotation"])
-def test_normalization_in_place_is_certified_like_its_copy(kind: str, family: str) -> None:
+def test_normalization_in_place_is_certified_like_its_copy(kind, family):
     noise = NOISE if family == "pixel" else certifl.Rotation("18deg")
     options = {"n": 200, "n0": 20, "precision": "float32", "device": "cpu"}
     given = images()
@@ -487,7 +483,7 @@ def test_normalization_in_place_is_certified_like_its_copy(kind: str, family: st
 
 
 @pytest.mark.parametrize("kind", ["module", "function"])
-def test_the_other_ways_to_ask_a_network_that_writes_into_its_input(kind: str) -> None:
+def test_the_other_ways_to_ask_a_network_that_writes_into_its_input(kind):
     given = images()
     options = {"precision": "float32", "device": "cpu"}
     one, other = InPlace(False).eval(), _same_network(kind)
@@ -527,10 +523,10 @@ class Answering(nn.Module):
         (lambda out: out[0], "must map images"),
     ],
 )
-def test_answers_that_are_no_logits(answer: Callable[[Tensor], object], says: str) -> None:
+def test_answers_that_are_no_logits(answer, says):
     with pytest.raises(ModelError, match=says):
         prepare(Answering(answer).eval(), images(), device="cpu")
 
 
-def test_probabilities_are_fine() -> None:
+def test_probabilities_are_fine():
     assert prepare(Answering(lambda out: out.softmax(1)).eval(), images()).classes == 3

@@ -1,7 +1,5 @@
 """Planted effects are found, absent ones are not; what claims read, refuse, write and show."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 
@@ -430,7 +428,7 @@ def test_every_claim_says_what_it_measures_and_when_it_holds():
 # Older versions: their specs lack keys that came later ----------------------------------------
 
 
-def test_a_key_that_came_later_tells_no_two_runs_apart() -> None:
+def test_a_key_that_came_later_tells_no_two_runs_apart():
     newer = tiny.spec().model_dump(exclude_none=True)
     older = {**newer, "training": dict(newer["training"])}
     for name, default in LATER.items():
@@ -441,7 +439,7 @@ def test_a_key_that_came_later_tells_no_two_runs_apart() -> None:
     assert decisive_settings(between) == decisive_settings(newer)
 
 
-def test_what_was_chosen_still_tells_runs_apart() -> None:
+def test_what_was_chosen_still_tells_runs_apart():
     plain = tiny.spec().model_dump(exclude_none=True)
     for choice in ("training.precision=bfloat16", "training.lr=0.007", "certification.n=999"):
         other = with_settings(plain, [choice]).model_dump(exclude_none=True)

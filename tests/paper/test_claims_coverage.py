@@ -1,7 +1,5 @@
 """How often intervals of claims miss a known truth; claims about runs certified by a scan."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -1,7 +1,5 @@
 """Intervals of claims cover what they should, and verdicts follow, also next to no loss at all."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

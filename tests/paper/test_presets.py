@@ -1,7 +1,5 @@
 """The study as a table of specs: every panel of the paper, runs that are shared shared."""
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import replace

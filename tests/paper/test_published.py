@@ -1,7 +1,5 @@
 """Runs published as data: what is written, what of it is checked, and pages made from it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator
@@ -96,7 +94,7 @@ def copied(data: Path, regime, into: Path) -> Path:
     return Path(shutil.copytree(data / "runs" / spec(regime).hash(), into / "run"))
 
 
-def test_what_is_published_is_the_run_without_its_models_and_folders(study, data) -> None:
+def test_what_is_published_is_the_run_without_its_models_and_folders(study, data):
     for regime in WAYS:
         name = spec(regime).hash()
         whole, own = study / "runs" / name, data / "runs" / name
@@ -113,7 +111,7 @@ def test_what_is_published_is_the_run_without_its_models_and_folders(study, data
     assert set(json.loads((data / "commits.json").read_text()).values()) == {"c0ffee"}
 
 
-def test_publishing_again_writes_nothing(study, data, tmp_path) -> None:
+def test_publishing_again_writes_nothing(study, data, tmp_path):
     before = files(data / "runs")
     start(publishing, study, "--scale", "smoke", "--into", data)
     assert files(data / "runs") == before
@@ -124,7 +122,7 @@ def test_publishing_again_writes_nothing(study, data, tmp_path) -> None:
     }
 
 
-def test_publishing_completes_what_was_interrupted(study, tmp_path) -> None:
+def test_publishing_completes_what_was_interrupted(study, tmp_path):
     run_ = StoredRun(study / "runs" / spec(LOCAL).hash())
     publish(run_, tmp_path / "run")
     for name in ("run.json", "certificates.parquet"):
@@ -133,7 +131,7 @@ def test_publishing_completes_what_was_interrupted(study, tmp_path) -> None:
         assert RunFolder(tmp_path / "run").complete()
 
 
-def test_only_sound_finished_runs_without_paths_are_published(study, tmp_path) -> None:
+def test_only_sound_finished_runs_without_paths_are_published(study, tmp_path):
     source = Path(shutil.copytree(study / "runs" / spec(LOCAL).hash(), tmp_path / "run"))
     folder = RunFolder(source)
     folder.update({"client_names": ["/home/me/a"]})
@@ -148,14 +146,14 @@ def test_only_sound_finished_runs_without_paths_are_published(study, tmp_path) -
     assert not (tmp_path / "into").exists()
 
 
-def test_commands_lose_their_folders() -> None:
+def test_commands_lose_their_folders():
     command = "/a/b/certifl run '/x y/s.toml' --out=/c/d --data-dir D --out rel"
     assert without_folders(command).startswith("certifl run ")
     assert without_folders(command).endswith("--out=d --data-dir DATA --out OUT")
     assert without_folders("") == ""
 
 
-def test_verify_says_what_it_could_not_check_and_ends_with_2(data, tmp_path) -> None:
+def test_verify_says_what_it_could_not_check_and_ends_with_2(data, tmp_path):
     seen = cli("verify", data / "runs" / spec(FEDAVG).hash())
     assert seen.code == 2
     assert "certificates follow from their votes" in seen.out
@@ -165,7 +163,7 @@ def test_verify_says_what_it_could_not_check_and_ends_with_2(data, tmp_path) -> 
     assert cli("verify", data / "runs" / spec(LOCAL).hash(), "--recast", "1").code == 2
 
 
-def test_verify_finds_what_was_changed(data, tmp_path) -> None:
+def test_verify_finds_what_was_changed(data, tmp_path):
     own = copied(data, LOCAL, tmp_path)
     lines = (own / "history.jsonl").read_text().splitlines(keepends=True)
     (own / "history.jsonl").write_text("".join(lines[:-1]))
@@ -181,11 +179,11 @@ def test_verify_finds_what_was_changed(data, tmp_path) -> None:
     assert "radius" in seen.err
 
 
-def test_claims_read_published_runs(data) -> None:
+def test_claims_read_published_runs(data):
     cli("claims", data).fine("4.1 (i)")
 
 
-def test_a_study_continues_from_published_runs(study, data, tmp_path) -> None:
+def test_a_study_continues_from_published_runs(study, data, tmp_path):
     out = Path(shutil.copytree(data, tmp_path / "study"))
     plan = make_plan(FIGURES_HERE, SCALE, out)
     assert [job.spec.hash() for job in plan.jobs if not job.done()] == [
@@ -193,7 +191,7 @@ def test_a_study_continues_from_published_runs(study, data, tmp_path) -> None:
     ]
 
 
-def test_a_fine_tuning_beside_a_published_base_trains_it_again(study, data, tmp_path) -> None:
+def test_a_fine_tuning_beside_a_published_base_trains_it_again(study, data, tmp_path):
     """There are no rounds to start from, and the certificates are the same."""
     out = tmp_path / "study"
     shutil.copytree(data / "runs" / spec(FEDAVG).hash(), out / "runs" / spec(FEDAVG).hash())
@@ -203,7 +201,7 @@ def test_a_fine_tuning_beside_a_published_base_trains_it_again(study, data, tmp_
     assert again.same_results(first)
 
 
-def test_pages_are_made_from_published_runs(data, tmp_path) -> None:
+def test_pages_are_made_from_published_runs(data, tmp_path):
     (tmp_path / "figure6.md").write_text("# Figure 6 at laptop scale: an older page\n")
     start(figures, data, "--into", tmp_path)
     page = (tmp_path / "figure1.md").read_text()
@@ -223,14 +221,14 @@ def test_pages_are_made_from_published_runs(data, tmp_path) -> None:
     assert all(row[-1].strip("| ") for row in rows)  # an interval, or why there is none
 
 
-def test_without_published_runs_the_pages_stay(tmp_path, capsys) -> None:
+def test_without_published_runs_the_pages_stay(tmp_path, capsys):
     with mock.patch.object(figures, "DATA", tmp_path / "none"):
         start(figures, "--into", tmp_path / "pages")
     assert "the pages stay as they are" in capsys.readouterr().out
     assert not (tmp_path / "pages").exists()
 
 
-def test_damaged_data_end_with_2_and_one_line(data, tmp_path, capsys) -> None:
+def test_damaged_data_end_with_2_and_one_line(data, tmp_path, capsys):
     broken = Path(shutil.copytree(data, tmp_path / "data"))
     (broken / "runs" / spec(LOCAL).hash() / "certificates.parquet").write_bytes(b"no table")
     with pytest.raises(SystemExit) as ended:
@@ -239,7 +237,7 @@ def test_damaged_data_end_with_2_and_one_line(data, tmp_path, capsys) -> None:
     assert "certificates.parquet" in capsys.readouterr().err
 
 
-def test_widths_go_with_the_root_of_the_images(tmp_path) -> None:
+def test_widths_go_with_the_root_of_the_images(tmp_path):
     cells = ("cifar10, rotation σ = 18°, 4 clients", "Local minus FedAvg", "ACR", "-4.1")
     rows = (
         (*cells, "-13.0 to +5.0", "160", "undecided"),
@@ -256,7 +254,7 @@ def test_widths_go_with_the_root_of_the_images(tmp_path) -> None:
     assert row[-1] == "equal, where they differ by less than 1.2 points"
 
 
-def test_the_pilot_measures_both_criteria_and_resumes(tmp_path, capsys) -> None:
+def test_the_pilot_measures_both_criteria_and_resumes(tmp_path, capsys):
     words = ("--scale", "smoke", "--out", tmp_path, "--set", "training.local_epochs=1")
     start(pilot, *words, "--part", "alone")
     start(pilot, *words)
@@ -265,7 +263,7 @@ def test_the_pilot_measures_both_criteria_and_resumes(tmp_path, capsys) -> None:
     assert "(b) 3 rounds instead of 2: " in said
 
 
-def test_every_figure_is_published_at_the_scale() -> None:
+def test_every_figure_is_published_at_the_scale():
     """One training is shared by several figures: its fine-tunings are all in the plan."""
     plan = make_plan({**FIGURES, **EXTRA}, SCALES["overnight"], Path("nowhere"))
     bases = {job.spec.training_hash() for job in plan.jobs}

@@ -1,7 +1,5 @@
 """A study folder: figures end to end, shared runs, interruption and resumption, plans."""
 
-from __future__ import annotations
-
 import csv
 import json
 import shutil

@@ -1,7 +1,5 @@
 """docs/results/algorithms.py: its intervals cover, its pairs are pairs, its processes end."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -56,7 +54,7 @@ def studies(
 
 
 @pytest.mark.statistical
-def test_holm_is_wrong_about_any_of_sixteen_in_at_most_five_percent() -> None:
+def test_holm_is_wrong_about_any_of_sixteen_in_at_most_five_percent():
     paired, holm = numbers.paired, numbers.holm
     rng, repeats = np.random.default_rng(6), 60
     corrected = alone = 0
@@ -72,7 +70,7 @@ def test_holm_is_wrong_about_any_of_sixteen_in_at_most_five_percent() -> None:
     assert alone / repeats > 0.2, "without correction the table would be wrong far too often"
 
 
-def test_interval_is_that_of_students_paired_test() -> None:
+def test_interval_is_that_of_students_paired_test():
     rng = np.random.default_rng(1)
     one = [rng.normal(3.0 * seed, 0.1, 30) for seed in range(4)]
     base = [values - rng.normal(0.5 * seed, 0.1, 30) for seed, values in enumerate(one)]
@@ -84,7 +82,7 @@ def test_interval_is_that_of_students_paired_test() -> None:
     assert found.apart == (found.p < 0.05)
 
 
-def test_equal_shares_are_not_taken_for_certainty() -> None:
+def test_equal_shares_are_not_taken_for_certainty():
     paired = numbers.paired
     differences = [np.repeat([1.0, -1.0, 0.0], [4, 2, 94]) for _ in range(3)]  # all 2 points
     found = paired(differences)
@@ -98,14 +96,14 @@ def test_equal_shares_are_not_taken_for_certainty() -> None:
         paired([np.ones(100)])
 
 
-def test_clients_that_differ_do_not_switch_the_floor_off() -> None:
+def test_clients_that_differ_do_not_switch_the_floor_off():
     observed, paired = numbers.Observed, numbers.paired
     values, owner = np.repeat([0.52, -0.10], 20), np.repeat([0, 1], 20)
     found = paired([observed(values, owner, np.arange(40) + 40 * seed) for seed in range(3)])
     assert found.high - found.estimate >= 1 - 0.025 ** (1 / 40)
 
 
-def test_p_agrees_with_the_interval() -> None:
+def test_p_agrees_with_the_interval():
     paired = numbers.paired
     rng = np.random.default_rng(4)
     for shift in (0.0, 0.2, 0.4):
@@ -115,12 +113,12 @@ def test_p_agrees_with_the_interval() -> None:
             assert paired(differences, error).apart == (error > p)
 
 
-def test_holm_on_a_worked_example() -> None:
+def test_holm_on_a_worked_example():
     assert numbers.holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]
     assert numbers.holm([0.04, 0.001, 0.04]) == [False, True, False]
 
 
-def test_all_runs_are_made_once_and_fine_tuning_after_its_base() -> None:
+def test_all_runs_are_made_once_and_fine_tuning_after_its_base():
     study = algorithm_study
     wanted = study.studies()
     jobs = study.jobs(wanted)
@@ -154,7 +152,7 @@ def table(runs: Path):
     return numbers.section(runs, "rotation", "uniform", (1, 2, 3, 4), tuple(QUALITIES))
 
 
-def test_a_planted_difference_is_shown_and_no_other(tmp_path: Path) -> None:
+def test_a_planted_difference_is_shown_and_no_other(tmp_path):
     for seed in (1, 2, 3):
         write(tmp_path, QUALITIES, seed)
     found = table(tmp_path)
@@ -183,7 +181,7 @@ def test_a_planted_difference_is_shown_and_no_other(tmp_path: Path) -> None:
     assert "Training seeds: 1, 2, 3" in lines
 
 
-def test_a_seed_counts_when_all_its_runs_are_there(tmp_path: Path) -> None:
+def test_a_seed_counts_when_all_its_runs_are_there(tmp_path):
     assert table(tmp_path).rows == ()
     write(tmp_path, QUALITIES, 1)
     alone = table(tmp_path)
@@ -195,7 +193,7 @@ def test_a_seed_counts_when_all_its_runs_are_there(tmp_path: Path) -> None:
     assert table(tmp_path).seeds == (1, 2)
 
 
-def test_other_studies_and_other_images_are_refused(tmp_path: Path) -> None:
+def test_other_studies_and_other_images_are_refused(tmp_path):
     write(tmp_path, QUALITIES, 1)
     mark = tmp_path / "local-uniform-1" / "run.json"
     mark.write_text(mark.read_text().replace('"spec_hash": "', '"spec_hash": "0'))
@@ -212,7 +210,7 @@ def test_other_studies_and_other_images_are_refused(tmp_path: Path) -> None:
             numbers.differences(one, other, 0.1)
 
 
-def test_random_spread_is_that_of_equal_clients() -> None:
+def test_random_spread_is_that_of_equal_clients():
     rng = np.random.default_rng(3)
     owner = np.repeat(np.arange(10), 10)
     equal = [rng.normal(size=100) for _ in range(20)]
@@ -224,7 +222,7 @@ def test_random_spread_is_that_of_equal_clients() -> None:
     assert chance(apart, owner, 0) < 0.7 * np.ptp(apart.reshape(10, 10).mean(axis=1))
 
 
-def test_differences_are_rounded_outward() -> None:
+def test_differences_are_rounded_outward():
     found = numbers.Paired(0.1234, 0.1191, 0.1291, 0.001)
     cell = page.difference_cell
     assert cell(found, False, 100.0, 1) == "+12.3 (+11.9 to +13.0)"
@@ -232,14 +230,14 @@ def test_differences_are_rounded_outward() -> None:
     assert cell(None, False, 1.0, 2) == "-"
 
 
-def test_a_failed_job_is_reported_and_the_others_are_done() -> None:
+def test_a_failed_job_is_reported_and_the_others_are_done():
     reported: list[str] = []
     failures = pool.run_jobs([1, 2, 0, 4], 1, math.log, reported.append)
     assert failures == ["0 FAILED: ValueError: math domain error"]
     assert len(reported) == 4
 
 
-def test_the_page_is_linked_by_its_heading() -> None:
+def test_the_page_is_linked_by_its_heading():
     heading = (RESULTS / "algorithms.md").read_text().splitlines()[0].removeprefix("# ")
     assert f"[{heading}](algorithms.md)" in (RESULTS / "README.md").read_text()
     assert f'"algorithms.md": "{heading}"' in (RESULTS / "figures.py").read_text()
@@ -265,7 +263,7 @@ def until(reached: Callable[[], bool], seconds: float = 180.0) -> bool:
     ("ended", "code"),
     [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)],
 )
-def test_no_process_outlives_the_command(tmp_path: Path, ended: int, code: int) -> None:
+def test_no_process_outlives_the_command(tmp_path, ended, code):
     (tmp_path / "sleeper.py").write_text(SLEEPER)
     starter = tmp_path / "starter.py"
     starter.write_text(STARTER.format(results=str(RESULTS), folder=str(tmp_path)))

@@ -1,7 +1,5 @@
 """docs/results/figures.py: pages out of a study whose numbers and effects are known."""
 
-from __future__ import annotations
-
 import io
 import json
 import re
@@ -93,7 +91,7 @@ def cells(page: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
-def test_the_numbers_are_those_of_the_runs(study: Path, made: Path) -> None:
+def test_the_numbers_are_those_of_the_runs(study, made):
     page = (made / "figure1.md").read_text()
     index = json.loads((study / "figure1/figure.json").read_text())
     rows = cells(page, "### cifar10, 4 clients, rotation, σ = 18°")
@@ -113,7 +111,7 @@ def test_the_numbers_are_those_of_the_runs(study: Path, made: Path) -> None:
         )
 
 
-def test_a_planted_effect_is_reported_and_undecided_ones_are_called_that(made: Path) -> None:
+def test_a_planted_effect_is_reported_and_undecided_ones_are_called_that(made):
     page = (made / "figure1.md").read_text()
     paper, _, rest = page.partition("## What is seen here")
     assert f"\n\n{FIGURES['figure1'].says}\n\n- 4.1 (i): " in paper
@@ -131,7 +129,7 @@ def test_a_planted_effect_is_reported_and_undecided_ones_are_called_that(made: P
     assert "4.1 (iii): not tested" in words
 
 
-def test_time_is_counted_once(study: Path) -> None:
+def test_time_is_counted_once(study):
     cost = study_numbers.cost_of(study.glob("runs/*"))
     assert (cost.runs, cost.trainings, cost.votes) == (8, 4, 8000)
     # Four first rounds of 100 to 103 s, each in two runs, and four second rounds of 8, 10, 12, 14.
@@ -141,14 +139,14 @@ def test_time_is_counted_once(study: Path) -> None:
     assert cost.wall == 8 * 60 + 30
 
 
-def test_pauses_between_runs_are_not_counted() -> None:
+def test_pauses_between_runs_are_not_counted():
     union = study_numbers._union
     spans = [("10:00", "10:05"), ("10:01", "10:02"), ("10:04", "10:06"), ("11:00", "11:01")]
     stamped = [(f"2026-01-01T{a}:00Z", f"2026-01-01T{b}:00Z") for a, b in reversed(spans)]
     assert union(stamped) == 7 * 60
 
 
-def test_the_index_names_every_claim_and_links_pages_that_exist(made: Path) -> None:
+def test_the_index_names_every_claim_and_links_pages_that_exist(made):
     index = (made / "README.md").read_text()
     rows = cells(index, "## The paper's claims\n\nOf")
     assert [row[0] for row in rows[2:]] == [claim.name for claim in CLAIMS]
@@ -159,7 +157,7 @@ def test_the_index_names_every_claim_and_links_pages_that_exist(made: Path) -> N
     assert sum(counts) == len(CLAIMS)
 
 
-def test_pages_name_no_folder_of_the_machine(study: Path, made: Path) -> None:
+def test_pages_name_no_folder_of_the_machine(study, made):
     for page in made.glob("*.md"):
         text = page.read_text()
         assert "/home/" not in text
@@ -170,16 +168,14 @@ def test_pages_name_no_folder_of_the_machine(study: Path, made: Path) -> None:
             assert "c0ffee" in text
 
 
-def test_equal_studies_give_equal_pages(study: Path, made: Path, tmp_path: Path) -> None:
+def test_equal_studies_give_equal_pages(study, made, tmp_path):
     start(study, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {
         p.name: p.read_bytes() for p in made.iterdir()
     }
 
 
-def test_a_figure_that_is_not_finished_is_left_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_figure_that_is_not_finished_is_left_out(tmp_path, capsys):
     values = factory.spec(factory.LOCAL, clients=4)
     folder = factory.write(tmp_path, factory.run(values, 0.5, images=5), status="running")
     finish(folder, 0, round_line(0, 1.0))
@@ -194,7 +190,7 @@ def test_a_figure_that_is_not_finished_is_left_out(
     assert not (tmp_path / "pages").exists()
 
 
-def test_pictures_are_light(tmp_path: Path) -> None:
+def test_pictures_are_light(tmp_path):
     pixels = np.random.default_rng(1).integers(0, 255, (120, 180, 3), dtype=np.uint8)
     noise = io.BytesIO()
     Image.fromarray(pixels).save(noise, "PNG")
@@ -205,12 +201,12 @@ def test_pictures_are_light(tmp_path: Path) -> None:
         assert light.width < 180
 
 
-def test_durations() -> None:
+def test_durations():
     texts = [paging.duration(s) for s in (0.4, 89, 91, 3569, 3600, 7500)]
     assert texts == ["0 s", "89 s", "2 min", "59 min", "1 h 00 min", "2 h 05 min"]
 
 
-def test_the_committed_pages_are_whole() -> None:
+def test_the_committed_pages_are_whole():
     """Links lead somewhere, pictures are light, and every page says what made it."""
     pages = sorted(RESULTS.glob("*.md"))
     assert {"README.md", "figure1.md", "algorithms.md"} <= {page.name for page in pages}

@@ -1,7 +1,5 @@
 """Parallel runs of a study: the same results, no process left behind, failures reported."""
 
-from __future__ import annotations
-
 import dataclasses
 import multiprocessing
 import signal

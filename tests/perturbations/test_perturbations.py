@@ -1,7 +1,5 @@
 """Every family keeps the promises of `Perturbation`: one row here per member, whatever it is."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import json

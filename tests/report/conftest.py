@@ -1,7 +1,5 @@
 """Pages that several files look at, written once per test process."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Figures show the stored numbers, equal results give equal files, and nothing global changes."""
 
-from __future__ import annotations
-
 import csv
 import math
 import struct

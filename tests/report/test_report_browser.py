@@ -1,7 +1,5 @@
 """The report page in a real browser: drawn, switched, worked by keyboard, in every width."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The report page: true words, nothing from outside, and a real browser that can use all of it."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import html
@@ -254,7 +252,7 @@ def test_another_runs_exploration_is_not_shown(bare, study, tmp_path):
         write_report([place], tmp_path / "c.html", figures=False)
 
 
-def test_records_of_0_1_0_are_shown_without_their_planes(bare, shifted, tmp_path) -> None:
+def test_records_of_0_1_0_are_shown_without_their_planes(bare, shifted, tmp_path):
     run, page = Path(shutil.copytree(shifted[0], tmp_path / "run")), tmp_path / "report.html"
     shown = data_of(write_report([run], page, figures=False))["explorer"]
     assert [len(image["sweeps"]) for image in shown["images"]] == [2, 2, 2]

@@ -1,7 +1,5 @@
 """Stored runs are read back whole or refused; what is concluded from them is true."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,11 +1,8 @@
 """Runs of several seeds on one page, paired within a seed; units and rounding of radii."""
 
-from __future__ import annotations
-
 import dataclasses
 import html
 import re
-from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -45,7 +42,7 @@ def part_of(run: RunResults, images: int, first: int = 0) -> RunResults:
     return dataclasses.replace(run, certificates=run.certificates.select(chosen))
 
 
-def test_one_row_for_each_algorithm_and_its_mean_over_seeds() -> None:
+def test_one_row_for_each_algorithm_and_its_mean_over_seeds():
     runs = [trained(regime, seed) for regime in QUALITY for seed in (0, 1, 2)]
     rows = by_seed(runs)
     assert [row.label for row in rows] == ["Local", "Fedavg"]
@@ -62,7 +59,7 @@ def test_one_row_for_each_algorithm_and_its_mean_over_seeds() -> None:
     assert labels[:2] == ["Local, seed 0", "Local, seed 1"]
 
 
-def test_images_that_two_seeds_share_by_chance_do_not_matter() -> None:
+def test_images_that_two_seeds_share_by_chance_do_not_matter():
     """Seeds that test other images: the intersection of all runs would be next to nothing."""
     runs = [trained(regime, seed) for regime in QUALITY for seed in (0, 1)]
     shifted = [
@@ -78,7 +75,7 @@ def test_images_that_two_seeds_share_by_chance_do_not_matter() -> None:
     assert compare(by_seed(shifted)).pairs[0, 1].images == 320
 
 
-def test_seeds_of_one_algorithm_alone_count_for_it_and_not_for_the_difference() -> None:
+def test_seeds_of_one_algorithm_alone_count_for_it_and_not_for_the_difference():
     runs = [*(trained("local", seed) for seed in (0, 1)), *(trained("fedavg", s) for s in (1, 2))]
     found = compare(by_seed(runs))
     pair = found.pairs[0, 1]
@@ -97,11 +94,11 @@ def without_statement(runs: list[RunResults], why: str) -> None:
     assert all(one.why for one in recommendations(rows, found))
 
 
-def test_no_seed_in_common_states_no_difference() -> None:
+def test_no_seed_in_common_states_no_difference():
     without_statement([trained("local", 0), trained("fedavg", 1)], "no seed in common")
 
 
-def test_a_handful_of_common_images_states_nothing() -> None:
+def test_a_handful_of_common_images_states_nothing():
     local, fedavg = trained("local", 0), trained("fedavg", 0)
     without_statement([local, part_of(fedavg, 2)], "too few images in common (8;")
     least = fedavg.certificates
@@ -111,7 +108,7 @@ def test_a_handful_of_common_images_states_nothing() -> None:
     assert compare([local, part_of(fedavg, 3)]).pairs[0, 1].stated
 
 
-def test_the_page_says_why_and_the_terminal_agrees(bare: None, tmp_path: Path) -> None:
+def test_the_page_says_why_and_the_terminal_agrees(bare, tmp_path):
     runs = [trained("local", 0), part_of(trained("fedavg", 0), 2)]
     page = html.unescape(write_report(runs, tmp_path / "a.html", figures=False).read_text())
     text = re.sub(r"<[^>]+>", " ", re.sub(r"(?s)<(script|style).*?</\1>", "", page))
@@ -129,7 +126,7 @@ def test_the_page_says_why_and_the_terminal_agrees(bare: None, tmp_path: Path) -
         assert f"<b>{row['acr_text']}</b>" in page
 
 
-def test_another_setting_and_a_second_run_of_a_seed_are_rows_of_their_own() -> None:
+def test_another_setting_and_a_second_run_of_a_seed_are_rows_of_their_own():
     spec = "seed = {}\n[training]\nlr = {}\n"
     runs = [
         dataclasses.replace(trained("fedavg", seed, name=f"{lr}"), spec=spec.format(seed, lr))
@@ -142,7 +139,7 @@ def test_another_setting_and_a_second_run_of_a_seed_are_rows_of_their_own() -> N
     assert [row.seeds for row in by_seed(again)] == [(0, 1), (0,)]
 
 
-def test_no_printed_end_lies_beyond_what_is_possible() -> None:
+def test_no_printed_end_lies_beyond_what_is_possible():
     runs = [trained(regime, seed, 3) for regime in QUALITY for seed in (0, 1)]
     found = compare(by_seed(runs))
     scale = largest_radius(runs)
@@ -154,7 +151,7 @@ def test_no_printed_end_lies_beyond_what_is_possible() -> None:
         assert all(0.0 <= one["low"] <= one["high"] <= 1.0 for one in row["accuracy"])
 
 
-def test_ahead_on_average_beside_no_difference_for_a_client_is_explained() -> None:
+def test_ahead_on_average_beside_no_difference_for_a_client_is_explained():
     runs = by_seed([trained("local", 0, 12), trained("fedavg", 0, 12)])
     found = compare(runs)
     answers = recommendations(runs, found)

@@ -1,7 +1,5 @@
 """Committed rounds: whole or absent, damage noticed, the disk full, the process killed."""
 
-from __future__ import annotations
-
 import errno
 import json
 import logging

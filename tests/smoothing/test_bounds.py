@@ -1,7 +1,5 @@
 """Bounds on probabilities and the radii of noise laws, held against exact arithmetic."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 from math import comb
 

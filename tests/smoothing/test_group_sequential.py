@@ -1,7 +1,5 @@
 """Exact sequential bounds under every stopping rule, their looks and levels, and curves."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 from itertools import pairwise
 
@@ -93,7 +91,7 @@ def radii_at(made: GroupSequential, law, top, rival, j) -> np.ndarray:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_no_stopping_rule_can_break_the_level(cell: str) -> None:
+def test_no_stopping_rule_can_break_the_level(cell):
     law, shares = CELLS[cell][0], np.array(CELLS[cell][1])
     top, rival, chosen = paths(shares, np.random.default_rng(6))
     others = np.array([np.delete(shares, c).max() for c in range(len(shares))])
@@ -105,7 +103,7 @@ def test_no_stopping_rule_can_break_the_level(cell: str) -> None:
         assert binomtest(int(wrong.sum()), RUNS, ALPHA, alternative="greater").pvalue > 1e-3
 
 
-def test_looks_chosen_from_the_votes_break_the_level() -> None:
+def test_looks_chosen_from_the_votes_break_the_level():
     """Planted: only the look that these votes favor, with all of alpha as its increment."""
     shares = np.array([0.5, 0.5])
     top = paths(shares, np.random.default_rng(7))[0]
@@ -132,7 +130,7 @@ def test_images_in_the_middle_of_a_cell_stop_early_and_those_at_a_step_do_not(ru
 
 
 @pytest.mark.parametrize("law", LAWS.values(), ids=list(LAWS))
-def test_a_higher_price_stops_earlier_and_never_later(law) -> None:
+def test_a_higher_price_stops_earlier_and_never_later(law):
     made, rng, j = sequence(), np.random.default_rng(1), len(LOOKS) // 2
     top = rng.binomial(LOOKS[j], rng.uniform(0.4, 1.0, 500))
     counts = top, LOOKS[j] - top, np.full(500, j)
@@ -145,7 +143,7 @@ def test_a_higher_price_stops_earlier_and_never_later(law) -> None:
         assert np.all(hasty <= last)
 
 
-def test_images_are_answered_as_if_alone_and_the_last_look_ends() -> None:
+def test_images_are_answered_as_if_alone_and_the_last_look_ends():
     made, rng = sequence(), np.random.default_rng(2)
     look = rng.integers(0, len(LOOKS), 60)
     top = rng.binomial(np.array(LOOKS)[look], rng.uniform(0.3, 1.0, 60))
@@ -161,7 +159,7 @@ def test_images_are_answered_as_if_alone_and_the_last_look_ends() -> None:
 
 
 @pytest.mark.parametrize("change", [{"look": [-1]}, {"look": [99]}, {"top": [51]}])
-def test_counts_that_do_not_fit_a_look_are_refused(change) -> None:
+def test_counts_that_do_not_fit_a_look_are_refused(change):
     with pytest.raises(InputError):
         sequence().bounds(**{"top": [40], "runner_up": [9], "look": [0], **change})
 

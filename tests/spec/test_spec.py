@@ -1,7 +1,5 @@
 """Specs: read, checked as a whole, written back, hashed; perturbations of single clients."""
 
-from __future__ import annotations
-
 import math
 import tomllib
 from pathlib import Path
@@ -22,7 +20,7 @@ ROTATION = {"family": "rotation", "sigma": "18deg"}
 SMALL: dict[str, Any] = {"data": {"name": "digits"}, "certification": {"perturbation": ROTATION}}
 
 
-def test_defaults_are_the_papers() -> None:
+def test_defaults_are_the_papers():
     spec = with_settings(SMALL)
     schedule = spec.training.schedule()
     assert (schedule.rounds, schedule.local_epochs, schedule.batch_size) == (45, 2, 64)
@@ -31,7 +29,7 @@ def test_defaults_are_the_papers() -> None:
     assert (wanted.n0, wanted.n, wanted.alpha, wanted.images) == (100, 100_000, 1e-3, 500)
 
 
-def test_sigma_may_be_written_in_degrees_and_is_kept_in_radians() -> None:
+def test_sigma_may_be_written_in_degrees_and_is_kept_in_radians():
     spec = with_settings(SMALL)
     assert spec.perturbation().sigma == pytest.approx(0.1 * math.pi)
     same = with_settings(SMALL, ["certification.perturbation.sigma=0.1pi"])
@@ -39,7 +37,7 @@ def test_sigma_may_be_written_in_degrees_and_is_kept_in_radians() -> None:
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_toml_gives_the_same_spec_back(regime: str, tmp_path: Path) -> None:
+def test_toml_gives_the_same_spec_back(regime, tmp_path):
     spec = quickstart()[regime]
     path = tmp_path / "spec.toml"
     path.write_text(spec.to_toml())
@@ -48,7 +46,7 @@ def test_toml_gives_the_same_spec_back(regime: str, tmp_path: Path) -> None:
     assert again.hash() == spec.hash()
 
 
-def test_settings_override_any_key_and_change_the_hash() -> None:
+def test_settings_override_any_key_and_change_the_hash():
     spec = with_settings(SMALL)
     changed = with_settings(
         SMALL, ["training.lr=0.05", "algorithm={name='mixture', personalization=0.5}", "seed=3"]
@@ -58,7 +56,7 @@ def test_settings_override_any_key_and_change_the_hash() -> None:
     assert with_settings(SMALL, ["name=other"]).hash() == spec.hash()
 
 
-def test_reach_and_keep_are_keys_of_the_spec() -> None:
+def test_reach_and_keep_are_keys_of_the_spec():
     spec = with_settings(SMALL, ["certification.estimator=scan", "certification.reach=0.5"])
     assert spec.certification.settings().reach == 0.5
     assert with_settings(SMALL, ["certification.keep=curve"]).certification.settings().keep
@@ -66,13 +64,13 @@ def test_reach_and_keep_are_keys_of_the_spec() -> None:
         with_settings(SMALL, ["certification.keep=curve", "certification.estimator=runner-up"])
 
 
-def test_a_default_spelled_out_is_the_same_study() -> None:
+def test_a_default_spelled_out_is_the_same_study():
     spelled = {**SMALL, "training": {"rounds": 45}, "augmentation": {"personalized": "same"}}
     assert with_settings(spelled).hash() == with_settings(SMALL).hash()
     assert with_settings(spelled).training_hash() == with_settings(SMALL).training_hash()
 
 
-def test_training_hash_ignores_certification_and_finds_the_base_of_personalized() -> None:
+def test_training_hash_ignores_certification_and_finds_the_base_of_personalized():
     specs = quickstart()
     fedavg, personal = specs["fedavg"], specs["personalized"]
     assert personal.training_hash(of_base=True) == fedavg.training_hash()
@@ -82,7 +80,7 @@ def test_training_hash_ignores_certification_and_finds_the_base_of_personalized(
     assert with_settings(values, ["training.lr=0.5"]).training_hash() != fedavg.training_hash()
 
 
-def test_augmentation_of_personalisation_is_separate() -> None:
+def test_augmentation_of_personalisation_is_separate():
     personal = {"algorithm": {"name": "personalized", "base": {"name": "fedavg"}}}
     nominal = with_settings({**SMALL, **personal, "augmentation": {"personalized": ROTATION}})
     federated, personalized = nominal.augmentations()
@@ -147,32 +145,32 @@ def test_augmentation_of_personalisation_is_separate() -> None:
         (["seed.deep=1"], "seed.deep|seed"),
     ],
 )
-def test_what_is_wrong_is_named_with_what_is_allowed(settings: list[str], says: str) -> None:
+def test_what_is_wrong_is_named_with_what_is_allowed(settings, says):
     with pytest.raises(SpecError, match=says):
         with_settings(SMALL, settings)
 
 
 @pytest.mark.parametrize("missing", ["data", "certification"])
-def test_required_sections(missing: str) -> None:
+def test_required_sections(missing):
     values = {k: v for k, v in SMALL.items() if k != missing}
     with pytest.raises(SpecError, match=f"{missing}: this key is required"):
         with_settings(values)
 
 
-def test_every_key_of_the_example_is_known() -> None:
+def test_every_key_of_the_example_is_known():
     example = Path(__file__).resolve().parents[2] / "examples" / "cifar10_rotation.toml"
     assert isinstance(load(example), Spec)
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-def test_compiled_precisions_are_refused_with_what_to_choose(kind: str) -> None:
+def test_compiled_precisions_are_refused_with_what_to_choose(kind):
     with pytest.raises(SpecError, match=f'removed in 0.2.0: choose "{kind}"'):
         with_settings(SMALL, [f"certification.precision={kind}-compiled"])
     with pytest.raises(InputError, match=f'removed in 0.2.0: choose "{kind}"'):
         choose_precision(f"{kind}-compiled")
 
 
-def test_components_of_a_study_are_built_once() -> None:
+def test_components_of_a_study_are_built_once():
     spec = with_settings(SMALL, ["augmentation.federated=own"])
     assert spec.perturbations() is spec.perturbations()
     assert spec.build_algorithm() is spec.build_algorithm()
@@ -181,7 +179,7 @@ def test_components_of_a_study_are_built_once() -> None:
     assert "_perturbations" not in spec.model_dump()
 
 
-def test_every_client_gets_its_own_and_toml_gives_it_back() -> None:
+def test_every_client_gets_its_own_and_toml_gives_it_back():
     made = spec()
     rotation, pixel, nothing = made.perturbations()
     assert (rotation.family, pixel.family, nothing) == ("rotation", "pixel", None)
@@ -191,7 +189,7 @@ def test_every_client_gets_its_own_and_toml_gives_it_back() -> None:
     assert label_of(made) == "FedAvg"
 
 
-def test_own_without_exceptions_is_the_common_perturbation() -> None:
+def test_own_without_exceptions_is_the_common_perturbation():
     """The same objects train, under the same name: nothing of an older study changes."""
     plain = spec(None, augmentation={"federated": tiny.ROTATION})
     short = spec(None)
@@ -200,7 +198,7 @@ def test_own_without_exceptions_is_the_common_perturbation() -> None:
     assert "own" not in plain.to_toml()
 
 
-def test_the_training_is_named_by_what_augments_each_client() -> None:
+def test_the_training_is_named_by_what_augments_each_client():
     other = [{"clients": [1], "perturbation": {**PIXEL, "sigma": 0.2}}, OWN[1]]
     assert spec().training_hash() != spec(other).training_hash()
     nominal = {"federated": "none"}
@@ -223,13 +221,13 @@ def test_the_training_is_named_by_what_augments_each_client() -> None:
         (OWN, ["certification.estimator=scan", "certification.n=300"], "pixel is none"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(own: object, settings: list[str], says: str) -> None:
+def test_what_cannot_be_meant_is_refused(own, settings, says):
     with pytest.raises(SpecError) as refused:
         spec(own, *settings)
     assert says in str(refused.value)
 
 
-def test_radii_may_be_given_in_each_unit() -> None:
+def test_radii_may_be_given_in_each_unit():
     own = [{**OWN[0], "radii": [0.05, 0.1]}, OWN[1]]
     settings = spec(own, "certification.radii=[0.2]").certification.settings
     assert settings(0).radii == (0.2,)

@@ -1,7 +1,5 @@
 """The record of the machine, GPU memory between training and certification, lack of memory."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from typing import Any
@@ -93,7 +91,7 @@ def test_training_is_gone_before_certification_begins(tmp_path, monkeypatch):
         "GET was unable to find an engine to execute this computation",
     ],
 )
-def test_training_and_voting_know_memory_that_ran_out_by_the_same_words(message: str) -> None:
+def test_training_and_voting_know_memory_that_ran_out_by_the_same_words(message):
     error = RuntimeError(message)
     assert out_of_memory(error)
     assert sampling.out_of_memory is faults.out_of_memory is out_of_memory

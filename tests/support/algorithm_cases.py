@@ -1,7 +1,5 @@
 """Every algorithm with hyper-parameters of its own, and rounds in memory to try them with."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from typing import Any

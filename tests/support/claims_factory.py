@@ -5,8 +5,6 @@ on it with probability `accuracy`, and then certifies a share of the largest pos
 that its mean ACR is the planted `acr` of the client, as a share of the largest radius.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Federations without a network: Flower's messages carried from hand to hand."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path

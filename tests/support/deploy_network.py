@@ -5,8 +5,6 @@ they are new interpreters, as outside of tests. `quick_flower/sitecustomize.py` 
 wait for: the poll of a SuperNode and the time until a silent node is offline.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools
@@ -247,7 +245,7 @@ class Federation:
         return started
 
     @contextlib.contextmanager
-    def ended(self) -> Iterator[Federation]:
+    def ended(self) -> "Iterator[Federation]":
         try:
             yield self
         finally:

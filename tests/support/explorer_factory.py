@@ -1,7 +1,5 @@
 """Records of explored images as runs hold them, with made-up votes and pictures."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,7 +1,5 @@
 """An algorithm whose clients misbehave as planned; a module, for worker processes to import."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -5,8 +5,6 @@ the number of a case. Run as a program it tries every n-th case and writes, as l
 was wrong; its parent watches the time and knows from the last line where it hung.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

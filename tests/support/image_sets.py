@@ -1,7 +1,5 @@
 """Data sets on disk, in the layouts that are read."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

@@ -1,7 +1,5 @@
 """A network small enough to try privacy on: 55 weights, nothing beside them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ The working directory is a case's own; it gets a finished run, and answers with 
 The titles are the headings of docs/troubleshooting.md.
 """
 
-from __future__ import annotations
-
 import fcntl
 import io
 import json

@@ -1,7 +1,5 @@
 """Run folders with made-up certificates that obey the rules of real ones."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

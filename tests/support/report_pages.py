@@ -1,7 +1,5 @@
 """Pages that tests look at: a study with an explorer, and one made of files that misbehave."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -1,7 +1,5 @@
 """Programs of the repository outside the package, loaded as modules."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import sys

@@ -1,7 +1,5 @@
 """A federation small enough for tests: a network with BatchNorm and dropout, random images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

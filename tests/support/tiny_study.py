@@ -1,7 +1,5 @@
 """A study that takes a second, and the command line called in this process or in its own."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

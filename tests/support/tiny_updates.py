@@ -1,7 +1,5 @@
 """Updates of one tensor each, and what an average of what a rule hands on comes to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
