@@ -60,5 +60,4 @@ def undrawn() -> Iterator[None]:
 
 @pytest.fixture
 def copied(finished: Path, tmp_path: Path) -> Path:
-    """The same run, to be tampered with."""
     return Path(shutil.copytree(finished, tmp_path / "run"))

@@ -24,7 +24,6 @@ QUICK = AttackBudget(screen=200, confirm=20_000)
 
 
 def half_space(images: int = 3) -> tuple[HalfSpace, Tensor, np.ndarray]:
-    """A half-space, images at true radii 0.1, 0.2, ... and their classes."""
     g = torch.Generator().manual_seed(3)
     weight = torch.randn(64, generator=g)
     model = HalfSpace(weight, -float(weight.sum() / 2)).eval()

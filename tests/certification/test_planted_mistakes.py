@@ -76,7 +76,6 @@ def finalized(counts: list[list[int]], looks: list[int], bounds: str) -> Certifi
 
 @pytest.mark.parametrize("estimator", ["sequential", "sequential-top-class"])
 def test_bounds_are_those_of_the_votes_cast_at_their_look(estimator):
-    """Not of the n votes that might have been cast, nor at the level of all looks together."""
     rule = Settings(estimator, n0=50, n=400).estimator_for(NOISE)
     counts = [[95, 3, 2], [190, 6, 4], [285, 9, 6], [380, 12, 8]]
     made = finalized(counts, [1, 2, 3, 4], estimator)
@@ -150,7 +149,6 @@ def test_clients_of_different_models_are_certified_with_their_own():
 
 
 def test_abstaining_from_an_image_without_a_label_is_not_being_right():
-    """Both are written -1."""
     made = finalized([[100, 290, 10]], _last("runner-up"), "runner-up")
     unlabeled = dataclasses.replace(made, label=np.full(1, -1, np.int64))
     assert unlabeled.abstained.all()

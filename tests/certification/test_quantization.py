@@ -78,7 +78,6 @@ def test_logits_are_those_of_float32_up_to_eight_bits(name):
     with torch.inference_mode():
         wanted, made = plain.call(images), network.call(images)
     assert float((wanted - made).abs().max()) < 0.1 * float(wanted.abs().max())
-    assert network.quantized is not None
     assert network.quantized.layers[0] == network.quantized.layers[1]
     assert (network.quantized.agreement or 0) > 0.8
 
@@ -96,11 +95,8 @@ def test_other_layers_run_in_float32_and_that_is_said(caplog):
 def test_scales_are_a_function_of_weights_images_and_seed():
     net = model("small_resnet")
     first, again = (int8(net).quantized for _ in range(2))
-    assert first is not None
-    assert again is not None
     assert first.scales == again.scales
     other = prepare(net, TRAINING, "cpu", "int8", "auto", Calibration.of(TRAINING, NOISE, 1))
-    assert other.quantized is not None
     assert other.quantized.scales != first.scales
     assert other.quantized.scales.fingerprint("a") != first.scales.fingerprint("a")
 
@@ -108,17 +104,16 @@ def test_scales_are_a_function_of_weights_images_and_seed():
 def test_predict_with_the_scales_of_a_record_is_the_network_of_the_record():
     net, images = model("small_cnn"), pictures(3)
     options = {"precision": "int8", "device": "cpu"}
-    made = certifl.certify(net, images, NOISE, n=500, calibration=TRAINING, **options)  # pyright: ignore
+    made = certifl.certify(net, images, NOISE, n=500, calibration=TRAINING, **options)
     metadata = made.conditions
     assert metadata["precision"] == "int8"
     assert 0 <= metadata["agreement_with_float32"] <= 1
     scales = recorded(metadata)
-    assert scales is not None
     assert scales == Scales.read(metadata["quantization"]["scales"])
-    with_images = certifl.predict(net, images, NOISE, calibration=TRAINING, **options)  # pyright: ignore
+    with_images = certifl.predict(net, images, NOISE, calibration=TRAINING, **options)
     with_scales = certifl.predict(
         net, images, NOISE, calibration=metadata["quantization"], **options
-    )  # pyright: ignore
+    )
     assert np.array_equal(with_images, with_scales)
     assert certifl.certification.verify(made) == []
 
@@ -132,7 +127,6 @@ def test_what_cannot_be_quantized_is_refused_in_words():
     with pytest.raises(ModelError, match="can be quantized"):
         prepare(lambda x: x.flatten(1), images, "cpu", "int8")
     made = int8(model("small_cnn")).quantized
-    assert made is not None
     with pytest.raises(InputError, match="another network"):
         prepare(model("small_resnet"), images, "cpu", "int8", "auto", made.scales)
 

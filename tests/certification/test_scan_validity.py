@@ -89,7 +89,6 @@ CIRCLE = Scan(1.0, -np.pi, np.pi, True, (101, 80, 160))
 
 
 def cast(scan: Scan, known: Known, seed: int, runs: int = RUNS) -> Iterator[np.ndarray]:
-    """Votes of all runs, some runs at a time."""
     rng = np.random.default_rng([20261, seed])
     spent = int(scan.totals[-1])
     for _ in range(runs // BLOCK):
@@ -167,7 +166,6 @@ def best_window_of_all() -> np.ndarray:
 
 
 def ended_at_the_first_failure() -> np.ndarray:
-    """The sound twin of both."""
     return np.cumprod(windows_of_a_long_axis()[:, :50], axis=1).sum(axis=1) > 8
 
 
@@ -214,7 +212,6 @@ def coarse_grid_without_loss() -> np.ndarray:
 
 
 def spike_with_loss() -> np.ndarray:
-    """The sound twin."""
     return np.concatenate([overclaims(FINE, SPIKE, votes) for votes in cast(FINE, SPIKE, 4)])
 
 

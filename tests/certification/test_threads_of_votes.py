@@ -18,8 +18,6 @@ seen: set[int] = set()
 
 
 class Watching(nn.Module):
-    """Notes on how many threads it is called."""
-
     def __init__(self, weights: int) -> None:
         super().__init__()
         self.layer = nn.Linear(64, weights // 64)

@@ -49,7 +49,6 @@ def generator(seed: int) -> np.random.Generator:
 def true_radius(
     law: Law, shares: np.ndarray, chosen: np.ndarray, sigma: float = 1.0
 ) -> np.ndarray:
-    """The law's radius for the true probabilities, plus more than its rounding takes off."""
     p_top = shares[chosen]
     others = np.array([np.delete(shares, c).max() for c in range(len(shares))])
     return law.radius(sigma, p_top, others[chosen]) * (1 + 1e-12)

@@ -291,7 +291,6 @@ def test_findings_come_before_casting_again(copied):
 
 
 def test_votes_of_compiled_networks_are_verified_but_not_cast_again(copied):
-    """As if 0.1.0 had cast the votes with a compiled network."""
     name, text = "float32-compiled", copied.spec.read_text()
     copied.spec.write_text(text.replace('precision = "auto"', f'precision = "{name}"'))
     copied.update({"spec_hash": load_stored(copied.spec).hash(), "precision": name})

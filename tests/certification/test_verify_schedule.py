@@ -39,7 +39,6 @@ def certified(
 
 
 def problem(estimator: str) -> tuple[HalfSpace, torch.Tensor, Perturbation]:
-    """A model, images and the noise that suits an estimator."""
     g = torch.Generator().manual_seed(0)
     images = torch.rand((8, 1, 8, 8), generator=g)
     model = HalfSpace(torch.randn(64, generator=g), 0.0).eval()
@@ -219,7 +218,7 @@ def test_records_of_older_versions_are_granted_a_float32_and_no_more():
 
 
 def test_numbers_of_numpy_are_numbers_too():
-    made = certified("sequential", n=np.int64(300))  # pyright: ignore[reportArgumentType]
+    made = certified("sequential", n=np.int64(300))
     assert verify(made) == []
 
 

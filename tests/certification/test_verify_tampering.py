@@ -44,7 +44,6 @@ BEYOND_64_BITS = 10**30
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One finished run of each study, which no test changes."""
     place = tmp_path_factory.mktemp("honest")
     options = {name: Options(place / name, explore=False) for name in STUDIES}
     return {name: run(study(), options[name]).path for name, study in STUDIES.items()}
@@ -117,7 +116,6 @@ def _best(made: Certificates) -> int:
 
 
 def _taken(made: Certificates, *first: int) -> Certificates:
-    """These rows in the place of the first ones."""
     return made.select(np.array([*first, *range(len(first), len(made))]))
 
 
@@ -137,7 +135,6 @@ def _doubled(made: Certificates) -> Certificates:
 
 
 def _exchanged(made: Certificates) -> Certificates:
-    """Two clients exchange a row each."""
     client, order, last = made.client.copy(), np.arange(len(made)), len(made) - 1
     client[[0, last]], order[[0, last]] = client[[last, 0]], [last, 0]
     return _with(made, client=client).select(order)
@@ -247,7 +244,6 @@ def test_rows_that_are_not_the_runs_are_found(name, change, altered):
 
 @pytest.mark.parametrize("column", ["correct", "votes"])
 def test_columns_for_other_readers_are_compared(column, altered):
-    """certifl makes them again when it reads; others would believe them."""
     place = altered("sequential")
     file = place / "certificates.parquet"
     table = pq.ParquetFile(file).read()
@@ -271,7 +267,6 @@ def test_a_negative_radius_is_a_finding_of_its_image(altered):
 
 
 def _others(value: Any) -> list[Any]:
-    """Values of the same kind and of others."""
     strange: list[Any] = [None, "x", BEYOND_64_BITS, {"x": [1]}]
     if isinstance(value, bool):
         strange.append(not value)
@@ -373,7 +368,6 @@ def _longer(made: Certificates, factor: float = 2.0) -> Certificates:
     metadata = dict(made.conditions)
     scan = {**metadata["scan"], "low": factor * metadata["scan"]["low"]}
     scan["high"] = factor * metadata["scan"]["high"]
-    assert made.interval is not None
     return _with(
         made,
         radius=factor * made.radius,
@@ -411,7 +405,6 @@ def test_votes_of_a_scan_in_another_order_are_found(altered):
     place = altered("scan")
     file = place / "certificates.parquet"
     made = Certificates.load(file)
-    assert made.scan_votes is not None
     for packed in (None, b"", made.scan_votes[0][:-4], made.scan_votes[0] + b"x" * 0):
         votes = made.scan_votes.copy()
         votes[_best(made)] = packed

@@ -78,7 +78,6 @@ def test_a_last_image_that_is_alone_fills_large_batches():
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
-    """The devices that are held to exact convolutions just now."""
     now: list[torch.device] = []
 
     @contextlib.contextmanager
@@ -212,8 +211,6 @@ def model(images: Tensor) -> HalfSpace:
 
 
 def small(model: HalfSpace, error: BaseException, rows: int) -> Callable[[Tensor], Tensor]:
-    """The model on a machine that holds no more than some rows."""
-
     def call(batch: Tensor) -> Tensor:
         if len(batch) > rows:
             raise error

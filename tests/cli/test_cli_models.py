@@ -25,7 +25,6 @@ pytestmark = pytest.mark.usefixtures("undrawn")
 
 @pytest.fixture(scope="module")
 def digit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """A test digit as an 8 x 8 gray PNG, and its label."""
     split = load("digits").test
     path = tmp_path_factory.mktemp("pictures") / "digit.png"
     Image.fromarray(split.images[0, 0].numpy()).save(path)
@@ -139,7 +138,6 @@ def test_certify_the_model_of_a_run(finished, tmp_path):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the weights of a small network in both formats."""
     folder = tmp_path_factory.mktemp("weights")
     state = state_of(build("small_cnn", 1, 10, seed=3))
     save_file(state, folder / "net.safetensors")
@@ -225,7 +223,7 @@ def test_certify_goes_on_where_it_was_stopped_and_only_with_the_same_question(
         batches += 1
         if batches == 4:
             raise KeyboardInterrupt
-        real(*given)  # pyright: ignore
+        real(*given)
 
     out = tmp_path / "again.parquet"
     with monkeypatch.context() as patch:

@@ -148,7 +148,6 @@ def test_verify_fails_on_a_run_that_was_tampered_with(harm, says, copied):
 
 
 def test_a_checkpoint_replaced_together_with_its_checksum_is_noticed(copied):
-    """Somebody puts a whole committed round of another training into the folder."""
     run(tiny.spec("training.lr=0.04"), Options(copied.parent / "other"))
     training = copied / "checkpoints" / "training"
     shutil.rmtree(training)

@@ -43,7 +43,6 @@ def _idx(path: Path, values: np.ndarray) -> None:
 
 
 def _data(base: Path) -> None:
-    """A data set in each layout, of a few images."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (8, 8, 8)).astype(np.uint8)
     labels = np.arange(8, dtype=np.uint8) % 2
@@ -71,7 +70,6 @@ def _data(base: Path) -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One whole example of every kind of file."""
     place = tmp_path_factory.mktemp("whole")
     _data(place)
     run(tiny.spec(*SHORT), Options(place / "run"))

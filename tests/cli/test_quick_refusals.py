@@ -74,7 +74,6 @@ HELP = [("--help",), *((name, "--help") for name in COMMANDS), ("deploy", "run",
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], dict[str, Any]]:
-    """What every command line ended with."""
     specs = [("run", "study.toml", "--set", change) for change in VALUES]
     folder, asked = tmp_path_factory.mktemp("place"), [*WRONG, *HELP, *specs]
     (folder / "folder").mkdir()

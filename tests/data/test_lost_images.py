@@ -30,7 +30,6 @@ def decoded(content: bytes) -> np.ndarray:
 
 
 def png16(channels: int) -> bytes:
-    """Levels 0 to 1023 in 16 bits per channel."""
     pixels = np.random.default_rng(0).integers(0, 1024, (8, 8, channels)).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)
 

@@ -32,7 +32,6 @@ STUDY = spec("certification.images=8", "training.rounds=1", "training.lr=0.02")
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """The same study in one process."""
     return run(STUDY, Here(tmp_path_factory.mktemp("own") / "run", device="cpu"))
 
 
@@ -249,7 +248,6 @@ def parquet(folder, split, images, labels, names):
 
 
 def test_clients_own_folders_give_the_same_models_and_certificates(own, tmp_path):
-    """Each client has its images alone in a folder, and knows nothing of the whole."""
     dataset, partition = open_data(STUDY, None)
     at = {}
     for client, stored in enumerate(partition.clients):
@@ -265,8 +263,6 @@ def test_clients_own_folders_give_the_same_models_and_certificates(own, tmp_path
     folder = coordinated(STUDY, at, options(tmp_path / "run", share="rows"))
     here = Checkpoints(own.training).latest()
     there = Checkpoints(folder.training).latest()
-    assert here is not None
-    assert there is not None
     assert_same(there.server(), here.server())
     mine, theirs = own.load_certificates(), folder.load_certificates()
     for name in ("client", "label", "predicted", "radius", "counts"):

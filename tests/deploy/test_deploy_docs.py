@@ -56,7 +56,6 @@ def _possible() -> str | None:
 
 
 def steps() -> list[str]:
-    """The commands of the section, one a step."""
     text = (ROOT / "docs" / "deploy.md").read_text()
     section = text.split("## Your first federation on two machines")[1].split("\n## ")[0]
     blocks = re.findall(r"^```\w*\n(.*?)^```", section, re.MULTILINE | re.DOTALL)

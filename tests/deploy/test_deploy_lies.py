@@ -91,7 +91,6 @@ def recorded(root: Path, silent: bool) -> tuple[dict, dict]:
     grid = MemoryGrid(clients_of(root, 3), listen)
     folder = coordinated(STUDY, grid, root / "run")
     last = Checkpoints(folder.training).latest()
-    assert last is not None
     return record, {"model": last.server()["model"], **read_json(folder.curves)["clients"]}
 
 
@@ -102,8 +101,6 @@ def honest(tmp_path_factory):
 
 
 def put(*path: str, value: object) -> Lie:
-    """Writes a value into an answer's fields; the last name may be new."""
-
     def lie(content: Content) -> None:
         stored: Any = content.fields
         for name in path[:-1]:
@@ -124,8 +121,6 @@ def without(*path: str) -> Lie:
 
 
 def raw(text: str) -> Lie:
-    """Sends a text instead of a message's fields, with the honest tensors."""
-
     def lie(content: Content) -> RecordDict:
         records = to_records(content)
         records["certifl"] = ConfigRecord({"json": text})
@@ -147,7 +142,6 @@ def nested(depth: int, *path: str) -> Lie:
 
 
 def cut_short(content: Content) -> RecordDict:
-    """Sends a part that ends early."""
     records = to_records(content)
     several = {"tensors-0": packed(save({"a": torch.ones(2)})[:-1])}
     records["part:model"] = ArrayRecord(several)
@@ -339,7 +333,6 @@ def test_a_lie_leaves_out_the_liar_and_no_other_client(kind, number, honest, tmp
         coordinated(STUDY, grid, asked)
     root, deployment = tmp_path / "run", read_json(tmp_path / "run" / "run.json")["deployment"]
     last = Checkpoints(root / "checkpoints/training").latest()
-    assert last is not None
     assert_same(last.server()["model"], result["model"])
     rows = [row["client"] for row in last.history[0]["clients"]]
     assert rows == ([0, 1, 2] if kind == "certify" else [1, 2])
@@ -380,7 +373,6 @@ def test_an_invalid_update_is_left_out_with_its_reason_and_never_averaged(
     asked = options(tmp_path / "run", min_clients=2, keys=KEYS)
     folder = coordinated(STUDY, Replayed(record, "round", lie), asked)
     last = Checkpoints(folder.training).latest()
-    assert last is not None
     assert word in last.history[0]["left_out"][0]["reason"]
     assert_same(last.server()["model"], result["model"])
 
@@ -413,7 +405,6 @@ def test_an_impossible_curve_is_asked_for_three_times_and_left_out_with_its_reas
 
 
 def _failure(lie: Lie) -> bool:
-    """Whether a lie is an error of Flower's, which comes of a crash as well."""
     probe = Content({"certified": {}})
     try:
         return isinstance(lie(probe), Error)

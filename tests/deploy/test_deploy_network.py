@@ -47,7 +47,6 @@ PATIENT = ("--wait", "120", "--absent", "120", "--answer-within", "150")
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory):
-    """A server and two clients, with certificates and keys."""
     made = Federation(tmp_path_factory.mktemp("federation"), 2)
     with made.ended():
         made.server(anew=True).prints("2 clients may connect")
@@ -144,7 +143,6 @@ def test_status_and_log_describe_the_folders_and_their_files_are_private(
 @NETWORK
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern")  # of Flower, as below
 def test_absent_clients_are_named_and_a_late_one_completes_the_study(federation, tmp_path):
-    """A study of three clients: the third is absent, then joins late."""
     settings = ("clients.count=3", "clients.min_clients=2", "certification.images=2")
     path, run_folder = write_spec(tmp_path, *settings, "training.rounds=1"), tmp_path / "run"
     bundle = federation.bundle
@@ -227,7 +225,6 @@ def test_a_client_is_started_once_and_needs_its_data(federation):
 
 
 def _own_address() -> str | None:
-    """An address of this machine that is not its loopback."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("10.255.255.255", 1))
@@ -270,8 +267,6 @@ def test_only_client_requests_pass_the_gate_from_elsewhere(path, client, passes)
 
 
 class Listening(threading.Thread):
-    """A TLS server that says nothing."""
-
     def __init__(self, key: Path, certificate: Path) -> None:
         super().__init__(daemon=True)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

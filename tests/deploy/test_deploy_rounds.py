@@ -62,7 +62,6 @@ def _trained(study: Spec, root) -> StoredRound:
 def same_training(study: Spec, root, folder: RunFolder, at: dict) -> None:
     """Server, history and clients' states are those of one process, bit for bit."""
     own, last = in_process(study, root), Checkpoints(folder.training).latest()
-    assert last is not None
     assert last.number == own.number
     assert last.identity == own.identity
     assert without_seconds(last.history) == without_seconds(own.history)
@@ -163,7 +162,6 @@ def test_clients_get_only_the_parts_they_need(case, tmp_path):
     wanted = ["control", "known", "model"] if case == "scaffold" else ["model"]
     assert [sorted(parts) for parts in asked] == [wanted] * 2
     stored = Checkpoints(folder.training).latest()
-    assert stored is not None
     assert len(stored.server()) == 3
 
 

@@ -43,7 +43,6 @@ def test_choosing_lambda(tmp_path, capsys):
 
 
 def test_what_is_recommended():
-    """The best, and exactly those whose interval to it contains 0."""
     choose, lambdas = load_script("examples/choose_lambda.py"), (0.1, 0.5, 0.9)
     acr = (0.2, 0.3, 0.1)
 

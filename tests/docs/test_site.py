@@ -18,7 +18,6 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_the_site_builds_strictly_and_a_link_to_nowhere_is_noticed(tmp_path):
-    """With one planted link to nowhere: it is the only warning, and warnings are errors."""
     for name in ("docs", "examples", "benchmarks"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for file in (*ROOT.glob("*.md"), ROOT / "mkdocs.yml"):

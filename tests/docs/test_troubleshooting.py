@@ -26,7 +26,6 @@ def plain(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of the tiny study."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     return run(
         tiny.spec(),

@@ -51,12 +51,11 @@ def _halves(images: torch.Tensor) -> torch.Tensor:
 
 def _counter(perturbation: object, image: torch.Tensor) -> VoteCounter:
     network = prepare(_halves, image[None], "cpu", "float32")
-    return VoteCounter(network, perturbation, SEED)  # pyright: ignore[reportArgumentType]
+    return VoteCounter(network, perturbation, SEED)
 
 
 @pytest.fixture
 def image() -> torch.Tensor:
-    """Bright left of the middle."""
     picture = torch.zeros(1, 8, 8)
     picture[:, 2:6, 2:4] = 0.75
     return picture
@@ -187,7 +186,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def explored(run: Path) -> Path:
-    """The same run, explored afterwards."""
     place = run.parent / "explored"
     shutil.copytree(run, place)
     with pytest.MonkeyPatch.context() as patch:
@@ -198,7 +196,6 @@ def explored(run: Path) -> Path:
 
 @pytest.fixture
 def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as `explored` has."""
     monkeypatch.setattr(exploring, "_MOST_IMAGES", 4)
 
 
@@ -230,7 +227,6 @@ def test_pictures_are_those_of_the_library(explored):
 
 
 def test_votes_follow_the_certificates(explored):
-    """Inside a certified range nothing else may win beyond doubt."""
     certificates = Certificates.load(explored / "certificates.parquet")
     for image in _record(explored)["images"]:
         row = (certificates.client == image["client"]) & (certificates.index == image["index"])

@@ -102,7 +102,6 @@ def test_any_algorithm_begins_with_them(weights, tmp_path):
         Options(tmp_path / "run", device="cpu", explore=False),
     )
     latest = Checkpoints(run.folder.training).latest()
-    assert latest is not None
     assert latest.identity["initial_model"] == fingerprint(load_file(weights))
 
 

@@ -67,7 +67,7 @@ def test_a_wrong_study_is_refused_by_its_key(tmp_path):
     with pytest.raises(SpecError, match="no spec at"):
         certifl.Study(tmp_path / "none.toml")
     with pytest.raises(SpecError, match="TOML file"):
-        certifl.Study(3)  # pyright: ignore
+        certifl.Study(3)
 
 
 def test_an_interrupted_study_ends_with_the_bits_of_the_command(finished, tmp_path):
@@ -95,7 +95,6 @@ def test_an_interrupted_study_ends_with_the_bits_of_the_command(finished, tmp_pa
 
 
 def test_a_study_has_the_files_of_the_command(finished, tmp_path):
-    """The command finds a run of Python finished, and adds what is missing."""
     shared = tmp_path / "run"
     with tiny.undrawn():
         certifl.Study(tiny.spec()).run(shared, progress=False)

@@ -242,7 +242,7 @@ def test_a_network_that_changed_since_is_refused(tmp_path):
     sys.path.append(str(tmp_path))
     study = tiny.spec("model.name=changing:make", "training.rounds=1")
     folder = run(study, Options(tmp_path / "run"))
-    sys.modules["changing"].make = sys.modules["changing"].by_batch  # pyright: ignore
+    sys.modules["changing"].make = sys.modules["changing"].by_batch
     Image.new("L", (8, 8), 90).save(tmp_path / "gray.png")
     asked = ("predict", tmp_path / "gray.png", "--run", folder.path)
     tiny.cli(*asked).refused("--code DIR", "changing:make")

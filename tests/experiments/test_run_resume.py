@@ -51,7 +51,6 @@ def study() -> Spec:
 
 @pytest.fixture(scope="module")
 def reference(study: Spec, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The study, uninterrupted."""
     return run(study, Options(tmp_path_factory.mktemp("reference") / "run")).path
 
 
@@ -132,13 +131,13 @@ def test_votes_of_a_killed_certification_are_not_cast_again(
     monkeypatch.setattr(certifying, "_SECONDS_BETWEEN_SAVES", 0.0)
 
     class Killed(BaseException):
-        """Stands for the end of the process."""
+        pass
 
     def dying(*given: object) -> None:
         if len(batches) == 1:
             raise Killed
         batches.append(1)
-        real(*given)  # pyright: ignore
+        real(*given)
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "advance", dying)
@@ -236,7 +235,6 @@ def test_a_second_process_on_one_folder_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny study, uninterrupted."""
     return run(tiny.spec(), Options(tmp_path_factory.mktemp("undisturbed") / "run")).path
 
 

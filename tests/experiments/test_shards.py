@@ -83,7 +83,6 @@ def test_every_image_is_in_one_shard():
 
 
 def test_the_cluster_scripts_certify_and_merge(copied, tmp_path):
-    """As a job array calls them, task by task; the commands they give are run in this process."""
     log = tmp_path / "commands"
     (tmp_path / "certifl").write_text(f'#!/bin/sh\necho "$@" > {log}\n')
     (tmp_path / "certifl").chmod(0o755)

@@ -76,7 +76,6 @@ def test_krum_is_the_definition(seed):
 
 
 def test_krum_weighs_statistics_and_weights_apart():
-    """An outlier in either is found, whatever their scales."""
     drawn = np.random.default_rng(3)
     for poisoned, scale in (("w", 1e-6), ("norm.running_var", 1e6)):
         sent = []

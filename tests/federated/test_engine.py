@@ -40,7 +40,6 @@ light = {"rounds": 2, "local_epochs": 1}
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Two rounds of federated averaging, which no test changes."""
     return federate(tmp_path_factory.mktemp("finished"), local=training(**light))
 
 

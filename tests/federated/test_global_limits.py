@@ -138,7 +138,6 @@ def test_the_servers_control_variate_is_the_mean_of_those_known():
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_scaffold_corrects_the_drift_that_federated_averaging_has(momentum):
-    """Many local steps on parabolas of other curvature: FedAvg settles beside the best point."""
     local = quadratics.training(rounds=25, steps=10, momentum=momentum)
     plain, _ = quadratics.run(FedAvg(), local)
     corrected, _ = quadratics.run(Scaffold(), local)

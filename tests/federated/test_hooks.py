@@ -31,7 +31,6 @@ def advance_one_by_one(on: StepContext) -> None:
 
 @pytest.mark.parametrize("name", ["mixture", "fedprox", "scaffold", "ditto", "fedrep"])
 def test_every_hook_is_the_same_weight_by_weight(name, monkeypatch):
-    """These are the algorithms whose steps have a hook."""
     _, server, states = in_memory(name)
     monkeypatch.setattr(StepContext, "optimizer_step", advance_one_by_one)
     single = all_rounds(CASES[name], [0, 1, 2], light(momentum_between_rounds="keep"))
@@ -55,18 +54,15 @@ CORRECTION: ModelState = {name: CENTER[name] for name in ("w0", "w2")}
 
 def pulled(name: str, parameter: nn.Parameter) -> None:
     """Eq. (5) as it is written, with lambda = 0.3."""
-    assert parameter.grad is not None
     parameter.grad.mul_(0.3)
     parameter.grad.add_(parameter - CENTER[name], alpha=2 * (1 - 0.3))
 
 
 def near(name: str, parameter: nn.Parameter) -> None:
-    assert parameter.grad is not None
     parameter.grad.add_(parameter - CENTER[name], alpha=0.7)
 
 
 def corrected(name: str, parameter: nn.Parameter) -> None:
-    assert parameter.grad is not None
     if name in CORRECTION:
         parameter.grad.add_(CORRECTION[name])
 
@@ -120,8 +116,6 @@ def test_a_hook_does_what_its_formula_says_to_each_weight(name):
     context_of(joint, make()).optimizer_step()
     assert joint["w0"].grad is None
     for one, other in zip(list(joint.values())[1:], list(single.values())[1:], strict=True):
-        assert one.grad is not None
-        assert other.grad is not None
         assert torch.equal(one.grad, other.grad)
 
 
@@ -199,7 +193,6 @@ def test_the_scaled_gradient_is_the_formula():
                 parameter.grad.add_(parameter, alpha=0.1)
                 parameter.grad.mul_(0.3)
             grown = joint[name].grad
-            assert grown is not None
             assert torch.equal(grown, parameter.grad)
 
 

@@ -123,7 +123,6 @@ def test_a_run_trains_with_the_objective_of_its_spec(tmp_path):
     run(spec("objective={name='smoothadv', epsilon=0.5}", *few), options)
     assert load(tmp_path / "run" / "spec.toml").objective["epsilon"] == 0.5
     last = Checkpoints(tmp_path / "run" / "checkpoints" / "training").latest()
-    assert last is not None
     assert last.identity["objective"] == repr(SmoothAdv(epsilon=0.5))
     with pytest.raises(CertiflError, match="another"):
         run(spec("objective.name=macer", *few), options)

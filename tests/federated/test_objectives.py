@@ -109,8 +109,6 @@ def test_stability_is_its_formula():
 
 @dataclass(frozen=True)
 class Shift:
-    """Adds one number to the image, uniform on [-sigma, sigma]."""
-
     sigma: float
     law: Law = UNIFORM
     norm: str = "l1"
@@ -180,7 +178,6 @@ def test_gradients_stay_finite_for_timid_and_for_certain_networks(objective, sca
     loss, _ = objective(Linear(weight), batch(PIXEL))
     loss.backward()
     assert loss.isfinite()
-    assert weight.grad is not None
     assert weight.grad.isfinite().all()
 
 

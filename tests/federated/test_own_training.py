@@ -113,7 +113,7 @@ def test_normalization_in_place_trains_like_its_copy(algorithm, objective, augme
             InPlace(in_place),
             SCHEDULE,
             seed=5,
-            augmentation=augmentation,  # pyright: ignore
+            augmentation=augmentation,
             objective=objective,
         )
         server = algorithm.init(state_of(InPlace(in_place)))
@@ -172,7 +172,7 @@ def test_a_network_that_cannot_be_copied_cannot_be_trained():
     import threading
 
     net = PlainNet()
-    net.lock = threading.Lock()  # pyright: ignore
+    net.lock = threading.Lock()
     with pytest.raises(ModelError, match=r"cannot be copied.*locks"):
         LocalTraining(net, SCHEDULE, seed=5)
 

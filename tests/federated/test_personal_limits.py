@@ -29,7 +29,6 @@ CLIENTS = list(zip(CURVATURES, CENTERS, strict=True))
 
 
 def ends(algorithm):
-    """The states after all rounds, as those of `in_memory`."""
     return all_rounds(algorithm, [0, 1, 2], light(momentum_between_rounds="keep"))
 
 

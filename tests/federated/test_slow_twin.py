@@ -29,8 +29,6 @@ twin = load_script("examples/paper_in_one_file.py")
 
 @dataclass(frozen=True)
 class TwinRotation:
-    """The twin's own formulas, behind the two methods that training asks of a perturbation."""
-
     sigma: float
 
     def sample(self, n, image_shape, generator):

@@ -35,8 +35,6 @@ def run(folder, algorithm, data=None, local=None, **options):
 
 
 class Lazy:
-    """Clients loaded when asked for; remembers how far loading ran ahead."""
-
     def __init__(self, count):
         self.count, self.loaded, self.done, self.ahead = count, 0, 0, 0
 

@@ -345,9 +345,7 @@ def test_means_of_slices_are_the_same_means(height, width):
 
 
 class OnAGpu(torch.Tensor):
-    """Says so, and is not."""
-
-    is_cuda = True  # pyright: ignore[reportAssignmentType]
+    is_cuda = True
 
 
 class Operations(TorchDispatchMode):
@@ -365,7 +363,6 @@ class Operations(TorchDispatchMode):
     [(28, OnAGpu, False), (32, OnAGpu, True), (28, torch.Tensor, True), (32, torch.Tensor, True)],
 )
 def test_no_gradient_of_overlapping_quarters_is_added_atomically(size, kind, torchs_own):
-    """Which operations a step of small_cnn asks a GPU for: torch's own adds in any order."""
     network = networks.small_cnn(1, 10)
     images = torch.rand(2, 1, size, size).as_subclass(kind)
     with Operations() as operations:

@@ -46,8 +46,6 @@ def _pruned(layer: nn.Module) -> nn.Module:
 
 
 class SharedNorm(nn.Module):
-    """One BatchNorm after two convolutions."""
-
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.norm = nn.Conv2d(1, 4, 3), nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
@@ -85,8 +83,6 @@ class WeightReadTwice(nn.Module):
 
 
 class TiedWeights(nn.Module):
-    """Two convolutions with one weight."""
-
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Conv2d(1, 4, 3), nn.Conv2d(1, 4, 3)
@@ -98,8 +94,6 @@ class TiedWeights(nn.Module):
 
 
 class Standardized(nn.Conv2d):
-    """A convolution that computes its weight at every call."""
-
     def forward(self, input: Tensor) -> Tensor:
         weight = (self.weight - self.weight.mean()) / self.weight.std()
         return nn.functional.conv2d(input, weight, self.bias)
@@ -164,7 +158,7 @@ class Generating(nn.Module):
 
 def _remembering() -> nn.Module:
     net = body()
-    net.latest = net(images())  # pyright: ignore  # a tensor with a gradient history
+    net.latest = net(images())  # a tensor with a gradient history
     return net
 
 
@@ -178,7 +172,7 @@ def _settled(net: nn.Module) -> nn.Module:
 
 def _hooked(where: str) -> nn.Module:
     net = body()
-    layer = {"root": net, "conv": net[0], "norm": net[1], "head": net[6]}[where]  # pyright: ignore
+    layer = {"root": net, "conv": net[0], "norm": net[1], "head": net[6]}[where]
     layer.register_forward_hook(lambda _m, _i, out: out * 1.0005 + 0.0005)
     return net
 
@@ -260,8 +254,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "lazy, loaded": lambda: _lazy(called=False),
     "DataParallel": lambda: nn.DataParallel(body()),
     "DataParallel inside": _in_parallel,
-    "compiled": lambda: torch.compile(body()),  # pyright: ignore
-    "compiled inside": lambda: nn.Sequential(nn.Identity(), torch.compile(body())).eval(),  # pyright: ignore
+    "compiled": lambda: torch.compile(body()),
+    "compiled inside": lambda: nn.Sequential(nn.Identity(), torch.compile(body())).eval(),
 }
 
 
@@ -325,7 +319,7 @@ def test_a_model_is_left_as_it_is():
     assert all(value.requires_grad for value in model.parameters())
     half = body(norm=False).half()
     prepare(half, images(), device="cpu")
-    assert half[0].weight.dtype == torch.float16  # pyright: ignore
+    assert half[0].weight.dtype == torch.float16
 
 
 class Drifting(nn.Module):
@@ -364,7 +358,7 @@ def test_a_program_exported_for_one_size_of_batch_says_how_to_export_it():
 
 
 def test_a_program_exported_in_training_mode_is_refused():
-    net = nn.Sequential(nn.Dropout(), *body(norm=False)).train()  # pyright: ignore
+    net = nn.Sequential(nn.Dropout(), *body(norm=False)).train()
     batch = torch.export.Dim("batch")
     program = torch.export.export(net, (images(),), dynamic_shapes=({0: batch},)).module()
     with pytest.raises(ModelError, match="random"):
@@ -373,7 +367,7 @@ def test_a_program_exported_in_training_mode_is_refused():
 
 def test_wrappers_do_not_hide_training_mode():
     with pytest.raises(ModelError, match="training mode"):
-        prepare(nn.DataParallel(body().train()).eval().module.train(), images())  # pyright: ignore
+        prepare(nn.DataParallel(body().train()).eval().module.train(), images())
     with pytest.raises(ModelError, match="training mode"):
         prepare(nn.DataParallel(body().train()), images())
     with pytest.raises(ModelError, match="training mode"):
@@ -406,8 +400,8 @@ def test_weights_in_other_formats_vote_in_the_precision_asked_for(dtype, precisi
 
 def test_weights_in_mixed_formats_vote_too():
     mixed = body()
-    mixed[6].double()  # pyright: ignore
-    mixed[3].half()  # pyright: ignore
+    mixed[6].double()
+    mixed[3].half()
     made = prepare(mixed, images(), device="cpu", precision="float32")
     with torch.inference_mode():
         assert torch.allclose(made.call(images()), body()(images()), atol=1e-3)
@@ -477,7 +471,7 @@ def test_normalization_in_place_is_certified_like_its_copy(kind, family):
     options = {"n": 200, "n0": 20, "precision": "float32", "device": "cpu"}
     given = images()
     want = certifl.certify(InPlace(False).eval(), given, noise, **options)
-    got = certifl.certify(_same_network(kind), given, noise, **options)  # pyright: ignore
+    got = certifl.certify(_same_network(kind), given, noise, **options)
     assert np.array_equal(got.counts, want.counts)
     assert torch.equal(given, images())
 
@@ -489,11 +483,11 @@ def test_the_other_ways_to_ask_a_network_that_writes_into_its_input(kind):
     one, other = InPlace(False).eval(), _same_network(kind)
     scan = {"estimator": "scan", "n": 400, "n0": 20}
     turned = certifl.Rotation("18deg")
-    made = [certifl.certify(m, given, turned, **scan, **options) for m in (one, other)]  # pyright: ignore
+    made = [certifl.certify(m, given, turned, **scan, **options) for m in (one, other)]
     assert np.array_equal(made[0].counts, made[1].counts)
-    answers = [certifl.predict(m, given, NOISE, n=200, **options) for m in (one, other)]  # pyright: ignore
+    answers = [certifl.predict(m, given, NOISE, n=200, **options) for m in (one, other)]
     assert np.array_equal(*answers)
-    ready = [prepare(m, given, **options) for m in (one, other)]  # pyright: ignore
+    ready = [prepare(m, given, **options) for m in (one, other)]
     assert np.array_equal(*[predict_plain(network, given) for network in ready])
     assert torch.equal(given, images())
 

@@ -87,7 +87,7 @@ FILES: dict[str, Callable[[State], object]] = {
 
 def _dropped(state: State) -> State:
     kept = OrderedDict((n, v) for n, v in state.items() if "num_batches" not in n)
-    kept._metadata = state._metadata  # pyright: ignore
+    kept._metadata = state._metadata
     return kept
 
 

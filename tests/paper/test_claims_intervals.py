@@ -125,7 +125,6 @@ _TAKEN = [0]
 
 
 def new_images(sizes: list[int]) -> list[np.ndarray]:
-    """Images that no other effect has."""
     first = _TAKEN[0]
     _TAKEN[0] += sum(sizes)
     return np.split(np.arange(first, _TAKEN[0]), np.cumsum(sizes)[:-1])

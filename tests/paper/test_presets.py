@@ -130,7 +130,6 @@ def test_the_paper_scale_is_the_papers():
 
 
 def test_the_overnight_scale_has_the_papers_schedule_and_clients():
-    """Two local epochs, decay by 10 at one and two thirds, momentum kept; rows can be paired."""
     for spec in specs("overnight", *EVERY).values():
         t = spec.training
         assert (t.local_epochs, t.decay_factor, t.momentum_between_rounds) == (2, 0.1, "keep")

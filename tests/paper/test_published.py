@@ -54,7 +54,6 @@ def spec(regime) -> Spec:
 
 
 def compute(study: Path, *regimes) -> None:
-    """Runs of the study, each beside those before it."""
     for regime in regimes:
         beside = tuple(sorted((study / "runs").glob("*")))
         own = study / "runs" / spec(regime).hash()

@@ -86,7 +86,6 @@ def start(study: Path, into: Path) -> Path:
 
 
 def cells(page: str, heading: str) -> list[list[str]]:
-    """The rows of the first table below a heading."""
     table = page.split(heading, 1)[1].split("\n\n")[1]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 

@@ -121,7 +121,6 @@ def test_a_written_radius_never_exceeds_the_real_one(value, digits):
     for unit in {family(1.0).unit for family in PERTURBATIONS.values()}:
         text = format_amount(value, unit, digits)
         number = re.match(r"[\d.]+", text.removeprefix("added variance 0 to "))
-        assert number is not None
         assert float(number[0]) <= value
         assert value - float(Decimal(number[0])) <= 10.0**-digits * (1 + 1e-9) + value * 2**-52
         degrees = re.search(r"\(([\d.]+) deg\)", text)

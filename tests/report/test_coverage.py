@@ -48,7 +48,6 @@ class Design:
         return (1 - self.losses) * (usual + self.some * self.gain) - 0.9 * self.losses
 
     def draw(self, rng: np.random.Generator, trials: int = TRIALS) -> list[Floats]:
-        """(images, trials) of each client."""
         size, resampled = (self.images, trials), []
         for client in range(self.clients):
             usual = self.gains[client % len(self.gains)] + self.noise * rng.standard_normal(size)

@@ -69,7 +69,6 @@ def of_a_figure(place: Path) -> Path:
 
 
 def faults(page: Page, options: dict[str, Any], part: str | None = None) -> list[str]:
-    """What axe finds, one line for each element."""
     return [
         f"{rule['help']}: {node['html']}"
         for rule in Axe().run(page, part, options).response["violations"]

@@ -153,7 +153,6 @@ def test_without_scripts_the_pictures_are_there(windows, report):
 
 
 def _recommended(page: Page) -> list[list[str]]:
-    """Cells of the table, row by row."""
     cells = "rows => rows.map(row => [...row.children].map(cell => cell.textContent))"
     return page.locator("#recommendation-table tbody tr").evaluate_all(cells)
 

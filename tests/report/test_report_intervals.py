@@ -48,7 +48,6 @@ MEANS = {two_radii: 0.65 * (0.75 - 0.70), saturated: 0.96, a_rare_loss: 0.99 * 0
 
 
 def misses(draw: Draw, sizes: tuple[int, ...], trials: int = TRIALS) -> int:
-    """All trials at once, a column each."""
     stream = np.random.default_rng(7)
     sample = Sample.of([draw(stream, (size, trials)) for size in sizes])
     low, high = interval_over_seeds([sample], ERROR, 1.0)

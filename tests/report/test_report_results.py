@@ -230,7 +230,6 @@ def test_history_reads_rows_and_mappings_alike():
         trained = dataclasses.replace(run, history=tuple(history))
         assert measures_of([trained]) == ["loss", "accuracy"]
         curve = measure_curves(trained, "loss")
-        assert curve is not None
         assert curve.rounds.tolist() == [1, 2, 3]
         values = [m["loss"] for m in mappings[2]["clients"].values()]
         assert curve.mean[2] == pytest.approx(np.mean(values))

@@ -36,7 +36,6 @@ def trained(regime: str, seed: int, images: int = 40, **facts: object) -> RunRes
 
 
 def part_of(run: RunResults, images: int, first: int = 0) -> RunResults:
-    """The run with so many images of every client."""
     place = run.certificates.index % 40
     chosen = (place >= first) & (place < first + images)
     return dataclasses.replace(run, certificates=run.certificates.select(chosen))

@@ -38,7 +38,6 @@ def pictures_in(page: Path) -> list[bytes]:
 
 
 def strips(run: Path) -> Iterator[str]:
-    """Every picture of a run's exploration, in base64."""
     for image in json.loads((run / "explorer.json").read_text())["images"]:
         yield from (walk["strip"] for walk in image["walks"])
 

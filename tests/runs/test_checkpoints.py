@@ -200,7 +200,6 @@ TOUCHING = ("fsync", "rename", "link", "open", "mkdir", "rmdir", "unlink")
 
 
 def dying_at(step, monkeypatch):
-    """Let the process "die" at its step-th call that touches the disk."""
     calls = 0
 
     def wrap(real):

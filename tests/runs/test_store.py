@@ -32,7 +32,6 @@ SPEC, HASH = 'name = "x"\n', "abc"
 
 @contextlib.contextmanager
 def full_after(size: int) -> Iterator[None]:
-    """No file may grow beyond this many bytes, as on a disk that is full."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -250,7 +249,6 @@ def test_one_process_at_a_time(tmp_path):
     folder.path.mkdir()
     command = [sys.executable, "-S", "-c", HOLDER, folder.path / ".lock"]
     with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True) as other:
-        assert other.stdout is not None
         assert other.stdout.readline() == "holding\n"
         with pytest.raises(StoreMismatch, match="Another process is at work"), folder.locked():
             pass

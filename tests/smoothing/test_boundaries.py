@@ -21,7 +21,6 @@ VALUES = (1e-3, 0.01, 0.0624, 0.158655, 0.16, 0.3, 0.449, 0.45, 0.4999, 0.7)
 
 @cache
 def table() -> tuple[np.ndarray, ...]:
-    """The limits of all counts at all looks."""
     made = Limits(LOOKS, LEVELS, EXTRA)
     return tuple(
         made.upper(np.arange(votes + 1), np.full(votes + 1, j)) for j, votes in enumerate(LOOKS)

@@ -65,7 +65,6 @@ def spec(
     data: str = "cifar10",
     alpha: float = ALPHA,
 ) -> dict[str, Any]:
-    """A whole spec as a run stores it."""
     start = certified if federated == "matching" else federated
     personal = "same" if federated == "matching" else certified
     tuned = algorithm["name"] == "personalized"
@@ -165,7 +164,6 @@ def _certificates(
 
 
 def write(place: Path, study: StudyRun, status: str = "finished") -> Path:
-    """The run as a folder."""
     held = study.results
     folder = place / "runs" / held.folder.name
     folder.mkdir(parents=True)
@@ -176,7 +174,6 @@ def write(place: Path, study: StudyRun, status: str = "finished") -> Path:
 
 
 def claim(runs: Sequence[StudyRun], name: str) -> ClaimResult:
-    """The result of one claim about these runs."""
     named = [claim for claim in CLAIMS if claim.name == name]
     (result,) = check_runs(list(runs), DRAWS, claims=named).results
     return result

@@ -118,19 +118,16 @@ def clients_of(folder: Path, count: int = 2, **settings) -> dict[int, Client]:
 
 
 def options(out: Path, **changes) -> Options:
-    """Options of a server that waits for nobody."""
     return Options(out=out, **{"timeouts": NO_WAIT, **changes})
 
 
 def coordinated(study: Spec, to: dict[int, Client] | Grid, asked: Path | Options) -> RunFolder:
-    """A study with these clients, in a folder or with these options."""
     grid = to if isinstance(to, Grid) else MemoryGrid(to)
     asked = asked if isinstance(asked, Options) else options(asked)
     return coordinate(study, GridTransport(grid), asked)
 
 
 def dealt(folder: Path, **settings) -> Client:
-    """Client 0 with its share of digits."""
     return Client(Settings(client=0, data="digits", dealt=True, **settings), folder)
 
 
@@ -141,7 +138,6 @@ def model(change: float = 0.0) -> dict:
 
 
 def study_of(asked: Spec, id: str = ID, **changes) -> dict:
-    """What a request says of the study."""
     named = {"id": id, "spec": asked.to_toml(), "hash": asked.hash(), "own_perturbation": False}
     return {**named, **changes}
 

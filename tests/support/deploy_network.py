@@ -175,11 +175,9 @@ class Running:
 
     @property
     def pid(self) -> int:
-        assert self.process.pid is not None
         return self.process.pid
 
     def flower(self) -> list[int]:
-        """Flower's processes that this one started."""
         noted = Path(self._arguments[2]).glob("log/*.pid")
         return [*children(self.pid), *(int(path.read_text()) for path in noted)]
 
@@ -210,8 +208,6 @@ class Running:
 
 
 class Federation:
-    """A provisioning bundle, its server and its clients."""
-
     def __init__(self, folder: Path, clients: int, *options: str) -> None:
         from certifl.deploy.provision.bundle import init
 
@@ -226,7 +222,6 @@ class Federation:
         return made
 
     def last(self, name: str) -> Running:
-        """The process of this name that was started last."""
         return next(one for one in reversed(self.running) if one.log.stem == name)
 
     def server(self, anew: bool = False) -> Running:
@@ -257,7 +252,6 @@ class Federation:
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process started."""
     listed = Path(f"/proc/{pid}/task/{pid}/children")
     with contextlib.suppress(OSError):
         return [int(child) for child in listed.read_text().split()]

@@ -84,7 +84,6 @@ def _image(certificates: Certificates, row: int, way: Mapping[str, str] | None) 
 
 
 def strip(greys: range) -> str:
-    """Pictures side by side, each of one gray: its number times 8."""
     pixels = np.repeat(np.array(greys, np.uint8) * 8, SIZE)[None].repeat(SIZE, axis=0)
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "PNG")

@@ -15,8 +15,6 @@ HANG_SECONDS = 120.0
 
 
 class NotAString:
-    """Something that cannot be sent to another process."""
-
     def __reduce__(self):
         raise TypeError("not to be sent")
 

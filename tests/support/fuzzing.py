@@ -196,12 +196,10 @@ def as_text(path: Path, rng: random.Random) -> None:
 
 
 def as_json(path: Path, rng: random.Random) -> None:
-    """Values of JSON that are of another kind."""
     path.write_text(json.dumps(changed(json.loads(path.read_text()), rng)))
 
 
 def as_lines(path: Path, rng: random.Random) -> None:
-    """One line of JSON among others."""
     lines = path.read_text().splitlines()
     at = rng.randrange(len(lines))
     lines[at] = json.dumps(changed(json.loads(lines[at]), rng))
@@ -209,7 +207,6 @@ def as_lines(path: Path, rng: random.Random) -> None:
 
 
 def as_toml(path: Path, rng: random.Random) -> None:
-    """Values of TOML that are of another kind."""
     with contextlib.suppress(TypeError, ValueError):  # TOML knows no null, and no surrogates
         text = tomli_w.dumps(changed(load_toml(path), rng))
         path.write_bytes(text.encode())
@@ -380,8 +377,6 @@ def _filled(word: str, names: dict[str, str]) -> str:
 
 
 def any_of(*readers: Reader) -> Reader:
-    """One of several commands that read the same file."""
-
     def read(folder: Path, out: Path, rng: random.Random) -> None:
         rng.choice(readers)(folder, out, rng)
 
@@ -530,13 +525,11 @@ CASES = [(kind, number) for kind in KINDS for number in range(kind.count)]
 
 
 class TooSlow(BaseException):
-    """A case took longer than it may."""
+    pass
 
 
 @dataclass(frozen=True)
 class Wrong:
-    """What was wrong with a case."""
-
     case: int
     what: str
 

@@ -36,7 +36,6 @@ NOISE = certifl.PixelNoise(0.25)
 
 
 def said(*arguments: str | Path) -> str:
-    """What the command line refused, or failed, with."""
     outcome = tiny.cli(*arguments)
     assert outcome.code in (1, 2), outcome.out
     lines = [line for line in outcome.err.splitlines() if line.startswith("certifl: ")]
@@ -45,14 +44,12 @@ def said(*arguments: str | Path) -> str:
 
 
 def study(*settings: str, options: tuple[str | Path, ...] = ("--out", "runs/new")) -> str:
-    """What `certifl run` says to the tiny study with these settings."""
     path = tiny.write_spec(Path())
     given = [word for setting in settings for word in ("--set", setting)]
     return said("run", path, *options, *given)
 
 
 def raised(call: Callable[[], object]) -> str:
-    """What the library said."""
     try:
         call()
     except CertiflError as error:
@@ -66,14 +63,12 @@ def picture(path: Path, shape: tuple[int, ...] = (8, 8), kind: Any = np.uint8) -
 
 
 def leaves(test: bool = True) -> None:
-    """An image folder of two classes."""
     for split in ("train", "test") if test else ("train",):
         for name in ("ash", "oak"):
             picture(Path("DATA/leaves") / split / name / "1.png")
 
 
 def table(**columns: Any) -> None:
-    """A data set of two images in parquet files."""
     Path("DATA/leaves").mkdir(parents=True)
     content = io.BytesIO()
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(content, format="png")
@@ -88,7 +83,6 @@ def of_leaves() -> str:
 
 
 def module(text: str) -> str:
-    """The study with a network of one's own, written beside it."""
     Path("my_net.py").write_text(text)
     sys.modules.pop("my_net", None)
     try:

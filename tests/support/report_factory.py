@@ -215,7 +215,6 @@ def write_study(
     images: int = 40,
     perturbation: Mapping[str, Any] = ROTATION,
 ) -> list[Path]:
-    """One run folder per regime, on the same images."""
     folders = []
     for number, (regime, (label, quality)) in enumerate(regimes.items()):
         spread = 0.10 if regime == "local" else 0.03

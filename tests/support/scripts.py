@@ -13,8 +13,6 @@ RESULTS = ROOT / "docs" / "results"
 def load_script(path: str) -> Any:
     """The module of a file, named by its path in the repository."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)

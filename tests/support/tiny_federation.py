@@ -76,7 +76,6 @@ def clients(count: int = 3) -> list[ClientData]:
 
 
 def training(**changes: Any) -> LocalTraining:
-    """The tiny schedule with changes, on the tiny network."""
     model = changes.pop("model", None)
     augmentation = changes.pop("augmentation", Noise())
     return LocalTraining(

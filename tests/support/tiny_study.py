@@ -30,12 +30,10 @@ VALUES: dict[str, Any] = {
 
 
 def spec(*settings: str) -> Spec:
-    """The tiny study with `key=value` settings."""
     return with_settings(VALUES, settings)
 
 
 def write_spec(folder: Path, *settings: str) -> Path:
-    """The tiny study as a file."""
     path = folder / "tiny.toml"
     path.write_text(spec(*settings).to_toml())
     return path
@@ -43,8 +41,6 @@ def write_spec(folder: Path, *settings: str) -> Path:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command ended with."""
-
     code: int
     out: str
     err: str
@@ -86,7 +82,6 @@ def cli(*arguments: str | Path) -> Outcome:
 
 
 def process(*arguments: str | Path, **options: Any) -> Outcome:
-    """The command in a process of its own."""
     command = [sys.executable, "-m", "certifl", *map(str, arguments)]
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment(), check=False, **options
@@ -96,7 +91,6 @@ def process(*arguments: str | Path, **options: Any) -> Outcome:
 
 @contextlib.contextmanager
 def undrawn() -> Iterator[None]:
-    """Figures are laid out and not drawn."""
     from matplotlib.figure import Figure
 
     def saved(_figure: Figure, target: Any, **_: Any) -> None:
@@ -110,7 +104,6 @@ def undrawn() -> Iterator[None]:
 
 
 def environment() -> dict[str, str]:
-    """One thread, as in this process."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 

@@ -61,13 +61,11 @@ def _nothing_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def untracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The study without any tracker, which no test changes."""
     return run(STUDY, Options(tmp_path_factory.mktemp("untracked") / "run", explore=False)).path
 
 
 @pytest.fixture
 def finished(untracked: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be logged."""
     return Path(shutil.copytree(untracked, tmp_path / "run"))
 
 
