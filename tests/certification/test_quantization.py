@@ -9,12 +9,7 @@ from torch import Tensor, nn
 
 import certifl
 from certifl.certification.network import Network, prepare
-from certifl.certification.quantization import (
-    Calibration,
-    Scales,
-    fingerprint_problems,
-    recorded,
-)
+from certifl.certification.quantization import Calibration, Scales, fingerprint_problems, recorded
 from certifl.errors import InputError, ModelError
 
 NOISE = certifl.PixelNoise(0.25)

@@ -17,14 +17,7 @@ from certifl.certification import counts as engine
 from certifl.certification.counts import Votes
 from certifl.errors import InputError
 from certifl.experiments import recast as recasting
-from certifl.experiments.recast import (
-    EXACT,
-    FRESH,
-    ROUNDING,
-    Options,
-    Recast,
-    recast_votes,
-)
+from certifl.experiments.recast import EXACT, FRESH, ROUNDING, Options, Recast, recast_votes
 from certifl.experiments.run import Options as RunOptions
 from certifl.experiments.run import run
 from certifl.experiments.verify import verify_run

@@ -74,12 +74,7 @@ def test_predict_takes_a_model_that_no_study_trained(digit, trained):
     network.load_state_dict(load_file(trained))
     image = to_float(load("digits").test.images[:1])
     label = certifl.predict(
-        network.eval(),
-        image,
-        certifl.Rotation("18deg"),
-        n=300,
-        radius=True,
-        precision="float32",
+        network.eval(), image, certifl.Rotation("18deg"), n=300, radius=True, precision="float32"
     ).labels[0]
     assert ("abstained:" if label < 0 else f"(class {label})") in said.out
     tiny.cli(*own, "--classes", ",".join("abcdefghij")).fine("abstained" if label < 0 else "label")

@@ -104,10 +104,7 @@ def test_class_names_found_in_the_images_are_not_sent(tmp_path):
     assert len(names) == 4
     assert not {"a", "b", "c", "d"} & set(names)
     agreed = ["a", "b", "c", "d"]
-    said = join(
-        own(images, tmp_path / "third", label_column="label", classes=agreed),
-        asking(),
-    )
+    said = join(own(images, tmp_path / "third", label_column="label", classes=agreed), asking())
     assert said.fields["joined"]["class_names"] == agreed
 
 

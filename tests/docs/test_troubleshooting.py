@@ -27,10 +27,7 @@ def plain(text: str) -> str:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
-    return run(
-        tiny.spec(),
-        Options(folder, command="certifl run tiny.toml", explore=False),
-    ).path
+    return run(tiny.spec(), Options(folder, command="certifl run tiny.toml", explore=False)).path
 
 
 def test_every_message_of_the_page_is_provoked():

@@ -110,11 +110,7 @@ def test_normalization_in_place_trains_like_its_copy(algorithm, objective, augme
     states = []
     for in_place in (False, True):
         local = LocalTraining(
-            InPlace(in_place),
-            SCHEDULE,
-            seed=5,
-            augmentation=augmentation,
-            objective=objective,
+            InPlace(in_place), SCHEDULE, seed=5, augmentation=augmentation, objective=objective
         )
         server = algorithm.init(state_of(InPlace(in_place)))
         update, _ = algorithm.client_round(server, ClientState(), client_data(0, 20), local)

@@ -37,15 +37,7 @@ from certifl.paper.claims.rules import (
 )
 from certifl.paper.claims.runs import StudyRun, read_run
 from certifl.report.intervals import Sample
-from claims_factory import (
-    FEDAVG,
-    LOCAL,
-    claim,
-    pair,
-    results,
-    run,
-    spec,
-)
+from claims_factory import FEDAVG, LOCAL, claim, pair, results, run, spec
 
 # Several seeds -----------------------------------------------------------------------------------
 

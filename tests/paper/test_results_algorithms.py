@@ -260,8 +260,7 @@ def until(reached: Callable[[], bool], seconds: float = 180.0) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 @pytest.mark.parametrize(
-    ("ended", "code"),
-    [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)],
+    ("ended", "code"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)]
 )
 def test_no_process_outlives_the_command(tmp_path, ended, code):
     (tmp_path / "sleeper.py").write_text(SLEEPER)

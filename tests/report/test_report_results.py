@@ -253,10 +253,7 @@ def test_summary_rows_hold_the_numbers_of_the_page(study, runs):
 
 
 def test_equal_runs_show_no_difference(runs):
-    twins = [
-        runs[1],
-        make_run(runs[1].certificates, "personalized", "Twin"),
-    ]
+    twins = [runs[1], make_run(runs[1].certificates, "personalized", "Twin")]
     found = compare(twins)
     pair = found.pairs[0, 1]
     assert pair.estimate == 0.0

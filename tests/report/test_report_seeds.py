@@ -16,12 +16,7 @@ from certifl.report.results import RunResults, by_seed, load_runs
 from certifl.report.summary import client_acr, largest_radius
 from certifl.report.units import RadiusScale, scales
 from certifl.report.wording import headline, recommendations, why_clients_stay_undecided
-from report_factory import (
-    PIXEL,
-    ROTATION,
-    make_certificates,
-    make_run,
-)
+from report_factory import PIXEL, ROTATION, make_certificates, make_run
 
 DEGREES, RADIANS = scales(ROTATION, 0.31)
 QUALITY = {"local": 0.62, "fedavg": 0.9}
