@@ -200,15 +200,8 @@ def test_whole_numbers_may_be_written_as_powers_of_ten(tmp_path):
         tiny.spec("certification.n=1e-2")
     assert certify(n=1e3).conditions["n"] == 1000
     assert certifl.predict(always, IMAGES, NOISE, n=1e2).tolist() == [3, 3]  # type: ignore[arg-type]
-    weights = (
-        "certify",
-        "--model",
-        "small_cnn",
-        "--weights",
-        tmp_path / "none",
-        "--data",
-        "digits",
-    )
+    named = ("certify", "--model", "small_cnn", "--data", "digits")
+    weights = (*named, "--weights", tmp_path / "none")
     tiny.cli(*weights, "--n", "1e4").refused("no weights")
     outcome = tiny.cli(*weights, "--n", "1.5")
     assert outcome.code == 2

@@ -158,13 +158,8 @@ def test_abstaining_from_an_image_without_a_label_is_not_being_right():
 @pytest.mark.parametrize(
     "setting",
     [
-        "seed=1",
-        "certification.alpha=0.01",
-        "certification.n=2000",
-        "certification.n0=50",
-        "training.lr=0.01",
-        "clients.count=3",
-        "algorithm={name='local'}",
+        *("seed=1", "certification.alpha=0.01", "certification.n=2000", "certification.n0=50"),
+        *("training.lr=0.01", "clients.count=3", "algorithm={name='local'}"),
     ],
 )
 def test_what_changes_a_result_changes_the_name_of_the_study(setting):

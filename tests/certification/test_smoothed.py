@@ -121,23 +121,13 @@ def test_answers_are_wrong_as_often_as_alpha_allows_at_most():
     """
     model, images = half_space(), some_images(IMAGES, 1e-5)
     truth = model.true_radius(images).numpy()
-    smoothed = certifl.SmoothedClassifier(
-        model, NOISE, n=VOTES, alpha=ALPHA, precision="float32", seed=5
-    )
+    options = {"n": VOTES, "alpha": ALPHA, "precision": "float32", "seed": 5}
+    smoothed = certifl.SmoothedClassifier(model, NOISE, **options)
     labels, radii = smoothed.predict(images)
     wrong = (labels >= 0) & (radii > truth)
     assert wrong.any()  # the test has the power to see errors
     assert not too_many(wrong)
     # Choosing the class by the votes that bound it is the mistake to avoid, and this finds it.
-    certificates = certifl.certify(
-        model,
-        images,
-        NOISE,
-        n=VOTES,
-        alpha=ALPHA,
-        estimator="top-class",
-        precision="float32",
-        seed=5,
-    )
+    certificates = certifl.certify(model, images, NOISE, estimator="top-class", **options)
     lower, upper = top_class_bounds(certificates.counts.max(axis=1), VOTES, ALPHA)
     assert too_many(np.asarray(lower > upper))

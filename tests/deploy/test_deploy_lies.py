@@ -188,13 +188,8 @@ NO_FIELDS = [  # one function reads all of them, whatever was asked for
 NO_REPLY = [
     raw("{"),
     lambda content: content.fields.clear(),
-    put("client", value=1),
-    put("client", value=HUGE),
-    put("client", value=None),
-    put("seconds", value=HUGE),
-    put("seconds", value=NAN),
-    put("seconds", value=-1.0),
-    put("seconds", value="x"),
+    *(put("client", value=value) for value in (1, HUGE, None)),
+    *(put("seconds", value=value) for value in (HUGE, NAN, -1.0, "x")),
     put("fault", value="x"),
     put("fault", value={"kind": HUGE, "reason": None}),
     nested(150, "seconds"),
@@ -280,19 +275,10 @@ CERTIFY = [
     *(
         condition(name, value)
         for name, value in (
-            ("family", "pixel"),
-            ("sigma", HUGE),
-            ("sigma", 100.0),
-            ("n", 10**9),
-            ("alpha", 0.4),
-            ("unit", ESCAPES),
-            ("norm", "l2"),
-            ("seed", 1),
-            ("radii", [0.0]),
-            ("look_votes", []),
-            ("precision", ESCAPES),
+            *(("family", "pixel"), ("sigma", HUGE), ("sigma", 100.0), ("n", 10**9)),
+            *(("alpha", 0.4), ("unit", ESCAPES), ("norm", "l2"), ("seed", 1), ("radii", [0.0])),
+            *(("look_votes", []), ("precision", ESCAPES), ("batch_norm_folded", "x")),
             ("versions", {f"{i}": "1" for i in range(10_000)}),
-            ("batch_norm_folded", "x"),
         )
     ),
     scaled_curve(2),

@@ -29,15 +29,8 @@ from certifl.federated import Update
 from tiny_federation import assert_same
 
 TYPES = [
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.complex64,
-    torch.int64,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64),
+    *(torch.int64, torch.int8, torch.uint8, torch.bool),
 ]
 
 

@@ -18,14 +18,9 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "new_study.md").read_text
 MOST_LINES = 30
 # The same studies, small: data that is built in, few images, rounds and votes.
 SMALL = (
-    "data.name=digits",
-    "data.train_images=40",
-    "data.test_images=20",
-    "clients.count=2",
-    "training.rounds=1",
-    "training.batch_size=16",
-    "certification.images=2",
-    "certification.n=100",
+    *("data.name=digits", "data.train_images=40", "data.test_images=20", "clients.count=2"),
+    *("training.rounds=1", "training.batch_size=16"),
+    *("certification.images=2", "certification.n=100"),
 )
 
 

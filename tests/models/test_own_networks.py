@@ -278,15 +278,8 @@ def test_what_votes_answers_as_the_model_does(name):
 
 
 FOLDED = (
-    "plain",
-    "frozen weights",
-    "shared BatchNorm",
-    "tied weights",
-    "lazy, called",
-    "lazy, loaded",
-    "DataParallel",
-    "compiled",
-    "hook on the head",
+    *("plain", "frozen weights", "shared BatchNorm", "tied weights", "lazy, called"),
+    *("lazy, loaded", "DataParallel", "compiled", "hook on the head"),
 )
 
 

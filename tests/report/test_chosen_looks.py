@@ -219,13 +219,8 @@ def test_a_model_has_a_page_without_clients(model_page):
     assert "My model certifies" in shown
     assert "certifl verify" in shown
     for word in (
-        "Algorithm",
-        " algorithm",
-        "client</",
-        "of clients",
-        "over clients",
-        "certifl run",
-        "Training<",
+        *("Algorithm", " algorithm", "client</", "of clients", "over clients"),
+        *("certifl run", "Training<"),
     ):
         assert word not in shown, word
     assert (model_page.parent / "figures" / "curves.pdf").is_file()

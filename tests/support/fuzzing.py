@@ -19,6 +19,7 @@ import shutil
 import signal
 import struct
 import sys
+import tomllib
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
@@ -59,39 +60,10 @@ Reader = Callable[[Path, Path, random.Random], None]
 # --- values that nobody expects -----------------------------------------------------------------
 
 EVIL: tuple[Any, ...] = (
-    None,
-    True,
-    -1,
-    0,
-    3,
-    2**31,
-    2**63,
-    2**64 + 1,
-    10**30,
-    1e300,
-    -1e300,
-    5e-324,
-    0.5,
-    float("nan"),
-    float("inf"),
-    "",
-    "none",
-    "x" * 3000,
-    "$\\frac{[/bold]{}<b>&",
-    "\x1b[2J\x07\0",
-    "\ud800",
-    "../../../../etc/passwd",
-    "/dev/zero",
-    "18deg",
-    "\u202egnp.exe",
-    [],
-    {},
-    [[]],
-    [None],
-    ["a", 1],
-    {"": {}},
-    {"clients": [1, None]},
-    [[1, 2], [3]],
+    *(None, True, -1, 0, 3, 2**31, 2**63, 2**64 + 1, 10**30, 1e300, -1e300, 5e-324, 0.5),
+    *(float("nan"), float("inf"), "", "none", "x" * 3000, "$\\frac{[/bold]{}<b>&"),
+    *("\x1b[2J\x07\0", "\ud800", "../../../../etc/passwd", "/dev/zero", "18deg", "\u202egnp.exe"),
+    *([], {}, [[]], [None], ["a", 1], {"": {}}, {"clients": [1, None]}, [[1, 2], [3]]),
 )
 NEST = 3000
 
@@ -176,17 +148,8 @@ def as_text(path: Path, rng: random.Random) -> None:
     """Text that is deep, long or of other bytes."""
     deep = rng.choice(("[" * NEST, '{"a":' * NEST, "[" * NEST + "]" * NEST, "a." * NEST + "a = 1"))
     texts: tuple[bytes, ...] = (
-        deep.encode(),
-        b"seed = " + deep.encode(),
-        b"9" * 6000,
-        b"seed = " + b"9" * 6000,
-        b"seed = 1e999999",
-        b"\xff\xfe\x00",
-        b"null",
-        b"[]",
-        b'"text"',
-        b"{}",
-        b"\n" * 5000,
+        *(deep.encode(), b"seed = " + deep.encode(), b"9" * 6000, b"seed = " + b"9" * 6000),
+        *(b"seed = 1e999999", b"\xff\xfe\x00", b"null", b"[]", b'"text"', b"{}", b"\n" * 5000),
         b"[[],[" + b"[]," * 200_000 + b"0]]",
         b"\xef\xbb\xbf" + path.read_bytes(),
         path.read_bytes().replace(b"\n", b"\r\n"),
@@ -213,8 +176,6 @@ def as_toml(path: Path, rng: random.Random) -> None:
 
 
 def load_toml(path: Path) -> dict[str, Any]:
-    import tomllib
-
     return tomllib.loads(path.read_text())
 
 
@@ -448,8 +409,11 @@ class Kind:
     mutators: tuple[Mutator, ...]
 
 
-TEXT = (as_bytes, as_text, as_other)
-CHECKPOINT = "checkpoints/training/round-00001/"
+TEXT, BYTES = (as_bytes, as_text, as_other), (as_bytes, as_other)
+VOTES = any_of(VERIFY, REPORT)
+ROUND, SERVER = (
+    f"checkpoints/training/round-00001/{name}" for name in ("round.json", "server.safetensors")
+)
 KINDS: tuple[Kind, ...] = (
     Kind("run", "spec.toml", 180, library(_spec), (*TEXT, as_toml, as_toml, as_toml)),
     Kind("run", "spec.toml", 40, any_of(VERIFY, CLAIMS, PREDICT), (*TEXT, as_toml)),
@@ -457,58 +421,33 @@ KINDS: tuple[Kind, ...] = (
     Kind("run", "partition.json", 40, ABOUT, (*TEXT, as_json)),
     Kind("run", "history.jsonl", 40, any_of(REPORT, CLAIMS), (*TEXT, as_lines, as_lines)),
     Kind(
-        "run",
-        "certificates.parquet",
-        100,
-        any_of(VERIFY, REPORT, CLAIMS),
-        (as_bytes, as_other, as_table, as_table, as_table, as_long_table),
+        *("run", "certificates.parquet", 100, any_of(VERIFY, REPORT, CLAIMS)),
+        (*BYTES, as_table, as_table, as_table, as_long_table),
     ),
-    Kind("own", "predictions.parquet", 30, any_of(VERIFY, REPORT), (as_bytes, as_other, as_table)),
-    Kind("own", "certificates.parquet", 30, any_of(VERIFY, REPORT), (as_table, as_bytes)),
-    Kind("own", "run.json", 20, any_of(VERIFY, REPORT), (as_json,)),
+    Kind("own", "predictions.parquet", 30, VOTES, (*BYTES, as_table)),
+    Kind("own", "certificates.parquet", 30, VOTES, (as_table, as_bytes)),
+    Kind("own", "run.json", 20, VOTES, (as_json,)),
     Kind("run", "explorer.json", 30, REPORT, (*TEXT, as_json, as_json, as_json)),
     Kind("run", "attack.json", 30, REPORT, (*TEXT, as_json, as_json, as_json)),
-    Kind("curves", "curves.json", 40, any_of(VERIFY, REPORT), (*TEXT, as_json, as_json, as_json)),
-    Kind(
-        "run", CHECKPOINT + "round.json", 30, any_of(VERIFY, PREDICT), (*TEXT, as_round, as_round)
-    ),
-    Kind(
-        "run",
-        CHECKPOINT + "server.safetensors",
-        40,
-        any_of(VERIFY, PREDICT),
-        (as_bytes, as_other, as_tensors),
-    ),
+    Kind("curves", "curves.json", 40, VOTES, (*TEXT, as_json, as_json, as_json)),
+    Kind("run", ROUND, 30, any_of(VERIFY, PREDICT), (*TEXT, as_round, as_round)),
+    Kind("run", SERVER, 40, any_of(VERIFY, PREDICT), (*BYTES, as_tensors)),
     Kind(
         "weights",
         "net.safetensors",
         50,
         command(
-            *[
-                "certify",
-                "--model",
-                "small_cnn",
-                "--weights",
-                "RUN/net.safetensors",
-                "--data",
-                "digits",
-            ],
-            *["--images", "1", "--n", "20", "--out", "OUT/c.parquet"],
+            *("certify", "--model", "small_cnn", "--weights", "RUN/net.safetensors"),
+            *("--data", "digits", "--images", "1", "--n", "20", "--out", "OUT/c.parquet"),
         ),
-        (as_bytes, as_other, as_tensors, as_tensors),
+        (*BYTES, as_tensors, as_tensors),
     ),
     Kind("weights", "rows.tsv", 30, command("verify", "RUN/rows.tsv"), (*TEXT, as_rows, as_rows)),
-    Kind("idx", "train-images-idx3-ubyte.gz", 40, DATA, (as_bytes, as_other, as_idx, as_idx)),
-    Kind("idx", "train-labels-idx1-ubyte.gz", 20, DATA, (as_bytes, as_other)),
-    Kind("images", "train/ash/0.png", 40, DATA, (as_bytes, as_other, as_image, as_image)),
-    Kind("images", "train/oak/0.jpg", 20, DATA, (as_bytes, as_other, as_image)),
-    Kind(
-        "table",
-        "train.parquet",
-        60,
-        DATA,
-        (as_bytes, as_other, as_table, as_table, as_row_with_a_path),
-    ),
+    Kind("idx", "train-images-idx3-ubyte.gz", 40, DATA, (*BYTES, as_idx, as_idx)),
+    Kind("idx", "train-labels-idx1-ubyte.gz", 20, DATA, BYTES),
+    Kind("images", "train/ash/0.png", 40, DATA, (*BYTES, as_image, as_image)),
+    Kind("images", "train/oak/0.jpg", 20, DATA, (*BYTES, as_image)),
+    Kind("table", "train.parquet", 60, DATA, (*BYTES, as_table, as_table, as_row_with_a_path)),
     Kind("client", "client.toml", 40, library(_client), (*TEXT, as_toml, as_toml)),
     Kind("client", "connection.toml", 30, library(_client), (*TEXT, as_toml, as_toml)),
     Kind(
@@ -516,7 +455,7 @@ KINDS: tuple[Kind, ...] = (
         "gray.png",
         20,
         command("predict", "RUN/gray.png", "--run", "RUN/../run"),
-        (as_image, as_bytes, as_other),
+        (as_image, *BYTES),
     ),
 )
 CASES = [(kind, number) for kind in KINDS for number in range(kind.count)]
