@@ -49,9 +49,6 @@ def attacked(
     return search(counter, images, predicted, np.asarray(radius, float), interval, budget)
 
 
-# Pixel noise against a half-space --------------------------------------------------------------
-
-
 def test_a_half_space_changes_just_outside_its_true_radius_and_not_inside():
     model, images, classes = half_space()
     images, classes = images[1:], classes[1:]
@@ -117,9 +114,6 @@ def test_an_image_is_attacked_alike_alone_and_among_others():
         assert np.array_equal(alone.counts[0], together.counts[row])
 
 
-# Deformations with known h ---------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("radius", "found"), [(0.68, False), (0.75, True)])
 def test_rotation(radius, found):
     # sigma = 1, f right on |t| <= 0.7: the class changes where (1.7 - delta) / 2 < 1/2.
@@ -167,9 +161,6 @@ def test_a_gap_in_the_middle_of_the_interval_is_found():
     assert 0.3 < float(made.delta[0, 0]) < 0.5
 
 
-# What may not happen ---------------------------------------------------------------------------
-
-
 def test_a_tie_is_no_violation():
     """At equal probabilities the level of the verdict is all that stands against false alarms."""
     model = votes_for(lambda x: read_angle(x) <= 0.0)
@@ -207,9 +198,6 @@ def test_the_sign_test_in_closed_form():
     ahead = sign_test_against(counts, np.zeros(4, int), in_favor=True)
     assert ahead == pytest.approx([1.0, tail, 1.0, 1.0], rel=1e-6)
     assert vote_margins(counts, np.zeros(4, int)).tolist() == [-0.5, 0.5, 0.0, 0.0]
-
-
-# Deltas lie inside -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", PERTURBATIONS)
@@ -271,9 +259,6 @@ def test_an_interval_must_hold_zero():
 def test_budgets_out_of_range_are_refused(wrong):
     with pytest.raises(InputError):
         AttackBudget(**wrong)
-
-
-# Deformed first, smoothed second ---------------------------------------------------------------
 
 
 def test_an_image_that_arrives_rotated_is_smoothed_around_its_angle():

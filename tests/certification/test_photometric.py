@@ -124,9 +124,6 @@ def test_the_scan_is_refused_with_its_reason(name):
         certifl.certify(model, images, perturbation, estimator="scan", n=1000)
 
 
-# --- formulas ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_changes_in_a_row_are_the_change_of_the_sum(name):
     perturbation, images = CASES[name][0], pictures(4, *IMAGE).double()
@@ -183,8 +180,6 @@ def test_macer_takes_the_radius_of_the_law():
     margins = soft_margins(miss, second, smoothing)
     np.testing.assert_allclose(0.5 * 1.5 * margins.numpy(), expected, rtol=1e-5)
 
-
-# --- the level of the exponential law's certificates --------------------------------------------
 
 RUNS, VOTES, ALPHA, MEAN = 40_000, 20, 0.05, 2.0
 # Just below the bound of unanimous votes, where the error rate is the level itself.

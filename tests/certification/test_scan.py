@@ -27,8 +27,6 @@ from certifl.spec import with_settings
 from certifl.study import certify as certifying
 from known_models import ramps, read_angle, read_factor, votes_for
 
-# --- what it certifies: votes of known functions
-
 
 def voted(scan: Scan, h, seed: int = 0) -> np.ndarray:
     uniforms = np.random.default_rng(seed).random(int(scan.totals[-1]))
@@ -83,9 +81,6 @@ def test_votes_of_half_a_pass_are_refused():
         read_scan(scan, np.zeros((1, 80), int), [0], 1.0)
     with pytest.raises(InputError, match="at least 2"):
         passes_of(1, 1.0, 4.0)
-
-
-# --- real rotations and scalings
 
 
 def within(low: float, high: float):
@@ -208,9 +203,6 @@ def test_no_attack_succeeds_inside_an_interval():
             assert counts.argmax() == made.predicted[row]
 
 
-# --- the record
-
-
 def test_parquet_gives_everything_back_and_tsv_the_radius(tmp_path):
     made = of_images(slice(None))
     made.save(tmp_path / "c.parquet")
@@ -281,9 +273,6 @@ def test_verification_finds_every_kind_of_tampering():
         verify(dataclasses.replace(made, conditions=metadata))
 
 
-# --- a whole study
-
-
 def test_a_study_that_scans_resumes_verifies_and_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(certifying, "_SECONDS_BETWEEN_SAVES", 0.0)
     scans = ("certification.estimator=scan", "certification.n=2000")
@@ -311,9 +300,6 @@ def test_a_study_that_scans_resumes_verifies_and_is_reported(tmp_path, monkeypat
     assert whole.interval is not None
     tiny.cli("verify", tmp_path / "cut").fine()
     tiny.cli("report", tmp_path / "cut").fine()
-
-
-# --- refusals
 
 
 @pytest.mark.parametrize(

@@ -126,9 +126,6 @@ def test_a_scan_comes_close_to_the_truth():
     assert known.high - 0.15 < high < known.high
 
 
-# --- planted defects
-
-
 def e_values(tops: np.ndarray, twos: np.ndarray, discrepancy: float | np.ndarray) -> np.ndarray:
     total = np.zeros(tops.shape)
     for bet, share in zip(BETS, SHARES, strict=True):

@@ -88,9 +88,6 @@ def paths(
     return made
 
 
-# --- bounds, exactly at the true probability
-
-
 @pytest.mark.parametrize("n", [1, 20, 1000, 100_000])
 @pytest.mark.parametrize("p", [0.02, 0.5, 0.9, 0.999])
 def test_binomial_bounds_hold(n, p):
@@ -111,8 +108,6 @@ def test_the_harness_has_an_edge():
     k = generator(1).binomial(n, p, RUNS)
     assert rejected(clopper_pearson_lower(k, n, 0.06) > p)
 
-
-# --- fixed n, both rules, both laws: several classes, ties, nothing above one half
 
 MIXES = {
     "clear": [0.9, 0.06, 0.04],
@@ -158,8 +153,6 @@ def test_prediction_by_the_sign_test_holds(mix):
     assert not rejected(wrong)
 
 
-# --- sequential
-
 SEQUENTIAL = {
     "at a grid step": (UNIFORM, [0.75, 0.25]),
     "at a grid step, gaussian": (GAUSSIAN, [0.6914624612740131, 0.3085375387259869]),
@@ -185,9 +178,6 @@ def test_no_stopping_rule_can_break_the_level(cell):
         for rule in BOUNDS:
             wrong[rule] |= each_once(radius_at(law, rule, schedule[j], each[j]), *at) > truth
     assert not any(map(rejected, wrong.values()))
-
-
-# --- planted defects
 
 
 def recomputed_after_every_batch(rng: np.random.Generator) -> np.ndarray:

@@ -68,9 +68,6 @@ def test_the_images_are_chosen_by_a_secure_seed_that_is_told(runs):
     answer.fine("--recast-seed 7 repeats the choice")
 
 
-# Invented votes.
-
-
 def forged(place: Path) -> None:
     """All votes for the label, with everything that follows from votes: a perfect run."""
     folder = RunFolder(place)
@@ -157,9 +154,6 @@ def test_the_threads_of_this_process_stay_what_they_were(runs):
     assert torch.get_num_threads() == before
 
 
-# The tests of shares.
-
-
 def _case(
     flips: np.ndarray, votes: int, how: str, shares: tuple[float, float] = (0.001, 0.01)
 ) -> list[str]:
@@ -221,9 +215,6 @@ def test_other_noise_passes_and_another_distribution_does_not():
         assert np.mean(np.array(p_values) <= 0.05) <= 0.1
     assert recasting._p_value(np.array([9_900, 100]), np.array([9_000, 1_000]), 0.01) < 1e-9
     assert recasting._p_value(np.array([9_900, 100]), np.array([9_850, 150]), 0.01) == 1.0
-
-
-# What is refused, and a network of one's own.
 
 
 NETWORK = """

@@ -98,9 +98,6 @@ def test_honest_runs_pass_and_say_what_was_not_checked(name, runs):
     passes(runs[name] / "certificates.parquet")
 
 
-# Rows.
-
-
 def _with(made: Certificates, **columns: Any) -> Certificates:
     return dataclasses.replace(made, **columns)
 
@@ -263,9 +260,6 @@ def test_a_negative_radius_is_a_finding_of_its_image(altered):
     found(place, f"client {made.client[row]}, image {made.index[row]}: its radius -0.1 is smaller")
 
 
-# Conditions.
-
-
 def _others(value: Any) -> list[Any]:
     strange: list[Any] = [None, "x", BEYOND_64_BITS, {"x": [1]}]
     if isinstance(value, bool):
@@ -414,9 +408,6 @@ def test_votes_of_a_scan_in_another_order_are_found(altered):
     assert len(unpacked(made.scan_votes[0], 10)) == made.votes[0]
 
 
-# The other files of a run.
-
-
 def _json(place: Path, name: str) -> Any:
     return json.loads((place / name).read_text())
 
@@ -552,9 +543,6 @@ def test_altered_plain_predictions_are_found(change, altered):
     folder = RunFolder(place)
     change(folder.load_predictions()).save(folder.predictions)
     found(place)
-
-
-# Images that are not at hand.
 
 
 def test_without_the_images_labels_are_not_checked(altered, tmp_path, monkeypatch):

@@ -30,9 +30,6 @@ MODEL = HalfSpace(torch.randn(64, generator=G), 0.0).eval()
 NOISE = certifl.PixelNoise(0.5)
 
 
-# --- turns
-
-
 def test_batches_of_a_processor_keep_the_turn_they_had():
     assert {votes_per_image(1 << k) for k in range(10)} == {3200}  # 512 is the largest there
 
@@ -71,9 +68,6 @@ def test_a_last_image_that_is_alone_fills_large_batches():
         call, IMAGES[:1], NOISE, n=100_000, estimator="top-class", batch_size=8192
     )
     assert rows < 1.4 * made.votes.sum()  # 2.6 in turns of 3200
-
-
-# --- what runs
 
 
 @pytest.fixture
@@ -129,9 +123,6 @@ def test_sums_of_rows_are_those_of_index_add():
     assert torch.equal(totals, torch.zeros(5, 3).index_add_(0, slot, rows))  # bit for bit
     put = torch.zeros(5, 3).index_put_((slot,), rows, accumulate=True)  # what a GPU is asked for
     torch.testing.assert_close(put, totals)
-
-
-# --- under which name
 
 
 def network_of(device: str, precision: str) -> Network:

@@ -9,9 +9,6 @@ import tiny_study as tiny
 COMMANDS = ("quickstart", "run", "report", "verify", "certify", "predict", "list")
 
 
-# Help and usage.
-
-
 def test_help_of_every_command():
     whole = tiny.cli("--help")
     whole.fine()

@@ -20,9 +20,6 @@ from certifl.study import certify as certifying
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
-# Predict.
-
-
 @pytest.fixture(scope="module")
 def digit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     split = load("digits").test
@@ -107,8 +104,6 @@ def test_predict_never_answers_with_an_older_model(copied, digit):
     tiny.replace_a_checkpoint(copied)
     tiny.cli("predict", digit[0], "--run", copied).refused("final checkpoint", code=1)
 
-
-# Certify.
 
 QUICK = ("--images", "5", "--n", "300", "--family", "rotation", "--sigma", "18deg")
 

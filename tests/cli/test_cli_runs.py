@@ -12,8 +12,6 @@ import tiny_study as tiny
 from certifl.certification import Certificates
 from certifl.experiments.run import Options, run
 
-# A finished run.
-
 
 def test_the_same_command_again_returns_at_once_and_changes_nothing(finished):
     before = tiny.files(finished)
@@ -86,9 +84,6 @@ def test_report_on_what_is_no_finished_run(copied, tmp_path):
     (copied / "run.json").write_text(json.dumps({**manifest, "status": "running"}))
     tiny.cli("report", copied).refused("not finished", "certifl run")
     tiny.cli("verify", copied).refused("not finished")
-
-
-# Verify.
 
 
 def test_verify_passes_on_an_honest_run(finished):

@@ -18,7 +18,7 @@ from certifl.deploy.client.spec_policy import check_study
 from certifl.deploy.transport.schemas import Rejected
 from certifl.errors import InputError, SpecError
 from certifl.experiments.plan import data_size
-from image_sets import decoded, encoded, png
+from image_sets import cannot_load, decoded, encoded, png
 from tiny_study import spec
 
 GREY = np.random.default_rng(0).integers(0, 256, (9, 12), dtype=np.uint8)
@@ -185,8 +185,7 @@ def test_images_of_different_sizes_get_one_and_are_else_refused(tmp_path):
             file = tmp_path / "photos" / split / "ab"[number % 2] / f"{number}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.full(size, 40 * number, np.uint8)).save(file)
-    with pytest.raises(InputError, match=r"must have one size: give data\.resize"):
-        load("photos", tmp_path, tmp_path)
+    cannot_load(r"must have one size: give data\.resize", "photos", tmp_path, tmp_path)
     found = load("photos", tmp_path, tmp_path, resize=16, crop="center")
     assert found.image_size == (16, 16)
     assert found.prepared == {"resize": [16, 16], "crop": "center"}
@@ -206,8 +205,12 @@ def test_an_embedded_set_is_resized_and_planned(tmp_path):
     assert plain.prepared == {}
     assert plain.fingerprint != found.fingerprint
     assert data_size(spec("data.resize=16"), None)[0].shape == (1, 16, 16)
-    with pytest.raises(InputError, match=r"8 bits\. data\.window is for images of more"):
-        load("digits", cache_dir=tmp_path, window=[0, 16])
+    cannot_load(
+        r"8 bits\. data\.window is for images of more",
+        "digits",
+        cache_dir=tmp_path,
+        window=[0, 16],
+    )
 
 
 def test_a_window_maps_deep_gray_images():

@@ -104,9 +104,6 @@ def test_a_natural_federation_of_images_of_unlike_sizes(tmp_path):
     cli("predict", photo, "--run", tmp_path / "run", "--n", "100").fine("crop = center", "factor")
 
 
-# The notebooks and the service.
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_notebooks_run(tmp_path, monkeypatch):

@@ -61,9 +61,6 @@ def image() -> torch.Tensor:
     return picture
 
 
-# Walks -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", sorted(PERTURBATIONS))
 def test_every_family_has_walks_that_pass_through_the_image_as_it_is(family, image):
     perturbation = from_description({"family": family, "sigma": 0.2})
@@ -133,9 +130,6 @@ def test_a_drawn_direction_belongs_to_the_image():
     assert not torch.equal(frames[0][0], frames[2][0])
 
 
-# Which images, how many votes ------------------------------------------------------------------
-
-
 def test_the_first_images_do_not_depend_on_results():
     one, other = (make_certificates(q, 10, 20, seed=s) for q, s in ((0.9, 1), (0.5, 2)))
     chosen = [exploring._chosen(c, 8) for c in (one, other)]
@@ -170,9 +164,6 @@ def test_the_cost_is_bounded():
     images, votes = exploring._size(31, 10**9)
     assert (images, votes) == (8, 500)
     assert exploring._size(31, None) == (8, 300)
-
-
-# Runs ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

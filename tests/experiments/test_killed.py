@@ -149,9 +149,6 @@ def assert_same_end(folder: Path, whole: Path) -> None:
     assert not list(folder.rglob("*.tmp"))
 
 
-# Disks.
-
-
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A small disk of its own, for whoever may mount one."""

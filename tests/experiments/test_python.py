@@ -33,9 +33,6 @@ SECTIONS: dict[str, Any] = {
 }
 
 
-# Studies.
-
-
 def test_a_study_is_the_spec_of_the_command_line(tmp_path):
     spec = tiny.spec()
     by_keywords = certifl.Study(name="tiny", model="small_cnn", algorithm="fedavg", **SECTIONS)
@@ -108,9 +105,6 @@ def test_loading_refuses_what_is_no_run(finished, tmp_path):
         certifl.load(finished.parent)
     with pytest.raises(StoreMismatch, match="not a run folder"):
         certifl.load(tmp_path)
-
-
-# Data frames.
 
 
 @pytest.fixture(scope="module")
@@ -206,9 +200,6 @@ def test_without_pandas_the_extra_is_named(result, monkeypatch):
         with pytest.raises(InputError, match=r"certifl\[pandas\]"):
             needs()
     result.plot()
-
-
-# Progress.
 
 
 def test_bars_of_a_notebook_replace_their_output(monkeypatch):

@@ -59,9 +59,6 @@ def models(folder: Path) -> list[str]:
     return [named[str(client)] for client in range(len(named))]
 
 
-# Regimes and augmentation.
-
-
 @pytest.mark.parametrize("regime", REGIMES)
 def test_every_regime_from_spec_to_verified_certificates(regime, tmp_path):
     algorithm = REGIMES[regime]
@@ -101,9 +98,6 @@ def test_settings_override_the_file_and_stand_in_the_run(tmp_path):
     assert load(folder.spec) == study
     assert len(certificates(folder.path)) == 6
     assert json.loads((folder.path / "run.json").read_text())["name"] == "changed"
-
-
-# Images of any kind.
 
 
 def write_pngs(folder: Path, shape: tuple[int, ...], per_class: int = 12) -> None:
@@ -179,8 +173,6 @@ def test_images_that_changed_under_a_run_are_noticed(tmp_path):
     net = ("certify", "--run", folder.path, "--data-dir", tmp_path, "--out", tmp_path / "c.tsv")
     tiny.cli(*net).refused("no run" if not folder.finished() else "other images")
 
-
-# One's own network.
 
 NETWORK = """
 from torch import nn
@@ -258,9 +250,6 @@ def test_a_network_that_cannot_be_certified_is_refused_before_training(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-# The same again.
-
-
 def test_the_same_spec_twice_gives_the_same_bits(tmp_path):
     study = tiny.spec("algorithm={name='mixture', personalization=0.4}")
     for name in ("one", "two"):
@@ -315,9 +304,6 @@ def test_the_training_of_a_network_whose_code_may_have_changed_is_not_taken_over
     assert "taking over" not in caplog.text
 
 
-# The main job.
-
-
 @tiny.undrawn()
 def test_quickstart_shows_all_regimes_on_one_page_and_is_not_done_twice(tmp_path, monkeypatch):
     def small(seed: int) -> dict[str, Any]:
@@ -338,9 +324,6 @@ def test_quickstart_shows_all_regimes_on_one_page_and_is_not_done_twice(tmp_path
     before = tiny.files(place)
     tiny.cli(*asked).fine("FedAvg", "Personalized")
     assert tiny.files(place) == before
-
-
-# The examples.
 
 
 @pytest.mark.usefixtures("_own_modules")

@@ -30,9 +30,6 @@ def test_the_table_names_every_rule():
     assert set(RULES) == {"mean", "median", "trimmed-mean", "krum"}
 
 
-# What each rule is.
-
-
 def test_the_median_is_that_of_each_coordinate():
     odd = updates([1.0, 30.0], [2.0, 10.0], [9.0, 20.0])
     assert result(Median(), odd).tolist() == [2.0, 20.0]
@@ -145,9 +142,6 @@ def test_the_mean_and_clipping_hold_one_update_at_a_time():
         assert most_alive(lambda sent, rule=rule: average_models(rule(broadcast, sent))) <= 3
 
 
-# What all rules leave alone.
-
-
 @every_rule
 def test_equal_models_are_given_back_bit_for_bit(rule):
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -241,9 +235,6 @@ def test_another_architecture_is_refused_by_name(rule):
     sent = [*updates(1.0, 2.0, 3.0), Update(3, 1.0, {"v": torch.zeros(1)}, {})]
     with pytest.raises(InputError, match="Client 3 sent"):
         average_models(rule(broadcast, sent))
-
-
-# What is asked for.
 
 
 def test_rules_by_name():

@@ -165,9 +165,6 @@ def test_data_that_cannot_be_loaded_are_a_fault_of_that_client(tmp_path, caplog)
     assert "no route to the hospital" in caplog.text
 
 
-# How many must remain.
-
-
 @pytest.mark.parametrize(
     ("participants", "asked", "wanted"),
     [
@@ -233,9 +230,6 @@ def test_min_clients_that_cannot_be_met_are_refused(tmp_path):
             run(tmp_path, FedAvg(), min_clients=wrong)
     with pytest.raises(InputError, match="min_clients = 3 is more than the 2 clients"):
         run(tmp_path, FedAvg(), min_clients=3, participation=lambda _: [0, 1])
-
-
-# What is no fault.
 
 
 def test_a_wrong_request_stops_at_once(tmp_path):

@@ -40,9 +40,6 @@ def test_federated_averaging_bit_for_bit(algorithm, momentum):
         assert_same(state.parts, its.parts)
 
 
-# FedProx.
-
-
 def test_the_proximal_term_is_equation_2_of_the_source():
     """On parabolas: the fixed point of the steps from theta_bar, and how fast they get there."""
     mu, steps, lr = 3.0, 7, 0.1
@@ -63,9 +60,6 @@ def test_a_larger_mu_holds_clients_closer():
         update, _ = algorithm.client_round(algorithm.init(INITIAL), ClientState(), data, local)
         moved.append((update.model["head.weight"] - INITIAL["head.weight"]).norm().item())
     assert moved[0] > moved[1] > moved[2] > 0
-
-
-# SCAFFOLD.
 
 
 def test_scaffold_without_control_variates_is_federated_averaging():
@@ -143,9 +137,6 @@ def test_scaffold_corrects_the_drift_that_federated_averaging_has(momentum):
     corrected, _ = quadratics.run(Scaffold(), local)
     assert abs(quadratics.value(plain.parts["model"]) - quadratics.BEST) > 0.02
     assert quadratics.value(corrected.parts["model"]) == pytest.approx(quadratics.BEST, abs=1e-5)
-
-
-# Server optimisers.
 
 
 def pseudo_gradients(rounds):

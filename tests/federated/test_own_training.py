@@ -21,8 +21,6 @@ from certifl.models import check_logits, state_of
 from private_federation import PlainNet
 from tiny_federation import SCHEDULE, Noise, assert_same, client_data, federate, training
 
-# One image at a time.
-
 
 def test_batch_norm_and_a_client_with_one_image_are_refused_before_a_round(tmp_path):
     data = [client_data(0, 20), client_data(1, 1), client_data(2, 20)]
@@ -74,9 +72,6 @@ def test_a_client_that_never_trained_is_not_certified(tmp_path, monkeypatch):
     answer.refused("Client 1", "failed in every round", code=1)
 
 
-# Networks that write into their input.
-
-
 class InPlace(nn.Module):
     def __init__(self, in_place: bool) -> None:
         super().__init__()
@@ -116,9 +111,6 @@ def test_normalization_in_place_trains_like_its_copy(algorithm, objective, augme
         update, _ = algorithm.client_round(server, ClientState(), client_data(0, 20), local)
         states.append(update.model)
     assert_same(*states)
-
-
-# Wrapped networks, and networks whose weights are computed.
 
 
 def test_names_of_weights_stay_as_they_are_in_training():
@@ -171,9 +163,6 @@ def test_a_network_that_cannot_be_copied_cannot_be_trained():
     net.lock = threading.Lock()
     with pytest.raises(ModelError, match=r"cannot be copied.*locks"):
         LocalTraining(net, SCHEDULE, seed=5)
-
-
-# Example-level privacy.
 
 
 def relu(in_place: bool) -> nn.Module:

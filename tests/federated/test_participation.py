@@ -29,9 +29,6 @@ from tiny_federation import TinyNet, clients, training
 HALF = ("clients.count=5", "clients.participation=0.4", "training.rounds=3")
 
 
-# The choice.
-
-
 @pytest.mark.parametrize(
     ("share", "count", "size"),
     [(1.0, 7, 7), (0.1, 1000, 100), (0.1, 3, 1), (0.001, 10, 1), (0.5, 5, 2), (0.3, 10, 3)],
@@ -75,9 +72,6 @@ def test_another_share_is_another_training(tmp_path):
     go(0.4)
     with pytest.raises(Exception, match=r"participation: .*'share': 0\.4.* stored"):
         go(0.7)
-
-
-# In a study.
 
 
 def test_a_study_names_its_participants_and_its_rules():
@@ -149,9 +143,6 @@ def test_training_in_which_all_diverge_ends_with_advice(tmp_path):
     )
     again = tiny.cli(*asked, "--set", "clients.min_clients=1")
     again.refused("2 of its 2 clients failed and at least 1 must remain", code=1)
-
-
-# What a reader sees of clients that failed.
 
 
 def story_of(place: Path) -> ReportContext:

@@ -66,9 +66,6 @@ def test_a_federated_averaging_runs_underneath_bit_for_bit(name):
     assert_same(in_memory(name)[1].parts, in_memory("fedavg")[1].parts)
 
 
-# L2GD.
-
-
 def test_coins_are_thrown_for_all_clients_together_and_are_geometric():
     algorithm = L2GD(0.5, probability=0.2)
     assert algorithm.coins(3, 7) == algorithm.coins(3, 7)
@@ -129,9 +126,6 @@ def test_l2gd_pulled_all_the_way_starts_every_round_from_the_average():
         {**own.parts["model"], **weights}, client_data(0), 1, lr_factor=0.5 / 0.95, steps=steps
     )
     assert_same(state.parts["model"], plain.state)
-
-
-# Ditto, FLIX, APFL.
 
 
 def test_ditto_settles_between_the_clients_best_and_the_global_model():
@@ -214,9 +208,6 @@ def test_alpha_stays_between_global_and_local():
         one = quadratics.parabolas()[2]
         _, state = APFL().client_round(server, ClientState(parts), one, local)
         assert state.parts["mix"]["alpha"].item() == mixed
-
-
-# FedBN, FedRep.
 
 
 def small_groups() -> nn.Module:
@@ -306,9 +297,6 @@ def only(names):
 def test_a_head_that_the_network_does_not_have_is_refused():
     with pytest.raises(SpecError, match=r"head = 'haed' is no part .* convolution, norm, dropout"):
         sent_and_kept(FedRep(head="haed"), light(), INITIAL)
-
-
-# Per-FedAvg.
 
 
 @pytest.mark.parametrize(

@@ -319,9 +319,6 @@ def test_requests_that_cannot_be_trained_are_refused():
         ClientData(0, pixels, labels)
 
 
-# Arithmetic and layout in memory ---------------------------------------------------------------
-
-
 def formatted(precision: str, memory_format: str) -> LocalTraining:
     return LocalTraining(
         TinyNet(), SCHEDULE, seed=SEED, precision=precision, memory_format=memory_format

@@ -30,9 +30,6 @@ def own(name):
     return f"{__name__}:{name}"
 
 
-# --- functions named as module:function ---------------------------------------------------------
-
-
 def linear(in_channels, num_classes, size=8):
     return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * size * size, num_classes))
 
@@ -58,9 +55,6 @@ def two_results(in_channels, num_classes):
 
 
 not_a_function = 3
-
-
-# --- networks -----------------------------------------------------------------------------------
 
 
 @each
@@ -132,9 +126,6 @@ def test_small_networks_learn_digits(name, lr, momentum):
     assert (model(images[1400:]).argmax(1) == labels[1400:]).float().mean() > 0.8
 
 
-# --- seeds --------------------------------------------------------------------------------------
-
-
 @each
 def test_weights_depend_on_the_seed_alone(name):
     torch.manual_seed(1)
@@ -160,9 +151,6 @@ def test_generators_of_gpus_are_not_touched_either():
     before = torch.cuda.get_rng_state()
     models.build("small_cnn", 1, 10, seed=5)
     assert torch.equal(torch.cuda.get_rng_state(), before)
-
-
-# --- states -------------------------------------------------------------------------------------
 
 
 @each
@@ -210,9 +198,6 @@ def test_memory_layout_does_not_change_a_fingerprint():
     model = models.build("small_resnet", 3, 10, seed=0)
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     assert models.fingerprint(last) == models.fingerprint(model)
-
-
-# --- a person's own -----------------------------------------------------------------------------
 
 
 def test_a_function_of_ones_own_is_called_with_its_options():

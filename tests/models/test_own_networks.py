@@ -376,8 +376,6 @@ def test_a_model_that_cannot_be_copied_votes_in_float32_alone():
         prepare(Locked(body(norm=False).half()).eval(), images(), device="cpu")
 
 
-# Formats of weights.
-
 FORMATS = (torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -438,9 +436,6 @@ def test_complex_weights_stay_complex():
         assert torch.allclose(made.call(images()), net(images()), atol=1e-5)
 
 
-# What is written into.
-
-
 class InPlace(nn.Module):
     def __init__(self, in_place: bool, lock: bool = False) -> None:
         super().__init__()
@@ -483,9 +478,6 @@ def test_the_other_ways_to_ask_a_network_that_writes_into_its_input(kind):
     ready = [prepare(m, given, **options) for m in (one, other)]
     assert np.array_equal(*[predict_plain(network, given) for network in ready])
     assert torch.equal(given, images())
-
-
-# What is returned.
 
 
 class Answering(nn.Module):

@@ -45,8 +45,6 @@ from claims_factory import (
     write,
 )
 
-# Planted effects ---------------------------------------------------------------------------------
-
 
 def test_a_planted_gain_is_supported_with_its_size():
     result = claim(pair(0.40, 0.55), "4.1 (ii)")
@@ -191,9 +189,6 @@ def test_noisier_images_are_no_spread_between_clients():
     assert found <= 2
 
 
-# The mixture -------------------------------------------------------------------------------------
-
-
 def mixtures(gains: dict[float, float], perturbations=(ROTATION,), **more):
     return [
         one
@@ -261,9 +256,6 @@ def test_a_run_with_matched_steps_is_named_where_it_is_missing():
     assert any("Mixture λ = 0.5 with training.lr = 0.2" in text for text in missing)
 
 
-# What must not be compared -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("change_of", "named"),
     [
@@ -310,9 +302,6 @@ def test_without_runs_every_claim_is_untested_and_names_runs():
     assert {result.verdict for result in report.results} == {NOT_TESTED}
     assert all(result.missing for result in report.results)
     assert "left out" in report.notes[0]
-
-
-# Folders and files -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -68,9 +68,6 @@ def test_images_are_unlike_by_a_quarter_from_what_most_of_their_client_show():
     assert intervals.unlike_images([own + 0.25 for own in values], 1.0) == 3
 
 
-# Few images --------------------------------------------------------------------------------------
-
-
 def alike_but_paired(rng: np.random.Generator, clients: int, images: int) -> tuple[Shares, Shares]:
     """Two runs with 30 % of radius 0 and the others between 0.3 and 1; they correlate by 0.7."""
     normal = rng.multivariate_normal([0.0, 0.0], [[1.0, 0.7], [0.7, 1.0]], (clients, images))
@@ -104,9 +101,6 @@ def test_an_interval_needs_thirty_images_beyond_one_of_each_client(clients, imag
         effect = effect_of(name, *shares, 50)
         assert effect.enough is enough
         assert np.isfinite(effect.interval(0.05)[0]) == enough
-
-
-# Spread ------------------------------------------------------------------------------------------
 
 
 def spreading(rng: np.random.Generator, images: int) -> tuple[Shares, Shares]:

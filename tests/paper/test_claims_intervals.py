@@ -39,8 +39,6 @@ from certifl.paper.claims.runs import StudyRun, read_run
 from certifl.report.intervals import Sample
 from claims_factory import FEDAVG, LOCAL, claim, pair, results, run, spec
 
-# Several seeds -----------------------------------------------------------------------------------
-
 
 def test_seeds_that_disagree_widen_the_interval():
     def study(gains):
@@ -88,8 +86,6 @@ def test_no_interval_is_wider_than_what_is_possible(name):
     moved = over_seeds([change(one, one) for one in effects])
     assert max(abs(end) for end in moved.interval(0.005)) <= 2.0 * both.limit
 
-
-# Coverage ----------------------------------------------------------------------------------------
 
 REPEATS = 200
 
@@ -232,8 +228,6 @@ def test_the_expected_range_of_normal_values(clients, known):
     assert expected_range(clients) == pytest.approx(known, abs=1e-4)
 
 
-# Rules -------------------------------------------------------------------------------------------
-
 ENDS = st.tuples(st.floats(-1, 1), st.floats(-1, 1)).map(sorted)
 
 
@@ -361,9 +355,6 @@ def test_rules_and_hypotheses_name_the_quarter():
             assert "less than a quarter of the larger one" in " ".join(one.hypothesis.split())
 
 
-# Levels ------------------------------------------------------------------------------------------
-
-
 def effect(name: str, local: float, fedavg: float, **more: float) -> Effect:
     one, two = pair(local, fedavg, **more)
     return QUANTITIES[name].of(Sampler([one, two], 200), one, two)
@@ -384,9 +375,6 @@ def test_the_level_of_a_change_is_the_lower_and_of_several_seeds_the_mean():
     low, high = effect("acr", 0.2, 0.2), effect("acr", 0.6, 0.6)
     assert change(low, high).level == change(high, low).level == low.level
     assert over_seeds([low, high]).level == pytest.approx((low.level + high.level) / 2)
-
-
-# Claims ------------------------------------------------------------------------------------------
 
 
 def nearly_nothing(clients: int, images: int) -> list[StudyRun]:

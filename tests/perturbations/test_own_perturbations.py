@@ -47,9 +47,6 @@ def copied(mixed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(mixed, tmp_path / "copy"))
 
 
-# --- training
-
-
 def test_a_client_trains_as_if_all_trained_like_it():
     """Oracle: the same client in a federation whose one augmentation is the client's."""
     noises = (tiny_federation.Noise(0.1), tiny_federation.Noise(0.5), None)
@@ -81,9 +78,6 @@ def test_a_checkpoint_belongs_to_the_choices_it_was_trained_with(tmp_path):
         else:
             with pytest.raises(StoreMismatch, match="augmentation"):
                 train(certifl.federated.FedAvg(), model, clients, training, place)
-
-
-# --- certificates
 
 
 def test_each_client_is_certified_as_by_a_direct_call(mixed):
@@ -179,9 +173,6 @@ def test_lost_files_come_back_and_nothing_else_changes(copied):
     assert again.load_predictions().predicted.tolist() == plain.predicted.tolist()
 
 
-# --- verify
-
-
 def test_an_honest_run_passes(mixed):
     assert verify_run(mixed).problems == ()
     assert tiny.cli("verify", mixed).code == 0
@@ -236,9 +227,6 @@ def test_plain_predictions_are_checked_too(copied):
     assert any("client 2: the stored model" in text for text in verify_run(copied).problems)
     folder.predictions.unlink()
     tiny.cli("verify", copied).refused("no plain predictions", code=1)
-
-
-# --- what else reads a run
 
 
 def test_the_report_has_a_panel_for_each_perturbation(copied):

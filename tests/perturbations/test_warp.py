@@ -152,9 +152,6 @@ def test_too_large_an_image_is_refused():
         warp(image, torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))
 
 
-# --- geometry ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("n", [8, 28, 32, 33])
 def test_quarter_turns_equal_rot90(n, k):
@@ -255,9 +252,6 @@ def test_affine_contains_translation_and_scaling():
     torch.testing.assert_close(
         Affine(1.0).apply(images, grow), Scaling(1.0).apply(images, torch.tensor([0.1])), **exact
     )
-
-
-# --- the published geometry -------------------------------------------------------------------
 
 
 def published_grid(h, w):

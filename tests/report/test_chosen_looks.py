@@ -33,9 +33,6 @@ def runs(folders: list[Path]) -> list[RunResults]:
     return load_runs(folders)
 
 
-# Names.
-
-
 def test_names_are_recognized_not_cut_out():
     known = ["FedAvg", "fedavg", "Local", MIXTURE]
     assert assignments(["FedAvg=Global, of all,Local=Alone"], known, "--labels") == {
@@ -101,9 +98,6 @@ def test_seeds_of_one_row_keep_one_label():
     assert [run.label for run in load_runs(shown)] == ["Global, seed 0", "Global, seed 1"]
 
 
-# Figures.
-
-
 def test_a_figure_for_print_has_its_size_and_no_title(runs):
     style = FigureStyle((3.3, 2.2), "radians", bands=False)
     for make in (certified_accuracy_figure, average_radius_figure):
@@ -163,9 +157,6 @@ def test_several_results_in_one_call(runs):
     plt.close("all")
 
 
-# The command.
-
-
 def test_the_command_writes_the_figures_of_a_paper(folders, tmp_path):
     page = tmp_path / "page" / "report.html"
     tiny.cli(
@@ -198,9 +189,6 @@ def test_wrong_requests_write_nothing(folders, tmp_path, arguments, says):
     out = tmp_path / "report.html"
     tiny.cli("report", folders[0], "--out", out, *arguments).refused(says)
     assert not out.exists()
-
-
-# One model.
 
 
 @pytest.fixture(scope="module")
@@ -240,9 +228,6 @@ def test_certificates_without_labels_or_beside_runs_are_refused(folders, tmp_pat
     certificates.save(tmp_path / "bare.parquet")
     tiny.cli("report", tmp_path / "bare.parquet").refused("no label")
     tiny.cli("report", tmp_path / "bare.parquet", folders[0]).refused("report it alone")
-
-
-# Classes.
 
 
 def test_classes_that_are_never_certified_are_named():

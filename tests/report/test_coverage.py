@@ -161,8 +161,6 @@ def test_trainings_that_scatter_are_covered(shared):
     assert not too_often(int(((low > 0.0) | (high < 0.0)).sum()), error=ERROR)
 
 
-# Through pages and claims ------------------------------------------------------------------------
-
 STUDIES, _BASE = 30, 0.88
 
 

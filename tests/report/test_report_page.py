@@ -38,9 +38,6 @@ def page(study_report: Path) -> Path:
     return study_report
 
 
-# The file --------------------------------------------------------------------------------------
-
-
 def test_the_page_is_one_small_file(page):
     assert page.stat().st_size < 1_000_000
     assert [path.name for path in page.parent.iterdir()] == [page.name]
@@ -154,9 +151,6 @@ def test_a_missing_run_leaves_no_page(tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-# What an accuracy rules out --------------------------------------------------------------------
-
-
 def test_accuracies_of_the_recommendation_are_those_of_the_images(study, page):
     shown, runs = data_of(page)["recommendation"], load_runs(study)
     assert shown["local"] == 0
@@ -180,9 +174,6 @@ def test_pairs_of_the_recommendation_are_those_of_the_comparison(study, page):
             assert bool(shown) == part.pairs[min(ahead, behind), max(ahead, behind)].shown
 
 
-# Claims ----------------------------------------------------------------------------------------
-
-
 def test_claims_are_on_the_page_with_effect_interval_and_verdict(bare, tmp_path):
     better = claims_factory.results(claims_factory.spec(claims_factory.FEDAVG), 0.7)
     worse = claims_factory.results(claims_factory.spec(claims_factory.LOCAL), 0.4)
@@ -204,9 +195,6 @@ def test_runs_that_no_claim_is_about_have_no_claims(bare, tmp_path):
     runs = [claims_factory.results({**same, "seed": 0}, acr) for acr in (0.4, 0.7)]
     text = _words(written(runs, tmp_path))
     assert "paper’s claims" not in text
-
-
-# The explorer ----------------------------------------------------------------------------------
 
 
 def test_explored_images_are_compared_with_their_certificates(study, page):

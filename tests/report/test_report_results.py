@@ -59,9 +59,6 @@ def runs(study: list[Path]):
     return load_runs(study)
 
 
-# Reading ---------------------------------------------------------------------------------------
-
-
 def test_a_run_is_read_back_whole(study):
     run = load_run(study[1])
     assert (run.label, run.algorithm) == ("FedAvg", "fedavg")
@@ -150,9 +147,6 @@ def test_equal_labels_are_distinguished():
     assert [r.label for r in load_runs(named)] == ["Mixture (lambda 0.1)", "Mixture (lambda 0.5)"]
     equal = [make_run(certificates, "mixture", "Mixture") for _ in range(2)]
     assert [r.label for r in load_runs(equal)] == ["Mixture (1)", "Mixture (2)"]
-
-
-# Summaries -------------------------------------------------------------------------------------
 
 
 def test_curves_and_acr_are_those_of_plain_loops(runs):
@@ -249,9 +243,6 @@ def test_summary_rows_hold_the_numbers_of_the_page(study, runs):
     assert json.loads(json.dumps(rows)) == rows
 
 
-# Comparison ------------------------------------------------------------------------------------
-
-
 def test_equal_runs_show_no_difference(runs):
     twins = [runs[1], make_run(runs[1].certificates, "personalized", "Twin")]
     found = compare(twins)
@@ -331,9 +322,6 @@ def test_a_single_run_is_described(runs):
 def test_lists_of_clients_are_short():
     assert client_list([3]) == "client 3"
     assert client_list([7, 0, 1, 2, 3, 9, 10]) == "clients 0–3, 7, 9, 10"
-
-
-# Looks -----------------------------------------------------------------------------------------
 
 
 def test_an_algorithm_keeps_its_look_and_no_two_look_alike(runs):

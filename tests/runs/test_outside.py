@@ -39,9 +39,6 @@ from certifl.spec import with_settings
 SHORT = ("training.rounds=1", "certification.n=100", "certification.images=2")
 
 
-# --- files that are none ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "link to a device", "circle"])
 def test_what_is_not_a_file_is_refused_at_once(kind, tmp_path):
     path = tmp_path / "spec.toml"
@@ -88,9 +85,6 @@ def test_a_link_in_place_of_a_temporary_file_is_not_written_through(tmp_path):
 def test_a_name_with_a_nul_character_is_refused():
     with pytest.raises(InputError, match="NUL"):
         outside.read_bytes(Path("a\0b"))
-
-
-# --- texts --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -156,9 +150,6 @@ def test_what_is_printed_cannot_move_the_cursor(tmp_path):
 def test_a_folder_whose_name_is_not_utf_8(tmp_path):
     place = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
     tiny.cli("verify", place).refused("\\udcff")
-
-
-# --- bombs --------------------------------------------------------------------------------------
 
 
 def test_a_gzip_bomb_is_not_expanded(tmp_path):
@@ -227,9 +218,6 @@ def test_a_row_of_a_table_reads_no_file_elsewhere(to, tmp_path):
     assert len(load(str(folder)).train) == 2
 
 
-# --- folders ------------------------------------------------------------------------------------
-
-
 def test_quickstart_refuses_a_folder_that_holds_something_else(tmp_path, monkeypatch):
     small = {"fedavg": tiny.spec(*SHORT)}
     monkeypatch.setattr(presets, "quickstart", lambda seed: small)
@@ -291,9 +279,6 @@ def test_a_damaged_spec_of_an_unfinished_run_is_restored(content, tmp_path):
     run(study, Options(folder.path))
     assert folder.spec.read_text() == study.to_toml()
     tiny.cli("verify", folder.path).fine("follow from their votes")
-
-
-# --- the last handler ---------------------------------------------------------------------------
 
 
 def test_what_nobody_foresaw_ends_in_one_line_with_a_log(tmp_path):

@@ -66,9 +66,6 @@ def begun(folder: Path) -> RunFolder:
     return place
 
 
-# Single files.
-
-
 def test_what_is_written_is_read_back(tmp_path):
     place = tmp_path / "new" / "folder"
     write_json(place / "a.json", {"b": 1, "a": [0.1, None]})
@@ -131,9 +128,6 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
             write_text(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
-
-
-# Run folders.
 
 
 def test_a_folder_is_begun_gone_on_with_and_finished(tmp_path):
@@ -230,9 +224,6 @@ def test_history_is_one_line_per_round(tmp_path):
     folder.write_history([{"round": 0, "loss": 0.5}, {"round": 1}])
     lines = (tmp_path / "history.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"round": 0, "loss": 0.5}, {"round": 1}]
-
-
-# One process at a time.
 
 
 HOLDER = """

@@ -111,9 +111,6 @@ def test_looks_chosen_from_the_votes_break_the_level():
     assert np.mean(p_values.min(axis=0) <= ALPHA) > 2 * ALPHA
 
 
-# When to stop.
-
-
 @pytest.mark.parametrize("runner_up", [False, True])
 def test_images_in_the_middle_of_a_cell_stop_early_and_those_at_a_step_do_not(runner_up):
     schedule = looks(100_000, per_doubling=8)

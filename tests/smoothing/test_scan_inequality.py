@@ -9,8 +9,6 @@ import pytest
 
 from certifl.smoothing.scan import BETS, SHARES, Cells, Scan, log_weight, passes_of, read_scan
 
-# --- the inequality
-
 
 def weight(bet: float, x: int, y: int) -> float:
     gap = abs(x - y)
@@ -99,9 +97,6 @@ def test_shares_and_bets_are_fixed_and_spend_no_more_than_one():
     assert len(BETS) == len(SHARES)
 
 
-# --- where votes are cast
-
-
 def test_every_stratum_of_every_pass_gets_two_votes_uniform_in_it():
     scan = Scan(0.5, -1.0, 2.0, False, (6, 6, 10))
     v = np.arange(scan.totals[-1])
@@ -179,9 +174,6 @@ def test_later_passes_never_change_the_runs_of_a_delta(name):
         assert len(set(chosen)) == 1
         second = [c.starts[1][np.searchsorted(c.highs, delta)] for c in every[1:]]
         assert len(set(second)) == 1
-
-
-# --- a slow twin
 
 
 def slow_e_value(scan: Scan, votes: np.ndarray, chosen: int, rival: int, delta: float) -> float:
