@@ -12,7 +12,6 @@ import torch
 
 import own_study
 import tiny_study as tiny
-from certifl.certification import Certificates
 from certifl.certification import counts as engine
 from certifl.certification.counts import Votes
 from certifl.errors import InputError
@@ -24,6 +23,7 @@ from certifl.experiments.verify import verify_run
 from certifl.runs.folder import RunFolder
 from certifl.spec import Spec, load_stored
 from certifl.study.opened_run import OpenRun
+from report_factory import blank_certificates
 
 STUDIES: dict[str, Callable[[], Spec]] = {
     "runner-up": lambda: tiny.spec("certification.estimator=runner-up"),
@@ -166,21 +166,7 @@ def _case(
     moved[:, 1] += flips
     selection = np.zeros((m, 3), np.int64)
     selection[:, 0] = 100
-    nothing = np.zeros(m)
-    part = Certificates(
-        client=np.zeros(m, np.int64),
-        index=np.arange(m),
-        label=np.zeros(m, np.int64),
-        predicted=np.zeros(m, np.int64),
-        radius=nothing,
-        p_lower=nothing,
-        p_upper=nothing,
-        counts=counts,
-        selection_counts=selection,
-        looks=np.ones(m, np.int64),
-        level=nothing,
-        seconds=nothing,
-    )
+    part = blank_certificates(m, counts=counts, selection_counts=selection)
     stored = Votes.of(part)
     again = dataclasses.replace(stored, estimation=moved)
     cast = recasting._Cast(how, stored, again, shares)

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-import tiny_study as tiny
-from certifl.experiments.run import Options, run
 from provoked import CASES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "troubleshooting.md"
@@ -22,12 +20,6 @@ def plain(text: str) -> str:
     for what, sign in ((_FOLDERS, ""), (_HASH, "HASH"), (_NUMBER, "0")):
         text = what.sub(sign, text)
     return " ".join(text.split())
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    return run(tiny.spec(), Options(folder, command="certifl run tiny.toml", explore=False)).path
 
 
 def test_every_message_of_the_page_is_provoked():

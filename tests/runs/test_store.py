@@ -26,6 +26,7 @@ from certifl.runs.atomic import (
     write_text,
 )
 from certifl.runs.folder import FINISHED, RunFolder, StoredRun
+from report_factory import blank_certificates
 
 SPEC, HASH = 'name = "x"\n', "abc"
 
@@ -42,21 +43,7 @@ def full_after(size: int) -> Iterator[None]:
 
 def certificates(rows: int = 3) -> Certificates:
     counts = np.full((rows, 4), 25, np.int64)
-    whole, real = np.zeros(rows, np.int64), np.zeros(rows)
-    return Certificates(
-        client=whole,
-        index=np.arange(rows),
-        label=whole,
-        predicted=whole,
-        radius=real,
-        p_lower=real,
-        p_upper=real,
-        counts=counts,
-        selection_counts=counts,
-        looks=whole,
-        level=real,
-        seconds=real,
-    )
+    return blank_certificates(rows, counts=counts, selection_counts=counts)
 
 
 def begun(folder: Path) -> RunFolder:

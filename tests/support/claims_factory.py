@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from certifl.certification.certificates import Certificates
 from certifl.paper.claims.catalogue import CLAIMS
 from certifl.paper.claims.runs import StudyRun, read_run
 from certifl.paper.claims.testing import ClaimResult, check_runs
 from certifl.report.results import RunResults
 from certifl.smoothing.laws import LAWS
-from report_factory import make_manifest
+from report_factory import blank_certificates, make_manifest
 
 ROTATION = {"family": "rotation", "sigma": 0.1 * math.pi}
 LARGE_ROTATION = {"family": "rotation", "sigma": 0.5 * math.pi}
@@ -105,28 +104,9 @@ def results(
 ) -> RunResults:
     text = tomli_w.dumps(dict(values))
     clients, seed = values["clients"]["count"], values["seed"]
+    m = clients * images
     own = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
     planted = np.repeat(np.broadcast_to(np.asarray(acr, float), (clients,)), images)
-    perturbation = values["certification"]["perturbation"]
-    held = _certificates(planted, clients, seed, own, accuracy, noise, first_image, perturbation)
-    name = values["algorithm"]["name"]
-    manifest = {**make_manifest(name, name.title(), clients), "seed": seed}
-    manifest["data"] = {**manifest["data"], "name": values["data"]["name"], "fingerprint": "f00"}
-    certificates = Certificates(**held)
-    return RunResults(Path("runs") / f"{own:08x}", name, manifest, certificates, (), text)
-
-
-def _certificates(
-    planted: np.ndarray,
-    clients: int,
-    seed: int,
-    own: int,
-    accuracy: float,
-    noise: float,
-    first_image: int,
-    perturbation: Mapping[str, Any],
-) -> dict[str, Any]:
-    m = len(planted)
     shared, private = np.random.default_rng([seed, clients]), np.random.default_rng(own)
     label = shared.integers(0, 10, m)
     luck, ease = shared.random(m), shared.normal(0.0, 0.1, m)
@@ -134,33 +114,22 @@ def _certificates(
     flips = private.random(m) < 0.1
     correct = np.where(flips, private.random(m), luck) < accuracy
     share = np.clip(planted / accuracy + ease + private.normal(0.0, noise, m), 0.0, 1.0)
+    perturbation = values["certification"]["perturbation"]
     law, norm, unit = _KINDS[perturbation["family"]]
-    largest = LAWS[law].largest_radius(perturbation["sigma"], N, ALPHA)
-    empty = np.zeros((m, 10), np.int64)
-    return {
-        "client": np.repeat(np.arange(clients), m // clients),
-        "index": np.arange(m) + first_image,
-        "label": label,
-        "predicted": np.where(correct, label, (label + 1) % 10),
-        "radius": share * largest,
-        "p_lower": np.full(m, 0.9),
-        "p_upper": np.full(m, 0.1),
-        "counts": empty,
-        "selection_counts": empty,
-        "looks": np.ones(m, np.int64),
-        "level": np.full(m, ALPHA),
-        "seconds": np.full(m, 0.01),
-        "conditions": {
-            **perturbation,
-            "law": law,
-            "norm": norm,
-            "unit": unit,
-            "alpha": ALPHA,
-            "n": N,
-            "n0": 100,
-            "threat": "somebody moves the image",
-        },
-    }
+    conditions = {"law": law, "norm": norm, "unit": unit, "alpha": ALPHA, "n": N, "n0": 100}
+    certificates = blank_certificates(
+        m,
+        client=np.repeat(np.arange(clients), images),
+        index=np.arange(m) + first_image,
+        label=label,
+        predicted=np.where(correct, label, (label + 1) % 10),
+        radius=share * LAWS[law].largest_radius(perturbation["sigma"], N, ALPHA),
+        conditions={**perturbation, **conditions, "threat": "somebody moves the image"},
+    )
+    name = values["algorithm"]["name"]
+    manifest = {**make_manifest(name, name.title(), clients), "seed": seed}
+    manifest["data"] = {**manifest["data"], "name": values["data"]["name"], "fingerprint": "f00"}
+    return RunResults(Path("runs") / f"{own:08x}", name, manifest, certificates, (), text)
 
 
 def write(place: Path, study: StudyRun, status: str = "finished") -> Path:

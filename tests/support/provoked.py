@@ -183,7 +183,8 @@ def busy(run: Path) -> str:
 
 def unfinished(run: Path) -> str:
     facts = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps({**facts, "status": "running"}))
+    changed = {"status": "running", "command": "certifl run tiny.toml"}
+    (run / "run.json").write_text(json.dumps({**facts, **changed}))
     return said("report", run)
 
 

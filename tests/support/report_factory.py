@@ -47,6 +47,18 @@ CLASSES = 10
 N0, N, ALPHA = 100, 1000, 0.001
 
 
+def blank_certificates(m: int, **columns: Any) -> Certificates:
+    """Certificates of m images, in numbers that are wrong together wherever none are given."""
+    made = {
+        **dict.fromkeys(("client", "label", "predicted"), np.zeros(m, np.int64)),
+        **dict.fromkeys(("counts", "selection_counts"), np.zeros((m, CLASSES), np.int64)),
+        **{"index": np.arange(m), "looks": np.ones(m, np.int64), "radius": np.zeros(m)},
+        **{"p_lower": np.full(m, 0.9), "p_upper": np.full(m, 0.1)},
+        **{"level": np.full(m, ALPHA), "seconds": np.full(m, 0.01)},
+    }
+    return Certificates(**{**made, **columns})
+
+
 def make_certificates(
     quality: float,
     clients: int = 10,
@@ -85,9 +97,9 @@ def make_certificates(
         "device": "cpu",
         "description": {"family": perturbation["family"], "sigma": perturbation["sigma"]},
     }
-    return Certificates(
+    return blank_certificates(
+        m,
         client=client,
-        index=np.tile(np.arange(images), clients) + client * images,
         label=label,
         predicted=np.where(certified, chosen, -1),
         radius=np.where(certified, radius, 0.0),
@@ -95,9 +107,6 @@ def make_certificates(
         p_upper=np.asarray(p_upper),
         counts=counts,
         selection_counts=selection,
-        looks=np.ones(m, np.int64),
-        level=np.full(m, ALPHA),
-        seconds=np.full(m, 0.01),
         conditions=conditions,
     )
 
