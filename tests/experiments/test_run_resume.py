@@ -233,13 +233,8 @@ def test_a_second_process_on_one_folder_is_refused(tmp_path):
     run(tiny.spec(), Options(place))
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tiny.spec(), Options(tmp_path_factory.mktemp("undisturbed") / "run")).path
-
-
 @pytest.mark.parametrize("room", [500, 1500, 4000, 60_000, 110_000])
-def test_a_full_disk_at_any_point_is_reported_and_the_run_resumes(room, undisturbed, tmp_path):
+def test_a_full_disk_at_any_point_is_reported_and_the_run_resumes(room, finished, tmp_path):
     """From the first file of the folder to the report; into 60 000 bytes no checkpoint fits."""
     place = tmp_path / "run"
     asked = ("run", tiny.write_spec(tmp_path), "--out", place)
@@ -252,7 +247,7 @@ def test_a_full_disk_at_any_point_is_reported_and_the_run_resumes(room, undistur
     full.refused("Cannot write", "ree some space", "repeat the command", code=1)
     assert not list(place.rglob("*.tmp"))
     run(tiny.spec(), Options(place))
-    assert_same_run(place, undisturbed)
+    assert_same_run(place, finished)
 
 
 def test_a_damaged_checkpoint_is_trained_again(study, reference, tmp_path, caplog):
