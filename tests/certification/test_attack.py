@@ -130,14 +130,8 @@ def test_a_two_sided_certificate_is_searched_on_both_sides(interval, found):
     # f right on [-1.5, 0.4]: the window of half width 1 holds half of it up to -1.5 and 0.4.
     model = votes_for(lambda x: (read_angle(x) <= 0.4) & (read_angle(x) >= -1.5))
     radius = min(-interval[0], interval[1])
-    made = attacked(
-        model,
-        ramps(),
-        certifl.Rotation(1.0),
-        np.array([1]),
-        [radius],
-        interval=np.array([interval]),
-    )
+    turned, ends = (ramps(), certifl.Rotation(1.0), np.array([1])), np.array([interval])
+    made = attacked(model, *turned, [radius], interval=ends)
     assert made.violated.tolist() == [found]
     if found:
         assert not -1.5 < float(made.delta[0, 0]) < 0.4

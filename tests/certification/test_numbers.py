@@ -43,12 +43,8 @@ def test_the_least_n_of_certify_is_the_least_that_certifies(estimator, alpha):
 
 
 def test_at_one_in_a_thousand_eleven_votes_are_needed_and_ten_of_the_top_class():
-    assert [Settings(name).estimator_for(NOISE).least_votes() for name in ESTIMATORS] == [
-        10,
-        11,
-        11,
-        10,
-    ]
+    least = [Settings(name).estimator_for(NOISE).least_votes() for name in ESTIMATORS]
+    assert least == [10, 11, 11, 10]
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1e-3, 1e-9])

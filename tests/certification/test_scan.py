@@ -329,10 +329,6 @@ def test_what_a_scan_cannot_do_is_refused(perturbation, options, says):
 
 def test_a_spec_that_scans_the_wrong_family_is_refused_before_training():
     noise = {"family": "pixel", "sigma": 0.1}
+    certification = {"perturbation": noise, "estimator": "scan"}
     with pytest.raises(SpecError, match="families of one uniform parameter"):
-        with_settings(
-            {
-                "data": {"name": "digits"},
-                "certification": {"perturbation": noise, "estimator": "scan"},
-            }
-        )
+        with_settings({"data": {"name": "digits"}, "certification": certification})

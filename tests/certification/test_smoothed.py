@@ -69,11 +69,8 @@ def test_the_first_call_fixes_the_arithmetic(tmp_path, monkeypatch):
     many = certifl.SmoothedClassifier(model, NOISE, n=200)
     for part in (images, images[:1]):
         metadata = many.certify(part).conditions
-        assert (metadata["precision"], metadata["batch_size"], metadata["threads"]) == (
-            "bfloat16",
-            32,
-            1,
-        )
+        found = [metadata[key] for key in ("precision", "batch_size", "threads")]
+        assert found == ["bfloat16", 32, 1]
 
 
 def test_it_votes_in_int8():

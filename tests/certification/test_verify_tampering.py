@@ -362,12 +362,8 @@ def _longer(made: Certificates, factor: float = 2.0) -> Certificates:
     metadata = dict(made.conditions)
     scan = {**metadata["scan"], "low": factor * metadata["scan"]["low"]}
     scan["high"] = factor * metadata["scan"]["high"]
-    return _with(
-        made,
-        radius=factor * made.radius,
-        interval=factor * made.interval,
-        conditions={**metadata, "scan": scan},
-    )
+    longer = {"radius": factor * made.radius, "interval": factor * made.interval}
+    return _with(made, **longer, conditions={**metadata, "scan": scan})
 
 
 @pytest.mark.parametrize("reach", ["as recorded", "doubled", "left out"])

@@ -205,12 +205,8 @@ def test_an_embedded_set_is_resized_and_planned(tmp_path):
     assert plain.prepared == {}
     assert plain.fingerprint != found.fingerprint
     assert data_size(spec("data.resize=16"), None)[0].shape == (1, 16, 16)
-    cannot_load(
-        r"8 bits\. data\.window is for images of more",
-        "digits",
-        cache_dir=tmp_path,
-        window=[0, 16],
-    )
+    said = r"8 bits\. data\.window is for images of more"
+    cannot_load(said, "digits", cache_dir=tmp_path, window=[0, 16])
 
 
 def test_a_window_maps_deep_gray_images():

@@ -350,13 +350,8 @@ def test_hidden_test_labels_name_the_split_to_use(features, tmp_path):
     hide(tmp_path, features, [0, 1])
     cannot_load(r"test label -1.*not public.*data\.test_split = \"valid", "bugs", tmp_path)
     assert load("bugs", tmp_path, test_split="validation").test.labels.tolist() == [1, 0]
-    cannot_load(
-        r"no split 'val' .*it has test, validation",
-        "bugs",
-        tmp_path,
-        test_split="val",
-        error=DataUnavailable,
-    )
+    said = r"no split 'val' .*it has test, validation"
+    cannot_load(said, "bugs", tmp_path, test_split="val", error=DataUnavailable)
     (tmp_path / "bugs/test-00000-of-00001.parquet").unlink()
     assert load("bugs", tmp_path).test.labels.tolist() == [1, 0]
 

@@ -88,13 +88,9 @@ def test_too_many_clients_are_told_what_is_there(data):
 
 
 def test_a_part_of_the_images_is_split_by_its_own_values(data):
-    small = with_settings(
-        {
-            **tiny.VALUES,
-            "data": {"name": "scans", "train_images": 40, "test_images": 12},
-            "clients": {"count": 2, "split": "column", "options": {"column": "hospital"}},
-        }
-    )
+    part = {"name": "scans", "train_images": 40, "test_images": 12}
+    own = {"count": 2, "split": "column", "options": {"column": "hospital"}}
+    small = with_settings({**tiny.VALUES, "data": part, "clients": own})
     dataset, partition = open_data(small, data)
     whole = open_data(spec(), data)[1]
     for name, client in zip(partition.names, partition.clients, strict=True):

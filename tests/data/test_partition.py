@@ -154,13 +154,9 @@ class TestWhatEachPromises:
         # p ~ Beta(a, (C-1) a), mean 1/C and variance (1/C)(1-1/C)/(C a + 1), for each class and
         # client; 150 seeds x 10 classes give 1500 independent draws of client 0's share.
         alpha, clients, draws = 1.0, 4, 150
-        found = np.concatenate(
-            [
-                counts(Dirichlet(alpha, 1, 1).split(TRAIN, TEST, clients, seed), "train", TRAIN)[0]
-                / np.bincount(TRAIN)
-                for seed in range(draws)
-            ]
-        )
+        made = (Dirichlet(alpha, 1, 1).split(TRAIN, TEST, clients, s) for s in range(draws))
+        found = np.concatenate([counts(one, "train", TRAIN)[0] for one in made])
+        found = found / np.tile(np.bincount(TRAIN), draws)
         variance = (1 / clients) * (1 - 1 / clients) / (clients * alpha + 1)
         assert abs(found.mean() - 1 / clients) < 5 * np.sqrt(variance / found.size)
         assert found.var() == pytest.approx(variance, rel=0.2)  # 5 standard errors at kurtosis 3

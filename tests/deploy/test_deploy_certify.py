@@ -160,13 +160,8 @@ def test_with_mostly_impossible_certificates_the_run_stops_and_resumes(tmp_path)
 
 def test_a_failing_client_reports_it_without_private_details(tmp_path):
     at = clients_of(tmp_path)
-    object.__setattr__(
-        at[101],
-        "settings",
-        at[101].settings.model_copy(
-            update={"data": str(tmp_path / "very private place"), "dealt": False}
-        ),
-    )
+    secret = {"data": str(tmp_path / "very private place"), "dealt": False}
+    object.__setattr__(at[101], "settings", at[101].settings.model_copy(update=secret))
     grid = MemoryGrid(at)
     with pytest.raises(WorkError, match="client 1"):
         coordinated(STUDY, grid, tmp_path / "run")

@@ -34,12 +34,8 @@ from tiny_federation import assert_same
 from tiny_study import spec
 
 STUDY = spec(
-    "clients.count=3",
-    'algorithm={name="fedavg",weighting="size"}',
-    "training.rounds=1",
-    "certification.images=3",
-    "certification.n=40",
-    "certification.n0=5",
+    *("clients.count=3", 'algorithm={name="fedavg",weighting="size"}', "training.rounds=1"),
+    *("certification.images=3", "certification.n=40", "certification.n0=5"),
 )
 KEYS = {client: b"key %d" % (100 + client) for client in range(3)}
 CERTIFYING = "query.certify"

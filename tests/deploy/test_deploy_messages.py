@@ -80,12 +80,8 @@ def test_an_update_arrives_without_the_clients_state():
 
 def raw(array: Array, name: str = "tensors-0") -> RecordDict:
     fields = {"format": 2, "parts": ["model"], "facts": {}}
-    return RecordDict(
-        {
-            "certifl": ConfigRecord({"json": json.dumps(fields)}),
-            "part:model": ArrayRecord({name: array}),
-        }
-    )
+    told = ConfigRecord({"json": json.dumps(fields)})
+    return RecordDict({"certifl": told, "part:model": ArrayRecord({name: array})})
 
 
 KIND = "certifl.safetensors"

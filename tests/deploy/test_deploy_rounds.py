@@ -47,16 +47,10 @@ def _trained(study: Spec, root) -> StoredRound:
         data.append(ClientData(client, part.images, part.labels))
     root.mkdir(parents=True, exist_ok=True)
     private = protection(study, model, [len(d) for d in data], training_key(study, root))
-    return train(
-        study.build_algorithm(),
-        model,
-        data,
-        local_training(study, model, "cpu", private),
-        Checkpoints(root / "training"),
-        participation=participation(study),
-        rule=private.client or study.aggregation.build(),
-        ledger=private.ledger,
-    )
+    local, place = local_training(study, model, "cpu", private), Checkpoints(root / "training")
+    rule = private.client or study.aggregation.build()
+    options = {"participation": participation(study), "rule": rule, "ledger": private.ledger}
+    return train(study.build_algorithm(), model, data, local, place, **options)
 
 
 def same_training(study: Spec, root, folder: RunFolder, at: dict) -> None:
@@ -98,11 +92,8 @@ def test_every_algorithm_gives_the_models_of_one_process(case, tmp_path):
 
 def test_participation_and_robust_rules_give_the_models_of_one_process(tmp_path):
     study = described(
-        "mixture",
-        "clients.count=4",
-        "clients.participation=0.75",
-        'aggregation.rule="median"',
-        "training.rounds=3",
+        *("mixture", "clients.count=4", "clients.participation=0.75"),
+        *('aggregation.rule="median"', "training.rounds=3"),
     )
     at = clients_of(tmp_path, 4)
     folder = coordinated(study, at, tmp_path / "run")

@@ -86,12 +86,8 @@ def test_a_natural_federation_of_images_of_unlike_sizes(tmp_path):
     isic = load_script("examples/fed_isic2019.py")
     isic.main([str(tmp_path / "data"), "--train", "12", "--test", "3"])
     study = EXAMPLES / "fed_isic2019.toml"
-    quick = [
-        "training.rounds=1",
-        "training.local_epochs=1",
-        "certification.n=100",
-        "certification.images=2",
-    ]
+    quick = ["training.rounds=1", "training.local_epochs=1"]
+    quick += ["certification.n=100", "certification.images=2"]
     settings = [word for setting in quick for word in ("--set", setting)]
     cli("run", study, "--data-dir", tmp_path / "data", *settings, "--out", tmp_path / "run").fine()
     run = RunFolder(tmp_path / "run")

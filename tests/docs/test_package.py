@@ -81,14 +81,9 @@ def test_a_wheel_works_from_any_folder(tmp_path):
         "assets = pathlib.Path(page).parent / 'assets';"
         "print(certifl.__file__, sorted(p.suffix for p in assets.iterdir()))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(tmp_path / "site")}}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, **options, capture_output=True, text=True, check=True)
     assert str(tmp_path / "site") in done.stdout
     assert {".html", ".css", ".js"} <= set(ast.literal_eval(done.stdout.split(" ", 1)[1].strip()))
 

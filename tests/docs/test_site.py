@@ -26,14 +26,8 @@ def test_the_site_builds_strictly_and_a_link_to_nowhere_is_noticed(tmp_path):
     page.write_text(page.read_text() + "\n[nowhere](data.md#no-such-place)\n")
     # Not --quiet, with which mkdocs counts no warnings and nothing is strict.
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", "site"]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    options = {"cwd": tmp_path, "env": {**os.environ, "NO_MKDOCS_2_WARNING": "1"}}
+    done = subprocess.run(command, **options, capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr
     assert done.returncode != 0, said
     assert "Aborted with 1 warning" in said, said

@@ -24,12 +24,8 @@ from tiny_study import cli, spec
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("hub")
     noise = 'certification.perturbation={family="gaussian_blur", sigma=0.3}'
-    settings = (
-        'augmentation.federated="own"',
-        noise,
-        "certification.n=100",
-        "certification.images=3",
-    )
+    few = ("certification.n=100", "certification.images=3")
+    settings = ('augmentation.federated="own"', noise, *few)
     return compute(spec(*settings), Options(place / "run", explore=False)).path
 
 

@@ -80,14 +80,9 @@ print(json.dumps({{"kills": kills, "runs": runs + 1}}))
 
 
 def in_process(script: str, *arguments: object) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", script.format(tests=str(TESTS)), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    command = [sys.executable, "-c", script.format(tests=str(TESTS)), *map(str, arguments)]
+    options = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "timeout": 300}
+    done = subprocess.run(command, **options, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

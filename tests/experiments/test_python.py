@@ -47,12 +47,8 @@ def test_a_study_is_the_spec_of_the_command_line(tmp_path):
 def test_keywords_replace_keys_of_a_spec():
     mixture = {"name": "mixture", "personalization": 0.5}
     study = certifl.Study(tiny.spec(), algorithm=mixture, training={"lr": 0.1}, seed=3)
-    assert (
-        study.spec.hash()
-        == tiny.spec(
-            "algorithm={name='mixture', personalization=0.5}", "training.lr=0.1", "seed=3"
-        ).hash()
-    )
+    settings = ("algorithm={name='mixture', personalization=0.5}", "training.lr=0.1", "seed=3")
+    assert study.spec.hash() == tiny.spec(*settings).hash()
     assert certifl.Study(study.spec, algorithm="local").spec.algorithm == {"name": "local"}
 
 
@@ -170,12 +166,8 @@ def test_tables_agree_with_the_certificates(result):
 
 
 def test_seeds_are_one_row_and_one_curve():
-    runs = load_runs(
-        [
-            make_run(make_certificates(0.8, 2, 40, seed=s), "fedavg", "FedAvg", seed=s)
-            for s in (0, 1)
-        ]
-    )
+    made = [make_certificates(0.8, 2, 40, seed=s) for s in (0, 1)]
+    runs = load_runs([make_run(c, "fedavg", "FedAvg", seed=s) for s, c in enumerate(made)])
     table = certifl.table(runs)
     assert table.index.tolist() == ["FedAvg"]
     assert table["seeds"].tolist() == [[0, 1]]

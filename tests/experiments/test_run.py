@@ -340,14 +340,8 @@ def test_the_example_of_a_model_somebody_has(capsys):
 def test_two_processes_cast_the_votes_of_one(tmp_path):
     study, seen = tiny.spec("clients.count=3"), []
     alone = run(study, Options(tmp_path / "alone", device="cpu"))
-    shared = run(
-        study,
-        Options(
-            tmp_path / "shared",
-            device="cpu,cpu",
-            report=lambda what, done, total, _unit: seen.append((what, done, total)),
-        ),
-    )
+    told = {"report": lambda what, done, total, _unit: seen.append((what, done, total))}
+    shared = run(study, Options(tmp_path / "shared", device="cpu,cpu", **told))
     assert shared.load_certificates().same_results(alone.load_certificates())
     voted = [(done, total) for what, done, total in seen if what == "certifying"]
     assert voted[-1][0] == voted[-1][1]

@@ -31,12 +31,9 @@ from certifl.study import certify as certifying
 
 # Long enough to be hit in the middle, in training and in certification.
 LONG = (
-    "training.rounds=5",
-    "clients.count=3",
+    *("training.rounds=5", "clients.count=3", "training.momentum_between_rounds=keep"),
     "algorithm={name='personalized', base={name='mixture', personalization=0.5}, epochs=1}",
-    "training.momentum_between_rounds=keep",
-    "certification.estimator=top-class",
-    "certification.n=1500",
+    *("certification.estimator=top-class", "certification.n=1500"),
 )
 KILLS = 2
 

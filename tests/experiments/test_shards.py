@@ -93,13 +93,9 @@ def test_the_cluster_scripts_certify_and_merge(copied, tmp_path):
 
     def call(script: str, **more: str) -> None:
         log.unlink(missing_ok=True)
-        subprocess.run(
-            ["bash", "-s", copied, "1"],
-            input=script,
-            text=True,
-            check=True,
-            env={**os.environ, **path, **more},
-        )
+        environment = {**os.environ, **path, **more}
+        asked = ["bash", "-s", copied, "1"]
+        subprocess.run(asked, input=script, text=True, check=True, env=environment)
         tiny.cli(*log.read_text().split()).fine()
 
     for task in ("1", "2"):

@@ -77,11 +77,9 @@ def test_krum_weighs_statistics_and_weights_apart():
     for poisoned, scale in (("w", 1e-6), ("norm.running_var", 1e6)):
         sent = []
         for client in range(7):
-            model = {
-                "w": torch.from_numpy(drawn.normal(size=4) * 1e-6),
-                "norm.running_var": torch.from_numpy(1e6 + 1e6 * drawn.random(4)),
-                "norm.num_batches_tracked": torch.tensor(client),
-            }
+            small, large = drawn.normal(size=4) * 1e-6, 1e6 + 1e6 * drawn.random(4)
+            model = {"w": torch.from_numpy(small), "norm.running_var": torch.from_numpy(large)}
+            model["norm.num_batches_tracked"] = torch.tensor(client)
             if client == 3:
                 model[poisoned] = model[poisoned] + 30 * scale
             sent.append(Update(client, 1.0, model, {}))
@@ -105,16 +103,13 @@ def test_clipping_shortens_what_is_too_long_around_the_broadcast():
 
 
 def test_clipping_bounds_weights_statistics_and_extra_parts_each():
-    zero = {
-        "w": torch.zeros(2),
-        "n.running_var": torch.ones(1),
-        "n.num_batches_tracked": torch.tensor(0),
-    }
-    sent = {
-        "w": torch.tensor([3.0, 4.0]),
-        "n.running_var": torch.tensor([101.0]),
-        "n.num_batches_tracked": torch.tensor(7),
-    }
+    zero, sent = (
+        {"w": torch.tensor(w), "n.running_var": torch.tensor(v), "n.num_batches_tracked": count}
+        for w, v, count in (
+            ([0.0, 0.0], [1.0], torch.tensor(0)),
+            ([3.0, 4.0], [101.0], torch.tensor(7)),
+        )
+    )
     control = {"c": torch.tensor([0.0, 10.0])}
     update = Update(0, 1.0, sent, {}, {"control": control})
     (made,) = Clip(1.0)(ServerState(0, {"model": zero}), [update])
@@ -149,22 +144,14 @@ def test_equal_models_are_given_back_bit_for_bit(rule):
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64):
         wide = values.to(dtype)
         finite = wide[wide.isfinite()]
-        model = {
-            "w": finite,
-            "n.running_mean": finite[:7],
-            "n.num_batches_tracked": torch.tensor(3),
-        }
+        model = {"w": finite, "n.running_mean": finite[:7]}
+        model["n.num_batches_tracked"] = torch.tensor(3)
         broadcast = ServerState(0, {"model": model, "control": {"c": finite}})
-        sent = [
-            Update(
-                i,
-                0.1 + i / 3,
-                {k: v.clone() for k, v in model.items()},
-                {},
-                {"control": {"c": finite.clone()}},
-            )
-            for i in range(8)
-        ]
+        sent = []
+        for i in range(8):
+            control = {"control": {"c": finite.clone()}}
+            copies = {k: v.clone() for k, v in model.items()}
+            sent.append(Update(i, 0.1 + i / 3, copies, {}, control))
         for update in rule(broadcast, sent):
             assert_same(update.model, model)
             assert_same(update.extra["control"], {"c": finite})
@@ -215,15 +202,10 @@ def test_as_many_updates_leave_as_arrive_with_their_names_on(rule):
 
 
 def test_counters_take_the_maximum_and_keep_their_type():
-    sent = [
-        Update(
-            i,
-            1.0,
-            {"w": torch.ones(1) * i, "steps": torch.tensor(i), "on": torch.tensor(i == 2)},
-            {},
-        )
-        for i in range(5)
-    ]
+    sent = []
+    for i in range(5):
+        model = {"w": torch.ones(1) * i, "steps": torch.tensor(i), "on": torch.tensor(i == 2)}
+        sent.append(Update(i, 1.0, model, {}))
     for rule in (Median(), TrimmedMean(0.2)):
         made = average_models(rule(EMPTY, sent))
         assert (made["steps"].item(), made["steps"].dtype) == (4, torch.int64)

@@ -271,14 +271,8 @@ def test_the_head_is_trained_with_the_representation_held_still():
     local = light(momentum=0.0, weight_decay=0.1, local_epochs=1)
     update, state = sent_and_kept(FedRep(head="head", head_epochs=2), local, INITIAL)
     body = [n for n in local.trainable if not n.startswith("head.")]
-    seen = local.train_epochs(
-        INITIAL,
-        client_data(0),
-        0,
-        stream="head-",
-        epochs=2,
-        hook=only(["head.weight", "head.bias"]),
-    ).state
+    head = {"stream": "head-", "epochs": 2, "hook": only(["head.weight", "head.bias"])}
+    seen = local.train_epochs(INITIAL, client_data(0), 0, **head).state
     for name in ("head.weight", "head.bias"):
         assert torch.equal(state.parts["head"][name], seen[name])
         assert torch.equal(update.model[name], INITIAL[name])

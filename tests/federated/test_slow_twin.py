@@ -58,16 +58,9 @@ def parts():
 
 
 def engine_models(algorithm, parts, study, rotation, folder):
-    schedule = Schedule(
-        rounds=study.rounds,
-        local_epochs=study.local_epochs,
-        batch_size=study.batch_size,
-        lr=study.lr,
-        momentum=study.momentum,
-        weight_decay=study.weight_decay,
-        decay_every=study.decay_every,
-        decay_factor=study.decay_factor,
-    )
+    keys = ("rounds", "local_epochs", "batch_size", "lr", "momentum")
+    keys += ("weight_decay", "decay_every", "decay_factor")
+    schedule = Schedule(**{key: getattr(study, key) for key in keys})
     model = twin.network(study)
     local = LocalTraining(
         model, schedule, seed=study.seed, augmentation=rotation, finetuning_augmentation=rotation

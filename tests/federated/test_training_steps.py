@@ -39,12 +39,8 @@ def bare_loop(data, schedule, *, fresh_optimizer_each_round):
     model = PlainNet()
 
     def sgd():
-        return torch.optim.SGD(
-            model.parameters(),
-            lr=schedule.lr,
-            momentum=schedule.momentum,
-            weight_decay=schedule.weight_decay,
-        )
+        options = {key: getattr(schedule, key) for key in ("lr", "momentum", "weight_decay")}
+        return torch.optim.SGD(model.parameters(), **options)
 
     optimizer = sgd()
     noise, epoch = Noise(), 0

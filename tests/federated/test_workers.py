@@ -88,11 +88,8 @@ def test_a_client_whose_process_ends_or_hangs_is_left_out_of_that_round(tmp_path
     assert left_out[1][3] == "its process exited (exit code 3)"
     assert "cannot be sent" in left_out[1][5] or "its loss is" in left_out[1][5]
     assert "Client 2 is left out of round 0: it did not answer within 5 seconds" in caplog.text
-    rest = run(
-        tmp_path / "rest",
-        FedAvg(),
-        participation=lambda round: [0, 1, 2, 4] if round else [0, 3, 4, 5],
-    )
+    drawn = {"participation": lambda round: [0, 1, 2, 4] if round else [0, 3, 4, 5]}
+    rest = run(tmp_path / "rest", FedAvg(), **drawn)
     assert_same(stored.server(), rest.server())
 
 

@@ -35,16 +35,10 @@ def run_of(algorithm: dict[str, Any], shares: Shares) -> StudyRun:
     clients, images = shares.shape
     whole = template(algorithm["name"], clients, images)
     held, reach = whole.certificates, shares.ravel()
-    return read_run(
-        dataclasses.replace(
-            whole,
-            certificates=dataclasses.replace(
-                held,
-                predicted=np.where(reach >= 0.0, held.label, (held.label + 1) % 10),
-                radius=np.maximum(reach, 0.0) * largest_radius(whole),
-            ),
-        )
-    )
+    predicted = np.where(reach >= 0.0, held.label, (held.label + 1) % 10)
+    radius = np.maximum(reach, 0.0) * largest_radius(whole)
+    planted = dataclasses.replace(held, predicted=predicted, radius=radius)
+    return read_run(dataclasses.replace(whole, certificates=planted))
 
 
 def effect_of(name: str, first: Shares, second: Shares, draws: int = 1000) -> Effect:

@@ -77,12 +77,8 @@ def test_leaving_early_ends_the_helpers_and_loses_nothing(tmp_path):
 def test_helpers_end_when_the_command_is_killed(tmp_path):
     psutil = pytest.importorskip("psutil")
     arguments = ("reproduce", "figure1", "--scale", "smoke", "--out", str(tmp_path), "--jobs", "2")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "certifl", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment(),
-    )
+    command, silent = [sys.executable, "-m", "certifl", *arguments], subprocess.DEVNULL
+    process = subprocess.Popen(command, stdout=silent, stderr=silent, env=environment())
     deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("runs/*/spec.toml"))) < 2:
         assert process.poll() is None
@@ -110,12 +106,8 @@ def test_a_failure_of_a_helper_is_reported_by_the_command(tmp_path):
 def test_how_many_by_default(tmp_path, monkeypatch):
     monkeypatch.setattr("certifl.experiments.parallel.cores", lambda: 8)
     plans = {name: dataclasses.replace(study(tmp_path), scale=SCALES[name]) for name in SCALES}
-    assert {name: jobs_here(None, plan, "cpu", False) for name, plan in plans.items()} == {
-        "smoke": 1,
-        "laptop": 4,
-        "overnight": 2,
-        "paper": 1,
-    }
+    found = {name: jobs_here(None, plan, "cpu", False) for name, plan in plans.items()}
+    assert found == {"smoke": 1, "laptop": 4, "overnight": 2, "paper": 1}
     assert jobs_here(None, plans["laptop"], "cuda:0", False) == 1
     assert jobs_here(None, plans["laptop"], "cpu", True) == 1
     assert jobs_here(3, plans["paper"], "cuda", False) == 3

@@ -87,14 +87,9 @@ def test_each_client_is_certified_as_by_a_direct_call(mixed):
     for client in (0, 1):
         own = opened.certificates.of_client(client)
         part = opened.dataset.test.take(own.index)
-        direct = certifl.certify(
-            opened.model(client),
-            to_float(part.images),
-            made.perturbations()[client],
-            labels=part.labels,
-            n=made.certification.n,
-            seed=made.seed,
-        )
+        asked = (opened.model(client), to_float(part.images), made.perturbations()[client])
+        options = {"labels": part.labels, "n": made.certification.n, "seed": made.seed}
+        direct = certifl.certify(*asked, **options)
         for column in ("predicted", "radius", "p_lower", "counts", "looks"):
             assert np.array_equal(getattr(own, column), getattr(direct, column)), column
         assert own.conditions["unit"] == ("radians", "intensity")[client]

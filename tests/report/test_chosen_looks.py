@@ -43,11 +43,8 @@ def test_names_are_recognized_not_cut_out():
         MIXTURE: "λ = 1/2",
         "Local": "a=b",
     }
-    assert listed_names([f"{MIXTURE}, Local", "fedavg"], known, "--order") == [
-        MIXTURE,
-        "Local",
-        "fedavg",
-    ]
+    listed = listed_names([f"{MIXTURE}, Local", "fedavg"], known, "--order")
+    assert listed == [MIXTURE, "Local", "fedavg"]
     for wrong in ("Fed=x", "FedAvg"):
         with pytest.raises(InputError, match=r"--labels .*FedAvg"):
             assignments([wrong], known, "--labels")
@@ -87,12 +84,8 @@ def test_a_name_of_several_rows_is_ambiguous():
 
 
 def test_seeds_of_one_row_keep_one_label():
-    loaded = load_runs(
-        [
-            make_run(make_certificates(0.8, 2, 20, seed=s), "fedavg", "FedAvg", seed=s)
-            for s in (0, 1)
-        ]
-    )
+    made = [make_certificates(0.8, 2, 20, seed=s) for s in (0, 1)]
+    loaded = load_runs([make_run(c, "fedavg", "FedAvg", seed=s) for s, c in enumerate(made)])
     shown = arranged(loaded, {"FedAvg": "Global"})
     assert [run.label for run in shown] == ["Global, seed 0", "Global, seed 1"]
     assert [run.label for run in load_runs(shown)] == ["Global, seed 0", "Global, seed 1"]
@@ -143,14 +136,9 @@ def test_curves_of_several_calls_share_axes(runs):
 
 
 def test_several_results_in_one_call(runs):
-    axes = certifl.plot(
-        runs[:2],
-        labels={"fedavg": "Global model"},
-        order=["Global model"],
-        colors={"Local": "black"},
-        size=(3.3, 2.2),
-        bands=False,
-    )
+    names = {"labels": {"fedavg": "Global model"}, "order": ["Global model"]}
+    looks = {"colors": {"Local": "black"}, "size": (3.3, 2.2), "bands": False}
+    axes = certifl.plot(runs[:2], **names, **looks)
     names = [text.get_text() for text in axes.get_legend().get_texts()]
     assert names == ["Global model", "Local"]
     assert tuple(axes.figure.get_size_inches()) == (3.3, 2.2)

@@ -98,11 +98,11 @@ def test_no_client_has_a_shown_difference_where_there_is_none(monkeypatch):
     monkeypatch.setattr(intervals, "FEWEST_UNLIKE", 0)  # the floor alone would hide the mistake
     assert not too_often(differences_shown(40), 40)
     whole = comparing._difference
-    monkeypatch.setattr(
-        comparing,
-        "_difference",
-        lambda at, couple, _, scale, client=None: whole(at, couple, ERROR, scale, client),
-    )
+
+    def careless(at, couple, _, scale, client=None):
+        return whole(at, couple, ERROR, scale, client)
+
+    monkeypatch.setattr(comparing, "_difference", careless)
     assert too_often(differences_shown(40), 40)
 
 

@@ -213,13 +213,10 @@ def test_votes_are_counted_and_compared_with_a_fixed_number(runs):
 def test_history_reads_rows_and_mappings_alike():
     run = make_run(make_certificates(0.8, 2, 12))
     mappings = make_history(2, 0.8, rounds=3)
-    rows = [
-        {
-            **e,
-            "clients": [{"client": int(c), "seconds": 1.0, **m} for c, m in e["clients"].items()],
-        }
-        for e in mappings
-    ]
+    rows = []
+    for e in mappings:
+        known = [{"client": int(c), "seconds": 1.0, **m} for c, m in e["clients"].items()]
+        rows.append({**e, "clients": known})
     for history in (mappings, rows):
         trained = dataclasses.replace(run, history=tuple(history))
         assert measures_of([trained]) == ["loss", "accuracy"]

@@ -197,13 +197,8 @@ def test_levels_of_the_paper_sized_run():
 
 
 def test_grid_steps_start_with_being_certified_at_all():
-    assert list(grid_steps([0.0, 1e-9, 0.25, 0.49, 5.0], [0.5, 0.0, 0.25, 0.25])) == [
-        0,
-        1,
-        2,
-        2,
-        3,
-    ]
+    steps = grid_steps([0.0, 1e-9, 0.25, 0.49, 5.0], [0.5, 0.0, 0.25, 0.25])
+    assert list(steps) == [0, 1, 2, 2, 3]
 
 
 @pytest.mark.parametrize("law", LAWS.values(), ids=list(LAWS))

@@ -21,7 +21,7 @@ from certifl.paper.claims.runs import StudyRun, read_run
 from certifl.paper.claims.testing import ClaimResult, check_runs
 from certifl.report.results import RunResults
 from certifl.smoothing.laws import LAWS
-from report_factory import blank_certificates, make_manifest
+from report_factory import FAMILIES, blank_certificates, make_manifest
 
 ROTATION = {"family": "rotation", "sigma": 0.1 * math.pi}
 LARGE_ROTATION = {"family": "rotation", "sigma": 0.5 * math.pi}
@@ -32,11 +32,6 @@ LARGE_PIXEL = {"family": "pixel", "sigma": 0.5}
 AFFINE = {"family": "affine", "sigma": 0.1}
 SIX = (ROTATION, LARGE_ROTATION, TRANSLATION, LARGE_TRANSLATION, PIXEL, LARGE_PIXEL)
 
-_KINDS = {
-    "rotation": ("uniform", "l1", "radians"),
-    "translation": ("gaussian", "l2", "half-widths"),
-    "pixel": ("gaussian", "l2", "intensity"),
-}
 LOCAL: dict[str, Any] = {"name": "local"}
 FEDAVG: dict[str, Any] = {"name": "fedavg"}
 PERSONALIZED: dict[str, Any] = {
@@ -115,16 +110,15 @@ def results(
     correct = np.where(flips, private.random(m), luck) < accuracy
     share = np.clip(planted / accuracy + ease + private.normal(0.0, noise, m), 0.0, 1.0)
     perturbation = values["certification"]["perturbation"]
-    law, norm, unit = _KINDS[perturbation["family"]]
-    conditions = {"law": law, "norm": norm, "unit": unit, "alpha": ALPHA, "n": N, "n0": 100}
+    conditions = {**FAMILIES[perturbation["family"]], "alpha": ALPHA, "n": N, "n0": 100}
     certificates = blank_certificates(
         m,
         client=np.repeat(np.arange(clients), images),
         index=np.arange(m) + first_image,
         label=label,
         predicted=np.where(correct, label, (label + 1) % 10),
-        radius=share * LAWS[law].largest_radius(perturbation["sigma"], N, ALPHA),
-        conditions={**perturbation, **conditions, "threat": "somebody moves the image"},
+        radius=share * LAWS[conditions["law"]].largest_radius(perturbation["sigma"], N, ALPHA),
+        conditions={**conditions, **perturbation},
     )
     name = values["algorithm"]["name"]
     manifest = {**make_manifest(name, name.title(), clients), "seed": seed}

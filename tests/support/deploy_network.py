@@ -28,17 +28,11 @@ __all__ = ["Federation", "Running", "free_port", "quick_flower", "until"]
 
 _QUICK = Path(__file__).with_name("quick_flower")
 _FORKS = ForkServer()  # not the one that other tests and workers of a training share
+_CERTIFL = ("client.process", "server.coordinator", "transport.gate")
+_FLOWER = ("supernode.cli", "superlink.cli.flower_superlink", "superlink.main")
 _FORKS.set_forkserver_preload(
-    [
-        "torch._dynamo",
-        "certifl.deploy.client.process",
-        "certifl.deploy.server.coordinator",
-        "certifl.deploy.transport.gate",
-        "flwr.supernode.cli",
-        "flwr.superlink.cli.flower_superlink",
-        "flwr.superlink.main",
-        "uvicorn",
-    ]
+    ["torch._dynamo", "uvicorn", *(f"certifl.deploy.{name}" for name in _CERTIFL)]
+    + [f"flwr.{name}" for name in _FLOWER]
 )
 
 

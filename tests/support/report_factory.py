@@ -19,30 +19,17 @@ REGIMES = {
     "personalized": ("Personalized", 0.89),
     "mixture": ("Mixture, λ = 0.5", 0.80),
 }
-ROTATION = {
-    "family": "rotation",
-    "sigma": 0.1 * math.pi,
-    "law": "uniform",
-    "norm": "l1",
-    "unit": "radians",
-    "threat": "The image is rotated about its center by an angle chosen by the adversary.",
-}
-PIXEL = {
-    "family": "pixel",
-    "sigma": 0.25,
-    "law": "gaussian",
-    "norm": "l2",
-    "unit": "intensity",
-    "threat": "A perturbation of bounded l2 norm is added to the pixel intensities.",
-}
-TRANSLATION = {
-    "family": "translation",
-    "sigma": 0.2,
-    "law": "gaussian",
-    "norm": "l2",
-    "unit": "half-widths",
-    "threat": "The image is shifted.",
-}
+_TURNED = "The image is rotated about its center by an angle chosen by the adversary."
+_ADDED = "A perturbation of bounded l2 norm is added to the pixel intensities."
+ROTATION, PIXEL, TRANSLATION = (
+    dict(zip(("family", "sigma", "law", "norm", "unit", "threat"), values, strict=True))
+    for values in (
+        ("rotation", 0.1 * math.pi, "uniform", "l1", "radians", _TURNED),
+        ("pixel", 0.25, "gaussian", "l2", "intensity", _ADDED),
+        ("translation", 0.2, "gaussian", "l2", "half-widths", "The image is shifted."),
+    )
+)
+FAMILIES = {facts["family"]: facts for facts in (ROTATION, PIXEL, TRANSLATION)}
 CLASSES = 10
 N0, N, ALPHA = 100, 1000, 0.001
 

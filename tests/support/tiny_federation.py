@@ -22,16 +22,8 @@ from certifl.federated import (
 from certifl.runs.checkpoints import Checkpoints, StoredRound
 
 CLASSES = 3
-SCHEDULE = Schedule(
-    rounds=3,
-    local_epochs=2,
-    batch_size=8,
-    lr=0.05,
-    momentum=0.9,
-    weight_decay=1e-3,
-    decay_every=2,
-    decay_factor=0.5,
-)
+_DECAY = {"weight_decay": 1e-3, "decay_every": 2, "decay_factor": 0.5}
+SCHEDULE = Schedule(rounds=3, local_epochs=2, batch_size=8, lr=0.05, momentum=0.9, **_DECAY)
 
 
 @dataclass(frozen=True)

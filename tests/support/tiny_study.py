@@ -109,14 +109,11 @@ def environment() -> dict[str, str]:
 
 def files(folder: Path) -> dict[str, tuple[str, int]]:
     """Content and time of change of every file, by its path."""
-    return {
-        str(path.relative_to(folder)): (
-            hashlib.sha256(path.read_bytes()).hexdigest(),
-            path.stat().st_mtime_ns,
-        )
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        found[str(path.relative_to(folder))] = (content, path.stat().st_mtime_ns)
+    return found
 
 
 def weights(folder: Path) -> dict[str, str]:

@@ -27,11 +27,10 @@ from certifl.tracking.run_tracker import certified_numbers, round_numbers
 ROUNDS = 4
 STUDY = tiny.spec(f"training.rounds={ROUNDS}", "certification.n=100")
 # Warnings that the libraries raise about themselves.
+_OF_LIBRARIES = ("DeprecationWarning", "FutureWarning", "ResourceWarning")
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings(f"ignore::{name}")
+    for name in (*_OF_LIBRARIES, "pytest.PytestUnraisableExceptionWarning")
 ]
 
 Points = dict[str, list[tuple[int, float]]]
@@ -196,11 +195,8 @@ def test_an_interrupted_run_is_logged_completely_and_once(name, tmp_path, untrac
     assert note["rounds"] == 2
     assert not note["certified"]
     tracked(place, name)
-    assert json.loads((place / "tracking" / name / "certifl.json").read_text()) == {
-        "run": note["run"],
-        "rounds": ROUNDS,
-        "certified": True,
-    }
+    after = json.loads((place / "tracking" / name / "certifl.json").read_text())
+    assert after == {"run": note["run"], "rounds": ROUNDS, "certified": True}
     assert_logged(READERS[name](place / "tracking" / name), place)
     # The run is what it is without a tracker, to the last bit.
     assert tiny.weights(place) == tiny.weights(untracked)
