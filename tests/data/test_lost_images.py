@@ -396,15 +396,16 @@ def test_classes_in_the_order_of_texts_are_said(classes, line, tmp_path, caplog)
         assert [line in record.getMessage() for record in caplog.records] == [True] * bool(line)
 
 
-def test_names_in_an_order_of_their_own_are_left_alone(tmp_path, caplog):
-    write_set(tmp_path / "bugs", features=names("2", "10", "1"))
-    assert load("bugs", tmp_path).class_names == ("2", "10", "1")
-    assert not caplog.records
-
-
-def test_integers_are_ordered_by_size(tmp_path, caplog):
-    write_set(tmp_path / "bugs", columns={"label": [10, 9, 2] * 4})
-    assert load("bugs", tmp_path).class_names == ("2", "9", "10")
+@pytest.mark.parametrize(
+    ("written", "order"),
+    [
+        ({"features": names("2", "10", "1")}, ("2", "10", "1")),  # as its maker named them
+        ({"columns": {"label": [10, 9, 2] * 4}}, ("2", "9", "10")),
+    ],
+)
+def test_names_keep_their_order_and_integers_are_ordered_by_size(written, order, tmp_path, caplog):
+    write_set(tmp_path / "bugs", **written)
+    assert load("bugs", tmp_path).class_names == order
     assert not caplog.records
 
 

@@ -67,12 +67,9 @@ def test_images_in_logits_out(name, shape):
     assert logits.isfinite().all()
 
 
-def test_the_studys_network_has_its_known_size():
+def test_networks_have_their_known_sizes():
     # ResNet-18 with a 3 x 3 stem and ten classes: 11 173 962 weights
     assert sum(p.numel() for p in models.resnet18(3, 10).parameters()) == 11_173_962
-
-
-def test_small_networks_are_small():
     for name, most in [("small_resnet", 200_000), ("small_cnn", 30_000)]:
         count = sum(p.numel() for p in models.MODELS[name](3, 10).parameters())
         assert 5_000 < count <= most
