@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 import torch
 
@@ -14,6 +15,9 @@ import tiny_study as tiny
 from certifl.certification import arithmetic
 
 torch.set_num_threads(1)
+# A busy machine makes no example wrong.
+hypothesis.settings.register_profile("certifl", deadline=None)
+hypothesis.settings.load_profile("certifl")
 
 pytest_plugins = ("browser", "required")
 

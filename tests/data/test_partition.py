@@ -138,14 +138,14 @@ class TestEveryPartition:
 
 class TestWhatEachPromises:
     @given(images=st.tuples(st.integers(20, 300), st.integers(20, 90)), clients=st.integers(1, 20))
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=20)
     def test_uniform_sizes_differ_by_at_most_one(self, images, clients):
         made = Uniform().split(TRAIN[: images[0]], TEST[: images[1]], clients, seed=0)
         assert np.ptp(sizes(made, "train")) <= 1
         assert np.ptp(sizes(made, "test")) <= 1
 
     @given(images=st.tuples(st.integers(20, 300), st.integers(20, 90)), clients=st.integers(1, 20))
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=20)
     def test_balanced_differs_by_at_most_one_in_every_class_and_in_all(self, images, clients):
         train, test = TRAIN[: images[0]], TEST[: images[1]]
         made = Balanced().split(train, test, clients, seed=0)
@@ -247,7 +247,7 @@ class TestAllocation:
         alpha=st.sampled_from([0.01, 0.3, 1.0, 100.0]),
         seed=st.integers(0, 1000),
     )
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     def test_quotas_are_shares_rounded_up_or_down_with_none_lost(
         self, totals, clients, alpha, seed
     ):

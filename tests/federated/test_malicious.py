@@ -25,7 +25,7 @@ honest_and_wrong = st.integers(1, 12).flatmap(
 
 
 @given(honest_and_wrong)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_median_stays_among_honest_values_while_they_are_more_than_half(values):
     honest, wrong = values
     found = result(Median(), updates(*wrong, *honest)).item()
@@ -33,7 +33,7 @@ def test_a_median_stays_among_honest_values_while_they_are_more_than_half(values
 
 
 @given(honest_and_wrong, st.randoms(use_true_random=False))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_trimmed_mean_stays_among_honest_values_up_to_its_share(values, order):
     honest, wrong = values
     sent = [*honest, *wrong]

@@ -25,7 +25,7 @@ from certifl.smoothing import (
 )
 from certifl.smoothing.laws import drawn_width
 
-exact = settings(max_examples=50, deadline=None, derandomize=True)
+exact = settings(max_examples=50, derandomize=True)
 levels = st.floats(1e-7, 0.5)
 
 

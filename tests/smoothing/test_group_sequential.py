@@ -29,7 +29,7 @@ from certifl.smoothing.group_sequential import GroupSequential, increments, repo
 ALPHA, RUNS = 0.05, 20_000
 GRID = np.array([0.25, 0.5, 0.75, 1.0])
 LOOKS = looks(1600, first=50, per_doubling=4)
-exact = settings(max_examples=50, deadline=None, derandomize=True)
+exact = settings(max_examples=50, derandomize=True)
 
 
 def sequence(runner_up: bool = True, radii: np.ndarray = GRID, law=GAUSSIAN, sigma: float = 1.0):
