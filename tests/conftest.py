@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,3 +66,13 @@ def undrawn() -> Iterator[None]:
 @pytest.fixture
 def copied(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def own_modules() -> Iterator[None]:
+    """Networks that a test brings, and where they lie, are forgotten afterwards."""
+    path = list(sys.path)
+    yield
+    for name in ("my_network", "changing", "unfit", "own_model", "recast_network"):
+        sys.modules.pop(name, None)
+    sys.path[:] = path

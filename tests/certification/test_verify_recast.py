@@ -3,7 +3,7 @@
 import dataclasses
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -211,15 +211,7 @@ def make(in_channels, num_classes):
 """
 
 
-@pytest.fixture
-def _own_modules() -> Iterator[None]:
-    path = list(sys.path)
-    yield
-    sys.modules.pop("recast_network", None)
-    sys.path[:] = path
-
-
-@pytest.mark.usefixtures("_own_modules")
+@pytest.mark.usefixtures("own_modules")
 def test_a_network_of_ones_own_needs_its_code(tmp_path):
     code = tmp_path / "code"
     code.mkdir()

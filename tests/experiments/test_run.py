@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +36,6 @@ REGIMES: dict[str, dict[str, Any]] = {
     },
     "mixture": {"name": "mixture", "personalization": 0.5},
 }
-
-
-@pytest.fixture
-def _own_modules() -> Iterator[None]:
-    """Networks that a test brings, and where they lie, are forgotten afterwards."""
-    path = list(sys.path)
-    yield
-    for name in ("my_network", "changing", "unfit", "own_model"):
-        sys.modules.pop(name, None)
-    sys.path[:] = path
 
 
 def certificates(folder: Path) -> Certificates:
@@ -195,7 +184,7 @@ def by_batch(in_channels, num_classes):
 """
 
 
-@pytest.mark.usefixtures("_own_modules")
+@pytest.mark.usefixtures("own_modules")
 @tiny.undrawn()
 def test_a_network_beside_the_spec(tmp_path, monkeypatch):
     home = tmp_path / "home"
@@ -227,7 +216,7 @@ def test_a_network_beside_the_spec(tmp_path, monkeypatch):
     later(*asked, "--code", home).refused("my_network:make", "this ran")
 
 
-@pytest.mark.usefixtures("_own_modules")
+@pytest.mark.usefixtures("own_modules")
 def test_a_network_that_changed_since_is_refused(tmp_path):
     (tmp_path / "changing.py").write_text(NETWORK)
     sys.path.append(str(tmp_path))
@@ -240,7 +229,7 @@ def test_a_network_that_changed_since_is_refused(tmp_path):
     tiny.cli(*asked, "--code", tmp_path).refused("do not fit", "changing:make")
 
 
-@pytest.mark.usefixtures("_own_modules")
+@pytest.mark.usefixtures("own_modules")
 def test_a_network_that_cannot_be_certified_is_refused_before_training(tmp_path):
     (tmp_path / "unfit.py").write_text(NETWORK)
     sys.path.append(str(tmp_path))
@@ -280,7 +269,7 @@ def test_a_finished_training_beside_is_taken_over_only_if_it_is_the_same(tmp_pat
         assert models(tmp_path / name) == models(tmp_path / f"{name} alone")
 
 
-@pytest.mark.usefixtures("_own_modules")
+@pytest.mark.usefixtures("own_modules")
 def test_the_training_of_a_network_whose_code_may_have_changed_is_not_taken_over(tmp_path, caplog):
     caplog.set_level("INFO")
     (tmp_path / "my_network.py").write_text(NETWORK)
@@ -313,7 +302,7 @@ def test_quickstart_shows_all_regimes_on_one_page_and_is_not_done_twice(tmp_path
     assert tiny.files(place) == before
 
 
-@pytest.mark.usefixtures("_own_modules")
+@pytest.mark.usefixtures("own_modules")
 def test_the_example_of_a_network_of_ones_own(tmp_path):
     short = ("training.rounds=2", "certification.images=4", "certification.n=200")
     sys.path.append(str(EXAMPLES))
@@ -322,7 +311,7 @@ def test_the_example_of_a_network_of_ones_own(tmp_path):
     assert folder.manifest()["code"] == str(EXAMPLES)
 
 
-@pytest.mark.usefixtures("_own_modules")
+@pytest.mark.usefixtures("own_modules")
 def test_the_example_of_a_model_somebody_has(capsys):
     example = load_script("examples/certify_your_model.py")
     example.EPOCHS, example.TESTED = 3, 12
