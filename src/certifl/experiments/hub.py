@@ -57,15 +57,16 @@ def push(
         target: "hf:OWNER/NAME", or a folder that does not exist yet.
         client: of the run; None = 0, or the client whose folder it is.
         share: "curve", or "rows" to add every test image's certificate with its votes.
-        public: whether a new repository of the hub can be seen by everybody.
+        public: whether everybody may see the repository of the hub; a new one is private else.
         code: the folder of the network's own code.
 
     Returns:
         Where it is now: an address or a folder.
 
     Raises:
-        InputError: an option that is not allowed. StoreMismatch: no finished run, or the folder
-            exists. DataUnavailable: the hub did not take it, or the extra is missing.
+        InputError: an option that is not allowed, or a public repository. StoreMismatch: no
+            finished run, or the folder exists. DataUnavailable: the hub did not take it, or the
+            extra is missing.
     """
     if share not in SHARES:
         raise InputError(f"share must be one of {', '.join(SHARES)}; got {share!r}.")
@@ -316,6 +317,11 @@ def _upload(folder: Path, name: str, public: bool) -> str:
 
     def sent() -> str:
         address = api.create_repo(name, private=not public, exist_ok=True)
+        if not public and not api.repo_info(name).private:
+            raise InputError(
+                f"{PREFIX}{name} exists and everybody can see it: nothing was uploaded. Name "
+                "another repository, or say that the model may be public (--public)."
+            )
         api.upload_folder(repo_id=name, folder_path=str(folder))
         return str(address)
 
