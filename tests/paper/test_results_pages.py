@@ -13,13 +13,16 @@ from PIL import Image
 
 import claims_factory as factory
 from certifl.paper.claims import CLAIMS
+from certifl.paper.claims.testing import check_runs
 from certifl.paper.figures import FIGURES
 from certifl.report import load_run
 from certifl.report.summary import client_acr, client_curves, largest_radius
 from certifl.report.units import scales
 from scripts import RESULTS, results_scripts
 
-paging, study_numbers, figures = results_scripts("paging", "study_numbers", "figures")
+paging, study_numbers, figures, verdicts = results_scripts(
+    "paging", "study_numbers", "figures", "verdicts"
+)
 REGIMES = (("Local", factory.LOCAL, 0.3), ("FedAvg", factory.FEDAVG, 0.6))
 SETTINGS = [(p, n) for p in (factory.ROTATION, factory.LARGE_ROTATION) for n in (4, 10)]
 COMMAND = "/opt/bin/certifl reproduce figure1 --data-dir /home/me/data --out /tmp/study"
@@ -216,3 +219,15 @@ def test_the_committed_pages_are_whole():
             assert (page.parent / link).exists(), (page.name, link)
     for picture in RESULTS.glob("*.png"):
         assert picture.stat().st_size < 300_000, picture.name
+
+
+def test_a_claim_is_only_so_far_supported_while_its_figures_are_missing():
+    report = check_runs(factory.pair(0.2, 0.7), draws=200)
+    whole, partly = (verdicts.paper_page(report, missing) for missing in ([], ["figure6"]))
+    row = r"\| 4\.1 \(ii\) \| .* \| {} \|"
+    assert re.search(row.format(r"\*\*yes\*\*"), whole)
+    assert re.search(row.format(r"so far \*\*yes\*\*"), partly)
+    assert "FedAvg certifies more in every setting" in whole
+    assert "FedAvg certifies more in every setting" not in partly
+    assert "4.1 (ii) supported so far" in partly
+    assert re.search(r"\| 4\.1 \(ii\) by over 20 points \| .* \| \*\*yes\*\* \|", partly)

@@ -58,6 +58,7 @@ def spec(
     lr: float = 0.1,
     data: str = "cifar10",
     alpha: float = ALPHA,
+    precision: str = "auto",
 ) -> dict[str, Any]:
     start = certified if federated == "matching" else federated
     personal = "same" if federated == "matching" else certified
@@ -78,7 +79,7 @@ def spec(
                 "n0": 100,
                 "n": N,
                 "alpha": alpha,
-                "precision": "auto",
+                "precision": precision,
             },
         }
     )
