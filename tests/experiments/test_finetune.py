@@ -15,9 +15,9 @@ from certifl.deploy.server.start import check_start
 from certifl.deploy.transport.schemas import Rejected
 from certifl.errors import RequestError, SpecError
 from certifl.experiments import run as run_module
-from certifl.experiments.finetune import read_perturbation
 from certifl.experiments.plan import plan
 from certifl.experiments.run import Options, compute
+from certifl.experiments.standalone import read_perturbation
 from certifl.experiments.verify import verify_run
 from certifl.federated.algorithms import ALGORITHMS
 from certifl.federated.trainer import Checkpoints

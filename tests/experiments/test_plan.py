@@ -13,9 +13,9 @@ from PIL import Image
 import tiny_study as tiny
 from certifl.data import load
 from certifl.errors import DataUnavailable, InputError, ModelError
-from certifl.experiments import doctor
 from certifl.experiments import plan as planning
 from certifl.experiments.plan import EXPECTED_SHARE, KNOWN, Plan, plan
+from certifl.study import environment as doctor
 from tiny_study import cli, files, spec, write_spec
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
