@@ -12,10 +12,9 @@ from scipy import fft
 from scipy.stats import binom
 
 import certifl
-from certifl.certification.attack import AttackBudget, deformed_first, search
-from certifl.certification.certified_sets import region_of, sweep_along, sweeps_of
+from certifl.certification.attack import AttackBudget, deformed_first, region_of, search
 from certifl.certification.network import prepare
-from certifl.certification.sampling import VoteCounter
+from certifl.certification.sampling import VoteCounter, sweep_along, sweeps_of
 from certifl.errors import InputError
 from certifl.federated.objectives.macer import soft_margins
 from certifl.perturbations import format_amount

@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
 
+from certifl.deploy.bundle import Connection, init, load_connection
 from certifl.deploy.client import process as serving
 from certifl.deploy.client.process import Accepted, Retry, _refused
-from certifl.deploy.provision.bundle import Connection, init, load_connection
 from certifl.deploy.server.process import Endpoint, _not_started, local_endpoint
 from certifl.errors import WorkError
 from deploy_network import free_port
@@ -64,7 +64,7 @@ def test_an_unreachable_server_and_short_connections_are_reported_rarely():
 
 
 def test_connections_of_the_federation_bypass_proxies(monkeypatch):
-    from certifl.deploy.transport.flower import bypass_proxies
+    from certifl.deploy.flower import bypass_proxies
 
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "example.net")

@@ -12,13 +12,13 @@ pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl
 
 from test_deploy_lies import KEYS, STUDY, Replayed, honest, put
 
-from certifl.deploy.provision.bundle import init
-from certifl.deploy.provision.keys import node_key
+from certifl.deploy import flower
+from certifl.deploy.bundle import init
+from certifl.deploy.flower import Endpoint
+from certifl.deploy.keys import node_key
+from certifl.deploy.messages import GridTransport
 from certifl.deploy.server.process import KeyFolder, _KeyAdmission, client_keys
 from certifl.deploy.server.start import check_clients
-from certifl.deploy.transport import flower
-from certifl.deploy.transport.flower import Endpoint
-from certifl.deploy.transport.messages import GridTransport
 from certifl.errors import RequestError, WorkError
 from certifl.runs.checkpoints import Checkpoints
 from deploy_factory import coordinated, options

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from certifl.deploy.client.spec_policy import DECISIONS
+from certifl.deploy.client.settings import DECISIONS
 from certifl.deploy.server import start as deploy
 from certifl.errors import RequestError, SpecError
 from certifl.experiments.finetune import read_perturbation

@@ -12,8 +12,8 @@ from certifl import rng as streams
 from certifl.errors import CertiflError, InputError, SpecError, StoreMismatch
 from certifl.experiments.run import Options, run
 from certifl.federated import FedAvg, LocalTraining, train
+from certifl.federated.batches import Batch
 from certifl.federated.objectives import OBJECTIVES, Consistency, Macer, SmoothAdv, Stability
-from certifl.federated.training.batches import Batch
 from certifl.perturbations import PixelNoise
 from certifl.runs.checkpoints import Checkpoints
 from certifl.smoothing.laws import UNIFORM, Law

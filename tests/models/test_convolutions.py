@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from certifl.federated.training.steps import isolated_rng
+from certifl.federated.steps import isolated_rng
 from certifl.torch_env import exact_convolutions
 
 CUDA = torch.device("cuda:0")

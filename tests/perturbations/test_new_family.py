@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import certifl
-from certifl.certification.certified_sets import sweeps_of
+from certifl.certification.sampling import sweeps_of
 from certifl.perturbations import PERTURBATIONS, family_label, trait
 from certifl.registry import Positive, Row, parameters
 from certifl.report.units import family_words, scales

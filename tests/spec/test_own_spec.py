@@ -8,7 +8,7 @@ import pytest
 
 import tiny_study as tiny
 from certifl.errors import SpecError
-from certifl.federated.training.batches import PerClient
+from certifl.federated.batches import PerClient
 from certifl.spec import with_settings
 from certifl.study.setup import label_of
 from own_study import OWN, PIXEL, spec

@@ -35,7 +35,7 @@ _FORKS.set_forkserver_preload(
         "torch._dynamo",
         "certifl.deploy.client.process",
         "certifl.deploy.server.coordinator",
-        "certifl.deploy.transport.gate",
+        "certifl.deploy.gate",
         "flwr.supernode.cli",
         "flwr.superlink.cli.flower_superlink",
         "flwr.superlink.main",
@@ -63,8 +63,8 @@ def _command(
     """The command line in a forked process, its output in a file; reports have no figures."""
     from certifl import report
     from certifl.cli import main
+    from certifl.deploy import flower
     from certifl.deploy.client import process
-    from certifl.deploy.transport import flower
 
     _write_to(log)
     os.environ |= {**quick_flower(), _NAMESPACE: namespace}
@@ -215,7 +215,7 @@ class Federation:
     """A provisioning bundle, its server and its clients."""
 
     def __init__(self, folder: Path, clients: int, *options: str) -> None:
-        from certifl.deploy.provision.bundle import init
+        from certifl.deploy.bundle import init
 
         self.folder, self.bundle = folder, folder / "bundle"
         self.port = free_port()

@@ -37,7 +37,7 @@ from certifl.certification.network import Model, Network, computes_bfloat16, pre
 from certifl.certification.quantization import Calibration, Scales
 from certifl.certification.sampling import VoteCounter, voting
 from certifl.certification.settings import Settings
-from certifl.data.cache import cache_folder
+from certifl.data.dataset import cache_folder
 from certifl.errors import ModelError
 from certifl.models import code_fingerprint, fingerprint
 from certifl.models.architectures import Normalize, QuarterMeans

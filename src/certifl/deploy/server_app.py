@@ -11,9 +11,9 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from certifl.deploy.flower import return_freed_memory
+from certifl.deploy.messages import GridTransport
 from certifl.deploy.server.coordinator import Options, coordinate
-from certifl.deploy.transport.flower import return_freed_memory
-from certifl.deploy.transport.messages import GridTransport
 from certifl.errors import InputError
 from certifl.spec import load
 

@@ -30,10 +30,10 @@ def status_lines(folder: Path) -> tuple[list[str], bool]:
     Raises:
         SpecError: it is not a folder of a federation.
     """
+    from certifl.deploy.bundle import load_connection
     from certifl.deploy.client.privacy_budget import ledger_lines
     from certifl.deploy.client.settings import load_settings
-    from certifl.deploy.provision.bundle import load_connection
-    from certifl.deploy.provision.keys import check_certificate, connection_problem
+    from certifl.deploy.keys import check_certificate, connection_problem
 
     connection = load_connection(folder)
     is_server = (folder / "superexec.secret").is_file()
@@ -65,8 +65,8 @@ def status_lines(folder: Path) -> tuple[list[str], bool]:
 
 
 def _clients(folder: Path) -> list[str]:
+    from certifl.deploy.flower import nodes
     from certifl.deploy.server.process import client_keys, local_endpoint
-    from certifl.deploy.transport.flower import nodes
 
     lines, numbers = [], {key: client for client, key in client_keys(folder).items()}
     for node in nodes(local_endpoint(folder)):

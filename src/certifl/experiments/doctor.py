@@ -15,7 +15,7 @@ import torch
 from certifl._version import __version__
 from certifl.certification.network import computes_bfloat16
 from certifl.data import EMBEDDED
-from certifl.data.cache import cache_folder
+from certifl.data.dataset import cache_folder
 from certifl.data.loading import DATA_ENV
 from certifl.study.environment import machine_metadata, versions
 

@@ -21,10 +21,10 @@ from certifl.federated.faults import (
     suggestions,
     try_client,
 )
+from certifl.federated.local_training import LocalTraining
 from certifl.federated.privacy.accounting import Ledger
+from certifl.federated.schedule import participants
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-from certifl.federated.training.local_training import LocalTraining
-from certifl.federated.training.schedule import participants
 from certifl.registry import check_number
 from certifl.runs.checkpoints import Checkpoints, PendingRound, StoredRound
 

@@ -23,9 +23,9 @@ import torch
 from certifl.errors import CertiflError, InputError, WorkError
 from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.faults import ClientResult, Fault, try_client
+from certifl.federated.local_training import LocalTraining
 from certifl.federated.rounds import Clients, data_of, run_client, server_state
 from certifl.federated.states import ServerState
-from certifl.federated.training.local_training import LocalTraining
 from certifl.models import adopt_code, allowed_code
 from certifl.registry import check_number
 from certifl.runs.checkpoints import StoredRound

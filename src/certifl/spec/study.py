@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from certifl.errors import InputError
 from certifl.federated.algorithms import ALGORITHMS
 from certifl.federated.objectives import OBJECTIVES
-from certifl.federated.training.schedule import check_arithmetic
+from certifl.federated.schedule import check_arithmetic
 from certifl.perturbations import from_record as perturbation_from
 from certifl.spec.sections import (
     NONE,
@@ -32,8 +32,8 @@ from certifl.spec.sections import (
 
 if TYPE_CHECKING:
     from certifl.federated.algorithms.base import Algorithm
+    from certifl.federated.batches import PerClient
     from certifl.federated.objectives.base import Objective
-    from certifl.federated.training.batches import PerClient
     from certifl.perturbations import Perturbation
 
     Choice = Perturbation | PerClient | None
@@ -217,7 +217,7 @@ class Spec(Section):
 
     def _augmentation(self, description: Any) -> Choice:
         if description == OWN:
-            from certifl.federated.training.batches import combine_augmentations
+            from certifl.federated.batches import combine_augmentations
 
             return combine_augmentations(self.perturbations())
         return _built(description)

@@ -22,7 +22,7 @@ from certifl.certification import Certificates, verify
 from certifl.certification.api import asked_conditions
 from certifl.certification.metadata import AMOUNTS
 from certifl.certification.settings import PRECISIONS, Settings
-from certifl.deploy.transport.schemas import Curve, MalformedMessage
+from certifl.deploy.schemas import Curve, MalformedMessage
 from certifl.errors import CertiflError, InputError, one_line
 from certifl.federated.states import ModelState
 from certifl.perturbations import Perturbation, from_record

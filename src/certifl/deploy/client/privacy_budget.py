@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from certifl.deploy.client.settings import Settings
-from certifl.deploy.transport.schemas import Rejected
+from certifl.deploy.schemas import Rejected
 from certifl.errors import InputError, StoreError
 from certifl.federated.privacy import (
     ExampleLedger,

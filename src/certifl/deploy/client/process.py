@@ -25,12 +25,11 @@ from flwr.proto.runtime_pb2 import PushTaskOutputRequest
 from flwr.supercore.constant import TaskType
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
+from certifl.deploy.bundle import INSECURE, Connection, load_connection
 from certifl.deploy.client.client import Client
 from certifl.deploy.client.settings import Settings
 from certifl.deploy.client_app import respond
-from certifl.deploy.provision.bundle import INSECURE, Connection, load_connection
-from certifl.deploy.provision.keys import check_certificate, connection_problem
-from certifl.deploy.transport.flower import (
+from certifl.deploy.flower import (
     Child,
     Endpoint,
     acquire,
@@ -43,6 +42,7 @@ from certifl.deploy.transport.flower import (
     runtime_client,
     stop_on_signals,
 )
+from certifl.deploy.keys import check_certificate, connection_problem
 from certifl.errors import InputError, WorkError
 from certifl.federated.workers import warm_up
 from certifl.runs.atomic import private_folder, write_secret, write_text

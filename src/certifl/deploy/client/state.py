@@ -30,8 +30,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from certifl.deploy.transport.messages import Content
-from certifl.deploy.transport.schemas import Rejected
+from certifl.deploy.messages import Content
+from certifl.deploy.schemas import Rejected
 from certifl.errors import StoreError, one_line
 from certifl.federated.states import ClientState, Parts
 from certifl.models import fingerprint

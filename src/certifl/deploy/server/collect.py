@@ -15,11 +15,17 @@ from flwr.app import ArrayRecord
 from certifl.certification import Certificates
 from certifl.deploy.client.curves import CertificateChecks, curve_of
 from certifl.deploy.client.settings import lower_level
-from certifl.deploy.server.clients import FAILED, POLL, ClientRegistry, Pending
-from certifl.deploy.server.remote_runner import fault_of, request_fields
+from certifl.deploy.messages import Content, NoReply, encode, fingerprint_of
+from certifl.deploy.schemas import Certified, MalformedMessage, Reply, checked
+from certifl.deploy.server.remote_runner import (
+    FAILED,
+    POLL,
+    ClientRegistry,
+    Pending,
+    fault_of,
+    request_fields,
+)
 from certifl.deploy.server.start import Options, record
-from certifl.deploy.transport.messages import Content, NoReply, encode, fingerprint_of
-from certifl.deploy.transport.schemas import Certified, MalformedMessage, Reply, checked
 from certifl.errors import WorkError, one_line
 from certifl.federated.algorithms.base import needed_by_clients
 from certifl.federated.faults import required_clients

@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from certifl.deploy.server.clients import ClientRegistry
+from certifl.deploy.flower import configure_flower, opened_run, return_freed_memory
+from certifl.deploy.messages import GridTransport
 from certifl.deploy.server.collect import collect_certificates
 from certifl.deploy.server.process import KeyFolder, local_endpoint
-from certifl.deploy.server.remote_runner import RemoteData, RemoteRunner
+from certifl.deploy.server.remote_runner import ClientRegistry, RemoteData, RemoteRunner
 from certifl.deploy.server.start import (
     Options,
     Reference,
@@ -30,13 +31,11 @@ from certifl.deploy.server.start import (
     new_registry,
     record,
 )
-from certifl.deploy.transport.flower import configure_flower, opened_run, return_freed_memory
-from certifl.deploy.transport.messages import GridTransport
 from certifl.federated.algorithms.base import needed_by_clients
+from certifl.federated.local_training import LocalTraining
 from certifl.federated.privacy import ExampleLedger
 from certifl.federated.rounds import Progress
 from certifl.federated.trainer import train
-from certifl.federated.training.local_training import LocalTraining
 from certifl.progress import StageCallback
 from certifl.runs.atomic import private_files
 from certifl.runs.checkpoints import Checkpoints, StoredRound

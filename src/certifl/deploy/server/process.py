@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from certifl.deploy.provision.bundle import INSECURE, Connection, load_connection
-from certifl.deploy.provision.keys import check_certificate, connection_problem, public_key_bytes
-from certifl.deploy.transport import flower
-from certifl.deploy.transport.flower import (
+from certifl.deploy import flower
+from certifl.deploy.bundle import INSECURE, Connection, load_connection
+from certifl.deploy.flower import (
     Child,
     Endpoint,
     bypass_proxies,
@@ -21,6 +20,7 @@ from certifl.deploy.transport.flower import (
     stop_on_signals,
     tail,
 )
+from certifl.deploy.keys import check_certificate, connection_problem, public_key_bytes
 from certifl.errors import InputError, WorkError
 
 _log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def run_server(folder: Path, report: Callable[[str], None]) -> None:
     with locked_folder(folder), stop_on_signals() as stop:
         configure_flower(home)
         child = Child(
-            "certifl.deploy.transport.gate:main",
+            "certifl.deploy.gate:main",
             _superlink(folder, connection),
             log,
             home,

@@ -16,10 +16,9 @@ from torch import nn
 
 from certifl.data import EMBEDDED, load
 from certifl.deploy.client.settings import check_share
-from certifl.deploy.server.clients import MISMATCHED, UNKNOWN, ClientRegistry
-from certifl.deploy.server.remote_runner import Timeouts
-from certifl.deploy.transport.messages import GridTransport
-from certifl.deploy.transport.schemas import Joined
+from certifl.deploy.messages import GridTransport
+from certifl.deploy.schemas import Joined
+from certifl.deploy.server.remote_runner import MISMATCHED, UNKNOWN, ClientRegistry, Timeouts
 from certifl.errors import CertiflError, InputError, RequestError, WorkError, one_line
 from certifl.federated.faults import required_clients
 from certifl.models import build, fingerprint

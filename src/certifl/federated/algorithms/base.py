@@ -12,6 +12,8 @@ from typing import ClassVar, Protocol
 
 from certifl.federated.algorithms import ALGORITHMS
 from certifl.federated.averaging import average_models
+from certifl.federated.local_training import LocalTraining
+from certifl.federated.schedule import Schedule
 from certifl.federated.states import (
     ClientData,
     ClientState,
@@ -20,9 +22,7 @@ from certifl.federated.states import (
     ServerState,
     Update,
 )
-from certifl.federated.training.local_training import LocalTraining
-from certifl.federated.training.schedule import Schedule
-from certifl.federated.training.steps import GradientHook, Step
+from certifl.federated.steps import GradientHook, Step
 
 
 class Algorithm(Protocol):

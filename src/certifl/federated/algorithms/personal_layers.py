@@ -9,8 +9,8 @@ from torch import nn
 
 from certifl.errors import SpecError
 from certifl.federated.algorithms.base import GlobalModel
+from certifl.federated.local_training import GradientHook, LocalTraining
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-from certifl.federated.training.local_training import GradientHook, LocalTraining
 
 
 @dataclass(frozen=True)

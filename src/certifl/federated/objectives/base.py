@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from certifl.errors import InputError
+from certifl.federated.batches import Augmentation, Batch
 from certifl.federated.objectives import OBJECTIVES
-from certifl.federated.training.batches import Augmentation, Batch
 from certifl.smoothing.laws import Law
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from certifl.errors import InputError
+from certifl.federated.batches import Batch
 from certifl.federated.objectives import OBJECTIVES
 from certifl.federated.objectives.base import (
     Smoothing,
@@ -20,7 +21,6 @@ from certifl.federated.objectives.base import (
     single,
     smoothing_of,
 )
-from certifl.federated.training.batches import Batch
 
 
 @dataclass(frozen=True)

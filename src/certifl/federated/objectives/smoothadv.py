@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional
 
 from certifl.errors import InputError
+from certifl.federated.batches import Batch
 from certifl.federated.objectives import OBJECTIVES
 from certifl.federated.objectives.base import by_copy, log_mean_exp, single, smoothing_of
-from certifl.federated.training.batches import Batch
 
 
 @dataclass(frozen=True)

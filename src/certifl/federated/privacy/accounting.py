@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from certifl.errors import SpecError
-from certifl.federated.training.batches import batch_bounds
+from certifl.federated.batches import batch_bounds
 
 ACCOUNTANT = "rdp"
 # Orders to minimize over: each gives a valid bound.

@@ -18,11 +18,11 @@ from torch import nn
 
 from certifl import rng as streams
 from certifl.errors import InputError, ModelError, SpecError, first_line
+from certifl.federated.batches import Batch
 from certifl.federated.objectives import Augmented, Objective
 from certifl.federated.privacy.accounting import opacus, steps_per_epoch
 from certifl.federated.states import ClientData, ModelState, ServerState, Update
-from certifl.federated.training.batches import Batch
-from certifl.federated.training.steps import GradientHook, Outcome, StepContext
+from certifl.federated.steps import GradientHook, Outcome, StepContext
 from certifl.models import fingerprint
 from certifl.module_copies import copy_of
 from certifl.registry import check_number

@@ -18,7 +18,7 @@ from certifl.federated.privacy.accounting import (
     steps_per_epoch,
 )
 from certifl.federated.privacy.mechanisms import ClientLevel, ExampleLevel
-from certifl.federated.training.schedule import Schedule
+from certifl.federated.schedule import Schedule
 from certifl.registry import parameters
 
 _NO_ROW = AlgorithmRow("", parameters(), "")  # of an algorithm without a row: no privacy

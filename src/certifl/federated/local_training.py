@@ -18,6 +18,12 @@ from torch import nn
 
 from certifl import rng as streams
 from certifl.errors import InputError, ModelError, SpecError, TrainingDiverged
+from certifl.federated.batches import (
+    Augmentation,
+    BatchStream,
+    PerClient,
+    augmentation_of,
+)
 from certifl.federated.objectives import Augmented, Objective
 from certifl.federated.privacy.mechanisms import (
     NO_SECOND_GRADIENT,
@@ -25,15 +31,9 @@ from certifl.federated.privacy.mechanisms import (
     PrivateStepContext,
 )
 from certifl.federated.privacy.planning import check_network
+from certifl.federated.schedule import Schedule, check_arithmetic
 from certifl.federated.states import ClientData, ModelState, Parts
-from certifl.federated.training.batches import (
-    Augmentation,
-    BatchStream,
-    PerClient,
-    augmentation_of,
-)
-from certifl.federated.training.schedule import Schedule, check_arithmetic
-from certifl.federated.training.steps import (
+from certifl.federated.steps import (
     MEMORY_FORMATS,
     TRAINING_PRECISIONS,
     GradientHook,

@@ -52,7 +52,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
-from certifl.deploy.provision.bundle import FLOWER_VARIABLES, app_files
+from certifl.deploy.bundle import FLOWER_VARIABLES, app_files
 from certifl.errors import StoreMismatch, WorkError
 from certifl.runs.atomic import private_files, write_text
 

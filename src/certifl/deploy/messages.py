@@ -22,7 +22,7 @@ from flwr.serverapp import Grid
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from certifl.deploy.transport.schemas import (
+from certifl.deploy.schemas import (
     CertifyRequest,
     JoinRequest,
     MalformedMessage,

@@ -12,7 +12,7 @@ from pathlib import Path
 import tomli_w
 
 from certifl._version import __version__
-from certifl.deploy.provision.keys import Authority, node_key
+from certifl.deploy.keys import Authority, node_key
 from certifl.errors import InputError, SpecError, StoreMismatch
 from certifl.path_checks import CONNECTION, check_deploy_folder
 from certifl.runs.atomic import (
