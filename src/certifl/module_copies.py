@@ -60,11 +60,7 @@ def copy_of(module: nn.Module) -> nn.Module:
 
 
 def bare_copy_of(module: nn.Module) -> nn.Module:
-    """A deep copy without wrappers, at every level; its weights may have other names.
-
-    Raises:
-        ModelError: as `copy_of`.
-    """
+    """A `copy_of` without wrappers, at every level; its weights may have other names."""
     made = unwrapped(copy_of(module))
     _unwrap_children(made)
     return made

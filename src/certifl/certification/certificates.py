@@ -121,11 +121,7 @@ class Certificates:
         return curves.certified_accuracy(self.correct, self.radius, requested)
 
     def average_certified_radius(self) -> float:
-        """Mean over all images of radius times correct (ACR, the area under the curve).
-
-        Raises:
-            InputError: as `certified_accuracy`.
-        """
+        """Mean over all images of radius times correct (ACR); raises as `certified_accuracy`."""
         self._require_comparable()
         return float(curves.average_certified_radius(self.correct, self.radius))
 
@@ -278,11 +274,7 @@ class Certificates:
 
     @staticmethod
     def load(path: str | Path) -> Certificates:
-        """Read what `save` wrote, or a published log under any name.
-
-        Raises:
-            InputError: the file is missing, damaged, or has other columns.
-        """
+        """Read what `save` wrote, or a published log; InputError where it cannot be read."""
         from certifl.certification.files import load
 
         return load(Path(path))
@@ -315,11 +307,7 @@ def _columns(certificates: Certificates) -> list[str]:
 
 
 def pandas() -> Any:
-    """The library, which is optional and imported when it is asked for.
-
-    Raises:
-        InputError: it is not installed.
-    """
+    """The library, which is optional; InputError where it is not installed."""
     try:
         return importlib.import_module("pandas")
     except ImportError as error:
@@ -330,11 +318,7 @@ def pandas() -> Any:
 
 
 def require_rows(certificates: Certificates) -> None:
-    """Refuse certificates that only stand for curves.
-
-    Raises:
-        InputError: the clients shared curves only.
-    """
+    """Refuse certificates that only stand for curves (InputError)."""
     if groups.CURVES_ONLY in certificates.conditions:
         raise InputError(
             "The clients of this run shared curves and kept the certificates of their images: "
@@ -398,11 +382,7 @@ class Predictions:
 
     @staticmethod
     def load(path: Path) -> Predictions:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: the file is missing, damaged, or has other columns.
-        """
+        """Read what `save` wrote; InputError where the file is missing or damaged."""
         from certifl.certification.files import load_predictions
 
         return load_predictions(path)

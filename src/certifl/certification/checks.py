@@ -122,11 +122,7 @@ def _refuse_channels_last(shape: tuple[int, ...]) -> None:
 
 
 def check_perturbation(perturbation: Any) -> None:
-    """Refuse what is not a perturbation: a name, or a family without its sigma.
-
-    Raises:
-        InputError: it cannot draw and apply parameters.
-    """
+    """Refuse what is not a perturbation: a name, or a family without its sigma (InputError)."""
     if isinstance(perturbation, type) or not hasattr(perturbation, "sample"):
         raise InputError(
             "perturbation must be an object with its sigma, such as "
@@ -135,21 +131,13 @@ def check_perturbation(perturbation: Any) -> None:
 
 
 def check_seed(seed: Any) -> None:
-    """Refuse a seed that is not a whole number from 0, before it is silently cut to one.
-
-    Raises:
-        InputError: it is none.
-    """
+    """Refuse a seed that is not a whole number from 0, before it is cut to one (InputError)."""
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise InputError(f"seed must be a whole number from 0; got {seed!r}.")
 
 
 def check_exact(images: Tensor, perturbation: Perturbation) -> None:
-    """With `exact=True`, images must be 8-bit: whole multiples of 1/255.
-
-    Raises:
-        InputError: some intensity is not a multiple of 1/255.
-    """
+    """With `exact=True`, refuse images that are not 8-bit: multiples of 1/255 (InputError)."""
     if getattr(perturbation, "exact", False):
         levels = images.double() * 255
         if float((levels - levels.round()).abs().max()) > 1e-3:
@@ -163,11 +151,7 @@ def check_exact(images: Tensor, perturbation: Perturbation) -> None:
 def check_labels(
     labels: Tensor | np.ndarray | None, images: int, classes: int
 ) -> np.ndarray | None:
-    """Labels as (m,) int64, or None.
-
-    Raises:
-        InputError: not one whole number in [0, classes) per image.
-    """
+    """Labels as (m,) int64, or None; InputError if not one of the classes for each image."""
     if labels is None:
         return None
     _refuse_blocks_of_labels(labels)
@@ -270,11 +254,7 @@ def _strangers(images: Tensor, seed: int) -> Tensor:
 
 
 def writes_into_its_input(network: Model, images: Tensor) -> bool:
-    """Whether a network changes the batch it is given, such as by `x.sub_(mean)`.
-
-    Raises:
-        ModelError: it fails on these images.
-    """
+    """Whether a network changes the batch it is given; ModelError if it fails on it."""
     batch = probe_of(images)
     before = batch.clone()
     _logits(network, batch)
@@ -477,11 +457,7 @@ def _pairs(images: Images, labels: ImageLabels) -> Iterator[tuple[Any, Any]]:
 
 
 def _iterable(images: Any) -> Iterable[Any]:
-    """Blocks, where images are no single array.
-
-    Raises:
-        InputError: they are none.
-    """
+    """Blocks, where images are no single array; InputError if they are none."""
     if isinstance(images, DataLoader):
         inner = getattr(images.batch_sampler, "sampler", None)
         if isinstance(images.sampler, _SHUFFLING) or isinstance(inner, _SHUFFLING):

@@ -138,11 +138,7 @@ class Estimator:
         return float(noise.law.largest_radius(noise.sigma, settings.n, settings.alpha))
 
     def grid(self) -> Floats:
-        """The radii that will be reported: those asked for, or evenly up to the largest possible.
-
-        Raises:
-            InputError: as `check`.
-        """
+        """The radii that are reported: as asked, or evenly up to the largest; see `check`."""
         self.check()
         if self.settings.radii is not None:
             return np.array(self.settings.radii, dtype=np.float64)
@@ -281,11 +277,7 @@ class Estimator:
 
     @classmethod
     def recorded(cls, settings: Settings, noise: Noise, metadata: Metadata) -> Estimator:
-        """The estimator of a record.
-
-        Raises:
-            KeyError: the metadata lack what it needs. InputError: they cannot be read.
-        """
+        """The estimator of a record; KeyError or InputError where its metadata do not say it."""
         del metadata
         return cls(settings, noise)
 

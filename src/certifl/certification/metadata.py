@@ -53,11 +53,7 @@ def below_sigma(metadata: Conditions) -> bool:
 
 
 def require_groups(conditions: Conditions) -> None:
-    """Refuse stored metadata that cannot be assigned to clients.
-
-    Raises:
-        InputError: the perturbations are not objects that name their clients.
-    """
+    """Refuse stored metadata that cannot be assigned to clients (InputError)."""
     groups = conditions.get(PERTURBATIONS)
     if groups is None:
         return
@@ -120,11 +116,7 @@ def entries(conditions: Conditions) -> list[tuple[list[int] | None, dict[str, An
 
 
 def of_client(conditions: Conditions, client: int) -> dict[str, Any]:
-    """The metadata of one client's certificates.
-
-    Raises:
-        InputError: the client certified nothing.
-    """
+    """The metadata of one client's certificates; InputError if it certified nothing."""
     for clients, metadata in entries(conditions):
         if clients is None or client in clients:
             return metadata

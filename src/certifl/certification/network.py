@@ -292,11 +292,7 @@ def _is_tf32(newer: Any, older: Any) -> bool:
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """The device to compute on; "auto" takes a GPU where there is one.
-
-    Raises:
-        InputError: the device is unknown or absent.
-    """
+    """The device to compute on, a GPU for "auto" where there is one; InputError if unusable."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(device, str) and device.partition(":")[0] not in _DEVICES:
@@ -317,11 +313,7 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def choose_precision(precision: str) -> str:
-    """The network's arithmetic; "auto" is float32 until another one was measured to be better.
-
-    Raises:
-        InputError: unknown name.
-    """
+    """The network's arithmetic; "auto" is float32 until another was measured (InputError)."""
     if precision == "auto":
         return "float32"
     if precision in REMOVED_PRECISIONS:

@@ -68,11 +68,7 @@ class Scales:
 
     @classmethod
     def read(cls, stored: Any) -> Scales:
-        """From a record.
-
-        Raises:
-            InputError: they cannot be read as scales.
-        """
+        """From a record; InputError where they cannot be read as scales."""
         try:
             ranges = {str(k): Range(float(v[0]), int(v[1])) for k, v in stored.items()}
         except (AttributeError, TypeError, ValueError, IndexError, OverflowError) as error:
@@ -264,11 +260,7 @@ def _others(graph: fx.GraphModule, layers: Sequence[fx.Node]) -> int:
 
 
 def _traced(module: nn.Module, probe: Tensor) -> fx.GraphModule:
-    """A copy as a graph of its layers.
-
-    Raises:
-        ModelError: there is none that computes the same.
-    """
+    """A copy as a graph of its layers; ModelError if none computes the same."""
     advice = 'Choose precision = "float32" or "bfloat16".'
     if isinstance(module, fx.GraphModule):
         return copy.deepcopy(module)

@@ -81,11 +81,7 @@ class Record:
 
 
 def read_record(conditions: Mapping[str, Any]) -> Record:
-    """Metadata, after comparing everything that follows from other entries.
-
-    Raises:
-        InputError: unreadable, or without what the estimator needs.
-    """
+    """Metadata, after comparing all that follows from other entries; InputError if unreadable."""
     try:
         metadata = json.loads(json.dumps(dict(conditions), default=_plain))
     except (TypeError, ValueError, RecursionError) as error:
@@ -118,12 +114,7 @@ def _plain(value: Any) -> Any:
 
 
 def _estimator_of(metadata: Mapping[str, Any], perturbation: Perturbation | None) -> Estimator:
-    """The estimator that is recorded; old records do not name `keep`.
-
-    Raises:
-        InputError: settings that are not allowed.
-        KeyError: the metadata lack what it needs.
-    """
+    """The recorded estimator; InputError for wrong settings, KeyError if some are missing."""
     settings = Settings(
         metadata["estimator"],
         metadata["n0"],

@@ -271,11 +271,7 @@ def describe_scan(scan: Scan) -> dict[str, Any]:
 
 
 def scan_from(conditions: Mapping[str, Any]) -> Scan:
-    """The scan of certificates, from their metadata.
-
-    Raises:
-        InputError: the metadata describe none.
-    """
+    """The scan of certificates, from their metadata; InputError if they describe none."""
     try:
         described = conditions["scan"]
         ends = float(conditions["sigma"]), float(described["low"]), float(described["high"])

@@ -35,11 +35,7 @@ SMALLEST_SIDE = 8
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
-    """Intensities in [0, 1]: float32 images x / 255 of uint8 images of any shape.
-
-    Raises:
-        InputError: the images are not uint8.
-    """
+    """Intensities in [0, 1]: float32 images x / 255 of uint8 images (else InputError)."""
     if images.dtype != torch.uint8:
         raise InputError(
             f"to_float expects uint8 images, got {images.dtype}; pass ImageSplit.images."

@@ -166,11 +166,7 @@ def read_image(
 
 
 def shape_of_file(path: str | Path) -> tuple[int, tuple[int, int]]:
-    """Channels (1 or 3), and height and width, of an image file.
-
-    Raises:
-        InputError: as `read_image`.
-    """
+    """Channels (1 or 3), height and width of an image file; raises as `read_image`."""
     image = _open(lambda: str(path), Path(path))
     return len(image.getbands()), (image.height, image.width)
 

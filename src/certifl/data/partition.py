@@ -81,11 +81,7 @@ class Partition:
 
     @staticmethod
     def from_manifest(manifest: Mapping[str, Any]) -> Partition:
-        """The partition of a manifest.
-
-        Raises:
-            InputError: an entry is missing or of the wrong type.
-        """
+        """The partition of a manifest; InputError for a missing or wrong entry."""
         try:
             clients = tuple(
                 ClientIndices(np.array(client["train"]), np.array(client["test"]))
@@ -172,11 +168,7 @@ def choose(indices: np.ndarray, count: int | None, seed: int, client: int) -> np
 
 
 def as_labels(labels: Labels) -> np.ndarray:
-    """Labels as int64 (n,).
-
-    Raises:
-        InputError: they are not non-negative integers in one dimension.
-    """
+    """Labels as int64 (n,); InputError if they are not integers from 0 in one dimension."""
     made = np.asarray(labels)
     if made.ndim != 1 or made.dtype.kind not in "iu" or (made.size and made.min() < 0):
         raise InputError(
@@ -188,11 +180,7 @@ def as_labels(labels: Labels) -> np.ndarray:
 def labels_for(
     train_labels: Labels, test_labels: Labels, clients: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Both splits' labels, checked to be enough for that many clients.
-
-    Raises:
-        InputError: labels are unusable, or there are more clients than images of a split.
-    """
+    """Both splits' labels; InputError if unusable, or too few for that many clients."""
     train, test = as_labels(train_labels), as_labels(test_labels)
     require_count("The number of clients", clients)
     if clients > min(train.size, test.size):

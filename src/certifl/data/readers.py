@@ -53,11 +53,7 @@ def find_layout(root: Path, test_split: str | None = None) -> Layout | None:
 
 
 def choose_test(available: list[str], where: str, asked: str | None = None) -> str:
-    """The split that serves as test: as asked for, else `test`, else a validation split.
-
-    Raises:
-        DataUnavailable: it is not there, or none of them is.
-    """
+    """The split for test: as asked, `test`, or a validation split; else DataUnavailable."""
     if asked is not None:
         if asked in available:
             return asked
@@ -228,11 +224,7 @@ def _files(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
 
 
 def _is_image(file: Path, texts: list[Path]) -> bool:
-    """Whether a file is read; what is passed over as text is added to `texts`.
-
-    Raises:
-        InputError: it is neither, so it may be an image that would be lost.
-    """
+    """Whether a file is read; texts are added to `texts`; InputError for what would be lost."""
     name, ending = file.name.lower(), file.suffix.lower()
     if name in _OF_SYSTEMS:
         return False

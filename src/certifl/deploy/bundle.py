@@ -61,11 +61,7 @@ class Connection:
 
     @staticmethod
     def parse(text: str, insecure: bool = False) -> Connection:
-        """From HOST:PORT.
-
-        Raises:
-            InputError: it has another form.
-        """
+        """From HOST:PORT; InputError for another form."""
         host, _, port = text.rpartition(":")
         host = host.removeprefix("[").removesuffix("]")
         number = int(port) if re.fullmatch(r"[0-9]{1,5}", port) else 0
@@ -82,11 +78,7 @@ class Connection:
 
 
 def load_connection(folder: Path) -> Connection:
-    """Read the server's address from a bundle.
-
-    Raises:
-        SpecError: it is not a bundle, or its file is wrong.
-    """
+    """Read the server's address from a bundle; SpecError where it is none, or damaged."""
     check_deploy_folder(folder)
     try:
         stored = read_toml(folder / _FILE)

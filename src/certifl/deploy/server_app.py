@@ -22,11 +22,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the study that the run's configuration names.
-
-    Raises:
-        InputError: it names no study. CertiflError: the study fails.
-    """
+    """Run the study that the run's configuration names; InputError where it names none."""
     config = {key: str(value) for key, value in context.run_config.items()}
     if not config.get("spec") or not config.get("out"):
         raise InputError(

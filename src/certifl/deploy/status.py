@@ -25,11 +25,7 @@ _LONGEST = 120
 
 
 def status_lines(folder: Path) -> tuple[list[str], bool]:
-    """The state of a bundle as text, and whether it has no problem.
-
-    Raises:
-        SpecError: it is not a folder of a federation.
-    """
+    """The state of a bundle as text, and whether it has no problem; else SpecError."""
     from certifl.deploy.bundle import load_connection
     from certifl.deploy.client.privacy_budget import ledger_lines
     from certifl.deploy.client.settings import load_settings

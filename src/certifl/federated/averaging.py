@@ -91,11 +91,7 @@ class _RunningMean:
 
 
 def check_alike(first: ModelState, client: int, model: ModelState) -> None:
-    """Refuse a model of other keys or shapes than the first one.
-
-    Raises:
-        InputError: it names the client and the first key that differs.
-    """
+    """Refuse a model of other keys or shapes than the first; names both (InputError)."""
     shapes = {name: tuple(value.shape) for name, value in first.items()}
     sent = {name: tuple(value.shape) for name, value in model.items()}
     if sent != shapes:

@@ -108,11 +108,7 @@ def try_client(client: int, work: Callable[[], Result]) -> Result | Fault:
 
 
 def required_clients(participants: int, min_clients: int | None) -> int:
-    """Number of participants that must not fail: by default half of them, rounded up.
-
-    Raises:
-        InputError: min_clients exceeds the number of participants.
-    """
+    """Participants that must not fail: half of them, or min_clients (InputError if too many)."""
     if min_clients is None:
         return math.ceil(participants / 2)
     if min_clients > participants:

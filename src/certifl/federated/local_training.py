@@ -265,11 +265,7 @@ class LocalTraining:
         )
 
     def result_of(self, context: StepContext, client: int, round: int) -> Trained:
-        """Model and momentum of a second model; no metrics.
-
-        Raises:
-            TrainingDiverged: a weight is not finite.
-        """
+        """Model and momentum of a second model; TrainingDiverged if not finite."""
         state = _finite_state(context.model, client, round)
         return Trained(
             state, context.momentum_buffers() if self.schedule.keeps_momentum else {}, {}
@@ -364,11 +360,7 @@ class LocalTraining:
 
 
 def check_images(model: nn.Module, sizes: Mapping[int, int]) -> None:
-    """Refuse clients (number of images by client) with one image for a network with BatchNorm.
-
-    Raises:
-        ModelError: names the layer and the clients.
-    """
+    """Refuse clients (images by client) with one image for a BatchNorm (ModelError)."""
     layer = _batch_norm(model)
     alone = [client for client, size in sizes.items() if size == 1]
     if layer is None or not alone:
@@ -383,11 +375,7 @@ def check_images(model: nn.Module, sizes: Mapping[int, int]) -> None:
 
 
 def check_batches(model: nn.Module, batch_size: int) -> None:
-    """Refuse batches of one image for a network with BatchNorm.
-
-    Raises:
-        ModelError: names the layer.
-    """
+    """Refuse batches of one image for a network with BatchNorm (ModelError)."""
     layer = _batch_norm(model)
     if layer is not None and batch_size == 1:
         raise ModelError(

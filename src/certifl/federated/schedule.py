@@ -14,11 +14,7 @@ def participants(share: float, clients: int) -> int:
 
 
 def check_arithmetic(precision: str, memory_format: str) -> None:
-    """Refuse arithmetic in which gradients of single images cannot be computed.
-
-    Raises:
-        SpecError: another precision than float32, or channels-last.
-    """
+    """Refuse arithmetic without gradients of single images (SpecError)."""
     if precision != "float32":
         raise SpecError(
             'privacy.kind = "example" clips the gradient of every image: it needs '

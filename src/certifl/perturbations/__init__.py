@@ -150,11 +150,7 @@ def from_description(description: Mapping[str, Any]) -> Perturbation:
 
 
 def from_record(description: Mapping[str, Any]) -> Perturbation:
-    """The perturbation that `describe` wrote down; an unusual sigma is not warned of again.
-
-    Raises:
-        SpecError, InputError: as `from_description`.
-    """
+    """As `from_description`; an unusual sigma is not warned of again."""
     with from_records():
         return from_description(description)
 

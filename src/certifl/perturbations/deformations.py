@@ -84,11 +84,7 @@ class Deformation(ABC):
         warn_beyond(given, self.sigma, self.usual, self.unit, self.beyond)
 
     def check(self) -> None:  # noqa: B027 - most families have nothing to add
-        """Refuse settings that the family has no meaning for.
-
-        Raises:
-            InputError: there is none.
-        """
+        """Refuse settings that the family has no meaning for (InputError)."""
 
     @property
     def norm(self) -> str:

@@ -307,11 +307,7 @@ class GaussianBlur(Photometric):
     )
 
     def changed(self, images: Tensor, amount: Tensor) -> Tensor:
-        """Blurred images.
-
-        Raises:
-            InputError: a variance below 0.
-        """
+        """Blurred images; InputError for a variance below 0."""
         if bool((amount < 0).any()):
             raise InputError(
                 "A Gaussian blur has a variance of at least 0; certificates of this family are "

@@ -97,11 +97,7 @@ def parse_amount(value: float | str, unit: str | None, name: str) -> float:
 
 
 def parse_amounts(values: Any, unit: str | None, name: str = "radii") -> tuple[float, ...]:
-    """Several amounts, as `parse_amount` reads each.
-
-    Raises:
-        InputError: no list of amounts, or one of them cannot be read.
-    """
+    """Several amounts, as `parse_amount` reads each; InputError if one cannot be read."""
     example = '["5deg", "10deg"]' if unit == ANGLE else "[0.0, 0.1]"
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise InputError(f"{name} must be a list such as {example}; got {values!r}.")

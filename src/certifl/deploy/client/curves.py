@@ -172,11 +172,7 @@ class CertificateChecks:
             )
 
     def check_count(self, images: int) -> None:
-        """Compare a number of test images with the one that the client certifies.
-
-        Raises:
-            MalformedMessage: the client certifies another number.
-        """
+        """Refuse another number of images than the client certifies (MalformedMessage)."""
         if self.images is None or images == self.images:
             return
         if self.exact or images > self.images:

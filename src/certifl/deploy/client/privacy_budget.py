@@ -391,11 +391,7 @@ class PrivacyLedger:
         self.path = folder / LEDGER
 
     def entries(self) -> list[Entry]:
-        """All answers so far; none where there is no file.
-
-        Raises:
-            StoreError: it cannot be read, or was changed.
-        """
+        """All answers so far; none without a file; StoreError where it was changed."""
         try:
             content = read_text(self.path)
         except FileNotFoundError:
@@ -412,11 +408,7 @@ class PrivacyLedger:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the ledger: no other process writes meanwhile.
-
-        Raises:
-            StoreError: the folder cannot be written.
-        """
+        """Lock the ledger: no other process writes meanwhile; StoreError if that fails."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             handle = self.path.with_name(_LOCK).open("a")
@@ -427,11 +419,7 @@ class PrivacyLedger:
             yield
 
     def write(self, entries: list[Entry]) -> None:
-        """Replace all entries, durably.
-
-        Raises:
-            StoreError: it cannot be written; the old ledger is unchanged.
-        """
+        """Replace all entries, durably; StoreError where the old ledger is unchanged."""
         lines = "".join(json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in entries)
         write_text(self.path, f"{_checksum_line(lines)}\n{lines}")
 

@@ -121,11 +121,7 @@ def _connected(
     stop: threading.Event,
     accepted: Callable[[], None],
 ) -> bool:
-    """Work for the server until the SuperNode ends; False where the server refused it.
-
-    Raises:
-        WorkError: the server requires a key, and this client has none.
-    """
+    """Work until the SuperNode ends; False if the server refused it, WorkError without a key."""
     port, secret = free_port(), secrets.token_bytes(32)
     write_secret(folder / "flower" / "supernode.secret", secret)
     log = folder / "log" / "supernode.log"
@@ -175,11 +171,7 @@ def _watched(child: Child, start: int, accepted: Callable[[], None]) -> Iterator
 
 
 def _refused(log: str, connection: Connection) -> bool:
-    """Whether the server did not accept this client, by what its SuperNode wrote.
-
-    Raises:
-        WorkError: it requires a key or another release of Flower, so a retry is useless.
-    """
+    """Whether the server refused this client, by its log; WorkError if a retry is useless."""
     if "[code: 1001]" in log:
         raise WorkError(
             f"The server {connection.address} has another minor release of Flower than this "

@@ -115,11 +115,7 @@ class Settings(Section):
 
 
 def check_share(name: str) -> None:
-    """Refuse a name that is not in `SHARES`.
-
-    Raises:
-        InputError: it is not.
-    """
+    """Refuse a name that is not in `SHARES` (InputError)."""
     if name not in SHARES:
         raise InputError(f"share must be one of {', '.join(SHARES)}; got {name!r}.")
 
@@ -131,11 +127,7 @@ def lower_level(one: str, other: str) -> str:
 
 
 def load_settings(path: Path) -> Settings:
-    """Read a client's settings.
-
-    Raises:
-        SpecError: the file is missing, is not TOML, or holds a wrong key or value.
-    """
+    """Read a client's settings; SpecError for a missing file, a wrong key or value."""
     check_client_settings(path)
     text = ""
     try:
@@ -203,11 +195,7 @@ class LocalData:
 
 
 def open_local_data(spec: Spec, settings: Settings) -> LocalData:
-    """A client's images for a study.
-
-    Raises:
-        DataUnavailable: they are not available. InputError: they do not fit the study.
-    """
+    """A client's images for a study; DataUnavailable, or InputError if they do not fit it."""
     if not settings.data:
         raise InputError(
             "This client has no data: give its folder of images with --data, or write data into "
@@ -371,11 +359,7 @@ DECISIONS: dict[str, Decision] = {
 
 
 def check_study(spec: Spec, settings: Settings) -> None:
-    """Refuse a study that requests what is the client's own choice, or too much.
-
-    Raises:
-        Rejected: it does; the reason names the key.
-    """
+    """Refuse a study that requests the client's own choice, or too much (Rejected)."""
     if spec.clients.count > _MOST_CLIENTS:
         raise Rejected(f"clients.count is more than {_MOST_CLIENTS:,}")
     if spec.certification.precision == "int8":

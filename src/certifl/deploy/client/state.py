@@ -75,20 +75,12 @@ class ClientStateStore:
         self.deployed = self.folder / "deployed.safetensors"
 
     def begin(self) -> None:
-        """Create the private folder.
-
-        Raises:
-            StoreError: it cannot be made.
-        """
+        """Create the private folder; StoreError where it cannot be made."""
         private_folder(self.folder.parent)
         private_folder(self.folder)
 
     def state(self, after: int) -> ClientState:
-        """The client's state after a round.
-
-        Raises:
-            StoreError: it is missing or damaged.
-        """
+        """The client's state after a round; StoreError where it is missing or damaged."""
         if after == NEVER:
             return ClientState()
         path = self.folder / _STATE.format(after)
@@ -137,11 +129,7 @@ class AnsweredRounds:
         self._path, self._spec = folder / _FILE, spec
 
     def begin(self) -> None:
-        """Create the record, or compare it with the requested study.
-
-        Raises:
-            Rejected: the id belongs to another study, or the record is damaged.
-        """
+        """Create the record; Rejected if the id is of another study, or the record damaged."""
         if not self._path.exists() and not any(self._path.parent.glob("state-*.safetensors")):
             self._write({})
         self._read()
@@ -168,11 +156,7 @@ class AnsweredRounds:
         self._write(record)
 
     def deployed(self, model: str) -> None:
-        """Record which model is certified; refuse another one.
-
-        Raises:
-            Rejected: it was another one before. StoreError: the record cannot be written.
-        """
+        """Record which model is certified; refuse another one (Rejected)."""
         record = self._read()
         if record["deployed"] not in ("", model):
             raise Rejected(
@@ -246,11 +230,7 @@ class SentLog:
         )
 
     def note_error(self, reason: str) -> None:
-        """Log that only a reason was sent.
-
-        Raises:
-            StoreError: it cannot be written.
-        """
+        """Log that only a reason was sent; StoreError where it cannot be written."""
         fields = {"study": "", "round": None, "says": ["reason"], "parts": {}}
         self._add({"kind": "error", **fields, "bytes": len(reason.encode())})
 

@@ -178,11 +178,7 @@ class _Collector:
         return clients & (failed | (unfit - self.registry.connected.keys()))
 
     def _left_out(self, clients: set[int]) -> dict[int, str]:
-        """Why clients are left out, if enough remain.
-
-        Raises:
-            WorkError: too few remain.
-        """
+        """Why clients are left out; WorkError where too few remain."""
         count = self.spec.clients.count
         if count - len(clients) < required_clients(count, None):
             raise WorkError(self._missing(clients))

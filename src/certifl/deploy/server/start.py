@@ -148,11 +148,7 @@ def check_clients(spec: Spec, transport: GridTransport, options: Options) -> str
 
 
 def check_start(spec: Spec, options: Options) -> None:
-    """Refuse an impossible minimum number of clients, and what only one machine can do.
-
-    Raises:
-        RequestError: it is impossible.
-    """
+    """Refuse an impossible minimum of clients, and what only one machine can do (RequestError)."""
     if spec.certification.precision == "int8":
         raise RequestError(
             'certification.precision = "int8" is for runs on one machine: its ranges would tell '
@@ -201,11 +197,7 @@ def new_registry(
 
 
 def assemble(registry: ClientRegistry, reference: Reference, options: Options) -> None:
-    """Wait for the clients, log what each has, and keep those that match.
-
-    Raises:
-        RequestError: too few match. WorkError: too few joined.
-    """
+    """Wait for clients, log what each has, keep those that match; an error if too few do."""
     spec, resumed = reference.spec, reference.properties is not None
     everyone = set(range(spec.clients.count))
     registry.wait_for(everyone, options.timeouts.start, skip_refused=True)

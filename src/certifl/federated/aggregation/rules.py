@@ -39,11 +39,7 @@ class Rule(Protocol):
         ...
 
     def check(self, participants: int) -> None:
-        """Refuse hyper-parameters that need more participants.
-
-        Raises:
-            SpecError: the number of participants in a round is too small.
-        """
+        """Refuse hyper-parameters that need more participants in a round (SpecError)."""
         ...
 
 

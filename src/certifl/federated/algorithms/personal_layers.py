@@ -152,11 +152,7 @@ def norm_keys(network: nn.Module, layers: str) -> frozenset[str]:
 
 
 def head_keys(network: nn.Module, head: str | None) -> frozenset[str]:
-    """Keys of the module `head`; none for "", and those of the last layer with weights for None.
-
-    Raises:
-        SpecError: the network has no weights under that name.
-    """
+    """Keys of the module `head` (else SpecError): none for "", the last layer's for None."""
     if head == "":
         return frozenset()
     if head is None:

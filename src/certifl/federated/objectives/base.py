@@ -56,11 +56,7 @@ class Smoothing(Augmentation, Protocol):
 
 
 def smoothing_of(batch: Batch, objective: str) -> Smoothing | None:
-    """The batch's perturbation with its distribution; None if the batch has none.
-
-    Raises:
-        InputError: an augmentation that has no sigma, law and norm.
-    """
+    """The batch's perturbation, or None; InputError where it has no sigma, law and norm."""
     if batch.augmentation is None or isinstance(batch.augmentation, Smoothing):
         return batch.augmentation
     raise InputError(

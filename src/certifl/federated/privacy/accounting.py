@@ -45,11 +45,7 @@ _PRECISION = 1e-3
 
 
 def opacus(name: str) -> ModuleType:
-    """A module of opacus.
-
-    Raises:
-        SpecError: opacus is not installed; the message says how to get it.
-    """
+    """A module of opacus; SpecError where it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -66,11 +66,7 @@ def clipped_sum(
 
 
 def try_clipping(model: nn.Module, image_shape: tuple[int, int, int]) -> None:
-    """Take the gradients of two blank images (c, h, w), to find impossible networks beforehand.
-
-    Raises:
-        ModelError: the network cannot be trained with gradients of single images.
-    """
+    """Take gradients of two blank images (c, h, w); ModelError for impossible networks."""
     tried = copy_of(model).train()
     parameters = {name: value for name, value in tried.named_parameters() if value.requires_grad}
     device = next(iter(parameters.values())).device

@@ -46,11 +46,7 @@ def _refusal(row: AlgorithmRow, kind: str) -> str | None:
 
 
 def check_algorithm(algorithm: Mapping[str, Any], kind: str) -> None:
-    """Refuse an algorithm (as `federated.describe` gives it) that would send what is unprotected.
-
-    Raises:
-        SpecError: it may not be trained with this kind of privacy, "example" or "client".
-    """
+    """Refuse a described algorithm that would send what is unprotected (SpecError)."""
     base, row = _scheduled(algorithm)
     if (reason := _refusal(row, kind)) is not None:
         raise SpecError(
