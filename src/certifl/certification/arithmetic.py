@@ -184,11 +184,9 @@ def ready(
     """A model prepared for votes, in the arithmetic asked for; "auto" is stored, or measured.
 
     Args:
-        model, device, precision, batch_size: as `network.prepare` takes them.
-        images: (m, c, h, w), some of those that are certified.
-        trial: the votes.
+        model, device, precision, batch_size, calibration: as `network.prepare` takes them.
+        images: (m, c, h, w), some of those that are certified. trial: the votes.
         stored: the choice of an earlier call, for "auto".
-        calibration: for "int8", as `network.prepare` takes it.
     """
     if precision != "auto":
         return prepare(model, images, device, precision, batch_size, calibration)
@@ -265,10 +263,7 @@ def _faster_precision(
 
 
 def _sizes(network: Network, longest: int) -> list[Network]:
-    """The network with its batch size, a quarter and four times of it, as far as it can be timed.
-
-    A size that only shorter calls were timed for would be chosen by chance.
-    """
+    """The network with its batch size, a quarter and four times of it, as far as it was timed."""
     own = network.batch_size
     others = [size for size in (max(1, own // 4), 4 * own) if own <= longest >= size]
     return [network, *(dataclasses.replace(network, batch_size=size) for size in others)]
@@ -395,11 +390,7 @@ class _Clock:
         self._image = image
 
     def fastest(self, networks: list[Network], rows: int) -> Network:
-        """The first network, or that which is fastest if it is faster by `FASTER`.
-
-        Args:
-            networks: timed in turn. rows: the most of a call.
-        """
+        """The first network, or the fastest if faster by `FASTER`; calls of `rows` at most."""
         if self._left <= 0 or len(networks) == 1:
             return networks[0]
         sizes = [min(network.batch_size, rows) for network in networks]

@@ -348,14 +348,7 @@ class CertifiedRegion:
         return CertifiedRegion(*ends, norm=self.norm, shape=self.shape, exact=self.exact)
 
     def points(self, share: Tensor) -> Tensor:
-        """Families of one parameter: deltas at shares of the way from `low` (0) to `high` (1).
-
-        Args:
-            share: (k,) or (m, k), in [0, 1].
-
-        Returns:
-            (m, k, 1) float32.
-        """
+        """Of one parameter, deltas (m, k, 1) float32 at shares (k,) or (m, k) from low to high."""
         low, high = (self.low * _INSIDE)[:, None], (self.high * _INSIDE)[:, None]
         return (low + (high - low) * share.double()).to(torch.float32)[..., None]
 
@@ -367,14 +360,9 @@ class CertifiedRegion:
         return torch.where(width > 0, share, 0.5).clamp(0.0, 1.0)
 
     def towards(self, directions: Tensor, share: Tensor | float = 1.0) -> Tensor:
-        """Deltas in given directions, at a share of the radius (1: on the boundary).
+        """Deltas in directions (m, k, *shape), float32, never longer than the radius.
 
-        Args:
-            directions: (m, k, *shape) of any length but 0.
-            share: of the radius, broadcast to (m, k).
-
-        Returns:
-            (m, k, *shape) float32, never longer than the radius.
+        `share` of the radius is broadcast to (m, k): 1 is on the boundary.
         """
         size = lengths(directions, self.norm, len(self.shape))
         length = self.radius[:, None] * share * _INSIDE
@@ -388,9 +376,7 @@ class CertifiedRegion:
     def random(self, count: int, generators: Sequence[torch.Generator]) -> Tensor:
         """Deltas uniform over the ball (l2) or the interval, (m, count, *shape) float32.
 
-        Args:
-            count: per image.
-            generators: one per image, so that no image's deltas depend on the others.
+        Each image has a generator, so that its deltas do not depend on the other images.
         """
         drawn = shares(count, generators)
         if self.dim == 1:

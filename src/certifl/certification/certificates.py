@@ -263,11 +263,7 @@ class Certificates:
         return attribute("certifl.report.results", "results_of")(self)
 
     def save(self, path: str | Path) -> None:
-        """Write `.parquet` (everything) or `.tsv` (the layout of published code).
-
-        Raises:
-            InputError: another ending, or a .tsv of several units, of which it would name none.
-        """
+        """Write `.parquet` (everything) or `.tsv` (as published code does; else InputError)."""
         from certifl.certification.files import save
 
         save(self, Path(path))
@@ -281,11 +277,7 @@ class Certificates:
 
     @staticmethod
     def concatenate(parts: Sequence[Certificates]) -> Certificates:
-        """Concatenate rows; metadata other than the perturbation's are those of the first part.
-
-        Raises:
-            InputError: there are no parts.
-        """
+        """Rows of all parts; metadata other than the perturbation's are those of the first."""
         if not parts:
             raise InputError("There are no certificates to concatenate.")
         described = [

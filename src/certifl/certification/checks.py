@@ -39,11 +39,7 @@ _FAR = 1e4
 
 
 def check_images(images: Tensor | np.ndarray) -> Tensor:
-    """Images as a float32 tensor (m, c, h, w) with values in [0, 1].
-
-    Raises:
-        InputError: no array, wrong rank, no images, NaN, values outside [0, 1], or integers.
-    """
+    """Images as float32 (m, c, h, w) in [0, 1]; InputError for any others."""
     _refuse_pairs(images)
     values = _tensor("images", images)
     if values.ndim != 4:
@@ -212,11 +208,7 @@ def _tensor(name: str, values: Any) -> Tensor:
 
 
 def check_model(model: Model) -> None:
-    """Refuse a model whose vote on one noisy image would depend on the others in its batch.
-
-    Raises:
-        ModelError: a module in training mode, or normalization by batch statistics.
-    """
+    """Refuse a model whose vote on one noisy image would depend on its batch (ModelError)."""
     if not callable(model):
         raise ModelError(f"model must be callable on images (m, c, h, w); got {type(model)}.")
     if not isinstance(model, nn.Module):
@@ -262,19 +254,15 @@ def writes_into_its_input(network: Model, images: Tensor) -> bool:
 
 
 def depends_on_its_past(network: Model, module: nn.Module, images: Tensor) -> bool:
-    """Whether calls change buffers or weights of a network; refused where that changes answers.
+    """Whether calls change a network's state; ModelError where that changes its answers.
 
     Averages that go on in evaluation mode may move so slowly that two calls agree up to rounding,
     and still far over many votes. So what moved is moved much further, and the answers compared. A
     counter of calls that nothing reads is harmless.
 
     Args:
-        network: the call, given batches of its own.
+        network: the call, given batches of its own. images: (m, c, h, w); the first is tried.
         module: whose state is looked at; it is put back.
-        images: (m, c, h, w); the first one is tried, among strangers.
-
-    Raises:
-        ModelError: answers depend on what the network was asked before.
     """
     probe = probe_of(images)
     before = {name: value.detach().clone() for name, value in _state(module)}
@@ -317,14 +305,10 @@ def _agree(first: Tensor, second: Tensor, tolerance: float) -> bool:
 
 
 def probe_classes(network: Model, images: Tensor) -> int:
-    """Number of classes, after checking that logits are finite, repeatable and row by row.
+    """Number of classes; ModelError unless logits are finite, repeatable and row by row.
 
     A few images go through the network twice, the second time in reversed order and among
     strangers: the logits of an image must be the same up to rounding.
-
-    Raises:
-        ModelError: the model fails on these images, its answer is no (m, classes) matrix of finite
-            logits, differs between two calls, or depends on the rest of the batch.
     """
     probe = probe_of(images)
     logits = _logits(network, probe.clone())
@@ -395,17 +379,13 @@ _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 def checked_blocks(
     images: Images, labels: ImageLabels, perturbation: Perturbation
 ) -> Iterator[tuple[Tensor, Any]]:
-    """Checked images and their labels as they were given, block by block.
+    """Checked images and their labels as they were given, block by block; else InputError.
 
     Args:
         images: one array (m, c, h, w); an iterable of such, or of pairs (images, labels), such as
             a `DataLoader` gives; or a map-style data set of images or pairs.
         labels: in the same form; None where there are none, or images come with theirs.
         perturbation: whose `exact` mode images are checked for.
-
-    Raises:
-        InputError: images that cannot be used, blocks of different shapes, or not as many blocks
-            of labels as of images.
     """
     shape = None
     for number, (block, given) in enumerate(_pairs(images, labels)):
@@ -428,11 +408,7 @@ def checked_blocks(
 
 
 def _pairs(images: Images, labels: ImageLabels) -> Iterator[tuple[Any, Any]]:
-    """Blocks of images and of labels, as they were given.
-
-    Raises:
-        InputError: images or labels come in no blocks, as far as that is seen without reading.
-    """
+    """Blocks of images and of labels, as given; InputError where they come in no blocks."""
     if isinstance(images, (Tensor, np.ndarray)):
         yield images, labels
         return

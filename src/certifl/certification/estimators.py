@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from certifl.certification.certificates import UNLABELED
 from certifl.certification.counts import Request, Votes, top_and_runner_up
 from certifl.certification.settings import ESTIMATORS, GRID_POINTS, Settings
 from certifl.errors import InputError
+from certifl.perturbations.base import Perturbation
 from certifl.smoothing import curves, group_sequential, sequential
 from certifl.smoothing.bounds import BOUNDS, Bools, Floats, Ints
 from certifl.smoothing.group_sequential import GroupSequential
@@ -34,29 +35,18 @@ if TYPE_CHECKING:
 Metadata = Mapping[str, Any]
 
 
-class Noise(Protocol):
-    """What an estimator knows of a perturbation: how its parameters are distributed."""
+@dataclass(frozen=True)
+class RecordedNoise:
+    """The recorded noise of a perturbation, whose family certifl may not know."""
 
-    @property
-    def family(self) -> str:
-        """Name of the family."""
-        ...
+    family: str
+    sigma: float
+    law: Law
+    unit: str
 
-    @property
-    def sigma(self) -> float:
-        """Scale of the distribution, in `unit`."""
-        ...
 
-    @property
-    def law(self) -> Law:
-        """Distribution of the parameters."""
-        ...
-
-    @property
-    def unit(self) -> str:
-        """Unit of sigma and of radii."""
-        ...
-
+Noise = Perturbation | RecordedNoise
+"""What an estimator knows of a perturbation: how its parameters are distributed."""
 
 PRICES = {"certificates": 0.003, "curve": 0.22}
 """What n votes must bring, in steps of the radii that are asked for, for each value of `keep`."""
@@ -145,11 +135,7 @@ class Estimator:
         return curves.even_grid(self.largest_radius(), GRID_POINTS)
 
     def check(self) -> None:
-        """Refuse settings with which votes that all agree certify nothing, or none of the radii.
-
-        Raises:
-            InputError: too few votes, radii out of reach, or noise that it cannot certify.
-        """
+        """Refuse settings with which votes that agree certify none of the radii (InputError)."""
         settings = self.settings
         if not self.decides():
             raise too_few_votes(settings.n, settings.alpha, self.least_votes())
@@ -283,11 +269,7 @@ class Estimator:
 
     @staticmethod
     def largest_recorded(metadata: Metadata) -> float:
-        """The largest radius that certificates with this metadata can have; infinity if unknown.
-
-        Raises:
-            InputError: the metadata cannot be read.
-        """
+        """The largest radius with this metadata; infinity if unknown, InputError if unreadable."""
         law = LAWS.get(str(metadata.get("law")))
         if law is None or not {"sigma", "n", "alpha"} <= metadata.keys():
             return math.inf
@@ -301,11 +283,7 @@ class Estimator:
     def recorded_votes(
         self, certificates: Certificates, report: Callable[[Bools, str], None]
     ) -> tuple[Votes, Bools]:
-        """Votes of the certificates that can be read, and which those are; others are reported.
-
-        Raises:
-            InputError: the certificates do not hold the votes.
-        """
+        """Votes that can be read, and whose; others are reported. InputError if there are none."""
         del report
         return Votes.of(certificates), np.ones(len(certificates), np.bool_)
 
@@ -498,11 +476,7 @@ class UnionBoundTopClass(UnionBound):
 
 
 def largest_radius(metadata: Metadata) -> float:
-    """The largest radius that certificates with this metadata can have; infinity if unknown.
-
-    Raises:
-        InputError: the metadata cannot be read.
-    """
+    """The largest radius with this metadata; infinity if unknown, InputError if unreadable."""
     kind = ESTIMATORS.get(str(metadata.get("estimator")), Estimator)
     return kind.largest_recorded(metadata)
 

@@ -211,11 +211,8 @@ def _read_log(path: Path) -> Certificates:
     """Read a log; bounds, votes and levels, which it does not hold, are unknown (NaN, empty).
 
     A row that says that its image is not certified is an abstention here, whatever class it names:
-    published logs mark that by a radius below 0, by `correct` being false, or by class -1.
-
-    Raises:
-        ValueError: the header differs, or a row is damaged or contradicts itself; the message
-            names its line.
+    published logs mark that by a radius below 0, by `correct` being false, or by class -1. A
+    ValueError names the line that is damaged or contradicts itself.
     """
     rows = list(_rows(path))
     m = len(rows)

@@ -18,12 +18,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from certifl.certification.settings import ESTIMATORS
+from certifl.certification.settings import ESTIMATORS, Settings
 from certifl.errors import InputError
+from certifl.perturbations import describe
+
+if TYPE_CHECKING:
+    from certifl.certification.estimators import Estimator
+    from certifl.perturbations import Perturbation
 
 PERTURBATIONS = "perturbations"
 CURVES_ONLY = "curves_only"
@@ -39,6 +44,38 @@ AMOUNTS = (
 """What depends on a perturbation and its unit."""
 NOISE = ("family", "sigma", "law", "norm", "unit", "threat")
 """What follows from the description of a perturbation."""
+
+
+def asked_conditions(
+    perturbation: Perturbation, settings: Settings, seed: int, estimator: Estimator | None = None
+) -> dict[str, Any]:
+    """The metadata that follow from the request, before any network is known.
+
+    `verify` compares a record with these, so they must depend on the arguments alone. `estimator`
+    is that of a record, where an earlier version took another for these settings.
+    """
+    estimator = estimator or settings.estimator_for(perturbation)
+    return {
+        "family": perturbation.family,
+        "sigma": perturbation.sigma,
+        "description": describe(perturbation),
+        "law": perturbation.law.name,
+        "norm": perturbation.norm,
+        "unit": perturbation.unit,
+        "threat": perturbation.threat,
+        "estimator": settings.estimator,
+        "bounds": estimator.bounds,
+        "alpha": settings.alpha,
+        "n0": settings.n0,
+        "n": settings.n,
+        "look_votes": list(estimator.looks),
+        "look_levels": list(estimator.levels),
+        **estimator.metadata,
+        "radii": None if settings.radii is None else list(settings.radii),
+        "label_aware": settings.label_aware,
+        "keep": settings.keep,
+        "seed": seed,
+    }
 
 
 def differs(first: Any, second: Any) -> bool:
@@ -70,11 +107,7 @@ def joined(parts: Sequence[tuple[int, Conditions]]) -> dict[str, Any]:
     """The metadata of several clients' certificates together.
 
     Args:
-        parts: (client, metadata of that client's certificates). Entries other than those of the
-            perturbation are taken from the first.
-
-    Raises:
-        InputError: a client has several perturbations.
+        parts: (client, metadata of its certificates); all but the perturbation is the first's.
     """
     metadata = dict(parts[0][1])
     result: dict[str, dict[str, Any]] = {}

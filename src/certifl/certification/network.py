@@ -25,14 +25,16 @@ from certifl.certification.checks import (
     writes_into_its_input,
 )
 from certifl.certification.quantization import Calibration, Quantized, Scales, quantize
-from certifl.certification.quantized_graph import called, is_plain, loses_hooks
 from certifl.certification.settings import PRECISIONS, REMOVED_PRECISIONS, removed_precision
 from certifl.errors import InputError, ModelError, first_line
 from certifl.module_copies import (
     bare_copy_of,
+    called,
     foreign_formats,
     format_advice,
+    is_plain,
     logits_in,
+    loses_hooks,
     to_format,
     unwrapped,
 )
@@ -207,12 +209,7 @@ def _prepared(
 def _quantized(
     module: nn.Module, changes: bool, probe: Tensor, calibration: Calibration | Scales | None
 ) -> Quantized:
-    """The network in integers.
-
-    Raises:
-        InputError: no images to calibrate with, or another device than the processor.
-        ModelError: a network that cannot be quantized.
-    """
+    """The network in integers; InputError without images or a CPU, ModelError if it has none."""
     if probe.device.type != "cpu":
         raise InputError(
             f'precision = "int8" computes on the processor alone, not on {probe.device}: choose '

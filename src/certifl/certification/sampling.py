@@ -242,15 +242,7 @@ def _packed(chunks: list[_Chunk]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def predict_plain(network: Network, images: Tensor) -> Ints:
-    """The network's class of every image as it is, one call each in batches of one shape.
-
-    Args:
-        network: as it would vote.
-        images: (m, c, h, w) in [0, 1].
-
-    Returns:
-        (m,) classes.
-    """
+    """The network's class (m,) of every image (m, c, h, w), in batches of the shape of votes."""
     answers = []
     for part in images.to(network.device).split(network.batch_size):
         # Every call has the same number of rows, as in voting; what fills it up is not looked at.
@@ -297,11 +289,7 @@ class SweepVotes:
 
 
 def sweeps_of(perturbation: Perturbation, intervals: bool = False) -> tuple[Sweep, ...]:
-    """The sweeps of a family, as far out as its certificates reach.
-
-    Args:
-        intervals: whether certificates are intervals of a scan, which do not end at sigma.
-    """
+    """The sweeps of a family, as far out as its certificates (or intervals of a scan) reach."""
     sigmas = _SIGMAS_OF_INTERVALS if intervals else _SIGMAS[perturbation.law.name]
     return family_sweeps(perturbation, sigmas * perturbation.sigma)
 

@@ -242,12 +242,7 @@ class ScanEstimator(Estimator):
 
 
 def scan_of(noise: Noise, settings: Settings) -> Scan:
-    """Where the votes of these settings are cast; fixed before the first of them.
-
-    Raises:
-        InputError: a family that is not of one parameter under the uniform law, or a sigma or
-            reach that leaves nothing to scan.
-    """
+    """Where the votes of these settings are cast, fixed before the first; else InputError."""
     scan_range = getattr(noise, "scan_range", None)
     if scan_range is None:
         known = " and ".join(n for n, kind in PERTURBATIONS.items() if hasattr(kind, "scan_range"))
@@ -323,14 +318,11 @@ def _radius(interval: np.ndarray) -> np.ndarray:
 
 
 def unpacked(packed: bytes, classes: int, most: int | None = None) -> np.ndarray:
-    """Votes in order, from `Certificates.scan_votes`.
+    """Votes in order, from `Certificates.scan_votes`; ValueError if not what was written.
 
     Args:
         packed: as stored. classes: of the classifier.
         most: votes at most, so that a few bytes cannot fill the memory.
-
-    Raises:
-        ValueError: not what was written.
     """
     kind = np.dtype(np.uint8 if classes <= 256 else "<i4")
     limit = 0 if most is None else most * kind.itemsize + 1  # 0 = no limit

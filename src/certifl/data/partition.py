@@ -112,12 +112,7 @@ def label_checksum(train_labels: Labels, test_labels: Labels) -> str:
 
 
 def check(partition: Partition, train_labels: Labels, test_labels: Labels) -> None:
-    """Make sure that a partition belongs to the data set of these labels; no image is given twice.
-
-    Raises:
-        InputError: the labels are others than the partition was made for, an index is out of
-            range, or two clients hold the same image.
-    """
+    """Refuse a partition of other labels, or that gives an image twice (InputError)."""
     if label_checksum(train_labels, test_labels) != partition.label_checksum:
         raise InputError(
             "The partition was made for other labels than the data set has. The data set was "
@@ -139,21 +134,14 @@ def check(partition: Partition, train_labels: Labels, test_labels: Labels) -> No
 
 
 def choose(indices: np.ndarray, count: int | None, seed: int, client: int) -> np.ndarray:
-    """The test images of one client that are certified: a fixed random part of its own.
+    """The test images (int64, ascending) of one client that are certified: a fixed part.
 
     Depends on nothing but the arguments. A larger count of the same seed contains a smaller one,
     so a study can be extended without losing certificates.
 
     Args:
-        indices: the client's test images.
-        count: how many; None, or as many as there are, takes all.
-        seed, client: the study's seed, and the client's number.
-
-    Returns:
-        int64, ascending.
-
-    Raises:
-        InputError: count is less than 1.
+        indices: the client's test images. seed, client: the study's, and its number.
+        count: how many (InputError below 1); None, or more than there are, takes all.
     """
     own = np.sort(np.asarray(indices, dtype=np.int64))
     if count is None or count >= own.size:

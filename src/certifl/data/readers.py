@@ -37,7 +37,7 @@ class Layout:
 
 
 def find_layout(root: Path, test_split: str | None = None) -> Layout | None:
-    """Recognize the data set in a folder; None if the folder holds none of the layouts.
+    """The data set in a folder; None if it has none of the layouts.
 
     Images are certified of `test_split`; None = the first there is of TEST_NAMES.
 
@@ -178,11 +178,8 @@ def class_images(split: Path, may_be_empty: bool) -> tuple[Path, ...]:
     """All images below `<split>/<class>/`, however deep, by class, then by path.
 
     Hidden files and those that Windows leaves behind are passed over, text files with a line that
-    says so. Of the training images no class may be empty: leaving it out would give the classes
-    after it other numbers.
-
-    Raises:
-        InputError: a file is neither read nor passed over, or a class folder is empty.
+    says so; InputError for any other. Of the training images no class may be empty: leaving it out
+    would give the classes after it other numbers.
     """
     found: list[Path] = []
     texts: list[Path] = []

@@ -93,21 +93,12 @@ def load_connection(folder: Path) -> Connection:
 def init(
     folder: Path, clients: int, server: str, insecure: bool, names: Sequence[str] = ()
 ) -> list[Path]:
-    """Write the bundles of the server and all clients.
+    """Write the bundles of the server and all clients; returns their folders, the server's first.
 
     Args:
-        folder: new or empty.
-        clients: their number.
-        server: HOST:PORT, for clients.
-        insecure: without certificates and keys.
+        folder: new or empty (else StoreMismatch). clients: their number.
+        server: HOST:PORT, for clients (else InputError). insecure: no certificates and keys.
         names: additional names and addresses of the server.
-
-    Returns:
-        The bundles' folders, the server's first.
-
-    Raises:
-        InputError: the address is not valid, or the folder is a file.
-        StoreMismatch: the folder is not empty.
     """
     connection = Connection.parse(server, insecure)
     if folder.exists() and not folder.is_dir():
@@ -170,11 +161,8 @@ def renew(folder: Path, names: Sequence[str] = ()) -> Path:
     """Write a new certificate for the server, signed by the authority that clients trust.
 
     Args:
-        folder: as `init` wrote it, with the authority's key.
+        folder: as `init` wrote it, with the authority's key (else InputError).
         names: additional names and addresses of the server.
-
-    Raises:
-        InputError: the authority's key is missing.
     """
     home = folder / "server"
     authority = Authority.load(folder / "authority.key", folder / "ca.crt")

@@ -238,14 +238,9 @@ _Schema = TypeVar("_Schema", bound=BaseModel)
 
 
 def checked(schema: type[_Schema], fields: object, what: str) -> _Schema:
-    """A message's fields, checked by its schema.
+    """A message's fields, checked by its schema; MalformedMessage names the first error.
 
-    Args:
-        schema: one of this module. fields: as they arrived.
-        what: describes the message in the error, to follow "it is".
-
-    Raises:
-        MalformedMessage: they do not fit; it names the first error.
+    `what` describes the message in the error, to follow "it is".
     """
     if not isinstance(fields, Mapping):
         raise MalformedMessage(f"it is {what}")

@@ -459,16 +459,7 @@ def _output(answer: Content, state: ClientState) -> str:
 
 
 def check_parts(parts: Parts, network: ModelState, clients: int) -> None:
-    """Refuse tensors that do not fit the study.
-
-    Args:
-        parts: as sent. network: entries of the study's network.
-        clients: how many the study has.
-
-    Raises:
-        Rejected: the model has other entries, shapes or types than the network, or something that
-            comes with it has another shape.
-    """
+    """Refuse tensors that do not fit a study's network and number of clients (Rejected)."""
     model = parts.get("model")
     if model is None or {n: _kind(v) for n, v in model.items()} != {
         n: _kind(v) for n, v in network.items()

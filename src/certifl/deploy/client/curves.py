@@ -19,8 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from certifl.certification import Certificates, verify
-from certifl.certification.api import asked_conditions
-from certifl.certification.metadata import AMOUNTS
+from certifl.certification.metadata import AMOUNTS, asked_conditions
 from certifl.certification.settings import PRECISIONS, Settings
 from certifl.deploy.schemas import Curve, MalformedMessage
 from certifl.errors import CertiflError, InputError, one_line
@@ -59,11 +58,7 @@ _PUBLIC_METADATA = (
 def curve_of(
     certificates: Certificates, perturbation: Perturbation, settings: Settings
 ) -> dict[str, Any]:
-    """A client's curve: how many of its images are certified correct at each radius.
-
-    Returns:
-        radii, correct (counts), images, acr, and conditions: the metadata that are not private.
-    """
+    """A client's curve: radii, images certified correct at each, images, ACR, public metadata."""
     grid = settings.estimator_for(perturbation).grid()
     correct, radius = certificates.correct, certificates.radius
     counts = [int((correct & (radius >= r)).sum()) for r in grid]
@@ -104,11 +99,7 @@ class CertificateChecks:
     exact: bool = False
 
     def curve(self, curve: Curve) -> dict[str, Any]:
-        """A checked curve, to be stored; what follows from the study is not taken from the client.
-
-        Raises:
-            MalformedMessage: no certificates of this study have this curve.
-        """
+        """A checked curve to be stored; what follows from the study is not the client's to say."""
         perturbation, conditions = self._conditions(curve.conditions)
         try:
             estimator = self._settings().estimator_for(perturbation)
@@ -131,12 +122,7 @@ class CertificateChecks:
         }
 
     def rows(self, part: ModelState, model: str | None) -> Certificates:
-        """Checked rows, to be stored: each follows from its votes, and from the study.
-
-        Raises:
-            MalformedMessage: these are not certificates of this client and study, or no model is
-                named.
-        """
+        """Checked rows, which follow from their votes and the study (MalformedMessage)."""
         if model is None:
             raise MalformedMessage("it does not say which model its rows are of")
         rows = _rows_from(part, self.images)
@@ -227,14 +213,7 @@ def _own_metadata(sent: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rows_from(part: ModelState, most: int | None) -> Certificates:
-    """Rows that a client sent.
-
-    Args:
-        part: of the message. most: maximum number of rows.
-
-    Raises:
-        MalformedMessage: they are not certificates, or too many.
-    """
+    """Rows that a client sent, `most` at most; MalformedMessage for anything else."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.parquet"
         try:

@@ -84,14 +84,9 @@ class PrivacyBudget:
         return replace(level, watch=self._record_pass)
 
     def authorize(self, round: int, *inputs: str) -> None:
-        """Before training: check that the ledger is complete and the answer is within the limit.
+        """Before training: refuse an answer beyond the limit, or a damaged ledger (Rejected).
 
-        Args:
-            round: the requested one.
-            inputs: fingerprints of all that the answer depends on, besides the images.
-
-        Raises:
-            Rejected: the ledger is damaged, or the remaining budget is too small.
+        `inputs` are fingerprints of all that the answer depends on besides the images.
         """
         text = json.dumps([self._id, self._images, round, *inputs])
         self._round, self._asked = round, hashlib.sha256(text.encode()).hexdigest()
@@ -214,8 +209,7 @@ def ledger_lines(folder: Path, limit: float | None, delta: float | None) -> list
     """A client's ledger as text; nothing where it has never answered with privacy.
 
     Args:
-        folder: of the client.
-        limit, delta: the client's own, where it has set them.
+        folder: of the client. limit, delta: its own, where it has set them.
 
     Raises:
         StoreError: the ledger is damaged. SpecError: opacus is missing.
@@ -308,10 +302,7 @@ def open_budget(
 ) -> PrivacyBudget:
     """The budget of a study whose clients add the noise: the client's own, or what it planned.
 
-    Args:
-        settings: the client's. spec: the study. ledger: what it plans.
-        images: fingerprint of the training images.
-        folder: of the client. states: of the study in it.
+    `images` is the fingerprint of its training images, `folder` the client's, `states` a study's.
     """
     client, delta = settings.client, spec.privacy.delta
     batches = round(1 / ledger.rates[client])
@@ -330,11 +321,7 @@ def open_budget(
 
 
 def check_own_limit(settings: Settings, spec: Spec, images: int) -> None:
-    """A client with a limit takes part only where it adds the noise itself.
-
-    Raises:
-        Rejected: the study has no noise of its own, or the limit guarantees nothing.
-    """
+    """A client with a limit takes part only where it adds the noise (else Rejected)."""
     if settings.max_epsilon is None:
         return
     if spec.privacy.kind != "example":

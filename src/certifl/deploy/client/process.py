@@ -207,11 +207,6 @@ def work(endpoint: Endpoint, client: Client, alive: Callable[[], bool]) -> None:
     """Answer the requests of a SuperNode, until it ends or an answer does not reach it.
 
     A SuperNode waits for the answer to each request, so it is useless after one that was lost.
-
-    Args:
-        endpoint: of the SuperNode, on this machine.
-        client: answers requests.
-        alive: whether to continue.
     """
     waiting = runtime_client(endpoint)
     try:

@@ -55,15 +55,9 @@ class ClientStateStore:
     """A client's folder of one study.
 
     Attributes:
-        folder: of the study. votes: file of the votes cast so far on its test images.
+        folder: of the study, named by its id (StoreError if that is not valid).
+        votes: file of the votes cast so far on its test images.
         certificates, deployed: files of its certificates, and of the model for test time.
-
-    Args:
-        root: the folder of all studies.
-        study: the study's id, as the server named it.
-
-    Raises:
-        StoreError: the id is not valid.
     """
 
     def __init__(self, root: Path, study: str) -> None:
@@ -135,15 +129,10 @@ class AnsweredRounds:
         self._read()
 
     def round(self, number: int, *inputs: str) -> None:
-        """Record what the answer to a round depends on; refuse a round requested otherwise before.
-
-        Args:
-            number: of the round, counted from 0.
-            inputs: fingerprints of all that the answer depends on.
+        """Record what an answer depends on (fingerprints); refuse a round asked otherwise before.
 
         Raises:
-            Rejected: it was requested with other inputs before.
-            StoreError: the record cannot be written.
+            Rejected: it was requested with other inputs. StoreError: it cannot be recorded.
         """
         record = self._read()
         digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
@@ -202,14 +191,7 @@ class SentLog:
         self.path = folder / SENT
 
     def note(self, request: Mapping[str, Any], answer: Content, size: int) -> None:
-        """Log an answer.
-
-        Args:
-            request: fields of the request. answer: what is sent. size: bytes of it.
-
-        Raises:
-            StoreError: it cannot be written, so the answer must not leave.
-        """
+        """Log an answer of `size` bytes to a request; StoreError where it must not leave."""
         kind = "fault" if "fault" in answer.fields else str(request.get("order"))
         study = request.get("study")
         self._add(
@@ -261,13 +243,7 @@ def _keys(fields: Mapping[str, Any], before: str = "") -> Iterator[str]:
 
 
 def sent_lines(folder: Path) -> Iterator[str]:
-    """The log as text: when, what, how many bytes, which keys, which tensors.
-
-    Tensors are listed where they differ from those of the previous message of this kind.
-
-    Raises:
-        StoreError: it cannot be read.
-    """
+    """The log as text: when, what, how many bytes, which keys, which tensors where they differ."""
     path, before = folder / SENT, dict[str, Any]()
     if not path.exists():
         yield f"Nothing has left this machine yet: there is no {path}."

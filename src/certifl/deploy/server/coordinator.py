@@ -188,12 +188,7 @@ def _rounds(spec: Spec, report: StageCallback | None) -> Callable[[Progress], No
 
 
 def run_study(spec: Spec, server_folder: Path, options: Options) -> RunFolder:
-    """Run a study with the clients of a running server.
-
-    Args:
-        spec: the study.
-        server_folder: of the running server.
-        options: of the run; clients' keys come from the folder.
+    """Run a study with the clients of a running server, whose folder has their keys.
 
     Raises:
         RequestError: the study or a folder does not fit.
@@ -213,15 +208,8 @@ def run_study(spec: Spec, server_folder: Path, options: Options) -> RunFolder:
 def check_study(spec: Spec, server_folder: Path, options: Options) -> str | None:
     """List which clients of a running server would take part in a study; train nothing.
 
-    Args:
-        spec, server_folder, options: as for `run_study`; `options.log` gets the list of clients.
-
-    Returns:
-        Why the study would not start; None where it would.
-
-    Raises:
-        RequestError: the study or the folder does not fit.
-        WorkError: the server does not answer.
+    `options.log` gets the list; returns why the study would not start, None where it would. Raises
+    as `run_study`.
     """
     with _open_transport(server_folder, "check.txt") as transport:
         return check_clients(

@@ -45,10 +45,7 @@ def local_endpoint(folder: Path) -> Endpoint:
 def client_keys(folder: Path, report: Callable[[str], None] | None = None) -> dict[int, bytes]:
     """Public keys of a server's clients, by number.
 
-    A file that is not a key (it may be half copied) is skipped; it is read again next time.
-
-    Args:
-        folder: the server's. report: called with a line about each file that is skipped.
+    A file that is not a key (it may be half copied) is reported and skipped, and read again.
     """
     keys: dict[int, bytes] = {}
     for path in sorted((folder / "clients").glob("client-*.pub")):
@@ -89,12 +86,7 @@ class KeyFolder(Mapping[int, bytes]):
 
 
 def run_server(folder: Path, report: Callable[[str], None]) -> None:
-    """Run a folder's server until it is stopped.
-
-    Raises:
-        WorkError: it cannot start, or ended on its own.
-        RequestError: the folder is not a server's.
-    """
+    """Run a folder's server until it is stopped; WorkError where it cannot start, or ended."""
     connection, endpoint = load_connection(folder), local_endpoint(folder)
     if connection.insecure:
         report(INSECURE)

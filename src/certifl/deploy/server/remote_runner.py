@@ -128,8 +128,8 @@ class ClientRegistry:
         """Send a request to a client; None where it is not connected.
 
         Args:
-            client: its number. fields: of the request, without study and client.
-            encoded: parts of the request. within: seconds after which it times out.
+            fields: of the request, without study and client. encoded: parts of the request.
+            within: seconds after which it times out.
         """
         entry = self.connected.get(client)
         if entry is None:

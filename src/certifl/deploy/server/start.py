@@ -129,13 +129,7 @@ class Reference:
 
 
 def check_clients(spec: Spec, transport: GridTransport, options: Options) -> str | None:
-    """List the clients and whether they match; why the study would not start, or None.
-
-    Every client's properties go to `options.log`. Nothing is trained.
-
-    Raises:
-        RequestError: the options do not fit the study.
-    """
+    """List clients to `options.log`; why the study would not start, or None. Trains nothing."""
     check_start(spec, options)
     reference = Reference(None, spec)
     # The same id each time, so that clients have one folder for all checks of a study.
@@ -295,9 +289,8 @@ def reference_properties(
 ) -> Properties | None:
     """The properties that a study starts with; None where no group of clients is the majority.
 
-    Args:
-        joined: what each client reported. spec: of the study.
-        required: how many clients are needed; fewer do not win because the spec names their data.
+    `joined` is what each client reported; fewer clients than `required` do not win because the
+    spec names their data.
     """
     groups = _groups(joined)
     if not groups:
