@@ -423,10 +423,7 @@ class SmoothedClassifier:
     ) -> None:
         """Name a model and how it votes, as in `certify`; nothing is computed yet.
 
-        What "auto" stands for is fixed by the first call.
-
-        Raises:
-            InputError: settings that cannot be used, or so few votes that nothing is certified.
+        The first call fixes what "auto" is. InputError for settings that certify nothing.
         """
         check_perturbation(perturbation)
         check_seed(seed)

@@ -282,19 +282,15 @@ def _worst(deltas: Tensor, margins: np.ndarray, count: int) -> tuple[Tensor, np.
 
 
 def deformed_first(counter: VoteCounter, images: Tensor, deltas: Tensor, votes: int) -> np.ndarray:
-    """Votes of the smoothed classifier on images that arrive changed.
+    """Votes (m, k, classes) of the smoothed classifier on images that arrive changed.
 
     Deformations are then interpolated twice; where that makes no difference (`covers_received`),
     the image is sent as a camera would: clipped to [0, 1] and rounded to 8 bits.
 
     Args:
-        counter: the prepared network, the perturbation and the seed.
+        counter: the prepared network, the perturbation and the seed. votes: per image.
         images: (m, c, h, w) float32 on the network's device.
         deltas: (m, k, *params_shape) on the same device; zeros give the pristine image.
-        votes: per deformed image.
-
-    Returns:
-        (m, k, classes) int64.
     """
     counts = []
     for image, own in zip(images, deltas, strict=True):

@@ -200,7 +200,6 @@ class Estimator:
 
     def purposes(self, votes: Votes) -> tuple[str, ...]:
         """What votes may be cast for next: selection, estimation, or both."""
-        del votes
         return ("selection", "estimation")
 
     def cast(
@@ -264,7 +263,6 @@ class Estimator:
     @classmethod
     def recorded(cls, settings: Settings, noise: Noise, metadata: Metadata) -> Estimator:
         """The estimator of a record; KeyError or InputError where its metadata do not say it."""
-        del metadata
         return cls(settings, noise)
 
     @staticmethod
@@ -277,14 +275,12 @@ class Estimator:
 
     def record_problem(self, metadata: Metadata) -> str | None:
         """Why its own metadata are not those that the settings give; None where they are."""
-        del metadata
         return None
 
     def recorded_votes(
         self, certificates: Certificates, report: Callable[[Bools, str], None]
     ) -> tuple[Votes, Bools]:
         """Votes that can be read, and whose; others are reported. InputError if there are none."""
-        del report
         return Votes.of(certificates), np.ones(len(certificates), np.bool_)
 
     def stopped_early(self, votes: Votes, radius: Floats, tolerance: float) -> Bools:
@@ -315,7 +311,6 @@ class Estimator:
             top, runner_up, look, radius: one an image.
             tolerance: a gain that hangs on this share of a radius is none.
         """
-        del top, runner_up, radius, tolerance
         return look < len(self.looks) - 1
 
 

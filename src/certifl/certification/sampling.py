@@ -390,16 +390,10 @@ def check_random_source(
 ) -> None:
     """Refuse to vote where draws do not repeat, do not differ, or do not follow the distribution.
 
-    Args:
-        perturbation: whose draws are tested.
-        image_shape: (c, h, w).
-        device: where votes will be drawn.
-        source: gives the generator of a chunk of votes.
-
-    Raises:
-        RandomSourceBroken: a stream is not repeated by the same seed; two chunks, the two stages
-            or two images share a stream; mean, variance or the correlation of two chunks is more
-            than six standard errors from those of the distribution.
+    RandomSourceBroken where a stream is not repeated by the same seed; where two chunks, the two
+    stages or two images share a stream; where mean, variance or the correlation of two chunks is
+    more than six standard errors from those of the distribution. `source` gives the generator of a
+    chunk of votes.
     """
     channels, height, width = image_shape
     # A chunk draws as many numbers as the images have pixels; some hundred thousand are enough.

@@ -233,7 +233,6 @@ class ScanEstimator(Estimator):
 
     def stopped_early(self, votes: Votes, radius: Floats, tolerance: float) -> Bools:
         """As `Estimator.stopped_early`; passes are read exactly, so nothing is tolerated."""
-        del radius, tolerance
         early = np.zeros(len(votes.done), np.bool_)
         before_last = votes.looks < len(self.looks)
         for rows, reading in self._readings(votes, before_last, votes.looks - 1):

@@ -153,10 +153,7 @@ def random_part(available: int, count: int | None, seed: int, which: str) -> np.
     """Ascending positions, int64 (count,), of a fixed random part of a split; None takes all.
 
     The choice depends on the arguments alone, and a larger part contains every smaller one of the
-    same seed. Those of `which` = "train" and "test" are independent.
-
-    Raises:
-        InputError: more images than there are, or fewer than 1.
+    same seed. Those of "train" and "test" are independent. InputError for an impossible count.
     """
     if count is None:
         return np.arange(available)

@@ -142,21 +142,10 @@ def _find_folder(root: Path, test_split: str | None) -> Layout | None:
     return Layout("folder", root, train, class_images(root / test, may_be_empty=True))
 
 
-_TEXTS = [
-    ".txt",
-    ".md",
-    ".rst",
-    ".csv",
-    ".tsv",
-    ".json",
-    ".jsonl",
-    ".xml",
-    ".yaml",
-    ".yml",
-    ".toml",
-    ".html",
-    ".log",
-]
+_TEXTS = (
+    *(".txt", ".md", ".rst", ".csv", ".tsv", ".html", ".log"),
+    *(".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml"),
+)
 _TEXT_NAMES = ("readme", "license")
 _OF_SYSTEMS = ("thumbs.db", "ehthumbs.db", "desktop.ini")
 """What Windows leaves behind; what other systems and programs leave begins with a dot."""
@@ -383,16 +372,12 @@ class _HubSplit(Protocol):
 def read_hub(
     name: str, columns: ReadOptions, ways: str, test_split: str | None = None
 ) -> tuple[RawSplit, RawSplit]:
-    """Download (or take from the hub's own cache) and decode both splits.
+    """Download (or take from the hub's own cache) and decode both splits; else DataUnavailable.
 
     Args:
-        name: a short name of `HUB_NAMES` or the hub's own, "owner/name".
-        columns: the image and the label column, or None for each to be found.
+        name: a short name of `HUB_NAMES` or the hub's own, "owner/name". columns: asked for.
         ways: what the user can do instead; ends the message if the hub does not help.
         test_split: the split whose images are certified; None = the first there is of TEST_NAMES.
-
-    Raises:
-        DataUnavailable: `datasets` is not installed, or the hub did not give the data set.
     """
     splits = _download(HUB_NAMES.get(name, name), ways)
     if "train" not in splits:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from certifl.errors import CertiflError, one_line
+from certifl.progress import short
 from certifl.runs.checkpoints import Checkpoints
-from certifl.runs.folder import FINISHED, RunFolder
-from certifl.spec import load_stored
+from certifl.runs.folder import FINISHED
+from certifl.study.opened_run import OpenRun
 
 _SHOWN = 10
 _PACE = 5  # rounds whose median is the pace
@@ -85,26 +86,19 @@ def _contents(folder: Path) -> str:
 
 
 def study_lines(path: Path) -> list[str]:
-    """The state of a study in sentences: rounds, who answered, loss, time left.
-
-    Args:
-        path: the run folder of `certifl deploy run`, under way or finished.
-
-    Raises:
-        StoreError: a file of the run is damaged.
-    """
-    folder = RunFolder(path)
-    manifest, spec = folder.manifest(), load_stored(folder.spec)
+    """The state of a run folder in sentences: rounds, who answered, loss, time left."""
+    run = OpenRun(path)
+    spec, folder = run.spec, run.folder
     last = Checkpoints(folder.training).latest()
     history = [] if last is None else last.history
-    total = spec.training.rounds + spec.build_algorithm().extra_rounds
+    total = spec.training.rounds + run.algorithm.extra_rounds
     lines = [f"Study {spec.name!r} (spec {spec.hash()[:8]}), {spec.clients.count} clients"]
     if last is None:
         return [*lines, "No round has begun: it waits for its clients."]
     since = _clock(time.time() - (last.path / "round.json").stat().st_mtime)
     lines.append(f"Rounds: {len(history)} of {total}, the last stored {since} ago")
     lines += [_round(entry) for entry in history[-_SHOWN:]]
-    if manifest.get("status") == FINISHED:
+    if run.manifest.get("status") == FINISHED:
         return [*lines, "Finished."]
     left = total - len(history)
     if left:
@@ -140,7 +134,5 @@ def _named(clients: Sequence[int]) -> str:
 
 def _clock(seconds: float) -> str:
     whole = max(0, math.ceil(seconds))
-    if whole < 60:
-        return f"{whole} s"
     hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"
+    return f"{hours} h {minutes} min" if hours else short(whole)

@@ -85,12 +85,7 @@ class ClientResult:
 
 
 def try_client(client: int, work: Callable[[], Result]) -> Result | Fault:
-    """The result of a client's work, or its fault.
-
-    Raises:
-        RequestError, StoreError, RandomSourceBroken: not the client's fault (table above).
-        WorkError: memory ran out.
-    """
+    """The result of a client's work, or its fault; what is none (table above) is raised."""
     try:
         return work()
     except _STOP:

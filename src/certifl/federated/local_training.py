@@ -232,10 +232,7 @@ class LocalTraining:
     ) -> Trained:
         """Fine-tuning: its own augmentation, a constant learning rate, fresh momentum.
 
-        Args:
-            start, data, round: as in `train_epochs`.
-            epochs: over the client's images.
-            lr: learning rate; None = that of the schedule's last epoch.
+        `epochs` are over the client's images; without `lr` it is that of the schedule's last.
         """
         schedule = self.schedule
         rate = schedule.lr_at(schedule.epochs - 1) if lr is None else lr
@@ -248,10 +245,8 @@ class LocalTraining:
         """A second model with its own optimizer, for steps that train two models.
 
         Its learning rate is the schedule's first until the caller sets another, and its momentum
-        starts afresh if the schedule resets it; `result_of` reads the trained model.
-
-        Raises:
-            SpecError: with privacy, which protects one model only.
+        starts afresh if the schedule resets it; `result_of` reads the trained model. SpecError
+        with privacy, which protects one model only.
         """
         if self.privacy is not None:
             raise SpecError(NO_SECOND_GRADIENT)

@@ -170,12 +170,7 @@ class WorkerPool:
         self._workers.clear()
 
     def work(self, current: StoredRound, participants: Sequence[int]) -> Iterator[ClientResult]:
-        """Yield the result of every participant, in the order given.
-
-        Raises:
-            RequestError, StoreError: as the same work in this process would.
-            WorkError: workers cannot be started, or memory ran out.
-        """
+        """Yield every result in order; errors are those of the same work here, and WorkError."""
         while len(self._workers) < min(self._count, len(participants)):
             self._workers.append(_Worker(self._payload))
         done: dict[int, ClientResult] = {}

@@ -126,12 +126,7 @@ def adopt_code(allowed: NamedCode) -> None:
 
 
 def require_code(name: str, folder: Path) -> None:
-    """Let `module:function` be imported from one folder, and from nowhere else.
-
-    Raises:
-        ModelError: there is no such folder, it does not hold the module, or Python finds another
-            of that name.
-    """
+    """Let `module:function` be imported from one folder, and nowhere else (ModelError)."""
     top = _top(name)
     if not folder.is_dir():
         raise ModelError(
@@ -245,11 +240,7 @@ class _Inert(dict):
 
 
 def read_checkpoint(path: Path) -> object:
-    """What `torch.save` wrote, with stand-ins for all that is not a tensor or a plain value.
-
-    Raises:
-        InputError: the file cannot be read, or holds a whole pickled object.
-    """
+    """What `torch.save` wrote, with stand-ins for all but plain values; else InputError."""
     advice = "Save model.state_dict() as .safetensors, or with torch.save."
     try:
         with torch.serialization.safe_globals([_inert(name) for name in _needed(path)]):

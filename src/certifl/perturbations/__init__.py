@@ -81,13 +81,13 @@ def _moving(**options: Any) -> type[Parameters]:
 
 
 _PHOTOMETRIC = "certifl.perturbations.photometric"
-_DEFORMATIONS, _FLOWS = "certifl.perturbations.deformations", "certifl.perturbations.deformations"
+_DEFORMATIONS = "certifl.perturbations.deformations"
 
 PERTURBATIONS: Registry[Row] = Registry(
     "perturbation",
     {
         "pixel": Row(
-            "certifl.perturbations.photometric:PixelNoise",
+            f"{_PHOTOMETRIC}:PixelNoise",
             parameters(sigma=_Sigma, exact=(Flag, False)),
             "pixel noise",
         ),
@@ -95,8 +95,10 @@ PERTURBATIONS: Registry[Row] = Registry(
         "rotation": Row(f"{_DEFORMATIONS}:Rotation", _moving(), "rotation"),
         "scaling": Row(f"{_DEFORMATIONS}:Scaling", _moving(), "scaling"),
         "affine": Row(f"{_DEFORMATIONS}:Affine", _moving(), "affine deformation"),
-        "smooth_flow": Row(f"{_FLOWS}:SmoothFlow", _moving(bases=(PositiveInt, 2)), "smooth flow"),
-        "dense_flow": Row(f"{_FLOWS}:DenseFlow", _moving(), "dense flow"),
+        "smooth_flow": Row(
+            f"{_DEFORMATIONS}:SmoothFlow", _moving(bases=(PositiveInt, 2)), "smooth flow"
+        ),
+        "dense_flow": Row(f"{_DEFORMATIONS}:DenseFlow", _moving(), "dense flow"),
         "brightness": Row(f"{_PHOTOMETRIC}:Brightness", parameters(sigma=_Sigma), "brightness"),
         "contrast": Row(f"{_PHOTOMETRIC}:Contrast", parameters(sigma=_Sigma), "contrast"),
         "gaussian_blur": Row(

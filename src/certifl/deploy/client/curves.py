@@ -32,25 +32,10 @@ from certifl.spec import Spec
 _LARGEST_ROWS = 1 << 30
 _MOST_VERSIONS = 16
 _PUBLIC_METADATA = (
-    "family",
-    "sigma",
-    "description",
-    "law",
-    "norm",
-    "unit",
-    "threat",
-    "estimator",
-    "bounds",
-    "alpha",
-    "n0",
-    "n",
+    *("family", "sigma", "description", "law", "norm", "unit", "threat"),
+    *("estimator", "bounds", "alpha", "n0", "n"),
     *AMOUNTS,
-    "label_aware",
-    "keep",
-    "seed",
-    "precision",
-    "batch_norm_folded",
-    "versions",
+    *("label_aware", "keep", "seed", "precision", "batch_norm_folded", "versions"),
 )
 """Metadata that follow from the study or the software; nothing about data or models."""
 

@@ -106,12 +106,8 @@ class PrivacyBudget:
             output: fingerprint of the answer and the new state; "" = it failed.
             sent: whether the answer leaves.
 
-        Returns:
-            What was spent so far, as text.
-
-        Raises:
-            Rejected: the remaining budget is too small, or the answer differs from an earlier one.
-            StoreError: the ledger cannot be written.
+        Returns what was spent so far, as text. StoreError where the ledger cannot be written,
+        Rejected beyond the budget, or where the answer differs from an earlier one.
         """
         passes = tuple(
             Pass(sample, multiplier, taken.steps, taken.sums)

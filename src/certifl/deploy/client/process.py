@@ -67,9 +67,7 @@ _KEY = (
 def run_client(folder: Path, settings: Settings, report: Callable[[str], None]) -> None:
     """Run a client until it is stopped; one that is refused waits and tries again.
 
-    Raises:
-        WorkError: the server cannot be authenticated, or requires a key that the client lacks.
-        RequestError: the folder or its settings are wrong.
+    WorkError where the server cannot be authenticated, or requires a key that the client lacks.
     """
     connection = load_connection(folder)
     if connection.insecure:

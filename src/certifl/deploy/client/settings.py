@@ -427,12 +427,9 @@ def _check_grid(spec: Spec, settings: Settings) -> None:
 
 
 def check_network_size(spec: Spec, channels: int, classes: int) -> None:
-    """Refuse one of certifl's networks that would not fit into the machine.
+    """Refuse one of certifl's networks that would not fit into the machine (Rejected).
 
     Its shapes are determined without memory. The client's own networks are its own choice.
-
-    Raises:
-        Rejected: it is too large, or cannot be built.
     """
     name = spec.model.name
     if name not in MODELS:

@@ -87,13 +87,9 @@ class _ClientProgress:
     idle: int = 0
 
     def advance(self, answer: Certified, took: float, piece: float) -> None:
-        """Take an answer that is not the last one.
+        """Take an answer that is not the last one; MalformedMessage if at this pace it never ends.
 
-        Args:
-            answer: the new one. took: seconds since the request. piece: seconds asked for.
-
-        Raises:
-            MalformedMessage: at this pace it never ends, or it is impossible.
+        `took` are seconds since the request, `piece` those asked for.
         """
         if took < min(piece / 2, _SOON):
             raise MalformedMessage(
@@ -133,11 +129,7 @@ class _Collector:
     _broadcast: tuple[str, Mapping[str, ArrayRecord]] = ("", {})
 
     def run(self) -> dict[int, str]:
-        """Ask until all clients have finished, or none of the others will.
-
-        Returns:
-            Why clients are left out, by client.
-        """
+        """Ask until all have finished, or none of the others will; why clients are left out."""
         everyone = range(self.spec.clients.count)
         remaining = {c for c in everyone if not self.folder.shared(c).is_file()}
         if not remaining:

@@ -145,11 +145,9 @@ class ClientRegistry:
         return entry is not None and entry.node != pending.entry.node
 
     def wait_for(self, clients: set[int], seconds: float, skip_refused: bool = False) -> set[int]:
-        """Wait for some clients; returns those that are still missing.
+        """Wait some seconds at most; returns the clients that are still missing.
 
-        Args:
-            clients: their numbers. seconds: to wait at most.
-            skip_refused: do not wait for clients that were refused.
+        With `skip_refused`, clients that were refused are not awaited.
         """
         ends = time.monotonic() + seconds
         while True:

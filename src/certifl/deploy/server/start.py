@@ -366,12 +366,7 @@ def _classes(names: Sequence[str]) -> str:
 
 
 def listing(spec: Spec, joined: Mapping[int, Joined], others: Mapping[int, str]) -> Iterable[str]:
-    """Every client of a study: what it has, or why it does not take part.
-
-    Args:
-        spec: of the study. joined: what clients reported.
-        others: why a client does not take part; -1 for a node of unknown number.
-    """
+    """Every client of a study: what it reported, or (`others`) why it does not take part."""
     yield f"Study {spec.name!r} (spec {spec.hash()[:8]}), {spec.clients.count} clients:"
     for client in sorted({*range(spec.clients.count), *joined, *others}):
         who = f"client {client}" if client >= 0 else "a node"

@@ -153,7 +153,6 @@ class FLIX(GlobalModel):
 
     def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
         """The model, unless nothing of it is shared."""
-        del round, scheduled
         return () if self.personalization == 1 else ("model",)
 
     def client_round(

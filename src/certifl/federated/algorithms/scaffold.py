@@ -55,7 +55,6 @@ class Scaffold(GlobalModel):
 
     def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
         """The model and the change of the control variate."""
-        del round, scheduled
         return "model", "control_step"
 
     def client_round(

@@ -73,11 +73,7 @@ class Macer:
         OBJECTIVES.check_component(self)
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss above as a mean over the batch; logits of the first copy.
-
-        Raises:
-            InputError: the perturbation has no sigma and law, or its law has no radius here.
-        """
+        """The loss above, mean over the batch, and logits of the first copy (InputError)."""
         smoothing = smoothing_of(batch, self.name)
         if smoothing is None:
             return single(model, batch)
@@ -104,16 +100,12 @@ class Macer:
 
 
 def soft_margins(miss: torch.Tensor, second: torch.Tensor, smoothing: Smoothing) -> torch.Tensor:
-    """The margin xi = 2 radius / sigma from soft votes.
+    """The margin xi = 2 radius / sigma from soft votes; InputError for laws without a radius.
 
     Args:
         miss: (m,) soft votes of all classes but the label, together; taken instead of the label's
             own because near 1 a float has no digits left.
-        second: (m,) largest of them.
-        smoothing: its distribution decides the formula.
-
-    Raises:
-        InputError: a distribution without a radius here.
+        second: (m,) largest of them. smoothing: its distribution decides the formula.
     """
     margin = _MARGINS.get(smoothing.law.name)
     if margin is None:

@@ -72,15 +72,12 @@ def epsilon(noise_multiplier: float, rate: float, steps: int, delta: float) -> f
 
 
 def composed(steps: Mapping[tuple[float, float], int], delta: float) -> float:
-    """The privacy loss after steps of several kinds, whose divergences add up.
+    """The privacy loss after steps of several kinds, whose divergences add up: an upper bound.
 
     Args:
         steps: how many, by (noise multiplier z, sampling rate q); every step has its own
-            sample and noise.
+            sample and noise. Without noise, the loss is infinite.
         delta: as in `epsilon`.
-
-    Returns:
-        An upper bound on epsilon; infinity where a step had no noise.
     """
     taken = {kind: count for kind, count in steps.items() if count}
     if not taken:
@@ -109,11 +106,7 @@ def _divergences(noise_multiplier: float, rate: float) -> NDArray[np.float64]:
 def noise_for(target_epsilon: float, rate: float, steps: int, delta: float) -> float:
     """The noise multiplier that spends no more than the target in so many steps.
 
-    Returns:
-        At most a thousandth above the smallest one.
-
-    Raises:
-        SpecError: even a noise multiplier of 10 000 spends more.
+    At most a thousandth above the smallest one; SpecError where even 10 000 spends more.
     """
     high = 1.0
     while epsilon(high, rate, steps, delta) > target_epsilon:

@@ -43,17 +43,12 @@ def clipped_sum(
     """sum_j g_j min(1, C / ||g_j||), g_j the gradient of image j over all parameters together.
 
     Replacing one image by nothing changes the sum by at most C: a gradient that is not finite
-    counts as zero.
+    counts as zero. So does a loss that is not finite in the outcome, or one image could make the
+    training fail visibly.
 
     Args:
-        model: in training mode; its `.grad` are cleared.
-        parameters: the trainable ones, by name.
-        objective, batch: the loss of m >= 0 images.
-        max_norm: C; infinity = no clipping.
-
-    Returns:
-        The sum by parameter, and how the batch went; a loss that is not finite counts as zero, or
-        one image could make the training fail visibly.
+        model: in training mode; its `.grad` are cleared. parameters: the trainable ones, by name.
+        objective, batch: the loss of m >= 0 images. max_norm: C; infinity = no clipping.
     """
     some = next(iter(parameters.values()))
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
@@ -293,11 +288,8 @@ class PrivatePasses:
     ) -> tuple[ModelState, Outcome]:
         """The latest batch's clipped sum with noise, over the expected number of its images.
 
-        Args:
-            sum_of: the sum and how the batch went, given the norm to clip to.
-
-        Raises:
-            SpecError: the batch had its sum already.
+        `sum_of` gives the sum and how the batch went for the norm to clip to. SpecError where the
+        batch had its sum already.
         """
         if self._taken == self._batches:
             raise SpecError(NO_SECOND_GRADIENT)
@@ -409,11 +401,7 @@ class ClientLevel:
         """Any number of participants is allowed, also none."""
 
     def __call__(self, broadcast: ServerState, updates: Iterable[Update]) -> Iterator[Update]:
-        """One update in the server's name: the broadcast model, moved by the noisy average.
-
-        Raises:
-            InputError: an update carries more than a model, or a model of other keys.
-        """
+        """One update of the server: the broadcast model, moved by the noisy average."""
         start = broadcast.parts["model"]
         total = {name: torch.zeros_like(v, dtype=torch.float64) for name, v in start.items()}
         for update in updates:
