@@ -33,7 +33,7 @@ def build(
     options: Mapping[str, Any] | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> nn.Module:
-    """A network whose weights depend on the seed alone.
+    """A network whose weights depend on the seed alone, as its function made it.
 
     Torch's global generator is seeded for the duration of the call, then restored.
 
@@ -41,20 +41,14 @@ def build(
         name: a name in `MODELS`; `module:function` for one's own, called as
             `function(in_channels=..., num_classes=..., **options)`; or hf:OWNER/NAME of the
             Hugging Face hub, hf:./folder, whose weights the network begins with.
-        in_channels: channels of the images.
-        num_classes: logits that must come out.
-        seed: the study's seed.
-        options: further arguments of the function.
+        in_channels, num_classes: channels of the images, and logits that must come out.
+        seed: the study's. options: further arguments of the function.
         image_size: (h, w); when given, one blank image is passed through to check the logits.
 
-    Returns:
-        The network as the function made it, from images (m, c, h, w) to logits.
-
     Raises:
-        SpecError: an option that the network in `MODELS` does not have, or a value that is not
-            allowed.
-        ModelError: a name that is unknown or cannot be imported, something that is not a function,
-            a call that fails, a result that is not a torch module, or logits of the wrong shape.
+        SpecError: an option that a network in `MODELS` does not have, or a value not allowed.
+        ModelError: an unknown name, something that is not a function, a call that fails, a result
+            that is not a torch module, or logits of the wrong shape.
     """
     if name.startswith("hf:"):
         return _from_hub(name, in_channels, num_classes, seed, options, image_size)
@@ -217,8 +211,7 @@ def load(
 
     Args:
         name: as above; a folder begins with ".", "~" or "/".
-        in_channels: channels of the images: 1 or 3.
-        num_classes: logits that must come out.
+        in_channels, num_classes: 1 or 3 channels of the images, and logits that must come out.
         image_size: (h, w); when given, one blank image is tried.
         new_head: whether a network of another number of classes gets a new last layer, drawn from
             torch's generator, to be trained.

@@ -119,10 +119,7 @@ __getattr__ = lazy_names(
 def describe(perturbation: Perturbation) -> dict[str, Any]:
     """A perturbation as data that JSON and TOML can hold: its family and every field.
 
-    Guarantee: `from_description(describe(p)) == p`.
-
-    Raises:
-        InputError: a perturbation that is not a dataclass, which has no fields to write down.
+    Guarantee: `from_description(describe(p)) == p`. InputError for what is not a dataclass.
     """
     if isinstance(perturbation, type) or not dataclasses.is_dataclass(perturbation):
         raise InputError(
@@ -138,12 +135,6 @@ def from_description(description: Mapping[str, Any]) -> Perturbation:
     >>> from_description({"family": "rotation", "sigma": "18deg"}).sigma
     0.3141592653589793
 
-    Args:
-        description: "family", "sigma" and the family's options; the rest by default.
-
-    Returns:
-        A perturbation that equals the one described.
-
     Raises:
         SpecError: an unknown family or option, a missing sigma, or an option out of range.
         InputError: a sigma that is not a positive amount in the family's unit.
@@ -158,13 +149,7 @@ def from_record(description: Mapping[str, Any]) -> Perturbation:
 
 
 def trait(family: object, name: str, default: Any) -> Any:
-    """An optional attribute of a family that a record names; see `Perturbation`.
-
-    Args:
-        family: as in the record; it may have no row in `PERTURBATIONS`.
-        name: of the attribute.
-        default: where there is no such family or attribute.
-    """
+    """An optional attribute of a family (see `Perturbation`), or the default where it has none."""
     known = str(family) in PERTURBATIONS
     return getattr(PERTURBATIONS[str(family)], name, default) if known else default
 
@@ -174,9 +159,6 @@ def covers_received(family: object) -> bool:
 
     They do where T_a(T_b(x)) = T_{a + b}(x): up to rounding and clipping by the sender. Elsewhere
     a certificate is about parameters of one change of the original image.
-
-    Args:
-        family: as in a record.
     """
     return bool(trait(family, "received", False) or trait(family, "additive", False))
 

@@ -109,11 +109,7 @@ class Deformation(ABC):
 
     @abstractmethod
     def sources(self, params: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Where each output pixel is read.
-
-        Args:
-            params: (m, *params_shape).
-            grid: coordinates of the pixels.
+        """Where each output pixel is read, by parameters (m, *params_shape).
 
         Returns:
             Columns and rows in pixels, each broadcastable to (m, h, w).
