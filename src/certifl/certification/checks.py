@@ -153,9 +153,13 @@ def check_labels(
     _refuse_blocks_of_labels(labels)
     values = _tensor("labels", labels).detach().cpu().numpy()
     if values.shape != (images,):
+        advice = ""
+        if values.ndim == 2 and len(values) == images:
+            advice = " One-hot rows become numbers with labels.argmax(1)."
+        if values.shape == (images, 1):
+            advice = " A column of numbers becomes that with labels[:, 0]."
         raise InputError(
-            f"labels must have one number per image, ({images},); got {values.shape}."
-            f"{_as_numbers(values.shape, images)}"
+            f"labels must have one number per image, ({images},); got {values.shape}.{advice}"
         )
     if not np.issubdtype(values.dtype, np.integer):
         raise InputError(
@@ -186,15 +190,6 @@ def _refuse_blocks_of_labels(labels: Any) -> None:
             "Give [names.index(y) for y in labels], with the names in the order of the model's "
             "outputs."
         )
-
-
-def _as_numbers(shape: tuple[int, ...], images: int) -> str:
-    """What to do with labels that are a matrix."""
-    if len(shape) != 2 or shape[0] != images:
-        return ""
-    if shape[1] == 1:
-        return " A column of numbers becomes that with labels[:, 0]."
-    return " One-hot rows become numbers with labels.argmax(1)."
 
 
 def _tensor(name: str, values: Any) -> Tensor:

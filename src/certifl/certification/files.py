@@ -259,8 +259,9 @@ def _row(
     if right and predicted not in (truth, ABSTAINED):
         raise ValueError(f"correct is {correct}, but class {predict} is not the label {label}")
     certified = claimed >= 0 and predicted != ABSTAINED and (right or predicted != truth)
-    held = (predicted, claimed) if certified else (ABSTAINED, 0.0)
-    return index, truth, *held, _seconds(time)
+    if not certified:
+        predicted, claimed = ABSTAINED, 0.0
+    return index, truth, predicted, claimed, _seconds(time)
 
 
 def _seconds(text: str) -> float:

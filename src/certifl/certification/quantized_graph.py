@@ -380,7 +380,8 @@ class Writer:
             shared = node in self._passed
             memory[node] = memory[node.all_input_nodes[0]] if shared else node
         for node in order:
-            if not isinstance(self._root_module(node), _Sum):
+            called_here = node.op == "call_module"
+            if not (called_here and isinstance(getattr(self._root, str(node.target), None), _Sum)):
                 continue
             value, other = node.args
             assert isinstance(value, fx.Node)
@@ -390,16 +391,15 @@ class Writer:
                 with self._new.inserting_before(node):
                     node.update_arg(1, self._new.call_method("clone", (other,)))
 
-    def _root_module(self, node: fx.Node) -> nn.Module | None:
-        return getattr(self._root, str(node.target), None) if node.op == "call_module" else None
-
     def _write(self, node: fx.Node) -> None:
         group = self._starts.get(node)
         if group is not None:
             self._write_group(group)
         elif node in self._parts:
             return  # written with its group
-        elif passes(node, self._old) and self._passed_as_integers(node):
+        elif passes(node, self._old) and (
+            node.all_input_nodes[0] in self._integers or self._plan.wants_integers(node)
+        ):
             self._pass_on(node)
         elif _is(node, self._old, _RELU, nn.ReLU) and self._only_integers(node):
             # Its range begins at 0, so writing it in 8 bits cuts negative values off.
@@ -436,10 +436,6 @@ class Writer:
             own = self._scales[self._plan.source_of(node).name]
             self._integers[node] = self._add(_Quantize(own), self._float(node)), own
         return self._integers[node]
-
-    def _passed_as_integers(self, node: fx.Node) -> bool:
-        source = node.all_input_nodes[0]
-        return source in self._integers or self._plan.wants_integers(node)
 
     def _only_integers(self, node: fx.Node) -> bool:
         """Whether all users of a value take it in 8 bits."""

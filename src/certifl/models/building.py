@@ -24,6 +24,10 @@ from certifl.module_copies import (
 from certifl.registry import choices
 from certifl.rng import derive_seed
 
+PREFIX = "hf:"
+_ANY_SIZE = 224
+_log = logging.getLogger(__name__)
+
 
 def build(
     name: str,
@@ -50,16 +54,19 @@ def build(
         ModelError: an unknown name, something that is not a function, a call that fails, a result
             that is not a torch module, or logits of the wrong shape.
     """
-    if name.startswith("hf:"):
-        return _from_hub(name, in_channels, num_classes, seed, options, image_size)
+    from_hub = name.startswith(PREFIX)
+    if from_hub and options:
+        raise ModelError(f"{name} takes no options; leave out {', '.join(options)}.")
     if name in MODELS:
         MODELS.check_named(name, options or {})
         function: Callable[..., Any] = MODELS[name]
-    else:
+    elif not from_hub:
         function = _users_function(name)
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: that would also seed the generators of all GPUs.
         torch.default_generator.manual_seed(derive_seed(seed, "model", name))
+        if from_hub:  # with its weights; a new last layer is drawn
+            return load(name, in_channels, num_classes, image_size, new_head=True).train()
         try:
             model = function(
                 in_channels=in_channels, num_classes=num_classes, **dict(options or {})
@@ -82,22 +89,6 @@ def build(
                     model.register_forward_hook(take_logits)
             check_logits(model, in_channels, num_classes, image_size)
     return model
-
-
-def _from_hub(
-    name: str,
-    in_channels: int,
-    num_classes: int,
-    seed: int,
-    options: Mapping[str, Any] | None,
-    image_size: tuple[int, int] | None,
-) -> nn.Module:
-    """A network of the hub with its weights; a new last layer depends on the seed alone."""
-    if options:
-        raise ModelError(f"{name} takes no options; leave out {', '.join(options)}.")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed(seed, "model", name))
-        return load(name, in_channels, num_classes, image_size, new_head=True).train()
 
 
 def _users_function(name: str) -> Callable[..., Any]:
@@ -159,11 +150,6 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-PREFIX = "hf:"
-_ANY_SIZE = 224
-_log = logging.getLogger(__name__)
 
 
 class ImageClassifier(nn.Module):

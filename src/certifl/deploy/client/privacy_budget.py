@@ -128,7 +128,8 @@ class PrivacyBudget:
                 # A failure takes the first of the steps that a later answer takes.
                 entries = [entry for entry in entries if not self._is_current(entry)]
                 self._check(entries, release)
-                if any(self._is_answered(entry) for entry in entries):
+                own = [entry for entry in entries if entry.study == self._id]
+                if any(entry.round == self._round and entry.release.output for entry in own):
                     _log.warning(
                         "The server requested round %d again from another model: both answers "
                         "count.",
@@ -142,10 +143,6 @@ class PrivacyBudget:
 
     def _is_current(self, entry: Entry) -> bool:
         return entry.study == self._id and entry.release.asked == self._asked
-
-    def _is_answered(self, entry: Entry) -> bool:
-        same_round = entry.study == self._id and entry.round == self._round
-        return same_round and bool(entry.release.output)
 
     def _record_pass(self, sample: str, multiplier: float, passes: PrivatePasses) -> None:
         """Record passes before they use an image."""

@@ -370,8 +370,11 @@ def check_study(spec: Spec, settings: Settings) -> None:
     if spec.clients.unseen:
         raise Rejected("clients.unseen: a client that is not to train does not join")
     _check_selection(spec, settings)
-    if not settings.dealt:
-        _check_grid(spec, settings)
+    radii = None if settings.dealt else spec.certification.settings(settings.client).radii
+    if radii is not None and len(radii) > _MOST_RADII:
+        raise Rejected(
+            f"certification.radii are more than {_MOST_RADII}, which would disclose single images"
+        )
 
 
 def _check_selection(spec: Spec, settings: Settings) -> None:
@@ -416,14 +419,6 @@ def _check_preparation(spec: Spec, settings: Settings) -> None:
 
 def _as_toml(value: object) -> str:
     return "nothing" if value is None else json.dumps(value)
-
-
-def _check_grid(spec: Spec, settings: Settings) -> None:
-    radii = spec.certification.settings(settings.client).radii
-    if radii is not None and len(radii) > _MOST_RADII:
-        raise Rejected(
-            f"certification.radii are more than {_MOST_RADII}, which would disclose single images"
-        )
 
 
 def check_network_size(spec: Spec, channels: int, classes: int) -> None:
