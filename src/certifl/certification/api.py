@@ -39,7 +39,6 @@ from certifl.models import fingerprint
 from certifl.perturbations.base import Perturbation
 from certifl.perturbations.units import parse_amount, parse_amounts
 from certifl.progress import ProgressCallback, bar
-from certifl.rng import image_key
 from certifl.smoothing.bounds import two_sided_sign_test
 from certifl.torch_env import one_thread
 
@@ -366,11 +365,7 @@ def predict(
     for values, _ in itertools.chain([first], blocks):
         for start in range(0, len(values), _BLOCK):
             block = values[start : start + _BLOCK].to(counter.network.device)
-            requests = [
-                engine.Request(row, row, image_key(image), "predict", 0, n)
-                for row, image in enumerate(block)
-            ]
-            votes = counter.count(block, requests, slots=len(block))
+            votes = counter.count_each(block, "predict", n)
             order = np.argsort(-votes, axis=1, kind="stable")[:, :2]
             first_two = np.take_along_axis(votes, order, axis=1).T
             certain = np.asarray(two_sided_sign_test(*first_two)) <= alpha

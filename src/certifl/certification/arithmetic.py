@@ -32,7 +32,6 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from certifl._version import __version__
-from certifl.certification.counts import Request
 from certifl.certification.network import Model, Network, computes_bfloat16, prepare
 from certifl.certification.quantization import Calibration, Scales
 from certifl.certification.sampling import VoteCounter, voting
@@ -44,7 +43,6 @@ from certifl.models.architectures import Normalize, QuarterMeans
 from certifl.module_copies import unwrapped
 from certifl.perturbations import describe
 from certifl.perturbations.base import Perturbation
-from certifl.rng import image_key
 from certifl.torch_env import several_threads_asked
 
 _log = logging.getLogger(__name__)
@@ -306,8 +304,12 @@ def loses(plain: Network, rounded: Network, images: Tensor, trial: Trial) -> boo
     Rounding moves votes both ways: an image may be unanimous in one arithmetic by luck. So the
     votes that are lost are compared with those that are won where the other is unanimous.
     """
-    chosen = images[: trial.images]
-    first, other = (_selection(network, chosen, trial) for network in (plain, rounded))
+    first, other = (
+        VoteCounter(network, trial.perturbation, trial.seed).count_each(
+            images[: trial.images].to(network.device), "selection", trial.n0
+        )
+        for network in (plain, rounded)
+    )
     lost, won = _changed_votes(first, other), _changed_votes(other, first)
     surplus = lost - won
     loses = surplus > _SURPLUS * math.sqrt(lost + won)
@@ -319,16 +321,6 @@ def loses(plain: Network, rounded: Network, images: Tensor, trial: Trial) -> boo
             won,
         )
     return loses
-
-
-def _selection(network: Network, images: Tensor, trial: Trial) -> np.ndarray:
-    counter = VoteCounter(network, trial.perturbation, trial.seed)
-    on_device = images.to(network.device)
-    requests = [
-        Request(row, row, image_key(image), "selection", 0, trial.n0)
-        for row, image in enumerate(on_device)
-    ]
-    return counter.count(on_device, requests, slots=len(on_device))
 
 
 def _changed_votes(first: np.ndarray, other: np.ndarray) -> int:

@@ -297,11 +297,7 @@ def deformed_first(counter: VoteCounter, images: Tensor, deltas: Tensor, votes: 
         arrived = counter.perturbation.apply(image[None], own)
         if covers_received(counter.perturbation.family):
             arrived = (arrived.clamp(0.0, 1.0) * _LEVELS).round() / _LEVELS
-        requests = [
-            Request(row, row, image_key(one), "attack", 0, votes)
-            for row, one in enumerate(arrived)
-        ]
-        counts.append(counter.count(arrived, requests, len(arrived)))
+        counts.append(counter.count_each(arrived, "attack", votes))
     return np.stack(counts)
 
 

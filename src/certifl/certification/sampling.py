@@ -86,6 +86,14 @@ class VoteCounter:
 
         return self._within_memory(counted)
 
+    def count_each(self, images: Tensor, purpose: str, votes: int) -> np.ndarray:
+        """The first votes of each image for a purpose, (m, classes) int64; see `count`."""
+        requests = [
+            Request(row, row, image_key(image), purpose, 0, votes)
+            for row, image in enumerate(images)
+        ]
+        return self.count(images, requests, slots=len(images))
+
     def classes(self, images: Tensor, rows: Tensor, params: Tensor) -> np.ndarray:
         """The votes of given noisy copies one by one, (k,) int64.
 

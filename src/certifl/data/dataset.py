@@ -45,16 +45,13 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class ImageSplit:
-    """Images and labels of one split.
+    """Images and labels of one split; InputError for other types and shapes.
 
     Args:
         images: uint8, (n, c, h, w), c = 1 (gray) or 3 (RGB).
         labels: int64, (n,), classes counted from 0.
         column: (n,), integers or texts of one further column of the data set, such as the writer
             or the hospital; None where none was asked for.
-
-    Raises:
-        InputError: another type or shape, or not as many labels or values as images.
     """
 
     images: torch.Tensor

@@ -20,14 +20,11 @@ Labels: TypeAlias = "np.ndarray | Tensor | Sequence[int]"
 
 @dataclass(frozen=True, eq=False)
 class ClientIndices:
-    """One client's images: positions in the training and in the test split.
+    """One client's images: positions in the training and in the test split; else InputError.
 
     Args:
         train: int64, ascending, unique.
         test: int64, ascending, unique.
-
-    Raises:
-        InputError: positions that are negative, not ascending or not unique.
     """
 
     train: np.ndarray

@@ -26,7 +26,7 @@ _MOST_PIXELS = 1 << 25  # of a padded image: a few bytes of file may ask for any
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is done to every image before it is used; nothing by default.
+    """What is done to every image before it is used, nothing by default; else InputError.
 
     Attributes:
         resize: (height, width) in pixels, bilinear and antialiased.
@@ -36,9 +36,6 @@ class Preparation:
             high become 0 to 255, rounded to the nearest; those outside are clipped. Of DICOM,
             intensities are those after the file's rescale slope and intercept (Hounsfield units of
             a CT).
-
-    Raises:
-        InputError: values that are not allowed.
     """
 
     resize: tuple[int, int] | None = None
