@@ -61,11 +61,6 @@ class ScanEstimator(Estimator):
         """Votes after each pass."""
         return tuple(self.scan.totals.tolist())
 
-    @cached_property
-    def levels(self) -> tuple[float, ...]:
-        """One level for all looks: the scan may be read after any pass."""
-        return (self.settings.alpha,)
-
     def largest_radius(self) -> float:
         """The shorter side of the scan, as a radius is the shorter side of an interval."""
         return min(-self.scan.ends[0], self.scan.ends[1])
