@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import mixture
+import regime
 from certifl.errors import CertiflError
 from certifl.paper.claims import Report, check_claims, explanation
 from certifl.paper.figures import EXTRA, FIGURES
@@ -30,6 +32,8 @@ from verdicts import figure_claims, overview, paper_page, sentences, tally
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
 OTHERS = {
+    "regime.md": "When does training together pay?",
+    "mixture.md": "The mixture and its steps",
     "algorithms.md": "All algorithms on MNIST",
     "objectives.md": "Training objectives beside each other",
     "privacy.md": "What privacy costs in certified accuracy",
@@ -195,7 +199,9 @@ def index_page(
         "```\n" + "\n".join(commands) + "\n```" if commands else "",
         "\n".join([f"- code: commit `{code}`", *(f"- machine: {words}" for words in machines)]),
         "## Other pages",
-        "\n".join(f"- [{title}]({name})" for name, title in OTHERS.items()),
+        "\n".join(
+            f"- [{title}]({name})" for name, title in OTHERS.items() if (HERE / name).is_file()
+        ),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -233,6 +239,13 @@ def write_pages(study: Path, into: Path, commit: str) -> list[Path]:
         written[f"{shown.name}.md"] = page(shown, report, code)
     written["paper.md"] = paper_page(report, [one.name for one in missing])
     written["README.md"] = index_page(figures, missing, report, study, into, commit)
+    pairs, mixtures = regime.pairs(study), mixture.panels(study)
+    if pairs:
+        written["regime.md"] = regime.page(pairs)
+        picture(image_bytes(regime.drawing_of(pairs), "png"), into / "regime.png")
+    if mixtures:
+        written["mixture.md"] = mixture.page(mixtures)
+        picture(image_bytes(mixture.drawing_of(mixtures), "png"), into / "mixture.png")
     for name, text in written.items():
         write_text(into / name, text)
     return [into / name for name in written]

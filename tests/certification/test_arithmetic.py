@@ -56,6 +56,20 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
 
 
+class OfShapes(nn.Module):
+    """Computes with sizes alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(x.size(0) * 1, x.shape[1], x.shape[2] * x.shape[3] // x.shape[3], -1)
+
+
+class Products(nn.Module):
+    """Products of activations may need more digits than bfloat16 has."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * x
+
+
 class OfItsOwn(nn.Identity):
     """A known layer by its class alone."""
 
@@ -103,6 +117,8 @@ def test_networks_that_compute_with_coordinates_or_cannot_be_traced_stay_in_floa
     assert not bears_rounding(Coordinates())
     assert not bears_rounding(nn.Sequential(net(), nn.Softmax(1)))
     assert not bears_rounding(nn.Sequential(net(), OfItsOwn()))
+    assert bears_rounding(nn.Sequential(OfShapes(), net()))
+    assert not bears_rounding(nn.Sequential(net(), Products()))
     hooked = nn.Linear(5, 5)
     hooked.register_forward_hook(lambda _layer, _inputs, logits: logits.softmax(1))
     assert not bears_rounding(nn.Sequential(net(), hooked))

@@ -423,6 +423,17 @@ def _failure(lie: Lie) -> bool:
         return False
 
 
+def test_radii_that_differ_in_the_last_place_are_those_of_the_study(honest, tmp_path):
+    def next_ones(content: Content) -> None:
+        curve = content.fields["certified"]["curve"]
+        curve["radii"] = [radius * (1 + 2**-52) for radius in curve["radii"]]
+
+    grid = Replayed(honest[False][0], "certify", next_ones)
+    folder = coordinated(STUDY, grid, options(tmp_path / "run", min_clients=2, keys=KEYS))
+    assert not folder.manifest()["deployment"].get("left_out")
+    assert set(load_run(folder.path).certificates.client.tolist()) == {0, 1, 2}
+
+
 def test_a_report_without_the_liar_names_it(honest, tmp_path):
     record, _ = honest[False]
     lie = put("certified", "curve", "acr", value=1000.0)

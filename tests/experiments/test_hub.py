@@ -43,8 +43,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     class Api:
         def create_repo(self, name: str, private: bool, exist_ok: bool) -> str:
             (store / name).parent.mkdir(parents=True, exist_ok=exist_ok)
-            (store / f"{name}.private").write_text(str(private))
+            if not (store / f"{name}.private").exists():
+                (store / f"{name}.private").write_text(str(private))
             return f"https://hub.example/{name}"
+
+        def repo_info(self, name: str) -> SimpleNamespace:
+            return SimpleNamespace(private=(store / f"{name}.private").read_text() == "True")
 
         def upload_folder(self, repo_id: str, folder_path: str) -> None:
             shutil.copytree(folder_path, store / repo_id)
@@ -118,6 +122,10 @@ def test_the_hub_takes_the_same_folder_and_gives_it_back(
     assert (hub / "me/blurred.private").read_text() == "True"
     push(run, "hf:me/open", public=True)
     assert (hub / "me/open.private").read_text() == "False"
+    (hub / "me/seen.private").write_text("False")
+    with pytest.raises(InputError, match="everybody can see it: nothing was uploaded"):
+        push(run, "hf:me/seen")
+    assert not (hub / "me/seen").exists()
     assert load("hf:me/blurred").spec == load(tmp_path / "folder").spec
     cli("predict", photo(tmp_path), "--run", "hf:me/blurred", "--n", "100").fine("radius")
     with pytest.raises(DataUnavailable, match=r"did not take or give hf:me/absent"):

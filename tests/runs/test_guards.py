@@ -111,6 +111,10 @@ def test_perturbations(noise: Any) -> None:
             "reach must be a po",
         ),
         ({"n": 9}, "n = 11 or more"),
+        ({"n": 10**8 + 1}, "n must lie between"),
+        ({"n": 10**7 + 1}, "sequential.* takes n up to 10000000"),
+        ({"n": 10**8, "estimator": "sequential-top-class"}, "class.* takes n up to 10000000"),
+        ({"radii": [step / 1001 for step in range(1001)]}, "At most 1000 radii; got 1001"),
     ],
 )
 def test_settings(options: dict[str, Any], says: str) -> None:

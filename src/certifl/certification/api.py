@@ -350,7 +350,7 @@ def predict(
         return Predicted(certificates.predicted, certificates.radius)
     check_perturbation(perturbation)
     check_seed(seed)
-    n = Settings(n=n, alpha=alpha).n  # the same ranges hold
+    n = Settings("runner-up", n=n, alpha=alpha).n  # the same ranges hold
 
     def decides(votes: int) -> bool:
         return bool(two_sided_sign_test(votes, 0) <= alpha)

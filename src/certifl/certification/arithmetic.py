@@ -71,7 +71,8 @@ _FUNCTIONS = {
 }
 _METHODS = {"add", "add_", "relu", "relu_", "flatten", "view", "reshape", "size", "mean"}
 _AFFINE = {operator.add, operator.sub, operator.mul, operator.truediv}
-_SIZES = {operator.getitem, getattr, operator.mul, operator.floordiv}  # of shapes alone
+_SELECTING = {operator.getitem, getattr}  # a part, a shape: no arithmetic
+_OF_SIZES = {operator.mul, operator.floordiv}
 
 
 @dataclass(frozen=True)
@@ -278,8 +279,8 @@ def _bears(node: fx.Node, model: nn.Module) -> bool:
     if node.op == "call_module":
         return _is_known(model.get_submodule(str(node.target)))
     if node.op == "call_function":
-        known = node.target in _FUNCTIONS or node.target in _SIZES
-        return known or _normalizes(node)
+        known = node.target in _FUNCTIONS or node.target in _SELECTING
+        return known or _is_size(node) or _normalizes(node)
     if node.op == "call_method":
         return node.target in _METHODS
     if node.op == "get_attr":  # a mean or a deviation for each channel
@@ -287,6 +288,19 @@ def _bears(node: fx.Node, model: nn.Module) -> bool:
         flat = value.numel() == 1 or value.shape[-2:] == (1, 1)
         return flat and all(map(_normalizes, node.users))
     return True
+
+
+def _is_size(node: Any) -> bool:
+    """Whether it is a number, a shape, or computed from these alone."""
+    if not isinstance(node, fx.Node):
+        return isinstance(node, int)
+    if node.op == "call_method":
+        return node.target == "size"
+    if node.target is getattr:
+        return node.args[1] == "shape"
+    if node.target is operator.getitem:
+        return _is_size(node.args[0])
+    return node.target in _OF_SIZES and all(map(_is_size, node.args))
 
 
 def _normalizes(node: fx.Node) -> bool:

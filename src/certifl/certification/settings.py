@@ -34,7 +34,11 @@ def removed_precision(name: str) -> str:
 
 
 GRID_POINTS = 50
-_MOST_VOTES = 10**9
+# Bounds are computed up to so many votes (smoothing/bounds.py). Exact boundaries take 0.2 s a
+# radius at 10 million: a record made by others cannot make `verify` compute for hours.
+MOST_VOTES = 10**8
+MOST_SEQUENTIAL_VOTES = 10**7
+MOST_RADII = 1000
 _DEFAULTS = {"keep": "certificates", "reach": None}
 _HOME, _BOUNDARIES = "certifl.certification.estimators", ("boundaries",)
 _KEEP = (Literal["certificates", "curve"], "certificates")
@@ -123,9 +127,18 @@ class Settings:
             )
         if self.radii is not None:
             object.__setattr__(self, "radii", _checked_radii(self.radii))
+        self._check_sequential_votes()
         self._check_parameters()
         if self.reach is not None:
             object.__setattr__(self, "reach", float(self.reach))
+
+    def _check_sequential_votes(self) -> None:
+        exact = ESTIMATORS.rows[self.estimator].metadata == _BOUNDARIES
+        if exact and self.n > MOST_SEQUENTIAL_VOTES:
+            raise InputError(
+                f'The estimator "{self.estimator}" takes n up to {MOST_SEQUENTIAL_VOTES}; got '
+                f'{self.n}. Choose a smaller n, or "runner-up", which always casts n votes.'
+            )
 
     def _check_parameters(self) -> None:
         """Refuse parameters that the estimator does not have, and values that are not allowed."""
@@ -147,8 +160,8 @@ def _checked_votes(name: str, value: object) -> int:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise InputError(f"{name} must be a whole number of votes; got {value!r}.")
-    if not 1 <= value <= _MOST_VOTES:
-        raise InputError(f"{name} must lie between 1 and {_MOST_VOTES}; got {value}.")
+    if not 1 <= value <= MOST_VOTES:
+        raise InputError(f"{name} must lie between 1 and {MOST_VOTES}; got {value}.")
     return int(value)
 
 
@@ -159,4 +172,6 @@ def _checked_radii(radii: Sequence[float]) -> tuple[float, ...]:
         raise InputError(f"radii must be a list such as [0.0, 0.1]; got {radii!r}.") from error
     if not values or not all(math.isfinite(r) and r >= 0.0 for r in values):
         raise InputError("radii must be finite numbers of at least 0, and at least one of them.")
+    if len(values) > MOST_RADII:
+        raise InputError(f"At most {MOST_RADII} radii; got {len(values)}. Choose larger steps.")
     return values

@@ -384,7 +384,7 @@ def push(
         typer.Option(help="curve, or rows: also every test image's certificate with its votes."),
     ] = "curve",
     public: Annotated[
-        bool, typer.Option("--public", help="A new repository of the hub is public.")
+        bool, typer.Option("--public", help="Everybody may see the repository on the hub.")
     ] = False,
     code: Code = None,
 ) -> None:

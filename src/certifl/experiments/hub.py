@@ -57,15 +57,16 @@ def push(
         target: "hf:OWNER/NAME", or a folder that does not exist yet.
         client: of the run; None = 0, or the client whose folder it is.
         share: "curve", or "rows" to add every test image's certificate with its votes.
-        public: whether a new repository of the hub can be seen by everybody.
+        public: whether everybody may see the repository of the hub; a new one is private else.
         code: the folder of the network's own code.
 
     Returns:
         Where it is now: an address or a folder.
 
     Raises:
-        InputError: an option that is not allowed. StoreMismatch: no finished run, or the folder
-            exists. DataUnavailable: the hub did not take it, or the extra is missing.
+        InputError: an option that is not allowed, or a public repository. StoreMismatch: no
+            finished run, or the folder exists. DataUnavailable: the hub did not take it, or the
+            extra is missing.
     """
     if share not in SHARES:
         raise InputError(f"share must be one of {', '.join(SHARES)}; got {share!r}.")
@@ -113,7 +114,7 @@ def load(source: str | Path, code: Path | None = None) -> Deployed:
 
 
 def check_card(folder: Path, model: nn.Module) -> None:
-    """Refuse weights, or a normalization, that the card of a pushed model is not about.
+    """Refuse weights, or files beside them, that the card of a pushed model is not about.
 
     Raises:
         StoreMismatch: they are others. StoreError: the card is missing or damaged.
@@ -127,9 +128,12 @@ def check_card(folder: Path, model: nn.Module) -> None:
         )
     constants = constants_of(model)
     if constants != card.get("constants", constants):
+        named = card["constants"] if isinstance(card["constants"], dict) else {}
+        other = sorted(k for k in constants if constants[k] != named.get(k, constants[k]))
         raise StoreMismatch(
-            f"The network of {folder} is made from a model of the hub, whose normalization is now "
-            f"{constants}: its card is about {card['constants']!r:.200}."
+            f"The network of {folder} is made from a model of the hub that changed since its card "
+            f"was written: {', '.join(other) or 'other entries'}. Its certificates say nothing "
+            "about the present network."
         )
 
 
@@ -313,6 +317,11 @@ def _upload(folder: Path, name: str, public: bool) -> str:
 
     def sent() -> str:
         address = api.create_repo(name, private=not public, exist_ok=True)
+        if not public and not api.repo_info(name).private:
+            raise InputError(
+                f"{PREFIX}{name} exists and everybody can see it: nothing was uploaded. Name "
+                "another repository, or say that the model may be public (--public)."
+            )
         api.upload_folder(repo_id=name, folder_path=str(folder))
         return str(address)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,11 @@ from certifl.rng import derive_seed
 
 PREFIX = "hf:"
 _ANY_SIZE = 224
+# Names, versions and file types in a configuration of transformers.
+_NOT_COMPUTED_WITH = (
+    *("_name_or_path", "architectures", "id2label", "label2id"),
+    *("dtype", "torch_dtype", "transformers_version"),
+)
 _log = logging.getLogger(__name__)
 
 
@@ -174,10 +180,17 @@ class ImageClassifier(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(shape), persistent=False)
 
     @property
-    def constants(self) -> dict[str, list[float]]:
-        """What the network computes with besides its state: the normalization."""
-        named = {"mean": self.mean, "std": self.std}
-        return {name: value.flatten().tolist() for name, value in named.items()}
+    def constants(self) -> dict[str, Any]:
+        """What the network computes with besides its state: normalization and configuration.
+
+        A configuration names activations, heads and epsilons, which no weight shows.
+        """
+        configuration = json.loads(cast(Any, self.network).config.to_json_string())
+        return {
+            "mean": self.mean.flatten().tolist(),
+            "std": self.std.flatten().tolist(),
+            "config": {k: v for k, v in configuration.items() if k not in _NOT_COMPUTED_WITH},
+        }
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images (m, c, h, w) in [0, 1]."""

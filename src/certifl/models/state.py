@@ -189,8 +189,8 @@ def code_fingerprint(model: nn.Module) -> str:
 def constants_of(model: nn.Module) -> dict[str, Any]:
     """What a network computes with that is neither in its state nor in its code, as JSON.
 
-    A model of the Hugging Face hub has its normalization from a file beside its weights, which may
-    change while they stay.
+    A model of the Hugging Face hub has its normalization and configuration from files beside its
+    weights, which may change while they stay.
     """
     return dict(getattr(model, "constants", {})) if type(model).__module__ == _HUB else {}
 

@@ -233,7 +233,7 @@ FIGURES: Mapping[str, Figure] = {
         "sees the same: the more clients share the data, the worse training alone becomes.",
     ),
     "figure7": Figure(
-        "Nominal federated training, robust personalisation",
+        "Nominal federated training, robust personalization",
         _by_family(100, SIX, LOCAL, NOMINAL, FROM_NOMINAL),
         "With 100 clients each has too little data to train alone. The paper (A.2) finds that "
         "robust fine-tuning of a model that was trained together without augmentation is then "

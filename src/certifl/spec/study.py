@@ -210,7 +210,7 @@ class Spec(Section):
 
     @once
     def augmentations(self) -> tuple[Choice, Choice]:
-        """What augments federated training and personalisation: for all, or per client."""
+        """What augments federated training and personalization: for all, or per client."""
         chosen = (self.augmentation.federated, self.augmentation.personalized)
         federated = self._augmentation(chosen[0])
         return federated, federated if chosen[1] == SAME else self._augmentation(chosen[1])

@@ -1,0 +1,96 @@
+"""docs/results/regime.py and mixture.py: pages that explain, from runs with planted effects."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+import claims_factory as factory
+from certifl.paper.figures import FEDAVG, LOCAL, MATCHED, MIXTURES, Setting
+from certifl.paper.scales import scale_named
+from certifl.report.figures import image_bytes
+from certifl.spec import Spec
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[dict[str, ModuleType]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(RESULTS))
+        yield {name: importlib.import_module(name) for name in ("regime", "mixture")}
+
+
+def plant(folder: Path, spec: Spec, acr: float, fit: float, images: int = 1000) -> None:
+    """A finished run of this spec in which every client has this ACR and fits so many images."""
+    values = json.loads(spec.model_dump_json(exclude_none=True))
+    clients = values["clients"]["count"]
+    values["certification"]["perturbation"]["sigma"] = spec.perturbations()[0].sigma
+    planted = factory.run(values, acr, images=40)
+    named = dataclasses.replace(planted.results, folder=Path(spec.hash()))
+    factory.write(folder, dataclasses.replace(planted, results=named))
+    written = folder / "runs" / spec.hash()
+    record = json.loads((written / "run.json").read_text())
+    record["data"]["train_images"] = images * clients
+    (written / "run.json").write_text(json.dumps(record))
+    entry = {
+        "round": 0,
+        "seconds": 1.0,
+        "clients": {str(c): {"accuracy": fit} for c in range(clients)},
+    }
+    (written / "history.jsonl").write_text(json.dumps(entry) + "\n")
+
+
+def test_the_regime_page_has_a_row_for_every_finished_pair(
+    scripts: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    regime = scripts["regime"]
+    few, many = regime.CELLS[0], regime.CELLS[-2]
+    for cell, ahead in ((few, 0.2), (many, 0.0)):
+        for kind, acr in ((FEDAVG, 0.3 + ahead), (LOCAL, 0.3)):
+            plant(tmp_path, regime.spec(*cell, kind), acr, 0.75, images=cell[0])
+    (tmp_path / "runs").rename(tmp_path / "regime")
+    scale = scale_named("overnight")
+    plant(tmp_path, scale.spec(Setting("cifar10", 4, "rotation", "0.1pi"), FEDAVG), 0.4, 0.5)
+    found = regime.pairs(tmp_path)  # Figure 1 lacks its training alone
+    assert [(pair.clients, pair.images, pair.epochs) for pair in found] == [
+        (10, 250, 16),
+        (10, 2500, 16),
+    ]
+    estimate, low, high = found[0].interval
+    assert 15 < low < estimate < high < 25
+    assert abs(found[1].interval[0]) < 5
+    page = regime.page(found)
+    assert "FedAvg is ahead in 1 of 2 pairs, training alone in 0; the other 1 show no" in page
+    assert "FedAvg is ahead with 250 images, 16 epochs." in page
+    assert "| 75% |" in page
+    drawn = Image.open(io.BytesIO(image_bytes(regime.drawing_of(found), "png")))
+    assert drawn.width > 1000
+
+
+def test_the_mixture_page_separates_the_steps_from_the_pull(
+    scripts: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    mixture, scale = scripts["mixture"], scale_named("overnight")
+    setting = Setting("cifar10", 10, "rotation", "0.1pi")
+    assert mixture.panels(tmp_path) == []
+    for kind in dict.fromkeys((*MIXTURES, *MATCHED)):
+        acr = 0.2 if kind.personalization == 0.1 and not kind.matched_steps else 0.4
+        plant(tmp_path, scale.spec(setting, kind), acr, 0.9)
+    (panel,) = mixture.panels(tmp_path)
+    paper, matched = panel.points
+    assert [point.value for point in paper] == [0.1, 0.5, 0.9, 1.0]
+    assert paper[0].interval[2] < -15
+    assert abs(matched[0].interval[0]) < 5
+    page = mixture.page([panel])
+    assert "With the paper's steps, 0 of 3 mixtures are ahead of FedAvg, 1 are behind" in page
+    assert "With steps divided by λ, 0 of 3 mixtures are ahead of FedAvg, 0 are behind" in page
+    assert Image.open(io.BytesIO(image_bytes(mixture.drawing_of([panel]), "png"))).width > 500
