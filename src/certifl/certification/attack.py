@@ -451,7 +451,7 @@ def region_of(
     interval: np.ndarray | None = None,
     device: torch.device | str = "cpu",
 ) -> CertifiedRegion:
-    """What certificates of these radii (m,), or intervals (m, 2) around 0, cover (InputError)."""
+    """What certificates of radii (m,), or intervals (m, 2) around 0, cover; else InputError."""
     size = torch.as_tensor(np.asarray(radius, np.float64), device=device)
     if size.ndim != 1 or not bool((torch.isfinite(size) & (size >= 0)).all()):
         raise InputError("radius must hold one finite number of at least 0 for each image.")

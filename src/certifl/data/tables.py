@@ -26,7 +26,7 @@ TableRows = Iterator[tuple[str, Path, pa.RecordBatch | pa.Table]]
 
 
 def read_tables(files: tuple[Path, ...], columns: ReadOptions) -> RawSplit:
-    """Read parquet files that have the columns of the first, with the same names (InputError)."""
+    """Read parquet files with the columns and names of the first; else InputError."""
     schema = _opened(files[0]).schema_arrow
     chosen = choose_columns(schema, features_of(schema), columns, str(files[0]))
     return read_rows(_rows(files, chosen), chosen, columns.prepare)

@@ -73,7 +73,7 @@ def to_records(content: Content) -> RecordDict:
 
 
 def from_records(records: RecordDict) -> Content:
-    """A message as it was sent, its tensors taken out of the records (MalformedMessage)."""
+    """A message as it was sent; its tensors leave the records. Else MalformedMessage."""
     names, fields = _fields_of(records)
     arrays = records.array_records
     parts: Parts = {}
@@ -129,7 +129,7 @@ _ORDERS: dict[str, tuple[type[Request], str]] = {
 
 
 def parse_request(content: Content) -> Request:
-    """What the server asks for, as a client may take it (MalformedMessage)."""
+    """What the server asks for, as a client may take it; else MalformedMessage."""
     kind = content.fields.get("order")
     if not isinstance(kind, str) or kind not in _ORDERS:
         raise MalformedMessage(f"the request {kind!r} is unknown")
@@ -197,7 +197,7 @@ def update_to(update: Update) -> Content:
 
 
 def update_from(content: Content) -> tuple[Update, ClientState]:
-    """The update that a client sent; its own state stays with it (MalformedMessage)."""
+    """The update that a client sent, without its own state; else MalformedMessage."""
     sent = checked(Trained, content.fields, "not an update").update
     if sent.model != ("model" in content.parts):
         raise MalformedMessage("it claims to have a model and has none, or the other way round")

@@ -103,7 +103,7 @@ def try_client(client: int, work: Callable[[], Result]) -> Result | Fault:
 
 
 def required_clients(participants: int, min_clients: int | None) -> int:
-    """Participants that must not fail: half of them, or min_clients (InputError if too many)."""
+    """Participants that must not fail: half, rounded up, or min_clients (else InputError)."""
     if min_clients is None:
         return math.ceil(participants / 2)
     if min_clients > participants:

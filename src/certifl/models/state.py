@@ -126,7 +126,7 @@ def adopt_code(allowed: NamedCode) -> None:
 
 
 def require_code(name: str, folder: Path) -> None:
-    """Let `module:function` be imported from one folder, and nowhere else (ModelError)."""
+    """Let `module:function` be imported from one folder alone; ModelError if it is elsewhere."""
     top = _top(name)
     if not folder.is_dir():
         raise ModelError(

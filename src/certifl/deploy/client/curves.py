@@ -110,7 +110,7 @@ class CertificateChecks:
         }
 
     def rows(self, part: ModelState, model: str | None) -> Certificates:
-        """Checked rows, which follow from their votes and the study (MalformedMessage)."""
+        """Rows that follow from their votes and the study; else MalformedMessage."""
         if model is None:
             raise MalformedMessage("it does not say which model its rows are of")
         rows = _rows_from(part, self.images)

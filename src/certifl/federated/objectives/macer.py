@@ -73,7 +73,7 @@ class Macer:
         OBJECTIVES.check_component(self)
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss above, mean over the batch, and logits of the first copy (InputError)."""
+        """The loss above, logits of the first copy; InputError for laws without a radius."""
         smoothing = smoothing_of(batch, self.name)
         if smoothing is None:
             return single(model, batch)

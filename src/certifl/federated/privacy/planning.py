@@ -183,7 +183,7 @@ def plan_clients(
     rate: float,
     key: bytes,
 ) -> tuple[ClientLevel, ClientLedger]:
-    """Client-level privacy for clients that each take part with probability `rate`; SpecError.
+    """Client-level privacy where clients take part with probability `rate`; else SpecError.
 
     Args:
         budget, rounds: of the schedule. algorithm, key: as in `plan_examples`.
