@@ -1,8 +1,8 @@
 """Estimators: which votes an image needs next, and what finished votes certify.
 
 An estimator is a frozen value of settings and noise, fixed before the first vote. Everything else
-asks it: `adaptive` for the next votes, whether they suffice and what they certify, `record` and
-`verify` for what a record must say.
+asks it: `counts` for the next votes, whether they suffice and what they certify, `metadata` and
+`recompute` for what a record must say.
 """
 
 from __future__ import annotations

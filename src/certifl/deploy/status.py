@@ -88,7 +88,7 @@ def _contents(folder: Path) -> str:
 def study_lines(path: Path) -> list[str]:
     """The state of a run folder in sentences: rounds, who answered, loss, time left."""
     run = OpenRun(path)
-    spec, folder = run.spec, run.folder
+    manifest, spec, folder = run.manifest, run.spec, run.folder
     last = Checkpoints(folder.training).latest()
     history = [] if last is None else last.history
     total = spec.training.rounds + run.algorithm.extra_rounds
@@ -98,7 +98,7 @@ def study_lines(path: Path) -> list[str]:
     since = _clock(time.time() - (last.path / "round.json").stat().st_mtime)
     lines.append(f"Rounds: {len(history)} of {total}, the last stored {since} ago")
     lines += [_round(entry) for entry in history[-_SHOWN:]]
-    if run.manifest.get("status") == FINISHED:
+    if manifest.get("status") == FINISHED:
         return [*lines, "Finished."]
     left = total - len(history)
     if left:

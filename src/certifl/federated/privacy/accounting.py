@@ -129,7 +129,7 @@ def noise_for(target_epsilon: float, rate: float, steps: int, delta: float) -> f
 # Ledgers: what was spent so far, written into the history of the rounds.
 #
 # A ledger is a pure function of the committed rounds, so a resumed training counts the same, and a
-# round that is repeated counts once: it repeats its noise with its sums (`mechanism.add_noise`).
+# round that is repeated counts once: it repeats its noise with its sums (`mechanisms.add_noise`).
 
 Entry = dict[str, Any]
 Ledger = Callable[[Sequence[Mapping[str, Any]], Entry], Entry]
@@ -236,7 +236,7 @@ def _finite(value: float) -> Entry:
 # its own answers need not trust it: every pass has its own sample and noise (their key depends on
 # the model it started from), so the steps of all passes add up, however often and by whatever
 # server they were requested. One pass must not have two outcomes: equal sums have equal noise
-# (`mechanism.add_noise`), so two answers from one sample would disclose WHETHER their sums differ,
+# (`mechanisms.add_noise`), so two answers from one sample would disclose WHETHER their sums differ,
 # which no noise hides. `conflict` detects that beforehand.
 
 
