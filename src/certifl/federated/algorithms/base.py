@@ -100,6 +100,7 @@ class GlobalModel:
     Attributes:
         personal_part: the part of a client's state in which it keeps the model that it trains and
             deploys; "" = it keeps none.
+        sent: names of the parts that clients send.
         weighting: of the average: "uniform" (1/n) or "size" (by number of training images).
 
     Raises:
@@ -112,6 +113,7 @@ class GlobalModel:
     extra_rounds: ClassVar[int] = 0
     client_needs: ClassVar[tuple[str, ...] | None] = None
     personal_part: ClassVar[str] = ""
+    sent: ClassVar[tuple[str, ...]] = ("model",)
 
     def __post_init__(self) -> None:
         ALGORITHMS.check_component(self)
@@ -121,8 +123,8 @@ class GlobalModel:
         return ServerState(0, {"model": model_state})
 
     def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
-        """The model."""
-        return ("model",)
+        """The same parts in every round: `sent`."""
+        return self.sent
 
     def client_round(
         self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining

@@ -52,10 +52,7 @@ class Scaffold(GlobalModel):
 
     name = "scaffold"
     deploys = "the global model of the last round"
-
-    def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
-        """The model and the change of the control variate."""
-        return "model", "control_step"
+    sent = ("model", "control_step")
 
     def client_round(
         self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining

@@ -236,7 +236,7 @@ def _finite(value: float) -> Entry:
 # its own answers need not trust it: every pass has its own sample and noise (their key depends on
 # the model it started from), so the steps of all passes add up, however often and by whatever
 # server they were requested. One pass must not have two outcomes: equal sums have equal noise
-# (`mechanisms.add_noise`), so two answers from one sample would disclose WHETHER their sums differ,
+# (`mechanisms.add_noise`), so two answers from one sample would show WHETHER their sums differ,
 # which no noise hides. `conflict` detects that beforehand.
 
 
