@@ -168,7 +168,7 @@ def test_a_received_image_is_sent_in_8_bits():
     seen = []
     counter = SimpleNamespace(
         perturbation=certifl.Brightness(0.3),
-        count=lambda images, requests, slots: seen.append(images) or np.zeros((slots, 2), int),
+        count_each=lambda images, *_: seen.append(images) or np.zeros((len(images), 2), int),
     )
     deformed_first(counter, pictures(1, *IMAGE), torch.tensor([[[0.0], [0.3001]]]), 100)
     levels = seen[0] * 255
