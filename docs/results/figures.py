@@ -11,7 +11,6 @@ the code that computed a study; published runs say it themselves.
 from __future__ import annotations
 
 import argparse
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from certifl.paper.pages import draw_paper_figure
 from certifl.report.figures import image_bytes
 from certifl.report.wording import markdown_table
 from certifl.runs.atomic import read_json, write_text
-from paging import command_words, machine_words, picture
+from paging import command_words, head_commit, machine_words, picture
 from study_numbers import COUNTED, Cost, comparison_tables, cost_of, manifest, setting_words
 from verdicts import figure_claims, overview, paper_page, sentences, tally
 
@@ -208,12 +207,6 @@ def index_page(
 
 def _cost_cells(cost: Cost) -> list[str]:
     return [str(cost.runs), str(cost.trainings), *cost.durations]
-
-
-def head_commit() -> str:
-    """The commit of the checkout this script lies in."""
-    call = ["git", "-C", str(HERE), "rev-parse", "--short=12", "HEAD"]
-    return subprocess.run(call, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def write_pages(study: Path, into: Path, commit: str) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shlex
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,3 +59,9 @@ def picture(content: bytes, target: Path, most_bytes: int = 250_000, colors: int
             target.write_bytes(smaller.getvalue())
             return
         scale *= 0.9
+
+
+def head_commit() -> str:
+    """The commit of the checkout this script lies in."""
+    call = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    return subprocess.run(call, check=True, capture_output=True, text=True).stdout.strip()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from certifl.errors import CertiflError
@@ -27,7 +28,7 @@ from certifl.paper.scales import SCALES, scale_named
 from certifl.runs.atomic import read_json, write_json
 from certifl.runs.folder import RunFolder, StoredRun
 from certifl.runs.published import publish
-from figures import head_commit
+from paging import head_commit
 
 DATA = Path(__file__).resolve().parent / "data"
 MOST_BYTES = 40_000_000
@@ -56,20 +57,22 @@ def finished_groups(plan: Plan) -> tuple[list[Path], int]:
 
 
 def add(runs: Iterable[Path], into: Path, data_dir: Path | None) -> list[str]:
-    """Verify and publish runs; returns the names of those that were not there before.
+    """Verify and publish runs; returns the names of those that were written.
+
+    What is there unchanged is not verified again.
 
     Raises:
         SystemExit: a run does not follow from its votes; nothing of it is published.
     """
-    added = []
-    for run in runs:
-        if not RunFolder(into / run.name).exists():
-            problems = verify_run(run, data_dir).problems
-            if problems:
-                sys.exit(f"{run} is not published: {problems[0]}")
-        if publish(StoredRun(run), into / run.name):
-            added.append(run.name)
-    return added
+    check = partial(require_verified, data_dir=data_dir)
+    return [run.name for run in runs if publish(StoredRun(run), into / run.name, check)]
+
+
+def require_verified(run: Path, data_dir: Path | None) -> None:
+    """Refuse a run in which `verify` finds a problem."""
+    problems = verify_run(run, data_dir).problems
+    if problems:
+        sys.exit(f"{run} is not published: {problems[0]}")
 
 
 def write_indices(plan: Plan, into: Path) -> None:

@@ -37,6 +37,7 @@ from certifl.runs.folder import RunFolder, StoredRun
 from certifl.runs.published import publish
 from certifl.spec import Spec
 from mixture import fit
+from publish import require_verified
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
@@ -226,8 +227,9 @@ def compute(job: tuple[int, int], runs: Path, data_dir: Path, into: Path) -> Non
         folders.append(runs / one.hash())
         options = Options(folders[-1], data_dir, device="cpu", explore=False)
         run(one, options)
+    check = partial(require_verified, data_dir=data_dir)
     for folder in folders:
-        publish(StoredRun(folder), into / folder.name)
+        publish(StoredRun(folder), into / folder.name, check)
 
 
 def main() -> None:

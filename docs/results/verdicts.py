@@ -17,6 +17,7 @@ from certifl.paper.claims.rules import (
     SUPPORTED,
     UNDECIDED,
     VERDICTS,
+    every,
 )
 from certifl.paper.claims.testing import Outcome
 from certifl.report.wording import markdown_table, range_of
@@ -155,6 +156,7 @@ _ANSWERS = {
     UNDECIDED: "undecided",
     NOT_TESTED: "not computed yet",
 }
+_SO_FAR = " so far"
 # By question of somebody who has to choose: the claims it rests on, and what each verdict on the
 # first of them means. Nothing here depends on a number.
 _CHOICES: tuple[tuple[str, tuple[str, ...], Mapping[str, str]], ...] = (
@@ -220,8 +222,8 @@ def paper_page(report: Report, missing: Sequence[str]) -> str:
         missing: names of the figures that are not computed yet.
     """
     rows = [
-        [str(row["claim"]), str(row["sentence"]), _ANSWERS[str(row["verdict"])], _interval(row)]
-        for row in claim_rows(report)
+        [str(row["claim"]), str(row["sentence"]), _answer(result, missing), _interval(row)]
+        for result, row in zip(report.results, claim_rows(report), strict=True)
     ]
     seeds = len(report.seeds)
     notes = [
@@ -240,20 +242,39 @@ def paper_page(report: Report, missing: Sequence[str]) -> str:
         ),
         "\n".join(f"- {note}" for note in notes),
         "## What it means for a choice",
-        "\n".join(f"- **{question}**: {answer}" for question, answer in choices(report)),
+        "\n".join(f"- **{question}**: {answer}" for question, answer in choices(report, missing)),
         "[All figures and their numbers](README.md).",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def choices(report: Report) -> list[tuple[str, str]]:
+def _answer(result: ClaimResult, missing: Sequence[str]) -> str:
+    """The verdict in a word; a yes is preliminary where figures of the claim are missing."""
+    answer = _ANSWERS[result.verdict]
+    return f"so far {answer}" if _unfinished(result, missing) else answer
+
+
+def _unfinished(result: ClaimResult, missing: Sequence[str]) -> bool:
+    """Whether a claim about every setting is supported in some, and others are not computed.
+
+    One setting is enough to refute such a claim, and to support one that something can happen.
+    """
+    everywhere = result.verdict == SUPPORTED and result.claim.across is every
+    return everywhere and any(bears_on(result, figure) for figure in missing)
+
+
+def choices(report: Report, missing: Sequence[str] = ()) -> list[tuple[str, str]]:
     """What the verdicts mean for somebody who has to choose, one answer a question."""
-    verdicts = {result.claim.name: result.verdict for result in report.results}
+    results = {result.claim.name: result for result in report.results}
     found = []
     for question, claims, answers in _CHOICES:
-        first = verdicts.get(claims[0], NOT_TESTED)
-        based = ", ".join(f"{name} {verdicts.get(name, NOT_TESTED)}" for name in claims)
-        found.append((question, f"{answers.get(first, 'Not computed yet.')} ({based})"))
+        first = results[claims[0]]
+        verdict = UNDECIDED if _unfinished(first, missing) else first.verdict
+        based = ", ".join(
+            f"{name} {results[name].verdict}{_SO_FAR * _unfinished(results[name], missing)}"
+            for name in claims
+        )
+        found.append((question, f"{answers.get(verdict, 'Not computed yet.')} ({based})"))
     return found
 
 

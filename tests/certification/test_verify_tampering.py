@@ -493,6 +493,13 @@ FREE = {
     *("privacy", "explorer"),
 }
 """Keys of run.json that follow from nothing, and those this study does not have."""
+INVENTED = {
+    "unseen": [0],
+    "plain": {"1": {"images": 10, "correct": 10}},
+    "privacy": {"epsilon": [0.1, 0.1, 0.1]},
+    "client_names": ["a", "b", "c"],
+}
+"""Entries that change what a report or a claim says of the rows."""
 
 
 @pytest.mark.parametrize("name", ["sequential", "own"])
@@ -506,6 +513,10 @@ def test_an_altered_manifest_is_found(name: str, altered: Callable[[str], Path])
             _write(place, "run.json", {**honest, key: other})
             libraries = key == "versions" and _only_libraries(value, other)
             assert _agrees(place) is libraries, (key, other)
+    for key, invented in INVENTED.items():
+        if key not in honest:
+            _write(place, "run.json", {**honest, key: invented})
+            assert not _agrees(place), key
     _write(place, "run.json", {**honest, "status": "running"})
     assert tiny.cli("verify", place).code == 2
 

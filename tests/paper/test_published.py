@@ -188,6 +188,37 @@ def test_verify_finds_what_was_changed(data, tmp_path) -> None:
     assert "radius" in seen.err
 
 
+@pytest.mark.parametrize(
+    "invented",
+    [
+        {"unseen": [0]},
+        {"plain": {"1": {"images": 10, "correct": 10}}},
+        {"privacy": {"epsilon": [0.1, 0.1]}},
+        {"client_names": ["a", "b"]},
+    ],
+    ids=lambda entry: next(iter(entry)),
+)
+def test_invented_entries_of_a_published_record_are_found(invented, data, tmp_path) -> None:
+    own = RunFolder(copied(data, LOCAL, tmp_path))
+    own.update(invented)
+    assert cli("verify", own.path).code == 1
+
+
+def test_what_was_changed_after_publishing_is_not_published_over_it(
+    study, data, scripts, tmp_path
+) -> None:
+    source = Path(shutil.copytree(study / "runs" / spec(LOCAL).hash(), tmp_path / "run"))
+    into = tmp_path / "into"
+    assert scripts["publish"].add([source], into, None) == ["run"]
+    assert scripts["publish"].add([source], into, None) == []
+    path = source / "certificates.parquet"
+    honest = Certificates.load(path)
+    replace(honest, radius=honest.radius * 1.5).save(path)
+    with pytest.raises(SystemExit, match="is not published: "):
+        scripts["publish"].add([source], into, None)
+    assert Certificates.load(into / "run" / path.name).same_results(honest)
+
+
 def test_claims_read_published_runs(data) -> None:
     cli("claims", data).fine("4.1 (i)")
 

@@ -344,6 +344,12 @@ def manifest_problems(
     expected = study_metadata(spec)
     for name in ("code", *(() if same_version else _WORDS)):
         del expected[name]
+    # Entries that a study like this one does not have.
+    expected.setdefault("unseen", None)
+    if predictions is None:
+        expected["plain"] = None
+    if spec.privacy.kind == "none":
+        expected["privacy"] = None
     problems = _unlike("run.json", manifest, expected, "the spec")
     if not isinstance(data, Mapping):
         return [*problems, "run.json does not say which data the run is of"]

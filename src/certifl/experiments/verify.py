@@ -233,8 +233,9 @@ class _OfRun:
             return [str(error)]
         if len(partition.clients) != self.spec.clients.count:
             return problems
-        if not self.published and list(partition.names) != self.manifest.get("client_names", []):
-            problems.append("run.json and partition.json name the clients differently")
+        if list(partition.names) != self.manifest.get("client_names", []):
+            source = "spec and data" if self.published else "partition.json"
+            problems.append(f"run.json and {source} name the clients differently")
         for rows, clients in zip(self.rows, (self.certifying, self.plain), strict=False):
             problems += consistency.chosen_problems(rows, partition, self.spec, clients)
         return problems
@@ -300,8 +301,7 @@ class _OfRun:
     def _privacy(self) -> list[str]:
         """The images' privacy that was spent; networks of a user's own are not built here."""
         if self.spec.privacy.kind == "none":
-            stray = "privacy" in self.manifest
-            return ["run.json says what privacy was spent, but the spec has none"] * stray
+            return []
         if not self.local or self.dataset is None or ":" in self.spec.model.name:
             self.notes.append("the privacy spent")
             return []

@@ -32,7 +32,7 @@ _MUST_AGREE = ("family", "norm", "unit")
 # Parts of a run whose clients are reported apart.
 TRAINED, UNSEEN = "clients in training", "unseen clients"
 # Runs of one row may differ in these keys of the spec, and must agree in this metadata.
-_NO_SETTINGS = ("seed", "name", "certification.precision")
+_NO_SETTINGS = ("seed", "name")
 _DECISIVE = ("family", "sigma", "law", "norm", "alpha", "n0", "n", "estimator")
 
 
@@ -508,7 +508,8 @@ def decisive_settings(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a spec by "section.key".
 
     A later key with the value that all older runs had is left out, so that runs of older versions
-    can be compared with newer ones.
+    can be compared with newer ones; so is a precision that votes with the trained network. One in
+    int8 is another network.
     """
     settings: dict[str, Any] = {}
     nested = [("", spec)]
@@ -518,6 +519,8 @@ def decisive_settings(spec: Mapping[str, Any]) -> dict[str, Any]:
             name = f"{before}{key}"
             if isinstance(value, Mapping):
                 nested.append((f"{name}.", value))
+            elif name == "certification.precision" and value != "int8":
+                continue
             elif name not in LATER or value != LATER[name]:
                 settings[name] = value
     return settings

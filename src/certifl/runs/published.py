@@ -12,7 +12,7 @@ import json
 import re
 import shlex
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,9 @@ def is_published(manifest: Mapping[str, Any]) -> bool:
     return PUBLISHED in manifest
 
 
-def publish(run: StoredRun, into: Path) -> bool:
+def publish(
+    run: StoredRun, into: Path, check: Callable[[Path], None] = lambda _folder: None
+) -> bool:
     """Write what of a finished run is published; what is already there is not written again.
 
     The record is written last: without it the folder is not a run, and the next call completes it.
@@ -46,6 +48,7 @@ def publish(run: StoredRun, into: Path) -> bool:
     Args:
         run: a finished run, or one that was published before.
         into: the folder of the published run; its name should be the hash of the spec.
+        check: called with the run's folder before anything is written; raises what it finds.
 
     Returns:
         Whether anything was written.
@@ -74,6 +77,7 @@ def publish(run: StoredRun, into: Path) -> bool:
         target.check(str(run.entry("spec_hash")), False, texts["spec.toml"])
     if _is_there(into, texts, manifest, certificates):
         return False
+    check(run.path)
     for name, text in texts.items():
         write_text(into / name, text)
     _save(certificates, target.certificates)

@@ -252,7 +252,8 @@ class _Collector:
         """Store what a client shares at the end, once it has been checked."""
         checks = self._checks(client)
         shared: dict[str, Any] = {"share": certified.share, "client": client}
-        if self.spec.perturbations()[client] is None and not checks.own:
+        uncertified = self.spec.perturbations()[client] is None
+        if uncertified and (certified.plain is not None or not checks.own):
             if certified.plain is not None:
                 if certified.plain.correct > certified.plain.images:
                     raise MalformedMessage("its accuracy is impossible")

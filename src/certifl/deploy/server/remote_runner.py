@@ -228,6 +228,7 @@ class ClientRegistry:
 # Rounds of a training.
 
 _REFRESH_SECONDS = 5.0
+_MOST_REQUESTS = 10  # to one client in one round
 _KINDS = ("diverged", "raised", "wrong", "late", "ended")
 
 
@@ -321,22 +322,24 @@ class _Round:
         self._encoded = None
 
     def answer(self, client: int, pending: Pending | None) -> ClientResult:
-        """Wait for a client's answer; one whose process crashed is asked once more."""
+        """Wait for a client's answer; one that disconnects is asked again when it is back.
+
+        One whose process crashed is asked once more, and nobody more than `_MOST_REQUESTS` times.
+        """
         if pending is None:
             why = self._registry.refused.get(client)
             reason = "it is not connected" if why is None else f"it was refused, {why}"
             return ClientResult(client, 0.0, None, Fault("late", reason))
-        until, refreshed, crashed = pending.until, pending.since, False
+        until, refreshed, requests, crashed = pending.until, pending.since, 1, False
         while True:
             content = self._registry.transport.take_reply(pending.name)
-            gone = isinstance(content, NoReply) and content.gone
-            if gone and not self._registry.wait_for({client}, self._remote.timeouts.absent):
-                pending = self._again(client, pending)  # it disconnected, and is here again
-                until, refreshed = pending.until, pending.since
-                continue
-            if isinstance(content, NoReply) and content.crashed and not crashed:
-                crashed, pending = True, self._again(client, pending)
-                continue
+            if isinstance(content, NoReply) and requests < _MOST_REQUESTS:
+                lost = content.gone or (content.crashed and not crashed)
+                if lost and not self._registry.wait_for({client}, self._remote.timeouts.absent):
+                    requests, crashed = requests + 1, crashed or content.crashed
+                    pending = self._again(client, pending)
+                    until, refreshed = pending.until, pending.since
+                    continue
             if content is not None:
                 return self._read(client, pending.entry.joined.train_images, content)
             now = time.monotonic()
