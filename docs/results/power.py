@@ -20,7 +20,7 @@ from pathlib import Path
 
 from certifl.paper.claims import CLAIMS
 from certifl.paper.claims.catalogue import Claim
-from certifl.paper.claims.rules import MARGIN, Equivalence
+from certifl.paper.claims.rules import MARGIN, Equivalence, MinimumEffect
 from certifl.paper.scales import SCALES, Scale
 from certifl.report.wording import markdown_table
 from certifl.safe_io import read_text
@@ -104,12 +104,16 @@ def row(claim: Claim, found: dict[str, Width]) -> list[str]:
 
 
 def _decides(claim: Claim, widest: float) -> str:
-    if not isinstance(claim.judged_by, Equivalence):
-        return f"a difference of {widest:.1f} points or more"
-    room = 100 * MARGIN - widest
-    if room <= 0:
-        return f"never: the interval is wider than ±{100 * MARGIN:g} points"
-    return f"equal, where they differ by less than {room:.1f} points"
+    """Which estimates are decided by intervals of this half width."""
+    margin, rule = 100 * MARGIN, claim.judged_by
+    if isinstance(rule, Equivalence):
+        if widest >= margin:
+            return f"never equal: the interval is wider than ±{margin:g} points"
+        return f"equal below {margin - widest:.1f}, different above {margin + widest:.1f} points"
+    if isinstance(rule, MinimumEffect):
+        least = 100 * rule.threshold
+        return f"{least + widest:.1f} points or more, {least - widest:.1f} or fewer"
+    return f"a difference of {widest:.1f} points or more"
 
 
 def main() -> None:
@@ -120,7 +124,7 @@ def main() -> None:
     parser.add_argument("--scale", default="overnight", choices=SCALES)
     parser.add_argument("--pages", type=Path, default=HERE)
     options = parser.parse_args()
-    head = ("claim", "comparisons", "pilot", "images", "planned interval", "then decided")
+    head = ("claim", "comparisons", "pilot", "images", "planned interval", "decided if estimated")
     scale = SCALES[options.scale]
     print(markdown_table(head, [row(c, widths(options.pages, c.name, scale)) for c in CLAIMS]))
 

@@ -76,7 +76,8 @@ def cost_of(runs: Iterable[Path]) -> Cost:
     """Cost of distinct runs, each round of training counted once."""
     folders = sorted(set(runs))
     manifests = [manifest(run) for run in folders]
-    rounds = [parse_json(line) for line in {line for run in folders for line in _rounds(run)}]
+    lines = dict.fromkeys(line for run in folders for line in _rounds(run))
+    rounds = [parse_json(line) for line in lines]
     return Cost(
         runs=len(folders),
         trainings=sum(entry["round"] == 0 for entry in rounds),

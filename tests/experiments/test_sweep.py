@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shlex
 import tomllib
 from pathlib import Path
@@ -15,6 +16,7 @@ from certifl.experiments.sweep import Sweep, make_sweep, read_axis, read_seeds
 from certifl.report import load_runs
 from certifl.report.compare import own_interval
 from certifl.report.results import by_seed
+from certifl.report.table import summary_rows
 from certifl.runs.folder import RunFolder
 from tiny_study import VALUES, cli, files, write_spec
 
@@ -156,6 +158,10 @@ def test_the_table_has_the_numbers_of_the_page(swept):
     local = [run for run in load_runs(runs) if run.label.startswith("Local")]
     low, high = own_interval(by_seed(local)[0])
     assert (float(rows[0]["acr_low"]), float(rows[0]["acr_high"])) == (low, high)
+    columns = [name for name in rows[0] if re.fullmatch(r"accuracy_[0-9.e-]+", name)]
+    shown = [share["radius"] for share in summary_rows(local)[0]["accuracy"]]
+    named = [float(name.removeprefix("accuracy_")) for name in columns]
+    assert all(name <= radius < name + 1e-6 for name, radius in zip(named, shown, strict=True))
     best = max(rows, key=lambda row: float(row["acr"]))
     assert best["behind"] == ""
     assert best["leads"] == "1"

@@ -256,6 +256,7 @@ def test_a_run_with_matched_steps_is_named_where_it_is_missing():
         ({"alpha": 0.01}, "certification.alpha"),
         ({"lr": 0.2}, "training.lr"),
         ({"clients": 20}, "clients.count"),
+        ({"precision": "int8"}, "certification.precision"),
     ],
 )
 def test_unlike_runs_are_not_compared_and_the_difference_is_named(change_of, named):
@@ -264,6 +265,14 @@ def test_unlike_runs_are_not_compared_and_the_difference_is_named(change_of, nam
     assert result.verdict == NOT_TESTED
     assert not result.comparisons
     assert any(named in text for text in result.missing)
+
+
+def test_float32_and_bfloat16_are_arithmetics_of_one_network():
+    runs = [
+        run(spec(LOCAL, precision="float32"), 0.4),
+        run(spec(FEDAVG, precision="bfloat16"), 0.6),
+    ]
+    assert claim(runs, "4.1 (ii)").comparisons
 
 
 @pytest.mark.parametrize("change_of", [{"data": "mnist"}, {"certified": TRANSLATION}])

@@ -17,6 +17,7 @@ from PIL import Image
 
 import claims_factory as factory
 from certifl.paper.claims import CLAIMS
+from certifl.paper.claims.testing import check_runs
 from certifl.paper.figures import FIGURES
 from certifl.report import load_run
 from certifl.report.summary import client_acr, client_curves, largest_radius
@@ -34,7 +35,7 @@ def scripts() -> Iterator[Scripts]:
     """The script and what it imports, as Python finds them when it is started."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(RESULTS))
-        names = ("paging", "study_numbers", "figures")
+        names = ("paging", "study_numbers", "figures", "verdicts")
         yield {name: importlib.import_module(name) for name in names}
 
 
@@ -238,3 +239,16 @@ def test_the_committed_pages_are_whole() -> None:
             assert (page.parent / link).exists(), (page.name, link)
     for picture in RESULTS.glob("*.png"):
         assert picture.stat().st_size < 300_000, picture.name
+
+
+def test_a_claim_is_only_so_far_supported_while_its_figures_are_missing(scripts: Scripts) -> None:
+    report = check_runs(factory.pair(0.2, 0.7), draws=200)
+    verdicts = scripts["verdicts"]
+    whole, partly = (verdicts.paper_page(report, missing) for missing in ([], ["figure6"]))
+    row = r"\| 4\.1 \(ii\) \| .* \| {} \|"
+    assert re.search(row.format(r"\*\*yes\*\*"), whole)
+    assert re.search(row.format(r"so far \*\*yes\*\*"), partly)
+    assert "FedAvg certifies more in every setting" in whole
+    assert "FedAvg certifies more in every setting" not in partly
+    assert "4.1 (ii) supported so far" in partly
+    assert re.search(r"\| 4\.1 \(ii\) by over 20 points \| .* \| \*\*yes\*\* \|", partly)

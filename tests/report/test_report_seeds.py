@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import html
 import re
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 from test_report_results import DEGREES
 
 from certifl.report import summary_rows, write_report
@@ -51,6 +53,15 @@ def test_one_row_for_each_algorithm_and_its_mean_over_seeds() -> None:
     assert pair.low < pair.estimate < pair.high < 0.0
     labels = [run.label for run in load_runs(runs)]
     assert labels[:2] == ["Local, seed 0", "Local, seed 1"]
+
+
+def test_a_seed_in_int8_is_another_row() -> None:
+    float32, int8 = trained("local", 0), trained("local", 1)
+    assert len(by_seed([float32, int8])) == 1
+    spec = tomllib.loads(int8.spec)
+    spec.setdefault("certification", {})["precision"] = "int8"
+    int8 = dataclasses.replace(int8, spec=tomli_w.dumps(spec))
+    assert [row.seeds for row in by_seed([float32, int8])] == [(0,), (1,)]
 
 
 def test_images_that_two_seeds_share_by_chance_do_not_matter() -> None:

@@ -66,6 +66,7 @@ def spec(
     lr: float = 0.1,
     data: str = "cifar10",
     alpha: float = ALPHA,
+    precision: str = "auto",
 ) -> dict[str, Any]:
     """A whole spec as a run stores it."""
     start = certified if federated == "matching" else federated
@@ -87,7 +88,7 @@ def spec(
                 "n0": 100,
                 "n": N,
                 "alpha": alpha,
-                "precision": "auto",
+                "precision": precision,
             },
         }
     )

@@ -215,11 +215,17 @@ def _texts(summary: Mapping[str, Any], row: Row) -> list[str]:
     ]
 
 
+def _not_above(radius: float) -> str:
+    """A radius in six digits, or in all where these would round it up."""
+    text = f"{radius:.6g}"
+    return text if float(text) <= radius else repr(float(radius))
+
+
 def _numbers(
     summary: Mapping[str, Any], row: Row, behind: Difference | None, leads: bool
 ) -> dict[str, Any]:
     shares = {
-        f"accuracy_{share['radius']:.6g}{end}": share[key]
+        f"accuracy_{_not_above(share['radius'])}{end}": share[key]
         for share in summary["accuracy"]
         for key, end in (("value", ""), ("low", "_low"), ("high", "_high"))
     }
