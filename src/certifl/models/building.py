@@ -66,8 +66,8 @@ def build(
     if name in MODELS:
         MODELS.check_named(name, options or {})
         function: Callable[..., Any] = MODELS[name]
-    elif not from_hub:
-        function = _users_function(name)
+    else:
+        function = load if from_hub else _users_function(name)
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: that would also seed the generators of all GPUs.
         torch.default_generator.manual_seed(derive_seed(seed, "model", name))
