@@ -33,8 +33,7 @@ from certifl.perturbations import Perturbation
 from certifl.runs.atomic import write_json
 from certifl.runs.checkpoints import Checkpoints
 from certifl.spec import Spec, with_settings
-from certifl.study.privacy import protection
-from certifl.study.setup import initial_model, local_training, open_data
+from certifl.study.setup import initial_model, local_training, open_data, protection
 
 HELD_OUT = 10_000
 VOTES = 16

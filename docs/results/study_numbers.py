@@ -20,8 +20,7 @@ from certifl.report.summary import (
     noise_words,
     selected_radii,
 )
-from certifl.report.units import RadiusScale
-from certifl.report.wording import markdown_table, percent, range_of
+from certifl.report.wording import RadiusScale, markdown_table, percent, range_of
 from certifl.runs.atomic import read_json
 from certifl.safe_io import parse_json, read_text, read_toml
 from paging import duration

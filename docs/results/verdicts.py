@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from certifl.paper.claims import ClaimResult, Report, claim_rows
+from certifl.paper.claims.designs import Finding
 from certifl.paper.claims.render import COMPARISON_HEAD, comparison_row, verdict_words
 from certifl.paper.claims.rules import (
     MARGIN,
@@ -19,7 +20,6 @@ from certifl.paper.claims.rules import (
     VERDICTS,
     every,
 )
-from certifl.paper.claims.testing import Outcome
 from certifl.report.wording import markdown_table, range_of
 
 _HEAD = ("claim", "verdict", "effect (points)", "95 % together", "images", "clients")
@@ -66,16 +66,16 @@ def _verdicts(report: Report, results: Sequence[ClaimResult]) -> str:
     return markdown_table(_HEAD, [[str(row[key]) for key in _KEYS] for row in rows])
 
 
-def _own(result: ClaimResult, names: Collection[str]) -> tuple[Outcome, ...]:
+def _own(result: ClaimResult, names: Collection[str]) -> tuple[Finding, ...]:
     """The comparisons with runs of this figure."""
     return tuple(
         tested
         for tested in result.comparisons
-        if any(Path(run).name in names for run in tested.finding.runs)
+        if any(Path(run).name in names for run in tested.runs)
     )
 
 
-def _words(result: ClaimResult, comparisons: tuple[Outcome, ...]) -> str:
+def _words(result: ClaimResult, comparisons: tuple[Finding, ...]) -> str:
     """The verdict of the study on a claim, and the part of this figure's runs in it."""
     own = dataclasses.replace(
         result, verdict=_HERE, comparisons=comparisons, missing=(), partly=False
@@ -94,10 +94,10 @@ def _words(result: ClaimResult, comparisons: tuple[Outcome, ...]) -> str:
     return " ".join(sentences)
 
 
-def _reach(judged: Sequence[Outcome]) -> str:
+def _reach(judged: Sequence[Finding]) -> str:
     """The range of the intervals of some comparisons, and their numbers of images."""
     known = _with_interval(judged)
-    images = range_of(tested.finding.effect.images for tested in known or judged)
+    images = range_of(tested.effect.images for tested in known or judged)
     if not known:
         return f"({images} images: too few of a client for an interval.)"
     low, high = min(t.together[0] for t in known), max(t.together[1] for t in known)
@@ -108,18 +108,18 @@ def _reach(judged: Sequence[Outcome]) -> str:
     return f"{text}; for {few} there are too few images." if few else f"{text}."
 
 
-def _with_interval(tested: Sequence[Outcome]) -> list[Outcome]:
+def _with_interval(tested: Sequence[Finding]) -> list[Finding]:
     return [one for one in tested if math.isfinite(one.together[0] - one.together[1])]
 
 
-def _open(judged: Sequence[Outcome]) -> str:
+def _open(judged: Sequence[Finding]) -> str:
     """Why comparisons are undecided: the width of their intervals and their number of images."""
     still = [t for t in judged if t.verdict == UNDECIDED]
     known = _with_interval(still)
     if not known:
         return ""
     widths = [100 * (t.together[1] - t.together[0]) for t in known]
-    images = range_of(tested.finding.effect.images for tested in known)
+    images = range_of(tested.effect.images for tested in known)
     few = len(still) - len(known)
     none = f" For {few} of them a client has too few images for an interval." if few else ""
     return (

@@ -18,6 +18,7 @@ StageCallback = Callable[[str, int, int, str], None]
 """Called with (what is under way, done, total, unit)."""
 
 _BETWEEN_UPDATES = 0.25
+_QUIET_SECONDS = 10.0
 
 
 @contextlib.contextmanager
@@ -33,27 +34,53 @@ def stages() -> Iterator[StageCallback]:
     if _in_notebook():
         yield NotebookBars().report
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
+    shown = TerminalBars()
+    with shown.bars:
+        yield shown.report
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.fields[left]}"),
-        TextColumn("{task.fields[detail]}"),
-    )
-    console, pace = Console(stderr=True), Pace()
-    with Progress(*columns, console=console, transient=not console.is_terminal) as shown:
 
-        def report(what: str, done: int, total: int, unit: str) -> None:
-            if pace.begins(what, done):
-                shown.add_task(what, total=None, detail="", left="")
-            detail, left = f"{done:,}/{total:,} {unit}", pace.left(done, total)
-            current = shown.task_ids[-1]
-            shown.update(current, completed=done, total=total, detail=detail, left=left)
+class TerminalBars:
+    """A bar for each piece of work on the error stream; elsewhere than on a terminal, rare lines.
 
-        yield report
+    Args:
+        lines: whether there are any.
+    """
+
+    def __init__(self, lines: bool = False) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._console, self._lines = Console(stderr=True), lines
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._stage, self._pace, self._said = "", Pace(), 0.0
+
+    def stage(self, name: str) -> None:
+        """What the next reports belong to."""
+        self._stage, self._pace = f"{name}: ", Pace()
+
+    def report(self, what: str, done: int, total: int, unit: str) -> None:
+        """Progress of one piece of work, with the time left as its pace so far suggests."""
+        title, now = f"{self._stage}{what}", time.monotonic()
+        if self._pace.begins(what, done):
+            self._said = now
+            self.bars.add_task(title, total=None, detail="", left="")
+        detail, left = f"{done:,}/{total:,} {unit}", self._pace.left(done, total)
+        current = self.bars.task_ids[-1]
+        self.bars.update(current, completed=done, total=total, detail=detail, left=left)
+        quiet = self._console.is_terminal or not self._lines
+        if not quiet and (now - self._said > _QUIET_SECONDS or done == total):
+            self._said = now
+            line = f"{title} {detail} {left}".rstrip()
+            self._console.print(line, highlight=False, soft_wrap=True)
 
 
 class Pace:
@@ -75,14 +102,16 @@ class Pace:
         spent, gone = time.monotonic() - self._started, done - self._first
         if gone <= 0 or done >= total:
             return ""
-        seconds = math.ceil(spent * (total - done) / gone)
-        hours, minutes = seconds // 3600, seconds // 60 % 60
-        return f"about {hours} h {minutes} min left" if hours else f"about {short(seconds)} left"
+        return f"about {clock(spent * (total - done) / gone)} left"
 
 
-def short(seconds: int) -> str:
-    """A time below an hour: 40 s, or 3 min 5 s."""
-    return f"{seconds // 60} min {seconds % 60} s" if seconds >= 60 else f"{seconds} s"
+def clock(seconds: float) -> str:
+    """A time, rounded up: 40 s, 3 min 5 s, or 2 h 3 min."""
+    whole = math.ceil(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
 
 
 class NotebookBars:

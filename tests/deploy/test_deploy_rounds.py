@@ -23,8 +23,14 @@ from certifl.runs.atomic import load_tensors
 from certifl.runs.checkpoints import Checkpoints, StoredRound
 from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
-from certifl.study.privacy import protection, training_key
-from certifl.study.setup import initial_model, local_training, open_data, participation
+from certifl.study.setup import (
+    initial_model,
+    local_training,
+    open_data,
+    participation,
+    protection,
+    training_key,
+)
 from deploy_factory import MemoryGrid, clients_of, coordinated, options
 from tiny_federation import assert_same, without_seconds
 from tiny_study import spec

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import tiny_study as tiny
-from certifl.experiments import doctor
+from certifl.study import environment as doctor
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from certifl.deploy.client.settings import DECISIONS
 from certifl.deploy.server import start as deploy
 from certifl.errors import RequestError, SpecError
-from certifl.experiments.finetune import read_perturbation
 from certifl.experiments.run import Options, compute
+from certifl.experiments.standalone import read_perturbation
 from certifl.experiments.verify import verify_run
 from certifl.federated.trainer import Checkpoints
 from certifl.models import build, fingerprint, state_of

@@ -16,9 +16,8 @@ import certifl
 import tiny_study as tiny
 from certifl.certification.quantization import Scales
 from certifl.errors import InputError
-from certifl.experiments.hub import push
+from certifl.experiments.hub import certify_image, push
 from certifl.experiments.recast import Options
-from certifl.experiments.standalone import certify_image
 from certifl.experiments.verify import verify_run
 
 

@@ -22,7 +22,7 @@ from certifl.report.compare import compare
 from certifl.report.page.context import ReportContext
 from certifl.report.page.results import training_section
 from certifl.report.summary import largest_radius, left_out_words
-from certifl.report.units import scales
+from certifl.report.wording import scales
 from certifl.runs.checkpoints import Checkpoints
 from certifl.study.setup import label_of
 from report_factory import make_certificates, make_history, make_manifest, write_run

@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from certifl.paper.claims.catalogue import check_runs
 from certifl.paper.claims.rules import NOT_SUPPORTED, NOT_TESTED, SUPPORTED, UNDECIDED
 from certifl.paper.claims.runs import read_run
-from certifl.paper.claims.testing import check_runs
 from claims_factory import (
     AFFINE,
     DRAWS,
@@ -39,8 +39,8 @@ def test_a_planted_gain_is_supported_with_its_size():
     (tested,) = result.judged
     low, high = tested.together
     assert low < 0.15 < high
-    assert tested.finding.effect.images == 400
-    assert tested.finding.effect.clients == (10,)
+    assert tested.effect.images == 400
+    assert tested.effect.clients == (10,)
 
 
 def test_the_opposite_is_not_supported():
@@ -139,7 +139,7 @@ def test_a_gap_that_grows_with_the_clients(late, verdict):
     assert result.verdict == verdict
     (tested,) = result.judged
     assert tested.together[0] < late - 0.1 < tested.together[1]
-    assert tested.finding.effect.clients == (10, 60)
+    assert tested.effect.clients == (10, 60)
 
 
 def test_a_spread_between_clients_is_found_and_grows():
@@ -158,7 +158,7 @@ def test_a_spread_between_clients_is_found_and_grows():
     growth = claim(runs, "4.1 (iv) growth")
     assert growth.verdict == SUPPORTED
     assert growth.judged[0].together[0] < 0.3 < growth.judged[0].together[1]
-    spreads = {t.finding.effect.clients: t.verdict for t in claim(runs, "4.1 (iv) spread").judged}
+    spreads = {t.effect.clients: t.verdict for t in claim(runs, "4.1 (iv) spread").judged}
     assert spreads[(20,)] == SUPPORTED
     assert spreads[(4,)] != SUPPORTED
 
@@ -213,10 +213,10 @@ def test_lambda_one_is_local_training_and_no_mixture():
 def test_which_lambda_is_best_and_how_certainly():
     result = claim(mixtures({0.1: 0.2, 0.5: 0.1, 0.9: 0.0}), "4.4 (i) best")
     assert result.verdict == SUPPORTED
-    assert "100 % of the draws" in result.judged[0].finding.detail
+    assert "100 % of the draws" in result.judged[0].detail
     beaten = claim(mixtures({0.1: 0.0, 0.5: 0.1}), "4.4 (i) best")
     assert beaten.verdict == NOT_SUPPORTED
-    assert "leads all others in 0 %" in beaten.judged[0].finding.detail
+    assert "leads all others in 0 %" in beaten.judged[0].detail
 
 
 def test_a_gain_is_split_into_pull_and_smaller_step():
@@ -227,13 +227,13 @@ def test_a_gain_is_split_into_pull_and_smaller_step():
     ]
     result = claim(runs, "4.4 (i) matched steps")
     assert result.verdict == NOT_SUPPORTED  # all of the gain is the step's
-    parts = {t.finding.difference: t.finding.effect.estimate for t in result.comparisons}
+    parts = {t.difference: t.effect.estimate for t in result.comparisons}
     pull, step, gain, pull_at_small, step_alone = parts.values()
     assert pull + step == pytest.approx(gain, abs=1e-12)
     assert pull_at_small + step_alone == pytest.approx(gain, abs=1e-12)
     assert abs(pull) < 0.03
     assert step > 0.1
-    assert "are the pull and" in result.judged[0].finding.detail
+    assert "are the pull and" in result.judged[0].detail
 
 
 def test_matched_steps_show_a_pull_that_is_there():

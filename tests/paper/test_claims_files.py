@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from certifl.cli import app
 from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.paper.claims import CLAIMS, check_claims, write_claims
+from certifl.paper.claims.catalogue import check_runs
 from certifl.paper.claims.render import (
     COMPARISON_HEAD,
     as_json,
@@ -18,7 +19,6 @@ from certifl.paper.claims.render import (
     comparison_row,
     explanation,
 )
-from certifl.paper.claims.testing import check_runs
 from certifl.report.results import LATER, decisive_settings
 from certifl.spec import with_settings
 from claims_factory import DRAWS, pair, write

@@ -62,8 +62,8 @@ def test_seeds_that_disagree_widen_the_interval():
     unlike = claim(study((0.25, 0.0, 0.05)), "4.1 (ii)").judged[0]
     assert alike.verdict == SUPPORTED
     assert unlike.verdict == UNDECIDED
-    assert unlike.finding.effect.seeds == 3
-    assert unlike.finding.effect.images == 1200
+    assert unlike.effect.seeds == 3
+    assert unlike.effect.images == 1200
 
 
 def test_the_interval_over_seeds_is_students():
@@ -215,7 +215,7 @@ def test_runs_of_equal_certificates_are_equal_only_where_images_are_many():
         return [read_run(one), read_run(dataclasses.replace(two, certificates=one.certificates))]
 
     few, many = claim(twins(10), "4.1 (i)"), claim(twins(100), "4.1 (i)")
-    assert [t.finding.effect.estimate for t in few.judged] == [0.0, 0.0]
+    assert [t.effect.estimate for t in few.judged] == [0.0, 0.0]
     assert (few.verdict, many.verdict) == (UNDECIDED, SUPPORTED)
 
 
@@ -295,7 +295,7 @@ def test_many_comparisons_make_every_interval_wider():
     alone = claim(pair(0.4, 0.5), "4.1 (ii)").judged[0]
     both = [*pair(0.4, 0.5), *pair(0.4, 0.5, clients=20)]
     together = claim(both, "4.1 (ii)").judged[0]
-    assert together.finding.effect.estimate == alone.finding.effect.estimate
+    assert together.effect.estimate == alone.effect.estimate
     assert together.alone == alone.together
     assert together.together[0] < alone.together[0]
     assert together.together[1] > alone.together[1]

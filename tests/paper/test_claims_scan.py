@@ -12,9 +12,9 @@ import pytest
 from certifl.certification.scan import scan_from
 from certifl.errors import InputError, StoreMismatch
 from certifl.paper.claims import check_claims
+from certifl.paper.claims.catalogue import check_runs
 from certifl.paper.claims.effects import Sampler
 from certifl.paper.claims.runs import StudyRun, find_runs, largest_radius, read_run
-from certifl.paper.claims.testing import check_runs
 from certifl.smoothing.laws import LAWS
 from claims_factory import ALPHA, DRAWS, FEDAVG, LOCAL, ROTATION, N, results, spec, write
 
@@ -53,10 +53,10 @@ def test_gains_at_large_radii_are_seen():
     report = check_runs([scanned(LOCAL, ALL_ROUND, 0.4), scanned(FEDAVG, ALL_ROUND, 0.6)], DRAWS)
     for result in report.results:
         for tested in result.comparisons:
-            assert abs(tested.finding.effect.estimate) <= 1.0
-            assert tested.finding.effect.level <= 1.0 or math.isinf(tested.finding.effect.level)
+            assert abs(tested.effect.estimate) <= 1.0
+            assert tested.effect.level <= 1.0 or math.isinf(tested.effect.level)
     gain = next(r for r in report.results if r.claim.name == "4.1 (ii)").judged[0]
-    assert gain.finding.effect.estimate == pytest.approx(0.2, abs=0.06)
+    assert gain.effect.estimate == pytest.approx(0.2, abs=0.06)
 
 
 @pytest.mark.parametrize("scan", [ALL_ROUND, PART])

@@ -11,7 +11,7 @@ import pytest
 
 from certifl.errors import InputError, SpecError
 from certifl.experiments.parallel import base_spec
-from certifl.paper.figures import EXTRA, FIGURES, chosen_figures, figure_named
+from certifl.paper.figures import EXTRA, FIGURES, chosen_figures
 from certifl.paper.reproduce import figure_index, make_plan
 from certifl.paper.scales import SCALES, scale_named
 from certifl.spec import with_settings
@@ -262,6 +262,6 @@ def test_settings_apply_to_every_spec_of_a_scale():
 
 def test_unknown_names_are_refused_with_what_there_is():
     with pytest.raises(InputError, match="Did you mean 'figure10'"):
-        figure_named("figure_10")
+        chosen_figures("figure_10")
     with pytest.raises(InputError, match="smoke, laptop, overnight, paper"):
         scale_named("huge")

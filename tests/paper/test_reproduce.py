@@ -16,11 +16,9 @@ import torch
 from certifl.errors import StoreMismatch
 from certifl.experiments import parallel as module
 from certifl.experiments.run import Options
-from certifl.paper.costs import costs
-from certifl.paper.drawing import COLUMNS
 from certifl.paper.figures import EXTRA, FIGURES, Figure, Panel, Regime, Setting
-from certifl.paper.pages import claims_of, complete, write_paper_figure
-from certifl.paper.reproduce import make_plan, reproduce
+from certifl.paper.pages import COLUMNS, claims_of, complete, write_paper_figure
+from certifl.paper.reproduce import costs, make_plan, reproduce
 from certifl.paper.scales import SCALES
 from certifl.report import load_run
 from certifl.report.summary import client_acr, client_curves
@@ -203,7 +201,7 @@ def test_costs_count_shared_runs_once_and_use_speeds_of_finished_runs(study):
 
 
 def test_no_time_is_named_for_a_gpu_that_was_not_measured(study, tmp_path, monkeypatch):
-    monkeypatch.setattr("certifl.paper.costs.choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("certifl.paper.reproduce.choose_device", lambda name: torch.device("cuda"))
     figure = {"figure6": FIGURES["figure6"]}
     unknown = costs(make_plan(figure, SMOKE, tmp_path), "cpu")["figure6"]
     assert (unknown.unknown, unknown.seconds) == (12, 0.0)

@@ -17,11 +17,11 @@ from PIL import Image
 
 import claims_factory as factory
 from certifl.paper.claims import CLAIMS
-from certifl.paper.claims.testing import check_runs
+from certifl.paper.claims.catalogue import check_runs
 from certifl.paper.figures import FIGURES
 from certifl.report import load_run
 from certifl.report.summary import client_acr, client_curves, largest_radius
-from certifl.report.units import scales
+from certifl.report.wording import scales
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 REGIMES = (("Local", factory.LOCAL, 0.3), ("FedAvg", factory.FEDAVG, 0.6))

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from certifl.errors import InputError
-from certifl.experiments.parallel import helped
+from certifl.experiments.parallel import compute, helped, processes_here
 from certifl.experiments.run import Options
 from certifl.paper.figures import FIGURES, Figure, Panel, Regime, Setting
-from certifl.paper.reproduce import Plan, compute_free, jobs_here, make_plan
+from certifl.paper.reproduce import Plan, make_plan
 from certifl.paper.scales import SCALES
 from certifl.runs.folder import RunFolder
 from tiny_study import cli, environment
@@ -42,7 +42,7 @@ def study(out: Path) -> Plan:
 
 def test_helpers_do_the_whole_study_with_the_same_results(tmp_path):
     alone, together = study(tmp_path / "alone"), study(tmp_path / "together")
-    compute_free(alone, options(alone.out))
+    compute(alone.jobs, options(alone.out), [])
     before = torch.get_num_threads()
     with helped(together.jobs, options(together.out), 3):
         assert len(multiprocessing.active_children()) == 2
@@ -74,7 +74,7 @@ def test_leaving_early_ends_the_helpers_and_loses_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         leave()
     assert not multiprocessing.active_children()
-    compute_free(plan, options(tmp_path))
+    compute(plan.jobs, options(tmp_path), [])
     assert all(job.done() for job in plan.jobs)
 
 
@@ -114,16 +114,18 @@ def test_a_failure_of_a_helper_is_reported_by_the_command(tmp_path):
 def test_how_many_by_default(tmp_path, monkeypatch):
     monkeypatch.setattr("certifl.experiments.parallel.cores", lambda: 8)
     plans = {name: dataclasses.replace(study(tmp_path), scale=SCALES[name]) for name in SCALES}
-    assert {name: jobs_here(None, plan, "cpu", False) for name, plan in plans.items()} == {
+    assert {
+        name: processes_here(None, plan.scale.jobs, "cpu", False) for name, plan in plans.items()
+    } == {
         "smoke": 1,
         "laptop": 4,
         "overnight": 2,
         "paper": 1,
     }
-    assert jobs_here(None, plans["laptop"], "cuda:0", False) == 1
-    assert jobs_here(None, plans["laptop"], "cpu", True) == 1
-    assert jobs_here(3, plans["paper"], "cuda", False) == 3
+    assert processes_here(None, plans["laptop"].scale.jobs, "cuda:0", False) == 1
+    assert processes_here(None, plans["laptop"].scale.jobs, "cpu", True) == 1
+    assert processes_here(3, plans["paper"].scale.jobs, "cuda", False) == 3
     monkeypatch.setattr("certifl.experiments.parallel.cores", lambda: 2)
-    assert jobs_here(None, plans["laptop"], "auto", False) == 2
+    assert processes_here(None, plans["laptop"].scale.jobs, "auto", False) == 2
     with pytest.raises(InputError, match="one after the other"):
-        jobs_here(2, plans["laptop"], "cpu", True)
+        processes_here(2, plans["laptop"].scale.jobs, "cpu", True)

@@ -14,7 +14,7 @@ import certifl
 from certifl.certification.sampling import sweeps_of
 from certifl.perturbations import PERTURBATIONS, family_label, trait
 from certifl.registry import Positive, Row, parameters
-from certifl.report.units import family_words, scales
+from certifl.report.wording import family_words, scales
 from certifl.spec import with_settings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,8 +20,8 @@ import pytest
 import claims_factory
 from certifl.errors import StoreError, StoreMismatch
 from certifl.paper.claims import claim_rows, verdicts_section
+from certifl.paper.claims.catalogue import check_runs
 from certifl.paper.claims.runs import read_run
-from certifl.paper.claims.testing import check_runs
 from certifl.report import load_runs, page_beside, write_report
 from certifl.report.compare import compare
 from certifl.report.page import explorer as explored

@@ -14,6 +14,7 @@ from scipy import stats
 from certifl.errors import StoreError, StoreMismatch
 from certifl.report import load_run, load_runs, summary_rows
 from certifl.report.compare import compare, own_interval, standing
+from certifl.report.page.recommendation import by_margin, grouped, headline, recommendations
 from certifl.report.style import LOOKS, looks_of
 from certifl.report.summary import (
     accuracy_share,
@@ -27,15 +28,7 @@ from certifl.report.summary import (
     spread,
     vote_cost,
 )
-from certifl.report.units import scales
-from certifl.report.wording import (
-    by_margin,
-    client_list,
-    grouped,
-    headline,
-    percent,
-    recommendations,
-)
+from certifl.report.wording import client_list, percent, scales
 from report_factory import (
     PIXEL,
     REGIMES,
@@ -287,7 +280,7 @@ def test_a_clear_difference_is_shown_and_has_its_sign(runs):
     assert "ahead of Local" in support[0]
     everyone = recommendations([local, fedavg], found)
     assert sum(len(clients) for _, clients in grouped(everyone)) == 4
-    assert all(one.alone is not None for one in everyone if one.best == 1)
+    assert all(one.part.pairs[0, 1].stated for one in everyone if one.result.best == 1)
 
 
 def test_the_order_of_rows_and_of_runs_does_not_matter(runs):

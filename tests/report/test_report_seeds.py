@@ -15,9 +15,13 @@ from test_report_results import DEGREES
 
 from certifl.report import summary_rows, write_report
 from certifl.report.compare import compare
+from certifl.report.page.recommendation import (
+    headline,
+    recommendations,
+    why_clients_stay_undecided,
+)
 from certifl.report.results import RunResults, by_seed, load_runs
 from certifl.report.summary import client_acr, largest_radius
-from certifl.report.wording import headline, recommendations, why_clients_stay_undecided
 from report_factory import make_certificates, make_run
 
 QUALITY = {"local": 0.62, "fedavg": 0.9}
@@ -42,7 +46,7 @@ def test_one_row_for_each_algorithm_and_its_mean_over_seeds() -> None:
     runs = [trained(regime, seed) for regime in QUALITY for seed in (0, 1, 2)]
     rows = by_seed(runs)
     assert [row.label for row in rows] == ["Local", "Fedavg"]
-    assert [row.seeds for row in rows] == [(0, 1, 2)] * 2
+    assert [[run.seed for run in row.runs] for row in rows] == [[0, 1, 2]] * 2
     found = compare(rows)
     for place in (0, 1):
         own = [client_acr(run).mean() for run in rows[place].runs]
@@ -61,7 +65,7 @@ def test_a_seed_in_int8_is_another_row() -> None:
     spec = tomllib.loads(int8.spec)
     spec.setdefault("certification", {})["precision"] = "int8"
     int8 = dataclasses.replace(int8, spec=tomli_w.dumps(spec))
-    assert [row.seeds for row in by_seed([float32, int8])] == [(0,), (1,)]
+    assert [[run.seed for run in row.runs] for row in by_seed([float32, int8])] == [[0], [1]]
 
 
 def test_images_that_two_seeds_share_by_chance_do_not_matter() -> None:
@@ -138,10 +142,10 @@ def test_another_setting_and_a_second_run_of_a_seed_are_rows_of_their_own() -> N
         for lr in (0.1, 0.2)
         for seed in (0, 1)
     ]
-    assert [row.seeds for row in by_seed(runs)] == [(0, 1), (0, 1)]
+    assert [[run.seed for run in row.runs] for row in by_seed(runs)] == [[0, 1], [0, 1]]
     assert [row.label for row in by_seed(runs)] == ["Fedavg (0.1)", "Fedavg (0.2)"]
     again = [*runs[:2], runs[0]]
-    assert [row.seeds for row in by_seed(again)] == [(0, 1), (0,)]
+    assert [[run.seed for run in row.runs] for row in by_seed(again)] == [[0, 1], [0]]
 
 
 def test_no_printed_end_lies_beyond_what_is_possible() -> None:

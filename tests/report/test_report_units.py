@@ -6,7 +6,7 @@ import mpmath
 from hypothesis import given
 from hypothesis import strategies as st
 
-from certifl.report.units import RadiusScale, scales
+from certifl.report.wording import RadiusScale, scales
 from report_factory import (
     PIXEL,
     ROTATION,

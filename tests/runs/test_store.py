@@ -148,7 +148,7 @@ def test_a_folder_is_begun_gone_on_with_and_finished(tmp_path: Path) -> None:
     folder.update({"status": FINISHED, "extra": 1})
     assert folder.finished()
     assert not folder.complete()  # no certificates
-    folder.save_certificates(certificates())
+    folder.save(certificates())
     assert folder.complete()
     assert begun(folder.path).manifest()["extra"] == 1
 
@@ -188,7 +188,7 @@ def test_a_removal_stopped_half_way_leaves_no_run_that_looks_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = begun(tmp_path)
-    folder.save_certificates(certificates())
+    folder.save(certificates())
     folder.update({"status": FINISHED})
 
     def stop(*_: object, **__: object) -> None:
@@ -223,9 +223,9 @@ def test_certificates_of_a_run(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="Repeat the command"):
         folder.load_certificates()
     with full_after(1000), pytest.raises(StoreError, match="votes are saved"):
-        folder.save_certificates(certificates())
+        folder.save(certificates())
     assert not folder.certificates.exists()
-    folder.save_certificates(certificates())
+    folder.save(certificates())
     assert folder.load_certificates().same_results(certificates())
     content = folder.certificates.read_bytes()
     for damaged in (b"", content[:100], content[:-8], b"PAR1" + bytes(100) + b"PAR1"):

@@ -19,9 +19,8 @@ import numpy as np
 import tomli_w
 
 from certifl.certification.certificates import Certificates
-from certifl.paper.claims.catalogue import CLAIMS
+from certifl.paper.claims.catalogue import CLAIMS, ClaimResult, check_runs
 from certifl.paper.claims.runs import StudyRun, read_run
-from certifl.paper.claims.testing import ClaimResult, check_runs
 from certifl.report.results import RunResults
 from certifl.smoothing.laws import LAWS
 from report_factory import make_manifest

@@ -28,8 +28,7 @@ _SAFE_PATH = "PYTHONSAFEPATH"
 _LONGEST_REASON = 200
 
 Out = Annotated[
-    Path | None,
-    typer.Option("--out", help="Folder for the results; default: runs/<name>-<hash>."),
+    Path | None, typer.Option("--out", help="Folder for the results; default: runs/<name>-<hash>.")
 ]
 DataDir = Annotated[
     Path | None,
@@ -56,8 +55,7 @@ Track = Annotated[
     typer.Option(help="Log to tensorboard, mlflow or wandb, offline; repeatable."),
 ]
 Workers = Annotated[
-    int,
-    typer.Option(min=0, help="Worker processes that train clients, one thread each."),
+    int, typer.Option(min=0, help="Worker processes that train clients, one thread each.")
 ]
 AnswerWithin = Annotated[
     float | None,

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from certifl.cli.common import command_line, load_study, run_folder, say
+from certifl.cli.common import Overwrite, command_line, load_study, run_folder, say
 from certifl.errors import RequestError, WorkError
 from certifl.path_checks import check_client_settings, check_deploy_folder, is_run
 
@@ -36,8 +36,7 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec."),
 ]
 OwnPerturbation = Annotated[
-    bool,
-    typer.Option("--own-perturbation", help="Allow clients their own perturbation."),
+    bool, typer.Option("--own-perturbation", help="Allow clients their own perturbation.")
 ]
 MinClients = Annotated[
     int | None,
@@ -117,10 +116,7 @@ def client(
     ] = None,
     dealt: Annotated[
         bool,
-        typer.Option(
-            "--dealt",
-            help="DATA is a common data set; the study allocates its images.",
-        ),
+        typer.Option("--dealt", help="DATA is a common data set; the study allocates its images."),
     ] = False,
     code: Annotated[
         Path | None,
@@ -141,7 +137,6 @@ def client(
 
 
 def _find_networks(names: list[str], code: Path | None) -> None:
-    """Make the code of the client's allowed networks importable."""
     from certifl.models import require_code
 
     own = [name for name in names if ":" in name]
@@ -189,9 +184,7 @@ def run(
     piece: Annotated[
         float, typer.Option(min=0.1, help="Seconds of certification per message.")
     ] = 60.0,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing run.")
-    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train and certify with the connected clients; the same command resumes.
 

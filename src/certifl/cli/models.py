@@ -10,33 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from certifl.cli.common import (
-    Code,
-    DataDir,
-    Device,
-    Devices,
-    Overwrite,
-    OverwriteFile,
-    Settings,
-    Sigma,
-    command_line,
-    interruptible,
-    labeled,
-    positive,
-    say,
-    whole,
-)
+from certifl import path_checks
+from certifl.cli import common
 from certifl.errors import InputError
-from certifl.path_checks import (
-    IMAGE,
-    SHARD,
-    WEIGHTS,
-    check_certificate_file,
-    check_data_folder,
-    check_file,
-    check_model_folder,
-    check_run,
-)
 
 if TYPE_CHECKING:
     from certifl.study.opened_run import OpenRun
@@ -76,22 +52,26 @@ def certify(
         typer.Option(metavar="LOW HIGH", help="Black and white of 16-bit gray images and DICOM."),
     ] = None,
     family: Family = None,
-    sigma: Sigma = None,
+    sigma: common.Sigma = None,
     images: Annotated[
         int,
         typer.Option(
-            parser=positive, metavar="NUMBER", help="Number of test images, a fixed random choice."
+            parser=common.positive,
+            metavar="NUMBER",
+            help="Number of test images, a fixed random choice.",
         ),
     ] = 100,
     estimator: Annotated[str, typer.Option(help="See `certifl list`.")] = "sequential",
     n0: Annotated[
         int,
-        typer.Option("--n0", parser=whole, metavar="VOTES", help="Votes that select the class."),
+        typer.Option(
+            "--n0", parser=common.whole, metavar="VOTES", help="Votes that select the class."
+        ),
     ] = 100,
     n: Annotated[
         int,
         typer.Option(
-            "--n", parser=whole, metavar="VOTES", help="Votes that bound its probability."
+            "--n", parser=common.whole, metavar="VOTES", help="Votes that bound its probability."
         ),
     ] = 100_000,
     alpha: Annotated[float, typer.Option(help="Probability of a wrong certificate.")] = 1e-3,
@@ -103,22 +83,22 @@ def certify(
         int, typer.Option(min=0, help="Seed of the noise and the choice of images.")
     ] = 0,
     precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or int8.")] = "auto",
-    data_dir: DataDir = None,
-    device: Device = "auto",
+    data_dir: common.DataDir = None,
+    device: common.Device = "auto",
     out: CertificateFile = Path("certificates.parquet"),
-    overwrite: OverwriteFile = False,
+    overwrite: common.OverwriteFile = False,
     shard: Annotated[
         str, typer.Option(help="i/n: every n-th image from the i-th, for `certifl merge`.")
     ] = "1/1",
-    code: Code = None,
+    code: common.Code = None,
 ) -> None:
     """Certify an existing model, or the model that a client of a run deploys."""
-    check_certificate_file(out, overwrite)
-    check_data_folder(data_dir)
+    path_checks.check_certificate_file(out, overwrite)
+    path_checks.check_data_folder(data_dir)
     if weights is not None:
-        check_file(weights, WEIGHTS)
+        path_checks.check_file(weights, path_checks.WEIGHTS)
     if run is not None:
-        check_run(run)
+        path_checks.check_run(run)
     from certifl.certification.settings import Settings
     from certifl.cli import terminal
     from certifl.experiments.standalone import Request, certify_standalone, read_shard
@@ -147,11 +127,11 @@ def certify(
     )
     if model is not None:
         allow_code(model, Path.cwd())
-    with interruptible(), terminal.Board() as board:
+    with common.interruptible(), terminal.Board() as board:
         board.stage("certify")
         certificates = certify_standalone(request, board.report)
     terminal.show_certificates(certificates)
-    say(f"\nCertificates: {out.resolve()}")
+    common.say(f"\nCertificates: {out.resolve()}")
 
 
 def merge(
@@ -160,18 +140,18 @@ def merge(
         typer.Argument(metavar="SHARD...", help="All files of `certifl certify --shard i/n`."),
     ],
     out: CertificateFile = Path("certificates.parquet"),
-    overwrite: OverwriteFile = False,
+    overwrite: common.OverwriteFile = False,
 ) -> None:
     """Merge the shards of one certification; the result does not depend on their number."""
-    check_certificate_file(out, overwrite)
+    path_checks.check_certificate_file(out, overwrite)
     for shard in shards:
-        check_file(shard, SHARD)
+        path_checks.check_file(shard, path_checks.SHARD)
     from certifl.cli import terminal
     from certifl.experiments.standalone import merge_shards
 
     certificates = merge_shards(shards, out)
     terminal.show_certificates(certificates)
-    say(f"\nCertificates: {out.resolve()}")
+    common.say(f"\nCertificates: {out.resolve()}")
 
 
 def finetune(
@@ -185,7 +165,7 @@ def finetune(
     perturbation: Annotated[
         str, typer.Option(help="Family, with --sigma, or FAMILY:SIGMA, such as rotation:18deg.")
     ],
-    sigma: Sigma = None,
+    sigma: common.Sigma = None,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs over the training images.")] = 10,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 0.01,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a step.")] = 64,
@@ -193,36 +173,38 @@ def finetune(
         int | None, typer.Option(min=1, help="Test images to certify; default: 500.")
     ] = None,
     n: Annotated[
-        int, typer.Option("--n", parser=positive, metavar="VOTES", help="Votes for each image.")
+        int,
+        typer.Option("--n", parser=common.positive, metavar="VOTES", help="Votes for each image."),
     ] = 10_000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of steps and noise.")] = 0,
-    set_: Settings = None,
+    set_: common.Settings = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Folder for the results; default: runs/<weights>-<hash>."),
     ] = None,
-    data_dir: DataDir = None,
-    device: Devices = "auto",
-    overwrite: Overwrite = False,
+    data_dir: common.DataDir = None,
+    device: common.Devices = "auto",
+    overwrite: common.Overwrite = False,
 ) -> None:
     """Fine-tune your own weights with noise, and certify them before and after.
 
     A short form of a study with one client; the same command resumes an interrupted one.
     """
-    check_data_folder(data_dir)
-    check_file(weights, WEIGHTS)
+    path_checks.check_data_folder(data_dir)
+    path_checks.check_file(weights, path_checks.WEIGHTS)
     from certifl.cli import terminal
-    from certifl.experiments import finetune as tuning
     from certifl.experiments.run import Options, compute
+    from certifl.experiments.standalone import finetune_specs, read_perturbation
     from certifl.models import allow_code
     from certifl.report import summary_rows, write_report
+    from certifl.runs.atomic import save_tensors
     from certifl.runs.folder import require_own_folder
 
-    specs = tuning.finetune_specs(
+    specs = finetune_specs(
         model,
         weights,
         data,
-        tuning.read_perturbation(perturbation, sigma),
+        read_perturbation(perturbation, sigma),
         epochs=epochs,
         lr=lr,
         batch_size=batch_size,
@@ -233,27 +215,21 @@ def finetune(
     )
     allow_code(model, Path.cwd())
     folder = out or Path("runs") / f"{weights.stem}-{specs['after'].hash()[:8]}"
-    page = folder / "report.html"
-    require_own_folder(folder, list(specs), (page.name, "figures", tuning.WEIGHTS))
-    runs: dict[str, OpenRun] = {}
-    with interruptible(overwrite), terminal.Board() as board:
+    page, tuned = folder / "report.html", folder / "finetuned.safetensors"
+    require_own_folder(folder, list(specs), (page.name, "figures", tuned.name))
+    runs: list[OpenRun] = []
+    with common.interruptible(overwrite), terminal.Board() as board:
         for name, spec in specs.items():
             board.stage(name)
-            options = Options(
-                folder / name,
-                data_dir,
-                device,
-                overwrite,
-                report=board.report,
-                command=command_line(),
-            )
-            runs[name] = compute(spec, options)
-        labels = {"before": tuning.BEFORE, "after": tuning.AFTER}
-        results = [labeled(runs[name], label) for name, label in labels.items()]
-        tuned = tuning.save_finetuned(runs["after"], folder)
+            where = (folder / name, data_dir, device, overwrite)
+            options = Options(*where, report=board.report, command=common.command_line())
+            runs.append(compute(spec, options))
+        labels = ("Before fine-tuning", "After fine-tuning")
+        results = [common.labeled(run, text) for run, text in zip(runs, labels, strict=True)]
+        save_tensors(tuned, runs[-1].state(0))
         write_report(results, page, title=specs["after"].name)
     terminal.show_summary(summary_rows(results))
-    say(f"\nReport: {page.resolve()}\nWeights: {tuned.resolve()}")
+    common.say(f"\nReport: {page.resolve()}\nWeights: {tuned.resolve()}")
 
 
 def predict(
@@ -272,7 +248,7 @@ def predict(
         int | None,
         typer.Option(
             "--n",
-            parser=positive,
+            parser=common.positive,
             metavar="VOTES",
             help="Votes; default: as in the run, 10,000 with --model.",
         ),
@@ -289,8 +265,7 @@ def predict(
     ] = None,
     weights: Weights = None,
     classes: Annotated[
-        str | None,
-        typer.Option(metavar="NUMBER|NAME,...", help="Its classes: 10, or cat,dog."),
+        str | None, typer.Option(metavar="NUMBER|NAME,...", help="Its classes: 10, or cat,dog.")
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="Data set whose images and classes are those of the model.")
@@ -298,39 +273,38 @@ def predict(
     family: Annotated[
         str | None, typer.Option(help="Perturbation family with --model; default: pixel.")
     ] = None,
-    sigma: Sigma = None,
+    sigma: common.Sigma = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise with --model.")] = 0,
     precision: Annotated[
         str, typer.Option(help="With --model: auto, float32 or bfloat16.")
     ] = "auto",
-    data_dir: DataDir = None,
-    device: Device = "auto",
-    code: Code = None,
+    data_dir: common.DataDir = None,
+    device: common.Device = "auto",
+    code: common.Code = None,
 ) -> None:
     """Predict one image: its label and certified radius, or abstention."""
     own = {"--weights": weights, "--classes": classes, "--data": data, "--family": family}
     own |= {"--sigma": sigma}
     _check_predictor(run, client, code, model, own)
-    check_file(image, IMAGE)
+    path_checks.check_file(image, path_checks.IMAGE)
     from certifl.cli import terminal
-    from certifl.experiments import standalone
+    from certifl.experiments import hub
+    from certifl.experiments.standalone import perturbation_named
 
     if run is not None:
-        from certifl.experiments.hub import local_folder
-
-        run = local_folder(run) if str(run).startswith("hf:") else run
-        answer = standalone.certify_image(image, run, client, n, resize, device, code)
+        run = hub.local_folder(run) if str(run).startswith("hf:") else run
+        answer = hub.certify_image(image, run, client, n, resize, device, code)
         terminal.show_prediction(answer)
         return
     assert model is not None
     from certifl.models import allow_code
 
     allow_code(model, Path.cwd())
-    answer = standalone.certify_image_with(
+    answer = hub.certify_image_with(
         image,
         model,
         weights,
-        standalone.perturbation_named(family, sigma),
+        perturbation_named(family, sigma),
         n=n or _PREDICT_VOTES,
         data=data,
         data_dir=data_dir,
@@ -357,21 +331,20 @@ def _check_predictor(
         if given := [name for name, value in own.items() if value is not None]:
             raise InputError(f"--run names a model already; leave out {', '.join(given)}.")
         if not str(run).startswith("hf:"):
-            check_model_folder(run)
+            path_checks.check_model_folder(run)
         return
     if client is not None or code is not None:
         raise InputError("--client and --code are about a run; leave them out with --model.")
     weights = own["--weights"]
     if isinstance(weights, Path):
-        check_file(weights, WEIGHTS)
+        path_checks.check_file(weights, path_checks.WEIGHTS)
     elif not str(model).startswith("hf:"):
         raise InputError("--model needs --weights FILE: a network without training says nothing.")
 
 
 def push(
     run: Annotated[
-        Path,
-        typer.Argument(metavar="RUN", help="A run, or a client's folder CLIENT/studies/ID."),
+        Path, typer.Argument(metavar="RUN", help="A run, or a client's folder CLIENT/studies/ID.")
     ],
     target: Annotated[
         str, typer.Argument(metavar="TARGET", help="hf:OWNER/NAME, or a new folder.")
@@ -386,10 +359,10 @@ def push(
     public: Annotated[
         bool, typer.Option("--public", help="Everybody may see the repository on the hub.")
     ] = False,
-    code: Code = None,
+    code: common.Code = None,
 ) -> None:
     """Push the model that a client deploys, with a card, to the Hugging Face hub or a folder."""
-    check_model_folder(run)
+    path_checks.check_model_folder(run)
     from certifl.experiments.hub import push as push_model
 
-    say(f"Model and card: {push_model(run, target, client, share, public, code)}")
+    common.say(f"Model and card: {push_model(run, target, client, share, public, code)}")

@@ -10,21 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from certifl.cli.common import (
-    Code,
-    DataDir,
-    Device,
-    RunDir,
-    inches,
-    interruptible,
-    say,
-)
+from certifl import path_checks
+from certifl.cli import common
 from certifl.errors import InputError
-from certifl.path_checks import (
-    check_data_folder,
-    check_run,
-    check_study,
-)
 
 if TYPE_CHECKING:
     from certifl.experiments.recast import Options
@@ -76,8 +64,7 @@ def report(
         typer.Option(help="Unit of radii in figures: degrees or radians; default: both."),
     ] = None,
     bands: Annotated[
-        bool,
-        typer.Option("--bands/--no-bands", help="Shade from worst to best client."),
+        bool, typer.Option("--bands/--no-bands", help="Shade from worst to best client.")
     ] = True,
     by_class: Annotated[
         bool, typer.Option("--by-class", help="Also print a table of the classes.")
@@ -85,7 +72,7 @@ def report(
 ) -> None:
     """Write a report on one run, compare several, or report the certificates of one model."""
     _check_reported(runs, name)
-    measures = None if size is None else inches(size)
+    measures = None if size is None else common.inches(size)
     from certifl.cli import terminal
     from certifl.paper.claims import verdicts_section
     from certifl.report import (
@@ -120,7 +107,7 @@ def report(
     terminal.show_summary(summary_rows(results))
     if by_class:
         terminal.show_classes(class_rows(results))
-    say(f"\nReport: {page.resolve()}\nFigures: {(page.parent / 'figures').resolve()}")
+    common.say(f"\nReport: {page.resolve()}\nFigures: {(page.parent / 'figures').resolve()}")
 
 
 def _check_reported(paths: list[Path], name: str | None) -> None:
@@ -128,7 +115,7 @@ def _check_reported(paths: list[Path], name: str | None) -> None:
     files = [path for path in paths if path.is_file()]
     for path in paths:
         if path not in files:
-            check_run(path)
+            path_checks.check_run(path)
     if files and len(paths) > 1:
         raise InputError(
             f"{files[0]} is a file of certificates, which has a page of its own: report it alone. "
@@ -148,7 +135,7 @@ def claims(
 ) -> None:
     """Test the paper's claims: effect, 95 % interval and verdict of each."""
     for run in runs:
-        check_study(run)
+        path_checks.check_study(run)
     from certifl.cli import terminal
     from certifl.paper.claims import check_claims, claim_rows, explanation, write_claims
 
@@ -157,7 +144,7 @@ def claims(
         write_claims(found, out)
     terminal.show_claims(claim_rows(found), explanation(found))
     if out is not None:
-        say(f"\nClaims: {out.resolve()}")
+        common.say(f"\nClaims: {out.resolve()}")
 
 
 _FINDINGS = 20  # as many as a screen shows
@@ -183,8 +170,8 @@ def verify(
             "--code", help="Folder with the code of the run's own network, which --recast runs."
         ),
     ] = None,
-    data_dir: DataDir = None,
-    device: Device = "auto",
+    data_dir: common.DataDir = None,
+    device: common.Device = "auto",
 ) -> None:
     """Recompute every certificate from its votes, and compare all that a run says of itself.
 
@@ -194,7 +181,7 @@ def verify(
     """
     for run in runs:
         if not run.is_file():
-            check_run(run)
+            path_checks.check_run(run)
     from certifl.experiments.recast import Options
 
     options = None
@@ -207,56 +194,55 @@ def verify(
 
 
 def _verify(run: Path, data_dir: Path | None, recast: Options | None) -> int:
-    """Verify one run and print the result; returns the exit status."""
     from certifl.experiments.verify import verify_run
 
     result = verify_run(run, data_dir, recast)
     failed, more = bool(result.problems), len(result.problems) - _FINDINGS
     for problem in result.problems[:_FINDINGS]:
-        say(f"{run}: {problem}", err=True)
+        common.say(f"{run}: {problem}", err=True)
     if more > 0:
-        say(f"{run}: and {more} more findings", err=True)
+        common.say(f"{run}: and {more} more findings", err=True)
     if not failed and (result.checked or not result.elsewhere):
-        say(f"{run}: {result.checked} certificates follow from their votes.")
+        common.say(f"{run}: {result.checked} certificates follow from their votes.")
         for name, items in (("compared", result.compared), ("not checked", result.unchecked)):
             if items:
-                say(f"  {name}: {'; '.join(items)}")
+                common.say(f"  {name}: {'; '.join(items)}")
     if result.recast is not None:
-        say(f"  recast: {result.recast}", err=failed)
+        common.say(f"  recast: {result.recast}", err=failed)
     if result.elsewhere:
-        say(result.elsewhere, err=True)
+        common.say(result.elsewhere, err=True)
     return 1 if failed else 2 if result.elsewhere else 0
 
 
 def attack(
-    run: RunDir,
+    run: common.RunDir,
     images: Annotated[int, typer.Option(min=1, help="Certified test images per client.")] = 10,
     client: Annotated[int | None, typer.Option(min=0, help="Attack only this client.")] = None,
     directions: Annotated[
         int, typer.Option(min=2, help="Initial search directions per image.")
     ] = 32,
-    data_dir: DataDir = None,
-    device: Device = "auto",
-    code: Code = None,
+    data_dir: common.DataDir = None,
+    device: common.Device = "auto",
+    code: common.Code = None,
 ) -> None:
     """Attack a run's certificates, and measure what they do not cover; fails if one breaks.
 
     Writes attack.json into the run; `certifl report` shows it beside the certificates.
     """
-    check_run(run)
-    check_data_folder(data_dir)
+    path_checks.check_run(run)
+    path_checks.check_data_folder(data_dir)
     from certifl.cli import terminal
     from certifl.experiments.attack import Options, attack_run
     from certifl.runs.folder import RunFolder
 
-    with interruptible(), terminal.Board() as board:
+    with common.interruptible(), terminal.Board() as board:
         board.stage("attack")
         options = Options(images, client, directions, data_dir, device, board.report, code)
         result = attack_run(run, options)
     terminal.show_attack(result)
     folder = RunFolder(run)
     _renew_page(folder)
-    say(f"\nAttack: {folder.attack.resolve()}")
+    common.say(f"\nAttack: {folder.attack.resolve()}")
     if result["parameters"]["violations"]:
         raise typer.Exit(1)
 
@@ -274,24 +260,24 @@ def _renew_page(folder: RunFolder) -> None:
 
 def explore(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished run folders.")],
-    data_dir: DataDir = None,
-    device: Device = "auto",
-    code: Code = None,
+    data_dir: common.DataDir = None,
+    device: common.Device = "auto",
+    code: common.Code = None,
 ) -> None:
     """Add a few test images of each run, deformed step by step, to its report."""
     for run in runs:
-        check_run(run)
-    check_data_folder(data_dir)
+        path_checks.check_run(run)
+    path_checks.check_data_folder(data_dir)
     from certifl.cli import terminal
     from certifl.experiments.explore import explore_run
     from certifl.runs.folder import RunFolder
 
-    with interruptible(), terminal.Board() as board:
+    with common.interruptible(), terminal.Board() as board:
         for run in runs:
             board.stage(f"explore {run.name}")
             images, votes = explore_run(run, data_dir, device, board.report, code)
             _renew_page(RunFolder(run))
-            say(
+            common.say(
                 f"{run}: {images} images, {votes:,} votes at each deformation. "
                 "`certifl report` shows them."
             )

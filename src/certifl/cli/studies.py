@@ -12,24 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from certifl.cli.common import (
-    AnswerWithin,
-    DataDir,
-    Device,
-    Devices,
-    Out,
-    Overwrite,
-    PlanOnly,
-    Settings,
-    Track,
-    Workers,
-    command_line,
-    interruptible,
-    labeled,
-    load_study,
-    run_folder,
-    say,
-)
+from certifl.cli import common
 from certifl.errors import WorkError
 from certifl.path_checks import check_data_folder, read_spec_file
 
@@ -40,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def quickstart(
-    out: Out = None,
+    out: common.Out = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of images, weights and noise.")] = 0,
-    device: Device = "auto",
-    overwrite: Overwrite = False,
+    device: common.Device = "auto",
+    overwrite: common.Overwrite = False,
 ) -> None:
     """Run an example study: embedded digits, ten clients, rotation, four algorithms, a report."""
     from certifl.cli import terminal
@@ -56,7 +39,7 @@ def quickstart(
     page, complete = folder / "report.html", not overwrite
     results: list[RunResults] = []
     require_own_folder(folder, list(specs), (page.name, "figures"))
-    with interruptible(overwrite), terminal.Board() as board:
+    with common.interruptible(overwrite), terminal.Board() as board:
         for regime, spec in specs.items():
             board.stage(regime)
             options = Options(
@@ -65,7 +48,7 @@ def quickstart(
                 overwrite=overwrite,
                 siblings=tuple(run.folder for run in results),
                 report=board.report,
-                command=command_line(),
+                command=common.command_line(),
             )
             complete = complete and RunFolder(options.out).finished()
             results.append(load_run(compute(spec, options)))
@@ -73,30 +56,30 @@ def quickstart(
         if not (complete and page.is_file()):
             write_report(results, page, title="Quickstart: handwritten digits")
     terminal.show_summary(summary_rows(results))
-    say(f"\nReport: {page.resolve()}\nFigures: {(page.parent / 'figures').resolve()}")
+    common.say(f"\nReport: {page.resolve()}\nFigures: {(page.parent / 'figures').resolve()}")
 
 
 def run(
     spec: Annotated[Path, typer.Argument(metavar="SPEC.toml", help="The study.")],
-    set_: Settings = None,
-    out: Out = None,
-    data_dir: DataDir = None,
-    device: Devices = "auto",
-    overwrite: Overwrite = False,
-    track: Track = None,
-    workers: Workers = 0,
-    answer_within: AnswerWithin = None,
+    set_: common.Settings = None,
+    out: common.Out = None,
+    data_dir: common.DataDir = None,
+    device: common.Devices = "auto",
+    overwrite: common.Overwrite = False,
+    track: common.Track = None,
+    workers: common.Workers = 0,
+    answer_within: common.AnswerWithin = None,
 ) -> None:
     """Train, certify and report one study; the same command resumes an interrupted run."""
     check_data_folder(data_dir)
-    study = load_study(spec, set_)
+    study = common.load_study(spec, set_)
     from certifl.cli import terminal
     from certifl.experiments.run import Options
     from certifl.notebook import run_and_report, siblings_of
     from certifl.report import summary_rows
 
-    folder = run_folder(spec, study, out)
-    with interruptible(overwrite), terminal.Board() as board:
+    folder = common.run_folder(spec, study, out)
+    with common.interruptible(overwrite), terminal.Board() as board:
         board.stage(study.name)
         options = Options(
             out=folder,
@@ -105,25 +88,25 @@ def run(
             overwrite=overwrite,
             siblings=siblings_of(folder),
             report=board.report,
-            command=command_line(),
+            command=common.command_line(),
             track=tuple(track or ()),
             workers=workers,
             answer_within=answer_within,
         )
         result = run_and_report(study, options)
     terminal.show_summary(summary_rows([result]))
-    say(f"\nRun: {folder.resolve()}\nReport: {(folder / 'report.html').resolve()}")
+    common.say(f"\nRun: {folder.resolve()}\nReport: {(folder / 'report.html').resolve()}")
 
 
 def plan(
     spec: Annotated[Path, typer.Argument(metavar="SPEC.toml", help="The study.")],
-    set_: Settings = None,
-    data_dir: DataDir = None,
-    device: Device = "auto",
+    set_: common.Settings = None,
+    data_dir: common.DataDir = None,
+    device: common.Device = "auto",
 ) -> None:
     """Estimate votes, time, memory and disk of a study from a few seconds of measurements."""
     check_data_folder(data_dir)
-    study = load_study(spec, set_)
+    study = common.load_study(spec, set_)
     from certifl.cli import terminal
     from certifl.experiments.plan import plan as plan_study
 
@@ -142,16 +125,16 @@ def sweep(
             help="A key of the spec and its values; repeatable, all combinations are run.",
         ),
     ] = None,
-    set_: Settings = None,
+    set_: common.Settings = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Folder for the results; default: runs/<name>-sweep-<hash>."),
     ] = None,
-    data_dir: DataDir = None,
-    device: Devices = "auto",
-    plan: PlanOnly = False,
-    overwrite: Overwrite = False,
-    workers: Workers = 0,
+    data_dir: common.DataDir = None,
+    device: common.Devices = "auto",
+    plan: common.PlanOnly = False,
+    overwrite: common.Overwrite = False,
+    workers: common.Workers = 0,
     jobs: Annotated[
         int | None,
         typer.Option(
@@ -188,7 +171,7 @@ def sweep(
         terminal.show_sweep(asked.name, sweeps.costs(asked, data_dir, device), at_once)
         return
     options = Options(
-        asked.out, data_dir, device, overwrite, command=command_line(), workers=workers
+        asked.out, data_dir, device, overwrite, command=common.command_line(), workers=workers
     )
     sweeps.check_sweep(asked, options)
     pending = [job for job in asked.jobs if overwrite or not job.done()]
@@ -199,7 +182,7 @@ def sweep(
     def failed(job: Job, error: WorkError) -> None:
         failures[job.path] = str(error)
 
-    with interruptible(overwrite), terminal.Board() as board:
+    with common.interruptible(overwrite), terminal.Board() as board:
         options = replace(options, report=board.report)
         with helped(pending, options, at_once, tolerant=True):
             compute(pending, options, [], board.stage, failed)
@@ -211,16 +194,16 @@ def _show_sweep(asked: Sweep, failures: Mapping[Path, str]) -> None:
     from certifl.report.seed_table import write_comparison
 
     results = [
-        labeled(folder, variant.label)
+        common.labeled(folder, variant.label)
         for variant in asked.variants
         for folder in asked.folders(variant)
         if folder not in failures
     ]
     if results:
-        say(write_comparison(results, asked.out, asked.name).text())
+        common.say(write_comparison(results, asked.out, asked.name).text())
         for what, name in (("Table", "table.txt, .csv, .md, .tex"), ("Report", "report.html")):
-            say(f"{what}: {asked.out.resolve() / name}")
-        say(f"Figure: {asked.out.resolve() / 'figure.png'}, .pdf, .svg, .csv")
+            common.say(f"{what}: {asked.out.resolve() / name}")
+        common.say(f"Figure: {asked.out.resolve() / 'figure.png'}, .pdf, .svg, .csv")
     if failures:
         first, why = next(iter(failures.items()))
         raise WorkError(
@@ -235,13 +218,13 @@ def reproduce(
         typer.Argument(metavar="FIGURE|all", help="figure1 to figure10, figure5-matched, or all."),
     ],
     scale: Annotated[str, typer.Option(help="smoke, laptop, overnight or paper.")] = "laptop",
-    set_: Settings = None,
-    out: Out = None,
-    data_dir: DataDir = None,
-    device: Devices = "auto",
-    plan: PlanOnly = False,
-    overwrite: Overwrite = False,
-    workers: Workers = 0,
+    set_: common.Settings = None,
+    out: common.Out = None,
+    data_dir: common.DataDir = None,
+    device: common.Devices = "auto",
+    plan: common.PlanOnly = False,
+    overwrite: common.Overwrite = False,
+    workers: common.Workers = 0,
     jobs: Annotated[
         int | None,
         typer.Option(
@@ -257,12 +240,11 @@ def reproduce(
     """
     check_data_folder(data_dir)
     from certifl.cli import terminal
-    from certifl.experiments.parallel import helped
+    from certifl.experiments.parallel import helped, processes_here
     from certifl.experiments.run import Options
-    from certifl.paper.costs import costs
     from certifl.paper.figures import chosen_figures
     from certifl.paper.pages import complete, write_paper_figure
-    from certifl.paper.reproduce import jobs_here, make_plan
+    from certifl.paper.reproduce import costs, make_plan
     from certifl.paper.reproduce import reproduce as compute
     from certifl.paper.scales import scale_named
 
@@ -271,32 +253,25 @@ def reproduce(
     if plan:
         terminal.show_study(costs(study, device), size.name, size.words)
         return
-    at_once = jobs_here(jobs, study, device, overwrite)
-    with interruptible(overwrite), terminal.Board() as board:
-        options = Options(
-            study.out,
-            data_dir,
-            device,
-            overwrite,
-            report=board.report,
-            command=command_line(),
-            workers=workers,
-        )
+    at_once = processes_here(jobs, size.jobs, device, overwrite)
+    with common.interruptible(overwrite), terminal.Board() as board:
+        where, command = (study.out, data_dir, device, overwrite), common.command_line()
+        options = Options(*where, report=board.report, command=command, workers=workers)
         with helped(study.jobs, options, at_once):
             for folder, changed in compute(study, options, board.stage):
                 page = folder / "report.html"
                 if changed or not complete(folder):
                     page = write_paper_figure(folder)
-                say(f"{folder.name}: {page.resolve()}")
+                common.say(f"{folder.name}: {page.resolve()}")
 
 
 # Commands about the installation: doctor, list.
 
 
-def doctor(data_dir: DataDir = None) -> None:
+def doctor(data_dir: common.DataDir = None) -> None:
     """Check devices, memory, data and extras, and list what is missing."""
     from certifl.cli import terminal
-    from certifl.experiments.doctor import examine
+    from certifl.study.environment import examine
 
     terminal.show_checks(examine(data_dir))
 

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
-import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from certifl.certification.certificates import Certificates
 from certifl.certification.metadata import below_sigma
-from certifl.experiments.doctor import Check
-from certifl.experiments.plan import Plan
-from certifl.experiments.standalone import Prediction
-from certifl.experiments.sweep import Cost as SweepCost
-from certifl.paper.claims.rules import NOT_TESTED
-from certifl.paper.costs import Cost
 from certifl.perturbations import covers_received
 from certifl.perturbations.units import format_amount
-from certifl.progress import Pace, short
+from certifl.progress import TerminalBars, clock
 from certifl.safe_io import visible
 
-_QUIET_SECONDS = 10.0
+if TYPE_CHECKING:
+    from certifl.certification.certificates import Certificates
+    from certifl.experiments.hub import Prediction
+    from certifl.experiments.plan import Plan
+    from certifl.experiments.sweep import Cost as SweepCost
+    from certifl.paper.reproduce import Cost
+    from certifl.study.environment import Check
+
 _WIDEST = 400
 _YEAR = 365.25  # days
 
 
-class Board:
+class Board(TerminalBars):
     """Progress of a command on the error stream: a bar on a terminal, rare lines elsewhere.
 
     Ctrl-C is remembered, because code of other libraries may swallow the KeyboardInterrupt it
@@ -43,36 +39,18 @@ class Board:
     """
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("{task.fields[detail]}"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._stage, self._pace = "", Pace()
-        self._task: TaskID | None = None
-        self._said = 0.0
+        super().__init__(lines=True)
         self._interrupted = False
         self._handler_before: Any = None
 
     def __enter__(self) -> Board:
-        self._bars.start()
+        self.bars.start()
         if threading.current_thread() is threading.main_thread():
             self._handler_before = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bars.stop()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.bars.stop()
         if self._handler_before is not None:
             signal.signal(signal.SIGINT, self._handler_before)
         if self._interrupted and isinstance(error, Exception):
@@ -82,30 +60,11 @@ class Board:
         self._interrupted = True
         raise KeyboardInterrupt
 
-    def stage(self, name: str) -> None:
-        """What the next reports belong to."""
-        self._stage, self._pace = name, Pace()
-
     def report(self, what: str, done: int, total: int, unit: str) -> None:
-        """Progress of one piece of work, with the time left as its pace so far suggests."""
+        """As `TerminalBars.report`; raises an interruption again that was swallowed."""
         if self._interrupted:
             raise KeyboardInterrupt
-        if self._pace.begins(what, done):
-            self._begin(what)
-        left = self._pace.left(done, total)
-        detail = f"{done:,}/{total:,} {unit}"
-        if self._task is not None:
-            self._bars.update(self._task, completed=done, total=total, detail=detail, left=left)
-        now = time.monotonic()
-        if not self._console.is_terminal and (now - self._said > _QUIET_SECONDS or done == total):
-            self._said = now
-            line = f"{self._stage}: {what} {detail} {left}".rstrip()
-            self._console.print(line, highlight=False, soft_wrap=True)
-
-    def _begin(self, what: str) -> None:
-        self._said = time.monotonic()
-        title = f"{self._stage}: {what}"
-        self._task = self._bars.add_task(title, total=None, detail="", left="")
+        super().report(what, done, total, unit)
 
 
 def _console(*, soft_wrap: bool = False, width: int | None = None) -> Console:
@@ -224,6 +183,8 @@ def _show_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def show_claims(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
     """A line for each claim with its verdict, then each verdict in words."""
+    from certifl.paper.claims.rules import NOT_TESTED  # other commands need not wait for it
+
     rows = _printable(list(rows))
     keys = ("claim", "verdict", "effect", "interval", "images", "clients")
     head = ("claim", "verdict", "effect, points", "95 %", "images", "clients")
@@ -343,14 +304,14 @@ def show_plan(name: str, plan: Plan) -> None:
     console = _console(soft_wrap=True)
     console.print(f"Plan of {visible(name)}: nothing was trained or written.")
     early = plan.votes_expected < plan.votes_at_most
-    at_most = f" (at most {_clock(plan.certification_seconds_at_most)})" if early else ""
+    at_most = f" (at most {clock(plan.certification_seconds_at_most)})" if early else ""
     lines = {
         **plan.setting,
         "votes at most": f"{plan.votes_at_most:,}",
         "votes expected": f"{plan.votes_expected:,}",
         "votes per second": f"{plan.votes_per_second:,.0f}",
-        "training": f"about {_clock(plan.training_seconds)}",
-        "certification": f"about {_clock(plan.certification_seconds)}{at_most}",
+        "training": f"about {clock(plan.training_seconds)}",
+        "certification": f"about {clock(plan.certification_seconds)}{at_most}",
         "peak memory": f"about {_bytes(plan.memory_bytes)}",
         "disk": f"about {_bytes(plan.disk_bytes)}",
     }
@@ -422,14 +383,8 @@ def show_study(costs: Mapping[str, Cost], scale: str, words: str) -> None:
 def _roughly(seconds: float) -> str:
     days = seconds / 86_400
     if days < 2:
-        return _clock(seconds)
+        return clock(seconds)
     return f"{days:,.0f} days" if days < _YEAR else f"{days / _YEAR:,.1f} years"
-
-
-def _clock(seconds: float) -> str:
-    whole = math.ceil(seconds)
-    hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours} h {minutes} min" if hours else short(whole)
 
 
 def _bytes(count: int) -> str:

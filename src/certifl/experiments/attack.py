@@ -69,8 +69,7 @@ from certifl.study.environment import now
 from certifl.study.opened_run import OpenRun
 
 FORMAT = 1
-VOTES = 1000
-"""Of a prediction on a deformed image."""
+VOTES = 1000  # of a prediction on a deformed image
 _SHORT = 8  # deltas of up to so many numbers are written down
 _CHANGED = 1e-3
 _TIMES = 10
@@ -84,9 +83,8 @@ class Options:
         images: certified test images per client, a fixed random choice.
         client: only this one; None takes all.
         directions: deltas tried at first per image, and deltas an image is deformed by.
-        data_dir: folder of data sets. device: "auto" or a torch device.
+        data_dir, code: as `OpenRun`. device: "auto" or a torch device.
         report: called with progress.
-        code: the folder that holds a run's own network, which its user trusts.
     """
 
     images: int = 10
@@ -130,10 +128,6 @@ class Attack:
 
 def attack_run(path: Path, options: Options) -> dict[str, Any]:
     """Attack certificates of a finished run, and write the record beside them.
-
-    Args:
-        path: the run folder.
-        options: what is attacked, and how hard.
 
     Returns:
         The content of `attack.json`.
@@ -306,7 +300,6 @@ def _record(attacks: Sequence[Attack], budget: AttackBudget, images: int) -> dic
 
 
 def _of_perturbation(attacks: Sequence[Attack], budget: AttackBudget) -> dict[str, Any]:
-    """The record of the clients that certify one perturbation."""
     metadata = attacks[0].certificates.conditions
     found = [attack.found for attack in attacks if attack.found is not None]
     cases = [case for attack in attacks for case in _cases(attack)]

@@ -28,8 +28,7 @@ from certifl.safe_io import MALFORMED
 from certifl.smoothing.curves import possible_averages
 from certifl.spec import Spec
 from certifl.study.opened_run import OpenRun
-from certifl.study.privacy import protection, spent
-from certifl.study.setup import by_client, partition_of, study_metadata
+from certifl.study.setup import by_client, partition_of, protection, spent, study_metadata
 
 Rows = Certificates | Predictions
 

@@ -30,13 +30,11 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -77,10 +75,8 @@ def explore_run(
     """Explore a finished run, whatever it costs; what was explored before is reused.
 
     Args:
-        path: the run folder.
-        data_dir: folder of data sets. device: "auto" or a torch device.
-        report: called with progress.
-        code: the folder that holds a run's own network, which its user trusts.
+        path, data_dir, code: as `OpenRun`.
+        device: "auto" or a torch device. report: called with progress.
 
     Returns:
         As `explore`.
@@ -100,8 +96,7 @@ def explore(
     """Take a few certified test images through the deformations, and write the results.
 
     Args:
-        run: certified.
-        device: "auto" or a torch device. report: called with progress.
+        run: certified. device: "auto" or a torch device. report: called with progress.
         limited: whether to keep to a small share of the run's votes; where even one image would
             take more, the reason is written instead.
 
@@ -130,7 +125,7 @@ def explore(
     key = _key(certificates, votes, device)
     record = {**metadata, "key": key, "skipped": None, "images": _before(run, key)}
     rows = _chosen(certificates, images)
-    _explore_missing(Explorer(run, device, votes), record, rows, report)
+    _explore_missing(run, device, record, rows, report)
     return len(rows), votes
 
 
@@ -144,18 +139,19 @@ def _key(certificates: Certificates, votes: int, device: str) -> str:
 
 
 def _explore_missing(
-    explorer: Explorer,
+    run: OpenRun,
+    device: str,
     record: Mapping[str, Any],
     rows: Sequence[int],
     report: StageCallback | None,
 ) -> None:
     """Explore the images that are missing; the file is whole after every save."""
     known = {(image["client"], image["index"]): image for image in record["images"]}
-    certificates, path = explorer.run.certificates, explorer.run.folder.explorer
+    certificates, path = run.certificates, run.folder.explorer
     saved, images = time.monotonic(), []
     for done, row in enumerate(rows, start=1):
         name = (int(certificates.client[row]), int(certificates.index[row]))
-        images.append(known.get(name) or explorer.image(row))
+        images.append(known.get(name) or _image(run, row, device, record["votes"]))
         if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES or done == len(rows):
             write_json(path, {**record, "images": images})
             saved = time.monotonic()
@@ -217,61 +213,46 @@ def _before(run: OpenRun, key: str) -> list[dict[str, Any]]:
 
 # One test image on its sweeps, as the record of an exploration holds it: pictures and votes.
 
-
 _WINNERS = 5
 _LARGEST_TILE = 64
 
 
-@dataclass(frozen=True, eq=False)
-class Explorer:
-    """Explores the certified images of a run.
+def _image(run: OpenRun, row: int, device: str, votes: int) -> dict[str, Any]:
+    """The image of one certificate on all sweeps of its client's perturbation."""
+    certificates = run.certificates
+    client = int(certificates.client[row])
+    perturbation = run.perturbations[client]
+    assert perturbation is not None, "a client with certificates certifies something"
+    sweeps = sweeps_of(perturbation, certificates.interval is not None)
+    network = run.network(client, device)
+    counter = VoteCounter(network, perturbation, run.spec.seed)
+    shown = certificates.index[[row, _other(certificates, row)]]
+    image, other = to_float(run.dataset.test.take(shown).images).to(network.device)
+    steps = STEPS[len(sweeps)]
+    walked = [sweep_along(counter, sweep, image, other, steps, votes) for sweep in sweeps]
+    height, width = _tile(walked[0].frames[0]).shape[1:]
+    return {
+        "client": client,
+        "index": int(certificates.index[row]),
+        "label": int(certificates.label[row]),
+        "tile": [height, width],
+        "walks": [_seen(*one) for one in zip(sweeps, walked, strict=True)],
+    }
 
-    Attributes:
-        run: with images, certificates and models.
-        device: where the networks vote. votes: at each step.
-    """
 
-    run: OpenRun
-    device: str
-    votes: int
-
-    def image(self, row: int) -> dict[str, Any]:
-        """The image of one certificate on all sweeps of its client's perturbation."""
-        certificates = self.run.certificates
-        client = int(certificates.client[row])
-        perturbation = self.run.perturbations[client]
-        assert perturbation is not None, "a client with certificates certifies something"
-        sweeps = sweeps_of(perturbation, certificates.interval is not None)
-        network = self.run.network(client, self.device)
-        counter = VoteCounter(network, perturbation, self.run.spec.seed)
-        image, other = (self._picture(r).to(network.device) for r in (row, self._other(row)))
-        steps = STEPS[len(sweeps)]
-        walked = [sweep_along(counter, sweep, image, other, steps, self.votes) for sweep in sweeps]
-        height, width = _tile(walked[0].frames[0]).shape[1:]
-        return {
-            "client": client,
-            "index": int(certificates.index[row]),
-            "label": int(certificates.label[row]),
-            "tile": [height, width],
-            "walks": [_seen(*one) for one in zip(sweeps, walked, strict=True)],
-        }
-
-    def _picture(self, row: int) -> Tensor:
-        index = self.run.certificates.index[row : row + 1]
-        return to_float(self.run.dataset.test.take(index).images)[0]
-
-    def _other(self, row: int) -> int:
-        """Another image of the same client, of another class where it has one."""
-        client, label = self.run.certificates.client, self.run.certificates.label
-        others = np.flatnonzero(client == client[row])
-        others = others[others != row]
-        if len(others) == 0:
-            return (row + 1) % len(client)
-        foreign = others[label[others] != label[row]]
-        return int(foreign[0] if len(foreign) else others[0])
+def _other(certificates: Certificates, row: int) -> int:
+    """Another image of the same client, of another class where it has one."""
+    client, label = certificates.client, certificates.label
+    others = np.flatnonzero(client == client[row])
+    others = others[others != row]
+    if len(others) == 0:
+        return (row + 1) % len(client)
+    foreign = others[label[others] != label[row]]
+    return int(foreign[0] if len(foreign) else others[0])
 
 
 def _seen(walk: Sweep, walked: SweepVotes) -> dict[str, Any]:
+    order = np.argsort(-walked.counts, axis=1, kind="stable")[:, :_WINNERS]
     return {
         "name": walk.name,
         "words": walk.words,
@@ -279,18 +260,12 @@ def _seen(walk: Sweep, walked: SweepVotes) -> dict[str, Any]:
         "backward": walk.backward,
         "values": walked.values.tolist(),
         "lengths": walked.lengths.tolist(),
-        "winners": _winners(walked.counts),
+        "winners": [
+            [[int(c), int(row[c])] for c in best if row[c] > 0]
+            for row, best in zip(walked.counts, order, strict=True)
+        ],
         "strip": base64.b64encode(_strip(walked.frames)).decode(),
     }
-
-
-def _winners(counts: NDArray[np.int64]) -> list[list[list[int]]]:
-    """The classes with most votes at every step, with their votes."""
-    order = np.argsort(-counts, axis=1, kind="stable")[:, :_WINNERS]
-    return [
-        [[int(c), int(row[c])] for c in best if row[c] > 0]
-        for row, best in zip(counts, order, strict=True)
-    ]
 
 
 def _tile(frame: Tensor) -> Tensor:

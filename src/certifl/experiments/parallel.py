@@ -41,9 +41,7 @@ class Job:
     """One distinct run.
 
     Attributes:
-        spec: of the run.
-        path: of the run folder.
-        title: what progress calls it.
+        spec, path: of the run and its folder. title: what progress calls it.
         support: whether it exists only so that others continue its training.
     """
 
@@ -80,7 +78,10 @@ def jobs_of(
         StoreError: a run in it is damaged.
     """
     shown = list({spec.hash(): spec for spec in specs}.values())
-    trained = {spec.training_hash() for spec in shown} | _finished_trainings(out)
+    trained = {spec.training_hash() for spec in shown}
+    for folder in (RunFolder(mark.parent) for mark in out.glob("runs/*/run.json")):
+        if folder.finished() and not is_published(manifest := folder.manifest()):  # with a model
+            trained.add(str(manifest.get("training_hash")))
     support: dict[str, Spec] = {}
     for spec in shown:
         start = spec.training_hash(of_base=True)
@@ -116,13 +117,6 @@ def _bases_first(shown: Sequence[Spec], support: Mapping[str, Spec]) -> list[Spe
             ordered.setdefault(first[start].hash(), first[start])
         ordered.setdefault(spec.hash(), spec)
     return list(ordered.values())
-
-
-def _finished_trainings(out: Path) -> set[str]:
-    folders = (RunFolder(mark.parent) for mark in out.glob("runs/*/run.json"))
-    manifests = (folder.manifest() for folder in folders if folder.finished())
-    own = (manifest for manifest in manifests if not is_published(manifest))  # with a model
-    return {str(manifest.get("training_hash")) for manifest in own}
 
 
 def compute(

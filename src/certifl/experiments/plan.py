@@ -42,15 +42,12 @@ from certifl.perturbations import Perturbation
 from certifl.rng import generator, image_key
 from certifl.spec import Spec
 from certifl.study.environment import machine_metadata, training_threads
-from certifl.study.privacy import Protection
-from certifl.study.setup import data_columns, load_data, local_training, open_data
+from certifl.study.setup import Protection, data_columns, load_data, local_training, open_data
 
 if TYPE_CHECKING:
     from certifl.spec.study import Choice
 
-EXPECTED_SHARE = 0.3
-"""Of the votes at most, where votes stop early: 0.08 to 0.45 was seen, fewer with few radii."""
-
+EXPECTED_SHARE = 0.3  # of all votes, where they stop early: 0.08 to 0.45 was seen
 
 _SECONDS = 1.0  # of calls measured, and what one call may take before it is measured alone
 _BATCHES = 4
@@ -91,8 +88,7 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
     """Measure a few steps of a study and say what all of it will take.
 
     Args:
-        spec: the study.
-        data_dir: folder of data sets; not needed for those in `KNOWN`.
+        spec: the study. data_dir: folder of data sets; not needed for those in `KNOWN`.
         device: "auto" or a torch device.
 
     Raises:
@@ -119,7 +115,7 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
     speed = _votes_per_second(spec, network, data, images_of)
     settings = spec.certification.settings()
     at_most = engine.expected_votes(certified, settings)
-    share = EXPECTED_SHARE if _stops_early(spec) else 1.0
+    share = EXPECTED_SHARE if ESTIMATORS[spec.certification.estimator].stops_early else 1.0
     expected = math.ceil(share * at_most)
     images = (data.train + data.test) * math.prod(data.shape)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -147,15 +143,11 @@ def plan(spec: Spec, data_dir: Path | None = None, device: str = "auto") -> Plan
     )
 
 
-def _stops_early(spec: Spec) -> bool:
-    return ESTIMATORS[spec.certification.estimator].stops_early
-
-
 def _assumptions(spec: Spec, share: float) -> list[str]:
     votes = (
         f"Votes expected are {100 * share:.0f} % of those at most, a rough share: between 8 % and "
         "45 % were seen on trained models. Fewer radii to report, fewer votes."
-        if _stops_early(spec)
+        if share < 1.0
         else f"The estimator {spec.certification.estimator!r} casts all votes for every image."
     )
     return [
@@ -199,7 +191,6 @@ def _pixels(data: DataSize, count: int) -> Tensor:
 def _network(
     spec: Spec, model: nn.Module, data: DataSize, where: torch.device, images: int
 ) -> Network:
-    """The network as a run would vote with it, with its initial weights."""
     precision, perturbation = spec.certification.precision, spec.perturbation()
     pixels, calibration = _pixels(data, 16).float() / 255, None
     if precision == "int8":
@@ -333,8 +324,7 @@ class DataSize:
     """What must be known of a data set to plan with it.
 
     Attributes:
-        train, test: numbers of images.
-        shape: (c, h, w). classes: number of classes.
+        train, test: numbers of images. shape: (c, h, w). classes: number of classes.
     """
 
     train: int

@@ -37,8 +37,7 @@ from certifl.study.environment import machine_metadata
 from certifl.study.opened_run import OpenRun
 
 EXACT, ROUNDING, FRESH = "exact", "rounding", "fresh"
-LEVEL = 1e-6
-"""Chance that an honest run has a finding, where votes need not be the same."""
+LEVEL = 1e-6  # of a finding in an honest run, where votes need not be the same
 
 # Share of votes that rounding may flip: over all images, and of one. Arithmetic with 8 to 11 bits
 # flips more. benchmarks: docs/certificates.md says what was measured.
@@ -57,9 +56,8 @@ class Options:
     """Which votes are cast again, and where.
 
     Attributes:
-        images: images of each client. seed: of their choice; None draws a secure one.
-        code: folder of the network's own code; needed where the run has a network of its own.
-        device: "auto" takes the recorded kind where there is one.
+        images: of each client. seed: of their choice; None draws a secure one.
+        code: as `OpenRun`. device: "auto" takes the recorded kind where there is one.
     """
 
     images: int

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from certifl.certification.network import choose_device, prepare
 from certifl.certification.quantization import Calibration
-from certifl.data import Dataset, Partition, named_folder, to_float
+from certifl.data import Partition, named_folder, to_float
 from certifl.errors import (
     CertiflError,
     InputError,
@@ -54,7 +53,6 @@ from certifl.study.environment import (
     versions,
 )
 from certifl.study.opened_run import DATA_DIR, OpenRun
-from certifl.study.privacy import protection, spent, training_key
 from certifl.study.setup import (
     by_client,
     check_training,
@@ -63,7 +61,10 @@ from certifl.study.setup import (
     local_training,
     open_data,
     participation,
+    protection,
+    spent,
     study_metadata,
+    training_key,
 )
 from certifl.tracking import check_trackers
 from certifl.tracking.run_tracker import Update, track_finished, tracked
@@ -81,8 +82,7 @@ class Options:
             "cuda:0,cuda:1": training takes the first, certification all, a process each.
         overwrite: replace a run that lies in `out`.
         siblings: run folders whose finished training may be taken over instead of repeated.
-        report: called with progress.
-        command: how the run was started, for the record.
+        report: called with progress. command: how the run was started, for the record.
         track: names of experiment trackers that follow the run.
         workers: processes that train clients beside this one, one thread each; 0 = none. Networks
             of a million weights and more then round as on one thread.
@@ -174,20 +174,15 @@ def _prepare(run: OpenRun, options: Options) -> str:
             f"below {min(dataset.image_size)}, usually an eighth of it."
         )
     run.architecture = model = initial_model(spec, dataset)
-    _check_votes(spec, model, dataset, device)
-    protection(spec, model, _sizes(partition), b"not the key")
-    check_training(spec, model, _sizes(partition), (dataset.in_channels, *dataset.image_size))
-    return str(device)
-
-
-def _check_votes(spec: Spec, model: nn.Module, dataset: Dataset, device: torch.device) -> None:
-    """Refuse a model that could not vote, before it is trained."""
-    calibration = None
+    calibration = None  # a model that could not vote is refused before it is trained
     if spec.certification.precision == "int8":
         images = to_float(dataset.train.images[:4])
         calibration = Calibration.of(images, spec.perturbation(), spec.seed)
     probe = to_float(dataset.test.images[:1])
     prepare(model, probe, device, spec.certification.precision, calibration=calibration)
+    protection(spec, model, _sizes(partition), b"not the key")
+    check_training(spec, model, _sizes(partition), (dataset.in_channels, *dataset.image_size))
+    return str(device)
 
 
 def _describe(run: OpenRun, options: Options) -> None:
@@ -261,10 +256,7 @@ def _train(run: OpenRun, options: Options, device: str, update: Update) -> Store
     seconds = folder.manifest().get("training_seconds", 0.0) + time.perf_counter() - started
     spending = spent(spec, private, last.history)
     folder.update(
-        {
-            "training_seconds": round(seconds, 3),
-            **({"privacy": spending} if spending else {}),
-        }
+        {"training_seconds": round(seconds, 3), **({"privacy": spending} if spending else {})}
     )
     return last
 
@@ -345,17 +337,14 @@ def device_names(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not names:
         raise InputError("device is empty; give auto, cpu, cuda, or several as cuda:0,cuda:1.")
-    kinds = {_kind(choose_device(name)) for name in names}
+    devices = [choose_device(name) for name in names]
+    kinds = {torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in devices}
     if len(kinds) > 1:
         raise InputError(
             f"The devices {text} are of different kinds ({', '.join(sorted(kinds))}); the clients "
             "of one study are certified on one kind."
         )
     return names
-
-
-def _kind(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def cast_votes(
@@ -416,7 +405,6 @@ def _cast(
     share: tuple[int, int],
     threads: int,
 ) -> None:
-    """One process: the votes of every client of this share."""
     torch.set_num_threads(threads)
     messages.put((share[0], 0, 0, ""))  # clients that certify nothing report no more
 

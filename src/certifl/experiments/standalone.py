@@ -1,7 +1,8 @@
-"""Certificates outside a study: for an existing model, for one image, in shards."""
+"""Certificates outside a study: for an existing model, in shards, and after fine-tuning it."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -13,26 +14,17 @@ import numpy as np
 from torch import nn
 
 from certifl.certification import Certificates
-from certifl.certification.api import certify
 from certifl.certification.arithmetic import Trial
 from certifl.certification.network import Network
-from certifl.certification.settings import PRECISIONS, Settings
-from certifl.data import (
-    Dataset,
-    changes_of,
-    choose,
-    load,
-    read_image,
-    shape_of_file,
-)
-from certifl.data.preparation import AS_THEY_ARE, Preparation
-from certifl.errors import InputError, StoreError, StoreMismatch
-from certifl.experiments.hub import CARD, CERTIFICATES, check_card
+from certifl.certification.settings import Settings
+from certifl.data import Dataset, choose, load
+from certifl.errors import InputError, SpecError, StoreError, StoreMismatch
 from certifl.models import build
 from certifl.module_copies import evaluating
 from certifl.perturbations import DEFAULT, Perturbation, describe, from_description
 from certifl.progress import StageCallback
-from certifl.runs.atomic import read_json
+from certifl.safe_io import parse_toml
+from certifl.spec import Spec, with_settings
 from certifl.study.certify import (
     Job,
     VoteSource,
@@ -42,11 +34,8 @@ from certifl.study.certify import (
     recorded_arithmetic,
     stored_arithmetic,
 )
-from certifl.study.opened_run import OpenRun, certified_by, open_deployed
+from certifl.study.opened_run import OpenRun, certified_by
 from certifl.study.setup import begin_with
-from certifl.torch_env import one_thread
-
-_MOST_CLASSES = 100_000
 
 
 @dataclass(frozen=True)
@@ -87,10 +76,9 @@ class Request:
         family, sigma: the perturbation; without them the run's own, or pixel noise of 0.25.
         images: how many test images, a fixed random choice by `seed`.
         settings: how votes become certificates.
-        precision, device, out: as on the command line.
+        precision, device, out: as on the command line. shard: which part of the images.
         resize, crop, window: what is done to the images; a run brings its own.
-        shard: which part of the images.
-        code: the folder that holds a run's own network, which its user trusts.
+        code: as `OpenRun`.
     """
 
     model: str | None
@@ -233,7 +221,7 @@ def _from_model(request: Request) -> tuple[nn.Module, Dataset, np.ndarray]:
         crop=request.crop,
         window=request.window,
     )
-    model = _trained(request.model, request.weights, ImageKind.of(dataset), request.seed)
+    model = trained(request.model, request.weights, ImageKind.of(dataset), request.seed)
     everything = np.arange(len(dataset.test))
     return model, dataset, choose(everything, request.images, request.seed, 0)
 
@@ -252,7 +240,7 @@ class ImageKind:
         return cls(dataset.in_channels, dataset.image_size, tuple(dataset.class_names))
 
 
-def _trained(name: str, weights: Path | None, images: ImageKind, seed: int) -> nn.Module:
+def trained(name: str, weights: Path | None, images: ImageKind, seed: int) -> nn.Module:
     """A network with its weights, in evaluation mode; one of the hub has its own."""
     classes, names = len(images.class_names), images.class_names
     if weights is None:
@@ -263,165 +251,6 @@ def _trained(name: str, weights: Path | None, images: ImageKind, seed: int) -> n
     model = build(name, images.in_channels, classes, seed, image_size=images.image_size)
     begin_with(model, weights, name)
     return evaluating(model)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The smoothed classifier's prediction for one image.
-
-    Attributes:
-        certificates: one row. class_name: of the predicted class, "" where it abstained.
-        client: whose model predicted; None = that of no study. deploys: which model, in words.
-        changed: how the file's pixels were converted, in words; "" = not at all.
-    """
-
-    certificates: Certificates
-    class_name: str
-    client: int | None
-    deploys: str
-    changed: str = ""
-
-
-def certify_image(
-    path: Path,
-    run: Path,
-    client: int | None,
-    n: int | None,
-    resize: bool,
-    device: str,
-    code: Path | None = None,
-) -> Prediction:
-    """Certify one image with the model that a client of a run deploys.
-
-    Args:
-        path: the image.
-        run: a finished run, or a client's own folder of a study, `CLIENT/studies/ID`.
-        client: whose model predicts; None = client 0 of a run, or the one whose folder it is.
-        n: votes; None = the run's own. resize: fit the image to the model. device: as elsewhere.
-        code: folder with the network's own code.
-    """
-    used, opened = open_deployed(run, client, code)
-    if opened is None and (run / CARD).is_file():
-        check_card(run, used.model)
-    prepare, study = used.spec.data.preparation(), used.spec.certification
-    image = read_image(path, used.in_channels, used.image_size, resize, prepare)
-    settings, precision = study.settings(used.client), study.precision
-    choice, scales = None, None
-    if precision == "auto":
-        if opened is None:
-            precision = _recorded_precision(run)
-        else:
-            choice = recorded_arithmetic(opened, device)
-    if study.precision == "int8":
-        certified = opened or OpenRun(run)  # a client's own folder has its certificates, too
-        scales = certified.certificates.conditions["quantization"][str(used.client)]
-    with one_thread(choice is not None and choice.threads == 1):
-        certificates = certify(
-            used.model,
-            image,
-            used.perturbation,
-            n0=study.n0,
-            n=study.n if n is None else n,
-            alpha=study.alpha,
-            estimator=study.estimator,
-            radii=settings.radii,
-            seed=used.spec.seed,
-            precision=precision if choice is None else choice.precision,
-            device=device,
-            batch_size="auto" if choice is None else choice.batch_size,
-            reach=settings.reach,
-            keep=study.keep,
-            calibration=scales,
-        )
-    images = ImageKind(used.in_channels, used.image_size, used.class_names)
-    return _prediction(path, certificates, images, used.client, used.deploys, prepare)
-
-
-def _prediction(
-    path: Path,
-    certificates: Certificates,
-    images: ImageKind,
-    client: int | None,
-    deploys: str,
-    prepare: Preparation = AS_THEY_ARE,
-) -> Prediction:
-    label = int(certificates.predicted[0])
-    name = images.class_names[label] if label >= 0 else ""
-    changed = changes_of(path, images.in_channels, images.image_size, prepare)
-    return Prediction(certificates, name, client, deploys, changed)
-
-
-def certify_image_with(
-    path: Path,
-    model: str,
-    weights: Path | None,
-    perturbation: Perturbation,
-    *,
-    n: int,
-    data: str | None = None,
-    data_dir: Path | None = None,
-    classes: str | None = None,
-    seed: int = 0,
-    precision: str = "auto",
-    resize: bool = False,
-    device: str = "auto",
-) -> Prediction:
-    """Certify one image with a network that no study trained.
-
-    Args:
-        path: the image.
-        model: name of a network, or module:function. weights: its file.
-        perturbation: as `certifl certify` takes it. n: votes.
-        data, data_dir: a data set whose channels, image size and classes are the network's; or
-        classes: their number, or their names with commas between; the image gives the rest.
-        resize: fit the image to the network. seed, precision, device: as elsewhere.
-
-    Raises:
-        InputError: neither a data set nor classes are named, or both.
-        InputError, ModelError: the image, the network or its weights do not fit.
-    """
-    if (data is None) == (classes is None):
-        raise InputError(
-            "--model needs to know its classes: give --classes with their number or names, "
-            "such as 10 or cat,dog, or --data with the data set it was trained on."
-        )
-    if data is not None:
-        images = ImageKind.of(load(data, data_dir))
-    else:
-        images = ImageKind(*shape_of_file(path), _class_names(str(classes)))
-    network = _trained(model, weights, images, seed)
-    image = read_image(path, images.in_channels, images.image_size, resize=resize)
-    certificates = certify(
-        network, image, perturbation, n=n, seed=seed, precision=precision, device=device
-    )
-    deploys = model if weights is None else f"{model} with {weights}"
-    return _prediction(path, certificates, images, None, deploys)
-
-
-def _class_names(text: str) -> tuple[str, ...]:
-    """Names from a number, 0 to n - 1, or from a list."""
-    names = tuple(name.strip() for name in text.split(","))
-    if text.strip().isdigit() and int(text) <= _MOST_CLASSES:
-        names = tuple(map(str, range(int(text))))
-    if len(names) < 2 or not all(names):
-        raise InputError(
-            f"--classes is a number from 2 to {_MOST_CLASSES:,}, or at least two names; got "
-            f"{text!r}."
-        )
-    return names
-
-
-def _recorded_precision(path: Path) -> str:
-    """The precision in which a client's own or pushed model was certified, else "auto".
-
-    Another one is another network, which the certificates say nothing of.
-    """
-    rows, card = path / CERTIFICATES, path / CARD
-    stored = Certificates.load(rows).conditions if rows.is_file() else {}
-    if not stored and card.is_file():
-        stored = read_json(card)
-    recorded = stored.get("precision") if isinstance(stored, Mapping) else None
-    return recorded if isinstance(recorded, str) and recorded in PRECISIONS else "auto"
 
 
 # A certification cut into shards, for a cluster's job arrays, and put together again.
@@ -459,7 +288,13 @@ def merge_shards(files: Sequence[Path], out: Path) -> Certificates:
     """
     by_number: dict[int, tuple[Path, Certificates]] = {}
     for path in dict.fromkeys(files):
-        part = _loaded(path)
+        if path.suffix != ".parquet":
+            raise InputError(
+                f"{path} is not a shard: shards are .parquet files of `certifl certify`."
+            )
+        part = Certificates.load(path)
+        if "shard" not in part.conditions:
+            raise InputError(f"{path} is not a shard: it was certified without --shard.")
         number = read_shard(part.conditions["shard"]).number
         if number in by_number:
             raise StoreMismatch(f"{path} and {by_number[number][0]} are both shard {number}.")
@@ -476,15 +311,6 @@ def merge_shards(files: Sequence[Path], out: Path) -> Certificates:
     merged = _interleaved([by_number[number][1] for number in range(1, count + 1)])
     _save(merged, out, "The shards are as they were.")
     return merged
-
-
-def _loaded(path: Path) -> Certificates:
-    if path.suffix != ".parquet":
-        raise InputError(f"{path} is not a shard: shards are .parquet files of `certifl certify`.")
-    loaded = Certificates.load(path)
-    if "shard" not in loaded.conditions:
-        raise InputError(f"{path} is not a shard: it was certified without --shard.")
-    return loaded
 
 
 def _check_alike(
@@ -517,3 +343,91 @@ def _interleaved(parts: Sequence[Certificates]) -> Certificates:
         if key != "shard" and any(value != seen[0] for value in seen):
             metadata[key] = [value for i, value in enumerate(seen) if value not in seen[:i]]
     return dataclasses.replace(joined.select(np.argsort(rows)), conditions=metadata)
+
+
+# Noise-augmented fine-tuning of a user's own weights: a spec with one client, run twice.
+#
+# <out>/before/, <out>/after/  the given weights, and the fine-tuned ones, certified
+# <out>/finetuned.safetensors, <out>/report.html    written by the command line
+
+
+def finetune_specs(
+    model: str,
+    weights: Path,
+    data: str,
+    perturbation: Mapping[str, Any],
+    *,
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    images: int | None,
+    n: int,
+    seed: int,
+    settings: Sequence[str] = (),
+) -> dict[str, Spec]:
+    """The two studies by the names of their folders, "before" and "after".
+
+    Args:
+        model: a network's name, or the user's own as module:function. weights: its file.
+        data: the data set: training images tune, test images are certified.
+        perturbation: as in a spec; see `read_perturbation`.
+        epochs, lr, batch_size: of fine-tuning. seed: of all random streams.
+        images: test images certified; None = all. n: votes of each.
+        settings: `key=value` for any other key of the spec.
+
+    Raises:
+        SpecError: something that was asked for is not possible; the message names the key.
+    """
+    values: dict[str, Any] = {
+        "name": f"{weights.stem}, fine-tuned",
+        "seed": seed,
+        "data": {"name": data},
+        "clients": {"count": 1},
+        "model": {"name": model, "weights": str(weights)},
+        "algorithm": {"name": "local"},
+        "training": {
+            "rounds": epochs,
+            "local_epochs": 1,
+            "batch_size": batch_size,
+            "lr": lr,
+            "decay_every": 0,
+            "momentum_between_rounds": "keep",
+        },
+        "augmentation": {"federated": perturbation},
+        "certification": {"perturbation": perturbation, "n": n},
+    }
+    if images is not None:
+        values["certification"]["images"] = images
+    after = with_settings(values, settings)
+    before = with_settings(values, [*settings, "training.rounds=0"])
+    return {"before": before, "after": after}
+
+
+def read_perturbation(text: str, sigma: str | None) -> dict[str, Any]:
+    """A perturbation as a spec takes it.
+
+    Args:
+        text: FAMILY, FAMILY:SIGMA such as rotation:18deg, or a table as in a spec.
+        sigma: of a family that is named alone.
+
+    Raises:
+        SpecError: it is none of these, or sigma is missing or given twice.
+    """
+    if text.lstrip().startswith("{"):
+        try:
+            table = parse_toml(f"value = {text}")["value"]
+        except InputError as error:
+            raise SpecError(
+                f"--perturbation {text}: this is not a TOML table: {error}."
+            ) from error
+        return table if sigma is None else {**table, "sigma": sigma}
+    family, colon, amount = text.partition(":")
+    if bool(colon) == (sigma is not None):
+        raise SpecError(
+            f"--perturbation {text}: give sigma once, as --perturbation {family.strip()}:SIGMA, "
+            f"or --perturbation {family.strip()} --sigma SIGMA."
+        )
+    given: float | str = amount.strip() if colon else str(sigma)
+    with contextlib.suppress(ValueError):  # an angle stays text
+        given = float(given)
+    return {"family": family.strip(), "sigma": given}

@@ -25,8 +25,7 @@ from certifl.registry import choices
 from certifl.spec import Spec, merged, with_settings
 from certifl.study.setup import label_of
 
-MOST_PROCESSES = 16
-"""Runs at a time by default, one per core: each needs memory of its own."""
+MOST_PROCESSES = 16  # by default, one per core: each run needs memory of its own
 
 _NAME, _TABLE = "algorithm.name", "algorithm"
 _BRACKETS = {"[": "]", "{": "}", "(": ")"}
@@ -39,8 +38,7 @@ class Axis:
     """One key of the spec and its values.
 
     Attributes:
-        key: such as "training.lr".
-        values: as they were written.
+        key: such as "training.lr". values: as they were written.
         algorithm: the only algorithm that it applies to; None = all that have the key.
     """
 
@@ -58,8 +56,7 @@ class Variant:
     """One row of the table: one algorithm with its settings, trained with every seed.
 
     Attributes:
-        label: for people, unique in a sweep.
-        specs: one for each seed.
+        label: for people, unique in a sweep. specs: one for each seed.
     """
 
     label: str
@@ -155,8 +152,7 @@ def make_sweep(
     Args:
         values: of the spec file. settings: `key=value`, applied before the axes.
         axes: keys that the algorithm of a run lacks are left out of its spec.
-        seeds: None = that of the spec.
-        out: the folder.
+        seeds: None = that of the spec. out: the folder.
 
     Raises:
         SpecError: a wrong key or value, an axis that no run has, or runs that cannot be compared.
@@ -200,7 +196,6 @@ def default_folder(spec: Path, values: Mapping[str, Any], settings: Sequence[str
 
 
 def _names(base: Mapping[str, Any], axes: Sequence[Axis]) -> list[str]:
-    """Names of the algorithms of a sweep."""
     tables = [axis for axis in axes if axis.key == _TABLE]
     if tables:
         found = [merged({}, [f"{_TABLE}={value}"])[_TABLE] for value in tables[0].values]
@@ -229,13 +224,10 @@ def _check_axes(base: Mapping[str, Any], axes: Sequence[Axis]) -> None:
             )
         key = axis.key.removeprefix(f"{_TABLE}.")
         if axis.algorithm is None and key not in (axis.key, "name"):
-            _check_some_has(axis, key.partition(".")[0], names)
-
-
-def _check_some_has(axis: Axis, key: str, names: Sequence[str]) -> None:
-    known = [name for name in names if name in ALGORITHMS.rows]
-    if known and not any(key in ALGORITHMS.rows[name].parameters.model_fields for name in known):
-        raise SpecError(f"{axis}: no algorithm of the sweep has it ({', '.join(known)}).")
+            known, first = [n for n in names if n in ALGORITHMS.rows], key.partition(".")[0]
+            rows = [ALGORITHMS.rows[name].parameters.model_fields for name in known]
+            if known and not any(first in fields for fields in rows):
+                raise SpecError(f"{axis}: no algorithm of the sweep has it ({', '.join(known)}).")
 
 
 def _chosen(
@@ -336,7 +328,6 @@ def _check_comparable(specs: Sequence[Spec]) -> None:
 
 
 def _meaning(spec: Spec) -> dict[str, Any]:
-    """What runs of one table must have in common."""
     values = spec.model_dump()
     keys = {key: values[key.partition(".")[0]][key.partition(".")[2]] for key in _ONE_VALUE}
     noise = spec.perturbation()
@@ -368,8 +359,7 @@ class Cost:
     """Remaining work of one variant, or of trainings that several continue.
 
     Attributes:
-        label: of the variant.
-        runs: number of them. done: number of finished ones.
+        label: of the variant. runs: number of them. done: number of finished ones.
         votes: expected of the others.
         seconds: of the others, one after the other; a training that several share counts in the
             first.

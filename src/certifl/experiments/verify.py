@@ -312,7 +312,6 @@ class _OfRun:
             return []
 
     def _extent(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """What is compared, and what is not."""
         stored, there = not self.published, self.dataset is not None
         int8 = self.spec.certification.precision == "int8"
         compared = {

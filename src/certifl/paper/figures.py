@@ -24,8 +24,7 @@ class Setting:
     """Data, clients and perturbation, in the study's own terms.
 
     Attributes:
-        data: "cifar10" or "mnist".
-        clients: their number.
+        data: "cifar10" or "mnist". clients: their number.
         family, sigma: of the perturbation that is certified.
     """
 
@@ -81,8 +80,7 @@ class Figure:
     """One figure.
 
     Attributes:
-        title: what it shows.
-        rows: of panels, from top to bottom.
+        title: what it shows. rows: of panels, from top to bottom.
         says: what the paper says of it, in our words; "" where the paper does not have it.
     """
 
@@ -264,26 +262,19 @@ EXTRA: Mapping[str, Figure] = {
 """Beyond the paper; not part of `all`."""
 
 
-def figure_named(name: str) -> Figure:
-    """A figure of the study by name.
-
-    Raises:
-        InputError: there is no such figure.
-    """
-    known = {**FIGURES, **EXTRA}
-    if name in known:
-        return known[name]
-    near = difflib.get_close_matches(name, list(known), 1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise InputError(
-        f"There is no figure {name!r}.{hint} Choose one of {', '.join(known)}, or all."
-    )
-
-
 def chosen_figures(name: str) -> dict[str, Figure]:
     """The figure of this name, or for "all" the study's ten.
 
     Raises:
         InputError: there is no such figure.
     """
-    return dict(FIGURES) if name == "all" else {name: figure_named(name)}
+    if name == "all":
+        return dict(FIGURES)
+    known = {**FIGURES, **EXTRA}
+    if name in known:
+        return {name: known[name]}
+    near = difflib.get_close_matches(name, list(known), 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise InputError(
+        f"There is no figure {name!r}.{hint} Choose one of {', '.join(known)}, or all."
+    )

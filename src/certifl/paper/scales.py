@@ -44,12 +44,10 @@ class Scale:
 
     Attributes:
         name: for the command line. words: its purpose.
-        model: the network.
-        data: stand-ins for "cifar10" and "mnist".
+        model: the network. data: stand-ins for "cifar10" and "mnist".
         clients: number of clients by the study's number of clients.
-        training: section of the spec.
+        training, certification: sections of the spec, without perturbation, images and n.
         finetuning: epochs and learning rate of personalization.
-        certification: section of the spec, without perturbation, images and n.
         jobs: parallel runs on a CPU by default, a core each.
         settings: `key=value`, applied to every spec last.
     """
@@ -108,12 +106,8 @@ class Scale:
 
 
 def _augmentation(setting: Setting, regime: Regime) -> dict[str, Any]:
-    """Augmentation of training; personalization uses the certified perturbation."""
-    federated = {
-        "matching": setting.perturbation,
-        "nominal": "none",
-        "affine": dict(AFFINE),
-    }[regime.trained]
+    choices = {"matching": setting.perturbation, "nominal": "none", "affine": dict(AFFINE)}
+    federated = choices[regime.trained]
     if regime.algorithm == "personalized" and regime.trained != "matching":
         return {"federated": federated, "personalized": setting.perturbation}
     return {"federated": federated}
@@ -158,8 +152,7 @@ LAPTOP = Scale(
 
 # Votes of Gaussian noise: the largest radius is 2.8 sigma; rotation's is 0.99 sigma with 2 000.
 _MORE_VOTES = {"pixel": 3000, "translation": 3000}
-VOTING = "int8"
-"""Arithmetic of the votes at overnight scale."""
+VOTING = "int8"  # arithmetic of the votes at overnight scale
 
 OVERNIGHT = Scale(
     name="overnight",
@@ -232,7 +225,6 @@ def scale_named(name: str, settings: Sequence[str] = ()) -> Scale:
 
 
 # The quickstart study.
-
 
 REGIMES: dict[str, dict[str, Any]] = {
     "local": {"name": "local"},

@@ -17,16 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from certifl.errors import StoreMismatch
+from certifl.report import summary
 from certifl.report.intervals import FEWEST_IMAGES, Sample, interval_over_seeds, too_few
 from certifl.report.results import Row, RunResults, flat
-from certifl.report.summary import (
-    CONFIDENCE,
-    client_acr,
-    gains,
-    image_numbers,
-    mean_acr,
-    possible_radius,
-)
 from certifl.smoothing.bounds import Floats, Ints
 
 _NO_SEED = "they have no seed in common"
@@ -177,22 +170,21 @@ def compare(runs: Sequence[Row]) -> Comparison:
             "The runs certified no test image in common, so they cannot be compared image by "
             "image. Report them separately, or run them with the same data, clients and seed."
         )
-    scale = possible_radius(runs)
-    error = (1.0 - CONFIDENCE) / max(1, len(positions))
+    scale = summary.possible_radius(runs)
+    error = (1.0 - summary.CONFIDENCE) / max(1, len(positions))
     pairs = {at: _difference(at, couple, error, scale) for at, couple in couples.items()}
     stated = [pair.images for pair in pairs.values() if pair.stated]
     alone = len(runs[0].runs[0].certificates) if len(runs) == 1 else 0
     return Comparison(
         images=min(stated, default=alone),
         whole=all(couple.whole for couple in couples.values()),
-        acr=tuple(mean_acr(run) for run in runs),
+        acr=tuple(summary.mean_acr(run) for run in runs),
         pairs=pairs,
         clients=_by_client(runs, couples, error, scale),
     )
 
 
 def _couple(first: Row, second: Row) -> _Couple:
-    """Pair two algorithms within every seed that both have."""
     ones, twos = ({run.seed: run for run in row.runs} for row in (first, second))
     common = [seed for seed in ones if seed in twos]
     if not common:
@@ -218,9 +210,7 @@ def _too_few_words(images: int, fewest: int) -> str:
 
 
 def paired_differences(
-    first: RunResults,
-    second: RunResults,
-    value: Callable[[RunResults], Floats] = gains,
+    first: RunResults, second: RunResults, value: Callable[[RunResults], Floats] = summary.gains
 ) -> tuple[Ints, Sample]:
     """Clients, and differences on the images that two runs of one seed certified.
 
@@ -243,7 +233,7 @@ def paired_differences(
             "data. Report them separately."
         )
     differences = np.asarray(value(first)[one] - value(second)[two], np.float64)
-    numbers = image_numbers(first)[one]
+    numbers = summary.image_numbers(first)[one]
     owner = first.certificates.client[one]
     clients = np.intersect1d(first.clients, second.clients)  # of each, two images at least count
     values = [differences[owner == client] for client in clients]
@@ -287,7 +277,8 @@ def _by_client(
     if len(runs) == 1:
         clients = runs[0].clients.tolist()
     radii = [
-        dict(zip(run.clients.tolist(), client_acr(run).tolist(), strict=True)) for run in runs
+        dict(zip(run.clients.tolist(), summary.client_acr(run).tolist(), strict=True))
+        for run in runs
     ]
     parts = []
     for client in clients:
@@ -312,7 +303,7 @@ def _of_curves(runs: Sequence[Row]) -> Comparison:
             "The runs have no client in common, so they cannot be compared. Report them "
             "separately."
         )
-    means = [float(client_acr(run)[np.isin(run.clients, shared)].mean()) for run in runs]
+    means = [float(summary.client_acr(run)[np.isin(run.clients, shared)].mean()) for run in runs]
     seeds = [{one.seed for one in run.runs} for run in runs]
     pairs = {}
     for i, j in itertools.combinations(range(len(runs)), 2):
@@ -337,13 +328,13 @@ def own_interval(row: Row) -> tuple[float, float] | None:
     """
     samples = []
     for run in row.runs:
-        own, numbers = gains(run), image_numbers(run)
+        own, numbers = summary.gains(run), summary.image_numbers(run)
         parts = [run.certificates.client == client for client in run.clients]
         samples.append(Sample.of([own[at] for at in parts], [numbers[at] for at in parts]))
     if any(too_few([len(own) for own in sample.values]) for sample in samples):
         return None
-    scale = possible_radius([row])
-    low, high = interval_over_seeds(samples, 1.0 - CONFIDENCE, scale)
+    scale = summary.possible_radius([row])
+    low, high = interval_over_seeds(samples, 1.0 - summary.CONFIDENCE, scale)
     return max(0.0, float(low[0])), min(scale, float(high[0]))
 
 

@@ -18,23 +18,11 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from certifl.report.axes import (
-    INK,
-    band,
-    certified_axes,
-    frame,
-    heading,
-    line,
-    named_legend,
-    panel,
-    radius_axis,
-    short_name,
-    shown_units,
-    ticks_in,
-    title_above,
-)
+from certifl.errors import InputError
+from certifl.perturbations import trait
+from certifl.report import summary
 from certifl.report.results import (
     UNSEEN,
     Row,
@@ -45,22 +33,28 @@ from certifl.report.results import (
     check_comparable,
     require_one_perturbation,
 )
-from certifl.report.style import FORMATS, USUAL, FigureStyle, Look, arranged, look_number, looks_of
-from certifl.report.summary import (
-    client_acr,
-    client_curves,
-    group_words,
-    mean_acr,
-    measure_curves,
-    measures_of,
-    noise_words,
-    radius_grid,
+from certifl.report.style import (
+    FAINT,
+    FORMATS,
+    INK,
+    USUAL,
+    FigureStyle,
+    Look,
+    arranged,
+    band,
+    frame,
+    line,
+    look_number,
+    looks_of,
+    named_legend,
+    panel,
+    short_name,
 )
+from certifl.report.wording import RadiusScale, scales
 from certifl.runs.atomic import write_bytes, write_text
 from certifl.smoothing.curves import mean_and_band
 
-_COLUMNS = 5
-
+_COLUMNS, _LONGEST_TITLE = 5, 72
 _DPI = 200
 # No dates and no program versions inside the files: the same results give the same bytes.
 _METADATA: dict[str, dict[str, Any]] = {
@@ -139,7 +133,7 @@ def certified_accuracy_figure(
         StoreMismatch: runs that cannot be in one figure.
     """
     check_comparable(runs)
-    radii = radius_grid(runs)
+    radii = summary.radius_grid(runs)
     figure = Figure(figsize=style.size or (6.4, 4.4), layout="constrained")
     axes, looks = figure.add_subplot(), looks_of(runs)
     rows = draw_curves(axes, runs, looks, radii, style)
@@ -150,16 +144,12 @@ def certified_accuracy_figure(
 
 
 def draw_curves(
-    axes: Axes,
-    runs: Sequence[Row],
-    looks: Sequence[Look],
-    radii: np.ndarray,
-    style: FigureStyle,
+    axes: Axes, runs: Sequence[Row], looks: Sequence[Look], radii: np.ndarray, style: FigureStyle
 ) -> list[tuple[Any, ...]]:
     """Draw a mean with its band for each run; the numbers are those of every client as well."""
     rows: list[tuple[Any, ...]] = []
     for run, look in zip(runs, looks, strict=True):
-        curves = client_curves(run, radii)
+        curves = summary.client_curves(run, radii)
         band(axes, look, radii, *mean_and_band(curves), run.label, style)
         rows += curve_rows(run, radii, curves)
     return rows
@@ -169,7 +159,7 @@ def _title(runs: Sequence[Row], title: str | None, style: FigureStyle) -> str:
     """The one that was asked for; otherwise the perturbation, unless a caption will give it."""
     if title is not None:
         return title
-    return "" if style.size else group_words(runs[0])
+    return "" if style.size else summary.group_words(runs[0])
 
 
 def per_client_figure(
@@ -180,7 +170,7 @@ def per_client_figure(
     As `certified_accuracy_figure`; the size follows from the number of clients.
     """
     check_comparable(runs)
-    radii = radius_grid(runs)
+    radii = summary.radius_grid(runs)
     clients = all_clients(runs)
     columns = min(_COLUMNS, len(clients))
     lines, unit = -(-len(clients) // columns), shown_units(runs, style)[0]
@@ -189,7 +179,7 @@ def per_client_figure(
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     rows: list[tuple[Any, ...]] = []
     for run, look in zip(runs, looks_of(runs), strict=True):
-        curves = client_curves(run, radii)
+        curves = summary.client_curves(run, radii)
         for client, curve in zip(run.clients, curves, strict=True):
             line(panels[clients.index(int(client))], look, radii, curve, run.label)
         rows += curve_rows(run, radii, curves)
@@ -218,7 +208,7 @@ def average_radius_figure(
     axes = figure.add_subplot()
     rows: list[tuple[Any, ...]] = []
     for y, (run, look) in enumerate(zip(runs, looks_of(runs), strict=True)):
-        radii, mean = client_acr(run), mean_acr(run)
+        radii, mean = summary.client_acr(run), summary.mean_acr(run)
         axes.barh(y, mean, height=0.62, color=look.color, alpha=0.22, linewidth=0)
         axes.plot([mean, mean], [y - 0.31, y + 0.31], color=look.color, lw=2.2)
         # Fixed small vertical offsets, so that equal dots stay visible; no random jitter.
@@ -244,14 +234,14 @@ def history_figure(
 
     As `certified_accuracy_figure`; runs without history are left out, and no title is the default.
     """
-    names, plain = measures_of(runs), FigureStyle(bands=style.bands)
+    names, plain = summary.measures_of(runs), FigureStyle(bands=style.bands)
     width = max(1, len(names))
     figure = Figure(figsize=(4.2 * width, 3.4), layout="constrained")
     panels = figure.subplots(1, width, squeeze=False).ravel()
     rows: list[tuple[Any, ...]] = []
     for name, axes in zip(names, panels, strict=False):
         for run, look in zip(runs, looks_of(runs), strict=True):
-            curve = measure_curves(run, name)
+            curve = summary.measure_curves(run, name)
             if curve is None:
                 continue
             band(axes, look, *curve, run.label, plain)
@@ -317,7 +307,7 @@ def write_figures(
 def _folder_names(groups: Sequence[Sequence[Row]]) -> list[str]:
     """A short name for each group: its family, numbered where several share it."""
     families = [
-        f"{runs[0].conditions['family']}{'-unseen' if runs[0].group == UNSEEN else ''}"
+        f"{runs[0].conditions['family']}{'-unseen' if runs[0].runs[0].group == UNSEEN else ''}"
         for runs in groups
     ]
     return [
@@ -327,7 +317,6 @@ def _folder_names(groups: Sequence[Sequence[Row]]) -> list[str]:
 
 
 # Curves on axes of a notebook or script: what `plot` of results and certificates draws.
-
 
 _DRAWN = "certifl_curves"
 
@@ -382,15 +371,90 @@ def plot(
     if before:  # looks beside those of earlier calls, in the colors that were chosen
         free = [look_number(len(before) + at) for at in range(len(rows))]
         looks = [
-            look if row.color is None else dataclasses.replace(look, color=row.color)
+            dataclasses.replace(look, color=row.runs[0].color or look.color)
             for row, look in zip(rows, free, strict=True)
         ]
-    radii = radius_grid(rows)
+    radii = summary.radius_grid(rows)
     end = max(radii[-1], axes.get_xlim()[1] if before else 0.0)
     draw_curves(axes, rows, looks, radii, style)
     drawn = [*before, *((look, row.label) for row, look in zip(rows, looks, strict=True))]
     setattr(axes, _DRAWN, drawn)
-    title = "" if style.size else noise_words(rows[0].conditions)
+    title = "" if style.size else summary.noise_words(rows[0].conditions)
     certified_axes(axes, rows, end, style, title if ax is None else "")
     named_legend(axes, [look for look, _ in drawn], [name for _, name in drawn], "best", 1, style)
     return axes
+
+
+# Axes, titles and legends of these figures.
+
+
+def certified_axes(
+    axes: Axes, runs: Sequence[Row], end: float, style: FigureStyle, title: str
+) -> None:
+    """Axes of certified accuracy against the radius, up to the radius `end`; a title if any."""
+    frame(axes, style)
+    axes.set(xlim=(0, end), ylim=(0, 1))
+    axes.set_ylabel("certified accuracy", color=INK, fontsize=8 if style.size else 10)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol="\N{NO-BREAK SPACE}%"))
+    radius_axis(axes, runs, "radius", style)
+    title_above(axes, title)
+
+
+def radius_axis(axes: Axes, runs: Sequence[Row], what: str, style: FigureStyle = USUAL) -> None:
+    """The radius in the unit that is read first below; angles also in radians above."""
+    metadata = runs[0].conditions
+    first, *others = shown_units(runs, style)
+    words = f"{what}{trait(metadata['family'], 'radius_note', '')} in {first.name}"
+    words += f" ({metadata['norm']})"
+    axes.set_xlabel(words, color=INK, fontsize=8 if style.size else 10, parse_math=False)
+    ticks_in(axes, first, 5 if style.size else 8)
+    for other in others if not axes.child_axes else ():
+        above = axes.secondary_xaxis("top")
+        above.set_xlabel(other.name, color=INK, fontsize=9)
+        above.tick_params(labelsize=8, colors=INK, length=3)
+        above.spines["top"].set_color(FAINT)
+
+
+def shown_units(runs: Sequence[Row], style: FigureStyle) -> tuple[RadiusScale, ...]:
+    """The units of the radius axis: the one that was chosen, or all, the first read first.
+
+    Raises:
+        InputError: these radii have no such unit.
+    """
+    units = scales(runs[0].conditions, summary.largest_radius(runs))
+    if style.unit is None:
+        return units[:1] if style.size else units
+    chosen = tuple(unit for unit in units if unit.name == style.unit)
+    if not chosen:
+        known = " or ".join(unit.name for unit in units)
+        raise InputError(f"These radii are in {known}; got {style.unit!r}.")
+    return chosen
+
+
+def ticks_in(axes: Axes, unit: RadiusScale, most: int) -> None:
+    """Ticks at round numbers of a unit, on an axis of stored radii that begins at 0."""
+    if unit.factor == 1.0:
+        return
+    end = axes.get_xlim()[1] * unit.factor
+    marks = [
+        t for t in MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(0, end) if t <= end
+    ]
+    axes.set_xticks([mark / unit.factor for mark in marks], [f"{mark:g}" for mark in marks])
+
+
+def title_above(axes: Axes, title: str) -> None:
+    """A title if it is not empty, cut where it would be wider than the axes."""
+    if title:
+        text = short_name(title, _LONGEST_TITLE)
+        axes.set_title(text, fontsize=10.5, color=INK, loc="left", parse_math=False)
+
+
+def heading(figure: Figure, runs: Sequence[Row], title: str | None) -> None:
+    """A title and one legend for all panels."""
+    text = title if title is not None else summary.group_words(runs[0]) if runs else ""
+    if text:
+        shown = short_name(text, _LONGEST_TITLE)
+        figure.suptitle(shown, fontsize=10.5, color=INK, parse_math=False)
+    if runs:
+        labels, columns = [run.label for run in runs], min(4, len(runs))
+        named_legend(figure, looks_of(runs), labels, "outside lower center", columns)

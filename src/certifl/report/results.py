@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,15 +18,15 @@ from certifl.certification.metadata import CURVES_ONLY
 from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.report.stored import certificates_from_curves, certificates_problem, round_problem
 from certifl.runs.folder import StoredRun, damaged_manifest
-from certifl.safe_io import read_text
+from certifl.runs.folder import flat as flat_keys
+from certifl.safe_io import parse_toml, read_text
 from certifl.smoothing.bounds import Floats, Ints
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from pandas import DataFrame
 
-MODEL = "model"
-"""Stands for the algorithm where certificates are of a model that no study trained."""
+MODEL = "model"  # stands for the algorithm of a model that no study trained
 _MUST_AGREE = ("family", "norm", "unit")
 # Parts of a run whose clients are reported apart.
 TRAINED, UNSEEN = "clients in training", "unseen clients"
@@ -177,16 +176,9 @@ class RunResults:
         """Draw certified accuracy against the radius; several calls share axes.
 
         Args:
-            ax: matplotlib axes to draw on; None = those of a new figure.
             label, color: of the curve; None = the algorithm's.
-            unit: "degrees" or "radians" for angles; None = degrees, with radians above.
-            bands: shade the area from the smallest to the largest client.
-
-        Returns:
-            The axes. Radii on them are in the stored unit, whatever their ticks show.
-
-        Raises:
-            InputError: a unit, a color, or clients that certify different perturbations.
+            ax, unit, bands: as `certifl.plot` takes them, which also says what is returned and
+                refused.
         """
         from certifl.report.figures import plot
 
@@ -215,34 +207,9 @@ class SeedGroup:
         return self.runs[0].algorithm
 
     @property
-    def color(self) -> str | None:
-        """That the user chose for the row."""
-        return self.runs[0].color
-
-    @property
     def conditions(self) -> Mapping[str, Any]:
         """Metadata of the certificates of the first seed."""
         return self.runs[0].conditions
-
-    @property
-    def folder(self) -> Path:
-        """Of the first seed."""
-        return self.runs[0].folder
-
-    @property
-    def group(self) -> str:
-        """Which clients these are; see `RunResults`."""
-        return self.runs[0].group
-
-    @property
-    def parts(self) -> tuple[RunResults, ...]:
-        """Of the first seed."""
-        return self.runs[0].parts
-
-    @property
-    def data_name(self) -> str:
-        """Name of the data set."""
-        return self.runs[0].data_name
 
     @property
     def clients(self) -> Ints:
@@ -254,14 +221,8 @@ class SeedGroup:
         """Whether some of the runs have curves only."""
         return any(run.curves_only for run in self.runs)
 
-    @property
-    def seeds(self) -> tuple[int | None, ...]:
-        """Of the runs."""
-        return tuple(run.seed for run in self.runs)
 
-
-Row = RunResults | SeedGroup
-"""One row of a page: runs of several seeds, or one run."""
+Row = RunResults | SeedGroup  # one row of a page: runs of several seeds, or one run
 
 
 def flat(rows: Sequence[Row]) -> list[RunResults]:
@@ -392,8 +353,8 @@ def by_seed(runs: Sequence[RunResults]) -> list[SeedGroup]:
 def _settings_key(run: RunResults) -> str:
     """Equal for runs that differ in their seed, name and machine alone."""
     try:
-        settings = decisive_settings(tomllib.loads(run.spec))
-    except tomllib.TOMLDecodeError:
+        settings = decisive_settings(parse_toml(run.spec))
+    except InputError:
         settings = {"spec": run.spec}
     compared = {k: v for k, v in settings.items() if k not in _NO_SETTINGS}
     decisive = {name: run.conditions.get(name) for name in _DECISIVE}
@@ -453,12 +414,12 @@ def check_comparable(runs: Sequence[Row]) -> None:
     """
     if not runs:
         raise StoreMismatch("A report needs at least one run folder.")
-    first = runs[0]
-    for run in runs[1:]:
-        mine, its = (_comparable_values(row) for row in (first, run))
-        for name in mine:
-            one, other = mine[name], its.get(name)
-            if one != other:
+    first, *others = (row.runs[0] for row in runs)
+    mine = _comparable_values(first)
+    for run in others:
+        its = _comparable_values(run)
+        for name, one in mine.items():
+            if one != (other := its.get(name)):
                 raise StoreMismatch(
                     f"{first.folder} and {run.folder} cannot be in one report: they differ in "
                     f"{name} ({one} and {other}), so their radii cannot be compared. Report them "
@@ -466,8 +427,8 @@ def check_comparable(runs: Sequence[Row]) -> None:
                 )
 
 
-def _comparable_values(run: Row) -> dict[str, object]:
-    """What must be equal for two rows in one report, by name."""
+def _comparable_values(run: RunResults) -> dict[str, object]:
+    """What must be equal for two runs in one report, by name."""
     by_client = None
     if len(run.parts) > 1:
         by_client = {
@@ -479,21 +440,18 @@ def _comparable_values(run: Row) -> dict[str, object]:
     return {"perturbations of clients": by_client, **same, "data": run.data_name}
 
 
-def require_one_perturbation(row: Row) -> None:
-    """Refuse a row whose clients certify different perturbations.
+def require_one_perturbation(run: RunResults) -> None:
+    """Refuse a run whose clients certify different perturbations.
 
     Raises:
         InputError: they do: their radii have no common axis.
     """
-    if len(row.parts) > 1:
-        noise = ", ".join(str(part.conditions.get("family")) for part in row.parts)
+    if len(run.parts) > 1:
+        noise = ", ".join(str(part.conditions.get("family")) for part in run.parts)
         raise InputError(
-            f"The clients of {row.label} certify different perturbations ({noise}), whose radii "
+            f"The clients of {run.label} certify different perturbations ({noise}), whose radii "
             "have no common axis. Take them one by one: for part in result.parts."
         )
-
-
-# Settings of a spec that decide whether runs can be compared.
 
 
 # Keys that specs of older runs lack, with the values those runs were computed with.
@@ -505,22 +463,13 @@ LATER: Mapping[str, Any] = {
 
 
 def decisive_settings(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a spec by "section.key".
+    """The settings of a spec by "section.key", which decide whether runs can be compared.
 
     A later key with the value that all older runs had is left out, so that runs of older versions
     can be compared with newer ones; so is a precision that votes with the trained network. One in
     int8 is another network.
     """
-    settings: dict[str, Any] = {}
-    nested = [("", spec)]
-    while nested:
-        before, values = nested.pop()
-        for key, value in values.items():
-            name = f"{before}{key}"
-            if isinstance(value, Mapping):
-                nested.append((f"{name}.", value))
-            elif name == "certification.precision" and value != "int8":
-                continue
-            elif name not in LATER or value != LATER[name]:
-                settings[name] = value
+    settings = {k: v for k, v in flat_keys(spec).items() if k not in LATER or v != LATER[k]}
+    if settings.get("certification.precision") != "int8":
+        settings.pop("certification.precision", None)
     return settings

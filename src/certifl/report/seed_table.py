@@ -33,8 +33,7 @@ class TableOfGroup:
     """The rows about one group of clients, which certify one perturbation.
 
     Attributes:
-        title: which group; "" where there is one.
-        head: titles of the columns of `rows`.
+        title: which group; "" where there is one. head: titles of the columns of `rows`.
         rows: texts; radii are rounded down and intervals outward.
         leading: whether each row leads, or is not shown to be behind the row that does.
     """
@@ -93,8 +92,7 @@ class SeedTable:
     """The table: one part for each group of clients that is reported apart.
 
     Attributes:
-        parts: usually one.
-        notes: what the columns mean, in sentences.
+        parts: usually one. notes: what the columns mean, in sentences.
         numbers: by column of the CSV, one mapping for each row.
     """
 
@@ -155,8 +153,7 @@ def seed_table(runs: Sequence[str | Path | RunResults]) -> SeedTable:
     """The table of some runs; those that differ in their seed alone are one row.
 
     Raises:
-        StoreMismatch: a run that is missing or unfinished, or runs that cannot be compared.
-        StoreError: a run that is damaged.
+        StoreMismatch, StoreError: as `load_runs`.
     """
     groups = [by_seed(group) for group in by_perturbation(load_runs(runs))]
     summaries = iter(summary_rows(runs))
@@ -165,18 +162,27 @@ def seed_table(runs: Sequence[str | Path | RunResults]) -> SeedTable:
     numbers: list[Mapping[str, Any]] = []
     for group in groups:
         own = [next(summaries) for _ in group]
-        title = group[0].group if one_noise else group_words(group[0])
+        title = group[0].runs[0].group if one_noise else group_words(group[0])
         part, more = _of_group(title, group, own)
         parts.append(part)
         numbers += more
     several = any(len(row.runs) > 1 for group in groups for row in group)
-    return SeedTable(tuple(parts), _notes(several), tuple(numbers))
+    over, seeds = ("images and seeds", " and seeds") if several else ("images", "")
+    notes = (
+        f"ACR: average certified radius, mean over clients{seeds}, with a 95 % interval over "
+        f"{over}.",
+        "Columns of radii: share of all images, correct with at least that radius. Spread: best "
+        "minus worst client.",
+        "Behind the best: difference of ACR to the leading row, paired image by image within "
+        "each seed; all these intervals hold together with 95 %. Bold (Markdown, LaTeX): the row "
+        "that leads, and those that are not shown to be behind it.",
+    )
+    return SeedTable(tuple(parts), notes, tuple(numbers))
 
 
 def _of_group(
     title: str, rows: Sequence[Row], summaries: Sequence[Mapping[str, Any]]
 ) -> tuple[TableOfGroup, list[dict[str, Any]]]:
-    """One group's table, and the numbers in it."""
     compared, scale, several = compare(rows), first_unit(rows), len(rows) > 1
     behind: list[Difference | None] = [None] * len(rows)  # the leading row
     leaders: set[int] = set()
@@ -191,8 +197,15 @@ def _of_group(
     head = ("algorithm", "seeds", "ACR", "95 %", *radii, "spread", *last)
     texts, numbers = [], []
     for at, (row, summary) in enumerate(zip(rows, summaries, strict=True)):
-        cells = _texts(summary, row)
-        pair = behind[at]
+        low, high, pair = summary["acr_low_text"], summary["acr_high_text"], behind[at]
+        cells = [
+            str(summary["label"]),
+            str(len(row.runs)),
+            summary["acr_text"],
+            f"{low} to {high}" if low else "–",
+            *(share["text"] for share in summary["accuracy"]),
+            summary["spread_text"],
+        ]
         if several and pair is None:
             cells += ["–", "–"]
         elif pair is not None:
@@ -201,18 +214,6 @@ def _of_group(
         numbers.append(_numbers(summary, row, pair, at in leaders))
     leading = tuple(at in leaders for at in range(len(rows)))
     return TableOfGroup(title, head, tuple(texts), leading), numbers
-
-
-def _texts(summary: Mapping[str, Any], row: Row) -> list[str]:
-    low, high = summary["acr_low_text"], summary["acr_high_text"]
-    return [
-        str(summary["label"]),
-        str(len(row.runs)),
-        summary["acr_text"],
-        f"{low} to {high}" if low else "–",
-        *(share["text"] for share in summary["accuracy"]),
-        summary["spread_text"],
-    ]
 
 
 def _not_above(radius: float) -> str:
@@ -242,19 +243,6 @@ def _numbers(
         "leads": int(leads),
         **shares,
     }
-
-
-def _notes(several: bool) -> tuple[str, ...]:
-    over = "images and seeds" if several else "images"
-    return (
-        f"ACR: average certified radius, mean over clients{' and seeds' if several else ''}, "
-        f"with a 95 % interval over {over}.",
-        "Columns of radii: share of all images, correct with at least that radius. Spread: best "
-        "minus worst client.",
-        "Behind the best: difference of ACR to the leading row, paired image by image within "
-        "each seed; all these intervals hold together with 95 %. Bold (Markdown, LaTeX): the row "
-        "that leads, and those that are not shown to be behind it.",
-    )
 
 
 _LATEX = str.maketrans(

@@ -97,7 +97,13 @@ def rows_from_curve(client: int, curve: Mapping[str, Any]) -> Certificates:
     grid = np.asarray(curve["radii"], np.float64)
     counts = np.asarray(curve["correct"], np.int64)
     images, acr = int(curve["images"]), float(curve["acr"])
-    _check_curve(grid, counts, images, acr)
+    # Numbers that no certificates have are refused before memory is allocated for them.
+    if grid.ndim != 1 or counts.ndim != 1 or images > _MOST_IMAGES:
+        raise ValueError(f"{counts.size} counts for {grid.size} radii of {images} images")
+    if not (np.isfinite(grid).all() and (np.diff(grid, prepend=0.0) >= 0).all()):
+        raise ValueError("its radii must rise from 0 up")
+    if problem := impossible_curve(grid.tolist(), counts.tolist(), images, acr):
+        raise ValueError(problem)
     correct = _radii_within_steps(grid, counts - np.append(counts[1:], 0), images * acr)
     radius = np.zeros(images)
     radius[: len(correct)] = correct
@@ -119,21 +125,6 @@ def rows_from_curve(client: int, curve: Mapping[str, Any]) -> Certificates:
         seconds=np.zeros(images),
         conditions={**curve["conditions"], CURVES_ONLY: True},
     )
-
-
-def _check_curve(grid: Floats, counts: Ints, images: int, acr: float) -> None:
-    """Refuse numbers that no certificates have, before memory is allocated for them.
-
-    Raises:
-        ValueError: they are such numbers.
-    """
-    if grid.ndim != 1 or counts.ndim != 1 or images > _MOST_IMAGES:
-        raise ValueError(f"{counts.size} counts for {grid.size} radii of {images} images")
-    if not (np.isfinite(grid).all() and (np.diff(grid, prepend=0.0) >= 0).all()):
-        raise ValueError("its radii must rise from 0 up")
-    problem = impossible_curve(grid.tolist(), counts.tolist(), images, acr)
-    if problem:
-        raise ValueError(problem)
 
 
 def _radii_within_steps(grid: Floats, in_step: Ints, total: float) -> Floats:

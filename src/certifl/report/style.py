@@ -1,4 +1,4 @@
-"""How rows and numbers look everywhere, in figures and on the page: labels, order, colors, looks.
+"""How rows look everywhere, in figures and on the page: labels, order, colors, looks, axes.
 
 An algorithm has one color, dash and marker. Colors are those of Okabe and Ito (2008), which can be
 distinguished with any common color blindness, and two more in place of black and gray: gray means
@@ -11,8 +11,14 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import is_color_like, to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from certifl.errors import InputError
 from certifl.report.results import Row, RunResults, SeedGroup, by_seed
@@ -108,7 +114,7 @@ def looks_of(runs: Sequence[Row]) -> list[Look]:
         if slot is None:
             slot = free.pop(0) if free else None
         look = _mixed(position) if slot is None else LOOKS[slot]
-        looks.append(look if run.color is None else dataclasses.replace(look, color=run.color))
+        looks.append(dataclasses.replace(look, color=run.runs[0].color or look.color))
     return looks
 
 
@@ -126,7 +132,6 @@ def _mixed(position: int) -> Look:
 
 # Labels, order and colors that a user chooses for the rows of a figure or page.
 
-
 Names = Mapping[str, str]
 
 
@@ -142,8 +147,7 @@ def arranged(
     its new label.
 
     Args:
-        runs: of one report.
-        labels: new label of each row that gets one.
+        runs: of one report. labels: new label of each row that gets one.
         order: the rows that come first; the others follow in the order of `runs`.
         colors: of each row that gets another, as matplotlib names them: "#0072B2", "tab:orange".
 
@@ -169,7 +173,7 @@ def arranged(
 
 
 def _names_of(row: SeedGroup) -> tuple[str, ...]:
-    return (row.label, row.algorithm, row.folder.name)
+    return (row.label, row.algorithm, row.runs[0].folder.name)
 
 
 def known_names(runs: Sequence[RunResults]) -> list[str]:
@@ -272,3 +276,90 @@ def _beginning(text: str, known: Sequence[str], then: str) -> str | None:
     """The longest known name that a text begins with, before `then`."""
     found = [name for name in known if text.startswith(name + then)]
     return max(found, key=len, default=None)
+
+
+# Parts of all figures: a curve with its band, a panel, a legend.
+
+_MARKERS_PER_CURVE = 8
+_LONGEST_NAME = 32
+INK, FAINT = "#222222", "#DDDDDD"
+
+
+def band(
+    axes: Axes,
+    look: Look,
+    x: np.ndarray,
+    mean: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    label: str,
+    style: FigureStyle = USUAL,
+) -> None:
+    """A mean, with its band from low to high if the style has bands; thin edges for print."""
+    if style.bands:
+        axes.fill_between(x, low, high, color=look.color, alpha=0.13, linewidth=0)
+        edges: dict[str, Any] = {"color": look.color, "alpha": 0.35, "lw": 0.6}
+        for edge in (low, high):
+            axes.plot(x, edge, dashes=look.dash or (None, None), **edges)
+    line(axes, look, x, mean, label, style)
+
+
+def line(
+    axes: Axes, look: Look, x: np.ndarray, y: np.ndarray, label: str, style: FigureStyle = USUAL
+) -> None:
+    """One curve; markers of different looks start at different points, so that none is hidden."""
+    every = max(1, len(x) // _MARKERS_PER_CURVE)
+    marked = (look.slot * every // 4 % every, every)
+    axes.plot(x, y, markevery=marked, label=label, **_drawn(look, style))
+
+
+def _drawn(look: Look, style: FigureStyle) -> dict[str, Any]:
+    """A look as matplotlib takes it."""
+    lw, ms = (1.2, 3.2) if style.size else (1.7, 4.5)
+    form = {"color": look.color, "lw": lw, "dashes": look.dash or (None, None)}
+    return form | {"marker": look.marker, "ms": ms, "mec": "white", "mew": 0.6}
+
+
+def panel(axes: Axes, name: str, end: float, left: bool, lowest: bool) -> None:
+    """One small panel; only those at the edges are labeled."""
+    frame(axes)
+    axes.set_title(name, fontsize=9, color=INK)
+    axes.set(xlim=(0, end), ylim=(0, 1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol="\N{NO-BREAK SPACE}%"))
+    axes.xaxis.set_major_locator(MaxNLocator(3))
+    axes.tick_params(labelleft=left, labelbottom=lowest)
+
+
+def frame(axes: Axes, style: FigureStyle = USUAL) -> None:
+    """Two spines, a faint grid, small ticks."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#888888")
+    axes.grid(color=FAINT, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=7 if style.size else 8, colors=INK, length=3)
+
+
+def named_legend(
+    target: Axes | Figure,
+    looks: Sequence[Look],
+    names: Sequence[str],
+    loc: Any,
+    ncols: int,
+    style: FigureStyle = USUAL,
+) -> None:
+    """One entry per look; `loc` as in matplotlib."""
+    handles = [Line2D([], [], **_drawn(look, style)) for look in looks]
+    numbers = [str(number) for number in range(len(looks))]
+    form: dict[str, Any] = {"frameon": False, "fontsize": 7 if style.size else 9}
+    form |= {"handlelength": 3.6, "labelspacing": 0.3 if style.size else 0.5}
+    legend = target.legend(handles, numbers, loc=loc, ncols=ncols, **form)
+    # The names come last: as labels, those that begin with an underscore would be left out.
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set(text=short_name(name), parse_math=False, color=INK)
+
+
+def short_name(text: str, longest: int = _LONGEST_NAME) -> str:
+    """A name that leaves room for the axes; the numbers beside the figure have it in full."""
+    return unbroken(text if len(text) <= longest else text[: longest - 1] + "…")

@@ -23,7 +23,7 @@ from certifl.certification.settings import GRID_POINTS
 from certifl.errors import InputError
 from certifl.report.intervals import Sample, interval_over_seeds, too_few
 from certifl.report.results import Row, RunResults, flat
-from certifl.report.units import RadiusScale, family_words, scales, sigma_text
+from certifl.report.wording import RadiusScale, family_words, scales, sigma_text
 from certifl.smoothing import curves
 from certifl.smoothing.bounds import Floats, Ints, clopper_pearson_lower, clopper_pearson_upper
 from certifl.smoothing.laws import LAWS
@@ -252,7 +252,8 @@ def noise_words(metadata: Mapping[str, Any]) -> str:
 def group_words(row: Row) -> str:
     """The perturbation, and which clients these are where some took no part in training."""
     noise = noise_words(row.conditions)
-    return f"{noise}, {row.group}" if row.group else noise
+    group = row.runs[0].group
+    return f"{noise}, {group}" if group else noise
 
 
 def radius_grid(rows: Sequence[Row]) -> Floats:
@@ -289,7 +290,6 @@ def selected_radii(rows: Sequence[Row], scale: RadiusScale) -> list[tuple[str, f
 
 
 # Training history: measures recorded each round, mean over clients with its band.
-
 
 _FIRST = ("loss", "accuracy")
 _NO_MEASURES = ("client", "seconds", "private_steps")

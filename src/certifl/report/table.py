@@ -12,6 +12,7 @@ import numpy as np
 from certifl.certification.certificates import Certificates, pandas, require_rows
 from certifl.errors import InputError
 from certifl.perturbations.units import parse_amounts
+from certifl.report import summary
 from certifl.report.compare import own_interval
 from certifl.report.page.background import privacy_words
 from certifl.report.results import (
@@ -21,25 +22,6 @@ from certifl.report.results import (
     by_seed,
     load_runs,
     require_one_perturbation,
-)
-from certifl.report.summary import (
-    Share,
-    abstained_share,
-    accuracy_share,
-    certified_at,
-    client_curves,
-    first_unit,
-    gains,
-    group_words,
-    image_numbers,
-    left_out_words,
-    mean_acr,
-    plain_rows,
-    radius_grid,
-    selected_radii,
-    shares_over_seeds,
-    spread,
-    vote_cost,
 )
 from certifl.report.wording import percent
 from certifl.smoothing.bounds import Floats, Ints
@@ -59,9 +41,6 @@ def summary_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]
 
     Where clients certify different perturbations, one row per perturbation and run.
 
-    Args:
-        runs: run folders, or runs that were read before.
-
     Returns:
         Per row: `regime`, `label`, `seeds` (of its runs), `images`, `clients`; `acr` (mean over
         clients, stored unit) with `acr_low`, `acr_high` (95 % over images and seeds, None with too
@@ -77,8 +56,7 @@ def summary_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]
         the row includes.
 
     Raises:
-        StoreMismatch: a run that is missing or unfinished, or runs that cannot be compared.
-        StoreError: a run that is damaged.
+        StoreMismatch, StoreError: as `load_runs`.
     """
     groups = by_perturbation(load_runs(runs))
     return [row for group in groups for row in _rows(by_seed(group), len(groups) > 1)]
@@ -98,12 +76,12 @@ def class_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]]:
     groups = [by_seed(group) for group in by_perturbation(load_runs(runs))]
     rows: list[dict[str, Any]] = []
     for group in groups:
-        scale = first_unit(group)
-        radii = selected_radii(group, scale)
+        scale = summary.first_unit(group)
+        radii = summary.selected_radii(group, scale)
         rows += [
             {
                 "label": row.label,
-                "perturbation": group_words(row) if len(groups) > 1 else None,
+                "perturbation": summary.group_words(row) if len(groups) > 1 else None,
                 "class": one.number,
                 "name": one.name,
                 "images": one.images,
@@ -122,14 +100,13 @@ def class_rows(runs: Sequence[str | Path | RunResults]) -> list[dict[str, Any]]:
 
 
 def _rows(loaded: Sequence[Row], own: bool) -> list[dict[str, Any]]:
-    """Rows about the clients that certify one perturbation."""
-    scale = first_unit(loaded)
-    radii = selected_radii(loaded, scale)
+    scale = summary.first_unit(loaded)
+    radii = summary.selected_radii(loaded, scale)
     rows = []
     for run in loaded:
-        acr, gap, votes = mean_acr(run), spread(run)[2], vote_cost(run)
+        acr, gap, votes = summary.mean_acr(run), summary.spread(run)[2], summary.vote_cost(run)
         low, high = own_interval(run) or (None, None)
-        shares = [(text, radius, accuracy_share(run, radius)) for text, radius in radii]
+        shares = [(text, radius, summary.accuracy_share(run, radius)) for text, radius in radii]
         rows.append(
             {
                 "regime": run.algorithm,
@@ -156,16 +133,16 @@ def _rows(loaded: Sequence[Row], own: bool) -> list[dict[str, Any]]:
                     }
                     for text, radius, s in shares
                 ],
-                "abstained": None if run.curves_only else abstained_share(run).value,
+                "abstained": None if run.curves_only else summary.abstained_share(run).value,
                 "votes_per_image": votes.per_image,
                 "votes_saved": votes.saved,
-                "left_out": _of_runs(run, left_out_words),
+                "left_out": _of_runs(run, summary.left_out_words),
                 "privacy": _of_runs(run, privacy_words),
-                "perturbation": group_words(run) if own else None,
+                "perturbation": summary.group_words(run) if own else None,
                 "of_clients": run.clients.tolist() if own else None,
                 "plain": [
                     {"client": client, "images": images, "correct": correct}
-                    for _, client, images, correct in plain_rows([run])
+                    for _, client, images, correct in summary.plain_rows([run])
                 ],
             }
         )
@@ -199,8 +176,8 @@ class Group:
     name: str
     images: int
     acr: float
-    accuracy: tuple[Share, ...]
-    abstained: Share | None
+    accuracy: tuple[summary.Share, ...]
+    abstained: summary.Share | None
     votes: float
 
 
@@ -208,11 +185,7 @@ def by_class(row: Row, radii: Sequence[float]) -> list[Group]:
     """One group for each class that some test image of a row has.
 
     Classes are those of the labels: what a client with this disease can expect. Images of all
-    clients count once each.
-
-    Args:
-        row: one or several seeds whose single images are known.
-        radii: in the stored unit.
+    clients count once each. Radii are in the stored unit.
     """
     names = row.runs[0].class_names or []
 
@@ -238,8 +211,8 @@ def _groups(
     for number in np.unique(np.concatenate([key(run.certificates) for run in row.runs])):
         inside = [(run, key(run.certificates) == number) for run in row.runs]
         inside = [(run, own) for run, own in inside if own.any()]
-        images = [image_numbers(run)[own] for run, own in inside]
-        certified = [[certified_at(run, r)[own] for run, own in inside] for r in radii]
+        images = [summary.image_numbers(run)[own] for run, own in inside]
+        certified = [[summary.certified_at(run, r)[own] for run, own in inside] for r in radii]
         abstained = [run.certificates.abstained[own] for run, own in inside]
         votes = np.concatenate([run.certificates.votes[own] for run, own in inside])
         groups.append(
@@ -247,9 +220,9 @@ def _groups(
                 int(number),
                 name(int(number)),
                 sum(len(own) for own in images),
-                float(np.mean([gains(run)[own].mean() for run, own in inside])),
-                tuple(shares_over_seeds(hits, images) for hits in certified),
-                None if row.curves_only else shares_over_seeds(abstained, images),
+                float(np.mean([summary.gains(run)[own].mean() for run, own in inside])),
+                tuple(summary.shares_over_seeds(hits, images) for hits in certified),
+                None if row.curves_only else summary.shares_over_seeds(abstained, images),
                 float(np.mean(votes)),
             )
         )
@@ -258,7 +231,6 @@ def _groups(
 
 # Data frames.
 
-
 _GROUPS = {"client": by_client, "class": by_class}
 
 
@@ -266,11 +238,11 @@ def curves_frame(run: RunResults, radii: Sequence[float | str] | Floats | None) 
     """Certified accuracy by radius; see `RunResults.curves`."""
     require_one_perturbation(run)
     if radii is None:
-        grid = radius_grid([run])
+        grid = summary.radius_grid([run])
     else:
         amounts = [r if isinstance(r, str) else float(r) for r in radii]
         grid = np.asarray(parse_amounts(amounts, str(run.conditions["unit"])), np.float64)
-    curves = client_curves(run, grid)
+    curves = summary.client_curves(run, grid)
     named = dict(zip(("mean", "min", "max"), mean_and_band(curves), strict=True))
     columns: dict[Any, Floats] = {**named, **dict(zip(run.clients.tolist(), curves, strict=True))}
     frame = pandas().DataFrame(columns, index=pandas().Index(grid, name="radius"))
@@ -286,23 +258,22 @@ def table_frame(run: RunResults, by: str | None) -> DataFrame:
         raise InputError(f"table(by=...) takes None, 'client' or 'class'; got {by!r}.")
     if by == "class":
         require_rows(run.certificates)
-    radii = selected_radii([run], first_unit([run]))
+    radii = summary.selected_radii([run], summary.first_unit([run]))
     groups = _GROUPS[by](run, [radius for _, radius in radii])
     index = pandas().Index([group.number for group in groups], name=by)
-    frame = pandas().DataFrame([_columns(group, radii) for group in groups], index=index)
+    columns = [
+        {
+            "name": group.name,
+            "images": group.images,
+            "acr": group.acr,
+            **{f"at {t}": s.value for (t, _), s in zip(radii, group.accuracy, strict=True)},
+            "abstained": None if group.abstained is None else group.abstained.value,
+            "votes_per_image": group.votes,
+        }
+        for group in groups
+    ]
+    frame = pandas().DataFrame(columns, index=index)
     return _described(frame, run.conditions)
-
-
-def _columns(group: Group, radii: Sequence[tuple[str, float]]) -> dict[str, Any]:
-    at = {f"at {text}": s.value for (text, _), s in zip(radii, group.accuracy, strict=True)}
-    return {
-        "name": group.name,
-        "images": group.images,
-        "acr": group.acr,
-        **at,
-        "abstained": None if group.abstained is None else group.abstained.value,
-        "votes_per_image": group.votes,
-    }
 
 
 def table(results: Sequence[RunResults]) -> DataFrame:
@@ -323,21 +294,21 @@ def table(results: Sequence[RunResults]) -> DataFrame:
     """
     rows = summary_rows(results)
     index = pandas().Index([row["label"] for row in rows], name="label")
-    frame = pandas().DataFrame([_summary(row) for row in rows], index=index)
+    names = ("perturbation", "seeds", "clients", "images", "acr", "acr_low", "acr_high", "spread")
+    columns = [
+        {
+            "algorithm": row["regime"],
+            **{name: row[name] for name in names},
+            **{f"at {one['radius_text']}": one["value"] for one in row["accuracy"]},
+            "abstained": row["abstained"],
+            "votes_per_image": row["votes_per_image"],
+        }
+        for row in rows
+    ]
+    frame = pandas().DataFrame(columns, index=index)
     if all(row["perturbation"] is None for row in rows):
         return _described(frame.drop(columns="perturbation"), results[0].conditions)
     return frame
-
-
-def _summary(row: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("perturbation", "seeds", "clients", "images", "acr", "acr_low", "acr_high", "spread")
-    return {
-        "algorithm": row["regime"],
-        **{name: row[name] for name in names},
-        **{f"at {one['radius_text']}": one["value"] for one in row["accuracy"]},
-        "abstained": row["abstained"],
-        "votes_per_image": row["votes_per_image"],
-    }
 
 
 def _described(frame: DataFrame, metadata: Mapping[str, Any]) -> DataFrame:

@@ -92,7 +92,11 @@ class StoredRound:
         """What is wrong with the files; None when every size and checksum is right."""
         for name, (size, checksum) in self.files.items():
             try:
-                found = _size_and_checksum(self.path / name, size)
+                found = [0, 0]
+                # A larger file need not be read to be another.
+                with open_regular(self.path / name, size) as file:
+                    while piece := file.read(_PIECE):
+                        found = [found[0] + len(piece), zlib.crc32(piece, found[1])]
             except (OSError, InputError) as error:
                 return f"{name} cannot be read ({error})"
             if found != [size, checksum]:
@@ -323,14 +327,6 @@ def _unflatten(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch
         part, _, name = key.partition("/")
         parts.setdefault(part, {})[name] = value
     return parts
-
-
-def _size_and_checksum(path: Path, most: int) -> list[int]:
-    size, checksum = 0, 0
-    with open_regular(path, most) as file:  # a larger one need not be read to be another
-        while piece := file.read(_PIECE):
-            size, checksum = size + len(piece), zlib.crc32(piece, checksum)
-    return [size, checksum]
 
 
 def _flush_all(paths: list[Path]) -> None:

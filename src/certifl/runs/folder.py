@@ -26,14 +26,7 @@ from certifl.certification.certificates import Certificates, Predictions
 from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.path_checks import check_run
 from certifl.runs.atomic import read_json, write_json, write_text
-from certifl.safe_io import (
-    MALFORMED,
-    SPEC_BYTES,
-    is_temporary,
-    parse_json,
-    parse_toml,
-    read_text,
-)
+from certifl.safe_io import MALFORMED, SPEC_BYTES, is_temporary, parse_json, parse_toml, read_text
 
 RUNNING, FINISHED = "running", "finished"
 _MARK, _LOCK = "run.json", ".lock"
@@ -64,30 +57,18 @@ class RunFolder:
 
     path: Path
 
-    spec = _Inside("spec.toml")
-    """The spec, every default spelled out."""
-    partition = _Inside("partition.json")
-    """Which images each client holds."""
-    initial = _Inside("initial.safetensors")
-    """The weights that training began with, where they came from a file; else absent."""
-    training = _Inside("checkpoints", "training")
-    """Checkpoints of the rounds."""
-    history = _Inside("history.jsonl")
-    """The rounds, one line of JSON each; written when training is finished."""
-    certificates = _Inside("certificates.parquet")
-    """All clients' certificates."""
-    curves = _Inside("curves.json")
-    """Curves of clients that keep their certificates to themselves; else absent."""
-    predictions = _Inside("predictions.parquet")
-    """Plain predictions of the clients that certify nothing; absent where all certify."""
-    attack = _Inside("attack.json")
-    """Results of attacks on the certificates; absent where none were tried."""
-    explorer = _Inside("explorer.json")
-    """A few test images on the way through the deformations, with votes; may be absent."""
-    figures = _Inside("figures")
-    """Figures and the numbers behind them."""
+    spec = _Inside("spec.toml")  # every default spelled out
+    partition = _Inside("partition.json")  # which images each client holds
+    initial = _Inside("initial.safetensors")  # the weights that training began with, if of a file
+    training = _Inside("checkpoints", "training")  # checkpoints of the rounds
+    history = _Inside("history.jsonl")  # a round on each line; written when training is finished
+    certificates = _Inside("certificates.parquet")  # of all clients
+    curves = _Inside("curves.json")  # only of clients that keep their certificates to themselves
+    predictions = _Inside("predictions.parquet")  # plain ones, of clients that certify nothing
+    attack = _Inside("attack.json")  # results of attacks on the certificates, if any were tried
+    explorer = _Inside("explorer.json")  # a few test images deformed, with votes; may be absent
+    figures = _Inside("figures")  # with the numbers behind them
     report = _Inside("report.html")
-    """The report page."""
 
     def votes(self, client: int) -> Path:
         """Votes cast so far on one client's test images."""
@@ -294,13 +275,17 @@ class RunFolder:
         except InputError as error:
             raise StoreError(f"{error} Repeat the command that made the run.") from error
 
-    def save_certificates(self, certificates: Certificates) -> None:
-        """Write all clients' certificates."""
-        _save(certificates, self.certificates, "All votes are saved: free")
-
-    def save_predictions(self, predictions: Predictions) -> None:
-        """Write the plain predictions."""
-        _save(predictions, self.predictions, "Free")
+    def save(self, rows: Certificates | Predictions) -> None:
+        """Write all clients' certificates, or the plain predictions."""
+        path, advice = self.certificates, "All votes are saved: free"
+        if isinstance(rows, Predictions):
+            path, advice = self.predictions, "Free"
+        try:
+            rows.save(path)
+        except OSError as error:
+            raise StoreError(
+                f"Cannot write {path}: {error}. {advice} some space, then repeat the command."
+            ) from error
 
 
 class StoredRun:
@@ -420,15 +405,6 @@ class StoredRun:
             return False
 
 
-def _save(rows: Certificates | Predictions, path: Path, advice: str) -> None:
-    try:
-        rows.save(path)
-    except OSError as error:
-        raise StoreError(
-            f"Cannot write {path}: {error}. {advice} some space, then repeat the command."
-        ) from error
-
-
 @contextlib.contextmanager
 def locked_for(page: Path) -> Iterator[None]:
     """Lock the run folder that a page is written into; nothing where that is no run folder.
@@ -445,7 +421,6 @@ def require_own_folder(path: Path, runs: Sequence[str], others: Sequence[str]) -
     """Refuse a folder that holds anything but some runs and what is made of them.
 
     Args:
-        path: where runs and their page are written.
         runs: names of the run folders in it.
         others: what is written beside them, once there are runs.
 

@@ -65,7 +65,9 @@ def publish(
             f"{run.path} cannot be published: only runs of one machine are, in which every client "
             "has certificates and no privacy was accounted for."
         )
-    certificates = _rounded(run.certificates)
+    # Further digits of seconds are noise, and most of the file.
+    seconds = np.round(run.certificates.seconds, _DIGITS)
+    certificates = dataclasses.replace(run.certificates, seconds=seconds)
     manifest = published_manifest(run.manifest, certificates)
     texts = {
         "spec.toml": read_text(run.folder.spec, SPEC_BYTES),
@@ -103,11 +105,6 @@ def without_folders(command: str) -> str:
         if word in _PLACEHOLDERS:
             words[index + 1] = _PLACEHOLDERS[word]
     return shlex.join(_PATH.sub(lambda found: Path(found.group()).name, word) for word in words)
-
-
-def _rounded(certificates: Certificates) -> Certificates:
-    """Seconds to the millisecond: further digits are noise, and most of the file."""
-    return dataclasses.replace(certificates, seconds=np.round(certificates.seconds, _DIGITS))
 
 
 def _refuse_paths(run: Path, texts: Mapping[str, str], certificates: Certificates) -> None:

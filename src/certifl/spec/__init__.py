@@ -5,7 +5,6 @@ written back, and its hash names what was computed. Everything that changes a nu
 everything that does not (folders, device, progress) is an option of the command instead.
 """
 
-from certifl.spec.reading import load, load_stored, merged, received, with_settings
-from certifl.spec.study import Spec
+from certifl.spec.study import Spec, load, load_stored, merged, received, with_settings
 
 __all__ = ["Spec", "load", "load_stored", "merged", "received", "with_settings"]

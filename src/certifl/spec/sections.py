@@ -31,9 +31,7 @@ from certifl.federated.aggregation import RULES, make_rule
 from certifl.federated.schedule import Schedule, participants
 from certifl.models import MODELS
 from certifl.path_checks import WEIGHTS, check_file
-from certifl.perturbations import describe as describe_perturbation
-from certifl.perturbations import from_description as new_perturbation
-from certifl.perturbations import from_record as perturbation_from
+from certifl.perturbations import describe, from_description, from_record
 from certifl.perturbations.units import parse_amount, parse_amounts
 from certifl.registry import choices
 from certifl.safe_io import DATA_BYTES, open_regular
@@ -43,15 +41,12 @@ if TYPE_CHECKING:
     from certifl.federated.aggregation.rules import Rule
     from certifl.federated.privacy import Budget
 
-S = TypeVar("S")
 R = TypeVar("R")
 
 NONE, SAME, OWN = "none", "same", "own"
-# The context of validation in which a run's own record is read: what an older version could
-# compute stays readable, though it can no longer be asked for.
-STORED = {"stored": True}
-# The context in which a client reads the spec of a server: it may name no file of this machine.
-RECEIVED = {"received": True}
+# Contexts of validation: a run's own record is read (what an older version could compute stays
+# readable, though it can no longer be asked for); or a server's spec, which may name no file here.
+STORED, RECEIVED = {"stored": True}, {"received": True}
 
 
 class Section(BaseModel):
@@ -60,12 +55,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-def once(method: Callable[[S], R]) -> Callable[[S], R]:
+def once(method: Callable[[Any], R]) -> Callable[[Any], R]:
     """A method without arguments, called once per object: its result is cached."""
     key = f"_{method.__name__}"
 
     @functools.wraps(method)
-    def cached(self: S) -> R:
+    def cached(self: Any) -> R:
         values = self.__dict__  # pydantic compares and writes fields alone
         if key not in values:
             values[key] = method(self)
@@ -86,7 +81,7 @@ def _perturbation(*words: str) -> BeforeValidator:
                 f'must be {also}a table such as {{ family = "rotation", sigma = "18deg" }}; '
                 f"got {value!r}"
             )
-        return describe_perturbation(new_perturbation(value))
+        return describe(from_description(value))
 
     return BeforeValidator(check)
 
@@ -103,24 +98,9 @@ Above0 = Annotated[float, Field(gt=0)]
 
 
 @functools.lru_cache
-def _checksum(path: Path, size: int, changed: int) -> str:
-    del size, changed  # another file has others
+def _checksum(path: Path, _size: int, _changed: int) -> str:  # another file has others
     with open_regular(path, DATA_BYTES) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
-
-
-def file_checksum(path: Path) -> str:
-    """SHA-256 of a file of weights.
-
-    Raises:
-        ValueError: there is none, or it cannot be read.
-    """
-    try:
-        check_file(path, WEIGHTS)
-        stat = path.stat()
-        return _checksum(path.resolve(), stat.st_size, stat.st_mtime_ns)
-    except (InputError, OSError) as error:
-        raise ValueError(f"weights: {error}") from error
 
 
 def _in_unit(value: Any, info: ValidationInfo) -> Any:
@@ -128,7 +108,7 @@ def _in_unit(value: Any, info: ValidationInfo) -> Any:
     name, described = str(info.field_name), info.data.get("perturbation")
     if value is None or not isinstance(described, dict):
         return value  # the perturbation is refused, or there is nothing to certify
-    unit = perturbation_from(described).unit
+    unit = from_record(described).unit
     return parse_amount(value, unit, name) if name == "reach" else [*parse_amounts(value, unit)]
 
 
@@ -250,7 +230,12 @@ class Model(Section):
             return values
         if info.context == RECEIVED:
             raise ValueError("weights name a file, which a server may not do: remove the key")
-        found = file_checksum(Path(path))
+        try:
+            check_file(file := Path(path), WEIGHTS)
+            stat = file.stat()
+            found = _checksum(file.resolve(), stat.st_size, stat.st_mtime_ns)
+        except (InputError, OSError) as error:
+            raise ValueError(f"weights: {error}") from error
         if recorded not in (None, found):
             raise ValueError(
                 f"weights: {path} is not the file that weights_sha256 is of. Restore it, or "
@@ -336,11 +321,7 @@ class Aggregation(Section):
         return self.model_dump(exclude={"rule", "clip"}, exclude_none=True)
 
     def check(self, participants: int) -> None:
-        """Refuse a rule that so few clients cannot give what it promises.
-
-        Raises:
-            SpecError: with so many participants in a round, its options make no sense.
-        """
+        """Raise a SpecError if so many participants cannot give what the rule promises."""
         RULES.rows[self.rule].check(self._options(), participants)
 
     def build(self) -> Rule | None:
@@ -447,9 +428,8 @@ class Certification(Section):
         own, common = self._own(client), getattr(self, name)
         if own is None or own.perturbation == NONE:
             return common
-        specific = getattr(own, name)
-        if specific is None and common is not None:
-            units = [perturbation_from(d).unit for d in (self.perturbation, own.perturbation)]
+        if (specific := getattr(own, name)) is None and common is not None:
+            units = [from_record(d).unit for d in (self.perturbation, own.perturbation)]
             if units[0] != units[1]:
                 raise ValueError(
                     f"{name} is in {units[0]}, but own certifies {own.perturbation['family']} in "

@@ -54,8 +54,7 @@ class Job:
     """One client's test images to certify with the model it deploys.
 
     Attributes:
-        client: number of the client.
-        index: (m,) positions in the data set's test split.
+        client: its number. index: (m,) positions in the data set's test split.
         images: (m, c, h, w) uint8. labels: (m,).
         saved: the file of the votes cast so far.
         training: (k, c, h, w) uint8, training images that fix the ranges of int8.
@@ -245,10 +244,7 @@ class _Saver:
 
 
 def certify_clients(
-    run: OpenRun,
-    device: str,
-    report: StageCallback | None = None,
-    share: tuple[int, int] = (0, 1),
+    run: OpenRun, device: str, report: StageCallback | None = None, share: tuple[int, int] = (0, 1)
 ) -> None:
     """Certify the clients one after the other and store the results of all in the run.
 
@@ -357,7 +353,6 @@ def _chosen_for_all(
 
 
 def _store(run: OpenRun, parts: Sequence[Certificates], plain: Sequence[Predictions]) -> None:
-    """The predictions and the certificates of all clients as one file each."""
     summary: dict[str, object] = {
         "votes": sum(int(p.votes.sum()) + int(p.selection_counts.sum()) for p in parts),
         "certification_seconds": round(sum(float(p.seconds.sum()) for p in parts), 3),
@@ -368,7 +363,7 @@ def _store(run: OpenRun, parts: Sequence[Certificates], plain: Sequence[Predicti
         metadata = {**plain[0].conditions, "model_fingerprint": models}
         joined = Predictions.concatenate(plain)
         run.predictions = dataclasses.replace(joined, conditions=metadata)
-        run.folder.save_predictions(run.predictions)
+        run.folder.save(run.predictions)
         summary["plain"] = {
             str(p.clients[0]): {"images": len(p), "correct": int(p.correct.sum())} for p in plain
         }
@@ -378,7 +373,7 @@ def _store(run: OpenRun, parts: Sequence[Certificates], plain: Sequence[Predicti
     for name in {"model_fingerprint", *_OF_A_QUANTIZED_NETWORK} & set(metadata):
         metadata[name] = {str(int(p.client[0])): p.conditions[name] for p in parts}
     run.certificates = dataclasses.replace(together, conditions=metadata)
-    run.folder.save_certificates(run.certificates)
+    run.folder.save(run.certificates)
 
 
 def _progress(report: StageCallback | None, before: int, total: int) -> ProgressCallback | None:

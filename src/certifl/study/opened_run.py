@@ -306,9 +306,8 @@ def open_deployed(
     """The model of a client of a run, or of the client whose own folder it is; with the run.
 
     Args:
-        path: a finished run, or a client's own folder of a study.
-        client: None = client 0 of a run, or the one whose folder it is.
-        code: folder with the network's own code, which the user trusts.
+        path: a finished run, or a client's own folder of a study, `CLIENT/studies/ID`.
+        client: None = client 0 of a run, or the one whose folder it is. code: as `OpenRun`.
 
     Raises:
         StoreMismatch: neither. InputError: there is no such client. StoreError: it is damaged.
@@ -360,8 +359,7 @@ class ClientStudy:
         """The client's model with what it takes to use it.
 
         Args:
-            client: whose model; None = the client of this folder.
-            code: folder with the network's own code, which the user trusts.
+            client: whose model; None = the client of this folder. code: as `OpenRun`.
 
         Raises:
             InputError: another client than this one.

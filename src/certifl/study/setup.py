@@ -1,13 +1,16 @@
-"""What a study is made of: its data and partition, its network, its training, and their labels."""
+"""What a study is made of: data, partition, network, training with its privacy, and labels."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import math
+import os
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,18 @@ from certifl.federated.algorithms import ALGORITHMS
 from certifl.federated.batches import PerClient, combine_augmentations
 from certifl.federated.local_training import LocalTraining, check_batches, check_images
 from certifl.federated.objectives import OBJECTIVES
+from certifl.federated.privacy import (
+    ACCOUNTANT,
+    ClientLedger,
+    ClientLevel,
+    ExampleLedger,
+    ExampleLevel,
+    check_network,
+    derived_key,
+    plan_clients,
+    plan_examples,
+    sends_nothing,
+)
 from certifl.federated.privacy.mechanisms import try_clipping
 from certifl.federated.trainer import Participation, RandomShare
 from certifl.models import build, is_users_code, require_code
@@ -36,9 +51,9 @@ from certifl.models.state import load_weights, read_checkpoint, weights_in
 from certifl.module_copies import evaluating
 from certifl.path_checks import WEIGHTS, check_file
 from certifl.perturbations import Perturbation
-from certifl.runs.atomic import load_tensors
+from certifl.runs.atomic import load_tensors, write_secret
+from certifl.safe_io import SPEC_BYTES, read_bytes
 from certifl.spec import Spec
-from certifl.study.privacy import Protection, private_label
 
 _log = logging.getLogger(__name__)
 
@@ -54,11 +69,7 @@ def data_columns(spec: Spec) -> ReadOptions:
 
 
 def load_data(spec: Spec, data_dir: Path | None, *, offline: bool = False) -> Dataset:
-    """The data set of a study, with the column that it is split by.
-
-    Args:
-        spec: of the study. data_dir: folder of data sets.
-        offline: never use the network.
+    """The data set of a study, with the column that it is split by; offline without downloads.
 
     Raises:
         DataUnavailable: the data set is not available. InputError: it has no such column.
@@ -97,10 +108,7 @@ def partition_of(spec: Spec, dataset: Dataset) -> Partition:
     train, test = (
         random_part(len(split), count, spec.seed, which)
         for split, count, which in zip(
-            splits,
-            (spec.data.train_images, spec.data.test_images),
-            ("train", "test"),
-            strict=True,
+            splits, (spec.data.train_images, spec.data.test_images), ("train", "test"), strict=True
         )
     )
     labels = tuple(split.labels.numpy() for split in splits)
@@ -148,10 +156,7 @@ def initial_model(spec: Spec, dataset: Dataset) -> nn.Module:
 
 
 def begin_with(model: nn.Module, path: Path, name: str) -> None:
-    """Give a network the weights of a file: .safetensors, or what `torch.save` wrote.
-
-    Args:
-        model: gets the weights. path: of the file. name: of the network, for messages.
+    """Give a network, called `name`, the weights of a .safetensors file or one of `torch.save`.
 
     Raises:
         InputError: there is no such file, or it is not a file of plain weights.
@@ -322,7 +327,6 @@ def check_training(
     """Refuse, before anything is written, a network that these clients cannot train.
 
     Args:
-        spec: of the study. model: the network; it stays as it is.
         sizes: number of training images of each client. image_shape: (c, h, w).
 
     Raises:
@@ -350,3 +354,120 @@ def by_client(entry: dict[str, Any]) -> dict[str, Any]:
         for row in entry["clients"]
     }
     return {**entry, "clients": rows}
+
+
+# The privacy of a run: its key, its mechanism, and its entry in the run's manifest.
+
+KEY_FILE = "privacy.key"
+_KEY_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Protection:
+    """Mechanism and ledger of a private training; empty where the spec has no privacy."""
+
+    example: ExampleLevel | None = None
+    client: ClientLevel | None = None
+    ledger: ExampleLedger | ClientLedger | None = None
+
+
+def protection(spec: Spec, model: nn.Module, sizes: Sequence[int], key: bytes) -> Protection:
+    """Mechanism and ledger of a spec, for the network that is trained.
+
+    Args:
+        sizes: number of training images of each client.
+        key: of the training, `training_key`; any key to check whether the request is possible.
+
+    Raises:
+        ModelError: the network cannot be trained with privacy.
+        SpecError: the target is impossible, or opacus is not installed.
+    """
+    privacy = spec.privacy
+    if privacy.kind == "none":
+        return Protection()
+    check_network(model, privacy.kind)
+    if privacy.kind == "example":
+        example, ledger = plan_examples(
+            privacy.budget(), spec.algorithm, spec.training.schedule(), sizes, key
+        )
+        return Protection(example=example, ledger=ledger)
+    client, ledger = plan_clients(
+        privacy.budget(),
+        spec.algorithm,
+        spec.training.rounds,
+        spec.clients.seen,
+        spec.clients.participation,
+        key,
+    )
+    return Protection(client=client, ledger=ledger)
+
+
+def private_label(spec: Spec) -> str:
+    """A label of the privacy: "ε = 8 per image", "noise 1.2 per client"."""
+    privacy = spec.privacy
+    of = {"example": "image", "client": "client"}[privacy.kind]
+    if privacy.target_epsilon is not None:
+        return f"ε = {privacy.target_epsilon:g} per {of}"
+    return f"noise {privacy.noise_multiplier:g} per {of}"
+
+
+def training_key(spec: Spec, folder: Path) -> bytes:
+    """The key of a training's noise and samples, another one for every training.
+
+    A personalized training has the key of its base: their common rounds are the same. A secret is
+    drawn when first needed, and stored in the run folder.
+
+    Raises:
+        StoreError: the secret cannot be read or written.
+    """
+    secret = str(spec.seed).encode()
+    if spec.privacy.noise_key == "secret":
+        secret = _secret(folder / KEY_FILE)
+    return derived_key(secret, "training", spec.training_hash(of_base=True))
+
+
+def _secret(path: Path) -> bytes:
+    if not path.exists():
+        write_secret(path, os.urandom(_KEY_BYTES))
+    try:
+        content = read_bytes(path, SPEC_BYTES)
+    except (OSError, InputError) as error:
+        raise StoreError(f"{path} cannot be read: {error}. Restore its permissions.") from error
+    if len(content) != _KEY_BYTES:
+        raise StoreError(
+            f"{path} is damaged: it must hold {_KEY_BYTES} bytes. Without it the training cannot "
+            "be resumed; repeat the run with --overwrite."
+        )
+    return content
+
+
+def spent(
+    spec: Spec, protection: Protection, history: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The manifest's entry on privacy after these rounds; empty without privacy.
+
+    "epsilon" counts every round, fine-tuning included; "epsilon_sent" only scheduled ones, whose
+    results others see. Both have a value for each client; with privacy of clients, for each that
+    takes part in rounds.
+    """
+    ledger = protection.ledger
+    if ledger is None:
+        return {}
+    clients, sent = spec.clients.seen, history[: spec.training.rounds]
+    if sends_nothing(spec.algorithm):
+        sent = []
+    if isinstance(ledger, ExampleLedger):
+        noise, total, public = list(ledger.multipliers), ledger.spent(history), ledger.spent(sent)
+    else:
+        noise = [ledger.multiplier] * clients
+        total, public = ([ledger.spent(rounds)] * clients for rounds in (history, sent))
+    return {
+        "kind": spec.privacy.kind,
+        "delta": spec.privacy.delta,
+        "max_norm": spec.privacy.max_norm,
+        "noise_multiplier": noise,
+        "noise_key": spec.privacy.noise_key,
+        "accountant": f"{ACCOUNTANT}, opacus {version('opacus')}",
+        "epsilon": total,
+        "epsilon_sent": public,
+    }

@@ -13,24 +13,33 @@ import importlib.util
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar
 
+from certifl.errors import RequestError
 from certifl.runs.folder import flat
 
 _PROJECT = "certifl"  # or experiment, unless the user names another
-_T = TypeVar("_T")
 
 
-class Tracker(Protocol):
-    """One experiment tracker following one run.
+class Tracker:
+    """One experiment tracker following one run, whose files go to a folder of the run.
 
     Calls come in this order: `begin`, then `log` for every round not logged before and once for
     the certificates, then `finish`. What was logged must survive a kill of the process as soon as
     the call returns, as far as the library allows.
     """
+
+    packages: ClassVar[tuple[str, ...]]  # that it needs
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @classmethod
+    def installed(cls) -> bool:
+        """Whether its library is installed; it is not imported."""
+        return importable(*cls.packages)
 
     def begin(
         self, spec: Mapping[str, Any], metadata: Mapping[str, Any], run_id: str | None, rounds: int
@@ -46,27 +55,15 @@ class Tracker(Protocol):
         Returns:
             The name with which to resume after an interruption.
         """
-        ...
+        raise NotImplementedError
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         """Log numbers by name; the step is a round's number, or that of finished rounds."""
-        ...
+        raise NotImplementedError
 
     def finish(self, complete: bool) -> None:
         """Close the run: complete, or to be resumed."""
-        ...
-
-
-class TrackerFactory(Protocol):
-    """A class of trackers, as a row of the table."""
-
-    def __call__(self, folder: Path) -> Tracker:
-        """A tracker that writes its files to a folder of the run."""
-        ...
-
-    def installed(self) -> bool:
-        """Whether its library is installed; it is not imported."""
-        ...
+        raise NotImplementedError
 
 
 def importable(*packages: str) -> bool:
@@ -83,27 +80,25 @@ def _links(metadata: Mapping[str, Any]) -> str:
     return "\n".join(f"- {name}: `{path}`" for name, path in metadata["links"].items())
 
 
-class TensorBoard:
+class _TensorBoard(Tracker):
     """Scalars per round, the spec as hyper-parameters and as text.
 
     `tensorboard --logdir runs` shows all runs below a folder, their parameters under HPARAMS.
     """
 
+    packages = ("tensorboard",)
+
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._folder, self._open = folder, SummaryWriter
+        super().__init__(folder)
+        self._open = SummaryWriter
         self._writer: Any = None
-
-    @staticmethod
-    def installed() -> bool:
-        """Whether its library is installed."""
-        return importable("tensorboard")
 
     def begin(
         self, spec: Mapping[str, Any], metadata: Mapping[str, Any], run_id: str | None, rounds: int
     ) -> str:
-        """Open a further event file; readers hide what a killed process logged beyond `rounds`."""
+        # Readers hide what a killed process logged beyond `rounds`.
         purge = rounds if run_id is not None else None
         self._writer = self._open(str(self._folder), purge_step=purge)
         if run_id is None:
@@ -125,13 +120,11 @@ class TensorBoard:
         self._writer.flush()
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
-        """Scalars at a step."""
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def finish(self, complete: bool) -> None:
-        """Close the event file."""
         self._writer.close()
 
 
@@ -139,8 +132,10 @@ _MOST_METRICS, _MOST_PARAMS = 1000, 100  # of one call, as MLflow demands
 _SERVER = "MLFLOW_TRACKING_URI"
 
 
-class MLflow:
+class _MLflow(Tracker):
     """Metrics per round, the spec as parameters, links and metadata as tags."""
+
+    packages = ("mlflow",)
 
     def __init__(self, folder: Path) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
@@ -148,22 +143,21 @@ class MLflow:
         from mlflow import entities  # pyright: ignore[reportMissingImports]
         from mlflow.tracking import MlflowClient  # pyright: ignore[reportMissingImports]
 
-        self._server, self._folder = os.environ.get(_SERVER), folder.resolve()
+        super().__init__(folder.resolve())
+        self._server = os.environ.get(_SERVER)
         self._connect, self._entities = MlflowClient, entities
         self._client: Any = None
         self._run = ""
 
-    @staticmethod
-    def installed() -> bool:
-        """Whether its library is installed; without a server, its database too."""
-        return importable("mlflow") and (
+    @classmethod
+    def installed(cls) -> bool:  # without a server, its database too
+        return super().installed() and (
             _SERVER in os.environ or importable("sqlalchemy", "alembic")
         )
 
     def begin(
         self, spec: Mapping[str, Any], metadata: Mapping[str, Any], run_id: str | None, rounds: int
     ) -> str:
-        """Open a new run, or the run that was logged before."""
         database = self._folder / "mlflow.db"
         if run_id is None and self._server is None:
             database.unlink(missing_ok=True)  # an interrupted start leaves an incomplete file
@@ -178,11 +172,11 @@ class MLflow:
         tags = {f"certifl.{key}": str(value) for key, value in plain.items()}
         tags["mlflow.note.content"] = _links(metadata)  # the description on its pages
         parameters = [self._entities.Param(key, str(value)) for key, value in flat(spec).items()]
-        for part in _parts(parameters, _MOST_PARAMS):
-            self._client.log_batch(self._run, params=part)
+        for at in range(0, len(parameters), _MOST_PARAMS):
+            self._client.log_batch(self._run, params=parameters[at : at + _MOST_PARAMS])
         labels = [self._entities.RunTag(key, value) for key, value in tags.items()]
-        for part in _parts(labels, _MOST_PARAMS):
-            self._client.log_batch(self._run, tags=part)
+        for at in range(0, len(labels), _MOST_PARAMS):
+            self._client.log_batch(self._run, tags=labels[at : at + _MOST_PARAMS])
         return self._run
 
     def _experiment(self) -> str:
@@ -194,49 +188,38 @@ class MLflow:
         return self._client.create_experiment(name, artifact_location=artifacts)
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
-        """Metrics at a step."""
         now = int(time.time() * 1000)
         points = [self._entities.Metric(key, value, now, step) for key, value in numbers.items()]
-        for part in _parts(points, _MOST_METRICS):
-            self._client.log_batch(self._run, metrics=part)
+        for at in range(0, len(points), _MOST_METRICS):
+            self._client.log_batch(self._run, metrics=points[at : at + _MOST_METRICS])
 
     def finish(self, complete: bool) -> None:
-        """Mark the run as finished, or as killed: to be resumed."""
         self._client.set_terminated(self._run, "FINISHED" if complete else "KILLED")
-
-
-def _parts(values: Sequence[_T], most: int) -> Iterator[list[_T]]:
-    rest = iter(values)
-    while part := list(islice(rest, most)):
-        yield part
 
 
 # Its process buffers what is logged for 15 s by default; a kill would lose that.
 _SECONDS_UNTIL_WRITTEN = 0.05
 
 
-class WeightsAndBiases:
+class _WeightsAndBiases(Tracker):
     """A run with the spec as its configuration; every start adds to the same run.
 
     `wandb sync RUN/tracking/wandb/wandb/offline-run-*` uploads it later.
     """
 
+    packages = ("wandb",)
+
     def __init__(self, folder: Path) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # for the process it starts
         import wandb  # pyright: ignore[reportMissingImports]
 
-        self._wandb, self._folder = wandb, folder
+        super().__init__(folder)
+        self._wandb = wandb
         self._run: Any = None
-
-    @staticmethod
-    def installed() -> bool:
-        """Whether its library is installed."""
-        return importable("wandb")
 
     def begin(
         self, spec: Mapping[str, Any], metadata: Mapping[str, Any], run_id: str | None, rounds: int
     ) -> str:
-        """Open a new run, or a further part of the run that was logged before."""
         shown = {key: value for key, value in metadata.items() if key != "links"}
         # Only what is logged is recorded (no console, code or machine), and written soon.
         quiet = self._wandb.Settings(
@@ -263,9 +246,32 @@ class WeightsAndBiases:
         return str(self._run.id)
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
-        """Numbers at a step."""
         self._run.log(numbers, step=step, commit=True)
 
     def finish(self, complete: bool) -> None:
-        """Write everything out and close this part of the run."""
         self._run.finish(exit_code=0 if complete else 1)
+
+
+TRACKERS: dict[str, type[Tracker]] = {
+    "tensorboard": _TensorBoard,
+    "mlflow": _MLflow,
+    "wandb": _WeightsAndBiases,
+}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that are unknown or not installed, before anything is written.
+
+    Raises:
+        RequestError: an unknown name, or one whose library is not installed.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise RequestError(
+                f"There is no tracker {name!r}. Known are {', '.join(sorted(TRACKERS))}."
+            )
+        if not TRACKERS[name].installed():
+            raise RequestError(
+                f"The tracker {name!r} is not installed. Install it with "
+                f"`pip install 'certifl[{name}]'`, or leave --track {name} out."
+            )

@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from certifl.certification import Certificates
 from certifl.errors import StoreError
 from certifl.runs.atomic import read_json, write_json
 from certifl.runs.checkpoints import Checkpoints
@@ -36,8 +35,7 @@ from certifl.safe_io import parse_toml
 from certifl.smoothing.laws import LAWS
 from certifl.study.opened_run import OpenRun
 from certifl.study.setup import by_client
-from certifl.tracking import TRACKERS, Tracker
-from certifl.tracking.backends import TrackerFactory
+from certifl.tracking.backends import TRACKERS, Tracker
 
 RADII_IN_SIGMA = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 """Radii for certified accuracies, as multiples of sigma; logged where so many votes reach them."""
@@ -46,8 +44,7 @@ _FOLDER, _RECORD = "tracking", "certifl.json"
 _LOGGED = ("name", "label", "regime", "deploys", "spec_hash", "seed", "created", "command")
 _log = logging.getLogger(__name__)
 
-Update = Callable[[], None]
-"""Called when the folder may hold something that is not logged yet."""
+Update = Callable[[], None]  # when the folder may hold something not logged yet
 
 
 @contextlib.contextmanager
@@ -127,11 +124,10 @@ class _Follower:
     failure the tracker is not used until the next start, which logs what is missing.
     """
 
-    def __init__(self, name: str, make: TrackerFactory, folder: Path) -> None:
+    def __init__(self, name: str, make: type[Tracker], folder: Path) -> None:
         self._name, self._make, self._folder = name, make, folder
         self._logged = _Logged()
         self._tracker: Tracker | None = None
-        self._failed = False
 
     @property
     def complete(self) -> bool:
@@ -140,18 +136,14 @@ class _Follower:
 
     def begin(self, spec: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
         """Open the tracker, or resume its run; nothing if everything was logged."""
-
-        def opened() -> None:
+        with self._safely():
             self._folder.mkdir(parents=True, exist_ok=True)
             self._logged = self._stored()
-            if self.complete:
-                return
-            tracker = self._make(self._folder)
-            run = tracker.begin(spec, metadata, self._logged.run, self._logged.rounds)
-            self._tracker = tracker
-            self._store(replace(self._logged, run=run))
-
-        self._safely(opened)
+            if not self.complete:
+                tracker = self._make(self._folder)
+                run = tracker.begin(spec, metadata, self._logged.run, self._logged.rounds)
+                self._tracker = tracker
+                self._store(replace(self._logged, run=run))
 
     def log(
         self, history: Sequence[Mapping[str, Any]], certified: Mapping[str, float] | None
@@ -160,8 +152,7 @@ class _Follower:
         tracker = self._tracker
         if tracker is None:
             return
-
-        def logged() -> None:
+        with self._safely():
             for entry in history:
                 if entry["round"] >= self._logged.rounds:
                     tracker.log(round_numbers(entry), entry["round"])
@@ -170,13 +161,11 @@ class _Follower:
                 tracker.log(certified, self._logged.rounds)
                 self._store(replace(self._logged, certified=True))
 
-        self._safely(logged)
-
     def finish(self) -> None:
         """Close the tracker; what is missing is logged at the next start."""
-        tracker = self._tracker
-        if tracker is not None:
-            self._safely(lambda: tracker.finish(self.complete))
+        if self._tracker is not None:
+            with self._safely():
+                self._tracker.finish(self.complete)
             self._tracker = None
 
     def _stored(self) -> _Logged:
@@ -195,14 +184,13 @@ class _Follower:
         write_json(self._folder / _RECORD, asdict(logged))
         self._logged = logged
 
-    def _safely(self, action: Callable[[], None]) -> None:
+    @contextlib.contextmanager
+    def _safely(self) -> Iterator[None]:
         """Whatever a tracker's library raises: the run matters more than its tracker."""
-        if self._failed:
-            return
         try:
-            action()
+            yield
         except Exception as error:
-            self._failed = True
+            self._tracker = None
             _log.warning(
                 "Tracking with %s stopped: %s: %s. The run continues and keeps everything; the "
                 "same command later logs what is missing.",
@@ -258,22 +246,17 @@ def certified_numbers(run: OpenRun) -> dict[str, float]:
     for client in sorted({int(client) for client in certificates.client}):
         own = certificates.of_client(client)
         columns.setdefault("acr", {})[str(client)] = own.average_certified_radius()
-        for radius, share in _certified_accuracies(own).items():
+        metadata = own.conditions
+        sigma, n, alpha = float(metadata["sigma"]), int(metadata["n"]), float(metadata["alpha"])
+        end = LAWS[metadata["law"]].largest_radius(sigma, n, alpha)  # as far as the votes reach
+        radii = [radius for radius in RADII_IN_SIGMA if radius * sigma <= end]
+        shares = own.certified_accuracy([sigma * radius for radius in radii])
+        for radius, share in zip(radii, shares, strict=True):
             name = f"certified_accuracy/{radius:g}-sigma"
-            columns.setdefault(name, {})[str(client)] = share
+            columns.setdefault(name, {})[str(client)] = float(share)
     seconds = float(run.folder.manifest().get("certification_seconds", 0.0))
     one_unit = len(certificates.by_kind()) <= 1
     return {"seconds/certification": seconds, **_of_clients(columns, means=one_unit)}
-
-
-def _certified_accuracies(own: Certificates) -> dict[float, float]:
-    """Certified accuracy by radius in sigma, as far as the votes reach."""
-    metadata = own.conditions
-    sigma, n, alpha = float(metadata["sigma"]), int(metadata["n"]), float(metadata["alpha"])
-    end = LAWS[metadata["law"]].largest_radius(sigma, n, alpha)
-    radii = [radius for radius in RADII_IN_SIGMA if radius * sigma <= end]
-    shares = own.certified_accuracy([sigma * radius for radius in radii])
-    return {radius: float(share) for radius, share in zip(radii, shares, strict=True)}
 
 
 def _of_clients(

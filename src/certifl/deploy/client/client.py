@@ -63,8 +63,7 @@ from certifl.runs.atomic import private_files, save_tensors
 from certifl.spec import Spec, received, with_settings
 from certifl.study.certify import Job, Paused, VoteSource, certify_job, job_network, predicted
 from certifl.study.opened_run import ClientStudy
-from certifl.study.privacy import protection, training_key
-from certifl.study.setup import local_training, participation
+from certifl.study.setup import local_training, participation, protection, training_key
 from certifl.torch_env import threads_asked
 
 _log = logging.getLogger(__name__)

@@ -318,7 +318,7 @@ def store_shared(folder: RunFolder, spec: Spec) -> None:
         together = Certificates.concatenate(parts)
         models = {str(int(p.client[0])): p.conditions["model_fingerprint"] for p in parts}
         conditions = {**together.conditions, "model_fingerprint": models}
-        folder.save_certificates(dataclasses.replace(together, conditions=conditions))
+        folder.save(dataclasses.replace(together, conditions=conditions))
         cast = sum(int(p.votes.sum()) + int(p.selection_counts.sum()) for p in parts)
         seconds = round(sum(float(p.seconds.sum()) for p in parts), 3)
         precision = parts[0].conditions["precision"]

@@ -42,8 +42,16 @@ from certifl.runs.checkpoints import Checkpoints, StoredRound
 from certifl.runs.folder import FINISHED, RUNNING, RunFolder
 from certifl.spec import Spec
 from certifl.study.environment import machine_metadata, now, versions
-from certifl.study.privacy import Protection, protection, spent, training_key
-from certifl.study.setup import by_client, local_training, participation, study_metadata
+from certifl.study.setup import (
+    Protection,
+    by_client,
+    local_training,
+    participation,
+    protection,
+    spent,
+    study_metadata,
+    training_key,
+)
 
 _log = logging.getLogger(__name__)
 _FINE_TUNING = 1000

@@ -1,9 +1,8 @@
 """The paper's claims put to the test on stored runs: effect, interval, verdict."""
 
-from certifl.paper.claims.catalogue import CLAIMS
+from certifl.paper.claims.catalogue import CLAIMS, ClaimResult, Report, check_claims
 from certifl.paper.claims.render import claim_rows, explanation, verdicts_section, write_claims
 from certifl.paper.claims.runs import find_runs
-from certifl.paper.claims.testing import ClaimResult, Report, check_claims
 
 __all__ = [
     "CLAIMS",

@@ -1,4 +1,4 @@
-"""The paper's claims as data: the sentence, the runs, the quantity and the rule.
+"""The paper's claims as data (sentence, runs, quantity, rule), and tested on given runs.
 
 Words: "robust" is trained with the perturbation that is certified, "nominal" without augmentation.
 A small sigma is like the paper's smaller one of the family, a large one like its larger one.
@@ -7,18 +7,13 @@ A small sigma is like the paper's smaller one of the family, a large one like it
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from certifl.paper.claims.designs import Best, Growth, Matched, Pairs
-from certifl.paper.claims.rules import (
-    Combination,
-    Equivalence,
-    MinimumEffect,
-    Superiority,
-    all_but_one,
-    every,
-    some,
-)
+from certifl.paper.claims import rules
+from certifl.paper.claims.designs import Best, Finding, Growth, Matched, Pairs
+from certifl.paper.claims.effects import DRAWS, Sampler, layout_of
 from certifl.paper.claims.runs import (
     AFFINE_FEDAVG,
     FEDAVG,
@@ -31,8 +26,13 @@ from certifl.paper.claims.runs import (
     NOMINAL_FEDAVG,
     SMALL,
     Counts,
+    Pool,
     Scope,
+    StudyRun,
+    find_runs,
 )
+from certifl.report.intervals import too_few
+from certifl.report.summary import CONFIDENCE
 
 Design = Pairs | Growth | Best | Matched
 
@@ -80,31 +80,23 @@ class Claim:
     sentence: str
     hypothesis: str
     designs: tuple[Design, ...]
-    combination: Combination = every
-    across: Combination = every
+    combination: rules.Combination = rules.every
+    across: rules.Combination = rules.every
     show_details: bool = False
 
     @property
     def rule(self) -> str:
         """When the claim counts as supported, in words."""
-        joined = _SOME if self.across is some else _EVERY
-        if self.combination is all_but_one:
+        joined = _SOME if self.across is rules.some else _EVERY
+        if self.combination is rules.all_but_one:
             joined = _ALL_BUT_ONE
         return f"{self.judged_by.words}; {joined}"
 
     @property
-    def judged_by(self) -> Equivalence | Superiority | MinimumEffect:
+    def judged_by(self) -> rules.Equivalence | rules.Superiority | rules.MinimumEffect:
         """The rule of every judged comparison."""
         design = self.designs[0]
-        return design.judged[0][1] if isinstance(design, Pairs) else Superiority()
-
-    @property
-    def needs(self) -> frozenset[tuple[str, str]]:
-        """Families and sizes of sigma without which the claim cannot be supported."""
-        scopes = [design.scope for design in self.designs]
-        return frozenset(
-            (family, size) for s in scopes for family in s.required for size in s.sizes
-        )
+        return design.judged[0][1] if isinstance(design, Pairs) else rules.Superiority()
 
 
 _EVERY = "all comparisons must be supported, one that is not supported refutes the claim"
@@ -114,9 +106,9 @@ _ALL_BUT_ONE = (
     "supported refutes the claim"
 )
 
-_AHEAD = (("acr", Superiority()),)
-_SPREAD = (("spread", Superiority()),)
-_EQUAL = (("acr", Equivalence()), ("accuracy", Equivalence()))
+_AHEAD = (("acr", rules.Superiority()),)
+_SPREAD = (("spread", rules.Superiority()),)
+_EQUAL = (("acr", rules.Equivalence()), ("accuracy", rules.Equivalence()))
 _ALSO = ("accuracy",)
 
 CLAIMS: tuple[Claim, ...] = (
@@ -143,8 +135,8 @@ CLAIMS: tuple[Claim, ...] = (
         "With more clients (10 or 20), FedAvg can certify over 20 points more of the images than "
         "training alone.",
         "At some radius the certified accuracy of FedAvg exceeds that of Local by over 20 points.",
-        (Pairs(FEDAVG, LOCAL, _SEVERAL, (("largest gain", MinimumEffect(0.20)),)),),
-        across=some,
+        (Pairs(FEDAVG, LOCAL, _SEVERAL, (("largest gain", rules.MinimumEffect(0.20)),)),),
+        across=rules.some,
     ),
     Claim(
         "4.1 (iii)",
@@ -211,7 +203,7 @@ CLAIMS: tuple[Claim, ...] = (
         "robust training alone.",
         "The ACR of Personalized from nominal and of Local differ by less than 3 points and by "
         "less than a quarter of the larger one.",
-        (Pairs(FROM_NOMINAL, LOCAL, _FIGURE_4_LARGE, (("acr", Equivalence()),), _ALSO),),
+        (Pairs(FROM_NOMINAL, LOCAL, _FIGURE_4_LARGE, (("acr", rules.Equivalence()),), _ALSO),),
     ),
     Claim(
         "A.2",
@@ -236,7 +228,7 @@ CLAIMS: tuple[Claim, ...] = (
         "with both sigmas.",
         "The ACR of the mixture is larger than that of FedAvg, for all 0 < λ < 1 but one.",
         (Pairs(MIXTURE, FEDAVG, _FIGURE_5_ALL, _AHEAD, together=True),),
-        all_but_one,
+        rules.all_but_one,
     ),
     Claim(
         "4.4 (i) best",
@@ -254,7 +246,7 @@ CLAIMS: tuple[Claim, ...] = (
         "The ACR of the mixture with learning rate lr / λ is larger than that of FedAvg with lr, "
         "for all 0 < λ < 1 but one.",
         (Matched(_FIGURE_5),),
-        all_but_one,
+        rules.all_but_one,
         show_details=True,
     ),
     Claim(
@@ -270,3 +262,120 @@ CLAIMS: tuple[Claim, ...] = (
         ),
     ),
 )
+
+
+# The claims tested on given runs.
+
+
+@dataclass(frozen=True, eq=False)
+class ClaimResult:
+    """One claim with its verdict.
+
+    Attributes:
+        comparisons: all that could be made; those that are judged share one level.
+        missing: runs that others would need, in words. partly: part of it was not tested.
+    """
+
+    claim: Claim
+    verdict: str
+    comparisons: tuple[Finding, ...]
+    missing: tuple[str, ...]
+    partly: bool
+
+    @property
+    def judged(self) -> tuple[Finding, ...]:
+        """The comparisons that decide."""
+        return tuple(t for t in self.comparisons if t.verdict)
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """All claims, with notes for the reader.
+
+    Attributes:
+        runs: number that could be compared. seeds: of the trainings.
+        draws: number of bootstrap draws. notes: what was left out.
+    """
+
+    results: tuple[ClaimResult, ...]
+    runs: int
+    seeds: tuple[int, ...]
+    draws: int
+    notes: tuple[str, ...]
+
+
+def check_claims(paths: Sequence[str | Path], draws: int = DRAWS) -> Report:
+    """Test the paper's claims.
+
+    Args:
+        paths: as `find_runs`. draws: number of bootstrap draws.
+
+    Returns:
+        A verdict for each claim. Within one claim all judged intervals hold together with 95 %
+        (Bonferroni: each is given 1 - 0.05 / k); claims are not corrected for one another.
+
+    Raises:
+        StoreMismatch, StoreError: as `find_runs`.
+    """
+    runs, notes = find_runs(paths)
+    return check_runs(runs, draws, notes)
+
+
+def check_runs(
+    runs: Sequence[StudyRun],
+    draws: int = DRAWS,
+    notes: Sequence[str] = (),
+    claims: Sequence[Claim] = CLAIMS,
+) -> Report:
+    """As `check_claims`, of runs that were read before, and of some claims alone."""
+    whole = [run for run in runs if not too_few(layout_of(run).sizes)]
+    if len(whole) < len(runs):
+        notes = (
+            *notes,
+            f"{len(runs) - len(whole)} of {len(runs)} runs certify fewer than ten images, or one "
+            "image per client: no interval can be given for them, and they were left out.",
+        )
+    pool, sampler = Pool(whole), Sampler(whole, draws)
+    return Report(
+        results=tuple(_check(claim, pool, sampler) for claim in claims),
+        runs=len(whole),
+        seeds=tuple(sorted({run.metadata.seed for run in whole})),
+        draws=draws,
+        notes=tuple(notes),
+    )
+
+
+def _check(claim: Claim, pool: Pool, sampler: Sampler) -> ClaimResult:
+    parts = [design.findings(pool, sampler) for design in claim.designs]
+    findings = [finding for found, _ in parts for finding in found]
+    count = sum(finding.rule is not None for finding in findings)
+    error = (1.0 - CONFIDENCE) / max(1, count)
+    tested = tuple(_tested(finding, error) for finding in findings)
+    scopes = [design.scope for design in claim.designs]
+    needed = {(family, size) for s in scopes for family in s.required for size in s.sizes}
+    panels = {finding.panel for finding in findings}
+    partly = not needed <= panels or not all(found for found, _ in parts)
+    missing = dict.fromkeys(text for _, texts in parts for text in texts)
+    verdict = _verdict(claim, tested)
+    if verdict == rules.SUPPORTED and partly:
+        verdict = rules.UNDECIDED
+    return ClaimResult(claim, verdict, tested, tuple(missing), partly)
+
+
+def _tested(finding: Finding, error: float) -> Finding:
+    alone = finding.effect.interval(1.0 - CONFIDENCE)
+    if finding.rule is None:
+        return replace(finding, alone=alone, together=alone)
+    together = finding.effect.interval(error)
+    found = finding.rule.judge(*together, finding.effect.level)
+    return replace(finding, alone=alone, together=together, verdict=found.verdict, why=found.why)
+
+
+def _verdict(claim: Claim, tested: Sequence[Finding]) -> str:
+    groups: dict[str, list[str]] = {}
+    for one in tested:
+        if one.verdict:
+            groups.setdefault(one.group, []).append(one.verdict)
+    if not groups:
+        return rules.NOT_TESTED
+    return claim.across([claim.combination(group) for group in groups.values()])

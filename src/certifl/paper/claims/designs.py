@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from certifl.paper.claims.effects import (
@@ -53,7 +53,7 @@ class Pairs:
     same_start: bool = False
     together: bool = False
 
-    def findings(self, pool: Pool, sampler: Sampler) -> DesignResult:
+    def findings(self, pool: Pool, sampler: Sampler) -> Found:
         """All pairs of matching runs."""
         firsts, seconds = pool.of(self.first, self.scope), pool.of(self.second, self.scope)
         found: list[Finding] = []
@@ -89,10 +89,11 @@ class Pairs:
         difference = f"{label(first, self.first)} minus {label(second, self.second)}"
         group = first.metadata.key(ANOTHER_TRAINING) if self.together else ""
         rules = (*self.judged, *((name, None) for name in self.reported))
-        return present(
+        pairs = (
             compared(sampler, QUANTITIES[name], first, second, difference, rule, group)
             for name, rule in rules
         )
+        return list(filter(None, pairs))
 
 
 def _where(cell: Cell) -> tuple[str, str, int]:
@@ -120,14 +121,17 @@ class Growth:
     reported: tuple[str, ...] = ()
     from_at_most: int | None = None
 
-    def findings(self, pool: Pool, sampler: Sampler) -> DesignResult:
+    def findings(self, pool: Pool, sampler: Sampler) -> Found:
         """One comparison for each set of runs that differ in the number of clients alone."""
         found: list[Finding] = []
         missing: list[str] = []
+        rules = ((self.quantity, Superiority()), *((name, None) for name in self.reported))
         for pairs in self._series(pool, sampler).values():
             ends = self._ends(pairs)
             if ends is not None:
-                found += self._compare(sampler, *ends)
+                found += filter(
+                    None, (self._change(sampler, QUANTITIES[n], *ends, rule) for n, rule in rules)
+                )
                 continue
             counts = ", ".join(str(first.metadata.clients) for first, _ in pairs)
             missing.append(
@@ -155,12 +159,6 @@ class Growth:
                 return None
             few = below[-1]
         return (few, many) if few[0].metadata.clients < many[0].metadata.clients else None
-
-    def _compare(self, sampler: Sampler, few: Pair, many: Pair) -> list[Finding]:
-        rules = ((self.quantity, Superiority()), *((name, None) for name in self.reported))
-        return present(
-            self._change(sampler, QUANTITIES[name], few, many, rule) for name, rule in rules
-        )
 
     def _change(
         self, sampler: Sampler, quantity: Quantity, few: Pair, many: Pair, rule: Rule | None
@@ -197,7 +195,6 @@ def _variant(cell: Cell) -> str:
 
 # Single comparisons, and the runs that are missing for others.
 
-
 _PAPER_SIGMA = {
     "rotation": (0.1 * math.pi, 0.5 * math.pi),
     "translation": (0.1, 0.5),
@@ -208,12 +205,16 @@ _UNITS = {"rotation": "radians", "translation": "half-widths", "pixel": "intensi
 
 @dataclass(frozen=True, eq=False)
 class Finding:
-    """One comparison.
+    """One comparison, with its intervals and verdict once it was tested.
 
     Attributes:
         setting: data, perturbation, clients. group: findings judged as one setting.
         panel: family and size of sigma. difference: what minus what. quantity: of what, in words.
         rule: how it is judged; None = reported only. runs: folders. detail: further words.
+        alone: its 95 % interval.
+        together: wide enough for all judged comparisons of the claim to hold at once with 95 %;
+            the verdict is based on it. Of a comparison that is only reported it is `alone`.
+        verdict, why: empty where the comparison is only reported, or no reason is needed.
     """
 
     setting: str
@@ -225,14 +226,14 @@ class Finding:
     rule: Rule | None
     runs: tuple[str, ...]
     detail: str = ""
+    alone: tuple[float, float] = (-math.inf, math.inf)
+    together: tuple[float, float] = (-math.inf, math.inf)
+    verdict: str = ""
+    why: str = ""
 
 
-@dataclass(frozen=True, eq=False)
-class DesignResult:
-    """Comparisons that could be made, and the runs that are missing for others."""
-
-    findings: tuple[Finding, ...]
-    missing: tuple[str, ...]
+Found = tuple[list[Finding], list[str]]
+"""Comparisons that could be made, and the runs that are missing for others."""
 
 
 def label(cell: Cell, role: Role) -> str:
@@ -283,11 +284,6 @@ def compared(
     )
 
 
-def present(found: Iterable[Finding | None]) -> list[Finding]:
-    """The comparisons that could be made."""
-    return [finding for finding in found if finding is not None]
-
-
 def unmatched_runs(pool: Pool, cells: Sequence[Cell], role: Role) -> list[str]:
     """The missing runs that these cells would be compared with."""
     texts = []
@@ -305,7 +301,7 @@ def _result(
     scope: Scope,
     what: str,
     seen: Collection[tuple[str, str]] = (),
-) -> DesignResult:
+) -> Found:
     """The comparisons, and what is missing: runs, and panels of the paper without any run.
 
     Args:
@@ -318,7 +314,7 @@ def _result(
         if (family, size) not in known:
             noise = Noise(family, _PAPER_SIGMA[family][0 if size == SMALL else 1], "")
             untested.append(f"{what}: {noise.words(_UNITS[family])}, {counts} clients")
-    return DesignResult(tuple(findings), (*missing, *untested))
+    return list(findings), [*missing, *untested]
 
 
 # Claims about lambda: which value is best, and how much of its gain is the pull to the mean.
@@ -339,7 +335,7 @@ class Best:
     value: float
     scope: Scope
 
-    def findings(self, pool: Pool, sampler: Sampler) -> DesignResult:
+    def findings(self, pool: Pool, sampler: Sampler) -> Found:
         """The value against every other one with the same learning rate."""
         cells = pool.of(MIXTURE, self.scope)
         named = [c for c in cells if math.isclose(_lambda(c), self.value)]
@@ -365,13 +361,13 @@ class Best:
         certainty, acr = self._certainty(sampler, cell, others), QUANTITIES["acr"]
         group, rule = cell.metadata.key(ANOTHER_TRAINING), Superiority()
         names = {id(one): label(one, MIXTURE) for one in (cell, *others)}
-        findings = present(
+        findings = (
             compared(
                 sampler, acr, cell, one, f"{names[id(cell)]} minus {names[id(one)]}", rule, group
             )
             for one in others
         )
-        return [dataclasses.replace(finding, detail=certainty) for finding in findings]
+        return [dataclasses.replace(one, detail=certainty) for one in filter(None, findings)]
 
     def _certainty(self, sampler: Sampler, cell: Cell, others: Sequence[Cell]) -> str:
         seeds = sorted(set(cell.runs).intersection(*(other.runs for other in others)))
@@ -404,7 +400,7 @@ class Matched:
 
     scope: Scope
 
-    def findings(self, pool: Pool, sampler: Sampler) -> DesignResult:
+    def findings(self, pool: Pool, sampler: Sampler) -> Found:
         """One decomposition for each lambda that has a run with matched steps."""
         found: list[Finding] = []
         missing: list[str] = []
@@ -435,9 +431,10 @@ def _split(
         parts.append((plain, other, f"{value}: the pull, at the small step (FedAvg lr λ)", None))
         parts.append((other, fedavg, f"{value}: the small step without pull (FedAvg lr λ)", None))
     acr, group = QUANTITIES["acr"], plain.metadata.key(ANOTHER_TRAINING)
-    named = present(
+    made = (
         compared(sampler, acr, one, two, words, rule, group) for one, two, words, rule in parts
     )
+    named = list(filter(None, made))
     if len(named) < len(parts):
         return []
     pull, step, gain = (100 * finding.effect.estimate for finding in named[:3])

@@ -57,12 +57,6 @@ class Layout:
     sizes: tuple[int, ...]
     images: bytes
 
-    @property
-    def enough_for_intervals(self) -> bool:
-        """Whether an interval of a mean has about its nominal coverage."""
-        beyond = sum(self.sizes) - len(self.sizes)
-        return not too_few(self.sizes) and beyond >= _FEWEST_BEYOND
-
 
 @dataclass(frozen=True, eq=False)
 class ResampledMeans:
@@ -92,8 +86,7 @@ def resampled_means(values: Floats, draws: int, *ids: int) -> Floats:
     A single image has no spread: all its draws are equal.
 
     Args:
-        values: (images, columns), at least one image.
-        draws: number of draws.
+        values: (images, columns), at least one image. draws: number of draws.
         ids: name the stream; equal ids and images give the same draws.
     """
     images = len(values)
@@ -307,8 +300,7 @@ class Effect:
 
     Attributes:
         source: what its interval is computed from.
-        images, clients: their numbers, of all samples.
-        seeds: number of trainings.
+        images, clients: their numbers, of all samples. seeds: number of trainings.
         enough: whether there are enough images for any interval.
         level: of the better run, in the compared quantity or the one it is a spread of; at a small
             level every difference is small. Infinite where there is none.
@@ -355,15 +347,10 @@ class Quantity:
 def _effect(
     sampler: Sampler, run: StudyRun, source: Means | ResampledStatistic, level: float = math.inf
 ) -> Effect:
-    layout = sampler.layout(run)
-    return Effect(
-        source=source,
-        images=sum(layout.sizes),
-        clients=(len(layout.sizes),),
-        seeds=1,
-        enough=layout.enough_for_intervals,
-        level=level,
-    )
+    sizes = sampler.layout(run).sizes
+    # With fewer, an interval of a mean does not have about its nominal coverage.
+    enough = not too_few(sizes) and sum(sizes) - len(sizes) >= _FEWEST_BEYOND
+    return Effect(source, sum(sizes), (len(sizes),), 1, enough, level)
 
 
 def _acr(sampler: Sampler, first: StudyRun, second: StudyRun) -> Effect:

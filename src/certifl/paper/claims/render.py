@@ -9,58 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from certifl.errors import InputError, StoreError
-from certifl.paper.claims.rules import (
-    NOT_SUPPORTED,
-    NOT_TESTED,
-    SUPPORTED,
-    TOO_FEW,
-    UNDECIDED,
-    MinimumEffect,
-    interval_words,
-    point_words,
-    some,
-)
+from certifl.paper.claims import rules
+from certifl.paper.claims.catalogue import ClaimResult, Report, check_runs
+from certifl.paper.claims.designs import Finding
 from certifl.paper.claims.runs import has_own_perturbations, read_run
-from certifl.paper.claims.testing import ClaimResult, Outcome, Report, check_runs
-from certifl.report.page.html import (
-    Markup,
-    details,
-    el,
-    join,
-    note,
-    paragraph,
-    section,
-    table,
-)
+from certifl.report.page.html import Markup, details, el, join, note, paragraph, section, table
 from certifl.report.results import Row, flat
 from certifl.report.wording import listed, markdown_table, range_of
 from certifl.runs.atomic import write_text
 
-COMPARISON_HEAD = (
-    "setting",
-    "difference",
-    "of",
-    "points",
-    "95 % together",
-    "images",
-    "verdict",
-)
+COMPARISON_HEAD = ("setting", "difference", "of", "points", "95 % together", "images", "verdict")
 _MOST_MISSING = 3
 
 
 def write_claims(report: Report, path: Path) -> Path:
-    """Write the claims as `.json` or `.md`, by the file's ending.
-
-    Args:
-        report: what `check_claims` found.
-        path: where to; what is there is replaced as a whole.
-
-    Returns:
-        The path.
+    """Write the claims as `.json` or `.md`, by the file's ending; returns the path.
 
     Raises:
-        InputError: another ending.
-        StoreError: the file cannot be written.
+        InputError: another ending. StoreError: the file cannot be written.
     """
     ending = path.suffix.lower()
     if ending not in (".json", ".md"):
@@ -83,22 +49,24 @@ def claim_rows(report: Report) -> list[dict[str, Any]]:
             "interval": _hull(deciding(result)),
             "comparisons": len(result.judged),
             "deciding": len(deciding(result)),
-            "images": range_of(t.finding.effect.images for t in result.judged),
-            "clients": _counts(result.judged),
+            "images": range_of(t.effect.images for t in result.judged),
+            "clients": ", ".join(
+                map(str, sorted({n for t in result.judged for n in t.effect.clients}))
+            ),
             "words": verdict_words(result),
         }
         for result in report.results
     ]
 
 
-def deciding(result: ClaimResult) -> tuple[Outcome, ...]:
+def deciding(result: ClaimResult) -> tuple[Finding, ...]:
     """The comparisons on which a verdict rests.
 
     Of a claim that something can happen, the supported ones: the intervals of the others may
     extend far below what is claimed, and would seem to contradict the verdict.
     """
-    if result.claim.across is some and result.verdict == SUPPORTED:
-        return tuple(t for t in result.judged if t.verdict == SUPPORTED)
+    if result.claim.across is rules.some and result.verdict == rules.SUPPORTED:
+        return tuple(t for t in result.judged if t.verdict == rules.SUPPORTED)
     return result.judged
 
 
@@ -127,13 +95,16 @@ def explanation(report: Report) -> list[str]:
 
 def verdict_words(result: ClaimResult) -> str:
     """The verdict in a few sentences that are true of the given runs."""
-    if result.verdict == NOT_TESTED:
+    if result.verdict == rules.NOT_TESTED:
         return f"Not tested: runs are missing. {_missing_words(result)}".strip()
     judged = result.judged
     words = _one(judged[0]) if len(judged) == 1 else _several(judged)
     sentence = f"{result.verdict.capitalize()}: {words}.{_threshold_words(result)}"
-    if result.claim.show_details:
-        sentence += _details(judged)
+    if result.claim.show_details:  # each setting is named once
+        lines: dict[str, dict[str, None]] = {}
+        for one in (t for t in judged if t.detail):
+            lines.setdefault(one.setting, {})[one.detail] = None
+        sentence += "".join(f" {where}: {'; '.join(details)}." for where, details in lines.items())
     if result.partly:
         sentence += f" Not all of the claim was tested. {_missing_words(result)}"
     return sentence
@@ -142,9 +113,13 @@ def verdict_words(result: ClaimResult) -> str:
 def _threshold_words(result: ClaimResult) -> str:
     """That a claim about a threshold is decided by the whole interval, not by the estimate."""
     rule, supporting = result.claim.judged_by, deciding(result)
-    if not isinstance(rule, MinimumEffect) or result.verdict != SUPPORTED or not supporting:
+    if (
+        not isinstance(rule, rules.MinimumEffect)
+        or result.verdict != rules.SUPPORTED
+        or not supporting
+    ):
         return ""
-    limit = point_words(rule.threshold, upward=True)
+    limit = rules.point_words(rule.threshold, upward=True)
     enough = "this" if len(supporting) == 1 else "one"
     others = [tested for tested in result.judged if tested not in supporting]
     smaller = f"; elsewhere the interval contains smaller values too ({_hull(others)})"
@@ -155,37 +130,27 @@ def _threshold_words(result: ClaimResult) -> str:
     )
 
 
-def _one(tested: Outcome) -> str:
-    finding = tested.finding
+def _one(tested: Finding) -> str:
     why = f" ({tested.why})" if tested.why else ""
     return (
-        f"{finding.difference} is {100 * finding.effect.estimate:+.1f} points "
-        f"({interval_words(tested.together)}) of {finding.quantity}{why}"
+        f"{tested.difference} is {100 * tested.effect.estimate:+.1f} points "
+        f"({rules.interval_words(tested.together)}) of {tested.quantity}{why}"
     )
 
 
-def _details(judged: Sequence[Outcome]) -> str:
-    """Details of the comparisons, each setting named once."""
-    lines: dict[str, dict[str, None]] = {}
-    for finding in (t.finding for t in judged):
-        if finding.detail:
-            lines.setdefault(finding.setting, {})[finding.detail] = None
-    return "".join(f" {setting}: {'; '.join(details)}." for setting, details in lines.items())
-
-
-def _several(judged: Sequence[Outcome]) -> str:
+def _several(judged: Sequence[Finding]) -> str:
     by_verdict = {
         verdict: [t for t in judged if t.verdict == verdict]
-        for verdict in (SUPPORTED, NOT_SUPPORTED, UNDECIDED)
+        for verdict in (rules.SUPPORTED, rules.NOT_SUPPORTED, rules.UNDECIDED)
     }
     parts = []
     for verdict, group in by_verdict.items():
         if group:
             whys = sorted({t.why for t in group if t.why})
-            reasons = f": {'; '.join(whys)}" if whys and verdict == NOT_SUPPORTED else ""
-            few = sum(t.why == TOO_FEW for t in group)
+            reasons = f": {'; '.join(whys)}" if whys and verdict == rules.NOT_SUPPORTED else ""
+            few = sum(t.why == rules.TOO_FEW for t in group)
             if few:
-                reasons = f": {f'{few} with ' if few < len(group) else ''}{TOO_FEW}"
+                reasons = f": {f'{few} with ' if few < len(group) else ''}{rules.TOO_FEW}"
             parts.append(f"{verdict} in {len(group)} ({_estimates(group)} points{reasons})")
     return f"of {len(judged)} comparisons, {listed(parts)}"
 
@@ -198,25 +163,19 @@ def _missing_words(result: ClaimResult) -> str:
     return f"Missing: {shown}{f'; and {more} more' if more > 0 else ''}."
 
 
-def _estimates(judged: Sequence[Outcome]) -> str:
-    values = sorted({f"{100 * t.finding.effect.estimate:+.1f}" for t in judged}, key=float)
+def _estimates(judged: Sequence[Finding]) -> str:
+    values = sorted({f"{100 * t.effect.estimate:+.1f}" for t in judged}, key=float)
     return "" if not values else values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
 
 
-def _hull(judged: Sequence[Outcome]) -> str:
-    """The range of the intervals that could be given, and their number."""
+def _hull(judged: Sequence[Finding]) -> str:
     if not judged:
         return ""
     known = [t.together for t in judged if math.isfinite(t.together[0])]
     if not known:
-        return TOO_FEW
-    hull = interval_words((min(low for low, _ in known), max(high for _, high in known)))
+        return rules.TOO_FEW
+    hull = rules.interval_words((min(low for low, _ in known), max(high for _, high in known)))
     return hull if len(known) == len(judged) else f"{hull} (of {len(known)} of {len(judged)})"
-
-
-def _counts(judged: Sequence[Outcome]) -> str:
-    """Numbers of clients."""
-    return ", ".join(map(str, sorted({n for t in judged for n in t.finding.effect.clients})))
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -244,12 +203,12 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
-def _comparison(tested: Outcome) -> dict[str, Any]:
-    finding, effect, judged = tested.finding, tested.finding.effect, bool(tested.verdict)
+def _comparison(tested: Finding) -> dict[str, Any]:
+    effect, judged = tested.effect, bool(tested.verdict)
     return {
-        "setting": finding.setting,
-        "difference": finding.difference,
-        "quantity": finding.quantity,
+        "setting": tested.setting,
+        "difference": tested.difference,
+        "quantity": tested.quantity,
         "estimate": effect.estimate,
         "low": _finite(tested.together[0]),
         "high": _finite(tested.together[1]),
@@ -262,8 +221,8 @@ def _comparison(tested: Outcome) -> dict[str, Any]:
         "level": _finite(effect.level),
         "verdict": tested.verdict if judged else None,
         "why": tested.why if judged else None,
-        "detail": finding.detail,
-        "runs": list(finding.runs),
+        "detail": tested.detail,
+        "runs": list(tested.runs),
     }
 
 
@@ -295,33 +254,31 @@ def _markdown_claim(result: ClaimResult) -> str:
         parts.append(
             markdown_table(COMPARISON_HEAD, [comparison_row(t) for t in result.comparisons])
         )
-    if result.missing and result.verdict != NOT_TESTED:
+    if result.missing and result.verdict != rules.NOT_TESTED:
         parts.append("Missing: " + "; ".join(result.missing) + ".")
     return "\n\n".join(parts)
 
 
-def comparison_row(tested: Outcome) -> list[str]:
+def comparison_row(tested: Finding) -> list[str]:
     """One comparison as texts, in the order of `COMPARISON_HEAD`."""
-    finding = tested.finding
     verdict = tested.verdict or "reported only"
     why = f" ({tested.why})" if tested.why else ""
-    detail = f"; {finding.detail}" if finding.detail else ""
+    detail = f"; {tested.detail}" if tested.detail else ""
     return [
-        finding.setting,
-        finding.difference,
-        finding.quantity,
-        f"{100 * finding.effect.estimate:+.1f}",
-        f"{interval_words(tested.together)}{'' if tested.verdict else ' (alone)'}",
-        f"{finding.effect.images:,}",
+        tested.setting,
+        tested.difference,
+        tested.quantity,
+        f"{100 * tested.effect.estimate:+.1f}",
+        f"{rules.interval_words(tested.together)}{'' if tested.verdict else ' (alone)'}",
+        f"{tested.effect.images:,}",
         f"{verdict}{why}{detail}",
     ]
 
 
 # The claims on a page: verdict, effect and interval, with all comparisons.
 
-
-_SIGNS = {SUPPORTED: "✓", NOT_SUPPORTED: "✗", UNDECIDED: "?"}
-_KINDS = {SUPPORTED: "supported", NOT_SUPPORTED: "refuted", UNDECIDED: "open"}
+_SIGNS = {rules.SUPPORTED: "✓", rules.NOT_SUPPORTED: "✗", rules.UNDECIDED: "?"}
+_KINDS = {rules.SUPPORTED: "supported", rules.NOT_SUPPORTED: "refuted", rules.UNDECIDED: "open"}
 _WIDTH, _LINE, _MOST_LINES = 150.0, 9.0, 12
 _HEADING = "Tests of the paper’s claims"
 
@@ -340,24 +297,20 @@ def verdicts_section(rows: Sequence[Row]) -> Markup:
         report = check_runs([read_run(run) for run in runs])
     except StoreError as error:
         return section("claims", _HEADING, note(f"They were not tested. {error}"))
-    tested = [result for result in report.results if result.verdict != NOT_TESTED]
+    tested = [result for result in report.results if result.verdict != rules.NOT_TESTED]
     if not tested:
         return Markup()
     by_claim = {row["claim"]: row for row in claim_rows(report)}
     cards = [_card(one, by_claim[one.claim.name]) for one in tested]
     notes = el("ul", {"class": "limits"}, *(el("li", None, line) for line in explanation(report)))
-    summary = paragraph(_summary(report, tested))
-    return section("claims", _HEADING, summary, *cards, details("What the numbers mean", notes))
-
-
-def _summary(report: Report, tested: Sequence[ClaimResult]) -> str:
     counts = {verdict: sum(one.verdict == verdict for one in tested) for verdict in _SIGNS}
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-    return (
+    summary = paragraph(
         f"{len(tested)} of {len(report.results)} claims of the paper are about runs like these: "
         f"{verdicts}. Effects are in points, 1 % of the largest possible radius or of the images, "
         "with 95 % intervals over test images that hold for all comparisons of a claim at once."
     )
+    return section("claims", _HEADING, summary, *cards, details("What the numbers mean", notes))
 
 
 def _card(result: ClaimResult, row: Mapping[str, Any]) -> Markup:
@@ -393,7 +346,7 @@ def _card(result: ClaimResult, row: Mapping[str, Any]) -> Markup:
 def _forest(result: ClaimResult) -> Markup:
     """The judged intervals as lines around 0; endless ones leave the picture."""
     judged = result.judged[:_MOST_LINES]
-    ends = [abs(v) for t in judged for v in (*t.together, t.finding.effect.estimate)]
+    ends = [abs(v) for t in judged for v in (*t.together, t.effect.estimate)]
     largest = max((v for v in ends if math.isfinite(v)), default=0.0)
     if not largest > 0:
         return Markup()
@@ -411,7 +364,7 @@ def _forest(result: ClaimResult) -> Markup:
         shapes.append(
             el("line", {"class": "reach", "x1": x(low), "x2": x(high), "y1": y, "y2": y})
         )
-        spot = {"class": "estimate", "cx": x(one.finding.effect.estimate), "cy": y, "r": "3"}
+        spot = {"class": "estimate", "cx": x(one.effect.estimate), "cy": y, "r": "3"}
         shapes.append(el("circle", spot))
     box = {"class": "forest", "viewBox": f"0 0 {_WIDTH:g} {height:g}", "aria-hidden": "true"}
     return el("svg", box, *shapes)

@@ -16,8 +16,7 @@ MARGIN = 0.03
 QUARTER = 0.25
 _NEAR_ZERO = "(a quarter of the better run's ACR or accuracy where that is less)"
 
-Combination = Callable[[Sequence[str]], str]
-"""How the verdicts of one group of comparisons become one."""
+Combination = Callable[[Sequence[str]], str]  # how a group's verdicts become one
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,6 @@ def _fraction(margin: float, level: float) -> str:
 
 
 def _open(low: float, high: float, margin: float, level: float) -> str:
-    """Why an interval decides nothing."""
     here = _margin_at(margin, level)
     if here == margin or not _within(low, high, margin):
         return _width(low, high)
@@ -173,7 +171,6 @@ def _tolerating(verdicts: Sequence[str], failures: int) -> str:
 
 
 # How the claims' numbers are written: in points, intervals rounded outward.
-
 
 TOO_FEW = "too few images for an interval"
 

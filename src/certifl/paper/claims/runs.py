@@ -18,7 +18,7 @@ from certifl.errors import InputError, StoreError, StoreMismatch
 from certifl.path_checks import check_study
 from certifl.report import summary
 from certifl.report.results import RunResults, decisive_settings, load_run
-from certifl.report.units import family_words, sigma_text
+from certifl.report.wording import family_words, sigma_text
 from certifl.runs.atomic import read_json
 from certifl.safe_io import MALFORMED, parse_toml
 
@@ -32,12 +32,7 @@ _NEVER_COMPARED = ("name",)
 ANOTHER_SEED = ("seed",)
 ANOTHER_TRAINING = (*ANOTHER_SEED, "algorithm", "augmentation")
 ANOTHER_STEP = (*ANOTHER_TRAINING, "training.lr")
-ANOTHER_COUNT = (
-    *ANOTHER_TRAINING,
-    "clients.count",
-    "certification.images",
-    "data.test_images",
-)
+ANOTHER_COUNT = (*ANOTHER_TRAINING, "clients.count", "certification.images", "data.test_images")
 
 
 @dataclass(frozen=True)
@@ -260,9 +255,7 @@ def _noise(described: Any) -> Noise | None:
     if described == "none":
         return None
     return Noise(
-        str(described["family"]),
-        float(described["sigma"]),
-        json.dumps(described, sort_keys=True),
+        str(described["family"]), float(described["sigma"]), json.dumps(described, sort_keys=True)
     )
 
 

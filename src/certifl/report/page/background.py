@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from certifl.perturbations import covers_received, received_words, trait
+from certifl.progress import clock
 from certifl.report.page.context import ReportContext, damage_named, named_run, stored_record
 from certifl.report.page.html import (
     Markup,
@@ -25,8 +26,7 @@ from certifl.report.page.html import (
 )
 from certifl.report.results import RunResults
 from certifl.report.summary import vote_cost
-from certifl.report.units import family_words, sigma_text
-from certifl.report.wording import percent
+from certifl.report.wording import family_words, percent, sigma_text
 
 _PROMISE = "for every {family} whose parameters have {norm} norm at most the radius, in {unit}"
 
@@ -178,14 +178,17 @@ def reproduce_section(context: ReportContext, page: Path) -> Markup:
     """Commands that verify and repeat the runs, and the spec of every run, word for word."""
     runs = context.trained
     if context.of_model:
-        return _verify_model(runs[0].folder, page)
-    paths = [_shown_path(run.folder, page) for run in runs if not run.curves_only]
-    verify = "\n".join(f"certifl verify {shlex.quote(path)}" for path in paths)
+        file = runs[0].folder
+        if file.suffix.lower() != ".parquet":  # it has no votes
+            return Markup()
+        code = _code(f"certifl verify {_quoted(file, page)}", "Command to verify the certificates")
+        return section("reproduce", "Verify", paragraph(_RECOMPUTE), code)
+    verify = [f"certifl verify {_quoted(r.folder, page)}" for r in runs if not r.curves_only]
     commands = dict.fromkeys(str(run.manifest.get("command") or "certifl run") for run in runs)
     parts: list[Markup] = []
-    if paths:
-        parts = [paragraph(_RECOMPUTE), _code(verify, "Commands to verify the runs")]
-    if len(paths) < len(runs):
+    if verify:
+        parts = [paragraph(_RECOMPUTE), _code("\n".join(verify), "Commands to verify the runs")]
+    if len(verify) < len(runs):
         parts.append(paragraph(_OWN_VOTES))
     specs = []
     for run in runs:
@@ -201,29 +204,18 @@ def reproduce_section(context: ReportContext, page: Path) -> Markup:
     )
 
 
-def _verify_model(file: Path, page: Path) -> Markup:
-    """How to verify a file of certificates; nothing for one without votes."""
-    if file.suffix.lower() != ".parquet":
-        return Markup()
-    command = f"certifl verify {shlex.quote(_shown_path(file, page))}"
-    code = _code(command, "Command to verify the certificates")
-    return section("reproduce", "Verify", paragraph(_RECOMPUTE), code)
-
-
 def _code(text: str, name: str) -> Markup:
     around = {"class": "scroll", "tabindex": "0", "role": "region", "aria-label": name}
     return el("pre", around, el("code", None, text))
 
 
-def _shown_path(folder: Path, page: Path) -> str:
+def _quoted(path: Path, page: Path) -> str:
     """A relative path as it was given; an absolute one as seen from the page's folder."""
-    if not folder.is_absolute():
-        return str(folder)
-    return os.path.relpath(folder, page.resolve().parent)
+    shown = os.path.relpath(path, page.resolve().parent) if path.is_absolute() else str(path)
+    return shlex.quote(shown)
 
 
 # Differential privacy of training.
-
 
 _PROTECTED = {"example": "image", "client": "client"}
 _NOISE_ADDED_BY = {
@@ -285,8 +277,7 @@ def _privacy_row(context: ReportContext, run: RunResults, privacy: Mapping[str, 
 
 
 def _up(epsilon: float) -> str:
-    """Rounded up: a bound remains one."""
-    return f"{math.ceil(100 * epsilon - 1e-9) / 100:.2f}"
+    return f"{math.ceil(100 * epsilon - 1e-9) / 100:.2f}"  # rounded up: a bound remains one
 
 
 # Words for numbers.
@@ -298,7 +289,6 @@ def _mapping(manifest: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _distinct(values: Iterable[str]) -> str:
-    """The values of all runs, each once."""
     return ", ".join(dict.fromkeys(values))
 
 
@@ -319,16 +309,10 @@ def seconds_text(value: object) -> str:
     """A time in suitable units: 12.3 s, 4 min 5 s, 2 h 3 min."""
     if not isinstance(value, (int, float)):
         return "–"
-    if value < 60:
-        return f"{value:.1f} s"
-    minutes, seconds = divmod(round(value), 60)
-    if minutes < 60:
-        return f"{minutes} min {seconds} s"
-    return f"{minutes // 60} h {minutes % 60} min"
+    return f"{value:.1f} s" if value < 60 else clock(round(value))
 
 
 # Attacks on certificates: what they promise, tried; what they do not cover, measured.
-
 
 _FILE = "attack.json"
 _FORMAT = 1

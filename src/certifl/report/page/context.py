@@ -9,24 +9,12 @@ from functools import cached_property
 from typing import Any
 
 from certifl.errors import StoreError
+from certifl.report import summary
 from certifl.report.compare import Comparison, compare, own_interval
 from certifl.report.page.html import Markup, el, stacked
 from certifl.report.results import MODEL, Row, RunResults, all_clients, flat
 from certifl.report.style import Look, looks_of
-from certifl.report.summary import (
-    Share,
-    client_acr,
-    client_curves,
-    client_share,
-    largest_radius,
-    mean_acr,
-    measure_curves,
-    measures_of,
-    radius_grid,
-    spread,
-)
-from certifl.report.units import RadiusScale, scales, share_of_sigma
-from certifl.report.wording import percent, tenths
+from certifl.report.wording import RadiusScale, percent, scales, share_of_sigma, tenths
 from certifl.runs.atomic import read_json
 from certifl.safe_io import MALFORMED
 
@@ -42,7 +30,7 @@ class ReportContext:
     @classmethod
     def of(cls, runs: Sequence[Row]) -> ReportContext:
         """The context of some rows, with radii in percent of sigma where all have one sigma."""
-        largest = largest_radius(runs)
+        largest = summary.largest_radius(runs)
         units = scales(runs[0].conditions, largest)
         sigmas = {float(run.conditions["sigma"]) for run in flat(runs)}
         if len(sigmas) == 1 and min(sigmas) > 0:
@@ -75,14 +63,10 @@ class ReportContext:
         return len(self.trained) > len(self.runs)
 
     @cached_property
-    def accuracies(self) -> dict[int, tuple[Share | None, ...]]:
+    def accuracies(self) -> dict[int, tuple[summary.Share | None, ...]]:
         """Of every compared client its certified accuracy at radius 0 in each row."""
         clients = [part.client for part in self.comparison.clients]
-        return {c: tuple(client_share(row, c) for row in self.runs) for c in clients}
-
-    def row_of(self, run: RunResults) -> int:
-        """Position of the row that contains a run."""
-        return next(at for at, row in enumerate(self.runs) if any(one is run for one in row.runs))
+        return {c: tuple(summary.client_share(row, c) for row in self.runs) for c in clients}
 
 
 def stored_record(run: RunResults, name: str, formats: Collection[int]) -> dict[str, Any] | None:
@@ -110,54 +94,47 @@ def damage_named(name: str, command: str) -> Iterator[None]:
         ) from error
 
 
-def named(context: ReportContext, row: int) -> Markup:
-    """The name of a row's algorithm with its swatch."""
-    return _with_swatch(context, row, context.runs[row].label)
-
-
-def named_run(context: ReportContext, run: RunResults) -> Markup:
-    """The name of a run, with the swatch of its row."""
-    return _with_swatch(context, context.row_of(run), run.label)
-
-
-def _with_swatch(context: ReportContext, row: int, label: str) -> Markup:
-    look = looks_of(context.runs)[row]
-    return el("span", {"class": "algorithm"}, _swatch(look), el("span", None, label))
-
-
-def _swatch(look: Look) -> Markup:
-    """A short piece of an algorithm's line with its marker."""
+def named(context: ReportContext, row: int, label: str = "") -> Markup:
+    """The name of a row's algorithm, or of one of its runs, with a piece of its line."""
+    look, label = looks_of(context.runs)[row], label or context.runs[row].label
     line = {"x1": "1", "y1": "7", "x2": "33", "y2": "7"}
     if look.dash:
         line["stroke-dasharray"] = _dash_text(look)
     marker = el("path", {"d": MARKERS[look.marker], "transform": "translate(17 7)"})
     box = {"class": f"swatch s{look.slot}", "viewBox": "0 0 34 14", "aria-hidden": "true"}
-    return el("svg", box, el("line", line), marker)
+    swatch = el("svg", box, el("line", line), marker)
+    return el("span", {"class": "algorithm"}, swatch, el("span", None, label))
+
+
+def named_run(context: ReportContext, run: RunResults) -> Markup:
+    """The name of a run, with the swatch of its row."""
+    rows = enumerate(context.runs)
+    at = next(at for at, row in rows if any(one is run for one in row.runs))
+    return named(context, at, run.label)
 
 
 def acr_cell(row: Row, scale: RadiusScale) -> Markup:
     """Average certified radius with its interval."""
     ends = own_interval(row)
     interval = scale.interval(*ends) if ends else "too few images for an interval"
-    return stacked(scale.text(mean_acr(row)), interval)
+    return stacked(scale.text(summary.mean_acr(row)), interval)
 
 
 def spread_cell(row: Row, scale: RadiusScale) -> str:
     """How far best and worst client are apart, and which they are."""
     if len(row.clients) < 2:
         return "–"
-    best, worst, gap = spread(row)
+    best, worst, gap = summary.spread(row)
     clients = f"client {best} and client {worst}" if len(row.runs) == 1 else "mean over seeds"
     return stacked(f"{scale.text(gap)} apart", clients)
 
 
-def share_cell(share: Share) -> Markup:
+def share_cell(share: summary.Share) -> Markup:
     """A share of images with its limits."""
     return stacked(percent(share.value), f"{tenths(share.low)} to {tenths(share.high)}")
 
 
 # The numbers the page's script draws, and the look of each algorithm.
-
 
 _SHARE_DIGITS = 5
 _LINE_WIDTH = 2.0
@@ -187,7 +164,7 @@ def chart_payload(context: ReportContext) -> dict[str, Any]:
     Radii come with their texts, rounded down in every unit, so that the script prints no radius
     that it rounded itself.
     """
-    runs, radii = context.runs, radius_grid(context.runs)
+    runs, radii = context.runs, summary.radius_grid(context.runs)
     return {
         "radii": radii.tolist(),
         "units": [_unit(unit, radii.tolist()) for unit in context.units],
@@ -196,7 +173,7 @@ def chart_payload(context: ReportContext) -> dict[str, Any]:
             for run, look in zip(runs, looks_of(runs), strict=True)
         ],
         "clients": context.clients,
-        "history": [_measure(runs, name) for name in measures_of(runs)],
+        "history": [_measure(runs, name) for name in summary.measures_of(runs)],
     }
 
 
@@ -210,14 +187,14 @@ def _unit(unit: RadiusScale, radii: list[float]) -> dict[str, Any]:
 
 
 def _run(run: Row, look: Look, radii: Any, units: Sequence[RadiusScale]) -> dict[str, Any]:
-    acr, mean = client_acr(run), mean_acr(run)
+    acr, mean = summary.client_acr(run), summary.mean_acr(run)
     return {
         "label": run.label,
         "slot": look.slot,
         "dash": _dash_text(look),
         "marker": MARKERS[look.marker],
         "clients": run.clients.tolist(),
-        "curves": client_curves(run, radii).round(_SHARE_DIGITS).tolist(),
+        "curves": summary.client_curves(run, radii).round(_SHARE_DIGITS).tolist(),
         "acr": acr.tolist(),
         "acrTexts": [[unit.text(float(radius)) for radius in acr] for unit in units],
         "mean": mean,
@@ -227,7 +204,7 @@ def _run(run: Row, look: Look, radii: Any, units: Sequence[RadiusScale]) -> dict
 
 
 def _measure(runs: Sequence[Row], name: str) -> dict[str, Any]:
-    curves = [(row, measure_curves(run, name)) for row, run in enumerate(runs)]
+    curves = [(row, summary.measure_curves(run, name)) for row, run in enumerate(runs)]
     series = [
         {"run": row, **{key: values.tolist() for key, values in curve._asdict().items()}}
         for row, curve in curves

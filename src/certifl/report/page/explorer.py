@@ -40,20 +40,29 @@ def explorer_section(context: ReportContext, explored: Mapping[str, Any] | None)
         reasons = {str(r["skipped"]) for _, r in _records(context) if r.get("skipped")}
         texts = [paragraph(f"No images to explore. {reason}") for reason in sorted(reasons)]
         return section("explorer", "Images", *texts) if texts else Markup()
-    pictures = bool(explored["pictures"])
+    pictures, shown = bool(explored["pictures"]), {r["run"] for r in explored["images"][0]["runs"]}
     canvas = {"id": "picture", "width": "224", "height": "224", "role": "img"}
     picture = el("canvas", {**canvas, "aria-label": "The deformed image"})
     parts = {
         "bare": "" if pictures else " bare",
         "picture": picture if pictures else "",
         "sweeps": _sweep_choice(explored),
-        "rows": join(_row(context, row) for row in sorted(_rows_shown(explored))),
+        "rows": join(
+            el(
+                "div",
+                {"class": "explored-row", "data-explored": str(row)},
+                el("div", {"class": "explored-name"}, named(context, row), el("small")),
+                el("p", {"class": "explored-answer"}),
+                el("div", {"class": "strip"}),
+            )
+            for row in sorted(shown)
+        ),
     }
     live = Markup(Template(asset("explorer.html")).substitute(parts))
     return section(
         "explorer",
         "Explore test images",
-        paragraph(_instructions(context, explored)),
+        paragraph(_instructions(context, shown, pictures)),
         Markup() if pictures else notice(_NO_PICTURES),
         el("noscript", None, el("p", {"class": "notice"}, _NO_SCRIPT)),
         el("div", {"class": "js-only", "hidden": True}, live),
@@ -61,13 +70,7 @@ def explorer_section(context: ReportContext, explored: Mapping[str, Any] | None)
     )
 
 
-def _rows_shown(explored: Mapping[str, Any]) -> set[int]:
-    """The rows under which every image is shown."""
-    return {run["run"] for run in explored["images"][0]["runs"]}
-
-
-def _instructions(context: ReportContext, explored: Mapping[str, Any]) -> str:
-    shown = _rows_shown(explored)
+def _instructions(context: ReportContext, shown: set[int], pictures: bool) -> str:
     which = "every algorithm" if len(shown) == len(context.runs) else "each algorithm named below"
     several = f" under {which}" if len(shown) > 1 else ""
     missing = [run.label for row, run in enumerate(context.runs) if row not in shown]
@@ -77,7 +80,7 @@ def _instructions(context: ReportContext, explored: Mapping[str, Any]) -> str:
         if missing
         else ""
     )
-    picture = "the picture is deformed, and " if explored["pictures"] else ""
+    picture = "the picture is deformed, and " if pictures else ""
     return (
         f"Pick a test image and move the slider: {picture}you see how the smoothed classifier "
         f"votes on the deformed image{several}. The thick bar is the certified range.{left_out}"
@@ -94,17 +97,6 @@ def _sweep_choice(explored: Mapping[str, Any]) -> Markup:
         for i, text in enumerate(words)
     ]
     return fieldset("The image is", *options)
-
-
-def _row(context: ReportContext, row: int) -> Markup:
-    """One algorithm: its answer now, and the strip of all steps."""
-    return el(
-        "div",
-        {"class": "explored-row", "data-explored": str(row)},
-        el("div", {"class": "explored-name"}, named(context, row), el("small")),
-        el("p", {"class": "explored-answer"}),
-        el("div", {"class": "strip"}),
-    )
 
 
 def _method(context: ReportContext, explored: Mapping[str, Any]) -> str:
@@ -134,9 +126,7 @@ def _method(context: ReportContext, explored: Mapping[str, Any]) -> str:
 # Reads `explorer.json` of the runs (see `certifl explore`) beside their certificates. Planes of
 # shifts in both directions, which format 3 of 0.1.0 also recorded, are ignored.
 
-
-MOST_PICTURES = 2_500_000
-"""Pictures on one page, in characters: the page stays well below 5 MB."""
+MOST_PICTURES = 2_500_000  # characters of pictures: the page stays well below 5 MB
 
 _FILE, _FORMATS = "explorer.json", (3, 4)
 _TOO_CLOSE = 0.001
@@ -152,7 +142,6 @@ def explorer_payload(
     """What the page's script draws; None where no run was explored.
 
     Args:
-        context: of the page.
         pictures: whether the images themselves are shown; without them the answer has no pixel.
         most: characters that pictures may take.
 
@@ -165,7 +154,8 @@ def explorer_payload(
             return None
         images = []
         for key, seen in _chosen(records, most):
-            sweeps = [{name: str(one[name]) for name in _WORDS} for one in _first(seen)["walks"]]
+            walks = next(iter(seen.values()))["walks"]
+            sweeps = [{name: str(one[name]) for name in _WORDS} for one in walks]
             images.append((sweeps, _image(context, key, seen, pictures)))
         # One perturbation has the same sweeps in every run; a run with others is left out.
         words = images[0][0]
@@ -213,15 +203,11 @@ def _chosen(records: Mapping[int, Record], most: int) -> list[tuple[Key, dict[in
     total = 0
     for key, seen in sorted(by_image.items(), key=lambda item: -len(item[1])):
         # The pictures of an image are on the page once.
-        size = sum(len(sweep["strip"]) for sweep in _first(seen)["walks"])
+        size = sum(len(sweep["strip"]) for sweep in next(iter(seen.values()))["walks"])
         if not chosen or total + size <= most:
             total += size
             chosen[key] = seen
     return sorted(chosen.items())
-
-
-def _first(seen: Mapping[int, Record]) -> Record:
-    return next(iter(seen.values()))
 
 
 def _seen_by_all(images: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -243,7 +229,7 @@ def _image(
     context: ReportContext, key: Key, seen: Mapping[int, Record], pictures: bool
 ) -> dict[str, Any]:
     """One image, as all runs saw it that took the same steps as the first."""
-    first, scale = _first(seen), context.scale
+    first, scale = next(iter(seen.values())), context.scale
     steps = {row: [sweep["values"] for sweep in image["walks"]] for row, image in seen.items()}
     alike = {row: image for row, image in seen.items() if steps[row] == next(iter(steps.values()))}
     # Texts are lengths without their sign, to the nearest: positions, not promises.

@@ -26,12 +26,9 @@ class Markup(str):
 
 
 def el(name: str, attributes: Attributes | None = None, *children: str) -> Markup:
-    """One element.
+    """One element; an attribute that is true has no value, and one that is false is left out.
 
-    Args:
-        name: of the element.
-        attributes: a true value is an attribute without value, a false one is left out.
-        children: plain text is escaped, `Markup` is taken as it is.
+    Children that are plain text are escaped, `Markup` is taken as it is.
     """
     shown = "".join(_attribute(key, value) for key, value in (attributes or {}).items())
     if name in _VOID:
@@ -43,16 +40,12 @@ def el(name: str, attributes: Attributes | None = None, *children: str) -> Marku
 
 def join(parts: Iterable[str]) -> Markup:
     """Parts one after the other; plain text is escaped, and numbers stay with their signs."""
-    return Markup("".join(map(_text, parts)))
+    return Markup("".join(p if isinstance(p, Markup) else html.escape(unbroken(p)) for p in parts))
 
 
 def verbatim(text: str) -> Markup:
     """Escaped text of which no character changes: the page's script writes the same."""
     return Markup(html.escape(text))
-
-
-def _text(part: str) -> str:
-    return part if isinstance(part, Markup) else html.escape(unbroken(part))
 
 
 def _attribute(key: str, value: str | bool) -> str:
@@ -135,11 +128,7 @@ def table(
 ) -> Markup:
     """A table in its own scrolling container; the first cell of a row names the row.
 
-    Args:
-        caption: what the table shows; also the container's name for screen readers.
-        head: one text per column.
-        rows: cells, plain text or `Markup`.
-        attributes: of the table.
+    The caption is also the container's name for screen readers, the attributes are the table's.
     """
     header = el("tr", None, *(el("th", {"scope": "col"}, cell) for cell in head))
     lines = [

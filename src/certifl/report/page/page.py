@@ -9,18 +9,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from string import Template
-from typing import Any, NamedTuple
+from typing import Any
 
 from certifl._version import __version__
 from certifl.errors import InputError
-from certifl.report.figures import (
-    average_radius_figure,
-    certified_accuracy_figure,
-    write_figures,
-)
+from certifl.report import summary
+from certifl.report.figures import average_radius_figure, certified_accuracy_figure, write_figures
 from certifl.report.page import background
 from certifl.report.page import results as sections
 from certifl.report.page.context import (
@@ -43,7 +40,11 @@ from certifl.report.page.html import (
     section,
     table,
 )
-from certifl.report.page.recommendation import recommendation_payload, recommendation_section
+from certifl.report.page.recommendation import (
+    headline,
+    recommendation_payload,
+    recommendation_section,
+)
 from certifl.report.results import (
     Row,
     RunResults,
@@ -53,16 +54,7 @@ from certifl.report.results import (
     load_runs,
 )
 from certifl.report.style import USUAL, FigureStyle, looks_of
-from certifl.report.summary import (
-    accuracy_share,
-    first_unit,
-    group_words,
-    noise_words,
-    plain_rows,
-    share,
-)
-from certifl.report.units import family_words
-from certifl.report.wording import client_list, headline, listed
+from certifl.report.wording import client_list, family_words, listed
 from certifl.runs.atomic import write_text
 
 ClaimsSection = Callable[[Sequence[Row]], Markup]
@@ -124,9 +116,8 @@ def write_report(
         The page's path. Equal results give an equal page.
 
     Raises:
-        InputError: the page is not an .html file, or a run is named twice.
-        StoreMismatch: a run that is missing or unfinished, or runs that cannot be compared.
-        StoreError: a run that is damaged, or a path that cannot be written.
+        InputError: the page is not an .html file.
+        InputError, StoreMismatch, StoreError: as `load_runs`, or a path that cannot be written.
     """
     page = Path(out_path)
     if page.suffix.lower() not in (".html", ".htm") or page.is_dir():
@@ -143,11 +134,7 @@ def write_report(
 
 
 def _page(
-    groups: Groups,
-    page: Path,
-    title: str | None,
-    images: bool,
-    claims: ClaimsSection | None,
+    groups: Groups, page: Path, title: str | None, images: bool, claims: ClaimsSection | None
 ) -> str:
     contexts = [ReportContext.of(group) for group in groups]
     if title is None:
@@ -179,9 +166,9 @@ def _page(
 def _chosen_colors(rows: Sequence[Row]) -> str:
     """Style rules for colors that the user chose; lighter on a dark page."""
     looks = [
-        (look.slot, row.color)
+        (look.slot, look.color)
         for row, look in zip(rows, looks_of(rows), strict=True)
-        if row.color is not None
+        if row.runs[0].color is not None
     ]
     light = "".join(f".s{slot} {{ --c: {color}; }}\n" for slot, color in looks)
     dark = "".join(
@@ -205,7 +192,6 @@ def _policy(style: str, script: str) -> Markup:
 
 # The part of the page about one perturbation, and the tabs that switch between them.
 
-
 _CURVES_WORDS = (
     " Lines are means over clients; the shaded band reaches from the smallest to the largest "
     "client."
@@ -221,46 +207,37 @@ _MODEL_ACR_WORDS = Markup(
 )
 
 
-class PageFrame(NamedTuple):
-    """What surrounds a panel: above its finding, below its key figures, and its attributes."""
-
-    header: Markup
-    overview: Markup
-    attributes: Markup
-
-
 def _frames(
     groups: Groups, contexts: Sequence[ReportContext], title: str
-) -> tuple[list[PageFrame], Markup]:
-    """What surrounds every panel, and what is above all of them where there are several."""
+) -> tuple[list[dict[str, Markup]], Markup]:
+    """Parts around every panel by name, and what is above all of them where there are several."""
     clients = {client for context in contexts for client in context.runs[0].clients.tolist()}
     eyebrow = el("p", {"class": "eyebrow"}, _eyebrow(contexts[0], len(clients)))
     top = join([eyebrow, el("h1", None, title)])
     if len(contexts) == 1:
-        return [PageFrame(top, overview(groups), Markup())], Markup()
+        own = {"header": top, "overview": overview(groups), "attributes": Markup()}
+        return [own], Markup()
     frames = []
     for at, context in enumerate(contexts):
         who = el("p", {"class": "eyebrow"}, _eyebrow(context, len(context.runs[0].clients)))
         header = join([who, el("h2", None, _name(context))])
         attributes = f' id="{_panel_id(at)}" role="tabpanel" aria-labelledby="{_tab_id(at)}"'
-        frames.append(PageFrame(header, Markup(), Markup(attributes)))
+        own = {"header": header, "overview": Markup(), "attributes": Markup(attributes)}
+        frames.append(own)
     return frames, join([el("header", None, top), overview(groups), _tabs(contexts)])
 
 
 def _panel(
     context: ReportContext,
     at: int,
-    frame: PageFrame,
+    frame: Mapping[str, Markup],
     pictures: bool,
     most: int,
     claims: ClaimsSection | None,
 ) -> tuple[Markup, dict[str, Any]]:
-    """The panel of one perturbation, and the numbers its script draws.
+    """The panel of one perturbation, number `at` on the page, and the numbers its script draws.
 
-    Args:
-        context: the runs and their comparison. at: its number on the page. frame: around it.
-        pictures: whether test images are shown. most: characters they may take.
-        claims: makes the section about published claims; None = no section.
+    Pictures of test images, if there are to be any, may take `most` characters.
     """
     explored = explorer_payload(context, pictures, most)
     numbers = chart_payload(context)
@@ -268,10 +245,8 @@ def _panel(
     model = context.of_model
     finding, support = headline(context.runs, context.comparison, context.scale)
     parts = {
+        **frame,
         "at": str(at),
-        "attributes": frame.attributes,
-        "header": frame.header,
-        "overview": frame.overview,
         "headline": el("p", {"class": "headline"}, finding),
         "support": join(el("p", {"class": "support"}, sentence) for sentence in support),
         "notices": sections.notices(context),
@@ -339,7 +314,6 @@ def _eyebrow(context: ReportContext, clients: int) -> str:
 
 
 def _tabs(contexts: Sequence[ReportContext]) -> Markup:
-    """One tab for each perturbation."""
     buttons = []
     for at, context in enumerate(contexts):
         button = {"type": "button", "role": "tab", "id": _tab_id(at)}
@@ -360,12 +334,11 @@ def _panel_id(at: int) -> str:
 
 
 def _name(context: ReportContext) -> str:
-    words = group_words(context.runs[0])
+    words = summary.group_words(context.runs[0])
     return words[0].upper() + words[1:]
 
 
 # Clients that certify different perturbations, or none: an overview above the panels.
-
 
 _HEAD = [
     "Perturbation",
@@ -394,17 +367,25 @@ _PLAIN = (
 
 
 def overview(groups: Groups) -> Markup:
-    """What each client certifies, and how well; nothing where all clients certify the same.
-
-    Args:
-        groups: the runs once for every perturbation.
-    """
-    plain = plain_rows(groups[0])
+    """What each client certifies, and how well; nothing where all clients certify the same."""
+    plain = summary.plain_rows(groups[0])
     if len(groups) == 1 and not plain:
         return Markup()
     pictures = [_small_picture(runs, at) for at, runs in enumerate(groups)]
-    apart = [_APART] if groups[0][0].group else []
-    noises = {noise_words(runs[0].conditions) for runs in groups}
+    rows = [
+        [
+            summary.group_words(run),
+            client_list(run.clients.tolist()),
+            run.label,
+            acr_cell(run, scale),
+            share_cell(summary.accuracy_share(run, 0.0)),
+            spread_cell(run, scale),
+        ]
+        for runs, scale in ((runs, summary.first_unit(runs)) for runs in groups)
+        for run in runs
+    ]
+    apart = [_APART] if groups[0][0].runs[0].group else []
+    noises = {summary.noise_words(runs[0].conditions) for runs in groups}
     why = [*apart, *([_SEVERAL] if len(noises) > 1 or not apart else [])]
     if len(groups) == 1:
         why = ["Some clients certify nothing; everything below is about those that do."]
@@ -412,40 +393,23 @@ def overview(groups: Groups) -> Markup:
         "perturbations",
         "Groups of clients" if apart else "Perturbations of the clients",
         *map(paragraph, why),
-        table("What the clients certify", _HEAD, [row for runs in groups for row in _rows(runs)]),
+        table("What the clients certify", _HEAD, rows),
         el("div", {"class": "panels"}, *pictures) if len(groups) > 1 else Markup(),
         _plain(groups[0][0].runs[0], plain) if plain else Markup(),
     )
 
 
-def _rows(runs: Sequence[Row]) -> list[list[str]]:
-    scale = first_unit(runs)
-    return [
-        [
-            group_words(run),
-            client_list(run.clients.tolist()),
-            run.label,
-            acr_cell(run, scale),
-            share_cell(accuracy_share(run, 0.0)),
-            spread_cell(run, scale),
-        ]
-        for run in runs
-    ]
-
-
 def _small_picture(runs: Sequence[Row], at: int) -> Markup:
-    """The curves of one perturbation, with a link to its panel."""
     clients = client_list(all_clients(runs))
-    name = f"{group_words(runs[0])}: {clients}"
+    name = f"{summary.group_words(runs[0])}: {clients}"
     image = picture(certified_accuracy_figure(runs, title=clients), f"Certified accuracy, {name}")
     link = el("a", {"href": f"#{_panel_id(at)}"}, "details")
     return el("figure", None, el("figcaption", None, name, " (", link, ")"), image)
 
 
 def _plain(run: RunResults, rows: Sequence[tuple[str, int, int, int]]) -> Markup:
-    """Plain accuracies, which are no certificates."""
     cells = [
-        [run.client_name(client), label, f"{images:,}", share_cell(share(correct, images))]
+        [run.client_name(client), label, f"{images:,}", share_cell(summary.share(correct, images))]
         for label, client, images, correct in rows
     ]
     head = ["Client", "Algorithm", "Images", "Plain accuracy"]

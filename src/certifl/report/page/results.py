@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from certifl.certification.metadata import below_sigma
+from certifl.report import summary
 from certifl.report.compare import Difference
-from certifl.report.page.context import (
-    ReportContext,
-    acr_cell,
-    named,
-    share_cell,
-    spread_cell,
-)
+from certifl.report.page.context import ReportContext, acr_cell, named, share_cell, spread_cell
 from certifl.report.page.html import (
     Markup,
     choice,
@@ -28,18 +23,10 @@ from certifl.report.page.html import (
     table,
     toggle,
 )
+from certifl.report.page.recommendation import NO_DIFFERENCE, NOT_PAIRED, by_margin
 from certifl.report.results import Row
-from certifl.report.summary import (
-    abstained_share,
-    accuracy_share,
-    client_acr,
-    client_curves,
-    left_out_words,
-    measures_of,
-    selected_radii,
-)
 from certifl.report.table import Group, by_class
-from certifl.report.wording import NO_DIFFERENCE, NOT_PAIRED, by_margin, listed, percent, range_of
+from certifl.report.wording import listed, percent, range_of
 
 _COMPARED = ("sigma", "law", "alpha", "n0", "n", "estimator", "precision", "seed")
 
@@ -73,7 +60,7 @@ def notices(context: ReportContext) -> Markup:
 
 def results_section(context: ReportContext) -> Markup:
     """Average certified radius and certified accuracies per algorithm, with intervals."""
-    radii, scale = selected_radii(context.runs, context.scale), context.scale
+    radii, scale = summary.selected_radii(context.runs, context.scale), context.scale
     what, over = ("Model", []) if context.of_model else ("Algorithm", ["Best and worst client"])
     head = [what, "Average certified radius", *over]
     head += [f"At {text}" for text, _ in radii] + ["Abstained"]
@@ -82,8 +69,8 @@ def results_section(context: ReportContext) -> Markup:
             _named_with_seeds(context, row),
             acr_cell(run, scale),
             *(spread_cell(run, scale) for _ in over),
-            *(share_cell(accuracy_share(run, radius)) for _, radius in radii),
-            "not shared" if run.curves_only else share_cell(abstained_share(run)),
+            *(share_cell(summary.accuracy_share(run, radius)) for _, radius in radii),
+            "not shared" if run.curves_only else share_cell(summary.abstained_share(run)),
         ]
         for row, run in enumerate(context.runs)
     ]
@@ -131,7 +118,6 @@ def _result_note(context: ReportContext) -> str:
 
 
 def _seeds_note(context: ReportContext) -> str:
-    """What the intervals say about training again."""
     if not context.several_seeds:
         return (
             "The intervals are about the choice of test images, not about training again with "
@@ -201,8 +187,10 @@ def clients_section(context: ReportContext) -> Markup:
         return Markup()
     cells: dict[tuple[int, int], Markup] = {}
     for row, run in enumerate(context.runs):
-        accuracies = client_curves(run, [0.0])[:, 0]
-        for client, radius, accuracy in zip(run.clients, client_acr(run), accuracies, strict=True):
+        accuracies = summary.client_curves(run, [0.0])[:, 0]
+        for client, radius, accuracy in zip(
+            run.clients, summary.client_acr(run), accuracies, strict=True
+        ):
             at_zero = f"{percent(float(accuracy))} at 0"
             cells[int(client), row] = stacked(context.scale.text(float(radius)), at_zero)
     rows = []
@@ -220,9 +208,9 @@ def training_section(context: ReportContext) -> Markup:
     """Where the script draws the training history; a sentence where nothing was recorded."""
     if context.of_model:
         return Markup()
-    failures = [(run.label, left_out_words(run)) for run in context.trained]
+    failures = [(run.label, summary.left_out_words(run)) for run in context.trained]
     warnings = [notice(f"{label}: {words}") for label, words in failures if words is not None]
-    names = measures_of(context.runs)
+    names = summary.measures_of(context.runs)
     if not names:
         nothing = paragraph("No training history was recorded.")
         return section("training", "Training", *warnings, nothing)
@@ -296,7 +284,6 @@ def _client_toggles(clients: Sequence[int]) -> Markup:
 
 # Certified accuracy and abstentions by class: which class is not certified.
 
-
 _MOST_SHOWN = 20
 _MOST_NAMED = 6
 
@@ -306,7 +293,7 @@ def classes_section(context: ReportContext) -> Markup:
     rows = [row for row in context.runs if not row.curves_only]
     if not rows:
         return Markup()
-    radii = selected_radii(rows, context.scale)
+    radii = summary.selected_radii(rows, context.scale)
     groups = [by_class(row, [radius for _, radius in radii]) for row in rows]
     if len(rows) == 1:
         shown = _one_row(context, groups[0], [text for text, _ in radii])
