@@ -7,7 +7,6 @@ Flower is not needed for it.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from certifl.errors import CertiflError, one_line
-from certifl.progress import short
+from certifl.progress import clock
 from certifl.runs.checkpoints import Checkpoints
 from certifl.runs.folder import FINISHED
 from certifl.study.opened_run import OpenRun
@@ -95,7 +94,8 @@ def study_lines(path: Path) -> list[str]:
     lines = [f"Study {spec.name!r} (spec {spec.hash()[:8]}), {spec.clients.count} clients"]
     if last is None:
         return [*lines, "No round has begun: it waits for its clients."]
-    since = _clock(time.time() - (last.path / "round.json").stat().st_mtime)
+    age = time.time() - (last.path / "round.json").stat().st_mtime
+    since = clock(max(0.0, age))
     lines.append(f"Rounds: {len(history)} of {total}, the last stored {since} ago")
     lines += [_round(entry) for entry in history[-_SHOWN:]]
     if manifest.get("status") == FINISHED:
@@ -103,7 +103,7 @@ def study_lines(path: Path) -> list[str]:
     left = total - len(history)
     if left:
         pace = [float(entry.get("seconds", 0.0)) for entry in history[-_PACE:]]
-        known = f"about {_clock(left * statistics.median(pace))}" if pace else "not known yet"
+        known = f"about {clock(left * statistics.median(pace))}" if pace else "not known yet"
         return [*lines, f"Time left for the rounds: {known}; certification comes after them."]
     done = [client for client in range(spec.clients.count) if folder.shared(client).is_file()]
     who = f" ({_named(done)})" if done else ""
@@ -119,7 +119,7 @@ def _round(entry: Mapping[str, Any]) -> str:
     words = [
         f"  round {int(entry['round']) + 1}: {loss}",
         f"{_named(answered)} answered" if answered else "nobody answered",
-        f"{_clock(float(entry.get('seconds', 0.0)))}",
+        f"{clock(float(entry.get('seconds', 0.0)))}",
     ]
     failed = [
         f"client {fault['client']} was left out ({one_line(fault['reason'], _LONGEST)})"
@@ -130,9 +130,3 @@ def _round(entry: Mapping[str, Any]) -> str:
 
 def _named(clients: Sequence[int]) -> str:
     return f"client{'s' if len(clients) > 1 else ''} {', '.join(map(str, clients))}"
-
-
-def _clock(seconds: float) -> str:
-    whole = max(0, math.ceil(seconds))
-    hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours} h {minutes} min" if hours else short(whole)
