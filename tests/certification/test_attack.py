@@ -9,11 +9,16 @@ from scipy.stats import binom
 from torch import Tensor
 
 import certifl
-from certifl.certification.attack import AttackBudget, AttackResult, deformed_first, search
-from certifl.certification.certified_sets import lengths, region_of
+from certifl.certification.attack import (
+    AttackBudget,
+    AttackResult,
+    deformed_first,
+    region_of,
+    search,
+)
 from certifl.certification.counts import sign_test_against, vote_margins
 from certifl.certification.network import prepare
-from certifl.certification.sampling import VoteCounter
+from certifl.certification.sampling import VoteCounter, lengths
 from certifl.errors import InputError
 from certifl.perturbations import PERTURBATIONS
 from certifl.perturbations.base import Perturbation

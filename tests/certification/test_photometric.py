@@ -10,10 +10,9 @@ from scipy import fft
 from scipy.stats import binom
 
 import certifl
-from certifl.certification.attack import AttackBudget, deformed_first, search
-from certifl.certification.certified_sets import region_of, sweep_along, sweeps_of
+from certifl.certification.attack import AttackBudget, deformed_first, region_of, search
 from certifl.certification.network import prepare
-from certifl.certification.sampling import VoteCounter
+from certifl.certification.sampling import VoteCounter, sweep_along, sweeps_of
 from certifl.errors import InputError
 from certifl.federated.objectives.macer import soft_margins
 from certifl.perturbations import format_amount
@@ -164,7 +163,7 @@ def test_a_received_image_is_sent_in_8_bits():
     seen = []
     counter = SimpleNamespace(
         perturbation=certifl.Brightness(0.3),
-        count=lambda images, requests, slots: seen.append(images) or np.zeros((slots, 2), int),
+        count_each=lambda images, *_: seen.append(images) or np.zeros((len(images), 2), int),
     )
     deformed_first(counter, pictures(1, *IMAGE), torch.tensor([[[0.0], [0.3001]]]), 100)
     levels = seen[0] * 255

@@ -12,9 +12,9 @@ import torch
 
 import certifl
 from certifl.certification import verify
-from certifl.certification.api import asked_conditions
 from certifl.certification.counts import count_all, finalize, fresh
 from certifl.certification.estimators import PRICES, UnionBound
+from certifl.certification.metadata import asked_conditions
 from certifl.certification.network import prepare
 from certifl.certification.sampling import VoteCounter
 from certifl.certification.settings import ESTIMATORS, Settings

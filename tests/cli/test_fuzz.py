@@ -25,8 +25,8 @@ import fuzzing
 import own_study
 import tiny_study as tiny
 from certifl.certification import Certificates
+from certifl.deploy.bundle import Connection
 from certifl.deploy.client.settings import Settings
-from certifl.deploy.provision.bundle import Connection
 from certifl.experiments.attack import Options as AttackOptions
 from certifl.experiments.attack import attack_run
 from certifl.experiments.run import Options, run

@@ -10,12 +10,11 @@ from pydicom import FileDataset, FileMetaDataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, generate_uid
 
 from certifl.data import load, read_image
-from certifl.data.cache import cache_path, read_cached
+from certifl.data.dataset import cache_path, read_cached
 from certifl.data.decode import changes_of, decode_all
 from certifl.data.preparation import Preparation, preparation_of
-from certifl.deploy.client.settings import Settings
-from certifl.deploy.client.spec_policy import check_study
-from certifl.deploy.transport.schemas import Rejected
+from certifl.deploy.client.settings import Settings, check_study
+from certifl.deploy.schemas import Rejected
 from certifl.errors import InputError, SpecError
 from certifl.experiments.plan import data_size
 from image_sets import cannot_load, decoded, encoded, png

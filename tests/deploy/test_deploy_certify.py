@@ -13,7 +13,7 @@ from flwr.app import Message
 from certifl.certification import Certificates
 from certifl.deploy.client.client import Client
 from certifl.deploy.client.settings import Settings, open_local_data
-from certifl.deploy.transport.messages import from_records, to_records
+from certifl.deploy.messages import from_records, to_records
 from certifl.errors import InputError, StoreMismatch, WorkError
 from certifl.experiments.run import Options as Here
 from certifl.experiments.run import run

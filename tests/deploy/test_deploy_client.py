@@ -17,10 +17,9 @@ from test_deploy_certify import parquet
 from test_deploy_rounds import LIGHT, described, in_process
 
 from certifl.deploy.client.client import Client
-from certifl.deploy.client.settings import Settings
-from certifl.deploy.client.spec_policy import DECISIONS
+from certifl.deploy.client.settings import DECISIONS, Settings
 from certifl.deploy.client.state import NEVER, SENT, sent_lines
-from certifl.deploy.transport.messages import Content, from_records
+from certifl.deploy.messages import Content, from_records
 from certifl.federated import deployed_model
 from certifl.spec import Spec
 from certifl.study.opened_run import ClientStudy
@@ -414,7 +413,7 @@ def test_faults_are_logged_and_nothing_leaves_unlogged(tmp_path):
     from flwr.app import Message
 
     from certifl.deploy.client_app import respond
-    from certifl.deploy.transport.messages import to_records
+    from certifl.deploy.messages import to_records
 
     client = dealt(tmp_path / "client")
     MemoryGrid({})  # gives messages a run

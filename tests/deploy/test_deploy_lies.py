@@ -20,9 +20,9 @@ from safetensors.torch import save
 from test_deploy_messages import packed
 
 from certifl.deploy.client.curves import CertificateChecks
+from certifl.deploy.messages import Content, MalformedMessage, from_records, to_records
+from certifl.deploy.schemas import Certified
 from certifl.deploy.server.collect import _ClientProgress
-from certifl.deploy.transport.messages import Content, MalformedMessage, from_records, to_records
-from certifl.deploy.transport.schemas import Certified
 from certifl.errors import WorkError
 from certifl.report import write_report
 from certifl.report.results import load_run

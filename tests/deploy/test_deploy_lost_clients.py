@@ -7,11 +7,17 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
 
-from certifl.deploy.server.clients import ClientRegistry, ConnectedClient, Pending
+from certifl.deploy.messages import Content, Node, NoReply
+from certifl.deploy.schemas import Certified
 from certifl.deploy.server.collect import _Collector
-from certifl.deploy.server.remote_runner import RemoteRunner, Timeouts, _Round
-from certifl.deploy.transport.messages import Content, Node, NoReply
-from certifl.deploy.transport.schemas import Certified
+from certifl.deploy.server.remote_runner import (
+    ClientRegistry,
+    ConnectedClient,
+    Pending,
+    RemoteRunner,
+    Timeouts,
+    _Round,
+)
 from certifl.federated.workers import ClientResult
 from certifl.runs.atomic import write_json
 from certifl.runs.folder import RunFolder

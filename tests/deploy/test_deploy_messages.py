@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from certifl.deploy.transport.messages import (
+from certifl.deploy.messages import (
     Content,
     MalformedMessage,
     encode,
@@ -122,7 +122,7 @@ def test_malformed_parts_are_refused_before_allocation(records, word):
 
 
 def test_a_large_part_travels_in_pieces_of_whole_tensors(monkeypatch):
-    monkeypatch.setattr("certifl.deploy.transport.messages._PIECE", 40)
+    monkeypatch.setattr("certifl.deploy.messages._PIECE", 40)
     parts = {"model": {f"w{i}": torch.randn(i) for i in (3, 4, 30, 1, 0, 2)}}
     records = to_records(Content({}, parts))
     assert len(records.array_records["part:model"]) == 3
@@ -160,8 +160,8 @@ def test_an_answer_without_an_update_is_refused(fields):
 
 
 def test_unknown_settings_are_refused(tmp_path):
+    from certifl.deploy.bundle import client_settings
     from certifl.deploy.client.settings import load_settings
-    from certifl.deploy.provision.bundle import client_settings
 
     path = tmp_path / "client.toml"
     path.write_text(client_settings(3))

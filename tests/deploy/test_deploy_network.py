@@ -22,14 +22,14 @@ import torch
 from PIL import Image
 from test_deploy_rounds import same_training
 
-from certifl.deploy.provision.bundle import Connection
-from certifl.deploy.provision.keys import (
+from certifl.deploy.bundle import Connection
+from certifl.deploy.gate import allowed
+from certifl.deploy.keys import (
     Authority,
     check_certificate,
     connection_problem,
     node_key,
 )
-from certifl.deploy.transport.gate import allowed
 from certifl.errors import InputError, WorkError
 from certifl.experiments.run import Options, run
 from certifl.report.results import load_run

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 from test_deploy_lies import KEYS, STUDY, Replayed, honest, put
 
+from certifl.deploy import flower
+from certifl.deploy.bundle import Connection, init, load_connection
 from certifl.deploy.client import process as serving
 from certifl.deploy.client.process import Accepted, Retry, _refused
-from certifl.deploy.provision.bundle import Connection, init, load_connection
-from certifl.deploy.provision.keys import node_key
+from certifl.deploy.flower import Endpoint
+from certifl.deploy.keys import node_key
+from certifl.deploy.messages import GridTransport
 from certifl.deploy.server.process import (
     KeyFolder,
     _KeyAdmission,
@@ -21,9 +24,6 @@ from certifl.deploy.server.process import (
     local_endpoint,
 )
 from certifl.deploy.server.start import check_clients
-from certifl.deploy.transport import flower
-from certifl.deploy.transport.flower import Endpoint
-from certifl.deploy.transport.messages import GridTransport
 from certifl.errors import RequestError, WorkError
 from certifl.runs.checkpoints import Checkpoints
 from deploy_factory import coordinated, options
@@ -255,7 +255,7 @@ def test_an_unreachable_server_and_short_connections_are_reported_rarely():
 
 
 def test_connections_of_the_federation_bypass_proxies(monkeypatch):
-    from certifl.deploy.transport.flower import bypass_proxies
+    from certifl.deploy.flower import bypass_proxies
 
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "example.net")

@@ -15,9 +15,8 @@ from PIL import Image
 import tiny_study as tiny
 from certifl import rng as streams
 from certifl.certification import Certificates
-from certifl.certification.certified_sets import STEPS, sweep_along, sweeps_of
 from certifl.certification.network import prepare
-from certifl.certification.sampling import CHUNK, VoteCounter
+from certifl.certification.sampling import CHUNK, STEPS, VoteCounter, sweep_along, sweeps_of
 from certifl.data import load, to_float
 from certifl.errors import StoreMismatch
 from certifl.experiments import explore as exploring

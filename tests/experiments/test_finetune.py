@@ -8,11 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from certifl.deploy.client.settings import Settings
-from certifl.deploy.client.spec_policy import DECISIONS, check_study
+from certifl.deploy.client.settings import DECISIONS, Settings, check_study
+from certifl.deploy.schemas import Rejected
 from certifl.deploy.server import start as deploy
 from certifl.deploy.server.start import check_start
-from certifl.deploy.transport.schemas import Rejected
 from certifl.errors import RequestError, SpecError
 from certifl.experiments import run as run_module
 from certifl.experiments.plan import plan

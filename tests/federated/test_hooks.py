@@ -15,7 +15,7 @@ from certifl.federated.algorithms.proximal import proximal_hook
 from certifl.federated.algorithms.scaffold import _MeanGradient
 from certifl.federated.objectives import Augmented
 from certifl.federated.states import ModelState, ServerState
-from certifl.federated.training.steps import GradientHook, StepContext
+from certifl.federated.steps import GradientHook, StepContext
 from tiny_federation import assert_same, training
 
 

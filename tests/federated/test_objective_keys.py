@@ -19,8 +19,8 @@ from certifl.federated import (
     from_description,
     train,
 )
+from certifl.federated.batches import Batch
 from certifl.federated.objectives import OBJECTIVES, Consistency, Macer, SmoothAdv, Stability
-from certifl.federated.training.batches import Batch
 from certifl.perturbations import PixelNoise
 from certifl.runs.checkpoints import Checkpoints
 from certifl.smoothing.laws import UNIFORM, Law

@@ -14,9 +14,9 @@ from algorithm_cases import CASES
 from certifl import rng as streams
 from certifl.data import load
 from certifl.federated import ClientData, ClientState, LocalTraining, state_of
+from certifl.federated.batches import Batch
 from certifl.federated.objectives import Augmented, Consistency, Macer, SmoothAdv, Stability
 from certifl.federated.objectives.smoothadv import drawn_params
-from certifl.federated.training.batches import Batch
 from certifl.perturbations import PERTURBATIONS, Affine, PixelNoise, Rotation
 from certifl.smoothing.laws import UNIFORM, Law
 from tiny_federation import SCHEDULE, Noise, TinyNet, assert_same, client_data, differ

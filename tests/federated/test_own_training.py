@@ -12,11 +12,11 @@ from torch import Tensor, nn
 import tiny_study as tiny
 from certifl.errors import ModelError
 from certifl.federated import FedAvg, LocalTraining, PerFedAvg
+from certifl.federated.batches import Batch
 from certifl.federated.objectives import Augmented, Consistency, Stability
 from certifl.federated.privacy import check_network
 from certifl.federated.privacy import mechanisms as clipping
 from certifl.federated.states import ClientState
-from certifl.federated.training.batches import Batch
 from certifl.models import check_logits, state_of
 from private_federation import PlainNet
 from tiny_federation import SCHEDULE, Noise, assert_same, client_data, federate, training

@@ -12,7 +12,7 @@ from torch.nn import functional
 from certifl import rng as streams
 from certifl.errors import InputError, ModelError, SpecError, StoreMismatch, TrainingDiverged
 from certifl.federated import ClientData, FedAvg, LocalTraining, state_of, train
-from certifl.federated.training.batches import BatchStream, batch_bounds
+from certifl.federated.batches import BatchStream, batch_bounds
 from certifl.runs.checkpoints import Checkpoints
 from tiny_federation import SCHEDULE, Noise, TinyNet, assert_same, client_data, differ, training
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import certifl
 from certifl import models
 from certifl.errors import InputError, ModelError
-from certifl.federated.training.steps import isolated_rng
+from certifl.federated.steps import isolated_rng
 from certifl.models import architectures as networks
 from certifl.models.architectures import QuarterMeans
 from certifl.torch_env import exact_convolutions

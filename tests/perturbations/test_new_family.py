@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import certifl
-from certifl.certification.certified_sets import sweeps_of
+from certifl.certification.sampling import sweeps_of
 from certifl.perturbations import PERTURBATIONS, family_label, trait
 from certifl.registry import Positive, Row, parameters
 from certifl.report.wording import family_words, scales

@@ -23,8 +23,8 @@ from certifl.experiments.attack import Options as AttackOptions
 from certifl.experiments.attack import attack_run
 from certifl.experiments.run import Options, run
 from certifl.experiments.verify import verify_run
+from certifl.federated.batches import PerClient, augmentation_of, combine_augmentations
 from certifl.federated.trainer import train
-from certifl.federated.training.batches import PerClient, augmentation_of, combine_augmentations
 from certifl.paper.claims.runs import find_runs
 from certifl.report import figures, load_run, summary_rows, write_figures, write_report
 from certifl.report.figures import Drawing

@@ -25,8 +25,8 @@ from certifl import PixelNoise
 from certifl import safe_io as outside
 from certifl.certification import Certificates
 from certifl.data import load, read_image
-from certifl.deploy.provision.bundle import Connection
-from certifl.deploy.provision.keys import public_key_bytes
+from certifl.deploy.bundle import Connection
+from certifl.deploy.keys import public_key_bytes
 from certifl.errors import InputError, SpecError, StoreError, StoreMismatch
 from certifl.experiments.run import Options, run
 from certifl.paper import scales as presets

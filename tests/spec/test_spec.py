@@ -10,7 +10,7 @@ import pytest
 import tiny_study as tiny
 from certifl.certification.network import choose_precision
 from certifl.errors import InputError, SpecError
-from certifl.federated.training.batches import PerClient
+from certifl.federated.batches import PerClient
 from certifl.paper.scales import REGIMES, quickstart
 from certifl.spec import Spec, load, with_settings
 from certifl.study.setup import label_of

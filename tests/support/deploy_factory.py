@@ -20,9 +20,9 @@ from certifl.deploy.client.client import Client
 from certifl.deploy.client.settings import Settings
 from certifl.deploy.client.state import NEVER
 from certifl.deploy.client_app import respond
+from certifl.deploy.messages import Content, GridTransport, fingerprint_of
 from certifl.deploy.server.coordinator import Options, coordinate
 from certifl.deploy.server.remote_runner import Timeouts
-from certifl.deploy.transport.messages import Content, GridTransport, fingerprint_of
 from certifl.models import build
 from certifl.runs.folder import RunFolder
 from certifl.spec import Spec

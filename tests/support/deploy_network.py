@@ -28,7 +28,7 @@ __all__ = ["Federation", "Running", "free_port", "quick_flower", "until"]
 
 _QUICK = Path(__file__).with_name("quick_flower")
 _FORKS = ForkServer()  # not the one that other tests and workers of a training share
-_CERTIFL = ("client.process", "server.coordinator", "transport.gate")
+_CERTIFL = ("client.process", "server.coordinator", "gate")
 _FLOWER = ("supernode.cli", "superlink.cli.flower_superlink", "superlink.main")
 _FORKS.set_forkserver_preload(
     ["torch._dynamo", "uvicorn", *(f"certifl.deploy.{name}" for name in _CERTIFL)]
@@ -55,8 +55,8 @@ def _command(
     """The command line in a forked process, its output in a file; reports have no figures."""
     from certifl import report
     from certifl.cli import main
+    from certifl.deploy import flower
     from certifl.deploy.client import process
-    from certifl.deploy.transport import flower
 
     _write_to(log)
     os.environ |= {**quick_flower(), _NAMESPACE: namespace}
@@ -203,7 +203,7 @@ class Running:
 
 class Federation:
     def __init__(self, folder: Path, clients: int, *options: str) -> None:
-        from certifl.deploy.provision.bundle import init
+        from certifl.deploy.bundle import init
 
         self.folder, self.bundle = folder, folder / "bundle"
         self.port = free_port()

@@ -36,8 +36,8 @@ from PIL import Image
 import tiny_study as tiny
 from certifl.cli import common, main
 from certifl.data import load as load_data
+from certifl.deploy.bundle import load_connection
 from certifl.deploy.client.settings import load_settings
-from certifl.deploy.provision.bundle import load_connection
 from certifl.errors import CertiflError
 from certifl.report import summary_rows
 from certifl.report.page.background import attacks_section

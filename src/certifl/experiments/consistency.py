@@ -16,9 +16,8 @@ import pyarrow.parquet as pq
 
 from certifl._version import __version__
 from certifl.certification import Certificates
-from certifl.certification.api import asked_conditions
 from certifl.certification.certificates import Predictions
-from certifl.certification.metadata import AMOUNTS, differs, entries
+from certifl.certification.metadata import AMOUNTS, asked_conditions, differs, entries
 from certifl.certification.recompute import known_words
 from certifl.certification.settings import PRECISIONS
 from certifl.data import Dataset, Partition, check, choose
