@@ -81,7 +81,7 @@ def main(grid, context):
 
 def stock(place: Path) -> list[float]:
     """Seconds of each round of stock Flower with clients that do nothing."""
-    from certifl.deploy.transport.flower import environment
+    from certifl.deploy.flower import environment
     from deploy_network import free_port, until
 
     app, port = place / "app", free_port()

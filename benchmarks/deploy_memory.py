@@ -32,14 +32,14 @@ from flwr.supercore.inflatable.inflatable_utils import (  # noqa: E402
     inflate_object_from_contents,
 )
 
-from certifl.deploy.server.coordinator import coordinate  # noqa: E402
-from certifl.deploy.transport.flower import return_freed_memory  # noqa: E402
-from certifl.deploy.transport.messages import (  # noqa: E402
+from certifl.deploy.flower import return_freed_memory  # noqa: E402
+from certifl.deploy.messages import (  # noqa: E402
     Content,
     GridTransport,
     encode,
     to_records,
 )
+from certifl.deploy.server.coordinator import coordinate  # noqa: E402
 from certifl.errors import WorkError  # noqa: E402
 from certifl.models import build, fingerprint  # noqa: E402
 from certifl.spec import with_settings  # noqa: E402

@@ -24,7 +24,7 @@ from certifl.federated import (
     from_description,
     state_of,
 )
-from certifl.federated.training.batches import Batch
+from certifl.federated.batches import Batch
 from certifl.models import build
 
 __all__ = ["BEGIN", "END", "PAGE", "table"]

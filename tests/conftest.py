@@ -1,14 +1,14 @@
 """One thread per test process: tests run in parallel, and bits must not depend on the machine."""
 
-from __future__ import annotations
-
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 import torch
 
@@ -16,6 +16,9 @@ import tiny_study as tiny
 from certifl.certification import arithmetic
 
 torch.set_num_threads(1)
+# A busy machine makes no example wrong.
+hypothesis.settings.register_profile("certifl", deadline=None)
+hypothesis.settings.load_profile("certifl")
 
 pytest_plugins = ("browser", "required")
 
@@ -34,9 +37,9 @@ def equally_fast() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of images that the tests of one file share and nobody else sees; no data folder."""
+    """A cache of images that the tests share and nobody else sees; no data folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CERTIFL_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("CERTIFL_DATA", raising=False)
@@ -47,11 +50,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the tiny study with its report, which no test changes."""
     folder = tmp_path_factory.mktemp("study")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CERTIFL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.delenv("CERTIFL_DATA", raising=False)
-        with tiny.undrawn():
-            done = tiny.cli("run", tiny.write_spec(folder), "--out", folder / "run")
+    with tiny.undrawn():
+        done = tiny.cli("run", tiny.write_spec(folder), "--out", folder / "run")
     done.fine("FedAvg", "ACR", "Report:")
     return folder / "run"
 
@@ -65,5 +65,14 @@ def undrawn() -> Iterator[None]:
 
 @pytest.fixture
 def copied(finished: Path, tmp_path: Path) -> Path:
-    """The same run, to be tampered with."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def own_modules() -> Iterator[None]:
+    """Networks that a test brings, and where they lie, are forgotten afterwards."""
+    path = list(sys.path)
+    yield
+    for name in ("my_network", "changing", "unfit", "own_model", "recast_network"):
+        sys.modules.pop(name, None)
+    sys.path[:] = path

@@ -60,6 +60,10 @@ __all__ = [
     "table",
 ]
 
+_FAMILIES = (
+    *("Affine", "Brightness", "Contrast", "DenseFlow", "GaussianBlur", "PixelNoise"),
+    *("Rotation", "Scaling", "SmoothFlow", "Translation"),
+)
 _HOMES = {
     "Certificates": "certifl.certification",
     "SmoothedClassifier": "certifl.certification.api",
@@ -69,21 +73,7 @@ _HOMES = {
     "plot": "certifl.report.figures",
     "predict": "certifl.certification.api",
     "table": "certifl.report.table",
-    **dict.fromkeys(
-        (
-            "Affine",
-            "Brightness",
-            "Contrast",
-            "DenseFlow",
-            "GaussianBlur",
-            "PixelNoise",
-            "Rotation",
-            "Scaling",
-            "SmoothFlow",
-            "Translation",
-        ),
-        "certifl.perturbations",
-    ),
+    **dict.fromkeys(_FAMILIES, "certifl.perturbations"),
 }
 _get = lazy_names("certifl", _HOMES)
 

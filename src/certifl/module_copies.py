@@ -60,11 +60,7 @@ def copy_of(module: nn.Module) -> nn.Module:
 
 
 def bare_copy_of(module: nn.Module) -> nn.Module:
-    """A deep copy without wrappers, at every level; its weights may have other names.
-
-    Raises:
-        ModelError: as `copy_of`.
-    """
+    """A `copy_of` without wrappers, at every level; its weights may have other names."""
     made = unwrapped(copy_of(module))
     _unwrap_children(made)
     return made
@@ -200,3 +196,34 @@ def answer_in_words(answer: object) -> str:
 def _values(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
+
+
+# Layers of a traced network.
+
+
+def called(node: object, graph: fx.GraphModule) -> nn.Module | None:
+    """The layer that a node calls; None where it calls none."""
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return None
+    return graph.get_submodule(str(node.target))
+
+
+def loses_hooks(module: nn.Module, graph: fx.GraphModule) -> bool:
+    """Whether a layer has hooks and is not called as a whole in the traced network."""
+    targets = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+    return any(_hooked(part) and name not in targets for name, part in module.named_modules())
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether a layer is exactly of this kind and computes with the weights that it stores.
+
+    `spectral_norm`, `weight_norm`, pruning and other parametrizations compute the weight at every
+    call, by a hook or a subclass, and would overwrite a folded one. They stay as they are.
+    """
+    if module is None or type(module) is not kind or _hooked(module):
+        return False
+    return all(name in module._parameters for name in ("weight", "bias"))

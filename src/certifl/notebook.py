@@ -155,11 +155,7 @@ class Study:
 
 
 def run_and_report(spec: Spec, options: Options, report: bool = True) -> RunResults:
-    """Compute a study and write its page; what is finished already stays as it is.
-
-    Raises:
-        RequestError, WorkError: as `experiments.run.run`.
-    """
+    """Compute a study and write its page; a finished one stays. Raises as `experiments.run`."""
     folder = RunFolder(options.out)
     complete = not options.overwrite and folder.finished()
     results = load_runs([compute(spec, options)])

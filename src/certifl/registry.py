@@ -196,11 +196,7 @@ def _options(component: Any) -> dict[str, Any]:
 def check_parameters(
     name: str, model: type[Parameters], values: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All parameters with their defaults, as they were given.
-
-    Raises:
-        SpecError: an unknown or missing parameter, or a value that is not allowed.
-    """
+    """All parameters as given, with defaults; SpecError for what is not allowed."""
     try:
         checked = model.model_validate(values)
     except ValidationError as error:

@@ -1,7 +1,5 @@
 """What "auto" stands for: measured once with an injected clock, and then the same everywhere."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -78,16 +76,12 @@ class OfItsOwn(nn.Identity):
 
 
 @pytest.mark.parametrize(("share", "chosen"), [(0.86, "bfloat16"), (0.88, "float32")])
-def test_bfloat16_has_to_be_faster_by_fifteen_percent(
-    clock: Callable[[Seconds], None], share: float, chosen: str
-) -> None:
+def test_bfloat16_has_to_be_faster_by_fifteen_percent(clock, share, chosen):
     clock(rounded_at(share))
     assert choose_arithmetic(net(), IMAGES, TRIAL, "cpu").precision == chosen
 
 
-def test_a_choice_is_the_same_for_certify_and_predict_whatever_the_clock_says_later(
-    clock: Callable[[Seconds], None],
-) -> None:
+def test_a_choice_is_the_same_for_certify_and_predict_whatever_the_clock_says_later(clock):
     model = net()
     clock(rounded_at(0.1))
     made = certifl.certify(model, IMAGES, NOISE, n=100_000, device="cpu", alpha=0.4)
@@ -101,16 +95,14 @@ def test_a_choice_is_the_same_for_certify_and_predict_whatever_the_clock_says_la
     assert (certifl.predict(model, IMAGES, NOISE, device="cpu", alpha=0.4) >= -1).all()
 
 
-def test_few_votes_are_cast_in_float32_and_settle_nothing(
-    clock: Callable[[Seconds], None], tmp_path: Path
-) -> None:
+def test_few_votes_are_cast_in_float32_and_settle_nothing(clock, tmp_path):
     clock(rounded_at(0.1))
     few = Trial(NOISE, 0, n0=100, planned=39_999)
     assert choose_arithmetic(net(), IMAGES, few, "cpu").precision == "float32"
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_networks_that_compute_with_coordinates_or_cannot_be_traced_stay_in_float32() -> None:
+def test_networks_that_compute_with_coordinates_or_cannot_be_traced_stay_in_float32():
     assert bears_rounding(net())
     for name in ("small_cnn", "small_resnet", "resnet18"):
         assert bears_rounding(certifl.models.build(name, 3, 10, seed=0)), name
@@ -126,9 +118,7 @@ def test_networks_that_compute_with_coordinates_or_cannot_be_traced_stay_in_floa
     assert bears_rounding(nn.Sequential(net(), normed))
 
 
-def test_votes_lost_on_unanimous_images_keep_float32(
-    clock: Callable[[Seconds], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_votes_lost_on_unanimous_images_keep_float32(clock, monkeypatch):
     clock(rounded_at(0.1))
     monkeypatch.setattr(arithmetic, "bears_rounding", lambda _model: True)
     model = Coordinates().eval()
@@ -139,9 +129,7 @@ def test_votes_lost_on_unanimous_images_keep_float32(
     assert choose_arithmetic(model, gray, TRIAL, "cpu").precision == "float32"
 
 
-def test_batch_size_and_threads_are_chosen_in_the_same_measurement(
-    clock: Callable[[Seconds], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batch_size_and_threads_are_chosen_in_the_same_measurement(clock, monkeypatch):
     clock(lambda network: 1e-5 / network.batch_size**0.5 * (2 - network.one_thread))
     made = choose_arithmetic(net(), IMAGES, TRIAL, "cpu")
     own = prepare(net(), IMAGES, "cpu").batch_size
@@ -153,17 +141,13 @@ def test_batch_size_and_threads_are_chosen_in_the_same_measurement(
     assert choose_arithmetic(net(), wider, trial, "cpu", 5) == Arithmetic("float32", 5, 1)
 
 
-def test_a_batch_size_that_takes_too_long_to_be_timed_is_not_chosen(
-    clock: Callable[[Seconds], None],
-) -> None:
+def test_a_batch_size_that_takes_too_long_to_be_timed_is_not_chosen(clock):
     own = prepare(net(), IMAGES, "cpu").batch_size
     clock(lambda network: 0.15 / own * (1 if network.batch_size == own else 0.1))
     assert choose_arithmetic(net(), IMAGES, TRIAL, "cpu").batch_size == own
 
 
-def test_a_choice_that_cannot_be_cached_is_reported(
-    clock: Callable[[Seconds], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_choice_that_cannot_be_cached_is_reported(clock, tmp_path, caplog):
     clock(rounded_at(1.0))
     (tmp_path / "arithmetic").write_text("a file where the folder would be")
     choose_arithmetic(net(), IMAGES, TRIAL, "cpu")
@@ -173,13 +157,11 @@ def test_a_choice_that_cannot_be_cached_is_reported(
 @pytest.mark.parametrize(
     "stored", [None, 3, {}, {"precision": "half", "batch_size": 1, "threads": 0}]
 )
-def test_a_damaged_choice_is_measured_anew(stored: object) -> None:
+def test_a_damaged_choice_is_measured_anew(stored):
     assert Arithmetic.read(stored) is None
 
 
-def test_a_run_keeps_its_choice_for_shards_predictions_and_verification(
-    copied: Path, tmp_path: Path
-) -> None:
+def test_a_run_keeps_its_choice_for_shards_predictions_and_verification(copied, tmp_path):
     manifest = json.loads((copied / "run.json").read_text())
     (choice,) = manifest["arithmetic"].values()
     assert Arithmetic.read(choice) is not None

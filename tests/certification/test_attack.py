@@ -1,7 +1,5 @@
 """Attacks: nothing inside true radii, something just outside, and planted false certificates."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np
@@ -11,11 +9,16 @@ from scipy.stats import binom
 from torch import Tensor
 
 import certifl
-from certifl.certification.attack import AttackBudget, AttackResult, deformed_first, search
-from certifl.certification.certified_sets import lengths, region_of
+from certifl.certification.attack import (
+    AttackBudget,
+    AttackResult,
+    deformed_first,
+    region_of,
+    search,
+)
 from certifl.certification.counts import sign_test_against, vote_margins
 from certifl.certification.network import prepare
-from certifl.certification.sampling import VoteCounter
+from certifl.certification.sampling import VoteCounter, lengths
 from certifl.errors import InputError
 from certifl.perturbations import PERTURBATIONS
 from certifl.perturbations.base import Perturbation
@@ -26,7 +29,6 @@ QUICK = AttackBudget(screen=200, confirm=20_000)
 
 
 def half_space(images: int = 3) -> tuple[HalfSpace, Tensor, np.ndarray]:
-    """A half-space, images at true radii 0.1, 0.2, ... and their classes."""
     g = torch.Generator().manual_seed(3)
     weight = torch.randn(64, generator=g)
     model = HalfSpace(weight, -float(weight.sum() / 2)).eval()
@@ -52,10 +54,7 @@ def attacked(
     return search(counter, images, predicted, np.asarray(radius, float), interval, budget)
 
 
-# Pixel noise against a half-space --------------------------------------------------------------
-
-
-def test_a_half_space_changes_just_outside_its_true_radius_and_not_inside() -> None:
+def test_a_half_space_changes_just_outside_its_true_radius_and_not_inside():
     model, images, classes = half_space()
     images, classes = images[1:], classes[1:]
     true = model.true_radius(images).numpy()
@@ -76,7 +75,7 @@ def test_a_half_space_changes_just_outside_its_true_radius_and_not_inside() -> N
     assert (outside.length > 1.09 * true).all()
 
 
-def test_random_directions_alone_would_not_find_it() -> None:
+def test_random_directions_alone_would_not_find_it():
     """The test above can fail: in 64 dimensions the direction is what finds the change."""
     model, images, classes = half_space()
     counter = VoteCounter(prepare(model, images, precision="float32"), certifl.PixelNoise(0.5), 0)
@@ -88,7 +87,7 @@ def test_random_directions_alone_would_not_find_it() -> None:
     assert (moved.numpy() == classes[:, None]).all()
 
 
-def test_real_certificates_hold_and_inflated_ones_are_found() -> None:
+def test_real_certificates_hold_and_inflated_ones_are_found():
     model, images, _ = half_space(3)
     noise = certifl.PixelNoise(SIGMA)
     made = certifl.certify(
@@ -109,7 +108,7 @@ def test_real_certificates_hold_and_inflated_ones_are_found() -> None:
     assert false.counts[2].sum() == 40_000
 
 
-def test_an_image_is_attacked_alike_alone_and_among_others() -> None:
+def test_an_image_is_attacked_alike_alone_and_among_others():
     model, images, classes = half_space(10)
     noise, radius = certifl.PixelNoise(SIGMA), np.full(10, 0.2)
     budget = dataclasses.replace(QUICK, confirm=4000, steps=1)
@@ -120,11 +119,8 @@ def test_an_image_is_attacked_alike_alone_and_among_others() -> None:
         assert np.array_equal(alone.counts[0], together.counts[row])
 
 
-# Deformations with known h ---------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("radius", "found"), [(0.68, False), (0.75, True)])
-def test_rotation(radius: float, found: bool) -> None:
+def test_rotation(radius, found):
     # sigma = 1, f right on |t| <= 0.7: the class changes where (1.7 - delta) / 2 < 1/2.
     model = votes_for(lambda x: read_angle(x).abs() <= 0.7)
     made = attacked(model, ramps(), certifl.Rotation(1.0), np.array([1]), [radius])
@@ -135,27 +131,19 @@ def test_rotation(radius: float, found: bool) -> None:
 @pytest.mark.parametrize(
     ("interval", "found"), [((-1.4, 0.35), False), ((-0.3, 0.5), True), ((-1.7, 0.3), True)]
 )
-def test_a_two_sided_certificate_is_searched_on_both_sides(
-    interval: tuple[float, float], found: bool
-) -> None:
+def test_a_two_sided_certificate_is_searched_on_both_sides(interval, found):
     # f right on [-1.5, 0.4]: the window of half width 1 holds half of it up to -1.5 and 0.4.
     model = votes_for(lambda x: (read_angle(x) <= 0.4) & (read_angle(x) >= -1.5))
     radius = min(-interval[0], interval[1])
-    made = attacked(
-        model,
-        ramps(),
-        certifl.Rotation(1.0),
-        np.array([1]),
-        [radius],
-        interval=np.array([interval]),
-    )
+    turned, ends = (ramps(), certifl.Rotation(1.0), np.array([1])), np.array([interval])
+    made = attacked(model, *turned, [radius], interval=ends)
     assert made.violated.tolist() == [found]
     if found:
         assert not -1.5 < float(made.delta[0, 0]) < 0.4
 
 
 @pytest.mark.parametrize(("share", "found"), [(0.97, False), (1.1, True)])
-def test_translation(share: float, found: bool) -> None:
+def test_translation(share, found):
     sigma, edge = 0.25, 0.2
     model = votes_for(lambda x: read_shift(x)[:, 0] <= edge)
     made = attacked(model, ramps(), certifl.Translation(sigma), np.array([1]), [share * edge])
@@ -164,7 +152,7 @@ def test_translation(share: float, found: bool) -> None:
     assert across > 5 * abs(down)
 
 
-def test_a_gap_in_the_middle_of_the_interval_is_found() -> None:
+def test_a_gap_in_the_middle_of_the_interval_is_found():
     """h is right but for 0.3 to 0.5: with a narrow law g fails there and not at the ends."""
     model = votes_for(lambda x: ~((read_angle(x) > 0.3) & (read_angle(x) < 0.5)))
     made = attacked(model, ramps(), certifl.Rotation(0.05), np.array([1]), [1.0])
@@ -172,10 +160,7 @@ def test_a_gap_in_the_middle_of_the_interval_is_found() -> None:
     assert 0.3 < float(made.delta[0, 0]) < 0.5
 
 
-# What may not happen ---------------------------------------------------------------------------
-
-
-def test_a_tie_is_no_violation() -> None:
+def test_a_tie_is_no_violation():
     """At equal probabilities the level of the verdict is all that stands against false alarms."""
     model = votes_for(lambda x: read_angle(x) <= 0.0)
     budget, network = AttackBudget(directions=2, steps=0, confirm=4000), prepare(model, ramps())
@@ -187,7 +172,7 @@ def test_a_tie_is_no_violation() -> None:
 
 
 @pytest.mark.statistical
-def test_the_verdict_errs_no_more_often_than_it_says() -> None:
+def test_the_verdict_errs_no_more_often_than_it_says():
     """Ten classes alike, the certified one among them: the hardest case for the level.
 
     40 000 runs at level 0.05; the tolerance is a one-sided binomial test at 1e-3. Without the
@@ -203,7 +188,7 @@ def test_the_verdict_errs_no_more_often_than_it_says() -> None:
     assert binom.sf(int((ahead <= 0.05).sum()) - 1, 40_000, 0.05) > 1e-3
 
 
-def test_the_sign_test_in_closed_form() -> None:
+def test_the_sign_test_in_closed_form():
     counts = np.array([[3, 9, 0], [9, 3, 0], [6, 6, 0], [0, 0, 0]])
     tail = binom.sf(8, 12, 0.5)
     p_values = sign_test_against(counts, np.zeros(4, int))
@@ -214,11 +199,8 @@ def test_the_sign_test_in_closed_form() -> None:
     assert vote_margins(counts, np.zeros(4, int)).tolist() == [-0.5, 0.5, 0.0, 0.0]
 
 
-# Deltas lie inside -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", PERTURBATIONS)
-def test_every_delta_lies_inside_the_certified_set(family: str) -> None:
+def test_every_delta_lies_inside_the_certified_set(family):
     perturbation = PERTURBATIONS[family](0.2)
     radius = np.array([0.0, 1e-4, 0.37, 2.9])
     region = region_of(perturbation, (3, 9, 8), radius)
@@ -238,7 +220,7 @@ def test_every_delta_lies_inside_the_certified_set(family: str) -> None:
     assert deltas[0].shape[1:2] == deltas[1].shape[1:2] == (40,)
 
 
-def test_deltas_of_exact_noise_lie_on_its_grid() -> None:
+def test_deltas_of_exact_noise_lie_on_its_grid():
     region = region_of(certifl.PixelNoise(0.2, exact=True), (1, 8, 8), np.array([0.3]))
     deltas = region.random(20, [torch.Generator().manual_seed(0)])
     levels = deltas * 255
@@ -258,14 +240,14 @@ def test_deltas_of_exact_noise_lie_on_its_grid() -> None:
         ({"radius": np.array([-0.1])}, "at least 0"),
     ],
 )
-def test_arguments_that_do_not_fit(change: dict, says: str) -> None:
+def test_arguments_that_do_not_fit(change, says):
     model, images, _ = half_space(1)
     values = {"predicted": np.array([0]), "radius": np.array([0.1]), **change}
     with pytest.raises(InputError, match=says):
         attacked(model, images, certifl.PixelNoise(SIGMA), values["predicted"], values["radius"])
 
 
-def test_an_interval_must_hold_zero() -> None:
+def test_an_interval_must_hold_zero():
     with pytest.raises(InputError, match="around 0"):
         region_of(certifl.Rotation(0.1), (1, 8, 8), np.array([0.1]), np.array([[0.1, 0.2]]))
 
@@ -273,15 +255,12 @@ def test_an_interval_must_hold_zero() -> None:
 @pytest.mark.parametrize(
     "wrong", [{"directions": 1}, {"screen": 10}, {"level": 0.0}, {"confirm": 0}, {"proposals": 2}]
 )
-def test_budgets_out_of_range_are_refused(wrong: dict) -> None:
+def test_budgets_out_of_range_are_refused(wrong):
     with pytest.raises(InputError):
         AttackBudget(**wrong)
 
 
-# Deformed first, smoothed second ---------------------------------------------------------------
-
-
-def test_an_image_that_arrives_rotated_is_smoothed_around_its_angle() -> None:
+def test_an_image_that_arrives_rotated_is_smoothed_around_its_angle():
     # Ramps stay ramps under bilinear interpolation, so here two rotations do add up.
     model = votes_for(lambda x: read_angle(x).abs() <= 0.7)
     counter = VoteCounter(prepare(model, ramps()), certifl.Rotation(1.0), 0)
@@ -294,7 +273,7 @@ def test_an_image_that_arrives_rotated_is_smoothed_around_its_angle() -> None:
     assert shares == pytest.approx([0.7, 0.6, 0.6, 0.4], abs=0.04)
 
 
-def test_without_a_deformation_the_votes_are_those_of_the_image() -> None:
+def test_without_a_deformation_the_votes_are_those_of_the_image():
     model, images, _ = half_space(2)
     counter = VoteCounter(prepare(model, images, precision="float32"), certifl.PixelNoise(0.5), 0)
     votes = deformed_first(counter, images, torch.zeros(2, 3, 1, 8, 8), 300)

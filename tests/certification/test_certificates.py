@@ -1,8 +1,5 @@
 """The record: written, read, added up, and held against its own votes."""
 
-from __future__ import annotations
-
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +21,7 @@ def made() -> certifl.Certificates:
     return certifl.certify(model, images, certifl.PixelNoise(0.5), labels=labels, n=2000)
 
 
-def test_parquet_gives_everything_back(made: certifl.Certificates, tmp_path: Path) -> None:
+def test_parquet_gives_everything_back(made, tmp_path):
     made.save(tmp_path / "c.parquet")
     back = certifl.Certificates.load(tmp_path / "c.parquet")
     assert back.same_results(made)
@@ -33,9 +30,7 @@ def test_parquet_gives_everything_back(made: certifl.Certificates, tmp_path: Pat
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_tsv_has_the_published_layout_and_never_a_larger_radius(
-    made: certifl.Certificates, tmp_path: Path
-) -> None:
+def test_tsv_has_the_published_layout_and_never_a_larger_radius(made, tmp_path):
     made.save(tmp_path / "c.tsv")
     lines = (tmp_path / "c.tsv").read_text().splitlines()
     assert lines[0] == "idx\tlabel\tpredict\tradius\tcorrect\ttime"
@@ -47,12 +42,12 @@ def test_tsv_has_the_published_layout_and_never_a_larger_radius(
 
 
 @pytest.mark.parametrize("name", ["c.csv", "c.pt"])
-def test_other_endings_are_refused(made: certifl.Certificates, tmp_path: Path, name: str) -> None:
+def test_other_endings_are_refused(made, tmp_path, name):
     with pytest.raises(InputError, match=r"\.parquet or \.tsv"):
         made.save(tmp_path / name)
 
 
-def test_damaged_and_missing_files_are_refused(tmp_path: Path) -> None:
+def test_damaged_and_missing_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="no certificate file"):
         certifl.Certificates.load(tmp_path / "none.parquet")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 and nothing")
@@ -63,7 +58,7 @@ def test_damaged_and_missing_files_are_refused(tmp_path: Path) -> None:
         certifl.Certificates.load(tmp_path / "bad.tsv")
 
 
-def test_certified_accuracy_counts_all_images(made: certifl.Certificates) -> None:
+def test_certified_accuracy_counts_all_images(made):
     for radius in (0.0, 0.1, 0.3):
         by_hand = np.mean(
             [c and r >= radius for c, r in zip(made.correct, made.radius, strict=True)]
@@ -72,7 +67,7 @@ def test_certified_accuracy_counts_all_images(made: certifl.Certificates) -> Non
     assert made.average_certified_radius() == pytest.approx((made.radius * made.correct).mean())
 
 
-def test_rows_are_selected_and_put_together(made: certifl.Certificates) -> None:
+def test_rows_are_selected_and_put_together(made):
     halves = [made.select(np.arange(len(made)) % 2 == k) for k in (0, 1)]
     together = certifl.Certificates.concatenate(halves)
     order = np.argsort(together.index)
@@ -81,43 +76,7 @@ def test_rows_are_selected_and_put_together(made: certifl.Certificates) -> None:
         certifl.Certificates.concatenate([])
 
 
-def test_honest_certificates_pass_verification(made: certifl.Certificates) -> None:
-    assert verify(made) == []
-
-
-def _changed(
-    made: certifl.Certificates, name: str, row: int, value: object
-) -> certifl.Certificates:
-    column = getattr(made, name).copy()
-    column[row] = value
-    return dataclasses.replace(made, **{name: column})
-
-
-def test_verification_finds_every_kind_of_tampering(made: certifl.Certificates) -> None:
-    row = int(made.radius.argmax())
-    other = 1 - int(made.predicted[row])
-    tampered = {
-        "larger": _changed(made, "radius", row, np.nextafter(made.radius[row], np.inf)),
-        "larger ": _changed(made, "radius", row, np.nan),
-        "not the selected one": _changed(made, "predicted", row, other),
-        "number of votes": _changed(made, "counts", row, made.counts[row] + [1, 0]),
-        "selection votes": _changed(made, "selection_counts", row, [5, 5]),
-        "level": _changed(made, "level", row, 0.01),
-        "number of looks": _changed(made, "looks", row, 99),
-    }
-    for says, certificates in tampered.items():
-        findings = verify(certificates)
-        assert findings, says
-        assert any(says.strip() in f.problem for f in findings)
-        assert {f.index for f in findings} == {row}
-
-
-def test_verification_finds_levels_that_spend_more_than_alpha(made: certifl.Certificates) -> None:
-    metadata = {**made.conditions, "alpha": made.conditions["alpha"] / 2}
-    assert len(verify(dataclasses.replace(made, conditions=metadata))) == len(made)
-
-
-def test_certificates_without_votes_cannot_be_verified(tmp_path: Path) -> None:
+def test_certificates_without_votes_cannot_be_verified(tmp_path):
     path = tmp_path / "c.tsv"
     path.write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n0\t3\t3\t0.378\t1\t15.4\n")
     with pytest.raises(InputError, match="carry no votes"):
@@ -147,7 +106,7 @@ def log(folder: Path, rows: str, name: str = "log.tsv") -> Path:
         "20\t7\t2\t-0.1\t0\t15.2\n",
     ],
 )
-def test_a_row_that_is_not_certified_is_an_abstention(row: str, tmp_path: Path) -> None:
+def test_a_row_that_is_not_certified_is_an_abstention(row, tmp_path):
     made = certifl.Certificates.load(log(tmp_path, row + GOOD))
     assert made.predicted.tolist() == [-1, 4]
     assert made.radius.tolist() == [0.0, 0.077]
@@ -155,7 +114,7 @@ def test_a_row_that_is_not_certified_is_an_abstention(row: str, tmp_path: Path) 
     assert made.average_certified_radius() == pytest.approx(0.0385)
 
 
-def test_a_wrong_class_stays_a_certificate_of_that_class(tmp_path: Path) -> None:
+def test_a_wrong_class_stays_a_certificate_of_that_class(tmp_path):
     made = certifl.Certificates.load(log(tmp_path, "20\t7\t2\t0.3\tFalse\t15.2\n"))
     assert (made.predicted.tolist(), made.radius.tolist()) == ([2], [0.3])
     assert not made.correct.any()
@@ -178,7 +137,7 @@ def test_a_wrong_class_stays_a_certificate_of_that_class(tmp_path: Path) -> None
         (HEAD, "line 3: .*idx"),
     ],
 )
-def test_a_damaged_row_is_refused_by_file_and_line(row: str, says: str, tmp_path: Path) -> None:
+def test_a_damaged_row_is_refused_by_file_and_line(row, says, tmp_path):
     with pytest.raises(InputError, match=rf"log\.tsv holds no .*{says}"):
         certifl.Certificates.load(log(tmp_path, GOOD + row))
 
@@ -192,17 +151,17 @@ def test_a_damaged_row_is_refused_by_file_and_line(row: str, says: str, tmp_path
         ("2 days, 3:04:05", 183_845.0),
     ],
 )
-def test_times(time: str, seconds: float, tmp_path: Path) -> None:
+def test_times(time, seconds, tmp_path):
     made = certifl.Certificates.load(log(tmp_path, f"0\t3\t3\t0.378\t1\t{time}\n"))
     assert made.seconds.tolist() == [pytest.approx(seconds)]
 
 
 @pytest.mark.parametrize("name", ["sigma_0.25", "sigma_0.5.log", "noise"])
-def test_published_names_need_no_ending(name: str, tmp_path: Path) -> None:
+def test_published_names_need_no_ending(name, tmp_path):
     assert len(certifl.Certificates.load(log(tmp_path, GOOD, name))) == 1
 
 
-def test_another_file_without_an_ending_is_refused(tmp_path: Path) -> None:
+def test_another_file_without_an_ending_is_refused(tmp_path):
     (tmp_path / "sigma_0.25").write_bytes(b"\xff\x00")
     with pytest.raises(InputError, match=r"\.parquet or \.tsv.*rename"):
         certifl.Certificates.load(tmp_path / "sigma_0.25")

@@ -4,8 +4,6 @@ Without one there is nothing to test. Where nothing but torch is installed:
 `PYTHONPATH=src:tests/support python -m pytest --noconftest -c /dev/null FILE`
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -37,7 +35,7 @@ REQUESTS = [Request(i, i, i, "estimation", 0, 1300) for i in range(3)]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_no_batch_of_votes_waits_for_the_host(precision: str) -> None:
+def test_no_batch_of_votes_waits_for_the_host(precision):
     ready, here = counter(precision), images().cuda()
     batches = ready._cast(here, REQUESTS, None)
     with torch.inference_mode():
@@ -51,7 +49,7 @@ def test_no_batch_of_votes_waits_for_the_host(precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_votes_and_leanings_are_the_same_at_every_run(precision: str) -> None:
+def test_votes_and_leanings_are_the_same_at_every_run(precision):
     ready, here = counter(precision), images().cuda()
     expected = torch.zeros(3, dtype=torch.int64, device="cuda")
     first = ready.count(here, REQUESTS, 3), ready.disagreement(here, REQUESTS, expected)
@@ -65,6 +63,6 @@ def test_votes_and_leanings_are_the_same_at_every_run(precision: str) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def test_the_record_says_whether_float32_was_rounded_to_tf32() -> None:
+def test_the_record_says_whether_float32_was_rounded_to_tf32():
     made = certifl.certify(model(), images(1), NOISE, n=200, device="cuda", precision="float32")
     assert made.conditions["tf32"] == {"convolutions": True, "products": False}

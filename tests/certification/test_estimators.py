@@ -1,9 +1,6 @@
 """What every estimator promises; a new one is a file and a row."""
 
-from __future__ import annotations
-
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,9 +64,7 @@ def certified(name: str, **options: Any) -> certifl.Certificates:
     )
 
 
-def test_certificates_follow_from_the_votes_and_tampered_ones_are_found(
-    name: str, tmp_path: Path
-) -> None:
+def test_certificates_follow_from_the_votes_and_tampered_ones_are_found(name, tmp_path):
     certified(name).save(tmp_path / "a.parquet")
     stored = certifl.Certificates.load(tmp_path / "a.parquet")
     assert verify(stored) == []
@@ -85,7 +80,7 @@ def test_certificates_follow_from_the_votes_and_tampered_ones_are_found(
         assert len(verify(certifl.Certificates(**tampered))) >= len(stored), column
 
 
-def test_an_interruption_after_any_batch_changes_nothing(name: str) -> None:
+def test_an_interruption_after_any_batch_changes_nothing(name):
     network = prepare(model, images(), precision="float32", batch_size=64)
     counter, keys = VoteCounter(network, NOISE, 0), [image_key(image) for image in images()]
     estimator = Settings(name, n=N).estimator_for(NOISE)
@@ -98,7 +93,7 @@ def test_an_interruption_after_any_batch_changes_nothing(name: str) -> None:
     assert finalize(votes, estimator).same_results(certified(name))
 
 
-def test_votes_stop_at_looks_and_at_the_first_one_where_the_class_is_wrong(name: str) -> None:
+def test_votes_stop_at_looks_and_at_the_first_one_where_the_class_is_wrong(name):
     estimator = Settings(name, n=N).estimator_for(NOISE)
     made = certified(name, labels=torch.full((5,), 2))
     assert np.array_equal(made.votes, np.full(5, estimator.looks[0]))
@@ -106,7 +101,7 @@ def test_votes_stop_at_looks_and_at_the_first_one_where_the_class_is_wrong(name:
     assert (len(estimator.looks) > 1) == estimator.stops_early
 
 
-def test_too_few_votes_are_refused_by_the_library_and_a_spec(name: str) -> None:
+def test_too_few_votes_are_refused_by_the_library_and_a_spec(name):
     noise = {"family": "rotation", "sigma": NOISE.sigma}
     settings = {"perturbation": noise, "estimator": name, "n": 4}
     with pytest.raises(InputError, match="can decide nothing"):
@@ -117,7 +112,7 @@ def test_too_few_votes_are_refused_by_the_library_and_a_spec(name: str) -> None:
     assert Settings(name, n=least).estimator_for(NOISE).decides()
 
 
-def test_parameters_of_other_estimators_are_refused(name: str) -> None:
+def test_parameters_of_other_estimators_are_refused(name):
     taken = ESTIMATORS.rows[name].parameters.model_fields
     for parameter, value in {"keep": "curve", "reach": 0.5}.items():
         if parameter in taken:

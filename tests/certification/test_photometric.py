@@ -1,7 +1,5 @@
 """Brightness, contrast and blur against classifiers whose true radii are known in closed form."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 
@@ -12,10 +10,9 @@ from scipy import fft
 from scipy.stats import binom
 
 import certifl
-from certifl.certification.attack import AttackBudget, deformed_first, search
-from certifl.certification.certified_sets import region_of, sweep_along, sweeps_of
+from certifl.certification.attack import AttackBudget, deformed_first, region_of, search
 from certifl.certification.network import prepare
-from certifl.certification.sampling import VoteCounter
+from certifl.certification.sampling import VoteCounter, sweep_along, sweeps_of
 from certifl.errors import InputError
 from certifl.federated.objectives.macer import soft_margins
 from certifl.perturbations import format_amount
@@ -126,9 +123,6 @@ def test_the_scan_is_refused_with_its_reason(name):
         certifl.certify(model, images, perturbation, estimator="scan", n=1000)
 
 
-# --- formulas ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_changes_in_a_row_are_the_change_of_the_sum(name):
     perturbation, images = CASES[name][0], pictures(4, *IMAGE).double()
@@ -169,7 +163,7 @@ def test_a_received_image_is_sent_in_8_bits():
     seen = []
     counter = SimpleNamespace(
         perturbation=certifl.Brightness(0.3),
-        count=lambda images, requests, slots: seen.append(images) or np.zeros((slots, 2), int),
+        count_each=lambda images, *_: seen.append(images) or np.zeros((len(images), 2), int),
     )
     deformed_first(counter, pictures(1, *IMAGE), torch.tensor([[[0.0], [0.3001]]]), 100)
     levels = seen[0] * 255
@@ -185,8 +179,6 @@ def test_macer_takes_the_radius_of_the_law():
     margins = soft_margins(miss, second, smoothing)
     np.testing.assert_allclose(0.5 * 1.5 * margins.numpy(), expected, rtol=1e-5)
 
-
-# --- the level of the exponential law's certificates --------------------------------------------
 
 RUNS, VOTES, ALPHA, MEAN = 40_000, 20, 0.05, 2.0
 # Just below the bound of unanimous votes, where the error rate is the level itself.

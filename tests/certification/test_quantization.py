@@ -1,7 +1,5 @@
 """Votes in int8: of one fixed network, whatever the batch and the threads."""
 
-from __future__ import annotations
-
 import logging
 
 import numpy as np
@@ -11,12 +9,7 @@ from torch import Tensor, nn
 
 import certifl
 from certifl.certification.network import Network, prepare
-from certifl.certification.quantization import (
-    Calibration,
-    Scales,
-    fingerprint_problems,
-    recorded,
-)
+from certifl.certification.quantization import Calibration, Scales, fingerprint_problems, recorded
 from certifl.errors import InputError, ModelError
 
 NOISE = certifl.PixelNoise(0.25)
@@ -58,7 +51,7 @@ class Pooled(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["small_cnn", "small_resnet"])
-def test_logits_depend_neither_on_batch_size_nor_on_threads(name: str) -> None:
+def test_logits_depend_neither_on_batch_size_nor_on_threads(name):
     network, images = int8(model(name)), pictures(19, seed=3)
     before = torch.get_num_threads()
     try:
@@ -74,18 +67,17 @@ def test_logits_depend_neither_on_batch_size_nor_on_threads(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["small_cnn", "small_resnet"])
-def test_logits_are_those_of_float32_up_to_eight_bits(name: str) -> None:
+def test_logits_are_those_of_float32_up_to_eight_bits(name):
     net, images = model(name), pictures(64, seed=3)
     plain, network = prepare(net, images, "cpu", "float32"), int8(net)
     with torch.inference_mode():
         wanted, made = plain.call(images), network.call(images)
     assert float((wanted - made).abs().max()) < 0.1 * float(wanted.abs().max())
-    assert network.quantized is not None
     assert network.quantized.layers[0] == network.quantized.layers[1]
     assert (network.quantized.agreement or 0) > 0.8
 
 
-def test_other_layers_run_in_float32_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_other_layers_run_in_float32_and_that_is_said(caplog):
     torch.manual_seed(0)
     net, images = Pooled().eval(), pictures(64, seed=3)
     with caplog.at_level(logging.INFO, "certifl"):
@@ -95,37 +87,33 @@ def test_other_layers_run_in_float32_and_that_is_said(caplog: pytest.LogCaptureF
     assert float((wanted - network.call(images)).abs().max()) < 0.1 * float(wanted.abs().max())
 
 
-def test_scales_are_a_function_of_weights_images_and_seed() -> None:
+def test_scales_are_a_function_of_weights_images_and_seed():
     net = model("small_resnet")
     first, again = (int8(net).quantized for _ in range(2))
-    assert first is not None
-    assert again is not None
     assert first.scales == again.scales
     other = prepare(net, TRAINING, "cpu", "int8", "auto", Calibration.of(TRAINING, NOISE, 1))
-    assert other.quantized is not None
     assert other.quantized.scales != first.scales
     assert other.quantized.scales.fingerprint("a") != first.scales.fingerprint("a")
 
 
-def test_predict_with_the_scales_of_a_record_is_the_network_of_the_record() -> None:
+def test_predict_with_the_scales_of_a_record_is_the_network_of_the_record():
     net, images = model("small_cnn"), pictures(3)
     options = {"precision": "int8", "device": "cpu"}
-    made = certifl.certify(net, images, NOISE, n=500, calibration=TRAINING, **options)  # pyright: ignore
+    made = certifl.certify(net, images, NOISE, n=500, calibration=TRAINING, **options)
     metadata = made.conditions
     assert metadata["precision"] == "int8"
     assert 0 <= metadata["agreement_with_float32"] <= 1
     scales = recorded(metadata)
-    assert scales is not None
     assert scales == Scales.read(metadata["quantization"]["scales"])
-    with_images = certifl.predict(net, images, NOISE, calibration=TRAINING, **options)  # pyright: ignore
+    with_images = certifl.predict(net, images, NOISE, calibration=TRAINING, **options)
     with_scales = certifl.predict(
         net, images, NOISE, calibration=metadata["quantization"], **options
-    )  # pyright: ignore
+    )
     assert np.array_equal(with_images, with_scales)
     assert certifl.certification.verify(made) == []
 
 
-def test_what_cannot_be_quantized_is_refused_in_words() -> None:
+def test_what_cannot_be_quantized_is_refused_in_words():
     images = pictures(2)
     with pytest.raises(InputError, match="needs calibration"):
         certifl.certify(model("small_cnn"), images, NOISE, n=500, precision="int8", device="cpu")
@@ -134,7 +122,6 @@ def test_what_cannot_be_quantized_is_refused_in_words() -> None:
     with pytest.raises(ModelError, match="can be quantized"):
         prepare(lambda x: x.flatten(1), images, "cpu", "int8")
     made = int8(model("small_cnn")).quantized
-    assert made is not None
     with pytest.raises(InputError, match="another network"):
         prepare(model("small_resnet"), images, "cpu", "int8", "auto", made.scales)
 
@@ -152,7 +139,7 @@ class OverwritesLater(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def test_networks_that_tracing_would_change_are_refused() -> None:
+def test_networks_that_tracing_would_change_are_refused():
     with pytest.raises(ModelError, match="relu_ writes over a value"):
         int8(OverwritesLater().eval())
     hooked = nn.Sequential(nn.Conv2d(3, 5, 16), nn.Sequential(nn.Flatten())).eval()
@@ -168,12 +155,12 @@ def test_networks_that_tracing_would_change_are_refused() -> None:
         *({"a": [1.0, float("inf")]}, {"a": [10**400, 0]}),
     ],
 )
-def test_scales_that_are_none_are_refused(stored: object) -> None:
+def test_scales_that_are_none_are_refused(stored):
     with pytest.raises(InputError, match="scales of a quantized network"):
         Scales.read(stored)
 
 
-def test_networks_of_no_client_are_a_finding() -> None:
+def test_networks_of_no_client_are_a_finding():
     for name in ("abc", "1" * 5000):
         metadata = {"precision": "int8", "model_fingerprint": {name: "1"}, "quantization": {}}
         ((client, problem),) = fingerprint_problems(metadata)
@@ -216,7 +203,7 @@ class Shared(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["late", "alias", "changed"])
-def test_a_value_that_is_read_otherwise_too_is_not_written_over(how: str) -> None:
+def test_a_value_that_is_read_otherwise_too_is_not_written_over(how):
     net, images = Shared(how).eval(), pictures(64, seed=3)
     wanted = prepare(net, images, "cpu", "float32").call(images)
     made = int8(net).call(images)

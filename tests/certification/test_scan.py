@@ -4,11 +4,8 @@ Its inequality is tested in test_scan_inequality.py; that it claims too much no 
 may, in test_scan_validity.py.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,22 +27,20 @@ from certifl.spec import with_settings
 from certifl.study import certify as certifying
 from known_models import ramps, read_angle, read_factor, votes_for
 
-# --- what it certifies: votes of known functions
-
 
 def voted(scan: Scan, h, seed: int = 0) -> np.ndarray:
     uniforms = np.random.default_rng(seed).random(int(scan.totals[-1]))
     return h(scan.parameters(np.arange(len(uniforms)), uniforms))[None].astype(np.int64)
 
 
-def test_a_circle_that_is_right_all_around_is_certified_all_around() -> None:
+def test_a_circle_that_is_right_all_around_is_certified_all_around():
     scan = Scan(0.3, -math.pi, math.pi, True, (600,))
     made = read_scan(scan, voted(scan, np.zeros_like), [0], 1e-3)
     assert made.interval[0] == pytest.approx([-math.pi, math.pi], abs=1e-12)
     assert np.abs(made.interval).max() < math.pi
 
 
-def test_unanimous_votes_certify_from_about_log_two_over_alpha_pairs_on() -> None:
+def test_unanimous_votes_certify_from_about_log_two_over_alpha_pairs_on():
     """All pairs agree: E = sum of shares * exp(bet (pairs - discrepancy)), so this is exact."""
     for alpha in (0.05, 1e-3, 1e-6):
         needed = math.log(2 / alpha / SHARES[0]) / BETS[0]
@@ -56,7 +51,7 @@ def test_unanimous_votes_certify_from_about_log_two_over_alpha_pairs_on() -> Non
             assert not certified or pairs > 0.9 * needed
 
 
-def test_a_rival_that_leads_is_not_certified_and_gives_no_hope() -> None:
+def test_a_rival_that_leads_is_not_certified_and_gives_no_hope():
     scan = Scan(1.0, -3.0, 3.0, False, (300,))
     made = read_scan(scan, voted(scan, lambda t: np.abs(t) > 0.2), [0], 1e-3)
     assert not made.certified[0]
@@ -73,12 +68,12 @@ def test_a_rival_that_leads_is_not_certified_and_gives_no_hope() -> None:
         ((1.0, -2.0, 2.0, False, ()), "at least one pass"),
     ],
 )
-def test_scans_that_span_nothing_are_refused(scan: tuple, says: str) -> None:
+def test_scans_that_span_nothing_are_refused(scan, says):
     with pytest.raises(InputError, match=says):
         Scan(*scan)
 
 
-def test_votes_of_half_a_pass_are_refused() -> None:
+def test_votes_of_half_a_pass_are_refused():
     scan = Scan(1.0, -2.0, 2.0, False, (40, 40))
     with pytest.raises(InputError, match="whole passes"):
         read_scan(scan, np.zeros((1, 100), int), [0], 1e-3)
@@ -86,9 +81,6 @@ def test_votes_of_half_a_pass_are_refused() -> None:
         read_scan(scan, np.zeros((1, 80), int), [0], 1.0)
     with pytest.raises(InputError, match="at least 2"):
         passes_of(1, 1.0, 4.0)
-
-
-# --- real rotations and scalings
 
 
 def within(low: float, high: float):
@@ -102,9 +94,7 @@ def scanned(model, perturbation=None, n: int = 20_000, **options) -> certifl.Cer
 
 
 @pytest.mark.parametrize(("edge", "least", "one_centre"), [(0.7, 0.68, 0.4), (2.0, 1.98, 1.0)])
-def test_a_known_angle_is_certified_up_to_nearly_the_truth(
-    edge: float, least: float, one_centre: float
-) -> None:
+def test_a_known_angle_is_certified_up_to_nearly_the_truth(edge, least, one_centre):
     made = scanned(within(-edge, edge), labels=[1])
     assert made.correct.all()
     assert least <= made.radius[0] <= edge
@@ -117,7 +107,7 @@ def test_a_known_angle_is_certified_up_to_nearly_the_truth(
     assert verify(made) == []
 
 
-def test_the_two_sides_differ_where_the_truth_does() -> None:
+def test_the_two_sides_differ_where_the_truth_does():
     made = scanned(within(-0.4, 1.4))
     low, high = made.interval[0]
     assert -0.4 <= low <= -0.37
@@ -125,7 +115,7 @@ def test_the_two_sides_differ_where_the_truth_does() -> None:
     assert made.radius[0] == -low
 
 
-def test_below_one_half_the_rivals_decide() -> None:
+def test_below_one_half_the_rivals_decide():
     """Three classes in turn, 0.48 for class 0: no bound above one half could certify it."""
 
     def model(images: Tensor) -> Tensor:
@@ -139,7 +129,7 @@ def test_below_one_half_the_rivals_decide() -> None:
     assert made.radius[0] > 3.1
 
 
-def test_scaling_is_certified_to_either_side_and_never_to_a_negative_factor() -> None:
+def test_scaling_is_certified_to_either_side_and_never_to_a_negative_factor():
     model = votes_for(lambda x: (read_factor(x) >= -0.3) & (read_factor(x) <= 0.5))
     made = scanned(model, certifl.Scaling(0.4))
     low, high = made.interval[0]
@@ -151,7 +141,7 @@ def test_scaling_is_certified_to_either_side_and_never_to_a_negative_factor() ->
     assert always.interval[0] == pytest.approx([-0.3, 0.3])
 
 
-def test_the_reach_bounds_where_votes_are_cast() -> None:
+def test_the_reach_bounds_where_votes_are_cast():
     near = scan_of(certifl.Rotation(0.3), Settings("scan", reach=0.5))
     assert (near.low, near.high, near.periodic) == (-0.8, 0.8, False)
     assert scan_of(certifl.Rotation(0.3), Settings("scan", reach=3.0)).periodic
@@ -159,7 +149,7 @@ def test_the_reach_bounds_where_votes_are_cast() -> None:
     assert made.interval[0] == pytest.approx([-1.0, 1.0], abs=1e-9)
 
 
-def test_votes_stop_where_the_ends_are_settled() -> None:
+def test_votes_stop_where_the_ends_are_settled():
     model = within(-0.7, 0.7)
     by_default = scanned(model, n=100_000)
     assert by_default.votes[0] <= 16_000
@@ -188,7 +178,7 @@ def of_images(rows: slice, **options) -> certifl.Certificates:
     return certifl.certify(model, images[rows], certifl.Rotation("36deg"), **settings)
 
 
-def test_an_image_is_certified_alike_alone_in_a_batch_and_with_any_batch_size() -> None:
+def test_an_image_is_certified_alike_alone_in_a_batch_and_with_any_batch_size():
     together = of_images(slice(None))
     assert len(set(together.radius.tolist())) > 3
     alone = of_images(slice(4, 5), batch_size=33)
@@ -198,7 +188,7 @@ def test_an_image_is_certified_alike_alone_in_a_batch_and_with_any_batch_size() 
     assert other.scan_votes[0] != together.scan_votes[4]
 
 
-def test_no_attack_succeeds_inside_an_interval() -> None:
+def test_no_attack_succeeds_inside_an_interval():
     """Votes at the very ends and between, ten times those of the certificate, agree with it."""
     model, images = images_and_model()
     made = of_images(slice(None))
@@ -213,10 +203,7 @@ def test_no_attack_succeeds_inside_an_interval() -> None:
             assert counts.argmax() == made.predicted[row]
 
 
-# --- the record
-
-
-def test_parquet_gives_everything_back_and_tsv_the_radius(tmp_path: Path) -> None:
+def test_parquet_gives_everything_back_and_tsv_the_radius(tmp_path):
     made = of_images(slice(None))
     made.save(tmp_path / "c.parquet")
     back = certifl.Certificates.load(tmp_path / "c.parquet")
@@ -231,7 +218,7 @@ def test_parquet_gives_everything_back_and_tsv_the_radius(tmp_path: Path) -> Non
     assert np.all(certifl.Certificates.load(tmp_path / "c.tsv").radius <= made.radius)
 
 
-def test_the_record_says_where_it_looked() -> None:
+def test_the_record_says_where_it_looked():
     metadata = of_images(slice(1)).conditions
     assert metadata["scan"]["periodic"]
     assert 2 * sum(metadata["scan"]["passes"]) == 3000 == metadata["look_votes"][-1]
@@ -239,7 +226,7 @@ def test_the_record_says_where_it_looked() -> None:
     assert np.isnan(of_images(slice(1)).p_lower[0])
 
 
-def test_stored_votes_are_one_byte_each() -> None:
+def test_stored_votes_are_one_byte_each():
     made = of_images(slice(None))
     for row, packed in enumerate(made.scan_votes):
         votes = unpacked(packed, 4)
@@ -254,7 +241,7 @@ def changed(made: certifl.Certificates, name: str, row: int, value) -> certifl.C
     return dataclasses.replace(made, **{name: column})
 
 
-def test_verification_finds_every_kind_of_tampering() -> None:
+def test_verification_finds_every_kind_of_tampering():
     made = of_images(slice(None))
     row = int(made.radius.argmax())
     low, high = made.interval[row]
@@ -271,6 +258,8 @@ def test_verification_finds_every_kind_of_tampering() -> None:
         ),
         "cannot be read": changed(made, "scan_votes", row, b"nothing"),
         "level": changed(made, "level", row, 0.01),
+        "selection votes": changed(made, "selection_counts", row, [5, 5, 0, 0]),
+        "number of looks": changed(made, "looks", row, 99),
     }
     for says, certificates in tampered.items():
         findings = verify(certificates)
@@ -284,13 +273,7 @@ def test_verification_finds_every_kind_of_tampering() -> None:
         verify(dataclasses.replace(made, conditions=metadata))
 
 
-# --- a whole study
-
-
-def test_a_study_that_scans_resumes_verifies_and_is_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path / "cache"))
+def test_a_study_that_scans_resumes_verifies_and_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(certifying, "_SECONDS_BETWEEN_SAVES", 0.0)
     scans = ("certification.estimator=scan", "certification.n=2000")
     spec = tiny.spec(*scans)
@@ -319,9 +302,6 @@ def test_a_study_that_scans_resumes_verifies_and_is_reported(
     tiny.cli("report", tmp_path / "cut").fine()
 
 
-# --- refusals
-
-
 @pytest.mark.parametrize(
     ("perturbation", "options", "says"),
     [
@@ -341,18 +321,14 @@ def test_a_study_that_scans_resumes_verifies_and_is_reported(
         ),
     ],
 )
-def test_what_a_scan_cannot_do_is_refused(perturbation, options: dict, says: str) -> None:
+def test_what_a_scan_cannot_do_is_refused(perturbation, options, says):
     arguments = {"estimator": "scan", **options}
     with pytest.raises(InputError, match=says):
         certifl.certify(within(-1, 1), ramps(), perturbation, **arguments)
 
 
-def test_a_spec_that_scans_the_wrong_family_is_refused_before_training() -> None:
+def test_a_spec_that_scans_the_wrong_family_is_refused_before_training():
     noise = {"family": "pixel", "sigma": 0.1}
+    certification = {"perturbation": noise, "estimator": "scan"}
     with pytest.raises(SpecError, match="families of one uniform parameter"):
-        with_settings(
-            {
-                "data": {"name": "digits"},
-                "certification": {"perturbation": noise, "estimator": "scan"},
-            }
-        )
+        with_settings({"data": {"name": "digits"}, "certification": certification})

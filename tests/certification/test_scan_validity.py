@@ -12,8 +12,6 @@ coin of the given bias: the least favorable case for votes in pairs. Smooth ones
 twice, where the method gains most and where an error of geometry would show.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -91,7 +89,6 @@ CIRCLE = Scan(1.0, -np.pi, np.pi, True, (101, 80, 160))
 
 
 def cast(scan: Scan, known: Known, seed: int, runs: int = RUNS) -> Iterator[np.ndarray]:
-    """Votes of all runs, some runs at a time."""
     rng = np.random.default_rng([20261, seed])
     spent = int(scan.totals[-1])
     for _ in range(runs // BLOCK):
@@ -105,7 +102,7 @@ def overclaims(scan: Scan, known: Known, votes: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_no_stopping_rule_makes_a_scan_claim_too_much(name: str) -> None:
+def test_no_stopping_rule_makes_a_scan_claim_too_much(name):
     """The worst rule: it knows the truth and stops after the first pass that over-claims."""
     wrong = []
     for votes in cast(LINE, KNOWN[name], 1):
@@ -115,21 +112,18 @@ def test_no_stopping_rule_makes_a_scan_claim_too_much(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["asymmetric", "comb", "tie"])
-def test_a_scan_of_a_circle_whose_strata_fit_nothing_claims_no_more(name: str) -> None:
+def test_a_scan_of_a_circle_whose_strata_fit_nothing_claims_no_more(name):
     wrong = [overclaims(CIRCLE, KNOWN[name], votes) for votes in cast(CIRCLE, KNOWN[name], 2)]
     assert not rejected(np.concatenate(wrong))
 
 
-def test_a_scan_comes_close_to_the_truth() -> None:
+def test_a_scan_comes_close_to_the_truth():
     """Without this, a scan that certifies nothing would pass all of the above."""
     known = KNOWN["asymmetric"]
     votes = np.concatenate(list(cast(LINE, known, 3, 2000)))
     low, high = read_scan(LINE, votes, np.full(len(votes), A), ALPHA).interval.mean(axis=0)
     assert known.low < low < known.low + 0.15
     assert known.high - 0.15 < high < known.high
-
-
-# --- planted defects
 
 
 def e_values(tops: np.ndarray, twos: np.ndarray, discrepancy: float | np.ndarray) -> np.ndarray:
@@ -169,7 +163,6 @@ def best_window_of_all() -> np.ndarray:
 
 
 def ended_at_the_first_failure() -> np.ndarray:
-    """The sound twin of both."""
     return np.cumprod(windows_of_a_long_axis()[:, :50], axis=1).sum(axis=1) > 8
 
 
@@ -216,25 +209,19 @@ def coarse_grid_without_loss() -> np.ndarray:
 
 
 def spike_with_loss() -> np.ndarray:
-    """The sound twin."""
     return np.concatenate([overclaims(FINE, SPIKE, votes) for votes in cast(FINE, SPIKE, 4)])
 
 
-DEFECTS = [
-    extended_over_failed_cells,
-    best_window_of_all,
-    no_charge_for_pairs_that_differ,
-    best_of_many_seeds,
-    coarse_grid_without_loss,
-]
+DEFECTS = [extended_over_failed_cells, best_window_of_all, no_charge_for_pairs_that_differ]
+DEFECTS += [best_of_many_seeds, coarse_grid_without_loss]
 
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)
-def test_planted_defects_are_caught(defect: Callable[[], np.ndarray]) -> None:
+def test_planted_defects_are_caught(defect):
     wrong = defect()
     assert rejected(wrong)
 
 
 @pytest.mark.parametrize("twin", [ended_at_the_first_failure, spike_with_loss])
-def test_the_sound_twins_of_the_defects_pass(twin: Callable[[], np.ndarray]) -> None:
+def test_the_sound_twins_of_the_defects_pass(twin):
     assert not rejected(twin())

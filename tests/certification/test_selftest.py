@@ -1,7 +1,5 @@
 """The self-test of the random source: correct sources pass, planted broken ones do not."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np
@@ -22,13 +20,13 @@ SHAPE = (1, 12, 10)
 
 @pytest.mark.parametrize("sigma", [1e-3, 0.1, 0.77])
 @pytest.mark.parametrize("family", PERTURBATIONS)
-def test_every_family_passes(family: str, sigma: float) -> None:
+def test_every_family_passes(family, sigma):
     check_random_source(PERTURBATIONS[family](sigma), SHAPE, CPU)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (3, 224, 224)])
 @pytest.mark.parametrize("sigma", [1e-3, 0.004, 0.25])
-def test_exact_noise_passes(sigma: float, shape: tuple[int, int, int]) -> None:
+def test_exact_noise_passes(sigma, shape):
     check_random_source(certifl.PixelNoise(sigma, exact=True), shape, CPU)
 
 
@@ -57,7 +55,7 @@ class Broken:
     ],
     ids=["constant", "too wide", "shifted", "NaN", "one-sided"],
 )
-def test_draws_that_do_not_follow_the_law(good: object, change: object, says: str) -> None:
+def test_draws_that_do_not_follow_the_law(good, change, says):
     with pytest.raises(RandomSourceBroken, match=says):
         check_random_source(Broken(good, change), SHAPE, CPU)
 
@@ -82,12 +80,12 @@ def one_image(seed: int, purpose: str, image: int, chunk: int, device: object) -
         (one_image, "two images draw the same"),
     ],
 )
-def test_streams_that_are_not_apart(source: selftest.Source, says: str) -> None:
+def test_streams_that_are_not_apart(source, says):
     with pytest.raises(RandomSourceBroken, match=says):
         check_random_source(certifl.PixelNoise(0.25), SHAPE, CPU, source)
 
 
-def test_a_source_that_goes_on_where_it_stopped_is_not_repeatable() -> None:
+def test_a_source_that_goes_on_where_it_stopped_is_not_repeatable():
     count = itertools.count()
     advancing = lambda seed, purpose, image, chunk, device: vote_generator(  # noqa: E731
         next(count), purpose, image, chunk, device
@@ -96,7 +94,7 @@ def test_a_source_that_goes_on_where_it_stopped_is_not_repeatable() -> None:
         check_random_source(certifl.PixelNoise(0.25), SHAPE, CPU, advancing)
 
 
-def test_chunks_that_follow_each_other() -> None:
+def test_chunks_that_follow_each_other():
     """Each chunk has the right moments alone, but the second repeats most of the first."""
     noise = certifl.PixelNoise(0.25)
     first = noise.sample(100, SHAPE, vote_generator(0, "estimation", 0, 0))
@@ -105,7 +103,7 @@ def test_chunks_that_follow_each_other() -> None:
         check_random_source(mixed, SHAPE, CPU)
 
 
-def test_certify_stops_before_the_first_vote(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_certify_stops_before_the_first_vote(monkeypatch):
     monkeypatch.setattr(selftest, "_passed", set())
     votes = []
 
@@ -121,9 +119,7 @@ def test_certify_stops_before_the_first_vote(monkeypatch: pytest.MonkeyPatch) ->
     assert not selftest._passed
 
 
-def test_it_runs_once_for_a_device_a_perturbation_and_a_shape(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_it_runs_once_for_a_device_a_perturbation_and_a_shape(monkeypatch):
     monkeypatch.setattr(selftest, "_passed", set())
     calls = []
     monkeypatch.setattr(selftest, "check_random_source", lambda *a: calls.append(a))
@@ -132,7 +128,7 @@ def test_it_runs_once_for_a_device_a_perturbation_and_a_shape(
     assert len(calls) == 3
 
 
-def test_it_moves_no_global_generator() -> None:
+def test_it_moves_no_global_generator():
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     check_random_source(certifl.DenseFlow(0.1), SHAPE, CPU)
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,7 +1,5 @@
 """Labels and radii of new images: those of `certify`, and right as often as they promise."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -29,7 +27,7 @@ def some_images(count: int, spread: float) -> torch.Tensor:
     return 0.5 + spread * (torch.rand(count, *SHAPE, generator=generator) - 0.5)
 
 
-def test_predict_with_radius_is_certify() -> None:
+def test_predict_with_radius_is_certify():
     model, images = half_space(), some_images(40, 1.0)
     settings = {"n": 300, "alpha": 0.01, "seed": 3}
     certificates = certifl.certify(model, images, NOISE, **settings)
@@ -47,7 +45,7 @@ def test_predict_with_radius_is_certify() -> None:
     assert (radii[labels == -1] == 0.0).all()
 
 
-def test_calls_at_the_same_time_have_the_same_answers() -> None:
+def test_calls_at_the_same_time_have_the_same_answers():
     smoothed, images = certifl.SmoothedClassifier(half_space(), NOISE, n=200), some_images(8, 1.0)
     alone = smoothed.predict(images)
     with ThreadPoolExecutor(4) as pool:
@@ -56,12 +54,11 @@ def test_calls_at_the_same_time_have_the_same_answers() -> None:
             assert np.array_equal(radii, alone.radii)
 
 
-def test_the_first_call_fixes_the_arithmetic(
-    own_cache: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_call_fixes_the_arithmetic(tmp_path, monkeypatch):
     """A call of many images measures what "auto" stands for; one image had its answer before."""
     measured = Arithmetic("bfloat16", 32, 1)
     monkeypatch.setattr(arithmetic, "_measured", lambda *_: measured)
+    monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path))
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3)).eval()
     smoothed, images = certifl.SmoothedClassifier(model, NOISE, n=200), some_images(400, 1.0)
     alone = smoothed.certify(images[:1]).conditions
@@ -72,14 +69,11 @@ def test_the_first_call_fixes_the_arithmetic(
     many = certifl.SmoothedClassifier(model, NOISE, n=200)
     for part in (images, images[:1]):
         metadata = many.certify(part).conditions
-        assert (metadata["precision"], metadata["batch_size"], metadata["threads"]) == (
-            "bfloat16",
-            32,
-            1,
-        )
+        found = [metadata[key] for key in ("precision", "batch_size", "threads")]
+        assert found == ["bfloat16", 32, 1]
 
 
-def test_it_votes_in_int8() -> None:
+def test_it_votes_in_int8():
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 4), torch.nn.Flatten()).eval()
     images = some_images(20, 1.0)
     options = {"n": 200, "precision": "int8", "calibration": images}
@@ -87,7 +81,7 @@ def test_it_votes_in_int8() -> None:
     assert made.same_results(certifl.certify(model, images[:2], NOISE, **options))
 
 
-def test_it_moves_with_its_model() -> None:
+def test_it_moves_with_its_model():
     smoothed = certifl.SmoothedClassifier(half_space(), NOISE)
     assert smoothed.to("cpu") is smoothed
     assert smoothed.device == "cpu"
@@ -95,7 +89,7 @@ def test_it_moves_with_its_model() -> None:
     assert "0.25" in repr(smoothed)
 
 
-def test_what_cannot_answer_is_refused_at_once() -> None:
+def test_what_cannot_answer_is_refused_at_once():
     with pytest.raises(InputError, match="take n = 11"):
         certifl.SmoothedClassifier(half_space(), NOISE, n=5)
     with pytest.raises(InputError, match="precision must be"):
@@ -117,30 +111,20 @@ def too_many(wrong: np.ndarray) -> bool:
 
 
 @pytest.mark.statistical
-def test_answers_are_wrong_as_often_as_alpha_allows_at_most() -> None:
+def test_answers_are_wrong_as_often_as_alpha_allows_at_most():
     """Images beside the boundary, where a class is as likely as the other: the hardest case.
 
     The true radius is next to nothing there, so every certificate is wrong.
     """
     model, images = half_space(), some_images(IMAGES, 1e-5)
     truth = model.true_radius(images).numpy()
-    smoothed = certifl.SmoothedClassifier(
-        model, NOISE, n=VOTES, alpha=ALPHA, precision="float32", seed=5
-    )
+    options = {"n": VOTES, "alpha": ALPHA, "precision": "float32", "seed": 5}
+    smoothed = certifl.SmoothedClassifier(model, NOISE, **options)
     labels, radii = smoothed.predict(images)
     wrong = (labels >= 0) & (radii > truth)
     assert wrong.any()  # the test has the power to see errors
     assert not too_many(wrong)
     # Choosing the class by the votes that bound it is the mistake to avoid, and this finds it.
-    certificates = certifl.certify(
-        model,
-        images,
-        NOISE,
-        n=VOTES,
-        alpha=ALPHA,
-        estimator="top-class",
-        precision="float32",
-        seed=5,
-    )
+    certificates = certifl.certify(model, images, NOISE, estimator="top-class", **options)
     lower, upper = top_class_bounds(certificates.counts.max(axis=1), VOTES, ALPHA)
     assert too_many(np.asarray(lower > upper))

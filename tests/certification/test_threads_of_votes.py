@@ -1,9 +1,6 @@
 """Small networks vote on one thread unless more are asked for; nothing is left changed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,8 +18,6 @@ seen: set[int] = set()
 
 
 class Watching(nn.Module):
-    """Notes on how many threads it is called."""
-
     def __init__(self, weights: int) -> None:
         super().__init__()
         self.layer = nn.Linear(64, weights // 64)
@@ -52,25 +47,25 @@ def certify(model: Any, **options: Any) -> certifl.Certificates:
     return certifl.certify(model, IMAGES, certifl.PixelNoise(0.25), n=100, device="cpu", **options)
 
 
-def test_a_small_network_votes_on_one_thread() -> None:
+def test_a_small_network_votes_on_one_thread():
     assert certify(SMALL).conditions["threads"] == 1
     certifl.predict(SMALL, IMAGES, certifl.PixelNoise(0.25), n=100, device="cpu")
     assert seen == {1}
 
 
-def test_a_large_network_votes_on_all() -> None:
+def test_a_large_network_votes_on_all():
     assert certify(LARGE, precision="float32").conditions["threads"] == 2
     assert seen == {2}
 
 
 @pytest.mark.parametrize("variable", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
-def test_more_threads_can_be_asked_for(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_threads_can_be_asked_for(variable, monkeypatch):
     monkeypatch.setenv(variable, "2")
     assert certify(SMALL).conditions["threads"] == 2
     assert seen == {2}
 
 
-def test_threads_that_a_client_asks_for_are_used() -> None:
+def test_threads_that_a_client_asks_for_are_used():
     with threads_asked(2):
         certify(SMALL)
     assert seen == {2}
@@ -79,21 +74,19 @@ def test_threads_that_a_client_asks_for_are_used() -> None:
     assert seen == {1, 2}
 
 
-def test_certificates_do_not_depend_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_certificates_do_not_depend_on_it(monkeypatch):
     one = certify(SMALL)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert one.same_results(certify(SMALL))
 
 
-def test_training_and_votes_have_one_rule() -> None:
+def test_training_and_votes_have_one_rule():
     for model, count in ((SMALL, 1), (LARGE, 2)):
         with training_threads(model):
             assert torch.get_num_threads() == count
 
 
-def test_runs_attacks_and_explorations_vote_on_one_thread(
-    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_attacks_and_explorations_vote_on_one_thread(copied, tmp_path, monkeypatch):
     used: set[int] = set()
     votes = VoteCounter._votes
 

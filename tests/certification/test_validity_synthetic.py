@@ -10,8 +10,6 @@ The planted defects below are found in published code. Each must be rejected, or
 would not notice them in ours.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 
@@ -51,7 +49,6 @@ def generator(seed: int) -> np.random.Generator:
 def true_radius(
     law: Law, shares: np.ndarray, chosen: np.ndarray, sigma: float = 1.0
 ) -> np.ndarray:
-    """The law's radius for the true probabilities, plus more than its rounding takes off."""
     p_top = shares[chosen]
     others = np.array([np.delete(shares, c).max() for c in range(len(shares))])
     return law.radius(sigma, p_top, others[chosen]) * (1 + 1e-12)
@@ -91,9 +88,6 @@ def paths(
     return made
 
 
-# --- bounds, exactly at the true probability
-
-
 @pytest.mark.parametrize("n", [1, 20, 1000, 100_000])
 @pytest.mark.parametrize("p", [0.02, 0.5, 0.9, 0.999])
 def test_binomial_bounds_hold(n, p):
@@ -114,8 +108,6 @@ def test_the_harness_has_an_edge():
     k = generator(1).binomial(n, p, RUNS)
     assert rejected(clopper_pearson_lower(k, n, 0.06) > p)
 
-
-# --- fixed n, both rules, both laws: several classes, ties, nothing above one half
 
 MIXES = {
     "clear": [0.9, 0.06, 0.04],
@@ -161,8 +153,6 @@ def test_prediction_by_the_sign_test_holds(mix):
     assert not rejected(wrong)
 
 
-# --- sequential
-
 SEQUENTIAL = {
     "at a grid step": (UNIFORM, [0.75, 0.25]),
     "at a grid step, gaussian": (GAUSSIAN, [0.6914624612740131, 0.3085375387259869]),
@@ -188,9 +178,6 @@ def test_no_stopping_rule_can_break_the_level(cell):
         for rule in BOUNDS:
             wrong[rule] |= each_once(radius_at(law, rule, schedule[j], each[j]), *at) > truth
     assert not any(map(rejected, wrong.values()))
-
-
-# --- planted defects
 
 
 def recomputed_after_every_batch(rng: np.random.Generator) -> np.ndarray:
@@ -249,13 +236,8 @@ def betting_at_twice_the_level(rng: np.random.Generator) -> np.ndarray:
     return betting_test(rng, np.log(1 / (2 * ALPHA)))
 
 
-DEFECTS = [
-    recomputed_after_every_batch,
-    pooled_selection,
-    n_from_reused_votes,
-    rounded_to_nearest,
-    betting_at_twice_the_level,
-]
+DEFECTS = [recomputed_after_every_batch, pooled_selection, n_from_reused_votes]
+DEFECTS += [rounded_to_nearest, betting_at_twice_the_level]
 
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)

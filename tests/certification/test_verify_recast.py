@@ -1,14 +1,10 @@
 """Votes cast again: the same where they were cast, and invented ones found everywhere."""
 
-from __future__ import annotations
-
 import dataclasses
-import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,27 +12,18 @@ import torch
 
 import own_study
 import tiny_study as tiny
-from certifl.certification import Certificates
 from certifl.certification import counts as engine
 from certifl.certification.counts import Votes
 from certifl.errors import InputError
 from certifl.experiments import recast as recasting
-from certifl.experiments.recast import (
-    EXACT,
-    FRESH,
-    ROUNDING,
-    Options,
-    Recast,
-    recast_votes,
-)
+from certifl.experiments.recast import EXACT, FRESH, ROUNDING, Options, Recast, recast_votes
 from certifl.experiments.run import Options as RunOptions
 from certifl.experiments.run import run
 from certifl.experiments.verify import verify_run
 from certifl.runs.folder import RunFolder
 from certifl.spec import Spec, load_stored
 from certifl.study.opened_run import OpenRun
-
-pytestmark = pytest.mark.usefixtures("own_cache")
+from report_factory import blank_certificates
 
 STUDIES: dict[str, Callable[[], Spec]] = {
     "runner-up": lambda: tiny.spec("certification.estimator=runner-up"),
@@ -51,32 +38,34 @@ def recast_run(path: Path, options: Options) -> Recast:
 
 
 @pytest.fixture(scope="module")
-def runs(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("honest")
     options = {name: RunOptions(place / name, explore=False) for name in STUDIES}
     return {name: run(study(), options[name]).path for name, study in STUDIES.items()}
 
 
+@pytest.fixture
+def copied(runs: dict[str, Path], tmp_path: Path) -> RunFolder:
+    return RunFolder(shutil.copytree(runs["runner-up"], tmp_path / "run"))
+
+
 @pytest.mark.parametrize("name", STUDIES)
-def test_honest_votes_come_out_the_same(name: str, runs: dict[str, Path]) -> None:
+def test_honest_votes_come_out_the_same(name, runs):
     answer = tiny.cli("verify", runs[name], "--recast", "2")
     answer.fine("certificates follow", "4 images", "same kind of machine: all as recorded")
 
 
-def test_all_images_are_cast_again_where_more_are_asked_for(runs: dict[str, Path]) -> None:
+def test_all_images_are_cast_again_where_more_are_asked_for(runs):
     found = recast_run(runs["runner-up"], Options(images=100))
     assert (found.images, found.votes, found.differing) == (12, 12 * 300, 0)
     assert found.how == EXACT
 
 
-def test_the_images_are_chosen_by_a_secure_seed_that_is_told(runs: dict[str, Path]) -> None:
+def test_the_images_are_chosen_by_a_secure_seed_that_is_told(runs):
     seeds = {recast_run(runs["runner-up"], Options(images=1)).seed for _ in range(2)}
     assert len(seeds) == 2
     answer = tiny.cli("verify", runs["runner-up"], "--recast", "1", "--recast-seed", "7")
     answer.fine("--recast-seed 7 repeats the choice")
-
-
-# Invented votes.
 
 
 def forged(place: Path) -> None:
@@ -120,9 +109,7 @@ def from_elsewhere(place: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", [EXACT, ROUNDING, FRESH])
 @pytest.mark.parametrize("name", ["runner-up", "scan"])
-def test_votes_invented_consistently_are_found_by_casting_them_again(
-    name: str, how: str, runs: dict[str, Path], tmp_path: Path
-) -> None:
+def test_votes_invented_consistently_are_found_by_casting_them_again(name, how, runs, tmp_path):
     place = Path(shutil.copytree(runs[name], tmp_path / "run"))
     from_elsewhere(place, how)
     honest = recast_run(place, Options(images=6))
@@ -135,49 +122,36 @@ def test_votes_invented_consistently_are_found_by_casting_them_again(
     assert "follow from their votes" not in answer.out
 
 
-def test_one_vote_is_found_on_the_same_machine(runs: dict[str, Path], tmp_path: Path) -> None:
-    place = Path(shutil.copytree(runs["runner-up"], tmp_path / "run"))
-    folder = RunFolder(place)
-    made = folder.load_certificates()
-    assert recast_run(place, Options(images=6)).problems == ()
+def test_one_vote_is_found_on_the_same_machine(copied):
+    made = copied.load_certificates()
+    assert recast_run(copied.path, Options(images=6)).problems == ()
     counts, row = made.counts.copy(), int(made.radius.argmin())
     top = int(counts[row].argmax())
     counts[row, [top, (top + 1) % 10]] += [-1, 1]
-    dataclasses.replace(made, counts=counts).save(folder.certificates)
-    (problem,) = recast_run(place, Options(images=6)).problems
+    dataclasses.replace(made, counts=counts).save(copied.certificates)
+    (problem,) = recast_run(copied.path, Options(images=6)).problems
     assert f"image {made.index[row]}: 1 of its 300 votes are others" in problem
 
 
-def test_an_old_record_without_instructions_is_not_taken_for_the_same_machine(
-    runs: dict[str, Path], tmp_path: Path
-) -> None:
-    place = Path(shutil.copytree(runs["runner-up"], tmp_path / "run"))
-    folder = RunFolder(place)
-    machine = {k: v for k, v in folder.manifest()["machine"].items() if k != "instructions"}
-    folder.update({"machine": machine})
-    found = recast_run(place, Options(images=1))
+def test_an_old_record_without_instructions_is_not_taken_for_the_same_machine(copied):
+    machine = {k: v for k, v in copied.manifest()["machine"].items() if k != "instructions"}
+    copied.update({"machine": machine})
+    found = recast_run(copied.path, Options(images=1))
     assert (found.how, found.differing) == (ROUNDING, 0)
 
 
 @pytest.mark.parametrize("size", [0, -5, 10**9, "all", None, True])
-def test_a_batch_size_that_was_altered_cannot_fill_the_memory(
-    size: Any, runs: dict[str, Path], tmp_path: Path
-) -> None:
-    place = Path(shutil.copytree(runs["runner-up"], tmp_path / "run"))
-    folder = RunFolder(place)
-    made = folder.load_certificates()
+def test_a_batch_size_that_was_altered_cannot_fill_the_memory(size, copied):
+    made = copied.load_certificates()
     metadata = {**made.conditions, "batch_size": size, "threads": size}
-    dataclasses.replace(made, conditions=metadata).save(folder.certificates)
-    assert recast_run(place, Options(images=1)).how == ROUNDING
+    dataclasses.replace(made, conditions=metadata).save(copied.certificates)
+    assert recast_run(copied.path, Options(images=1)).how == ROUNDING
 
 
-def test_the_threads_of_this_process_stay_what_they_were(runs: dict[str, Path]) -> None:
+def test_the_threads_of_this_process_stay_what_they_were(runs):
     before = torch.get_num_threads()
     recast_run(runs["runner-up"], Options(images=1))
     assert torch.get_num_threads() == before
-
-
-# The tests of shares.
 
 
 def _case(
@@ -192,21 +166,7 @@ def _case(
     moved[:, 1] += flips
     selection = np.zeros((m, 3), np.int64)
     selection[:, 0] = 100
-    nothing = np.zeros(m)
-    part = Certificates(
-        client=np.zeros(m, np.int64),
-        index=np.arange(m),
-        label=np.zeros(m, np.int64),
-        predicted=np.zeros(m, np.int64),
-        radius=nothing,
-        p_lower=nothing,
-        p_upper=nothing,
-        counts=counts,
-        selection_counts=selection,
-        looks=np.ones(m, np.int64),
-        level=nothing,
-        seconds=nothing,
-    )
+    part = blank_certificates(m, counts=counts, selection_counts=selection)
     stored = Votes.of(part)
     again = dataclasses.replace(stored, estimation=moved)
     cast = recasting._Cast(how, stored, again, shares)
@@ -215,7 +175,7 @@ def _case(
     return recasting.flips_problems(part, cast, flipped, total, recasting.LEVEL)
 
 
-def test_flips_of_rounding_pass_and_more_do_not() -> None:
+def test_flips_of_rounding_pass_and_more_do_not():
     votes, m = 10_000, 10
     rng = np.random.default_rng(0)
     for _ in range(50):
@@ -230,7 +190,7 @@ def test_flips_of_rounding_pass_and_more_do_not() -> None:
     assert len(_case(np.array([1, 0]), votes, EXACT)) == 1
 
 
-def test_other_noise_passes_and_another_distribution_does_not() -> None:
+def test_other_noise_passes_and_another_distribution_does_not():
     rng = np.random.default_rng(1)
     for p in (0.5, 0.9, 0.999):
         draws = rng.binomial(10_000, p, (2, 200))
@@ -243,9 +203,6 @@ def test_other_noise_passes_and_another_distribution_does_not() -> None:
     assert recasting._p_value(np.array([9_900, 100]), np.array([9_850, 150]), 0.01) == 1.0
 
 
-# What is refused, and a network of one's own.
-
-
 NETWORK = """
 from torch import nn
 
@@ -254,16 +211,8 @@ def make(in_channels, num_classes):
 """
 
 
-@pytest.fixture
-def _own_modules() -> Iterator[None]:
-    path = list(sys.path)
-    yield
-    sys.modules.pop("recast_network", None)
-    sys.path[:] = path
-
-
-@pytest.mark.usefixtures("_own_modules")
-def test_a_network_of_ones_own_needs_its_code(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("own_modules")
+def test_a_network_of_ones_own_needs_its_code(tmp_path):
     code = tmp_path / "code"
     code.mkdir()
     (code / "recast_network.py").write_text(NETWORK)
@@ -286,45 +235,30 @@ def test_a_network_of_ones_own_needs_its_code(tmp_path: Path) -> None:
     assert sys.path == path
 
 
-def test_what_cannot_be_cast_again_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_what_cannot_be_cast_again_is_refused(runs, copied):
     file = runs["runner-up"] / "certificates.parquet"
     tiny.cli("verify", file, "--recast", "1").refused("needs the run folder")
-    place = Path(shutil.copytree(runs["runner-up"], tmp_path / "run"))
-    manifest = json.loads((place / "run.json").read_text())
-    RunFolder(place).update({**manifest, "deployment": {"id": "x"}})
-    tiny.cli("verify", place, "--recast", "1").refused("images are with its clients")
+    copied.update({"deployment": {"id": "x"}})
+    tiny.cli("verify", copied.path, "--recast", "1").refused("images are with its clients")
     with pytest.raises(InputError, match="at least 1"):
         recast_run(runs["runner-up"], Options(images=0))
 
 
-def test_findings_come_before_casting_again(runs: dict[str, Path], tmp_path: Path) -> None:
-    place = Path(shutil.copytree(runs["runner-up"], tmp_path / "run"))
-    folder = RunFolder(place)
-    made = folder.load_certificates()
-    dataclasses.replace(made, index=made.index + 10**6).save(folder.certificates)
-    answer = tiny.cli("verify", place, "--recast", "1")
+def test_findings_come_before_casting_again(copied):
+    made = copied.load_certificates()
+    dataclasses.replace(made, index=made.index + 10**6).save(copied.certificates)
+    answer = tiny.cli("verify", copied.path, "--recast", "1")
     assert answer.code == 1
     assert "cast again" not in answer.err
 
 
-def compiled(place: Path) -> Path:
-    """As if 0.1.0 had cast the votes with a compiled network."""
-    folder, name = RunFolder(place), "float32-compiled"
-    folder.spec.write_text(
-        folder.spec.read_text().replace('precision = "auto"', f'precision = "{name}"')
-    )
-    folder.update({"spec_hash": load_stored(folder.spec).hash(), "precision": name})
-    made = folder.load_certificates()
-    dataclasses.replace(made, conditions={**made.conditions, "precision": name}).save(
-        folder.certificates
-    )
-    return place
-
-
-def test_votes_of_compiled_networks_are_verified_but_not_cast_again(
-    runs: dict[str, Path], tmp_path: Path
-) -> None:
-    place = compiled(Path(shutil.copytree(runs["runner-up"], tmp_path / "run")))
-    tiny.cli("verify", place).fine("certificates follow")
-    said = tiny.cli("verify", place, "--recast", "1")
+def test_votes_of_compiled_networks_are_verified_but_not_cast_again(copied):
+    name, text = "float32-compiled", copied.spec.read_text()
+    copied.spec.write_text(text.replace('precision = "auto"', f'precision = "{name}"'))
+    copied.update({"spec_hash": load_stored(copied.spec).hash(), "precision": name})
+    made = copied.load_certificates()
+    changed = {**made.conditions, "precision": name}
+    dataclasses.replace(made, conditions=changed).save(copied.certificates)
+    tiny.cli("verify", copied.path).fine("certificates follow")
+    said = tiny.cli("verify", copied.path, "--recast", "1")
     said.refused("'float32-compiled'", "removed in 0.2.0", "without --recast")

@@ -1,12 +1,9 @@
 """Looks and levels that were chosen after the votes are found, however well they add up."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +12,14 @@ import torch
 
 import certifl
 from certifl.certification import verify
-from certifl.certification.api import asked_conditions
 from certifl.certification.counts import count_all, finalize, fresh
 from certifl.certification.estimators import PRICES, UnionBound
+from certifl.certification.metadata import asked_conditions
 from certifl.certification.network import prepare
 from certifl.certification.sampling import VoteCounter
 from certifl.certification.settings import ESTIMATORS, Settings
 from certifl.errors import InputError
+from certifl.perturbations import Perturbation
 from certifl.smoothing.bounds import BOUNDS
 from certifl.smoothing.laws import LAWS, drawn_width
 from known_models import HalfSpace
@@ -32,7 +30,7 @@ def certified(
     keep: str = "certificates",
     n: int = 2000,
     radii: Sequence[float] | None = None,
-    noise: certifl.Perturbation | None = None,
+    noise: Perturbation | None = None,
 ) -> certifl.Certificates:
     model, images, own = problem(estimator)
     return certifl.certify(
@@ -40,8 +38,7 @@ def certified(
     )
 
 
-def problem(estimator: str) -> tuple[HalfSpace, torch.Tensor, certifl.Perturbation]:
-    """A model, images and the noise that suits an estimator."""
+def problem(estimator: str) -> tuple[HalfSpace, torch.Tensor, Perturbation]:
     g = torch.Generator().manual_seed(0)
     images = torch.rand((8, 1, 8, 8), generator=g)
     model = HalfSpace(torch.randn(64, generator=g), 0.0).eval()
@@ -79,7 +76,7 @@ def rewritten(made: certifl.Certificates, **metadata: Any) -> certifl.Certificat
     )
 
 
-def test_levels_of_which_one_is_negative_are_found() -> None:
+def test_levels_of_which_one_is_negative_are_found():
     """They sum to less than alpha, and every radius follows from a level of one in five."""
     made = certified("sequential", radii=[0.1])
     count = len(made.conditions["look_votes"])
@@ -100,14 +97,14 @@ def last_alone(levels: list[float]) -> list[float]:
     return [sum(levels) - 1e-12 * len(levels), *[1e-12] * (len(levels) - 1)]
 
 
-def test_levels_chosen_after_the_votes_are_found(made: certifl.Certificates) -> None:
+def test_levels_chosen_after_the_votes_are_found(made):
     levels = last_alone(made.conditions["look_levels"])
     findings = verify(rewritten(made, look_levels=levels))
     assert len(findings) == len(made)
     assert "look_levels" in findings[0].problem
 
 
-def test_looks_chosen_after_the_votes_are_found(made: certifl.Certificates) -> None:
+def test_looks_chosen_after_the_votes_are_found(made):
     looks, levels = made.conditions["look_votes"], made.conditions["look_levels"]
     alpha = made.conditions["alpha"]
     planted = {
@@ -141,13 +138,13 @@ def test_looks_chosen_after_the_votes_are_found(made: certifl.Certificates) -> N
             assert any(says in f.problem for f in findings), (change, findings[0])
 
 
-def test_what_names_no_estimator_cannot_be_verified(made: certifl.Certificates) -> None:
+def test_what_names_no_estimator_cannot_be_verified(made):
     metadata = {k: v for k, v in made.conditions.items() if k != "estimator"}
     with pytest.raises(InputError, match="estimator"):
         verify(dataclasses.replace(made, conditions=metadata))
 
 
-def test_passes_of_a_scan_chosen_after_the_votes_are_found() -> None:
+def test_passes_of_a_scan_chosen_after_the_votes_are_found():
     made = certified("scan", n=3000)
     scan, metadata = made.conditions["scan"], made.conditions
     assert verify(made) == []
@@ -173,9 +170,7 @@ def test_passes_of_a_scan_chosen_after_the_votes_are_found() -> None:
     ],
 )
 @pytest.mark.parametrize("n", [130, 200, 3000])
-def test_honest_schedules_pass_also_after_a_file(
-    estimator: str, keep: str, n: int, tmp_path: Path
-) -> None:
+def test_honest_schedules_pass_also_after_a_file(estimator, keep, n, tmp_path):
     made = certified(estimator, keep, n)
     made.save(tmp_path / "c.parquet")
     assert verify(made) == verify(certifl.Certificates.load(tmp_path / "c.parquet")) == []
@@ -192,9 +187,7 @@ def of_version(
 
 @pytest.mark.parametrize("estimator", ["sequential", "runner-up", "top-class"])
 @pytest.mark.parametrize("radii", [None, [0.1, 0.3]])
-def test_radii_of_uniform_laws_by_the_rule_of_older_versions_still_verify(
-    estimator: str, radii: list[float] | None
-) -> None:
+def test_radii_of_uniform_laws_by_the_rule_of_older_versions_still_verify(estimator, radii):
     """certifl 0.1 multiplied by sigma; noise is drawn on the float32 width below it."""
     sigma = float(np.nextafter(np.float32(0.75), np.float32(1.0))) - 1e-12  # nearly all is lost
     made = certified(estimator, radii=radii, noise=certifl.Rotation(sigma))
@@ -209,7 +202,7 @@ def test_radii_of_uniform_laws_by_the_rule_of_older_versions_still_verify(
         assert all("larger" in f.problem for f in findings)
 
 
-def test_records_of_older_versions_are_granted_a_float32_and_no_more() -> None:
+def test_records_of_older_versions_are_granted_a_float32_and_no_more():
     made = certified("runner-up", noise=certifl.Rotation(0.75))
     row, least = int(made.radius.argmax()), 2.0**-23
     for factor, passes in ((1 + least, True), (1 + 1.01 * least, False), (1 - least, False)):
@@ -224,8 +217,8 @@ def test_records_of_older_versions_are_granted_a_float32_and_no_more() -> None:
         assert len(verify(larger)) > 0
 
 
-def test_numbers_of_numpy_are_numbers_too() -> None:
-    made = certified("sequential", n=np.int64(300))  # pyright: ignore[reportArgumentType]
+def test_numbers_of_numpy_are_numbers_too():
+    made = certified("sequential", n=np.int64(300))
     assert verify(made) == []
 
 
@@ -254,9 +247,7 @@ def of_earlier_version(keep: str, radii: tuple[float, ...] | None) -> certifl.Ce
 
 @pytest.mark.parametrize("keep", PRICES)
 @pytest.mark.parametrize("radii", [None, (0.0, 0.1, 0.3)])
-def test_records_of_the_union_bound_still_verify_and_name_no_boundaries(
-    keep: str, radii: tuple[float, ...] | None
-) -> None:
+def test_records_of_the_union_bound_still_verify_and_name_no_boundaries(keep, radii):
     old = of_earlier_version(keep, radii)
     assert radii is None or (old.votes < 2000).any()
     assert verify(old) == []
@@ -266,14 +257,12 @@ def test_records_of_the_union_bound_still_verify_and_name_no_boundaries(
     assert {f.index for f in verify(larger)} == set(old.index[old.radius > 0].tolist())
 
 
-def test_records_of_exact_boundaries_are_not_read_by_the_union_bound(
-    made: certifl.Certificates,
-) -> None:
+def test_records_of_exact_boundaries_are_not_read_by_the_union_bound(made):
     metadata = {k: v for k, v in made.conditions.items() if k != "boundaries"}
     assert len(verify(dataclasses.replace(made, conditions=metadata))) >= len(made)
 
 
-def test_records_older_than_the_choice_of_what_to_keep_still_verify() -> None:
+def test_records_older_than_the_choice_of_what_to_keep_still_verify():
     old = of_earlier_version("certificates", None)
     metadata = {k: v for k, v in old.conditions.items() if k != "keep"}
     assert verify(dataclasses.replace(old, conditions=metadata)) == []

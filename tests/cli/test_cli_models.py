@@ -1,7 +1,5 @@
 """Commands that ask a model: predict and certify."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 
@@ -19,32 +17,24 @@ from certifl.models import build, state_of
 from certifl.runs.atomic import load_tensors
 from certifl.study import certify as certifying
 
-pytestmark = pytest.mark.usefixtures("own_cache", "undrawn")
-
-
-# Predict.
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture(scope="module")
 def digit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """A test digit as an 8 x 8 gray PNG, and its label."""
     split = load("digits").test
     path = tmp_path_factory.mktemp("pictures") / "digit.png"
     Image.fromarray(split.images[0, 0].numpy()).save(path)
     return path, int(split.labels[0])
 
 
-def test_predict_answers_with_label_radius_and_meaning(
-    finished: Path, digit: tuple[Path, int]
-) -> None:
+def test_predict_answers_with_label_radius_and_meaning(finished, digit):
     answer = tiny.cli("predict", digit[0], "--run", finished, "--client", "1", "--n", "2000")
     answer.fine("client 1", "rotation", "0.001", "interpol")
     assert "label" in answer.out or "abstained" in answer.out
 
 
-def test_predict_takes_grey_and_colour_of_the_right_size_only(
-    finished: Path, digit: tuple[Path, int], tmp_path: Path
-) -> None:
+def test_predict_takes_grey_and_colour_of_the_right_size_only(finished, digit, tmp_path):
     gray = Image.open(digit[0])
     gray.convert("RGB").save(tmp_path / "color.png")
     gray.resize((12, 10)).save(tmp_path / "large.png")
@@ -71,9 +61,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_predict_takes_a_model_that_no_study_trained(
-    digit: tuple[Path, int], trained: Path
-) -> None:
+def test_predict_takes_a_model_that_no_study_trained(digit, trained):
     own = ("predict", digit[0], "--model", "small_cnn", "--weights", trained, "--n", "300")
     rotation = ("--family", "rotation", "--sigma", "18deg", "--precision", "float32")
     said = tiny.cli(*own, "--classes", "10", *rotation)
@@ -83,12 +71,7 @@ def test_predict_takes_a_model_that_no_study_trained(
     network.load_state_dict(load_file(trained))
     image = to_float(load("digits").test.images[:1])
     label = certifl.predict(
-        network.eval(),
-        image,
-        certifl.Rotation("18deg"),
-        n=300,
-        radius=True,
-        precision="float32",
+        network.eval(), image, certifl.Rotation("18deg"), n=300, radius=True, precision="float32"
     ).labels[0]
     assert ("abstained:" if label < 0 else f"(class {label})") in said.out
     tiny.cli(*own, "--classes", ",".join("abcdefghij")).fine("abstained" if label < 0 else "label")
@@ -105,13 +88,11 @@ def test_predict_takes_a_model_that_no_study_trained(
         (("--model", "small_cnn", "--client", "1"), "--client"),
     ],
 )
-def test_predict_refuses_what_does_not_go_together(
-    digit: tuple[Path, int], arguments: tuple[str, ...], says: str
-) -> None:
+def test_predict_refuses_what_does_not_go_together(digit, arguments, says):
     tiny.cli("predict", digit[0], *arguments).refused(says)
 
 
-def test_predict_needs_the_classes_of_the_weights(digit: tuple[Path, int], trained: Path) -> None:
+def test_predict_needs_the_classes_of_the_weights(digit, trained):
     own = ("predict", digit[0], "--model", "small_cnn", "--weights", trained)
     tiny.cli(*own).refused("--classes", "--data")
     tiny.cli(*own, "--classes", "7").refused("does not fit", "(7, 256)")
@@ -119,17 +100,15 @@ def test_predict_needs_the_classes_of_the_weights(digit: tuple[Path, int], train
     tiny.cli(*own, "--classes", "7", "--data", "digits").refused("--classes")
 
 
-def test_predict_never_answers_with_an_older_model(copied: Path, digit: tuple[Path, int]) -> None:
+def test_predict_never_answers_with_an_older_model(copied, digit):
     tiny.replace_a_checkpoint(copied)
     tiny.cli("predict", digit[0], "--run", copied).refused("final checkpoint", code=1)
 
 
-# Certify.
-
 QUICK = ("--images", "5", "--n", "300", "--family", "rotation", "--sigma", "18deg")
 
 
-def test_certify_the_model_of_a_run(finished: Path, tmp_path: Path) -> None:
+def test_certify_the_model_of_a_run(finished, tmp_path):
     table, file = tmp_path / "c.tsv", tmp_path / "c.parquet"
     tiny.cli("certify", "--run", finished, "--client", "1", *QUICK, "--out", table).fine(
         "images 5", "ACR"
@@ -149,7 +128,6 @@ def test_certify_the_model_of_a_run(finished: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the weights of a small network in both formats."""
     folder = tmp_path_factory.mktemp("weights")
     state = state_of(build("small_cnn", 1, 10, seed=3))
     save_file(state, folder / "net.safetensors")
@@ -164,7 +142,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_certify_weights_in_either_format(weights: Path, tmp_path: Path) -> None:
+def test_certify_weights_in_either_format(weights, tmp_path):
     made = []
     for name in ("net.safetensors", "net.pt", "wrapped.pt"):
         out = tmp_path / f"{name}.parquet"
@@ -175,9 +153,7 @@ def test_certify_weights_in_either_format(weights: Path, tmp_path: Path) -> None
     assert made[0].same_results(made[2])
 
 
-def test_certify_refuses_what_cannot_be_meant(
-    weights: Path, finished: Path, tmp_path: Path
-) -> None:
+def test_certify_refuses_what_cannot_be_meant(weights, finished, tmp_path):
     out = ("--out", tmp_path / "c.parquet")
     net = ("--model", "small_cnn", "--weights", weights / "net.pt", "--data", "digits")
     certify = ("certify", *out, *QUICK)
@@ -211,7 +187,7 @@ def test_certify_refuses_what_cannot_be_meant(
         ("text.safetensors", ["model.state_dict()"]),
     ],
 )
-def test_weights_that_are_none(name: str, words: list[str], weights: Path, tmp_path: Path) -> None:
+def test_weights_that_are_none(name, words, weights, tmp_path):
     given = ("--model", "small_cnn", "--weights", weights / name, "--data", "digits")
     out = tmp_path / "c.parquet"
     tiny.cli("certify", *given, *QUICK, "--out", out).refused(*words)
@@ -219,8 +195,8 @@ def test_weights_that_are_none(name: str, words: list[str], weights: Path, tmp_p
 
 
 def test_certify_goes_on_where_it_was_stopped_and_only_with_the_same_question(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    weights, tmp_path, monkeypatch
+):
     net = ("--model", "small_cnn", "--weights", weights / "net.pt", "--data", "digits")
     votes = ("--images", "4", "--n", "6000", "--estimator", "top-class")
     asked = ("certify", *net, *votes, "--device", "cpu")
@@ -237,7 +213,7 @@ def test_certify_goes_on_where_it_was_stopped_and_only_with_the_same_question(
         batches += 1
         if batches == 4:
             raise KeyboardInterrupt
-        real(*given)  # pyright: ignore
+        real(*given)
 
     out = tmp_path / "again.parquet"
     with monkeypatch.context() as patch:
@@ -262,9 +238,7 @@ def test_certify_goes_on_where_it_was_stopped_and_only_with_the_same_question(
     assert not kept.exists()
 
 
-def test_votes_of_a_network_whose_code_changed_are_cast_again(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_votes_of_a_network_whose_code_changed_are_cast_again(weights, tmp_path, monkeypatch):
     net = ("--model", "small_cnn", "--weights", weights / "net.pt", "--data", "digits")
     asked = ("certify", *net, "--images", "2", "--n", "200", "--device", "cpu")
     kept: list[str] = []

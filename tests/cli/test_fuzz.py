@@ -4,8 +4,6 @@ No traceback, no use of the last handler, no hang, less than 1 GB of memory, and
 there is changed.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import os
@@ -27,8 +25,8 @@ import fuzzing
 import own_study
 import tiny_study as tiny
 from certifl.certification import Certificates
+from certifl.deploy.bundle import Connection
 from certifl.deploy.client.settings import Settings
-from certifl.deploy.provision.bundle import Connection
 from certifl.experiments.attack import Options as AttackOptions
 from certifl.experiments.attack import attack_run
 from certifl.experiments.run import Options, run
@@ -45,7 +43,6 @@ def _idx(path: Path, values: np.ndarray) -> None:
 
 
 def _data(base: Path) -> None:
-    """A data set in each layout, of a few images."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (8, 8, 8)).astype(np.uint8)
     labels = np.arange(8, dtype=np.uint8) % 2
@@ -73,7 +70,6 @@ def _data(base: Path) -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One whole example of every kind of file."""
     place = tmp_path_factory.mktemp("whole")
     _data(place)
     run(tiny.spec(*SHORT), Options(place / "run"))
@@ -91,11 +87,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_there_are_enough_of_them() -> None:
+def test_there_are_enough_of_them():
     assert len(fuzzing.CASES) >= 1000
 
 
-def test_no_mutated_file_is_believed_or_stumbled_over(base: Path, tmp_path: Path) -> None:
+def test_no_mutated_file_is_believed_or_stumbled_over(base, tmp_path):
     step = os.environ.get("CERTIFL_FUZZ_STEP", "1")  # a larger one takes fewer
     command = [sys.executable, fuzzing.__file__, str(base), str(tmp_path), step]
     done = subprocess.run(

@@ -1,7 +1,5 @@
 """Commands run inside a folder that somebody sent import nothing from it."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -22,26 +20,9 @@ from certifl.study.opened_run import OpenRun
 
 # What torch and others import if they find it, what Python's own start imports, and packages.
 HOSTILE = [
-    "dill",
-    "pynvml",
-    "cuda",
-    "triton",
-    "cupy",
-    "onnx",
-    "optree",
-    "pandas",
-    "numpy",
-    "torch",
-    "pyarrow",
-    "matplotlib",
-    "datasets",
-    "typing",
-    "dataclasses",
-    "struct",
-    "multiprocessing",
-    "tomllib",
-    "__future__",
-    "usercustomize",
+    *("dill", "pynvml", "cuda", "triton", "cupy", "onnx", "optree", "pandas", "numpy", "torch"),
+    *("pyarrow", "matplotlib", "datasets", "typing", "dataclasses", "struct", "multiprocessing"),
+    *("tomllib", "__future__", "usercustomize"),
 ]
 NET = """
 from torch import nn
@@ -54,9 +35,7 @@ def make(in_channels, num_classes):
 def received(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run and an image, among modules that leave a trace when they are imported."""
     folder = tmp_path_factory.mktemp("received")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CERTIFL_CACHE", str(folder.parent / "cache"))
-        run(tiny.spec("training.rounds=1", "certification.n=100"), Options(folder / "run"))
+    run(tiny.spec("training.rounds=1", "certification.n=100"), Options(folder / "run"))
     Image.new("L", (8, 8), 90).save(folder / "gray.png")
     for name in HOSTILE:
         (folder / f"{name}.py").write_text(f"open({str(folder / 'hit')!r}, 'a').write({name!r})")
@@ -96,23 +75,18 @@ STARTS = {
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_nothing_of_the_folder_is_imported(received: Path, start: str) -> None:
+def test_nothing_of_the_folder_is_imported(received, start):
     if start == "script" and not SCRIPT.is_file():
         pytest.skip("certifl is not installed here")
     done = subprocess.run(
-        STARTS[start],
-        cwd=received,
-        env=tiny.environment(),
-        capture_output=True,
-        text=True,
-        check=False,
+        STARTS[start], cwd=received, env=tiny.environment(), capture_output=True, text=True
     )
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == 0, done.stderr
     assert not (received / "hit").exists(), (received / "hit").read_text()
 
 
-def test_a_network_of_the_spec_brings_its_package_and_nothing_else(received: Path) -> None:
+def test_a_network_of_the_spec_brings_its_package_and_nothing_else(received):
     """Nor do the worker processes that the command starts."""
     package = received / "own_package"
     package.mkdir()
@@ -127,7 +101,7 @@ def test_a_network_of_the_spec_brings_its_package_and_nothing_else(received: Pat
     assert "PYTHONSAFEPATH" not in os.environ
 
 
-def test_a_module_beside_the_named_one_is_not_importable(tmp_path: Path) -> None:
+def test_a_module_beside_the_named_one_is_not_importable(tmp_path):
     (tmp_path / "lonely_net.py").write_text("import beside_it\n" + NET)
     (tmp_path / "beside_it.py").touch()
     allow_code("lonely_net:make", tmp_path)
@@ -150,7 +124,7 @@ def own_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_never_says_what_code_runs(own_run: Path) -> None:
+def test_a_run_never_says_what_code_runs(own_run):
     place = own_run / "run"
     tiny.cli("predict", own_run / "gray.png", "--run", place).refused("--code DIR", "sent_net")
     tiny.cli("attack", place).refused("--code DIR")
@@ -160,7 +134,7 @@ def test_a_run_never_says_what_code_runs(own_run: Path) -> None:
     tiny.cli("verify", place).fine("certificates follow")
 
 
-def test_code_that_its_user_names_is_run(own_run: Path) -> None:
+def test_code_that_its_user_names_is_run(own_run):
     place, code = own_run / "run", own_run / "code"
     asked = ("predict", own_run / "gray.png", "--run", place, "--code")
     tiny.cli(*asked, code).fine("client 0")
@@ -173,12 +147,12 @@ def test_code_that_its_user_names_is_run(own_run: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "torch:load", "builtins:dict"])
-def test_a_module_of_python_itself_is_not_a_network(name: str, tmp_path: Path) -> None:
+def test_a_module_of_python_itself_is_not_a_network(name, tmp_path):
     with pytest.raises(ModelError, match="holds no module"):
         require_code(name, tmp_path)
 
 
-def test_a_folder_cannot_replace_a_module(tmp_path: Path) -> None:
+def test_a_folder_cannot_replace_a_module(tmp_path):
     (tmp_path / "json.py").write_text("raise SystemExit")
     with pytest.raises(ModelError, match="Python finds the module 'json'"):
         require_code("json:loads", tmp_path)

@@ -1,6 +1,4 @@
-"""A cache of images of its own for every test, and no data folder."""
-
-from __future__ import annotations
+"""A cache of images of its own for every test."""
 
 from pathlib import Path
 
@@ -10,4 +8,3 @@ import pytest
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("CERTIFL_DATA", raising=False)

@@ -1,10 +1,10 @@
 """Data sets by name: what is found where, what a set must be, and what the cache may do."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
+import logging
+import os
 import struct
 import sys
 from pathlib import Path
@@ -16,10 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from certifl.data import load
+from certifl.data import Dataset, ImageSplit, fingerprint, load, random_part, to_float
 from certifl.data.readers import ReadOptions, read_parquet
 from certifl.errors import DataUnavailable, InputError
-from image_sets import pixels_for, png, write_idx, write_set, write_table
+from image_sets import cannot_load, pixels_for, png, write_idx, write_set, write_table
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 # MD5 of the unpacked files of test images and labels as published
@@ -63,8 +63,7 @@ class TestDigits:
         assert (share - 400 / 1797).abs().max() < 1 / 174  # less than one image of a class
 
     def test_has_no_columns(self):
-        with pytest.raises(InputError, match="no columns"):
-            load("digits[label]")
+        cannot_load("no columns", "digits[label]")
 
 
 class TestFolders:
@@ -98,8 +97,7 @@ class TestFolders:
             )
         assert np.array_equal(load("bugs", tmp_path).train.images[:, 0].numpy(), parts)
         (tmp_path / "bugs" / "train-00001-of-00002.parquet").unlink()
-        with pytest.raises(InputError, match="1 of the 2 files"):
-            load("bugs", tmp_path)
+        cannot_load("1 of the 2 files", "bugs", tmp_path)
 
     @pytest.mark.parametrize("test", ["validation", "valid"])
     def test_validation_serves_as_test(self, tmp_path, test):
@@ -111,8 +109,7 @@ class TestFolders:
     def test_train_alone_is_not_enough(self, tmp_path):
         write_set(tmp_path / "bugs")
         (tmp_path / "bugs" / "test-00000-of-00001.parquet").unlink()
-        with pytest.raises(DataUnavailable, match=r"no test images.*test or validation"):
-            load("bugs", tmp_path)
+        cannot_load(r"no test images.*test or validation", "bugs", tmp_path, error=DataUnavailable)
 
     def test_image_folder(self, tmp_path):
         pixels = pixels_for(8, (8, 10))
@@ -126,8 +123,7 @@ class TestFolders:
         assert bugs.train.labels.tolist() == [0, 0, 1, 1]
         assert np.array_equal(bugs.train.images[:, 0].numpy(), pixels[[1, 3, 0, 2]])
         (tmp_path / "bugs" / "test" / "bee").rename(tmp_path / "bugs" / "test" / "wasp")
-        with pytest.raises(InputError, match="without training images: wasp"):
-            load(f"{tmp_path}/bugs")
+        cannot_load("without training images: wasp", f"{tmp_path}/bugs")
 
     @pytest.mark.parametrize("end", ["", ".gz"])
     def test_idx_files(self, tmp_path, end):
@@ -144,8 +140,7 @@ class TestFolders:
             write_idx(tmp_path / "x", split, "", 10)
         file = tmp_path / "x" / "t10k-images-idx3-ubyte"
         file.write_bytes(file.read_bytes()[:-1])
-        with pytest.raises(InputError, match="t10k-images-idx3-ubyte is not an IDX file"):
-            load("x", tmp_path)
+        cannot_load("t10k-images-idx3-ubyte is not an IDX file", "x", tmp_path)
 
 
 class TestColumns:
@@ -157,12 +152,10 @@ class TestColumns:
             "coarse_label": {"_type": "ClassLabel", "names": ["A", "B"]},
         }
         write_set(tmp_path / "bugs", features=features, columns=self.TWO)
-        with pytest.raises(InputError, match=r"fine_label, coarse_label.*NAME\[fine_label\]"):
-            load("bugs", tmp_path)
+        cannot_load(r"fine_label, coarse_label.*NAME\[fine_label\]", "bugs", tmp_path)
         assert load("bugs[fine_label]", tmp_path).num_classes == 4
         assert load("bugs", tmp_path, label_column="coarse_label").class_names == ("A", "B")
-        with pytest.raises(InputError, match="no column 'label'"):
-            load("bugs[label]", tmp_path)
+        cannot_load("no column 'label'", "bugs[label]", tmp_path)
 
     def test_the_feature_type_decides_before_the_name(self, tmp_path):
         features = {"coarse_label": {"_type": "ClassLabel", "names": ["A", "B"]}}
@@ -184,8 +177,7 @@ class TestColumns:
             other = [png(image) for image in pixels_for(4, (9, 9))]
             table = table.append_column("back", pa.array(other, pa.binary()))
             pq.write_table(table, file)
-        with pytest.raises(InputError, match=r"images: front, back.*image_column='front'"):
-            load("bugs", tmp_path)
+        cannot_load(r"images: front, back.*image_column='front'", "bugs", tmp_path)
         assert load("bugs", tmp_path, image_column="back").image_size == (9, 9)
         for split in ("train", "test"):
             file = tmp_path / "bugs" / f"{split}.parquet"
@@ -215,13 +207,11 @@ class TestColumns:
         write_set(
             tmp_path / "bugs", features=None if is_float else features, columns={"label": labels}
         )
-        with pytest.raises(InputError, match=said):
-            load("bugs", tmp_path)
+        cannot_load(said, "bugs", tmp_path)
 
     def test_one_class_is_no_classification(self, tmp_path):
         write_set(tmp_path / "bugs", classes=1)
-        with pytest.raises(InputError, match="at least two"):
-            load("bugs", tmp_path)
+        cannot_load("at least two", "bugs", tmp_path)
 
 
 class TestUnavailable:
@@ -240,23 +230,20 @@ class TestUnavailable:
 
     def test_a_folder_that_holds_nothing_usable(self, tmp_path):
         (tmp_path / "bugs").mkdir()
-        with pytest.raises(DataUnavailable, match="holds no data set"):
-            load("bugs", tmp_path)
+        cannot_load("holds no data set", "bugs", tmp_path, error=DataUnavailable)
 
     def test_paths_that_do_not_exist(self, tmp_path):
-        with pytest.raises(DataUnavailable, match="no folder"):
-            load(str(tmp_path / "nowhere"))
-        with pytest.raises(DataUnavailable, match=r"does not exist.*--data-dir"):
-            load("mnist", tmp_path / "nowhere")
+        cannot_load("no folder", str(tmp_path / "nowhere"), error=DataUnavailable)
+        cannot_load(
+            r"does not exist.*--data-dir", "mnist", tmp_path / "nowhere", error=DataUnavailable
+        )
 
     def test_the_set_itself_given_as_data_dir(self, tmp_path):
         write_set(tmp_path / "bugs")
-        with pytest.raises(DataUnavailable, match="Give the folder above"):
-            load("bugs", tmp_path / "bugs")
+        cannot_load("Give the folder above", "bugs", tmp_path / "bugs", error=DataUnavailable)
 
     def test_a_name_that_is_none(self):
-        with pytest.raises(InputError, match="not the name of a data set"):
-            load("mnist[")
+        cannot_load("not the name of a data set", "mnist[")
 
     def test_a_set_of_the_hub(self, tmp_path):
         pytest.importorskip("datasets", reason="the extra `hub` is not installed")
@@ -287,10 +274,121 @@ class TestRealData:
         raw = read_parquet((file,), ReadOptions())
         assert raw.images.shape == (10_000, 3, 32, 32)
         assert np.bincount(raw.labels).tolist() == [1000] * 10
-        assert raw.class_names is not None
         assert raw.class_names[:2] == ("airplane", "automobile")
         table = pq.read_table(file)
         for row in (0, 2047, 2048, 4999, 9999):  # 2048 rows are decoded at a time
             image = Image.open(io.BytesIO(table["img"][row].as_py()["bytes"]))
             assert np.array_equal(raw.images[row].transpose(1, 2, 0), np.asarray(image))
             assert raw.labels[row] == table["label"][row].as_py()
+
+
+class TestCache:
+    def test_images_are_decoded_once(self, tmp_path, monkeypatch):
+        write_set(tmp_path / "bugs")
+        first = load("bugs", tmp_path)
+
+        def fail(*_args):
+            raise RuntimeError("decoded again")
+
+        monkeypatch.setattr("certifl.data.loading.assemble", fail)
+        second = load("bugs", tmp_path)
+        assert torch.equal(first.train.images, second.train.images)
+        assert torch.equal(first.test.labels, second.test.labels)
+        assert (first.class_names, first.fingerprint) == (second.class_names, second.fingerprint)
+
+    def test_a_changed_file_of_the_same_size_is_read_again(self, tmp_path):
+        for split in ("train", "t10k"):
+            write_idx(tmp_path / "x", split, "", 10)
+        first = load("x", tmp_path)
+        file = tmp_path / "x" / "train-images-idx3-ubyte"
+        before = file.stat()
+        file.write_bytes(file.read_bytes()[:-1] + b"\x00")
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+        assert file.stat().st_size == before.st_size
+        assert load("x", tmp_path).fingerprint != first.fingerprint
+
+    def test_equal_names_sizes_and_times_elsewhere_are_not_mixed_up(self, tmp_path):
+        for name, seed in (("a", 3), ("b", 4)):
+            write_idx(tmp_path / name, "train", "", 10)
+            write_idx(tmp_path / name, "t10k", "", 10)
+            file = tmp_path / name / "train-images-idx3-ubyte"
+            file.write_bytes(file.read_bytes()[:16] + pixels_for(10, (9, 8), seed).tobytes())
+            for each in (tmp_path / name).iterdir():
+                os.utime(each, ns=(1, 1))
+        assert load("a", tmp_path).fingerprint != load("b", tmp_path).fingerprint
+
+    @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+    def test_a_damaged_file_is_rebuilt(self, tmp_path, caplog, damage):
+        write_set(tmp_path / "bugs")
+        first = load("bugs", tmp_path)
+        (file,) = (tmp_path / "cache").iterdir()
+        good = file.read_bytes()
+        flipped = bytearray(good)
+        flipped[-1] ^= 1
+        file.write_bytes({"cut": good[:-9], "flip": bytes(flipped), "empty": b""}[damage])
+        with caplog.at_level(logging.WARNING):
+            assert load("bugs", tmp_path).fingerprint == first.fingerprint
+        assert "damaged" in caplog.text
+        caplog.clear()
+        assert load("bugs", tmp_path).fingerprint == first.fingerprint
+        assert not caplog.text
+
+    def test_a_cache_that_cannot_be_written_is_done_without(self, tmp_path, caplog):
+        (tmp_path / "cache").write_text("a file where the folder should be")
+        write_set(tmp_path / "bugs")
+        with caplog.at_level(logging.WARNING):
+            assert len(load("bugs", tmp_path).train) == 12
+        assert "Cannot keep the decoded images" in caplog.text
+        assert "CERTIFL_CACHE" in caplog.text
+
+    def test_nothing_half_written_stays(self, tmp_path):
+        load("digits", cache_dir=tmp_path / "elsewhere")
+        names = [file.suffix for file in (tmp_path / "elsewhere").iterdir()]
+        assert names == [".safetensors"]
+
+
+def small(images=None, labels=None, names=("a", "b")):
+    images = pixels_for(6, (1, 8, 8)) if images is None else images
+    split = ImageSplit(torch.from_numpy(images), torch.tensor(labels or [0, 1] * 3))
+    return Dataset("small", split, split, names, fingerprint(split, split, names))
+
+
+class TestSplits:
+    def test_fingerprint_depends_on_pixels_labels_names_and_shape(self):
+        images = pixels_for(6, (1, 8, 8))
+        changed = images.copy()
+        changed[5, 0, 7, 7] ^= 1
+        prints = {
+            small().fingerprint,
+            small(changed).fingerprint,
+            small(labels=[0, 1, 0, 1, 1, 0]).fingerprint,
+            small(names=("a", "c")).fingerprint,
+            small(images.reshape(6, 1, 4, 16)).fingerprint,
+        }
+        assert len(prints) == 5
+        assert small(images.copy()).fingerprint == small().fingerprint
+
+    def test_to_float_is_exact_at_the_ends(self):
+        made = to_float(torch.tensor([[0, 51, 255]], dtype=torch.uint8))
+        assert made.dtype == torch.float32
+        assert made.tolist() == [[0.0, pytest.approx(0.2), 1.0]]
+        with pytest.raises(InputError, match="uint8"):
+            to_float(made)
+
+    def test_splits_refuse_what_they_are_not(self):
+        good = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+        with pytest.raises(InputError, match="uint8"):
+            ImageSplit(good.float(), torch.zeros(2, dtype=torch.int64))
+        with pytest.raises(InputError, match="one for each image"):
+            ImageSplit(good, torch.zeros(3, dtype=torch.int64))
+
+    def test_a_random_part_is_fixed_nested_and_seeded(self):
+        few, more = (random_part(400, n, 3, "test") for n in (50, 120))
+        assert (len(few), len(more)) == (50, 120)
+        assert set(few.tolist()) < set(more.tolist()) < set(range(400))
+        assert np.array_equal(random_part(400, 50, 3, "test"), few)
+        assert not np.array_equal(random_part(400, 50, 4, "test"), few)
+        assert not np.array_equal(random_part(400, 50, 3, "train"), few)
+        assert np.array_equal(random_part(400, None, 3, "test"), np.arange(400))
+        with pytest.raises(InputError, match="from 1 to 400"):
+            random_part(400, 401, 3, "test")

@@ -1,7 +1,5 @@
 """Certificates of clients elsewhere: what each lets go, and what the server makes of it."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np
@@ -15,7 +13,7 @@ from flwr.app import Message
 from certifl.certification import Certificates
 from certifl.deploy.client.client import Client
 from certifl.deploy.client.settings import Settings, open_local_data
-from certifl.deploy.transport.messages import from_records, to_records
+from certifl.deploy.messages import from_records, to_records
 from certifl.errors import InputError, StoreMismatch, WorkError
 from certifl.experiments.run import Options as Here
 from certifl.experiments.run import run
@@ -34,7 +32,6 @@ STUDY = spec("certification.images=8", "training.rounds=1", "training.lr=0.02")
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """The same study in one process."""
     return run(STUDY, Here(tmp_path_factory.mktemp("own") / "run", device="cpu"))
 
 
@@ -163,13 +160,8 @@ def test_with_mostly_impossible_certificates_the_run_stops_and_resumes(tmp_path)
 
 def test_a_failing_client_reports_it_without_private_details(tmp_path):
     at = clients_of(tmp_path)
-    object.__setattr__(
-        at[101],
-        "settings",
-        at[101].settings.model_copy(
-            update={"data": str(tmp_path / "very private place"), "dealt": False}
-        ),
-    )
+    secret = {"data": str(tmp_path / "very private place"), "dealt": False}
+    object.__setattr__(at[101], "settings", at[101].settings.model_copy(update=secret))
     grid = MemoryGrid(at)
     with pytest.raises(WorkError, match="client 1"):
         coordinated(STUDY, grid, tmp_path / "run")
@@ -251,7 +243,6 @@ def parquet(folder, split, images, labels, names):
 
 
 def test_clients_own_folders_give_the_same_models_and_certificates(own, tmp_path):
-    """Each client has its images alone in a folder, and knows nothing of the whole."""
     dataset, partition = open_data(STUDY, None)
     at = {}
     for client, stored in enumerate(partition.clients):
@@ -267,8 +258,6 @@ def test_clients_own_folders_give_the_same_models_and_certificates(own, tmp_path
     folder = coordinated(STUDY, at, options(tmp_path / "run", share="rows"))
     here = Checkpoints(own.training).latest()
     there = Checkpoints(folder.training).latest()
-    assert here is not None
-    assert there is not None
     assert_same(there.server(), here.server())
     mine, theirs = own.load_certificates(), folder.load_certificates()
     for name in ("client", "label", "predicted", "radius", "counts"):

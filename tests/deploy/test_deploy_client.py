@@ -1,7 +1,5 @@
 """What a server may ask of a client, what leaves its machine, what it does with what it keeps."""
 
-from __future__ import annotations
-
 import json
 import stat
 from pathlib import Path
@@ -19,10 +17,9 @@ from test_deploy_certify import parquet
 from test_deploy_rounds import LIGHT, described, in_process
 
 from certifl.deploy.client.client import Client
-from certifl.deploy.client.settings import Settings
-from certifl.deploy.client.spec_policy import DECISIONS
+from certifl.deploy.client.settings import DECISIONS, Settings
 from certifl.deploy.client.state import NEVER, SENT, sent_lines
-from certifl.deploy.transport.messages import Content, from_records
+from certifl.deploy.messages import Content, from_records
 from certifl.federated import deployed_model
 from certifl.spec import Spec
 from certifl.study.opened_run import ClientStudy
@@ -59,7 +56,6 @@ def everything_said(answer: Content) -> str:
 
 
 def patients(folder: Path) -> Path:
-    """A table of images with a label and the names of patients."""
     for split in ("train", "test"):
         images = torch.randint(0, 255, (40, 1, 8, 8), dtype=torch.uint8)
         parquet(folder, split, images, torch.arange(40) % 4, ["a", "b", "c", "d"])
@@ -74,7 +70,6 @@ def own(folder: Path, root: Path, **settings) -> Client:
 
 
 def asking(**data) -> Spec:
-    """The tiny study with other keys."""
     values = spec().model_dump(exclude_none=True)
     changed = {"data": {"name": "digits", **data.pop("data", {})}}
     return Spec.model_validate({**values, **changed, **data})
@@ -108,10 +103,7 @@ def test_class_names_found_in_the_images_are_not_sent(tmp_path):
     assert len(names) == 4
     assert not {"a", "b", "c", "d"} & set(names)
     agreed = ["a", "b", "c", "d"]
-    said = join(
-        own(images, tmp_path / "third", label_column="label", classes=agreed),
-        asking(),
-    )
+    said = join(own(images, tmp_path / "third", label_column="label", classes=agreed), asking())
     assert said.fields["joined"]["class_names"] == agreed
 
 
@@ -250,7 +242,6 @@ def test_only_rounds_that_a_client_is_drawn_for_are_answered(tmp_path):
 
     asked = spec(*LIGHT, "clients.count=4", "clients.participation=0.5", "training.rounds=6")
     drawn = participation(asked)
-    assert drawn is not None
     client = dealt(tmp_path)
     rounds = [0 in set(drawn(number)) for number in range(6)]
     assert set(rounds) == {True, False}
@@ -365,12 +356,8 @@ def test_with_share_none_a_server_learns_only_that_a_client_has_finished(case, t
     heard, _ = listened(tmp_path, described(case, "training.rounds=1"), "none")
     for kind, answer in heard:
         fields = answer.fields
-        assert fields.keys() - {"client", "seconds"} <= {
-            "joined",
-            "update",
-            "certified",
-            "round",
-        } | {"started_from"}
+        kinds = {"joined", "update", "certified", "round", "started_from"}
+        assert fields.keys() - {"client", "seconds"} <= kinds
         if kind == "query.join":
             assert fields["joined"].keys() == JOINED
         elif kind == "train":
@@ -426,7 +413,7 @@ def test_faults_are_logged_and_nothing_leaves_unlogged(tmp_path):
     from flwr.app import Message
 
     from certifl.deploy.client_app import respond
-    from certifl.deploy.transport.messages import to_records
+    from certifl.deploy.messages import to_records
 
     client = dealt(tmp_path / "client")
     MemoryGrid({})  # gives messages a run

@@ -1,7 +1,5 @@
 """docs/deploy.md, "your first federation on two machines", word by word in two namespaces."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
@@ -58,7 +56,6 @@ def _possible() -> str | None:
 
 
 def steps() -> list[str]:
-    """The commands of the section, one a step."""
     text = (ROOT / "docs" / "deploy.md").read_text()
     section = text.split("## Your first federation on two machines")[1].split("\n## ")[0]
     blocks = re.findall(r"^```\w*\n(.*?)^```", section, re.MULTILINE | re.DOTALL)

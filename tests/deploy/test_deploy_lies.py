@@ -1,7 +1,5 @@
 """Each lie of one client against the server's real loop: the liar is named, the rest is right."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import json
@@ -22,14 +20,9 @@ from safetensors.torch import save
 from test_deploy_messages import packed
 
 from certifl.deploy.client.curves import CertificateChecks
+from certifl.deploy.messages import Content, MalformedMessage, from_records, to_records
+from certifl.deploy.schemas import Certified
 from certifl.deploy.server.collect import _ClientProgress
-from certifl.deploy.transport.messages import (
-    Content,
-    MalformedMessage,
-    from_records,
-    to_records,
-)
-from certifl.deploy.transport.schemas import Certified
 from certifl.errors import WorkError
 from certifl.report import write_report
 from certifl.report.results import load_run
@@ -41,12 +34,8 @@ from tiny_federation import assert_same
 from tiny_study import spec
 
 STUDY = spec(
-    "clients.count=3",
-    'algorithm={name="fedavg",weighting="size"}',
-    "training.rounds=1",
-    "certification.images=3",
-    "certification.n=40",
-    "certification.n0=5",
+    *("clients.count=3", 'algorithm={name="fedavg",weighting="size"}', "training.rounds=1"),
+    *("certification.images=3", "certification.n=40", "certification.n0=5"),
 )
 KEYS = {client: b"key %d" % (100 + client) for client in range(3)}
 CERTIFYING = "query.certify"
@@ -93,7 +82,6 @@ def recorded(root: Path, silent: bool) -> tuple[dict, dict]:
     grid = MemoryGrid(clients_of(root, 3), listen)
     folder = coordinated(STUDY, grid, root / "run")
     last = Checkpoints(folder.training).latest()
-    assert last is not None
     return record, {"model": last.server()["model"], **read_json(folder.curves)["clients"]}
 
 
@@ -104,8 +92,6 @@ def honest(tmp_path_factory):
 
 
 def put(*path: str, value: object) -> Lie:
-    """Writes a value into an answer's fields; the last name may be new."""
-
     def lie(content: Content) -> None:
         stored: Any = content.fields
         for name in path[:-1]:
@@ -126,8 +112,6 @@ def without(*path: str) -> Lie:
 
 
 def raw(text: str) -> Lie:
-    """Sends a text instead of a message's fields, with the honest tensors."""
-
     def lie(content: Content) -> RecordDict:
         records = to_records(content)
         records["certifl"] = ConfigRecord({"json": text})
@@ -149,7 +133,6 @@ def nested(depth: int, *path: str) -> Lie:
 
 
 def cut_short(content: Content) -> RecordDict:
-    """Sends a part that ends early."""
     records = to_records(content)
     several = {"tensors-0": packed(save({"a": torch.ones(2)})[:-1])}
     records["part:model"] = ArrayRecord(several)
@@ -201,13 +184,8 @@ NO_FIELDS = [  # one function reads all of them, whatever was asked for
 NO_REPLY = [
     raw("{"),
     lambda content: content.fields.clear(),
-    put("client", value=1),
-    put("client", value=HUGE),
-    put("client", value=None),
-    put("seconds", value=HUGE),
-    put("seconds", value=NAN),
-    put("seconds", value=-1.0),
-    put("seconds", value="x"),
+    *(put("client", value=value) for value in (1, HUGE, None)),
+    *(put("seconds", value=value) for value in (HUGE, NAN, -1.0, "x")),
     put("fault", value="x"),
     put("fault", value={"kind": HUGE, "reason": None}),
     nested(150, "seconds"),
@@ -293,19 +271,10 @@ CERTIFY = [
     *(
         condition(name, value)
         for name, value in (
-            ("family", "pixel"),
-            ("sigma", HUGE),
-            ("sigma", 100.0),
-            ("n", 10**9),
-            ("alpha", 0.4),
-            ("unit", ESCAPES),
-            ("norm", "l2"),
-            ("seed", 1),
-            ("radii", [0.0]),
-            ("look_votes", []),
-            ("precision", ESCAPES),
+            *(("family", "pixel"), ("sigma", HUGE), ("sigma", 100.0), ("n", 10**9)),
+            *(("alpha", 0.4), ("unit", ESCAPES), ("norm", "l2"), ("seed", 1), ("radii", [0.0])),
+            *(("look_votes", []), ("precision", ESCAPES), ("batch_norm_folded", "x")),
             ("versions", {f"{i}": "1" for i in range(10_000)}),
-            ("batch_norm_folded", "x"),
         )
     ),
     scaled_curve(2),
@@ -341,7 +310,6 @@ def test_a_lie_leaves_out_the_liar_and_no_other_client(kind, number, honest, tmp
         coordinated(STUDY, grid, asked)
     root, deployment = tmp_path / "run", read_json(tmp_path / "run" / "run.json")["deployment"]
     last = Checkpoints(root / "checkpoints/training").latest()
-    assert last is not None
     assert_same(last.server()["model"], result["model"])
     rows = [row["client"] for row in last.history[0]["clients"]]
     assert rows == ([0, 1, 2] if kind == "certify" else [1, 2])
@@ -382,7 +350,6 @@ def test_an_invalid_update_is_left_out_with_its_reason_and_never_averaged(
     asked = options(tmp_path / "run", min_clients=2, keys=KEYS)
     folder = coordinated(STUDY, Replayed(record, "round", lie), asked)
     last = Checkpoints(folder.training).latest()
-    assert last is not None
     assert word in last.history[0]["left_out"][0]["reason"]
     assert_same(last.server()["model"], result["model"])
 
@@ -415,7 +382,6 @@ def test_an_impossible_curve_is_asked_for_three_times_and_left_out_with_its_reas
 
 
 def _failure(lie: Lie) -> bool:
-    """Whether a lie is an error of Flower's, which comes of a crash as well."""
     probe = Content({"certified": {}})
     try:
         return isinstance(lie(probe), Error)

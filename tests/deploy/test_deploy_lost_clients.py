@@ -1,7 +1,5 @@
 """Clients that are lost in a round: asked again, and never waited for long."""
 
-from __future__ import annotations
-
 import time
 from types import SimpleNamespace
 
@@ -9,11 +7,17 @@ import pytest
 
 pytest.importorskip("flwr", reason="Flower is not installed: pip install certifl[flower]")
 
-from certifl.deploy.server.clients import ClientRegistry, ConnectedClient, Pending
+from certifl.deploy.messages import Content, Node, NoReply
+from certifl.deploy.schemas import Certified
 from certifl.deploy.server.collect import _Collector
-from certifl.deploy.server.remote_runner import RemoteRunner, Timeouts, _Round
-from certifl.deploy.transport.messages import Content, Node, NoReply
-from certifl.deploy.transport.schemas import Certified
+from certifl.deploy.server.remote_runner import (
+    ClientRegistry,
+    ConnectedClient,
+    Pending,
+    RemoteRunner,
+    Timeouts,
+    _Round,
+)
 from certifl.federated.workers import ClientResult
 from certifl.runs.atomic import write_json
 from certifl.runs.folder import RunFolder
@@ -60,7 +64,7 @@ def answered(replies: Replies, answer: float) -> ClientResult:
     return _Round(remote, current).answer(0, Pending(entry, "request 0", now, now + answer))
 
 
-def test_a_client_that_disconnects_again_and_again_is_left_out() -> None:
+def test_a_client_that_disconnects_again_and_again_is_left_out():
     replies = Replies(GONE, connected=True)
     result = answered(replies, answer=60.0)
     assert result.fault is not None
@@ -69,7 +73,7 @@ def test_a_client_that_disconnects_again_and_again_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("reply", [GONE, CRASHED])
-def test_a_lost_client_that_does_not_return_is_waited_for_as_one_that_is_absent(reply) -> None:
+def test_a_lost_client_that_does_not_return_is_waited_for_as_one_that_is_absent(reply):
     began = time.monotonic()
     result = answered(Replies(reply, connected=False), answer=600.0)
     assert result.fault is not None
@@ -77,7 +81,7 @@ def test_a_lost_client_that_does_not_return_is_waited_for_as_one_that_is_absent(
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_a_client_asked_for_no_certificates_may_share_its_accuracy(own, tmp_path) -> None:
+def test_a_client_asked_for_no_certificates_may_share_its_accuracy(own, tmp_path):
     study = spec('certification.own=[{clients=[1], perturbation="none"}]', "clients.count=2")
     folder = RunFolder(tmp_path)
     record = {"status": "running", "deployment": {}, "data": {"num_classes": 10}}

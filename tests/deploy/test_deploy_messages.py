@@ -1,7 +1,5 @@
 """What travels arrives as it was sent, and what is not one of certifl is refused."""
 
-from __future__ import annotations
-
 import json
 import math
 import pickle
@@ -17,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from certifl.deploy.transport.messages import (
+from certifl.deploy.messages import (
     Content,
     MalformedMessage,
     encode,
@@ -41,15 +39,8 @@ from private_federation import KEY, SCHEDULE, PlainNet, algorithm_of
 from tiny_federation import assert_same, client_data
 
 TYPES = [
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.complex64,
-    torch.int64,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64),
+    *(torch.int64, torch.int8, torch.uint8, torch.bool),
 ]
 
 
@@ -99,12 +90,8 @@ def test_an_update_arrives_without_the_clients_state():
 
 def raw(array: Array, name: str = "tensors-0") -> RecordDict:
     fields = {"format": 2, "parts": ["model"], "facts": {}}
-    return RecordDict(
-        {
-            "certifl": ConfigRecord({"json": json.dumps(fields)}),
-            "part:model": ArrayRecord({name: array}),
-        }
-    )
+    told = ConfigRecord({"json": json.dumps(fields)})
+    return RecordDict({"certifl": told, "part:model": ArrayRecord({name: array})})
 
 
 KIND = "certifl.safetensors"
@@ -145,7 +132,7 @@ def test_malformed_parts_are_refused_before_allocation(records, word):
 
 
 def test_a_large_part_travels_in_pieces_of_whole_tensors(monkeypatch):
-    monkeypatch.setattr("certifl.deploy.transport.messages._PIECE", 40)
+    monkeypatch.setattr("certifl.deploy.messages._PIECE", 40)
     parts = {"model": {f"w{i}": torch.randn(i) for i in (3, 4, 30, 1, 0, 2)}}
     records = to_records(Content({}, parts))
     assert len(records.array_records["part:model"]) == 3
@@ -183,8 +170,8 @@ def test_an_answer_without_an_update_is_refused(fields):
 
 
 def test_unknown_settings_are_refused(tmp_path):
+    from certifl.deploy.bundle import client_settings
     from certifl.deploy.client.settings import load_settings
-    from certifl.deploy.provision.bundle import client_settings
 
     path = tmp_path / "client.toml"
     path.write_text(client_settings(3))

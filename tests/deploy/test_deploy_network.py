@@ -4,8 +4,6 @@ All tests of the running federation share one; xdist gives them to one worker (`
 The server and client 0 are at first new interpreters, also those of Flower; the rest are forks.
 """
 
-from __future__ import annotations
-
 import os
 import runpy
 import shutil
@@ -24,14 +22,14 @@ import torch
 from PIL import Image
 from test_deploy_rounds import same_training
 
-from certifl.deploy.provision.bundle import Connection
-from certifl.deploy.provision.keys import (
+from certifl.deploy.bundle import Connection
+from certifl.deploy.gate import allowed
+from certifl.deploy.keys import (
     Authority,
     check_certificate,
     connection_problem,
     node_key,
 )
-from certifl.deploy.transport.gate import allowed
 from certifl.errors import InputError, WorkError
 from certifl.experiments.run import Options, run
 from certifl.report.results import load_run
@@ -49,7 +47,6 @@ PATIENT = ("--wait", "120", "--absent", "120", "--answer-within", "150")
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory):
-    """A server and two clients, with certificates and keys."""
     made = Federation(tmp_path_factory.mktemp("federation"), 2)
     with made.ended():
         made.server(anew=True).prints("2 clients may connect")
@@ -146,7 +143,6 @@ def test_status_and_log_describe_the_folders_and_their_files_are_private(
 @NETWORK
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern")  # of Flower, as below
 def test_absent_clients_are_named_and_a_late_one_completes_the_study(federation, tmp_path):
-    """A study of three clients: the third is absent, then joins late."""
     settings = ("clients.count=3", "clients.min_clients=2", "certification.images=2")
     path, run_folder = write_spec(tmp_path, *settings, "training.rounds=1"), tmp_path / "run"
     bundle = federation.bundle
@@ -229,7 +225,6 @@ def test_a_client_is_started_once_and_needs_its_data(federation):
 
 
 def _own_address() -> str | None:
-    """An address of this machine that is not its loopback."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("10.255.255.255", 1))
@@ -272,8 +267,6 @@ def test_only_client_requests_pass_the_gate_from_elsewhere(path, client, passes)
 
 
 class Listening(threading.Thread):
-    """A TLS server that says nothing."""
-
     def __init__(self, key: Path, certificate: Path) -> None:
         super().__init__(daemon=True)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

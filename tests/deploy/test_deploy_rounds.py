@@ -1,7 +1,5 @@
 """The same algorithms with clients elsewhere: equal models, whatever comes between."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -55,22 +53,15 @@ def _trained(study: Spec, root) -> StoredRound:
         data.append(ClientData(client, part.images, part.labels))
     root.mkdir(parents=True, exist_ok=True)
     private = protection(study, model, [len(d) for d in data], training_key(study, root))
-    return train(
-        study.build_algorithm(),
-        model,
-        data,
-        local_training(study, model, "cpu", private),
-        Checkpoints(root / "training"),
-        participation=participation(study),
-        rule=private.client or study.aggregation.build(),
-        ledger=private.ledger,
-    )
+    local, place = local_training(study, model, "cpu", private), Checkpoints(root / "training")
+    rule = private.client or study.aggregation.build()
+    options = {"participation": participation(study), "rule": rule, "ledger": private.ledger}
+    return train(study.build_algorithm(), model, data, local, place, **options)
 
 
 def same_training(study: Spec, root, folder: RunFolder, at: dict) -> None:
     """Server, history and clients' states are those of one process, bit for bit."""
     own, last = in_process(study, root), Checkpoints(folder.training).latest()
-    assert last is not None
     assert last.number == own.number
     assert last.identity == own.identity
     assert without_seconds(last.history) == without_seconds(own.history)
@@ -107,11 +98,8 @@ def test_every_algorithm_gives_the_models_of_one_process(case, tmp_path):
 
 def test_participation_and_robust_rules_give_the_models_of_one_process(tmp_path):
     study = described(
-        "mixture",
-        "clients.count=4",
-        "clients.participation=0.75",
-        'aggregation.rule="median"',
-        "training.rounds=3",
+        *("mixture", "clients.count=4", "clients.participation=0.75"),
+        *('aggregation.rule="median"', "training.rounds=3"),
     )
     at = clients_of(tmp_path, 4)
     folder = coordinated(study, at, tmp_path / "run")
@@ -171,7 +159,6 @@ def test_clients_get_only_the_parts_they_need(case, tmp_path):
     wanted = ["control", "known", "model"] if case == "scaffold" else ["model"]
     assert [sorted(parts) for parts in asked] == [wanted] * 2
     stored = Checkpoints(folder.training).latest()
-    assert stored is not None
     assert len(stored.server()) == 3
 
 

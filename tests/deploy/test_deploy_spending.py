@@ -1,7 +1,5 @@
 """A client's own ledger of privacy, against servers that ask for more than they say."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 
@@ -13,12 +11,12 @@ pytest.importorskip("opacus", reason="accounting needs opacus: pip install certi
 import torch
 from test_deploy_rounds import LIGHT, described
 
+from certifl.deploy.bundle import init
 from certifl.deploy.client.privacy_budget import LEDGER, PrivacyLedger, ledger_lines
 from certifl.deploy.client.settings import Settings, open_local_data
 from certifl.deploy.client.state import NEVER, ClientStateStore
-from certifl.deploy.provision.bundle import init
+from certifl.deploy.messages import Content, fingerprint_of
 from certifl.deploy.status import status_lines
-from certifl.deploy.transport.messages import Content, fingerprint_of
 from certifl.experiments.hub import push
 from certifl.federated.privacy import epsilon
 from certifl.federated.privacy import mechanisms as example

@@ -1,7 +1,5 @@
 """Every code block of the documentation: Python runs, specs load, commands are understood."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import tomllib
@@ -57,13 +55,13 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 @named([page for page in PAGES if blocks(page, "python")])
-def test_python_blocks_run(page: Path, reader: dict[str, Any]) -> None:
+def test_python_blocks_run(page, reader):
     for code in blocks(page, "python"):
         exec(compile(code, str(page), "exec"), reader)
 
 
 @named([page for page in PAGES if blocks(page, "toml")])
-def test_toml_blocks_are_specs_or_parts_of_one(page: Path) -> None:
+def test_toml_blocks_are_specs_or_parts_of_one(page):
     for text in blocks(page, "toml"):
         values = tomllib.loads(text)
         if values.keys() >= _SPEC_SECTIONS:
@@ -74,7 +72,7 @@ def test_toml_blocks_are_specs_or_parts_of_one(page: Path) -> None:
 
 
 @named(PAGES)
-def test_source_files_that_a_page_names_exist(page: Path) -> None:
+def test_source_files_that_a_page_names_exist(page):
     roots = ("src", "tests", "examples", "benchmarks", "docs")
     known = [path.as_posix() for root in roots for path in (ROOT / root).rglob("*.py")]
     for name in set(_SOURCE.findall(page.read_text())):
@@ -101,7 +99,7 @@ def commands(page: Path) -> list[list[str]]:
 
 
 @named([page for page in PAGES if commands(page)])
-def test_commands_are_understood(page: Path) -> None:
+def test_commands_are_understood(page):
     group = typer.main.get_command(app)
     for words in commands(page):
         understood(group, "certifl", words)

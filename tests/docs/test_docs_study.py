@@ -1,7 +1,5 @@
 """docs/new_study.md: every file and every command in it, as a reader would take them."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import tomllib
@@ -20,14 +18,9 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "new_study.md").read_text
 MOST_LINES = 30
 # The same studies, small: data that is built in, few images, rounds and votes.
 SMALL = (
-    "data.name=digits",
-    "data.train_images=40",
-    "data.test_images=20",
-    "clients.count=2",
-    "training.rounds=1",
-    "training.batch_size=16",
-    "certification.images=2",
-    "certification.n=100",
+    *("data.name=digits", "data.train_images=40", "data.test_images=20", "clients.count=2"),
+    *("training.rounds=1", "training.batch_size=16"),
+    *("certification.images=2", "certification.n=100"),
 )
 
 
@@ -40,7 +33,7 @@ STUDIES = {block.split("\n", 1)[0].removeprefix("# "): block for block in blocks
 COMMANDS = [shlex.split(line) for block in blocks("") for line in block.splitlines()]
 
 
-pytestmark = pytest.mark.usefixtures("own_cache", "undrawn")
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +47,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield place
 
 
-def test_the_page_has_both_examples() -> None:
+def test_the_page_has_both_examples():
     assert list(STUDIES) == ["fashion.toml", "fedprox.toml"]
     used = {word for command in COMMANDS for word in command if word.endswith(".toml")}
     assert used == set(STUDIES)
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_study_is_one_file_of_at_most_thirty_lines(name: str, folder: Path) -> None:
+def test_a_study_is_one_file_of_at_most_thirty_lines(name, folder):
     assert len(STUDIES[name].splitlines()) <= MOST_LINES
     spec = load(folder / name, [])
     written = tomllib.loads(STUDIES[name])
@@ -72,7 +65,7 @@ def test_a_study_is_one_file_of_at_most_thirty_lines(name: str, folder: Path) ->
     assert load(folder / "stored.toml", []).hash() == spec.hash()
 
 
-def test_the_commands_do_what_the_page_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_do_what_the_page_says(folder, monkeypatch):
     for program, verb, *rest in COMMANDS:
         assert program == "certifl"
         given = [str(folder) if word == "DATA" else word for word in rest]
@@ -94,13 +87,13 @@ def test_the_commands_do_what_the_page_says(folder: Path, monkeypatch: pytest.Mo
     assert (folder / "fedprox/report.html").is_file()
 
 
-def test_the_examples_are_other_data_and_another_algorithm() -> None:
+def test_the_examples_are_other_data_and_another_algorithm():
     data = tomllib.loads(STUDIES["fashion.toml"])
     assert data["data"]["name"] not in ("cifar10", "mnist")
     algorithm = tomllib.loads(STUDIES["fedprox.toml"])["algorithm"]["name"]
     assert algorithm not in ("local", "fedavg", "personalized", "mixture")
 
 
-def test_labels_tell_the_runs_of_an_example_apart(folder: Path) -> None:
+def test_labels_tell_the_runs_of_an_example_apart(folder):
     plain = load(folder / "fedprox.toml", ["algorithm={name='fedavg'}"])
     assert label_of(plain) != label_of(load(folder / "fedprox.toml", []))

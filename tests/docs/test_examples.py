@@ -1,11 +1,8 @@
 """The examples: what they print follows from what they computed; notebooks and service work."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import io
-from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -27,7 +24,7 @@ FEW = ("training.rounds=1", "certification.n=100")
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
-def test_choosing_lambda(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_choosing_lambda(tmp_path, capsys):
     choose = load_script("examples/choose_lambda.py")
     choose.QUICK = (*choose.QUICK, *FEW)
     choose.main(["--quick", "--out", str(tmp_path)])
@@ -45,8 +42,7 @@ def test_choosing_lambda(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert [path.stat().st_mtime_ns for path in held] == before
 
 
-def test_what_is_recommended() -> None:
-    """The best, and exactly those whose interval to it contains 0."""
+def test_what_is_recommended():
     choose, lambdas = load_script("examples/choose_lambda.py"), (0.1, 0.5, 0.9)
     acr = (0.2, 0.3, 0.1)
 
@@ -63,7 +59,7 @@ def test_what_is_recommended() -> None:
     assert tied == "lambda = 0.5 is ahead; no difference shown to 0.1. It is better than the rest."
 
 
-def test_comparing_regimes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_comparing_regimes(tmp_path, capsys):
     compare = load_script("examples/compare_regimes.py")
     compare.QUICK = (*compare.QUICK, *FEW)
     compare.main(["fedavg", "local", "--quick", "--seeds", "2", "--out", str(tmp_path)])
@@ -86,19 +82,12 @@ def test_comparing_regimes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert said[7].endswith("too few images for an interval")
 
 
-def test_a_natural_federation_of_images_of_unlike_sizes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path / "cache"))
+def test_a_natural_federation_of_images_of_unlike_sizes(tmp_path):
     isic = load_script("examples/fed_isic2019.py")
     isic.main([str(tmp_path / "data"), "--train", "12", "--test", "3"])
     study = EXAMPLES / "fed_isic2019.toml"
-    quick = [
-        "training.rounds=1",
-        "training.local_epochs=1",
-        "certification.n=100",
-        "certification.images=2",
-    ]
+    quick = ["training.rounds=1", "training.local_epochs=1"]
+    quick += ["certification.n=100", "certification.images=2"]
     settings = [word for setting in quick for word in ("--set", setting)]
     cli("run", study, "--data-dir", tmp_path / "data", *settings, "--out", tmp_path / "run").fine()
     run = RunFolder(tmp_path / "run")
@@ -111,15 +100,11 @@ def test_a_natural_federation_of_images_of_unlike_sizes(
     cli("predict", photo, "--run", tmp_path / "run", "--n", "100").fine("crop = center", "factor")
 
 
-# The notebooks and the service.
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-def test_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebooks_run(tmp_path, monkeypatch):
     """Both in one kernel, which imports torch once."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path / "cache"))
     study, model = (
         nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4) for name in ("study", "model")
     )
@@ -145,7 +130,7 @@ def png(size: tuple[int, int], mode: str = "L") -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_service_answers_as_the_classifier_does() -> None:
+def test_the_service_answers_as_the_classifier_does():
     from fastapi.testclient import TestClient
 
     model = certifl.models.build("small_cnn", 1, 10, seed=0).eval()
@@ -162,7 +147,7 @@ def test_the_service_answers_as_the_classifier_does() -> None:
     assert client.post("/predict").status_code == 422
 
 
-def test_the_page_shows_the_lines_of_the_service() -> None:
+def test_the_page_shows_the_lines_of_the_service():
     page = (EXAMPLES.parent / "docs" / "python.md").read_text()
     shown = page.split("```py\n")[1].split("```")[0]
     indented = "".join(f"    {line}\n" for line in shown.splitlines())

@@ -1,7 +1,5 @@
 """The documentation's site builds without a warning: every link, anchor and page is there."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil
@@ -19,8 +17,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_the_site_builds_strictly_and_a_link_to_nowhere_is_noticed(tmp_path: Path) -> None:
-    """With one planted link to nowhere: it is the only warning, and warnings are errors."""
+def test_the_site_builds_strictly_and_a_link_to_nowhere_is_noticed(tmp_path):
     for name in ("docs", "examples", "benchmarks"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for file in (*ROOT.glob("*.md"), ROOT / "mkdocs.yml"):
@@ -29,14 +26,8 @@ def test_the_site_builds_strictly_and_a_link_to_nowhere_is_noticed(tmp_path: Pat
     page.write_text(page.read_text() + "\n[nowhere](data.md#no-such-place)\n")
     # Not --quiet, with which mkdocs counts no warnings and nothing is strict.
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", "site"]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    options = {"cwd": tmp_path, "env": {**os.environ, "NO_MKDOCS_2_WARNING": "1"}}
+    done = subprocess.run(command, **options, capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr
     assert done.returncode != 0, said
     assert "Aborted with 1 warning" in said, said

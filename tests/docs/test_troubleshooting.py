@@ -1,15 +1,11 @@
 """docs/troubleshooting.md: every message on it is what certifl says to that mistake."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-import tiny_study as tiny
-from certifl.experiments.run import Options, run
 from provoked import CASES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "troubleshooting.md"
@@ -26,27 +22,14 @@ def plain(text: str) -> str:
     return " ".join(text.split())
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of the tiny study."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    return run(
-        tiny.spec(),
-        Options(folder, command="certifl run tiny.toml", explore=False),
-    ).path
-
-
-def test_every_message_of_the_page_is_provoked() -> None:
+def test_every_message_of_the_page_is_provoked():
     assert set(SHOWN) == set(CASES)
 
 
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # in Flower
 @pytest.mark.parametrize("title", CASES)
-def test_the_page_says_what_certifl_says(
-    title: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_page_says_what_certifl_says(title, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("CERTIFL_DATA", raising=False)
     mine = Path("runs/alone")
     shutil.copytree(finished, mine)
     said, shown = plain(CASES[title](mine)), plain(SHOWN[title])

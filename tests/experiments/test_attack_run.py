@@ -1,11 +1,8 @@
 """`certifl attack` on a run: its record, its report, and a planted false certificate."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +24,7 @@ def few_votes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attacking, "VOTES", 200)
 
 
-def test_a_run_is_attacked_and_the_report_shows_it(copied: Path) -> None:
+def test_a_run_is_attacked_and_the_report_shows_it(copied):
     certificates = RunFolder(copied).load_certificates()
     done = cli("attack", copied, "--images", "3", "--directions", "8")
     done.fine("class changes inside certificates 0 of", "deformed first, worst of 8")
@@ -51,7 +48,7 @@ def test_a_run_is_attacked_and_the_report_shows_it(copied: Path) -> None:
     assert f"0 of {inside['images']}" in page
 
 
-def test_one_client_and_the_same_result_again(copied: Path) -> None:
+def test_one_client_and_the_same_result_again(copied):
     options = Options(images=1, client=1, directions=2)
     first, second = attack_run(copied, options), attack_run(copied, options)
     for result in (first, second):
@@ -61,7 +58,7 @@ def test_one_client_and_the_same_result_again(copied: Path) -> None:
     assert [row["client"] for row in first["clients"]] == [1]
 
 
-def test_a_false_certificate_in_a_run_makes_the_command_fail(copied: Path) -> None:
+def test_a_false_certificate_in_a_run_makes_the_command_fail(copied):
     folder = RunFolder(copied)
     made = folder.load_certificates()
     # Nobody reads digits turned by half a circle: with such a radius some class must change.
@@ -77,7 +74,7 @@ def test_a_false_certificate_in_a_run_makes_the_command_fail(copied: Path) -> No
     assert "These certificates are wrong" in folder.report.read_text()
 
 
-def test_what_cannot_be_attacked(copied: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_attacked(copied, tmp_path):
     cli("attack", tmp_path / "nothing").refused("not a run folder")
     cli("attack", copied, "--client", "7").refused("--client 7", "0 to 1")
     folder = RunFolder(copied)
@@ -95,7 +92,7 @@ def test_what_cannot_be_attacked(copied: Path, tmp_path: Path) -> None:
     assert not folder.attack.exists()
 
 
-def test_an_old_or_damaged_record_is_not_shown(copied: Path) -> None:
+def test_an_old_or_damaged_record_is_not_shown(copied):
     attack_run(copied, Options(images=1, directions=2))
     path = copied / "attack.json"
     held = json.loads(path.read_text())

@@ -1,7 +1,5 @@
 """Exploring a run: walks through the parameters, votes at every step, a record that can go on."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -17,9 +15,8 @@ from PIL import Image
 import tiny_study as tiny
 from certifl import rng as streams
 from certifl.certification import Certificates
-from certifl.certification.certified_sets import STEPS, sweep_along, sweeps_of
 from certifl.certification.network import prepare
-from certifl.certification.sampling import CHUNK, VoteCounter
+from certifl.certification.sampling import CHUNK, STEPS, VoteCounter, sweep_along, sweeps_of
 from certifl.data import load, to_float
 from certifl.errors import StoreMismatch
 from certifl.experiments import explore as exploring
@@ -53,18 +50,14 @@ def _halves(images: torch.Tensor) -> torch.Tensor:
 
 def _counter(perturbation: object, image: torch.Tensor) -> VoteCounter:
     network = prepare(_halves, image[None], "cpu", "float32")
-    return VoteCounter(network, perturbation, SEED)  # pyright: ignore[reportArgumentType]
+    return VoteCounter(network, perturbation, SEED)
 
 
 @pytest.fixture
 def image() -> torch.Tensor:
-    """Bright left of the middle."""
     picture = torch.zeros(1, 8, 8)
     picture[:, 2:6, 2:4] = 0.75
     return picture
-
-
-# Walks -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", sorted(PERTURBATIONS))
@@ -136,9 +129,6 @@ def test_a_drawn_direction_belongs_to_the_image():
     assert not torch.equal(frames[0][0], frames[2][0])
 
 
-# Which images, how many votes ------------------------------------------------------------------
-
-
 def test_the_first_images_do_not_depend_on_results():
     one, other = (make_certificates(q, 10, 20, seed=s) for q, s in ((0.9, 1), (0.5, 2)))
     chosen = [exploring._chosen(c, 8) for c in (one, other)]
@@ -175,9 +165,6 @@ def test_the_cost_is_bounded():
     assert exploring._size(31, None) == (8, 300)
 
 
-# Runs ------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run, which says why it was not explored."""
@@ -189,7 +176,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def explored(run: Path) -> Path:
-    """The same run, explored afterwards."""
     place = run.parent / "explored"
     shutil.copytree(run, place)
     with pytest.MonkeyPatch.context() as patch:
@@ -200,7 +186,6 @@ def explored(run: Path) -> Path:
 
 @pytest.fixture
 def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as `explored` has."""
     monkeypatch.setattr(exploring, "_MOST_IMAGES", 4)
 
 
@@ -232,7 +217,6 @@ def test_pictures_are_those_of_the_library(explored):
 
 
 def test_votes_follow_the_certificates(explored):
-    """Inside a certified range nothing else may win beyond doubt."""
     certificates = Certificates.load(explored / "certificates.parquet")
     for image in _record(explored)["images"]:
         row = (certificates.client == image["client"]) & (certificates.index == image["index"])

@@ -1,7 +1,5 @@
 """Deployed models pushed with a card, to a folder and to a hub that is a folder here."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
@@ -25,12 +23,8 @@ from tiny_study import cli, spec
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("hub")
     noise = 'certification.perturbation={family="gaussian_blur", sigma=0.3}'
-    settings = (
-        'augmentation.federated="own"',
-        noise,
-        "certification.n=100",
-        "certification.images=3",
-    )
+    few = ("certification.n=100", "certification.images=3")
+    settings = ('augmentation.federated="own"', noise, *few)
     return compute(spec(*settings), Options(place / "run", explore=False)).path
 
 
@@ -69,7 +63,7 @@ def photo(folder: Path) -> Path:
     return file
 
 
-def test_a_model_is_pushed_to_a_folder_with_its_card(run: Path, tmp_path: Path) -> None:
+def test_a_model_is_pushed_to_a_folder_with_its_card(run, tmp_path):
     target = tmp_path / "model"
     cli("push", run, target, "--client", "1").fine("Model and card")
     assert sorted(path.name for path in target.iterdir()) == [
@@ -99,7 +93,7 @@ def test_a_model_is_pushed_to_a_folder_with_its_card(run: Path, tmp_path: Path) 
         push(run, str(target))
 
 
-def test_rows_are_shared_only_when_asked_for_and_verify(run: Path, tmp_path: Path) -> None:
+def test_rows_are_shared_only_when_asked_for_and_verify(run, tmp_path):
     push(run, str(tmp_path / "model"), share="rows")
     rows = tmp_path / "model" / "certificates.parquet"
     cli("verify", rows).fine()
@@ -109,9 +103,7 @@ def test_rows_are_shared_only_when_asked_for_and_verify(run: Path, tmp_path: Pat
         push(run, str(tmp_path / "other"), share="all")
 
 
-def test_the_hub_takes_the_same_folder_and_gives_it_back(
-    run: Path, hub: Path, tmp_path: Path
-) -> None:
+def test_the_hub_takes_the_same_folder_and_gives_it_back(run, hub, tmp_path):
     assert push(run, "hf:me/blurred") == "https://hub.example/me/blurred"
     push(run, str(tmp_path / "folder"))
     for file in ("card.json", "deployed.safetensors", "spec.toml", "study.json"):
@@ -131,9 +123,7 @@ def test_the_hub_takes_the_same_folder_and_gives_it_back(
         load("hf:me/absent")
 
 
-def test_no_folder_of_the_machine_is_pushed_and_a_model_may_abstain_everywhere(
-    tmp_path: Path,
-) -> None:
+def test_no_folder_of_the_machine_is_pushed_and_a_model_may_abstain_everywhere(tmp_path):
     weights = tmp_path / "of-this-machine" / "own.safetensors"
     weights.parent.mkdir()
     save_file(state_of(build("small_cnn", 1, 10, seed=7)), weights)
@@ -149,7 +139,7 @@ def test_no_folder_of_the_machine_is_pushed_and_a_model_may_abstain_everywhere(
     assert json.loads((tmp_path / "model" / "card.json").read_text())["radii"] == [0.0]
 
 
-def test_other_weights_than_the_cards_are_refused(run: Path, tmp_path: Path) -> None:
+def test_other_weights_than_the_cards_are_refused(run, tmp_path):
     push(run, str(tmp_path / "model"))
     weights = tmp_path / "model" / "deployed.safetensors"
     state = load_file(weights)
@@ -161,9 +151,7 @@ def test_other_weights_than_the_cards_are_refused(run: Path, tmp_path: Path) -> 
         certify_image(photo(tmp_path), tmp_path / "model", None, 100, False, "cpu")
 
 
-def test_a_pushed_model_predicts_in_the_precision_of_its_certificates(
-    run: Path, tmp_path: Path
-) -> None:
+def test_a_pushed_model_predicts_in_the_precision_of_its_certificates(run, tmp_path):
     """The run asked for "auto", which may stand for something else on another machine."""
     push(run, str(tmp_path / "model"))
     card = tmp_path / "model" / "card.json"
@@ -174,7 +162,7 @@ def test_a_pushed_model_predicts_in_the_precision_of_its_certificates(
         assert made.certificates.conditions["precision"] == precision
 
 
-def test_the_extra_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_extra_is_named(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(DataUnavailable, match=r"certifl\[hub\]"):
         push(run, "hf:me/blurred")

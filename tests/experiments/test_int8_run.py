@@ -1,7 +1,5 @@
 """A study in int8: each client's scales stand in the record, and all later votes use them."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json
@@ -22,7 +20,7 @@ from certifl.experiments.verify import verify_run
 
 
 @pytest.fixture(scope="module")
-def run(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("int8")
     spec = tiny.write_spec(folder, "certification.precision=int8", "algorithm.name=local")
     with tiny.undrawn():
@@ -30,7 +28,7 @@ def run(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_each_client_has_scales_of_its_own_in_the_record(run: Path) -> None:
+def test_each_client_has_scales_of_its_own_in_the_record(run):
     made = certifl.Certificates.load(run / "certificates.parquet")
     known = made.conditions["quantization"]
     assert set(known) == {"0", "1"}
@@ -38,9 +36,7 @@ def test_each_client_has_scales_of_its_own_in_the_record(run: Path) -> None:
     assert set(made.conditions["agreement_with_float32"]) == {"0", "1"}
 
 
-def test_votes_are_cast_again_and_attacked_with_the_recorded_network(
-    run: Path, tmp_path: Path
-) -> None:
+def test_votes_are_cast_again_and_attacked_with_the_recorded_network(run, tmp_path):
     tiny.cli("verify", run).fine("fingerprints of weights and scales", "the scales of int8")
     tiny.cli("verify", run, "--recast", "3").fine(
         "all as recorded", "scales of int8 computed again"
@@ -52,7 +48,7 @@ def test_votes_are_cast_again_and_attacked_with_the_recorded_network(
     assert predicted.conditions["quantization"] == made
 
 
-def test_certifying_a_client_again_gives_its_certificates(run: Path, tmp_path: Path) -> None:
+def test_certifying_a_client_again_gives_its_certificates(run, tmp_path):
     out = tmp_path / "again.parquet"
     options = ("--images", "6", "--n", "200", "--precision", "int8")
     tiny.cli("certify", "--run", run, *options, "--out", out).fine()
@@ -65,9 +61,7 @@ def test_certifying_a_client_again_gives_its_certificates(run: Path, tmp_path: P
     assert json.dumps(again.conditions["quantization"]) == json.dumps(own)
 
 
-def test_a_pushed_network_has_its_own_scales_alone_and_only_where_rows_are_shared(
-    run: Path, tmp_path: Path
-) -> None:
+def test_a_pushed_network_has_its_own_scales_alone_and_only_where_rows_are_shared(run, tmp_path):
     with pytest.raises(InputError, match=r"--share rows.*nobody can vote"):
         push(run, str(tmp_path / "curve"), client=1)
     push(run, str(tmp_path / "rows"), client=1, share="rows")
@@ -80,7 +74,7 @@ def test_a_pushed_network_has_its_own_scales_alone_and_only_where_rows_are_share
     assert made.certificates.conditions["quantization"] == rows["quantization"]["1"]
 
 
-def test_changed_scales_are_found(run: Path, tmp_path: Path) -> None:
+def test_changed_scales_are_found(run, tmp_path):
     """By their fingerprint, and where that was changed too, when they are computed again."""
     made = certifl.Certificates.load(run / "certificates.parquet")
     changed = copy.deepcopy(dict(made.conditions))

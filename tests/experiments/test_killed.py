@@ -1,7 +1,5 @@
 """Training killed at any moment, on a full disk, in a folder that turns read-only."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource
@@ -82,20 +80,15 @@ print(json.dumps({{"kills": kills, "runs": runs + 1}}))
 
 
 def in_process(script: str, *arguments: object) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", script.format(tests=str(TESTS)), *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    command = [sys.executable, "-c", script.format(tests=str(TESTS)), *map(str, arguments)]
+    options = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "timeout": 300}
+    done = subprocess.run(command, **options, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
     result = json.loads(in_process(KILLER, tmp_path, KILLS))
     assert result["kills"] == KILLS
     assert result["runs"] >= 2
@@ -104,8 +97,6 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path) ->
         names = sorted(path.name for path in folder.iterdir())
         assert names == [f"round-{ROUNDS - 1:05d}", f"round-{ROUNDS:05d}"]
         stored, whole = (Checkpoints(f).latest() for f in (folder, tmp_path / "whole"))
-        assert stored is not None
-        assert whole is not None
         assert without_seconds(stored.history) == without_seconds(whole.history)
 
 
@@ -118,7 +109,7 @@ if __name__ == "__main__":
 )
 
 
-def test_killed_with_workers_nobody_is_left_behind(tmp_path: Path) -> None:
+def test_killed_with_workers_nobody_is_left_behind(tmp_path):
     psutil = pytest.importorskip("psutil")
     script, folder = tmp_path / "script.py", tmp_path / "killed"
     script.write_text(WITH_WORKERS.format(tests=str(TESTS)))
@@ -153,18 +144,13 @@ def assert_same_end(folder: Path, whole: Path) -> None:
     assert not list(folder.rglob("*.tmp"))
 
 
-# Disks.
-
-
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A small disk of its own, for whoever may mount one."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place],
-        capture_output=True,
-        check=False,
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("may not mount a disk")
@@ -184,7 +170,7 @@ def committed(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("round-*"))
 
 
-def test_a_disk_that_fills_up_loses_nothing(disk: Path, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_loses_nothing(disk, tmp_path):
     filler = disk / "filler"
 
     def fill() -> None:
@@ -199,7 +185,6 @@ def test_a_disk_that_fills_up_loses_nothing(disk: Path, tmp_path: Path) -> None:
         work(disk / "run", progress=in_round(3, fill))
     assert committed(disk / "run") == ["round-00002", "round-00003"]
     latest = Checkpoints(disk / "run").latest()
-    assert latest is not None
     assert latest.number == 3
     with pytest.raises(StoreError, match="No space left"):
         work(disk / "run")
@@ -207,14 +192,13 @@ def test_a_disk_that_fills_up_loses_nothing(disk: Path, tmp_path: Path) -> None:
     assert_same_end(disk / "run", tmp_path / "whole")
 
 
-def test_a_folder_that_turns_read_only_loses_nothing(disk: Path, tmp_path: Path) -> None:
+def test_a_folder_that_turns_read_only_loses_nothing(disk, tmp_path):
     def remount(mode: str) -> None:
         subprocess.run(["mount", "-o", f"remount,{mode}", disk], check=True)
 
     with pytest.raises(StoreError, match=r"Cannot write .*Read-only"):
         work(disk / "run", progress=in_round(2, lambda: remount("ro")))
     latest = Checkpoints(disk / "run").latest()
-    assert latest is not None
     assert latest.number == 2
     with pytest.raises(StoreError, match="Read-only"):
         work(disk / "run")
@@ -223,7 +207,7 @@ def test_a_folder_that_turns_read_only_loses_nothing(disk: Path, tmp_path: Path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission_loses_nothing(tmp_path: Path) -> None:
+def test_a_folder_without_permission_loses_nothing(tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(StoreError, match=r"Cannot write .*Permission denied"):
         work(folder, progress=in_round(2, lambda: folder.chmod(0o555)))
@@ -232,9 +216,7 @@ def test_a_folder_without_permission_loses_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9])
-def test_files_that_may_not_grow_further_are_reported_and_the_training_resumes(
-    share: float, tmp_path: Path
-) -> None:
+def test_files_that_may_not_grow_further_are_reported_and_the_training_resumes(share, tmp_path):
     """The record of a round grows with its history, so a limit on size strikes in a later one."""
     whole = work(tmp_path / "whole")
     room = int(share * (whole.path / "round.json").stat().st_size)

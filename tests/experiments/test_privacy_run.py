@@ -22,10 +22,10 @@ from certifl.report.results import load_run
 from certifl.report.summary import left_out_words
 from certifl.report.table import summary_rows
 from certifl.runs.folder import RunFolder
-from certifl.spec import load, with_settings
+from certifl.spec import load
 from certifl.study.privacy import rounded_up
 from certifl.study.setup import label_of
-from tiny_study import VALUES, spec, weights
+from tiny_study import spec, weights
 
 pytest.importorskip("opacus", reason="needs the extra [dp]")
 
@@ -263,11 +263,6 @@ def test_the_report_says_what_was_spent(private, tmp_path):
     assert f"{rounded:.2f}" in page
     assert "epsilon per round" in page
     assert 'id="privacy"' not in without
-
-
-def test_values_of_the_tiny_study_stay_as_they_are():
-    assert "privacy" not in VALUES
-    assert with_settings(VALUES).privacy.kind == "none"
 
 
 @pytest.mark.parametrize("kind", [("privacy.kind=example", "privacy.target_epsilon=9.0"), CLIENT])

@@ -1,10 +1,7 @@
 """Studies in Python: the same folder as on the command line, and results as data frames."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +14,6 @@ from certifl.errors import InputError, SpecError, StoreMismatch
 from certifl.progress import NotebookBars, Pace
 from certifl.report import load_runs
 from certifl.report.results import RunResults
-from certifl.runs.folder import RunFolder
 from report_factory import (
     PIXEL,
     keep_to_themselves,
@@ -37,10 +33,7 @@ SECTIONS: dict[str, Any] = {
 }
 
 
-# Studies.
-
-
-def test_a_study_is_the_spec_of_the_command_line(tmp_path: Path) -> None:
+def test_a_study_is_the_spec_of_the_command_line(tmp_path):
     spec = tiny.spec()
     by_keywords = certifl.Study(name="tiny", model="small_cnn", algorithm="fedavg", **SECTIONS)
     by_file = certifl.Study(tiny.write_spec(tmp_path))
@@ -51,19 +44,15 @@ def test_a_study_is_the_spec_of_the_command_line(tmp_path: Path) -> None:
     assert repr(by_file) == "Study('tiny', fedavg, digits, 2 clients)"
 
 
-def test_keywords_replace_keys_of_a_spec() -> None:
+def test_keywords_replace_keys_of_a_spec():
     mixture = {"name": "mixture", "personalization": 0.5}
     study = certifl.Study(tiny.spec(), algorithm=mixture, training={"lr": 0.1}, seed=3)
-    assert (
-        study.spec.hash()
-        == tiny.spec(
-            "algorithm={name='mixture', personalization=0.5}", "training.lr=0.1", "seed=3"
-        ).hash()
-    )
+    settings = ("algorithm={name='mixture', personalization=0.5}", "training.lr=0.1", "seed=3")
+    assert study.spec.hash() == tiny.spec(*settings).hash()
     assert certifl.Study(study.spec, algorithm="local").spec.algorithm == {"name": "local"}
 
 
-def test_a_wrong_study_is_refused_by_its_key(tmp_path: Path) -> None:
+def test_a_wrong_study_is_refused_by_its_key(tmp_path):
     with pytest.raises(SpecError, match="trainings"):
         certifl.Study({**tiny.VALUES, "trainings": {}})
     with pytest.raises(SpecError, match=r"training\.lr"):
@@ -71,12 +60,10 @@ def test_a_wrong_study_is_refused_by_its_key(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="no spec at"):
         certifl.Study(tmp_path / "none.toml")
     with pytest.raises(SpecError, match="TOML file"):
-        certifl.Study(3)  # pyright: ignore
+        certifl.Study(3)
 
 
-def test_an_interrupted_study_ends_with_the_bits_of_the_command(
-    finished: Path, tmp_path: Path
-) -> None:
+def test_an_interrupted_study_ends_with_the_bits_of_the_command(finished, tmp_path):
     study, reports = certifl.Study(tiny.spec()), []
 
     def interrupt(what: str, done: int, total: int, unit: str) -> None:
@@ -100,15 +87,14 @@ def test_an_interrupted_study_ends_with_the_bits_of_the_command(
         certifl.Study(study.spec, seed=1).run(tmp_path / "run")
 
 
-def test_a_study_has_the_files_of_the_command(finished: Path, tmp_path: Path) -> None:
-    """The command finds a run of Python finished, and adds what is missing."""
+def test_a_study_has_the_files_of_the_command(finished, tmp_path):
     shared = tmp_path / "run"
     with tiny.undrawn():
         certifl.Study(tiny.spec()).run(shared, progress=False)
     assert tiny.files(shared).keys() == {*tiny.files(finished)}
 
 
-def test_loading_refuses_what_is_no_run(finished: Path, tmp_path: Path) -> None:
+def test_loading_refuses_what_is_no_run(finished, tmp_path):
     with pytest.raises(InputError, match=r"Certificates\.load"):
         certifl.load(finished / "certificates.parquet")
     with pytest.raises(InputError, match=r"several runs \(run\)"):
@@ -117,15 +103,12 @@ def test_loading_refuses_what_is_no_run(finished: Path, tmp_path: Path) -> None:
         certifl.load(tmp_path)
 
 
-# Data frames.
-
-
 @pytest.fixture(scope="module")
 def result() -> RunResults:
     return make_run(make_certificates(0.8, 3, 40), "fedavg", "FedAvg")
 
 
-def test_rows_of_images(result: RunResults) -> None:
+def test_rows_of_images(result):
     certificates = result.certificates
     frame = certificates.to_pandas()
     for name in frame.columns:
@@ -134,7 +117,7 @@ def test_rows_of_images(result: RunResults) -> None:
     assert frame.attrs["unit"] == "radians"
 
 
-def test_rows_name_the_perturbation_where_it_differs() -> None:
+def test_rows_name_the_perturbation_where_it_differs():
     own = [make_certificates(0.8, 2, 5), make_certificates(0.8, 4, 5, PIXEL)]
     parts = [own[0], own[1].select(own[1].client >= 2)]
     frame = certifl.Certificates.concatenate(parts).to_pandas()
@@ -149,7 +132,7 @@ def test_rows_name_the_perturbation_where_it_differs() -> None:
             refused()
 
 
-def test_curves_are_certified_accuracies(result: RunResults) -> None:
+def test_curves_are_certified_accuracies(result):
     for frame in (result.curves(["0deg", "5deg"]), result.certificates.curves([0.0, "5deg"])):
         own = [
             result.certificates.of_client(client).certified_accuracy([0.0, "5deg"])
@@ -163,7 +146,7 @@ def test_curves_are_certified_accuracies(result: RunResults) -> None:
         assert frame.index[1] == np.deg2rad(5.0)
 
 
-def test_tables_agree_with_the_certificates(result: RunResults) -> None:
+def test_tables_agree_with_the_certificates(result):
     certificates = result.certificates
     whole = result.table().loc["FedAvg"]
     assert whole["acr_low"] < whole["acr"] < whole["acr_high"]
@@ -182,13 +165,9 @@ def test_tables_agree_with_the_certificates(result: RunResults) -> None:
         result.table(by="image")
 
 
-def test_seeds_are_one_row_and_one_curve() -> None:
-    runs = load_runs(
-        [
-            make_run(make_certificates(0.8, 2, 40, seed=s), "fedavg", "FedAvg", seed=s)
-            for s in (0, 1)
-        ]
-    )
+def test_seeds_are_one_row_and_one_curve():
+    made = [make_certificates(0.8, 2, 40, seed=s) for s in (0, 1)]
+    runs = load_runs([make_run(c, "fedavg", "FedAvg", seed=s) for s, c in enumerate(made)])
     table = certifl.table(runs)
     assert table.index.tolist() == ["FedAvg"]
     assert table["seeds"].tolist() == [[0, 1]]
@@ -196,7 +175,7 @@ def test_seeds_are_one_row_and_one_curve() -> None:
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["Global"]
 
 
-def test_of_curves_alone_no_row_is_made_up(tmp_path: Path) -> None:
+def test_of_curves_alone_no_row_is_made_up(tmp_path):
     certificates = make_certificates(0.8, 2, 20)
     folder = write_run(tmp_path / "run", certificates, make_manifest("fedavg", "FedAvg", 2, 40))
     result = certifl.load(keep_to_themselves(folder, certificates))
@@ -207,9 +186,7 @@ def test_of_curves_alone_no_row_is_made_up(tmp_path: Path) -> None:
             refused()
 
 
-def test_without_pandas_the_extra_is_named(
-    result: RunResults, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_pandas_the_extra_is_named(result, monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     for needs in (result.certificates.to_pandas, result.table, result.curves, frames.pandas):
         with pytest.raises(InputError, match=r"certifl\[pandas\]"):
@@ -217,10 +194,7 @@ def test_without_pandas_the_extra_is_named(
     result.plot()
 
 
-# Progress.
-
-
-def test_bars_of_a_notebook_replace_their_output(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bars_of_a_notebook_replace_their_output(monkeypatch):
     shown: list[tuple[Mapping[str, str], dict[str, Any]]] = []
     bars = NotebookBars()
     monkeypatch.setattr(bars, "_display", lambda formats, update: shown.append((formats, update)))
@@ -232,7 +206,7 @@ def test_bars_of_a_notebook_replace_their_output(monkeypatch: pytest.MonkeyPatch
     assert "&lt;b&gt;" in shown[1][0]["text/html"]
 
 
-def test_the_time_left_follows_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_follows_the_pace(monkeypatch):
     now = iter([100.0, 130.0, 130.0])
     monkeypatch.setattr("certifl.progress.time.monotonic", lambda: next(now))
     pace = Pace()
@@ -241,14 +215,7 @@ def test_the_time_left_follows_the_pace(monkeypatch: pytest.MonkeyPatch) -> None
     assert pace.left(60, 60) == ""
 
 
-def test_a_run_of_the_command_is_read(finished: Path) -> None:
-    result = certifl.load(finished)
-    assert result.label == "FedAvg"
-    assert len(result.history) == 2
-    assert result.certificates.same_results(RunFolder(finished).load_certificates())
-
-
-def test_certificates_of_several_calls_are_drawn_and_counted_together() -> None:
+def test_certificates_of_several_calls_are_drawn_and_counted_together():
     blocks = [make_certificates(0.8, 1, 20, seed=seed) for seed in (0, 1)]
     both = certifl.Certificates.concatenate(blocks)
     assert both.table()["images"].tolist() == [40]

@@ -1,7 +1,5 @@
 """Runs that are killed, interrupted, out of space or started twice, and then gone on with."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os
@@ -33,17 +31,14 @@ from certifl.study import certify as certifying
 
 # Long enough to be hit in the middle, in training and in certification.
 LONG = (
-    "training.rounds=5",
-    "clients.count=3",
+    *("training.rounds=5", "clients.count=3", "training.momentum_between_rounds=keep"),
     "algorithm={name='personalized', base={name='mixture', personalization=0.5}, epochs=1}",
-    "training.momentum_between_rounds=keep",
-    "certification.estimator=top-class",
-    "certification.n=1500",
+    *("certification.estimator=top-class", "certification.n=1500"),
 )
 KILLS = 2
 
 # One process computes what its tests share.
-pytestmark = [pytest.mark.xdist_group("resume"), pytest.mark.usefixtures("own_cache")]
+pytestmark = pytest.mark.xdist_group("resume")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +48,6 @@ def study() -> Spec:
 
 @pytest.fixture(scope="module")
 def reference(study: Spec, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The study, uninterrupted."""
     return run(study, Options(tmp_path_factory.mktemp("reference") / "run")).path
 
 
@@ -106,13 +100,7 @@ def wait_for(process: BaseProcess, there: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("phase", ["training", "certification"])
-def test_killed_at_random_moments_and_gone_on_with(
-    phase: str,
-    study: Spec,
-    reference: Path,
-    start: Callable[[Spec, Path], BaseProcess],
-    tmp_path: Path,
-) -> None:
+def test_killed_at_random_moments_and_gone_on_with(phase, study, reference, start, tmp_path):
     moments, place, killed = random.Random(phase), tmp_path / "run", 0
     begun = {"training": training_begun, "certification": certification_begun}[phase]
     while killed < KILLS:
@@ -134,19 +122,19 @@ def test_killed_at_random_moments_and_gone_on_with(
 
 
 def test_votes_of_a_killed_certification_are_not_cast_again(
-    study: Spec, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    study, reference, tmp_path, monkeypatch
+):
     place, real, batches = tmp_path / "run", engine.advance, []
     monkeypatch.setattr(certifying, "_SECONDS_BETWEEN_SAVES", 0.0)
 
     class Killed(BaseException):
-        """Stands for the end of the process."""
+        pass
 
     def dying(*given: object) -> None:
         if len(batches) == 1:
             raise Killed
         batches.append(1)
-        real(*given)  # pyright: ignore
+        real(*given)
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "advance", dying)
@@ -164,9 +152,7 @@ def test_votes_of_a_killed_certification_are_not_cast_again(
     assert len(batches) == again
 
 
-def test_damaged_votes_are_cast_again(
-    study: Spec, reference: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damaged_votes_are_cast_again(study, reference, tmp_path, caplog):
     folder = run(study, Options(tmp_path / "run"))
     folder.certificates.unlink()
     content = bytearray(folder.votes(1).read_bytes())
@@ -179,7 +165,7 @@ def test_damaged_votes_are_cast_again(
     assert_same_run(folder.path, reference)
 
 
-def test_ctrl_c_says_how_to_go_on(study: Spec, reference: Path, tmp_path: Path) -> None:
+def test_ctrl_c_says_how_to_go_on(study, reference, tmp_path):
     file, place = tiny.write_spec(tmp_path, *LONG), tmp_path / "run"
     command = [sys.executable, "-m", "certifl", "run", str(file), "--out", str(place)]
     process = subprocess.Popen(
@@ -200,9 +186,7 @@ def test_ctrl_c_says_how_to_go_on(study: Spec, reference: Path, tmp_path: Path) 
     assert_same_run(place, reference)
 
 
-def test_ctrl_c_with_overwrite_does_not_promise_too_much(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_with_overwrite_does_not_promise_too_much(tmp_path, monkeypatch):
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -215,9 +199,7 @@ def test_ctrl_c_with_overwrite_does_not_promise_too_much(
 
 
 @pytest.mark.parametrize("struck", [True, False])
-def test_ctrl_c_made_into_another_error_is_still_ctrl_c(
-    struck: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_made_into_another_error_is_still_ctrl_c(struck, tmp_path, monkeypatch):
     """Libraries in C may clear the KeyboardInterrupt that strikes in them and raise their own."""
 
     def reading(_: StoredRound) -> ServerState:
@@ -236,7 +218,7 @@ def test_ctrl_c_made_into_another_error_is_still_ctrl_c(
         tiny.cli(*asked).refused("unexpected error", "the shape", ".log", code=1)
 
 
-def test_a_second_process_on_one_folder_is_refused(tmp_path: Path) -> None:
+def test_a_second_process_on_one_folder_is_refused(tmp_path):
     place = tmp_path / "run"
     asked = ("run", tiny.write_spec(tmp_path), "--out", place)
     with RunFolder(place).locked():
@@ -248,16 +230,8 @@ def test_a_second_process_on_one_folder_is_refused(tmp_path: Path) -> None:
     run(tiny.spec(), Options(place))
 
 
-@pytest.fixture(scope="module")
-def undisturbed(own_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny study, uninterrupted."""
-    return run(tiny.spec(), Options(tmp_path_factory.mktemp("undisturbed") / "run")).path
-
-
 @pytest.mark.parametrize("room", [500, 1500, 4000, 60_000, 110_000])
-def test_a_full_disk_at_any_point_is_reported_and_the_run_resumes(
-    room: int, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_at_any_point_is_reported_and_the_run_resumes(room, finished, tmp_path):
     """From the first file of the folder to the report; into 60 000 bytes no checkpoint fits."""
     place = tmp_path / "run"
     asked = ("run", tiny.write_spec(tmp_path), "--out", place)
@@ -270,12 +244,10 @@ def test_a_full_disk_at_any_point_is_reported_and_the_run_resumes(
     full.refused("Cannot write", "ree some space", "repeat the command", code=1)
     assert not list(place.rglob("*.tmp"))
     run(tiny.spec(), Options(place))
-    assert_same_run(place, undisturbed)
+    assert_same_run(place, finished)
 
 
-def test_a_damaged_checkpoint_is_trained_again(
-    study: Spec, reference: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_checkpoint_is_trained_again(study, reference, tmp_path, caplog):
     folder = run(study, Options(tmp_path / "run"))
     newest = max(folder.training.glob("round-*"))
     state = newest / "clients" / "00001.safetensors"
@@ -287,7 +259,7 @@ def test_a_damaged_checkpoint_is_trained_again(
     assert os.path.getsize(state) > 0
 
 
-def test_progress_of_a_resumed_certification_ends_at_all_votes(tmp_path: Path) -> None:
+def test_progress_of_a_resumed_certification_ends_at_all_votes(tmp_path):
     reports: list[tuple[str, int, int]] = []
     options = Options(
         tmp_path / "run", report=lambda what, done, all_, _: reports.append((what, done, all_))

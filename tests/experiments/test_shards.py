@@ -1,7 +1,5 @@
 """A certification cut into shards: the same certificates, and nothing lost or mixed up."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from pathlib import Path
@@ -31,9 +29,7 @@ def shards(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
     return files
 
 
-def test_merged_shards_are_the_uncut_certificates(
-    finished: Path, shards: list[Path], tmp_path: Path
-) -> None:
+def test_merged_shards_are_the_uncut_certificates(finished, shards, tmp_path):
     whole, merged = tmp_path / "whole.parquet", tmp_path / "merged.parquet"
     tiny.cli("certify", "--run", finished, *QUICK, "--out", whole).fine()
     tiny.cli("merge", *reversed(shards), "--out", merged).fine("images 7")
@@ -45,9 +41,7 @@ def test_merged_shards_are_the_uncut_certificates(
     tiny.cli("merge", *shards, "--out", merged).refused("exists", "--overwrite")
 
 
-def test_missing_doubled_and_foreign_shards_are_refused(
-    finished: Path, shards: list[Path], tmp_path: Path
-) -> None:
+def test_missing_doubled_and_foreign_shards_are_refused(finished, shards, tmp_path):
     out = ("--out", tmp_path / "merged.parquet")
     tiny.cli("merge", shards[0], *out).refused("missing", "2/3", "3/3")
     tiny.cli("merge", shards[0], *shards, *out).fine()  # the same file twice is one shard
@@ -75,12 +69,12 @@ def test_missing_doubled_and_foreign_shards_are_refused(
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "a/b", "1/0", "-1/2"])
-def test_what_is_no_shard_is_refused(text: str) -> None:
+def test_what_is_no_shard_is_refused(text):
     with pytest.raises(InputError, match="3/8"):
         read_shard(text)
 
 
-def test_every_image_is_in_one_shard() -> None:
+def test_every_image_is_in_one_shard():
     index = np.arange(100, 117)
     parts = [Shard(number, 5).of(index) for number in range(1, 6)]
     assert np.array_equal(np.sort(np.concatenate(parts)), index)
@@ -88,8 +82,7 @@ def test_every_image_is_in_one_shard() -> None:
         Shard(1, 18).of(index)
 
 
-def test_the_cluster_scripts_certify_and_merge(copied: Path, tmp_path: Path) -> None:
-    """As a job array calls them, task by task; the commands they give are run in this process."""
+def test_the_cluster_scripts_certify_and_merge(copied, tmp_path):
     log = tmp_path / "commands"
     (tmp_path / "certifl").write_text(f'#!/bin/sh\necho "$@" > {log}\n')
     (tmp_path / "certifl").chmod(0o755)
@@ -100,13 +93,9 @@ def test_the_cluster_scripts_certify_and_merge(copied: Path, tmp_path: Path) -> 
 
     def call(script: str, **more: str) -> None:
         log.unlink(missing_ok=True)
-        subprocess.run(
-            ["bash", "-s", copied, "1"],
-            input=script,
-            text=True,
-            check=True,
-            env={**os.environ, **path, **more},
-        )
+        environment = {**os.environ, **path, **more}
+        asked = ["bash", "-s", copied, "1"]
+        subprocess.run(asked, input=script, text=True, check=True, env=environment)
         tiny.cli(*log.read_text().split()).fine()
 
     for task in ("1", "2"):

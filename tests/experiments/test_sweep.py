@@ -1,7 +1,5 @@
 """Sweeps: which runs they have, shared trainings, resumption, one table over seeds."""
 
-from __future__ import annotations
-
 import csv
 import re
 import shlex
@@ -21,7 +19,7 @@ from certifl.runs.folder import RunFolder
 from tiny_study import VALUES, cli, files, write_spec
 
 # One process computes what its tests share.
-pytestmark = [pytest.mark.xdist_group("sweep"), pytest.mark.usefixtures("own_cache", "undrawn")]
+pytestmark = [pytest.mark.xdist_group("sweep"), pytest.mark.usefixtures("undrawn")]
 
 GRID = (
     *("--grid", "algorithm.name=local,personalized"),

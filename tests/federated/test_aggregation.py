@@ -1,6 +1,4 @@
-"""Robust aggregation: what each rule is, what it withstands, what it leaves alone."""
-
-from __future__ import annotations
+"""Averages of models, and robust aggregation: what each rule is, withstands and leaves alone."""
 
 from dataclasses import replace
 
@@ -11,7 +9,7 @@ import torch
 from certifl.errors import InputError, SpecError
 from certifl.federated import FedAvg, ServerState, Update, train
 from certifl.federated.aggregation import RULES, Clip, Krum, Mean, Median, TrimmedMean, make_rule
-from certifl.federated.averaging import average_models
+from certifl.federated.averaging import average_models, average_parts, moved
 from certifl.runs.checkpoints import Checkpoints
 from tiny_federation import TinyNet, assert_same, clients, training
 from tiny_updates import EMPTY, most_alive, result, updates
@@ -30,9 +28,6 @@ every_rule = pytest.mark.parametrize("rule", ROBUST.values(), ids=ROBUST.keys())
 def test_the_table_names_every_rule():
     assert {name: kind.name for name, kind in RULES.items()} == {name: name for name in RULES}
     assert set(RULES) == {"mean", "median", "trimmed-mean", "krum"}
-
-
-# What each rule is.
 
 
 def test_the_median_is_that_of_each_coordinate():
@@ -78,16 +73,13 @@ def test_krum_is_the_definition(seed):
 
 
 def test_krum_weighs_statistics_and_weights_apart():
-    """An outlier in either is found, whatever their scales."""
     drawn = np.random.default_rng(3)
     for poisoned, scale in (("w", 1e-6), ("norm.running_var", 1e6)):
         sent = []
         for client in range(7):
-            model = {
-                "w": torch.from_numpy(drawn.normal(size=4) * 1e-6),
-                "norm.running_var": torch.from_numpy(1e6 + 1e6 * drawn.random(4)),
-                "norm.num_batches_tracked": torch.tensor(client),
-            }
+            small, large = drawn.normal(size=4) * 1e-6, 1e6 + 1e6 * drawn.random(4)
+            model = {"w": torch.from_numpy(small), "norm.running_var": torch.from_numpy(large)}
+            model["norm.num_batches_tracked"] = torch.tensor(client)
             if client == 3:
                 model[poisoned] = model[poisoned] + 30 * scale
             sent.append(Update(client, 1.0, model, {}))
@@ -111,16 +103,13 @@ def test_clipping_shortens_what_is_too_long_around_the_broadcast():
 
 
 def test_clipping_bounds_weights_statistics_and_extra_parts_each():
-    zero = {
-        "w": torch.zeros(2),
-        "n.running_var": torch.ones(1),
-        "n.num_batches_tracked": torch.tensor(0),
-    }
-    sent = {
-        "w": torch.tensor([3.0, 4.0]),
-        "n.running_var": torch.tensor([101.0]),
-        "n.num_batches_tracked": torch.tensor(7),
-    }
+    zero, sent = (
+        {"w": torch.tensor(w), "n.running_var": torch.tensor(v), "n.num_batches_tracked": count}
+        for w, v, count in (
+            ([0.0, 0.0], [1.0], torch.tensor(0)),
+            ([3.0, 4.0], [101.0], torch.tensor(7)),
+        )
+    )
     control = {"c": torch.tensor([0.0, 10.0])}
     update = Update(0, 1.0, sent, {}, {"control": control})
     (made,) = Clip(1.0)(ServerState(0, {"model": zero}), [update])
@@ -148,36 +137,26 @@ def test_the_mean_and_clipping_hold_one_update_at_a_time():
         assert most_alive(lambda sent, rule=rule: average_models(rule(broadcast, sent))) <= 3
 
 
-# What all rules leave alone.
-
-
-@every_rule
+@pytest.mark.parametrize("rule", [Mean(), *ROBUST.values()], ids=["mean", *ROBUST])
 def test_equal_models_are_given_back_bit_for_bit(rule):
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     values[:3] = torch.tensor([-0.0, 5e-324, 1.7e308])
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.complex64):
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64):
         wide = values.to(dtype)
         finite = wide[wide.isfinite()]
-        model = {
-            "w": finite,
-            "n.running_mean": finite[:7],
-            "n.num_batches_tracked": torch.tensor(3),
-        }
+        model = {"w": finite, "n.running_mean": finite[:7]}
+        model["n.num_batches_tracked"] = torch.tensor(3)
         broadcast = ServerState(0, {"model": model, "control": {"c": finite}})
-        sent = [
-            Update(
-                i,
-                1.0 + i,
-                {k: v.clone() for k, v in model.items()},
-                {},
-                {"control": {"c": finite.clone()}},
-            )
-            for i in range(8)
-        ]
+        sent = []
+        for i in range(8):
+            control = {"control": {"c": finite.clone()}}
+            copies = {k: v.clone() for k, v in model.items()}
+            sent.append(Update(i, 0.1 + i / 3, copies, {}, control))
         for update in rule(broadcast, sent):
             assert_same(update.model, model)
             assert_same(update.extra["control"], {"c": finite})
-        assert_same(average_models(rule(broadcast, sent)), model)
+        for weighting in ("uniform", "size"):
+            assert_same(average_models(rule(broadcast, sent), weighting), model)
 
 
 def test_averaging_one_table_many_times_changes_nothing_in_it():
@@ -223,15 +202,10 @@ def test_as_many_updates_leave_as_arrive_with_their_names_on(rule):
 
 
 def test_counters_take_the_maximum_and_keep_their_type():
-    sent = [
-        Update(
-            i,
-            1.0,
-            {"w": torch.ones(1) * i, "steps": torch.tensor(i), "on": torch.tensor(i == 2)},
-            {},
-        )
-        for i in range(5)
-    ]
+    sent = []
+    for i in range(5):
+        model = {"w": torch.ones(1) * i, "steps": torch.tensor(i), "on": torch.tensor(i == 2)}
+        sent.append(Update(i, 1.0, model, {}))
     for rule in (Median(), TrimmedMean(0.2)):
         made = average_models(rule(EMPTY, sent))
         assert (made["steps"].item(), made["steps"].dtype) == (4, torch.int64)
@@ -244,9 +218,6 @@ def test_another_architecture_is_refused_by_name(rule):
     sent = [*updates(1.0, 2.0, 3.0), Update(3, 1.0, {"v": torch.zeros(1)}, {})]
     with pytest.raises(InputError, match="Client 3 sent"):
         average_models(rule(broadcast, sent))
-
-
-# What is asked for.
 
 
 def test_rules_by_name():
@@ -292,3 +263,76 @@ def test_a_round_made_small_by_faults_is_still_combined():
     assert result(Krum(0.4), updates(1.0)).item() == 1.0
     assert result(Krum(0.4), updates(1.0, 2.0)).item() in (1.0, 2.0)
     assert result(TrimmedMean(0.45), updates(1.0, 2.0)).item() == 1.5
+
+
+def test_averages_are_means_and_counters_are_maxima():
+    values = [torch.tensor([1.0, 5.0]), torch.tensor([2.0, 5.0]), torch.tensor([6.0, 2.0])]
+    updates = [
+        Update(
+            i, weight, {"w": value, "steps": torch.tensor(i + 3), "on": torch.tensor(i == 1)}, {}
+        )
+        for i, (weight, value) in enumerate(zip((1.0, 1.0, 2.0), values, strict=True))
+    ]
+    uniform = average_models(updates)
+    assert torch.equal(uniform["w"], torch.tensor([3.0, 4.0]))
+    assert torch.equal(average_models(updates, "size")["w"], torch.tensor([3.75, 3.5]))
+    assert torch.equal(uniform["steps"], torch.tensor(5))
+    assert uniform["steps"].dtype == torch.int64
+    assert torch.equal(uniform["on"], torch.tensor(True))
+
+
+def test_sums_do_not_lose_small_numbers():
+    # In float32, 1 + 1e-8 is 1: a sum in float32 over 1001 clients would miss the small ones.
+    models = [torch.tensor([1e8])] + [torch.tensor([1.0])] * 1000
+    updates = [Update(i, 1.0, {"w": model}, {}) for i, model in enumerate(models)]
+    assert torch.equal(average_models(updates)["w"], torch.tensor([(1e8 + 1000) / 1001]))
+
+
+def test_updates_are_consumed_one_at_a_time():
+    # When the next one is asked for, only the first is left, from which the others deviate.
+    assert most_alive(average_models) == 1
+    assert most_alive(average_parts) == 1
+
+
+def test_another_architecture_is_refused_by_name_of_the_client():
+    good = Update(0, 1.0, {"w": torch.ones(2)}, {})
+    for wrong in ({"w": torch.ones(3)}, {"v": torch.ones(2)}, {}):
+        with pytest.raises(InputError, match="Client 4 sent"):
+            average_models([good, Update(4, 1.0, wrong, {})])
+
+
+def test_batchnorm_counters_stay_whole_numbers(tmp_path):
+    stored = train(FedAvg(), TinyNet(), clients(), training(), Checkpoints(tmp_path))
+    counter = stored.server()["model"]["norm.num_batches_tracked"]
+    assert counter.dtype == torch.int64
+    # The largest client: 20 images, batches of 8 + 8 + 4, two epochs, three rounds; each round
+    # starts from the largest counter.
+    assert counter.item() == 3 * 2 * 3
+
+
+def test_parts_are_averaged_in_one_pass_like_models():
+    drawn = torch.Generator().manual_seed(1)
+    models = [{"w": torch.randn(4, generator=drawn), "n": torch.tensor(i)} for i in range(4)]
+    updates = [Update(i, 1.0 + i, model, {}) for i, model in enumerate(models)]
+    for weighting in ("uniform", "size"):
+        alone = average_models(updates, weighting)
+        both = [Update(u.client, u.weight, u.model, {}, {"more": u.model}) for u in updates]
+        assert_same(average_parts(iter(both), weighting), {"model": alone, "more": alone})
+    # A part that some do not send is the average over those who do.
+    some = [*updates[:3], Update(3, 1.0, None, {}, {"more": models[3]})]
+    parts = average_parts(iter(some))
+    assert_same(parts["model"], average_models(updates[:3]))
+    assert_same(parts["more"], models[3])
+    assert average_parts([]) == {}
+
+
+def test_a_server_step_reaches_the_average_exactly_and_leaves_equals_alone():
+    drawn = torch.Generator().manual_seed(2)
+    old, average = ({"w": torch.randn(50, generator=drawn), "b": torch.ones(2)} for _ in range(2))
+    assert_same(moved(old, average, 1.0, ["w", "b"]), average)
+    assert_same(moved(old, old, 0.3, ["w", "b"]), old)
+    zeros = {"w": torch.tensor([-0.0, 0.0])}
+    assert_same(moved(zeros, zeros, 1.5, ["w"]), zeros)
+    half = moved(old, {**average, "b": torch.zeros(2)}, 0.5, ["w"])
+    torch.testing.assert_close(half["w"], (old["w"] + average["w"]) / 2)
+    assert torch.equal(half["b"], torch.zeros(2))

@@ -1,7 +1,5 @@
 """Limits: what the paper's ways of training together become at the ends of their parameters."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -65,15 +63,9 @@ def test_mixture_at_lambda_0_is_the_pull_alone():
 
 def test_a_mixture_step_is_equation_5():
     lam, gamma, decay = 0.3, 0.1, 0.01
-    local = training(
-        model=torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3)),
-        rounds=1,
-        local_epochs=1,
-        lr=gamma,
-        weight_decay=decay,
-        augmentation=None,
-        batch_size=100,
-    )
+    options = {"rounds": 1, "local_epochs": 1, "augmentation": None, "batch_size": 100}
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    local = training(model=model, lr=gamma, weight_decay=decay, **options)
     drawn = torch.Generator().manual_seed(1)
     shapes = {"1.weight": (3, 64), "1.bias": (3,)}
     theta, bar = (

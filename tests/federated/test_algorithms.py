@@ -1,7 +1,5 @@
 """Conformance: what holds for every algorithm in the table."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import FrozenInstanceError, fields, replace
 

@@ -1,7 +1,5 @@
 """Training on a GPU: repeats and resumes; skipped without."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -123,7 +121,7 @@ def test_an_epoch_does_not_wait_for_the_host():
 
         return epoch_of(context, stream, rate, batches, watched, round)
 
-    local._epoch = strict  # pyright: ignore[reportAttributeAccessIssue]
+    local._epoch = strict
     assert local.train_epochs(start, data, 0).metrics["loss"] > 0
 
 

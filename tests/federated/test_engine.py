@@ -1,7 +1,5 @@
 """Rounds in one process: order, history, resuming after a kill, mixing nothing up."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from dataclasses import replace
@@ -42,7 +40,6 @@ light = {"rounds": 2, "local_epochs": 1}
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Two rounds of federated averaging, which no test changes."""
     return federate(tmp_path_factory.mktemp("finished"), local=training(**light))
 
 
@@ -164,11 +161,8 @@ def test_beginning_from_an_unrelated_training_is_refused(tmp_path, finished):
 
 def test_a_finished_training_can_be_taken_over_whole(tmp_path, copied):
     first = go(copied)
-    taken = go(
-        tmp_path / "2",
-        start_from=Checkpoints(copied),
-        progress=lambda _: pytest.fail("a client was trained again"),
-    )
+    never = {"progress": lambda _: pytest.fail("a client was trained again")}
+    taken = go(tmp_path / "2", start_from=Checkpoints(copied), **never)
     assert taken.files == first.files
     assert taken.damage() is None
     # Independent from then on, although files are linked.

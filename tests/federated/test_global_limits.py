@@ -1,7 +1,5 @@
 """Limits of the algorithms that deploy one global model: FedProx, SCAFFOLD, server optimisers."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -42,9 +40,6 @@ def test_federated_averaging_bit_for_bit(algorithm, momentum):
         assert_same(state.parts, its.parts)
 
 
-# FedProx.
-
-
 def test_the_proximal_term_is_equation_2_of_the_source():
     """On parabolas: the fixed point of the steps from theta_bar, and how fast they get there."""
     mu, steps, lr = 3.0, 7, 0.1
@@ -65,9 +60,6 @@ def test_a_larger_mu_holds_clients_closer():
         update, _ = algorithm.client_round(algorithm.init(INITIAL), ClientState(), data, local)
         moved.append((update.model["head.weight"] - INITIAL["head.weight"]).norm().item())
     assert moved[0] > moved[1] > moved[2] > 0
-
-
-# SCAFFOLD.
 
 
 def test_scaffold_without_control_variates_is_federated_averaging():
@@ -140,15 +132,11 @@ def test_the_servers_control_variate_is_the_mean_of_those_known():
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_scaffold_corrects_the_drift_that_federated_averaging_has(momentum):
-    """Many local steps on parabolas of other curvature: FedAvg settles beside the best point."""
     local = quadratics.training(rounds=25, steps=10, momentum=momentum)
     plain, _ = quadratics.run(FedAvg(), local)
     corrected, _ = quadratics.run(Scaffold(), local)
     assert abs(quadratics.value(plain.parts["model"]) - quadratics.BEST) > 0.02
     assert quadratics.value(corrected.parts["model"]) == pytest.approx(quadratics.BEST, abs=1e-5)
-
-
-# Server optimisers.
 
 
 def pseudo_gradients(rounds):

@@ -1,7 +1,6 @@
-"""Objectives in a spec, in checkpoints and in lists, and what they refuse."""
+"""Objectives, algorithms and schedules as tables: what is read, and what is refused and how."""
 
-from __future__ import annotations
-
+import tomllib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,16 +10,24 @@ import torch
 from certifl import rng as streams
 from certifl.errors import CertiflError, InputError, SpecError, StoreMismatch
 from certifl.experiments.run import Options, run
-from certifl.federated import FedAvg, LocalTraining, train
+from certifl.federated import (
+    FedAvg,
+    Local,
+    LocalTraining,
+    Personalized,
+    Schedule,
+    from_description,
+    train,
+)
+from certifl.federated.batches import Batch
 from certifl.federated.objectives import OBJECTIVES, Consistency, Macer, SmoothAdv, Stability
-from certifl.federated.training.batches import Batch
 from certifl.perturbations import PixelNoise
 from certifl.runs.checkpoints import Checkpoints
 from certifl.smoothing.laws import UNIFORM, Law
 from certifl.spec import load, with_settings
 from certifl.study.setup import label_of
 from tiny_federation import SCHEDULE, Noise, TinyNet, client_data
-from tiny_study import VALUES, cli, spec
+from tiny_study import VALUES, spec
 
 PIXEL = PixelNoise(0.3)
 
@@ -110,17 +117,12 @@ def test_labels_name_the_objective_where_it_is_not_the_papers():
     assert label_of(spec("objective.name=macer", mixture)) == "Mixture, λ = 0.5, MACER"
 
 
-def test_the_list_shows_objectives():
-    cli("list").fine("objectives augmented, consistency, smoothadv, macer, stability")
-
-
 def test_a_run_trains_with_the_objective_of_its_spec(tmp_path):
     few = ("training.rounds=1", "certification.n=50", "certification.images=1")
     options = Options(tmp_path / "run")
     run(spec("objective={name='smoothadv', epsilon=0.5}", *few), options)
     assert load(tmp_path / "run" / "spec.toml").objective["epsilon"] == 0.5
     last = Checkpoints(tmp_path / "run" / "checkpoints" / "training").latest()
-    assert last is not None
     assert last.identity["objective"] == repr(SmoothAdv(epsilon=0.5))
     with pytest.raises(CertiflError, match="another"):
         run(spec("objective.name=macer", *few), options)
@@ -178,3 +180,81 @@ def test_balls_laws_and_samplers_that_do_not_fit_are_refused():
     laplace: Any = Laplace()
     with pytest.raises(InputError, match="no radius for the law 'laplace'"):
         Macer()(TinyNet(), batch(Odd(law=laplace)))
+
+
+def test_descriptions_from_toml():
+    table = tomllib.loads('name = "personalized"\nepochs = 3\nbase = { name = "fedavg" }')
+    assert from_description(table) == Personalized(FedAvg(), epochs=3)
+    assert from_description({"name": "personalized", "base": "local"}) == Personalized(Local())
+    assert from_description("fedavg") == FedAvg()
+
+
+@pytest.mark.parametrize(
+    ("description", "said"),
+    [
+        ({"name": "fedavgg"}, "'fedavgg' is unknown.*local, fedavg, personalized, mixture"),
+        ({}, "None is unknown"),
+        ({"name": ["fedavg"]}, "is unknown"),
+        ({"name": "fedavg", "weights": 1}, "fedavg has no parameter 'weights'.*weighting"),
+        ({"name": "local", "lr": 1}, "local has no parameter 'lr'"),
+        ({"name": "fedavg", "weighting": "sizes"}, "weighting = 'sizes'.*size, uniform"),
+        ({"name": "mixture"}, "mixture needs the parameter 'personalization'"),
+        ({"name": "fedprox", "mu": -0.1}, "mu = -0.1.*from 0"),
+        ({"name": "ditto", "mu": float("inf")}, "mu = inf"),
+        ({"name": "scaffold", "server_lr": 0}, "server_lr = 0.*above 0"),
+        ({"name": "fedavgm", "beta": 1}, "beta = 1.*to below 1"),
+        ({"name": "fedadagrad", "server_lr": float("nan")}, "server_lr = nan"),
+        ({"name": "l2gd", "personalization": 0}, "personalization = 0 .*above 0"),
+        ({"name": "l2gd", "personalization": 0.5, "probability": 1}, "probability = 1 .*below 1"),
+        ({"name": "l2gd", "personalization": 0.5, "probability": 0}, "probability = 0 .*above 0"),
+        ({"name": "apfl", "alpha": 2}, "alpha = 2"),
+        ({"name": "apfl", "adaptive": 1}, "adaptive = 1.*true or false"),
+        ({"name": "fedbn", "layers": "group"}, "layers = 'group'.*all, batch"),
+        ({"name": "fedrep", "head": 3}, "head = 3.*name of a part"),
+        ({"name": "perfedavg", "inner_lr": -1}, "inner_lr = -1"),
+        ({"name": "perfedavg", "approximation": "second"}, "approximation = 'second'"),
+        ({"name": "mixture", "personalization": 1.5}, "personalization = 1.5.*from 0"),
+        ({"name": "mixture", "personalization": float("nan")}, "personalization = nan"),
+        ({"name": "mixture", "personalization": "0.5"}, "personalization = '0.5'"),
+        ({"name": "mixture", "personalization": True}, "personalization = True"),
+        ({"name": "personalized"}, "personalized needs the parameter 'base'"),
+        ({"name": "personalized", "base": 3}, "base = 3"),
+        ({"name": "personalized", "base": "fedavg", "epochs": 1.5}, "epochs = 1.5"),
+        ({"name": "personalized", "base": "fedavg", "lr": 0}, "lr = 0.*above 0"),
+        ({"name": "personalized", "base": {"name": "personalized", "base": "local"}}, "base ="),
+    ],
+)
+def test_wrong_descriptions_name_the_key_and_what_is_allowed(description, said):
+    with pytest.raises(SpecError, match=said):
+        from_description(description)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rounds": -1},
+        {"local_epochs": 1.5},
+        {"batch_size": -1},
+        {"lr": 0.0},
+        {"lr": float("inf")},
+        {"momentum": 1.5},
+        {"weight_decay": -0.1},
+        {"decay_every": 0},
+        {"decay_factor": 0},
+        {"crop": -1},
+        {"momentum_between_rounds": "forget"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_wrong_schedules_name_the_key(change):
+    with pytest.raises(SpecError, match=next(iter(change))):
+        replace(SCHEDULE, **change)
+
+
+def test_the_rate_decays_over_the_whole_training():
+    paper = Schedule(45, 2, 64, 0.1, decay_every=30)
+    rates = [paper.lr_at(epoch) for epoch in range(paper.epochs)]
+    assert rates[:30] == [0.1] * 30
+    assert rates[30:60] == pytest.approx([0.01] * 30)
+    assert rates[60:] == pytest.approx([0.001] * 30)
+    assert replace(paper, decay_every=None).lr_at(89) == 0.1

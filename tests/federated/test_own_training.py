@@ -1,7 +1,5 @@
 """Training networks as people have them: equal to their plain twins, or refused beforehand."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,37 +12,35 @@ from torch import Tensor, nn
 import tiny_study as tiny
 from certifl.errors import ModelError
 from certifl.federated import FedAvg, LocalTraining, PerFedAvg
-from certifl.federated.objectives import Augmented, Consistency, Objective, Stability
+from certifl.federated.batches import Batch
+from certifl.federated.objectives import Augmented, Consistency, Stability
 from certifl.federated.privacy import check_network
 from certifl.federated.privacy import mechanisms as clipping
 from certifl.federated.states import ClientState
-from certifl.federated.training.batches import Batch
 from certifl.models import check_logits, state_of
 from private_federation import PlainNet
 from tiny_federation import SCHEDULE, Noise, assert_same, client_data, federate, training
 
-# One image at a time.
 
-
-def test_batch_norm_and_a_client_with_one_image_are_refused_before_a_round(tmp_path: Path) -> None:
+def test_batch_norm_and_a_client_with_one_image_are_refused_before_a_round(tmp_path):
     data = [client_data(0, 20), client_data(1, 1), client_data(2, 20)]
     with pytest.raises(ModelError, match=r"Client 1 has one training image.*BatchNorm \(norm\)"):
         federate(tmp_path / "training", data=data)
     assert not (tmp_path / "training").exists() or not list((tmp_path / "training").iterdir())
 
 
-def test_a_client_that_is_loaded_later_is_refused_when_it_trains() -> None:
+def test_a_client_that_is_loaded_later_is_refused_when_it_trains():
     local = training()
     with pytest.raises(ModelError, match="Client 4 has one training image"):
         local.train_epochs(state_of(local.network), client_data(4, 1), 0)
 
 
-def test_batch_norm_and_batches_of_one_image_are_refused() -> None:
+def test_batch_norm_and_batches_of_one_image_are_refused():
     with pytest.raises(ModelError, match=r"batch_size = 1.*BatchNorm \(norm\)"):
         training(batch_size=1)
 
 
-def test_without_batch_norm_one_image_is_enough() -> None:
+def test_without_batch_norm_one_image_is_enough():
     local = LocalTraining(PlainNet(), replace(SCHEDULE, batch_size=1), seed=5)
     assert local.train_epochs(state_of(PlainNet()), client_data(0, 1), 0).metrics["loss"] > 0
 
@@ -52,7 +48,7 @@ def test_without_batch_norm_one_image_is_enough() -> None:
 ALONE = ("data.train_images=3", "clients.count=2", "training.rounds=1")
 
 
-def test_the_commands_refuse_a_client_with_one_image(tmp_path: Path) -> None:
+def test_the_commands_refuse_a_client_with_one_image(tmp_path):
     spec = tiny.write_spec(tmp_path, *ALONE, "model.name=small_resnet")
     words = ("one training image", "BatchNorm", "GroupNorm")
     tiny.cli("run", spec, "--out", tmp_path / "run").refused(*words)
@@ -61,9 +57,7 @@ def test_the_commands_refuse_a_client_with_one_image(tmp_path: Path) -> None:
     tiny.cli("plan", tiny.write_spec(tmp_path, *ALONE)).fine()
 
 
-def test_a_client_that_never_trained_is_not_certified(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_client_that_never_trained_is_not_certified(tmp_path, monkeypatch):
     real = LocalTraining.train_epochs
 
     def failing(self: LocalTraining, start, data, round, **options):
@@ -76,9 +70,6 @@ def test_a_client_that_never_trained_is_not_certified(
     spec = tiny.write_spec(tmp_path, *own)
     answer = tiny.cli("run", spec, "--out", tmp_path / "run")
     answer.refused("Client 1", "failed in every round", code=1)
-
-
-# Networks that write into their input.
 
 
 class InPlace(nn.Module):
@@ -110,17 +101,11 @@ class Nothing:
         (PerFedAvg(approximation="hessian-free"), Augmented(), Nothing()),
     ],
 )
-def test_normalization_in_place_trains_like_its_copy(
-    algorithm: FedAvg | PerFedAvg, objective: Objective, augmentation: object
-) -> None:
+def test_normalization_in_place_trains_like_its_copy(algorithm, objective, augmentation):
     states = []
     for in_place in (False, True):
         local = LocalTraining(
-            InPlace(in_place),
-            SCHEDULE,
-            seed=5,
-            augmentation=augmentation,  # pyright: ignore
-            objective=objective,
+            InPlace(in_place), SCHEDULE, seed=5, augmentation=augmentation, objective=objective
         )
         server = algorithm.init(state_of(InPlace(in_place)))
         update, _ = algorithm.client_round(server, ClientState(), client_data(0, 20), local)
@@ -128,10 +113,7 @@ def test_normalization_in_place_trains_like_its_copy(
     assert_same(*states)
 
 
-# Wrapped networks, and networks whose weights are computed.
-
-
-def test_names_of_weights_stay_as_they_are_in_training() -> None:
+def test_names_of_weights_stay_as_they_are_in_training():
     net = nn.DataParallel(PlainNet())
     local = LocalTraining(net, SCHEDULE, seed=5)
     trained = local.train_epochs(state_of(net), client_data(0, 20), 0)
@@ -141,13 +123,13 @@ def test_names_of_weights_stay_as_they_are_in_training() -> None:
     assert_same({f"module.{name}": v for name, v in alone.state.items()}, trained.state)
 
 
-def test_lazy_layers_must_have_seen_an_image() -> None:
+def test_lazy_layers_must_have_seen_an_image():
     lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
     with pytest.raises(ModelError, match="Pass one batch of images through it"):
         LocalTraining(lazy, SCHEDULE, seed=5)
 
 
-def test_programs_can_be_built_but_what_is_frozen_is_not_trained() -> None:
+def test_programs_can_be_built_but_what_is_frozen_is_not_trained():
     net = nn.Sequential(nn.Flatten(), nn.Linear(36, 3)).eval()
     batch = torch.export.Dim("batch")
     given = (torch.rand(2, 1, 6, 6),)
@@ -160,13 +142,13 @@ def test_programs_can_be_built_but_what_is_frozen_is_not_trained() -> None:
         LocalTraining(frozen, SCHEDULE, seed=5)
 
 
-def test_a_network_in_another_format_says_what_to_do_when_it_is_built() -> None:
+def test_a_network_in_another_format_says_what_to_do_when_it_is_built():
     with pytest.raises(ModelError, match=r"float16.*call model.float\(\)"):
         check_logits(PlainNet().half(), 1, 3, (6, 6))
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-def test_a_second_network_beside_one_with_weight_norm() -> None:
+def test_a_second_network_beside_one_with_weight_norm():
     net = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(1, 4, 3)), nn.Flatten(), nn.LazyLinear(3))
     net(torch.rand(1, 1, 6, 6))
     local = LocalTraining(net, SCHEDULE, seed=5)
@@ -174,16 +156,13 @@ def test_a_second_network_beside_one_with_weight_norm() -> None:
     assert local.second_model(state_of(net), weight_decay=0.0).model is not local.network
 
 
-def test_a_network_that_cannot_be_copied_cannot_be_trained() -> None:
+def test_a_network_that_cannot_be_copied_cannot_be_trained():
     import threading
 
     net = PlainNet()
-    net.lock = threading.Lock()  # pyright: ignore
+    net.lock = threading.Lock()
     with pytest.raises(ModelError, match=r"cannot be copied.*locks"):
         LocalTraining(net, SCHEDULE, seed=5)
-
-
-# Example-level privacy.
 
 
 def relu(in_place: bool) -> nn.Module:
@@ -204,7 +183,7 @@ class Written(nn.Module):
         return self.head(self.conv(x).relu_().flatten(1))
 
 
-def test_layers_that_write_over_their_input_are_refused_by_name() -> None:
+def test_layers_that_write_over_their_input_are_refused_by_name():
     pytest.importorskip("opacus", reason="needs the extra [dp]")
     check_network(relu(in_place=False), "example")
     check_network(relu(in_place=True), "client")
@@ -215,7 +194,7 @@ def test_layers_that_write_over_their_input_are_refused_by_name() -> None:
         clipping.try_clipping(Written(), (1, 8, 8))
 
 
-def test_normalization_in_place_has_the_same_clipped_gradients() -> None:
+def test_normalization_in_place_has_the_same_clipped_gradients():
     pytest.importorskip("opacus", reason="needs the extra [dp]")
     sums = []
     for in_place in (False, True):
@@ -259,9 +238,7 @@ def _own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 @pytest.mark.usefixtures("_own_code")
 @pytest.mark.parametrize(("name", "says"), [("named", "1 (ReLU)"), ("unnamed", "x += y")])
-def test_a_run_with_privacy_refuses_them_before_it_begins(
-    name: str, says: str, tmp_path: Path
-) -> None:
+def test_a_run_with_privacy_refuses_them_before_it_begins(name, says, tmp_path):
     pytest.importorskip("opacus", reason="needs the extra [dp]")
     private = 'privacy={kind="example", noise_multiplier=1.0, max_norm=1.0, delta=1e-3}'
     spec = tiny.write_spec(tmp_path, f"model.name=writing:{name}", private)

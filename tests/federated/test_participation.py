@@ -1,7 +1,5 @@
 """Some of the clients in every round; clients that fail, as a reader sees them."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
@@ -29,9 +27,6 @@ from report_factory import make_certificates, make_history, make_manifest, write
 from tiny_federation import TinyNet, clients, training
 
 HALF = ("clients.count=5", "clients.participation=0.4", "training.rounds=3")
-
-
-# The choice.
 
 
 @pytest.mark.parametrize(
@@ -79,10 +74,7 @@ def test_another_share_is_another_training(tmp_path):
         go(0.7)
 
 
-# In a study.
-
-
-def test_a_study_names_its_participants_and_its_rules() -> None:
+def test_a_study_names_its_participants_and_its_rules():
     plain = tiny.spec("clients.count=5")
     some = ("clients.count=8", "clients.participation=0.4")
     spec = tiny.spec(*some, "aggregation.rule=trimmed-mean", "aggregation.trim=0.2")
@@ -97,7 +89,7 @@ def test_a_study_names_its_participants_and_its_rules() -> None:
     assert len({one.training_hash() for one in (plain, spec, clipped, tiny.spec(*HALF))}) == 4
 
 
-def test_the_least_number_of_clients_changes_no_result_and_no_hash() -> None:
+def test_the_least_number_of_clients_changes_no_result_and_no_hash():
     for base in ((), HALF):
         plain, fewer = tiny.spec(*base), tiny.spec(*base, "clients.min_clients=1")
         assert fewer.clients.min_clients == 1
@@ -120,12 +112,12 @@ def test_the_least_number_of_clients_changes_no_result_and_no_hash() -> None:
         (("aggregation.rules=mean",), "no such key. Did you mean 'rule'"),
     ],
 )
-def test_what_makes_no_sense_is_refused(settings, said) -> None:
+def test_what_makes_no_sense_is_refused(settings, said):
     with pytest.raises(SpecError, match=said):
         tiny.spec(*settings)
 
 
-def test_a_study_trains_the_chosen_clients_and_counts_them(tmp_path: Path) -> None:
+def test_a_study_trains_the_chosen_clients_and_counts_them(tmp_path):
     told = []
     algorithm = "algorithm={name='personalized', base={name='fedavg'}, epochs=1}"
     spec = tiny.spec(*HALF, algorithm, "data.test_images=50")
@@ -143,7 +135,7 @@ def test_a_study_trains_the_chosen_clients_and_counts_them(tmp_path: Path) -> No
     assert steps == [(done, 11) for done in range(1, 12)]
 
 
-def test_training_in_which_all_diverge_ends_with_advice(tmp_path: Path) -> None:
+def test_training_in_which_all_diverge_ends_with_advice(tmp_path):
     file = tiny.write_spec(tmp_path, "training.lr=1e30")
     asked = ("run", file, "--out", tmp_path / "run")
     tiny.cli(*asked).refused(
@@ -151,15 +143,6 @@ def test_training_in_which_all_diverge_ends_with_advice(tmp_path: Path) -> None:
     )
     again = tiny.cli(*asked, "--set", "clients.min_clients=1")
     again.refused("2 of its 2 clients failed and at least 1 must remain", code=1)
-
-
-def test_answer_within_needs_workers(tmp_path: Path) -> None:
-    file = tiny.write_spec(tmp_path)
-    asked = ("run", file, "--out", tmp_path / "run", "--answer-within", "10")
-    tiny.cli(*asked).refused("--answer-within needs --workers")
-
-
-# What a reader sees of clients that failed.
 
 
 def story_of(place: Path) -> ReportContext:
@@ -177,7 +160,7 @@ def failing(place: Path, faults) -> Path:
     return write_run(place, make_certificates(0.9, clients=3, images=20), manifest, history)
 
 
-def test_the_page_and_the_table_warn_of_clients_that_were_left_out(tmp_path: Path) -> None:
+def test_the_page_and_the_table_warn_of_clients_that_were_left_out(tmp_path):
     silent, broken = "it did not answer within 5 seconds", "it raised <OSError>: & more"
     place = failing(tmp_path / "run", [(0, 2, silent), (2, 2, silent), (2, 0, broken)])
     words = left_out_words(load_run(place))
@@ -191,7 +174,7 @@ def test_the_page_and_the_table_warn_of_clients_that_were_left_out(tmp_path: Pat
     assert "client 0 (once: it raised &lt;OSError&gt;: &amp; more)" in page
 
 
-def test_the_terminal_warns_below_the_table(tmp_path: Path) -> None:
+def test_the_terminal_warns_below_the_table(tmp_path):
     place = failing(tmp_path / "run", [(0, 2, "it raised OSError: [Errno 5] gone")])
     told = io.StringIO()
     with contextlib.redirect_stdout(told):
@@ -201,13 +184,13 @@ def test_the_terminal_warns_below_the_table(tmp_path: Path) -> None:
     assert "[Errno 5] gone" in last  # no markup
 
 
-def test_without_faults_nobody_is_warned(tmp_path: Path) -> None:
+def test_without_faults_nobody_is_warned(tmp_path):
     place = failing(tmp_path / "run", [])
     assert summary_rows([place])[0]["left_out"] is None
     assert "notice" not in str(training_section(story_of(place)))
 
 
-def test_many_clients_that_failed_are_counted(tmp_path: Path) -> None:
+def test_many_clients_that_failed_are_counted(tmp_path):
     history = [{"round": 0, "clients": {}, "left_out": []}]
     history[0]["left_out"] = [{"client": c, "reason": "it raised"} for c in range(9)]
     certificates = make_certificates(0.9, clients=2, images=20)

@@ -1,7 +1,5 @@
 """Limits of the algorithms that deploy a model of its own to every client."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn
@@ -31,7 +29,6 @@ CLIENTS = list(zip(CURVATURES, CENTERS, strict=True))
 
 
 def ends(algorithm):
-    """The states after all rounds, as those of `in_memory`."""
     return all_rounds(algorithm, [0, 1, 2], light(momentum_between_rounds="keep"))
 
 
@@ -67,9 +64,6 @@ def test_local_training_bit_for_bit(algorithm):
 @pytest.mark.parametrize("name", ["ditto", "apfl"])
 def test_a_federated_averaging_runs_underneath_bit_for_bit(name):
     assert_same(in_memory(name)[1].parts, in_memory("fedavg")[1].parts)
-
-
-# L2GD.
 
 
 def test_coins_are_thrown_for_all_clients_together_and_are_geometric():
@@ -132,9 +126,6 @@ def test_l2gd_pulled_all_the_way_starts_every_round_from_the_average():
         {**own.parts["model"], **weights}, client_data(0), 1, lr_factor=0.5 / 0.95, steps=steps
     )
     assert_same(state.parts["model"], plain.state)
-
-
-# Ditto, FLIX, APFL.
 
 
 def test_ditto_settles_between_the_clients_best_and_the_global_model():
@@ -219,9 +210,6 @@ def test_alpha_stays_between_global_and_local():
         assert state.parts["mix"]["alpha"].item() == mixed
 
 
-# FedBN, FedRep.
-
-
 def small_groups() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3)
@@ -283,14 +271,8 @@ def test_the_head_is_trained_with_the_representation_held_still():
     local = light(momentum=0.0, weight_decay=0.1, local_epochs=1)
     update, state = sent_and_kept(FedRep(head="head", head_epochs=2), local, INITIAL)
     body = [n for n in local.trainable if not n.startswith("head.")]
-    seen = local.train_epochs(
-        INITIAL,
-        client_data(0),
-        0,
-        stream="head-",
-        epochs=2,
-        hook=only(["head.weight", "head.bias"]),
-    ).state
+    head = {"stream": "head-", "epochs": 2, "hook": only(["head.weight", "head.bias"])}
+    seen = local.train_epochs(INITIAL, client_data(0), 0, **head).state
     for name in ("head.weight", "head.bias"):
         assert torch.equal(state.parts["head"][name], seen[name])
         assert torch.equal(update.model[name], INITIAL[name])
@@ -309,9 +291,6 @@ def only(names):
 def test_a_head_that_the_network_does_not_have_is_refused():
     with pytest.raises(SpecError, match=r"head = 'haed' is no part .* convolution, norm, dropout"):
         sent_and_kept(FedRep(head="haed"), light(), INITIAL)
-
-
-# Per-FedAvg.
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,4 @@
-"""Client-level privacy: what the server sums, how noisy it is, who takes part."""
-
-from __future__ import annotations
+"""Privacy of clients: what the server sums, how noisy it is, who takes part, what epsilon is."""
 
 import math
 from dataclasses import replace
@@ -8,9 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import brentq
+from scipy.stats import norm
 
 from certifl.errors import InputError, ModelError, SpecError
 from certifl.federated import (
+    ALGORITHMS,
+    ClientState,
     FedAvg,
     LocalTraining,
     Mixture,
@@ -19,13 +21,39 @@ from certifl.federated import (
     ServerState,
     Update,
     deployed_model,
+    describe,
     server_state,
+    state_of,
     train,
 )
-from certifl.federated.privacy import Budget, ClientLevel, check_algorithm
+from certifl.federated.algorithms import UNKNOWN
+from certifl.federated.privacy import (
+    Budget,
+    ClientLedger,
+    ClientLevel,
+    ExampleLedger,
+    ExampleLevel,
+    check_algorithm,
+    epsilon,
+    noise_for,
+    plan_examples,
+)
+from certifl.federated.privacy.accounting import steps_per_epoch
+from certifl.federated.privacy.mechanisms import PrivatePasses
+from certifl.federated.privacy.planning import allowed
 from certifl.runs.checkpoints import Checkpoints
-from private_federation import KEY, SCHEDULE, client_training, models, plain_training
-from tiny_federation import TinyNet, assert_same, clients, differ, without_seconds
+from private_federation import (
+    BUDGET,
+    KEY,
+    SCHEDULE,
+    PlainNet,
+    algorithm_of,
+    client_training,
+    example_training,
+    models,
+    plain_training,
+)
+from tiny_federation import TinyNet, assert_same, client_data, clients, differ, without_seconds
 
 pytest.importorskip("opacus", reason="needs the extra [dp]")
 
@@ -44,10 +72,8 @@ def moved(client: int, length: float) -> Update:
 
 
 def result(rule: ClientLevel, updates: list[Update], round: int = 0) -> ModelState:
-    """The one model that the rule hands on."""
     made = list(rule(ServerState(round, {"model": START}), iter(updates)))
     assert len(made) == 1
-    assert made[0].model is not None
     return made[0].model
 
 
@@ -182,3 +208,164 @@ def test_more_than_a_model_is_refused():
 def test_algorithms_that_would_not_be_protected_are_refused(algorithm, reason):
     with pytest.raises(SpecError, match=reason):
         check_algorithm(algorithm, "client")
+
+
+pytest.importorskip("opacus", reason="needs the extra [dp]")
+
+
+@pytest.mark.parametrize("kind", ["example", "client"])
+def test_somebody_looked_at_every_algorithm(kind):
+    wraps = {name for name, row in ALGORITHMS.rows.items() if row.wraps}
+    refused = set(ALGORITHMS) - set(allowed(kind)) - wraps
+    assert len(refused) == {"example": 4, "client": 2}[kind]
+    for name in refused:
+        with pytest.raises(SpecError, match=f"is not available with '{name}': ") as error:
+            check_algorithm(describe(algorithm_of(name)), kind)
+        assert UNKNOWN not in str(error.value)
+
+
+@pytest.mark.parametrize("name", allowed("example"))
+def test_no_noisy_sum_goes_uncounted(name, monkeypatch):
+    algorithm, data, model = algorithm_of(name), client_data(0), PlainNet()
+    _, ledger = plan_examples(BUDGET, describe(algorithm), SCHEDULE, [len(data)], KEY)
+    taken, keys = [], []
+    noisy_gradient, begun = PrivatePasses.noisy_gradient, PrivatePasses.__init__
+
+    def counted(self, sum_of):
+        taken.append(self)
+        return noisy_gradient(self, sum_of)
+
+    def noted(self, images, steps, max_norm, std, key):
+        keys.append(key)
+        begun(self, images, steps, max_norm, std, key)
+
+    monkeypatch.setattr(PrivatePasses, "noisy_gradient", counted)
+    monkeypatch.setattr(PrivatePasses, "__init__", noted)
+    training = LocalTraining(model, SCHEDULE, seed=1, privacy=ExampleLevel(0.5, 1.0, KEY))
+    server, state = algorithm.init(state_of(model)), ClientState()
+    for round in range(2):
+        update, state = algorithm.client_round(server, state, data, training)
+        server = algorithm.aggregate(server, [update])
+        assert len(taken) == (round + 1) * ledger.planned[0]
+        assert update.metrics == {"private_steps": ledger.planned[0]}
+    # Every pass over the images draws samples of its own.
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("name", allowed("example"))
+def test_every_allowed_algorithm_trains_with_private_examples(name, tmp_path):
+    algorithm = Personalized(algorithm_of(name), epochs=1)
+    stored = example_training(algorithm, tmp_path, schedule={"rounds": 1, "local_epochs": 1})
+    for entry in stored.history:
+        for row in entry["clients"]:
+            assert set(row) == {"client", "seconds", "private_steps", "epsilon"}
+    spent = [entry["epsilon"] for entry in stored.history]
+    assert spent == sorted(spent)
+
+
+@pytest.mark.parametrize("name", allowed("client"))
+def test_every_allowed_algorithm_trains_with_private_clients(name, tmp_path):
+    stored = client_training(algorithm_of(name), tmp_path, rate=0.7)
+    assert differ(server_state(stored).parts["model"], state_of(PlainNet()))
+    rows = [row for entry in stored.history for row in entry["clients"]]
+    assert all(set(row) == {"client", "seconds", "epsilon"} for row in rows)
+
+
+accountants = pytest.importorskip("opacus.accountants", reason="needs the extra [dp]")
+
+
+def gaussian_epsilon(noise_multiplier: float, steps: int, delta: float) -> float:
+    """The exact loss of T Gaussian mechanisms, which are one of multiplier z / sqrt(T).
+
+    Source: Balle and Wang, Improving the Gaussian Mechanism for Differential Privacy, 2018,
+    Theorem 8.
+    """
+    z = noise_multiplier / math.sqrt(steps)
+
+    def excess(eps: float) -> float:
+        tail = math.exp(eps + norm.logcdf(-0.5 / z - eps * z))
+        return norm.cdf(0.5 / z - eps * z) - tail - delta
+
+    return brentq(excess, 0, 500)
+
+
+@pytest.mark.parametrize(("z", "steps"), [(1.0, 1), (2.0, 10), (8.0, 100), (30.0, 40)])
+def test_without_sampling_it_bounds_the_exact_loss_closely(z, steps):
+    exact, bound = gaussian_epsilon(z, steps, 1e-5), epsilon(z, 1.0, steps, 1e-5)
+    assert exact <= bound <= 1.1 * exact
+
+
+@pytest.mark.parametrize(("z", "rate", "steps"), [(1.0, 0.1, 50), (1.1, 0.01, 300)])
+def test_with_sampling_it_bounds_a_tighter_accountant(z, rate, steps):
+    tight, own = accountants.PRVAccountant(), accountants.RDPAccountant()
+    tight.history = own.history = [(z, rate, steps)]
+    bound = epsilon(z, rate, steps, 1e-5)
+    # The PRV accountant's answer is an upper bound within 0.01 of the exact loss.
+    assert tight.get_epsilon(1e-5) - 0.02 <= bound <= 1.4 * tight.get_epsilon(1e-5)
+    assert bound == pytest.approx(own.get_epsilon(1e-5), rel=2e-2)
+
+
+def test_the_ends():
+    assert epsilon(1.0, 0.1, 0, 1e-5) == 0
+    assert epsilon(0.0, 0.1, 1, 1e-5) == math.inf
+    assert 0 <= epsilon(500.0, 0.01, 1, 1e-2) < 0.01
+    spent = [epsilon(1.0, 0.1, steps, 1e-5) for steps in (1, 10, 100, 1000)]
+    assert spent == sorted(spent)
+
+
+@pytest.mark.parametrize(
+    ("target", "rate", "steps"), [(1.0, 0.1, 100), (8.0, 0.5, 30), (3.0, 1.0, 5)]
+)
+def test_the_noise_for_a_target_is_the_smallest_that_keeps_it(target, rate, steps):
+    z = noise_for(target, rate, steps, 1e-5)
+    assert epsilon(z, rate, steps, 1e-5) <= target < epsilon(0.997 * z, rate, steps, 1e-5)
+
+
+def test_a_target_that_cannot_be_kept_is_refused():
+    with pytest.raises(SpecError, match="target_epsilon = 1e-06 cannot be met over 10000 steps"):
+        noise_for(1e-6, 1.0, 10_000, 1e-9)
+
+
+def test_the_history_says_what_each_client_spent(tmp_path):
+    stored = example_training(Personalized(FedAvg(), epochs=1), tmp_path)
+    for number, entry in enumerate(stored.history):
+        spent = []
+        for row, data in zip(entry["clients"], clients(3), strict=True):
+            steps = steps_per_epoch(len(data), 8)
+            epochs = 2 * (number + 1) if number < 3 else 2 * 3 + 1
+            assert row["epsilon"] == epsilon(1.2, 1 / steps, epochs * steps, 1e-3)
+            spent.append(row["epsilon"])
+        assert entry["epsilon"] == max(spent)
+
+
+def test_only_rounds_that_a_client_took_part_in_count(tmp_path):
+    stored = example_training(FedAvg(), tmp_path, participation=lambda r: [0, 1] if r else [2])
+    rows = {
+        (e["round"], row["client"]): row["epsilon"] for e in stored.history for row in e["clients"]
+    }
+    steps = steps_per_epoch(20, 8)
+    assert rows[0, 2] == epsilon(1.2, 1 / steps, 2 * steps, 1e-3)
+    assert rows[1, 0] == epsilon(1.2, 1 / 2, 4, 1e-3)
+    assert rows[2, 0] == epsilon(1.2, 1 / 2, 8, 1e-3)
+    assert stored.history[2]["epsilon"] == max(rows[2, 0], rows[2, 1], rows[0, 2])
+
+
+def test_a_client_that_was_left_out_has_spent_all_the_same():
+    ledger = ExampleLedger((0.5, 0.25), (1.0, 1.0), planned=(4, 8), rounds=5, delta=1e-3)
+    trained = {"client": 0, "seconds": 0.1, "private_steps": 4, "loss": 0.3}
+    late = [{"client": 1, "reason": "late"}]
+    first = ledger([], {"round": 0, "clients": [trained], "left_out": late})
+    assert first["left_out"][0]["epsilon"] == epsilon(1.0, 0.25, 8, 1e-3)
+    assert "loss" not in first["clients"][0]
+    both = [trained, {"client": 1, "seconds": 0.1, "private_steps": 8}]
+    second = ledger([first], {"round": 1, "clients": both})
+    assert second["clients"][1]["epsilon"] == epsilon(1.0, 0.25, 16, 1e-3)
+    spent = [epsilon(1.0, 0.5, 8, 1e-3), epsilon(1.0, 0.25, 16, 1e-3)]
+    assert ledger.spent([first, second]) == spent
+
+
+def test_every_round_costs_all_clients_the_same(tmp_path):
+    stored = client_training(FedAvg(), tmp_path, rate=0.6)
+    wanted = [epsilon(1.2, 0.6, rounds, 1e-3) for rounds in (1, 2, 3)]
+    assert [entry["epsilon"] for entry in stored.history] == wanted
+    assert ClientLedger(0.6, 1.2, 2, 1e-3).spent(stored.history) == wanted[1]

@@ -1,7 +1,5 @@
 """Example-level privacy: clipping, noise, batches, and what a client may send."""
 
-from __future__ import annotations
-
 import math
 import pickle
 from dataclasses import replace
@@ -15,11 +13,11 @@ from torch.nn import functional
 from certifl import rng as streams
 from certifl.errors import ModelError, SpecError
 from certifl.federated import FedAvg, LocalTraining, Mixture, Personalized, state_of
+from certifl.federated.batches import Batch
 from certifl.federated.objectives import Augmented, Consistency
 from certifl.federated.privacy import Budget, ExampleLevel, check_algorithm
 from certifl.federated.privacy import mechanisms as clipping
 from certifl.federated.privacy.mechanisms import PrivatePasses, add_noise
-from certifl.federated.training.batches import Batch
 from certifl.models import resnet18, small_cnn, small_resnet
 from private_federation import (
     BUDGET,

@@ -1,12 +1,8 @@
-"""The engine against plain loops that follow the paper's equations."""
+"""The engine against plain loops: those of the paper's equations, and those of its benchmark."""
 
-from __future__ import annotations
-
-import importlib.util
 import math
-import sys
+from argparse import Namespace
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,25 +22,13 @@ from certifl.federated import (
 )
 from certifl.perturbations import Rotation
 from certifl.runs.checkpoints import Checkpoints
+from scripts import load_script
 
-TWIN = Path(__file__).resolve().parents[2] / "examples" / "paper_in_one_file.py"
-
-
-def load_twin():
-    spec = importlib.util.spec_from_file_location("paper_in_one_file", TWIN)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-twin = load_twin()
+twin = load_script("examples/paper_in_one_file.py")
 
 
 @dataclass(frozen=True)
 class TwinRotation:
-    """The twin's own formulas, behind the two methods that training asks of a perturbation."""
-
     sigma: float
 
     def sample(self, n, image_shape, generator):
@@ -74,16 +58,9 @@ def parts():
 
 
 def engine_models(algorithm, parts, study, rotation, folder):
-    schedule = Schedule(
-        rounds=study.rounds,
-        local_epochs=study.local_epochs,
-        batch_size=study.batch_size,
-        lr=study.lr,
-        momentum=study.momentum,
-        weight_decay=study.weight_decay,
-        decay_every=study.decay_every,
-        decay_factor=study.decay_factor,
-    )
+    keys = ("rounds", "local_epochs", "batch_size", "lr", "momentum")
+    keys += ("weight_decay", "decay_every", "decay_factor")
+    schedule = Schedule(**{key: getattr(study, key) for key in keys})
     model = twin.network(study)
     local = LocalTraining(
         model, schedule, seed=study.seed, augmentation=rotation, finetuning_augmentation=rotation
@@ -159,3 +136,16 @@ def test_the_script_prints_a_table(capsys, monkeypatch):
         at_0, at_5, at_10 = (float(number) for number in line.split()[1:4])
         assert 1 >= at_0 >= at_5 >= at_10 >= 0
         assert np.isfinite(float(line.split()[4]))
+
+
+def test_all_of_the_benchmark_begin_with_images_on_the_host():
+    """In benchmarks/training_gpu.py, or the engine would be spared a transfer of the loader's."""
+    benchmark = load_script("benchmarks/training_gpu.py")
+    options = Namespace(
+        images=23, clients=2, device="meta", perturbation="none", model="small_cnn", batch=4
+    )
+    setting = benchmark.setting_of(options)
+    assert setting.device == torch.device("meta")
+    assert [len(data) for data in setting.clients] == [12, 11]
+    where = {t.device.type for data in setting.clients for t in (data.images, data.labels)}
+    assert where == {"cpu"}

@@ -1,7 +1,5 @@
 """A client's passes against bare loops of the same steps, and what they refuse."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 
@@ -14,7 +12,7 @@ from torch.nn import functional
 from certifl import rng as streams
 from certifl.errors import InputError, ModelError, SpecError, StoreMismatch, TrainingDiverged
 from certifl.federated import ClientData, FedAvg, LocalTraining, state_of, train
-from certifl.federated.training.batches import BatchStream, batch_bounds
+from certifl.federated.batches import BatchStream, batch_bounds
 from certifl.runs.checkpoints import Checkpoints
 from tiny_federation import SCHEDULE, Noise, TinyNet, assert_same, client_data, differ, training
 
@@ -41,12 +39,8 @@ def bare_loop(data, schedule, *, fresh_optimizer_each_round):
     model = PlainNet()
 
     def sgd():
-        return torch.optim.SGD(
-            model.parameters(),
-            lr=schedule.lr,
-            momentum=schedule.momentum,
-            weight_decay=schedule.weight_decay,
-        )
+        options = {key: getattr(schedule, key) for key in ("lr", "momentum", "weight_decay")}
+        return torch.optim.SGD(model.parameters(), **options)
 
     optimizer = sgd()
     noise, epoch = Noise(), 0
@@ -321,9 +315,6 @@ def test_requests_that_cannot_be_trained_are_refused():
         ClientData(0, pixels, labels)
 
 
-# Arithmetic and layout in memory ---------------------------------------------------------------
-
-
 def formatted(precision: str, memory_format: str) -> LocalTraining:
     return LocalTraining(
         TinyNet(), SCHEDULE, seed=SEED, precision=precision, memory_format=memory_format
@@ -335,13 +326,13 @@ def trained_in(precision: str, memory_format: str):
     return local.train_epochs(state_of(TinyNet()), client_data(0, 12), 0).state
 
 
-def test_auto_is_the_layout_that_a_precision_always_had() -> None:
+def test_auto_is_the_layout_that_a_precision_always_had():
     """No bit of an older study changes: float32 stays contiguous, bfloat16 channels-last."""
     for precision, layout in (("float32", "contiguous"), ("bfloat16", "channels-last")):
         assert_same(trained_in(precision, "auto"), trained_in(precision, layout))
 
 
-def test_channels_last_in_float32_is_the_same_training_up_to_rounding() -> None:
+def test_channels_last_in_float32_is_the_same_training_up_to_rounding():
     local = formatted("float32", "channels-last")
     weight = next(p for p in local.network.parameters() if p.dim() == 4)
     assert weight.is_contiguous(memory_format=torch.channels_last)
@@ -350,7 +341,7 @@ def test_channels_last_in_float32_is_the_same_training_up_to_rounding() -> None:
         torch.testing.assert_close(last[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_another_layout_does_not_resume_a_training(tmp_path) -> None:
+def test_another_layout_does_not_resume_a_training(tmp_path):
     clients = [client_data(0, 12)]
     folder = Checkpoints(tmp_path)
     train(FedAvg(), TinyNet(), clients, formatted("float32", "auto"), folder)
@@ -358,6 +349,6 @@ def test_another_layout_does_not_resume_a_training(tmp_path) -> None:
         train(FedAvg(), TinyNet(), clients, formatted("float32", "channels-last"), folder)
 
 
-def test_unknown_layouts_are_refused() -> None:
+def test_unknown_layouts_are_refused():
     with pytest.raises(SpecError, match="contiguous"):
         formatted("float32", "channels_last")

@@ -1,10 +1,7 @@
 """Worker processes: the same bits, and whatever happens to one of them."""
 
-from __future__ import annotations
-
 import multiprocessing
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -38,8 +35,6 @@ def run(folder, algorithm, data=None, local=None, **options):
 
 
 class Lazy:
-    """Clients loaded when asked for; remembers how far loading ran ahead."""
-
     def __init__(self, count):
         self.count, self.loaded, self.done, self.ahead = count, 0, 0, 0
 
@@ -93,11 +88,8 @@ def test_a_client_whose_process_ends_or_hangs_is_left_out_of_that_round(tmp_path
     assert left_out[1][3] == "its process exited (exit code 3)"
     assert "cannot be sent" in left_out[1][5] or "its loss is" in left_out[1][5]
     assert "Client 2 is left out of round 0: it did not answer within 5 seconds" in caplog.text
-    rest = run(
-        tmp_path / "rest",
-        FedAvg(),
-        participation=lambda round: [0, 1, 2, 4] if round else [0, 3, 4, 5],
-    )
+    drawn = {"participation": lambda round: [0, 1, 2, 4] if round else [0, 3, 4, 5]}
+    rest = run(tmp_path / "rest", FedAvg(), **drawn)
     assert_same(stored.server(), rest.server())
 
 
@@ -197,9 +189,7 @@ def mine(in_channels, num_classes):
 """
 
 
-def test_a_network_of_one_s_own_trains_in_workers_from_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_network_of_one_s_own_trains_in_workers_from_the_command_line(tmp_path, monkeypatch):
     (tmp_path / "my_own_network.py").write_text(NETWORK)
     spec = tiny.write_spec(tmp_path, "model.name=my_own_network:mine", "clients.count=3")
     asked = ("run", spec, "--out", tmp_path / "run", "--workers", "2", "--answer-within", "60")

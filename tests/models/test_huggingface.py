@@ -1,7 +1,5 @@
 """Classifiers of transformers, made on the spot: logits, normalization, classes, refusals."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
@@ -55,7 +53,7 @@ def name(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save(vit(), tmp_path_factory.mktemp("hub") / "vit")
 
 
-def test_the_processors_normalization_is_the_first_layer(name: str) -> None:
+def test_the_processors_normalization_is_the_first_layer(name):
     mean, std = (torch.tensor(PROCESSOR[f"image_{k}"]).view(1, 3, 1, 1) for k in ("mean", "std"))
     with torch.no_grad():
         expected = vit()(pixel_values=(X - mean) / std).logits
@@ -72,9 +70,7 @@ def test_the_processors_normalization_is_the_first_layer(name: str) -> None:
         ("config.json", {"layer_norm_eps": 0.1}),
     ],
 )
-def test_other_files_beside_equal_weights_are_another_network(
-    file: str, changes: dict, tmp_path: Path
-) -> None:
+def test_other_files_beside_equal_weights_are_another_network(file, changes, tmp_path):
     """Votes of both must not be counted together, nor one take the other's card."""
     one = load(save(vit(), tmp_path / "hub"), 3, 3)
     path = tmp_path / "hub" / file
@@ -98,7 +94,7 @@ def test_other_files_beside_equal_weights_are_another_network(
         ({"do_rescale": False, "do_normalize": False}, lambda x: 255 * x),
     ],
 )  # fmt: skip
-def test_what_processors_do_to_intensities(said: dict, scaled, tmp_path: Path) -> None:
+def test_what_processors_do_to_intensities(said, scaled, tmp_path):
     network = vit()
     found = load(save(network, tmp_path, **said), 3, 3)
     with torch.no_grad():
@@ -106,7 +102,7 @@ def test_what_processors_do_to_intensities(said: dict, scaled, tmp_path: Path) -
         torch.testing.assert_close(found(X), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_resnet_is_certified_as_it_comes() -> None:
+def test_a_resnet_is_certified_as_it_comes():
     torch.manual_seed(0)
     config = ResNetConfig(
         embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=3
@@ -132,7 +128,7 @@ def test_a_resnet_is_certified_as_it_comes() -> None:
     assert certifl.certify(lambda x: network(x), X, NOISE, labels=Y, n=100).same_results(wanted)
 
 
-def test_loaders_and_data_sets_give_images_with_their_labels() -> None:
+def test_loaders_and_data_sets_give_images_with_their_labels():
     network, data = vit(), TensorDataset(X, Y)
     whole = certifl.certify(network, X, NOISE, labels=Y, n=100)
     for images in (DataLoader(data, 4), data, ((x, y) for x, y in DataLoader(data, 4))):
@@ -149,10 +145,7 @@ def test_loaders_and_data_sets_give_images_with_their_labels() -> None:
         certifl.certify(network, DataLoader(data, 3), NOISE, labels=[Y[:3], Y[3:]], n=100)
 
 
-def test_the_command_line_takes_a_folder_and_its_own_weights(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path / "cache"))
+def test_the_command_line_takes_a_folder_and_its_own_weights(name, tmp_path):
     write_set(tmp_path / "data" / "photos", shape=(20, 24, 3))
     asked = ("certify", "--model", name, "--data", "photos", "--data-dir", tmp_path / "data")
     noise = ("--family", "brightness", "--sigma", "0.1", "--n", "100", "--images", "3")
@@ -164,7 +157,7 @@ def test_the_command_line_takes_a_folder_and_its_own_weights(
     cli(*asked, *noise, "--out", tmp_path / "second.parquet").refused("--resize 16")
 
 
-def test_a_study_trains_it_with_a_new_last_layer(name: str, tmp_path: Path) -> None:
+def test_a_study_trains_it_with_a_new_last_layer(name, tmp_path):
     settings = ("data.resize=16", "training.rounds=1", "certification.n=100")
     spec = write_spec(tmp_path, f"model.name={json.dumps(name)}", *settings)
     cli("run", spec, "--out", tmp_path / "run").fine()
@@ -176,7 +169,7 @@ def test_a_study_trains_it_with_a_new_last_layer(name: str, tmp_path: Path) -> N
     cli("predict", photo, "--run", tmp_path / "run", "--n", "100").fine("resize = [16, 16]")
 
 
-def test_what_cannot_be_used_is_refused(name: str, tmp_path: Path, monkeypatch) -> None:
+def test_what_cannot_be_used_is_refused(name, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="has 3 classes, the images 10"):
         load(name, 3, 10)
     with pytest.raises(ModelError, match=r"takes images of 3 channels"):
@@ -196,7 +189,7 @@ def test_what_cannot_be_used_is_refused(name: str, tmp_path: Path, monkeypatch) 
         load(name, 3, 3)
 
 
-def test_only_safetensors_without_code_are_read(tmp_path: Path) -> None:
+def test_only_safetensors_without_code_are_read(tmp_path):
     name = save(vit(), tmp_path / "net")
     weights = torch.nn.Linear(2, 2).state_dict()
     (tmp_path / "net" / "model.safetensors").unlink()
@@ -212,7 +205,7 @@ def test_only_safetensors_without_code_are_read(tmp_path: Path) -> None:
         load(name, 3, 3)
 
 
-def test_classes_in_another_order_are_refused(tmp_path: Path) -> None:
+def test_classes_in_another_order_are_refused(tmp_path):
     network = vit()
     network.config.id2label = {0: "Oak", 1: "Ash", 2: "Elm"}
     network.config.label2id = {"Oak": 0, "Ash": 1, "Elm": 2}

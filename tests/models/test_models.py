@@ -1,26 +1,33 @@
-"""Networks: sizes, seeds, states, and a person's own model."""
+"""Networks: sizes, seeds, states, pooling, convolutions, and a person's own model."""
 
+import contextlib
 import copy
 import importlib
+import pickle
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import certifl
 from certifl import models
 from certifl.errors import InputError, ModelError
+from certifl.federated.steps import isolated_rng
+from certifl.models import architectures as networks
+from certifl.models.architectures import QuarterMeans
+from certifl.torch_env import exact_convolutions
 
 each = pytest.mark.parametrize("name", models.MODELS)
 
 
 def own(name):
     return f"{__name__}:{name}"
-
-
-# --- functions named as module:function ---------------------------------------------------------
 
 
 def linear(in_channels, num_classes, size=8):
@@ -50,9 +57,6 @@ def two_results(in_channels, num_classes):
 not_a_function = 3
 
 
-# --- networks -----------------------------------------------------------------------------------
-
-
 @each
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 32), (1, 28, 28), (2, 9, 13)])
 def test_images_in_logits_out(name, shape):
@@ -63,12 +67,9 @@ def test_images_in_logits_out(name, shape):
     assert logits.isfinite().all()
 
 
-def test_the_studys_network_has_its_known_size():
+def test_networks_have_their_known_sizes():
     # ResNet-18 with a 3 x 3 stem and ten classes: 11 173 962 weights
     assert sum(p.numel() for p in models.resnet18(3, 10).parameters()) == 11_173_962
-
-
-def test_small_networks_are_small():
     for name, most in [("small_resnet", 200_000), ("small_cnn", 30_000)]:
         count = sum(p.numel() for p in models.MODELS[name](3, 10).parameters())
         assert 5_000 < count <= most
@@ -122,9 +123,6 @@ def test_small_networks_learn_digits(name, lr, momentum):
     assert (model(images[1400:]).argmax(1) == labels[1400:]).float().mean() > 0.8
 
 
-# --- seeds --------------------------------------------------------------------------------------
-
-
 @each
 def test_weights_depend_on_the_seed_alone(name):
     torch.manual_seed(1)
@@ -150,9 +148,6 @@ def test_generators_of_gpus_are_not_touched_either():
     before = torch.cuda.get_rng_state()
     models.build("small_cnn", 1, 10, seed=5)
     assert torch.equal(torch.cuda.get_rng_state(), before)
-
-
-# --- states -------------------------------------------------------------------------------------
 
 
 @each
@@ -200,9 +195,6 @@ def test_memory_layout_does_not_change_a_fingerprint():
     model = models.build("small_resnet", 3, 10, seed=0)
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     assert models.fingerprint(last) == models.fingerprint(model)
-
-
-# --- a person's own -----------------------------------------------------------------------------
 
 
 def test_a_function_of_ones_own_is_called_with_its_options():
@@ -268,7 +260,7 @@ def _network(module: str) -> torch.nn.Module:
     return importlib.import_module(module).make()
 
 
-def test_the_code_of_a_network_is_seen_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_code_of_a_network_is_seen_to_change(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     source = """
@@ -290,7 +282,7 @@ def make():
     monkeypatch.delitem(sys.modules, file.stem)
 
 
-def test_a_fingerprint_takes_in_what_is_no_tensor() -> None:
+def test_a_fingerprint_takes_in_what_is_no_tensor():
     class Extra(nn.Module):
         def __init__(self, note: object) -> None:
             super().__init__()
@@ -304,3 +296,132 @@ def test_a_fingerprint_takes_in_what_is_no_tensor() -> None:
     assert len(set(made)) == len(made)
     assert models.fingerprint(Extra({"a": (1, torch.ones(2))})) == made[0]
     assert models.fingerprint(Extra(object())) == models.fingerprint(Extra(object()))
+
+
+SIZES = list(product((1, 2, 3, 7, 8), repeat=2))
+
+
+def features(height: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    drawn = torch.Generator().manual_seed(height * 10 + width)
+    return torch.randn(3, 4, height, width, generator=drawn, dtype=dtype).requires_grad_()
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_on_a_processor_it_is_torchs_own_pooling(height, width):
+    x = features(height, width, torch.float32)
+    pooled, expected = QuarterMeans()(x), nn.AdaptiveAvgPool2d(2)(x)
+    assert torch.equal(pooled, expected)
+    weight = torch.randn_like(pooled)
+    gradients = (torch.autograd.grad((one * weight).sum(), x)[0] for one in (pooled, expected))
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_means_of_slices_are_the_same_means(height, width):
+    x = features(height, width, torch.float64)
+    sliced, expected = networks._means_of_slices(x), nn.AdaptiveAvgPool2d(2)(x)
+    assert torch.allclose(sliced, expected, rtol=0, atol=1e-14)
+    weight = torch.randn_like(expected)
+    gradients = (torch.autograd.grad((one * weight).sum(), x)[0] for one in (sliced, expected))
+    assert torch.allclose(*gradients, rtol=0, atol=1e-14)
+
+
+class OnAGpu(torch.Tensor):
+    is_cuda = True
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "torchs_own"),
+    [(28, OnAGpu, False), (32, OnAGpu, True), (28, torch.Tensor, True), (32, torch.Tensor, True)],
+)
+def test_no_gradient_of_overlapping_quarters_is_added_atomically(size, kind, torchs_own):
+    network = networks.small_cnn(1, 10)
+    images = torch.rand(2, 1, size, size).as_subclass(kind)
+    with Operations() as operations:
+        network(images).sum().backward()
+    assert ("aten::_adaptive_avg_pool2d_backward" in operations.names) is torchs_own
+
+
+def test_a_traced_network_still_chooses_by_size():
+    network = certifl.models.build("small_cnn", 1, 10, seed=0).eval()
+    traced = fx.symbolic_trace(copy.deepcopy(network))
+    sent = pickle.loads(pickle.dumps(traced))
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert networks._quarter_means in called
+    for size in (28, 32):
+        images = torch.rand(2, 1, size, size)
+        assert torch.equal(traced(images), network(images))
+        assert torch.equal(sent(images), network(images))
+
+
+def test_names_of_weights_are_those_of_stored_models():
+    names = list(certifl.models.build("small_cnn", 1, 10, seed=0).state_dict())
+    layers = ["conv1", "norm1", "conv2", "norm2", "conv3", "norm3", "head"]
+    assert names == [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+
+
+CUDA = torch.device("cuda:0")
+
+
+def flags() -> tuple[bool, bool]:
+    return torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+
+
+@pytest.fixture(params=[(True, False), (False, True)], ids=str)
+def before(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[bool, bool]:
+    benchmark, deterministic = request.param
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", deterministic)
+    return request.param
+
+
+def test_they_are_exact_within_and_as_before_afterwards(before):
+    with exact_convolutions(CUDA):
+        assert flags() == (False, True)
+    assert flags() == before
+    with pytest.raises(KeyError), exact_convolutions(CUDA):
+        raise KeyError
+    assert flags() == before
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_other_devices_have_no_such_flags(before, device):
+    with exact_convolutions(torch.device(device)):
+        assert flags() == before
+
+
+@pytest.fixture
+def convolutions() -> Iterator[Any]:
+    """As a program has it that chose the precision of convolutions by torch's newer names."""
+    by_name: Any = getattr(torch.backends.cudnn, "conv", None)
+    if not hasattr(by_name, "fp32_precision"):
+        pytest.skip("this torch has no fp32_precision, so nothing that reading allow_tf32 refuses")
+    chosen = by_name.fp32_precision
+    by_name.fp32_precision = "ieee"
+    try:
+        with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+            _ = torch.backends.cudnn.allow_tf32
+        yield by_name
+    finally:
+        by_name.fp32_precision = chosen
+
+
+def test_a_clients_passes_do_not_ask_for_tf32(convolutions, monkeypatch):
+    """Asking is an error of torch once a program chose it by `fp32_precision`."""
+    nothing = contextlib.nullcontext
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nothing(devices))
+    monkeypatch.setattr(torch.cuda, "device", nothing)
+    monkeypatch.setattr(torch.cuda, "manual_seed", lambda seed: None)
+    with torch.random.fork_rng([]), isolated_rng(CUDA, seed=3):
+        assert flags() == (False, True)
+    assert convolutions.fp32_precision == "ieee"

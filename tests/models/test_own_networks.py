@@ -1,7 +1,5 @@
 """Networks as people have them: whatever votes answers as the model itself does in evaluation."""
 
-from __future__ import annotations
-
 import functools
 import threading
 from collections.abc import Callable
@@ -48,8 +46,6 @@ def _pruned(layer: nn.Module) -> nn.Module:
 
 
 class SharedNorm(nn.Module):
-    """One BatchNorm after two convolutions."""
-
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.norm = nn.Conv2d(1, 4, 3), nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
@@ -87,8 +83,6 @@ class WeightReadTwice(nn.Module):
 
 
 class TiedWeights(nn.Module):
-    """Two convolutions with one weight."""
-
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Conv2d(1, 4, 3), nn.Conv2d(1, 4, 3)
@@ -100,8 +94,6 @@ class TiedWeights(nn.Module):
 
 
 class Standardized(nn.Conv2d):
-    """A convolution that computes its weight at every call."""
-
     def forward(self, input: Tensor) -> Tensor:
         weight = (self.weight - self.weight.mean()) / self.weight.std()
         return nn.functional.conv2d(input, weight, self.bias)
@@ -166,7 +158,7 @@ class Generating(nn.Module):
 
 def _remembering() -> nn.Module:
     net = body()
-    net.latest = net(images())  # pyright: ignore  # a tensor with a gradient history
+    net.latest = net(images())  # a tensor with a gradient history
     return net
 
 
@@ -180,7 +172,7 @@ def _settled(net: nn.Module) -> nn.Module:
 
 def _hooked(where: str) -> nn.Module:
     net = body()
-    layer = {"root": net, "conv": net[0], "norm": net[1], "head": net[6]}[where]  # pyright: ignore
+    layer = {"root": net, "conv": net[0], "norm": net[1], "head": net[6]}[where]
     layer.register_forward_hook(lambda _m, _i, out: out * 1.0005 + 0.0005)
     return net
 
@@ -262,13 +254,13 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "lazy, loaded": lambda: _lazy(called=False),
     "DataParallel": lambda: nn.DataParallel(body()),
     "DataParallel inside": _in_parallel,
-    "compiled": lambda: torch.compile(body()),  # pyright: ignore
-    "compiled inside": lambda: nn.Sequential(nn.Identity(), torch.compile(body())).eval(),  # pyright: ignore
+    "compiled": lambda: torch.compile(body()),
+    "compiled inside": lambda: nn.Sequential(nn.Identity(), torch.compile(body())).eval(),
 }
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_votes_answers_as_the_model_does(name: str) -> None:
+def test_what_votes_answers_as_the_model_does(name):
     model = NETWORKS[name]()
     reference = model._orig_mod if name == "compiled" else model
     reference = NETWORKS["plain"]() if name == "compiled inside" else reference
@@ -286,31 +278,24 @@ def test_what_votes_answers_as_the_model_does(name: str) -> None:
 
 
 FOLDED = (
-    "plain",
-    "frozen weights",
-    "shared BatchNorm",
-    "tied weights",
-    "lazy, called",
-    "lazy, loaded",
-    "DataParallel",
-    "compiled",
-    "hook on the head",
+    *("plain", "frozen weights", "shared BatchNorm", "tied weights", "lazy, called"),
+    *("lazy, loaded", "DataParallel", "compiled", "hook on the head"),
 )
 
 
 @pytest.mark.parametrize("name", FOLDED)
-def test_these_are_folded(name: str) -> None:
+def test_these_are_folded(name):
     assert prepare(NETWORKS[name](), images(), device="cpu", precision="float32").folded
 
 
 @pytest.mark.parametrize(
     "name", ["hook on the network", "hook before the network", "hook on a part", "counting"]
 )
-def test_folding_would_lose_something_of_these(name: str) -> None:
+def test_folding_would_lose_something_of_these(name):
     assert not prepare(NETWORKS[name](), images(), device="cpu", precision="float32").folded
 
 
-def test_hooks_run_at_every_vote() -> None:
+def test_hooks_run_at_every_vote():
     net, seen = body(), list[int]()
     net.register_forward_hook(lambda _m, given, _o: seen.append(len(given[0])))
     made = prepare(net, images(), device="cpu", precision="float32")
@@ -320,14 +305,14 @@ def test_hooks_run_at_every_vote() -> None:
     assert seen == [5]
 
 
-def test_a_model_is_left_as_it_is() -> None:
+def test_a_model_is_left_as_it_is():
     model = Counting().eval()
     prepare(model, images(), device="cpu")
     assert model.calls.item() == 0
     assert all(value.requires_grad for value in model.parameters())
     half = body(norm=False).half()
     prepare(half, images(), device="cpu")
-    assert half[0].weight.dtype == torch.float16  # pyright: ignore
+    assert half[0].weight.dtype == torch.float16
 
 
 class Drifting(nn.Module):
@@ -348,41 +333,41 @@ class Drifting(nn.Module):
 
 
 @pytest.mark.parametrize("reassigned", [False, True])
-def test_a_model_that_drifts_with_its_votes_is_refused(reassigned: bool) -> None:
+def test_a_model_that_drifts_with_its_votes_is_refused(reassigned):
     with pytest.raises(ModelError, match="changes its own mean"):
         prepare(Drifting(reassigned).eval(), images(), device="cpu")
 
 
-def test_lazy_layers_without_weights_are_refused() -> None:
+def test_lazy_layers_without_weights_are_refused():
     lazy = nn.Sequential(nn.Flatten(), nn.LazyLinear(3)).eval()
     with pytest.raises(ModelError, match="Pass one batch of images through it"):
         prepare(lazy, images(), device="cpu")
 
 
-def test_a_program_exported_for_one_size_of_batch_says_how_to_export_it() -> None:
+def test_a_program_exported_for_one_size_of_batch_says_how_to_export_it():
     fixed = torch.export.export(body(), (images(),)).module()
     with pytest.raises(ModelError, match="dynamic_shapes"):
         prepare(fixed, images(), device="cpu")
 
 
-def test_a_program_exported_in_training_mode_is_refused() -> None:
-    net = nn.Sequential(nn.Dropout(), *body(norm=False)).train()  # pyright: ignore
+def test_a_program_exported_in_training_mode_is_refused():
+    net = nn.Sequential(nn.Dropout(), *body(norm=False)).train()
     batch = torch.export.Dim("batch")
     program = torch.export.export(net, (images(),), dynamic_shapes=({0: batch},)).module()
     with pytest.raises(ModelError, match="random"):
         prepare(program, images(), device="cpu")
 
 
-def test_wrappers_do_not_hide_training_mode() -> None:
+def test_wrappers_do_not_hide_training_mode():
     with pytest.raises(ModelError, match="training mode"):
-        prepare(nn.DataParallel(body().train()).eval().module.train(), images())  # pyright: ignore
+        prepare(nn.DataParallel(body().train()).eval().module.train(), images())
     with pytest.raises(ModelError, match="training mode"):
         prepare(nn.DataParallel(body().train()), images())
     with pytest.raises(ModelError, match="training mode"):
         prepare(torch.jit.script(body().train()), images())
 
 
-def test_a_model_that_cannot_be_copied_votes_in_float32_alone() -> None:
+def test_a_model_that_cannot_be_copied_votes_in_float32_alone():
     locked = Locked(body()).eval()
     assert prepare(locked, images(), device="cpu").precision == "float32"
     with pytest.raises(ModelError, match="cannot be copied, so it cannot vote in bfloat16"):
@@ -391,16 +376,12 @@ def test_a_model_that_cannot_be_copied_votes_in_float32_alone() -> None:
         prepare(Locked(body(norm=False).half()).eval(), images(), device="cpu")
 
 
-# Formats of weights.
-
 FORMATS = (torch.float16, torch.bfloat16, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_weights_in_other_formats_vote_in_the_precision_asked_for(
-    dtype: torch.dtype, precision: str
-) -> None:
+def test_weights_in_other_formats_vote_in_the_precision_asked_for(dtype, precision):
     made = prepare(body(norm=False).to(dtype), images(), device="cpu", precision=precision)
     want = body(norm=False)(images())
     assert made.precision == precision
@@ -408,10 +389,10 @@ def test_weights_in_other_formats_vote_in_the_precision_asked_for(
         assert torch.allclose(made.call(images()).float(), want, atol=0.05)
 
 
-def test_weights_in_mixed_formats_vote_too() -> None:
+def test_weights_in_mixed_formats_vote_too():
     mixed = body()
-    mixed[6].double()  # pyright: ignore
-    mixed[3].half()  # pyright: ignore
+    mixed[6].double()
+    mixed[3].half()
     made = prepare(mixed, images(), device="cpu", precision="float32")
     with torch.inference_mode():
         assert torch.allclose(made.call(images()), body()(images()), atol=1e-3)
@@ -426,19 +407,19 @@ class Converting(nn.Module):
         return self.body(x.half())
 
 
-def test_a_model_that_converts_its_input_is_refused_with_what_to_do() -> None:
+def test_a_model_that_converts_its_input_is_refused_with_what_to_do():
     with pytest.raises(ModelError, match=r"float16.*call model.float\(\)"):
         prepare(Converting().eval(), images(), device="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_logits_may_have_another_format(dtype: torch.dtype) -> None:
+def test_logits_may_have_another_format(dtype):
     net = body()
     made = prepare(lambda x: net(x).to(dtype), images(), device="cpu")
     assert made.classes == 3
 
 
-def test_complex_weights_stay_complex() -> None:
+def test_complex_weights_stay_complex():
     class Spectrum(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -453,9 +434,6 @@ def test_complex_weights_stay_complex() -> None:
     made = prepare(net, images(), device="cpu")
     with torch.inference_mode():
         assert torch.allclose(made.call(images()), net(images()), atol=1e-5)
-
-
-# What is written into.
 
 
 class InPlace(nn.Module):
@@ -476,33 +454,30 @@ def _same_network(kind: str) -> Network | Callable[[Tensor], Tensor]:
 
 @pytest.mark.parametrize("kind", ["module", "function", "lock"])
 @pytest.mark.parametrize("family", ["pixel", "rotation"])
-def test_normalization_in_place_is_certified_like_its_copy(kind: str, family: str) -> None:
+def test_normalization_in_place_is_certified_like_its_copy(kind, family):
     noise = NOISE if family == "pixel" else certifl.Rotation("18deg")
     options = {"n": 200, "n0": 20, "precision": "float32", "device": "cpu"}
     given = images()
     want = certifl.certify(InPlace(False).eval(), given, noise, **options)
-    got = certifl.certify(_same_network(kind), given, noise, **options)  # pyright: ignore
+    got = certifl.certify(_same_network(kind), given, noise, **options)
     assert np.array_equal(got.counts, want.counts)
     assert torch.equal(given, images())
 
 
 @pytest.mark.parametrize("kind", ["module", "function"])
-def test_the_other_ways_to_ask_a_network_that_writes_into_its_input(kind: str) -> None:
+def test_the_other_ways_to_ask_a_network_that_writes_into_its_input(kind):
     given = images()
     options = {"precision": "float32", "device": "cpu"}
     one, other = InPlace(False).eval(), _same_network(kind)
     scan = {"estimator": "scan", "n": 400, "n0": 20}
     turned = certifl.Rotation("18deg")
-    made = [certifl.certify(m, given, turned, **scan, **options) for m in (one, other)]  # pyright: ignore
+    made = [certifl.certify(m, given, turned, **scan, **options) for m in (one, other)]
     assert np.array_equal(made[0].counts, made[1].counts)
-    answers = [certifl.predict(m, given, NOISE, n=200, **options) for m in (one, other)]  # pyright: ignore
+    answers = [certifl.predict(m, given, NOISE, n=200, **options) for m in (one, other)]
     assert np.array_equal(*answers)
-    ready = [prepare(m, given, **options) for m in (one, other)]  # pyright: ignore
+    ready = [prepare(m, given, **options) for m in (one, other)]
     assert np.array_equal(*[predict_plain(network, given) for network in ready])
     assert torch.equal(given, images())
-
-
-# What is returned.
 
 
 class Answering(nn.Module):
@@ -527,10 +502,10 @@ class Answering(nn.Module):
         (lambda out: out[0], "must map images"),
     ],
 )
-def test_answers_that_are_no_logits(answer: Callable[[Tensor], object], says: str) -> None:
+def test_answers_that_are_no_logits(answer, says):
     with pytest.raises(ModelError, match=says):
         prepare(Answering(answer).eval(), images(), device="cpu")
 
 
-def test_probabilities_are_fine() -> None:
+def test_probabilities_are_fine():
     assert prepare(Answering(lambda out: out.softmax(1)).eval(), images()).classes == 3

@@ -1,7 +1,5 @@
 """Files of weights as people have them: what is found in them, and what is refused."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import pickle
@@ -89,7 +87,7 @@ FILES: dict[str, Callable[[State], object]] = {
 
 def _dropped(state: State) -> State:
     kept = OrderedDict((n, v) for n, v in state.items() if "num_batches" not in n)
-    kept._metadata = state._metadata  # pyright: ignore
+    kept._metadata = state._metadata
     return kept
 
 
@@ -112,13 +110,13 @@ def assert_equal(model: nn.Module, own: State) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("parallel", [False, True])
-def test_layouts_that_are_read(name: str, parallel: bool, own: State, tmp_path: Path) -> None:
+def test_layouts_that_are_read(name, parallel, own, tmp_path):
     model = make(parallel)
     assert loaded(saved(FILES[name](own), tmp_path), model) == ""
     assert_equal(model, own)
 
 
-def test_files_written_before_torch_1_6(own: State, tmp_path: Path) -> None:
+def test_files_written_before_torch_1_6(own, tmp_path):
     content = {"state_dict": prefixed(own, "module."), "best": np.float64(93.2)}
     path = saved(content, tmp_path, _use_new_zipfile_serialization=False)
     model = make()
@@ -138,9 +136,7 @@ def test_files_written_before_torch_1_6(own: State, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_one_prefix_is_named_and_understood(
-    change: Callable[[State], State], says: str, own: State, tmp_path: Path
-) -> None:
+def test_one_prefix_is_named_and_understood(change, says, own, tmp_path):
     model = make()
     assert says in loaded(saved(change(own), tmp_path), model)
     assert_equal(model, own)
@@ -163,9 +159,7 @@ def _two_prefixes(own: State) -> State:
         (lambda s: {**s, "1.3.bias": torch.ones(4)}, r"1.3.bias is \(4,\) where the network"),
     ],
 )
-def test_names_and_shapes_that_do_not_fit(
-    change: Callable[[State], State], says: str, own: State, tmp_path: Path
-) -> None:
+def test_names_and_shapes_that_do_not_fit(change, says, own, tmp_path):
     with pytest.raises(ModelError, match=f"does not fit net:make: .*{says}"):
         loaded(saved(change(own), tmp_path), make())
 
@@ -181,9 +175,7 @@ def test_names_and_shapes_that_do_not_fit(
         (lambda s: make(), "whole pickled object"),
     ],
 )
-def test_files_without_weights_that_are_meant(
-    content: Callable[[State], object], says: str, own: State, tmp_path: Path
-) -> None:
+def test_files_without_weights_that_are_meant(content, says, own, tmp_path):
     with pytest.raises(InputError, match=says):
         loaded(saved(content(own), tmp_path), make())
 
@@ -196,7 +188,7 @@ class Harmful:
         return shutil.copyfile, (__file__, str(self.path))
 
 
-def test_nothing_in_a_file_is_run(own: State, tmp_path: Path) -> None:
+def test_nothing_in_a_file_is_run(own, tmp_path):
     trap = tmp_path / "run"
     path = saved({"state_dict": own, "hidden": Harmful(trap)}, tmp_path)
     loaded(path, make())
@@ -205,9 +197,7 @@ def test_nothing_in_a_file_is_run(own: State, tmp_path: Path) -> None:
     assert trap.exists()  # as it would have, had it been run
 
 
-def test_the_command_names_the_prefix(
-    tmp_path: Path, own_cache: None, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_command_names_the_prefix(tmp_path, caplog):
     import tiny_study as tiny
     from certifl.models import build, state_of
 

@@ -1,6 +1,4 @@
-"""Intervals of claims cover what they should, and verdicts follow from them."""
-
-from __future__ import annotations
+"""Intervals of claims cover what they should, and verdicts follow, also next to no loss at all."""
 
 import dataclasses
 import math
@@ -11,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from certifl.paper.claims.catalogue import CLAIMS
 from certifl.paper.claims.effects import (
     QUANTITIES,
     Effect,
@@ -24,6 +23,7 @@ from certifl.paper.claims.effects import (
     resampled_spread,
 )
 from certifl.paper.claims.rules import (
+    MARGIN,
     NOT_SUPPORTED,
     NOT_TESTED,
     SUPPORTED,
@@ -35,19 +35,9 @@ from certifl.paper.claims.rules import (
     every,
     some,
 )
-from certifl.paper.claims.runs import read_run
+from certifl.paper.claims.runs import StudyRun, read_run
 from certifl.report.intervals import Sample
-from claims_factory import (
-    FEDAVG,
-    LOCAL,
-    claim,
-    pair,
-    results,
-    run,
-    spec,
-)
-
-# Several seeds -----------------------------------------------------------------------------------
+from claims_factory import FEDAVG, LOCAL, claim, pair, results, run, spec
 
 
 def test_seeds_that_disagree_widen_the_interval():
@@ -97,8 +87,6 @@ def test_no_interval_is_wider_than_what_is_possible(name):
     assert max(abs(end) for end in moved.interval(0.005)) <= 2.0 * both.limit
 
 
-# Coverage ----------------------------------------------------------------------------------------
-
 REPEATS = 200
 
 
@@ -125,7 +113,6 @@ _TAKEN = [0]
 
 
 def new_images(sizes: list[int]) -> list[np.ndarray]:
-    """Images that no other effect has."""
     first = _TAKEN[0]
     _TAKEN[0] += sum(sizes)
     return np.split(np.arange(first, _TAKEN[0]), np.cumsum(sizes)[:-1])
@@ -241,22 +228,16 @@ def test_the_expected_range_of_normal_values(clients, known):
     assert expected_range(clients) == pytest.approx(known, abs=1e-4)
 
 
-# Rules -------------------------------------------------------------------------------------------
-
 ENDS = st.tuples(st.floats(-1, 1), st.floats(-1, 1)).map(sorted)
 
 
 @given(ENDS)
 def test_rules_agree_with_their_words(ends):
     low, high = ends
-    about, above, beyond = (
-        Equivalence().judge(low, high),
-        Superiority().judge(low, high),
-        MinimumEffect(0.2),
-    )
+    about, above = (rule.judge(low, high) for rule in (Equivalence(), Superiority()))
     assert (about.verdict == SUPPORTED) == (max(abs(low), abs(high)) < 0.03)
     assert (above.verdict == SUPPORTED) == (low > 0)
-    assert (beyond.judge(low, high).verdict == SUPPORTED) == (low > 0.2)
+    assert (MinimumEffect(0.2).judge(low, high).verdict == SUPPORTED) == (low > 0.2)
     if about.verdict == NOT_SUPPORTED:
         assert low > 0.03 or high < -0.03
     if above.verdict == NOT_SUPPORTED:
@@ -272,23 +253,14 @@ def test_an_endless_interval_decides_nothing():
 
 def test_verdicts_of_several_settings():
     yes, no, open_ = SUPPORTED, NOT_SUPPORTED, UNDECIDED
-    assert [every(v) for v in ([yes, yes], [yes, no], [yes, open_], [no, open_], [])] == [
-        yes,
-        no,
-        open_,
-        no,
-        NOT_TESTED,
-    ]
+    found = [every(v) for v in ([yes, yes], [yes, no], [yes, open_], [no, open_], [])]
+    assert found == [yes, no, open_, no, NOT_TESTED]
     assert all_but_one([yes, yes, no]) == yes
     assert all_but_one([yes, no]) == no
     assert all_but_one([yes, open_, no]) == open_
     assert all_but_one([no, yes, no]) == no
-    assert [some(v) for v in ([yes, no], [no, no], [no, open_], [])] == [
-        yes,
-        no,
-        open_,
-        NOT_TESTED,
-    ]
+    found = [some(v) for v in ([yes, no], [no, no], [no, open_], [])]
+    assert found == [yes, no, open_, NOT_TESTED]
 
 
 def test_many_comparisons_make_every_interval_wider():
@@ -299,3 +271,102 @@ def test_many_comparisons_make_every_interval_wider():
     assert together.alone == alone.together
     assert together.together[0] < alone.together[0]
     assert together.together[1] > alone.together[1]
+
+
+NEAR_ZERO, HALFWAY, NARROW = 0.042, 0.5, (-0.025, 0.02)
+
+
+def test_near_zero_an_interval_must_lie_within_a_quarter_of_the_level():
+    for rule in (Equivalence(), Superiority()):
+        judged = rule.judge(*NARROW, NEAR_ZERO)
+        assert judged.verdict == UNDECIDED
+        assert "lies within 3 points of 0" in judged.why
+        assert "1.1 points, a quarter of the 4.2 points of the better run" in judged.why
+        assert rule.judge(-0.01, 0.01, 0.0).verdict == UNDECIDED  # nothing is certified
+    about, above = (rule.judge(-0.01, 0.01, NEAR_ZERO) for rule in (Equivalence(), Superiority()))
+    assert (about.verdict, above.verdict) == (SUPPORTED, NOT_SUPPORTED)
+    assert about.why == "within 1.1 points, a quarter of the 4.2 points of the better run"
+    assert above.why.startswith("no difference larger than 1.1 points, a quarter of")
+
+
+def test_near_zero_less_than_3_points_is_a_difference():
+    assert Equivalence().judge(-0.029, -0.012, NEAR_ZERO).verdict == NOT_SUPPORTED
+    assert Equivalence().judge(-0.029, -0.012, HALFWAY).verdict == SUPPORTED
+    assert Superiority().judge(0.002, 0.025, NEAR_ZERO).why == ""
+    assert Superiority().judge(0.002, 0.025, HALFWAY).why == "but less than 3 points"
+    assert Superiority().judge(0.002, 0.009, NEAR_ZERO).why.startswith("but less than 1.1 points")
+
+
+@pytest.mark.parametrize("level", [0.12, HALFWAY, math.inf])
+def test_away_from_zero_verdicts_are_what_they_were(level):
+    assert Equivalence().judge(*NARROW, level).verdict == SUPPORTED
+    judged = Superiority().judge(*NARROW, level)
+    assert (judged.verdict, judged.why) == (NOT_SUPPORTED, "no difference larger than 3 points")
+    assert Superiority().judge(-0.05, -0.01, level).why == "the other way"
+    assert Equivalence().judge(0.031, 0.05, level).why == "ahead by more than 3 points"
+
+
+@given(ENDS, st.floats(0.0, 1.0))
+def test_both_directions_are_treated_alike(ends, level):
+    low, high = ends
+    one, other = Equivalence().judge(low, high, level), Equivalence().judge(-high, -low, level)
+    assert one.verdict == other.verdict
+    assert one.why.replace("ahead", "behind") == other.why.replace("ahead", "behind")
+    small = "no difference larger"
+    assert (small in Superiority().judge(low, high, level).why) == (
+        small in Superiority().judge(-high, -low, level).why
+    )
+
+
+@given(ENDS, st.floats(0.0, 1.0))
+def test_a_low_level_never_makes_for_an_equality(ends, level):
+    for rule, word in ((Equivalence(), SUPPORTED), (Superiority(), NOT_SUPPORTED)):
+        judged = rule.judge(*ends, level)
+        if judged.verdict == word and ends[1] >= 0.0:
+            assert rule.judge(*ends).verdict == word
+    assert MinimumEffect(0.2).judge(*ends, level) == MinimumEffect(0.2).judge(*ends)
+
+
+def test_rules_and_hypotheses_name_the_quarter():
+    for one in CLAIMS:
+        if not isinstance(one.judged_by, MinimumEffect):
+            assert "a quarter of the better run's ACR or accuracy" in one.rule
+        if isinstance(one.judged_by, Equivalence):
+            assert "less than a quarter of the larger one" in " ".join(one.hypothesis.split())
+
+
+def effect(name: str, local: float, fedavg: float, **more: float) -> Effect:
+    one, two = pair(local, fedavg, **more)
+    return QUANTITIES[name].of(Sampler([one, two], 200), one, two)
+
+
+def test_the_level_of_a_comparison_is_that_of_the_better_run():
+    for name in ("acr", "spread"):
+        assert effect(name, 0.3, 0.5).level == pytest.approx(0.5, abs=0.05)
+        assert effect(name, 0.5, 0.3).level == pytest.approx(0.5, abs=0.05)
+    assert effect("accuracy", 0.3, 0.5, accuracy=0.8).level == pytest.approx(0.8, abs=0.06)
+    assert effect("largest gain", 0.3, 0.5).level == math.inf
+
+
+def test_the_level_of_a_change_is_the_lower_and_of_several_seeds_the_mean():
+    low, high = effect("acr", 0.2, 0.2), effect("acr", 0.6, 0.6)
+    assert change(low, high).level == change(high, low).level == low.level
+    assert over_seeds([low, high]).level == pytest.approx((low.level + high.level) / 2)
+
+
+def nearly_nothing(clients: int, images: int) -> list[StudyRun]:
+    """Local and FedAvg alike, certifying hardly anything: one image in twenty is correct."""
+    return [
+        run(spec(a, clients=clients), 0.03, accuracy=0.06, images=images, noise=0.01)
+        for a in (LOCAL, FEDAVG)
+    ]
+
+
+def test_two_runs_that_certify_nothing_refute_no_gain_and_prove_no_equality():
+    (larger,) = claim(nearly_nothing(10, 60), "4.1 (ii)").judged
+    assert max(np.abs(larger.together)) < MARGIN
+    assert larger.verdict == UNDECIDED
+    assert "so near 0 only" in larger.why
+    alike = claim(nearly_nothing(4, 200), "4.1 (i)")
+    assert all(max(np.abs(t.together)) < MARGIN for t in alike.judged)
+    assert alike.verdict == UNDECIDED

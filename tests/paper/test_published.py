@@ -1,14 +1,12 @@
 """Runs published as data: what is written, what of it is checked, and pages made from it."""
 
-from __future__ import annotations
-
-import importlib
 import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 
@@ -31,9 +29,10 @@ from certifl.paper.scales import SCALES
 from certifl.runs.folder import RunFolder, StoredRun
 from certifl.runs.published import publish, without_folders
 from certifl.spec import Spec
+from scripts import results_scripts
 from tiny_study import cli, files
 
-RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+publishing, figures, power, pilot = results_scripts("publish", "figures", "power", "pilot")
 ROTATION = Setting("cifar10", 4, "rotation", "0.1pi")
 LATER = Setting("cifar10", 4, "translation", 0.1)
 WAYS = (LOCAL, FEDAVG, PERSONALIZED)
@@ -42,19 +41,12 @@ FIGURES_HERE = {
     "figure6": Figure("Not computed", ((Panel("curves", (LATER,), (LOCAL,)),),)),
 }
 SCALE = SCALES["smoke"]
-Scripts = dict[str, ModuleType]
 
 
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[Scripts]:
-    """The scripts of docs/results, for a study of two figures."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(RESULTS))
-        names = ("publish", "figures", "power", "pilot")
-        found = {name: importlib.import_module(name) for name in names}
-        patch.setattr(found["publish"], "FIGURES", FIGURES_HERE)
-        patch.setattr(found["publish"], "EXTRA", {})
-        yield found
+@pytest.fixture(scope="module", autouse=True)
+def two_figures() -> Iterator[None]:
+    with mock.patch.multiple(publishing, FIGURES=FIGURES_HERE, EXTRA={}):
+        yield
 
 
 def spec(regime) -> Spec:
@@ -62,7 +54,6 @@ def spec(regime) -> Spec:
 
 
 def compute(study: Path, *regimes) -> None:
-    """Runs of the study, each beside those before it."""
     for regime in regimes:
         beside = tuple(sorted((study / "runs").glob("*")))
         own = study / "runs" / spec(regime).hash()
@@ -72,8 +63,7 @@ def compute(study: Path, *regimes) -> None:
 
 
 def start(script: ModuleType, *words: str | Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", [script.__name__, *map(str, words)])
+    with mock.patch("sys.argv", [script.__name__, *map(str, words)]):
         script.main()
 
 
@@ -86,15 +76,15 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def data(study: Path, scripts: Scripts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(study: Path, two_figures: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The study as it is published in two goes."""
     into = tmp_path_factory.mktemp("published") / "data"
     words = (study, "--scale", "smoke", "--into", into, "--commit", "c0ffee")
-    start(scripts["publish"], *words)
+    start(publishing, *words)
     # FedAvg waits for what continues its training.
     assert {path.name for path in (into / "runs").iterdir()} == {spec(LOCAL).hash()}
     compute(study, PERSONALIZED)
-    start(scripts["publish"], *words)
+    start(publishing, *words)
     assert {path.name for path in (into / "runs").iterdir()} == {spec(w).hash() for w in WAYS}
     return into
 
@@ -103,7 +93,7 @@ def copied(data: Path, regime, into: Path) -> Path:
     return Path(shutil.copytree(data / "runs" / spec(regime).hash(), into / "run"))
 
 
-def test_what_is_published_is_the_run_without_its_models_and_folders(study, data) -> None:
+def test_what_is_published_is_the_run_without_its_models_and_folders(study, data):
     for regime in WAYS:
         name = spec(regime).hash()
         whole, own = study / "runs" / name, data / "runs" / name
@@ -120,9 +110,9 @@ def test_what_is_published_is_the_run_without_its_models_and_folders(study, data
     assert set(json.loads((data / "commits.json").read_text()).values()) == {"c0ffee"}
 
 
-def test_publishing_again_writes_nothing(study, data, scripts, tmp_path) -> None:
+def test_publishing_again_writes_nothing(study, data, tmp_path):
     before = files(data / "runs")
-    start(scripts["publish"], study, "--scale", "smoke", "--into", data)
+    start(publishing, study, "--scale", "smoke", "--into", data)
     assert files(data / "runs") == before
     one = data / "runs" / spec(LOCAL).hash()
     assert publish(StoredRun(one), tmp_path / "again")
@@ -131,7 +121,7 @@ def test_publishing_again_writes_nothing(study, data, scripts, tmp_path) -> None
     }
 
 
-def test_publishing_completes_what_was_interrupted(study, tmp_path) -> None:
+def test_publishing_completes_what_was_interrupted(study, tmp_path):
     run_ = StoredRun(study / "runs" / spec(LOCAL).hash())
     publish(run_, tmp_path / "run")
     for name in ("run.json", "certificates.parquet"):
@@ -140,7 +130,7 @@ def test_publishing_completes_what_was_interrupted(study, tmp_path) -> None:
         assert RunFolder(tmp_path / "run").complete()
 
 
-def test_only_sound_finished_runs_without_paths_are_published(study, scripts, tmp_path) -> None:
+def test_only_sound_finished_runs_without_paths_are_published(study, tmp_path):
     source = Path(shutil.copytree(study / "runs" / spec(LOCAL).hash(), tmp_path / "run"))
     folder = RunFolder(source)
     folder.update({"client_names": ["/home/me/a"]})
@@ -151,18 +141,18 @@ def test_only_sound_finished_runs_without_paths_are_published(study, scripts, tm
         publish(StoredRun(source), tmp_path / "into")
     folder.update({"client_names": [], "status": "finished", "votes": 3})
     with pytest.raises(SystemExit, match="is not published: "):
-        scripts["publish"].add([source], tmp_path / "into", None)
+        publishing.add([source], tmp_path / "into", None)
     assert not (tmp_path / "into").exists()
 
 
-def test_commands_lose_their_folders() -> None:
+def test_commands_lose_their_folders():
     command = "/a/b/certifl run '/x y/s.toml' --out=/c/d --data-dir D --out rel"
     assert without_folders(command).startswith("certifl run ")
     assert without_folders(command).endswith("--out=d --data-dir DATA --out OUT")
     assert without_folders("") == ""
 
 
-def test_verify_says_what_it_could_not_check_and_ends_with_2(data, tmp_path) -> None:
+def test_verify_says_what_it_could_not_check_and_ends_with_2(data, tmp_path):
     seen = cli("verify", data / "runs" / spec(FEDAVG).hash())
     assert seen.code == 2
     assert "certificates follow from their votes" in seen.out
@@ -172,7 +162,7 @@ def test_verify_says_what_it_could_not_check_and_ends_with_2(data, tmp_path) -> 
     assert cli("verify", data / "runs" / spec(LOCAL).hash(), "--recast", "1").code == 2
 
 
-def test_verify_finds_what_was_changed(data, tmp_path) -> None:
+def test_verify_finds_what_was_changed(data, tmp_path):
     own = copied(data, LOCAL, tmp_path)
     lines = (own / "history.jsonl").read_text().splitlines(keepends=True)
     (own / "history.jsonl").write_text("".join(lines[:-1]))
@@ -198,32 +188,30 @@ def test_verify_finds_what_was_changed(data, tmp_path) -> None:
     ],
     ids=lambda entry: next(iter(entry)),
 )
-def test_invented_entries_of_a_published_record_are_found(invented, data, tmp_path) -> None:
+def test_invented_entries_of_a_published_record_are_found(invented, data, tmp_path):
     own = RunFolder(copied(data, LOCAL, tmp_path))
     own.update(invented)
     assert cli("verify", own.path).code == 1
 
 
-def test_what_was_changed_after_publishing_is_not_published_over_it(
-    study, data, scripts, tmp_path
-) -> None:
+def test_what_was_changed_after_publishing_is_not_published_over_it(study, tmp_path):
     source = Path(shutil.copytree(study / "runs" / spec(LOCAL).hash(), tmp_path / "run"))
     into = tmp_path / "into"
-    assert scripts["publish"].add([source], into, None) == ["run"]
-    assert scripts["publish"].add([source], into, None) == []
+    assert publishing.add([source], into, None) == ["run"]
+    assert publishing.add([source], into, None) == []
     path = source / "certificates.parquet"
     honest = Certificates.load(path)
     replace(honest, radius=honest.radius * 1.5).save(path)
     with pytest.raises(SystemExit, match="is not published: "):
-        scripts["publish"].add([source], into, None)
+        publishing.add([source], into, None)
     assert Certificates.load(into / "run" / path.name).same_results(honest)
 
 
-def test_claims_read_published_runs(data) -> None:
+def test_claims_read_published_runs(data):
     cli("claims", data).fine("4.1 (i)")
 
 
-def test_a_study_continues_from_published_runs(study, data, scripts, tmp_path) -> None:
+def test_a_study_continues_from_published_runs(study, data, tmp_path):
     out = Path(shutil.copytree(data, tmp_path / "study"))
     plan = make_plan(FIGURES_HERE, SCALE, out)
     assert [job.spec.hash() for job in plan.jobs if not job.done()] == [
@@ -231,7 +219,7 @@ def test_a_study_continues_from_published_runs(study, data, scripts, tmp_path) -
     ]
 
 
-def test_a_fine_tuning_beside_a_published_base_trains_it_again(study, data, tmp_path) -> None:
+def test_a_fine_tuning_beside_a_published_base_trains_it_again(study, data, tmp_path):
     """There are no rounds to start from, and the certificates are the same."""
     out = tmp_path / "study"
     shutil.copytree(data / "runs" / spec(FEDAVG).hash(), out / "runs" / spec(FEDAVG).hash())
@@ -241,9 +229,9 @@ def test_a_fine_tuning_beside_a_published_base_trains_it_again(study, data, tmp_
     assert again.same_results(first)
 
 
-def test_pages_are_made_from_published_runs(data, scripts, tmp_path) -> None:
+def test_pages_are_made_from_published_runs(data, tmp_path):
     (tmp_path / "figure6.md").write_text("# Figure 6 at laptop scale: an older page\n")
-    start(scripts["figures"], data, "--into", tmp_path)
+    start(figures, data, "--into", tmp_path)
     page = (tmp_path / "figure1.md").read_text()
     assert (tmp_path / "figure1.png").stat().st_size > 1000
     for heading in ("What the paper says", "What is seen here", "Numbers", "How it was made"):
@@ -261,24 +249,23 @@ def test_pages_are_made_from_published_runs(data, scripts, tmp_path) -> None:
     assert all(row[-1].strip("| ") for row in rows)  # an interval, or why there is none
 
 
-def test_without_published_runs_the_pages_stay(scripts, tmp_path, capsys) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scripts["figures"], "DATA", tmp_path / "none")
-        start(scripts["figures"], "--into", tmp_path / "pages")
+def test_without_published_runs_the_pages_stay(tmp_path, capsys):
+    with mock.patch.object(figures, "DATA", tmp_path / "none"):
+        start(figures, "--into", tmp_path / "pages")
     assert "the pages stay as they are" in capsys.readouterr().out
     assert not (tmp_path / "pages").exists()
 
 
-def test_damaged_data_end_with_2_and_one_line(data, scripts, tmp_path, capsys) -> None:
+def test_damaged_data_end_with_2_and_one_line(data, tmp_path, capsys):
     broken = Path(shutil.copytree(data, tmp_path / "data"))
     (broken / "runs" / spec(LOCAL).hash() / "certificates.parquet").write_bytes(b"no table")
     with pytest.raises(SystemExit) as ended:
-        start(scripts["figures"], broken, "--into", tmp_path / "pages")
+        start(figures, broken, "--into", tmp_path / "pages")
     assert ended.value.code == 2
     assert "certificates.parquet" in capsys.readouterr().err
 
 
-def test_widths_go_with_the_root_of_the_images(scripts, tmp_path) -> None:
+def test_widths_go_with_the_root_of_the_images(tmp_path):
     cells = ("cifar10, rotation σ = 18°, 4 clients", "Local minus FedAvg", "ACR", "-4.1")
     rows = (
         (*cells, "-13.0 to +5.0", "160", "undecided"),
@@ -287,24 +274,24 @@ def test_widths_go_with_the_root_of_the_images(scripts, tmp_path) -> None:
     )
     lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     (tmp_path / "figure1.md").write_text(f"### 4.1 (i)\n\n| head |\n| --- |\n{lines}\n\nmore\n")
-    found = scripts["power"].widths(tmp_path, "4.1 (i)", SCALES["overnight"])
+    found = power.widths(tmp_path, "4.1 (i)", SCALES["overnight"])
     (width,) = found.values()
     assert (width.half, width.images, width.planned) == (9.0, 160, 4000)
     assert width.expected == pytest.approx(9.0 * (160 / 4000) ** 0.5)
-    row = scripts["power"].row(CLAIMS[0], found)
+    row = power.row(CLAIMS[0], found)
     assert row[-1] == "equal, where they differ by less than 1.2 points"
 
 
-def test_the_pilot_measures_both_criteria_and_resumes(scripts, tmp_path, capsys) -> None:
+def test_the_pilot_measures_both_criteria_and_resumes(tmp_path, capsys):
     words = ("--scale", "smoke", "--out", tmp_path, "--set", "training.local_epochs=1")
-    start(scripts["pilot"], *words, "--part", "alone")
-    start(scripts["pilot"], *words)
+    start(pilot, *words, "--part", "alone")
+    start(pilot, *words)
     said = capsys.readouterr().out
     assert "(a) a client alone fits " in said
     assert "(b) 3 rounds instead of 2: " in said
 
 
-def test_every_figure_is_published_at_the_scale() -> None:
+def test_every_figure_is_published_at_the_scale():
     """One training is shared by several figures: its fine-tunings are all in the plan."""
     plan = make_plan({**FIGURES, **EXTRA}, SCALES["overnight"], Path("nowhere"))
     bases = {job.spec.training_hash() for job in plan.jobs}

@@ -1,7 +1,5 @@
 """A study folder: figures end to end, shared runs, interruption and resumption, plans."""
 
-from __future__ import annotations
-
 import csv
 import json
 import shutil
@@ -43,7 +41,6 @@ def mini(out: Path, report=None, overwrite: bool = False, stage=None):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """The mini study, which no test changes."""
     out = tmp_path_factory.mktemp("mini")
     assert mini(out) == [(out / "mini", True)]
     return out
@@ -77,7 +74,6 @@ def smaller_figures() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def study(smaller_figures, tmp_path_factory) -> Path:
-    """Figures 1 and 5 at the smallest scale, the second after the first."""
     out = tmp_path_factory.mktemp("study")
     cli("reproduce", "figure1", "--scale", "smoke", "--out", out).fine("figure1", "report.html")
     before = files(out / "runs")

@@ -1,9 +1,6 @@
 """docs/results/algorithms.py: its intervals cover, its pairs are pairs, its processes end."""
 
-from __future__ import annotations
-
 import dataclasses
-import importlib
 import json
 import math
 import os
@@ -11,9 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -22,10 +18,11 @@ from scipy import stats
 import report_factory as factory
 from certifl.errors import StoreMismatch
 from certifl.federated import ALGORITHMS
+from scripts import RESULTS, results_scripts
 
-RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
-NAMES = ("numbers", "page", "study", "pool")
-Scripts = dict[str, ModuleType]
+numbers, page, algorithm_study, pool = results_scripts(
+    "algorithm_numbers", "algorithm_page", "algorithm_study", "algorithm_pool"
+)
 SLEEPER = """
 import os, sys, time
 from pathlib import Path
@@ -47,14 +44,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[Scripts]:
-    """The scripts, as Python finds them when the command is started."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(RESULTS))
-        yield {name: importlib.import_module(f"algorithm_{name}") for name in NAMES}
-
-
 def studies(
     rng: np.random.Generator, seeds: int, of_seeds: float, of_images: float, images: int = 40
 ) -> list[np.ndarray]:
@@ -64,41 +53,9 @@ def studies(
     ]
 
 
-def coverage(interval: Callable, of_seeds: float, of_images: float, seeds: int) -> float:
-    rng, repeats, covered = np.random.default_rng(5), 600, 0
-    for _ in range(repeats):
-        low, high = interval(studies(rng, seeds, of_seeds, of_images))
-        covered += low <= 1.0 <= high
-    return covered / repeats
-
-
-def images_as_repetitions(differences: list[np.ndarray]) -> tuple[float, float]:
-    """The mistake: all images of all seeds as if each were a study of its own."""
-    values = np.concatenate(differences)
-    reach = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return values.mean() - reach, values.mean() + reach
-
-
 @pytest.mark.statistical
-def test_intervals_cover_where_trainings_or_images_differ(
-    scripts: Scripts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # p takes most of the time, and is not looked at.
-    monkeypatch.setattr(scripts["numbers"], "_largest_error", lambda *_: 1.0)
-
-    def ours(differences: list[np.ndarray]) -> tuple[float, float]:
-        found = scripts["numbers"].paired(differences)
-        return found.low, found.high
-
-    for seeds in (3, 5):
-        assert 0.925 < coverage(ours, 1.0, 1.0, seeds) < 0.975
-        assert coverage(images_as_repetitions, 1.0, 1.0, seeds) < 0.5
-    assert coverage(ours, 0.0, 1.0, 3) > 0.93
-
-
-@pytest.mark.statistical
-def test_holm_is_wrong_about_any_of_sixteen_in_at_most_five_percent(scripts: Scripts) -> None:
-    paired, holm = (getattr(scripts["numbers"], name) for name in ("paired", "holm"))
+def test_holm_is_wrong_about_any_of_sixteen_in_at_most_five_percent():
+    paired, holm = numbers.paired, numbers.holm
     rng, repeats = np.random.default_rng(6), 60
     corrected = alone = 0
     for _ in range(repeats):
@@ -113,11 +70,11 @@ def test_holm_is_wrong_about_any_of_sixteen_in_at_most_five_percent(scripts: Scr
     assert alone / repeats > 0.2, "without correction the table would be wrong far too often"
 
 
-def test_interval_is_that_of_students_paired_test(scripts: Scripts) -> None:
+def test_interval_is_that_of_students_paired_test():
     rng = np.random.default_rng(1)
     one = [rng.normal(3.0 * seed, 0.1, 30) for seed in range(4)]
     base = [values - rng.normal(0.5 * seed, 0.1, 30) for seed, values in enumerate(one)]
-    found = scripts["numbers"].paired([a - b for a, b in zip(one, base, strict=True)])
+    found = numbers.paired([a - b for a, b in zip(one, base, strict=True)])
     known = stats.ttest_rel([v.mean() for v in one], [v.mean() for v in base])
     interval = known.confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
@@ -125,8 +82,8 @@ def test_interval_is_that_of_students_paired_test(scripts: Scripts) -> None:
     assert found.apart == (found.p < 0.05)
 
 
-def test_equal_shares_are_not_taken_for_certainty(scripts: Scripts) -> None:
-    paired = scripts["numbers"].paired
+def test_equal_shares_are_not_taken_for_certainty():
+    paired = numbers.paired
     differences = [np.repeat([1.0, -1.0, 0.0], [4, 2, 94]) for _ in range(3)]  # all 2 points
     found = paired(differences)
     assert found.low < 0.0 < found.high
@@ -139,15 +96,15 @@ def test_equal_shares_are_not_taken_for_certainty(scripts: Scripts) -> None:
         paired([np.ones(100)])
 
 
-def test_clients_that_differ_do_not_switch_the_floor_off(scripts: Scripts) -> None:
-    observed, paired = (getattr(scripts["numbers"], name) for name in ("Observed", "paired"))
+def test_clients_that_differ_do_not_switch_the_floor_off():
+    observed, paired = numbers.Observed, numbers.paired
     values, owner = np.repeat([0.52, -0.10], 20), np.repeat([0, 1], 20)
     found = paired([observed(values, owner, np.arange(40) + 40 * seed) for seed in range(3)])
     assert found.high - found.estimate >= 1 - 0.025 ** (1 / 40)
 
 
-def test_p_agrees_with_the_interval(scripts: Scripts) -> None:
-    paired = scripts["numbers"].paired
+def test_p_agrees_with_the_interval():
+    paired = numbers.paired
     rng = np.random.default_rng(4)
     for shift in (0.0, 0.2, 0.4):
         differences = [rng.normal(shift, 0.3, 40) for _ in range(4)]
@@ -156,13 +113,13 @@ def test_p_agrees_with_the_interval(scripts: Scripts) -> None:
             assert paired(differences, error).apart == (error > p)
 
 
-def test_holm_on_a_worked_example(scripts: Scripts) -> None:
-    assert scripts["numbers"].holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]
-    assert scripts["numbers"].holm([0.04, 0.001, 0.04]) == [False, True, False]
+def test_holm_on_a_worked_example():
+    assert numbers.holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]
+    assert numbers.holm([0.04, 0.001, 0.04]) == [False, True, False]
 
 
-def test_all_runs_are_made_once_and_fine_tuning_after_its_base(scripts: Scripts) -> None:
-    study = scripts["study"]
+def test_all_runs_are_made_once_and_fine_tuning_after_its_base():
+    study = algorithm_study
     wanted = study.studies()
     jobs = study.jobs(wanted)
     flat = [one for job in jobs for one in job]
@@ -176,10 +133,10 @@ def test_all_runs_are_made_once_and_fine_tuning_after_its_base(scripts: Scripts)
     assert flat[-1].seed == study.SEEDS[-1]
 
 
-def write(runs: Path, scripts: Scripts, qualities: dict[str, float], seed: int) -> None:
+def write(runs: Path, qualities: dict[str, float], seed: int) -> None:
     """Runs of one seed on the same images, with the spec that the table wants."""
     for number, (algorithm, quality) in enumerate(qualities.items()):
-        study = scripts["study"].Study("rotation", algorithm, "uniform", seed)
+        study = algorithm_study.Study("rotation", algorithm, "uniform", seed)
         certificates = factory.make_certificates(quality, images=10, seed=100 * seed + number)
         facts = factory.make_manifest(algorithm, ALGORITHMS.rows[algorithm].label) | {
             "spec_hash": study.spec().hash()
@@ -191,14 +148,14 @@ def write(runs: Path, scripts: Scripts, qualities: dict[str, float], seed: int) 
 QUALITIES = {"local": 0.5, "fedavg": 0.8, "fedprox": 0.8}
 
 
-def table(scripts: Scripts, runs: Path):
-    return scripts["numbers"].section(runs, "rotation", "uniform", (1, 2, 3, 4), tuple(QUALITIES))
+def table(runs: Path):
+    return numbers.section(runs, "rotation", "uniform", (1, 2, 3, 4), tuple(QUALITIES))
 
 
-def test_a_planted_difference_is_shown_and_no_other(scripts: Scripts, tmp_path: Path) -> None:
+def test_a_planted_difference_is_shown_and_no_other(tmp_path):
     for seed in (1, 2, 3):
-        write(tmp_path, scripts, QUALITIES, seed)
-    found = table(scripts, tmp_path)
+        write(tmp_path, QUALITIES, seed)
+    found = table(tmp_path)
     rows = {row.algorithm: row for row in found.rows}
     assert found.seeds == (1, 2, 3)
     assert rows["local"].acr_shown
@@ -216,32 +173,32 @@ def test_a_planted_difference_is_shown_and_no_other(scripts: Scripts, tmp_path: 
                 value(a) - value(b) for a, b in zip(row.runs, rows["fedavg"].runs, strict=True)
             ]
             assert paired.estimate == pytest.approx(np.mean(apart), abs=1e-12)
-    words = scripts["page"].verdict(found)
+    words = page.verdict(found)
     assert "shown after correction, below: Local;" in words
     assert "no difference shown: FedProx." in words
-    lines = "\n".join(scripts["page"].section_lines(found))
+    lines = "\n".join(page.section_lines(found))
     assert lines.count("**") == 4
     assert "Training seeds: 1, 2, 3" in lines
 
 
-def test_a_seed_counts_when_all_its_runs_are_there(scripts: Scripts, tmp_path: Path) -> None:
-    assert table(scripts, tmp_path).rows == ()
-    write(tmp_path, scripts, QUALITIES, 1)
-    alone = table(scripts, tmp_path)
+def test_a_seed_counts_when_all_its_runs_are_there(tmp_path):
+    assert table(tmp_path).rows == ()
+    write(tmp_path, QUALITIES, 1)
+    alone = table(tmp_path)
     assert {row.acr for row in alone.rows} == {None}
-    assert "too few seeds" in scripts["page"].verdict(alone)
-    write(tmp_path, scripts, {"local": 0.5, "fedavg": 0.8}, 2)
-    assert table(scripts, tmp_path).seeds == (1,)
-    write(tmp_path, scripts, QUALITIES, 2)
-    assert table(scripts, tmp_path).seeds == (1, 2)
+    assert "too few seeds" in page.verdict(alone)
+    write(tmp_path, {"local": 0.5, "fedavg": 0.8}, 2)
+    assert table(tmp_path).seeds == (1,)
+    write(tmp_path, QUALITIES, 2)
+    assert table(tmp_path).seeds == (1, 2)
 
 
-def test_other_studies_and_other_images_are_refused(scripts: Scripts, tmp_path: Path) -> None:
-    write(tmp_path, scripts, QUALITIES, 1)
+def test_other_studies_and_other_images_are_refused(tmp_path):
+    write(tmp_path, QUALITIES, 1)
     mark = tmp_path / "local-uniform-1" / "run.json"
     mark.write_text(mark.read_text().replace('"spec_hash": "', '"spec_hash": "0'))
     with pytest.raises(StoreMismatch):
-        table(scripts, tmp_path)
+        table(tmp_path)
     one = factory.make_run(factory.make_certificates(0.8, images=10))
     part = one.certificates
     fewer = dataclasses.replace(one, certificates=factory.make_certificates(0.8, 9, 10))
@@ -250,14 +207,14 @@ def test_other_studies_and_other_images_are_refused(scripts: Scripts, tmp_path: 
     )
     for other in (fewer, shifted):
         with pytest.raises(StoreMismatch):
-            scripts["numbers"].differences(one, other, 0.1)
+            numbers.differences(one, other, 0.1)
 
 
-def test_random_spread_is_that_of_equal_clients(scripts: Scripts) -> None:
+def test_random_spread_is_that_of_equal_clients():
     rng = np.random.default_rng(3)
     owner = np.repeat(np.arange(10), 10)
     equal = [rng.normal(size=100) for _ in range(20)]
-    chance = scripts["numbers"].chance_spread
+    chance = numbers.chance_spread
     seen = np.mean([np.ptp(values.reshape(10, 10).mean(axis=1)) for values in equal])
     expected = np.mean([chance(values, owner, 0) for values in equal])
     assert seen == pytest.approx(expected, rel=0.12)
@@ -265,22 +222,22 @@ def test_random_spread_is_that_of_equal_clients(scripts: Scripts) -> None:
     assert chance(apart, owner, 0) < 0.7 * np.ptp(apart.reshape(10, 10).mean(axis=1))
 
 
-def test_differences_are_rounded_outward(scripts: Scripts) -> None:
-    found = scripts["numbers"].Paired(0.1234, 0.1191, 0.1291, 0.001)
-    cell = scripts["page"].difference_cell
+def test_differences_are_rounded_outward():
+    found = numbers.Paired(0.1234, 0.1191, 0.1291, 0.001)
+    cell = page.difference_cell
     assert cell(found, False, 100.0, 1) == "+12.3 (+11.9 to +13.0)"
     assert cell(found, True, 1.0, 2) == "**+0.12 (+0.11 to +0.13)**"
     assert cell(None, False, 1.0, 2) == "-"
 
 
-def test_a_failed_job_is_reported_and_the_others_are_done(scripts: Scripts) -> None:
+def test_a_failed_job_is_reported_and_the_others_are_done():
     reported: list[str] = []
-    failures = scripts["pool"].run_jobs([1, 2, 0, 4], 1, math.log, reported.append)
+    failures = pool.run_jobs([1, 2, 0, 4], 1, math.log, reported.append)
     assert failures == ["0 FAILED: ValueError: math domain error"]
     assert len(reported) == 4
 
 
-def test_the_page_is_linked_by_its_heading() -> None:
+def test_the_page_is_linked_by_its_heading():
     heading = (RESULTS / "algorithms.md").read_text().splitlines()[0].removeprefix("# ")
     assert f"[{heading}](algorithms.md)" in (RESULTS / "README.md").read_text()
     assert f'"algorithms.md": "{heading}"' in (RESULTS / "figures.py").read_text()
@@ -303,10 +260,9 @@ def until(reached: Callable[[], bool], seconds: float = 180.0) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 @pytest.mark.parametrize(
-    ("ended", "code"),
-    [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)],
+    ("ended", "code"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)]
 )
-def test_no_process_outlives_the_command(tmp_path: Path, ended: int, code: int) -> None:
+def test_no_process_outlives_the_command(tmp_path, ended, code):
     (tmp_path / "sleeper.py").write_text(SLEEPER)
     starter = tmp_path / "starter.py"
     starter.write_text(STARTER.format(results=str(RESULTS), folder=str(tmp_path)))

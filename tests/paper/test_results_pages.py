@@ -1,15 +1,11 @@
 """docs/results/figures.py: pages out of a study whose numbers and effects are known."""
 
-from __future__ import annotations
-
-import importlib
 import io
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,21 +18,14 @@ from certifl.paper.figures import FIGURES
 from certifl.report import load_run
 from certifl.report.summary import client_acr, client_curves, largest_radius
 from certifl.report.wording import scales
+from scripts import RESULTS, results_scripts
 
-RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+paging, study_numbers, figures, verdicts = results_scripts(
+    "paging", "study_numbers", "figures", "verdicts"
+)
 REGIMES = (("Local", factory.LOCAL, 0.3), ("FedAvg", factory.FEDAVG, 0.6))
 SETTINGS = [(p, n) for p in (factory.ROTATION, factory.LARGE_ROTATION) for n in (4, 10)]
-Scripts = dict[str, ModuleType]
 COMMAND = "/opt/bin/certifl reproduce figure1 --data-dir /home/me/data --out /tmp/study"
-
-
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[Scripts]:
-    """The script and what it imports, as Python finds them when it is started."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(RESULTS))
-        names = ("paging", "study_numbers", "figures", "verdicts")
-        yield {name: importlib.import_module(name) for name in names}
 
 
 def round_line(number: int, seconds: float) -> str:
@@ -88,26 +77,23 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(study: Path, scripts: Scripts, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    into = tmp_path_factory.mktemp("pages")
-    start(scripts, study, into)
+def made(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return start(study, tmp_path_factory.mktemp("pages"))
+
+
+def start(study: Path, into: Path) -> Path:
+    words = ["figures.py", str(study), "--into", str(into), "--commit", "c0ffee"]
+    with mock.patch("sys.argv", words):
+        figures.main()
     return into
 
 
-def start(scripts: Scripts, study: Path, into: Path) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        words = ["figures.py", str(study), "--into", str(into), "--commit", "c0ffee"]
-        patch.setattr("sys.argv", words)
-        scripts["figures"].main()
-
-
 def cells(page: str, heading: str) -> list[list[str]]:
-    """The rows of the first table below a heading."""
     table = page.split(heading, 1)[1].split("\n\n")[1]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
-def test_the_numbers_are_those_of_the_runs(study: Path, made: Path) -> None:
+def test_the_numbers_are_those_of_the_runs(study, made):
     page = (made / "figure1.md").read_text()
     index = json.loads((study / "figure1/figure.json").read_text())
     rows = cells(page, "### cifar10, 4 clients, rotation, σ = 18°")
@@ -127,7 +113,7 @@ def test_the_numbers_are_those_of_the_runs(study: Path, made: Path) -> None:
         )
 
 
-def test_a_planted_effect_is_reported_and_undecided_ones_are_called_that(made: Path) -> None:
+def test_a_planted_effect_is_reported_and_undecided_ones_are_called_that(made):
     page = (made / "figure1.md").read_text()
     paper, _, rest = page.partition("## What is seen here")
     assert f"\n\n{FIGURES['figure1'].says}\n\n- 4.1 (i): " in paper
@@ -145,8 +131,8 @@ def test_a_planted_effect_is_reported_and_undecided_ones_are_called_that(made: P
     assert "4.1 (iii): not tested" in words
 
 
-def test_time_is_counted_once(study: Path, scripts: Scripts) -> None:
-    cost = scripts["study_numbers"].cost_of(study.glob("runs/*"))
+def test_time_is_counted_once(study):
+    cost = study_numbers.cost_of(study.glob("runs/*"))
     assert (cost.runs, cost.trainings, cost.votes) == (8, 4, 8000)
     # Four first rounds of 100 to 103 s, each in two runs, and four second rounds of 8, 10, 12, 14.
     assert cost.training == pytest.approx(100 + 101 + 102 + 103 + 8 + 10 + 12 + 14)
@@ -155,14 +141,14 @@ def test_time_is_counted_once(study: Path, scripts: Scripts) -> None:
     assert cost.wall == 8 * 60 + 30
 
 
-def test_pauses_between_runs_are_not_counted(scripts: Scripts) -> None:
-    union = scripts["study_numbers"]._union
+def test_pauses_between_runs_are_not_counted():
+    union = study_numbers._union
     spans = [("10:00", "10:05"), ("10:01", "10:02"), ("10:04", "10:06"), ("11:00", "11:01")]
     stamped = [(f"2026-01-01T{a}:00Z", f"2026-01-01T{b}:00Z") for a, b in reversed(spans)]
     assert union(stamped) == 7 * 60
 
 
-def test_the_index_names_every_claim_and_links_pages_that_exist(made: Path) -> None:
+def test_the_index_names_every_claim_and_links_pages_that_exist(made):
     index = (made / "README.md").read_text()
     rows = cells(index, "## The paper's claims\n\nOf")
     assert [row[0] for row in rows[2:]] == [claim.name for claim in CLAIMS]
@@ -173,7 +159,7 @@ def test_the_index_names_every_claim_and_links_pages_that_exist(made: Path) -> N
     assert sum(counts) == len(CLAIMS)
 
 
-def test_pages_name_no_folder_of_the_machine(study: Path, made: Path) -> None:
+def test_pages_name_no_folder_of_the_machine(study, made):
     for page in made.glob("*.md"):
         text = page.read_text()
         assert "/home/" not in text
@@ -184,27 +170,21 @@ def test_pages_name_no_folder_of_the_machine(study: Path, made: Path) -> None:
             assert "c0ffee" in text
 
 
-def test_equal_studies_give_equal_pages(
-    study: Path, made: Path, scripts: Scripts, tmp_path: Path
-) -> None:
-    start(scripts, study, tmp_path)
+def test_equal_studies_give_equal_pages(study, made, tmp_path):
+    start(study, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {
         p.name: p.read_bytes() for p in made.iterdir()
     }
 
 
-def test_a_figure_that_is_not_finished_is_left_out(
-    scripts: Scripts,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_figure_that_is_not_finished_is_left_out(tmp_path, capsys):
     values = factory.spec(factory.LOCAL, clients=4)
     folder = factory.write(tmp_path, factory.run(values, 0.5, images=5), status="running")
     finish(folder, 0, round_line(0, 1.0))
     one = {"run": f"../runs/{folder.name}", "label": "Local"}
     write_figure(tmp_path, "figure6", [{"name": "one", "runs": [one]}])
     with pytest.raises(SystemExit) as ended:
-        start(scripts, tmp_path, tmp_path / "pages")  # no run is finished at all
+        start(tmp_path, tmp_path / "pages")  # no run is finished at all
     assert ended.value.code == 2
     said = capsys.readouterr()
     assert "figure6 is left out" in said.out
@@ -212,23 +192,23 @@ def test_a_figure_that_is_not_finished_is_left_out(
     assert not (tmp_path / "pages").exists()
 
 
-def test_pictures_are_light(scripts: Scripts, tmp_path: Path) -> None:
+def test_pictures_are_light(tmp_path):
     pixels = np.random.default_rng(1).integers(0, 255, (120, 180, 3), dtype=np.uint8)
     noise = io.BytesIO()
     Image.fromarray(pixels).save(noise, "PNG")
-    scripts["paging"].picture(noise.getvalue(), tmp_path / "light.png", most_bytes=12_000)
+    paging.picture(noise.getvalue(), tmp_path / "light.png", most_bytes=12_000)
     assert (tmp_path / "light.png").stat().st_size <= 12_000
     with Image.open(io.BytesIO((tmp_path / "light.png").read_bytes())) as light:
         assert light.width / light.height == pytest.approx(1.5, abs=0.03)
         assert light.width < 180
 
 
-def test_durations(scripts: Scripts) -> None:
-    texts = [scripts["paging"].duration(s) for s in (0.4, 89, 91, 3569, 3600, 7500)]
+def test_durations():
+    texts = [paging.duration(s) for s in (0.4, 89, 91, 3569, 3600, 7500)]
     assert texts == ["0 s", "89 s", "2 min", "59 min", "1 h 00 min", "2 h 05 min"]
 
 
-def test_the_committed_pages_are_whole() -> None:
+def test_the_committed_pages_are_whole():
     """Links lead somewhere, pictures are light, and every page says what made it."""
     pages = sorted(RESULTS.glob("*.md"))
     assert {"README.md", "figure1.md", "algorithms.md"} <= {page.name for page in pages}
@@ -241,9 +221,8 @@ def test_the_committed_pages_are_whole() -> None:
         assert picture.stat().st_size < 300_000, picture.name
 
 
-def test_a_claim_is_only_so_far_supported_while_its_figures_are_missing(scripts: Scripts) -> None:
+def test_a_claim_is_only_so_far_supported_while_its_figures_are_missing():
     report = check_runs(factory.pair(0.2, 0.7), draws=200)
-    verdicts = scripts["verdicts"]
     whole, partly = (verdicts.paper_page(report, missing) for missing in ([], ["figure6"]))
     row = r"\| 4\.1 \(ii\) \| .* \| {} \|"
     assert re.search(row.format(r"\*\*yes\*\*"), whole)

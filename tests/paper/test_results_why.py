@@ -1,16 +1,10 @@
 """docs/results/regime.py and mixture.py: pages that explain, from runs with planted effects."""
 
-from __future__ import annotations
-
 import dataclasses
-import importlib
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
-import pytest
 from PIL import Image
 
 import claims_factory as factory
@@ -18,15 +12,9 @@ from certifl.paper.figures import FEDAVG, LOCAL, MATCHED, MIXTURES, Setting
 from certifl.paper.scales import scale_named
 from certifl.report.figures import image_bytes
 from certifl.spec import Spec
+from scripts import results_scripts
 
-RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
-
-
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[dict[str, ModuleType]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(RESULTS))
-        yield {name: importlib.import_module(name) for name in ("regime", "mixture")}
+regime, mixture = results_scripts("regime", "mixture")
 
 
 def plant(folder: Path, spec: Spec, acr: float, fit: float, images: int = 1000) -> None:
@@ -41,18 +29,12 @@ def plant(folder: Path, spec: Spec, acr: float, fit: float, images: int = 1000) 
     record = json.loads((written / "run.json").read_text())
     record["data"]["train_images"] = images * clients
     (written / "run.json").write_text(json.dumps(record))
-    entry = {
-        "round": 0,
-        "seconds": 1.0,
-        "clients": {str(c): {"accuracy": fit} for c in range(clients)},
-    }
+    own = {str(c): {"accuracy": fit} for c in range(clients)}
+    entry = {"round": 0, "seconds": 1.0, "clients": own}
     (written / "history.jsonl").write_text(json.dumps(entry) + "\n")
 
 
-def test_the_regime_page_has_a_row_for_every_finished_pair(
-    scripts: dict[str, ModuleType], tmp_path: Path
-) -> None:
-    regime = scripts["regime"]
+def test_the_regime_page_has_a_row_for_every_finished_pair(tmp_path):
     few, many = regime.CELLS[0], regime.CELLS[-2]
     for cell, ahead in ((few, 0.2), (many, 0.0)):
         for kind, acr in ((FEDAVG, 0.3 + ahead), (LOCAL, 0.3)):
@@ -61,10 +43,8 @@ def test_the_regime_page_has_a_row_for_every_finished_pair(
     scale = scale_named("overnight")
     plant(tmp_path, scale.spec(Setting("cifar10", 4, "rotation", "0.1pi"), FEDAVG), 0.4, 0.5)
     found = regime.pairs(tmp_path)  # Figure 1 lacks its training alone
-    assert [(pair.clients, pair.images, pair.epochs) for pair in found] == [
-        (10, 250, 16),
-        (10, 2500, 16),
-    ]
+    cells = [(pair.clients, pair.images, pair.epochs) for pair in found]
+    assert cells == [(10, 250, 16), (10, 2500, 16)]
     estimate, low, high = found[0].interval
     assert 15 < low < estimate < high < 25
     assert abs(found[1].interval[0]) < 5
@@ -76,10 +56,8 @@ def test_the_regime_page_has_a_row_for_every_finished_pair(
     assert drawn.width > 1000
 
 
-def test_the_mixture_page_separates_the_steps_from_the_pull(
-    scripts: dict[str, ModuleType], tmp_path: Path
-) -> None:
-    mixture, scale = scripts["mixture"], scale_named("overnight")
+def test_the_mixture_page_separates_the_steps_from_the_pull(tmp_path):
+    scale = scale_named("overnight")
     setting = Setting("cifar10", 10, "rotation", "0.1pi")
     assert mixture.panels(tmp_path) == []
     for kind in dict.fromkeys((*MIXTURES, *MATCHED)):

@@ -1,7 +1,5 @@
 """Parallel runs of a study: the same results, no process left behind, failures reported."""
 
-from __future__ import annotations
-
 import dataclasses
 import multiprocessing
 import signal
@@ -29,8 +27,6 @@ REGIMES = (Regime("Local", "local"), Regime("FedAvg", "fedavg"))
 TUNED = Regime("Personalized", "personalized")
 STUDY = {"study": Figure("Study", ((Panel("curves", SETTINGS, (*REGIMES, TUNED)),),))}
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 
 def options(out: Path) -> Options:
     return Options(out, device="cpu", explore=False)
@@ -42,7 +38,7 @@ def study(out: Path) -> Plan:
 
 def test_helpers_do_the_whole_study_with_the_same_results(tmp_path):
     alone, together = study(tmp_path / "alone"), study(tmp_path / "together")
-    compute(alone.jobs, options(alone.out), [])
+    compute(alone.jobs, options(alone.out))
     before = torch.get_num_threads()
     with helped(together.jobs, options(together.out), 3):
         assert len(multiprocessing.active_children()) == 2
@@ -74,19 +70,15 @@ def test_leaving_early_ends_the_helpers_and_loses_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         leave()
     assert not multiprocessing.active_children()
-    compute(plan.jobs, options(tmp_path), [])
+    compute(plan.jobs, options(tmp_path))
     assert all(job.done() for job in plan.jobs)
 
 
 def test_helpers_end_when_the_command_is_killed(tmp_path):
     psutil = pytest.importorskip("psutil")
     arguments = ("reproduce", "figure1", "--scale", "smoke", "--out", str(tmp_path), "--jobs", "2")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "certifl", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment(),
-    )
+    command, silent = [sys.executable, "-m", "certifl", *arguments], subprocess.DEVNULL
+    process = subprocess.Popen(command, stdout=silent, stderr=silent, env=environment())
     deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("runs/*/spec.toml"))) < 2:
         assert process.poll() is None
@@ -114,14 +106,10 @@ def test_a_failure_of_a_helper_is_reported_by_the_command(tmp_path):
 def test_how_many_by_default(tmp_path, monkeypatch):
     monkeypatch.setattr("certifl.experiments.parallel.cores", lambda: 8)
     plans = {name: dataclasses.replace(study(tmp_path), scale=SCALES[name]) for name in SCALES}
-    assert {
+    found = {
         name: processes_here(None, plan.scale.jobs, "cpu", False) for name, plan in plans.items()
-    } == {
-        "smoke": 1,
-        "laptop": 4,
-        "overnight": 2,
-        "paper": 1,
     }
+    assert found == {"smoke": 1, "laptop": 4, "overnight": 2, "paper": 1}
     assert processes_here(None, plans["laptop"].scale.jobs, "cuda:0", False) == 1
     assert processes_here(None, plans["laptop"].scale.jobs, "cpu", True) == 1
     assert processes_here(3, plans["paper"].scale.jobs, "cuda", False) == 3

@@ -1,7 +1,5 @@
 """A new family is one file and one row: no other file of the package names a family."""
 
-from __future__ import annotations
-
 import re
 import sys
 import types
@@ -11,7 +9,7 @@ import pytest
 import torch
 
 import certifl
-from certifl.certification.certified_sets import sweeps_of
+from certifl.certification.sampling import sweeps_of
 from certifl.perturbations import PERTURBATIONS, family_label, trait
 from certifl.registry import Positive, Row, parameters
 from certifl.report.wording import family_words, scales
@@ -38,7 +36,7 @@ def exposure(monkeypatch: pytest.MonkeyPatch) -> type:
     return module.__dict__["Exposure"]
 
 
-def test_a_file_and_a_row_are_enough(exposure: type) -> None:
+def test_a_file_and_a_row_are_enough(exposure):
     described = {"family": "exposure", "sigma": 0.1}
     spec = with_settings(
         {"data": {"name": "digits"}, "certification": {"perturbation": described, "n": 300}}
@@ -56,7 +54,7 @@ def test_a_file_and_a_row_are_enough(exposure: type) -> None:
     assert trait("exposure", "promise", "").startswith("for every exposure")
 
 
-def test_families_are_named_in_their_files_and_rows_alone() -> None:
+def test_families_are_named_in_their_files_and_rows_alone():
     names = "|".join([*PERTURBATIONS, *(row.attribute for row in PERTURBATIONS.rows.values())])
     quoted = re.compile(rf"""["'`]({names})["'`(]""")
     found = {

@@ -1,7 +1,5 @@
 """Every client its own perturbation, or none: training, certificates, verdicts, report."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
@@ -25,8 +23,8 @@ from certifl.experiments.attack import Options as AttackOptions
 from certifl.experiments.attack import attack_run
 from certifl.experiments.run import Options, run
 from certifl.experiments.verify import verify_run
+from certifl.federated.batches import PerClient, augmentation_of, combine_augmentations
 from certifl.federated.trainer import train
-from certifl.federated.training.batches import PerClient, augmentation_of, combine_augmentations
 from certifl.paper.claims.runs import find_runs
 from certifl.report import figures, load_run, summary_rows, write_figures, write_report
 from certifl.report.figures import Drawing
@@ -35,8 +33,6 @@ from certifl.runs.checkpoints import Checkpoints
 from certifl.runs.folder import RunFolder
 from certifl.study.opened_run import OpenRun
 from own_study import OWN, spec
-
-pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +47,7 @@ def copied(mixed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(mixed, tmp_path / "copy"))
 
 
-# --- training
-
-
-def test_a_client_trains_as_if_all_trained_like_it() -> None:
+def test_a_client_trains_as_if_all_trained_like_it():
     """Oracle: the same client in a federation whose one augmentation is the client's."""
     noises = (tiny_federation.Noise(0.1), tiny_federation.Noise(0.5), None)
     start = certifl.models.state_of(tiny_federation.TinyNet())
@@ -66,7 +59,7 @@ def test_a_client_trains_as_if_all_trained_like_it() -> None:
         assert all(torch.equal(found[name], alone[name]) for name in alone)
 
 
-def test_choices_that_agree_are_one_and_strangers_are_refused() -> None:
+def test_choices_that_agree_are_one_and_strangers_are_refused():
     noise = tiny_federation.Noise()
     assert combine_augmentations([noise, tiny_federation.Noise()]) is noise
     assert combine_augmentations([None, None]) is None
@@ -75,7 +68,7 @@ def test_choices_that_agree_are_one_and_strangers_are_refused() -> None:
         augmentation_of(PerClient((noise, None)), 2)
 
 
-def test_a_checkpoint_belongs_to_the_choices_it_was_trained_with(tmp_path: Path) -> None:
+def test_a_checkpoint_belongs_to_the_choices_it_was_trained_with(tmp_path):
     clients, model = tiny_federation.clients(2), tiny_federation.TinyNet()
     for choices in ((tiny_federation.Noise(), None), (None, tiny_federation.Noise())):
         training = tiny_federation.training(augmentation=PerClient(choices), rounds=1)
@@ -87,34 +80,25 @@ def test_a_checkpoint_belongs_to_the_choices_it_was_trained_with(tmp_path: Path)
                 train(certifl.federated.FedAvg(), model, clients, training, place)
 
 
-# --- certificates
-
-
-def test_each_client_is_certified_as_by_a_direct_call(mixed: Path) -> None:
+def test_each_client_is_certified_as_by_a_direct_call(mixed):
     """Oracle: `certify` with the client's model, images and perturbation."""
     opened = OpenRun(mixed)
     made = opened.spec
     for client in (0, 1):
         own = opened.certificates.of_client(client)
         part = opened.dataset.test.take(own.index)
-        direct = certifl.certify(
-            opened.model(client),
-            to_float(part.images),
-            made.perturbations()[client],
-            labels=part.labels,
-            n=made.certification.n,
-            seed=made.seed,
-        )
+        asked = (opened.model(client), to_float(part.images), made.perturbations()[client])
+        options = {"labels": part.labels, "n": made.certification.n, "seed": made.seed}
+        direct = certifl.certify(*asked, **options)
         for column in ("predicted", "radius", "p_lower", "counts", "looks"):
             assert np.array_equal(getattr(own, column), getattr(direct, column)), column
         assert own.conditions["unit"] == ("radians", "intensity")[client]
         assert own.average_certified_radius() == direct.average_certified_radius()
 
 
-def test_who_certifies_nothing_leaves_plain_predictions(mixed: Path) -> None:
+def test_who_certifies_nothing_leaves_plain_predictions(mixed):
     opened = OpenRun(mixed)
     plain = opened.predictions
-    assert plain is not None
     part = opened.dataset.test.take(plain.index)
     logits = opened.model(2)(to_float(part.images))
     assert plain.clients == [2]
@@ -125,7 +109,7 @@ def test_who_certifies_nothing_leaves_plain_predictions(mixed: Path) -> None:
     assert sorted(set(opened.certificates.client.tolist())) == [0, 1]
 
 
-def test_radii_of_different_meaning_have_no_average(mixed: Path, tmp_path: Path) -> None:
+def test_radii_of_different_meaning_have_no_average(mixed, tmp_path):
     certificates = RunFolder(mixed).load_certificates()
     for average in (
         certificates.average_certified_radius,
@@ -142,7 +126,7 @@ def test_radii_of_different_meaning_have_no_average(mixed: Path, tmp_path: Path)
         assert "perturbations" not in part.conditions
 
 
-def test_files_and_joints_keep_whose_perturbation_is_which(mixed: Path, tmp_path: Path) -> None:
+def test_files_and_joints_keep_whose_perturbation_is_which(mixed, tmp_path):
     certificates = RunFolder(mixed).load_certificates()
     parts = [certificates.of_client(client) for client in (1, 0)]
     again = certifl.Certificates.concatenate(parts)
@@ -156,7 +140,7 @@ def test_files_and_joints_keep_whose_perturbation_is_which(mixed: Path, tmp_path
         certifl.Certificates.concatenate(alone)
 
 
-def test_sigmas_of_one_family_do_have_an_average(mixed: Path) -> None:
+def test_sigmas_of_one_family_do_have_an_average(mixed):
     first = RunFolder(mixed).load_certificates().of_client(0)
     described = {**first.conditions["description"], "sigma": 0.2}
     metadata = {**first.conditions, "sigma": 0.2, "description": described}
@@ -174,7 +158,7 @@ def test_sigmas_of_one_family_do_have_an_average(mixed: Path) -> None:
     ]
 
 
-def test_lost_files_come_back_and_nothing_else_changes(copied: Path) -> None:
+def test_lost_files_come_back_and_nothing_else_changes(copied):
     before = RunFolder(copied)
     certificates, plain = before.load_certificates(), before.load_predictions()
     before.certificates.unlink()
@@ -184,16 +168,13 @@ def test_lost_files_come_back_and_nothing_else_changes(copied: Path) -> None:
     assert again.load_predictions().predicted.tolist() == plain.predicted.tolist()
 
 
-# --- verify
-
-
-def test_an_honest_run_passes(mixed: Path) -> None:
+def test_an_honest_run_passes(mixed):
     assert verify_run(mixed).problems == ()
     assert tiny.cli("verify", mixed).code == 0
 
 
 @pytest.mark.parametrize("client", [0, 1])
-def test_a_planted_radius_is_found_in_either_unit(client: int, copied: Path) -> None:
+def test_a_planted_radius_is_found_in_either_unit(client, copied):
     folder = RunFolder(copied)
     held = folder.load_certificates()
     row = int(np.flatnonzero((held.client == client) & ~held.abstained)[0])
@@ -224,13 +205,13 @@ def _unowned(held: certifl.Certificates) -> certifl.Certificates:
         (lambda held: held.of_client(0), "some clients have no certificates"),
     ],
 )
-def test_a_changed_record_of_who_certifies_what_is_found(harm, says: str, copied: Path) -> None:
+def test_a_changed_record_of_who_certifies_what_is_found(harm, says, copied):
     folder = RunFolder(copied)
     harm(folder.load_certificates()).save(folder.certificates)
     assert any(says in problem for problem in verify_run(copied).problems)
 
 
-def test_plain_predictions_are_checked_too(copied: Path) -> None:
+def test_plain_predictions_are_checked_too(copied):
     folder = RunFolder(copied)
     plain = folder.load_predictions()
     doubled = Predictions.concatenate([plain, plain])
@@ -243,10 +224,7 @@ def test_plain_predictions_are_checked_too(copied: Path) -> None:
     tiny.cli("verify", copied).refused("no plain predictions", code=1)
 
 
-# --- what else reads a run
-
-
-def test_the_report_has_a_panel_for_each_perturbation(copied: Path) -> None:
+def test_the_report_has_a_panel_for_each_perturbation(copied):
     held = RunFolder(copied).load_certificates()
     result = attack_run(copied, AttackOptions(images=2, directions=4))
     assert [(part["family"], part["clients"]) for part in result["perturbations"]] == [
@@ -277,9 +255,7 @@ def test_the_report_has_a_panel_for_each_perturbation(copied: Path) -> None:
     assert len(names) == len(set(names))
 
 
-def test_figures_of_each_perturbation_have_a_folder(
-    mixed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_figures_of_each_perturbation_have_a_folder(mixed, monkeypatch):
     saved: list[tuple[str, str]] = []
 
     def note(_drawn: Drawing, folder: Path, stem: str, _formats: object) -> list[Path]:
@@ -292,9 +268,7 @@ def test_figures_of_each_perturbation_have_a_folder(
     assert saved == [(noise, stem) for noise in ("rotation", "pixel") for stem in stems]
 
 
-def test_rows_are_about_one_perturbation_each(
-    mixed: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_are_about_one_perturbation_each(mixed, capsys):
     rows = summary_rows([mixed])
     held = RunFolder(mixed).load_certificates()
     assert [row["of_clients"] for row in rows] == [[0], [1]]
@@ -308,7 +282,7 @@ def test_rows_are_about_one_perturbation_each(
     assert shown.count("client 2 certifies nothing: plain accuracy") == 1
 
 
-def test_runs_that_certify_otherwise_do_not_stand_side_by_side(mixed: Path) -> None:
+def test_runs_that_certify_otherwise_do_not_stand_side_by_side(mixed):
     results = load_run(mixed)
     swapped = dataclasses.replace(results, certificates=_swapped(results.certificates))
     only = dataclasses.replace(results, certificates=results.certificates.of_client(0))
@@ -319,7 +293,7 @@ def test_runs_that_certify_otherwise_do_not_stand_side_by_side(mixed: Path) -> N
     assert len(by_perturbation([results, results])) == 2
 
 
-def test_claims_leave_such_runs_out(mixed: Path) -> None:
+def test_claims_leave_such_runs_out(mixed):
     with pytest.raises(StoreMismatch, match="different perturbations"):
         find_runs([mixed])
     runs, notes = find_runs([mixed.parent])
@@ -327,7 +301,7 @@ def test_claims_leave_such_runs_out(mixed: Path) -> None:
     assert "mixed was left out" in notes[0]
 
 
-def test_an_attack_takes_the_clients_own_perturbation(copied: Path) -> None:
+def test_an_attack_takes_the_clients_own_perturbation(copied):
     folder = RunFolder(copied)
     held = folder.load_certificates()
     claimed = (held.client == 1) & ~held.abstained
@@ -340,7 +314,7 @@ def test_an_attack_takes_the_clients_own_perturbation(copied: Path) -> None:
         attack_run(copied, AttackOptions(client=2))
 
 
-def test_one_image_is_asked_with_the_clients_own(mixed: Path, tmp_path: Path) -> None:
+def test_one_image_is_asked_with_the_clients_own(mixed, tmp_path):
     picture = tmp_path / "gray.png"
     Image.new("L", (8, 8), 90).save(picture)
     for client, unit in ((0, "radians"), (1, "intensity")):
@@ -348,7 +322,7 @@ def test_one_image_is_asked_with_the_clients_own(mixed: Path, tmp_path: Path) ->
     tiny.cli("predict", picture, "--run", mixed, "--client", "2").refused("certifies nothing")
 
 
-def test_a_plan_counts_votes_of_those_who_certify(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_counts_votes_of_those_who_certify(monkeypatch):
     monkeypatch.setattr(planning, "_SECONDS", 0.01)
     votes = planning.plan(spec()).votes_at_most
     assert votes == 2 * tiny.VALUES["certification"]["images"] * (100 + 200)

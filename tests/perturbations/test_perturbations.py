@@ -1,7 +1,5 @@
 """Every family keeps the promises of `Perturbation`: one row here per member, whatever it is."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import json
@@ -41,8 +39,6 @@ MEMBERS = [family(SIGMA) for family in PERTURBATIONS.values()] + [
 ]
 DEFORMATIONS = [family for family in PERTURBATIONS.values() if issubclass(family, Deformation)]
 each = pytest.mark.parametrize("p", MEMBERS, ids=repr)
-
-# --- what a family is -------------------------------------------------------------------------
 
 
 def test_the_table_of_families():
@@ -102,9 +98,6 @@ def test_the_threat_model_says_what_is_not_covered(p):
         assert "ONE interpolation" in text
         assert "interpolates twice" in text
     assert ("whole-pixel" in text) == (p.family == "translation")
-
-
-# --- sampling ---------------------------------------------------------------------------------
 
 
 @each
@@ -212,9 +205,6 @@ def test_uniform_radii_use_the_width_on_which_noise_is_drawn(sigma, monkeypatch)
     assert UNIFORM.radius(sigma, 1.0, 0.0) <= width
 
 
-# --- applying ---------------------------------------------------------------------------------
-
-
 @each
 def test_zero_parameters_give_the_image_back_exactly(p):
     sizes = [(n, n) for n in range(8, 65)] + [(8, 64), (9, 31), (28, 20), (63, 8), (33, 47)]
@@ -306,9 +296,6 @@ def test_a_gpu_gives_the_same_images(p):
     assert drawn.device.type == "cuda"
 
 
-# --- errors -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("family", "sigma", "says"),
     [
@@ -394,9 +381,6 @@ def test_only_what_has_fields_can_be_described():
 
     with pytest.raises(InputError, match="frozen dataclass"):
         describe(Plain())
-
-
-# What single families do, by their formulas.
 
 
 @pytest.mark.parametrize("size", [(8, 8), (12, 31)])

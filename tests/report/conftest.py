@@ -1,7 +1,5 @@
 """Pages that several files look at, written once per test process."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,6 @@ from report_pages import (
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Four algorithms; all but the last were explored."""
     return study_runs(tmp_path_factory.mktemp("study"))
 
 
@@ -34,7 +31,6 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two perturbations, a panel for each."""
     return own_page(tmp_path_factory.mktemp("own"))
 
 

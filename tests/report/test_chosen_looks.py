@@ -1,7 +1,5 @@
 """Labels, order, colors, size, unit and bands that a user chooses, and the page of one model."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 
@@ -13,7 +11,6 @@ from matplotlib.colors import to_hex
 
 import certifl
 import tiny_study as tiny
-from browser import Windows
 from certifl.errors import InputError
 from certifl.report import FigureStyle, load_runs
 from certifl.report.figures import average_radius_figure, certified_accuracy_figure
@@ -36,10 +33,7 @@ def runs(folders: list[Path]) -> list[RunResults]:
     return load_runs(folders)
 
 
-# Names.
-
-
-def test_names_are_recognized_not_cut_out() -> None:
+def test_names_are_recognized_not_cut_out():
     known = ["FedAvg", "fedavg", "Local", MIXTURE]
     assert assignments(["FedAvg=Global, of all,Local=Alone"], known, "--labels") == {
         "FedAvg": "Global, of all",
@@ -49,11 +43,8 @@ def test_names_are_recognized_not_cut_out() -> None:
         MIXTURE: "λ = 1/2",
         "Local": "a=b",
     }
-    assert listed_names([f"{MIXTURE}, Local", "fedavg"], known, "--order") == [
-        MIXTURE,
-        "Local",
-        "fedavg",
-    ]
+    listed = listed_names([f"{MIXTURE}, Local", "fedavg"], known, "--order")
+    assert listed == [MIXTURE, "Local", "fedavg"]
     for wrong in ("Fed=x", "FedAvg"):
         with pytest.raises(InputError, match=r"--labels .*FedAvg"):
             assignments([wrong], known, "--labels")
@@ -61,7 +52,7 @@ def test_names_are_recognized_not_cut_out() -> None:
         listed_names(["FedAvg,Fed"], known, "--order")
 
 
-def test_rows_are_renamed_ordered_and_colored(runs: list[RunResults]) -> None:
+def test_rows_are_renamed_ordered_and_colored(runs):
     shown = arranged(runs, {"FedAvg": "Global"}, ["mixture", "Global"], {"Global": "black"})
     assert [run.label for run in shown] == [MIXTURE, "Global", "Local", "Personalized"]
     assert [run.color for run in shown] == [None, "#000000", None, None]
@@ -80,34 +71,27 @@ def test_rows_are_renamed_ordered_and_colored(runs: list[RunResults]) -> None:
         (None, None, {"Local": "redd"}, "'redd' is not a color"),
     ],
 )
-def test_what_names_nothing_is_refused(runs, labels, order, colors, says) -> None:
+def test_what_names_nothing_is_refused(runs, labels, order, colors, says):
     with pytest.raises(InputError, match=says):
         arranged(runs, labels, order, colors)
 
 
-def test_a_name_of_several_rows_is_ambiguous() -> None:
+def test_a_name_of_several_rows_is_ambiguous():
     both = [make_run(make_certificates(0.8, 2, 20, seed=s), "fedavg", "FedAvg") for s in (0, 1)]
     loaded = load_runs(both)
     with pytest.raises(InputError, match="could be any of"):
         arranged(loaded, {"fedavg": "x"})
 
 
-def test_seeds_of_one_row_keep_one_label() -> None:
-    loaded = load_runs(
-        [
-            make_run(make_certificates(0.8, 2, 20, seed=s), "fedavg", "FedAvg", seed=s)
-            for s in (0, 1)
-        ]
-    )
+def test_seeds_of_one_row_keep_one_label():
+    made = [make_certificates(0.8, 2, 20, seed=s) for s in (0, 1)]
+    loaded = load_runs([make_run(c, "fedavg", "FedAvg", seed=s) for s, c in enumerate(made)])
     shown = arranged(loaded, {"FedAvg": "Global"})
     assert [run.label for run in shown] == ["Global, seed 0", "Global, seed 1"]
     assert [run.label for run in load_runs(shown)] == ["Global, seed 0", "Global, seed 1"]
 
 
-# Figures.
-
-
-def test_a_figure_for_print_has_its_size_and_no_title(runs: list[RunResults]) -> None:
+def test_a_figure_for_print_has_its_size_and_no_title(runs):
     style = FigureStyle((3.3, 2.2), "radians", bands=False)
     for make in (certified_accuracy_figure, average_radius_figure):
         figure = make(runs, style=style).figure
@@ -122,7 +106,7 @@ def test_a_figure_for_print_has_its_size_and_no_title(runs: list[RunResults]) ->
     assert certified_accuracy_figure(runs, style=style).rows == usual.rows
 
 
-def test_a_unit_that_radii_lack_is_refused(runs: list[RunResults]) -> None:
+def test_a_unit_that_radii_lack_is_refused(runs):
     with pytest.raises(InputError, match="degrees or radians; got 'meters'"):
         certified_accuracy_figure(runs, style=FigureStyle(unit="meters"))
     pixel = [make_run(make_certificates(0.8, 2, 20, PIXEL))]
@@ -134,7 +118,7 @@ def test_a_unit_that_radii_lack_is_refused(runs: list[RunResults]) -> None:
         FigureStyle(formats=("gif",))
 
 
-def test_curves_of_several_calls_share_axes(runs: list[RunResults]) -> None:
+def test_curves_of_several_calls_share_axes(runs):
     _, axes = plt.subplots()
     assert runs[1].plot(axes, label="Global", color="#123456") is axes
     runs[0].certificates.plot(axes, label="Alone")
@@ -151,25 +135,17 @@ def test_curves_of_several_calls_share_axes(runs: list[RunResults]) -> None:
     plt.close("all")
 
 
-def test_several_results_in_one_call(runs: list[RunResults]) -> None:
-    axes = certifl.plot(
-        runs[:2],
-        labels={"fedavg": "Global model"},
-        order=["Global model"],
-        colors={"Local": "black"},
-        size=(3.3, 2.2),
-        bands=False,
-    )
+def test_several_results_in_one_call(runs):
+    names = {"labels": {"fedavg": "Global model"}, "order": ["Global model"]}
+    looks = {"colors": {"Local": "black"}, "size": (3.3, 2.2), "bands": False}
+    axes = certifl.plot(runs[:2], **names, **looks)
     names = [text.get_text() for text in axes.get_legend().get_texts()]
     assert names == ["Global model", "Local"]
     assert tuple(axes.figure.get_size_inches()) == (3.3, 2.2)
     plt.close("all")
 
 
-# The command.
-
-
-def test_the_command_writes_the_figures_of_a_paper(folders: list[Path], tmp_path: Path) -> None:
+def test_the_command_writes_the_figures_of_a_paper(folders, tmp_path):
     page = tmp_path / "page" / "report.html"
     tiny.cli(
         *("report", *folders[:2], "--out", page, "--labels", "FedAvg=Global model"),
@@ -197,15 +173,10 @@ def test_the_command_writes_the_figures_of_a_paper(folders: list[Path], tmp_path
         (("--name", "x"), "file of certificates"),
     ],
 )
-def test_wrong_requests_write_nothing(
-    folders: list[Path], tmp_path: Path, arguments, says
-) -> None:
+def test_wrong_requests_write_nothing(folders, tmp_path, arguments, says):
     out = tmp_path / "report.html"
     tiny.cli("report", folders[0], "--out", out, *arguments).refused(says)
     assert not out.exists()
-
-
-# One model.
 
 
 @pytest.fixture(scope="module")
@@ -217,36 +188,29 @@ def model_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "certificates-report" / "report.html"
 
 
-def test_a_model_has_a_page_without_clients(model_page: Path) -> None:
+def test_a_model_has_a_page_without_clients(model_page):
     text = model_page.read_text()
     visible = text[: text.index('<script type="application/json"')]
     shown = visible[visible.index("<body>") :]
     assert "My model certifies" in shown
     assert "certifl verify" in shown
     for word in (
-        "Algorithm",
-        " algorithm",
-        "client</",
-        "of clients",
-        "over clients",
-        "certifl run",
-        "Training<",
+        *("Algorithm", " algorithm", "client</", "of clients", "over clients"),
+        *("certifl run", "Training<"),
     ):
         assert word not in shown, word
     assert (model_page.parent / "figures" / "curves.pdf").is_file()
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_page_of_a_model_works(model_page: Path, windows: Windows, width: int) -> None:
+def test_the_page_of_a_model_works(model_page, windows, width):
     page = windows(model_page, width)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert page.locator("#curve-chart svg path").count() > 0
     assert page.get_by_role("heading", name="By class").is_visible()
 
 
-def test_certificates_without_labels_or_beside_runs_are_refused(
-    folders: list[Path], tmp_path: Path
-) -> None:
+def test_certificates_without_labels_or_beside_runs_are_refused(folders, tmp_path):
     certificates = make_certificates(0.7, 1, 20)
     object.__setattr__(certificates, "label", np.full(20, -1))
     certificates.save(tmp_path / "bare.parquet")
@@ -254,10 +218,7 @@ def test_certificates_without_labels_or_beside_runs_are_refused(
     tiny.cli("report", tmp_path / "bare.parquet", folders[0]).refused("report it alone")
 
 
-# Classes.
-
-
-def test_classes_that_are_never_certified_are_named() -> None:
+def test_classes_that_are_never_certified_are_named():
     certificates = make_certificates(0.95, 2, 60)
     lost = certificates.label == 3
     for name, value in (("predicted", -1), ("radius", 0.0)):

@@ -6,8 +6,6 @@ lies slightly below 0. Both pages and claims take their intervals from `report.i
 designs are simulated there, all studies at once, and then in studies of runs through both.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
@@ -50,7 +48,6 @@ class Design:
         return (1 - self.losses) * (usual + self.some * self.gain) - 0.9 * self.losses
 
     def draw(self, rng: np.random.Generator, trials: int = TRIALS) -> list[Floats]:
-        """(images, trials) of each client."""
         size, resampled = (self.images, trials), []
         for client in range(self.clients):
             usual = self.gains[client % len(self.gains)] + self.noise * rng.standard_normal(size)
@@ -85,13 +82,13 @@ def too_often(count: int, trials: int = TRIALS, error: float = ERROR / 2) -> boo
 @pytest.mark.statistical
 @pytest.mark.parametrize("seeds", [1, 3])
 @pytest.mark.parametrize("design", [*HIDING, ORDINARY])
-def test_better_is_wrongly_shown_at_the_nominal_rate(design: Design, seeds: int) -> None:
+def test_better_is_wrongly_shown_at_the_nominal_rate(design, seeds):
     assert design is ORDINARY or design.true < 0.0
     assert not too_often(said_better(design, seeds))
 
 
 @pytest.mark.statistical
-def test_intervals_of_ordinary_data_are_no_wider_than_necessary() -> None:
+def test_intervals_of_ordinary_data_are_no_wider_than_necessary():
     low, high = interval_over_seeds(
         [Sample.of(ORDINARY.draw(np.random.default_rng(1)))], ERROR, 1.0
     )
@@ -107,7 +104,7 @@ def pooled(values: Sequence[Floats], scale: float) -> Floats:
 
 
 @pytest.mark.statistical
-def test_a_pooled_median_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pooled_median_would_be_noticed(monkeypatch):
     monkeypatch.setattr(intervals, "_unlike", pooled)
     monkeypatch.setattr(intervals, "ALIKE", 0.05)
     assert too_often(said_better(UNLIKE_CLIENTS, 1))
@@ -115,13 +112,13 @@ def test_a_pooled_median_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.statistical
-def test_five_percent_of_the_scale_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_five_percent_of_the_scale_would_be_noticed(monkeypatch):
     monkeypatch.setattr(intervals, "ALIKE", 0.05)
     assert too_often(said_better(SMALL_GAINS, 1))
     assert too_often(said_better(FEW_GAINS, 1))
 
 
-def test_over_seeds_the_fewest_images_limit_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_over_seeds_the_fewest_images_limit_the_interval(monkeypatch):
     few, many = np.full(12, 0.01), np.r_[np.full(980, 0.01), np.full(20, -0.9)]
     samples = [Sample.of([own] * 4) for own in (few, many, few)]
     least = 1.0 - 0.025 ** (1.0 / 48)
@@ -136,7 +133,7 @@ def test_over_seeds_the_fewest_images_limit_the_interval(monkeypatch: pytest.Mon
     assert reach() < 1e-12
 
 
-def test_images_that_seeds_share_are_not_new_ones() -> None:
+def test_images_that_seeds_share_are_not_new_ones():
     rng = np.random.default_rng(3)
     values = [rng.normal(0.0, 0.5, 50) for _ in range(4)]
     once = interval_over_seeds([Sample.of(values)], ERROR, 1.0)
@@ -150,7 +147,7 @@ def test_images_that_seeds_share_are_not_new_ones() -> None:
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("shared", [False, True])
-def test_trainings_that_scatter_are_covered(shared: bool) -> None:
+def test_trainings_that_scatter_are_covered(shared):
     """Every seed adds something of its own; images are the same for all seeds, or new ones."""
     rng, seeds = np.random.default_rng(5), 4
     common = rng.normal(0.0, 1.0, (4, 30, TRIALS))
@@ -163,8 +160,6 @@ def test_trainings_that_scatter_are_covered(shared: bool) -> None:
     low, high = interval_over_seeds(samples, ERROR, 1.0)
     assert not too_often(int(((low > 0.0) | (high < 0.0)).sum()), error=ERROR)
 
-
-# Through pages and claims ------------------------------------------------------------------------
 
 STUDIES, _BASE = 30, 0.88
 
@@ -216,20 +211,18 @@ def wrongly_better(shown: Shown, seeds: int) -> int:
 @pytest.mark.statistical
 @pytest.mark.parametrize("seeds", [1, 2])
 @pytest.mark.parametrize("shown", [on_a_page, in_claims])
-def test_pages_and_claims_rarely_call_an_algorithm_better_that_is_not(
-    shown: Shown, seeds: int
-) -> None:
+def test_pages_and_claims_rarely_call_an_algorithm_better_that_is_not(shown, seeds):
     assert not too_often(wrongly_better(shown, seeds), STUDIES)
 
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("shown", [on_a_page, in_claims])
-def test_pages_and_claims_rest_on_the_floor(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_and_claims_rest_on_the_floor(shown, monkeypatch):
     monkeypatch.setattr(intervals, "FEWEST_UNLIKE", 0)
     assert too_often(wrongly_better(shown, 1), STUDIES)
 
 
-def test_pages_and_claims_give_the_same_interval() -> None:
+def test_pages_and_claims_give_the_same_interval():
     runs = [
         [template(algorithm, ORDINARY, seed) for seed in range(3)]
         for algorithm in ("fedavg", "local")
@@ -237,7 +230,7 @@ def test_pages_and_claims_give_the_same_interval() -> None:
     assert on_a_page(*runs) == pytest.approx(in_claims(*runs))
 
 
-def test_unsampled_images_of_a_scan_may_have_all_that_it_looks_at() -> None:
+def test_unsampled_images_of_a_scan_may_have_all_that_it_looks_at():
     """A scan goes beyond the radius of unanimous votes; a rare image may lose all of it."""
     scan = {"low": -math.pi, "high": math.pi, "periodic": True, "passes": [500, 500]}
     runs = []

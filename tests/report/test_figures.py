@@ -1,7 +1,5 @@
 """Figures show the stored numbers, equal results give equal files, and nothing global changes."""
 
-from __future__ import annotations
-
 import csv
 import math
 import struct
@@ -137,7 +135,6 @@ def test_names_are_text_and_not_formulas_and_nothing_global_changes():
         assert image_bytes(draw(odd, r"100 $ & \alpha {"), "svg")
     assert dict(mpl.rcParams) == before
     legend = certified_accuracy_figure(odd).figure.axes[0].get_legend()
-    assert legend is not None
     assert [t.get_text() for t in legend.get_texts()] == [run.label for run in odd]
 
 

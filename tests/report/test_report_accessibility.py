@@ -1,9 +1,6 @@
 """axe finds nothing to complain of on any kind of page, in any color scheme and width."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +70,6 @@ def of_a_figure(place: Path) -> Path:
 
 
 def faults(page: Page, options: dict[str, Any], part: str | None = None) -> list[str]:
-    """What axe finds, one line for each element."""
     return [
         f"{rule['help']}: {node['html']}"
         for rule in Axe().run(page, part, options).response["violations"]
@@ -82,7 +78,7 @@ def faults(page: Page, options: dict[str, Any], part: str | None = None) -> list
 
 
 @pytest.mark.parametrize("kind", [everything, curves_only, of_a_figure])
-def test_axe_finds_no_violation(windows, tmp_path: Path, kind: Callable[[Path], Path]) -> None:
+def test_axe_finds_no_violation(windows, tmp_path, kind):
     """Contrast takes most of the time: it is tested where colors may differ."""
     report = kind(tmp_path)
     wide, narrow = windows(report), windows(report, 375)
@@ -105,7 +101,7 @@ def test_axe_finds_no_violation(windows, tmp_path: Path, kind: Callable[[Path], 
                 page.emulate_media(color_scheme="light")
 
 
-def test_axe_would_find_a_planted_fault(windows, tmp_path: Path) -> None:
+def test_axe_would_find_a_planted_fault(windows, tmp_path):
     page = windows(curves_only(tmp_path))
     page.evaluate("document.querySelector('label[for=radius]').remove()")
     page.evaluate("document.querySelector('h1').style.color = 'silver'")

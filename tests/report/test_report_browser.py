@@ -1,7 +1,5 @@
 """The report page in a real browser: drawn, switched, worked by keyboard, in every width."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -151,11 +149,7 @@ def test_without_scripts_the_pictures_are_there(windows, report):
     expect(page.locator(".controls")).to_be_hidden()
 
 
-# Recommendation, units, claims ------------------------------------------------------------------
-
-
 def _recommended(page: Page) -> list[list[str]]:
-    """Cells of the table, row by row."""
     cells = "rows => rows.map(row => [...row.children].map(cell => cell.textContent))"
     return page.locator("#recommendation-table tbody tr").evaluate_all(cells)
 
@@ -207,9 +201,6 @@ def test_radii_as_a_share_of_sigma_and_accuracies_as_shares(page, report):
     page.locator('[data-accuracy="1"]').check()
     assert float(value.inner_text()) == pytest.approx(percents / 100)
     expect(page.locator("#curve-chart svg")).not_to_contain_text("80 %")
-
-
-# The explorer ------------------------------------------------------------------------------------
 
 
 def _says(page: Page, run: int) -> Locator:

@@ -1,7 +1,5 @@
 """Runs whose clients share curves and keep their certificates: one page, and what is verified."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -157,7 +155,7 @@ Change = Callable[[dict[str, Any]], Any]
         (lambda c: c["conditions"].pop("description"), "what it certified is damaged"),
     ],
 )
-def test_an_impossible_curve_is_a_problem(kept: Path, tmp_path: Path, change: Change, says: str):
+def test_an_impossible_curve_is_a_problem(kept, tmp_path, change, says):
     place = tmp_path / "run"
     shutil.copytree(kept, place)
     shared = json.loads((place / "curves.json").read_text())

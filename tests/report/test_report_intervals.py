@@ -1,7 +1,5 @@
 """Intervals of means of few images have their nominal coverage; planted mistakes are noticed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np
@@ -50,7 +48,6 @@ MEANS = {two_radii: 0.65 * (0.75 - 0.70), saturated: 0.96, a_rare_loss: 0.99 * 0
 
 
 def misses(draw: Draw, sizes: tuple[int, ...], trials: int = TRIALS) -> int:
-    """All trials at once, a column each."""
     stream = np.random.default_rng(7)
     sample = Sample.of([draw(stream, (size, trials)) for size in sizes])
     low, high = interval_over_seeds([sample], ERROR, 1.0)
@@ -64,18 +61,18 @@ def too_often(count: int, trials: int = TRIALS, error: float = ERROR) -> bool:
 @pytest.mark.statistical
 @pytest.mark.parametrize("draw", list(MEANS))
 @pytest.mark.parametrize("sizes", [(10,), (30,), (2,) * 10, (10,) * 4, (3, 40, 7)])
-def test_intervals_miss_at_their_nominal_rate(draw: Draw, sizes: tuple[int, ...]) -> None:
+def test_intervals_miss_at_their_nominal_rate(draw, sizes):
     assert not too_often(misses(draw, sizes))
 
 
 @pytest.mark.statistical
-def test_variance_alone_ignores_unsampled_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variance_alone_ignores_unsampled_images(monkeypatch):
     monkeypatch.setattr(intervals, "FEWEST_UNLIKE", 0)
     assert too_often(misses(saturated, (30,)))
 
 
 @pytest.mark.statistical
-def test_last_digits_make_no_image_unlike_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_last_digits_make_no_image_unlike_another(monkeypatch):
     def with_digits(stream: np.random.Generator, shape: tuple[int, int]) -> Floats:
         return a_rare_loss(stream, shape) + stream.uniform(-1e-6, 1e-6, shape)
 
@@ -97,27 +94,25 @@ def differences_shown(studies: int) -> int:
 
 
 @pytest.mark.statistical
-def test_no_client_has_a_shown_difference_where_there_is_none(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_no_client_has_a_shown_difference_where_there_is_none(monkeypatch):
     monkeypatch.setattr(intervals, "FEWEST_UNLIKE", 0)  # the floor alone would hide the mistake
     assert not too_often(differences_shown(40), 40)
     whole = comparing._difference
-    monkeypatch.setattr(
-        comparing,
-        "_difference",
-        lambda at, couple, _, scale, client=None: whole(at, couple, ERROR, scale, client),
-    )
+
+    def careless(at, couple, _, scale, client=None):
+        return whole(at, couple, ERROR, scale, client)
+
+    monkeypatch.setattr(comparing, "_difference", careless)
     assert too_often(differences_shown(40), 40)
 
 
-def test_the_rule_of_three_bounds_what_was_not_sampled() -> None:
+def test_the_rule_of_three_bounds_what_was_not_sampled():
     assert (1 - hidden_share(30, 0.05)) ** 30 == pytest.approx(0.025)
     assert even_images((20, 20, 20)) == pytest.approx(60)
     assert even_images((2, 40)) < 42
 
 
-def test_no_variance_is_no_certainty() -> None:
+def test_no_variance_is_no_certainty():
     low, high = mean_interval([np.full(20, 0.4), np.full(20, 0.4)], 0.05, scale=2.0)
     assert high - 0.4 == pytest.approx(2.0 * hidden_share(40, 0.05))
     assert low == pytest.approx(0.8 - high)
@@ -125,7 +120,7 @@ def test_no_variance_is_no_certainty() -> None:
     assert (high - low) / 2 >= hidden_share(40, ERROR) - 1e-12  # clients that differ
 
 
-def test_one_image_of_a_client_gives_no_interval() -> None:
+def test_one_image_of_a_client_gives_no_interval():
     pair = [make_run(make_certificates(q, 12, 1), label=str(q)) for q in (0.2, 0.99)]
     found = compare(pair).pairs[0, 1]
     assert (found.low, found.high) == (-np.inf, np.inf)

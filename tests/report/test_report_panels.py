@@ -1,7 +1,5 @@
 """Several perturbations on one page: a switch between them, and no unit beside another's."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

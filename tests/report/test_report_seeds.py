@@ -1,17 +1,16 @@
-"""Runs of several seeds on one page: paired within a seed, one row per algorithm and setting."""
-
-from __future__ import annotations
+"""Runs of several seeds on one page, paired within a seed; units and rounding of radii."""
 
 import dataclasses
 import html
 import re
 import tomllib
-from pathlib import Path
 
+import mpmath
 import numpy as np
 import pytest
 import tomli_w
-from test_report_results import DEGREES
+from hypothesis import given
+from hypothesis import strategies as st
 
 from certifl.report import summary_rows, write_report
 from certifl.report.compare import compare
@@ -22,8 +21,10 @@ from certifl.report.page.recommendation import (
 )
 from certifl.report.results import RunResults, by_seed, load_runs
 from certifl.report.summary import client_acr, largest_radius
-from report_factory import make_certificates, make_run
+from certifl.report.wording import RadiusScale, scales
+from report_factory import PIXEL, ROTATION, make_certificates, make_run
 
+DEGREES, RADIANS = scales(ROTATION, 0.31)
 QUALITY = {"local": 0.62, "fedavg": 0.9}
 
 
@@ -36,13 +37,12 @@ def trained(regime: str, seed: int, images: int = 40, **facts: object) -> RunRes
 
 
 def part_of(run: RunResults, images: int, first: int = 0) -> RunResults:
-    """The run with so many images of every client."""
     place = run.certificates.index % 40
     chosen = (place >= first) & (place < first + images)
     return dataclasses.replace(run, certificates=run.certificates.select(chosen))
 
 
-def test_one_row_for_each_algorithm_and_its_mean_over_seeds() -> None:
+def test_one_row_for_each_algorithm_and_its_mean_over_seeds():
     runs = [trained(regime, seed) for regime in QUALITY for seed in (0, 1, 2)]
     rows = by_seed(runs)
     assert [row.label for row in rows] == ["Local", "Fedavg"]
@@ -59,7 +59,7 @@ def test_one_row_for_each_algorithm_and_its_mean_over_seeds() -> None:
     assert labels[:2] == ["Local, seed 0", "Local, seed 1"]
 
 
-def test_a_seed_in_int8_is_another_row() -> None:
+def test_a_seed_in_int8_is_another_row():
     float32, int8 = trained("local", 0), trained("local", 1)
     assert len(by_seed([float32, int8])) == 1
     spec = tomllib.loads(int8.spec)
@@ -68,23 +68,19 @@ def test_a_seed_in_int8_is_another_row() -> None:
     assert [[run.seed for run in row.runs] for row in by_seed([float32, int8])] == [[0], [1]]
 
 
-def test_images_that_two_seeds_share_by_chance_do_not_matter() -> None:
+def test_images_that_two_seeds_share_by_chance_do_not_matter():
     """Seeds that test other images: the intersection of all runs would be next to nothing."""
     runs = [trained(regime, seed) for regime in QUALITY for seed in (0, 1)]
-    shifted = [
-        dataclasses.replace(
-            run,
-            certificates=dataclasses.replace(
-                run.certificates, index=run.certificates.index - 9_841 * (run.seed or 0)
-            ),
-        )
-        for run in runs
-    ]
+    shifted = []
+    for run in runs:
+        index = run.certificates.index - 9_841 * (run.seed or 0)
+        moved = dataclasses.replace(run.certificates, index=index)
+        shifted.append(dataclasses.replace(run, certificates=moved))
     assert compare(by_seed(runs)).pairs[0, 1].images == 320
     assert compare(by_seed(shifted)).pairs[0, 1].images == 320
 
 
-def test_seeds_of_one_algorithm_alone_count_for_it_and_not_for_the_difference() -> None:
+def test_seeds_of_one_algorithm_alone_count_for_it_and_not_for_the_difference():
     runs = [*(trained("local", seed) for seed in (0, 1)), *(trained("fedavg", s) for s in (1, 2))]
     found = compare(by_seed(runs))
     pair = found.pairs[0, 1]
@@ -103,11 +99,11 @@ def without_statement(runs: list[RunResults], why: str) -> None:
     assert all(one.why for one in recommendations(rows, found))
 
 
-def test_no_seed_in_common_states_no_difference() -> None:
+def test_no_seed_in_common_states_no_difference():
     without_statement([trained("local", 0), trained("fedavg", 1)], "no seed in common")
 
 
-def test_a_handful_of_common_images_states_nothing() -> None:
+def test_a_handful_of_common_images_states_nothing():
     local, fedavg = trained("local", 0), trained("fedavg", 0)
     without_statement([local, part_of(fedavg, 2)], "too few images in common (8;")
     least = fedavg.certificates
@@ -117,7 +113,7 @@ def test_a_handful_of_common_images_states_nothing() -> None:
     assert compare([local, part_of(fedavg, 3)]).pairs[0, 1].stated
 
 
-def test_the_page_says_why_and_the_terminal_agrees(bare: None, tmp_path: Path) -> None:
+def test_the_page_says_why_and_the_terminal_agrees(bare, tmp_path):
     runs = [trained("local", 0), part_of(trained("fedavg", 0), 2)]
     page = html.unescape(write_report(runs, tmp_path / "a.html", figures=False).read_text())
     text = re.sub(r"<[^>]+>", " ", re.sub(r"(?s)<(script|style).*?</\1>", "", page))
@@ -135,7 +131,7 @@ def test_the_page_says_why_and_the_terminal_agrees(bare: None, tmp_path: Path) -
         assert f"<b>{row['acr_text']}</b>" in page
 
 
-def test_another_setting_and_a_second_run_of_a_seed_are_rows_of_their_own() -> None:
+def test_another_setting_and_a_second_run_of_a_seed_are_rows_of_their_own():
     spec = "seed = {}\n[training]\nlr = {}\n"
     runs = [
         dataclasses.replace(trained("fedavg", seed, name=f"{lr}"), spec=spec.format(seed, lr))
@@ -148,7 +144,7 @@ def test_another_setting_and_a_second_run_of_a_seed_are_rows_of_their_own() -> N
     assert [[run.seed for run in row.runs] for row in by_seed(again)] == [[0, 1], [0]]
 
 
-def test_no_printed_end_lies_beyond_what_is_possible() -> None:
+def test_no_printed_end_lies_beyond_what_is_possible():
     runs = [trained(regime, seed, 3) for regime in QUALITY for seed in (0, 1)]
     found = compare(by_seed(runs))
     scale = largest_radius(runs)
@@ -160,7 +156,7 @@ def test_no_printed_end_lies_beyond_what_is_possible() -> None:
         assert all(0.0 <= one["low"] <= one["high"] <= 1.0 for one in row["accuracy"])
 
 
-def test_ahead_on_average_beside_no_difference_for_a_client_is_explained() -> None:
+def test_ahead_on_average_beside_no_difference_for_a_client_is_explained():
     runs = by_seed([trained("local", 0, 12), trained("fedavg", 0, 12)])
     found = compare(runs)
     answers = recommendations(runs, found)
@@ -169,3 +165,41 @@ def test_ahead_on_average_beside_no_difference_for_a_client_is_explained() -> No
     words = why_clients_stay_undecided(runs, found, answers) or ""
     assert "Fedavg is ahead of Local on average over all clients" in words
     assert "A client has 12 test images, the average over clients is based on 48" in words
+
+
+@given(st.floats(0.0, 10.0))
+def test_a_shown_radius_never_exceeds_the_stored_one(radius):
+    with mpmath.workdps(60):
+        exact = mpmath.mpf(radius) * 180 / mpmath.pi
+        shown = DEGREES.number(radius)
+        assert mpmath.mpf(shown) <= exact
+        assert exact - mpmath.mpf(shown) < mpmath.mpf(10) ** -DEGREES.digits * 1.001
+    assert float(RADIANS.number(radius)) <= radius
+
+
+@given(st.floats(-10.0, 10.0))
+def test_intervals_are_rounded_outward(value):
+    with mpmath.workdps(60):
+        exact = mpmath.mpf(value) * 180 / mpmath.pi
+        assert mpmath.mpf(DEGREES.down(value)) <= exact <= mpmath.mpf(DEGREES.up(value))
+    assert float(RADIANS.down(value)) <= value <= float(RADIANS.up(value))
+
+
+@given(st.integers(1, 180))
+def test_a_radius_chosen_in_degrees_is_asked_for_in_full(degrees):
+    with mpmath.workdps(60):
+        assert mpmath.mpf(DEGREES.stored(float(degrees))) * 180 / mpmath.pi >= degrees
+
+
+def test_other_families_have_their_own_unit_only():
+    (only,) = scales(PIXEL, 0.9)
+    assert only == RadiusScale("intensity", " intensity", 1.0, 4)
+    assert only.text(0.25) == "0.2500 intensity"
+
+
+def test_zero_and_negative_ends_read_well():
+    assert RADIANS.up(0.0) == "0.0000"
+    assert RADIANS.up(-0.00001) == "0.0000"
+    assert RADIANS.up(-0.5) == "-0.5000"
+    assert RADIANS.down(-0.00001) == "-0.0001"
+    assert RADIANS.up(0.00001) == "0.0001"

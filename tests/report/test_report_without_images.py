@@ -1,7 +1,5 @@
 """Pages of private data: no pixel of a test image is in the file, and the page says so."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re
@@ -13,7 +11,7 @@ import pytest
 from playwright.sync_api import expect
 
 import tiny_study as tiny
-from browser import Windows, tab_to
+from browser import tab_to
 from certifl.report import write_report
 from report_pages import data_of
 
@@ -40,7 +38,6 @@ def pictures_in(page: Path) -> list[bytes]:
 
 
 def strips(run: Path) -> Iterator[str]:
-    """Every picture of a run's exploration, in base64."""
     for image in json.loads((run / "explorer.json").read_text())["images"]:
         yield from (walk["strip"] for walk in image["walks"])
 
@@ -76,7 +73,7 @@ def test_a_rewritten_page_leaves_them_out_again(shifted, page, tmp_path):
     assert len(pictures_in(place)) >= 6
 
 
-def test_the_explorer_works_without_pictures(windows: Windows, page: Path) -> None:
+def test_the_explorer_works_without_pictures(windows, page):
     shown = windows(page, 390)
     explorer = shown.locator("#explorer")
     expect(explorer.locator("canvas")).to_have_count(0)

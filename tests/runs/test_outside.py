@@ -1,7 +1,5 @@
 """What comes from outside: files that are none, too large, too deep; names; folders; the log."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json
@@ -27,8 +25,8 @@ from certifl import PixelNoise
 from certifl import safe_io as outside
 from certifl.certification import Certificates
 from certifl.data import load, read_image
-from certifl.deploy.provision.bundle import Connection
-from certifl.deploy.provision.keys import public_key_bytes
+from certifl.deploy.bundle import Connection
+from certifl.deploy.keys import public_key_bytes
 from certifl.errors import InputError, SpecError, StoreError, StoreMismatch
 from certifl.experiments.run import Options, run
 from certifl.paper import scales as presets
@@ -41,16 +39,8 @@ from certifl.spec import with_settings
 SHORT = ("training.rounds=1", "certification.n=100", "certification.images=2")
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CERTIFL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-# --- files that are none ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "link to a device", "circle"])
-def test_what_is_not_a_file_is_refused_at_once(kind: str, tmp_path: Path) -> None:
+def test_what_is_not_a_file_is_refused_at_once(kind, tmp_path):
     path = tmp_path / "spec.toml"
     if kind == "pipe":
         os.mkfifo(path)
@@ -70,7 +60,7 @@ def test_what_is_not_a_file_is_refused_at_once(kind: str, tmp_path: Path) -> Non
         outside.read_bytes(path)
 
 
-def test_a_pipe_in_place_of_the_lock_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_pipe_in_place_of_the_lock_is_not_waited_for(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     os.mkfifo(folder.path / ".lock")
@@ -83,7 +73,7 @@ def test_a_pipe_in_place_of_the_lock_is_not_waited_for(tmp_path: Path) -> None:
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_link_in_place_of_a_temporary_file_is_not_written_through(tmp_path: Path) -> None:
+def test_a_link_in_place_of_a_temporary_file_is_not_written_through(tmp_path):
     target = tmp_path / "precious"
     target.write_text("mine")
     (tmp_path / f".page.html.{os.getpid()}.tmp").symlink_to(target)
@@ -92,12 +82,9 @@ def test_a_link_in_place_of_a_temporary_file_is_not_written_through(tmp_path: Pa
     assert (tmp_path / "page.html").read_text() == "page"
 
 
-def test_a_name_with_a_nul_character_is_refused() -> None:
+def test_a_name_with_a_nul_character_is_refused():
     with pytest.raises(InputError, match="NUL"):
         outside.read_bytes(Path("a\0b"))
-
-
-# --- texts --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -112,19 +99,19 @@ def test_a_name_with_a_nul_character_is_refused() -> None:
         ("", "not JSON"),
     ],
 )
-def test_json_that_no_program_of_ours_wrote(text: str, why: str) -> None:
+def test_json_that_no_program_of_ours_wrote(text, why):
     with pytest.raises(InputError, match=why):
         outside.parse_json(text)
 
 
-def test_json_of_too_many_containers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_of_too_many_containers(monkeypatch):
     monkeypatch.setattr(outside, "_CONTAINERS", 1000)
     assert len(outside.parse_json("[" + "[]," * 998 + "1]")) == 999
     with pytest.raises(InputError, match="more than 1,000 lists and objects"):
         outside.parse_json("[" + "[]," * 1000 + "1]")
 
 
-def test_brackets_within_texts_are_not_depth() -> None:
+def test_brackets_within_texts_are_not_depth():
     text = json.dumps({"a": "[" * 1000 + '"' + "{" * 1000, "b": [[[1]]]})
     assert outside.parse_json(text) == json.loads(text)
 
@@ -141,34 +128,31 @@ def test_brackets_within_texts_are_not_depth() -> None:
         ("#" * (2 << 20), "bytes"),
     ],
 )
-def test_toml_that_nobody_wrote(text: str, why: str, tmp_path: Path) -> None:
+def test_toml_that_nobody_wrote(text, why, tmp_path):
     (tmp_path / "spec.toml").write_text(text)
     with pytest.raises(SpecError, match=why):
         load_spec(tmp_path / "spec.toml")
 
 
-def test_settings_have_the_same_limits() -> None:
+def test_settings_have_the_same_limits():
     for value in ("[" * 5000, "9" * 5000):
         with pytest.raises(SpecError, match="cannot be taken"):
             with_settings(tiny.VALUES, [f"seed={value}"])
 
 
-def test_what_is_printed_cannot_move_the_cursor(tmp_path: Path) -> None:
+def test_what_is_printed_cannot_move_the_cursor(tmp_path):
     shown = outside.visible("a\x1b[2J\x07\r\u202e\udcff\u00a095\u00a0% é")
     assert shown == "a\\x1b[2J\\x07\\r\\u202e\\udcff\u00a095\u00a0% é"
     outcome = tiny.cli("run", tmp_path / "a\x1b[2J[/bold].toml")
     outcome.refused("a\\x1b[2J[/bold].toml")
 
 
-def test_a_folder_whose_name_is_not_utf_8(tmp_path: Path) -> None:
+def test_a_folder_whose_name_is_not_utf_8(tmp_path):
     place = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
     tiny.cli("verify", place).refused("\\udcff")
 
 
-# --- bombs --------------------------------------------------------------------------------------
-
-
-def test_a_gzip_bomb_is_not_expanded(tmp_path: Path) -> None:
+def test_a_gzip_bomb_is_not_expanded(tmp_path):
     head = bytes((0, 0, 8, 3)) + struct.pack(">III", 2, 8, 8)
     content = gzip.compress(head + bytes(100 << 20), 1)
     for name in ("train-images-idx3", "t10k-images-idx3"):
@@ -196,12 +180,12 @@ def _bomb(path: Path, width: int, height: int) -> Path:
 
 
 @pytest.mark.parametrize("side", [6000, 60_000])
-def test_an_image_that_declares_any_number_of_pixels_is_refused(side: int, tmp_path: Path) -> None:
+def test_an_image_that_declares_any_number_of_pixels_is_refused(side, tmp_path):
     with pytest.raises(InputError, match=r"too large|exceeds limit"):
         read_image(_bomb(tmp_path / "bomb.png", side, side), 1, (8, 8))
 
 
-def test_a_table_that_declares_any_number_of_rows_is_refused(tmp_path: Path) -> None:
+def test_a_table_that_declares_any_number_of_rows_is_refused(tmp_path):
     path = tmp_path / "certificates.parquet"
     part = pa.table({"client": pa.nulls(1 << 24)})
     with pq.ParquetWriter(path, part.schema) as file:
@@ -212,7 +196,7 @@ def test_a_table_that_declares_any_number_of_rows_is_refused(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("to", ["../secret.png", "/etc/hostname", "\0", "link.png", "x" * 5000])
-def test_a_row_of_a_table_reads_no_file_elsewhere(to: str, tmp_path: Path) -> None:
+def test_a_row_of_a_table_reads_no_file_elsewhere(to, tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "secret.png")
     folder = tmp_path / "set"
     folder.mkdir()
@@ -234,12 +218,7 @@ def test_a_row_of_a_table_reads_no_file_elsewhere(to: str, tmp_path: Path) -> No
     assert len(load(str(folder)).train) == 2
 
 
-# --- folders ------------------------------------------------------------------------------------
-
-
-def test_quickstart_refuses_a_folder_that_holds_something_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quickstart_refuses_a_folder_that_holds_something_else(tmp_path, monkeypatch):
     small = {"fedavg": tiny.spec(*SHORT)}
     monkeypatch.setattr(presets, "quickstart", lambda seed: small)
     for names in (("thesis.txt",), ("report.html",), ("figures", "fedavg")):
@@ -254,7 +233,7 @@ def test_quickstart_refuses_a_folder_that_holds_something_else(
     tiny.cli("quickstart", "--out", tmp_path / "file").refused("is a file")
 
 
-def test_the_page_is_written_under_the_lock(tmp_path: Path) -> None:
+def test_the_page_is_written_under_the_lock(tmp_path):
     folder = run(tiny.spec(*SHORT), Options(tmp_path / "run"))
     spec = tmp_path / "run" / "spec.toml"
     with folder.locked():
@@ -277,7 +256,7 @@ def test_the_page_is_written_under_the_lock(tmp_path: Path) -> None:
     assert (in_run.call_count, in_report.call_count) == (1, 1)
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+def test_what_a_killed_process_left_is_removed(tmp_path):
     folder = run(tiny.spec(*SHORT), Options(tmp_path / "run"))
     spec = tmp_path / "run" / "spec.toml"
     folder.report.write_text("page")
@@ -291,7 +270,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "seed = [", "\0", 'name = "another"\n'])
-def test_a_damaged_spec_of_an_unfinished_run_is_restored(content: str, tmp_path: Path) -> None:
+def test_a_damaged_spec_of_an_unfinished_run_is_restored(content, tmp_path):
     study = tiny.spec(*SHORT)
     folder = RunFolder(tmp_path / "run")
     with folder.locked():
@@ -302,10 +281,7 @@ def test_a_damaged_spec_of_an_unfinished_run_is_restored(content: str, tmp_path:
     tiny.cli("verify", folder.path).fine("follow from their votes")
 
 
-# --- the last handler ---------------------------------------------------------------------------
-
-
-def test_what_nobody_foresaw_ends_in_one_line_with_a_log(tmp_path: Path) -> None:
+def test_what_nobody_foresaw_ends_in_one_line_with_a_log(tmp_path):
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a secret\x1b[2J of\nmany lines")
 
@@ -320,14 +296,14 @@ def test_what_nobody_foresaw_ends_in_one_line_with_a_log(tmp_path: Path) -> None
     assert "many lines" in text
 
 
-def test_exhausted_memory_is_reported(tmp_path: Path) -> None:
+def test_exhausted_memory_is_reported(tmp_path):
     (tmp_path / "run.json").write_text("{}")
     with mock.patch("certifl.experiments.verify.verify_run", side_effect=MemoryError):
         tiny.cli("verify", tmp_path).refused("memory ran out", code=1)
 
 
 @pytest.mark.parametrize("way", ["numbers", "deflated", "nested"])
-def test_weights_that_are_none(way: str, tmp_path: Path) -> None:
+def test_weights_that_are_none(way, tmp_path):
     path = tmp_path / "net.pt"
     if way == "numbers":
         torch.save({0: torch.zeros(1), "a": torch.zeros(1)}, path)
@@ -341,7 +317,7 @@ def test_weights_that_are_none(way: str, tmp_path: Path) -> None:
     outcome.refused("names are not in the file" if way == "nested" else "state_dict")
 
 
-def test_a_key_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_key_that_is_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "key.pub")
     with pytest.raises(InputError, match="pipe"):
         public_key_bytes(tmp_path / "key.pub")
@@ -349,7 +325,7 @@ def test_a_key_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sigma", ["1e300", "1e40", "5e-324"])
 @pytest.mark.parametrize("family", ["pixel", "translation", "affine", "dense_flow"])
-def test_a_sigma_that_no_number_can_follow_is_refused_in_the_spec(family: str, sigma: str) -> None:
+def test_a_sigma_that_no_number_can_follow_is_refused_in_the_spec(family, sigma):
     setting = f"certification.perturbation={{family='{family}', sigma={sigma}}}"
     with pytest.raises(SpecError, match="beyond what numbers"):
         with_settings(tiny.VALUES, [setting, "certification.n=100"])
@@ -357,7 +333,7 @@ def test_a_sigma_that_no_number_can_follow_is_refused_in_the_spec(family: str, s
         PixelNoise(10**400)
 
 
-def test_a_checkpoint_of_a_terabyte_of_nothing_is_not_read(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_terabyte_of_nothing_is_not_read(tmp_path):
     folder = run(tiny.spec(*SHORT), Options(tmp_path / "run"))
     newest = max(folder.training.glob("round-*"))
     with (newest / "server.safetensors").open("r+b") as file:
@@ -368,6 +344,6 @@ def test_a_checkpoint_of_a_terabyte_of_nothing_is_not_read(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("port", ["9" * 5000, "²", "0", "65536", ""])
-def test_a_port_that_is_none(port: str) -> None:
+def test_a_port_that_is_none(port):
     with pytest.raises(InputError, match="HOST:PORT"):
         Connection.parse(f"localhost:{port}", True)

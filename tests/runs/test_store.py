@@ -1,7 +1,5 @@
 """Files and run folders: whole or absent, whatever stops the writing."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -28,13 +26,13 @@ from certifl.runs.atomic import (
     write_text,
 )
 from certifl.runs.folder import FINISHED, RunFolder, StoredRun
+from report_factory import blank_certificates
 
 SPEC, HASH = 'name = "x"\n', "abc"
 
 
 @contextlib.contextmanager
 def full_after(size: int) -> Iterator[None]:
-    """No file may grow beyond this many bytes, as on a disk that is full."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -45,21 +43,7 @@ def full_after(size: int) -> Iterator[None]:
 
 def certificates(rows: int = 3) -> Certificates:
     counts = np.full((rows, 4), 25, np.int64)
-    whole, real = np.zeros(rows, np.int64), np.zeros(rows)
-    return Certificates(
-        client=whole,
-        index=np.arange(rows),
-        label=whole,
-        predicted=whole,
-        radius=real,
-        p_lower=real,
-        p_upper=real,
-        counts=counts,
-        selection_counts=counts,
-        looks=whole,
-        level=real,
-        seconds=real,
-    )
+    return blank_certificates(rows, counts=counts, selection_counts=counts)
 
 
 def begun(folder: Path) -> RunFolder:
@@ -69,10 +53,7 @@ def begun(folder: Path) -> RunFolder:
     return place
 
 
-# Single files.
-
-
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_what_is_written_is_read_back(tmp_path):
     place = tmp_path / "new" / "folder"
     write_json(place / "a.json", {"b": 1, "a": [0.1, None]})
     assert read_json(place / "a.json") == {"a": [0.1, None], "b": 1}
@@ -86,13 +67,13 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert sorted(os.listdir(place)) == ["a.json", "a.safetensors", "a.txt"]
 
 
-def test_equal_contents_are_equal_files(tmp_path: Path) -> None:
+def test_equal_contents_are_equal_files(tmp_path):
     for name, values in (("1", {"a": 1, "b": 2}), ("2", {"b": 2, "a": 1})):
         write_json(tmp_path / name, values)
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
 
 
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
     old, new = b"old", bytes(200_000)
     file, tensors = tmp_path / "file", tmp_path / "t.safetensors"
     write_bytes(file, old)
@@ -109,7 +90,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> Non
     assert file.read_bytes() == new
 
 
-def test_places_that_cannot_be_written_or_read(tmp_path: Path) -> None:
+def test_places_that_cannot_be_written_or_read(tmp_path):
     write_text(tmp_path / "file", "x")
     with pytest.raises(StoreError, match="--out"):
         write_text(tmp_path / "file" / "below", "y")
@@ -122,9 +103,7 @@ def test_places_that_cannot_be_written_or_read(tmp_path: Path) -> None:
             load_tensors(tmp_path / name)
 
 
-def test_an_interrupted_write_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     write_text(tmp_path / "file", "old")
 
     def stop(*_: object) -> None:
@@ -138,10 +117,7 @@ def test_an_interrupted_write_leaves_the_old_file(
     assert os.listdir(tmp_path) == ["file"]
 
 
-# Run folders.
-
-
-def test_a_folder_is_begun_gone_on_with_and_finished(tmp_path: Path) -> None:
+def test_a_folder_is_begun_gone_on_with_and_finished(tmp_path):
     folder = begun(tmp_path / "runs" / "one")
     assert folder.exists()
     assert not folder.finished()
@@ -153,7 +129,7 @@ def test_a_folder_is_begun_gone_on_with_and_finished(tmp_path: Path) -> None:
     assert begun(folder.path).manifest()["extra"] == 1
 
 
-def test_only_the_same_spec_goes_on(tmp_path: Path) -> None:
+def test_only_the_same_spec_goes_on(tmp_path):
     folder = begun(tmp_path)
     with pytest.raises(StoreMismatch, match="another study"):
         folder.check("other")
@@ -167,16 +143,14 @@ def test_only_the_same_spec_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("left", [[], [".lock"], [".lock", ".spec.toml.77.tmp"], ["spec.toml"]])
-def test_what_a_kill_leaves_behind_at_the_very_start_is_no_stranger(
-    left: list[str], tmp_path: Path
-) -> None:
+def test_what_a_kill_leaves_behind_at_the_very_start_is_no_stranger(left, tmp_path):
     for name in left:
         (tmp_path / name).write_text("")
     begun(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".lock", "run.json", "spec.toml"]
 
 
-def test_other_files_are_no_place_for_a_run(tmp_path: Path) -> None:
+def test_other_files_are_no_place_for_a_run(tmp_path):
     (tmp_path / "data.csv").write_text("1")
     with pytest.raises(StoreMismatch, match=r"data\.csv"):
         RunFolder(tmp_path).check(HASH)
@@ -184,9 +158,7 @@ def test_other_files_are_no_place_for_a_run(tmp_path: Path) -> None:
         RunFolder(tmp_path).check(HASH, overwrite=True)
 
 
-def test_a_removal_stopped_half_way_leaves_no_run_that_looks_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_removal_stopped_half_way_leaves_no_run_that_looks_finished(tmp_path, monkeypatch):
     folder = begun(tmp_path)
     folder.save(certificates())
     folder.update({"status": FINISHED})
@@ -202,7 +174,7 @@ def test_a_removal_stopped_half_way_leaves_no_run_that_looks_finished(
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"status": "finished"'])
-def test_a_damaged_manifest_is_named_with_what_to_do(content: str, tmp_path: Path) -> None:
+def test_a_damaged_manifest_is_named_with_what_to_do(content, tmp_path):
     folder = begun(tmp_path)
     (tmp_path / "run.json").write_text(content)
     for ask in (folder.manifest, folder.finished, folder.complete, lambda: folder.check(HASH)):
@@ -211,14 +183,14 @@ def test_a_damaged_manifest_is_named_with_what_to_do(content: str, tmp_path: Pat
     folder.check(HASH, overwrite=True)
 
 
-def test_a_missing_entry_is_named(tmp_path: Path) -> None:
+def test_a_missing_entry_is_named(tmp_path):
     with pytest.raises(StoreError, match="'data'"):
         StoredRun(begun(tmp_path).path).entry("data")
     with pytest.raises(StoreError, match="not a run folder"):
         RunFolder(tmp_path / "none").manifest()
 
 
-def test_certificates_of_a_run(tmp_path: Path) -> None:
+def test_certificates_of_a_run(tmp_path):
     folder = begun(tmp_path)
     with pytest.raises(StoreError, match="Repeat the command"):
         folder.load_certificates()
@@ -234,14 +206,11 @@ def test_certificates_of_a_run(tmp_path: Path) -> None:
             folder.load_certificates()
 
 
-def test_history_is_one_line_per_round(tmp_path: Path) -> None:
+def test_history_is_one_line_per_round(tmp_path):
     folder = begun(tmp_path)
     folder.write_history([{"round": 0, "loss": 0.5}, {"round": 1}])
     lines = (tmp_path / "history.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"round": 0, "loss": 0.5}, {"round": 1}]
-
-
-# One process at a time.
 
 
 HOLDER = """
@@ -253,12 +222,11 @@ sys.stdin.read()
 """
 
 
-def test_one_process_at_a_time(tmp_path: Path) -> None:
+def test_one_process_at_a_time(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     command = [sys.executable, "-S", "-c", HOLDER, folder.path / ".lock"]
     with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True) as other:
-        assert other.stdout is not None
         assert other.stdout.readline() == "holding\n"
         with pytest.raises(StoreMismatch, match="Another process is at work"), folder.locked():
             pass

@@ -1,7 +1,5 @@
 """Exact boundaries: the level of every limit, computed and not simulated, and mistakes in it."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 from functools import cache
 from math import comb
@@ -23,7 +21,6 @@ VALUES = (1e-3, 0.01, 0.0624, 0.158655, 0.16, 0.3, 0.449, 0.45, 0.4999, 0.7)
 
 @cache
 def table() -> tuple[np.ndarray, ...]:
-    """The limits of all counts at all looks."""
     made = Limits(LOOKS, LEVELS, EXTRA)
     return tuple(
         made.upper(np.arange(votes + 1), np.full(votes + 1, j)) for j, votes in enumerate(LOOKS)
@@ -48,14 +45,14 @@ def wrong_counts(q: float, made: tuple[np.ndarray, ...] | None = None) -> np.nda
 
 @pytest.mark.parametrize("q", VALUES)
 @pytest.mark.parametrize("shift", [0.0, 1e-12, 1e-3, -1e-3])
-def test_all_limits_hold_at_once_at_the_level_for_any_truth(q: float, shift: float) -> None:
+def test_all_limits_hold_at_once_at_the_level_for_any_truth(q, shift):
     """At a grid point, just beyond one and between two; whatever look an image stops at."""
     truth = q + shift
     for value in {truth, np.nextafter(np.ceil(np.sqrt(truth) * 256) ** 2 / 256**2, 1.0)}:
         assert crossing(wrong_counts(value), value) <= ALPHA
 
 
-def test_the_level_is_used() -> None:
+def test_the_level_is_used():
     """Just beyond a grid point nearly all of it, where the union bound uses two thirds."""
     points = np.array([q for q in Limits(LOOKS, LEVELS, EXTRA).grid if 0.1 < q < 0.5])[::8]
     used = [crossing(wrong_counts(q := np.nextafter(p, 1.0)), q) for p in points]
@@ -64,7 +61,7 @@ def test_the_level_is_used() -> None:
     assert np.mean(separate) < 0.8 * ALPHA
 
 
-def test_limits_increase_with_the_count_and_lie_between_those_of_their_levels() -> None:
+def test_limits_increase_with_the_count_and_lie_between_those_of_their_levels():
     for j, limit in enumerate(table()):
         counts = np.arange(LOOKS[j] + 1)
         assert np.all(np.diff(limit) >= 0)
@@ -74,7 +71,7 @@ def test_limits_increase_with_the_count_and_lie_between_those_of_their_levels() 
     assert np.all(limit <= clopper_pearson_upper(counts, LOOKS[-1], LEVELS[-1]))
 
 
-def test_limits_do_not_depend_on_what_was_asked_before() -> None:
+def test_limits_do_not_depend_on_what_was_asked_before():
     fresh = Limits(LOOKS, LEVELS, EXTRA)
     rng = np.random.default_rng(0)
     for j in rng.permutation(len(LOOKS)):
@@ -100,7 +97,7 @@ def exact_spending(q: Fraction, schedule: tuple[int, ...], bound: np.ndarray) ->
 
 
 @pytest.mark.parametrize("q", [Fraction(1, 64), Fraction(1, 4), Fraction(1, 2), Fraction(7, 8)])
-def test_boundaries_spend_what_was_fixed_and_no_count_more(q: Fraction) -> None:
+def test_boundaries_spend_what_was_fixed_and_no_count_more(q):
     """In exact arithmetic: the next count would spend too much at every look."""
     schedule, levels = (10, 16, 24, 40), (0.01, 0.01, 0.02, 0.06)
     (bound,) = boundaries(np.array([float(q)]), schedule, levels)
@@ -110,7 +107,7 @@ def test_boundaries_spend_what_was_fixed_and_no_count_more(q: Fraction) -> None:
         assert spent <= allowed < more * (1 + Fraction(1, 10**5))
 
 
-def test_windows_lose_nothing_that_matters() -> None:
+def test_windows_lose_nothing_that_matters():
     """With the windows of a large n, against sums over all counts."""
     schedule = looks(20_000, per_doubling=2)
     levels = increments(1e-3, schedule)
@@ -119,7 +116,7 @@ def test_windows_lose_nothing_that_matters() -> None:
         assert 0.9e-3 < crossing(bound, value, schedule) <= 1e-3
 
 
-def test_levels_so_small_that_rounding_matters_are_still_kept() -> None:
+def test_levels_so_small_that_rounding_matters_are_still_kept():
     levels = increments(1e-13, LOOKS)
     (bound,) = boundaries(np.array([0.3]), LOOKS, levels)
     assert 0.3e-13 < crossing(bound, 0.3) <= 1e-13
@@ -128,12 +125,12 @@ def test_levels_so_small_that_rounding_matters_are_still_kept() -> None:
 # Planted mistakes: each must break the level somewhere.
 
 
-def test_a_boundary_that_is_off_by_one_breaks_the_level() -> None:
+def test_a_boundary_that_is_off_by_one_breaks_the_level():
     q = np.nextafter(EXTRA[1], 1.0)
     assert crossing(wrong_counts(q) + 1, q) > ALPHA
 
 
-def test_levels_that_are_not_carried_between_looks_break_the_level() -> None:
+def test_levels_that_are_not_carried_between_looks_break_the_level():
     """Every look spends all that was allowed so far, as if earlier looks had spent nothing."""
     q = EXTRA[1]
     allowed = np.cumsum(LEVELS)
@@ -141,7 +138,7 @@ def test_levels_that_are_not_carried_between_looks_break_the_level() -> None:
     assert crossing(anew, q) > 1.2 * ALPHA
 
 
-def test_increments_used_twice_break_the_level() -> None:
+def test_increments_used_twice_break_the_level():
     """Clopper-Pearson limits at alpha, in place of the last increment, beside the early looks."""
     q = np.nextafter(EXTRA[1], 1.0)
     bound = wrong_counts(q)
@@ -157,7 +154,7 @@ class Careless(Limits):
         self._boundaries[np.searchsorted(self.grid, EXTRA[2])] = np.array(LOOKS)
 
 
-def test_a_boundary_that_is_not_monotone_gives_no_smaller_limit() -> None:
+def test_a_boundary_that_is_not_monotone_gives_no_smaller_limit():
     """All points above have to be crossed, too; a limit that jumps over them breaks the level."""
     made, j, q = Careless(LOOKS, LEVELS, EXTRA), len(LOOKS) - 3, 0.46
     counts = np.arange(LOOKS[j] + 1)

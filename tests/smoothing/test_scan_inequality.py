@@ -1,7 +1,5 @@
 """The scan's inequality, its geometry, and its intervals against a slow twin."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math
@@ -10,8 +8,6 @@ import numpy as np
 import pytest
 
 from certifl.smoothing.scan import BETS, SHARES, Cells, Scan, log_weight, passes_of, read_scan
-
-# --- the inequality
 
 
 def weight(bet: float, x: int, y: int) -> float:
@@ -32,12 +28,12 @@ def simplex(steps: int = 200) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("bet", [*BETS, 1e-6, 0.1, 0.5, 0.999999])
-def test_the_expected_weight_never_exceeds_that_of_the_mean(bet: float) -> None:
+def test_the_expected_weight_never_exceeds_that_of_the_mean(bet):
     a, c = simplex()
     assert np.all(expected_weight(bet, a, c) <= np.exp(bet * (a - c)) * (1 + 1e-12))
 
 
-def test_no_weight_of_pairs_that_differ_could_be_larger() -> None:
+def test_no_weight_of_pairs_that_differ_could_be_larger():
     """As the share of c_A goes to 1 the inequality becomes an equality to first order."""
     for bet, rival in itertools.product((0.1, 0.5, 0.9), (0, -1)):
         a = 1 - 1e-5
@@ -85,28 +81,23 @@ def mean_e_value(shares: list[tuple[float, float]], discrepancy: float, best: bo
         ([(0.8, 0.0), (0.3, 0.1), (0.0, 0.0)], 1.0),
     ],
 )
-def test_the_expectation_is_at_most_one_where_c_a_does_not_lead(
-    shares: list[tuple[float, float]], discrepancy: float
-) -> None:
+def test_the_expectation_is_at_most_one_where_c_a_does_not_lead(shares, discrepancy):
     assert sum(a - b for a, b in shares) <= discrepancy + 1e-12
     assert 0.2 < mean_e_value(shares, discrepancy, best=False) <= 1.0
 
 
-def test_choosing_the_class_from_the_same_votes_breaks_it() -> None:
+def test_choosing_the_class_from_the_same_votes_breaks_it():
     """The planted defect: c_A from the votes of the scan. Hence the selection votes apart."""
     assert mean_e_value([(0.5, 0.5)], 0.0, best=True) > 1.05
 
 
-def test_shares_and_bets_are_fixed_and_spend_no_more_than_one() -> None:
+def test_shares_and_bets_are_fixed_and_spend_no_more_than_one():
     assert math.fsum(SHARES) <= 1.0
     assert np.all((BETS > 0) & (BETS < 1))
     assert len(BETS) == len(SHARES)
 
 
-# --- where votes are cast
-
-
-def test_every_stratum_of_every_pass_gets_two_votes_uniform_in_it() -> None:
+def test_every_stratum_of_every_pass_gets_two_votes_uniform_in_it():
     scan = Scan(0.5, -1.0, 2.0, False, (6, 6, 10))
     v = np.arange(scan.totals[-1])
     low, high = scan.parameters(v, np.zeros(len(v))), scan.parameters(v, np.ones(len(v)))
@@ -120,7 +111,7 @@ def test_every_stratum_of_every_pass_gets_two_votes_uniform_in_it() -> None:
     assert np.allclose(scan.parameters(v, np.full(len(v), 0.25)), 0.75 * low + 0.25 * high)
 
 
-def test_passes_double_the_votes_and_use_them_all() -> None:
+def test_passes_double_the_votes_and_use_them_all():
     turn = 2 * math.pi
     assert passes_of(20_000, 1.0, turn) == (500, 500, 1000, 2000, 6000)
     assert passes_of(1000, 1.0, turn) == (500,)
@@ -152,7 +143,7 @@ def windows_of(scan: Scan) -> list[tuple[float, float, Cells]]:
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_cells_cover_everything_and_carry_the_whole_difference(name: str) -> None:
+def test_cells_cover_everything_and_carry_the_whole_difference(name):
     """Length of what lies in the run or in the window and not in both, in strata."""
     scan = GEOMETRIES[name]
     cells = Cells(scan, len(scan.passes))
@@ -174,7 +165,7 @@ def test_cells_cover_everything_and_carry_the_whole_difference(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_later_passes_never_change_the_runs_of_a_delta(name: str) -> None:
+def test_later_passes_never_change_the_runs_of_a_delta(name):
     """Otherwise E would be no product of fixed factors, and stopping would not be free."""
     scan = GEOMETRIES[name]
     every = [Cells(scan, passes) for passes in range(1, len(scan.passes) + 1)]
@@ -183,9 +174,6 @@ def test_later_passes_never_change_the_runs_of_a_delta(name: str) -> None:
         assert len(set(chosen)) == 1
         second = [c.starts[1][np.searchsorted(c.highs, delta)] for c in every[1:]]
         assert len(set(second)) == 1
-
-
-# --- a slow twin
 
 
 def slow_e_value(scan: Scan, votes: np.ndarray, chosen: int, rival: int, delta: float) -> float:
@@ -212,7 +200,7 @@ def slow_e_value(scan: Scan, votes: np.ndarray, chosen: int, rival: int, delta: 
 @pytest.mark.parametrize("scan", [Scan(0.7, -1.9, 2.4, False, (40, 60)),
                                   Scan(1.0, -math.pi, math.pi, True, (51, 80))])  # fmt: skip
 @pytest.mark.parametrize("seed", range(3))
-def test_intervals_are_those_of_the_definition(scan: Scan, seed: int) -> None:
+def test_intervals_are_those_of_the_definition(scan, seed):
     rng, alpha = np.random.default_rng(seed), 0.05
     edges = np.sort(rng.uniform(-1.6, 2.0, 6))
     t = scan.parameters(np.arange(scan.totals[-1]), rng.random(scan.totals[-1]))

@@ -1,26 +1,26 @@
-"""Specs: read, checked as a whole, written back, hashed."""
-
-from __future__ import annotations
+"""Specs: read, checked as a whole, written back, hashed; perturbations of single clients."""
 
 import math
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import tiny_study as tiny
 from certifl.certification.network import choose_precision
 from certifl.errors import InputError, SpecError
+from certifl.federated.batches import PerClient
 from certifl.paper.scales import REGIMES, quickstart
 from certifl.spec import Spec, load, with_settings
+from certifl.study.setup import label_of
+from own_study import OWN, PIXEL, spec
 
 ROTATION = {"family": "rotation", "sigma": "18deg"}
 SMALL: dict[str, Any] = {"data": {"name": "digits"}, "certification": {"perturbation": ROTATION}}
 
 
-def test_defaults_are_the_papers() -> None:
+def test_defaults_are_the_papers():
     spec = with_settings(SMALL)
     schedule = spec.training.schedule()
     assert (schedule.rounds, schedule.local_epochs, schedule.batch_size) == (45, 2, 64)
@@ -29,7 +29,7 @@ def test_defaults_are_the_papers() -> None:
     assert (wanted.n0, wanted.n, wanted.alpha, wanted.images) == (100, 100_000, 1e-3, 500)
 
 
-def test_sigma_may_be_written_in_degrees_and_is_kept_in_radians() -> None:
+def test_sigma_may_be_written_in_degrees_and_is_kept_in_radians():
     spec = with_settings(SMALL)
     assert spec.perturbation().sigma == pytest.approx(0.1 * math.pi)
     same = with_settings(SMALL, ["certification.perturbation.sigma=0.1pi"])
@@ -37,7 +37,7 @@ def test_sigma_may_be_written_in_degrees_and_is_kept_in_radians() -> None:
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_toml_gives_the_same_spec_back(regime: str, tmp_path: Path) -> None:
+def test_toml_gives_the_same_spec_back(regime, tmp_path):
     spec = quickstart()[regime]
     path = tmp_path / "spec.toml"
     path.write_text(spec.to_toml())
@@ -46,7 +46,7 @@ def test_toml_gives_the_same_spec_back(regime: str, tmp_path: Path) -> None:
     assert again.hash() == spec.hash()
 
 
-def test_settings_override_any_key_and_change_the_hash() -> None:
+def test_settings_override_any_key_and_change_the_hash():
     spec = with_settings(SMALL)
     changed = with_settings(
         SMALL, ["training.lr=0.05", "algorithm={name='mixture', personalization=0.5}", "seed=3"]
@@ -56,7 +56,7 @@ def test_settings_override_any_key_and_change_the_hash() -> None:
     assert with_settings(SMALL, ["name=other"]).hash() == spec.hash()
 
 
-def test_reach_and_keep_are_keys_of_the_spec() -> None:
+def test_reach_and_keep_are_keys_of_the_spec():
     spec = with_settings(SMALL, ["certification.estimator=scan", "certification.reach=0.5"])
     assert spec.certification.settings().reach == 0.5
     assert with_settings(SMALL, ["certification.keep=curve"]).certification.settings().keep
@@ -64,13 +64,13 @@ def test_reach_and_keep_are_keys_of_the_spec() -> None:
         with_settings(SMALL, ["certification.keep=curve", "certification.estimator=runner-up"])
 
 
-def test_a_default_spelled_out_is_the_same_study() -> None:
+def test_a_default_spelled_out_is_the_same_study():
     spelled = {**SMALL, "training": {"rounds": 45}, "augmentation": {"personalized": "same"}}
     assert with_settings(spelled).hash() == with_settings(SMALL).hash()
     assert with_settings(spelled).training_hash() == with_settings(SMALL).training_hash()
 
 
-def test_training_hash_ignores_certification_and_finds_the_base_of_personalized() -> None:
+def test_training_hash_ignores_certification_and_finds_the_base_of_personalized():
     specs = quickstart()
     fedavg, personal = specs["fedavg"], specs["personalized"]
     assert personal.training_hash(of_base=True) == fedavg.training_hash()
@@ -80,12 +80,11 @@ def test_training_hash_ignores_certification_and_finds_the_base_of_personalized(
     assert with_settings(values, ["training.lr=0.5"]).training_hash() != fedavg.training_hash()
 
 
-def test_augmentation_of_personalisation_is_separate() -> None:
+def test_augmentation_of_personalisation_is_separate():
     personal = {"algorithm": {"name": "personalized", "base": {"name": "fedavg"}}}
     nominal = with_settings({**SMALL, **personal, "augmentation": {"personalized": ROTATION}})
     federated, personalized = nominal.augmentations()
     assert federated is None
-    assert personalized is not None
     assert personalized.family == "rotation"
     same = with_settings({**SMALL, **personal, "augmentation": {"federated": ROTATION}})
     assert same.augmentations()[0] == same.augmentations()[1]
@@ -98,6 +97,12 @@ def test_augmentation_of_personalisation_is_separate() -> None:
         (["training.learning_rate=1"], "training.learning_rate: no such key.*lr"),
         (["training.lr=fast"], "training.lr: .*number; got 'fast'"),
         (["training.lr=0"], "training.lr: .*greater than 0"),
+        (["training.lr=inf"], "training.lr: .*finite"),
+        (["training=3"], r"training: .*section \[training\]"),
+        (["training.flip=yes"], "must be true or false"),
+        (["seed=2020-01-01"], "seed: .*whole number"),
+        (["seed=-1"], "seed: .*greater than or equal to 0"),
+        (["data.name="], "data.name"),
         (["training.momentum=1.0"], "training.momentum: .*less than 1"),
         (["training.rounds=2.5"], "training.rounds: .*whole number"),
         (["clients.count=0"], "clients.count: .*greater than or equal to 1"),
@@ -108,12 +113,18 @@ def test_augmentation_of_personalisation_is_separate() -> None:
         ),
         (["model.name=resnet19"], "model: .*choose one of resnet18.*module:function"),
         (["model.options={norm='layer'}"], "model: norm = 'layer' is not allowed.*batch, group"),
+        (["algorithm=fedavg"], 'algorithm.*{ name = "fedavg" }'),
         (["algorithm.name=fedsgd"], "algorithm.*fedsgd.*fedavg"),
         (["algorithm={name='mixture', personalization=2.0}"], "personalization"),
         (["certification.estimator=best"], "certification.*estimator must be one of top-class"),
         (["certification.alpha=0.9"], "alpha"),
         (["certification.perturbation.family=shear"], "certification.perturbation.*shear"),
         (["certification.perturbation.sigma=-1"], "certification.perturbation.*sigma"),
+        (["certification.perturbation.sigma=0.1pu"], "certification.perturbation.*18deg"),
+        (["certification.n=0"], "certification.*n must lie between 1"),
+        (["certification.radii=0.1"], "must be a list"),
+        (["certification.precision=half"], "certification.precision.*bfloat16"),
+        (["privacy.kind=dp"], "must be 'none', 'example' or 'client'"),
         (["certification.perturbation.color=1"], "certification.perturbation.*color"),
         (["certification.perturbation=none"], "certification.perturbation"),
         (["augmentation.personalized=none"], "no effect with 'fedavg'"),
@@ -133,82 +144,90 @@ def test_augmentation_of_personalisation_is_separate() -> None:
         (["seed.deep=1"], "seed.deep|seed"),
     ],
 )
-def test_what_is_wrong_is_named_with_what_is_allowed(settings: list[str], says: str) -> None:
+def test_what_is_wrong_is_named_with_what_is_allowed(settings, says):
     with pytest.raises(SpecError, match=says):
         with_settings(SMALL, settings)
 
 
 @pytest.mark.parametrize("missing", ["data", "certification"])
-def test_required_sections(missing: str) -> None:
+def test_required_sections(missing):
     values = {k: v for k, v in SMALL.items() if k != missing}
     with pytest.raises(SpecError, match=f"{missing}: this key is required"):
         with_settings(values)
 
 
-def test_files_that_are_no_spec(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="no spec at"):
-        load(tmp_path / "none.toml")
-    (tmp_path / "bad.toml").write_text("data = = 3")
-    with pytest.raises(SpecError, match="TOML"):
-        load(tmp_path / "bad.toml")
-
-
-def test_every_key_of_the_example_is_known() -> None:
+def test_every_key_of_the_example_is_known():
     example = Path(__file__).resolve().parents[2] / "examples" / "cifar10_rotation.toml"
     assert isinstance(load(example), Spec)
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-def test_compiled_precisions_are_refused_with_what_to_choose(kind: str) -> None:
+def test_compiled_precisions_are_refused_with_what_to_choose(kind):
     with pytest.raises(SpecError, match=f'removed in 0.2.0: choose "{kind}"'):
         with_settings(SMALL, [f"certification.precision={kind}-compiled"])
     with pytest.raises(InputError, match=f'removed in 0.2.0: choose "{kind}"'):
         choose_precision(f"{kind}-compiled")
 
 
-_REFUSED = """
-import sys
-from certifl.cli import main
-
-path, *wrong = sys.argv[1:]
-for change in wrong:
-    sys.argv = ["certifl", "run", path, "--set", change]
-    try:
-        main()
-    except SystemExit as stop:
-        print(stop.code)
-print(sorted({"torch", "scipy", "pyarrow", "pandas"} & sys.modules.keys()))
-"""
-
-
-def test_wrong_specs_are_refused_without_importing_what_computes(tmp_path: Path) -> None:
-    """torch, scipy and pyarrow take seconds; a wrong key, name or value is refused before."""
-    path = tmp_path / "spec.toml"
-    path.write_text(with_settings(SMALL).to_toml())
-    wrong = {
-        "clients.cuont=3": "clients.cuont",
-        "training.lr=0": "training.lr",
-        "algorithm.name=fedavgg": "fedavg",
-        "clients.split=unifrom": "uniform",
-        "model.name=resnet19": "resnet18",
-        "model.options={norm='layer'}": "norm",
-        "certification.perturbation.family=rotaton": "rotation",
-        "certification.perturbation.sigma=18grad": "sigma",
-        "certification.estimator=best": "estimator",
-        "objective.name=macre": "macer",
-        "aggregation.rule=mode": "median",
-    }
-    command = [sys.executable, "-c", _REFUSED, str(path), *wrong]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [*["2"] * len(wrong), "[]"]
-    for line, word in zip(done.stderr.splitlines(), wrong.values(), strict=True):
-        assert word in line
-
-
-def test_components_of_a_study_are_built_once() -> None:
+def test_components_of_a_study_are_built_once():
     spec = with_settings(SMALL, ["augmentation.federated=own"])
     assert spec.perturbations() is spec.perturbations()
     assert spec.build_algorithm() is spec.build_algorithm()
     assert spec.augmentations()[0] is spec.perturbations()[0]
     assert spec == with_settings(spec.model_dump(exclude_none=True))
     assert "_perturbations" not in spec.model_dump()
+
+
+def test_every_client_gets_its_own_and_toml_gives_it_back():
+    made = spec()
+    rotation, pixel, nothing = made.perturbations()
+    assert (rotation.family, pixel.family, nothing) == ("rotation", "pixel", None)
+    assert made.augmentations()[0] == PerClient((rotation, pixel, None))
+    assert with_settings(tomllib.loads(made.to_toml())) == made
+    assert made.hash() != spec([OWN[1]]).hash()
+    assert label_of(made) == "FedAvg"
+
+
+def test_own_without_exceptions_is_the_common_perturbation():
+    """The same objects train, under the same name: nothing of an older study changes."""
+    plain = spec(None, augmentation={"federated": tiny.ROTATION})
+    short = spec(None)
+    assert short.augmentations() == plain.augmentations()
+    assert short.training_hash() == plain.training_hash()
+    assert "own" not in plain.to_toml()
+
+
+def test_the_training_is_named_by_what_augments_each_client():
+    other = [{"clients": [1], "perturbation": {**PIXEL, "sigma": 0.2}}, OWN[1]]
+    assert spec().training_hash() != spec(other).training_hash()
+    nominal = {"federated": "none"}
+    first, second = (spec(own, augmentation=nominal) for own in (OWN, other))
+    assert first.hash() != second.hash()
+    assert first.training_hash() == second.training_hash()
+    assert label_of(first) == "FedAvg (nominal)"
+
+
+@pytest.mark.parametrize(
+    ("own", "settings", "says"),
+    [
+        ([*OWN, {"clients": [1], "perturbation": "none"}], [], "client 1 twice"),
+        ([{"clients": [3], "perturbation": PIXEL}], [], "names client 3"),
+        ([{"clients": [0, 1, 2], "perturbation": "none"}], [], "no client certifies anything"),
+        ([{"clients": [], "perturbation": PIXEL}], [], "at least 1 item"),
+        ([{"clients": [1], "perturbation": "same"}], [], '"none", or a table'),
+        ([{**OWN[1], "noise": PIXEL}], [], "Allowed here: clients, perturbation, radii, reach"),
+        (OWN, ["certification.radii=[0.1]"], "radii is in radians, but own certifies pixel"),
+        (OWN, ["certification.estimator=scan", "certification.n=300"], "pixel is none"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(own, settings, says):
+    with pytest.raises(SpecError) as refused:
+        spec(own, *settings)
+    assert says in str(refused.value)
+
+
+def test_radii_may_be_given_in_each_unit():
+    own = [{**OWN[0], "radii": [0.05, 0.1]}, OWN[1]]
+    settings = spec(own, "certification.radii=[0.2]").certification.settings
+    assert settings(0).radii == (0.2,)
+    assert settings(1).radii == (0.05, 0.1)

@@ -1,7 +1,5 @@
 """The record of the machine, GPU memory between training and certification, lack of memory."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from typing import Any
@@ -89,10 +87,11 @@ def test_training_is_gone_before_certification_begins(tmp_path, monkeypatch):
         "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory",
         "[Errno 12] Cannot allocate memory",
         "CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
         "GET was unable to find an engine to execute this computation",
     ],
 )
-def test_training_and_voting_know_memory_that_ran_out_by_the_same_words(message: str) -> None:
+def test_training_and_voting_know_memory_that_ran_out_by_the_same_words(message):
     error = RuntimeError(message)
     assert out_of_memory(error)
     assert sampling.out_of_memory is faults.out_of_memory is out_of_memory

@@ -1,7 +1,5 @@
 """Every algorithm with hyper-parameters of its own, and rounds in memory to try them with."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -81,7 +79,6 @@ def one_round(
 def all_rounds(
     algorithm: Algorithm, order: Sequence[int], local: LocalTraining
 ) -> tuple[ServerState, list[ClientState]]:
-    """All rounds in memory, from the initial tiny network."""
     server = algorithm.init(INITIAL)
     states = [ClientState() for _ in order]
     for _ in range(total_rounds(algorithm, local)):
@@ -97,5 +94,4 @@ def in_memory(name: str) -> tuple[LocalTraining, ServerState, list[ClientState]]
 
 
 def deployed(algorithm: Algorithm, server: ServerState, states: Sequence[ClientState]) -> list:
-    """What each client deploys."""
     return [algorithm.deployed(server, state) for state in states]

@@ -21,7 +21,6 @@ PHONE = 500
 
 
 def find_chromium() -> str | None:
-    """Path of a Chromium or Chrome on this machine, or None."""
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     return next((found for found in map(shutil.which, names) if found), None)
 

@@ -5,8 +5,6 @@ on it with probability `accuracy`, and then certifies a share of the largest pos
 that its mean ACR is the planted `acr` of the client, as a share of the largest radius.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json
@@ -18,12 +16,11 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from certifl.certification.certificates import Certificates
 from certifl.paper.claims.catalogue import CLAIMS, ClaimResult, check_runs
 from certifl.paper.claims.runs import StudyRun, read_run
 from certifl.report.results import RunResults
 from certifl.smoothing.laws import LAWS
-from report_factory import make_manifest
+from report_factory import FAMILIES, blank_certificates, make_manifest
 
 ROTATION = {"family": "rotation", "sigma": 0.1 * math.pi}
 LARGE_ROTATION = {"family": "rotation", "sigma": 0.5 * math.pi}
@@ -34,11 +31,6 @@ LARGE_PIXEL = {"family": "pixel", "sigma": 0.5}
 AFFINE = {"family": "affine", "sigma": 0.1}
 SIX = (ROTATION, LARGE_ROTATION, TRANSLATION, LARGE_TRANSLATION, PIXEL, LARGE_PIXEL)
 
-_KINDS = {
-    "rotation": ("uniform", "l1", "radians"),
-    "translation": ("gaussian", "l2", "half-widths"),
-    "pixel": ("gaussian", "l2", "intensity"),
-}
 LOCAL: dict[str, Any] = {"name": "local"}
 FEDAVG: dict[str, Any] = {"name": "fedavg"}
 PERSONALIZED: dict[str, Any] = {
@@ -67,7 +59,6 @@ def spec(
     alpha: float = ALPHA,
     precision: str = "auto",
 ) -> dict[str, Any]:
-    """A whole spec as a run stores it."""
     start = certified if federated == "matching" else federated
     personal = "same" if federated == "matching" else certified
     tuned = algorithm["name"] == "personalized"
@@ -108,28 +99,9 @@ def results(
 ) -> RunResults:
     text = tomli_w.dumps(dict(values))
     clients, seed = values["clients"]["count"], values["seed"]
+    m = clients * images
     own = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
     planted = np.repeat(np.broadcast_to(np.asarray(acr, float), (clients,)), images)
-    perturbation = values["certification"]["perturbation"]
-    held = _certificates(planted, clients, seed, own, accuracy, noise, first_image, perturbation)
-    name = values["algorithm"]["name"]
-    manifest = {**make_manifest(name, name.title(), clients), "seed": seed}
-    manifest["data"] = {**manifest["data"], "name": values["data"]["name"], "fingerprint": "f00"}
-    certificates = Certificates(**held)
-    return RunResults(Path("runs") / f"{own:08x}", name, manifest, certificates, (), text)
-
-
-def _certificates(
-    planted: np.ndarray,
-    clients: int,
-    seed: int,
-    own: int,
-    accuracy: float,
-    noise: float,
-    first_image: int,
-    perturbation: Mapping[str, Any],
-) -> dict[str, Any]:
-    m = len(planted)
     shared, private = np.random.default_rng([seed, clients]), np.random.default_rng(own)
     label = shared.integers(0, 10, m)
     luck, ease = shared.random(m), shared.normal(0.0, 0.1, m)
@@ -137,37 +109,24 @@ def _certificates(
     flips = private.random(m) < 0.1
     correct = np.where(flips, private.random(m), luck) < accuracy
     share = np.clip(planted / accuracy + ease + private.normal(0.0, noise, m), 0.0, 1.0)
-    law, norm, unit = _KINDS[perturbation["family"]]
-    largest = LAWS[law].largest_radius(perturbation["sigma"], N, ALPHA)
-    empty = np.zeros((m, 10), np.int64)
-    return {
-        "client": np.repeat(np.arange(clients), m // clients),
-        "index": np.arange(m) + first_image,
-        "label": label,
-        "predicted": np.where(correct, label, (label + 1) % 10),
-        "radius": share * largest,
-        "p_lower": np.full(m, 0.9),
-        "p_upper": np.full(m, 0.1),
-        "counts": empty,
-        "selection_counts": empty,
-        "looks": np.ones(m, np.int64),
-        "level": np.full(m, ALPHA),
-        "seconds": np.full(m, 0.01),
-        "conditions": {
-            **perturbation,
-            "law": law,
-            "norm": norm,
-            "unit": unit,
-            "alpha": ALPHA,
-            "n": N,
-            "n0": 100,
-            "threat": "somebody moves the image",
-        },
-    }
+    perturbation = values["certification"]["perturbation"]
+    conditions = {**FAMILIES[perturbation["family"]], "alpha": ALPHA, "n": N, "n0": 100}
+    certificates = blank_certificates(
+        m,
+        client=np.repeat(np.arange(clients), images),
+        index=np.arange(m) + first_image,
+        label=label,
+        predicted=np.where(correct, label, (label + 1) % 10),
+        radius=share * LAWS[conditions["law"]].largest_radius(perturbation["sigma"], N, ALPHA),
+        conditions={**conditions, **perturbation},
+    )
+    name = values["algorithm"]["name"]
+    manifest = {**make_manifest(name, name.title(), clients), "seed": seed}
+    manifest["data"] = {**manifest["data"], "name": values["data"]["name"], "fingerprint": "f00"}
+    return RunResults(Path("runs") / f"{own:08x}", name, manifest, certificates, (), text)
 
 
 def write(place: Path, study: StudyRun, status: str = "finished") -> Path:
-    """The run as a folder."""
     held = study.results
     folder = place / "runs" / held.folder.name
     folder.mkdir(parents=True)
@@ -178,7 +137,6 @@ def write(place: Path, study: StudyRun, status: str = "finished") -> Path:
 
 
 def claim(runs: Sequence[StudyRun], name: str) -> ClaimResult:
-    """The result of one claim about these runs."""
     named = [claim for claim in CLAIMS if claim.name == name]
     (result,) = check_runs(list(runs), DRAWS, claims=named).results
     return result

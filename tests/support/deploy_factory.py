@@ -1,7 +1,5 @@
 """Federations without a network: Flower's messages carried from hand to hand."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,18 +13,16 @@ from flwr.app.error import Error
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-from flwr.supercore.inflatable.inflatable_utils import (
-    inflate_object_from_contents,
-)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
 
 from certifl.deploy.client.client import Client
 from certifl.deploy.client.settings import Settings
 from certifl.deploy.client.state import NEVER
 from certifl.deploy.client_app import respond
+from certifl.deploy.messages import Content, GridTransport, fingerprint_of
 from certifl.deploy.server.coordinator import Options, coordinate
 from certifl.deploy.server.remote_runner import Timeouts
-from certifl.deploy.transport.messages import Content, GridTransport, fingerprint_of
 from certifl.models import build
 from certifl.runs.folder import RunFolder
 from certifl.spec import Spec
@@ -120,19 +116,16 @@ def clients_of(folder: Path, count: int = 2, **settings) -> dict[int, Client]:
 
 
 def options(out: Path, **changes) -> Options:
-    """Options of a server that waits for nobody."""
     return Options(out=out, **{"timeouts": NO_WAIT, **changes})
 
 
 def coordinated(study: Spec, to: dict[int, Client] | Grid, asked: Path | Options) -> RunFolder:
-    """A study with these clients, in a folder or with these options."""
     grid = to if isinstance(to, Grid) else MemoryGrid(to)
     asked = asked if isinstance(asked, Options) else options(asked)
     return coordinate(study, GridTransport(grid), asked)
 
 
 def dealt(folder: Path, **settings) -> Client:
-    """Client 0 with its share of digits."""
     return Client(Settings(client=0, data="digits", dealt=True, **settings), folder)
 
 
@@ -143,7 +136,6 @@ def model(change: float = 0.0) -> dict:
 
 
 def study_of(asked: Spec, id: str = ID, **changes) -> dict:
-    """What a request says of the study."""
     named = {"id": id, "spec": asked.to_toml(), "hash": asked.hash(), "own_perturbation": False}
     return {**named, **changes}
 

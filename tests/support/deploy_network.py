@@ -5,8 +5,6 @@ they are new interpreters, as outside of tests. `quick_flower/sitecustomize.py` 
 wait for: the poll of a SuperNode and the time until a silent node is offline.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools
@@ -30,17 +28,11 @@ __all__ = ["Federation", "Running", "free_port", "quick_flower", "until"]
 
 _QUICK = Path(__file__).with_name("quick_flower")
 _FORKS = ForkServer()  # not the one that other tests and workers of a training share
+_CERTIFL = ("client.process", "server.coordinator", "gate")
+_FLOWER = ("supernode.cli", "superlink.cli.flower_superlink", "superlink.main")
 _FORKS.set_forkserver_preload(
-    [
-        "torch._dynamo",
-        "certifl.deploy.client.process",
-        "certifl.deploy.server.coordinator",
-        "certifl.deploy.transport.gate",
-        "flwr.supernode.cli",
-        "flwr.superlink.cli.flower_superlink",
-        "flwr.superlink.main",
-        "uvicorn",
-    ]
+    ["torch._dynamo", "uvicorn", *(f"certifl.deploy.{name}" for name in _CERTIFL)]
+    + [f"flwr.{name}" for name in _FLOWER]
 )
 
 
@@ -63,8 +55,8 @@ def _command(
     """The command line in a forked process, its output in a file; reports have no figures."""
     from certifl import report
     from certifl.cli import main
+    from certifl.deploy import flower
     from certifl.deploy.client import process
-    from certifl.deploy.transport import flower
 
     _write_to(log)
     os.environ |= {**quick_flower(), _NAMESPACE: namespace}
@@ -177,11 +169,9 @@ class Running:
 
     @property
     def pid(self) -> int:
-        assert self.process.pid is not None
         return self.process.pid
 
     def flower(self) -> list[int]:
-        """Flower's processes that this one started."""
         noted = Path(self._arguments[2]).glob("log/*.pid")
         return [*children(self.pid), *(int(path.read_text()) for path in noted)]
 
@@ -212,10 +202,8 @@ class Running:
 
 
 class Federation:
-    """A provisioning bundle, its server and its clients."""
-
     def __init__(self, folder: Path, clients: int, *options: str) -> None:
-        from certifl.deploy.provision.bundle import init
+        from certifl.deploy.bundle import init
 
         self.folder, self.bundle = folder, folder / "bundle"
         self.port = free_port()
@@ -228,7 +216,6 @@ class Federation:
         return made
 
     def last(self, name: str) -> Running:
-        """The process of this name that was started last."""
         return next(one for one in reversed(self.running) if one.log.stem == name)
 
     def server(self, anew: bool = False) -> Running:
@@ -247,7 +234,7 @@ class Federation:
         return started
 
     @contextlib.contextmanager
-    def ended(self) -> Iterator[Federation]:
+    def ended(self) -> "Iterator[Federation]":
         try:
             yield self
         finally:
@@ -259,7 +246,6 @@ class Federation:
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process started."""
     listed = Path(f"/proc/{pid}/task/{pid}/children")
     with contextlib.suppress(OSError):
         return [int(child) for child in listed.read_text().split()]

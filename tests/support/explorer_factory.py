@@ -1,7 +1,5 @@
 """Records of explored images as runs hold them, with made-up votes and pictures."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -16,19 +14,14 @@ from certifl.certification.certificates import Certificates
 from certifl.certification.metadata import of_client
 
 STEPS, SIZE, VOTES = 31, 8, 100
-TURN = {
-    "name": "turn",
-    "words": "turned about its center",
-    "forward": "counter-clockwise",
-    "backward": "clockwise",
-}
-ACROSS = {
-    "name": "across",
-    "words": "shifted across",
-    "forward": "to the left",
-    "backward": "to the right",
-}
-DOWN = {"name": "down", "words": "shifted up and down", "forward": "up", "backward": "down"}
+TURN, ACROSS, DOWN = (
+    dict(zip(("name", "words", "forward", "backward"), way, strict=True))
+    for way in (
+        ("turn", "turned about its center", "counter-clockwise", "clockwise"),
+        ("across", "shifted across", "to the left", "to the right"),
+        ("down", "shifted up and down", "up", "down"),
+    )
+)
 
 
 def write_explorer(
@@ -86,7 +79,6 @@ def _image(certificates: Certificates, row: int, way: Mapping[str, str] | None) 
 
 
 def strip(greys: range) -> str:
-    """Pictures side by side, each of one gray: its number times 8."""
     pixels = np.repeat(np.array(greys, np.uint8) * 8, SIZE)[None].repeat(SIZE, axis=0)
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "PNG")

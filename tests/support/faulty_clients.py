@@ -1,7 +1,5 @@
 """An algorithm whose clients misbehave as planned; a module, for worker processes to import."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time
@@ -17,8 +15,6 @@ HANG_SECONDS = 120.0
 
 
 class NotAString:
-    """Something that cannot be sent to another process."""
-
     def __reduce__(self):
         raise TypeError("not to be sent")
 

@@ -5,8 +5,6 @@ the number of a case. Run as a program it tries every n-th case and writes, as l
 was wrong; its parent watches the time and knows from the last line where it hung.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools
@@ -21,6 +19,7 @@ import shutil
 import signal
 import struct
 import sys
+import tomllib
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
@@ -37,8 +36,8 @@ from PIL import Image
 import tiny_study as tiny
 from certifl.cli import common, main
 from certifl.data import load as load_data
+from certifl.deploy.bundle import load_connection
 from certifl.deploy.client.settings import load_settings
-from certifl.deploy.provision.bundle import load_connection
 from certifl.errors import CertiflError
 from certifl.report import summary_rows
 from certifl.report.page.background import attacks_section
@@ -61,39 +60,10 @@ Reader = Callable[[Path, Path, random.Random], None]
 # --- values that nobody expects -----------------------------------------------------------------
 
 EVIL: tuple[Any, ...] = (
-    None,
-    True,
-    -1,
-    0,
-    3,
-    2**31,
-    2**63,
-    2**64 + 1,
-    10**30,
-    1e300,
-    -1e300,
-    5e-324,
-    0.5,
-    float("nan"),
-    float("inf"),
-    "",
-    "none",
-    "x" * 3000,
-    "$\\frac{[/bold]{}<b>&",
-    "\x1b[2J\x07\0",
-    "\ud800",
-    "../../../../etc/passwd",
-    "/dev/zero",
-    "18deg",
-    "\u202egnp.exe",
-    [],
-    {},
-    [[]],
-    [None],
-    ["a", 1],
-    {"": {}},
-    {"clients": [1, None]},
-    [[1, 2], [3]],
+    *(None, True, -1, 0, 3, 2**31, 2**63, 2**64 + 1, 10**30, 1e300, -1e300, 5e-324, 0.5),
+    *(float("nan"), float("inf"), "", "none", "x" * 3000, "$\\frac{[/bold]{}<b>&"),
+    *("\x1b[2J\x07\0", "\ud800", "../../../../etc/passwd", "/dev/zero", "18deg", "\u202egnp.exe"),
+    *([], {}, [[]], [None], ["a", 1], {"": {}}, {"clients": [1, None]}, [[1, 2], [3]]),
 )
 NEST = 3000
 
@@ -178,17 +148,8 @@ def as_text(path: Path, rng: random.Random) -> None:
     """Text that is deep, long or of other bytes."""
     deep = rng.choice(("[" * NEST, '{"a":' * NEST, "[" * NEST + "]" * NEST, "a." * NEST + "a = 1"))
     texts: tuple[bytes, ...] = (
-        deep.encode(),
-        b"seed = " + deep.encode(),
-        b"9" * 6000,
-        b"seed = " + b"9" * 6000,
-        b"seed = 1e999999",
-        b"\xff\xfe\x00",
-        b"null",
-        b"[]",
-        b'"text"',
-        b"{}",
-        b"\n" * 5000,
+        *(deep.encode(), b"seed = " + deep.encode(), b"9" * 6000, b"seed = " + b"9" * 6000),
+        *(b"seed = 1e999999", b"\xff\xfe\x00", b"null", b"[]", b'"text"', b"{}", b"\n" * 5000),
         b"[[],[" + b"[]," * 200_000 + b"0]]",
         b"\xef\xbb\xbf" + path.read_bytes(),
         path.read_bytes().replace(b"\n", b"\r\n"),
@@ -198,12 +159,10 @@ def as_text(path: Path, rng: random.Random) -> None:
 
 
 def as_json(path: Path, rng: random.Random) -> None:
-    """Values of JSON that are of another kind."""
     path.write_text(json.dumps(changed(json.loads(path.read_text()), rng)))
 
 
 def as_lines(path: Path, rng: random.Random) -> None:
-    """One line of JSON among others."""
     lines = path.read_text().splitlines()
     at = rng.randrange(len(lines))
     lines[at] = json.dumps(changed(json.loads(lines[at]), rng))
@@ -211,15 +170,12 @@ def as_lines(path: Path, rng: random.Random) -> None:
 
 
 def as_toml(path: Path, rng: random.Random) -> None:
-    """Values of TOML that are of another kind."""
     with contextlib.suppress(TypeError, ValueError):  # TOML knows no null, and no surrogates
         text = tomli_w.dumps(changed(load_toml(path), rng))
         path.write_bytes(text.encode())
 
 
 def load_toml(path: Path) -> dict[str, Any]:
-    import tomllib
-
     return tomllib.loads(path.read_text())
 
 
@@ -382,8 +338,6 @@ def _filled(word: str, names: dict[str, str]) -> str:
 
 
 def any_of(*readers: Reader) -> Reader:
-    """One of several commands that read the same file."""
-
     def read(folder: Path, out: Path, rng: random.Random) -> None:
         rng.choice(readers)(folder, out, rng)
 
@@ -455,8 +409,11 @@ class Kind:
     mutators: tuple[Mutator, ...]
 
 
-TEXT = (as_bytes, as_text, as_other)
-CHECKPOINT = "checkpoints/training/round-00001/"
+TEXT, BYTES = (as_bytes, as_text, as_other), (as_bytes, as_other)
+VOTES = any_of(VERIFY, REPORT)
+ROUND, SERVER = (
+    f"checkpoints/training/round-00001/{name}" for name in ("round.json", "server.safetensors")
+)
 KINDS: tuple[Kind, ...] = (
     Kind("run", "spec.toml", 180, library(_spec), (*TEXT, as_toml, as_toml, as_toml)),
     Kind("run", "spec.toml", 40, any_of(VERIFY, CLAIMS, PREDICT), (*TEXT, as_toml)),
@@ -464,58 +421,33 @@ KINDS: tuple[Kind, ...] = (
     Kind("run", "partition.json", 40, ABOUT, (*TEXT, as_json)),
     Kind("run", "history.jsonl", 40, any_of(REPORT, CLAIMS), (*TEXT, as_lines, as_lines)),
     Kind(
-        "run",
-        "certificates.parquet",
-        100,
-        any_of(VERIFY, REPORT, CLAIMS),
-        (as_bytes, as_other, as_table, as_table, as_table, as_long_table),
+        *("run", "certificates.parquet", 100, any_of(VERIFY, REPORT, CLAIMS)),
+        (*BYTES, as_table, as_table, as_table, as_long_table),
     ),
-    Kind("own", "predictions.parquet", 30, any_of(VERIFY, REPORT), (as_bytes, as_other, as_table)),
-    Kind("own", "certificates.parquet", 30, any_of(VERIFY, REPORT), (as_table, as_bytes)),
-    Kind("own", "run.json", 20, any_of(VERIFY, REPORT), (as_json,)),
+    Kind("own", "predictions.parquet", 30, VOTES, (*BYTES, as_table)),
+    Kind("own", "certificates.parquet", 30, VOTES, (as_table, as_bytes)),
+    Kind("own", "run.json", 20, VOTES, (as_json,)),
     Kind("run", "explorer.json", 30, REPORT, (*TEXT, as_json, as_json, as_json)),
     Kind("run", "attack.json", 30, REPORT, (*TEXT, as_json, as_json, as_json)),
-    Kind("curves", "curves.json", 40, any_of(VERIFY, REPORT), (*TEXT, as_json, as_json, as_json)),
-    Kind(
-        "run", CHECKPOINT + "round.json", 30, any_of(VERIFY, PREDICT), (*TEXT, as_round, as_round)
-    ),
-    Kind(
-        "run",
-        CHECKPOINT + "server.safetensors",
-        40,
-        any_of(VERIFY, PREDICT),
-        (as_bytes, as_other, as_tensors),
-    ),
+    Kind("curves", "curves.json", 40, VOTES, (*TEXT, as_json, as_json, as_json)),
+    Kind("run", ROUND, 30, any_of(VERIFY, PREDICT), (*TEXT, as_round, as_round)),
+    Kind("run", SERVER, 40, any_of(VERIFY, PREDICT), (*BYTES, as_tensors)),
     Kind(
         "weights",
         "net.safetensors",
         50,
         command(
-            *[
-                "certify",
-                "--model",
-                "small_cnn",
-                "--weights",
-                "RUN/net.safetensors",
-                "--data",
-                "digits",
-            ],
-            *["--images", "1", "--n", "20", "--out", "OUT/c.parquet"],
+            *("certify", "--model", "small_cnn", "--weights", "RUN/net.safetensors"),
+            *("--data", "digits", "--images", "1", "--n", "20", "--out", "OUT/c.parquet"),
         ),
-        (as_bytes, as_other, as_tensors, as_tensors),
+        (*BYTES, as_tensors, as_tensors),
     ),
     Kind("weights", "rows.tsv", 30, command("verify", "RUN/rows.tsv"), (*TEXT, as_rows, as_rows)),
-    Kind("idx", "train-images-idx3-ubyte.gz", 40, DATA, (as_bytes, as_other, as_idx, as_idx)),
-    Kind("idx", "train-labels-idx1-ubyte.gz", 20, DATA, (as_bytes, as_other)),
-    Kind("images", "train/ash/0.png", 40, DATA, (as_bytes, as_other, as_image, as_image)),
-    Kind("images", "train/oak/0.jpg", 20, DATA, (as_bytes, as_other, as_image)),
-    Kind(
-        "table",
-        "train.parquet",
-        60,
-        DATA,
-        (as_bytes, as_other, as_table, as_table, as_row_with_a_path),
-    ),
+    Kind("idx", "train-images-idx3-ubyte.gz", 40, DATA, (*BYTES, as_idx, as_idx)),
+    Kind("idx", "train-labels-idx1-ubyte.gz", 20, DATA, BYTES),
+    Kind("images", "train/ash/0.png", 40, DATA, (*BYTES, as_image, as_image)),
+    Kind("images", "train/oak/0.jpg", 20, DATA, (*BYTES, as_image)),
+    Kind("table", "train.parquet", 60, DATA, (*BYTES, as_table, as_table, as_row_with_a_path)),
     Kind("client", "client.toml", 40, library(_client), (*TEXT, as_toml, as_toml)),
     Kind("client", "connection.toml", 30, library(_client), (*TEXT, as_toml, as_toml)),
     Kind(
@@ -523,7 +455,7 @@ KINDS: tuple[Kind, ...] = (
         "gray.png",
         20,
         command("predict", "RUN/gray.png", "--run", "RUN/../run"),
-        (as_image, as_bytes, as_other),
+        (as_image, *BYTES),
     ),
 )
 CASES = [(kind, number) for kind in KINDS for number in range(kind.count)]
@@ -532,13 +464,11 @@ CASES = [(kind, number) for kind in KINDS for number in range(kind.count)]
 
 
 class TooSlow(BaseException):
-    """A case took longer than it may."""
+    pass
 
 
 @dataclass(frozen=True)
 class Wrong:
-    """What was wrong with a case."""
-
     case: int
     what: str
 

@@ -1,7 +1,5 @@
 """Data sets on disk, in the layouts that are read."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json
@@ -11,9 +9,12 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
+from certifl.data import load
 from certifl.data.decode import decode_all
+from certifl.errors import InputError
 
 
 def encoded(image, kind="PNG", **options):
@@ -24,6 +25,11 @@ def encoded(image, kind="PNG", **options):
 
 def png(pixels):
     return encoded(Image.fromarray(pixels))
+
+
+def cannot_load(says, *given, error=InputError, **options):
+    with pytest.raises(error, match=says):
+        load(*given, **options)
 
 
 def decoded(*contents):

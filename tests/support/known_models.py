@@ -1,7 +1,5 @@
 """Classifiers whose smoothed probabilities and true radii are known in closed form."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """The tiny study with perturbations of their own: client 1 pixel noise, client 2 none."""
 
-from __future__ import annotations
-
 import tiny_study as tiny
 from certifl.spec import Spec, with_settings
 

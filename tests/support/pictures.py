@@ -1,7 +1,5 @@
 """Pictures and generators for tests of perturbations."""
 
-from __future__ import annotations
-
 import torch
 
 IMAGE = (3, 8, 11)

@@ -4,8 +4,6 @@ The working directory is a case's own; it gets a finished run, and answers with 
 The titles are the headings of docs/troubleshooting.md.
 """
 
-from __future__ import annotations
-
 import fcntl
 import io
 import json
@@ -38,7 +36,6 @@ NOISE = certifl.PixelNoise(0.25)
 
 
 def said(*arguments: str | Path) -> str:
-    """What the command line refused, or failed, with."""
     outcome = tiny.cli(*arguments)
     assert outcome.code in (1, 2), outcome.out
     lines = [line for line in outcome.err.splitlines() if line.startswith("certifl: ")]
@@ -47,14 +44,12 @@ def said(*arguments: str | Path) -> str:
 
 
 def study(*settings: str, options: tuple[str | Path, ...] = ("--out", "runs/new")) -> str:
-    """What `certifl run` says to the tiny study with these settings."""
     path = tiny.write_spec(Path())
     given = [word for setting in settings for word in ("--set", setting)]
     return said("run", path, *options, *given)
 
 
 def raised(call: Callable[[], object]) -> str:
-    """What the library said."""
     try:
         call()
     except CertiflError as error:
@@ -68,14 +63,12 @@ def picture(path: Path, shape: tuple[int, ...] = (8, 8), kind: Any = np.uint8) -
 
 
 def leaves(test: bool = True) -> None:
-    """An image folder of two classes."""
     for split in ("train", "test") if test else ("train",):
         for name in ("ash", "oak"):
             picture(Path("DATA/leaves") / split / name / "1.png")
 
 
 def table(**columns: Any) -> None:
-    """A data set of two images in parquet files."""
     Path("DATA/leaves").mkdir(parents=True)
     content = io.BytesIO()
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(content, format="png")
@@ -90,7 +83,6 @@ def of_leaves() -> str:
 
 
 def module(text: str) -> str:
-    """The study with a network of one's own, written beside it."""
     Path("my_net.py").write_text(text)
     sys.modules.pop("my_net", None)
     try:
@@ -191,7 +183,8 @@ def busy(run: Path) -> str:
 
 def unfinished(run: Path) -> str:
     facts = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps({**facts, "status": "running"}))
+    changed = {"status": "running", "command": "certifl run tiny.toml"}
+    (run / "run.json").write_text(json.dumps({**facts, **changed}))
     return said("report", run)
 
 

@@ -4,8 +4,6 @@ Client i has the loss L_i(theta) = a_i/2 (theta - b_i)^2 for one number theta: a
 the intensity b_i, and all its labels are a_i.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar

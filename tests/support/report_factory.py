@@ -1,7 +1,5 @@
 """Run folders with made-up certificates that obey the rules of real ones."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -21,32 +19,31 @@ REGIMES = {
     "personalized": ("Personalized", 0.89),
     "mixture": ("Mixture, λ = 0.5", 0.80),
 }
-ROTATION = {
-    "family": "rotation",
-    "sigma": 0.1 * math.pi,
-    "law": "uniform",
-    "norm": "l1",
-    "unit": "radians",
-    "threat": "The image is rotated about its center by an angle chosen by the adversary.",
-}
-PIXEL = {
-    "family": "pixel",
-    "sigma": 0.25,
-    "law": "gaussian",
-    "norm": "l2",
-    "unit": "intensity",
-    "threat": "A perturbation of bounded l2 norm is added to the pixel intensities.",
-}
-TRANSLATION = {
-    "family": "translation",
-    "sigma": 0.2,
-    "law": "gaussian",
-    "norm": "l2",
-    "unit": "half-widths",
-    "threat": "The image is shifted.",
-}
+_TURNED = "The image is rotated about its center by an angle chosen by the adversary."
+_ADDED = "A perturbation of bounded l2 norm is added to the pixel intensities."
+ROTATION, PIXEL, TRANSLATION = (
+    dict(zip(("family", "sigma", "law", "norm", "unit", "threat"), values, strict=True))
+    for values in (
+        ("rotation", 0.1 * math.pi, "uniform", "l1", "radians", _TURNED),
+        ("pixel", 0.25, "gaussian", "l2", "intensity", _ADDED),
+        ("translation", 0.2, "gaussian", "l2", "half-widths", "The image is shifted."),
+    )
+)
+FAMILIES = {facts["family"]: facts for facts in (ROTATION, PIXEL, TRANSLATION)}
 CLASSES = 10
 N0, N, ALPHA = 100, 1000, 0.001
+
+
+def blank_certificates(m: int, **columns: Any) -> Certificates:
+    """Certificates of m images, in numbers that are wrong together wherever none are given."""
+    made = {
+        **dict.fromkeys(("client", "label", "predicted"), np.zeros(m, np.int64)),
+        **dict.fromkeys(("counts", "selection_counts"), np.zeros((m, CLASSES), np.int64)),
+        **{"index": np.arange(m), "looks": np.ones(m, np.int64), "radius": np.zeros(m)},
+        **{"p_lower": np.full(m, 0.9), "p_upper": np.full(m, 0.1)},
+        **{"level": np.full(m, ALPHA), "seconds": np.full(m, 0.01)},
+    }
+    return Certificates(**{**made, **columns})
 
 
 def make_certificates(
@@ -87,9 +84,9 @@ def make_certificates(
         "device": "cpu",
         "description": {"family": perturbation["family"], "sigma": perturbation["sigma"]},
     }
-    return Certificates(
+    return blank_certificates(
+        m,
         client=client,
-        index=np.tile(np.arange(images), clients) + client * images,
         label=label,
         predicted=np.where(certified, chosen, -1),
         radius=np.where(certified, radius, 0.0),
@@ -97,9 +94,6 @@ def make_certificates(
         p_upper=np.asarray(p_upper),
         counts=counts,
         selection_counts=selection,
-        looks=np.ones(m, np.int64),
-        level=np.full(m, ALPHA),
-        seconds=np.full(m, 0.01),
         conditions=conditions,
     )
 
@@ -217,7 +211,6 @@ def write_study(
     images: int = 40,
     perturbation: Mapping[str, Any] = ROTATION,
 ) -> list[Path]:
-    """One run folder per regime, on the same images."""
     folders = []
     for number, (regime, (label, quality)) in enumerate(regimes.items()):
         spread = 0.10 if regime == "local" else 0.03

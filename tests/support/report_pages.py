@@ -1,7 +1,5 @@
 """Pages that tests look at: a study with an explorer, and one made of files that misbehave."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
@@ -34,7 +32,6 @@ def without_drawings(patch: pytest.MonkeyPatch) -> None:
 
 
 def study_runs(place: Path) -> list[Path]:
-    """Four regimes; all but the last were explored, on images that most of them share."""
     folders = write_study(place, clients=CLIENTS)
     for number, folder in enumerate(folders[:-1]):
         write_explorer(folder, [0, 45, 90 + number])
@@ -55,7 +52,6 @@ def shifted_runs(place: Path) -> list[Path]:
 
 
 def study_page(runs: list[Path], place: Path) -> Path:
-    """The page of the study."""
     page, title = place / "report.html", "Handwritten digits"
     return write_report(runs, page, title=title, figures=False, claims=verdicts_section)
 
@@ -105,7 +101,6 @@ def own_page(place: Path) -> Path:
 
 
 def data_of(page: Path, at: int = 0) -> dict[str, Any]:
-    """The numbers inside a page, of one of its perturbations."""
     pattern = r'<script type="application/json" id="report-data">(.*?)</script>'
     (found,) = re.findall(pattern, page.read_text(), re.S)
     return json.loads(found)["groups"][at]

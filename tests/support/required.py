@@ -3,8 +3,6 @@
 CERTIFL_REQUIRE names what must be there, separated by commas; see `.ci/run`.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Generator
 from typing import TypeVar

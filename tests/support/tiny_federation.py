@@ -1,7 +1,5 @@
 """A federation small enough for tests: a network with BatchNorm and dropout, random images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,16 +22,8 @@ from certifl.federated import (
 from certifl.runs.checkpoints import Checkpoints, StoredRound
 
 CLASSES = 3
-SCHEDULE = Schedule(
-    rounds=3,
-    local_epochs=2,
-    batch_size=8,
-    lr=0.05,
-    momentum=0.9,
-    weight_decay=1e-3,
-    decay_every=2,
-    decay_factor=0.5,
-)
+_DECAY = {"weight_decay": 1e-3, "decay_every": 2, "decay_factor": 0.5}
+SCHEDULE = Schedule(rounds=3, local_epochs=2, batch_size=8, lr=0.05, momentum=0.9, **_DECAY)
 
 
 @dataclass(frozen=True)
@@ -78,7 +68,6 @@ def clients(count: int = 3) -> list[ClientData]:
 
 
 def training(**changes: Any) -> LocalTraining:
-    """The tiny schedule with changes, on the tiny network."""
     model = changes.pop("model", None)
     augmentation = changes.pop("augmentation", Noise())
     return LocalTraining(

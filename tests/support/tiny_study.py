@@ -1,7 +1,5 @@
 """A study that takes a second, and the command line called in this process or in its own."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io
@@ -32,12 +30,10 @@ VALUES: dict[str, Any] = {
 
 
 def spec(*settings: str) -> Spec:
-    """The tiny study with `key=value` settings."""
     return with_settings(VALUES, settings)
 
 
 def write_spec(folder: Path, *settings: str) -> Path:
-    """The tiny study as a file."""
     path = folder / "tiny.toml"
     path.write_text(spec(*settings).to_toml())
     return path
@@ -45,8 +41,6 @@ def write_spec(folder: Path, *settings: str) -> Path:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command ended with."""
-
     code: int
     out: str
     err: str
@@ -88,7 +82,6 @@ def cli(*arguments: str | Path) -> Outcome:
 
 
 def process(*arguments: str | Path, **options: Any) -> Outcome:
-    """The command in a process of its own."""
     command = [sys.executable, "-m", "certifl", *map(str, arguments)]
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment(), check=False, **options
@@ -98,7 +91,6 @@ def process(*arguments: str | Path, **options: Any) -> Outcome:
 
 @contextlib.contextmanager
 def undrawn() -> Iterator[None]:
-    """Figures are laid out and not drawn."""
     from matplotlib.figure import Figure
 
     def saved(_figure: Figure, target: Any, **_: Any) -> None:
@@ -112,20 +104,16 @@ def undrawn() -> Iterator[None]:
 
 
 def environment() -> dict[str, str]:
-    """One thread, as in this process."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def files(folder: Path) -> dict[str, tuple[str, int]]:
     """Content and time of change of every file, by its path."""
-    return {
-        str(path.relative_to(folder)): (
-            hashlib.sha256(path.read_bytes()).hexdigest(),
-            path.stat().st_mtime_ns,
-        )
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        found[str(path.relative_to(folder))] = (content, path.stat().st_mtime_ns)
+    return found
 
 
 def weights(folder: Path) -> dict[str, str]:

@@ -1,7 +1,5 @@
 """Updates of one tensor each, and what an average of what a rule hands on comes to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -14,7 +12,6 @@ EMPTY = ServerState(0, {})
 
 
 def updates(*values: object, dtype: torch.dtype = torch.float64) -> list[Update]:
-    """One update per value or list, as the model {"w": value}."""
     models = [{"w": torch.as_tensor(value, dtype=dtype).reshape(-1)} for value in values]
     return [Update(i, 1.0 + i, model, {"loss": float(i)}) for i, model in enumerate(models)]
 
@@ -22,7 +19,6 @@ def updates(*values: object, dtype: torch.dtype = torch.float64) -> list[Update]
 def result(rule: Rule, sent: Iterable[Update], broadcast: ServerState = EMPTY) -> torch.Tensor:
     """The uniform average of what the rule hands on."""
     model = average_models(rule(broadcast, sent))
-    assert model is not None
     return model["w"]
 
 

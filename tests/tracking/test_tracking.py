@@ -1,7 +1,5 @@
 """Experiment trackers beside real runs: what they hold is what the run's folder holds."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil
@@ -29,11 +27,10 @@ from certifl.tracking.run_tracker import certified_numbers, round_numbers
 ROUNDS = 4
 STUDY = tiny.spec(f"training.rounds={ROUNDS}", "certification.n=100")
 # Warnings that the libraries raise about themselves.
+_OF_LIBRARIES = ("DeprecationWarning", "FutureWarning", "ResourceWarning")
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings(f"ignore::{name}")
+    for name in (*_OF_LIBRARIES, "pytest.PytestUnraisableExceptionWarning")
 ]
 
 Points = dict[str, list[tuple[int, float]]]
@@ -41,9 +38,8 @@ Points = dict[str, list[tuple[int, float]]]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _no_settings() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CERTIFL_CACHE", str(tmp_path_factory.mktemp("cache")))
         for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "WANDB_MODE"):
             patch.delenv(name, raising=False)
         yield
@@ -64,13 +60,11 @@ def _nothing_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def untracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The study without any tracker, which no test changes."""
     return run(STUDY, Options(tmp_path_factory.mktemp("untracked") / "run", explore=False)).path
 
 
 @pytest.fixture
 def finished(untracked: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be logged."""
     return Path(shutil.copytree(untracked, tmp_path / "run"))
 
 
@@ -192,9 +186,7 @@ def interrupted_after(rounds: int) -> Callable[[str, int, int, str], None]:
 
 
 @each_tracker
-def test_an_interrupted_run_is_logged_completely_and_once(
-    name: str, tmp_path: Path, untracked: Path
-) -> None:
+def test_an_interrupted_run_is_logged_completely_and_once(name, tmp_path, untracked):
     needed(name)
     place = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
@@ -203,11 +195,8 @@ def test_an_interrupted_run_is_logged_completely_and_once(
     assert note["rounds"] == 2
     assert not note["certified"]
     tracked(place, name)
-    assert json.loads((place / "tracking" / name / "certifl.json").read_text()) == {
-        "run": note["run"],
-        "rounds": ROUNDS,
-        "certified": True,
-    }
+    after = json.loads((place / "tracking" / name / "certifl.json").read_text())
+    assert after == {"run": note["run"], "rounds": ROUNDS, "certified": True}
     assert_logged(READERS[name](place / "tracking" / name), place)
     # The run is what it is without a tracker, to the last bit.
     assert tiny.weights(place) == tiny.weights(untracked)
@@ -215,7 +204,7 @@ def test_an_interrupted_run_is_logged_completely_and_once(
 
 
 @each_tracker
-def test_a_finished_run_can_be_logged_later_and_only_once(name: str, finished: Path) -> None:
+def test_a_finished_run_can_be_logged_later_and_only_once(name, finished):
     needed(name)
     before = tiny.files(finished)
     tracked(finished, name)
@@ -226,9 +215,7 @@ def test_a_finished_run_can_be_logged_later_and_only_once(name: str, finished: P
     assert_logged(READERS[name](finished / "tracking" / name), finished)
 
 
-def test_the_command_names_trackers_and_parameters_are_the_spec(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_names_trackers_and_parameters_are_the_spec(tmp_path, monkeypatch):
     needed("tensorboard")
     monkeypatch.setattr(certifl.notebook, "write_report", lambda *_, **__: None)  # slow
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -249,8 +236,8 @@ def test_the_command_names_trackers_and_parameters_are_the_spec(
 
 
 def test_mlflow_begins_anew_where_a_kill_left_half_a_database_and_has_the_spec_as_parameters(
-    finished: Path,
-) -> None:
+    finished,
+):
     needed("mlflow")
     from mlflow.tracking import MlflowClient
 
@@ -296,11 +283,8 @@ class Broken:
 
 
 def test_a_tracker_that_fails_costs_a_warning_and_nothing_else(
-    tmp_path: Path,
-    untracked: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+    tmp_path, untracked, monkeypatch, caplog
+):
     monkeypatch.setitem(TRACKERS, "mlflow", Broken)
     monkeypatch.setattr(Broken, "working", False)
     place = tmp_path / "run"
@@ -320,9 +304,7 @@ def test_a_tracker_that_fails_costs_a_warning_and_nothing_else(
     assert logged == f"{rounds}certificates {ROUNDS}, "
 
 
-def test_a_folder_that_cannot_be_written_costs_a_warning(
-    finished: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_folder_that_cannot_be_written_costs_a_warning(finished, caplog):
     needed("tensorboard")
     (finished / "tracking").write_text("in the way")
     tracked(finished, "tensorboard")
@@ -331,8 +313,8 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(
 
 
 def test_unknown_and_missing_trackers_are_refused_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     study, place = tiny.write_spec(tmp_path), tmp_path / "run"
     refused = tiny.cli("run", study, "--out", place, "--track", "notebook")
     refused.refused("notebook", "mlflow, tensorboard, wandb")
@@ -341,9 +323,7 @@ def test_unknown_and_missing_trackers_are_refused_before_anything_is_written(
     assert not place.exists()
 
 
-def test_a_folder_of_a_library_s_name_is_no_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_of_a_library_s_name_is_no_library(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "certifl_no_such_tracker").mkdir()
     assert not importable("certifl_no_such_tracker")
@@ -351,7 +331,7 @@ def test_a_folder_of_a_library_s_name_is_no_library(
     assert importable("json", "torch")
 
 
-def test_names_and_means_of_a_round() -> None:
+def test_names_and_means_of_a_round():
     entry = {
         "round": 3,
         "seconds": 5.0,
@@ -372,9 +352,7 @@ def test_names_and_means_of_a_round() -> None:
     }
 
 
-def test_means_of_certificates_count_every_client_once_and_never_mix_units(
-    untracked: Path,
-) -> None:
+def test_means_of_certificates_count_every_client_once_and_never_mix_units(untracked):
     opened = OpenRun(untracked)
     numbers = certified_numbers(opened)
     accuracy = "certified_accuracy/0.5-sigma"

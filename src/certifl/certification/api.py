@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import platform
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -29,17 +29,16 @@ from certifl.certification.checks import (
     check_seed,
     checked_blocks,
 )
-from certifl.certification.estimators import Estimator, least_that, too_few_votes
+from certifl.certification.estimators import least_that, too_few_votes
+from certifl.certification.metadata import asked_conditions
 from certifl.certification.network import Network, choose_precision, tf32_state
 from certifl.certification.quantization import calibration_of
 from certifl.certification.sampling import VoteCounter, check_random_source_once
 from certifl.certification.settings import Settings
 from certifl.models import fingerprint
-from certifl.perturbations import describe
 from certifl.perturbations.base import Perturbation
 from certifl.perturbations.units import parse_amount, parse_amounts
 from certifl.progress import ProgressCallback, bar
-from certifl.rng import image_key
 from certifl.smoothing.bounds import two_sided_sign_test
 from certifl.torch_env import one_thread
 
@@ -140,7 +139,8 @@ def certify(
     trial = Trial.of(perturbation, settings, seed, len(first[0]))
     counter = _counter(model, first[0], trial, device, precision, batch_size, calibration)
     content, parts, done = hashlib.sha256(), list[Certificates](), 0
-    with _reporting(progress) as report:
+    shown = bar("certifying", "votes") if progress is True else nullcontext(progress or None)
+    with shown as report:
         for values, given in itertools.chain([first], blocks):
             known = check_labels(given, len(values), counter.network.classes)
             content.update(values.cpu().numpy().tobytes())
@@ -178,15 +178,6 @@ def _counter(
     return VoteCounter(network, trial.perturbation, trial.seed)
 
 
-@contextlib.contextmanager
-def _reporting(progress: bool | ProgressCallback) -> Iterator[ProgressCallback | None]:
-    if progress is True:
-        with bar("certifying", "votes") as report:
-            yield report
-    else:
-        yield progress or None
-
-
 def _shifted(
     report: ProgressCallback | None, before: int, images: int, settings: Settings
 ) -> ProgressCallback | None:
@@ -209,12 +200,8 @@ def conditions(
     """The metadata of all certificates of one call.
 
     Args:
-        perturbation: what was certified.
-        settings: as requested.
-        network: the network as it voted: its precision, device and batch size.
-        seed: of the votes.
-        model: as it was given, for its fingerprint.
-        data: fingerprint of the images.
+        perturbation, settings, seed: of the votes. network: as it voted.
+        model: as it was given, for its fingerprint. data: fingerprint of the images.
     """
     return {
         **asked_conditions(perturbation, settings, seed),
@@ -234,41 +221,6 @@ def conditions(
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-    }
-
-
-def asked_conditions(
-    perturbation: Perturbation, settings: Settings, seed: int, estimator: Estimator | None = None
-) -> dict[str, Any]:
-    """The metadata that follow from the request, before any network is known.
-
-    `verify` compares a record with these, so they must depend on the arguments alone.
-
-    Args:
-        perturbation, settings, seed: as in `conditions`.
-        estimator: the one of a record, where an earlier version took another for these settings.
-    """
-    estimator = estimator or settings.estimator_for(perturbation)
-    return {
-        "family": perturbation.family,
-        "sigma": perturbation.sigma,
-        "description": describe(perturbation),
-        "law": perturbation.law.name,
-        "norm": perturbation.norm,
-        "unit": perturbation.unit,
-        "threat": perturbation.threat,
-        "estimator": settings.estimator,
-        "bounds": estimator.bounds,
-        "alpha": settings.alpha,
-        "n0": settings.n0,
-        "n": settings.n,
-        "look_votes": list(estimator.looks),
-        "look_levels": list(estimator.levels),
-        **estimator.metadata,
-        "radii": None if settings.radii is None else list(settings.radii),
-        "label_aware": settings.label_aware,
-        "keep": settings.keep,
-        "seed": seed,
     }
 
 
@@ -413,11 +365,7 @@ def predict(
     for values, _ in itertools.chain([first], blocks):
         for start in range(0, len(values), _BLOCK):
             block = values[start : start + _BLOCK].to(counter.network.device)
-            requests = [
-                engine.Request(row, row, image_key(image), "predict", 0, n)
-                for row, image in enumerate(block)
-            ]
-            votes = counter.count(block, requests, slots=len(block))
+            votes = counter.count_each(block, "predict", n)
             order = np.argsort(-votes, axis=1, kind="stable")[:, :2]
             first_two = np.take_along_axis(votes, order, axis=1).T
             certain = np.asarray(two_sided_sign_test(*first_two)) <= alpha
@@ -470,10 +418,7 @@ class SmoothedClassifier:
     ) -> None:
         """Name a model and how it votes, as in `certify`; nothing is computed yet.
 
-        What "auto" stands for is fixed by the first call.
-
-        Raises:
-            InputError: settings that cannot be used, or so few votes that nothing is certified.
+        The first call fixes what "auto" is. InputError for settings that certify nothing.
         """
         check_perturbation(perturbation)
         check_seed(seed)
@@ -497,27 +442,17 @@ class SmoothedClassifier:
         return f"SmoothedClassifier({type(self.model).__name__}, {self.perturbation!r})"
 
     def predict(self, images: Images) -> Predicted:
-        """Labels and certified radii; see the class for what is guaranteed.
-
-        Args:
-            images: (m, c, h, w) in [0, 1], or blocks of such.
-
-        Raises:
-            InputError, ModelError: as `certify`.
-        """
+        """Labels and certified radii of images (m, c, h, w) in [0, 1]; see the class."""
         certificates = self.certify(images)
         return Predicted(certificates.predicted, certificates.radius)
 
     def certify(self, images: Images, labels: ImageLabels = None) -> Certificates:
-        """The certificates behind `predict`, with their votes and metadata.
+        """The certificates behind `predict`, with their votes and metadata; see `certify`.
 
         Args:
             images: as in `predict`.
             labels: (m,) true classes; they mark which certificates are correct, and let votes stop
                 early on wrong ones.
-
-        Raises:
-            InputError, ModelError: as `certify`.
         """
         with _ONE_AT_A_TIME:
             precision, batch_size, threads = self._fixed or self._asked

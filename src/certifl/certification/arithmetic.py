@@ -32,19 +32,17 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from certifl._version import __version__
-from certifl.certification.counts import Request
 from certifl.certification.network import Model, Network, computes_bfloat16, prepare
 from certifl.certification.quantization import Calibration, Scales
 from certifl.certification.sampling import VoteCounter, voting
 from certifl.certification.settings import Settings
-from certifl.data.cache import cache_folder
+from certifl.data.dataset import cache_folder
 from certifl.errors import ModelError
 from certifl.models import code_fingerprint, fingerprint
 from certifl.models.architectures import Normalize, QuarterMeans
 from certifl.module_copies import unwrapped
 from certifl.perturbations import describe
 from certifl.perturbations.base import Perturbation
-from certifl.rng import image_key
 from certifl.torch_env import several_threads_asked
 
 _log = logging.getLogger(__name__)
@@ -60,46 +58,16 @@ _EARLY = 10  # times fewer votes than n that sequential certification takes on a
 _SURPLUS = 1.6  # standard deviations by which lost votes may exceed won ones
 
 _LAYERS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Linear,
-    nn.modules.batchnorm._BatchNorm,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Hardswish,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.Flatten,
-    nn.Unflatten,
-    nn.Dropout,
-    nn.Dropout2d,
-    nn.Identity,
-    Normalize,
-    QuarterMeans,
+    *(nn.Conv1d, nn.Conv2d, nn.Linear),
+    *(nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, Normalize),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, QuarterMeans),
+    *(nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout2d, nn.Identity),
 )
 _FUNCTIONS = {
-    operator.add,
-    operator.iadd,
-    torch.add,
-    torch.relu,
-    torch.flatten,
-    torch.cat,
-    functional.relu,
-    functional.leaky_relu,
-    functional.gelu,
-    functional.silu,
-    functional.max_pool2d,
-    functional.avg_pool2d,
-    functional.adaptive_avg_pool2d,
-    functional.dropout,
+    *(operator.add, operator.iadd, torch.add, torch.cat, torch.flatten, functional.dropout),
+    *(torch.relu, functional.relu, functional.leaky_relu, functional.gelu, functional.silu),
+    *(functional.max_pool2d, functional.avg_pool2d, functional.adaptive_avg_pool2d),
 }
 _METHODS = {"add", "add_", "relu", "relu_", "flatten", "view", "reshape", "size", "mean"}
 _AFFINE = {operator.add, operator.sub, operator.mul, operator.truediv}
@@ -185,11 +153,9 @@ def ready(
     """A model prepared for votes, in the arithmetic asked for; "auto" is stored, or measured.
 
     Args:
-        model, device, precision, batch_size: as `network.prepare` takes them.
-        images: (m, c, h, w), some of those that are certified.
-        trial: the votes.
+        model, device, precision, batch_size, calibration: as `network.prepare` takes them.
+        images: (m, c, h, w), some of those that are certified. trial: the votes.
         stored: the choice of an earlier call, for "auto".
-        calibration: for "int8", as `network.prepare` takes it.
     """
     if precision != "auto":
         return prepare(model, images, device, precision, batch_size, calibration)
@@ -266,10 +232,7 @@ def _faster_precision(
 
 
 def _sizes(network: Network, longest: int) -> list[Network]:
-    """The network with its batch size, a quarter and four times of it, as far as it can be timed.
-
-    A size that only shorter calls were timed for would be chosen by chance.
-    """
+    """The network with its batch size, a quarter and four times of it, as far as it was timed."""
     own = network.batch_size
     others = [size for size in (max(1, own // 4), 4 * own) if own <= longest >= size]
     return [network, *(dataclasses.replace(network, batch_size=size) for size in others)]
@@ -355,8 +318,12 @@ def loses(plain: Network, rounded: Network, images: Tensor, trial: Trial) -> boo
     Rounding moves votes both ways: an image may be unanimous in one arithmetic by luck. So the
     votes that are lost are compared with those that are won where the other is unanimous.
     """
-    chosen = images[: trial.images]
-    first, other = (_selection(network, chosen, trial) for network in (plain, rounded))
+    first, other = (
+        VoteCounter(network, trial.perturbation, trial.seed).count_each(
+            images[: trial.images].to(network.device), "selection", trial.n0
+        )
+        for network in (plain, rounded)
+    )
     lost, won = _changed_votes(first, other), _changed_votes(other, first)
     surplus = lost - won
     loses = surplus > _SURPLUS * math.sqrt(lost + won)
@@ -368,16 +335,6 @@ def loses(plain: Network, rounded: Network, images: Tensor, trial: Trial) -> boo
             won,
         )
     return loses
-
-
-def _selection(network: Network, images: Tensor, trial: Trial) -> np.ndarray:
-    counter = VoteCounter(network, trial.perturbation, trial.seed)
-    on_device = images.to(network.device)
-    requests = [
-        Request(row, row, image_key(image), "selection", 0, trial.n0)
-        for row, image in enumerate(on_device)
-    ]
-    return counter.count(on_device, requests, slots=len(on_device))
 
 
 def _changed_votes(first: np.ndarray, other: np.ndarray) -> int:
@@ -409,11 +366,7 @@ class _Clock:
         self._image = image
 
     def fastest(self, networks: list[Network], rows: int) -> Network:
-        """The first network, or that which is fastest if it is faster by `FASTER`.
-
-        Args:
-            networks: timed in turn. rows: the most of a call.
-        """
+        """The first network, or the fastest if faster by `FASTER`; calls of `rows` at most."""
         if self._left <= 0 or len(networks) == 1:
             return networks[0]
         sizes = [min(network.batch_size, rows) for network in networks]

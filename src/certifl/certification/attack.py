@@ -14,19 +14,23 @@ arrives clipped to [0, 1] and rounded to 8 bits.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from certifl.certification.certified_sets import CertifiedRegion, lengths, region_of
 from certifl.certification.counts import CHUNK, Request, sign_test_against, vote_margins
-from certifl.certification.sampling import VoteCounter
+from certifl.certification.sampling import VoteCounter, lengths
 from certifl.errors import InputError
 from certifl.perturbations import covers_received
+from certifl.perturbations.base import Perturbation
 from certifl.rng import generator, image_key
 
+# Deltas are drawn a millionth inside, so that float32 rounding cannot carry one over the edge.
+_INSIDE = 1.0 - 1e-6
 # Images whose deltas are on the device at once; results do not depend on it.
 _BLOCK = 8
 # A delta is no longer confirmed once votes favor the certified class at this level.
@@ -278,28 +282,186 @@ def _worst(deltas: Tensor, margins: np.ndarray, count: int) -> tuple[Tensor, np.
 
 
 def deformed_first(counter: VoteCounter, images: Tensor, deltas: Tensor, votes: int) -> np.ndarray:
-    """Votes of the smoothed classifier on images that arrive changed.
+    """Votes (m, k, classes) of the smoothed classifier on images that arrive changed.
 
     Deformations are then interpolated twice; where that makes no difference (`covers_received`),
     the image is sent as a camera would: clipped to [0, 1] and rounded to 8 bits.
 
     Args:
-        counter: the prepared network, the perturbation and the seed.
+        counter: the prepared network, the perturbation and the seed. votes: per image.
         images: (m, c, h, w) float32 on the network's device.
         deltas: (m, k, *params_shape) on the same device; zeros give the pristine image.
-        votes: per deformed image.
-
-    Returns:
-        (m, k, classes) int64.
     """
     counts = []
     for image, own in zip(images, deltas, strict=True):
         arrived = counter.perturbation.apply(image[None], own)
         if covers_received(counter.perturbation.family):
             arrived = (arrived.clamp(0.0, 1.0) * _LEVELS).round() / _LEVELS
-        requests = [
-            Request(row, row, image_key(one), "attack", 0, votes)
-            for row, one in enumerate(arrived)
-        ]
-        counts.append(counter.count(arrived, requests, len(arrived)))
+        counts.append(counter.count_each(arrived, "attack", votes))
     return np.stack(counts)
+
+
+# The parameters that certificates cover, as sets to search in: balls, or intervals.
+
+
+@dataclass(frozen=True, eq=False)
+class CertifiedRegion:
+    """Where m certificates promise that g_delta does not change its class.
+
+    Attributes:
+        radius: (m,) float64: ||delta|| <= radius in `norm`.
+        low, high: (m,) float64, families of one parameter: low <= delta <= high, which reaches
+            beyond the radius on one side where a certificate is an interval, and begins at 0 where
+            the distribution is one-sided.
+        norm: "l2" or "l1".
+        shape: of one parameter set.
+        exact: parameters are multiples of 1/255 (`exact=True`).
+    """
+
+    radius: Tensor
+    low: Tensor
+    high: Tensor
+    norm: str
+    shape: tuple[int, ...]
+    exact: bool = False
+
+    @property
+    def dim(self) -> int:
+        """Number of parameters."""
+        return math.prod(self.shape)
+
+    def __len__(self) -> int:
+        return len(self.radius)
+
+    def rows(self, start: int, stop: int) -> CertifiedRegion:
+        """The certificates of some images."""
+        part = slice(start, stop)
+        ends = self.radius[part], self.low[part], self.high[part]
+        return CertifiedRegion(*ends, norm=self.norm, shape=self.shape, exact=self.exact)
+
+    def points(self, share: Tensor) -> Tensor:
+        """Of one parameter, deltas (m, k, 1) float32 at shares (k,) or (m, k) from low to high."""
+        low, high = (self.low * _INSIDE)[:, None], (self.high * _INSIDE)[:, None]
+        return (low + (high - low) * share.double()).to(torch.float32)[..., None]
+
+    def share_of(self, deltas: Tensor) -> Tensor:
+        """The inverse of `points`: (m, k, 1) to (m, k) in [0, 1]; one half where low is high."""
+        low, high = (self.low * _INSIDE)[:, None], (self.high * _INSIDE)[:, None]
+        width = high - low
+        share = (deltas[..., 0].double() - low) / torch.where(width > 0, width, 1.0)
+        return torch.where(width > 0, share, 0.5).clamp(0.0, 1.0)
+
+    def towards(self, directions: Tensor, share: Tensor | float = 1.0) -> Tensor:
+        """Deltas in directions (m, k, *shape), float32, never longer than the radius.
+
+        `share` of the radius is broadcast to (m, k): 1 is on the boundary.
+        """
+        size = lengths(directions, self.norm, len(self.shape))
+        length = self.radius[:, None] * share * _INSIDE
+        factor = (length / torch.where(size > 0, size, 1.0)).reshape(
+            *size.shape, *(1 for _ in self.shape)
+        )
+        deltas = (directions.double() * factor).to(torch.float32)
+        # On the grid of 8-bit intensities towards zero, which makes no delta longer.
+        return (deltas * _LEVELS).trunc() / _LEVELS if self.exact else deltas
+
+    def random(self, count: int, generators: Sequence[torch.Generator]) -> Tensor:
+        """Deltas uniform over the ball (l2) or the interval, (m, count, *shape) float32.
+
+        Each image has a generator, so that its deltas do not depend on the other images.
+        """
+        drawn = shares(count, generators)
+        if self.dim == 1:
+            return self.points(drawn)
+        return self.towards(self.directions(count, generators), drawn ** (1.0 / self.dim))
+
+    def directions(self, count: int, generators: Sequence[torch.Generator]) -> Tensor:
+        """Random directions, (m, count, *shape) float32; see `random`."""
+        size = (count, *self.shape)
+        return torch.stack([torch.randn(size, generator=g, device=g.device) for g in generators])
+
+    def first(self, count: int, aim: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Deltas to begin a search with, (m, count, *shape).
+
+        A grid in one dimension; otherwise `aim` (m, *shape), the axes where they are few, random
+        directions on the boundary, and some inside.
+        """
+        if self.dim == 1:
+            return self.points(torch.linspace(0, 1, count, device=aim.device))
+        axes = (
+            torch.eye(self.dim, device=aim.device) if 4 * self.dim <= count else aim.new_empty(0)
+        )
+        axes = torch.cat([axes, -axes]).reshape(-1, *self.shape)
+        boundary = max(1, (count - 1 - len(axes)) * 3 // 4)
+        outer = [
+            aim[:, None],
+            axes.expand(len(self), *axes.shape),
+            self.directions(boundary, generators),
+        ]
+        inside = count - 1 - len(axes) - boundary
+        deltas = [self.towards(torch.cat(outer, dim=1))]
+        if inside > 0:
+            drawn = shares(inside, generators)
+            deltas.append(self.towards(self.directions(inside, generators), drawn))
+        return torch.cat(deltas, dim=1)
+
+    def around(self, best: Tensor, count: int, spacing: float) -> Tensor:
+        """One dimension: a finer grid about `best` (m, 1, 1), `spacing` of the interval wide."""
+        offsets = torch.linspace(-1, 1, count, device=best.device) * spacing
+        return self.points((self.share_of(best) + offsets).clamp(0.0, 1.0))
+
+    def beyond(
+        self,
+        best: Tensor,
+        aims: Tensor,
+        count: int,
+        width: float,
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        """More dimensions: deltas along `aims`, between them and `best`, near `best`, inside.
+
+        Args:
+            best: (m, 1, *shape). aims: (m, k, *shape).
+            count: of deltas in all, at least k + 3.
+            width: how far near is, as a tangent.
+            generators: one per image.
+        """
+        unit = self._unit(best)
+        between = unit + self._unit(aims[:, :1])
+        others = self.directions(count - aims.shape[1] - 2, generators)
+        outer = torch.cat([aims, between, unit + width * self._unit(others)], dim=1)
+        return torch.cat([self.towards(outer), self.towards(best, 0.8)], dim=1)
+
+    def _unit(self, directions: Tensor) -> Tensor:
+        size = lengths(directions, "l2", len(self.shape))
+        scale = torch.where(size > 0, size, 1.0).to(directions.dtype)
+        return directions / scale.reshape(*size.shape, *(1 for _ in self.shape))
+
+
+def shares(count: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Uniform numbers in [0, 1), (m, count) float64, one generator per image."""
+    drawn = [torch.rand(count, generator=g, device=g.device) for g in generators]
+    return torch.stack(drawn).double()
+
+
+def region_of(
+    perturbation: Perturbation,
+    image_shape: tuple[int, int, int],
+    radius: np.ndarray,
+    interval: np.ndarray | None = None,
+    device: torch.device | str = "cpu",
+) -> CertifiedRegion:
+    """What certificates of radii (m,), or intervals (m, 2) around 0, cover; else InputError."""
+    size = torch.as_tensor(np.asarray(radius, np.float64), device=device)
+    if size.ndim != 1 or not bool((torch.isfinite(size) & (size >= 0)).all()):
+        raise InputError("radius must hold one finite number of at least 0 for each image.")
+    shape = perturbation.params_shape(image_shape)
+    one_sided = getattr(perturbation.law, "one_sided", False)
+    low, high = torch.zeros_like(size) if one_sided else -size, size
+    if interval is not None and math.prod(shape) == 1:
+        ends = torch.as_tensor(np.asarray(interval, np.float64), device=device)
+        if ends.shape != (len(size), 2) or not bool(((ends[:, 0] <= 0) & (ends[:, 1] >= 0)).all()):
+            raise InputError("interval must hold two ends around 0 for each image.")
+        low, high = torch.minimum(low, ends[:, 0]), torch.maximum(high, ends[:, 1])
+    exact = bool(getattr(perturbation, "exact", False))
+    return CertifiedRegion(size, low, high, perturbation.norm, shape, exact)

@@ -121,11 +121,7 @@ class Certificates:
         return curves.certified_accuracy(self.correct, self.radius, requested)
 
     def average_certified_radius(self) -> float:
-        """Mean over all images of radius times correct (ACR, the area under the curve).
-
-        Raises:
-            InputError: as `certified_accuracy`.
-        """
+        """Mean over all images of radius times correct (ACR); raises as `certified_accuracy`."""
         self._require_comparable()
         return float(curves.average_certified_radius(self.correct, self.radius))
 
@@ -267,33 +263,21 @@ class Certificates:
         return attribute("certifl.report.results", "results_of")(self)
 
     def save(self, path: str | Path) -> None:
-        """Write `.parquet` (everything) or `.tsv` (the layout of published code).
-
-        Raises:
-            InputError: another ending, or a .tsv of several units, of which it would name none.
-        """
+        """Write `.parquet` (everything) or `.tsv` (as published code does; else InputError)."""
         from certifl.certification.files import save
 
         save(self, Path(path))
 
     @staticmethod
     def load(path: str | Path) -> Certificates:
-        """Read what `save` wrote, or a published log under any name.
-
-        Raises:
-            InputError: the file is missing, damaged, or has other columns.
-        """
+        """Read what `save` wrote, or a published log; InputError where it cannot be read."""
         from certifl.certification.files import load
 
         return load(Path(path))
 
     @staticmethod
     def concatenate(parts: Sequence[Certificates]) -> Certificates:
-        """Concatenate rows; metadata other than the perturbation's are those of the first part.
-
-        Raises:
-            InputError: there are no parts.
-        """
+        """Rows of all parts; metadata other than the perturbation's are those of the first."""
         if not parts:
             raise InputError("There are no certificates to concatenate.")
         described = [
@@ -315,11 +299,7 @@ def _columns(certificates: Certificates) -> list[str]:
 
 
 def pandas() -> Any:
-    """The library, which is optional and imported when it is asked for.
-
-    Raises:
-        InputError: it is not installed.
-    """
+    """The library, which is optional; InputError where it is not installed."""
     try:
         return importlib.import_module("pandas")
     except ImportError as error:
@@ -330,11 +310,7 @@ def pandas() -> Any:
 
 
 def require_rows(certificates: Certificates) -> None:
-    """Refuse certificates that only stand for curves.
-
-    Raises:
-        InputError: the clients shared curves only.
-    """
+    """Refuse certificates that only stand for curves (InputError)."""
     if groups.CURVES_ONLY in certificates.conditions:
         raise InputError(
             "The clients of this run shared curves and kept the certificates of their images: "
@@ -398,11 +374,7 @@ class Predictions:
 
     @staticmethod
     def load(path: Path) -> Predictions:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: the file is missing, damaged, or has other columns.
-        """
+        """Read what `save` wrote; InputError where the file is missing or damaged."""
         from certifl.certification.files import load_predictions
 
         return load_predictions(path)

@@ -39,11 +39,7 @@ _FAR = 1e4
 
 
 def check_images(images: Tensor | np.ndarray) -> Tensor:
-    """Images as a float32 tensor (m, c, h, w) with values in [0, 1].
-
-    Raises:
-        InputError: no array, wrong rank, no images, NaN, values outside [0, 1], or integers.
-    """
+    """Images as float32 (m, c, h, w) in [0, 1]; InputError for any others."""
     _refuse_pairs(images)
     values = _tensor("images", images)
     if values.ndim != 4:
@@ -122,11 +118,7 @@ def _refuse_channels_last(shape: tuple[int, ...]) -> None:
 
 
 def check_perturbation(perturbation: Any) -> None:
-    """Refuse what is not a perturbation: a name, or a family without its sigma.
-
-    Raises:
-        InputError: it cannot draw and apply parameters.
-    """
+    """Refuse what is not a perturbation: a name, or a family without its sigma (InputError)."""
     if isinstance(perturbation, type) or not hasattr(perturbation, "sample"):
         raise InputError(
             "perturbation must be an object with its sigma, such as "
@@ -135,21 +127,13 @@ def check_perturbation(perturbation: Any) -> None:
 
 
 def check_seed(seed: Any) -> None:
-    """Refuse a seed that is not a whole number from 0, before it is silently cut to one.
-
-    Raises:
-        InputError: it is none.
-    """
+    """Refuse a seed that is not a whole number from 0, before it is cut to one (InputError)."""
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise InputError(f"seed must be a whole number from 0; got {seed!r}.")
 
 
 def check_exact(images: Tensor, perturbation: Perturbation) -> None:
-    """With `exact=True`, images must be 8-bit: whole multiples of 1/255.
-
-    Raises:
-        InputError: some intensity is not a multiple of 1/255.
-    """
+    """With `exact=True`, refuse images that are not 8-bit: multiples of 1/255 (InputError)."""
     if getattr(perturbation, "exact", False):
         levels = images.double() * 255
         if float((levels - levels.round()).abs().max()) > 1e-3:
@@ -163,19 +147,19 @@ def check_exact(images: Tensor, perturbation: Perturbation) -> None:
 def check_labels(
     labels: Tensor | np.ndarray | None, images: int, classes: int
 ) -> np.ndarray | None:
-    """Labels as (m,) int64, or None.
-
-    Raises:
-        InputError: not one whole number in [0, classes) per image.
-    """
+    """Labels as (m,) int64, or None; InputError if not one of the classes for each image."""
     if labels is None:
         return None
     _refuse_blocks_of_labels(labels)
     values = _tensor("labels", labels).detach().cpu().numpy()
     if values.shape != (images,):
+        advice = ""
+        if values.ndim == 2 and len(values) == images:
+            advice = " One-hot rows become numbers with labels.argmax(1)."
+        if values.shape == (images, 1):
+            advice = " A column of numbers becomes that with labels[:, 0]."
         raise InputError(
-            f"labels must have one number per image, ({images},); got {values.shape}."
-            f"{_as_numbers(values.shape, images)}"
+            f"labels must have one number per image, ({images},); got {values.shape}.{advice}"
         )
     if not np.issubdtype(values.dtype, np.integer):
         raise InputError(
@@ -208,15 +192,6 @@ def _refuse_blocks_of_labels(labels: Any) -> None:
         )
 
 
-def _as_numbers(shape: tuple[int, ...], images: int) -> str:
-    """What to do with labels that are a matrix."""
-    if len(shape) != 2 or shape[0] != images:
-        return ""
-    if shape[1] == 1:
-        return " A column of numbers becomes that with labels[:, 0]."
-    return " One-hot rows become numbers with labels.argmax(1)."
-
-
 def _tensor(name: str, values: Any) -> Tensor:
     try:
         return torch.as_tensor(values)
@@ -228,11 +203,7 @@ def _tensor(name: str, values: Any) -> Tensor:
 
 
 def check_model(model: Model) -> None:
-    """Refuse a model whose vote on one noisy image would depend on the others in its batch.
-
-    Raises:
-        ModelError: a module in training mode, or normalization by batch statistics.
-    """
+    """Refuse a model whose vote on one noisy image would depend on its batch (ModelError)."""
     if not callable(model):
         raise ModelError(f"model must be callable on images (m, c, h, w); got {type(model)}.")
     if not isinstance(model, nn.Module):
@@ -270,11 +241,7 @@ def _strangers(images: Tensor, seed: int) -> Tensor:
 
 
 def writes_into_its_input(network: Model, images: Tensor) -> bool:
-    """Whether a network changes the batch it is given, such as by `x.sub_(mean)`.
-
-    Raises:
-        ModelError: it fails on these images.
-    """
+    """Whether a network changes the batch it is given; ModelError if it fails on it."""
     batch = probe_of(images)
     before = batch.clone()
     _logits(network, batch)
@@ -282,19 +249,15 @@ def writes_into_its_input(network: Model, images: Tensor) -> bool:
 
 
 def depends_on_its_past(network: Model, module: nn.Module, images: Tensor) -> bool:
-    """Whether calls change buffers or weights of a network; refused where that changes answers.
+    """Whether calls change a network's state; ModelError where that changes its answers.
 
     Averages that go on in evaluation mode may move so slowly that two calls agree up to rounding,
     and still far over many votes. So what moved is moved much further, and the answers compared. A
     counter of calls that nothing reads is harmless.
 
     Args:
-        network: the call, given batches of its own.
+        network: the call, given batches of its own. images: (m, c, h, w); the first is tried.
         module: whose state is looked at; it is put back.
-        images: (m, c, h, w); the first one is tried, among strangers.
-
-    Raises:
-        ModelError: answers depend on what the network was asked before.
     """
     probe = probe_of(images)
     before = {name: value.detach().clone() for name, value in _state(module)}
@@ -337,14 +300,10 @@ def _agree(first: Tensor, second: Tensor, tolerance: float) -> bool:
 
 
 def probe_classes(network: Model, images: Tensor) -> int:
-    """Number of classes, after checking that logits are finite, repeatable and row by row.
+    """Number of classes; ModelError unless logits are finite, repeatable and row by row.
 
     A few images go through the network twice, the second time in reversed order and among
     strangers: the logits of an image must be the same up to rounding.
-
-    Raises:
-        ModelError: the model fails on these images, its answer is no (m, classes) matrix of finite
-            logits, differs between two calls, or depends on the rest of the batch.
     """
     probe = probe_of(images)
     logits = _logits(network, probe.clone())
@@ -415,17 +374,13 @@ _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 def checked_blocks(
     images: Images, labels: ImageLabels, perturbation: Perturbation
 ) -> Iterator[tuple[Tensor, Any]]:
-    """Checked images and their labels as they were given, block by block.
+    """Checked images and their labels as they were given, block by block; else InputError.
 
     Args:
         images: one array (m, c, h, w); an iterable of such, or of pairs (images, labels), such as
             a `DataLoader` gives; or a map-style data set of images or pairs.
         labels: in the same form; None where there are none, or images come with theirs.
         perturbation: whose `exact` mode images are checked for.
-
-    Raises:
-        InputError: images that cannot be used, blocks of different shapes, or not as many blocks
-            of labels as of images.
     """
     shape = None
     for number, (block, given) in enumerate(_pairs(images, labels)):
@@ -448,11 +403,7 @@ def checked_blocks(
 
 
 def _pairs(images: Images, labels: ImageLabels) -> Iterator[tuple[Any, Any]]:
-    """Blocks of images and of labels, as they were given.
-
-    Raises:
-        InputError: images or labels come in no blocks, as far as that is seen without reading.
-    """
+    """Blocks of images and of labels, as given; InputError where they come in no blocks."""
     if isinstance(images, (Tensor, np.ndarray)):
         yield images, labels
         return
@@ -477,11 +428,7 @@ def _pairs(images: Images, labels: ImageLabels) -> Iterator[tuple[Any, Any]]:
 
 
 def _iterable(images: Any) -> Iterable[Any]:
-    """Blocks, where images are no single array.
-
-    Raises:
-        InputError: they are none.
-    """
+    """Blocks, where images are no single array; InputError if they are none."""
     if isinstance(images, DataLoader):
         inner = getattr(images.batch_sampler, "sampler", None)
         if isinstance(images.sampler, _SHUFFLING) or isinstance(inner, _SHUFFLING):

@@ -1,8 +1,8 @@
 """Estimators: which votes an image needs next, and what finished votes certify.
 
 An estimator is a frozen value of settings and noise, fixed before the first vote. Everything else
-asks it: `adaptive` for the next votes, whether they suffice and what they certify, `record` and
-`verify` for what a record must say.
+asks it: `counts` for the next votes, whether they suffice and what they certify, `metadata` and
+`recompute` for what a record must say.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from certifl.certification.certificates import UNLABELED
 from certifl.certification.counts import Request, Votes, top_and_runner_up
 from certifl.certification.settings import ESTIMATORS, GRID_POINTS, Settings
 from certifl.errors import InputError
+from certifl.perturbations.base import Perturbation
 from certifl.smoothing import curves, group_sequential, sequential
 from certifl.smoothing.bounds import BOUNDS, Bools, Floats, Ints
 from certifl.smoothing.group_sequential import GroupSequential
@@ -34,29 +35,18 @@ if TYPE_CHECKING:
 Metadata = Mapping[str, Any]
 
 
-class Noise(Protocol):
-    """What an estimator knows of a perturbation: how its parameters are distributed."""
+@dataclass(frozen=True)
+class RecordedNoise:
+    """The recorded noise of a perturbation, whose family certifl may not know."""
 
-    @property
-    def family(self) -> str:
-        """Name of the family."""
-        ...
+    family: str
+    sigma: float
+    law: Law
+    unit: str
 
-    @property
-    def sigma(self) -> float:
-        """Scale of the distribution, in `unit`."""
-        ...
 
-    @property
-    def law(self) -> Law:
-        """Distribution of the parameters."""
-        ...
-
-    @property
-    def unit(self) -> str:
-        """Unit of sigma and of radii."""
-        ...
-
+Noise = Perturbation | RecordedNoise
+"""What an estimator knows of a perturbation: how its parameters are distributed."""
 
 PRICES = {"certificates": 0.003, "curve": 0.22}
 """What n votes must bring, in steps of the radii that are asked for, for each value of `keep`."""
@@ -138,22 +128,14 @@ class Estimator:
         return float(noise.law.largest_radius(noise.sigma, settings.n, settings.alpha))
 
     def grid(self) -> Floats:
-        """The radii that will be reported: those asked for, or evenly up to the largest possible.
-
-        Raises:
-            InputError: as `check`.
-        """
+        """The radii that are reported: as asked, or evenly up to the largest; see `check`."""
         self.check()
         if self.settings.radii is not None:
             return np.array(self.settings.radii, dtype=np.float64)
         return curves.even_grid(self.largest_radius(), GRID_POINTS)
 
     def check(self) -> None:
-        """Refuse settings with which votes that all agree certify nothing, or none of the radii.
-
-        Raises:
-            InputError: too few votes, radii out of reach, or noise that it cannot certify.
-        """
+        """Refuse settings with which votes that agree certify none of the radii (InputError)."""
         settings = self.settings
         if not self.decides():
             raise too_few_votes(settings.n, settings.alpha, self.least_votes())
@@ -218,7 +200,6 @@ class Estimator:
 
     def purposes(self, votes: Votes) -> tuple[str, ...]:
         """What votes may be cast for next: selection, estimation, or both."""
-        del votes
         return ("selection", "estimation")
 
     def cast(
@@ -281,21 +262,12 @@ class Estimator:
 
     @classmethod
     def recorded(cls, settings: Settings, noise: Noise, metadata: Metadata) -> Estimator:
-        """The estimator of a record.
-
-        Raises:
-            KeyError: the metadata lack what it needs. InputError: they cannot be read.
-        """
-        del metadata
+        """The estimator of a record; KeyError or InputError where its metadata do not say it."""
         return cls(settings, noise)
 
     @staticmethod
     def largest_recorded(metadata: Metadata) -> float:
-        """The largest radius that certificates with this metadata can have; infinity if unknown.
-
-        Raises:
-            InputError: the metadata cannot be read.
-        """
+        """The largest radius with this metadata; infinity if unknown, InputError if unreadable."""
         law = LAWS.get(str(metadata.get("law")))
         if law is None or not {"sigma", "n", "alpha"} <= metadata.keys():
             return math.inf
@@ -303,18 +275,12 @@ class Estimator:
 
     def record_problem(self, metadata: Metadata) -> str | None:
         """Why its own metadata are not those that the settings give; None where they are."""
-        del metadata
         return None
 
     def recorded_votes(
         self, certificates: Certificates, report: Callable[[Bools, str], None]
     ) -> tuple[Votes, Bools]:
-        """Votes of the certificates that can be read, and which those are; others are reported.
-
-        Raises:
-            InputError: the certificates do not hold the votes.
-        """
-        del report
+        """Votes that can be read, and whose; others are reported. InputError if there are none."""
         return Votes.of(certificates), np.ones(len(certificates), np.bool_)
 
     def stopped_early(self, votes: Votes, radius: Floats, tolerance: float) -> Bools:
@@ -345,7 +311,6 @@ class Estimator:
             top, runner_up, look, radius: one an image.
             tolerance: a gain that hangs on this share of a radius is none.
         """
-        del top, runner_up, radius, tolerance
         return look < len(self.looks) - 1
 
 
@@ -506,11 +471,7 @@ class UnionBoundTopClass(UnionBound):
 
 
 def largest_radius(metadata: Metadata) -> float:
-    """The largest radius that certificates with this metadata can have; infinity if unknown.
-
-    Raises:
-        InputError: the metadata cannot be read.
-    """
+    """The largest radius with this metadata; infinity if unknown, InputError if unreadable."""
     kind = ESTIMATORS.get(str(metadata.get("estimator")), Estimator)
     return kind.largest_recorded(metadata)
 

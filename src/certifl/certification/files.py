@@ -7,7 +7,6 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -189,17 +188,6 @@ _LARGEST = 2**63 - 1
 _TIME = re.compile(r"((?P<days>\d+) days?, )?(?P<clock>[\d:.eE+-]+)")
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One line of a log: a radius and a class that hold, or an abstention."""
-
-    index: int
-    label: int
-    predicted: int
-    radius: float
-    seconds: float
-
-
 def _is_log(path: Path) -> bool:
     """Whether a file begins with the header of such a log, whatever its name."""
     with path.open("rb") as file:
@@ -211,33 +199,28 @@ def _read_log(path: Path) -> Certificates:
     """Read a log; bounds, votes and levels, which it does not hold, are unknown (NaN, empty).
 
     A row that says that its image is not certified is an abstention here, whatever class it names:
-    published logs mark that by a radius below 0, by `correct` being false, or by class -1.
-
-    Raises:
-        ValueError: the header differs, or a row is damaged or contradicts itself; the message
-            names its line.
+    published logs mark that by a radius below 0, by `correct` being false, or by class -1. A
+    ValueError names the line that is damaged or contradicts itself.
     """
-    rows = list(_rows(path))
+    kinds = [(name, "i8") for name in ("index", "label", "predicted")]
+    rows = np.array(list(_rows(path)), [*kinds, ("radius", "f8"), ("seconds", "f8")])
+    columns = {name: rows[name].copy() for name in rows.dtype.names or ()}
     m = len(rows)
     nothing, unknown = np.zeros((m, 0), np.int64), np.full(m, np.nan)
     return Certificates(
         client=np.zeros(m, np.int64),
-        index=np.array([row.index for row in rows], np.int64),
-        label=np.array([row.label for row in rows], np.int64),
-        predicted=np.array([row.predicted for row in rows], np.int64),
-        radius=np.array([row.radius for row in rows], np.float64),
+        **columns,
         p_lower=unknown,
         p_upper=unknown,
         counts=nothing,
         selection_counts=nothing,
         looks=np.zeros(m, np.int64),
         level=unknown,
-        seconds=np.array([row.seconds for row in rows], np.float64),
         conditions={"source": path.name},
     )
 
 
-def _rows(path: Path) -> Iterator[_Row]:
+def _rows(path: Path) -> Iterator[tuple[int, int, int, float, float]]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file, delimiter="\t")
         try:
@@ -251,19 +234,18 @@ def _rows(path: Path) -> Iterator[_Row]:
                         f"not {len(header)}"
                     )
                 if fields:
-                    yield _numbered(fields, reader.line_num)
+                    try:
+                        yield _row(*fields[: len(TSV_HEADER)])
+                    except ValueError as error:
+                        raise ValueError(f"line {reader.line_num}: {error}") from error
         except csv.Error as error:
             raise ValueError(f"line {reader.line_num}: {error}") from error
 
 
-def _numbered(fields: list[str], line: int) -> _Row:
-    try:
-        return _row(*fields[: len(TSV_HEADER)])
-    except ValueError as error:
-        raise ValueError(f"line {line}: {error}") from error
-
-
-def _row(idx: str, label: str, predict: str, radius: str, correct: str, time: str) -> _Row:
+def _row(
+    idx: str, label: str, predict: str, radius: str, correct: str, time: str
+) -> tuple[int, int, int, float, float]:
+    """Index, label, class and radius that hold (or an abstention), and seconds."""
     index, truth, predicted = int(idx), int(label), int(predict)
     claimed, right = float(radius), _TRUTH.get(correct.strip().lower())
     if not math.isfinite(claimed):
@@ -277,13 +259,9 @@ def _row(idx: str, label: str, predict: str, radius: str, correct: str, time: st
     if right and predicted not in (truth, ABSTAINED):
         raise ValueError(f"correct is {correct}, but class {predict} is not the label {label}")
     certified = claimed >= 0 and predicted != ABSTAINED and (right or predicted != truth)
-    return _Row(
-        index,
-        truth,
-        predicted if certified else ABSTAINED,
-        claimed if certified else 0.0,
-        _seconds(time),
-    )
+    if not certified:
+        predicted, claimed = ABSTAINED, 0.0
+    return index, truth, predicted, claimed, _seconds(time)
 
 
 def _seconds(text: str) -> float:

@@ -18,12 +18,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from certifl.certification.settings import ESTIMATORS
+from certifl.certification.settings import ESTIMATORS, Settings
 from certifl.errors import InputError
+from certifl.perturbations import describe
+
+if TYPE_CHECKING:
+    from certifl.certification.estimators import Estimator
+    from certifl.perturbations import Perturbation
 
 PERTURBATIONS = "perturbations"
 CURVES_ONLY = "curves_only"
@@ -41,6 +46,38 @@ NOISE = ("family", "sigma", "law", "norm", "unit", "threat")
 """What follows from the description of a perturbation."""
 
 
+def asked_conditions(
+    perturbation: Perturbation, settings: Settings, seed: int, estimator: Estimator | None = None
+) -> dict[str, Any]:
+    """The metadata that follow from the request, before any network is known.
+
+    `verify` compares a record with these, so they must depend on the arguments alone. `estimator`
+    is that of a record, where an earlier version took another for these settings.
+    """
+    estimator = estimator or settings.estimator_for(perturbation)
+    return {
+        "family": perturbation.family,
+        "sigma": perturbation.sigma,
+        "description": describe(perturbation),
+        "law": perturbation.law.name,
+        "norm": perturbation.norm,
+        "unit": perturbation.unit,
+        "threat": perturbation.threat,
+        "estimator": settings.estimator,
+        "bounds": estimator.bounds,
+        "alpha": settings.alpha,
+        "n0": settings.n0,
+        "n": settings.n,
+        "look_votes": list(estimator.looks),
+        "look_levels": list(estimator.levels),
+        **estimator.metadata,
+        "radii": None if settings.radii is None else list(settings.radii),
+        "label_aware": settings.label_aware,
+        "keep": settings.keep,
+        "seed": seed,
+    }
+
+
 def differs(first: Any, second: Any) -> bool:
     """Whether two stored values are not the same; true is not 1."""
     return json.dumps(first, sort_keys=True) != json.dumps(second, sort_keys=True)
@@ -53,11 +90,7 @@ def below_sigma(metadata: Conditions) -> bool:
 
 
 def require_groups(conditions: Conditions) -> None:
-    """Refuse stored metadata that cannot be assigned to clients.
-
-    Raises:
-        InputError: the perturbations are not objects that name their clients.
-    """
+    """Refuse stored metadata that cannot be assigned to clients (InputError)."""
     groups = conditions.get(PERTURBATIONS)
     if groups is None:
         return
@@ -74,11 +107,7 @@ def joined(parts: Sequence[tuple[int, Conditions]]) -> dict[str, Any]:
     """The metadata of several clients' certificates together.
 
     Args:
-        parts: (client, metadata of that client's certificates). Entries other than those of the
-            perturbation are taken from the first.
-
-    Raises:
-        InputError: a client has several perturbations.
+        parts: (client, metadata of its certificates); all but the perturbation is the first's.
     """
     metadata = dict(parts[0][1])
     result: dict[str, dict[str, Any]] = {}
@@ -120,11 +149,7 @@ def entries(conditions: Conditions) -> list[tuple[list[int] | None, dict[str, An
 
 
 def of_client(conditions: Conditions, client: int) -> dict[str, Any]:
-    """The metadata of one client's certificates.
-
-    Raises:
-        InputError: the client certified nothing.
-    """
+    """The metadata of one client's certificates; InputError if it certified nothing."""
     for clients, metadata in entries(conditions):
         if clients is None or client in clients:
             return metadata

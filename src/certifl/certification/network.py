@@ -25,14 +25,16 @@ from certifl.certification.checks import (
     writes_into_its_input,
 )
 from certifl.certification.quantization import Calibration, Quantized, Scales, quantize
-from certifl.certification.quantized_graph import called, is_plain, loses_hooks
 from certifl.certification.settings import PRECISIONS, REMOVED_PRECISIONS, removed_precision
 from certifl.errors import InputError, ModelError, first_line
 from certifl.module_copies import (
     bare_copy_of,
+    called,
     foreign_formats,
     format_advice,
+    is_plain,
     logits_in,
+    loses_hooks,
     to_format,
     unwrapped,
 )
@@ -207,12 +209,7 @@ def _prepared(
 def _quantized(
     module: nn.Module, changes: bool, probe: Tensor, calibration: Calibration | Scales | None
 ) -> Quantized:
-    """The network in integers.
-
-    Raises:
-        InputError: no images to calibrate with, or another device than the processor.
-        ModelError: a network that cannot be quantized.
-    """
+    """The network in integers; InputError without images or a CPU, ModelError if it has none."""
     if probe.device.type != "cpu":
         raise InputError(
             f'precision = "int8" computes on the processor alone, not on {probe.device}: choose '
@@ -292,11 +289,7 @@ def _is_tf32(newer: Any, older: Any) -> bool:
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """The device to compute on; "auto" takes a GPU where there is one.
-
-    Raises:
-        InputError: the device is unknown or absent.
-    """
+    """The device to compute on, a GPU for "auto" where there is one; InputError if unusable."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(device, str) and device.partition(":")[0] not in _DEVICES:
@@ -317,11 +310,7 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def choose_precision(precision: str) -> str:
-    """The network's arithmetic; "auto" is float32 until another one was measured to be better.
-
-    Raises:
-        InputError: unknown name.
-    """
+    """The network's arithmetic; "auto" is float32 until another was measured (InputError)."""
     if precision == "auto":
         return "float32"
     if precision in REMOVED_PRECISIONS:

@@ -33,10 +33,10 @@ from certifl.certification.quantized_graph import (
     Range,
     Writer,
     kind_of,
-    loses_hooks,
     overwritten,
 )
 from certifl.errors import InputError, ModelError, first_line
+from certifl.module_copies import loses_hooks
 from certifl.perturbations.base import Perturbation
 from certifl.rng import generator
 from certifl.torch_env import one_thread
@@ -68,11 +68,7 @@ class Scales:
 
     @classmethod
     def read(cls, stored: Any) -> Scales:
-        """From a record.
-
-        Raises:
-            InputError: they cannot be read as scales.
-        """
+        """From a record; InputError where they cannot be read as scales."""
         try:
             ranges = {str(k): Range(float(v[0]), int(v[1])) for k, v in stored.items()}
         except (AttributeError, TypeError, ValueError, IndexError, OverflowError) as error:
@@ -111,12 +107,7 @@ class Calibration:
 def calibration_of(
     given: Tensor | np.ndarray | Mapping[str, Any] | None, perturbation: Perturbation, seed: int
 ) -> Calibration | Scales | None:
-    """What `certify` and `predict` are given to quantize a network with.
-
-    Args:
-        given: images (m, c, h, w) in [0, 1]; or `conditions["quantization"]` of a record.
-        perturbation, seed: of the noise that the images get.
-    """
+    """What images in [0, 1], or `conditions["quantization"]` of a record, quantize with."""
     if given is None:
         return None
     if isinstance(given, Mapping):
@@ -125,14 +116,7 @@ def calibration_of(
 
 
 def recorded(conditions: Mapping[str, Any], client: int | None = None) -> Scales | None:
-    """The scales that a record's votes were cast with; None in other precisions.
-
-    Args:
-        client: whose, in a record of several clients.
-
-    Raises:
-        InputError: a record in int8 without scales.
-    """
+    """The scales that a record's votes (of a client) were cast with; None unless in int8."""
     if conditions.get("precision") != "int8":
         return None
     known = conditions.get("quantization")
@@ -142,14 +126,7 @@ def recorded(conditions: Mapping[str, Any], client: int | None = None) -> Scales
 
 
 def fingerprint_problems(conditions: Mapping[str, Any]) -> list[tuple[int | None, str]]:
-    """Where the scales of a record in int8 do not give its fingerprint of weights and scales.
-
-    Args:
-        conditions: of the record.
-
-    Returns:
-        The client, None where the record has but one network, and what is wrong.
-    """
+    """Where scales of int8 do not give the recorded fingerprint: client (None = of all), why."""
     if conditions.get("precision") != "int8":
         stray = "quantization" in conditions
         return [(None, "scales of int8 are recorded with votes in another precision")] * stray
@@ -264,11 +241,7 @@ def _others(graph: fx.GraphModule, layers: Sequence[fx.Node]) -> int:
 
 
 def _traced(module: nn.Module, probe: Tensor) -> fx.GraphModule:
-    """A copy as a graph of its layers.
-
-    Raises:
-        ModelError: there is none that computes the same.
-    """
+    """A copy as a graph of its layers; ModelError if none computes the same."""
     advice = 'Choose precision = "float32" or "bfloat16".'
     if isinstance(module, fx.GraphModule):
         return copy.deepcopy(module)

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from certifl.module_copies import called, is_plain
+
 LEVELS = 255
 _kernels = torch.ops.onednn
 
@@ -123,27 +125,15 @@ class _Linear(_Layer):
 
     def __init__(self, layer: nn.Linear, source: Range, out: Range | None, relu: bool) -> None:
         super().__init__(layer, source, out, relu)
-        self.weight = _kernels.qlinear_prepack(self.numbers, None)
+        packed = _kernels.qlinear_prepack(self.numbers, None)
+        self.weights = (packed, torch.ones_like(self.scales), self.zeros)
         self.factors = self.scales * source.scale
-        self.ones = torch.ones_like(self.scales)
         self.quantize = None if out is None else _Quantize(out)
 
     def forward(self, x: Tensor) -> Tensor:
-        sums = _kernels.qlinear_pointwise(
-            x,
-            1.0,
-            self.source.zero,
-            self.weight,
-            self.ones,
-            self.zeros,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        ).mul_(self.factors)
+        whole = (None, 1.0, 0, torch.float32, "none", [], "")
+        sums = _kernels.qlinear_pointwise(x, 1.0, self.source.zero, *self.weights, *whole)
+        sums.mul_(self.factors)
         if self.bias is not None:
             sums.add_(self.bias)
         if self.relu == "relu":
@@ -157,28 +147,15 @@ class _Convolution(_Layer):
     def __init__(self, layer: nn.Conv2d, source: Range, out: Range | None, relu: bool) -> None:
         super().__init__(layer, source, out, relu)
         assert not isinstance(layer.padding, str)
-        self.shape = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
+        shape = (list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
         packed = _kernels.qconv_prepack(
-            self.numbers, self.scales, source.scale, source.zero, *self.shape, None
+            self.numbers, self.scales, source.scale, source.zero, *shape, None
         )
-        self.weight = packed
-        self.before = (source.scale, source.zero)
-        self.after = (self.out.scale, self.out.zero, self.dtype)
+        self.before = (source.scale, source.zero, packed, self.scales, self.zeros)
+        self.after = (self.bias, *shape, self.out.scale, self.out.zero, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _kernels.qconv_pointwise(
-            x,
-            *self.before,
-            self.weight,
-            self.scales,
-            self.zeros,
-            self.bias,
-            *self.shape,
-            *self.after,
-            self.relu,
-            [],
-            "",
-        )
+        return _kernels.qconv_pointwise(x, *self.before, *self.after, self.relu, [], "")
 
 
 class _Sum(_Convolution):
@@ -191,56 +168,13 @@ class _Sum(_Convolution):
         self.other = (other.scale, other.zero)
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _kernels.qconv2d_pointwise.binary(
-            x,
-            *self.before,
-            self.weight,
-            self.scales,
-            self.zeros,
-            other,
-            self.bias,
-            *self.shape,
-            *self.after,
-            *self.other,
-            "sum",
-            1.0,
-            self.relu,
-            [],
-            "",
-        )
+        added = (*self.other, "sum", 1.0, self.relu, [], "")
+        return _kernels.qconv2d_pointwise.binary(x, *self.before, other, *self.after, *added)
 
 
 _ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 _AUGMENTED = ("iadd", "isub", "imul", "itruediv")
 _RELU = (torch.relu, functional.relu, "relu", "relu_")
-
-
-def called(node: object, graph: fx.GraphModule) -> nn.Module | None:
-    """The layer that a node calls; None where it calls none."""
-    if not isinstance(node, fx.Node) or node.op != "call_module":
-        return None
-    return graph.get_submodule(str(node.target))
-
-
-def loses_hooks(module: nn.Module, graph: fx.GraphModule) -> bool:
-    """Whether a layer has hooks and is not called as a whole in the traced network."""
-    targets = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
-    return any(_hooked(part) and name not in targets for name, part in module.named_modules())
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    """Whether a layer is exactly of this kind and computes with the weights that it stores.
-
-    `spectral_norm`, `weight_norm`, pruning and other parametrizations compute the weight at every
-    call, by a hook or a subclass, and would overwrite a folded one. They stay as they are.
-    """
-    if module is None or type(module) is not kind or _hooked(module):
-        return False
-    return all(name in module._parameters for name in ("weight", "bias"))
 
 
 def kind_of(node: fx.Node, graph: fx.GraphModule) -> type[nn.Module] | None:
@@ -446,7 +380,8 @@ class Writer:
             shared = node in self._passed
             memory[node] = memory[node.all_input_nodes[0]] if shared else node
         for node in order:
-            if not isinstance(self._root_module(node), _Sum):
+            called_here = node.op == "call_module"
+            if not (called_here and isinstance(getattr(self._root, str(node.target), None), _Sum)):
                 continue
             value, other = node.args
             assert isinstance(value, fx.Node)
@@ -456,16 +391,15 @@ class Writer:
                 with self._new.inserting_before(node):
                     node.update_arg(1, self._new.call_method("clone", (other,)))
 
-    def _root_module(self, node: fx.Node) -> nn.Module | None:
-        return getattr(self._root, str(node.target), None) if node.op == "call_module" else None
-
     def _write(self, node: fx.Node) -> None:
         group = self._starts.get(node)
         if group is not None:
             self._write_group(group)
         elif node in self._parts:
             return  # written with its group
-        elif passes(node, self._old) and self._passed_as_integers(node):
+        elif passes(node, self._old) and (
+            node.all_input_nodes[0] in self._integers or self._plan.wants_integers(node)
+        ):
             self._pass_on(node)
         elif _is(node, self._old, _RELU, nn.ReLU) and self._only_integers(node):
             # Its range begins at 0, so writing it in 8 bits cuts negative values off.
@@ -502,10 +436,6 @@ class Writer:
             own = self._scales[self._plan.source_of(node).name]
             self._integers[node] = self._add(_Quantize(own), self._float(node)), own
         return self._integers[node]
-
-    def _passed_as_integers(self, node: fx.Node) -> bool:
-        source = node.all_input_nodes[0]
-        return source in self._integers or self._plan.wants_integers(node)
 
     def _only_integers(self, node: fx.Node) -> bool:
         """Whether all users of a value take it in 8 bits."""

@@ -15,13 +15,13 @@ from certifl._version import __version__
 from certifl.certification import metadata as groups
 from certifl.certification.certificates import ABSTAINED, UNLABELED, Certificates
 from certifl.certification.counts import Votes
-from certifl.certification.estimators import Estimator, Metadata
+from certifl.certification.estimators import Estimator, Metadata, RecordedNoise
 from certifl.certification.metadata import differs
 from certifl.certification.quantization import fingerprint_problems
 from certifl.certification.settings import ESTIMATORS, Settings
 from certifl.errors import InputError
 from certifl.perturbations import PERTURBATIONS, Perturbation, from_record
-from certifl.smoothing.laws import LAWS, UNIFORM, Law
+from certifl.smoothing.laws import LAWS, UNIFORM
 
 
 class _Types(BaseModel):
@@ -48,16 +48,6 @@ class _Types(BaseModel):
 
 
 @dataclass(frozen=True)
-class RecordedNoise:
-    """The recorded noise of a perturbation, whose family certifl may not know."""
-
-    family: str
-    sigma: float
-    law: Law
-    unit: str
-
-
-@dataclass(frozen=True)
 class Record:
     """The metadata of certificates of one perturbation.
 
@@ -81,11 +71,7 @@ class Record:
 
 
 def read_record(conditions: Mapping[str, Any]) -> Record:
-    """Metadata, after comparing everything that follows from other entries.
-
-    Raises:
-        InputError: unreadable, or without what the estimator needs.
-    """
+    """Metadata, after comparing all that follows from other entries; InputError if unreadable."""
     try:
         metadata = json.loads(json.dumps(dict(conditions), default=_plain))
     except (TypeError, ValueError, RecursionError) as error:
@@ -118,12 +104,7 @@ def _plain(value: Any) -> Any:
 
 
 def _estimator_of(metadata: Mapping[str, Any], perturbation: Perturbation | None) -> Estimator:
-    """The estimator that is recorded; old records do not name `keep`.
-
-    Raises:
-        InputError: settings that are not allowed.
-        KeyError: the metadata lack what it needs.
-    """
+    """The recorded estimator; InputError for wrong settings, KeyError if some are missing."""
     settings = Settings(
         metadata["estimator"],
         metadata["n0"],
@@ -335,46 +316,35 @@ def _verified(certificates: Certificates) -> list[Finding]:
             + (f" (missing: {', '.join(missing)})." if missing else ".")
         )
     findings: list[Finding] = []
-
-    def report(rows: np.ndarray, problem: str) -> None:
-        for row in np.flatnonzero(rows):
-            client, index = int(certificates.client[row]), int(certificates.index[row])
-            findings.append(Finding(client, index, problem))
-
+    report = _reporter(certificates, findings)
     for client, problem in fingerprint_problems(certificates.conditions):
         report((certificates.client == client) | (client is None), problem)
     record = read_record(certificates.conditions)
     for problem in record.problems:
         # Bounds at levels that were not fixed in advance bound nothing: no row is read further.
         report(np.ones(len(certificates), np.bool_), problem)
-    if record.estimator is not None and not record.problems:
-        _check_rows(certificates, record.estimator, record.metadata, report)
+    if record.estimator is None or record.problems:
+        return findings
+    sound = _check_numbers(certificates, report)
+    sound &= _check_votes(certificates, record.estimator, report)
+    part = certificates.select(sound)
+    votes, readable = record.estimator.recorded_votes(part, _reporter(part, findings))
+    part = part.select(readable)
+    if len(part):
+        report = _reporter(part, findings)
+        _check_claims(part, votes, record.estimator, record.metadata, report)
     return findings
 
 
-def _check_rows(
-    certificates: Certificates, estimator: Estimator, metadata: Metadata, report: ReportRows
-) -> None:
-    sound = np.flatnonzero(
-        _check_numbers(certificates, report) & _check_votes(certificates, estimator, report)
-    )
-    part = certificates.select(sound)
-    votes, readable = estimator.recorded_votes(part, _of_rows(sound, certificates, report))
-    chosen = sound[readable]
-    if len(chosen):
-        report_chosen = _of_rows(chosen, certificates, report)
-        _check_claims(part.select(readable), votes, estimator, metadata, report_chosen)
+def _reporter(certificates: Certificates, findings: list[Finding]) -> ReportRows:
+    """Adds a finding for each row of a mask over these certificates."""
 
+    def report(rows: np.ndarray, problem: str) -> None:
+        for row in np.flatnonzero(rows):
+            client, index = int(certificates.client[row]), int(certificates.index[row])
+            findings.append(Finding(client, index, problem))
 
-def _of_rows(chosen: np.ndarray, certificates: Certificates, report: ReportRows) -> ReportRows:
-    """Reports of some of the rows, as reports of all of them."""
-
-    def report_chosen(rows: np.ndarray, problem: str) -> None:
-        mask = np.zeros(len(certificates), np.bool_)
-        mask[chosen[rows]] = True
-        report(mask, problem)
-
-    return report_chosen
+    return report
 
 
 def _check_numbers(certificates: Certificates, report: ReportRows) -> np.ndarray:
@@ -430,20 +400,17 @@ def _report_numbers(
     Claiming more than is granted (see `_granted`) is found to the last bit. Less may be the
     rounding of another scipy version.
     """
-    source = "the one its votes give"
     unknown = np.isnan(expected)
     report(unknown & ~np.isnan(stored), f"it has a {name}, which its estimator does not give")
     within = unknown | (sign * stored <= sign * expected * (1.0 + granted))
-    alike = np.isclose(stored, expected, rtol=_ALIKE, atol=_ALIKE) | (
-        sign * stored >= sign * expected
-    )
-    alike |= unknown
+    alike = np.isclose(stored, expected, rtol=_ALIKE, atol=_ALIKE)
+    alike |= unknown | (sign * stored >= sign * expected)
     for row in np.flatnonzero(~(within & alike)):
         more, less = ("larger", "smaller") if sign > 0 else ("smaller", "larger")
         how = less if within[row] else more
         report(
             np.arange(len(stored)) == row,
-            f"its {name} {stored[row]} is {how} than {expected[row]}, {source}",
+            f"its {name} {stored[row]} is {how} than {expected[row]}, the one its votes give",
         )
 
 

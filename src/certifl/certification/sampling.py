@@ -15,6 +15,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,13 +25,14 @@ from torch import Tensor
 from certifl.certification.counts import CHUNK, Request
 from certifl.certification.network import Network
 from certifl.errors import RandomSourceBroken, first_line
-from certifl.perturbations.base import Perturbation
-from certifl.rng import vote_generator
+from certifl.perturbations.base import Perturbation, Sweep, family_sweeps
+from certifl.rng import generator, image_key, vote_generator
 from certifl.smoothing.bounds import Ints
 from certifl.torch_env import exact_convolutions, keep_freed_memory, one_thread, out_of_memory
 
 _log = logging.getLogger(__name__)
 _Counted = TypeVar("_Counted")
+_LEVELS = 255.0
 _Chunk = tuple[int, int, Tensor]  # row of the images, slot, parameters
 
 
@@ -83,6 +85,14 @@ class VoteCounter:
             return totals.view(slots, classes).cpu().numpy()
 
         return self._within_memory(counted)
+
+    def count_each(self, images: Tensor, purpose: str, votes: int) -> np.ndarray:
+        """The first votes of each image for a purpose, (m, classes) int64; see `count`."""
+        requests = [
+            Request(row, row, image_key(image), purpose, 0, votes)
+            for row, image in enumerate(images)
+        ]
+        return self.count(images, requests, slots=len(images))
 
     def classes(self, images: Tensor, rows: Tensor, params: Tensor) -> np.ndarray:
         """The votes of given noisy copies one by one, (k,) int64.
@@ -240,15 +250,7 @@ def _packed(chunks: list[_Chunk]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def predict_plain(network: Network, images: Tensor) -> Ints:
-    """The network's class of every image as it is, one call each in batches of one shape.
-
-    Args:
-        network: as it would vote.
-        images: (m, c, h, w) in [0, 1].
-
-    Returns:
-        (m,) classes.
-    """
+    """The network's class (m,) of every image (m, c, h, w), in batches of the shape of votes."""
     answers = []
     for part in images.to(network.device).split(network.batch_size):
         # Every call has the same number of rows, as in voting; what fills it up is not looked at.
@@ -257,6 +259,99 @@ def predict_plain(network: Network, images: Tensor) -> Ints:
             logits = network.call(filled)[: len(part)]
         answers.append(logits.argmax(dim=1).cpu().numpy())
     return np.concatenate(answers).astype(np.int64)
+
+
+# Votes along sweeps of parameters.
+
+
+def lengths(deltas: Tensor, norm: str, axes: int) -> Tensor:
+    """Norms over the last `axes` axes, float64."""
+    flat = deltas.double().flatten(-axes)
+    return flat.abs().sum(-1) if norm == "l1" else flat.square().sum(-1).sqrt()
+
+
+STEPS = {1: 31, 2: 21}
+"""Parameters of each sweep, by the number of sweeps; odd, so that 0 is one of them."""
+
+# Ends in multiples of sigma: radii of uniform distributions end at sigma, Gaussian ones seldom
+# reach three; an exponential one with 99 % of the votes reaches four.
+_SIGMAS = {"uniform": 2.0, "gaussian": 3.0, "exponential": 5.0}
+_SIGMAS_OF_INTERVALS = 4.0
+
+
+@dataclass(frozen=True, eq=False)
+class SweepVotes:
+    """Votes and images along a sweep of v steps.
+
+    Attributes:
+        values: (v,) signed lengths along the sweep, 0 for the unchanged image.
+        lengths: (v,) norms of the parameters, to compare with a radius.
+        counts: (v, classes) votes of g_delta, on the same noise at every step.
+        frames: (v, c, h, w) float32 the image deformed by delta alone, clipped to [0, 1].
+    """
+
+    values: np.ndarray
+    lengths: np.ndarray
+    counts: np.ndarray
+    frames: Tensor
+
+
+def sweeps_of(perturbation: Perturbation, intervals: bool = False) -> tuple[Sweep, ...]:
+    """The sweeps of a family, as far out as its certificates (or intervals of a scan) reach."""
+    sigmas = _SIGMAS_OF_INTERVALS if intervals else _SIGMAS[perturbation.law.name]
+    return family_sweeps(perturbation, sigmas * perturbation.sigma)
+
+
+def sweep_along(
+    counter: VoteCounter, sweep: Sweep, image: Tensor, other: Tensor, steps: int, votes: int
+) -> SweepVotes:
+    """Cast votes of the network at every step of a sweep.
+
+    Args:
+        counter: the prepared network, the perturbation and the seed.
+        image: (c, h, w) float32 on the network's device.
+        other: another image of the same shape, for the sweep that ends there.
+        steps: parameters of the sweep, odd. votes: at each of them.
+    """
+    perturbation = counter.perturbation
+    values, deltas = _deltas(sweep, perturbation, image, other, steps, counter.seed)
+    batch, key = image[None], image_key(image)
+    requests: Sequence[Request] = [
+        Request(step, 0, key, "explore", 0, votes) for step in range(len(deltas))
+    ]
+    counts = counter.count(batch, requests, len(deltas), deltas)
+    axes = deltas.ndim - 1
+    return SweepVotes(
+        values=values,
+        lengths=lengths(deltas, perturbation.norm, axes).cpu().numpy(),
+        counts=counts,
+        frames=perturbation.apply(batch, deltas).clamp(0.0, 1.0).cpu(),
+    )
+
+
+def _deltas(
+    sweep: Sweep, perturbation: Perturbation, image: Tensor, other: Tensor, steps: int, seed: int
+) -> tuple[np.ndarray, Tensor]:
+    """Signed lengths (v,) and parameters (v, *params_shape) on the image's device."""
+    channels, height, width = image.shape
+    shape = perturbation.params_shape((channels, height, width))
+    if sweep.reach is None:
+        line = (other - image).cpu().double()
+        ends = float(line.norm())
+    elif sweep.axis is not None:
+        line = torch.zeros(math.prod(shape), dtype=torch.float64)
+        line[sweep.axis], ends = 1.0, sweep.reach
+    else:
+        stream = generator(seed, "explore", image_key(image), sweep.name)
+        line, ends = torch.randn(shape, generator=stream, dtype=torch.float64), sweep.reach
+    line = line.reshape(shape) / line.norm().clamp(min=1e-12)
+    half = steps // 2
+    numbers = np.arange(steps) / (steps - 1) if not sweep.backward else np.arange(-half, half + 1)
+    values = numbers * (ends if not sweep.backward else ends / half)
+    deltas = (torch.as_tensor(values).reshape(-1, *(1 for _ in shape)) * line).float()
+    if getattr(perturbation, "exact", False):
+        deltas = (deltas * _LEVELS).trunc() / _LEVELS  # noise on the grid of 8-bit intensities
+    return values, deltas.to(image.device)
 
 
 # The self-test of the random source, in milliseconds, before the first vote of a process.
@@ -280,7 +375,7 @@ _MOMENTS = {
     "exponential": (1.0, 1.0, 9.0),
 }
 # Noise on the grid of 8-bit intensities differs from the law by at most half a level a draw.
-_LEVEL = 1.0 / 255.0
+_LEVEL = 1.0 / _LEVELS
 
 _passed: set[tuple[Any, ...]] = set()
 
@@ -303,16 +398,10 @@ def check_random_source(
 ) -> None:
     """Refuse to vote where draws do not repeat, do not differ, or do not follow the distribution.
 
-    Args:
-        perturbation: whose draws are tested.
-        image_shape: (c, h, w).
-        device: where votes will be drawn.
-        source: gives the generator of a chunk of votes.
-
-    Raises:
-        RandomSourceBroken: a stream is not repeated by the same seed; two chunks, the two stages
-            or two images share a stream; mean, variance or the correlation of two chunks is more
-            than six standard errors from those of the distribution.
+    RandomSourceBroken where a stream is not repeated by the same seed; where two chunks, the two
+    stages or two images share a stream; where mean, variance or the correlation of two chunks is
+    more than six standard errors from those of the distribution. `source` gives the generator of a
+    chunk of votes.
     """
     channels, height, width = image_shape
     # A chunk draws as many numbers as the images have pixels; some hundred thousand are enough.

@@ -61,11 +61,6 @@ class ScanEstimator(Estimator):
         """Votes after each pass."""
         return tuple(self.scan.totals.tolist())
 
-    @cached_property
-    def levels(self) -> tuple[float, ...]:
-        """One level for all looks: the scan may be read after any pass."""
-        return (self.settings.alpha,)
-
     def largest_radius(self) -> float:
         """The shorter side of the scan, as a radius is the shorter side of an interval."""
         return min(-self.scan.ends[0], self.scan.ends[1])
@@ -233,7 +228,6 @@ class ScanEstimator(Estimator):
 
     def stopped_early(self, votes: Votes, radius: Floats, tolerance: float) -> Bools:
         """As `Estimator.stopped_early`; passes are read exactly, so nothing is tolerated."""
-        del radius, tolerance
         early = np.zeros(len(votes.done), np.bool_)
         before_last = votes.looks < len(self.looks)
         for rows, reading in self._readings(votes, before_last, votes.looks - 1):
@@ -242,12 +236,7 @@ class ScanEstimator(Estimator):
 
 
 def scan_of(noise: Noise, settings: Settings) -> Scan:
-    """Where the votes of these settings are cast; fixed before the first of them.
-
-    Raises:
-        InputError: a family that is not of one parameter under the uniform law, or a sigma or
-            reach that leaves nothing to scan.
-    """
+    """Where the votes of these settings are cast, fixed before the first; else InputError."""
     scan_range = getattr(noise, "scan_range", None)
     if scan_range is None:
         known = " and ".join(n for n, kind in PERTURBATIONS.items() if hasattr(kind, "scan_range"))
@@ -271,11 +260,7 @@ def describe_scan(scan: Scan) -> dict[str, Any]:
 
 
 def scan_from(conditions: Mapping[str, Any]) -> Scan:
-    """The scan of certificates, from their metadata.
-
-    Raises:
-        InputError: the metadata describe none.
-    """
+    """The scan of certificates, from their metadata; InputError if they describe none."""
     try:
         described = conditions["scan"]
         ends = float(conditions["sigma"]), float(described["low"]), float(described["high"])
@@ -327,14 +312,11 @@ def _radius(interval: np.ndarray) -> np.ndarray:
 
 
 def unpacked(packed: bytes, classes: int, most: int | None = None) -> np.ndarray:
-    """Votes in order, from `Certificates.scan_votes`.
+    """Votes in order, from `Certificates.scan_votes`; ValueError if not what was written.
 
     Args:
         packed: as stored. classes: of the classifier.
         most: votes at most, so that a few bytes cannot fill the memory.
-
-    Raises:
-        ValueError: not what was written.
     """
     kind = np.dtype(np.uint8 if classes <= 256 else "<i4")
     limit = 0 if most is None else most * kind.itemsize + 1  # 0 = no limit

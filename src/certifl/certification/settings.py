@@ -86,7 +86,9 @@ ESTIMATORS: Registry[EstimatorRow] = Registry(
 
 @dataclass(frozen=True)
 class Settings:
-    """What `certify` was asked for; equal settings and equal votes give equal certificates.
+    """What `certify` was asked for; InputError for values that are not allowed.
+
+    Equal settings and equal votes give equal certificates.
 
     Attributes:
         estimator: a name in `ESTIMATORS`.
@@ -101,9 +103,6 @@ class Settings:
         keep: `sequential` only, the price of votes, see `estimators.PRICES`. "certificates": every
             step of the radii that n votes would reach, but for about one image in a thousand.
             "curve": the certified accuracies, but for about two images in a hundred.
-
-    Raises:
-        InputError: a value that is not allowed, or two that do not go together; it says which.
     """
 
     estimator: str = "sequential"

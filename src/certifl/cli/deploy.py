@@ -76,7 +76,7 @@ def init_(
 ) -> None:
     """Write a provisioning bundle for each machine: certificates, keys, settings, scripts."""
     with _flower():
-        from certifl.deploy.provision.bundle import INSECURE, init
+        from certifl.deploy.bundle import INSECURE, init
 
         folders = init(folder, clients, server, insecure, name or [])
     if insecure:
@@ -93,7 +93,7 @@ def renew(
     """Write a new certificate for the server; clients need no change."""
     check_deploy_folder(folder / "server")
     with _flower():
-        from certifl.deploy.provision.bundle import renew as renewed
+        from certifl.deploy.bundle import renew as renewed
 
         say(f"{renewed(folder, name or [])} (with its key beside it)")
 

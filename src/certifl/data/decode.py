@@ -85,10 +85,8 @@ def size_text(shape: tuple[int, ...]) -> str:
 def decode_all(items: Iterable[NamedImage], prepare: Preparation = AS_THEY_ARE) -> np.ndarray:
     """Decode images in order to uint8 (n, c, h, w), all of one size after their preparation.
 
-    Raises:
-        InputError: an image cannot be decoded, differs in size from the first, is smaller than
-            8 x 8, has more than 8 bits per channel (without a window) or several frames; the
-            message names the image.
+    InputError names an image that cannot be decoded, differs in size from the first, is smaller
+    than 8 x 8, or has several frames or (without a window) more than 8 bits per channel.
     """
     Image.init()  # registers the formats once: doing so from several threads would race
     done: list[np.ndarray] = []
@@ -166,11 +164,7 @@ def read_image(
 
 
 def shape_of_file(path: str | Path) -> tuple[int, tuple[int, int]]:
-    """Channels (1 or 3), and height and width, of an image file.
-
-    Raises:
-        InputError: as `read_image`.
-    """
+    """Channels (1 or 3), height and width of an image file; raises as `read_image`."""
     image = _open(lambda: str(path), Path(path))
     return len(image.getbands()), (image.height, image.width)
 
@@ -245,13 +239,7 @@ def _of_dicom(content: bytes, most: int, prepare: Preparation) -> tuple[Image.Im
 
 
 def _read_dicom(content: bytes, most: int) -> tuple[np.ndarray, bool]:
-    """Intensities (h, w) of a DICOM file's image in float64, and whether low ones are white.
-
-    They are those after the file's rescale slope and intercept.
-
-    Raises:
-        InputError: the extra is missing, or the file holds no single gray image that can be read.
-    """
+    """Rescaled intensities (h, w) of a DICOM image in float64, and whether low ones are white."""
     try:
         import pydicom
         from pydicom.filereader import read_dataset
@@ -364,10 +352,7 @@ def _without_alpha(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _small(content: io.BytesIO, most: int) -> Image.Image:
-    """An image whose size is read, but not yet its pixels; one too large to be honest is refused.
-
-    A few kilobytes can declare any number of pixels.
-    """
+    """An image whose size is read; a few kilobytes that declare too many pixels are refused."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
         image = Image.open(content, formats=_FORMATS)

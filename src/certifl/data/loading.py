@@ -17,12 +17,30 @@ from typing import Any
 import numpy as np
 import torch
 
-from certifl.data.cache import cache_folder, cache_key, cache_path, read_cached, write_cached
-from certifl.data.dataset import SMALLEST_SIDE, Dataset, ImageSplit, fingerprint
+from certifl.data.dataset import (
+    SMALLEST_SIDE,
+    Dataset,
+    ImageSplit,
+    cache_folder,
+    cache_key,
+    cache_path,
+    fingerprint,
+    read_cached,
+    write_cached,
+)
 from certifl.data.decode import ONE_SIZE, size_text
-from certifl.data.layouts import TEST_NAMES, Layout, find_layout
 from certifl.data.preparation import preparation_of
-from certifl.data.readers import HUB_NAMES, READERS, RawSplit, ReadOptions, read_digits, read_hub
+from certifl.data.readers import (
+    HUB_NAMES,
+    READERS,
+    TEST_NAMES,
+    Layout,
+    RawSplit,
+    ReadOptions,
+    find_layout,
+    read_digits,
+    read_hub,
+)
 from certifl.errors import DataUnavailable, InputError
 
 _log = logging.getLogger(__name__)

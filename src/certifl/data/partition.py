@@ -20,14 +20,11 @@ Labels: TypeAlias = "np.ndarray | Tensor | Sequence[int]"
 
 @dataclass(frozen=True, eq=False)
 class ClientIndices:
-    """One client's images: positions in the training and in the test split.
+    """One client's images: positions in the training and in the test split; else InputError.
 
     Args:
         train: int64, ascending, unique.
         test: int64, ascending, unique.
-
-    Raises:
-        InputError: positions that are negative, not ascending or not unique.
     """
 
     train: np.ndarray
@@ -81,11 +78,7 @@ class Partition:
 
     @staticmethod
     def from_manifest(manifest: Mapping[str, Any]) -> Partition:
-        """The partition of a manifest.
-
-        Raises:
-            InputError: an entry is missing or of the wrong type.
-        """
+        """The partition of a manifest; InputError for a missing or wrong entry."""
         try:
             clients = tuple(
                 ClientIndices(np.array(client["train"]), np.array(client["test"]))
@@ -116,12 +109,7 @@ def label_checksum(train_labels: Labels, test_labels: Labels) -> str:
 
 
 def check(partition: Partition, train_labels: Labels, test_labels: Labels) -> None:
-    """Make sure that a partition belongs to the data set of these labels; no image is given twice.
-
-    Raises:
-        InputError: the labels are others than the partition was made for, an index is out of
-            range, or two clients hold the same image.
-    """
+    """Refuse a partition of other labels, or that gives an image twice (InputError)."""
     if label_checksum(train_labels, test_labels) != partition.label_checksum:
         raise InputError(
             "The partition was made for other labels than the data set has. The data set was "
@@ -143,21 +131,14 @@ def check(partition: Partition, train_labels: Labels, test_labels: Labels) -> No
 
 
 def choose(indices: np.ndarray, count: int | None, seed: int, client: int) -> np.ndarray:
-    """The test images of one client that are certified: a fixed random part of its own.
+    """The test images (int64, ascending) of one client that are certified: a fixed part.
 
     Depends on nothing but the arguments. A larger count of the same seed contains a smaller one,
     so a study can be extended without losing certificates.
 
     Args:
-        indices: the client's test images.
-        count: how many; None, or as many as there are, takes all.
-        seed, client: the study's seed, and the client's number.
-
-    Returns:
-        int64, ascending.
-
-    Raises:
-        InputError: count is less than 1.
+        indices: the client's test images. seed, client: the study's, and its number.
+        count: how many (InputError below 1); None, or more than there are, takes all.
     """
     own = np.sort(np.asarray(indices, dtype=np.int64))
     if count is None or count >= own.size:
@@ -172,11 +153,7 @@ def choose(indices: np.ndarray, count: int | None, seed: int, client: int) -> np
 
 
 def as_labels(labels: Labels) -> np.ndarray:
-    """Labels as int64 (n,).
-
-    Raises:
-        InputError: they are not non-negative integers in one dimension.
-    """
+    """Labels as int64 (n,); InputError if they are not integers from 0 in one dimension."""
     made = np.asarray(labels)
     if made.ndim != 1 or made.dtype.kind not in "iu" or (made.size and made.min() < 0):
         raise InputError(
@@ -188,11 +165,7 @@ def as_labels(labels: Labels) -> np.ndarray:
 def labels_for(
     train_labels: Labels, test_labels: Labels, clients: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Both splits' labels, checked to be enough for that many clients.
-
-    Raises:
-        InputError: labels are unusable, or there are more clients than images of a split.
-    """
+    """Both splits' labels; InputError if unusable, or too few for that many clients."""
     train, test = as_labels(train_labels), as_labels(test_labels)
     require_count("The number of clients", clients)
     if clients > min(train.size, test.size):

@@ -26,7 +26,7 @@ _MOST_PIXELS = 1 << 25  # of a padded image: a few bytes of file may ask for any
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is done to every image before it is used; nothing by default.
+    """What is done to every image before it is used, nothing by default; else InputError.
 
     Attributes:
         resize: (height, width) in pixels, bilinear and antialiased.
@@ -36,9 +36,6 @@ class Preparation:
             high become 0 to 255, rounded to the nearest; those outside are clipped. Of DICOM,
             intensities are those after the file's rescale slope and intercept (Hounsfield units of
             a CT).
-
-    Raises:
-        InputError: values that are not allowed.
     """
 
     resize: tuple[int, int] | None = None
@@ -67,11 +64,7 @@ class Preparation:
         return ("prepared", json.dumps(self.described)) if self.described else ()
 
     def windowed(self, intensities: np.ndarray) -> np.ndarray:
-        """Gray intensities of any depth (h, w) as uint8.
-
-        Raises:
-            InputError: there is no window, or an intensity is not a number.
-        """
+        """Gray intensities (h, w) as uint8; InputError without a window, or for NaN."""
         if self.window is None:
             raise InputError("there is no window")
         values = np.asarray(intensities, np.float64)
@@ -82,11 +75,7 @@ class Preparation:
         return np.floor(255.0 * share + 0.5).astype(np.uint8)
 
     def fitted(self, image: Image.Image) -> Image.Image:
-        """An 8-bit image (mode L or RGB) cropped or padded, and resized.
-
-        Raises:
-            InputError: padding would make it too large.
-        """
+        """An 8-bit image cropped or padded, and resized; InputError if that makes it too large."""
         from PIL import Image
 
         if self.crop is not None:
@@ -113,11 +102,7 @@ class Preparation:
         return fitting, choose(height, max(1, round(width * down / across)))
 
     def arrays(self, images: np.ndarray) -> np.ndarray:
-        """The same for images that are read at once, uint8 (n, c, h, w).
-
-        Raises:
-            InputError: a window, which 8-bit images have no use for.
-        """
+        """The same for uint8 images (n, c, h, w) read at once; InputError with a window."""
         if self.window is not None:
             raise InputError(f"These images have 8 bits. {WINDOW_OF_8_BITS}")
         if not self.described or not len(images):
@@ -135,11 +120,7 @@ class Preparation:
 def preparation_of(
     resize: int | Sequence[int] | None, crop: str | None, window: Sequence[float] | None
 ) -> Preparation:
-    """The preparation that a spec, a client's settings or a call names.
-
-    Raises:
-        InputError: values that are not allowed.
-    """
+    """What a spec, a client's settings or a call names; InputError for values not allowed."""
     size = (resize, resize) if isinstance(resize, int) else resize
     return Preparation(_size(size), crop, _window(window))
 

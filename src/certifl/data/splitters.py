@@ -43,18 +43,12 @@ class Splitter(ABC):
     def split(
         self, train_labels: Labels, test_labels: Labels, clients: int, seed: int
     ) -> Partition:
-        """Split both splits over `clients` clients.
+        """Split both splits over `clients` clients; no image is given twice.
 
         Args:
             train_labels, test_labels: (n,) classes, in the order of the data set.
-            clients: how many.
+            clients: how many (InputError where there are too few images).
             seed: of what is drawn; equal arguments give equal partitions.
-
-        Returns:
-            Positions of every client's images; no image is given twice.
-
-        Raises:
-            InputError: there are too few images for that many clients or these options.
         """
         train, test = labels_for(train_labels, test_labels, clients)
         parts = self.assign(train, test, clients, seed)
@@ -238,11 +232,7 @@ def assign_images(
 
     Args:
         splitter, clients, seed: as in `Splitter.split`.
-        labels: of the training and of the test images.
-        columns: the same of the column that was kept; None without one.
-
-    Raises:
-        InputError: there are too few images, or values of the column, for that many clients.
+        labels, columns: of the training and of the test images; no column was kept = None.
     """
     if not isinstance(splitter, Column):
         return splitter.split(*labels, clients, seed)
@@ -269,20 +259,12 @@ def class_counts(labels: np.ndarray, classes: int) -> np.ndarray:
 def quotas(
     totals: np.ndarray, proportions: np.ndarray, generator: np.random.Generator
 ) -> np.ndarray:
-    """Whole numbers of images near totals[k] * proportions[k, i], none lost.
+    """Whole numbers (classes, clients) of images near totals[k] * proportions[k, i], none lost.
 
     Each entry is its exact share rounded up or down, each row sums to totals[k], and a share of
     zero stays zero. A client that is still owed images from earlier classes is rounded up first,
     ties at random: rounding each class alone would favor the same clients repeatedly, and leave
     others without a test image although there are enough.
-
-    Args:
-        totals: images of each class, (classes,).
-        proportions: of class k to client i, (classes, clients); rows sum to 1.
-        generator: breaks ties.
-
-    Returns:
-        int64, (classes, clients).
     """
     counts = np.zeros(proportions.shape, dtype=np.int64)
     owed = np.zeros(proportions.shape[1])
@@ -363,18 +345,11 @@ class Column:
         SPLITS.check_component(self)
 
     def split(self, train: np.ndarray, test: np.ndarray, clients: int, seed: int) -> Partition:
-        """Give every chosen value's images to the client of that number.
+        """Give every chosen value's images to the client of that number, which the value names.
 
         Args:
-            train, test: (n,), the column's values in both splits.
-            clients: how many take part.
-            seed: recorded only.
-
-        Returns:
-            The partition, with the values as names; it knows no labels yet.
-
-        Raises:
-            InputError: too few values have enough images.
+            train, test: (n,), the column's values in both splits. seed: recorded only.
+            clients: how many take part (InputError where too few values have enough images).
         """
         require_count("The number of clients", clients)
         chosen = self._chosen(train, test, clients)

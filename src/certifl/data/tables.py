@@ -26,12 +26,7 @@ TableRows = Iterator[tuple[str, Path, pa.RecordBatch | pa.Table]]
 
 
 def read_tables(files: tuple[Path, ...], columns: ReadOptions) -> RawSplit:
-    """Read parquet files that all have the columns of the first, with the same names of classes.
-
-    Raises:
-        InputError: a file is damaged, columns are unclear, files differ in what their numbers
-            stand for, or an image or label is unusable.
-    """
+    """Read parquet files with the columns and names of the first; else InputError."""
     schema = _opened(files[0]).schema_arrow
     chosen = choose_columns(schema, features_of(schema), columns, str(files[0]))
     return read_rows(_rows(files, chosen), chosen, columns.prepare)
@@ -248,9 +243,7 @@ def choose_columns(
     """Find the columns: as asked for, else by feature type, else by storage type and name.
 
     A column that is kept for itself is not taken for the label unless that was asked for.
-
-    Raises:
-        InputError: a column asked for is not there, or it is not clear which one is meant.
+    InputError where it is not clear which one is meant.
     """
     kept = columns.kept
     image, label = columns.image, columns.label

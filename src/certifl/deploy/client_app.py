@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 
 from certifl.deploy.client.client import Client
 from certifl.deploy.client.settings import load_settings
-from certifl.deploy.transport.messages import Content, MalformedMessage, from_records, to_records
+from certifl.deploy.messages import Content, MalformedMessage, from_records, to_records
 from certifl.errors import StoreError, one_line
 
 _log = logging.getLogger(__name__)

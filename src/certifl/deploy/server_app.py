@@ -11,9 +11,9 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from certifl.deploy.flower import return_freed_memory
+from certifl.deploy.messages import GridTransport
 from certifl.deploy.server.coordinator import Options, coordinate
-from certifl.deploy.transport.flower import return_freed_memory
-from certifl.deploy.transport.messages import GridTransport
 from certifl.errors import InputError
 from certifl.spec import load
 
@@ -22,11 +22,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the study that the run's configuration names.
-
-    Raises:
-        InputError: it names no study. CertiflError: the study fails.
-    """
+    """Run the study that the run's configuration names; InputError where it names none."""
     config = {key: str(value) for key, value in context.run_config.items()}
     if not config.get("spec") or not config.get("out"):
         raise InputError(

@@ -7,7 +7,6 @@ Flower is not needed for it.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -15,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from certifl.errors import CertiflError, one_line
+from certifl.progress import clock
 from certifl.runs.checkpoints import Checkpoints
-from certifl.runs.folder import FINISHED, RunFolder
-from certifl.spec import load_stored
+from certifl.runs.folder import FINISHED
+from certifl.study.opened_run import OpenRun
 
 _SHOWN = 10
 _PACE = 5  # rounds whose median is the pace
@@ -25,15 +25,11 @@ _LONGEST = 120
 
 
 def status_lines(folder: Path) -> tuple[list[str], bool]:
-    """The state of a bundle as text, and whether it has no problem.
-
-    Raises:
-        SpecError: it is not a folder of a federation.
-    """
+    """The state of a bundle as text, and whether it has no problem; else SpecError."""
+    from certifl.deploy.bundle import load_connection
     from certifl.deploy.client.privacy_budget import ledger_lines
     from certifl.deploy.client.settings import load_settings
-    from certifl.deploy.provision.bundle import load_connection
-    from certifl.deploy.provision.keys import check_certificate, connection_problem
+    from certifl.deploy.keys import check_certificate, connection_problem
 
     connection = load_connection(folder)
     is_server = (folder / "superexec.secret").is_file()
@@ -65,8 +61,8 @@ def status_lines(folder: Path) -> tuple[list[str], bool]:
 
 
 def _clients(folder: Path) -> list[str]:
+    from certifl.deploy.flower import nodes
     from certifl.deploy.server.process import client_keys, local_endpoint
-    from certifl.deploy.transport.flower import nodes
 
     lines, numbers = [], {key: client for client, key in client_keys(folder).items()}
     for node in nodes(local_endpoint(folder)):
@@ -89,23 +85,17 @@ def _contents(folder: Path) -> str:
 
 
 def study_lines(path: Path) -> list[str]:
-    """The state of a study in sentences: rounds, who answered, loss, time left.
-
-    Args:
-        path: the run folder of `certifl deploy run`, under way or finished.
-
-    Raises:
-        StoreError: a file of the run is damaged.
-    """
-    folder = RunFolder(path)
-    manifest, spec = folder.manifest(), load_stored(folder.spec)
+    """The state of a run folder in sentences: rounds, who answered, loss, time left."""
+    run = OpenRun(path)
+    manifest, spec, folder = run.manifest, run.spec, run.folder
     last = Checkpoints(folder.training).latest()
     history = [] if last is None else last.history
-    total = spec.training.rounds + spec.build_algorithm().extra_rounds
+    total = spec.training.rounds + run.algorithm.extra_rounds
     lines = [f"Study {spec.name!r} (spec {spec.hash()[:8]}), {spec.clients.count} clients"]
     if last is None:
         return [*lines, "No round has begun: it waits for its clients."]
-    since = _clock(time.time() - (last.path / "round.json").stat().st_mtime)
+    age = time.time() - (last.path / "round.json").stat().st_mtime
+    since = clock(max(0.0, age))
     lines.append(f"Rounds: {len(history)} of {total}, the last stored {since} ago")
     lines += [_round(entry) for entry in history[-_SHOWN:]]
     if manifest.get("status") == FINISHED:
@@ -113,7 +103,7 @@ def study_lines(path: Path) -> list[str]:
     left = total - len(history)
     if left:
         pace = [float(entry.get("seconds", 0.0)) for entry in history[-_PACE:]]
-        known = f"about {_clock(left * statistics.median(pace))}" if pace else "not known yet"
+        known = f"about {clock(left * statistics.median(pace))}" if pace else "not known yet"
         return [*lines, f"Time left for the rounds: {known}; certification comes after them."]
     done = [client for client in range(spec.clients.count) if folder.shared(client).is_file()]
     who = f" ({_named(done)})" if done else ""
@@ -129,7 +119,7 @@ def _round(entry: Mapping[str, Any]) -> str:
     words = [
         f"  round {int(entry['round']) + 1}: {loss}",
         f"{_named(answered)} answered" if answered else "nobody answered",
-        f"{_clock(float(entry.get('seconds', 0.0)))}",
+        f"{clock(float(entry.get('seconds', 0.0)))}",
     ]
     failed = [
         f"client {fault['client']} was left out ({one_line(fault['reason'], _LONGEST)})"
@@ -140,11 +130,3 @@ def _round(entry: Mapping[str, Any]) -> str:
 
 def _named(clients: Sequence[int]) -> str:
     return f"client{'s' if len(clients) > 1 else ''} {', '.join(map(str, clients))}"
-
-
-def _clock(seconds: float) -> str:
-    whole = max(0, math.ceil(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s"

@@ -50,8 +50,13 @@ import torch
 from torch import Tensor
 
 from certifl.certification import Certificates
-from certifl.certification.attack import AttackBudget, AttackResult, deformed_first, search
-from certifl.certification.certified_sets import region_of
+from certifl.certification.attack import (
+    AttackBudget,
+    AttackResult,
+    deformed_first,
+    region_of,
+    search,
+)
 from certifl.certification.counts import sign_test_against, vote_margins
 from certifl.certification.network import Network
 from certifl.certification.sampling import VoteCounter

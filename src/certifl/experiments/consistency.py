@@ -16,9 +16,8 @@ import pyarrow.parquet as pq
 
 from certifl._version import __version__
 from certifl.certification import Certificates
-from certifl.certification.api import asked_conditions
 from certifl.certification.certificates import Predictions
-from certifl.certification.metadata import AMOUNTS, differs, entries
+from certifl.certification.metadata import AMOUNTS, asked_conditions, differs, entries
 from certifl.certification.recompute import known_words
 from certifl.certification.settings import PRECISIONS
 from certifl.data import Dataset, Partition, check, choose
@@ -314,7 +313,7 @@ def privacy_problems(run: OpenRun, dataset: Dataset) -> list[str]:
     if not isinstance(recorded, Mapping):
         return ["run.json does not say what privacy was spent"]
     if "epsilon_sent" in recorded:  # as 0.1.0 did, with a total also for models without noise
-        messages = again.pop("epsilon_messages")
+        messages, _ = again.pop("epsilon_messages"), again.pop("covers")
         again |= {"epsilon_sent": messages, "epsilon": again["epsilon"] or messages}
     unlike = ("accountant",) if _same_version(run.manifest) else ("accountant", "covers")
     return [

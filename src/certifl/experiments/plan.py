@@ -29,14 +29,14 @@ from certifl.certification.quantization import Calibration
 from certifl.certification.sampling import VoteCounter
 from certifl.certification.settings import ESTIMATORS
 from certifl.data import Column, Partition, named_folder, random_part
-from certifl.data.cache import cache_folder, cache_key, cache_path
+from certifl.data.dataset import cache_folder, cache_key, cache_path
 from certifl.data.loading import hub_choices
 from certifl.data.readers import ReadOptions
 from certifl.errors import DataUnavailable
 from certifl.federated.algorithms.base import Algorithm
+from certifl.federated.batches import augmentation_of, combine_augmentations
+from certifl.federated.local_training import LocalTraining, check_images
 from certifl.federated.states import ClientData, ClientState, Parts, ServerState
-from certifl.federated.training.batches import augmentation_of, combine_augmentations
-from certifl.federated.training.local_training import LocalTraining, check_images
 from certifl.models import build, state_of
 from certifl.perturbations import Perturbation
 from certifl.rng import generator, image_key

@@ -9,11 +9,11 @@ from certifl.lazy import lazy_names
 _HOMES = {
     "certifl.federated.algorithms": ("describe", "from_description"),
     "certifl.federated.algorithms.base": ("Algorithm", "GlobalModel"),
-    "certifl.federated.training.batches": ("Augmentation",),
-    "certifl.federated.training.local_training": ("LocalTraining", "Trained"),
+    "certifl.federated.batches": ("Augmentation",),
+    "certifl.federated.local_training": ("LocalTraining", "Trained"),
     "certifl.federated.rounds": ("Progress", "client_state", "deployed_model", "server_state"),
     "certifl.federated.trainer": ("total_rounds", "train"),
-    "certifl.federated.training.schedule": ("Schedule",),
+    "certifl.federated.schedule": ("Schedule",),
     "certifl.federated.states": (
         *("ClientData", "ClientState", "ModelState", "ServerState", "Update"),
     ),

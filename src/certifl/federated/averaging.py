@@ -40,11 +40,9 @@ def average_models(updates: Iterable[Update], weighting: str = "uniform") -> Mod
     """The average of the updates' models; None where no update has one.
 
     Args:
-        updates: in client order; each is dropped before the next arrives.
+        updates: in client order; each is dropped before the next arrives. InputError names one of
+            other keys or shapes.
         weighting: "uniform" (1/n) or "size" (by `Update.weight`).
-
-    Raises:
-        InputError: a client sent other keys or shapes than the first one; it is named.
     """
     # A generator expression would keep each update until the next one has arrived.
     return average_parts(map(partial(replace, extra={}), updates), weighting).get("model")
@@ -91,11 +89,7 @@ class _RunningMean:
 
 
 def check_alike(first: ModelState, client: int, model: ModelState) -> None:
-    """Refuse a model of other keys or shapes than the first one.
-
-    Raises:
-        InputError: it names the client and the first key that differs.
-    """
+    """Refuse a model of other keys or shapes than the first; names both (InputError)."""
     shapes = {name: tuple(value.shape) for name, value in first.items()}
     sent = {name: tuple(value.shape) for name, value in model.items()}
     if sent != shapes:
@@ -107,16 +101,9 @@ def check_alike(first: ModelState, client: int, model: ModelState) -> None:
 
 
 def average_parts(updates: Iterable[Update], weighting: str = "uniform") -> Parts:
-    """The average of every part that arrives, over the updates that have it.
+    """The average of every part ("model" is the models') over the updates that have it.
 
-    Args:
-        updates, weighting: as in `average_models`.
-
-    Returns:
-        Averages by name, that of the models as "model".
-
-    Raises:
-        InputError: a client sent other keys or shapes than the first one; it is named.
+    Arguments and errors are those of `average_models`.
     """
     check_choice("weighting", weighting, ("uniform", "size"))
     means: dict[str, _RunningMean] = {}

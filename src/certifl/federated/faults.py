@@ -85,12 +85,7 @@ class ClientResult:
 
 
 def try_client(client: int, work: Callable[[], Result]) -> Result | Fault:
-    """The result of a client's work, or its fault.
-
-    Raises:
-        RequestError, StoreError, RandomSourceBroken: not the client's fault (table above).
-        WorkError: memory ran out.
-    """
+    """The result of a client's work, or its fault; what is none (table above) is raised."""
     try:
         return work()
     except _STOP:
@@ -108,11 +103,7 @@ def try_client(client: int, work: Callable[[], Result]) -> Result | Fault:
 
 
 def required_clients(participants: int, min_clients: int | None) -> int:
-    """Number of participants that must not fail: by default half of them, rounded up.
-
-    Raises:
-        InputError: min_clients exceeds the number of participants.
-    """
+    """Participants that must not fail: half, rounded up, or min_clients (else InputError)."""
     if min_clients is None:
         return math.ceil(participants / 2)
     if min_clients > participants:

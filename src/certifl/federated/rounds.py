@@ -21,10 +21,10 @@ from certifl.federated.faults import (
     suggestions,
     try_client,
 )
+from certifl.federated.local_training import LocalTraining
 from certifl.federated.privacy.accounting import Ledger
+from certifl.federated.schedule import participants
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-from certifl.federated.training.local_training import LocalTraining
-from certifl.federated.training.schedule import participants
 from certifl.registry import check_number
 from certifl.runs.checkpoints import Checkpoints, PendingRound, StoredRound
 
@@ -74,11 +74,7 @@ class Clients(Protocol):
 
 
 def data_of(clients: Clients, client: int) -> ClientData:
-    """The data of one client.
-
-    Raises:
-        InputError: it is the data of another client.
-    """
+    """The data of one client; InputError where it is another client's."""
     data = clients[client]
     if data.client != client:
         raise InputError(
@@ -197,11 +193,7 @@ class Rounds:
             return pending.commit(identity=self.identity, history=[*current.history, entry])
 
     def participants(self, round: int) -> list[int]:
-        """Participants in client order; all clients in the algorithm's extra rounds.
-
-        Raises:
-            InputError: clients that do not exist.
-        """
+        """Participants in order, all in extra rounds; InputError for unknown clients."""
         everyone = range(self.clients)
         if self.participation is None or round >= self.scheduled:
             return list(everyone)
@@ -276,20 +268,12 @@ def server_state(stored: StoredRound) -> ServerState:
 
 
 def client_state(stored: StoredRound, client: int) -> ClientState:
-    """A client's state in a committed round.
-
-    Raises:
-        StoreError: its file is damaged.
-    """
+    """A client's state in a committed round; StoreError where its file is damaged."""
     return ClientState(stored.client(client))
 
 
 def deployed_model(algorithm: Algorithm, stored: StoredRound, client: int) -> ModelState:
-    """The model that a client uses at test time, as of a committed round.
-
-    Raises:
-        StoreError: a file of the round is damaged.
-    """
+    """The model that a client uses at test time, as of a round; StoreError if damaged."""
     return algorithm.deployed(server_state(stored), client_state(stored, client))
 
 

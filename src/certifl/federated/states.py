@@ -66,15 +66,12 @@ class Update:
 
 @dataclass(frozen=True, eq=False)
 class ClientData:
-    """One client's training images.
+    """One client's training images; InputError for other types and shapes.
 
     Attributes:
         client: number of the client; its random streams are derived from it.
         images: uint8, (n, c, h, w).
         labels: int64, (n,).
-
-    Raises:
-        InputError: images of another type or shape, or not as many labels as images.
     """
 
     client: int

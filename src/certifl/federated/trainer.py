@@ -20,6 +20,8 @@ from certifl.errors import InputError, StoreMismatch
 from certifl.federated.aggregation import Rule
 from certifl.federated.algorithms import describe
 from certifl.federated.algorithms.base import Algorithm
+from certifl.federated.batches import Augmentation, PerClient
+from certifl.federated.local_training import LocalTraining, check_images
 from certifl.federated.objectives import Augmented, Objective
 from certifl.federated.privacy.accounting import Ledger
 from certifl.federated.privacy.mechanisms import ClientLevel
@@ -33,8 +35,6 @@ from certifl.federated.rounds import (
     Runner,
     SerialRunner,
 )
-from certifl.federated.training.batches import Augmentation, PerClient
-from certifl.federated.training.local_training import LocalTraining, check_images
 from certifl.federated.workers import WorkerPool
 from certifl.models import fingerprint, state_of
 from certifl.registry import check_number

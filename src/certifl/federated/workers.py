@@ -23,9 +23,9 @@ import torch
 from certifl.errors import CertiflError, InputError, WorkError
 from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.faults import ClientResult, Fault, try_client
+from certifl.federated.local_training import LocalTraining
 from certifl.federated.rounds import Clients, data_of, run_client, server_state
 from certifl.federated.states import ServerState
-from certifl.federated.training.local_training import LocalTraining
 from certifl.models import adopt_code, allowed_code
 from certifl.registry import check_number
 from certifl.runs.checkpoints import StoredRound
@@ -170,12 +170,7 @@ class WorkerPool:
         self._workers.clear()
 
     def work(self, current: StoredRound, participants: Sequence[int]) -> Iterator[ClientResult]:
-        """Yield the result of every participant, in the order given.
-
-        Raises:
-            RequestError, StoreError: as the same work in this process would.
-            WorkError: workers cannot be started, or memory ran out.
-        """
+        """Yield every result in order; errors are those of the same work here, and WorkError."""
         while len(self._workers) < min(self._count, len(participants)):
             self._workers.append(_Worker(self._payload))
         done: dict[int, ClientResult] = {}

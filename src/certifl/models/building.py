@@ -25,6 +25,15 @@ from certifl.module_copies import (
 from certifl.registry import choices
 from certifl.rng import derive_seed
 
+PREFIX = "hf:"
+_ANY_SIZE = 224
+# Names, versions and file types in a configuration of transformers.
+_NOT_COMPUTED_WITH = (
+    *("_name_or_path", "architectures", "id2label", "label2id"),
+    *("dtype", "torch_dtype", "transformers_version"),
+)
+_log = logging.getLogger(__name__)
+
 
 def build(
     name: str,
@@ -34,7 +43,7 @@ def build(
     options: Mapping[str, Any] | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> nn.Module:
-    """A network whose weights depend on the seed alone.
+    """A network whose weights depend on the seed alone, as its function made it.
 
     Torch's global generator is seeded for the duration of the call, then restored.
 
@@ -42,31 +51,28 @@ def build(
         name: a name in `MODELS`; `module:function` for one's own, called as
             `function(in_channels=..., num_classes=..., **options)`; or hf:OWNER/NAME of the
             Hugging Face hub, hf:./folder, whose weights the network begins with.
-        in_channels: channels of the images.
-        num_classes: logits that must come out.
-        seed: the study's seed.
-        options: further arguments of the function.
+        in_channels, num_classes: channels of the images, and logits that must come out.
+        seed: the study's. options: further arguments of the function.
         image_size: (h, w); when given, one blank image is passed through to check the logits.
 
-    Returns:
-        The network as the function made it, from images (m, c, h, w) to logits.
-
     Raises:
-        SpecError: an option that the network in `MODELS` does not have, or a value that is not
-            allowed.
-        ModelError: a name that is unknown or cannot be imported, something that is not a function,
-            a call that fails, a result that is not a torch module, or logits of the wrong shape.
+        SpecError: an option that a network in `MODELS` does not have, or a value not allowed.
+        ModelError: an unknown name, something that is not a function, a call that fails, a result
+            that is not a torch module, or logits of the wrong shape.
     """
-    if name.startswith("hf:"):
-        return _from_hub(name, in_channels, num_classes, seed, options, image_size)
+    from_hub = name.startswith(PREFIX)
+    if from_hub and options:
+        raise ModelError(f"{name} takes no options; leave out {', '.join(options)}.")
     if name in MODELS:
         MODELS.check_named(name, options or {})
         function: Callable[..., Any] = MODELS[name]
     else:
-        function = _users_function(name)
+        function = load if from_hub else _users_function(name)
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: that would also seed the generators of all GPUs.
         torch.default_generator.manual_seed(derive_seed(seed, "model", name))
+        if from_hub:  # with its weights; a new last layer is drawn
+            return load(name, in_channels, num_classes, image_size, new_head=True).train()
         try:
             model = function(
                 in_channels=in_channels, num_classes=num_classes, **dict(options or {})
@@ -89,22 +95,6 @@ def build(
                     model.register_forward_hook(take_logits)
             check_logits(model, in_channels, num_classes, image_size)
     return model
-
-
-def _from_hub(
-    name: str,
-    in_channels: int,
-    num_classes: int,
-    seed: int,
-    options: Mapping[str, Any] | None,
-    image_size: tuple[int, int] | None,
-) -> nn.Module:
-    """A network of the hub with its weights; a new last layer depends on the seed alone."""
-    if options:
-        raise ModelError(f"{name} takes no options; leave out {', '.join(options)}.")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed(seed, "model", name))
-        return load(name, in_channels, num_classes, image_size, new_head=True).train()
 
 
 def _users_function(name: str) -> Callable[..., Any]:
@@ -134,16 +124,9 @@ def _users_function(name: str) -> Callable[..., Any]:
 def check_logits(
     model: nn.Module, in_channels: int, num_classes: int, image_size: tuple[int, int]
 ) -> None:
-    """Pass one blank image through the model, in evaluation mode, and require its logits.
+    """Pass a blank image through the model, in evaluation mode; ModelError without its logits.
 
-    Args:
-        model: on any device; training or evaluation mode is put back afterwards.
-        in_channels: channels of the image.
-        num_classes: logits that must come out.
-        image_size: (h, w).
-
-    Raises:
-        ModelError: the model fails on such an image, or does not return (1, num_classes) floats.
+    The model is on any device; training or evaluation mode is put back afterwards.
     """
     first = next(model.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
@@ -173,21 +156,6 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-PREFIX = "hf:"
-_ANY_SIZE = 224
-# Names, versions and file types in a configuration of transformers.
-_NOT_COMPUTED_WITH = (
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "id2label",
-    "label2id",
-    "torch_dtype",
-    "transformers_version",
-)
-_log = logging.getLogger(__name__)
 
 
 class ImageClassifier(nn.Module):
@@ -242,8 +210,7 @@ def load(
 
     Args:
         name: as above; a folder begins with ".", "~" or "/".
-        in_channels: channels of the images: 1 or 3.
-        num_classes: logits that must come out.
+        in_channels, num_classes: 1 or 3 channels of the images, and logits that must come out.
         image_size: (h, w); when given, one blank image is tried.
         new_head: whether a network of another number of classes gets a new last layer, drawn from
             torch's generator, to be trained.

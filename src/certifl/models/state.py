@@ -126,12 +126,7 @@ def adopt_code(allowed: NamedCode) -> None:
 
 
 def require_code(name: str, folder: Path) -> None:
-    """Let `module:function` be imported from one folder, and from nowhere else.
-
-    Raises:
-        ModelError: there is no such folder, it does not hold the module, or Python finds another
-            of that name.
-    """
+    """Let `module:function` be imported from one folder alone; ModelError if it is elsewhere."""
     top = _top(name)
     if not folder.is_dir():
         raise ModelError(
@@ -245,11 +240,7 @@ class _Inert(dict):
 
 
 def read_checkpoint(path: Path) -> object:
-    """What `torch.save` wrote, with stand-ins for all that is not a tensor or a plain value.
-
-    Raises:
-        InputError: the file cannot be read, or holds a whole pickled object.
-    """
+    """What `torch.save` wrote, with stand-ins for all but plain values; else InputError."""
     advice = "Save model.state_dict() as .safetensors, or with torch.save."
     try:
         with torch.serialization.safe_globals([_inert(name) for name in _needed(path)]):
@@ -282,15 +273,12 @@ def _needed(path: Path) -> Iterable[str]:
 
 
 def weights_in(content: object, where: str) -> State:
-    """The weights by name inside what a file holds, however they are wrapped.
+    """The weights by name inside what a file holds, however they are wrapped; else InputError.
 
     Args:
         content: tensors by name, with numbers or texts beside them or not; or a table that has
             such under a key like "state_dict", "model" or "net".
         where: the file, for messages.
-
-    Raises:
-        InputError: there are none, or several and nothing says which are meant.
     """
     tables = _states(content, _DEEPEST)
     usual = {key: state for key, state in tables.items() if key.split(".")[-1] in _USUAL}
@@ -323,16 +311,8 @@ def _states(content: Any, depth: int, key: str = "") -> dict[str, State]:
 def load_weights(model: nn.Module, state: State, what: str) -> str:
     """Load weights by name; names that differ by wrappers or by one prefix are understood.
 
-    Args:
-        model: gets the weights.
-        state: weights by name.
-        what: "FILE does not fit MODEL", for messages.
-
-    Returns:
-        What was done about a prefix, as a sentence; "" where the names fit, wrappers aside.
-
-    Raises:
-        ModelError: the names or shapes do not fit; a name of either side is in the message.
+    Returns what was done about a prefix, as a sentence ("" where the names fit, wrappers aside). A
+    ModelError, "`what`: ...", has a name of either side that does not fit.
     """
     if _loaded(model, state):
         return ""

@@ -81,13 +81,13 @@ def _moving(**options: Any) -> type[Parameters]:
 
 
 _PHOTOMETRIC = "certifl.perturbations.photometric"
-_DEFORMATIONS, _FLOWS = "certifl.perturbations.deformations", "certifl.perturbations.deformations"
+_DEFORMATIONS = "certifl.perturbations.deformations"
 
 PERTURBATIONS: Registry[Row] = Registry(
     "perturbation",
     {
         "pixel": Row(
-            "certifl.perturbations.photometric:PixelNoise",
+            f"{_PHOTOMETRIC}:PixelNoise",
             parameters(sigma=_Sigma, exact=(Flag, False)),
             "pixel noise",
         ),
@@ -95,8 +95,10 @@ PERTURBATIONS: Registry[Row] = Registry(
         "rotation": Row(f"{_DEFORMATIONS}:Rotation", _moving(), "rotation"),
         "scaling": Row(f"{_DEFORMATIONS}:Scaling", _moving(), "scaling"),
         "affine": Row(f"{_DEFORMATIONS}:Affine", _moving(), "affine deformation"),
-        "smooth_flow": Row(f"{_FLOWS}:SmoothFlow", _moving(bases=(PositiveInt, 2)), "smooth flow"),
-        "dense_flow": Row(f"{_FLOWS}:DenseFlow", _moving(), "dense flow"),
+        "smooth_flow": Row(
+            f"{_DEFORMATIONS}:SmoothFlow", _moving(bases=(PositiveInt, 2)), "smooth flow"
+        ),
+        "dense_flow": Row(f"{_DEFORMATIONS}:DenseFlow", _moving(), "dense flow"),
         "brightness": Row(f"{_PHOTOMETRIC}:Brightness", parameters(sigma=_Sigma), "brightness"),
         "contrast": Row(f"{_PHOTOMETRIC}:Contrast", parameters(sigma=_Sigma), "contrast"),
         "gaussian_blur": Row(
@@ -117,10 +119,7 @@ __getattr__ = lazy_names(
 def describe(perturbation: Perturbation) -> dict[str, Any]:
     """A perturbation as data that JSON and TOML can hold: its family and every field.
 
-    Guarantee: `from_description(describe(p)) == p`.
-
-    Raises:
-        InputError: a perturbation that is not a dataclass, which has no fields to write down.
+    Guarantee: `from_description(describe(p)) == p`. InputError for what is not a dataclass.
     """
     if isinstance(perturbation, type) or not dataclasses.is_dataclass(perturbation):
         raise InputError(
@@ -136,12 +135,6 @@ def from_description(description: Mapping[str, Any]) -> Perturbation:
     >>> from_description({"family": "rotation", "sigma": "18deg"}).sigma
     0.3141592653589793
 
-    Args:
-        description: "family", "sigma" and the family's options; the rest by default.
-
-    Returns:
-        A perturbation that equals the one described.
-
     Raises:
         SpecError: an unknown family or option, a missing sigma, or an option out of range.
         InputError: a sigma that is not a positive amount in the family's unit.
@@ -150,23 +143,13 @@ def from_description(description: Mapping[str, Any]) -> Perturbation:
 
 
 def from_record(description: Mapping[str, Any]) -> Perturbation:
-    """The perturbation that `describe` wrote down; an unusual sigma is not warned of again.
-
-    Raises:
-        SpecError, InputError: as `from_description`.
-    """
+    """As `from_description`; an unusual sigma is not warned of again."""
     with from_records():
         return from_description(description)
 
 
 def trait(family: object, name: str, default: Any) -> Any:
-    """An optional attribute of a family that a record names; see `Perturbation`.
-
-    Args:
-        family: as in the record; it may have no row in `PERTURBATIONS`.
-        name: of the attribute.
-        default: where there is no such family or attribute.
-    """
+    """An optional attribute of a family (see `Perturbation`), or the default where it has none."""
     known = str(family) in PERTURBATIONS
     return getattr(PERTURBATIONS[str(family)], name, default) if known else default
 
@@ -176,9 +159,6 @@ def covers_received(family: object) -> bool:
 
     They do where T_a(T_b(x)) = T_{a + b}(x): up to rounding and clipping by the sender. Elsewhere
     a certificate is about parameters of one change of the original image.
-
-    Args:
-        family: as in a record.
     """
     return bool(trait(family, "received", False) or trait(family, "additive", False))
 

@@ -199,15 +199,9 @@ def draw(
 
 
 def matched(images: Tensor, params: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Images and parameters checked against each other, in one type of at least float32.
+    """Images (m, c, h, w) and parameters (m, *shape), checked, in one type of at least float32.
 
-    Args:
-        images: (m, c, h, w).
-        params: (m, *shape); for families of one parameter also (m,).
-        shape: what the family expects of one parameter set.
-
-    Raises:
-        InputError: anything that does not fit, with what was expected.
+    Parameters may also be (m,) in families of one; InputError says what does not fit.
     """
     _check_tensor("params", params)
     if shape == (1,) and params.ndim == 1:

@@ -84,11 +84,7 @@ class Deformation(ABC):
         warn_beyond(given, self.sigma, self.usual, self.unit, self.beyond)
 
     def check(self) -> None:  # noqa: B027 - most families have nothing to add
-        """Refuse settings that the family has no meaning for.
-
-        Raises:
-            InputError: there is none.
-        """
+        """Refuse settings that the family has no meaning for (InputError)."""
 
     @property
     def norm(self) -> str:
@@ -113,11 +109,7 @@ class Deformation(ABC):
 
     @abstractmethod
     def sources(self, params: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Where each output pixel is read.
-
-        Args:
-            params: (m, *params_shape).
-            grid: coordinates of the pixels.
+        """Where each output pixel is read, by parameters (m, *params_shape).
 
         Returns:
             Columns and rows in pixels, each broadcastable to (m, h, w).

@@ -42,11 +42,8 @@ class PixelNoise:
     number ends at 5.77 sigma, which an image of 150 000 numbers would notice.
 
     Attributes:
-        sigma: standard deviation, intensity in [0, 1].
+        sigma: standard deviation, intensity in [0, 1] (InputError where not positive).
         exact: noise on the 8-bit grid.
-
-    Raises:
-        InputError: sigma is not a positive number.
     """
 
     sigma: float
@@ -151,10 +148,7 @@ class Photometric(ABC):
     Results are not clipped to [0, 1].
 
     Attributes:
-        sigma: scale of the distribution in the family's unit.
-
-    Raises:
-        InputError: sigma is not a positive amount in the family's unit, or above `most`.
+        sigma: scale of the distribution in the family's unit, up to `most` (else InputError).
     """
 
     sigma: float
@@ -307,11 +301,7 @@ class GaussianBlur(Photometric):
     )
 
     def changed(self, images: Tensor, amount: Tensor) -> Tensor:
-        """Blurred images.
-
-        Raises:
-            InputError: a variance below 0.
-        """
+        """Blurred images; InputError for a variance below 0."""
         if bool((amount < 0).any()):
             raise InputError(
                 "A Gaussian blur has a variance of at least 0; certificates of this family are "

@@ -37,16 +37,9 @@ def parse_sigma(value: float | str, unit: str | None = None) -> float:
     True
 
     Args:
-        value: a real number, or text: a number, a multiple of pi, or degrees.
-        unit: unit of the family; the two ways of writing an angle are refused unless it is
-            "radians" or None.
-
-    Returns:
-        A finite number above 0; angles in radians.
-
-    Raises:
-        InputError: text that is none of these, an angle for a family without one, or a sigma that
-            is not finite and positive.
+        value: a finite real number above 0, or text: a number, a multiple of pi, or degrees; else
+            InputError.
+        unit: of the family; ways of writing an angle are for "radians" or None.
     """
     if isinstance(value, str):
         sigma = _parse_text(value, unit, "sigma")
@@ -80,13 +73,7 @@ def parse_amount(value: float | str, unit: str | None, name: str) -> float:
     >>> parse_amount("45deg", "radians", "reach") == math.pi / 4
     True
 
-    Args:
-        value: any real number, of which the caller knows the range; or text such as "5deg".
-        unit: of the family.
-        name: what the amount is, for the message.
-
-    Raises:
-        InputError: neither of the two, or an angle for a family without one.
+    InputError, which names what the amount is, for anything else.
     """
     if isinstance(value, str) and _unit_of(value) is not None:
         return _parse_text(value, unit, name)
@@ -97,11 +84,7 @@ def parse_amount(value: float | str, unit: str | None, name: str) -> float:
 
 
 def parse_amounts(values: Any, unit: str | None, name: str = "radii") -> tuple[float, ...]:
-    """Several amounts, as `parse_amount` reads each.
-
-    Raises:
-        InputError: no list of amounts, or one of them cannot be read.
-    """
+    """Several amounts, as `parse_amount` reads each; InputError if one cannot be read."""
     example = '["5deg", "10deg"]' if unit == ANGLE else "[0.0, 0.1]"
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise InputError(f"{name} must be a list such as {example}; got {values!r}.")
@@ -117,10 +100,7 @@ def warn_beyond(given: float | str, sigma: float, limit: float, unit: str, meani
     An angle with its unit written out was meant, and a sigma from a record was warned of before.
 
     Args:
-        given: as it was written.
-        sigma: as it was read.
-        limit: the largest that passes without a warning.
-        unit: of the family.
+        given, sigma: as it was written, and read. limit: the largest that passes.
         meaning: what such a sigma does to an image, and what was perhaps meant.
     """
     written_out = isinstance(given, str) and _unit_of(given) is not None

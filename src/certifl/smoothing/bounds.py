@@ -89,14 +89,10 @@ def top_class_bounds(k_top: ArrayLike, n: ArrayLike, level: ArrayLike) -> tuple[
 
     Args:
         k_top: votes for c_A, which was chosen from OTHER votes.
-        n: votes in all.
-        level: alpha, in (0, 1).
+        n, level: as in `clopper_pearson_lower`, whose errors it raises.
 
     Returns:
         (p_lower, p_upper): with probability at least 1 - level both hold.
-
-    Raises:
-        InputError: as `clopper_pearson_lower`.
 
     Source: Cohen, Rosenfeld and Kolter 2019; the paper, section 4.
     """
@@ -142,19 +138,13 @@ def runner_up_bounds(
 def two_sided_sign_test(k_first: ArrayLike, k_second: ArrayLike) -> Floats:
     """How surprising the two largest counts are if their classes were equally likely (PREDICT).
 
-    p = min(1, 2 P(Binomial(k1 + k2, 1/2) >= max(k1, k2))), rounded up. Predicting the first class
-    only when p <= alpha returns a class other than the smoothed classifier's with probability at
-    most alpha; it abstains otherwise.
+    p = min(1, 2 P(Binomial(k1 + k2, 1/2) >= max(k1, k2))), rounded up; 1 where there are no votes.
+    Predicting the first class only when p <= alpha returns a class other than the smoothed
+    classifier's with probability at most alpha; it abstains otherwise.
 
     Args:
-        k_first: votes for the class with the most votes.
-        k_second: votes for the class with the second most; the order does not matter.
-
-    Returns:
-        The p-value, float64 in (0, 1]; 1 where there are no votes.
-
-    Raises:
-        InputError: counts that are negative or no whole numbers.
+        k_first, k_second: votes for the two classes with the most, in any order; InputError for
+            what is no count.
 
     Source: Hung and Fithian 2019; Cohen, Rosenfeld and Kolter 2019, PREDICT.
     """

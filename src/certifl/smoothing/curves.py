@@ -25,10 +25,7 @@ def certified_accuracy(correct: ArrayLike, radius: ArrayLike, radii: ArrayLike) 
     Args:
         correct: (m,) whether the prediction equals the label; False where abstained.
         radius: (m,) certified radii.
-        radii: R, a scalar or an array, in the unit of `radius`.
-
-    Returns:
-        float64 of the shape of `radii`, in [0, 1].
+        radii: R, a scalar or an array, in the unit of `radius`; the result has its shape.
 
     Raises:
         InputError: no images, unequal lengths, or a radius or R that is negative or not a number.
@@ -43,17 +40,9 @@ def certified_accuracy(correct: ArrayLike, radius: ArrayLike, radii: ArrayLike) 
 
 
 def average_certified_radius(correct: ArrayLike, radius: ArrayLike) -> float:
-    """ACR: the mean over ALL images of radius * correct.
+    """ACR: the mean over ALL images of radius * correct, in the unit of the radii.
 
-    Args:
-        correct: (m,) whether the prediction equals the label; False where abstained.
-        radius: (m,) certified radii.
-
-    Returns:
-        The mean, in the unit of the radii.
-
-    Raises:
-        InputError: no images, unequal lengths, or a radius that is negative or not a number.
+    Arguments and errors are those of `certified_accuracy`.
 
     Source: Zhai et al. 2020 (MACER).
     """
@@ -81,18 +70,12 @@ def even_grid(largest: float, count: int = 50) -> Floats:
 
 
 def mean_and_band(curves: ArrayLike) -> tuple[Floats, Floats, Floats]:
-    """Mean, lowest and highest client at every radius.
+    """Mean, lowest and highest client at every radius, (radii,) each.
 
     Every client counts the same, however many images it holds (the paper's average over clients).
 
     Args:
-        curves: (clients, radii), one certified-accuracy curve a row.
-
-    Returns:
-        (mean, low, high), each (radii,).
-
-    Raises:
-        InputError: no clients, rows of unequal length, or values that are not finite.
+        curves: (clients, radii), one certified-accuracy curve a row; else InputError.
     """
     try:
         table = np.asarray(curves, dtype=np.float64)
@@ -130,14 +113,8 @@ def floor_text(value: float, digits: int = 3) -> str:
     their exact formula by more than that hair (see `laws`), so the promise printed is sound too.
 
     Args:
-        value: usually a radius, in any unit.
+        value: usually a radius, in any unit; InputError for NaN. Infinity is "inf".
         digits: decimals, 0 to 1000.
-
-    Returns:
-        The decimal as text; "inf" and "-inf" stay what they are.
-
-    Raises:
-        InputError: a value that is not a number, or digits out of range.
     """
     if not 0 <= digits <= 1000:
         raise InputError(f"digits must lie between 0 and 1000, not {digits}.")

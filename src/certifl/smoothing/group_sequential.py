@@ -202,14 +202,12 @@ _CHANCES = (0.5, 0.1, 0.02)
 def increments(alpha: float, looks: Sequence[int]) -> tuple[float, ...]:
     """The level of each look: a quarter of alpha over the early looks, the rest at the last.
 
-    Of the early quarter, the share sqrt(n_j / n_(m-1)) is spent until look j.
+    Of the early quarter, the share sqrt(n_j / n_(m-1)) is spent until look j. The exact sum of all
+    levels does not exceed alpha, also after rounding.
 
     Args:
         alpha: the probability of a false certificate allowed for one image, in (0, 1).
         looks: increasing vote counts.
-
-    Returns:
-        One level a look. Their exact sum does not exceed alpha, also after rounding.
     """
     if len(looks) == 1:
         return (alpha,)

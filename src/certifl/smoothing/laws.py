@@ -91,13 +91,7 @@ class Law(ABC):
     def largest_radius(self, sigma: float, n: int, alpha: float) -> float:
         """The radius of n unanimous votes at level alpha: no certificate of n votes exceeds it.
 
-        Args:
-            sigma: scale of the noise in the family's unit, positive.
-            n: votes.
-            alpha: level, in (0, 1).
-
-        Raises:
-            InputError: as `radius` and `clopper_pearson_lower`.
+        Errors are those of `radius` and `clopper_pearson_lower`.
         """
         return float(self.radius(sigma, *top_class_bounds(n, n, alpha)))
 

@@ -354,15 +354,7 @@ def _evidence(
     rival: int | None,
     near: slice,
 ) -> _Evidence:
-    """The pairs in the windows of some cells, as they speak for c_A against one rival.
-
-    Args:
-        cells: from `read_scan`.
-        votes: (m, v) classes.
-        chosen: (m,) c_A.
-        rival: the other class; None for a class that got no vote.
-        near: which cells.
-    """
+    """The pairs in the windows of the cells `near`, as they speak for c_A against a rival."""
     sums = [np.zeros((len(votes), len(cells.lows[near])), np.int64) for _ in range(3)]
     for runs, start, pairs in zip(cells.runs, cells.starts, _pairs(cells, votes), strict=True):
         z = (pairs == chosen[:, None, None]).astype(np.int8)

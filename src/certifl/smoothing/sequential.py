@@ -41,18 +41,13 @@ LARGEST_CHANCE = 0.9
 def looks(n: int, first: int = 100, per_doubling: int = 1) -> tuple[int, ...]:
     """The vote counts at which an image may stop: first, 2 first, 4 first, ..., and n.
 
-    Early looks are multiples of `first`, so votes drawn in chunks of that size always end on one.
+    Early looks are multiples of `first`, so votes drawn in chunks of that size always end on one:
+    (100, 200, ..., 51200, 100000) for n = 100 000.
 
     Args:
-        n: the most votes an image gets, at least 1.
-        first: votes before the first look, at least 1; (n,) where it is n or more.
-        per_doubling: looks a doubling, at least 1; 2 gives 100, 200, 300, 400, 600, 800, 1100, ...
-
-    Returns:
-        Increasing counts that end with n; (100, 200, ..., 51200, 100000) for n = 100 000.
-
-    Raises:
-        InputError: an argument below 1.
+        n: the most votes an image gets, at least 1 (as all arguments, or InputError).
+        first: votes before the first look; (n,) where it is n or more.
+        per_doubling: looks a doubling; 2 gives 100, 200, 300, 400, 600, 800, 1100, ...
     """
     if min(n, first, per_doubling) < 1:
         raise InputError("n, the first look and the looks a doubling must all be at least 1.")
@@ -68,16 +63,12 @@ def looks(n: int, first: int = 100, per_doubling: int = 1) -> tuple[int, ...]:
 def levels(alpha: float, looks: Sequence[int], early_share: float = 0.02) -> tuple[float, ...]:
     """The level of each look: `early_share` * alpha at every early look, the rest at the last.
 
+    Their exact sum does not exceed alpha, also after rounding.
+
     Args:
         alpha: the probability of a false certificate allowed for one image, in (0, 1).
         looks: as from `looks`; only their number matters.
-        early_share: share of alpha spent at each early look.
-
-    Returns:
-        One level a look. Their exact sum does not exceed alpha, also after rounding.
-
-    Raises:
-        InputError: alpha outside (0, 1), no looks, or early looks that leave nothing to the last.
+        early_share: share of alpha spent at each early look (InputError if nothing is left).
     """
     if not 0.0 < alpha < 1.0:
         raise InputError(f"alpha must lie strictly between 0 and 1, not {alpha}; 0.001 is usual.")

@@ -28,7 +28,7 @@ from certifl.data import SPLITS
 from certifl.data.preparation import Preparation, preparation_of
 from certifl.errors import InputError
 from certifl.federated.aggregation import RULES, make_rule
-from certifl.federated.training.schedule import Schedule, participants
+from certifl.federated.schedule import Schedule, participants
 from certifl.models import MODELS
 from certifl.path_checks import WEIGHTS, check_file
 from certifl.perturbations import describe, from_description, from_record

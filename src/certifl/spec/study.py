@@ -25,7 +25,7 @@ from pydantic_core import ErrorDetails
 from certifl.errors import InputError, SpecError, StoreError
 from certifl.federated.algorithms import ALGORITHMS
 from certifl.federated.objectives import OBJECTIVES
-from certifl.federated.training.schedule import check_arithmetic
+from certifl.federated.schedule import check_arithmetic
 from certifl.path_checks import read_spec_file
 from certifl.perturbations import from_record as perturbation_from
 from certifl.perturbations.units import from_records
@@ -34,8 +34,8 @@ from certifl.spec import sections
 
 if TYPE_CHECKING:
     from certifl.federated.algorithms.base import Algorithm
+    from certifl.federated.batches import PerClient
     from certifl.federated.objectives.base import Objective
-    from certifl.federated.training.batches import PerClient
     from certifl.perturbations import Perturbation
 
     Choice = Perturbation | PerClient | None
@@ -225,7 +225,7 @@ class Spec(sections.Section):
 
     def _augmentation(self, description: Any) -> Choice:
         if description == sections.OWN:
-            from certifl.federated.training.batches import combine_augmentations
+            from certifl.federated.batches import combine_augmentations
 
             return combine_augmentations(self.perturbations())
         return _built(description)

@@ -21,7 +21,7 @@ from torch import nn
 from certifl._version import __version__
 from certifl.certification.network import computes_bfloat16
 from certifl.data import EMBEDDED
-from certifl.data.cache import cache_folder
+from certifl.data.dataset import cache_folder
 from certifl.data.loading import DATA_ENV
 from certifl.torch_env import is_small, one_thread
 

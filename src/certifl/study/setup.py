@@ -28,6 +28,8 @@ from certifl.data import (
 from certifl.data.readers import ReadOptions
 from certifl.errors import InputError, ModelError, StoreError
 from certifl.federated.algorithms import ALGORITHMS
+from certifl.federated.batches import PerClient, combine_augmentations
+from certifl.federated.local_training import LocalTraining, check_batches, check_images
 from certifl.federated.objectives import OBJECTIVES
 from certifl.federated.privacy import (
     ClientLedger,
@@ -41,8 +43,6 @@ from certifl.federated.privacy import (
 )
 from certifl.federated.privacy.mechanisms import try_clipping
 from certifl.federated.trainer import Participation, RandomShare
-from certifl.federated.training.batches import PerClient, combine_augmentations
-from certifl.federated.training.local_training import LocalTraining, check_batches, check_images
 from certifl.models import build, is_users_code, require_code
 from certifl.models.state import load_weights, read_checkpoint, weights_in
 from certifl.module_copies import evaluating

@@ -37,13 +37,14 @@ from certifl.deploy.client.privacy_budget import PrivacyBudget, check_own_limit,
 from certifl.deploy.client.settings import (
     LocalData,
     Settings,
+    check_network_size,
+    check_study,
     lower_level,
     open_local_data,
 )
-from certifl.deploy.client.spec_policy import check_network_size, check_study
 from certifl.deploy.client.state import AnsweredRounds, ClientStateStore, SentLog
-from certifl.deploy.transport.messages import Content, fingerprint_of, parse_request, update_to
-from certifl.deploy.transport.schemas import (
+from certifl.deploy.messages import Content, fingerprint_of, parse_request, update_to
+from certifl.deploy.schemas import (
     CertifyRequest,
     JoinRequest,
     MalformedMessage,
@@ -54,9 +55,9 @@ from certifl.deploy.transport.schemas import (
 from certifl.errors import CertiflError, InputError, ModelError, StoreError, one_line
 from certifl.federated.algorithms.base import Algorithm
 from certifl.federated.faults import Fault, try_client
+from certifl.federated.local_training import LocalTraining, check_images
 from certifl.federated.privacy import ExampleLedger
 from certifl.federated.states import ClientState, ModelState, Parts, ServerState, Update
-from certifl.federated.training.local_training import LocalTraining, check_images
 from certifl.models import fingerprint
 from certifl.runs.atomic import private_files, save_tensors
 from certifl.spec import Spec, received, with_settings
@@ -458,16 +459,7 @@ def _output(answer: Content, state: ClientState) -> str:
 
 
 def check_parts(parts: Parts, network: ModelState, clients: int) -> None:
-    """Refuse tensors that do not fit the study.
-
-    Args:
-        parts: as sent. network: entries of the study's network.
-        clients: how many the study has.
-
-    Raises:
-        Rejected: the model has other entries, shapes or types than the network, or something that
-            comes with it has another shape.
-    """
+    """Refuse tensors that do not fit a study's network and number of clients (Rejected)."""
     model = parts.get("model")
     if model is None or {n: _kind(v) for n, v in model.items()} != {
         n: _kind(v) for n, v in network.items()

@@ -19,10 +19,9 @@ import pyarrow.parquet as pq
 import torch
 
 from certifl.certification import Certificates, verify
-from certifl.certification.api import asked_conditions
-from certifl.certification.metadata import AMOUNTS
+from certifl.certification.metadata import AMOUNTS, asked_conditions
 from certifl.certification.settings import PRECISIONS, Settings
-from certifl.deploy.transport.schemas import Curve, MalformedMessage
+from certifl.deploy.schemas import Curve, MalformedMessage
 from certifl.errors import CertiflError, InputError, one_line
 from certifl.federated.states import ModelState
 from certifl.perturbations import Perturbation, from_record
@@ -35,25 +34,10 @@ _MOST_VERSIONS = 16
 # Grids of one study computed by two releases of scipy differ by a few units of the last place.
 _LAST_PLACES = 1e-12
 _PUBLIC_METADATA = (
-    "family",
-    "sigma",
-    "description",
-    "law",
-    "norm",
-    "unit",
-    "threat",
-    "estimator",
-    "bounds",
-    "alpha",
-    "n0",
-    "n",
+    *("family", "sigma", "description", "law", "norm", "unit", "threat"),
+    *("estimator", "bounds", "alpha", "n0", "n"),
     *AMOUNTS,
-    "label_aware",
-    "keep",
-    "seed",
-    "precision",
-    "batch_norm_folded",
-    "versions",
+    *("label_aware", "keep", "seed", "precision", "batch_norm_folded", "versions"),
 )
 """Metadata that follow from the study or the software; nothing about data or models."""
 
@@ -61,11 +45,7 @@ _PUBLIC_METADATA = (
 def curve_of(
     certificates: Certificates, perturbation: Perturbation, settings: Settings
 ) -> dict[str, Any]:
-    """A client's curve: how many of its images are certified correct at each radius.
-
-    Returns:
-        radii, correct (counts), images, acr, and conditions: the metadata that are not private.
-    """
+    """A client's curve: radii, images certified correct at each, images, ACR, public metadata."""
     grid = settings.estimator_for(perturbation).grid()
     correct, radius = certificates.correct, certificates.radius
     counts = [int((correct & (radius >= r)).sum()) for r in grid]
@@ -106,11 +86,7 @@ class CertificateChecks:
     exact: bool = False
 
     def curve(self, curve: Curve) -> dict[str, Any]:
-        """A checked curve, to be stored; what follows from the study is not taken from the client.
-
-        Raises:
-            MalformedMessage: no certificates of this study have this curve.
-        """
+        """A checked curve to be stored; what follows from the study is not the client's to say."""
         perturbation, conditions = self._conditions(curve.conditions)
         try:
             estimator = self._settings().estimator_for(perturbation)
@@ -134,12 +110,7 @@ class CertificateChecks:
         }
 
     def rows(self, part: ModelState, model: str | None) -> Certificates:
-        """Checked rows, to be stored: each follows from its votes, and from the study.
-
-        Raises:
-            MalformedMessage: these are not certificates of this client and study, or no model is
-                named.
-        """
+        """Rows that follow from their votes and the study; else MalformedMessage."""
         if model is None:
             raise MalformedMessage("it does not say which model its rows are of")
         rows = _rows_from(part, self.images)
@@ -175,11 +146,7 @@ class CertificateChecks:
             )
 
     def check_count(self, images: int) -> None:
-        """Compare a number of test images with the one that the client certifies.
-
-        Raises:
-            MalformedMessage: the client certifies another number.
-        """
+        """Refuse another number of images than the client certifies (MalformedMessage)."""
         if self.images is None or images == self.images:
             return
         if self.exact or images > self.images:
@@ -234,14 +201,7 @@ def _own_metadata(sent: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rows_from(part: ModelState, most: int | None) -> Certificates:
-    """Rows that a client sent.
-
-    Args:
-        part: of the message. most: maximum number of rows.
-
-    Raises:
-        MalformedMessage: they are not certificates, or too many.
-    """
+    """Rows that a client sent, `most` at most; MalformedMessage for anything else."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.parquet"
         try:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from certifl.deploy.client.settings import Settings
-from certifl.deploy.transport.schemas import Rejected
+from certifl.deploy.schemas import Rejected
 from certifl.errors import InputError, StoreError
 from certifl.federated.privacy import (
     ExampleLedger,
@@ -84,14 +84,9 @@ class PrivacyBudget:
         return replace(level, watch=self._record_pass)
 
     def authorize(self, round: int, *inputs: str) -> None:
-        """Before training: check that the ledger is complete and the answer is within the limit.
+        """Before training: refuse an answer beyond the limit, or a damaged ledger (Rejected).
 
-        Args:
-            round: the requested one.
-            inputs: fingerprints of all that the answer depends on, besides the images.
-
-        Raises:
-            Rejected: the ledger is damaged, or the remaining budget is too small.
+        `inputs` are fingerprints of all that the answer depends on besides the images.
         """
         text = json.dumps([self._id, self._images, round, *inputs])
         self._round, self._asked = round, hashlib.sha256(text.encode()).hexdigest()
@@ -111,12 +106,8 @@ class PrivacyBudget:
             output: fingerprint of the answer and the new state; "" = it failed.
             sent: whether the answer leaves, beside what is shared of the certificates.
 
-        Returns:
-            What was spent so far, as text.
-
-        Raises:
-            Rejected: the remaining budget is too small, or the answer differs from an earlier one.
-            StoreError: the ledger cannot be written.
+        Returns what was spent so far, as text. StoreError where the ledger cannot be written,
+        Rejected beyond the budget, or where the answer differs from an earlier one.
         """
         passes = tuple(
             Pass(sample, multiplier, taken.steps, taken.sums)
@@ -137,7 +128,8 @@ class PrivacyBudget:
                 # A failure takes the first of the steps that a later answer takes.
                 entries = [entry for entry in entries if not self._is_current(entry)]
                 self._check(entries, release)
-                if any(self._is_answered(entry) for entry in entries):
+                own = [entry for entry in entries if entry.study == self._id]
+                if any(entry.round == self._round and entry.release.output for entry in own):
                     _log.warning(
                         "The server requested round %d again from another model: both answers "
                         "count.",
@@ -160,10 +152,6 @@ class PrivacyBudget:
 
     def _is_current(self, entry: Entry) -> bool:
         return entry.study == self._id and entry.release.asked == self._asked
-
-    def _is_answered(self, entry: Entry) -> bool:
-        same_round = entry.study == self._id and entry.round == self._round
-        return same_round and bool(entry.release.output)
 
     def _record_pass(self, sample: str, multiplier: float, passes: PrivatePasses) -> None:
         """Record passes before they use an image."""
@@ -223,8 +211,7 @@ def ledger_lines(folder: Path, limit: float | None, delta: float | None) -> list
     """A client's ledger as text; nothing where it has never answered with privacy.
 
     Args:
-        folder: of the client.
-        limit, delta: the client's own, where it has set them.
+        folder: of the client. limit, delta: its own, where it has set them.
 
     Raises:
         StoreError: the ledger is damaged. SpecError: opacus is missing.
@@ -323,10 +310,7 @@ def open_budget(
 ) -> PrivacyBudget:
     """The budget of a study whose clients add the noise: the client's own, or what it planned.
 
-    Args:
-        settings: the client's. spec: the study. ledger: what it plans.
-        images: fingerprint of the training images.
-        folder: of the client. states: of the study in it.
+    `images` is the fingerprint of its training images, `folder` the client's, `states` a study's.
     """
     client, delta = settings.client, spec.privacy.delta
     batches = round(1 / ledger.rates[client])
@@ -346,11 +330,7 @@ def open_budget(
 
 
 def check_own_limit(settings: Settings, spec: Spec, images: int) -> None:
-    """A client with a limit takes part only where it adds the noise itself.
-
-    Raises:
-        Rejected: the study has no noise of its own, or the limit guarantees nothing.
-    """
+    """A client with a limit takes part only where it adds the noise (else Rejected)."""
     if settings.max_epsilon is None:
         return
     if spec.privacy.kind != "example":
@@ -407,11 +387,7 @@ class PrivacyLedger:
         self.path = folder / LEDGER
 
     def entries(self) -> list[Entry]:
-        """All answers so far; none where there is no file.
-
-        Raises:
-            StoreError: it cannot be read, or was changed.
-        """
+        """All answers so far; none without a file; StoreError where it was changed."""
         try:
             content = read_text(self.path)
         except FileNotFoundError:
@@ -428,11 +404,7 @@ class PrivacyLedger:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the ledger: no other process writes meanwhile.
-
-        Raises:
-            StoreError: the folder cannot be written.
-        """
+        """Lock the ledger: no other process writes meanwhile; StoreError if that fails."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             handle = self.path.with_name(_LOCK).open("a")
@@ -443,11 +415,7 @@ class PrivacyLedger:
             yield
 
     def write(self, entries: list[Entry]) -> None:
-        """Replace all entries, durably.
-
-        Raises:
-            StoreError: it cannot be written; the old ledger is unchanged.
-        """
+        """Replace all entries, durably; StoreError where the old ledger is unchanged."""
         lines = "".join(json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in entries)
         write_text(self.path, f"{_checksum_line(lines)}\n{lines}")
 

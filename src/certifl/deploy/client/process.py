@@ -25,12 +25,11 @@ from flwr.proto.runtime_pb2 import PushTaskOutputRequest
 from flwr.supercore.constant import TaskType
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
+from certifl.deploy.bundle import INSECURE, Connection, load_connection
 from certifl.deploy.client.client import Client
 from certifl.deploy.client.settings import Settings
 from certifl.deploy.client_app import respond
-from certifl.deploy.provision.bundle import INSECURE, Connection, load_connection
-from certifl.deploy.provision.keys import check_certificate, connection_problem
-from certifl.deploy.transport.flower import (
+from certifl.deploy.flower import (
     Child,
     Endpoint,
     acquire,
@@ -43,6 +42,7 @@ from certifl.deploy.transport.flower import (
     runtime_client,
     stop_on_signals,
 )
+from certifl.deploy.keys import check_certificate, connection_problem
 from certifl.errors import InputError, WorkError
 from certifl.federated.workers import warm_up
 from certifl.runs.atomic import private_folder, write_secret, write_text
@@ -67,9 +67,7 @@ _KEY = (
 def run_client(folder: Path, settings: Settings, report: Callable[[str], None]) -> None:
     """Run a client until it is stopped; one that is refused waits and tries again.
 
-    Raises:
-        WorkError: the server cannot be authenticated, or requires a key that the client lacks.
-        RequestError: the folder or its settings are wrong.
+    WorkError where the server cannot be authenticated, or requires a key that the client lacks.
     """
     connection = load_connection(folder)
     if connection.insecure:
@@ -121,11 +119,7 @@ def _connected(
     stop: threading.Event,
     accepted: Callable[[], None],
 ) -> bool:
-    """Work for the server until the SuperNode ends; False where the server refused it.
-
-    Raises:
-        WorkError: the server requires a key, and this client has none.
-    """
+    """Work until the SuperNode ends; False if the server refused it, WorkError without a key."""
     port, secret = free_port(), secrets.token_bytes(32)
     write_secret(folder / "flower" / "supernode.secret", secret)
     log = folder / "log" / "supernode.log"
@@ -175,11 +169,7 @@ def _watched(child: Child, start: int, accepted: Callable[[], None]) -> Iterator
 
 
 def _refused(log: str, connection: Connection) -> bool:
-    """Whether the server did not accept this client, by what its SuperNode wrote.
-
-    Raises:
-        WorkError: it requires a key or another release of Flower, so a retry is useless.
-    """
+    """Whether the server refused this client, by its log; WorkError if a retry is useless."""
     if "[code: 1001]" in log:
         raise WorkError(
             f"The server {connection.address} has another minor release of Flower than this "
@@ -215,11 +205,6 @@ def work(endpoint: Endpoint, client: Client, alive: Callable[[], bool]) -> None:
     """Answer the requests of a SuperNode, until it ends or an answer does not reach it.
 
     A SuperNode waits for the answer to each request, so it is useless after one that was lost.
-
-    Args:
-        endpoint: of the SuperNode, on this machine.
-        client: answers requests.
-        alive: whether to continue.
     """
     waiting = runtime_client(endpoint)
     try:

@@ -31,8 +31,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from certifl.deploy.transport.messages import Content
-from certifl.deploy.transport.schemas import Rejected
+from certifl.deploy.messages import Content
+from certifl.deploy.schemas import Rejected
 from certifl.errors import StoreError, one_line
 from certifl.federated.states import ClientState, Parts
 from certifl.models import fingerprint
@@ -56,15 +56,9 @@ class ClientStateStore:
     """A client's folder of one study.
 
     Attributes:
-        folder: of the study. votes: file of the votes cast so far on its test images.
+        folder: of the study, named by its id (StoreError if that is not valid).
+        votes: file of the votes cast so far on its test images.
         certificates, deployed: files of its certificates, and of the model for test time.
-
-    Args:
-        root: the folder of all studies.
-        study: the study's id, as the server named it.
-
-    Raises:
-        StoreError: the id is not valid.
     """
 
     def __init__(self, root: Path, study: str) -> None:
@@ -76,20 +70,12 @@ class ClientStateStore:
         self.deployed = self.folder / "deployed.safetensors"
 
     def begin(self) -> None:
-        """Create the private folder.
-
-        Raises:
-            StoreError: it cannot be made.
-        """
+        """Create the private folder; StoreError where it cannot be made."""
         private_folder(self.folder.parent)
         private_folder(self.folder)
 
     def state(self, after: int) -> ClientState:
-        """The client's state after a round.
-
-        Raises:
-            StoreError: it is missing or damaged.
-        """
+        """The client's state after a round; StoreError where it is missing or damaged."""
         if after == NEVER:
             return ClientState()
         path = self.folder / _STATE.format(after)
@@ -138,25 +124,16 @@ class AnsweredRounds:
         self._path, self._spec = folder / _FILE, spec
 
     def begin(self) -> None:
-        """Create the record, or compare it with the requested study.
-
-        Raises:
-            Rejected: the id belongs to another study, or the record is damaged.
-        """
+        """Create the record; Rejected if the id is of another study, or the record damaged."""
         if not self._path.exists() and not any(self._path.parent.glob("state-*.safetensors")):
             self._write({})
         self._read()
 
     def round(self, number: int, *inputs: str) -> None:
-        """Record what the answer to a round depends on; refuse a round requested otherwise before.
-
-        Args:
-            number: of the round, counted from 0.
-            inputs: fingerprints of all that the answer depends on.
+        """Record what an answer depends on (fingerprints); refuse a round asked otherwise before.
 
         Raises:
-            Rejected: it was requested with other inputs before.
-            StoreError: the record cannot be written.
+            Rejected: it was requested with other inputs. StoreError: it cannot be recorded.
         """
         record = self._read()
         digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
@@ -169,11 +146,7 @@ class AnsweredRounds:
         self._write(record)
 
     def deployed(self, model: str) -> None:
-        """Record which model is certified; refuse another one.
-
-        Raises:
-            Rejected: it was another one before. StoreError: the record cannot be written.
-        """
+        """Record which model is certified; refuse another one (Rejected)."""
         record = self._read()
         if record["deployed"] not in ("", model):
             raise Rejected(
@@ -219,14 +192,7 @@ class SentLog:
         self.path = folder / SENT
 
     def note(self, request: Mapping[str, Any], answer: Content, size: int) -> None:
-        """Log an answer.
-
-        Args:
-            request: fields of the request. answer: what is sent. size: bytes of it.
-
-        Raises:
-            StoreError: it cannot be written, so the answer must not leave.
-        """
+        """Log an answer of `size` bytes to a request; StoreError where it must not leave."""
         kind = "fault" if "fault" in answer.fields else str(request.get("order"))
         study = request.get("study")
         self._add(
@@ -247,11 +213,7 @@ class SentLog:
         )
 
     def note_error(self, reason: str) -> None:
-        """Log that only a reason was sent.
-
-        Raises:
-            StoreError: it cannot be written.
-        """
+        """Log that only a reason was sent; StoreError where it cannot be written."""
         fields = {"study": "", "round": None, "says": ["reason"], "parts": {}}
         self._add({"kind": "error", **fields, "bytes": len(reason.encode())})
 
@@ -282,13 +244,7 @@ def _keys(fields: Mapping[str, Any], before: str = "") -> Iterator[str]:
 
 
 def sent_lines(folder: Path) -> Iterator[str]:
-    """The log as text: when, what, how many bytes, which keys, which tensors.
-
-    Tensors are listed where they differ from those of the previous message of this kind.
-
-    Raises:
-        StoreError: it cannot be read.
-    """
+    """The log as text: when, what, how many bytes, which keys, which tensors where they differ."""
     path, before = folder / SENT, dict[str, Any]()
     if not path.exists():
         yield f"Nothing has left this machine yet: there is no {path}."

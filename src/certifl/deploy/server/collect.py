@@ -15,11 +15,17 @@ from flwr.app import ArrayRecord
 from certifl.certification import Certificates
 from certifl.deploy.client.curves import CertificateChecks, curve_of
 from certifl.deploy.client.settings import lower_level
-from certifl.deploy.server.clients import FAILED, POLL, ClientRegistry, Pending
-from certifl.deploy.server.remote_runner import fault_of, request_fields
+from certifl.deploy.messages import Content, NoReply, encode, fingerprint_of
+from certifl.deploy.schemas import Certified, MalformedMessage, Reply, checked
+from certifl.deploy.server.remote_runner import (
+    FAILED,
+    POLL,
+    ClientRegistry,
+    Pending,
+    fault_of,
+    request_fields,
+)
 from certifl.deploy.server.start import Options, record
-from certifl.deploy.transport.messages import Content, NoReply, encode, fingerprint_of
-from certifl.deploy.transport.schemas import Certified, MalformedMessage, Reply, checked
 from certifl.errors import WorkError, one_line
 from certifl.federated.algorithms.base import needed_by_clients
 from certifl.federated.faults import required_clients
@@ -81,13 +87,9 @@ class _ClientProgress:
     idle: int = 0
 
     def advance(self, answer: Certified, took: float, piece: float) -> None:
-        """Take an answer that is not the last one.
+        """Take an answer that is not the last one; MalformedMessage if at this pace it never ends.
 
-        Args:
-            answer: the new one. took: seconds since the request. piece: seconds asked for.
-
-        Raises:
-            MalformedMessage: at this pace it never ends, or it is impossible.
+        `took` are seconds since the request, `piece` those asked for.
         """
         if took < min(piece / 2, _SOON):
             raise MalformedMessage(
@@ -127,11 +129,7 @@ class _Collector:
     _broadcast: tuple[str, Mapping[str, ArrayRecord]] = ("", {})
 
     def run(self) -> dict[int, str]:
-        """Ask until all clients have finished, or none of the others will.
-
-        Returns:
-            Why clients are left out, by client.
-        """
+        """Ask until all have finished, or none of the others will; why clients are left out."""
         everyone = range(self.spec.clients.count)
         remaining = {c for c in everyone if not self.folder.shared(c).is_file()}
         if not remaining:
@@ -172,11 +170,7 @@ class _Collector:
         return clients & (failed | (unfit - self.registry.connected.keys()))
 
     def _left_out(self, clients: set[int]) -> dict[int, str]:
-        """Why clients are left out, if enough remain.
-
-        Raises:
-            WorkError: too few remain.
-        """
+        """Why clients are left out; WorkError where too few remain."""
         count = self.spec.clients.count
         if count - len(clients) < required_clients(count, None):
             raise WorkError(self._missing(clients))

@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from certifl.deploy.server.clients import ClientRegistry
+from certifl.deploy.flower import configure_flower, opened_run, return_freed_memory
+from certifl.deploy.messages import GridTransport
 from certifl.deploy.server.collect import collect_certificates
 from certifl.deploy.server.process import KeyFolder, local_endpoint
-from certifl.deploy.server.remote_runner import RemoteData, RemoteRunner
+from certifl.deploy.server.remote_runner import ClientRegistry, RemoteData, RemoteRunner
 from certifl.deploy.server.start import (
     Options,
     Reference,
@@ -30,13 +31,11 @@ from certifl.deploy.server.start import (
     new_registry,
     record,
 )
-from certifl.deploy.transport.flower import configure_flower, opened_run, return_freed_memory
-from certifl.deploy.transport.messages import GridTransport
 from certifl.federated.algorithms.base import needed_by_clients
+from certifl.federated.local_training import LocalTraining
 from certifl.federated.privacy import ExampleLedger
 from certifl.federated.rounds import Progress
 from certifl.federated.trainer import train
-from certifl.federated.training.local_training import LocalTraining
 from certifl.progress import StageCallback
 from certifl.runs.atomic import private_files
 from certifl.runs.checkpoints import Checkpoints, StoredRound
@@ -197,12 +196,7 @@ def _rounds(spec: Spec, report: StageCallback | None) -> Callable[[Progress], No
 
 
 def run_study(spec: Spec, server_folder: Path, options: Options) -> RunFolder:
-    """Run a study with the clients of a running server.
-
-    Args:
-        spec: the study.
-        server_folder: of the running server.
-        options: of the run; clients' keys come from the folder.
+    """Run a study with the clients of a running server, whose folder has their keys.
 
     Raises:
         RequestError: the study or a folder does not fit.
@@ -222,15 +216,8 @@ def run_study(spec: Spec, server_folder: Path, options: Options) -> RunFolder:
 def check_study(spec: Spec, server_folder: Path, options: Options) -> str | None:
     """List which clients of a running server would take part in a study; train nothing.
 
-    Args:
-        spec, server_folder, options: as for `run_study`; `options.log` gets the list of clients.
-
-    Returns:
-        Why the study would not start; None where it would.
-
-    Raises:
-        RequestError: the study or the folder does not fit.
-        WorkError: the server does not answer.
+    `options.log` gets the list; returns why the study would not start, None where it would. Raises
+    as `run_study`.
     """
     with _open_transport(server_folder, "check.txt") as transport:
         return check_clients(

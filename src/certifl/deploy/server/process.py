@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from certifl.deploy.provision.bundle import INSECURE, Connection, load_connection
-from certifl.deploy.provision.keys import check_certificate, connection_problem, public_key_bytes
-from certifl.deploy.transport import flower
-from certifl.deploy.transport.flower import (
+from certifl.deploy import flower
+from certifl.deploy.bundle import INSECURE, Connection, load_connection
+from certifl.deploy.flower import (
     Child,
     Endpoint,
     bypass_proxies,
@@ -21,6 +20,7 @@ from certifl.deploy.transport.flower import (
     stop_on_signals,
     tail,
 )
+from certifl.deploy.keys import check_certificate, connection_problem, public_key_bytes
 from certifl.errors import InputError, WorkError
 
 _log = logging.getLogger(__name__)
@@ -45,10 +45,7 @@ def local_endpoint(folder: Path) -> Endpoint:
 def client_keys(folder: Path, report: Callable[[str], None] | None = None) -> dict[int, bytes]:
     """Public keys of a server's clients, by number.
 
-    A file that is not a key (it may be half copied) is skipped; it is read again next time.
-
-    Args:
-        folder: the server's. report: called with a line about each file that is skipped.
+    A file that is not a key (it may be half copied) is reported and skipped, and read again.
     """
     keys: dict[int, bytes] = {}
     for path in sorted((folder / "clients").glob("client-*.pub")):
@@ -89,12 +86,7 @@ class KeyFolder(Mapping[int, bytes]):
 
 
 def run_server(folder: Path, report: Callable[[str], None]) -> None:
-    """Run a folder's server until it is stopped.
-
-    Raises:
-        WorkError: it cannot start, or ended on its own.
-        RequestError: the folder is not a server's.
-    """
+    """Run a folder's server until it is stopped; WorkError where it cannot start, or ended."""
     connection, endpoint = load_connection(folder), local_endpoint(folder)
     if connection.insecure:
         report(INSECURE)
@@ -105,7 +97,7 @@ def run_server(folder: Path, report: Callable[[str], None]) -> None:
     with locked_folder(folder), stop_on_signals() as stop:
         configure_flower(home)
         child = Child(
-            "certifl.deploy.transport.gate:main",
+            "certifl.deploy.gate:main",
             _superlink(folder, connection),
             log,
             home,

@@ -16,10 +16,9 @@ from torch import nn
 
 from certifl.data import EMBEDDED, load
 from certifl.deploy.client.settings import check_share
-from certifl.deploy.server.clients import MISMATCHED, UNKNOWN, ClientRegistry
-from certifl.deploy.server.remote_runner import Timeouts
-from certifl.deploy.transport.messages import GridTransport
-from certifl.deploy.transport.schemas import Joined
+from certifl.deploy.messages import GridTransport
+from certifl.deploy.schemas import Joined
+from certifl.deploy.server.remote_runner import MISMATCHED, UNKNOWN, ClientRegistry, Timeouts
 from certifl.errors import CertiflError, InputError, RequestError, WorkError, one_line
 from certifl.federated.faults import required_clients
 from certifl.models import build, fingerprint
@@ -130,13 +129,7 @@ class Reference:
 
 
 def check_clients(spec: Spec, transport: GridTransport, options: Options) -> str | None:
-    """List the clients and whether they match; why the study would not start, or None.
-
-    Every client's properties go to `options.log`. Nothing is trained.
-
-    Raises:
-        RequestError: the options do not fit the study.
-    """
+    """List clients to `options.log`; why the study would not start, or None. Trains nothing."""
     check_start(spec, options)
     reference = Reference(None, spec)
     # The same id each time, so that clients have one folder for all checks of a study.
@@ -149,11 +142,7 @@ def check_clients(spec: Spec, transport: GridTransport, options: Options) -> str
 
 
 def check_start(spec: Spec, options: Options) -> None:
-    """Refuse an impossible minimum number of clients, and what only one machine can do.
-
-    Raises:
-        RequestError: it is impossible.
-    """
+    """Refuse an impossible minimum of clients, and what only one machine can do (RequestError)."""
     if spec.certification.precision == "int8":
         raise RequestError(
             'certification.precision = "int8" is for runs on one machine: its ranges would tell '
@@ -202,11 +191,7 @@ def new_registry(
 
 
 def assemble(registry: ClientRegistry, reference: Reference, options: Options) -> None:
-    """Wait for the clients, log what each has, and keep those that match.
-
-    Raises:
-        RequestError: too few match. WorkError: too few joined.
-    """
+    """Wait for clients, log what each has, keep those that match; an error if too few do."""
     spec, resumed = reference.spec, reference.properties is not None
     everyone = set(range(spec.clients.count))
     registry.wait_for(everyone, options.timeouts.start, skip_refused=True)
@@ -304,9 +289,8 @@ def reference_properties(
 ) -> Properties | None:
     """The properties that a study starts with; None where no group of clients is the majority.
 
-    Args:
-        joined: what each client reported. spec: of the study.
-        required: how many clients are needed; fewer do not win because the spec names their data.
+    `joined` is what each client reported; fewer clients than `required` do not win because the
+    spec names their data.
     """
     groups = _groups(joined)
     if not groups:
@@ -382,12 +366,7 @@ def _classes(names: Sequence[str]) -> str:
 
 
 def listing(spec: Spec, joined: Mapping[int, Joined], others: Mapping[int, str]) -> Iterable[str]:
-    """Every client of a study: what it has, or why it does not take part.
-
-    Args:
-        spec: of the study. joined: what clients reported.
-        others: why a client does not take part; -1 for a node of unknown number.
-    """
+    """Every client of a study: what it reported, or (`others`) why it does not take part."""
     yield f"Study {spec.name!r} (spec {spec.hash()[:8]}), {spec.clients.count} clients:"
     for client in sorted({*range(spec.clients.count), *joined, *others}):
         who = f"client {client}" if client >= 0 else "a node"

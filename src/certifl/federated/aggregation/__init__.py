@@ -103,11 +103,7 @@ __getattr__ = lazy_names(__name__, dict.fromkeys([*_CLASSES, "Clip", "Rule"], _R
 
 
 def make_rule(name: str, options: Mapping[str, Any], clip: float | None = None) -> Any:
-    """A rule by name, after clipping where a norm is given; None for the plain mean.
-
-    Raises:
-        SpecError: an unknown rule or option, a missing one, or a value that is not allowed.
-    """
+    """A rule by name (else SpecError), after clipping to a given norm; None for the mean."""
     RULES.check_named(name, options)
     if name == "mean" and clip is None:
         return None

@@ -39,11 +39,7 @@ class Rule(Protocol):
         ...
 
     def check(self, participants: int) -> None:
-        """Refuse hyper-parameters that need more participants.
-
-        Raises:
-            SpecError: the number of participants in a round is too small.
-        """
+        """Refuse hyper-parameters that need more participants in a round (SpecError)."""
         ...
 
 
@@ -58,14 +54,8 @@ def combined(
 ) -> Iterator[Update]:
     """Replace the parts of every update by their combination over all clients.
 
-    Clients are combined in the order of their numbers, whatever the order of arrival.
-
-    Args:
-        updates: all stay in memory until the last one has arrived.
-        combine: one state from several with the same keys and shapes.
-
-    Raises:
-        InputError: a client sent other keys or shapes than the first one.
+    Clients are combined in the order of their numbers, whatever the order of arrival; all updates
+    stay in memory until the last one has arrived. InputError where keys or shapes differ.
     """
     arrived = list(updates)
     sent: dict[str, list[ModelState]] = {}
@@ -122,7 +112,6 @@ class Mean(_Listed):
 
     def __call__(self, broadcast: ServerState, updates: Iterable[Update]) -> Iterator[Update]:
         """The updates, unchanged."""
-        del broadcast
         yield from updates
 
 
@@ -240,7 +229,6 @@ class Krum(_Listed):
 
     def __call__(self, broadcast: ServerState, updates: Iterable[Update]) -> Iterator[Update]:
         """Every update with the chosen one, or the mean of the chosen ones, in it."""
-        del broadcast
         return combined(updates, self._chosen)
 
     def _chosen(self, tables: Sequence[ModelState]) -> ModelState:
@@ -300,7 +288,6 @@ class Median(_Listed):
 
     def __call__(self, broadcast: ServerState, updates: Iterable[Update]) -> Iterator[Update]:
         """Every update with the median of all in it."""
-        del broadcast
         return combined(updates, lambda tables: _by_coordinate(tables, self._median))
 
     def _median(self, values: Floats) -> Floats:
@@ -334,7 +321,6 @@ class TrimmedMean(_Listed):
 
     def __call__(self, broadcast: ServerState, updates: Iterable[Update]) -> Iterator[Update]:
         """Every update with the trimmed mean of all in it."""
-        del broadcast
         return combined(updates, lambda tables: _by_coordinate(tables, self._mean))
 
     def _mean(self, values: Floats) -> Floats:

@@ -232,12 +232,9 @@ def describe(algorithm: Any) -> dict[str, Any]:
 
 
 def from_description(description: Table | str) -> Any:
-    """The algorithm described, e.g. `{"name": "mixture", "personalization": 0.5}`, or a bare name.
+    """The algorithm described, `{"name": "mixture", "personalization": 0.5}`, or a bare name.
 
-    `base` of `personalized` is described in the same way.
-
-    Raises:
-        SpecError: an unknown algorithm or parameter, a missing one, or a value that is not
-            allowed; the message names the key and what is allowed.
+    `base` of `personalized` is described in the same way. SpecError names the key that is
+    wrong, and what is allowed.
     """
     return ALGORITHMS.build(description)

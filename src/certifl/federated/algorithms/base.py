@@ -12,6 +12,8 @@ from typing import ClassVar, Protocol
 
 from certifl.federated.algorithms import ALGORITHMS
 from certifl.federated.averaging import average_models
+from certifl.federated.local_training import LocalTraining
+from certifl.federated.schedule import Schedule
 from certifl.federated.states import (
     ClientData,
     ClientState,
@@ -20,9 +22,7 @@ from certifl.federated.states import (
     ServerState,
     Update,
 )
-from certifl.federated.training.local_training import LocalTraining
-from certifl.federated.training.schedule import Schedule
-from certifl.federated.training.steps import GradientHook, Step
+from certifl.federated.steps import GradientHook, Step
 
 
 class Algorithm(Protocol):
@@ -54,11 +54,9 @@ class Algorithm(Protocol):
         ...
 
     def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
-        """Names of the parts that a client's update of a round has.
+        """Names of the parts that a client's update of a round (from 0) has.
 
-        Args:
-            round: from 0.
-            scheduled: rounds of the schedule; extra ones come after them.
+        Extra rounds come after the scheduled ones.
         """
         ...
 
@@ -70,11 +68,7 @@ class Algorithm(Protocol):
         Args:
             broadcast: the server's state; its `round` counts from 0.
             state: this client's state after the last round it took part in.
-            data: the client's images.
-            training: trains the schedule's epochs.
-
-        Raises:
-            TrainingDiverged: the loss or the weights stopped being finite.
+            data: the client's images. training: trains the schedule's epochs (TrainingDiverged).
         """
         ...
 
@@ -83,26 +77,16 @@ class Algorithm(Protocol):
 
         Updates are consumed one at a time, so memory does not grow with the number of clients.
         An update without a model contributes nothing, and a round in which no model arrives
-        leaves the parts as they are.
-
-        Args:
-            server_state: the one that was broadcast.
-            updates: of the clients that took part.
-
-        Raises:
-            InputError: a client sent other keys or shapes than the first one; it is named.
+        leaves the parts as they are. InputError names a client that sent other keys or shapes.
         """
         ...
 
     def deployed(self, server_state: ServerState, client_state: ClientState) -> ModelState:
-        """The model that the client holding `client_state` uses at test time.
+        """The model (all entries, on the CPU) that a client uses at test time.
 
         Args:
             server_state: after the last round.
             client_state: what the client keeps; no parts where it never trained.
-
-        Returns:
-            All entries of the network's state, on the CPU.
         """
         ...
 
@@ -116,6 +100,7 @@ class GlobalModel:
     Attributes:
         personal_part: the part of a client's state in which it keeps the model that it trains and
             deploys; "" = it keeps none.
+        sent: names of the parts that clients send.
         weighting: of the average: "uniform" (1/n) or "size" (by number of training images).
 
     Raises:
@@ -128,6 +113,7 @@ class GlobalModel:
     extra_rounds: ClassVar[int] = 0
     client_needs: ClassVar[tuple[str, ...] | None] = None
     personal_part: ClassVar[str] = ""
+    sent: ClassVar[tuple[str, ...]] = ("model",)
 
     def __post_init__(self) -> None:
         ALGORITHMS.check_component(self)
@@ -137,9 +123,8 @@ class GlobalModel:
         return ServerState(0, {"model": model_state})
 
     def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
-        """The model."""
-        del round, scheduled
-        return ("model",)
+        """The same parts in every round: `sent`."""
+        return self.sent
 
     def client_round(
         self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining
@@ -161,7 +146,6 @@ class GlobalModel:
 
     def hook(self, broadcast: ServerState, training: LocalTraining) -> GradientHook | None:
         """Changes gradients before each local step; None = no change."""
-        del broadcast, training
         return None
 
     def step(self) -> Step | None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from certifl import rng as streams
 from certifl.federated.algorithms.base import GlobalModel
+from certifl.federated.local_training import LocalTraining
 from certifl.federated.states import ClientData, ClientState, ServerState, Update
-from certifl.federated.training.local_training import LocalTraining
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from certifl.federated.algorithms.base import GlobalModel
+from certifl.federated.batches import Batch
+from certifl.federated.local_training import LocalTraining
 from certifl.federated.states import (
     ClientData,
     ClientState,
@@ -15,9 +17,7 @@ from certifl.federated.states import (
     ServerState,
     Update,
 )
-from certifl.federated.training.batches import Batch
-from certifl.federated.training.local_training import LocalTraining
-from certifl.federated.training.steps import Outcome, Step, StepContext
+from certifl.federated.steps import Outcome, Step, StepContext
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,6 @@ class FLIX(GlobalModel):
 
     def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
         """The model, unless nothing of it is shared."""
-        del round, scheduled
         return () if self.personalization == 1 else ("model",)
 
     def client_round(

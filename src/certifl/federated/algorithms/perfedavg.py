@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from certifl.federated.algorithms.base import GlobalModel
+from certifl.federated.batches import Batch
+from certifl.federated.local_training import LocalTraining
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-from certifl.federated.training.batches import Batch
-from certifl.federated.training.local_training import LocalTraining
-from certifl.federated.training.steps import Outcome, Step, StepContext
+from certifl.federated.steps import Outcome, Step, StepContext
 
 _DELTA = 1e-3
 _FEWEST = 2

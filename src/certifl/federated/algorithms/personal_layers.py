@@ -9,12 +9,8 @@ from torch import nn
 
 from certifl.errors import SpecError
 from certifl.federated.algorithms.base import GlobalModel
+from certifl.federated.local_training import GradientHook, LocalTraining, with_counted_steps
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-from certifl.federated.training.local_training import (
-    GradientHook,
-    LocalTraining,
-    with_counted_steps,
-)
 
 
 @dataclass(frozen=True)
@@ -158,11 +154,7 @@ def norm_keys(network: nn.Module, layers: str) -> frozenset[str]:
 
 
 def head_keys(network: nn.Module, head: str | None) -> frozenset[str]:
-    """Keys of the module `head`; none for "", and those of the last layer with weights for None.
-
-    Raises:
-        SpecError: the network has no weights under that name.
-    """
+    """Keys of the module `head` (else SpecError): none for "", the last layer's for None."""
     if head == "":
         return frozenset()
     if head is None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from certifl.federated.algorithms import ALGORITHMS
 from certifl.federated.algorithms.base import Algorithm
+from certifl.federated.local_training import LocalTraining
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-from certifl.federated.training.local_training import LocalTraining
 
 
 @dataclass(frozen=True)

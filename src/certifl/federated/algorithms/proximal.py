@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from certifl.federated.algorithms.base import GlobalModel
+from certifl.federated.local_training import LocalTraining, with_counted_steps
 from certifl.federated.privacy.accounting import STEPS
+from certifl.federated.schedule import Schedule
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-from certifl.federated.training.local_training import LocalTraining, with_counted_steps
-from certifl.federated.training.schedule import Schedule
-from certifl.federated.training.steps import (
+from certifl.federated.steps import (
     GradientHook,
     foreach_add,
     foreach_scale,

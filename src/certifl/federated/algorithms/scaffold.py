@@ -11,9 +11,9 @@ from torch import nn
 
 from certifl.federated.algorithms.base import GlobalModel
 from certifl.federated.averaging import average_parts, moved
+from certifl.federated.local_training import LocalTraining
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
-from certifl.federated.training.local_training import LocalTraining
-from certifl.federated.training.steps import foreach_add, gradients_of
+from certifl.federated.steps import foreach_add, gradients_of
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,7 @@ class Scaffold(GlobalModel):
 
     name = "scaffold"
     deploys = "the global model of the last round"
-
-    def sends(self, round: int, scheduled: int) -> tuple[str, ...]:
-        """The model and the change of the control variate."""
-        del round, scheduled
-        return "model", "control_step"
+    sent = ("model", "control_step")
 
     def client_round(
         self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining

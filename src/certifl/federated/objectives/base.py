@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from certifl.errors import InputError
+from certifl.federated.batches import Augmentation, Batch
 from certifl.federated.objectives import OBJECTIVES
-from certifl.federated.training.batches import Augmentation, Batch
 from certifl.smoothing.laws import Law
 
 
@@ -56,11 +56,7 @@ class Smoothing(Augmentation, Protocol):
 
 
 def smoothing_of(batch: Batch, objective: str) -> Smoothing | None:
-    """The batch's perturbation with its distribution; None if the batch has none.
-
-    Raises:
-        InputError: an augmentation that has no sigma, law and norm.
-    """
+    """The batch's perturbation, or None; InputError where it has no sigma, law and norm."""
     if batch.augmentation is None or isinstance(batch.augmentation, Smoothing):
         return batch.augmentation
     raise InputError(

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from certifl.errors import InputError
+from certifl.federated.batches import Batch
 from certifl.federated.objectives import OBJECTIVES
 from certifl.federated.objectives.base import (
     Smoothing,
@@ -20,7 +21,6 @@ from certifl.federated.objectives.base import (
     single,
     smoothing_of,
 )
-from certifl.federated.training.batches import Batch
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,7 @@ class Macer:
         OBJECTIVES.check_component(self)
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss above as a mean over the batch; logits of the first copy.
-
-        Raises:
-            InputError: the perturbation has no sigma and law, or its law has no radius here.
-        """
+        """The loss above, logits of the first copy; InputError for laws without a radius."""
         smoothing = smoothing_of(batch, self.name)
         if smoothing is None:
             return single(model, batch)
@@ -104,16 +100,12 @@ class Macer:
 
 
 def soft_margins(miss: torch.Tensor, second: torch.Tensor, smoothing: Smoothing) -> torch.Tensor:
-    """The margin xi = 2 radius / sigma from soft votes.
+    """The margin xi = 2 radius / sigma from soft votes; InputError for laws without a radius.
 
     Args:
         miss: (m,) soft votes of all classes but the label, together; taken instead of the label's
             own because near 1 a float has no digits left.
-        second: (m,) largest of them.
-        smoothing: its distribution decides the formula.
-
-    Raises:
-        InputError: a distribution without a radius here.
+        second: (m,) largest of them. smoothing: its distribution decides the formula.
     """
     margin = _MARGINS.get(smoothing.law.name)
     if margin is None:

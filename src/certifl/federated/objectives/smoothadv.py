@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional
 
 from certifl.errors import InputError
+from certifl.federated.batches import Batch
 from certifl.federated.objectives import OBJECTIVES
 from certifl.federated.objectives.base import by_copy, log_mean_exp, single, smoothing_of
-from certifl.federated.training.batches import Batch
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,8 @@ class SmoothAdv:
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss above as a mean over the batch; logits of the first attacked copy.
 
-        Raises:
-            InputError: the perturbation has no sigma and norm, an l1 ball in several dimensions,
-                or no derivative in its parameters.
+        InputError without sigma and norm, in an l1 ball of several dimensions, or without a
+        derivative in the parameters.
         """
         if batch.augmentation is None:
             return single(model, batch)
@@ -83,12 +82,7 @@ class SmoothAdv:
         return loss, by_copy(logits, self.copies)[0]
 
     def attack(self, model: nn.Module, batch: Batch, draws: torch.Tensor) -> torch.Tensor:
-        """The delta (m, *params_shape) of the ascent; the model is left as it was.
-
-        Args:
-            model, batch: the network under attack; images, labels and perturbation.
-            draws: eps_1 ... eps_m, (copies, m, *params_shape).
-        """
+        """The delta (m, *params_shape) of the ascent from draws (copies, m, *params_shape)."""
         reach = self.epsilon * _scale(batch, draws)
         step, copies = 2 * reach / self.steps, _repeated(batch, len(draws))
         delta = torch.zeros_like(draws[0])

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from certifl.errors import SpecError
-from certifl.federated.training.batches import batch_bounds
+from certifl.federated.batches import batch_bounds
 
 ACCOUNTANT = "rdp"
 # Orders to minimize over: each gives a valid bound.
@@ -45,11 +45,7 @@ _PRECISION = 1e-3
 
 
 def opacus(name: str) -> ModuleType:
-    """A module of opacus.
-
-    Raises:
-        SpecError: opacus is not installed; the message says how to get it.
-    """
+    """A module of opacus; SpecError where it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -76,15 +72,12 @@ def epsilon(noise_multiplier: float, rate: float, steps: int, delta: float) -> f
 
 
 def composed(steps: Mapping[tuple[float, float], int], delta: float) -> float:
-    """The privacy loss after steps of several kinds, whose divergences add up.
+    """The privacy loss after steps of several kinds, whose divergences add up: an upper bound.
 
     Args:
         steps: how many, by (noise multiplier z, sampling rate q); every step has its own
-            sample and noise.
+            sample and noise. Without noise, the loss is infinite.
         delta: as in `epsilon`.
-
-    Returns:
-        An upper bound on epsilon; infinity where a step had no noise.
     """
     taken = {kind: count for kind, count in steps.items() if count}
     if not taken:
@@ -113,11 +106,7 @@ def _divergences(noise_multiplier: float, rate: float) -> NDArray[np.float64]:
 def noise_for(target_epsilon: float, rate: float, steps: int, delta: float) -> float:
     """The noise multiplier that spends no more than the target in so many steps.
 
-    Returns:
-        At most a thousandth above the smallest one.
-
-    Raises:
-        SpecError: even a noise multiplier of 10 000 spends more.
+    At most a thousandth above the smallest one; SpecError where even 10 000 spends more.
     """
     high = 1.0
     while epsilon(high, rate, steps, delta) > target_epsilon:
@@ -140,7 +129,7 @@ def noise_for(target_epsilon: float, rate: float, steps: int, delta: float) -> f
 # Ledgers: what was spent so far, written into the history of the rounds.
 #
 # A ledger is a pure function of the committed rounds, so a resumed training counts the same, and a
-# round that is repeated counts once: it repeats its noise with its sums (`mechanism.add_noise`).
+# round that is repeated counts once: it repeats its noise with its sums (`mechanisms.add_noise`).
 
 Entry = dict[str, Any]
 Ledger = Callable[[Sequence[Mapping[str, Any]], Entry], Entry]
@@ -247,7 +236,7 @@ def _finite(value: float) -> Entry:
 # its own answers need not trust it: every pass has its own sample and noise (their key depends on
 # the model it started from), so the steps of all passes add up, however often and by whatever
 # server they were requested. One pass must not have two outcomes: equal sums have equal noise
-# (`mechanism.add_noise`), so two answers from one sample would disclose WHETHER their sums differ,
+# (`mechanisms.add_noise`), so two answers from one sample would show WHETHER their sums differ,
 # which no noise hides. `conflict` detects that beforehand.
 
 

@@ -18,11 +18,11 @@ from torch import nn
 
 from certifl import rng as streams
 from certifl.errors import InputError, ModelError, SpecError, first_line
+from certifl.federated.batches import Batch
 from certifl.federated.objectives import Augmented, Objective
 from certifl.federated.privacy.accounting import STEPS, opacus, steps_per_epoch
 from certifl.federated.states import ClientData, ModelState, ServerState, Update
-from certifl.federated.training.batches import Batch
-from certifl.federated.training.steps import GradientHook, Outcome, StepContext
+from certifl.federated.steps import GradientHook, Outcome, StepContext
 from certifl.models import fingerprint
 from certifl.module_copies import copy_of
 from certifl.registry import check_number
@@ -43,17 +43,12 @@ def clipped_sum(
     """sum_j g_j min(1, C / ||g_j||), g_j the gradient of image j over all parameters together.
 
     Replacing one image by nothing changes the sum by at most C: a gradient that is not finite
-    counts as zero.
+    counts as zero. So does a loss that is not finite in the outcome, or one image could make the
+    training fail visibly.
 
     Args:
-        model: in training mode; its `.grad` are cleared.
-        parameters: the trainable ones, by name.
-        objective, batch: the loss of m >= 0 images.
-        max_norm: C; infinity = no clipping.
-
-    Returns:
-        The sum by parameter, and how the batch went; a loss that is not finite counts as zero, or
-        one image could make the training fail visibly.
+        model: in training mode; its `.grad` are cleared. parameters: the trainable ones, by name.
+        objective, batch: the loss of m >= 0 images. max_norm: C; infinity = no clipping.
     """
     some = next(iter(parameters.values()))
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
@@ -66,11 +61,7 @@ def clipped_sum(
 
 
 def try_clipping(model: nn.Module, image_shape: tuple[int, int, int]) -> None:
-    """Take the gradients of two blank images (c, h, w), to find impossible networks beforehand.
-
-    Raises:
-        ModelError: the network cannot be trained with gradients of single images.
-    """
+    """Take gradients of two blank images (c, h, w); ModelError for impossible networks."""
     tried = copy_of(model).train()
     parameters = {name: value for name, value in tried.named_parameters() if value.requires_grad}
     device = next(iter(parameters.values())).device
@@ -297,11 +288,8 @@ class PrivatePasses:
     ) -> tuple[ModelState, Outcome]:
         """The latest batch's clipped sum with noise, over the expected number of its images.
 
-        Args:
-            sum_of: the sum and how the batch went, given the norm to clip to.
-
-        Raises:
-            SpecError: the batch had its sum already.
+        `sum_of` gives the sum and how the batch went for the norm to clip to. SpecError where the
+        batch had its sum already.
         """
         if self._taken == self._batches:
             raise SpecError(NO_SECOND_GRADIENT)
@@ -413,11 +401,7 @@ class ClientLevel:
         """Any number of participants is allowed, also none."""
 
     def __call__(self, broadcast: ServerState, updates: Iterable[Update]) -> Iterator[Update]:
-        """One update in the server's name: the broadcast model, moved by the noisy average.
-
-        Raises:
-            InputError: an update carries more than a model, or a model of other keys.
-        """
+        """One update of the server: the broadcast model, moved by the noisy average."""
         start = broadcast.parts["model"]
         total = {name: torch.zeros_like(v, dtype=torch.float64) for name, v in start.items()}
         for update in updates:

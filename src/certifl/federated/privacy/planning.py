@@ -18,7 +18,7 @@ from certifl.federated.privacy.accounting import (
     steps_per_epoch,
 )
 from certifl.federated.privacy.mechanisms import ClientLevel, ExampleLevel
-from certifl.federated.training.schedule import Schedule
+from certifl.federated.schedule import Schedule
 from certifl.registry import parameters
 
 _NO_ROW = AlgorithmRow("", parameters(), "")  # of an algorithm without a row: no privacy
@@ -46,11 +46,7 @@ def _refusal(row: AlgorithmRow, kind: str) -> str | None:
 
 
 def check_algorithm(algorithm: Mapping[str, Any], kind: str) -> None:
-    """Refuse an algorithm (as `federated.describe` gives it) that would send what is unprotected.
-
-    Raises:
-        SpecError: it may not be trained with this kind of privacy, "example" or "client".
-    """
+    """Refuse a described algorithm that would send what is unprotected (SpecError)."""
     base, row = _scheduled(algorithm)
     if (reason := _refusal(row, kind)) is not None:
         raise SpecError(
@@ -78,16 +74,12 @@ _ADVICE = (
 
 
 def check_network(model: nn.Module, kind: str) -> None:
-    """Refuse networks whose state the mechanism would not protect.
+    """Refuse networks whose state the mechanism would not protect (ModelError).
 
     Parameters are protected. BatchNorm is not: it mixes the images of a batch, so no image has its
     own gradient to clip; and its running statistics are sums over images (example level)
-    or a client's own averages (client level) that would be sent without clipping or noise.
-
-    Raises:
-        ModelError: it has BatchNorm, buffers beside its parameters, or (example level) layers that
-            write their result over their input.
-        SpecError: opacus is not installed.
+    or a client's own averages (client level) that would be sent without clipping or noise. Nor are
+    other buffers, or (example level) layers that write their result over their input.
     """
     opacus("opacus.grad_sample")
     for name, module in model.named_modules():
@@ -156,19 +148,15 @@ def plan_examples(
     sizes: Sequence[int],
     key: bytes,
 ) -> tuple[ExampleLevel, ExampleLedger]:
-    """Example-level privacy for clients of these sizes.
+    """Example-level privacy for clients of these sizes; SpecError where it is impossible.
 
     Clients of different sizes draw their images at different rates, so one noise multiplier gives
     each its own epsilon, and one target gives each its own multiplier.
 
     Args:
-        budget, schedule: of the rounds.
-        algorithm: as described by `federated.describe`.
+        budget, schedule: of the rounds. algorithm: as described by `federated.describe`.
         sizes: number of training images of each client.
         key: secret key of the draws; another one for every training.
-
-    Raises:
-        SpecError: the algorithm, delta or target is impossible.
     """
     check_algorithm(algorithm, "example")
     for size in sizes:
@@ -195,14 +183,10 @@ def plan_clients(
     rate: float,
     key: bytes,
 ) -> tuple[ClientLevel, ClientLedger]:
-    """Client-level privacy for so many clients, each of which takes part with probability `rate`.
+    """Client-level privacy where clients take part with probability `rate`; else SpecError.
 
     Args:
-        budget, rounds: of the schedule.
-        algorithm, key: as in `plan_examples`.
-
-    Raises:
-        SpecError: the algorithm, delta or target is impossible.
+        budget, rounds: of the schedule. algorithm, key: as in `plan_examples`.
     """
     check_algorithm(algorithm, "client")
     budget.check_delta(clients, "clients")

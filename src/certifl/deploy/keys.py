@@ -61,11 +61,7 @@ class Authority:
 
     @staticmethod
     def load(key: Path, certificate: Path) -> Authority:
-        """An authority from its two files.
-
-        Raises:
-            InputError: they cannot be read.
-        """
+        """An authority from its two files; InputError where they cannot be read."""
         try:
             loaded = serialization.load_pem_private_key(read_bytes(key, SPEC_BYTES), None)
             signed = x509.load_pem_x509_certificate(read_bytes(certificate, SPEC_BYTES))
@@ -156,11 +152,7 @@ def node_key(private: Path, public: Path) -> None:
 
 
 def public_key_bytes(path: Path) -> bytes:
-    """A client's public key as the server compares it.
-
-    Raises:
-        InputError: it is not one.
-    """
+    """A client's public key as the server compares it; InputError where it is not one."""
     from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
     try:
@@ -173,11 +165,7 @@ def public_key_bytes(path: Path) -> bytes:
 
 
 def check_certificate(path: Path) -> None:
-    """Refuse a certificate that is not valid today.
-
-    Raises:
-        WorkError: it has expired or is not valid yet. InputError: it cannot be read.
-    """
+    """Refuse a certificate that is not valid today (WorkError), or unreadable (InputError)."""
     try:
         certificate = x509.load_pem_x509_certificate(read_bytes(path, SPEC_BYTES))
     except (OSError, ValueError) as error:
@@ -195,11 +183,7 @@ def check_certificate(path: Path) -> None:
 def connection_problem(
     host: str, port: int, authority: Path | None, seconds: float = 5.0
 ) -> str | None:
-    """Why the server cannot be reached (yet), or None.
-
-    Raises:
-        WorkError: it answers, but cannot be authenticated.
-    """
+    """Why the server cannot be reached yet, or None; WorkError if it is not authentic."""
     try:
         with socket.create_connection((host, port), timeout=seconds) as line:
             if authority is None:

@@ -22,7 +22,7 @@ from flwr.serverapp import Grid
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from certifl.deploy.transport.schemas import (
+from certifl.deploy.schemas import (
     CertifyRequest,
     JoinRequest,
     MalformedMessage,
@@ -73,11 +73,7 @@ def to_records(content: Content) -> RecordDict:
 
 
 def from_records(records: RecordDict) -> Content:
-    """A message as it was sent; its tensors are taken out of the records.
-
-    Raises:
-        MalformedMessage: it is not a message of certifl, or incomplete.
-    """
+    """A message as it was sent; its tensors leave the records. Else MalformedMessage."""
     names, fields = _fields_of(records)
     arrays = records.array_records
     parts: Parts = {}
@@ -133,11 +129,7 @@ _ORDERS: dict[str, tuple[type[Request], str]] = {
 
 
 def parse_request(content: Content) -> Request:
-    """What the server asks for, as a client may take it.
-
-    Raises:
-        MalformedMessage: it is not a request, or an impossible one.
-    """
+    """What the server asks for, as a client may take it; else MalformedMessage."""
     kind = content.fields.get("order")
     if not isinstance(kind, str) or kind not in _ORDERS:
         raise MalformedMessage(f"the request {kind!r} is unknown")
@@ -205,11 +197,7 @@ def update_to(update: Update) -> Content:
 
 
 def update_from(content: Content) -> tuple[Update, ClientState]:
-    """The update that a client sent; its own state stays with it.
-
-    Raises:
-        MalformedMessage: it is not an update.
-    """
+    """The update that a client sent, without its own state; else MalformedMessage."""
     sent = checked(Trained, content.fields, "not an update").update
     if sent.model != ("model" in content.parts):
         raise MalformedMessage("it claims to have a model and has none, or the other way round")

@@ -90,35 +90,31 @@ class JoinRequest(_Message):
     study: StudyReference
 
 
-class RoundRequest(_Message):
-    """Train one round.
+class _WorkRequest(_Message):
+    """Work on the parts of the message.
 
     Attributes:
         round: from 0. counted: the round after which the client was counted last; -1 = never.
-        broadcast: fingerprint of the parts of the message.
+        broadcast: fingerprint of the parts.
     """
+
+    study: StudyReference
+    client: _Number
+    round: _Number
+    counted: Annotated[int, Field(ge=-1, lt=10**6)]
+    broadcast: _Hex
+
+
+class RoundRequest(_WorkRequest):
+    """Train one round."""
 
     order: Literal["round"]
-    study: StudyReference
-    client: _Number
-    round: _Number
-    counted: Annotated[int, Field(ge=-1, lt=10**6)]
-    broadcast: _Hex
 
 
-class CertifyRequest(_Message):
-    """Certify for some seconds.
-
-    Attributes:
-        piece: seconds. share: disclosure level asked for. Others: as `RoundRequest`.
-    """
+class CertifyRequest(_WorkRequest):
+    """Certify for some seconds (`piece`), and share at most so much."""
 
     order: Literal["certify"]
-    study: StudyReference
-    client: _Number
-    round: _Number
-    counted: Annotated[int, Field(ge=-1, lt=10**6)]
-    broadcast: _Hex
     piece: Annotated[float, Field(gt=0, le=1e6)]
     share: _Share
 
@@ -238,14 +234,9 @@ _Schema = TypeVar("_Schema", bound=BaseModel)
 
 
 def checked(schema: type[_Schema], fields: object, what: str) -> _Schema:
-    """A message's fields, checked by its schema.
+    """A message's fields, checked by its schema; MalformedMessage names the first error.
 
-    Args:
-        schema: one of this module. fields: as they arrived.
-        what: describes the message in the error, to follow "it is".
-
-    Raises:
-        MalformedMessage: they do not fit; it names the first error.
+    `what` describes the message in the error, to follow "it is".
     """
     if not isinstance(fields, Mapping):
         raise MalformedMessage(f"it is {what}")

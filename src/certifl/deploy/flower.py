@@ -52,7 +52,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
-from certifl.deploy.provision.bundle import FLOWER_VARIABLES, app_files
+from certifl.deploy.bundle import FLOWER_VARIABLES, app_files
 from certifl.errors import StoreMismatch, WorkError
 from certifl.runs.atomic import private_files, write_text
 
@@ -312,13 +312,9 @@ def nodes(endpoint: Endpoint) -> list[NodeInfo]:
 def opened_run(endpoint: Endpoint, notes: Path) -> Iterator[HttpGrid]:
     """A run of Flower, and the grid to its nodes; the run ends with the block.
 
-    Args:
-        endpoint: the server.
-        notes: stores the run's number. A run that was killed is ended first: its requests, some of
-            them delivered, would block the nodes until Flower drops it.
-
-    Raises:
-        WorkError: the server does not answer, or drops the run.
+    `notes` stores the run's number. A run that was killed is ended first: its requests, some of
+    them delivered, would block the nodes until Flower drops it. WorkError where the server does
+    not answer.
     """
     if notes.is_file() and (number := notes.read_text().strip()).isdigit():
         _end(endpoint, int(number))

@@ -18,6 +18,12 @@ from torch import nn
 
 from certifl import rng as streams
 from certifl.errors import InputError, ModelError, SpecError, TrainingDiverged
+from certifl.federated.batches import (
+    Augmentation,
+    BatchStream,
+    PerClient,
+    augmentation_of,
+)
 from certifl.federated.objectives import Augmented, Objective
 from certifl.federated.privacy.accounting import STEPS
 from certifl.federated.privacy.mechanisms import (
@@ -26,15 +32,9 @@ from certifl.federated.privacy.mechanisms import (
     PrivateStepContext,
 )
 from certifl.federated.privacy.planning import check_network
+from certifl.federated.schedule import Schedule, check_arithmetic
 from certifl.federated.states import ClientData, ModelState, Parts
-from certifl.federated.training.batches import (
-    Augmentation,
-    BatchStream,
-    PerClient,
-    augmentation_of,
-)
-from certifl.federated.training.schedule import Schedule, check_arithmetic
-from certifl.federated.training.steps import (
+from certifl.federated.steps import (
     MEMORY_FORMATS,
     TRAINING_PRECISIONS,
     GradientHook,
@@ -241,10 +241,7 @@ class LocalTraining:
     ) -> Trained:
         """Fine-tuning: its own augmentation, a constant learning rate, fresh momentum.
 
-        Args:
-            start, data, round: as in `train_epochs`.
-            epochs: over the client's images.
-            lr: learning rate; None = that of the schedule's last epoch.
+        `epochs` are over the client's images; without `lr` it is that of the schedule's last.
         """
         schedule = self.schedule
         rate = schedule.lr_at(schedule.epochs - 1) if lr is None else lr
@@ -257,10 +254,8 @@ class LocalTraining:
         """A second model with its own optimizer, for steps that train two models.
 
         Its learning rate is the schedule's first until the caller sets another, and its momentum
-        starts afresh if the schedule resets it; `result_of` reads the trained model.
-
-        Raises:
-            SpecError: with privacy, which protects one model only.
+        starts afresh if the schedule resets it; `result_of` reads the trained model. SpecError
+        with privacy, which protects one model only.
         """
         if self.privacy is not None:
             raise SpecError(NO_SECOND_GRADIENT)
@@ -274,11 +269,7 @@ class LocalTraining:
         )
 
     def result_of(self, context: StepContext, client: int, round: int) -> Trained:
-        """Model and momentum of a second model; no metrics.
-
-        Raises:
-            TrainingDiverged: a weight is not finite.
-        """
+        """Model and momentum of a second model; TrainingDiverged if not finite."""
         state = _finite_state(context.model, client, round)
         return Trained(
             state, context.momentum_buffers() if self.schedule.keeps_momentum else {}, {}
@@ -373,11 +364,7 @@ class LocalTraining:
 
 
 def check_images(model: nn.Module, sizes: Mapping[int, int]) -> None:
-    """Refuse clients (number of images by client) with one image for a network with BatchNorm.
-
-    Raises:
-        ModelError: names the layer and the clients.
-    """
+    """Refuse clients (images by client) with one image for a BatchNorm (ModelError)."""
     layer = _batch_norm(model)
     alone = [client for client, size in sizes.items() if size == 1]
     if layer is None or not alone:
@@ -392,11 +379,7 @@ def check_images(model: nn.Module, sizes: Mapping[int, int]) -> None:
 
 
 def check_batches(model: nn.Module, batch_size: int) -> None:
-    """Refuse batches of one image for a network with BatchNorm.
-
-    Raises:
-        ModelError: names the layer.
-    """
+    """Refuse batches of one image for a network with BatchNorm (ModelError)."""
     layer = _batch_norm(model)
     if layer is not None and batch_size == 1:
         raise ModelError(

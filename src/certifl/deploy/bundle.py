@@ -12,7 +12,7 @@ from pathlib import Path
 import tomli_w
 
 from certifl._version import __version__
-from certifl.deploy.provision.keys import Authority, node_key
+from certifl.deploy.keys import Authority, node_key
 from certifl.errors import InputError, SpecError, StoreMismatch
 from certifl.path_checks import CONNECTION, check_deploy_folder
 from certifl.runs.atomic import (
@@ -61,11 +61,7 @@ class Connection:
 
     @staticmethod
     def parse(text: str, insecure: bool = False) -> Connection:
-        """From HOST:PORT.
-
-        Raises:
-            InputError: it has another form.
-        """
+        """From HOST:PORT; InputError for another form."""
         host, _, port = text.rpartition(":")
         host = host.removeprefix("[").removesuffix("]")
         number = int(port) if re.fullmatch(r"[0-9]{1,5}", port) else 0
@@ -82,11 +78,7 @@ class Connection:
 
 
 def load_connection(folder: Path) -> Connection:
-    """Read the server's address from a bundle.
-
-    Raises:
-        SpecError: it is not a bundle, or its file is wrong.
-    """
+    """Read the server's address from a bundle; SpecError where it is none, or damaged."""
     check_deploy_folder(folder)
     try:
         stored = read_toml(folder / _FILE)
@@ -101,21 +93,12 @@ def load_connection(folder: Path) -> Connection:
 def init(
     folder: Path, clients: int, server: str, insecure: bool, names: Sequence[str] = ()
 ) -> list[Path]:
-    """Write the bundles of the server and all clients.
+    """Write the bundles of the server and all clients; returns their folders, the server's first.
 
     Args:
-        folder: new or empty.
-        clients: their number.
-        server: HOST:PORT, for clients.
-        insecure: without certificates and keys.
+        folder: new or empty (else StoreMismatch). clients: their number.
+        server: HOST:PORT, for clients (else InputError). insecure: no certificates and keys.
         names: additional names and addresses of the server.
-
-    Returns:
-        The bundles' folders, the server's first.
-
-    Raises:
-        InputError: the address is not valid, or the folder is a file.
-        StoreMismatch: the folder is not empty.
     """
     connection = Connection.parse(server, insecure)
     if folder.exists() and not folder.is_dir():
@@ -178,11 +161,8 @@ def renew(folder: Path, names: Sequence[str] = ()) -> Path:
     """Write a new certificate for the server, signed by the authority that clients trust.
 
     Args:
-        folder: as `init` wrote it, with the authority's key.
+        folder: as `init` wrote it, with the authority's key (else InputError).
         names: additional names and addresses of the server.
-
-    Raises:
-        InputError: the authority's key is missing.
     """
     home = folder / "server"
     authority = Authority.load(folder / "authority.key", folder / "ca.crt")

@@ -14,11 +14,7 @@ def participants(share: float, clients: int) -> int:
 
 
 def check_arithmetic(precision: str, memory_format: str) -> None:
-    """Refuse arithmetic in which gradients of single images cannot be computed.
-
-    Raises:
-        SpecError: another precision than float32, or channels-last.
-    """
+    """Refuse arithmetic without gradients of single images (SpecError)."""
     if precision != "float32":
         raise SpecError(
             'privacy.kind = "example" clips the gradient of every image: it needs '
@@ -33,7 +29,7 @@ def check_arithmetic(precision: str, memory_format: str) -> None:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Rounds, local epochs and SGD, with step decay of the learning rate over ALL epochs.
+    """Rounds, local epochs and SGD, with step decay over ALL epochs; SpecError for other values.
 
     The optimizer's state is never sent. `momentum_between_rounds` says whether a client keeps its
     momentum buffers between rounds; the paper's published code keeps them.
@@ -53,9 +49,6 @@ class Schedule:
             client keeps its own from one of its rounds to the next).
         flip: mirror each image left to right with probability 1/2.
         crop: pixels of zero padding of a random crop of the image's own size, 0 = none.
-
-    Raises:
-        SpecError: a value outside its range.
     """
 
     rounds: int

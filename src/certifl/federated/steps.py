@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from certifl.federated.batches import Batch
 from certifl.federated.objectives import Objective
 from certifl.federated.states import ModelState
-from certifl.federated.training.batches import Batch
 from certifl.torch_env import exact_convolutions
 
 GradientHook = Callable[[Mapping[str, nn.Parameter]], None]

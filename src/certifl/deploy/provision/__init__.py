@@ -1,1 +1,0 @@
-"""What every participant of a federation is given: keys, certificates, scripts."""

@@ -1,1 +1,0 @@
-"""Messages between server and clients: schemas, encoding, Flower."""

@@ -1,1 +1,0 @@
-"""A client's local training: batches, steps, schedule, precision."""
