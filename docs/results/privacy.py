@@ -103,7 +103,7 @@ def _cells(asked: str, folder: Path, row: Mapping[str, Any]) -> list[str]:
         low, high = min(privacy["noise_multiplier"]), max(privacy["noise_multiplier"])
         noise = f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}"
         spent = asked
-        assert max(privacy["epsilon_sent"]) <= float(asked)
+        assert max(privacy["epsilon"]) <= float(asked)
     shares = [share["text"] for share in row["accuracy"]]
     interval = f"{row['acr_low_text']} to {row['acr_high_text']}"
     return [spent, noise, shares[0], f"{row['acr_text']} ({interval})", *shares[1:]]

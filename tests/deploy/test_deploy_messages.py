@@ -25,8 +25,18 @@ from certifl.deploy.messages import (
     update_to,
 )
 from certifl.errors import SpecError
-from certifl.federated import Update
-from tiny_federation import assert_same
+from certifl.federated import (
+    ClientState,
+    LocalTraining,
+    Personalized,
+    ServerState,
+    Update,
+    state_of,
+)
+from certifl.federated.privacy import ExampleLevel
+from certifl.federated.privacy.planning import allowed
+from private_federation import KEY, SCHEDULE, PlainNet, algorithm_of
+from tiny_federation import assert_same, client_data
 
 TYPES = [
     *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64),
@@ -176,3 +186,20 @@ def test_unknown_settings_are_refused(tmp_path):
         path.write_text(f"client = 0\n{line}\n" if "client" not in line else line)
         with pytest.raises(SpecError, match=word):
             load_settings(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in ("example", "client") for name in allowed(kind)]
+)
+def test_every_private_answer_passes_the_schema(kind, name):
+    pytest.importorskip("opacus", reason="needs the extra [dp]")
+    algorithm, data = Personalized(algorithm_of(name), epochs=1), client_data(0)
+    level = ExampleLevel(0.5, 1.0, KEY) if kind == "example" else None
+    training = LocalTraining(PlainNet(), SCHEDULE, seed=1, privacy=level)
+    server, state = algorithm.init(state_of(PlainNet())), ClientState()
+    rounds = SCHEDULE.rounds + algorithm.extra_rounds
+    for round in (0, SCHEDULE.rounds, rounds - 1):  # the base's, and both kinds of extra rounds
+        server = ServerState(round, server.parts)
+        update, state = algorithm.client_round(server, state, data, training)
+        arrived, _ = update_from(from_records(to_records(update_to(update))))
+        assert arrived.metrics == update.metrics

@@ -17,10 +17,12 @@ from certifl.deploy.client.settings import Settings, open_local_data
 from certifl.deploy.client.state import NEVER, ClientStateStore
 from certifl.deploy.messages import Content, fingerprint_of
 from certifl.deploy.status import status_lines
+from certifl.experiments.hub import push
 from certifl.federated.privacy import epsilon
 from certifl.federated.privacy import mechanisms as example
 from certifl.spec import Spec
-from deploy_factory import ID, ask, clients_of, coordinated, dealt, model
+from certifl.study.privacy import rounded_up
+from deploy_factory import ID, ask, clients_of, coordinated, dealt, model, options
 from deploy_network import free_port
 from tiny_federation import assert_same
 
@@ -239,19 +241,41 @@ def test_a_failed_round_counts_until_its_answer_does(tmp_path, monkeypatch):
     assert spent(tmp_path) == worth(2 * STEPS, 2)
 
 
-def test_fine_tuning_is_extra_and_not_sent(tmp_path):
+@pytest.mark.parametrize(
+    ("share", "sent"), [("none", [True, False]), ("curve", [True, True]), ("rows", [True, True])]
+)
+def test_fine_tuning_is_extra_and_leaves_with_certificates(share, sent, tmp_path):
     spec = study("personalized", "training.rounds=1")
     tuning = spec.algorithm["epochs"] * STEPS
-    own = dealt(tmp_path)
+    own = dealt(tmp_path, share=share)
     fine(ask(own, spec))
     assert not fine(ask(own, spec, model(0.1), round=1, counted=0)).parts
     assert spent(tmp_path) == worth(STEPS + tuning, 2)
-    sent = [entry.release.sent for entry in PrivacyLedger(tmp_path).entries()]
-    assert sent == [True, False]
-    # What is left for fine-tuning is none for a further round.
-    other = dealt(tmp_path / "other")
+    assert [entry.release.sent for entry in PrivacyLedger(tmp_path).entries()] == sent
+    # No further round is answered instead of fine-tuning.
+    other = dealt(tmp_path / "other", share=share)
     fine(ask(other, spec))
-    refused(ask(other, spec, model(0.1), round=0), "than the study planned")
+    words = "than the study planned" if share == "none" else "a round is answered once"
+    refused(ask(other, spec, model(0.1), round=0), words)
+
+
+@pytest.mark.parametrize(("share", "sent"), [("none", [False] * 2), ("curve", [True] * 2)])
+def test_local_training_leaves_with_its_certificates_alone(share, sent, tmp_path):
+    folder = tmp_path / "client-0"
+    spec = study("local", "training.rounds=1", "certification.n=100", "certification.images=2")
+    at = clients_of(tmp_path, share=share)
+    run = coordinated(spec, at, options(tmp_path / "run", share=share))
+    facts = run.manifest()["privacy"]
+    assert facts["epsilon_messages"] == [0.0, 0.0]
+    assert facts["epsilon"] == [epsilon(Z, 1 / STEPS, STEPS, DELTA)] * 2
+    assert [entry.release.sent for entry in PrivacyLedger(folder).entries()] == sent[:1]
+    # The card of the client's own model states what its own ledger says.
+    store = folder / "studies" / run.manifest()["deployment"]["id"]
+    push(store, str(tmp_path / "model"))
+    card = (tmp_path / "model" / "README.md").read_text()
+    total = rounded_up(facts["epsilon"][0])
+    assert f"ε = {total} at δ = 1e-05 for each training image of the client" in card
+    assert "remove it" not in card
 
 
 def test_the_status_of_a_client_reports_what_was_spent(tmp_path):

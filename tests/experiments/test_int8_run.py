@@ -91,3 +91,17 @@ def test_changed_scales_are_found(run, tmp_path):
     assert verify_run(folder).problems == ()
     again = verify_run(folder, recast=Options(1, seed=0)).problems
     assert any(p.startswith("client 1: the scales of int8 are others") for p in again)
+
+
+def test_nothing_in_int8_is_made_or_published_of_a_private_run(run: Path, tmp_path: Path) -> None:
+    private = shutil.copytree(run, tmp_path / "private")
+    text, none = (private / "spec.toml").read_text(), '[privacy]\nkind = "none"'
+    assert none in text
+    noisy = '[privacy]\nkind = "example"\nnoise_multiplier = 1.0'
+    (private / "spec.toml").write_text(text.replace(none, noisy))  # as 0.1.0 allowed it
+    for share in ("rows", "curve"):
+        with pytest.raises(InputError, match="no epsilon of its"):
+            push(private, str(tmp_path / "model"), share=share)
+    options = ("--precision", "int8", "--out", tmp_path / "again.parquet")
+    tiny.cli("certify", "--run", private, *options).refused("training of", "was private")
+    assert not (tmp_path / "model").exists()

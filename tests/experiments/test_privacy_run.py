@@ -1,5 +1,8 @@
 """Privacy in a spec and in a run: what is refused, what is recorded, what is kept secret."""
 
+from __future__ import annotations
+
+import dataclasses
 import json
 import math
 import os
@@ -10,13 +13,17 @@ from pathlib import Path
 import pytest
 
 from certifl.errors import ModelError, SpecError, StoreError, StoreMismatch
+from certifl.experiments.hub import push
 from certifl.experiments.run import Options, run
 from certifl.experiments.verify import verify_run
 from certifl.federated.privacy import epsilon
 from certifl.report.page.page import write_report
+from certifl.report.results import load_run
+from certifl.report.summary import left_out_words
 from certifl.report.table import summary_rows
 from certifl.runs.folder import RunFolder
 from certifl.spec import load
+from certifl.study.privacy import rounded_up
 from certifl.study.setup import label_of
 from tiny_study import spec, weights
 
@@ -56,6 +63,8 @@ def history(folder: Path) -> list[dict]:
         ([*CLIENT, "aggregation.rule=median"], "remove the section [aggregation]"),
         ([*CLIENT, "aggregation.clip=1.0"], "remove the section [aggregation]"),
         ([*CLIENT, "clients.min_clients=1"], "remove clients.min_clients"),
+        ([*EXAMPLE, "certification.precision=int8"], 'choose "auto", "float32" or "bfloat16"'),
+        ([*CLIENT, "certification.precision=int8"], "no epsilon of [privacy] bounds them"),
         ([*CLIENT, "privacy.delta=0.5"], "guarantees nothing to 2 clients"),
     ],
 )
@@ -80,8 +89,10 @@ def test_a_spec_with_privacy_is_written_and_read(tmp_path):
 
 def test_labels_distinguish_private_runs():
     assert label_of(spec(*EXAMPLE)) == "FedAvg, noise 1.1 per image"
-    target = spec("privacy.kind=client", "privacy.target_epsilon=8.0")
-    assert label_of(target) == "FedAvg, ε = 8 per client"
+    target = ("privacy.kind=client", "privacy.target_epsilon=8.0")
+    assert label_of(spec(*target)) == "FedAvg, ε = 8 per client"
+    personal = spec(*target, "algorithm.name=fedrep")
+    assert label_of(personal) == "FedRep, ε = 8 per client, own models without"
 
 
 def test_networks_and_data_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
@@ -96,7 +107,7 @@ def test_a_run_records_what_every_client_spent(private):
     out = private[EXAMPLE]
     facts = RunFolder(out).manifest()["privacy"]
     wanted = epsilon(1.1, 0.5, 4, 1e-5)  # 30 images in batches of 16: 2 steps in each of 2 rounds
-    assert facts["epsilon"] == facts["epsilon_sent"] == [wanted, wanted]
+    assert facts["epsilon"] == facts["epsilon_messages"] == [wanted, wanted]
     assert (facts["kind"], facts["delta"], facts["max_norm"]) == ("example", 1e-5, 1.0)
     assert facts["accountant"].startswith("rdp, opacus ")
     rounds = history(out)
@@ -116,17 +127,24 @@ def test_a_target_is_met_and_fine_tuning_is_extra(tmp_path):
     )
     out = run(asked, Options(tmp_path / "uneven")).path
     facts = RunFolder(out).manifest()["privacy"]
-    for sent, total in zip(facts["epsilon_sent"], facts["epsilon"], strict=True):
-        assert 2.9 < sent <= 3.0 < total
+    for messages, total in zip(facts["epsilon_messages"], facts["epsilon"], strict=True):
+        assert 2.9 < messages <= 3.0 < total
+    said = str(summary_rows([out])[0]["privacy"])
+    assert f"ε = {rounded_up(max(facts['epsilon']))} at δ = 1e-05 for all that clients" in said
+    assert "3.00 for the messages of training alone" in said
+    assert label_of(asked).endswith("ε = 3 per image before fine-tuning")
     assert len(set(facts["noise_multiplier"])) == 2
     assert RunFolder(base).manifest()["privacy"]["epsilon"] == pytest.approx([3.0, 3.0], rel=0.02)
 
 
-def test_nothing_is_sent_by_clients_that_train_alone(tmp_path):
+def test_results_of_clients_that_train_alone_cost_all_their_training(tmp_path):
     out = run(spec(*EXAMPLE, "algorithm.name=local"), Options(tmp_path / "run")).path
     facts = RunFolder(out).manifest()["privacy"]
-    assert facts["epsilon_sent"] == [0.0, 0.0]
+    assert facts["epsilon_messages"] == [0.0, 0.0]
     assert min(facts["epsilon"]) > 1
+    said = str(summary_rows([out])[0]["privacy"])
+    assert said.startswith(f"private per image, ε = {rounded_up(max(facts['epsilon']))} at")
+    assert "and all results, 0.00 for the messages of training alone" in said
 
 
 @pytest.mark.parametrize("kind", [EXAMPLE, CLIENT])
@@ -138,7 +156,38 @@ def test_a_personalized_run_takes_over_the_private_rounds_of_its_base(kind, priv
     assert weights(after).items() == weights(alone).items()
     facts = [RunFolder(f).manifest()["privacy"] for f in (base, alone, after)]
     assert facts[1] == facts[2]
-    assert facts[1]["epsilon_sent"] == facts[0]["epsilon"]
+    assert facts[1]["epsilon_messages"] == facts[0]["epsilon"]
+    assert not verify_run(alone).problems
+    page = write_report([alone], tmp_path / "page.html", figures=False).read_text()
+    card = pushed(alone, tmp_path / "personal")
+    if kind == CLIENT:
+        assert facts[1]["epsilon"] is None
+        assert "no epsilon covers results about them" in facts[1]["covers"]
+        assert "none: own models without noise" in page
+        assert "no ε covers their results" in str(summary_rows([alone])[0]["privacy"])
+        assert '(kind = "client") | no ε: ' in card
+        assert "ε = " not in card
+    else:
+        total = rounded_up(facts[1]["epsilon"][1])
+        assert min(facts[1]["epsilon"]) > max(facts[0]["epsilon"])
+        assert f"<td>{total}</td>" in page
+        assert f'(kind = "example") | ε = {total} at δ = 1e-05 for each training image' in card
+        assert "anyone with the spec can remove it" in card
+    common = rounded_up(max(facts[0]["epsilon"]))
+    assert f"| ε = {common} at δ = 1e-05 for each" in pushed(base, tmp_path / "common")
+    # A record of 0.1.0 is verified as it was.
+    old = {**facts[1], "epsilon_sent": facts[1].pop("epsilon_messages")}
+    del old["covers"]
+    RunFolder(alone).update({"privacy": old | {"epsilon": old["epsilon"] or old["epsilon_sent"]}})
+    assert not verify_run(alone).problems
+    words = str(summary_rows([alone])[0]["privacy"])
+    assert ("no ε covers their results" in words) == (kind == CLIENT)
+
+
+def pushed(run_folder: Path, target: Path) -> str:
+    """The card of the model of client 1."""
+    push(run_folder, str(target), client=1)
+    return (target / "README.md").read_text()
 
 
 @pytest.mark.parametrize("kind", [EXAMPLE, CLIENT])
@@ -227,7 +276,36 @@ def test_an_unseen_client_is_fine_tuned_with_privacy_of_its_own(kind, tmp_path):
     assert weights(path).items() >= shared.items()
     spent = RunFolder(path).manifest()["privacy"]
     if "privacy.kind=example" in kind:
-        assert spent["epsilon_sent"][2] == 0.0 < spent["epsilon"][2]
-        assert max(spent["epsilon_sent"]) <= 9.0 < max(spent["epsilon"])
+        assert spent["epsilon_messages"][2] == 0.0 < spent["epsilon"][2]
+        assert max(spent["epsilon_messages"]) <= 9.0 < max(spent["epsilon"])
         assert RunFolder(base).manifest()["privacy"]["epsilon"][2] == 0.0
     assert not verify_run(path, None, None).problems
+
+
+def test_a_private_network_with_options_is_verified(tmp_path):
+    model = 'model={name = "small_resnet", options = {norm = "group"}}'
+    asked = spec(*CLIENT, model, "training.rounds=1", "certification.images=2")
+    path = run(asked, Options(tmp_path / "run", explore=False)).path
+    found = verify_run(path)
+    assert not found.problems
+    assert not any("privacy" in words for words in found.unchecked)
+    # Without the option it has BatchNorm, which no private training can have had.
+    text = (path / "spec.toml").read_text()
+    assert 'norm = "group"' in text
+    (path / "spec.toml").write_text(text.replace('norm = "group"', 'norm = "batch"'))
+    problems = " ".join(verify_run(path).problems)
+    assert "the network of the spec cannot have been trained" in problems
+    assert "BatchNorm" in problems
+
+
+def test_nobody_reads_on_the_page_who_took_part(private, tmp_path):
+    failed = {"round": 0, "clients": {"0": {}}, "left_out": [{"client": 7, "reason": "raised"}]}
+    found = dataclasses.replace(load_run(private[CLIENT]), history=(failed,))
+    assert "client 7" in str(left_out_words(found))  # everybody takes part
+    some = spec(*CLIENT, "clients.participation=0.5").to_toml()
+    words = str(left_out_words(dataclasses.replace(found, spec=some)))
+    assert "in 1 of 1 rounds clients failed" in words
+    assert "7" not in words
+    assert "raised" not in words
+    of_images = dataclasses.replace(load_run(private[EXAMPLE]), history=(failed,), spec=some)
+    assert "client 7" in str(left_out_words(of_images))

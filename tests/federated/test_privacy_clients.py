@@ -22,7 +22,6 @@ from certifl.federated import (
     Update,
     deployed_model,
     describe,
-    from_description,
     server_state,
     state_of,
     train,
@@ -48,6 +47,7 @@ from private_federation import (
     KEY,
     SCHEDULE,
     PlainNet,
+    algorithm_of,
     client_training,
     example_training,
     models,
@@ -212,19 +212,6 @@ def test_algorithms_that_would_not_be_protected_are_refused(algorithm, reason):
 
 pytest.importorskip("opacus", reason="needs the extra [dp]")
 
-OPTIONS = {
-    "mixture": {"personalization": 0.4},
-    "fedprox": {"mu": 0.1},
-    "ditto": {"mu": 0.2},
-    "flix": {"personalization": 0.3},
-    "l2gd": {"personalization": 0.5},
-    "fedbn": {"layers": "all"},
-}
-
-
-def algorithm_of(name: str):
-    return from_description({"name": name, **OPTIONS.get(name, {})})
-
 
 @pytest.mark.parametrize("kind", ["example", "client"])
 def test_somebody_looked_at_every_algorithm(kind):
@@ -260,6 +247,7 @@ def test_no_noisy_sum_goes_uncounted(name, monkeypatch):
         update, state = algorithm.client_round(server, state, data, training)
         server = algorithm.aggregate(server, [update])
         assert len(taken) == (round + 1) * ledger.planned[0]
+        assert update.metrics == {"private_steps": ledger.planned[0]}
     # Every pass over the images draws samples of its own.
     assert len(set(keys)) == len(keys)
 

@@ -26,8 +26,9 @@ NO_CONTRAST = {**OPTIONS, "rules": {"color-contrast": {"enabled": False}}}
 
 PRIVACY = {
     "kind": "client",
-    "epsilon_sent": [3.0],
-    "epsilon": [3.0],
+    "epsilon_messages": [3.0],
+    "epsilon": None,
+    "covers": HOSTILE,
     "delta": 1e-5,
     "noise_multiplier": [1.1],
     "max_norm": 1.0,

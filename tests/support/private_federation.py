@@ -1,5 +1,7 @@
 """A network small enough to try privacy on: 55 weights, nothing beside them."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from certifl.federated import (
     Schedule,
     deployed_model,
     describe,
+    from_description,
     server_state,
     train,
 )
@@ -26,6 +29,21 @@ from tiny_federation import CLASSES, clients
 SCHEDULE = Schedule(rounds=3, local_epochs=2, batch_size=8, lr=0.05, momentum=0.9)
 KEY = b"not known to anybody"
 BUDGET = Budget(max_norm=0.5, delta=1e-3, noise_multiplier=1.2)
+
+
+_OPTIONS = {
+    "mixture": {"personalization": 0.4},
+    "fedprox": {"mu": 0.1},
+    "ditto": {"mu": 0.2},
+    "flix": {"personalization": 0.3},
+    "l2gd": {"personalization": 0.5},
+    "fedbn": {"layers": "all"},
+}
+
+
+def algorithm_of(name: str) -> Algorithm:
+    """An algorithm by its name, with options that let it be trained with privacy."""
+    return from_description({"name": name, **_OPTIONS.get(name, {})})
 
 
 class PlainNet(nn.Module):
@@ -65,6 +83,7 @@ def client_training(
     rate: float = 0.6,
     **options: Any,
 ) -> StoredRound:
+    """Three clients with client-level privacy."""
     data, model = clients(3), PlainNet()
     level, ledger = plan_clients(
         budget, describe(algorithm), SCHEDULE.rounds, len(data), rate, options.pop("key", KEY)
@@ -83,5 +102,6 @@ def plain_training(folder: Path, **schedule: Any) -> StoredRound:
 
 
 def models(algorithm: Algorithm, stored: StoredRound) -> dict[str, ModelState]:
+    """The server's model and everybody's deployed one."""
     deployed = {str(i): deployed_model(algorithm, stored, i) for i in range(3)}
     return {"server": server_state(stored).parts["model"], **deployed}

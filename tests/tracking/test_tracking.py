@@ -6,9 +6,9 @@ import shutil
 import socket
 import sqlite3
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -365,3 +365,45 @@ def test_means_of_certificates_count_every_client_once_and_never_mix_units(untra
     opened.certificates = both
     apart = certified_numbers(opened)
     assert apart == {name: v for name, v in numbers.items() if not name.endswith("/mean")}
+
+
+class Noted:
+    """A tracker that keeps what it is given."""
+
+    logged: ClassVar[list[dict[str, float]]] = []
+
+    def __init__(self, folder: Path) -> None:
+        del folder
+
+    @staticmethod
+    def installed() -> bool:
+        return True
+
+    def begin(self, *_: Any) -> str:
+        return "noted"
+
+    def log(self, numbers: Mapping[str, float], step: int) -> None:
+        del step
+        self.logged.append(dict(numbers))
+
+    def finish(self, complete: bool) -> None:
+        del complete
+
+
+@pytest.mark.parametrize(("share", "open_"), [(0.6, False), (1.0, True)])
+def test_trackers_do_not_learn_who_took_part_where_privacy_assumes_that(
+    share: float, open_: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("opacus", reason="needs the extra [dp]")
+    private = ("privacy.kind=client", "privacy.noise_multiplier=2.0", "training.rounds=2")
+    few = ("certification.n=100", "certification.images=1", f"clients.participation={share}")
+    monkeypatch.setitem(TRACKERS, "tensorboard", Noted)
+    monkeypatch.setattr(Noted, "logged", [])
+    options = Options(tmp_path / "run", track=("tensorboard",), explore=False)
+    run(tiny.spec(*private, *few), options)
+    *rounds, certified = Noted.logged
+    assert len(rounds) == 2
+    for numbers in rounds:
+        assert any("client-" in name for name in numbers) == open_
+        assert open_ or set(numbers) == {"epsilon/mean"}
+    assert "acr/client-1" in certified

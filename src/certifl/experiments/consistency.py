@@ -21,14 +21,14 @@ from certifl.certification.metadata import AMOUNTS, asked_conditions, differs, e
 from certifl.certification.recompute import known_words
 from certifl.certification.settings import PRECISIONS
 from certifl.data import Dataset, Partition, check, choose
-from certifl.errors import InputError, StoreError
-from certifl.models import build
+from certifl.errors import InputError, ModelError, StoreError, first_line
 from certifl.perturbations import Perturbation, from_record
 from certifl.safe_io import MALFORMED
 from certifl.smoothing.curves import possible_averages
 from certifl.spec import Spec
 from certifl.study.opened_run import OpenRun
-from certifl.study.setup import by_client, partition_of, protection, spent, study_metadata
+from certifl.study.privacy import spent
+from certifl.study.setup import built, by_client, partition_of, protection, study_metadata
 
 Rows = Certificates | Predictions
 
@@ -305,15 +305,22 @@ def privacy_problems(run: OpenRun, dataset: Dataset) -> list[str]:
     """
     recorded, spec = run.manifest.get("privacy"), run.spec
     sizes = [len(client.train) for client in run.stored_partition.clients]
-    model = build(spec.model.name, dataset.in_channels, dataset.num_classes, spec.seed)
-    again = spent(spec, protection(spec, model, sizes, b"not the key"), run.last_round.history)
+    try:
+        private = protection(spec, built(spec, dataset), sizes, b"not the key")
+    except ModelError as error:
+        return [f"the network of the spec cannot have been trained: {first_line(error)}"]
+    again = spent(spec, private, run.last_round.history)
     if not isinstance(recorded, Mapping):
         return ["run.json does not say what privacy was spent"]
+    if "epsilon_sent" in recorded:  # as 0.1.0 did, with a total also for models without noise
+        messages = again.pop("epsilon_messages")
+        again |= {"epsilon_sent": messages, "epsilon": again["epsilon"] or messages}
+    unlike = ("accountant",) if _same_version(run.manifest) else ("accountant", "covers")
     return [
         f"run.json says privacy: {name} = {recorded.get(name)!r:.80}, spec and history "
         f"{value!r:.80}"
         for name, value in again.items()
-        if name != "accountant" and not _alike(recorded.get(name), value)
+        if name not in unlike and not _alike(recorded.get(name), value)
     ]
 
 
@@ -338,10 +345,8 @@ def manifest_problems(
     dataset: Dataset | None,
 ) -> list[str]:
     """Where run.json is not what spec, certificates and data give."""
-    versions, data = manifest.get("versions"), manifest.get("data")
-    same_version = isinstance(versions, Mapping) and versions.get("certifl") == __version__
-    expected = study_metadata(spec)
-    for name in ("code", *(() if same_version else _WORDS)):
+    data, expected = manifest.get("data"), study_metadata(spec)
+    for name in ("code", *(() if _same_version(manifest) else _WORDS)):
         del expected[name]
     # Entries that a study like this one does not have.
     expected.setdefault("unseen", None)
@@ -356,6 +361,11 @@ def manifest_problems(
         problems += _data_problems(data, spec, dataset)
         problems += _conditions_problems(manifest, certificates, predictions)
     return problems + _sums(manifest, certificates, predictions)
+
+
+def _same_version(manifest: Mapping[str, Any]) -> bool:
+    versions = manifest.get("versions")
+    return isinstance(versions, Mapping) and versions.get("certifl") == __version__
 
 
 def _data_problems(data: Mapping[str, Any], spec: Spec, dataset: Dataset | None) -> list[str]:

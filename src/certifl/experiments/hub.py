@@ -30,18 +30,27 @@ from certifl.certification.settings import PRECISIONS
 from certifl.data import changes_of, read_image, shape_of_file
 from certifl.data import load as load_data
 from certifl.data.preparation import AS_THEY_ARE, Preparation
-from certifl.errors import CertiflError, DataUnavailable, InputError, StoreMismatch, first_line
+from certifl.errors import (
+    CertiflError,
+    DataUnavailable,
+    InputError,
+    StoreError,
+    StoreMismatch,
+    first_line,
+)
 from certifl.experiments.standalone import ImageKind, trained
 from certifl.models import fingerprint, is_users_code
 from certifl.models.state import constants_of
 from certifl.path_checks import CLIENT_STUDY
 from certifl.perturbations import Perturbation, family_label, format_amount, received_words
 from certifl.runs.atomic import read_json, save_tensors, write_json, write_text
+from certifl.safe_io import MALFORMED
 from certifl.smoothing import even_grid, floor_text
 from certifl.spec import Spec
 from certifl.spec.sections import STORED
 from certifl.study.certify import recorded_arithmetic
 from certifl.study.opened_run import ClientStudy, Deployed, OpenRun, open_deployed
+from certifl.study.privacy import noiseless, planned_spending, release_words
 from certifl.torch_env import one_thread
 
 PREFIX = "hf:"
@@ -90,7 +99,14 @@ def push(
         certificates = Certificates.load(stored)
     else:
         raise StoreMismatch(f"{run} holds no certificates yet: nothing is known of its model.")
-    if share != "rows" and certificates.conditions.get("precision") == "int8":
+    int8 = certificates.conditions.get("precision") == "int8"
+    if int8 and deployed.spec.privacy.kind != "none":
+        raise InputError(
+            "The certificates are of a network in int8, whose ranges of activations on training "
+            "images have no noise: no epsilon of its [privacy] bounds them, so they are not "
+            "published. Certify in float32 or bfloat16."
+        )
+    if int8 and share != "rows":
         raise InputError(
             "The certificates are of a network in int8, whose ranges of activations disclose "
             'training images: share = "rows" (--share rows) publishes them in its record, else '
@@ -99,7 +115,8 @@ def push(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         folder.mkdir()
-        _write(folder, target, deployed, certificates, share)
+        privacy = _privacy(run, deployed, opened)
+        _write(folder, target, deployed, certificates, share, privacy)
         if target.startswith(PREFIX):
             with _hub(target) as hub:
                 api, name = hub.HfApi(), target.removeprefix(PREFIX)
@@ -180,8 +197,39 @@ def _of_one(everything: Certificates, client: int) -> Certificates:
     return dataclasses.replace(certificates, conditions={**certificates.conditions, **own})
 
 
+def _privacy(run: Path, deployed: Deployed, opened: OpenRun | None) -> dict[str, Any]:
+    """The card's entry on the privacy of training; empty without.
+
+    Raises:
+        StoreError: the run does not say what was spent.
+    """
+    spec, spent = deployed.spec, list[float]()
+    if spec.privacy.kind == "none":
+        return {}
+    if noiseless(spec):
+        pass
+    elif opened is not None:
+        try:
+            listed = opened.entry("privacy")["epsilon"]
+            count = spec.clients.count if spec.privacy.kind == "example" else spec.clients.seen
+            spent = [float(listed[client]) for client in range(count)]
+        except MALFORMED as error:
+            raise StoreError(f"{run} does not say what privacy was spent ({error!r}).") from error
+    elif spec.privacy.kind == "client":
+        spent = planned_spending(spec)
+    else:
+        spent = ClientStudy(run).epsilon() or []
+    words = release_words(spec, deployed.client, spent)
+    return {"privacy": {"kind": spec.privacy.kind, "delta": spec.privacy.delta, "words": words}}
+
+
 def _write(
-    folder: Path, target: str, deployed: Deployed, certificates: Certificates, share: str
+    folder: Path,
+    target: str,
+    deployed: Deployed,
+    certificates: Certificates,
+    share: str,
+    privacy: Mapping[str, Any],
 ) -> None:
     spec = _publishable(deployed.spec)
     data = {
@@ -191,7 +239,7 @@ def _write(
     }
     ClientStudy(folder).describe(spec, deployed.client, data)
     save_tensors(folder / "deployed.safetensors", deployed.model.state_dict())
-    numbers = card_numbers(deployed, certificates, spec.data.name)
+    numbers = {**card_numbers(deployed, certificates, spec.data.name), **privacy}
     write_json(folder / CARD, numbers)
     write_text(folder / "README.md", card_text(numbers, target, share == "rows", spec.model.name))
     if share == "rows":
@@ -262,6 +310,7 @@ def card_text(numbers: dict[str, Any], target: str, rows: bool, network: str) ->
         network=network,
         code=code,
         verify=verify.format(target=target),
+        privacy=_PRIVACY.format(**numbers["privacy"]) if "privacy" in numbers else "",
     )
 
 
@@ -285,7 +334,7 @@ certified by certifl.
 | abstained | {abstained} of {images} |
 | risk | alpha = {alpha:g} an image, {n} votes at most, estimator {estimator} |
 | weights | SHA-256 `{model_fingerprint}` |
-
+{privacy}
 | radius ({unit}, {norm}) | certified accuracy |
 |---|---|
 {curve}
@@ -302,6 +351,9 @@ certifl predict IMAGE --run {target} {code}
 ```
 
 {verify}"""
+_PRIVACY = """\
+| privacy of training (kind = "{kind}") | {words} |
+"""
 _VERIFY_CURVE = """\
 **Verify.** The test images are private, so the votes behind the curve are not here: it is the
 publisher's statement. Certify images of your own: `certifl predict IMAGE --run {target} --n 10000`

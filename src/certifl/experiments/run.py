@@ -53,6 +53,7 @@ from certifl.study.environment import (
     versions,
 )
 from certifl.study.opened_run import DATA_DIR, OpenRun
+from certifl.study.privacy import spent
 from certifl.study.setup import (
     by_client,
     check_training,
@@ -62,7 +63,6 @@ from certifl.study.setup import (
     open_data,
     participation,
     protection,
-    spent,
     study_metadata,
     training_key,
 )

@@ -116,6 +116,12 @@ def certify_standalone(request: Request, report: StageCallback | None = None) ->
     else:
         run = OpenRun(request.run, request.data_dir, request.code)
         run.require_finished()
+        if request.precision == "int8" and run.spec.privacy.kind != "none":
+            raise InputError(
+                f"The training of {request.run} was private, and int8 votes with ranges of "
+                "activations on its training images, which have no noise and stand in the "
+                "certificates. Give --precision float32 or bfloat16."
+            )
         certified = certified_by(run.spec, request.client)
         model, dataset, index = _from_run(request, run)
     perturbation = perturbation_named(request.family, request.sigma, certified)

@@ -25,6 +25,7 @@ from certifl.federated.batches import (
     augmentation_of,
 )
 from certifl.federated.objectives import Augmented, Objective
+from certifl.federated.privacy.accounting import STEPS
 from certifl.federated.privacy.mechanisms import (
     NO_SECOND_GRADIENT,
     ExampleLevel,
@@ -71,6 +72,14 @@ class Trained:
     def momentum_part(self) -> Parts:
         """The momentum buffers as a part of a client's state; no part where there are none."""
         return {"momentum": self.momentum} if self.momentum else {}
+
+
+def with_counted_steps(
+    metrics: dict[str, float], *others: Mapping[str, float]
+) -> dict[str, float]:
+    """Metrics with the noisy steps of all trainings of a round; as they are without any."""
+    counted = [one[STEPS] for one in (metrics, *others) if STEPS in one]
+    return {**metrics, STEPS: sum(counted)} if counted else metrics
 
 
 @dataclass(frozen=True)

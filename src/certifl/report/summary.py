@@ -24,6 +24,7 @@ from certifl.errors import InputError
 from certifl.report.intervals import Sample, interval_over_seeds, too_few
 from certifl.report.results import Row, RunResults, flat
 from certifl.report.wording import RadiusScale, family_words, scales, sigma_text
+from certifl.safe_io import parse_toml
 from certifl.smoothing import curves
 from certifl.smoothing.bounds import Floats, Ints, clopper_pearson_lower, clopper_pearson_upper
 from certifl.smoothing.laws import LAWS
@@ -337,6 +338,17 @@ def measure_curves(row: Row, measure: str) -> MeasureCurve | None:
     return MeasureCurve(*np.array(rows, np.float64).T)
 
 
+def _participants_are_secret(run: RunResults) -> bool:
+    """Whether the bound on privacy assumes that nobody knows who took part in which round."""
+    privacy = run.manifest.get("privacy")
+    if not isinstance(privacy, Mapping) or privacy.get("kind") != "client":
+        return False
+    try:
+        return parse_toml(run.spec).get("clients", {}).get("participation", 1.0) != 1.0
+    except (InputError, AttributeError):
+        return True
+
+
 def left_out_words(run: RunResults) -> str | None:
     """Which clients failed and were left out of rounds, in a sentence; None where none did."""
     faults = [
@@ -346,6 +358,13 @@ def left_out_words(run: RunResults) -> str | None:
     ]
     if not faults:
         return None
+    if _participants_are_secret(run):
+        rounds = len({number for _, number, _ in faults})
+        return (
+            f"in {rounds} of {len(run.history)} rounds clients failed and were left out. Which "
+            "ones, and why, is in history.jsonl alone: privacy of clients assumes that nobody "
+            "knows who took part."
+        )
     worked = sum(len(_clients(entry)) for entry in run.history) + len(faults)
     rounds = len({number for _, number, _ in faults})
     first = {client: reason for client, _, reason in reversed(faults)}

@@ -372,8 +372,8 @@ class Certification(Section):
         radii, reach: likewise, in the perturbation's unit, which is radians for rotation, where
             "5deg" is understood as well.
         precision: arithmetic of the network: "float32", "bfloat16", "int8" (on a CPU; a client's
-            training images fix the ranges of its 8 bits), or "auto": float32 or bfloat16,
-            whichever is measured to be faster, and then kept in the run.
+            training images fix the ranges of its 8 bits, so not with [privacy]), or "auto":
+            float32 or bfloat16, whichever is measured to be faster, and then kept in the run.
     """
 
     perturbation: Annotated[dict[str, Any], _perturbation()]
@@ -461,7 +461,8 @@ class Privacy(Section):
             average, and `clients.participation` is the probability of each client to take part in
             a round).
         noise_multiplier: noise in units of `max_norm`; or
-        target_epsilon: what the schedule's rounds may spend, from which the multiplier is found.
+        target_epsilon: what the schedule's rounds may spend, from which the multiplier is found;
+            fine-tuning spends more.
         max_norm: Euclidean length to which every image's gradient, or the change of every client's
             model, is clipped.
         delta: probability of the guarantee to fail; well below 1 / number of images or clients.

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import tomli_w
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from certifl.errors import InputError, SpecError, StoreError
@@ -72,7 +79,7 @@ class Spec(sections.Section):
         return OBJECTIVES.check(value)
 
     @model_validator(mode="after")
-    def _combinations(self) -> Spec:
+    def _combinations(self, info: ValidationInfo) -> Spec:
         personal = self.algorithm["name"] == "personalized"
         if self.augmentation.personalized != sections.SAME and not personal:
             raise ValueError(
@@ -102,15 +109,21 @@ class Spec(sections.Section):
             self.aggregation.check(self.clients.participants)
         except InputError as error:
             raise ValueError(f"aggregation: {error}") from error
-        self._check_privacy()
+        self._check_privacy(stored=info.context == sections.STORED)
         self._check_votes()  # last: it imports torch and scipy
         return self
 
-    def _check_privacy(self) -> None:
-        """A kind of privacy beside what it can be had with."""
+    def _check_privacy(self, stored: bool) -> None:
+        """A kind of privacy beside what it can be had with; runs of 0.1.0 may have int8."""
         kind = self.privacy.kind
         if kind == "none":
             return
+        if self.certification.precision == "int8" and not stored:
+            raise ValueError(
+                'certification.precision = "int8" votes with ranges of activations on training '
+                "images, which stand in the certificates and have no noise, so no epsilon of "
+                '[privacy] bounds them: choose "auto", "float32" or "bfloat16"'
+            )
         from certifl.federated.privacy import check_algorithm
 
         check_algorithm(self.algorithm, kind)

@@ -29,6 +29,7 @@ from certifl.spec import Spec, load_stored
 from certifl.study.setup import load_code, load_data
 
 DATA_DIR = "data_dir"  # in run.json
+_EPSILON = "epsilon.json"  # in a client's folder of a study
 
 
 class NetworkCache:
@@ -217,11 +218,15 @@ class OpenRun(StoredRun):
                 f"The models of {self.path} are with its clients: {self.spec.algorithm['name']} "
                 "gives each its own, in deployed.safetensors of its folder."
             )
-        data = self.data
+        data, model = self.data, self.spec.model
         load_code(self.path, self.spec, self._code, self.manifest.get("code"))
-        model = self.spec.model
         return build(
-            model.name, data["in_channels"], data["num_classes"], self.spec.seed, model.options
+            model.name,
+            data["in_channels"],
+            data["num_classes"],
+            self.spec.seed,
+            model.options,
+            tuple(data["image_size"]),
         )
 
     def state(self, client: int) -> ModelState:
@@ -328,6 +333,7 @@ class ClientStudy:
     study.json            the client's number, shapes and class names of its images
     spec.toml             the study, with the client's own perturbation where it has one
     deployed.safetensors  the model that the client uses at test time
+    epsilon.json          what it spent of its images' privacy, where the client adds the noise
     ```
 
     Attributes:
@@ -354,6 +360,24 @@ class ClientStudy:
         deploys = spec.build_algorithm().deploys
         write_text(self.folder / "spec.toml", spec.to_toml())
         write_json(self._metadata, {"client": client, "deploys": deploys, "data": dict(data)})
+
+    def record_epsilon(self, spent: float) -> None:
+        """Write what the deployed model spent of its images' privacy."""
+        write_json(self.folder / _EPSILON, {"epsilon": spent})
+
+    def epsilon(self) -> list[float] | None:
+        """What the deployed model spent of its images' privacy; None where it is not recorded.
+
+        Raises:
+            StoreError: the file is damaged.
+        """
+        path = self.folder / _EPSILON
+        if not path.is_file():
+            return None
+        try:
+            return [float(read_json(path)["epsilon"])]
+        except MALFORMED as error:
+            raise StoreError(f"{path} is damaged ({type(error).__name__}).") from error
 
     def deployed(self, client: int | None, code: Path | None = None) -> Deployed:
         """The client's model with what it takes to use it.
@@ -386,7 +410,8 @@ class ClientStudy:
                 "of the study begins."
             )
         load_code(self.folder, spec, code)
-        network = build(spec.model.name, channels, len(names), spec.seed, spec.model.options)
+        options, size = spec.model.options, (height, width)
+        network = build(spec.model.name, channels, len(names), spec.seed, options, size)
         misfit = (
             f"{weights} does not fit the network {spec.model.name!r}: its code must be the one "
             "that it was trained with."

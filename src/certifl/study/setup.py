@@ -10,7 +10,6 @@ import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from certifl.federated.batches import PerClient, combine_augmentations
 from certifl.federated.local_training import LocalTraining, check_batches, check_images
 from certifl.federated.objectives import OBJECTIVES
 from certifl.federated.privacy import (
-    ACCOUNTANT,
     ClientLedger,
     ClientLevel,
     ExampleLedger,
@@ -42,7 +40,6 @@ from certifl.federated.privacy import (
     derived_key,
     plan_clients,
     plan_examples,
-    sends_nothing,
 )
 from certifl.federated.privacy.mechanisms import try_clipping
 from certifl.federated.trainer import Participation, RandomShare
@@ -54,6 +51,7 @@ from certifl.perturbations import Perturbation
 from certifl.runs.atomic import load_tensors, write_secret
 from certifl.safe_io import SPEC_BYTES, read_bytes
 from certifl.spec import Spec
+from certifl.study.privacy import private_label
 
 _log = logging.getLogger(__name__)
 
@@ -134,6 +132,17 @@ def partition_of(spec: Spec, dataset: Dataset) -> Partition:
 # Networks.
 
 
+def built(spec: Spec, dataset: Dataset) -> nn.Module:
+    """The network of a spec as it is before weights of a file are read into it.
+
+    Raises:
+        ModelError: it cannot be built, or does not fit the images.
+    """
+    model = spec.model
+    channels, classes, size = dataset.in_channels, dataset.num_classes, dataset.image_size
+    return build(model.name, channels, classes, spec.seed, model.options, size)
+
+
 def initial_model(spec: Spec, dataset: Dataset) -> nn.Module:
     """The network all clients begin with, in evaluation mode.
 
@@ -142,14 +151,7 @@ def initial_model(spec: Spec, dataset: Dataset) -> nn.Module:
             that do not fit the network.
         InputError: `model.weights` is not a file of plain weights.
     """
-    model = build(
-        spec.model.name,
-        dataset.in_channels,
-        dataset.num_classes,
-        spec.seed,
-        spec.model.options,
-        dataset.image_size,
-    )
+    model = built(spec, dataset)
     if spec.model.weights is not None:
         begin_with(model, Path(spec.model.weights), spec.model.name)
     return evaluating(model)
@@ -356,7 +358,7 @@ def by_client(entry: dict[str, Any]) -> dict[str, Any]:
     return {**entry, "clients": rows}
 
 
-# The privacy of a run: its key, its mechanism, and its entry in the run's manifest.
+# The privacy of a run: its key and its mechanism.
 
 KEY_FILE = "privacy.key"
 _KEY_BYTES = 32
@@ -402,15 +404,6 @@ def protection(spec: Spec, model: nn.Module, sizes: Sequence[int], key: bytes) -
     return Protection(client=client, ledger=ledger)
 
 
-def private_label(spec: Spec) -> str:
-    """A label of the privacy: "ε = 8 per image", "noise 1.2 per client"."""
-    privacy = spec.privacy
-    of = {"example": "image", "client": "client"}[privacy.kind]
-    if privacy.target_epsilon is not None:
-        return f"ε = {privacy.target_epsilon:g} per {of}"
-    return f"noise {privacy.noise_multiplier:g} per {of}"
-
-
 def training_key(spec: Spec, folder: Path) -> bytes:
     """The key of a training's noise and samples, another one for every training.
 
@@ -439,35 +432,3 @@ def _secret(path: Path) -> bytes:
             "be resumed; repeat the run with --overwrite."
         )
     return content
-
-
-def spent(
-    spec: Spec, protection: Protection, history: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """The manifest's entry on privacy after these rounds; empty without privacy.
-
-    "epsilon" counts every round, fine-tuning included; "epsilon_sent" only scheduled ones, whose
-    results others see. Both have a value for each client; with privacy of clients, for each that
-    takes part in rounds.
-    """
-    ledger = protection.ledger
-    if ledger is None:
-        return {}
-    clients, sent = spec.clients.seen, history[: spec.training.rounds]
-    if sends_nothing(spec.algorithm):
-        sent = []
-    if isinstance(ledger, ExampleLedger):
-        noise, total, public = list(ledger.multipliers), ledger.spent(history), ledger.spent(sent)
-    else:
-        noise = [ledger.multiplier] * clients
-        total, public = ([ledger.spent(rounds)] * clients for rounds in (history, sent))
-    return {
-        "kind": spec.privacy.kind,
-        "delta": spec.privacy.delta,
-        "max_norm": spec.privacy.max_norm,
-        "noise_multiplier": noise,
-        "noise_key": spec.privacy.noise_key,
-        "accountant": f"{ACCOUNTANT}, opacus {version('opacus')}",
-        "epsilon": total,
-        "epsilon_sent": public,
-    }

@@ -28,11 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from certifl.errors import StoreError
+from certifl.federated.privacy.accounting import EPSILON
 from certifl.runs.atomic import read_json, write_json
 from certifl.runs.checkpoints import Checkpoints
 from certifl.runs.folder import RunFolder
 from certifl.safe_io import parse_toml
 from certifl.smoothing.laws import LAWS
+from certifl.spec import Spec
 from certifl.study.opened_run import OpenRun
 from certifl.study.setup import by_client
 from certifl.tracking.backends import TRACKERS, Tracker
@@ -98,7 +100,7 @@ def _report(followers: Sequence[_Follower], run: OpenRun) -> None:
         _log.warning("Nothing of %s is logged: %s", run.path, error)
         return
     for follower in behind:
-        follower.log(history, certified)
+        follower.log(history, certified, participants_are_secret(run.spec))
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,10 @@ class _Follower:
                 self._store(replace(self._logged, run=run))
 
     def log(
-        self, history: Sequence[Mapping[str, Any]], certified: Mapping[str, float] | None
+        self,
+        history: Sequence[Mapping[str, Any]],
+        certified: Mapping[str, float] | None,
+        secret: bool,
     ) -> None:
         """Log the rounds that were not logged yet, in order, then the certificates, once."""
         tracker = self._tracker
@@ -155,7 +160,7 @@ class _Follower:
         with self._safely():
             for entry in history:
                 if entry["round"] >= self._logged.rounds:
-                    tracker.log(round_numbers(entry), entry["round"])
+                    tracker.log(round_numbers(entry, secret), entry["round"])
                     self._store(replace(self._logged, rounds=entry["round"] + 1))
             if certified is not None and not self.complete:
                 tracker.log(certified, self._logged.rounds)
@@ -216,13 +221,22 @@ def _metadata(folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def round_numbers(entry: Mapping[str, Any]) -> dict[str, float]:
+def participants_are_secret(spec: Spec) -> bool:
+    """Whether the bound on privacy assumes that nobody knows who took part in which round."""
+    return spec.privacy.kind == "client" and spec.clients.participation < 1
+
+
+def round_numbers(entry: Mapping[str, Any], secret: bool = False) -> dict[str, float]:
     """A committed round's numbers by name.
 
     Args:
         entry: `round` (from 0), `seconds`, `clients` {number: metrics}. Metrics that are not
             numbers are left out.
+        secret: whether nothing may tell who took part: then only epsilon remains, which is the
+            same for all clients; seconds depend on how many worked.
     """
+    if secret:
+        return {"epsilon/mean": float(entry[EPSILON])} if EPSILON in entry else {}
     columns: dict[str, dict[str, float]] = {}
     for client, metrics in entry["clients"].items():
         for metric, value in metrics.items():

@@ -58,12 +58,18 @@ from certifl.federated.faults import Fault, try_client
 from certifl.federated.local_training import LocalTraining, check_images
 from certifl.federated.privacy import ExampleLedger
 from certifl.federated.states import ClientState, ModelState, Parts, ServerState, Update
-from certifl.models import build, fingerprint
+from certifl.models import fingerprint
 from certifl.runs.atomic import private_files, save_tensors
 from certifl.spec import Spec, received, with_settings
 from certifl.study.certify import Job, Paused, VoteSource, certify_job, job_network, predicted
 from certifl.study.opened_run import ClientStudy
-from certifl.study.setup import local_training, participation, protection, training_key
+from certifl.study.setup import (
+    built,
+    local_training,
+    participation,
+    protection,
+    training_key,
+)
 from certifl.torch_env import threads_asked
 
 _log = logging.getLogger(__name__)
@@ -192,14 +198,7 @@ class Client:
         settings, local_data = self.settings, open_local_data(spec, self.settings)
         data = local_data.dataset
         check_network_size(spec, data.in_channels, data.num_classes)
-        model = build(
-            spec.model.name,
-            data.in_channels,
-            data.num_classes,
-            spec.seed,
-            spec.model.options,
-            data.image_size,
-        ).eval()
+        model = built(spec, data).eval()
         check_images(model, {settings.client: len(local_data.train)})
         store.begin()
         answered = AnsweredRounds(store.folder, spec_hash)
@@ -326,6 +325,8 @@ class Client:
         """
         if not study.store.deployed.is_file():
             save_tensors(study.store.deployed, model)
+        if study.budget is not None:  # stands in the card of the model where it is published
+            ClientStudy(study.store.folder).record_epsilon(study.budget.spent())
         client, spec, job = self.settings.client, study.spec, self._job(study)
         perturbation, settings = spec.perturbations()[client], spec.certification.settings(client)
         trial = None

@@ -104,7 +104,7 @@ class PrivacyBudget:
 
         Args:
             output: fingerprint of the answer and the new state; "" = it failed.
-            sent: whether the answer leaves.
+            sent: whether the answer leaves, beside what is shared of the certificates.
 
         Returns what was spent so far, as text. StoreError where the ledger cannot be written,
         Rejected beyond the budget, or where the answer differs from an earlier one.
@@ -114,7 +114,7 @@ class PrivacyBudget:
             for sample, multiplier, taken in self._passes
             if taken.sums
         )
-        release = Release(self._asked, output, sent, passes)
+        release = Release(self._asked, output, sent or self._plan.shares, passes)
         with self._ledger.locked():
             entries = self._entries()
             before = [entry.release for entry in entries if self._is_current(entry)]
@@ -140,6 +140,15 @@ class PrivacyBudget:
                 entries.append(entry)
                 self._ledger.write(entries)
         return _spent(entries, self._limit.delta)
+
+    def spent(self) -> float:
+        """Epsilon of all answers in this study so far, at the study's delta.
+
+        Raises:
+            StoreError: the ledger is damaged.
+        """
+        entries = [entry for entry in self._ledger.entries() if entry.study == self._id]
+        return released_epsilon([entry.release for entry in entries], self._delta)
 
     def _is_current(self, entry: Entry) -> bool:
         return entry.study == self._id and entry.release.asked == self._asked
@@ -245,7 +254,7 @@ class Limit:
     """How much epsilon may be spent.
 
     Attributes:
-        sent: by answers that leave. total: also by models that stay with the client.
+        sent: by what leaves. total: also by models of which nothing leaves the client.
         delta: at which it is counted.
         all_studies: over all studies (the client's own limit), or in this one (what it planned).
     """
@@ -265,6 +274,8 @@ class StudyPlan:
         rounds: of the schedule. steps: private ones in each of these rounds.
         finetuning: private steps after them, for a model that stays with the client.
         sends: whether the rounds' results are sent.
+        shares: whether anything is sent of the certificates of the deployed model. It depends on
+            all training behind that model, so then everything leaves.
     """
 
     multiplier: float
@@ -273,12 +284,15 @@ class StudyPlan:
     steps: int
     finetuning: int
     sends: bool
+    shares: bool
 
     def of(self, round: int) -> tuple[Pass, bool]:
-        """What a round costs, and whether its answer is sent."""
+        """What a round costs, and whether anything that depends on it is sent."""
         late = round >= self.rounds and self.finetuning > 0
         steps = self.finetuning if late else self.steps
-        return Pass("", self.multiplier, self.batches, steps), self.sends and not late
+        return Pass("", self.multiplier, self.batches, steps), self.shares or (
+            self.sends and not late
+        )
 
     def limit(self, delta: float) -> Limit:
         """What the whole plan spends."""
@@ -286,8 +300,9 @@ class StudyPlan:
         def spent(steps: int) -> float:
             return composed({(self.multiplier, 1 / self.batches): steps}, delta)
 
-        sent = self.rounds * self.steps
-        return Limit(spent(sent), spent(sent + self.finetuning), delta, all_studies=False)
+        messages = self.rounds * self.steps
+        total = spent(messages + self.finetuning)
+        return Limit(total if self.shares else spent(messages), total, delta, all_studies=False)
 
 
 def open_budget(
@@ -306,6 +321,7 @@ def open_budget(
         steps=ledger.planned[client],
         finetuning=finetuning_epochs(spec.algorithm) * batches,
         sends=not sends_nothing(spec.algorithm),
+        shares=settings.share != "none",
     )
     limit, most = plan.limit(delta), settings.max_epsilon
     if most is not None:

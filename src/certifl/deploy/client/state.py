@@ -10,6 +10,7 @@ studies/<id>/
   votes.safetensors  certificates.parquet
   answered.json             which rounds it answered, which model it certified
   study.json  spec.toml     how to use the deployed model: `certifl predict --run`
+  epsilon.json              privacy of its images that the deployed model spent
 ```
 
 All of it is readable by its owner only.

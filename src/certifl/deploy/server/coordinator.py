@@ -42,13 +42,13 @@ from certifl.runs.checkpoints import Checkpoints, StoredRound
 from certifl.runs.folder import FINISHED, RUNNING, RunFolder
 from certifl.spec import Spec
 from certifl.study.environment import machine_metadata, now, versions
+from certifl.study.privacy import spent
 from certifl.study.setup import (
     Protection,
     by_client,
     local_training,
     participation,
     protection,
-    spent,
     study_metadata,
     training_key,
 )

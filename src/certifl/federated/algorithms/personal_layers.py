@@ -9,7 +9,11 @@ from torch import nn
 
 from certifl.errors import SpecError
 from certifl.federated.algorithms.base import GlobalModel
-from certifl.federated.local_training import GradientHook, LocalTraining
+from certifl.federated.local_training import (
+    GradientHook,
+    LocalTraining,
+    with_counted_steps,
+)
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 
 
@@ -96,7 +100,7 @@ class FedRep(GlobalModel):
         self, broadcast: ServerState, state: ClientState, data: ClientData, training: LocalTraining
     ) -> tuple[Update, ClientState]:
         """Train the head, then the representation; send the representation, keep the head."""
-        head = head_keys(training.network, self.head)
+        head, of_head = head_keys(training.network, self.head), dict[str, float]()
         if head:
             trained = training.train_epochs(
                 self.deployed(broadcast, state),
@@ -108,7 +112,9 @@ class FedRep(GlobalModel):
             )
             # All of it, since BatchNorm's running statistics have moved too.
             state = ClientState({**state.parts, "head": trained.state})
+            of_head = trained.metrics
         update, state = super().client_round(broadcast, state, data, training)
+        update = replace(update, metrics=with_counted_steps(update.metrics, of_head))
         return withhold(update, state, broadcast, head, "head")
 
     def hook(self, broadcast: ServerState, training: LocalTraining) -> GradientHook | None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from certifl.federated.algorithms.base import GlobalModel
-from certifl.federated.local_training import LocalTraining
+from certifl.federated.local_training import LocalTraining, with_counted_steps
+from certifl.federated.privacy.accounting import STEPS
 from certifl.federated.schedule import Schedule
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 from certifl.federated.steps import (
@@ -120,7 +121,8 @@ class Ditto(GlobalModel):
             momentum=kept.get("own_momentum"),
             hook=proximal_hook(training.on_device(start), self.mu),
         )
-        metrics = {**own.metrics, **{f"global_{k}": v for k, v in shared.metrics.items()}}
+        of_global = {f"global_{k}": v for k, v in shared.metrics.items() if k != STEPS}
+        metrics = with_counted_steps({**own.metrics, **of_global}, shared.metrics)
         parts = {"model": own.state, **shared.momentum_part}
         if own.momentum:
             parts["own_momentum"] = own.momentum

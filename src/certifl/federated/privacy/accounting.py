@@ -264,7 +264,8 @@ class Release:
     Attributes:
         asked: fingerprint of all that the answer depends on: request, state, images.
         output: fingerprint of the answer and the new state; "" = it failed.
-        sent: whether it left the client; otherwise it is in the client's own model.
+        sent: whether anything that depends on it leaves the client: the answer itself, or
+            certificates of the client's own model, in which it is; otherwise nothing does.
         passes: that it depends on.
     """
 

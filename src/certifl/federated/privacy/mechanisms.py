@@ -20,7 +20,7 @@ from certifl import rng as streams
 from certifl.errors import InputError, ModelError, SpecError, first_line
 from certifl.federated.batches import Batch
 from certifl.federated.objectives import Augmented, Objective
-from certifl.federated.privacy.accounting import opacus, steps_per_epoch
+from certifl.federated.privacy.accounting import STEPS, opacus, steps_per_epoch
 from certifl.federated.states import ClientData, ModelState, ServerState, Update
 from certifl.federated.steps import GradientHook, Outcome, StepContext
 from certifl.models import fingerprint
@@ -281,7 +281,7 @@ class PrivatePasses:
 
     def metrics(self) -> dict[str, float]:
         """The public metrics: how many noisy sums were taken. Loss and accuracy are private."""
-        return {"private_steps": self.sums}
+        return {STEPS: self.sums}
 
     def noisy_gradient(
         self, sum_of: Callable[[float], tuple[ModelState, Outcome]]

@@ -117,7 +117,7 @@ class Budget:
         max_norm: norm to which gradients (of images) or changes (of clients' models) are clipped.
         delta: probability of the guarantee to fail.
         noise_multiplier: noise in units of `max_norm`; None = computed from `target_epsilon`.
-        target_epsilon: for all scheduled rounds. Fine-tuning, which nobody else sees, is extra.
+        target_epsilon: for all scheduled rounds. Fine-tuning is extra.
     """
 
     max_norm: float

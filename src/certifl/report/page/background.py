@@ -6,6 +6,7 @@ import math
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -223,12 +224,40 @@ _NOISE_ADDED_BY = {
     "client": "the server, which sees what every client sends",
 }
 _PRIVACY_LIMITS = (
-    "ε bounds what the trained models reveal about one training image, or about one client, at "
-    "the given δ; a smaller ε reveals less. It is an upper bound over all rounds, the largest of "
-    "all clients. It does not cover the test images behind the certificates and accuracies on "
-    "this page, the number of images of each client, or the choice of settings. Certificates "
-    "mean the same with and without privacy."
+    "ε bounds what results reveal about one training image, or about one client, at the given δ; "
+    "a smaller ε reveals less. It is an upper bound, the largest of all clients. Certified "
+    "accuracies are results of the deployed models, so on this page they cost all training behind "
+    "these, fine-tuning and local training included; the messages alone are what leaves clients "
+    "that share no results. Privacy of clients covers the models that the server sends: a model "
+    "of a client's own has no noise, and no ε covers results about it. ε does not cover the test "
+    "images behind the certificates and accuracies on this page, the number of images of each "
+    "client, or the choice of settings. Certificates mean the same with and without privacy."
 )
+
+
+@dataclass(frozen=True)
+class _Spent:
+    """The largest epsilon of all clients.
+
+    Attributes:
+        messages: of the messages of training.
+        total: of all results; None where models without noise are certified.
+    """
+
+    messages: float
+    total: float | None
+
+
+def _spent(run: RunResults, privacy: Mapping[str, Any]) -> _Spent:
+    """From run.json; runs of 0.1.0 recorded a total for models without noise, too."""
+    old = "epsilon_sent" in privacy
+    messages = max(privacy["epsilon_sent" if old else "epsilon_messages"])
+    total = privacy["epsilon"]
+    certified = run.conditions.get("model_fingerprint")
+    several = isinstance(certified, Mapping) and len(set(certified.values())) > 1
+    if total is None or (old and privacy["kind"] == "client" and several):
+        return _Spent(messages, None)
+    return _Spent(messages, max(total))
 
 
 def privacy_words(run: RunResults) -> str | None:
@@ -236,12 +265,20 @@ def privacy_words(run: RunResults) -> str | None:
     privacy = _mapping(run.manifest, "privacy")
     if not privacy:
         return None
-    sent, total = (max(privacy[name]) for name in ("epsilon_sent", "epsilon"))
-    words = (
-        f"private per {_PROTECTED[privacy['kind']]}, ε = {_up(sent)} at δ = {privacy['delta']:g}"
-    )
-    if total > sent:
-        words += f" for what clients send, {_up(total)} with what they keep"
+    spent, at = _spent(run, privacy), f"at δ = {privacy['delta']:g}"
+    words = f"private per {_PROTECTED[privacy['kind']]}, ε = "
+    if spent.total is None:
+        words += (
+            f"{_up(spent.messages)} {at} for the models that the server sends; the clients' own "
+            "models, which are certified, have no noise: no ε covers their results"
+        )
+    else:
+        words += f"{_up(spent.total)} {at}"
+        if spent.total > spent.messages:
+            words += (
+                f" for all that clients send and all results, {_up(spent.messages)} for the "
+                "messages of training alone"
+            )
     if privacy["noise_key"] == "seed":
         words += "; the noise follows from the seed, so anyone with the spec can remove it"
     return words
@@ -253,7 +290,7 @@ def privacy_section(context: ReportContext) -> Markup:
     rows = [_privacy_row(context, run, privacy) for run, privacy in private if privacy]
     if not rows:
         return Markup()
-    head = ["Algorithm", "Protects one", "ε of what is sent", "ε with fine-tuning", "δ"]
+    head = ["Algorithm", "Protects one", "ε of all results", "ε of the messages alone", "δ"]
     head += ["Noise multiplier", "Clipped to", "Noise is added by", "Key of the noise"]
     caption = "Differential privacy of every private run"
     return section(
@@ -263,11 +300,12 @@ def privacy_section(context: ReportContext) -> Markup:
 
 def _privacy_row(context: ReportContext, run: RunResults, privacy: Mapping[str, Any]) -> list[str]:
     low, high = min(privacy["noise_multiplier"]), max(privacy["noise_multiplier"])
+    spent = _spent(run, privacy)
     return [
         named_run(context, run),
         _PROTECTED[privacy["kind"]],
-        _up(max(privacy["epsilon_sent"])),
-        _up(max(privacy["epsilon"])),
+        "none: own models without noise" if spent.total is None else _up(spent.total),
+        _up(spent.messages),
         f"{privacy['delta']:g}",
         f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}",
         f"{privacy['max_norm']:g}",

@@ -222,6 +222,8 @@ def training_section(context: ReportContext) -> Markup:
         "Recorded during the clients' training in every round. Lines are means over clients; "
         "bands reach from the smallest to the largest client."
     )
+    if "epsilon" in names:
+        explanation += " epsilon is spent up to a round; what it covers: see Privacy of training."
     legend = [named(context, row) for row in range(len(context.runs))]
     return section(
         "training",
