@@ -1,5 +1,7 @@
 """A network small enough to try privacy on: 55 weights, nothing beside them."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,7 @@ def client_training(
     rate: float = 0.6,
     **options: Any,
 ) -> StoredRound:
+    """Three clients with client-level privacy."""
     data, model = clients(3), PlainNet()
     level, ledger = plan_clients(
         budget, describe(algorithm), SCHEDULE.rounds, len(data), rate, options.pop("key", KEY)
@@ -99,5 +102,6 @@ def plain_training(folder: Path, **schedule: Any) -> StoredRound:
 
 
 def models(algorithm: Algorithm, stored: StoredRound) -> dict[str, ModelState]:
+    """The server's model and everybody's deployed one."""
     deployed = {str(i): deployed_model(algorithm, stored, i) for i in range(3)}
     return {"server": server_state(stored).parts["model"], **deployed}

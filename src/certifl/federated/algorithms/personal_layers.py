@@ -9,7 +9,11 @@ from torch import nn
 
 from certifl.errors import SpecError
 from certifl.federated.algorithms.base import GlobalModel
-from certifl.federated.local_training import GradientHook, LocalTraining, with_counted_steps
+from certifl.federated.local_training import (
+    GradientHook,
+    LocalTraining,
+    with_counted_steps,
+)
 from certifl.federated.states import ClientData, ClientState, ModelState, ServerState, Update
 
 
