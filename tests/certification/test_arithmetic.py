@@ -14,7 +14,7 @@ import tiny_study as tiny
 from certifl.certification import arithmetic
 from certifl.certification.arithmetic import Arithmetic, Trial, bears_rounding, choose_arithmetic
 from certifl.certification.network import Network, prepare
-from certifl.experiments.hub import certify_image
+from certifl.experiments.predict import certify_image
 from certifl.experiments.verify import verify_run
 
 NOISE = certifl.PixelNoise(0.1)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import certifl
 from certifl.errors import DataUnavailable, InputError, StoreMismatch
-from certifl.experiments.hub import certify_image, load, push
+from certifl.experiments.hub import load, push
+from certifl.experiments.predict import certify_image
 from certifl.experiments.run import Options, compute
 from certifl.models import build, fingerprint, state_of
 from tiny_study import cli, spec

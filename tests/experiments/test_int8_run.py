@@ -14,7 +14,8 @@ import certifl
 import tiny_study as tiny
 from certifl.certification.quantization import Scales
 from certifl.errors import InputError
-from certifl.experiments.hub import certify_image, push
+from certifl.experiments.hub import push
+from certifl.experiments.predict import certify_image
 from certifl.experiments.recast import Options
 from certifl.experiments.verify import verify_run
 

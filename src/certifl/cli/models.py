@@ -288,19 +288,20 @@ def predict(
     _check_predictor(run, client, code, model, own)
     path_checks.check_file(image, path_checks.IMAGE)
     from certifl.cli import terminal
-    from certifl.experiments import hub
+    from certifl.experiments.hub import local_folder
+    from certifl.experiments.predict import certify_image, certify_image_with
     from certifl.experiments.standalone import perturbation_named
 
     if run is not None:
-        run = hub.local_folder(run) if str(run).startswith("hf:") else run
-        answer = hub.certify_image(image, run, client, n, resize, device, code)
+        run = local_folder(run) if str(run).startswith("hf:") else run
+        answer = certify_image(image, run, client, n, resize, device, code)
         terminal.show_prediction(answer)
         return
     assert model is not None
     from certifl.models import allow_code
 
     allow_code(model, Path.cwd())
-    answer = hub.certify_image_with(
+    answer = certify_image_with(
         image,
         model,
         weights,

@@ -19,8 +19,8 @@ from certifl.safe_io import visible
 
 if TYPE_CHECKING:
     from certifl.certification.certificates import Certificates
-    from certifl.experiments.hub import Prediction
     from certifl.experiments.plan import Plan
+    from certifl.experiments.predict import Prediction
     from certifl.experiments.sweep import Cost as SweepCost
     from certifl.paper.reproduce import Cost
     from certifl.study.environment import Check
