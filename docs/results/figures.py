@@ -233,7 +233,7 @@ def write_pages(study: Path, into: Path, commit: str) -> list[Path]:
     written["paper.md"] = paper_page(report, [one.name for one in missing])
     written["README.md"] = index_page(figures, missing, report, study, into, commit)
     pairs, mixtures = regime.pairs(study), mixture.panels(study)
-    if pairs:
+    if len(pairs) > 2:
         written["regime.md"] = regime.page(pairs)
         picture(image_bytes(regime.drawing_of(pairs), "png"), into / "regime.png")
     if mixtures:

@@ -279,7 +279,7 @@ def test_widths_go_with_the_root_of_the_images(tmp_path):
     assert (width.half, width.images, width.planned) == (9.0, 160, 4000)
     assert width.expected == pytest.approx(9.0 * (160 / 4000) ** 0.5)
     row = power.row(CLAIMS[0], found)
-    assert row[-1] == "equal, where they differ by less than 1.2 points"
+    assert row[-1] == "equal below 1.2, different above 4.8 points"
 
 
 def test_the_pilot_measures_both_criteria_and_resumes(tmp_path, capsys):

@@ -38,7 +38,7 @@ def study(out: Path) -> Plan:
 
 def test_helpers_do_the_whole_study_with_the_same_results(tmp_path):
     alone, together = study(tmp_path / "alone"), study(tmp_path / "together")
-    compute(alone.jobs, options(alone.out))
+    compute(alone.jobs, options(alone.out), [])
     before = torch.get_num_threads()
     with helped(together.jobs, options(together.out), 3):
         assert len(multiprocessing.active_children()) == 2
@@ -70,7 +70,7 @@ def test_leaving_early_ends_the_helpers_and_loses_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         leave()
     assert not multiprocessing.active_children()
-    compute(plan.jobs, options(tmp_path))
+    compute(plan.jobs, options(tmp_path), [])
     assert all(job.done() for job in plan.jobs)
 
 
