@@ -143,8 +143,8 @@ def two_sided_sign_test(k_first: ArrayLike, k_second: ArrayLike) -> Floats:
     classifier's with probability at most alpha; it abstains otherwise.
 
     Args:
-        k_first, k_second: votes for the two classes with the most, in any order; InputError for
-            what is no count.
+        k_first, k_second: votes for the two classes with the most, in any order. Negative or
+            fractional votes are refused (InputError).
 
     Source: Hung and Fithian 2019; Cohen, Rosenfeld and Kolter 2019, PREDICT.
     """
