@@ -14,13 +14,12 @@ from matplotlib.figure import Figure
 
 from certifl.paper.figures import MATCHED, MIXTURES, ROTATION, TRANSLATION, Regime, Setting
 from certifl.paper.scales import scale_named
-from certifl.report import RunResults, load_run
-from certifl.report.compare import compare, difference
+from certifl.report import load_run
 from certifl.report.figures import Drawing
-from certifl.report.results import by_seed
-from certifl.report.summary import noise_words, possible_radius
+from certifl.report.summary import noise_words
 from certifl.report.wording import markdown_table
 from certifl.runs.folder import RunFolder
+from study_numbers import Gap, draw_gaps, fit
 
 KINDS = (("the paper's steps", MIXTURES), ("steps divided by λ", MATCHED))
 _LOOKS = (("#3b4cc0", "o", "-"), ("#b35900", "s", "--"))
@@ -31,13 +30,12 @@ class Point:
     """A mixture beside FedAvg.
 
     Attributes:
-        value: lambda.
-        interval: average certified radius minus FedAvg's, in points: estimate and its 95 % ends.
+        value: lambda. gap: of its average certified radius to FedAvg's.
         fit: accuracy of clients on their own augmented images in the last round.
     """
 
     value: float
-    interval: tuple[float, float, float]
+    gap: Gap
     fit: float
 
 
@@ -73,24 +71,14 @@ def _panel(data: Path, setting: Setting) -> Panel | None:
     runs = {regime: load_run(folder(regime)) for regime in regimes}
     fedavg = runs[MIXTURES[0]]
     points = tuple(
-        tuple(_point(r.personalization, runs[r], fedavg) for r in kind if r.personalization)
+        tuple(
+            Point(regime.personalization, Gap.between(runs[regime], fedavg), fit(runs[regime]))
+            for regime in kind
+            if regime.personalization is not None
+        )
         for _, kind in KINDS
     )
     return Panel(noise_words(fedavg.conditions), points, fit(fedavg))
-
-
-def _point(value: float | None, mixture: RunResults, fedavg: RunResults) -> Point:
-    rows = by_seed([mixture, fedavg])
-    one = difference(compare(rows).pairs, 0, 1)
-    points = possible_radius(rows) / 100
-    ends = one.estimate / points, one.low / points, one.high / points
-    return Point(float(value or 0.0), ends, fit(mixture))
-
-
-def fit(result: RunResults) -> float:
-    """Mean accuracy of clients on their augmented training images in the last round."""
-    clients = result.history[-1]["clients"].values()
-    return sum(float(one["accuracy"]) for one in clients) / len(clients)
 
 
 def drawing_of(found: Sequence[Panel]) -> Drawing:
@@ -106,12 +94,7 @@ def drawing_of(found: Sequence[Panel]) -> Drawing:
         ):
             look: dict[str, Any] = {"color": color, "marker": marker, "linestyle": dash}
             values = [p.value for p in points]
-            estimates = [p.interval[0] for p in points]
-            below_above = [
-                [p.interval[0] - p.interval[1] for p in points],
-                [p.interval[2] - p.interval[0] for p in points],
-            ]
-            above.errorbar(values, estimates, below_above, capsize=3, **look)
+            draw_gaps(above, values, [p.gap for p in points], **look)
             below.plot(values, [100 * p.fit for p in points], label=name, **look)
         above.set_title(panel.title, fontsize=10)
         below.set_xlabel("λ")
@@ -129,7 +112,7 @@ def page(found: Sequence[Panel]) -> str:
             panel.title,
             name,
             f"{point.value:g}",
-            "{:+.1f} ({:+.1f} to {:+.1f})".format(*point.interval),
+            point.gap.words,
             f"{point.fit:.0%}",
         ]
         for panel in found
@@ -162,8 +145,8 @@ def _seen(found: Sequence[Panel]) -> str:
     words = []
     for kind, (name, _) in enumerate(KINDS):
         points = [p for panel in found for p in panel.points[kind] if p.value < 1.0]
-        ahead = sum(p.interval[1] > 0.0 for p in points)
-        behind = sum(p.interval[2] < 0.0 for p in points)
+        ahead = sum(p.gap.low > 0.0 for p in points)
+        behind = sum(p.gap.high < 0.0 for p in points)
         words.append(
             f"With {name}, {ahead} of {len(points)} mixtures are ahead of FedAvg, {behind} are "
             f"behind, and {len(points) - ahead - behind} show no difference."

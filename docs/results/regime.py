@@ -14,7 +14,7 @@ import argparse
 import sys
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,15 @@ from certifl.experiments.run import Options, run
 from certifl.paper.figures import FEDAVG, LOCAL, Regime, Setting
 from certifl.paper.scales import scale_named
 from certifl.report import RunResults, load_run
-from certifl.report.compare import Difference, compare, difference
 from certifl.report.figures import Drawing
 from certifl.report.results import by_seed
-from certifl.report.summary import mean_acr, possible_radius
+from certifl.report.summary import first_unit, mean_acr
 from certifl.report.wording import markdown_table
 from certifl.runs.folder import RunFolder, StoredRun
 from certifl.runs.published import publish
 from certifl.spec import Spec
-from mixture import fit
 from publish import require_verified
+from study_numbers import Gap, draw_gaps, fit
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
@@ -72,8 +71,7 @@ class Pair:
     Attributes:
         fedavg, alone: their runs.
         clients, images, epochs: of both; images of one client.
-        difference: of the average certified radius, FedAvg minus alone.
-        points: a hundredth of the largest possible radius.
+        gap: of the average certified radius, FedAvg minus alone.
     """
 
     fedavg: RunResults
@@ -81,14 +79,12 @@ class Pair:
     clients: int
     images: int
     epochs: int
-    difference: Difference = field(repr=False)
-    points: float
+    gap: Gap
 
     @classmethod
     def of(cls, folders: Sequence[Path]) -> Pair:
         """From the two run folders."""
         fedavg, alone = map(load_run, folders)
-        rows = by_seed([fedavg, alone])
         training = tomllib.loads(fedavg.spec)["training"]
         clients = len(fedavg.clients)
         return cls(
@@ -97,15 +93,8 @@ class Pair:
             clients,
             int(fedavg.manifest["data"]["train_images"]) // clients,
             training["rounds"] * training["local_epochs"],
-            difference(compare(rows).pairs, 0, 1),
-            possible_radius(rows) / 100,
+            Gap.between(fedavg, alone),
         )
-
-    @property
-    def interval(self) -> tuple[float, float, float]:
-        """Difference and its ends, in points."""
-        one = self.difference
-        return one.estimate / self.points, one.low / self.points, one.high / self.points
 
 
 def pairs(data: Path) -> list[Pair]:
@@ -133,21 +122,8 @@ def drawing_of(found: Sequence[Pair]) -> Drawing:
     epochs = sorted({pair.epochs for pair in found})
     for (color, marker, dash), count in zip(styles[-len(epochs) :], epochs, strict=False):
         own = [pair for pair in found if pair.epochs == count]
-        values, low, high = zip(*(pair.interval for pair in own), strict=True)
-        margins = [
-            [value - end for value, end in zip(values, low, strict=True)],
-            [end - value for value, end in zip(values, high, strict=True)],
-        ]
-        axes.errorbar(
-            [pair.images for pair in own],
-            values,
-            margins,
-            color=color,
-            marker=marker,
-            linestyle=dash,
-            capsize=3,
-            label=f"{count} epochs",
-        )
+        look = {"color": color, "marker": marker, "linestyle": dash, "label": f"{count} epochs"}
+        draw_gaps(axes, [pair.images for pair in own], [pair.gap for pair in own], **look)
     axes.set_xscale("log")
     images = sorted({pair.images for pair in found})
     axes.set_xticks(images, [f"{count:,}" for count in images])
@@ -166,9 +142,9 @@ def page(found: Sequence[Pair]) -> str:
             str(pair.clients),
             f"{pair.images:,}",
             str(pair.epochs),
-            _degrees(pair.fedavg),
-            _degrees(pair.alone),
-            "{:+.1f} ({:+.1f} to {:+.1f})".format(*pair.interval),
+            _radius(pair.fedavg),
+            _radius(pair.alone),
+            pair.gap.words,
             f"{fit(pair.alone):.0%}",
         ]
         for pair in found
@@ -190,7 +166,7 @@ def page(found: Sequence[Pair]) -> str:
         "averaging adds none. Pairs of 4 and 20 clients are those of Figure 1.",
         _seen(found),
         "## Numbers",
-        "FedAvg, alone: average certified radius in degrees, mean over clients. A point is a "
+        "FedAvg, alone: average certified radius, mean over clients. A point is a "
         "hundredth of the largest possible radius. Intervals: over test images, paired, each row "
         "by itself. One training seed.",
         markdown_table(head, rows),
@@ -200,8 +176,8 @@ def page(found: Sequence[Pair]) -> str:
 
 def _seen(found: Sequence[Pair]) -> str:
     """In how many pairs a difference is shown, and for which."""
-    ahead = [pair for pair in found if pair.interval[1] > 0.0]
-    behind = [pair for pair in found if pair.interval[2] < 0.0]
+    ahead = [pair for pair in found if pair.gap.low > 0.0]
+    behind = [pair for pair in found if pair.gap.high < 0.0]
     words = [
         f"FedAvg is ahead in {len(ahead)} of {len(found)} pairs, training alone in {len(behind)}; "
         f"the other {len(found) - len(ahead) - len(behind)} show no difference."
@@ -213,9 +189,10 @@ def _seen(found: Sequence[Pair]) -> str:
     return " ".join(words)
 
 
-def _degrees(result: RunResults) -> str:
-    radius = mean_acr(by_seed([result])[0])
-    return f"{int(radius * 180 / torch.pi * 100) / 100:.2f}"
+def _radius(result: RunResults) -> str:
+    """Its average certified radius, rounded down."""
+    rows = by_seed([result])
+    return first_unit(rows).text(mean_acr(rows[0]))
 
 
 def compute(job: tuple[int, int], runs: Path, data_dir: Path, into: Path) -> None:

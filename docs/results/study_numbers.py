@@ -9,8 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from certifl.paper.claims.rules import interval_words
 from certifl.report import RunResults, load_run
-from certifl.report.compare import own_interval
+from certifl.report.compare import compare, difference, own_interval
 from certifl.report.results import Row, by_seed
 from certifl.report.summary import (
     client_acr,
@@ -18,6 +19,7 @@ from certifl.report.summary import (
     first_unit,
     mean_acr,
     noise_words,
+    possible_radius,
     selected_radii,
 )
 from certifl.report.wording import RadiusScale, markdown_table, percent, range_of
@@ -173,3 +175,49 @@ def _of(manifests: Iterable[Mapping[str, Any]], data: str) -> list[int]:
 
 def _named(values: Iterable[object]) -> str:
     return ", ".join(str(value) for value in sorted(set(values), key=lambda v: (str(type(v)), v)))
+
+
+# The difference of two runs, in points.
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A difference of average certified radii, as a share of the largest possible radius.
+
+    Attributes:
+        share: first minus second. low, high: its 95 % interval over test images, paired.
+    """
+
+    share: float
+    low: float
+    high: float
+
+    @property
+    def words(self) -> str:
+        """In points, the interval rounded outward."""
+        return f"{100 * self.share:+.1f} ({interval_words((self.low, self.high))})"
+
+    @classmethod
+    def between(cls, first: RunResults, second: RunResults) -> Gap:
+        """Of two runs on the same images."""
+        rows = by_seed([first, second])
+        found, largest = difference(compare(rows).pairs, 0, 1), possible_radius(rows)
+        return cls(found.estimate / largest, found.low / largest, found.high / largest)
+
+
+def draw_gaps(axes: Any, places: Sequence[float], gaps: Sequence[Gap], **look: Any) -> None:
+    """Points and their intervals over some places of the horizontal axis."""
+    middle, low, high = (
+        [100 * getattr(gap, name) for gap in gaps] for name in ("share", "low", "high")
+    )
+    margins = [
+        [value - end for value, end in zip(middle, low, strict=True)],
+        [end - value for value, end in zip(middle, high, strict=True)],
+    ]
+    axes.errorbar(places, middle, margins, capsize=3, **look)
+
+
+def fit(result: RunResults) -> float:
+    """Mean accuracy of clients on their augmented training images in the last round."""
+    clients = result.history[-1]["clients"].values()
+    return sum(float(one["accuracy"]) for one in clients) / len(clients)

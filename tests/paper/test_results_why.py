@@ -14,7 +14,7 @@ from certifl.report.figures import image_bytes
 from certifl.spec import Spec
 from scripts import results_scripts
 
-regime, mixture = results_scripts("regime", "mixture")
+regime, mixture, study_numbers = results_scripts("regime", "mixture", "study_numbers")
 
 
 def plant(folder: Path, spec: Spec, acr: float, fit: float, images: int = 1000) -> None:
@@ -45,9 +45,9 @@ def test_the_regime_page_has_a_row_for_every_finished_pair(tmp_path):
     found = regime.pairs(tmp_path)  # Figure 1 lacks its training alone
     cells = [(pair.clients, pair.images, pair.epochs) for pair in found]
     assert cells == [(10, 250, 16), (10, 2500, 16)]
-    estimate, low, high = found[0].interval
-    assert 15 < low < estimate < high < 25
-    assert abs(found[1].interval[0]) < 5
+    gap = found[0].gap
+    assert 0.15 < gap.low < gap.share < gap.high < 0.25
+    assert abs(found[1].gap.share) < 0.05
     page = regime.page(found)
     assert "FedAvg is ahead in 1 of 2 pairs, training alone in 0; the other 1 show no" in page
     assert "FedAvg is ahead with 250 images, 16 epochs." in page
@@ -66,9 +66,15 @@ def test_the_mixture_page_separates_the_steps_from_the_pull(tmp_path):
     (panel,) = mixture.panels(tmp_path)
     paper, matched = panel.points
     assert [point.value for point in paper] == [0.1, 0.5, 0.9, 1.0]
-    assert paper[0].interval[2] < -15
-    assert abs(matched[0].interval[0]) < 5
+    assert paper[0].gap.high < -0.15
+    assert abs(matched[0].gap.share) < 0.05
     page = mixture.page([panel])
     assert "With the paper's steps, 0 of 3 mixtures are ahead of FedAvg, 1 are behind" in page
     assert "With steps divided by λ, 0 of 3 mixtures are ahead of FedAvg, 0 are behind" in page
     assert Image.open(io.BytesIO(image_bytes(mixture.drawing_of([panel]), "png"))).width > 500
+
+
+def test_intervals_of_the_pages_are_rounded_outward():
+    gap = study_numbers.Gap
+    assert gap(0.0210, 0.0009, 0.0401).words == "+2.1 (+0.0 to +4.1)"
+    assert gap(-0.0210, -0.0401, -0.0009).words == "-2.1 (-4.1 to +0.0)"
