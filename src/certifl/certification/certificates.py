@@ -263,7 +263,7 @@ class Certificates:
         return attribute("certifl.report.results", "results_of")(self)
 
     def save(self, path: str | Path) -> None:
-        """Write `.parquet` (everything) or `.tsv` (as published code does; else InputError)."""
+        """Write `.parquet` (everything) or `.tsv` (as published code); else InputError."""
         from certifl.certification.files import save
 
         save(self, Path(path))

@@ -403,7 +403,7 @@ def checked_blocks(
 
 
 def _pairs(images: Images, labels: ImageLabels) -> Iterator[tuple[Any, Any]]:
-    """Blocks of images and of labels, as given; InputError where they come in no blocks."""
+    """Blocks of images and of labels, as given; InputError where they are not blocks."""
     if isinstance(images, (Tensor, np.ndarray)):
         yield images, labels
         return
@@ -428,7 +428,7 @@ def _pairs(images: Images, labels: ImageLabels) -> Iterator[tuple[Any, Any]]:
 
 
 def _iterable(images: Any) -> Iterable[Any]:
-    """Blocks, where images are no single array; InputError if they are none."""
+    """Blocks, where images are not one array; InputError if they are neither."""
     if isinstance(images, DataLoader):
         inner = getattr(images.batch_sampler, "sampler", None)
         if isinstance(images.sampler, _SHUFFLING) or isinstance(inner, _SHUFFLING):

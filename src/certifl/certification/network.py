@@ -310,7 +310,7 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def choose_precision(precision: str) -> str:
-    """The network's arithmetic; "auto" is float32 until another was measured (InputError)."""
+    """The network's arithmetic; "auto" is float32 until measured; InputError if unknown."""
     if precision == "auto":
         return "float32"
     if precision in REMOVED_PRECISIONS:

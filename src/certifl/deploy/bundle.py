@@ -78,7 +78,7 @@ class Connection:
 
 
 def load_connection(folder: Path) -> Connection:
-    """Read the server's address from a bundle; SpecError where it is none, or damaged."""
+    """Read the server's address from a bundle; SpecError where it is not a bundle, or damaged."""
     check_deploy_folder(folder)
     try:
         stored = read_toml(folder / _FILE)

@@ -27,8 +27,8 @@ from certifl.study.setup import partition_of
 _SHOWN = 4  # images that are named where the same is wrong with many
 _MODELS = "models, which are with the clients"
 _PUBLISHED = (
-    "The run was published without its models: whether its votes are theirs cannot be checked "
-    "here. The spec computes it again: `certifl run spec.toml`."
+    "The run was published without its models: whether these cast the votes cannot be checked "
+    "here. `certifl run` computes the run again from its spec.toml."
 )
 
 

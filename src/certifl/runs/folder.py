@@ -120,7 +120,7 @@ class RunFolder:
             spec_toml: the spec as text; with it a refusal names the keys that differ.
 
         Raises:
-            StoreMismatch: the folder holds another study, or files that are no run.
+            StoreMismatch: the folder holds another study, or files that are not a run.
         """
         if self.exists() and not overwrite:
             stored = self.manifest().get("spec_hash")
@@ -167,7 +167,7 @@ class RunFolder:
         """Open the folder for one spec, new or to go on with; only while it is `locked`.
 
         Raises:
-            StoreMismatch: the folder holds another study, or files that are no run.
+            StoreMismatch: the folder holds another study, or files that are not a run.
             StoreError: the folder cannot be written.
         """
         self.check(spec_hash, overwrite, spec_toml)

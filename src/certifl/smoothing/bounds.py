@@ -48,7 +48,7 @@ def clopper_pearson_lower(k: ArrayLike, n: ArrayLike, level: ArrayLike) -> Float
         float64, never above the exact limit: P(Binomial(n, L) >= k) <= level.
 
     Raises:
-        InputError: counts that are no whole numbers or out of range, or a level outside (0, 1).
+        InputError: counts that are not whole numbers or out of range, or a level outside (0, 1).
     """
     from scipy import special  # takes a while to import: when a bound is first computed
 

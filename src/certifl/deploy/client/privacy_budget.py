@@ -415,7 +415,7 @@ class PrivacyLedger:
             yield
 
     def write(self, entries: list[Entry]) -> None:
-        """Replace all entries, durably; StoreError where the old ledger is unchanged."""
+        """Replace all entries, durably. StoreError: the ledger is as it was before."""
         lines = "".join(json.dumps(asdict(entry), sort_keys=True) + "\n" for entry in entries)
         write_text(self.path, f"{_checksum_line(lines)}\n{lines}")
 

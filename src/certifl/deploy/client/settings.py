@@ -236,7 +236,7 @@ def _dealt(spec: Spec, settings: Settings, folder: Path | None) -> LocalData:
     if settings.client >= spec.clients.count:
         raise InputError(
             f"The study allocates images to {spec.clients.count} clients, counted from 0; there "
-            f"is not client {settings.client}."
+            f"is no client {settings.client}."
         )
     values = spec.model_dump(exclude_none=True)
     data = {k: v for k, v in values["data"].items() if k != "label_column"}
