@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 export MPLCONFIGDIR ?= $(CURDIR)/.cache/matplotlib
 
+# Processes that tests start find what they import compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
 PEERS := build/peers
 
 .PHONY: results quickstart test lint types contracts format check docs measure benchmark benchmark-peers clean

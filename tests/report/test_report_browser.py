@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from browser import tab_to
+from browser import tab_to, wait_until
 from certifl.report.wording import percent, tenths
 from report_factory import REGIMES
 from report_pages import CLIENTS, HOSTILE, data_of
@@ -113,9 +113,7 @@ def test_nothing_is_wider_than_the_window(windows, request, width, which):
 
 def test_charts_fit_again_when_the_window_changes(page):
     page.set_viewport_size({"width": 375, "height": 900})
-    page.wait_for_function(
-        "document.querySelector('#curve-chart svg').viewBox.baseVal.width <= 375"
-    )
+    wait_until(page, "document.querySelector('#curve-chart svg').viewBox.baseVal.width <= 375")
     expect(page.locator("#curve-chart path.mean")).to_have_count(len(REGIMES))
 
 
@@ -215,11 +213,12 @@ def test_the_explorer_shows_the_picture_of_the_step(page):
     for step in (15, 4, 30):
         page.locator("#step").fill(str(step))
         gray = 8 * step  # as the made-up strip has it
-        page.wait_for_function(
+        wait_until(
+            page,
             "gray => { const pen = new OffscreenCanvas(1, 1).getContext('2d');"
             " pen.drawImage(document.getElementById('picture'), 9, 9, 1, 1, 0, 0, 1, 1);"
             " return pen.getImageData(0, 0, 1, 1).data[0] === gray; }",
-            arg=gray,
+            gray,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-__all__ = ["NO_CHROMIUM", "PHONE", "Windows", "tab_to"]
+__all__ = ["NO_CHROMIUM", "PHONE", "Windows", "tab_to", "wait_until"]
 
 NO_CHROMIUM = "no Chromium on this machine: pages are not tried in a real browser"
 PHONE = 500
@@ -106,6 +107,17 @@ def page(desktop: Windows, report: Path) -> Iterator[Page]:
         desktop.pages[0].goto(report.resolve().as_uri())
     yield desktop.pages[0]
     desktop.require_quiet()
+
+
+def wait_until(page: Page, expression: str, arg: object = None) -> None:
+    """Until a JavaScript expression is true.
+
+    Not `page.wait_for_function`: that evaluates a text within the page, which the reports forbid.
+    """
+    ends = time.monotonic() + 20
+    while not page.evaluate(expression, arg):
+        assert time.monotonic() < ends, f"not true within 20 seconds: {expression}"
+        page.wait_for_timeout(50)
 
 
 def tab_to(page: Page, selector: str) -> None:
