@@ -26,9 +26,9 @@ class Parameters(BaseModel):
 
 
 Number = Annotated[float, Field(description="a number")]
-NonNegative = Annotated[float, Field(ge=0, description="a number from 0")]
+NonNegative = Annotated[float, Field(ge=0, description="a number of at least 0")]
 Positive = Annotated[float, Field(gt=0, description="a number above 0")]
-PositiveInt = Annotated[int, Field(ge=1, description="a whole number from 1")]
+PositiveInt = Annotated[int, Field(ge=1, description="a whole number of at least 1")]
 Share = Annotated[float, Field(ge=0, le=1, description="a number from 0 (global) to 1 (local)")]
 Fraction = Annotated[float, Field(ge=0, lt=1, description="a number from 0 to below 1")]
 Flag = Annotated[bool, Field(description="true or false")]

@@ -280,7 +280,7 @@ def test_shards_of_integers_and_texts_are_refused(tmp_path):
         file = tmp_path / f"bugs/train-0000{number}-of-00002.parquet"
         write_table(file, pixels_for(2, (8, 8)), {"label": labels})
     write_table(tmp_path / "bugs/test.parquet", pixels_for(2, (8, 8)), {"label": [0, 1]})
-    cannot_load("integers in one file and texts in another", "bugs", tmp_path)
+    cannot_load("integers in one file and strings in another", "bugs", tmp_path)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -318,8 +318,8 @@ def test_a_categorical_column_of_pandas_is_read_wherever_it_is_called(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "says"),
     [
-        (pa.array([0.0, 1.0, 2.0] * 4), "'label' of .* holds double, .*integers or texts"),
-        (pa.array([[1, 0], [0, 1], [1, 0]] * 4), r"'label' of .* holds list.*integers or texts"),
+        (pa.array([0.0, 1.0, 2.0] * 4), "'label' of .* holds double, .*integers or strings"),
+        (pa.array([[1, 0], [0, 1], [1, 0]] * 4), r"'label' of .* holds list.*integers or strings"),
         (pa.array(["bee", None, "ant"] * 4).dictionary_encode(), "missing labels"),
         (pa.array(["bee", "", "ant"] * 4), "missing labels"),
         (pa.nulls(12), "'label' of .* holds null"),
@@ -358,7 +358,7 @@ def test_hidden_test_labels_name_the_split_to_use(features, tmp_path):
 
 def test_minus_one_in_both_splits_is_not_a_class(tmp_path):
     hide(tmp_path, None, [-1, 0, 1])
-    cannot_load(r"training label -1.*not public.*labels as texts", "bugs", tmp_path)
+    cannot_load(r"training label -1.*not public.*labels as strings", "bugs", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -379,8 +379,8 @@ def test_a_test_split_of_image_folders_can_be_chosen(tmp_path):
 @pytest.mark.parametrize(
     ("classes", "line"),
     [
-        ([str(k) for k in range(12)], "ordered as texts (0, 1, 10, 11, 2 ...), so class number 2"),
-        ([f"c{k}" for k in (1, 2, 10)], "ordered as texts (c1, c10, c2), so class number 1"),
+        ([str(k) for k in range(12)], "as strings (0, 1, 10, 11, 2 ...), so class number 2"),
+        ([f"c{k}" for k in (1, 2, 10)], "ordered as strings (c1, c10, c2), so class number 1"),
         ([f"{k:02d}" for k in range(12)], ""),
         (["ant", "bee"], ""),
     ],

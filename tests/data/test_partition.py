@@ -467,7 +467,7 @@ def test_the_column_is_kept_in_the_cache_and_only_where_asked_for(data):
     ("column", "says"),
     [
         ("clinic", "no column 'clinic' to split by; its columns are image, label, hospital"),
-        ("image", "holds binary; clients are named by integers or texts"),
+        ("image", "holds binary; clients are named by integers or strings"),
     ],
 )
 def test_columns_that_cannot_be_are_refused(column, says, data):

@@ -432,7 +432,7 @@ def test_faults_are_logged_and_nothing_leaves_unlogged(tmp_path):
     request = to_records(Content({"order": "join", "study": study_of(spec(*LIGHT))}))
     reply = respond(Message(request, 1, "query.join"), client)
     assert reply.has_error()
-    assert reply.error.reason == "its disk failed it"
+    assert reply.error.reason == "its disk failed"
 
 
 def test_a_clients_files_are_private(tmp_path):

@@ -175,7 +175,7 @@ def test_a_client_that_is_counted_as_connected_waits_until_it_is_accepted(federa
     unneeded = shutil.ignore_patterns("studies", "log", ".lock")
     shutil.copytree(federation.bundle / "client-1", again, ignore=unneeded)
     waiting = federation.start("waiting", "client", again, "--data", "digits", "--dealt")
-    waiting.prints("does not accept this client yet, as it did before", 180)
+    waiting.prints("does not accept this client at the moment", 180)
     assert "key" not in waiting.output
     for pid in (*client.flower(), client.pid):
         os.kill(pid, signal.SIGKILL)

@@ -127,7 +127,7 @@ def test_an_answer_that_cannot_be_recorded_does_not_leave(tmp_path, monkeypatch)
     with monkeypatch.context() as at:
         at.setattr(os, "replace", full)
         answer = ask(own, spec)
-    assert answer.fields["fault"]["reason"] == "its disk failed it"
+    assert answer.fields["fault"]["reason"] == "its disk failed"
     assert not answer.parts
     assert not list((tmp_path / "studies" / ID).glob("state-*"))
     fine(ask(own, spec))
@@ -168,7 +168,7 @@ def test_one_sample_answers_one_request(tmp_path, monkeypatch):
     fine(ask(own, spec))
     fine(ask(own, spec, round=1, counted=0))
     monkeypatch.setattr(example, "clipped_sum", None)  # no image is looked at
-    words = "one sample answers one request"
+    words = "one sample may answer only one request"
     refused(ask(own, spec, round=1, counted=NEVER), words)  # the same model, with other momentum
     monkeypatch.undo()
     assert spent(tmp_path) == worth(2 * STEPS, 2)

@@ -321,6 +321,6 @@ def test_a_refused_client_tries_until_it_is_accepted_and_ends_when_asked(tmp_pat
     serving.run_client(folder, settings, lines.append)
     said = "\n".join(lines)
     assert "does not accept this client" in said
-    assert said.endswith("The connection ended; connects again.")
+    assert said.endswith("The connection ended; reconnecting.")
     assert "has accepted this client" in said
     assert Accepted(folder).before()

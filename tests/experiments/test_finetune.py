@@ -246,7 +246,7 @@ def test_the_plan_and_the_hash_know_it():
         (("clients.unseen=1", 'algorithm={name="local"}'), ("local", "trains alone")),
         (
             ("clients.unseen=1", 'algorithm={name="mixture",personalization=0.5}'),
-            ("mixture", "unseen client has nothing"),
+            ("mixture", "unseen client has no such model"),
         ),
         (
             ("clients.unseen=1", 'algorithm={name="personalized",base="local"}'),

@@ -120,7 +120,10 @@ def test_the_hub_takes_the_same_folder_and_gives_it_back(run, hub, tmp_path):
     assert not (hub / "me/seen").exists()
     assert load("hf:me/blurred").spec == load(tmp_path / "folder").spec
     cli("predict", photo(tmp_path), "--run", "hf:me/blurred", "--n", "100").fine("radius")
-    with pytest.raises(DataUnavailable, match=r"did not take or give hf:me/absent"):
+    with pytest.raises(
+        DataUnavailable,
+        match=r"Exchanging hf:me/absent with the Hugging Face hub failed",
+    ):
         load("hf:me/absent")
 
 

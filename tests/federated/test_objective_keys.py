@@ -178,7 +178,7 @@ def test_balls_laws_and_samplers_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match=r"the gradient of Odd\.apply in the parameters"):
         SmoothAdv()(TinyNet(), batch(Odd(norm="l2", rounded=True)))
     laplace: Any = Laplace()
-    with pytest.raises(InputError, match="no radius for the law 'laplace'"):
+    with pytest.raises(InputError, match="no radius for the distribution 'laplace'"):
         Macer()(TinyNet(), batch(Odd(law=laplace)))
 
 

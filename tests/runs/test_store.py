@@ -228,7 +228,7 @@ def test_one_process_at_a_time(tmp_path):
     command = [sys.executable, "-S", "-c", HOLDER, folder.path / ".lock"]
     with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True) as other:
         assert other.stdout.readline() == "holding\n"
-        with pytest.raises(StoreMismatch, match="Another process is at work"), folder.locked():
+        with pytest.raises(StoreMismatch, match="Another process is using"), folder.locked():
             pass
         other.communicate("")
     with folder.locked():

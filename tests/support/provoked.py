@@ -285,7 +285,7 @@ CASES: dict[str, Case] = {
     "The folder holds another study": lambda run: study(
         "training.lr=0.01", options=("--out", run)
     ),
-    "Another process is at work": busy,
+    "Another process is using the folder": busy,
     "The run is not finished": unfinished,
     "Runs that cannot be compared": incomparable,
     "A certificate does not follow from its votes": changed_certificates,

@@ -271,7 +271,7 @@ def bears_rounding(model: nn.Module) -> bool:
         return False
     strange = next((node for node in nodes if not _bears(node, inner)), None)
     if strange is not None:
-        _log.info("The network votes in float32: %s may not bear bfloat16.", strange.target)
+        _log.info("The network votes in float32: %s may not tolerate bfloat16.", strange.target)
     return strange is None
 
 
@@ -330,7 +330,7 @@ def loses(plain: Network, rounded: Network, images: Tensor, trial: Trial) -> boo
     if loses:
         _log.info(
             "The network votes in float32: in bfloat16 %d votes were lost on images that are "
-            "unanimous in float32, and %d won.",
+            "unanimous in float32, and %d gained.",
             lost,
             won,
         )

@@ -58,7 +58,7 @@ def check_images(images: Tensor | np.ndarray) -> Tensor:
         )
     values = values.detach().to(torch.float32)
     if not bool(torch.isfinite(values).all()):
-        raise InputError("images holds NaN or infinity; a certificate needs a definite image.")
+        raise InputError("images contains NaN or infinity, for which nothing can be certified.")
     low, high = float(values.min()), float(values.max())
     if low < 0.0 or high > 1.0:
         raise InputError(
@@ -129,7 +129,7 @@ def check_perturbation(perturbation: Any) -> None:
 def check_seed(seed: Any) -> None:
     """Refuse a seed that is not a whole number from 0, before it is cut to one (InputError)."""
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise InputError(f"seed must be a whole number from 0; got {seed!r}.")
+        raise InputError(f"seed must be a whole number of at least 0; got {seed!r}.")
 
 
 def check_exact(images: Tensor, perturbation: Perturbation) -> None:
@@ -399,7 +399,7 @@ def checked_blocks(
         shape = values.shape[1:]
         yield values, given
     if shape is None:
-        raise InputError("There is nothing to certify: images holds no block.")
+        raise InputError("There is nothing to certify: images contains no block.")
 
 
 def _pairs(images: Images, labels: ImageLabels) -> Iterator[tuple[Any, Any]]:

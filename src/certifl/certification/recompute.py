@@ -374,8 +374,8 @@ def _check_votes(
     cast, chosen = certificates.votes == looks[look], certificates.selection_counts.sum(axis=1)
     report(~known, "its number of looks is not one that was fixed in advance")
     report(~cast, "its number of votes is not that of its last look")
-    report(chosen != n0, f"it has not n0 = {n0} selection votes")
-    report(certificates.level != estimator.level(look), "its level is not its look's")
+    report(chosen != n0, f"it does not have n0 = {n0} selection votes")
+    report(certificates.level != estimator.level(look), "its level is not that of its look")
     return known & cast & (chosen == n0)
 
 

@@ -331,5 +331,5 @@ def unpacked(packed: bytes, classes: int, most: int | None = None) -> np.ndarray
         raise ValueError("they end too early")
     path = np.frombuffer(raw, kind)
     if len(path) and not 0 <= path.min() <= path.max() < classes:
-        raise ValueError("a vote for a class there is not")
+        raise ValueError("a vote for a class that does not exist")
     return path

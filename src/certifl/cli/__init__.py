@@ -67,7 +67,7 @@ _PANELS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
         "merge": (models.merge, "Merge the shards of a certification."),
         "finetune": (models.finetune, "Fine-tune your weights; certify before and after."),
         "predict": (models.predict, "Predict one image, with its certified radius."),
-        "push": (models.push, "Push a client's model with a card to the hub."),
+        "push": (models.push, "Publish a client's model, with a card, on the hub."),
     },
     "Federation": {},
     "Results": {

@@ -28,7 +28,7 @@ _SAFE_PATH = "PYTHONSAFEPATH"
 _LONGEST_REASON = 200
 
 Out = Annotated[
-    Path | None, typer.Option("--out", help="Folder for the results; default: runs/<name>-<hash>.")
+    Path | None, typer.Option("--out", help="Folder for the results; default: runs/<spec>-<hash>.")
 ]
 DataDir = Annotated[
     Path | None,
@@ -132,7 +132,7 @@ def load_study(spec: Path, settings: list[str] | None) -> Spec:
 
 
 def run_folder(spec: Path, study: Spec, out: Path | None) -> Path:
-    """Where a study's results go: where the user says, or runs/<name>-<hash>."""
+    """Where a study's results go: where the user says, or runs/<spec>-<hash>."""
     return out or Path("runs") / f"{spec.stem}-{study.hash()[:8]}"
 
 

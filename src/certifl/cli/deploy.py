@@ -21,19 +21,24 @@ deploy = typer.Typer(
     rich_markup_mode=None,
 )
 
-ClientFolder = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="The bundle's folder.")]
+ClientFolder = Annotated[
+    Path, typer.Argument(metavar="[FOLDER]", help="Folder of this machine, from `deploy init`.")
+]
 Insecure = Annotated[
-    bool, typer.Option("--insecure", help="No encryption, no keys: for use on one machine.")
+    bool,
+    typer.Option("--insecure", help="No encryption, no keys: only to try out on one machine."),
 ]
 Names = Annotated[
     list[str] | None,
     typer.Option("--name", help="Additional name or address of the server; repeatable."),
 ]
-SpecFile = Annotated[Path, typer.Argument(metavar="SPEC.toml", help="Spec of the study.")]
-ServerFolder = Annotated[Path, typer.Option("--kit", help="The server's folder.")]
+SpecFile = Annotated[Path, typer.Argument(metavar="SPEC.toml", help="The study.")]
+ServerFolder = Annotated[
+    Path, typer.Option("--kit", help="The server's folder, from `deploy init`.")
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the spec; repeatable."),
 ]
 OwnPerturbation = Annotated[
     bool, typer.Option("--own-perturbation", help="Allow clients their own perturbation.")
@@ -116,7 +121,10 @@ def client(
     ] = None,
     dealt: Annotated[
         bool,
-        typer.Option("--dealt", help="DATA is a common data set; the study allocates its images."),
+        typer.Option(
+            "--dealt",
+            help="All clients have the data set DATA; the study allocates its images.",
+        ),
     ] = False,
     code: Annotated[
         Path | None,
@@ -271,12 +279,14 @@ def _show_results(path: Path, title: str) -> None:
 @deploy.command()
 def status(
     folder: Annotated[
-        Path, typer.Argument(metavar="[FOLDER]", help="The bundle's folder, or that of a run.")
+        Path,
+        typer.Argument(metavar="[FOLDER]", help="This machine's folder, or that of a run."),
     ] = Path("."),
 ) -> None:
-    """On the server's machine: connected clients. On a client's: whether the server answers.
+    """Show connected clients, whether the server answers, or the progress of a run.
 
-    For the folder of a run: its rounds, who answered, the loss, and the time left.
+    On the server's machine: connected clients. On a client's: whether the server answers, and the
+    privacy spent. For the folder of a run: its rounds, who answered, the loss and the time left.
     """
     if is_run(folder):
         from certifl.deploy.status import study_lines

@@ -49,7 +49,10 @@ def certify(
     ] = None,
     window: Annotated[
         tuple[float, float] | None,
-        typer.Option(metavar="LOW HIGH", help="Black and white of 16-bit gray images and DICOM."),
+        typer.Option(
+            metavar="LOW HIGH",
+            help="Intensities of black and white: 16-bit gray images, DICOM.",
+        ),
     ] = None,
     family: Family = None,
     sigma: common.Sigma = None,
@@ -268,7 +271,8 @@ def predict(
         str | None, typer.Option(metavar="NUMBER|NAME,...", help="Its classes: 10, or cat,dog.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Data set whose images and classes are those of the model.")
+        str | None,
+        typer.Option(help="Data set of the model, for its image size and classes."),
     ] = None,
     family: Annotated[
         str | None, typer.Option(help="Perturbation family with --model; default: pixel.")
@@ -351,18 +355,18 @@ def push(
         str, typer.Argument(metavar="TARGET", help="hf:OWNER/NAME, or a new folder.")
     ],
     client: Annotated[
-        int | None, typer.Option(min=0, help="Client whose model is pushed; default: 0.")
+        int | None, typer.Option(min=0, help="Client whose model is published; default: 0.")
     ] = None,
     share: Annotated[
         str,
         typer.Option(help="curve, or rows: also every test image's certificate with its votes."),
     ] = "curve",
     public: Annotated[
-        bool, typer.Option("--public", help="Everybody may see the repository on the hub.")
+        bool, typer.Option("--public", help="Make the repository on the hub public.")
     ] = False,
     code: common.Code = None,
 ) -> None:
-    """Push the model that a client deploys, with a card, to the Hugging Face hub or a folder."""
+    """Publish a client's deployed model, with a card, on the Hugging Face hub or in a folder."""
     path_checks.check_model_folder(run)
     from certifl.experiments.hub import push as push_model
 

@@ -37,15 +37,15 @@ def report(
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(help="Name of the model of a file of certificates; default: the file's."),
+        typer.Option(help="Name of the model of a certificate file; default: the file's."),
     ] = None,
     labels: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=LABEL,...", help='New labels: "FedAvg=Global model".'),
+        typer.Option(metavar="NAME=LABEL,...", help='New labels of rows: "FedAvg=Global model".'),
     ] = None,
     order: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME,...", help='Which come first: "Local,FedAvg".'),
+        typer.Option(metavar="NAME,...", help='Rows that come first, in order: "Local,FedAvg".'),
     ] = None,
     colors: Annotated[
         list[str] | None,
@@ -53,7 +53,7 @@ def report(
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(metavar="WxH", help="Inches of figures with one panel, for print: 3.3x2.2."),
+        typer.Option(metavar="WxH", help="Size of one-panel figures in inches, such as 3.3x2.2."),
     ] = None,
     formats: Annotated[
         list[str] | None,
@@ -173,7 +173,7 @@ def verify(
     data_dir: common.DataDir = None,
     device: common.Device = "auto",
 ) -> None:
-    """Recompute every certificate from its votes, and compare all that a run says of itself.
+    """Recompute every certificate from its votes, and compare the run's other files with them.
 
     Exit code 1: something does not agree. Exit code 2: the clients of a run kept their
     certificates, and only they can verify them; or a run was published without its models, and
@@ -225,9 +225,10 @@ def attack(
     device: common.Device = "auto",
     code: common.Code = None,
 ) -> None:
-    """Attack a run's certificates, and measure what they do not cover; fails if one breaks.
+    """Attack a run's certificates, and measure what they do not cover.
 
-    Writes attack.json into the run; `certifl report` shows it beside the certificates.
+    Writes attack.json into the run; `certifl report` shows it beside the certificates. Exit code
+    1: the search found a violation of a certificate.
     """
     path_checks.check_run(run)
     path_checks.check_data_folder(data_dir)

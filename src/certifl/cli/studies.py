@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 
 def quickstart(
-    out: common.Out = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path(
+        "runs/quickstart"
+    ),
     seed: Annotated[int, typer.Option(min=0, help="Seed of images, weights and noise.")] = 0,
     device: common.Device = "auto",
     overwrite: common.Overwrite = False,
@@ -35,7 +37,7 @@ def quickstart(
     from certifl.report import load_run, load_runs, summary_rows, write_report
     from certifl.runs.folder import RunFolder, require_own_folder
 
-    folder, specs = out or Path("runs/quickstart"), presets.quickstart(seed)
+    folder, specs = out, presets.quickstart(seed)
     page, complete = folder / "report.html", not overwrite
     results: list[RunResults] = []
     require_own_folder(folder, list(specs), (page.name, "figures"))
@@ -122,13 +124,13 @@ def sweep(
         list[str] | None,
         typer.Option(
             metavar="[ALGORITHM:]KEY=V,V,...",
-            help="A key of the spec and its values; repeatable, all combinations are run.",
+            help="A key of the spec and its values; repeatable: all combinations are run.",
         ),
     ] = None,
     set_: common.Settings = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder for the results; default: runs/<name>-sweep-<hash>."),
+        typer.Option("--out", help="Folder for the results; default: runs/<spec>-sweep-<hash>."),
     ] = None,
     data_dir: common.DataDir = None,
     device: common.Devices = "auto",
@@ -219,7 +221,10 @@ def reproduce(
     ],
     scale: Annotated[str, typer.Option(help="smoke, laptop, overnight or paper.")] = "laptop",
     set_: common.Settings = None,
-    out: common.Out = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the results; default: runs/reproduce-<scale>."),
+    ] = None,
     data_dir: common.DataDir = None,
     device: common.Devices = "auto",
     plan: common.PlanOnly = False,

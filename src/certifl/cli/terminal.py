@@ -247,7 +247,7 @@ def show_prediction(prediction: Prediction) -> None:
 def _meaning(metadata: Mapping[str, Any]) -> str:
     limit = ""
     if below_sigma(metadata):
-        limit = "Radii of this law stay below sigma; the scan estimator has no such limit. "
+        limit = "Radii of this distribution stay below sigma; the scan has no such limit. "
     return (
         f"Each radius ({metadata['norm']} norm, {metadata['unit']}) is wrong with probability at "
         f"most {metadata['alpha']}. {limit}{metadata['threat']}"
@@ -277,7 +277,7 @@ def _show_attack(result: Mapping[str, Any]) -> None:
     lines = {
         "class changes inside certificates": f"{len(inside['violations'])} of {inside['images']} "
         f"images ({inside['deltas']:,} parameters tried, {inside['votes']:,} votes)",
-        "smallest lead found": "none was attacked"
+        "smallest margin found": "no image was attacked"
         if closest is None
         else f"{100 * closest['lead']:.1f} % of {closest['votes']:,} votes "
         f"(client {closest['client']}, image {closest['index']})",
@@ -285,7 +285,7 @@ def _show_attack(result: Mapping[str, Any]) -> None:
         "predicted correctly": f"{100 * beyond['clean']:.1f} %",
         "deformed first, at random": f"{100 * beyond['random']:.1f} %",
         f"deformed first, worst of {beyond['deltas']}": f"{100 * beyond['worst']:.1f} %",
-        "changed by that, beyond doubt": f"{beyond['changed']} of {beyond['promised']} certified",
+        "changed by that (sign test)": f"{beyond['changed']} of {beyond['promised']} certified",
     }
     for title, text in lines.items():
         console.print(f"{title:35}{text}")

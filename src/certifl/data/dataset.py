@@ -50,7 +50,7 @@ class ImageSplit:
     Args:
         images: uint8, (n, c, h, w), c = 1 (gray) or 3 (RGB).
         labels: int64, (n,), classes counted from 0.
-        column: (n,), integers or texts of one further column of the data set, such as the writer
+        column: (n,), integers or strings of one further column of the data set, such as the writer
             or the hospital; None where none was asked for.
     """
 

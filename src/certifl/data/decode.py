@@ -3,7 +3,7 @@
 Convention: 8-bit gray stays one channel. Everything else (RGB, palettes, CMYK, ...) becomes RGB.
 An alpha channel is dropped and a recorded camera orientation is applied. If one image of a set is
 RGB, the gray ones get three equal channels. Whatever would lose part of an image is refused: more
-than 8 bits per channel, because there is no one right way to bring them to [0, 255] (a study may
+than 8 bits per channel, because there is no unique way to convert them to [0, 255] (a study may
 name one for gray images, `Preparation.window`), and files with several frames or pages, because
 only one of them can be the image. (The second image that cameras put into a JPEG is a preview of
 the first, which alone is read.) Of DICOM files only pixels are read.
@@ -285,9 +285,7 @@ def _would_lose(image: Image.Image, windowed: bool = False) -> str:
         return f"has 8 bits per channel. {WINDOW_OF_8_BITS}"
     if depth and not (windowed and image.mode in _DEEP_MODES):
         way = _GIVE_WINDOW if image.mode in _DEEP_MODES else "Convert the images to 8 bits first."
-        return (
-            f"has more than 8 bits per channel ({depth}), which has no one right conversion. {way}"
-        )
+        return f"has more than 8 bits per channel ({depth}), which has no unique conversion. {way}"
     if image.format != "MPO" and getattr(image, "is_animated", False):
         return (
             "holds several frames or pages, and nothing says which of them is the image. Save the "

@@ -131,7 +131,7 @@ def hub_choices(base: str, columns: ReadOptions, test_split: str | None) -> tupl
 
 
 def _say_order(dataset: Dataset) -> None:
-    """Say that classes whose names hold numbers are ordered as texts: 10 comes before 2."""
+    """Say that classes whose names hold numbers are ordered as strings: 10 comes before 2."""
     names = list(dataset.class_names)
     # A key that sorts the numbers in a name by their size.
     parts = {name: [part for part in re.split(r"([0-9]{1,18})", name) if part] for name in names}
@@ -143,7 +143,7 @@ def _say_order(dataset: Dataset) -> None:
     )
     if names == sorted(names) and names != in_numbers:
         _log.warning(
-            "The classes of %s are ordered as texts (%s%s), so class number %d, counted from 0, "
+            "The classes of %s are ordered as strings (%s%s), so class number %d, counted from 0, "
             "is %r: outputs of a network must be in this order.",
             dataset.name,
             ", ".join(names[:5]),
@@ -302,7 +302,7 @@ def assemble(
 
     Class names come from the files where they say them. Otherwise the classes are the sorted
     different labels of the training split, and labels are renumbered 0..K-1 in that order (texts
-    sort as texts: "10" comes before "2").
+    sort as strings: "10" comes before "2").
 
     Raises:
         InputError: sizes differ, images are smaller than 8 x 8, labels do not fit the classes.
@@ -311,7 +311,7 @@ def assemble(
     kinds = {raw.column.dtype.kind for raw in (train, test) if raw.column is not None}
     if len(kinds) > 1:
         raise InputError(
-            f"The column to split {name} by holds integers in one split and texts in the other. "
+            f"The column to split {name} by holds integers in one split and strings in the other. "
             "Store its values alike in both."
         )
     channels = max(train.images.shape[1], test.images.shape[1])
@@ -386,7 +386,8 @@ def _require_named(name: str, train: RawSplit, test: RawSplit) -> None:
     for which, labels in (("training", train.labels), ("test", test.labels)):
         if labels.dtype.kind != "i":
             raise InputError(
-                f"{name} names its classes, but its {which} labels are texts. Store class numbers."
+                f"{name} names its classes, but its {which} labels are strings. Store "
+                "class numbers."
             )
         if labels.min() < 0:
             raise InputError(_hidden(name, which, int(labels.min())))
@@ -402,5 +403,5 @@ def _hidden(name: str, which: str, label: int) -> str:
     means = "usually marks images whose label is not public" if label == -1 else "is not a class"
     return (
         f"{name} has the {which} label {label}, which {means}. {_INSTEAD[which]} If {label} is a "
-        "class of yours, store the labels as texts."
+        "class of yours, store the labels as strings."
     )

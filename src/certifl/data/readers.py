@@ -270,7 +270,7 @@ class RawSplit:
         images: uint8, (n, c, h, w).
         labels: (n,), integers, or texts where the files hold the names of classes.
         class_names: names of the classes 0..K-1, or None where the files do not say them.
-        column: (n,), integers or texts of the column that was to be kept; None without one.
+        column: (n,), integers or strings of the column that was to be kept; None without one.
     """
 
     images: np.ndarray
@@ -403,7 +403,7 @@ def _download(hub_id: str, ways: str) -> dict[str, _HubSplit]:
     except Exception as error:  # the hub's client raises many unrelated types when it cannot help
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise DataUnavailable(
-            f"{hub_id} is not on this machine, and the Hugging Face hub did not give it "
+            f"{hub_id} is not on this machine, and cannot be fetched from the Hugging Face hub "
             f"({reason}). {ways}"
         ) from error
 

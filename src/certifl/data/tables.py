@@ -45,8 +45,8 @@ def _joined(parts: list[np.ndarray], name: str) -> np.ndarray:
     """The values of all parts; numpy alone would make texts of integers beside texts."""
     if len({part.dtype.kind for part in parts if part.size}) > 1:
         raise InputError(
-            f"Column {name!r} holds integers in one file and texts in another. Files of one split "
-            "must store their values alike."
+            f"Column {name!r} holds integers in one file and strings in another. Files of one "
+            "split must store their values alike."
         )
     return np.concatenate([part for part in parts if part.size] or parts)
 
@@ -140,9 +140,9 @@ def _labels(column: pa.Array | pa.ChunkedArray, name: str, where: str) -> np.nda
         raise InputError(f"Column {name!r} of {where} has missing labels. Remove those rows.")
     if values is None:
         raise InputError(
-            f"Column {name!r} of {where} holds {column.type}; labels are integers or texts. Store "
-            "them as such, or choose another column by writing it behind the data set's name, as "
-            "in NAME[COLUMN]."
+            f"Column {name!r} of {where} holds {column.type}; labels are integers or strings. "
+            "Store them as such, or choose another column by writing it behind the data set's "
+            "name, as in NAME[COLUMN]."
         )
     return values
 
@@ -159,7 +159,7 @@ def _kept(column: pa.Array | pa.ChunkedArray, chosen: Chosen, where: str) -> np.
     if values is None:
         raise InputError(
             f"Column {chosen.kept!r} of {where} holds {column.type}; clients are named by "
-            "integers or texts. Choose another column, or store this one as text."
+            "integers or strings. Choose another column, or store this one as strings."
         )
     names = np.array(chosen.kept_names or (), dtype=np.str_)
     if not names.size or values.dtype.kind == "U":
@@ -197,7 +197,7 @@ _USUAL_NAMES = {"image": ("image", "img"), "label": ("label", "labels")}
 _TYPES = {"image": "Image", "label": "ClassLabel"}
 _STORED = {
     "image": "Store the bytes of image files, alone or as a struct with `bytes`.",
-    "label": "Store labels as integers or texts.",
+    "label": "Store labels as integers or strings.",
 }
 _STRING_VIEW = pa.string_view() if hasattr(pa, "string_view") else None
 

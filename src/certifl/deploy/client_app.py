@@ -31,7 +31,7 @@ def respond(message: Message, client: Client) -> Message:
         return _answer(message, client, request)
     except StoreError as error:
         _log.error("%s", error)
-        return _error(message, client, "its disk failed it")
+        return _error(message, client, "its disk failed")
     except Exception:
         _log.exception("A request of the server failed.")
         return _error(message, client, "it failed; see its own log")

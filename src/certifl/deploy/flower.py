@@ -71,7 +71,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise StoreMismatch(
-                f"Another process is at work for {folder}. Server and clients are started once."
+                f"Another process is using {folder}. Start a server or client only once."
             ) from None
         yield
 

@@ -130,7 +130,8 @@ def load(source: str | Path, code: Path | None = None) -> Deployed:
         source: "hf:OWNER/NAME", or a folder. code: as `OpenRun`.
 
     Raises:
-        DataUnavailable: the hub did not give it. StoreMismatch: weights other than the card's.
+        DataUnavailable: it cannot be fetched from the hub.
+        StoreMismatch: weights other than the card's.
         StoreError, ModelError: as `ClientStudy.deployed`.
     """
     folder = local_folder(source)
@@ -167,7 +168,7 @@ def local_folder(source: str | Path) -> Path:
     """The folder of a pushed model on this machine; one of the hub is fetched.
 
     Raises:
-        DataUnavailable: the hub did not give it, or the extra is missing.
+        DataUnavailable: it cannot be fetched from the hub, or the extra is missing.
     """
     name = str(source)
     if not name.startswith(PREFIX):
@@ -360,7 +361,7 @@ of your own.
 
 @contextlib.contextmanager
 def _hub(name: str) -> Iterator[Any]:
-    """The hub's client; whatever it raises says that the hub did not take or give `name`."""
+    """The hub's client; whatever it raises says that exchanging `name` with the hub failed."""
     try:
         import huggingface_hub  # pyright: ignore[reportMissingImports]  # optional
     except ImportError as error:
@@ -374,6 +375,6 @@ def _hub(name: str) -> Iterator[Any]:
         raise
     except Exception as error:  # the hub's client raises many unrelated types
         raise DataUnavailable(
-            f"The Hugging Face hub did not take or give {name} ({type(error).__name__}: "
+            f"Exchanging {name} with the Hugging Face hub failed ({type(error).__name__}: "
             f"{first_line(error)}). Check its name, the network and `hf auth login`."
         ) from error

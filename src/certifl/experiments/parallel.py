@@ -152,7 +152,7 @@ def compute(
                 pending.remove(job)
         if len(pending) == before:
             if stage is not None:
-                stage(f"waits for {len(pending)} runs of another process")
+                stage(f"waiting for {len(pending)} runs of another process")
             time.sleep(_POLL_SECONDS)
             pending = [job for job in pending if options.overwrite or not job.done()]
 
@@ -178,7 +178,7 @@ def _ended(job: Job, options: Options, renewed: list[Path], failed: Failed | Non
             with RunFolder(job.path).locked():
                 pass
         except StoreMismatch:
-            return False  # another process is at work in it
+            return False  # another process is using it
         raise
     except WorkError as error:
         if failed is None:

@@ -201,7 +201,7 @@ def _scales_problem(run: OpenRun, client: int) -> str | None:
     metadata, again = run.certificates.conditions, network.quantized
     assert again is not None, "the network is prepared in int8"
     if again.scales != recorded(metadata, client):
-        return f"client {client}: the scales of int8 are others when computed again"
+        return f"client {client}: the scales of int8 differ when computed again"
     agreement = metadata.get("agreement_with_float32")
     if not isinstance(agreement, Mapping) or agreement.get(str(client)) != again.agreement:
         return (
@@ -357,14 +357,14 @@ def flips_problems(
         everything = stats.binom.sf(int(flipped.sum()) - 1, int(total.sum()), most)
         if not wrong.any() and everything < level / 2:
             return [
-                f"client {who}: {int(flipped.sum())} of {int(total.sum())} votes are others when "
+                f"client {who}: {int(flipped.sum())} of {int(total.sum())} votes differ when "
                 f"cast again, more than the {most:.1%} that rounding may flip"
             ]
     else:
         wrong = _unlike(cast, of_one, level / len(part))
     return [
         f"client {who}, image {part.index[row]}: {flipped[row]} of its {total[row]} votes are "
-        "others when cast again"
+        "differ when cast again"
         for row in np.flatnonzero(wrong)
     ]
 

@@ -184,7 +184,8 @@ def _check_options(request: Request) -> None:
         raise InputError("--run has its own weights; leave out --weights.")
     if request.run is None and request.code is not None:
         raise InputError(
-            "--code says where a run's own network is; --model is found where you are."
+            "--code is the folder of a run's own network; --model is imported from the "
+            "working directory or PYTHONPATH."
         )
     if request.run is not None and (request.resize or request.crop or request.window):
         raise InputError("--run prepares its images as its spec says: leave out --resize, ...")
@@ -315,7 +316,7 @@ def merge_shards(files: Sequence[Path], out: Path) -> Certificates:
         named = ", ".join(f"{number}/{count}" for number in missing)
         raise StoreMismatch(f"These shards are missing: {named}. Certify them, then merge all.")
     merged = _interleaved([by_number[number][1] for number in range(1, count + 1)])
-    _save(merged, out, "The shards are as they were.")
+    _save(merged, out, "The shards are unchanged.")
     return merged
 
 

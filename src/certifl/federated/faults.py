@@ -118,7 +118,7 @@ def suggestions(faults: Iterable[Fault]) -> str:
     """What to do about these faults."""
     kinds = {fault.kind for fault in faults}
     hints = [text for kind, text in _ADVICE.items() if kind in kinds]
-    return " ".join([*hints, "A smaller min_clients lets training go on with fewer."])
+    return " ".join([*hints, "Training can continue with fewer if min_clients is smaller."])
 
 
 Signature = dict[str, tuple[tuple[int, ...], torch.dtype]]

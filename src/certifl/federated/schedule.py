@@ -64,19 +64,19 @@ class Schedule:
     crop: int = 0
 
     def __post_init__(self) -> None:
-        check_number("rounds", self.rounds, "a whole number from 0", low=0, whole=True)
+        check_number("rounds", self.rounds, "a whole number of at least 0", low=0, whole=True)
         for key in ("local_epochs", "batch_size"):
-            check_number(key, getattr(self, key), "a whole number from 1", low=1, whole=True)
+            check_number(key, getattr(self, key), "a whole number, at least 1", low=1, whole=True)
         check_number("lr", self.lr, "a number above 0", low=0, open_low=True)
         check_number("momentum", self.momentum, "a number from 0 up to 1", low=0, high=1)
-        check_number("weight_decay", self.weight_decay, "a number from 0", low=0)
+        check_number("weight_decay", self.weight_decay, "a number of at least 0", low=0)
         if self.decay_every is not None:
-            allowed = "a whole number of epochs from 1"
+            allowed = "a whole number of epochs, at least 1"
             check_number("decay_every", self.decay_every, allowed, low=1, whole=True)
         check_number(
             "decay_factor", self.decay_factor, "above 0, up to 1", low=0, high=1, open_low=True
         )
-        check_number("crop", self.crop, "a whole number of pixels from 0", low=0, whole=True)
+        check_number("crop", self.crop, "a whole number of pixels, at least 0", low=0, whole=True)
         check_choice("momentum_between_rounds", self.momentum_between_rounds, ("reset", "keep"))
 
     @property

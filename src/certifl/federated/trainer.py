@@ -157,7 +157,7 @@ def _check(
     if min_clients is not None:
         allowed = f"a whole number from 1 to the number of clients, {clients}"
         check_number("min_clients", min_clients, allowed, low=1, high=clients, whole=True)
-    check_number("workers", workers, "a whole number from 0", low=0, whole=True)
+    check_number("workers", workers, "a whole number of at least 0", low=0, whole=True)
     if answer_within is not None and not workers:
         raise InputError("answer_within needs workers: a client in this process has no timeout.")
 

@@ -143,7 +143,7 @@ class WorkerPool:
         workers: int,
         answer_within: float | None = None,
     ) -> None:
-        check_number("workers", workers, "a whole number from 1", low=1, whole=True)
+        check_number("workers", workers, "a whole number of at least 1", low=1, whole=True)
         if answer_within is not None:
             allowed = "a number of seconds above 0"
             check_number("answer_within", answer_within, allowed, low=0, open_low=True)

@@ -214,7 +214,7 @@ FIGURES: Mapping[str, Figure] = {
         "The paper (4.3) asks what serves a client better: robust training alone, or robust "
         "fine-tuning of a model that was trained together without augmentation. At a small sigma, "
         "it finds, fine-tuning is clearly ahead, for less computation. At a large sigma the two "
-        "are about equal, which it puts down to the small number of clients.",
+        "are about equal, which it attributes to the small number of clients.",
     ),
     "figure5": Figure(
         "Mixtures of global and local models",

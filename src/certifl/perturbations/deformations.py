@@ -344,7 +344,7 @@ class SmoothFlow(Deformation):
 
     def check(self) -> None:
         """At least one cosine an axis."""
-        check_number("bases", self.bases, "a whole number from 1", low=1, whole=True)
+        check_number("bases", self.bases, "a whole number of at least 1", low=1, whole=True)
 
     @property
     def dim(self) -> int | None:

@@ -39,7 +39,7 @@ def certificates_problem(certificates: Certificates) -> str | None:
     if len(certificates) == 0:
         return "it contains no image"
     if not np.all(np.isfinite(certificates.radius) & (certificates.radius >= 0)):
-        return "a radius is not a finite number from 0 up"
+        return "a radius is not a finite number of at least 0"
     if np.any(certificates.label == UNLABELED):
         return "some images have no label, so nothing can be called correct"
     images = np.stack([certificates.client, certificates.index], axis=1)

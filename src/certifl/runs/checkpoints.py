@@ -217,7 +217,7 @@ class Checkpoints:
             stored, damage = _open(path)
             if stored is not None:
                 return stored
-            _log.warning("Checkpoint %s is damaged and is left aside: %s.", path, damage)
+            _log.warning("Checkpoint %s is damaged and is ignored: %s.", path, damage)
         return None
 
     def history(self) -> list[dict[str, Any]]:
@@ -343,5 +343,5 @@ def _flush_all(paths: list[Path]) -> None:
 def _cannot_write(path: Path, error: OSError) -> StoreError:
     return StoreError(
         f"Cannot write {path}: {error}. Rounds committed before are unchanged; free some space or "
-        "choose another folder, then repeat the command to go on from the last one."
+        "choose another folder, then repeat the command to resume from the last one."
     )

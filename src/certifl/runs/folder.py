@@ -217,7 +217,7 @@ class RunFolder:
         """Hold the folder for one process.
 
         Raises:
-            StoreMismatch: another process is at work here, or this is a file.
+            StoreMismatch: another process is using it, or this is a file.
             StoreError: the folder cannot be written.
         """
         for folder in (self.path, *self.path.parents):
@@ -238,7 +238,7 @@ class RunFolder:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise StoreMismatch(
-                    f"Another process is at work in {self.path}. Wait for it, or choose "
+                    f"Another process is using {self.path}. Wait for it, or choose "
                     "another folder with --out."
                 ) from None
             yield
@@ -410,7 +410,7 @@ def locked_for(page: Path) -> Iterator[None]:
     """Lock the run folder that a page is written into; nothing where that is no run folder.
 
     Raises:
-        StoreMismatch: another process is at work in the run folder.
+        StoreMismatch: another process is using the run folder.
     """
     folder = RunFolder(page.parent)
     with folder.locked() if folder.exists() else contextlib.nullcontext():

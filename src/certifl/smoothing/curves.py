@@ -33,7 +33,7 @@ def certified_accuracy(correct: ArrayLike, radius: ArrayLike, radii: ArrayLike) 
     right, reach = _images(correct, radius)
     requested = np.asarray(radii, dtype=np.float64)
     if not np.all(requested >= 0):
-        raise InputError("The radii of a curve must be numbers from 0 up.")
+        raise InputError("The radii of a curve must be numbers of at least 0.")
     certified = np.sort(reach[right])
     short = np.searchsorted(certified, requested, side="left")  # correct images with radius < R
     return ((certified.size - short) / reach.size)[()]
@@ -97,7 +97,7 @@ def _images(correct: ArrayLike, radius: ArrayLike) -> tuple[NDArray[np.bool_], F
             "Give `correct` and `radius` for the same images, at least one, shape (m,)."
         )
     if not np.all(reach >= 0):
-        raise InputError("A certified radius is a number from 0 up; abstentions have radius 0.")
+        raise InputError("A certified radius must be at least 0; abstentions have radius 0.")
     return right, reach
 
 

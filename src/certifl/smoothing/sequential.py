@@ -105,7 +105,7 @@ def grid_steps(radius: ArrayLike, grid: ArrayLike) -> NDArray[np.int64]:
     """
     values = np.asarray(grid, dtype=np.float64).ravel()
     if not np.all(values >= 0):
-        raise InputError("The radii that will be reported must be numbers from 0 up.")
+        raise InputError("The radii that will be reported must be numbers of at least 0.")
     steps = np.unique(np.concatenate([[np.nextafter(0.0, 1.0)], values[values > 0]]))
     return np.asarray(np.searchsorted(steps, np.asarray(radius), side="right"), dtype=np.int64)
 

@@ -100,8 +100,8 @@ class Spec(sections.Section):
         self._check_rounds()
         if self.clients.unseen and row.no_unseen is not None:
             raise ValueError(
-                f"clients.unseen cannot be had with {trained['name']!r}: {row.no_unseen}. Remove "
-                'it, or choose an algorithm with one global model, such as "fedavg", or '
+                f"clients.unseen is not available with {trained['name']!r}: {row.no_unseen}. "
+                'Remove it, or choose an algorithm with one global model, such as "fedavg", or '
                 '"personalized"'
             )
         self._check_objective()
@@ -121,7 +121,7 @@ class Spec(sections.Section):
         if self.certification.precision == "int8" and not stored:
             raise ValueError(
                 'certification.precision = "int8" votes with ranges of activations on training '
-                "images, which stand in the certificates and have no noise, so no epsilon of "
+                "images, which are stored in the certificates and have no noise, so no epsilon of "
                 '[privacy] bounds them: choose "auto", "float32" or "bfloat16"'
             )
         from certifl.federated.privacy import check_algorithm

@@ -79,7 +79,7 @@ def track_finished(names: Sequence[str], run: OpenRun) -> None:
     """Log what trackers do not have yet of a run that is finished.
 
     Raises:
-        StoreMismatch: another process is at work in the folder.
+        StoreMismatch: another process is using the folder.
     """
     if names:
         with run.folder.locked(), tracked(names, run) as update:
@@ -97,7 +97,7 @@ def _report(followers: Sequence[_Follower], run: OpenRun) -> None:
             history = [by_client(e) for e in Checkpoints(run.folder.training).history()]
         certified = certified_numbers(run) if run.folder.certificates.is_file() else None
     except Exception as error:  # the run reports its own errors
-        _log.warning("Nothing of %s is logged: %s", run.path, error)
+        _log.warning("%s is not logged: %s", run.path, error)
         return
     for follower in behind:
         follower.log(history, certified, participants_are_secret(run.spec))

@@ -131,7 +131,7 @@ class Client:
         except Rejected as refusal:
             answer = self._fault("wrong", f"it refuses: {refusal}", str(refusal))
         except StoreError as error:
-            answer = self._fault("raised", "its disk failed it", str(error))
+            answer = self._fault("raised", "its disk failed", str(error))
         except CertiflError as error:
             kind = type(error).__name__
             answer = self._fault("raised", f"{kind}; see its own log", str(error))

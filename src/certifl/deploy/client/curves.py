@@ -136,7 +136,7 @@ class CertificateChecks:
                     f"its rows have a {name} beyond the study's {self.classes} classes"
                 )
         if not np.isfinite(rows.seconds).all() or (rows.seconds < 0).any():
-            raise MalformedMessage("its rows took an impossible time")
+            raise MalformedMessage("its rows have an impossible duration")
         if rows.conditions.get("model_fingerprint") != model:
             raise MalformedMessage("its rows are of another model than it names")
         discrepancies = verify(rows)

@@ -160,7 +160,7 @@ class PrivacyBudget:
         if conflict(self._releases, self._asked, name):
             raise Rejected(
                 "it has answered this round from this model before, with other states or images; "
-                "with privacy one sample answers one request"
+                "with privacy, one sample may answer only one request"
             )
         self._passes.append((name, multiplier, passes))
 
@@ -421,8 +421,8 @@ class PrivacyLedger:
 
     def _damaged(self, why: str) -> StoreError:
         return StoreError(
-            f"{self.path} cannot be trusted: {why}. It says how much of its images' privacy this "
-            "client has spent: restore its newest copy before any study trains."
+            f"{self.path} cannot be trusted: {why}. It records how much privacy of its images "
+            "this client has spent: restore its newest copy before any study trains."
         )
 
 

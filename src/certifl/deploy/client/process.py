@@ -290,7 +290,7 @@ class Retry:
 
     def unreachable(self, problem: str) -> float:
         """The server does not answer; how many seconds to wait."""
-        self._report_once("Waits for the server", f": {problem}.")
+        self._report_once("Waiting for the server", f": {problem}.")
         return self._next_wait()
 
     def refused(self, accepted_before: bool) -> float:
@@ -298,7 +298,7 @@ class Retry:
         now = self._clock()
         if self._refused_since is None:
             self._refused_since = now
-        self._report_once(self._why(accepted_before, now - self._refused_since), " Tries again.")
+        self._report_once(self._why(accepted_before, now - self._refused_since), " Trying again.")
         return self._next_wait()
 
     def ended(self, lasted: float) -> float:
@@ -306,7 +306,7 @@ class Retry:
         if lasted >= _LASTING:
             self._wait = _FIRST_WAIT
             self._reported_at.clear()
-        self._report_once("The connection ended; connects again.", "")
+        self._report_once("The connection ended; reconnecting.", "")
         return self._next_wait()
 
     def connected(self) -> None:
@@ -324,8 +324,8 @@ class Retry:
             )
         if accepted_before:
             return (
-                f"{whose} does not accept this client yet, as it did before: for about a minute "
-                "it counts a client that was killed as connected."
+                f"{whose} does not accept this client at the moment: for about a minute "
+                "it still counts a client that was killed as connected."
             )
         return (
             f"{whose} does not accept this client: it does not know this client's key, or counts "

@@ -295,12 +295,12 @@ _NOISE = Decision("done", "counted by the client's own ledger; see privacy.md")
 _VOTES = Decision("done", "how it certifies; it costs only time")
 
 DECISIONS: dict[str, Decision] = {
-    "name": Decision("done", "shown to people, without control characters"),
+    "name": Decision("done", "only displayed, without control characters"),
     "seed": Decision("done", "random draws, and which of its test images it certifies"),
     "data.name": Decision("unused", 'its own `data`; refused as "name[column]"'),
     "data.train_images": Decision("unused", "it trains on all its training images"),
     "data.test_images": Decision("unused", "`certification.images` of all its test images"),
-    "data.test_split": Decision("refused", "its own test images, as `data` has them"),
+    "data.test_split": Decision("refused", "its test images are those of its own `data`"),
     "data.resize": Decision("refused", "unless `resize` of `client.toml` is the same"),
     "data.crop": Decision("refused", "unless `crop` of `client.toml` is the same"),
     "data.window": Decision("refused", "unless `window` of `client.toml` is the same"),
@@ -308,16 +308,16 @@ DECISIONS: dict[str, Decision] = {
     "clients.count": Decision("done", f"at most {_MOST_CLIENTS:,}"),
     "clients.split": Decision("unused", 'its images are its own; refused as "column"'),
     "clients.options": Decision("unused", "as `clients.split`"),
-    "clients.unseen": Decision("refused", "a client that is not to train does not join"),
+    "clients.unseen": Decision("refused", "a client that does not train does not join"),
     "clients.participation": Decision("done", "it answers only rounds that it is drawn for"),
     "clients.min_clients": _SERVER,
     "model.name": Decision("done", "one of certifl's, or one in `networks` of `client.toml`"),
     "model.options": Decision("done", f"networks of at most {_LARGEST_NETWORK >> 30} GiB"),
-    "model.weights": Decision("refused", "a server names no file of this machine"),
+    "model.weights": Decision("refused", "a server must not name files of this machine"),
     "model.weights_sha256": Decision("refused", "as `model.weights`"),
     "algorithm": Decision("done", "one of certifl's"),
     "objective": Decision("done", "one of certifl's"),
-    "training.rounds": Decision("done", "each of so many rounds is answered once"),
+    "training.rounds": Decision("done", "each round is answered once"),
     "training.local_epochs": _TRAINS,
     "training.batch_size": _TRAINS,
     "training.lr": _TRAINS,
@@ -344,12 +344,12 @@ DECISIONS: dict[str, Decision] = {
     "augmentation.federated": _TRAINS,
     "augmentation.personalized": _TRAINS,
     "certification.perturbation": Decision("done", "or the client's own, if the study allows it"),
-    "certification.images": Decision("done", "a few images make a curve that discloses each"),
+    "certification.images": Decision("done", "a curve of few images discloses single ones"),
     "certification.estimator": _VOTES,
     "certification.n0": _VOTES,
     "certification.n": _VOTES,
     "certification.alpha": _VOTES,
-    "certification.radii": Decision("done", f"at most {_MOST_RADII}: a finer grid is as rows"),
+    "certification.radii": Decision("done", f"at most {_MOST_RADII}: more would act as rows"),
     "certification.label_aware": _VOTES,
     "certification.reach": _VOTES,
     "certification.keep": _VOTES,
@@ -364,11 +364,11 @@ def check_study(spec: Spec, settings: Settings) -> None:
         raise Rejected(f"clients.count is more than {_MOST_CLIENTS:,}")
     if spec.certification.precision == "int8":
         raise Rejected(
-            'certification.precision = "int8" stands in the record with the ranges of activations '
+            'certification.precision = "int8" is recorded with the ranges of activations '
             'on its training images: choose "auto", "float32" or "bfloat16"'
         )
     if spec.clients.unseen:
-        raise Rejected("clients.unseen: a client that is not to train does not join")
+        raise Rejected("clients.unseen: a client that does not train does not join")
     _check_selection(spec, settings)
     radii = None if settings.dealt else spec.certification.settings(settings.client).radii
     if radii is not None and len(radii) > _MOST_RADII:

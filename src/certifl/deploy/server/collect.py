@@ -93,7 +93,7 @@ class _ClientProgress:
         """
         if took < min(piece / 2, _SOON):
             raise MalformedMessage(
-                f"it stopped after {took:.1f} of {piece:g} seconds with votes to cast"
+                f"it stopped after {took:.1f} of {piece:g} seconds with votes left to cast"
             )
         self.pieces += 1
         if self.pieces > _MOST_PIECES:

@@ -58,7 +58,7 @@ def client_keys(folder: Path, report: Callable[[str], None] | None = None) -> di
                 raise InputError(f"{path} is the key of another client too, or of the same twice.")
             keys[int(number)] = key
         except InputError as error:
-            (report or _log.warning)(f"{error} It is skipped, and read again.")
+            (report or _log.warning)(f"{error} It is skipped for now, and will be read again.")
     return keys
 
 
@@ -184,7 +184,10 @@ class _KeyAdmission:
         try:
             flower.register(self._endpoint, f"client-{client}", key)
         except WorkError as error:
-            self._once(f"The key of client {client} is not admitted, and tried again: {error}")
+            self._once(
+                f"The key of client {client} could not be admitted and will be tried "
+                f"again: {error}"
+            )
             return False
         return True
 

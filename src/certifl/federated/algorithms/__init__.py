@@ -29,7 +29,7 @@ from certifl.registry import (
 
 Table = Mapping[str, Any]
 UNKNOWN = "nobody has shown that all it sends is protected"
-PERSONAL = "every client deploys what it trained in the rounds, and an unseen client has nothing"
+PERSONAL = "every client deploys what it trained in the rounds; an unseen client has no such model"
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def _proximal(
         no_unseen=no_unseen,
         epochs=epochs,
         stable=lambda table, lr, momentum: lr * table["mu"] < 2.0 * (1.0 + momentum),
-        unstable="the pull of mu overshoot for ever: lr mu must stay below 2 (1 + momentum), so "
-        "lower one of them",
+        unstable="the pull of mu overshoot ever further: lr mu must stay below 2 (1 + momentum), "
+        "so lower one of them",
     )
 
 
@@ -122,7 +122,7 @@ ALGORITHMS: Registry[AlgorithmRow] = Registry(
             sends_nothing=True,
             no_example_privacy=None,
             no_client_privacy="its clients send nothing, so there is nothing to protect",
-            no_unseen="every client trains alone, so there is nothing to give to another one",
+            no_unseen="every client trains alone, so there is no model for an unseen client",
         ),
         "fedavg": _one_model("fedavg:FedAvg", "FedAvg", parameters(weighting=_UNIFORM)),
         "personalized": AlgorithmRow(
@@ -141,8 +141,8 @@ ALGORITHMS: Registry[AlgorithmRow] = Registry(
             stable=lambda table, lr, momentum: (
                 lr * (1.0 - table["personalization"]) < 1.0 + momentum
             ),
-            unstable="the pull of Eq. (5) overshoot for ever: lr (1 - personalization) must stay "
-            "below 1 + momentum",
+            unstable="the pull of Eq. (5) overshoot ever further: lr (1 - personalization) must "
+            "stay below 1 + momentum",
         ),
         "fedprox": _proximal("proximal:FedProx", "FedProx", lambda _, epochs: epochs, None),
         "scaffold": AlgorithmRow(
@@ -169,13 +169,13 @@ ALGORITHMS: Registry[AlgorithmRow] = Registry(
             f"{__name__}.l2gd:L2GD",
             parameters(personalization=_SomeShare, probability=(_Probability, 0.1)),
             "L2GD",
-            no_example_privacy="its steps are as many as coins say, and are not accounted for",
+            no_example_privacy="its number of steps is random and not accounted for",
             no_client_privacy=None,
             # Momentum acts on local steps alone.
             stable=lambda table, lr, _: (
                 lr * (1.0 - table["personalization"]) < table["probability"]
             ),
-            unstable="a step towards the average overshoot for ever: lr (1 - personalization) "
+            unstable="a step towards the average overshoot ever further: lr (1 - personalization) "
             "must stay below probability",
         ),
         "ditto": _proximal("proximal:Ditto", "Ditto", lambda _, epochs: 2 * epochs, PERSONAL),

@@ -12,7 +12,7 @@ from pydantic import Field
 from certifl.lazy import lazy_names
 from certifl.registry import NonNegative, Positive, PositiveInt, Registry, Row, parameters
 
-_Sigmas = Annotated[float, Field(ge=0, description="a number of sigmas from 0")]
+_Sigmas = Annotated[float, Field(ge=0, description="a number of sigmas, at least 0")]
 
 OBJECTIVES: Registry[Row] = Registry(
     "objective",

@@ -110,8 +110,8 @@ def soft_margins(miss: torch.Tensor, second: torch.Tensor, smoothing: Smoothing)
     margin = _MARGINS.get(smoothing.law.name)
     if margin is None:
         raise InputError(
-            f"The objective 'macer' has no radius for the law {smoothing.law.name!r}: it must be "
-            f"one of {', '.join(_MARGINS)}."
+            f"The objective 'macer' has no radius for the distribution {smoothing.law.name!r}: "
+            f"it must be one of {', '.join(_MARGINS)}."
         )
     return margin(miss, second)
 

@@ -223,7 +223,7 @@ class ExampleLevel:
         check_number("max_norm", self.max_norm, "a number above 0", low=0, open_low=True)
         given = self.noise_multiplier
         for value in given if isinstance(given, tuple) else (given,):
-            check_number("noise_multiplier", value, "a number from 0", low=0)
+            check_number("noise_multiplier", value, "a number of at least 0", low=0)
 
     def multiplier(self, client: int) -> float:
         """The noise multiplier z of a client."""
@@ -378,7 +378,7 @@ class ClientLevel:
 
     def __post_init__(self) -> None:
         check_number("max_norm", self.max_norm, "a number above 0", low=0, open_low=True)
-        check_number("noise_multiplier", self.noise_multiplier, "a number from 0", low=0)
+        check_number("noise_multiplier", self.noise_multiplier, "a number of at least 0", low=0)
         allowed = "a number above 0, up to 1"
         check_number("sampling_rate", self.rate, allowed, low=0, high=1, open_low=True)
 

@@ -114,7 +114,7 @@ def _limits(context: ReportContext, alpha: float) -> list[tuple[str, str]]:
         (
             "The risk is per image.",
             f"Among the {images:,} images of a run, on average up to "
-            f"{_plain(alpha * images)} certificates promise too much.",
+            f"{_plain(alpha * images)} certificates are wrong.",
         ),
         (
             "Only this perturbation.",

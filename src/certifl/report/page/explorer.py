@@ -109,7 +109,7 @@ def _method(context: ReportContext, explored: Mapping[str, Any]) -> str:
     if explored["sweeps"][0]["name"] == "drawn":
         text += (
             "A certificate covers all directions up to its radius; the one shown was drawn at "
-            "random for each image, and is hardly the worst. "
+            "random for each image, and is rarely the worst. "
         )
     text += trait(family, "sweep_note", "")
     if covers_received(family):
