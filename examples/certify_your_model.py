@@ -2,7 +2,7 @@
 
     python examples/certify_your_model.py
 
-A few seconds: a small network learns handwritten digits in a plain loop, as yours did somewhere,
+A few seconds: a small network learns handwritten digits in a plain loop, as yours did elsewhere,
 and fifty test images are certified against rotation by up to 18 degrees.
 """
 

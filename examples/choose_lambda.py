@@ -48,7 +48,7 @@ def table(lambdas: Sequence[float], found: Comparison) -> str:
 
 
 def recommended(lambdas: Sequence[float], acr: Sequence[float], pairs: Pairs) -> str:
-    """The best lambda, and those that cannot be told from it."""
+    """The best lambda, and those not shown to be worse."""
     who = standing(acr, pairs)
     best = f"lambda = {lambdas[who.best]:g}"
     if not who.tied:

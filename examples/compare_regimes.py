@@ -1,13 +1,13 @@
-"""Is one way of training better than another? Paired statistics over images and seeds.
+"""Is one algorithm better than another? Paired statistics over images and seeds.
 
     python examples/compare_regimes.py                          # fedavg, local; 3 seeds: minutes
     python examples/compare_regimes.py mixture fedavg --seeds 5
     python examples/compare_regimes.py --quick                  # at a size of seconds
 
-Within a seed both regimes share clients, test images and noise, so they are compared image by
-image. Over the seeds, Student's t of the scatter between trainings is added: an interval with one
-seed speaks of these two models only, one with several of the two ways of training. Two seeds say
-next to nothing (one degree of freedom); take three or more.
+Within a seed both algorithms share clients, test images and noise, so they are compared image by
+image. Over the seeds, Student's t of the scatter between trainings is added: an interval from one
+seed is about these two models only, one from several seeds about the two algorithms. Two seeds say
+next to nothing (one degree of freedom); use three or more.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ QUICK = (
 
 
 def study(regime: str, seed: int, quick: bool) -> Spec:
-    """The study of one regime. Put your own data, clients and schedule here."""
+    """The study of one algorithm. Put your own data, clients and schedule here."""
     values = quickstart(seed)[regime].model_dump(exclude_none=True)
     return with_settings(values, QUICK if quick else ())
 
 
 def trained(regime: str, seeds: int, out: Path, quick: bool) -> list[StudyRun]:
-    """One finished run for each seed; those that are there are not repeated."""
+    """One finished run for each seed; finished ones are not repeated."""
     folders = []
     for seed in range(seeds):
         options = Options(out / f"{regime}-{seed}")

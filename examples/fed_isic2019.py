@@ -3,9 +3,9 @@
     python examples/fed_isic2019.py DATA
     certifl run examples/fed_isic2019.toml --data-dir DATA
 
-The layout is that of the real one (parquet, columns image, center and label; JPEG of unlike
-sizes, 224 to 337 pixels wide), the pictures are drawn: a lesion whose color is its class, under
-the lamp of its center. With the real data set only the folder differs.
+The layout is that of the real one (parquet, columns image, center and label; JPEG of different
+sizes, 224 to 337 pixels wide); the pictures are synthetic: a lesion whose color is its class, in
+the light of its center's lamp. With the real data set only the folder differs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def lesion(rng: np.random.Generator, center: int, label: int) -> bytes:
 
 
 def write(folder: Path, train: int, test: int, seed: int = 0) -> Path:
-    """Write both splits, so many images of each center; returns the data set's folder."""
+    """Write both splits, with so many images of each center; return the data set's folder."""
     root = folder / "fed-isic2019"
     root.mkdir(parents=True, exist_ok=True)
     for split, each in (("train", train), ("test", test)):

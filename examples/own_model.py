@@ -1,9 +1,9 @@
-"""A network of one's own for a study: `examples/own_model.toml` names it as `own_model:network`.
+"""Your own network in a study: `examples/own_model.toml` names it as `own_model:network`.
 
 certifl calls the function with the channels of the images and the number of classes; further
-arguments come from `[model] options` in the spec. Images arrive in [0, 1], so whatever
-normalization the network wants happens inside it, and logits leave it. In evaluation mode the
-logits of an image must not depend on the other images of its batch, nor on chance.
+arguments come from `[model] options` in the spec. Images arrive in [0, 1], so the
+network normalizes them itself, and returns logits. In evaluation mode the logits of an image must
+not depend on the other images of its batch, nor on chance.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 __all__ = ["network"]
 
 
-class Normalised(nn.Module):
-    """Puts intensities of [0, 1] around zero, as the layers after it like them."""
+class Normalized(nn.Module):
+    """Centers and scales intensities of [0, 1]."""
 
     def forward(self, images: Tensor) -> Tensor:
         return (images - 0.5) / 0.25
@@ -23,7 +23,7 @@ class Normalised(nn.Module):
 def network(in_channels: int, num_classes: int, width: int = 24) -> nn.Module:
     """Two convolutions and one linear layer, for images of any size from 8 x 8."""
     return nn.Sequential(
-        Normalised(),
+        Normalized(),
         nn.Conv2d(in_channels, width, 3, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(2),

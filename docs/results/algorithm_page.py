@@ -123,7 +123,7 @@ def verdict(one: Section) -> str:
         label_of(one.rows[-1]),
     )
     said = [f"- **{heading(one)}**, {len(one.seeds)} seeds. Mean ACR is largest for {first}"]
-    said[0] += f" and smallest for {last}. Other than FedAvg's,"
+    said[0] += f" and smallest for {last}. Compared with FedAvg:"
     said += [f"    - {words}{_sides(found)};" for words, found in groups.items()]
     rest = [label_of(row) for row, acr in compared if not (acr.apart or row.acr_shown)]
     said.append(f"    - no difference shown: {', '.join(rest) or 'none'}.")

@@ -34,7 +34,7 @@ OTHERS = {
     "regime.md": "When does training together pay?",
     "mixture.md": "The mixture and its steps",
     "algorithms.md": "All algorithms on MNIST",
-    "objectives.md": "Training objectives beside each other",
+    "objectives.md": "Training objectives compared",
     "privacy.md": "What privacy costs in certified accuracy",
 }
 
@@ -192,7 +192,7 @@ def index_page(
         "\n".join(f"- {line}" for line in explanation(report)),
         "## The figures",
         markdown_table(
-            ("figure", "runs", "trainings", "training", "certification", "on the clock"), rows
+            ("figure", "runs", "trainings", "training", "certification", "wall clock"), rows
         ),
         COUNTED,
         "```\n" + "\n".join(commands) + "\n```" if commands else "",

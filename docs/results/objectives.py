@@ -1,4 +1,4 @@
-"""Make docs/results/objectives.md: training objectives beside each other on digits.
+"""Make docs/results/objectives.md: training objectives compared on digits.
 
     python docs/results/objectives.py [--data mnist --data-dir DATA] [--runs runs/objectives]
 
@@ -163,9 +163,9 @@ def main() -> None:
     ]
     spent = (time.process_time() - started) / 60
     head = [
-        "# Training objectives beside each other",
+        "# Training objectives compared",
         "",
-        "Made by `python docs/results/objectives.py`; what the objectives are stands in "
+        "Made by `python docs/results/objectives.py`; the objectives are described in "
         "[objectives.md](../objectives.md).",
         "",
         f"`{options.data}`, 1000 training images over 4 clients, `small_cnn`, `fedavg`, "
@@ -177,8 +177,8 @@ def main() -> None:
         "row with weight 12) fail at this schedule; the others are the sources' own or untried.",
         "",
         f"`{LONGER}` shows what the time of a more expensive objective buys without it. With "
-        "three seeds of 160 images a difference of the size of its standard deviation is no "
-        "finding, and a small network on small images is no CIFAR-10.",
+        "three seeds of 160 images a difference of the size of its standard deviation "
+        "shows nothing, and results of a small network on small images may not carry over.",
         "",
     ]
     tail = [f"Processor time of what this call computed: {spent:.1f} minutes.", ""]

@@ -134,8 +134,8 @@ def page(runs: Path) -> str:
             "",
             *parts,
             "Private and plain training have learning rates of their own, found by hand on these "
-            "images; that search is not accounted for. Few images make privacy dear: at the same "
-            "ε, the noise in an average falls as 1 / (images or clients in it).",
+            "images; that search is not accounted for. With few images privacy costs more: at the "
+            "same ε, the noise in an average falls as 1 / (images or clients in it).",
             "",
             f"{machine_words(manifests[0])}.",
             "",

@@ -28,11 +28,11 @@ from certifl.safe_io import parse_json, read_text, read_toml
 from paging import duration
 
 COUNTED = (
-    "How time is counted: a round of training by its own clock and once, however many runs go on "
-    "from it; certification by the time spent on each image. Both are seconds of one process, and "
-    "several may work side by side. Wall clock is the time during which at least one of the runs "
-    "was under way, pauses and other work on the machine included. A run that several figures "
-    "show counts in full for each of them, and once for the study."
+    "How time is counted: training is the sum of its rounds, each counted once however many runs "
+    "continue from it; certification is the sum over images. Both are seconds of one process, and "
+    "several processes may run in parallel. Wall clock is the time during which at least one of "
+    "the runs was in progress, pauses and other work on the machine included. A run that several "
+    "figures show counts in full for each of them, and once for the study."
 )
 
 
@@ -41,8 +41,8 @@ class Cost:
     """Cost of some runs.
 
     Attributes:
-        runs: distinct ones. trainings: those from the beginning; others go on from them.
-        training, certification: seconds of one process. wall: seconds on the clock.
+        runs: distinct ones. trainings: those from the beginning; others continue from them.
+        training, certification: seconds of one process. wall: seconds of wall clock.
         votes: cast, selection included.
     """
 
@@ -64,7 +64,7 @@ class Cost:
         training, certification, wall = self.durations
         return (
             f"{self.runs} runs from {self.trainings} trainings, {self.votes:,} votes: {training} "
-            f"of training and {certification} of certification, {wall} on the clock"
+            f"of training and {certification} of certification, {wall} of wall clock"
         )
 
 

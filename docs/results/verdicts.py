@@ -281,7 +281,7 @@ def choices(report: Report, missing: Sequence[str] = ()) -> list[tuple[str, str]
 def _interval(row: Mapping[str, object]) -> str:
     """Effect and interval of a row; why there is none."""
     if row["verdict"] == NOT_TESTED:
-        return "none: not computed yet"
+        return ""
     if not row["interval"]:
         return f"{row['effect']}; no interval: too few images"
     return f"{row['effect']} ({row['interval']})"

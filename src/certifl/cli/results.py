@@ -173,7 +173,7 @@ def verify(
     data_dir: common.DataDir = None,
     device: common.Device = "auto",
 ) -> None:
-    """Recompute every certificate from its votes, and compare the run's other files with them.
+    """Recompute every certificate from its votes, and check that a run's files agree.
 
     Exit code 1: something does not agree. Exit code 2: the clients of a run kept their
     certificates, and only they can verify them; or a run was published without its models, and
