@@ -194,7 +194,7 @@ def test_a_key_that_is_not_admitted_is_retried(tmp_path, monkeypatch):
     time.sleep(0.1)
     admission.check()
     assert len(tries) == 2
-    assert "not admitted, and tried again" in said[0]
+    assert "could not be admitted and will be tried again" in said[0]
     assert said[-1] == "1 clients may connect."
 
 

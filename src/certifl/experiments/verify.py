@@ -54,7 +54,7 @@ class Verification:
 def verify_run(
     path: Path, data_dir: Path | None = None, recast: Options | None = None
 ) -> Verification:
-    """Recompute every certificate from its votes, and compare the run's other files with its spec.
+    """Recompute every certificate from its votes, and compare the run's files with each other.
 
     Args:
         path: a run folder, also a published one, or one certificate file (.parquet).
